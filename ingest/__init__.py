@@ -1,0 +1,36 @@
+"""From a STAC source to a cube: search → harmonise → probe → plan → read → write.
+
+Nothing here imports jax. Exports load on first use, so `import ingest` costs nothing and the command line stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ingest.config import IngestConfig
+    from ingest.plan import Plan, make_plan
+    from ingest.run import IngestReport, run
+    from ingest.scene import AssetRef, Scene
+    from ingest.search import search
+
+__all__ = ["AssetRef", "IngestConfig", "IngestReport", "Plan", "Scene", "make_plan", "run", "search"]
+
+_HOME = {
+    "AssetRef": "ingest.scene",
+    "IngestConfig": "ingest.config",
+    "IngestReport": "ingest.run",
+    "Plan": "ingest.plan",
+    "Scene": "ingest.scene",
+    "make_plan": "ingest.plan",
+    "run": "ingest.run",
+    "search": "ingest.search",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load an export on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'ingest' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
