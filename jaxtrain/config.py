@@ -1,0 +1,130 @@
+"""`TrainConfig`: every default of a training run, in one place.
+
+Libraries take this object; only the command line turns text into it. All models are frozen and refuse unknown keys.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "RunConfig", "SplitConfig", "TrainConfig"]
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SplitConfig(_Strict):
+    """Spatial blocks: a block belongs to one part on every date, so no ground is in two parts."""
+
+    block_m: float = Field(10_000.0, gt=0, description="side of a square block, metres; blocks hold whole patches")
+    validation: Share = Field(0.15, description="share of blocks for validation during training")
+    test: Share = Field(0.15, description="share of blocks judged by `terrashard evaluate`")
+    seed: int = Field(0, description="which blocks go where; independent of the training seed")
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> SplitConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation + test must leave a share for training, got {self.validation} + {self.test}")
+        return self
+
+
+class DataConfig(_Strict):
+    """What is read, and what is learnt from it."""
+
+    cube: str = Field(description="path or URL of the cube; a relative path is relative to the configuration file")
+    collection: str = Field("sentinel-2-l2a", description="group of the cube")
+    bands: tuple[str, ...] = Field((), description="bands of the main array, in order; empty means all")
+    label: str = Field("scl", description="class layer of the cube that is learnt")
+    classes: dict[str, str] = Field(
+        default_factory=dict,
+        description='class value → name, e.g. {"4" = "vegetation"}; values that are not named are not learnt',
+    )
+    colours: dict[str, str] = Field(default_factory=dict, description='class name → "#rrggbb" for maps and reports')
+    learn_masked: bool = Field(
+        False, description="also learn pixels of status masked (needed when clouds are classes to be learnt)"
+    )
+    patch: Positive = Field(128, description="side of a square window, pixels")
+    min_labelled: Share = Field(0.25, description="least share of labelled pixels for a window to be used")
+    split: SplitConfig = SplitConfig()  # type: ignore[call-arg]
+    augment: bool = Field(True, description="random flips and quarter turns, on the device")
+
+
+class ModelConfig(_Strict):
+    """The network."""
+
+    name: str = Field("unet", description="a key of jaxtrain.models.MODELS")
+    width: Positive = Field(16, description="channels of the first level; each level doubles them")
+    depth: Positive = Field(3, description="number of times the image is halved")
+    norm: Literal["group", "batch", "local"] = Field("group", description="group · batch (synchronised) · local batch")
+    dropout: Share = 0.0
+
+
+class OptimConfig(_Strict):
+    """The optax chain."""
+
+    name: Literal["adamw", "adam", "sgd", "lamb"] = "adamw"
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="for sgd (Nesterov)")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(20, ge=0)
+    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; none for no clipping")
+    label_smoothing: Share = 0.0
+    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: inverse square root of frequency")
+
+
+class MeshConfig(_Strict):
+    """Sizes of the mesh axes; their product must equal the number of devices used."""
+
+    data: Positive = Field(1, description="batch is split over this axis")
+    model: Positive = Field(1, description="filters are split over this axis")
+    rules: tuple[tuple[str, tuple[str | None, ...]], ...] = Field(
+        (), description="ordered (regular expression on the parameter path, axis per dimension); before the defaults"
+    )
+
+    @property
+    def size(self) -> int:
+        return self.data * self.model
+
+
+class RunConfig(_Strict):
+    """Length, rhythm and randomness of the run."""
+
+    steps: Positive = 400
+    batch_size: Positive = Field(16, description="windows per step over all devices")
+    seed: int = 0
+    log_every: Positive = 10
+    evaluate_every: Positive = Field(100, description="steps between validations")
+    checkpoint_every: Positive = Field(100, description="steps between checkpoints")
+    keep_checkpoints: int = Field(3, ge=2, description="newest verified checkpoints that are kept")
+    read_threads: Positive = 2
+    prefetch: Positive = Field(2, description="batches read ahead of the device")
+
+
+class TrainConfig(_Strict):
+    """A whole run."""
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
+    mesh: MeshConfig = MeshConfig()  # type: ignore[call-arg]
+    run: RunConfig = RunConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.run.batch_size % self.mesh.data:
+            raise ValueError(
+                f"run.batch_size {self.run.batch_size} must be a multiple of mesh.data {self.mesh.data}, "
+                "so that each device gets whole windows"
+            )
+        if self.data.patch % (1 << self.model.depth) and self.model.name == "unet":
+            raise ValueError(
+                f"data.patch {self.data.patch} must be a multiple of 2^model.depth = {1 << self.model.depth}"
+            )
+        return self

@@ -1,0 +1,137 @@
+"""Every error that terrashard raises on purpose, and the exit code the command line gives it.
+
+    TerrashardError                     1   a defect of ours
+    ├── InvalidInput (ValueError)       2   what the user gave cannot be used
+    │   ├── UnknownName (KeyError)      2   a name that does not exist; the nearest one is offered
+    │   ├── NotACube                    2   a path that holds something else, or nothing
+    │   ├── CubeMismatch                2   an existing cube of another grid, band list or rule
+    │   └── MisalignedWrite             2   a write that is not exactly one whole shard
+    ├── NothingFound (LookupError)      4   a valid question with an empty answer
+    ├── Locked                          5   another run holds the cube
+    ├── IntegrityError                  6   stored bytes are not what was written
+    │   ├── MissingShard                6   a shard that was never written, or was deleted
+    │   └── CorruptShard                6   a shard whose checksum does not match
+    ├── NoSpace (OSError)               7   the disk, quota or inode table is full
+    ├── AccessError (OSError)           8   network or authorisation
+    │   └── AssetUnreadable             8   one asset of one scene could not be read
+    └── Preempted                      75   told to stop; the same command resumes
+
+Each message says what was expected, what came, which object it is about and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar, Self
+
+__all__ = [
+    "AccessError",
+    "AssetUnreadable",
+    "CorruptShard",
+    "CubeMismatch",
+    "IntegrityError",
+    "InvalidInput",
+    "Locked",
+    "MisalignedWrite",
+    "MissingShard",
+    "NoSpace",
+    "NotACube",
+    "NothingFound",
+    "Preempted",
+    "TerrashardError",
+    "UnknownName",
+]
+
+
+class TerrashardError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what a command ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class InvalidInput(TerrashardError, ValueError):
+    """What the user gave cannot be used."""
+
+    exit_code = 2
+
+
+class UnknownName(InvalidInput, KeyError):
+    """A name that does not exist among the known ones."""
+
+    @classmethod
+    def of(cls, kind: str, name: str, known: Iterable[str], where: str = "") -> Self:
+        """Build the message that names the nearest known name.
+
+        >>> print(UnknownName.of("band", "bleu", ["blue", "red"]))
+        unknown band 'bleu': did you mean 'blue'? (known: blue, red)
+        """
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        place = f" in {where}" if where else ""
+        shown = ", ".join(names[:24]) + (", …" if len(names) > 24 else "")
+        return cls(f"unknown {kind} {name!r}{place}: {hint}(known: {shown or 'none'})")
+
+
+class NotACube(InvalidInput):
+    """A path that holds something else than a terrashard cube."""
+
+
+class CubeMismatch(InvalidInput):
+    """An existing cube was made with another grid, band list, time axis or rule."""
+
+
+class MisalignedWrite(InvalidInput):
+    """A write that does not cover exactly one whole shard."""
+
+
+class NothingFound(TerrashardError, LookupError):
+    """A valid question with an empty answer."""
+
+    exit_code = 4
+
+
+class Locked(TerrashardError):
+    """Another run holds the cube or run directory."""
+
+    exit_code = 5
+
+
+class IntegrityError(TerrashardError):
+    """Stored bytes are not what was written."""
+
+    exit_code = 6
+
+
+class MissingShard(IntegrityError):
+    """A shard that was never written or has been deleted: absent, which is not the same as nodata."""
+
+
+class CorruptShard(IntegrityError):
+    """A shard whose bytes fail their checksum."""
+
+
+class NoSpace(TerrashardError, OSError):
+    """The disk, quota or inode table is full."""
+
+    exit_code = 7
+
+
+class AccessError(TerrashardError, OSError):
+    """Network trouble or missing authorisation."""
+
+    exit_code = 8
+
+
+class AssetUnreadable(AccessError):
+    """One asset of one scene could not be read after all retries."""
+
+
+class Preempted(TerrashardError):
+    """The run was told to stop and saved its state; the same command resumes it."""
+
+    exit_code = 75

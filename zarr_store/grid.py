@@ -1,0 +1,198 @@
+"""`Grid`: the one georeference that a cube, its shards and a map share.
+
+A grid is a CRS, an affine transform and a shape. Geometry comes from odc-geo's `GeoBox`; this module adds
+snapping to an anchor, integer offsets between grids, and a JSON form.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from affine import Affine
+from odc.geo.geobox import GeoBox
+from pyproj import CRS, Transformer
+from pyproj.exceptions import CRSError
+
+from zarr_store.errors import InvalidInput
+
+__all__ = ["Bounds", "Grid"]
+
+Transform = tuple[float, float, float, float, float, float]
+Bounds = tuple[float, float, float, float]
+"""(left, bottom, right, top) in units of the CRS."""
+
+# Offsets between grids are compared in pixels; 1e-6 px of a 10 m pixel is 10 µm, far above double rounding.
+_ALIGNED_PX = 1e-6
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A north-up pixel grid.
+
+    Attributes:
+        crs: Coordinate reference system, as "EPSG:<code>" where it has a code, else WKT.
+        transform: (a, b, c, d, e, f) of the pixel-corner affine: x = a·col + b·row + c, y = d·col + e·row + f.
+        shape: (height, width) in pixels.
+    """
+
+    crs: str
+    transform: Transform
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        a, b, _, d, e, _ = self.transform
+        if b or d or a <= 0 or e >= 0:
+            raise InvalidInput(
+                f"grid must be north-up (a > 0, e < 0, no rotation), got transform {self.transform}; "
+                "warp the data to a north-up grid first"
+            )
+        if min(self.shape) < 1:
+            raise InvalidInput(f"grid must have at least one pixel, got shape {self.shape} (height, width)")
+
+    @classmethod
+    def from_bounds(
+        cls,
+        crs: str,
+        bounds: Bounds,
+        *,
+        resolution: float | tuple[float, float],
+        anchor: tuple[float, float] = (0.0, 0.0),
+    ) -> Self:
+        """The smallest grid of `resolution` that covers `bounds` with pixel edges on `anchor + n·resolution`.
+
+        Args:
+            crs: CRS of bounds, resolution and anchor.
+            bounds: (left, bottom, right, top).
+            resolution: Pixel size in CRS units, one number or (x, y).
+            anchor: A point that lies on a pixel corner.
+
+        >>> Grid.from_bounds("EPSG:32633", (499_990, 0, 500_030, 60), resolution=20, anchor=(499_980, 0)).shape
+        (3, 3)
+        """
+        rx, ry = (resolution, resolution) if isinstance(resolution, int | float) else resolution
+        if not (rx > 0 and ry > 0 and math.isfinite(rx) and math.isfinite(ry)):
+            raise InvalidInput(f"resolution must be a positive number of CRS units, got {resolution}")
+        left, bottom, right, top = bounds
+        if not (right > left and top > bottom):
+            raise InvalidInput(f"bounds must be (left, bottom, right, top) with positive area, got {bounds}")
+        ax, ay = anchor
+        # round() first: 41665.99999999999 must not become one pixel more
+        col0 = math.floor(round((left - ax) / rx, 6))
+        col1 = math.ceil(round((right - ax) / rx, 6))
+        row0 = math.floor(round((ay - top) / ry, 6))
+        row1 = math.ceil(round((ay - bottom) / ry, 6))
+        shape = (row1 - row0, col1 - col0)
+        return cls(normal_crs(crs), (rx, 0.0, ax + col0 * rx, 0.0, -ry, ay - row0 * ry), shape)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        height, width = data["shape"]
+        a, b, c, d, e, f = (float(v) for v in data["transform"])
+        return cls(str(data["crs"]), (a, b, c, d, e, f), (int(height), int(width)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: crs, transform (six numbers), shape."""
+        return {"crs": self.crs, "transform": list(self.transform), "shape": list(self.shape)}
+
+    @property
+    def height(self) -> int:
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.shape[1]
+
+    @property
+    def resolution(self) -> tuple[float, float]:
+        """Pixel size (x, y) in CRS units, both positive."""
+        return (self.transform[0], -self.transform[4])
+
+    @property
+    def affine(self) -> Affine:
+        return Affine(*self.transform)
+
+    @cached_property
+    def geobox(self) -> GeoBox:
+        return GeoBox(self.shape, self.affine, self.crs)
+
+    @property
+    def bounds(self) -> Bounds:
+        a, _, c, _, e, f = self.transform
+        return (c, f + e * self.height, c + a * self.width, f)
+
+    @property
+    def epsg(self) -> int | None:
+        return CRS(self.crs).to_epsg()
+
+    @property
+    def wkt(self) -> str:
+        return CRS(self.crs).to_wkt()
+
+    @property
+    def units_per_metre(self) -> float:
+        """CRS units in one metre: 1 for UTM; for a geographic CRS, degrees at the equator."""
+        axis = CRS(self.crs).axis_info[0]
+        if CRS(self.crs).is_geographic:
+            return 1.0 / 111_319.49
+        return 1.0 / axis.unit_conversion_factor
+
+    def x(self) -> npt.NDArray[np.float64]:
+        """Pixel-centre x, shape (width,)."""
+        return self.transform[2] + self.transform[0] * (np.arange(self.width) + 0.5)
+
+    def y(self) -> npt.NDArray[np.float64]:
+        """Pixel-centre y, shape (height,), descending."""
+        return self.transform[5] + self.transform[4] * (np.arange(self.height) + 0.5)
+
+    def window(self, y0: int, x0: int, height: int, width: int) -> Grid:
+        """The sub-grid of `height` × `width` pixels whose first pixel is (y0, x0); may reach outside."""
+        a, b, c, d, e, f = self.transform
+        return Grid(self.crs, (a, b, c + a * x0, d, e, f + e * y0), (height, width))
+
+    def coarsen(self, factor: int) -> Grid:
+        """The grid of `factor`-times larger pixels over the same origin, rounded up to cover all pixels."""
+        a, b, c, d, e, f = self.transform
+        shape = (-(-self.height // factor), -(-self.width // factor))
+        return Grid(self.crs, (a * factor, b, c, d, e * factor, f), shape)
+
+    def offset_of(self, other: Grid) -> tuple[int, int] | None:
+        """(row, col) of `other`'s first pixel in this grid if both share CRS and pixel lattice, else None."""
+        if other.crs != self.crs or other.resolution != self.resolution:
+            return None
+        rx, ry = self.resolution
+        col = (other.transform[2] - self.transform[2]) / rx
+        row = (self.transform[5] - other.transform[5]) / ry
+        if abs(col - round(col)) > _ALIGNED_PX or abs(row - round(row)) > _ALIGNED_PX:
+            return None
+        return (round(row), round(col))
+
+    def lonlat_bounds(self) -> Bounds:
+        """(west, south, east, north) in degrees; edges are densified, as projected edges are curved."""
+        to_lonlat = Transformer.from_crs(self.crs, "EPSG:4326", always_xy=True)
+        west, south, east, north = to_lonlat.transform_bounds(*self.bounds, densify_pts=21)
+        return (west, south, east, north)
+
+    def __str__(self) -> str:
+        rx, ry = self.resolution
+        res = f"{rx:g}" if rx == ry else f"{rx:g}×{ry:g}"
+        return f"{self.crs.partition(chr(10))[0][:40]} {self.height}×{self.width} px at {res}"
+
+
+def normal_crs(crs: object) -> str:
+    """The one spelling of a CRS: "EPSG:<code>" where there is a code, else WKT2.
+
+    Raises:
+        InvalidInput: The CRS is not known to PROJ.
+    """
+    try:
+        parsed = CRS.from_user_input(crs)
+    except CRSError as error:
+        raise InvalidInput(f"unknown CRS {crs!r}: expected e.g. EPSG:32633 ({error})") from error
+    epsg = parsed.to_epsg()
+    return f"EPSG:{epsg}" if epsg else parsed.to_wkt()

@@ -1,0 +1,212 @@
+"""`CubeSpec`: everything that fixes the bytes of one collection in a cube, checked once at the door."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.grid import Grid
+from zarr_store.regions import Region, iterate_boxes
+
+__all__ = [
+    "LAYOUTS",
+    "MAIN_ARRAYS",
+    "OVERVIEW_FACTOR",
+    "STATUS_MASKED",
+    "STATUS_MISSING",
+    "STATUS_NODATA",
+    "STATUS_OBSERVED",
+    "ArraySpec",
+    "BandSpec",
+    "CubeSpec",
+    "Layout",
+]
+
+STATUS_NODATA, STATUS_OBSERVED, STATUS_MASKED, STATUS_MISSING = 0, 1, 2, 3
+"""Values of `status`: outside every swath · clear pixel · observed but masked (cloud …) · asset unreadable."""
+
+OVERVIEW_FACTOR = 8
+"""The overview keeps every 8th pixel each way, so it adds 1/64 and a 2048² shard becomes one 256² chunk."""
+
+Kind = Literal["reflectance", "backscatter"]
+MAIN_ARRAYS: dict[Kind, str] = {"reflectance": "uint16", "backscatter": "float32"}
+"""Name of the array that holds the bands, and its dtype."""
+
+_GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class BandSpec:
+    """One band of the main array: physical = stored · scale + offset, where stored ≠ nodata."""
+
+    name: str
+    nodata: float | None = 0
+    scale: float = 1.0
+    offset: float = 0.0
+    unit: str = "1"
+    wavelength_um: float | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How arrays are cut: `chunk` is what is compressed and checksummed as one, `shard` is what is one file.
+
+    Both are (time, y, x) in pixels; a chunk or shard always holds all bands.
+    """
+
+    name: str
+    chunk: tuple[int, int, int]
+    shard: tuple[int, int, int]
+    cname: str = "zstd"
+    clevel: int = 3
+
+    def fitted(self, shape: tuple[int, int, int]) -> Layout:
+        """The same layout with shards no larger than needed to cover `shape`, in whole chunks."""
+        shard = tuple(
+            min(s, -(-n // c) * c) for s, c, n in zip(self.shard, self.chunk, shape, strict=True)
+        )
+        return Layout(self.name, self.chunk, (shard[0], shard[1], shard[2]), self.cname, self.clevel)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "train": Layout("train", (1, 256, 256), (1, 2048, 2048)),
+    "timeseries": Layout("timeseries", (8, 128, 128), (8, 1024, 1024)),
+    "archive": Layout("archive", (1, 512, 512), (1, 4096, 4096), clevel=9),
+}
+"""train: whole-scene patches · timeseries: many dates of a small box · archive: smallest."""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a collection group."""
+
+    name: str
+    dtype: str
+    dims: tuple[str, ...]
+    fill: float
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CubeSpec:
+    """One collection of a cube.
+
+    Attributes:
+        collection: Group name in the cube, e.g. "sentinel-2-l2a".
+        kind: "reflectance" (uint16) or "backscatter" (float32); the name of the main array.
+        bands: Bands of the main array, in order.
+        grid: The georeference shared by all collections of the cube.
+        times: Acquisition time of each step, ISO 8601 UTC ("2023-08-15T09:57:57"), strictly ascending.
+        class_layers: Extra uint8 layers (time, y, x), e.g. ("scl",).
+        layout: Chunks and shards.
+    """
+
+    collection: str
+    kind: Kind
+    bands: tuple[BandSpec, ...]
+    grid: Grid
+    times: tuple[str, ...]
+    class_layers: tuple[str, ...] = ()
+    layout: Layout = LAYOUTS["train"]
+
+    def __post_init__(self) -> None:
+        if not _GROUP_NAME.fullmatch(self.collection):
+            raise InvalidInput(
+                f"collection name {self.collection!r} cannot name a group: use letters, digits, '.', '_', '-' "
+                "(at most 100, first a letter or digit)"
+            )
+        if self.kind not in MAIN_ARRAYS:
+            raise UnknownName.of("kind", self.kind, MAIN_ARRAYS)
+        names = [band.name for band in self.bands]
+        if not names or len(set(names)) != len(names):
+            raise InvalidInput(f"{self.collection}: bands must be named once each and not be empty, got {names}")
+        if not self.times or list(self.times) != sorted(set(self.times)):
+            raise InvalidInput(f"{self.collection}: times must be strictly ascending and not be empty, got {self.times}")
+        for chunk, shard in zip(self.layout.chunk, self.layout.shard, strict=True):
+            if chunk < 1 or shard % chunk:
+                raise InvalidInput(
+                    f"{self.collection}: each shard side must be a multiple of the chunk side, "
+                    f"got chunk {self.layout.chunk}, shard {self.layout.shard}"
+                )
+        object.__setattr__(self, "layout", self.layout.fitted(self.shape))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(times, height, width)."""
+        return (len(self.times), self.grid.height, self.grid.width)
+
+    @property
+    def band_names(self) -> tuple[str, ...]:
+        return tuple(band.name for band in self.bands)
+
+    @property
+    def time_values(self) -> np.ndarray:
+        """datetime64[s], shape (times,)."""
+        return np.array([t.removesuffix("Z") for t in self.times], dtype="datetime64[s]")
+
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """All pixel arrays of the group: the main one, class layers, status and source_item."""
+        tyx = ("time", "y", "x")
+        main: dict[str, Any] = {"long_name": self.kind}
+        scales = {(b.scale, b.offset) for b in self.bands}
+        if scales != {(1.0, 0.0)} and len(scales) == 1:
+            # named so that xarray's CF decoding leaves the integers alone: floats are made on the device
+            main |= {"reflectance_scale": self.bands[0].scale, "reflectance_offset": self.bands[0].offset}
+        nodata = self.bands[0].nodata
+        return (
+            ArraySpec(self.kind, MAIN_ARRAYS[self.kind], ("time", "band", "y", "x"),
+                      float("nan") if self.kind == "backscatter" else float(nodata or 0), main),
+            *(ArraySpec(name, "uint8", tyx, 0, {"long_name": name}) for name in self.class_layers),
+            ArraySpec("status", "uint8", tyx, STATUS_NODATA, {
+                "long_name": "what is known of the pixel",
+                "flag_values": [STATUS_NODATA, STATUS_OBSERVED, STATUS_MASKED, STATUS_MISSING],
+                "flag_meanings": "nodata observed masked missing",
+            }),
+            ArraySpec("source_item", "int16", tyx, -1, {
+                "long_name": "row of the item table that gave the pixel, -1 for none",
+            }),
+        )
+
+    def array(self, name: str) -> ArraySpec:
+        for spec in self.arrays():
+            if spec.name == name:
+                return spec
+        raise UnknownName.of("array", name, [a.name for a in self.arrays()], f"collection {self.collection}")
+
+    def array_shape(self, name: str) -> tuple[int, ...]:
+        times, height, width = self.shape
+        return (times, len(self.bands), height, width) if "band" in self.array(name).dims else self.shape
+
+    def shards(self) -> dict[tuple[int, int, int], Region]:
+        """Every shard index (t, y, x) with the region it holds, cut at the grid's edge."""
+        return dict(iterate_boxes(self.shape, self.layout.shard))
+
+    def chunks(self, region: Region) -> dict[tuple[int, int, int], Region]:
+        """The chunks of one shard `region`, by index inside the shard, in cube coordinates."""
+        return {
+            index: Region(box.t0 + region.t0, box.t1 + region.t0, box.y0 + region.y0,
+                          box.y1 + region.y0, box.x0 + region.x0, box.x1 + region.x0)
+            for index, box in iterate_boxes(region.shape, self.layout.chunk)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self) | {"grid": self.grid.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        layout = dict(data["layout"])
+        return cls(
+            collection=data["collection"],
+            kind=data["kind"],
+            bands=tuple(BandSpec(**band) for band in data["bands"]),
+            grid=Grid.from_dict(data["grid"]),
+            times=tuple(data["times"]),
+            class_layers=tuple(data["class_layers"]),
+            layout=Layout(layout["name"], tuple(layout["chunk"]), tuple(layout["shard"]), layout["cname"], layout["clevel"]),
+        )
