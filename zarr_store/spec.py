@@ -132,6 +132,11 @@ class CubeSpec:
                     f"{self.collection}: each shard side must be a multiple of the chunk side, "
                     f"got chunk {self.layout.chunk}, shard {self.layout.shard}"
                 )
+        if self.layout.chunk[1] % OVERVIEW_FACTOR or self.layout.chunk[2] % OVERVIEW_FACTOR:
+            raise InvalidInput(
+                f"{self.collection}: chunk sides in y and x must be multiples of {OVERVIEW_FACTOR} (the overview's step), "
+                f"got {self.layout.chunk[1:]}"
+            )
         object.__setattr__(self, "layout", self.layout.fitted(self.shape))
 
     @property

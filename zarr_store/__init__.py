@@ -1,0 +1,34 @@
+"""terrashard's cube on disk: sharded, checksummed Zarr v3 with a ledger of what is complete.
+
+Start with `open_cube` to read, `create_cube` and `ShardWriter` to write, `verify_cube` to check.
+"""
+
+from zarr_store.grid import Grid
+from zarr_store.index import TrainingIndex
+from zarr_store.ledger import Ledger, LedgerRow, SourceOutcome
+from zarr_store.lock import CubeLock
+from zarr_store.read import Cube, open_cube
+from zarr_store.regions import Region
+from zarr_store.spec import LAYOUTS, BandSpec, CubeSpec, Layout
+from zarr_store.verify import VerifyReport, verify_cube
+from zarr_store.write import ShardWriter, create_cube
+
+__all__ = [
+    "LAYOUTS",
+    "BandSpec",
+    "Cube",
+    "CubeLock",
+    "CubeSpec",
+    "Grid",
+    "Layout",
+    "Ledger",
+    "LedgerRow",
+    "Region",
+    "ShardWriter",
+    "SourceOutcome",
+    "TrainingIndex",
+    "VerifyReport",
+    "create_cube",
+    "open_cube",
+    "verify_cube",
+]

@@ -1,0 +1,164 @@
+"""`TrainingIndex`: what is known of each chunk without reading a pixel.
+
+While a shard is written its chunks are counted; the counts travel in the shard's ledger row. Put together they say
+where there is something to learn, and give normalisation statistics of any part of the cube (for example of the
+training blocks only, so that nothing of the test ground leaks into them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_store.spec import STATUS_MASKED, STATUS_MISSING, STATUS_OBSERVED, CubeSpec
+
+if TYPE_CHECKING:
+    from zarr_store.ledger import LedgerRow
+
+__all__ = ["ChunkStats", "TrainingIndex"]
+
+Counts = npt.NDArray[np.int64]
+Moments = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ChunkStats:
+    """Counts and moments of one chunk.
+
+    Attributes:
+        observed, masked, missing: Pixels of each status.
+        mean, m2: Per band, mean and sum of squared deviations over observed pixels.
+        classes: Per class layer, value → pixels among those observed or masked.
+    """
+
+    observed: int
+    masked: int
+    missing: int
+    mean: tuple[float, ...]
+    m2: tuple[float, ...]
+    classes: Mapping[str, Mapping[int, int]]
+
+    @classmethod
+    def of(cls, main: np.ndarray, status: np.ndarray, layers: Mapping[str, np.ndarray]) -> Self:
+        """Count one chunk.
+
+        Args:
+            main: (time, band, y, x).
+            status: (time, y, x).
+            layers: Class layers, each (time, y, x) uint8.
+        """
+        by_status = np.bincount(status.ravel(), minlength=4)
+        clear = status == STATUS_OBSERVED
+        values = np.moveaxis(main, 1, 0)[:, clear].astype(np.float64)
+        if values.shape[1]:
+            mean = values.mean(axis=1)
+            m2 = np.square(values - mean[:, None]).sum(axis=1)
+        else:
+            mean = m2 = np.zeros(main.shape[1])
+        seen = clear | (status == STATUS_MASKED)
+        classes = {}
+        for name, layer in layers.items():
+            counts = np.bincount(layer[seen], minlength=256)
+            classes[name] = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+        return cls(
+            int(by_status[STATUS_OBSERVED]),
+            int(by_status[STATUS_MASKED]),
+            int(by_status[STATUS_MISSING]),
+            tuple(float(v) for v in mean),
+            tuple(float(v) for v in m2),
+            classes,
+        )
+
+    def to_list(self) -> list[Any]:
+        """JSON form, short because there is one per chunk."""
+        classes = {name: {str(k): v for k, v in counts.items()} for name, counts in self.classes.items()}
+        return [self.observed, self.masked, self.missing, list(self.mean), list(self.m2), classes]
+
+    @classmethod
+    def from_list(cls, data: list[Any]) -> Self:
+        """Inverse of `to_list`."""
+        observed, masked, missing, mean, m2, classes = data
+        return cls(observed, masked, missing, tuple(mean), tuple(m2),
+                   {name: {int(k): v for k, v in counts.items()} for name, counts in classes.items()})
+
+
+@dataclass(frozen=True)
+class TrainingIndex:
+    """Counts and moments of every chunk of one collection, each array of shape (T, CY, CX) in chunks.
+
+    Attributes:
+        chunk: (time, y, x) pixels of a chunk.
+        present: Chunks that have been written.
+        pixels, observed, masked, missing: Pixels in all, and by status.
+        band_mean, band_m2: (T, CY, CX, B) mean and sum of squared deviations over observed pixels.
+        class_counts: Class layer → (T, CY, CX, 256) pixels of each value among those observed or masked.
+    """
+
+    chunk: tuple[int, int, int]
+    present: npt.NDArray[np.bool_]
+    pixels: Counts
+    observed: Counts
+    masked: Counts
+    missing: Counts
+    band_mean: Moments
+    band_m2: Moments
+    class_counts: dict[str, Counts]
+
+    @classmethod
+    def from_rows(cls, spec: CubeSpec, rows: Mapping[tuple[int, int, int], LedgerRow]) -> Self:
+        """Put the ledger rows of a collection together."""
+        ct, cy, cx = spec.layout.chunk
+        times, height, width = spec.shape
+        shape = (-(-times // ct), -(-height // cy), -(-width // cx))
+        bands = len(spec.bands)
+        index = cls(
+            chunk=spec.layout.chunk,
+            present=np.zeros(shape, bool),
+            pixels=np.zeros(shape, np.int64),
+            observed=np.zeros(shape, np.int64),
+            masked=np.zeros(shape, np.int64),
+            missing=np.zeros(shape, np.int64),
+            band_mean=np.zeros((*shape, bands)),
+            band_m2=np.zeros((*shape, bands)),
+            class_counts={name: np.zeros((*shape, 256), np.int64) for name in spec.class_layers},
+        )
+        for row in rows.values():
+            for box, stats in zip(spec.chunks(row.region).values(), row.stats, strict=False):
+                at = (box.t0 // ct, box.y0 // cy, box.x0 // cx)
+                index.present[at] = True
+                index.pixels[at] = np.prod(box.shape)
+                index.observed[at] = stats.observed
+                index.masked[at] = stats.masked
+                index.missing[at] = stats.missing
+                index.band_mean[at] = stats.mean
+                index.band_m2[at] = stats.m2
+                for name, counts in stats.classes.items():
+                    index.class_counts[name][at][list(counts)] = list(counts.values())
+        return index
+
+    def statistics(self, select: npt.NDArray[np.bool_] | None = None) -> tuple[Moments, Moments]:
+        """Mean and standard deviation of each band over the observed pixels of the selected chunks.
+
+        Moments are merged pairwise by Chan, Golub & LeVeque (1979), which loses no precision to large means.
+
+        Args:
+            select: (T, CY, CX) chunks to use; None for all.
+
+        Returns:
+            (mean, std), each float64 (B,); std is 1 where a band is constant or nothing was observed.
+        """
+        chosen = self.present if select is None else self.present & select
+        counts = self.observed[chosen].astype(np.float64)[:, None]
+        total = counts.sum()
+        if not total:
+            bands = self.band_mean.shape[-1]
+            return np.zeros(bands), np.ones(bands)
+        means = self.band_mean[chosen]
+        mean = (counts * means).sum(axis=0) / total
+        m2 = self.band_m2[chosen].sum(axis=0) + (counts * np.square(means - mean)).sum(axis=0)
+        std = np.sqrt(m2 / total)
+        return mean, np.where(std > 0, std, 1.0)

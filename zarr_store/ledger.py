@@ -1,0 +1,139 @@
+"""`Ledger`: one row per shard, which alone says what of a cube is complete.
+
+A row is written after its shard is on disk, as a small JSON file of its own, so that no two writers meet. It says
+which scenes gave the shard, which could not be read and why, what the stored bytes hash to, and the chunk counts.
+Rows carry no clock time: a run that is killed and repeated leaves the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from zarr_store.backends import Store
+from zarr_store.errors import IntegrityError
+from zarr_store.index import ChunkStats
+from zarr_store.regions import Region
+
+__all__ = ["Ledger", "LedgerRow", "ShardIndex", "SourceOutcome"]
+
+ShardIndex = tuple[int, int, int]
+State = Literal["done", "partial", "failed"]
+
+
+@dataclass(frozen=True)
+class SourceOutcome:
+    """What became of one scene in one shard.
+
+    Attributes:
+        item: Row of the collection's item table.
+        item_id: Its id, as data.
+        state: "read", or "missing" when one of its assets was absent or unreadable.
+        asset: The asset that failed.
+        reason: The cause, without secrets.
+    """
+
+    item: int
+    item_id: str
+    state: Literal["read", "missing"]
+    asset: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One shard: done = every source was read; partial = written, some source missing; failed = nothing written.
+
+    Attributes:
+        index: Shard index (t, y, x).
+        region: The pixels it holds.
+        key: Digest of all that determined the shard's content; another key means it must be made again.
+        checksums: Array → SHA-256 of the stored shard object.
+        stats: One per chunk, in the order of `CubeSpec.chunks(region)`.
+    """
+
+    index: ShardIndex
+    region: Region
+    key: str
+    state: State
+    sources: tuple[SourceOutcome, ...] = ()
+    checksums: dict[str, str] | None = None
+    stats: tuple[ChunkStats, ...] = ()
+
+    def to_json(self) -> bytes:
+        return json.dumps(
+            {
+                "index": self.index,
+                "region": self.region.to_list(),
+                "key": self.key,
+                "state": self.state,
+                "sources": [asdict(source) for source in self.sources],
+                "checksums": self.checksums or {},
+                "stats": [stats.to_list() for stats in self.stats],
+            },
+            sort_keys=True,
+        ).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        row = json.loads(data)
+        t, y, x = row["index"]
+        return cls(
+            (t, y, x),
+            Region.from_list(row["region"]),
+            row["key"],
+            row["state"],
+            tuple(SourceOutcome(**source) for source in row["sources"]),
+            row["checksums"],
+            tuple(ChunkStats.from_list(stats) for stats in row["stats"]),
+        )
+
+
+class Ledger:
+    """The rows of one collection of the cube in `store`."""
+
+    def __init__(self, store: Store, collection: str) -> None:
+        self._store = store
+        self._folder = f"_terrashard/ledger/{collection}"
+
+    def _key(self, index: ShardIndex) -> str:
+        return f"{self._folder}/{'-'.join(str(i) for i in index)}.json"
+
+    def get(self, index: ShardIndex) -> LedgerRow | None:
+        """The row of one shard, or None where none was written."""
+        data = self._store.read(self._key(index))
+        return None if data is None else self._parse(self._key(index), data)
+
+    def put(self, row: LedgerRow) -> None:
+        """Write or replace a row, durably."""
+        self._store.write(self._key(row.index), row.to_json())
+
+    def drop(self, index: ShardIndex) -> None:
+        """Forget a shard: it counts as never written."""
+        self._store.delete(self._key(index))
+
+    def rows(self) -> dict[ShardIndex, LedgerRow]:
+        """All rows, by shard index in order."""
+        rows = {}
+        for key in self._store.list(self._folder, ".json"):
+            data = self._store.read(key)
+            if data is not None:
+                row = self._parse(key, data)
+                rows[row.index] = row
+        return dict(sorted(rows.items()))
+
+    def _parse(self, key: str, data: bytes) -> LedgerRow:
+        try:
+            return LedgerRow.from_json(data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(
+                f"{self._store.root / key} is not a ledger row ({type(error).__name__}: {error}); remove it and "
+                "repeat the ingest: the shard is made again"
+            ) from error
+
+    def counts(self, total: int) -> dict[str, Any]:
+        """Shards done, partial, failed and pending, of `total`."""
+        states = [row.state for row in self.rows().values()]
+        found: dict[str, Any] = {state: states.count(state) for state in ("done", "partial", "failed")}
+        return found | {"pending": total - len(states), "total": total}

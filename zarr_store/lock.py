@@ -1,0 +1,129 @@
+"""`CubeLock`: one writing run at a time on a cube or run directory.
+
+The lock is a file that names its holder. A holder on this machine that is no longer alive (other boot, dead pid, or
+a pid that now belongs to a process started later) lost it; a holder on another machine is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from zarr_store.backends import Store
+from zarr_store.errors import Locked
+
+__all__ = ["CubeLock"]
+
+LOCK_KEY = "_terrashard/lock.json"
+
+
+class CubeLock:
+    """Hold the only write access to the store at `url`.
+
+    Raises (on entering):
+        Locked: Another run holds it; the message names host, process, purpose and since when.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], purpose: str, *, key: str = LOCK_KEY) -> None:
+        self._store = Store.at(url)
+        self._purpose = purpose
+        self._key = key
+        self._mine: bytes | None = None
+
+    def __enter__(self) -> Self:
+        mine = json.dumps({**_identity(os.getpid()), "purpose": self._purpose,
+                           "since": datetime.now(UTC).isoformat(timespec="seconds")}).encode()
+        # twice: a stale lock is removed once; losing the race for its place to another run is a true conflict
+        for _ in range(2):
+            if self._store.create_exclusive(self._key, mine):
+                self._mine = mine
+                return self
+            held = self._store.read(self._key)
+            if held is None:
+                continue
+            holder = _parse(held)
+            if not _is_dead(holder):
+                raise Locked(
+                    f"{self._store.url} is held by {holder.get('purpose', 'another run')} "
+                    f"(host {holder.get('host', '?')}, pid {holder.get('pid', '?')}, since {holder.get('since', '?')}); "
+                    f"wait for it to end, or, if that machine is gone, remove {self._store.root / self._key}"
+                )
+            self._take_stale(held)
+        raise Locked(f"{self._store.url} was taken by another run at the same moment; repeat the command")
+
+    def _take_stale(self, held: bytes) -> None:
+        # Renaming is atomic: of two runs that both saw the stale lock only one moves it away, and what it moved
+        # is looked at again in case the other had already put its own lock there.
+        path = self._store.root / self._key
+        aside = path.with_name(f"{path.name}.{os.getpid()}.stale")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return
+        if aside.read_bytes() != held:
+            os.replace(aside, path)
+            return
+        aside.unlink()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._mine is not None and self._store.read(self._key) == self._mine:
+            self._store.delete(self._key)
+        self._mine = None
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _identity(pid: int) -> dict[str, Any]:
+    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "started": _start_time(pid)}
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != socket.gethostname():
+        return False
+    if holder.get("boot") != _boot_id():
+        return True
+    pid = holder.get("pid")
+    if not isinstance(pid, int):
+        return False
+    return _start_time(pid) != holder.get("started")
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str | None:
+    """Start of the process in clock ticks since boot (field 22 of /proc/<pid>/stat); None when it is not alive."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+        return _alive_without_proc(pid)
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def _alive_without_proc(pid: int) -> str | None:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "alive"

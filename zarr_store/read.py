@@ -1,0 +1,182 @@
+"""`Cube`: an opened cube. Pixels come through tensorstore (2–4× zarr-python on sharded arrays), or lazily as xarray."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+import xarray as xr
+
+from zarr_store.backends import Store
+from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
+from zarr_store.index import TrainingIndex
+from zarr_store.ledger import Ledger
+from zarr_store.regions import Region
+from zarr_store.spec import CubeSpec
+
+__all__ = ["Cube", "is_cube", "open_cube", "read_tensorstore"]
+
+# Decoded chunks shared by all arrays that a process opens: an epoch touches each chunk several times in a row.
+_CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
+_NEWEST_FORMAT = 1
+
+
+def is_cube(store: Store) -> bool:
+    """Whether the store holds a terrashard cube with readable root metadata."""
+    try:
+        return "terrashard" in _root_attributes(store)
+    except NotACube:
+        return False
+
+
+def open_cube(url: str | os.PathLike[str]) -> Cube:
+    """Open a cube for reading.
+
+    Raises:
+        NotACube: There is nothing at `url`, or something else.
+        IntegrityError: It is a cube, but its metadata cannot be read.
+    """
+    store = Store.at(url)
+    attributes = _root_attributes(store)
+    if "terrashard" not in attributes or "collections" not in attributes["terrashard"]:
+        raise NotACube(f"{store.url} is a Zarr group, but not a terrashard cube; make one with `terrashard ingest`")
+    newest = attributes["terrashard"].get("format")
+    if newest != _NEWEST_FORMAT:
+        raise NotACube(
+            f"{store.url} has cube format {newest}, this release reads format {_NEWEST_FORMAT}; use a newer terrashard"
+        )
+    return Cube(store, attributes["terrashard"])
+
+
+def _root_attributes(store: Store) -> dict[str, Any]:
+    data = store.read("zarr.json")
+    if data is None:
+        kind = "holds no zarr.json" if store.exists() else "does not exist"
+        raise NotACube(f"{store.url} {kind}: expected a cube made by `terrashard ingest`")
+    return _attributes(store, "zarr.json", data)
+
+
+def _attributes(store: Store, key: str, data: bytes) -> dict[str, Any]:
+    try:
+        attributes = json.loads(data)["attributes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotACube(
+            f"{store.root / key}: unreadable metadata ({type(error).__name__}: {error}); nothing is written over it: "
+            "restore the file, or ingest to another path"
+        ) from error
+    return attributes if isinstance(attributes, dict) else {}
+
+
+class Cube:
+    """A cube that is open for reading; made by `open_cube`."""
+
+    def __init__(self, store: Store, attributes: dict[str, Any]) -> None:
+        self._store = store
+        self.url = store.url
+        self.collections: tuple[str, ...] = tuple(attributes["collections"])
+        self.provenance: dict[str, Any] = attributes.get("provenance", {})
+        self._describe = functools.cache(self._describe_uncached)
+        self.spec = functools.cache(self._spec_uncached)
+        self.tensorstore = functools.cache(self._tensorstore_uncached)
+
+    def _describe_uncached(self, collection: str) -> dict[str, Any]:
+        if collection not in self.collections:
+            raise UnknownName.of("collection", collection, self.collections, f"cube {self.url}")
+        key = f"{collection}/zarr.json"
+        data = self._store.read(key)
+        if data is None:
+            raise IntegrityError(f"{self._store.root / key} is absent, but the cube lists {collection}; restore it")
+        found = _attributes(self._store, key, data).get("terrashard")
+        if not isinstance(found, dict):
+            raise IntegrityError(f"{self._store.root / key} has no terrashard attributes; restore the file")
+        return found
+
+    def _spec_uncached(self, collection: str) -> CubeSpec:
+        """Bands, grid, times and layout of a collection."""
+        return CubeSpec.from_dict(self._describe(collection)["spec"])
+
+    def items(self, collection: str) -> list[dict[str, Any]]:
+        """The item table; `source_item` counts its rows."""
+        return list(self._describe(collection)["items"])
+
+    def ledger(self, collection: str) -> Ledger:
+        """Which shards are done."""
+        return Ledger(self._store, collection)
+
+    def index(self, collection: str) -> TrainingIndex:
+        """Per-chunk counts and moments, from the ledger; no pixel is read."""
+        return TrainingIndex.from_rows(self.spec(collection), self.ledger(collection).rows())
+
+    def dataset(self, collection: str) -> xr.Dataset:
+        """The collection as a lazy xarray dataset; floats stay undecoded integers.
+
+        A shard that was never written reads as fill value here, as Zarr has it: look at `status` (0) or use `read`.
+        """
+        self._describe(collection)
+        return xr.open_zarr(self.url, group=collection, chunks=None, mask_and_scale=False)
+
+    def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
+        """One array, read-only; reading a chunk that was never written raises."""
+        self.spec(collection).array(array)
+        return ts.open(
+            {"driver": "zarr3", "kvstore": self._store.tensorstore(f"{collection}/{array}"),
+             "fill_missing_data_reads": False, "recheck_cached_data": "open"},
+            open=True, read=True, write=False, context=_CONTEXT,
+        ).result()
+
+    def read(
+        self, collection: str, array: str, region: Region, bands: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Read one box.
+
+        Args:
+            collection: Group of the cube.
+            array: Array of the group.
+            region: Box in pixels; must lie within the cube.
+            bands: Positions of bands to read, in the order wanted; None for all. Only for the main array.
+
+        Returns:
+            (time, band, y, x) for the main array, else (time, y, x).
+
+        Raises:
+            MissingShard: A part was never written or has been deleted.
+            CorruptShard: Stored bytes fail their checksum.
+        """
+        handle = self.tensorstore(collection, array)
+        t, y, x = region.slices
+        if handle.rank == 4:
+            view = handle[t, :, y, x] if bands is None else handle[t, :, y, x][:, list(bands)]
+        else:
+            view = handle[t, y, x]
+        return read_tensorstore(view, f"{self.url} {collection}/{array} {region}")
+
+
+def read_tensorstore(view: ts.TensorStore, where: str) -> np.ndarray:
+    """Read a view, turning tensorstore's status codes into ours.
+
+    Raises:
+        MissingShard: NOT_FOUND. CorruptShard: DATA_LOSS or a damaged shard index.
+    """
+    try:
+        return np.asarray(view.read().result())
+    except ValueError as error:
+        text = str(error)
+        if text.startswith("NOT_FOUND"):
+            raise MissingShard(
+                f"{where} holds a shard that was never written or was deleted ({_first(text)}); "
+                "`terrashard status` lists what is absent, repeating the ingest writes it"
+            ) from error
+        if text.startswith(("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT: Error")) or "decod" in text:
+            raise CorruptShard(
+                f"{where} holds damaged bytes ({_first(text)}); `terrashard verify` names the shard"
+            ) from error
+        raise
+
+
+def _first(text: str) -> str:
+    return text.split(" [", 1)[0][:240]

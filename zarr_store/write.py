@@ -1,0 +1,348 @@
+"""Writing a cube: its metadata once, by one writer; then whole shards, by anyone.
+
+`create_cube` lays out every array and makes the cube appear in one rename. `ShardWriter` fills exactly one shard of
+every array of a collection and then writes the ledger row, so two writers never touch one file (chunk-wise writes
+into shards lose pixels without a word, dask#12583).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from zarr_store.backends import Store, translate_os_errors
+from zarr_store.errors import CubeMismatch, InvalidInput, MisalignedWrite
+from zarr_store.index import ChunkStats
+from zarr_store.ledger import Ledger, LedgerRow, ShardIndex, SourceOutcome
+from zarr_store.read import Cube, is_cube, open_cube
+from zarr_store.regions import Region
+from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
+
+__all__ = ["FORMAT_VERSION", "ShardWriter", "create_cube", "georeference"]
+
+FORMAT_VERSION = 1
+"""Version of the layout of groups, attributes and ledger; readers refuse a newer one."""
+
+Items = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def create_cube(
+    url: str | Path, specs: Sequence[CubeSpec], *, items: Items, provenance: Mapping[str, Any]
+) -> None:
+    """Create the metadata of a cube, or find that it exists already.
+
+    Args:
+        url: Where the cube goes. It appears complete, or not at all.
+        specs: One per collection, all on one grid.
+        items: Collection → item table; `source_item` counts its rows. Each row has at least "id" and "datetime".
+        provenance: What made the cube (plan digest, configuration, version); JSON.
+
+    Raises:
+        CubeMismatch: A cube of another grid, band list, time axis or item table is there; the message is the diff.
+        InvalidInput: Something else is there, or the specs do not fit together.
+    """
+    store = Store.at(url)
+    _check_specs(specs)
+    described = {spec.collection: {"spec": spec.to_dict(), "items": [dict(i) for i in items[spec.collection]]}
+                 for spec in specs}
+    described = json.loads(json.dumps(described))  # tuples become lists, as they will read back
+    if store.exists():
+        _check_existing(store, described)
+        return
+    with store.beside() as fresh:
+        root = zarr.create_group(
+            str(fresh.root),
+            attributes={"terrashard": {"format": FORMAT_VERSION, "collections": [s.collection for s in specs],
+                                       "provenance": json.loads(json.dumps(dict(provenance)))}},
+        )
+        overviews = root.create_group("overview")
+        root.create_group("_terrashard")
+        for spec in specs:
+            group = root.create_group(spec.collection, attributes={
+                **georeference(spec.grid.to_dict(), spec.grid.bounds, spec.grid.wkt),
+                "terrashard": described[spec.collection],
+            })
+            _write_coordinates(group, spec, spec.grid)
+            for array in spec.arrays():
+                _create_array(group, spec, array)
+            _create_overview(overviews, spec)
+        _consolidate(fresh, ["", *(s.collection for s in specs), *(f"overview/{s.collection}" for s in specs)])
+
+
+def georeference(grid: Mapping[str, Any], bounds: Sequence[float], wkt: str) -> dict[str, Any]:
+    """GeoZarr `proj:` and `spatial:` attributes of a group on `grid` (crs, transform, shape)."""
+    crs = str(grid["crs"])
+    return {
+        ("proj:code" if crs.startswith("EPSG:") else "proj:wkt2"): crs if crs.startswith("EPSG:") else wkt,
+        "spatial:dimensions": ["y", "x"],
+        "spatial:transform": list(grid["transform"]),
+        "spatial:shape": list(grid["shape"]),
+        "spatial:bbox": list(bounds),
+    }
+
+
+def _check_specs(specs: Sequence[CubeSpec]) -> None:
+    names = [spec.collection for spec in specs]
+    if not specs or len(set(names)) != len(names) or {"overview", "_terrashard"} & set(names):
+        raise InvalidInput(
+            f"a cube needs collections of different names, none called 'overview' or '_terrashard'; got {names}"
+        )
+    for spec in specs[1:]:
+        if spec.grid != specs[0].grid:
+            raise InvalidInput(
+                f"all collections of a cube share one grid: {specs[0].collection} has {specs[0].grid}, "
+                f"{spec.collection} has {spec.grid}"
+            )
+
+
+def _check_existing(store: Store, described: Mapping[str, Any]) -> None:
+    if not is_cube(store):
+        raise InvalidInput(
+            f"{store.url} exists and is not a terrashard cube; nothing was changed: choose another path or remove it"
+        )
+    cube = open_cube(store.url)
+    there = {name: {"spec": cube.spec(name).to_dict(), "items": cube.items(name)} for name in cube.collections}
+    there = json.loads(json.dumps(there))
+    differences = _differences(there, dict(described))
+    if differences:
+        shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if len(differences) > 6 else "")
+        raise CubeMismatch(
+            f"{store.url} holds another cube (there → asked for): {shown}. Nothing was changed: write to another "
+            "path, or repeat with the options the cube was made with"
+        )
+
+
+def _differences(there: Any, asked: Any, path: str = "") -> list[str]:
+    """Paths at which two JSON values differ, with both values, cut to a readable length."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        found = []
+        for key in sorted({*there, *asked}):
+            at = f"{path}.{key}" if path else str(key)
+            found += _differences(there.get(key), asked.get(key), at)
+        return found
+    if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked) and there and isinstance(there[0], dict):
+        return [d for i, (a, b) in enumerate(zip(there, asked, strict=True)) for d in _differences(a, b, f"{path}[{i}]")]
+    if there == asked:
+        return []
+
+    def short(value: Any) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= 120 else f"{text[:117]}…"
+
+    return [f"{path}: {short(there)} → {short(asked)}"]
+
+
+def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec) -> None:
+    banded = "band" in array.dims
+
+    def box(tyx: tuple[int, int, int]) -> tuple[int, ...]:
+        return (tyx[0], len(spec.bands), tyx[1], tyx[2]) if banded else tyx
+
+    group.create_array(
+        array.name,
+        shape=spec.array_shape(array.name),
+        chunks=box(spec.layout.chunk),
+        shards=box(spec.layout.shard),
+        dtype=array.dtype,
+        fill_value=array.fill,
+        # bitshuffle finds the unused high bits of 12-bit samples; crc32c catches what Zarr alone would read as data
+        compressors=[BloscCodec(cname=spec.layout.cname, clevel=spec.layout.clevel, shuffle="bitshuffle"),  # type: ignore[arg-type]
+                     Crc32cCodec()],
+        dimension_names=array.dims,
+        attributes={**array.attributes, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
+    )
+
+
+def _create_overview(overviews: zarr.Group, spec: CubeSpec) -> None:
+    # Unsharded and without crc32c, so that GDAL reads it (3.12 knows neither sharding nor crc32c); zstd has its own
+    # checksum. One chunk is the overview of one shard, written by the shard's only writer.
+    coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
+    group = overviews.create_group(spec.collection, attributes=georeference(coarse.to_dict(), coarse.bounds, coarse.wkt))
+    _write_coordinates(group, spec, coarse)
+    main = spec.array(spec.kind)
+    t, y, x = spec.layout.shard
+    group.create_array(
+        main.name,
+        shape=(len(spec.times), len(spec.bands), *coarse.shape),
+        chunks=(t, len(spec.bands), y // OVERVIEW_FACTOR, x // OVERVIEW_FACTOR),
+        dtype=main.dtype,
+        fill_value=main.fill,
+        compressors=[ZstdCodec(level=3, checksum=True)],
+        dimension_names=main.dims,
+        attributes={**main.attributes, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
+    )
+
+
+def _write_coordinates(group: zarr.Group, spec: CubeSpec, grid: Any) -> None:
+    geographic = grid.geobox.crs.geographic
+    axis = ({"standard_name": "longitude", "units": "degrees_east"}, {"standard_name": "latitude", "units": "degrees_north"}) \
+        if geographic else ({"standard_name": "projection_x_coordinate", "units": "m"},
+                            {"standard_name": "projection_y_coordinate", "units": "m"})
+    values: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+        "time": (spec.time_values.astype("int64"), {"standard_name": "time", "units": "seconds since 1970-01-01",
+                                                    "calendar": "proleptic_gregorian"}),
+        "y": (grid.y(), axis[1]),
+        "x": (grid.x(), axis[0]),
+    }
+    for name, (data, attributes) in values.items():
+        array = group.create_array(name, shape=data.shape, dtype=data.dtype, dimension_names=(name,),
+                                   compressors=[ZstdCodec(checksum=True)], attributes=attributes)
+        array[...] = data
+    band = group.create_array("band", shape=(len(spec.bands),), dtype="str", dimension_names=("band",),
+                              attributes={"wavelength_um": [b.wavelength_um for b in spec.bands]})
+    band[...] = np.array(spec.band_names, dtype=object)
+    a, _, c, _, e, f = grid.transform
+    group.create_array("spatial_ref", shape=(), dtype="int64", attributes={
+        **grid.geobox.crs.proj.to_cf(),
+        "crs_wkt": grid.wkt,
+        "spatial_ref": grid.wkt,
+        "GeoTransform": f"{c!r} {a!r} 0.0 {f!r} 0.0 {e!r}",
+    })
+
+
+def _consolidate(store: Store, groups: Sequence[str]) -> None:
+    # Nothing but `create_cube` changes metadata, so the consolidated copy cannot go stale.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        for group in sorted(groups, key=len, reverse=True):
+            zarr.consolidate_metadata(str(store.root), path=group or None)
+
+
+class ShardWriter:
+    """Fills whole shards of one collection. Pickles as (url, collection) and opens the arrays where it lands."""
+
+    def __init__(self, url: str | Path, collection: str) -> None:
+        self.url = str(url)
+        self.collection = collection
+        self._cube: Cube | None = None
+        self._arrays: dict[str, ts.TensorStore] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "collection": self.collection, "_cube": None, "_arrays": {}}
+
+    def write(
+        self, region: Region, arrays: Mapping[str, np.ndarray], *, key: str, sources: Sequence[SourceOutcome]
+    ) -> LedgerRow:
+        """Write one shard of every array, durably, and then its ledger row.
+
+        Args:
+            region: Exactly one shard (cut at the grid's edge).
+            arrays: Every array of the collection, in the spec's dtype: the main one (time, band, y, x), the others
+                (time, y, x).
+            key: Digest of all that determined the content.
+            sources: What became of each scene.
+
+        Returns:
+            The row; its state is "partial" if a source is missing.
+
+        Raises:
+            MisalignedWrite: The region is not one shard, or an array is absent, superfluous or misshapen.
+            NoSpace: The disk is full; the shard counts as not written.
+        """
+        cube = self._open()
+        spec = cube.spec(self.collection)
+        index = self._check(spec, region, arrays)
+        ledger = cube.ledger(self.collection)
+        ledger.drop(index)  # until the new row is there the shard counts as not written
+        where = f"{self.url} {self.collection} shard {index}"
+        with translate_os_errors(where):
+            pending = [self._array(a.name)[self._box(a, region)].write(np.ascontiguousarray(arrays[a.name]))
+                       for a in spec.arrays()]
+            pending.append(self._write_overview(spec, region, arrays[spec.kind]))
+            for future in pending:
+                future.result()
+        store = Store.at(self.url)
+        checksums = {}
+        for array in spec.arrays():
+            data = store.read(shard_key(spec, array.name, index))
+            if data is None:
+                raise MisalignedWrite(f"{where}: {array.name} is not on disk after it was written; is the folder being changed?")
+            checksums[array.name] = hashlib.sha256(data).hexdigest()
+        layers = {name: arrays[name] for name in spec.class_layers}
+        stats = []
+        for box in spec.chunks(region).values():
+            t, y, x = box.within(region)
+            stats.append(ChunkStats.of(arrays[spec.kind][t, :, y, x], arrays["status"][t, y, x],
+                                       {name: layer[t, y, x] for name, layer in layers.items()}))
+        state: Any = "partial" if any(s.state == "missing" for s in sources) else "done"
+        row = LedgerRow(index, region, key, state, tuple(sources), checksums, tuple(stats))
+        ledger.put(row)
+        return row
+
+    def fail(self, region: Region, *, key: str, sources: Sequence[SourceOutcome]) -> LedgerRow:
+        """Record that a shard could not be made; its pixels stay absent, and reading them raises."""
+        cube = self._open()
+        row = LedgerRow(self._index(cube.spec(self.collection), region), region, key, "failed", tuple(sources))
+        cube.ledger(self.collection).put(row)
+        return row
+
+    def _open(self) -> Cube:
+        if self._cube is None:
+            self._cube = open_cube(self.url)
+        return self._cube
+
+    def _index(self, spec: CubeSpec, region: Region) -> ShardIndex:
+        t, y, x = spec.layout.shard
+        index = (region.t0 // t, region.y0 // y, region.x0 // x)
+        if spec.shards().get(index) != region:
+            raise MisalignedWrite(
+                f"{self.collection}: a write must be exactly one shard, e.g. {spec.shards().get(index)}, got {region}; "
+                f"cut tasks along shards of {spec.layout.shard} (time, y, x)"
+            )
+        return index
+
+    def _check(self, spec: CubeSpec, region: Region, arrays: Mapping[str, np.ndarray]) -> ShardIndex:
+        index = self._index(spec, region)
+        expected = {a.name: a for a in spec.arrays()}
+        if set(arrays) != set(expected):
+            raise MisalignedWrite(f"{self.collection}: a shard needs the arrays {sorted(expected)}, got {sorted(arrays)}")
+        times, height, width = region.shape
+        for name, array in expected.items():
+            shape = (times, len(spec.bands), height, width) if "band" in array.dims else region.shape
+            if arrays[name].shape != shape or arrays[name].dtype != array.dtype:
+                raise MisalignedWrite(
+                    f"{self.collection}/{name}: expected {array.dtype} {shape} for {region}, "
+                    f"got {arrays[name].dtype} {arrays[name].shape}"
+                )
+        return index
+
+    def _box(self, array: ArraySpec, region: Region) -> tuple[slice, ...]:
+        t, y, x = region.slices
+        return (t, slice(None), y, x) if "band" in array.dims else (t, y, x)
+
+    def _array(self, name: str, group: str = "") -> ts.TensorStore:
+        path = f"{group or self.collection}/{name}"
+        if path not in self._arrays:
+            self._arrays[path] = ts.open(
+                {"driver": "zarr3", "kvstore": Store.at(self.url).tensorstore(path),
+                 # a chunk of fill values is stored too: absent always means never written
+                 "store_data_equal_to_fill_value": True},
+                open=True, write=True, read=True,
+            ).result()
+        return self._arrays[path]
+
+    def _write_overview(self, spec: CubeSpec, region: Region, main: np.ndarray) -> Any:
+        step = OVERVIEW_FACTOR
+        rows = np.minimum(np.arange(0, main.shape[2], step) + step // 2, main.shape[2] - 1)
+        cols = np.minimum(np.arange(0, main.shape[3], step) + step // 2, main.shape[3] - 1)
+        y0, x0 = region.y0 // step, region.x0 // step
+        target = self._array(spec.kind, f"overview/{self.collection}")
+        return target[region.t0 : region.t1, :, y0 : y0 + len(rows), x0 : x0 + len(cols)].write(
+            np.ascontiguousarray(main[:, :, rows][:, :, :, cols])
+        )
+
+
+def shard_key(spec: CubeSpec, array: str, index: ShardIndex) -> str:
+    """Key of the stored object of one shard of one array."""
+    t, y, x = index
+    parts = (t, 0, y, x) if "band" in spec.array(array).dims else (t, y, x)
+    return f"{spec.collection}/{array}/c/{'/'.join(str(p) for p in parts)}"
