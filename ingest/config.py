@@ -1,0 +1,313 @@
+"""`IngestConfig`: what is asked of an ingest, every default and every check, in one place.
+
+Libraries take this object; only the command line turns text into it. It is frozen and refuses unknown keys.
+"""
+
+from __future__ import annotations
+
+import calendar
+import datetime as dt
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from zarr_store.errors import InvalidInput
+from zarr_store.grid import normal_crs
+
+__all__ = ["EXECUTION_FIELDS", "Comparison", "IngestConfig", "load_geometry"]
+
+Positive = Annotated[int, Field(gt=0)]
+Names = tuple[str, ...]
+
+EXECUTION_FIELDS = frozenset(
+    {"workers", "threads_per_worker", "memory", "scheduler", "dashboard", "on_error", "limit", "timeout_s", "retries"}
+)
+"""Fields that change how a plan is run but never what ends in the cube; they do not belong in a plan's digest."""
+
+_GEOMETRIES = {"Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection"}
+_MAX_GEOMETRY_BYTES = 16 * 2**20
+
+
+class Comparison(NamedTuple):
+    """One condition on an item property, e.g. ("eo:cloud_cover", "<", 40.0)."""
+
+    name: str
+    operator: Literal["<=", ">=", "!=", "<", ">", "="]
+    value: float | str
+
+    def holds(self, properties: Mapping[str, Any]) -> bool:
+        """Whether an item with `properties` passes; an item without the property does not, except for "!=".
+
+        >>> Comparison("eo:cloud_cover", "<", 40.0).holds({"eo:cloud_cover": 12})
+        True
+        """
+        found = properties.get(self.name)
+        if found is None:
+            return self.operator == "!="
+        if isinstance(self.value, float) and isinstance(found, int | float) and not isinstance(found, bool):
+            order = (found > self.value) - (found < self.value)
+        else:
+            left, right = str(found).lower(), str(self.value).lower()
+            order = (left > right) - (left < right)
+        return {
+            "<": order < 0,
+            "<=": order <= 0,
+            ">": order > 0,
+            ">=": order >= 0,
+            "=": order == 0,
+            "!=": order != 0,
+        }[self.operator]
+
+
+class IngestConfig(BaseModel):
+    """The whole of an ingest: what is selected, on which grid, by which rules, and how it is run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # What is selected
+    collections: Names = Field((), description="collection ids; empty means all that the source has and we understand")
+    bbox: tuple[float, float, float, float] | None = Field(
+        None, description="west, south, east, north in degrees; west > east crosses the antimeridian"
+    )
+    geometry: dict[str, Any] | None = Field(None, description="GeoJSON geometry in lon/lat, or the path of such a file")
+    datetime: str | None = Field(None, description="day, month, year or RFC 3339 instant, or a range A/B, A/.., ../B")
+    query: Names = Field((), description='conditions on item properties, e.g. "eo:cloud_cover<40"')
+    bands: Names = Field((), description="common names or B02-style names; empty means the product's usual ones")
+    max_items: Positive | None = Field(None, description="stop after this many scenes")
+
+    # The grid
+    crs: str | None = Field(None, description="target CRS; none means the one with most pixels")
+    resolution: float | None = Field(None, gt=0, description="pixel size in CRS units; none means the finest source")
+    resampling: Literal["nearest", "bilinear", "cubic", "average"] = "bilinear"
+    profile: Literal["train", "timeseries", "archive"] = "train"
+
+    # Masking, compositing, radiometry
+    mask: Literal["scl", "none"] = "scl"
+    mask_classes: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field(
+        (0, 1, 3, 8, 9, 10), description="classes that are masked: nodata, saturated, shadow, clouds, cirrus"
+    )
+    mask_dilate_m: float = Field(0.0, ge=0, le=10_000, description="how far masked areas grow, metres")
+    group: Literal["solar-day", "item", "month"] = "solar-day"
+    reduce: Literal["first"] = "first"
+    offset_policy: Literal["repair", "warn", "fail"] = Field(
+        "repair", description="when pixels contradict what the metadata says of the -1000 offset"
+    )
+
+    # Trust
+    sign: Literal["planetary-computer", "none"] = "none"
+    allow_hosts: Names = Field((), description="more hosts (or s3 buckets) that hrefs may name; *.example.org works")
+    allow_local: Names = Field((), description="more folders that local hrefs may lie in")
+    allow_private_hosts: bool = Field(False, description="allow private, loopback and link-local addresses")
+
+    # Running; see EXECUTION_FIELDS
+    on_error: Literal["retry", "skip", "fail"] = "retry"
+    limit: Positive | None = Field(None, description="stop after this many shards; the same command goes on")
+    workers: Positive = 2
+    threads_per_worker: Positive = 1
+    memory: str | None = Field(None, description='limit of one worker, e.g. "4GB"')
+    scheduler: str | None = Field(None, description="address of a running Dask scheduler")
+    dashboard: str | None = Field(None, description='address of the dashboard, e.g. ":8787"; none picks a free port')
+    timeout_s: float = Field(30.0, gt=0, le=3600, description="longest silence of a server, seconds")
+    retries: int = Field(4, ge=0, le=20, description="how often a failed request is repeated")
+
+    @field_validator("collections", "bands", "query", "allow_hosts", "allow_local", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        # "red,nir" is what people type, also inside TOML
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("collections", "bands")
+    @classmethod
+    def _named_once(cls, value: Names) -> Names:
+        if any(not name.strip() for name in value):
+            raise ValueError("names must not be empty")
+        if len(set(value)) != len(value):
+            raise ValueError(f"each name once, got {', '.join(value)}")
+        return value
+
+    @field_validator("bbox", mode="before")
+    @classmethod
+    def _parse_bbox(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("bbox")
+    @classmethod
+    def _check_bbox(cls, value: tuple[float, float, float, float] | None) -> tuple[float, float, float, float] | None:
+        if value is None:
+            return None
+        west, south, east, north = value
+        if not all(math.isfinite(v) for v in value):
+            raise ValueError(f"west,south,east,north must be finite numbers, got {value}")
+        if not (-90 <= south <= 90 and -90 <= north <= 90):
+            raise ValueError(
+                f"south and north must be degrees of latitude in -90…90, got {south:g} and {north:g}; "
+                "the order is west,south,east,north in lon/lat degrees, not projected metres"
+            )
+        if not (-180 <= west <= 180 and -180 <= east <= 180):
+            raise ValueError(f"west and east must be degrees of longitude in -180…180, got {west:g} and {east:g}")
+        if south >= north:
+            raise ValueError(f"south must be below north (order: west,south,east,north), got {south:g} and {north:g}")
+        if west == east:
+            raise ValueError(f"west and east must differ, got {west:g} twice")
+        return value
+
+    @field_validator("geometry", mode="before")
+    @classmethod
+    def _read_geometry(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            return load_geometry(value)
+        return _bare_geometry(value, "geometry") if isinstance(value, Mapping) else value
+
+    @field_validator("datetime")
+    @classmethod
+    def _check_datetime(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_interval(value)
+        return value
+
+    @field_validator("query")
+    @classmethod
+    def _check_query(cls, value: Names) -> Names:
+        for text in value:
+            parse_comparison(text)
+        return value
+
+    @field_validator("crs")
+    @classmethod
+    def _check_crs(cls, value: str | None) -> str | None:
+        return None if value is None else normal_crs(value)
+
+    @field_validator("memory")
+    @classmethod
+    def _check_memory(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+(\.\d+)?\s*([kMGT]i?)?B", value.strip()):
+            raise ValueError(f"expected a size such as 4GB or 512MiB, got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_region(self) -> IngestConfig:
+        if self.bbox and self.geometry:
+            raise ValueError("give bbox or geometry, not both")
+        return self
+
+    @property
+    def interval(self) -> tuple[dt.datetime | None, dt.datetime | None]:
+        """(start, end), both inclusive and in UTC; None is open."""
+        return parse_interval(self.datetime) if self.datetime else (None, None)
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """The parsed conditions of `query`."""
+        return tuple(parse_comparison(text) for text in self.query)
+
+
+def parse_comparison(text: str) -> Comparison:
+    """Parse "eo:cloud_cover<40".
+
+    >>> parse_comparison("eo:cloud_cover <= 40")
+    Comparison(name='eo:cloud_cover', operator='<=', value=40.0)
+    """
+    found = re.fullmatch(r"\s*([A-Za-z_][\w:.\-]*)\s*(<=|>=|!=|==|<|>|=)\s*(\S.*?)\s*", text)
+    if not found:
+        raise ValueError(f"query {text!r} must be PROPERTY<VALUE with one of < <= > >= = !=, e.g. eo:cloud_cover<40")
+    name, operator, raw = found.groups()
+    value: float | str
+    try:
+        value = float(raw)
+        if not math.isfinite(value):
+            raise ValueError
+    except ValueError:
+        value = raw.strip("'\"")
+    return Comparison(name, "=" if operator == "==" else operator, value)  # type: ignore[arg-type]
+
+
+def parse_interval(text: str) -> tuple[dt.datetime | None, dt.datetime | None]:
+    """Parse a day, month, year, instant or range into inclusive UTC bounds.
+
+    >>> parse_interval("2023-08/2023-09-10")[1].isoformat()
+    '2023-09-10T23:59:59+00:00'
+    """
+    parts = [part.strip() for part in text.split("/")]
+    if len(parts) > 2 or not any(part not in ("", "..") for part in parts):
+        raise ValueError(f"datetime {text!r} must be one date or a range A/B with at least one date")
+    start = _bound(parts[0], end=False)
+    stop = _bound(parts[-1], end=True)
+    if start and stop and start > stop:
+        raise ValueError(f"datetime range is reversed: {parts[0]} is after {parts[1]}; swap them")
+    return start, stop
+
+
+def _bound(text: str, *, end: bool) -> dt.datetime | None:
+    if text in ("", ".."):
+        return None
+    short = re.fullmatch(r"(\d{4})(?:-(\d{2})(?:-(\d{2}))?)?", text)
+    try:
+        if not short:
+            moment = dt.datetime.fromisoformat(text)
+            return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)
+        year, month, day = (int(part) if part else None for part in short.groups())
+        if not end:
+            return dt.datetime(year or 0, month or 1, day or 1, tzinfo=dt.UTC)
+        month = month or 12
+        day = day or calendar.monthrange(year or 1, month)[1]
+        return dt.datetime(year or 0, month, day, 23, 59, 59, tzinfo=dt.UTC)
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"datetime {text!r} is no date: expected e.g. 2023, 2023-08, 2023-08-10 or 2023-08-10T09:57:57Z ({error})"
+        ) from error
+
+
+def load_geometry(path: str | Path) -> dict[str, Any]:
+    """Read one geometry from a GeoJSON file (geometry, Feature, or FeatureCollection whose geometries are joined).
+
+    Raises:
+        InvalidInput: Not readable, not GeoJSON, or not in lon/lat degrees.
+    """
+    try:
+        size = Path(path).stat().st_size
+        if size > _MAX_GEOMETRY_BYTES:
+            raise InvalidInput(f"geometry file {path} has {size} bytes, more than {_MAX_GEOMETRY_BYTES}; simplify it")
+        data = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InvalidInput(f"cannot read geometry file {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"geometry file {path} is not JSON: {error}") from error
+    return _bare_geometry(data, str(path))
+
+
+def _bare_geometry(data: Any, where: str) -> dict[str, Any]:
+    """The geometry inside `data`, checked to be non-empty and in degrees."""
+    import shapely
+    from shapely.errors import ShapelyError
+    from shapely.geometry import mapping, shape
+
+    kind = data.get("type") if isinstance(data, Mapping) else None
+    if kind == "Feature":
+        return _bare_geometry(data.get("geometry"), where)
+    try:
+        if kind == "FeatureCollection":
+            parts = [shape(_bare_geometry(feature, where)) for feature in data.get("features", [])]
+            geometry = shapely.union_all(parts)
+        elif kind in _GEOMETRIES:
+            geometry = shape(data)
+        else:
+            raise InvalidInput(f"{where}: expected a GeoJSON geometry, Feature or FeatureCollection, got type {kind!r}")
+    except (ShapelyError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise InvalidInput(f"{where}: not a valid GeoJSON geometry: {error}") from error
+    if geometry.is_empty:
+        raise InvalidInput(f"{where}: the geometry is empty")
+    west, south, east, north = geometry.bounds
+    if not (-360 <= west <= east <= 360 and -90 <= south <= north <= 90):
+        raise InvalidInput(
+            f"{where}: coordinates must be longitude and latitude in degrees, got bounds {geometry.bounds}; "
+            "reproject it to EPSG:4326"
+        )
+    result: dict[str, Any] = json.loads(json.dumps(mapping(geometry)))
+    return result
