@@ -128,7 +128,19 @@ class AccessError(TerrashardError, OSError):
 
 
 class AssetUnreadable(AccessError):
-    """One asset of one scene could not be read after all retries."""
+    """One asset of one scene could not be read after all retries; `reason` is the cause alone, without secrets."""
+
+    reason: str = ""
+
+    @classmethod
+    def of(cls, scene: str, asset: str, reason: str, href: str) -> Self:
+        """Build the message that names the scene and the asset; `href` and `reason` must hold no secrets."""
+        error = cls(
+            f"scene {scene or '?'}, asset {asset or '?'} ({href}) could not be read: {reason}; "
+            "its pixels count as missing until a repeated run can read it"
+        )
+        error.reason = reason
+        return error
 
 
 class Preempted(TerrashardError):
