@@ -59,7 +59,8 @@ class Store:
             return cls(Path(unquote(parts.path)).absolute())
         if "://" in text:
             raise InvalidInput(
-                f"cannot open {parts.scheme}://{parts.hostname or ''}…: cubes live on a local or mounted file system; give a path"
+                f"cannot open {parts.scheme}://{parts.hostname or ''}…: cubes live on a local or mounted file system; "
+                "give a path"
             )
         return cls(Path(text).expanduser().absolute())
 
@@ -132,7 +133,7 @@ class Store:
         )
 
     def tensorstore(self, path: str) -> dict[str, Any]:
-        """tensorstore's key-value store for the array at `path`."""
+        """Tensorstore's key-value store for the array at `path`."""
         return {"driver": "file", "path": f"{self.root / path}/"}
 
     @contextlib.contextmanager

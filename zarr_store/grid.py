@@ -144,11 +144,11 @@ class Grid:
 
     def x(self) -> npt.NDArray[np.float64]:
         """Pixel-centre x, shape (width,)."""
-        return self.transform[2] + self.transform[0] * (np.arange(self.width) + 0.5)
+        return np.asarray(self.transform[2] + self.transform[0] * (np.arange(self.width) + 0.5), np.float64)
 
     def y(self) -> npt.NDArray[np.float64]:
         """Pixel-centre y, shape (height,), descending."""
-        return self.transform[5] + self.transform[4] * (np.arange(self.height) + 0.5)
+        return np.asarray(self.transform[5] + self.transform[4] * (np.arange(self.height) + 0.5), np.float64)
 
     def window(self, y0: int, x0: int, height: int, width: int) -> Grid:
         """The sub-grid of `height` × `width` pixels whose first pixel is (y0, x0); may reach outside."""

@@ -82,8 +82,14 @@ class ChunkStats:
     def from_list(cls, data: list[Any]) -> Self:
         """Inverse of `to_list`."""
         observed, masked, missing, mean, m2, classes = data
-        return cls(observed, masked, missing, tuple(mean), tuple(m2),
-                   {name: {int(k): v for k, v in counts.items()} for name, counts in classes.items()})
+        return cls(
+            observed,
+            masked,
+            missing,
+            tuple(mean),
+            tuple(m2),
+            {name: {int(k): v for k, v in counts.items()} for name, counts in classes.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,13 @@ class CubeLock:
         self._mine: bytes | None = None
 
     def __enter__(self) -> Self:
-        mine = json.dumps({**_identity(os.getpid()), "purpose": self._purpose,
-                           "since": datetime.now(UTC).isoformat(timespec="seconds")}).encode()
+        mine = json.dumps(
+            {
+                **_identity(os.getpid()),
+                "purpose": self._purpose,
+                "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        ).encode()
         # twice: a stale lock is removed once; losing the race for its place to another run is a true conflict
         for _ in range(2):
             if self._store.create_exclusive(self._key, mine):
@@ -50,8 +55,8 @@ class CubeLock:
             if not _is_dead(holder):
                 raise Locked(
                     f"{self._store.url} is held by {holder.get('purpose', 'another run')} "
-                    f"(host {holder.get('host', '?')}, pid {holder.get('pid', '?')}, since {holder.get('since', '?')}); "
-                    f"wait for it to end, or, if that machine is gone, remove {self._store.root / self._key}"
+                    f"(host {holder.get('host', '?')}, pid {holder.get('pid', '?')}, "
+                    f"since {holder.get('since', '?')}); wait for it to end, or, if that machine is gone, remove {self._store.root / self._key}"
                 )
             self._take_stale(held)
         raise Locked(f"{self._store.url} was taken by another run at the same moment; repeat the command")

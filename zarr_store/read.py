@@ -19,7 +19,7 @@ from zarr_store.ledger import Ledger
 from zarr_store.regions import Region
 from zarr_store.spec import CubeSpec
 
-__all__ = ["Cube", "is_cube", "open_cube", "read_tensorstore"]
+__all__ = ["Cube", "await_read", "is_cube", "open_cube", "read_tensorstore"]
 
 # Decoded chunks shared by all arrays that a process opens: an epoch touches each chunk several times in a row.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
@@ -118,20 +118,26 @@ class Cube:
         A shard that was never written reads as fill value here, as Zarr has it: look at `status` (0) or use `read`.
         """
         self._describe(collection)
-        return xr.open_zarr(self.url, group=collection, chunks=None, mask_and_scale=False)
+        opened: xr.Dataset = xr.open_zarr(self.url, group=collection, chunks=None, mask_and_scale=False)
+        return opened
 
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
         """One array, read-only; reading a chunk that was never written raises."""
         self.spec(collection).array(array)
         return ts.open(
-            {"driver": "zarr3", "kvstore": self._store.tensorstore(f"{collection}/{array}"),
-             "fill_missing_data_reads": False, "recheck_cached_data": "open"},
-            open=True, read=True, write=False, context=_CONTEXT,
+            {
+                "driver": "zarr3",
+                "kvstore": self._store.tensorstore(f"{collection}/{array}"),
+                "fill_missing_data_reads": False,
+                "recheck_cached_data": "open",
+            },
+            open=True,
+            read=True,
+            write=False,
+            context=_CONTEXT,
         ).result()
 
-    def read(
-        self, collection: str, array: str, region: Region, bands: Sequence[int] | None = None
-    ) -> np.ndarray:
+    def read(self, collection: str, array: str, region: Region, bands: Sequence[int] | None = None) -> np.ndarray:
         """Read one box.
 
         Args:
@@ -157,13 +163,18 @@ class Cube:
 
 
 def read_tensorstore(view: ts.TensorStore, where: str) -> np.ndarray:
-    """Read a view, turning tensorstore's status codes into ours.
+    """Read a view, turning tensorstore's status codes into ours; raises as `await_read` does."""
+    return await_read(view.read(), where)
+
+
+def await_read(pending: Any, where: str) -> np.ndarray:
+    """Wait for a tensorstore read that is under way (`pending`, a future), turning its status codes into ours.
 
     Raises:
         MissingShard: NOT_FOUND. CorruptShard: DATA_LOSS or a damaged shard index.
     """
     try:
-        return np.asarray(view.read().result())
+        return np.asarray(pending.result())
     except ValueError as error:
         text = str(error)
         if text.startswith("NOT_FOUND"):

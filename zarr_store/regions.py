@@ -77,7 +77,9 @@ class Region:
         )
 
 
-def iterate_boxes(shape: tuple[int, int, int], box: tuple[int, int, int]) -> Iterator[tuple[tuple[int, int, int], Region]]:
+def iterate_boxes(
+    shape: tuple[int, int, int], box: tuple[int, int, int]
+) -> Iterator[tuple[tuple[int, int, int], Region]]:
     """Tile (time, y, x) `shape` by `box`, in order; the last boxes are cut at the edge.
 
     Yields:
@@ -101,5 +103,3 @@ def iterate_boxes(shape: tuple[int, int, int], box: tuple[int, int, int]) -> Ite
                         min((x + 1) * box[2], shape[2]),
                     ),
                 )
-
-

@@ -66,9 +66,7 @@ class Layout:
 
     def fitted(self, shape: tuple[int, int, int]) -> Layout:
         """The same layout with shards no larger than needed to cover `shape`, in whole chunks."""
-        shard = tuple(
-            min(s, -(-n // c) * c) for s, c, n in zip(self.shard, self.chunk, shape, strict=True)
-        )
+        shard = tuple(min(s, -(-n // c) * c) for s, c, n in zip(self.shard, self.chunk, shape, strict=True))
         return Layout(self.name, self.chunk, (shard[0], shard[1], shard[2]), self.cname, self.clevel)
 
 
@@ -125,7 +123,9 @@ class CubeSpec:
         if not names or len(set(names)) != len(names):
             raise InvalidInput(f"{self.collection}: bands must be named once each and not be empty, got {names}")
         if not self.times or list(self.times) != sorted(set(self.times)):
-            raise InvalidInput(f"{self.collection}: times must be strictly ascending and not be empty, got {self.times}")
+            raise InvalidInput(
+                f"{self.collection}: times must be strictly ascending and not be empty, got {self.times}"
+            )
         for chunk, shard in zip(self.layout.chunk, self.layout.shard, strict=True):
             if chunk < 1 or shard % chunk:
                 raise InvalidInput(
@@ -134,8 +134,8 @@ class CubeSpec:
                 )
         if self.layout.chunk[1] % OVERVIEW_FACTOR or self.layout.chunk[2] % OVERVIEW_FACTOR:
             raise InvalidInput(
-                f"{self.collection}: chunk sides in y and x must be multiples of {OVERVIEW_FACTOR} (the overview's step), "
-                f"got {self.layout.chunk[1:]}"
+                f"{self.collection}: chunk sides in y and x must be multiples of {OVERVIEW_FACTOR}, "
+                f"the step of the overview; got {self.layout.chunk[1:]}"
             )
         object.__setattr__(self, "layout", self.layout.fitted(self.shape))
 
@@ -163,17 +163,34 @@ class CubeSpec:
             main |= {"reflectance_scale": self.bands[0].scale, "reflectance_offset": self.bands[0].offset}
         nodata = self.bands[0].nodata
         return (
-            ArraySpec(self.kind, MAIN_ARRAYS[self.kind], ("time", "band", "y", "x"),
-                      float("nan") if self.kind == "backscatter" else float(nodata or 0), main),
+            ArraySpec(
+                self.kind,
+                MAIN_ARRAYS[self.kind],
+                ("time", "band", "y", "x"),
+                float("nan") if self.kind == "backscatter" else float(nodata or 0),
+                main,
+            ),
             *(ArraySpec(name, "uint8", tyx, 0, {"long_name": name}) for name in self.class_layers),
-            ArraySpec("status", "uint8", tyx, STATUS_NODATA, {
-                "long_name": "what is known of the pixel",
-                "flag_values": [STATUS_NODATA, STATUS_OBSERVED, STATUS_MASKED, STATUS_MISSING],
-                "flag_meanings": "nodata observed masked missing",
-            }),
-            ArraySpec("source_item", "int16", tyx, -1, {
-                "long_name": "row of the item table that gave the pixel, -1 for none",
-            }),
+            ArraySpec(
+                "status",
+                "uint8",
+                tyx,
+                STATUS_NODATA,
+                {
+                    "long_name": "what is known of the pixel",
+                    "flag_values": [STATUS_NODATA, STATUS_OBSERVED, STATUS_MASKED, STATUS_MISSING],
+                    "flag_meanings": "nodata observed masked missing",
+                },
+            ),
+            ArraySpec(
+                "source_item",
+                "int16",
+                tyx,
+                -1,
+                {
+                    "long_name": "row of the item table that gave the pixel, -1 for none",
+                },
+            ),
         )
 
     def array(self, name: str) -> ArraySpec:
@@ -193,8 +210,14 @@ class CubeSpec:
     def chunks(self, region: Region) -> dict[tuple[int, int, int], Region]:
         """The chunks of one shard `region`, by index inside the shard, in cube coordinates."""
         return {
-            index: Region(box.t0 + region.t0, box.t1 + region.t0, box.y0 + region.y0,
-                          box.y1 + region.y0, box.x0 + region.x0, box.x1 + region.x0)
+            index: Region(
+                box.t0 + region.t0,
+                box.t1 + region.t0,
+                box.y0 + region.y0,
+                box.y1 + region.y0,
+                box.x0 + region.x0,
+                box.x1 + region.x0,
+            )
             for index, box in iterate_boxes(region.shape, self.layout.chunk)
         }
 
@@ -213,5 +236,7 @@ class CubeSpec:
             grid=Grid.from_dict(data["grid"]),
             times=tuple(data["times"]),
             class_layers=tuple(data["class_layers"]),
-            layout=Layout(layout["name"], tuple(layout["chunk"]), tuple(layout["shard"]), layout["cname"], layout["clevel"]),
+            layout=Layout(
+                layout["name"], tuple(layout["chunk"]), tuple(layout["shard"]), layout["cname"], layout["clevel"]
+            ),
         )

@@ -62,11 +62,14 @@ def verify_cube(
     """
     cube = open_cube(url)
     store = Store.at(url)
-    written = [(name, row) for name in cube.collections
-               for row in cube.ledger(name).rows().values() if row.state != "failed"]
+    written = [
+        (name, row) for name in cube.collections for row in cube.ledger(name).rows().values() if row.state != "failed"
+    ]
     if share < 1:
-        written = sorted(random.Random(seed).sample(written, max(1, round(share * len(written)))) if written else [],
-                         key=lambda pair: (pair[0], pair[1].index))
+        written = sorted(
+            random.Random(seed).sample(written, max(1, round(share * len(written)))) if written else [],
+            key=lambda pair: (pair[0], pair[1].index),
+        )
     size = 0
     damage = []
     for done, (name, row) in enumerate(written, 1):

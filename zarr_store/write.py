@@ -22,7 +22,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr_store.backends import Store, translate_os_errors
 from zarr_store.errors import CubeMismatch, InvalidInput, MisalignedWrite
 from zarr_store.index import ChunkStats
-from zarr_store.ledger import Ledger, LedgerRow, ShardIndex, SourceOutcome
+from zarr_store.ledger import LedgerRow, ShardIndex, SourceOutcome
 from zarr_store.read import Cube, is_cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
@@ -35,9 +35,7 @@ FORMAT_VERSION = 1
 Items = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def create_cube(
-    url: str | Path, specs: Sequence[CubeSpec], *, items: Items, provenance: Mapping[str, Any]
-) -> None:
+def create_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, provenance: Mapping[str, Any]) -> None:
     """Create the metadata of a cube, or find that it exists already.
 
     Args:
@@ -52,8 +50,9 @@ def create_cube(
     """
     store = Store.at(url)
     _check_specs(specs)
-    described = {spec.collection: {"spec": spec.to_dict(), "items": [dict(i) for i in items[spec.collection]]}
-                 for spec in specs}
+    described = {
+        spec.collection: {"spec": spec.to_dict(), "items": [dict(i) for i in items[spec.collection]]} for spec in specs
+    }
     described = json.loads(json.dumps(described))  # tuples become lists, as they will read back
     if store.exists():
         _check_existing(store, described)
@@ -61,16 +60,24 @@ def create_cube(
     with store.beside() as fresh:
         root = zarr.create_group(
             str(fresh.root),
-            attributes={"terrashard": {"format": FORMAT_VERSION, "collections": [s.collection for s in specs],
-                                       "provenance": json.loads(json.dumps(dict(provenance)))}},
+            attributes={
+                "terrashard": {
+                    "format": FORMAT_VERSION,
+                    "collections": [s.collection for s in specs],
+                    "provenance": json.loads(json.dumps(dict(provenance))),
+                }
+            },
         )
         overviews = root.create_group("overview")
         root.create_group("_terrashard")
         for spec in specs:
-            group = root.create_group(spec.collection, attributes={
-                **georeference(spec.grid.to_dict(), spec.grid.bounds, spec.grid.wkt),
-                "terrashard": described[spec.collection],
-            })
+            group = root.create_group(
+                spec.collection,
+                attributes={
+                    **georeference(spec.grid.to_dict(), spec.grid.bounds, spec.grid.wkt),
+                    "terrashard": described[spec.collection],
+                },
+            )
             _write_coordinates(group, spec, spec.grid)
             for array in spec.arrays():
                 _create_array(group, spec, array)
@@ -129,8 +136,16 @@ def _differences(there: Any, asked: Any, path: str = "") -> list[str]:
             at = f"{path}.{key}" if path else str(key)
             found += _differences(there.get(key), asked.get(key), at)
         return found
-    if isinstance(there, list) and isinstance(asked, list) and len(there) == len(asked) and there and isinstance(there[0], dict):
-        return [d for i, (a, b) in enumerate(zip(there, asked, strict=True)) for d in _differences(a, b, f"{path}[{i}]")]
+    if (
+        isinstance(there, list)
+        and isinstance(asked, list)
+        and len(there) == len(asked)
+        and there
+        and isinstance(there[0], dict)
+    ):
+        return [
+            d for i, (a, b) in enumerate(zip(there, asked, strict=True)) for d in _differences(a, b, f"{path}[{i}]")
+        ]
     if there == asked:
         return []
 
@@ -155,8 +170,10 @@ def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec) -> None:
         dtype=array.dtype,
         fill_value=array.fill,
         # bitshuffle finds the unused high bits of 12-bit samples; crc32c catches what Zarr alone would read as data
-        compressors=[BloscCodec(cname=spec.layout.cname, clevel=spec.layout.clevel, shuffle="bitshuffle"),  # type: ignore[arg-type]
-                     Crc32cCodec()],
+        compressors=[
+            BloscCodec(cname=spec.layout.cname, clevel=spec.layout.clevel, shuffle="bitshuffle"),  # type: ignore[arg-type]
+            Crc32cCodec(),
+        ],
         dimension_names=array.dims,
         attributes={**array.attributes, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
     )
@@ -166,7 +183,9 @@ def _create_overview(overviews: zarr.Group, spec: CubeSpec) -> None:
     # Unsharded and without crc32c, so that GDAL reads it (3.12 knows neither sharding nor crc32c); zstd has its own
     # checksum. One chunk is the overview of one shard, written by the shard's only writer.
     coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
-    group = overviews.create_group(spec.collection, attributes=georeference(coarse.to_dict(), coarse.bounds, coarse.wkt))
+    group = overviews.create_group(
+        spec.collection, attributes=georeference(coarse.to_dict(), coarse.bounds, coarse.wkt)
+    )
     _write_coordinates(group, spec, coarse)
     main = spec.array(spec.kind)
     t, y, x = spec.layout.shard
@@ -184,29 +203,55 @@ def _create_overview(overviews: zarr.Group, spec: CubeSpec) -> None:
 
 def _write_coordinates(group: zarr.Group, spec: CubeSpec, grid: Any) -> None:
     geographic = grid.geobox.crs.geographic
-    axis = ({"standard_name": "longitude", "units": "degrees_east"}, {"standard_name": "latitude", "units": "degrees_north"}) \
-        if geographic else ({"standard_name": "projection_x_coordinate", "units": "m"},
-                            {"standard_name": "projection_y_coordinate", "units": "m"})
+    axis = (
+        (
+            {"standard_name": "longitude", "units": "degrees_east"},
+            {"standard_name": "latitude", "units": "degrees_north"},
+        )
+        if geographic
+        else (
+            {"standard_name": "projection_x_coordinate", "units": "m"},
+            {"standard_name": "projection_y_coordinate", "units": "m"},
+        )
+    )
     values: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-        "time": (spec.time_values.astype("int64"), {"standard_name": "time", "units": "seconds since 1970-01-01",
-                                                    "calendar": "proleptic_gregorian"}),
+        "time": (
+            spec.time_values.astype("int64"),
+            {"standard_name": "time", "units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"},
+        ),
         "y": (grid.y(), axis[1]),
         "x": (grid.x(), axis[0]),
     }
     for name, (data, attributes) in values.items():
-        array = group.create_array(name, shape=data.shape, dtype=data.dtype, dimension_names=(name,),
-                                   compressors=[ZstdCodec(checksum=True)], attributes=attributes)
+        array = group.create_array(
+            name,
+            shape=data.shape,
+            dtype=data.dtype,
+            dimension_names=(name,),
+            compressors=[ZstdCodec(checksum=True)],
+            attributes=attributes,
+        )
         array[...] = data
-    band = group.create_array("band", shape=(len(spec.bands),), dtype="str", dimension_names=("band",),
-                              attributes={"wavelength_um": [b.wavelength_um for b in spec.bands]})
+    band = group.create_array(
+        "band",
+        shape=(len(spec.bands),),
+        dtype="str",
+        dimension_names=("band",),
+        attributes={"wavelength_um": [b.wavelength_um for b in spec.bands]},
+    )
     band[...] = np.array(spec.band_names, dtype=object)
     a, _, c, _, e, f = grid.transform
-    group.create_array("spatial_ref", shape=(), dtype="int64", attributes={
-        **grid.geobox.crs.proj.to_cf(),
-        "crs_wkt": grid.wkt,
-        "spatial_ref": grid.wkt,
-        "GeoTransform": f"{c!r} {a!r} 0.0 {f!r} 0.0 {e!r}",
-    })
+    group.create_array(
+        "spatial_ref",
+        shape=(),
+        dtype="int64",
+        attributes={
+            **grid.geobox.crs.proj.to_cf(),
+            "crs_wkt": grid.wkt,
+            "spatial_ref": grid.wkt,
+            "GeoTransform": f"{c!r} {a!r} 0.0 {f!r} 0.0 {e!r}",
+        },
+    )
 
 
 def _consolidate(store: Store, groups: Sequence[str]) -> None:
@@ -255,8 +300,10 @@ class ShardWriter:
         ledger.drop(index)  # until the new row is there the shard counts as not written
         where = f"{self.url} {self.collection} shard {index}"
         with translate_os_errors(where):
-            pending = [self._array(a.name)[self._box(a, region)].write(np.ascontiguousarray(arrays[a.name]))
-                       for a in spec.arrays()]
+            pending = [
+                self._array(a.name)[self._box(a, region)].write(np.ascontiguousarray(arrays[a.name]))
+                for a in spec.arrays()
+            ]
             pending.append(self._write_overview(spec, region, arrays[spec.kind]))
             for future in pending:
                 future.result()
@@ -265,14 +312,21 @@ class ShardWriter:
         for array in spec.arrays():
             data = store.read(shard_key(spec, array.name, index))
             if data is None:
-                raise MisalignedWrite(f"{where}: {array.name} is not on disk after it was written; is the folder being changed?")
+                raise MisalignedWrite(
+                    f"{where}: {array.name} is not on disk after it was written; is the folder being changed?"
+                )
             checksums[array.name] = hashlib.sha256(data).hexdigest()
         layers = {name: arrays[name] for name in spec.class_layers}
         stats = []
         for box in spec.chunks(region).values():
             t, y, x = box.within(region)
-            stats.append(ChunkStats.of(arrays[spec.kind][t, :, y, x], arrays["status"][t, y, x],
-                                       {name: layer[t, y, x] for name, layer in layers.items()}))
+            stats.append(
+                ChunkStats.of(
+                    arrays[spec.kind][t, :, y, x],
+                    arrays["status"][t, y, x],
+                    {name: layer[t, y, x] for name, layer in layers.items()},
+                )
+            )
         state: Any = "partial" if any(s.state == "missing" for s in sources) else "done"
         row = LedgerRow(index, region, key, state, tuple(sources), checksums, tuple(stats))
         ledger.put(row)
@@ -304,7 +358,9 @@ class ShardWriter:
         index = self._index(spec, region)
         expected = {a.name: a for a in spec.arrays()}
         if set(arrays) != set(expected):
-            raise MisalignedWrite(f"{self.collection}: a shard needs the arrays {sorted(expected)}, got {sorted(arrays)}")
+            raise MisalignedWrite(
+                f"{self.collection}: a shard needs the arrays {sorted(expected)}, got {sorted(arrays)}"
+            )
         times, height, width = region.shape
         for name, array in expected.items():
             shape = (times, len(spec.bands), height, width) if "band" in array.dims else region.shape
@@ -323,10 +379,15 @@ class ShardWriter:
         path = f"{group or self.collection}/{name}"
         if path not in self._arrays:
             self._arrays[path] = ts.open(
-                {"driver": "zarr3", "kvstore": Store.at(self.url).tensorstore(path),
-                 # a chunk of fill values is stored too: absent always means never written
-                 "store_data_equal_to_fill_value": True},
-                open=True, write=True, read=True,
+                {
+                    "driver": "zarr3",
+                    "kvstore": Store.at(self.url).tensorstore(path),
+                    # a chunk of fill values is stored too: absent always means never written
+                    "store_data_equal_to_fill_value": True,
+                },
+                open=True,
+                write=True,
+                read=True,
             ).result()
         return self._arrays[path]
 
