@@ -144,8 +144,8 @@ class Store:
             folder = tempfile.mkdtemp(prefix=f".{self.root.name}.", suffix=".partial", dir=self.root.parent)
         try:
             os.chmod(folder, 0o777 & ~_umask())
-            yield Store(Path(folder))
             with translate_os_errors(self.url):
+                yield Store(Path(folder))
                 os.rename(folder, self.root)  # fails if something non-empty has appeared there meanwhile
                 _sync_folder(self.root.parent)
         except BaseException:

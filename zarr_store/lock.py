@@ -56,7 +56,8 @@ class CubeLock:
                 raise Locked(
                     f"{self._store.url} is held by {holder.get('purpose', 'another run')} "
                     f"(host {holder.get('host', '?')}, pid {holder.get('pid', '?')}, "
-                    f"since {holder.get('since', '?')}); wait for it to end, or, if that machine is gone, remove {self._store.root / self._key}"
+                    f"since {holder.get('since', '?')}); "
+                    f"wait for it to end, or, if that machine is gone, remove {self._store.root / self._key}"
                 )
             self._take_stale(held)
         raise Locked(f"{self._store.url} was taken by another run at the same moment; repeat the command")
