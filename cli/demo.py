@@ -1,0 +1,24 @@
+"""`terrashard demo`: the whole journey on a simulated world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.session import Session, command
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, examples=("terrashard demo", "terrashard demo --out /tmp/demo"))
+    def demo(
+        session: Session,
+        out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything goes.")] = Path("demo"),
+    ) -> int:
+        """Simulate scenes, ingest them through a STAC API, train, evaluate, and draw the map. Repeating continues."""
+        from cli.journey import run_demo
+
+        return run_demo(session, out)

@@ -1,0 +1,44 @@
+"""`terrashard evaluate`: how good a run is on ground it has not seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.session import Session, command
+
+__all__ = ["register", "table"]
+
+
+def table(scores: dict[str, Any]) -> list[str]:
+    """The scores as lines: totals, then a row for each class."""
+    totals = [f"{name} {scores[name]:.4f}" for name in ("accuracy", "macro_f1", "miou") if scores.get(name) is not None]
+    lines = [f"{', '.join(totals)} on {scores['samples']:,} samples of split {scores['split']} ({scores['seconds']:.1f} s)"]
+    per_class = scores.get("per_class") or {}
+    rows = per_class.items() if isinstance(per_class, dict) else ((row.get("name", "?"), row) for row in per_class)
+    for name, row in rows:
+        values = "  ".join(
+            f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value:,}"
+            for key, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)
+        )
+        lines.append(f"  {name:24} {values}")
+    return lines
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, examples=("terrashard evaluate runs/zagreb", "terrashard evaluate runs/zagreb --data other.zarr --json"))
+    def evaluate(
+        session: Session,
+        run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `terrashard train`.")],
+        data: Annotated[str | None, typer.Option(metavar="STORE", help="Another cube than that of the run.")] = None,
+        split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    ) -> None:
+        """Judge a run on the blocks that were kept aside."""
+        from jaxtrain.evaluate import evaluate as judge
+
+        scores = judge(run, data=data, split=split)
+        for line in table(scores):
+            session.say(line)
+        session.emit(scores)

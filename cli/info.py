@@ -1,0 +1,94 @@
+"""`terrashard info`: what is in a cube."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.session import Session, command
+
+if TYPE_CHECKING:
+    from zarr_store import Cube
+
+__all__ = ["describe", "register"]
+
+
+def describe(cube: Cube, collection: str) -> dict[str, Any]:
+    """The keys that CONTRACT promises for one collection, and the shares of pixels by status."""
+    spec = cube.spec(collection)
+    items = cube.items(collection)
+    counts = cube.ledger(collection).counts(len(spec.shards()))
+    index = cube.index(collection)
+    pixels = max(int(index.pixels.sum()), 1)
+    times, height, width = spec.shape
+    made = cube.provenance.get("collections", {}).get(collection, {})
+    chunk_t, chunk_y, chunk_x = spec.layout.chunk
+    shard_t, shard_y, shard_x = spec.layout.shard
+    return {
+        "dims": {"time": times, "band": len(spec.bands), "y": height, "x": width},
+        "bands": list(spec.band_names),
+        "dtype": spec.array(spec.kind).dtype,
+        "crs": spec.grid.crs,
+        "transform": list(spec.grid.transform),
+        "shape": [times, len(spec.bands), height, width],
+        "times": list(spec.times),
+        "chunks": [chunk_t, len(spec.bands), chunk_y, chunk_x],
+        "shards": [shard_t, len(spec.bands), shard_y, shard_x],
+        "layout": spec.layout.name,
+        "kind": spec.kind,
+        "class_layers": list(spec.class_layers),
+        "bounds": list(spec.grid.bounds),
+        "items": [item["id"] for item in items],
+        "complete": counts["done"] == counts["total"],
+        "shards_done": counts["done"],
+        "shards_partial": counts["partial"],
+        "shards_failed": counts["failed"],
+        "shards_total": counts["total"],
+        "resampled_share": made.get("resampled_share"),
+        "offset_verdicts": made.get("offset_verdicts", {}),
+        "observed_share": float(index.observed.sum()) / pixels,
+        "masked_share": float(index.masked.sum()) / pixels,
+        "missing_share": float(index.missing.sum()) / pixels,
+    }
+
+
+def _lines(name: str, facts: dict[str, Any]) -> list[str]:
+    t, b, y, x = facts["shape"]
+    a = facts["transform"][0]
+    state = "complete" if facts["complete"] else (
+        f"{facts['shards_done']} of {facts['shards_total']} shards done, {facts['shards_partial']} partial, "
+        f"{facts['shards_failed']} failed"
+    )
+    verdicts: dict[str, int] = {}
+    for verdict in facts["offset_verdicts"].values():
+        word = verdict["verdict"] if isinstance(verdict, dict) else str(verdict)
+        verdicts[word] = verdicts.get(word, 0) + 1
+    resampled = "unknown" if facts["resampled_share"] is None else f"{facts['resampled_share']:.1%}"
+    return [
+        f"{name}: {t} times × {b} bands × {y} × {x} px {facts['dtype']} at {a:g} ({facts['crs'].partition(chr(10))[0][:60]})",
+        f"  bands      {', '.join(facts['bands'])}; layers {', '.join(facts['class_layers']) or 'none'}",
+        f"  times      {', '.join(facts['times'][:8])}{' …' if t > 8 else ''}",
+        f"  bounds     {', '.join(f'{v:.10g}' for v in facts['bounds'])}",
+        f"  chunks     {tuple(facts['chunks'])} in shards {tuple(facts['shards'])} (time, band, y, x), layout {facts['layout']}",
+        f"  items      {len(facts['items'])}; resampled pixels {resampled}; offsets "
+        + (", ".join(f"{count} {word}" for word, count in sorted(verdicts.items())) or "not recorded"),
+        f"  pixels     observed {facts['observed_share']:.1%}, masked {facts['masked_share']:.1%}, "
+        f"missing {facts['missing_share']:.1%}, rest outside every swath",
+        f"  state      {state}",
+    ]
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, examples=("terrashard info zagreb.zarr", "terrashard info zagreb.zarr --json | jq '.collections'"))
+    def info(session: Session, cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")]) -> None:
+        """Show what is in a cube: grid, bands, dates, chunks, items and completeness."""
+        from zarr_store import open_cube
+
+        opened = open_cube(cube)
+        collections = {name: describe(opened, name) for name in opened.collections}
+        session.say(opened.url)
+        for name, facts in collections.items():
+            for line in _lines(name, facts):
+                session.say(line)
+        session.emit({"url": opened.url, "collections": collections, "provenance": opened.provenance})

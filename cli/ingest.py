@@ -1,0 +1,44 @@
+"""`terrashard ingest`: scenes into a cube; the same command again continues, or finds nothing to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import COMPOSING, GRID, RUNNING, SELECTION, SOURCE_HELP, TRUST, ingest_config
+from cli.session import Session, command
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(
+        app,
+        settings="own",
+        extra=SELECTION | GRID | COMPOSING | TRUST | RUNNING,
+        examples=(
+            "terrashard ingest catalog.json zagreb.zarr --collection sentinel-2-l2a \\",
+            "    --bands blue,green,red,nir,scl --mask scl --workers 2",
+            "terrashard ingest plan.json zagreb.zarr",
+        ),
+    )
+    def ingest(
+        session: Session,
+        source: Annotated[str, typer.Argument(metavar="SOURCE|plan.json", help=SOURCE_HELP)],
+        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Where the cube is, or will be.")],
+        report: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the report as JSON.")] = None,
+    ) -> int:
+        """Read, harmonise and write scenes into a sharded Zarr cube. Exit code 3: some asset was unreadable."""
+        from cli.ingesting import run_ingest
+
+        result = run_ingest(session, source, cube, ingest_config(session))
+        session.say(result.summary())
+        if report is not None:
+            import json
+
+            report.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+            session.say(f"report in {report}")
+        session.emit(result.to_dict())
+        return int(result.exit_code)

@@ -1,0 +1,149 @@
+"""The `terrashard` command: dispatch, and one place where errors become one line and an exit code.
+
+    0 done · 1 internal error · 2 invalid input · 3 partly done · 4 nothing found · 5 locked · 6 integrity failure
+    7 no space · 8 network or authorisation · 75 preempted, resumable · 130 interrupted, resumable
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import typer
+
+from cli import demo, doctor, evaluate, info, plan, predict, quicklook, search, simulate, status, train, verify
+from cli import ingest as ingest_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="terrashard",
+    help="From Sentinel scenes to a trained model and a map.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"terrashard {version('terrashard')}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Start with `terrashard demo`. Exit codes: 0 done, 2 invalid input, 3 partly done, 4 nothing found, "
+              "5 locked, 6 integrity, 7 no space, 8 network, 75 and 130 stopped and resumable.")
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+for module in (demo, simulate, search, plan, ingest_command, status, info, verify, train, evaluate, predict, quicklook, doctor):
+    module.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Without the program's name; None for those of the process.
+
+    Returns:
+        The exit code.
+    """
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    _tolerate_narrow_encodings()
+    try:
+        with _preemptible():
+            code = app(args=args, prog_name="terrashard", standalone_mode=False)
+            sys.stdout.flush()
+        return _interrupted() if code == 130 else int(code or 0)
+    except BrokenPipeError:
+        # the reader of our output left (`| head`): nothing is wrong, and the interpreter's last flush must not complain
+        with contextlib.suppress(OSError, io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except Exception as error:  # noqa: BLE001  the one place that turns any error into a line and a code
+        if "--debug" in args:
+            traceback.print_exc()
+        code, message = _explain(error)
+        sys.stderr.write(f"error: {message}\n")
+        if "--json" in args:
+            sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
+        return code
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit code of an error and its one line."""
+    from zarr_store.errors import TerrashardError
+
+    if isinstance(error, TerrashardError):
+        return error.exit_code, _one_line(str(error))
+    if isinstance(error, typer.TyperException):
+        return 2, _one_line(error.format_message()) + " (see --help)"
+    if isinstance(error, OSError):
+        name = f": {error.filename}" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return 7, f"no space left{name}; free some and repeat the command, it continues where it stopped"
+        if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError):
+            return 2, _one_line(f"{error.strerror or error}{name}")
+    kind = type(error).__name__
+    return 1, f"internal error: {kind}: {_one_line(str(error))} (repeat with --debug for the traceback)"
+
+
+def _one_line(text: str) -> str:
+    """One line, and no URL with its query: queries carry signatures and keys."""
+    line = "; ".join(part.strip() for part in text.splitlines() if part.strip()).replace(":; ", ": ").replace(";; ", "; ")
+    return re.sub(r"(https?://)(?:[^/\s@]*@)?([^\s?'\"<>]*)\?[^\s'\"<>)\]]*", r"\1\2", line)
+
+
+def _interrupted() -> int:
+    sys.stderr.write("interrupted; the same command continues where it stopped\n")
+    return 130
+
+
+def _tolerate_narrow_encodings() -> None:
+    """A terminal without × or – gets a replacement character, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _preemptible() -> Iterator[None]:
+    """SIGTERM, by which batch systems take a machine back, ends the command with code 75 and consistent files."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        from zarr_store.errors import Preempted
+
+        raise Preempted("told to stop (SIGTERM); the same command continues where it stopped")
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: signals are not ours
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""The options that `search`, `plan` and `ingest` share: the fields of `IngestConfig`, as words on a command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from cli.session import Session
+    from ingest.config import IngestConfig
+
+__all__ = ["COMPOSING", "GRID", "RUNNING", "SELECTION", "SOURCE_HELP", "TRUST", "ingest_config"]
+
+SOURCE_HELP = "STAC API URL, catalog.json or collection.json (path or URL), item collection file, or stac-geoparquet."
+
+
+def _option(kind: Any, *names: str, panel: str, text: str, metavar: str | None = None) -> Any:
+    return Annotated[kind | None, typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)]
+
+
+_WHAT, _HOW, _MASK, _RUN, _WHO = "Selection", "Grid", "Masking and compositing", "Running", "Trust"
+
+SELECTION: dict[str, Any] = {
+    "collections": _option(list[str], "--collection", panel=_WHAT, metavar="NAME", text="Collection id; repeatable."),
+    "bbox": _option(str, "--bbox", panel=_WHAT, metavar="W,S,E,N", text="Region in degrees."),
+    "geometry": _option(Path, "--geometry", panel=_WHAT, metavar="FILE", text="Region as GeoJSON in lon/lat."),
+    "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range, ends included."),
+    "query": _option(list[str], "--query", panel=_WHAT, metavar="COND", text="Such as 'eo:cloud_cover<40'; repeatable."),
+    "bands": _option(str, "--bands", panel=_WHAT, metavar="A,B", text="Band names, such as red,nir,scl."),
+    "max_items": _option(int, "--max-items", panel=_WHAT, metavar="N", text="Stop after this many scenes."),
+}
+TRUST: dict[str, Any] = {
+    "sign": _option(str, "--sign", panel=_WHO, metavar="NAME", text="planetary-computer: sign hrefs when they are read."),
+    "allow_hosts": _option(list[str], "--allow-host", panel=_WHO, metavar="NAME", text="One more host that hrefs may name."),
+    "allow_local": _option(list[str], "--allow-local", panel=_WHO, metavar="ROOT", text="One more folder for local hrefs."),
+    "allow_private_hosts": _option(bool, "--allow-private-hosts", panel=_WHO, text="Allow private and loopback addresses."),
+}
+GRID: dict[str, Any] = {
+    "crs": _option(str, "--crs", panel=_HOW, metavar="EPSG:N", text="Target CRS; default: that of most pixels."),
+    "resolution": _option(float, "--resolution", panel=_HOW, metavar="R", text="Pixel size in CRS units; default: finest."),
+    "resampling": _option(str, "--resampling", panel=_HOW, metavar="NAME", text="nearest, bilinear, cubic or average."),
+    "profile": _option(str, "--profile", panel=_HOW, metavar="NAME", text="Layout: train, timeseries or archive."),
+}
+COMPOSING: dict[str, Any] = {
+    "mask": _option(str, "--mask", panel=_MASK, metavar="NAME", text="scl, or none."),
+    "mask_dilate_m": _option(float, "--mask-dilate", panel=_MASK, metavar="M", text="Grow masked areas, metres."),
+    "group": _option(str, "--group", panel=_MASK, metavar="NAME", text="Time steps: solar-day, item or month."),
+    "reduce": _option(str, "--reduce", panel=_MASK, metavar="NAME", text="What to keep of a time step: first."),
+    "offset_policy": _option(str, "--offset-policy", panel=_MASK, metavar="NAME",
+                             text="When pixels contradict the -1000 offset: repair, warn or fail."),
+}
+RUNNING: dict[str, Any] = {
+    "workers": _option(int, "--workers", panel=_RUN, metavar="N", text="Processes."),
+    "threads_per_worker": _option(int, "--threads-per-worker", panel=_RUN, metavar="N", text="Threads in each."),
+    "memory": _option(str, "--memory", panel=_RUN, metavar="4GB", text="Limit of one worker."),
+    "scheduler": _option(str, "--scheduler", panel=_RUN, metavar="tcp://…", text="Use a running Dask cluster."),
+    "dashboard": _option(str, "--dashboard", panel=_RUN, metavar=":8787", text="Address of the Dask dashboard."),
+    "on_error": _option(str, "--on-error", panel=_RUN, metavar="NAME", text="Unreadable asset: retry, skip or fail."),
+    "limit": _option(int, "--limit", panel=_RUN, metavar="N", text="Stop after this many shards."),
+    "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Longest silence of a server, seconds."),
+    "retries": _option(int, "--retries", panel=_RUN, metavar="N", text="How often a failed request is repeated."),
+}
+
+
+def ingest_config(session: Session) -> IngestConfig:
+    """The settings of file, --set and options, in this order, as one checked object."""
+    from cli.config import build, merge
+    from ingest.config import IngestConfig
+
+    settings = session.settings()
+    where = str(session.config) if session.config else ("--set" if session.overrides else "options")
+    return build(IngestConfig, merge(settings, session.options), where=where)

@@ -1,0 +1,247 @@
+"""Pictures of cubes and maps: which pixels to read, how to stretch them, and how to lay out the sheet.
+
+Large rasters are read from the cube's overviews, so that a picture of a country costs a few megabytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from zarr_store import Cube, open_cube
+from zarr_store.errors import InvalidInput, NotACube, UnknownName
+from zarr_store.spec import OVERVIEW_FACTOR, STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED
+
+__all__ = ["draw"]
+
+RGB = npt.NDArray[np.uint8]
+_NODATA_COLOUR = (32, 32, 36)
+_MISSING_COLOUR = (150, 0, 120)
+_PAPER = (250, 250, 248)
+_INK = (30, 30, 34)
+_GAP = 8
+_CAPTION = 24
+_MOST_PANELS = 24
+_TRUE_COLOUR = ("red", "green", "blue")
+
+
+def draw(
+    store: str, out: str, *, collection: str | None = None, time: str | None = None, bands: str | None = None, width: int = 2000
+) -> dict[str, Any]:
+    """Draw a cube or map into a PNG.
+
+    Args:
+        store: Cube or map.
+        out: The picture; it appears complete or not at all.
+        collection: Of a cube; None for its first.
+        time: "2023-08-18", or a position; None for all dates.
+        bands: "nir,red,green"; None for true colour where there is one.
+        width: Widest the picture may be, pixels.
+
+    Returns:
+        path, width, height, and what it shows.
+    """
+    if Path(out).suffix.lower() != ".png":
+        raise InvalidInput(f"the picture must be a .png file, got {out}")
+    try:
+        cube = open_cube(store)
+    except NotACube:
+        classes = _open_map(store)
+        if classes is None:
+            raise
+        for name, given in (("--collection", collection), ("--time", time), ("--bands", bands)):
+            if given is not None:
+                raise InvalidInput(f"{store} is a map: {name} is for cubes") from None
+        image, what = _draw_map(classes, width)
+    else:
+        image, what = _draw_cube(cube, collection, time, bands, width)
+    _save(image, Path(out))
+    return {"path": out, "width": image.width, "height": image.height, "what": what}
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        image.save(part, format="PNG", optimize=True)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---- cubes
+
+
+def _draw_cube(
+    cube: Cube, collection: str | None, time: str | None, bands: str | None, width: int
+) -> tuple[Image.Image, str]:
+    name = collection or cube.collections[0]
+    spec = cube.spec(name)
+    chosen = _pick_bands(spec.band_names, bands)
+    steps = _pick_times(spec.times, time)
+    columns = max(1, min(len(steps), math.ceil(math.sqrt(len(steps) * 1.6 * spec.grid.height / spec.grid.width))))
+    panel = max(48, (width - _GAP * (columns + 1)) // columns)
+    step = max(1, -(-spec.grid.width // panel))
+    dataset = _coarse(cube, name, step)
+    values = dataset[spec.kind].isel(time=steps, band=[spec.band_names.index(b) for b in chosen]).to_numpy()
+    status = dataset["status"].isel(time=steps).to_numpy()
+    pixels = _stretch(values.astype(np.float32), status, logarithmic=spec.kind == "backscatter")
+    pixels[status == STATUS_NODATA] = _NODATA_COLOUR
+    pixels[status == STATUS_MISSING] = _MISSING_COLOUR
+    scale = max(1, panel // pixels.shape[2])
+    captions = [
+        f"{spec.times[t][:10]}  clear {np.mean(s == STATUS_OBSERVED):.0%}"
+        + (f"  missing {np.mean(s == STATUS_MISSING):.0%}" if (s == STATUS_MISSING).any() else "")
+        for t, s in zip(steps, status, strict=True)
+    ]
+    left_out = f" (the first {_MOST_PANELS} of {len(spec.times)})" if time is None and len(spec.times) > _MOST_PANELS else ""
+    what = f"{name} {'/'.join(chosen)}, {len(steps)} date{'s' if len(steps) > 1 else ''}{left_out}"
+    return _sheet(list(pixels), captions, columns, scale), what
+
+
+def _pick_bands(known: Sequence[str], asked: str | None) -> list[str]:
+    if asked:
+        chosen = [part.strip() for part in asked.split(",") if part.strip()]
+        for band in chosen:
+            if band not in known:
+                raise UnknownName.of("band", band, known)
+        if len(chosen) not in (1, 3):
+            raise InvalidInput(f"--bands needs one band or three for red, green and blue, got {asked!r}")
+        return chosen * (3 // len(chosen))
+    if set(_TRUE_COLOUR) <= set(known):
+        return list(_TRUE_COLOUR)
+    return list(known[:3]) if len(known) >= 3 else [known[0], known[-1], known[0]]
+
+
+def _pick_times(times: Sequence[str], asked: str | None) -> list[int]:
+    if asked is None:
+        return list(range(min(len(times), _MOST_PANELS)))
+    found = [index for index, moment in enumerate(times) if moment.startswith(asked)]
+    if not found and asked.isdecimal() and int(asked) < len(times):
+        found = [int(asked)]
+    if not found:
+        raise UnknownName.of("time", asked, [moment[:10] for moment in times])
+    return found[:_MOST_PANELS]
+
+
+def _coarse(cube: Cube, collection: str, step: int) -> Any:
+    """The collection with every `step`-th pixel, from the overview where that has them."""
+    import xarray as xr
+
+    if step >= OVERVIEW_FACTOR:
+        group = xr.open_zarr(cube.url, group=f"overview/{collection}", chunks=None, mask_and_scale=False)
+        every = slice(None, None, step // OVERVIEW_FACTOR)
+        return group.isel(y=every, x=every)
+    every = slice(None, None, step)
+    return cube.dataset(collection).isel(y=every, x=every)
+
+
+def _stretch(values: npt.NDArray[np.float32], status: npt.NDArray[np.uint8], *, logarithmic: bool) -> RGB:
+    """(time, 3, y, x) values to (time, y, x, 3) colours; one stretch for all dates, so that they compare.
+
+    The limits are the 2nd and 98th percentile of clear pixels: clouds must not decide how dark the ground is.
+    """
+    values = np.moveaxis(values, 1, -1)
+    if logarithmic:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = 10.0 * np.log10(values)
+    clear = values[status == STATUS_OBSERVED]
+    if not clear.size:
+        clear = values[status != STATUS_NODATA]
+    clear = clear[np.isfinite(clear).all(axis=-1)] if clear.size else clear
+    if not clear.size:
+        return np.zeros(values.shape, np.uint8)
+    if logarithmic:
+        low, high = np.percentile(clear, (2, 98), axis=0)
+    else:  # one stretch for the three bands keeps the colours true
+        low, high = np.percentile(clear, (1, 98))
+    with np.errstate(invalid="ignore"):
+        share = np.clip((values - low) / np.maximum(high - low, 1e-6), 0, 1)
+    # a mild gamma lifts the dark ground, as viewers of Sentinel-2 do
+    return (np.nan_to_num(share) ** (1 / 1.3) * 255).round().astype(np.uint8)
+
+
+# ---- maps
+
+
+@dataclass(frozen=True)
+class _Map:
+    """Class indices with their names and colours, and how the source was thinned is left to the caller."""
+
+    values: Any
+    names: Mapping[int, str]
+    colours: Mapping[int, tuple[int, int, int]]
+
+
+def _open_map(store: str) -> _Map | None:
+    """The classes of a map written by `predict`, or None where the store is no map."""
+    from cli.maps import open_map
+
+    found = open_map(store)
+    return None if found is None else _Map(found.classes, found.names, found.colours)
+
+
+def _draw_map(classes: _Map, width: int) -> tuple[Image.Image, str]:
+    height_px, width_px = classes.values.shape
+    step = max(1, -(-width_px // max(64, width - 2 * _GAP)))
+    values = np.asarray(classes.values[::step, ::step])
+    pixels = np.full((*values.shape, 3), _NODATA_COLOUR, np.uint8)
+    for value, colour in classes.colours.items():
+        pixels[values == value] = colour
+    scale = max(1, min(8, (width - 2 * _GAP) // pixels.shape[1]))
+    known = np.isin(values, list(classes.names))
+    total = max(int(known.sum()), 1)
+    shares = {v: float(np.count_nonzero(values == v)) / total for v in classes.names}
+    image = _sheet([pixels], [""], 1, scale)
+    return _with_legend(image, [(classes.colours[v], f"{n}  {shares[v]:.1%}") for v, n in classes.names.items()]), (
+        f"{len(classes.names)} classes over {height_px}×{width_px} px"
+    )
+
+
+def _with_legend(image: Image.Image, entries: Sequence[tuple[tuple[int, int, int], str]]) -> Image.Image:
+    font = ImageFont.load_default(size=14)
+    measure = ImageDraw.Draw(image)
+    widths = [30 + int(measure.textlength(text, font=font)) + 16 for _, text in entries]
+    room = max(image.width, max(widths, default=0) + 2 * _GAP)
+    x, lines = _GAP, 1
+    for wide in widths:
+        if x > _GAP and x + wide > room:
+            x, lines = _GAP, lines + 1
+        x += wide
+    sheet = Image.new("RGB", (room, image.height + lines * _CAPTION + _GAP), _PAPER)
+    sheet.paste(image, (0, 0))
+    pen = ImageDraw.Draw(sheet)
+    x, y = _GAP, image.height
+    for (colour, text), wide in zip(entries, widths, strict=True):
+        if x > _GAP and x + wide > room:
+            x, y = _GAP, y + _CAPTION
+        pen.rectangle((x, y + 4, x + 22, y + 18), fill=colour, outline=_INK)
+        pen.text((x + 30, y + 3), text, fill=_INK, font=font)
+        x += wide
+    return sheet
+
+
+def _sheet(panels: Sequence[RGB], captions: Sequence[str], columns: int, scale: int) -> Image.Image:
+    """Panels in rows, each with its caption above; small rasters are enlarged by a whole factor, so pixels stay square."""
+    height, width = panels[0].shape[0] * scale, panels[0].shape[1] * scale
+    caption = _CAPTION if any(captions) else 0
+    rows = -(-len(panels) // columns)
+    size = (columns * (width + _GAP) + _GAP, rows * (height + caption + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=14)
+    for index, (panel, text) in enumerate(zip(panels, captions, strict=True)):
+        x = _GAP + index % columns * (width + _GAP)
+        y = _GAP + index // columns * (height + caption + _GAP)
+        pen.text((x, y + 3), text, fill=_INK, font=font)
+        image = Image.fromarray(panel)
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST) if scale > 1 else image, (x, y + caption))
+    return sheet

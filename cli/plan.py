@@ -1,0 +1,44 @@
+"""`terrashard plan`: the dry run. Headers are read, no pixel is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import COMPOSING, GRID, RUNNING, SELECTION, SOURCE_HELP, TRUST, ingest_config
+from cli.session import Session, command
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(
+        app,
+        settings="own",
+        extra=SELECTION | GRID | COMPOSING | TRUST | RUNNING,
+        examples=(
+            "terrashard plan catalog.json --collection sentinel-2-l2a --bands blue,green,red,nir,scl --mask scl",
+            "terrashard plan catalog.json --bands red,nir --crs EPSG:32633 --resolution 20 -o plan.json",
+        ),
+    )
+    def plan(
+        session: Session,
+        source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
+        out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Keep the plan: plan.json.")] = None,
+    ) -> None:
+        """Show what an ingest would do: grid, dates, shards, bytes, offset verdicts, and what is left out."""
+        import json
+
+        from ingest.plan import make_plan
+
+        made = make_plan(source, ingest_config(session))
+        session.say(made.summary())
+        for text in made.warnings:
+            session.warn(text)
+        if out is not None:
+            made.save(out)
+            session.say(f"written to {out}; `terrashard ingest {out} CUBE` runs exactly this plan")
+        if session.json:
+            session.emit(json.loads(made.to_json()))

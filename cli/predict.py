@@ -1,0 +1,37 @@
+"""`terrashard predict`: a run and a cube become a map; this is where `jaxtrain` and the COG writer of `ingest` meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.session import Session, command
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(
+        app,
+        examples=(
+            "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --cog zagreb_map.tif",
+            "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --probabilities",
+        ),
+    )
+    def predict(
+        session: Session,
+        run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `terrashard train`.")],
+        cube: Annotated[str, typer.Argument(metavar="CUBE", help="The cube to map.")],
+        map_: Annotated[str, typer.Argument(metavar="MAP.zarr", help="The map.")],
+        cog: Annotated[Path | None, typer.Option(metavar="MAP.tif", help="Also as a cloud-optimised GeoTIFF.")] = None,
+        probabilities: Annotated[bool, typer.Option("--probabilities", help="Keep the probability of each class.")] = False,
+    ) -> None:
+        """Map a whole cube with a trained network; windows overlap and are blended, so there are no seams."""
+        from cli.mapping import run_prediction
+
+        result = run_prediction(session, run, cube, map_, cog=cog, probabilities=probabilities)
+        for line in result["lines"]:
+            session.say(line)
+        session.emit({key: value for key, value in result.items() if key != "lines"})

@@ -1,0 +1,81 @@
+"""Progress on stderr: a live bar where a person looks at a terminal, plain lines where a file or a pipe does."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from cli.session import Session
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+__all__ = ["Reporter"]
+
+# A log file wants a sign of life, not each step.
+_LINE_EVERY_S = 15.0
+
+
+class Reporter:
+    """Shows how far one piece of work is.
+
+    Args:
+        session: The command that runs; --quiet shows nothing.
+        title: What is being done, one word.
+        unit: What is counted.
+    """
+
+    def __init__(self, session: Session, title: str, *, unit: str = "") -> None:
+        self._title = title
+        self._unit = unit
+        self._quiet = session.verbosity < 0
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = self._said = time.monotonic()
+        self._share_said = 0.0
+
+    def __enter__(self) -> Self:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[detail]}"), console=Console(stderr=True), transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=None, detail="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, total: int, detail: str = "") -> None:
+        """`done` of `total` units are finished."""
+        if self._quiet:
+            return
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, detail=detail)
+            return
+        now = time.monotonic()
+        share = done / total if total else 1.0
+        # at the end, at each quarter, and now and then between
+        if share >= self._share_said + 0.25 or share >= 1.0 > self._share_said or now - self._said > _LINE_EVERY_S:
+            self._said, self._share_said = now, share
+            tail = f" · {detail}" if detail else ""
+            self.line(f"{self._title}: {done}/{total} {self._unit} · {now - self._started:.0f} s{tail}")
+
+    def line(self, text: str) -> None:
+        """A line of its own; it does not break the bar."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()

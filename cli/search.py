@@ -1,0 +1,51 @@
+"""`terrashard search`: which scenes a source has for a question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import SELECTION, SOURCE_HELP, TRUST, ingest_config
+from cli.session import Session, command
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(
+        app,
+        settings="own",
+        extra=SELECTION | TRUST,
+        examples=(
+            "terrashard search catalog.json --collection sentinel-2-l2a --bbox 16.0,45.9,16.2,46.1",
+            "terrashard search https://HOST/v1 --collection sentinel-2-l2a --datetime 2023-08 \\",
+            "    --bbox 16.0,45.9,16.2,46.1 --query 'eo:cloud_cover<40' -o items.json",
+        ),
+    )
+    def search(
+        session: Session,
+        source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
+        out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="items.json or items.parquet.")] = None,
+    ) -> None:
+        """List the scenes that a source has: deduplicated, in order, with cloud cover and offset verdict."""
+        from cli.scene_files import check_suffix, to_feature_collection, write_scenes
+        from ingest.search import search as find
+
+        config = ingest_config(session)
+        if out is not None:
+            check_suffix(out)
+        scenes = find(source, config)
+        for scene in scenes:
+            cloud = "" if scene.cloud_cover is None else f"cloud {scene.cloud_cover:5.1f} %"
+            lacking = f"  lacks {', '.join(scene.lacking)}" if scene.lacking else ""
+            session.say(
+                f"{scene.datetime}  {scene.tile or '':6} {scene.id:32} {cloud:13} "
+                f"baseline {scene.baseline or '?':6} offset {scene.dn_offset:+d}{lacking}"
+            )
+        session.say(f"{len(scenes)} scenes")
+        if out is not None:
+            write_scenes(scenes, out)
+            session.say(f"written to {out}")
+        session.emit({"scenes": len(scenes), "out": out, "items": to_feature_collection(scenes)["features"]})

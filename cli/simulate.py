@@ -1,0 +1,56 @@
+"""`terrashard simulate`: a small world with known truth, as COGs and STAC items, and a server for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.session import Session, command
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(
+        app,
+        settings="own",
+        examples=("terrashard simulate world", "terrashard simulate world --set seed=7 --set tiles=2 --serve"),
+    )
+    def simulate(
+        session: Session,
+        out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the simulated scenes.")],
+        serve: Annotated[bool, typer.Option("--serve", help="Then serve a STAC API and the files, until Ctrl-C.")] = False,
+        host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+        port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 picks a free one.")] = 0,
+    ) -> None:
+        """Simulate Sentinel-2 and Sentinel-1 scenes over ground whose classes are known; same seed, same bytes."""
+        from cli.config import build
+        from ingest.simulate import SimulateConfig
+        from ingest.simulate import simulate as make
+        from ingest.simulate import serve as start
+
+        where = str(session.config or "--set")
+        world = make(out, build(SimulateConfig, session.settings(), where=where))
+        session.say(f"{out}: {world.summary() if hasattr(world, 'summary') else 'catalog.json and scenes written'}")
+        document = {"out": str(out), "catalog": str(out / "catalog.json"), "truth": str(out / "truth.tif")}
+        if not serve:
+            session.emit(document)
+            return
+        with start(out, host=host, port=port) as server:
+            session.say(f"STAC API  {server.stac_url}")
+            session.say(f"files     {server.url}")
+            session.say("stop with Ctrl-C")
+            session.emit(document | {"stac_url": server.stac_url, "url": server.url})
+            wait_for_interrupt()
+
+
+def wait_for_interrupt() -> None:
+    """Sleep until Ctrl-C, which is the wanted end of serving and no error."""
+    import threading
+
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        return

@@ -1,0 +1,54 @@
+"""`terrashard status`: which shards of a cube are done, partial, failed or pending, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.session import Session, command
+
+if TYPE_CHECKING:
+    from zarr_store import Cube
+
+__all__ = ["examine", "register"]
+
+
+def examine(cube: Cube, collection: str) -> dict[str, Any]:
+    """Counts by state, and each shard that is not done with what was missing."""
+    spec = cube.spec(collection)
+    rows = cube.ledger(collection).rows()
+    shards = []
+    for index in spec.shards():
+        row = rows.get(index)
+        state = row.state if row else "pending"
+        if state == "done":
+            continue
+        missing = [
+            {"item": s.item_id, "asset": s.asset, "reason": s.reason}
+            for s in (row.sources if row else ()) if s.state == "missing"
+        ]
+        shards.append({"index": list(index), "time": spec.times[index[0] * spec.layout.shard[0]], "state": state, "missing": missing})
+    counts = cube.ledger(collection).counts(len(spec.shards()))
+    return {**counts, "complete": counts["done"] == counts["total"], "unfinished": shards}
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, examples=("terrashard status zagreb.zarr", "terrashard status zagreb.zarr --json"))
+    def status(session: Session, cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")]) -> None:
+        """Show which shards are done, partial, failed or pending, and which scenes were unreadable."""
+        from zarr_store import open_cube
+
+        opened = open_cube(cube)
+        collections = {name: examine(opened, name) for name in opened.collections}
+        for name, found in collections.items():
+            counts = ", ".join(f"{found[state]} {state}" for state in ("done", "partial", "failed", "pending"))
+            session.say(f"{name}: {counts} of {found['total']} shards")
+            for shard in found["unfinished"]:
+                session.say(f"  {shard['state']:8} shard {tuple(shard['index'])} {shard['time']}")
+                for source in shard["missing"]:
+                    session.say(f"           {source['item']} {source['asset'] or ''}: {source['reason'] or 'unreadable'}")
+        complete = all(found["complete"] for found in collections.values())
+        if not complete:
+            session.say("the same `terrashard ingest` command writes what is not done")
+        session.emit({"url": opened.url, "complete": complete, "collections": collections})
