@@ -1,0 +1,326 @@
+"""Opening one asset: what it is by its first bytes, then one explicit GDAL driver, bounded and retried.
+
+GDAL on its own guesses a driver (a VRT dressed as .tif reads other files and hosts), remembers a failed open so that
+a retry sends no request, waits for ever on a stalled server, and with `GDAL_NUM_THREADS` set turns failed reads of
+uncompressed TIFFs over HTTP into zeros. Every open goes through here, so none of that reaches a cube.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import numpy as np
+import rasterio
+import tenacity
+import urllib3
+from rasterio.enums import ColorInterp
+from rasterio.errors import RasterioError
+
+from zarr_store.errors import AssetUnreadable, InvalidInput
+from zarr_store.grid import Grid, normal_crs
+
+__all__ = ["Access", "forbid_gdal_threads", "grid_of", "open_asset", "with_asset"]
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_DRIVERS = (
+    (b"II*\x00", "GTiff"),
+    (b"MM\x00*", "GTiff"),
+    (b"II+\x00", "GTiff"),
+    (b"MM\x00+", "GTiff"),
+    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JP2OpenJPEG"),
+    (b"\xff\x4f\xff\x51", "JP2OpenJPEG"),  # raw codestream: files named .tif in the wild hold one
+)
+_CODESTREAM = _DRIVERS[-1][0]
+_RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Limits of reading one asset.
+
+    Attributes:
+        attempts: How often an asset is opened and read before it counts as unreadable.
+        deadline_s: No new attempt is begun after this time.
+        backoff_s: First pause; it doubles up to 16 times that, with jitter. Retry-After is honoured on top.
+        connect_timeout_s: For the TCP and TLS handshake.
+        timeout_s: For one HTTP request.
+        low_speed_s: A transfer below 1 kB/s for this long is cut.
+        max_pixels: Larger rasters are refused before anything is decoded.
+        max_block_bytes: So are rasters with larger decoded blocks.
+    """
+
+    attempts: int = 4
+    deadline_s: float = 120.0
+    backoff_s: float = 0.5
+    connect_timeout_s: float = 10.0
+    timeout_s: float = 60.0
+    low_speed_s: int = 15
+    max_pixels: int = 1 << 33
+    max_block_bytes: int = 256 << 20
+
+    def gdal_options(self) -> dict[str, Any]:
+        """GDAL configuration of every open and read."""
+        return {
+            "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no guessing of sidecar files: one request less each
+            "GDAL_PAM_ENABLED": "NO",
+            "GDAL_CACHEMAX": 128,  # MB per process; blocks of one window, not more
+            "GDAL_HTTP_CONNECTTIMEOUT": max(1, round(self.connect_timeout_s)),
+            "GDAL_HTTP_TIMEOUT": max(1, round(self.timeout_s)),
+            "GDAL_HTTP_LOW_SPEED_TIME": self.low_speed_s,
+            "GDAL_HTTP_LOW_SPEED_LIMIT": 1024,
+            "GDAL_HTTP_MAX_RETRY": 2,
+            "GDAL_HTTP_RETRY_DELAY": self.backoff_s,
+            "GDAL_HTTP_MULTIRANGE": "YES",
+            "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+            "CPL_VSIL_CURL_USE_HEAD": "NO",  # signed URLs are often signed for GET only
+            "GTIFF_IGNORE_READ_ERRORS": "NO",
+        }
+
+
+class _PermanentError(Exception):
+    """A fault that the next attempt would meet again."""
+
+
+class _TransientError(Exception):
+    """A fault that may be gone at the next attempt."""
+
+
+def with_asset(
+    href: str,
+    use: Callable[[rasterio.io.DatasetReader], T],
+    *,
+    scene: str,
+    asset: str,
+    access: Access | None = None,
+) -> T:
+    """Open an asset, hand it to `use`, and return what that returns; the whole is repeated on transient faults.
+
+    Args:
+        href: Absolute URL (http, https, s3) or absolute local path.
+        use: Reads from the dataset. It may run several times, so it must have no effect but its result.
+        scene: Item id, for the error.
+        asset: Asset key, for the error.
+        access: Limits; None for the defaults.
+
+    Raises:
+        AssetUnreadable: The asset is absent, no raster, refused, or failed on every attempt.
+        InvalidInput: `GDAL_NUM_THREADS` is set.
+    """
+    limits = access or Access()
+    forbid_gdal_threads()
+    attempt = 0
+
+    def once() -> T:
+        nonlocal attempt
+        attempt += 1
+        with _opened(href, limits, fresh=attempt > 1) as dataset:
+            return use(dataset)
+
+    def note(state: tenacity.RetryCallState) -> None:
+        cause = _cause(state.outcome.exception() if state.outcome else None, href)
+        log.info("scene %s, asset %s: attempt %d failed (%s); trying again", scene, asset, state.attempt_number, cause)
+
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(max(1, limits.attempts)) | tenacity.stop_after_delay(limits.deadline_s),
+        wait=tenacity.wait_random_exponential(multiplier=limits.backoff_s, max=16 * limits.backoff_s),
+        retry=tenacity.retry_if_exception_type(_TransientError),
+        before_sleep=note,
+        reraise=True,
+    )
+    try:
+        return retrying(once)
+    except (_PermanentError, _TransientError) as error:
+        tried = f" after {attempt} attempts" if attempt > 1 else ""
+        raise AssetUnreadable.of(scene, asset, _cause(error, href) + tried, redact(href)) from error
+
+
+@contextmanager
+def open_asset(
+    href: str, *, scene: str = "", asset: str = "", access: Access | None = None
+) -> Iterator[rasterio.io.DatasetReader]:
+    """Open an asset once, without retries, for a look at its header; `with_asset` is what reads pixels.
+
+    Raises:
+        AssetUnreadable: It could not be opened, or a read inside the block failed.
+    """
+    forbid_gdal_threads()
+    try:
+        with _opened(href, access or Access(), fresh=True) as dataset:
+            yield dataset
+    except (_PermanentError, _TransientError) as error:
+        raise AssetUnreadable.of(scene, asset, _cause(error, href), redact(href)) from error
+
+
+def forbid_gdal_threads() -> None:
+    """Refuse to read while GDAL would decode in threads.
+
+    Raises:
+        InvalidInput: GDAL_NUM_THREADS is set in the environment or the enclosing rasterio.Env.
+    """
+    inside = rasterio.env.getenv() if rasterio.env.hasenv() else {}
+    if os.environ.get("GDAL_NUM_THREADS") or inside.get("GDAL_NUM_THREADS"):
+        raise InvalidInput(
+            "GDAL_NUM_THREADS is set: GDAL then returns zeros for failed reads of uncompressed TIFFs over HTTP and no "
+            "error; unset it (workers and threads of the run are set with --workers and --threads-per-worker)"
+        )
+
+
+def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
+    """The grid that the file header states.
+
+    Raises:
+        InvalidInput: No CRS, or a rotated or south-up transform.
+    """
+    if dataset.crs is None:
+        raise InvalidInput("the file has no coordinate reference system")
+    code = dataset.crs.to_epsg()
+    crs = f"EPSG:{code}" if code else normal_crs(dataset.crs.to_wkt())
+    a, b, c, d, e, f = (float(v) for v in dataset.transform[:6])
+    return Grid(crs, (a, b, c, d, e, f), (int(dataset.height), int(dataset.width)))
+
+
+@contextmanager
+def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
+    """Open by magic bytes; faults of opening and of reading inside the block become permanent or transient."""
+    path, magic, size = _peek(href, access)
+    remote = path.startswith("/vsi")
+    driver = next((name for start, name in _DRIVERS if magic.startswith(start)), None)
+    if driver is None:
+        raise _PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
+    options = access.gdal_options()
+    if magic.startswith(_CODESTREAM):  # it has no room for a georeference; that is in NAME.aux.xml beside it
+        options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
+    if remote and fresh:
+        options["CPL_VSIL_CURL_NON_CACHED"] = path  # or GDAL answers from its memory of the failed open
+    try:
+        with rasterio.Env(**options), rasterio.open(path, driver=driver, sharing=False) as dataset:
+            _check_header(dataset, size, access)
+            yield dataset
+    except RasterioError as error:
+        # a local file does not heal between attempts; a remote one may have been cut on the way
+        raise (_TransientError if remote else _PermanentError)(_innermost(error)) from error
+
+
+def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: Access) -> None:
+    """Refuse what is not one plain band of sane size, before anything is decoded."""
+    if dataset.count != 1:
+        raise _PermanentError(f"expected one band, the file has {dataset.count}")
+    dtype = dataset.dtypes[0]
+    if dtype.startswith("complex") or dtype not in np.sctypeDict:
+        raise _PermanentError(f"expected an integer or float band, the file has {dtype}")
+    if dataset.colorinterp[0] == ColorInterp.alpha:
+        raise _PermanentError("expected a data band, the file has an alpha band")
+    pixels = dataset.width * dataset.height
+    if pixels > access.max_pixels:
+        raise _PermanentError(f"{dataset.height}×{dataset.width} pixels are more than the {access.max_pixels} allowed")
+    height, width = dataset.block_shapes[0]
+    block_bytes = height * width * np.dtype(dtype).itemsize
+    too_small = size is not None and block_bytes > (16 << 20) and block_bytes > 1000 * size
+    if block_bytes > access.max_block_bytes or too_small:
+        raise _PermanentError(
+            f"blocks of {height}×{width} pixels decode to {block_bytes >> 20} MiB from a file of {size} bytes: refused"
+        )
+    bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
+    if bits is not None and int(bits) < 8:
+        raise _PermanentError(f"expected a band of 8 bits or more, the file has {bits}")
+
+
+def _peek(href: str, access: Access) -> tuple[str, bytes, int | None]:
+    """(GDAL path, first bytes, size) of what is behind an href; no redirect to another host is followed."""
+    scheme = urlsplit(href).scheme if "://" in href else ""
+    if scheme in ("http", "https"):
+        return _peek_http(href, access)
+    if scheme == "s3":  # GDAL signs these requests itself; the explicit driver still bounds what is parsed
+        jpeg = href.lower().endswith((".jp2", ".j2k"))
+        return f"/vsis3/{href[5:]}", _DRIVERS[-2][0] if jpeg else _DRIVERS[0][0], None
+    path = Path(href)
+    if scheme or not path.is_absolute() or href.startswith("/vsi"):
+        raise _PermanentError("expected an http(s) or s3 URL or an absolute local path")
+    try:
+        with path.open("rb") as stream:
+            return str(path), stream.read(64), path.stat().st_size
+    except OSError as error:
+        raise _PermanentError(error.strerror or type(error).__name__) from error
+
+
+def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
+    url = href
+    for _ in range(4):
+        try:
+            reply = _pool(os.getpid(), access).request(
+                "GET", url, headers={"Range": "bytes=0-63"}, redirect=False, preload_content=False
+            )
+        except urllib3.exceptions.HTTPError as error:
+            raise _TransientError(_innermost(error)) from error
+        try:
+            if reply.status in (301, 302, 303, 307, 308):
+                target = urljoin(url, reply.headers.get("Location", ""))
+                if urlsplit(target).netloc != urlsplit(href).netloc:
+                    raise _PermanentError(f"redirect to another host ({urlsplit(target).hostname}) is not followed")
+                url = target
+                continue
+            if reply.status not in (200, 206):
+                kind = _TransientError if reply.status in _RETRIED_STATUS else _PermanentError
+                raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
+            magic = reply.read(64, decode_content=False)
+            whole = reply.headers.get("Content-Range", "").rpartition("/")[2] or reply.headers.get("Content-Length", "")
+            if not any(magic.startswith(start) for start, _ in _DRIVERS):
+                kind_text = reply.headers.get("Content-Type", "an unnamed type").partition(";")[0]
+                raise _PermanentError(f"not a TIFF or JPEG 2000 file (got {kind_text}, it begins with {magic[:24]!r})")
+            return f"/vsicurl/{url}", magic, int(whole) if whole.isdigit() else None
+        except urllib3.exceptions.HTTPError as error:
+            raise _TransientError(_innermost(error)) from error
+        finally:
+            reply.close()
+    raise _PermanentError("more than three redirects")
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(pid: int, access: Access) -> urllib3.PoolManager:
+    """One pool per process (`pid` keys the cache, as sockets do not survive a fork)."""
+    return urllib3.PoolManager(
+        timeout=urllib3.Timeout(connect=access.connect_timeout_s, read=max(access.low_speed_s, 1)),
+        retries=urllib3.Retry(
+            total=max(0, access.attempts - 1),
+            redirect=False,
+            status_forcelist=_RETRIED_STATUS,
+            backoff_factor=access.backoff_s,
+            backoff_max=16 * access.backoff_s,
+            backoff_jitter=access.backoff_s,
+            respect_retry_after_header=True,
+            raise_on_status=False,
+            connect=1,  # a closed port or unknown host is known at once: fail fast
+        ),
+        maxsize=8,
+    )
+
+
+def redact(text: str) -> str:
+    """Drop queries, fragments and user information from every URL in `text`; they may be secrets."""
+    text = re.sub(r"((?:https?|s3)://)[^/\s'\"@]*@", r"\1", text)
+    return re.sub(r"((?:https?://|s3://|/vsi\w+/)[^\s'\"?#]*)[?#][^\s'\"]*", r"\1", text)
+
+
+def _cause(error: BaseException | None, href: str) -> str:
+    """A cause without secrets and without the folder the file lies in."""
+    text = str(error).replace(href, href.rpartition("/")[2]) if error else "unknown"
+    return " ".join(redact(text).split())[:300]
+
+
+def _innermost(error: BaseException) -> str:
+    """The text of the deepest cause: rasterio says "Read failed. See previous exception for details."."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = getattr(error, "reason", None)
+    return str(reason if isinstance(reason, Exception) else error) or type(error).__name__
