@@ -5,9 +5,9 @@ Libraries take this object; only the command line turns text into it. All models
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "RunConfig", "SplitConfig", "TrainConfig"]
 
@@ -51,7 +51,7 @@ class DataConfig(_Strict):
     )
     patch: Positive = Field(128, description="side of a square window, pixels")
     min_labelled: Share = Field(0.25, description="least share of labelled pixels for a window to be used")
-    split: SplitConfig = SplitConfig()  # type: ignore[call-arg]
+    split: SplitConfig = SplitConfig()
     augment: bool = Field(True, description="random flips and quarter turns, on the device")
 
 
@@ -60,7 +60,7 @@ class ModelConfig(_Strict):
 
     name: str = Field("unet", description="a key of jaxtrain.models.MODELS")
     width: Positive = Field(16, description="channels of the first level; each level doubles them")
-    depth: Positive = Field(3, description="number of times the image is halved")
+    depth: Positive = Field(3, description="number of times the image is halved; for cnn, blocks")
     norm: Literal["group", "batch", "local"] = Field("group", description="group · batch (synchronised) · local batch")
     dropout: Share = 0.0
 
@@ -85,11 +85,26 @@ class MeshConfig(_Strict):
     data: Positive = Field(1, description="batch is split over this axis")
     model: Positive = Field(1, description="filters are split over this axis")
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = Field(
-        (), description="ordered (regular expression on the parameter path, axis per dimension); before the defaults"
+        (),
+        description='ordered (regular expression on the parameter path, axis per dimension or ""); before the defaults',
     )
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _without_null(cls, rules: Any) -> Any:
+        # TOML has no null, so "" stands for a dimension that is not split
+        if not isinstance(rules, (list, tuple)):
+            return rules
+        return [
+            (rule[0], tuple(axis or None for axis in rule[1]))
+            if isinstance(rule, (list, tuple)) and len(rule) == 2 and isinstance(rule[1], (list, tuple))
+            else rule
+            for rule in rules
+        ]
 
     @property
     def size(self) -> int:
+        """Number of devices."""
         return self.data * self.model
 
 
@@ -111,10 +126,10 @@ class TrainConfig(_Strict):
     """A whole run."""
 
     data: DataConfig
-    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
-    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
-    mesh: MeshConfig = MeshConfig()  # type: ignore[call-arg]
-    run: RunConfig = RunConfig()  # type: ignore[call-arg]
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:

@@ -1,0 +1,163 @@
+"""Streaming confusion matrix, and the scores that follow from it.
+
+Rows are truth, columns are prediction. All sums are exact (int64); scores are computed once, at the end, so they do not
+depend on how the pixels were cut into batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from zarr_store.errors import InvalidInput
+
+__all__ = ["ConfusionMatrix"]
+
+
+class ConfusionMatrix:
+    """Counts of (truth, prediction) over labelled pixels.
+
+    A score that is 0/0 is nan for one class and left out of means: `macro_f1` and `miou` are means over the classes
+    that occur, in truth or in prediction. A class that was neither there nor guessed says nothing about the model.
+
+    >>> matrix = ConfusionMatrix(["water", "forest"]).update([0, 0, 1, 255], [0, 1, 1, 0])
+    >>> matrix.total, round(matrix.accuracy, 3), round(matrix.miou, 3)
+    (3, 0.667, 0.5)
+    """
+
+    def __init__(self, classes: Sequence[str], counts: ArrayLike | None = None) -> None:
+        self.classes = tuple(classes)
+        size = len(self.classes)
+        self.counts: NDArray[np.int64] = np.zeros((size, size), np.int64)
+        if counts is not None:
+            self.add(counts)
+
+    def add(self, counts: ArrayLike) -> Self:
+        """Add a (K, K) matrix of counts, such as the one of an evaluation step."""
+        counts = np.asarray(counts)
+        if counts.shape != self.counts.shape or not np.issubdtype(counts.dtype, np.integer):
+            raise InvalidInput(
+                f"expected an integer confusion matrix of shape {self.counts.shape} (one row per class), "
+                f"got {counts.dtype} {counts.shape}"
+            )
+        self.counts += counts.astype(np.int64)
+        return self
+
+    def update(self, truth: ArrayLike, prediction: ArrayLike) -> Self:
+        """Count pairs of class indices; a truth outside 0 … K-1 (such as 255) is not labelled and is left out.
+
+        Raises:
+            InvalidInput: the shapes differ, or a prediction for a labelled pixel is no class.
+        """
+        truth, prediction = np.asarray(truth), np.asarray(prediction)
+        if truth.shape != prediction.shape:
+            raise InvalidInput(f"truth {truth.shape} and prediction {prediction.shape} must have the same shape")
+        size = len(self.classes)
+        labelled = (truth >= 0) & (truth < size)
+        t, p = truth[labelled].astype(np.int64), prediction[labelled].astype(np.int64)
+        if p.size and (p.min() < 0 or p.max() >= size):
+            raise InvalidInput(f"predictions must be class indices 0 … {size - 1}, got {p.min()} … {p.max()}")
+        self.counts += np.bincount(t * size + p, minlength=size * size).reshape(size, size)
+        return self
+
+    @property
+    def total(self) -> int:
+        """Number of labelled pixels."""
+        return int(self.counts.sum())
+
+    @property
+    def support(self) -> NDArray[np.int64]:
+        """Labelled pixels of each class, by truth."""
+        return np.asarray(self.counts.sum(axis=1))
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """Labelled pixels of each class, by prediction."""
+        return np.asarray(self.counts.sum(axis=0))
+
+    @property
+    def hits(self) -> NDArray[np.int64]:
+        """Pixels of each class that were predicted as it."""
+        return np.diagonal(self.counts).copy()
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        """Share of the pixels predicted as a class that are of it."""
+        return _ratio(self.hits, self.predicted)
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """Share of the pixels of a class that were found."""
+        return _ratio(self.hits, self.support)
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """Harmonic mean of precision and recall: 2 hits / (support + predicted)."""
+        return _ratio(2 * self.hits, self.support + self.predicted)
+
+    @property
+    def iou(self) -> NDArray[np.float64]:
+        """Intersection over union: hits / (support + predicted - hits)."""
+        return _ratio(self.hits, self.support + self.predicted - self.hits)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of labelled pixels that are right; nan where there are none."""
+        return float(self.hits.sum() / self.total) if self.total else math.nan
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes that occur."""
+        return _mean(self.f1)
+
+    @property
+    def miou(self) -> float:
+        """Mean intersection over union over the classes that occur."""
+        return _mean(self.iou)
+
+    @property
+    def kappa(self) -> float:
+        """Agreement beyond chance (Cohen 1960); nan where chance alone agrees fully."""
+        if not self.total:
+            return math.nan
+        share = self.counts / self.total
+        chance = float(share.sum(axis=1) @ share.sum(axis=0))
+        # one class in truth and prediction: the quotient is 0/0 up to rounding
+        return (self.accuracy - chance) / (1 - chance) if chance < 1 - 1e-12 else math.nan
+
+    def per_class(self) -> dict[str, dict[str, float | int | None]]:
+        """Scores of each class by name; none where a score is 0/0."""
+        columns = {"precision": self.precision, "recall": self.recall, "f1": self.f1, "iou": self.iou}
+        return {
+            name: {**{score: _number(values[row]) for score, values in columns.items()}, "support": int(support)}
+            for row, (name, support) in enumerate(zip(self.classes, self.support, strict=True))
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: accuracy, macro_f1, miou, kappa, per_class, confusion_matrix, classes, pixels."""
+        scores = {name: _number(getattr(self, name)) for name in ("accuracy", "macro_f1", "miou", "kappa")}
+        return {
+            **scores,
+            "per_class": self.per_class(),
+            "confusion_matrix": self.counts.tolist(),
+            "classes": list(self.classes),
+            "pixels": self.total,
+        }
+
+
+def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    ratio: NDArray[np.float64] = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+    return ratio
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
