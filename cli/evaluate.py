@@ -15,7 +15,10 @@ __all__ = ["register", "table"]
 def table(scores: dict[str, Any]) -> list[str]:
     """The scores as lines: totals, then a row for each class."""
     totals = [f"{name} {scores[name]:.4f}" for name in ("accuracy", "macro_f1", "miou") if scores.get(name) is not None]
-    lines = [f"{', '.join(totals)} on {scores['samples']:,} samples of split {scores['split']} ({scores['seconds']:.1f} s)"]
+    lines = [
+        f"{', '.join(totals)} on {scores['pixels']:,} pixels of {scores['samples']:,} windows, split {scores['split']} "
+        f"({scores['seconds']:.1f} s)"
+    ]
     per_class = scores.get("per_class") or {}
     rows = per_class.items() if isinstance(per_class, dict) else ((row.get("name", "?"), row) for row in per_class)
     for name, row in rows:
@@ -36,9 +39,13 @@ def register(app: typer.Typer) -> None:
         split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     ) -> None:
         """Judge a run on the blocks that were kept aside."""
+        from cli.progress import Reporter
         from jaxtrain.evaluate import evaluate as judge
 
-        scores = judge(run, data=data, split=split)
+        with Reporter(session, "evaluate", unit="batches") as progress:
+            scores = judge(run, data=data, split=split, on_batch=progress.update)
+        for text in scores["warnings"]:
+            session.warn(text)
         for line in table(scores):
             session.say(line)
         session.emit(scores)

@@ -73,10 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return _interrupted() if code == 130 else int(code or 0)
     except BrokenPipeError:
-        # the reader of our output left (`| head`): nothing is wrong, and the interpreter's last flush must not complain
-        with contextlib.suppress(OSError, io.UnsupportedOperation):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return _reader_left()
+    except SystemExit as leaving:
+        # Typer turns a broken pipe into SystemExit(1) itself
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return _reader_left()
+        return leaving.code if isinstance(leaving.code, int) else 1
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except Exception as error:  # noqa: BLE001  the one place that turns any error into a line and a code
@@ -116,6 +118,13 @@ def _one_line(text: str) -> str:
 def _interrupted() -> int:
     sys.stderr.write("interrupted; the same command continues where it stopped\n")
     return 130
+
+
+def _reader_left() -> int:
+    """The reader of our output left (`| head`): nothing is wrong, and the interpreter's last flush must not complain."""
+    with contextlib.suppress(OSError, io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _tolerate_narrow_encodings() -> None:

@@ -28,10 +28,9 @@ def register(app: typer.Typer) -> None:
         resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue the run that RUN holds.")] = True,
     ) -> None:
         """Train a network on a cube. The same command again continues the run from its last checkpoint."""
-        from cli.training import run_training, train_config
+        from cli.training import run_training, summary, train_config
 
-        config = train_config(configuration, session)
-        result = run_training(session, config, out, resume=resume)
-        for line in result["lines"]:
+        result = run_training(session, train_config(configuration, session), out, resume=resume)
+        for line in summary(result):
             session.say(line)
-        session.emit({key: value for key, value in result.items() if key != "lines"})
+        session.emit(result.to_dict())
