@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from cli.mapping import class_colours
+from jaxtrain.maps import CHUNK, Map, is_map, open_map
 from zarr_store import Cube, open_cube
 from zarr_store.errors import InvalidInput, NotACube, UnknownName
 from zarr_store.spec import OVERVIEW_FACTOR, STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED
@@ -54,13 +55,12 @@ def draw(
     try:
         cube = open_cube(store)
     except NotACube:
-        classes = _open_map(store)
-        if classes is None:
+        if not is_map(store):
             raise
         for name, given in (("--collection", collection), ("--time", time), ("--bands", bands)):
             if given is not None:
                 raise InvalidInput(f"{store} is a map: {name} is for cubes") from None
-        image, what = _draw_map(classes, width)
+        image, what = _draw_map(open_map(store), width)
     else:
         image, what = _draw_cube(cube, collection, time, bands, width)
     _save(image, Path(out))
@@ -172,38 +172,22 @@ def _stretch(values: npt.NDArray[np.float32], status: npt.NDArray[np.uint8], *, 
 # ---- maps
 
 
-@dataclass(frozen=True)
-class _Map:
-    """Class indices with their names and colours, and how the source was thinned is left to the caller."""
-
-    values: Any
-    names: Mapping[int, str]
-    colours: Mapping[int, tuple[int, int, int]]
-
-
-def _open_map(store: str) -> _Map | None:
-    """The classes of a map written by `predict`, or None where the store is no map."""
-    from cli.maps import open_map
-
-    found = open_map(store)
-    return None if found is None else _Map(found.classes, found.names, found.colours)
-
-
-def _draw_map(classes: _Map, width: int) -> tuple[Image.Image, str]:
-    height_px, width_px = classes.values.shape
+def _draw_map(made: Map, width: int) -> tuple[Image.Image, str]:
+    height_px, width_px = made.grid.shape
     step = max(1, -(-width_px // max(64, width - 2 * _GAP)))
-    values = np.asarray(classes.values[::step, ::step])
+    # strip by strip: a map may be larger than memory, its picture is not
+    strip = max(step, CHUNK // step * step)
+    values = np.concatenate([made.read("class", slice(y, y + strip))[::step, ::step] for y in range(0, height_px, strip)])
     pixels = np.full((*values.shape, 3), _NODATA_COLOUR, np.uint8)
-    for value, colour in classes.colours.items():
+    colours = class_colours(made)
+    for value, colour in colours.items():
         pixels[values == value] = colour
     scale = max(1, min(8, (width - 2 * _GAP) // pixels.shape[1]))
-    known = np.isin(values, list(classes.names))
-    total = max(int(known.sum()), 1)
-    shares = {v: float(np.count_nonzero(values == v)) / total for v in classes.names}
-    image = _sheet([pixels], [""], 1, scale)
-    return _with_legend(image, [(classes.colours[v], f"{n}  {shares[v]:.1%}") for v, n in classes.names.items()]), (
-        f"{len(classes.names)} classes over {height_px}×{width_px} px"
-    )
+    counts = np.bincount(values.ravel(), minlength=256)[: len(colours)]
+    shares = counts / max(int(counts.sum()), 1)
+    entries = [(colours[v], f"{name}  {shares[v]:.1%}") for v, name in enumerate(made.classes.names)]
+    what = f"{len(entries)} classes over {height_px}×{width_px} px"
+    return _with_legend(_sheet([pixels], [""], 1, scale), entries), what
 
 
 def _with_legend(image: Image.Image, entries: Sequence[tuple[tuple[int, int, int], str]]) -> Image.Image:

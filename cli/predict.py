@@ -26,12 +26,18 @@ def register(app: typer.Typer) -> None:
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="The cube to map.")],
         map_: Annotated[str, typer.Argument(metavar="MAP.zarr", help="The map.")],
         cog: Annotated[Path | None, typer.Option(metavar="MAP.tif", help="Also as a cloud-optimised GeoTIFF.")] = None,
+        time: Annotated[str | None, typer.Option(metavar="DATE", help="Map one date; default: the mean over all.")] = None,
         probabilities: Annotated[bool, typer.Option("--probabilities", help="Keep the probability of each class.")] = False,
     ) -> None:
         """Map a whole cube with a trained network; windows overlap and are blended, so there are no seams."""
         from cli.mapping import run_prediction
 
-        result = run_prediction(session, run, cube, map_, cog=cog, probabilities=probabilities)
-        for line in result["lines"]:
-            session.say(line)
-        session.emit({key: value for key, value in result.items() if key != "lines"})
+        result = run_prediction(session, run, cube, map_, cog=cog, time=time, probabilities=probabilities)
+        height, width = result["shape"]
+        total = max(sum(result["pixels"].values()), 1)
+        session.say(f"{map_}: {height}×{width} px from {len(result['dates'])} date(s), {result['seconds']:.1f} s")
+        for name, count in result["pixels"].items():
+            session.say(f"  {name:24} {count / total:6.1%}")
+        if cog is not None:
+            session.say(f"{cog}: cloud-optimised GeoTIFF with colours and class names")
+        session.emit(result)

@@ -30,22 +30,31 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="items.json or items.parquet.")] = None,
     ) -> None:
         """List the scenes that a source has: deduplicated, in order, with cloud cover and offset verdict."""
-        from cli.scene_files import check_suffix, to_feature_collection, write_scenes
-        from ingest.search import search as find
+        from cli.item_files import check_suffix, portable, write_items
+        from ingest.search import find_items, find_scenes
 
         config = ingest_config(session)
         if out is not None:
             check_suffix(out)
-        scenes = find(source, config)
-        for scene in scenes:
+        found = find_scenes(source, config)
+        for scene in found.scenes:
             cloud = "" if scene.cloud_cover is None else f"cloud {scene.cloud_cover:5.1f} %"
             lacking = f"  lacks {', '.join(scene.lacking)}" if scene.lacking else ""
             session.say(
                 f"{scene.datetime}  {scene.tile or '':6} {scene.id:32} {cloud:13} "
                 f"baseline {scene.baseline or '?':6} offset {scene.dn_offset:+d}{lacking}"
             )
-        session.say(f"{len(scenes)} scenes")
+        session.say(f"{len(found.scenes)} scenes" + (f", {len(found.duplicates)} older copies left out" if found.duplicates else ""))
         if out is not None:
-            write_scenes(scenes, out)
+            kept = {scene.key for scene in found.scenes}
+            items = [portable(item) for item in find_items(source, config)]
+            write_items([item for item in items if (str(item.get("collection")), str(item.get("id"))) in kept], out)
             session.say(f"written to {out}")
-        session.emit({"scenes": len(scenes), "out": out, "items": to_feature_collection(scenes)["features"]})
+        session.emit(
+            {
+                "count": len(found.scenes),
+                "out": out,
+                "scenes": [scene.to_dict() for scene in found.scenes],
+                "duplicates": [{"id": d.dropped.id, "collection": d.dropped.collection, "reason": d.reason} for d in found.duplicates],
+            }
+        )

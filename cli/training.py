@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from cli.config import build, merge, parse_override, read_toml
 from cli.progress import Reporter
 from cli.session import Session
-from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
     from jaxtrain.config import TrainConfig
@@ -20,27 +19,25 @@ __all__ = ["run_training", "summary", "train_config"]
 def train_config(path: Path, session: Session) -> TrainConfig:
     """CONFIG.toml, then --config, then each --set.
 
-    A relative `data.cube` is relative to the file it stands in, or, in a --set, to the working directory.
+    A relative `data.cube` counts from the working directory if it exists there, else from the folder of its file.
     """
     from jaxtrain.config import TrainConfig
 
     settings: dict[str, Any] = {}
     for file in (path, session.config):
         if file is not None:
-            settings = merge(settings, _with_cube_from(read_toml(file), file.parent))
+            settings = merge(settings, _located(read_toml(file), file.parent))
     for text in session.overrides:
-        settings = merge(settings, _with_cube_from(parse_override(text), Path()))
+        settings = merge(settings, parse_override(text))
     return build(TrainConfig, settings, where=str(path))
 
 
-def _with_cube_from(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from jaxtrain.script import resolve_cube
+
     data = settings.get("data")
     cube = data.get("cube") if isinstance(data, dict) else None
-    if not isinstance(cube, str) or "://" in cube:
-        return settings
-    if not cube:
-        raise InvalidInput("data.cube is empty: expected the path or URL of a cube")
-    return merge(settings, {"data": {"cube": str((folder / cube).resolve())}})
+    return merge(settings, {"data": {"cube": resolve_cube(cube, folder)}}) if isinstance(cube, str) and cube else settings
 
 
 def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bool = True) -> TrainResult:

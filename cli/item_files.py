@@ -1,0 +1,56 @@
+"""Keeping what a search found: items.json (an ItemCollection) or items.parquet (stac-geoparquet), usable as SOURCE."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin
+
+from zarr_store.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from ingest.catalogue import FoundItem
+
+__all__ = ["check_suffix", "portable", "write_items"]
+
+_SUFFIXES = (".json", ".geojson", ".parquet")
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file type that cannot be written, before anything is searched."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise InvalidInput(f"{path}: items are written as .json or .parquet, got {path.suffix or 'no suffix'!r}")
+
+
+def portable(found: FoundItem) -> dict[str, Any]:
+    """The item as it was found, with absolute hrefs, as relative ones start at a place that it leaves."""
+    item = dict(found.item)
+    assets = item.get("assets") or {}
+    item["assets"] = {key: {**asset, "href": _absolute(asset, found.base)} for key, asset in assets.items()}
+    item["links"] = [{**link, "href": _absolute(link, found.base)} for link in item.get("links") or []]
+    return item
+
+
+def _absolute(link: Mapping[str, Any], base: str) -> str:
+    href = str(link.get("href") or "")
+    if "://" in href or href.startswith("/"):
+        return href
+    return urljoin(base, href) if "://" in base else str(Path(base).parent.joinpath(href).resolve())
+
+
+def write_items(items: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the items; the file appears complete or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if path.suffix.lower() == ".parquet":
+            from ingest.geoparquet import write_items as write_parquet
+
+            write_parquet(items, part)
+        else:
+            part.write_text(json.dumps({"type": "FeatureCollection", "features": list(items)}, indent=1), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
