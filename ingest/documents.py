@@ -1,0 +1,266 @@
+"""Reading JSON documents of a catalogue, from disk or over HTTP, with caps on size, depth, time and trust.
+
+A catalogue comes from outside: it may be cut off, huge, nested without end, an HTML login page, or may redirect a
+credential to another host. Everything that is read of it passes through here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import BaseHTTPResponse, Retry
+
+from ingest.config import IngestConfig
+from ingest.hrefs import HrefPolicy, is_url, redact, redact_text, refuse_private_address, resolve_href, same_origin
+from zarr_store.errors import AccessError, InvalidInput
+
+__all__ = ["MAX_JSON_BYTES", "Documents", "HttpStatusError", "parse_json"]
+
+log = logging.getLogger(__name__)
+
+MAX_JSON_BYTES = 64 * 2**20
+"""Largest JSON document, about 4 000 Sentinel-2 items; stac-geoparquet is the form for more."""
+
+MAX_DEPTH = 100
+_MAX_REDIRECTS = 5
+_MAX_RETRY_AFTER_S = 120.0
+_RETRIED = (408, 425, 429, 500, 502, 503, 504)
+
+
+class HttpStatusError(AccessError):
+    """A server answered with an error status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Retry(Retry):
+    """urllib3's Retry, which would otherwise sleep for as long as the server's Retry-After says."""
+
+    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+        wait = super().get_retry_after(response)
+        return None if wait is None else min(wait, _MAX_RETRY_AFTER_S)
+
+
+class Documents:
+    """Reads the JSON documents of one SOURCE.
+
+    Credentials (userinfo in SOURCE, `headers`) go to SOURCE's own scheme, host and port and nowhere else.
+
+    Args:
+        source: SOURCE as the user gave it.
+        config: Timeouts, retries and trust.
+        headers: Extra request headers for SOURCE's origin, e.g. {"Authorization": "Bearer …"}.
+    """
+
+    def __init__(self, source: str, config: IngestConfig, headers: Mapping[str, str] | None = None) -> None:
+        self._secret_headers = dict(headers or {})
+        self.source, self._auth = _without_userinfo(source)
+        self.policy = HrefPolicy.of(self.source, config)
+        self._timeout = (min(config.timeout_s, 10.0), config.timeout_s)
+        self._session = requests.Session()
+        self._session.trust_env = False  # no .netrc: it could send a password to a host that only a link names
+        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
+        self._session.headers["Accept"] = "application/geo+json, application/json"
+        retry = _Retry(
+            total=config.retries,
+            connect=min(1, config.retries),  # a closed port or unknown name is known at once
+            backoff_factor=0.3,
+            backoff_jitter=0.2,
+            backoff_max=20,
+            status_forcelist=_RETRIED,
+            allowed_methods=frozenset({"GET", "POST"}),  # a search by POST changes nothing, so it may be repeated
+            raise_on_status=False,
+            respect_retry_after_header=True,
+        )
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=8))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()
+
+    def read(self, location: str) -> Any:
+        """The JSON document at a path or URL.
+
+        Raises:
+            InvalidInput: Absent, too large, cut off, or not JSON.
+            AccessError: The server could not be reached or refused.
+        """
+        if is_url(location):
+            return self.request(location)
+        path = Path(location)
+        try:
+            size = path.stat().st_size
+            if size > MAX_JSON_BYTES:
+                raise _too_large(location, size)
+            data = path.read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"cannot read {location}: {error.strerror or error}; check the path") from error
+        return parse_json(data, location)
+
+    def request(
+        self,
+        url: str,
+        *,
+        method: str = "GET",
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The JSON answer to a request; `parameters` are the body of a POST and the query of a GET."""
+        shown = redact(url)
+        for _ in range(_MAX_REDIRECTS):
+            reply = self._send(url, method, parameters)
+            with reply:
+                if reply.is_redirect or reply.status_code in (301, 302, 303, 307, 308):
+                    url = resolve_href(reply.headers.get("Location"), base=url, policy=self.policy)
+                    if reply.status_code == 303:
+                        method, parameters = "GET", None
+                    continue
+                data = self._body(reply, shown)
+            if not 200 <= reply.status_code < 300:
+                raise HttpStatusError(_status_message(shown, reply, data), reply.status_code)
+            return parse_json(data, shown)
+        raise AccessError(f"{shown}: more than {_MAX_REDIRECTS} redirects; check the address")
+
+    def _send(self, url: str, method: str, parameters: Mapping[str, Any] | None) -> requests.Response:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise InvalidInput(f"{redact(url)}: JSON documents are read from files, http and https only")
+        refuse_private_address(url, self.policy)
+        trusted = is_url(self.source) and same_origin(url, self.source)
+        post = method == "POST"
+        try:
+            return self._session.request(
+                method,
+                url,
+                params=None if post else dict(parameters or {}),
+                json=dict(parameters or {}) if post else None,
+                headers=self._secret_headers if trusted else {},
+                auth=self._auth if trusted else None,
+                proxies={} if proxy_bypass(urlsplit(url).hostname or "") else getproxies(),
+                timeout=self._timeout,
+                allow_redirects=False,
+                stream=True,
+            )
+        except (requests.RequestException, OSError) as error:
+            raise _unreachable(url, error) from error
+
+    def _body(self, reply: requests.Response, shown: str) -> bytes:
+        data = bytearray()
+        try:
+            for chunk in reply.iter_content(1 << 16):
+                data += chunk
+                if len(data) > MAX_JSON_BYTES:
+                    raise _too_large(shown, None)
+        except (requests.RequestException, OSError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            raise _unreachable(shown, error) from error
+        return bytes(data)
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parse a document and say where it breaks.
+
+    Raises:
+        InvalidInput: Not UTF-8, not JSON (with the byte), NaN or Infinity, or nested too deeply.
+    """
+    where = redact(where)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{where}: not UTF-8 text at byte {error.start}; expected a JSON document") from error
+    if text.lstrip()[:1] == "<":
+        raise InvalidInput(f"{where}: expected JSON, got HTML or XML at byte 0; a login page, or the wrong address?")
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        byte = len(text[: error.pos].encode())
+        cut = byte >= len(text.rstrip().encode()) - 1 or error.msg.startswith("Unterminated")
+        kind = "JSON is cut off" if cut else "not valid JSON"
+        raise InvalidInput(f"{where}: {kind} at byte {byte} of {len(data)} ({error.msg}); fetch it again") from error
+    except RecursionError as error:
+        raise _too_deep(where) from error
+    except _ConstantError as error:
+        found = re.search(rf"[:\[,\s]({re.escape(str(error))})", text)
+        byte = len(text[: found.start(1)].encode()) if found else 0
+        raise InvalidInput(f"{where}: {error} at byte {byte} is not valid JSON; the writer must use null") from error
+    level, depth = [document], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise _too_deep(where)
+        level = (
+            [
+                child
+                for node in level
+                for child in (node.values() if isinstance(node, dict) else node)
+                if isinstance(child, dict | list)
+            ]
+            if isinstance(level[0], dict | list)
+            else []
+        )
+    return document
+
+
+class _ConstantError(Exception):
+    pass
+
+
+def _refuse_constant(name: str) -> None:
+    raise _ConstantError(name)
+
+
+def _too_deep(where: str) -> InvalidInput:
+    return InvalidInput(f"{where}: nested more than {MAX_DEPTH} levels deep; no STAC document is, so it is refused")
+
+
+def _too_large(where: str, size: int | None) -> InvalidInput:
+    came = f"{size} bytes" if size else "more"
+    return InvalidInput(
+        f"{redact(where)}: at most {MAX_JSON_BYTES} bytes of JSON are read, got {came}; "
+        "narrow the search or use stac-geoparquet"
+    )
+
+
+def _unreachable(url: str, error: Exception) -> AccessError:
+    if isinstance(error, requests.Timeout):
+        cause = "no answer in time"
+    else:
+        inner: BaseException = error
+        while inner.__cause__ is not None or inner.__context__ is not None:
+            inner = cast("BaseException", inner.__cause__ or inner.__context__)
+        cause = redact_text(getattr(inner, "strerror", None) or inner)
+    return AccessError(f"cannot reach {redact(url)}: {cause}; check the address and the network, then try again")
+
+
+def _status_message(shown: str, reply: requests.Response, data: bytes) -> str:
+    status = reply.status_code
+    detail = " ".join(redact_text(data[:400].decode("utf-8", "replace")).split())[:200]
+    hint = {
+        401: "it wants credentials",
+        403: "it refuses access; credentials or rights are missing",
+        404: "nothing is there; check the address",
+        429: "it is overloaded or limits the rate; try again later",
+    }.get(status, "the server failed; try again later" if status >= 500 else "it refuses the request")
+    return f"{shown}: HTTP {status}, {hint}" + (f" ({detail})" if detail and not detail.startswith("<") else "")
+
+
+def _without_userinfo(source: str) -> tuple[str, tuple[str, str] | None]:
+    if not is_url(source) or "@" not in urlsplit(source).netloc:
+        return source, None
+    parts = urlsplit(source)
+    auth = (parts.username or "", parts.password or "")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])), auth

@@ -1,0 +1,147 @@
+"""SOURCE → scenes: a STAC API, a static catalogue, an item file or stac-geoparquet. Runs once, on the client."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ingest.api import api_root, ask_api
+from ingest.catalogue import FoundItem, Trail, items_in, open_source
+from ingest.config import IngestConfig
+from ingest.dedupe import Duplicate, dedupe
+from ingest.documents import Documents
+from ingest.harmonise import harmonise
+from ingest.hrefs import is_url, redact
+from ingest.products import PRODUCTS, choose_bands, find_product, refuse_unsupported
+from ingest.scene import Scene
+from ingest.selection import Selection
+from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+
+__all__ = ["Found", "find_items", "find_scenes", "search"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gives: scenes in order, and the copies that were left out for them."""
+
+    scenes: tuple[Scene, ...]
+    duplicates: tuple[Duplicate, ...] = ()
+
+
+def search(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[Scene]:
+    """Find, harmonise, de-duplicate and order the scenes that `config` asks for.
+
+    Args:
+        source: STAC API URL; path or URL of a catalog.json, collection.json, ItemCollection or item; or a
+            stac-geoparquet file.
+        config: Collections, region, time, query, bands, trust.
+        headers: Request headers for SOURCE's own origin only.
+
+    Returns:
+        Scenes by collection, time, tile and id; never empty.
+
+    Raises:
+        NothingFound: A valid question without an answer.
+        UnknownName: A collection that SOURCE does not have, or a band that no product has.
+        InvalidInput: SOURCE cannot be read as STAC, or none of its assets may be opened.
+        AccessError: Network or authorisation.
+    """
+    return list(find_scenes(source, config, headers=headers).scenes)
+
+
+def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> Found:
+    """As `search`, with the duplicates that were left out."""
+    _check_names(config)
+    scenes = []
+    skipped: InvalidInput | None = None
+    for found in find_items(source, config, headers=headers):
+        if not config.collections and (reason := _not_ours(found.item)):
+            skipped = skipped or reason
+            continue
+        scenes.append(
+            harmonise(found.item, base=found.base, config=config, source=source, item_assets=found.item_assets)
+        )
+    if not scenes and skipped:
+        raise skipped
+    _check_assets(scenes)
+    kept, drops = dedupe(scenes)
+    for drop in drops:
+        log.info("%s left out: %s", drop.dropped.id, drop.reason)
+    return Found(tuple(kept), tuple(drops))
+
+
+def find_items(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[FoundItem]:
+    """The raw items that match, with the place each was read from; what `terrashard search -o` writes.
+
+    Raises:
+        NothingFound: No item matches.
+        UnknownName: SOURCE has no such collection.
+        InvalidInput: SOURCE is not STAC.
+        AccessError: Network or authorisation.
+    """
+    with Documents(source, config, headers) as documents:
+        location, document = open_source(documents)
+        selection = Selection(config)
+        trail = Trail()
+        if is_url(location) and isinstance(document, Mapping) and (root := api_root(documents, location, document)):
+            asked = config
+            if document.get("type") == "Collection" and not config.collections:
+                asked = config.model_copy(update={"collections": (str(document["id"]),)})
+            candidates = ask_api(documents, root, asked)
+        else:
+            candidates = items_in(documents, location, document, wanted=config.collections, trail=trail)
+        items: list[FoundItem] = []
+        ids: set[tuple[str, str]] = set()
+        for found in candidates:
+            key = (str(found.item.get("collection")), str(found.item.get("id")))
+            if not selection.keeps(found.item) or key in ids:
+                continue
+            ids.add(key)
+            items.append(found)
+            if config.max_items and len(items) >= config.max_items:
+                break
+    if not items:
+        for name in config.collections:
+            if trail.collections and name not in trail.collections:
+                raise UnknownName.of("collection", name, trail.collections, redact(source))
+        raise NothingFound(selection.explain(redact(source)))
+    return items
+
+
+def _check_names(config: IngestConfig) -> None:
+    """Refuse band names before anything is asked over the network."""
+    for name in config.collections:
+        refuse_unsupported(name)
+    named = [rule for name in config.collections for rule in PRODUCTS if name in rule.collections]
+    for rule in named or PRODUCTS:
+        choose_bands(rule, config.bands, config.mask)
+
+
+def _not_ours(item: Mapping[str, Any]) -> InvalidInput | None:
+    """Why an item of an unasked-for collection is passed over, or None."""
+    collection = str(item.get("collection") or "")
+    try:
+        refuse_unsupported(collection, item)
+    except InvalidInput as refusal:
+        return refusal
+    if find_product(item) is None:
+        return InvalidInput(
+            f"collection {collection!r} is of no product that is understood: expected Sentinel-2 L2A or L1C, or "
+            "Sentinel-1 RTC; name another one with --collection"
+        )
+    return None
+
+
+def _check_assets(scenes: list[Scene]) -> None:
+    """Fail when not one data band of any scene can be read: a trust setting or a wrong catalogue, not a gap."""
+    if any(asset.kind == "data" for scene in scenes for asset in scene.assets.values()):
+        return
+    refusals = [note for scene in scenes for note in scene.notes if "refused" in note]
+    if refusals:
+        raise InvalidInput(f"no asset may be opened; the first: {refusals[0]}")
+    lacking = ", ".join(scenes[0].lacking)
+    raise NothingFound(f"none of {len(scenes)} items has a requested band ({lacking}); ask for other bands")
