@@ -114,6 +114,7 @@ def harmonise(
         dn_offset=dn_offset,
         offset_evidence=evidence,
         notes=tuple(notes),
+        product=product.name,
     )
 
 

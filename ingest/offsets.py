@@ -1,23 +1,55 @@
-"""The -1000 offset of Sentinel-2 baseline 04.00: what the metadata of an item say of it, with the evidence.
+"""The -1000 offset of Sentinel-2 baseline 04.00: what metadata say of it, what pixels say, and which is followed.
 
 From baseline 04.00 on, a digital number is 10 000 · reflectance + 1000. Some providers subtract the 1000, some say so
 wrongly, and some keep `offset: -0.1` in the metadata after subtracting. The rule belongs to the item and its baseline,
-never to its date: reprocessed scenes of 2015 have baseline 05.xx. The pixels have the last word (`ingest.probe`).
+never to its date: reprocessed scenes of 2015 have baseline 05.xx. The pixels have the last word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from ingest.products import ProductRule
 from ingest.providers import ProviderRule
+from ingest.scene import Scene
+from zarr_store.errors import InvalidInput
 
-__all__ = ["OFFSET_DN", "UNKNOWN_OFFSET", "baseline_has_offset", "decide_offset"]
+__all__ = [
+    "OFFSET_DN",
+    "UNKNOWN_OFFSET",
+    "OffsetReading",
+    "Verdict",
+    "baseline_has_offset",
+    "decide_offset",
+    "read_offset",
+    "settle_offset",
+]
+
+Verdict = Literal["confirmed", "repaired", "contradicted", "inconclusive", "unchecked"]
 
 OFFSET_DN = -1000
 UNKNOWN_OFFSET = "nothing states the offset"
 """How the evidence begins when neither flag, metadata nor baseline say anything."""
+
+
+_MIN_PIXELS = 256
+_RAISED_SHARE, _RAISED_LOW = 0.005, (1000, 1600)
+_SUBTRACTED_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class OffsetReading:
+    """What pixels say: "raised" by 1000, "subtracted" (or never raised), or "unclear"."""
+
+    state: Literal["raised", "subtracted", "unclear"]
+    share_below_1000: float | None = None
+    low: float | None = None
+    pixels: int = 0
 
 
 def baseline_has_offset(baseline: str | None) -> bool | None:
@@ -92,3 +124,69 @@ def _truth(value: object) -> bool | None:
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.lower())
     return value if isinstance(value, bool) else None
+
+
+def read_offset(dn: npt.NDArray[Any]) -> OffsetReading:
+    """Whether digital numbers of the bluest band still carry the +1000 of baseline 04.00.
+
+    Un-subtracted land has almost no valid DN in 1…999 and its darkest percent just above 1000; subtracted land has
+    many.
+    Clouds and snow alone say nothing. Pixels beside nodata are left out, as lossy files smear there.
+
+    >>> read_offset(np.full((64, 64), 300, np.uint16)).state
+    'subtracted'
+    """
+    valid = (dn > 0) & (dn < 65535)
+    values = dn[_inside(valid)]
+    if values.size < _MIN_PIXELS:
+        values = dn[valid]
+    if values.size < _MIN_PIXELS:
+        return OffsetReading("unclear", pixels=int(values.size))
+    share = float(np.mean(values < -OFFSET_DN))
+    low = float(np.percentile(values, 1))
+    if share > _SUBTRACTED_SHARE:
+        return OffsetReading("subtracted", share, low, int(values.size))
+    if share < _RAISED_SHARE and _RAISED_LOW[0] <= low <= _RAISED_LOW[1]:
+        return OffsetReading("raised", share, low, int(values.size))
+    return OffsetReading("unclear", share, low, int(values.size))
+
+
+def _inside(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Valid pixels whose eight neighbours are valid too."""
+    padded = np.pad(valid, 1, constant_values=True)
+    rows = padded[:-2] & padded[1:-1] & padded[2:]
+    inside: npt.NDArray[np.bool_] = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
+    return inside
+
+
+def settle_offset(scene: Scene, reading: OffsetReading | None, *, policy: str) -> tuple[int, Verdict, str | None]:
+    """(offset, verdict, sentence) by the metadata, the pixels and the policy.
+
+    Raises:
+        InvalidInput: Policy "fail", and pixels contradict the metadata or nothing states the offset.
+    """
+    by_metadata = scene.dn_offset
+    unknown = scene.offset_evidence.startswith(UNKNOWN_OFFSET)
+    by_pixels = None if reading is None else {"raised": OFFSET_DN, "subtracted": 0}.get(reading.state)
+    if by_pixels == OFFSET_DN and by_metadata == 0 and baseline_has_offset(scene.baseline) is False:
+        by_pixels = None  # nothing was ever added before baseline 04.00: bright ground
+    if reading is None or by_pixels is None:
+        verdict: Verdict = "unchecked" if reading is None else "inconclusive"
+        if not unknown:
+            return by_metadata, verdict, None
+        text = f"offset: {scene.offset_evidence}, and the pixels do not tell"
+        if policy == "fail":
+            raise InvalidInput(f"scene {scene.id}: {text}; use --offset-policy warn to take it as 0")
+        return by_metadata, verdict, text
+    if by_pixels == by_metadata:
+        return by_metadata, "confirmed", None
+    seen = (
+        f"{reading.share_below_1000:.1%} of the pixels are in 1…999 and the darkest percent ends at {reading.low:.0f}: "
+        f"{'1000 is still in them' if by_pixels else 'nothing is to be subtracted'}"
+    )
+    text = f"offset: metadata say {by_metadata:+d} ({scene.offset_evidence}), but {seen}"
+    if policy == "fail":
+        raise InvalidInput(f"scene {scene.id}: {text}; --offset-policy repair follows the pixels, warn the metadata")
+    if policy == "warn":
+        return by_metadata, "contradicted", f"{text}; the metadata are followed"
+    return by_pixels, "repaired", f"{text}; the pixels are followed ({by_pixels:+d})"

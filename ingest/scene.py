@@ -83,6 +83,7 @@ class Scene:
         dn_offset: What the metadata rules say must be ADDED to a DN: 0 or -1000.
         offset_evidence: Why, in words.
         notes: What a person should know of this scene: refused hrefs, repaired geometry, unknown CRS.
+        product: Name of the product rule in `ingest.products`, e.g. "sentinel-2-l2a".
     """
 
     id: str
@@ -105,6 +106,7 @@ class Scene:
     dn_offset: int = 0
     offset_evidence: str = ""
     notes: tuple[str, ...] = ()
+    product: str = ""
 
     @property
     def key(self) -> tuple[str, str]:

@@ -1,0 +1,253 @@
+"""What the files themselves say: headers of all assets, and from a few pixels whether the -1000 offset is in them.
+
+Item metadata are often stale or wrong (sizes of another resolution, an offset that was already subtracted). The header
+wins over the metadata and the pixels win over both; every mismatch is kept as a sentence for the plan and the report.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from shapely.geometry import shape
+
+from ingest.config import IngestConfig
+from ingest.footprint import box_region, meets
+from ingest.hrefs import is_url
+from ingest.offsets import Verdict, read_offset, settle_offset
+from ingest.scene import AssetRef, Scene
+from zarr_store.errors import AssetUnreadable, InvalidInput
+from zarr_store.grid import Grid
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+__all__ = ["AssetProbe", "SceneProbe", "probe_scenes"]
+
+log = logging.getLogger(__name__)
+
+_THREADS = 8
+"""Headers read at once: each is a few small requests; more would trip the rate limits of providers."""
+
+_VISIBLE = ("coastal", "blue", "green", "red")
+"""Bluest first: land and water are darkest there, which is what shows the offset."""
+
+_SAMPLE_SIDE = 512
+_FULL_READ_PIXELS = 2048 * 2048
+
+
+@dataclass(frozen=True)
+class AssetProbe:
+    """The header of one file.
+
+    Attributes:
+        grid: Its georeference; None where `error` says why.
+        dtype: numpy name of the stored type.
+        nodata: As the file declares it.
+        overviews: Factors of the overviews inside the file.
+        block: (height, width) of a block.
+        size_bytes: Size of the file, where it is known without another request.
+        error: Why the file cannot be used, redacted.
+    """
+
+    grid: Grid | None = None
+    dtype: str | None = None
+    nodata: float | None = None
+    overviews: tuple[int, ...] = ()
+    block: tuple[int, int] | None = None
+    size_bytes: int | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            **fields,
+            "grid": self.grid.to_dict() if self.grid else None,
+            "overviews": list(self.overviews),
+            "block": list(self.block) if self.block else None,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(
+            **{
+                **data,
+                "grid": Grid.from_dict(data["grid"]) if data["grid"] else None,
+                "overviews": tuple(data["overviews"]),
+                "block": tuple(data["block"]) if data["block"] else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class SceneProbe:
+    """What the files of one scene say.
+
+    Attributes:
+        assets: By band.
+        dn_offset: What must be added to a DN, after the pixels were asked: 0 or -1000.
+        verdict: "confirmed" and "repaired": the pixels decided; "contradicted": they disagree and the policy keeps the
+            metadata; "inconclusive": clouds, snow or too few pixels; "unchecked": no band that could tell.
+        share_below_1000: Share of valid DN in 1…999 of the bluest band.
+        discrepancies: Where metadata and files disagree, and unreadable files, as sentences.
+    """
+
+    assets: Mapping[str, AssetProbe]
+    dn_offset: int
+    verdict: Verdict
+    share_below_1000: float | None = None
+    discrepancies: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "assets": {band: asset.to_dict() for band, asset in self.assets.items()},
+            "dn_offset": self.dn_offset,
+            "verdict": self.verdict,
+            "share_below_1000": self.share_below_1000,
+            "discrepancies": list(self.discrepancies),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        assets = {band: AssetProbe.from_dict(asset) for band, asset in data["assets"].items()}
+        return cls(**{**data, "assets": assets, "discrepancies": tuple(data["discrepancies"])})
+
+
+@dataclass
+class _Header:
+    probe: AssetProbe
+    sample: npt.NDArray[Any] | None = field(default=None)
+
+
+def probe_scenes(scenes: Sequence[Scene], config: IngestConfig) -> dict[str, SceneProbe]:
+    """Read the headers of all assets, and a small decimated sample per Sentinel-2 scene.
+
+    An unreadable file is recorded, never raised: the plan goes on without it and its pixels become `missing`.
+
+    Args:
+        scenes: As `ingest.search` gives them.
+        config: Retries, timeouts and `offset_policy`.
+
+    Returns:
+        By scene id.
+
+    Raises:
+        InvalidInput: `offset_policy` is "fail" and pixels contradict the metadata, or nothing states the offset.
+    """
+    jobs = [(scene, asset, asset.band == _witness(scene)) for scene in scenes for asset in scene.assets.values()]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        headers = list(pool.map(lambda job: _probe_asset(*job, config=config), jobs))
+    by_scene: dict[tuple[str, str], dict[str, _Header]] = defaultdict(dict)
+    for (scene, asset, _), header in zip(jobs, headers, strict=True):
+        by_scene[scene.key][asset.band] = header
+    return {scene.id: _conclude(scene, by_scene[scene.key], config) for scene in scenes}
+
+
+def _witness(scene: Scene) -> str | None:
+    """The band whose pixels are asked; top-of-atmosphere blue is bright over any ground, so L1C has none."""
+    if scene.product != "sentinel-2-l2a":
+        return None
+    return next((band for band in _VISIBLE if band in scene.assets and scene.assets[band].kind == "data"), None)
+
+
+def _probe_asset(scene: Scene, asset: AssetRef, with_pixels: bool, *, config: IngestConfig) -> _Header:
+    from ingest.read import Access, grid_of, with_asset
+
+    def use(dataset: DatasetReader) -> _Header:
+        probe = AssetProbe(
+            grid=grid_of(dataset),
+            dtype=str(dataset.dtypes[0]),
+            nodata=None if dataset.nodata is None else float(dataset.nodata),
+            overviews=tuple(int(factor) for factor in dataset.overviews(1)),
+            block=(int(dataset.block_shapes[0][0]), int(dataset.block_shapes[0][1])),
+            size_bytes=None if is_url(asset.href) else Path(asset.href).stat().st_size,
+        )
+        return _Header(probe, _sample(dataset) if with_pixels else None)
+
+    access = Access(attempts=config.retries + 1, timeout_s=config.timeout_s)
+    try:
+        return with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access)
+    except (AssetUnreadable, InvalidInput) as error:
+        log.warning("%s", error)
+        return _Header(AssetProbe(error=str(error)))
+
+
+def _sample(dataset: DatasetReader) -> npt.NDArray[Any]:
+    """About 512² pixels of the raster: from an overview, or as nine windows where there is none to read from."""
+    from rasterio.windows import Window
+
+    height, width = int(dataset.height), int(dataset.width)
+    if dataset.overviews(1) or height * width <= _FULL_READ_PIXELS:
+        step = max(1, -(-max(height, width) // _SAMPLE_SIDE))
+        decimated: npt.NDArray[Any] = dataset.read(1, out_shape=(-(-height // step), -(-width // step)))
+        return decimated
+    side = _SAMPLE_SIDE // 3
+    parts = [
+        [dataset.read(1, window=Window(round(x * (width - side)), round(y * (height - side)), side, side))
+         for x in (0.1, 0.5, 0.9)]
+        for y in (0.1, 0.5, 0.9)
+    ]  # fmt: skip
+    return np.block(parts)
+
+
+def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig) -> SceneProbe:
+    sentences = _mismatches(scene, {band: header.probe for band, header in headers.items()})
+    witness = _witness(scene)
+    header = headers.get(witness) if witness else None
+    reading = read_offset(header.sample) if header is not None and header.sample is not None else None
+    dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.offset_policy)
+    return SceneProbe(
+        assets={band: header.probe for band, header in headers.items()},
+        dn_offset=dn_offset,
+        verdict=verdict,
+        share_below_1000=round(reading.share_below_1000, 6)
+        if reading and reading.share_below_1000 is not None
+        else None,
+        discrepancies=(*sentences, *([sentence] if sentence else [])),
+    )
+
+
+def _mismatches(scene: Scene, probes: Mapping[str, AssetProbe]) -> list[str]:
+    """Sentences on grids, types and nodata that differ between item and file; equal ones are joined over bands."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for band, probe in probes.items():
+        asset = scene.assets[band]
+        if probe.error:
+            said[probe.error].append(band)
+            continue
+        if asset.grid is not None and probe.grid is not None and asset.grid != probe.grid:
+            said[f"item says {_describe(asset.grid, probe.grid)}, file is {_describe(probe.grid, asset.grid)}; "
+                 "the file is followed"].append(band)  # fmt: skip
+        if asset.dtype and probe.dtype and asset.dtype != probe.dtype:
+            said[f"item says {asset.dtype}, file holds {probe.dtype}; the file is followed"].append(band)
+        if probe.nodata is not None and asset.nodata is not None and not _same(asset.nodata, probe.nodata):
+            said[f"item says nodata {asset.nodata:g}, file declares {probe.nodata:g}; both are masked"].append(band)
+    grids = [probe.grid for probe in probes.values() if probe.grid]
+    if grids and not meets(shape(dict(scene.footprint)), box_region(grids[0].lonlat_bounds())):
+        bounds = ", ".join(f"{v:.3g}" for v in grids[0].lonlat_bounds())
+        said[f"file lies at {bounds} (lon/lat), outside the item's footprint; the file is followed"] = [
+            next(iter(probes))
+        ]
+    return [f"{', '.join(bands)}: {text}" for text, bands in said.items()]
+
+
+def _describe(grid: Grid, other: Grid) -> str:
+    text = str(grid)
+    if str(other) == text:  # only the origin differs
+        text += f" from {grid.transform[2]:.9g}, {grid.transform[5]:.9g}"
+    return text
+
+
+def _same(left: float, right: float) -> bool:
+    return left == right or (np.isnan(left) and np.isnan(right))
