@@ -15,7 +15,7 @@ import rasterio
 from rasterio.windows import Window
 
 from ingest.access import Access, grid_of, open_asset, redact, with_asset
-from ingest.resample import place
+from ingest.resample import pick_resampling, place
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid
 
@@ -46,6 +46,8 @@ class ReadableAsset(Protocol):
     def href(self) -> str: ...
     @property
     def nodata(self) -> float | None: ...
+    @property
+    def kind(self) -> Literal["data", "class"]: ...
 
 
 def read_on_grid(
@@ -64,7 +66,7 @@ def read_on_grid(
         asset: What to read.
         header: Grid that the file had when it was planned; another grid now is an error. None accepts any.
         target: Grid of the result.
-        resampling: Kernel where the lattices differ.
+        resampling: Kernel wanted where the lattices differ; `pick_resampling` overrules it where it would be wrong.
         stored: Type of the result: "uint16" (digital numbers), "uint8" (classes) or "float32" (backscatter).
         scene: Item id, for errors.
         access: Limits and retries.
@@ -91,7 +93,8 @@ def read_on_grid(
             raw = dataset.read(1, window=Window(col, row, width, height))
             return _as_stored(raw, stored, empty)
 
-        return place(window, grid, target, resampling, dtype=stored, nodata=NODATA[stored])
+        kernel = pick_resampling(asset.kind, grid, target, resampling)
+        return place(window, grid, target, kernel, dtype=stored, nodata=NODATA[stored])
 
     return with_asset(asset.href, use, scene=scene, asset=asset.key, access=access)
 
@@ -206,6 +209,7 @@ class _UrlAsset:
     """An asset of which nothing but the URL is known."""
 
     nodata = None
+    kind: Literal["data", "class"] = "data"
 
     def __init__(self, href: str) -> None:
         self.href = href

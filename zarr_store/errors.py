@@ -130,6 +130,7 @@ class AccessError(TerrashardError, OSError):
 class AssetUnreadable(AccessError):
     """One asset of one scene could not be read after all retries; `reason` is the cause alone, without secrets."""
 
+    asset: str = ""
     reason: str = ""
 
     @classmethod
@@ -139,7 +140,7 @@ class AssetUnreadable(AccessError):
             f"scene {scene or '?'}, asset {asset or '?'} ({href}) could not be read: {reason}; "
             "its pixels count as missing until a repeated run can read it"
         )
-        error.reason = reason
+        error.asset, error.reason = asset, reason
         return error
 
 

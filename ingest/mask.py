@@ -1,0 +1,89 @@
+"""Which pixels are seen and which of them are masked: pure numpy on one source's window.
+
+A pixel is observed where every band has a value; it is masked where its class says cloud, shadow or the like. Growing
+the mask needs pixels beyond the window, so classes are read with a halo, and shards meet without seams.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from zarr_store.grid import Grid
+
+__all__ = ["disc", "halo_pixels", "mask_classes", "observed"]
+
+Bool = npt.NDArray[np.bool_]
+NO_DATA_CLASS = 0
+
+
+def observed(bands: npt.NDArray[np.generic], classes: npt.NDArray[np.uint8] | None) -> Bool:
+    """Where every band has a value and, if classes were read, the class is not 0.
+
+    Args:
+        bands: (band, y, x); nodata is 0 in whole numbers and NaN in floats.
+        classes: (y, x) or None.
+
+    Returns:
+        (y, x).
+    """
+    seen: Bool = np.isfinite(bands).all(axis=0) if bands.dtype.kind == "f" else (bands != 0).all(axis=0)
+    return seen if classes is None else seen & (classes != NO_DATA_CLASS)
+
+
+def halo_pixels(grid: Grid, dilate_m: float) -> tuple[int, int]:
+    """(rows, columns) beyond a window that can reach into it when the mask grows by `dilate_m` metres."""
+    rx, ry = grid.resolution
+    reach = dilate_m * grid.units_per_metre
+    return (math.floor(reach / ry + 1e-9), math.floor(reach / rx + 1e-9))
+
+
+def disc(grid: Grid, dilate_m: float) -> Bool:
+    """Pixels whose centre lies within `dilate_m` metres of the middle one; odd sides, all True at the middle."""
+    rows, cols = halo_pixels(grid, dilate_m)
+    rx, ry = grid.resolution
+    reach = dilate_m * grid.units_per_metre
+    y, x = np.mgrid[-rows : rows + 1, -cols : cols + 1]
+    inside: Bool = (x * rx) ** 2 + (y * ry) ** 2 <= reach**2 * (1 + 1e-9)
+    return inside
+
+
+def mask_classes(classes: npt.NDArray[np.uint8], masked: Iterable[int], *, grid: Grid, dilate_m: float = 0.0) -> Bool:
+    """Which pixels are masked.
+
+    Class 0 (no data) is masked where it is but not grown: the edge of a swath is no cloud.
+
+    Args:
+        classes: (y, x) with a halo of `halo_pixels` on each side.
+        masked: Class values that are masked.
+        grid: Of the pixels; only its resolution and unit matter.
+        dilate_m: How far masked areas grow, metres, measured between pixel centres.
+
+    Returns:
+        (y, x) without the halo.
+
+    >>> metres = Grid("EPSG:32633", (10, 0, 0, 0, -10, 0), (1, 1))
+    >>> mask_classes(np.array([[4, 4, 9, 4, 4]] * 3, np.uint8), [9], grid=metres, dilate_m=10).tolist()
+    [[True, True, True]]
+    """
+    table = np.zeros(256, bool)
+    table[list(masked)] = True
+    plain: Bool = table[classes]
+    rows, cols = halo_pixels(grid, dilate_m)
+    inner = (slice(rows, classes.shape[0] - rows), slice(cols, classes.shape[1] - cols))
+    if not rows and not cols:
+        return plain
+    table[NO_DATA_CLASS] = False
+    core: Bool = table[classes]
+    if not core.any():
+        return plain[inner]
+    # Distance to the nearest masked pixel is linear in the pixels; a large structuring element is not.
+    rx, ry = grid.resolution
+    distance = ndimage.distance_transform_edt(~core, sampling=(ry, rx))
+    reach = dilate_m * grid.units_per_metre
+    grown: Bool = np.asarray(distance) <= reach * (1 + 1e-9)
+    return plain[inner] | grown[inner]

@@ -1,0 +1,304 @@
+"""`Plan`: all that an ingest will do, as a value. Scenes, headers and config go in; grid, shards and sources come out.
+
+`plan_scenes` is pure: it opens nothing and reads no pixel. A plan is JSON both ways, its digest is stable, and its
+summary is the dry run. Workers get tasks of the plan and never ask a catalogue.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from ingest.config import EXECUTION_FIELDS, IngestConfig
+from ingest.facts import collection_facts, discrepancies
+from ingest.grouping import group_scenes, overlap_order
+from ingest.products import choose_bands
+from ingest.scene import Scene
+from ingest.sources import (
+    Drop,
+    FoundScene,
+    Probes,
+    collection_spec,
+    place_scenes,
+    product_of,
+    refuse_unopened,
+    select_scenes,
+    sources_of,
+)
+from ingest.target import choose_grid
+from ingest.task import PlannedScene, Recipe, ShardTask, digest
+from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.grid import Grid
+from zarr_store.regions import Region
+from zarr_store.spec import LAYOUTS, CubeSpec, Layout
+
+__all__ = ["Drop", "Plan", "make_plan", "plan_scenes"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an ingest will do.
+
+    Attributes:
+        recipes: One per collection.
+        items: Collection → item table; `source_item` counts its rows.
+        tasks: Every shard, in order.
+        drops: Scenes that are not used.
+        warnings: What a person should know before the run.
+        reasons: Why this grid.
+        facts: Collection → resampled_share, offset_verdicts, bytes_to_read, bytes_to_write, requests and more.
+        config: What was asked, without what only concerns the running.
+        source: Where the scenes were found, without secrets.
+    """
+
+    recipes: tuple[Recipe, ...]
+    items: Mapping[str, tuple[Mapping[str, Any], ...]]
+    tasks: tuple[ShardTask, ...]
+    drops: tuple[Drop, ...] = ()
+    warnings: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def specs(self) -> tuple[CubeSpec, ...]:
+        """What `create_cube` is given."""
+        return tuple(recipe.spec for recipe in self.recipes)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of all collections."""
+        return self.recipes[0].spec.grid
+
+    def recipe(self, collection: str) -> Recipe:
+        """The recipe of a collection."""
+        return next(recipe for recipe in self.recipes if recipe.spec.collection == collection)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that determines the cube: specs, rules, items and sources; not of remarks, estimates or workers."""
+        return digest(
+            {
+                "recipes": [[recipe.rules(), list(recipe.spec.times)] for recipe in self.recipes],
+                "items": {name: [dict(item) for item in rows] for name, rows in self.items.items()},
+                "tasks": [task.key for task in self.tasks],
+            }
+        )
+
+    def summary(self) -> str:
+        """The dry run, for a person."""
+        from ingest.summary import describe
+
+        return describe(self)
+
+    def provenance(self) -> dict[str, Any]:
+        """What a cube keeps of the plan that made it."""
+        return {
+            "plan": self.digest,
+            "source": self.source,
+            "config": dict(self.config),
+            "grid": list(self.reasons),
+            "warnings": list(self.warnings),
+            "drops": [vars(drop) for drop in self.drops],
+            "collections": {name: dict(facts) for name, facts in self.facts.items()},
+        }
+
+    def to_json(self) -> str:
+        """JSON text; scenes are listed once and tasks name them by position."""
+        scenes: dict[str, list[dict[str, Any]]] = {recipe.spec.collection: [] for recipe in self.recipes}
+        place: dict[tuple[str, int], int] = {}
+        for task in self.tasks:
+            for scene in task.sources:
+                if (task.collection, scene.item) not in place:
+                    place[task.collection, scene.item] = len(scenes[task.collection])
+                    scenes[task.collection].append(scene.to_dict())
+        document = {
+            "type": "terrashard-plan",
+            "format": _FORMAT,
+            "digest": self.digest,
+            "source": self.source,
+            "config": dict(self.config),
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+            "drops": [vars(drop) for drop in self.drops],
+            "facts": {name: dict(facts) for name, facts in self.facts.items()},
+            "recipes": [recipe.to_dict() for recipe in self.recipes],
+            "items": {name: [dict(item) for item in rows] for name, rows in self.items.items()},
+            "scenes": scenes,
+            "tasks": [
+                {
+                    "collection": task.collection,
+                    "index": list(task.index),
+                    "region": task.region.to_list(),
+                    "key": task.key,
+                    "sources": [place[task.collection, scene.item] for scene in task.sources],
+                }
+                for task in self.tasks
+            ],
+        }
+        return json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "plan") -> Self:
+        """Inverse of `to_json`.
+
+        Raises:
+            InvalidInput: Not a plan, or one that was edited by hand so that its digest no longer holds.
+        """
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data.get("type") != "terrashard-plan":
+                raise InvalidInput(
+                    f"{where} is no terrashard plan; make one with `terrashard plan SOURCE -o plan.json`"
+                )
+            if data["format"] != _FORMAT:
+                raise InvalidInput(
+                    f"{where} has plan format {data['format']}, this release reads {_FORMAT}; plan again"
+                )
+            recipes = tuple(Recipe.from_dict(recipe) for recipe in data["recipes"])
+            scenes = {name: [PlannedScene.from_dict(s) for s in rows] for name, rows in data["scenes"].items()}
+            by_name = {recipe.spec.collection: recipe for recipe in recipes}
+            tasks = []
+            for task in data["tasks"]:
+                t, y, x = task["index"]
+                sources = tuple(scenes[task["collection"]][i] for i in task["sources"])
+                region = Region.from_list(task["region"])
+                tasks.append(ShardTask.of(by_name[task["collection"]], (t, y, x), region, sources))
+            plan = cls(
+                recipes=recipes,
+                items={name: tuple(rows) for name, rows in data["items"].items()},
+                tasks=tuple(tasks),
+                drops=tuple(Drop(**drop) for drop in data["drops"]),
+                warnings=tuple(data["warnings"]),
+                reasons=tuple(data["reasons"]),
+                facts=data["facts"],
+                config=data["config"],
+                source=data["source"],
+            )
+        except InvalidInput:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise InvalidInput(
+                f"{where} cannot be read as a plan ({type(error).__name__}: {error}); plan again"
+            ) from error
+        if plan.digest != data["digest"]:
+            raise InvalidInput(
+                f"{where} was changed after it was made: its content has digest {plan.digest}, it says "
+                f"{data['digest']}; plan again with the options you want"
+            )
+        return plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, atomically."""
+        target = Path(path)
+        beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        beside.write_text(self.to_json(), encoding="utf-8")
+        os.replace(beside, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a plan.
+
+        Raises:
+            InvalidInput: Not readable or not a plan.
+        """
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"cannot read plan {path}: {error.strerror or error}") from error
+        return cls.from_json(text, str(path))
+
+
+def make_plan(source: str, config: IngestConfig) -> Plan:
+    """Search, look at file headers, and plan.
+
+    Raises:
+        NothingFound: No scene matches, or none lies in the region.
+        InvalidInput: The source or the selection cannot be used.
+        AccessError: The source cannot be reached, or no file could be opened.
+    """
+    from ingest.hrefs import redact
+    from ingest.probe import probe_scenes
+    from ingest.search import search
+
+    scenes = search(source, config)
+    return plan_scenes(scenes, probe_scenes(scenes, config), config, source=redact(source))
+
+
+def plan_scenes(
+    scenes: Sequence[Scene],
+    probes: Probes,
+    config: IngestConfig,
+    *,
+    source: str = "",
+    layout: Layout | None = None,
+) -> Plan:
+    """Plan the ingest of `scenes`. Pure.
+
+    Args:
+        scenes: From `search`.
+        probes: Scene id, or (collection, id), → what the file headers and a few pixels say.
+        config: What is asked.
+        source: Shown in the plan.
+        layout: Chunks and shards; None for the profile of `config`.
+
+    Raises:
+        NothingFound: No scene touches the region.
+        AssetUnreadable: Not one file could be opened.
+    """
+    if not scenes:
+        raise NothingFound("no scenes to plan: the search found nothing; widen --bbox, --datetime or --query")
+    found = [FoundScene.of(scene, probes) for scene in scenes]
+    candidates = [c for f in found for c in f.candidates()]
+    if not candidates:
+        refuse_unopened(found)
+    target = choose_grid(candidates, config)
+    kept, drops = select_scenes(found, target.grid, config)
+    west, _, east, _ = target.grid.lonlat_bounds()
+    longitude = (west + (east + 360.0 if east < west else east)) / 2.0
+    recipes, items, tasks, warnings, told = [], {}, [], [], {}
+    for collection in dict.fromkeys(f.scene.collection for f in kept):
+        members = [f for f in kept if f.scene.collection == collection]
+        by_id = {f.scene.id: f for f in members}
+        product = product_of(members[0].scene)
+        choice = choose_bands(product, config.bands, config.mask)
+        steps, remarks = group_scenes(
+            [f.scene for f in members],
+            group=config.group,
+            longitude=longitude,
+            order=overlap_order(lambda scene, by=by_id: by[scene.id].rank(target.grid)),  # type: ignore[misc]
+        )
+        recipe = Recipe(
+            collection_spec(collection, product, choice, target.grid, steps, layout or LAYOUTS[config.profile]),
+            choice.mask.name if choice.mask else None,
+            tuple(sorted(config.mask_classes)) if choice.mask else (),
+            config.mask_dilate_m if choice.mask else 0.0,
+        )
+        table, planned = place_scenes(recipe, steps, by_id, config)
+        recipes.append(recipe)
+        items[collection] = table
+        tasks += [
+            ShardTask.of(recipe, index, region, sources_of(region, planned, target.grid))
+            for index, region in recipe.spec.shards().items()
+        ]
+        warnings += [f"{collection}: {text}" for text in (*remarks, *discrepancies(members))]
+        told[collection] = collection_facts(recipe, members, [t for t in tasks if t.collection == collection])
+    return Plan(
+        recipes=tuple(recipes),
+        items=items,
+        tasks=tuple(sorted(tasks)),
+        drops=tuple(drops),
+        warnings=tuple(warnings),
+        reasons=target.reasons,
+        facts=told,
+        config=config.model_dump(mode="json", exclude=set(EXECUTION_FIELDS), exclude_defaults=True),
+        source=source,
+    )
