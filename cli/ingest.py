@@ -31,9 +31,13 @@ def register(app: typer.Typer) -> None:
         report: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the report as JSON.")] = None,
     ) -> int:
         """Read, harmonise and write scenes into a sharded Zarr cube. Exit code 3: some asset was unreadable."""
-        from cli.ingesting import run_ingest
+        from cli.ingesting import plan_of, run_plan
 
-        result = run_ingest(session, source, cube, ingest_config(session))
+        config = ingest_config(session)
+        made = plan_of(session, source, config)
+        for text in made.warnings:
+            session.warn(text)
+        result = run_plan(session, made, cube, config)
         session.say(result.summary())
         if report is not None:
             import json

@@ -35,8 +35,6 @@ def register(app: typer.Typer) -> None:
 
         made = make_plan(source, ingest_config(session))
         session.say(made.summary())
-        for text in made.warnings:
-            session.warn(text)
         if out is not None:
             made.save(out)
             session.say(f"written to {out}; `terrashard ingest {out} CUBE` runs exactly this plan")

@@ -16,6 +16,7 @@ __all__ = ["Reporter"]
 
 # A log file wants a sign of life, not each step.
 _LINE_EVERY_S = 15.0
+_LEAST_APART_S = 1.0
 
 
 class Reporter:
@@ -64,8 +65,9 @@ class Reporter:
             return
         now = time.monotonic()
         share = done / total if total else 1.0
-        # at the end, at each quarter, and now and then between
-        if share >= self._share_said + 0.25 or share >= 1.0 > self._share_said or now - self._said > _LINE_EVERY_S:
+        quiet_for = now - self._said
+        # at each quarter and at the end, unless it is all over in a moment; and now and then between
+        if (share >= min(self._share_said + 0.25, 1.0) and quiet_for > _LEAST_APART_S) or quiet_for > _LINE_EVERY_S:
             self._said, self._share_said = now, share
             tail = f" · {detail}" if detail else ""
             self.line(f"{self._title}: {done}/{total} {self._unit} · {now - self._started:.0f} s{tail}")

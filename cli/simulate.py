@@ -27,14 +27,23 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Simulate Sentinel-2 and Sentinel-1 scenes over ground whose classes are known; same seed, same bytes."""
         from cli.config import build
+        from cli.progress import Reporter
         from ingest.simulate import SimulateConfig
-        from ingest.simulate import simulate as make
         from ingest.simulate import serve as start
+        from ingest.simulate import simulate as make
 
-        where = str(session.config or "--set")
-        world = make(out, build(SimulateConfig, session.settings(), where=where))
-        session.say(f"{out}: {world.summary() if hasattr(world, 'summary') else 'catalog.json and scenes written'}")
-        document = {"out": str(out), "catalog": str(out / "catalog.json"), "truth": str(out / "truth.tif")}
+        config = build(SimulateConfig, session.settings(), where=str(session.config or "--set"))
+        with Reporter(session, "simulate", unit="%") as progress:
+            world = make(out, config, on_progress=lambda share: progress.update(round(100 * share), 100))
+        session.say(
+            f"{world.catalog}: {world.items} items of {', '.join(world.collections)}, {world.bytes / 1e6:.1f} MB"
+            + ("" if world.created else " (was there already)")
+        )
+        session.say(f"{world.truth}: the ground they show, classes in {world.legend.name}")
+        document = {
+            "out": world.path, "catalog": world.catalog, "truth": world.truth, "legend": world.legend,
+            "collections": world.collections, "items": world.items, "bytes": world.bytes, "created": world.created,
+        }  # fmt: skip
         if not serve:
             session.emit(document)
             return

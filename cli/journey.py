@@ -1,0 +1,189 @@
+"""The whole journey on a simulated world: what `terrashard demo` does, step by step.
+
+Each step leaves its file in the folder; a step whose file is complete is not done again, and one that was interrupted
+continues.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.config import build, merge, read_toml
+from cli.session import Session
+from zarr_store.errors import AccessError, CubeMismatch, InvalidInput, NotACube
+
+if TYPE_CHECKING:
+    from ingest.simulate import ServerHandle
+    from jaxtrain.config import TrainConfig
+
+__all__ = ["run_demo"]
+
+BANDS = ("blue", "green", "red", "rededge2", "nir", "swir16", "swir22", "scl", "landcover")
+"""Six spectral regions, the scene classes for masking, and the truth, which the simulator serves as a label layer."""
+
+_STEPS = 6
+
+
+def run_demo(session: Session, out: Path) -> int:
+    """Simulate → serve and ingest → train → evaluate → predict → draw, all below `out`.
+
+    Returns:
+        The exit code: 0, or 3 where some shard is not complete.
+    """
+    _check_folder(out)
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    world, cube, run = out / "world", out / "cube.zarr", out / "run"
+    map_, cog = out / "map.zarr", out / "map.tif"
+    step = _stepper(session)
+
+    with step("simulate", "two tiles, four dates of Sentinel-2 over ground that is known"):
+        from ingest.simulate import simulate
+
+        made = simulate(world)
+        session.note(f"      {made.items} STAC items, {made.bytes / 1e6:.0f} MB in {world}")
+    with step("ingest", "search, plan and read through a STAC API on this machine, with Dask"):
+        code = _ingest(session, world, cube)
+    with step("train", "a U-Net on some blocks of the ground"):
+        from cli.training import run_training
+
+        run_training(session, _config(out, cube), run)
+    with step("evaluate", "on the blocks that it has not seen"):
+        from jaxtrain.evaluate import evaluate
+
+        scores = evaluate(run)
+    with step("predict", "the whole ground, as Zarr and as GeoTIFF"):
+        from cli.mapping import run_prediction
+
+        run_prediction(session, run, str(cube), str(map_), cog=cog)
+    with step("draw", "pictures of the cube and of the map"):
+        from cli.picture import draw
+
+        draw(str(cube), str(out / "quicklook.png"), width=1600)
+        draw(str(map_), str(out / "map.png"), width=1600)
+        shutil.copyfile(run / "report.html", out / "report.html")
+
+    result = {
+        "map": str(cog), "map_zarr": str(map_), "quicklook": str(out / "quicklook.png"), "map_picture": str(out / "map.png"),
+        "report": str(out / "report.html"), "cube": str(cube), "run": str(run), "accuracy": scores["accuracy"],
+        "macro_f1": scores["macro_f1"], "miou": scores["miou"], "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+    session.say(f"map        {cog}")
+    session.say(f"picture    {out / 'quicklook.png'}  (of the map: {out / 'map.png'})")
+    session.say(f"report     {out / 'report.html'}")
+    session.say(f"cube       {cube}")
+    session.say(
+        f"accuracy   {scores['accuracy']:.1%} on held-out ground (macro F1 {scores['macro_f1']:.3f}, "
+        f"{scores['pixels']:,} pixels), {result['seconds']:.0f} s in all"
+    )
+    session.emit(result)
+    return code
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InvalidInput(f"--out {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "world").exists():
+        raise InvalidInput(f"--out {out} holds something else than a demo; name an empty or new folder")
+
+
+def _stepper(session: Session) -> Callable[[str, str], Any]:
+    number = 0
+
+    @contextmanager
+    def step(name: str, what: str) -> Iterator[None]:
+        nonlocal number
+        number += 1
+        session.note(f"[{number}/{_STEPS}] {name}: {what}")
+        began = time.monotonic()
+        yield
+        session.note(f"      {time.monotonic() - began:.1f} s")
+
+    return step
+
+
+def _ingest(session: Session, world: Path, cube: Path) -> int:
+    if _is_complete(cube):
+        session.note(f"      {cube} is complete")
+        return 0
+    from cli.ingesting import run_plan
+    from ingest.config import IngestConfig
+    from ingest.plan import make_plan
+
+    config = IngestConfig(
+        collections=("sentinel-2-l2a",),
+        bands=BANDS,
+        datetime="2021-01-01/2022-12-31",
+        workers=2,
+        allow_private_hosts=True,  # the simulator's server is on this machine
+    )
+    with _served(world) as server:
+        plan = make_plan(server.stac_url, config)
+        plan.save(world.parent / "plan.json")
+        for line in plan.summary().splitlines():
+            session.note(f"      {line}")
+        try:
+            report = run_plan(session, plan, cube, config)
+        except CubeMismatch:
+            # half a cube of a server on another port: scenes are the same, their addresses are not
+            shutil.rmtree(cube)
+            report = run_plan(session, plan, cube, config)
+    session.note(f"      {report.summary().splitlines()[0]}")
+    return int(report.exit_code)
+
+
+def _is_complete(cube: Path) -> bool:
+    from zarr_store import open_cube
+
+    try:
+        opened = open_cube(cube)
+    except NotACube:
+        return False
+    return all(
+        opened.ledger(name).counts(total)["done"] == total
+        for name in opened.collections
+        for total in [len(opened.spec(name).shards())]
+    )
+
+
+@contextmanager
+def _served(world: Path) -> Iterator[ServerHandle]:
+    """The world's server, on the port of the last time if that is free, so that an interrupted ingest goes on."""
+    from contextlib import ExitStack
+
+    from ingest.simulate import serve
+
+    memory = world.parent / "server.json"
+    with ExitStack() as stack:
+        try:
+            port = int(json.loads(memory.read_text())["port"])
+            server = stack.enter_context(serve(world, port=port))
+        except (OSError, ValueError, KeyError, AccessError):
+            server = stack.enter_context(serve(world))
+        memory.write_text(json.dumps({"port": server.port}) + "\n")
+        yield server
+
+
+def _config(out: Path, cube: Path) -> TrainConfig:
+    """examples/demo_landcover.toml, on the cube that was just made."""
+    from jaxtrain.config import TrainConfig
+
+    file = demo_config()
+    settings = merge(read_toml(file), {"data": {"cube": str(cube.resolve())}})
+    return build(TrainConfig, settings, where=str(file))
+
+
+def demo_config() -> Path:
+    """The demo's configuration: beside this file in an installed wheel, in examples/ in a checkout."""
+    here = Path(__file__).resolve().parent
+    name = "demo_landcover.toml"
+    found = next((path for path in (here / name, here.parent / "examples" / name) if path.is_file()), None)
+    if found is None:
+        raise InvalidInput(f"{name} is not installed beside {here}; reinstall terrashard")
+    return found
