@@ -1,0 +1,243 @@
+"""From windows to batches on the mesh: read ahead in threads, in the order of the run.
+
+Letters: B windows, H = W = patch, C bands. A batch is
+    image     B H W C   stored numbers of the cube (uint16 reflectance, float32 backscatter)
+    label     B H W     uint8 class index, 255 = not learnt
+    observed  B H W     uint8, 1 where the network may see the pixel
+Casting, normalising and augmenting are done on the device.
+
+Bounds: `threads` batches are decoded at once, and at most `threads + prefetch` are held; tensorstore itself decodes on
+its own pool, and keeps decoded chunks in the cube's cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import numpy.typing as npt
+import tensorstore as ts
+
+from jaxtrain.config import DataConfig
+from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.windows import Windows
+from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.index import TrainingIndex
+from zarr_store.read import Cube, await_read
+from zarr_store.regions import Region
+from zarr_store.spec import STATUS_MASKED, STATUS_OBSERVED, CubeSpec
+
+__all__ = ["BatchStream", "HostBatch", "WindowReader", "band_positions", "local_rows", "put_batch"]
+
+HostBatch = dict[str, np.ndarray]
+Rows = npt.NDArray[np.int32]
+
+
+def band_positions(spec: CubeSpec, bands: Sequence[str]) -> tuple[int, ...]:
+    """Positions of the named bands in the main array; all where none is named.
+
+    Raises:
+        UnknownName: A band that the collection lacks.
+    """
+    for band in bands:
+        if band not in spec.band_names:
+            raise UnknownName.of("band", band, spec.band_names, f"collection {spec.collection} (data.bands)")
+    return tuple(spec.band_names.index(band) for band in bands or spec.band_names)
+
+
+@dataclass(frozen=True)
+class WindowReader:
+    """Reads windows of one collection.
+
+    Attributes:
+        cube: The open cube.
+        collection: Group that is read.
+        bands: Positions in the main array, in the order of the network's channels.
+        patch: Side of a window, pixels.
+        learn_masked: Whether pixels of status masked are seen and learnt.
+        label: Class layer, or None where only the image is wanted.
+        table: uint8 (256,) layer value → class index.
+        index: Where given, chunks that were never written read as not observed; else they raise.
+    """
+
+    cube: Cube
+    collection: str
+    bands: tuple[int, ...]
+    patch: int
+    learn_masked: bool
+    label: str | None = None
+    table: npt.NDArray[np.uint8] | None = None
+    index: TrainingIndex | None = None
+
+    @classmethod
+    def of(cls, cube: Cube, config: DataConfig, classes: Classes) -> WindowReader:
+        """The reader of a training run."""
+        bands = band_positions(cube.spec(config.collection), config.bands)
+        return cls(cube, config.collection, bands, config.patch, config.learn_masked, config.label, classes.table())
+
+    def read(self, rows: Rows) -> HostBatch:
+        """Read windows; all reads are under way before the first is waited for, and share chunks.
+
+        Args:
+            rows: int32 (B, 3) of (time, y, x).
+
+        Raises:
+            MissingShard: A shard under a window is absent.
+            CorruptShard: Its checksum does not match; the message names the box.
+        """
+        spec = self.cube.spec(self.collection)
+        side, count = self.patch, len(rows)
+        names = [spec.kind, "status"] + ([self.label] if self.label else [])
+        boxes = [(i, box) for i, row in enumerate(rows) for box in self._boxes(row)]
+        with ts.Batch() as batch:
+            pending = [(name, i, box, self._view(name, box).read(batch=batch)) for name in names for i, box in boxes]
+        parts: dict[str, np.ndarray] = {
+            name: np.zeros((count, side, side), spec.array(name).dtype) for name in names[1:]
+        }
+        image_BCHW = np.zeros((count, len(self.bands), side, side), spec.array(spec.kind).dtype)
+        parts[spec.kind] = image_BCHW
+        for name, i, box, read in pending:
+            y, x = (int(v) for v in rows[i, 1:])
+            parts[name][i, ..., box.y0 - y : box.y1 - y, box.x0 - x : box.x1 - x] = await_read(
+                read, f"{self.cube.url} {self.collection}/{name} {box}"
+            )
+        observed = parts["status"] == STATUS_OBSERVED
+        if self.learn_masked:
+            observed |= parts["status"] == STATUS_MASKED
+        result = {"image": np.ascontiguousarray(np.moveaxis(image_BCHW, 1, -1)), "observed": observed.astype(np.uint8)}
+        if self.label and self.table is not None:
+            result["label"] = np.where(observed, self.table[parts[self.label]], np.uint8(NOT_LEARNT))
+        return result
+
+    def _boxes(self, row: npt.NDArray[np.int32]) -> list[Region]:
+        """What is read of a window: all of it, or, where chunks are absent and that is allowed, those that are not."""
+        t, y, x = (int(v) for v in row)
+        whole = Region(t, t + 1, y, y + self.patch, x, x + self.patch)
+        if self.index is None:
+            return [whole]
+        ct, cy, cx = self.index.chunk
+        rows, columns = range(y // cy, -(-whole.y1 // cy)), range(x // cx, -(-whole.x1 // cx))
+        present = self.index.present[t // ct]
+        if present[rows.start : rows.stop, columns.start : columns.stop].all():
+            return [whole]
+        chunks = [
+            Region(t, t + 1, i * cy, (i + 1) * cy, j * cx, (j + 1) * cx) for i in rows for j in columns if present[i, j]
+        ]
+        return [box for chunk in chunks if (box := chunk.intersect(whole))]
+
+    def _view(self, name: str, box: Region) -> ts.TensorStore:
+        handle = self.cube.tensorstore(self.collection, name)
+        y, x = slice(box.y0, box.y1), slice(box.x0, box.x1)
+        if handle.rank == 3:
+            return handle[box.t0, y, x]
+        if self.bands == tuple(range(handle.shape[1])):
+            return handle[box.t0, :, y, x]
+        return handle[box.t0, :, y, x][list(self.bands)]
+
+
+def local_rows(sharding: jax.sharding.Sharding, size: int) -> slice:
+    """The rows of a batch of `size` that this process must read.
+
+    Raises:
+        InvalidInput: They are not one run of rows, as on a mesh whose devices are not in order of processes.
+    """
+    spans = sorted(
+        (index[0].start or 0, size if index[0].stop is None else index[0].stop)
+        for index in sharding.addressable_devices_indices_map((size,)).values()
+        if index is not None
+    )
+    low, high = spans[0][0], max(stop for _, stop in spans)
+    reach = low
+    for start, stop in spans:
+        if start > reach:
+            raise InvalidInput(
+                f"this process's devices hold rows {spans} of a batch, expected one run of rows; order the mesh's data "
+                "axis by process"
+            )
+        reach = max(reach, stop)
+    return slice(low, high)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, size: int) -> dict[str, jax.Array]:
+    """Make global arrays on the mesh from the rows that this process has read.
+
+    Args:
+        batch: Local rows of each array.
+        sharding: Splits the leading axis.
+        size: Rows of the global batch.
+    """
+    place: Callable[..., jax.Array] = jax.make_array_from_process_local_data
+    return {name: place(sharding, array, (size, *array.shape[1:])) for name, array in batch.items()}
+
+
+class BatchStream:
+    """Batches `first` … `last - 1`, read ahead; a context manager that iterates (number, window rows, host batch).
+
+    With an order, batch k holds the samples k·size … (k+1)·size - 1 of the run. Without one it holds the windows of
+    those numbers, once, and the last batch is filled up with windows that are neither observed nor labelled.
+    """
+
+    def __init__(
+        self,
+        reader: WindowReader,
+        windows: Windows,
+        *,
+        size: int,
+        sharding: jax.sharding.Sharding,
+        order: SampleOrder | None = None,
+        first: int = 0,
+        last: int | None = None,
+        threads: int = 2,
+        prefetch: int = 2,
+    ) -> None:
+        self._reader, self._windows, self._order, self._size = reader, windows, order, size
+        self._local = local_rows(sharding, size)
+        self._first = first
+        self._last = -(-len(windows) // size) if last is None else last
+        self._depth = threads + prefetch
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch")
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def rows(self, number: int) -> Rows:
+        """Windows of batch `number` over all processes, int32 (size, 3) or fewer at the end of one pass."""
+        start = number * self._size
+        if self._order is not None:
+            return self._windows.rows[self._order.indices(start, self._size)]
+        return self._windows.rows[start : start + self._size]
+
+    def __iter__(self) -> Iterator[tuple[int, Rows, HostBatch]]:
+        ahead: deque[tuple[int, Rows, Future[HostBatch]]] = deque()
+        submitted = self._first
+        while ahead or submitted < self._last:
+            while submitted < self._last and len(ahead) < self._depth:
+                rows = self.rows(submitted)
+                ahead.append((submitted, rows, self._pool.submit(self._read, rows)))
+                submitted += 1
+            number, rows, pending = ahead.popleft()
+            yield number, rows, pending.result()
+
+    def _read(self, rows: Rows) -> HostBatch:
+        if self._stopped.is_set():
+            return {}
+        missing = self._size - len(rows)
+        filled = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
+        batch = self._reader.read(filled[self._local])
+        extra = np.arange(self._size)[self._local] >= len(rows)
+        if extra.any():
+            batch["observed"][extra] = 0
+            if "label" in batch:
+                batch["label"][extra] = NOT_LEARNT
+        return batch

@@ -1,0 +1,93 @@
+"""`SampleOrder`: which window is the n-th sample of a run, for any n, without state.
+
+The order is a function of (seed, global sample counter) and nothing else. A run that stops after any step continues
+with the sample it would have seen next, and any number of processes can each work out their own rows of a batch: the
+union over processes is the batch, whatever their number.
+
+Each epoch is one permutation of all windows, made by a small Feistel cipher over the window numbers (Luby & Rackoff,
+1988) with cycle walking (Black & Rogaway, 2002): O(1) memory for any number of windows. It is spelled out here in
+integer arithmetic, because a library's shuffle may change between releases and a resumed run must not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_store.errors import InvalidInput
+
+__all__ = ["SampleOrder", "mix"]
+
+Index = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+# Four rounds make a pseudo-random permutation in theory; small domains show bias until about seven.
+_ROUNDS = 8
+
+
+def mix(words: Words) -> Words:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood, 2014): a bijection of 64-bit words that looks random."""
+    with np.errstate(over="ignore"):
+        z = words + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The endless order of `count` windows: one permutation an epoch, another in each epoch.
+
+    Attributes:
+        seed: Any integer; the same seed gives the same order on every machine.
+        count: Number of windows, at least 1.
+
+    >>> order = SampleOrder(seed=0, count=5)
+    >>> sorted(order.indices(first=0, count=5).tolist()), sorted(order.indices(first=5, count=5).tolist())
+    ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    """
+
+    seed: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InvalidInput(f"an order needs at least one window, got {self.count}; lower data.min_labelled")
+
+    def indices(self, first: int, count: int) -> Index:
+        """Window numbers of the samples `first` … `first + count - 1` of the run.
+
+        Args:
+            first: Global sample counter, from 0.
+            count: How many.
+
+        Returns:
+            int64 (count,), each in [0, self.count).
+        """
+        samples = np.arange(first, first + count, dtype=np.int64)
+        epochs = samples // self.count
+        numbers = np.empty(count, np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            numbers[chosen] = self._permute(samples[chosen] - epoch * self.count, int(epoch))
+        return numbers
+
+    def _permute(self, positions: Index, epoch: int) -> Index:
+        half = np.uint64(max(1, (max(self.count - 1, 1).bit_length() + 1) // 2))
+        mask = (np.uint64(1) << half) - np.uint64(1)
+        key = mix(mix(np.array([self.seed % (1 << 64)], np.uint64)) ^ np.uint64(epoch))
+        keys = mix(key ^ np.arange(1, _ROUNDS + 1, dtype=np.uint64))
+
+        def encrypt(words: Words) -> Words:
+            left, right = words >> half, words & mask
+            for round_key in keys:
+                left, right = right, left ^ (mix(right ^ round_key) & mask)
+            return (left << half) | right
+
+        words = encrypt(positions.astype(np.uint64))
+        # the cipher permutes a power of four ≥ count; walking on until inside permutes exactly [0, count)
+        while (outside := words >= np.uint64(self.count)).any():
+            words[outside] = encrypt(words[outside])
+        return words.astype(np.int64)

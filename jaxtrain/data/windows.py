@@ -1,0 +1,156 @@
+"""`Windows`: the patches that a run reads, chosen from the training index without reading a pixel.
+
+The grid is tiled by patch × patch windows (aligned with the blocks of the split), once for each date. A window is used
+where all its chunks were written and enough of its pixels can be learnt; both follow from the chunk counts made at
+ingest. A chunk is usually larger than a patch, so the share of a window is that of the chunks under it: an estimate,
+and a window without any label only costs its time, as it weighs nothing in the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.config import DataConfig
+from jaxtrain.data.classes import Classes
+from jaxtrain.data.splits import PARTS, Part, Split, block_shape, make_split
+from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+from zarr_store.index import TrainingIndex
+from zarr_store.spec import CubeSpec
+
+__all__ = ["Window", "WindowPlan", "Windows", "plan_windows", "window_shares"]
+
+
+@dataclass(frozen=True, order=True)
+class Window:
+    """One patch of one date: `time` is the step, (y, x) its first pixel."""
+
+    time: int
+    y: int
+    x: int
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Many windows of one size: `rows` is int32 (count, 3) of (time, y, x), sorted."""
+
+    patch: int
+    rows: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Window:
+        time, y, x = (int(v) for v in self.rows[number])
+        return Window(time, y, x)
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """The windows of every part, and the split they come from."""
+
+    split: Split
+    parts: Mapping[Part, Windows]
+
+    def counts(self) -> dict[str, int]:
+        """Windows of each part."""
+        return {part: len(windows) for part, windows in self.parts.items()}
+
+
+def window_shares(
+    index: TrainingIndex, shape: tuple[int, int, int], patch: int, quantity: npt.NDArray[np.floating | np.bool_]
+) -> npt.NDArray[np.float64]:
+    """Mean of a per-chunk `quantity` under each window, weighted by the area of each chunk in the window.
+
+    Args:
+        index: Gives the chunk size.
+        shape: (times, height, width) of the cube, pixels.
+        patch: Side of a window; window (i, j) starts at pixel (i·patch, j·patch).
+        quantity: (T, CY, CX), per chunk.
+
+    Returns:
+        float64 (times, height // patch, width // patch).
+    """
+    times, height, width = shape
+    over_y = _overlap(height // patch, patch, index.chunk[1], quantity.shape[1])
+    over_x = _overlap(width // patch, patch, index.chunk[2], quantity.shape[2])
+    by_chunk: npt.NDArray[np.float64] = over_y @ quantity.astype(np.float64) @ over_x.T
+    return by_chunk[np.arange(times) // index.chunk[0]]
+
+
+def _overlap(windows: int, patch: int, chunk: int, chunks: int) -> npt.NDArray[np.float64]:
+    """(windows, chunks): the part of each window's side that lies in each chunk."""
+    start = np.arange(windows)[:, None] * patch
+    low = np.arange(chunks)[None, :] * chunk
+    shared: npt.NDArray[np.float64] = np.minimum(start + patch, low + chunk) - np.maximum(start, low)
+    return shared.clip(min=0) / patch
+
+
+def plan_windows(
+    config: DataConfig, spec: CubeSpec, index: TrainingIndex, classes: Classes, *, split: Split | None = None
+) -> WindowPlan:
+    """Choose the windows of every part.
+
+    Args:
+        config: Patch, label layer, shares.
+        spec: The collection that is read.
+        index: Its training index.
+        classes: What is learnt.
+        split: The split of an earlier run, so that ground keeps its part; None makes it.
+
+    Raises:
+        UnknownName: The label layer is none of the collection's.
+        InvalidInput: The patch does not fit the grid, or there are too few blocks for the split.
+        NothingFound: No window has enough to learn.
+    """
+    if config.label not in spec.class_layers:
+        where = f"collection {spec.collection} (data.label)"
+        raise UnknownName.of("class layer", config.label, spec.class_layers, where)
+    _, height, width = spec.shape
+    patch = config.patch
+    if patch > min(height, width):
+        raise InvalidInput(f"data.patch {patch} does not fit the grid of {height}×{width} pixels; take a smaller patch")
+    usable = _usable(config, spec.shape, index, classes)
+    if not usable.any():
+        counts = index.class_counts[config.label].sum(axis=(0, 1, 2))
+        found = {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
+        raise NothingFound(
+            f"no window of {patch}×{patch} pixels of {spec.collection} has a share of {config.min_labelled:g} of "
+            f"pixels that can be learnt from layer {config.label!r} (its values and pixels: {found}; observed "
+            f"{int(index.observed.sum())}, masked {int(index.masked.sum())}); name other values in data.classes, set "
+            "data.learn_masked = true to learn masked pixels, or lower data.min_labelled"
+        )
+    if split is None:
+        split = _split(config, spec, usable)
+    numbers = np.argwhere(usable).astype(np.int32)
+    rows = np.ascontiguousarray(numbers * np.array([1, patch, patch], np.int32))
+    code = split.part_at(rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int64))
+    return WindowPlan(split, {part: Windows(patch, rows[code == i]) for i, part in enumerate(PARTS)})
+
+
+def _usable(
+    config: DataConfig, shape: tuple[int, int, int], index: TrainingIndex, classes: Classes
+) -> npt.NDArray[np.bool_]:
+    values = [value for group in classes.values for value in group]
+    labelled = index.class_counts[config.label][..., values].sum(axis=-1)
+    seen = index.observed + index.masked if config.learn_masked else index.observed
+    # class counts include masked pixels; no more than the observed ones can be learnt
+    share = np.minimum(labelled, seen) / np.maximum(index.pixels, 1)
+    absent = window_shares(index, shape, config.patch, ~index.present)
+    shares = window_shares(index, shape, config.patch, share)
+    usable: npt.NDArray[np.bool_] = (absent == 0) & (shares >= config.min_labelled) & (shares > 0)
+    return usable
+
+
+def _split(config: DataConfig, spec: CubeSpec, usable: npt.NDArray[np.bool_]) -> Split:
+    block = block_shape(config.split, spec.grid, config.patch)
+    rows, columns = (-(-size // side) for size, side in zip(spec.shape[1:], block, strict=True))
+    ground = np.asarray(usable.any(axis=0))
+    steps = (block[0] // config.patch, block[1] // config.patch)
+    padded = np.zeros((rows * steps[0], columns * steps[1]), bool)
+    padded[: ground.shape[0], : ground.shape[1]] = ground
+    blocks = np.asarray(padded.reshape(rows, steps[0], columns, steps[1]).any(axis=(1, 3)))
+    return make_split(config.split, block, blocks)

@@ -1,0 +1,71 @@
+"""`RunLog`: what a run has measured, as JSON lines and as TensorBoard events.
+
+`metrics.jsonl` has one line for each step and one for each validation. A run that resumes from step n first drops the
+lines after n, so that the history has each step once, however often the run was killed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tensorboardX import SummaryWriter
+
+from zarr_store.backends import Store, translate_os_errors
+
+__all__ = ["Kind", "RunLog", "read_metrics"]
+
+Kind = Literal["train", "validation"]
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's history; a last line that a kill has cut is left out."""
+    path = run / METRICS
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "step" in line:
+                lines.append(line)
+    return lines
+
+
+class RunLog:
+    """Writes the history of a run; a context manager.
+
+    Args:
+        run: The run's folder.
+        step: The step the run resumes from; lines after it are dropped.
+        tensorboard_every: Steps between TensorBoard points of kind "train".
+    """
+
+    def __init__(self, run: Path, *, step: int, tensorboard_every: int = 1) -> None:
+        kept = [line for line in read_metrics(run) if line["step"] <= step]
+        Store(run.absolute()).write(METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = (run / METRICS).open("a", encoding="utf-8")
+        # purge_step makes TensorBoard forget the points of an earlier process after this step
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=30)
+        self._every = tensorboard_every
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, kind: Kind, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """Add one line: kind, step and the metrics."""
+        with translate_os_errors(self._file.name):
+            self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
+            self._file.flush()
+        if kind == "validation" or step % self._every == 0:
+            for name, value in metrics.items():
+                if value is not None:
+                    self._board.add_scalar(f"{kind}/{name}", value, step)

@@ -1,0 +1,253 @@
+"""Scene inference: run + cube → map, in strips, so that memory does not grow with the scene.
+
+The network looks at windows of the size that it was trained on. Windows overlap, and each pixel gets the weighted mean
+of the probabilities of all windows over it; a window's weight falls to zero towards its edge along a raised cosine, so
+no window edge shows. Where several dates are used, the probabilities of the dates on which a pixel was seen are
+averaged: an ensemble over time that also fills clouds.
+
+Windows lie on one lattice of the whole grid, so the result does not depend on how it is cut for the work. Work goes
+along vertical bands of at most `_BAND` columns, and down each band one row of windows at a time: what is held is one
+row of windows × classes in float32, whatever the height, width or number of dates.
+
+Letters: B windows, H = W = patch, K classes.
+"""
+
+from __future__ import annotations
+
+import time as clock
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.blend import Sink, Strips, window_starts
+from jaxtrain.data.batches import BatchStream, WindowReader, band_positions, put_batch
+from jaxtrain.data.windows import Windows
+from jaxtrain.evaluate import restore_model
+from jaxtrain.maps import NODATA, MapWriter, create_map
+from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.rundir import ModelCard, load_card
+from jaxtrain.state import Program, TrainState
+from jaxtrain.step import PredictStep, make_predict_step
+from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+from zarr_store.index import TrainingIndex
+from zarr_store.read import open_cube
+from zarr_store.spec import CubeSpec
+
+__all__ = ["PredictResult", "predict"]
+
+_BAND = 4096
+"""Columns of a band: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share one window's overlap."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """What a prediction has made.
+
+    Attributes:
+        map: Where the map is.
+        shape: (height, width).
+        dates: Dates that were averaged.
+        pixels: Pixels with a class, by class name.
+        nodata: Pixels without.
+        windows: Windows that were looked at, over all dates.
+        seconds: Wall time.
+        warnings: Things to know: damaged checkpoints, another resolution.
+    """
+
+    map: str
+    shape: tuple[int, int]
+    dates: tuple[str, ...]
+    pixels: dict[str, int]
+    nodata: int
+    windows: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+def predict(
+    run: str | Path,
+    cube: str | Path,
+    out: str | Path,
+    *,
+    time: str | None = None,
+    probabilities: bool = False,
+    overlap: int | None = None,
+    on_batch: Progress | None = None,
+) -> PredictResult:
+    """Map a whole cube.
+
+    Args:
+        run: The run directory; its newest undamaged checkpoint is used.
+        cube: A cube with the bands of the model; it need not be the one that was learnt from.
+        out: Where the map goes (Zarr). A map that is there is replaced when the new one is complete.
+        time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all.
+        probabilities: Also keep the probability of every class.
+        overlap: Pixels that neighbouring windows share, at most half a patch; None: a quarter of it.
+        on_batch: Called with (batches done, batches in all).
+
+    Raises:
+        InvalidInput: The run or the target is something else; the overlap does not fit.
+        UnknownName: The cube lacks the collection, a band or the date.
+        CorruptShard: A shard is damaged.
+    """
+    began = clock.monotonic()
+    run = Path(run)
+    card = load_card(run)
+    opened = open_cube(cube)
+    config = card.config.data
+    spec = opened.spec(config.collection)
+    patch = config.patch
+    overlap = patch // 4 if overlap is None else overlap
+    if not 0 <= overlap <= patch // 2:
+        raise InvalidInput(f"overlap {overlap} must be between 0 and half a patch ({patch // 2} pixels)")
+    dates = _resolve_dates(spec, time)
+    index = opened.index(config.collection)
+    bands = band_positions(spec, card.bands)
+    reader = WindowReader(opened, config.collection, bands, patch, config.learn_masked, index=index)
+    program, state, step, passed_over = restore_model(run, card)
+    warnings = list(passed_over)
+    if spec.grid.resolution != card.grid.resolution:
+        warnings.append(f"pixels of {opened.url} are {spec.grid.resolution}, the model learnt {card.grid.resolution}")
+    absent = int((~index.present).sum())
+    if absent:
+        warnings.append(f"{absent} of {index.present.size} chunks of {opened.url} were never written: no data there")
+    names = tuple(spec.times[t] for t in dates)
+    attributes = {
+        "run": str(run.absolute()),
+        "step": step,
+        "cube": opened.url,
+        "collection": config.collection,
+        "dates": names,
+        "bands": card.bands,
+    }
+    scene = _Scene(card, spec, index, reader, program, make_predict_step(program), state, dates, overlap)
+    counts = np.zeros(256, np.int64)
+    with create_map(out, spec.grid, card.classes, attributes=attributes, probabilities=probabilities) as writer:
+        looked_at = scene.fill(writer, counts, on_batch)
+    return PredictResult(
+        map=str(out),
+        shape=spec.grid.shape,
+        dates=names,
+        pixels={name: int(counts[i]) for i, name in enumerate(card.classes.names)},
+        nodata=int(counts[NODATA]),
+        windows=looked_at,
+        seconds=round(clock.monotonic() - began, 3),
+        warnings=tuple(warnings),
+    )
+
+
+def _resolve_dates(spec: CubeSpec, time: str | None) -> tuple[int, ...]:
+    if time is None:
+        return tuple(range(len(spec.times)))
+    found = [t for t, date in enumerate(spec.times) if date.startswith(time.removesuffix("Z"))]
+    if not found:
+        raise UnknownName.of("date", time, [date[:10] for date in spec.times], f"collection {spec.collection}")
+    if len(found) > 1:
+        raise InvalidInput(f"date {time!r} means {', '.join(spec.times[t] for t in found)}; give more of it")
+    return (found[0],)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """One prediction: what is constant while the map is filled."""
+
+    card: ModelCard
+    spec: CubeSpec
+    index: TrainingIndex
+    reader: WindowReader
+    program: Program
+    step: PredictStep
+    state: TrainState
+    dates: tuple[int, ...]
+    overlap: int
+
+    def fill(self, writer: MapWriter, counts: npt.NDArray[np.int64], on_batch: Progress | None) -> int:
+        """Fill the map; adds up pixels by class in `counts`, returns the number of windows."""
+        height, width = self.spec.grid.shape
+        patch = self.reader.patch
+        if patch > min(height, width):
+            raise InvalidInput(
+                f"the cube's grid of {height}×{width} pixels is smaller than the model's patch {patch}; train with a "
+                "smaller data.patch"
+            )
+        bands = [(x0, min(x0 + _BAND, width)) for x0 in range(0, width, _BAND)]
+        work = [(band, self._rows(*band)) for band in bands]
+        size = self._batch_size()
+        total = sum(-(-len(rows) // size) for _, rows in work)
+        if not total:
+            raise NothingFound(
+                f"{self.reader.cube.url} has nothing observed on {len(self.dates)} dates; is the ingest complete?"
+            )
+        done = 0
+        for (x0, x1), rows in work:
+            strips = Strips(height, x0, x1, patch, self.overlap, len(self.card.classes))
+            sink = Sink(writer, x0, counts)
+            with BatchStream(
+                self.reader, Windows(patch, rows), size=size, sharding=batch_sharding(self.program.mesh),
+                threads=self.card.config.run.read_threads, prefetch=self.card.config.run.prefetch,
+            ) as stream:  # fmt: skip
+                for windows, probability_BHWK, observed_BHW in self._look(stream, size):
+                    for row, probability_HWK, observed_HW in zip(windows, probability_BHWK, observed_BHW, strict=False):
+                        sink.put(strips.advance(int(row[1])))
+                        strips.add(int(row[1]), int(row[2]), probability_HWK, observed_HW)
+                    done += 1
+                    if on_batch:
+                        on_batch(done, total)
+            sink.put(strips.advance(None))
+            sink.flush()
+        return sum(int(rows.shape[0]) for _, rows in work)
+
+    def _starts(self, size: int) -> npt.NDArray[np.int64]:
+        return window_starts(size, self.reader.patch, self.overlap)
+
+    def _batch_size(self) -> int:
+        axis = self.program.mesh.shape["data"]
+        return -(-self.card.config.run.batch_size // axis) * axis
+
+    def _rows(self, x0: int, x1: int) -> npt.NDArray[np.int32]:
+        """Windows of one band as (time, y, x), sorted by y, x, date; those where no chunk was seen are left out."""
+        height, width = self.spec.grid.shape
+        patch = self.reader.patch
+        ys = self._starts(height)
+        xs = self._starts(width)
+        xs = xs[(xs < x1) & (xs + patch > x0)]
+        y, x, t = np.meshgrid(ys, xs, np.array(self.dates), indexing="ij")
+        rows = np.stack([t, y, x], axis=-1).reshape(-1, 3)
+        index = self.index
+        seen = (index.observed + index.masked > 0) if self.reader.learn_masked else index.observed > 0
+        return rows[self._touches(rows, seen & index.present)].astype(np.int32)
+
+    def _touches(self, rows: npt.NDArray[np.int64], chunks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        ct, cy, cx = self.index.chunk
+        sums = np.pad(chunks.astype(np.int64).cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
+        t, y, x = rows[:, 0] // ct, rows[:, 1], rows[:, 2]
+        last = self.reader.patch - 1
+        y0, y1, x0, x1 = y // cy, (y + last) // cy + 1, x // cx, (x + last) // cx + 1
+        found: npt.NDArray[np.bool_] = sums[t, y1, x1] - sums[t, y0, x1] - sums[t, y1, x0] + sums[t, y0, x0] > 0
+        return found
+
+    def _look(
+        self, stream: BatchStream, size: int
+    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.uint8]]]:
+        """(windows, probability_BHWK, observed_BHW) of each batch, read one late so that the device always has work."""
+        sharding = batch_sharding(self.program.mesh)
+        before: tuple[npt.NDArray[np.int32], jax.Array, npt.NDArray[np.uint8]] | None = None
+        for _, windows, batch in stream:
+            there = put_batch(batch, sharding, size)
+            now = (windows, self.step(self.state, there["image"], observed=there["observed"]), batch["observed"])
+            if before is not None:
+                yield before[0], np.asarray(before[1]), before[2]
+            before = now
+        if before is not None:
+            yield before[0], np.asarray(before[1]), before[2]

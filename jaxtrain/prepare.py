@@ -1,0 +1,93 @@
+"""What a run begins with: cube → classes → windows → statistics → card. No network is made here, nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.data.batches import WindowReader
+from jaxtrain.data.classes import Classes
+from jaxtrain.data.statistics import Statistics, training_statistics
+from jaxtrain.data.windows import WindowPlan, plan_windows
+from jaxtrain.rundir import ModelCard, config_differences, cube_digest
+from zarr_store.errors import InvalidInput
+from zarr_store.read import Cube
+
+__all__ = ["check_same_run", "prepare"]
+
+
+def check_same_run(out: Path, earlier: ModelCard, config: TrainConfig, resume: bool) -> None:
+    """Refuse a folder that holds a run of another configuration, or any run where none is to be continued.
+
+    Raises:
+        InvalidInput: The message is the difference.
+    """
+    if not resume:
+        raise InvalidInput(f"{out} already holds a run; continue it with --resume, or give another folder")
+    differences = config_differences(earlier.config, config)
+    if differences:
+        raise InvalidInput(
+            f"{out} holds a run of another configuration (there → asked for): {'; '.join(differences[:8])}"
+            f"{f'; and {len(differences) - 8} more' if len(differences) > 8 else ''}. Give another folder, or the "
+            f"configuration in {out / 'config.toml'}"
+        )
+
+
+def prepare(config: TrainConfig, cube: Cube, earlier: ModelCard | None) -> tuple[ModelCard, WindowPlan, WindowReader]:
+    """Windows and statistics; those of the earlier run where there is one, so that it goes on with the same data.
+
+    Args:
+        config: The run.
+        cube: The cube it learns from.
+        earlier: Card of the run that is continued.
+
+    Returns:
+        The card, the windows of each part, and the reader for them.
+
+    Raises:
+        InvalidInput: The cube is not the one the run began with, or nothing fits.
+        NothingFound: No window has anything to learn.
+    """
+    data = config.data
+    classes = Classes.of(data)
+    spec = cube.spec(data.collection)
+    reader = WindowReader.of(cube, data, classes)
+    digest = cube_digest(cube, data.collection)
+    if earlier is not None and digest != earlier.cube_digest:
+        raise InvalidInput(
+            f"{cube.url} is not the cube that the run began with, or has changed (digest {earlier.cube_digest[:12]} → "
+            f"{digest[:12]}); restore it, or train into another folder"
+        )
+    index = cube.index(data.collection)
+    plan = plan_windows(data, spec, index, classes, split=None if earlier is None else earlier.split)
+    if earlier is not None:
+        return earlier, plan, reader
+    statistics = training_statistics(index, plan, reader, classes)
+    card = ModelCard(
+        config=config,
+        cube=cube.url,
+        cube_digest=digest,
+        bands=tuple(spec.band_names[i] for i in reader.bands),
+        classes=classes,
+        mean=tuple(float(v) for v in statistics.mean),
+        std=tuple(float(v) for v in statistics.std),
+        class_weights=_class_weights(config, statistics),
+        grid=spec.grid,
+        times=spec.times,
+        split=plan.split,
+        windows=plan.counts(),
+        statistics={"source": statistics.source, "pixels": statistics.pixels,
+                    "class_pixels": dict(zip(classes.names, statistics.class_pixels.tolist(), strict=True))},
+    )  # fmt: skip
+    return card, plan, reader
+
+
+def _class_weights(config: TrainConfig, statistics: Statistics) -> tuple[float, ...] | None:
+    """Inverse square root of frequency, with mean 1 over the labelled pixels; a class without pixels weighs as one."""
+    if config.optim.class_weights == "none":
+        return None
+    share = statistics.class_pixels / max(statistics.class_pixels.sum(), 1)
+    weights = np.where(share > 0, 1 / np.sqrt(np.maximum(share, 1e-6)), 1.0)
+    return tuple(float(w) for w in weights / max(float((weights * share).sum()), 1e-6))

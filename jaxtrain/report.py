@@ -1,0 +1,239 @@
+"""`report.html`: one file that shows what a run learnt from, how it went and what came out; it loads nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from jaxtrain.data.batches import WindowReader, put_batch
+from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.splits import PARTS, Split
+from jaxtrain.data.windows import Window, Windows
+from jaxtrain.log import read_metrics
+from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.rundir import ModelCard
+from zarr_store.backends import Store
+
+if TYPE_CHECKING:
+    from jaxtrain.state import Program, TrainState
+
+__all__ = ["Example", "collect_examples", "write_report"]
+
+Image = npt.NDArray[np.uint8]
+
+_SHOWN, _LOOKED_AT = 6, 48
+_PART_COLOURS = ("#4c78a8", "#f58518", "#54a24b")
+_NOTHING = "#ececec"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One window as it is, as it is labelled and as the model sees it: image (H, W, C) as stored, the rest (H, W)."""
+
+    window: Window
+    image: npt.NDArray[Any]
+    observed: npt.NDArray[np.uint8]
+    label: npt.NDArray[np.uint8]
+    prediction: npt.NDArray[np.uint8]
+
+
+def collect_examples(
+    program: Program,
+    predict: Callable[..., jax.Array],
+    state: TrainState,
+    reader: WindowReader,
+    windows: Windows,
+) -> list[Example]:
+    """The windows with most classes among some that are spread evenly; always the same ones.
+
+    Args:
+        program: Gives the mesh.
+        predict: From `make_predict_step(program)`.
+        state: The model.
+        reader: Reads windows with labels.
+        windows: Those to choose from, usually the test part.
+    """
+    if not len(windows):
+        return []
+    rows = windows.rows[np.unique(np.linspace(0, len(windows) - 1, _LOOKED_AT).astype(int))]
+    labels = reader.read(rows)["label"]
+    variety = [len(np.unique(label[label != NOT_LEARNT])) for label in labels]
+    rows = rows[np.sort(np.argsort(variety, kind="stable")[::-1][:_SHOWN])]
+    # the compiled step wants whole shares of the batch for every device
+    axis = program.mesh.shape["data"]
+    size = -(-len(rows) // axis) * axis
+    batch = reader.read(np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)]))
+    sharding = batch_sharding(program.mesh)
+    if jax.process_count() > 1:
+        return []  # each process would hold only its own rows
+    there = put_batch({name: batch[name] for name in ("image", "observed")}, sharding, size)
+    probabilities = np.asarray(predict(state, there["image"], observed=there["observed"]))
+    prediction = probabilities.argmax(axis=-1).astype(np.uint8)
+    return [
+        Example(
+            Window(int(t), int(y), int(x)), batch["image"][i], batch["observed"][i], batch["label"][i], prediction[i]
+        )
+        for i, (t, y, x) in enumerate(rows)
+    ]
+
+
+def write_report(
+    run: Path, card: ModelCard, *, examples: Sequence[Example], evaluation: Mapping[str, Any] | None = None
+) -> Path:
+    """Write RUN/report.html.
+
+    Args:
+        run: The run directory.
+        card: Its card.
+        examples: Tiles to show.
+        evaluation: Scores as `evaluate` returns them.
+    """
+    history = read_metrics(run)
+    steps = [line for line in history if line["kind"] == "train"]
+    validations = [line for line in history if line["kind"] == "validation"]
+    intervals = [line["seconds"] for line in steps if line.get("seconds")]
+    config = card.config
+    size = config.run.batch_size
+    interval = statistics.median(intervals) if intervals else None
+    counted = card.statistics["class_pixels"]
+    total = max(sum(counted.values()), 1)
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    ).get_template("report.html.j2")  # fmt: skip
+    html = template.render(
+        title=run.name or str(run),
+        card=card,
+        config_json=json.dumps(config.model_dump(mode="json"), indent=1, ensure_ascii=False),
+        steps_done=steps[-1]["step"] if steps else 0,
+        last_validation=validations[-1] if validations else None,
+        evaluation=evaluation,
+        windows_per_s=size / interval if interval else None,
+        pixels_per_s=size * config.data.patch**2 / interval if interval else None,
+        step_ms=1000 * interval if interval else None,
+        bands=list(zip(card.bands, card.mean, card.std, strict=True)),
+        classes=[(n, c, v, counted[n], counted[n] / total) for n, c, v in
+                 zip(card.classes.names, card.classes.colours, card.classes.values, strict=True)],
+        curves=_png(_curves(steps, validations)) if steps else None,
+        confusion=_png(_confusion(evaluation)) if evaluation else None,
+        tiles=_png(_tiles(examples, card)) if examples else None,
+        split_map=_png(_split_map(card.split)),
+        block_counts=card.split.counts(),
+    )  # fmt: skip
+    Store(run.absolute()).write("report.html", html.encode())
+    return run / "report.html"
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    # no software version or date in the file: the same run gives the same report
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _curves(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> Figure:
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        x = np.array([line["step"] for line in steps])
+        y = np.array([line[name] for line in steps], float)
+        window = max(1, len(y) // 40)
+        axes.plot(x, y, color="#4c78a8", alpha=0.25, linewidth=0.8)
+        smooth = np.convolve(y, np.ones(window) / window, mode="valid")
+        axes.plot(x[window - 1 :], smooth, color="#4c78a8", label="training")
+        points = [(line["step"], line[name]) for line in validations if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color="#f58518", markersize=4, label="validation blocks")
+        axes.set(xlabel="step", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
+
+
+def _confusion(evaluation: Mapping[str, Any]) -> Figure:
+    names = evaluation["classes"]
+    counts = np.array(evaluation["confusion_matrix"], float)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = max(4.0, 0.62 * len(names) + 2)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.8)
+    axes.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted", ylabel="true")
+    axes.set_xticklabels(names, rotation=45, ha="right")
+    axes.set_yticklabels(names)
+    for i, j in np.ndindex(*share.shape):
+        if counts[i, j]:
+            axes.text(j, i, f"{share[i, j]:.2f}", ha="center", va="center", fontsize=7,
+                      color="white" if share[i, j] > 0.55 else "black")  # fmt: skip
+    return figure
+
+
+def _tiles(examples: Sequence[Example], card: ModelCard) -> Figure:
+    rows = len(examples)
+    figure = Figure(figsize=(7.6, 2.45 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False)
+    palette = _palette(card.classes)
+    for row, example in zip(grid, examples, strict=True):
+        pictures = (_picture(example, card.bands), palette[example.label], palette[_seen(example)])
+        for axes, picture in zip(row, pictures, strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+        window = example.window
+        row[0].set_ylabel(f"{card.times[window.time][:10]}\ny {window.y}, x {window.x}", fontsize=7)
+    for axes, title in zip(grid[0], ("image", "label", "prediction"), strict=True):
+        axes.set_title(title, fontsize=9)
+    handles = [Patch(color=c, label=n) for n, c in zip(card.classes.names, card.classes.colours, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    return figure
+
+
+def _palette(classes: Classes) -> Image:
+    palette = np.full((256, 3), 236, np.uint8)
+    palette[: len(classes)] = classes.rgb()
+    return palette
+
+
+def _seen(example: Example) -> npt.NDArray[np.uint8]:
+    return np.where(example.observed == 1, example.prediction, np.uint8(NOT_LEARNT))
+
+
+def _picture(example: Example, bands: Sequence[str]) -> Image:
+    """True colour where the bands allow it, stretched between the 2nd and 98th percentile of what is observed."""
+    wanted = [bands.index(name) for name in ("red", "green", "blue") if name in bands]
+    chosen = wanted if len(wanted) == 3 else [min(i, len(bands) - 1) for i in range(3)]
+    values = example.image[..., chosen].astype(np.float64)
+    seen = values[example.observed == 1]
+    if not seen.size:
+        return np.full(values.shape, 236, np.uint8)
+    low, high = np.nanpercentile(seen, [2, 98])
+    stretched = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
+    return np.where(example.observed[..., None] == 1, np.nan_to_num(stretched), 236).astype(np.uint8)
+
+
+def _split_map(split: Split) -> Figure:
+    rows, columns = split.parts.shape
+    width = 5.0
+    height = min(9.0, max(2.0, width * rows * split.block[0] / (columns * split.block[1])))
+    figure = Figure(figsize=(width, height + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(split.parts + 1, cmap=ListedColormap([_NOTHING, *_PART_COLOURS]), vmin=0, vmax=3,
+                extent=(0, columns * split.block[1], rows * split.block[0], 0), interpolation="nearest")  # fmt: skip
+    axes.set(xlabel="x, pixels", ylabel="y, pixels")
+    handles = [Patch(color=c, label=p) for p, c in zip(PARTS, _PART_COLOURS, strict=True)]
+    figure.legend(handles=[*handles, Patch(color=_NOTHING, label="nothing to learn")], loc="outside lower center",
+                  ncols=4, fontsize=7, frameon=False)  # fmt: skip
+    return figure

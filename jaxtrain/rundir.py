@@ -1,0 +1,207 @@
+"""`ModelCard` and the run directory: what is needed to continue, judge or use a model, and nothing else.
+
+- `config.toml`: the resolved configuration, for people and for starting such a run again
+- `model.json`: the model card: bands, classes, colours, mean and std, grid, split, digest of the cube
+- `metrics.jsonl`: history; `tensorboard/`: the same as events
+- `checkpoints/`: states; `report.html`: what came out
+- `evaluation.json`: scores on ground kept aside, once `evaluate` has run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from jaxtrain.config import MeshConfig, TrainConfig
+from jaxtrain.data.classes import Classes
+from jaxtrain.data.splits import Split
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.state import Program, build_program
+from zarr_store.backends import Store
+from zarr_store.errors import IntegrityError, InvalidInput
+from zarr_store.grid import Grid
+from zarr_store.read import Cube
+
+__all__ = ["CARD", "LOCK_KEY", "ModelCard", "config_differences", "cube_digest", "find_card", "inference_program",
+           "load_card", "program_of", "write_run"]  # fmt: skip
+
+CARD, LOCK_KEY = "model.json", "run.lock"
+_FORMAT = 1
+_LEFTOVERS = (LOCK_KEY, "config.toml")
+"""What a run leaves that was killed before it wrote its card."""
+
+_MAY_CHANGE = ("mesh", "data.cube", "data.colours", "run.log_every", "run.evaluate_every", "run.checkpoint_every",
+               "run.keep_checkpoints", "run.read_threads", "run.prefetch")  # fmt: skip
+"""Keys that do not change what is learnt: a run may be continued with others. The cube is compared by digest."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A run's facts, fixed when it begins.
+
+    Attributes:
+        config: The whole configuration.
+        cube: Path of the cube that is learnt from.
+        cube_digest: Digest of all its bytes, as the ledger has them.
+        bands: Names, in the order of the network's channels.
+        classes: Names, colours and layer values, by class index.
+        mean, std: Per band, in stored numbers.
+        class_weights: Per class, or None.
+        grid: Grid of the cube.
+        times: Dates of the cube.
+        split: Part of every block.
+        windows: Windows of each part.
+        statistics: Where mean and std come from, pixels, pixels of each class.
+    """
+
+    config: TrainConfig
+    cube: str
+    cube_digest: str
+    bands: tuple[str, ...]
+    classes: Classes
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_weights: tuple[float, ...] | None
+    grid: Grid
+    times: tuple[str, ...]
+    split: Split
+    windows: Mapping[str, int]
+    statistics: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "format": _FORMAT,
+            "config": self.config.model_dump(mode="json"),
+            "cube": {"path": self.cube, "digest": self.cube_digest},
+            "collection": self.config.data.collection,
+            "bands": list(self.bands),
+            "classes": self.classes.to_list(),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "class_weights": None if self.class_weights is None else list(self.class_weights),
+            "grid": self.grid.to_dict(),
+            "times": list(self.times),
+            "split": self.split.to_dict(),
+            "windows": dict(self.windows),
+            "statistics": dict(self.statistics),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelCard:
+        """Inverse of `to_dict`."""
+        weights = data["class_weights"]
+        return cls(
+            config=TrainConfig.model_validate(data["config"]),
+            cube=data["cube"]["path"],
+            cube_digest=data["cube"]["digest"],
+            bands=tuple(data["bands"]),
+            classes=Classes.from_list(data["classes"]),
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            class_weights=None if weights is None else tuple(weights),
+            grid=Grid.from_dict(data["grid"]),
+            times=tuple(data["times"]),
+            split=Split.from_dict(data["split"]),
+            windows=data["windows"],
+            statistics=data["statistics"],
+        )
+
+
+def cube_digest(cube: Cube, collection: str) -> str:
+    """One SHA-256 of a collection's spec and of the checksums of all its shards; no pixel is read."""
+    digest = hashlib.sha256(json.dumps(cube.spec(collection).to_dict(), sort_keys=True).encode())
+    for index, row in cube.ledger(collection).rows().items():
+        digest.update(json.dumps([index, row.state, row.checksums or {}], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def find_card(run: Path) -> ModelCard | None:
+    """The card of a run directory; None where there is nothing yet.
+
+    Raises:
+        InvalidInput: The folder holds something else.
+        IntegrityError: The card cannot be read.
+    """
+    path = run / CARD
+    if not path.exists():
+        names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
+        others = [name for name in names if name not in _LEFTOVERS and not name.endswith((".partial", ".stale"))]
+        if others or (run.exists() and not run.is_dir()):
+            raise InvalidInput(
+                f"{run} is not a training run (no {CARD}, but {', '.join(others[:4]) or 'a file'}); nothing was "
+                "changed: give an empty or new folder"
+            )
+        return None
+    try:
+        return ModelCard.from_dict(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise IntegrityError(
+            f"{path} is damaged or of another release ({type(error).__name__}: {str(error)[:200]}); restore it"
+        ) from error
+
+
+def load_card(run: Path) -> ModelCard:
+    """The card of a run that must be there.
+
+    Raises:
+        InvalidInput: There is no run at `run`.
+    """
+    card = find_card(run) if run.exists() else None
+    if card is None:
+        raise InvalidInput(f"{run} is not a training run: expected {CARD} in it, as `terrashard train` makes")
+    return card
+
+
+def config_differences(there: TrainConfig, asked: TrainConfig) -> list[str]:
+    """Keys at which two configurations differ in what they learn, each as "key: there → asked"."""
+    return _differences(there.model_dump(mode="json"), asked.model_dump(mode="json"), "")
+
+
+def _differences(there: Any, asked: Any, at: str) -> list[str]:
+    if at in _MAY_CHANGE or there == asked:
+        return []
+    if at != "data.classes" and isinstance(there, dict) and isinstance(asked, dict):
+        keys = [*there, *(key for key in asked if key not in there)]
+        return [d for k in keys for d in _differences(there.get(k), asked.get(k), f"{at}.{k}" if at else k)]
+    return [f"{at}: {json.dumps(there, ensure_ascii=False)} → {json.dumps(asked, ensure_ascii=False)}"]
+
+
+def write_run(run: Path, card: ModelCard) -> None:
+    """Write config.toml and then the card, which makes the folder a run."""
+    store = Store(run.absolute())
+    values = card.config.model_dump(mode="json")
+    if values["optim"]["clip_norm"] is None:
+        values["optim"]["clip_norm"] = float("inf")  # TOML has no null; a limit of infinity never clips
+    header = "# The resolved configuration of this run, every default included.\n"
+    store.write("config.toml", (header + tomli_w.dumps(values)).encode())
+    store.write(CARD, json.dumps(card.to_dict(), indent=1, ensure_ascii=False).encode())
+
+
+def program_of(card: ModelCard, config: TrainConfig) -> Program:
+    """The program of a card on the mesh of `config`."""
+    return build_program(
+        config,
+        channels=len(card.bands),
+        classes=len(card.classes),
+        mesh=make_mesh(config.mesh),
+        mean=card.mean,
+        std=card.std,
+        class_weights=card.class_weights,
+    )
+
+
+def inference_program(card: ModelCard) -> Program:
+    """The program for judging and predicting: on the run's own mesh where it fits here, else on one device."""
+    try:
+        return program_of(card, card.config)
+    except InvalidInput:
+        single = MeshConfig(data=1, model=1)
+        return program_of(card, card.config.model_copy(update={"mesh": single}))

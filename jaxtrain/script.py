@@ -1,0 +1,78 @@
+"""`python -m jaxtrain.train CONFIG.toml --out RUN`: the training script, without the `terrashard` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from jaxtrain.config import TrainConfig
+from zarr_store.errors import InvalidInput, TerrashardError, UnknownName
+
+__all__ = ["main", "read_config", "resolve_cube"]
+
+
+def resolve_cube(cube: str, config_folder: Path) -> str:
+    """The cube of a configuration file: a relative path counts from the file's folder; URLs stay as they are."""
+    return cube if "://" in cube else str((config_folder / cube).resolve())
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read a configuration file.
+
+    Raises:
+        InvalidInput: It is absent, is no TOML, or has a value that does not fit.
+        UnknownName: It has a key that does not exist; the nearest one is named.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidInput(f"cannot read configuration {path}: {error}; expected a TOML file") from error
+    try:
+        config = TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, path) from error
+    cube = resolve_cube(config.data.cube, path.parent)
+    return config.model_copy(update={"data": config.data.model_copy(update={"cube": cube})})
+
+
+def _explain(error: ValidationError, path: Path) -> InvalidInput:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            model: object = TrainConfig
+            for part in problem["loc"][:-1]:
+                model = type(None) if not hasattr(model, "model_fields") else model.model_fields[str(part)].annotation
+            known = getattr(model, "model_fields", {})
+            return UnknownName.of("key", str(problem["loc"][-1]), known, f"{path} ({key})")
+        lines.append(f"{key or 'the whole'}: {problem['msg']}, got {problem['input']!r}"[:300])
+    return InvalidInput(f"{path}: {'; '.join(lines)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m jaxtrain.train", description="Train on a cube, or continue.")
+    parser.add_argument("config", type=Path, help="TOML file with the tables data, model, optim, mesh, run")
+    parser.add_argument("--out", type=Path, required=True, help="run directory; continued if it holds this run")
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("jaxtrain").setLevel(logging.INFO)
+    try:
+        from jaxtrain.parallel.mesh import start_distributed
+        from jaxtrain.train import train
+
+        start_distributed()
+        train(read_config(parsed.config), parsed.out)
+    except TerrashardError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
+        return 130
+    return 0

@@ -1,0 +1,342 @@
+"""The training run, as one document: cube → windows → statistics → program → resume → steps → report.
+
+    python -m jaxtrain.train CONFIG.toml --out RUN
+
+A run is a folder (see `rundir`). The same call on the same folder continues where the newest undamaged checkpoint was
+made, bit for bit on the same mesh: the state holds model and optimiser, and data order, augmentation and dropout are
+functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxtrain.checkpoint import CheckpointStore, target_of
+from jaxtrain.config import TrainConfig
+from jaxtrain.data.batches import BatchStream, Rows, put_batch
+from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.windows import WindowPlan
+from jaxtrain.evaluate import judge
+from jaxtrain.log import RunLog, read_metrics
+from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.prepare import check_same_run, prepare
+from jaxtrain.report import collect_examples, write_report
+from jaxtrain.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
+from jaxtrain.state import Program
+from jaxtrain.step import make_eval_step, make_predict_step, make_train_step
+from zarr_store.errors import InvalidInput, Preempted
+from zarr_store.lock import CubeLock
+from zarr_store.read import open_cube
+
+__all__ = ["TrainEvent", "TrainResult", "train"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """Progress of a run, for who watches it.
+
+    Attributes:
+        kind: start (data and network are known) · resume · step · validation · checkpoint · warning · done.
+        step: Steps done.
+        steps: Steps in all.
+        message: One line of text.
+        metrics: Numbers of a step or validation; facts of the run at the start.
+    """
+
+    kind: Literal["start", "resume", "step", "validation", "checkpoint", "warning", "done"]
+    step: int
+    steps: int
+    message: str
+    metrics: dict[str, Any]
+
+
+OnEvent = Callable[[TrainEvent], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run has come to.
+
+    Attributes:
+        run: The run directory.
+        steps: Steps done in all.
+        resumed_from: The step this call began at; 0 for a new run.
+        train: Metrics of the last step.
+        validation: accuracy, macro_f1, miou, loss, pixels of the last validation.
+        windows: Windows of each part.
+        parameters: Numbers that are learnt.
+        seconds: Wall time of this call.
+        samples_per_second: Windows per second of training in this call, reading included, without the first step
+            (which compiles); None where this call took fewer than two steps.
+        report: Path of the report.
+    """
+
+    run: str
+    steps: int
+    resumed_from: int
+    train: dict[str, float]
+    validation: dict[str, float | None]
+    windows: dict[str, int]
+    parameters: int
+    seconds: float
+    samples_per_second: float | None
+    report: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+def train(config: TrainConfig, out: str | Path, *, resume: bool = True, on_event: OnEvent | None = None) -> TrainResult:
+    """Train a network, or continue where an earlier call stopped.
+
+    Args:
+        config: The run. `config.data.cube` is opened as it is: who reads it from a file resolves it.
+        out: The run directory: new, empty, or of the same run.
+        resume: False refuses a folder that already holds a run.
+        on_event: Called with each `TrainEvent`, in the thread of the caller.
+
+    Raises:
+        InvalidInput: Configuration, cube, mesh and folder do not fit together; a loss that is not finite.
+        NothingFound: No window has anything to learn.
+        Locked: Another process trains in this folder.
+        Preempted: SIGTERM came; the state is saved and the same call continues.
+        IntegrityError: All checkpoints are damaged, or a shard of the cube is.
+    """
+    began = time.monotonic()
+    out, run = Path(out), config.run
+
+    def tell(kind: Any, step: int, message: str, **metrics: Any) -> None:
+        _log.info("%s", message)
+        if on_event:
+            on_event(TrainEvent(kind, step, run.steps, message, metrics))
+
+    # ---- The folder: new, or of this very run. Nothing is written before everything is known to fit.
+    earlier = find_card(out)
+    if earlier is not None:
+        check_same_run(out, earlier, config, resume)
+
+    # ---- Cube → windows → statistics, all from the index where that is possible.
+    cube = open_cube(config.data.cube)
+    card, plan, reader = prepare(config, cube, earlier)
+
+    # ---- The network on the mesh.
+    program = program_of(card, config)
+    train_step, eval_step = make_train_step(program), make_eval_step(program)
+    sharding = batch_sharding(program.mesh)
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(program.shapes.params))
+    lead = jax.process_index() == 0
+    lock = CubeLock(out, "train", key=LOCK_KEY) if lead else contextlib.nullcontext()
+
+    with lock, _watch_for_sigterm() as told_to_stop:
+        if lead and earlier is None:
+            write_run(out, card)
+        tell("start", 0, _describe(card, plan, parameters, program), windows=plan.counts(), parameters=parameters)
+
+        # ---- Resume: the newest checkpoint that is whole, on whatever mesh it was made.
+        store = CheckpointStore(out / "checkpoints", keep=run.keep_checkpoints)
+        store.clear_partial()
+        restored = store.restore(target_of(program))
+        first = 0 if restored is None else restored.step
+        for line in restored.passed_over if restored else ():
+            tell("warning", first, line)
+        if restored is None:
+            state = program.init(jax.random.key(run.seed))
+        else:
+            state = restored.state
+            tell("resume", first, f"continuing {out} from step {first} of {run.steps}")
+
+        # ---- Steps: dispatch one, then read the numbers of the one before, so that the device never waits for Python.
+        key = jax.random.key(np.uint32(run.seed % (1 << 32)) ^ np.uint32(0x5EED))
+        order = SampleOrder(run.seed, len(plan.parts["train"]))
+        size = run.batch_size
+        last: dict[str, float] = {}
+        judged: dict[str, Any] | None = None
+        pending: tuple[int, Rows, dict[str, jax.Array]] | None = None
+        clock = _Clock(size)
+        with (
+            (RunLog(out, step=first, tensorboard_every=run.log_every) if lead else contextlib.nullcontext()) as log,
+            BatchStream(
+                reader, plan.parts["train"], size=size, sharding=sharding, order=order, first=first,
+                last=run.steps, threads=run.read_threads, prefetch=run.prefetch,
+            ) as batches,
+        ):  # fmt: skip
+
+            def settle(step: int, rows: Rows, metrics: dict[str, jax.Array]) -> None:
+                nonlocal last
+                last = {name: float(value) for name, value in metrics.items() if name != "finite"}
+                if not (math.isfinite(last["loss"]) and math.isfinite(last["gradient_norm"])):
+                    raise InvalidInput(_explain_divergence(step, rows, last, store))
+                seconds = clock.tick()
+                if log:
+                    log.write("train", step, {**last, "seconds": seconds})
+                if step % run.log_every == 0 or step == run.steps:
+                    tell("step", step, f"step {step}/{run.steps}: loss {last['loss']:.4f}, accuracy "
+                         f"{last['accuracy']:.3f}", **last, samples_per_second=clock.rate())  # fmt: skip
+
+            for number, rows, batch in batches:
+                step = number + 1
+                state, metrics = train_step(
+                    state, put_batch(batch, sharding, size), key=jax.random.fold_in(key, number)
+                )
+                if pending is not None:
+                    settle(*pending)
+                pending = (step, rows, metrics)
+                final = step == run.steps
+                stopping = told_to_stop.is_set()
+                validating = final or step % run.evaluate_every == 0
+                saving = final or stopping or step % run.checkpoint_every == 0
+                if validating or saving:
+                    settle(*pending)
+                    pending = None
+
+                # ---- Validation, on blocks that are not learnt.
+                if validating and len(plan.parts["validation"]):
+                    clock.pause()
+                    matrix, loss = judge(
+                        program, eval_step, state, reader, plan.parts["validation"], card.classes.names
+                    )
+                    judged = {**matrix.to_dict(), "split": "validation", "step": step,
+                              "samples": len(plan.parts["validation"])}  # fmt: skip
+                    scores = _scores(judged, loss)
+                    if log:
+                        log.write("validation", step, scores)
+                    tell("validation", step, f"validation at step {step}: loss {_show(scores['loss'])}, accuracy "
+                         f"{_show(scores['accuracy'])}, macro F1 {_show(scores['macro_f1'])}", **scores)  # fmt: skip
+
+                # ---- Checkpoint: after the numbers were seen to be finite, never before.
+                if saving:
+                    clock.pause()
+                    store.save(step, state, _position(config, card, step))
+                    tell("checkpoint", step, f"checkpoint at step {step}")
+                if stopping and not final:
+                    raise Preempted(
+                        f"told to stop: {out} is saved at step {step} of {run.steps}; the same command continues"
+                    )
+
+        # ---- What came out.
+        report = out / "report.html"
+        if lead and (judged or not report.exists()):
+            aside = plan.parts["test"] if len(plan.parts["test"]) else plan.parts["validation"]
+            examples = collect_examples(program, make_predict_step(program), state, reader, aside)
+            write_report(out, card, examples=examples, evaluation=judged)
+        history = read_metrics(out)
+        validations = [line for line in history if line["kind"] == "validation"]
+        result = TrainResult(
+            run=str(out),
+            steps=max(first, run.steps),
+            resumed_from=first,
+            train=last or _numbers(next((line for line in reversed(history) if line["kind"] == "train"), {})),
+            validation=_numbers(validations[-1]) if validations else {},
+            windows=plan.counts(),
+            parameters=parameters,
+            seconds=round(time.monotonic() - began, 3),
+            samples_per_second=clock.rate(),
+            report=str(report),
+        )
+        tell("done", result.steps, f"{out}: {result.steps} steps; report: {report}", **result.validation)
+        return result
+
+
+def _position(config: TrainConfig, card: ModelCard, step: int) -> dict[str, Any]:
+    """Where the data stands: the next sample of the global order."""
+    return {
+        "next_sample": step * config.run.batch_size,
+        "seed": config.run.seed,
+        "train_windows": card.windows["train"],
+        "cube_digest": card.cube_digest,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+@contextlib.contextmanager
+def _watch_for_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that the step under way ends first; only a main thread may listen."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Clock:
+    """Windows per second over intervals between steps; compiling, validation and saving do not count."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._seconds, self._steps = size, 0.0, 0
+        self._since: float | None = None
+
+    def tick(self) -> float | None:
+        """Seconds since the step before; None after a pause."""
+        before, self._since = self._since, time.monotonic()
+        if before is None:
+            return None
+        self._seconds += self._since - before
+        self._steps += 1
+        return round(self._since - before, 4)
+
+    def pause(self) -> None:
+        self._since = None
+
+    def rate(self) -> float | None:
+        return round(self._steps * self._size / self._seconds, 2) if self._seconds else None
+
+
+def _describe(card: ModelCard, plan: WindowPlan, parameters: int, program: Program) -> str:
+    windows = ", ".join(f"{count} {part}" for part, count in plan.counts().items())
+    blocks = ", ".join(f"{count} {part}" for part, count in plan.split.counts().items())
+    axes = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
+    return (
+        f"{card.config.model.name} with {parameters:,} parameters learns {len(card.classes)} classes from "
+        f"{len(card.bands)} bands; windows: {windows}; blocks: {blocks}; mesh: {axes}"
+    )
+
+
+def _explain_divergence(step: int, rows: Rows, metrics: dict[str, float], store: CheckpointStore) -> str:
+    names = ", ".join(f"(time {t}, y {y}, x {x})" for t, y, x in rows[:4].tolist())
+    saved = store.steps()
+    return (
+        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}, expected finite numbers; the "
+        f"batch holds the windows {names}{f' and {len(rows) - 4} more' if len(rows) > 4 else ''}. Training stopped, "
+        f"{f'the checkpoint of step {saved[-1]} is kept' if saved else 'no checkpoint was made yet'}: lower "
+        "optim.learning_rate, set optim.clip_norm, or look at these windows of the cube"
+    )
+
+
+def _scores(result: dict[str, Any], loss: float) -> dict[str, float | None]:
+    scores: dict[str, float | None] = {name: result[name] for name in ("accuracy", "macro_f1", "miou")}
+    return scores | {"loss": loss if math.isfinite(loss) else None, "pixels": result["pixels"]}
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in ("kind", "step", "seconds")}
+
+
+def _show(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jaxtrain.script import main
+
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Tiny cubes for the tests of training: smooth ground of three classes, each with its own spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from zarr_store.grid import Grid
+from zarr_store.read import Cube, open_cube
+from zarr_store.regions import Region
+from zarr_store.spec import LAYOUTS, BandSpec, CubeSpec, Layout
+from zarr_store.write import ShardWriter, create_cube
+
+COLLECTION = "sentinel-2-l2a"
+CLASSES = {"4": "vegetation", "5": "not vegetated", "6": "water"}
+SPECTRA = np.array([[400, 700, 500, 3200], [1100, 1400, 1800, 2500], [300, 350, 200, 120]], float)
+
+
+def ground(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """SCL-like values 4, 5, 6 in smooth shapes, uint8 (height, width)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    field = sum(
+        np.sin(x * fx + px) * np.cos(y * fy + py) for fx, fy, px, py in rng.uniform(0.02, 0.16, (6, 4)) * [1, 1, 60, 60]
+    )
+    return np.digitize(field, np.quantile(field, [0.4, 0.75])).astype(np.uint8) + 4
+
+
+def make_cube(
+    url: Path,
+    *,
+    shape: tuple[int, int, int] = (2, 192, 160),
+    chunk: int = 32,
+    shard: int = 64,
+    resolution: float = 10.0,
+    seed: int = 0,
+    bands: Sequence[str] = ("blue", "green", "red", "nir"),
+    masked: bool = True,
+    hole: bool = False,
+    skip_shards: Sequence[tuple[int, int, int]] = (),
+    noise: float = 60.0,
+) -> Cube:
+    """Write a cube: `masked` puts a cloud (scl 9) on date 0, `hole` leaves a corner of date 0 without data."""
+    times, height, width = shape
+    rng = np.random.default_rng(seed + 1)
+    truth = ground(height, width, seed)
+    scl = np.repeat(truth[None], times, axis=0)
+    status = np.ones(shape, np.uint8)
+    main = SPECTRA[scl - 4].transpose(0, 3, 1, 2) + rng.normal(0, noise, (times, 4, height, width))
+    if masked:
+        scl[0, 40:70, 90:130] = 9
+        status[0, 40:70, 90:130] = 2
+        main[0, :, 40:70, 90:130] = 7000
+    if hole:
+        scl[0, -30:, -30:] = 0
+        status[0, -30:, -30:] = 0
+        main[0, :, -30:, -30:] = 0
+    reflectance = np.clip(main, 1, 65535).astype(np.uint16)[:, : len(bands)]
+    reflectance[np.repeat((status == 0)[:, None], len(bands), axis=1)] = 0
+    spec = CubeSpec(
+        COLLECTION,
+        "reflectance",
+        tuple(BandSpec(name) for name in bands),
+        Grid("EPSG:32633", (resolution, 0.0, 500_000.0, 0.0, -resolution, 5_000_000.0), (height, width)),
+        tuple(f"2023-08-{10 + t:02d}T10:00:00" for t in range(times)),
+        ("scl",),
+        Layout("tiny", (1, chunk, chunk), (1, shard, shard)),
+    )
+    items = [{"id": f"item-{t}", "datetime": f"2023-08-{10 + t:02d}T10:00:00Z"} for t in range(times)]
+    create_cube(url, [spec], items={COLLECTION: items}, provenance={"made_by": "cube_factory"})
+    writer = ShardWriter(url, COLLECTION)
+    arrays = {"reflectance": reflectance, "scl": scl, "status": status, "source_item": np.zeros(shape, np.int16)}
+    for index, region in spec.shards().items():
+        if index in set(skip_shards):
+            continue
+        t, y, x = region.slices
+        cut = {name: a[t, :, y, x] if a.ndim == 4 else a[t, y, x] for name, a in arrays.items()}
+        writer.write(Region(*region.to_list()), cut, key="k", sources=())
+    return open_cube(url)
+
+
+__all__ = ["CLASSES", "COLLECTION", "LAYOUTS", "ground", "make_cube", "replace"]
