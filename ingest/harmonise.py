@@ -233,7 +233,7 @@ def _crs(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, no
                 continue
             try:
                 return normal_crs(f"EPSG:{int(value)}" if name == "proj:epsg" else value)
-            except (InvalidInput, TypeError, ValueError):
+            except (InvalidInput, TypeError, ValueError, OverflowError):
                 notes.append(f"{where}: {name} {str(value)[:60]!r} is no known CRS and is ignored")
     return None
 

@@ -97,6 +97,8 @@ _S2_BANDS = (
     _s2("swir22", "B12", 20, 2.190),
 )
 _SCL = BandRule("scl", (), ("scl", "SCL", "SCL_20m", "scl_20m"), 20)
+# Labels that lie beside the scenes as an asset of their own: the simulator's truth, or one's own reference map.
+_LANDCOVER = BandRule("landcover", (), ("landcover", "land_cover"), 10)
 
 
 def _rtc(name: str) -> BandRule:
@@ -117,7 +119,7 @@ PRODUCTS: tuple[ProductRule, ...] = (
         ),
         kind="reflectance",
         bands=tuple(band for band in _S2_BANDS if band.name != "cirrus"),
-        classes=(_SCL,),
+        classes=(_SCL, _LANDCOVER),
         usual=("blue", "green", "red", "nir", "scl"),
         dtype="uint16",
         nodata=0,
@@ -243,9 +245,14 @@ def asset_key(band: BandRule, assets: Mapping[str, Any]) -> str | None:
     wanted = {band.name, *band.aliases}
     found = []
     for name, asset in assets.items():
-        listed = [*(asset.get("eo:bands") or []), *(asset.get("bands") or [])] if isinstance(asset, Mapping) else []
-        if len(listed) == 1 and wanted.intersection(_names_in(listed[0])):
-            found.append((float(asset.get("gsd") or listed[0].get("gsd") or band.resolution_m), name))
+        if not isinstance(asset, Mapping):
+            continue
+        # either spelling of the list, never both; an asset of several bands (a picture) is not a band
+        listed = asset.get("eo:bands") or asset.get("bands")
+        if isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], Mapping):
+            gsd = asset.get("gsd") or listed[0].get("gsd")
+            if wanted.intersection(_names_in(listed[0])):
+                found.append((float(gsd) if isinstance(gsd, int | float) else band.resolution_m, name))
     return min(found)[1] if found else None
 
 
