@@ -88,6 +88,7 @@ def _draw_cube(
     chosen = _pick_bands(spec.band_names, bands)
     steps = _pick_times(spec.times, time)
     columns = max(1, min(len(steps), math.ceil(math.sqrt(len(steps) * 1.6 * spec.grid.height / spec.grid.width))))
+    columns = -(-len(steps) // -(-len(steps) // columns))  # rows of equal length
     panel = max(48, (width - _GAP * (columns + 1)) // columns)
     step = max(1, -(-spec.grid.width // panel))
     dataset = _coarse(cube, name, step)

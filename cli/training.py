@@ -19,7 +19,7 @@ __all__ = ["run_training", "summary", "train_config"]
 def train_config(path: Path, session: Session) -> TrainConfig:
     """CONFIG.toml, then --config, then each --set.
 
-    A relative `data.cube` counts from the working directory if it exists there, else from the folder of its file.
+    A relative `data.cube` is relative to the file it stands in, or, in a --set, to the working directory.
     """
     from jaxtrain.config import TrainConfig
 
