@@ -116,9 +116,10 @@ class _GuardedIO(StacApiIO):
 def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[FoundItem]:
     """Items of an API, in its own order."""
     details = _collections(documents, root, config)
+    io = _GuardedIO(documents)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # missing conformance classes are worked around below
-        client = Client.open(root, stac_io=_GuardedIO(documents))
+        client = Client.open(root, stac_io=io)
         if not client.conforms_to(ConformanceClasses.ITEM_SEARCH):
             client.add_conforms_to("ITEM_SEARCH")
         query: dict[str, dict[str, Any]] = {}
@@ -129,7 +130,7 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
         start, end = (moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else ".." for moment in config.interval)
         crossing = config.bbox is not None and config.bbox[0] > config.bbox[2]
         for method in ("POST", "GET"):
-            pages = client.search(
+            request = client.search(
                 method=method,
                 collections=list(config.collections),
                 bbox=config.bbox if not crossing else None,
@@ -137,7 +138,9 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
                 datetime=f"{start}/{end}" if config.datetime else None,
                 query=query or None,
                 limit=min(PAGE_ITEMS, config.max_items or PAGE_ITEMS),
-            ).pages_as_dicts()
+            )
+            # not request.pages_as_dicts(), which ends at the first page without items even if there is a next one
+            pages = io.get_pages(request.url, request.method, request.get_parameters())
             try:
                 first = next(pages, None)
                 break

@@ -80,6 +80,13 @@ def items_in(
     if kind == "Catalog":
         yield from _walk(documents, location, document, wanted=wanted, trail=trail)
         return
+    if not kind:
+        came = (
+            f"type {document.get('type')!r}" if isinstance(document, Mapping) else f"a JSON {type(document).__name__}"
+        )
+        raise InvalidInput(
+            f"{redact(location)}: expected a STAC catalogue, ItemCollection or item with assets, got {came}"
+        )
     items = document["features"] if kind == "FeatureCollection" else [document]
     for item in items:
         if not isinstance(item, Mapping):

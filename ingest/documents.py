@@ -236,12 +236,12 @@ def _too_large(where: str, size: int | None) -> InvalidInput:
 
 
 def _unreachable(url: str, error: Exception) -> AccessError:
-    if isinstance(error, requests.Timeout):
+    inner: BaseException = error
+    while inner.__cause__ is not None or inner.__context__ is not None:
+        inner = cast("BaseException", inner.__cause__ or inner.__context__)
+    if isinstance(error, requests.Timeout) or isinstance(inner, TimeoutError):
         cause = "no answer in time"
     else:
-        inner: BaseException = error
-        while inner.__cause__ is not None or inner.__context__ is not None:
-            inner = cast("BaseException", inner.__cause__ or inner.__context__)
         cause = redact_text(getattr(inner, "strerror", None) or inner)
     return AccessError(f"cannot reach {redact(url)}: {cause}; check the address and the network, then try again")
 
