@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import rasterio
 import tenacity
 import urllib3
 from rasterio.enums import ColorInterp
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid, normal_crs
@@ -83,7 +84,6 @@ class Access:
             "GDAL_HTTP_RETRY_DELAY": self.backoff_s,
             "GDAL_HTTP_MULTIRANGE": "YES",
             "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
-            "CPL_VSIL_CURL_USE_HEAD": "NO",  # signed URLs are often signed for GET only
             "GTIFF_IGNORE_READ_ERRORS": "NO",
         }
 
@@ -204,9 +204,13 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
     if remote and fresh:
         options["CPL_VSIL_CURL_NON_CACHED"] = path  # or GDAL answers from its memory of the failed open
     try:
-        with rasterio.Env(**options), rasterio.open(path, driver=driver, sharing=False) as dataset:
-            _check_header(dataset, size, access)
-            yield dataset
+        with rasterio.Env(**options):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
+                dataset = rasterio.open(path, driver=driver, sharing=False)
+            with dataset:
+                _check_header(dataset, size, access)
+                yield dataset
     except RasterioError as error:
         # a local file does not heal between attempts; a remote one may have been cut on the way
         raise (_TransientError if remote else _PermanentError)(_innermost(error)) from error
