@@ -28,7 +28,7 @@ from rasterio.windows import Window
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
 from zarr_store.grid import Grid
 
-__all__ = ["Colour", "CogWriter", "write_cog"]
+__all__ = ["CogWriter", "Colour", "write_cog"]
 
 Colour = tuple[int, int, int]
 """(red, green, blue), each 0…255."""
@@ -265,7 +265,7 @@ def _category_xml(names: Mapping[int, str]) -> str:
     )
 
 
-class _disk_errors:  # noqa: N801 - used like the functions of contextlib
+class _disk_errors:
     """Turns GDAL's write errors into ours; GDAL itself does not say that a disk is full."""
 
     def __init__(self, path: Path) -> None:

@@ -3,27 +3,35 @@
     SimulateConfig ── ground.py ── spectra.py + clouds.py + radar.py ── scenes.py ──▶ COGs, STAC items, truth
                                                                     └─ server.py ──▶ STAC API and file server
 
-Not imported by `import ingest`: the server's libraries load only where they are used.
+Not imported by `import ingest`; exports load on first use, since the server needs no raster library and the writer no
+web framework.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from ingest.simulate.config import SimulateConfig
-from ingest.simulate.ground import CLASSES
-from ingest.simulate.scenes import SimulatedWorld, simulate
-
 if TYPE_CHECKING:
+    from ingest.simulate.config import SimulateConfig
+    from ingest.simulate.ground import CLASSES
+    from ingest.simulate.scenes import SimulatedWorld, simulate
     from ingest.simulate.server import ServerHandle, serve
 
 __all__ = ["CLASSES", "ServerHandle", "SimulateConfig", "SimulatedWorld", "serve", "simulate"]
 
+_HOME = {
+    "CLASSES": "ingest.simulate.ground",
+    "ServerHandle": "ingest.simulate.server",
+    "SimulateConfig": "ingest.simulate.config",
+    "SimulatedWorld": "ingest.simulate.scenes",
+    "serve": "ingest.simulate.server",
+    "simulate": "ingest.simulate.scenes",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # FastAPI takes a second to import, and writing a world does not need it
-    if name in ("ServerHandle", "serve"):
-        from ingest.simulate import server
-
-        return getattr(server, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Load an export on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'ingest.simulate' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

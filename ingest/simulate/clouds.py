@@ -68,7 +68,8 @@ class Sky:
         seen = reflectance * (np.float32(1) - (np.float32(1) - _SHADE[band]) * self.shadow)
         seen += (_CLOUD[band] - seen) * self.cloud
         seen += (_CIRRUS[band] - seen) * self.cirrus
-        return seen
+        out: F32 = seen
+        return out
 
 
 def shadow_offset(config: SimulateConfig, acquisition: Acquisition, scale: float) -> tuple[float, float]:
@@ -106,7 +107,8 @@ def _opacity(config: SimulateConfig, acquisition: Acquisition, grid: Grid, scale
     # the field is close to normal, so the cut for a share is the normal's quantile
     cut = NormalDist().inv_cdf(1.0 - acquisition.cloud_share)
     edge = np.clip((field - np.float32(cut - 0.08)) / np.float32(0.42), 0, 1)
-    return edge * edge * (np.float32(3) - np.float32(2) * edge)
+    opacity: F32 = edge * edge * (np.float32(3) - np.float32(2) * edge)
+    return opacity
 
 
 def scene_classes(ground: Ground, surface: Surface, above: Sky) -> npt.NDArray[np.uint8]:
@@ -121,5 +123,3 @@ def scene_classes(ground: Ground, surface: Surface, above: Sky) -> npt.NDArray[n
     scl[above.cloud > _MEDIUM] = 8
     scl[above.cloud > _HIGH] = 9
     return scl
-
-

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
 from zarr_store.grid import Bounds, Grid
 
 __all__ = ["CRS", "Acquisition", "Radiometry", "SimulateConfig", "Tile"]

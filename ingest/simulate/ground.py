@@ -18,7 +18,7 @@ from ingest.simulate.noise import F32, curve, fractal, key_of, mix, smooth, unif
 from ingest.simulate.parcels import Parcels, parcels
 from zarr_store.grid import Grid
 
-__all__ = ["CLASSES", "CROPS", "Ground", "Landscape", "LandClass"]
+__all__ = ["CLASSES", "CROPS", "Ground", "LandClass", "Landscape"]
 
 U8 = npt.NDArray[np.uint8]
 
@@ -168,7 +168,9 @@ class Landscape:
         """The landscape in `grid`, a window of the world's lattice or any grid of its CRS."""
         seed, s = self.config.seed, self.scale
         relief, east, north = self._relief(grid)
-        fields: Parcels = parcels(key_of(seed, "parcels"), grid, s, origin=(self.world.transform[2], self.world.transform[5]))
+        fields: Parcels = parcels(
+            key_of(seed, "parcels"), grid, s, origin=(self.world.transform[2], self.world.transform[5])
+        )
         fine = fractal(key_of(seed, "fine"), grid, 50.0, octaves=2, gain=0.8)
         coarse = fractal(key_of(seed, "coarse"), grid, 900.0 * s, octaves=3)
         ragged = np.float32(0.2) * fractal(key_of(seed, "ragged"), grid, 620.0 * s, octaves=4, gain=0.6)

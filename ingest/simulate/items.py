@@ -76,9 +76,7 @@ def uses_stac_1_1(acquisition: Acquisition, tile_index: int) -> bool:
     return (acquisition.index + tile_index) % 2 == 1
 
 
-def scene_item(
-    acquisition: Acquisition, tile: str, tile_index: int, grids: tuple[Grid, Grid], extent: Extent
-) -> Json:
+def scene_item(acquisition: Acquisition, tile: str, tile_index: int, grids: tuple[Grid, Grid], extent: Extent) -> Json:
     """The item of one Sentinel-2 scene.
 
     Args:
@@ -98,7 +96,8 @@ def scene_item(
     total = max(1, sum(extent.scl_counts))
     valid = max(1, total - extent.scl_counts[0])
     share = {value: round(100.0 * count / valid, 6) for value, count in enumerate(extent.scl_counts)}
-    take = f"GS2{acquisition.platform}_{acquisition.time:%Y%m%dT%H%M%S}_{acquisition.revolution:06d}_N{acquisition.baseline}"
+    sensed = f"{acquisition.time:%Y%m%dT%H%M%S}"
+    take = f"GS2{acquisition.platform}_{sensed}_{acquisition.revolution:06d}_N{acquisition.baseline}"
     number = f"N{acquisition.baseline.replace('.', '')}"
     properties: Json = {
         "created": _stamp(made),
@@ -126,7 +125,7 @@ def scene_item(
         "s2:snow_ice_percentage": share[11],
         "s2:product_type": "S2MSI2A",
         "s2:processing_baseline": acquisition.baseline,
-        "s2:product_uri": f"S2{acquisition.platform}_MSIL2A_{acquisition.time:%Y%m%dT%H%M%S}_{number}"
+        "s2:product_uri": f"S2{acquisition.platform}_MSIL2A_{sensed}_{number}"
         f"_R{acquisition.orbit:03d}_T{tile}_{made:%Y%m%dT%H%M%S}.SAFE",
         "s2:generation_time": _stamp(made),
         "s2:datatake_id": take,
@@ -145,12 +144,22 @@ def scene_item(
     )
     land = [_class(c.value, c.name, c.description, "{:02x}{:02x}{:02x}".format(*c.colour)) for c in CLASSES]
     assets["landcover"] = _class_asset(
-        "landcover.tif", "Land cover (the simulator's ground truth)", full, [_class(0, "no_data", "No data", "000000"), *land], modern
+        "landcover.tif",
+        "Land cover (the simulator's ground truth)",
+        full,
+        [_class(0, "no_data", "No data", "000000"), *land],
+        modern,
     )
     assets["landcover"]["roles"] = ["data", "class"]
-    extensions = ["eo/v2.0.0", "raster/v2.0.0", "projection/v2.0.0"] if modern else ["eo/v1.1.0", "raster/v1.1.0", "projection/v1.1.0"]
+    extensions = (
+        ["eo/v2.0.0", "raster/v2.0.0", "projection/v2.0.0"]
+        if modern
+        else ["eo/v1.1.0", "raster/v1.1.0", "projection/v1.1.0"]
+    )
     extensions += ["grid/v1.1.0", "mgrs/v1.0.0", "view/v1.0.0", "sat/v1.0.0", "classification/v2.0.0"]
-    return _item(identity, S2_COLLECTION, properties, extent.polygon, assets, extensions, "1.1.0" if modern else "1.0.0")
+    return _item(
+        identity, S2_COLLECTION, properties, extent.polygon, assets, extensions, "1.1.0" if modern else "1.0.0"
+    )
 
 
 def radar_item(overpass: RadarPass, grid: Grid, extent: Extent) -> Json:
@@ -288,7 +297,9 @@ def _band_asset(band: Band, grid: Grid, acquisition: Acquisition, modern: bool) 
 
 def _class_asset(href: str, title: str, grid: Grid, classes: list[Json], modern: bool) -> Json:
     about = {"nodata": 0, "data_type": "uint8"}
-    bands: Json = {"bands": [about]} if modern else {"raster:bands": [about | {"spatial_resolution": grid.resolution[0]}]}
+    bands: Json = (
+        {"bands": [about]} if modern else {"raster:bands": [about | {"spatial_resolution": grid.resolution[0]}]}
+    )
     return {
         "href": f"./{href}",
         "type": _COG,
@@ -319,7 +330,13 @@ def _stamp(time: dt.datetime) -> str:
 
 
 def _item(
-    identity: str, collection: str, properties: Json, polygon: Polygon, assets: Json, extensions: list[str], version: str
+    identity: str,
+    collection: str,
+    properties: Json,
+    polygon: Polygon,
+    assets: Json,
+    extensions: list[str],
+    version: str,
 ) -> Json:
     to_lonlat = Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
     # straight lines of the UTM grid bend in degrees, by less than a pixel once they are cut every 2 km

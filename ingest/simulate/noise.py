@@ -41,11 +41,14 @@ def mix(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64], key: int) -> U64:
     The finaliser is SplitMix64's: Steele, Lea, Flood (2014), doi:10.1145/2660193.2660195.
     """
     with np.errstate(over="ignore"):
-        z = (a.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ (b.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F))
+        z = (a.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ (
+            b.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+        )
         z ^= np.uint64(key)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        out: U64 = z ^ (z >> np.uint64(31))
+        return out
 
 
 def uniform(bits: U64, part: int = 0) -> F32:
@@ -110,9 +113,7 @@ def curve(key: int, positions: npt.NDArray[np.float64], cell_m: float) -> npt.ND
     return out / _SPLINE_STD_1D
 
 
-def white(
-    key: int, world: Grid, grid: Grid, draw: Callable[[np.random.Generator, tuple[int, int]], F32]
-) -> F32:
+def white(key: int, world: Grid, grid: Grid, draw: Callable[[np.random.Generator, tuple[int, int]], F32]) -> F32:
     """Independent draws per pixel of `grid`, a window of `world`'s lattice.
 
     Args:

@@ -80,13 +80,15 @@ def parcels(key: int, grid: Grid, scale: float, *, origin: tuple[float, float]) 
 def _cover(distance: F32, half_width: np.float32, half_pixel: np.float32) -> F32:
     """Share of a pixel that a line of ± `half_width` at `distance` from its centre covers."""
     inside = np.clip((half_width + half_pixel - distance) / (2 * half_pixel), 0.0, 1.0)
-    return np.minimum(inside, half_width / half_pixel).astype(np.float32)
+    share: F32 = np.minimum(inside, half_width / half_pixel).astype(np.float32)
+    return share
 
 
 def _to_whole(value: F32) -> F32:
     """Distance to the nearest whole number."""
     part = value - np.floor(value)
-    return np.minimum(part, np.float32(1) - part)
+    near: F32 = np.minimum(part, np.float32(1) - part)
+    return near
 
 
 def _nearest(

@@ -75,7 +75,8 @@ def mean_backscatter(ground: Ground, surface: Surface, overpass: RadarPass, pola
     level -= np.float32(4.0) * towards
     if overpass.index % 2:
         level += np.float32(1.5) * (cls == 1)
-    return np.power(np.float32(10.0), level * np.float32(0.1))
+    power: F32 = np.power(np.float32(10.0), level * np.float32(0.1))
+    return power
 
 
 def backscatter(
@@ -96,5 +97,3 @@ def _round_mantissa(values: F32, keep_bits: int = 11) -> F32:
     drop = 23 - keep_bits
     bits = values.view(np.uint32) + np.uint32(1 << (drop - 1))
     return (bits & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
-
-

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import rasterio
 
 from ingest.cog import CogWriter
-from ingest.simulate.clouds import scene_classes, sky
 from ingest.simulate.config import Acquisition, SimulateConfig, Tile
-from ingest.simulate.ground import CLASSES, Ground, Landscape
+from ingest.simulate.ground import CLASSES, Landscape
 from ingest.simulate.items import (
     S1_COLLECTION,
     S2_COLLECTION,
@@ -36,23 +34,20 @@ from ingest.simulate.items import (
     scene_item,
     to_json,
 )
-from ingest.simulate.noise import F32, key_of, white
-from ingest.simulate.radar import NODATA, POLARISATIONS, RadarPass, backscatter, radar_passes
-from ingest.simulate.spectra import BANDS, Surface, surface
+from ingest.simulate.radar import NODATA, POLARISATIONS, RadarPass, radar_passes
+from ingest.simulate.spectra import BANDS
+from ingest.simulate.strips import radar_strip, scene_strip
 from ingest.simulate.swath import radar_swath, scene_swath
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 
-__all__ = ["MANIFEST", "SimulatedWorld", "dn", "simulate"]
+__all__ = ["MANIFEST", "SimulatedWorld", "simulate"]
 
 MANIFEST = "world.json"
 """Written last: the config, and size and SHA-256 of every file."""
 
 # Rows per strip: tall enough to keep numpy busy, small enough that a full 10 980 px tile needs about 1 GB.
 _STRIP_PX = 256
-
-U16 = npt.NDArray[np.uint16]
-U8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,15 @@ def _write_world(out: Path, config: SimulateConfig, progress: Callable[[float], 
     names = {0: "no data"} | {c.value: c.name for c in CLASSES}
     with ExitStack() as stack:
         truth = stack.enter_context(
-            CogWriter(out / "truth.tif", world, dtype="uint8", nodata=0, colours=colours, class_names=names, block_px=config.block_px)
+            CogWriter(
+                out / "truth.tif",
+                world,
+                dtype="uint8",
+                nodata=0,
+                colours=colours,
+                class_names=names,
+                block_px=config.block_px,
+            )
         )
         radar: list[tuple[RadarPass, dict[str, CogWriter]]] = []
         for overpass in passes:
@@ -169,7 +172,9 @@ def _write_world(out: Path, config: SimulateConfig, progress: Callable[[float], 
                     overpass,
                     {
                         name: stack.enter_context(
-                            CogWriter(folder / f"{name}.tif", world, dtype="float32", nodata=NODATA, block_px=config.block_px)
+                            CogWriter(
+                                folder / f"{name}.tif", world, dtype="float32", nodata=NODATA, block_px=config.block_px
+                            )
                         )
                         for name in POLARISATIONS
                     },
@@ -216,13 +221,13 @@ def _write_tile(
             ground = landscape.ground(strip.window(-1, -1, height + 2, grid.width + 2))
             truth.write(offset[0] + row, offset[1], ground.classes[1:-1, 1:-1])
             for acquisition, _ in acquisitions:
-                layers, scl = _scene_strip(landscape, acquisition, ground, strip)
+                layers, scl = scene_strip(landscape, acquisition, ground, strip)
                 for key, pixels in layers.items():
                     scale = strip.height // pixels.shape[0]
                     writers[acquisition.index][key].write(row // scale, 0, pixels)
                 counts[acquisition.index] += np.bincount(scl.ravel(), minlength=12)
             for overpass, outputs in radar:
-                _radar_strip(landscape, overpass, outputs, ground, strip, (offset[0] + row, offset[1]))
+                radar_strip(landscape, overpass, outputs, ground, strip, (offset[0] + row, offset[1]))
             progress((row + height) / grid.height * 0.8)
     progress(1.0)
     grids = (grid, grid.coarsen(2))
@@ -256,94 +261,6 @@ def _scene_writers(
     writers["scl"] = add("SCL", half, "uint8", True)
     writers["landcover"] = add("landcover", tile.grid, "uint8", True)
     return writers
-
-
-def dn(reflectance: F32, offset: int) -> U16:
-    """Reflectance → stored number: 10 000 · reflectance + offset, at least 1, since 0 means nodata."""
-    return np.clip(np.rint(reflectance * np.float32(10_000) + np.float32(offset)), 1, 65_535).astype(np.uint16)
-
-
-def _scene_strip(
-    landscape: Landscape, acquisition: Acquisition, ground: Ground, strip: Grid
-) -> tuple[dict[str, npt.NDArray[Any]], U8]:
-    """All layers of one date in one strip by asset key, and the SCL; `ground` reaches one pixel beyond the strip."""
-    config, world = landscape.config, landscape.world
-    face: Surface = surface(ground, acquisition)
-    above = sky(config, acquisition, ground.grid, landscape.scale)
-    half = strip.coarsen(2)
-    swath = scene_swath(acquisition, world)
-    seen = {10: swath.sees(strip), 20: swath.sees(half)}
-    layers: dict[str, npt.NDArray[Any]] = {}
-    for number, band in enumerate(BANDS):
-        value = _blur(above.over(face.reflectance(number), number))
-        if band.gsd_m == 20:
-            value = _halve(value)
-        window = strip if band.gsd_m == 10 else half
-        lattice = world if band.gsd_m == 10 else world.coarsen(2)
-        key = key_of(config.seed, "sensor", acquisition.index, band.key)
-        # dark current and shot noise: about 1 % of a bright pixel, 0.1 % absolute of a dark one
-        value += white(key, lattice, window, _normal) * (np.float32(0.0011) + np.float32(0.009) * value)
-        pixels = dn(value, acquisition.dn_offset)
-        pixels[~seen[band.gsd_m]] = 0
-        layers[band.key] = pixels
-    scl = _majority(scene_classes(ground, face, above)[1:-1, 1:-1])
-    scl[~seen[20]] = 0
-    layers["scl"] = scl
-    layers["landcover"] = np.where(seen[10], ground.classes[1:-1, 1:-1], np.uint8(0))
-    return layers, scl
-
-
-def _radar_strip(
-    landscape: Landscape,
-    overpass: RadarPass,
-    outputs: dict[str, CogWriter],
-    ground: Ground,
-    strip: Grid,
-    corner: tuple[int, int],
-) -> None:
-    config, world = landscape.config, landscape.world
-    inner = _crop(ground, strip)
-    # radar needs the season only; the sun of any overpass will do
-    season = dataclasses.replace(config.acquisitions()[0], time=overpass.time)
-    face = surface(inner, season)
-    unseen = ~radar_swath(overpass, world).sees(strip)
-    for name, writer in outputs.items():
-        power = backscatter(config, world, inner, face, overpass, name)
-        power[unseen] = NODATA
-        writer.write(*corner, power)
-
-
-def _crop(ground: Ground, strip: Grid) -> Ground:
-    arrays = {
-        field.name: getattr(ground, field.name)[1:-1, 1:-1]
-        for field in dataclasses.fields(ground)
-        if field.name != "grid"
-    }
-    return Ground(grid=strip, **arrays)
-
-
-def _normal(rng: np.random.Generator, shape: tuple[int, int]) -> F32:
-    return rng.standard_normal(shape, dtype=np.float32)
-
-
-def _blur(value: F32) -> F32:
-    """The sensor sees a little of its neighbours: weights 0.1, 0.8, 0.1 each way; the rim of one pixel falls off."""
-    near, mid = np.float32(0.1), np.float32(0.8)
-    rows = near * (value[:-2] + value[2:]) + mid * value[1:-1]
-    return near * (rows[:, :-2] + rows[:, 2:]) + mid * rows[:, 1:-1]
-
-
-def _halve(value: F32) -> F32:
-    """Mean of 2 × 2 pixels."""
-    pairs = value[0::2] + value[1::2]
-    return (pairs[:, 0::2] + pairs[:, 1::2]) * np.float32(0.25)
-
-
-def _majority(classes: U8) -> U8:
-    """The commonest of 2 × 2 class pixels; of two pairs the higher value, so that cloud wins."""
-    four = np.sort(np.stack([classes[i::2, j::2] for i in (0, 1) for j in (0, 1)]), axis=0)
-    a, b, c, d = four
-    return np.where(c == d, d, np.where(b == c, c, np.where(a == b, b, d)))
 
 
 def _write_documents(out: Path, config: SimulateConfig, world: Grid, members: dict[str, list[dict[str, Any]]]) -> None:

@@ -74,7 +74,7 @@ _MATERIALS: dict[str, tuple[float, ...]] = {
 _NAMES = tuple(_MATERIALS)
 _TABLE = np.array([_MATERIALS[name] for name in _NAMES], np.float32)
 
-# Per crop: days of the year of green-up and ripening, steepness in 1/day, and the day after which the field lies ploughed.
+# Per crop: days of the year of green-up and ripening, steepness in 1/day, day after which it is ploughed.
 _SEASONS = {
     "winter cereal": (78.0, 168.0, 0.10, 228.0),
     "maize": (158.0, 258.0, 0.12, 290.0),
@@ -181,7 +181,9 @@ def _light(ground: Ground, acquisition: Acquisition) -> F32:
     fine = np.array([0, 0.03, 0.10, 0.13, 0.05, 0.035, 0.09, 0.15], np.float32).take(ground.classes)
     coarse = np.array([0, 0.06, 0.05, 0.05, 0.05, 0.06, 0.08, 0.04], np.float32).take(ground.classes)
     light = np.float32(1) + fine * ground.fine + coarse * ground.coarse
-    light += np.float32(0.12) * (ground.parcel - np.float32(0.5)) * ((ground.classes == CROP) | (ground.classes == GRASS))
+    light += (
+        np.float32(0.12) * (ground.parcel - np.float32(0.5)) * ((ground.classes == CROP) | (ground.classes == GRASS))
+    )
     # cosine of the sun's angle to the slope over that to the plain, half of it removed as by a terrain correction
     azimuth, cot = math.radians(acquisition.sun_azimuth), 1.0 / math.tan(math.radians(acquisition.sun_elevation))
     to_sun = -(ground.slope_east * math.sin(azimuth) + ground.slope_north * math.cos(azimuth)).astype(np.float32)

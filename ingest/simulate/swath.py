@@ -38,7 +38,8 @@ class Swath:
     def sees(self, grid: Grid) -> npt.NDArray[np.bool_]:
         """True for pixels whose centre was seen, shape of the grid."""
         edge = (self.x0 + self.lean * (grid.y() - self.y0))[:, None]
-        return (grid.x()[None, :] < edge) == self.keeps_west
+        seen: npt.NDArray[np.bool_] = (grid.x()[None, :] < edge) == self.keeps_west
+        return seen
 
     def polygon(self, grid: Grid) -> Polygon:
         """The seen part of `grid`, in its CRS; empty where nothing was seen."""
@@ -47,7 +48,8 @@ class Swath:
         # far beyond the grid, yet finite
         side = (left - 1e6) if self.keeps_west else (right + 1e6)
         seen = Polygon([(low, bottom), (high, top), (side, top), (side, bottom)])
-        return Polygon(box(left, bottom, right, top).intersection(seen))
+        part = box(left, bottom, right, top).intersection(seen)
+        return part if isinstance(part, Polygon) else Polygon()  # they may touch in a line or a point
 
 
 def scene_swath(acquisition: Acquisition, world: Grid) -> Swath:

@@ -1,0 +1,115 @@
+"""What a file server can do wrong, one mode at a time.
+
+A mode is asked for in the path, `/fault/<mode>/files/…`, or for chosen files by `serve(faults={pattern: mode})`; some
+take a number, as in `503first:3`. Each mode counts when it has really changed an answer, so a test can assert that its
+fault fired.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from zarr_store.errors import InvalidInput, UnknownName
+
+__all__ = ["MODES", "Counters", "Fault", "flip_bits", "interrupted"]
+
+MODES: dict[str, str] = {
+    "404": "not found",
+    "403": "forbidden, as when a signature has expired",
+    "429first": "the first N requests (default 2) of each file get 429 with Retry-After: 0",
+    "503first": "the first N requests (default 2) of each file get 503 with Retry-After: 0",
+    "503": "503 for ever",
+    "html200": "a login page with status 200",
+    "trunc": "the body ends half way and the connection closes",
+    "norange": "Range is ignored: 200 and the whole file",
+    "stall": "the body stops half way for N seconds (default 5), then the connection closes",
+    "flip": "one bit in every kilobyte of the second half of the file is flipped",
+}
+"""Mode → what happens."""
+
+_DEFAULT_NUMBER = {"429first": 2.0, "503first": 2.0, "stall": 5.0}
+# No test should wait longer, and a stalled answer must not hold up the end of the server.
+_LONGEST_STALL_S = 60.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mode with its number."""
+
+    mode: str
+    number: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """`mode` or `mode:number`.
+
+        >>> Fault.parse("503first:3")
+        Fault(mode='503first', number=3.0)
+        """
+        mode, _, number = text.partition(":")
+        if mode not in MODES:
+            raise UnknownName.of("fault mode", mode, MODES)
+        try:
+            value = float(number) if number else _DEFAULT_NUMBER.get(mode, 0.0)
+        except ValueError as error:
+            raise InvalidInput(f"fault {text!r}: expected a number after the colon, e.g. 503first:3") from error
+        return cls(mode, min(value, _LONGEST_STALL_S) if mode == "stall" else value)
+
+
+@dataclass
+class Counters:
+    """What the server has been asked and has sent; safe to use from any thread."""
+
+    requests: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    bytes_sent: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def request(self, path: str) -> int:
+        """Count a request; returns how often this path has been asked for, this time included."""
+        with self._lock:
+            self.requests[path] += 1
+            return self.requests[path]
+
+    def fault(self, mode: str) -> None:
+        with self._lock:
+            self.faults[mode] += 1
+
+    def sent(self, count: int) -> None:
+        with self._lock:
+            self.bytes_sent += count
+
+    def snapshot(self) -> tuple[Counter[str], Counter[str], int]:
+        with self._lock:
+            return Counter(self.requests), Counter(self.faults), self.bytes_sent
+
+    def reset(self) -> None:
+        with self._lock:
+            self.requests.clear()
+            self.faults.clear()
+            self.bytes_sent = 0
+
+
+def flip_bits(body: bytes, start: int, size: int) -> bytes:
+    """`body`, which begins at byte `start` of a file of `size` bytes, with its share of the flipped bits."""
+    first = max(size // 2, start)
+    first += -first % 1024
+    damaged = bytearray(body)
+    for position in range(first, start + len(body), 1024):
+        damaged[position - start] ^= 0x10
+    return bytes(damaged)
+
+
+async def interrupted(body: bytes, stall_s: float, stopping: threading.Event) -> AsyncIterator[bytes]:
+    """The first half of `body`, a pause, and then the end of the connection."""
+    yield body[: len(body) // 2]
+    waited = 0.0
+    while waited < stall_s and not stopping.is_set():
+        await asyncio.sleep(0.05)
+        waited += 0.05
+    # uvicorn closes a connection whose body is shorter than announced
+    raise ConnectionAbortedError("the answer ends here on purpose")
