@@ -100,7 +100,7 @@ def make_train_step(program: Program) -> TrainStep:
             return terms.mean(), (terms.labelled, logits_BHWK, model_state)
 
         (loss, (labelled, logits_BHWK, model_state)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        gradient_norm = optax.global_norm(gradient)
+        gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         updates, opt_state = program.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
