@@ -58,7 +58,7 @@ class CogWriter:
             `.aux.xml` with GDAL category names that `gdalinfo` and QGIS list.
         descriptions: One name per band.
         overviews: Resampling of the internal overviews; "mode" for classes and "average" for data by default.
-        block_px: Side of the internal tiles, a multiple of 16.
+        block_px: Side of the internal tiles, a multiple of 16 and at least 128, which is GDAL's limit for COGs.
         tags: Dataset metadata.
 
     Raises:
@@ -92,8 +92,8 @@ class CogWriter:
                 f"{self.path.name}: colours and class names need one uint8 band, got {count} of {self.dtype}; "
                 "write classes as uint8"
             )
-        if block_px < 16 or block_px % 16:
-            raise InvalidInput(f"{self.path.name}: block_px must be a positive multiple of 16, got {block_px}")
+        if block_px < 128 or block_px % 16:
+            raise InvalidInput(f"{self.path.name}: block_px must be a multiple of 16 from 128 up, got {block_px}")
         self._overviews = overviews or ("mode" if is_class else "average")
         self._block_px = block_px
         # one name per writer: two processes that write the same map must not share a half-made file

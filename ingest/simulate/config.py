@@ -118,7 +118,7 @@ class SimulateConfig(BaseModel):
     radiometry: tuple[Radiometry, ...] = Field(default=("none", "offset", "subtracted", "offset"), min_length=1)
     clouds: float = Field(default=0.15, ge=0.0, le=0.9)
     radar_dates: tuple[dt.date, ...] = Field(default=(dt.date(2022, 4, 18), dt.date(2022, 7, 23)), max_length=40)
-    block_px: int = Field(default=256, ge=16, multiple_of=16)
+    block_px: int = Field(default=256, ge=128, multiple_of=16)
 
     @field_validator("dates", "radar_dates")
     @classmethod

@@ -12,9 +12,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import shapely
 from pyproj import Transformer
 from shapely.geometry import Polygon, mapping
-from shapely.ops import transform as reproject
 
 from ingest.simulate.clouds import SCL_CLASSES, SCL_CLOUD
 from ingest.simulate.config import CRS, Acquisition, SimulateConfig
@@ -340,7 +341,9 @@ def _item(
 ) -> Json:
     to_lonlat = Transformer.from_crs(CRS, "EPSG:4326", always_xy=True)
     # straight lines of the UTM grid bend in degrees, by less than a pixel once they are cut every 2 km
-    footprint = reproject(to_lonlat.transform, polygon.segmentize(2000.0))
+    footprint = shapely.transform(
+        polygon.segmentize(2000.0), lambda xy: np.column_stack(to_lonlat.transform(xy[:, 0], xy[:, 1]))
+    )
     west, south, east, north = footprint.bounds
     return {
         "type": "Feature",

@@ -71,7 +71,7 @@ def parcels(key: int, grid: Grid, scale: float, *, origin: tuple[float, float]) 
     to_lane = (second - first) * np.float32(0.5)
     half = np.float32(grid.resolution[0] / 2)
     # a 4 m margin between parcels, a 9 m lane between blocks, as shares of the pixel they cross
-    margin = np.maximum(_cover(to_edge, np.float32(2.0), half), _cover(to_lane, np.float32(4.5), half))
+    margin = np.maximum(_cover(to_edge, np.float32(2.0 * scale), half), _cover(to_lane, np.float32(4.5 * scale), half))
     # cereals are on two fields of five, the other crops on one of five each
     crop = np.searchsorted(np.array([0.4, 0.65, 0.8], np.float32), uniform(parcel, 2)).astype(np.uint8)
     return Parcels(crop=crop, pick=uniform(parcel), shade=uniform(parcel, 1), margin=margin)

@@ -99,7 +99,7 @@ def _normal(rng: np.random.Generator, shape: tuple[int, int]) -> F32:
 def _blur(value: F32) -> F32:
     """The sensor sees a little of its neighbours: weights 0.1, 0.8, 0.1 each way; the rim of one pixel falls off."""
     near, mid = np.float32(0.1), np.float32(0.8)
-    rows = near * (value[:-2] + value[2:]) + mid * value[1:-1]
+    rows: F32 = near * (value[:-2] + value[2:]) + mid * value[1:-1]
     blurred: F32 = near * (rows[:, :-2] + rows[:, 2:]) + mid * rows[:, 1:-1]
     return blurred
 
