@@ -174,12 +174,12 @@ def _covered(extent: Grid, target: Grid) -> npt.NDArray[np.bool_]:
     left, bottom, right, top = extent.bounds
     if extent.crs == target.crs:
         x, y = target.x(), target.y()
-        inside = ((y >= bottom) & (y < top))[:, None] & ((x >= left) & (x < right))[None, :]
+        inside = ((y > bottom) & (y <= top))[:, None] & ((x >= left) & (x < right))[None, :]
         return np.asarray(inside, bool)
     transformer = Transformer.from_crs(target.crs, extent.crs, always_xy=True)
     covered = np.zeros(target.shape, bool)
     x = target.x()
     for row, y in enumerate(target.y()):  # row by row: four float arrays of a whole shard would be its largest memory
         sx, sy = transformer.transform(x, np.full_like(x, y))
-        covered[row] = (sx >= left) & (sx < right) & (sy >= bottom) & (sy < top)
+        covered[row] = (sx >= left) & (sx < right) & (sy > bottom) & (sy <= top)
     return covered

@@ -132,9 +132,9 @@ def select_scenes(found: Sequence[FoundScene], grid: Grid, config: IngestConfig)
         if pixel_box(one.extent(grid), grid) is None:
             drops.append(Drop(scene.collection, scene.id, "its raster does not reach the region"))
             continue
-        share = _shared(shape(scene.footprint), region) if scene.footprint else 1.0
+        share = _covered_share(scene, region)
         if share < _SLIVER:
-            drops.append(Drop(scene.collection, scene.id, f"its footprint covers {share:.4%} of the region: a sliver"))
+            drops.append(Drop(scene.collection, scene.id, f"it sees {share:.4%} of what its tile could: a sliver"))
             continue
         kept.append(one)
     if not kept:
@@ -148,11 +148,15 @@ def select_scenes(found: Sequence[FoundScene], grid: Grid, config: IngestConfig)
     return kept, drops
 
 
-def _shared(footprint: BaseGeometry, region: BaseGeometry) -> float:
-    """Common area over the smaller of both, wherever the antimeridian lies."""
-    smaller = min(footprint.area, region.area)
-    shifted = (translate(footprint, xoff=by) for by in (-360.0, 0.0, 360.0))
-    return float(max(region.intersection(moved).area for moved in shifted) / smaller) if smaller else 1.0
+def _covered_share(scene: Scene, region: BaseGeometry) -> float:
+    """Footprint within the region, over the region or the scene's box, whichever is smaller; antimeridian or not."""
+    if not scene.footprint:
+        return 1.0
+    west, south, east, north = scene.bbox
+    whole = min(region.area, (east - west) % 360.0 * (north - south))
+    footprint = shape(scene.footprint)
+    moved = [translate(footprint, xoff=by) for by in (-360.0, 0.0, 360.0)]
+    return float(sum(region.intersection(part).area for part in moved) / whole) if whole else 1.0
 
 
 def _show(box_: Bounds) -> str:
@@ -207,7 +211,7 @@ def _item_row(one: FoundScene, step: int) -> dict[str, Any]:
         "cloud_cover", "created", "updated",
     )  # fmt: skip
     row = {name: getattr(scene, name) for name in names}
-    return row | {"step": step, "bbox": list(scene.bbox), "dn_offset": one.dn_offset, "offset_verdict": one.verdict}
+    return row | {"step": step, "bbox": list(scene.bbox), "dn_offset": one.dn_offset}
 
 
 def _source_asset(one: FoundScene, asset: AssetRef, recipe: Recipe, config: IngestConfig) -> SourceAsset:

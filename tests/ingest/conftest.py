@@ -151,3 +151,48 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def local_client() -> Iterator[Any]:
+    """A Dask cluster inside this process: quick to start, and pixels come out the same."""
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=2,
+            processes=False,
+            protocol="tcp",
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            memory_limit=0,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session")
+def zagreb_plan(zagreb: Path) -> Any:
+    """The issue's command on the real scenes, in shards that are cut inside the scenes."""
+    from ingest.config import IngestConfig
+    from ingest.plan import plan_scenes
+    from ingest.probe import probe_scenes
+    from ingest.search import search
+    from zarr_store.spec import Layout
+
+    config = IngestConfig(collections=("sentinel-2-l2a",), bands=("blue", "green", "red", "nir", "scl"))
+    scenes = search(str(zagreb), config)
+    return plan_scenes(
+        scenes, probe_scenes(scenes, config), config, layout=Layout("test", (1, 256, 256), (1, 1024, 1024))
+    )
+
+
+@pytest.fixture(scope="session")
+def zagreb_cube(zagreb_plan: Any, local_client: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The cube of `zagreb_plan`: (path, report)."""
+    from ingest.run import run
+
+    path = tmp_path_factory.mktemp("zagreb") / "zagreb.zarr"
+    return path, run(zagreb_plan, path, client=local_client)

@@ -1,0 +1,112 @@
+"""stackstac's view of a plan against the cube of the same plan: the same pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array
+import numpy as np
+import pytest
+
+from ingest.config import IngestConfig
+from ingest.plan import Plan, plan_scenes
+from ingest.shard import fill_shard
+from ingest.stack import stack
+from ingest.testing import make_scene, probe_headers
+from zarr_store.errors import AssetUnreadable, UnknownName
+from zarr_store.grid import Grid
+from zarr_store.read import open_cube
+from zarr_store.spec import Layout
+
+
+@pytest.fixture(scope="module")
+def mixed_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Four scenes of one day: on the lattice, half a pixel off, of the next zone; one with an offset."""
+    rng = np.random.default_rng(5)
+    zone33 = Grid("EPSG:32633", (20.0, 0.0, 700_000.0, 0.0, -20.0, 5_000_020.0), (90, 80))
+    half = Grid("EPSG:32633", (20.0, 0.0, 700_810.0, 0.0, -20.0, 4_999_630.0), (90, 80))
+    zone34 = Grid("EPSG:32634", (20.0, 0.0, 228_000.0, 0.0, -20.0, 5_004_000.0), (110, 120))
+    scenes = []
+    for number, (grid, offset) in enumerate([(zone33, 0), (half, -1000), (zone34, 0), (zone33, -1000)]):
+        dn = {band: rng.integers(1, 9000, grid.shape).astype(np.uint16) for band in ("red", "nir")}
+        dn["red"][rng.random(grid.shape) < 0.05] = 0
+        scl = rng.choice(np.array([0, 4, 5, 9], np.uint8), size=grid.shape, p=[0.1, 0.4, 0.3, 0.2])
+        scenes.append(
+            make_scene(
+                tmp_path_factory.mktemp("mixed"),
+                f"S{number}",
+                grid,
+                {**dn, "scl": scl},
+                dn_offset=offset,
+                cloud_cover=float(number),
+                datetime=f"2023-08-10T10:00:0{number}Z",
+            )
+        )
+    config = IngestConfig(bands=("red", "nir", "scl"), crs="EPSG:32633", resolution=20)
+    return plan_scenes(scenes, probe_headers(scenes), config, layout=Layout("t", (1, 64, 64), (1, 64, 64)))
+
+
+def compare(array: Any, cube: dict[str, np.ndarray], bands: int) -> int:
+    """Compare every pixel that has a source; returns how many there were."""
+    compared = 0
+    for row in range(array.sizes["time"]):
+        view = array[row].values
+        steps, ys, xs = np.nonzero(cube["source_item"] == row)
+        np.testing.assert_array_equal(view[:bands, ys, xs], cube["reflectance"][steps, :, ys, xs].T)
+        np.testing.assert_array_equal(view[bands, ys, xs], cube["scl"][steps, ys, xs])
+        compared += len(steps)
+    return compared
+
+
+def test_the_lazy_view_equals_shards_over_lattices_zones_and_offsets(mixed_plan: Plan) -> None:
+    recipe = mixed_plan.recipes[0]
+    times, height, width = recipe.spec.shape
+    cube = {
+        "reflectance": np.zeros((times, 2, height, width), np.uint16),
+        "scl": np.zeros((times, height, width), np.uint8),
+        "source_item": np.full((times, height, width), -1, np.int16),
+    }
+    for task in mixed_plan.tasks:
+        filled = fill_shard(task, recipe)
+        for name, array in cube.items():
+            array[(task.region.slices[0], ..., *task.region.slices[1:])] = filled.arrays[name]
+    assert set(np.unique(cube["source_item"])) == {-1, 0, 1, 2, 3}, "every scene must win somewhere"
+    lazy = stack(mixed_plan, chunk=50)
+    assert isinstance(lazy.data, dask.array.Array)
+    assert list(lazy.band.values) == ["red", "nir", "scl"]
+    assert (lazy.dtype, lazy.sizes["y"], lazy.sizes["x"]) == (np.uint16, height, width)
+    np.testing.assert_array_equal(lazy.x, mixed_plan.grid.x())
+    with dask.config.set(scheduler="synchronous"):
+        assert compare(lazy.compute(), cube, 2) == (cube["source_item"] >= 0).sum()
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+def test_the_lazy_view_equals_the_cube_of_the_real_scenes(zagreb_plan: Plan, zagreb_cube: Any) -> None:
+    path, _ = zagreb_cube
+    dataset = open_cube(path).dataset("sentinel-2-l2a")
+    lazy = stack(zagreb_plan).isel(time=[2, 3])
+    with dask.config.set(scheduler="threads", num_workers=2):
+        array = lazy.compute()
+    cube = {name: dataset[name][1:2].values for name in ("reflectance", "scl", "source_item")}
+    cube["source_item"] = np.where(cube["source_item"] >= 0, cube["source_item"] - 2, -1)
+    assert compare(array, cube, 4) > 1_400_000
+
+
+def test_an_unreadable_asset_raises_instead_of_filling(mixed_plan: Plan) -> None:
+    lazy = stack(mixed_plan, chunk=50)
+    href = Path(next(a.href for t in mixed_plan.tasks for s in t.sources for a in s.assets if s.item == 0))
+    kept = href.read_bytes()
+    href.unlink()
+    try:
+        with dask.config.set(scheduler="synchronous"), pytest.raises(AssetUnreadable, match="scene S0"):
+            lazy.isel(time=0).compute()
+    finally:
+        href.write_bytes(kept)
+
+
+def test_an_unknown_collection_is_named(mixed_plan: Plan) -> None:
+    with pytest.raises(UnknownName, match="did you mean 'sentinel-2-l2a'"):
+        stack(mixed_plan, "sentinel-2-l2b")
