@@ -7,6 +7,7 @@ killed, interrupted or partly failed goes on where it was, and a finished one fi
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -31,7 +32,7 @@ from zarr_store.errors import AssetUnreadable, CubeMismatch, NoSpace, Preempted,
 from zarr_store.ledger import LedgerRow
 from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube
-from zarr_store.write import ShardWriter, create_cube
+from zarr_store.write import ShardWriter, create_cube, record_provenance
 
 __all__ = ["IngestEvent", "IngestReport", "access_of", "ingest_shard", "run"]
 
@@ -219,6 +220,9 @@ def run(
                 running = client or stack.enter_context(open_cluster(config, most=len(now)))
                 tell(IngestEvent("dashboard", 0, len(now), url=running.dashboard_link, message="Dask dashboard"))
                 _work(running, plan, now, url, config, tally, tell)
+            if open_cube(url).provenance != json.loads(json.dumps(plan.provenance())):
+                # a file that is healed now has a verdict that it had not when the cube was begun
+                record_provenance(url, plan.provenance())
     report = IngestReport(
         cube=url,
         plan=plan.digest,

@@ -197,5 +197,15 @@ class ShardTask:
     @classmethod
     def of(cls, recipe: Recipe, index: tuple[int, int, int], region: Region, sources: tuple[PlannedScene, ...]) -> Self:
         """The task of a shard, with its key."""
-        key = digest([recipe.rules(), region.to_list(), [scene.to_dict() for scene in sources]])
+        key = digest([recipe.rules(), region.to_list(), [_identity(scene) for scene in sources]])
         return cls(recipe.spec.collection, index, region, key, sources)
+
+
+def _identity(scene: PlannedScene) -> dict[str, Any]:
+    """What of a source belongs to the key of a shard: not what its files said when they were looked at.
+
+    A file that could not be opened has no header, and must not make another plan of the one that finds it healed.
+    """
+    whole = scene.to_dict()
+    assets = [{name: value for name, value in asset.items() if name != "header"} for asset in whole["assets"]]
+    return {name: value for name, value in whole.items() if name != "extent"} | {"assets": assets}

@@ -27,7 +27,7 @@ from zarr_store.read import Cube, is_cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
 
-__all__ = ["FORMAT_VERSION", "ShardWriter", "create_cube", "georeference"]
+__all__ = ["FORMAT_VERSION", "ShardWriter", "create_cube", "georeference", "record_provenance"]
 
 FORMAT_VERSION = 1
 """Version of the layout of groups, attributes and ledger; readers refuse a newer one."""
@@ -83,6 +83,14 @@ def create_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, pro
                 _create_array(group, spec, array)
             _create_overview(overviews, spec)
         _consolidate(fresh, ["", *(s.collection for s in specs), *(f"overview/{s.collection}" for s in specs)])
+
+
+def record_provenance(url: str | Path, provenance: Mapping[str, Any]) -> None:
+    """Replace what a cube says of its making, after a run that went on with it; only under the cube's lock."""
+    store = Store.at(url)
+    document = json.loads(store.read("zarr.json") or b"{}")
+    document["attributes"]["terrashard"]["provenance"] = json.loads(json.dumps(dict(provenance)))
+    store.write("zarr.json", json.dumps(document, indent=2, ensure_ascii=False).encode())
 
 
 def georeference(grid: Mapping[str, Any], bounds: Sequence[float], wkt: str) -> dict[str, Any]:
