@@ -206,7 +206,7 @@ class _Scene:
                         on_batch(done, total)
             sink.put(strips.advance(None))
             sink.flush()
-        return sum(int(rows.shape[0]) for _, rows in work)
+        return sum(len(rows) for _, rows in work)
 
     def _starts(self, size: int) -> npt.NDArray[np.int64]:
         return window_starts(size, self.reader.patch, self.overlap)

@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="TOML file with the tables data, model, optim, mesh, run")
     parser.add_argument("--out", type=Path, required=True, help="run directory; continued if it holds this run")
     parsed = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # force: libraries that were imported have set up logging of their own
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("jaxtrain").setLevel(logging.INFO)
     try:
         from jaxtrain.parallel.mesh import start_distributed

@@ -1,18 +1,28 @@
-"""Tiny cubes for the tests of training: smooth ground of three classes, each with its own spectrum."""
+"""Tiny cubes and runs for the tests of training: smooth ground of three classes, each with its own spectrum."""
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
+from jaxtrain.config import TrainConfig
+from jaxtrain.train import train
 from zarr_store.grid import Grid
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
-from zarr_store.spec import LAYOUTS, BandSpec, CubeSpec, Layout
+from zarr_store.spec import BandSpec, CubeSpec, Layout
 from zarr_store.write import ShardWriter, create_cube
+
+# Every run of the same tiny network compiles the same program: once for all tests, and for the processes they start.
+COMPILED = tempfile.mkdtemp(prefix="terrashard-test-compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 COLLECTION = "sentinel-2-l2a"
 CLASSES = {"4": "vegetation", "5": "not vegetated", "6": "water"}
@@ -82,4 +92,29 @@ def make_cube(
     return open_cube(url)
 
 
-__all__ = ["CLASSES", "COLLECTION", "LAYOUTS", "ground", "make_cube", "replace"]
+def tiny_config(cube: Path | str, **sections: dict[str, Any]) -> TrainConfig:
+    """A run of seconds: twelve steps of a network with some hundred parameters."""
+    base: dict[str, dict[str, Any]] = {
+        "data": {"cube": str(cube), "classes": CLASSES, "patch": 32, "split": {"block_m": 320}},
+        "model": {"width": 4, "depth": 1, "dropout": 0.1},
+        "optim": {"warmup_steps": 2, "learning_rate": 1e-2},
+        "run": {"steps": 12, "batch_size": 8, "evaluate_every": 6, "checkpoint_every": 5, "log_every": 1},
+    }
+    return TrainConfig.model_validate({name: {**base.get(name, {}), **sections.get(name, {})} for name in
+                                       {**base, **sections}})  # fmt: skip
+
+
+@functools.cache
+def shared_cube() -> Path:
+    """One cube for all tests of a process; they only read it."""
+    url = Path(tempfile.mkdtemp(prefix="terrashard-test-")) / "cube.zarr"
+    make_cube(url)
+    return url
+
+
+@functools.cache
+def shared_run() -> Path:
+    """One finished run of twelve steps on the shared cube; tests that change it work on a copy."""
+    out = shared_cube().parent / "run"
+    train(tiny_config(shared_cube()), out)
+    return out

@@ -1,0 +1,122 @@
+"""Batches hold what the cube holds, in the order of the run, and damage never becomes data."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtrain.config import DataConfig, MeshConfig
+from jaxtrain.data.batches import BatchStream, WindowReader, band_positions, local_rows, put_batch
+from jaxtrain.data.classes import Classes
+from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.windows import Windows
+from jaxtrain.parallel.mesh import batch_sharding, make_mesh
+from zarr_store.errors import CorruptShard, MissingShard, UnknownName
+from zarr_store.read import open_cube
+from zarr_store.regions import Region
+
+from .cube_factory import CLASSES, COLLECTION, make_cube, shared_cube
+
+SIDE = 32
+ROWS = np.array([(0, 16, 80), (1, 160, 128), (0, 0, 0), (1, 33, 7), (0, 40, 90)], np.int32)
+
+
+def reader_of(url: Path, **values: object) -> WindowReader:
+    config = DataConfig.model_validate({"cube": str(url), "classes": CLASSES, "patch": SIDE, **values})
+    return WindowReader.of(open_cube(url), config, Classes.of(config))
+
+
+@pytest.mark.parametrize("bands", [(), ("nir", "blue"), ("red",)])
+@pytest.mark.parametrize("learn_masked", [False, True])
+def test_a_batch_is_what_plain_zarr_reads(bands: tuple[str, ...], learn_masked: bool) -> None:
+    cube = open_cube(shared_cube())
+    batch = reader_of(shared_cube(), bands=bands, learn_masked=learn_masked, classes={**CLASSES, "9": "cloud"}).read(ROWS)
+    opened = cube.dataset(COLLECTION)
+    wanted = list(bands or cube.spec(COLLECTION).band_names)
+    for i, (t, y, x) in enumerate(ROWS.tolist()):
+        box = opened.isel(time=t, y=slice(y, y + SIDE), x=slice(x, x + SIDE))
+        image = box["reflectance"].sel(band=wanted).transpose("y", "x", "band").values
+        status, scl = box["status"].values, box["scl"].values
+        observed = np.isin(status, (1, 2) if learn_masked else (1,))
+        index = {4: 0, 5: 1, 6: 2, 9: 3}
+        label = np.array([[index.get(v, 255) for v in line] for line in scl.tolist()], np.uint8)
+        np.testing.assert_array_equal(batch["image"][i], image)
+        np.testing.assert_array_equal(batch["observed"][i], observed)
+        np.testing.assert_array_equal(batch["label"][i], np.where(observed, label, 255))
+    assert (batch["image"].dtype, batch["label"].dtype, batch["observed"].dtype) == ("uint16", "uint8", "uint8")
+    assert (batch["label"] == 3).any() == learn_masked
+
+
+def test_stream_follows_the_order_and_fills_the_last_batch() -> None:
+    reader = reader_of(shared_cube())
+    windows = Windows(SIDE, np.array([(t, y, x) for t in (0, 1) for y in range(0, 160, 32) for x in (0, 32)], np.int32))
+    sharding = batch_sharding(make_mesh(MeshConfig(data=1, model=1)))
+    order = SampleOrder(4, len(windows))
+    with BatchStream(reader, windows, size=6, sharding=sharding, order=order, first=2, last=7, threads=3) as stream:
+        got = list(stream)
+    assert [number for number, _, _ in got] == [2, 3, 4, 5, 6]
+    for number, rows, batch in got:
+        np.testing.assert_array_equal(rows, windows.rows[order.indices(number * 6, 6)])
+        np.testing.assert_array_equal(batch["image"], reader.read(rows)["image"])
+    with BatchStream(reader, windows, size=6, sharding=sharding) as stream:
+        once = list(stream)
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows, _ in once]), windows.rows)
+    _, rows, batch = once[-1]
+    assert len(rows) == 2
+    assert len(batch["image"]) == 6
+    assert (batch["label"][2:] == 255).all()
+    assert not batch["observed"][2:].any()
+    assert batch["observed"][:2].any()
+
+
+@pytest.mark.parametrize(("data", "model"), [(4, 2), (8, 1), (1, 1)])
+def test_batches_lie_on_the_mesh(data: int, model: int) -> None:
+    sharding = batch_sharding(make_mesh(MeshConfig(data=data, model=model)))
+    assert local_rows(sharding, 8) == slice(0, 8)
+    host = {"image": np.arange(8 * 4, dtype=np.uint16).reshape(8, 2, 2, 1), "label": np.zeros((8, 2, 2), np.uint8)}
+    there = put_batch(host, sharding, 8)
+    np.testing.assert_array_equal(jax.device_get(there["image"]), host["image"])
+    assert there["image"].sharding.is_equivalent_to(NamedSharding(sharding.mesh, PartitionSpec("data")), 4)
+    assert {s.data.shape[0] for s in there["label"].addressable_shards} == {8 // data}
+
+
+def test_absent_shards_raise_unless_holes_are_allowed(tmp_path: Path) -> None:
+    cube = make_cube(tmp_path / "c.zarr", shape=(1, 192, 160), skip_shards=[(0, 0, 1)], masked=False)
+    rows = np.array([(0, 48, 40), (0, 0, 64)], np.int32)
+    with pytest.raises(MissingShard, match="never written"):
+        reader_of(tmp_path / "c.zarr").read(rows)
+    lenient = WindowReader(cube, COLLECTION, (0, 1, 2, 3), SIDE, False, index=cube.index(COLLECTION))
+    batch = lenient.read(rows)
+    absent = np.zeros((SIDE, SIDE), bool)
+    absent[: 64 - 48, 64 - 40 :] = True
+    np.testing.assert_array_equal(batch["observed"][0] == 0, absent)
+    assert not batch["observed"][1].any()
+    assert not batch["image"][0][absent].any()
+    whole = cube.read(COLLECTION, "reflectance", Region(0, 1, 64, 80, 40, 72))
+    np.testing.assert_array_equal(batch["image"][0][16:], np.moveaxis(whole[0], 0, -1))
+
+
+def test_damage_is_an_error_that_names_the_place(tmp_path: Path) -> None:
+    shutil.copytree(shared_cube(), tmp_path / "c.zarr")
+    path = tmp_path / "c.zarr" / COLLECTION / "reflectance" / "c" / "0" / "0" / "0" / "0"
+    data = bytearray(path.read_bytes())
+    for at in range(0, len(data) - 200, 97):
+        data[at] ^= 1
+    path.write_bytes(data)
+    reader, windows = reader_of(tmp_path / "c.zarr"), Windows(SIDE, ROWS)
+    sharding = batch_sharding(make_mesh(MeshConfig(data=1, model=1)))
+    with (
+        pytest.raises(CorruptShard, match=r"sentinel-2-l2a/reflectance Region\(t0=0"),
+        BatchStream(reader, windows, size=5, sharding=sharding) as stream,
+    ):
+        list(stream)
+
+
+def test_unknown_band_names_the_nearest() -> None:
+    with pytest.raises(UnknownName, match=r"unknown band 'gren'.*data\.bands.*did you mean 'green'"):
+        band_positions(open_cube(shared_cube()).spec(COLLECTION), ["gren"])
