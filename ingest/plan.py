@@ -100,8 +100,8 @@ class Plan:
         return describe(self)
 
     def provenance(self) -> dict[str, Any]:
-        """What a cube keeps of the plan that made it."""
-        return {
+        """What a cube keeps of the plan that made it; the same bytes for a plan that went through a file."""
+        kept = {
             "plan": self.digest,
             "source": self.source,
             "config": dict(self.config),
@@ -110,6 +110,11 @@ class Plan:
             "drops": [vars(drop) for drop in self.drops],
             "collections": {name: dict(facts) for name, facts in self.facts.items()},
         }
+        return _sorted_json(kept)
+
+    def item_tables(self) -> dict[str, list[dict[str, Any]]]:
+        """`items` as `create_cube` takes them; the same bytes for a plan that went through a file."""
+        return _sorted_json({name: [dict(item) for item in rows] for name, rows in self.items.items()})
 
     def to_json(self) -> str:
         """JSON text; scenes are listed once and tasks name them by position."""
@@ -215,6 +220,12 @@ class Plan:
         except OSError as error:
             raise InvalidInput(f"cannot read plan {path}: {error.strerror or error}") from error
         return cls.from_json(text, str(path))
+
+
+def _sorted_json(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` as it comes back from JSON with sorted keys."""
+    result: dict[str, Any] = json.loads(json.dumps(value, sort_keys=True, allow_nan=False))
+    return result
 
 
 def make_plan(source: str, config: IngestConfig) -> Plan:

@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -203,7 +204,7 @@ def run(
     tell = on_event or (lambda event: None)
     forbid_gdal_threads()
     url = str(Path(os.fspath(cube_url))) if "://" not in os.fspath(cube_url) else os.fspath(cube_url)
-    create_cube(url, plan.specs, items=plan.items, provenance=plan.provenance())
+    create_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance())
     _check_same_plan(url, plan)
     tally = _Tally()
     with CubeLock(url, f"ingest of plan {plan.digest[:12]}"), _sigterm_raises():
@@ -311,11 +312,12 @@ def _work(
     access = access_of(config)
     waiting = iter(tasks)
     by_key: dict[str, ShardTask] = {}
+    token = uuid.uuid4().hex[:8]  # a scheduler remembers keys, also those that failed in an earlier run
 
     def submit(count: int) -> list[Any]:
         futures = []
         for task in (task for _, task in zip(range(count), waiting, strict=False)):
-            name = f"shard-{task.collection}-{'-'.join(map(str, task.index))}-{task.key[:8]}-{os.getpid()}"
+            name = f"shard-{task.collection}-{'-'.join(map(str, task.index))}-{task.key[:8]}-{token}"
             by_key[name] = task
             futures.append(
                 client.submit(
