@@ -13,7 +13,11 @@ __all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, examples=("terrashard demo", "terrashard demo --out /tmp/demo"))
+    @command(
+        app,
+        settings="own",
+        examples=("terrashard demo", "terrashard demo --out small --set simulate.tile_px=512 --set train.run.steps=50"),
+    )
     def demo(
         session: Session,
         out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything goes.")] = Path("demo"),

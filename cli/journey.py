@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from cli.config import build, merge, read_toml
 from cli.session import Session
-from zarr_store.errors import AccessError, CubeMismatch, InvalidInput, NotACube
+from zarr_store.errors import AccessError, CubeMismatch, InvalidInput, NotACube, UnknownName
 
 if TYPE_CHECKING:
-    from ingest.simulate import ServerHandle
+    from ingest.simulate import ServerHandle, SimulateConfig
     from jaxtrain.config import TrainConfig
 
 __all__ = ["run_demo"]
@@ -28,6 +28,7 @@ BANDS = ("blue", "green", "red", "rededge2", "nir", "swir16", "swir22", "scl", "
 """Six spectral regions, the scene classes for masking, and the truth, which the simulator serves as a label layer."""
 
 _STEPS = 6
+_TABLES = ("simulate", "train")
 
 
 def run_demo(session: Session, out: Path) -> int:
@@ -38,6 +39,7 @@ def run_demo(session: Session, out: Path) -> int:
     """
     _check_folder(out)
     began = time.monotonic()
+    world_config = _world_config(session)  # settings are checked before anything is made
     out.mkdir(parents=True, exist_ok=True)
     world, cube, run = out / "world", out / "cube.zarr", out / "run"
     map_, cog = out / "map.zarr", out / "map.tif"
@@ -46,14 +48,14 @@ def run_demo(session: Session, out: Path) -> int:
     with step("simulate", "two tiles, four dates of Sentinel-2 over ground that is known"):
         from ingest.simulate import simulate
 
-        made = simulate(world)
+        made = simulate(world, world_config)
         session.note(f"      {made.items} STAC items, {made.bytes / 1e6:.0f} MB in {world}")
     with step("ingest", "search, plan and read through a STAC API on this machine, with Dask"):
         code = _ingest(session, world, cube)
     with step("train", "a U-Net on some blocks of the ground"):
         from cli.training import run_training
 
-        run_training(session, _config(out, cube), run)
+        run_training(session, _training_config(session, cube), run)
     with step("evaluate", "on the blocks that it has not seen"):
         from jaxtrain.evaluate import evaluate
 
@@ -170,13 +172,30 @@ def _served(world: Path) -> Iterator[ServerHandle]:
         yield server
 
 
-def _config(out: Path, cube: Path) -> TrainConfig:
-    """examples/demo_landcover.toml, on the cube that was just made."""
+def _world_config(session: Session) -> SimulateConfig:
+    """The simulator's defaults under the table [simulate] of the settings."""
+    from ingest.simulate import SimulateConfig
+
+    return build(SimulateConfig, _table(session, "simulate"), where="[simulate]")
+
+
+def _training_config(session: Session, cube: Path) -> TrainConfig:
+    """examples/demo_landcover.toml under the table [train] of the settings, on the cube that was just made."""
     from jaxtrain.config import TrainConfig
 
     file = demo_config()
-    settings = merge(read_toml(file), {"data": {"cube": str(cube.resolve())}})
+    settings = merge(merge(read_toml(file), {"data": {"cube": str(cube.resolve())}}), _table(session, "train"))
     return build(TrainConfig, settings, where=str(file))
+
+
+def _table(session: Session, name: str) -> dict[str, Any]:
+    settings = session.settings()
+    for key, value in settings.items():
+        if key not in _TABLES:
+            raise UnknownName.of("table", key, _TABLES, "the settings of the demo")
+        if not isinstance(value, dict):
+            raise InvalidInput(f"the settings of the demo are tables such as train.run.steps=50, got {key} = {value!r}")
+    return dict(settings.get(name, {}))
 
 
 def demo_config() -> Path:
