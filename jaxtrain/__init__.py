@@ -1,8 +1,8 @@
 """Training and inference with JAX: cube → windows → mesh → Flax model → map.
 
 The reader walks `config` → `data/` → `models/` → `losses`, `optim` → `state` → `step` → `train` → `evaluate` →
-`predict`. `parallel/` says how arrays lie on the devices. Nothing here imports `ingest`, dask or rasterio; importing this package
-alone does not start JAX either, so that `parallel.mesh.start_distributed` can still come first.
+`predict`. `parallel/` says how arrays lie on the devices. Nothing here imports `ingest`, dask or rasterio; importing
+this package alone does not start JAX either, so that `parallel.mesh.start_distributed` can still come first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A plain fully convolutional network at full resolution: the baseline that a U-Net must beat.
 
-`depth` blocks of two 3 × 3 convolutions, no halving and no skip; it sees `4 * depth + 1` pixels around each pixel.
+`depth` blocks of two 3 × 3 convolutions without halving; each pixel is judged by a window of `4 * depth + 1` pixels.
+The one skip leads from the image to the last layer: norms forget the level of an image, and reflectance is evidence.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ class CNN(nnx.Module):
                 for i in range(config.depth)
             }
         )
+        self.skip = conv(channels, config.width, 1, rngs=rngs)
         self.head = conv(config.width, classes, 1, rngs=rngs, init=SMALL)
         self.depth = config.depth
 
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        y_BHWC = x_BHWC
         for i in range(self.depth):
-            x_BHWC = self.body[f"block{i}"](x_BHWC, train=train)
-        logits_BHWK: jax.Array = self.head(x_BHWC)
+            y_BHWC = self.body[f"block{i}"](y_BHWC, train=train)
+        logits_BHWK: jax.Array = self.head(nnx.relu(y_BHWC + self.skip(x_BHWC)))
         return logits_BHWK
 
 
