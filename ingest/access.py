@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
@@ -26,7 +26,9 @@ import urllib3
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from zarr_store.errors import AssetUnreadable, InvalidInput
+from ingest.config import IngestConfig
+from ingest.sign import Signing, signed
+from zarr_store.errors import AccessError, AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid, normal_crs
 
 __all__ = ["Access", "forbid_gdal_threads", "grid_of", "open_asset", "with_asset"]
@@ -59,6 +61,7 @@ class Access:
         low_speed_s: A transfer below 1 kB/s for this long is cut.
         max_pixels: Larger rasters are refused before anything is decoded.
         max_block_bytes: So are rasters with larger decoded blocks.
+        sign: Whose tokens are added to hrefs right before they are opened.
     """
 
     attempts: int = 4
@@ -69,6 +72,18 @@ class Access:
     low_speed_s: int = 15
     max_pixels: int = 1 << 33
     max_block_bytes: int = 256 << 20
+    sign: Signing = "none"
+
+    @classmethod
+    def of(cls, config: IngestConfig) -> Self:
+        """The limits that a config asks for; with on_error "skip" nothing is tried twice."""
+        return cls(
+            attempts=1 if config.on_error == "skip" else config.retries + 1,
+            timeout_s=max(2 * config.timeout_s, 10.0),
+            connect_timeout_s=min(10.0, config.timeout_s),
+            low_speed_s=max(1, round(config.timeout_s / 2)),
+            sign=config.sign,
+        )
 
     def gdal_options(self) -> dict[str, Any]:
         """GDAL configuration of every open and read."""
@@ -259,12 +274,12 @@ def _peek(href: str, access: Access) -> tuple[str, bytes, int | None]:
 
 
 def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
-    url = href
+    pool = _pool(os.getpid(), access)
+    renewed = access.sign == "none"
+    url = _signed(href, access, pool)
     for _ in range(4):
         try:
-            reply = _pool(os.getpid(), access).request(
-                "GET", url, headers={"Range": "bytes=0-63"}, redirect=False, preload_content=False
-            )
+            reply = pool.request("GET", url, headers={"Range": "bytes=0-63"}, redirect=False, preload_content=False)
         except urllib3.exceptions.HTTPError as error:
             raise _TransientError(_innermost(error)) from error
         try:
@@ -273,6 +288,9 @@ def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
                 if urlsplit(target).netloc != urlsplit(href).netloc:
                     raise _PermanentError(f"redirect to another host ({urlsplit(target).hostname}) is not followed")
                 url = target
+                continue
+            if reply.status == 403 and not renewed:
+                url, renewed = _signed(href, access, pool, renew=True), True
                 continue
             if reply.status not in (200, 206):
                 kind = _TransientError if reply.status in _RETRIED_STATUS else _PermanentError
@@ -288,6 +306,13 @@ def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
         finally:
             reply.close()
     raise _PermanentError("more than three redirects")
+
+
+def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool = False) -> str:
+    try:
+        return signed(href, access.sign, pool, renew=renew)
+    except AccessError as error:
+        raise _TransientError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=4)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from ingest.config import EXECUTION_FIELDS, IngestConfig
 from ingest.facts import collection_facts, discrepancies
@@ -32,7 +34,7 @@ from ingest.sources import (
 )
 from ingest.target import choose_grid
 from ingest.task import PlannedScene, Recipe, ShardTask, digest
-from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.errors import AccessError, InvalidInput, NothingFound
 from zarr_store.grid import Grid
 from zarr_store.regions import Region
 from zarr_store.spec import LAYOUTS, CubeSpec, Layout
@@ -236,11 +238,16 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
         InvalidInput: The source or the selection cannot be used.
         AccessError: The source cannot be reached, or no file could be opened.
     """
-    from ingest.hrefs import redact
+    from ingest.hrefs import HrefPolicy, redact, refuse_private_address
     from ingest.probe import probe_scenes
     from ingest.search import search
 
     scenes = search(source, config)
+    policy = HrefPolicy.of(source, config)
+    hosts = {urlsplit(a.href).netloc: a.href for s in scenes for a in s.assets.values() if "://" in a.href}
+    for href in hosts.values():
+        with suppress(AccessError):  # a name that is not found becomes the error of each asset behind it
+            refuse_private_address(href, policy)
     return plan_scenes(scenes, probe_scenes(scenes, config), config, source=redact(source))
 
 

@@ -175,7 +175,7 @@ def _probe_asset(scene: Scene, asset: AssetRef, with_pixels: bool, *, config: In
         )
         return _Header(probe, _sample(dataset) if with_pixels else None)
 
-    access = Access(attempts=config.retries + 1, timeout_s=config.timeout_s)
+    access = Access.of(config)
     try:
         return with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access)
     except (AssetUnreadable, InvalidInput) as error:

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube
 from zarr_store.write import ShardWriter, create_cube, record_provenance
 
-__all__ = ["IngestEvent", "IngestReport", "access_of", "ingest_shard", "run"]
+__all__ = ["IngestEvent", "IngestReport", "ingest_shard", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -253,17 +253,6 @@ def ingest_shard(task: ShardTask, recipe: Recipe, url: str, access: Access) -> t
     return row, filled.pixels_read
 
 
-def access_of(config: IngestConfig) -> Access:
-    """Limits of reading, from the config of a run."""
-    attempts = 1 if config.on_error == "skip" else config.retries + 1
-    return Access(
-        attempts=attempts,
-        timeout_s=max(2 * config.timeout_s, 10.0),
-        connect_timeout_s=min(10.0, config.timeout_s),
-        low_speed_s=max(1, round(config.timeout_s / 2)),
-    )
-
-
 def _check_same_plan(url: str, plan: Plan) -> None:
     made_by = open_cube(url).provenance
     if made_by.get("plan") == plan.digest:
@@ -309,7 +298,7 @@ def _work(
     tell: Callable[[IngestEvent], None],
 ) -> None:
     """Keep a bounded number of tasks in flight until all have ended."""
-    access = access_of(config)
+    access = replace(Access.of(config), sign=plan.config.get("sign", "none"))
     waiting = iter(tasks)
     by_key: dict[str, ShardTask] = {}
     token = uuid.uuid4().hex[:8]  # a scheduler remembers keys, also those that failed in an earlier run

@@ -154,7 +154,7 @@ def _covered_share(scene: Scene, region: BaseGeometry) -> float:
         return 1.0
     west, south, east, north = scene.bbox
     whole = min(region.area, (east - west) % 360.0 * (north - south))
-    footprint = shape(scene.footprint)
+    footprint = shape(dict(scene.footprint))
     moved = [translate(footprint, xoff=by) for by in (-360.0, 0.0, 360.0)]
     return float(sum(region.intersection(part).area for part in moved) / whole) if whole else 1.0
 

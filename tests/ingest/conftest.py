@@ -57,9 +57,9 @@ def _serve(server: ScriptedServer) -> ThreadingHTTPServer:
                 self.send_header(name, value)
             self.end_headers()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
-                self.wfile.write(data)
+                self.wfile.write(b"" if self.command == "HEAD" else data)
 
-        do_POST = do_GET
+        do_POST = do_HEAD = do_GET
 
         def log_message(self, *_: object) -> None:
             pass

@@ -17,10 +17,11 @@ import psutil
 import pytest
 
 import ingest.run as running
+from ingest.access import Access
 from ingest.cluster import dashboard_address, open_cluster
 from ingest.config import IngestConfig
 from ingest.plan import Plan, plan_scenes
-from ingest.run import IngestEvent, access_of, run
+from ingest.run import IngestEvent, run
 from ingest.testing import make_scene, probe_headers
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, InvalidInput, Locked, NoSpace
 from zarr_store.grid import Grid
@@ -300,8 +301,8 @@ def test_no_scheduler_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_become_limits() -> None:
-    assert access_of(IngestConfig(retries=2)).attempts == 3
-    assert access_of(IngestConfig(on_error="skip")).attempts == 1
+    assert Access.of(IngestConfig(retries=2)).attempts == 3
+    assert Access.of(IngestConfig(on_error="skip")).attempts == 1
     assert dashboard_address("0.0.0.0:8787") == "0.0.0.0:8787"
     with pytest.raises(InvalidInput, match="HOST:PORT"):
         dashboard_address("http://x")

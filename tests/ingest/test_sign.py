@@ -1,0 +1,94 @@
+"""Tokens: asked once a container, renewed on refusal, bound to their host, and in no message."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ingest.sign
+from ingest.read import Access, read_on_grid
+from ingest.scene import AssetRef
+from ingest.testing import write_raster
+from zarr_store.errors import AssetUnreadable
+from zarr_store.grid import Grid
+
+GRID = Grid("EPSG:32633", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (40, 40))
+QUICK = Access(attempts=2, backoff_s=0.01, timeout_s=5, low_speed_s=1, sign="planetary-computer")
+
+
+@pytest.fixture
+def storage(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A storage host that wants the token of the day, and the endpoint that gives it."""
+    data = write_raster(tmp_path / "a.tif", GRID, np.full(GRID.shape, 7, np.uint16)).read_bytes()
+    state = {"token": "day1", "given": "day1", "asked": 0, "lifetime": 3600.0}
+
+    def token(_: Any) -> Any:
+        state["asked"] += 1
+        expiry = datetime.fromtimestamp(time.time() + state["lifetime"], UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return 200, {}, {"token": f"sig={state['given']}", "msft:expiry": expiry}
+
+    def file(request: Any) -> Any:
+        if f"sig={state['token']}" not in request.path:
+            return 403, {}, b"no"
+        start, _, stop = request.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        body = data[int(start) : int(stop or len(data)) + 1]
+        where = f"bytes {start}-{int(start) + len(body) - 1}/{len(data)}"
+        return (206 if "Range" in request.headers else 200), {"Content-Range": where}, body
+
+    server.answer["/token/127/box"] = token
+    server.answer["/box/a.tif"] = file
+    monkeypatch.setattr(ingest.sign, "TOKEN_URL", f"{server.url}/token")
+    monkeypatch.setattr(ingest.sign, "STORAGE_HOSTS", "127.0.0.1")
+    monkeypatch.setattr(ingest.sign, "_tokens", {})
+    state["asset"] = AssetRef(band="red", key="B04", href=f"{server.url}/box/a.tif", nodata=0)
+    return state
+
+
+def read(asset: AssetRef, access: Access = QUICK) -> np.ndarray:
+    return read_on_grid(asset, GRID, GRID, "nearest", scene="S", access=access)
+
+
+def test_a_token_is_asked_once_for_many_reads(storage: Any) -> None:
+    for _ in range(3):
+        assert (read(storage["asset"]) == 7).all()
+    assert storage["asked"] == 1
+
+
+def test_a_refused_token_is_renewed_once(storage: Any) -> None:
+    read(storage["asset"])
+    storage["token"] = storage["given"] = "day2"
+    assert (read(storage["asset"]) == 7).all()
+    assert storage["asked"] == 2
+
+
+def test_an_expiring_token_is_not_used(storage: Any) -> None:
+    storage["lifetime"] = 60.0
+    read(storage["asset"])
+    read(storage["asset"])
+    assert storage["asked"] == 2
+
+
+def test_a_token_that_never_fits_is_an_error_without_the_token(storage: Any) -> None:
+    storage["token"] = "other"
+    with pytest.raises(AssetUnreadable, match="HTTP 403") as caught:
+        read(storage["asset"])
+    assert "day1" not in str(caught.value)
+    assert storage["asked"] == 2
+
+
+def test_without_signing_no_token_is_asked(storage: Any) -> None:
+    with pytest.raises(AssetUnreadable, match="HTTP 403"):
+        read(storage["asset"], Access(attempts=1, timeout_s=5, low_speed_s=1))
+    assert storage["asked"] == 0
+
+
+def test_other_hosts_get_no_token(storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest.sign, "STORAGE_HOSTS", ".blob.core.windows.net")
+    with pytest.raises(AssetUnreadable, match="HTTP 403"):
+        read(storage["asset"])
+    assert storage["asked"] == 0
