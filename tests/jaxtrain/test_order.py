@@ -1,4 +1,4 @@
-"""The order of samples: a permutation an epoch, the same for ever, each sample once whatever the number of processes."""
+"""The order of samples: a permutation an epoch, the same for ever, each sample once for any number of processes."""
 
 from __future__ import annotations
 
