@@ -112,7 +112,7 @@ def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
         return f"unknown key {key!r}: {hint}"
     if problem["type"] == "missing":
         return f"key {key!r} is needed and absent"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not key:
         return message
@@ -160,5 +160,7 @@ def apply_to_options(
         try:
             values[name] = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
-            raise InvalidInput(f"terrashard {command}: {key}: {error.errors()[0]['msg'].lower()}, got {value!r}") from error
+            raise InvalidInput(
+                f"terrashard {command}: {key}: {error.errors()[0]['msg'].lower()}, got {value!r}"
+            ) from error
     return values

@@ -45,21 +45,33 @@ def examine(folder: Path, *, devices: bool = True) -> dict[str, Any]:
         "interpreters": _interpreters(),
         "cpu": {"cores": os.cpu_count(), "usable": _usable_cores()},
         "memory": {"total_bytes": psutil.virtual_memory().total, "available_bytes": psutil.virtual_memory().available},
-        "disk": {"folder": str(folder.resolve()), "free_bytes": disk.free, "free_inodes": os.statvfs(folder).f_favail,
-                 "temporary": tempfile.gettempdir(), "temporary_free_bytes": shutil.disk_usage(tempfile.gettempdir()).free},
+        "disk": {
+            "folder": str(folder.resolve()),
+            "free_bytes": disk.free,
+            "free_inodes": os.statvfs(folder).f_favail,
+            "temporary": tempfile.gettempdir(),
+            "temporary_free_bytes": shutil.disk_usage(tempfile.gettempdir()).free,
+        },
         "ports": {"loopback": _can_listen(0), "dashboard_8787_free": _can_listen(_DASHBOARD_PORT)},
         "limits": {"open_files": soft, "open_files_hard": hard},
-        "environment": {name: os.environ[name] for name in
-                        ("GDAL_NUM_THREADS", "JAX_PLATFORMS", "XLA_FLAGS", "OMP_NUM_THREADS", "LANG") if name in os.environ},
+        "environment": {
+            name: os.environ[name]
+            for name in ("GDAL_NUM_THREADS", "JAX_PLATFORMS", "XLA_FLAGS", "OMP_NUM_THREADS", "LANG")
+            if name in os.environ
+        },
     }
     found["problems"] = _problems(found, folder)
     return found
 
 
 def _problems(found: dict[str, Any], folder: Path) -> list[str]:
-    problems = [f"{name} is not installed; run `make install`" for name, version in found["versions"].items() if not version]
+    problems = [
+        f"{name} is not installed; run `make install`" for name, version in found["versions"].items() if not version
+    ]
     if found["disk"]["free_bytes"] < _LEAST_FREE_BYTES:
-        problems.append(f"only {found['disk']['free_bytes'] / 1e9:.1f} GB are free in {folder}; a cube of a few scenes needs 2 GB")
+        problems.append(
+            f"only {found['disk']['free_bytes'] / 1e9:.1f} GB are free in {folder}; a cube of a few scenes needs 2 GB"
+        )
     if not os.access(folder, os.W_OK):
         problems.append(f"{folder} cannot be written to")
     if found["limits"]["open_files"] < _LEAST_OPEN_FILES:
@@ -94,7 +106,10 @@ def _devices() -> list[dict[str, Any]] | dict[str, str]:
     try:
         import jax
 
-        return [{"id": d.id, "platform": d.platform, "kind": d.device_kind, "process": d.process_index} for d in jax.devices()]
+        return [
+            {"id": d.id, "platform": d.platform, "kind": d.device_kind, "process": d.process_index}
+            for d in jax.devices()
+        ]
     except (ImportError, RuntimeError) as error:
         return {"error": str(error).splitlines()[0]}
 
@@ -106,7 +121,11 @@ def _interpreters() -> list[dict[str, str]]:
         path = shutil.which(name)
         if path:
             answer = subprocess.run(
-                [path, "-c", "import sys; print(sys.version.split()[0])"], capture_output=True, text=True, timeout=20, check=False
+                [path, "-c", "import sys; print(sys.version.split()[0])"],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
             )
             if answer.returncode == 0:
                 found.append({"name": name, "path": path, "version": answer.stdout.strip()})
@@ -133,8 +152,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
     devices = found["devices"]
     kinds = (
-        "not asked" if devices is None
-        else devices["error"] if isinstance(devices, dict)
+        "not asked"
+        if devices is None
+        else devices["error"]
+        if isinstance(devices, dict)
         else ", ".join(f"{d['platform']}:{d['id']} {d['kind']}" for d in devices)
     )
     versions = [f"{name} {version or 'absent'}" for name, version in found["versions"].items()]
@@ -149,9 +170,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"interpreters  {', '.join(i['name'] + ' = ' + i['version'] for i in found['interpreters']) or 'none on PATH'}",
         f"cpu           {found['cpu']['usable']} of {found['cpu']['cores']} cores usable",
         f"memory        {size(found['memory']['available_bytes'])} of {size(found['memory']['total_bytes'])} available",
-        f"disk          {size(disk['free_bytes'])} free in {disk['folder']}, {size(disk['temporary_free_bytes'])} in {disk['temporary']}",
-        f"ports         loopback {'open' if ports['loopback'] else 'CLOSED'}, 8787 {'free' if ports['dashboard_8787_free'] else 'taken'}",
-        f"limits        {found['limits']['open_files']} open files (may be raised to {found['limits']['open_files_hard']})",
+        f"disk          {size(disk['free_bytes'])} free in {disk['folder']}, "
+        f"{size(disk['temporary_free_bytes'])} in {disk['temporary']}",
+        f"ports         loopback {'open' if ports['loopback'] else 'CLOSED'}, "
+        f"8787 {'free' if ports['dashboard_8787_free'] else 'taken'}",
+        f"limits        {found['limits']['open_files']} open files, at most {found['limits']['open_files_hard']}",
         f"environment   {', '.join(f'{k}={v}' for k, v in found['environment'].items()) or 'nothing set'}",
     ]
 

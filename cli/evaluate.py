@@ -24,14 +24,17 @@ def table(scores: dict[str, Any]) -> list[str]:
     for name, row in rows:
         values = "  ".join(
             f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value:,}"
-            for key, value in row.items() if isinstance(value, int | float) and not isinstance(value, bool)
+            for key, value in row.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
         )
         lines.append(f"  {name:24} {values}")
     return lines
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, examples=("terrashard evaluate runs/zagreb", "terrashard evaluate runs/zagreb --data other.zarr --json"))
+    @command(
+        app, examples=("terrashard evaluate runs/zagreb", "terrashard evaluate runs/zagreb --data other.zarr --json")
+    )
     def evaluate(
         session: Session,
         run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `terrashard train`.")],

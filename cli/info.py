@@ -56,9 +56,14 @@ def describe(cube: Cube, collection: str) -> dict[str, Any]:
 def _lines(name: str, facts: dict[str, Any]) -> list[str]:
     t, b, y, x = facts["shape"]
     a = facts["transform"][0]
-    state = "complete" if facts["complete"] else (
-        f"{facts['shards_done']} of {facts['shards_total']} shards done, {facts['shards_partial']} partial, "
-        f"{facts['shards_failed']} failed"
+    crs = facts["crs"].partition("\n")[0][:60]
+    state = (
+        "complete"
+        if facts["complete"]
+        else (
+            f"{facts['shards_done']} of {facts['shards_total']} shards done, {facts['shards_partial']} partial, "
+            f"{facts['shards_failed']} failed"
+        )
     )
     verdicts: dict[str, int] = {}
     for verdict in facts["offset_verdicts"].values():
@@ -66,11 +71,11 @@ def _lines(name: str, facts: dict[str, Any]) -> list[str]:
         verdicts[word] = verdicts.get(word, 0) + 1
     resampled = "unknown" if facts["resampled_share"] is None else f"{facts['resampled_share']:.1%}"
     return [
-        f"{name}: {t} times × {b} bands × {y} × {x} px {facts['dtype']} at {a:g} ({facts['crs'].partition(chr(10))[0][:60]})",
+        f"{name}: {t} times × {b} bands × {y} × {x} px {facts['dtype']} at {a:g} ({crs})",
         f"  bands      {', '.join(facts['bands'])}; layers {', '.join(facts['class_layers']) or 'none'}",
         f"  times      {', '.join(facts['times'][:8])}{' …' if t > 8 else ''}",
         f"  bounds     {', '.join(f'{v:.10g}' for v in facts['bounds'])}",
-        f"  chunks     {tuple(facts['chunks'])} in shards {tuple(facts['shards'])} (time, band, y, x), layout {facts['layout']}",
+        f"  chunks     {tuple(facts['chunks'])} in shards {tuple(facts['shards'])}, layout {facts['layout']}",
         f"  items      {len(facts['items'])}; resampled pixels {resampled}; offsets "
         + (", ".join(f"{count} {word}" for word, count in sorted(verdicts.items())) or "not recorded"),
         f"  pixels     observed {facts['observed_share']:.1%}, masked {facts['masked_share']:.1%}, "
@@ -81,7 +86,9 @@ def _lines(name: str, facts: dict[str, Any]) -> list[str]:
 
 def register(app: typer.Typer) -> None:
     @command(app, examples=("terrashard info zagreb.zarr", "terrashard info zagreb.zarr --json | jq '.collections'"))
-    def info(session: Session, cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")]) -> None:
+    def info(
+        session: Session, cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")]
+    ) -> None:
         """Show what is in a cube: grid, bands, dates, chunks, items and completeness."""
         from zarr_store import open_cube
 

@@ -50,7 +50,9 @@ def write_items(items: Sequence[Mapping[str, Any]], path: Path) -> None:
 
             write_parquet(items, part)
         else:
-            part.write_text(json.dumps({"type": "FeatureCollection", "features": list(items)}, indent=1), encoding="utf-8")
+            part.write_text(
+                json.dumps({"type": "FeatureCollection", "features": list(items)}, indent=1), encoding="utf-8"
+            )
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -72,10 +72,16 @@ def run_demo(session: Session, out: Path) -> int:
         shutil.copyfile(run / "report.html", out / "report.html")
 
     result = {
-        "map": str(cog), "map_zarr": str(map_), "quicklook": str(out / "quicklook.png"), "map_picture": str(out / "map.png"),
-        "report": str(out / "report.html"), "cube": str(cube), "run": str(run), "accuracy": scores["accuracy"],
-        "macro_f1": scores["macro_f1"], "miou": scores["miou"], "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
+        "map": str(cog),
+        "map_zarr": str(map_),
+        "map_picture": str(out / "map.png"),
+        "quicklook": str(out / "quicklook.png"),
+        "report": str(out / "report.html"),
+        "cube": str(cube),
+        "run": str(run),
+        **{name: scores[name] for name in ("accuracy", "macro_f1", "miou")},
+        "seconds": round(time.monotonic() - began, 1),
+    }
     session.say(f"map        {cog}")
     session.say(f"picture    {out / 'quicklook.png'}  (of the map: {out / 'map.png'})")
     session.say(f"report     {out / 'report.html'}")

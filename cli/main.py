@@ -1,7 +1,7 @@
 """The `terrashard` command: dispatch, and one place where errors become one line and an exit code.
 
-    0 done · 1 internal error · 2 invalid input · 3 partly done · 4 nothing found · 5 locked · 6 integrity failure
-    7 no space · 8 network or authorisation · 75 preempted, resumable · 130 interrupted, resumable
+0 done · 1 internal error · 2 invalid input · 3 partly done · 4 nothing found · 5 locked · 6 integrity failure
+7 no space · 8 network or authorisation · 75 preempted, resumable · 130 interrupted, resumable
 """
 
 from __future__ import annotations
@@ -44,15 +44,31 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Start with `terrashard demo`. Exit codes: 0 done, 2 invalid input, 3 partly done, 4 nothing found, "
-              "5 locked, 6 integrity, 7 no space, 8 network, 75 and 130 stopped and resumable.")
+@app.callback(
+    epilog="Start with `terrashard demo`. Exit codes: 0 done, 2 invalid input, 3 partly done, 4 nothing found, "
+    "5 locked, 6 integrity, 7 no space, 8 network, 75 and 130 stopped and resumable."
+)
 def _root(
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
 ) -> None:
     pass
 
 
-for module in (demo, simulate, search, plan, ingest_command, status, info, verify, train, evaluate, predict, quicklook, doctor):
+for module in (
+    demo,
+    simulate,
+    search,
+    plan,
+    ingest_command,
+    status,
+    info,
+    verify,
+    train,
+    evaluate,
+    predict,
+    quicklook,
+    doctor,
+):
     module.register(app)
 
 
@@ -103,7 +119,9 @@ def _explain(error: Exception) -> tuple[int, str]:
         name = f": {error.filename}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return 7, f"no space left{name}; free some and repeat the command, it continues where it stopped"
-        if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError):
+        if isinstance(
+            error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError
+        ):
             return 2, _one_line(f"{error.strerror or error}{name}")
     kind = type(error).__name__
     return 1, f"internal error: {kind}: {_one_line(str(error))} (repeat with --debug for the traceback)"
@@ -111,7 +129,9 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 def _one_line(text: str) -> str:
     """One line, and no URL with its query: queries carry signatures and keys."""
-    line = "; ".join(part.strip() for part in text.splitlines() if part.strip()).replace(":; ", ": ").replace(";; ", "; ")
+    line = (
+        "; ".join(part.strip() for part in text.splitlines() if part.strip()).replace(":; ", ": ").replace(";; ", "; ")
+    )
     return re.sub(r"(https?://)(?:[^/\s@]*@)?([^\s?'\"<>]*)\?[^\s'\"<>)\]]*", r"\1\2", line)
 
 
@@ -121,7 +141,7 @@ def _interrupted() -> int:
 
 
 def _reader_left() -> int:
-    """The reader of our output left (`| head`): nothing is wrong, and the interpreter's last flush must not complain."""
+    """The reader of our output left (`| head`): nothing is wrong, and the interpreter's last flush must be silent."""
     with contextlib.suppress(OSError, io.UnsupportedOperation):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE

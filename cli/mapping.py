@@ -75,7 +75,10 @@ def export_cog(made: Map, path: Path) -> None:
         colours=class_colours(made),
         class_names=dict(enumerate(made.classes.names)),
         descriptions=("class",),
-        tags={"terrashard_run": str(made.attributes.get("run", "")), "terrashard_step": str(made.attributes.get("step", ""))},
+        tags={
+            "terrashard_run": str(made.attributes.get("run", "")),
+            "terrashard_step": str(made.attributes.get("step", "")),
+        },
     )
 
 

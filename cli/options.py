@@ -27,19 +27,31 @@ SELECTION: dict[str, Any] = {
     "bbox": _option(str, "--bbox", panel=_WHAT, metavar="W,S,E,N", text="Region in degrees."),
     "geometry": _option(Path, "--geometry", panel=_WHAT, metavar="FILE", text="Region as GeoJSON in lon/lat."),
     "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range, ends included."),
-    "query": _option(list[str], "--query", panel=_WHAT, metavar="COND", text="Such as 'eo:cloud_cover<40'; repeatable."),
+    "query": _option(
+        list[str], "--query", panel=_WHAT, metavar="COND", text="Such as 'eo:cloud_cover<40'; repeatable."
+    ),
     "bands": _option(str, "--bands", panel=_WHAT, metavar="A,B", text="Band names, such as red,nir,scl."),
     "max_items": _option(int, "--max-items", panel=_WHAT, metavar="N", text="Stop after this many scenes."),
 }
 TRUST: dict[str, Any] = {
-    "sign": _option(str, "--sign", panel=_WHO, metavar="NAME", text="planetary-computer: sign hrefs when they are read."),
-    "allow_hosts": _option(list[str], "--allow-host", panel=_WHO, metavar="NAME", text="One more host that hrefs may name."),
-    "allow_local": _option(list[str], "--allow-local", panel=_WHO, metavar="ROOT", text="One more folder for local hrefs."),
-    "allow_private_hosts": _option(bool, "--allow-private-hosts", panel=_WHO, text="Allow private and loopback addresses."),
+    "sign": _option(
+        str, "--sign", panel=_WHO, metavar="NAME", text="planetary-computer: sign hrefs when they are read."
+    ),
+    "allow_hosts": _option(
+        list[str], "--allow-host", panel=_WHO, metavar="NAME", text="One more host that hrefs may name."
+    ),
+    "allow_local": _option(
+        list[str], "--allow-local", panel=_WHO, metavar="ROOT", text="One more folder for local hrefs."
+    ),
+    "allow_private_hosts": _option(
+        bool, "--allow-private-hosts", panel=_WHO, text="Allow private and loopback addresses."
+    ),
 }
 GRID: dict[str, Any] = {
     "crs": _option(str, "--crs", panel=_HOW, metavar="EPSG:N", text="Target CRS; default: that of most pixels."),
-    "resolution": _option(float, "--resolution", panel=_HOW, metavar="R", text="Pixel size in CRS units; default: finest."),
+    "resolution": _option(
+        float, "--resolution", panel=_HOW, metavar="R", text="Pixel size in CRS units; default: finest."
+    ),
     "resampling": _option(str, "--resampling", panel=_HOW, metavar="NAME", text="nearest, bilinear, cubic or average."),
     "profile": _option(str, "--profile", panel=_HOW, metavar="NAME", text="Layout: train, timeseries or archive."),
 }
@@ -48,8 +60,13 @@ COMPOSING: dict[str, Any] = {
     "mask_dilate_m": _option(float, "--mask-dilate", panel=_MASK, metavar="M", text="Grow masked areas, metres."),
     "group": _option(str, "--group", panel=_MASK, metavar="NAME", text="Time steps: solar-day, item or month."),
     "reduce": _option(str, "--reduce", panel=_MASK, metavar="NAME", text="What to keep of a time step: first."),
-    "offset_policy": _option(str, "--offset-policy", panel=_MASK, metavar="NAME",
-                             text="When pixels contradict the -1000 offset: repair, warn or fail."),
+    "offset_policy": _option(
+        str,
+        "--offset-policy",
+        panel=_MASK,
+        metavar="NAME",
+        text="When pixels contradict the -1000 offset: repair, warn or fail.",
+    ),
 }
 RUNNING: dict[str, Any] = {
     "workers": _option(int, "--workers", panel=_RUN, metavar="N", text="Processes."),

@@ -35,7 +35,13 @@ _TRUE_COLOUR = ("red", "green", "blue")
 
 
 def draw(
-    store: str, out: str, *, collection: str | None = None, time: str | None = None, bands: str | None = None, width: int = 2000
+    store: str,
+    out: str,
+    *,
+    collection: str | None = None,
+    time: str | None = None,
+    bands: str | None = None,
+    width: int = 2000,
 ) -> dict[str, Any]:
     """Draw a cube or map into a PNG.
 
@@ -103,7 +109,9 @@ def _draw_cube(
         + (f"  missing {np.mean(s == STATUS_MISSING):.0%}" if (s == STATUS_MISSING).any() else "")
         for t, s in zip(steps, status, strict=True)
     ]
-    left_out = f" (the first {_MOST_PANELS} of {len(spec.times)})" if time is None and len(spec.times) > _MOST_PANELS else ""
+    left_out = (
+        f" (the first {_MOST_PANELS} of {len(spec.times)})" if time is None and len(spec.times) > _MOST_PANELS else ""
+    )
     what = f"{name} {'/'.join(chosen)}, {len(steps)} date{'s' if len(steps) > 1 else ''}{left_out}"
     return _sheet(list(pixels), captions, columns, scale), what
 
@@ -153,7 +161,7 @@ def _stretch(values: npt.NDArray[np.float32], status: npt.NDArray[np.uint8], *, 
     values = np.moveaxis(values, 1, -1)
     if logarithmic:
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = 10.0 * np.log10(values)
+            values = np.float32(10.0) * np.log10(values)
     clear = values[status == STATUS_OBSERVED]
     if not clear.size:
         clear = values[status != STATUS_NODATA]
@@ -167,7 +175,8 @@ def _stretch(values: npt.NDArray[np.float32], status: npt.NDArray[np.uint8], *, 
     with np.errstate(invalid="ignore"):
         share = np.clip((values - low) / np.maximum(high - low, 1e-6), 0, 1)
     # a mild gamma lifts the dark ground, as viewers of Sentinel-2 do
-    return (np.nan_to_num(share) ** (1 / 1.3) * 255).round().astype(np.uint8)
+    colours: RGB = (np.nan_to_num(share) ** (1 / 1.3) * 255).round().astype(np.uint8)
+    return colours
 
 
 # ---- maps
@@ -178,7 +187,9 @@ def _draw_map(made: Map, width: int) -> tuple[Image.Image, str]:
     step = max(1, -(-width_px // max(64, width - 2 * _GAP)))
     # strip by strip: a map may be larger than memory, its picture is not
     strip = max(step, CHUNK // step * step)
-    values = np.concatenate([made.read("class", slice(y, y + strip))[::step, ::step] for y in range(0, height_px, strip)])
+    values = np.concatenate(
+        [made.read("class", slice(y, y + strip))[::step, ::step] for y in range(0, height_px, strip)]
+    )
     pixels = np.full((*values.shape, 3), _NODATA_COLOUR, np.uint8)
     colours = class_colours(made)
     for value, colour in colours.items():
@@ -215,7 +226,7 @@ def _with_legend(image: Image.Image, entries: Sequence[tuple[tuple[int, int, int
 
 
 def _sheet(panels: Sequence[RGB], captions: Sequence[str], columns: int, scale: int) -> Image.Image:
-    """Panels in rows, each with its caption above; small rasters are enlarged by a whole factor, so pixels stay square."""
+    """Panels in rows, each under its caption; small rasters are enlarged by a whole factor, so pixels stay square."""
     height, width = panels[0].shape[0] * scale, panels[0].shape[1] * scale
     caption = _CAPTION if any(captions) else 0
     rows = -(-len(panels) // columns)

@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
     def plan(
         session: Session,
         source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
-        out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Keep the plan: plan.json.")] = None,
+        out: Annotated[
+            Path | None, typer.Option("--out", "-o", metavar="FILE", help="Keep the plan: plan.json.")
+        ] = None,
     ) -> None:
         """Show what an ingest would do: grid, dates, shards, bytes, offset verdicts, and what is left out."""
         import json

@@ -26,8 +26,12 @@ def register(app: typer.Typer) -> None:
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="The cube to map.")],
         map_: Annotated[str, typer.Argument(metavar="MAP.zarr", help="The map.")],
         cog: Annotated[Path | None, typer.Option(metavar="MAP.tif", help="Also as a cloud-optimised GeoTIFF.")] = None,
-        time: Annotated[str | None, typer.Option(metavar="DATE", help="Map one date; default: the mean over all.")] = None,
-        probabilities: Annotated[bool, typer.Option("--probabilities", help="Keep the probability of each class.")] = False,
+        time: Annotated[
+            str | None, typer.Option(metavar="DATE", help="Map one date; default: the mean over all.")
+        ] = None,
+        probabilities: Annotated[
+            bool, typer.Option("--probabilities", help="Keep the probability of each class.")
+        ] = False,
     ) -> None:
         """Map a whole cube with a trained network; windows overlap and are blended, so there are no seams."""
         from cli.mapping import run_prediction

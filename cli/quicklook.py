@@ -25,8 +25,12 @@ def register(app: typer.Typer) -> None:
         store: Annotated[str, typer.Argument(metavar="CUBE|MAP", help="Path or URL of a cube or a map.")],
         out: Annotated[str, typer.Argument(metavar="OUT.png", help="The picture.")],
         collection: Annotated[str | None, typer.Option(help="Collection of the cube; default: its first.")] = None,
-        time: Annotated[str | None, typer.Option(metavar="DATE|N", help="One date, or its position; default: all.")] = None,
-        bands: Annotated[str | None, typer.Option(metavar="R,G,B", help="Default: true colour where there is one.")] = None,
+        time: Annotated[
+            str | None, typer.Option(metavar="DATE|N", help="One date, or its position; default: all.")
+        ] = None,
+        bands: Annotated[
+            str | None, typer.Option(metavar="R,G,B", help="Default: true colour where there is one.")
+        ] = None,
         width: Annotated[int, typer.Option(min=64, max=16384, help="Widest the picture may be, pixels.")] = 2000,
     ) -> None:
         """Draw a cube in true colour, one panel for each date, or the classes of a map with their names."""

@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
     def search(
         session: Session,
         source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
-        out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="items.json or items.parquet.")] = None,
+        out: Annotated[
+            Path | None, typer.Option("--out", "-o", metavar="FILE", help="items.json or items.parquet.")
+        ] = None,
     ) -> None:
         """List the scenes that a source has: deduplicated, in order, with cloud cover and offset verdict."""
         from cli.item_files import check_suffix, portable, write_items
@@ -44,7 +46,10 @@ def register(app: typer.Typer) -> None:
                 f"{scene.datetime}  {scene.tile or '':6} {scene.id:32} {cloud:13} "
                 f"baseline {scene.baseline or '?':6} offset {scene.dn_offset:+d}{lacking}"
             )
-        session.say(f"{len(found.scenes)} scenes" + (f", {len(found.duplicates)} older copies left out" if found.duplicates else ""))
+        session.say(
+            f"{len(found.scenes)} scenes"
+            + (f", {len(found.duplicates)} older copies left out" if found.duplicates else "")
+        )
         if out is not None:
             kept = {scene.key for scene in found.scenes}
             items = [portable(item) for item in find_items(source, config)]
@@ -55,6 +60,9 @@ def register(app: typer.Typer) -> None:
                 "count": len(found.scenes),
                 "out": out,
                 "scenes": [scene.to_dict() for scene in found.scenes],
-                "duplicates": [{"id": d.dropped.id, "collection": d.dropped.collection, "reason": d.reason} for d in found.duplicates],
+                "duplicates": [
+                    {"id": d.dropped.id, "collection": d.dropped.collection, "reason": d.reason}
+                    for d in found.duplicates
+                ],
             }
         )

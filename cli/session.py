@@ -26,23 +26,34 @@ _COMMON: dict[str, tuple[Any, Any]] = {
         False,
     ),
     "verbose": (
-        Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.",
-                                    rich_help_panel=_PANEL)],
+        Annotated[
+            int,
+            typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.", rich_help_panel=_PANEL),
+        ],
         0,
     ),
     "quiet": (
-        Annotated[bool, typer.Option("--quiet", "-q", help="Only results, warnings and errors.",
-                                     rich_help_panel=_PANEL)],
+        Annotated[
+            bool, typer.Option("--quiet", "-q", help="Only results, warnings and errors.", rich_help_panel=_PANEL)
+        ],
         False,
     ),
     "config": (
-        Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; options win over it.",
-                                            rich_help_panel=_PANEL)],
+        Annotated[
+            Path | None,
+            typer.Option(
+                "--config", metavar="FILE.toml", help="Settings; options win over it.", rich_help_panel=_PANEL
+            ),
+        ],
         None,
     ),
     "set_": (
-        Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as run.steps=50.",
-                                                 rich_help_panel=_PANEL)],
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                "--set", metavar="KEY=VALUE", help="One setting, such as run.steps=50.", rich_help_panel=_PANEL
+            ),
+        ],
         None,
     ),
     "debug": (

@@ -21,7 +21,9 @@ def register(app: typer.Typer) -> None:
     def simulate(
         session: Session,
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the simulated scenes.")],
-        serve: Annotated[bool, typer.Option("--serve", help="Then serve a STAC API and the files, until Ctrl-C.")] = False,
+        serve: Annotated[
+            bool, typer.Option("--serve", help="Then serve a STAC API and the files, until Ctrl-C.")
+        ] = False,
         host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
         port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 picks a free one.")] = 0,
     ) -> None:

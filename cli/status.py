@@ -26,16 +26,26 @@ def examine(cube: Cube, collection: str) -> dict[str, Any]:
             continue
         missing = [
             {"item": s.item_id, "asset": s.asset, "reason": s.reason}
-            for s in (row.sources if row else ()) if s.state == "missing"
+            for s in (row.sources if row else ())
+            if s.state == "missing"
         ]
-        shards.append({"index": list(index), "time": spec.times[index[0] * spec.layout.shard[0]], "state": state, "missing": missing})
+        shards.append(
+            {
+                "index": list(index),
+                "time": spec.times[index[0] * spec.layout.shard[0]],
+                "state": state,
+                "missing": missing,
+            }
+        )
     counts = cube.ledger(collection).counts(len(spec.shards()))
     return {**counts, "complete": counts["done"] == counts["total"], "unfinished": shards}
 
 
 def register(app: typer.Typer) -> None:
     @command(app, examples=("terrashard status zagreb.zarr", "terrashard status zagreb.zarr --json"))
-    def status(session: Session, cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")]) -> None:
+    def status(
+        session: Session, cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")]
+    ) -> None:
         """Show which shards are done, partial, failed or pending, and which scenes were unreadable."""
         from zarr_store import open_cube
 
@@ -47,7 +57,9 @@ def register(app: typer.Typer) -> None:
             for shard in found["unfinished"]:
                 session.say(f"  {shard['state']:8} shard {tuple(shard['index'])} {shard['time']}")
                 for source in shard["missing"]:
-                    session.say(f"           {source['item']} {source['asset'] or ''}: {source['reason'] or 'unreadable'}")
+                    session.say(
+                        f"           {source['item']} {source['asset'] or ''}: {source['reason'] or 'unreadable'}"
+                    )
         complete = all(found["complete"] for found in collections.values())
         if not complete:
             session.say("the same `terrashard ingest` command writes what is not done")

@@ -23,7 +23,9 @@ def register(app: typer.Typer) -> None:
     )
     def train(
         session: Session,
-        configuration: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Data, model, optimiser, mesh, run.")],
+        configuration: Annotated[
+            Path, typer.Argument(metavar="CONFIG.toml", help="Data, model, optimiser, mesh, run.")
+        ],
         out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run directory: checkpoints, metrics, report.")],
         resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue the run that RUN holds.")] = True,
     ) -> None:

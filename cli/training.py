@@ -37,7 +37,9 @@ def _located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     data = settings.get("data")
     cube = data.get("cube") if isinstance(data, dict) else None
-    return merge(settings, {"data": {"cube": resolve_cube(cube, folder)}}) if isinstance(cube, str) and cube else settings
+    return (
+        merge(settings, {"data": {"cube": resolve_cube(cube, folder)}}) if isinstance(cube, str) and cube else settings
+    )
 
 
 def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bool = True) -> TrainResult:
@@ -59,8 +61,11 @@ def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bo
 
 def summary(result: TrainResult) -> list[str]:
     """What a run came to, in lines."""
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in result.validation.items()
-                       if name in ("accuracy", "macro_f1", "miou") and value is not None)
+    scores = ", ".join(
+        f"{name} {value:.4f}"
+        for name, value in result.validation.items()
+        if name in ("accuracy", "macro_f1", "miou") and value is not None
+    )
     rate = "" if result.samples_per_second is None else f", {result.samples_per_second:.1f} windows/s"
     began = f" (continued at step {result.resumed_from})" if result.resumed_from else ""
     return [

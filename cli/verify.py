@@ -34,9 +34,7 @@ def register(app: typer.Typer) -> None:
         megabytes = report.checked_bytes / 1e6
         if report.damage:
             session.say("remove the named shard's files and repeat the ingest: what is absent is written again")
-            session.fail(
-                f"{len(report.damage)} of {report.checked_shards} shards damaged; first: {report.damage[0]}"
-            )
+            session.fail(f"{len(report.damage)} of {report.checked_shards} shards damaged; first: {report.damage[0]}")
             return 6
         session.say(f"{report.checked_shards} shards ({megabytes:.1f} MB) are what was written")
         return 0

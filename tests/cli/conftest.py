@@ -64,7 +64,9 @@ def _make_cube(path: Path, *, skip: tuple[int, ...] = (), partial: tuple[int, ..
     grid = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (64, 96))
     bands = tuple(BandSpec(name, 0, 1e-4) for name in ("blue", "green", "red"))
     times = ("2023-08-10T10:00:00Z", "2023-08-15T10:00:00Z", "2023-08-18T10:00:00Z")
-    spec = CubeSpec("sentinel-2-l2a", "reflectance", bands, grid, times, ("scl",), Layout("train", (1, 32, 32), (1, 64, 96)))
+    spec = CubeSpec(
+        "sentinel-2-l2a", "reflectance", bands, grid, times, ("scl",), Layout("train", (1, 32, 32), (1, 64, 96))
+    )
     items = [{"id": f"S2_{t}", "datetime": moment} for t, moment in enumerate(times)]
     create_cube(path, [spec], items={spec.collection: items}, provenance={"made": "by a test"})
     writer = ShardWriter(str(path), spec.collection)
@@ -81,7 +83,9 @@ def _make_cube(path: Path, *, skip: tuple[int, ...] = (), partial: tuple[int, ..
         if lost:
             status[0, 40:50] = 3
         image[0, :, status[0] % 3 == 0] = 0
-        outcome = SourceOutcome(t, f"S2_{t}", "missing" if lost else "read", "B04" if lost else None, "HTTP 404" if lost else None)
+        outcome = SourceOutcome(
+            t, f"S2_{t}", "missing" if lost else "read", "B04" if lost else None, "HTTP 404" if lost else None
+        )
         writer.write(
             region,
             {

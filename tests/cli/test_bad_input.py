@@ -122,7 +122,9 @@ def test_truncated_item_is_named(run: Run, catalogue: Path, world: Path, tmp_pat
 
 
 def test_server_that_does_not_answer(run: Run, tmp_path: Path, world: Path) -> None:
-    outcome = run("plan", "http://127.0.0.1:9/", "--collection", "sentinel-2-l2a", "--allow-private-hosts", "--retries", 0)
+    outcome = run(
+        "plan", "http://127.0.0.1:9/", "--collection", "sentinel-2-l2a", "--allow-private-hosts", "--retries", 0
+    )
     assert outcome.code == 8, outcome.err
     assert "127.0.0.1:9" in outcome.error_line()
     assert nothing_new(tmp_path)
@@ -139,7 +141,16 @@ def test_unreadable_assets_are_missing_and_named_and_can_be_tried_again(
     (folder / cut / "B08.tif").write_bytes(whole[: len(whole) // 2])
     (folder / alien / "B04.tif").write_text("<html>403 Forbidden</html>")
 
-    command = ("ingest", catalogue, tmp_path / "cube.zarr", *BANDS, "--report", tmp_path / "report.json", "--retries", 0)
+    command = (
+        "ingest",
+        catalogue,
+        tmp_path / "cube.zarr",
+        *BANDS,
+        "--report",
+        tmp_path / "report.json",
+        "--retries",
+        0,
+    )
     outcome = run(*command)
     assert outcome.code == 3, outcome.err
     assert "Traceback" not in outcome.err

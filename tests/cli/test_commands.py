@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import picture
 from PIL import Image
 
+from cli import picture
 from zarr_store import open_cube
 
 Run = Callable[..., Any]
@@ -69,7 +69,11 @@ def test_verify_passes_a_sound_cube(run: Run, cube: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "state"), [("flip", "corrupt"), ("remove", "missing")])
 def test_verify_names_the_damaged_shard(run: Run, cube: Path, damage: str, state: str) -> None:
-    shard = next(path for path in sorted((cube / "sentinel-2-l2a" / "reflectance").rglob("*")) if path.is_file() and "c" in path.parts)
+    shard = next(
+        path
+        for path in sorted((cube / "sentinel-2-l2a" / "reflectance").rglob("*"))
+        if path.is_file() and "c" in path.parts
+    )
     data = bytearray(shard.read_bytes())
     if damage == "flip":
         data[len(data) // 2] ^= 1
@@ -142,7 +146,9 @@ def test_large_cubes_are_drawn_from_their_overview(cube: Path) -> None:
         (("--collection", "sentinel-2-l1c"), "did you mean 'sentinel-2-l2a'"),
     ],
 )
-def test_quicklook_of_what_is_not_there(run: Run, cube: Path, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+def test_quicklook_of_what_is_not_there(
+    run: Run, cube: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
     outcome = run("quicklook", cube, tmp_path / "q.png", *arguments)
     assert outcome.code == 2
     assert words in outcome.error_line()

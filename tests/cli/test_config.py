@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli.config import apply_to_options, build, merge, parse_override, read_settings, read_toml
 from pydantic import BaseModel, ConfigDict, Field
 
+from cli.config import apply_to_options, build, merge, parse_override, read_settings, read_toml
 from jaxtrain.config import TrainConfig
 from zarr_store.errors import InvalidInput, UnknownName
 
@@ -89,7 +89,12 @@ def test_checks_across_fields_keep_their_words() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"a = ", "is not TOML"), (b"a = 1\na = 2\n", "is not TOML"), (b"\xff\xfe", "cannot be read"), (b"#" * 1_000_001, "more than")],
+    [
+        (b"a = ", "is not TOML"),
+        (b"a = 1\na = 2\n", "is not TOML"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"#" * 1_000_001, "more than"),
+    ],
 )
 def test_a_file_that_is_no_settings_file(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.toml"

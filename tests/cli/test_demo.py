@@ -14,8 +14,16 @@ from PIL import Image
 
 Run = Callable[..., Any]
 
-SMALL = ("simulate.tile_px=256", "simulate.overlap_px=32", "simulate.radar_dates=[]", "train.data.split.block_m=640",
-         "train.run.steps=60", "train.model.width=8", "train.run.batch_size=8", "train.optim.warmup_steps=5")  # fmt: skip
+SMALL = (
+    "simulate.tile_px=256",
+    "simulate.overlap_px=32",
+    "simulate.radar_dates=[]",
+    "train.data.split.block_m=640",
+    "train.run.steps=60",
+    "train.run.batch_size=8",
+    "train.model.width=8",
+    "train.optim.warmup_steps=5",
+)
 
 
 @pytest.mark.slow

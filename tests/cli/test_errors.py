@@ -18,6 +18,11 @@ from zarr_store import errors
 
 Run = Callable[..., Any]
 
+COMMANDS = (
+    "demo", "simulate", "search", "plan", "ingest", "status", "info", "verify",
+    "train", "evaluate", "predict", "quicklook", "doctor",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("error", "code", "words"),
@@ -130,8 +135,7 @@ def test_help_is_quick_to_import_and_names_every_exit_code() -> None:
 
 
 def test_every_command_has_an_example_and_the_shared_options(run: Run) -> None:
-    names = "demo simulate search plan ingest status info verify train evaluate predict quicklook doctor".split()
-    for name in names:
+    for name in COMMANDS:
         outcome = run(name, "--help")
         assert outcome.code == 0
         assert f"terrashard {name}" in outcome.out.partition("Example:")[2], name

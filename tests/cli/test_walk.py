@@ -99,13 +99,25 @@ def test_the_walk_as_typed(run: Run, checkout: Path, snapshot: Callable[[Path], 
 
     # ---- evaluate: on other ground
     scores = type_in("terrashard evaluate runs/zagreb", "--json").json
-    promised = {"accuracy", "macro_f1", "miou", "per_class", "confusion_matrix", "classes", "samples", "seconds", "split"}
+    promised = {
+        "accuracy",
+        "macro_f1",
+        "miou",
+        "per_class",
+        "confusion_matrix",
+        "classes",
+        "samples",
+        "seconds",
+        "split",
+    }
     assert promised <= set(scores)
     assert scores["split"] == "test"
     assert scores["classes"] == names
     assert np.shape(scores["confusion_matrix"]) == (len(names), len(names))
     assert 0.5 < scores["accuracy"] <= 1, "vegetation alone is about two thirds"
-    assert scores["accuracy"] == pytest.approx(np.trace(scores["confusion_matrix"]) / np.sum(scores["confusion_matrix"]))
+    assert scores["accuracy"] == pytest.approx(
+        np.trace(scores["confusion_matrix"]) / np.sum(scores["confusion_matrix"])
+    )
 
     # ---- predict: a map on the cube's grid that GDAL opens with colours and class names
     predicted = type_in("terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --cog zagreb_map.tif")
