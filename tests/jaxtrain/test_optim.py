@@ -1,0 +1,76 @@
+"""Schedules and update rules against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtrain.config import OptimConfig
+from jaxtrain.optim import build_optimizer, build_schedule, decays
+
+PARAMS = {"conv1": {"kernel": jnp.full((1, 1, 2, 2), 3.0)}, "norm1": {"scale": jnp.full((2,), 3.0)}}
+
+
+def gradients(kernel: float = 0.0, scale: float = 0.0):
+    return {"conv1": {"kernel": jnp.full((1, 1, 2, 2), kernel)}, "norm1": {"scale": jnp.full((2,), scale)}}
+
+
+def one_step(config: OptimConfig, gradient):
+    optimizer = build_optimizer(config, 100)
+    updates, _ = optimizer.update(gradient, optimizer.init(PARAMS), PARAMS)
+    new = optax.apply_updates(PARAMS, updates)
+    return float(new["conv1"]["kernel"][0, 0, 0, 0]), float(new["norm1"]["scale"][0])
+
+
+def test_cosine_with_warm_up():
+    schedule = build_schedule(OptimConfig(learning_rate=0.8, warmup_steps=4), 20)
+    for step in range(4):
+        assert float(schedule(step)) == pytest.approx(0.8 * (step + 1) / 4)
+    for step in range(4, 21):
+        assert float(schedule(step)) == pytest.approx(0.4 * (1 + math.cos(math.pi * (step - 4) / 16)), abs=1e-7)
+
+
+def test_short_run_keeps_half_of_its_steps_after_the_warm_up():
+    schedule = build_schedule(OptimConfig(learning_rate=1.0, warmup_steps=20, schedule="constant"), 10)
+    assert [round(float(schedule(s)), 3) for s in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0]
+    assert float(build_schedule(OptimConfig(warmup_steps=20), 1)(0)) == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lamb"])
+def test_weight_decay_acts_on_kernels_only(name):
+    config = OptimConfig(name=name, learning_rate=0.1, weight_decay=0.5, warmup_steps=0, schedule="constant")
+    kernel, scale = one_step(config, gradients())
+    assert kernel < 3
+    assert scale == 3
+    kernel, _ = one_step(config.model_copy(update={"weight_decay": 0.0}), gradients())
+    assert kernel == 3
+    assert decays(PARAMS) == {"conv1": {"kernel": True}, "norm1": {"scale": False}}
+
+
+def test_adamw_and_sgd_follow_their_formulas():
+    base = {"learning_rate": 0.1, "weight_decay": 0.5, "warmup_steps": 0, "schedule": "constant", "clip_norm": None}
+    # the first Adam step has the size of the rate; decay is beside it: 3 - 0.1 * (1 + 0.5 * 3)
+    assert one_step(OptimConfig(name="adamw", **base), gradients(2.0))[0] == pytest.approx(3 - 0.1 * 2.5, rel=1e-5)
+    # L2 and Nesterov: g = 2 + 0.5 * 3; step = g + 0.9 g
+    assert one_step(OptimConfig(name="sgd", **base), gradients(2.0))[0] == pytest.approx(3 - 0.1 * 1.9 * 3.5, rel=1e-5)
+    plain = OptimConfig(name="sgd", **{**base, "weight_decay": 0.0}, momentum=0.0)
+    assert one_step(plain, gradients(2.0))[0] == pytest.approx(2.8)
+
+
+def test_clipping_is_by_the_global_norm():
+    config = OptimConfig(
+        name="sgd",
+        learning_rate=1.0,
+        momentum=0.0,
+        weight_decay=0.0,
+        warmup_steps=0,
+        schedule="constant",
+        clip_norm=1.0,
+    )
+    kernel, scale = one_step(config, gradients(3.0, 4.0))
+    norm = math.sqrt(4 * 9 + 2 * 16)
+    np.testing.assert_allclose([kernel, scale], [3 - 3 / norm, 3 - 4 / norm], rtol=1e-5)
