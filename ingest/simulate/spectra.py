@@ -56,15 +56,17 @@ BANDS: tuple[Band, ...] = (
 _MATERIALS: dict[str, tuple[float, ...]] = {
     "clear water": (0.040, 0.038, 0.024, 0.019, 0.015, 0.014, 0.012, 0.011, 0.006, 0.004),
     "turbid water": (0.056, 0.078, 0.066, 0.056, 0.036, 0.034, 0.030, 0.027, 0.012, 0.008),
-    "reed": (0.036, 0.058, 0.050, 0.090, 0.180, 0.205, 0.220, 0.230, 0.130, 0.070),
+    "reed": (0.036, 0.064, 0.050, 0.098, 0.225, 0.262, 0.280, 0.292, 0.165, 0.090),
     "conifer": (0.020, 0.032, 0.021, 0.050, 0.150, 0.185, 0.200, 0.212, 0.100, 0.046),
     "broadleaf": (0.023, 0.045, 0.024, 0.075, 0.260, 0.330, 0.350, 0.365, 0.165, 0.075),
     "leafless wood": (0.042, 0.056, 0.066, 0.095, 0.150, 0.172, 0.186, 0.202, 0.205, 0.135),
     "grass": (0.036, 0.070, 0.048, 0.105, 0.255, 0.300, 0.320, 0.335, 0.220, 0.118),
+    "ley": (0.030, 0.066, 0.036, 0.097, 0.292, 0.372, 0.398, 0.412, 0.206, 0.103),
     "dry grass": (0.058, 0.088, 0.098, 0.140, 0.210, 0.235, 0.255, 0.270, 0.285, 0.195),
     "green crop": (0.027, 0.064, 0.030, 0.092, 0.320, 0.420, 0.450, 0.465, 0.195, 0.092),
     "straw": (0.082, 0.122, 0.158, 0.192, 0.230, 0.250, 0.272, 0.290, 0.325, 0.240),
     "ploughed soil": (0.062, 0.084, 0.112, 0.132, 0.148, 0.158, 0.172, 0.186, 0.238, 0.205),
+    "dry soil": (0.088, 0.115, 0.150, 0.171, 0.188, 0.199, 0.213, 0.228, 0.292, 0.262),
     "sand": (0.118, 0.152, 0.192, 0.212, 0.228, 0.238, 0.250, 0.262, 0.330, 0.300),
     "gravel": (0.098, 0.114, 0.132, 0.142, 0.150, 0.156, 0.164, 0.172, 0.205, 0.192),
     "tile roof": (0.078, 0.098, 0.165, 0.190, 0.205, 0.215, 0.228, 0.238, 0.275, 0.245),
@@ -130,15 +132,25 @@ def surface(ground: Ground, acquisition: Acquisition) -> Surface:
     dry = 0.45 * math.exp(-(((day - 215.0) / 32.0) ** 2))  # meadows yellow in high summer
 
     put(cls == WATER, "clear water", "turbid water", np.clip(ground.blend * 1.5 - 0.2, 0, 1))
-    put(cls == WETLAND, "clear water", "reed", np.clip(0.45 + 0.35 * summer + 0.25 * ground.fine * 0.5, 0.1, 1.0))
-    put(cls == GRASS, "dry grass", "grass", np.clip(grassy - dry * (0.5 + ground.parcel) + 0.10 * ground.coarse, 0, 1))
+    reeds = np.clip(0.50 + 0.30 * summer + 0.16 * ground.fine + 0.12 * ground.coarse, 0.1, 1.0)
+    put(cls == WETLAND, "clear water", "reed", reeds)
+    greenness = np.clip(grassy - dry * (0.5 + ground.parcel) + 0.12 * ground.coarse + 0.08 * ground.fine, 0, 1)
+    put(cls == GRASS, "dry grass", "grass", greenness)
+    # sown and fertilised meadows are nearly as lush as a crop
+    put((cls == GRASS) & (ground.parcel > 0.6), "dry grass", "ley", np.clip(greenness + 0.1, 0, 1))
     conifer = ground.blend + np.float32(0.08) * ground.fine > 0.62
     put(cls == FOREST, "leafless wood", "broadleaf", float(summer))
     put((cls == FOREST) & conifer, "conifer", "broadleaf", 0.0)
-    put(cls == BARE, "gravel", "sand", np.clip(ground.blend * 1.6 - 0.2 + 0.1 * ground.fine, 0, 1))
-    gardens = np.clip(0.05 + 0.55 * ground.blend + 0.12 * ground.fine, 0.0, 0.7) * np.float32(0.6 + 0.4 * grassy)
+    young = (cls == FOREST) & (ground.blend < 0.2)  # clearings and plantations
+    put(young, "grass", "broadleaf", np.clip(0.55 * summer + 0.2 * ground.fine, 0, 1))
+    sparse = np.clip(0.16 + 0.12 * ground.fine + 0.10 * ground.coarse, 0, 0.5)  # pioneer plants
+    put(cls == BARE, "gravel", "dry grass", sparse)
+    put((cls == BARE) & (ground.blend > 0.5), "sand", "dry grass", sparse)
+    gardens = np.clip(0.05 + 0.75 * ground.blend + 0.16 * ground.fine, 0.0, 0.92) * np.float32(0.6 + 0.4 * grassy)
     for one, low, high in (("asphalt", 0.0, 0.34), ("tile roof", 0.34, 0.86), ("metal roof", 0.86, 1.0)):
-        put((cls == BUILT) & (ground.roof >= low) & (ground.roof < high), one, "grass", gardens)
+        plot = (cls == BUILT) & (ground.roof >= low) & (ground.roof < high)
+        put(plot, one, "grass", gardens)
+        put(plot & (ground.roof * 50 % 1 < 0.3), one, "broadleaf" if summer > 0.5 else "leafless wood", gardens)
     crop = cls == CROP
     table, bare_material = _crop_tables(day)
     pick = (ground.crop, (ground.parcel * _SHIFTS).astype(np.uint8))
@@ -171,18 +183,19 @@ def _crop_tables(day: float) -> tuple[F32, npt.NDArray[np.uint8]]:
             vigour = 0.78 + 0.20 * ((part * 7.0) % 1.0)
             green[crop, step] = vigour * max(0.0, _logistic(day - late, up, rate) - _logistic(day - late, ripe, rate))
             is_straw = ripe - 25.0 < day - late < plough + 40.0 * (part - 0.5)
-            under[crop, step] = _NAMES.index("straw" if is_straw else "ploughed soil")
+            soil = "dry soil" if step % 3 == 0 else "ploughed soil"
+            under[crop, step] = _NAMES.index("straw" if is_straw else soil)
     return green, under
 
 
 def _light(ground: Ground, acquisition: Acquisition) -> F32:
     """Brightness: texture by class, parcel, slope to the sun, and the view angle of the orbit."""
     # by class value 0 … 7: water, wetland, forest, grass, crop, bare, built
-    fine = np.array([0, 0.03, 0.10, 0.13, 0.05, 0.035, 0.09, 0.15], np.float32).take(ground.classes)
-    coarse = np.array([0, 0.06, 0.05, 0.05, 0.05, 0.06, 0.08, 0.04], np.float32).take(ground.classes)
+    fine = np.array([0, 0.03, 0.12, 0.17, 0.07, 0.06, 0.11, 0.17], np.float32).take(ground.classes)
+    coarse = np.array([0, 0.06, 0.08, 0.09, 0.10, 0.10, 0.12, 0.06], np.float32).take(ground.classes)
     light = np.float32(1) + fine * ground.fine + coarse * ground.coarse
     light += (
-        np.float32(0.12) * (ground.parcel - np.float32(0.5)) * ((ground.classes == CROP) | (ground.classes == GRASS))
+        np.float32(0.32) * (ground.parcel - np.float32(0.5)) * ((ground.classes == CROP) | (ground.classes == GRASS))
     )
     # cosine of the sun's angle to the slope over that to the plain, half of it removed as by a terrain correction
     azimuth, cot = math.radians(acquisition.sun_azimuth), 1.0 / math.tan(math.radians(acquisition.sun_elevation))

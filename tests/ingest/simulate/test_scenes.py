@@ -217,6 +217,19 @@ def test_footprint_bounds_the_valid_pixels(small_world: SimulatedWorld) -> None:
     assert 3 <= cut < 8  # some scenes end at a swath edge, some are whole
 
 
+def test_swath_edges_are_diagonal_and_belong_to_the_orbit(small_world: SimulatedWorld) -> None:
+    west = read(small_world.path / "sentinel-2-l2a" / "S2B_33TWL_20220616_0_L2A" / "B04.tif") != 0  # R079
+    east = read(small_world.path / "sentinel-2-l2a" / "S2A_33TXL_20220724_0_L2A" / "B04.tif") != 0  # R122
+    assert not west[0, 0]
+    assert west[-1, -1]
+    assert east[0, 0]
+    assert not east[-1, -1]
+    # the edge leans: further east in the north, by tan 13.5 degrees
+    first = west.argmax(axis=1)
+    rows = np.flatnonzero(first > 0)
+    assert np.polyfit(rows, first[rows], 1)[0] == pytest.approx(-0.24, abs=0.03)
+
+
 def test_truth_is_what_the_scenes_carry(small_world: SimulatedWorld, small_config: SimulateConfig) -> None:
     truth = read(small_world.truth)
     world = small_config.world_grid()

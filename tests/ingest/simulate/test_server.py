@@ -169,10 +169,28 @@ def test_range_headers(header: str | None, span: tuple[int, int] | None) -> None
 
 
 @pytest.mark.parametrize(
-    "path", ["../../etc/passwd", "..%2f..%2fetc/passwd", "%2e%2e/world.json", "nowhere.tif", "sentinel-2-l2a", "a%00b"]
+    "path",
+    [
+        "../secret.txt",
+        "%2e%2e/secret.txt",
+        "..%2fsecret.txt",
+        "a/%2e%2e/%2e%2e/secret.txt",
+        "link.txt",
+        "%2fetc/passwd",
+        "nowhere.tif",
+        "sentinel-2-l2a",
+        "a%00b",
+    ],
 )
-def test_only_files_of_the_world_are_served(server: ServerHandle, path: str) -> None:
-    assert ask(f"{server.url}/files/{path}")[0] == 404
+def test_only_files_of_the_world_are_served(server: ServerHandle, small_world: SimulatedWorld, path: str) -> None:
+    secret = small_world.path.parent / "secret.txt"
+    secret.write_text("not part of the world")
+    link = small_world.path / "link.txt"
+    link.symlink_to(secret)
+    try:
+        assert ask(f"{server.url}/files/{path}")[0] == 404
+    finally:
+        link.unlink()
 
 
 def test_each_fault_fires_and_is_counted(server: ServerHandle, small_world: SimulatedWorld, blue: str) -> None:
