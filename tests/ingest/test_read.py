@@ -51,7 +51,8 @@ def rasters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 TARGETS = {
     "aligned": Grid(UTM, (60.0, 0.0, 598_800.0, 0.0, -60.0, 5_000_640.0), (190, 200)),
     "half pixel": Grid(UTM, (60.0, 0.0, 599_970.0, 0.0, -60.0, 5_000_070.0), (160, 180)),
-    "finer, nested": Grid(UTM, (20.0, 0.0, 600_020.0, 0.0, -20.0, 5_000_000.0), (301, 333)),
+    # holds y = 4 992 000 m, where an edge of the warp's blocks is also an edge of source pixels
+    "finer, nested": Grid(UTM, (20.0, 0.0, 600_020.0, 0.0, -20.0, 5_000_000.0), (420, 333)),
     "coarser": Grid(UTM, (150.0, 0.0, 599_900.0, 0.0, -150.0, 5_000_100.0), (64, 70)),
     "next zone": Grid("EPSG:32634", (60.0, 0.0, 125_000.0, 0.0, -60.0, 5_016_000.0), (280, 300)),
     "degrees": Grid("EPSG:4326", (0.0007, 0.0, 16.26, 0.0, -0.0006, 45.16), (150, 190)),

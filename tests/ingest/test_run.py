@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,18 @@ def test_something_else_at_the_target_is_left_alone(tmp_path: Path, local_client
     with pytest.raises(InvalidInput, match="not a terrashard cube"):
         run(plan, folder, client=local_client)
     assert [p.name for p in folder.rglob("*")] == ["a.jpg"]
+
+
+def test_a_shard_made_by_other_rules_is_made_again(tmp_path: Path, local_client: Any) -> None:
+    plan = make_plan(tmp_path / "scenes", days=1)
+    cube = tmp_path / "cube.zarr"
+    run(plan, cube, client=local_client)
+    before = tree(cube)
+    ledger = open_cube(cube).ledger(NAME)
+    ledger.put(replace(ledger.rows()[0, 1, 1], key="of another release"))
+    report = run(plan, cube, client=local_client)
+    assert [row.index for row in report.written] == [(0, 1, 1)]
+    assert tree(cube) == before
 
 
 def test_a_limit_leaves_the_rest_for_later(tmp_path: Path, local_client: Any) -> None:
