@@ -80,7 +80,6 @@ def cross_entropy(
     """The mean over labelled pixels, weighted by `class_weights`; see `cross_entropy_terms`.
 
         >>> import jax.numpy as jnp
-    from jax.typing import ArrayLike
         >>> float(cross_entropy(jnp.zeros((1, 1, 2, 4)), jnp.array([[[0, 255]]])).round(4))
         1.3863
     """
