@@ -45,7 +45,8 @@ class Strips:
     """Weighted sums over one row of windows, moved down the band; rows that no later window touches are handed out.
 
     Per pixel there are Σ weight·seen·p and Σ weight·seen over windows and dates: their quotient is the mean over dates
-    of the blended probability, because a pixel's weights are the same on each date on which it was seen.
+    of the blended probability, because a pixel's weights are the same on each date on which it was seen. `seen` is 0
+    where nothing was seen on a date, 1 where it was, and may be anything between for a date that should count less.
     """
 
     def __init__(self, height: int, x0: int, x1: int, patch: int, overlap: int, classes: int) -> None:
@@ -56,13 +57,13 @@ class Strips:
         side = np.maximum(taper(patch, overlap), np.float32(1e-4))  # the scene's own edge has no neighbour to lean on
         self._window = side[:, None] * side[None, :]
 
-    def add(self, y: int, x: int, probability_HWK: npt.NDArray[np.float32], observed_HW: npt.NDArray[np.uint8]) -> None:
+    def add(self, y: int, x: int, probability_HWK: Weights, seen_HW: Weights) -> None:
         """Add one window of one date whose first pixel is (y, x); `y` must not lie above what was handed out."""
         low, high = max(x, self._x0), min(x + self._patch, self._x1)
         inside = slice(low - x, high - x)
         across = slice(low - self._x0, high - self._x0)
         down = y - self._top
-        weight = (self._window * observed_HW)[: self._patch - down, inside]
+        weight = (self._window * seen_HW)[: self._patch - down, inside]
         self._sum[down:, across] += weight[..., None] * probability_HWK[: self._patch - down, inside]
         self._weight[down:, across] += weight
 
@@ -72,7 +73,7 @@ class Strips:
         while self._top < target:
             rows = min(target - self._top, self._patch)
             weight = self._weight[:rows]
-            mean = self._sum[:rows] / np.maximum(weight, np.float32(1e-12))[..., None]
+            mean = self._sum[:rows] / np.maximum(weight, np.float32(1e-30))[..., None]
             yield self._top, mean.astype(np.float32, copy=False), weight > 0
             self._sum = np.concatenate([self._sum[rows:], np.zeros_like(self._sum[:rows])])
             self._weight = np.concatenate([self._weight[rows:], np.zeros_like(self._weight[:rows])])

@@ -3,7 +3,8 @@
 The network looks at windows of the size that it was trained on. Windows overlap, and each pixel gets the weighted mean
 of the probabilities of all windows over it; a window's weight falls to zero towards its edge along a raised cosine, so
 no window edge shows. Where several dates are used, the probabilities of the dates on which a pixel was seen are
-averaged: an ensemble over time that also fills clouds.
+averaged: an ensemble over time that also fills clouds. A model that has learnt masked pixels sees those too; they have
+a say only where there is no clear date, so that a map shows a cloud only where there was never anything else.
 
 Windows lie on one lattice of the whole grid, so the result does not depend on how it is cut for the work. Work goes
 along vertical bands of at most `_BAND` columns, and down each band one row of windows at a time: what is held is one
@@ -42,6 +43,9 @@ __all__ = ["PredictResult", "predict"]
 
 _BAND = 4096
 """Columns of a band: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share one window's overlap."""
+
+_MASKED_SAY = np.float32(1e-3)
+"""Weight of a masked date beside a clear one."""
 
 Progress = Callable[[int, int], None]
 
@@ -91,7 +95,8 @@ def predict(
         run: The run directory; its newest undamaged checkpoint is used.
         cube: A cube with the bands of the model; it need not be the one that was learnt from.
         out: Where the map goes (Zarr). A map that is there is replaced when the new one is complete.
-        time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all.
+        time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all dates
+            on which a pixel was clear, or, where it never was and masked pixels were learnt, over those.
         probabilities: Also keep the probability of every class.
         overlap: Pixels that neighbouring windows share, at most half a patch; None: a quarter of it.
         on_batch: Called with (batches done, batches in all).
@@ -197,10 +202,11 @@ class _Scene:
                 self.reader, Windows(patch, rows), size=size, sharding=batch_sharding(self.program.mesh),
                 threads=self.card.config.run.read_threads, prefetch=self.card.config.run.prefetch,
             ) as stream:  # fmt: skip
-                for windows, probability_BHWK, observed_BHW in self._look(stream, size):
-                    for row, probability_HWK, observed_HW in zip(windows, probability_BHWK, observed_BHW, strict=False):
+                for windows, probability_BHWK, seen_BHW in self._look(stream, size):
+                    # the last batch is filled up: only the first rows are windows
+                    for row, probability_HWK, seen_HW in zip(windows, probability_BHWK, seen_BHW, strict=False):
                         sink.put(strips.advance(int(row[1])))
-                        strips.add(int(row[1]), int(row[2]), probability_HWK, observed_HW)
+                        strips.add(int(row[1]), int(row[2]), probability_HWK, seen_HW)
                     done += 1
                     if on_batch:
                         on_batch(done, total)
@@ -212,7 +218,7 @@ class _Scene:
         return window_starts(size, self.reader.patch, self.overlap)
 
     def _batch_size(self) -> int:
-        axis = self.program.mesh.shape["data"]
+        axis = int(self.program.mesh.shape["data"])
         return -(-self.card.config.run.batch_size // axis) * axis
 
     def _rows(self, x0: int, x1: int) -> npt.NDArray[np.int32]:
@@ -239,13 +245,14 @@ class _Scene:
 
     def _look(
         self, stream: BatchStream, size: int
-    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.uint8]]]:
-        """(windows, probability_BHWK, observed_BHW) of each batch, read one late so that the device always has work."""
+    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+        """(windows, probability_BHWK, seen_BHW) of each batch, read one late so that the device always has work."""
         sharding = batch_sharding(self.program.mesh)
-        before: tuple[npt.NDArray[np.int32], jax.Array, npt.NDArray[np.uint8]] | None = None
+        before: tuple[npt.NDArray[np.int32], jax.Array, npt.NDArray[np.float32]] | None = None
         for _, windows, batch in stream:
-            there = put_batch(batch, sharding, size)
-            now = (windows, self.step(self.state, there["image"], observed=there["observed"]), batch["observed"])
+            there = put_batch({name: batch[name] for name in ("image", "observed")}, sharding, size)
+            seen = np.where(batch["clear"] == 1, np.float32(1), _MASKED_SAY) * batch["observed"]
+            now = (windows, self.step(self.state, there["image"], observed=there["observed"]), seen)
             if before is not None:
                 yield before[0], np.asarray(before[1]), before[2]
             before = now

@@ -87,6 +87,9 @@ class WindowReader:
         Args:
             rows: int32 (B, 3) of (time, y, x).
 
+        Returns:
+            image, observed and, with a label layer, label; without one, `clear`: 1 where the pixel is not masked.
+
         Raises:
             MissingShard: A shard under a window is absent.
             CorruptShard: Its checksum does not match; the message names the box.
@@ -111,7 +114,9 @@ class WindowReader:
         if self.learn_masked:
             observed |= parts["status"] == STATUS_MASKED
         result = {"image": np.ascontiguousarray(np.moveaxis(image_BCHW, 1, -1)), "observed": observed.astype(np.uint8)}
-        if self.label and self.table is not None:
+        if self.label is None:
+            result["clear"] = (parts["status"] == STATUS_OBSERVED).astype(np.uint8)
+        elif self.table is not None:
             result["label"] = np.where(observed, self.table[parts[self.label]], np.uint8(NOT_LEARNT))
         return result
 

@@ -178,6 +178,24 @@ def test_dates_are_averaged_where_they_were_seen(made: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(both[:, ~cloud], mean, atol=1.01)
 
 
+def test_masked_dates_have_a_say_only_where_no_date_is_clear(tmp_path: Path) -> None:
+    clouds = {**CLASSES, "9": "cloud"}
+    make_cube(tmp_path / "c.zarr", shape=(1, 192, 160))
+    config = tiny_config(tmp_path / "c.zarr", data={"classes": clouds, "learn_masked": True}, model={"dropout": 0.0})
+    train(config, tmp_path / "run")
+    cloud = np.zeros((192, 160), bool)
+    cloud[40:70, 90:130] = True
+    maps = {}
+    for name, cube, time in (("one", tmp_path / "c.zarr", None), ("two", shared_cube(), None),
+                             ("clear", shared_cube(), "2023-08-11")):  # fmt: skip
+        result = predict(tmp_path / "run", cube, tmp_path / f"{name}.zarr", time=time, probabilities=True)
+        assert result.nodata == 0
+        maps[name] = open_map(tmp_path / f"{name}.zarr").read("probability").astype(int)
+    assert maps["one"][3][cloud].mean() > maps["one"][3][~cloud].mean() + 20  # the only date: the cloud is seen
+    assert np.abs(maps["two"] - maps["clear"])[:, cloud].max() <= 1  # another date was clear: it alone decides
+    assert np.abs(maps["two"] - maps["clear"])[:, ~cloud].max() > 1
+
+
 def test_class_confidence_and_probability_agree(made: Path) -> None:
     opened = open_map(made)
     chosen, confidence, p = opened.read("class"), opened.read("confidence"), opened.read("probability")
