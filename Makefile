@@ -64,7 +64,7 @@ format: $(STAMP)  ## rewrite the code in the project's format
 
 .PHONY: bench
 bench: $(STAMP)  ## benchmarks, with the peer measured in the same run
-	@$(BIN)/python benchmarks/ingest.py
+	@$(BIN)/python benchmarks/ingest_speed.py
 
 .PHONY: docs
 docs: $(STAMP)  ## documentation pages in docs/_build/html

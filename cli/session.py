@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -190,6 +191,8 @@ def _configure_logging(verbosity: int) -> None:
     ours = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    # Dask tells of workers that took a moment longer to end; that is for who asked for more words
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error" if verbosity <= 0 else "info")
     for name in ("ingest", "zarr_store", "jaxtrain", "cli"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
