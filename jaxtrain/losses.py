@@ -79,9 +79,9 @@ def cross_entropy(
 ) -> jax.Array:
     """The mean over labelled pixels, weighted by `class_weights`; see `cross_entropy_terms`.
 
-        >>> import jax.numpy as jnp
-        >>> float(cross_entropy(jnp.zeros((1, 1, 2, 4)), jnp.array([[[0, 255]]])).round(4))
-        1.3863
+    >>> import jax.numpy as jnp
+    >>> round(float(cross_entropy(jnp.zeros((1, 1, 2, 4)), jnp.array([[[0, 255]]]))), 4)
+    1.3863
     """
     terms = cross_entropy_terms(logits_BHWK, label_BHW, class_weights=class_weights, label_smoothing=label_smoothing)
     return terms.mean()

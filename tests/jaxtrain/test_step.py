@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxtrain.data.augment import augment
 from jaxtrain.losses import cross_entropy
 from jaxtrain.metrics import ConfusionMatrix
 from jaxtrain.step import make_eval_step, make_predict_step, make_train_step
@@ -83,7 +84,7 @@ def test_gradient_is_of_the_weighted_masked_mean(weighted, batch):
     assert int(metrics["labelled"]) == int((batch["label"] != 255).sum())
 
 
-def test_augmentation_and_dropout_follow_the_key(run_of, batch):
+def test_dropout_follows_the_key(run_of, batch):
     program, state, step, _, _ = run_of(1, 1)
     losses = []
     for key in (0, 0, 1):
@@ -92,6 +93,20 @@ def test_augmentation_and_dropout_follow_the_key(run_of, batch):
     assert losses[0] == losses[1] != losses[2]
     with pytest.raises(InvalidInput, match="dropout needs a key"):
         program.apply(state.params, state.model_state, jnp.zeros((1, 32, 32, 3)), train=True)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_stored_integers_are_turned_inside_the_step(program_of, batch, monkeypatch, wanted):
+    seen = []
+
+    def spy(arrays, *, key):
+        seen.append([a.dtype for a in arrays])
+        return augment(arrays, key=key)
+
+    monkeypatch.setattr("jaxtrain.step.augment", spy)
+    program = program_of(data={"cube": "none.zarr", "patch": 32, "augment": wanted})
+    jax.eval_shape(make_train_step(program).jitted, program.shapes, batch, jax.random.key(0))
+    assert seen == ([[jnp.uint16, jnp.uint8, jnp.bool]] if wanted else [])
 
 
 def test_a_batch_without_labels_is_zero_loss_not_nan(run_of, batch):
