@@ -37,15 +37,13 @@ def test_a_full_disk_is_named_and_resumable(small_disk: Path, spec: CubeSpec, pi
     free = os.statvfs(small_disk)
     (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize))
     writer = ShardWriter(path, NAME)
-    with pytest.raises(NoSpace, match="no space left for .*free some and repeat"):
+    with pytest.raises(NoSpace, match=r"no space left for .*free some and repeat"):
         writer.write(region, cut(pixels, region), key="k", sources=[])
     assert os.statvfs(small_disk).f_bavail == 0  # the fault fired
     assert open_cube(path).ledger(NAME).get(index) is None
     (small_disk / "ballast").unlink()
     assert writer.write(region, cut(pixels, region), key="k", sources=[]).state == "done"
-    np.testing.assert_array_equal(
-        open_cube(path).read(NAME, "reflectance", region), cut(pixels, region)["reflectance"]
-    )
+    np.testing.assert_array_equal(open_cube(path).read(NAME, "reflectance", region), cut(pixels, region)["reflectance"])
 
 
 def test_a_full_disk_creates_no_cube(small_disk: Path, spec: CubeSpec) -> None:
