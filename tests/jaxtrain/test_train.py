@@ -176,7 +176,7 @@ def test_sigkill_and_the_same_command_again(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", killed)
 
 
-@pytest.mark.parametrize(("data", "model"), [(4, 2)])
+@pytest.mark.parametrize(("data", "model"), [(2, 1)])
 def test_a_run_goes_on_on_another_mesh(tmp_path: Path, data: int, model: int) -> None:
     """Same samples, same model up to rounding, and nothing is doubled or skipped."""
     config = tiny_config(shared_cube(), model={"width": 8})
