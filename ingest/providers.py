@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from ingest.sign import Signing
+
 __all__ = ["GENERIC", "PROVIDERS", "OffsetRule", "ProviderRule", "find_provider"]
 
 OffsetRule = Literal["flag", "metadata", "baseline"]
@@ -28,6 +30,10 @@ class ProviderRule:
             nowhere but in the processing baseline.
         flag: The property of offset rule "flag": true means that 1000 has been subtracted already.
         evidence: The source of the offset rule.
+        sign: Whose tokens its hrefs need; set by the rule, `--sign` overrules it.
+        rate_limit: Requests per second that it bears from all workers together; None where it states no limit.
+        requester_pays: Whether its buckets bill whoever reads.
+        endpoint: S3 endpoint of its buckets, where that is not Amazon's.
     """
 
     name: str
@@ -36,6 +42,10 @@ class ProviderRule:
     offset: Mapping[str, OffsetRule] = field(default_factory=dict)
     flag: str | None = None
     evidence: str = ""
+    sign: Signing = "none"
+    rate_limit: float | None = None
+    requester_pays: bool = False
+    endpoint: str | None = None
 
     def offset_rule(self, collection: str) -> OffsetRule:
         return self.offset.get(collection, self.offset.get("*", "metadata"))
@@ -111,6 +121,8 @@ PROVIDERS: tuple[ProviderRule, ...] = (
         ),
         offset={"*": "baseline"},  # SAFE semantics
         evidence="SAFE product format, BOA_ADD_OFFSET",
+        rate_limit=5.0,  # its documented quota of requests, shared by everything that one account runs
+        endpoint="eodata.dataspace.copernicus.eu",
     ),
     ProviderRule(
         name="indigo",
