@@ -34,7 +34,7 @@ def shared_data() -> Path:
     folder = Path(os.environ.get("TERRASHARD_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip("real data are not here; set TERRASHARD_SHARED_DATA")
-    return folder
+    return folder.resolve()
 
 
 @pytest.fixture(scope="session")
