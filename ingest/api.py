@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import cql2
 from pystac_client import Client
 from pystac_client.conformance import ConformanceClasses
 from pystac_client.stac_api_io import StacApiIO
@@ -24,10 +26,13 @@ from ingest.documents import Documents, HttpStatusError
 from ingest.footprint import to_geojson
 from ingest.hrefs import is_url, redact, same_origin
 from ingest.products import PRODUCTS
+from ingest.query import Comparison, Condition, conjuncts
 from ingest.selection import Selection
 from zarr_store.errors import AccessError, InvalidInput, UnknownName
 
 __all__ = ["api_root", "ask_api"]
+
+log = logging.getLogger(__name__)
 
 PAGE_ITEMS = 100
 MAX_PAGES = 5_000
@@ -126,10 +131,11 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
         if client.conforms_to(ConformanceClasses.QUERY):
             for condition in config.comparisons:
                 query.setdefault(condition.name, {})[_QUERY_WORDS[condition.operator]] = condition.value
+        wanted = _filter(client, [one for one in config.conditions if not (query and isinstance(one, Comparison))])
         region = Selection(config).region
         start, end = (moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else ".." for moment in config.interval)
         crossing = config.bbox is not None and config.bbox[0] > config.bbox[2]
-        for method in ("POST", "GET"):
+        for method, asked in itertools.product(("POST", "GET"), (wanted, None) if wanted else (None,)):
             request = client.search(
                 method=method,
                 collections=list(config.collections),
@@ -137,6 +143,8 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
                 intersects=to_geojson(region) if region is not None and (crossing or config.geometry) else None,
                 datetime=f"{start}/{end}" if config.datetime else None,
                 query=query or None,
+                filter=None if asked is None else asked.to_json() if method == "POST" else asked.to_text(),
+                filter_lang=None if asked is None else "cql2-json" if method == "POST" else "cql2-text",
                 limit=min(PAGE_ITEMS, config.max_items or PAGE_ITEMS),
             )
             # not request.pages_as_dicts(), which ends at the first page without items even if there is a next one
@@ -145,10 +153,22 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
                 first = next(pages, None)
                 break
             except HttpStatusError as error:
-                if method == "GET" or error.status not in (404, 405, 501):
+                if asked is not None and error.status == 400:
+                    log.info("%s understands the filter no further; its answers are filtered here", redact(root))
+                elif method == "GET" or error.status not in (404, 405, 501):
                     raise
     for page in itertools.chain([first] if first else [], pages):
         yield from (_from_api(item, root, details) for item in page["features"])
+
+
+def _filter(client: Client, conditions: Iterable[Condition]) -> cql2.Expr | None:
+    """What of the conditions the API understands, by what it says of itself; the rest is judged here alone."""
+    stated = client.get_conforms_to()
+    if not client.conforms_to(ConformanceClasses.FILTER) or not any("cql2" in uri for uri in stated):
+        return None
+    advanced = any(uri.endswith("/advanced-comparison-operators") for uri in stated)
+    parts = [dict(part) for one in conditions for part in conjuncts(one.tree(), advanced=advanced)]
+    return cql2.Expr({"op": "and", "args": parts} if len(parts) > 1 else parts[0]) if parts else None
 
 
 def _from_api(item: Any, root: str, details: Mapping[str, Any]) -> FoundItem:

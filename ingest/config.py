@@ -12,14 +12,15 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from ingest.query import Comparison, Condition, parse_condition, split_conditions
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import normal_crs
 
-__all__ = ["EXECUTION_FIELDS", "Comparison", "IngestConfig", "load_geometry"]
+__all__ = ["EXECUTION_FIELDS", "IngestConfig", "load_geometry"]
 
 Positive = Annotated[int, Field(gt=0)]
 Names = tuple[str, ...]
@@ -31,37 +32,6 @@ EXECUTION_FIELDS = frozenset(
 
 _GEOMETRIES = {"Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection"}
 _MAX_GEOMETRY_BYTES = 16 * 2**20
-
-
-class Comparison(NamedTuple):
-    """One condition on an item property, e.g. ("eo:cloud_cover", "<", 40.0)."""
-
-    name: str
-    operator: Literal["<=", ">=", "!=", "<", ">", "="]
-    value: float | str
-
-    def holds(self, properties: Mapping[str, Any]) -> bool:
-        """Whether an item with `properties` passes; an item without the property does not, except for "!=".
-
-        >>> Comparison("eo:cloud_cover", "<", 40.0).holds({"eo:cloud_cover": 12})
-        True
-        """
-        found = properties.get(self.name)
-        if found is None:
-            return self.operator == "!="
-        if isinstance(self.value, float) and isinstance(found, int | float) and not isinstance(found, bool):
-            order = (found > self.value) - (found < self.value)
-        else:
-            left, right = str(found).lower(), str(self.value).lower()
-            order = (left > right) - (left < right)
-        return {
-            "<": order < 0,
-            "<=": order <= 0,
-            ">": order > 0,
-            ">=": order >= 0,
-            "=": order == 0,
-            "!=": order != 0,
-        }[self.operator]
 
 
 class IngestConfig(BaseModel):
@@ -76,7 +46,7 @@ class IngestConfig(BaseModel):
     )
     geometry: dict[str, Any] | None = Field(None, description="GeoJSON geometry in lon/lat, or the path of such a file")
     datetime: str | None = Field(None, description="day, month, year or RFC 3339 instant, or a range A/B, A/.., ../B")
-    query: Names = Field((), description='conditions on item properties, e.g. "eo:cloud_cover<40"')
+    query: Names = Field((), description='conditions on item properties, e.g. "eo:cloud_cover<40", or CQL2 text')
     bands: Names = Field((), description="common names or B02-style names; empty means the product's usual ones")
     max_items: Positive | None = Field(None, description="stop after this many scenes")
 
@@ -93,7 +63,13 @@ class IngestConfig(BaseModel):
     )
     mask_dilate_m: float = Field(0.0, ge=0, le=10_000, description="how far masked areas grow, metres")
     group: Literal["solar-day", "item", "month"] = "solar-day"
-    reduce: Literal["first"] = "first"
+    reduce: Literal["first", "median", "mean"] = Field(
+        "first", description="what a step keeps of a pixel: its first clear scene, or median or mean of all clear ones"
+    )
+    indices: Annotated[Names, BeforeValidator(lambda value: _split_names(value))] = Field(
+        (), description="spectral indices kept as arrays of their own, e.g. ndvi,ndwi"
+    )
+    clip: bool = Field(True, description="pixels outside the polygons of `geometry` become nodata")
     offset_policy: Literal["repair", "warn", "fail"] = Field(
         "repair", description="when pixels contradict what the metadata says of the -1000 offset"
     )
@@ -115,13 +91,18 @@ class IngestConfig(BaseModel):
     timeout_s: float = Field(30.0, gt=0, le=3600, description="longest silence of a server, seconds")
     retries: int = Field(4, ge=0, le=20, description="how often a failed request is repeated")
 
-    @field_validator("collections", "bands", "query", "allow_hosts", "allow_local", mode="before")
+    @field_validator("query", mode="before")
+    @classmethod
+    def _split_query(cls, value: Any) -> Any:
+        return split_conditions(value) if isinstance(value, str) else value
+
+    @field_validator("collections", "bands", "allow_hosts", "allow_local", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         # "red,nir" is what people type, also inside TOML
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("collections", "bands")
+    @field_validator("collections", "bands", "indices")
     @classmethod
     def _named_once(cls, value: Names) -> Names:
         if any(not name.strip() for name in value):
@@ -174,7 +155,7 @@ class IngestConfig(BaseModel):
     @classmethod
     def _check_query(cls, value: Names) -> Names:
         for text in value:
-            parse_comparison(text)
+            parse_condition(text)
         return value
 
     @field_validator("crs")
@@ -201,29 +182,18 @@ class IngestConfig(BaseModel):
         return parse_interval(self.datetime) if self.datetime else (None, None)
 
     @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """The parsed conditions of `query`; an item must fulfil all of them."""
+        return tuple(parse_condition(text) for text in self.query)
+
+    @property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """The parsed conditions of `query`."""
-        return tuple(parse_comparison(text) for text in self.query)
+        """Those conditions that are a simple comparison."""
+        return tuple(one for one in self.conditions if isinstance(one, Comparison))
 
 
-def parse_comparison(text: str) -> Comparison:
-    """Parse "eo:cloud_cover<40".
-
-    >>> parse_comparison("eo:cloud_cover <= 40")
-    Comparison(name='eo:cloud_cover', operator='<=', value=40.0)
-    """
-    found = re.fullmatch(r"\s*([A-Za-z_][\w:.\-]*)\s*(<=|>=|!=|==|<|>|=)\s*(\S.*?)\s*", text)
-    if not found:
-        raise ValueError(f"query {text!r} must be PROPERTY<VALUE with one of < <= > >= = !=, e.g. eo:cloud_cover<40")
-    name, operator, raw = found.groups()
-    value: float | str
-    try:
-        value = float(raw)
-        if not math.isfinite(value):
-            raise ValueError
-    except ValueError:
-        value = raw.strip("'\"")
-    return Comparison(name, "=" if operator == "==" else operator, value)  # type: ignore[arg-type]
+def _split_names(value: Any) -> Any:
+    return tuple(part.strip().lower() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 def parse_interval(text: str) -> tuple[dt.datetime | None, dt.datetime | None]:

@@ -26,6 +26,7 @@ class Selection:
 
     def __init__(self, config: IngestConfig) -> None:
         self.config = config
+        self._conditions = config.conditions
         self.region: BaseGeometry | None = None
         if config.bbox:
             self.region = box_region(config.bbox)
@@ -57,7 +58,8 @@ class Selection:
             self._extents.append(bounds)
             if not meets(footprint, self.region):
                 return self._turn_away("region")
-        if not all(condition.holds(properties) for condition in self.config.comparisons):
+        facts = {"id": item.get("id"), "collection": collection, **properties}
+        if not all(condition.holds(facts) for condition in self._conditions):
             return self._turn_away("query")
         return True
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ingest.config import EXECUTION_FIELDS, Comparison, IngestConfig, parse_comparison, parse_interval
+from ingest.config import EXECUTION_FIELDS, IngestConfig, parse_interval
+from ingest.query import Comparison, parse_comparison
 
 
 def test_defaults_are_the_documented_ones() -> None:
