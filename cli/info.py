@@ -18,7 +18,7 @@ def describe(cube: Cube, collection: str) -> dict[str, Any]:
     """The keys that CONTRACT promises for one collection, and the shares of pixels by status."""
     spec = cube.spec(collection)
     items = cube.items(collection)
-    counts = cube.ledger(collection).counts(len(spec.shards()))
+    counts = cube.ledger(collection).counts(len(spec.shards()), spec.shards())
     index = cube.index(collection)
     pixels = max(int(index.pixels.sum()), 1)
     times, height, width = spec.shape

@@ -19,9 +19,9 @@ def examine(cube: Cube, collection: str) -> dict[str, Any]:
     spec = cube.spec(collection)
     rows = cube.ledger(collection).rows()
     shards = []
-    for index in spec.shards():
+    for index, region in spec.shards().items():
         row = rows.get(index)
-        state = row.state if row else "pending"
+        state = row.state if row and row.region == region else "pending"
         if state == "done":
             continue
         missing = [
@@ -37,7 +37,7 @@ def examine(cube: Cube, collection: str) -> dict[str, Any]:
                 "missing": missing,
             }
         )
-    counts = cube.ledger(collection).counts(len(spec.shards()))
+    counts = cube.ledger(collection).counts(len(spec.shards()), spec.shards())
     return {**counts, "complete": counts["done"] == counts["total"], "unfinished": shards}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
 
 __all__ = ["Store", "translate_os_errors"]
@@ -91,7 +92,9 @@ class Store:
                     os.fsync(file.fileno())
                 # mkstemp makes private files; a cube is shared like any other file
                 os.chmod(beside, 0o666 & ~_umask())
+                crashpoint(f"before {key}")
                 os.replace(beside, path)
+                crashpoint(f"after {key}")
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(beside)
@@ -110,7 +113,9 @@ class Store:
             try:
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(data)
+                crashpoint(f"before linking {key}")
                 os.link(beside, path)
+                crashpoint(f"after linking {key}")
             except FileExistsError:
                 return False
             finally:
@@ -146,8 +151,10 @@ class Store:
             os.chmod(folder, 0o777 & ~_umask())
             with translate_os_errors(self.url):
                 yield Store(Path(folder))
+                crashpoint("before the cube appears")
                 os.rename(folder, self.root)  # fails if something non-empty has appeared there meanwhile
                 _sync_folder(self.root.parent)
+                crashpoint("after the cube appears")
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -8,6 +8,7 @@ Rows carry no clock time: a run that is killed and repeated leaves the same byte
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -114,7 +115,11 @@ class Ledger:
         self._store.delete(self._key(index))
 
     def rows(self) -> dict[ShardIndex, LedgerRow]:
-        """All rows, by shard index in order."""
+        """All rows, by shard index in order.
+
+        Raises:
+            IntegrityError: A row cannot be read.
+        """
         rows = {}
         for key in self._store.list(self._folder, ".json"):
             data = self._store.read(key)
@@ -123,17 +128,35 @@ class Ledger:
                 rows[row.index] = row
         return dict(sorted(rows.items()))
 
+    def drop_unreadable(self) -> list[str]:
+        """Remove rows that cannot be read, so that their shards count as never written; their keys."""
+        dropped = []
+        for key in self._store.list(self._folder, ".json"):
+            data = self._store.read(key)
+            try:
+                if data is not None:
+                    self._parse(key, data)
+            except IntegrityError:
+                self._store.delete(key)
+                dropped.append(key)
+        return dropped
+
     def _parse(self, key: str, data: bytes) -> LedgerRow:
         try:
             return LedgerRow.from_json(data)
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
-                f"{self._store.root / key} is not a ledger row ({type(error).__name__}: {error}); remove it and "
-                "repeat the ingest: the shard is made again"
+                f"{self._store.root / key} is not a ledger row ({type(error).__name__}: {error}); `terrashard "
+                "repair` makes the shard again"
             ) from error
 
-    def counts(self, total: int) -> dict[str, Any]:
-        """Shards done, partial, failed and pending, of `total`."""
-        states = [row.state for row in self.rows().values()]
+    def counts(self, total: int, shards: Mapping[ShardIndex, Region] | None = None) -> dict[str, Any]:
+        """Shards done, partial, failed and pending, of `total`.
+
+        Args:
+            total: Number of shards.
+            shards: `CubeSpec.shards()`; a row of another region was written before the cube grew, and is pending.
+        """
+        states = [row.state for row in self.rows().values() if shards is None or shards.get(row.index) == row.region]
         found: dict[str, Any] = {state: states.count(state) for state in ("done", "partial", "failed")}
         return found | {"pending": total - len(states), "total": total}

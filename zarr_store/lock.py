@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,13 +18,17 @@ from typing import Any, Self
 from zarr_store.backends import Store
 from zarr_store.errors import Locked
 
-__all__ = ["CubeLock"]
+__all__ = ["CubeLock", "read_token"]
 
 LOCK_KEY = "_terrashard/lock.json"
 
 
 class CubeLock:
     """Hold the only write access to the store at `url`.
+
+    Attributes:
+        token: Names this holding; what is written for a run is written only while the lock still has its token.
+        took_over: Whether a run that died had held the lock.
 
     Raises (on entering):
         Locked: Another run holds it; the message names host, process, purpose and since when.
@@ -34,12 +39,15 @@ class CubeLock:
         self._purpose = purpose
         self._key = key
         self._mine: bytes | None = None
+        self.token = secrets.token_hex(8)
+        self.took_over = False
 
     def __enter__(self) -> Self:
         mine = json.dumps(
             {
                 **_identity(os.getpid()),
                 "purpose": self._purpose,
+                "token": self.token,
                 "since": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         ).encode()
@@ -60,6 +68,7 @@ class CubeLock:
                     f"wait for it to end, or, if that machine is gone, remove {self._store.root / self._key}"
                 )
             self._take_stale(held)
+            self.took_over = True
         raise Locked(f"{self._store.url} was taken by another run at the same moment; repeat the command")
 
     def _take_stale(self, held: bytes) -> None:
@@ -82,6 +91,13 @@ class CubeLock:
         if self._mine is not None and self._store.read(self._key) == self._mine:
             self._store.delete(self._key)
         self._mine = None
+
+
+def read_token(store: Store, key: str = LOCK_KEY) -> str | None:
+    """Token of whoever holds the lock of a store; None where nobody does."""
+    held = store.read(key)
+    token = _parse(held).get("token") if held else None
+    return str(token) if token else None
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Growing a cube: more dates at its end, more rows in its item tables; readers see the old cube or the new one.
+
+The metadata of the grown cube are made in memory by the code that makes new cubes, and put in place file by file:
+coordinates and arrays first, which a reader of the old cube does not look at beyond its own shape; then each group,
+which in one file says times, items and the consolidated metadata of its arrays; the root last. Dying in between leaves
+the old cube, and repeating finishes the work. The number of files does not depend on the length of the cube.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zarr.storage import MemoryStore
+
+from zarr_store.backends import Store
+from zarr_store.errors import CubeMismatch
+from zarr_store.read import Cube, open_cube
+from zarr_store.spec import CubeSpec
+from zarr_store.write import Items, describe, lay_out, list_differences
+
+__all__ = ["grow_cube"]
+
+_MAY_GROW = ("shape", "attributes", "consolidated_metadata")
+
+
+def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, provenance: Mapping[str, Any]) -> int:
+    """Make the metadata of a cube those of the same cube with more dates and items; only under the cube's lock.
+
+    Args:
+        url: The cube.
+        specs: All its collections; each as it is, or with more times after the present ones.
+        items: Collection → item table; each as it is, or with more rows after the present ones, and with further
+            properties of rows that are there.
+        provenance: What made the grown cube.
+
+    Returns:
+        Number of files that were written; 0 where everything was so already.
+
+    Raises:
+        CubeMismatch: The cube asked for is not this one grown; the message is the difference. Nothing was changed.
+    """
+    store = Store.at(url)
+    cube = open_cube(url)
+    _check_growth(cube, specs, items)
+    fresh: dict[str, Any] = {}
+    lay_out(
+        MemoryStore(store_dict=fresh),
+        specs,
+        describe(specs, items),
+        provenance,
+        time_chunks={spec.collection: _time_chunk(store, spec.collection) for spec in specs},
+    )
+    documents = {key: bytes(buffer.to_bytes()) for key, buffer in fresh.items()}
+    changed = [key for key in sorted(documents, key=_order) if store.read(key) != documents[key]]
+    for key in changed:
+        if key.endswith("zarr.json"):
+            _check_layout(store, key, documents[key])
+    for key in changed:
+        store.write(key, documents[key])
+    return len(changed)
+
+
+def _order(key: str) -> tuple[int, str]:
+    """Coordinates, arrays, overview groups, collections, root: what is read first is written last."""
+    name = key.removesuffix("zarr.json").rstrip("/")
+    if not key.endswith("zarr.json"):
+        return (0, key)
+    if not name:
+        return (5, key)
+    depth = name.count("/")
+    if name.startswith("overview"):
+        return (1, key) if depth == 2 else (2 if depth == 1 else 3, key)
+    return (1, key) if depth == 1 else (4, key)
+
+
+def _check_growth(cube: Cube, specs: Sequence[CubeSpec], items: Items) -> None:
+    names = [spec.collection for spec in specs]
+    differences = []
+    if list(cube.collections) != names:
+        differences.append(f"collections: {list(cube.collections)} → {names}")
+    else:
+        for spec in specs:
+            there, asked = cube.spec(spec.collection), spec.to_dict()
+            kept = asked["times"][: len(there.times)]
+            differences += list_differences(
+                {spec.collection: there.to_dict()}, {spec.collection: asked | {"times": kept}}
+            )
+            old = [row["id"] for row in cube.items(spec.collection)]
+            new = [row["id"] for row in items[spec.collection]]
+            if new[: len(old)] != old:
+                differences.append(f"{spec.collection}: items {old[:3]}… are not the first of {new[:3]}…")
+    if differences:
+        raise CubeMismatch(
+            f"{cube.url} cannot grow into what is asked for (there → asked for): {'; '.join(differences[:6])}. Nothing "
+            "was changed: a cube keeps its grid, bands and rules, and takes new dates at its end"
+        )
+
+
+def _check_layout(store: Store, key: str, document: bytes) -> None:
+    """Refuse to change anything of an array but its shape: its objects are there already."""
+    held = store.read(key)
+    if held is None:
+        return
+    there, asked = json.loads(held), json.loads(document)
+    if there.get("node_type") != "array":
+        return
+    differences = list_differences(*({n: v for n, v in d.items() if n not in _MAY_GROW} for d in (there, asked)))
+    if differences:
+        raise CubeMismatch(
+            f"{store.url}: array {key.removesuffix('/zarr.json')} was laid out by another release "
+            f"({'; '.join(differences[:3])}) and cannot grow; nothing was changed: make a new cube"
+        )
+
+
+def _time_chunk(store: Store, collection: str) -> int:
+    held = json.loads(store.read(f"{collection}/time/zarr.json") or b"{}")
+    return int(held["chunk_grid"]["configuration"]["chunk_shape"][0])
