@@ -6,11 +6,10 @@ import functools
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorstore as ts
-import xarray as xr
 
 from zarr_store.backends import Store
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
@@ -18,6 +17,9 @@ from zarr_store.index import TrainingIndex
 from zarr_store.ledger import Ledger
 from zarr_store.regions import Region
 from zarr_store.spec import CubeSpec
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["Cube", "await_read", "is_cube", "open_cube", "read_tensorstore"]
 
@@ -117,6 +119,8 @@ class Cube:
 
         A shard that was never written reads as fill value here, as Zarr has it: look at `status` (0) or use `read`.
         """
+        import xarray as xr  # here, as it and pandas take longer to import than all else a worker needs
+
         self._describe(collection)
         opened: xr.Dataset = xr.open_zarr(self.url, group=collection, chunks=None, mask_and_scale=False)
         return opened
