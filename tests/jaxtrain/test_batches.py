@@ -35,7 +35,9 @@ def reader_of(url: Path, **values: object) -> WindowReader:
 @pytest.mark.parametrize("learn_masked", [False, True])
 def test_a_batch_is_what_plain_zarr_reads(bands: tuple[str, ...], learn_masked: bool) -> None:
     cube = open_cube(shared_cube())
-    batch = reader_of(shared_cube(), bands=bands, learn_masked=learn_masked, classes={**CLASSES, "9": "cloud"}).read(ROWS)
+    batch = reader_of(shared_cube(), bands=bands, learn_masked=learn_masked, classes={**CLASSES, "9": "cloud"}).read(
+        ROWS
+    )
     opened = cube.dataset(COLLECTION)
     wanted = list(bands or cube.spec(COLLECTION).band_names)
     for i, (t, y, x) in enumerate(ROWS.tolist()):

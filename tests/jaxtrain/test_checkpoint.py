@@ -169,10 +169,14 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(store: CheckpointStore, prog
 def test_another_network_is_refused_with_the_difference(
     store: CheckpointStore, program: Program, program_of: ProgramOf
 ) -> None:
-    with pytest.raises(InvalidInput, match=r"holds another network \(saved → asked for\): .*\(3, 3, 3, 8\) → .*\(3, 3, 3, 16\)"):
+    with pytest.raises(
+        InvalidInput, match=r"holds another network \(saved → asked for\): .*\(3, 3, 3, 8\) → .*\(3, 3, 3, 16\)"
+    ):
         store.restore(target_of(program_of(1, 1, model={"width": 16})))
     half = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16 if s.dtype == jnp.float32 else s.dtype, sharding=s.sharding),
+        lambda s: jax.ShapeDtypeStruct(
+            s.shape, jnp.bfloat16 if s.dtype == jnp.float32 else s.dtype, sharding=s.sharding
+        ),
         target_of(program),
     )
     with pytest.raises(InvalidInput, match=r"float32 .* → bfloat16"):  # orbax alone would cast without a word
