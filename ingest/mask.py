@@ -7,7 +7,7 @@ the mask needs pixels beyond the window, so classes are read with a halo, and sh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +21,26 @@ Bool = npt.NDArray[np.bool_]
 NO_DATA_CLASS = 0
 
 
-def observed(bands: npt.NDArray[np.generic], classes: npt.NDArray[np.uint8] | None) -> Bool:
+def observed(bands: Sequence[npt.NDArray[np.generic]], classes: npt.NDArray[np.uint8] | None) -> Bool:
     """Where every band has a value and, if classes were read, the class is not 0.
 
     Args:
-        bands: (band, y, x); nodata is 0 in whole numbers and NaN in floats.
+        bands: Each (y, x); nodata is 0 in whole numbers and NaN in floats.
         classes: (y, x) or None.
 
     Returns:
         (y, x).
     """
-    seen: Bool = np.isfinite(bands).all(axis=0) if bands.dtype.kind == "f" else (bands != 0).all(axis=0)
-    return seen if classes is None else seen & (classes != NO_DATA_CLASS)
+    seen: Bool = _has_value(bands[0])
+    for band in bands[1:]:
+        seen &= _has_value(band)
+    if classes is not None:
+        seen &= classes != NO_DATA_CLASS
+    return seen
+
+
+def _has_value(band: npt.NDArray[np.generic]) -> Bool:
+    return np.asarray(np.isfinite(band) if band.dtype.kind == "f" else band != 0, bool)
 
 
 def halo_pixels(grid: Grid, dilate_m: float) -> tuple[int, int]:

@@ -107,8 +107,15 @@ def harmonise_dn(dn: npt.NDArray[np.uint16], dn_offset: int) -> npt.NDArray[np.u
     """
     if dn_offset == 0:
         return dn
-    moved = np.clip(dn.astype(np.int32) + dn_offset, 1, 65535).astype(np.uint16)
-    return np.where((dn == 0) | (dn == 65535), dn, moved)
+    if dn_offset < 0:  # the common case, without leaving 16 bits
+        moved = np.maximum(dn, np.uint16(min(1 - dn_offset, 65535)))
+        moved -= np.uint16(min(-dn_offset, 65534))
+    else:
+        moved = np.minimum(dn, np.uint16(max(65535 - dn_offset, 0)))
+        moved += np.uint16(min(dn_offset, 65535))
+    moved *= dn != 0
+    np.copyto(moved, dn, where=dn == 65535)
+    return moved
 
 
 def _check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> None:
@@ -129,10 +136,10 @@ def _as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
                 power[power == np.float32(value)] = np.nan
         return power
     top = np.iinfo(stored).max
-    whole = raw.astype(stored) if raw.dtype == stored else np.clip(raw, 0, top).astype(stored)
+    whole = raw.astype(stored, copy=False) if raw.dtype == stored else np.clip(raw, 0, top).astype(stored)
     for value in empty:
-        if np.isfinite(value) and value != 0:
-            whole[raw == value] = 0
+        if np.isfinite(value) and value != 0 and (hits := raw == value).any():
+            whole[hits] = 0
     return whole
 
 

@@ -101,9 +101,11 @@ def _copy(
     dtype: npt.DTypeLike,
     nodata: float,
 ) -> Array:
-    out = np.full(shape, nodata, dtype)
     row0, col0 = max(0, offset[0]), max(0, offset[1])
     row1, col1 = min(size[0], offset[0] + shape[0]), min(size[1], offset[1] + shape[1])
+    if (row1 - row0, col1 - col0) == shape:
+        return read(row0, col0, *shape)
+    out = np.full(shape, nodata, dtype)
     if row1 > row0 and col1 > col0:
         at = (slice(row0 - offset[0], row1 - offset[0]), slice(col0 - offset[1], col1 - offset[1]))
         out[at] = read(row0, col0, row1 - row0, col1 - col0)

@@ -51,27 +51,18 @@ class ChunkStats:
             status: (time, y, x).
             layers: Class layers, each (time, y, x) uint8.
         """
-        by_status = np.bincount(status.ravel(), minlength=4)
         clear = status == STATUS_OBSERVED
-        values = np.moveaxis(main, 1, 0)[:, clear].astype(np.float64)
-        if values.shape[1]:
-            mean = values.mean(axis=1)
-            m2 = np.square(values - mean[:, None]).sum(axis=1)
-        else:
-            mean = m2 = np.zeros(main.shape[1])
-        seen = clear | (status == STATUS_MASKED)
+        observed = int(np.count_nonzero(clear))
+        masked = status == STATUS_MASKED
+        counted = observed + int(np.count_nonzero(masked))
+        mean, m2 = _moments(main, clear, observed)
+        seen = clear | masked
         classes = {}
         for name, layer in layers.items():
-            counts = np.bincount(layer[seen], minlength=256)
+            counts = np.bincount((layer if counted == layer.size else layer[seen]).ravel(), minlength=256)
             classes[name] = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-        return cls(
-            int(by_status[STATUS_OBSERVED]),
-            int(by_status[STATUS_MASKED]),
-            int(by_status[STATUS_MISSING]),
-            tuple(float(v) for v in mean),
-            tuple(float(v) for v in m2),
-            classes,
-        )
+        missing = int(np.count_nonzero(status == STATUS_MISSING))
+        return cls(observed, counted - observed, missing, mean, m2, classes)
 
     def to_list(self) -> list[Any]:
         """JSON form, short because there is one per chunk."""
@@ -168,3 +159,30 @@ class TrainingIndex:
         m2 = self.band_m2[chosen].sum(axis=0) + (counts * np.square(means - mean)).sum(axis=0)
         std = np.sqrt(m2 / total)
         return mean, np.where(std > 0, std, 1.0)
+
+
+def _moments(main: np.ndarray, clear: np.ndarray, observed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per band, mean and sum of squared deviations over the pixels that are clear.
+
+    Whole numbers are summed exactly: a chunk of up to 2²¹ pixels of 16 bits sums to less than 2⁵³ even when squared,
+    so neither the order of summation nor the size of the mean costs a bit.
+    """
+    bands = main.shape[1]
+    if not observed:
+        return (0.0,) * bands, (0.0,) * bands
+    if main.dtype.kind == "f" or main.dtype.itemsize > 2 or observed > 1 << 21:
+        values = np.moveaxis(main, 1, 0)[:, clear].astype(np.float64)
+        means = values.mean(axis=1)
+        squares = np.square(values - means[:, None]).sum(axis=1)
+        return tuple(float(v) for v in means), tuple(float(v) for v in squares)
+    mean, m2 = [], []
+    values = np.empty((main.shape[0], *main.shape[2:]))  # one for all bands: fresh memory costs more than the sums
+    flat = values.ravel()
+    for band in range(bands):
+        values[...] = main[:, band]
+        if observed < flat.size:
+            values *= clear
+        total, squared = int(flat.sum()), int(np.dot(flat, flat))
+        mean.append(total / observed)
+        m2.append((observed * squared - total * total) / observed)
+    return tuple(mean), tuple(m2)
