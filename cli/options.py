@@ -59,7 +59,9 @@ COMPOSING: dict[str, Any] = {
     "mask": _option(str, "--mask", panel=_MASK, metavar="NAME", text="scl, or none."),
     "mask_dilate_m": _option(float, "--mask-dilate", panel=_MASK, metavar="M", text="Grow masked areas, metres."),
     "group": _option(str, "--group", panel=_MASK, metavar="NAME", text="Time steps: solar-day, item or month."),
-    "reduce": _option(str, "--reduce", panel=_MASK, metavar="NAME", text="What to keep of a time step: first."),
+    "reduce": _option(str, "--reduce", panel=_MASK, metavar="NAME", text="Of a time step: first, median or mean."),
+    "indices": _option(str, "--index", panel=_MASK, metavar="A,B", text="Spectral indices to keep: ndvi,ndwi …"),
+    "clip": _option(bool, "--clip/--no-clip", panel=_MASK, text="Cut out the polygons of --geometry (default)."),
     "offset_policy": _option(
         str,
         "--offset-policy",

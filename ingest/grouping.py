@@ -13,7 +13,7 @@ from typing import Literal
 
 from ingest.scene import Scene
 
-__all__ = ["Step", "group_scenes", "overlap_order", "parse_time", "solar_day"]
+__all__ = ["Step", "group_scenes", "overlap_order", "parse_time", "solar_day", "step_label"]
 
 Grouping = Literal["solar-day", "item", "month"]
 
@@ -55,7 +55,8 @@ def group_scenes(
 ) -> tuple[list[Step], list[str]]:
     """Cut scenes of one collection into time steps.
 
-    Scenes of different orbits of radar stay apart within a day: they look at the ground from other sides.
+    Scenes of different orbits of radar stay apart within a day or month: they look at the ground from other sides, so
+    a mean over them would be of two different things, and each step has one orbit to name.
 
     Args:
         scenes: Of one collection.
@@ -68,7 +69,7 @@ def group_scenes(
     """
     found: dict[tuple[str, ...], list[Scene]] = {}
     for scene in scenes:
-        found.setdefault(_label(scene, group, longitude), []).append(scene)
+        found.setdefault(step_label(scene, group, longitude), []).append(scene)
     steps, remarks = [], []
     taken: set[dt.datetime] = set()
     by_start = sorted(found.items(), key=lambda entry: (min(parse_time(s.datetime) for s in entry[1]), entry[0]))
@@ -102,12 +103,13 @@ def overlap_order(rank: Callable[[Scene], int]) -> Callable[[Scene], tuple[objec
     return order
 
 
-def _label(scene: Scene, group: Grouping, longitude: float) -> tuple[str, ...]:
+def step_label(scene: Scene, group: Grouping, longitude: float) -> tuple[str, ...]:
+    """What makes scenes one time step: those with the same label."""
     if group == "item":
         return (scene.id,)
     day = solar_day(parse_time(scene.datetime), longitude)
     label = day.strftime("%Y-%m") if group == "month" else day.isoformat()
-    if (scene.platform or "").startswith("sentinel-1") and group == "solar-day":
+    if (scene.platform or "").startswith("sentinel-1"):
         return (label, f"orbit {scene.relative_orbit}", scene.orbit_direction or "?")
     return (label,)
 

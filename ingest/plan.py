@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from ingest.clip import clip_text
 from ingest.config import EXECUTION_FIELDS, IngestConfig
 from ingest.facts import collection_facts, discrepancies
 from ingest.grouping import group_scenes, overlap_order
+from ingest.indices import refuse_indices_without_reflectance
 from ingest.products import choose_bands
 from ingest.scene import Scene
 from ingest.sources import (
@@ -32,7 +34,7 @@ from ingest.sources import (
     select_scenes,
     sources_of,
 )
-from ingest.target import choose_grid
+from ingest.target import TargetGrid, choose_grid
 from ingest.task import PlannedScene, Recipe, ShardTask, digest
 from zarr_store.errors import AccessError, InvalidInput, NothingFound
 from zarr_store.grid import Grid
@@ -238,7 +240,7 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
         InvalidInput: The source or the selection cannot be used.
         AccessError: The source cannot be reached, or no file could be opened.
     """
-    from ingest.hrefs import HrefPolicy, redact, refuse_private_address
+    from ingest.hrefs import HrefPolicy, is_url, redact, refuse_private_address
     from ingest.probe import probe_scenes
     from ingest.search import search
 
@@ -248,7 +250,8 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
     for href in hosts.values():
         with suppress(AccessError):  # a name that is not found becomes the error of each asset behind it
             refuse_private_address(href, policy)
-    return plan_scenes(scenes, probe_scenes(scenes, config), config, source=redact(source))
+    told = redact(source) if is_url(source) else str(Path(source).expanduser().resolve())
+    return plan_scenes(scenes, probe_scenes(scenes, config), config, source=told)
 
 
 def plan_scenes(
@@ -258,6 +261,7 @@ def plan_scenes(
     *,
     source: str = "",
     layout: Layout | None = None,
+    grid: Grid | None = None,
 ) -> Plan:
     """Plan the ingest of `scenes`. Pure.
 
@@ -267,6 +271,7 @@ def plan_scenes(
         config: What is asked.
         source: Shown in the plan.
         layout: Chunks and shards; None for the profile of `config`.
+        grid: Of a cube that the scenes go into; None to choose one from the files.
 
     Raises:
         NothingFound: No scene touches the region.
@@ -278,7 +283,7 @@ def plan_scenes(
     candidates = [c for f in found for c in f.candidates()]
     if not candidates:
         refuse_unopened(found)
-    target = choose_grid(candidates, config)
+    target = TargetGrid(grid, (f"grid: {grid}, that of the cube",)) if grid else choose_grid(candidates, config)
     kept, drops = select_scenes(found, target.grid, config)
     west, _, east, _ = target.grid.lonlat_bounds()
     longitude = (west + (east + 360.0 if east < west else east)) / 2.0
@@ -295,20 +300,22 @@ def plan_scenes(
             order=overlap_order(lambda scene, by=by_id: by[scene.id].rank(target.grid)),  # type: ignore[misc]
         )
         recipe = Recipe(
-            collection_spec(collection, product, choice, target.grid, steps, layout or LAYOUTS[config.profile]),
+            collection_spec(collection, product, choice, target.grid, steps, layout or LAYOUTS[config.profile], config),
             choice.mask.name if choice.mask else None,
             tuple(sorted(config.mask_classes)) if choice.mask else (),
             config.mask_dilate_m if choice.mask else 0.0,
+            clip_text(config.geometry) if config.clip else None,
         )
         table, planned = place_scenes(recipe, steps, by_id, config)
         recipes.append(recipe)
         items[collection] = table
         tasks += [
-            ShardTask.of(recipe, index, region, sources_of(region, planned, target.grid))
+            ShardTask.of(recipe, index, region, sources_of(region, planned, target.grid, recipe.clip))
             for index, region in recipe.spec.shards().items()
         ]
         warnings += [f"{collection}: {text}" for text in (*remarks, *discrepancies(members))]
         told[collection] = collection_facts(recipe, members, [t for t in tasks if t.collection == collection])
+    refuse_indices_without_reflectance(config.indices, [recipe.spec.kind for recipe in recipes])
     return Plan(
         recipes=tuple(recipes),
         items=items,

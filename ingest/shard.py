@@ -1,18 +1,22 @@
 """Filling one shard: sources in, arrays out. A pure function of its task, but for the reading itself.
 
 Sources are read one after the other, so memory does not grow with their number, and a later source is read only where
-no earlier one is clear. All bands and classes of a pixel come from one source, and `source_item` says which.
+no earlier one is clear. All bands and classes of a pixel come from one source, and `source_item` says which; or the
+bands are a mean or median of all clear sources (`ingest.composite`), and `observations` says of how many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from pyproj import Transformer
 
+from ingest.clip import inside_of
+from ingest.composite import Tally, make_tally, strips
+from ingest.indices import add_indices
 from ingest.mask import halo_pixels, mask_classes, observed
 from ingest.read import NODATA, Access, Pixels, harmonise_dn, read_on_grid
 from ingest.sources import pixel_box
@@ -20,6 +24,7 @@ from ingest.task import PlannedScene, Recipe, ShardTask, SourceAsset
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
 from zarr_store.ledger import SourceOutcome
+from zarr_store.regions import Region
 from zarr_store.spec import STATUS_MASKED, STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED
 
 __all__ = ["AssetReader", "FilledShard", "fill_shard"]
@@ -64,40 +69,60 @@ def fill_shard(
         )
 
     times, height, width = task.region.shape
-    shard = _Shard(recipe, task, reader or real)
+    spec = recipe.spec
+    by_step = [[s for s in task.sources if s.step == t] for t in range(task.region.t0, task.region.t1)]
     arrays: dict[str, Pixels] = {
-        recipe.spec.kind: np.full((times, len(recipe.spec.bands), height, width), NODATA[recipe.dtype], recipe.dtype),
-        **{name: np.zeros((times, height, width), np.uint8) for name in recipe.spec.class_layers},
+        spec.kind: _empty((times, len(spec.bands), height, width), recipe.dtype),
+        **{name: np.zeros((times, height, width), np.uint8) for name in spec.class_layers},
         "status": np.full((times, height, width), STATUS_NODATA, np.uint8),
-        "source_item": np.full((times, height, width), -1, np.int16),
     }
-    outcomes: list[SourceOutcome] = []
-    for step in range(times):
-        views = {name: array[step] for name, array in arrays.items()}
-        sources = [scene for scene in task.sources if scene.step == task.region.t0 + step]
-        outcomes += shard.fill_step(sources, views)
-    return FilledShard(arrays, tuple(outcomes), shard.pixels_read)
+    if spec.reduce == "first":
+        arrays["source_item"] = np.full((times, height, width), -1, np.int16)
+    else:
+        arrays["observations"] = np.zeros((times, height, width), np.uint16)
+    outcomes: dict[int, SourceOutcome] = {}
+    pixels_read = 0
+    for part in strips(task.region, spec, max(map(len, by_step), default=0)):
+        shard = _Shard(recipe, part, reader or real)
+        _, rows, cols = part.within(task.region)
+        for step, sources in enumerate(by_step):
+            views = {name: array[step][..., rows, cols] for name, array in arrays.items()}
+            # a source that failed in one part of a shard is not asked again in the next
+            failed = {item for item, outcome in outcomes.items() if outcome.state == "missing"}
+            for outcome in shard.fill_step(sources, views, failed):
+                if outcome.item not in failed:
+                    outcomes[outcome.item] = outcome
+        pixels_read += shard.pixels_read
+    add_indices(arrays, spec)
+    return FilledShard(arrays, tuple(outcomes.values()), pixels_read)
 
 
 class _Shard:
     """The work on one shard, step by step."""
 
-    def __init__(self, recipe: Recipe, task: ShardTask, read: AssetReader) -> None:
-        region = task.region
+    def __init__(self, recipe: Recipe, region: Region, read: AssetReader) -> None:
         self.recipe = recipe
         self.read = read
         self.grid = recipe.spec.grid.window(region.y0, region.x0, region.shape[1], region.shape[2])
         dilate = recipe.mask_dilate_m if recipe.mask_layer else 0.0
         self.halo = halo_pixels(self.grid, dilate)
         self.pixels_read = 0
+        self.inside = inside_of(recipe.clip, self.grid)
+        self.tally: Tally | None = None
 
-    def fill_step(self, sources: list[PlannedScene], views: dict[str, Pixels]) -> list[SourceOutcome]:
+    def fill_step(
+        self, sources: list[PlannedScene], views: dict[str, Pixels], failed: Container[int] = ()
+    ) -> list[SourceOutcome]:
         """Mosaic the sources of one time step into the views of the shard's arrays."""
-        status = views["status"]
+        status, main = views["status"], views[self.recipe.spec.kind]
+        self.tally = make_tally(self.recipe.spec.reduce, (main.shape[0], *self.grid.shape), main.dtype)
         outcomes, unread = [], []
         for scene in sources:
             window = self._needed(scene, status)
             if window is None:
+                continue
+            if scene.item in failed:
+                unread.append(scene)
                 continue
             try:
                 self._add(scene, window, views)
@@ -107,7 +132,10 @@ class _Shard:
             else:
                 outcomes.append(SourceOutcome(scene.item, scene.item_id, "read"))
         for scene in unread:
-            status[(status == STATUS_NODATA) & _covered(scene.extent, self.grid)] = STATUS_MISSING
+            lost = (status == STATUS_NODATA) & _covered(scene.extent, self.grid)
+            status[lost if self.inside is None else lost & self.inside] = STATUS_MISSING
+        if self.tally is not None:
+            self.tally.finish(main, views["observations"])
         return outcomes
 
     def _needed(self, scene: PlannedScene, status: Pixels) -> tuple[int, int, int, int] | None:
@@ -116,7 +144,10 @@ class _Shard:
         if reach is None:
             return None
         row0, row1, col0, col1 = reach
-        wanting = status[row0:row1, col0:col1] != STATUS_OBSERVED
+        # one clear source is enough for a mosaic; a mean or a median asks them all
+        wanting = (status[row0:row1, col0:col1] != STATUS_OBSERVED) | (self.tally is not None)
+        if self.inside is not None:
+            wanting &= self.inside[row0:row1, col0:col1]
         rows, cols = np.flatnonzero(wanting.any(axis=1)), np.flatnonzero(wanting.any(axis=0))
         if not len(rows):
             return None
@@ -133,16 +164,22 @@ class _Shard:
         target = self.grid.window(row0, col0, row1 - row0, col1 - col0)
         spec, recipe = self.recipe.spec, self.recipe
         classes, masked = self._classes(scene, target)
-        main = np.stack([self._read_band(scene, band, target) for band in spec.band_names])
-        seen = observed(main, classes.get(recipe.mask_layer or "scl"))
+        bands = [self._read_band(scene, band, target) for band in spec.band_names]
+        seen = observed(bands, classes.get(recipe.mask_layer or "scl"))
+        if self.inside is not None:
+            seen &= self.inside[place]
         clear = seen & ~masked
-        status, main_view = views["status"][place], views[spec.kind][(slice(None), *place)]
-        wins = (clear & (status != STATUS_OBSERVED)) | (seen & (status == STATUS_NODATA))
-        np.copyto(main_view, main, where=wins)
+        status = views["status"][place]
+        wins = (clear & (status != STATUS_OBSERVED)) | (seen & (status == STATUS_NODATA)) if status.any() else seen
+        for view, band in zip(views[spec.kind], bands, strict=False):
+            _paste(view[place], band, wins)
         for name in spec.class_layers:
-            np.copyto(views[name][place], classes[name], where=wins)
-        views["source_item"][place][wins] = scene.item
-        status[wins] = np.where(clear, STATUS_OBSERVED, STATUS_MASKED)[wins]
+            _paste(views[name][place], classes[name], wins)
+        if self.tally is None:
+            _paste(views["source_item"][place], np.int16(scene.item), wins)
+        else:
+            self.tally.add(np.stack(bands), clear, place)
+        _paste(status, np.where(clear, np.uint8(STATUS_OBSERVED), np.uint8(STATUS_MASKED)), wins)
 
     def _classes(
         self, scene: PlannedScene, target: Grid
@@ -167,6 +204,20 @@ class _Shard:
         self.pixels_read += target.height * target.width
         raw = self.read(asset, target)
         return harmonise_dn(raw.astype(np.uint16, copy=False), asset.dn_offset) if asset.stored == "uint16" else raw
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> Pixels:
+    """Pixels without data; zeros are had from the system for nothing."""
+    nodata = NODATA[dtype]
+    return np.zeros(shape, dtype) if nodata == 0 else np.full(shape, nodata, dtype)
+
+
+def _paste(view: Pixels, pixels: Pixels | np.generic, wins: npt.NDArray[np.bool_]) -> None:
+    """Put `pixels` into `view` where they win; most often that is everywhere, which is several times faster."""
+    if wins.all():
+        view[...] = pixels
+    else:
+        np.copyto(view, pixels, where=wins)
 
 
 def _covered(extent: Grid, target: Grid) -> npt.NDArray[np.bool_]:

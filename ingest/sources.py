@@ -14,9 +14,11 @@ from shapely.affinity import translate
 from shapely.geometry import box, shape
 from shapely.geometry.base import BaseGeometry
 
+from ingest.clip import is_outside
 from ingest.config import IngestConfig
 from ingest.grouping import Step
 from ingest.hrefs import redact
+from ingest.indices import choose_indices
 from ingest.products import PRODUCTS, BandChoice, ProductRule
 from ingest.read import Stored
 from ingest.resample import is_nested
@@ -169,7 +171,13 @@ def product_of(scene: Scene) -> ProductRule:
 
 
 def collection_spec(
-    collection: str, product: ProductRule, choice: BandChoice, grid: Grid, steps: Sequence[Step], layout: Layout
+    collection: str,
+    product: ProductRule,
+    choice: BandChoice,
+    grid: Grid,
+    steps: Sequence[Step],
+    layout: Layout,
+    config: IngestConfig,
 ) -> CubeSpec:
     radar = product.kind == "backscatter"
     bands = tuple(
@@ -177,7 +185,17 @@ def collection_spec(
         for band in choice.data
     )
     layers = tuple(layer.name for layer in choice.layers)
-    return CubeSpec(collection, product.kind, bands, grid, tuple(step.time for step in steps), layers, layout)
+    return CubeSpec(
+        collection,
+        product.kind,
+        bands,
+        grid,
+        tuple(step.time for step in steps),
+        layers,
+        layout,
+        choose_indices(config.indices, product.kind, collection),
+        config.reduce,
+    )
 
 
 def place_scenes(
@@ -243,9 +261,13 @@ def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
     return (row0, row1, col0, col1) if row1 > row0 and col1 > col0 else None
 
 
-def sources_of(region: Region, planned: Sequence[PlannedScene], grid: Grid) -> tuple[PlannedScene, ...]:
-    """Scenes that may reach into a shard, in the order in which they win."""
+def sources_of(
+    region: Region, planned: Sequence[PlannedScene], grid: Grid, clip: str | None = None
+) -> tuple[PlannedScene, ...]:
+    """Scenes that may reach into a shard, in the order in which they win; none where all of it is clipped away."""
     window = grid.window(region.y0, region.x0, region.shape[1], region.shape[2])
+    if is_outside(clip, window):
+        return ()
     return tuple(
         scene
         for scene in planned

@@ -55,6 +55,9 @@ def _collection(plan: Plan, recipe: Recipe) -> list[str]:
     lines = [
         f"{spec.collection}",
         f"  bands     {', '.join(spec.band_names)}{layers} ({recipe.dtype}); mask {mask}",
+        *([f"  indices   {', '.join(f'{i.name} = {i.formula}' for i in spec.derived)}"] if spec.derived else []),
+        *([f"  reduced   {spec.reduce} of the clear observations of each step"] if spec.reduce != "first" else []),
+        *(["  clipped   pixels outside the geometry have no data"] if recipe.clip else []),
         f"  dates     {len(times)}: {shown[0]}",
         *(f"            {time}" for time in shown[1:]),
         f"  shards    {len(tasks)} of up to {'×'.join(map(str, spec.layout.shard))} (time×y×x), chunks "

@@ -132,12 +132,14 @@ class Recipe:
         mask_layer: Class layer that masks are made from; None masks nothing.
         mask_classes: Class values that are masked.
         mask_dilate_m: How far they grow, metres.
+        clip: GeoJSON text of the area, lon/lat, outside which there is no data; None for the whole grid.
     """
 
     spec: CubeSpec
     mask_layer: str | None = None
     mask_classes: tuple[int, ...] = ()
     mask_dilate_m: float = 0.0
+    clip: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -153,11 +155,12 @@ class Recipe:
     def rules(self) -> dict[str, Any]:
         """All that determines pixels besides region and sources; the time axis does not."""
         spec = {name: value for name, value in self.spec.to_dict().items() if name != "times"}
-        return {
+        rules = {
             "version": RULES_VERSION,
             "spec": spec,
             "mask": [self.mask_layer, sorted(self.mask_classes), self.mask_dilate_m],
         }
+        return rules if self.clip is None else rules | {"clip": self.clip}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -166,13 +169,18 @@ class Recipe:
             "mask_layer": self.mask_layer,
             "mask_classes": list(self.mask_classes),
             "mask_dilate_m": self.mask_dilate_m,
+            "clip": self.clip,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
         return cls(
-            CubeSpec.from_dict(data["spec"]), data["mask_layer"], tuple(data["mask_classes"]), data["mask_dilate_m"]
+            CubeSpec.from_dict(data["spec"]),
+            data["mask_layer"],
+            tuple(data["mask_classes"]),
+            data["mask_dilate_m"],
+            data.get("clip"),
         )
 
 

@@ -23,7 +23,9 @@ __all__ = [
     "ArraySpec",
     "BandSpec",
     "CubeSpec",
+    "DerivedSpec",
     "Layout",
+    "Reducer",
 ]
 
 STATUS_NODATA, STATUS_OBSERVED, STATUS_MASKED, STATUS_MISSING = 0, 1, 2, 3
@@ -33,6 +35,8 @@ OVERVIEW_FACTOR = 8
 """The overview keeps every 8th pixel each way, so it adds 1/64 and a 2048² shard becomes one 256² chunk."""
 
 Kind = Literal["reflectance", "backscatter"]
+Reducer = Literal["first", "median", "mean"]
+"""What a time step keeps of several observations of one pixel."""
 MAIN_ARRAYS: dict[Kind, str] = {"reflectance": "uint16", "backscatter": "float32"}
 """Name of the array that holds the bands, and its dtype."""
 
@@ -52,6 +56,21 @@ class BandSpec:
 
 
 @dataclass(frozen=True)
+class DerivedSpec:
+    """One array (time, y, x) that is computed from bands of the main array when a shard is written.
+
+    Stored as int16: value = stored · scale, `nodata` where the bands do not allow one.
+    """
+
+    name: str
+    bands: tuple[str, ...]
+    formula: str
+    source: str
+    scale: float = 1e-4
+    nodata: int = -32768
+
+
+@dataclass(frozen=True)
 class Layout:
     """How arrays are cut: `chunk` is what is compressed and checksummed as one, `shard` is what is one file.
 
@@ -62,7 +81,7 @@ class Layout:
     chunk: tuple[int, int, int]
     shard: tuple[int, int, int]
     cname: str = "zstd"
-    clevel: int = 3
+    clevel: int = 1
 
     def fitted(self, shape: tuple[int, int, int]) -> Layout:
         """The same layout with shards no larger than needed to cover `shape`, in whole chunks."""
@@ -101,6 +120,9 @@ class CubeSpec:
         times: Acquisition time of each step, ISO 8601 UTC ("2023-08-15T09:57:57"), strictly ascending.
         class_layers: Extra uint8 layers (time, y, x), e.g. ("scl",).
         layout: Chunks and shards.
+        derived: Spectral indices, each an array of its own.
+        reduce: "first": every pixel is one observation and `source_item` names it. "median" and "mean": over the
+            clear observations of the step; `observations` counts them in place of `source_item`.
     """
 
     collection: str
@@ -110,6 +132,8 @@ class CubeSpec:
     times: tuple[str, ...]
     class_layers: tuple[str, ...] = ()
     layout: Layout = LAYOUTS["train"]
+    derived: tuple[DerivedSpec, ...] = ()
+    reduce: Reducer = "first"
 
     def __post_init__(self) -> None:
         if not _GROUP_NAME.fullmatch(self.collection):
@@ -122,6 +146,16 @@ class CubeSpec:
         names = [band.name for band in self.bands]
         if not names or len(set(names)) != len(names):
             raise InvalidInput(f"{self.collection}: bands must be named once each and not be empty, got {names}")
+        for index in self.derived:
+            lacking = [band for band in index.bands if band not in names]
+            if lacking:
+                raise InvalidInput(
+                    f"{self.collection}: {index.name} is made of {' and '.join(index.bands)}, but the bands are "
+                    f"{', '.join(names)}; add {','.join(lacking)} to --bands, or leave the index out"
+                )
+        arrays = [array.name for array in self.arrays()]
+        if len(set(arrays)) != len(arrays):
+            raise InvalidInput(f"{self.collection}: arrays must have names of their own, got {', '.join(arrays)}")
         if not self.times or list(self.times) != sorted(set(self.times)):
             raise InvalidInput(
                 f"{self.collection}: times must be strictly ascending and not be empty, got {self.times}"
@@ -154,7 +188,7 @@ class CubeSpec:
         return np.array([t.removesuffix("Z") for t in self.times], dtype="datetime64[s]")
 
     def arrays(self) -> tuple[ArraySpec, ...]:
-        """All pixel arrays of the group: the main one, class layers, status and source_item."""
+        """All pixel arrays of the group: the main one, class layers, status, source_item or observations, indices."""
         tyx = ("time", "y", "x")
         main: dict[str, Any] = {"long_name": self.kind}
         scales = {(b.scale, b.offset) for b in self.bands}
@@ -190,6 +224,32 @@ class CubeSpec:
                 {
                     "long_name": "row of the item table that gave the pixel, -1 for none",
                 },
+            )
+            if self.reduce == "first"
+            else ArraySpec(
+                "observations",
+                "uint16",
+                tyx,
+                0,
+                {"long_name": f"clear observations that the {self.reduce} was taken over"},
+            ),
+            *(
+                ArraySpec(
+                    index.name,
+                    "int16",
+                    tyx,
+                    index.nodata,
+                    {
+                        "long_name": index.name.upper(),
+                        "formula": index.formula,
+                        "bands": list(index.bands),
+                        "references": index.source,
+                        # named so that xarray's CF decoding leaves the integers alone, as it does with reflectance
+                        "index_scale": index.scale,
+                        "index_nodata": index.nodata,
+                    },
+                )
+                for index in self.derived
             ),
         )
 
@@ -222,8 +282,13 @@ class CubeSpec:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self) | {"grid": self.grid.to_dict()}
+        """JSON form; without what is at its default and came after the first format, so that older cubes compare."""
+        data = asdict(self) | {"grid": self.grid.to_dict()}
+        if not self.derived:
+            del data["derived"]
+        if self.reduce == "first":
+            del data["reduce"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -239,4 +304,8 @@ class CubeSpec:
             layout=Layout(
                 layout["name"], tuple(layout["chunk"]), tuple(layout["shard"]), layout["cname"], layout["clevel"]
             ),
+            derived=tuple(
+                DerivedSpec(**{**index, "bands": tuple(index["bands"])}) for index in data.get("derived", ())
+            ),
+            reduce=data.get("reduce", "first"),
         )

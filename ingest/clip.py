@@ -1,0 +1,88 @@
+"""Which pixels lie in the area that was asked for. Pure; the answer for a pixel never depends on the window.
+
+A `--geometry` with an area is cut out: a pixel whose centre lies outside has no data (status 0). Points and lines have
+no area, so they only say which scenes and which box are wanted; so does `--bbox`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+from pyproj import CRS, Transformer
+from shapely.affinity import translate
+from shapely.geometry import box, shape
+from shapely.geometry.base import BaseGeometry
+
+from zarr_store.grid import Grid
+
+__all__ = ["clip_text", "inside_of", "is_outside"]
+
+_STEP_DEG = 0.01
+"""A straight line in degrees is bent in metres; cut every kilometre it lies within 3 cm at any latitude below 50°."""
+_ROWS = 256
+
+
+def clip_text(geometry: Mapping[str, Any] | None) -> str | None:
+    """The form in which tasks keep an area; None where the geometry has none.
+
+    >>> clip_text({"type": "Point", "coordinates": [15.9, 45.8]}) is None
+    True
+    """
+    if geometry is None or not shape(dict(geometry)).area:
+        return None
+    return json.dumps(geometry, sort_keys=True, separators=(",", ":"))
+
+
+def inside_of(clip: str | None, grid: Grid) -> npt.NDArray[np.bool_] | None:
+    """Pixels of `grid` whose centre lies in the area; None where all do.
+
+    Args:
+        clip: From `clip_text`.
+        grid: Any window of the cube's grid.
+    """
+    if clip is None:
+        return None
+    area = _area_on(clip, grid.crs)
+    left, bottom, right, top = grid.bounds
+    window = box(left, bottom, right, top)
+    if area.contains(window):
+        return None
+    inside = np.zeros(grid.shape, bool)
+    if not area.intersects(window):
+        return inside
+    x, y = grid.x(), grid.y()
+    for first in range(0, grid.height, _ROWS):  # coordinates of a whole shard would be its largest memory
+        rows = y[first : first + _ROWS]
+        inside[first : first + _ROWS] = shapely.contains_xy(area, x[None, :], rows[:, None])
+    return inside
+
+
+def is_outside(clip: str | None, grid: Grid) -> bool:
+    """Whether no pixel of `grid` can lie in the area."""
+    return clip is not None and not _area_on(clip, grid.crs).intersects(box(*grid.bounds))
+
+
+@functools.lru_cache(maxsize=8)
+def _area_on(clip: str, crs: str) -> BaseGeometry:
+    area = shape(json.loads(clip))
+    if not area.is_valid:
+        area = shapely.make_valid(area)
+    to_crs = Transformer.from_crs("EPSG:4326", crs, always_xy=True)
+
+    def project(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.column_stack(to_crs.transform(xy[:, 0], xy[:, 1]))
+
+    moved: BaseGeometry = shapely.transform(shapely.segmentize(area, _STEP_DEG), project)
+    if CRS(crs).is_geographic:
+        # degrees have several spellings: a grid across the antimeridian may count beyond 180
+        moved = shapely.union_all([translate(moved, xoff=by) for by in (-360.0, 0.0, 360.0)])
+    if not moved.is_valid:
+        moved = shapely.make_valid(moved)
+    shapely.prepare(moved)
+    return moved
