@@ -26,8 +26,10 @@ import urllib3
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+from ingest.buckets import BucketRule, bucket_options
 from ingest.config import IngestConfig
-from ingest.sign import Signing, signed
+from ingest.providers import PROVIDERS
+from ingest.sign import Signing, SignRule, signed
 from zarr_store.errors import AccessError, AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid, normal_crs
 
@@ -62,6 +64,8 @@ class Access:
         max_pixels: Larger rasters are refused before anything is decoded.
         max_block_bytes: So are rasters with larger decoded blocks.
         sign: Whose tokens are added to hrefs right before they are opened.
+        sign_rules: Tokens of the user's own providers.
+        bucket_rules: What S3 buckets need.
     """
 
     attempts: int = 4
@@ -73,6 +77,8 @@ class Access:
     max_pixels: int = 1 << 33
     max_block_bytes: int = 256 << 20
     sign: Signing = "none"
+    sign_rules: tuple[SignRule, ...] = ()
+    bucket_rules: tuple[BucketRule, ...] = tuple(rule.bucket_rule for rule in PROVIDERS if rule.bucket_rule)
 
     @classmethod
     def of(cls, config: IngestConfig) -> Self:
@@ -83,6 +89,8 @@ class Access:
             connect_timeout_s=min(10.0, config.timeout_s),
             low_speed_s=max(1, round(config.timeout_s / 2)),
             sign=config.sign,
+            sign_rules=tuple(rule.sign_rule for rule in config.providers if rule.sign_rule),
+            bucket_rules=tuple(rule.bucket_rule for rule in (*config.providers, *PROVIDERS) if rule.bucket_rule),
         )
 
     def gdal_options(self) -> dict[str, Any]:
@@ -218,8 +226,15 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
         options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
     if remote and fresh:
         options["CPL_VSIL_CURL_NON_CACHED"] = path  # or GDAL answers from its memory of the failed open
+    session = None
+    if href.startswith("s3://"):
+        try:
+            more, session = bucket_options(href, access.bucket_rules)
+        except InvalidInput as error:
+            raise _PermanentError(str(error)) from error
+        options |= more
     try:
-        with rasterio.Env(**options):
+        with rasterio.Env(session=session, **options):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
                 dataset = rasterio.open(path, driver=driver, sharing=False)
@@ -275,7 +290,7 @@ def _peek(href: str, access: Access) -> tuple[str, bytes, int | None]:
 
 def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
     pool = _pool(os.getpid(), access)
-    renewed = access.sign == "none"
+    renewed = access.sign == "none" and not access.sign_rules
     url = _signed(href, access, pool)
     for _ in range(4):
         try:
@@ -310,7 +325,7 @@ def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
 
 def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool = False) -> str:
     try:
-        return signed(href, access.sign, pool, renew=renew)
+        return signed(href, access.sign, pool, renew=renew, rules=access.sign_rules)
     except AccessError as error:
         raise _TransientError(str(error)) from error
 

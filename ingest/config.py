@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from ingest.providers import ProviderRule, load_provider_file
 from ingest.query import Comparison, Condition, parse_condition, split_conditions
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import normal_crs
@@ -76,6 +77,7 @@ class IngestConfig(BaseModel):
 
     # Trust
     sign: Literal["planetary-computer", "none"] = "none"
+    providers: tuple[ProviderRule, ...] = Field((), description="more providers, or the paths of TOML files of them")
     allow_hosts: Names = Field((), description="more hosts (or s3 buckets) that hrefs may name; *.example.org works")
     allow_local: Names = Field((), description="more folders that local hrefs may lie in")
     allow_private_hosts: bool = Field(False, description="allow private, loopback and link-local addresses")
@@ -90,6 +92,14 @@ class IngestConfig(BaseModel):
     dashboard: str | None = Field(None, description='address of the dashboard, e.g. ":8787"; none picks a free port')
     timeout_s: float = Field(30.0, gt=0, le=3600, description="longest silence of a server, seconds")
     retries: int = Field(4, ge=0, le=20, description="how often a failed request is repeated")
+
+    @field_validator("providers", mode="before")
+    @classmethod
+    def _read_providers(cls, value: Any) -> Any:
+        given = [value] if isinstance(value, str | Path) else value
+        if not isinstance(given, list | tuple):
+            return value
+        return tuple(load_provider_file(one) if isinstance(one, str | Path) else one for one in given)
 
     @field_validator("query", mode="before")
     @classmethod

@@ -73,7 +73,7 @@ def harmonise(
             f"{where} of collection {collection!r} is of no product that is understood: expected Sentinel-2 L2A or "
             "L1C, or Sentinel-1 RTC"
         )
-    provider = find_provider(item, source or base)
+    provider = find_provider(item, source or base, config.providers)
     policy = HrefPolicy.of(source or base, config, provider.hosts)
     notes: list[str] = []
     assets, lacking = _assets(item, product, config, base=base, policy=policy, notes=notes)

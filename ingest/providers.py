@@ -1,54 +1,101 @@
 """What is known of each provider, as data: whose items they are, which hosts they use, where the -1000 offset is told.
 
 A *provider* is who serves a product and how. It is looked up per item, so a local copy of Earth Search items is still
-read by Earth Search's rules.
+read by Earth Search's rules. A user adds one in a TOML file of the same fields (`--provider-file`), which is asked
+before those here.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from ingest.sign import Signing
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-__all__ = ["GENERIC", "PROVIDERS", "OffsetRule", "ProviderRule", "find_provider"]
+from ingest.buckets import BucketRule
+from ingest.sign import STORAGE_HOSTS, TOKEN_URL, SignRule
+from zarr_store.errors import InvalidInput, UnknownName
+
+__all__ = ["GENERIC", "PROVIDERS", "OffsetRule", "ProviderRule", "find_provider", "load_provider_file"]
+
+_MAX_FILE_BYTES = 1_000_000
+Words = tuple[Annotated[str, Field(min_length=1, max_length=300)], ...]
 
 OffsetRule = Literal["flag", "metadata", "baseline"]
 
 
-@dataclass(frozen=True)
-class ProviderRule:
+class ProviderRule(BaseModel):
     """What holds for one provider.
 
     Attributes:
         name: "earth-search" …
         marks: Property prefixes that only this provider's items have.
         hosts: Hosts and buckets that its API and assets live on; allowed for its items.
-        offset: Where the truth about the -1000 offset is: in a flag of the item, in the item's raster metadata, or
-            nowhere but in the processing baseline.
+        offset: Where the truth about the -1000 offset is, by collection ("*" for all others): in a flag of the item, in
+            the item's raster metadata, or nowhere but in the processing baseline.
         flag: The property of offset rule "flag": true means that 1000 has been subtracted already.
         evidence: The source of the offset rule.
-        sign: Whose tokens its hrefs need; set by the rule, `--sign` overrules it.
         rate_limit: Requests per second that it bears from all workers together; None where it states no limit.
-        requester_pays: Whether its buckets bill whoever reads.
-        endpoint: S3 endpoint of its buckets, where that is not Amazon's.
+        token_url: Where tokens are asked, right before an open: a document with `token` and `msft:expiry` at
+            TOKEN_URL/ACCOUNT/CONTAINER.
+        token_hosts: Storage hosts that get these tokens; ".suffix" for all below it. No other host gets one.
+        token_margin_s: A token is not used this shortly before it expires.
+        buckets: Those of `hosts` that are S3 buckets which need the settings below.
+        endpoint: S3 endpoint of the buckets, where that is not Amazon's; "http://…" on one's own machine only.
+        requester_pays: Whether the buckets bill whoever reads.
+        key_prefix: The keys of the buckets are in the environment of each worker, in PREFIX_ACCESS_KEY_ID and
+            PREFIX_SECRET_ACCESS_KEY; never in a file.
     """
 
-    name: str
-    marks: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()
-    offset: Mapping[str, OffsetRule] = field(default_factory=dict)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,63}$")
+    marks: Words = ()
+    hosts: Words = ()
+    offset: dict[str, OffsetRule] = Field(default_factory=dict)
     flag: str | None = None
     evidence: str = ""
-    sign: Signing = "none"
-    rate_limit: float | None = None
-    requester_pays: bool = False
+    rate_limit: float | None = Field(None, gt=0, le=10_000)
+    token_url: str | None = None
+    token_hosts: Words = ()
+    token_margin_s: float = Field(300.0, ge=0, le=86_400)
+    buckets: Words = ()
     endpoint: str | None = None
+    requester_pays: bool = False
+    key_prefix: str = Field("AWS", pattern=r"^[A-Z][A-Z0-9_]{1,40}$")
+
+    @field_validator("token_url", "endpoint")
+    @classmethod
+    def _check_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value if "://" in value else f"https://{value}")
+        if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(f"expected a host or https address without user name and query, got {parts.hostname!r}")
+        if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname)):
+            raise ValueError(f"expected https, as secrets go there, got {parts.scheme}://{parts.hostname}")
+        return value.rstrip("/")
 
     def offset_rule(self, collection: str) -> OffsetRule:
         return self.offset.get(collection, self.offset.get("*", "metadata"))
+
+    @property
+    def sign_rule(self) -> SignRule | None:
+        """How its hrefs are signed; None where they need no token."""
+        if self.token_url is None:
+            return None
+        return SignRule(self.token_url, self.token_hosts or self.hosts, self.token_margin_s)
+
+    @property
+    def bucket_rule(self) -> BucketRule | None:
+        """How its buckets are read; None where nothing is special."""
+        if not self.buckets:
+            return None
+        return BucketRule(self.buckets, self.endpoint, self.requester_pays, self.key_prefix)
 
 
 PROVIDERS: tuple[ProviderRule, ...] = (
@@ -63,6 +110,8 @@ PROVIDERS: tuple[ProviderRule, ...] = (
     ProviderRule(
         name="sinergise",
         hosts=("sentinel-s2-l2a", "sentinel-s2-l1c", "sentinel-s2-l2a-stac", "sentinel-s2-l1c-stac"),
+        buckets=("sentinel-s2-l2a", "sentinel-s2-l1c"),
+        requester_pays=True,
         offset={"*": "metadata"},
         evidence="SAFE product format, BOA_ADD_OFFSET",
     ),
@@ -107,6 +156,8 @@ PROVIDERS: tuple[ProviderRule, ...] = (
         ),
         offset={"*": "baseline"},  # never applied, and the items carry no raster offset
         evidence="microsoft/PlanetaryComputer#134",
+        token_url=TOKEN_URL,  # asked where --sign planetary-computer is given
+        token_hosts=(STORAGE_HOSTS,),
     ),
     ProviderRule(
         name="cdse",
@@ -122,7 +173,9 @@ PROVIDERS: tuple[ProviderRule, ...] = (
         offset={"*": "baseline"},  # SAFE semantics
         evidence="SAFE product format, BOA_ADD_OFFSET",
         rate_limit=5.0,  # its documented quota of requests, shared by everything that one account runs
+        buckets=("eodata",),
         endpoint="eodata.dataspace.copernicus.eu",
+        key_prefix="CDSE_S3",
     ),
     ProviderRule(
         name="indigo",
@@ -136,10 +189,43 @@ GENERIC = ProviderRule(
 )
 
 
-def find_provider(item: Mapping[str, Any], source: str = "") -> ProviderRule:
-    """The provider whose item this is: by its own property prefixes, else by SOURCE, its links, its asset hosts."""
+def load_provider_file(path: str | Path) -> ProviderRule:
+    """One provider of the user's own, from a TOML file with the fields of `ProviderRule`.
+
+    Raises:
+        InvalidInput: Unreadable, too large, not TOML, or a value that cannot be.
+        UnknownName: A key that no rule has; the nearest one is named.
+    """
+    try:
+        if Path(path).stat().st_size > _MAX_FILE_BYTES:
+            raise InvalidInput(
+                f"provider file {path} has more than {_MAX_FILE_BYTES} bytes; expected a short TOML file"
+            )
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"cannot read provider file {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidInput(f"provider file {path} is not TOML: {error}") from error
+    for key in table:
+        if key not in ProviderRule.model_fields:
+            raise UnknownName.of("key", key, ProviderRule.model_fields, f"provider file {path}")
+    try:
+        return ProviderRule.model_validate(table)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors()
+        )
+        raise InvalidInput(f"provider file {path}: {problems}") from error
+
+
+def find_provider(item: Mapping[str, Any], source: str = "", own: Iterable[ProviderRule] = ()) -> ProviderRule:
+    """The provider whose item this is: by its own property prefixes, else by SOURCE, its links, its asset hosts.
+
+    Rules in `own` are asked first, so that a user can overrule what is known here.
+    """
     properties = item.get("properties") or {}
-    for rule in PROVIDERS:
+    rules = (*own, *PROVIDERS)
+    for rule in rules:
         if any(name.startswith(mark) for mark in rule.marks for name in properties):
             return rule
     links = [link for link in item.get("links") or [] if isinstance(link, Mapping)]
@@ -150,7 +236,7 @@ def find_provider(item: Mapping[str, Any], source: str = "") -> ProviderRule:
         [asset.get("href") for asset in assets],
     ):
         hosts = set(_hosts(hrefs))
-        found = next((rule for rule in PROVIDERS if hosts.intersection(rule.hosts)), None)
+        found = next((rule for rule in rules if hosts.intersection(rule.hosts)), None)
         if found:
             return found
     return GENERIC
@@ -160,3 +246,10 @@ def _hosts(hrefs: Iterable[object]) -> Iterable[str]:
     for href in hrefs:
         if isinstance(href, str) and "://" in href:
             yield urlsplit(href).netloc.rpartition("@")[2].lower()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

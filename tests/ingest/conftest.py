@@ -52,7 +52,7 @@ def _serve(server: ScriptedServer) -> ThreadingHTTPServer:
             handler = server.answer.get(self.path.partition("?")[0])
             status, headers, content = handler(request) if handler else (404, {}, {"detail": "not found"})
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
+            (self.send_response_only if "Date" in headers else self.send_response)(status)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
 
 import ingest.sign
+from ingest.config import IngestConfig
 from ingest.read import Access, read_on_grid
 from ingest.scene import AssetRef
 from ingest.testing import write_raster
@@ -92,3 +96,84 @@ def test_other_hosts_get_no_token(storage: Any, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(AssetUnreadable, match="HTTP 403"):
         read(storage["asset"])
     assert storage["asked"] == 0
+
+
+def own(storage: Any, **changes: Any) -> Access:
+    """The rules of a user's provider over the same endpoint, without --sign."""
+    url = storage["asset"].href.rpartition("/box")[0]
+    config = IngestConfig(
+        providers=(
+            {"name": "mine", "hosts": ("127.0.0.1",), "token_url": f"{url}/token", "token_margin_s": 0.2} | changes,
+        )
+    )
+    return replace(Access.of(config), attempts=3, backoff_s=0.01, timeout_s=5, low_speed_s=1)
+
+
+def expiring(storage: Any, server: Any, lifetime: float, ahead: float = 0.0) -> list[int]:
+    """Let the storage take a token only until its time, by a clock that may be ahead; returns what it refused."""
+    plain = server.answer["/box/a.tif"]
+    refused: list[int] = []
+
+    def token(_: Any) -> Any:
+        storage["asked"] += 1
+        until = time.time() + lifetime
+        moment = datetime.fromtimestamp(until + ahead, UTC).isoformat()
+        date = format_datetime(datetime.fromtimestamp(time.time() + ahead, UTC), usegmt=True)
+        return 200, {"Date": date}, {"token": f"sig=day1&until={until}", "msft:expiry": moment}
+
+    def file(request: Any) -> Any:
+        until = float(parse_qs(request.path.partition("?")[2]).get("until", ["0"])[0])
+        if time.time() > until:
+            refused.append(1)
+            return 403, {}, b"expired"
+        return plain(request)
+
+    server.answer["/token/127/box"], server.answer["/box/a.tif"] = token, file
+    return refused
+
+
+def test_r12_a_token_that_expires_in_the_run_is_asked_anew(storage: Any, server: Any) -> None:
+    refused = expiring(storage, server, lifetime=1.0)
+    access = own(storage)
+    began = time.monotonic()
+    reads = 0
+    while time.monotonic() - began < 2.2:
+        assert (read(storage["asset"], access) == 7).all()
+        reads += 1
+    assert storage["asked"] >= 2
+    assert reads > storage["asked"]  # kept as long as it holds
+    assert len(refused) <= storage["asked"]
+
+
+def test_r12_a_token_that_is_refused_early_is_renewed_before_a_read_fails(storage: Any, server: Any) -> None:
+    refused = expiring(storage, server, lifetime=0.3)
+    access = own(storage, token_margin_s=0.0)
+    read(storage["asset"], access)
+    held = next(iter(ingest.sign._tokens))
+    ingest.sign._tokens[held] = replace(ingest.sign._tokens[held], until=time.time() + 3600)  # it trusts the clock
+    time.sleep(0.4)
+    assert (read(storage["asset"], access) == 7).all()
+    assert refused
+    assert storage["asked"] == 2
+
+
+@pytest.mark.parametrize("ahead", [-7200.0, 7200.0])
+def test_r13_a_clock_that_is_wrong_is_said_and_harms_nothing(
+    storage: Any, server: Any, ahead: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    expiring(storage, server, lifetime=600.0, ahead=ahead)
+    access = own(storage)
+    with caplog.at_level("WARNING"):
+        for _ in range(3):
+            assert (read(storage["asset"], access) == 7).all()
+    assert storage["asked"] == 1  # without the Date header it would look expired each time
+    assert "clock" in caplog.text
+    assert "day1" not in caplog.text
+
+
+def test_a_provider_of_ones_own_signs_its_own_hosts_only(storage: Any) -> None:
+    with pytest.raises(AssetUnreadable, match="HTTP 403"):
+        read(storage["asset"], own(storage, token_hosts=("elsewhere.example",)))
+    assert storage["asked"] == 0
+    assert (read(storage["asset"], own(storage)) == 7).all()
+    assert storage["asked"] == 1
