@@ -37,6 +37,9 @@ TRUST: dict[str, Any] = {
     "sign": _option(
         str, "--sign", panel=_WHO, metavar="NAME", text="planetary-computer: sign hrefs when they are read."
     ),
+    "providers": _option(
+        list[str], "--provider-file", panel=_WHO, metavar="FILE", text="Rules of one more provider, as TOML."
+    ),
     "allow_hosts": _option(
         list[str], "--allow-host", panel=_WHO, metavar="NAME", text="One more host that hrefs may name."
     ),
