@@ -28,10 +28,18 @@ MODES: dict[str, str] = {
     "norange": "Range is ignored: 200 and the whole file",
     "stall": "the body stops half way for N seconds (default 5), then the connection closes",
     "flip": "one bit in every kilobyte of the second half of the file is flipped",
+    "reset": "the connection is reset half way through the body",
+    "short206": "a range is answered with its first half, and headers that say so",
+    "wrongrange": "a range is answered with the bytes N further on (default 512), under the headers of the right ones",
+    "partialfile": "the second half of the file is zeros, as after a broken upload",
+    "expiring": "403 unless the query says until=T and T, in seconds since 1970, is not over",
+    "swap": "from the request N + 1 on (default 2) another file is there: NAME.swap, with another ETag",
+    "redirectloop": "302 to itself",
+    "redirect": "302 to the same file under the name localhost, which is another host than 127.0.0.1",
 }
 """Mode → what happens."""
 
-_DEFAULT_NUMBER = {"429first": 2.0, "503first": 2.0, "stall": 5.0}
+_DEFAULT_NUMBER = {"429first": 2.0, "503first": 2.0, "stall": 5.0, "wrongrange": 512.0, "swap": 2.0}
 # No test should wait longer, and a stalled answer must not hold up the end of the server.
 _LONGEST_STALL_S = 60.0
 

@@ -7,13 +7,16 @@ import fnmatch
 import hashlib
 import re
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ingest.simulate.faults import Counters, Fault, flip_bits, interrupted
 
@@ -38,6 +41,7 @@ class FileServer:
         latency_s: Pause before each answer.
         counters: What was asked and sent.
         stopping: Set when the server ends, so that stalled answers end too.
+        reset: Resets the connection of a client, given its address.
     """
 
     root: Path
@@ -45,6 +49,7 @@ class FileServer:
     latency_s: float = 0.0
     counters: Counters = field(default_factory=Counters)
     stopping: threading.Event = field(default_factory=threading.Event)
+    reset: Callable[[Any], None] = lambda _: None
 
     def routes(self) -> list[Route]:
         return [
@@ -68,15 +73,20 @@ class FileServer:
         nth = self.counters.request(request.url.path)
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
-        refusal = self._refusal(fault, nth)
+        refusal = self._refusal(fault, nth, request)
         if refusal is not None:
             return refusal
         file = self._find(path)
         if file is None:
             return Response("no such file\n", status_code=404, media_type="text/plain")
+        if fault is not None and fault.mode == "swap" and nth > fault.number:
+            other = self._find(f"{path}.swap")
+            if other is not None:
+                self.counters.fault("swap")
+                file = other
         return self._send(request, file, fault)
 
-    def _refusal(self, fault: Fault | None, nth: int) -> Response | None:
+    def _refusal(self, fault: Fault | None, nth: int, request: Request) -> Response | None:
         """The answer of a fault that needs no file, or None."""
         if fault is None:
             return None
@@ -87,6 +97,13 @@ class FileServer:
         if mode in ("503first", "429first") and nth <= fault.number:
             self.counters.fault(mode)
             return Response("later\n", status_code=int(mode[:3]), headers={"Retry-After": "0"})
+        if mode == "expiring" and not _still_valid(request.query_params.get("until")):
+            self.counters.fault(mode)
+            return Response("the signature has expired\n", status_code=403, media_type="text/plain")
+        if mode in ("redirect", "redirectloop"):
+            self.counters.fault(mode)
+            host = "localhost" if mode == "redirect" else "127.0.0.1"
+            return Response(status_code=302, headers={"Location": str(request.url.replace(hostname=host))})
         if mode == "html200":
             self.counters.fault(mode)
             return Response(_LOGIN, media_type="text/html")
@@ -108,6 +125,9 @@ class FileServer:
             "Accept-Ranges": "bytes",
             "Content-Type": _TYPES.get(file.suffix, "application/octet-stream"),
         }
+        asked = request.headers.get("if-match")
+        if asked is not None and asked.strip() not in ("*", headers["ETag"]):
+            return Response("it has been replaced\n", status_code=412, media_type="text/plain")
         wanted = request.headers.get("range")
         mode = fault.mode if fault else ""
         if mode == "norange":
@@ -119,6 +139,9 @@ class FileServer:
         if span is None:
             return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
         start, stop = span
+        if mode == "short206" and wanted and stop - start > 64:
+            self.counters.fault(mode)
+            stop = start + (stop - start) // 2
         partial = wanted is not None and _RANGE.fullmatch(wanted) is not None
         if partial:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
@@ -135,6 +158,21 @@ class FileServer:
             self.counters.sent(len(body) // 2)
             pause = fault.number if mode == "stall" else 0.0
             return StreamingResponse(interrupted(body, pause, self.stopping), status_code=code, headers=headers)
+        if mode == "wrongrange" and fault is not None and partial and start + int(fault.number) < size:
+            self.counters.fault(mode)
+            with file.open("rb") as source:
+                source.seek(start + int(fault.number))
+                body = source.read(stop - start).ljust(stop - start, b"\0")
+        if mode == "partialfile":
+            kept = max(0, min(len(body), size // 2 - start))
+            if any(body[kept:]):
+                self.counters.fault(mode)
+            body = body[:kept].ljust(len(body), b"\0")
+        if mode == "reset":
+            self.counters.fault(mode)
+            reply = _ResetResponse(body[: len(body) // 2], status_code=code, headers=headers)
+            reply.reset = self.reset
+            return reply
         if mode == "flip":
             damaged = flip_bits(body, start, size)
             if damaged != body:
@@ -142,6 +180,24 @@ class FileServer:
             body = damaged
         self.counters.sent(len(body))
         return Response(body, status_code=code, headers=headers)
+
+
+class _ResetResponse(Response):
+    """A body that ends in the reset of its connection, as when a machine on the way is restarted."""
+
+    reset: Callable[[Any], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        self.reset(scope["client"])
+
+
+def _still_valid(until: str | None) -> bool:
+    try:
+        return time.time() <= float(until or 0)
+    except ValueError:
+        return False
 
 
 def _parse_range(header: str | None, size: int) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import struct
 import sys
 import threading
 from pathlib import Path
@@ -57,6 +58,16 @@ def main() -> int:
         files.stopping.set()
         server.should_exit = True
 
+    def reset(client: Any) -> None:
+        for connection in list(server.server_state.connections):
+            transport = getattr(connection, "transport", None)
+            if transport is not None and getattr(connection, "client", None) == client:
+                # no time to linger: the kernel answers with a reset instead of an orderly end
+                linger = struct.pack("ii", 1, 0)
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                transport.abort()
+
+    files.reset = reset
     threading.Thread(target=watch, daemon=True).start()
     _say({"port": listener.getsockname()[1]})
     server.run(sockets=[listener])

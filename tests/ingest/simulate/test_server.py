@@ -229,6 +229,32 @@ def test_each_fault_fires_and_is_counted(server: ServerHandle, small_world: Simu
         assert [a[0] for a in answers] == [int(mode[:3])] * 2 + [200] * 2
         assert answers[0][1]["retry-after"] == "0"
         fired[mode.partition(":")[0]] = server.faults[mode.partition(":")[0]]
+    with pytest.raises(ConnectionResetError):
+        through("reset")
+    status, headers, body = through("short206", Range="bytes=1000-2999")
+    assert (status, headers["content-range"], body) == (206, f"bytes 1000-1999/{len(whole)}", whole[1000:2000])
+    status, headers, body = through("wrongrange:8", Range="bytes=1000-1099")
+    assert (headers["content-range"], body) == (f"bytes 1000-1099/{len(whole)}", whole[1008:1108])
+    assert through("partialfile")[2] == whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2)
+    url = server.file_url(blue, fault="expiring")
+    assert ask(f"{url}?until={time.time() + 60}")[0] == 200
+    assert ask(f"{url}?until=nonsense")[0] == 403
+    assert through("expiring")[0] == 403
+    swapped = small_world.path / f"{blue}.swap"
+    try:
+        swapped.write_bytes(b"another file")
+        server.reset_counters()
+        answers = [ask(server.file_url(blue, fault="swap:1")) for _ in range(2)]
+        fired["swap"] = server.faults["swap"]
+    finally:
+        swapped.unlink()
+    assert [answer[2] for answer in answers] == [whole, b"another file"]
+    assert answers[0][1]["etag"] != answers[1][1]["etag"]
+    assert ask(server.file_url(blue), **{"If-Match": answers[0][1]["etag"]})[0] == 200
+    assert ask(server.file_url(blue), **{"If-Match": answers[1][1]["etag"]})[0] == 412
+    for mode, host in (("redirect", "localhost"), ("redirectloop", "127.0.0.1")):
+        status, headers, _ = through(mode)
+        assert (status, urlsplit(headers["location"]).hostname) == (302, host)
     assert set(fired) == set(MODES)
     assert all(fired.values()), fired
 
