@@ -1,0 +1,339 @@
+"""Shards against an oracle that shares no code with the ingest: numpy over whole scenes, in exact fractions.
+
+Worlds are made up by hypothesis: several days of scenes with mixed baselines, zones, lattices, resolutions and
+overlaps, with duplicates, lacking bands and files that fail, with masks that grow, clipping, groups and reducers.
+Pixels are multiples of 64, so that no interpolation ends in exactly one half, where the last bit of a float would
+decide; and where zones differ the kernel is nearest, because only there can numpy say exactly what is right.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, assume, given, reject, settings
+from hypothesis import strategies as st
+from pyproj import Transformer
+
+from ingest.config import IngestConfig
+from ingest.dedupe import dedupe
+from ingest.plan import Plan, plan_scenes
+from ingest.probe import AssetProbe, SceneProbe
+from ingest.resample import pick_resampling, place
+from ingest.scene import AssetRef, Scene
+from ingest.shard import fill_shard
+from ingest.task import SourceAsset
+from zarr_store.errors import AssetUnreadable, NothingFound
+from zarr_store.grid import Grid
+from zarr_store.spec import Layout
+
+CASES = int(os.environ.get("TERRASHARD_ORACLE_CASES", "10000"))
+HERE, NEXT = "EPSG:32633", "EPSG:32634"
+X0, Y0 = 700_000.0, 5_000_040.0
+LAYOUT = Layout("test", (1, 8, 8), (1, 16, 16))
+MASKED = (0, 3, 9)
+BANDS = ("red", "nir")
+DN = np.array([0, 64, 960, 1024, 1088, 5056, 65472], np.uint16)
+CLASSES = np.array([0, 3, 4, 5, 9], np.uint8)
+
+
+@dataclass(frozen=True)
+class Made:
+    """One scene of a world: what the catalogue says, what the files hold, and whether they can be read."""
+
+    scene: Scene
+    pixels: dict[str, np.ndarray]
+    broken: str | None
+    copy_of: str | None = None
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> dict[str, Any]:
+    zone = draw(st.sampled_from(["same", "same", "same", "mixed"]))
+    scenes = []
+    for _ in range(draw(st.integers(1, 5))):
+        other = zone == "mixed" and draw(st.booleans())
+        scenes.append(
+            {
+                "zone": NEXT if other else HERE,
+                "day": draw(st.integers(1, 3)),
+                # pixels of 20 m; a quarter is another lattice, a half would leave nearest undecided
+                "shift": tuple(draw(st.integers(-8, 8)) + draw(st.sampled_from([0.0, 0.0, 0.25])) for _ in "yx"),
+                "metres": draw(st.sampled_from([20, 20, 20, 40])),
+                "dn_offset": draw(st.sampled_from([0, -1000])),
+                "baseline": draw(st.sampled_from(["02.14", "04.00", "05.09"])),
+                "cloud_cover": float(draw(st.sampled_from([0, 10, 90]))),
+                "fault": draw(st.sampled_from(["", "", "", "", "red", "scl", "lacking", "copy"])),
+            }
+        )
+    return {
+        "scenes": scenes,
+        "seed": draw(st.integers(0, 2**31)),
+        "kernel": "nearest" if zone == "mixed" else draw(st.sampled_from(["nearest", "bilinear"])),
+        "dilate_m": draw(st.sampled_from([0.0, 20.0, 45.0])),
+        "mask": draw(st.sampled_from(["scl", "scl", "none"])),
+        "group": draw(st.sampled_from(["solar-day", "item", "month"])),
+        "reduce": draw(st.sampled_from(["first", "median", "mean"])),
+        "clip": draw(st.booleans()),
+    }
+
+
+def build(world: dict[str, Any]) -> list[Made]:
+    rng = np.random.default_rng(world["seed"])
+    to_next = Transformer.from_crs(HERE, NEXT, always_xy=True)
+    made = []
+    for number, spec in enumerate(world["scenes"]):
+        x, y = X0, Y0
+        if spec["zone"] == NEXT:
+            x, y = (20 * math.floor(v / 20) for v in to_next.transform(X0, Y0))
+        metres = spec["metres"]
+        if spec["zone"] == HERE and metres == 40:
+            down, right = (math.floor(v) for v in spec["shift"])  # so that 40 m nests in 20 m
+        else:
+            down, right = spec["shift"]
+        size = (20, 18) if metres == 20 else (10, 9)
+        grid = Grid(spec["zone"], (metres, 0.0, x + 20 * right, 0.0, -metres, y - 20 * down), size)
+        pixels = {band: rng.choice(DN, size=size) for band in BANDS}
+        pixels["scl"] = rng.choice(CLASSES, p=[0.05, 0.08, 0.5, 0.27, 0.1], size=size)
+        lacking = ("nir",) if spec["fault"] == "lacking" else ()
+        item = f"S{number}"
+        assets = {
+            band: AssetRef(
+                band, band, f"/memory/{item}/{band}", grid=grid, nodata=0, kind="class" if band == "scl" else "data"
+            )
+            for band in pixels
+            if band not in lacking
+        }
+        west, south, east, north = grid.lonlat_bounds()
+        ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+        scene = Scene(
+            id=item, collection="sentinel-2-l2a", provider="terrashard", assets=assets, lacking=lacking,
+            datetime=f"2023-08-{spec['day']:02d}T10:00:{number:02d}Z", bbox=(west, south, east, north),
+            footprint={"type": "Polygon", "coordinates": [ring]}, product="sentinel-2-l2a", dn_offset=spec["dn_offset"],
+            baseline=spec["baseline"], cloud_cover=spec["cloud_cover"], platform="sentinel-2a", tile=f"T{number}",
+            relative_orbit=79, datatake=f"GS2A_202308{spec['day']:02d}T100000_0_N", created="2023-09-01T00:00:00Z",
+        )  # fmt: skip
+        broken = spec["fault"] if spec["fault"] in ("red", "scl") else None
+        made.append(Made(scene, pixels, broken))
+        if spec["fault"] == "copy":  # an older processing of the same granule: it must not give a single pixel
+            older = replace(scene, id=f"{item}_old", baseline="01.00", cloud_cover=0.0)
+            made.append(
+                Made(older, {b: np.full_like(p, 64 if b != "scl" else 4) for b, p in pixels.items()}, None, item)
+            )
+    return made
+
+
+def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.ndarray]]:
+    """The way of a real ingest, but for files: duplicates, plan, shards."""
+    table = {(m.scene.id, band): m for m in made for band in m.pixels}
+    scenes, drops = dedupe([m.scene for m in made])
+    assert {d.dropped.id for d in drops} == {m.scene.id for m in made if m.copy_of}
+    probes = {
+        s.id: SceneProbe(
+            {b: AssetProbe(a.grid, str(a.dtype), 0) for b, a in s.assets.items()}, s.dn_offset, "unchecked"
+        )
+        for s in scenes
+    }
+    config = IngestConfig(
+        bands=(*BANDS, "scl"), resampling=world["kernel"], mask=world["mask"], mask_classes=MASKED,
+        mask_dilate_m=world["dilate_m"], group=world["group"], reduce=world["reduce"], crs=HERE, resolution=20,
+        indices=("ndvi",), geometry=CLIP if world["clip"] else None,
+    )  # fmt: skip
+    try:
+        plan = plan_scenes(scenes, probes, config, layout=LAYOUT)
+    except NothingFound:
+        reject()
+    recipe = plan.recipes[0]
+
+    def read(asset: SourceAsset, window: Grid) -> np.ndarray:
+        one = table[asset.scene, asset.band]
+        if one.broken == asset.band:
+            raise AssetUnreadable.of(asset.scene, asset.key, "gone", asset.href)
+        source = asset.header
+        assert source is not None
+        values = one.pixels[asset.band]
+        kernel = pick_resampling(asset.kind, source, window, asset.resampling)
+        return place(
+            lambda r, c, h, w: values[r : r + h, c : c + w], source, window, kernel, dtype=values.dtype, nodata=0
+        )
+
+    got = {a.name: np.zeros(recipe.spec.array_shape(a.name), a.dtype) for a in recipe.spec.arrays()}
+    for task in plan.tasks:
+        for name, part in fill_shard(task, recipe, reader=read).arrays.items():
+            t, y, x = task.region.slices
+            got[name][(t, slice(None), y, x) if part.ndim == 4 else (t, y, x)] = part
+    return plan, got
+
+
+CLIP = {
+    "type": "Polygon",
+    "coordinates": [[[17.542, 45.1262], [17.5478, 45.1255], [17.5482, 45.1215], [17.545, 45.124], [17.542, 45.1262]]],
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- oracle
+
+
+def sample(values: np.ndarray, grid: Grid, target: Grid, kernel: str) -> np.ndarray:
+    """`values` on `target` by the definition of nearest or bilinear: centres, weights, fractions."""
+    x, y = (v.ravel() for v in np.meshgrid(target.x(), target.y()))
+    if grid.crs != target.crs:
+        x, y = Transformer.from_crs(target.crs, grid.crs, always_xy=True).transform(x, y)
+    a, _, c, _, e, f = grid.transform
+    col, row = (x - c) / a, (y - f) / e
+    height, width = values.shape
+    if kernel == "nearest":
+        if grid.crs != target.crs:
+            # on the line between two pixels the last bit of a projection decides
+            assume(min(np.abs(v - np.round(v)).min() for v in (col, row)) > 1e-5)
+        i, j = np.floor(row + 1e-9).astype(int), np.floor(col + 1e-9).astype(int)
+        inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+        out = np.where(inside, values[np.clip(i, 0, height - 1), np.clip(j, 0, width - 1)], 0)
+        return out.reshape(target.shape).astype(np.int64)
+    # where the source pixel under the centre has no data there is none, however near others are
+    inside = (col >= 0) & (col < width) & (row >= 0) & (row < height)
+    inside &= values[np.clip(row.astype(int), 0, height - 1), np.clip(col.astype(int), 0, width - 1)] > 0
+    top, left = np.floor(row - 0.5).astype(int), np.floor(col - 0.5).astype(int)
+    down, right = row - 0.5 - top, col - 0.5 - left
+    total, weights = np.zeros(x.size), np.zeros(x.size)
+    for di, wi in ((0, 1 - down), (1, down)):
+        for dj, wj in ((0, 1 - right), (1, right)):
+            i, j = top + di, left + dj
+            there = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+            value = np.where(there, values[np.clip(i, 0, height - 1), np.clip(j, 0, width - 1)], 0)
+            weight = np.where(value > 0, wi * wj, 0)
+            total, weights = total + weight * value, weights + weight
+    return (
+        np.where(inside & (weights > 1e-9), np.rint(total / np.maximum(weights, 1e-9)), 0)
+        .reshape(target.shape)
+        .astype(np.int64)
+    )
+
+
+def lattice(grid: Grid, target: Grid) -> bool:
+    """Whether target pixels never straddle pixels of `grid`."""
+    shift = ((target.transform[2] - grid.transform[2]) / 20, (target.transform[5] - grid.transform[5]) / 20)
+    return grid.crs == target.crs and all(abs(v - round(v)) < 1e-9 for v in shift)
+
+
+def oracle(made: list[Made], world: dict[str, Any], target: Grid, kept: set[str]) -> dict[str, np.ndarray]:
+    """All steps, scene by scene over the whole grid, by the documented rules."""
+    used = [m for m in made if m.scene.id in kept]
+    for one in made:
+        if one.scene.id not in kept and not one.copy_of:
+            grid = one.scene.assets["red"].grid
+            assert grid is not None
+            assert not sample(np.ones(grid.shape), grid, target, "nearest").any(), (
+                "only scenes beside the grid are dropped"
+            )
+    rows = {m.scene.id: n for n, m in enumerate(sorted(used, key=lambda m: (m.scene.datetime, m.scene.id)))}
+    label = {"solar-day": 10, "month": 7, "item": None}[world["group"]]
+    groups: dict[str, list[Made]] = {}
+    for one in sorted(used, key=lambda m: m.scene.datetime):
+        groups.setdefault(one.scene.datetime[:label], []).append(one)
+    outside = outside_clip(target) if world["clip"] else np.zeros(target.shape, bool)
+    steps = [compose(members, world, target, rows, outside) for members in groups.values()]
+    return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+
+
+def outside_clip(target: Grid) -> np.ndarray:
+    from shapely import contains_xy
+    from shapely.geometry import shape
+
+    x, y = np.meshgrid(target.x(), target.y())
+    return ~contains_xy(shape(CLIP), *Transformer.from_crs(HERE, "EPSG:4326", always_xy=True).transform(x, y))
+
+
+def compose(
+    members: list[Made], world: dict[str, Any], target: Grid, rows: dict[str, int], outside: np.ndarray
+) -> dict[str, np.ndarray]:
+    def order(one: Made) -> tuple[Any, ...]:
+        grid = next(iter(one.scene.assets.values())).grid
+        assert grid is not None
+        rank = 0 if lattice(grid, target) else 1 if grid.crs == target.crs else 2
+        return (rank, one.scene.cloud_cover, -float(one.scene.baseline or 0), one.scene.id)
+
+    shape = target.shape
+    value, layer = np.zeros((2, *shape), np.int64), np.zeros(shape, np.int64)
+    status, winner, count = np.zeros(shape, int), np.full(shape, -1), np.zeros(shape, int)
+    stack, clears, lost = [], [], np.zeros(shape, bool)
+    wide = target.window(-4, -4, shape[0] + 8, shape[1] + 8)
+    for one in sorted(members, key=order):
+        grid = next(iter(one.scene.assets.values())).grid
+        assert grid is not None
+        if one.scene.lacking or one.broken:
+            lost |= sample(np.ones(grid.shape), grid, target, "nearest") > 0
+            continue
+        dn = np.stack([sample(one.pixels[band], grid, target, world["kernel"]) for band in BANDS])
+        scl = sample(one.pixels["scl"], grid, wide, "nearest")
+        near = scl[4:-4, 4:-4]
+        seen = (dn > 0).all(axis=0) & ~outside
+        masked = np.zeros(shape, bool)
+        # the class layer is kept even where nothing is masked, but then it does not decide what is seen
+        seen &= near > 0
+        if world["mask"] == "scl":
+            masked = np.isin(near, MASKED)
+            cloud = np.isin(scl, [m for m in MASKED if m])
+            for dy in range(-2, 3):
+                for dx in range(-2, 3):
+                    if math.hypot(dy, dx) * 20 <= world["dilate_m"]:
+                        masked |= cloud[4 + dy : 4 + dy + shape[0], 4 + dx : 4 + dx + shape[1]]
+        moved = np.clip(dn + one.scene.dn_offset, 1, 65535)
+        clear = seen & ~masked
+        wins = (clear & (status != 1)) | (seen & (status == 0))
+        value[:, wins], layer[wins], winner[wins] = moved[:, wins], near[wins], rows[one.scene.id]
+        status[wins] = np.where(clear, 1, 2)[wins]
+        count += clear
+        stack.append(moved)
+        clears.append(clear)
+    status[(status == 0) & lost & ~outside] = 3
+    if world["reduce"] != "first" and stack:
+        for y, x in zip(*np.nonzero(count), strict=True):
+            for band in range(2):
+                chosen = sorted(int(v[band, y, x]) for v, clear in zip(stack, clears, strict=True) if clear[y, x])
+                n = len(chosen)
+                pair = (chosen[(n - 1) // 2] + chosen[n // 2], 2) if world["reduce"] == "median" else (sum(chosen), n)
+                value[band, y, x] = (2 * pair[0] + pair[1]) // (2 * pair[1])  # nearest, halves up
+    red, nir = value
+    index = np.where(red > 0, np.rint(10_000 * (nir - red) / np.maximum(nir + red, 1)), -32768)
+    out = {"reflectance": value, "scl": layer, "status": status, "ndvi": index}
+    return out | ({"source_item": winner} if world["reduce"] == "first" else {"observations": count})
+
+
+def check(world: dict[str, Any]) -> None:
+    made = build(world)
+    plan, got = ingest(made, world)
+    expected = oracle(made, world, plan.grid, {row["id"] for row in plan.items["sentinel-2-l2a"]})
+    assert set(got) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=f"{name} of {world}")
+
+
+QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
+@given(worlds())
+def test_every_voxel_of_made_up_worlds(world: dict[str, Any]) -> None:
+    check(world)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif("TERRASHARD_ORACLE" not in os.environ, reason="set TERRASHARD_ORACLE=1 for 10,000 worlds")
+def test_every_voxel_of_ten_thousand_worlds() -> None:
+    count = 0
+
+    @settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=QUIET, phases=[Phase.generate])
+    @given(worlds())
+    def many(world: dict[str, Any]) -> None:
+        nonlocal count
+        check(world)
+        count += 1
+
+    many()
+    assert count >= CASES
