@@ -28,6 +28,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from ingest.buckets import BucketRule, bucket_options
 from ingest.config import IngestConfig
+from ingest.hrefs import redact_logs
 from ingest.providers import PROVIDERS
 from ingest.sign import Signing, SignRule, signed
 from zarr_store.errors import AccessError, AssetUnreadable, InvalidInput
@@ -108,6 +109,7 @@ class Access:
             "GDAL_HTTP_MULTIRANGE": "YES",
             "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
             "GTIFF_IGNORE_READ_ERRORS": "NO",
+            "GDAL_HTTP_UNSAFESSL": "NO",  # whatever the environment says
         }
 
 
@@ -333,6 +335,7 @@ def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool
 @functools.lru_cache(maxsize=4)
 def _pool(pid: int, access: Access) -> urllib3.PoolManager:
     """One pool per process (`pid` keys the cache, as sockets do not survive a fork)."""
+    redact_logs()
     return urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=access.connect_timeout_s, read=max(access.low_speed_s, 1)),
         retries=urllib3.Retry(

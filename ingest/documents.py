@@ -21,7 +21,16 @@ from requests.adapters import HTTPAdapter
 from urllib3 import BaseHTTPResponse, Retry
 
 from ingest.config import IngestConfig
-from ingest.hrefs import HrefPolicy, is_url, redact, redact_text, refuse_private_address, resolve_href, same_origin
+from ingest.hrefs import (
+    HrefPolicy,
+    is_url,
+    redact,
+    redact_logs,
+    redact_text,
+    refuse_private_address,
+    resolve_href,
+    same_origin,
+)
 from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = ["MAX_JSON_BYTES", "Documents", "HttpStatusError", "parse_json"]
@@ -65,6 +74,7 @@ class Documents:
     """
 
     def __init__(self, source: str, config: IngestConfig, headers: Mapping[str, str] | None = None) -> None:
+        redact_logs()
         self._secret_headers = dict(headers or {})
         self.source, self._auth = _without_userinfo(source)
         self.policy = HrefPolicy.of(self.source, config)

@@ -11,6 +11,7 @@ paths, userinfo, odd spellings of IP addresses, and private addresses that were 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 import socket
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ __all__ = [
     "HrefPolicy",
     "is_url",
     "redact",
+    "redact_logs",
     "redact_text",
     "refuse_private_address",
     "resolve_href",
@@ -203,6 +205,31 @@ def redact_text(message: object) -> str:
     """
     text = re.sub(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>()]+", lambda found: redact(found.group()), str(message))
     return re.sub(r"(/[^\s?'\"]*)\?[^\s'\"()]+", r"\1", text)
+
+
+_CHATTY = (
+    "urllib3.connectionpool", "urllib3.util.retry", "rasterio._env", "rasterio._err", "rasterio._base", "rasterio._io",
+    "rasterio._vsiopener", "rasterio.env", "rasterio.session",
+)  # fmt: skip
+
+
+class _Redacting(logging.Filter):
+    """Takes queries and userinfo out of the messages of libraries, which log URLs as they are."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact_text(record.getMessage()), ()
+        return True
+
+
+_redacting = _Redacting()
+
+
+def redact_logs() -> None:
+    """Keep secrets out of what urllib3 and rasterio log in this process; called before either sees a URL."""
+    for name in _CHATTY:
+        logger = logging.getLogger(name)
+        if _redacting not in logger.filters:
+            logger.addFilter(_redacting)
 
 
 def strip_signature(url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from ingest.config import IngestConfig
 from ingest.hrefs import (
     HrefPolicy,
     redact,
+    redact_logs,
     redact_text,
     refuse_private_address,
     resolve_href,
@@ -151,3 +153,16 @@ def test_origin_is_scheme_host_and_port() -> None:
     assert same_origin("https://a.example/x", "https://A.example:443/y")
     assert not same_origin("https://a.example", "http://a.example")
     assert not same_origin("http://127.0.0.1:1", "http://127.0.0.1:2")
+
+
+def test_what_libraries_log_of_urls_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    redact_logs()
+    redact_logs()
+    with caplog.at_level("DEBUG"):
+        log = logging.getLogger("urllib3.connectionpool")
+        log.warning("Retrying (%r) after connection broken by '%r': %s", 1, "reset", "/a.tif?sig=canary")
+        log.debug('%s://%s:%s "%s %s %s" %s %s', "http", "h", 80, "GET", "/a.tif?sig=canary", "HTTP/1.1", 200, 3)
+        logging.getLogger("rasterio._env").error("CPLE: HTTP 403 on https://me:canary@host/a.tif?sig=canary")
+    assert "canary" not in caplog.text
+    assert caplog.text.count("/a.tif") == 3
+    assert len(logging.getLogger("urllib3.connectionpool").filters) == 1
