@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from cli.session import Session, command
 if TYPE_CHECKING:
     from zarr_store import Cube
 
-__all__ = ["describe", "register"]
+__all__ = ["describe", "pairings", "register"]
 
 
 def describe(cube: Cube, collection: str) -> dict[str, Any]:
@@ -38,6 +39,8 @@ def describe(cube: Cube, collection: str) -> dict[str, Any]:
         "layout": spec.layout.name,
         "kind": spec.kind,
         "class_layers": list(spec.class_layers),
+        "indices": [index.name for index in spec.derived],
+        "reduce": spec.reduce,
         "bounds": list(spec.grid.bounds),
         "items": [item["id"] for item in items],
         "complete": counts["done"] == counts["total"],
@@ -51,6 +54,18 @@ def describe(cube: Cube, collection: str) -> dict[str, Any]:
         "masked_share": float(index.masked.sum()) / pixels,
         "missing_share": float(index.missing.sum()) / pixels,
     }
+
+
+def pairings(cube: Cube) -> list[dict[str, Any]]:
+    """For each two collections, the nearest step of the second to each of the first, and how far it is."""
+    from zarr_store.steps import pair_collections
+
+    found = []
+    for ours, theirs in permutations(cube.collections, 2):
+        pairing = pair_collections(cube, ours, theirs)
+        gaps = [round(gap / 86_400, 3) for gap in pairing.gap_s.tolist()]
+        found.append({"of": ours, "with": theirs, "steps": pairing.index.tolist(), "gap_days": gaps})
+    return found
 
 
 def _lines(name: str, facts: dict[str, Any]) -> list[str]:
@@ -98,4 +113,12 @@ def register(app: typer.Typer) -> None:
         for name, facts in collections.items():
             for line in _lines(name, facts):
                 session.say(line)
-        session.emit({"url": opened.url, "collections": collections, "provenance": opened.provenance})
+        pairs = pairings(opened)
+        for pair in pairs:
+            widest = max(map(abs, pair["gap_days"]))
+            session.say(
+                f"{pair['of']} with {pair['with']}: nearest steps {', '.join(map(str, pair['steps'][:12]))}"
+                f"{' …' if len(pair['steps']) > 12 else ''}; at most {widest:.1f} days apart"
+            )
+        document = {"url": opened.url, "collections": collections, "pairings": pairs, "provenance": opened.provenance}
+        session.emit(document)

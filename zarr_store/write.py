@@ -28,6 +28,7 @@ from zarr_store.lock import read_token
 from zarr_store.read import Cube, is_cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
+from zarr_store.steps import step_coordinates
 
 __all__ = [
     "FORMAT_VERSION",
@@ -123,8 +124,12 @@ def lay_out(
         )
         time_chunk = (time_chunks or {}).get(spec.collection, _TIME_CHUNK)
         _write_coordinates(group, spec, spec.grid, time_chunk)
+        radar = spec.kind == "backscatter"
+        of_steps = step_coordinates(described[spec.collection]["items"], len(spec.times)) if radar else {}
+        for name, (data, attributes) in of_steps.items():
+            _write_along_time(group, name, data, attributes, time_chunk)
         for array in spec.arrays():
-            _create_array(group, spec, array)
+            _create_array(group, spec, array, " ".join(("spatial_ref", *of_steps)))
         _create_overview(overviews, spec, time_chunk)
     _consolidate(target, ["", *(s.collection for s in specs), *(f"overview/{s.collection}" for s in specs)])
 
@@ -208,7 +213,7 @@ def list_differences(there: Any, asked: Any, path: str = "") -> list[str]:
     return [f"{path}: {short(there)} → {short(asked)}"]
 
 
-def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec) -> None:
+def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec, coordinates: str) -> None:
     banded = "band" in array.dims
 
     def box(tyx: tuple[int, int, int]) -> tuple[int, ...]:
@@ -232,8 +237,23 @@ def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec) -> None:
             Crc32cCodec(),
         ],
         dimension_names=array.dims,
-        attributes={**array.attributes, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
+        attributes={**array.attributes, "grid_mapping": "spatial_ref", "coordinates": coordinates},
     )
+
+
+def _write_along_time(
+    group: zarr.Group, name: str, data: np.ndarray, attributes: Mapping[str, Any], time_chunk: int
+) -> None:
+    array = group.create_array(
+        name,
+        shape=data.shape,
+        chunks=(time_chunk,),
+        dtype="str" if data.dtype == object else data.dtype,
+        dimension_names=("time",),
+        compressors=[ZstdCodec(checksum=True)],
+        attributes=dict(attributes),
+    )
+    array[...] = data
 
 
 def _create_overview(overviews: zarr.Group, spec: CubeSpec, time_chunk: int) -> None:
