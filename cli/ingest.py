@@ -22,22 +22,30 @@ def register(app: typer.Typer) -> None:
             "terrashard ingest catalog.json zagreb.zarr --collection sentinel-2-l2a \\",
             "    --bands blue,green,red,nir,scl --mask scl --workers 2",
             "terrashard ingest plan.json zagreb.zarr",
+            "terrashard ingest catalog.json zagreb.zarr --append --datetime 2023-09",
         ),
     )
     def ingest(
         session: Session,
         source: Annotated[str, typer.Argument(metavar="SOURCE|plan.json", help=SOURCE_HELP)],
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="Where the cube is, or will be.")],
+        append: Annotated[bool, typer.Option("--append", help="Add dates that the cube does not have.")] = False,
+        refresh: Annotated[
+            bool, typer.Option("--refresh", help="Make shards again whose scenes have a newer copy.")
+        ] = False,
         report: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the report as JSON.")] = None,
     ) -> int:
         """Read, harmonise and write scenes into a sharded Zarr cube. Exit code 3: some asset was unreadable."""
-        from cli.ingesting import plan_of, run_plan
+        from cli.ingesting import cube_config, extend_cube, plan_of, run_plan
 
-        config = ingest_config(session)
-        made = plan_of(session, source, config)
-        for text in made.warnings:
-            session.warn(text)
-        result = run_plan(session, made, cube, config)
+        if append or refresh:
+            result = extend_cube(session, source, cube, cube_config(session, cube), append=append, refresh=refresh)
+        else:
+            config = ingest_config(session)
+            made = plan_of(session, source, config)
+            for text in made.warnings:
+                session.warn(text)
+            result = run_plan(session, made, cube, config)
         session.say(result.summary())
         if report is not None:
             import json

@@ -1,8 +1,10 @@
-"""A source or a plan becomes a cube: the shared part of `ingest` and `demo`."""
+"""A source or a plan becomes a cube, or more of one: the shared part of `ingest`, `repair`, `audit` and `demo`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from ingest.plan import Plan
     from ingest.run import IngestEvent, IngestReport
 
-__all__ = ["is_plan", "plan_of", "run_plan"]
+__all__ = ["cube_config", "extend_cube", "is_plan", "plan_of", "run_plan", "watching"]
 
 _HEAD_BYTES = 64 << 20
 
@@ -37,23 +39,65 @@ def plan_of(session: Session, source: str, config: IngestConfig) -> Plan:
     """The plan that SOURCE is, or one made from what it lists.
 
     Raises:
-        InvalidInput: SOURCE is a plan, and options ask for another one.
+        InvalidInput: SOURCE is a plan, and options ask for another one, or an href of it may not be opened.
     """
     from ingest.plan import Plan, make_plan
+    from ingest.stored import check_hrefs
 
     if not is_plan(source):
         return make_plan(source, config)
     fixed = sorted((set(session.options) | set(session.settings())) - set(RUNNING) - set(TRUST))
     if fixed:
         raise InvalidInput(f"{source} is a plan, which fixes {', '.join(fixed)}; plan again with the new settings")
-    return Plan.load(source)
+    plan = Plan.load(source)
+    check_hrefs(plan, config)
+    return plan
 
 
 def run_plan(session: Session, plan: Plan, cube: str | Path, config: IngestConfig) -> IngestReport:
     """Run a plan with progress on stderr; the address of the dashboard comes first."""
     from ingest.run import run
 
-    with Reporter(session, "ingest", unit="shards") as progress:
+    with watching(session, "ingest") as show:
+        return run(plan, cube, config=config, on_event=show)
+
+
+def cube_config(session: Session, cube: str) -> IngestConfig:
+    """What the cube was made with, and over it the settings and options of this command."""
+    from cli.config import build, merge
+    from ingest.config import IngestConfig
+    from ingest.extend import selection_of
+
+    kept = selection_of(cube)
+    given = merge(session.settings(), session.options)
+    if {"bbox", "geometry"} & set(given):
+        kept = {name: value for name, value in kept.items() if name not in ("bbox", "geometry")}
+    return build(IngestConfig, merge(kept, given), where=f"{cube} with options")
+
+
+def extend_cube(
+    session: Session, source: str, cube: str, config: IngestConfig, *, append: bool, refresh: bool
+) -> IngestReport:
+    """Bring what is new in SOURCE into a cube, with progress on stderr.
+
+    Raises:
+        InvalidInput: SOURCE is a plan, which has a grid of its own.
+    """
+    from ingest.extend import extend
+
+    if is_plan(source):
+        raise InvalidInput(
+            f"{source} is a plan with a grid of its own; --append and --refresh plan on the grid of the cube: give the "
+            "STAC source"
+        )
+    with watching(session, "ingest") as show:
+        return extend(source, cube, config, append=append, refresh=refresh, on_event=show)
+
+
+@contextmanager
+def watching(session: Session, title: str) -> Iterator[Callable[[IngestEvent], None]]:
+    """Progress of a run on stderr: the address of the dashboard, shards that ended, scenes that were missing."""
+    with Reporter(session, title, unit="shards") as progress:
 
         def show(event: IngestEvent) -> None:
             if event.kind == "dashboard":
@@ -64,4 +108,4 @@ def run_plan(session: Session, plan: Plan, cube: str | Path, config: IngestConfi
                     names = ", ".join(s.item_id for s in event.row.sources if s.state == "missing")
                     progress.line(f"shard {event.row.index} is {event.row.state}: {names}")
 
-        return run(plan, cube, config=config, on_event=show)
+        yield show

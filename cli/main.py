@@ -20,7 +20,22 @@ from types import FrameType
 
 import typer
 
-from cli import demo, doctor, evaluate, info, plan, predict, quicklook, search, simulate, status, train, verify
+from cli import (
+    audit,
+    demo,
+    doctor,
+    evaluate,
+    info,
+    plan,
+    predict,
+    quicklook,
+    repair,
+    search,
+    simulate,
+    status,
+    train,
+    verify,
+)
 from cli import ingest as ingest_command
 
 __all__ = ["app", "main"]
@@ -63,6 +78,8 @@ for module in (
     status,
     info,
     verify,
+    repair,
+    audit,
     train,
     evaluate,
     predict,

@@ -1,25 +1,33 @@
-"""`terrashard verify`: do the stored bytes still hash to what the ledger says was written?"""
+"""`terrashard verify`: do the stored bytes hash to what the ledger says, and do the sources still give them?"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from cli.options import TRUST
 from cli.session import Session, command
 
 __all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, examples=("terrashard verify zagreb.zarr", "terrashard verify zagreb.zarr --share 0.1 --seed 7"))
+    @command(
+        app,
+        extra=TRUST,
+        examples=("terrashard verify zagreb.zarr", "terrashard verify zagreb.zarr --share 0.1 --seed 7 --sources"),
+    )
     def verify(
         session: Session,
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")],
         share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Part of the shards that is re-read.")] = 1.0,
         seed: Annotated[int, typer.Option(help="Which shards a partial check draws.")] = 0,
+        sources: Annotated[
+            bool, typer.Option("--sources", help="Read the scenes again, too, and compare every pixel.")
+        ] = False,
     ) -> int:
-        """Re-read shards and compare them with the checksums of the ledger. Exit code 6 names what is damaged."""
+        """Re-read shards and compare them with the ledger and with their sources. Exit code 6 names what is damaged."""
         from cli.progress import Reporter
         from zarr_store import verify_cube
         from zarr_store.errors import InvalidInput
@@ -28,13 +36,38 @@ def register(app: typer.Typer) -> None:
             raise InvalidInput(f"--share must lie above 0 and at most at 1, got {share}")
         with Reporter(session, "verify", unit="shards") as progress:
             report = verify_cube(cube, share=share, seed=seed, on_shard=progress.update)
-        session.emit(report.to_dict())
+        document = report.to_dict()
         for damage in report.damage:
             session.say(str(damage))
         megabytes = report.checked_bytes / 1e6
         if report.damage:
-            session.say("remove the named shard's files and repeat the ingest: what is absent is written again")
+            session.emit(document)
+            session.say(f"`terrashard repair {cube}` makes the named shards again")
             session.fail(f"{len(report.damage)} of {report.checked_shards} shards damaged; first: {report.damage[0]}")
             return 6
         session.say(f"{report.checked_shards} shards ({megabytes:.1f} MB) are what was written")
+        if sources:
+            return _compare(session, cube, share, seed, document)
+        session.emit(document)
         return 0
+
+
+def _compare(session: Session, cube: str, share: float, seed: int, document: dict[str, Any]) -> int:
+    from cli.config import build
+    from cli.progress import Reporter
+    from ingest.config import IngestConfig
+    from ingest.repair import verify_sources
+
+    config = build(IngestConfig, session.options, where="options")
+    with Reporter(session, "sources", unit="shards") as progress:
+        found = verify_sources(cube, config, share=share, seed=seed, on_shard=progress.update)
+    session.emit({**document, "sources": found.to_dict()})
+    for text in found.unread:
+        session.say(f"not compared: {text}")
+    for one in found.different:
+        session.say(str(one))
+    if found.different:
+        session.fail(f"{len(found.different)} arrays differ from their sources; first: {found.different[0]}")
+        return 6
+    session.say(f"{found.checked} shards are what their sources give")
+    return 3 if found.unread else 0

@@ -1,11 +1,13 @@
 """Running a plan: one Dask task per shard, each of which fills and writes a whole shard and its ledger row.
 
 The ledger is the only memory of a run. A shard whose row says done under the same key is skipped, so a run that was
-killed, interrupted or partly failed goes on where it was, and a finished one finds nothing to do.
+killed, interrupted or partly failed goes on where it was, and a finished one finds nothing to do. A shard that is
+complete is never replaced by one with gaps, and a task writes only while its run holds the lock of the cube.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import logging
@@ -14,7 +16,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,26 +24,38 @@ from types import FrameType
 from typing import Any, Literal
 
 from distributed import Client, as_completed
+from distributed.client import FutureCancelledError
 
 from ingest.access import Access, forbid_gdal_threads
-from ingest.cluster import open_cluster
+from ingest.cluster import in_flight, open_cluster
 from ingest.config import IngestConfig
 from ingest.plan import Plan
 from ingest.shard import fill_shard
+from ingest.stored import PLAN_KEY, keep_plan
 from ingest.task import Recipe, ShardTask
-from zarr_store.errors import AssetUnreadable, CubeMismatch, NoSpace, Preempted, TerrashardError
-from zarr_store.ledger import LedgerRow
+from zarr_store.backends import Store
+from zarr_store.crash import crashpoint
+from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, Preempted, TerrashardError
+from zarr_store.grow import grow_cube
+from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube
 from zarr_store.write import ShardWriter, create_cube, record_provenance
 
-__all__ = ["IngestEvent", "IngestReport", "ingest_shard", "run"]
+__all__ = ["IngestEvent", "IngestReport", "Which", "ingest_shard", "run", "run_locked"]
 
 log = logging.getLogger(__name__)
 
 _IN_FLIGHT_PER_THREAD = 2
 """One task running and one waiting per thread: workers never idle, and stopping early wastes at most these."""
 _MOST_LISTED = 10
+
+_SETTLE_S = 5.0
+_being_made: set[int] = set()
+"""Shards that this process makes at the moment, by thread."""
+
+Which = Literal["all", "absent", "unfinished"]
+"""Shards that a run makes: all that are not done · those that were never written · those that are partial or failed."""
 
 
 @dataclass(frozen=True)
@@ -199,17 +213,53 @@ def run(
         AssetUnreadable: With on_error="fail", at the first asset that cannot be read.
         Preempted: SIGTERM; the same call goes on.
     """
+    forbid_gdal_threads()
+    url = _plain_url(cube_url)
+    create_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance())
+    _check_same_plan(url, plan)
+    with CubeLock(url, f"ingest of plan {plan.digest[:12]}") as lock:
+        _check_same_plan(url, plan)  # another run may have added to it meanwhile
+        return run_locked(plan, url, lock, config=config, client=client, on_event=on_event)
+
+
+def run_locked(
+    plan: Plan,
+    cube_url: str | os.PathLike[str],
+    lock: CubeLock,
+    *,
+    config: IngestConfig | None = None,
+    client: Client | None = None,
+    on_event: Callable[[IngestEvent], None] | None = None,
+    grow: bool = False,
+    which: Which = "all",
+    again: Collection[tuple[str, ShardIndex]] = (),
+) -> IngestReport:
+    """As `run`, for a cube that exists and whose lock is held.
+
+    Args:
+        plan: What the cube holds or is to hold.
+        cube_url: The cube.
+        lock: Held by the caller.
+        config: How to run.
+        client: A Dask client to use.
+        on_event: As for `run`.
+        grow: Whether the plan may have more dates and items than the cube, which then gets them first.
+        which: Of the shards that are not done, those to make.
+        again: (collection, index) of shards to make although they count as done.
+    """
     started = time.monotonic()
     config = config or IngestConfig()
     tell = on_event or (lambda event: None)
     forbid_gdal_threads()
-    url = str(Path(os.fspath(cube_url))) if "://" not in os.fspath(cube_url) else os.fspath(cube_url)
-    create_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance())
-    _check_same_plan(url, plan)
+    url = _plain_url(cube_url)
     tally = _Tally()
-    with CubeLock(url, f"ingest of plan {plan.digest[:12]}"), _sigterm_raises():
+    with _sigterm_raises():
         _sweep(url)
-        todo = _what_is_left(plan, url, config, tally)
+        # the plan first: if nothing more gets done, the cube still knows what it was about to become
+        keep_plan(url, plan)
+        if grow:
+            grow_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance())
+        todo = _what_is_left(plan, url, config, tally, which, frozenset(again))
         now = todo[: config.limit] if config.limit else todo
         tell(
             IngestEvent(
@@ -220,7 +270,7 @@ def run(
             with ExitStack() as stack:
                 running = client or stack.enter_context(open_cluster(config, most=len(now)))
                 tell(IngestEvent("dashboard", 0, len(now), url=running.dashboard_link, message="Dask dashboard"))
-                _work(running, plan, now, url, config, tally, tell)
+                _work(running, plan, now, url, config, tally, tell, fence=lock.token, again=frozenset(again))
             if open_cube(url).provenance != json.loads(json.dumps(plan.provenance())):
                 # a file that is healed now has a verdict that it had not when the cube was begun
                 record_provenance(url, plan.provenance())
@@ -240,10 +290,40 @@ def run(
     return report
 
 
-def ingest_shard(task: ShardTask, recipe: Recipe, url: str, access: Access) -> tuple[LedgerRow, int]:
-    """The Dask task: fill one shard, write it, and say so in the ledger. Running it twice leaves the same bytes."""
+def ingest_shard(
+    task: ShardTask, recipe: Recipe, url: str, access: Access, *, fence: str | None = None, again: bool = False
+) -> tuple[LedgerRow, int]:
+    """The Dask task: fill one shard, write it, and say so in the ledger. Running it twice leaves the same bytes.
+
+    A task that ran already (its worker died before it could tell, or it was stolen) reads nothing. Where the shard is
+    complete and this time a scene cannot be read, it stays as it is and the row that is returned says failed.
+
+    Args:
+        task: The shard.
+        recipe: Of its collection.
+        url: The cube.
+        access: Limits of reading.
+        fence: Token of the run's lock; nothing is written once the run has lost it.
+        again: Make the shard although its row says done.
+
+    Returns:
+        The shard's row, and how many source pixels were asked for.
+    """
+    with _making():
+        return _make_shard(task, recipe, url, access, fence, again)
+
+
+def _make_shard(
+    task: ShardTask, recipe: Recipe, url: str, access: Access, fence: str | None, again: bool
+) -> tuple[LedgerRow, int]:
+    before = open_cube(url).ledger(task.collection).get(task.index)
+    if before is not None and before.state == "done" and before.key == task.key and not again:
+        return before, 0
     filled = fill_shard(task, recipe, access=access)
-    writer = ShardWriter(url, task.collection)
+    if before is not None and before.state == "done" and any(s.state == "missing" for s in filled.outcomes):
+        return LedgerRow(task.index, task.region, task.key, "failed", filled.outcomes), filled.pixels_read
+    crashpoint(f"filled {task.index}")
+    writer = ShardWriter(url, task.collection, fence=fence)
     try:
         row = writer.write(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
     except OSError as error:
@@ -253,10 +333,20 @@ def ingest_shard(task: ShardTask, recipe: Recipe, url: str, access: Access) -> t
     return row, filled.pixels_read
 
 
+def _plain_url(url: str | os.PathLike[str]) -> str:
+    return str(Path(os.fspath(url))) if "://" not in os.fspath(url) else os.fspath(url)
+
+
 def _check_same_plan(url: str, plan: Plan) -> None:
     made_by = open_cube(url).provenance
-    if made_by.get("plan") == plan.digest:
+    kept = json.loads(Store.at(url).read(PLAN_KEY) or b"{}").get("digest", plan.digest)
+    if made_by.get("plan") == plan.digest == kept:
         return
+    if kept not in (plan.digest, made_by.get("plan")):
+        raise CubeMismatch(
+            f"{url}: adding scenes to this cube was interrupted; repeat that command (--append or --refresh), or "
+            f"`terrashard repair {url}` finishes it. Nothing was changed"
+        )
     there, asked = made_by.get("config", {}), plan.config
     changed = [
         f"{name}: {there.get(name, 'default')} → {asked.get(name, 'default')}"
@@ -266,23 +356,34 @@ def _check_same_plan(url: str, plan: Plan) -> None:
     what = "; ".join(changed) or "the sources differ: files or catalogue have changed since"
     raise CubeMismatch(
         f"{url} was made by plan {str(made_by.get('plan'))[:12]}, this is plan {plan.digest[:12]} (there → asked for): "
-        f"{what}. Nothing was changed: write to another path, or repeat with the options the cube was made with"
+        f"{what}. Nothing was changed: write to another path, repeat with the options the cube was made with, or "
+        "add to it what is new with --append"
     )
 
 
-def _what_is_left(plan: Plan, url: str, config: IngestConfig, tally: _Tally) -> list[ShardTask]:
-    """Tasks without a row that says done under their key; the others are put into the tally."""
+def _what_is_left(
+    plan: Plan,
+    url: str,
+    config: IngestConfig,
+    tally: _Tally,
+    which: Which,
+    again: frozenset[tuple[str, ShardIndex]],
+) -> list[ShardTask]:
+    """Tasks that this run is to make; the rows of the others are put into the tally."""
     cube = open_cube(url)
     ledgers = {collection: cube.ledger(collection).rows() for collection in cube.collections}
     left = []
     for task in plan.tasks:
         row = ledgers[task.collection].get(task.index)
-        if row is None or row.key != task.key or row.state == "failed":
+        if (task.collection, task.index) in again:
             left.append(task)
+        elif row is None or row.key != task.key:
+            if which != "unfinished":
+                left.append(task)
         elif row.state == "done":
             tally.rows["skipped"].append(row)
-        elif config.on_error == "skip":
-            tally.rows["kept"].append(row)
+        elif which == "absent" or (row.state == "partial" and config.on_error == "skip"):
+            tally.rows["failed" if row.state == "failed" else "kept"].append(row)
         else:
             left.append(task)
     return left
@@ -296,6 +397,9 @@ def _work(
     config: IngestConfig,
     tally: _Tally,
     tell: Callable[[IngestEvent], None],
+    *,
+    fence: str,
+    again: frozenset[tuple[str, ShardIndex]],
 ) -> None:
     """Keep a bounded number of tasks in flight until all have ended."""
     access = replace(Access.of(config), sign=plan.config.get("sign", "none"))
@@ -310,35 +414,76 @@ def _work(
             by_key[name] = task
             futures.append(
                 client.submit(
-                    ingest_shard, task, plan.recipe(task.collection), url, access, key=name, pure=False, retries=1
+                    ingest_shard,
+                    task,
+                    plan.recipe(task.collection),
+                    url,
+                    access,
+                    fence=fence,
+                    again=(task.collection, task.index) in again,
+                    key=name,
+                    pure=False,
+                    retries=1,
                 )
             )
         return futures
 
-    threads = max(1, sum(client.nthreads().values()))  # type: ignore[no-untyped-call]
-    queue = as_completed(submit(threads * _IN_FLIGHT_PER_THREAD + 1))  # type: ignore[no-untyped-call]
+    queue = as_completed(submit(in_flight(client, config)))  # type: ignore[no-untyped-call]
     try:
         for future in queue:
             row = _take(future, by_key.pop(future.key), url, config, tally)
-            tell(IngestEvent("shard", tally.ended, len(tasks), row=row))
-            for fresh in submit(1):
+            why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
+            tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
+            for fresh in submit(in_flight(client, config) - len(by_key)):
                 queue.add(fresh)  # type: ignore[no-untyped-call]
-    except BaseException:
+    except BaseException as error:
         client.cancel(list(queue.futures), force=True)  # type: ignore[no-untyped-call]
+        if isinstance(error, NoSpace | AssetUnreadable):
+            # shards that are being written are worth the moment: without the lock their rows are not written
+            client.run(_settle, _SETTLE_S)  # type: ignore[no-untyped-call]
         raise
+
+
+@contextmanager
+def _making() -> Iterator[None]:
+    thread = threading.get_ident()
+    _being_made.add(thread)
+    try:
+        yield
+    finally:
+        _being_made.discard(thread)
+
+
+async def _settle(limit_s: float) -> None:
+    """On a worker: wait until no shard is being made, but not for long."""
+    until = time.monotonic() + limit_s
+    while _being_made and time.monotonic() < until:
+        await asyncio.sleep(0.02)
 
 
 def _take(future: Any, task: ShardTask, url: str, config: IngestConfig, tally: _Tally) -> LedgerRow:
     """The outcome of one task into the tally."""
-    error = future.exception()
+    try:
+        error = future.exception()
+    except FutureCancelledError as gone:
+        raise AccessError(
+            f"the Dask scheduler that {url} was written with is gone; what was written stays, and the same command "
+            "goes on from there"
+        ) from gone
     if error is None:
         made: tuple[LedgerRow, int] = future.result()
         row, pixels = made
         tally.pixels_read += pixels
         tally.rows[row.state].append(row)
-        if row.state == "partial" and config.on_error == "fail":
+        if row.state != "done":
             bad = next(source for source in row.sources if source.state == "missing")
-            raise AssetUnreadable.of(bad.item_id, bad.asset or "?", bad.reason or "unknown", "--on-error fail")
+            if config.on_error == "fail":
+                raise AssetUnreadable.of(bad.item_id, bad.asset or "?", bad.reason or "unknown", "--on-error fail")
+            if row.state == "failed":
+                tally.errors.append(
+                    f"{task.collection} shard {task.index} stays as it was: scene {bad.item_id}, asset {bad.asset} "
+                    "could not be read for its new content"
+                )
         return row
     if isinstance(error, TerrashardError) or config.on_error == "fail":
         raise error
@@ -352,9 +497,10 @@ def _take(future: Any, task: ShardTask, url: str, config: IngestConfig, tally: _
 
 def _sweep(url: str) -> None:
     """Remove what a killed writer left half-written; the lock says that no other run is writing."""
-    for pattern in ("*.partial", "*.__lock"):
-        for path in Path(url).rglob(pattern):
-            path.unlink(missing_ok=True)
+    for folder, _, files in os.walk(url):
+        for name in files:
+            if name.endswith((".partial", ".__lock")):
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def _sorted(rows: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 from zarr.storage import MemoryStore
 
 from zarr_store.backends import Store
-from zarr_store.errors import CubeMismatch
+from zarr_store.errors import CubeMismatch, IntegrityError
 from zarr_store.read import Cube, open_cube
 from zarr_store.spec import CubeSpec
 from zarr_store.write import Items, describe, lay_out, list_differences
@@ -104,10 +104,11 @@ def _check_layout(store: Store, key: str, document: bytes) -> None:
     held = store.read(key)
     if held is None:
         return
-    there, asked = json.loads(held), json.loads(document)
+    there, asked = _parsed(store, key, held), json.loads(document)
     if there.get("node_type") != "array":
         return
-    differences = list_differences(*({n: v for n, v in d.items() if n not in _MAY_GROW} for d in (there, asked)))
+    fixed_there, fixed_asked = ({n: v for n, v in d.items() if n not in _MAY_GROW} for d in (there, asked))
+    differences = list_differences(fixed_there, fixed_asked)
     if differences:
         raise CubeMismatch(
             f"{store.url}: array {key.removesuffix('/zarr.json')} was laid out by another release "
@@ -116,5 +117,16 @@ def _check_layout(store: Store, key: str, document: bytes) -> None:
 
 
 def _time_chunk(store: Store, collection: str) -> int:
-    held = json.loads(store.read(f"{collection}/time/zarr.json") or b"{}")
+    key = f"{collection}/time/zarr.json"
+    held = _parsed(store, key, store.read(key) or b"")
     return int(held["chunk_grid"]["configuration"]["chunk_shape"][0])
+
+
+def _parsed(store: Store, key: str, data: bytes) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise IntegrityError(
+            f"{store.where(key)}: unreadable metadata ({error}); nothing was changed: restore the file"
+        ) from error
+    return document

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from zarr_store.backends import Store
-from zarr_store.read import open_cube
+from zarr_store.ledger import LedgerRow
+from zarr_store.read import Cube, open_cube
 from zarr_store.write import shard_key
 
-__all__ = ["Damage", "VerifyReport", "verify_cube"]
+__all__ = ["Damage", "VerifyReport", "draw_shards", "verify_cube"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ class VerifyReport:
         }
 
 
+def draw_shards(cube: Cube, share: float, seed: int) -> list[tuple[str, LedgerRow]]:
+    """Written shards of a cube with their collections: all, or a part that `seed` draws."""
+    written = [
+        (name, row) for name in cube.collections for row in cube.ledger(name).rows().values() if row.state != "failed"
+    ]
+    if share < 1 and written:
+        drawn = random.Random(seed).sample(written, max(1, round(share * len(written))))
+        written = sorted(drawn, key=lambda pair: (pair[0], pair[1].index))
+    return written
+
+
 def verify_cube(
     url: str | Path, *, share: float = 1.0, seed: int = 0, on_shard: Callable[[int, int], None] | None = None
 ) -> VerifyReport:
@@ -62,14 +74,7 @@ def verify_cube(
     """
     cube = open_cube(url)
     store = Store.at(url)
-    written = [
-        (name, row) for name in cube.collections for row in cube.ledger(name).rows().values() if row.state != "failed"
-    ]
-    if share < 1:
-        written = sorted(
-            random.Random(seed).sample(written, max(1, round(share * len(written)))) if written else [],
-            key=lambda pair: (pair[0], pair[1].index),
-        )
+    written = draw_shards(cube, share, seed)
     size = 0
     damage = []
     for done, (name, row) in enumerate(written, 1):
