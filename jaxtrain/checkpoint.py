@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from zarr_store.backends import Store, translate_os_errors
+from zarr_store.backends import FolderStore, translate_os_errors
 from zarr_store.errors import IntegrityError, InvalidInput
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class CheckpointStore:
             _together(f"checkpoint {step} is written")
             if lead:
                 contents = {"format": _FORMAT, "step": step, "arrays": _describe(named), "extra": dict(extra)}
-                store = Store(partial)
+                store = FolderStore(partial)
                 store.write(_CONTENTS, json.dumps(contents, indent=1, sort_keys=True).encode())
                 manifest = {"format": _FORMAT, "step": step, "files": _hash_files(partial)}
                 store.write(_MANIFEST, json.dumps(manifest).encode())

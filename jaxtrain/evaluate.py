@@ -21,7 +21,7 @@ from jaxtrain.report import collect_examples, write_report
 from jaxtrain.rundir import ModelCard, cube_digest, inference_program, load_card
 from jaxtrain.state import Program, TrainState
 from jaxtrain.step import EvalStep, make_eval_step, make_predict_step
-from zarr_store.backends import Store
+from zarr_store.backends import FolderStore
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.read import Cube, open_cube
 
@@ -138,7 +138,7 @@ def evaluate(
         "cube": cube.url,
         "warnings": [*warnings, *passed_over],
     }
-    Store(run.absolute()).write(EVALUATION, json.dumps(result, indent=1, ensure_ascii=False).encode())
+    FolderStore(run.absolute()).write(EVALUATION, json.dumps(result, indent=1, ensure_ascii=False).encode())
     examples = collect_examples(program, make_predict_step(program), state, reader, windows)
     write_report(run, card, examples=examples, evaluation=result)
     return result

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tensorboardX import SummaryWriter
 
-from zarr_store.backends import Store, translate_os_errors
+from zarr_store.backends import FolderStore, translate_os_errors
 
 __all__ = ["Kind", "RunLog", "read_metrics"]
 
@@ -47,7 +47,7 @@ class RunLog:
 
     def __init__(self, run: Path, *, step: int, tensorboard_every: int = 1) -> None:
         kept = [line for line in read_metrics(run) if line["step"] <= step]
-        Store(run.absolute()).write(METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        FolderStore(run.absolute()).write(METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = (run / METRICS).open("a", encoding="utf-8")
         # purge_step makes TensorBoard forget the points of an earlier process after this step
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=30)

@@ -29,7 +29,7 @@ from pyproj import CRS
 from zarr.codecs import ZstdCodec
 
 from jaxtrain.data.classes import Classes
-from zarr_store.backends import Store, translate_os_errors
+from zarr_store.backends import FolderStore, translate_os_errors
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.grid import Grid
 from zarr_store.write import georeference
@@ -117,7 +117,7 @@ def create_map(
     Raises:
         InvalidInput: Something that is no map is at `url`.
     """
-    store = Store.at(url)
+    store = FolderStore.at(url)
     if store.exists() and not is_map(url):
         raise InvalidInput(
             f"{store.url} exists and is not a terrashard map; nothing was changed: choose another path or remove it"
@@ -195,7 +195,7 @@ def _write_coordinates(group: zarr.Group, grid: Grid) -> None:
 
 def is_map(url: str | Path) -> bool:
     """Whether a terrashard map is at `url`."""
-    return _about(Store.at(url)) is not None
+    return _about(FolderStore.at(url)) is not None
 
 
 def open_map(url: str | Path) -> Map:
@@ -205,7 +205,7 @@ def open_map(url: str | Path) -> Map:
         InvalidInput: There is nothing at `url`, or something else.
         IntegrityError: The map's description cannot be read.
     """
-    store = Store.at(url)
+    store = FolderStore.at(url)
     about = _about(store)
     if about is None:
         found = "is something else" if store.exists() else "does not exist"
@@ -221,7 +221,7 @@ def open_map(url: str | Path) -> Map:
     return Map(store.url, grid, classes, rest, layers)
 
 
-def _about(store: Store) -> dict[str, Any] | None:
+def _about(store: FolderStore) -> dict[str, Any] | None:
     data = store.read("zarr.json")
     try:
         about = json.loads(data or b"{}")["attributes"]["terrashard_map"]

@@ -26,7 +26,7 @@ from jaxtrain.data.windows import Window, Windows
 from jaxtrain.log import read_metrics
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.rundir import ModelCard
-from zarr_store.backends import Store
+from zarr_store.backends import FolderStore
 
 if TYPE_CHECKING:
     from jaxtrain.state import Program, TrainState
@@ -134,7 +134,7 @@ def write_report(
         split_map=_png(_split_map(card.split)),
         block_counts=card.split.counts(),
     )  # fmt: skip
-    Store(run.absolute()).write("report.html", html.encode())
+    FolderStore(run.absolute()).write("report.html", html.encode())
     return run / "report.html"
 
 

@@ -24,7 +24,7 @@ from jaxtrain.data.classes import Classes
 from jaxtrain.data.splits import Split
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.state import Program, build_program
-from zarr_store.backends import Store
+from zarr_store.backends import FolderStore
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.grid import Grid
 from zarr_store.read import Cube
@@ -176,7 +176,7 @@ def _differences(there: Any, asked: Any, at: str) -> list[str]:
 
 def write_run(run: Path, card: ModelCard) -> None:
     """Write config.toml and then the card, which makes the folder a run."""
-    store = Store(run.absolute())
+    store = FolderStore(run.absolute())
     values = card.config.model_dump(mode="json")
     if values["optim"]["clip_norm"] is None:
         values["optim"]["clip_norm"] = float("inf")  # TOML has no null; a limit of infinity never clips

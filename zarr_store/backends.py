@@ -1,7 +1,8 @@
 """`Store`: where a cube lives. A URL becomes something that bytes, Zarr metadata and pixels go through.
 
 Pixels go through tensorstore, metadata through zarr-python, and the ledger and the lock through the small byte
-interface here. A write is durable (fsync of file and directory) and atomic (written beside, then renamed).
+interface here. `FolderStore` is a folder of a file system: a write is durable (fsync of file and directory) and atomic
+(written beside, then renamed). `ObjectStore` of `objects.py` is a bucket, with the same promises.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +22,9 @@ from urllib.parse import unquote, urlsplit
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
 
-__all__ = ["Store", "translate_os_errors"]
+__all__ = ["FolderStore", "Store", "translate_os_errors"]
+
+OBJECT_SCHEMES = ("s3", "gs")
 
 
 @contextlib.contextmanager
@@ -34,22 +38,97 @@ def translate_os_errors(what: str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise AccessError(f"cannot write {what}: {error.strerror}; check its permissions") from error
         raise
-    except ValueError as error:  # tensorstore reports file system errors as ValueError with the text of errno
+    except ValueError as error:  # tensorstore reports errors of files and buckets as ValueError, its code in front
         text = str(error)
         if os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text:
             raise NoSpace(f"no space left for {what}; free some and repeat the command") from error
+        if text.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+            raise AccessError(f"cannot write {what}: access denied; check the credentials and their rights") from error
+        if text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")):
+            raise AccessError(f"cannot reach {what}; check the endpoint and repeat the command") from error
         raise
 
 
+class Store(ABC):
+    """What holds one cube. `where` and `url` are for messages; keys are relative, with slashes."""
+
+    @classmethod
+    def at(cls, url: str | os.PathLike[str]) -> Store:
+        """The store at a path, a file:// URL or a bucket's s3:// or gs:// URL.
+
+        Raises:
+            InvalidInput: The URL has another scheme, or holds credentials.
+        """
+        text = os.fspath(url)
+        if urlsplit(text).scheme in OBJECT_SCHEMES:
+            from zarr_store.objects import ObjectStore  # here: most cubes are folders, and obstore takes time to load
+
+            return ObjectStore.at(text)
+        return FolderStore.at(text)
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """As `at` takes it."""
+
+    @abstractmethod
+    def where(self, key: str) -> str:
+        """A key's place, for people."""
+
+    @abstractmethod
+    def exists(self, key: str = "") -> bool:
+        """Whether something is at `key`; without one, whether the store holds anything but a cube half begun."""
+
+    @abstractmethod
+    def read(self, key: str) -> bytes | None:
+        """The bytes at `key`, or None where there are none."""
+
+    def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """`read` of each key."""
+        return [self.read(key) for key in keys]
+
+    @abstractmethod
+    def write(self, key: str, data: bytes) -> None:
+        """Replace the bytes at `key` atomically and durably."""
+
+    @abstractmethod
+    def create_exclusive(self, key: str, data: bytes) -> bool:
+        """Write `data` at `key` only if nothing is there; True if it was written."""
+
+    @abstractmethod
+    def take(self, key: str, held: bytes, data: bytes) -> bool:
+        """Put `data` in the place of exactly the bytes `held`; True if it was, False if something else was there."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove what is at `key`, if anything is."""
+
+    @abstractmethod
+    def list(self, prefix: str, suffix: str = "") -> list[str]:
+        """Keys of the files directly in the folder `prefix`, sorted; temporary files are left out."""
+
+    @abstractmethod
+    def tensorstore(self, path: str) -> dict[str, Any]:
+        """Tensorstore's key-value store for the array at `path`; holds no credentials."""
+
+    @abstractmethod
+    def zarr(self) -> Any:
+        """What zarr-python and xarray open: a path or a Zarr store."""
+
+    @abstractmethod
+    def beside(self) -> contextlib.AbstractContextManager[Store]:
+        """A fresh store that becomes this one at the end, and leaves nothing on an error."""
+
+
 @dataclass(frozen=True)
-class Store:
-    """A folder on a local file system that holds one cube (or map)."""
+class FolderStore(Store):
+    """A folder on a local file system that holds one cube, map or run."""
 
     root: Path
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> Self:
-        """The store at a path or file:// URL.
+        """The folder at a path or file:// URL.
 
         Raises:
             InvalidInput: The URL has a scheme that is not a local file.
@@ -58,10 +137,15 @@ class Store:
         parts = urlsplit(text)
         if parts.scheme == "file":
             return cls(Path(unquote(parts.path)).absolute())
+        if parts.scheme in ("az", "azure", "abfs", "abfss", "adl"):
+            raise InvalidInput(
+                f"cannot open {parts.scheme}://…: tensorstore, which writes the pixels, has no driver for "
+                "Azure; mount the container (blobfuse2, rclone) and give the path"
+            )
         if "://" in text:
             raise InvalidInput(
-                f"cannot open {parts.scheme}://{parts.hostname or ''}…: cubes live on a local or mounted file system; "
-                "give a path"
+                f"cannot open {parts.scheme}://{parts.hostname or ''}…: expected a path on a local or mounted file "
+                "system, and for cubes also s3://bucket/prefix or gs://bucket/prefix"
             )
         return cls(Path(text).expanduser().absolute())
 
@@ -69,18 +153,19 @@ class Store:
     def url(self) -> str:
         return str(self.root)
 
+    def where(self, key: str) -> str:
+        return str(self.root / key)
+
     def exists(self, key: str = "") -> bool:
         return (self.root / key).exists()
 
     def read(self, key: str) -> bytes | None:
-        """The bytes at `key`, or None where there are none."""
         try:
             return (self.root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, key: str, data: bytes) -> None:
-        """Replace the bytes at `key` atomically and durably."""
         path = self.root / key
         with translate_os_errors(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,10 +187,7 @@ class Store:
             _sync_folder(path.parent)
 
     def create_exclusive(self, key: str, data: bytes) -> bool:
-        """Write `data` at `key` only if nothing is there; True if it was written.
-
-        The file appears complete or not at all: it is linked into place, and a link never replaces.
-        """
+        # the file appears complete or not at all: it is linked into place, and a link never replaces
         path = self.root / key
         with translate_os_errors(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,12 +204,26 @@ class Store:
                 os.unlink(beside)
         return True
 
+    def take(self, key: str, held: bytes, data: bytes) -> bool:
+        # Renaming is atomic: of two runs that both saw `held` only one moves it away, and what it moved is looked at
+        # again in case the other had already put its own there.
+        path = self.root / key
+        aside = path.with_name(f"{path.name}.{os.getpid()}.stale")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return False
+        if aside.read_bytes() != held:
+            os.replace(aside, path)
+            return False
+        aside.unlink()
+        return self.create_exclusive(key, data)
+
     def delete(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             (self.root / key).unlink()
 
     def list(self, prefix: str, suffix: str = "") -> list[str]:
-        """Keys of the files directly in the folder `prefix`, sorted; temporary files are left out."""
         folder = self.root / prefix
         if not folder.is_dir():
             return []
@@ -138,11 +234,13 @@ class Store:
         )
 
     def tensorstore(self, path: str) -> dict[str, Any]:
-        """Tensorstore's key-value store for the array at `path`."""
         return {"driver": "file", "path": f"{self.root / path}/"}
 
+    def zarr(self) -> str:
+        return str(self.root)
+
     @contextlib.contextmanager
-    def beside(self) -> Iterator[Store]:
+    def beside(self) -> Iterator[FolderStore]:
         """A fresh store next to this one; it becomes this one at the end, and disappears on an error."""
         self.root.parent.mkdir(parents=True, exist_ok=True)
         with translate_os_errors(self.url):
@@ -150,7 +248,7 @@ class Store:
         try:
             os.chmod(folder, 0o777 & ~_umask())
             with translate_os_errors(self.url):
-                yield Store(Path(folder))
+                yield FolderStore(Path(folder))
                 crashpoint("before the cube appears")
                 os.rename(folder, self.root)  # fails if something non-empty has appeared there meanwhile
                 _sync_folder(self.root.parent)

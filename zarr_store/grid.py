@@ -45,7 +45,9 @@ class Grid:
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
-        a, b, _, d, e, _ = self.transform
+        # equal grids have one JSON form: 10 and 10.0 would be written differently
+        a, b, c, d, e, f = (float(value) for value in self.transform)
+        object.__setattr__(self, "transform", (a, b, c, d, e, f))
         if b or d or a <= 0 or e >= 0:
             raise InvalidInput(
                 f"grid must be north-up (a > 0, e < 0, no rotation), got transform {self.transform}; "

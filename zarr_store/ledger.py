@@ -121,8 +121,8 @@ class Ledger:
             IntegrityError: A row cannot be read.
         """
         rows = {}
-        for key in self._store.list(self._folder, ".json"):
-            data = self._store.read(key)
+        keys = self._store.list(self._folder, ".json")
+        for key, data in zip(keys, self._store.read_many(keys), strict=True):
             if data is not None:
                 row = self._parse(key, data)
                 rows[row.index] = row
@@ -146,7 +146,7 @@ class Ledger:
             return LedgerRow.from_json(data)
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
-                f"{self._store.root / key} is not a ledger row ({type(error).__name__}: {error}); `terrashard "
+                f"{self._store.where(key)} is not a ledger row ({type(error).__name__}: {error}); `terrashard "
                 "repair` makes the shard again"
             ) from error
 

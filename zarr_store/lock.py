@@ -51,7 +51,7 @@ class CubeLock:
                 "since": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         ).encode()
-        # twice: a stale lock is removed once; losing the race for its place to another run is a true conflict
+        # twice: the holder may end while it is looked at; losing the race for its place again is a true conflict
         for _ in range(2):
             if self._store.create_exclusive(self._key, mine):
                 self._mine = mine
@@ -65,25 +65,13 @@ class CubeLock:
                     f"{self._store.url} is held by {holder.get('purpose', 'another run')} "
                     f"(host {holder.get('host', '?')}, pid {holder.get('pid', '?')}, "
                     f"since {holder.get('since', '?')}); "
-                    f"wait for it to end, or, if that machine is gone, remove {self._store.root / self._key}"
+                    f"wait for it to end, or, if that machine is gone, remove {self._store.where(self._key)}"
                 )
-            self._take_stale(held)
-            self.took_over = True
+            if self._store.take(self._key, held, mine):
+                self._mine = mine
+                self.took_over = True
+                return self
         raise Locked(f"{self._store.url} was taken by another run at the same moment; repeat the command")
-
-    def _take_stale(self, held: bytes) -> None:
-        # Renaming is atomic: of two runs that both saw the stale lock only one moves it away, and what it moved
-        # is looked at again in case the other had already put its own lock there.
-        path = self._store.root / self._key
-        aside = path.with_name(f"{path.name}.{os.getpid()}.stale")
-        try:
-            os.rename(path, aside)
-        except FileNotFoundError:
-            return
-        if aside.read_bytes() != held:
-            os.replace(aside, path)
-            return
-        aside.unlink()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

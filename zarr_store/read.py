@@ -68,7 +68,7 @@ def _attributes(store: Store, key: str, data: bytes) -> dict[str, Any]:
         attributes = json.loads(data)["attributes"]
     except (ValueError, KeyError, TypeError) as error:
         raise NotACube(
-            f"{store.root / key}: unreadable metadata ({type(error).__name__}: {error}); nothing is written over it: "
+            f"{store.where(key)}: unreadable metadata ({type(error).__name__}: {error}); nothing is written over it: "
             "restore the file, or ingest to another path"
         ) from error
     return attributes if isinstance(attributes, dict) else {}
@@ -92,10 +92,10 @@ class Cube:
         key = f"{collection}/zarr.json"
         data = self._store.read(key)
         if data is None:
-            raise IntegrityError(f"{self._store.root / key} is absent, but the cube lists {collection}; restore it")
+            raise IntegrityError(f"{self._store.where(key)} is absent, but the cube lists {collection}; restore it")
         found = _attributes(self._store, key, data).get("terrashard")
         if not isinstance(found, dict):
-            raise IntegrityError(f"{self._store.root / key} has no terrashard attributes; restore the file")
+            raise IntegrityError(f"{self._store.where(key)} has no terrashard attributes; restore the file")
         return found
 
     def _spec_uncached(self, collection: str) -> CubeSpec:
@@ -122,7 +122,7 @@ class Cube:
         import xarray as xr  # here, as it and pandas take longer to import than all else a worker needs
 
         self._describe(collection)
-        opened: xr.Dataset = xr.open_zarr(self.url, group=collection, chunks=None, mask_and_scale=False)
+        opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
         return opened
 
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:

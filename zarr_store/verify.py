@@ -85,7 +85,7 @@ def verify_cube(
             size += len(data or b"")
             if data is None or hashlib.sha256(data).hexdigest() != expected:
                 state = "missing" if data is None else "corrupt"
-                damage.append(Damage(name, array, row.index, state, str(store.root / key)))
+                damage.append(Damage(name, array, row.index, state, store.where(key)))
         if on_shard:
             on_shard(done, len(written))
     return VerifyReport(len(written), size, tuple(damage))

@@ -73,7 +73,7 @@ def create_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, pro
         _check_existing(store, described)
         return
     with store.beside() as fresh:
-        lay_out(str(fresh.root), specs, described, provenance)
+        lay_out(fresh.zarr(), specs, described, provenance)
 
 
 def describe(specs: Sequence[CubeSpec], items: Items) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from zarr_store.backends import Store, translate_os_errors
+from zarr_store.backends import FolderStore, Store, translate_os_errors
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
 
 
 def test_write_read_list_delete(tmp_path: Path) -> None:
     store = Store.at(f"file://{tmp_path}/a%20b")
+    assert isinstance(store, FolderStore)
     assert store.root.name == "a b"
     store.write("x/2.json", b"two")
     store.write("x/1.json", b"one")
@@ -82,8 +83,9 @@ def test_errors_of_the_file_system_are_translated() -> None:
         raise ValueError("other")
 
 
-def test_other_schemes_are_refused_without_their_secrets() -> None:
+@pytest.mark.parametrize("scheme", ["https", "ftp", "memory"])
+def test_other_schemes_are_refused_without_their_secrets(scheme: str) -> None:
     with pytest.raises(InvalidInput, match="local or mounted") as caught:
-        Store.at("s3://user:hunter2@bucket/cube?token=abc")
+        Store.at(f"{scheme}://user:hunter2@bucket/cube?token=abc")
     assert "hunter2" not in str(caught.value)
     assert "abc" not in str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -97,3 +99,9 @@ def test_bad_bounds_resolution_and_crs_are_refused() -> None:
         Grid.from_bounds(UTM, (0, 0, 10, 10), resolution=0)
     with pytest.raises(InvalidInput, match="unknown CRS 'EPSG:99999999'"):
         Grid.from_bounds("EPSG:99999999", (0, 0, 10, 10), resolution=1)
+
+
+def test_equal_grids_are_written_alike() -> None:
+    whole = Grid("EPSG:32633", (10, 0, 600_000, 0, -10, 5_000_000), (3, 4))
+    assert json.dumps(whole.to_dict()) == json.dumps(Grid.from_dict(json.loads(json.dumps(whole.to_dict()))).to_dict())
+    assert json.dumps(whole.to_dict()["transform"]) == "[10.0, 0.0, 600000.0, 0.0, -10.0, 5000000.0]"
