@@ -12,9 +12,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import rasterio
+from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from ingest.access import Access, grid_of, open_asset, redact, with_asset
+from ingest.ranges import blocks_of, range_file_of
 from ingest.resample import pick_resampling, place
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid
@@ -87,10 +89,18 @@ def read_on_grid(
             reason = f"the file is not the one that was planned: its grid was {header}, now it is {grid}"
             raise AssetUnreadable.of(scene, asset.key, reason, redact(asset.href))
         _check_type(dataset.dtypes[0], stored, scene, asset)
+        if asset.kind == "data" and dataset.colorinterp[0] == ColorInterp.palette:
+            reason = "expected a data band, the file has a palette: its numbers are colours"
+            raise AssetUnreadable.of(scene, asset.key, reason, redact(asset.href))
         empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
 
         def window(row: int, col: int, height: int, width: int) -> Pixels:
+            file = range_file_of(dataset)
+            if file is not None:
+                file.fetch(blocks_of(dataset, (row, col, height, width)))
             raw = dataset.read(1, window=Window(col, row, width, height))
+            if file is not None:
+                file.forget()
             return _as_stored(raw, stored, empty)
 
         kernel = pick_resampling(asset.kind, grid, target, resampling)

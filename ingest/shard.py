@@ -8,6 +8,7 @@ bands are a mean or median of all clear sources (`ingest.composite`), and `obser
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from pyproj import Transformer
 
 from ingest.clip import inside_of
 from ingest.composite import Tally, make_tally, strips
+from ingest.hrefs import is_url
 from ingest.indices import add_indices
 from ingest.mask import halo_pixels, mask_classes, observed
 from ingest.read import NODATA, Access, Pixels, harmonise_dn, read_on_grid
@@ -163,8 +165,9 @@ class _Shard:
         place = (slice(row0, row1), slice(col0, col1))
         target = self.grid.window(row0, col0, row1 - row0, col1 - col0)
         spec, recipe = self.recipe.spec, self.recipe
-        classes, masked = self._classes(scene, target)
-        bands = [self._read_band(scene, band, target) for band in spec.band_names]
+        read = self._read_all(scene, target)
+        classes, masked = self._classes(read, target)
+        bands = [read[band] for band in spec.band_names]
         seen = observed(bands, classes.get(recipe.mask_layer or "scl"))
         if self.inside is not None:
             seen &= self.inside[place]
@@ -181,8 +184,27 @@ class _Shard:
             self.tally.add(np.stack(bands), clear, place)
         _paste(status, np.where(clear, np.uint8(STATUS_OBSERVED), np.uint8(STATUS_MASKED)), wins)
 
+    def _read_all(self, scene: PlannedScene, target: Grid) -> dict[str, Pixels]:
+        """All classes and bands of one source; over a network they are on their way at once."""
+        recipe = self.recipe
+        windows = {}
+        for name in recipe.classes:
+            rows, cols = self.halo if name == recipe.mask_layer else (0, 0)
+            windows[name] = target.window(-rows, -cols, target.height + 2 * rows, target.width + 2 * cols)
+        windows |= dict.fromkeys(recipe.spec.band_names, target)
+        lacking = next((name for name in windows if scene.asset(name) is None), None)
+        if lacking is not None:
+            text = f"the item has no usable asset for {lacking}"
+            raise AssetUnreadable.of(scene.item_id, lacking, text, "no href")
+        self.pixels_read += sum(window.height * window.width for window in windows.values())
+        if not any(is_url(asset.href) for asset in scene.assets):
+            return {name: self._read_band(scene, name, window) for name, window in windows.items()}
+        with ThreadPoolExecutor(len(windows)) as pool:
+            pixels = pool.map(lambda name: self._read_band(scene, name, windows[name]), windows)
+            return dict(zip(windows, pixels, strict=True))
+
     def _classes(
-        self, scene: PlannedScene, target: Grid
+        self, read: dict[str, Pixels], target: Grid
     ) -> tuple[dict[str, npt.NDArray[np.uint8]], npt.NDArray[np.bool_]]:
         """Class layers on `target`, and what the mask layer masks there."""
         recipe = self.recipe
@@ -190,19 +212,17 @@ class _Shard:
         layers = {}
         for name in recipe.classes:
             rows, cols = self.halo if name == recipe.mask_layer else (0, 0)
-            outer = target.window(-rows, -cols, target.height + 2 * rows, target.width + 2 * cols)
-            whole = self._read_band(scene, name, outer).astype(np.uint8, copy=False)
+            whole = read[name].astype(np.uint8, copy=False)
             layers[name] = whole[rows : rows + target.height, cols : cols + target.width]
             if name == recipe.mask_layer:
                 masked = mask_classes(whole, recipe.mask_classes, grid=target, dilate_m=recipe.mask_dilate_m)
         return layers, masked
 
-    def _read_band(self, scene: PlannedScene, band: str, target: Grid) -> Pixels:
+    def _read_band(self, scene: PlannedScene, band: str, window: Grid) -> Pixels:
         asset = scene.asset(band)
         if asset is None:
-            raise AssetUnreadable.of(scene.item_id, band, f"the item has no usable asset for {band}", "no href")
-        self.pixels_read += target.height * target.width
-        raw = self.read(asset, target)
+            raise KeyError(band)
+        raw = self.read(asset, window)
         return harmonise_dn(raw.astype(np.uint16, copy=False), asset.dn_offset) if asset.stored == "uint16" else raw
 
 

@@ -1,0 +1,233 @@
+"""`RangeFile`: a remote TIFF that GDAL reads as a file, whose blocks were fetched before GDAL asks for them.
+
+GDAL on its own opens a file anew for each window and waits for each answer before it asks on. Here the header is
+fetched once per process and file, all blocks of a window are known from it, neighbours are merged into one request,
+and the requests of all bands are on their way at once. Every answer is checked: its status, its range, its length,
+and that the file is still the one whose header is held.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import rasterio
+
+__all__ = ["HEAD_BYTES", "Head", "HeadCache", "RangeFile", "blocks_of", "range_file_of"]
+
+Span = tuple[int, int]
+"""(start, stop) in bytes."""
+
+Get = Callable[[Span], bytes]
+"""Fetches exactly these bytes, or raises."""
+
+HEAD_BYTES = 16384
+"""Fetched at the open: holds the directories of a COG of 10 980² pixels in blocks of 512."""
+
+_MERGE_BYTES = 512
+"""Blocks this near each other are one request; in a COG 8 bytes lie between them."""
+_AROUND_BYTES = 4
+"""A COG repeats a block's size before it and its last bytes behind it, and GDAL may look."""
+_MOST_AT_ONCE = 32
+_HEADS = 1024
+_HEAD_LIFE_S = 300.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is known of a remote file once its first bytes are here.
+
+    Attributes:
+        url: Where it was found, after redirects, unsigned.
+        data: Its first bytes.
+        size: Of the whole file, if the server said so.
+        etag: Its version, if the server said so.
+        ranges: Whether the server answers ranges.
+        until: Monotonic time after which it is asked for anew.
+    """
+
+    url: str
+    data: bytes
+    size: int | None
+    etag: str | None
+    ranges: bool
+    until: float
+
+
+class HeadCache:
+    """The heads of the files read last; one per process, so a file of many shards is opened once."""
+
+    def __init__(self) -> None:
+        self._heads: OrderedDict[str, Head] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, href: str) -> Head | None:
+        with self._lock:
+            head = self._heads.get(href)
+            if head is None or head.until < time.monotonic():
+                return None
+            self._heads.move_to_end(href)
+            return head
+
+    def put(self, href: str, head: Head) -> Head:
+        """Keep a head and return it; one that holds the whole file is not kept, or nobody would ask for the file."""
+        if head.size is None or len(head.data) >= head.size:
+            return head
+        with self._lock:
+            self._heads[href] = head
+            self._heads.move_to_end(href)
+            while len(self._heads) > _HEADS:
+                self._heads.popitem(last=False)
+        return head
+
+    def drop(self, href: str) -> None:
+        with self._lock:
+            self._heads.pop(href, None)
+
+    @staticmethod
+    def deadline() -> float:
+        """Until when a head that arrives now may be used."""
+        return time.monotonic() + _HEAD_LIFE_S
+
+
+class RangeFile:
+    """The bytes of a remote file that are here, and the way to the others.
+
+    Args:
+        head: Its first bytes and its size.
+        get: Fetches a span.
+    """
+
+    def __init__(self, head: Head, get: Get) -> None:
+        if head.size is None:
+            raise ValueError("a file of unknown size cannot be read in ranges")
+        self.size = head.size
+        self.error: Exception | None = None
+        self._get = get
+        self._parts: list[tuple[int, bytes]] = [(0, head.data[: head.size])]
+
+    def open(self, path: str, mode: str = "rb") -> io.RawIOBase:
+        """A fresh handle: rasterio opens a file several times and closes each."""
+        return _Handle(self)
+
+    def fetch(self, spans: Iterable[Span]) -> None:
+        """Have these bytes, several requests at a time.
+
+        Raises:
+            Exception: As the fetching raised it.
+        """
+        wanted = [span for span in merge(spans, self.size) if self._find(span) is None]
+        if not wanted:
+            return
+        answers = [self._get(wanted[0])] if len(wanted) == 1 else list(_pool(os.getpid()).map(self._get, wanted))
+        self._parts += [(start, data) for (start, _), data in zip(wanted, answers, strict=True)]
+
+    def forget(self) -> None:
+        """Let go of all but the head: the blocks of a window are needed once."""
+        del self._parts[1:]
+
+    def take(self, start: int, stop: int) -> bytes:
+        """Bytes, fetched now if they are not here; what went wrong is kept, as GDAL would only say "read error"."""
+        part = self._find((start, stop))
+        if part is None:
+            try:
+                part = (start, self._get((start, min(self.size, max(stop, start + HEAD_BYTES)))))
+            except Exception as error:  # noqa: BLE001 - raised again by the reader, outside GDAL
+                self.error = error
+                return b""
+            self._parts.append(part)
+        return part[1][start - part[0] : stop - part[0]]
+
+    def _find(self, span: Span) -> tuple[int, bytes] | None:
+        return next((p for p in self._parts if p[0] <= span[0] and span[1] <= p[0] + len(p[1])), None)
+
+
+class _Handle(io.RawIOBase):
+    """One open handle: a position in a `RangeFile`."""
+
+    def __init__(self, file: RangeFile) -> None:
+        super().__init__()
+        self._file = file
+        self._at = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self._at
+        stop = self._file.size if size is None or size < 0 else min(self._file.size, start + size)
+        data = self._file.take(start, stop) if stop > start else b""
+        self._at = start + len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def merge(spans: Iterable[Span], size: int) -> list[Span]:
+    """Spans in order, with near ones joined.
+
+    >>> merge([(100, 200), (208, 300), (5000, 6000)], 5500)
+    [(96, 304), (4996, 5500)]
+    """
+    merged: list[Span] = []
+    for start, stop in sorted(spans):
+        start, stop = max(0, start - _AROUND_BYTES), min(size, stop + _AROUND_BYTES)
+        if merged and start - merged[-1][1] <= _MERGE_BYTES:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def blocks_of(dataset: rasterio.io.DatasetReader, window: tuple[int, int, int, int]) -> list[Span]:
+    """The bytes of the blocks of a TIFF that a window (row, col, height, width) touches; blocks left out are absent."""
+    row, col, height, width = window
+    tall, wide = dataset.block_shapes[0]
+    spans = []
+    for y in range(row // tall, -(-(row + height) // tall)):
+        for x in range(col // wide, -(-(col + width) // wide)):
+            start = dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1)
+            count = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
+            if start is not None and count is not None:
+                spans.append((int(start), int(start) + int(count)))
+    return spans
+
+
+_files: weakref.WeakKeyDictionary[rasterio.io.DatasetReader, RangeFile] = weakref.WeakKeyDictionary()
+
+
+def tie(dataset: rasterio.io.DatasetReader, file: RangeFile) -> None:
+    """Remember the file that a dataset reads from."""
+    _files[dataset] = file
+
+
+def range_file_of(dataset: rasterio.io.DatasetReader) -> RangeFile | None:
+    """The file that a dataset reads from, if it is one of ours."""
+    return _files.get(dataset)
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
+
+
+def _pool(pid: int) -> ThreadPoolExecutor:
+    """Threads that wait for answers; one set per process, as threads do not survive a fork."""
+    with _pools_lock:
+        if pid not in _pools:
+            _pools[pid] = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="terrashard-fetch")
+        return _pools[pid]
