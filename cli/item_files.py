@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from zarr_store.errors import InvalidInput
 
@@ -26,7 +26,7 @@ def check_suffix(path: Path) -> None:
 
 
 def portable(found: FoundItem) -> dict[str, Any]:
-    """The item as it was found, with absolute hrefs, as relative ones start at a place that it leaves."""
+    """The item as it was found, with absolute hrefs, as relative ones start at a place that it leaves, and unsigned."""
     item = dict(found.item)
     assets = item.get("assets") or {}
     item["assets"] = {key: {**asset, "href": _absolute(asset, found.base)} for key, asset in assets.items()}
@@ -35,10 +35,20 @@ def portable(found: FoundItem) -> dict[str, Any]:
 
 
 def _absolute(link: Mapping[str, Any], base: str) -> str:
-    href = str(link.get("href") or "")
+    from ingest.hrefs import strip_signature
+
+    href = _without_userinfo(strip_signature(str(link.get("href") or "")))
+    base = _without_userinfo(base)
     if "://" in href or href.startswith("/"):
         return href
     return urljoin(base, href) if "://" in base else str(Path(base).parent.joinpath(href).resolve())
+
+
+def _without_userinfo(href: str) -> str:
+    if "://" not in href:
+        return href
+    parts = urlsplit(href)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def write_items(items: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """List the scenes that a source has: deduplicated, in order, with cloud cover and offset verdict."""
         from cli.item_files import check_suffix, portable, write_items
-        from ingest.search import find_items, find_scenes
+        from ingest.search import find_scenes
 
         config = ingest_config(session)
         if out is not None:
@@ -51,9 +51,7 @@ def register(app: typer.Typer) -> None:
             + (f", {len(found.duplicates)} older copies left out" if found.duplicates else "")
         )
         if out is not None:
-            kept = {scene.key for scene in found.scenes}
-            items = [portable(item) for item in find_items(source, config)]
-            write_items([item for item in items if (str(item.get("collection")), str(item.get("id"))) in kept], out)
+            write_items([portable(item) for item in found.items], out)
             session.say(f"written to {out}")
         session.emit(
             {

@@ -157,8 +157,20 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
                     log.info("%s understands the filter no further; its answers are filtered here", redact(root))
                 elif method == "GET" or error.status not in (404, 405, 501):
                     raise
+    ids: set[str] = set()
+    promised = None
     for page in itertools.chain([first] if first else [], pages):
-        yield from (_from_api(item, root, details) for item in page["features"])
+        if promised is None and isinstance(page.get("numberMatched"), int):
+            promised = int(page["numberMatched"])
+        for item in page["features"]:
+            found = _from_api(item, root, details)
+            ids.add(f"{item.get('collection')}/{item.get('id')}")
+            yield found
+    if promised is not None and promised != len(ids):
+        log.warning(
+            "%s promised %d items and gave %d different ones; the catalogue may have changed meanwhile, search again",
+            redact(root), promised, len(ids),
+        )  # fmt: skip
 
 
 def _filter(client: Client, conditions: Iterable[Condition]) -> cql2.Expr | None:

@@ -26,10 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """What a search gives: scenes in order, and the copies that were left out for them."""
+    """What one search gives: scenes in order, the copies that were left out for them, and the items of the scenes."""
 
     scenes: tuple[Scene, ...]
     duplicates: tuple[Duplicate, ...] = ()
+    items: tuple[FoundItem, ...] = ()
 
 
 def search(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[Scene]:
@@ -56,22 +57,24 @@ def search(source: str, config: IngestConfig, *, headers: Mapping[str, str] | No
 def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> Found:
     """As `search`, with the duplicates that were left out."""
     _check_names(config)
-    scenes = []
+    scenes: list[Scene] = []
+    items: dict[int, FoundItem] = {}
     skipped: InvalidInput | None = None
     for found in find_items(source, config, headers=headers):
         if not config.collections and (reason := _not_ours(found.item)):
             skipped = skipped or reason
             continue
-        scenes.append(
-            harmonise(found.item, base=found.base, config=config, source=source, item_assets=found.item_assets)
-        )
+        scene = harmonise(found.item, base=found.base, config=config, source=source, item_assets=found.item_assets)
+        scenes.append(scene)
+        items[id(scene)] = found
     if not scenes and skipped:
         raise skipped
     _check_assets(scenes)
     kept, drops = dedupe(scenes)
     for drop in drops:
         log.info("%s left out: %s", drop.dropped.id, drop.reason)
-    return Found(tuple(kept), tuple(drops))
+    # the items of this very answer: an API may answer the same question differently a moment later
+    return Found(tuple(kept), tuple(drops), tuple(items[id(scene)] for scene in kept))
 
 
 def find_items(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[FoundItem]:
