@@ -74,10 +74,28 @@ COMPOSING: dict[str, Any] = {
     ),
 }
 RUNNING: dict[str, Any] = {
-    "workers": _option(int, "--workers", panel=_RUN, metavar="N", text="Processes."),
+    "workers": _option(
+        str, "--workers", panel=_RUN, metavar="N|LEAST..MOST", text="Processes; a range follows the work."
+    ),
     "threads_per_worker": _option(int, "--threads-per-worker", panel=_RUN, metavar="N", text="Threads in each."),
     "memory": _option(str, "--memory", panel=_RUN, metavar="4GB", text="Limit of one worker."),
     "scheduler": _option(str, "--scheduler", panel=_RUN, metavar="tcp://…", text="Use a running Dask cluster."),
+    "cluster": _option(
+        str, "--cluster", panel=_RUN, metavar="KIND", text="local, ssh, slurm, pbs, k8s or gateway: where workers start."
+    ),
+    "hosts": _option(
+        str, "--hosts", panel=_RUN, metavar="A,B,…", text="Of --cluster ssh: the scheduler's, then one per worker."
+    ),
+    "cluster_options": _option(
+        list[str], "--cluster-option", panel=_RUN, metavar="KEY=VALUE", text="Such as queue=short or image=NAME."
+    ),
+    "tls": _option(str, "--tls", panel=_RUN, metavar="FOLDER", text="Encrypt: ca.pem, cert.pem and key.pem."),
+    "expose": _option(
+        bool, "--expose", panel=_RUN, text="Open the scheduler (runs code) and dashboard to other machines without TLS."
+    ),
+    "rate_limits": _option(
+        list[str], "--rate-limit", panel=_RUN, metavar="HOST=N", text="Requests per second, all workers together."
+    ),
     "dashboard": _option(str, "--dashboard", panel=_RUN, metavar=":8787", text="Address of the Dask dashboard."),
     "on_error": _option(str, "--on-error", panel=_RUN, metavar="NAME", text="Unreadable asset: retry, skip or fail."),
     "limit": _option(int, "--limit", panel=_RUN, metavar="N", text="Stop after this many shards."),

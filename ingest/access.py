@@ -27,9 +27,10 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from ingest.buckets import BucketRule, bucket_options
-from ingest.config import IngestConfig
+from ingest.config import IngestConfig, parse_limit
 from ingest.hrefs import redact_logs
 from ingest.providers import PROVIDERS
+from ingest.rates import LimitedFile, limit_of, wait_for_turn
 from ingest.sign import Signing, SignRule, signed
 from zarr_store.errors import AccessError, AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid, normal_crs
@@ -67,6 +68,7 @@ class Access:
         sign: Whose tokens are added to hrefs right before they are opened.
         sign_rules: Tokens of the user's own providers.
         bucket_rules: What S3 buckets need.
+        rates: (host, requests per second) beside those of the providers' rules; all workers share one count.
     """
 
     attempts: int = 4
@@ -80,6 +82,7 @@ class Access:
     sign: Signing = "none"
     sign_rules: tuple[SignRule, ...] = ()
     bucket_rules: tuple[BucketRule, ...] = tuple(rule.bucket_rule for rule in PROVIDERS if rule.bucket_rule)
+    rates: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def of(cls, config: IngestConfig) -> Self:
@@ -92,6 +95,10 @@ class Access:
             sign=config.sign,
             sign_rules=tuple(rule.sign_rule for rule in config.providers if rule.sign_rule),
             bucket_rules=tuple(rule.bucket_rule for rule in (*config.providers, *PROVIDERS) if rule.bucket_rule),
+            rates=(
+                *(parse_limit(text) for text in config.rate_limits),
+                *((host, rule.rate_limit) for rule in config.providers if rule.rate_limit for host in rule.hosts),
+            ),
         )
 
     def gdal_options(self) -> dict[str, Any]:
@@ -235,14 +242,20 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
         except InvalidInput as error:
             raise _PermanentError(str(error)) from error
         options |= more
+        wait_for_turn(f"s3://{path.removeprefix('/vsis3/')}", access.rates)
+    limited = None
+    if path.startswith("/vsicurl/") and size is not None and limit_of(href, access.rates):
+        limited = LimitedFile(path.removeprefix("/vsicurl/"), size, _pool(os.getpid(), access), access.rates)
     try:
         with rasterio.Env(session=session, **options):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
-                dataset = rasterio.open(path, driver=driver, sharing=False)
+                dataset = rasterio.open(limited or path, driver=driver, sharing=False)
             with dataset:
                 _check_header(dataset, size, access)
                 yield dataset
+        if limited is not None and limited.error is not None:
+            raise _TransientError(_innermost(limited.error)) from limited.error
     except RasterioError as error:
         # a local file does not heal between attempts; a remote one may have been cut on the way
         raise (_TransientError if remote else _PermanentError)(_innermost(error)) from error
@@ -295,6 +308,7 @@ def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
     renewed = access.sign == "none" and not access.sign_rules
     url = _signed(href, access, pool)
     for _ in range(4):
+        wait_for_turn(url, access.rates)
         try:
             reply = pool.request("GET", url, headers={"Range": "bytes=0-63"}, redirect=False, preload_content=False)
         except urllib3.exceptions.HTTPError as error:

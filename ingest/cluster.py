@@ -1,7 +1,8 @@
-"""Where tasks run: a Dask cluster of this machine's processes, or a scheduler that is already there.
+"""Where tasks run: a Dask cluster of this machine's processes, one that is started elsewhere, or one that is there.
 
 Everything of our own listens on 127.0.0.1 only: an open scheduler port is code execution, an open dashboard shows
-paths and names. The dashboard's address is known before the first task is sent.
+paths and names. Other machines are let in with TLS, or where the user says so. The dashboard's address is known before
+the first task is sent.
 """
 
 from __future__ import annotations
@@ -9,69 +10,85 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import dask
 from distributed import Client, LocalCluster
+from distributed.security import Security
 
 from ingest.config import IngestConfig
+from ingest.launch import exposed, start_cluster
+from ingest.workers import WORKER_ENVIRONMENT, check_workers
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["WORKER_ENVIRONMENT", "dashboard_address", "open_cluster"]
+__all__ = ["WORKER_ENVIRONMENT", "dashboard_address", "in_flight", "open_cluster", "prepare"]
 
-WORKER_ENVIRONMENT = {
-    # one decoding thread per worker thread; GDAL_NUM_THREADS is not among them on purpose, see ingest.access
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    # freed decode buffers go back to the system instead of counting against the worker's memory limit
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-}
 _CONNECT_S = 20
 _DEATH_S = 60
 """A worker that cannot find its scheduler for this long ends itself, so none outlives a killed run."""
+_START_S = 120
+_PER_THREAD = 2
+"""One task running and one waiting per thread: workers never idle, and stopping early wastes at most these."""
+_TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 
 
 @contextmanager
 def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[Client]:
-    """A Dask client on the cluster that `config` asks for; a local cluster ends with the context.
+    """A Dask client on the cluster that `config` asks for; what was started ends with the context.
 
     Args:
-        config: `workers`, `threads_per_worker`, `memory`, `dashboard`, or `scheduler`.
-        most: Number of tasks there will be: no more local workers than that are started.
+        config: `cluster`, `workers`, `threads_per_worker`, `memory`, `dashboard`, `tls`, or `scheduler`.
+        most: Number of tasks there will be: no more workers than that are started.
 
     Raises:
         AccessError: No scheduler answers at `config.scheduler`.
-        InvalidInput: The dashboard address cannot be used.
+        InvalidInput: The dashboard address cannot be used, a port would be open to others without TLS or leave, an
+            extra is not installed, or the workers are not like this process.
     """
-    settings = {
+    dashboard = dashboard_address(config.dashboard)
+    refuse_open_ports(config, dashboard)
+    settings: dict[str, Any] = {
         "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
         "distributed.scheduler.allowed-failures": 3,  # a shard that kills its worker this often is given up
         "distributed.worker.daemon": True,
+        **(_tls(config.tls) if config.tls else {}),
     }
-    with dask.config.set(settings):
+    with dask.config.set(settings), ExitStack() as stack:
+        security = Security() if config.tls else None  # type: ignore[no-untyped-call]  # from the settings
         if config.scheduler:
-            with _connected(config.scheduler) as client:
-                yield client
-            return
-        workers = min(config.workers, most or config.workers)
-        options = {
-            "n_workers": workers,
-            "threads_per_worker": config.threads_per_worker,
-            "processes": True,  # GDAL's caches and locks are per process
-            "host": "127.0.0.1",
-            "dashboard_address": dashboard_address(config.dashboard),
-            "memory_limit": _bytes(config.memory) if config.memory else "auto",
-            "env": WORKER_ENVIRONMENT,
-            "death_timeout": _DEATH_S,
-            "silence_logs": logging.ERROR,
-        }
-        with (
-            LocalCluster(**options) as cluster,  # type: ignore[no-untyped-call]
-            Client(cluster, timeout=_CONNECT_S) as client,  # type: ignore[no-untyped-call]
-        ):
-            client.wait_for_workers(workers, timeout=120)
-            yield client
+            client = stack.enter_context(_connected(config.scheduler, security))
+        else:
+            workers = min(config.workers, most or config.workers)
+            least = min(config.workers_least or workers, workers)
+            if config.cluster == "local":
+                cluster = stack.enter_context(_local(config, least, dashboard, security))
+            else:
+                cluster = start_cluster(config, dashboard, security, stack)
+            client = stack.enter_context(Client(cluster, timeout=_CONNECT_S))  # type: ignore[no-untyped-call]
+            _wait(client, least if config.cluster == "local" else 1, config)
+            if config.workers_least:
+                cluster.adapt(minimum=least, maximum=workers, interval="1s", wait_count=5)
+        prepare(client)
+        yield client
+
+
+def prepare(client: Client) -> None:
+    """Check the workers of a client, and let its scheduler keep the rate limits of providers.
+
+    Raises:
+        InvalidInput: Workers are not like this process.
+    """
+    check_workers(client)
+
+
+def in_flight(client: Client, config: IngestConfig) -> int:
+    """How many tasks may be at workers: enough for all threads, and for those that the cluster could still add."""
+    threads = sum(client.nthreads().values())  # type: ignore[no-untyped-call]
+    if config.workers_least and not config.scheduler:
+        threads = max(threads, config.workers * config.threads_per_worker)
+    return max(1, threads) * _PER_THREAD + 1
 
 
 def dashboard_address(asked: str | None) -> str:
@@ -88,10 +105,71 @@ def dashboard_address(asked: str | None) -> str:
     return f"{found['host'] or '127.0.0.1'}:{found['port']}"
 
 
-@contextmanager
-def _connected(address: str) -> Iterator[Client]:
+def refuse_open_ports(config: IngestConfig, dashboard: str) -> None:
+    """Let nothing listen beyond this machine without TLS or leave.
+
+    Raises:
+        InvalidInput: It names what would be open.
+    """
+    opened = [] if config.scheduler or config.tls or config.expose else exposed(config, dashboard)
+    if opened:
+        raise InvalidInput(
+            f"this would open to other machines: {'; '.join(opened)}. Give --tls FOLDER with {', '.join(_TLS_FILES)}, "
+            "or --expose if every machine that reaches these ports may be trusted"
+        )
+
+
+def _tls(folder: str) -> dict[str, Any]:
+    """Settings that put TLS on every connection and on the dashboard."""
+    authority, certificate, key = (Path(folder) / name for name in _TLS_FILES)
+    absent = [str(path) for path in (authority, certificate, key) if not path.is_file()]
+    if absent:
+        raise InvalidInput(f"--tls {folder}: no {', '.join(absent)}; the folder must hold {', '.join(_TLS_FILES)}")
+    roles = {
+        f"distributed.comm.tls.{role}.{what}": str(path)
+        for role in ("client", "scheduler", "worker")
+        for what, path in (("cert", certificate), ("key", key))
+    }
+    return {
+        "distributed.comm.require-encryption": True,
+        "distributed.comm.tls.ca-file": str(authority),
+        **roles,
+        "distributed.scheduler.dashboard.tls.cert": str(certificate),
+        "distributed.scheduler.dashboard.tls.key": str(key),
+        "distributed.dashboard.link": "https://{host}:{port}/status",
+    }
+
+
+def _local(config: IngestConfig, workers: int, dashboard: str, security: Security | None) -> LocalCluster:
+    return LocalCluster(
+        n_workers=workers,
+        threads_per_worker=config.threads_per_worker,
+        processes=True,  # GDAL's caches and locks are per process
+        host="127.0.0.1",
+        dashboard_address=dashboard,
+        memory_limit=int(dask.utils.parse_bytes(config.memory)) if config.memory else "auto",
+        env=WORKER_ENVIRONMENT,
+        death_timeout=_DEATH_S,
+        silence_logs=logging.ERROR,
+        security=security,
+        protocol="tls://" if security is not None else "tcp://",
+    )  # type: ignore[no-untyped-call]
+
+
+def _wait(client: Client, workers: int, config: IngestConfig) -> None:
     try:
-        client = Client(address, timeout=_CONNECT_S)  # type: ignore[no-untyped-call]
+        client.wait_for_workers(workers, timeout=_START_S)
+    except TimeoutError as error:
+        raise AccessError(
+            f"no worker of --cluster {config.cluster} came within {_START_S} s; see its logs, and the queue of the "
+            "batch system"
+        ) from error
+
+
+@contextmanager
+def _connected(address: str, security: Security | None) -> Iterator[Client]:
+    try:
+        client = Client(address, timeout=_CONNECT_S, security=security)  # type: ignore[no-untyped-call]
     except (OSError, TimeoutError, ValueError) as error:
         raise AccessError(
             f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler --host 127.0.0.1`, or "
@@ -105,14 +183,4 @@ def _connected(address: str) -> Iterator[Client]:
                 raise AccessError(
                     f"the Dask scheduler at {address} has no worker; start some with `dask worker {address}`"
                 ) from error
-        try:
-            client.get_versions(check=True)
-        except ValueError as error:
-            raise InvalidInput(
-                f"the workers at {address} have other packages than this process; install the same: {error}"
-            ) from error
         yield client
-
-
-def _bytes(text: str) -> int:
-    return int(dask.utils.parse_bytes(text))

@@ -27,10 +27,12 @@ from distributed import Client, as_completed
 from distributed.client import FutureCancelledError
 
 from ingest.access import Access, forbid_gdal_threads
-from ingest.cluster import in_flight, open_cluster
+from ingest.cluster import in_flight, open_cluster, prepare
 from ingest.config import IngestConfig
+from ingest.dashboard import publish
 from ingest.plan import Plan
 from ingest.shard import fill_shard
+from ingest.stages import stage
 from ingest.stored import PLAN_KEY, keep_plan
 from ingest.task import Recipe, ShardTask
 from zarr_store.backends import Store
@@ -269,7 +271,11 @@ def run_locked(
         if now:
             with ExitStack() as stack:
                 running = client or stack.enter_context(open_cluster(config, most=len(now)))
-                tell(IngestEvent("dashboard", 0, len(now), url=running.dashboard_link, message="Dask dashboard"))
+                if client is not None:  # the cluster of a config is prepared as it is opened
+                    prepare(client)
+                known = {name: open_cube(url).ledger(name).rows() for name in open_cube(url).collections}
+                page, tell = publish(running, plan, url, known, tell)
+                tell(IngestEvent("dashboard", 0, len(now), url=page, message="shards, rates and failures, live"))
                 _work(running, plan, now, url, config, tally, tell, fence=lock.token, again=frozenset(again))
             if open_cube(url).provenance != json.loads(json.dumps(plan.provenance())):
                 # a file that is healed now has a verdict that it had not when the cube was begun
@@ -325,7 +331,8 @@ def _make_shard(
     crashpoint(f"filled {task.index}")
     writer = ShardWriter(url, task.collection, fence=fence)
     try:
-        row = writer.write(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
+        with stage("write", sum(array.nbytes for array in filled.arrays.values())):
+            row = writer.write(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, NoSpace):
             raise NoSpace(f"no space left for {url}; free some and repeat the command") from error

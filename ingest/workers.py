@@ -1,0 +1,109 @@
+"""What a worker must be like: the packages of the client, one decoding thread each, and no threads inside GDAL.
+
+Workers of a cluster that somebody else started may have another release of this package, which would write other
+bytes under the same key. So each is asked before the first task, and each that joins later checks itself.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from distributed import Client
+from distributed.diagnostics.plugin import WorkerPlugin
+
+from ingest.rates import RateKeeper, bind_worker
+from ingest.stages import stage_totals
+from zarr_store.errors import InvalidInput
+
+__all__ = ["CHECKED", "WORKER_ENVIRONMENT", "WorkerGuard", "check_workers", "differences", "facts"]
+
+log = logging.getLogger(__name__)
+
+WORKER_ENVIRONMENT = {
+    # one decoding thread per worker thread; GDAL_NUM_THREADS is not among them on purpose, see ingest.access
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # freed decode buffers go back to the system instead of counting against the worker's memory limit
+    # of 1 MiB or more, that is: handing back every chunk-sized temporary as well made writing take 1.7 times as long
+    "MALLOC_TRIM_THRESHOLD_": "1048576",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+}
+CHECKED = ("terrashard", "dask", "distributed", "numpy", "rasterio", "tensorstore", "zarr")
+"""Packages whose release decides over what is exchanged with a worker, or over bytes in the cube."""
+
+
+def facts() -> dict[str, str]:
+    """What of this process decides whether it may work on a cube."""
+    import rasterio
+
+    found = {"python": ".".join(platform.python_version_tuple()[:2]), "gdal": rasterio.__gdal_version__}
+    for name in CHECKED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    found["GDAL_NUM_THREADS"] = os.environ.get("GDAL_NUM_THREADS", "unset")
+    return found
+
+
+def differences(expected: Mapping[str, str], came: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Fact → (expected, came) where a worker differs; GDAL_NUM_THREADS must be unset, whatever the client has."""
+    wanted = {**expected, "GDAL_NUM_THREADS": "unset"}
+    return {name: (value, came.get(name, "absent")) for name, value in wanted.items() if came.get(name) != value}
+
+
+class WorkerGuard(WorkerPlugin):
+    """Sends a worker home that differs from the client, and lets the others send what their stages count."""
+
+    name = "terrashard-guard"
+    idempotent = True
+
+    def __init__(self, expected: Mapping[str, str]) -> None:
+        self.expected = dict(expected)
+
+    async def setup(self, worker: Any) -> None:
+        """Runs in each worker that is there, and in each that joins."""
+        worker.metrics["terrashard"] = lambda _: stage_totals()
+        bind_worker(worker)
+        differ = differences(self.expected, facts())
+        if differ:
+            text = "; ".join(f"{name} {came}, expected {wanted}" for name, (wanted, came) in differ.items())
+            log.error("worker %s may not work on this ingest and ends: %s", worker.address, text)
+            # not awaited: a worker cannot close while it is being set up
+            worker.loop.call_later(0.1, worker.close, reason="terrashard-other-versions")
+
+
+def check_workers(client: Client) -> None:
+    """Refuse workers that differ from this process; those that join later are sent home by the guard.
+
+    It also lets the scheduler keep the rate limits of providers.
+
+    Raises:
+        InvalidInput: With a table of what differs, where.
+    """
+    expected = facts()
+    answers = client.run(facts, on_error="return")
+    rows = []
+    for address, came in sorted(answers.items()):
+        if isinstance(came, BaseException):
+            rows.append((address, "terrashard", expected["terrashard"], f"cannot be asked: {came}"))
+        else:
+            rows += [(address, name, *pair) for name, pair in differences(expected, came).items()]
+    if rows:
+        head = ("worker", "what", "expected", "came")
+        wide = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
+        table = "\n".join(
+            "  " + "  ".join(text.ljust(w) for text, w in zip(row, wide, strict=True)).rstrip() for row in (head, *rows)
+        )
+        raise InvalidInput(
+            f"{len({row[0] for row in rows})} of {len(answers)} workers differ from this process; install the same "
+            f"packages there, and unset GDAL_NUM_THREADS (it hides failed reads):\n{table}"
+        )
+    client.register_plugin(RateKeeper())
+    client.register_plugin(WorkerGuard(expected))
