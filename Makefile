@@ -63,8 +63,8 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 .PHONY: bench
-bench: $(STAMP)  ## benchmarks, with the peer measured in the same run
-	@$(BIN)/python benchmarks/ingest_speed.py
+bench: $(STAMP)  ## benchmarks with their peers in the same run (FULL=1 for the published sizes; needs the extra "bench")
+	@$(BIN)/python benchmarks/run_all.py $(if $(FULL),--full)
 
 .PHONY: docs
 docs: $(STAMP)  ## documentation pages in docs/_build/html

@@ -1,211 +1,115 @@
-"""How long an ingest takes beside what it cannot avoid, and beside stackstac: simulated scenes, all in one run.
+"""From COGs to a Zarr store: terrashard beside odc-stac, stackstac, and the decoding and encoding nobody can avoid.
 
-    make bench            # about three minutes on two cores; results also in benchmarks/out/ingest.json
-
-Three ways from the same COGs to a Zarr store with the same bands, dates and grid, each with two processes:
-
-- floor: every file decoded once with rasterio and every array encoded once as in the cube; no masks, no mosaic, no
-  statistics, no ledger. Nothing that reads and writes these pixels can be much faster.
-- terrashard: `ingest.run` with its own cluster, start-up included.
-- stackstac: stack, mosaic of each day, `to_zarr` with unsharded chunks of the same size. It applies no offset, no
-  mask and no status, and its items are given the projection fields that it needs.
+All on the same files, the same two processes of one thread, and clusters that are running already. terrashard also
+reads the class layer, masks, mosaics, keeps status and source of each pixel, counts chunks and hashes what it wrote;
+the others read and write the four bands. The last part adds 50 ms to every answer of the server, and counts bytes.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
+import multiprocessing
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from harness import BANDS, OUT, WORKERS, Row, arguments, medians, publish, world
+from peers import LAYERS, run_limit, run_odc, run_stackstac
 
-OUT = Path(__file__).resolve().parent / "out"
-BANDS = ("blue", "green", "red", "nir")
-WORKERS = 2
-REPEATS = 3
+_LATENCY_S = 0.05
 
 
-def make_world() -> Path:
-    import datetime as dt
+def make_plan(source: str) -> Any:
+    from ingest.config import IngestConfig
+    from ingest.plan import make_plan as plan
 
-    from ingest.simulate import SimulateConfig, simulate
-
-    dates = (dt.date(2022, 4, 20), dt.date(2022, 6, 16), dt.date(2022, 7, 24))
-    config = SimulateConfig(tiles=2, tile_px=2048, overlap_px=256, dates=dates, radar_dates=())
-    return simulate(OUT / "world", config).catalog
+    return plan(source, IngestConfig(collections=("sentinel-2-l2a",), bands=LAYERS))
 
 
-def copy_scene(task: tuple[str, list[tuple[str, str]]]) -> int:
-    """Floor: decode all files of one scene, encode them as one shard of the cube's layout."""
-    import rasterio
-    import tensorstore as ts
-
-    from zarr_store.spec import LAYOUTS
-
-    target, files = task
-    layers = {}
-    for band, path in files:
-        with rasterio.open(path) as source:
-            layers[band] = source.read(1)
-    main = np.stack([layers[band] for band in BANDS])[np.newaxis]
-    layout = LAYOUTS["train"]
-    codec = {
-        "name": "sharding_indexed",
-        "configuration": {
-            "chunk_shape": [1, len(BANDS), *layout.chunk[1:]],
-            "codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {
-                    "name": "blosc",
-                    "configuration": {
-                        "cname": layout.cname,
-                        "clevel": layout.clevel,
-                        "shuffle": "bitshuffle",
-                        "typesize": 2,
-                    },
-                },
-                {"name": "crc32c"},
-            ],
-        },
-    }
-    store = ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": target},
-            "metadata": {
-                "shape": list(main.shape),
-                "data_type": "uint16",
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, len(BANDS), *main.shape[2:]]}},
-                "codecs": [codec],
-            },
-        },
-        create=True,
-        delete_existing=True,
-    ).result()
-    store.write(main).result()
-    np.save(Path(target) / "scl.npy", layers["scl"])
-    return main.nbytes
-
-
-def run_floor(plan: Any) -> None:
-    scenes = {scene.item_id: scene for task in plan.tasks for scene in task.sources}
-    shutil.rmtree(OUT / "floor", ignore_errors=True)
-    tasks = [
-        (str(OUT / "floor" / f"{name}.zarr"), [(asset.band, asset.href) for asset in scene.assets])
-        for name, scene in scenes.items()
-    ]
-    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
-        list(pool.map(copy_scene, tasks))
-
-
-def run_terrashard(plan: Any) -> None:
+def run_terrashard(plan: Any, client: Any) -> float:
+    """Seconds of a whole run into an empty cube, start and end included."""
     from ingest.config import IngestConfig
     from ingest.run import run
 
     shutil.rmtree(OUT / "cube.zarr", ignore_errors=True)
-    report = run(plan, OUT / "cube.zarr", config=IngestConfig(workers=WORKERS))
+    began = time.perf_counter()
+    report = run(plan, OUT / "cube.zarr", config=IngestConfig(workers=WORKERS), client=client)
     if report.exit_code:
         raise SystemExit(report.summary())
+    return time.perf_counter() - began
 
 
-def run_stackstac(plan: Any) -> None:
-    import stackstac
+def block_bytes(root: Path, plan: Any) -> int:
+    """Stored bytes of the full-resolution blocks of all files of a plan, each once."""
+    import rasterio
+
+    total = 0
+    hrefs = {asset.href for task in plan.tasks for scene in task.sources for asset in scene.assets}
+    for href in hrefs:
+        with rasterio.open(root / href.partition("/files/")[2]) as source:
+            tall, wide = source.block_shapes[0]
+            for y in range(-(-source.height // tall)):
+                for x in range(-(-source.width // wide)):
+                    total += int(source.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1) or 0)
+    return total
+
+
+def main() -> int:
     from distributed import Client, LocalCluster
 
-    shutil.rmtree(OUT / "stackstac.zarr", ignore_errors=True)
-    grid = plan.grid
-    items: dict[str, dict[str, Any]] = {}
-    rows = plan.items[plan.specs[0].collection]
-    for task in plan.tasks:
-        for scene in task.sources:
-            assets = {
-                a.band: {
-                    "href": a.href,
-                    "proj:epsg": grid.epsg,
-                    "proj:shape": list(a.header.shape),
-                    "proj:transform": list(a.header.transform),
-                }
-                for a in scene.assets
-            }
-            items[scene.item_id] = {
-                "type": "Feature",
-                "id": scene.item_id,
-                "properties": {"datetime": rows[scene.item]["datetime"]},
-                "assets": assets,
-            }
-    with (
-        LocalCluster(n_workers=WORKERS, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster,
-        Client(cluster),
-    ):
-        stack = stackstac.stack(
-            list(items.values()),
-            assets=[*BANDS, "scl"],
-            epsg=grid.epsg,
-            resolution=grid.resolution[0],
-            bounds=grid.bounds,
-            snap_bounds=False,
-            chunksize=1024,
-            dtype=np.dtype("uint16"),
-            fill_value=np.uint16(0),
-            rescale=False,
-            properties=False,
-            band_coords=False,
-        )
-        days = stack.groupby("time.date").map(lambda day: stackstac.mosaic(day, nodata=0))
-        array = days.data.rechunk((1, -1, 256, 256))
-        array.to_zarr(str(OUT / "stackstac.zarr"))
+    from ingest.cluster import WORKER_ENVIRONMENT
+    from ingest.simulate.server import serve
 
-
-def best_of(run: Callable[[Any], None], plan: Any) -> list[float]:
-    seconds = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        run(plan)
-        seconds.append(round(time.perf_counter() - began, 2))
-    return seconds
-
-
-def main() -> None:
-    from ingest.config import IngestConfig
-    from ingest.plan import make_plan
-
+    asked = arguments(__doc__ or "")
     OUT.mkdir(exist_ok=True)
-    catalogue = make_world()
-    began = time.perf_counter()
-    plan = make_plan(str(catalogue), IngestConfig(collections=("sentinel-2-l2a",), bands=(*BANDS, "scl")))
-    planning = round(time.perf_counter() - began, 2)
-    height, width = plan.grid.shape
-    megapixels = sum(len(s.times) for s in plan.specs) * (len(BANDS) + 1) * height * width / 1e6
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {WORKERS} processes each")
-    scenes, dates = len(plan.items["sentinel-2-l2a"]), len(plan.specs[0].times)
-    print(f"{scenes} scenes → {dates} dates × {height}×{width} px × {len(BANDS)} bands + scl")
-    print(f"planning (search, headers, offset verdicts): {planning:.1f} s")
-    results = {
-        name: best_of(run, plan)
-        for name, run in (("floor", run_floor), ("terrashard", run_terrashard), ("stackstac", run_stackstac))
-    }
-    floor = min(results["floor"])
-    for name, seconds in results.items():
-        best = min(seconds)
-        print(f"{name:11} best {best:6.1f} s of {seconds}  {megapixels / best:7.1f} Mpx/s  {best / floor:5.2f} × floor")
-    ratio = min(results["stackstac"]) / min(results["terrashard"])
-    print(f"terrashard takes {1 / ratio:.2f} of stackstac's time, and adds offsets, masks, status, sources, checksums")
-    document = {
-        "seconds": results,
-        "planning_s": planning,
-        "megapixels": megapixels,
-        "cores": os.cpu_count(),
-        "repeats": REPEATS,
-    }
-    (OUT / "ingest.json").write_text(json.dumps(document, indent=1) + "\n")
+    catalogue = world(asked.full)
+    plan = make_plan(str(catalogue))
+    megabytes = sum(len(s.times) for s in plan.specs) * len(BANDS) * plan.grid.height * plan.grid.width * 2 / 1e6
+    cluster = LocalCluster(
+        n_workers=WORKERS, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, env=WORKER_ENVIRONMENT
+    )
+    spawn = multiprocessing.get_context("spawn")
+    with cluster, Client(cluster) as client, ProcessPoolExecutor(WORKERS, mp_context=spawn) as pool:
+        print(f"local files, {megabytes:.0f} MB of pixels")
+        near = medians(
+            {
+                "limit": lambda: run_limit(pool, plan),
+                "terrashard": lambda: run_terrashard(plan, client),
+                "odc-stac": lambda: run_odc(plan, BANDS),
+                "stackstac": lambda: run_stackstac(plan, BANDS),
+            },
+            asked.repeats,
+        )
+        with serve(catalogue.parent, latency_s=_LATENCY_S) as server:
+            remote = make_plan(server.stac_url)
+            print(f"over HTTP, {_LATENCY_S * 1000:.0f} ms before each answer")
+            far = medians(
+                {
+                    "terrashard": lambda: run_terrashard(remote, client),
+                    "odc-stac": lambda: run_odc(remote, BANDS),
+                    "stackstac": lambda: run_stackstac(remote, BANDS),
+                },
+                asked.repeats,
+            )
+            client.restart()  # so that nothing of the files is known to the workers
+            server.reset_counters()
+            run_terrashard(remote, client)
+            sent, requests = server.bytes_sent, sum(server.requests.values())
+        needed = block_bytes(catalogue.parent, remote)
+    rows = [
+        Row("decode + encode limit, MB/s of pixels", megabytes / near["limit"]),
+        Row("terrashard, MB/s of pixels", megabytes / near["terrashard"]),
+        Row("share of the decode + encode limit", near["limit"] / near["terrashard"], 0.85),
+        Row("times faster than odc-stac", near["odc-stac"] / near["terrashard"], 3.5),
+        Row("times faster than stackstac", near["stackstac"] / near["terrashard"], 3.5),
+        Row("50 ms latency: terrashard, MB/s of pixels", megabytes / far["terrashard"]),
+        Row("50 ms latency: times faster than odc-stac", far["odc-stac"] / far["terrashard"], 4),
+        Row("50 ms latency: times faster than stackstac", far["stackstac"] / far["terrashard"]),
+        Row("source bytes read ÷ bytes of the blocks needed", sent / needed, 1.05, True, f"{requests} requests"),
+    ]  # fmt: skip
+    return 0 if publish("ingest-speed", rows, full=asked.full) else 1
 
 
 if __name__ == "__main__":

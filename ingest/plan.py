@@ -309,8 +309,12 @@ def plan_scenes(
         table, planned = place_scenes(recipe, steps, by_id, config)
         recipes.append(recipe)
         items[collection] = table
+        spans = {(region.t0, region.t1) for region in recipe.spec.shards().values()}
+        of_step = {(t0, t1): [scene for scene in planned if t0 <= scene.step < t1] for t0, t1 in spans}
         tasks += [
-            ShardTask.of(recipe, index, region, sources_of(region, planned, target.grid, recipe.clip))
+            ShardTask.of(
+                recipe, index, region, sources_of(region, of_step[region.t0, region.t1], target.grid, recipe.clip)
+            )
             for index, region in recipe.spec.shards().items()
         ]
         warnings += [f"{collection}: {text}" for text in (*remarks, *discrepancies(members))]

@@ -5,6 +5,7 @@ Pure: headers were looked at before.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -268,8 +269,10 @@ def sources_of(
     window = grid.window(region.y0, region.x0, region.shape[1], region.shape[2])
     if is_outside(clip, window):
         return ()
-    return tuple(
-        scene
-        for scene in planned
-        if region.t0 <= scene.step < region.t1 and pixel_box(scene.extent, window) is not None
-    )
+    return tuple(scene for scene in planned if region.t0 <= scene.step < region.t1 and _reaches(scene.extent, window))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _reaches(source: Grid, target: Grid) -> bool:
+    """Whether a raster has pixels on a window; the tiles of a cube and its shards meet again on every date."""
+    return pixel_box(source, target) is not None

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from ingest.read import Stored
@@ -25,8 +26,11 @@ RULES_VERSION = 1
 
 def digest(value: Any) -> str:
     """128 bits of SHA-256 over the canonical JSON of `value`."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()[:32]
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ class PlannedScene:
     def asset(self, band: str) -> SourceAsset | None:
         """The asset of a band, or None."""
         return next((asset for asset in self.assets if asset.band == band), None)
+
+    @cached_property
+    def identity(self) -> str:
+        """What of it belongs to the key of a shard, as canonical JSON."""
+        return _canonical(_identity(self))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -152,6 +161,11 @@ class Recipe:
         """Of the main array."""
         return MAIN_ARRAYS[self.spec.kind]
 
+    @cached_property
+    def rules_text(self) -> str:
+        """`rules` as canonical JSON."""
+        return _canonical(self.rules())
+
     def rules(self) -> dict[str, Any]:
         """All that determines pixels besides region and sources; the time axis does not."""
         spec = {name: value for name, value in self.spec.to_dict().items() if name != "times"}
@@ -205,7 +219,10 @@ class ShardTask:
     @classmethod
     def of(cls, recipe: Recipe, index: tuple[int, int, int], region: Region, sources: tuple[PlannedScene, ...]) -> Self:
         """The task of a shard, with its key."""
-        key = digest([recipe.rules(), region.to_list(), [_identity(scene) for scene in sources]])
+        # the same text as canonical JSON of the whole, put together from parts that many shards share
+        told = ",".join(scene.identity for scene in sources)
+        text = f"[{recipe.rules_text},{_canonical(region.to_list())},[{told}]]"
+        key = hashlib.sha256(text.encode()).hexdigest()[:32]
         return cls(recipe.spec.collection, index, region, key, sources)
 
 

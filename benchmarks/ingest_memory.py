@@ -1,0 +1,91 @@
+"""Peak memory of a worker above the idle one, in shards; and whether it grows with the number of items."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import shutil
+import statistics
+import sys
+import threading
+from typing import Any
+
+import psutil
+from harness import BANDS, OUT, WORKERS, Row, arguments, publish, world
+
+
+def plan_of(copies: int, full: bool) -> Any:
+    """A plan of the world's scenes, each repeated `copies` times with later dates: the files stay the same."""
+    from ingest.config import IngestConfig
+    from ingest.plan import plan_scenes
+    from ingest.probe import probe_scenes
+    from ingest.search import search
+
+    config = IngestConfig(collections=("sentinel-2-l2a",), bands=(*BANDS, "scl"))
+    source = str(world(full))
+    found = search(source, config)
+    probes = probe_scenes(found, config)
+    scenes, headers = [], {}
+    for copy in range(copies):
+        for scene in found:
+            when = dt.datetime.fromisoformat(scene.datetime) + dt.timedelta(days=100 * copy)
+            name = f"{scene.id}_{copy}"
+            scenes.append(dataclasses.replace(scene, id=name, datetime=when.strftime("%Y-%m-%dT%H:%M:%SZ")))
+            headers[name] = probes[scene.id]
+    return plan_scenes(scenes, headers, config, source=source)
+
+
+def peak_bytes(plan: Any) -> float:
+    """Largest resident size of any worker during a run, above what it was before, in bytes."""
+    from distributed import Client, LocalCluster
+
+    from ingest.cluster import WORKER_ENVIRONMENT
+    from ingest.config import IngestConfig
+    from ingest.run import run
+
+    cube = OUT / "memory.zarr"
+    shutil.rmtree(cube, ignore_errors=True)
+    options: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": None, "env": WORKER_ENVIRONMENT}
+    with LocalCluster(n_workers=WORKERS, threads_per_worker=1, **options) as cluster, Client(cluster) as client:
+        client.run(__import__, "ingest.run")  # imports are no part of a shard
+        processes = [psutil.Process(nanny.pid) for nanny in cluster.workers.values()]
+        idle = [process.memory_info().rss for process in processes]
+        peaks = list(idle)
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.01):
+                for number, process in enumerate(processes):
+                    peaks[number] = max(peaks[number], process.memory_info().rss)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            report = run(plan, cube, config=IngestConfig(workers=WORKERS), client=client)
+        finally:
+            done.set()
+            watcher.join()
+    if report.exit_code:
+        raise SystemExit(report.summary())
+    return float(max(peak - start for peak, start in zip(peaks, idle, strict=True)))
+
+
+def main() -> int:
+    asked = arguments(__doc__ or "")
+    one, ten = plan_of(1, asked.full), plan_of(10, asked.full)
+    region = one.tasks[0].region
+    spec = one.specs[0]
+    pixel = 2 * len(BANDS) + len(spec.class_layers) + 1 + 2  # bands, class layers, status, source item
+    shard = pixel * region.shape[1] * region.shape[2]
+    repeats = max(1, asked.repeats // 2)
+    few = statistics.median(peak_bytes(one) for _ in range(repeats))
+    many = statistics.median(peak_bytes(ten) for _ in range(repeats))
+    rows = [
+        Row("peak of a worker above idle, in shards", few / shard, 4, True, note=f"{shard / 1e6:.0f} MB each"),
+        Row("the same with ten times the items ÷ that", many / few, 1.1, at_most=True),
+    ]  # fmt: skip
+    return 0 if publish("ingest-memory", rows, full=asked.full) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
