@@ -65,7 +65,12 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
             if config.cluster == "local":
                 cluster = stack.enter_context(_local(config, least, dashboard, security))
             else:
-                cluster = start_cluster(config, dashboard, security, stack)
+                try:
+                    cluster = start_cluster(config, dashboard, security, stack)
+                except (OSError, RuntimeError) as error:
+                    raise AccessError(
+                        f"--cluster {config.cluster} could not be started: {error}; see what it was given with --dry-run"
+                    ) from error
             client = stack.enter_context(Client(cluster, timeout=_CONNECT_S))  # type: ignore[no-untyped-call]
             _wait(client, least if config.cluster == "local" else 1, config)
             if config.workers_least:
