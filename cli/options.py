@@ -25,7 +25,9 @@ _WHAT, _HOW, _MASK, _RUN, _WHO = "Selection", "Grid", "Masking and compositing",
 SELECTION: dict[str, Any] = {
     "collections": _option(list[str], "--collection", panel=_WHAT, metavar="NAME", text="Collection id; repeatable."),
     "bbox": _option(str, "--bbox", panel=_WHAT, metavar="W,S,E,N", text="Region in degrees."),
-    "geometry": _option(Path, "--geometry", panel=_WHAT, metavar="FILE", text="Region as GeoJSON in lon/lat."),
+    "geometry": _option(
+        Path, "--geometry", panel=_WHAT, metavar="FILE", text="Region: GeoJSON, WKT, GeoParquet or GeoPackage, any CRS."
+    ),
     "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range, ends included."),
     "query": _option(
         list[str], "--query", panel=_WHAT, metavar="COND", text="Such as 'eo:cloud_cover<40'; repeatable."

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import calendar
 import datetime as dt
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from ingest.geometry import bare_geometry, load_geometry
 from ingest.providers import ProviderRule, load_provider_file
 from ingest.query import Comparison, Condition, parse_condition, split_conditions
-from zarr_store.errors import InvalidInput
 from zarr_store.grid import normal_crs
 
 __all__ = ["EXECUTION_FIELDS", "IngestConfig", "load_geometry"]
@@ -48,9 +47,6 @@ EXECUTION_FIELDS = frozenset(
 )
 """Fields that change how a plan is run but never what ends in the cube; they do not belong in a plan's digest."""
 
-_GEOMETRIES = {"Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection"}
-_MAX_GEOMETRY_BYTES = 16 * 2**20
-
 
 class IngestConfig(BaseModel):
     """The whole of an ingest: what is selected, on which grid, by which rules, and how it is run."""
@@ -62,7 +58,7 @@ class IngestConfig(BaseModel):
     bbox: tuple[float, float, float, float] | None = Field(
         None, description="west, south, east, north in degrees; west > east crosses the antimeridian"
     )
-    geometry: dict[str, Any] | None = Field(None, description="GeoJSON geometry in lon/lat, or the path of such a file")
+    geometry: dict[str, Any] | None = Field(None, description="GeoJSON geometry in lon/lat, or the path of a file")
     datetime: str | None = Field(None, description="day, month, year or RFC 3339 instant, or a range A/B, A/.., ../B")
     query: Names = Field((), description='conditions on item properties, e.g. "eo:cloud_cover<40", or CQL2 text')
     bands: Names = Field((), description="common names or B02-style names; empty means the product's usual ones")
@@ -214,7 +210,7 @@ class IngestConfig(BaseModel):
     def _read_geometry(cls, value: Any) -> Any:
         if isinstance(value, str | Path):
             return load_geometry(value)
-        return _bare_geometry(value, "geometry") if isinstance(value, Mapping) else value
+        return bare_geometry(value, "geometry") if isinstance(value, Mapping) else value
 
     @field_validator("datetime")
     @classmethod
@@ -314,54 +310,3 @@ def parse_limit(text: str) -> tuple[str, float]:
     if not host.strip() or not re.fullmatch(r"\s*\d+(\.\d+)?\s*", number) or not 0 < float(number) <= 10_000:
         raise ValueError(f"a rate limit is HOST=REQUESTS_PER_SECOND, e.g. eodata=8, got {text!r}")
     return host.strip(), float(number)
-
-
-def load_geometry(path: str | Path) -> dict[str, Any]:
-    """Read one geometry from a GeoJSON file (geometry, Feature, or FeatureCollection whose geometries are joined).
-
-    Raises:
-        InvalidInput: Not readable, not GeoJSON, or not in lon/lat degrees.
-    """
-    try:
-        size = Path(path).stat().st_size
-        if size > _MAX_GEOMETRY_BYTES:
-            raise InvalidInput(f"geometry file {path} has {size} bytes, more than {_MAX_GEOMETRY_BYTES}; simplify it")
-        data = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InvalidInput(f"cannot read geometry file {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(f"geometry file {path} is not JSON: {error}") from error
-    return _bare_geometry(data, str(path))
-
-
-def _bare_geometry(data: Any, where: str) -> dict[str, Any]:
-    """The geometry inside `data`, checked to be non-empty and in degrees."""
-    import shapely
-    from shapely.errors import ShapelyError
-    from shapely.geometry import mapping, shape
-
-    kind = data.get("type") if isinstance(data, Mapping) else None
-    if kind == "Feature":
-        return _bare_geometry(data.get("geometry"), where)
-    try:
-        if kind == "FeatureCollection":
-            parts = [shape(_bare_geometry(feature, where)) for feature in data.get("features", [])]
-            geometry = shapely.union_all(parts)
-        elif kind in _GEOMETRIES:
-            geometry = shape(data)
-        else:
-            raise InvalidInput(f"{where}: expected a GeoJSON geometry, Feature or FeatureCollection, got type {kind!r}")
-    except (ShapelyError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise InvalidInput(f"{where}: not a valid GeoJSON geometry: {error}") from error
-    if geometry.is_empty:
-        raise InvalidInput(f"{where}: the geometry is empty")
-    west, south, east, north = geometry.bounds
-    if not (-360 <= west <= east <= 360 and -90 <= south <= north <= 90):
-        raise InvalidInput(
-            f"{where}: coordinates must be longitude and latitude in degrees, got bounds {geometry.bounds}; "
-            "reproject it to EPSG:4326"
-        )
-    result: dict[str, Any] = json.loads(json.dumps(mapping(geometry)))
-    return result

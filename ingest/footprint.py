@@ -14,7 +14,7 @@ from shapely.geometry.base import BaseGeometry
 
 from zarr_store.errors import InvalidInput
 
-__all__ = ["LonLatBox", "box_region", "footprint_of", "meets", "overlap_share", "to_geojson"]
+__all__ = ["LonLatBox", "box_region", "footprint_of", "lonlat_box", "meets", "overlap_share", "to_geojson"]
 
 LonLatBox = tuple[float, float, float, float]
 """(west, south, east, north) in degrees; west > east crosses the antimeridian."""
@@ -40,7 +40,7 @@ def footprint_of(item: Mapping[str, Any], where: str) -> tuple[BaseGeometry, Lon
         raise InvalidInput(f"{where}: geometry and bbox are unusable ({error}); leave the item out") from error
     if result.is_empty:
         raise InvalidInput(f"{where}: the footprint is empty; leave the item out")
-    return result, _box_of(result)
+    return result, lonlat_box(result)
 
 
 def box_region(bounds: LonLatBox) -> BaseGeometry:
@@ -105,7 +105,7 @@ def _unwrap(xy: Any) -> Any:
     return moved
 
 
-def _box_of(geometry: BaseGeometry) -> LonLatBox:
+def lonlat_box(geometry: BaseGeometry) -> LonLatBox:
     """The box; west > east where the parts lie on both sides of the antimeridian."""
     west, south, east, north = geometry.bounds
     parts = _polygons(geometry)

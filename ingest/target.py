@@ -16,6 +16,7 @@ from pyproj import Transformer
 from shapely.geometry import shape
 
 from ingest.config import IngestConfig
+from ingest.footprint import lonlat_box
 from ingest.resample import is_nested
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Bounds, Grid, normal_crs
@@ -83,8 +84,8 @@ def region_lonlat(config: IngestConfig) -> Bounds | None:
         west, south, east, north = config.bbox
         return (west, south, east + 360.0 if west > east else east, north)
     if config.geometry is not None:
-        west, south, east, north = shape(config.geometry).bounds
-        return (west, south, east, north)
+        west, south, east, north = lonlat_box(shape(config.geometry))
+        return (west, south, east + 360.0 if west > east else east, north)
     return None
 
 
