@@ -332,7 +332,8 @@ def _make_shard(
     writer = ShardWriter(url, task.collection, fence=fence)
     try:
         with stage("write", sum(array.nbytes for array in filled.arrays.values())):
-            row = writer.write(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
+            afresh = again or before is None
+            row = writer.write(task.region, filled.arrays, key=task.key, sources=filled.outcomes, afresh=afresh)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, NoSpace):
             raise NoSpace(f"no space left for {url}; free some and repeat the command") from error

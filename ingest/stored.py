@@ -79,7 +79,7 @@ def check_hrefs(plan: Plan, config: IngestConfig) -> None:
         _refuse_signature(asset)
         where = f"scene {asset.scene!r}, asset {asset.key!r} of the plan"
         try:
-            resolved = resolve_href(asset.href, base=source or os.getcwd(), policy=policy)
+            resolved = resolve_href(asset.href, base="/", policy=policy)
         except InvalidInput as refusal:
             raise InvalidInput(f"{where}: {refusal}") from refusal
         if resolved != asset.href:

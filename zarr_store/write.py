@@ -361,7 +361,13 @@ class ShardWriter:
         return {"url": self.url, "collection": self.collection, "fence": self.fence, "_cube": None, "_arrays": {}}
 
     def write(
-        self, region: Region, arrays: Mapping[str, np.ndarray], *, key: str, sources: Sequence[SourceOutcome]
+        self,
+        region: Region,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        key: str,
+        sources: Sequence[SourceOutcome],
+        afresh: bool = False,
     ) -> LedgerRow:
         """Write one shard of every array, durably, and then its ledger row.
 
@@ -371,6 +377,8 @@ class ShardWriter:
                 (time, y, x).
             key: Digest of all that determined the content.
             sources: What became of each scene.
+            afresh: Remove what lies there before: it may be damaged, and a shard that is cut at the grid's edge is
+                otherwise read before it is written.
 
         Returns:
             The row; its state is "partial" if a source is missing.
@@ -387,6 +395,10 @@ class ShardWriter:
         self._check_fence()
         ledger.drop(index)  # until the new row is there the shard counts as not written
         crashpoint(f"row dropped {index}")
+        if afresh:
+            for array in spec.arrays():
+                Store.at(self.url).delete(shard_key(spec, array.name, index))
+            Store.at(self.url).delete(f"overview/{shard_key(spec, spec.kind, index)}")
         where = f"{self.url} {self.collection} shard {index}"
         with translate_os_errors(where):
             pending = [
