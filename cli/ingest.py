@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
             "    --bands blue,green,red,nir,scl --mask scl --workers 2",
             "terrashard ingest plan.json zagreb.zarr",
             "terrashard ingest catalog.json zagreb.zarr --append --datetime 2023-09",
+            "terrashard ingest plan.json zagreb.zarr --cluster slurm --memory 8GB --dry-run",
         ),
     )
     def ingest(
@@ -33,11 +34,24 @@ def register(app: typer.Typer) -> None:
         refresh: Annotated[
             bool, typer.Option("--refresh", help="Make shards again whose scenes have a newer copy.")
         ] = False,
+        dry_run: Annotated[
+            bool,
+            typer.Option("--dry-run", help="Show the job script, manifest or options of the cluster; start nothing."),
+        ] = False,
         report: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the report as JSON.")] = None,
     ) -> int:
         """Read, harmonise and write scenes into a sharded Zarr cube. Exit code 3: some asset was unreadable."""
         from cli.ingesting import cube_config, extend_cube, plan_of, run_plan
 
+        if dry_run:
+            from ingest.cluster import dashboard_address
+            from ingest.launch import describe
+
+            config = ingest_config(session)
+            text = describe(config, dashboard_address(config.dashboard))
+            session.say(text)
+            session.emit({"cluster": config.cluster, "scheduler": config.scheduler, "description": text})
+            return 0
         if append or refresh:
             result = extend_cube(session, source, cube, cube_config(session, cube), append=append, refresh=refresh)
         else:

@@ -42,13 +42,26 @@ def examine(cube: Cube, collection: str) -> dict[str, Any]:
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, examples=("terrashard status zagreb.zarr", "terrashard status zagreb.zarr --json"))
+    @command(
+        app,
+        examples=(
+            "terrashard status zagreb.zarr",
+            "terrashard status zagreb.zarr --watch",
+            "terrashard status zagreb.zarr --json",
+        ),
+    )
     def status(
-        session: Session, cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")]
+        session: Session,
+        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")],
+        watch: Annotated[
+            bool, typer.Option("--watch", "-w", help="Look again each second until every shard has ended.")
+        ] = False,
     ) -> None:
         """Show which shards are done, partial, failed or pending, and which scenes were unreadable."""
         from zarr_store import open_cube
 
+        if watch:
+            follow(session, cube)
         opened = open_cube(cube)
         collections = {name: examine(opened, name) for name in opened.collections}
         for name, found in collections.items():
@@ -64,3 +77,43 @@ def register(app: typer.Typer) -> None:
         if not complete:
             session.say("the same `terrashard ingest` command writes what is not done")
         session.emit({"url": opened.url, "complete": complete, "collections": collections})
+
+
+def follow(session: Session, url: str, *, pause_s: float = 1.0) -> None:
+    """Show the counts until no shard is pending: a live bar for each collection, or lines where nobody looks."""
+    import sys
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from zarr_store import open_cube
+
+    cube = open_cube(url)
+    totals = {name: len(cube.spec(name).shards()) for name in cube.collections}
+    live = sys.stderr.isatty() and session.verbosity >= 0
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not live) as bars:
+        tasks = {name: bars.add_task(name, total=total, detail="") for name, total in totals.items()}
+        said: dict[str, str] = {}
+        while True:
+            pending = 0
+            for name, total in totals.items():
+                counts = cube.ledger(name).counts(total)
+                pending += counts["pending"]
+                ended = total - counts["pending"]
+                words = ", ".join(f"{counts[state]} {state}" for state in ("partial", "failed") if counts[state])
+                bars.update(tasks[name], completed=ended, detail=words)
+                line = f"{name}: {ended}/{total} shards" + (f", {words}" if words else "")
+                if not live and said.get(name) != line:
+                    session.note(line)
+                    said[name] = line
+            if not pending:
+                return
+            time.sleep(pause_s)
