@@ -83,7 +83,11 @@ RUNNING: dict[str, Any] = {
     "memory": _option(str, "--memory", panel=_RUN, metavar="4GB", text="Limit of one worker."),
     "scheduler": _option(str, "--scheduler", panel=_RUN, metavar="tcp://…", text="Use a running Dask cluster."),
     "cluster": _option(
-        str, "--cluster", panel=_RUN, metavar="KIND", text="local, ssh, slurm, pbs, k8s or gateway: where workers start."
+        str,
+        "--cluster",
+        panel=_RUN,
+        metavar="KIND",
+        text="local, ssh, slurm, pbs, k8s or gateway: where workers start.",
     ),
     "hosts": _option(
         str, "--hosts", panel=_RUN, metavar="A,B,…", text="Of --cluster ssh: the scheduler's, then one per worker."
