@@ -25,6 +25,7 @@ from cli import (
     demo,
     doctor,
     evaluate,
+    export,
     info,
     plan,
     predict,
@@ -84,6 +85,7 @@ for module in (
     evaluate,
     predict,
     quicklook,
+    export,
     doctor,
 ):
     module.register(app)

@@ -133,9 +133,10 @@ def _pick_bands(known: Sequence[str], asked: str | None) -> list[str]:
 def _pick_times(times: Sequence[str], asked: str | None) -> list[int]:
     if asked is None:
         return list(range(min(len(times), _MOST_PANELS)))
-    found = [index for index, moment in enumerate(times) if moment.startswith(asked)]
-    if not found and asked.isdecimal() and int(asked) < len(times):
-        found = [int(asked)]
+    if asked.isdecimal() and len(asked) < 4:  # shorter than a year: a position
+        found = [int(asked)] if int(asked) < len(times) else []
+    else:
+        found = [index for index, moment in enumerate(times) if moment.startswith(asked)]
     if not found:
         raise UnknownName.of("time", asked, [moment[:10] for moment in times])
     return found[:_MOST_PANELS]
@@ -143,10 +144,8 @@ def _pick_times(times: Sequence[str], asked: str | None) -> list[int]:
 
 def _coarse(cube: Cube, collection: str, step: int) -> Any:
     """The collection with every `step`-th pixel, from the overview where that has them."""
-    import xarray as xr
-
     if step >= OVERVIEW_FACTOR:
-        group = xr.open_zarr(cube.url, group=f"overview/{collection}", chunks=None, mask_and_scale=False)
+        group = cube.overview(collection)
         every = slice(None, None, step // OVERVIEW_FACTOR)
         return group.isel(y=every, x=every)
     every = slice(None, None, step)

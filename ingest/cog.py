@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -60,6 +60,7 @@ class CogWriter:
         overviews: Resampling of the internal overviews; "mode" for classes and "average" for data by default.
         block_px: Side of the internal tiles, a multiple of 16 and at least 128, which is GDAL's limit for COGs.
         tags: Dataset metadata.
+        scales: (scale, offset) per band: physical = stored · scale + offset.
 
     Raises:
         InvalidInput: An argument that a COG cannot hold.
@@ -80,6 +81,7 @@ class CogWriter:
         overviews: OverviewResampling | None = None,
         block_px: int = _DEFAULT_BLOCK_PX,
         tags: Mapping[str, str] | None = None,
+        scales: Sequence[tuple[float, float]] = (),
     ) -> None:
         self.path = Path(path)
         self.grid = grid
@@ -117,6 +119,9 @@ class CogWriter:
             )
             for number, name in enumerate(descriptions, start=1):
                 self._dataset.set_band_description(number, name)
+            if scales:
+                self._dataset.scales = [scale for scale, _ in scales]
+                self._dataset.offsets = [offset for _, offset in scales]
             if tags:
                 self._dataset.update_tags(**dict(tags))
             if class_names:
@@ -203,6 +208,7 @@ def write_cog(
     overviews: OverviewResampling | None = None,
     block_px: int = _DEFAULT_BLOCK_PX,
     tags: Mapping[str, str] | None = None,
+    scales: Sequence[tuple[float, float]] = (),
 ) -> Path:
     """Write an array, or blocks that arrive one by one, as one COG.
 
@@ -219,6 +225,7 @@ def write_cog(
         overviews: Resampling of the overviews.
         block_px: Side of internal tiles.
         tags: Dataset metadata.
+        scales: (scale, offset) per band.
 
     Returns:
         The path written.
@@ -249,6 +256,7 @@ def write_cog(
         overviews=overviews,
         block_px=block_px,
         tags=tags,
+        scales=scales,
     )
     with writer:
         for row, col, block in blocks:

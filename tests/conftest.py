@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +43,35 @@ def shared_data() -> Path:
 def zagreb(shared_data: Path) -> Path:
     """Static catalogue of two Sentinel-2 tiles and five dates."""
     return shared_data / "scenes" / "zagreb" / "catalog.json"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """An S3 of this machine that honours If-Match and If-None-Match."""
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    yield f"http://{host}:{port}"
+    moto.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client that sees the bucket "cubes" from outside; it is empty. The environment leads to it, with secrets."""
+    import boto3
+
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDCANARY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary+of/the/secret")
+    client = boto3.client("s3", region_name="eu-central-1", endpoint_url=s3_server)
+    client.create_bucket(Bucket="cubes", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    yield client
+    for entry in client.list_objects_v2(Bucket="cubes").get("Contents", []):
+        client.delete_object(Bucket="cubes", Key=entry["Key"])
+    client.delete_bucket(Bucket="cubes")

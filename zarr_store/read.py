@@ -125,6 +125,16 @@ class Cube:
         opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
         return opened
 
+    def overview(self, collection: str) -> xr.Dataset:
+        """Every 8th pixel of the collection's main array, as `dataset` gives the whole."""
+        import xarray as xr
+
+        self._describe(collection)
+        opened: xr.Dataset = xr.open_zarr(
+            self._store.zarr(), group=f"overview/{collection}", chunks=None, mask_and_scale=False
+        )
+        return opened
+
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
         """One array, read-only; reading a chunk that was never written raises."""
         self.spec(collection).array(array)

@@ -20,7 +20,7 @@ Run = Callable[..., Any]
 
 COMMANDS = (
     "demo", "simulate", "search", "plan", "ingest", "status", "info", "verify",
-    "train", "evaluate", "predict", "quicklook", "doctor",
+    "train", "evaluate", "predict", "quicklook", "export", "doctor",
 )  # fmt: skip
 
 

@@ -6,14 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from zarr_store import CubeLock, CubeSpec, ShardWriter, SourceOutcome, create_cube, open_cube, verify_cube
 from zarr_store.backends import Store
@@ -26,33 +24,6 @@ NAME = "sentinel-2-l2a"
 ITEMS = {NAME: [{"id": "A", "datetime": "2023-08-10T09:57:57Z"}, {"id": "B", "datetime": "2023-08-13T10:07:53Z"}]}
 SECRET = "canary+of/the/secret"
 BUCKET = "cubes"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    yield f"http://{host}:{port}"
-    moto.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client that looks at the bucket from outside; the bucket is empty."""
-    for name in list(os.environ):
-        if name.startswith("AWS_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_REGION", "eu-central-1")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDCANARY")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    client = boto3.client("s3", region_name="eu-central-1", endpoint_url=server)
-    client.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
-    yield client
-    for key in contents(client):
-        client.delete_object(Bucket=BUCKET, Key=key)
-    client.delete_bucket(Bucket=BUCKET)
 
 
 def contents(client: Any) -> dict[str, bytes]:
