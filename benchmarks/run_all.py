@@ -6,6 +6,7 @@ make bench FULL=1     # the sizes of the published figures
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ TOPICS = ("store_size", "ingest_plan", "ingest_memory", "ingest_speed")
 
 
 def main() -> int:
+    if not importlib.util.find_spec("odc") or not importlib.util.find_spec("odc.stac"):
+        print('the peer is not installed; run: .venv/bin/python -m pip install "odc-stac>=0.5"')
+        return 2
     folder = Path(__file__).resolve().parent
     failed = []
     for topic in TOPICS:

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import re
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from ingest.buckets import BucketRule, bucket_options
 from ingest.config import IngestConfig, parse_limit
 from ingest.hrefs import redact_logs
 from ingest.providers import PROVIDERS
+from ingest.ranges import HEAD_BYTES, Head, HeadCache, RangeFile, Span, tie
 from ingest.rates import LimitedFile, limit_of, wait_for_turn
 from ingest.sign import Signing, SignRule, signed
 from zarr_store.errors import AccessError, AssetUnreadable, InvalidInput
@@ -49,6 +51,7 @@ _DRIVERS = (
     (b"\xff\x4f\xff\x51", "JP2OpenJPEG"),  # raw codestream: files named .tif in the wild hold one
 )
 _CODESTREAM = _DRIVERS[-1][0]
+_TIFF = tuple(start for start, name in _DRIVERS if name == "GTiff")
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -225,7 +228,7 @@ def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
 @contextmanager
 def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
     """Open by magic bytes; faults of opening and of reading inside the block become permanent or transient."""
-    path, magic, size = _peek(href, access)
+    path, magic, size, head = _peek(href, access, fresh)
     remote = path.startswith("/vsi")
     driver = next((name for start, name in _DRIVERS if magic.startswith(start)), None)
     if driver is None:
@@ -243,20 +246,31 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
             raise _PermanentError(str(error)) from error
         options |= more
         wait_for_turn(f"s3://{path.removeprefix('/vsis3/')}", access.rates)
-    limited = None
-    if path.startswith("/vsicurl/") and size is not None and limit_of(href, access.rates):
+    limited, file = None, None
+    if driver == "GTiff" and head is not None and head.ranges and head.size:
+        file = RangeFile(head, functools.partial(_fetch, href, head, access))
+    elif path.startswith("/vsicurl/") and size is not None and limit_of(href, access.rates):
         limited = LimitedFile(path.removeprefix("/vsicurl/"), size, _pool(os.getpid(), access), access.rates)
     try:
         with rasterio.Env(session=session, **options):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
-                dataset = rasterio.open(limited or path, driver=driver, sharing=False)
+                if file is None:
+                    dataset = rasterio.open(limited or path, driver=driver, sharing=False)
+                else:
+                    name = f"{uuid.uuid4().hex}/{urlsplit(href).path.rpartition('/')[2]}"
+                    dataset = rasterio.open(name, driver=driver, sharing=False, opener=file.open)
+                    tie(dataset, file)
             with dataset:
                 _check_header(dataset, size, access)
                 yield dataset
         if limited is not None and limited.error is not None:
             raise _TransientError(_innermost(limited.error)) from limited.error
+        if file is not None and file.error is not None:
+            raise file.error
     except RasterioError as error:
+        if file is not None and file.error is not None:
+            raise file.error from error
         # a local file does not heal between attempts; a remote one may have been cut on the way
         raise (_TransientError if remote else _PermanentError)(_innermost(error)) from error
 
@@ -285,32 +299,42 @@ def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: 
         raise _PermanentError(f"expected a band of 8 bits or more, the file has {bits}")
 
 
-def _peek(href: str, access: Access) -> tuple[str, bytes, int | None]:
-    """(GDAL path, first bytes, size) of what is behind an href; no redirect to another host is followed."""
+def _peek(href: str, access: Access, fresh: bool = True) -> tuple[str, bytes, int | None, Head | None]:
+    """(GDAL path, first bytes, size, head) of what is behind an href; no redirect to another host is followed."""
     scheme = urlsplit(href).scheme if "://" in href else ""
     if scheme in ("http", "https"):
-        return _peek_http(href, access)
+        heads = _heads(os.getpid())
+        head = None if fresh else heads.get(href)
+        if head is not None:
+            return f"/vsicurl/{head.url}", head.data[:64], head.size, head
+        url, head = _peek_http(href, access)
+        if head.ranges and head.data.startswith(_TIFF):
+            heads.put(href, head)
+        return f"/vsicurl/{url}", head.data[:64], head.size, head
     if scheme == "s3":  # GDAL signs these requests itself; the explicit driver still bounds what is parsed
         jpeg = href.lower().endswith((".jp2", ".j2k"))
-        return f"/vsis3/{href[5:]}", _DRIVERS[-2][0] if jpeg else _DRIVERS[0][0], None
+        return f"/vsis3/{href[5:]}", _DRIVERS[-2][0] if jpeg else _DRIVERS[0][0], None, None
     path = Path(href)
     if scheme or not path.is_absolute() or href.startswith("/vsi"):
         raise _PermanentError("expected an http(s) or s3 URL or an absolute local path")
     try:
         with path.open("rb") as stream:
-            return str(path), stream.read(64), path.stat().st_size
+            return str(path), stream.read(64), path.stat().st_size, None
     except OSError as error:
         raise _PermanentError(error.strerror or type(error).__name__) from error
 
 
-def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
+def _peek_http(href: str, access: Access) -> tuple[str, Head]:
     pool = _pool(os.getpid(), access)
+    plain = href
     renewed = access.sign == "none" and not access.sign_rules
     url = _signed(href, access, pool)
     for _ in range(4):
         wait_for_turn(url, access.rates)
         try:
-            reply = pool.request("GET", url, headers={"Range": "bytes=0-63"}, redirect=False, preload_content=False)
+            reply = pool.request(
+                "GET", url, headers={"Range": f"bytes=0-{HEAD_BYTES - 1}"}, redirect=False, preload_content=False
+            )
         except urllib3.exceptions.HTTPError as error:
             raise _TransientError(_innermost(error)) from error
         try:
@@ -318,7 +342,7 @@ def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
                 target = urljoin(url, reply.headers.get("Location", ""))
                 if urlsplit(target).netloc != urlsplit(href).netloc:
                     raise _PermanentError(f"redirect to another host ({urlsplit(target).hostname}) is not followed")
-                url = target
+                url = plain = target
                 continue
             if reply.status == 403 and not renewed:
                 url, renewed = _signed(href, access, pool, renew=True), True
@@ -326,17 +350,58 @@ def _peek_http(href: str, access: Access) -> tuple[str, bytes, int | None]:
             if reply.status not in (200, 206):
                 kind = _TransientError if reply.status in _RETRIED_STATUS else _PermanentError
                 raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
-            magic = reply.read(64, decode_content=False)
+            ranges = reply.status == 206
+            data = reply.read(HEAD_BYTES if ranges else 64, decode_content=False)
+            magic = data[:64]
             whole = reply.headers.get("Content-Range", "").rpartition("/")[2] or reply.headers.get("Content-Length", "")
             if not any(magic.startswith(start) for start, _ in _DRIVERS):
                 kind_text = reply.headers.get("Content-Type", "an unnamed type").partition(";")[0]
                 raise _PermanentError(f"not a TIFF or JPEG 2000 file (got {kind_text}, it begins with {magic[:24]!r})")
-            return f"/vsicurl/{url}", magic, int(whole) if whole.isdigit() else None
+            size = int(whole) if whole.isdigit() else None
+            return url, Head(plain, data, size, reply.headers.get("ETag"), ranges, HeadCache.deadline())
         except urllib3.exceptions.HTTPError as error:
             raise _TransientError(_innermost(error)) from error
         finally:
             reply.close()
     raise _PermanentError("more than three redirects")
+
+
+def _fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
+    """Some bytes of a file whose head is known; faults are permanent or transient, as those of opening.
+
+    Raises:
+        _TransientError: Among others where the file is no longer the one whose head is known.
+    """
+    pool = _pool(os.getpid(), access)
+    start, stop = span
+    headers = {"Range": f"bytes={start}-{stop - 1}"}
+    for renew in (False, True):
+        url = _signed(head.url, access, pool, renew=renew)
+        wait_for_turn(url, access.rates)
+        try:
+            reply = pool.request("GET", url, headers=headers, redirect=False, decode_content=False)
+        except urllib3.exceptions.HTTPError as error:
+            raise _TransientError(_innermost(error)) from error
+        if reply.status != 403 or url == head.url:
+            break
+    if reply.status != 206:
+        kind = _PermanentError if 400 <= reply.status < 500 and reply.status not in _RETRIED_STATUS else _TransientError
+        raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
+    etag = reply.headers.get("ETag")
+    if (etag != head.etag and None not in (etag, head.etag)) or not reply.headers.get("Content-Range", "").startswith(
+        f"bytes {start}-{stop - 1}/"
+    ):
+        _heads(os.getpid()).drop(href)
+        raise _TransientError("the file was replaced while it was read")
+    if len(reply.data) != stop - start:
+        raise _TransientError(f"the answer broke off after {len(reply.data)} of {stop - start} bytes")
+    return reply.data
+
+
+@functools.lru_cache(maxsize=2)
+def _heads(pid: int) -> HeadCache:
+    """One per process, as `_pool`."""
+    return HeadCache()
 
 
 def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool = False) -> str:
@@ -363,7 +428,7 @@ def _pool(pid: int, access: Access) -> urllib3.PoolManager:
             raise_on_status=False,
             connect=1,  # a closed port or unknown host is known at once: fail fast
         ),
-        maxsize=8,
+        maxsize=32,
     )
 
 
