@@ -7,6 +7,7 @@ asks once a second; and `metrics`, for Prometheus. Names from catalogues are dat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -273,7 +274,10 @@ def publish(
     times = {spec.collection: spec.times[:: spec.layout.shard[0]] for spec in plan.specs}
 
     def put(message: dict[str, Any]) -> None:
-        client.log_event(PAGE, message)
+        try:
+            client.log_event(PAGE, message)
+        except Exception as error:  # noqa: BLE001  # as above; what the scheduler's end means is for the run to say
+            log.debug("the page was not told: %s", error)
 
     def problems(collection: str, row: LedgerRow, words: str = "") -> list[dict[str, Any]]:
         base = {
@@ -304,8 +308,8 @@ def publish(
                     "failures": problems(collection, row, event.message),
                 }
             )
-        elif event.kind == "finished":
-            put({"event": "end"})
+            if event.done >= event.total:  # "finished" comes when the cluster is gone
+                put({"event": "end"})
         tell(event)
 
     keys = {(task.collection, task.index): task.key for task in plan.tasks}
