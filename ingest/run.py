@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from distributed import Client, as_completed
 from distributed.client import FutureCancelledError
+from distributed.comm.core import CommClosedError
 
 from ingest.access import Access, forbid_gdal_threads
 from ingest.cluster import in_flight, open_cluster, prepare
@@ -448,7 +449,7 @@ def _work(
         client.cancel(list(queue.futures), force=True)  # type: ignore[no-untyped-call]
         if isinstance(error, NoSpace | AssetUnreadable):
             # shards that are being written are worth the moment: without the lock their rows are not written
-            client.run(_settle, _SETTLE_S)  # type: ignore[no-untyped-call]
+            client.run(_settle, _SETTLE_S)
         raise
 
 
@@ -473,14 +474,15 @@ def _take(future: Any, task: ShardTask, url: str, config: IngestConfig, tally: _
     """The outcome of one task into the tally."""
     try:
         error = future.exception()
-    except FutureCancelledError as gone:
+        made = None if error else future.result()
+    except (FutureCancelledError, CommClosedError) as gone:
         raise AccessError(
             f"the Dask scheduler that {url} was written with is gone; what was written stays, and the same command "
             "goes on from there"
         ) from gone
-    if error is None:
-        made: tuple[LedgerRow, int] = future.result()
-        row, pixels = made
+    if made is not None:
+        row: LedgerRow = made[0]
+        pixels: int = made[1]
         tally.pixels_read += pixels
         tally.rows[row.state].append(row)
         if row.state != "done":

@@ -36,8 +36,8 @@ def work_here(_client: Any, plan: Any, tasks: Any, url: str, _config: Any, tally
 
 
 running._work = work_here
-if hasattr(running, "publish"):
-    running.publish = lambda _client, _plan, _url, _known, tell: ("", tell)
+running.prepare = lambda _client: None
+running.publish = lambda _client, _plan, _url, _known, tell: ("", tell)
 
 
 def forked(action: Callable[[], Any], at: int) -> int:

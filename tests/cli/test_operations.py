@@ -1,0 +1,96 @@
+"""Keeping a cube from the command line: append, audit, verify with sources, repair, retry, and one run at a time."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ingest.simulate import SimulateConfig, simulate
+from zarr_store import CubeLock, open_cube
+
+Run = Callable[..., Any]
+NAME = "sentinel-2-l2a"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dates = (dt.date(2021, 8, 8), dt.date(2022, 4, 20))
+    config = SimulateConfig(tiles=1, tile_px=64, overlap_px=0, dates=dates, radar_dates=(dt.date(2022, 4, 18),))
+    return simulate(tmp_path_factory.mktemp("w") / "world", config).path
+
+
+def test_a_cube_is_made_kept_and_grown(run: Run, world: Path, tmp_path: Path, snapshot: Callable[[Path], Any]) -> None:
+    source, cube = world / "catalog.json", tmp_path / "cube.zarr"
+    options = ("--collection", NAME, "--bands", "red,scl", "--workers", 1)
+    first = run("ingest", source, cube, *options, "--datetime", "2021")
+    assert first.code == 0, first.err
+    # the catalogue has a date more: nothing of it was asked for, until it is
+    assert run("audit", cube).code == 0
+    found = run("audit", cube, "--datetime", "2021/2022", "--json")
+    assert (found.code, len(found.json["missing"]), found.json["removed"]) == (3, 1, [])
+
+    # a second run at the same time is told who holds the cube
+    with CubeLock(cube, "another ingest"):
+        locked = run("ingest", source, cube, "--append", "--datetime", "2022")
+        assert locked.code == 5
+        assert f"pid {os.getpid()}" in locked.error_line()
+        assert "another ingest" in locked.error_line()
+        assert run("repair", cube).code == 5
+
+    grown = run("ingest", source, cube, "--append", "--datetime", "2022", "--workers", 1, "--json")
+    assert grown.code == 0, grown.err
+    assert (len(grown.json["written"]), grown.json["skipped"]) == (1, 1)
+    assert len(open_cube(cube).spec(NAME).times) == 2
+    before = snapshot(cube)
+    again = run("ingest", source, cube, "--append", "--datetime", "2022", "--json")
+    assert (again.code, again.json["written"], again.json["pixels_read"]) == (0, [], 0)
+    assert run("audit", cube).code == 0, "both dates count as asked for now"
+    sound = run("verify", cube, "--sources", "--json")
+    assert (sound.code, sound.json["sources"]["checked"]) == (0, 2), sound.err
+    assert run("retry-failed", cube, "--json").json["written"] == []
+    assert snapshot(cube) == before
+
+    earlier = run("ingest", source, tmp_path / "late.zarr", *options, "--datetime", "2022")
+    assert earlier.code == 0, earlier.err
+    refused = run("ingest", source, tmp_path / "late.zarr", "--append", "--datetime", "2021")
+    assert refused.code == 2
+    assert "lies before the last date of the cube" in refused.error_line()
+
+    # damage is named with what to do, and that heals it
+    shard = next(path for path in sorted((cube / NAME / "status" / "c").rglob("*")) if path.is_file())
+    kept = shard.read_bytes()
+    shard.write_bytes(kept[:-3] + b"xyz")
+    damaged = run("verify", cube)
+    assert damaged.code == 6
+    assert "terrashard repair" in damaged.out
+    healed = run("repair", cube, "--workers", 1, "--json")
+    assert (healed.code, len(healed.json["damage"])) == (0, 1), healed.err
+    assert shard.read_bytes() == kept
+
+
+def test_a_plan_file_is_judged_like_a_catalogue(run: Run, world: Path, tmp_path: Path) -> None:
+    source, plan = world / "catalog.json", tmp_path / "plan.json"
+    assert run("plan", source, "--collection", NAME, "--bands", "red,scl", "-o", plan).code == 0
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    text = plan.read_text().replace(f'"source": "{source}"', f'"source": "{moved}/catalog.json"')
+    plan.write_text(text)
+    outcome = run("ingest", plan, tmp_path / "cube.zarr")
+    assert outcome.code == 2
+    assert "--allow-local" in outcome.error_line()
+    assert not (tmp_path / "cube.zarr").exists()
+    with_plan = run("ingest", plan, tmp_path / "cube.zarr", "--append")
+    assert with_plan.code == 2
+
+
+def test_a_cube_without_a_plan_says_what_to_do(run: Run, cube: Path) -> None:
+    for command in ("repair", "retry-failed", "audit"):
+        outcome = run(command, cube)
+        assert outcome.code == 2
+        assert "keeps no plan" in outcome.error_line()
+        assert "Example" in run(command, "--help").out

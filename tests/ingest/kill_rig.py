@@ -1,0 +1,47 @@
+"""Processes of `test_kills.py`: as a Dask worker's preload it counts reads, as a script it is the client."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+_LOG = "TERRASHARD_TEST_READS"
+
+
+def dask_setup(_worker: Any) -> None:
+    """In each worker: note every shard that is filled, and whether the ledger said already that it is done."""
+    import ingest.run as running
+    from zarr_store.read import open_cube
+
+    fill, cube = running.fill_shard, os.environ["TERRASHARD_TEST_CUBE"]
+
+    def counted(task: Any, *arguments: Any, **more: Any) -> Any:
+        row = open_cube(cube).ledger(task.collection).get(task.index)
+        line = json.dumps([list(task.index), row is not None and row.state == "done"]) + "\n"
+        descriptor = os.open(os.environ[_LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, line.encode())
+        os.close(descriptor)
+        time.sleep(0.04)  # so that something is under way when the kill comes
+        return fill(task, *arguments, **more)
+
+    running.fill_shard = counted
+
+
+def main(plan: str, cube: str, scheduler: str) -> int:
+    from ingest.config import IngestConfig
+    from ingest.plan import Plan
+    from ingest.run import run
+    from zarr_store.errors import TerrashardError
+
+    try:
+        return run(Plan.load(plan), cube, config=IngestConfig(scheduler=scheduler)).exit_code
+    except TerrashardError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
