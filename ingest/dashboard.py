@@ -7,7 +7,6 @@ asks once a second; and `metrics`, for Prometheus. Names from catalogues are dat
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re

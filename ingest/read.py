@@ -6,6 +6,7 @@ errors: nothing here turns an unreadable file into zeros.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from rasterio.windows import Window
 from ingest.access import Access, grid_of, open_asset, redact, with_asset
 from ingest.ranges import blocks_of, range_file_of
 from ingest.resample import pick_resampling, place
+from ingest.stages import count_stage
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid
 
@@ -98,7 +100,9 @@ def read_on_grid(
             file = range_file_of(dataset)
             if file is not None:
                 file.fetch(blocks_of(dataset, (row, col, height, width)))
+            begun = time.perf_counter()
             raw = dataset.read(1, window=Window(col, row, width, height))
+            count_stage("read", time.perf_counter() - begun, raw.nbytes)
             if file is not None:
                 file.forget()
             return _as_stored(raw, stored, empty)

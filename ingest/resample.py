@@ -20,6 +20,7 @@ from rasterio.enums import Resampling
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 
+from ingest.stages import stage
 from zarr_store.grid import Grid
 
 __all__ = ["WindowReader", "is_nested", "pick_resampling", "place", "scale_ratio"]
@@ -143,7 +144,8 @@ def _warp(
     for block, inside, cut, window in jobs:
         row, col, height, width = window
         pixels = read_part(row, col, height, width)
-        result = _warp_block(pixels, source.window(row, col, height, width), block, resampling, ratio, nodata)
+        with stage("warp", math.prod(block.shape) * np.dtype(dtype).itemsize):
+            result = _warp_block(pixels, source.window(row, col, height, width), block, resampling, ratio, nodata)
         out[inside] = result[cut]
     return out
 
