@@ -118,7 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _interrupted()
     except Exception as error:  # noqa: BLE001  the one place that turns any error into a line and a code
         if "--debug" in args:
-            traceback.print_exc()
+            from ingest.hrefs import redact_text
+
+            # errors of libraries show the URLs they were given
+            sys.stderr.write(redact_text(traceback.format_exc()))
         code, message = _explain(error)
         sys.stderr.write(f"error: {message}\n")
         if "--json" in args:
