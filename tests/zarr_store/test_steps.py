@@ -32,6 +32,11 @@ def test_pairs_equal_brute_force(ours: np.ndarray, theirs: np.ndarray, most_days
     assert pairing.paired.tolist() == (pairing.index >= 0).tolist()
 
 
+def test_the_earlier_of_two_equally_near_times_is_taken() -> None:
+    ours, theirs = (np.array(days, "datetime64[s]") for days in (["2023-08-10"], ["2023-08-05", "2023-08-15"]))
+    assert nearest_times(ours, theirs).index.tolist() == [0]
+
+
 def test_a_negative_gap_is_refused() -> None:
     with pytest.raises(InvalidInput, match="0 days or more, got -1"):
         nearest_times(np.array([], "datetime64[s]"), np.array([], "datetime64[s]"), most_days=-1)
