@@ -69,7 +69,8 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
                     cluster = start_cluster(config, dashboard, security, stack)
                 except (OSError, RuntimeError) as error:
                     raise AccessError(
-                        f"--cluster {config.cluster} could not be started: {error}; see what it was given with --dry-run"
+                        f"--cluster {config.cluster} could not be started: {error}; "
+                        "see what it was given with --dry-run"
                     ) from error
             client = stack.enter_context(Client(cluster, timeout=_CONNECT_S))  # type: ignore[no-untyped-call]
             _wait(client, least if config.cluster == "local" else 1, config)
