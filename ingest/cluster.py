@@ -20,7 +20,7 @@ from distributed.security import Security
 
 from ingest.config import IngestConfig
 from ingest.launch import exposed, start_cluster
-from ingest.workers import WORKER_ENVIRONMENT, check_workers
+from ingest.workers import WORKER_ENVIRONMENT, WORKER_SETTINGS, check_workers
 from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = ["WORKER_ENVIRONMENT", "dashboard_address", "in_flight", "open_cluster", "prepare"]
@@ -53,6 +53,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
         "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
         "distributed.scheduler.allowed-failures": 3,  # a shard that kills its worker this often is given up
         "distributed.worker.daemon": True,
+        **WORKER_SETTINGS,
         **(_tls(config.tls) if config.tls else {}),
     }
     with dask.config.set(settings), ExitStack() as stack:

@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from ingest.rates import RateKeeper, bind_worker
 from ingest.stages import stage_totals
 from zarr_store.errors import InvalidInput
 
-__all__ = ["CHECKED", "WORKER_ENVIRONMENT", "WorkerGuard", "check_workers", "differences", "facts"]
+__all__ = ["CHECKED", "WORKER_ENVIRONMENT", "WORKER_SETTINGS", "WorkerGuard", "check_workers", "differences", "facts"]
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,11 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "1048576",
     "MALLOC_MMAP_THRESHOLD_": "1048576",
 }
+# Dask's profiler calls sys._current_frames() a hundred times a second. Before Python 3.12 a garbage collection within
+# that call can free a thread's locals, which waits for a lock that the call itself holds: the process stops for ever, with
+# the interpreter's lock in hand (CPython gh-106883). Since 3.12 nothing is collected inside an allocation.
+WORKER_SETTINGS: dict[str, Any] = {"distributed.worker.profile.enabled": False} if sys.version_info < (3, 12) else {}
+"""Dask's own configuration for workers that we start; a nanny hands it to its worker."""
 CHECKED = ("terrashard", "dask", "distributed", "numpy", "rasterio", "tensorstore", "zarr")
 """Packages whose release decides over what is exchanged with a worker, or over bytes in the cube."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 # Dask must not look for a configuration of this machine.
 os.environ["DASK_CONFIG"] = os.devnull
 os.environ["NO_COLOR"] = "1"
+# As the product does for its own workers (ingest.workers): Dask's profiler can stop a process before Python 3.12.
+if sys.version_info < (3, 12):
+    os.environ["DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"] = "False"
 
 ROOT = Path(__file__).resolve().parents[1]
 

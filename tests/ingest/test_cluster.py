@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import psutil
 import pytest
@@ -331,3 +332,15 @@ def test_ssh_on_this_machine(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.wait(10)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="nothing is collected inside an allocation since Python 3.12")
+def test_workers_do_not_profile_where_that_can_stop_them() -> None:
+    def profiles(dask_worker: Any) -> bool:
+        return "profile" in dask_worker.periodic_callbacks
+
+    with (
+        dask.config.set({"distributed.worker.profile.enabled": True}),
+        open_cluster(IngestConfig(workers=1)) as client,
+    ):
+        assert list(client.run(profiles).values()) == [False]

@@ -161,6 +161,7 @@ def test_three_kills(tmp_path: Path, local_client: Any, repository: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("TERRASHARD_LONG"), reason="minutes of killing; set TERRASHARD_LONG=1")
 def test_twenty_kills(tmp_path: Path, local_client: Any, repository: Path) -> None:
     victims = ("worker",) * 8 + ("nanny",) * 4 + ("client",) * 6 + ("scheduler",) * 2
     kill_and_compare(tmp_path, local_client, repository, victims, seed=20)
