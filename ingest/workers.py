@@ -36,8 +36,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1048576",
 }
 # Dask's profiler calls sys._current_frames() a hundred times a second. Before Python 3.12 a garbage collection within
-# that call can free a thread's locals, which waits for a lock that the call itself holds: the process stops for ever, with
-# the interpreter's lock in hand (CPython gh-106883). Since 3.12 nothing is collected inside an allocation.
+# that call can free a thread's locals, which waits for a lock that the call itself holds: the process stops for ever,
+# with the interpreter's lock in hand (CPython gh-106883). Since 3.12 nothing is collected inside an allocation.
 WORKER_SETTINGS: dict[str, Any] = {"distributed.worker.profile.enabled": False} if sys.version_info < (3, 12) else {}
 """Dask's own configuration for workers that we start; a nanny hands it to its worker."""
 CHECKED = ("terrashard", "dask", "distributed", "numpy", "rasterio", "tensorstore", "zarr")
