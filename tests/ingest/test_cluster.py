@@ -74,6 +74,7 @@ def dask_processes(*, workers: int = 1, environment: dict[str, str] | None = Non
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait(10)
 
 
 @contextlib.contextmanager
@@ -173,6 +174,7 @@ def test_a_worker_of_another_release_that_joins_later_is_sent_home(tmp_path: Pat
             said = process.communicate(timeout=40)[1]
         finally:
             process.kill()
+            process.wait(10)
         assert "terrashard 99.0, expected" in said
         assert set(client.scheduler_info()["workers"]) == before
 
