@@ -91,8 +91,18 @@ def prepare(client: Client) -> None:
 
 
 def in_flight(client: Client, config: IngestConfig) -> int:
-    """How many tasks may be at workers: enough for all threads, and for those that the cluster could still add."""
-    threads = sum(client.nthreads().values())  # type: ignore[no-untyped-call]
+    """How many tasks may be at workers: enough for all threads, and for those that the cluster could still add.
+
+    Raises:
+        AccessError: The scheduler answers no more.
+    """
+    try:
+        threads = sum(client.nthreads().values())  # type: ignore[no-untyped-call]
+    except OSError as gone:
+        raise AccessError(
+            f"the Dask scheduler answers no more ({gone}); what was written stays, and the same command goes on from "
+            "there"
+        ) from gone
     if config.workers_least and not config.scheduler:
         threads = max(threads, config.workers * config.threads_per_worker)
     return max(1, threads) * _PER_THREAD + 1

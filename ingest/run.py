@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -446,7 +446,8 @@ def _work(
             for fresh in submit(in_flight(client, config) - len(by_key)):
                 queue.add(fresh)  # type: ignore[no-untyped-call]
     except BaseException as error:
-        client.cancel(list(queue.futures), force=True)  # type: ignore[no-untyped-call]
+        with suppress(OSError):  # a scheduler that is gone has nothing to cancel
+            client.cancel(list(queue.futures), force=True)  # type: ignore[no-untyped-call]
         if isinstance(error, NoSpace | AssetUnreadable):
             # shards that are being written are worth the moment: without the lock their rows are not written
             client.run(_settle, _SETTLE_S)
