@@ -183,4 +183,4 @@ def test_version(run: Run) -> None:
 def test_json_is_one_document(run: Run, cube: Path) -> None:
     for name in ("info", "status", "verify", "doctor"):
         arguments = () if name == "doctor" else (cube,)
-        json.loads(run(name, *arguments, "--json", "-v").out)
+        assert isinstance(json.loads(run(name, *arguments, "--json", "-v").out), dict)

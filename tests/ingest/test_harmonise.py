@@ -291,4 +291,5 @@ def test_nonsense_in_an_asset_is_a_note_or_a_clear_error(make_item: Make, value:
     del item["assets"]["green"]
     item["assets"]["other"] = {name: value}
     with contextlib.suppress(InvalidInput):
-        harmonised(item)
+        scene = harmonised(item)
+        assert "green" in scene.lacking
