@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ def s3_server() -> Iterator[str]:
     """An S3 of this machine that honours If-Match and If-None-Match."""
     from moto.server import ThreadedMotoServer
 
+    # Its web server would otherwise log to whatever stderr the test of its first request had, closed in later ones.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
