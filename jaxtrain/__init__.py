@@ -2,7 +2,7 @@
 
 The reader walks `config` → `data/` → `models/` → `losses`, `optim` → `state` → `step` → `train` → `evaluate` →
 `predict`. `parallel/` says how arrays lie on the devices. Nothing here imports `ingest`, dask or rasterio; importing
-this package alone does not start JAX either, so that `parallel.mesh.start_distributed` can still come first.
+this package alone does not start JAX either, so that `parallel.processes.start_distributed` can still come first.
 """
 
 from __future__ import annotations

@@ -65,11 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("jaxtrain").setLevel(logging.INFO)
     try:
-        from jaxtrain.parallel.mesh import start_distributed
+        from jaxtrain.parallel.processes import spread_mesh, start_distributed
         from jaxtrain.train import train
 
-        start_distributed()
-        train(read_config(parsed.config), parsed.out)
+        config = read_config(parsed.config)
+        if not start_distributed().is_first:
+            logging.getLogger("jaxtrain").setLevel(logging.WARNING)
+        train(spread_mesh(config), parsed.out)
     except TerrashardError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

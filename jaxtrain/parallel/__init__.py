@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from jaxtrain.parallel.mesh import ProcessInfo, batch_sharding, make_mesh, replicated, start_distributed
+from jaxtrain.parallel.mesh import batch_sharding, make_mesh, replicated
+from jaxtrain.parallel.processes import ProcessInfo, start_distributed
 from jaxtrain.parallel.sharding import DEFAULT_RULES, partition_specs
 
 __all__ = [

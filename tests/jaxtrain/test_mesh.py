@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxtrain.config import MeshConfig
-from jaxtrain.parallel.mesh import ProcessInfo, batch_sharding, make_mesh, replicated, start_distributed
+from jaxtrain.parallel.mesh import batch_sharding, make_mesh, replicated
+from jaxtrain.parallel.processes import ProcessInfo, start_distributed
 from zarr_store.errors import InvalidInput
 
 
@@ -71,7 +72,8 @@ def test_joining_late_is_refused():
 
 WORKER = """
     import json, sys
-    from jaxtrain.parallel.mesh import batch_sharding, make_mesh, replicated, start_distributed
+    from jaxtrain.parallel.mesh import batch_sharding, make_mesh, replicated
+    from jaxtrain.parallel.processes import start_distributed
     info = start_distributed(timeout_s=60)
     import jax, numpy as np
     from jaxtrain.config import MeshConfig

@@ -1,0 +1,380 @@
+"""The processes of one run: who they are, where they meet, and how one of them leaves.
+
+`start_distributed` comes before anything that touches a device. It finds the others, in this order:
+
+1. what it is given, and the variables TERRASHARD_COORDINATOR, _PROCESSES and _PROCESS (`terrashard launch` sets them)
+2. Open MPI and MPICH: `mpirun -n 2 terrashard train …`
+3. SLURM: `srun -n 2 terrashard train …`
+4. Cloud TPU, or TERRASHARD_COORDINATOR=auto: JAX finds them itself
+
+A run in which nothing of this is there has one process, and nothing is started.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import glob
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.config import TrainConfig
+from zarr_store.errors import AccessError, InvalidInput
+
+__all__ = ["Agreement", "ProcessInfo", "Rendezvous", "abandon", "find_rendezvous", "spread_mesh", "start_distributed"]
+
+COORDINATOR = "TERRASHARD_COORDINATOR"
+BIND = "TERRASHARD_COORDINATOR_BIND"
+PROCESSES = "TERRASHARD_PROCESSES"
+PROCESS = "TERRASHARD_PROCESS"
+LOCAL = "TERRASHARD_LOCAL_PROCESS"
+LOCAL_COUNT = "TERRASHARD_LOCAL_PROCESSES"
+PARENT = "TERRASHARD_PARENT"
+HEARTBEAT = "TERRASHARD_HEARTBEAT_S"
+
+_HEARTBEAT_S = 30
+"""A process that is silent for this long is dead, and all others end. Beats come from a thread of C++, which neither
+compilation nor the interpreter's lock holds up."""
+_FIRST_PORT, _PORTS = 61440, 4096
+"""Above the ports that Linux gives out by itself (32768-60999), so that one worked out from a job's name is free."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """Which of the cooperating processes this is."""
+
+    index: int
+    count: int
+
+    @property
+    def is_first(self) -> bool:
+        """The process that writes logs and reports."""
+        return self.index == 0
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the processes of a run meet.
+
+    Attributes:
+        coordinator: host:port of process 0; None lets JAX find it.
+        processes: How many there are; None lets JAX find it.
+        process: This one, from 0.
+        source: What said so, for messages.
+        local: (this one, how many) among those of this machine, where that is known: each takes its share of the GPUs.
+    """
+
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+    source: str
+    local: tuple[int, int] | None = None
+
+
+def find_rendezvous(environment: Mapping[str, str]) -> Rendezvous | None:
+    """What the environment says of the other processes; None where this one is alone.
+
+    Raises:
+        InvalidInput: Variables contradict each other, or say too little.
+    """
+    env = environment
+    coordinator = env.get(COORDINATOR)
+    if coordinator == "auto":
+        return Rendezvous(None, None, None, f"{COORDINATOR}=auto")
+    processes, process = _number(PROCESSES, env), _number(PROCESS, env)
+    if processes is not None or process is not None:
+        own = _number(LOCAL, env), _number(LOCAL_COUNT, env)
+        local = None if own[0] is None or own[1] is None else (own[0], own[1])
+        return Rendezvous(coordinator, processes, process, f"{COORDINATOR}, {PROCESSES} and {PROCESS}", local)
+    for ask in (_of_open_mpi, _of_mpich, _of_slurm, _of_tpu):
+        found = ask(env)
+        if found is not None:
+            return replace(found, coordinator=coordinator or found.coordinator)
+    return None if coordinator is None else Rendezvous(coordinator, None, None, COORDINATOR)
+
+
+def _of_open_mpi(env: Mapping[str, str]) -> Rendezvous | None:
+    return _of_mpi(
+        env, "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE", ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri"),
+    )  # fmt: skip
+
+
+def _of_mpich(env: Mapping[str, str]) -> Rendezvous | None:
+    if "SLURM_STEP_NODELIST" in env:  # srun sets PMI_RANK as well, and knows the hosts
+        return None
+    return _of_mpi(env, "MPICH", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ("PMI_PORT", "PMI_ID"))
+
+
+def _of_mpi(
+    env: Mapping[str, str], name: str, size: str, rank: str, local_rank: str, local_size: str, job: tuple[str, ...]
+) -> Rendezvous | None:
+    processes, process = _number(size, env), _number(rank, env)
+    if processes is None or process is None or processes == 1:
+        return None
+    own, here = _number(local_rank, env), _number(local_size, env)
+    local = None if own is None or here is None else (own, here)
+    if here is None or here == processes:  # all of one machine: its name need not be known
+        # PMI_PORT is the same for all processes of an mpirun, PMI_ID is not: without a job's name, its parent tells
+        named = next((env[key] for key in job if key in env and key != "PMI_ID"), str(os.getppid()))
+        return Rendezvous(f"127.0.0.1:{_port(named)}", processes, process, name, local)
+    return Rendezvous(None if COORDINATOR in env else _ask_mpi(name), processes, process, name, local)
+
+
+def _ask_mpi(name: str) -> str:
+    """Process 0 picks a port and tells the others, through MPI itself."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise InvalidInput(
+            f"{name} has started processes on several machines; to find process 0 this needs mpi4py (pip install "
+            f"'terrashard[mpi]'), or {COORDINATOR}=host:port of the first one"
+        ) from error
+    import socket
+
+    world = MPI.COMM_WORLD
+    mine = None
+    if world.Get_rank() == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            mine = f"{socket.gethostname()}:{probe.getsockname()[1]}"
+    return str(world.bcast(mine, root=0))
+
+
+def _of_slurm(env: Mapping[str, str]) -> Rendezvous | None:
+    """A step of `srun`; in the batch script itself SLURM_NTASKS is set too, but nobody else would come."""
+    processes, process = _number("SLURM_STEP_NUM_TASKS", env), _number("SLURM_PROCID", env)
+    nodes = env.get("SLURM_STEP_NODELIST")
+    if processes is None or process is None or nodes is None or processes == 1:
+        return None
+    host, port = first_host(nodes), _port(f"{env.get('SLURM_JOB_ID', '')}.{env.get('SLURM_STEP_ID', '')}")
+    own, here = _number("SLURM_LOCALID", env), _tasks_here(env)
+    return Rendezvous(f"{host}:{port}", processes, process, "SLURM", None if own is None or not here else (own, here))
+
+
+def _tasks_here(env: Mapping[str, str]) -> int | None:
+    """Tasks of this node: SLURM_STEP_TASKS_PER_NODE is such as "2(x3),1" for nodes 0, 1, 2 and 3."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
+            counts += [int(found[1])] * int(found[2] or 1)
+    node = _number("SLURM_NODEID", env) or 0
+    return counts[node] if node < len(counts) else None
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list.
+
+    >>> first_host("gpu[007-010,012],login1"), first_host("node-1,node-2"), first_host("a[3,5]-ib")
+    ('gpu007', 'node-1', 'a3-ib')
+    """
+    found = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodes.strip())
+    if not found:
+        raise InvalidInput(f"SLURM_STEP_NODELIST is {nodes!r}, expected names such as gpu[007-010]")
+    head, numbers, tail = found[1], found[2], found[3] or ""
+    return head if numbers is None else head + re.split(r"[-,]", numbers)[0] + tail
+
+
+def _of_tpu(env: Mapping[str, str]) -> Rendezvous | None:
+    hosts = [name for name in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    if len(hosts) < 2 and "MEGASCALE_COORDINATOR_ADDRESS" not in env:
+        return None
+    return Rendezvous(None, None, None, "Cloud TPU")
+
+
+def _port(name: str) -> int:
+    return _FIRST_PORT + zlib.crc32(name.encode()) % _PORTS
+
+
+def start_distributed(
+    coordinator: str | None = None,
+    *,
+    processes: int | None = None,
+    process: int | None = None,
+    timeout_s: int = 120,
+    environment: Mapping[str, str] | None = None,
+) -> ProcessInfo:
+    """Join the other processes of this run; call it before anything touches a device.
+
+    Args:
+        coordinator: `host:port` of process 0.
+        processes: number of processes.
+        process: this one, 0 … processes-1.
+        timeout_s: how long to wait for the others.
+        environment: stands in for `os.environ`, which says what is not given.
+
+    Raises:
+        InvalidInput: only some of the three are known, or they contradict each other.
+        AccessError: the others did not come in time.
+    """
+    env = os.environ if environment is None else environment
+    if PARENT in env:
+        die_with_parent(_number(PARENT, env) or 0)
+    found = find_rendezvous(env) or Rendezvous(None, None, None, "the call")
+    coordinator = coordinator or found.coordinator
+    processes = found.processes if processes is None else processes
+    process = found.process if process is None else process
+    if coordinator is None and processes is None and process is None:
+        if found.source == "the call":
+            return ProcessInfo(0, 1)
+        return _join({}, f"the processes that {found.source} names", timeout_s, env)
+    if coordinator is None or processes is None or process is None:
+        raise InvalidInput(
+            "a run of several processes needs all of: coordinator host:port, number of processes, number of this "
+            f"process; {found.source} said {coordinator!r}, {processes!r}, {process!r}. Set {COORDINATOR}, {PROCESSES} "
+            f"and {PROCESS}, or start with `terrashard launch -n N -- train …`, mpirun or srun"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise InvalidInput(f"the coordinator must be host:port, such as 10.0.0.1:1234, got {coordinator!r}")
+    if not 0 <= process < processes:
+        raise InvalidInput(f"process must be one of 0 … {processes - 1}, got {process}")
+    arguments = {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": process,
+        # all three are known, so JAX must not look for a cluster of its own
+        "cluster_detection_method": "deactivate",
+        # JAX binds to all interfaces by default; only that of the coordinator's name is needed
+        "coordinator_bind_address": env.get(BIND, coordinator) if process == 0 else None,
+        "local_device_ids": None if found.local is None else local_gpus(*found.local, env),
+    }
+    return _join(arguments, f"{coordinator}, where {found.source} expects {processes} processes", timeout_s, env)
+
+
+def _join(arguments: Mapping[str, Any], where: str, timeout_s: int, env: Mapping[str, str]) -> ProcessInfo:
+    beat = _number(HEARTBEAT, env) or _HEARTBEAT_S
+    who = f"process {arguments['process_id']}" if "process_id" in arguments else "this process"
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=timeout_s,
+            heartbeat_timeout_seconds=beat,
+            shutdown_timeout_seconds=2 * beat,
+        )
+    except RuntimeError as error:
+        if "before any JAX" in str(error) or "only be called once" in str(error):
+            raise InvalidInput(f"{who}: the run must be joined once, before any array is made") from error
+        raise AccessError(
+            f"{who} could not join {where}, within {timeout_s} s: {error}. "
+            "Check that all processes were started and that the port can be reached"
+        ) from error
+    info = ProcessInfo(jax.process_index(), jax.process_count())
+    logger.info("process %d of %d joined %s", info.index, info.count, where)
+    return info
+
+
+def local_gpus(process: int, count: int, environment: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of this machine that one of its `count` processes takes; None where there are too few to share.
+
+    >>> local_gpus(1, 2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+    [2, 3]
+    """
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    gpus = len(glob.glob("/dev/nvidia[0-9]*")) if named is None else len([n for n in named.split(",") if n.strip()])
+    if gpus < count:
+        return None
+    return list(range(process * gpus // count, (process + 1) * gpus // count))
+
+
+def spread_mesh(config: TrainConfig) -> TrainConfig:
+    """The configuration with `mesh.data` over all devices of all processes, where it was not named.
+
+    A run of one process keeps what it has: more devices are used when they are asked for.
+    """
+    if jax.process_count() == 1 or "data" in config.mesh.model_fields_set:
+        return config
+    others = config.mesh.size // config.mesh.data
+    if jax.device_count() % others:
+        return config  # the mesh itself says best what does not fit
+    mesh = {**config.mesh.model_dump(exclude_unset=True), "data": jax.device_count() // others}
+    values = config.model_dump(exclude_unset=True) | {"mesh": mesh}
+    return TrainConfig.model_validate(values)
+
+
+class Agreement:
+    """Whether any process wants something, known to all at the same step: one number summed over all devices.
+
+    A signal reaches processes at different times; acting on it alone would leave the others waiting in a collective.
+    `ask` starts the sum and returns at once, `answer` reads it, so it may be read a step late at no cost.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._alone = jax.process_count() == 1
+        self._flat = Mesh(mesh.devices.reshape(-1), ("all",))
+        self._split = NamedSharding(self._flat, PartitionSpec("all"))  # type: ignore[no-untyped-call]  # of jax
+        whole = NamedSharding(self._flat, PartitionSpec())  # type: ignore[no-untyped-call]  # of jax
+        self._any = jax.jit(jnp.max, out_shardings=whole)
+
+    def ask(self, wanted: bool) -> Any:
+        """This process's wish; every process must ask equally often."""
+        if self._alone:
+            return wanted
+        mine = np.full(len(self._flat.local_devices), wanted, np.int32)
+        return self._any(jax.make_array_from_process_local_data(self._split, mine, (self._flat.size,)))
+
+    def answer(self, asked: Any) -> bool:
+        """Whether any process wished it."""
+        return bool(asked)
+
+
+def abandon(code: int) -> None:
+    """Let this process end with `code` without waiting for the others, who would wait for it in a collective.
+
+    They notice within a heartbeat, and a launcher at once. Leaving in the ordinary way waits for all to leave.
+    """
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(code)
+
+    if jax.process_count() > 1:
+        atexit.register(leave)  # the last that was registered runs first, so before JAX's own
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process as soon as `parent`, which started it, is gone, however it went.
+
+    Linux does it by itself; elsewhere a thread looks once a second.
+    """
+    if sys.platform == "linux":
+        death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None, use_errno=True).prctl(death_signal, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch_parent, args=(parent,), name="parent", daemon=True).start()
+    if os.getppid() != parent:  # gone before this line was reached
+        os._exit(1)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _number(name: str, env: Mapping[str, str]) -> int | None:
+    text = env.get(name)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InvalidInput(f"{name} must be a whole number, got {text!r}") from error
