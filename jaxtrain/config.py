@@ -60,7 +60,14 @@ class ModelConfig(_Strict):
 
     name: str = Field("unet", description="a key of jaxtrain.models.MODELS")
     width: Positive = Field(16, description="channels of the first level; each level doubles them")
-    depth: Positive = Field(3, description="number of times the image is halved; for cnn, blocks")
+    depth: Positive = Field(
+        3, description="number of times the image is halved; for cnn, blocks; for resnet, layers: 10, 18, 34 or 50"
+    )
+    stem: Literal["small", "patch", "large"] = Field(
+        "small",
+        description="of resnet: small keeps the size, patch folds 2 × 2 pixels to channels, large quarters it",
+    )
+    blocks: tuple[Positive, ...] = Field((), description="of resnet: blocks of each stage, instead of a depth")
     norm: Literal["group", "batch", "local"] = Field("group", description="group · batch (synchronised) · local batch")
     dropout: Share = 0.0
 

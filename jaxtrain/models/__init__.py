@@ -1,7 +1,7 @@
 """The networks, by name: one plain dict from name to builder.
 
 A builder takes `(config, *, channels, classes, rngs, data_shards)` and returns a Flax NNX module whose call is
-`model(x_BHWC, *, train) -> logits_BHWK` in float32.
+`model(x_BHWC, *, train)` in float32: logits_BHWK of a network per pixel, logits_BK of one per image.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.cnn import build_cnn
+from jaxtrain.models.resnet import build_resnet
 from jaxtrain.models.unet import build_unet
 from zarr_store.errors import InvalidInput, UnknownName
 
-__all__ = ["MODELS", "build_model"]
+__all__ = ["MODELS", "PER_SAMPLE", "build_model"]
 
-MODELS: dict[str, Callable[..., nnx.Module]] = {"cnn": build_cnn, "unet": build_unet}
+MODELS: dict[str, Callable[..., nnx.Module]] = {"cnn": build_cnn, "resnet": build_resnet, "unet": build_unet}
+
+PER_SAMPLE = frozenset({"resnet"})
+"""Networks that give one answer per image, logits (B, K); the others give one per pixel, (B, H, W, K)."""
 
 
 def build_model(

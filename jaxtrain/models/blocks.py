@@ -31,10 +31,30 @@ SMALL = nnx.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
 
 
 def conv(
-    inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs, bias: bool = True, init: nnx.Initializer = HE
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    rngs: nnx.Rngs,
+    bias: bool = True,
+    init: nnx.Initializer = HE,
+    stride: int = 1,
 ) -> nnx.Conv:
-    """A convolution with zero padding and He initialisation (He et al. 2015, arXiv:1502.01852)."""
-    return nnx.Conv(inputs, outputs, (size, size), padding="SAME", use_bias=bias, kernel_init=init, rngs=rngs)
+    """A convolution with zero padding and He initialisation (He et al. 2015, arXiv:1502.01852).
+
+    A stride of 2 pads both sides alike, as other libraries do, so that weights mean the same there and here.
+    """
+    around = (size // 2, size // 2)
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        strides=stride,
+        padding=(around, around),
+        use_bias=bias,
+        kernel_init=init,
+        rngs=rngs,
+    )
 
 
 def repeat_nearest(x_BHWC: jax.Array) -> jax.Array:
