@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
             "    --bands blue,green,red,nir,scl --mask scl --workers 2",
             "terrashard ingest plan.json zagreb.zarr",
             "terrashard ingest catalog.json zagreb.zarr --append --datetime 2023-09",
+            "terrashard ingest plan.json zagreb.zarr --report report.html",
             "terrashard ingest plan.json zagreb.zarr --cluster slurm --memory 8GB --dry-run",
         ),
     )
@@ -38,11 +39,17 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option("--dry-run", help="Show the job script, manifest or options of the cluster; start nothing."),
         ] = False,
-        report: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the report as JSON.")] = None,
+        report: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Keep a report: FILE.html for people, FILE.json for programs."),
+        ] = None,
     ) -> int:
         """Read, harmonise and write scenes into a sharded Zarr cube. Exit code 3: some asset was unreadable."""
-        from cli.ingesting import cube_config, extend_cube, plan_of, run_plan
+        from cli.ingesting import check_report, cube_config, extend_cube, keep_report, plan_of, run_plan
+        from ingest.record import RunRecord
 
+        check_report(report)
+        record = RunRecord() if report is not None and report.suffix.lower() == ".html" else None
         if dry_run:
             from ingest.cluster import dashboard_address
             from ingest.launch import describe
@@ -53,18 +60,18 @@ def register(app: typer.Typer) -> None:
             session.emit({"cluster": config.cluster, "scheduler": config.scheduler, "description": text})
             return 0
         if append or refresh:
-            result = extend_cube(session, source, cube, cube_config(session, cube), append=append, refresh=refresh)
+            result = extend_cube(
+                session, source, cube, cube_config(session, cube), append=append, refresh=refresh, record=record
+            )
         else:
             config = ingest_config(session)
             made = plan_of(session, source, config)
             for text in made.warnings:
                 session.warn(text)
-            result = run_plan(session, made, cube, config)
+            result = run_plan(session, made, cube, config, record=record)
         session.say(result.summary())
         if report is not None:
-            import json
-
-            report.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+            keep_report(report, result, record)
             session.say(f"report in {report}")
         session.emit(result.to_dict())
         return int(result.exit_code)

@@ -16,9 +16,19 @@ from zarr_store.errors import InvalidInput
 if TYPE_CHECKING:
     from ingest.config import IngestConfig
     from ingest.plan import Plan
+    from ingest.record import RunRecord
     from ingest.run import IngestEvent, IngestReport
 
-__all__ = ["cube_config", "extend_cube", "is_plan", "plan_of", "run_plan", "watching"]
+__all__ = [
+    "check_report",
+    "cube_config",
+    "extend_cube",
+    "is_plan",
+    "keep_report",
+    "plan_of",
+    "run_plan",
+    "watching",
+]
 
 _HEAD_BYTES = 64 << 20
 
@@ -54,12 +64,39 @@ def plan_of(session: Session, source: str, config: IngestConfig) -> Plan:
     return plan
 
 
-def run_plan(session: Session, plan: Plan, cube: str | Path, config: IngestConfig) -> IngestReport:
+def run_plan(
+    session: Session, plan: Plan, cube: str | Path, config: IngestConfig, *, record: RunRecord | None = None
+) -> IngestReport:
     """Run a plan with progress on stderr; the address of the dashboard comes first."""
     from ingest.run import run
 
     with watching(session, "ingest") as show:
-        return run(plan, cube, config=config, on_event=show)
+        return run(plan, cube, config=config, on_event=show, record=record)
+
+
+def check_report(path: Path | None) -> None:
+    """Refuse a report that could not be written, before the first pixel is read.
+
+    Raises:
+        InvalidInput: Neither .html nor .json, or no folder to write to.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() not in (".html", ".json"):
+        raise InvalidInput(f"--report {path}: expected a name that ends in .html (for people) or .json (for programs)")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        why = "is a folder" if path.is_dir() else f"the folder {path.absolute().parent} does not exist"
+        raise InvalidInput(f"--report {path}: {why}; give the name of a file in a folder that exists")
+
+
+def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> None:
+    """Write the report on a run: HTML where it was recorded, else JSON."""
+    if record is None:
+        path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return
+    from ingest.report import write_report
+
+    write_report(path, record, result)
 
 
 def cube_config(session: Session, cube: str) -> IngestConfig:
@@ -76,7 +113,14 @@ def cube_config(session: Session, cube: str) -> IngestConfig:
 
 
 def extend_cube(
-    session: Session, source: str, cube: str, config: IngestConfig, *, append: bool, refresh: bool
+    session: Session,
+    source: str,
+    cube: str,
+    config: IngestConfig,
+    *,
+    append: bool,
+    refresh: bool,
+    record: RunRecord | None = None,
 ) -> IngestReport:
     """Bring what is new in SOURCE into a cube, with progress on stderr.
 
@@ -91,7 +135,7 @@ def extend_cube(
             "STAC source"
         )
     with watching(session, "ingest") as show:
-        return extend(source, cube, config, append=append, refresh=refresh, on_event=show)
+        return extend(source, cube, config, append=append, refresh=refresh, on_event=show, record=record)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ingest.config import EXECUTION_FIELDS, IngestConfig
 from ingest.hrefs import is_url
 from ingest.plan import Plan, plan_scenes
 from ingest.probe import probe_scenes
+from ingest.record import RunRecord
 from ingest.run import IngestEvent, IngestReport, run_locked
 from ingest.scene import Scene
 from ingest.search import Found, find_scenes
@@ -46,6 +47,7 @@ def extend(
     client: Client | None = None,
     on_event: Callable[[IngestEvent], None] | None = None,
     on_plan: Callable[[Plan], None] | None = None,
+    record: RunRecord | None = None,
 ) -> IngestReport:
     """Bring what is new in a catalogue into a cube; repeating it goes on, or finds nothing to do.
 
@@ -58,6 +60,7 @@ def extend(
         client: A Dask client to use.
         on_event: As for `ingest.run.run`.
         on_plan: Given the merged plan before anything is written.
+        record: Filled with what the report on the run needs.
 
     Raises:
         InvalidInput: A new date lies before the last of the cube.
@@ -70,7 +73,7 @@ def extend(
         merged = plan_extension(kept_plan(url), source, config, append=append, refresh=refresh)
         if on_plan:
             on_plan(merged)
-        return run_locked(merged, url, lock, config=config, client=client, on_event=on_event, grow=True)
+        return run_locked(merged, url, lock, config=config, client=client, on_event=on_event, grow=True, record=record)
 
 
 def plan_extension(

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -32,6 +32,7 @@ from ingest.cluster import in_flight, open_cluster, prepare
 from ingest.config import IngestConfig
 from ingest.dashboard import publish
 from ingest.plan import Plan
+from ingest.record import RunRecord
 from ingest.shard import fill_shard
 from ingest.stages import stage
 from ingest.stored import PLAN_KEY, keep_plan
@@ -198,6 +199,7 @@ def run(
     config: IngestConfig | None = None,
     client: Client | None = None,
     on_event: Callable[[IngestEvent], None] | None = None,
+    record: RunRecord | None = None,
 ) -> IngestReport:
     """Make the cube of a plan, or what of it is not there yet.
 
@@ -207,6 +209,7 @@ def run(
         config: How to run: workers, memory, scheduler, limit, on_error. None for the defaults.
         client: A Dask client to use instead of the cluster of `config`.
         on_event: Told of the dashboard and of every shard that ends, in this thread.
+        record: Filled with what the report on the run needs.
 
     Raises:
         CubeMismatch: A cube of another plan is there.
@@ -222,7 +225,7 @@ def run(
     _check_same_plan(url, plan)
     with CubeLock(url, f"ingest of plan {plan.digest[:12]}") as lock:
         _check_same_plan(url, plan)  # another run may have added to it meanwhile
-        return run_locked(plan, url, lock, config=config, client=client, on_event=on_event)
+        return run_locked(plan, url, lock, config=config, client=client, on_event=on_event, record=record)
 
 
 def run_locked(
@@ -236,6 +239,7 @@ def run_locked(
     grow: bool = False,
     which: Which = "all",
     again: Collection[tuple[str, ShardIndex]] = (),
+    record: RunRecord | None = None,
 ) -> IngestReport:
     """As `run`, for a cube that exists and whose lock is held.
 
@@ -249,6 +253,7 @@ def run_locked(
         grow: Whether the plan may have more dates and items than the cube, which then gets them first.
         which: Of the shards that are not done, those to make.
         again: (collection, index) of shards to make although they count as done.
+        record: As for `run`.
     """
     started = time.monotonic()
     config = config or IngestConfig()
@@ -256,6 +261,8 @@ def run_locked(
     forbid_gdal_threads()
     url = _plain_url(cube_url)
     tally = _Tally()
+    if record:
+        record.plan = plan
     with _sigterm_raises():
         _sweep(url)
         # the plan first: if nothing more gets done, the cube still knows what it was about to become
@@ -277,7 +284,8 @@ def run_locked(
                 known = {name: open_cube(url).ledger(name).rows() for name in open_cube(url).collections}
                 page, tell = publish(running, plan, url, known, tell)
                 tell(IngestEvent("dashboard", 0, len(now), url=page, message="shards, rates and failures, live"))
-                _work(running, plan, now, url, config, tally, tell, fence=lock.token, again=frozenset(again))
+                with record.watching(running) if record else nullcontext():
+                    _work(running, plan, now, url, config, tally, tell, fence=lock.token, again=frozenset(again))
             if open_cube(url).provenance != json.loads(json.dumps(plan.provenance())):
                 # a file that is healed now has a verdict that it had not when the cube was begun
                 record_provenance(url, plan.provenance())

@@ -100,6 +100,10 @@ def test_c04_no_secret_comes_out_anywhere(api: Any, tmp_path: Path, capfd: pytes
     assert run("plan", source, *ask, *quick, "-o", out / "plan.json", "--json") == 0, printed[-1]
     assert run("ingest", source, cube, *ask, *quick, "--report", out / "report.json", "--json", "-v") == 3, printed[-1]
     assert "HTTP 403" in (out / "report.json").read_text()
+    # the second time tries the refused scene again
+    assert run("ingest", source, cube, *ask, *quick, "--report", out / "report.html", "-v") == 3, printed[-1]
+    assert "HTTP 403" in (page := (out / "report.html").read_text())
+    assert "Dask Performance Report" in page
     for command in (("status", cube, "--json"), ("info", cube, "--json"), ("verify", cube, "--json")):
         run(*command)
     # failures of every kind, with the traceback of --debug
