@@ -246,9 +246,11 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
             raise _PermanentError(str(error)) from error
         options |= more
         wait_for_turn(f"s3://{path.removeprefix('/vsis3/')}", access.rates)
-    limited, file = None, None
+    limited, file, local = None, None, None
     if driver == "GTiff" and head is not None and head.ranges and head.size:
         file = RangeFile(head, functools.partial(_fetch, href, head, access))
+    elif driver == "GTiff" and not remote and size:
+        local = RangeFile(Head(path, magic, size, None, True, 0.0), functools.partial(_read_local, path), remote=False)
     elif path.startswith("/vsicurl/") and size is not None and limit_of(href, access.rates):
         limited = LimitedFile(path.removeprefix("/vsicurl/"), size, _pool(os.getpid(), access), access.rates)
     try:
@@ -257,6 +259,8 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
                 if file is None:
                     dataset = rasterio.open(limited or path, driver=driver, sharing=False)
+                    if local is not None:
+                        tie(dataset, local)
                 else:
                     name = f"{uuid.uuid4().hex}/{urlsplit(href).path.rpartition('/')[2]}"
                     dataset = rasterio.open(name, driver=driver, sharing=False, opener=file.open)
@@ -396,6 +400,15 @@ def _fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
     if len(reply.data) != stop - start:
         raise _TransientError(f"the answer broke off after {len(reply.data)} of {stop - start} bytes")
     return reply.data
+
+
+def _read_local(path: str, span: Span) -> bytes:
+    """Some bytes of a local file; fewer where it ends before."""
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            return os.pread(stream.fileno(), span[1] - span[0], span[0])
+    except OSError as error:
+        raise _PermanentError(error.strerror or type(error).__name__) from error
 
 
 @functools.lru_cache(maxsize=2)

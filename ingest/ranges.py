@@ -1,4 +1,4 @@
-"""`RangeFile`: a remote TIFF that GDAL reads as a file, whose blocks were fetched before GDAL asks for them.
+"""`RangeFile`: a TIFF whose blocks are fetched before anybody asks for them; GDAL can read it as a file.
 
 GDAL on its own opens a file anew for each window and waits for each answer before it asks on. Here the header is
 fetched once per process and file, all blocks of a window are known from it, neighbours are merged into one request,
@@ -98,20 +98,27 @@ class HeadCache:
 
 
 class RangeFile:
-    """The bytes of a remote file that are here, and the way to the others.
+    """The bytes of a file that are here, and the way to the others.
 
     Args:
         head: Its first bytes and its size.
         get: Fetches a span.
+        remote: Whether it is worth asking for several spans at once.
     """
 
-    def __init__(self, head: Head, get: Get) -> None:
+    def __init__(self, head: Head, get: Get, *, remote: bool = True) -> None:
         if head.size is None:
             raise ValueError("a file of unknown size cannot be read in ranges")
         self.size = head.size
         self.error: Exception | None = None
         self._get = get
+        self._remote = remote
         self._parts: list[tuple[int, bytes]] = [(0, head.data[: head.size])]
+
+    @property
+    def head(self) -> bytes:
+        """The first bytes."""
+        return self._parts[0][1]
 
     def open(self, path: str, mode: str = "rb") -> io.RawIOBase:
         """A fresh handle: rasterio opens a file several times and closes each."""
@@ -126,7 +133,8 @@ class RangeFile:
         wanted = [span for span in merge(spans, self.size) if self._find(span) is None]
         if not wanted:
             return
-        answers = [self._get(wanted[0])] if len(wanted) == 1 else list(_pool(os.getpid()).map(self._get, wanted))
+        several = self._remote and len(wanted) > 1
+        answers = list(_pool(os.getpid()).map(self._get, wanted)) if several else [self._get(span) for span in wanted]
         self._parts += [(start, data) for (start, _), data in zip(wanted, answers, strict=True)]
 
     def forget(self) -> None:
@@ -144,6 +152,14 @@ class RangeFile:
                 return b""
             self._parts.append(part)
         return part[1][start - part[0] : stop - part[0]]
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """Bytes that `fetch` brought, without a copy; fewer where the file ends before `stop`."""
+        part = self._find((start, min(stop, self.size)))
+        if part is None:
+            self.fetch([(start, stop)])
+            part = self._find((start, min(stop, self.size))) or (start, b"")
+        return memoryview(part[1])[start - part[0] : stop - part[0]]
 
     def _find(self, span: Span) -> tuple[int, bytes] | None:
         return next((p for p in self._parts if p[0] <= span[0] and span[1] <= p[0] + len(p[1])), None)

@@ -17,6 +17,7 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 from ingest.access import Access, grid_of, open_asset, redact, with_asset
+from ingest.blocks import BlockReader
 from ingest.ranges import blocks_of, range_file_of
 from ingest.resample import pick_resampling, place
 from ingest.stages import count_stage
@@ -63,6 +64,7 @@ def read_on_grid(
     stored: Stored = "uint16",
     scene: str = "",
     access: Access | None = None,
+    out: Pixels | None = None,
 ) -> Pixels:
     """Read one band of one scene onto `target`; raw numbers, before any offset.
 
@@ -74,9 +76,11 @@ def read_on_grid(
         stored: Type of the result: "uint16" (digital numbers), "uint8" (classes) or "float32" (backscatter).
         scene: Item id, for errors.
         access: Limits and retries.
+        out: Where the result goes; (height, width) of the type `stored`. Holds anything if this raises.
 
     Returns:
-        (height, width) of `target`; 0 (or NaN for float32) where the file has no data or does not reach.
+        `out`, or a fresh array: (height, width) of `target`; 0 (or NaN for float32) where the file has no data or does
+        not reach.
 
     Raises:
         AssetUnreadable: After all retries, or at once where a retry cannot help.
@@ -96,39 +100,58 @@ def read_on_grid(
             raise AssetUnreadable.of(scene, asset.key, reason, redact(asset.href))
         empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
 
-        def window(row: int, col: int, height: int, width: int) -> Pixels:
-            file = range_file_of(dataset)
-            if file is not None:
+        file = range_file_of(dataset)
+        blocks = BlockReader.of(dataset, file) if file is not None else None
+
+        def window(row: int, col: int, height: int, width: int, into: Pixels | None = None) -> Pixels:
+            if blocks is None and file is not None:
                 file.fetch(blocks_of(dataset, (row, col, height, width)))
             begun = time.perf_counter()
-            raw = dataset.read(1, window=Window(col, row, width, height))
+            if blocks is not None:
+                # pixels of another type cannot be decoded into their place
+                fits = into is not None and into.dtype == dataset.dtypes[0]
+                raw = blocks.read(row, col, height, width, into if fits else None)
+            else:
+                raw = dataset.read(1, window=Window(col, row, width, height))
+                if file is not None:
+                    file.forget()
             count_stage("read", time.perf_counter() - begun, raw.nbytes)
-            if file is not None:
-                file.forget()
             return _as_stored(raw, stored, empty)
 
         kernel = pick_resampling(asset.kind, grid, target, resampling)
-        return place(window, grid, target, kernel, dtype=stored, nodata=NODATA[stored])
+        return place(window, grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
 
     return with_asset(asset.href, use, scene=scene, asset=asset.key, access=access)
 
 
-def harmonise_dn(dn: npt.NDArray[np.uint16], dn_offset: int) -> npt.NDArray[np.uint16]:
+def harmonise_dn(
+    dn: npt.NDArray[np.uint16], dn_offset: int, out: npt.NDArray[np.uint16] | None = None
+) -> npt.NDArray[np.uint16]:
     """Add the radiometric offset to digital numbers: 0 stays nodata, 65535 stays saturated, the rest stays in 1…65535.
+
+    Args:
+        dn: As they are in the file.
+        dn_offset: Of the item's baseline.
+        out: Where the result goes; may be `dn` itself.
 
     >>> harmonise_dn(np.array([0, 500, 1000, 1001, 65535], np.uint16), -1000).tolist()
     [0, 1, 1, 1, 65535]
     """
     if dn_offset == 0:
-        return dn
+        if out is None or out is dn:
+            return dn
+        out[...] = dn
+        return out
+    nodata, saturated = dn == 0, dn == 65535
     if dn_offset < 0:  # the common case, without leaving 16 bits
-        moved = np.maximum(dn, np.uint16(min(1 - dn_offset, 65535)))
+        moved = np.maximum(dn, np.uint16(min(1 - dn_offset, 65535)), out=out)
         moved -= np.uint16(min(-dn_offset, 65534))
     else:
-        moved = np.minimum(dn, np.uint16(max(65535 - dn_offset, 0)))
+        moved = np.minimum(dn, np.uint16(max(65535 - dn_offset, 0)), out=out)
         moved += np.uint16(min(dn_offset, 65535))
-    moved *= dn != 0
-    np.copyto(moved, dn, where=dn == 65535)
+    for where, value in ((nodata, 0), (saturated, 65535)):
+        if where.any():
+            np.copyto(moved, np.uint16(value), where=where)
     return moved
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,14 @@ from zarr_store.grid import Grid
 __all__ = ["WindowReader", "is_nested", "pick_resampling", "place", "scale_ratio"]
 
 Array = npt.NDArray[np.generic]
-WindowReader = Callable[[int, int, int, int], Array]
-"""(row, col, height, width) inside the raster → pixels."""
+
+
+class WindowReader(Protocol):
+    """Pixels of a window inside a raster."""
+
+    def __call__(self, row: int, col: int, height: int, width: int, into: Array | None = None) -> Array:
+        """Pixels (height, width), put `into` a view of the wanted type where that can be; then it is returned."""
+
 
 _BLOCK_PX = 256
 _MAX_SOURCE_PX = 4096
@@ -70,7 +76,14 @@ def is_nested(source: Grid, target: Grid) -> int:
 
 
 def place(
-    read: WindowReader, source: Grid, target: Grid, resampling: str, *, dtype: npt.DTypeLike, nodata: float
+    read: WindowReader,
+    source: Grid,
+    target: Grid,
+    resampling: str,
+    *,
+    dtype: npt.DTypeLike,
+    nodata: float,
+    out: Array | None = None,
 ) -> Array:
     """Pixels of a raster on `target`.
 
@@ -81,54 +94,60 @@ def place(
         resampling: Name of a rasterio `Resampling`; has no effect where both share a lattice.
         dtype: Of the source pixels and the result.
         nodata: Value outside the raster and of pixels without data; such pixels have no weight.
+        out: Where the result goes; of `dtype`.
 
     Returns:
-        (height, width) of `target`.
+        `out`, or a fresh array of (height, width) of `target`.
     """
+    if out is None:
+        out = np.empty(target.shape, dtype)
     offset = source.offset_of(target)
     if offset is not None:
-        return _copy(read, source.shape, offset, target.shape, dtype, nodata)
+        _copy(read, source.shape, offset, nodata, out)
+        return out
     factor = is_nested(source, target)
     if factor > 1 and resampling == "nearest":
-        return _repeat(read, source, target, factor, dtype, nodata)
-    return _warp(read, source, target, resampling, dtype, nodata)
-
-
-def _copy(
-    read: WindowReader,
-    size: tuple[int, int],
-    offset: tuple[int, int],
-    shape: tuple[int, int],
-    dtype: npt.DTypeLike,
-    nodata: float,
-) -> Array:
-    row0, col0 = max(0, offset[0]), max(0, offset[1])
-    row1, col1 = min(size[0], offset[0] + shape[0]), min(size[1], offset[1] + shape[1])
-    if (row1 - row0, col1 - col0) == shape:
-        return read(row0, col0, *shape)
-    out = np.full(shape, nodata, dtype)
-    if row1 > row0 and col1 > col0:
-        at = (slice(row0 - offset[0], row1 - offset[0]), slice(col0 - offset[1], col1 - offset[1]))
-        out[at] = read(row0, col0, row1 - row0, col1 - col0)
+        _repeat(read, source, target, factor, nodata, out)
+    else:
+        _warp(read, source, target, resampling, nodata, out)
     return out
 
 
-def _repeat(read: WindowReader, source: Grid, target: Grid, factor: int, dtype: npt.DTypeLike, nodata: float) -> Array:
+def _copy(read: WindowReader, size: tuple[int, int], offset: tuple[int, int], nodata: float, out: Array) -> None:
+    """Pixels that lie on the raster's own lattice; `offset` is the first of them in the raster."""
+    shape = out.shape
+    row0, col0 = max(0, offset[0]), max(0, offset[1])
+    row1, col1 = min(size[0], offset[0] + shape[0]), min(size[1], offset[1] + shape[1])
+    if (row1 - row0, col1 - col0) != shape:
+        out[...] = nodata
+    if row1 > row0 and col1 > col0:
+        view = out[row0 - offset[0] : row1 - offset[0], col0 - offset[1] : col1 - offset[1]]
+        pixels = read(row0, col0, row1 - row0, col1 - col0, into=view)
+        if pixels is not view:
+            view[...] = pixels
+
+
+def _repeat(read: WindowReader, source: Grid, target: Grid, factor: int, nodata: float, out: Array) -> None:
+    """Each pixel of the raster `factor` times along both sides."""
     tx, ty = target.resolution
     col = round((target.transform[2] - source.transform[2]) / tx)
     row = round((source.transform[5] - target.transform[5]) / ty)
     row0, col0 = row // factor, col // factor
     row1, col1 = -(-(row + target.height) // factor), -(-(col + target.width) // factor)
-    coarse = _copy(read, source.shape, (row0, col0), (row1 - row0, col1 - col0), dtype, nodata)
-    fine = coarse.repeat(factor, axis=0).repeat(factor, axis=1)
+    coarse = np.empty((row1 - row0, col1 - col0), out.dtype)
+    _copy(read, source.shape, (row0, col0), nodata, coarse)
     top, left = row - row0 * factor, col - col0 * factor
-    return fine[top : top + target.height, left : left + target.width]
+    # along a row first, then whole rows: several times as fast as the other way round
+    wide = coarse.repeat(factor, axis=1)[:, left : left + target.width]
+    for phase in range(factor):
+        rows = out[phase::factor]
+        first = (top + phase) // factor
+        rows[...] = wide[first : first + len(rows)]
 
 
-def _warp(
-    read: WindowReader, source: Grid, target: Grid, resampling: str, dtype: npt.DTypeLike, nodata: float
-) -> Array:
-    out = np.full(target.shape, nodata, dtype)
+def _warp(read: WindowReader, source: Grid, target: Grid, resampling: str, nodata: float, out: Array) -> None:
+    dtype = out.dtype
+    out[...] = nodata
     ratio = scale_ratio(source, target)
     side = _BLOCK_PX
     while side > 16 and side * ratio > _MAX_SOURCE_PX:
@@ -139,7 +158,7 @@ def _warp(
         if window is not None:
             jobs.append((block, inside, cut, window))
     if not jobs:
-        return out
+        return
     read_part = _read_once(read, [window for *_, window in jobs])
     for block, inside, cut, window in jobs:
         row, col, height, width = window
@@ -147,7 +166,6 @@ def _warp(
         with stage("warp", math.prod(block.shape) * np.dtype(dtype).itemsize):
             result = _warp_block(pixels, source.window(row, col, height, width), block, resampling, ratio, nodata)
         out[inside] = result[cut]
-    return out
 
 
 def _warp_block(pixels: Array, source: Grid, block: Grid, resampling: str, ratio: float, nodata: float) -> Array:
@@ -241,7 +259,7 @@ def _read_once(read: WindowReader, windows: list[tuple[int, int, int, int]]) -> 
         return read
     whole = read(row0, col0, row1 - row0, col1 - col0)
 
-    def part(row: int, col: int, height: int, width: int) -> Array:
+    def part(row: int, col: int, height: int, width: int, into: Array | None = None) -> Array:
         return np.ascontiguousarray(whole[row - row0 : row - row0 + height, col - col0 : col - col0 + width])
 
     return part

@@ -7,7 +7,7 @@ bands are a mean or median of all clear sources (`ingest.composite`), and `obser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,20 +19,24 @@ from ingest.clip import inside_of
 from ingest.composite import Tally, make_tally, strips
 from ingest.hrefs import is_url
 from ingest.indices import add_indices
-from ingest.mask import halo_pixels, mask_classes, observed
-from ingest.read import NODATA, Access, Pixels, harmonise_dn, read_on_grid
+from ingest.mask import halo_pixels, mask_classes
+from ingest.mosaic import lay_source
+from ingest.read import NODATA, Access, Pixels, read_on_grid
 from ingest.sources import pixel_box
 from ingest.task import PlannedScene, Recipe, ShardTask, SourceAsset
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
 from zarr_store.ledger import SourceOutcome
 from zarr_store.regions import Region
-from zarr_store.spec import STATUS_MASKED, STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED
+from zarr_store.spec import STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED
 
 __all__ = ["AssetReader", "FilledShard", "fill_shard"]
 
 AssetReader = Callable[[SourceAsset, Grid], Pixels]
 """An asset on a window of the cube's grid: raw numbers, as `read_on_grid` gives them."""
+
+_PlacedReader = Callable[[SourceAsset, Grid, Pixels | None], Pixels]
+"""The same, put where it is wanted."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,17 @@ def fill_shard(
         reader: Reads one asset; None for the real one.
     """
 
-    def real(asset: SourceAsset, window: Grid) -> Pixels:
+    def read(asset: SourceAsset, window: Grid, out: Pixels | None) -> Pixels:
+        if reader is not None:
+            pixels = reader(asset, window)
+            if out is None:
+                return pixels
+            out[...] = pixels
+            return out
         return read_on_grid(
-            asset, asset.header, window, asset.resampling, stored=asset.stored, scene=asset.scene, access=access
-        )
+            asset, asset.header, window, asset.resampling,
+            stored=asset.stored, scene=asset.scene, access=access, out=out,
+        )  # fmt: skip
 
     times, height, width = task.region.shape
     spec = recipe.spec
@@ -85,7 +96,7 @@ def fill_shard(
     outcomes: dict[int, SourceOutcome] = {}
     pixels_read = 0
     for part in strips(task.region, spec, max(map(len, by_step), default=0)):
-        shard = _Shard(recipe, part, reader or real)
+        shard = _Shard(recipe, part, read)
         _, rows, cols = part.within(task.region)
         for step, sources in enumerate(by_step):
             views = {name: array[step][..., rows, cols] for name, array in arrays.items()}
@@ -102,7 +113,7 @@ def fill_shard(
 class _Shard:
     """The work on one shard, step by step."""
 
-    def __init__(self, recipe: Recipe, region: Region, read: AssetReader) -> None:
+    def __init__(self, recipe: Recipe, region: Region, read: _PlacedReader) -> None:
         self.recipe = recipe
         self.read = read
         self.grid = recipe.spec.grid.window(region.y0, region.x0, region.shape[1], region.shape[2])
@@ -146,6 +157,8 @@ class _Shard:
         if reach is None:
             return None
         row0, row1, col0, col1 = reach
+        if self.inside is None and not status[row0:row1, col0:col1].any():
+            return reach
         # one clear source is enough for a mosaic; a mean or a median asks them all
         wanting = (status[row0:row1, col0:col1] != STATUS_OBSERVED) | (self.tally is not None)
         if self.inside is not None:
@@ -165,27 +178,38 @@ class _Shard:
         place = (slice(row0, row1), slice(col0, col1))
         target = self.grid.window(row0, col0, row1 - row0, col1 - col0)
         spec, recipe = self.recipe.spec, self.recipe
-        read = self._read_all(scene, target)
+        here = {name: view[(..., *place)] for name, view in views.items()}
+        bands = dict(zip(spec.band_names, here[spec.kind], strict=False))
+        # where nothing lies yet the first source is decoded straight into the shard
+        into = bands | {name: here[name] for name in spec.class_layers}
+        fresh = self.tally is None and not here["status"].any()
+        try:
+            read = self._read_all(scene, target, into if fresh else {})
+        except AssetUnreadable:
+            if fresh:
+                for name, view in into.items():
+                    view[...] = NODATA[recipe.dtype] if name in bands else 0
+            raise
         classes, masked = self._classes(read, target)
-        bands = [read[band] for band in spec.band_names]
-        seen = observed(bands, classes.get(recipe.mask_layer or "scl"))
-        if self.inside is not None:
-            seen &= self.inside[place]
-        clear = seen & ~masked
-        status = views["status"][place]
-        wins = (clear & (status != STATUS_OBSERVED)) | (seen & (status == STATUS_NODATA)) if status.any() else seen
-        for view, band in zip(views[spec.kind], bands, strict=False):
-            _paste(view[place], band, wins)
-        for name in spec.class_layers:
-            _paste(views[name][place], classes[name], wins)
-        if self.tally is None:
-            _paste(views["source_item"][place], np.int16(scene.item), wins)
-        else:
-            self.tally.add(np.stack(bands), clear, place)
-        _paste(status, np.where(clear, np.uint8(STATUS_OBSERVED), np.uint8(STATUS_MASKED)), wins)
+        harmonised = np.empty((len(bands), *target.shape), recipe.dtype) if self.tally is not None else None
+        clear = lay_source(
+            here,
+            spec.kind,
+            [read[band] for band in spec.band_names],
+            classes,
+            item=scene.item,
+            dn_offsets=[_asset(scene, band).dn_offset for band in spec.band_names],
+            mask_layer=recipe.mask_layer or "scl",
+            masked=masked,
+            inside=None if self.inside is None else self.inside[place],
+            nodata=NODATA[recipe.dtype],
+            harmonised=harmonised,
+        )
+        if self.tally is not None and harmonised is not None:
+            self.tally.add(harmonised, clear, place)
 
-    def _read_all(self, scene: PlannedScene, target: Grid) -> dict[str, Pixels]:
-        """All classes and bands of one source; over a network they are on their way at once."""
+    def _read_all(self, scene: PlannedScene, target: Grid, into: Mapping[str, Pixels]) -> dict[str, Pixels]:
+        """All classes and bands of one source, `into` their places; over a network they are on their way at once."""
         recipe = self.recipe
         windows = {}
         for name in recipe.classes:
@@ -197,11 +221,17 @@ class _Shard:
             text = f"the item has no usable asset for {lacking}"
             raise AssetUnreadable.of(scene.item_id, lacking, text, "no href")
         self.pixels_read += sum(window.height * window.width for window in windows.values())
+
+        def read(name: str) -> Pixels:
+            asset, window, out = _asset(scene, name), windows[name], into.get(name)
+            fits = out is not None and out.shape == window.shape and out.dtype == asset.stored
+            pixels = self.read(asset, window, out if fits else None)
+            return pixels.astype(np.uint16, copy=False) if asset.stored == "uint16" else pixels
+
         if not any(is_url(asset.href) for asset in scene.assets):
-            return {name: self._read_band(scene, name, window) for name, window in windows.items()}
+            return {name: read(name) for name in windows}
         with ThreadPoolExecutor(len(windows)) as pool:
-            pixels = pool.map(lambda name: self._read_band(scene, name, windows[name]), windows)
-            return dict(zip(windows, pixels, strict=True))
+            return dict(zip(windows, pool.map(read, windows), strict=True))
 
     def _classes(
         self, read: dict[str, Pixels], target: Grid
@@ -218,26 +248,18 @@ class _Shard:
                 masked = mask_classes(whole, recipe.mask_classes, grid=target, dilate_m=recipe.mask_dilate_m)
         return layers, masked
 
-    def _read_band(self, scene: PlannedScene, band: str, window: Grid) -> Pixels:
-        asset = scene.asset(band)
-        if asset is None:
-            raise KeyError(band)
-        raw = self.read(asset, window)
-        return harmonise_dn(raw.astype(np.uint16, copy=False), asset.dn_offset) if asset.stored == "uint16" else raw
+
+def _asset(scene: PlannedScene, name: str) -> SourceAsset:
+    asset = scene.asset(name)
+    if asset is None:
+        raise KeyError(name)
+    return asset
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Pixels:
     """Pixels without data; zeros are had from the system for nothing."""
     nodata = NODATA[dtype]
     return np.zeros(shape, dtype) if nodata == 0 else np.full(shape, nodata, dtype)
-
-
-def _paste(view: Pixels, pixels: Pixels | np.generic, wins: npt.NDArray[np.bool_]) -> None:
-    """Put `pixels` into `view` where they win; most often that is everywhere, which is several times faster."""
-    if wins.all():
-        view[...] = pixels
-    else:
-        np.copyto(view, pixels, where=wins)
 
 
 def _covered(extent: Grid, target: Grid) -> npt.NDArray[np.bool_]:

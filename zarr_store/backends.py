@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -82,6 +83,11 @@ class Store(ABC):
     @abstractmethod
     def read(self, key: str) -> bytes | None:
         """The bytes at `key`, or None where there are none."""
+
+    def digest(self, key: str) -> str | None:
+        """SHA-256 of the bytes at `key`, or None where there are none."""
+        data = self.read(key)
+        return None if data is None else hashlib.sha256(data).hexdigest()
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """`read` of each key."""
@@ -162,6 +168,13 @@ class FolderStore(Store):
     def read(self, key: str) -> bytes | None:
         try:
             return (self.root / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def digest(self, key: str) -> str | None:
+        try:
+            with (self.root / key).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
         except (FileNotFoundError, NotADirectoryError):
             return None
 

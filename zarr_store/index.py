@@ -165,8 +165,8 @@ def _moments(main: np.ndarray, clear: np.ndarray, observed: int) -> tuple[tuple[
     """Per band, mean and sum of squared deviations over the pixels that are clear.
 
     Whole numbers are summed exactly: a chunk of up to 2²¹ pixels of 16 bits sums to less than 2⁵³ even when squared,
-    so neither the order of summation nor the size of the mean costs a bit. `einsum`, as `dot` of BLAS wakes a thread
-    on every core for each chunk, and those then spin.
+    so neither the order of summation nor the size of the mean costs a bit. Products are summed row by row: for a whole
+    chunk at once BLAS would wake a thread on every core, and those then spin.
     """
     bands = main.shape[1]
     if not observed:
@@ -183,7 +183,7 @@ def _moments(main: np.ndarray, clear: np.ndarray, observed: int) -> tuple[tuple[
         values[...] = main[:, band]
         if observed < flat.size:
             values *= clear
-        total, squared = int(flat.sum()), int(np.einsum("i,i->", flat, flat))
+        total, squared = int(flat.sum()), int(np.vecdot(values, values).sum())
         mean.append(total / observed)
         m2.append((observed * squared - total * total) / observed)
     return tuple(mean), tuple(m2)

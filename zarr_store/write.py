@@ -7,7 +7,6 @@ into shards lose pixels without a word, dask#12583).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -412,12 +411,12 @@ class ShardWriter:
         store = Store.at(self.url)
         checksums = {}
         for array in spec.arrays():
-            data = store.read(shard_key(spec, array.name, index))
-            if data is None:
+            digest = store.digest(shard_key(spec, array.name, index))
+            if digest is None:
                 raise MisalignedWrite(
                     f"{where}: {array.name} is not on disk after it was written; is the folder being changed?"
                 )
-            checksums[array.name] = hashlib.sha256(data).hexdigest()
+            checksums[array.name] = digest
         layers = {name: arrays[name] for name in spec.class_layers}
         stats = []
         for box in spec.chunks(region).values():
@@ -503,8 +502,7 @@ class ShardWriter:
 
     def _write_overview(self, spec: CubeSpec, region: Region, main: np.ndarray) -> Any:
         step = OVERVIEW_FACTOR
-        rows = np.minimum(np.arange(0, main.shape[2], step) + step // 2, main.shape[2] - 1)
-        cols = np.minimum(np.arange(0, main.shape[3], step) + step // 2, main.shape[3] - 1)
+        rows, cols = (np.minimum(np.arange(0, size, step) + step // 2, size - 1) for size in main.shape[2:])
         y0, x0 = region.y0 // step, region.x0 // step
         target = self._array(spec.kind, f"overview/{self.collection}")
         return target[region.t0 : region.t1, :, y0 : y0 + len(rows), x0 : x0 + len(cols)].write(
