@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,10 +30,18 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run directory: checkpoints, metrics, report.")],
         resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue the run that RUN holds.")] = True,
     ) -> None:
-        """Train a network on a cube. The same command again continues the run from its last checkpoint."""
-        from cli.training import run_training, summary, train_config
+        """Train a network on a cube. The same command again continues the run from its last checkpoint.
 
-        result = run_training(session, train_config(configuration, session), out, resume=resume)
+        Under mpirun, srun or `terrashard launch`, all processes train one network together.
+        """
+        from cli.training import run_training, summary, train_config
+        from jaxtrain.parallel.processes import start_distributed
+
+        config = train_config(configuration, session)
+        if not start_distributed().is_first:
+            run_training(replace(session, verbosity=-1), config, out, resume=resume)
+            return
+        result = run_training(session, config, out, resume=resume)
         for line in summary(result):
             session.say(line)
         session.emit(result.to_dict())

@@ -5,18 +5,21 @@
     checkpoints/00000200/manifest.json   SHA-256 and size of every other file; written last
 
 A checkpoint is written beside and renamed, so a killed save leaves only a `.partial` folder, which the next run
-removes. Before a restore every file is hashed; a damaged checkpoint is passed over, and the next older one is taken.
-No file is ever unpickled. This is the only module that imports orbax.
+removes. `begin` returns as soon as the arrays are copied and writes in the background; a failure is raised by the next
+`check`, so at the next step. Before a restore every file is hashed; a damaged checkpoint is passed over, and the next
+older one is taken. No file is ever unpickled. This is the only module that imports orbax.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from zarr_store.backends import FolderStore, translate_os_errors
-from zarr_store.errors import IntegrityError, InvalidInput
+from zarr_store.crash import crashpoint
+from zarr_store.errors import IntegrityError, InvalidInput, TerrashardError
 
 if TYPE_CHECKING:
     from jaxtrain.state import Program
@@ -89,6 +92,8 @@ class CheckpointStore:
             raise InvalidInput(f"keep at least 2 checkpoints, got {keep}: a single one may be the damaged one")
         self.folder = folder.absolute()
         self._keep = keep
+        self._saving: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were finished, ascending; they may be damaged since."""
@@ -117,31 +122,101 @@ class CheckpointStore:
         Raises:
             NoSpace: The disk is full; nothing but the new checkpoint is lost.
         """
+        self.begin(step, state, extra)
+        self.wait()
+        return self.path(step)
+
+    def begin(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
+        """Copy the arrays and write them in the background, so that training goes on; waits for the save before.
+
+        After this returns the state may be donated. All processes call it at the same step.
+
+        Raises:
+            NoSpace: The disk was full, for this save or for the one before.
+        """
+        self.wait()
         named = name_leaves(state)
-        final, partial = self.path(step), self.folder / f".{step:08d}.partial"
-        lead = jax.process_index() == 0
-        with translate_os_errors(str(final)):
-            if lead:
+        partial = self.folder / f".{step:08d}.partial"
+        with translate_os_errors(str(self.path(step))):
+            if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
             _together(f"checkpoint {step} begins")
-            with ocp.StandardCheckpointer() as writer:
-                writer.save(partial / _STATE, named)
-            _together(f"checkpoint {step} is written")
-            if lead:
-                contents = {"format": _FORMAT, "step": step, "arrays": _describe(named), "extra": dict(extra)}
-                store = FolderStore(partial)
-                store.write(_CONTENTS, json.dumps(contents, indent=1, sort_keys=True).encode())
-                manifest = {"format": _FORMAT, "step": step, "files": _hash_files(partial)}
-                store.write(_MANIFEST, json.dumps(manifest).encode())
-                if final.exists():  # a damaged one of the same step, which the run has passed over
-                    shutil.rmtree(final)
-                os.rename(partial, final)
-        if lead:
-            self._prune()
-        _together(f"checkpoint {step} is in place")
-        return final
+            crashpoint("checkpoint-begins")
+            writer = ocp.StandardCheckpointer()
+            writer.save(partial / _STATE, named)
+        contents = {"format": _FORMAT, "step": step, "arrays": _describe(named), "extra": dict(extra)}
+        self._failure = None
+        self._saving = threading.Thread(
+            target=self._finish, args=(step, writer, partial, contents), name=f"checkpoint-{step}"
+        )
+        self._saving.start()
+
+    def check(self) -> None:
+        """Raise what a save in the background has failed with; costs nothing.
+
+        Raises:
+            NoSpace: The disk is full; the checkpoints before are as they were.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def wait(self) -> None:
+        """Wait for the save under way, and raise what it failed with."""
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+        self.check()
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """A block after which no save is under way: its failure is raised, or logged where the block itself failed."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.wait()
+            except TerrashardError as error:
+                _log.error("%s", error)
+            raise
+        self.wait()
+
+    def _finish(self, step: int, writer: Any, partial: Path, contents: Mapping[str, Any]) -> None:
+        """In a thread: wait for the arrays, then prove and rename; no collective of the devices may run here."""
+        try:
+            with translate_os_errors(str(self.path(step))):
+                writer.wait_until_finished()
+                writer.close()
+                _together(f"checkpoint {step} is written")
+                crashpoint("checkpoint-arrays")
+                if jax.process_index() == 0:
+                    self._seal(step, partial, contents)
+                _together(f"checkpoint {step} is in place")
+        except BaseException as error:  # noqa: BLE001  raised in the thread that trains, by `check`
+            if jax.process_index() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            kind = type(error) if isinstance(error, TerrashardError) else IntegrityError
+            failure = kind(
+                f"the checkpoint of step {step} could not be saved: {error}; those before are as they were "
+                f"(newest: {max(self.steps(), default='none')}), and training stops rather than go on unsaved"
+            )
+            failure.__cause__ = error
+            self._failure = failure
+
+    def _seal(self, step: int, partial: Path, contents: Mapping[str, Any]) -> None:
+        store, final = FolderStore(partial), self.path(step)
+        store.write(_CONTENTS, json.dumps(contents, indent=1, sort_keys=True).encode())
+        crashpoint("checkpoint-contents")
+        manifest = {"format": _FORMAT, "step": step, "files": _hash_files(partial)}
+        store.write(_MANIFEST, json.dumps(manifest).encode())
+        crashpoint("checkpoint-manifest")
+        if final.exists():  # a damaged one of the same step, which the run has passed over
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        crashpoint("checkpoint-renamed")
+        self._prune()
 
     def problems(self, step: int) -> list[str]:
         """What is wrong with a checkpoint: empty when every file is there and hashes to what was written."""
@@ -219,6 +294,7 @@ class CheckpointStore:
                 # renamed first: a kill in between must not leave half a checkpoint under its name
                 doomed = self.folder / f".{step:08d}.old.partial"
                 os.rename(self.path(step), doomed)
+                crashpoint("checkpoint-old-renamed")
                 shutil.rmtree(doomed, ignore_errors=True)
             # those of this process are hashed again too: damage since then must not count as good
             elif not self.problems(step):
@@ -266,5 +342,6 @@ def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _together(what: str) -> None:
+    """Wait for the other processes, through the coordinator: a collective here could overtake one of the training."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        ocp.multihost.sync_global_processes(what, processes=set(range(jax.process_count())))

@@ -127,6 +127,15 @@ class RunConfig(_Strict):
     keep_checkpoints: int = Field(3, ge=2, description="newest verified checkpoints that are kept")
     read_threads: Positive = 2
     prefetch: Positive = Field(2, description="batches read ahead of the device")
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="a loss that is not finite: stop · skip (the step changes nothing)"
+    )
+    max_skipped: Positive = Field(10, description="steps that may be skipped in a run")
+    on_corrupt: Literal["stop", "quarantine"] = Field(
+        "stop", description="a damaged chunk: stop · quarantine (its windows are learnt no more, and listed)"
+    )
+    max_quarantined: Positive = Field(16, description="windows that may be put into quarantine, each process")
+    hang_s: float = Field(1200.0, gt=0, description="a run that has not moved for so long shows its stacks and ends")
 
 
 class TrainConfig(_Strict):

@@ -24,19 +24,23 @@ import jax
 import numpy as np
 
 from jaxtrain.checkpoint import CheckpointStore, target_of
+from jaxtrain.clock import Clock
 from jaxtrain.config import TrainConfig
-from jaxtrain.data.batches import BatchStream, Rows, put_batch
+from jaxtrain.data.batches import BatchStream, Rows
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.windows import WindowPlan
 from jaxtrain.evaluate import judge
+from jaxtrain.incidents import Incidents
 from jaxtrain.log import RunLog, read_metrics
 from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.parallel.processes import Agreement, abandon
 from jaxtrain.prepare import check_same_run, prepare
 from jaxtrain.report import collect_examples, write_report
 from jaxtrain.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
 from jaxtrain.state import Program
 from jaxtrain.step import make_eval_step, make_predict_step, make_train_step
-from zarr_store.errors import InvalidInput, Preempted
+from jaxtrain.watchdog import Watchdog
+from zarr_store.errors import Preempted
 from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube
 
@@ -83,6 +87,10 @@ class TrainResult:
         samples_per_second: Windows per second of training in this call, reading included, without the first step
             (which compiles); None where this call took fewer than two steps.
         report: Path of the report.
+        input_wait: Share of the training time that was spent waiting for batches; None as above.
+        skipped_steps: Steps of the run whose loss was not finite, and which changed nothing.
+        empty_batches: Steps of the run without one labelled pixel.
+        quarantined_windows: Windows that this process found unreadable.
     """
 
     run: str
@@ -95,6 +103,10 @@ class TrainResult:
     seconds: float
     samples_per_second: float | None
     report: str
+    input_wait: float | None = None
+    skipped_steps: int = 0
+    empty_batches: int = 0
+    quarantined_windows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -108,7 +120,9 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True, on_event
         config: The run. `config.data.cube` is opened as it is: who reads it from a file resolves it.
         out: The run directory: new, empty, or of the same run.
         resume: False refuses a folder that already holds a run.
-        on_event: Called with each `TrainEvent`, in the thread of the caller.
+        on_event: Called with each `TrainEvent`, in the thread of the caller; warnings also from threads that read.
+
+    Of several processes, each calls this with the same arguments; one that fails lets the others know by ending.
 
     Raises:
         InvalidInput: Configuration, cube, mesh and folder do not fit together; a loss that is not finite.
@@ -116,7 +130,18 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True, on_event
         Locked: Another process trains in this folder.
         Preempted: SIGTERM came; the state is saved and the same call continues.
         IntegrityError: All checkpoints are damaged, or a shard of the cube is.
+        NoSpace: A checkpoint could not be saved; the one before is as it was.
     """
+    try:
+        return _train(config, out, resume, on_event)
+    except Preempted:
+        raise
+    except BaseException as error:
+        abandon(getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1))
+        raise
+
+
+def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent | None) -> TrainResult:
     began = time.monotonic()
     out, run = Path(out), config.run
 
@@ -152,6 +177,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True, on_event
         store.clear_partial()
         restored = store.restore(target_of(program))
         first = 0 if restored is None else restored.step
+        before = {} if restored is None else restored.extra.get("incidents", {})
         for line in restored.passed_over if restored else ():
             tell("warning", first, line)
         if restored is None:
@@ -166,50 +192,70 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True, on_event
         size = run.batch_size
         last: dict[str, float] = {}
         judged: dict[str, Any] | None = None
-        pending: tuple[int, Rows, dict[str, jax.Array]] | None = None
-        clock = _Clock(size)
+        pending: tuple[int, Rows, dict[str, jax.Array], Any] | None = None
+        clock, agreement, stopping = Clock(size), Agreement(program.mesh), False
+        incidents = Incidents(
+            out, run, process=jax.process_index(), skipped=before.get("skipped_steps", 0),
+            empty=before.get("empty_batches", 0), on_warning=lambda line: tell("warning", first, line),
+        )  # fmt: skip
         with (
             (RunLog(out, step=first, tensorboard_every=run.log_every) if lead else contextlib.nullcontext()) as log,
+            Watchdog(run.hang_s, out / f"hang-{jax.process_index()}.txt") as watchdog,
+            store.saving(),
             BatchStream(
-                reader, plan.parts["train"], size=size, sharding=sharding, order=order, first=first,
-                last=run.steps, threads=run.read_threads, prefetch=run.prefetch,
+                reader, plan.parts["train"], size=size, sharding=sharding, order=order, first=first, last=run.steps,
+                threads=run.read_threads, prefetch=run.prefetch, on_unreadable=incidents.unreadable, place=True,
             ) as batches,
         ):  # fmt: skip
 
-            def settle(step: int, rows: Rows, metrics: dict[str, jax.Array]) -> None:
-                nonlocal last
-                last = {name: float(value) for name, value in metrics.items() if name != "finite"}
-                if not (math.isfinite(last["loss"]) and math.isfinite(last["gradient_norm"])):
-                    raise InvalidInput(_explain_divergence(step, rows, last, store))
-                seconds = clock.tick()
+            def settle(step: int, rows: Rows, metrics: dict[str, jax.Array], wish: Any) -> None:
+                nonlocal last, stopping
+                numbers = {name: float(value) for name, value in metrics.items() if name != "finite"}
+                stopping = agreement.answer(wish)
+                seconds, waited = clock.tick()
+                finite = math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])
+                if finite:
+                    last = numbers
+                else:
+                    incidents.not_finite(step, rows, numbers, store.steps())
+                if not numbers["labelled"]:
+                    incidents.no_labels(step, rows)
                 if log:
-                    log.write("train", step, {**last, "seconds": seconds})
-                if step % run.log_every == 0 or step == run.steps:
+                    shown = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+                    log.write("train", step, {**shown, "seconds": seconds, "input_wait_s": waited})
+                if finite and (step % run.log_every == 0 or step == run.steps):
+                    rate = clock.rate()
                     tell("step", step, f"step {step}/{run.steps}: loss {last['loss']:.4f}, accuracy "
-                         f"{last['accuracy']:.3f}", **last, samples_per_second=clock.rate())  # fmt: skip
+                         f"{last['accuracy']:.3f}{f', {rate:.0f} windows/s' if rate else ''}", **last,
+                         samples_per_second=rate, input_wait=clock.input_wait())  # fmt: skip
 
-            for number, rows, batch in batches:
+            for number, rows, batch in clock.waiting(iter(batches)):
                 step = number + 1
-                state, metrics = train_step(
-                    state, put_batch(batch, sharding, size), key=jax.random.fold_in(key, number)
-                )
+                watchdog.beat(f"step {step}")
+                store.check()
+                state, metrics = train_step(state, batch, key=jax.random.fold_in(key, number))
+                wish = agreement.ask(told_to_stop.is_set())
                 if pending is not None:
                     settle(*pending)
-                pending = (step, rows, metrics)
+                pending = (step, rows, metrics, wish)
                 final = step == run.steps
-                stopping = told_to_stop.is_set()
+                # alone, a process need not hear of its own wish from the others a step later
+                stopping = stopping or (agreement.alone and told_to_stop.is_set())
                 validating = final or step % run.evaluate_every == 0
                 saving = final or stopping or step % run.checkpoint_every == 0
                 if validating or saving:
+                    leaving = stopping
                     settle(*pending)
-                    pending = None
+                    pending, stopping = None, leaving or stopping
 
                 # ---- Validation, on blocks that are not learnt.
                 if validating and len(plan.parts["validation"]):
                     clock.pause()
+                    watchdog.beat(f"validation at step {step}")
                     matrix, loss = judge(
-                        program, eval_step, state, reader, plan.parts["validation"], card.classes.names
-                    )
+                        program, eval_step, state, reader, plan.parts["validation"], card.classes.names,
+                        on_batch=lambda done, _: watchdog.beat(f"validation batch {done}"),
+                    )  # fmt: skip
                     judged = {**matrix.to_dict(), "split": "validation", "step": step,
                               "samples": len(plan.parts["validation"])}  # fmt: skip
                     scores = _scores(judged, loss)
@@ -218,12 +264,14 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True, on_event
                     tell("validation", step, f"validation at step {step}: loss {_show(scores['loss'])}, accuracy "
                          f"{_show(scores['accuracy'])}, macro F1 {_show(scores['macro_f1'])}", **scores)  # fmt: skip
 
-                # ---- Checkpoint: after the numbers were seen to be finite, never before.
-                if saving:
+                # ---- Checkpoint: after the numbers were seen to be finite, never before; written in the background.
+                if saving or stopping:
                     clock.pause()
-                    store.save(step, state, _position(config, card, step))
+                    watchdog.beat(f"checkpoint at step {step}")
+                    store.begin(step, state, _position(config, card, step, incidents))
                     tell("checkpoint", step, f"checkpoint at step {step}")
                 if stopping and not final:
+                    store.wait()
                     raise Preempted(
                         f"told to stop: {out} is saved at step {step} of {run.steps}; the same command continues"
                     )
@@ -247,12 +295,16 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True, on_event
             seconds=round(time.monotonic() - began, 3),
             samples_per_second=clock.rate(),
             report=str(report),
+            input_wait=clock.input_wait(),
+            skipped_steps=incidents.skipped,
+            empty_batches=incidents.empty,
+            quarantined_windows=incidents.quarantined,
         )
         tell("done", result.steps, f"{out}: {result.steps} steps; report: {report}", **result.validation)
         return result
 
 
-def _position(config: TrainConfig, card: ModelCard, step: int) -> dict[str, Any]:
+def _position(config: TrainConfig, card: ModelCard, step: int, incidents: Incidents) -> dict[str, Any]:
     """Where the data stands: the next sample of the global order."""
     return {
         "next_sample": step * config.run.batch_size,
@@ -260,6 +312,7 @@ def _position(config: TrainConfig, card: ModelCard, step: int) -> dict[str, Any]
         "train_windows": card.windows["train"],
         "cube_digest": card.cube_digest,
         "config": config.model_dump(mode="json"),
+        "incidents": incidents.to_dict(),
     }
 
 
@@ -277,29 +330,6 @@ def _watch_for_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Clock:
-    """Windows per second over intervals between steps; compiling, validation and saving do not count."""
-
-    def __init__(self, size: int) -> None:
-        self._size, self._seconds, self._steps = size, 0.0, 0
-        self._since: float | None = None
-
-    def tick(self) -> float | None:
-        """Seconds since the step before; None after a pause."""
-        before, self._since = self._since, time.monotonic()
-        if before is None:
-            return None
-        self._seconds += self._since - before
-        self._steps += 1
-        return round(self._since - before, 4)
-
-    def pause(self) -> None:
-        self._since = None
-
-    def rate(self) -> float | None:
-        return round(self._steps * self._size / self._seconds, 2) if self._seconds else None
-
-
 def _describe(card: ModelCard, plan: WindowPlan, parameters: int, program: Program) -> str:
     windows = ", ".join(f"{count} {part}" for part, count in plan.counts().items())
     blocks = ", ".join(f"{count} {part}" for part, count in plan.split.counts().items())
@@ -310,24 +340,13 @@ def _describe(card: ModelCard, plan: WindowPlan, parameters: int, program: Progr
     )
 
 
-def _explain_divergence(step: int, rows: Rows, metrics: dict[str, float], store: CheckpointStore) -> str:
-    names = ", ".join(f"(time {t}, y {y}, x {x})" for t, y, x in rows[:4].tolist())
-    saved = store.steps()
-    return (
-        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}, expected finite numbers; the "
-        f"batch holds the windows {names}{f' and {len(rows) - 4} more' if len(rows) > 4 else ''}. Training stopped, "
-        f"{f'the checkpoint of step {saved[-1]} is kept' if saved else 'no checkpoint was made yet'}: lower "
-        "optim.learning_rate, set optim.clip_norm, or look at these windows of the cube"
-    )
-
-
 def _scores(result: dict[str, Any], loss: float) -> dict[str, float | None]:
     scores: dict[str, float | None] = {name: result[name] for name in ("accuracy", "macro_f1", "miou")}
     return scores | {"loss": loss if math.isfinite(loss) else None, "pixels": result["pixels"]}
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name not in ("kind", "step", "seconds")}
+    return {name: value for name, value in line.items() if name not in ("kind", "step", "seconds", "input_wait_s")}
 
 
 def _show(value: float | None) -> str:

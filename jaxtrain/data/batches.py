@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.windows import Windows
-from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.errors import IntegrityError, InvalidInput, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.read import Cube, await_read
 from zarr_store.regions import Region
@@ -37,6 +38,7 @@ __all__ = ["BatchStream", "HostBatch", "WindowReader", "band_positions", "local_
 
 HostBatch = dict[str, np.ndarray]
 Rows = npt.NDArray[np.int32]
+OnUnreadable = Callable[[npt.NDArray[np.int32], IntegrityError], None]
 
 
 def band_positions(spec: CubeSpec, bands: Sequence[str]) -> tuple[int, ...]:
@@ -120,6 +122,15 @@ class WindowReader:
             result["label"] = np.where(observed, self.table[parts[self.label]], np.uint8(NOT_LEARNT))
         return result
 
+    def nothing(self) -> HostBatch:
+        """One window without anything to see or to learn, in the form of `read`."""
+        side = (1, self.patch, self.patch)
+        spec = self.cube.spec(self.collection)
+        empty = np.zeros(side, np.uint8)
+        image = np.zeros((*side, len(self.bands)), spec.array(spec.kind).dtype)
+        last = {"clear": empty} if self.label is None else {"label": np.full(side, NOT_LEARNT, np.uint8)}
+        return {"image": image, "observed": empty, **last}
+
     def _boxes(self, row: npt.NDArray[np.int32]) -> list[Region]:
         """What is read of a window: all of it, or, where chunks are absent and that is allowed, those that are not."""
         t, y, x = (int(v) for v in row)
@@ -186,6 +197,19 @@ class BatchStream:
 
     With an order, batch k holds the samples k·size … (k+1)·size - 1 of the run. Without one it holds the windows of
     those numbers, once, and the last batch is filled up with windows that are neither observed nor labelled.
+
+    Args:
+        reader: Reads windows.
+        windows: Those to read.
+        size: Windows of a batch, over all processes.
+        sharding: Says which of them this process reads.
+        order: The order of the samples of the run.
+        first, last: Numbers of batches.
+        threads: Batches that are decoded at once.
+        prefetch: Batches that may wait for the device.
+        on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not
+            observed and not labelled. None raises.
+        place: Whether batches come as global arrays on the devices (`put_batch`), which the reading threads see to.
     """
 
     def __init__(
@@ -200,12 +224,16 @@ class BatchStream:
         last: int | None = None,
         threads: int = 2,
         prefetch: int = 2,
+        on_unreadable: OnUnreadable | None = None,
+        place: bool = False,
     ) -> None:
         self._reader, self._windows, self._order, self._size = reader, windows, order, size
         self._local = local_rows(sharding, size)
         self._first = first
         self._last = -(-len(windows) // size) if last is None else last
         self._depth = threads + prefetch
+        self._sharding, self._place = sharding, place
+        self._on_unreadable = on_unreadable
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch")
         self._stopped = threading.Event()
 
@@ -223,8 +251,8 @@ class BatchStream:
             return self._windows.rows[self._order.indices(start, self._size)]
         return self._windows.rows[start : start + self._size]
 
-    def __iter__(self) -> Iterator[tuple[int, Rows, HostBatch]]:
-        ahead: deque[tuple[int, Rows, Future[HostBatch]]] = deque()
+    def __iter__(self) -> Iterator[tuple[int, Rows, Any]]:
+        ahead: deque[tuple[int, Rows, Future[Any]]] = deque()
         submitted = self._first
         while ahead or submitted < self._last:
             while submitted < self._last and len(ahead) < self._depth:
@@ -234,15 +262,33 @@ class BatchStream:
             number, rows, pending = ahead.popleft()
             yield number, rows, pending.result()
 
-    def _read(self, rows: Rows) -> HostBatch:
+    def _read(self, rows: Rows) -> Mapping[str, Any]:
         if self._stopped.is_set():
             return {}
         missing = self._size - len(rows)
         filled = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
-        batch = self._reader.read(filled[self._local])
+        batch = self._read_readable(filled[self._local])
         extra = np.arange(self._size)[self._local] >= len(rows)
         if extra.any():
             batch["observed"][extra] = 0
             if "label" in batch:
                 batch["label"][extra] = NOT_LEARNT
-        return batch
+        return put_batch(batch, self._sharding, self._size) if self._place else batch
+
+    def _read_readable(self, rows: Rows) -> HostBatch:
+        """The windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it."""
+        try:
+            return self._reader.read(rows)
+        except IntegrityError:
+            if self._on_unreadable is None:
+                raise
+        parts: list[HostBatch | None] = []
+        for row in rows:
+            try:
+                parts.append(self._reader.read(row[None]))
+            except IntegrityError as error:
+                self._on_unreadable(row, error)
+                parts.append(None)
+        like = next((part for part in parts if part is not None), None) or self._reader.nothing()
+        blank = {name: np.full_like(array, NOT_LEARNT if name == "label" else 0) for name, array in like.items()}
+        return {name: np.concatenate([(blank if part is None else part)[name] for part in parts]) for name in blank}

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -316,7 +316,7 @@ class Agreement:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._alone = jax.process_count() == 1
+        self.alone = jax.process_count() == 1
         self._flat = Mesh(mesh.devices.reshape(-1), ("all",))
         self._split = NamedSharding(self._flat, PartitionSpec("all"))  # type: ignore[no-untyped-call]  # of jax
         whole = NamedSharding(self._flat, PartitionSpec())  # type: ignore[no-untyped-call]  # of jax
@@ -324,10 +324,11 @@ class Agreement:
 
     def ask(self, wanted: bool) -> Any:
         """This process's wish; every process must ask equally often."""
-        if self._alone:
+        if self.alone:
             return wanted
         mine = np.full(len(self._flat.local_devices), wanted, np.int32)
-        return self._any(jax.make_array_from_process_local_data(self._split, mine, (self._flat.size,)))
+        place: Callable[..., jax.Array] = jax.make_array_from_process_local_data
+        return self._any(place(self._split, mine, (self._flat.size,)))
 
     def answer(self, asked: Any) -> bool:
         """Whether any process wished it."""

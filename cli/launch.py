@@ -1,0 +1,46 @@
+"""`terrashard launch`: one training run of several processes, of this machine or of a Dask cluster's workers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.session import Session, command
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(
+        app,
+        examples=(
+            "terrashard launch -n 2 -- train examples/zagreb_scl.toml --out runs/zagreb",
+            "terrashard launch --dask tcp://127.0.0.1:8786 -- train examples/zagreb_scl.toml --out runs/zagreb",
+        ),
+    )
+    def launch(
+        session: Session,
+        words: Annotated[
+            list[str],
+            typer.Argument(metavar="-- train CONFIG.toml --out RUN", help="The command that each process runs."),
+        ],
+        processes: Annotated[
+            int | None,
+            typer.Option("-n", "--processes", min=1, help="Processes; with --dask, one for each worker unless given."),
+        ] = None,
+        dask: Annotated[
+            str | None, typer.Option(metavar="ADDRESS", help="Start them on the workers of this Dask scheduler.")
+        ] = None,
+        restarts: Annotated[int, typer.Option(min=0, help="How often all are started again after one died.")] = 3,
+        grace_s: Annotated[
+            float, typer.Option(min=0.0, metavar="SECONDS", help="Time to save and end after SIGTERM.")
+        ] = 60.0,
+    ) -> int:
+        """Start the processes of one training run and keep them together.
+
+        When one dies, all end, and all start again from the newest checkpoint. Their lines carry their number.
+        """
+        from cli.launching import run_launch
+
+        return run_launch(session, words, processes=processes, dask=dask, restarts=restarts, grace_s=grace_s)
