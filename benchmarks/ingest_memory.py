@@ -31,7 +31,7 @@ def plan_of(copies: int, full: bool) -> Any:
             when = dt.datetime.fromisoformat(scene.datetime) + dt.timedelta(days=100 * copy)
             name = f"{scene.id}_{copy}"
             scenes.append(dataclasses.replace(scene, id=name, datetime=when.strftime("%Y-%m-%dT%H:%M:%SZ")))
-            headers[name] = probes[scene.id]
+            headers[name] = probes[scene.key]
     return plan_scenes(scenes, headers, config, source=source)
 
 

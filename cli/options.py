@@ -34,6 +34,9 @@ SELECTION: dict[str, Any] = {
     ),
     "bands": _option(str, "--bands", panel=_WHAT, metavar="A,B", text="Band names, such as red,nir,scl."),
     "max_items": _option(int, "--max-items", panel=_WHAT, metavar="N", text="Stop after this many scenes."),
+    "strict": _option(
+        bool, "--strict", panel=_WHAT, text="Errors for what is otherwise a warning: counts, lacking bands, odd pixels."
+    ),
 }
 TRUST: dict[str, Any] = {
     "sign": _option(
@@ -105,6 +108,9 @@ RUNNING: dict[str, Any] = {
     "dashboard": _option(str, "--dashboard", panel=_RUN, metavar=":8787", text="Address of the Dask dashboard."),
     "on_error": _option(str, "--on-error", panel=_RUN, metavar="NAME", text="Unreadable asset: retry, skip or fail."),
     "limit": _option(int, "--limit", panel=_RUN, metavar="N", text="Stop after this many shards."),
+    "store": _option(
+        str, "--store", panel=_RUN, metavar="NAME", text="Of a new cube: folder, or icechunk (one commit for each run)."
+    ),
     "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Longest silence of a server, seconds."),
     "retries": _option(int, "--retries", panel=_RUN, metavar="N", text="How often a failed request is repeated."),
 }

@@ -167,10 +167,10 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
             ids.add(f"{item.get('collection')}/{item.get('id')}")
             yield found
     if promised is not None and promised != len(ids):
-        log.warning(
-            "%s promised %d items and gave %d different ones; the catalogue may have changed meanwhile, search again",
-            redact(root), promised, len(ids),
-        )  # fmt: skip
+        told = f"{redact(root)} promised {promised} items and gave {len(ids)} different ones"
+        if config.strict:
+            raise AccessError(f"{told}; search again, or leave --strict out to take what came")
+        log.warning("%s; the catalogue may have changed meanwhile, search again", told)
 
 
 def _filter(client: Client, conditions: Iterable[Condition]) -> cql2.Expr | None:

@@ -43,6 +43,7 @@ EXECUTION_FIELDS = frozenset(
         "limit",
         "timeout_s",
         "retries",
+        "strict",
     }
 )
 """Fields that change how a plan is run but never what ends in the cube; they do not belong in a plan's digest."""
@@ -63,6 +64,9 @@ class IngestConfig(BaseModel):
     query: Names = Field((), description='conditions on item properties, e.g. "eo:cloud_cover<40", or CQL2 text')
     bands: Names = Field((), description="common names or B02-style names; empty means the product's usual ones")
     max_items: Positive | None = Field(None, description="stop after this many scenes")
+    strict: bool = Field(
+        False, description="errors instead of warnings: other counts than promised, lacking bands, odd pixel values"
+    )
 
     # The grid
     crs: str | None = Field(None, description="target CRS; none means the one with most pixels")
@@ -98,6 +102,9 @@ class IngestConfig(BaseModel):
     # Running; see EXECUTION_FIELDS
     on_error: Literal["retry", "skip", "fail"] = "retry"
     limit: Positive | None = Field(None, description="stop after this many shards; the same command goes on")
+    store: Literal["folder", "icechunk"] | None = Field(
+        None, description="what holds a new cube: plain files or objects, or an Icechunk repository with a commit a run"
+    )
     workers: Positive = Field(2, description="processes; LEAST..MOST lets their number follow the work")
     workers_least: Positive | None = Field(None, description="what `workers = LEAST..MOST` sets; none: all the time")
     threads_per_worker: Positive = 1

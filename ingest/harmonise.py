@@ -160,6 +160,10 @@ def _asset_ref(
     dtype = _raster(asset, "data_type") or ("uint8" if is_class else product.dtype)
     nodata = number_of(_raster(asset, "nodata"))
     scale, offset = number_of(_raster(asset, "scale")), number_of(_raster(asset, "offset"))
+    if not is_class and scale is not None and product.kind == "reflectance" and not 0.99 < scale / product.scale < 1.01:
+        notes.append(
+            f"scale {scale:g} is stated, {product.name} has {product.scale:g}: the numbers are kept as they are"
+        )
     return AssetRef(
         band=band.name,
         key=key,

@@ -26,6 +26,7 @@ __all__ = [
     "Verdict",
     "baseline_has_offset",
     "decide_offset",
+    "odd_range",
     "read_offset",
     "settle_offset",
 ]
@@ -40,6 +41,8 @@ UNKNOWN_OFFSET = "nothing states the offset"
 _MIN_PIXELS = 256
 _RAISED_SHARE, _RAISED_LOW = 0.005, (1000, 1600)
 _SUBTRACTED_SHARE = 0.05
+_DARKEST, _BRIGHTEST = 0.001, 1.6
+"""No scene is darker throughout than black water, and none brighter throughout than fresh snow in low sun."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,32 @@ def read_offset(dn: npt.NDArray[Any]) -> OffsetReading:
     if share < _RAISED_SHARE and _RAISED_LOW[0] <= low <= _RAISED_LOW[1]:
         return OffsetReading("raised", share, low, int(values.size))
     return OffsetReading("unclear", share, low, int(values.size))
+
+
+def odd_range(dn: npt.NDArray[Any], scale: float) -> str | None:
+    """Why digital numbers cannot be reflectance at `scale`, in words; None where they can.
+
+    A file that was scaled before it was stored as whole numbers holds next to nothing but 0 and 1, one that was
+    stretched over all 16 bits is brighter throughout than snow; a scale applied twice shows as one of the two.
+
+    >>> odd_range(np.full((64, 64), 3, np.uint16), 1e-4)
+    '99% of the values are at most 3, a reflectance of 0.0003: the scale seems to be applied already'
+    """
+    values = dn[(dn > 0) & (dn < 65535)]
+    if values.size < _MIN_PIXELS:
+        return None
+    low, high = (float(value) for value in np.percentile(values, (1, 99)))
+    if high * scale < _DARKEST:
+        return (
+            f"99% of the values are at most {high:.0f}, a reflectance of {high * scale:.4f}: the scale seems to be "
+            "applied already"
+        )
+    if low * scale > _BRIGHTEST:
+        return (
+            f"99% of the values are above {low:.0f}, a reflectance of {low * scale:.2f}: they seem to be in another "
+            "scale"
+        )
+    return None
 
 
 def _inside(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -267,7 +267,7 @@ def plan_scenes(
 
     Args:
         scenes: From `search`.
-        probes: Scene id, or (collection, id), → what the file headers and a few pixels say.
+        probes: (collection, id), or the id alone, → what the file headers and a few pixels say.
         config: What is asked.
         source: Shown in the plan.
         layout: Chunks and shards; None for the profile of `config`.
@@ -283,7 +283,12 @@ def plan_scenes(
     candidates = [c for f in found for c in f.candidates()]
     if not candidates:
         refuse_unopened(found)
-    target = TargetGrid(grid, (f"grid: {grid}, that of the cube",)) if grid else choose_grid(candidates, config)
+    unseen = [f.stated_place() for f in found if f.scene.assets and not f.candidates()]
+    target = (
+        TargetGrid(grid, (f"grid: {grid}, that of the cube",))
+        if grid
+        else choose_grid(candidates, config, unseen=unseen)
+    )
     kept, drops = select_scenes(found, target.grid, config)
     west, _, east, _ = target.grid.lonlat_bounds()
     longitude = (west + (east + 360.0 if east < west else east)) / 2.0

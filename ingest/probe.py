@@ -21,7 +21,8 @@ from shapely.geometry import shape
 from ingest.config import IngestConfig
 from ingest.footprint import box_region, meets
 from ingest.hrefs import is_url
-from ingest.offsets import Verdict, read_offset, settle_offset
+from ingest.offsets import Verdict, odd_range, read_offset, settle_offset
+from ingest.products import PRODUCTS
 from ingest.scene import AssetRef, Scene
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid
@@ -130,7 +131,7 @@ class _Header:
     sample: npt.NDArray[Any] | None = field(default=None)
 
 
-def probe_scenes(scenes: Sequence[Scene], config: IngestConfig) -> dict[str, SceneProbe]:
+def probe_scenes(scenes: Sequence[Scene], config: IngestConfig) -> dict[tuple[str, str], SceneProbe]:
     """Read the headers of all assets, and a small decimated sample per Sentinel-2 scene.
 
     An unreadable file is recorded, never raised: the plan goes on without it and its pixels become `missing`.
@@ -140,10 +141,11 @@ def probe_scenes(scenes: Sequence[Scene], config: IngestConfig) -> dict[str, Sce
         config: Retries, timeouts and `offset_policy`.
 
     Returns:
-        By scene id.
+        By (collection, id): two collections may use one id.
 
     Raises:
-        InvalidInput: `offset_policy` is "fail" and pixels contradict the metadata, or nothing states the offset.
+        InvalidInput: `offset_policy` is "fail" and pixels contradict the metadata, or nothing states the offset; or
+            `strict`, and pixels are no reflectance.
     """
     jobs = [(scene, asset, asset.band == _witness(scene)) for scene in scenes for asset in scene.assets.values()]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -151,7 +153,7 @@ def probe_scenes(scenes: Sequence[Scene], config: IngestConfig) -> dict[str, Sce
     by_scene: dict[tuple[str, str], dict[str, _Header]] = defaultdict(dict)
     for (scene, asset, _), header in zip(jobs, headers, strict=True):
         by_scene[scene.key][asset.band] = header
-    return {scene.id: _conclude(scene, by_scene[scene.key], config) for scene in scenes}
+    return {scene.key: _conclude(scene, by_scene[scene.key], config) for scene in scenes}
 
 
 def _witness(scene: Scene) -> str | None:
@@ -206,6 +208,12 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
     witness = _witness(scene)
     header = headers.get(witness) if witness else None
     reading = read_offset(header.sample) if header is not None and header.sample is not None else None
+    if header is not None and header.sample is not None:
+        scale = next(rule.scale for rule in PRODUCTS if rule.name == scene.product)
+        odd = odd_range(header.sample, scale)
+        if odd and config.strict:
+            raise InvalidInput(f"scene {scene.id}: {witness}: {odd}; leave it out, or go on without --strict")
+        sentences += [f"{witness}: {odd}"] if odd else []
     dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.offset_policy)
     return SceneProbe(
         assets={band: header.probe for band, header in headers.items()},

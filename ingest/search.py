@@ -49,7 +49,7 @@ def search(source: str, config: IngestConfig, *, headers: Mapping[str, str] | No
         NothingFound: A valid question without an answer.
         UnknownName: A collection that SOURCE does not have, or a band that no product has.
         InvalidInput: SOURCE cannot be read as STAC, or none of its assets may be opened.
-        AccessError: Network or authorisation.
+        AccessError: Network or authorisation; with `strict` also an API that gives another count than it promised.
     """
     return list(find_scenes(source, config, headers=headers).scenes)
 
@@ -70,6 +70,8 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     if not scenes and skipped:
         raise skipped
     _check_assets(scenes)
+    if config.strict:
+        _refuse_lacking(scenes)
     kept, drops = dedupe(scenes)
     for drop in drops:
         log.info("%s left out: %s", drop.dropped.id, drop.reason)
@@ -137,6 +139,20 @@ def _not_ours(item: Mapping[str, Any]) -> InvalidInput | None:
             "Sentinel-1 RTC; name another one with --collection"
         )
     return None
+
+
+def _refuse_lacking(scenes: list[Scene]) -> None:
+    """What --strict says of bands that an item does not have, which are otherwise missing in its slice.
+
+    Raises:
+        InvalidInput: It names the first item.
+    """
+    lacking = [scene for scene in scenes if scene.lacking]
+    if lacking:
+        raise InvalidInput(
+            f"{len(lacking)} of {len(scenes)} items lack bands that were asked for (first: {lacking[0].id} lacks "
+            f"{', '.join(lacking[0].lacking)}); ask for other --bands, or leave --strict out to keep them as missing"
+        )
 
 
 def _check_assets(scenes: list[Scene]) -> None:

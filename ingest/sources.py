@@ -52,7 +52,7 @@ _MAX_ITEMS = 32_767
 """`source_item` is int16."""
 
 Probes = Mapping[Any, "SceneProbe"]
-"""Scene id, or (collection, id), → what its files say."""
+"""(collection, id), or the id alone where it names one scene, → what its files say."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,14 @@ class FoundScene:
             if (header := self.header(band)) is not None
         ]
 
+    def stated_place(self) -> Grid | Bounds:
+        """Where the scene lies by the catalogue: the grid of its largest asset, else the lon/lat box."""
+        stated = [asset.grid for asset in self.scene.assets.values() if asset.grid is not None]
+        if stated:
+            return max(stated, key=lambda grid: (grid.height * grid.width, str(grid)))
+        west, south, east, north = self.scene.bbox
+        return (west, south, east + 360.0 if east < west else east, north)
+
     @property
     def dn_offset(self) -> int:
         return self.probe.dn_offset if self.probe else self.scene.dn_offset
@@ -97,12 +105,12 @@ class FoundScene:
     def extent(self, target: Grid) -> Grid:
         """The rectangle of the scene's raster: by header, else by metadata, else by the box of its footprint."""
         headers = [c.grid for c in self.candidates()]
-        stated = [asset.grid for asset in self.scene.assets.values() if asset.grid is not None]
-        if headers or stated:
-            return max(headers or stated, key=lambda grid: (grid.height * grid.width, str(grid)))
-        west, south, east, north = self.scene.bbox
-        lonlat = (west, south, east + 360.0 if east < west else east, north)
-        return Grid.from_bounds(target.crs, project_bounds(lonlat, target.crs), resolution=max(target.resolution))
+        if headers:
+            return max(headers, key=lambda grid: (grid.height * grid.width, str(grid)))
+        place = self.stated_place()
+        if isinstance(place, Grid):
+            return place
+        return Grid.from_bounds(target.crs, project_bounds(place, target.crs), resolution=max(target.resolution))
 
     def rank(self, target: Grid) -> int:
         grids = [c.grid for c in self.candidates()] or [self.extent(target)]

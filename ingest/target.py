@@ -46,12 +46,16 @@ class TargetGrid:
     reasons: tuple[str, ...]
 
 
-def choose_grid(candidates: Sequence[Candidate], config: IngestConfig) -> TargetGrid:
+def choose_grid(
+    candidates: Sequence[Candidate], config: IngestConfig, *, unseen: Sequence[Grid | Bounds] = ()
+) -> TargetGrid:
     """The grid of the cube.
 
     Args:
         candidates: All rasters of the scenes; at least one.
         config: `crs`, `resolution`, `bbox` and `geometry` override what the files say.
+        unseen: Where scenes lie of which no file could be opened: a grid by the metadata, or a lon/lat box. They have
+            no vote, but the cube reaches them, so that they find their place when they can be read again.
     """
     voters = [c for c in candidates if c.is_data] or list(candidates)
     crs, why_crs = _choose_crs(voters, config)
@@ -61,8 +65,11 @@ def choose_grid(candidates: Sequence[Candidate], config: IngestConfig) -> Target
     snap = _coarsest_nest(candidates, crs, resolution, anchor)
     region = region_lonlat(config)
     if region is None:
-        bounds = _union([transform_box(c.grid, crs) for c in candidates])
+        boxes = [transform_box(c.grid, crs) for c in candidates]
+        boxes += [transform_box(one, crs) if isinstance(one, Grid) else project_bounds(one, crs) for one in unseen]
+        bounds = _union(boxes)
         why_bounds = f"bounds: union of {len(candidates)} rasters"
+        why_bounds += f" and {len(unseen)} scenes without a readable file" if unseen else ""
     else:
         bounds = project_bounds(region, crs)
         why_bounds = f"bounds: {'bbox' if config.bbox else 'geometry'} {_show(region)}"

@@ -15,7 +15,7 @@ from ingest.geoparquet import write_items
 from ingest.plan import Plan, make_plan
 from ingest.search import find_scenes, search
 from ingest.testing import write_raster
-from zarr_store.errors import CubeMismatch, InvalidInput
+from zarr_store.errors import AccessError, CubeMismatch, InvalidInput
 from zarr_store.grid import Grid
 
 GRID = Grid("EPSG:32633", (10.0, 0.0, 499_980.0, 0.0, -10.0, 5_200_020.0), (64, 64))
@@ -108,6 +108,8 @@ def test_s01_s02_pages_that_overlap_and_counts_that_lie(
     with caplog.at_level("WARNING"):
         assert len(search(f"{server.url}/", CONFIG)) == 1
     assert "promised 7 items and gave 1" in caplog.text
+    with pytest.raises(AccessError, match="promised 7 items and gave 1 different ones; search again"):
+        search(f"{server.url}/", CONFIG.model_copy(update={"strict": True}))
     caplog.clear()
     Api(server, [make_item("A"), make_item("A")], numberMatched=1)
     search(f"{server.url}/", CONFIG)
@@ -163,6 +165,8 @@ def test_s06_a_band_that_one_item_lacks_is_missing_in_that_slice_only(
         item["assets"]["nir"] = dict(item["assets"]["red"])
     del second["assets"]["nir"]
     config = CONFIG.model_copy(update={"bands": ("red", "nir")})
+    with pytest.raises(InvalidInput, match=r"1 of 2 items lack bands .* B lacks nir"):
+        make_plan(str(save(first, second)), config.model_copy(update={"strict": True}))
     report = run(make_plan(str(save(first, second)), config), tmp_path / "cube.zarr", client=local_client)
     assert report.exit_code == 3
     status = open_cube(tmp_path / "cube.zarr").dataset("sentinel-2-l2a")["status"].values

@@ -245,6 +245,29 @@ def test_a_file_that_could_not_be_opened_stays_in_the_plan() -> None:
         plan_scenes([one], {"A": nothing}, IngestConfig(bands=("red", "nir"), mask="none"))
 
 
+def test_a_scene_of_which_no_file_opens_keeps_its_place_in_the_grid() -> None:
+    east = Grid(TILE.crs, (10.0, 0.0, 499_980.0 + 6000, 0.0, -10.0, 5_200_020.0), (600, 600))
+    scenes = [scene("A"), scene("B", east)]
+    lost = replace(probes(scenes)["B"], assets={band: AssetProbe(error="HTTP 503") for band in ("red", "nir")})
+    for assets in (scenes[1].assets, {b: replace(a, grid=None) for b, a in scenes[1].assets.items()}):
+        known = replace(scenes[1], assets=assets)
+        made = plan_scenes([scenes[0], known], probes(scenes) | {"B": lost}, IngestConfig(bands=("red",), mask="none"))
+        assert made.grid.width >= 1200
+        assert made.grid.bounds[0] <= TILE.bounds[0]
+        assert {s.item_id for task in made.tasks for s in task.sources} == {"A", "B"}
+        assert any("1 scenes without a readable file" in reason for reason in made.reasons)
+    assert plan([scene("A")]).grid.width == 600
+
+
+def test_one_id_in_two_collections_keeps_two_probes() -> None:
+    one, other = scene("A"), scene("A", collection="another")
+    half = TILE.coarsen(2)
+    by_key = {one.key: probes([one])["A"], other.key: probes([other], {"red": half, "nir": half})["A"]}
+    made = plan_scenes([one, other], by_key, IngestConfig(bands=("red", "nir"), mask="none"))
+    headers = {t.collection: t.sources[0].asset("red").header for t in made.tasks}  # type: ignore[union-attr]
+    assert headers == {"sentinel-2-l2a": TILE, "another": half}
+
+
 def test_an_endless_grid_is_refused() -> None:
     with pytest.raises(InvalidInput, match="give a smaller region"):
         plan([scene("A")], IngestConfig(bands=("red", "nir"), mask="none", resolution=0.001))

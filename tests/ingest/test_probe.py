@@ -106,7 +106,7 @@ def test_zagreb_headers_and_pixels(zagreb: Path) -> None:
     config = IngestConfig(bands=("blue", "red", "scl"), datetime="2023-08-13/2023-08-15")
     scenes = search(str(zagreb), config)
     probes = probe_scenes(scenes, config)
-    assert set(probes) == {s.id for s in scenes}
+    assert set(probes) == {s.key for s in scenes}
     for probe in probes.values():
         assert (probe.verdict, probe.dn_offset) == ("confirmed", 0)
         assert probe.share_below_1000 is not None
@@ -164,11 +164,11 @@ def lying(tmp_path: Path, make_item: Callable[..., Any]) -> Callable[..., list[S
 
 def test_a_lying_flag_is_repaired_per_item(lying: Callable[..., list[Scene]]) -> None:
     scenes = lying(land(offset=1000), earthsearch__boa_offset_applied=True)
-    probe = probe_scenes(scenes, IngestConfig())[scenes[0].id]
+    probe = probe_scenes(scenes, IngestConfig())[scenes[0].key]
     assert (scenes[0].dn_offset, probe.dn_offset, probe.verdict) == (0, -1000, "repaired")
     assert "boa_offset_applied is true" in probe.discrepancies[-1]
     scenes = lying(land(), s2__processing_baseline="05.09")
-    probe = probe_scenes(scenes, IngestConfig())[scenes[0].id]
+    probe = probe_scenes(scenes, IngestConfig())[scenes[0].key]
     assert (scenes[0].dn_offset, probe.dn_offset, probe.verdict) == (-1000, 0, "repaired")
 
 
@@ -176,7 +176,7 @@ def test_unreadable_files_are_said_and_the_rest_goes_on(lying: Callable[..., lis
     scenes = lying(land())
     (tmp_path / "B04.tif").write_bytes(b"<html>log in</html>")
     (tmp_path / "SCL.tif").unlink()
-    probe = probe_scenes(scenes, IngestConfig(retries=0))[scenes[0].id]
+    probe = probe_scenes(scenes, IngestConfig(retries=0))[scenes[0].key]
     assert probe.assets["blue"].error is None
     assert probe.verdict == "repaired"
     assert "not a TIFF" in (probe.assets["red"].error or "")
@@ -186,14 +186,33 @@ def test_unreadable_files_are_said_and_the_rest_goes_on(lying: Callable[..., lis
 
 def test_files_that_lie_elsewhere_are_said(lying: Callable[..., list[Scene]]) -> None:
     scenes = lying(land(), origin=(500_000, 2_000_000))
-    probe = probe_scenes(scenes, IngestConfig())[scenes[0].id]
+    probe = probe_scenes(scenes, IngestConfig())[scenes[0].key]
     assert any("outside the item's footprint" in text for text in probe.discrepancies)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (land() // 300 + 1, "the scale seems to be applied already"),
+        (land().astype(np.uint32) * 30 + 16_000, "another scale"),
+    ],
+)
+def test_s17_values_that_are_no_reflectance_are_said(
+    lying: Callable[..., list[Scene]], values: npt.NDArray[Any], says: str
+) -> None:
+    scenes = lying(values.clip(0, 65534).astype(np.uint16))
+    probe = probe_scenes(scenes, IngestConfig())[scenes[0].key]
+    assert any(text.startswith("blue: ") and says in text for text in probe.discrepancies)
+    with pytest.raises(InvalidInput, match=says):
+        probe_scenes(scenes, IngestConfig(strict=True))
+    for usual in (land(), land(offset=1000), land(offset=9000)):
+        assert not any("scale" in t for t in probe_scenes(lying(usual), IngestConfig())[scenes[0].key].discrepancies)
 
 
 def test_other_types_and_nodata_are_said(lying: Callable[..., list[Scene]], tmp_path: Path) -> None:
     scenes = lying(land(), bands="blue")
     write_tif(tmp_path / "B02.tif", land().astype(np.int32))
-    probe = probe_scenes(scenes, IngestConfig(mask="none"))[scenes[0].id]
+    probe = probe_scenes(scenes, IngestConfig(mask="none"))[scenes[0].key]
     assert any("item says uint16, file holds int32" in text for text in probe.discrepancies)
     assert probe.assets["blue"].size_bytes == (tmp_path / "B02.tif").stat().st_size
 
@@ -215,6 +234,6 @@ def test_a_large_raster_without_overviews_is_sampled_in_windows(tmp_path: Path) 
 def test_class_layers_and_radar_are_never_asked(lying: Callable[..., list[Scene]]) -> None:
     scenes = lying(land())
     radar = dataclasses.replace(scenes[0], product="sentinel-1-rtc")
-    assert probe_scenes([radar], IngestConfig())[radar.id].verdict == "unchecked"
+    assert probe_scenes([radar], IngestConfig())[radar.key].verdict == "unchecked"
     only_nir = dataclasses.replace(scenes[0], assets={"scl": scenes[0].assets["scl"]})
-    assert probe_scenes([only_nir], IngestConfig())[only_nir.id].verdict == "unchecked"
+    assert probe_scenes([only_nir], IngestConfig())[only_nir.key].verdict == "unchecked"
