@@ -5,6 +5,7 @@ Libraries take this object; only the command line turns text into it. All models
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -91,6 +92,13 @@ class MeshConfig(_Strict):
 
     data: Positive = Field(1, description="batch is split over this axis")
     model: Positive = Field(1, description="filters are split over this axis")
+    space: Positive | tuple[Positive, Positive] = Field(
+        1, description="images are split over this axis: n parts of the rows, or [rows, columns]"
+    )
+    zero: Literal[0, 1, 3] = Field(
+        0,
+        description="what the axis data shares out beside the batch: 1 the optimiser's moments, 3 the parameters too",
+    )
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = Field(
         (),
         description='ordered (regular expression on the parameter path, axis per dimension or ""); before the defaults',
@@ -110,9 +118,45 @@ class MeshConfig(_Strict):
         ]
 
     @property
+    def spaces(self) -> tuple[int, int]:
+        """Parts of the rows and of the columns of an image."""
+        return self.space if isinstance(self.space, tuple) else (self.space, 1)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Name and size of each mesh axis, outermost first; `data` and `model` always, others where they split."""
+        rows, columns = self.spaces
+        optional = {"space": rows, "space_w": columns}
+        return {"data": self.data} | {name: n for name, n in optional.items() if n > 1} | {"model": self.model}
+
+    @property
     def size(self) -> int:
         """Number of devices."""
-        return self.data * self.model
+        return math.prod(self.axes.values())
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> MeshConfig:
+        if self.zero and self.data == 1:
+            raise ValueError(
+                f"zero = {self.zero} shares out over the axis data, whose size is 1: set data, or zero = 0"
+            )
+        return self
+
+
+def image_divisor(model: ModelConfig) -> int | None:
+    """How many rows of the image one row of the coarsest level stands for; None where the network is not known here.
+
+    >>> image_divisor(ModelConfig(name="unet", depth=3)), image_divisor(ModelConfig(name="resnet", depth=18))
+    (8, 8)
+    """
+    match model.name:
+        case "unet":
+            return 1 << model.depth
+        case "cnn":
+            return 1
+        case "resnet":
+            return {"small": 1, "patch": 2, "large": 4}[model.stem] << (len(model.blocks or (1,) * 4) - 1)
+    return None
 
 
 class RunConfig(_Strict):
@@ -158,4 +202,24 @@ class TrainConfig(_Strict):
             raise ValueError(
                 f"data.patch {self.data.patch} must be a multiple of 2^model.depth = {1 << self.model.depth}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _image_can_be_split(self) -> TrainConfig:
+        parts = max(self.mesh.spaces)
+        if parts == 1:
+            return self
+        divisor = image_divisor(self.model)
+        if divisor is None:
+            raise ValueError(
+                f"mesh.space splits the images of cnn, resnet and unet, not those of {self.model.name}: "
+                "use mesh.space = 1"
+            )
+        for n in self.mesh.spaces:
+            if self.data.patch % (divisor * n):
+                raise ValueError(
+                    f"mesh.space {n} cannot split data.patch {self.data.patch}: the coarsest level of "
+                    f"{self.model.name} has {self.data.patch / divisor:g} rows, which must be a multiple of {n}; "
+                    f"data.patch must be a multiple of {divisor * n}"
+                )
         return self

@@ -24,8 +24,10 @@ from numpy.typing import ArrayLike, NDArray
 from jaxtrain.config import TrainConfig
 from jaxtrain.models import build_model
 from jaxtrain.optim import build_optimizer, build_schedule
-from jaxtrain.parallel.mesh import spec
+from jaxtrain.parallel.mesh import constrain, spec
 from jaxtrain.parallel.sharding import partition_specs, path_name
+from jaxtrain.parallel.spatial import over_space
+from jaxtrain.parallel.zero import gather_for_use, share_out
 from zarr_store.errors import InvalidInput
 
 __all__ = ["Program", "TrainState", "build_program"]
@@ -68,6 +70,10 @@ class Program:
     """The state as `jax.ShapeDtypeStruct`."""
     shardings: TrainState
     """The state as `NamedSharding`; feed it to checkpoints."""
+    whole: Any
+    """Shardings of the parameters as the network uses them: not shared out over `data`."""
+    parts: Any
+    """Shardings of the parameters as the optimiser changes them: shared out with `mesh.zero`."""
     _init: Callable[[jax.Array], TrainState]
 
     def init(self, key: jax.Array) -> TrainState:
@@ -96,11 +102,24 @@ class Program:
         if train and key is None and self.config.model.dropout:
             raise InvalidInput("a training step with model.dropout needs a key")
         streams = _reseed(self.templates[2], jax.random.key(0) if key is None else key)
-        model = nnx.merge(
-            self.graphdef, _like(self.templates[0], params), _like(self.templates[1], model_state), streams
-        )
-        logits = model(x_BHWC, train=train)
-        return logits, _plain(nnx.state(model, nnx.BatchStat))
+
+        def run(params: Any, model_state: Any, x_BHWC: jax.Array) -> tuple[jax.Array, Any]:
+            model = nnx.merge(
+                self.graphdef, _like(self.templates[0], params), _like(self.templates[1], model_state), streams
+            )
+            with over_space(self.mesh):
+                logits = model(x_BHWC, train=train)
+            return logits, _plain(nnx.state(model, nnx.BatchStat))
+
+        if self.config.mesh.zero == 3:
+            run = gather_for_use(run, self.whole)
+        return run(params, model_state, x_BHWC)
+
+    def share(self, gradient: Any) -> Any:
+        """The gradient as the optimiser takes it, inside a jitted function: with `mesh.zero`, each replica its part."""
+        if not self.config.mesh.zero:
+            return gradient
+        return constrain(gradient, self.parts)
 
 
 def build_program(
@@ -157,6 +176,7 @@ def build_program(
     graphdef, *states = nnx.split(abstract, nnx.Param, nnx.BatchStat, nnx.RngState)
     templates = (states[0], states[1], states[2])
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    shardings, whole, parts = _shardings(config, mesh, optimizer, shapes)
     return Program(
         config=config,
         channels=channels,
@@ -170,29 +190,34 @@ def build_program(
         graphdef=graphdef,
         templates=templates,
         shapes=shapes,
-        shardings=_shardings(config, mesh, optimizer, shapes),
+        shardings=shardings,
+        whole=whole,
+        parts=parts,
         _init=init,
     )
 
 
 def _shardings(
     config: TrainConfig, mesh: Mesh, optimizer: optax.GradientTransformation, shapes: TrainState
-) -> TrainState:
+) -> tuple[TrainState, Any, Any]:
+    """Of the state, of the parameters in use, and of the parameters as the optimiser changes them."""
+
     def names(tree: Any) -> list[str]:
         return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
     rules = config.mesh.rules
     params = partition_specs(shapes.params, mesh, rules, known=names(shapes.model_state))
     statistics = partition_specs(shapes.model_state, mesh, rules, known=names(shapes.params))
-    # moments lie as their parameters do; counters are whole everywhere
+    parts = share_out(shapes.params, params, mesh) if config.mesh.zero else params
+    # moments lie as the optimiser changes their parameters; counters are whole everywhere
     moments = optax.tree.map_params(
-        optimizer, lambda _, lies: lies, shapes.opt_state, params, transform_non_params=lambda _: spec()
+        optimizer, lambda _, lies: lies, shapes.opt_state, parts, transform_non_params=lambda _: spec()
     )
-    specs = TrainState(spec(), params, statistics, moments)
-    sharded: TrainState = jax.tree.map(
-        lambda leaf: NamedSharding(mesh, leaf), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    specs = TrainState(spec(), parts if config.mesh.zero == 3 else params, statistics, moments)
+    placed: tuple[TrainState, Any, Any] = jax.tree.map(
+        lambda leaf: NamedSharding(mesh, leaf), (specs, params, parts), is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
-    return sharded
+    return placed
 
 
 def _vector(name: str, values: ArrayLike, size: int) -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ import optax
 
 from jaxtrain.data.augment import augment
 from jaxtrain.losses import cross_entropy_terms
-from jaxtrain.parallel.mesh import batch_sharding, replicated
+from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated
 from jaxtrain.state import Program, TrainState
 
 __all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "make_eval_step", "make_predict_step", "make_train_step"]
@@ -84,12 +84,15 @@ def make_train_step(program: Program) -> TrainStep:
     """
     config = program.config
     weights = program.class_weights
+    split = batch_sharding(program.mesh, image=True)
 
     def step(state: TrainState, batch: dict[str, Any], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         augment_key, dropout_key = jax.random.split(key)
         image, label, observed = batch["image"], batch["label"], batch["observed"]
         if config.data.augment:
-            image, label, observed = augment((image, label, observed), key=augment_key)
+            turned = augment((image, label, observed), key=augment_key)
+            # the compiler would go on with images split as they came out of a quarter turn, by columns
+            image, label, observed = constrain(turned, (split,) * 3)
         x_BHWC = normalise(program, image, observed)
 
         def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
@@ -102,6 +105,7 @@ def make_train_step(program: Program) -> TrainStep:
         (loss, (labelled, logits_BHWK, model_state)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        gradient = program.share(gradient)
         updates, opt_state = program.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         changed = (params, model_state, opt_state)
@@ -161,7 +165,7 @@ def make_predict_step(program: Program) -> PredictStep:
         logits_BHWK, _ = program.apply(params, model_state, normalise(program, image, observed), train=False)
         return jax.nn.softmax(logits_BHWK, axis=-1)
 
-    split = batch_sharding(program.mesh)
+    split = batch_sharding(program.mesh, image=True)
     shardings = (program.shardings.params, program.shardings.model_state, split, split)
     return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=split))
 
@@ -183,4 +187,5 @@ def confusion(logits_BHWK: jax.Array, label_BHW: jax.Array) -> jax.Array:
 
 
 def _batch_shardings(program: Program) -> dict[str, Any]:
-    return dict.fromkeys(("image", "label", "observed"), batch_sharding(program.mesh))
+    images = batch_sharding(program.mesh, image=True)
+    return {"image": images, "observed": images, "label": images}

@@ -28,6 +28,7 @@ from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.windows import Windows
+from jaxtrain.parallel.mesh import batch_sharding
 from zarr_store.errors import IntegrityError, InvalidInput, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.read import Cube, await_read
@@ -184,12 +185,24 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding, 
     """Make global arrays on the mesh from the rows that this process has read.
 
     Args:
-        batch: Local rows of each array.
-        sharding: Splits the leading axis.
+        batch: Local rows of each array; of images whole ones, also where the mesh splits images.
+        sharding: Splits the leading axis; images (three dimensions or more) are split further as its mesh says.
         size: Rows of the global batch.
     """
-    place: Callable[..., jax.Array] = jax.make_array_from_process_local_data
-    return {name: place(sharding, array, (size, *array.shape[1:])) for name, array in batch.items()}
+    first = local_rows(sharding, size).start
+    mesh = sharding.mesh if isinstance(sharding, jax.NamedSharding) else None
+    images = batch_sharding(mesh, image=True) if isinstance(mesh, jax.sharding.Mesh) else sharding
+    make: Callable[..., jax.Array] = jax.make_array_from_callback
+
+    def place(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            cut: np.ndarray = array[(slice(start - first, stop - first), *index[1:])]
+            return cut
+
+        return make((size, *array.shape[1:]), images if array.ndim >= 3 else sharding, part, dtype=array.dtype)
+
+    return {name: place(array) for name, array in batch.items()}
 
 
 class BatchStream:

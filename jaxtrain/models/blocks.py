@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtrain.parallel.spatial import convolve
 from zarr_store.errors import InvalidInput
 
 __all__ = ["ConvBlock", "GroupNorm", "RunningNorm", "conv", "halve", "make_norm", "repeat_nearest"]
@@ -53,6 +54,7 @@ def conv(
         padding=(around, around),
         use_bias=bias,
         kernel_init=init,
+        conv_general_dilated=convolve,  # borrows rows where the image is split over devices
         rngs=rngs,
     )
 

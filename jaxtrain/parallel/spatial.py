@@ -1,0 +1,136 @@
+"""Convolution of an image that is split over devices: each device borrows the rows that its window looks over.
+
+Letters in shapes: B sample, H row, W column, I input channel, O output channel.
+
+The compiler can split a convolution by itself, and does it well as long as nothing else is split. Beside split filters
+(`space` × `model`) it moves whole activations, so the exchange is written out here: the first and last rows of a shard
+travel to its neighbours (`ppermute`), and each device convolves what it then has, without padding. The edge of the
+image has no neighbour and receives zeros, which is what padding is. The backward pass is the transpose of this and
+sends the same number of bytes the other way.
+
+Only the image axes are written out; filters (`model`) are left to the compiler, as everywhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxtrain.parallel.mesh import SPACE_AXES, image_spec, spec
+from zarr_store.errors import InvalidInput
+
+__all__ = ["convolve", "halo_widths", "over_space"]
+
+_MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def over_space(mesh: Mesh) -> Iterator[None]:
+    """Convolutions that are traced inside work on images that are split over the space axes of `mesh`."""
+    token = _MESH.set(mesh if any(axis in mesh.shape for axis in SPACE_AXES) else None)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
+
+
+def halo_widths(window: int, stride: int) -> tuple[int, int]:
+    """Rows that a shard borrows from the shard before and after it, for windows centred on the rows 0, stride, ….
+
+    Args:
+        window: rows of the kernel, odd.
+        stride: rows between two windows; each shard holds a multiple of it.
+
+    >>> halo_widths(3, 1), halo_widths(3, 2), halo_widths(7, 2), halo_widths(1, 2)
+    ((1, 1), (1, 0), (3, 2), (0, 0))
+    """
+    before = window // 2
+    return before, max(window - stride - before, 0)
+
+
+def convolve(
+    x_BHWI: jax.Array, kernel_HWIO: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated` of whole images, or inside `over_space` of split ones; for `nnx.Conv`.
+
+    Raises:
+        InvalidInput: a shard does not hold whole strides, or fewer rows than its neighbour borrows.
+    """
+    mesh = _MESH.get()
+    if mesh is None:
+        return lax.conv_general_dilated(x_BHWI, kernel_HWIO, window_strides, padding, **settings)
+    sizes, windows = x_BHWI.shape[1:3], kernel_HWIO.shape[:2]
+    centred = [(window // 2, window // 2) for window in windows]
+    if _pads(padding) != centred or settings.get("feature_group_count", 1) != 1 or _dilated(settings):
+        raise InvalidInput(
+            f"mesh.space splits plain convolutions whose windows are centred (padding {centred}), got padding "
+            f"{padding!r} and {settings}: use mesh.space = 1 for this network"
+        )
+    parts = [int(mesh.shape.get(axis, 1)) for axis in SPACE_AXES]
+    plan = [
+        _plan(int(size), n, int(window), int(stride))
+        for size, n, window, stride in zip(sizes, parts, windows, window_strides, strict=True)
+    ]
+    image = image_spec(mesh)
+
+    def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        pads = []
+        for dimension, (axis, n, (before, after)) in enumerate(zip(SPACE_AXES, parts, plan, strict=True), start=1):
+            if n > 1:
+                x = _borrow(x, dimension, axis, n, before, after)
+            pads.append((0, 0) if n > 1 else centred[dimension - 1])
+        return lax.conv_general_dilated(x, kernel, window_strides, pads, **settings)
+
+    split: Any = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(image, spec()),
+        out_specs=image,
+        axis_names={axis for axis in ("data", *SPACE_AXES) if axis in mesh.shape},
+    )
+    result: jax.Array = split(x_BHWI, kernel_HWIO)
+    return result
+
+
+def _borrow(x: jax.Array, dimension: int, axis: str, n: int, before: int, after: int) -> jax.Array:
+    size = x.shape[dimension]
+    parts = [x]
+    if before:
+        tail = lax.slice_in_dim(x, size - before, size, axis=dimension)
+        parts.insert(0, _send(tail, axis, [(i, i + 1) for i in range(n - 1)]))
+    if after:
+        head = lax.slice_in_dim(x, 0, after, axis=dimension)
+        parts.append(_send(head, axis, [(i + 1, i) for i in range(n - 1)]))
+    return jnp.concatenate(parts, axis=dimension) if len(parts) > 1 else x
+
+
+def _send(x: jax.Array, axis: str, pairs: list[tuple[int, int]]) -> jax.Array:
+    """To the device that each pair names; who gets nothing gets zeros."""
+    received: jax.Array = lax.ppermute(x, axis, pairs)  # type: ignore[no-untyped-call]  # of jax
+    return received
+
+
+def _plan(size: int, parts: int, window: int, stride: int) -> tuple[int, int]:
+    before, after = halo_widths(window, stride)
+    if parts > 1 and (size % (parts * stride) or size // parts < max(before, after)):
+        raise InvalidInput(
+            f"an image of {size} rows or columns cannot be split over {parts} devices for a convolution of {window} "
+            f"with stride {stride}: each needs a multiple of {stride}, at least {max(before, after)}; choose a larger "
+            "data.patch, a smaller model.depth or a smaller mesh.space"
+        )
+    return before, after
+
+
+def _pads(padding: Any) -> list[tuple[int, int]] | None:
+    return None if isinstance(padding, str) else [(int(low), int(high)) for low, high in padding]
+
+
+def _dilated(settings: dict[str, Any]) -> bool:
+    return any(step != 1 for name in ("lhs_dilation", "rhs_dilation") for step in settings.get(name) or ())

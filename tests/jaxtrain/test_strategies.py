@@ -1,0 +1,187 @@
+"""Every strategy gives the answer of one device, moves what theory says, compiles once, and says what it cannot do."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from pydantic import ValidationError
+
+from jaxtrain.config import MeshConfig, TrainConfig
+from jaxtrain.parallel.hlo import activation_all_gathers, bytes_by_kind, collectives
+from jaxtrain.parallel.mesh import batch_sharding, make_mesh
+from jaxtrain.parallel.zero import share_out
+from jaxtrain.step import make_predict_step
+from zarr_store.errors import InvalidInput
+
+from .parity import BATCH, CHANNELS, CNN, SIDE, UNET, Outcome, assert_same, make_batch, make_program, train
+
+
+@cache
+def run_of(mesh: str, model: str = "unet", norm: str = "group") -> Outcome:
+    """Ten steps, compiled once for all tests; `mesh` as in "data=2 space=2,2"."""
+    return train(make_program(_mesh(mesh), {"unet": UNET, "cnn": CNN}[model] | {"norm": norm}))
+
+
+def _mesh(text: str) -> dict[str, Any]:
+    pairs = (part.split("=") for part in text.split())
+    return {name: [int(v) for v in value.split(",")] if "," in value else int(value) for name, value in pairs}
+
+
+STRATEGIES = [
+    "data=4 zero=1",
+    "data=4 zero=3",
+    "data=2 model=2 zero=1",
+    "space=4",
+    "space=2,2 data=2",
+    "data=2 space=2 model=2 zero=3",
+]
+
+
+@pytest.mark.parametrize("mesh", STRATEGIES)
+def test_every_strategy_trains_as_one_device_does(mesh):
+    assert_same(run_of(mesh), run_of(""))
+
+
+@pytest.mark.parametrize("mesh", STRATEGIES)
+def test_one_compilation_and_no_activation_is_gathered(mesh):
+    run = run_of(mesh)
+    assert run.step.jitted._cache_size() == 1
+    compiled = compile_again(run)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(run.program.shapes.params)]
+    local = [where.shard_shape(shape) for shape, where in zip(shapes, jax.tree.leaves(run.program.whole), strict=True)]
+    assert activation_all_gathers(compiled, local) == ()
+
+
+def compile_again(run: Outcome) -> Any:
+    sharding = batch_sharding(run.program.mesh, image=True)
+    batch = {name: jax.device_put(array, sharding) for name, array in make_batch().items()}
+    return run.step.jitted.lower(run.state, batch, jax.random.key(0)).compile()  # from the cache of the run
+
+
+def test_the_batch_norm_counts_all_pixels_of_a_split_image():
+    assert_same(run_of("data=2 space=2", norm="batch"), run_of("", norm="batch"))
+
+
+def test_the_local_norm_is_that_of_equal_parts_of_the_batch(monkeypatch):
+    from jaxtrain.models import build_model
+
+    got = run_of("data=2 space=2", norm="local")
+    monkeypatch.setattr(
+        "jaxtrain.state.build_model", lambda config, **more: build_model(config, **{**more, "data_shards": 2})
+    )
+    assert_same(got, train(make_program({}, UNET | {"norm": "local"})))
+
+
+# ---- ZeRO
+
+
+def test_moments_lie_in_parts_with_zero_1_and_parameters_too_with_zero_3():
+    for mesh, parameters in ("data=4 zero=1", 1.0), ("data=4 zero=3", 0.25):
+        state = run_of(mesh).state
+        assert held(state.params) == pytest.approx(parameters, abs=0.01)
+        assert held(state.opt_state) == pytest.approx(0.25, abs=0.01)
+
+
+def held(tree: Any) -> float:
+    """Share of the bytes that the first device holds."""
+    leaves = jax.tree.leaves(tree)
+    first = jax.devices()[0]
+    mine = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == first)
+    return mine / sum(leaf.nbytes for leaf in leaves)
+
+
+def test_zero_moves_each_parameter_once_and_fully_sharded_kernels_twice():
+    parameters = {tuple(leaf.shape): leaf for leaf in jax.tree.leaves(run_of("data=4 zero=1").program.shapes.params)}
+    size = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(run_of("data=4 zero=1").program.shapes.params))
+    undivided = 4 * sum(math.prod(shape) for shape in parameters if not any(extent % 4 == 0 for extent in shape))
+    once = bytes_by_kind(compile_again(run_of("data=4 zero=1")))["all-gather"]
+    assert once == size - undivided
+    twice = bytes_by_kind(compile_again(run_of("data=4 zero=3")))["all-gather"]
+    assert 1.9 * size < twice <= 2 * size
+
+
+def test_parts_are_cut_along_the_longest_free_dimension():
+    mesh = make_mesh(MeshConfig(data=4, model=2))
+    shapes = {
+        "a": np.zeros((3, 3, 8, 16)),
+        "b": np.zeros((3, 3, 16, 16)),
+        "c": np.zeros(5),
+        "d": np.zeros((3, 3, 8, 4)),
+    }
+    specs = {"a": P(None, None, None, "model"), "b": P(), "c": P(), "d": P(None, None, "data", None)}
+    assert share_out(shapes, specs, mesh) == {
+        "a": P(None, None, "data", "model"),
+        "b": P(None, None, None, "data"),
+        "c": P(),
+        "d": P(None, None, "data", None),
+    }
+
+
+# ---- Space
+
+
+@pytest.mark.parametrize("mesh", ["space=4", "space=2,2 data=2"])
+def test_halo_bytes_are_what_theory_says(mesh):
+    """Each 3 × 3 convolution borrows one row from either side, forward and, but for the image itself, backward."""
+    run = run_of(mesh)
+    compiled = compile_again(run)
+    rows, columns = run.program.config.mesh.spaces
+    samples = BATCH // run.program.config.mesh.data
+    expected = 0
+    # (side of the level, channels in) of each 3 × 3 convolution of a U-Net of depth 1 and width 8
+    convolutions = [(SIDE, CHANNELS), (SIDE, 8), (SIDE // 2, 8), (SIDE // 2, 16), (SIDE, 8), (SIDE, 8)]
+    for number, (side, channels) in enumerate(convolutions):
+        borrowed = 2 * (side // columns) if rows > 1 else 0
+        if columns > 1:  # the corners travel with the columns
+            borrowed += 2 * (side // rows + 2)
+        expected += 4 * samples * channels * borrowed * (2 if number else 1)
+    halos = [c for c in collectives(compiled) if c.kind == "collective-permute" and "shard_map" in c.line]
+    assert sum(c.bytes for c in halos) == expected
+    # beside them only the turns of the stored image move pixels, and those are of two bytes or one
+    others = [c for c in collectives(compiled) if c.kind in ("collective-permute", "all-to-all") and c not in halos]
+    assert all("f32" not in c.line.split("(")[0] for c in others)
+
+
+def test_a_device_holds_its_part_of_a_scene():
+    """A scene for which one device would need four times the memory."""
+    needed = {}
+    for space in (1, 4):
+        program = make_program({"space": space}, UNET)
+        predict = make_predict_step(program)
+        image = jax.ShapeDtypeStruct((1, 256, 256, CHANNELS), np.uint16)
+        seen = jax.ShapeDtypeStruct((1, 256, 256), np.bool_)
+        memory = predict.jitted.lower(program.shapes.params, program.shapes.model_state, image, seen).compile()
+        needed[space] = memory.memory_analysis().temp_size_in_bytes
+    assert needed[4] < 0.3 * needed[1]
+
+
+# ---- What makes no sense is refused before anything is compiled
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"mesh": {"zero": 1}}, "zero = 1 shares out over the axis data, whose size is 1"),
+        ({"mesh": {"space": 3}}, "mesh.space 3 cannot split data.patch 16.*has 8 rows.*multiple of 6"),
+        ({"mesh": {"space": [1, 16]}}, "mesh.space 16 cannot split data.patch 16"),
+        ({"mesh": {"zero": 2, "data": 2}}, "Input should be 0, 1 or 3"),
+        ({"mesh": {"space": 2}, "model": {"name": "mlp"}}, "not those of mlp"),
+        ({"mesh": {"space": [2, 2, 2]}}, "mesh.space"),
+        ({"mesh": {"space": 0}}, "greater than 0"),
+    ],
+)
+def test_meshes_that_make_no_sense_are_refused(sections, message):
+    base = {"data": {"cube": "none.zarr", "patch": SIDE}, "model": UNET, "run": {"batch_size": BATCH}}
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate({**base, **sections})
+
+
+def test_a_mesh_that_is_too_large_names_all_its_axes():
+    with pytest.raises(InvalidInput, match=r"data=2 × space=4 × space_w=2 × model=1 needs 16 devices, JAX sees 8"):
+        make_mesh(MeshConfig(data=2, space=(4, 2)))
