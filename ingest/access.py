@@ -8,6 +8,7 @@ uncompressed TIFFs over HTTP into zeros. Every open goes through here, so none o
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import re
@@ -29,10 +30,11 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from ingest.buckets import BucketRule, bucket_options
 from ingest.config import IngestConfig, parse_limit
+from ingest.connections import PatientRetry, PrivatePeerError, check_peers
 from ingest.hrefs import redact_logs
 from ingest.providers import PROVIDERS
 from ingest.ranges import HEAD_BYTES, Head, HeadCache, RangeFile, Span, tie
-from ingest.rates import LimitedFile, limit_of, wait_for_turn
+from ingest.rates import Crowd, wait_for_turn
 from ingest.sign import Signing, SignRule, signed
 from zarr_store.errors import AccessError, AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid, normal_crs
@@ -53,6 +55,10 @@ _DRIVERS = (
 _CODESTREAM = _DRIVERS[-1][0]
 _TIFF = tuple(start for start, name in _DRIVERS if name == "GTiff")
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_BUSY = (429, 503)
+_crowd = Crowd()
+_MOST_WHOLE = 256 << 20
+_MOST_SIDECAR = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Access:
         sign_rules: Tokens of the user's own providers.
         bucket_rules: What S3 buckets need.
         rates: (host, requests per second) beside those of the providers' rules; all workers share one count.
+        private_names: Host names that may lead to a private address; None for any.
     """
 
     attempts: int = 4
@@ -86,11 +93,19 @@ class Access:
     sign_rules: tuple[SignRule, ...] = ()
     bucket_rules: tuple[BucketRule, ...] = tuple(rule.bucket_rule for rule in PROVIDERS if rule.bucket_rule)
     rates: tuple[tuple[str, float], ...] = ()
+    private_names: tuple[str, ...] | None = ()
 
     @classmethod
-    def of(cls, config: IngestConfig) -> Self:
-        """The limits that a config asks for; with on_error "skip" nothing is tried twice."""
+    def of(cls, config: IngestConfig, source: str = "") -> Self:
+        """The limits that a config asks for; with on_error "skip" nothing is tried twice.
+
+        Args:
+            config: Retries, timeouts, trust.
+            source: Where the scenes were found: its own host may be a private one.
+        """
+        own = (urlsplit(source).hostname or "").lower() if "://" in source else ""
         return cls(
+            private_names=None if config.allow_private_hosts else (own,) if own else (),
             attempts=1 if config.on_error == "skip" else config.retries + 1,
             timeout_s=max(2 * config.timeout_s, 10.0),
             connect_timeout_s=min(10.0, config.timeout_s),
@@ -246,30 +261,36 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
             raise _PermanentError(str(error)) from error
         options |= more
         wait_for_turn(f"s3://{path.removeprefix('/vsis3/')}", access.rates)
-    limited, file, local = None, None, None
-    if driver == "GTiff" and head is not None and head.ranges and head.size:
+    file, local = None, None
+    opener: Callable[..., io.RawIOBase | io.BytesIO] | None = None
+    # never through GDAL's own HTTP client, which follows redirects to any host and cannot be told to wait
+    if head is not None and head.ranges and head.size:
         file = RangeFile(head, functools.partial(_fetch, href, head, access))
     elif driver == "GTiff" and not remote and size:
-        local = RangeFile(Head(path, magic, size, None, True, 0.0), functools.partial(_read_local, path), remote=False)
-    elif path.startswith("/vsicurl/") and size is not None and limit_of(href, access.rates):
-        limited = LimitedFile(path.removeprefix("/vsicurl/"), size, _pool(os.getpid(), access), access.rates)
+        local = RangeFile(
+            Head(path, magic, size, None, True, 0.0),
+            functools.partial(_read_local, path, _identity(path)),
+            remote=False,
+        )
+    elif head is not None:
+        file = RangeFile(*_whole(path.removeprefix("/vsicurl/"), access))
+    if file is not None:
+        opener = _with_sidecar(file, href, access) if magic.startswith(_CODESTREAM) else file.open
     try:
         with rasterio.Env(session=session, **options):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
                 if file is None:
-                    dataset = rasterio.open(limited or path, driver=driver, sharing=False)
+                    dataset = rasterio.open(path, driver=driver, sharing=False)
                     if local is not None:
                         tie(dataset, local)
                 else:
                     name = f"{uuid.uuid4().hex}/{urlsplit(href).path.rpartition('/')[2]}"
-                    dataset = rasterio.open(name, driver=driver, sharing=False, opener=file.open)
+                    dataset = rasterio.open(name, driver=driver, sharing=False, opener=opener)
                     tie(dataset, file)
             with dataset:
                 _check_header(dataset, size, access)
                 yield dataset
-        if limited is not None and limited.error is not None:
-            raise _TransientError(_innermost(limited.error)) from limited.error
         if file is not None and file.error is not None:
             raise file.error
     except RasterioError as error:
@@ -336,9 +357,13 @@ def _peek_http(href: str, access: Access) -> tuple[str, Head]:
     for _ in range(4):
         wait_for_turn(url, access.rates)
         try:
-            reply = pool.request(
-                "GET", url, headers={"Range": f"bytes=0-{HEAD_BYTES - 1}"}, redirect=False, preload_content=False
-            )
+            with _crowd.place(url) as told_busy:
+                reply = pool.request(
+                    "GET", url, headers={"Range": f"bytes=0-{HEAD_BYTES - 1}"}, redirect=False, preload_content=False
+                )
+                told_busy(_was_busy(reply))
+        except PrivatePeerError as error:
+            raise _PermanentError(str(error)) from error
         except urllib3.exceptions.HTTPError as error:
             raise _TransientError(_innermost(error)) from error
         try:
@@ -362,7 +387,7 @@ def _peek_http(href: str, access: Access) -> tuple[str, Head]:
                 kind_text = reply.headers.get("Content-Type", "an unnamed type").partition(";")[0]
                 raise _PermanentError(f"not a TIFF or JPEG 2000 file (got {kind_text}, it begins with {magic[:24]!r})")
             size = int(whole) if whole.isdigit() else None
-            return url, Head(plain, data, size, reply.headers.get("ETag"), ranges, HeadCache.deadline())
+            return url, Head(plain, data, size, _version(reply), ranges, HeadCache.deadline())
         except urllib3.exceptions.HTTPError as error:
             raise _TransientError(_innermost(error)) from error
         finally:
@@ -383,7 +408,9 @@ def _fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
         url = _signed(head.url, access, pool, renew=renew)
         wait_for_turn(url, access.rates)
         try:
-            reply = pool.request("GET", url, headers=headers, redirect=False, decode_content=False)
+            with _crowd.place(url) as told_busy:
+                reply = pool.request("GET", url, headers=headers, redirect=False, decode_content=False)
+                told_busy(_was_busy(reply))
         except urllib3.exceptions.HTTPError as error:
             raise _TransientError(_innermost(error)) from error
         if reply.status != 403 or url == head.url:
@@ -391,9 +418,10 @@ def _fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
     if reply.status != 206:
         kind = _PermanentError if 400 <= reply.status < 500 and reply.status not in _RETRIED_STATUS else _TransientError
         raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
-    etag = reply.headers.get("ETag")
-    if (etag != head.etag and None not in (etag, head.etag)) or not reply.headers.get("Content-Range", "").startswith(
-        f"bytes {start}-{stop - 1}/"
+    etag, told = _version(reply), reply.headers.get("Content-Range", "")
+    if (etag != head.etag and None not in (etag, head.etag)) or told not in (
+        f"bytes {start}-{stop - 1}/{head.size}",
+        f"bytes {start}-{stop - 1}/*",
     ):
         _heads(os.getpid()).drop(href)
         raise _TransientError("the file was replaced while it was read")
@@ -402,10 +430,80 @@ def _fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
     return reply.data
 
 
-def _read_local(path: str, span: Span) -> bytes:
+def _whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]]:
+    """A file of a server that answers no ranges, fetched once; GDAL itself would follow redirects to any host."""
+    try:
+        reply = _pool(os.getpid(), access).request("GET", url, redirect=False, preload_content=False)
+        try:
+            if reply.status != 200:
+                raise _TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
+            data = reply.read(_MOST_WHOLE + 1, decode_content=False)
+        finally:
+            reply.close()
+    except urllib3.exceptions.HTTPError as error:
+        raise _TransientError(_innermost(error)) from error
+    if len(data) > _MOST_WHOLE:
+        raise _PermanentError(
+            f"the server answers no range requests, and the file is larger than the {_MOST_WHOLE >> 20} MiB that are "
+            "read as a whole"
+        )
+
+    def beyond(span: Span) -> bytes:
+        raise _TransientError(f"the file ends at {len(data)} bytes, {span[1]} are needed")
+
+    return Head(url, data, len(data), None, False, 0.0), beyond
+
+
+def _with_sidecar(file: RangeFile, href: str, access: Access) -> Callable[..., io.RawIOBase | io.BytesIO]:
+    """Opens the file, and beside it NAME.aux.xml, where the georeference of a raw codestream is."""
+    parts = urlsplit(href)
+    beside = parts._replace(path=f"{parts.path}.aux.xml").geturl()
+    sidecar: list[bytes | None] = []
+
+    def fetch() -> bytes | None:
+        pool = _pool(os.getpid(), access)
+        reply = pool.request("GET", _signed(beside, access, pool), redirect=False, preload_content=False)
+        try:
+            return reply.read(_MOST_SIDECAR, decode_content=True) if reply.status == 200 else None
+        finally:
+            reply.close()
+
+    def opener(path: str, mode: str = "rb") -> io.RawIOBase | io.BytesIO:
+        if not path.endswith(".aux.xml"):
+            return file.open(path, mode)
+        if not sidecar:
+            sidecar.append(fetch())
+        if sidecar[0] is None:
+            raise FileNotFoundError(path)
+        return io.BytesIO(sidecar[0])
+
+    return opener
+
+
+def _version(reply: urllib3.BaseHTTPResponse) -> str | None:
+    """What changes when a remote file is replaced, if the server says it."""
+    return reply.headers.get("ETag") or reply.headers.get("Last-Modified")
+
+
+def _was_busy(reply: urllib3.BaseHTTPResponse) -> bool:
+    """Whether the host asked for patience, now or on an attempt that urllib3 repeated."""
+    history = reply.retries.history if reply.retries is not None else ()
+    return any(status in _BUSY for status in (reply.status, *(one.status for one in history)))
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    """What changes when a local file is replaced or written to."""
+    found = os.stat(path)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _read_local(path: str, identity: tuple[int, ...], span: Span) -> bytes:
     """Some bytes of a local file; fewer where it ends before."""
     try:
         with open(path, "rb", buffering=0) as stream:
+            found = os.fstat(stream.fileno())
+            if (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) != identity:
+                raise _TransientError("the file was replaced while it was read")
             return os.pread(stream.fileno(), span[1] - span[0], span[0])
     except OSError as error:
         raise _PermanentError(error.strerror or type(error).__name__) from error
@@ -428,9 +526,10 @@ def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool
 def _pool(pid: int, access: Access) -> urllib3.PoolManager:
     """One pool per process (`pid` keys the cache, as sockets do not survive a fork)."""
     redact_logs()
-    return urllib3.PoolManager(
+    names = access.private_names
+    manager = urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=access.connect_timeout_s, read=max(access.low_speed_s, 1)),
-        retries=urllib3.Retry(
+        retries=PatientRetry(
             total=max(0, access.attempts - 1),
             redirect=False,
             status_forcelist=_RETRIED_STATUS,
@@ -443,6 +542,7 @@ def _pool(pid: int, access: Access) -> urllib3.PoolManager:
         ),
         maxsize=32,
     )
+    return check_peers(manager, lambda name: names is None or name in names)
 
 
 def redact(text: str) -> str:

@@ -18,9 +18,9 @@ from urllib.request import getproxies, proxy_bypass
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3 import BaseHTTPResponse, Retry
 
 from ingest.config import IngestConfig
+from ingest.connections import PatientRetry, PrivatePeerError, check_peers
 from ingest.hrefs import (
     HrefPolicy,
     is_url,
@@ -42,7 +42,6 @@ MAX_JSON_BYTES = 64 * 2**20
 
 MAX_DEPTH = 100
 _MAX_REDIRECTS = 5
-_MAX_RETRY_AFTER_S = 120.0
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -52,14 +51,6 @@ class HttpStatusError(AccessError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
-
-
-class _Retry(Retry):
-    """urllib3's Retry, which would otherwise sleep for as long as the server's Retry-After says."""
-
-    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
-        wait = super().get_retry_after(response)
-        return None if wait is None else min(wait, _MAX_RETRY_AFTER_S)
 
 
 class Documents:
@@ -83,7 +74,7 @@ class Documents:
         self._session.trust_env = False  # no .netrc: it could send a password to a host that only a link names
         self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
         self._session.headers["Accept"] = "application/geo+json, application/json"
-        retry = _Retry(
+        retry = PatientRetry(
             total=config.retries,
             connect=min(1, config.retries),  # a closed port or unknown name is known at once
             backoff_factor=0.3,
@@ -95,7 +86,9 @@ class Documents:
             respect_retry_after_header=True,
         )
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=8))
+            adapter = HTTPAdapter(max_retries=retry, pool_maxsize=8)
+            check_peers(adapter.poolmanager, self.policy.allows_private)  # a proxy has a manager of its own
+            self._session.mount(scheme, adapter)
 
     def __enter__(self) -> Self:
         return self
@@ -164,6 +157,8 @@ class Documents:
                 allow_redirects=False,
                 stream=True,
             )
+        except PrivatePeerError as refusal:
+            raise InvalidInput(f"{redact(url)} refused: {refusal}") from refusal
         except (requests.RequestException, OSError) as error:
             raise _unreachable(url, error) from error
 

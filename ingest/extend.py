@@ -110,7 +110,7 @@ def plan_extension(
     try:
         fresh = plan_scenes(
             scenes,
-            probe_scenes(scenes, config),
+            probe_scenes(scenes, config, source=old.source),
             config,
             source=old.source,
             layout=recipe.spec.layout,

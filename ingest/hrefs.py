@@ -26,6 +26,8 @@ from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = [
     "HrefPolicy",
+    "is_private_address",
+    "is_spelled_address",
     "is_url",
     "redact",
     "redact_logs",
@@ -271,8 +273,23 @@ def refuse_private_address(url: str, policy: HrefPolicy) -> None:
     if parts.scheme not in ("http", "https") or policy.allows_private(host):
         return
     for address in _lookup(host):
-        if not ipaddress.ip_address(address).is_global:
+        if is_private_address(address):
             raise _refused(url, f"its name leads to the private address {address}; --allow-private-hosts permits that")
+
+
+def is_private_address(address: str) -> bool:
+    """Whether an IP address is not of the public network; mapped ones are judged by what they map.
+
+    >>> [is_private_address(a) for a in ("8.8.8.8", "10.0.0.1", "::ffff:127.0.0.1", "169.254.169.254")]
+    [False, True, True, True]
+    """
+    found = _address(address)
+    return found is None or not found.is_global
+
+
+def is_spelled_address(host: str) -> bool:
+    """Whether a host is an IP address or this machine's own name rather than a name that somebody else resolves."""
+    return _address(host) is not None or host == "localhost" or host.endswith(".localhost")
 
 
 @lru_cache(maxsize=256)

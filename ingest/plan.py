@@ -251,7 +251,7 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
         with suppress(AccessError):  # a name that is not found becomes the error of each asset behind it
             refuse_private_address(href, policy)
     told = redact(source) if is_url(source) else str(Path(source).expanduser().resolve())
-    return plan_scenes(scenes, probe_scenes(scenes, config), config, source=told)
+    return plan_scenes(scenes, probe_scenes(scenes, config, source=source), config, source=told)
 
 
 def plan_scenes(

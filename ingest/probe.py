@@ -30,6 +30,8 @@ from zarr_store.grid import Grid
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
+    from ingest.access import Access
+
 __all__ = ["AssetProbe", "SceneProbe", "probe_scenes"]
 
 log = logging.getLogger(__name__)
@@ -131,7 +133,9 @@ class _Header:
     sample: npt.NDArray[Any] | None = field(default=None)
 
 
-def probe_scenes(scenes: Sequence[Scene], config: IngestConfig) -> dict[tuple[str, str], SceneProbe]:
+def probe_scenes(
+    scenes: Sequence[Scene], config: IngestConfig, *, source: str = ""
+) -> dict[tuple[str, str], SceneProbe]:
     """Read the headers of all assets, and a small decimated sample per Sentinel-2 scene.
 
     An unreadable file is recorded, never raised: the plan goes on without it and its pixels become `missing`.
@@ -139,6 +143,7 @@ def probe_scenes(scenes: Sequence[Scene], config: IngestConfig) -> dict[tuple[st
     Args:
         scenes: As `ingest.search` gives them.
         config: Retries, timeouts and `offset_policy`.
+        source: Where the scenes were found: its own host may be a private one.
 
     Returns:
         By (collection, id): two collections may use one id.
@@ -147,9 +152,12 @@ def probe_scenes(scenes: Sequence[Scene], config: IngestConfig) -> dict[tuple[st
         InvalidInput: `offset_policy` is "fail" and pixels contradict the metadata, or nothing states the offset; or
             `strict`, and pixels are no reflectance.
     """
+    from ingest.access import Access
+
     jobs = [(scene, asset, asset.band == _witness(scene)) for scene in scenes for asset in scene.assets.values()]
+    access = Access.of(config, source)
     with ThreadPoolExecutor(_THREADS) as pool:
-        headers = list(pool.map(lambda job: _probe_asset(*job, config=config), jobs))
+        headers = list(pool.map(lambda job: _probe_asset(*job, access=access), jobs))
     by_scene: dict[tuple[str, str], dict[str, _Header]] = defaultdict(dict)
     for (scene, asset, _), header in zip(jobs, headers, strict=True):
         by_scene[scene.key][asset.band] = header
@@ -163,8 +171,8 @@ def _witness(scene: Scene) -> str | None:
     return next((band for band in _VISIBLE if band in scene.assets and scene.assets[band].kind == "data"), None)
 
 
-def _probe_asset(scene: Scene, asset: AssetRef, with_pixels: bool, *, config: IngestConfig) -> _Header:
-    from ingest.read import Access, grid_of, with_asset
+def _probe_asset(scene: Scene, asset: AssetRef, with_pixels: bool, *, access: Access) -> _Header:
+    from ingest.read import grid_of, with_asset
 
     def use(dataset: DatasetReader) -> _Header:
         probe = AssetProbe(
@@ -177,7 +185,6 @@ def _probe_asset(scene: Scene, asset: AssetRef, with_pixels: bool, *, config: In
         )
         return _Header(probe, _sample(dataset) if with_pixels else None)
 
-    access = Access.of(config)
     try:
         return with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access)
     except (AssetUnreadable, InvalidInput) as error:

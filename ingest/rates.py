@@ -7,27 +7,26 @@ headers) the same rule holds inside the process.
 
 from __future__ import annotations
 
-import io
+import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-import urllib3
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils import sync
 
 from ingest.providers import PROVIDERS
 
-__all__ = ["LimitedFile", "RateKeeper", "Turns", "bind_worker", "limit_of", "wait_for_turn"]
+__all__ = ["Crowd", "RateKeeper", "Turns", "bind_worker", "limit_of", "wait_for_turn"]
 
 RateLimits = tuple[tuple[str, float], ...]
 """(host, requests per second), the user's own; they win over the provider's rule."""
 
 _HANDLER = "terrashard_turn"
-_BLOCK = 1 << 18
-_KEPT_BLOCKS = 32
 _bound: list[Any] = []
 
 
@@ -50,6 +49,52 @@ class Turns:
             start = max(moment, self._next.get(name, moment))
             self._next[name] = start + count / rate
         return round(start - moment, 6)
+
+
+class Crowd:
+    """How many requests this process has under way at each host: half as many whenever the host says that it is busy.
+
+    After as many good answers as there are places, one place more is given, up to the first number.
+
+    Args:
+        most: Places at each host to begin with.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._places: dict[str, int] = {}
+        self._inside: Counter[str] = Counter()
+        self._good: Counter[str] = Counter()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def place(self, href: str) -> Iterator[Callable[[bool], None]]:
+        """Wait for a place at the host of `href`; what it gives is told whether the host was busy."""
+        host = urlsplit(href).netloc
+        with self._changed:
+            while self._inside[host] >= self.places(host):
+                self._changed.wait()
+            self._inside[host] += 1
+        try:
+            yield functools.partial(self._told, host)
+        finally:
+            with self._changed:
+                self._inside[host] -= 1
+                self._changed.notify_all()
+
+    def places(self, host: str) -> int:
+        """How many requests may be at a host now."""
+        return self._places.get(host, self._most)
+
+    def _told(self, host: str, busy: bool) -> None:
+        with self._changed:
+            places = self.places(host)
+            self._good[host] = 0 if busy else self._good[host] + 1
+            if busy:
+                # those that were sent together are refused together: that is one sign, not many
+                self._places[host] = max(1, min(places, -(-self._inside[host] // 2)))
+            elif self._good[host] >= places and places < self._most:
+                self._places[host], self._good[host] = places + 1, 0
 
 
 _here = Turns()
@@ -115,70 +160,3 @@ def _ask(name: str, rate: float, count: int) -> float:
             break  # the scheduler is going: the task will be done again elsewhere
         return float(answer)
     return _here.take(name, rate, count)
-
-
-class LimitedFile(io.RawIOBase):
-    """A file behind HTTP that asks for a turn before every request, for GDAL to read from.
-
-    GDAL's own HTTP client cannot be told to wait, and sends the ranges of one read all at once.
-
-    Args:
-        url: What to read, signed.
-        size: Its length in bytes.
-        pool: Sends the requests.
-        own: The user's limits.
-    """
-
-    def __init__(self, url: str, size: int, pool: urllib3.PoolManager, own: Sequence[tuple[str, float]]) -> None:
-        super().__init__()
-        self._url, self._size, self._pool, self._own = url, size, pool, own
-        self._at = 0
-        self._blocks: dict[int, bytes] = {}
-        self.error: Exception | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, count: int = -1) -> bytes:
-        """Up to `count` bytes; a fault is kept in `error` too, as GDAL may drop it."""
-        end = self._size if count < 0 else min(self._size, self._at + count)
-        if self._at >= end:
-            return b""
-        first, last = self._at // _BLOCK, (end - 1) // _BLOCK
-        try:
-            data = b"".join(self._fetch(first, last))
-        except Exception as error:
-            self.error = error
-            raise
-        begin = self._at - first * _BLOCK
-        result = data[begin : begin + end - self._at]
-        self._at = end
-        return result
-
-    def _fetch(self, first: int, last: int) -> list[bytes]:
-        missing = [i for i in range(first, last + 1) if i not in self._blocks]
-        kept = {i: self._blocks[i] for i in range(first, last + 1) if i in self._blocks}
-        if missing:
-            start, stop = missing[0] * _BLOCK, min(self._size, (missing[-1] + 1) * _BLOCK)
-            wait_for_turn(self._url, self._own)
-            reply = self._pool.request(
-                "GET", self._url, headers={"Range": f"bytes={start}-{stop - 1}"}, redirect=False, retries=False
-            )
-            if reply.status != 206 or len(reply.data) != stop - start:
-                raise OSError(f"HTTP {reply.status} with {len(reply.data)} bytes, expected 206 with {stop - start}")
-            for i in range(missing[0], missing[-1] + 1):
-                kept[i] = reply.data[i * _BLOCK - start : (i + 1) * _BLOCK - start]
-        self._blocks |= kept
-        while len(self._blocks) > max(_KEPT_BLOCKS, last - first + 1):
-            self._blocks.pop(next(iter(self._blocks)))
-        return [kept[i] for i in range(first, last + 1)]

@@ -141,7 +141,7 @@ def verify_sources(
     cube = open_cube(url)
     plan = kept_plan(url)
     check_hrefs(plan, config)
-    access = replace(Access.of(config), sign=plan.config.get("sign", "none"))
+    access = replace(Access.of(config, plan.source), sign=plan.config.get("sign", "none"))
     tasks = {(task.collection, task.index): task for task in plan.tasks}
     drawn = [
         (tasks[name, row.index], row)

@@ -419,7 +419,7 @@ def _work(
     again: frozenset[tuple[str, ShardIndex]],
 ) -> None:
     """Keep a bounded number of tasks in flight until all have ended."""
-    access = replace(Access.of(config), sign=plan.config.get("sign", "none"))
+    access = replace(Access.of(config, plan.source), sign=plan.config.get("sign", "none"))
     waiting = iter(tasks)
     by_key: dict[str, ShardTask] = {}
     token = uuid.uuid4().hex[:8]  # a scheduler remembers keys, also those that failed in an earlier run

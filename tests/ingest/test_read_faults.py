@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import shutil
+import socket
 import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
 
+from ingest import access as access_module
+from ingest.blocks import BlockReader
 from ingest.config import IngestConfig
-from ingest.read import Access, read_on_grid
+from ingest.documents import Documents
+from ingest.hrefs import HrefPolicy, refuse_private_address
+from ingest.ranges import blocks_of, range_file_of
+from ingest.read import Access, read_on_grid, with_asset
 from ingest.scene import AssetRef
 from ingest.simulate import ServerHandle, serve
 from ingest.testing import write_raster
-from zarr_store.errors import AssetUnreadable
+from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid
 
 UTM = "EPSG:32633"
@@ -62,6 +71,13 @@ def ref(href: str, **changes: object) -> AssetRef:
 
 def read(href: str, access: Access = QUICK, **changes: object) -> np.ndarray:
     return read_on_grid(ref(href, **changes), None, GRID, "nearest", scene="S", access=access)
+
+
+def ranged(request: Any, data: bytes, **headers: str) -> Any:
+    """What a scripted server answers to a request for a range."""
+    start, stop = (int(part) for part in request.headers["Range"].removeprefix("bytes=").split("-"))
+    body = data[start : stop + 1]
+    return 206, {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{len(data)}", **headers}, body
 
 
 # Faults that pass
@@ -143,6 +159,120 @@ def test_r08_a_server_without_ranges_is_read_whole_or_refused(server: ServerHand
     with contextlib.suppress(AssetUnreadable):
         assert (read(server.file_url("zip.tif", fault="norange")) == pixels(1)).all()
     assert 0 < server.faults["norange"] <= 2 * QUICK.attempts  # not once per tile: the file has 16
+
+
+def test_r08_a_large_file_without_ranges_is_refused(server: ServerHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access_module, "_MOST_WHOLE", 1 << 16)
+    server.reset_counters()
+    with pytest.raises(AssetUnreadable, match="answers no range requests"):
+        read(server.file_url("zip.tif", fault="norange"))
+    assert 0 < server.faults["norange"] <= 2
+
+
+@pytest.mark.parametrize("told", ["Last-Modified", "size"])
+def test_r14_a_replacement_that_only_its_date_or_size_shows_is_noticed(
+    make_server: Callable[[], Any], world: Path, told: str
+) -> None:
+    versions = [(world / name).read_bytes() for name in ("zip.tif", "zip.tif.swap")]
+    whole = max(map(len, versions))
+    versions = [data + b"\0" * (whole - len(data)) for data in versions]
+    if told == "size":
+        versions[1] += b"\0"
+    asked = [0]
+
+    def answer(request: Any) -> Any:
+        asked[0] += 1
+        now = min(asked[0] - 1, 1)  # the second request meets the other file
+        headers = {"Last-Modified": f"Thu, 0{now + 1} Jan 2026 00:00:00 GMT"} if told == "Last-Modified" else {}
+        return ranged(request, versions[now], **headers)
+
+    scripted = make_server()
+    scripted.answer["/a.tif"] = answer
+    assert (read(f"{scripted.url}/a.tif") == pixels(2)).all()
+
+
+def test_r14_a_local_file_that_is_replaced_is_read_anew(world: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    shutil.copy(world / "zip.tif", path)
+    replaced = []
+
+    def use(dataset: Any) -> np.ndarray:
+        file = range_file_of(dataset)
+        assert file is not None
+        file.fetch(blocks_of(dataset, (0, 0, 128, 512)))
+        if not replaced:
+            shutil.copy(world / "zip.tif.swap", tmp_path / "new")
+            (tmp_path / "new").replace(path)
+            replaced.append(True)
+        blocks = BlockReader.of(dataset, file)
+        assert blocks is not None
+        return blocks.read(0, 0, 512, 512, None)
+
+    assert (with_asset(str(path), use, scene="S", asset="a", access=QUICK) == pixels(2)).all()
+    assert replaced
+
+
+def test_r20_jpeg_2000_follows_no_redirect_either(make_server: Callable[[], Any], tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "a.jp2", GRID, pixels(1), driver="JP2OpenJPEG", QUALITY="100", REVERSIBLE="YES")
+    data, here, other = path.read_bytes(), make_server(), make_server()
+
+    asked = [0]
+
+    def turning(request: Any) -> Any:
+        asked[0] += 1
+        return ranged(request, data) if asked[0] == 1 else (302, {"Location": f"{other.url}/a.jp2"}, b"")
+
+    other.answer["/a.jp2"] = here.answer["/plain.jp2"] = lambda request: ranged(request, data)
+    here.answer["/a.jp2"] = turning
+    with pytest.raises(AssetUnreadable):
+        read(f"{here.url}/a.jp2", Access(attempts=1, deadline_s=5, timeout_s=3, low_speed_s=1))
+    assert asked[0] >= 2, "the redirect was met after the open"
+    assert other.requests == []
+    assert (read(f"{here.url}/plain.jp2") == pixels(1)).all()
+
+
+def test_a_raw_codestream_over_http_has_its_georeference_beside_it(world: Path, server: ServerHandle) -> None:
+    write_raster(world / "raw.j2k", GRID, pixels(1), driver="JP2OpenJPEG", QUALITY="100", REVERSIBLE="YES", CODEC="J2K")
+    (world / "raw.j2k").rename(world / "raw.tif")
+    (world / "raw.j2k.aux.xml").rename(world / "raw.tif.aux.xml")
+    assert (read(server.file_url("raw.tif")) == pixels(1)).all()
+    (world / "raw.tif.aux.xml").unlink()
+    with pytest.raises(AssetUnreadable, match="coordinate reference system"):
+        read(server.file_url("raw.tif"))
+
+
+def test_s14_a_name_that_turns_private_after_the_check_gets_no_request(
+    make_server: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = make_server()
+    port = int(inside.url.rpartition(":")[2])
+    inside.json("/catalog.json", {})
+    real = socket.getaddrinfo
+    answers = ["93.184.216.34"]  # when the name is checked; afterwards it leads to this machine
+    resolved = []
+
+    def lookup(host: Any, *arguments: Any, **named: Any) -> Any:
+        if host != "rebind.example":
+            return real(host, *arguments, **named)
+        resolved.append(answers.pop() if answers else "127.0.0.1")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (resolved[-1], port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    source = f"http://rebind.example:{port}/catalog.json"
+    policy = HrefPolicy(hosts=frozenset({"rebind.example"}))
+    refuse_private_address(source, policy)
+    assert resolved == ["93.184.216.34"]
+    with pytest.raises(AssetUnreadable, match=r"rebind.example leads to the private address 127.0.0.1"):
+        read(f"http://rebind.example:{port}/a.tif")
+    documents = Documents("https://api.example/", IngestConfig(allow_hosts=("rebind.example",)))
+    with documents, pytest.raises(InvalidInput, match=r"refused: .* leads to the private address 127.0.0.1"):
+        documents.read(source)
+    assert resolved[1:].count("127.0.0.1") >= 2
+    assert inside.requests == []
+    inside.answer["/a.tif"] = lambda _: (404, {}, b"")
+    with pytest.raises(AssetUnreadable, match="404"):
+        read(f"http://rebind.example:{port}/a.tif", replace(QUICK, private_names=None))
+    assert inside.paths() == ["/a.tif"]
 
 
 def test_r17_a_hole_that_is_meant_is_nodata_and_a_lost_tile_is_an_error(server: ServerHandle, world: Path) -> None:
