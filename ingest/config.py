@@ -41,6 +41,7 @@ EXECUTION_FIELDS = frozenset(
         "dashboard",
         "on_error",
         "limit",
+        "store",
         "timeout_s",
         "retries",
         "strict",

@@ -42,7 +42,7 @@ from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, Preempted, TerrashardError
 from zarr_store.grow import grow_cube
 from zarr_store.ledger import LedgerRow, ShardIndex
-from zarr_store.lock import CubeLock
+from zarr_store.lock import CubeLock, read_token
 from zarr_store.read import open_cube
 from zarr_store.write import ShardWriter, create_cube, record_provenance
 
@@ -98,6 +98,7 @@ class IngestReport:
         pending: Shards not tried, because of a limit.
         pixels_read: Source pixels asked for over all bands.
         seconds: Wall time.
+        snapshot: What the run committed, in a store that has snapshots.
     """
 
     cube: str
@@ -110,6 +111,7 @@ class IngestReport:
     pending: int = 0
     pixels_read: int = 0
     seconds: float = 0.0
+    snapshot: str | None = None
 
     @property
     def missing(self) -> dict[str, str]:
@@ -151,6 +153,7 @@ class IngestReport:
             "pending": self.pending,
             "pixels_read": self.pixels_read,
             "seconds": round(self.seconds, 3),
+            **({"snapshot": self.snapshot} if self.snapshot else {}),
             "exit_code": self.exit_code,
         }
 
@@ -221,7 +224,8 @@ def run(
     """
     forbid_gdal_threads()
     url = _plain_url(cube_url)
-    create_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance())
+    kind = config.store if config else None
+    create_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance(), kind=kind)
     _check_same_plan(url, plan)
     with CubeLock(url, f"ingest of plan {plan.digest[:12]}") as lock:
         _check_same_plan(url, plan)  # another run may have added to it meanwhile
@@ -289,6 +293,10 @@ def run_locked(
             if open_cube(url).provenance != json.loads(json.dumps(plan.provenance())):
                 # a file that is healed now has a verdict that it had not when the cube was begun
                 record_provenance(url, plan.provenance())
+        store = Store.at(url)
+        snapshot = store.commit(
+            f"ingest of plan {plan.digest[:12]}", still_ours=lambda: read_token(store) == lock.token
+        )
     report = IngestReport(
         cube=url,
         plan=plan.digest,
@@ -300,6 +308,7 @@ def run_locked(
         pending=len(todo) - len(now),
         pixels_read=tally.pixels_read,
         seconds=time.monotonic() - started,
+        snapshot=snapshot,
     )
     tell(IngestEvent("finished", len(now), len(now), message=report.summary()))
     return report

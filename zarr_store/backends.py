@@ -2,7 +2,8 @@
 
 Pixels go through tensorstore, metadata through zarr-python, and the ledger and the lock through the small byte
 interface here. `FolderStore` is a folder of a file system: a write is durable (fsync of file and directory) and atomic
-(written beside, then renamed). `ObjectStore` of `objects.py` is a bucket, with the same promises.
+(written beside, then renamed). `ObjectStore` of `objects.py` is a bucket, with the same promises; `IcechunkStore` of
+`repository.py` is a repository in a folder, with one commit for each run.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import unquote, urlsplit
+
+import tensorstore as ts
 
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
 
-__all__ = ["FolderStore", "Store", "translate_os_errors"]
+__all__ = ["REPOSITORY_MARKER", "FolderStore", "Kind", "Store", "store_for", "translate_os_errors"]
 
 OBJECT_SCHEMES = ("s3", "gs")
+REPOSITORY_MARKER = "_terrashard/store.json"
+"""A folder with this file is an Icechunk repository of ours."""
+
+Kind = Literal["folder", "icechunk"]
 
 
 @contextlib.contextmanager
@@ -65,7 +72,13 @@ class Store(ABC):
             from zarr_store.objects import ObjectStore  # here: most cubes are folders, and obstore takes time to load
 
             return ObjectStore.at(text)
-        return FolderStore.at(text)
+        folder = FolderStore.at(text)
+        return _repository(folder) if (folder.root / REPOSITORY_MARKER).is_file() else folder
+
+    @property
+    def kind(self) -> Kind:
+        """What holds the cube: plain objects, or an Icechunk repository."""
+        return "folder"
 
     @property
     @abstractmethod
@@ -117,6 +130,34 @@ class Store(ABC):
     def tensorstore(self, path: str) -> dict[str, Any]:
         """Tensorstore's key-value store for the array at `path`; holds no credentials."""
 
+    def open_array(self, path: str, context: ts.Context) -> ts.TensorStore:
+        """The array at `path`, read-only; reading a chunk that was never written raises."""
+        return ts.open(
+            {
+                "driver": "zarr3",
+                "kvstore": self.tensorstore(path),
+                "fill_missing_data_reads": False,
+                "recheck_cached_data": "open",
+            },
+            open=True,
+            read=True,
+            write=False,
+            context=context,
+        ).result()
+
+    def settle(self) -> None:  # noqa: B027  # most stores have nothing to settle
+        """Finish what a run left undone that died while it ended; only under the cube's lock."""
+
+    def commit(self, message: str, *, still_ours: Callable[[], bool]) -> str | None:
+        """End a run: what it wrote becomes one snapshot, where the store has any; the snapshot's id, else None.
+
+        Args:
+            message: Of the snapshot.
+            still_ours: Whether the caller's lock holds.
+        """
+        del message, still_ours
+        return None
+
     @abstractmethod
     def zarr(self) -> Any:
         """What zarr-python and xarray open: a path or a Zarr store."""
@@ -124,6 +165,29 @@ class Store(ABC):
     @abstractmethod
     def beside(self) -> contextlib.AbstractContextManager[Store]:
         """A fresh store that becomes this one at the end, and leaves nothing on an error."""
+
+
+def store_for(url: str | os.PathLike[str], kind: Kind | None) -> Store:
+    """Where a cube of a kind goes: what is there already is opened as what it is.
+
+    Raises:
+        InvalidInput: As `Store.at`; or the place cannot hold a repository.
+    """
+    store = Store.at(url)
+    if kind != "icechunk" or store.kind == kind:
+        return store
+    if not isinstance(store, FolderStore):
+        raise InvalidInput(
+            f"--store icechunk: {store.url} is in a bucket, and a run stages its shards as files beside the "
+            "repository; give a local or mounted folder"
+        )
+    return store if store.exists() else _repository(store)
+
+
+def _repository(folder: FolderStore) -> Store:
+    from zarr_store.repository import IcechunkStore  # here: it is an extra, and few cubes are repositories
+
+    return IcechunkStore(folder.root)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ class CubeLock:
         self.took_over = False
 
     def __enter__(self) -> Self:
+        self._acquire()
+        self._store.settle()
+        return self
+
+    def _acquire(self) -> None:
         mine = json.dumps(
             {
                 **_identity(os.getpid()),
@@ -55,7 +60,7 @@ class CubeLock:
         for _ in range(2):
             if self._store.create_exclusive(self._key, mine):
                 self._mine = mine
-                return self
+                return
             held = self._store.read(self._key)
             if held is None:
                 continue
@@ -70,7 +75,7 @@ class CubeLock:
             if self._store.take(self._key, held, mine):
                 self._mine = mine
                 self.took_over = True
-                return self
+                return
         raise Locked(f"{self._store.url} was taken by another run at the same moment; repeat the command")
 
     def __exit__(

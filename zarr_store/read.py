@@ -138,18 +138,7 @@ class Cube:
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
         """One array, read-only; reading a chunk that was never written raises."""
         self.spec(collection).array(array)
-        return ts.open(
-            {
-                "driver": "zarr3",
-                "kvstore": self._store.tensorstore(f"{collection}/{array}"),
-                "fill_missing_data_reads": False,
-                "recheck_cached_data": "open",
-            },
-            open=True,
-            read=True,
-            write=False,
-            context=_CONTEXT,
-        ).result()
+        return self._store.open_array(f"{collection}/{array}", _CONTEXT)
 
     def read(self, collection: str, array: str, region: Region, bands: Sequence[int] | None = None) -> np.ndarray:
         """Read one box.

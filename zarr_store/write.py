@@ -18,7 +18,7 @@ import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from zarr_store.backends import Store, translate_os_errors
+from zarr_store.backends import Kind, Store, store_for, translate_os_errors
 from zarr_store.crash import crashpoint
 from zarr_store.errors import CubeMismatch, InvalidInput, Locked, MisalignedWrite
 from zarr_store.index import ChunkStats
@@ -52,7 +52,14 @@ BLOSC_BLOCK_BYTES = 1 << 18
 Items = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def create_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, provenance: Mapping[str, Any]) -> None:
+def create_cube(
+    url: str | Path,
+    specs: Sequence[CubeSpec],
+    *,
+    items: Items,
+    provenance: Mapping[str, Any],
+    kind: Kind | None = None,
+) -> None:
     """Create the metadata of a cube, or find that it exists already.
 
     Args:
@@ -60,16 +67,22 @@ def create_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, pro
         specs: One per collection, all on one grid.
         items: Collection → item table; `source_item` counts its rows. Each row has at least "id" and "datetime".
         provenance: What made the cube (plan digest, configuration, version); JSON.
+        kind: What holds it: plain files or objects, or an Icechunk repository; None for files, or for what is there.
 
     Raises:
         CubeMismatch: A cube of another grid, band list, time axis or item table is there; the message is the diff.
         InvalidInput: Something else is there, or the specs do not fit together.
     """
-    store = Store.at(url)
+    store = store_for(url, kind)
     _check_specs(specs)
     described = describe(specs, items)
     if store.exists():
         _check_existing(store, described)
+        if kind is not None and kind != store.kind:
+            raise CubeMismatch(
+                f"{store.url} is held by {store.kind}, not {kind} (--store): nothing was changed. Leave --store out, "
+                "or choose another path"
+            )
         return
     with store.beside() as fresh:
         lay_out(fresh.zarr(), specs, described, provenance)

@@ -15,10 +15,13 @@ from zarr_store.crash import crashpoint
 
 
 @pytest.mark.slow
-def test_dying_at_every_step_of_making_and_growing_a_cube(tmp_path: Path, repository: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "icechunk"])
+def test_dying_at_every_step_of_making_and_growing_a_cube(tmp_path: Path, repository: Path, kind: str) -> None:
+    if kind == "icechunk":
+        pytest.importorskip("icechunk")
     script = Path(__file__).with_name("die_everywhere.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path), kind],
         env={**os.environ, "PYTHONPATH": str(repository)},
         capture_output=True,
         text=True,
@@ -27,7 +30,7 @@ def test_dying_at_every_step_of_making_and_growing_a_cube(tmp_path: Path, reposi
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    for name, least in (("make", 12), ("grow", 20)):
+    for name, least in (("make", 12), ("grow", 20)) if kind == "folder" else (("make", 8), ("grow", 10)):
         assert found[name]["deaths"] >= least, f"{name} has fewer durable steps than it had: is a crash point gone?"
         assert found[name]["unlike"] == []
 
