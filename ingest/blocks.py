@@ -20,6 +20,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from ingest.ranges import RangeFile, Span
+from ingest.turns import computing
 
 __all__ = ["BlockReader", "DamagedBlockError"]
 
@@ -97,6 +98,15 @@ class BlockReader:
         blocks = self._blocks(row, col, height, width)
         spans = {block: self._span(*block) for block in blocks}
         self._file.fetch(span for span in spans.values() if span is not None)
+        with computing():
+            self._decode_all(spans, (row, col, height, width), out)
+        self._file.forget()
+        return out
+
+    def _decode_all(
+        self, spans: dict[tuple[int, int], Span | None], window: tuple[int, int, int, int], out: Pixels
+    ) -> None:
+        row, col, height, width = window
         tall, wide = self._block
         scratch = np.empty((2, tall, wide), self._dtype)
         for (y, x), span in spans.items():
@@ -111,8 +121,6 @@ class BlockReader:
                 self._decode(span, view, inside, scratch)
             except _FAULTS as error:
                 raise DamagedBlockError(f"block at row {y * tall}, column {x * wide} is damaged: {error}") from None
-        self._file.forget()
-        return out
 
     def _decode(self, span: Span, view: Pixels, inside: tuple[slice, slice], scratch: Pixels) -> None:
         """One block into the part of the result that it covers."""

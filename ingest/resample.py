@@ -21,6 +21,7 @@ from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 
 from ingest.stages import stage
+from ingest.turns import computing
 from zarr_store.grid import Grid
 
 __all__ = ["WindowReader", "is_nested", "pick_resampling", "place", "scale_ratio"]
@@ -163,7 +164,7 @@ def _warp(read: WindowReader, source: Grid, target: Grid, resampling: str, nodat
     for block, inside, cut, window in jobs:
         row, col, height, width = window
         pixels = read_part(row, col, height, width)
-        with stage("warp", math.prod(block.shape) * np.dtype(dtype).itemsize):
+        with computing(), stage("warp", math.prod(block.shape) * np.dtype(dtype).itemsize):
             result = _warp_block(pixels, source.window(row, col, height, width), block, resampling, ratio, nodata)
         out[inside] = result[cut]
 

@@ -31,12 +31,14 @@ from ingest.access import Access, forbid_gdal_threads
 from ingest.cluster import in_flight, open_cluster, prepare
 from ingest.config import IngestConfig
 from ingest.dashboard import publish
+from ingest.hrefs import is_url
 from ingest.plan import Plan
 from ingest.record import RunRecord
 from ingest.shard import fill_shard
 from ingest.stages import stage
 from ingest.stored import PLAN_KEY, keep_plan
 from ingest.task import Recipe, ShardTask
+from ingest.turns import seat
 from zarr_store.backends import Store
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, Preempted, TerrashardError
@@ -333,7 +335,7 @@ def ingest_shard(
     Returns:
         The shard's row, and how many source pixels were asked for.
     """
-    with _making():
+    with seat(remote=any(is_url(asset.href) for source in task.sources for asset in source.assets)), _making():
         return _make_shard(task, recipe, url, access, fence, again)
 
 

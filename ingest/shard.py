@@ -24,6 +24,7 @@ from ingest.mosaic import lay_source
 from ingest.read import NODATA, Access, Pixels, read_on_grid
 from ingest.sources import pixel_box
 from ingest.task import PlannedScene, Recipe, ShardTask, SourceAsset
+from ingest.turns import computing
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
 from zarr_store.ledger import SourceOutcome
@@ -192,19 +193,20 @@ class _Shard:
             raise
         classes, masked = self._classes(read, target)
         harmonised = np.empty((len(bands), *target.shape), recipe.dtype) if self.tally is not None else None
-        clear = lay_source(
-            here,
-            spec.kind,
-            [read[band] for band in spec.band_names],
-            classes,
-            item=scene.item,
-            dn_offsets=[_asset(scene, band).dn_offset for band in spec.band_names],
-            mask_layer=recipe.mask_layer or "scl",
-            masked=masked,
-            inside=None if self.inside is None else self.inside[place],
-            nodata=NODATA[recipe.dtype],
-            harmonised=harmonised,
-        )
+        with computing():
+            clear = lay_source(
+                here,
+                spec.kind,
+                [read[band] for band in spec.band_names],
+                classes,
+                item=scene.item,
+                dn_offsets=[_asset(scene, band).dn_offset for band in spec.band_names],
+                mask_layer=recipe.mask_layer or "scl",
+                masked=masked,
+                inside=None if self.inside is None else self.inside[place],
+                nodata=NODATA[recipe.dtype],
+                harmonised=harmonised,
+            )
         if self.tally is not None and harmonised is not None:
             self.tally.add(harmonised, clear, place)
 

@@ -418,6 +418,7 @@ class ShardWriter:
                 for a in spec.arrays()
             ]
             pending.append(self._write_overview(spec, region, arrays[spec.kind]))
+            stats = self._count(spec, region, arrays)  # while others encode and wait for the disk
             for future in pending:
                 future.result()
         crashpoint(f"pixels written {index}")
@@ -430,19 +431,8 @@ class ShardWriter:
                     f"{where}: {array.name} is not on disk after it was written; is the folder being changed?"
                 )
             checksums[array.name] = digest
-        layers = {name: arrays[name] for name in spec.class_layers}
-        stats = []
-        for box in spec.chunks(region).values():
-            t, y, x = box.within(region)
-            stats.append(
-                ChunkStats.of(
-                    arrays[spec.kind][t, :, y, x],
-                    arrays["status"][t, y, x],
-                    {name: layer[t, y, x] for name, layer in layers.items()},
-                )
-            )
         state: Any = "partial" if any(s.state == "missing" for s in sources) else "done"
-        row = LedgerRow(index, region, key, state, tuple(sources), checksums, tuple(stats))
+        row = LedgerRow(index, region, key, state, tuple(sources), checksums, stats)
         self._check_fence()  # another run may have begun to write here meanwhile: then the row is not ours to write
         ledger.put(row)
         return row
@@ -453,6 +443,15 @@ class ShardWriter:
         row = LedgerRow(self._index(cube.spec(self.collection), region), region, key, "failed", tuple(sources))
         cube.ledger(self.collection).put(row)
         return row
+
+    def _count(self, spec: CubeSpec, region: Region, arrays: Mapping[str, np.ndarray]) -> tuple[ChunkStats, ...]:
+        """What the training index says of each chunk."""
+        stats = []
+        for box in spec.chunks(region).values():
+            t, y, x = box.within(region)
+            layers = {name: arrays[name][t, y, x] for name in spec.class_layers}
+            stats.append(ChunkStats.of(arrays[spec.kind][t, :, y, x], arrays["status"][t, y, x], layers))
+        return tuple(stats)
 
     def _check_fence(self) -> None:
         if self.fence is not None and read_token(Store.at(self.url)) != self.fence:
