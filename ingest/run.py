@@ -26,6 +26,7 @@ from typing import Any, Literal
 from distributed import Client, as_completed
 from distributed.client import FutureCancelledError
 from distributed.comm.core import CommClosedError
+from distributed.scheduler import KilledWorker
 
 from ingest.access import Access, forbid_gdal_threads
 from ingest.cluster import in_flight, open_cluster, prepare
@@ -39,6 +40,7 @@ from ingest.stages import stage
 from ingest.stored import PLAN_KEY, keep_plan
 from ingest.task import Recipe, ShardTask
 from ingest.turns import seat
+from ingest.workers import memory_note
 from zarr_store.backends import Store
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, Preempted, TerrashardError
@@ -288,6 +290,10 @@ def run_locked(
                 if client is not None:  # the cluster of a config is prepared as it is opened
                     prepare(client)
                 known = {name: open_cube(url).ledger(name).rows() for name in open_cube(url).collections}
+                with suppress(OSError):  # a scheduler that is gone is said by the first task
+                    for name in sorted({task.collection for task in now}):
+                        if note := memory_note(running, plan.recipe(name).spec):
+                            log.warning("%s: %s", name, note)
                 page, tell = publish(running, plan, url, known, tell)
                 tell(IngestEvent("dashboard", 0, len(now), url=page, message="shards, rates and failures, live"))
                 with record.watching(running) if record else nullcontext():
@@ -518,6 +524,12 @@ def _take(future: Any, task: ShardTask, url: str, config: IngestConfig, tally: _
     if isinstance(error, TerrashardError) or config.on_error == "fail":
         raise error
     text = f"{task.collection} shard {task.index}: {type(error).__name__}: {error}"
+    if isinstance(error, KilledWorker):
+        text = (
+            f"{task.collection} shard {task.index}: it ended {error.allowed_failures + 1} workers, so it is left "
+            "alone; if they ran out of memory, give --memory, or plan with a --profile of smaller shards; `terrashard "
+            "retry-failed` tries it again"
+        )
     log.warning("%s", text)
     row = ShardWriter(url, task.collection).fail(task.region, key=task.key, sources=())
     tally.rows["failed"].append(row)

@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from distributed import Client
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from ingest.rates import RateKeeper, bind_worker
 from ingest.stages import stage_totals
 from zarr_store.errors import InvalidInput
+from zarr_store.spec import CubeSpec
 
-__all__ = ["CHECKED", "WORKER_ENVIRONMENT", "WORKER_SETTINGS", "WorkerGuard", "check_workers", "differences", "facts"]
+__all__ = [
+    "CHECKED",
+    "WORKER_ENVIRONMENT",
+    "WORKER_SETTINGS",
+    "WorkerGuard",
+    "check_workers",
+    "differences",
+    "facts",
+    "memory_note",
+]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +55,11 @@ WORKER_ENVIRONMENT = {
 # with the interpreter's lock in hand (CPython gh-106883). Since 3.12 nothing is collected inside an allocation.
 WORKER_SETTINGS: dict[str, Any] = {"distributed.worker.profile.enabled": False} if sys.version_info < (3, 12) else {}
 """Dask's own configuration for workers that we start; a nanny hands it to its worker."""
+SHARDS_HELD = 4
+"""Shards that a thread holds at most while it makes one: its arrays, what is decoded, what is packed; measured by
+benchmarks/ingest_memory.py."""
+IDLE_BYTES = 250 << 20
+"""Of a worker that has imported everything and done nothing."""
 CHECKED = ("terrashard", "dask", "distributed", "numpy", "rasterio", "tensorstore", "zarr")
 """Packages whose release decides over what is exchanged with a worker, or over bytes in the cube."""
 
@@ -86,6 +103,30 @@ class WorkerGuard(WorkerPlugin):
             log.error("worker %s may not work on this ingest and ends: %s", worker.address, text)
             # not awaited: a worker cannot close while it is being set up
             worker.loop.call_later(0.1, worker.close, reason="terrashard-other-versions")
+
+
+def memory_note(client: Client, spec: CubeSpec) -> str | None:
+    """What to change where a worker's memory limit is below what its threads need to make shards; None where it fits.
+
+    Args:
+        client: Its scheduler knows the limits of the workers; one without a limit has enough.
+        spec: Of the collection that is made.
+    """
+    pixels = math.prod(spec.shape)
+    pixel = sum(
+        np.dtype(array.dtype).itemsize * math.prod(spec.array_shape(array.name)) // pixels for array in spec.arrays()
+    )
+    shard = pixel * max((math.prod(region.shape) for region in spec.shards().values()), default=0)
+    for address, worker in sorted(client.scheduler_info(n_workers=-1)["workers"].items()):
+        limit, threads = int(worker["memory_limit"] or 0), int(worker["nthreads"])
+        needed = IDLE_BYTES + SHARDS_HELD * shard * threads
+        if limit and limit < needed:
+            return (
+                f"worker {address} may use {limit >> 20} MiB, and {threads} thread(s) that make shards of "
+                f"{shard >> 20} MiB need about {needed >> 20} MiB; give --memory {-(-needed // 10**6)}MB, or plan with "
+                "a --profile of smaller shards"
+            )
+    return None
 
 
 def check_workers(client: Client) -> None:

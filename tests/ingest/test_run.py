@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from ingest.config import IngestConfig
 from ingest.plan import Plan, plan_scenes
 from ingest.run import IngestEvent, run
 from ingest.testing import make_scene, probe_headers
+from ingest.workers import memory_note
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, InvalidInput, Locked, NoSpace
 from zarr_store.grid import Grid
 from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube
-from zarr_store.spec import Layout
+from zarr_store.spec import LAYOUTS, Layout
 
 SIZE = (70, 66)
 GRID = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), SIZE)
@@ -248,6 +250,43 @@ def test_a_dead_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     report = run(plan, tmp_path / "cube.zarr", config=IngestConfig(workers=2), on_event=kill)
     assert killed
     assert (report.exit_code, len(report.written)) == (0, len(plan.tasks))
+
+
+def test_d04_d05_a_shard_that_ends_every_worker_is_given_up_with_a_suggestion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(tmp_path / "scenes", days=1, shard=96)
+    assert len(plan.tasks) == 1
+    pids: set[int] = set()
+    # workers die at the first step of a shard, as if the system had killed them for their memory
+    monkeypatch.setenv("TERRASHARD_CRASH_AT", "1")
+
+    def watch(event: IngestEvent) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # dying at this moment
+                if "spawn_main" in " ".join(process.cmdline()):
+                    pids.add(process.pid)
+
+    config = IngestConfig(workers=1, memory="500MB")
+    report = run(plan, tmp_path / "cube.zarr", config=config, on_event=watch)
+    assert pids
+    assert not any(psutil.pid_exists(pid) for pid in pids), "they died, or ended with the run"
+    assert (report.exit_code, len(report.failed)) == (3, 1)
+    assert "it ended 4 workers" in report.errors[0]
+    assert "--memory" in report.errors[0]
+
+
+def test_d05_workers_get_their_memory_limit_and_too_little_is_said(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path / "scenes", days=1, shard=96)
+    recipe = plan.recipes[0]
+    large = replace(recipe.spec, grid=replace(recipe.spec.grid, shape=(4096, 4096)), layout=LAYOUTS["archive"])
+    with open_cluster(IngestConfig(workers=1, memory="700MB")) as client:
+        assert [w["memory_limit"] for w in client.scheduler_info()["workers"].values()] == [7 * 10**8]
+        assert memory_note(client, recipe.spec) is None
+        said = memory_note(client, large)
+    assert said is not None
+    assert "may use 667 MiB" in said
+    assert "--memory" in said
 
 
 def assert_loopback_only(processes: list[psutil.Process]) -> None:
