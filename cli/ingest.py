@@ -9,6 +9,7 @@ import typer
 
 from cli.options import COMPOSING, GRID, RUNNING, SELECTION, SOURCE_HELP, TRUST, ingest_config
 from cli.session import Session, command
+from zarr_store.errors import InvalidInput
 
 __all__ = ["register"]
 
@@ -35,6 +36,12 @@ def register(app: typer.Typer) -> None:
         refresh: Annotated[
             bool, typer.Option("--refresh", help="Make shards again whose scenes have a newer copy.")
         ] = False,
+        overwrite: Annotated[
+            bool,
+            typer.Option(
+                "--overwrite", help="Put a new cube in the place of the one there, when the new one is whole."
+            ),
+        ] = False,
         dry_run: Annotated[
             bool,
             typer.Option("--dry-run", help="Show the job script, manifest or options of the cluster; start nothing."),
@@ -49,6 +56,8 @@ def register(app: typer.Typer) -> None:
         from ingest.record import RunRecord
 
         check_report(report)
+        if overwrite and (append or refresh):
+            raise InvalidInput("--overwrite makes a new cube, --append and --refresh go on with the old one: give one")
         record = RunRecord() if report is not None and report.suffix.lower() == ".html" else None
         if dry_run:
             from ingest.cluster import dashboard_address
@@ -68,7 +77,7 @@ def register(app: typer.Typer) -> None:
             made = plan_of(session, source, config)
             for text in made.warnings:
                 session.warn(text)
-            result = run_plan(session, made, cube, config, record=record)
+            result = run_plan(session, made, cube, config, record=record, overwriting=overwrite)
         session.say(result.summary())
         if report is not None:
             keep_report(report, result, record)

@@ -65,13 +65,20 @@ def plan_of(session: Session, source: str, config: IngestConfig) -> Plan:
 
 
 def run_plan(
-    session: Session, plan: Plan, cube: str | Path, config: IngestConfig, *, record: RunRecord | None = None
+    session: Session,
+    plan: Plan,
+    cube: str | Path,
+    config: IngestConfig,
+    *,
+    record: RunRecord | None = None,
+    overwriting: bool = False,
 ) -> IngestReport:
     """Run a plan with progress on stderr; the address of the dashboard comes first."""
+    from ingest.overwrite import overwrite
     from ingest.run import run
 
     with watching(session, "ingest") as show:
-        return run(plan, cube, config=config, on_event=show, record=record)
+        return (overwrite if overwriting else run)(plan, cube, config=config, on_event=show, record=record)
 
 
 def check_report(path: Path | None) -> None:

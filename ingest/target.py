@@ -170,7 +170,7 @@ def _choose_anchor(inside: Sequence[Candidate]) -> tuple[tuple[float, float], st
     return (
         left,
         top,
-    ), f"lattice: corner ({left:g}, {top:g}), shared by {share:.0%} of the pixels at {finest:g}{others}"
+    ), f"lattice: corner ({left:.10g}, {top:.10g}), shared by {share:.0%} of the pixels at {finest:g}{others}"
 
 
 def _coarsest_nest(candidates: Sequence[Candidate], crs: str, resolution: float, anchor: tuple[float, float]) -> float:
@@ -194,4 +194,5 @@ def _union(boxes: Iterable[Bounds]) -> Bounds:
 
 
 def _show(box: Bounds) -> str:
-    return "(" + ", ".join(f"{value:.6g}" for value in box) + ")"
+    # the values of a projection are metres, of which every one counts; those of degrees need no more than six places
+    return "(" + ", ".join(f"{round(value, 6):.12g}" for value in box) + ")"

@@ -96,6 +96,7 @@ def test_the_zone_and_lattice_with_most_pixels_are_taken() -> None:
     assert made.grid.crs == "EPSG:32633"
     assert made.grid.offset_of(TILE) is not None
     assert made.grid.offset_of(half) is None
+    assert "lattice: corner (499980, 5200020), shared by" in made.summary(), "metres are written plainly"
     share = made.facts["sentinel-2-l2a"]["resampled_share"]
     assert 0.5 < share < 0.75
     asked = plan(
