@@ -68,7 +68,7 @@ def medians(sides: Mapping[str, Callable[[], float | None]], repeats: int) -> di
             if turn:  # the first turn warms imports and caches
                 seconds[name].append(spent)
     for name, values in seconds.items():
-        print(f"  {name:12} median {statistics.median(values):7.2f} s of {[round(v, 2) for v in values]}", flush=True)
+        print(f"  {name:24} median {statistics.median(values):7.2f} s of {[round(v, 2) for v in values]}", flush=True)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

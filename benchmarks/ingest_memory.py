@@ -37,16 +37,21 @@ def plan_of(copies: int, full: bool) -> Any:
 
 def peak_bytes(plan: Any) -> float:
     """Largest resident size of any worker during a run, above what it was before, in bytes."""
+    import dask
     from distributed import Client, LocalCluster
 
-    from ingest.cluster import WORKER_ENVIRONMENT
     from ingest.config import IngestConfig
     from ingest.run import run
+    from ingest.workers import WORKER_SETTINGS
 
     cube = OUT / "memory.zarr"
     shutil.rmtree(cube, ignore_errors=True)
-    options: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": None, "env": WORKER_ENVIRONMENT}
-    with LocalCluster(n_workers=WORKERS, threads_per_worker=1, **options) as cluster, Client(cluster) as client:
+    options: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": None}
+    with (
+        dask.config.set(WORKER_SETTINGS),
+        LocalCluster(n_workers=WORKERS, threads_per_worker=1, **options) as cluster,
+        Client(cluster) as client,
+    ):
         client.run(__import__, "ingest.run")  # imports are no part of a shard
         processes = [psutil.Process(nanny.pid) for nanny in cluster.workers.values()]
         idle = [process.memory_info().rss for process in processes]

@@ -20,10 +20,10 @@ from distributed.security import Security
 
 from ingest.config import IngestConfig
 from ingest.launch import exposed, start_cluster
-from ingest.workers import WORKER_ENVIRONMENT, WORKER_SETTINGS, check_workers
+from ingest.workers import WORKER_SETTINGS, check_workers
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["WORKER_ENVIRONMENT", "dashboard_address", "in_flight", "open_cluster", "prepare"]
+__all__ = ["dashboard_address", "in_flight", "open_cluster", "prepare"]
 
 _CONNECT_S = 20
 _DEATH_S = 60
@@ -165,7 +165,6 @@ def _local(config: IngestConfig, workers: int, dashboard: str, security: Securit
         host="127.0.0.1",
         dashboard_address=dashboard,
         memory_limit=int(dask.utils.parse_bytes(config.memory)) if config.memory else "auto",
-        env=WORKER_ENVIRONMENT,
         death_timeout=_DEATH_S,
         silence_logs=logging.ERROR,
         security=security,

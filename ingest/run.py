@@ -462,7 +462,7 @@ def _work(
             )
         return futures
 
-    queue = as_completed(submit(in_flight(client, config)))  # type: ignore[no-untyped-call]
+    queue = as_completed(submit(in_flight(client, config)), loop=client.loop)  # type: ignore[no-untyped-call]
     try:
         for future in queue:
             row = _take(future, by_key.pop(future.key), url, config, tally)

@@ -43,17 +43,21 @@ WORKER_ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     # Buffers of a shard stay with the process and serve the next: fresh memory from the system has to be faulted in
-    # page by page, which took a quarter of a shard's time. What is kept is bounded by what one shard needs; few arenas,
-    # as each keeps its own.
-    "MALLOC_ARENA_MAX": "2",
+    # page by page, which took a quarter of a shard's time. What is kept is bounded by what one shard needs; one arena,
+    # as each keeps its own: with two the worker grew to five and a half shards, with one to 3.7.
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
 }
+# The C library reads its own settings once, as a process begins: so a nanny must have all of them before it starts one.
 # Dask's profiler calls sys._current_frames() a hundred times a second. Before Python 3.12 a garbage collection within
 # that call can free a thread's locals, which waits for a lock that the call itself holds: the process stops for ever,
 # with the interpreter's lock in hand (CPython gh-106883). Since 3.12 nothing is collected inside an allocation.
-WORKER_SETTINGS: dict[str, Any] = {"distributed.worker.profile.enabled": False} if sys.version_info < (3, 12) else {}
+WORKER_SETTINGS: dict[str, Any] = {
+    "distributed.nanny.pre-spawn-environ": dict(WORKER_ENVIRONMENT),
+    **({"distributed.worker.profile.enabled": False} if sys.version_info < (3, 12) else {}),
+}
 """Dask's own configuration for workers that we start; a nanny hands it to its worker."""
 SHARDS_HELD = 4
 """Shards that a thread holds at most while it makes one: its arrays, what is decoded, what is packed; measured by

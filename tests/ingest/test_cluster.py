@@ -30,7 +30,7 @@ from ingest.config import IngestConfig
 from ingest.launch import describe, start_cluster
 from ingest.rates import Turns
 from ingest.testing import write_raster
-from ingest.workers import differences, facts
+from ingest.workers import WORKER_ENVIRONMENT, differences, facts
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 
@@ -221,6 +221,10 @@ def test_workers_follow_the_work_and_listen_on_loopback_only() -> None:
         opened = listening() - before
         assert opened, "the scheduler listens"
         assert {host for host, _ in opened} == {"127.0.0.1"}
+        # as the process began: what is set later no longer reaches the C library
+        begun = client.run(lambda: Path("/proc/self/environ").read_bytes().split(b"\0"))
+        for name, value in WORKER_ENVIRONMENT.items():
+            assert all(f"{name}={value}".encode() in lines for lines in begun.values()), name
         futures = client.map(time.sleep, [0.4] * 30, pure=False)
         deadline = time.monotonic() + 30
         while len(client.scheduler_info()["workers"]) < 2:
