@@ -157,9 +157,11 @@ def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.
         assert source is not None
         values = one.pixels[asset.band]
         kernel = pick_resampling(asset.kind, source, window, asset.resampling)
-        return place(
-            lambda r, c, h, w: values[r : r + h, c : c + w], source, window, kernel, dtype=values.dtype, nodata=0
-        )
+
+        def cut(row: int, col: int, height: int, width: int, into: np.ndarray | None = None) -> np.ndarray:
+            return values[row : row + height, col : col + width]
+
+        return place(cut, source, window, kernel, dtype=values.dtype, nodata=0)
 
     got = {a.name: np.zeros(recipe.spec.array_shape(a.name), a.dtype) for a in recipe.spec.arrays()}
     for task in plan.tasks:
