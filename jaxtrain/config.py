@@ -171,6 +171,10 @@ class RunConfig(_Strict):
     keep_checkpoints: int = Field(3, ge=2, description="newest verified checkpoints that are kept")
     read_threads: Positive = 2
     prefetch: Positive = Field(2, description="batches read ahead of the device")
+    shuffle: Literal["chunks", "windows"] = Field(
+        "chunks", description="chunks: each is decoded once an epoch · windows: as if windows lay anywhere"
+    )
+    mixed_chunks: Positive = Field(4, description="chunks of each place in the batch whose windows are mixed")
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="a loss that is not finite: stop · skip (the step changes nothing)"
     )
@@ -179,6 +183,9 @@ class RunConfig(_Strict):
         "stop", description="a damaged chunk: stop · quarantine (its windows are learnt no more, and listed)"
     )
     max_quarantined: Positive = Field(16, description="windows that may be put into quarantine, each process")
+    track: tuple[Literal["mlflow", "wandb"], ...] = Field(
+        (), description="trackers beside TensorBoard and metrics.jsonl; each is an extra"
+    )
     hang_s: float = Field(1200.0, gt=0, description="a run that has not moved for so long shows its stacks and ends")
 
 

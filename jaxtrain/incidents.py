@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,6 @@ class Incidents:
         run: Folder of the run.
         config: Policies and limits.
         process: Which process this is.
-        skipped: Steps that were skipped before this call, from the checkpoint: the limit holds for the whole run.
-        empty: Batches without labels before this call.
         on_warning: Called with one line for each incident; from any thread.
     """
 
@@ -46,15 +44,21 @@ class Incidents:
         config: RunConfig,
         *,
         process: int = 0,
-        skipped: int = 0,
-        empty: int = 0,
         on_warning: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self._path = run / (INCIDENTS if process == 0 else f"incidents-{process}.jsonl")
         self._config, self._warn = config, on_warning
         self._lock = threading.Lock()
         self._windows: set[tuple[int, ...]] = set()
-        self.skipped, self.empty = skipped, empty
+        self._held: list[str] | None = []
+        self.skipped = self.empty = 0
+
+    def begin(self, before: Mapping[str, int]) -> None:
+        """The run's folder is there now; `before` is what the checkpoint kept, as limits hold for the whole run."""
+        self.skipped, self.empty = before.get("skipped_steps", 0), before.get("empty_batches", 0)
+        with self._lock:
+            held, self._held = self._held or [], None
+            self._append("".join(held))
 
     @property
     def quarantined(self) -> int:
@@ -117,8 +121,17 @@ class Incidents:
         self._warn(f"window {window} is learnt no more ({count} of at most {config.max_quarantined}): {error}")
 
     def _write(self, line: dict[str, Any]) -> None:
+        text = json.dumps(line) + "\n"
+        if self._held is not None:  # nothing is written before everything is known to fit
+            self._held.append(text)
+        else:
+            self._append(text)
+
+    def _append(self, text: str) -> None:
+        if not text:
+            return
         with translate_os_errors(str(self._path)), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(text)
 
 
 def name_windows(rows: Rows) -> str:

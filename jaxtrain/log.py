@@ -1,4 +1,4 @@
-"""`RunLog`: what a run has measured, as JSON lines and as TensorBoard events.
+"""`RunLog`: what a run has measured, as JSON lines, as TensorBoard events, and for trackers that the run names.
 
 `metrics.jsonl` has one line for each step and one for each validation. A run that resumes from step n first drops the
 lines after n, so that the history has each step once, however often the run was killed.
@@ -7,13 +7,16 @@ lines after n, so that the history has each step once, however often the run was
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 from tensorboardX import SummaryWriter
 
+from jaxtrain.track import Tracker
 from zarr_store.backends import FolderStore, translate_os_errors
+from zarr_store.errors import TerrashardError
 
 __all__ = ["Kind", "RunLog", "read_metrics"]
 
@@ -42,23 +45,33 @@ class RunLog:
     Args:
         run: The run's folder.
         step: The step the run resumes from; lines after it are dropped.
-        tensorboard_every: Steps between TensorBoard points of kind "train".
+        tensorboard_every: Steps between TensorBoard points of kind "train", and between those for trackers.
+        trackers: Told the same as TensorBoard, and closed with the log.
     """
 
-    def __init__(self, run: Path, *, step: int, tensorboard_every: int = 1) -> None:
+    def __init__(self, run: Path, *, step: int, tensorboard_every: int = 1, trackers: Sequence[Tracker] = ()) -> None:
         kept = [line for line in read_metrics(run) if line["step"] <= step]
         FolderStore(run.absolute()).write(METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = (run / METRICS).open("a", encoding="utf-8")
         # purge_step makes TensorBoard forget the points of an earlier process after this step
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=30)
-        self._every = tensorboard_every
+        self._every, self._trackers = tensorboard_every, tuple(trackers)
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with translate_os_errors(self._file.name):
+                self._file.close()
+                self._board.close()
+                for tracker in self._trackers:
+                    tracker.close()
+        except TerrashardError:
+            if error is None:  # else the disk was full before, and that is what is said
+                raise
 
     def write(self, kind: Kind, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Add one line: kind, step and the metrics."""
@@ -66,6 +79,8 @@ class RunLog:
             self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
             self._file.flush()
         if kind == "validation" or step % self._every == 0:
-            for name, value in metrics.items():
-                if value is not None:
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            known = {f"{kind}/{name}": float(value) for name, value in metrics.items() if value is not None}
+            for name, number in known.items():
+                self._board.add_scalar(name, number, step)
+            for tracker in self._trackers:
+                tracker.log(known, step)

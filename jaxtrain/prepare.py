@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.data.batches import WindowReader
+from jaxtrain.data.batches import OnUnreadable, WindowReader
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.statistics import Statistics, training_statistics
 from jaxtrain.data.windows import WindowPlan, plan_windows
@@ -35,13 +36,16 @@ def check_same_run(out: Path, earlier: ModelCard, config: TrainConfig, resume: b
         )
 
 
-def prepare(config: TrainConfig, cube: Cube, earlier: ModelCard | None) -> tuple[ModelCard, WindowPlan, WindowReader]:
+def prepare(
+    config: TrainConfig, cube: Cube, earlier: ModelCard | None, *, on_unreadable: OnUnreadable | None = None
+) -> tuple[ModelCard, WindowPlan, WindowReader]:
     """Windows and statistics; those of the earlier run where there is one, so that it goes on with the same data.
 
     Args:
         config: The run.
         cube: The cube it learns from.
         earlier: Card of the run that is continued.
+        on_unreadable: As of `WindowReader`.
 
     Returns:
         The card, the windows of each part, and the reader for them.
@@ -53,7 +57,7 @@ def prepare(config: TrainConfig, cube: Cube, earlier: ModelCard | None) -> tuple
     data = config.data
     classes = Classes.of(data)
     spec = cube.spec(data.collection)
-    reader = WindowReader.of(cube, data, classes)
+    reader = replace(WindowReader.of(cube, data, classes), on_unreadable=on_unreadable)
     digest = cube_digest(cube, data.collection)
     if earlier is not None and digest != earlier.cube_digest:
         raise InvalidInput(

@@ -106,6 +106,7 @@ def write_report(
     steps = [line for line in history if line["kind"] == "train"]
     validations = [line for line in history if line["kind"] == "validation"]
     intervals = [line["seconds"] for line in steps if line.get("seconds")]
+    waits = [line["input_wait_s"] for line in steps if line.get("input_wait_s") is not None]
     config = card.config
     size = config.run.batch_size
     interval = statistics.median(intervals) if intervals else None
@@ -125,6 +126,7 @@ def write_report(
         windows_per_s=size / interval if interval else None,
         pixels_per_s=size * config.data.patch**2 / interval if interval else None,
         step_ms=1000 * interval if interval else None,
+        input_wait=sum(waits) / sum(intervals) if waits and intervals else None,
         bands=list(zip(card.bands, card.mean, card.std, strict=True)),
         classes=[(n, c, v, counted[n], counted[n] / total) for n, c, v in
                  zip(card.classes.names, card.classes.colours, card.classes.values, strict=True)],

@@ -38,7 +38,8 @@ _LEFTOVERS = (LOCK_KEY, "config.toml")
 """What a run leaves that was killed before it wrote its card."""
 
 _MAY_CHANGE = ("mesh", "data.cube", "data.colours", "run.log_every", "run.evaluate_every", "run.checkpoint_every",
-               "run.keep_checkpoints", "run.read_threads", "run.prefetch")  # fmt: skip
+               "run.keep_checkpoints", "run.read_threads", "run.prefetch", "run.on_nan", "run.max_skipped",
+               "run.on_corrupt", "run.max_quarantined", "run.hang_s", "run.track")  # fmt: skip
 """Keys that do not change what is learnt: a run may be continued with others. The cube is compared by digest."""
 
 

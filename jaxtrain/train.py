@@ -28,6 +28,7 @@ from jaxtrain.clock import Clock
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.batches import BatchStream, Rows
 from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.shuffle import ChunkOrder, chunk_numbers
 from jaxtrain.data.windows import WindowPlan
 from jaxtrain.evaluate import judge
 from jaxtrain.incidents import Incidents
@@ -39,10 +40,11 @@ from jaxtrain.report import collect_examples, write_report
 from jaxtrain.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
 from jaxtrain.state import Program
 from jaxtrain.step import make_eval_step, make_predict_step, make_train_step
+from jaxtrain.track import check_trackers, start_trackers
 from jaxtrain.watchdog import Watchdog
 from zarr_store.errors import Preempted
 from zarr_store.lock import CubeLock
-from zarr_store.read import open_cube
+from zarr_store.read import Cube, open_cube
 
 __all__ = ["TrainEvent", "TrainResult", "train"]
 
@@ -157,7 +159,8 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
 
     # ---- Cube → windows → statistics, all from the index where that is possible.
     cube = open_cube(config.data.cube)
-    card, plan, reader = prepare(config, cube, earlier)
+    incidents = Incidents(out, run, process=jax.process_index(), on_warning=lambda line: tell("warning", 0, line))
+    card, plan, reader = prepare(config, cube, earlier, on_unreadable=incidents.unreadable)
 
     # ---- The network on the mesh.
     program = program_of(card, config)
@@ -165,6 +168,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
     sharding = batch_sharding(program.mesh)
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(program.shapes.params))
     lead = jax.process_index() == 0
+    trackers = check_trackers(run.track) if lead else {}
     lock = CubeLock(out, "train", key=LOCK_KEY) if lead else contextlib.nullcontext()
 
     with lock, _watch_for_sigterm() as told_to_stop:
@@ -177,7 +181,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
         store.clear_partial()
         restored = store.restore(target_of(program))
         first = 0 if restored is None else restored.step
-        before = {} if restored is None else restored.extra.get("incidents", {})
+        incidents.begin({} if restored is None else restored.extra.get("incidents", {}))
         for line in restored.passed_over if restored else ():
             tell("warning", first, line)
         if restored is None:
@@ -188,23 +192,19 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
 
         # ---- Steps: dispatch one, then read the numbers of the one before, so that the device never waits for Python.
         key = jax.random.key(np.uint32(run.seed % (1 << 32)) ^ np.uint32(0x5EED))
-        order = SampleOrder(run.seed, len(plan.parts["train"]))
+        order = _order(config, cube, plan)
         size = run.batch_size
         last: dict[str, float] = {}
         judged: dict[str, Any] | None = None
         pending: tuple[int, Rows, dict[str, jax.Array], Any] | None = None
         clock, agreement, stopping = Clock(size), Agreement(program.mesh), False
-        incidents = Incidents(
-            out, run, process=jax.process_index(), skipped=before.get("skipped_steps", 0),
-            empty=before.get("empty_batches", 0), on_warning=lambda line: tell("warning", first, line),
-        )  # fmt: skip
         with (
-            (RunLog(out, step=first, tensorboard_every=run.log_every) if lead else contextlib.nullcontext()) as log,
+            (_log_of(config, out, first, trackers) if lead else contextlib.nullcontext()) as log,
             Watchdog(run.hang_s, out / f"hang-{jax.process_index()}.txt") as watchdog,
             store.saving(),
             BatchStream(
                 reader, plan.parts["train"], size=size, sharding=sharding, order=order, first=first, last=run.steps,
-                threads=run.read_threads, prefetch=run.prefetch, on_unreadable=incidents.unreadable, place=True,
+                threads=run.read_threads, prefetch=run.prefetch, place=True,
             ) as batches,
         ):  # fmt: skip
 
@@ -302,6 +302,20 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
         )
         tell("done", result.steps, f"{out}: {result.steps} steps; report: {report}", **result.validation)
         return result
+
+
+def _log_of(config: TrainConfig, out: Path, first: int, trackers: dict[str, Any]) -> RunLog:
+    started = start_trackers(trackers, out, config.model_dump(mode="json"))
+    return RunLog(out, step=first, tensorboard_every=config.run.log_every, trackers=started)
+
+
+def _order(config: TrainConfig, cube: Cube, plan: WindowPlan) -> SampleOrder | ChunkOrder:
+    """Which window is the n-th sample of the run."""
+    run, rows = config.run, plan.parts["train"].rows
+    if run.shuffle == "windows" or not len(rows):
+        return SampleOrder(run.seed, len(rows))
+    chunk = cube.spec(config.data.collection).layout.chunk
+    return ChunkOrder(run.seed, chunk_numbers(rows, config.data.patch, chunk), run.batch_size, run.mixed_chunks)
 
 
 def _position(config: TrainConfig, card: ModelCard, step: int, incidents: Incidents) -> dict[str, Any]:

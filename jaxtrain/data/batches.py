@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ import tensorstore as ts
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.shuffle import ChunkOrder
 from jaxtrain.data.windows import Windows
 from jaxtrain.parallel.mesh import batch_sharding
 from zarr_store.errors import IntegrityError, InvalidInput, UnknownName
@@ -35,7 +36,16 @@ from zarr_store.read import Cube, await_read
 from zarr_store.regions import Region
 from zarr_store.spec import STATUS_MASKED, STATUS_OBSERVED, CubeSpec
 
-__all__ = ["BatchStream", "HostBatch", "WindowReader", "band_positions", "local_rows", "put_batch"]
+__all__ = [
+    "BatchStream",
+    "HostBatch",
+    "OnUnreadable",
+    "Reader",
+    "WindowReader",
+    "band_positions",
+    "local_rows",
+    "put_batch",
+]
 
 HostBatch = dict[str, np.ndarray]
 Rows = npt.NDArray[np.int32]
@@ -54,6 +64,14 @@ def band_positions(spec: CubeSpec, bands: Sequence[str]) -> tuple[int, ...]:
     return tuple(spec.band_names.index(band) for band in bands or spec.band_names)
 
 
+class Reader(Protocol):
+    """What reads rows into batches: windows of a cube, or samples of a store."""
+
+    def read(self, rows: Rows) -> HostBatch:
+        """Read rows, int32 (B, 3) of (time, y, x) or (sample, y, x)."""
+        ...
+
+
 @dataclass(frozen=True)
 class WindowReader:
     """Reads windows of one collection.
@@ -67,6 +85,8 @@ class WindowReader:
         label: Class layer, or None where only the image is wanted.
         table: uint8 (256,) layer value → class index.
         index: Where given, chunks that were never written read as not observed; else they raise.
+        on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not
+            observed and not labelled. None raises.
     """
 
     cube: Cube
@@ -77,6 +97,7 @@ class WindowReader:
     label: str | None = None
     table: npt.NDArray[np.uint8] | None = None
     index: TrainingIndex | None = None
+    on_unreadable: OnUnreadable | None = None
 
     @classmethod
     def of(cls, cube: Cube, config: DataConfig, classes: Classes) -> WindowReader:
@@ -85,7 +106,7 @@ class WindowReader:
         return cls(cube, config.collection, bands, config.patch, config.learn_masked, config.label, classes.table())
 
     def read(self, rows: Rows) -> HostBatch:
-        """Read windows; all reads are under way before the first is waited for, and share chunks.
+        """Read windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it.
 
         Args:
             rows: int32 (B, 3) of (time, y, x).
@@ -97,33 +118,56 @@ class WindowReader:
             MissingShard: A shard under a window is absent.
             CorruptShard: Its checksum does not match; the message names the box.
         """
+        try:
+            return self._read(rows)
+        except IntegrityError:
+            if self.on_unreadable is None:
+                raise
+        parts: list[HostBatch | None] = []
+        for row in rows:
+            try:
+                parts.append(self._read(row[None]))
+            except IntegrityError as error:
+                self.on_unreadable(row, error)
+                parts.append(None)
+        nothing = self._nothing()
+        return {name: np.concatenate([(part or nothing)[name] for part in parts]) for name in nothing}
+
+    def _read(self, rows: Rows) -> HostBatch:
+        """All reads are under way before the first is waited for, and share chunks."""
         spec = self.cube.spec(self.collection)
         side, count = self.patch, len(rows)
         names = [spec.kind, "status"] + ([self.label] if self.label else [])
-        boxes = [(i, box) for i, row in enumerate(rows) for box in self._boxes(row)]
-        with ts.Batch() as batch:
-            pending = [(name, i, box, self._view(name, box).read(batch=batch)) for name in names for i, box in boxes]
-        parts: dict[str, np.ndarray] = {
-            name: np.zeros((count, side, side), spec.array(name).dtype) for name in names[1:]
-        }
-        image_BCHW = np.zeros((count, len(self.bands), side, side), spec.array(spec.kind).dtype)
+        # a part that no box covers must read as nothing; otherwise all of the memory is written below
+        make = np.empty if self.index is None else np.zeros
+        parts: dict[str, np.ndarray] = {name: make((count, side, side), spec.array(name).dtype) for name in names[1:]}
+        image_BCHW = make((count, len(self.bands), side, side), spec.array(spec.kind).dtype)
         parts[spec.kind] = image_BCHW
-        for name, i, box, read in pending:
-            y, x = (int(v) for v in rows[i, 1:])
-            parts[name][i, ..., box.y0 - y : box.y1 - y, box.x0 - x : box.x1 - x] = await_read(
-                read, f"{self.cube.url} {self.collection}/{name} {box}"
-            )
+        pending = []
+        with ts.Batch() as batch:
+            for name in names:
+                target = ts.array(parts[name])  # decoded straight into the batch, without a copy between
+                for i, row in enumerate(rows):
+                    y, x = int(row[1]), int(row[2])
+                    for box in self._boxes(row):
+                        place = target[i, ..., box.y0 - y : box.y1 - y, box.x0 - x : box.x1 - x]
+                        pending.append((name, box, place.write(self._view(name, box), batch=batch)))
+        for name, box, read in pending:
+            await_read(read, f"{self.cube.url} {self.collection}/{name} {box}")
         observed = parts["status"] == STATUS_OBSERVED
         if self.learn_masked:
             observed |= parts["status"] == STATUS_MASKED
-        result = {"image": np.ascontiguousarray(np.moveaxis(image_BCHW, 1, -1)), "observed": observed.astype(np.uint8)}
+        # bands come last only as a view: moving them is quicker in JAX, on its way to the device
+        result = {"image": np.moveaxis(image_BCHW, 1, -1), "observed": observed.view(np.uint8)}
         if self.label is None:
             result["clear"] = (parts["status"] == STATUS_OBSERVED).astype(np.uint8)
         elif self.table is not None:
-            result["label"] = np.where(observed, self.table[parts[self.label]], np.uint8(NOT_LEARNT))
+            label = np.take(self.table, parts[self.label])
+            label[~observed] = NOT_LEARNT
+            result["label"] = label
         return result
 
-    def nothing(self) -> HostBatch:
+    def _nothing(self) -> HostBatch:
         """One window without anything to see or to learn, in the form of `read`."""
         side = (1, self.patch, self.patch)
         spec = self.cube.spec(self.collection)
@@ -220,24 +264,21 @@ class BatchStream:
         first, last: Numbers of batches.
         threads: Batches that are decoded at once.
         prefetch: Batches that may wait for the device.
-        on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not
-            observed and not labelled. None raises.
         place: Whether batches come as global arrays on the devices (`put_batch`), which the reading threads see to.
     """
 
     def __init__(
         self,
-        reader: WindowReader,
+        reader: Reader,
         windows: Windows,
         *,
         size: int,
         sharding: jax.sharding.Sharding,
-        order: SampleOrder | None = None,
+        order: SampleOrder | ChunkOrder | None = None,
         first: int = 0,
         last: int | None = None,
         threads: int = 2,
         prefetch: int = 2,
-        on_unreadable: OnUnreadable | None = None,
         place: bool = False,
     ) -> None:
         self._reader, self._windows, self._order, self._size = reader, windows, order, size
@@ -246,7 +287,6 @@ class BatchStream:
         self._last = -(-len(windows) // size) if last is None else last
         self._depth = threads + prefetch
         self._sharding, self._place = sharding, place
-        self._on_unreadable = on_unreadable
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch")
         self._stopped = threading.Event()
 
@@ -280,28 +320,10 @@ class BatchStream:
             return {}
         missing = self._size - len(rows)
         filled = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
-        batch = self._read_readable(filled[self._local])
+        batch = self._reader.read(filled[self._local])
         extra = np.arange(self._size)[self._local] >= len(rows)
         if extra.any():
             batch["observed"][extra] = 0
             if "label" in batch:
                 batch["label"][extra] = NOT_LEARNT
         return put_batch(batch, self._sharding, self._size) if self._place else batch
-
-    def _read_readable(self, rows: Rows) -> HostBatch:
-        """The windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it."""
-        try:
-            return self._reader.read(rows)
-        except IntegrityError:
-            if self._on_unreadable is None:
-                raise
-        parts: list[HostBatch | None] = []
-        for row in rows:
-            try:
-                parts.append(self._reader.read(row[None]))
-            except IntegrityError as error:
-                self._on_unreadable(row, error)
-                parts.append(None)
-        like = next((part for part in parts if part is not None), None) or self._reader.nothing()
-        blank = {name: np.full_like(array, NOT_LEARNT if name == "label" else 0) for name, array in like.items()}
-        return {name: np.concatenate([(blank if part is None else part)[name] for part in parts]) for name in blank}

@@ -65,6 +65,7 @@ def test_it_shows_curves_confusion_tiles_split_and_statistics() -> None:
         assert base64.b64decode(source.partition(",")[2]).startswith(b"\x89PNG")
     card = load_card(shared_run())
     assert all(f"{mean:.1f}" in html for mean in card.mean)
+    assert re.search(r"Training waited for its input for \d+\.\d %", html)
     for heading in ("Training", "Scores", "Examples", "Ground and split", "Data", "Throughput", "Configuration"):
         assert f"<h2>{heading}</h2>" in html
     assert "vegetation" in html
