@@ -99,6 +99,13 @@ class MeshConfig(_Strict):
         0,
         description="what the axis data shares out beside the batch: 1 the optimiser's moments, 3 the parameters too",
     )
+    pipe: Positive = Field(1, description="stages of the network, each on devices of its own")
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = Field("1f1b", description="order of work of a pipeline")
+    microbatches: Positive = Field(4, description="parts of a batch that are under way in a pipeline")
+    chunks: Positive = Field(2, description="parts of the network on each stage of the schedule interleaved")
+    balance: Literal["estimated", "measured"] = Field(
+        "estimated", description="how a pipeline's cuts are found: by the compiler's count, or by timing on the device"
+    )
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = Field(
         (),
         description='ordered (regular expression on the parameter path, axis per dimension or ""); before the defaults',
@@ -127,18 +134,29 @@ class MeshConfig(_Strict):
         """Name and size of each mesh axis, outermost first; `data` and `model` always, others where they split."""
         rows, columns = self.spaces
         optional = {"space": rows, "space_w": columns}
-        return {"data": self.data} | {name: n for name, n in optional.items() if n > 1} | {"model": self.model}
+        pipe = {"pipe": self.pipe} if self.pipe > 1 else {}
+        return pipe | {"data": self.data} | {name: n for name, n in optional.items() if n > 1} | {"model": self.model}
 
     @property
     def size(self) -> int:
         """Number of devices."""
         return math.prod(self.axes.values())
 
+    @property
+    def parts(self) -> int:
+        """How many parts a pipeline cuts the network into."""
+        return self.pipe * (self.chunks if self.schedule == "interleaved" else 1)
+
     @model_validator(mode="after")
     def _makes_sense(self) -> MeshConfig:
         if self.zero and self.data == 1:
             raise ValueError(
                 f"zero = {self.zero} shares out over the axis data, whose size is 1: set data, or zero = 0"
+            )
+        if self.pipe > 1 and self.schedule == "interleaved" and self.microbatches % self.pipe:
+            raise ValueError(
+                f"the schedule interleaved sends microbatches in rounds of pipe = {self.pipe}: microbatches "
+                f"{self.microbatches} must be a multiple of it"
             )
         return self
 
@@ -208,6 +226,23 @@ class TrainConfig(_Strict):
         if self.data.patch % (1 << self.model.depth) and self.model.name == "unet":
             raise ValueError(
                 f"data.patch {self.data.patch} must be a multiple of 2^model.depth = {1 << self.model.depth}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_can_be_piped(self) -> TrainConfig:
+        mesh, batch = self.mesh, self.run.batch_size
+        if mesh.pipe == 1:
+            return self
+        if batch % (mesh.microbatches * mesh.data):
+            raise ValueError(
+                f"run.batch_size {batch} cannot be cut into mesh.microbatches {mesh.microbatches} of whole windows for "
+                f"mesh.data {mesh.data}: it must be a multiple of {mesh.microbatches * mesh.data}"
+            )
+        if self.model.norm == "batch" and mesh.microbatches > 1:
+            raise ValueError(
+                "model.norm = 'batch' needs the whole batch at once, a pipeline sees one microbatch after the other: "
+                "use model.norm = 'group' or 'local', or mesh.microbatches = 1"
             )
         return self
 

@@ -9,8 +9,8 @@ Randomness is not state: dropout draws from the key that a step is given, so a r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,11 +22,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike, NDArray
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.models import build_model
+from jaxtrain.models import PER_SAMPLE, build_model
+from jaxtrain.models.units import Carry, Unit, is_owned
+from jaxtrain.objective import Objective, Task
 from jaxtrain.optim import build_optimizer, build_schedule
-from jaxtrain.parallel.mesh import constrain, spec
+from jaxtrain.parallel.links import init_by_group, shape_of
+from jaxtrain.parallel.mesh import constrain, replicated
+from jaxtrain.parallel.schedule import balance_cuts
 from jaxtrain.parallel.sharding import partition_specs, path_name
 from jaxtrain.parallel.spatial import over_space
+from jaxtrain.parallel.stages import Layout, estimate, lay_out, measure
 from jaxtrain.parallel.zero import gather_for_use, share_out
 from zarr_store.errors import InvalidInput
 
@@ -61,6 +66,8 @@ class Program:
     std: NDArray[np.float32]
     """Per band (C,); 1 where a band is constant."""
     class_weights: NDArray[np.float32] | None
+    objective: Objective
+    """What is answered, and what it costs."""
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     graphdef: Any
@@ -74,6 +81,8 @@ class Program:
     """Shardings of the parameters as the network uses them: not shared out over `data`."""
     parts: Any
     """Shardings of the parameters as the optimiser changes them: shared out with `mesh.zero`."""
+    layout: Layout | None
+    """Where a pipeline is cut; None where there is none."""
     _init: Callable[[jax.Array], TrainState]
 
     def init(self, key: jax.Array) -> TrainState:
@@ -81,8 +90,48 @@ class Program:
         # LLVM spends seconds on random numbers that are drawn once; at level 1 the same bits come seven times sooner
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 1} if on_cpu else None
+        if self.layout is not None:
+            placed: TrainState = init_by_group(self._init, self.shapes, self.shardings, key, options)
+            return placed
         state: TrainState = jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)(key)
         return state
+
+    def apply_units(
+        self,
+        params: Mapping[str, Any],
+        statistics: Mapping[str, Any],
+        carry: Carry,
+        *,
+        span: tuple[int, int],
+        train: bool,
+        key: jax.Array,
+    ) -> tuple[Carry, dict[str, Any]]:
+        """Run some units of the network, those from `span[0]` to before `span[1]`, inside a jitted function.
+
+        Args:
+            params: by path, those that the units own.
+            statistics: by path, those that the units own.
+            carry: as the first of them takes it.
+            span: which units.
+            train: use and update batch statistics, drop out.
+            key: for dropout.
+
+        Returns:
+            The carry after the last of them (of the network's last unit: the float32 logits), and their statistics.
+        """
+        abstract = (self.shapes.params, self.shapes.model_state)
+        states = [
+            _like(template, list(({**_by_path(shapes), **mine}).values()))
+            for template, shapes, mine in zip(self.templates, abstract, (params, statistics), strict=False)
+        ]
+        model = nnx.merge(self.graphdef, *states, _reseed(self.templates[2], key))
+        units = model.units()
+        for unit in units[slice(*span)]:
+            carry = unit.run(carry, train)
+        if span[1] == len(units):
+            carry = (carry[0].astype(jnp.float32),)
+        found = _by_path(_plain(nnx.state(model, nnx.BatchStat)))
+        return carry, {name: found[name] for name in statistics}
 
     def apply(
         self, params: Any, model_state: Any, x_BHWC: jax.Array, *, train: bool, key: jax.Array | None = None
@@ -154,6 +203,8 @@ def build_program(
     if weights_K is not None and ((weights_K < 0).any() or not weights_K.any()):
         raise InvalidInput(f"class weights must be positive, got {weights_K.tolist()}")
 
+    objective = Objective(Task(per_image=config.model.name in PER_SAMPLE), config.optim, weights_K)
+
     def build(key: jax.Array) -> nnx.Module:
         params_key, dropout_key = jax.random.split(key)
         return build_model(
@@ -176,8 +227,7 @@ def build_program(
     graphdef, *states = nnx.split(abstract, nnx.Param, nnx.BatchStat, nnx.RngState)
     templates = (states[0], states[1], states[2])
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-    shardings, whole, parts = _shardings(config, mesh, optimizer, shapes)
-    return Program(
+    program = Program(
         config=config,
         channels=channels,
         classes=classes,
@@ -185,20 +235,58 @@ def build_program(
         mean=mean_C,
         std=np.where(std_C > 0, std_C, np.float32(1)),
         class_weights=weights_K,
+        objective=objective,
         optimizer=optimizer,
         schedule=build_schedule(config.optim, config.run.steps),
         graphdef=graphdef,
         templates=templates,
         shapes=shapes,
-        shardings=shardings,
-        whole=whole,
-        parts=parts,
+        shardings=shapes,  # until the layout is known
+        whole=None,
+        parts=None,
+        layout=None,
         _init=init,
     )
+    layout = None if config.mesh.pipe == 1 else _cut(program, abstract)
+    shardings, whole, parts = _shardings(config, mesh, optimizer, shapes, layout)
+    return replace(program, shardings=shardings, whole=whole, parts=parts, layout=layout)
+
+
+def _cut(program: Program, abstract: Any) -> Layout:
+    """Where the pipeline is cut, from the costs of the network's units."""
+    config = program.config
+    if jax.process_count() > 1:
+        raise InvalidInput(
+            f"mesh.pipe = {config.mesh.pipe} works on the devices of one process, this run has {jax.process_count()}: "
+            "use mesh.data, mesh.space, mesh.model and mesh.zero across processes"
+        )
+    if not hasattr(abstract, "units"):
+        raise InvalidInput(f"mesh.pipe cuts cnn per pixel, resnet and unet, not {config.model.name}: use mesh.pipe = 1")
+    units: list[Unit] = abstract.units()
+    params, statistics = _by_path(program.shapes.params), _by_path(program.shapes.model_state)
+    balance_cuts([1.0] * len(units), config.mesh.parts)  # refused before anything is measured
+    side, size = config.data.patch, config.run.batch_size // config.mesh.microbatches
+    carry: Any = (shape_of((size, side, side, program.channels), jnp.float32),)
+    costs = []
+    for position, unit in enumerate(units):
+        mine = [{n: leaf for n, leaf in tree.items() if is_owned(n, unit)} for tree in (params, statistics)]
+
+        def run(params: Any, carry: Any, at: int = position, statistics: Any = mine[1]) -> Carry:
+            kept = jax.tree.map(jnp.ones_like, statistics)
+            return program.apply_units(params, kept, carry, span=(at, at + 1), train=True, key=jax.random.key(0))[0]
+
+        judge = measure if config.mesh.balance == "measured" else estimate
+        costs.append(judge(run, mine[0], carry))
+        carry = jax.eval_shape(run, mine[0], carry)
+    return lay_out(program.mesh, units, [*params, *statistics], costs, chunks=config.mesh.parts)
 
 
 def _shardings(
-    config: TrainConfig, mesh: Mesh, optimizer: optax.GradientTransformation, shapes: TrainState
+    config: TrainConfig,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    shapes: TrainState,
+    layout: Layout | None,
 ) -> tuple[TrainState, Any, Any]:
     """Of the state, of the parameters in use, and of the parameters as the optimiser changes them."""
 
@@ -206,18 +294,25 @@ def _shardings(
         return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
     rules = config.mesh.rules
-    params = partition_specs(shapes.params, mesh, rules, known=names(shapes.model_state))
-    statistics = partition_specs(shapes.model_state, mesh, rules, known=names(shapes.params))
-    parts = share_out(shapes.params, params, mesh) if config.mesh.zero else params
+    where = mesh if layout is None else layout.groups[0]
+    params = partition_specs(shapes.params, where, rules, known=names(shapes.model_state))
+    statistics = partition_specs(shapes.model_state, where, rules, known=names(shapes.params))
+    parts = share_out(shapes.params, params, where) if config.mesh.zero else params
+
+    def place(tree: Any) -> Any:
+        def at(path: Any, lies: PartitionSpec) -> NamedSharding:
+            home = mesh if layout is None else layout.mesh(layout.owner[path_name(path)])
+            return NamedSharding(home, lies)
+
+        return jax.tree_util.tree_map_with_path(at, tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+    whole, shared = place(params), place(parts)
     # moments lie as the optimiser changes their parameters; counters are whole everywhere
     moments = optax.tree.map_params(
-        optimizer, lambda _, lies: lies, shapes.opt_state, parts, transform_non_params=lambda _: spec()
+        optimizer, lambda _, lies: lies, shapes.opt_state, shared, transform_non_params=lambda _: replicated(mesh)
     )
-    specs = TrainState(spec(), parts if config.mesh.zero == 3 else params, statistics, moments)
-    placed: tuple[TrainState, Any, Any] = jax.tree.map(
-        lambda leaf: NamedSharding(mesh, leaf), (specs, params, parts), is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
-    return placed
+    used = shared if config.mesh.zero == 3 else whole
+    return TrainState(replicated(mesh), used, place(statistics), moments), whole, shared
 
 
 def _vector(name: str, values: ArrayLike, size: int) -> NDArray[np.float32]:
@@ -225,6 +320,10 @@ def _vector(name: str, values: ArrayLike, size: int) -> NDArray[np.float32]:
     if vector.shape != (size,) or not np.isfinite(vector).all():
         raise InvalidInput(f"{name} must be {size} finite numbers, got shape {vector.shape}: {vector.tolist()}")
     return vector
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _plain(state: Any) -> Any:

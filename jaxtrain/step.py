@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxtrain.data.augment import augment
-from jaxtrain.losses import cross_entropy_terms
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated
+from jaxtrain.parallel.pipeline import Pipeline
 from jaxtrain.state import Program, TrainState
 
 __all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "make_eval_step", "make_predict_step", "make_train_step"]
@@ -82,27 +84,23 @@ def make_train_step(program: Program) -> TrainStep:
     - `finite`: bool; false where loss or gradient are nan or infinite. Such a step counts, but changes neither
       parameters nor moments nor statistics, so the state stays fit to be saved while the caller decides to stop.
     """
-    config = program.config
-    weights = program.class_weights
-    split = batch_sharding(program.mesh, image=True)
+    if program.layout is not None:
+        return TrainStep(_pipeline(program).train)
+    objective = program.objective
 
     def step(state: TrainState, batch: dict[str, Any], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         augment_key, dropout_key = jax.random.split(key)
-        image, label, observed = batch["image"], batch["label"], batch["observed"]
-        if config.data.augment:
-            turned = augment((image, label, observed), key=augment_key)
-            # the compiler would go on with images split as they came out of a quarter turn, by columns
-            image, label, observed = constrain(turned, (split,) * 3)
-        x_BHWC = normalise(program, image, observed)
+        x_BHWC, ((label, _), *others) = prepare_batch(program, batch, augment_key, program.mesh)
 
         def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
-            logits_BHWK, model_state = program.apply(params, state.model_state, x_BHWC, train=True, key=dropout_key)
-            terms = cross_entropy_terms(
-                logits_BHWK, label, class_weights=weights, label_smoothing=config.optim.label_smoothing
-            )
-            return terms.mean(), (terms.labelled, logits_BHWK, model_state)
+            logits, model_state = program.apply(params, state.model_state, x_BHWC, train=True, key=dropout_key)
+            terms = objective.terms(logits, label)
+            loss = terms.mean()
+            for other, share in others:
+                loss = (1 - share) * loss + share * objective.terms(logits, other).mean()
+            return loss, (terms.labelled, logits, model_state)
 
-        (loss, (labelled, logits_BHWK, model_state)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (loss, (labelled, logits, model_state)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         gradient = program.share(gradient)
@@ -111,10 +109,9 @@ def make_train_step(program: Program) -> TrainStep:
         changed = (params, model_state, opt_state)
         kept = (state.params, state.model_state, state.opt_state)
         params, model_state, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
-        right = (logits_BHWK.argmax(axis=-1) == label.astype(jnp.int32)).sum(dtype=jnp.int32)
         metrics = {
             "loss": loss,
-            "accuracy": right.astype(jnp.float32) / jnp.maximum(labelled, 1).astype(jnp.float32),
+            "accuracy": objective.right(logits, label) / jnp.maximum(labelled, 1).astype(jnp.float32),
             "gradient_norm": gradient_norm,
             "learning_rate": program.schedule(state.step),
             "labelled": labelled,
@@ -140,16 +137,12 @@ def make_eval_step(program: Program) -> EvalStep:
     - `loss_sum`: float32 sum of -log p(truth) over labelled pixels; divided by `labelled` it is comparable between runs
     - `labelled`: int32
     """
+    if program.layout is not None:
+        return EvalStep(_pipeline(program).evaluate)
 
     def evaluate(params: Any, model_state: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
         x_BHWC = normalise(program, batch["image"], batch["observed"])
-        logits_BHWK, _ = program.apply(params, model_state, x_BHWC, train=False)
-        terms = cross_entropy_terms(logits_BHWK, batch["label"])
-        return {
-            "confusion": confusion(logits_BHWK, batch["label"]),
-            "loss_sum": terms.loss,
-            "labelled": terms.labelled,
-        }
+        return program.objective.sums(program.apply(params, model_state, x_BHWC, train=False)[0], batch["label"])
 
     shardings = (program.shardings.params, program.shardings.model_state, _batch_shardings(program))
     return EvalStep(jax.jit(evaluate, in_shardings=shardings, out_shardings=replicated(program.mesh)))
@@ -160,14 +153,29 @@ def make_predict_step(program: Program) -> PredictStep:
 
     `observed` (B, H, W) says which pixels hold data; without it, a pixel that is 0 in every band holds none.
     """
+    if program.layout is not None:
+        return PredictStep(_pipeline(program).predict)
 
     def predict(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:
         logits_BHWK, _ = program.apply(params, model_state, normalise(program, image, observed), train=False)
-        return jax.nn.softmax(logits_BHWK, axis=-1)
+        return program.objective.answer(logits_BHWK)
 
-    split = batch_sharding(program.mesh, image=True)
-    shardings = (program.shardings.params, program.shardings.model_state, split, split)
-    return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=split))
+    lies = _batch_shardings(program)
+    shardings = (program.shardings.params, program.shardings.model_state, lies["image"], lies["observed"])
+    return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=lies["label"]))
+
+
+def prepare_batch(
+    program: Program, batch: Batch, key: jax.Array, mesh: Mesh
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    """Augmented and normalised images, and each label with its share of the loss: one, or two of mixed samples."""
+    lies = _batch_shardings(program, mesh)
+    image, label, observed = batch["image"], batch["label"], batch["observed"]
+    if program.config.data.augment:
+        turned = augment((image, label, observed), key=key)
+        # the compiler would go on with images split as they came out of a quarter turn, by columns
+        image, label, observed = constrain(turned, (lies["image"], lies["label"], lies["observed"]))
+    return normalise(program, image, observed), [(label, jnp.float32(1))]
 
 
 def normalise(program: Program, image_BHWC: jax.Array, observed_BHW: jax.Array) -> jax.Array:
@@ -176,16 +184,11 @@ def normalise(program: Program, image_BHWC: jax.Array, observed_BHW: jax.Array) 
     return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(0))
 
 
-def confusion(logits_BHWK: jax.Array, label_BHW: jax.Array) -> jax.Array:
-    """int32 (K, K) counts of (truth, prediction) over labelled pixels."""
-    classes = jnp.arange(logits_BHWK.shape[-1], dtype=jnp.int32)
-    truth = (label_BHW.astype(jnp.int32)[..., None] == classes).astype(jnp.float32)
-    guess = (logits_BHWK.argmax(axis=-1).astype(jnp.int32)[..., None] == classes).astype(jnp.float32)
-    # a product of 0/1 matrices per sample is exact below 2^24 pixels, and no scatter is needed
-    per_sample = jnp.einsum("bhwk,bhwl->bkl", truth, guess)
-    return per_sample.astype(jnp.int32).sum(axis=0)
+def _pipeline(program: Program) -> Pipeline:
+    return Pipeline(program, partial(prepare_batch, program), partial(normalise, program))
 
 
-def _batch_shardings(program: Program) -> dict[str, Any]:
-    images = batch_sharding(program.mesh, image=True)
-    return {"image": images, "observed": images, "label": images}
+def _batch_shardings(program: Program, mesh: Mesh | None = None) -> dict[str, Any]:
+    mesh, per_image = mesh or program.mesh, program.objective.task.per_image
+    images = batch_sharding(mesh, image=True)
+    return {"image": images, "observed": images, "label": batch_sharding(mesh, image=not per_image)}

@@ -190,9 +190,15 @@ class ConvBlock(nnx.Module):
         self.skip = conv(inputs, outputs, 1, rngs=rngs) if residual and inputs != outputs else None
 
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        return self.second(self.first(x_BHWC, train=train), x_BHWC, train=train)
+
+    def first(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        """Up to the second convolution; a pipeline may cut here."""
         y = nnx.relu(self.norm1(self.conv1(x_BHWC), train=train))
-        if self.dropout is not None:
-            y = self.dropout(y, deterministic=not train)
+        return y if self.dropout is None else self.dropout(y, deterministic=not train)
+
+    def second(self, y: jax.Array, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        """The rest, of the first half's result and of the block's input."""
         y = self.norm2(self.conv2(y), train=train)
         if self.residual:
             y = y + (x_BHWC if self.skip is None else self.skip(x_BHWC))

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import SMALL, ConvBlock, conv
+from jaxtrain.models.units import Carry, Unit, halves
 
 __all__ = ["CNN", "build_cnn"]
 
@@ -43,6 +44,18 @@ class CNN(nnx.Module):
             y_BHWC = self.body[f"block{i}"](y_BHWC, train=train)
         logits_BHWK: jax.Array = self.head(nnx.relu(y_BHWC + self.skip(x_BHWC)))
         return logits_BHWK
+
+    def units(self) -> list[Unit]:
+        """The pieces that a pipeline may cut between; the image travels along for the skip to the last layer."""
+        found = []
+        for i in range(self.depth):
+            found += halves(f"body/block{i}", self.body[f"block{i}"], tuple if i else lambda carry: carry * 2)
+
+        def leave(carry: Carry, train: bool) -> Carry:
+            y, image = carry
+            return (self.head(nnx.relu(y + self.skip(image))),)
+
+        return [*found, Unit("head", ("skip", "head"), leave)]
 
 
 def build_cnn(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:

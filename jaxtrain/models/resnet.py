@@ -11,11 +11,14 @@ Letters in shapes: B sample, H row, W column, C channel, K class.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import SMALL, conv, halve, make_norm
+from jaxtrain.models.units import Unit, halves
 from zarr_store.errors import InvalidInput
 
 __all__ = ["STAGES", "BasicBlock", "Bottleneck", "ResNet", "build_resnet"]
@@ -55,9 +58,15 @@ class BasicBlock(nnx.Module):
         self.skip = _skip(inputs, outputs, stride, rngs)
 
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        return self.second(self.first(x_BHWC, train=train), x_BHWC, train=train)
+
+    def first(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        """Up to the second convolution; a pipeline may cut here."""
         y = nnx.relu(self.norm1(self.conv1(x_BHWC), train=train))
-        if self.dropout is not None:
-            y = self.dropout(y, deterministic=not train)
+        return y if self.dropout is None else self.dropout(y, deterministic=not train)
+
+    def second(self, y: jax.Array, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
+        """The rest, of the first half's result and of the block's input."""
         y = self.norm2(self.conv2(y), train=train)
         return nnx.relu(y + _around(x_BHWC, self.skip, self.stride))
 
@@ -126,6 +135,13 @@ class ResNet(nnx.Module):
                 y_BHWC = self.body[f"stage{stage}_block{block}"](y_BHWC, train=train)
         return self.leave(y_BHWC)
 
+    def units(self) -> list[Unit]:
+        """The pieces that a pipeline may cut between: the stem, halves of blocks (of bottlenecks, wholes), the end."""
+        found = [Unit("stem", ("stem",), lambda carry, train: (self.enter(carry[0]),))]
+        for name, block in self.body.items():
+            found += halves(f"body/{name}", block) if isinstance(block, BasicBlock) else [_of_bottleneck(name, block)]
+        return [*found, Unit("head", ("head",), lambda carry, train: (self.leave(carry[0]),))]
+
     def enter(self, x_BHWC: jax.Array) -> jax.Array:
         """The stem: `small` keeps the size, `patch` halves it by folding pixels into channels, `large` quarters it."""
         if self.stem_kind == "patch":
@@ -137,6 +153,10 @@ class ResNet(nnx.Module):
         """Features (B, H, W, C) → logits (B, K)."""
         logits_BK: jax.Array = self.head(y_BHWC.mean(axis=(1, 2)))
         return logits_BK
+
+
+def _of_bottleneck(name: str, block: Any) -> Unit:
+    return Unit(f"body/{name}", (f"body/{name}",), lambda carry, train: (block(carry[0], train=train),))
 
 
 def fold(x_BHWC: jax.Array) -> jax.Array:

@@ -8,11 +8,14 @@ cheap when split over devices and leaves no checkerboard.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import SMALL, ConvBlock, conv, halve, repeat_nearest
+from jaxtrain.models.units import Carry, Unit, halves
 
 __all__ = ["UNet", "build_unet"]
 
@@ -53,6 +56,28 @@ class UNet(nnx.Module):
             x_BHWC = self.decoder[f"level{level}"](x_BHWC, train=train)
         logits_BHWK: jax.Array = self.head(x_BHWC)
         return logits_BHWK
+
+    def units(self) -> list[Unit]:
+        """The pieces that a pipeline may cut between; the carry is what the decoder still needs, coarsest first."""
+
+        def down(carry: Carry) -> Carry:
+            return (halve(carry[0]), *carry)
+
+        def climb(level: int) -> Callable[[Carry], Carry]:
+            def up(carry: Carry) -> Carry:
+                x, skip, *rest = carry
+                return (repeat_nearest(self.up[f"level{level}"](x)) + skip, *rest)
+
+            return up
+
+        found = []
+        for level in range(self.depth + 1):
+            name = f"encoder/level{level}"
+            found += halves(name, self.encoder[f"level{level}"], down if level else tuple)
+        for level in reversed(range(self.depth)):
+            name = f"decoder/level{level}"
+            found += halves(name, self.decoder[f"level{level}"], climb(level), (f"up/level{level}",))
+        return [*found, Unit("head", ("head",), lambda carry, train: (self.head(carry[0]),))]
 
 
 def build_unet(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:

@@ -1,0 +1,67 @@
+"""The smallest pieces that a network can be cut into for a pipeline (`parallel/pipeline.py`).
+
+What one piece hands to the next is the carry: a tuple of arrays whose first dimension is the batch. Whatever a later
+piece needs, such as the features that a skip connection takes across a U-Net, travels in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+__all__ = ["Carry", "Staged", "Unit", "halves", "is_owned"]
+
+Carry = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a network."""
+
+    name: str
+    """For people: `encoder/level0, first half`."""
+    owns: tuple[str, ...]
+    """Paths of its modules: `encoder/level0/conv1`. Each parameter belongs to one unit."""
+    run: Callable[..., Carry]
+    """`run(carry, train) -> carry`; the first gets (image,), the last gives (logits,)."""
+    whole: bool = True
+    """Whether filters lie whole on each device after it; else no cut may follow where filters are split."""
+
+
+class Staged(Protocol):
+    """A network that can be cut."""
+
+    def units(self) -> list[Unit]:
+        """All pieces in order; run one after another they are the network."""
+
+
+def halves(path: str, block: Any, enter: Callable[[Carry], Carry] = tuple, owns: tuple[str, ...] = ()) -> list[Unit]:
+    """The two halves of a block of two convolutions with a skip around it.
+
+    Args:
+        path: of the block.
+        block: has `first(x, train=…)` and `second(y, x, train=…)`.
+        enter: the carry before the block → one whose first array is the block's input.
+        owns: further modules that `enter` uses.
+    """
+
+    def first(carry: Carry, train: bool) -> Carry:
+        x, *rest = enter(carry)
+        return (block.first(x, train=train), x, *rest)
+
+    def second(carry: Carry, train: bool) -> Carry:
+        y, x, *rest = carry
+        return (block.second(y, x, train=train), *rest)
+
+    return [
+        Unit(f"{path}, first half", (*owns, f"{path}/conv1", f"{path}/norm1"), first, whole=False),
+        Unit(f"{path}, second half", tuple(f"{path}/{name}" for name in ("conv2", "norm2", "skip")), second),
+    ]
+
+
+def is_owned(name: str, unit: Unit) -> bool:
+    """Whether a parameter's path lies in one of the unit's modules."""
+    return any(name == path or name.startswith(f"{path}/") for path in unit.owns)

@@ -1,0 +1,340 @@
+"""Pipeline parallelism: parts of the network on devices of their own, microbatches under way through them.
+
+Each part is a program of its own, compiled for its group of devices, so parts may be as unlike as the levels of a U-Net
+are. The host walks through the schedule (`schedule.trace`) and hands work to the devices without waiting for results;
+what one part hands to the next is copied from group to group. Nothing is looped on the device: XLA:CPU runs
+convolutions inside a loop forty times slower.
+
+A step is: the batch is turned and normalised on the first group, its labels on the last; forward and backward passes in
+the order of the schedule, gradients summed on the devices that hold the parameters; one sum over all groups for loss,
+gradient norm and metrics; each part updates its parameters. The loss is a mean over the global batch, and its weight is
+known from the labels before the first microbatch, so the sum over microbatches is the gradient of one device.
+
+The state that goes in and comes out is that of every other strategy, a `TrainState` of the whole network; its leaves
+lie on their groups. Batch statistics (norm `local`) are those of each microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxtrain.optim import build_optimizer
+from jaxtrain.parallel.links import join, lies_of, part_of, send
+from jaxtrain.parallel.mesh import constrain, image_spec, replicated, spec
+from jaxtrain.parallel.schedule import Work, order_of, trace
+from jaxtrain.parallel.sharding import path_name
+from jaxtrain.parallel.spatial import over_space
+from jaxtrain.parallel.zero import gather_for_use
+
+if TYPE_CHECKING:
+    from jaxtrain.models.units import Carry
+    from jaxtrain.state import Program, TrainState
+
+__all__ = ["Pipeline"]
+
+Batch = Mapping[str, Any]
+Tree = dict[str, Any]
+
+
+class Pipeline:
+    """The compiled parts of a pipelined program, and the walk through its schedule.
+
+    Args:
+        program: has a layout.
+        prepare: (batch, key, mesh) → normalised images and a list of (label, share of the loss), as a step of one
+            device makes them; traced on the first and on the last group, each of which uses its part.
+        normalise: (image, observed) → normalised images.
+    """
+
+    def __init__(self, program: Program, prepare: Callable[..., Any], normalise: Callable[..., Any]) -> None:
+        if program.layout is None:
+            raise ValueError("this program has no pipeline")
+        self.program, self.layout = program, program.layout
+        self._prepare, self._normalise = prepare, normalise
+        mesh, layout = program.config.mesh, program.layout
+        self.microbatches = mesh.microbatches
+        self.orders = order_of(mesh.schedule, groups=mesh.pipe, chunks=layout.chunks, microbatches=self.microbatches)
+        self.walk = [interval.work for interval in trace(self.orders, chunks=layout.chunks)]
+        self.log: list[Work] = []
+        """What the last step did, in order."""
+        chunks = range(layout.chunks)
+        self._last = layout.chunks - 1
+        self._names = [[n for n, at in layout.owner.items() if at == chunk] for chunk in chunks]
+        optim = program.config.optim
+        # the norm of the whole gradient is known only here, so the chain's own clipping is switched off, not left out
+        unclipped = optim if optim.clip_norm is None else optim.model_copy(update={"clip_norm": float("inf")})
+        self._optimizer = build_optimizer(unclipped, program.config.run.steps)
+        self._params = [self._of(program.shapes.params, k) for k in chunks]
+        self._statistics = [self._of(program.shapes.model_state, k) for k in chunks]
+        self._opt = [jax.eval_shape(self._optimizer.init, params) for params in self._params]
+        self._opt_names = [
+            [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)] for tree in self._opt
+        ]
+        self._counters = {
+            path_name(path)
+            for path, lies in jax.tree_util.tree_leaves_with_path(program.shardings.opt_state)
+            if lies.mesh == program.mesh
+        }
+        # results lie exactly where the arguments of the next call do, or each call would be compiled anew
+        summed = [self._of(program.shardings.model_state, k) for k in chunks]
+        gradient = [self._of(program.parts if mesh.zero else program.whole, k) for k in chunks]
+        self._forward = [jax.jit(partial(self._run_forward, k), out_shardings=(None, summed[k], None)) for k in chunks]
+        self._backward = [
+            jax.jit(partial(self._run_backward, k), donate_argnums=2, out_shardings=(None, gradient[k])) for k in chunks
+        ]
+        self._blank = [jax.jit(self._make_blank, out_shardings=(gradient[k], summed[k])) for k in chunks]
+        self._update = [
+            jax.jit(partial(self._run_update, k), donate_argnums=(1, 2), out_shardings=self._homes(k)) for k in chunks
+        ]
+        self._look = [jax.jit(partial(self._run_look, k)) for k in chunks]
+        self._images, self._labels = jax.jit(self._cut_images), jax.jit(self._cut_labels)
+        self._sums, self._answer = jax.jit(program.objective.sums), jax.jit(program.objective.answer)
+        self._enter = jax.jit(normalise)
+        self._partial = jax.jit(self._run_partial)
+        self._finish = jax.jit(self._run_finish, out_shardings=replicated(program.mesh))
+
+    def compilations(self) -> dict[str, list[int]]:
+        """How often each part was compiled, by what it does."""
+        groups: dict[str, list[Any]] = {"forward": self._forward, "backward": self._backward, "update": self._update}
+        return {name: [one._cache_size() for one in several] for name, several in groups.items()}
+
+    # ---- A training step
+
+    def train(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimiser step; see `jaxtrain.step.make_train_step`."""
+        layout, last, chunks = self.layout, self._last, range(self.layout.chunks)
+        augment_key, dropout_key = jax.random.split(key)
+        params = [self._of(state.params, k) for k in chunks]
+        statistics = [self._of(state.model_state, k) for k in chunks]
+        images = self._images(self._batch_on(batch, 0), self._on(augment_key, 0))
+        labels = self._labels(self._batch_on(batch, last), self._on(augment_key, last))
+        blank = [self._blank[k](params[k], statistics[k]) for k in chunks]
+        gradient, summed = [tree for tree, _ in blank], [tree for _, tree in blank]
+        arrived: dict[tuple[int, int], Any] = {(0, m): (image,) for m, image in enumerate(images)}
+        returned: dict[tuple[int, int], Any] = {}
+        pulls: dict[tuple[int, int], Any] = {}
+        counts: list[Any] = []
+        self.log = []
+        for work in self.walk:
+            k, m = work.chunk, work.microbatch
+            self.log.append(work)
+            if work.kind == "forward":
+                folded = self._on(jax.random.fold_in(dropout_key, m), k)
+                answers = ([label[m] for label, _ in labels], [share for _, share in labels]) if k == last else ()
+                made, summed[k], pulls[k, m] = self._forward[k](
+                    params[k], statistics[k], summed[k], arrived.pop((k, m)), folded, answers
+                )
+                if k == last:
+                    counts.append(made)
+                else:
+                    arrived[k + 1, m] = send(made, layout.mesh(k + 1))
+            else:
+                back, gradient[k] = self._backward[k](pulls.pop((k, m)), returned.pop((k, m), ()), gradient[k])
+                if k:
+                    returned[k - 1, m] = send(back, layout.mesh(k - 1))
+        metrics, scale, finite, step = self._settle(gradient, counts, state.step)
+        changed = []
+        for k in chunks:
+            moments, counters = self._opt_of(state.opt_state, k)
+            there = tuple(self._on(leaf, k) for leaf in (*counters, scale, finite))
+            changed.append(self._update[k](params[k], moments, gradient[k], statistics[k], summed[k], there))
+        return self._whole(state, changed, step), metrics
+
+    def _run_forward(
+        self, k: int, params: Tree, statistics: Tree, summed: Tree, carry: Carry, key: jax.Array, answers: Any
+    ) -> tuple[Any, Tree, Any]:
+        def run(params: Tree, carry: Carry) -> Any:
+            carry, new = self._units(k, params, statistics, carry, train=True, key=key)
+            if k != self._last:
+                return tuple(constrain(leaf, lies_of(leaf, self.layout.mesh(k))) for leaf in carry), (new, None)
+            labels, shares = answers
+            found = [self.program.objective.terms(carry[0], label) for label in labels]
+            loss = sum((share * terms.loss for share, terms in zip(shares, found, strict=True)), jnp.float32(0))
+            right = self.program.objective.right(carry[0], labels[0])
+            return loss, (new, (right, found[0].labelled))
+
+        if self.program.config.mesh.zero == 3:
+            run = gather_for_use(run, self._of(self.program.whole, k))
+        if k:
+            out, pull, (new, counted) = jax.vjp(run, params, carry, has_aux=True)
+        else:  # nobody learns from the gradient of an image
+            out, pull, (new, counted) = jax.vjp(lambda params: run(params, carry), params, has_aux=True)
+        summed = jax.tree.map(lambda total, now: total + now / self.microbatches, summed, new)
+        return (out if counted is None else (out, *counted)), summed, pull
+
+    def _run_backward(self, k: int, pull: Any, returned: Any, gradient: Tree) -> tuple[Any, Tree]:
+        found, *carry = pull(jnp.float32(1) if k == self._last else returned)
+        back = tuple(constrain(leaf, lies_of(leaf, self.layout.mesh(k))) for leaf in carry[0]) if k else None
+        return back, jax.tree.map(jnp.add, gradient, found)
+
+    def _make_blank(self, params: Tree, statistics: Tree) -> tuple[Tree, Tree]:
+        return jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, statistics)
+
+    def _run_update(
+        self, k: int, params: Tree, moments: Any, gradient: Tree, statistics: Tree, summed: Tree, there: Any
+    ) -> tuple[Tree, Any, Tree]:
+        *counters, scale, finite = there
+        opt = jax.tree.unflatten(jax.tree.structure(self._opt[k]), self._merge(k, moments, counters))
+        gradient = jax.tree.map(lambda leaf: leaf * scale, gradient)
+        if self.program.config.mesh.zero:
+            gradient = constrain(gradient, self._of(self.program.parts, k))
+        updates, new_opt = self._optimizer.update(gradient, opt, params)
+        new_params = jax.tree.map(lambda leaf, update: leaf + update.astype(leaf.dtype), params, updates)
+        changed = (new_params, jax.tree.leaves(new_opt), summed)
+        kept = (params, jax.tree.leaves(opt), statistics)
+        result: tuple[Tree, Any, Tree] = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        return result
+
+    def _homes(self, k: int) -> tuple[Any, list[Any], Any]:
+        """Where the update leaves parameters, the leaves of the optimiser's state, and batch statistics."""
+        lies = self.program.shardings
+        moments, counters = self._opt_of(lies.opt_state, k)
+        opt = self._merge(k, moments, [replicated(self.layout.mesh(k)) for _ in counters])
+        return self._of(lies.params, k), opt, self._of(lies.model_state, k)
+
+    # ---- What all groups must know of each other: once a step, a vector of three numbers and a count
+
+    def _settle(self, gradient: list[Tree], counts: list[Any], step: jax.Array) -> Any:
+        groups, mesh = self.layout.groups, self.program.mesh
+        numbers, labelled = [], []
+        for g, group in enumerate(groups):
+            mine = gradient[g :: len(groups)]
+            found = self._partial(mine, counts if group is self.layout.mesh(self._last) else [])
+            numbers.append(found[0])
+            labelled.append(found[1])
+        across = NamedSharding(mesh, spec("pipe"))
+        result = self._finish(join(numbers, across, (len(groups), 3)), join(labelled, across, (len(groups),)), step)
+        return result["metrics"], result["scale"], result["finite"], result["step"]
+
+    def _run_partial(self, gradients: list[Tree], counts: list[Any]) -> tuple[jax.Array, jax.Array]:
+        squares = sum((jnp.square(leaf).sum() for tree in gradients for leaf in tree.values()), jnp.float32(0))
+        loss = sum((loss for loss, _, _ in counts), jnp.float32(0))
+        right = sum((right for _, right, _ in counts), jnp.float32(0))
+        labelled = sum((labelled for _, _, labelled in counts), jnp.int32(0))
+        return jnp.stack([squares, loss, right])[None], labelled[None]
+
+    def _run_finish(self, numbers: jax.Array, labelled: jax.Array, step: jax.Array) -> dict[str, Any]:
+        squares, loss, right = numbers.sum(axis=0)
+        count, norm = labelled.sum(), jnp.sqrt(squares)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        limit = self.program.config.optim.clip_norm
+        scale = jnp.float32(1) if limit is None else jnp.where(norm < limit, 1, limit / norm)
+        metrics = {
+            "loss": loss,
+            "accuracy": right / jnp.maximum(count, 1).astype(jnp.float32),
+            "gradient_norm": norm,
+            "learning_rate": self.program.schedule(step),
+            "labelled": count,
+            "finite": finite,
+        }
+        return {"metrics": metrics, "scale": scale, "finite": finite, "step": step + 1}
+
+    # ---- Evaluation and prediction: the whole batch through the parts, one after the other
+
+    def evaluate(self, params: Any, statistics: Any, batch: Batch) -> dict[str, Any]:
+        """Sums over a batch; see `jaxtrain.step.make_eval_step`."""
+        carry = self._through(params, statistics, batch["image"], batch["observed"])
+        label = self._batch_on({"label": batch["label"]}, self._last)["label"]
+        found: dict[str, Any] = self._sums(carry[0], label)
+        return found
+
+    def predict(self, params: Any, statistics: Any, image: Any, observed: Any) -> jax.Array:
+        """Answers for a batch of images, on the last group."""
+        answer: jax.Array = self._answer(self._through(params, statistics, image, observed)[0])
+        return answer
+
+    def _through(self, params: Any, statistics: Any, image: Any, observed: Any) -> Carry:
+        there = self._batch_on({"image": image, "observed": observed}, 0)
+        carry: Carry = (self._enter(there["image"], there["observed"]),)
+        for k in range(self.layout.chunks):
+            carry = self._look[k](self._of(params, k), self._of(statistics, k), carry)
+            carry = send(carry, self.layout.mesh(k + 1)) if k < self._last else carry
+        return carry
+
+    def _run_look(self, k: int, params: Tree, statistics: Tree, carry: Carry) -> Carry:
+        run: Callable[..., Any] = partial(self._units, k, train=False, key=jax.random.key(0))
+        if self.program.config.mesh.zero == 3:
+            run = gather_for_use(run, self._of(self.program.whole, k))
+        result: Carry = run(params, statistics, carry)[0]
+        return tuple(constrain(leaf, lies_of(leaf, self.layout.mesh(k))) for leaf in result)
+
+    # ---- Parts of the batch
+
+    def _cut_images(self, batch: Tree, key: jax.Array) -> tuple[jax.Array, ...]:
+        return self._cut(self._prepare(batch, key, self.layout.mesh(0))[0])
+
+    def _cut_labels(self, batch: Tree, key: jax.Array) -> list[tuple[tuple[jax.Array, ...], jax.Array]]:
+        objective, found = self.program.objective, []
+        for label, share in self._prepare(batch, key, self.layout.mesh(self._last))[1]:
+            size = label.shape if objective.task.several else (*label.shape, self.program.classes)
+            weight = objective.terms(jnp.zeros(size, jnp.float32), label).weight
+            found.append((self._cut(label), share / jnp.where(weight > 0, weight, jnp.float32(1))))
+        return found
+
+    def _cut(self, array: jax.Array) -> tuple[jax.Array, ...]:
+        # each device cuts its own samples, so none travel
+        parts, m = self.program.config.mesh.data, self.microbatches
+        split = array.reshape(parts, m, array.shape[0] // (parts * m), *array.shape[1:])
+        return tuple(split[:, i].reshape(array.shape[0] // m, *array.shape[1:]) for i in range(m))
+
+    # ---- Between the whole network and its parts
+
+    def _units(self, k: int, params: Tree, statistics: Tree, carry: Carry, *, train: bool, key: jax.Array) -> Any:
+        with over_space(self.layout.mesh(k)):
+            return self.program.apply_units(params, statistics, carry, span=self.layout.span(k), train=train, key=key)
+
+    def _of(self, tree: Any, k: int) -> Tree:
+        found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        return {name: found[name] for name in self._names[k] if name in found}
+
+    def _opt_of(self, opt_state: Any, k: int) -> tuple[list[Any], list[Any]]:
+        """Leaves of the optimiser's state for one part: the moments of its parameters, and the counters of all."""
+        found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)}
+        leaves = [found[name] for name in self._opt_names[k]]
+        alike = list(zip(self._opt_names[k], leaves, strict=True))
+        return [v for n, v in alike if n not in self._counters], [v for n, v in alike if n in self._counters]
+
+    def _merge(self, k: int, moments: Any, counters: Any) -> list[Any]:
+        own, common = iter(moments), iter(counters)
+        return [next(common if name in self._counters else own) for name in self._opt_names[k]]
+
+    def _on(self, array: Any, k: int) -> jax.Array:
+        """What the group of a part holds of something that is whole everywhere."""
+        if isinstance(array, jax.Array) and len(array.sharding.device_set) == 1:
+            there: jax.Array = jax.device_put(array, replicated(self.layout.mesh(k)))
+            return there
+        return part_of(array, self.layout.mesh(k), spec())
+
+    def _batch_on(self, batch: Batch, k: int) -> Tree:
+        mesh = self.layout.mesh(k)
+        per_image = self.program.objective.task.per_image
+
+        def lies(name: str) -> Any:
+            return spec("data") if name == "label" and per_image else image_spec(mesh)
+
+        return {name: part_of(array, mesh, lies(name)) for name, array in batch.items()}
+
+    def _whole(self, before: TrainState, changed: Sequence[Any], step: jax.Array) -> TrainState:
+        """The state of the whole network, put together from its parts."""
+        found: dict[str, Any] = {"step": step}
+        copies: dict[str, dict[int, jax.Array]] = {}
+        for k, (params, opt, statistics) in enumerate(changed):
+            found |= {f"params/{name}": leaf for name, leaf in params.items()}
+            found |= {f"model_state/{name}": leaf for name, leaf in statistics.items()}
+            for name, leaf in zip(self._opt_names[k], opt, strict=True):
+                if name in self._counters:
+                    copies.setdefault(name, {})[k % len(self.layout.groups)] = leaf
+                else:
+                    found[f"opt_state/{name}"] = leaf
+        for name, by_group in copies.items():
+            parts = list(by_group.values())
+            found[f"opt_state/{name}"] = join(parts, replicated(self.program.mesh), parts[0].shape)
+
+        whole: TrainState = jax.tree_util.tree_map_with_path(lambda at, _: found[path_name(at)], before)
+        return whole

@@ -1,0 +1,182 @@
+"""When each stage of a pipeline works on which microbatch, and how long stages wait: pure, no device is touched.
+
+A pipeline cuts a network into chunks. Groups of devices hold one chunk each, or, interleaved, several: with G groups
+chunk k lies on group k mod G. A batch is cut into M microbatches. Three orders of work:
+
+- `gpipe` (Huang et al. 2019, arXiv:1811.06965): all forward, then all backward; keeps M activations.
+- `1f1b` (Narayanan et al. 2019, PipeDream): one backward after each forward as soon as there is one; group g of G keeps
+  at most G - g activations. As idle as gpipe.
+- `interleaved` (Narayanan et al. 2021, arXiv:2104.04473): 1f1b over several chunks a group, which shortens the start
+  and the end by the number of chunks, for as many more transfers.
+
+With equal stages the share of idle time, the bubble, is (G-1) / (M+G-1) for the first two and (G-1) / (V·M+G-1) for V
+chunks a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from zarr_store.errors import InvalidInput
+
+__all__ = ["Interval", "Order", "Work", "balance_cuts", "bubble", "in_flight", "order_of", "trace"]
+
+Order = Literal["gpipe", "1f1b", "interleaved"]
+
+
+@dataclass(frozen=True, order=True)
+class Work:
+    """One chunk's forward or backward pass of one microbatch."""
+
+    kind: Literal["forward", "backward"]
+    chunk: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """When some work was done."""
+
+    work: Work
+    group: int
+    start: float
+    end: float
+
+
+def order_of(order: Order, *, groups: int, chunks: int, microbatches: int) -> list[list[Work]]:
+    """What each group does, in order.
+
+    Args:
+        order: name of the schedule.
+        groups: G, groups of devices.
+        chunks: parts of the network, a multiple of G; for `gpipe` and `1f1b` equal to it.
+        microbatches: M; for `interleaved` a multiple of G.
+
+    Raises:
+        InvalidInput: the numbers do not fit the schedule.
+    """
+    if chunks % groups or (order != "interleaved" and chunks != groups):
+        raise InvalidInput(f"the schedule {order} cannot lay {chunks} chunks on {groups} groups of devices")
+    if order == "interleaved" and microbatches % groups:
+        raise InvalidInput(
+            f"the schedule interleaved sends microbatches in rounds of mesh.pipe = {groups}: mesh.microbatches "
+            f"{microbatches} must be a multiple of it"
+        )
+    per_group = chunks // groups
+    total = per_group * microbatches
+
+    def work(kind: Literal["forward", "backward"], group: int, number: int) -> Work:
+        # rounds of G microbatches through the first chunk of the group, then the same G through the next one
+        span = groups * per_group
+        slot = number % span // groups
+        chunk = (slot if kind == "forward" else per_group - 1 - slot) * groups + group
+        return Work(kind, chunk, number // span * groups + number % groups)
+
+    result = []
+    for group in range(groups):
+        if order == "interleaved":
+            forward = [work("forward", group, n) for n in range(total)]
+            backward = [work("backward", group, n) for n in range(total)]
+            ahead = min(2 * (groups - group - 1) + (per_group - 1) * groups, total)
+        else:
+            forward = [Work("forward", group, m) for m in range(microbatches)]
+            backward = [Work("backward", group, m) for m in range(microbatches)]
+            ahead = total if order == "gpipe" else min(groups - group - 1, total)
+        steady = [w for pair in zip(forward[ahead:], backward, strict=False) for w in pair]
+        result.append([*forward[:ahead], *steady, *backward[total - ahead :]])
+    return result
+
+
+def trace(
+    orders: Sequence[Sequence[Work]], *, chunks: int, seconds: Callable[[Work], float] | None = None
+) -> list[Interval]:
+    """When all is done, if each group works down its order and waits for what it needs; sorted by start.
+
+    Sorted so, it is one order of all work in which nothing comes before what it needs.
+
+    Args:
+        orders: what each group does.
+        chunks: parts of the network.
+        seconds: how long some work takes; none for 1 forward and 2 backward, divided by the chunks of a group.
+
+    Raises:
+        InvalidInput: the orders wait for each other.
+    """
+    scale = len(orders) / chunks
+    cost = seconds or (lambda work: scale * (1.0 if work.kind == "forward" else 2.0))
+    done: dict[Work, float] = {}
+    clock, position = [0.0] * len(orders), [0] * len(orders)
+    found: list[Interval] = []
+    while any(at < len(order) for at, order in zip(position, orders, strict=True)):
+        moved = False
+        for group, order in enumerate(orders):
+            while position[group] < len(order):
+                work = order[position[group]]
+                needed = _needs(work, chunks)
+                if any(other not in done for other in needed):
+                    break
+                start = max([clock[group], *(done[other] for other in needed)])
+                clock[group] = done[work] = start + cost(work)
+                found.append(Interval(work, group, start, done[work]))
+                position[group] += 1
+                moved = True
+        if not moved:
+            raise InvalidInput("the stages of this schedule wait for each other")
+    return sorted(found, key=lambda interval: (interval.start, interval.end, interval.group))
+
+
+def bubble(intervals: Sequence[Interval]) -> float:
+    """Share of the time of all groups, from the first start to the last end, in which they are idle."""
+    groups = {interval.group for interval in intervals}
+    span = max(i.end for i in intervals) - min(i.start for i in intervals)
+    busy = sum(i.end - i.start for i in intervals)
+    return 1 - busy / (span * len(groups))
+
+
+def in_flight(order: Sequence[Work]) -> int:
+    """The most activations that a group keeps at once."""
+    return max(accumulate(1 if work.kind == "forward" else -1 for work in order))
+
+
+def balance_cuts(costs: Sequence[float], parts: int) -> list[int]:
+    """First unit of each part, so that the dearest of the parts is as cheap as can be.
+
+    Args:
+        costs: of each unit of the network, in order.
+        parts: how many runs of units, each at least one unit long.
+
+    Raises:
+        InvalidInput: there are fewer units than parts.
+
+    >>> balance_cuts([4, 1, 1, 1, 1, 4], 3)
+    [0, 1, 5]
+    """
+    if parts > len(costs):
+        raise InvalidInput(
+            f"mesh.pipe needs {parts} stages, this network can be cut into {len(costs)} at most: lower mesh.pipe or "
+            "mesh.chunks, or take a deeper network"
+        )
+    sums = [0.0, *accumulate(float(cost) for cost in costs)]
+    # best[n] after p rounds: (dearest part, cuts) of the first n units in p parts
+    best: list[tuple[float, list[int]]] = [(total, [0]) for total in sums]
+    for part in range(2, parts + 1):
+        best = [
+            min(
+                ((max(best[cut][0], sums[end] - sums[cut]), [*best[cut][1], cut]) for cut in range(part - 1, end)),
+                default=(float("inf"), []),
+            )
+            for end in range(len(sums))
+        ]
+    return best[-1][1]
+
+
+def _needs(work: Work, chunks: int) -> list[Work]:
+    if work.kind == "forward":
+        return [Work("forward", work.chunk - 1, work.microbatch)] if work.chunk else []
+    own = Work("forward", work.chunk, work.microbatch)
+    if work.chunk == chunks - 1:
+        return [own]
+    return [own, Work("backward", work.chunk + 1, work.microbatch)]

@@ -1,0 +1,128 @@
+"""Where a network is cut for a pipeline, and which group of devices holds which part.
+
+The parts should take equally long, because all wait for the slowest. What a unit of the network costs is either
+estimated from its compiler's count of operations and bytes (the same on every machine), or measured on the first device
+(`mesh.balance = "measured"`); the cuts that make the dearest part cheapest follow from it. Cuts are no part of what is
+learnt: a checkpoint holds the whole network and continues with other cuts, or with none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxtrain.models.units import Carry, Unit, is_owned
+from jaxtrain.parallel.links import groups_of
+from jaxtrain.parallel.schedule import balance_cuts
+from zarr_store.errors import InvalidInput
+
+__all__ = ["Layout", "estimate", "lay_out", "measure"]
+
+FLOPS_PER_BYTE = 8.0
+"""Operations in the time of moving one byte, of processors and of accelerators that convolve in float32."""
+
+Pass = Callable[[Mapping[str, Any], Carry], Carry]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a network on the groups of a mesh."""
+
+    groups: tuple[Mesh, ...]
+    """One mesh per group; part k lies on group k mod G."""
+    starts: tuple[int, ...]
+    """First unit of each part."""
+    units: tuple[str, ...]
+    """Names of all units."""
+    owner: Mapping[str, int]
+    """Part of each parameter and batch statistic, by path."""
+    costs: tuple[float, ...]
+    """Of each unit, as the cuts were made from; any unit of cost."""
+
+    @property
+    def chunks(self) -> int:
+        """Number of parts."""
+        return len(self.starts)
+
+    def mesh(self, chunk: int) -> Mesh:
+        """The group of a part."""
+        return self.groups[chunk % len(self.groups)]
+
+    def span(self, chunk: int) -> tuple[int, int]:
+        """First unit of a part, and the first that is no longer of it."""
+        return self.starts[chunk], (*self.starts, len(self.units))[chunk + 1]
+
+    def chunk_costs(self) -> list[float]:
+        """Cost of each part."""
+        return [sum(self.costs[slice(*self.span(chunk))]) for chunk in range(self.chunks)]
+
+
+def lay_out(mesh: Mesh, units: Sequence[Unit], names: Sequence[str], costs: Sequence[float], *, chunks: int) -> Layout:
+    """Cut a network into `chunks` parts of equal cost.
+
+    Args:
+        mesh: has the axis `pipe` first.
+        units: of the network.
+        names: paths of all parameters and batch statistics.
+        costs: of each unit.
+        chunks: how many parts.
+
+    Raises:
+        InvalidInput: there are fewer places to cut than parts.
+    """
+    # with split filters the inside of a block lies split, and no cut may be there
+    whole = [True, *(unit.whole or mesh.shape["model"] == 1 for unit in units[:-1])]
+    first = [position for position, may in enumerate(whole) if may]
+    ends = [*first[1:], len(units)]
+    cuts = balance_cuts([sum(costs[a:b]) for a, b in zip(first, ends, strict=True)], chunks)
+    starts = tuple(first[cut] for cut in cuts)
+    unit_of = {name: next((i for i, unit in enumerate(units) if is_owned(name, unit)), None) for name in names}
+    lost = [name for name, position in unit_of.items() if position is None]
+    if lost:
+        raise InvalidInput(f"no unit of this network owns {', '.join(lost[:4])}: it cannot be cut, use mesh.pipe = 1")
+    owner = {
+        name: sum(position >= start for start in starts) - 1
+        for name, position in unit_of.items()
+        if position is not None
+    }
+    return Layout(groups_of(mesh), starts, tuple(unit.name for unit in units), owner, tuple(map(float, costs)))
+
+
+def estimate(run: Pass, params: Mapping[str, Any], carry: Any) -> float:
+    """Cost of one unit from the compiler's own count; nothing is compiled. Shapes are enough.
+
+    Args:
+        run: the unit, of its parameters and a carry.
+        params: by path.
+        carry: as it enters.
+    """
+    count = jax.jit(run).lower(params, carry).cost_analysis() or {}
+    return float(count.get("flops", 0.0)) + FLOPS_PER_BYTE * float(count.get("bytes accessed", 0.0))
+
+
+def measure(run: Pass, params: Mapping[str, Any], carry: Any, *, repeats: int = 3) -> float:
+    """Seconds of one unit's forward and backward pass on the first device, of numbers that do not matter."""
+
+    @jax.jit
+    def both(params: Any, carry: Any) -> Any:
+        out, pull = jax.vjp(run, params, carry)
+        return pull(out)
+
+    device = jax.local_devices()[0]
+    fill = jax.tree.map(lambda leaf: jax.device_put(jnp.full(leaf.shape, 0.5, leaf.dtype), device), (params, carry))
+    wait: Callable[..., Any] = jax.block_until_ready
+    wait(both(*fill))
+    seconds = []
+    for _ in range(repeats):
+        # time of the processor where that is what works: another program's turn is not this unit's cost
+        clock = time.process_time if device.platform == "cpu" else time.perf_counter
+        began = clock()
+        wait(both(*fill))
+        seconds.append(clock() - began)
+    return min(seconds)
