@@ -11,7 +11,6 @@ import functools
 import io
 import logging
 import os
-import re
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,24 +18,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 import rasterio
 import tenacity
-import urllib3
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from ingest.buckets import BucketRule, bucket_options
 from ingest.config import IngestConfig, parse_limit
-from ingest.connections import PatientRetry, PrivatePeerError, check_peers
-from ingest.hrefs import redact_logs
+from ingest.download import (
+    DRIVERS,
+    TIFF,
+    PermanentError,
+    TransientError,
+    cause_of,
+    fetch,
+    fetch_whole,
+    heads,
+    innermost,
+    peek,
+    redact,
+    with_sidecar,
+)
 from ingest.providers import PROVIDERS
-from ingest.ranges import HEAD_BYTES, Head, HeadCache, RangeFile, Span, tie
-from ingest.rates import Crowd, wait_for_turn
-from ingest.sign import Signing, SignRule, signed
-from zarr_store.errors import AccessError, AssetUnreadable, InvalidInput
+from ingest.ranges import Head, RangeFile, Span, tie
+from ingest.rates import wait_for_turn
+from ingest.sign import Signing, SignRule
+from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid, normal_crs
 
 __all__ = ["Access", "forbid_gdal_threads", "grid_of", "open_asset", "with_asset"]
@@ -44,21 +54,7 @@ __all__ = ["Access", "forbid_gdal_threads", "grid_of", "open_asset", "with_asset
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_DRIVERS = (
-    (b"II*\x00", "GTiff"),
-    (b"MM\x00*", "GTiff"),
-    (b"II+\x00", "GTiff"),
-    (b"MM\x00+", "GTiff"),
-    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JP2OpenJPEG"),
-    (b"\xff\x4f\xff\x51", "JP2OpenJPEG"),  # raw codestream: files named .tif in the wild hold one
-)
-_CODESTREAM = _DRIVERS[-1][0]
-_TIFF = tuple(start for start, name in _DRIVERS if name == "GTiff")
-_RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
-_BUSY = (429, 503)
-_crowd = Crowd()
-_MOST_WHOLE = 256 << 20
-_MOST_SIDECAR = 1 << 20
+_CODESTREAM = DRIVERS[-1][0]
 
 
 @dataclass(frozen=True)
@@ -138,14 +134,6 @@ class Access:
         }
 
 
-class _PermanentError(Exception):
-    """A fault that the next attempt would meet again."""
-
-
-class _TransientError(Exception):
-    """A fault that may be gone at the next attempt."""
-
-
 def with_asset(
     href: str,
     use: Callable[[rasterio.io.DatasetReader], T],
@@ -178,21 +166,21 @@ def with_asset(
             return use(dataset)
 
     def note(state: tenacity.RetryCallState) -> None:
-        cause = _cause(state.outcome.exception() if state.outcome else None, href)
+        cause = cause_of(state.outcome.exception() if state.outcome else None, href)
         log.info("scene %s, asset %s: attempt %d failed (%s); trying again", scene, asset, state.attempt_number, cause)
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(max(1, limits.attempts)) | tenacity.stop_after_delay(limits.deadline_s),
         wait=tenacity.wait_random_exponential(multiplier=limits.backoff_s, max=16 * limits.backoff_s),
-        retry=tenacity.retry_if_exception_type(_TransientError),
+        retry=tenacity.retry_if_exception_type(TransientError),
         before_sleep=note,
         reraise=True,
     )
     try:
         return retrying(once)
-    except (_PermanentError, _TransientError) as error:
+    except (PermanentError, TransientError) as error:
         tried = f" after {attempt} attempts" if attempt > 1 else ""
-        raise AssetUnreadable.of(scene, asset, _cause(error, href) + tried, redact(href)) from error
+        raise AssetUnreadable.of(scene, asset, cause_of(error, href) + tried, redact(href)) from error
 
 
 @contextmanager
@@ -208,8 +196,8 @@ def open_asset(
     try:
         with _opened(href, access or Access(), fresh=True) as dataset:
             yield dataset
-    except (_PermanentError, _TransientError) as error:
-        raise AssetUnreadable.of(scene, asset, _cause(error, href), redact(href)) from error
+    except (PermanentError, TransientError) as error:
+        raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact(href)) from error
 
 
 def forbid_gdal_threads() -> None:
@@ -245,9 +233,9 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
     """Open by magic bytes; faults of opening and of reading inside the block become permanent or transient."""
     path, magic, size, head = _peek(href, access, fresh)
     remote = path.startswith("/vsi")
-    driver = next((name for start, name in _DRIVERS if magic.startswith(start)), None)
+    driver = next((name for start, name in DRIVERS if magic.startswith(start)), None)
     if driver is None:
-        raise _PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
+        raise PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
     options = access.gdal_options()
     if magic.startswith(_CODESTREAM):  # it has no room for a georeference; that is in NAME.aux.xml beside it
         options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
@@ -258,14 +246,14 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
         try:
             more, session = bucket_options(href, access.bucket_rules)
         except InvalidInput as error:
-            raise _PermanentError(str(error)) from error
+            raise PermanentError(str(error)) from error
         options |= more
         wait_for_turn(f"s3://{path.removeprefix('/vsis3/')}", access.rates)
     file, local = None, None
     opener: Callable[..., io.RawIOBase | io.BytesIO] | None = None
     # never through GDAL's own HTTP client, which follows redirects to any host and cannot be told to wait
     if head is not None and head.ranges and head.size:
-        file = RangeFile(head, functools.partial(_fetch, href, head, access))
+        file = RangeFile(head, functools.partial(fetch, href, head, access))
     elif driver == "GTiff" and not remote and size:
         local = RangeFile(
             Head(path, magic, size, None, True, 0.0),
@@ -273,9 +261,9 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
             remote=False,
         )
     elif head is not None:
-        file = RangeFile(*_whole(path.removeprefix("/vsicurl/"), access))
+        file = RangeFile(*fetch_whole(path.removeprefix("/vsicurl/"), access))
     if file is not None:
-        opener = _with_sidecar(file, href, access) if magic.startswith(_CODESTREAM) else file.open
+        opener = with_sidecar(file, href, access) if magic.startswith(_CODESTREAM) else file.open
     try:
         with rasterio.Env(session=session, **options):
             with warnings.catch_warnings():
@@ -297,198 +285,56 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
         if file is not None and file.error is not None:
             raise file.error from error
         # a local file does not heal between attempts; a remote one may have been cut on the way
-        raise (_TransientError if remote else _PermanentError)(_innermost(error)) from error
+        raise (TransientError if remote else PermanentError)(innermost(error)) from error
 
 
 def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: Access) -> None:
     """Refuse what is not one plain band of sane size, before anything is decoded."""
     if dataset.count != 1:
-        raise _PermanentError(f"expected one band, the file has {dataset.count}")
+        raise PermanentError(f"expected one band, the file has {dataset.count}")
     dtype = dataset.dtypes[0]
     if dtype.startswith("complex") or dtype not in np.sctypeDict:
-        raise _PermanentError(f"expected an integer or float band, the file has {dtype}")
+        raise PermanentError(f"expected an integer or float band, the file has {dtype}")
     if dataset.colorinterp[0] == ColorInterp.alpha:
-        raise _PermanentError("expected a data band, the file has an alpha band")
+        raise PermanentError("expected a data band, the file has an alpha band")
     pixels = dataset.width * dataset.height
     if pixels > access.max_pixels:
-        raise _PermanentError(f"{dataset.height}×{dataset.width} pixels are more than the {access.max_pixels} allowed")
+        raise PermanentError(f"{dataset.height}×{dataset.width} pixels are more than the {access.max_pixels} allowed")
     height, width = dataset.block_shapes[0]
     block_bytes = height * width * np.dtype(dtype).itemsize
     too_small = size is not None and block_bytes > (16 << 20) and block_bytes > 1000 * size
     if block_bytes > access.max_block_bytes or too_small:
-        raise _PermanentError(
+        raise PermanentError(
             f"blocks of {height}×{width} pixels decode to {block_bytes >> 20} MiB from a file of {size} bytes: refused"
         )
     bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
     if bits is not None and int(bits) < 8:
-        raise _PermanentError(f"expected a band of 8 bits or more, the file has {bits}")
+        raise PermanentError(f"expected a band of 8 bits or more, the file has {bits}")
 
 
 def _peek(href: str, access: Access, fresh: bool = True) -> tuple[str, bytes, int | None, Head | None]:
     """(GDAL path, first bytes, size, head) of what is behind an href; no redirect to another host is followed."""
     scheme = urlsplit(href).scheme if "://" in href else ""
     if scheme in ("http", "https"):
-        heads = _heads(os.getpid())
-        head = None if fresh else heads.get(href)
+        known = heads(os.getpid())
+        head = None if fresh else known.get(href)
         if head is not None:
             return f"/vsicurl/{head.url}", head.data[:64], head.size, head
-        url, head = _peek_http(href, access)
-        if head.ranges and head.data.startswith(_TIFF):
-            heads.put(href, head)
+        url, head = peek(href, access)
+        if head.ranges and head.data.startswith(TIFF):
+            known.put(href, head)
         return f"/vsicurl/{url}", head.data[:64], head.size, head
     if scheme == "s3":  # GDAL signs these requests itself; the explicit driver still bounds what is parsed
         jpeg = href.lower().endswith((".jp2", ".j2k"))
-        return f"/vsis3/{href[5:]}", _DRIVERS[-2][0] if jpeg else _DRIVERS[0][0], None, None
+        return f"/vsis3/{href[5:]}", DRIVERS[-2][0] if jpeg else DRIVERS[0][0], None, None
     path = Path(href)
     if scheme or not path.is_absolute() or href.startswith("/vsi"):
-        raise _PermanentError("expected an http(s) or s3 URL or an absolute local path")
+        raise PermanentError("expected an http(s) or s3 URL or an absolute local path")
     try:
         with path.open("rb") as stream:
             return str(path), stream.read(64), path.stat().st_size, None
     except OSError as error:
-        raise _PermanentError(error.strerror or type(error).__name__) from error
-
-
-def _peek_http(href: str, access: Access) -> tuple[str, Head]:
-    pool = _pool(os.getpid(), access)
-    plain = href
-    renewed = access.sign == "none" and not access.sign_rules
-    url = _signed(href, access, pool)
-    for _ in range(4):
-        wait_for_turn(url, access.rates)
-        try:
-            with _crowd.place(url) as told_busy:
-                reply = pool.request(
-                    "GET", url, headers={"Range": f"bytes=0-{HEAD_BYTES - 1}"}, redirect=False, preload_content=False
-                )
-                told_busy(_was_busy(reply))
-        except PrivatePeerError as error:
-            raise _PermanentError(str(error)) from error
-        except urllib3.exceptions.HTTPError as error:
-            raise _TransientError(_innermost(error)) from error
-        try:
-            if reply.status in (301, 302, 303, 307, 308):
-                target = urljoin(url, reply.headers.get("Location", ""))
-                if urlsplit(target).netloc != urlsplit(href).netloc:
-                    raise _PermanentError(f"redirect to another host ({urlsplit(target).hostname}) is not followed")
-                url = plain = target
-                continue
-            if reply.status == 403 and not renewed:
-                url, renewed = _signed(href, access, pool, renew=True), True
-                continue
-            if reply.status not in (200, 206):
-                kind = _TransientError if reply.status in _RETRIED_STATUS else _PermanentError
-                raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
-            ranges = reply.status == 206
-            data = reply.read(HEAD_BYTES if ranges else 64, decode_content=False)
-            magic = data[:64]
-            whole = reply.headers.get("Content-Range", "").rpartition("/")[2] or reply.headers.get("Content-Length", "")
-            if not any(magic.startswith(start) for start, _ in _DRIVERS):
-                kind_text = reply.headers.get("Content-Type", "an unnamed type").partition(";")[0]
-                raise _PermanentError(f"not a TIFF or JPEG 2000 file (got {kind_text}, it begins with {magic[:24]!r})")
-            size = int(whole) if whole.isdigit() else None
-            return url, Head(plain, data, size, _version(reply), ranges, HeadCache.deadline())
-        except urllib3.exceptions.HTTPError as error:
-            raise _TransientError(_innermost(error)) from error
-        finally:
-            reply.close()
-    raise _PermanentError("more than three redirects")
-
-
-def _fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
-    """Some bytes of a file whose head is known; faults are permanent or transient, as those of opening.
-
-    Raises:
-        _TransientError: Among others where the file is no longer the one whose head is known.
-    """
-    pool = _pool(os.getpid(), access)
-    start, stop = span
-    headers = {"Range": f"bytes={start}-{stop - 1}"}
-    for renew in (False, True):
-        url = _signed(head.url, access, pool, renew=renew)
-        wait_for_turn(url, access.rates)
-        try:
-            with _crowd.place(url) as told_busy:
-                reply = pool.request("GET", url, headers=headers, redirect=False, decode_content=False)
-                told_busy(_was_busy(reply))
-        except urllib3.exceptions.HTTPError as error:
-            raise _TransientError(_innermost(error)) from error
-        if reply.status != 403 or url == head.url:
-            break
-    if reply.status != 206:
-        kind = _PermanentError if 400 <= reply.status < 500 and reply.status not in _RETRIED_STATUS else _TransientError
-        raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
-    etag, told = _version(reply), reply.headers.get("Content-Range", "")
-    if (etag != head.etag and None not in (etag, head.etag)) or told not in (
-        f"bytes {start}-{stop - 1}/{head.size}",
-        f"bytes {start}-{stop - 1}/*",
-    ):
-        _heads(os.getpid()).drop(href)
-        raise _TransientError("the file was replaced while it was read")
-    if len(reply.data) != stop - start:
-        raise _TransientError(f"the answer broke off after {len(reply.data)} of {stop - start} bytes")
-    return reply.data
-
-
-def _whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]]:
-    """A file of a server that answers no ranges, fetched once; GDAL itself would follow redirects to any host."""
-    try:
-        reply = _pool(os.getpid(), access).request("GET", url, redirect=False, preload_content=False)
-        try:
-            if reply.status != 200:
-                raise _TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
-            data = reply.read(_MOST_WHOLE + 1, decode_content=False)
-        finally:
-            reply.close()
-    except urllib3.exceptions.HTTPError as error:
-        raise _TransientError(_innermost(error)) from error
-    if len(data) > _MOST_WHOLE:
-        raise _PermanentError(
-            f"the server answers no range requests, and the file is larger than the {_MOST_WHOLE >> 20} MiB that are "
-            "read as a whole"
-        )
-
-    def beyond(span: Span) -> bytes:
-        raise _TransientError(f"the file ends at {len(data)} bytes, {span[1]} are needed")
-
-    return Head(url, data, len(data), None, False, 0.0), beyond
-
-
-def _with_sidecar(file: RangeFile, href: str, access: Access) -> Callable[..., io.RawIOBase | io.BytesIO]:
-    """Opens the file, and beside it NAME.aux.xml, where the georeference of a raw codestream is."""
-    parts = urlsplit(href)
-    beside = parts._replace(path=f"{parts.path}.aux.xml").geturl()
-    sidecar: list[bytes | None] = []
-
-    def fetch() -> bytes | None:
-        pool = _pool(os.getpid(), access)
-        reply = pool.request("GET", _signed(beside, access, pool), redirect=False, preload_content=False)
-        try:
-            return reply.read(_MOST_SIDECAR, decode_content=True) if reply.status == 200 else None
-        finally:
-            reply.close()
-
-    def opener(path: str, mode: str = "rb") -> io.RawIOBase | io.BytesIO:
-        if not path.endswith(".aux.xml"):
-            return file.open(path, mode)
-        if not sidecar:
-            sidecar.append(fetch())
-        if sidecar[0] is None:
-            raise FileNotFoundError(path)
-        return io.BytesIO(sidecar[0])
-
-    return opener
-
-
-def _version(reply: urllib3.BaseHTTPResponse) -> str | None:
-    """What changes when a remote file is replaced, if the server says it."""
-    return reply.headers.get("ETag") or reply.headers.get("Last-Modified")
-
-
-def _was_busy(reply: urllib3.BaseHTTPResponse) -> bool:
-    """Whether the host asked for patience, now or on an attempt that urllib3 repeated."""
-    history = reply.retries.history if reply.retries is not None else ()
-    return any(status in _BUSY for status in (reply.status, *(one.status for one in history)))
+        raise PermanentError(error.strerror or type(error).__name__) from error
 
 
 def _identity(path: str) -> tuple[int, ...]:
@@ -503,63 +349,7 @@ def _read_local(path: str, identity: tuple[int, ...], span: Span) -> bytes:
         with open(path, "rb", buffering=0) as stream:
             found = os.fstat(stream.fileno())
             if (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) != identity:
-                raise _TransientError("the file was replaced while it was read")
+                raise TransientError("the file was replaced while it was read")
             return os.pread(stream.fileno(), span[1] - span[0], span[0])
     except OSError as error:
-        raise _PermanentError(error.strerror or type(error).__name__) from error
-
-
-@functools.lru_cache(maxsize=2)
-def _heads(pid: int) -> HeadCache:
-    """One per process, as `_pool`."""
-    return HeadCache()
-
-
-def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool = False) -> str:
-    try:
-        return signed(href, access.sign, pool, renew=renew, rules=access.sign_rules)
-    except AccessError as error:
-        raise _TransientError(str(error)) from error
-
-
-@functools.lru_cache(maxsize=4)
-def _pool(pid: int, access: Access) -> urllib3.PoolManager:
-    """One pool per process (`pid` keys the cache, as sockets do not survive a fork)."""
-    redact_logs()
-    names = access.private_names
-    manager = urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=access.connect_timeout_s, read=max(access.low_speed_s, 1)),
-        retries=PatientRetry(
-            total=max(0, access.attempts - 1),
-            redirect=False,
-            status_forcelist=_RETRIED_STATUS,
-            backoff_factor=access.backoff_s,
-            backoff_max=16 * access.backoff_s,
-            backoff_jitter=access.backoff_s,
-            respect_retry_after_header=True,
-            raise_on_status=False,
-            connect=1,  # a closed port or unknown host is known at once: fail fast
-        ),
-        maxsize=32,
-    )
-    return check_peers(manager, lambda name: names is None or name in names)
-
-
-def redact(text: str) -> str:
-    """Drop queries, fragments and user information from every URL in `text`; they may be secrets."""
-    text = re.sub(r"((?:https?|s3)://)[^/\s'\"@]*@", r"\1", text)
-    return re.sub(r"((?:https?://|s3://|/vsi\w+/)[^\s'\"?#]*)[?#][^\s'\"]*", r"\1", text)
-
-
-def _cause(error: BaseException | None, href: str) -> str:
-    """A cause without secrets and without the folder the file lies in."""
-    text = str(error).replace(href, href.rpartition("/")[2]) if error else "unknown"
-    return " ".join(redact(text).split())[:300]
-
-
-def _innermost(error: BaseException) -> str:
-    """The text of the deepest cause: rasterio says "Read failed. See previous exception for details."."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    reason = getattr(error, "reason", None)
-    return str(reason if isinstance(reason, Exception) else error) or type(error).__name__
+        raise PermanentError(error.strerror or type(error).__name__) from error

@@ -21,7 +21,7 @@ from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.http.utils import RequestHandler
 
-from ingest.access import redact
+from ingest.download import redact
 from ingest.outlines import outlines_of
 from ingest.stages import STAGES
 

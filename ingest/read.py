@@ -16,8 +16,9 @@ import rasterio
 from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
-from ingest.access import Access, grid_of, open_asset, redact, with_asset
+from ingest.access import Access, grid_of, open_asset, with_asset
 from ingest.blocks import BlockReader
+from ingest.download import redact
 from ingest.ranges import blocks_of, range_file_of
 from ingest.resample import pick_resampling, place
 from ingest.stages import count_stage

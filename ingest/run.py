@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from ingest.cluster import in_flight, open_cluster, prepare
 from ingest.config import IngestConfig
 from ingest.dashboard import publish
 from ingest.hrefs import is_url
+from ingest.outcome import IngestEvent, IngestReport
 from ingest.plan import Plan
 from ingest.record import RunRecord
 from ingest.shard import fill_shard
@@ -54,9 +55,6 @@ __all__ = ["IngestEvent", "IngestReport", "Which", "ingest_shard", "run", "run_l
 
 log = logging.getLogger(__name__)
 
-_IN_FLIGHT_PER_THREAD = 2
-"""One task running and one waiting per thread: workers never idle, and stopping early wastes at most these."""
-_MOST_LISTED = 10
 
 _SETTLE_S = 5.0
 _being_made: set[int] = set()
@@ -64,124 +62,6 @@ _being_made: set[int] = set()
 
 Which = Literal["all", "absent", "unfinished"]
 """Shards that a run makes: all that are not done · those that were never written · those that are partial or failed."""
-
-
-@dataclass(frozen=True)
-class IngestEvent:
-    """Something a person may want to see while a run goes on.
-
-    Attributes:
-        kind: "planned" (totals are known) · "dashboard" (`url`) · "shard" (one ended; `row`) · "finished".
-        done: Shards that have ended in this run.
-        total: Shards that this run has to make.
-        row: Ledger row of the shard that ended; None where it could not be made.
-        url: Of the dashboard.
-        message: In words.
-    """
-
-    kind: Literal["planned", "dashboard", "shard", "finished"]
-    done: int = 0
-    total: int = 0
-    row: LedgerRow | None = None
-    url: str | None = None
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class IngestReport:
-    """What a run did.
-
-    Attributes:
-        cube: Where the cube is.
-        plan: Digest of the plan.
-        written: Rows of shards made now with every source read.
-        partial: Rows of shards with a source missing, made now or before.
-        skipped: Rows of shards that were done before.
-        failed: Rows of shards that could not be made, with nothing written.
-        errors: Why, one line per failed shard.
-        pending: Shards not tried, because of a limit.
-        pixels_read: Source pixels asked for over all bands.
-        seconds: Wall time.
-        snapshot: What the run committed, in a store that has snapshots.
-    """
-
-    cube: str
-    plan: str
-    written: tuple[LedgerRow, ...] = ()
-    partial: tuple[LedgerRow, ...] = ()
-    skipped: tuple[LedgerRow, ...] = ()
-    failed: tuple[LedgerRow, ...] = ()
-    errors: tuple[str, ...] = ()
-    pending: int = 0
-    pixels_read: int = 0
-    seconds: float = 0.0
-    snapshot: str | None = None
-
-    @property
-    def missing(self) -> dict[str, str]:
-        """Scene and asset that could not be read → cause."""
-        return {
-            f"{source.item_id}, asset {source.asset}": source.reason or "unknown"
-            for row in (*self.partial, *self.failed)
-            for source in row.sources
-            if source.state == "missing"
-        }
-
-    @property
-    def exit_code(self) -> int:
-        """0 when every shard that was asked for is complete, 3 when something is missing and can be tried again."""
-        return 3 if self.partial or self.failed else 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form; shards by index, without their statistics."""
-
-        def rows(which: Sequence[LedgerRow]) -> list[dict[str, Any]]:
-            return [
-                {
-                    "index": list(row.index),
-                    "region": row.region.to_list(),
-                    "sources": [asdict(source) for source in row.sources],
-                }
-                for row in which
-            ]
-
-        return {
-            "cube": self.cube,
-            "plan": self.plan,
-            "written": rows(self.written),
-            "partial": rows(self.partial),
-            "skipped": len(self.skipped),
-            "failed": rows(self.failed),
-            "errors": list(self.errors),
-            "missing": self.missing,
-            "pending": self.pending,
-            "pixels_read": self.pixels_read,
-            "seconds": round(self.seconds, 3),
-            **({"snapshot": self.snapshot} if self.snapshot else {}),
-            "exit_code": self.exit_code,
-        }
-
-    def summary(self) -> str:
-        """In words."""
-        made = len(self.written)
-        if not made and not self.partial and not self.failed and not self.pending:
-            return f"{self.cube}: nothing to do, all {len(self.skipped)} shards are done (0 written)"
-        counts = [
-            f"{made} shards written",
-            f"{len(self.partial)} with missing scenes",
-            f"{len(self.skipped)} were done before",
-            f"{len(self.failed)} failed",
-        ]
-        counts += [f"{self.pending} left for later"] if self.pending else []
-        lines = [f"{self.cube}: {', '.join(counts)}; {self.seconds:.1f} s"]
-        named = [f"missing: {scene}: {reason}" for scene, reason in self.missing.items()]
-        named += [f"failed: {text}" for text in self.errors]
-        lines += named[:_MOST_LISTED]
-        if len(named) > _MOST_LISTED:
-            lines.append(f"… and {len(named) - _MOST_LISTED} more")
-        if self.exit_code:
-            lines.append("the same command tries these again")
-        return "\n".join(lines)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest import access as access_module
+from ingest import download as download_module
 from ingest.access import Access, open_asset
 from ingest.ranges import HEAD_BYTES, Head, HeadCache, RangeFile, blocks_of, merge, range_file_of
 from ingest.rates import Crowd
@@ -185,7 +185,7 @@ def test_r03_a_host_that_is_busy_gets_fewer_requests_at_once(tmp_path: Path, mon
             pass
 
     crowd = Crowd()
-    monkeypatch.setattr(access_module, "_crowd", crowd)
+    monkeypatch.setattr(download_module, "_crowd", crowd)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads = True
     threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

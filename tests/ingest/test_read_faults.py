@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from ingest import access as access_module
+from ingest import download as download_module
 from ingest.blocks import BlockReader
 from ingest.config import IngestConfig
 from ingest.documents import Documents
@@ -162,7 +162,7 @@ def test_r08_a_server_without_ranges_is_read_whole_or_refused(server: ServerHand
 
 
 def test_r08_a_large_file_without_ranges_is_refused(server: ServerHandle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access_module, "_MOST_WHOLE", 1 << 16)
+    monkeypatch.setattr(download_module, "_MOST_WHOLE", 1 << 16)
     server.reset_counters()
     with pytest.raises(AssetUnreadable, match="answers no range requests"):
         read(server.file_url("zip.tif", fault="norange"))
