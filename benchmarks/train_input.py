@@ -1,0 +1,216 @@
+"""Batches to the device, beside raw tensorstore on the same cube and beside how others read a Dask-written one.
+
+Patches of 256² and 4 bands in random order, as many as an epoch has, on this machine's processors:
+
+- ours: `BatchStream` in the order of a run, image, status and label, as arrays of the device
+- tensorstore: the same windows of the image alone, read as they lie in the cube, and nothing more
+- xarray + torch: `DataLoader` with 2 workers over `isel` of the same pixels in the layout that `to_zarr` of a Dask
+  array has, one date, one band and 1024² a chunk
+- xbatcher: `BatchGenerator` over that store
+
+The last two are skipped, and say so, where the extra "bench" is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import BANDS, OUT, Row, arguments, medians, publish
+
+PATCH, BATCH = 256, 16
+COLLECTION = "sentinel-2-l2a"
+
+
+def make_stores(full: bool) -> tuple[Path, Path]:
+    """A cube of ours, and the same pixels as xarray and Dask would write them."""
+    import zarr
+
+    from zarr_store.grid import Grid
+    from zarr_store.regions import Region
+    from zarr_store.spec import LAYOUTS, BandSpec, CubeSpec
+    from zarr_store.write import ShardWriter, create_cube
+
+    times, side = (6, 4096) if full else (2, 2048)
+    ours, others = OUT / f"input-{side}.zarr", OUT / f"input-{side}-dask.zarr"
+    if ours.exists() and others.exists():
+        return ours, others
+    for folder in (ours, others):
+        shutil.rmtree(folder, ignore_errors=True)
+    rng = np.random.default_rng(0)
+    smooth = np.kron(rng.integers(300, 3000, (len(BANDS), side // 16, side // 16)), np.ones((16, 16), int))
+    stamps = tuple(f"2023-0{1 + t}-10T10:00:00" for t in range(times))
+    spec = CubeSpec(
+        COLLECTION, "reflectance", tuple(BandSpec(name) for name in BANDS),
+        Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (side, side)), stamps, ("scl",),
+        LAYOUTS["train"],
+    )  # fmt: skip
+    items = {COLLECTION: [{"id": f"item-{t}", "datetime": f"{stamp}Z"} for t, stamp in enumerate(stamps)]}
+    create_cube(ours, [spec], items=items, provenance={"made_by": "benchmark"})
+    writer = ShardWriter(ours, COLLECTION)
+    plain = zarr.create_group(str(others)).create_array(
+        "reflectance", shape=(times, len(BANDS), side, side), chunks=(1, 1, 1024, 1024), dtype="uint16",
+        dimension_names=("time", "band", "y", "x"),
+    )  # fmt: skip
+    for region in spec.shards().values():
+        t, y, x = region.slices
+        shape = (1, len(BANDS), region.y1 - region.y0, region.x1 - region.x0)
+        main = (smooth[None, :, y, x] + rng.normal(0, 60, shape)).clip(1, 65535).astype(np.uint16)
+        layer = (1, *shape[2:])
+        arrays = {"reflectance": main, "scl": np.full(layer, 4, np.uint8), "status": np.ones(layer, np.uint8)}
+        writer.write(Region(*region.to_list()), arrays | {"source_item": np.zeros(layer, np.int16)}, key="k",
+                     sources=())  # fmt: skip
+        plain[t, :, y, x] = main
+    return ours, others
+
+
+def fresh(url: Path) -> Any:
+    """The cube with empty caches, so that no side lives on what another has read."""
+    import tensorstore as ts
+
+    import zarr_store.read
+
+    zarr_store.read._CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
+    return zarr_store.read.open_cube(url)
+
+
+def ours_side(url: Path) -> tuple[Callable[[], float], int]:
+    import jax
+
+    from jaxtrain.config import DataConfig, MeshConfig
+    from jaxtrain.data.batches import BatchStream, WindowReader
+    from jaxtrain.data.classes import Classes
+    from jaxtrain.data.shuffle import ChunkOrder, chunk_numbers
+    from jaxtrain.data.windows import Windows
+    from jaxtrain.parallel.mesh import batch_sharding, make_mesh
+
+    config = DataConfig.model_validate({"cube": str(url), "classes": {"4": "land"}, "patch": PATCH})
+    spec = fresh(url).spec(COLLECTION)
+    times, height, width = spec.shape
+    t, y, x = (v.ravel() for v in np.mgrid[:times, : height // PATCH, : width // PATCH])
+    rows = np.stack([t, y * PATCH, x * PATCH], axis=1).astype(np.int32)
+    sharding = batch_sharding(make_mesh(MeshConfig()))
+    order = ChunkOrder(0, chunk_numbers(rows, PATCH, spec.layout.chunk), BATCH)
+
+    def epoch() -> float:
+        reader = WindowReader.of(fresh(url), config, Classes.of(config))
+        began = time.perf_counter()
+        with BatchStream(reader, Windows(PATCH, rows), size=BATCH, sharding=sharding, order=order,
+                         last=len(rows) // BATCH, place=True) as batches:  # fmt: skip
+            for _, _, batch in batches:
+                jax.block_until_ready(batch)
+        return time.perf_counter() - began
+
+    return epoch, len(rows) // BATCH * BATCH
+
+
+def raw_side(url: Path) -> Callable[[], float]:
+    import tensorstore as ts
+
+    def epoch() -> float:
+        handle = fresh(url).tensorstore(COLLECTION, "reflectance")
+        times, _, height, width = handle.shape
+        rows = np.stack([v.ravel() for v in np.mgrid[:times, : height // PATCH, : width // PATCH]], axis=1)
+        np.random.default_rng(0).shuffle(rows)
+        began = time.perf_counter()
+        ahead: list[Any] = []
+        for start in range(0, len(rows), BATCH):
+            with ts.Batch() as batch:
+                reads = [
+                    handle[t, :, y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH].read(batch=batch)
+                    for t, y, x in rows[start : start + BATCH].tolist()
+                ]
+            ahead.append(reads)
+            if len(ahead) > 4:  # as far ahead as ours
+                for read in ahead.pop(0):
+                    read.result()
+        for reads in ahead:
+            for read in reads:
+                read.result()
+        return time.perf_counter() - began
+
+    return epoch
+
+
+class XarrayPatches:
+    """A map-style dataset for torch: the i-th of `count` random windows of the Dask-written store."""
+
+    def __init__(self, url: str, count: int) -> None:
+        self.url, self.count = url, count
+        self._array: Any = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        import xarray as xr
+
+        if self._array is None:  # in the worker, not before it is started
+            self._array = xr.open_zarr(self.url, chunks=None, consolidated=False)["reflectance"]
+        array = self._array
+        times, _, height, width = array.shape
+        i = number * 7919 % (times * (height // PATCH) * (width // PATCH))  # a walk that tears neighbours apart
+        t, rest = divmod(i, (height // PATCH) * (width // PATCH))
+        y, x = (v * PATCH for v in divmod(rest, width // PATCH))
+        window = array.isel(time=t, y=slice(y, y + PATCH), x=slice(x, x + PATCH))
+        return np.asarray(window.values, np.float32)
+
+
+def torch_rate(url: Path, count: int) -> float:
+    from torch.utils.data import DataLoader
+
+    patches = XarrayPatches(str(url), count)
+    loader = DataLoader(patches, batch_size=BATCH, num_workers=2, multiprocessing_context="spawn")
+    batches = iter(loader)
+    next(batches)  # the workers have started
+    began, read = time.perf_counter(), 0
+    for batch in batches:
+        read += len(batch)
+    return read / (time.perf_counter() - began)
+
+
+def xbatcher_rate(url: Path, count: int) -> float:
+    import xarray as xr
+    import xbatcher
+
+    data = xr.open_zarr(url, consolidated=False)
+    generator = xbatcher.BatchGenerator(data, input_dims={"time": 1, "band": len(BANDS), "y": PATCH, "x": PATCH})
+    numbers = np.random.default_rng(0).permutation(len(generator))[:count]
+    began = time.perf_counter()
+    for number in numbers.tolist():
+        np.asarray(generator[number]["reflectance"].values, np.float32)
+    return len(numbers) / (time.perf_counter() - began)
+
+
+def main() -> int:
+    args = arguments(__doc__ or "")
+    cube, dask_layout = make_stores(args.full)
+    epoch, patches = ours_side(cube)
+    seconds = medians({"ours": epoch, "tensorstore": raw_side(cube)}, args.repeats)
+    ours, raw = patches / seconds["ours"], patches / seconds["tensorstore"]
+    rows = [
+        Row("patches/s to the device, image + status + label", ours),
+        Row("patches/s of raw tensorstore, image alone", raw),
+        Row("ours / raw tensorstore", ours / raw, 0.85),
+    ]
+    few = 256 if args.full else 96
+    for name, module, rate in (
+        ("xarray + torch DataLoader", "torch", torch_rate),
+        ("xbatcher", "xbatcher", xbatcher_rate),
+    ):
+        if importlib.util.find_spec(module) is None:
+            print(f'  {name}: skipped, {module} is not installed (pip install "terrashard[bench]")')
+            continue
+        peer = rate(dask_layout, few)
+        rows += [Row(f"patches/s of {name}, Dask's layout", peer), Row(f"ours / {name}", ours / peer, 30.0)]
+    return 0 if publish("train-input", rows, full=args.full) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
