@@ -21,12 +21,31 @@ class _Strict(BaseModel):
 
 
 class SplitConfig(_Strict):
-    """Spatial blocks: a block belongs to one part on every date, so no ground is in two parts."""
+    """What is judged on ground that is not learnt: a block belongs to one part on every date."""
 
+    kind: Literal["blocks", "checkerboard", "random"] = Field(
+        "blocks",
+        description="blocks (of sample stores: cells of degrees) · checkerboard: every other block is test · random: "
+        "leaky, parts lie beside each other; the report says how much",
+    )
     block_m: float = Field(10_000.0, gt=0, description="side of a square block, metres; blocks hold whole patches")
     validation: Share = Field(0.15, description="share of blocks for validation during training")
     test: Share = Field(0.15, description="share of blocks judged by `terrashard evaluate`")
     seed: int = Field(0, description="which blocks go where; independent of the training seed")
+    cell_deg: float = Field(0.5, gt=0, le=90, description="side of a cell of a sample store with coordinates, degrees")
+    block_px: Positive = Field(15, description="side of a block of a labelled scene, pixels")
+    buffer_m: float = Field(
+        0.0, ge=0, description="training samples or windows nearer than this to judged ones are left out, metres"
+    )
+    buffer_px: int = Field(
+        0, ge=0, description="of a labelled scene: training pixels so near to judged ones are left out, pixels"
+    )
+    near_m: float = Field(
+        1000.0, gt=0, description="the leakage figure counts test samples with a training sample nearer than this"
+    )
+    test_dates: tuple[str, ...] = Field(
+        (), description="dates (or their beginnings) that are judged in place of blocks, and not learnt"
+    )
 
     @model_validator(mode="after")
     def _leaves_training(self) -> SplitConfig:
@@ -38,7 +57,9 @@ class SplitConfig(_Strict):
 class DataConfig(_Strict):
     """What is read, and what is learnt from it."""
 
-    cube: str = Field(description="path or URL of the cube; a relative path is relative to the configuration file")
+    cube: str = Field(
+        description="path or URL of the cube or sample store; a relative path is relative to the configuration file"
+    )
     collection: str = Field("sentinel-2-l2a", description="group of the cube")
     bands: tuple[str, ...] = Field((), description="bands of the main array, in order; empty means all")
     label: str = Field("scl", description="class layer of the cube that is learnt")
@@ -54,6 +75,13 @@ class DataConfig(_Strict):
     min_labelled: Share = Field(0.25, description="least share of labelled pixels for a window to be used")
     split: SplitConfig = SplitConfig()
     augment: bool = Field(True, description="random flips and quarter turns, on the device")
+    zoom: float = Field(0.0, ge=0, le=1, description="random zoom by up to this share, in or out")
+    jitter: float = Field(
+        0.0, ge=0, le=1, description="random gain of a sample and offset of each band, in standard deviations"
+    )
+    band_dropout: Share = Field(0.0, description="chance of a band to be hidden in a sample")
+    mix: Literal["none", "mixup", "cutmix"] = Field("none", description="pairs of samples are blended, or pasted")
+    mix_alpha: float = Field(0.2, gt=0, description="of the beta distribution of the share of the other")
 
 
 class ModelConfig(_Strict):
@@ -71,6 +99,13 @@ class ModelConfig(_Strict):
     blocks: tuple[Positive, ...] = Field((), description="of resnet: blocks of each stage, instead of a depth")
     norm: Literal["group", "batch", "local"] = Field("group", description="group · batch (synchronised) · local batch")
     dropout: Share = 0.0
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of convolutions; parameters, norms and losses stay float32"
+    )
+    remat: bool = Field(False, description="compute activations again in the backward pass: less memory, more time")
+    turns: bool = Field(
+        False, description="evaluate and predict by the mean over the eight turns and mirrors of each image"
+    )
 
 
 class OptimConfig(_Strict):
@@ -79,11 +114,19 @@ class OptimConfig(_Strict):
     name: Literal["adamw", "adam", "sgd", "lamb"] = "adamw"
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="for sgd (Nesterov)")
-    schedule: Literal["cosine", "constant"] = "cosine"
+    momentum: float = Field(0.9, ge=0, lt=1, description="for sgd")
+    nesterov: bool = Field(True, description="for sgd")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(20, ge=0)
     clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; none for no clipping")
+    loss: Literal["cross_entropy", "focal", "dice", "huber"] = Field(
+        "cross_entropy", description="dice is added to cross-entropy; huber is for values"
+    )
+    focal_gamma: float = Field(2.0, ge=0)
+    huber_delta: float = Field(1.0, gt=0, description="where huber turns from square to straight, standard deviations")
     label_smoothing: Share = 0.0
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged parameters that are judged; 0 for none")
+    accumulate: Positive = Field(1, description="batches whose gradients are averaged for one update")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: inverse square root of frequency")
 
 
@@ -243,6 +286,21 @@ class TrainConfig(_Strict):
             raise ValueError(
                 "model.norm = 'batch' needs the whole batch at once, a pipeline sees one microbatch after the other: "
                 "use model.norm = 'group' or 'local', or mesh.microbatches = 1"
+            )
+        if self.model.remat:
+            raise ValueError(
+                "model.remat saves what a pipeline's few microbatches under way do not need: use model.remat = false, "
+                "or mesh.pipe = 1"
+            )
+        if self.optim.accumulate > 1:
+            raise ValueError(
+                "optim.accumulate > 1 does for one device what mesh.microbatches do in a pipeline: raise "
+                "run.batch_size and mesh.microbatches instead"
+            )
+        if self.optim.loss == "dice":
+            raise ValueError(
+                "optim.loss = 'dice' is a quotient over the whole batch, which no stage of a pipeline sees: use "
+                "mesh.pipe = 1 or another loss"
             )
         return self
 

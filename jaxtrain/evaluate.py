@@ -6,24 +6,33 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import jax
+import numpy as np
 
 from jaxtrain.checkpoint import CheckpointStore, target_of
+from jaxtrain.config import DataConfig
 from jaxtrain.data.batches import BatchStream, WindowReader, put_batch
+from jaxtrain.data.classes import NOT_LEARNT
+from jaxtrain.data.places import SampleSplit, nearest_m
+from jaxtrain.data.samples import SampleReader, plan_samples
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.windows import Windows, plan_windows
-from jaxtrain.metrics import ConfusionMatrix
+from jaxtrain.metrics import ConfusionMatrix, SeveralCounts, ValueErrors, counts_for
 from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.prepare import open_source
 from jaxtrain.report import collect_examples, write_report
 from jaxtrain.rundir import ModelCard, cube_digest, inference_program, load_card
 from jaxtrain.state import Program, TrainState
 from jaxtrain.step import EvalStep, make_eval_step, make_predict_step
 from zarr_store.backends import FolderStore
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
-from zarr_store.read import Cube, open_cube
+from zarr_store.grid import Grid
+from zarr_store.read import Cube
+from zarr_store.samples import SampleStore, is_sample_store, open_samples
 
 __all__ = ["EVALUATION", "evaluate", "judge", "restore_model"]
 
@@ -35,13 +44,13 @@ def judge(
     program: Program,
     step: EvalStep,
     state: TrainState,
-    reader: WindowReader,
+    reader: WindowReader | SampleReader,
     windows: Windows,
     names: tuple[str, ...],
     *,
     on_batch: Progress | None = None,
-) -> tuple[ConfusionMatrix, float]:
-    """Confusion matrix and mean loss over all windows, each once.
+) -> tuple[ConfusionMatrix | SeveralCounts | ValueErrors, float]:
+    """Counts and mean loss over all windows or samples, each once.
 
     Args:
         program: Gives mesh and batch size.
@@ -56,11 +65,12 @@ def judge(
     axis = program.mesh.shape["data"]
     size = -(-run.batch_size // axis) * axis
     sharding = batch_sharding(program.mesh)
-    matrix, loss, labelled = ConfusionMatrix(names), 0.0, 0
+    task = program.objective.task
+    matrix, loss, labelled = counts_for(names, several=task.several, values=task.value is not None), 0.0, 0
 
     def count(sums: dict[str, jax.Array]) -> None:
         nonlocal loss, labelled
-        matrix.add(jax.device_get(sums["confusion"]))
+        matrix.add_sums(jax.device_get(sums))
         loss += float(sums["loss_sum"])
         labelled += int(sums["labelled"])
 
@@ -101,11 +111,12 @@ def evaluate(
     split: Part | str = "test",
     on_batch: Progress | None = None,
 ) -> dict[str, Any]:
-    """Judge the newest checkpoint of a run on one part of its cube, or on a whole other cube.
+    """Judge the newest checkpoint of a run on one part of its cube or sample store, or on the whole of another.
 
     Args:
         run: The run directory.
-        data: Another cube with the same bands and label layer; all its windows are judged. None: the run's own cube.
+        data: Another cube with the same bands and label layer, or another sample store with the same bands and classes
+            (matched by name); all of it is judged. None: the run's own.
         split: "test", "validation" or "train"; of the run's own cube only.
         on_batch: Called with (batches done, batches in all).
 
@@ -123,11 +134,10 @@ def evaluate(
     if split not in get_args(Part):
         raise UnknownName.of("split", split, get_args(Part))
     card = load_card(run)
-    cube, windows, reader, warnings = _open_data(card, data, cast(Part, split))
+    url, windows, reader, warnings = _open_data(card, data, cast(Part, split))
     program, state, step, passed_over = restore_model(run, card)
-    matrix, loss = judge(
-        program, make_eval_step(program), state, reader, windows, card.classes.names, on_batch=on_batch
-    )
+    step_of = make_eval_step(program, turned=card.config.model.turns)
+    matrix, loss = judge(program, step_of, state, reader, windows, card.classes.names, on_batch=on_batch)
     result = {
         **matrix.to_dict(),
         "loss": loss if math.isfinite(loss) else None,
@@ -135,20 +145,34 @@ def evaluate(
         "seconds": round(time.monotonic() - began, 3),
         "split": split if data is None else "all",
         "step": step,
-        "cube": cube.url,
+        "cube": url,
         "warnings": [*warnings, *passed_over],
     }
+    if "leakage" in card.statistics and data is None:
+        result["leakage"] = card.statistics["leakage"]
     FolderStore(run.absolute()).write(EVALUATION, json.dumps(result, indent=1, ensure_ascii=False).encode())
-    examples = collect_examples(program, make_predict_step(program), state, reader, windows)
+    examples = collect_examples(program, make_predict_step(program), state, reader, windows, card.classes.names)
     write_report(run, card, examples=examples, evaluation=result)
     return result
 
 
-def _open_data(card: ModelCard, data: str | Path | None, split: Part) -> tuple[Cube, Windows, WindowReader, list[str]]:
+def _open_data(
+    card: ModelCard, data: str | Path | None, split: Part
+) -> tuple[str, Windows, WindowReader | SampleReader, list[str]]:
+    source = open_source(card.cube if data is None else data)
+    if isinstance(source, SampleStore) != card.task.per_image:
+        learnt, came = ("sample store", "cube") if card.task.per_image else ("cube", "sample store")
+        raise InvalidInput(f"{source.url} is a {came}, but the run learnt from a {learnt}; give a {learnt}")
+    if isinstance(source, SampleStore):
+        return _open_samples(card, source, data is None, split)
+    return _open_cube(card, source, data is None, split)
+
+
+def _open_cube(card: ModelCard, cube: Cube, own: bool, split: Part) -> tuple[str, Windows, WindowReader, list[str]]:
     config = card.config.data
-    own = data is None
-    cube = open_cube(card.cube if data is None else data)
     spec = cube.spec(config.collection)
+    if card.grid is None or not isinstance(card.split, Split):
+        raise InvalidInput(f"{cube.url} is a cube, but the run learnt from a sample store")
     warnings = []
     if own and cube_digest(cube, config.collection) != card.cube_digest:
         warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")
@@ -156,17 +180,91 @@ def _open_data(card: ModelCard, data: str | Path | None, split: Part) -> tuple[C
         raise InvalidInput(f"{cube.url} has grid {spec.grid}, the run learnt on {card.grid}; pass it as other data")
     if not own and spec.grid.resolution != card.grid.resolution:
         warnings.append(f"pixels of {cube.url} are {spec.grid.resolution}, the model learnt {card.grid.resolution}")
-    if not own and _same_ground(card, cube, config.collection):
+    if not own and _same_ground(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     plan = plan_windows(config, spec, cube.index(config.collection), card.classes,
-                        split=card.split if own else Split.whole(card.split.block, spec.shape[1:]))  # fmt: skip
+                        split=card.split if own else Split.whole(card.split.block, spec.shape[1:]),
+                        dates=config.split.test_dates if own else ())  # fmt: skip
+    if own and config.split.kind == "random":
+        share = (card.statistics.get("leakage") or {}).get("beside")
+        figure = "" if share is None else f": {share:.1%} of the test windows lie beside a training window"
+        warnings.append(f"the split is random and leaks, so these scores are too good{figure}")
     windows = plan.parts[split if own else "test"]
     if not len(windows):
         raise NothingFound(f"{cube.url} has no window of part {split} with enough to learn from; see data.min_labelled")
     reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), card.classes)
-    return cube, windows, reader, warnings
+    return cube.url, windows, reader, warnings
 
 
-def _same_ground(card: ModelCard, cube: Cube, collection: str) -> bool:
-    a, b = card.grid.lonlat_bounds(), cube.spec(collection).grid.lonlat_bounds()
+def _open_samples(
+    card: ModelCard, store: SampleStore, own: bool, split: Part
+) -> tuple[str, Windows, SampleReader, list[str]]:
+    config = card.config.data.model_copy(update={"bands": card.bands})
+    warnings = []
+    if own:
+        if store.digest != card.cube_digest:
+            raise InvalidInput(f"{store.url} is not the store that the run learnt from; pass it as other data")
+        reader = SampleReader.of(store, config, card.classes)
+        plan, leak = plan_samples(config, store, card.classes, split=card.split)
+        if leak["leaky"]:
+            share = leak.get("share") if leak.get("share") is not None else leak.get("touching")
+            near = f"nearer than {leak['near_m']:g} m" if "near_m" in leak else "inside its own patch"
+            figure = "" if share is None else f": {share:.1%} of the test samples have a training sample {near}"
+            warnings.append(f"the split is random and leaks, so these scores are too good{figure}")
+        windows = plan.parts[split]
+    else:
+        reader, windows, warnings = _other_samples(card, config, store)
+    if not len(windows):
+        raise NothingFound(f"{store.url} has no sample of part {split}")
+    return store.url, windows, reader, warnings
+
+
+def _other_samples(card: ModelCard, config: DataConfig, store: SampleStore) -> tuple[SampleReader, Windows, list[str]]:
+    """All samples of another store, whose classes may come in another order: they are matched by name."""
+    known = {name: index for index, name in enumerate(card.classes.names)}
+    first = 1 if store.spec.labelled == "pixels" else 0
+    table = np.full(256, NOT_LEARNT, np.uint8)
+    unknown = [name for name in store.spec.classes if name not in known]
+    for value, name in enumerate(store.spec.classes):
+        table[value + first] = known.get(name, NOT_LEARNT)
+    if len(unknown) == len(store.spec.classes) or (store.spec.labelled == "several") != card.task.several:
+        raise InvalidInput(
+            f"{store.url} has the classes {', '.join(store.spec.classes[:8])}, the model knows "
+            f"{', '.join(card.classes.names[:8])}: none is the same, so it cannot be judged there"
+        )
+    warnings = [f"samples of {', '.join(unknown)} are not judged: the model does not know them"] if unknown else []
+    absent = [name for name in known if name not in store.spec.classes]
+    if card.task.several and (unknown or absent):
+        raise InvalidInput(f"{store.url} must have the classes {', '.join(card.classes.names)}; it lacks or adds some")
+    reader = replace(SampleReader.of(store, config, card.classes), table=table)
+    rows = np.zeros((store.spec.count, 3), np.int32)
+    rows[:, 0] = np.arange(store.spec.count)
+    if store.spec.labelled == "one":
+        rows = rows[table[store.label] != NOT_LEARNT]
+    elif store.spec.labelled == "pixels":
+        rows = np.argwhere(table[store.label] != NOT_LEARNT).astype(np.int32)
+    warnings += _near_training(card, store)
+    return reader, Windows(reader.patch, rows), warnings
+
+
+def _near_training(card: ModelCard, store: SampleStore) -> list[str]:
+    """A warning where samples of another store lie near those that were learnt."""
+    if store.digest == card.cube_digest:
+        return [f"{store.url} holds the samples that the model was trained on: its scores are too good"]
+    if not isinstance(card.split, SampleSplit) or not is_sample_store(card.cube) or not store.has_places:
+        return []
+    learnt = open_samples(card.cube)
+    train = card.split.parts == 0
+    if learnt.digest != card.cube_digest or not learnt.has_places or not train.any():
+        return []
+    near_m = card.config.data.split.near_m
+    distance = nearest_m(store.longitude, store.latitude, learnt.longitude[train], learnt.latitude[train])
+    share = float((distance < near_m).mean())
+    if not share:
+        return []
+    return [f"{share:.1%} of the samples of {store.url} have a training sample nearer than {near_m:g} m"]
+
+
+def _same_ground(learnt: Grid, other: Grid) -> bool:
+    a, b = learnt.lonlat_bounds(), other.lonlat_bounds()
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

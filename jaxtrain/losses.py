@@ -1,6 +1,6 @@
-"""Masked cross-entropy: the mean is over the labelled pixels of the global batch.
+"""Masked losses: the mean is over what is labelled in the global batch, pixels or images.
 
-Letters in shapes: B sample, H row, W column, K class.
+Letters in shapes: B sample, H row, W column, K class; `…` stands for (B, H, W) or (B,).
 
 Sums are taken before the one division. Under `jit` with a batch split over devices both sums become all-reduces, so the
 loss and its gradient do not depend on the mesh, nor on how unevenly labelled pixels are spread over devices. A mean of
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-__all__ = ["IGNORE", "LossTerms", "cross_entropy", "cross_entropy_terms"]
+__all__ = ["IGNORE", "LossTerms", "binary_terms", "cross_entropy", "cross_entropy_terms", "dice_terms", "huber_terms"]
 
 IGNORE = 255
 """The label of a pixel that is not learnt; so is every label that is not below the number of classes."""
@@ -42,15 +42,17 @@ def cross_entropy_terms(
     *,
     class_weights: ArrayLike | None = None,
     label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
 ) -> LossTerms:
     """The sums that make up the mean loss.
 
     Args:
-        logits_BHWK: float32 scores.
-        label_BHW: class index, any integer type; 255 where nothing is learnt.
+        logits_BHWK: float32 scores, (…, K).
+        label_BHW: class index (…), any integer type; 255 where nothing is learnt.
         class_weights: float32 (K,), of the true class; none for equal weights.
         label_smoothing: share s of the target that is spread evenly over all classes (Szegedy et al. 2016,
             arXiv:1512.00567).
+        focal_gamma: g of the focal loss -(1 - p)^g log p (Lin et al. 2017, arXiv:1708.02002); 0 for cross-entropy.
     """
     classes = logits_BHWK.shape[-1]
     label_BHW = label_BHW.astype(jnp.int32)
@@ -59,6 +61,9 @@ def cross_entropy_terms(
     truth_BHWK = label_BHW[..., None] == jnp.arange(classes, dtype=jnp.int32)
     log_p_BHWK = jax.nn.log_softmax(logits_BHWK, axis=-1)
     loss_BHW = -jnp.where(truth_BHWK, log_p_BHWK, 0).sum(axis=-1)
+    if focal_gamma:
+        # not below a rounding of 1 - p, where the power has no gradient
+        loss_BHW = loss_BHW * jnp.maximum(-jnp.expm1(-loss_BHW), 1e-6) ** focal_gamma
     if label_smoothing:
         loss_BHW = (1 - label_smoothing) * loss_BHW - label_smoothing * log_p_BHWK.mean(axis=-1)
     if class_weights is None:
@@ -85,3 +90,68 @@ def cross_entropy(
     """
     terms = cross_entropy_terms(logits_BHWK, label_BHW, class_weights=class_weights, label_smoothing=label_smoothing)
     return terms.mean()
+
+
+def dice_terms(logits_BHWK: jax.Array, label_BHW: jax.Array) -> LossTerms:
+    """One minus the mean Dice overlap of the classes that occur in the batch (Milletari et al. 2016, arXiv:1606.04797).
+
+    The overlap of a class is 2 Σ p t / (Σ p + Σ t) over the labelled pixels of the global batch, so it weighs a rare
+    class as much as a common one. The loss counts once for each labelled pixel, so that it adds to a mean over pixels.
+    """
+    classes = logits_BHWK.shape[-1]
+    label_BHW = label_BHW.astype(jnp.int32)
+    learnt_BHW = (label_BHW >= 0) & (label_BHW < classes)
+    truth = (label_BHW[..., None] == jnp.arange(classes, dtype=jnp.int32)).astype(jnp.float32)
+    p = jnp.where(learnt_BHW[..., None], jax.nn.softmax(logits_BHWK, axis=-1), 0)
+    axes = tuple(range(label_BHW.ndim))
+    both_K, sum_K, there_K = (p * truth).sum(axes), (p + truth).sum(axes), truth.sum(axes) > 0
+    overlap_K = 2 * both_K / jnp.maximum(sum_K, 1e-6)
+    occurring = jnp.maximum(there_K.sum(dtype=jnp.int32), 1).astype(jnp.float32)
+    loss = jnp.where(there_K, 1 - overlap_K, 0).sum() / occurring
+    labelled = learnt_BHW.sum(dtype=jnp.int32)
+    return LossTerms(loss * labelled.astype(jnp.float32), labelled.astype(jnp.float32), labelled)
+
+
+def binary_terms(
+    logits_BK: jax.Array,
+    label_BK: jax.Array,
+    *,
+    class_weights: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+) -> LossTerms:
+    """Sums of the binary cross-entropy of each class, where a sample may have several.
+
+    Args:
+        logits_BK: float32 scores.
+        label_BK: 1 has the class, 0 has not, 255 is not learnt.
+        class_weights: float32 (K,), of samples that have the class.
+        label_smoothing: share s by which targets move from 0 and 1 towards 0.5.
+        focal_gamma: as in `cross_entropy_terms`.
+    """
+    learnt = label_BK.astype(jnp.int32) <= 1
+    truth = label_BK.astype(jnp.int32) == 1
+    target = jnp.where(truth, 1 - label_smoothing / 2, label_smoothing / 2)
+    loss = jax.nn.softplus(logits_BK) - logits_BK * target
+    if focal_gamma:
+        p = jax.nn.sigmoid(logits_BK)
+        loss = loss * jnp.maximum(jnp.where(truth, 1 - p, p), 1e-6) ** focal_gamma
+    weight = jnp.where(learnt, 1.0 if class_weights is None else jnp.where(truth, jnp.asarray(class_weights), 1.0), 0.0)
+    return LossTerms(jnp.where(learnt, loss * weight, 0).sum(), weight.sum(), learnt.sum(dtype=jnp.int32))
+
+
+def huber_terms(value: jax.Array, target: jax.Array, *, delta: float = 1.0) -> LossTerms:
+    """Sums of the Huber loss (Huber 1964) where the target is a finite number: square up to `delta`, straight beyond.
+
+    Args:
+        value: float32 (…), predicted.
+        target: float32 (…); nan where nothing is learnt.
+        delta: in the unit of both.
+    """
+    learnt = jnp.isfinite(target)
+    # the target is replaced before it is used: the gradient of a masked nan is nan
+    error = value - jnp.where(learnt, target, value)
+    size = jnp.abs(error)
+    loss = jnp.where(size <= delta, 0.5 * error * error, delta * (size - 0.5 * delta))
+    labelled = learnt.sum(dtype=jnp.int32)
+    return LossTerms(loss.sum(), labelled.astype(jnp.float32), labelled)

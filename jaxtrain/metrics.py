@@ -1,4 +1,4 @@
-"""Streaming confusion matrix, and the scores that follow from it.
+"""Streaming counts, and the scores that follow from them: of classes, of several classes at once, of values.
 
 Rows are truth, columns are prediction. All sums are exact (int64); scores are computed once, at the end, so they do not
 depend on how the pixels were cut into batches.
@@ -7,7 +7,7 @@ depend on how the pixels were cut into batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from zarr_store.errors import InvalidInput
 
-__all__ = ["ConfusionMatrix"]
+__all__ = ["ConfusionMatrix", "SeveralCounts", "ValueErrors", "counts_for"]
 
 
 class ConfusionMatrix:
@@ -33,6 +33,8 @@ class ConfusionMatrix:
         self.classes = tuple(classes)
         size = len(self.classes)
         self.counts: NDArray[np.int64] = np.zeros((size, size), np.int64)
+        self.calibration: NDArray[np.float64] | None = None
+        """(bins, 3): number, sum of confidence and hits, by confidence; none where it was not counted."""
         if counts is not None:
             self.add(counts)
 
@@ -46,6 +48,13 @@ class ConfusionMatrix:
             )
         self.counts += counts.astype(np.int64)
         return self
+
+    def add_sums(self, sums: Mapping[str, Any]) -> Self:
+        """Add what an evaluation step counted: `confusion` and, where it is there, `calibration`."""
+        if "calibration" in sums:
+            bins = np.asarray(sums["calibration"], np.float64)
+            self.calibration = bins if self.calibration is None else self.calibration + bins
+        return self.add(sums["confusion"])
 
     def update(self, truth: ArrayLike, prediction: ArrayLike) -> Self:
         """Count pairs of class indices; a truth outside 0 … K-1 (such as 255) is not labelled and is left out.
@@ -110,9 +119,24 @@ class ConfusionMatrix:
         return float(self.hits.sum() / self.total) if self.total else math.nan
 
     @property
+    def average_accuracy(self) -> float:
+        """Mean recall over the classes that occur in truth; accuracy is overall, this is for each class alike."""
+        return _mean(self.recall)
+
+    @property
     def macro_f1(self) -> float:
         """Mean F1 over the classes that occur."""
         return _mean(self.f1)
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: mean distance of confidence from the share of hits (Guo et al. 2017,
+        arXiv:1706.04599), over bins of confidence weighted by number; nan where it was not counted.
+        """
+        if self.calibration is None or not self.calibration[:, 0].sum():
+            return math.nan
+        number, confidence, hits = self.calibration.T
+        return float(np.abs(confidence - hits).sum() / number.sum())
 
     @property
     def miou(self) -> float:
@@ -138,8 +162,16 @@ class ConfusionMatrix:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: accuracy, macro_f1, miou, kappa, per_class, confusion_matrix, classes, pixels."""
-        scores = {name: _number(getattr(self, name)) for name in ("accuracy", "macro_f1", "miou", "kappa")}
+        """JSON-able: the scores, per_class, confusion_matrix, classes, pixels, and reliability by confidence."""
+        names = ("accuracy", "average_accuracy", "macro_f1", "miou", "kappa", "calibration_error")
+        scores: dict[str, Any] = {name: _number(getattr(self, name)) for name in names}
+        if self.calibration is not None:
+            number, confidence, hits = self.calibration.T
+            scores["reliability"] = [
+                {"confidence": round(c / n, 4), "accuracy": round(h / n, 4), "pixels": int(n)}
+                for n, c, h in zip(number, confidence, hits, strict=True)
+                if n
+            ]
         return {
             **scores,
             "per_class": self.per_class(),
@@ -147,6 +179,85 @@ class ConfusionMatrix:
             "classes": list(self.classes),
             "pixels": self.total,
         }
+
+
+class SeveralCounts:
+    """Counts of a task in which a sample may have several classes: hits, false alarms, misses, rightly absent."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = tuple(classes)
+        self.counts: NDArray[np.int64] = np.zeros((len(self.classes), 4), np.int64)
+
+    def add_sums(self, sums: Mapping[str, Any]) -> Self:
+        """Add the `counts` of an evaluation step, (K, 4)."""
+        self.counts += np.asarray(sums["counts"]).astype(np.int64)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: accuracy (of all yes-or-no answers), macro_f1, micro_f1, miou, per_class, classes, pixels."""
+        hits, false, missed, absent = self.counts.T
+        f1 = _ratio(2 * hits, 2 * hits + false + missed)
+        iou = _ratio(hits, hits + false + missed)
+        columns = {"precision": _ratio(hits, hits + false), "recall": _ratio(hits, hits + missed), "f1": f1, "iou": iou}
+        total = int(self.counts.sum())
+        micro = _ratio(np.array([2 * hits.sum()]), np.array([(2 * hits + false + missed).sum()]))
+        return {
+            "accuracy": float((hits + absent).sum() / total) if total else None,
+            "average_accuracy": _number(_mean(columns["recall"])),
+            "macro_f1": _number(_mean(f1)),
+            "micro_f1": _number(float(micro[0])),
+            "miou": _number(_mean(iou)),
+            "kappa": None,
+            "per_class": {
+                name: {**{key: _number(v[k]) for key, v in columns.items()}, "support": int(hits[k] + missed[k])}
+                for k, name in enumerate(self.classes)
+            },
+            "confusion_matrix": None,
+            "classes": list(self.classes),
+            "pixels": total // max(len(self.classes), 1),
+        }
+
+
+class ValueErrors:
+    """Sums of the errors of predicted values."""
+
+    def __init__(self) -> None:
+        self.sums: NDArray[np.float64] = np.zeros(6)
+
+    def add_sums(self, sums: Mapping[str, Any]) -> Self:
+        """Add the `errors` of an evaluation step, see `Objective.sums`."""
+        self.sums += np.asarray(sums["errors"], np.float64)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: mae, rmse, bias, r2 (share of the variance that is explained), pixels."""
+        n, error, size, square, spread, shift = self.sums.tolist()
+        if not n:
+            return {"mae": None, "rmse": None, "bias": None, "r2": None, "pixels": 0, "accuracy": None,
+                    "macro_f1": None, "miou": None, "per_class": {}, "confusion_matrix": None}  # fmt: skip
+        variance = spread - shift * shift / n
+        r2 = 1 - square / variance if variance > 0 else None
+        return {
+            "mae": size / n,
+            "rmse": math.sqrt(square / n),
+            "bias": error / n,
+            "r2": r2,
+            "pixels": int(n),
+            "accuracy": r2,
+            "macro_f1": None,
+            "miou": None,
+            "per_class": {},
+            "confusion_matrix": None,
+        }
+
+
+def counts_for(
+    classes: Sequence[str], *, several: bool = False, values: bool = False
+) -> ConfusionMatrix | SeveralCounts | ValueErrors:
+    """An empty tally for a task."""
+    if values:
+        return ValueErrors()
+    return SeveralCounts(classes) if several else ConfusionMatrix(classes)
 
 
 def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:

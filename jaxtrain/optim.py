@@ -1,13 +1,14 @@
 """The optax chain and its schedule, from `OptimConfig`.
 
-Order: clip the global gradient norm → optimiser with weight decay → learning rate. Every optimiser honours
+Order: average the gradients of `accumulate` batches → clip the global gradient norm → optimiser with weight decay →
+learning rate → moving average of the parameters. Every optimiser honours
 `weight_decay`: `adamw` and `lamb` decay the weights beside the gradient step (Loshchilov & Hutter 2019,
 arXiv:1711.05101), `adam` and `sgd` add it to the gradient (L2). Norms and biases never decay.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,14 @@ import optax
 
 from jaxtrain.config import OptimConfig
 
-__all__ = ["build_optimizer", "build_schedule", "decays"]
+__all__ = ["build_optimizer", "build_schedule", "decays", "judged_params"]
 
 
 def build_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, …: a linear warm-up, then constant or a cosine down to zero.
+    """Learning rate of step 0, 1, …: a linear warm-up, then constant, or down to zero by a cosine or a line.
 
-    The warm-up takes at most half of a short run, and step 0 already learns.
+    The warm-up takes at most half of a short run, and step 0 already learns. With `accumulate`, steps are batches, and
+    the rate of an update is that of its last batch.
 
     >>> schedule = build_schedule(OptimConfig(learning_rate=1.0, warmup_steps=4, schedule="constant"), 100)
     >>> [float(schedule(s)) for s in (0, 1, 3, 4, 99)]
@@ -33,9 +35,11 @@ def build_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     def schedule(step: Any) -> jax.Array:
         at = jnp.asarray(step, jnp.float32)
         rate = jnp.float32(peak)
+        progress = jnp.clip((at - warmup) / max(steps - warmup, 1), 0, 1)
         if config.schedule == "cosine":
-            progress = jnp.clip((at - warmup) / max(steps - warmup, 1), 0, 1)
             rate = peak * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        elif config.schedule == "linear":
+            rate = peak * (1 - progress)
         return jnp.where(at < warmup, peak * (at + 1) / max(warmup, 1), rate)
 
     return schedule
@@ -48,7 +52,13 @@ def decays(params: Any) -> Any:
 
 def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The chain for a run of `steps` steps."""
-    rate = build_schedule(config, steps)
+    every = config.accumulate
+    of_batch = build_schedule(config, steps)
+
+    def rate(update: Any) -> jax.Array:
+        now: jax.Array = of_batch(update * every + every - 1)
+        return now
+
     chain: list[optax.GradientTransformation] = []
     if config.clip_norm is not None:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
@@ -60,10 +70,16 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
         case "adam":
             chain.append(optax.adam(rate))
         case "sgd":
-            chain.append(optax.sgd(rate, momentum=config.momentum or None, nesterov=bool(config.momentum)))
+            chain.append(
+                optax.sgd(rate, momentum=config.momentum or None, nesterov=config.nesterov and config.momentum > 0)
+            )
         case "lamb":
             chain.append(optax.lamb(rate, weight_decay=config.weight_decay, mask=decays))
-    transform = optax.chain(*chain)
+    if config.ema:
+        chain.append(_average(config.ema))
+    transform: Any = optax.chain(*chain)
+    if every > 1:
+        transform = optax.MultiSteps(transform, every_k_schedule=every).gradient_transformation()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         # optax mixes Python floats with int32 counters, which strict dtype promotion refuses; only here it is relaxed
@@ -72,3 +88,40 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
         return new
 
     return optax.GradientTransformation(transform.init, update)
+
+
+class _Average(NamedTuple):
+    """Moving average of the parameters; part of the optimiser's state, so that it is saved, restored and laid out."""
+
+    updates: jax.Array
+    average: Any
+
+
+def _average(decay: float) -> optax.GradientTransformation:
+    """Keep the average of the parameters after each update; updates pass through.
+
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the first parameters are soon forgotten (as in
+    Tan & Le 2019, arXiv:1905.11946, and its code).
+    """
+
+    def init(params: Any) -> _Average:
+        return _Average(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, params))
+
+    def update(updates: Any, state: _Average, params: Any = None) -> tuple[Any, _Average]:
+        at = state.updates.astype(jnp.float32)
+        share = jnp.minimum(decay, (1 + at) / (10 + at))
+        new = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda old, now: share * old + (1 - share) * now, state.average, new)
+        return updates, _Average(state.updates + 1, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def judged_params(params: Any, opt_state: Any) -> Any:
+    """The parameters that are judged and predict: their moving average where one is kept, else they themselves."""
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_average) if _is_average(leaf)]
+    return found[0].average if found else params
+
+
+def _is_average(leaf: Any) -> bool:
+    return isinstance(leaf, _Average)

@@ -109,6 +109,11 @@ def predict(
     began = clock.monotonic()
     run = Path(run)
     card = load_card(run)
+    if card.grid is None:
+        raise InvalidInput(
+            f"{run} learnt from a sample store and answers for whole images, so it makes no map; judge it on another "
+            "store with `terrashard evaluate --data STORE`"
+        )
     opened = open_cube(cube)
     config = card.config.data
     spec = opened.spec(config.collection)

@@ -10,13 +10,26 @@ import numpy as np
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.batches import OnUnreadable, WindowReader
 from jaxtrain.data.classes import Classes
+from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
+from jaxtrain.data.splits import Split
 from jaxtrain.data.statistics import Statistics, training_statistics
-from jaxtrain.data.windows import WindowPlan, plan_windows
+from jaxtrain.data.windows import WindowPlan, plan_windows, window_leakage
+from jaxtrain.objective import Task
 from jaxtrain.rundir import ModelCard, config_differences, cube_digest
 from zarr_store.errors import InvalidInput
-from zarr_store.read import Cube
+from zarr_store.read import Cube, open_cube
+from zarr_store.samples import SampleStore, is_sample_store, open_samples
 
-__all__ = ["check_same_run", "prepare"]
+__all__ = ["check_same_run", "open_source", "prepare"]
+
+
+def open_source(url: str | Path) -> Cube | SampleStore:
+    """Open what is learnt from: a cube or a sample store.
+
+    Raises:
+        NotACube: It is neither.
+    """
+    return open_samples(url) if is_sample_store(url) else open_cube(url)
 
 
 def check_same_run(out: Path, earlier: ModelCard, config: TrainConfig, resume: bool) -> None:
@@ -37,13 +50,17 @@ def check_same_run(out: Path, earlier: ModelCard, config: TrainConfig, resume: b
 
 
 def prepare(
-    config: TrainConfig, cube: Cube, earlier: ModelCard | None, *, on_unreadable: OnUnreadable | None = None
-) -> tuple[ModelCard, WindowPlan, WindowReader]:
+    config: TrainConfig,
+    cube: Cube | SampleStore,
+    earlier: ModelCard | None,
+    *,
+    on_unreadable: OnUnreadable | None = None,
+) -> tuple[ModelCard, WindowPlan, WindowReader | SampleReader]:
     """Windows and statistics; those of the earlier run where there is one, so that it goes on with the same data.
 
     Args:
         config: The run.
-        cube: The cube it learns from.
+        cube: The cube or sample store it learns from.
         earlier: Card of the run that is continued.
         on_unreadable: As of `WindowReader`.
 
@@ -54,21 +71,21 @@ def prepare(
         InvalidInput: The cube is not the one the run began with, or nothing fits.
         NothingFound: No window has anything to learn.
     """
+    if isinstance(cube, SampleStore):
+        return _prepare_samples(config, cube, earlier)
     data = config.data
     classes = Classes.of(data)
     spec = cube.spec(data.collection)
     reader = replace(WindowReader.of(cube, data, classes), on_unreadable=on_unreadable)
     digest = cube_digest(cube, data.collection)
-    if earlier is not None and digest != earlier.cube_digest:
-        raise InvalidInput(
-            f"{cube.url} is not the cube that the run began with, or has changed (digest {earlier.cube_digest[:12]} → "
-            f"{digest[:12]}); restore it, or train into another folder"
-        )
+    _check_digest(cube.url, digest, earlier)
     index = cube.index(data.collection)
-    plan = plan_windows(data, spec, index, classes, split=None if earlier is None else earlier.split)
+    split = earlier.split if earlier is not None and isinstance(earlier.split, Split) else None
+    plan = plan_windows(data, spec, index, classes, split=split, dates=data.split.test_dates)
     if earlier is not None:
         return earlier, plan, reader
     statistics = training_statistics(index, plan, reader, classes)
+    leak = window_leakage(data, plan)
     card = ModelCard(
         config=config,
         cube=cube.url,
@@ -83,9 +100,53 @@ def prepare(
         split=plan.split,
         windows=plan.counts(),
         statistics={"source": statistics.source, "pixels": statistics.pixels,
+                    **({} if leak is None else {"leakage": leak}),
                     "class_pixels": dict(zip(classes.names, statistics.class_pixels.tolist(), strict=True))},
     )  # fmt: skip
     return card, plan, reader
+
+
+def _prepare_samples(
+    config: TrainConfig, store: SampleStore, earlier: ModelCard | None
+) -> tuple[ModelCard, WindowPlan, SampleReader]:
+    _check_digest(store.url, store.digest, earlier)
+    classes = sample_classes(config.data, store)
+    reader = SampleReader.of(store, config.data, classes)
+    plan, leak = plan_samples(config.data, store, classes, split=None if earlier is None else earlier.split)
+    for part in ("train", "test"):
+        if not len(plan.parts[part]) and (part == "train" or config.data.split.test):
+            raise InvalidInput(
+                f"{store.url}: no sample is left for part {part}; change data.split (its buffer takes from training)"
+            )
+    if earlier is not None:
+        return earlier, plan, reader
+    statistics = sample_statistics(plan, reader, classes)
+    card = ModelCard(
+        config=config,
+        cube=store.url,
+        cube_digest=store.digest,
+        bands=tuple(store.spec.bands[i] for i in reader.bands),
+        classes=classes,
+        mean=tuple(float(v) for v in statistics.mean),
+        std=tuple(float(v) for v in statistics.std),
+        class_weights=_class_weights(config, statistics),
+        grid=None,
+        times=(),
+        split=plan.split,
+        windows=plan.counts(),
+        statistics={"source": statistics.source, "pixels": statistics.pixels, "leakage": leak,
+                    "class_pixels": dict(zip(classes.names, statistics.class_pixels.tolist(), strict=True))},
+        task=Task(per_image=True, several=store.spec.labelled == "several"),
+    )  # fmt: skip
+    return card, plan, reader
+
+
+def _check_digest(url: str, digest: str, earlier: ModelCard | None) -> None:
+    if earlier is not None and digest != earlier.cube_digest:
+        raise InvalidInput(
+            f"{url} is not the cube that the run began with, or has changed (digest {earlier.cube_digest[:12]} → "
+            f"{digest[:12]}); restore it, or train into another folder"
+        )
 
 
 def _class_weights(config: TrainConfig, statistics: Statistics) -> tuple[float, ...] | None:

@@ -21,8 +21,10 @@ from matplotlib.patches import Patch
 
 from jaxtrain.data.batches import WindowReader, put_batch
 from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.samples import SampleReader
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.windows import Window, Windows
+from jaxtrain.gallery import Shown, collect_shown, draw_shown
 from jaxtrain.log import read_metrics
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.rundir import ModelCard
@@ -55,10 +57,13 @@ def collect_examples(
     program: Program,
     predict: Callable[..., jax.Array],
     state: TrainState,
-    reader: WindowReader,
+    reader: WindowReader | SampleReader,
     windows: Windows,
-) -> list[Example]:
+    names: Sequence[str],
+) -> list[Example] | list[Shown]:
     """The windows with most classes among some that are spread evenly; always the same ones.
+
+    Of a network that answers for whole images: the worst answers.
 
     Args:
         program: Gives the mesh.
@@ -66,9 +71,12 @@ def collect_examples(
         state: The model.
         reader: Reads windows with labels.
         windows: Those to choose from, usually the test part.
+        names: Of the classes.
     """
     if not len(windows):
         return []
+    if isinstance(reader, SampleReader):
+        return collect_shown(program, predict, state, reader, windows, names)
     rows = windows.rows[np.unique(np.linspace(0, len(windows) - 1, _LOOKED_AT).astype(int))]
     labels = reader.read(rows)["label"]
     variety = [len(np.unique(label[label != NOT_LEARNT])) for label in labels]
@@ -92,7 +100,11 @@ def collect_examples(
 
 
 def write_report(
-    run: Path, card: ModelCard, *, examples: Sequence[Example], evaluation: Mapping[str, Any] | None = None
+    run: Path,
+    card: ModelCard,
+    *,
+    examples: Sequence[Example] | Sequence[Shown],
+    evaluation: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write RUN/report.html.
 
@@ -131,13 +143,40 @@ def write_report(
         classes=[(n, c, v, counted[n], counted[n] / total) for n, c, v in
                  zip(card.classes.names, card.classes.colours, card.classes.values, strict=True)],
         curves=_png(_curves(steps, validations)) if steps else None,
-        confusion=_png(_confusion(evaluation)) if evaluation else None,
-        tiles=_png(_tiles(examples, card)) if examples else None,
-        split_map=_png(_split_map(card.split)),
+        confusion=_png(_confusion(evaluation)) if evaluation and evaluation["confusion_matrix"] else None,
+        tiles=_draw_examples(examples, card),
+        split_map=_png(_split_map(card.split)) if isinstance(card.split, Split) else None,
+        block=card.split.block if isinstance(card.split, Split) else None,
         block_counts=card.split.counts(),
+        leakage=_describe_leakage(card),
     )  # fmt: skip
     FolderStore(run.absolute()).write("report.html", html.encode())
     return run / "report.html"
+
+
+def _draw_examples(examples: Sequence[Example] | Sequence[Shown], card: ModelCard) -> str | None:
+    tiles = [example for example in examples if isinstance(example, Example)]
+    shown = [example for example in examples if isinstance(example, Shown)]
+    if tiles:
+        return _png(_tiles(tiles, card))
+    return _png(draw_shown(shown, card.bands)) if shown else None
+
+
+def _describe_leakage(card: ModelCard) -> str | None:
+    """How near test and training samples lie, in a sentence; none of a cube, whose windows lie in blocks."""
+    leak = card.statistics.get("leakage")
+    if leak is None:
+        return None
+    word = "The split is random, so it LEAKS: scores are too good. " if leak["leaky"] else ""
+    if leak.get("dates"):
+        word += f"Judged on dates that were not learnt ({', '.join(leak['dates'])}); their ground was, on other dates. "
+    if leak.get("beside") is not None:
+        return f"{word}{leak['beside']:.1%} of the test windows lie on or beside a training window of some date."
+    if leak.get("touching") is not None:
+        return f"{word}{leak['touching']:.1%} of the test patches hold a training pixel."
+    if leak.get("share") is not None:
+        return f"{word}{leak['share']:.1%} of the test samples have a training sample nearer than {leak['near_m']:g} m."
+    return word or None
 
 
 def _png(figure: Figure) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from pydantic import ValidationError
 
 from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.data.classes import Classes
+from jaxtrain.data.places import SampleSplit
 from jaxtrain.data.splits import Split
+from jaxtrain.objective import Task
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.state import Program, build_program
 from zarr_store.backends import FolderStore
@@ -49,16 +51,16 @@ class ModelCard:
 
     Attributes:
         config: The whole configuration.
-        cube: Path of the cube that is learnt from.
+        cube: Path of the cube or sample store that is learnt from.
         cube_digest: Digest of all its bytes, as the ledger has them.
         bands: Names, in the order of the network's channels.
         classes: Names, colours and layer values, by class index.
         mean, std: Per band, in stored numbers.
         class_weights: Per class, or None.
-        grid: Grid of the cube.
-        times: Dates of the cube.
-        split: Part of every block.
-        windows: Windows of each part.
+        grid: Grid of the cube; None of a sample store.
+        times: Dates of the cube; none of a sample store.
+        split: Part of every block, or of every sample.
+        windows: Windows or samples of each part.
         statistics: Where mean and std come from, pixels, pixels of each class.
     """
 
@@ -70,11 +72,13 @@ class ModelCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_weights: tuple[float, ...] | None
-    grid: Grid
+    grid: Grid | None
     times: tuple[str, ...]
-    split: Split
+    split: Split | SampleSplit
     windows: Mapping[str, int]
     statistics: Mapping[str, Any]
+    task: Task = field(default_factory=Task)
+    """What is answered."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -88,17 +92,18 @@ class ModelCard:
             "mean": list(self.mean),
             "std": list(self.std),
             "class_weights": None if self.class_weights is None else list(self.class_weights),
-            "grid": self.grid.to_dict(),
+            "grid": None if self.grid is None else self.grid.to_dict(),
             "times": list(self.times),
             "split": self.split.to_dict(),
             "windows": dict(self.windows),
             "statistics": dict(self.statistics),
+            "task": self.task.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelCard:
         """Inverse of `to_dict`."""
-        weights = data["class_weights"]
+        weights, split = data["class_weights"], data["split"]
         return cls(
             config=TrainConfig.model_validate(data["config"]),
             cube=data["cube"]["path"],
@@ -108,11 +113,12 @@ class ModelCard:
             mean=tuple(data["mean"]),
             std=tuple(data["std"]),
             class_weights=None if weights is None else tuple(weights),
-            grid=Grid.from_dict(data["grid"]),
+            grid=None if data["grid"] is None else Grid.from_dict(data["grid"]),
             times=tuple(data["times"]),
-            split=Split.from_dict(data["split"]),
+            split=SampleSplit.from_dict(split) if "kind" in split else Split.from_dict(split),
             windows=data["windows"],
             statistics=data["statistics"],
+            task=Task.from_dict(data["task"]) if "task" in data else Task(),
         )
 
 
@@ -196,6 +202,7 @@ def program_of(card: ModelCard, config: TrainConfig) -> Program:
         mean=card.mean,
         std=card.std,
         class_weights=card.class_weights,
+        task=card.task,
     )
 
 

@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike, NDArray
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.models import PER_SAMPLE, build_model
+from jaxtrain.models import PER_PIXEL, build_model
+from jaxtrain.models.precision import run_model, set_precision
 from jaxtrain.models.units import Carry, Unit, is_owned
 from jaxtrain.objective import Objective, Task
 from jaxtrain.optim import build_optimizer, build_schedule
@@ -125,6 +126,7 @@ class Program:
             for template, shapes, mine in zip(self.templates, abstract, (params, statistics), strict=False)
         ]
         model = nnx.merge(self.graphdef, *states, _reseed(self.templates[2], key))
+        carry = (set_precision(model, carry[0], self.config.model), *carry[1:])
         units = model.units()
         for unit in units[slice(*span)]:
             carry = unit.run(carry, train)
@@ -146,7 +148,7 @@ class Program:
             key: for dropout; needed where `train` and `model.dropout` are set.
 
         Returns:
-            logits_BHWK and the new model_state.
+            Logits, (B, H, W, K) or, of one answer per image, (B, K), float32; and the new model_state.
         """
         if train and key is None and self.config.model.dropout:
             raise InvalidInput("a training step with model.dropout needs a key")
@@ -157,7 +159,7 @@ class Program:
                 self.graphdef, _like(self.templates[0], params), _like(self.templates[1], model_state), streams
             )
             with over_space(self.mesh):
-                logits = model(x_BHWC, train=train)
+                logits = run_model(model, x_BHWC, train=train, config=self.config.model)
             return logits, _plain(nnx.state(model, nnx.BatchStat))
 
         if self.config.mesh.zero == 3:
@@ -180,6 +182,7 @@ def build_program(
     mean: ArrayLike,
     std: ArrayLike,
     class_weights: ArrayLike | None = None,
+    task: Task | None = None,
 ) -> Program:
     """Fix shapes, shardings and optimiser of a run; no array is made on a device.
 
@@ -191,6 +194,7 @@ def build_program(
         mean: per band (C,), in stored units.
         std: per band (C,), in stored units; 0 (a constant band) counts as 1.
         class_weights: per class (K,), positive; only their ratios matter.
+        task: what is answered; one class per pixel where none is given, per image by a network that knows nothing else.
 
     Raises:
         InvalidInput: shapes or values do not fit, or a sharding rule cannot be applied.
@@ -203,7 +207,9 @@ def build_program(
     if weights_K is not None and ((weights_K < 0).any() or not weights_K.any()):
         raise InvalidInput(f"class weights must be positive, got {weights_K.tolist()}")
 
-    objective = Objective(Task(per_image=config.model.name in PER_SAMPLE), config.optim, weights_K)
+    if task is None:
+        task = Task(per_image=config.model.name not in PER_PIXEL)
+    objective = Objective(task, config.optim, weights_K)
 
     def build(key: jax.Array) -> nnx.Module:
         params_key, dropout_key = jax.random.split(key)
@@ -213,6 +219,8 @@ def build_program(
             classes=classes,
             rngs=nnx.Rngs(params=params_key, dropout=dropout_key),
             data_shards=mesh.shape["data"],
+            per_image=task.per_image,
+            values=task.value is not None,
         )
 
     optimizer = build_optimizer(config.optim, config.run.steps)

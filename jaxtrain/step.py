@@ -2,6 +2,8 @@
 
 Letters in shapes: B sample, H row, W column, C band, K class.
 
+Images of one answer each have labels (B,), or (B, K) of 0 and 1 where an image has several classes.
+
 Images arrive as they are stored (uint16); casting, normalisation and augmentation happen on the device, inside the one
 compiled program, so a quarter of the float bytes travels. A batch is
 
@@ -23,7 +25,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain.data.augment import augment
+from jaxtrain.data.augment import augment, disturb, mix, turns
+from jaxtrain.optim import judged_params
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated
 from jaxtrain.parallel.pipeline import Pipeline
 from jaxtrain.state import Program, TrainState
@@ -52,7 +55,9 @@ class EvalStep:
     jitted: Any
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        result: dict[str, jax.Array] = self.jitted(state.params, state.model_state, dict(batch))
+        result: dict[str, jax.Array] = self.jitted(
+            judged_params(state.params, state.opt_state), state.model_state, dict(batch)
+        )
         return result
 
 
@@ -66,7 +71,8 @@ class PredictStep:
         if observed is None:
             # the cube stores 0 (or nan) in every band where nothing was observed
             observed = ((image == image) & (image != 0)).any(axis=-1)
-        result: jax.Array = self.jitted(state.params, state.model_state, image, observed)
+        params = judged_params(state.params, state.opt_state)
+        result: jax.Array = self.jitted(params, state.model_state, image, observed)
         return result
 
 
@@ -130,26 +136,28 @@ def make_train_step(program: Program) -> TrainStep:
     )
 
 
-def make_eval_step(program: Program) -> EvalStep:
-    """Sums over one batch, without augmentation, dropout, smoothing or class weights.
+def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
+    """Sums over one batch, without augmentation, dropout, smoothing or class weights: see `Objective.sums`.
 
-    - `confusion`: int32 (K, K), rows are truth, columns prediction
-    - `loss_sum`: float32 sum of -log p(truth) over labelled pixels; divided by `labelled` it is comparable between runs
-    - `labelled`: int32
+    `loss_sum` divided by `labelled` is comparable between runs. With `turned`, each image is looked at in all its eight
+    turns and mirrors (`model.turns`) and the logarithms of the answers are averaged.
     """
     if program.layout is not None:
         return EvalStep(_pipeline(program).evaluate)
 
     def evaluate(params: Any, model_state: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
         x_BHWC = normalise(program, batch["image"], batch["observed"])
-        return program.objective.sums(program.apply(params, model_state, x_BHWC, train=False)[0], batch["label"])
+        return program.objective.sums(_look(program, params, model_state, x_BHWC, turned), batch["label"])
 
-    shardings = (program.shardings.params, program.shardings.model_state, _batch_shardings(program))
+    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    shardings = (judged, program.shardings.model_state, _batch_shardings(program))
     return EvalStep(jax.jit(evaluate, in_shardings=shardings, out_shardings=replicated(program.mesh)))
 
 
 def make_predict_step(program: Program) -> PredictStep:
-    """Class probabilities of a batch of images, split over `data` as the images are; float32 (B, H, W, K).
+    """Class probabilities of a batch of images, split over `data` as the images are; float32 (B, H, W, K) or (B, K).
+
+    With `model.turns` they are means over the turns of each image; of values, the values themselves.
 
     `observed` (B, H, W) says which pixels hold data; without it, a pixel that is 0 in every band holds none.
     """
@@ -157,11 +165,12 @@ def make_predict_step(program: Program) -> PredictStep:
         return PredictStep(_pipeline(program).predict)
 
     def predict(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:
-        logits_BHWK, _ = program.apply(params, model_state, normalise(program, image, observed), train=False)
-        return program.objective.answer(logits_BHWK)
+        x_BHWC = normalise(program, image, observed)
+        return program.objective.answer(_look(program, params, model_state, x_BHWC, program.config.model.turns))
 
     lies = _batch_shardings(program)
-    shardings = (program.shardings.params, program.shardings.model_state, lies["image"], lies["observed"])
+    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"])
     return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=lies["label"]))
 
 
@@ -169,19 +178,40 @@ def prepare_batch(
     program: Program, batch: Batch, key: jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
     """Augmented and normalised images, and each label with its share of the loss: one, or two of mixed samples."""
-    lies = _batch_shardings(program, mesh)
+    data, lies = program.config.data, _batch_shardings(program, mesh)
     image, label, observed = batch["image"], batch["label"], batch["observed"]
-    if program.config.data.augment:
-        turned = augment((image, label, observed), key=key)
+    if data.augment:
+        turned = augment((image, label, observed), key=key, zoom=data.zoom)
         # the compiler would go on with images split as they came out of a quarter turn, by columns
         image, label, observed = constrain(turned, (lies["image"], lies["label"], lies["observed"]))
-    return normalise(program, image, observed), [(label, jnp.float32(1))]
+    x_BHWC = normalise(program, image, observed)
+    if data.jitter or data.band_dropout:
+        x_BHWC = disturb(x_BHWC, key=key, jitter=data.jitter, band_dropout=data.band_dropout)
+    if data.mix != "none":
+        x_BHWC, label, other = mix(x_BHWC, label, key=key, kind=data.mix, alpha=data.mix_alpha)
+        if other is not None:
+            return x_BHWC, [(label, 1 - other.share), (other.label, other.share)]
+    return x_BHWC, [(label, jnp.float32(1))]
 
 
 def normalise(program: Program, image_BHWC: jax.Array, observed_BHW: jax.Array) -> jax.Array:
     """(image - mean) / std as float32, and 0, the mean, where nothing was observed."""
     x_BHWC = (image_BHWC.astype(jnp.float32) - program.mean) * (np.float32(1) / program.std)
     return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(0))
+
+
+def _look(program: Program, params: Any, model_state: Any, x_BHWC: jax.Array, turned: bool) -> jax.Array:
+    """Logits, or their mean over the eight turns; square images only, others are looked at once."""
+    if not turned or x_BHWC.shape[-3] != x_BHWC.shape[-2]:
+        return program.apply(params, model_state, x_BHWC, train=False)[0]
+    b = x_BHWC.shape[0]
+    # the turns of a sample follow each other, so that a batch that is split over devices stays where it is
+    every = jnp.stack([turn(x_BHWC) for turn, _ in turns()], axis=1)
+    logits, _ = program.apply(params, model_state, every.reshape(8 * b, *x_BHWC.shape[1:]), train=False)
+    logits = logits.reshape(b, 8, *logits.shape[1:])
+    if not program.objective.task.per_image:
+        logits = jnp.stack([back(logits[:, i]) for i, (_, back) in enumerate(turns())], axis=1)
+    return logits.mean(axis=1)
 
 
 def _pipeline(program: Program) -> Pipeline:

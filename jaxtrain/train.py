@@ -35,7 +35,7 @@ from jaxtrain.incidents import Incidents
 from jaxtrain.log import RunLog, read_metrics
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.parallel.processes import Agreement, abandon
-from jaxtrain.prepare import check_same_run, prepare
+from jaxtrain.prepare import check_same_run, open_source, prepare
 from jaxtrain.report import collect_examples, write_report
 from jaxtrain.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
 from jaxtrain.state import Program
@@ -44,7 +44,8 @@ from jaxtrain.track import check_trackers, start_trackers
 from jaxtrain.watchdog import Watchdog
 from zarr_store.errors import Preempted
 from zarr_store.lock import CubeLock
-from zarr_store.read import Cube, open_cube
+from zarr_store.read import Cube
+from zarr_store.samples import SampleStore
 
 __all__ = ["TrainEvent", "TrainResult", "train"]
 
@@ -158,7 +159,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
         check_same_run(out, earlier, config, resume)
 
     # ---- Cube → windows → statistics, all from the index where that is possible.
-    cube = open_cube(config.data.cube)
+    cube = open_source(config.data.cube)
     incidents = Incidents(out, run, process=jax.process_index(), on_warning=lambda line: tell("warning", 0, line))
     card, plan, reader = prepare(config, cube, earlier, on_unreadable=incidents.unreadable)
 
@@ -280,7 +281,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
         report = out / "report.html"
         if lead and (judged or not report.exists()):
             aside = plan.parts["test"] if len(plan.parts["test"]) else plan.parts["validation"]
-            examples = collect_examples(program, make_predict_step(program), state, reader, aside)
+            examples = collect_examples(program, make_predict_step(program), state, reader, aside, card.classes.names)
             write_report(out, card, examples=examples, evaluation=judged)
         history = read_metrics(out)
         validations = [line for line in history if line["kind"] == "validation"]
@@ -309,10 +310,10 @@ def _log_of(config: TrainConfig, out: Path, first: int, trackers: dict[str, Any]
     return RunLog(out, step=first, tensorboard_every=config.run.log_every, trackers=started)
 
 
-def _order(config: TrainConfig, cube: Cube, plan: WindowPlan) -> SampleOrder | ChunkOrder:
+def _order(config: TrainConfig, cube: Cube | SampleStore, plan: WindowPlan) -> SampleOrder | ChunkOrder:
     """Which window is the n-th sample of the run."""
     run, rows = config.run, plan.parts["train"].rows
-    if run.shuffle == "windows" or not len(rows):
+    if run.shuffle == "windows" or not len(rows) or isinstance(cube, SampleStore):
         return SampleOrder(run.seed, len(rows))
     chunk = cube.spec(config.data.collection).layout.chunk
     return ChunkOrder(run.seed, chunk_numbers(rows, config.data.patch, chunk), run.batch_size, run.mixed_chunks)

@@ -36,16 +36,8 @@ from zarr_store.read import Cube, await_read
 from zarr_store.regions import Region
 from zarr_store.spec import STATUS_MASKED, STATUS_OBSERVED, CubeSpec
 
-__all__ = [
-    "BatchStream",
-    "HostBatch",
-    "OnUnreadable",
-    "Reader",
-    "WindowReader",
-    "band_positions",
-    "local_rows",
-    "put_batch",
-]
+__all__ = ["BatchStream", "HostBatch", "OnUnreadable", "Reader", "WindowReader", "band_positions", "local_rows",
+           "put_batch"]  # fmt: skip
 
 HostBatch = dict[str, np.ndarray]
 Rows = npt.NDArray[np.int32]

@@ -58,7 +58,7 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
         reader: Reads windows with labels.
         classes: What is learnt.
     """
-    select = _training_chunks(index, plan.split)
+    select = _training_chunks(index, plan.blocks)
     pixels = int(index.observed[select].sum())
     windows = plan.parts["train"]
     if not reader.learn_masked and pixels >= _ENOUGH_SHARE * len(windows) * windows.patch**2:

@@ -8,20 +8,23 @@ and a window without any label only costs its time, as it weighs nothing in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import Classes
-from jaxtrain.data.splits import PARTS, Part, Split, block_shape, make_split
+from jaxtrain.data.places import SampleSplit
+from jaxtrain.data.splits import PARTS, UNUSED, Part, Split, block_shape, make_split
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.spec import CubeSpec
 
-__all__ = ["Window", "WindowPlan", "Windows", "plan_windows", "window_shares"]
+__all__ = ["Window", "WindowPlan", "Windows", "plan_windows", "window_leakage", "window_shares"]
 
 
 @dataclass(frozen=True, order=True)
@@ -52,8 +55,19 @@ class Windows:
 class WindowPlan:
     """The windows of every part, and the split they come from."""
 
-    split: Split
+    split: Split | SampleSplit
     parts: Mapping[Part, Windows]
+
+    @property
+    def blocks(self) -> Split:
+        """The split of a cube or scene.
+
+        Raises:
+            InvalidInput: The plan is of samples, which lie in no blocks.
+        """
+        if not isinstance(self.split, Split):
+            raise InvalidInput("samples are split one by one, there are no blocks")
+        return self.split
 
     def counts(self) -> dict[str, int]:
         """Windows of each part."""
@@ -90,7 +104,13 @@ def _overlap(windows: int, patch: int, chunk: int, chunks: int) -> npt.NDArray[n
 
 
 def plan_windows(
-    config: DataConfig, spec: CubeSpec, index: TrainingIndex, classes: Classes, *, split: Split | None = None
+    config: DataConfig,
+    spec: CubeSpec,
+    index: TrainingIndex,
+    classes: Classes,
+    *,
+    split: Split | None = None,
+    dates: Sequence[str] = (),
 ) -> WindowPlan:
     """Choose the windows of every part.
 
@@ -100,9 +120,10 @@ def plan_windows(
         index: Its training index.
         classes: What is learnt.
         split: The split of an earlier run, so that ground keeps its part; None makes it.
+        dates: Beginnings of dates whose windows are all test, wherever they lie (`data.split.test_dates`).
 
     Raises:
-        UnknownName: The label layer is none of the collection's.
+        UnknownName: The label layer is none of the collection's, or a date none of the cube's.
         InvalidInput: The patch does not fit the grid, or there are too few blocks for the split.
         NothingFound: No window has enough to learn.
     """
@@ -128,6 +149,12 @@ def plan_windows(
     numbers = np.argwhere(usable).astype(np.int32)
     rows = np.ascontiguousarray(numbers * np.array([1, patch, patch], np.int32))
     code = split.part_at(rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int64))
+    if dates:
+        code = np.where(np.isin(rows[:, 0], _held_dates(spec, dates)), np.int8(PARTS.index("test")), code)
+    if config.split.buffer_m:
+        pixels = config.split.buffer_m * spec.grid.units_per_metre / min(spec.grid.resolution)
+        judged = _beside(numbers, code > 0, usable.shape[1:], math.ceil(pixels / patch))
+        code = np.where((code == 0) & judged, np.int8(UNUSED), code)
     return WindowPlan(split, {part: Windows(patch, rows[code == i]) for i, part in enumerate(PARTS)})
 
 
@@ -146,11 +173,59 @@ def _usable(
 
 
 def _split(config: DataConfig, spec: CubeSpec, usable: npt.NDArray[np.bool_]) -> Split:
-    block = block_shape(config.split, spec.grid, config.patch)
+    shares = config.split
+    if shares.test_dates:
+        shares = shares.model_copy(update={"test": 0.0})
+    block = block_shape(shares, spec.grid, config.patch)
+    if shares.kind == "random":
+        block = (config.patch, config.patch)
     rows, columns = (-(-size // side) for size, side in zip(spec.shape[1:], block, strict=True))
     ground = np.asarray(usable.any(axis=0))
     steps = (block[0] // config.patch, block[1] // config.patch)
     padded = np.zeros((rows * steps[0], columns * steps[1]), bool)
     padded[: ground.shape[0], : ground.shape[1]] = ground
     blocks = np.asarray(padded.reshape(rows, steps[0], columns, steps[1]).any(axis=(1, 3)))
-    return make_split(config.split, block, blocks)
+    if shares.kind != "checkerboard" or shares.test_dates:
+        return make_split(shares, block, blocks)
+    test = np.add.outer(np.arange(rows), np.arange(columns)) % 2 == 1
+    inner = make_split(shares.model_copy(update={"test": 0.0}), block, blocks & ~test)
+    return Split(block, np.where(test & blocks, PARTS.index("test"), inner.parts).astype(np.int8))
+
+
+def _held_dates(spec: CubeSpec, dates: Sequence[str]) -> list[int]:
+    """Time steps whose date begins with one of `dates`."""
+    for date in dates:
+        if not any(time.startswith(date) for time in spec.times):
+            raise UnknownName.of("date", date, [time[:10] for time in spec.times], "the cube (data.split.test_dates)")
+    held = [step for step, time in enumerate(spec.times) if time.startswith(tuple(dates))]
+    if len(held) == len(spec.times):
+        raise InvalidInput(f"data.split.test_dates names all {len(held)} dates of the cube; leave some to be learnt")
+    return held
+
+
+def _beside(
+    numbers: npt.NDArray[np.int32], of: npt.NDArray[np.bool_], shape: tuple[int, ...], reach: int
+) -> npt.NDArray[np.bool_]:
+    """Which windows have one of `of`, on any date, within `reach` windows each way; numbers are (time, row, column)."""
+    there = np.zeros((shape[0] + 2 * reach, shape[1] + 2 * reach), np.int64)
+    there[numbers[of, 1] + reach, numbers[of, 2] + reach] = 1
+    sums = np.pad(there.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    y, x, side = numbers[:, 1].astype(np.int64), numbers[:, 2].astype(np.int64), 2 * reach + 1
+    found: npt.NDArray[np.bool_] = sums[y + side, x + side] - sums[y, x + side] - sums[y + side, x] + sums[y, x] > 0
+    return found
+
+
+def window_leakage(config: DataConfig, plan: WindowPlan) -> dict[str, Any] | None:
+    """How the test windows of a cube leak, where they may: the share that lies beside a training window on any date.
+
+    None where whole blocks are kept aside on all dates. Of dates that are kept aside the ground was learnt on others.
+    """
+    split = config.split
+    if split.kind != "random" and not split.test_dates:
+        return None
+    train, test = plan.parts["train"].rows, plan.parts["test"].rows
+    every = np.concatenate([train, test]) // np.array([1, config.patch, config.patch], np.int32)
+    shape = tuple(int(v) for v in every[:, 1:].max(axis=0) + 1)
+    beside = _beside(every, np.arange(len(every)) < len(train), shape, 1)[len(train) :]
+    share = round(float(beside.mean()), 4) if len(test) else None
+    return {"kind": split.kind, "leaky": split.kind == "random", "beside": share, "dates": list(split.test_dates)}

@@ -1,7 +1,8 @@
-"""The networks, by name: one plain dict from name to builder.
+"""The networks, by name: plain dicts from name to builder, one for each kind of answer.
 
 A builder takes `(config, *, channels, classes, rngs, data_shards)` and returns a Flax NNX module whose call is
-`model(x_BHWC, *, train)` in float32: logits_BHWK of a network per pixel, logits_BK of one per image.
+`model(x_BHWC, *, train)` in float32: logits_BHWK of a network per pixel, logits_BK of one per image. `temporal` takes
+`x_BTHWC`, the dates of one place.
 """
 
 from __future__ import annotations
@@ -11,21 +12,33 @@ from collections.abc import Callable
 from flax import nnx
 
 from jaxtrain.config import ModelConfig
-from jaxtrain.models.cnn import build_cnn
+from jaxtrain.models.cnn import build_cnn, build_lenet
+from jaxtrain.models.mlp import build_image_mlp, build_pixel_mlp
 from jaxtrain.models.resnet import build_resnet
 from jaxtrain.models.unet import build_unet
 from zarr_store.errors import InvalidInput, UnknownName
 
-__all__ = ["MODELS", "PER_SAMPLE", "build_model"]
+__all__ = ["MODELS", "PER_PIXEL", "PER_SAMPLE", "build_model"]
 
-MODELS: dict[str, Callable[..., nnx.Module]] = {"cnn": build_cnn, "resnet": build_resnet, "unet": build_unet}
+Builder = Callable[..., nnx.Module]
 
-PER_SAMPLE = frozenset({"resnet"})
-"""Networks that give one answer per image, logits (B, K); the others give one per pixel, (B, H, W, K)."""
+PER_PIXEL: dict[str, Builder] = {"cnn": build_cnn, "mlp": build_pixel_mlp, "unet": build_unet}
+"""Networks that answer for each pixel: (B, H, W, K)."""
+PER_SAMPLE: dict[str, Builder] = {"cnn": build_lenet, "mlp": build_image_mlp, "resnet": build_resnet}
+"""Networks that give one answer per image: (B, K)."""
+MODELS: dict[str, Builder] = {**PER_SAMPLE, **PER_PIXEL}
+"""Every name; where a name stands for both, the network per pixel."""
 
 
 def build_model(
-    config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int = 1
+    config: ModelConfig,
+    *,
+    channels: int,
+    classes: int,
+    rngs: nnx.Rngs,
+    data_shards: int = 1,
+    per_image: bool | None = None,
+    values: bool = False,
 ) -> nnx.Module:
     """Build the network that the configuration names.
 
@@ -35,16 +48,25 @@ def build_model(
         classes: number of classes, the channels of the logits.
         rngs: streams `params` and `dropout`.
         data_shards: size of the mesh axis `data`; only the norm `local` depends on it.
+        per_image: whether one answer is wanted for an image; none for what the name stands for first.
+        values: whether a value is learnt in place of classes; one output is then enough.
 
     Raises:
         UnknownName: no such network.
-        InvalidInput: no bands or fewer than two classes.
+        InvalidInput: no bands or classes, or a network that cannot give such answers.
     """
     if config.name not in MODELS:
         raise UnknownName.of("model", config.name, MODELS, where="model.name")
-    if channels < 1 or classes < 2:
+    if channels < 1 or classes < (1 if values else 2):
         raise InvalidInput(
             f"a network needs at least 1 band and 2 classes, got {channels} and {classes}: "
             "name more in data.bands and data.classes"
         )
-    return MODELS[config.name](config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)
+    known = MODELS if per_image is None else PER_SAMPLE if per_image else PER_PIXEL
+    if config.name not in known:
+        given, asked = ("pixel", "image") if per_image else ("image", "pixel")
+        raise InvalidInput(
+            f"model.name = {config.name!r} answers for each {given}, the data ask for one answer per {asked}: choose "
+            f"one of {', '.join(known)}"
+        )
+    return known[config.name](config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)

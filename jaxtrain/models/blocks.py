@@ -14,7 +14,7 @@ Names carry meaning: in every block `conv1`, `norm1` work on filters that may be
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtrain.parallel.spatial import convolve
 from zarr_store.errors import InvalidInput
 
-__all__ = ["ConvBlock", "GroupNorm", "RunningNorm", "conv", "halve", "make_norm", "repeat_nearest"]
+__all__ = ["ConvBlock", "GroupNorm", "RunningNorm", "conv", "halve", "make_norm", "repeat_nearest", "run_block"]
 
 EPSILON = 1e-5
 HE = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
@@ -141,6 +141,8 @@ class RunningNorm(nnx.Module):
 
 
 def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    # moments of bfloat16 activations would have three digits
+    x = x.astype(jnp.float32)
     # two passes: mean(x²) - mean(x)² loses all digits where the mean is large against the spread
     mean = x.mean(axis=axes, keepdims=True)
     var = jnp.square(x - mean).mean(axis=axes)
@@ -148,7 +150,7 @@ def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]
 
 
 def _affine(x: jax.Array, mean: jax.Array, rstd: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    return (x - mean) * (rstd * scale) + bias
+    return ((x.astype(jnp.float32) - mean) * (rstd * scale) + bias).astype(x.dtype)
 
 
 def make_norm(kind: Literal["group", "batch", "local"], channels: int, *, data_shards: int) -> GroupNorm | RunningNorm:
@@ -203,3 +205,16 @@ class ConvBlock(nnx.Module):
         if self.residual:
             y = y + (x_BHWC if self.skip is None else self.skip(x_BHWC))
         return nnx.relu(y)
+
+
+def run_block(block: Any, x: jax.Array, *, train: bool, remat: bool) -> jax.Array:
+    """Call a block; with `remat` its activations are not kept but computed again when gradients need them."""
+
+    def call(module: Any, image: jax.Array) -> jax.Array:
+        y: jax.Array = module(image, train=train)
+        return y
+
+    if remat and train:
+        y: jax.Array = nnx.remat(call)(block, x)
+        return y
+    return call(block, x)

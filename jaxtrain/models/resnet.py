@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 from jaxtrain.config import ModelConfig
-from jaxtrain.models.blocks import SMALL, conv, halve, make_norm
+from jaxtrain.models.blocks import SMALL, conv, halve, make_norm, run_block
 from jaxtrain.models.units import Unit, halves
 from zarr_store.errors import InvalidInput
 
@@ -111,7 +111,7 @@ class ResNet(nnx.Module):
             )
         bottleneck = not config.blocks and config.depth == 50
         self.stage_blocks = config.blocks or STAGES[config.depth]
-        self.stem_kind = config.stem
+        self.stem_kind, self.remat = config.stem, config.remat
         size, stride, inputs = {"small": (3, 1, channels), "patch": (3, 1, 4 * channels), "large": (7, 2, channels)}[
             config.stem
         ]
@@ -132,7 +132,7 @@ class ResNet(nnx.Module):
         y_BHWC = self.enter(x_BHWC)
         for stage, blocks in enumerate(self.stage_blocks):
             for block in range(blocks):
-                y_BHWC = self.body[f"stage{stage}_block{block}"](y_BHWC, train=train)
+                y_BHWC = run_block(self.body[f"stage{stage}_block{block}"], y_BHWC, train=train, remat=self.remat)
         return self.leave(y_BHWC)
 
     def units(self) -> list[Unit]:

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from jaxtrain.config import ModelConfig
-from jaxtrain.models.blocks import SMALL, ConvBlock, conv, halve, repeat_nearest
+from jaxtrain.models.blocks import SMALL, ConvBlock, conv, halve, repeat_nearest, run_block
 from jaxtrain.models.units import Carry, Unit, halves
 
 __all__ = ["UNet", "build_unet"]
@@ -44,16 +44,17 @@ class UNet(nnx.Module):
         self.up = nnx.Dict({f"level{i}": conv(widths[i + 1], widths[i], 1, rngs=rngs) for i in range(config.depth)})
         self.decoder = nnx.Dict({f"level{i}": block(widths[i], widths[i]) for i in range(config.depth)})
         self.head = conv(widths[0], classes, 1, rngs=rngs, init=SMALL)
-        self.depth = config.depth
+        self.depth, self.remat = config.depth, config.remat
 
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
         skips = []
         for level in range(self.depth + 1):
-            x_BHWC = self.encoder[f"level{level}"](halve(x_BHWC) if level else x_BHWC, train=train)
+            x_BHWC = halve(x_BHWC) if level else x_BHWC
+            x_BHWC = run_block(self.encoder[f"level{level}"], x_BHWC, train=train, remat=self.remat)
             skips.append(x_BHWC)
         for level in reversed(range(self.depth)):
             x_BHWC = repeat_nearest(self.up[f"level{level}"](x_BHWC)) + skips[level]
-            x_BHWC = self.decoder[f"level{level}"](x_BHWC, train=train)
+            x_BHWC = run_block(self.decoder[f"level{level}"], x_BHWC, train=train, remat=self.remat)
         logits_BHWK: jax.Array = self.head(x_BHWC)
         return logits_BHWK
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import MeshConfig
-from jaxtrain.data.augment import augment
+from jaxtrain.data.augment import augment, disturb, mix, turns
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
 from zarr_store.errors import InvalidInput
 
@@ -57,3 +57,68 @@ def test_windows_that_are_not_square_are_refused():
         augment((jnp.zeros((2, 4, 6)),), key=jax.random.key(0))
     with pytest.raises(InvalidInput, match="square windows of one size"):
         augment((jnp.zeros((2, 4, 4)), jnp.zeros((2, 8, 8))), key=jax.random.key(0))
+
+
+def test_turns_come_back():
+    x = jnp.arange(2 * 4 * 4 * 1, dtype=jnp.float32).reshape(2, 4, 4, 1)
+    seen = set()
+    for there, back in turns():
+        seen.add(np.asarray(there(x)).tobytes())
+        np.testing.assert_array_equal(back(there(x)), x)
+    assert len(seen) == 8
+
+
+def test_a_label_of_an_image_does_not_turn():
+    image = jax.random.normal(jax.random.key(0), (8, 4, 4, 2))
+    label = jnp.arange(8)
+    turned, kept = augment((image, label), key=jax.random.key(1))
+    np.testing.assert_array_equal(kept, label)
+    assert (np.asarray(turned) != np.asarray(image)).any()
+
+
+def test_zoom_moves_image_and_label_alike_and_invents_nothing():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 200, (32, 16, 16)).astype(np.uint8)
+    image = (label.astype(np.uint16) * 300)[..., None]
+    big, seen = augment((jnp.asarray(image), jnp.asarray(label)), key=jax.random.key(3), zoom=0.5)
+    assert big.dtype == jnp.uint16
+    np.testing.assert_array_equal(np.asarray(big)[..., 0], np.asarray(seen).astype(np.uint16) * 300)
+    plain, _ = augment((jnp.asarray(image), jnp.asarray(label)), key=jax.random.key(3))
+    assert (np.asarray(big) != np.asarray(plain)).any()
+    # about the middle: the four inner pixels stay inner pixels under any zoom of a half
+    inner = np.asarray(plain)[:, 6:10, 6:10, 0]
+    assert all(np.isin(np.asarray(big)[i, 7:9, 7:9, 0], inner[i]).all() for i in range(32))
+
+
+def test_light_and_hidden_bands_are_drawn_for_each_sample():
+    x = jnp.ones((4000, 1, 1, 2))
+    lit = np.asarray(disturb(x, key=jax.random.key(0), jitter=0.1))
+    assert lit.std() == pytest.approx(np.sqrt(2) * 0.1, rel=0.05)
+    hidden = np.asarray(disturb(x, key=jax.random.key(0), band_dropout=0.25))
+    assert set(np.unique(hidden).tolist()) == {0.0, 1.0}
+    assert hidden.mean() == pytest.approx(0.75, abs=0.02)
+
+
+def test_mixup_blends_with_the_next_and_tells_its_share():
+    x = jnp.arange(4, dtype=jnp.float32).reshape(4, 1, 1, 1)
+    blended, label, mixed = mix(x, jnp.arange(4), key=jax.random.key(0), kind="mixup", alpha=1.0)
+    assert mixed is not None
+    assert 0 < float(mixed.share) <= 0.5
+    np.testing.assert_array_equal(label, np.arange(4))
+    np.testing.assert_array_equal(mixed.label, [3, 0, 1, 2])
+    share = float(mixed.share)
+    expected = (1 - share) * np.arange(4) + share * np.array([3, 0, 1, 2])
+    np.testing.assert_allclose(np.asarray(blended).ravel(), expected, rtol=1e-6)
+
+
+def test_cutmix_pastes_a_box_with_its_labels_or_its_share():
+    x = jnp.broadcast_to(jnp.arange(4, dtype=jnp.float32).reshape(4, 1, 1, 1), (4, 32, 32, 1))
+    for seed in range(5):
+        pasted, _, mixed = mix(x, jnp.arange(4), key=jax.random.key(seed), kind="cutmix", alpha=1.0)
+        assert mixed is not None
+        assert float((np.asarray(pasted)[1] == 0).mean()) == pytest.approx(float(mixed.share))
+    truth = x[..., 0].astype(jnp.uint8)
+    pasted, label, mixed = mix(x, truth, key=jax.random.key(0), kind="cutmix", alpha=1.0)
+    assert mixed is None
+    np.testing.assert_array_equal(np.asarray(pasted)[..., 0], label)
+    assert (np.asarray(label) != np.asarray(truth)).any()

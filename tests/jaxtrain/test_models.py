@@ -9,13 +9,12 @@ import pytest
 from flax import nnx
 
 from jaxtrain.config import MeshConfig, ModelConfig
-from jaxtrain.models import MODELS, PER_SAMPLE, build_model
+from jaxtrain.models import PER_PIXEL, PER_SAMPLE, build_model
 from jaxtrain.models.blocks import GroupNorm, RunningNorm, conv, halve, make_norm, repeat_nearest
+from jaxtrain.models.precision import run_model
 from jaxtrain.parallel.hlo import bytes_by_kind
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
 from zarr_store.errors import InvalidInput, UnknownName
-
-PER_PIXEL = sorted(set(MODELS) - PER_SAMPLE)
 
 
 def build(name="unet", *, data_shards=1, **config):
@@ -35,7 +34,7 @@ def image(*shape, seed=0):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("norm", ["group", "batch", "local"])
-@pytest.mark.parametrize("name", PER_PIXEL)
+@pytest.mark.parametrize("name", sorted(PER_PIXEL))
 def test_logits_have_the_size_of_the_image(name, norm, train):
     x = jax.ShapeDtypeStruct((2, 16, 24, 3), jnp.float32)
     logits = jax.eval_shape(lambda x: build(name, norm=norm, depth=2, data_shards=2)(x, train=train), x)
@@ -115,7 +114,7 @@ def test_no_group_is_a_single_channel():
         assert groups <= 8
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", sorted(PER_PIXEL))
 def test_level_of_an_image_reaches_the_logits(name):
     """Water and bare soil can both be flat: only their level tells them apart, so no norm may remove it."""
     model = build(name)
@@ -149,3 +148,48 @@ def test_field_of_view():
         reach[name] = (8 - rows.min(), rows.max() - 8)
     assert reach["cnn"] == (2, 2)
     assert min(reach["unet"]) > 2
+
+
+@pytest.mark.parametrize("name", sorted(PER_SAMPLE))
+@pytest.mark.parametrize("train", [False, True])
+def test_one_answer_per_image(name, train):
+    own = {"blocks": (1, 1)} if name == "resnet" else {"depth": 2}
+    x = jax.ShapeDtypeStruct((2, 16, 24, 3), jnp.float32)
+
+    def logits(x):
+        config = ModelConfig(name=name, width=8, dropout=0.2, **own)
+        rngs = nnx.Rngs(params=0, dropout=1)
+        return build_model(config, channels=3, classes=5, rngs=rngs, per_image=True)(x, train=train)
+
+    assert jax.eval_shape(logits, x).shape == (2, 5)
+
+
+def test_names_are_checked_against_what_is_asked():
+    with pytest.raises(InvalidInput, match=r"'unet' answers for each pixel, the data ask for one answer per image"):
+        build_model(ModelConfig(), channels=3, classes=5, rngs=nnx.Rngs(0), per_image=True)
+    with pytest.raises(InvalidInput, match=r"'resnet' answers for each image.*one of cnn, mlp, unet"):
+        build_model(ModelConfig(name="resnet"), channels=3, classes=5, rngs=nnx.Rngs(0), per_image=False)
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet"])
+def test_bfloat16_is_near_float32_and_remat_is_equal(name):
+    """Parameters stay float32; in bfloat16 answers keep two digits; computing activations again changes no gradient."""
+    model = build(name, norm="batch")
+    x = image(2, 16, 16, 3)
+    config = ModelConfig(precision="bfloat16")
+    exact = np.asarray(run_model(model, x, train=False, config=ModelConfig()))
+    rough = run_model(build(name, norm="batch"), x, train=False, config=config)
+    assert rough.dtype == jnp.float32
+    assert (np.asarray(rough) != exact).any()
+    np.testing.assert_allclose(rough, exact, atol=0.05 * np.abs(exact).max())
+
+    def slope(remat):
+        graph, params, rest = nnx.split(build(name, norm="batch", remat=remat), nnx.Param, ...)
+
+        def loss(params):
+            return (nnx.merge(graph, params, rest, copy=True)(x, train=True) ** 2).mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    for a, b in zip(jax.tree.leaves(slope(False)), jax.tree.leaves(slope(True)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxtrain.config import OptimConfig
-from jaxtrain.optim import build_optimizer, build_schedule, decays
+from jaxtrain.optim import build_optimizer, build_schedule, decays, judged_params
 
 PARAMS = {"conv1": {"kernel": jnp.full((1, 1, 2, 2), 3.0)}, "norm1": {"scale": jnp.full((2,), 3.0)}}
 
@@ -74,3 +74,42 @@ def test_clipping_is_by_the_global_norm():
     kernel, scale = one_step(config, gradients(3.0, 4.0))
     norm = math.sqrt(4 * 9 + 2 * 16)
     np.testing.assert_allclose([kernel, scale], [3 - 3 / norm, 3 - 4 / norm], rtol=1e-5)
+
+
+def test_a_line_goes_down_to_zero():
+    schedule = build_schedule(OptimConfig(learning_rate=1.0, warmup_steps=0, schedule="linear"), 10)
+    assert [round(float(schedule(s)), 3) for s in (0, 5, 10)] == [1.0, 0.5, 0.0]
+
+
+def test_the_moving_average_is_judged():
+    config = OptimConfig(name="sgd", learning_rate=1.0, momentum=0.0, weight_decay=0.0, warmup_steps=0,
+                         schedule="constant", clip_norm=None, ema=0.5)  # fmt: skip
+    optimizer = build_optimizer(config, 100)
+    params, state, expected = PARAMS, optimizer.init(PARAMS), 3.0
+    assert judged_params(PARAMS, build_optimizer(OptimConfig(), 100).init(PARAMS)) is PARAMS
+    for update in range(3):
+        updates, state = optimizer.update(gradients(1.0), state, params)
+        params = optax.apply_updates(params, updates)
+        share = min(0.5, (1 + update) / (10 + update))
+        expected = share * expected + (1 - share) * (3.0 - (update + 1))
+        average = judged_params(params, state)["conv1"]["kernel"]
+        np.testing.assert_allclose(average, expected, rtol=1e-6)
+
+
+def test_accumulated_batches_make_one_update_of_their_mean():
+    config = OptimConfig(name="sgd", learning_rate=1.0, momentum=0.0, weight_decay=0.0, warmup_steps=0,
+                         schedule="linear", clip_norm=None, accumulate=2)  # fmt: skip
+    optimizer = build_optimizer(config, 10)
+    state = optimizer.init(PARAMS)
+    seen = []
+    for kernel in (1.0, 3.0, 2.0, 2.0):
+        updates, state = optimizer.update(gradients(kernel), state, PARAMS)
+        seen.append(float(updates["conv1"]["kernel"][0, 0, 0, 0]))
+    # rates are those of the second and of the fourth batch: 0.9 and 0.7
+    np.testing.assert_allclose(seen, [0, -0.9 * 2, 0, -0.7 * 2], rtol=1e-6)
+
+
+def test_momentum_without_nesterov():
+    config = OptimConfig(name="sgd", learning_rate=0.1, weight_decay=0.0, warmup_steps=0, schedule="constant",
+                         clip_norm=None, nesterov=False)  # fmt: skip
+    assert one_step(config, gradients(2.0))[0] == pytest.approx(2.8)

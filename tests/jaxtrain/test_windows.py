@@ -11,7 +11,7 @@ from jaxtrain.config import DataConfig, SplitConfig
 from jaxtrain.data.batches import WindowReader
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.statistics import training_statistics
-from jaxtrain.data.windows import Window, plan_windows, window_shares
+from jaxtrain.data.windows import Window, plan_windows, window_leakage, window_shares
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
@@ -145,3 +145,55 @@ def test_statistics_see_training_ground_only(tmp_path: Path, block_m: float, chu
         assert count < 256
         np.testing.assert_allclose(statistics.mean, pixels[:, learnt].mean(axis=1), rtol=1e-9)
         np.testing.assert_allclose(statistics.std, pixels[:, learnt].std(axis=1), rtol=1e-9)
+
+
+def test_dates_may_be_kept_aside(tmp_path):
+    """All windows of such a date are judged, none is learnt; the blocks for testing are learnt on the others."""
+    cube = make_cube(tmp_path / "c.zarr", masked=False)
+    spec, index = cube.spec(COLLECTION), cube.index(COLLECTION)
+    config = DataConfig(
+        cube="c", classes=CLASSES, patch=32, split={"block_m": 320, "test_dates": ["2023-08-11"], "test": 0.4}
+    )
+    classes = Classes.of(config)
+    plan = plan_windows(config, spec, index, classes, dates=config.split.test_dates)
+    assert set(plan.parts["test"].rows[:, 0].tolist()) == {1}
+    assert len(plan.parts["test"]) == 6 * 5
+    for part in ("train", "validation"):
+        assert set(plan.parts[part].rows[:, 0].tolist()) == {0}
+    assert len(plan.parts["train"]) + len(plan.parts["validation"]) == 6 * 5
+    leak = window_leakage(config, plan)
+    assert leak is not None
+    assert (leak["leaky"], leak["dates"]) == (False, ["2023-08-11"])
+    assert leak["beside"] == 1.0
+    with pytest.raises(UnknownName, match="unknown date '2024'"):
+        plan_windows(config, spec, index, classes, dates=["2024"])
+    with pytest.raises(InvalidInput, match="names all 2 dates"):
+        plan_windows(config, spec, index, classes, dates=["2023"])
+
+
+def test_a_buffer_keeps_training_windows_away_from_judged_ones(tmp_path):
+    cube = make_cube(tmp_path / "c.zarr", masked=False)
+    spec, index = cube.spec(COLLECTION), cube.index(COLLECTION)
+
+    def plan_of(**split):
+        config = DataConfig(cube="c", classes=CLASSES, patch=32, split={"block_m": 320, **split})
+        return config, plan_windows(config, spec, index, Classes.of(config))
+
+    def nearest(plan):
+        train, judged = plan.parts["train"].rows[:, 1:], [plan.parts[p].rows[:, 1:] for p in ("validation", "test")]
+        apart = np.abs(train[:, None] - np.concatenate(judged)[None]).max(axis=-1) - 32
+        return int(apart.min())
+
+    _, plain = plan_of(test=0.05, validation=0.05)
+    _, buffered = plan_of(test=0.05, validation=0.05, buffer_m=300)  # 30 pixels, less than a window
+    assert nearest(plain) == 0
+    assert nearest(buffered) >= 30
+    assert 0 < len(buffered.parts["train"]) < len(plain.parts["train"])
+    config, random = plan_of(kind="random", block_m=9600)
+    leak = window_leakage(config, random)
+    assert leak is not None
+    assert leak["leaky"]
+    assert leak["beside"] > 0.5
+    assert window_leakage(*plan_of()) is None
+    _, board = plan_of(kind="checkerboard")
+    assert ((board.parts["test"].rows[:, 1] // 32 + board.parts["test"].rows[:, 2] // 32) % 2 == 1).all()

@@ -1,0 +1,256 @@
+"""Samples of a store as batches: the counterpart of `WindowReader` and `plan_windows` for stores of labelled samples.
+
+A row is (sample, y, x). Of a store of patches y and x are 0 and the whole patch is the image; of a labelled scene the
+image is the `patch` around pixel (y, x), mirrored at the scene's edge, and its label is that pixel's.
+
+Letters in shapes: B samples, H row, W column, C band, K class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.config import DataConfig, SplitConfig
+from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.places import SampleSplit, leakage, split_samples
+from jaxtrain.data.splits import PARTS, Split, make_split
+from jaxtrain.data.statistics import Statistics
+from jaxtrain.data.windows import WindowPlan, Windows
+from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+from zarr_store.samples import SampleStore
+
+__all__ = ["SampleReader", "plan_samples", "sample_classes", "sample_statistics"]
+
+_HELD_BYTES = 512 << 20
+"""A store whose images are smaller is decoded once and held; a larger one is read as it is needed."""
+_SAMPLED = 2048
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Reads samples of one store.
+
+    Attributes:
+        store: The open store.
+        bands: Positions of the bands, in the order of the network's channels.
+        patch: Side of the image around a pixel of a scene; of patches, their own side.
+        table: uint8 (256,) stored label → class index, 255 where it is not learnt.
+    """
+
+    store: SampleStore
+    bands: tuple[int, ...]
+    patch: int
+    table: npt.NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, store: SampleStore, config: DataConfig, classes: Classes) -> SampleReader:
+        """The reader of a run.
+
+        Raises:
+            UnknownName: A band that the store lacks.
+        """
+        names = store.spec.bands
+        for band in config.bands:
+            if band not in names:
+                raise UnknownName.of("band", band, names, f"{store.url} (data.bands)")
+        bands = tuple(names.index(band) for band in config.bands or names)
+        side = config.patch if store.spec.labelled == "pixels" else store.spec.size[0]
+        return cls(store, bands, side, classes.table())
+
+    def read(self, rows: npt.NDArray[np.int32]) -> dict[str, np.ndarray]:
+        """Read samples.
+
+        Args:
+            rows: int32 (B, 3) of (sample, y, x).
+
+        Returns:
+            image (B, H, W, C) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is not learnt), and
+            observed uint8 (B, H, W), all 1.
+
+        Raises:
+            CorruptShard: A sample is damaged; the message names it.
+        """
+        numbers = rows[:, 0]
+        if self.store.spec.labelled == "pixels":
+            image, label = self._around(rows)
+        else:
+            image = self._held[numbers] if self._held is not None else self._decode(numbers)
+            label = self.store.label[numbers]
+        if self.store.spec.labelled != "several":
+            label = self.table[label]
+        else:
+            kept = self.table[: label.shape[1]]
+            chosen = np.zeros((len(label), int((kept != NOT_LEARNT).sum())), np.uint8)
+            chosen[:, kept[kept != NOT_LEARNT]] = label[:, kept != NOT_LEARNT]
+            label = chosen
+        return {"image": image, "label": label, "observed": np.ones(image.shape[:3], np.uint8)}
+
+    def _decode(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+        images = self.store.images(numbers)
+        if self.bands != tuple(range(images.shape[1])):
+            images = images[:, list(self.bands)]
+        return np.ascontiguousarray(np.moveaxis(images, 1, -1))
+
+    @cached_property
+    def _held(self) -> npt.NDArray[Any] | None:
+        spec = self.store.spec
+        size = spec.count * len(self.bands) * spec.size[0] * spec.size[1] * np.dtype(spec.dtype).itemsize
+        if size > _HELD_BYTES:
+            return None
+        return np.concatenate([self._decode(np.arange(i, min(i + 256, spec.count))) for i in range(0, spec.count, 256)])
+
+    @cached_property
+    def _scenes(self) -> npt.NDArray[Any]:
+        """All scenes (N, H, W, C) with a mirrored rim of half a patch."""
+        rim = self.patch // 2
+        if rim >= min(self.store.spec.size):
+            raise InvalidInput(
+                f"data.patch {self.patch} is too large for a scene of {self.store.spec.size[0]} × "
+                f"{self.store.spec.size[1]} pixels"
+            )
+        scenes = self._decode(np.arange(self.store.spec.count))
+        return np.pad(scenes, ((0, 0), (rim, rim), (rim, rim), (0, 0)), mode="reflect")
+
+    def _around(self, rows: npt.NDArray[np.int32]) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
+        n, y, x = (rows[:, i].astype(np.int64) for i in range(3))
+        offsets = np.arange(self.patch)
+        at_y, at_x = y[:, None, None] + offsets[:, None], x[:, None, None] + offsets
+        return self._scenes[n[:, None, None], at_y, at_x], self.store.label[n, y, x]
+
+
+def sample_classes(config: DataConfig, store: SampleStore) -> Classes:
+    """The classes of a store, or those that the configuration names by stored label.
+
+    Raises:
+        InvalidInput: A configured label is not one of the store.
+    """
+    first = 1 if store.spec.labelled == "pixels" else 0
+    known = {str(i + first): name for i, name in enumerate(store.spec.classes)}
+    for value in config.classes:
+        if value not in known:
+            raise InvalidInput(
+                f"data.classes: {store.url} has no label {value}; it has "
+                f"{', '.join(f'{v} = {n}' for v, n in list(known.items())[:12])}"
+            )
+    return Classes.of(config.model_copy(update={"classes": config.classes or known}))
+
+
+def plan_samples(
+    config: DataConfig, store: SampleStore, classes: Classes, *, split: Split | SampleSplit | None = None
+) -> tuple[WindowPlan, dict[str, Any]]:
+    """The rows of each part, and how much the test part leaks.
+
+    Args:
+        config: Split, patch and classes.
+        store: The open store.
+        classes: What is learnt.
+        split: That of an earlier run; made afresh where there is none.
+
+    Raises:
+        InvalidInput: The split does not fit the store.
+        NothingFound: No sample has a class that is learnt.
+    """
+    if store.spec.labelled == "pixels":
+        return _plan_scene(config, store, classes, split)
+    learnt = np.ones(store.spec.count, bool)
+    if store.spec.labelled == "one":
+        learnt = classes.table()[store.label] != NOT_LEARNT
+    if not learnt.any():
+        raise NothingFound(f"no sample of {store.url} has one of the classes {', '.join(classes.names)}")
+    if split is None:
+        split = split_samples(config.split, store.longitude, store.latitude)
+    if not isinstance(split, SampleSplit) or len(split.parts) != store.spec.count:
+        raise InvalidInput(f"{store.url} is not the store that the run's split was made for")
+    parts = np.where(learnt, split.parts, -1)
+    rows = np.zeros((store.spec.count, 3), np.int32)
+    rows[:, 0] = np.arange(store.spec.count)
+    leak = leakage(split.parts, store.longitude, store.latitude, config.split.near_m)
+    side = store.spec.size[0]
+    plan = WindowPlan(split, {part: Windows(side, rows[parts == i]) for i, part in enumerate(PARTS)})
+    return plan, {**leak, "kind": split.kind, "leaky": split.kind == "random"}
+
+
+def _plan_scene(
+    config: DataConfig, store: SampleStore, classes: Classes, split: Split | SampleSplit | None
+) -> tuple[WindowPlan, dict[str, Any]]:
+    if config.patch % 2 == 0:
+        raise InvalidInput(f"data.patch {config.patch} has no middle pixel: take an odd side for a labelled scene")
+    learnt = classes.table()[store.label] != NOT_LEARNT
+    rows = np.argwhere(learnt).astype(np.int32)
+    if not len(rows):
+        raise NothingFound(f"no pixel of {store.url} has one of the classes {', '.join(classes.names)}")
+    if split is None:
+        split = _split_scene(config.split, store, learnt)
+    if not isinstance(split, Split):
+        raise InvalidInput(f"{store.url} is not the store that the run's split was made for")
+    code = split.part_at(rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int64))
+    if config.split.buffer_px:
+        code = np.where((code == 0) & _near(rows, code > 0, learnt.shape, config.split.buffer_px), -1, code)
+    touching = _near(rows, code == 0, learnt.shape, config.patch // 2) & (code == PARTS.index("test"))
+    tests = int((code == PARTS.index("test")).sum())
+    kind = config.split.kind
+    leak = {
+        "kind": kind,
+        "leaky": kind == "random",
+        "touching": round(float(touching.sum() / tests), 4) if tests else None,
+        "patch": config.patch,
+    }
+    return WindowPlan(split, {part: Windows(config.patch, rows[code == i]) for i, part in enumerate(PARTS)}), leak
+
+
+def _near(
+    rows: npt.NDArray[np.int32], of: npt.NDArray[np.bool_], shape: tuple[int, ...], reach: int
+) -> npt.NDArray[np.bool_]:
+    """Which rows have a row of `of` within a square of `reach` pixels each way."""
+    there = np.zeros(shape, bool)
+    there[tuple(rows[of].T)] = True
+    sums = np.pad(there.cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
+    n, y, x = (rows[:, i].astype(np.int64) for i in range(3))
+    y0, y1 = np.maximum(y - reach, 0), np.minimum(y + reach + 1, shape[1])
+    x0, x1 = np.maximum(x - reach, 0), np.minimum(x + reach + 1, shape[2])
+    found: npt.NDArray[np.bool_] = sums[n, y1, x1] - sums[n, y0, x1] - sums[n, y1, x0] + sums[n, y0, x0] > 0
+    return found
+
+
+def _split_scene(config: SplitConfig, store: SampleStore, learnt: npt.NDArray[np.bool_]) -> Split:
+    height, width = store.spec.size
+    side = 1 if config.kind == "random" else config.block_px
+    shape = (-(-height // side), -(-width // side))
+    padded = np.zeros((shape[0] * side, shape[1] * side), bool)
+    padded[:height, :width] = learnt.any(axis=0)
+    usable = padded.reshape(shape[0], side, shape[1], side).any(axis=(1, 3))
+    if config.kind != "checkerboard":
+        return make_split(config, (side, side), np.asarray(usable))
+    test = np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % 2 == 1
+    inner = make_split(config.model_copy(update={"test": 0.0}), (side, side), np.asarray(usable & ~test))
+    return Split(inner.block, np.where(test & usable, PARTS.index("test"), inner.parts).astype(np.int8))
+
+
+def sample_statistics(plan: WindowPlan, reader: SampleReader, classes: Classes) -> Statistics:
+    """Mean and spread of each band and how often each class occurs, over the training part only."""
+    rows = plan.parts["train"].rows
+    counted = np.zeros(len(classes), np.int64)
+    if reader.store.spec.labelled == "several":
+        kept = reader.table[: reader.store.label.shape[1]]
+        counted[kept[kept != NOT_LEARNT]] = reader.store.label[rows[:, 0]].sum(axis=0)[kept != NOT_LEARNT]
+    else:
+        at = tuple(rows.T) if reader.store.spec.labelled == "pixels" else rows[:, 0]
+        counted += np.bincount(reader.table[reader.store.label[at]], minlength=256)[: len(classes)]
+    order = SampleOrder(seed=0, count=len(rows))
+    chosen = rows[np.sort(order.indices(0, min(_SAMPLED, len(rows))))]
+    if reader.store.spec.labelled == "pixels":
+        # a pixel for each sample: patches would count the middle of the ground many times
+        chosen_reader = SampleReader(reader.store, reader.bands, 1, reader.table)
+        values = chosen_reader.read(chosen)["image"].reshape(len(chosen), -1).astype(np.float64)
+    else:
+        values = reader.read(chosen)["image"].reshape(-1, len(reader.bands)).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise InvalidInput(f"{reader.store.url} holds nan or infinite numbers; import it without them")
+    std = values.std(axis=0)
+    return Statistics(values.mean(axis=0), np.where(std > 0, std, 1.0), counted, len(values), "windows")

@@ -1,0 +1,292 @@
+"""Sample stores: labelled patches, or one labelled scene, for tasks that are not cut from a cube.
+
+    image      (sample, band, y, x)   stored numbers: uint8, uint16 or float32
+    label      (sample,)              class index; (sample, class) 0/1 where a sample has several classes;
+                                      (sample, y, x) where pixels are labelled, 0 = not labelled
+    longitude, latitude (sample,)     degrees, centre of the sample; nan where unknown
+    name       (sample,)              where the sample came from
+
+A store appears whole or not at all. Every sample is one chunk with a checksum, so that samples are read in any order
+at the cost of their own bytes, and a damaged one is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+import tensorstore as ts
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from zarr_store.backends import Store
+from zarr_store.errors import IntegrityError, InvalidInput, NotACube
+from zarr_store.read import await_read, read_tensorstore
+
+__all__ = ["Labelled", "Sample", "SampleSpec", "SampleStore", "is_sample_store", "open_samples", "write_samples"]
+
+Labelled = Literal["one", "several", "pixels"]
+"""A sample has one class, several classes, or a class for each of its pixels."""
+
+_FORMAT = 1
+_SHARD_BYTES = 64 << 20
+_DTYPES = ("uint8", "uint16", "float32")
+_CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What fixes the arrays of a store.
+
+    Attributes:
+        count: Number of samples.
+        bands: Names, in order.
+        size: (height, width) of each sample, pixels.
+        dtype: Of the image: uint8, uint16 or float32.
+        classes: Names, by class index; for labelled pixels the name of label value i + 1.
+        labelled: What a sample's label is.
+    """
+
+    count: int
+    bands: tuple[str, ...]
+    size: tuple[int, int]
+    dtype: str
+    classes: tuple[str, ...]
+    labelled: Labelled = "one"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise InvalidInput(f"samples of type {self.dtype}: expected one of {', '.join(_DTYPES)}")
+        if self.count < 1 or not self.bands or min(self.size) < 1:
+            raise InvalidInput(f"a sample store needs samples with bands and pixels, got {self}")
+        if len(set(self.bands)) != len(self.bands):
+            raise InvalidInput(f"bands must have names of their own, got {', '.join(self.bands)}")
+        if not 2 <= len(self.classes) <= 254 or len(set(self.classes)) != len(self.classes):
+            raise InvalidInput(f"expected 2 to 254 different classes, got {len(self.classes)}: {self.classes[:12]}")
+        if self.labelled not in get_args(Labelled):
+            raise InvalidInput(f"labelled {self.labelled!r}: expected one of {', '.join(get_args(Labelled))}")
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of the array `label`."""
+        more = {"one": (), "several": (len(self.classes),), "pixels": self.size}[self.labelled]
+        return (self.count, *more)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        height, width = data["size"]
+        return cls(
+            count=int(data["count"]),
+            bands=tuple(data["bands"]),
+            size=(int(height), int(width)),
+            dtype=data["dtype"],
+            classes=tuple(data["classes"]),
+            labelled=data["labelled"],
+        )
+
+
+class Sample(NamedTuple):
+    """One sample: image (band, y, x), label as the spec has it, degrees (nan where unknown), and its origin."""
+
+    image: npt.NDArray[Any]
+    label: npt.NDArray[np.uint8]
+    longitude: float
+    latitude: float
+    name: str
+
+
+def write_samples(url: str | Path, spec: SampleSpec, samples: Iterable[Sample]) -> str:
+    """Write a store; it appears at `url` when all samples are in it.
+
+    Args:
+        url: Where the store goes; nothing may be there.
+        spec: What fixes the arrays.
+        samples: `spec.count` of them.
+
+    Returns:
+        The digest of all samples.
+
+    Raises:
+        InvalidInput: Something is at `url`, or a sample does not have the shape that the spec says.
+    """
+    store = Store.at(url)
+    if store.exists():
+        raise InvalidInput(f"{store.url} exists; give another path, or remove it first")
+    sample_bytes = len(spec.bands) * spec.size[0] * spec.size[1] * np.dtype(spec.dtype).itemsize
+    together = int(np.clip(_SHARD_BYTES // max(sample_bytes, 1), 1, spec.count))
+    digest = hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode())
+    places = np.full((spec.count, 2), np.nan)
+    names: list[str] = []
+    label = np.zeros(spec.label_shape, np.uint8)
+    with store.beside() as fresh:
+        root = zarr.create_group(fresh.zarr())
+        image = root.create_array(
+            "image",
+            shape=(spec.count, len(spec.bands), *spec.size),
+            chunks=(1, len(spec.bands), *spec.size),
+            shards=(together, len(spec.bands), *spec.size),
+            dtype=spec.dtype,
+            compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()],
+            dimension_names=("sample", "band", "y", "x"),
+            config={"write_empty_chunks": True},  # so that a chunk that is absent is damage, not a black image
+        )
+        block: list[npt.NDArray[Any]] = []
+        for number, sample in enumerate(samples):
+            _check(spec, number, sample)
+            label[number], places[number] = sample.label, (sample.longitude, sample.latitude)
+            names.append(sample.name)
+            digest.update(np.ascontiguousarray(sample.image).tobytes())
+            block.append(sample.image)
+            if len(block) == together or number + 1 == spec.count:
+                image[number + 1 - len(block) : number + 1] = np.stack(block)
+                block = []
+        if len(names) != spec.count:
+            raise InvalidInput(f"{store.url}: expected {spec.count} samples, got {len(names)}")
+        dims = {"one": (), "several": ("class",), "pixels": ("y", "x")}[spec.labelled]
+        _small(root, "label", label, ("sample", *dims))
+        _small(root, "longitude", places[:, 0], ("sample",), {"units": "degrees_east"})
+        _small(root, "latitude", places[:, 1], ("sample",), {"units": "degrees_north"})
+        _small(root, "band", np.array(spec.bands, object), ("band",))
+        _small(root, "name", np.array(names, object), ("sample",))
+        digest.update(label.tobytes() + places.tobytes())
+        root.attrs["terrashard"] = {"samples": _FORMAT, "spec": spec.to_dict(), "digest": digest.hexdigest()}
+    return digest.hexdigest()
+
+
+def _check(spec: SampleSpec, number: int, sample: Sample) -> None:
+    expected = (len(spec.bands), *spec.size)
+    if number >= spec.count:
+        raise InvalidInput(f"{sample.name}: expected {spec.count} samples and no more")
+    if sample.image.shape != expected or str(sample.image.dtype) != spec.dtype:
+        raise InvalidInput(
+            f"{sample.name}: expected {spec.dtype} of shape {expected} (band, y, x), "
+            f"got {sample.image.dtype} of {sample.image.shape}"
+        )
+    label = np.asarray(sample.label)
+    if label.shape != spec.label_shape[1:]:
+        raise InvalidInput(f"{sample.name}: expected a label of shape {spec.label_shape[1:]}, got {label.shape}")
+    most = {"one": len(spec.classes) - 1, "several": 1, "pixels": len(spec.classes)}[spec.labelled]
+    if label.size and int(label.max()) > most:
+        raise InvalidInput(f"{sample.name}: label {int(label.max())}, but there are {len(spec.classes)} classes")
+
+
+def _small(
+    root: zarr.Group, name: str, data: npt.NDArray[Any], dims: Sequence[str], attributes: dict[str, Any] | None = None
+) -> None:
+    array = root.create_array(
+        name,
+        shape=data.shape,
+        chunks=data.shape,
+        dtype="str" if data.dtype == object else data.dtype,
+        compressors=[ZstdCodec(level=3, checksum=True)],
+        dimension_names=tuple(dims),
+        attributes=attributes or {},
+    )
+    array[...] = data
+
+
+def is_sample_store(url: str | os.PathLike[str]) -> bool:
+    """Whether `url` holds a sample store."""
+    try:
+        return "samples" in _attributes(Store.at(url))
+    except NotACube:
+        return False
+
+
+def open_samples(url: str | os.PathLike[str]) -> SampleStore:
+    """Open a store for reading.
+
+    Raises:
+        NotACube: There is nothing at `url`, or something else.
+    """
+    store = Store.at(url)
+    found = _attributes(store)
+    if "samples" not in found:
+        raise NotACube(f"{store.url} is not a sample store; make one with `terrashard samples`")
+    if found["samples"] != _FORMAT:
+        raise NotACube(f"{store.url} has sample format {found['samples']}, this release reads {_FORMAT}")
+    return SampleStore(store, found)
+
+
+def _attributes(store: Store) -> dict[str, Any]:
+    data = store.read("zarr.json")
+    if data is None:
+        kind = "holds no zarr.json" if store.exists() else "does not exist"
+        raise NotACube(f"{store.url} {kind}: expected a store made by `terrashard samples`")
+    try:
+        found = json.loads(data)["attributes"].get("terrashard", {})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise NotACube(f"{store.where('zarr.json')}: unreadable metadata ({type(error).__name__}: {error})") from error
+    return found if isinstance(found, dict) else {}
+
+
+class SampleStore:
+    """A store that is open for reading; made by `open_samples`. Labels and places are in memory, images are not."""
+
+    def __init__(self, store: Store, found: dict[str, Any]) -> None:
+        self._store = store
+        self.url = store.url
+        try:
+            self.spec = SampleSpec.from_dict(found["spec"])
+            self.digest = str(found["digest"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"{self.url}: unreadable attributes ({type(error).__name__}: {error})") from error
+        self.label: npt.NDArray[np.uint8] = self._whole("label", self.spec.label_shape)
+        self.longitude: npt.NDArray[np.float64] = self._whole("longitude", (self.spec.count,))
+        self.latitude: npt.NDArray[np.float64] = self._whole("latitude", (self.spec.count,))
+        self._image = self._open("image")
+
+    @property
+    def has_places(self) -> bool:
+        """Whether the place of every sample is known."""
+        return bool(np.isfinite(self.longitude).all() and np.isfinite(self.latitude).all())
+
+    def names(self) -> list[str]:
+        """Where each sample came from."""
+        group = zarr.open_group(self._store.zarr(), mode="r")
+        return [str(name) for name in np.asarray(group["name"][...])]  # type: ignore[index]
+
+    def images(self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+        """The images of some samples, (samples, band, y, x), each read once and all at the same time.
+
+        Raises:
+            CorruptShard: A sample fails its checksum; the message names it.
+            MissingShard: A part of the store was deleted.
+        """
+        with ts.Batch() as batch:
+            pending = [(int(i), self._image[int(i)].read(batch=batch)) for i in numbers]
+        found = [await_read(read, f"{self.url} sample {i}") for i, read in pending]
+        return np.stack(found) if found else np.zeros((0, *self._image.shape[1:]), self.spec.dtype)
+
+    def _open(self, name: str) -> ts.TensorStore:
+        spec = {
+            "driver": "zarr3",
+            "kvstore": self._store.tensorstore(name),
+            "fill_missing_data_reads": name != "image",  # a chunk of zeros alone is not written
+            "recheck_cached_data": "open",
+        }
+        try:
+            return ts.open(spec, open=True, read=True, write=False, context=_CONTEXT).result()
+        except ValueError as error:
+            raise IntegrityError(
+                f"{self.url}: array {name} cannot be opened ({str(error)[:160]}); import the samples again"
+            ) from error
+
+    def _whole(self, name: str, shape: tuple[int, ...]) -> Any:
+        found = read_tensorstore(self._open(name)[...], f"{self.url} {name}")
+        if found.shape != shape:
+            raise IntegrityError(f"{self.url}: {name} has shape {found.shape}, expected {shape}; import it again")
+        return found
