@@ -47,7 +47,7 @@ demo: $(STAMP)  ## the whole journey on simulated scenes: cube, model, map (OUT=
 
 .PHONY: test
 test: $(STAMP)  ## the whole test suite (TESTS="tests/cli -k walk" for a part)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -q $(TESTS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(TESTS)
 
 .PHONY: check
 check: $(STAMP)  ## format, lint, types, spelling, layers

@@ -9,7 +9,6 @@ import typer
 
 from cli.options import COMPOSING, GRID, RUNNING, SELECTION, SOURCE_HELP, TRUST, ingest_config
 from cli.session import Session, command
-from zarr_store.errors import InvalidInput
 
 __all__ = ["register"]
 
@@ -57,6 +56,8 @@ def register(app: typer.Typer) -> None:
 
         check_report(report)
         if overwrite and (append or refresh):
+            from zarr_store.errors import InvalidInput
+
             raise InvalidInput("--overwrite makes a new cube, --append and --refresh go on with the old one: give one")
         record = RunRecord() if report is not None and report.suffix.lower() == ".html" else None
         if dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +23,7 @@ __all__ = ["run_launch"]
 
 _POLL_S = 0.2
 _GRACE_S = 30.0
+_LAST_LINES_S = 10.0
 _FORWARDED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "TERRASHARD_HEARTBEAT_S")
 """Variables of the caller that say how JAX computes; a worker has its own environment otherwise."""
 
@@ -98,8 +101,9 @@ def _printer(session: Session, *, raw: bool, said: list[str]) -> OnLine:
 
 
 def _document(said: Sequence[str]) -> Any:
+    """What a process said as JSON; Gloo, which connects processes, writes lines of its own to stdout before."""
     try:
-        return json.loads("\n".join(said))
+        return json.loads("\n".join(itertools.dropwhile(lambda line: line != "{", said)))
     except ValueError:
         return None
 
@@ -148,7 +152,7 @@ def _attempt_on_dask(client: Any, words: Sequence[str], processes: int | None, s
     coordinator = client.submit(_rendezvous, workers=[chosen[0]], allow_other_workers=False, pure=False).result()
     environment = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
     environment |= {"TERRASHARD_COORDINATOR": coordinator, "TERRASHARD_PROCESSES": str(wanted)}
-    with _lines_of(client, topic, show):
+    with _lines_of(client, topic, show) as heard:
         futures = [
             client.submit(
                 _hold_process, list(words), number, environment, topic, key=f"{topic}-{number}", workers=[worker],
@@ -173,24 +177,36 @@ def _attempt_on_dask(client: Any, words: Sequence[str], processes: int | None, s
         for number, future in enumerate(futures):
             if number not in codes:
                 codes[number] = _code_of(future) if future.done() and not future.cancelled() else -15
-        time.sleep(_POLL_S)  # the last lines are on their way
+        _hear_out(futures, heard)
     return tuple(codes[number] for number in range(wanted))
 
 
 def _code_of(future: Any) -> int:
     """The exit code that the task returned; 1 where its worker died with it."""
-    return int(future.result()) if future.status == "finished" else 1
+    return int(future.result()[0]) if future.status == "finished" else 1
+
+
+def _hear_out(futures: Sequence[Any], heard: Counter[int]) -> None:
+    """Wait for the last lines of processes that have ended: they come by another way than the result, and later."""
+    told = {number: int(f.result()[1]) for number, f in enumerate(futures) if f.status == "finished"}
+    until = time.monotonic() + _LAST_LINES_S
+    while any(heard[number] < lines for number, lines in told.items()) and time.monotonic() < until:
+        time.sleep(_POLL_S)
 
 
 @contextmanager
-def _lines_of(client: Any, topic: str, show: OnLine) -> Iterator[None]:
+def _lines_of(client: Any, topic: str, show: OnLine) -> Iterator[Counter[int]]:
+    """Show what the processes say; yields how many lines of each have come."""
+    heard: Counter[int] = Counter()
+
     def receive(event: tuple[float, Mapping[str, Any]]) -> None:
         _, line = event
         show(int(line["process"]), str(line["stream"]), str(line["text"]))
+        heard[int(line["process"])] += 1
 
     client.subscribe_topic(topic, receive)
     try:
-        yield
+        yield heard
     finally:
         client.unsubscribe_topic(topic)
 
@@ -205,8 +221,11 @@ def _rendezvous() -> str:
         return f"{host}:{probe.getsockname()[1]}"
 
 
-def _hold_process(words: list[str], number: int, environment: dict[str, str], topic: str) -> int:
-    """On a worker: run one process to its end. It dies with the worker, and when the client wants it no more."""
+def _hold_process(words: list[str], number: int, environment: dict[str, str], topic: str) -> tuple[int, int]:
+    """On a worker: run one process to its end; its exit code, and how many lines it said.
+
+    It dies with the worker, and when the client wants it no more.
+    """
     import distributed
 
     worker = distributed.get_worker()
@@ -214,7 +233,13 @@ def _hold_process(words: list[str], number: int, environment: dict[str, str], to
     leave_pool: Callable[[], None] = distributed.secede
     leave_pool()  # a task of hours is no measure of other tasks, and must not keep a thread of the pool from them
 
+    counting = threading.Lock()
+    lines = 0
+
     def on_line(process: int, stream: str, text: str) -> None:
+        nonlocal lines
+        with counting:
+            lines += 1
         worker.log_event(topic, {"process": process, "stream": stream, "text": text})
 
     command = [sys.executable, "-P", "-m", "cli.main", *words]
@@ -233,4 +258,4 @@ def _hold_process(words: list[str], number: int, environment: dict[str, str], to
     finally:
         process.stop(at_once=True)
         code = process.finish()
-    return code
+    return code, lines

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ def work_here(_client: Any, plan: Any, tasks: Any, url: str, _config: Any, tally
 
 running._work = work_here
 running.prepare = lambda _client: None
+running.memory_note = lambda *_: None
 running.publish = lambda _client, _plan, _url, _known, tell: ("", tell)
 
 
@@ -51,6 +53,8 @@ def forked(action: Callable[[], Any], at: int) -> int:
             crash.arm(at)
             action()
             code = 0
+        except BaseException:  # a child must never run on in the parent's code, but says why it ends
+            traceback.print_exc()
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -181,7 +181,12 @@ def test_dates_are_averaged_where_they_were_seen(made: Path, tmp_path: Path) -> 
 def test_masked_dates_have_a_say_only_where_no_date_is_clear(tmp_path: Path) -> None:
     clouds = {**CLASSES, "9": "cloud"}
     make_cube(tmp_path / "c.zarr", shape=(1, 192, 160))
-    config = tiny_config(tmp_path / "c.zarr", data={"classes": clouds, "learn_masked": True}, model={"dropout": 0.0})
+    config = tiny_config(
+        tmp_path / "c.zarr",
+        data={"classes": clouds, "learn_masked": True},
+        model={"dropout": 0.0},
+        run={"steps": 40, "evaluate_every": 40, "checkpoint_every": 40},  # until the cloud is learnt
+    )
     train(config, tmp_path / "run")
     cloud = np.zeros((192, 160), bool)
     cloud[40:70, 90:130] = True

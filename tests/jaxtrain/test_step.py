@@ -99,9 +99,9 @@ def test_dropout_follows_the_key(run_of, batch):
 def test_stored_integers_are_turned_inside_the_step(program_of, batch, monkeypatch, wanted):
     seen = []
 
-    def spy(arrays, *, key):
+    def spy(arrays, *, key, **how):
         seen.append([a.dtype for a in arrays])
-        return augment(arrays, key=key)
+        return augment(arrays, key=key, **how)
 
     monkeypatch.setattr("jaxtrain.step.augment", spy)
     program = program_of(data={"cube": "none.zarr", "patch": 32, "augment": wanted})
