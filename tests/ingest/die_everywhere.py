@@ -53,7 +53,7 @@ def forked(action: Callable[[], Any], at: int) -> int:
             crash.arm(at)
             action()
             code = 0
-        except BaseException:  # a child must never run on in the parent's code, but says why it ends
+        except BaseException:  # noqa: BLE001 - a child never runs on in the parent's code, but says why it ends
             traceback.print_exc()
         finally:
             os._exit(code)
