@@ -130,7 +130,7 @@ class ShardPage(SchedulerPlugin):
     def _since_begin(self) -> dict[str, list[float]]:
         zero = [0.0, 0.0]
         return {
-            name: [max(0.0, now - before) for now, before in zip(total, self.base.get(name, zero), strict=True)]
+            name: [max(0.0, value - first) for value, first in zip(total, self.base.get(name, zero), strict=True)]
             for name, total in self._totals().items()
         }
 

@@ -292,6 +292,11 @@ class TrainConfig(_Strict):
                 "model.remat saves what a pipeline's few microbatches under way do not need: use model.remat = false, "
                 "or mesh.pipe = 1"
             )
+        if self.model.turns:
+            raise ValueError(
+                "model.turns is the mean over eight passes, of which a pipeline makes one: use model.turns = false, or "
+                "mesh.pipe = 1"
+            )
         if self.optim.accumulate > 1:
             raise ValueError(
                 "optim.accumulate > 1 does for one device what mesh.microbatches do in a pipeline: raise "

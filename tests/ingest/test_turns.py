@@ -54,6 +54,16 @@ def test_one_waits_while_another_computes(remote: bool, together: int, monkeypat
     assert max(computed for _, computed in came) == 1, "more computed than there are threads"
 
 
-def test_outside_a_worker_nothing_waits() -> None:
-    with seat(remote=True), computing(), computing():
-        pass
+def test_outside_a_worker_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_turns", None)
+    together = threading.Barrier(3)
+
+    def enter() -> None:
+        with seat(remote=True), computing():
+            together.wait(timeout=10)
+
+    threads = [threading.Thread(target=enter, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    together.wait(timeout=10)  # raises if one of them waits for the other
+    assert turns._turns is None, "there is nobody to take turns with"

@@ -144,6 +144,10 @@ def test_the_stages_of_a_real_unet_take_equally_long():
         ({"mesh": {"pipe": 2, "data": 4}}, "must be a multiple of 16"),
         ({"mesh": {"pipe": 4, "schedule": "interleaved", "microbatches": 2}}, "microbatches 2 must be a multiple"),
         ({"mesh": {"pipe": 2}, "model": UNET | {"norm": "batch"}}, "needs the whole batch at once"),
+        ({"mesh": {"pipe": 2}, "model": UNET | {"turns": True}}, "model.turns is the mean over eight passes"),
+        ({"mesh": {"pipe": 2}, "model": UNET | {"remat": True}}, "model.remat saves"),
+        ({"mesh": {"pipe": 2}, "model": UNET, "optim": {"accumulate": 2}}, "optim.accumulate > 1"),
+        ({"mesh": {"pipe": 2}, "model": UNET, "optim": {"loss": "dice"}}, "optim.loss = 'dice'"),
     ],
 )
 def test_pipelines_that_make_no_sense_are_refused(sections, message):
