@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 
 from zarr_store.backends import FolderStore, translate_os_errors
 from zarr_store.crash import crashpoint
-from zarr_store.errors import IntegrityError, InvalidInput, TerrashardError
+from zarr_store.errors import IntegrityError, InvalidInput, NoSpace, TerrashardError
 
 if TYPE_CHECKING:
     from jaxtrain.state import Program
@@ -141,6 +141,7 @@ class CheckpointStore:
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(partial, ignore_errors=True)
+                self._check_room(step, named)
                 partial.mkdir()
             _together(f"checkpoint {step} begins")
             crashpoint("checkpoint-begins")
@@ -182,6 +183,15 @@ class CheckpointStore:
                 _log.error("%s", error)
             raise
         self.wait()
+
+    def _check_room(self, step: int, named: Mapping[str, Any]) -> None:
+        # before the first byte: a disk that fills up while arrays are written leaves writers of orbax behind
+        needed, disk = sum(int(leaf.nbytes) for leaf in named.values()), shutil.disk_usage(self.folder)
+        if disk.total and disk.free < needed:  # some network file systems say 0 of 0
+            raise NoSpace(
+                f"no space left for {self.path(step)}: a checkpoint needs {needed / 1e6:.1f} MB and {disk.free / 1e6:.1f} "
+                "MB are free; those before are as they were; free some and repeat the command"
+            )
 
     def _finish(self, step: int, writer: Any, partial: Path, contents: Mapping[str, Any]) -> None:
         """In a thread: wait for the arrays, then prove and rename; no collective of the devices may run here."""
