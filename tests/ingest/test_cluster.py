@@ -303,28 +303,31 @@ def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_ssh_on_this_machine(tmp_path: Path) -> None:
-    pytest.importorskip("asyncssh")
-    server = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
-    if server is None or os.geteuid() != 0:
-        pytest.skip("no sshd that this user can start")
+    asyncssh = pytest.importorskip("asyncssh")
     for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
-    authorized = tmp_path / "authorized"
-    authorized.write_text((tmp_path / "user.pub").read_text())
-    port = free_port()
-    key = " ".join((tmp_path / "host.pub").read_text().split()[:2])
-    (tmp_path / "known").write_text(f"[127.0.0.1]:{port} {key}\n")
-    (tmp_path / "conf").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\nAuthorizedKeysFile {authorized}\n"
-        f"PidFile {tmp_path}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n"
-    )
-    Path("/run/sshd").mkdir(exist_ok=True)
-    process = subprocess.Popen([server, "-D", "-f", str(tmp_path / "conf")], stderr=subprocess.DEVNULL)
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        key.write_private_key(str(tmp_path / name))
+        key.write_public_key(str(tmp_path / f"{name}.pub"))
+    port, authorized = free_port(), tmp_path / "user.pub"
+    key_line = " ".join((tmp_path / "host.pub").read_text().split()[:2])
+    (tmp_path / "known").write_text(f"[127.0.0.1]:{port} {key_line}\n")
+    sshd = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
+    if sshd and os.geteuid() == 0:
+        (tmp_path / "conf").write_text(
+            f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\nAuthorizedKeysFile {authorized}\n"
+            f"PidFile {tmp_path}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n"
+        )
+        Path("/run/sshd").mkdir(exist_ok=True)
+        command = [sshd, "-D", "-f", str(tmp_path / "conf")]
+    else:
+        server = Path(__file__).with_name("ssh_server.py")
+        command = [sys.executable, str(server), str(port), str(tmp_path / "host"), str(authorized)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while f"127.0.0.1:{port}" not in {f"{host}:{number}" for host, number in listening()}:
-            assert process.poll() is None, "sshd ended"
-            assert time.monotonic() < deadline, "sshd does not listen"
+            assert process.poll() is None, "the SSH server ended"
+            assert time.monotonic() < deadline, "the SSH server does not listen"
             time.sleep(0.05)
         options = [f"username={getpass.getuser()}", f"port={port}", f"known_hosts={tmp_path}/known",
                    f"client_keys={tmp_path}/user"]  # fmt: skip
