@@ -14,7 +14,8 @@ __all__ = ["register", "table"]
 
 def table(scores: dict[str, Any]) -> list[str]:
     """The scores as lines: totals, then a row for each class."""
-    totals = [f"{name} {scores[name]:.4f}" for name in ("accuracy", "macro_f1", "miou") if scores.get(name) is not None]
+    known = ("accuracy", "macro_f1", "miou", "r2", "rmse", "mae", "bias")
+    totals = [f"{name} {scores[name]:.4f}" for name in known if scores.get(name) is not None]
     lines = [
         f"{', '.join(totals)} on {scores['pixels']:,} pixels of {scores['samples']:,} windows, split {scores['split']} "
         f"({scores['seconds']:.1f} s)"

@@ -56,6 +56,25 @@ def describe(cube: Cube, collection: str) -> dict[str, Any]:
     }
 
 
+def label_layers(cube: Cube) -> dict[str, dict[str, Any]]:
+    """What each label layer holds and where it comes from."""
+    from zarr_store.labels import find_labels, open_label
+
+    found = {}
+    for name in find_labels(cube):
+        layer = open_label(cube, name)
+        height, width = layer.array().shape
+        found[name] = {
+            "kind": layer.spec.kind,
+            "classes": {label: {"value": value, "pixels": layer.counts[label]} for value, label in layer.spec.classes},
+            "labelled": layer.labelled,
+            "labelled_share": layer.labelled / (height * width),
+            "digest": layer.digest,
+            "origin": dict(layer.spec.origin),
+        }
+    return found
+
+
 def pairings(cube: Cube) -> list[dict[str, Any]]:
     """For each two collections, the nearest step of the second to each of the first, and how far it is."""
     from zarr_store.steps import pair_collections
@@ -113,6 +132,10 @@ def register(app: typer.Typer) -> None:
         for name, facts in collections.items():
             for line in _lines(name, facts):
                 session.say(line)
+        layers = label_layers(opened)
+        for name, layer in layers.items():
+            held = ", ".join(layer["classes"]) or "values"
+            session.say(f"label layer {name}: {layer['labelled_share']:.1%} labelled; {held}")
         pairs = pairings(opened)
         for pair in pairs:
             widest = max(map(abs, pair["gap_days"]))
@@ -120,5 +143,6 @@ def register(app: typer.Typer) -> None:
                 f"{pair['of']} with {pair['with']}: nearest steps {', '.join(map(str, pair['steps'][:12]))}"
                 f"{' …' if len(pair['steps']) > 12 else ''}; at most {widest:.1f} days apart"
             )
-        document = {"url": opened.url, "collections": collections, "pairings": pairs, "provenance": opened.provenance}
+        document = {"url": opened.url, "collections": collections, "labels": layers, "pairings": pairs,
+                    "provenance": opened.provenance}  # fmt: skip
         session.emit(document)

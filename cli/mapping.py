@@ -11,7 +11,6 @@ from cli.session import Session
 from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     from jaxtrain.maps import Map
@@ -58,14 +57,23 @@ def _check_target(cog: Path) -> None:
 
 
 def export_cog(made: Map, path: Path) -> None:
-    """Write the classes of a map as a COG with colour table and class names, in strips of the map's chunks."""
+    """Write the classes of a map as a COG with colour table and class names, or its values, in strips of its chunks."""
     from ingest.cog import write_cog
     from jaxtrain.maps import CHUNK, NODATA
 
-    def strips() -> Iterator[tuple[int, int, npt.NDArray[np.uint8]]]:
-        for row in range(0, made.grid.height, CHUNK):
-            yield row, 0, made.read("class", slice(row, min(row + CHUNK, made.grid.height)))
+    layer = "value" if made.values else "class"
+    tags = {"terrashard_run": str(made.attributes.get("run", "")),
+            "terrashard_step": str(made.attributes.get("step", ""))}  # fmt: skip
 
+    def strips() -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+        for row in range(0, made.grid.height, CHUNK):
+            yield row, 0, made.read(layer, slice(row, min(row + CHUNK, made.grid.height)))
+
+    if made.values:
+        write_cog(
+            path, strips(), made.grid, dtype="float32", nodata=float("nan"), descriptions=made.classes.names, tags=tags
+        )
+        return
     write_cog(
         path,
         strips(),
@@ -75,10 +83,7 @@ def export_cog(made: Map, path: Path) -> None:
         colours=class_colours(made),
         class_names=dict(enumerate(made.classes.names)),
         descriptions=("class",),
-        tags={
-            "terrashard_run": str(made.attributes.get("run", "")),
-            "terrashard_step": str(made.attributes.get("step", "")),
-        },
+        tags=tags,
     )
 
 

@@ -186,9 +186,10 @@ def _draw_map(made: Map, width: int) -> tuple[Image.Image, str]:
     step = max(1, -(-width_px // max(64, width - 2 * _GAP)))
     # strip by strip: a map may be larger than memory, its picture is not
     strip = max(step, CHUNK // step * step)
-    values = np.concatenate(
-        [made.read("class", slice(y, y + strip))[::step, ::step] for y in range(0, height_px, strip)]
-    )
+    layer = "value" if made.values else "class"
+    values = np.concatenate([made.read(layer, slice(y, y + strip))[::step, ::step] for y in range(0, height_px, strip)])
+    if made.values:
+        return _draw_values(values, made, width)
     pixels = np.full((*values.shape, 3), _NODATA_COLOUR, np.uint8)
     colours = class_colours(made)
     for value, colour in colours.items():
@@ -198,6 +199,22 @@ def _draw_map(made: Map, width: int) -> tuple[Image.Image, str]:
     shares = counts / max(int(counts.sum()), 1)
     entries = [(colours[v], f"{name}  {shares[v]:.1%}") for v, name in enumerate(made.classes.names)]
     what = f"{len(entries)} classes over {height_px}×{width_px} px"
+    return _with_legend(_sheet([pixels], [""], 1, scale), entries), what
+
+
+def _draw_values(values: np.ndarray, made: Map, width: int) -> tuple[Image.Image, str]:
+    from matplotlib import colormaps
+
+    known = np.isfinite(values)
+    low, high = np.percentile(values[known], [2, 98]) if known.any() else (0.0, 1.0)
+    palette = (colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    share = np.clip((np.where(known, values, low) - low) / max(high - low, 1e-12), 0, 1)
+    pixels = np.where(known[..., None], palette[(share * 255).astype(np.uint8)], np.array(_NODATA_COLOUR, np.uint8))
+    scale = max(1, min(8, (width - 2 * _GAP) // pixels.shape[1]))
+    marks = zip(palette[[0, 127, 255]].tolist(), (0.0, 0.5, 1.0), strict=True)
+    entries = [((r, g, b), f"{low + part * (high - low):.4g}") for (r, g, b), part in marks]
+    height_px, width_px = made.grid.shape
+    what = f"{made.classes.names[0]} over {height_px}×{width_px} px"
     return _with_legend(_sheet([pixels], [""], 1, scale), entries), what
 
 

@@ -42,6 +42,8 @@ def register(app: typer.Typer) -> None:
         session.say(f"{map_}: {height}×{width} px from {len(result['dates'])} date(s), {result['seconds']:.1f} s")
         for name, count in result["pixels"].items():
             session.say(f"  {name:24} {count / total:6.1%}")
+        if result["values"] is not None:
+            session.say("  " + ", ".join(f"{word} {value:.6g}" for word, value in result["values"].items()))
         if cog is not None:
             session.say(f"{cog}: cloud-optimised GeoTIFF with colours and class names")
         session.emit(result)

@@ -66,7 +66,7 @@ def summary(result: TrainResult) -> list[str]:
     scores = ", ".join(
         f"{name} {value:.4f}"
         for name, value in result.validation.items()
-        if name in ("accuracy", "macro_f1", "miou") and value is not None
+        if name in ("accuracy", "macro_f1", "miou", "r2", "rmse", "mae") and value is not None
     )
     rate = "" if result.samples_per_second is None else f", {result.samples_per_second:.1f} windows/s"
     began = f" (continued at step {result.resumed_from})" if result.resumed_from else ""

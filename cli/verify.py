@@ -40,6 +40,14 @@ def register(app: typer.Typer) -> None:
         for damage in report.damage:
             session.say(str(damage))
         megabytes = report.checked_bytes / 1e6
+        for line in report.damaged_labels:
+            session.say(line)
+        if report.damaged_labels and not report.damage:
+            session.emit(document)
+            session.fail(
+                f"{report.damaged_labels[0]}; make it again with `terrashard labels … --replace`; the pixels are whole"
+            )
+            return 6
         if report.damage:
             session.emit(document)
             session.say(f"`terrashard repair {cube}` makes the named shards again")

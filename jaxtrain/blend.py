@@ -6,6 +6,7 @@ Letters: H, W pixels of a block, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,10 +84,10 @@ class Strips:
 class Sink:
     """Gathers finished rows to whole chunk rows of the map, so that no chunk is compressed twice."""
 
-    def __init__(self, writer: MapWriter, x0: int, counts: npt.NDArray[np.int64]) -> None:
-        self._writer, self._x0, self._counts = writer, x0, counts
+    def __init__(self, writer: MapWriter, x0: int, counts: npt.NDArray[np.int64], *, values: bool = False) -> None:
+        self._writer, self._x0, self._counts, self._values = writer, x0, counts, values
         self._first = 0
-        self._rows: list[npt.NDArray[np.uint8]] = []
+        self._rows: list[npt.NDArray[Any]] = []
 
     def put(self, blocks: Iterable[Block]) -> None:
         """Take the next rows, top to bottom."""
@@ -100,9 +101,10 @@ class Sink:
                 if y - self._first == CHUNK:
                     self.flush()
 
-    def _layers(
-        self, probability_HWK: npt.NDArray[np.float32], seen_HW: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.uint8]:
+    def _layers(self, probability_HWK: npt.NDArray[np.float32], seen_HW: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+        if self._values:
+            self._counts[[0, NODATA]] += (int(seen_HW.sum()), int((~seen_HW).sum()))
+            return np.where(seen_HW, probability_HWK[..., 0], np.float32(np.nan))[None]
         percent = np.rint(np.clip(probability_HWK, 0, 1) * 100).astype(np.uint8)
         layers = [probability_HWK.argmax(axis=-1).astype(np.uint8), percent.max(axis=-1)]
         if self._writer.probabilities:
@@ -115,6 +117,9 @@ class Sink:
         """Write what is gathered."""
         if self._rows:
             block = np.concatenate(self._rows, axis=1)
-            self._writer.write(self._first, self._x0, block[0], block[1], block[2:] if len(block) > 2 else None)
+            if self._values:
+                self._writer.write_values(self._first, self._x0, block[0])
+            else:
+                self._writer.write(self._first, self._x0, block[0], block[1], block[2:] if len(block) > 2 else None)
             self._first += block.shape[1]
             self._rows = []

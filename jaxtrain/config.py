@@ -62,10 +62,15 @@ class DataConfig(_Strict):
     )
     collection: str = Field("sentinel-2-l2a", description="group of the cube")
     bands: tuple[str, ...] = Field((), description="bands of the main array, in order; empty means all")
-    label: str = Field("scl", description="class layer of the cube that is learnt")
+    label: str = Field(
+        "scl",
+        description="what is learnt: a class layer or an index of the collection, or a label layer of the cube "
+        "(`terrashard labels`)",
+    )
     classes: dict[str, str] = Field(
         default_factory=dict,
-        description='class value → name, e.g. {"4" = "vegetation"}; values that are not named are not learnt',
+        description='class value → name, e.g. {"4" = "vegetation"}; values that are not named are not learnt. '
+        "Empty for all classes of a label layer, and for values",
     )
     colours: dict[str, str] = Field(default_factory=dict, description='class name → "#rrggbb" for maps and reports')
     learn_masked: bool = Field(
@@ -119,8 +124,8 @@ class OptimConfig(_Strict):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(20, ge=0)
     clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; none for no clipping")
-    loss: Literal["cross_entropy", "focal", "dice", "huber"] = Field(
-        "cross_entropy", description="dice is added to cross-entropy; huber is for values"
+    loss: Literal["cross_entropy", "focal", "dice", "huber", "mse"] = Field(
+        "cross_entropy", description="dice is added to cross-entropy; huber and mse are for values"
     )
     focal_gamma: float = Field(2.0, ge=0)
     huber_delta: float = Field(1.0, gt=0, description="where huber turns from square to straight, standard deviations")

@@ -20,6 +20,7 @@ from jaxtrain.data.classes import NOT_LEARNT
 from jaxtrain.data.places import SampleSplit, nearest_m
 from jaxtrain.data.samples import SampleReader, plan_samples
 from jaxtrain.data.splits import Part, Split
+from jaxtrain.data.targets import match_classes, resolve_target
 from jaxtrain.data.windows import Windows, plan_windows
 from jaxtrain.metrics import ConfusionMatrix, SeveralCounts, ValueErrors, counts_for
 from jaxtrain.parallel.mesh import batch_sharding
@@ -122,7 +123,8 @@ def evaluate(
 
     Returns:
         accuracy, macro_f1, miou, kappa, loss, per_class, confusion_matrix (rows are truth), classes, samples (windows),
-        pixels (labelled ones, that scores count), seconds, split, step, cube, warnings. Also written to
+        pixels (labelled ones, that scores count), seconds, split, step, cube, warnings; where values are learnt mae,
+        rmse, bias and r2 (share of the variance explained), and none of the scores of classes. Also written to
         RUN/evaluation.json, and the report is made anew.
 
     Raises:
@@ -174,7 +176,10 @@ def _open_cube(card: ModelCard, cube: Cube, own: bool, split: Part) -> tuple[str
     if card.grid is None or not isinstance(card.split, Split):
         raise InvalidInput(f"{cube.url} is a cube, but the run learnt from a sample store")
     warnings = []
-    if own and cube_digest(cube, config.collection) != card.cube_digest:
+    target = resolve_target(cube, config)
+    if target.values != (card.task.value is not None):
+        raise InvalidInput(f"{cube.url}: {config.label!r} does not hold what the run learnt, classes or values")
+    if own and cube_digest(cube, config.collection, target.layer) != card.cube_digest:
         warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")
     if own and spec.grid != card.grid:
         raise InvalidInput(f"{cube.url} has grid {spec.grid}, the run learnt on {card.grid}; pass it as other data")
@@ -182,9 +187,10 @@ def _open_cube(card: ModelCard, cube: Cube, own: bool, split: Part) -> tuple[str
         warnings.append(f"pixels of {cube.url} are {spec.grid.resolution}, the model learnt {card.grid.resolution}")
     if not own and _same_ground(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
-    plan = plan_windows(config, spec, cube.index(config.collection), card.classes,
+    classes = match_classes(card.classes, config, target)
+    plan = plan_windows(config, spec, cube.index(config.collection), classes,
                         split=card.split if own else Split.whole(card.split.block, spec.shape[1:]),
-                        dates=config.split.test_dates if own else ())  # fmt: skip
+                        dates=config.split.test_dates if own else (), target=target)  # fmt: skip
     if own and config.split.kind == "random":
         share = (card.statistics.get("leakage") or {}).get("beside")
         figure = "" if share is None else f": {share:.1%} of the test windows lie beside a training window"
@@ -192,7 +198,7 @@ def _open_cube(card: ModelCard, cube: Cube, own: bool, split: Part) -> tuple[str
     windows = plan.parts[split if own else "test"]
     if not len(windows):
         raise NothingFound(f"{cube.url} has no window of part {split} with enough to learn from; see data.min_labelled")
-    reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), card.classes)
+    reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target)
     return cube.url, windows, reader, warnings
 
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-__all__ = ["IGNORE", "LossTerms", "binary_terms", "cross_entropy", "cross_entropy_terms", "dice_terms", "huber_terms"]
+__all__ = ["IGNORE", "LossTerms", "binary_terms", "cross_entropy", "cross_entropy_terms", "dice_terms", "huber_terms",
+           "square_terms"]  # fmt: skip
 
 IGNORE = 255
 """The label of a pixel that is not learnt; so is every label that is not below the number of classes."""
@@ -155,3 +156,11 @@ def huber_terms(value: jax.Array, target: jax.Array, *, delta: float = 1.0) -> L
     loss = jnp.where(size <= delta, 0.5 * error * error, delta * (size - 0.5 * delta))
     labelled = learnt.sum(dtype=jnp.int32)
     return LossTerms(loss.sum(), labelled.astype(jnp.float32), labelled)
+
+
+def square_terms(value: jax.Array, target: jax.Array) -> LossTerms:
+    """Sums of the squared error where the target is a finite number; arguments as of `huber_terms`."""
+    learnt = jnp.isfinite(target)
+    error = value - jnp.where(learnt, target, value)
+    labelled = learnt.sum(dtype=jnp.int32)
+    return LossTerms(jnp.square(error).sum(), labelled.astype(jnp.float32), labelled)

@@ -3,6 +3,7 @@
     MAP.zarr/class         (y, x) uint8         class index, 255 = no data
     MAP.zarr/confidence    (y, x) uint8         probability of that class in per cent, 255 = no data
     MAP.zarr/probability   (class, y, x) uint8  per cent, 255 = no data; only where asked for
+    MAP.zarr/value         (y, x) float32       in place of these: the value that was learnt, nan = no data
     MAP.zarr/{y,x,spatial_ref}                  pixel centres and CRS
 
 Class names, colours and the model's run are attributes. Chunks are not sharded and carry zstd's own checksum, because
@@ -25,14 +26,13 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 import zarr
-from pyproj import CRS
 from zarr.codecs import ZstdCodec
 
 from jaxtrain.data.classes import Classes
 from zarr_store.backends import FolderStore, translate_os_errors
 from zarr_store.errors import IntegrityError, InvalidInput
+from zarr_store.georeference import georeference, write_axes
 from zarr_store.grid import Grid
-from zarr_store.write import georeference
 
 __all__ = ["NODATA", "Map", "MapWriter", "create_map", "is_map", "open_map"]
 
@@ -53,7 +53,7 @@ class Map:
         grid: Its grid, that of the cube.
         classes: Names and colours by value of `class`.
         attributes: What made it: run, step, cube, dates.
-        layers: Names of its arrays: class, confidence and perhaps probability.
+        layers: Names of its arrays: class, confidence and perhaps probability; or value.
     """
 
     url: str
@@ -68,10 +68,15 @@ class Map:
         opened: xr.Dataset = xr.open_zarr(self.url, chunks=None, mask_and_scale=False)
         return opened.reset_coords("class") if "probability" in self.layers else opened
 
-    def read(self, layer: str = "class", rows: slice = slice(None)) -> Bytes:
-        """Rows of one layer: (rows, x), or (class, rows, x) for probability."""
+    @property
+    def values(self) -> bool:
+        """Whether it holds values, not classes."""
+        return "value" in self.layers
+
+    def read(self, layer: str = "class", rows: slice = slice(None)) -> npt.NDArray[Any]:
+        """Rows of one layer: uint8 (rows, x), or (class, rows, x) for probability; float32 (rows, x) for value."""
         array = zarr.open_array(self.url, path=layer, mode="r")
-        return np.asarray(array[(..., rows, slice(None))], np.uint8)
+        return np.asarray(array[(..., rows, slice(None))])
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,23 @@ class MapWriter:
         if self.probabilities and probability is not None:
             self._array("probability")[(slice(None), *box)] = probability
 
+    def write_values(self, y: int, x: int, value: npt.NDArray[np.float32]) -> None:
+        """Write one box of values whose first pixel is (y, x)."""
+        self._array("value")[y : y + value.shape[0], x : x + value.shape[1]] = value
+
     def _array(self, name: str) -> Any:
         return self.group[name]
 
 
 @contextlib.contextmanager
 def create_map(
-    url: str | Path, grid: Grid, classes: Classes, *, attributes: Mapping[str, Any], probabilities: bool = False
+    url: str | Path,
+    grid: Grid,
+    classes: Classes,
+    *,
+    attributes: Mapping[str, Any],
+    probabilities: bool = False,
+    values: bool = False,
 ) -> Iterator[MapWriter]:
     """Make a map beside `url` and put it there when the block ends well; an earlier map there is replaced.
 
@@ -113,6 +128,7 @@ def create_map(
         classes: Names and colours.
         attributes: JSON: what made it.
         probabilities: Keep the probability of every class.
+        values: The map is of values; the one name of `classes` says of what.
 
     Raises:
         InvalidInput: Something that is no map is at `url`.
@@ -129,8 +145,11 @@ def create_map(
             **georeference(grid.to_dict(), grid.bounds, grid.wkt),
             "terrashard_map": json.loads(json.dumps(about)),
         })  # fmt: skip
-        _create_layers(group, grid, classes, probabilities)
-        _write_coordinates(group, grid)
+        if values:
+            _create_value(group, grid, classes.names[0])
+        else:
+            _create_layers(group, grid, classes, probabilities)
+        write_axes(group, grid)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             zarr.consolidate_metadata(str(fresh.root))
@@ -171,26 +190,17 @@ def _create_layers(group: zarr.Group, grid: Grid, classes: Classes, probabilitie
         )
 
 
-def _write_coordinates(group: zarr.Group, grid: Grid) -> None:
-    crs = CRS(grid.crs)
-    if crs.is_geographic:
-        axes = {"x": ("longitude", "degrees_east"), "y": ("latitude", "degrees_north")}
-    else:
-        axes = {"x": ("projection_x_coordinate", "m"), "y": ("projection_y_coordinate", "m")}
-    for name, values in (("y", grid.y()), ("x", grid.x())):
-        array = group.create_array(
-            name, shape=values.shape, dtype=values.dtype, dimension_names=(name,),
-            compressors=[ZstdCodec(checksum=True)],
-            attributes={"standard_name": axes[name][0], "units": axes[name][1]},
-        )  # fmt: skip
-        array[...] = values
-    a, _, c, _, e, f = grid.transform
-    group.create_array("spatial_ref", shape=(), dtype="int64", attributes={
-        **crs.to_cf(),
-        "crs_wkt": grid.wkt,
-        "spatial_ref": grid.wkt,
-        "GeoTransform": f"{c!r} {a!r} 0.0 {f!r} 0.0 {e!r}",
-    })  # fmt: skip
+def _create_value(group: zarr.Group, grid: Grid, name: str) -> None:
+    group.create_array(
+        "value",
+        shape=grid.shape,
+        chunks=tuple(min(CHUNK, side) for side in grid.shape),
+        dtype="float32",
+        fill_value=np.nan,
+        compressors=[ZstdCodec(level=3, checksum=True)],
+        dimension_names=("y", "x"),
+        attributes={"long_name": name, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
+    )
 
 
 def is_map(url: str | Path) -> bool:
@@ -217,7 +227,9 @@ def open_map(url: str | Path) -> Map:
         raise IntegrityError(
             f"{store.root / 'zarr.json'}: the map's description is damaged ({error!r}); make it again"
         ) from error
-    layers = tuple(name for name in ("class", "confidence", "probability") if store.exists(f"{name}/zarr.json"))
+    layers = tuple(
+        name for name in ("class", "confidence", "probability", "value") if store.exists(f"{name}/zarr.json")
+    )
     return Map(store.url, grid, classes, rest, layers)
 
 

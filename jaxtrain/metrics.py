@@ -232,23 +232,13 @@ class ValueErrors:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: mae, rmse, bias, r2 (share of the variance that is explained), pixels."""
         n, error, size, square, spread, shift = self.sums.tolist()
+        none: dict[str, Any] = {"accuracy": None, "macro_f1": None, "miou": None, "per_class": {},
+                                "confusion_matrix": None, "classes": []}  # fmt: skip
         if not n:
-            return {"mae": None, "rmse": None, "bias": None, "r2": None, "pixels": 0, "accuracy": None,
-                    "macro_f1": None, "miou": None, "per_class": {}, "confusion_matrix": None}  # fmt: skip
+            return {**none, "mae": None, "rmse": None, "bias": None, "r2": None, "pixels": 0}
         variance = spread - shift * shift / n
         r2 = 1 - square / variance if variance > 0 else None
-        return {
-            "mae": size / n,
-            "rmse": math.sqrt(square / n),
-            "bias": error / n,
-            "r2": r2,
-            "pixels": int(n),
-            "accuracy": r2,
-            "macro_f1": None,
-            "miou": None,
-            "per_class": {},
-            "confusion_matrix": None,
-        }
+        return {**none, "mae": size / n, "rmse": math.sqrt(square / n), "bias": error / n, "r2": r2, "pixels": int(n)}
 
 
 def counts_for(

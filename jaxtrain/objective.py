@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxtrain.config import OptimConfig
-from jaxtrain.losses import LossTerms, binary_terms, cross_entropy_terms, dice_terms, huber_terms
+from jaxtrain.losses import LossTerms, binary_terms, cross_entropy_terms, dice_terms, huber_terms, square_terms
 from zarr_store.errors import InvalidInput
 
 __all__ = ["BINS", "Objective", "Task", "confusion"]
@@ -68,12 +68,17 @@ class Objective:
 
     def __post_init__(self) -> None:
         value, loss = self.task.value is not None, self.optim.loss
-        if value != (loss == "huber"):
-            known = "huber" if value else "cross_entropy, focal or dice"
+        if value != (loss in ("huber", "mse")):
+            known = "huber or mse" if value else "cross_entropy, focal or dice"
             kind = "values" if value else "classes"
             raise InvalidInput(f"optim.loss = {loss!r}, but {kind} are learnt: choose {known}")
         if self.task.several and loss == "dice":
             raise InvalidInput("optim.loss = 'dice' is for one class per pixel or image: choose cross_entropy or focal")
+
+    @property
+    def score(self) -> str:
+        """Name of what `right` comes to, divided by what is labelled."""
+        return "accuracy" if self.task.value is None else "r2"
 
     def terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
         """Sums that make up the training loss.
@@ -84,7 +89,7 @@ class Objective:
         """
         optim = self.optim
         if self.task.value is not None:
-            return huber_terms(logits[..., 0], self._standard(label), delta=optim.huber_delta)
+            return self._value_terms(logits, label)
         loss = binary_terms if self.task.several else cross_entropy_terms
         terms = loss(
             logits,
@@ -121,7 +126,7 @@ class Objective:
           mean of training Σ d² and Σ d, in units of the value
         """
         if self.task.value is not None:
-            terms = huber_terms(logits[..., 0], self._standard(label), delta=self.optim.huber_delta)
+            terms = self._value_terms(logits, label)
             return {"loss_sum": terms.loss, "labelled": terms.labelled, "errors": self._errors(logits, label)}
         if self.task.several:
             terms = binary_terms(logits, label)
@@ -144,6 +149,12 @@ class Objective:
             values: jax.Array = logits * jnp.float32(std) + jnp.float32(mean)
             return values
         return jax.nn.sigmoid(logits) if self.task.several else jax.nn.softmax(logits, axis=-1)
+
+    def _value_terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
+        value, target = logits[..., 0], self._standard(label)
+        if self.optim.loss == "mse":
+            return square_terms(value, target)
+        return huber_terms(value, target, delta=self.optim.huber_delta)
 
     def _standard(self, label: jax.Array) -> jax.Array:
         mean, std = self.task.value or (0.0, 1.0)

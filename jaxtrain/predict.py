@@ -29,7 +29,7 @@ from jaxtrain.blend import Sink, Strips, window_starts
 from jaxtrain.data.batches import BatchStream, WindowReader, band_positions, put_batch
 from jaxtrain.data.windows import Windows
 from jaxtrain.evaluate import restore_model
-from jaxtrain.maps import NODATA, MapWriter, create_map
+from jaxtrain.maps import CHUNK, NODATA, Map, MapWriter, create_map, open_map
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.rundir import ModelCard, load_card
 from jaxtrain.state import Program, TrainState
@@ -60,6 +60,7 @@ class PredictResult:
         dates: Dates that were averaged.
         pixels: Pixels with a class, by class name.
         nodata: Pixels without.
+        values: Of a map of values their mean, minimum and maximum; None of classes.
         windows: Windows that were looked at, over all dates.
         seconds: Wall time.
         warnings: Things to know: damaged checkpoints, another resolution.
@@ -70,6 +71,7 @@ class PredictResult:
     dates: tuple[str, ...]
     pixels: dict[str, int]
     nodata: int
+    values: dict[str, float] | None
     windows: int
     seconds: float
     warnings: tuple[str, ...]
@@ -143,7 +145,12 @@ def predict(
     }
     scene = _Scene(card, spec, index, reader, program, make_predict_step(program), state, dates, overlap)
     counts = np.zeros(256, np.int64)
-    with create_map(out, spec.grid, card.classes, attributes=attributes, probabilities=probabilities) as writer:
+    values = card.task.value is not None
+    if values and probabilities:
+        raise InvalidInput(f"{run} has learnt values, which have no probabilities: leave --probabilities out")
+    with create_map(
+        out, spec.grid, card.classes, attributes=attributes, probabilities=probabilities, values=values
+    ) as writer:
         looked_at = scene.fill(writer, counts, on_batch)
     return PredictResult(
         map=str(out),
@@ -151,10 +158,22 @@ def predict(
         dates=names,
         pixels={name: int(counts[i]) for i, name in enumerate(card.classes.names)},
         nodata=int(counts[NODATA]),
+        values=_summarise(open_map(out)) if values else None,
         windows=looked_at,
         seconds=round(clock.monotonic() - began, 3),
         warnings=tuple(warnings),
     )
+
+
+def _summarise(made: Map) -> dict[str, float]:
+    total, count, low, high = 0.0, 0, np.inf, -np.inf
+    for row in range(0, made.grid.height, CHUNK):
+        values = made.read("value", slice(row, min(row + CHUNK, made.grid.height)))
+        values = values[np.isfinite(values)].astype(np.float64)
+        if values.size:
+            total, count = total + values.sum(), count + values.size
+            low, high = min(low, values.min()), max(high, values.max())
+    return {"mean": total / count, "minimum": float(low), "maximum": float(high)} if count else {}
 
 
 def _resolve_dates(spec: CubeSpec, time: str | None) -> tuple[int, ...]:
@@ -202,7 +221,7 @@ class _Scene:
         done = 0
         for (x0, x1), rows in work:
             strips = Strips(height, x0, x1, patch, self.overlap, len(self.card.classes))
-            sink = Sink(writer, x0, counts)
+            sink = Sink(writer, x0, counts, values=self.card.task.value is not None)
             with BatchStream(
                 self.reader, Windows(patch, rows), size=size, sharding=batch_sharding(self.program.mesh),
                 threads=self.card.config.run.read_threads, prefetch=self.card.config.run.prefetch,

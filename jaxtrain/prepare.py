@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.batches import OnUnreadable, WindowReader
-from jaxtrain.data.classes import Classes
 from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
 from jaxtrain.data.splits import Split
 from jaxtrain.data.statistics import Statistics, training_statistics
+from jaxtrain.data.targets import label_classes, resolve_target
 from jaxtrain.data.windows import WindowPlan, plan_windows, window_leakage
 from jaxtrain.objective import Task
 from jaxtrain.rundir import ModelCard, config_differences, cube_digest
@@ -74,14 +74,15 @@ def prepare(
     if isinstance(cube, SampleStore):
         return _prepare_samples(config, cube, earlier)
     data = config.data
-    classes = Classes.of(data)
+    target = resolve_target(cube, data)
+    classes = label_classes(data, target)
     spec = cube.spec(data.collection)
-    reader = replace(WindowReader.of(cube, data, classes), on_unreadable=on_unreadable)
-    digest = cube_digest(cube, data.collection)
+    reader = replace(WindowReader.of(cube, data, classes, target), on_unreadable=on_unreadable)
+    digest = cube_digest(cube, data.collection, target.layer)
     _check_digest(cube.url, digest, earlier)
     index = cube.index(data.collection)
     split = earlier.split if earlier is not None and isinstance(earlier.split, Split) else None
-    plan = plan_windows(data, spec, index, classes, split=split, dates=data.split.test_dates)
+    plan = plan_windows(data, spec, index, classes, split=split, dates=data.split.test_dates, target=target)
     if earlier is not None:
         return earlier, plan, reader
     statistics = training_statistics(index, plan, reader, classes)
@@ -102,6 +103,7 @@ def prepare(
         statistics={"source": statistics.source, "pixels": statistics.pixels,
                     **({} if leak is None else {"leakage": leak}),
                     "class_pixels": dict(zip(classes.names, statistics.class_pixels.tolist(), strict=True))},
+        task=Task(value=statistics.value),
     )  # fmt: skip
     return card, plan, reader
 
@@ -153,6 +155,8 @@ def _class_weights(config: TrainConfig, statistics: Statistics) -> tuple[float, 
     """Inverse square root of frequency, with mean 1 over the labelled pixels; a class without pixels weighs as one."""
     if config.optim.class_weights == "none":
         return None
+    if statistics.value is not None:
+        raise InvalidInput("optim.class_weights = 'balanced', but values are learnt: use 'none'")
     share = statistics.class_pixels / max(statistics.class_pixels.sum(), 1)
     weights = np.where(share > 0, 1 / np.sqrt(np.maximum(share, 1e-6)), 1.0)
     return tuple(float(w) for w in weights / max(float((weights * share).sum()), 1e-6))

@@ -7,50 +7,33 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jinja2
 import numpy as np
-import numpy.typing as npt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from jaxtrain.data.batches import WindowReader, put_batch
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.batches import WindowReader
 from jaxtrain.data.samples import SampleReader
 from jaxtrain.data.splits import PARTS, Split
-from jaxtrain.data.windows import Window, Windows
+from jaxtrain.data.windows import Windows
 from jaxtrain.gallery import Shown, collect_shown, draw_shown
 from jaxtrain.log import read_metrics
-from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.rundir import ModelCard
+from jaxtrain.tiles import Tile, collect_tiles, draw_tiles
 from zarr_store.backends import FolderStore
 
 if TYPE_CHECKING:
     from jaxtrain.state import Program, TrainState
 
-__all__ = ["Example", "collect_examples", "write_report"]
+__all__ = ["collect_examples", "write_report"]
 
-Image = npt.NDArray[np.uint8]
-
-_SHOWN, _LOOKED_AT = 6, 48
 _PART_COLOURS = ("#4c78a8", "#f58518", "#54a24b")
 _NOTHING = "#ececec"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One window as it is, as it is labelled and as the model sees it: image (H, W, C) as stored, the rest (H, W)."""
-
-    window: Window
-    image: npt.NDArray[Any]
-    observed: npt.NDArray[np.uint8]
-    label: npt.NDArray[np.uint8]
-    prediction: npt.NDArray[np.uint8]
 
 
 def collect_examples(
@@ -60,10 +43,8 @@ def collect_examples(
     reader: WindowReader | SampleReader,
     windows: Windows,
     names: Sequence[str],
-) -> list[Example] | list[Shown]:
-    """The windows with most classes among some that are spread evenly; always the same ones.
-
-    Of a network that answers for whole images: the worst answers.
+) -> list[Tile] | list[Shown]:
+    """The worst windows, or, of a network that answers for whole images, the worst answers; always the same ones.
 
     Args:
         program: Gives the mesh.
@@ -77,33 +58,14 @@ def collect_examples(
         return []
     if isinstance(reader, SampleReader):
         return collect_shown(program, predict, state, reader, windows, names)
-    rows = windows.rows[np.unique(np.linspace(0, len(windows) - 1, _LOOKED_AT).astype(int))]
-    labels = reader.read(rows)["label"]
-    variety = [len(np.unique(label[label != NOT_LEARNT])) for label in labels]
-    rows = rows[np.sort(np.argsort(variety, kind="stable")[::-1][:_SHOWN])]
-    # the compiled step wants whole shares of the batch for every device
-    axis = program.mesh.shape["data"]
-    size = -(-len(rows) // axis) * axis
-    batch = reader.read(np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)]))
-    sharding = batch_sharding(program.mesh)
-    if jax.process_count() > 1:
-        return []  # each process would hold only its own rows
-    there = put_batch({name: batch[name] for name in ("image", "observed")}, sharding, size)
-    probabilities = np.asarray(predict(state, there["image"], observed=there["observed"]))
-    prediction = probabilities.argmax(axis=-1).astype(np.uint8)
-    return [
-        Example(
-            Window(int(t), int(y), int(x)), batch["image"][i], batch["observed"][i], batch["label"][i], prediction[i]
-        )
-        for i, (t, y, x) in enumerate(rows)
-    ]
+    return collect_tiles(program, predict, state, reader, windows)
 
 
 def write_report(
     run: Path,
     card: ModelCard,
     *,
-    examples: Sequence[Example] | Sequence[Shown],
+    examples: Sequence[Tile] | Sequence[Shown],
     evaluation: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write RUN/report.html.
@@ -143,6 +105,7 @@ def write_report(
         classes=[(n, c, v, counted[n], counted[n] / total) for n, c, v in
                  zip(card.classes.names, card.classes.colours, card.classes.values, strict=True)],
         curves=_png(_curves(steps, validations)) if steps else None,
+        values=card.task.value is not None,
         confusion=_png(_confusion(evaluation)) if evaluation and evaluation["confusion_matrix"] else None,
         tiles=_draw_examples(examples, card),
         split_map=_png(_split_map(card.split)) if isinstance(card.split, Split) else None,
@@ -154,11 +117,13 @@ def write_report(
     return run / "report.html"
 
 
-def _draw_examples(examples: Sequence[Example] | Sequence[Shown], card: ModelCard) -> str | None:
-    tiles = [example for example in examples if isinstance(example, Example)]
+def _draw_examples(examples: Sequence[Tile] | Sequence[Shown], card: ModelCard) -> str | None:
+    tiles = [example for example in examples if isinstance(example, Tile)]
     shown = [example for example in examples if isinstance(example, Shown)]
     if tiles:
-        return _png(_tiles(tiles, card))
+        values = card.task.value is not None
+        return _png(draw_tiles(tiles, classes=None if values else card.classes, bands=card.bands, times=card.times,
+                               truth=card.classes.names[0] if values else "label"))  # fmt: skip
     return _png(draw_shown(shown, card.bands)) if shown else None
 
 
@@ -188,7 +153,8 @@ def _png(figure: Figure) -> str:
 
 def _curves(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    second = "r2" if any("r2" in line for line in steps) else "accuracy"
+    for axes, name in zip(figure.subplots(1, 2), ("loss", second), strict=True):
         x = np.array([line["step"] for line in steps])
         y = np.array([line[name] for line in steps], float)
         window = max(1, len(y) // 40)
@@ -221,48 +187,6 @@ def _confusion(evaluation: Mapping[str, Any]) -> Figure:
             axes.text(j, i, f"{share[i, j]:.2f}", ha="center", va="center", fontsize=7,
                       color="white" if share[i, j] > 0.55 else "black")  # fmt: skip
     return figure
-
-
-def _tiles(examples: Sequence[Example], card: ModelCard) -> Figure:
-    rows = len(examples)
-    figure = Figure(figsize=(7.6, 2.45 * rows + 0.6), layout="constrained")
-    grid = figure.subplots(rows, 3, squeeze=False)
-    palette = _palette(card.classes)
-    for row, example in zip(grid, examples, strict=True):
-        pictures = (_picture(example, card.bands), palette[example.label], palette[_seen(example)])
-        for axes, picture in zip(row, pictures, strict=True):
-            axes.imshow(picture, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-        window = example.window
-        row[0].set_ylabel(f"{card.times[window.time][:10]}\ny {window.y}, x {window.x}", fontsize=7)
-    for axes, title in zip(grid[0], ("image", "label", "prediction"), strict=True):
-        axes.set_title(title, fontsize=9)
-    handles = [Patch(color=c, label=n) for n, c in zip(card.classes.names, card.classes.colours, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    return figure
-
-
-def _palette(classes: Classes) -> Image:
-    palette = np.full((256, 3), 236, np.uint8)
-    palette[: len(classes)] = classes.rgb()
-    return palette
-
-
-def _seen(example: Example) -> npt.NDArray[np.uint8]:
-    return np.where(example.observed == 1, example.prediction, np.uint8(NOT_LEARNT))
-
-
-def _picture(example: Example, bands: Sequence[str]) -> Image:
-    """True colour where the bands allow it, stretched between the 2nd and 98th percentile of what is observed."""
-    wanted = [bands.index(name) for name in ("red", "green", "blue") if name in bands]
-    chosen = wanted if len(wanted) == 3 else [min(i, len(bands) - 1) for i in range(3)]
-    values = example.image[..., chosen].astype(np.float64)
-    seen = values[example.observed == 1]
-    if not seen.size:
-        return np.full(values.shape, 236, np.uint8)
-    low, high = np.nanpercentile(seen, [2, 98])
-    stretched = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
-    return np.where(example.observed[..., None] == 1, np.nan_to_num(stretched), 236).astype(np.uint8)
 
 
 def _split_map(split: Split) -> Figure:

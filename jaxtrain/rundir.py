@@ -29,6 +29,7 @@ from jaxtrain.state import Program, build_program
 from zarr_store.backends import FolderStore
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.grid import Grid
+from zarr_store.labels import LabelLayer
 from zarr_store.read import Cube
 
 __all__ = ["CARD", "LOCK_KEY", "ModelCard", "config_differences", "cube_digest", "find_card", "inference_program",
@@ -122,11 +123,13 @@ class ModelCard:
         )
 
 
-def cube_digest(cube: Cube, collection: str) -> str:
-    """One SHA-256 of a collection's spec and of the checksums of all its shards; no pixel is read."""
+def cube_digest(cube: Cube, collection: str, label: LabelLayer | None = None) -> str:
+    """One SHA-256 of a collection's spec, of the checksums of all its shards and of a label layer; no pixel is read."""
     digest = hashlib.sha256(json.dumps(cube.spec(collection).to_dict(), sort_keys=True).encode())
     for index, row in cube.ledger(collection).rows().items():
         digest.update(json.dumps([index, row.state, row.checksums or {}], sort_keys=True).encode())
+    if label is not None:
+        digest.update(label.digest.encode())
     return digest.hexdigest()
 
 

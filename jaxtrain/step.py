@@ -83,7 +83,8 @@ def make_train_step(program: Program) -> TrainStep:
     are replicated scalars:
 
     - `loss`: mean over the labelled pixels of the global batch, 0 where there are none
-    - `accuracy`: share of labelled pixels that are right, before the update
+    - `accuracy`: share of labelled pixels that are right, before the update; of values `r2`, the share of the variance
+      of training that is explained
     - `gradient_norm`: global norm before clipping
     - `learning_rate`: of this step
     - `labelled`: number of labelled pixels, int32
@@ -117,7 +118,7 @@ def make_train_step(program: Program) -> TrainStep:
         params, model_state, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
         metrics = {
             "loss": loss,
-            "accuracy": objective.right(logits, label) / jnp.maximum(labelled, 1).astype(jnp.float32),
+            objective.score: objective.right(logits, label) / jnp.maximum(labelled, 1).astype(jnp.float32),
             "gradient_norm": gradient_norm,
             "learning_rate": program.schedule(state.step),
             "labelled": labelled,

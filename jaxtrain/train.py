@@ -83,7 +83,7 @@ class TrainResult:
         steps: Steps done in all.
         resumed_from: The step this call began at; 0 for a new run.
         train: Metrics of the last step.
-        validation: accuracy, macro_f1, miou, loss, pixels of the last validation.
+        validation: loss, accuracy, macro_f1, miou (of values r2, rmse, mae, bias) and pixels of the last validation.
         windows: Windows of each part.
         parameters: Numbers that are learnt.
         seconds: Wall time of this call.
@@ -226,8 +226,9 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
                     log.write("train", step, {**shown, "seconds": seconds, "input_wait_s": waited})
                 if finite and (step % run.log_every == 0 or step == run.steps):
                     rate = clock.rate()
-                    tell("step", step, f"step {step}/{run.steps}: loss {last['loss']:.4f}, accuracy "
-                         f"{last['accuracy']:.3f}{f', {rate:.0f} windows/s' if rate else ''}", **last,
+                    name = program.objective.score
+                    tell("step", step, f"step {step}/{run.steps}: loss {last['loss']:.4f}, {name} "
+                         f"{last[name]:.3f}{f', {rate:.0f} windows/s' if rate else ''}", **last,
                          samples_per_second=rate, input_wait=clock.input_wait())  # fmt: skip
 
             for number, rows, batch in clock.waiting(iter(batches)):
@@ -262,8 +263,8 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
                     scores = _scores(judged, loss)
                     if log:
                         log.write("validation", step, scores)
-                    tell("validation", step, f"validation at step {step}: loss {_show(scores['loss'])}, accuracy "
-                         f"{_show(scores['accuracy'])}, macro F1 {_show(scores['macro_f1'])}", **scores)  # fmt: skip
+                    shown = ", ".join(f"{name} {_show(scores[name])}" for name in scores if name != "pixels")
+                    tell("validation", step, f"validation at step {step}: {shown}", **scores)
 
                 # ---- Checkpoint: after the numbers were seen to be finite, never before; written in the background.
                 if saving or stopping:
@@ -350,14 +351,19 @@ def _describe(card: ModelCard, plan: WindowPlan, parameters: int, program: Progr
     blocks = ", ".join(f"{count} {part}" for part, count in plan.split.counts().items())
     axes = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     return (
-        f"{card.config.model.name} with {parameters:,} parameters learns {len(card.classes)} classes from "
+        f"{card.config.model.name} with {parameters:,} parameters learns {_learnt(card)} from "
         f"{len(card.bands)} bands; windows: {windows}; blocks: {blocks}; mesh: {axes}"
     )
 
 
+def _learnt(card: ModelCard) -> str:
+    return f"{len(card.classes)} classes" if card.task.value is None else f"values of {card.classes.names[0]}"
+
+
 def _scores(result: dict[str, Any], loss: float) -> dict[str, float | None]:
-    scores: dict[str, float | None] = {name: result[name] for name in ("accuracy", "macro_f1", "miou")}
-    return scores | {"loss": loss if math.isfinite(loss) else None, "pixels": result["pixels"]}
+    names = ("r2", "rmse", "mae", "bias") if "rmse" in result else ("accuracy", "macro_f1", "miou")
+    scores: dict[str, float | None] = {"loss": loss if math.isfinite(loss) else None}
+    return scores | {name: result[name] for name in names} | {"pixels": result["pixels"]}
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, Any]:

@@ -57,8 +57,10 @@ def find_strays(url: str | os.PathLike[str], *, older_than_s: float) -> list[Str
             for entry in sorted(path.parent.iterdir())
             if not entry.is_symlink() and any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)
         ]
-    for folder, _, names in os.walk(path):
-        found += [Path(folder, n) for n in sorted(names) if any(fnmatch.fnmatchcase(n, p) for p in _INSIDE)]
+    for folder, folders, names in os.walk(path):
+        found += [
+            Path(folder, n) for n in sorted((*names, *folders)) if any(fnmatch.fnmatchcase(n, p) for p in _INSIDE)
+        ]
     strays = [stray for entry in found if (stray := _weigh(entry)) is not None]
     return [stray for stray in strays if stray.age_s >= older_than_s]
 

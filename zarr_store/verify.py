@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zarr_store.backends import Store
+from zarr_store.labels import verify_labels
 from zarr_store.ledger import LedgerRow
 from zarr_store.read import Cube, open_cube
 from zarr_store.write import shard_key
@@ -38,12 +39,15 @@ class VerifyReport:
     checked_shards: int
     checked_bytes: int
     damage: tuple[Damage, ...] = field(default_factory=tuple)
+    damaged_labels: tuple[str, ...] = ()
+    """One line for each object of a label layer that is missing or corrupt; they are made again, not repaired."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "checked_shards": self.checked_shards,
             "checked_bytes": self.checked_bytes,
             "damage": [{**vars(d), "index": list(d.index)} for d in self.damage],
+            "damaged_labels": list(self.damaged_labels),
         }
 
 
@@ -70,7 +74,7 @@ def verify_cube(
         on_shard: Called with (checked, total) after each shard.
 
     Returns:
-        The report; `damage` names each missing or corrupt object.
+        The report; `damage` names each missing or corrupt object. Label layers are always checked whole.
     """
     cube = open_cube(url)
     store = Store.at(url)
@@ -88,4 +92,6 @@ def verify_cube(
                 damage.append(Damage(name, array, row.index, state, store.where(key)))
         if on_shard:
             on_shard(done, len(written))
-    return VerifyReport(len(written), size, tuple(damage))
+    label_bytes, labels = verify_labels(cube)
+    lines = tuple(f"label layer {name} is {state}: {place}" for name, state, place in labels)
+    return VerifyReport(len(written), size + label_bytes, tuple(damage), lines)

@@ -21,6 +21,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr_store.backends import Kind, Store, store_for, translate_os_errors
 from zarr_store.crash import crashpoint
 from zarr_store.errors import CubeMismatch, InvalidInput, Locked, MisalignedWrite
+from zarr_store.georeference import georeference
 from zarr_store.index import ChunkStats
 from zarr_store.ledger import LedgerRow, ShardIndex, SourceOutcome
 from zarr_store.lock import read_token
@@ -34,7 +35,6 @@ __all__ = [
     "ShardWriter",
     "create_cube",
     "describe",
-    "georeference",
     "lay_out",
     "list_differences",
     "record_provenance",
@@ -154,23 +154,11 @@ def record_provenance(url: str | Path, provenance: Mapping[str, Any]) -> None:
     store.write("zarr.json", json.dumps(document, indent=2, ensure_ascii=False).encode())
 
 
-def georeference(grid: Mapping[str, Any], bounds: Sequence[float], wkt: str) -> dict[str, Any]:
-    """GeoZarr `proj:` and `spatial:` attributes of a group on `grid` (crs, transform, shape)."""
-    crs = str(grid["crs"])
-    return {
-        ("proj:code" if crs.startswith("EPSG:") else "proj:wkt2"): crs if crs.startswith("EPSG:") else wkt,
-        "spatial:dimensions": ["y", "x"],
-        "spatial:transform": list(grid["transform"]),
-        "spatial:shape": list(grid["shape"]),
-        "spatial:bbox": list(bounds),
-    }
-
-
 def _check_specs(specs: Sequence[CubeSpec]) -> None:
     names = [spec.collection for spec in specs]
-    if not specs or len(set(names)) != len(names) or {"overview", "_terrashard"} & set(names):
+    if not specs or len(set(names)) != len(names) or {"overview", "labels", "_terrashard"} & set(names):
         raise InvalidInput(
-            f"a cube needs collections of different names, none called 'overview' or '_terrashard'; got {names}"
+            f"a cube needs collections of different names, none called overview, labels or _terrashard; got {names}"
         )
     for spec in specs[1:]:
         if spec.grid != specs[0].grid:

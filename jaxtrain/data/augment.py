@@ -72,12 +72,22 @@ def _zoom(array: jax.Array, scale_B: jax.Array) -> jax.Array:
     nearest = jnp.where(nearest < 0, -1 - nearest, nearest)
     nearest = jnp.where(nearest > side - 1, 2 * side - 1 - nearest, nearest)
     pick = (nearest[..., None] == jnp.arange(side, dtype=jnp.float32)).astype(jnp.float32)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        # a product would spread a pixel without a value, nan, over its row and column
+        absent = jnp.isnan(array)
+        known = _pick(pick, jnp.where(absent, 0, array))
+        return jnp.where(_pick(pick, absent) > 0, jnp.nan, known).astype(array.dtype)
+    return _pick(pick, array).astype(array.dtype)
+
+
+def _pick(pick: jax.Array, array: jax.Array) -> jax.Array:
+    """The chosen rows and columns of a square, float32."""
+    side = array.shape[1]
     values = array.astype(jnp.float32).reshape(array.shape[0], side, side, -1)
     # float32 holds every stored integer up to 2^24 exactly; a faster, rounded product would not
     exact = jax.lax.Precision.HIGHEST
     zoomed = jnp.einsum("bij,bjwc->biwc", pick, values, precision=exact)
-    zoomed = jnp.einsum("bkw,biwc->bikc", pick, zoomed, precision=exact).reshape(array.shape)
-    return zoomed.astype(array.dtype)
+    return jnp.einsum("bkw,biwc->bikc", pick, zoomed, precision=exact).reshape(array.shape)
 
 
 def turns() -> list[tuple[Turn, Turn]]:

@@ -2,7 +2,7 @@
 
 Letters: B windows, H = W = patch, C bands. A batch is
     image     B H W C   stored numbers of the cube (uint16 reflectance, float32 backscatter)
-    label     B H W     uint8 class index, 255 = not learnt
+    label     B H W     uint8 class index, 255 = not learnt; or float32 value, nan = not learnt
     observed  B H W     uint8, 1 where the network may see the pixel
 Casting, normalising and augmenting are done on the device.
 
@@ -28,6 +28,7 @@ from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.shuffle import ChunkOrder
+from jaxtrain.data.targets import Target, resolve_target
 from jaxtrain.data.windows import Windows
 from jaxtrain.parallel.mesh import batch_sharding
 from zarr_store.errors import IntegrityError, InvalidInput, UnknownName
@@ -74,8 +75,8 @@ class WindowReader:
         bands: Positions in the main array, in the order of the network's channels.
         patch: Side of a window, pixels.
         learn_masked: Whether pixels of status masked are seen and learnt.
-        label: Class layer, or None where only the image is wanted.
-        table: uint8 (256,) layer value → class index.
+        target: What is learnt, or None where only the image is wanted.
+        table: uint8 (256,) layer value → class index, of classes.
         index: Where given, chunks that were never written read as not observed; else they raise.
         on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not
             observed and not labelled. None raises.
@@ -86,16 +87,18 @@ class WindowReader:
     bands: tuple[int, ...]
     patch: int
     learn_masked: bool
-    label: str | None = None
+    target: Target | None = None
     table: npt.NDArray[np.uint8] | None = None
     index: TrainingIndex | None = None
     on_unreadable: OnUnreadable | None = None
 
     @classmethod
-    def of(cls, cube: Cube, config: DataConfig, classes: Classes) -> WindowReader:
-        """The reader of a training run."""
+    def of(cls, cube: Cube, config: DataConfig, classes: Classes, target: Target | None = None) -> WindowReader:
+        """The reader of a training run; without a target, of what `data.label` means."""
         bands = band_positions(cube.spec(config.collection), config.bands)
-        return cls(cube, config.collection, bands, config.patch, config.learn_masked, config.label, classes.table())
+        target = target or resolve_target(cube, config)
+        table = None if target.values else classes.table()
+        return cls(cube, config.collection, bands, config.patch, config.learn_masked, target, table)
 
     def read(self, rows: Rows) -> HostBatch:
         """Read windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it.
@@ -129,20 +132,23 @@ class WindowReader:
         """All reads are under way before the first is waited for, and share chunks."""
         spec = self.cube.spec(self.collection)
         side, count = self.patch, len(rows)
-        names = [spec.kind, "status"] + ([self.label] if self.label else [])
+        target = self.target
+        names = [spec.kind, "status"] + ([] if target is None else [target.name])
         # a part that no box covers must read as nothing; otherwise all of the memory is written below
         make = np.empty if self.index is None else np.zeros
-        parts: dict[str, np.ndarray] = {name: make((count, side, side), spec.array(name).dtype) for name in names[1:]}
+        parts: dict[str, np.ndarray] = {"status": make((count, side, side), np.uint8)}
+        if target is not None:
+            parts[target.name] = make((count, side, side), target.dtype)
         image_BCHW = make((count, len(self.bands), side, side), spec.array(spec.kind).dtype)
         parts[spec.kind] = image_BCHW
         pending = []
         with ts.Batch() as batch:
             for name in names:
-                target = ts.array(parts[name])  # decoded straight into the batch, without a copy between
+                into = ts.array(parts[name])  # decoded straight into the batch, without a copy between
                 for i, row in enumerate(rows):
                     y, x = int(row[1]), int(row[2])
                     for box in self._boxes(row):
-                        place = target[i, ..., box.y0 - y : box.y1 - y, box.x0 - x : box.x1 - x]
+                        place = into[i, ..., box.y0 - y : box.y1 - y, box.x0 - x : box.x1 - x]
                         pending.append((name, box, place.write(self._view(name, box), batch=batch)))
         for name, box, read in pending:
             await_read(read, f"{self.cube.url} {self.collection}/{name} {box}")
@@ -151,11 +157,11 @@ class WindowReader:
             observed |= parts["status"] == STATUS_MASKED
         # bands come last only as a view: moving them is quicker in JAX, on its way to the device
         result = {"image": np.moveaxis(image_BCHW, 1, -1), "observed": observed.view(np.uint8)}
-        if self.label is None:
+        if target is None:
             result["clear"] = (parts["status"] == STATUS_OBSERVED).astype(np.uint8)
-        elif self.table is not None:
-            label = np.take(self.table, parts[self.label])
-            label[~observed] = NOT_LEARNT
+        else:
+            label = target.decode(parts[target.name], self.table)
+            label[~observed] = target.nothing
             result["label"] = label
         return result
 
@@ -165,7 +171,7 @@ class WindowReader:
         spec = self.cube.spec(self.collection)
         empty = np.zeros(side, np.uint8)
         image = np.zeros((*side, len(self.bands)), spec.array(spec.kind).dtype)
-        last = {"clear": empty} if self.label is None else {"label": np.full(side, NOT_LEARNT, np.uint8)}
+        last = {"clear": empty} if self.target is None else {"label": np.full(side, self.target.nothing)}
         return {"image": image, "observed": empty, **last}
 
     def _boxes(self, row: npt.NDArray[np.int32]) -> list[Region]:
@@ -185,8 +191,11 @@ class WindowReader:
         return [box for chunk in chunks if (box := chunk.intersect(whole))]
 
     def _view(self, name: str, box: Region) -> ts.TensorStore:
-        handle = self.cube.tensorstore(self.collection, name)
         y, x = slice(box.y0, box.y1), slice(box.x0, box.x1)
+        if self.target is not None and name == self.target.name:
+            handle = self.target.array(self.cube, self.collection)
+            return handle[y, x] if handle.rank == 2 else handle[box.t0, y, x]
+        handle = self.cube.tensorstore(self.collection, name)
         if handle.rank == 3:
             return handle[box.t0, y, x]
         if self.bands == tuple(range(handle.shape[1])):
@@ -317,5 +326,6 @@ class BatchStream:
         if extra.any():
             batch["observed"][extra] = 0
             if "label" in batch:
-                batch["label"][extra] = NOT_LEARNT
+                label = batch["label"]
+                label[extra] = np.nan if np.issubdtype(label.dtype, np.floating) else NOT_LEARNT
         return put_batch(batch, self._sharding, self._size) if self._place else batch

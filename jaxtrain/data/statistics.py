@@ -17,7 +17,9 @@ from jaxtrain.data.batches import WindowReader
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.splits import PARTS, Split
-from jaxtrain.data.windows import WindowPlan
+from jaxtrain.data.targets import Target, window_labels
+from jaxtrain.data.windows import WindowPlan, Windows
+from zarr_store.errors import NothingFound
 from zarr_store.index import TrainingIndex
 
 __all__ = ["Statistics", "training_statistics"]
@@ -39,6 +41,7 @@ class Statistics:
         mean, std: float64 (bands,) in stored numbers, over pixels that the network sees; std is at least tiny.
         class_pixels: int64 (classes,) labelled pixels among those that were counted.
         pixels: Pixels that were counted.
+        value: (mean, std) of the values that are learnt; None of classes.
         source: "index" for chunk counts, "windows" for a sample of windows.
     """
 
@@ -47,6 +50,7 @@ class Statistics:
     class_pixels: npt.NDArray[np.int64]
     pixels: int
     source: Literal["index", "windows"]
+    value: tuple[float, float] | None = None
 
 
 def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowReader, classes: Classes) -> Statistics:
@@ -61,13 +65,34 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
     select = _training_chunks(index, plan.blocks)
     pixels = int(index.observed[select].sum())
     windows = plan.parts["train"]
-    if not reader.learn_masked and pixels >= _ENOUGH_SHARE * len(windows) * windows.patch**2:
+    target = reader.target
+    if (
+        target is not None
+        and not target.values
+        and not reader.learn_masked
+        and pixels >= _ENOUGH_SHARE * len(windows) * windows.patch**2
+    ):
         mean, std = index.statistics(select)
         chosen = list(reader.bands)
-        counts = index.class_counts[reader.label or ""][select].sum(axis=0)
-        by_class = np.array([counts[list(values)].sum() for values in classes.values], np.int64)
+        if target.place == "label":
+            by_class = _count_labels(target, classes, windows)
+        else:
+            counts = index.class_counts[target.name][select].sum(axis=0)
+            by_class = np.array([counts[list(values)].sum() for values in classes.values], np.int64)
         return Statistics(mean[chosen], std[chosen], by_class, pixels, "index")
     return _from_windows(plan, reader, len(classes))
+
+
+def _count_labels(target: Target, classes: Classes, windows: Windows) -> npt.NDArray[np.int64]:
+    """Pixels of each class of a label layer in some windows, once for each of their dates."""
+    dates = np.zeros(tuple(windows.rows[:, 1:].max(axis=0) // windows.patch + 1), np.int64)
+    np.add.at(dates, tuple((windows.rows[:, 1:] // windows.patch).T), 1)
+    counted = np.zeros(256, np.int64)
+    for first, labels in window_labels(target, classes, windows.patch):
+        for row, column in np.argwhere(dates[first : first + len(labels)]):
+            if column < labels.shape[1]:
+                counted += dates[first + row, column] * np.bincount(labels[row, column], minlength=256)
+    return counted[: len(classes)]
 
 
 def _training_chunks(index: TrainingIndex, split: Split) -> npt.NDArray[np.bool_]:
@@ -92,11 +117,16 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
     rows = windows.rows[np.sort(numbers)]
     count, mean, m2 = 0, np.zeros(len(reader.bands)), np.zeros(len(reader.bands))
     by_class = np.zeros(256, np.int64)
+    learnt: list[npt.NDArray[np.float64]] = []
     for start in range(0, len(rows), _READ_AT_ONCE):
         batch = reader.read(rows[start : start + _READ_AT_ONCE])
         values = batch["image"][batch["observed"] == 1].astype(np.float64)
         values = values[np.isfinite(values).all(axis=1)]
-        by_class += np.bincount(batch["label"].ravel(), minlength=256)
+        if reader.target is not None and reader.target.values:
+            learnt.append(batch["label"][np.isfinite(batch["label"])].astype(np.float64))
+            by_class[0] += len(learnt[-1])
+        else:
+            by_class += np.bincount(batch["label"].ravel(), minlength=256)
         if not len(values):
             continue
         # joining of moments after Chan, Golub & LeVeque (1979)
@@ -107,4 +137,14 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
         count = total
     by_class[NOT_LEARNT] = 0
     std = np.sqrt(m2 / max(count, 1))
-    return Statistics(mean, np.where(std > 0, std, 1.0), by_class[:classes], count, "windows")
+    value = _value_moments(learnt, reader) if learnt else None
+    return Statistics(mean, np.where(std > 0, std, 1.0), by_class[:classes], count, "windows", value)
+
+
+def _value_moments(learnt: list[npt.NDArray[np.float64]], reader: WindowReader) -> tuple[float, float]:
+    values = np.concatenate(learnt)
+    name = "" if reader.target is None else reader.target.name
+    if not len(values):
+        raise NothingFound(f"{reader.cube.url}: {name!r} has no value in the training windows; lower data.min_labelled")
+    spread = float(values.std())
+    return float(values.mean()), spread if spread > 0 else 1.0

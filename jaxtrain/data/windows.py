@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import DataConfig
-from jaxtrain.data.classes import Classes
+from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.places import SampleSplit
 from jaxtrain.data.splits import PARTS, UNUSED, Part, Split, block_shape, make_split
+from jaxtrain.data.targets import Target, window_labels
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.spec import CubeSpec
@@ -111,6 +112,7 @@ def plan_windows(
     *,
     split: Split | None = None,
     dates: Sequence[str] = (),
+    target: Target | None = None,
 ) -> WindowPlan:
     """Choose the windows of every part.
 
@@ -121,23 +123,24 @@ def plan_windows(
         classes: What is learnt.
         split: The split of an earlier run, so that ground keeps its part; None makes it.
         dates: Beginnings of dates whose windows are all test, wherever they lie (`data.split.test_dates`).
+        target: What is learnt; None for the class layer that `config.label` names.
 
     Raises:
         UnknownName: The label layer is none of the collection's, or a date none of the cube's.
         InvalidInput: The patch does not fit the grid, or there are too few blocks for the split.
         NothingFound: No window has enough to learn.
     """
-    if config.label not in spec.class_layers:
+    if target is None and config.label not in spec.class_layers:
         where = f"collection {spec.collection} (data.label)"
         raise UnknownName.of("class layer", config.label, spec.class_layers, where)
     _, height, width = spec.shape
     patch = config.patch
     if patch > min(height, width):
         raise InvalidInput(f"data.patch {patch} does not fit the grid of {height}×{width} pixels; take a smaller patch")
-    usable = _usable(config, spec.shape, index, classes)
+    target = target or Target(config.label)
+    usable = _usable(config, spec.shape, index, classes, target)
     if not usable.any():
-        counts = index.class_counts[config.label].sum(axis=(0, 1, 2))
-        found = {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
+        found = _found(index, target)
         raise NothingFound(
             f"no window of {patch}×{patch} pixels of {spec.collection} has a share of {config.min_labelled:g} of "
             f"pixels that can be learnt from layer {config.label!r} (its values and pixels: {found}; observed "
@@ -158,18 +161,42 @@ def plan_windows(
     return WindowPlan(split, {part: Windows(patch, rows[code == i]) for i, part in enumerate(PARTS)})
 
 
+def _found(index: TrainingIndex, target: Target) -> dict[Any, int]:
+    """Pixels of each stored value, or of each class of a label layer."""
+    if target.layer is not None:
+        return dict(target.layer.counts) or {"labelled": target.layer.labelled}
+    if target.place == "index":
+        return {"values": int(index.observed.sum())}
+    counts = index.class_counts[target.name].sum(axis=(0, 1, 2))
+    return {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
+
+
 def _usable(
-    config: DataConfig, shape: tuple[int, int, int], index: TrainingIndex, classes: Classes
+    config: DataConfig, shape: tuple[int, int, int], index: TrainingIndex, classes: Classes, target: Target
 ) -> npt.NDArray[np.bool_]:
-    values = [value for group in classes.values for value in group]
-    labelled = index.class_counts[config.label][..., values].sum(axis=-1)
     seen = index.observed + index.masked if config.learn_masked else index.observed
-    # class counts include masked pixels; no more than the observed ones can be learnt
-    share = np.minimum(labelled, seen) / np.maximum(index.pixels, 1)
+    share = seen / np.maximum(index.pixels, 1)
+    if target.place == "layer":
+        values = [value for group in classes.values for value in group]
+        labelled = index.class_counts[target.name][..., values].sum(axis=-1)
+        # class counts include masked pixels; no more than the observed ones can be learnt
+        share = np.minimum(labelled / np.maximum(index.pixels, 1), share)
     absent = window_shares(index, shape, config.patch, ~index.present)
     shares = window_shares(index, shape, config.patch, share)
+    if target.place == "label":
+        # of a label layer each window is known to the pixel; what was seen of it is the estimate
+        shares = shares * _labelled_shares(target, classes, config.patch)
     usable: npt.NDArray[np.bool_] = (absent == 0) & (shares >= config.min_labelled) & (shares > 0)
     return usable
+
+
+def _labelled_shares(target: Target, classes: Classes, patch: int) -> npt.NDArray[np.float64]:
+    """Share of each window's pixels that a label layer labels, (rows, columns) of windows."""
+    parts = [
+        (np.isfinite(labels) if target.values else labels != NOT_LEARNT).mean(axis=-1)
+        for _, labels in window_labels(target, classes, patch)
+    ]
+    return np.concatenate(parts)
 
 
 def _split(config: DataConfig, spec: CubeSpec, usable: npt.NDArray[np.bool_]) -> Split:

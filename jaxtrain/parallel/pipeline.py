@@ -227,7 +227,7 @@ class Pipeline:
         scale = jnp.float32(1) if limit is None else jnp.where(norm < limit, 1, limit / norm)
         metrics = {
             "loss": loss,
-            "accuracy": right / jnp.maximum(count, 1).astype(jnp.float32),
+            self.program.objective.score: right / jnp.maximum(count, 1).astype(jnp.float32),
             "gradient_norm": norm,
             "learning_rate": self.program.schedule(step),
             "labelled": count,

@@ -122,3 +122,15 @@ def test_cutmix_pastes_a_box_with_its_labels_or_its_share():
     assert mixed is None
     np.testing.assert_array_equal(np.asarray(pasted)[..., 0], label)
     assert (np.asarray(label) != np.asarray(truth)).any()
+
+
+def test_zoom_does_not_spread_a_pixel_without_a_value() -> None:
+    """Values are nan where nothing is known, and a product with nan would take their row and column along."""
+    value = np.arange(2 * 16 * 16, dtype=np.float32).reshape(2, 16, 16)
+    value[:, 5, 9] = np.nan
+    image = np.nan_to_num(value, nan=-1.0).astype(np.float32)[..., None]
+    zoomed, label = augment((jnp.asarray(image), jnp.asarray(value)), key=jax.random.key(3), zoom=0.5)
+    hidden = np.isnan(np.asarray(label))
+    np.testing.assert_array_equal(hidden, np.asarray(zoomed)[..., 0] == -1)
+    np.testing.assert_array_equal(np.asarray(label)[~hidden], np.asarray(zoomed)[..., 0][~hidden])
+    assert 0 < hidden.sum() <= 2 * 9

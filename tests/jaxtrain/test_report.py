@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.data.windows import Window
-from jaxtrain.report import Example, write_report
+from jaxtrain.report import write_report
 from jaxtrain.rundir import load_card
+from jaxtrain.tiles import Tile
 
 from .cube_factory import shared_run
 
@@ -57,7 +58,7 @@ def test_it_shows_curves_confusion_tiles_split_and_statistics() -> None:
     assert set(images) == {
         "Loss and accuracy over steps",
         "Confusion matrix",
-        "Image, label and prediction of example windows",
+        "Image, label and prediction of the worst windows",
         "Map of the spatial split",
     }
     for source in images.values():
@@ -66,7 +67,7 @@ def test_it_shows_curves_confusion_tiles_split_and_statistics() -> None:
     card = load_card(shared_run())
     assert all(f"{mean:.1f}" in html for mean in card.mean)
     assert re.search(r"Training waited for its input for \d+\.\d %", html)
-    for heading in ("Training", "Scores", "Examples", "Ground and split", "Data", "Throughput", "Configuration"):
+    for heading in ("Training", "Scores", "Worst tiles", "Ground and split", "Data", "Throughput", "Configuration"):
         assert f"<h2>{heading}</h2>" in html
     assert "vegetation" in html
     assert card.classes.colours[0] in html
@@ -87,7 +88,7 @@ def test_a_run_without_history_and_a_tile_without_pixels_are_shown_too(tmp_path:
     (run / "metrics.jsonl").unlink()
     card = load_card(run)
     nothing = np.zeros((32, 32), np.uint8)
-    empty = Example(Window(0, 0, 0), np.zeros((32, 32, 4), np.uint16), nothing, nothing + 255, nothing)
+    empty = Tile(Window(0, 0, 0), np.zeros((32, 32, 4), np.uint16), nothing, nothing + 255, nothing, "none right")
     write_report(run, card, examples=[empty])
     tags = read((run / "report.html").read_text())
     assert "Loss and accuracy over steps" not in [a.get("alt") for _, a in tags.seen]

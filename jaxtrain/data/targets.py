@@ -1,0 +1,151 @@
+"""`Target`: what is learnt of the pixels of a cube, and how its stored numbers become labels.
+
+`data.label` names one of three: a class layer of the collection (a date each, such as scl), a spectral index of the
+collection (values), or a label layer from outside (`terrashard labels`; classes or values, the same on all dates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import tensorstore as ts
+
+from jaxtrain.config import DataConfig
+from jaxtrain.data.classes import NOT_LEARNT, Classes
+from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.labels import LabelLayer, find_labels, open_label
+from zarr_store.read import Cube
+from zarr_store.spec import CubeSpec
+
+__all__ = ["Target", "label_classes", "match_classes", "resolve_target", "window_labels"]
+
+_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is learnt.
+
+    Attributes:
+        name: As `data.label` has it.
+        place: layer (of the collection, by date) · index (of the collection, by date) · label (of the cube, all dates).
+        values: Whether values are learnt, not classes.
+        scale, nodata: Of an index: value = stored · scale.
+        layer: The label layer.
+    """
+
+    name: str
+    place: Literal["layer", "index", "label"] = "layer"
+    values: bool = False
+    scale: float = 1.0
+    nodata: int | None = None
+    layer: LabelLayer | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Of the stored numbers."""
+        if self.place == "index":
+            return "int16"
+        return "float32" if self.values else "uint8"
+
+    @property
+    def nothing(self) -> Any:
+        """Label of a pixel that is not learnt."""
+        return np.float32(np.nan) if self.values else np.uint8(NOT_LEARNT)
+
+    def array(self, cube: Cube, collection: str) -> ts.TensorStore:
+        """Where the numbers are: (time, y, x), or (y, x) of a label layer."""
+        return cube.tensorstore(collection, self.name) if self.layer is None else self.layer.array()
+
+    def decode(self, stored: npt.NDArray[Any], table: npt.NDArray[np.uint8] | None) -> npt.NDArray[Any]:
+        """Labels of stored numbers: class index uint8, or value float32; a fresh array.
+
+        Args:
+            stored: Any shape.
+            table: Of `Classes.table`; of values not used.
+        """
+        if not self.values and table is not None:
+            return np.take(table, stored)
+        found = stored.astype(np.float32) * np.float32(self.scale)
+        if self.nodata is not None:
+            found[stored == self.nodata] = np.nan
+        return found
+
+
+def resolve_target(cube: Cube, config: DataConfig) -> Target:
+    """What `data.label` means in a cube.
+
+    Raises:
+        UnknownName: It is none of the collection's layers and indices, and no label layer of the cube.
+        InvalidInput: Classes are named of a layer of values.
+    """
+    spec, name = cube.spec(config.collection), config.label
+    known = find_labels(cube)
+    target = _of_collection(spec, name)
+    if target is None and name in known:
+        layer = open_label(cube, name)
+        target = Target(name, "label", layer.spec.kind == "values", layer=layer)
+    if target is None:
+        every = [*spec.class_layers, *(index.name for index in spec.derived), *known]
+        raise UnknownName.of("class layer", name, every, f"collection {spec.collection} (data.label)")
+    if target.values and config.classes:
+        raise InvalidInput(f"data.label = {name!r} holds values, so data.classes must be empty")
+    return target
+
+
+def _of_collection(spec: CubeSpec, name: str) -> Target | None:
+    if name in spec.class_layers:
+        return Target(name)
+    index = next((index for index in spec.derived if index.name == name), None)
+    return None if index is None else Target(name, "index", True, index.scale, index.nodata)
+
+
+def label_classes(config: DataConfig, target: Target) -> Classes:
+    """The classes of a target: `data.classes`, or else all that its label layer names; of values its own name, once."""
+    if target.values:
+        return Classes((target.name,), ((),), (config.colours.get(target.name, "#1f77b4"),))
+    named = target.layer.spec.classes if target.layer is not None else ()
+    if config.classes or not named:
+        return Classes.of(config)
+    return Classes.of(config.model_copy(update={"classes": {str(value): name for value, name in named}}))
+
+
+def match_classes(classes: Classes, config: DataConfig, target: Target) -> Classes:
+    """The classes of a run with the numbers of another cube's label layer, which may count them otherwise.
+
+    Raises:
+        InvalidInput: The layer knows none of them by name.
+    """
+    if config.classes or target.layer is None or target.values:
+        return classes
+    value_of = {name: value for value, name in target.layer.spec.classes}
+    if not any(name in value_of for name in classes.names):
+        raise InvalidInput(
+            f"label layer {target.name} has the classes {', '.join(value_of) or 'none'}, the model knows "
+            f"{', '.join(classes.names[:8])}: none is the same"
+        )
+    values = tuple((value_of[name],) if name in value_of else () for name in classes.names)
+    return Classes(classes.names, values, classes.colours)
+
+
+def window_labels(target: Target, classes: Classes, patch: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Labels of a label layer, window by window: (first row of windows, labels (rows, columns, patch · patch)).
+
+    Only the labels are read, a byte or four a pixel, once for all dates.
+    """
+    layer = target.layer
+    if layer is None:
+        raise InvalidInput(f"{target.name} is no label layer")
+    height, width = layer.array().shape
+    columns, rows = width // patch, height // patch
+    table = None if target.values else classes.table()
+    step = max(1, _ROWS // patch)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        stored = layer.read(slice(first * patch, last * patch), slice(0, columns * patch))
+        labels = target.decode(stored, table).reshape(last - first, patch, columns, patch)
+        yield first, labels.transpose(0, 2, 1, 3).reshape(last - first, columns, patch * patch)

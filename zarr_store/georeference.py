@@ -1,0 +1,49 @@
+"""Where a group of arrays lies, said so that xarray, rioxarray, GDAL and GeoZarr readers understand it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import zarr
+from pyproj import CRS
+from zarr.codecs import ZstdCodec
+
+from zarr_store.grid import Grid
+
+__all__ = ["georeference", "write_axes"]
+
+
+def georeference(grid: Mapping[str, Any], bounds: Sequence[float], wkt: str) -> dict[str, Any]:
+    """GeoZarr `proj:` and `spatial:` attributes of a group on `grid` (crs, transform, shape)."""
+    crs = str(grid["crs"])
+    return {
+        ("proj:code" if crs.startswith("EPSG:") else "proj:wkt2"): crs if crs.startswith("EPSG:") else wkt,
+        "spatial:dimensions": ["y", "x"],
+        "spatial:transform": list(grid["transform"]),
+        "spatial:shape": list(grid["shape"]),
+        "spatial:bbox": list(bounds),
+    }
+
+
+def write_axes(group: zarr.Group, grid: Grid) -> None:
+    """Write pixel centres `y` and `x`, and `spatial_ref` as CF and GDAL have it."""
+    crs = CRS(grid.crs)
+    if crs.is_geographic:
+        axes = {"x": ("longitude", "degrees_east"), "y": ("latitude", "degrees_north")}
+    else:
+        axes = {"x": ("projection_x_coordinate", "m"), "y": ("projection_y_coordinate", "m")}
+    for name, values in (("y", grid.y()), ("x", grid.x())):
+        array = group.create_array(
+            name, shape=values.shape, dtype=values.dtype, dimension_names=(name,),
+            compressors=[ZstdCodec(checksum=True)],
+            attributes={"standard_name": axes[name][0], "units": axes[name][1]},
+        )  # fmt: skip
+        array[...] = values
+    a, _, c, _, e, f = grid.transform
+    group.create_array("spatial_ref", shape=(), dtype="int64", attributes={
+        **crs.to_cf(),
+        "crs_wkt": grid.wkt,
+        "spatial_ref": grid.wkt,
+        "GeoTransform": f"{c!r} {a!r} 0.0 {f!r} 0.0 {e!r}",
+    })  # fmt: skip
