@@ -189,8 +189,8 @@ class CheckpointStore:
         needed, disk = sum(int(leaf.nbytes) for leaf in named.values()), shutil.disk_usage(self.folder)
         if disk.total and disk.free < needed:  # some network file systems say 0 of 0
             raise NoSpace(
-                f"no space left for {self.path(step)}: a checkpoint needs {needed / 1e6:.1f} MB and {disk.free / 1e6:.1f} "
-                "MB are free; those before are as they were; free some and repeat the command"
+                f"no space left for {self.path(step)}: a checkpoint needs {needed / 1e6:.1f} MB and "
+                f"{disk.free / 1e6:.1f} MB are free; those before are as they were; free some and repeat the command"
             )
 
     def _finish(self, step: int, writer: Any, partial: Path, contents: Mapping[str, Any]) -> None:
