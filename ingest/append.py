@@ -152,7 +152,9 @@ class _Collection:
         by_step: dict[int, list[PlannedScene]] = defaultdict(list)
         for scene in self.scenes.values():
             by_step[scene.step].append(scene)
-        order = overlap_order(lambda scene: self._rank(cast(Any, scene).planned))
+        order = overlap_order(
+            lambda scene: self._rank(cast(Any, scene).planned), lambda scene: getattr(scene, "cloud_share", None)
+        )
         ordered: set[int] = set()
         tasks = []
         for index, region in recipe.spec.shards().items():

@@ -21,7 +21,7 @@ from shapely.geometry.base import BaseGeometry
 
 from zarr_store.grid import Grid
 
-__all__ = ["clip_text", "inside_of", "is_outside"]
+__all__ = ["area_of", "clip_text", "inside_of", "is_outside"]
 
 _STEP_DEG = 0.01
 """A straight line in degrees is bent in metres; cut every kilometre it lies within 3 cm at any latitude below 50°."""
@@ -66,6 +66,11 @@ def inside_of(clip: str | None, grid: Grid) -> npt.NDArray[np.bool_] | None:
 def is_outside(clip: str | None, grid: Grid) -> bool:
     """Whether no pixel of `grid` can lie in the area."""
     return clip is not None and not _area_on(clip, grid.crs).intersects(box(*grid.bounds))
+
+
+def area_of(clip: str, crs: str) -> float:
+    """How large the area is, in square units of `crs`."""
+    return float(_area_on(clip, crs).area)
 
 
 @functools.lru_cache(maxsize=8)

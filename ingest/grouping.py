@@ -1,7 +1,8 @@
 """Which scenes make one time step, and which of them wins where they overlap. Pure.
 
 A solar day is counted at one longitude for the whole region, so an orbit that passes near midnight UTC is not torn in
-two. Within a step, scenes that need no resampling come first, then the least cloudy, then the newest processing.
+two. Within a step, scenes that need no resampling come first, then those with least cloud over the region, then the
+newest processing.
 """
 
 from __future__ import annotations
@@ -89,15 +90,20 @@ def group_scenes(
     return steps, remarks
 
 
-def overlap_order(rank: Callable[[Scene], int]) -> Callable[[Scene], tuple[object, ...]]:
+def overlap_order(
+    rank: Callable[[Scene], int], cloud_share: Callable[[Scene], float | None] = lambda scene: None
+) -> Callable[[Scene], tuple[object, ...]]:
     """The sort key of scenes within a step.
 
     Args:
         rank: 0 for a scene on the target's lattice, 1 for one in its CRS, 2 for any other.
+        cloud_share: Of what a scene sees of the region, the share that is masked; None where it was not measured: then
+            the catalogue's cloud cover of the whole tile counts.
     """
 
     def order(scene: Scene) -> tuple[object, ...]:
-        cloud = 101.0 if scene.cloud_cover is None else scene.cloud_cover
+        share = cloud_share(scene)
+        cloud = 100.0 * share if share is not None else 101.0 if scene.cloud_cover is None else scene.cloud_cover
         return (rank(scene), cloud, _descending(scene.baseline), _descending(scene.created), scene.id)
 
     return order

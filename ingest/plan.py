@@ -97,6 +97,21 @@ class Plan:
             }
         )
 
+    @cached_property
+    def unordered_digest(self) -> str:
+        """As `digest`, but for the order in which scenes win and the cloud shares that it comes from.
+
+        A file that could not be opened when a plan was made has no cloud share; the plan that finds it healed may put
+        its scene elsewhere, and is still a plan of the same cube.
+        """
+        bare = {
+            name: [{key: value for key, value in item.items() if key != "cloud_share"} for item in rows]
+            for name, rows in self.items.items()
+        }
+        tasks = [[t.collection, t.index, t.region.to_list(), sorted(s.identity for s in t.sources)] for t in self.tasks]
+        rules = [[recipe.rules(), list(recipe.spec.times)] for recipe in self.recipes]
+        return digest({"recipes": rules, "items": bare, "tasks": tasks})
+
     def summary(self) -> str:
         """The dry run, for a person."""
         from ingest.summary import describe
@@ -302,7 +317,10 @@ def plan_scenes(
             [f.scene for f in members],
             group=config.group,
             longitude=longitude,
-            order=overlap_order(lambda scene, by=by_id: by[scene.id].rank(target.grid)),  # type: ignore[misc]
+            order=overlap_order(
+                lambda scene, by=by_id: by[scene.id].rank(target.grid),  # type: ignore[misc]
+                lambda scene, by=by_id: by[scene.id].cloud_share,  # type: ignore[misc]
+            ),
         )
         recipe = Recipe(
             collection_spec(collection, product, choice, target.grid, steps, layout or LAYOUTS[config.profile], config),

@@ -10,7 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from shapely.geometry import shape
 
 from ingest.config import IngestConfig
+from ingest.coverage import Coverage, choose_judge, cover
 from ingest.footprint import box_region, meets
 from ingest.hrefs import is_url
 from ingest.offsets import Verdict, odd_range, read_offset, settle_offset
@@ -101,6 +102,9 @@ class SceneProbe:
         verdict: "confirmed" and "repaired": the pixels decided; "contradicted": they disagree and the policy keeps the
             metadata; "inconclusive": clouds, snow or too few pixels; "unchecked": no band that could tell.
         share_below_1000: Share of valid DN in 1…999 of the bluest band.
+        valid_share: Of the region, or of the scene's raster where that is smaller, the share that has data; None where
+            it is not known.
+        cloud_share: Of what has data in the region, the share in classes that are masked; None without a class layer.
         discrepancies: Where metadata and files disagree, and unreadable files, as sentences.
     """
 
@@ -109,6 +113,8 @@ class SceneProbe:
     verdict: Verdict
     share_below_1000: float | None = None
     discrepancies: tuple[str, ...] = ()
+    valid_share: float | None = None
+    cloud_share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -117,6 +123,8 @@ class SceneProbe:
             "dn_offset": self.dn_offset,
             "verdict": self.verdict,
             "share_below_1000": self.share_below_1000,
+            "valid_share": self.valid_share,
+            "cloud_share": self.cloud_share,
             "discrepancies": list(self.discrepancies),
         }
 
@@ -131,18 +139,19 @@ class SceneProbe:
 class _Header:
     probe: AssetProbe
     sample: npt.NDArray[Any] | None = field(default=None)
+    coverage: Coverage | None = None
 
 
 def probe_scenes(
     scenes: Sequence[Scene], config: IngestConfig, *, source: str = ""
 ) -> dict[tuple[str, str], SceneProbe]:
-    """Read the headers of all assets, and a small decimated sample per Sentinel-2 scene.
+    """Read the headers of all assets, a small decimated sample per Sentinel-2 scene, and the classes over the region.
 
     An unreadable file is recorded, never raised: the plan goes on without it and its pixels become `missing`.
 
     Args:
         scenes: As `ingest.search` gives them.
-        config: Retries, timeouts and `offset_policy`.
+        config: Region, masked classes, retries, timeouts and `offset_policy`.
         source: Where the scenes were found: its own host may be a private one.
 
     Returns:
@@ -154,12 +163,12 @@ def probe_scenes(
     """
     from ingest.access import Access
 
-    jobs = [(scene, asset, asset.band == _witness(scene)) for scene in scenes for asset in scene.assets.values()]
+    jobs = [(scene, asset) for scene in scenes for asset in scene.assets.values()]
     access = Access.of(config, source)
     with ThreadPoolExecutor(_THREADS) as pool:
-        headers = list(pool.map(lambda job: _probe_asset(*job, access=access), jobs))
+        headers = list(pool.map(lambda job: _probe_asset(*job, config=config, access=access), jobs))
     by_scene: dict[tuple[str, str], dict[str, _Header]] = defaultdict(dict)
-    for (scene, asset, _), header in zip(jobs, headers, strict=True):
+    for (scene, asset), header in zip(jobs, headers, strict=True):
         by_scene[scene.key][asset.band] = header
     return {scene.key: _conclude(scene, by_scene[scene.key], config) for scene in scenes}
 
@@ -171,8 +180,15 @@ def _witness(scene: Scene) -> str | None:
     return next((band for band in _VISIBLE if band in scene.assets and scene.assets[band].kind == "data"), None)
 
 
-def _probe_asset(scene: Scene, asset: AssetRef, with_pixels: bool, *, access: Access) -> _Header:
+def _judge(scene: Scene) -> str | None:
+    product = next((rule for rule in PRODUCTS if rule.name == scene.product), None)
+    return choose_judge(scene.assets, product.mask_layer if product else None)
+
+
+def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access: Access) -> _Header:
     from ingest.read import grid_of, with_asset
+
+    with_pixels = asset.band == _witness(scene)
 
     def use(dataset: DatasetReader) -> _Header:
         probe = AssetProbe(
@@ -186,10 +202,21 @@ def _probe_asset(scene: Scene, asset: AssetRef, with_pixels: bool, *, access: Ac
         return _Header(probe, _sample(dataset) if with_pixels else None)
 
     try:
-        return with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access)
+        header = with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access)
     except (AssetUnreadable, InvalidInput) as error:
         log.warning("%s", error)
         return _Header(AssetProbe(error=str(error)))
+    grid = header.probe.grid
+    if grid is None or asset.band != _judge(scene):
+        return header
+    try:
+        coverage = with_asset(
+            asset.href, lambda file: cover(file, grid, asset, config), scene=scene.id, asset=asset.key, access=access
+        )
+    except AssetUnreadable as error:  # its header is good all the same
+        log.warning("%s", error)
+        return header
+    return replace(header, coverage=coverage)
 
 
 def _sample(dataset: DatasetReader) -> npt.NDArray[Any]:
@@ -222,6 +249,8 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
             raise InvalidInput(f"scene {scene.id}: {witness}: {odd}; leave it out, or go on without --strict")
         sentences += [f"{witness}: {odd}"] if odd else []
     dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.offset_policy)
+    judge = headers.get(_judge(scene) or "")
+    coverage = judge.coverage if judge else None
     return SceneProbe(
         assets={band: header.probe for band, header in headers.items()},
         dn_offset=dn_offset,
@@ -230,6 +259,8 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
         if reading and reading.share_below_1000 is not None
         else None,
         discrepancies=(*sentences, *([sentence] if sentence else [])),
+        valid_share=coverage.valid if coverage else None,
+        cloud_share=coverage.hidden if coverage else None,
     )
 
 

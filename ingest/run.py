@@ -38,7 +38,7 @@ from ingest.plan import Plan
 from ingest.record import RunRecord
 from ingest.shard import fill_shard
 from ingest.stages import stage
-from ingest.stored import PLAN_KEY, keep_plan
+from ingest.stored import PLAN_KEY, begun_plan, keep_plan
 from ingest.task import Recipe, ShardTask
 from ingest.turns import seat
 from ingest.workers import memory_note
@@ -109,6 +109,7 @@ def run(
     forbid_gdal_threads()
     url = _plain_url(cube_url)
     kind = config.store if config else None
+    plan = begun_plan(url, plan)
     create_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance(), kind=kind)
     _check_same_plan(url, plan)
     with CubeLock(url, f"ingest of plan {plan.digest[:12]}") as lock:

@@ -102,6 +102,11 @@ class FoundScene:
     def verdict(self) -> str:
         return self.probe.verdict if self.probe else "unchecked"
 
+    @property
+    def cloud_share(self) -> float | None:
+        """Of what it sees of the region, the share that is masked; None where it was not measured."""
+        return self.probe.cloud_share if self.probe else None
+
     def extent(self, target: Grid) -> Grid:
         """The rectangle of the scene's raster: by header, else by metadata, else by the box of its footprint."""
         headers = [c.grid for c in self.candidates()]
@@ -143,12 +148,23 @@ def select_scenes(found: Sequence[FoundScene], grid: Grid, config: IngestConfig)
         if pixel_box(one.extent(grid), grid) is None:
             drops.append(Drop(scene.collection, scene.id, "its raster does not reach the region"))
             continue
+        valid = one.probe.valid_share if one.probe else None
+        if valid is not None and valid < _SLIVER:
+            drops.append(
+                Drop(scene.collection, scene.id, f"{valid:.4%} of what it could show of the region has data: a sliver")
+            )
+            continue
         share = _covered_share(scene, region)
         if share < _SLIVER:
             drops.append(Drop(scene.collection, scene.id, f"it sees {share:.4%} of what its tile could: a sliver"))
             continue
         kept.append(one)
     if not kept:
+        if slivers := [drop for drop in drops if drop.reason.endswith("a sliver")]:
+            raise NothingFound(
+                f"none of the {len(found)} scenes shows anything of the region {_show((west, south, east, north))}: "
+                f"of {slivers[0].item_id}, {slivers[0].reason}; ask for other dates or a larger region"
+            )
         boxes = [one.scene.bbox for one in found]
         west_most, south_most = min(b[0] for b in boxes), min(b[1] for b in boxes)
         scenes_box = (west_most, south_most, max(b[2] for b in boxes), max(b[3] for b in boxes))
@@ -238,7 +254,8 @@ def _item_row(one: FoundScene, step: int) -> dict[str, Any]:
         "cloud_cover", "created", "updated",
     )  # fmt: skip
     row = {name: getattr(scene, name) for name in names}
-    return row | {"step": step, "bbox": list(scene.bbox), "dn_offset": one.dn_offset}
+    measured = {} if one.cloud_share is None else {"cloud_share": one.cloud_share}
+    return row | {"step": step, "bbox": list(scene.bbox), "dn_offset": one.dn_offset} | measured
 
 
 def _source_asset(one: FoundScene, asset: AssetRef, recipe: Recipe, config: IngestConfig) -> SourceAsset:

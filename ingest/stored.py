@@ -6,6 +6,8 @@ and auditing begin there. A plan is data from outside like a catalogue: its href
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,9 +20,11 @@ from ingest.providers import PROVIDERS
 from ingest.task import SourceAsset
 from zarr_store.backends import Store
 from zarr_store.errors import AccessError, InvalidInput
-from zarr_store.read import open_cube
+from zarr_store.read import is_cube, open_cube
 
-__all__ = ["PLAN_KEY", "check_hrefs", "keep_plan", "kept_plan"]
+__all__ = ["PLAN_KEY", "begun_plan", "check_hrefs", "keep_plan", "kept_plan"]
+
+log = logging.getLogger(__name__)
 
 PLAN_KEY = "_terrashard/plan.json"
 
@@ -40,6 +44,26 @@ def kept_plan(url: str | os.PathLike[str]) -> Plan:
             "which writes it and nothing else"
         )
     return Plan.from_json(data, f"{url}/{PLAN_KEY}")
+
+
+def begun_plan(url: str | os.PathLike[str], plan: Plan) -> Plan:
+    """The plan that a run of `plan` goes on with: the cube's own where they differ only in which scene wins.
+
+    Which scene wins follows from pixels that were looked at when a plan was made. Where some could not be read then and
+    can be now, the cube is finished in the order in which it was begun.
+    """
+    store = Store.at(url)
+    data = store.read(PLAN_KEY) if store.exists() and is_cube(store) else None
+    if data is None or json.loads(data).get("digest") == plan.digest:
+        return plan
+    try:
+        kept = Plan.from_json(data, f"{url}/{PLAN_KEY}")
+    except InvalidInput:  # of another release; whether it is the same cube is judged by its metadata
+        return plan
+    if kept.unordered_digest != plan.unordered_digest:
+        return plan
+    log.info("%s: the order of scenes stays the one that it was begun with", url)
+    return kept
 
 
 def keep_plan(url: str | os.PathLike[str], plan: Plan) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 from ingest.config import IngestConfig
 from ingest.extend import plan_extension
 from ingest.plan import Plan, plan_scenes
+from ingest.probe import probe_scenes
 from ingest.run import IngestReport, run_locked
 from ingest.scene import Scene
 from ingest.search import Found
 from ingest.stored import kept_plan
-from ingest.testing import make_scene, probe_headers
+from ingest.testing import make_scene
 from zarr_store.grid import Grid
 from zarr_store.lock import CubeLock
 from zarr_store.spec import Layout
@@ -53,7 +54,7 @@ def scene(folder: Path, day: int, *, part: int = 0, version: int = 0, rows: int 
 
 
 def plan_of(scenes: Sequence[Scene], *, layout: Layout = LAYOUT, config: IngestConfig = CONFIG) -> Plan:
-    return plan_scenes(scenes, probe_headers(scenes), config, layout=layout)
+    return plan_scenes(scenes, probe_scenes(scenes, config), config, layout=layout)
 
 
 def extend_with(

@@ -49,6 +49,13 @@ class Made:
     pixels: dict[str, np.ndarray]
     broken: str | None
     copy_of: str | None = None
+    looked: bool = False
+    """Whether the share of clouds was measured; else the catalogue's word counts."""
+
+    @property
+    def cloud_share(self) -> float | None:
+        seen = self.pixels["scl"] > 0
+        return float(np.isin(self.pixels["scl"][seen], MASKED).mean()) if self.looked and seen.any() else None
 
 
 @st.composite
@@ -67,6 +74,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
                 "dn_offset": draw(st.sampled_from([0, -1000])),
                 "baseline": draw(st.sampled_from(["02.14", "04.00", "05.09"])),
                 "cloud_cover": float(draw(st.sampled_from([0, 10, 90]))),
+                "looked": draw(st.booleans()),
                 "fault": draw(st.sampled_from(["", "", "", "", "red", "scl", "lacking", "copy"])),
             }
         )
@@ -118,7 +126,7 @@ def build(world: dict[str, Any]) -> list[Made]:
             relative_orbit=79, datatake=f"GS2A_202308{spec['day']:02d}T100000_0_N", created="2023-09-01T00:00:00Z",
         )  # fmt: skip
         broken = spec["fault"] if spec["fault"] in ("red", "scl") else None
-        made.append(Made(scene, pixels, broken))
+        made.append(Made(scene, pixels, broken, looked=spec["looked"] and broken != "scl"))
         if spec["fault"] == "copy":  # an older processing of the same granule: it must not give a single pixel
             older = replace(scene, id=f"{item}_old", baseline="01.00", cloud_cover=0.0)
             made.append(
@@ -132,12 +140,14 @@ def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.
     table = {(m.scene.id, band): m for m in made for band in m.pixels}
     scenes, drops = dedupe([m.scene for m in made])
     assert {d.dropped.id for d in drops} == {m.scene.id for m in made if m.copy_of}
+    shares = {m.scene.id: m.cloud_share for m in made}
     probes = {
         s.id: SceneProbe(
-            {b: AssetProbe(a.grid, str(a.dtype), 0) for b, a in s.assets.items()}, s.dn_offset, "unchecked"
+            {b: AssetProbe(a.grid, str(a.dtype), 0) for b, a in s.assets.items()}, s.dn_offset, "unchecked",
+            cloud_share=shares[s.id],
         )
         for s in scenes
-    }
+    }  # fmt: skip
     config = IngestConfig(
         bands=(*BANDS, "scl"), resampling=world["kernel"], mask=world["mask"], mask_classes=MASKED,
         mask_dilate_m=world["dilate_m"], group=world["group"], reduce=world["reduce"], crs=HERE, resolution=20,
@@ -257,7 +267,8 @@ def compose(
         grid = next(iter(one.scene.assets.values())).grid
         assert grid is not None
         rank = 0 if lattice(grid, target) else 1 if grid.crs == target.crs else 2
-        return (rank, one.scene.cloud_cover, -float(one.scene.baseline or 0), one.scene.id)
+        cloud = one.scene.cloud_cover if one.cloud_share is None else 100 * one.cloud_share
+        return (rank, cloud, -float(one.scene.baseline or 0), one.scene.id)
 
     shape = target.shape
     value, layer = np.zeros((2, *shape), np.int64), np.zeros(shape, np.int64)

@@ -205,15 +205,19 @@ def test_signatures_are_never_stored(tmp_path: Path, cube: Path) -> None:
 
 
 def test_nothing_but_nodata_is_no_damage(tmp_path: Path, local_client: Any) -> None:
-    """FAULTS Z09: a date whose scene holds only nodata is complete, sound, and reads as nodata."""
-    empty = scene(tmp_path / "s", 10)
+    """FAULTS Z09: a shard of which a scene has only nodata is complete, sound, and reads as nodata."""
+    half = scene(tmp_path / "s", 10)
     full = scene(tmp_path / "s", 12)
     for band in ("red", "scl"):
-        with rasterio.open(tmp_path / "s" / empty.id / f"{band}.tif", "r+") as dataset:
-            dataset.write(np.zeros(dataset.shape, dataset.dtypes[0]), 1)
+        with rasterio.open(tmp_path / "s" / half.id / f"{band}.tif", "r+") as dataset:
+            dataset.write(np.zeros((32, 36), dataset.dtypes[0]), 1, window=((0, 32), (0, 36)))
     cube = tmp_path / "cube.zarr"
-    assert run(plan_of([empty, full]), cube, client=local_client).exit_code == 0
+    assert run(plan_of([half, full]), cube, client=local_client).exit_code == 0
     opened = open_cube(cube)
-    for region in [r for i, r in opened.spec(NAME).shards().items() if i[0] == 0]:
+    shards = opened.spec(NAME).shards()
+    empty = [shards[0, 0, x] for x in (0, 1)]
+    for region in empty:
         assert not opened.read(NAME, "status", region).any()
+    assert opened.read(NAME, "status", shards[0, 1, 0]).any()
+    assert {opened.ledger(NAME).get(index).state for index in shards} == {"done"}  # type: ignore[union-attr]
     assert verify_cube(cube).damage == ()

@@ -77,6 +77,8 @@ RULES: dict[int, tuple[str, ...]] = {
     13: ("test_plan::test_a_solar_day_is_counted_at_one_longitude", "test_oracle::test_every_voxel_equals_the_oracle"),
     14: (
         "test_plan::test_overlaps_are_ordered_by_lattice_cloud_and_baseline",
+        "test_coverage::test_overlaps_are_ordered_by_the_clouds_over_the_region",
+        "test_coverage::test_a_swath_that_ends_before_the_region_is_a_sliver_whatever_its_footprint_says",
         "test_plan::test_scenes_beside_the_region_are_left_out_with_a_reason",
     ),
     15: ("test_mask::test_mask_is_seamless_when_cut_anywhere", "test_shard::test_pixels_do_not_depend_on_the_shards"),
