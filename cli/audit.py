@@ -25,25 +25,34 @@ def register(app: typer.Typer) -> None:
         source: Annotated[
             str | None, typer.Option(metavar="SOURCE", help="Where to ask; default: where its scenes came from.")
         ] = None,
+        files: Annotated[
+            bool,
+            typer.Option("--files/--no-files", help="Ask for each file whether it is still the one that was read."),
+        ] = True,
     ) -> int:
-        """Compare a cube with the catalogue of today: missing, superseded, removed scenes. Exit code 3: it differs."""
+        """Compare a cube with the catalogue of today: scenes that are missing, superseded, removed or replaced.
+
+        Exit code 3: it differs.
+        """
         from cli.ingesting import cube_config
         from ingest.audit import audit as compare_with_catalogue
 
-        report = compare_with_catalogue(cube, cube_config(session, cube), source=source)
+        report = compare_with_catalogue(cube, cube_config(session, cube), source=source, files=files)
         for row in report.missing:
             session.say(f"missing     {row['datetime']} {row['id']}")
         for row in report.superseded:
             session.say(f"superseded  {row['id']} by {row['by']} (baseline {row['baseline']}, {row['created']})")
+        for row in report.replaced:
+            session.say(f"replaced    {row['id']}: {', '.join(row['assets'])} changed under the same name")
         for row in report.removed:
             session.say(f"removed     {row['id']}: the catalogue no longer lists it")
         session.say(
             f"{report.scenes} scenes in the cube; in {report.source} {len(report.missing)} more, "
-            f"{len(report.superseded)} newer copies, {len(report.removed)} gone"
+            f"{len(report.superseded)} newer copies, {len(report.replaced)} replaced, {len(report.removed)} gone"
         )
         if report.missing:
             session.say("`terrashard ingest SOURCE CUBE --append` adds what is missing after the last date")
-        if report.superseded:
-            session.say("`terrashard ingest SOURCE CUBE --refresh` takes the newer copies in")
+        if report.superseded or report.replaced:
+            session.say("`terrashard ingest SOURCE CUBE --refresh` takes them in")
         session.emit(report.to_dict())
         return report.exit_code

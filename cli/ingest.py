@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="Where the cube is, or will be.")],
         append: Annotated[bool, typer.Option("--append", help="Add dates that the cube does not have.")] = False,
         refresh: Annotated[
-            bool, typer.Option("--refresh", help="Make shards again whose scenes have a newer copy.")
+            bool, typer.Option("--refresh", help="Make shards again whose scenes have a newer copy or other files.")
         ] = False,
         overwrite: Annotated[
             bool,

@@ -49,7 +49,7 @@ from ingest.sign import Signing, SignRule
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid, normal_crs
 
-__all__ = ["Access", "forbid_gdal_threads", "grid_of", "open_asset", "with_asset"]
+__all__ = ["Access", "file_version", "forbid_gdal_threads", "grid_of", "open_asset", "with_asset"]
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -200,6 +200,27 @@ def open_asset(
         raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact(href)) from error
 
 
+def file_version(href: str, access: Access) -> str | None:
+    """What tells the file at `href` from others of that name now, as `RangeFile.version` says it of one that is read.
+
+    Returns:
+        None where it cannot be known: the file is gone or refused, or GDAL itself reads it (s3://).
+    """
+    if urlsplit(href).scheme in ("http", "https"):
+        try:
+            return peek(href, access)[1].version
+        except (PermanentError, TransientError) as error:
+            log.info("%s: %s", redact(href), cause_of(error, href))
+            return None
+    if "://" in href or href.startswith("/vsi"):
+        return None
+    try:
+        identity = _identity(href)
+    except OSError:
+        return None
+    return Head(href, b"", os.stat(href).st_size, _written(identity), True, 0.0).version
+
+
 def forbid_gdal_threads() -> None:
     """Refuse to read while GDAL would decode in threads.
 
@@ -254,10 +275,11 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
     # never through GDAL's own HTTP client, which follows redirects to any host and cannot be told to wait
     if head is not None and head.ranges and head.size:
         file = RangeFile(head, functools.partial(fetch, href, head, access))
-    elif driver == "GTiff" and not remote and size:
+    elif not remote and size:
+        identity = _identity(path)
         local = RangeFile(
-            Head(path, magic, size, None, True, 0.0),
-            functools.partial(_read_local, path, _identity(path)),
+            Head(path, magic, size, _written(identity), True, 0.0),
+            functools.partial(_read_local, path, identity),
             remote=False,
         )
     elif head is not None:
@@ -341,6 +363,10 @@ def _identity(path: str) -> tuple[int, ...]:
     """What changes when a local file is replaced or written to."""
     found = os.stat(path)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _written(identity: tuple[int, ...]) -> str:
+    return f"written {identity[-1]}"
 
 
 def _read_local(path: str, identity: tuple[int, ...], span: Span) -> bytes:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from shapely.geometry import box
 
+from ingest.access import Access, file_version
 from ingest.config import IngestConfig
 from ingest.footprint import overlap_share
 from ingest.plan import Plan
 from ingest.scene import Scene
 from ingest.search import Found, find_scenes
 from ingest.stored import kept_plan
+from zarr_store.read import open_cube
 
-__all__ = ["AuditReport", "News", "audit", "compare"]
+__all__ = ["AuditReport", "News", "audit", "compare", "replaced_files"]
+
+_AT_ONCE = 8
 
 _SAME_MOMENT_S = 90
 _SAME_GROUND = 0.6
@@ -30,13 +36,16 @@ class News:
 
     Attributes:
         missing: Scenes that the cube does not have in any version.
-        superseded: (collection, id) of a newer copy → the scene, and the row of the item table that it supersedes.
+        superseded: (collection, id) of a newer copy → the scene, and the row of the item table that it supersedes. A
+            scene whose files were replaced under their old names supersedes itself.
+        replaced: (collection, id) → assets whose file is another one than was read.
         removed: (collection, id) of scenes of the cube that the catalogue no longer lists.
     """
 
     missing: tuple[Scene, ...]
     superseded: Mapping[tuple[str, str], tuple[Scene, int]]
     removed: tuple[tuple[str, str], ...]
+    replaced: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,24 +58,28 @@ class AuditReport:
     missing: tuple[Mapping[str, Any], ...]
     superseded: tuple[Mapping[str, Any], ...]
     removed: tuple[Mapping[str, Any], ...]
+    replaced: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def exit_code(self) -> int:
         """0 when the cube is what an ingest of today would make, else 3."""
-        return 3 if self.missing or self.superseded or self.removed else 0
+        return 3 if self.missing or self.superseded or self.removed or self.replaced else 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {**vars(self), "exit_code": self.exit_code}
 
 
-def audit(url: str | os.PathLike[str], config: IngestConfig, *, source: str | None = None) -> AuditReport:
-    """Ask the catalogue again and compare; nothing is read or written.
+def audit(
+    url: str | os.PathLike[str], config: IngestConfig, *, source: str | None = None, files: bool = True
+) -> AuditReport:
+    """Ask the catalogue again and compare; no pixel is read and nothing written.
 
     Args:
         url: The cube.
         config: What to select; `ingest.extend.selection_of` gives what the cube was made with.
         source: Where to ask; None for where the cube's scenes came from.
+        files: Also ask for every file that was read whether it is still the same: one small request each.
 
     Raises:
         NothingFound: The catalogue has no scene left for this selection.
@@ -74,7 +87,8 @@ def audit(url: str | os.PathLike[str], config: IngestConfig, *, source: str | No
     """
     plan = kept_plan(url)
     asked = source or plan.source
-    news = compare(plan, find_scenes(asked, config))
+    found = find_scenes(asked, config)
+    news = compare(plan, found, replaced_files(url, plan, found, config, source=asked) if files else None)
     return AuditReport(
         cube=str(url),
         source=plan.source if source is None else source,
@@ -83,14 +97,66 @@ def audit(url: str | os.PathLike[str], config: IngestConfig, *, source: str | No
         superseded=tuple(
             {"collection": s.collection, "id": str(plan.items[s.collection][row]["id"]), "by": s.id,
              "baseline": s.baseline, "created": s.created}
-            for s, row in news.superseded.values()
+            for s, row in news.superseded.values() if s.key not in news.replaced
         ),
+        replaced=tuple({"collection": c, "id": i, "assets": list(keys)} for (c, i), keys in news.replaced.items()),
         removed=tuple({"collection": name, "id": item} for name, item in news.removed),
     )  # fmt: skip
 
 
-def compare(plan: Plan, found: Found) -> News:
-    """What is new in `found` for the cube of `plan`; collections that the cube does not have are passed over. Pure."""
+def replaced_files(
+    url: str | os.PathLike[str], plan: Plan, found: Found, config: IngestConfig, *, source: str
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Files that are not the ones that shards were made from, though they have the same names.
+
+    The size and the ETag or date of each file are in the ledger; the server, or the file system, is asked for them
+    again.
+
+    Args:
+        url: The cube.
+        plan: Its plan.
+        found: Scenes that the catalogue lists now; only their hrefs are asked, which were judged in the search.
+        config: Trust, timeouts and retries.
+        source: Where the scenes were found.
+
+    Returns:
+        (collection, id) → keys of its assets. A file that cannot be asked for is not listed.
+    """
+    access = Access.of(config, source)
+    cube = open_cube(url)
+    read: dict[tuple[str, int, str], set[str]] = defaultdict(set)
+    for name in cube.collections:
+        for row in cube.ledger(name).rows().values():
+            for outcome in row.sources:
+                for key, version in outcome.versions:
+                    read[name, outcome.item, key].add(version)
+    hrefs = {(scene.key, ref.key): ref.href for scene in found.scenes for ref in scene.assets.values()}
+    asked = {
+        (task.collection, scene.item, asset.key): ((task.collection, scene.item_id), asset.href)
+        for task in plan.tasks
+        for scene in task.sources
+        for asset in scene.assets
+        if (task.collection, scene.item, asset.key) in read
+        and hrefs.get(((task.collection, scene.item_id), asset.key)) == asset.href
+    }
+    changed: dict[tuple[str, str], list[str]] = defaultdict(list)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        present = pool.map(lambda one: file_version(one[1], access), asked.values())
+        for (place, (scene_key, _)), now in zip(asked.items(), present, strict=True):
+            if now is not None and read[place] != {now}:
+                changed[scene_key].append(place[2])
+    return {key: tuple(sorted(assets)) for key, assets in sorted(changed.items())}
+
+
+def compare(plan: Plan, found: Found, replaced: Mapping[tuple[str, str], tuple[str, ...]] | None = None) -> News:
+    """What is new in `found` for the cube of `plan`; collections that the cube does not have are passed over. Pure.
+
+    Args:
+        plan: Of the cube.
+        found: What the catalogue has now.
+        replaced: From `replaced_files`. Where items state other checksums or sizes than they did, that counts too.
+    """
+    changed = {**_restated(plan, found), **(replaced or {})}
     current = {
         name: {row: dict(item) for row, item in enumerate(rows) if "superseded_by" not in item}
         for name, rows in plan.items.items()
@@ -98,6 +164,7 @@ def compare(plan: Plan, found: Found) -> News:
     known = {(name, str(item["id"])): row for name, rows in current.items() for row, item in rows.items()}
     left_out = {(drop.collection, drop.item_id) for drop in plan.drops}
     missing = []
+    stale: dict[tuple[str, str], tuple[str, ...]] = {}
     superseded: dict[tuple[str, str], tuple[Scene, int]] = {}
     for scene in found.scenes:
         rows = current.get(scene.collection)
@@ -111,9 +178,36 @@ def compare(plan: Plan, found: Found) -> News:
                 continue
         if _age(vars(scene)) > _age(rows[row]):
             superseded[scene.key] = (scene, row)
+        elif scene.key in changed:
+            superseded[scene.key] = (scene, row)
+            stale[scene.key] = changed[scene.key]
     listed = {scene.key for scene in found.scenes} | {drop.dropped.key for drop in found.duplicates}
     removed = tuple(sorted(key for key in known if key not in listed))
-    return News(tuple(missing), superseded, removed)
+    return News(tuple(missing), superseded, removed, stale)
+
+
+def _restated(plan: Plan, found: Found) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Assets of which the catalogue states another checksum or size than when the cube was made."""
+    stated: dict[tuple[str, str], dict[str, tuple[int | None, str | None]]] = defaultdict(dict)
+    for task in plan.tasks:
+        for scene in task.sources:
+            for asset in scene.assets:
+                stated[task.collection, scene.item_id][asset.key] = (asset.size_bytes, asset.checksum)
+    changed = {}
+    for fresh in found.scenes:
+        before = stated.get(fresh.key, {})
+        keys = sorted(
+            ref.key
+            for ref in fresh.assets.values()
+            if ref.key in before
+            and any(
+                None not in pair and pair[0] != pair[1]
+                for pair in zip(before[ref.key], (ref.size_bytes, ref.checksum), strict=True)
+            )
+        )
+        if keys:
+            changed[fresh.key] = tuple(keys)
+    return changed
 
 
 def _same_acquisition(scene: Scene, row: Mapping[str, Any]) -> bool:

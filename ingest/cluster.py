@@ -63,16 +63,15 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
         else:
             workers = min(config.workers, most or config.workers)
             least = min(config.workers_least or workers, workers)
-            if config.cluster == "local":
-                cluster = stack.enter_context(_local(config, least, dashboard, security))
-            else:
-                try:
+            try:
+                if config.cluster == "local":
+                    cluster = stack.enter_context(_local(config, least, dashboard, security))
+                else:
                     cluster = start_cluster(config, dashboard, security, stack)
-                except (OSError, RuntimeError) as error:
-                    raise AccessError(
-                        f"--cluster {config.cluster} could not be started: {error}; "
-                        "see what it was given with --dry-run"
-                    ) from error
+            except (OSError, RuntimeError) as error:
+                raise AccessError(
+                    f"--cluster {config.cluster} could not be started: {error}; see what it was given with --dry-run"
+                ) from error
             client = stack.enter_context(Client(cluster, timeout=_CONNECT_S))  # type: ignore[no-untyped-call]
             _wait(client, least if config.cluster == "local" else 1, config)
             if config.workers_least:

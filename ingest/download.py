@@ -168,7 +168,7 @@ def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]
     def beyond(span: Span) -> bytes:
         raise TransientError(f"the file ends at {len(data)} bytes, {span[1]} are needed")
 
-    return Head(url, data, len(data), None, False, 0.0), beyond
+    return Head(url, data, len(data), _version(reply), False, 0.0), beyond
 
 
 def with_sidecar(file: RangeFile, href: str, access: Access) -> Callable[..., io.RawIOBase | io.BytesIO]:

@@ -14,7 +14,7 @@ from typing import Any
 from distributed import Client
 
 from ingest.append import merge_plans
-from ingest.audit import compare
+from ingest.audit import compare, replaced_files
 from ingest.config import EXECUTION_FIELDS, IngestConfig
 from ingest.hrefs import is_url
 from ingest.plan import Plan, plan_scenes
@@ -56,7 +56,7 @@ def extend(
         cube_url: The cube.
         config: What is selected, with the cube's own rules (`selection_of`), and how it is run.
         append: Add scenes that the cube does not have; their dates must come after its last, or be among its dates.
-        refresh: Make shards again whose scenes have a newer copy.
+        refresh: Make shards again whose scenes have a newer copy, or other files under the same names.
         client: A Dask client to use.
         on_event: As for `ingest.run.run`.
         on_plan: Given the merged plan before anything is written.
@@ -70,14 +70,21 @@ def extend(
     url = os.fspath(cube_url)
     what = " and ".join(word for word, on in (("append", append), ("refresh", refresh)) if on)
     with CubeLock(url, f"{what} from {source if not is_url(source) else 'a catalogue'}") as lock:
-        merged = plan_extension(kept_plan(url), source, config, append=append, refresh=refresh)
+        merged = plan_extension(kept_plan(url), source, config, append=append, refresh=refresh, cube_url=url)
         if on_plan:
             on_plan(merged)
         return run_locked(merged, url, lock, config=config, client=client, on_event=on_event, grow=True, record=record)
 
 
 def plan_extension(
-    old: Plan, source: str, config: IngestConfig, *, append: bool, refresh: bool, found: Found | None = None
+    old: Plan,
+    source: str,
+    config: IngestConfig,
+    *,
+    append: bool,
+    refresh: bool,
+    found: Found | None = None,
+    cube_url: str | None = None,
 ) -> Plan:
     """The plan of a cube with what is new in a catalogue; `old` itself where nothing is.
 
@@ -86,14 +93,18 @@ def plan_extension(
         source: As for `make_plan`.
         config: What is selected.
         append: Add scenes that are not there.
-        refresh: Put newer copies in the place of those that are there.
+        refresh: Put newer copies in the place of those that are there, and scenes whose files were replaced under their
+            old names.
         found: What a search gave, where it was made already.
+        cube_url: The cube, whose ledger tells which files were read; None leaves files alone.
     """
     try:
         found = found or find_scenes(source, config)
     except NothingFound:
         return old  # nothing for this selection: what is there already is still to be completed
-    news = compare(old, found)
+    news = compare(
+        old, found, replaced_files(cube_url, old, found, config, source=source) if refresh and cube_url else None
+    )
     scenes: list[Scene] = list(news.missing) if append else []
     replaces: dict[tuple[str, str], int] = {}
     if refresh:

@@ -175,7 +175,14 @@ def _asset_ref(
         offset=0.0 if is_class or offset is None else offset,
         kind="class" if is_class else "data",
         media_type=text_of(asset.get("type")),
+        size_bytes=_size(asset),
+        checksum=text_of(asset.get("file:checksum"), lower=True),
     )
+
+
+def _size(asset: Mapping[str, Any]) -> int | None:
+    size = number_of(asset.get("file:size"))
+    return int(size) if size is not None and size > 0 else None
 
 
 def _raster(asset: Mapping[str, Any], name: str) -> Any:

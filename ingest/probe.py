@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -21,9 +20,9 @@ from shapely.geometry import shape
 from ingest.config import IngestConfig
 from ingest.coverage import Coverage, choose_judge, cover
 from ingest.footprint import box_region, meets
-from ingest.hrefs import is_url
 from ingest.offsets import Verdict, odd_range, read_offset, settle_offset
 from ingest.products import PRODUCTS
+from ingest.ranges import range_file_of
 from ingest.scene import AssetRef, Scene
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid
@@ -197,7 +196,7 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
             nodata=None if dataset.nodata is None else float(dataset.nodata),
             overviews=tuple(int(factor) for factor in dataset.overviews(1)),
             block=(int(dataset.block_shapes[0][0]), int(dataset.block_shapes[0][1])),
-            size_bytes=None if is_url(asset.href) else Path(asset.href).stat().st_size,
+            size_bytes=file.size if (file := range_file_of(dataset)) is not None else None,
         )
         return _Header(probe, _sample(dataset) if with_pixels else None)
 
@@ -277,6 +276,10 @@ def _mismatches(scene: Scene, probes: Mapping[str, AssetProbe]) -> list[str]:
                  "the file is followed"].append(band)  # fmt: skip
         if asset.dtype and probe.dtype and asset.dtype != probe.dtype:
             said[f"item says {asset.dtype}, file holds {probe.dtype}; the file is followed"].append(band)
+        if None not in (asset.size_bytes, probe.size_bytes) and asset.size_bytes != probe.size_bytes:
+            said[
+                f"item says {asset.size_bytes} bytes, file has {probe.size_bytes}: it was replaced or cut short"
+            ].append(band)
         if probe.nodata is not None and asset.nodata is not None and not _same(asset.nodata, probe.nodata):
             said[f"item says nodata {asset.nodata:g}, file declares {probe.nodata:g}; both are masked"].append(band)
     grids = [probe.grid for probe in probes.values() if probe.grid]

@@ -60,6 +60,11 @@ class Head:
     ranges: bool
     until: float
 
+    @property
+    def version(self) -> str:
+        """What tells this file from another one of its name: its size, and its ETag or date if the server said so."""
+        return f"{self.size} {self.etag or ''}".strip()
+
 
 class HeadCache:
     """The heads of the files read last; one per process, so a file of many shards is opened once."""
@@ -110,6 +115,7 @@ class RangeFile:
         if head.size is None:
             raise ValueError("a file of unknown size cannot be read in ranges")
         self.size = head.size
+        self.version = head.version
         self.error: Exception | None = None
         self._get = get
         self._remote = remote

@@ -7,7 +7,7 @@ errors: nothing here turns an unreadable file into zeros.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -66,6 +66,7 @@ def read_on_grid(
     scene: str = "",
     access: Access | None = None,
     out: Pixels | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Pixels:
     """Read one band of one scene onto `target`; raw numbers, before any offset.
 
@@ -78,6 +79,7 @@ def read_on_grid(
         scene: Item id, for errors.
         access: Limits and retries.
         out: Where the result goes; (height, width) of the type `stored`. Holds anything if this raises.
+        tell: Given the version of the file that is read, where one is known (not of s3:// hrefs, which GDAL reads).
 
     Returns:
         `out`, or a fresh array: (height, width) of `target`; 0 (or NaN for float32) where the file has no data or does
@@ -102,6 +104,8 @@ def read_on_grid(
         empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
 
         file = range_file_of(dataset)
+        if tell is not None and file is not None:
+            tell(file.version)
         blocks = BlockReader.of(dataset, file) if file is not None else None
 
         def window(row: int, col: int, height: int, width: int, into: Pixels | None = None) -> Pixels:

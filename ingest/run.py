@@ -12,7 +12,6 @@ import errno
 import json
 import logging
 import os
-import signal
 import threading
 import time
 import uuid
@@ -20,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from distributed import Client, as_completed
@@ -29,6 +27,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from ingest.access import Access, forbid_gdal_threads
+from ingest.attendance import attended
 from ingest.cluster import in_flight, open_cluster, prepare
 from ingest.config import IngestConfig
 from ingest.dashboard import publish
@@ -38,13 +37,14 @@ from ingest.plan import Plan
 from ingest.record import RunRecord
 from ingest.shard import fill_shard
 from ingest.stages import stage
+from ingest.stopping import stoppable
 from ingest.stored import PLAN_KEY, begun_plan, keep_plan
 from ingest.task import Recipe, ShardTask
 from ingest.turns import seat
 from ingest.workers import memory_note
 from zarr_store.backends import Store
 from zarr_store.crash import crashpoint
-from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, Preempted, TerrashardError
+from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, TerrashardError
 from zarr_store.grow import grow_cube
 from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.lock import CubeLock, read_token
@@ -109,7 +109,7 @@ def run(
     forbid_gdal_threads()
     url = _plain_url(cube_url)
     kind = config.store if config else None
-    plan = begun_plan(url, plan)
+    plan = begun_plan(url, plan, kind)
     create_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance(), kind=kind)
     _check_same_plan(url, plan)
     with CubeLock(url, f"ingest of plan {plan.digest[:12]}") as lock:
@@ -152,7 +152,7 @@ def run_locked(
     tally = _Tally()
     if record:
         record.plan = plan
-    with _sigterm_raises():
+    with stoppable():
         _sweep(url)
         # the plan first: if nothing more gets done, the cube still knows what it was about to become
         keep_plan(url, plan)
@@ -345,12 +345,13 @@ def _work(
 
     queue = as_completed(submit(in_flight(client, config)), loop=client.loop)  # type: ignore[no-untyped-call]
     try:
-        for future in queue:
-            row = _take(future, by_key.pop(future.key), url, config, tally)
-            why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
-            tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
-            for fresh in submit(in_flight(client, config) - len(by_key)):
-                queue.add(fresh)  # type: ignore[no-untyped-call]
+        with attended(client, queue, own=config.cluster == "local" and not config.scheduler):
+            for future in queue:
+                row = _take(future, by_key.pop(future.key), url, config, tally)
+                why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
+                tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
+                for fresh in submit(in_flight(client, config) - len(by_key)):
+                    queue.add(fresh)  # type: ignore[no-untyped-call]
     except BaseException as error:
         with suppress(OSError):  # a scheduler that is gone has nothing to cancel
             client.cancel(list(queue.futures), force=True)  # type: ignore[no-untyped-call]
@@ -428,20 +429,3 @@ def _sweep(url: str) -> None:
 
 def _sorted(rows: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:
     return tuple(sorted(rows, key=lambda row: row.index))
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the run like an interrupt: tasks cancelled, cluster closed, lock released."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Preempted("told to stop (SIGTERM); what was written stays, and the same command goes on from there")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

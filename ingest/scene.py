@@ -33,6 +33,8 @@ class AssetRef:
             `Scene.dn_offset` is the decision.
         kind: "class" layers are never scaled, offset or interpolated.
         media_type: As stated.
+        size_bytes: Size of the file as the item states it (`file:size`).
+        checksum: Multihash of the file in hexadecimal, as the item states it (`file:checksum`).
     """
 
     band: str
@@ -45,6 +47,8 @@ class AssetRef:
     offset: float = 0.0
     kind: AssetKind = "data"
     media_type: str | None = None
+    size_bytes: int | None = None
+    checksum: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,7 @@ def fill_shard(
         return read_on_grid(
             asset, asset.header, window, asset.resampling,
             stored=asset.stored, scene=asset.scene, access=access, out=out,
+            tell=lambda version: versions.__setitem__((asset.scene, asset.key), version),
         )  # fmt: skip
 
     times, height, width = task.region.shape
@@ -95,6 +96,7 @@ def fill_shard(
     else:
         arrays["observations"] = np.zeros((times, height, width), np.uint16)
     outcomes: dict[int, SourceOutcome] = {}
+    versions: dict[tuple[str, str], str] = {}
     pixels_read = 0
     for part in strips(task.region, spec, max(map(len, by_step), default=0)):
         shard = _Shard(recipe, part, read)
@@ -108,7 +110,14 @@ def fill_shard(
                     outcomes[outcome.item] = outcome
         pixels_read += shard.pixels_read
     add_indices(arrays, spec)
-    return FilledShard(arrays, tuple(outcomes.values()), pixels_read)
+    return FilledShard(arrays, tuple(_with_versions(one, versions) for one in outcomes.values()), pixels_read)
+
+
+def _with_versions(outcome: SourceOutcome, versions: Mapping[tuple[str, str], str]) -> SourceOutcome:
+    if outcome.state != "read":
+        return outcome
+    told = sorted((key, version) for (scene, key), version in versions.items() if scene == outcome.item_id)
+    return replace(outcome, versions=tuple(told))
 
 
 class _Shard:

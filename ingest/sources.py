@@ -272,6 +272,8 @@ def _source_asset(one: FoundScene, asset: AssetRef, recipe: Recipe, config: Inge
         stored=stored,
         resampling=config.resampling,
         dn_offset=one.dn_offset if stored == "uint16" else 0,
+        size_bytes=asset.size_bytes,
+        checksum=asset.checksum,
     )
 
 

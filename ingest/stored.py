@@ -18,7 +18,7 @@ from ingest.hrefs import HrefPolicy, is_url, refuse_private_address, resolve_hre
 from ingest.plan import Plan
 from ingest.providers import PROVIDERS
 from ingest.task import SourceAsset
-from zarr_store.backends import Store
+from zarr_store.backends import Kind, Store, store_for
 from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.read import is_cube, open_cube
 
@@ -46,13 +46,18 @@ def kept_plan(url: str | os.PathLike[str]) -> Plan:
     return Plan.from_json(data, f"{url}/{PLAN_KEY}")
 
 
-def begun_plan(url: str | os.PathLike[str], plan: Plan) -> Plan:
+def begun_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = None) -> Plan:
     """The plan that a run of `plan` goes on with: the cube's own where they differ only in which scene wins.
 
     Which scene wins follows from pixels that were looked at when a plan was made. Where some could not be read then and
     can be now, the cube is finished in the order in which it was begun.
+
+    Args:
+        url: Where the cube is, or will be.
+        plan: What is to be made.
+        kind: What is to hold it, as for `zarr_store.write.create_cube`.
     """
-    store = Store.at(url)
+    store = store_for(url, kind)
     data = store.read(PLAN_KEY) if store.exists() and is_cube(store) else None
     if data is None or json.loads(data).get("digest") == plan.digest:
         return plan

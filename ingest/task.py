@@ -48,6 +48,8 @@ class SourceAsset:
         stored: Type of the pixels in the cube.
         resampling: Kernel wanted where the lattices differ.
         dn_offset: Added to digital numbers.
+        size_bytes: Of the file, as the item states it.
+        checksum: Multihash of the file, as the item states it.
     """
 
     scene: str
@@ -60,6 +62,8 @@ class SourceAsset:
     stored: Stored
     resampling: str
     dn_offset: int
+    size_bytes: int | None = None
+    checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -232,5 +236,13 @@ def _identity(scene: PlannedScene) -> dict[str, Any]:
     A file that could not be opened has no header, and must not make another plan of the one that finds it healed.
     """
     whole = scene.to_dict()
-    assets = [{name: value for name, value in asset.items() if name != "header"} for asset in whole["assets"]]
+    unstated = ("size_bytes", "checksum")
+    assets = [
+        {
+            name: value
+            for name, value in asset.items()
+            if name != "header" and (value is not None or name not in unstated)
+        }
+        for asset in whole["assets"]
+    ]
     return {name: value for name, value in whole.items() if name != "extent"} | {"assets": assets}

@@ -110,6 +110,9 @@ class Store(ABC):
     def write(self, key: str, data: bytes) -> None:
         """Replace the bytes at `key` atomically and durably."""
 
+    def make_room(self, key: str) -> None:  # noqa: B027  # most stores have no folders
+        """Make the folders that `key` lies in, durably: what is synced in a folder that is not there is lost."""
+
     @abstractmethod
     def create_exclusive(self, key: str, data: bytes) -> bool:
         """Write `data` at `key` only if nothing is there; True if it was written."""
@@ -245,7 +248,7 @@ class FolderStore(Store):
     def write(self, key: str, data: bytes) -> None:
         path = self.root / key
         with translate_os_errors(str(path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
             try:
                 with os.fdopen(descriptor, "wb") as file:
@@ -262,6 +265,11 @@ class FolderStore(Store):
                     os.unlink(beside)
                 raise
             _sync_folder(path.parent)
+
+    def make_room(self, key: str) -> None:
+        path = self.root / key
+        with translate_os_errors(str(path)):
+            _make_folder(path.parent)
 
     def create_exclusive(self, key: str, data: bytes) -> bool:
         # the file appears complete or not at all: it is linked into place, and a link never replaces
@@ -326,6 +334,7 @@ class FolderStore(Store):
             os.chmod(folder, 0o777 & ~_umask())
             with translate_os_errors(self.url):
                 yield FolderStore(Path(folder))
+                _sync_tree(Path(folder))  # what appears in one rename must be on the disk before it
                 crashpoint("before the cube appears")
                 os.rename(folder, self.root)  # fails if something non-empty has appeared there meanwhile
                 _sync_folder(self.root.parent)
@@ -339,6 +348,26 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _make_folder(folder: Path) -> None:
+    """As `mkdir(parents=True, exist_ok=True)`, and every new name is synced in the folder it is in."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_tree(top: Path) -> None:
+    for folder, _, files in os.walk(top):
+        for name in files:
+            descriptor = os.open(Path(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_folder(Path(folder))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -33,6 +33,7 @@ class SourceOutcome:
         state: "read", or "missing" when one of its assets was absent or unreadable.
         asset: The asset that failed.
         reason: The cause, without secrets.
+        versions: (asset, what told its file from others of that name when it was read: size, and ETag or date).
     """
 
     item: int
@@ -40,6 +41,12 @@ class SourceOutcome:
     state: Literal["read", "missing"]
     asset: str | None = None
     reason: str | None = None
+    versions: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `asdict`, also of rows without versions."""
+        return cls(**{**data, "versions": tuple((asset, version) for asset, version in data.get("versions", ()))})
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class LedgerRow:
             Region.from_list(row["region"]),
             row["key"],
             row["state"],
-            tuple(SourceOutcome(**source) for source in row["sources"]),
+            tuple(SourceOutcome.from_dict(source) for source in row["sources"]),
             row["checksums"],
             tuple(ChunkStats.from_list(stats) for stats in row["stats"]),
         )

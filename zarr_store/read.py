@@ -15,6 +15,7 @@ from zarr_store.backends import Store
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.ledger import Ledger
+from zarr_store.promises import check_promises
 from zarr_store.regions import Region
 from zarr_store.spec import CubeSpec
 
@@ -25,7 +26,7 @@ __all__ = ["Cube", "await_read", "is_cube", "open_cube", "read_tensorstore"]
 
 # Decoded chunks shared by all arrays that a process opens: an epoch touches each chunk several times in a row.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
-_NEWEST_FORMAT = 1
+_FORMAT = 1
 
 
 def is_cube(store: Store) -> bool:
@@ -47,10 +48,12 @@ def open_cube(url: str | os.PathLike[str]) -> Cube:
     attributes = _root_attributes(store)
     if "terrashard" not in attributes or "collections" not in attributes["terrashard"]:
         raise NotACube(f"{store.url} is a Zarr group, but not a terrashard cube; make one with `terrashard ingest`")
-    newest = attributes["terrashard"].get("format")
-    if newest != _NEWEST_FORMAT:
+    found = attributes["terrashard"].get("format")
+    if found != _FORMAT:
+        newer = isinstance(found, int) and found > _FORMAT
+        what = "use the newer terrashard that made it" if newer else "make it again with `terrashard ingest`"
         raise NotACube(
-            f"{store.url} has cube format {newest}, this release reads format {_NEWEST_FORMAT}; use a newer terrashard"
+            f"{store.url} has cube format {found}, this release reads format {_FORMAT}; nothing was changed: {what}"
         )
     return Cube(store, attributes["terrashard"])
 
@@ -100,7 +103,15 @@ class Cube:
 
     def _spec_uncached(self, collection: str) -> CubeSpec:
         """Bands, grid, times and layout of a collection."""
-        return CubeSpec.from_dict(self._describe(collection)["spec"])
+        told = self._describe(collection)
+        try:
+            return CubeSpec.from_dict(told["spec"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            key = f"{collection}/zarr.json"
+            raise IntegrityError(
+                f"{self._store.where(key)}: what it says of the collection cannot be used ({type(error).__name__}: "
+                f"{error}); restore the file, or make the cube again"
+            ) from error
 
     def items(self, collection: str) -> list[dict[str, Any]]:
         """The item table; `source_item` counts its rows."""
@@ -121,9 +132,16 @@ class Cube:
         """
         import xarray as xr  # here, as it and pandas take longer to import than all else a worker needs
 
-        self._describe(collection)
+        for array in self.spec(collection).arrays():
+            self._judge(collection, array.name)
         opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
         return opened
+
+    def _judge(self, collection: str, array: str) -> None:
+        spec = self.spec(collection)
+        spec.array(array)
+        key = f"{collection}/{array}/zarr.json"
+        check_promises(self._store.read(key), spec, array, self._store.where(key))
 
     def overview(self, collection: str) -> xr.Dataset:
         """Every 8th pixel of the collection's main array, as `dataset` gives the whole."""
@@ -137,7 +155,7 @@ class Cube:
 
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
         """One array, read-only; reading a chunk that was never written raises."""
-        self.spec(collection).array(array)
+        self._judge(collection, array)
         return self._store.open_array(f"{collection}/{array}", _CONTEXT)
 
     def read(self, collection: str, array: str, region: Region, bands: Sequence[int] | None = None) -> np.ndarray:

@@ -101,6 +101,9 @@ class IcechunkStore(Store):
     def write(self, key: str, data: bytes) -> None:
         (self._files if _is_own(key) else self._staged).write(key, data)
 
+    def make_room(self, key: str) -> None:
+        (self._files if _is_own(key) else self._staged).make_room(key)
+
     def create_exclusive(self, key: str, data: bytes) -> bool:
         if not _is_own(key) and self.read(key) is not None:
             return False

@@ -392,13 +392,17 @@ class ShardWriter:
         spec = cube.spec(self.collection)
         index = self._check(spec, region, arrays)
         ledger = cube.ledger(self.collection)
+        store = Store.at(self.url)
         self._check_fence()
         ledger.drop(index)  # until the new row is there the shard counts as not written
         crashpoint(f"row dropped {index}")
         if afresh:
             for array in spec.arrays():
-                Store.at(self.url).delete(shard_key(spec, array.name, index))
-            Store.at(self.url).delete(f"overview/{shard_key(spec, spec.kind, index)}")
+                store.delete(shard_key(spec, array.name, index))
+            store.delete(f"overview/{shard_key(spec, spec.kind, index)}")
+        for array in spec.arrays():
+            store.make_room(shard_key(spec, array.name, index))
+        store.make_room(f"overview/{shard_key(spec, spec.kind, index)}")
         where = f"{self.url} {self.collection} shard {index}"
         with translate_os_errors(where):
             pending = [
@@ -410,7 +414,6 @@ class ShardWriter:
             for future in pending:
                 future.result()
         crashpoint(f"pixels written {index}")
-        store = Store.at(self.url)
         checksums = {}
         for array in spec.arrays():
             digest = store.digest(shard_key(spec, array.name, index))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import rasterio
 
 from ingest.simulate import SimulateConfig, simulate
+from ingest.simulate.server import serve
+from ingest.stored import kept_plan
 from zarr_store import CubeLock, open_cube
 
 Run = Callable[..., Any]
@@ -71,6 +76,27 @@ def test_a_cube_is_made_kept_and_grown(run: Run, world: Path, tmp_path: Path, sn
     healed = run("repair", cube, "--workers", 1, "--json")
     assert (healed.code, len(healed.json["damage"])) == (0, 1), healed.err
     assert shard.read_bytes() == kept
+
+
+def test_a_file_that_is_replaced_on_its_server_is_audited_and_refreshed(run: Run, world: Path, tmp_path: Path) -> None:
+    copy, cube = tmp_path / "world", tmp_path / "cube.zarr"
+    shutil.copytree(world, copy)
+    with serve(copy) as server:
+        options = ("--collection", NAME, "--bands", "red,scl", "--datetime", "2021", "--workers", 1)
+        made = run("ingest", server.stac_url, cube, *options)
+        assert made.code == 0, made.err
+        assert run("audit", cube).code == 0
+        hrefs = [a.href for task in kept_plan(cube).tasks for s in task.sources for a in s.assets if a.band == "red"]
+        file = copy / hrefs[0].partition("/files/")[2]
+        with rasterio.open(file, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as dataset:
+            dataset.write(np.full(dataset.shape, 4321, "uint16"), 1)
+        assert run("audit", cube, "--no-files").code == 0, "the catalogue says nothing of it"
+        found = run("audit", cube, "--json")
+        assert (found.code, [row["assets"] for row in found.json["replaced"]]) == (3, [["red"]]), found.err
+        fresh = run("ingest", server.stac_url, cube, "--refresh", "--workers", 1, "--json")
+        assert (fresh.code, len(fresh.json["written"])) == (0, 1), fresh.err
+        assert 4321 in open_cube(cube).dataset(NAME).reflectance.values
+        assert run("audit", cube).code == 0
 
 
 def test_a_plan_file_is_judged_like_a_catalogue(run: Run, world: Path, tmp_path: Path) -> None:

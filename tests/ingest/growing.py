@@ -68,7 +68,9 @@ def extend_with(
 ) -> IngestReport:
     """As `ingest.extend.extend`, with what a search would give."""
     with CubeLock(cube, "test") as lock:
-        merged = plan_extension(kept_plan(cube), "", config, append=append, refresh=refresh, found=Found(tuple(scenes)))
+        merged = plan_extension(
+            kept_plan(cube), "", config, append=append, refresh=refresh, found=Found(tuple(scenes)), cube_url=str(cube)
+        )
         return run_locked(merged, cube, lock, config=config, client=client, grow=True)
 
 

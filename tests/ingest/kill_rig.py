@@ -24,7 +24,7 @@ def dask_setup(_worker: Any) -> None:
         descriptor = os.open(os.environ[_LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(descriptor, line.encode())
         os.close(descriptor)
-        time.sleep(0.04)  # so that something is under way when the kill comes
+        time.sleep(float(os.environ.get("TERRASHARD_TEST_PAUSE_S", "0.04")))  # so that something is under way
         return fill(task, *arguments, **more)
 
     running.fill_shard = counted

@@ -1,0 +1,55 @@
+"""Being told to stop: the first signal ends a run in order, the second at once.
+
+In order is: tasks cancelled, cluster closed, lock given back. That can take as long as a worker that does not answer.
+At once is safe too, as is dying at any moment: the ledger says what is done, and a lock whose holder is dead is none.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from zarr_store.errors import Preempted
+
+__all__ = ["stoppable"]
+
+_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+_AT_ONCE = b"stopped at once; what was written stays, and the same command goes on from there\n"
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM raises `Preempted` and an interrupt `KeyboardInterrupt`, once; whichever comes next ends the process.
+
+    Interrupts are left alone in interactive sessions, which outlive a run, and where a program has its own handler.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if told:
+            os.write(2, _AT_ONCE)
+            os._exit(_CODES[signal.Signals(number)])
+        told = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Preempted("told to stop (SIGTERM); what was written stays, and the same command goes on from there")
+
+    interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    ours = [signal.SIGTERM]
+    if not interactive and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        ours.append(signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in ours}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

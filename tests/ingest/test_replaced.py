@@ -1,0 +1,109 @@
+"""Files that are replaced under the same name after shards were made from them: seen, said, and taken in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+
+import ingest.run as running
+from ingest.audit import compare, replaced_files
+from ingest.config import IngestConfig
+from ingest.probe import probe_scenes
+from ingest.run import run
+from ingest.scene import Scene
+from ingest.search import Found
+from ingest.stored import kept_plan
+from zarr_store.ledger import LedgerRow, SourceOutcome
+from zarr_store.read import open_cube
+
+from .growing import CONFIG, NAME, extend_with, plan_of, scene, tree
+
+
+def rewrite(one: Scene, band: str, value: int) -> None:
+    with rasterio.open(one.assets[band].href, "r+") as dataset:
+        dataset.write(np.full(dataset.shape, value, dataset.dtypes[0]), 1)
+
+
+def test_a_file_that_was_replaced_is_seen_and_its_shards_are_made_again(
+    tmp_path: Path, local_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = [scene(tmp_path / "s", day) for day in (10, 12)]
+    cube = tmp_path / "cube.zarr"
+    run(plan_of(scenes), cube, client=local_client)
+    found, plan = Found(tuple(scenes)), kept_plan(cube)
+    assert replaced_files(cube, plan, found, CONFIG, source="") == {}
+    assert extend_with(cube, scenes, local_client, refresh=True).written == ()
+    before = open_cube(cube).dataset(NAME).load()
+    rewrite(scenes[1], "red", 4321)
+    replaced = replaced_files(cube, plan, found, CONFIG, source="")
+    assert replaced == {(NAME, scenes[1].id): ("red",)}
+    assert compare(plan, found, replaced).replaced == replaced
+    assert replaced_files(cube, plan, Found((scenes[0],)), CONFIG, source="") == {}, "only what was asked for"
+
+    report = extend_with(cube, scenes, local_client, refresh=True)
+    assert (report.exit_code, {row.index[0] for row in report.written}) == (0, {1})
+    after = open_cube(cube).dataset(NAME)
+    np.testing.assert_array_equal(after.reflectance[0], before.reflectance[0])
+    assert set(np.unique(after.reflectance[1])) == {0, 4321}
+    rows = open_cube(cube).items(NAME)
+    assert [row["id"] for row in rows] == [scenes[0].id, scenes[1].id, scenes[1].id]
+    assert rows[1]["superseded_by"] == scenes[1].id
+    assert "superseded_by" not in rows[2]
+    kept = tree(cube)
+    monkeypatch.setattr(running, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
+    assert extend_with(cube, scenes, local_client, refresh=True).written == ()
+    assert tree(cube) == kept
+
+
+def test_a_file_that_is_gone_or_whose_server_is_silent_is_not_called_replaced(
+    tmp_path: Path, local_client: Any
+) -> None:
+    one = scene(tmp_path / "s", 10)
+    cube = tmp_path / "cube.zarr"
+    run(plan_of([one]), cube, client=local_client)
+    Path(one.assets["red"].href).unlink()
+    assert replaced_files(cube, kept_plan(cube), Found((one,)), CONFIG, source="") == {}
+
+
+def test_other_checksums_or_sizes_in_the_catalogue_are_another_file(tmp_path: Path) -> None:
+    def stating(**what: Any) -> Scene:
+        one = scene(tmp_path / "s", 10)
+        return replace(one, assets={**one.assets, "red": replace(one.assets["red"], **what)})
+
+    plan = plan_of([stating(checksum="1220" + "ab" * 32, size_bytes=None)])
+    same = compare(plan, Found((stating(checksum="1220" + "ab" * 32, size_bytes=7),)))
+    assert (dict(same.superseded), dict(same.replaced)) == ({}, {}), "what was not stated before does not count"
+    for what in ({"checksum": "1220" + "cd" * 32}, {"checksum": None}):
+        news = compare(plan, Found((stating(**what),)))
+        expected = {(NAME, stating().id): ("red",)} if what["checksum"] else {}
+        assert news.replaced == expected
+        assert set(news.superseded) == set(expected)
+    assert plan.digest != plan_of([stating(checksum="1220" + "cd" * 32)]).digest, (
+        "a plan pins the files it was made for"
+    )
+
+
+def test_a_file_of_another_size_than_its_item_states_is_said(tmp_path: Path) -> None:
+    one = scene(tmp_path / "s", 10)
+    size = Path(one.assets["red"].href).stat().st_size
+    for stated, said in ((size, False), (size + 1, True), (None, False)):
+        told = replace(one, assets={**one.assets, "red": replace(one.assets["red"], size_bytes=stated)})
+        sentences = probe_scenes([told], IngestConfig())[one.key].discrepancies
+        assert any(f"red: item says {stated} bytes, file has {size}" in text for text in sentences) == said
+
+
+def test_rows_written_before_versions_were_kept_are_read(tmp_path: Path, local_client: Any) -> None:
+    one = scene(tmp_path / "s", 10)
+    cube = tmp_path / "cube.zarr"
+    run(plan_of([one]), cube, client=local_client)
+    ledger = open_cube(cube).ledger(NAME)
+    row = next(iter(ledger.rows().values()))
+    assert [key for key, _ in row.sources[0].versions] == ["red", "scl"]
+    text = row.to_json().decode()
+    assert LedgerRow.from_json(text.encode()) == row
+    assert SourceOutcome.from_dict({"item": 0, "item_id": "x", "state": "read"}).versions == ()

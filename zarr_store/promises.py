@@ -1,0 +1,99 @@
+"""What the metadata of an array may promise, judged before a chunk of it is decoded.
+
+A reader allocates what metadata promise: a chunk of 32 kB can claim to be a gigabyte. So an array must be laid out as
+its collection says, the collection may not ask for chunks or indices beyond bounds that no real cube comes near, and
+only the codecs that cubes are written with are used. A stored chunk that claims to hold more than its array's chunks
+is an error of the decoder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+from zarr_store.errors import IntegrityError
+from zarr_store.spec import CubeSpec
+
+__all__ = ["MOST_CHUNK_BYTES", "check_promises"]
+
+MOST_CHUNK_BYTES = 256 << 20
+"""Decoded; the largest layout makes chunks of 13 bands × 512² of 2 bytes, 7 MB."""
+_MOST_CHUNKS = 1 << 20
+"""In one shard: its index is read as a whole, 16 bytes for each."""
+_CODECS = frozenset({"bytes", "blosc", "zstd", "crc32c", "sharding_indexed"})
+
+
+def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -> None:
+    """Judge the metadata of one array.
+
+    Args:
+        data: Its zarr.json.
+        spec: What its collection says.
+        array: Its name.
+        where: The place of the metadata, for people.
+
+    Raises:
+        IntegrityError: It is absent or unreadable, contradicts the collection, or promises more than any cube needs.
+    """
+    try:
+        document = json.loads(data or b"")
+        outer = document["chunk_grid"]["configuration"]["chunk_shape"]
+        (sharding,) = document["codecs"]
+        inner = sharding["configuration"]["chunk_shape"]
+        codecs = {str(codec["name"]) for codec in _all_codecs(document["codecs"])}
+        found = {
+            "shape": tuple(document["shape"]),
+            "data_type": document["data_type"],
+            "shard": tuple(outer),
+            "chunk": tuple(inner),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{where}: unreadable array metadata ({type(error).__name__}: {error}); restore the file, or make the cube "
+            "again"
+        ) from error
+    banded = "band" in spec.array(array).dims
+
+    def box(tyx: tuple[int, int, int]) -> tuple[int, ...]:
+        return (tyx[0], len(spec.bands), *tyx[1:]) if banded else tyx
+
+    expected = {
+        "shape": spec.array_shape(array),
+        "data_type": spec.array(array).dtype,
+        "shard": box(spec.layout.shard),
+        "chunk": box(spec.layout.chunk),
+    }
+    # while a cube grows its arrays are longer than its collection says yet
+    steps, said = found["shape"][:1], expected["shape"][:1]
+    if len(steps) == 1 and steps[0] >= said[0]:
+        found["shape"] = (*said, *found["shape"][1:])
+    wrong = [f"{name} {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]]
+    if wrong:
+        raise IntegrityError(
+            f"{where} does not say what its collection says: {'; '.join(wrong)}. Nothing of it was read: it was "
+            "changed after the cube was made"
+        )
+    size = math.prod(box(spec.layout.chunk)) * np.dtype(spec.array(array).dtype).itemsize
+    count = math.prod(s // c for s, c in zip(spec.layout.shard, spec.layout.chunk, strict=True))
+    if size > MOST_CHUNK_BYTES or count > _MOST_CHUNKS:
+        raise IntegrityError(
+            f"{where} promises chunks of {size} bytes, {count} in a shard; no more than {MOST_CHUNK_BYTES} bytes and "
+            f"{_MOST_CHUNKS} chunks are read"
+        )
+    if codecs - _CODECS:
+        raise IntegrityError(
+            f"{where} is packed with {', '.join(sorted(codecs - _CODECS))}; cubes use {', '.join(sorted(_CODECS))} only"
+        )
+
+
+def _all_codecs(codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for codec in codecs:
+        found.append(codec)
+        inside = codec.get("configuration") or {}
+        for name in ("codecs", "index_codecs"):
+            found += _all_codecs(inside.get(name, []))
+    return found
