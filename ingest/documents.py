@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
@@ -42,6 +43,7 @@ MAX_JSON_BYTES = 64 * 2**20
 
 MAX_DEPTH = 100
 _MAX_REDIRECTS = 5
+_GZIP = b"\x1f\x8b"
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -176,13 +178,30 @@ class Documents:
         return bytes(data)
 
 
+def _unpacked(data: bytes, where: str) -> bytes:
+    """A document that was kept as .gz; no more of it is unpacked than may be read."""
+    if not data.startswith(_GZIP):
+        return data
+    unpacking = zlib.decompressobj(wbits=31)
+    try:
+        text = unpacking.decompress(data, MAX_JSON_BYTES + 1)
+    except zlib.error as error:
+        raise InvalidInput(f"{where}: damaged gzip ({error}); fetch it again") from error
+    if len(text) > MAX_JSON_BYTES:
+        raise _too_large(where, None)
+    if not unpacking.eof:
+        raise InvalidInput(f"{where}: gzip is cut off after {len(data)} bytes; fetch it again")
+    return text
+
+
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse a document and say where it breaks.
+    """Parse a document, which may be packed with gzip, and say where it breaks.
 
     Raises:
-        InvalidInput: Not UTF-8, not JSON (with the byte), NaN or Infinity, or nested too deeply.
+        InvalidInput: Too large once unpacked, not UTF-8, not JSON (with the byte), NaN or Infinity, or nested too deeply.
     """
     where = redact(where)
+    data = _unpacked(data, where)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

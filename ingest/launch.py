@@ -90,7 +90,8 @@ def describe(config: IngestConfig, dashboard: str = "127.0.0.1:0") -> str:
         plain = json.loads(json.dumps(manifest(config, options)))  # or YAML names what occurs twice
         body = yaml.safe_dump(plain, sort_keys=False).rstrip()
     else:
-        body = json.dumps({"address": _gateway_address(options), "options": options}, indent=2)
+        further = {name: value for name, value in options.items() if name != "address"}
+        body = json.dumps({"address": _gateway_address(options), "options": further}, indent=2)
     opened = exposed(config, dashboard)
     notes = [f"opens: {text}" for text in opened]
     return "\n".join([head, body, *notes])

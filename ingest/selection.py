@@ -79,7 +79,10 @@ class Selection:
                 (config.bbox or config.geometry) and asked["region"],
                 config.query and asked["query"],
             ]
-            return f"no item in {source} for {', '.join(str(w) for w in wanted if w) or 'any question'}; ask for less"
+            asked_for = ", ".join(str(w) for w in wanted if w)
+            if not asked_for:
+                return f"{source} lists no item, and links to none; give the catalogue or API that has its items"
+            return f"no item in {source} for {asked_for}; ask for less"
         reasons = [f"{asked[kind]} turned away {count}" for kind, count in self._turned_away.most_common()]
         text = f"no item in {source} matches: of {self._seen} items, {', '.join(reasons)}"
         if self._turned_away["region"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -128,6 +129,24 @@ def test_size_is_capped_before_reading(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "big.json"
     path.write_text(json.dumps({"x": "y" * 200}))
     with pytest.raises(InvalidInput, match="at most 100 bytes"):
+        search(str(path), IngestConfig())
+
+
+def test_packed_documents(tmp_path: Path, make_item: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = json.dumps({"type": "FeatureCollection", "features": [make_item()]}).encode()
+    path = tmp_path / "items.json.gz"
+    path.write_bytes(gzip.compress(text))
+    assert [s.id for s in search(str(path), IngestConfig())] == [make_item()["id"]]
+    path.write_bytes(gzip.compress(text)[:-20])
+    with pytest.raises(InvalidInput, match=r"items\.json\.gz: gzip is cut off after"):
+        search(str(path), IngestConfig())
+    path.write_bytes(gzip.compress(text)[:20] + b"\xff" * 200)
+    with pytest.raises(InvalidInput, match="damaged gzip"):
+        search(str(path), IngestConfig())
+    monkeypatch.setattr("ingest.documents.MAX_JSON_BYTES", 10_000)
+    path.write_bytes(gzip.compress(b" " * 5_000_000))
+    assert path.stat().st_size < 10_000
+    with pytest.raises(InvalidInput, match="at most 10000 bytes of JSON are read"):
         search(str(path), IngestConfig())
 
 
