@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPOSING", "GRID", "RUNNING", "SELECTION", "SOURCE_HELP", "TRUST", "ingest_config"]
 
-SOURCE_HELP = "STAC API URL, catalog.json or collection.json (path or URL), item collection file (also .gz), or stac-geoparquet."
+SOURCE_HELP = (
+    "STAC API URL, catalog.json or collection.json (path or URL), item collection file (also .gz), or stac-geoparquet."
+)
 
 
 def _option(kind: Any, *names: str, panel: str, text: str, metavar: str | None = None) -> Any:

@@ -198,7 +198,7 @@ def parse_json(data: bytes, where: str) -> Any:
     """Parse a document, which may be packed with gzip, and say where it breaks.
 
     Raises:
-        InvalidInput: Too large once unpacked, not UTF-8, not JSON (with the byte), NaN or Infinity, or nested too deeply.
+        InvalidInput: Too large once unpacked, not UTF-8, not JSON (with the byte), NaN, Infinity, or nested too deeply.
     """
     where = redact(where)
     data = _unpacked(data, where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import socket
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from ingest.cluster import open_cluster
 from ingest.config import IngestConfig
 from ingest.run import run
+from zarr_store.errors import AccessError
 
 from .growing import plan_of, scene, tree
 
@@ -62,6 +64,26 @@ def test_z16_what_a_killed_writer_left_is_swept_away(tmp_path: Path, local_clien
     assert run(plan, cube, client=local_client).written == ()
     assert not any(path.exists() for path in stray)
     assert tree(cube) == before
+
+
+def test_z13_a_read_only_disk_is_named_before_a_pixel_is_read(
+    tmp_path: Path, local_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, disk = plan_of([scene(tmp_path / "s", 1)]), tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    try:
+        run(plan, disk / "begun.zarr", client=local_client, config=IngestConfig(limit=1))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            (disk / "probe").touch()
+        monkeypatch.setattr("ingest.run.fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
+        for cube in ("fresh.zarr", "begun.zarr"):
+            with pytest.raises(AccessError, match=f"{cube}.*Read-only file system.*permissions"):
+                run(plan, disk / cube, client=local_client)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_d10_a_taken_port_gives_another_and_the_link_is_right() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from rasterio.enums import ColorInterp
 
 from ingest import download as download_module
 from ingest.blocks import BlockReader
@@ -342,6 +343,15 @@ def test_r21_bombs_are_refused_before_anything_is_decoded(tmp_path: Path) -> Non
         pass
     with pytest.raises(AssetUnreadable, match="pixels are more than"):
         read(str(wide))
+    coarse = tmp_path / "coarse.tif"
+    profile |= {"width": 4096, "height": 4096, "dtype": "uint16", "blockxsize": 4096, "blockysize": 4096}
+    with rasterio.open(coarse, "w", transform=GRID.affine, sparse_ok=True, tiled=True, compress="deflate", **profile):
+        pass
+    assert coarse.stat().st_size < 10_000
+    with pytest.raises(AssetUnreadable, match=r"blocks of 4096×4096 pixels decode to 32 MiB from a file of \d+ bytes"):
+        read(str(coarse))  # 32 MiB would be no harm, but not of so small a file
+    with pytest.raises(AssetUnreadable, match="decode to 32 MiB"):
+        read(str(coarse), replace(QUICK, max_block_bytes=1 << 20))
 
 
 def test_r22_other_formats_named_tif_are_refused(tmp_path: Path) -> None:
@@ -367,7 +377,10 @@ def test_r23_palettes_single_bits_and_complex_numbers_are_no_data_bands(tmp_path
         dataset.write(ones, 1)
         dataset.write_colormap(1, {0: (0, 0, 0), 1: (255, 0, 0)})
     complex_ = write_raster(tmp_path / "complex.tif", small, ones.astype(np.complex64), nodata=None)
-    for path, says in ((bit, "8 bits"), (palette, "palette"), (complex_, "complex")):
+    alpha = write_raster(tmp_path / "alpha.tif", small, ones)
+    with rasterio.open(alpha, "r+") as dataset:
+        dataset.colorinterp = [ColorInterp.alpha]
+    for path, says in ((bit, "8 bits"), (palette, "palette"), (complex_, "complex"), (alpha, "alpha band")):
         with pytest.raises(AssetUnreadable, match=says):
             read_on_grid(ref(str(path)), None, small, "nearest", scene="S", access=QUICK)
     # a palette only colours the classes of a class layer

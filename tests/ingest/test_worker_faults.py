@@ -84,7 +84,7 @@ def a_far_worker(wire: Wire, client: Any, folder: Path, cube: Path, repository: 
     log = (folder / "worker.log").open("wb")
     process = subprocess.Popen(
         [sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://127.0.0.1:{wire.port}", "--nthreads", "1",
-         "--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--memory-limit", "0", "--death-timeout", "5",
+         "--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--memory-limit", "0", "--death-timeout", "60",
          "--preload", str(RIG)],
         env=environment, stdout=log, stderr=log, cwd=folder,
     )  # fmt: skip
@@ -157,9 +157,13 @@ def test_a_run_whose_workers_are_all_gone_ends_and_goes_on_later(
         Client(cluster, set_as_default=False) as client,
     ):  # fmt: skip
 
+        async def remove(dask_scheduler: Any) -> None:
+            for address in list(dask_scheduler.workers):
+                await dask_scheduler.remove_worker(address, stimulus_id="test", close=True)
+
         def send_home(event: IngestEvent) -> None:
             if event.kind == "shard" and event.done == 1:
-                client.retire_workers(list(client.nthreads()), close_workers=True)
+                client.run_on_scheduler(remove)
 
         with pytest.raises(AccessError, match=r"all workers ended, and none came back within 1 s.*goes on") as ended:
             run(plan, cube, client=client, on_event=send_home)
