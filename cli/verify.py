@@ -26,6 +26,10 @@ def register(app: typer.Typer) -> None:
         sources: Annotated[
             bool, typer.Option("--sources", help="Read the scenes again, too, and compare every pixel.")
         ] = False,
+        checksums: Annotated[
+            bool,
+            typer.Option("--checksums", help="Read whole files, too, and compare them with their items' checksums."),
+        ] = False,
     ) -> int:
         """Re-read shards and compare them with the ledger and with their sources. Exit code 6 names what is damaged."""
         from cli.progress import Reporter
@@ -54,10 +58,31 @@ def register(app: typer.Typer) -> None:
             session.fail(f"{len(report.damage)} of {report.checked_shards} shards damaged; first: {report.damage[0]}")
             return 6
         session.say(f"{report.checked_shards} shards ({megabytes:.1f} MB) are what was written")
-        if sources:
-            return _compare(session, cube, share, seed, document)
+        codes = [_compare(session, cube, share, seed, document)] if sources else []
+        codes += [_hash(session, cube, share, seed, document)] if checksums else []
         session.emit(document)
-        return 0
+        return max(codes, default=0)
+
+
+def _hash(session: Session, cube: str, share: float, seed: int, document: dict[str, Any]) -> int:
+    from cli.config import build
+    from cli.progress import Reporter
+    from ingest.checksums import verify_files
+    from ingest.config import IngestConfig
+
+    config = build(IngestConfig, session.options, where="options")
+    with Reporter(session, "checksums", unit="files") as progress:
+        found = verify_files(cube, config, share=share, seed=seed, on_file=progress.update)
+    document["checksums"] = found.to_dict()
+    for text in found.unread:
+        session.say(f"not compared: {text}")
+    for text in found.different:
+        session.say(text)
+    if found.different:
+        session.fail(f"{len(found.different)} files are not what their items state; first: {found.different[0]}")
+        return 6
+    session.say(f"{found.checked} files are what their items state; {found.unstated} have no checksum")
+    return 3 if found.unread else 0
 
 
 def _compare(session: Session, cube: str, share: float, seed: int, document: dict[str, Any]) -> int:
@@ -69,7 +94,7 @@ def _compare(session: Session, cube: str, share: float, seed: int, document: dic
     config = build(IngestConfig, session.options, where="options")
     with Reporter(session, "sources", unit="shards") as progress:
         found = verify_sources(cube, config, share=share, seed=seed, on_shard=progress.update)
-    session.emit({**document, "sources": found.to_dict()})
+    document["sources"] = found.to_dict()
     for text in found.unread:
         session.say(f"not compared: {text}")
     for one in found.different:

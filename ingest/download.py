@@ -11,7 +11,7 @@ import io
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
@@ -38,6 +38,7 @@ __all__ = [
     "innermost",
     "peek",
     "redact",
+    "stream_whole",
     "with_sidecar",
 ]
 
@@ -169,6 +170,34 @@ def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]
         raise TransientError(f"the file ends at {len(data)} bytes, {span[1]} are needed")
 
     return Head(url, data, len(data), _version(reply), False, 0.0), beyond
+
+
+def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> None:
+    """Hand a file to `take` piece by piece, all of it; nothing is kept.
+
+    Raises:
+        PermanentError, TransientError: As `peek`, or the file broke off, or was replaced since its head was seen.
+    """
+    url, head = peek(href, access)
+    pool = _pool(os.getpid(), access)
+    wait_for_turn(url, access.rates)
+    try:
+        reply = pool.request("GET", _signed(head.url, access, pool), redirect=False, preload_content=False)
+        try:
+            if reply.status != 200:
+                raise TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
+            if _version(reply) != head.etag:
+                raise TransientError("the file was replaced while it was read")
+            came = 0
+            for piece in reply.stream(1 << 20, decode_content=False):
+                came += len(piece)
+                take(piece)
+        finally:
+            reply.close()
+    except urllib3.exceptions.HTTPError as error:
+        raise TransientError(innermost(error)) from error
+    if head.size is not None and came != head.size:
+        raise TransientError(f"the answer broke off after {came} of {head.size} bytes")
 
 
 def with_sidecar(file: RangeFile, href: str, access: Access) -> Callable[..., io.RawIOBase | io.BytesIO]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import rasterio
 
 import ingest.run as running
 from ingest.audit import compare, replaced_files
+from ingest.checksums import parse_multihash, verify_files
 from ingest.config import IngestConfig
 from ingest.probe import probe_scenes
 from ingest.run import run
@@ -107,3 +109,53 @@ def test_rows_written_before_versions_were_kept_are_read(tmp_path: Path, local_c
     text = row.to_json().decode()
     assert LedgerRow.from_json(text.encode()) == row
     assert SourceOutcome.from_dict({"item": 0, "item_id": "x", "state": "read"}).versions == ()
+
+
+@pytest.mark.parametrize("name", ["sha256", "sha1", "sha512", "md5", "sha3_256", "blake2b"])
+def test_multihashes_of_hashlib(name: str) -> None:
+    codes = {"sha256": "12", "sha1": "11", "sha512": "13", "md5": "d501", "sha3_256": "16", "blake2b": "c0e402"}
+    digest = hashlib.new(name, b"x").digest()
+    assert parse_multihash(f"{codes[name]}{len(digest):02x}{digest.hex()}") == (name, digest)
+    for text in ("", "zz", codes[name], f"{codes[name]}05{digest.hex()}", f"7f20{digest.hex()}", "80808080"):
+        assert parse_multihash(text) is None
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_whole_files_are_compared_with_what_their_items_state(
+    tmp_path: Path, local_client: Any, make_server: Any, remote: bool
+) -> None:
+    one = scene(tmp_path / "s", 10)
+    files = {band: Path(asset.href) for band, asset in one.assets.items()}
+    server = make_server() if remote else None
+
+    def answer(request: Any) -> Any:
+        data = files[request.path.strip("/").partition(".")[0]].read_bytes()
+        asked = request.headers.get("Range")
+        if asked is None:
+            return 200, {}, data
+        start, stop = (int(part) for part in asked.removeprefix("bytes=").split("-"))
+        body = data[start : stop + 1]
+        return 206, {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{len(data)}"}, body
+
+    digest = hashlib.sha256(files["red"].read_bytes()).hexdigest()
+    assets = {"red": replace(one.assets["red"], checksum=f"1220{digest}"), "scl": one.assets["scl"]}
+    if server is not None:
+        for band in files:
+            server.answer[f"/{band}.tif"] = answer
+        assets = {band: replace(asset, href=f"{server.url}/{band}.tif") for band, asset in assets.items()}
+    config = CONFIG.model_copy(update={"allow_private_hosts": True, "allow_local": (str(tmp_path),), "retries": 0,
+                                       "allow_hosts": ("127.0.0.1",)})  # fmt: skip
+    cube = tmp_path / "cube.zarr"
+    run(plan_of([replace(one, assets=assets)], config=config), cube, client=local_client, config=config)
+    found = verify_files(cube, config)
+    assert (found.checked, found.unstated, found.different, found.unread) == (1, 1, (), ())
+    data = bytearray(files["red"].read_bytes())
+    data[-1] ^= 1
+    files["red"].write_bytes(data)
+    (said,) = verify_files(cube, config).different
+    assert "asset red" in said
+    assert "is not the file whose sha256 its item states" in said
+    files["red"].unlink()
+    if server is not None:
+        server.answer.clear()
+    assert len(verify_files(cube, config).unread) == 1
