@@ -21,7 +21,7 @@ __all__ = ["attended"]
 
 log = logging.getLogger(__name__)
 
-OWN_PATIENCE_S = 120.0
+OWN_PATIENCE_S = 150.0
 """Of workers on this machine; a worker that died is started anew within seconds, under great load within a minute."""
 PATIENCE_S = 600.0
 """Of workers that somebody else starts."""

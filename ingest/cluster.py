@@ -28,6 +28,9 @@ __all__ = ["dashboard_address", "in_flight", "open_cluster", "prepare"]
 _CONNECT_S = 20
 _DEATH_S = 60
 """A worker that cannot find its scheduler for this long ends itself, so none outlives a killed run."""
+_LOST_S = 120
+"""A worker that died has this long to come back. After Dask's 15 s its nanny is closed while it is still starting it
+anew, on a machine under load, and the cluster has one worker less for good."""
 _START_S = 120
 _PER_THREAD = 2
 """One task running and one waiting per thread: workers never idle, and stopping early wastes at most these."""
@@ -53,6 +56,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
         "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
         "distributed.scheduler.allowed-failures": 3,  # a shard that kills its worker this often is given up
         "distributed.worker.daemon": True,
+        "distributed.deploy.lost-worker-timeout": f"{_LOST_S}s",
         **WORKER_SETTINGS,
         **(_tls(config.tls) if config.tls else {}),
     }
