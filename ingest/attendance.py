@@ -26,6 +26,7 @@ OWN_PATIENCE_S = 150.0
 PATIENCE_S = 600.0
 """Of workers that somebody else starts."""
 _LOOK_S = 1.0
+_JOIN_S = 2.0
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def attended(client: Client, queue: Any, *, own: bool) -> Iterator[None]:
         since: float | None = None
         while not done.wait(_LOOK_S):
             workers: Any = True
-            with suppress(OSError, RuntimeError):  # a scheduler that is gone is said by the tasks
+            with suppress(Exception):  # whatever a scheduler that goes away makes of it: the tasks say that
                 workers = client.nthreads()  # type: ignore[no-untyped-call]
             if workers:
                 since = None
@@ -66,6 +67,7 @@ def attended(client: Client, queue: Any, *, own: bool) -> Iterator[None]:
         yield
     finally:
         done.set()
+        watcher.join(_JOIN_S)
     if absent.is_set():
         raise AccessError(
             f"all workers ended, and none came back within {patience_s:.0f} s; what was written stays, and the same "
