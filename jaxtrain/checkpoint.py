@@ -92,6 +92,8 @@ class CheckpointStore:
             raise InvalidInput(f"keep at least 2 checkpoints, got {keep}: a single one may be the damaged one")
         self.folder = folder.absolute()
         self._keep = keep
+        self.protected: int | None = None
+        """A step whose checkpoint is kept beside the newest: the best one."""
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -271,11 +273,12 @@ class CheckpointStore:
         contents: dict[str, Any] = json.loads((self.path(step) / _CONTENTS).read_bytes())
         return contents
 
-    def restore(self, target: Any) -> Restored | None:
-        """Read the newest undamaged checkpoint onto the target's mesh.
+    def restore(self, target: Any, *, step: int | None = None) -> Restored | None:
+        """Read the newest undamaged checkpoint, or that of a step, onto the target's mesh.
 
         Args:
             target: Tree of `jax.ShapeDtypeStruct` with shardings: the structure, mesh and dtypes that are wanted.
+            step: Of a checkpoint that is known to be whole; None for the newest.
 
         Returns:
             The state, or None where there is no checkpoint.
@@ -284,7 +287,9 @@ class CheckpointStore:
             InvalidInput: Arrays, shapes or dtypes differ from the target's; the message is the diff.
             IntegrityError: All checkpoints are damaged.
         """
-        step, passed_over = self.newest()
+        passed_over: list[str] = []
+        if step is None:
+            step, passed_over = self.newest()
         if step is None:
             return None
         named = name_leaves(target)
@@ -300,6 +305,8 @@ class CheckpointStore:
         """Keep the newest `keep` that are whole; a damaged one never counts, so the last good one is never removed."""
         kept = 0
         for step in reversed(self.steps()):
+            if step == self.protected:
+                continue
             if kept >= self._keep:
                 # renamed first: a kill in between must not leave half a checkpoint under its name
                 doomed = self.folder / f".{step:08d}.old.partial"

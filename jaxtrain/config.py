@@ -77,6 +77,10 @@ class DataConfig(_Strict):
         False, description="also learn pixels of status masked (needed when clouds are classes to be learnt)"
     )
     patch: Positive = Field(128, description="side of a square window, pixels")
+    dates: Positive | Literal["all"] = Field(
+        1,
+        description="dates of a window: 1, so many that follow each other, or all of the cube; more for model temporal",
+    )
     min_labelled: Share = Field(0.25, description="least share of labelled pixels for a window to be used")
     split: SplitConfig = SplitConfig()
     augment: bool = Field(True, description="random flips and quarter turns, on the device")
@@ -108,6 +112,16 @@ class ModelConfig(_Strict):
         "float32", description="of convolutions; parameters, norms and losses stay float32"
     )
     remat: bool = Field(False, description="compute activations again in the backward pass: less memory, more time")
+    code: Positive = Field(8, description="of autoencoder: channels at the waist")
+    taps: Positive = Field(5, description="of temporal: dates that a convolution over dates spans, odd")
+    pooling: Literal["attention", "mean"] = Field(
+        "attention", description="of temporal, over dates: attention by learnt heads, or mean and maximum"
+    )
+    context: int = Field(
+        0,
+        ge=0,
+        description="of temporal: 3 × 3 blocks over pixels after the dates; 0 judges each pixel by its own series",
+    )
     turns: bool = Field(
         False, description="evaluate and predict by the mean over the eight turns and mirrors of each image"
     )
@@ -216,9 +230,9 @@ def image_divisor(model: ModelConfig) -> int | None:
     (8, 8)
     """
     match model.name:
-        case "unet":
+        case "unet" | "autoencoder":
             return 1 << model.depth
-        case "cnn":
+        case "cnn" | "temporal":
             return 1
         case "resnet":
             return {"small": 1, "patch": 2, "large": 4}[model.stem] << (len(model.blocks or (1,) * 4) - 1)
@@ -234,6 +248,12 @@ class RunConfig(_Strict):
     log_every: Positive = 10
     evaluate_every: Positive = Field(100, description="steps between validations")
     checkpoint_every: Positive = Field(100, description="steps between checkpoints")
+    monitor: Literal["none", "loss", "accuracy", "macro_f1", "miou", "r2", "rmse"] = Field(
+        "none", description="validation score whose best checkpoint is kept, judged and used; none for the newest"
+    )
+    patience: int = Field(
+        0, ge=0, description="validations without a better run.monitor after which training stops; 0 for never"
+    )
     keep_checkpoints: int = Field(3, ge=2, description="newest verified checkpoints that are kept")
     read_threads: Positive = 2
     prefetch: Positive = Field(2, description="batches read ahead of the device")
@@ -271,10 +291,48 @@ class TrainConfig(_Strict):
                 f"run.batch_size {self.run.batch_size} must be a multiple of mesh.data {self.mesh.data}, "
                 "so that each device gets whole windows"
             )
-        if self.data.patch % (1 << self.model.depth) and self.model.name == "unet":
+        if self.data.patch % (1 << self.model.depth) and self.model.name in ("unet", "autoencoder"):
             raise ValueError(
                 f"data.patch {self.data.patch} must be a multiple of 2^model.depth = {1 << self.model.depth}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_is_monitored(self) -> TrainConfig:
+        if self.run.patience and self.run.monitor == "none":
+            raise ValueError("run.patience waits for a better score: name it in run.monitor, e.g. 'loss' or 'macro_f1'")
+        if self.run.monitor != "none" and not self.data.split.validation:
+            raise ValueError("run.monitor needs validations, and data.split.validation is 0: give it a share")
+        return self
+
+    @model_validator(mode="after")
+    def _needs_no_labels(self) -> TrainConfig:
+        if self.model.name != "autoencoder":
+            return self
+        if self.data.mix != "none":
+            raise ValueError("data.mix mixes labels, and an autoencoder learns without: use data.mix = 'none'")
+        if self.optim.loss not in ("mse", "huber"):
+            raise ValueError(
+                f"optim.loss = {self.optim.loss!r} is for classes, autoencoder gives back numbers: use mse or huber"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dates_make_sense(self) -> TrainConfig:
+        series = self.model.name == "temporal"
+        if series != (self.data.dates != 1):
+            raise ValueError(
+                f"data.dates = {self.data.dates!r} with model.name = {self.model.name!r}: temporal learns from several "
+                "dates (data.dates = 'all', or a number above 1), other networks from one (data.dates = 1)"
+            )
+        if not series:
+            return self
+        if self.model.taps % 2 == 0:
+            raise ValueError(f"model.taps {self.model.taps} must be odd: a date and as many before as after it")
+        if self.data.mix == "mixup":
+            raise ValueError("data.mix = 'mixup' blends what was observed on different days: use cutmix or none")
+        if self.data.split.test_dates:
+            raise ValueError("data.split.test_dates keeps single dates aside, a series holds several: split by blocks")
         return self
 
     @model_validator(mode="after")
@@ -322,7 +380,7 @@ class TrainConfig(_Strict):
         divisor = image_divisor(self.model)
         if divisor is None:
             raise ValueError(
-                f"mesh.space splits the images of cnn, resnet and unet, not those of {self.model.name}: "
+                f"mesh.space splits the images of autoencoder, cnn, resnet, temporal, unet, not of {self.model.name}: "
                 "use mesh.space = 1"
             )
         for n in self.mesh.spaces:

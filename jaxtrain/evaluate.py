@@ -20,7 +20,7 @@ from jaxtrain.data.classes import NOT_LEARNT
 from jaxtrain.data.places import SampleSplit, nearest_m
 from jaxtrain.data.samples import SampleReader, plan_samples
 from jaxtrain.data.splits import Part, Split
-from jaxtrain.data.targets import match_classes, resolve_target
+from jaxtrain.data.targets import ITSELF, match_classes, resolve_target
 from jaxtrain.data.windows import Windows, plan_windows
 from jaxtrain.metrics import ConfusionMatrix, SeveralCounts, ValueErrors, counts_for
 from jaxtrain.parallel.mesh import batch_sharding
@@ -67,7 +67,7 @@ def judge(
     size = -(-run.batch_size // axis) * axis
     sharding = batch_sharding(program.mesh)
     task = program.objective.task
-    matrix, loss, labelled = counts_for(names, several=task.several, values=task.value is not None), 0.0, 0
+    matrix, loss, labelled = counts_for(names, several=task.several, values=task.values), 0.0, 0
 
     def count(sums: dict[str, jax.Array]) -> None:
         nonlocal loss, labelled
@@ -93,16 +93,28 @@ def judge(
 
 
 def restore_model(run: Path, card: ModelCard) -> tuple[Program, TrainState, int, tuple[str, ...]]:
-    """Program, state and step of the run's newest undamaged checkpoint, and a line for each damaged newer one.
+    """Program, state and step of the run's best or newest undamaged checkpoint, and a line for each damaged newer one.
+
+    The best is that of `run.monitor`, where one is named.
 
     Raises:
         NothingFound: The run has no checkpoint yet.
     """
     program = inference_program(card)
-    restored = CheckpointStore(run / "checkpoints").restore(target_of(program))
-    if restored is None:
+    store = CheckpointStore(run / "checkpoints")
+    newest, passed_over = store.newest()
+    if newest is None:
         raise NothingFound(f"{run} has no checkpoint yet; let `terrashard train` reach its first one")
-    return program, restored.state, restored.step, restored.passed_over
+    best = store.contents(newest)["extra"].get("best", {}).get("step")
+    if best is not None and best != newest:
+        problems = store.problems(best)
+        if problems:
+            passed_over.append(f"the best checkpoint {store.path(best)} cannot be used: {'; '.join(problems[:3])}")
+        else:
+            newest = int(best)
+    restored = store.restore(target_of(program), step=newest)
+    assert restored is not None
+    return program, restored.state, restored.step, tuple(passed_over)
 
 
 def evaluate(
@@ -162,8 +174,8 @@ def _open_data(
     card: ModelCard, data: str | Path | None, split: Part
 ) -> tuple[str, Windows, WindowReader | SampleReader, list[str]]:
     source = open_source(card.cube if data is None else data)
-    if isinstance(source, SampleStore) != card.task.per_image:
-        learnt, came = ("sample store", "cube") if card.task.per_image else ("cube", "sample store")
+    if isinstance(source, SampleStore) != (card.grid is None):
+        learnt, came = ("sample store", "cube") if card.grid is None else ("cube", "sample store")
         raise InvalidInput(f"{source.url} is a {came}, but the run learnt from a {learnt}; give a {learnt}")
     if isinstance(source, SampleStore):
         return _open_samples(card, source, data is None, split)
@@ -176,8 +188,8 @@ def _open_cube(card: ModelCard, cube: Cube, own: bool, split: Part) -> tuple[str
     if card.grid is None or not isinstance(card.split, Split):
         raise InvalidInput(f"{cube.url} is a cube, but the run learnt from a sample store")
     warnings = []
-    target = resolve_target(cube, config)
-    if target.values != (card.task.value is not None):
+    target = ITSELF if card.task.rebuild else resolve_target(cube, config)
+    if target.values != card.task.values:
         raise InvalidInput(f"{cube.url}: {config.label!r} does not hold what the run learnt, classes or values")
     if own and cube_digest(cube, config.collection, target.layer) != card.cube_digest:
         warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")
@@ -227,6 +239,8 @@ def _open_samples(
 
 def _other_samples(card: ModelCard, config: DataConfig, store: SampleStore) -> tuple[SampleReader, Windows, list[str]]:
     """All samples of another store, whose classes may come in another order: they are matched by name."""
+    if card.task.rebuild:
+        return _every_sample(config, card, store)
     known = {name: index for index, name in enumerate(card.classes.names)}
     first = 1 if store.spec.labelled == "pixels" else 0
     table = np.full(256, NOT_LEARNT, np.uint8)
@@ -251,6 +265,16 @@ def _other_samples(card: ModelCard, config: DataConfig, store: SampleStore) -> t
         rows = np.argwhere(table[store.label] != NOT_LEARNT).astype(np.int32)
     warnings += _near_training(card, store)
     return reader, Windows(reader.patch, rows), warnings
+
+
+def _every_sample(config: DataConfig, card: ModelCard, store: SampleStore) -> tuple[SampleReader, Windows, list[str]]:
+    """All samples of another store for a model that needs no labels."""
+    rows = np.zeros((store.spec.count, 3), np.int32)
+    rows[:, 0] = np.arange(store.spec.count)
+    if store.spec.labelled == "pixels":
+        rows = np.argwhere(store.label >= 0).astype(np.int32)
+    reader = SampleReader.of(store, config, card.classes)
+    return reader, Windows(reader.patch, rows), _near_training(card, store)
 
 
 def _near_training(card: ModelCard, store: SampleStore) -> list[str]:

@@ -32,21 +32,30 @@ class Task:
         per_image: One answer for an image, not one for each pixel.
         several: A sample may have several classes.
         value: (mean, std) of the value that is learnt in place of classes; the network answers in these units.
+        rebuild: The image itself is given back; labels have no part in it.
     """
 
     per_image: bool = False
     several: bool = False
     value: tuple[float, float] | None = None
+    rebuild: bool = False
+
+    @property
+    def values(self) -> bool:
+        """Whether numbers are answered, not classes."""
+        return self.value is not None or self.rebuild
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {"per_image": self.per_image, "several": self.several, "value": self.value}
+        return {"per_image": self.per_image, "several": self.several, "value": self.value,
+                "rebuild": self.rebuild}  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Task:
         """Inverse of `to_dict`."""
         value = data["value"]
-        return cls(bool(data["per_image"]), bool(data["several"]), None if value is None else (value[0], value[1]))
+        return cls(bool(data["per_image"]), bool(data["several"]), None if value is None else (value[0], value[1]),
+                   bool(data.get("rebuild", False)))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Objective:
     class_weights: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        value, loss = self.task.value is not None, self.optim.loss
+        value, loss = self.task.values, self.optim.loss
         if value != (loss in ("huber", "mse")):
             known = "huber or mse" if value else "cross_entropy, focal or dice"
             kind = "values" if value else "classes"
@@ -78,17 +87,18 @@ class Objective:
     @property
     def score(self) -> str:
         """Name of what `right` comes to, divided by what is labelled."""
-        return "accuracy" if self.task.value is None else "r2"
+        return "r2" if self.task.values else "accuracy"
 
     def terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
         """Sums that make up the training loss.
 
         Args:
             logits: float32 (…, K).
-            label: As a batch holds it: (…) class index, (B, K) 0/1, or (…) value.
+            label: As a batch holds it: (…) class index, (B, K) 0/1, or (…) value; of an image that is given back, the
+                image (…, K) as the network takes it, nan where nothing was observed.
         """
         optim = self.optim
-        if self.task.value is not None:
+        if self.task.values:
             return self._value_terms(logits, label)
         loss = binary_terms if self.task.several else cross_entropy_terms
         terms = loss(
@@ -106,10 +116,10 @@ class Objective:
 
     def right(self, logits: jax.Array, label: jax.Array) -> jax.Array:
         """How much of what is labelled is right, float32: counts; for values, one less each squared standard error."""
-        if self.task.value is not None:
-            target = self._standard(label)
+        if self.task.values:
+            value, target = self._answered(logits), self._standard(label)
             learnt = jnp.isfinite(target)
-            error = logits[..., 0] - jnp.where(learnt, target, logits[..., 0])
+            error = value - jnp.where(learnt, target, value)
             return learnt.sum(dtype=jnp.float32) - jnp.square(error).sum()
         if self.task.several:
             return ((logits > 0) == (label == 1)).sum(dtype=jnp.float32, where=label.astype(jnp.int32) <= 1)
@@ -125,7 +135,7 @@ class Objective:
         - values: `errors` float32 (6,): number, Σ error, Σ |error|, Σ error², and of the target's distance d from the
           mean of training Σ d² and Σ d, in units of the value
         """
-        if self.task.value is not None:
+        if self.task.values:
             terms = self._value_terms(logits, label)
             return {"loss_sum": terms.loss, "labelled": terms.labelled, "errors": self._errors(logits, label)}
         if self.task.several:
@@ -150,8 +160,12 @@ class Objective:
             return values
         return jax.nn.sigmoid(logits) if self.task.several else jax.nn.softmax(logits, axis=-1)
 
+    def _answered(self, logits: jax.Array) -> jax.Array:
+        """Values in standard units: (…), or of an image that is given back (…, K)."""
+        return logits if self.task.rebuild else logits[..., 0]
+
     def _value_terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
-        value, target = logits[..., 0], self._standard(label)
+        value, target = self._answered(logits), self._standard(label)
         if self.optim.loss == "mse":
             return square_terms(value, target)
         return huber_terms(value, target, delta=self.optim.huber_delta)
@@ -166,7 +180,7 @@ class Objective:
         target = self._standard(label)
         learnt = jnp.isfinite(target)
         target = jnp.where(learnt, target, 0)
-        error = jnp.where(learnt, logits[..., 0] - target, 0) * jnp.float32(std)
+        error = jnp.where(learnt, self._answered(logits) - target, 0) * jnp.float32(std)
         spread = target * jnp.float32(std)
         sums = (learnt.astype(jnp.float32), error, jnp.abs(error), error * error, spread * spread, spread)
         return jnp.stack([value.sum() for value in sums])

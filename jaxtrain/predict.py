@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.blend import Sink, Strips, window_starts
-from jaxtrain.data.batches import BatchStream, WindowReader, band_positions, put_batch
+from jaxtrain.data.batches import BatchStream, WindowReader, band_positions, put_batch, series_dates
 from jaxtrain.data.windows import Windows
 from jaxtrain.evaluate import restore_model
 from jaxtrain.maps import CHUNK, NODATA, Map, MapWriter, create_map, open_map
@@ -123,10 +123,15 @@ def predict(
     overlap = patch // 4 if overlap is None else overlap
     if not 0 <= overlap <= patch // 2:
         raise InvalidInput(f"overlap {overlap} must be between 0 and half a patch ({patch // 2} pixels)")
+    series = series_dates(config, spec)
     dates = _resolve_dates(spec, time)
+    if series > 1:
+        if time is not None:
+            raise InvalidInput(f"{run} looks at {series} dates at once, so --time does not apply: leave it out")
+        dates = tuple(range(0, len(spec.times) - series + 1, series))
     index = opened.index(config.collection)
     bands = band_positions(spec, card.bands)
-    reader = WindowReader(opened, config.collection, bands, patch, config.learn_masked, index=index)
+    reader = WindowReader(opened, config.collection, bands, patch, config.learn_masked, index=index, dates=series)
     program, state, step, passed_over = restore_model(run, card)
     warnings = list(passed_over)
     if spec.grid.resolution != card.grid.resolution:
@@ -134,7 +139,7 @@ def predict(
     absent = int((~index.present).sum())
     if absent:
         warnings.append(f"{absent} of {index.present.size} chunks of {opened.url} were never written: no data there")
-    names = tuple(spec.times[t] for t in dates)
+    names = tuple(spec.times[t + i] for t in dates for i in range(series))
     attributes = {
         "run": str(run.absolute()),
         "step": step,
@@ -145,18 +150,18 @@ def predict(
     }
     scene = _Scene(card, spec, index, reader, program, make_predict_step(program), state, dates, overlap)
     counts = np.zeros(256, np.int64)
-    values = card.task.value is not None
+    values = card.task.values
     if values and probabilities:
         raise InvalidInput(f"{run} has learnt values, which have no probabilities: leave --probabilities out")
     with create_map(
-        out, spec.grid, card.classes, attributes=attributes, probabilities=probabilities, values=values
+        out, spec.grid, card.answers, attributes=attributes, probabilities=probabilities, values=values
     ) as writer:
         looked_at = scene.fill(writer, counts, on_batch)
     return PredictResult(
         map=str(out),
         shape=spec.grid.shape,
         dates=names,
-        pixels={name: int(counts[i]) for i, name in enumerate(card.classes.names)},
+        pixels={name: int(counts[i]) for i, name in enumerate(card.answers.names)},
         nodata=int(counts[NODATA]),
         values=_summarise(open_map(out)) if values else None,
         windows=looked_at,
@@ -221,7 +226,7 @@ class _Scene:
         done = 0
         for (x0, x1), rows in work:
             strips = Strips(height, x0, x1, patch, self.overlap, len(self.card.classes))
-            sink = Sink(writer, x0, counts, values=self.card.task.value is not None)
+            sink = Sink(writer, x0, counts, values=self.card.task.values)
             with BatchStream(
                 self.reader, Windows(patch, rows), size=size, sharding=batch_sharding(self.program.mesh),
                 threads=self.card.config.run.read_threads, prefetch=self.card.config.run.prefetch,
@@ -256,12 +261,16 @@ class _Scene:
         rows = np.stack([t, y, x], axis=-1).reshape(-1, 3)
         index = self.index
         seen = (index.observed + index.masked > 0) if self.reader.learn_masked else index.observed > 0
-        return rows[self._touches(rows, seen & index.present)].astype(np.int32)
+        by_date = (seen & index.present)[np.arange(len(self.spec.times)) // index.chunk[0]]
+        if self.reader.dates > 1:
+            by_date = np.stack([by_date[t : t + self.reader.dates].any(axis=0) for t in range(len(by_date))])
+        return rows[self._touches(rows, by_date)].astype(np.int32)
 
     def _touches(self, rows: npt.NDArray[np.int64], chunks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        ct, cy, cx = self.index.chunk
+        """Which windows touch one of `chunks` (times, rows, columns)."""
+        _, cy, cx = self.index.chunk
         sums = np.pad(chunks.astype(np.int64).cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
-        t, y, x = rows[:, 0] // ct, rows[:, 1], rows[:, 2]
+        t, y, x = rows[:, 0], rows[:, 1], rows[:, 2]
         last = self.reader.patch - 1
         y0, y1, x0, x1 = y // cy, (y + last) // cy + 1, x // cx, (x + last) // cx + 1
         found: npt.NDArray[np.bool_] = sums[t, y1, x1] - sums[t, y0, x1] - sums[t, y1, x0] + sums[t, y0, x0] > 0
@@ -274,9 +283,10 @@ class _Scene:
         sharding = batch_sharding(self.program.mesh)
         before: tuple[npt.NDArray[np.int32], jax.Array, npt.NDArray[np.float32]] | None = None
         for _, windows, batch in stream:
-            there = put_batch({name: batch[name] for name in ("image", "observed")}, sharding, size)
-            seen = np.where(batch["clear"] == 1, np.float32(1), _MASKED_SAY) * batch["observed"]
-            now = (windows, self.step(self.state, there["image"], observed=there["observed"]), seen)
+            there = put_batch({n: batch[n] for n in ("image", "observed", "day") if n in batch}, sharding, size)
+            observed = batch["observed"] if self.reader.dates == 1 else batch["observed"].max(axis=-1)
+            seen = np.where(batch["clear"] == 1, np.float32(1), _MASKED_SAY) * observed
+            now = (windows, self.step(self.state, there.pop("image"), **there), seen)
             if before is not None:
                 yield before[0], np.asarray(before[1]), before[2]
             before = now

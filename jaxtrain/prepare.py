@@ -12,7 +12,7 @@ from jaxtrain.data.batches import OnUnreadable, WindowReader
 from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
 from jaxtrain.data.splits import Split
 from jaxtrain.data.statistics import Statistics, training_statistics
-from jaxtrain.data.targets import label_classes, resolve_target
+from jaxtrain.data.targets import ITSELF, label_classes, resolve_target
 from jaxtrain.data.windows import WindowPlan, plan_windows, window_leakage
 from jaxtrain.objective import Task
 from jaxtrain.rundir import ModelCard, config_differences, cube_digest
@@ -74,7 +74,8 @@ def prepare(
     if isinstance(cube, SampleStore):
         return _prepare_samples(config, cube, earlier)
     data = config.data
-    target = resolve_target(cube, data)
+    rebuild = config.model.name == "autoencoder"
+    target = ITSELF if rebuild else resolve_target(cube, data)
     classes = label_classes(data, target)
     spec = cube.spec(data.collection)
     reader = replace(WindowReader.of(cube, data, classes, target), on_unreadable=on_unreadable)
@@ -103,7 +104,7 @@ def prepare(
         statistics={"source": statistics.source, "pixels": statistics.pixels,
                     **({} if leak is None else {"leakage": leak}),
                     "class_pixels": dict(zip(classes.names, statistics.class_pixels.tolist(), strict=True))},
-        task=Task(value=statistics.value),
+        task=Task(value=statistics.value, rebuild=rebuild),
     )  # fmt: skip
     return card, plan, reader
 
@@ -112,6 +113,7 @@ def _prepare_samples(
     config: TrainConfig, store: SampleStore, earlier: ModelCard | None
 ) -> tuple[ModelCard, WindowPlan, SampleReader]:
     _check_digest(store.url, store.digest, earlier)
+    rebuild = config.model.name == "autoencoder"
     classes = sample_classes(config.data, store)
     reader = SampleReader.of(store, config.data, classes)
     plan, leak = plan_samples(config.data, store, classes, split=None if earlier is None else earlier.split)
@@ -138,7 +140,7 @@ def _prepare_samples(
         windows=plan.counts(),
         statistics={"source": statistics.source, "pixels": statistics.pixels, "leakage": leak,
                     "class_pixels": dict(zip(classes.names, statistics.class_pixels.tolist(), strict=True))},
-        task=Task(per_image=True, several=store.spec.labelled == "several"),
+        task=Task(rebuild=True) if rebuild else Task(per_image=True, several=store.spec.labelled == "several"),
     )  # fmt: skip
     return card, plan, reader
 
@@ -155,7 +157,7 @@ def _class_weights(config: TrainConfig, statistics: Statistics) -> tuple[float, 
     """Inverse square root of frequency, with mean 1 over the labelled pixels; a class without pixels weighs as one."""
     if config.optim.class_weights == "none":
         return None
-    if statistics.value is not None:
+    if statistics.value is not None or config.model.name == "autoencoder":
         raise InvalidInput("optim.class_weights = 'balanced', but values are learnt: use 'none'")
     share = statistics.class_pixels / max(statistics.class_pixels.sum(), 1)
     weights = np.where(share > 0, 1 / np.sqrt(np.maximum(share, 1e-6)), 1.0)

@@ -56,6 +56,8 @@ def collect_examples(
     """
     if not len(windows):
         return []
+    if isinstance(reader, SampleReader) and program.objective.task.rebuild:
+        return []
     if isinstance(reader, SampleReader):
         return collect_shown(program, predict, state, reader, windows, names)
     return collect_tiles(program, predict, state, reader, windows)
@@ -105,7 +107,7 @@ def write_report(
         classes=[(n, c, v, counted[n], counted[n] / total) for n, c, v in
                  zip(card.classes.names, card.classes.colours, card.classes.values, strict=True)],
         curves=_png(_curves(steps, validations)) if steps else None,
-        values=card.task.value is not None,
+        values=card.task.values,
         confusion=_png(_confusion(evaluation)) if evaluation and evaluation["confusion_matrix"] else None,
         tiles=_draw_examples(examples, card),
         split_map=_png(_split_map(card.split)) if isinstance(card.split, Split) else None,
@@ -121,9 +123,10 @@ def _draw_examples(examples: Sequence[Tile] | Sequence[Shown], card: ModelCard) 
     tiles = [example for example in examples if isinstance(example, Tile)]
     shown = [example for example in examples if isinstance(example, Shown)]
     if tiles:
-        values = card.task.value is not None
+        values = card.task.values
+        truth = "" if card.task.rebuild else card.classes.names[0] if values else "label"
         return _png(draw_tiles(tiles, classes=None if values else card.classes, bands=card.bands, times=card.times,
-                               truth=card.classes.names[0] if values else "label"))  # fmt: skip
+                               truth=truth))  # fmt: skip
     return _png(draw_shown(shown, card.bands)) if shown else None
 
 

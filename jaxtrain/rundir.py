@@ -23,6 +23,7 @@ from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.places import SampleSplit
 from jaxtrain.data.splits import Split
+from jaxtrain.data.targets import ITSELF, label_classes
 from jaxtrain.objective import Task
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.state import Program, build_program
@@ -80,6 +81,11 @@ class ModelCard:
     statistics: Mapping[str, Any]
     task: Task = field(default_factory=Task)
     """What is answered."""
+
+    @property
+    def answers(self) -> Classes:
+        """What a map shows: the classes, or the one name of what is answered."""
+        return label_classes(self.config.data, ITSELF) if self.task.rebuild else self.classes
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

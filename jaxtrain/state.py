@@ -220,7 +220,7 @@ def build_program(
             rngs=nnx.Rngs(params=params_key, dropout=dropout_key),
             data_shards=mesh.shape["data"],
             per_image=task.per_image,
-            values=task.value is not None,
+            values=task.values,
         )
 
     optimizer = build_optimizer(config.optim, config.run.steps)

@@ -9,6 +9,10 @@ compiled program, so a quarter of the float bytes travels. A batch is
 
     {"image": uint16 (B, H, W, C), "label": uint8 (B, H, W) class index or 255, "observed": bool or uint8 (B, H, W)}
 
+or, of series of T dates,
+
+    {"image": (B, H, W, T, C), "label": (B, H, W), "observed": (B, H, W, T), "day": uint16 (B, T)}
+
 split over the mesh axis `data`: numpy arrays in a run of one process, global arrays in a run of several.
 """
 
@@ -26,6 +30,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxtrain.data.augment import augment, disturb, mix, turns
+from jaxtrain.models.temporal import series_of
 from jaxtrain.optim import judged_params
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated
 from jaxtrain.parallel.pipeline import Pipeline
@@ -42,9 +47,11 @@ class TrainStep:
 
     jitted: Any
     """The compiled function of (state, batch, key), for `lower` and for counting compilations."""
+    names: tuple[str, ...] | None = None
+    """Arrays of a batch that are used; None for all."""
 
     def __call__(self, state: TrainState, batch: Batch, *, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        result: tuple[TrainState, dict[str, jax.Array]] = self.jitted(state, dict(batch), key)
+        result: tuple[TrainState, dict[str, jax.Array]] = self.jitted(state, _chosen(batch, self.names), key)
         return result
 
 
@@ -53,26 +60,31 @@ class EvalStep:
     """`evaluate(state, batch) -> sums`, which may be added over batches."""
 
     jitted: Any
+    names: tuple[str, ...] | None = None
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
         result: dict[str, jax.Array] = self.jitted(
-            judged_params(state.params, state.opt_state), state.model_state, dict(batch)
+            judged_params(state.params, state.opt_state), state.model_state, _chosen(batch, self.names)
         )
         return result
 
 
+def _chosen(batch: Batch, names: tuple[str, ...] | None) -> dict[str, Any]:
+    return {name: batch[name] for name in names or batch}
+
+
 @dataclass(frozen=True)
 class PredictStep:
-    """`predict(state, image, observed=None) -> probabilities_BHWK`."""
+    """`predict(state, image, observed=None, day=None) -> probabilities_BHWK`; `day` (B, T) of series."""
 
     jitted: Any
 
-    def __call__(self, state: TrainState, image: Any, *, observed: Any = None) -> jax.Array:
+    def __call__(self, state: TrainState, image: Any, *, observed: Any = None, day: Any = None) -> jax.Array:
         if observed is None:
             # the cube stores 0 (or nan) in every band where nothing was observed
             observed = ((image == image) & (image != 0)).any(axis=-1)
         params = judged_params(state.params, state.opt_state)
-        result: jax.Array = self.jitted(params, state.model_state, image, observed)
+        result: jax.Array = self.jitted(params, state.model_state, image, observed, *(() if day is None else (day,)))
         return result
 
 
@@ -133,7 +145,8 @@ def make_train_step(program: Program) -> TrainStep:
             in_shardings=(program.shardings, _batch_shardings(program), whole),
             out_shardings=(program.shardings, whole),
             donate_argnums=0,
-        )
+        ),
+        tuple(_batch_shardings(program)),
     )
 
 
@@ -147,32 +160,41 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
         return EvalStep(_pipeline(program).evaluate)
 
     def evaluate(params: Any, model_state: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        x_BHWC = normalise(program, batch["image"], batch["observed"])
-        return program.objective.sums(_look(program, params, model_state, x_BHWC, turned), batch["label"])
+        x_BHWC = present(program, batch["image"], batch["observed"], batch.get("day"))
+        label = _itself(x_BHWC, batch["observed"]) if program.objective.task.rebuild else batch["label"]
+        return program.objective.sums(_look(program, params, model_state, x_BHWC, turned), label)
 
     judged = judged_params(program.shardings.params, program.shardings.opt_state)
     shardings = (judged, program.shardings.model_state, _batch_shardings(program))
-    return EvalStep(jax.jit(evaluate, in_shardings=shardings, out_shardings=replicated(program.mesh)))
+    jitted = jax.jit(evaluate, in_shardings=shardings, out_shardings=replicated(program.mesh))
+    return EvalStep(jitted, tuple(_batch_shardings(program)))
 
 
 def make_predict_step(program: Program) -> PredictStep:
     """Class probabilities of a batch of images, split over `data` as the images are; float32 (B, H, W, K) or (B, K).
 
-    With `model.turns` they are means over the turns of each image; of values, the values themselves.
+    With `model.turns` they are means over the turns of each image; of values, the values themselves; of images that are
+    given back the error (B, H, W, 1): the root of the mean square over bands, in standard deviations of each band.
 
     `observed` (B, H, W) says which pixels hold data; without it, a pixel that is 0 in every band holds none.
     """
     if program.layout is not None:
         return PredictStep(_pipeline(program).predict)
 
-    def predict(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:
-        x_BHWC = normalise(program, image, observed)
-        return program.objective.answer(_look(program, params, model_state, x_BHWC, program.config.model.turns))
+    def predict(
+        params: Any, model_state: Any, image: jax.Array, observed: jax.Array, day: jax.Array | None = None
+    ) -> jax.Array:
+        x_BHWC = present(program, image, observed, day)
+        logits = _look(program, params, model_state, x_BHWC, program.config.model.turns)
+        if program.objective.task.rebuild:
+            return jnp.sqrt(jnp.square(logits - x_BHWC).mean(axis=-1, keepdims=True))
+        return program.objective.answer(logits)
 
     lies = _batch_shardings(program)
     judged = judged_params(program.shardings.params, program.shardings.opt_state)
-    shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"])
-    return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=lies["label"]))
+    days = (lies["day"],) if "day" in lies else ()
+    shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"], *days)
+    return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=lies.get("label", lies["image"])))
 
 
 def prepare_batch(
@@ -180,14 +202,21 @@ def prepare_batch(
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
     """Augmented and normalised images, and each label with its share of the loss: one, or two of mixed samples."""
     data, lies = program.config.data, _batch_shardings(program, mesh)
-    image, label, observed = batch["image"], batch["label"], batch["observed"]
+    rebuild = program.objective.task.rebuild
+    names = ["image", "observed", *([] if rebuild else ["label"])]
+    arrays = tuple(batch[name] for name in names)
     if data.augment:
-        turned = augment((image, label, observed), key=key, zoom=data.zoom)
+        turned = augment(arrays, key=key, zoom=data.zoom)
         # the compiler would go on with images split as they came out of a quarter turn, by columns
-        image, label, observed = constrain(turned, (lies["image"], lies["label"], lies["observed"]))
+        arrays = constrain(turned, tuple(lies[name] for name in names))
+    image, observed = arrays[:2]
     x_BHWC = normalise(program, image, observed)
+    # an image is to be given back as it was before it is disturbed
+    label = _itself(x_BHWC, observed) if rebuild else arrays[2]
     if data.jitter or data.band_dropout:
         x_BHWC = disturb(x_BHWC, key=key, jitter=data.jitter, band_dropout=data.band_dropout)
+    if "day" in batch:
+        x_BHWC = series_of(jnp.where(observed.astype(bool)[..., None], x_BHWC, 0), observed, batch["day"])
     if data.mix != "none":
         x_BHWC, label, other = mix(x_BHWC, label, key=key, kind=data.mix, alpha=data.mix_alpha)
         if other is not None:
@@ -201,9 +230,20 @@ def normalise(program: Program, image_BHWC: jax.Array, observed_BHW: jax.Array) 
     return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(0))
 
 
+def present(program: Program, image: jax.Array, observed: jax.Array, day: jax.Array | None) -> jax.Array:
+    """What the network takes of a batch that is judged or looked at: normalised, of series with days beside it."""
+    x_BHWC = normalise(program, image, observed)
+    return x_BHWC if day is None else series_of(x_BHWC, observed, day)
+
+
+def _itself(x_BHWC: jax.Array, observed_BHW: jax.Array) -> jax.Array:
+    """The image as what is to be answered: nan where nothing was observed."""
+    return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(jnp.nan))
+
+
 def _look(program: Program, params: Any, model_state: Any, x_BHWC: jax.Array, turned: bool) -> jax.Array:
     """Logits, or their mean over the eight turns; square images only, others are looked at once."""
-    if not turned or x_BHWC.shape[-3] != x_BHWC.shape[-2]:
+    if not turned or x_BHWC.shape[1] != x_BHWC.shape[2]:
         return program.apply(params, model_state, x_BHWC, train=False)[0]
     b = x_BHWC.shape[0]
     # the turns of a sample follow each other, so that a batch that is split over devices stays where it is
@@ -222,4 +262,7 @@ def _pipeline(program: Program) -> Pipeline:
 def _batch_shardings(program: Program, mesh: Mesh | None = None) -> dict[str, Any]:
     mesh, per_image = mesh or program.mesh, program.objective.task.per_image
     images = batch_sharding(mesh, image=True)
-    return {"image": images, "observed": images, "label": batch_sharding(mesh, image=not per_image)}
+    lies = {"image": images, "observed": images}
+    if not program.objective.task.rebuild:
+        lies["label"] = batch_sharding(mesh, image=not per_image)
+    return lies if program.config.data.dates == 1 else lies | {"day": batch_sharding(mesh)}

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxtrain.best import Best
 from jaxtrain.checkpoint import CheckpointStore, target_of
 from jaxtrain.clock import Clock
 from jaxtrain.config import TrainConfig
@@ -94,6 +95,8 @@ class TrainResult:
         skipped_steps: Steps of the run whose loss was not finite, and which changed nothing.
         empty_batches: Steps of the run without one labelled pixel.
         quarantined_windows: Windows that this process found unreadable.
+        best_step, best_score: The best validation by `run.monitor`, whose checkpoint is judged and used; None without.
+        stopped_early: Whether `run.patience` ended the run before its last step.
     """
 
     run: str
@@ -110,6 +113,9 @@ class TrainResult:
     skipped_steps: int = 0
     empty_batches: int = 0
     quarantined_windows: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
+    stopped_early: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -182,6 +188,8 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
         store.clear_partial()
         restored = store.restore(target_of(program))
         first = 0 if restored is None else restored.step
+        best = Best(run, {} if restored is None else restored.extra.get("best"))
+        store.protected = best.step
         incidents.begin({} if restored is None else restored.extra.get("incidents", {}))
         for line in restored.passed_over if restored else ():
             tell("warning", first, line)
@@ -195,6 +203,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
         key = jax.random.key(np.uint32(run.seed % (1 << 32)) ^ np.uint32(0x5EED))
         order = _order(config, cube, plan)
         size = run.batch_size
+        reached, last_step = first, first if best.ended else run.steps
         last: dict[str, float] = {}
         judged: dict[str, Any] | None = None
         pending: tuple[int, Rows, dict[str, jax.Array], Any] | None = None
@@ -204,7 +213,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
             Watchdog(run.hang_s, out / f"hang-{jax.process_index()}.txt") as watchdog,
             store.saving(),
             BatchStream(
-                reader, plan.parts["train"], size=size, sharding=sharding, order=order, first=first, last=run.steps,
+                reader, plan.parts["train"], size=size, sharding=sharding, order=order, first=first, last=last_step,
                 threads=run.read_threads, prefetch=run.prefetch, place=True,
             ) as batches,
         ):  # fmt: skip
@@ -232,7 +241,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
                          samples_per_second=rate, input_wait=clock.input_wait())  # fmt: skip
 
             for number, rows, batch in clock.waiting(iter(batches)):
-                step = number + 1
+                step = reached = number + 1
                 watchdog.beat(f"step {step}")
                 store.check()
                 state, metrics = train_step(state, batch, key=jax.random.fold_in(key, number))
@@ -264,14 +273,26 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
                     if log:
                         log.write("validation", step, scores)
                     shown = ", ".join(f"{name} {_show(scores[name])}" for name in scores if name != "pixels")
-                    tell("validation", step, f"validation at step {step}: {shown}", **scores)
+                    improved = best.see(step, scores)
+                    tell(
+                        "validation",
+                        step,
+                        f"validation at step {step}: {shown}{' (best)' if improved else ''}",
+                        **scores,
+                    )
+                    if improved:
+                        store.protected = step
+                    # the best is saved at once; so is what a run ends with, for the next call to find it ended
+                    saving = saving or improved or best.ended
 
                 # ---- Checkpoint: after the numbers were seen to be finite, never before; written in the background.
                 if saving or stopping:
                     clock.pause()
                     watchdog.beat(f"checkpoint at step {step}")
-                    store.begin(step, state, _position(config, card, step, incidents))
+                    store.begin(step, state, _position(config, card, step, incidents, best))
                     tell("checkpoint", step, f"checkpoint at step {step}")
+                if best.ended:
+                    break
                 if stopping and not final:
                     store.wait()
                     raise Preempted(
@@ -288,7 +309,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
         validations = [line for line in history if line["kind"] == "validation"]
         result = TrainResult(
             run=str(out),
-            steps=max(first, run.steps),
+            steps=reached,
             resumed_from=first,
             train=last or _numbers(next((line for line in reversed(history) if line["kind"] == "train"), {})),
             validation=_numbers(validations[-1]) if validations else {},
@@ -301,8 +322,13 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
             skipped_steps=incidents.skipped,
             empty_batches=incidents.empty,
             quarantined_windows=incidents.quarantined,
+            best_step=best.step,
+            best_score=best.value,
+            stopped_early=best.ended and reached < run.steps,
         )
-        tell("done", result.steps, f"{out}: {result.steps} steps; report: {report}", **result.validation)
+        early = f" of {run.steps}, as {run.monitor} did not improve further" if result.stopped_early else ""
+        kept = "" if best.step is None else f"; best {run.monitor} {_show(best.value)} at step {best.step}"
+        tell("done", result.steps, f"{out}: {result.steps} steps{early}{kept}; report: {report}", **result.validation)
         return result
 
 
@@ -320,7 +346,7 @@ def _order(config: TrainConfig, cube: Cube | SampleStore, plan: WindowPlan) -> S
     return ChunkOrder(run.seed, chunk_numbers(rows, config.data.patch, chunk), run.batch_size, run.mixed_chunks)
 
 
-def _position(config: TrainConfig, card: ModelCard, step: int, incidents: Incidents) -> dict[str, Any]:
+def _position(config: TrainConfig, card: ModelCard, step: int, incidents: Incidents, best: Best) -> dict[str, Any]:
     """Where the data stands: the next sample of the global order."""
     return {
         "next_sample": step * config.run.batch_size,
@@ -329,6 +355,7 @@ def _position(config: TrainConfig, card: ModelCard, step: int, incidents: Incide
         "cube_digest": card.cube_digest,
         "config": config.model_dump(mode="json"),
         "incidents": incidents.to_dict(),
+        "best": best.to_dict(),
     }
 
 
@@ -357,7 +384,9 @@ def _describe(card: ModelCard, plan: WindowPlan, parameters: int, program: Progr
 
 
 def _learnt(card: ModelCard) -> str:
-    return f"{len(card.classes)} classes" if card.task.value is None else f"values of {card.classes.names[0]}"
+    if card.task.rebuild:
+        return "to give images back, without labels,"
+    return f"values of {card.classes.names[0]}" if card.task.values else f"{len(card.classes)} classes"
 
 
 def _scores(result: dict[str, Any], loss: float) -> dict[str, float | None]:

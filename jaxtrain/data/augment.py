@@ -168,7 +168,7 @@ def mix(
     in_y = (rows >= top) & (rows < top + jnp.round(side * h))
     in_x = (columns >= left) & (columns < left + jnp.round(side * w))
     box_HW = in_y[:, None] & in_x[None, :]
-    pasted = jnp.where(box_HW[None, :, :, None], other, x_BHWC)
+    pasted = jnp.where(box_HW.reshape(1, h, w, *(1,) * (x_BHWC.ndim - 3)), other, x_BHWC)
     if label.ndim == 3:
         return pasted, jnp.where(box_HW[None], other_label, label), None
     return pasted, label, Mixed(other_label, box_HW.astype(jnp.float32).mean())

@@ -4,6 +4,8 @@ Letters: B windows, H = W = patch, C bands. A batch is
     image     B H W C   stored numbers of the cube (uint16 reflectance, float32 backscatter)
     label     B H W     uint8 class index, 255 = not learnt; or float32 value, nan = not learnt
     observed  B H W     uint8, 1 where the network may see the pixel
+Of series of T dates image and observed have an axis T after W (B H W T C), and there is
+    day       B T       uint16 day of the year, from 1
 Casting, normalising and augmenting are done on the device.
 
 Bounds: `threads` batches are decoded at once, and at most `threads + prefetch` are held; tensorstore itself decodes on
@@ -16,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -38,7 +40,7 @@ from zarr_store.regions import Region
 from zarr_store.spec import STATUS_MASKED, STATUS_OBSERVED, CubeSpec
 
 __all__ = ["BatchStream", "HostBatch", "OnUnreadable", "Reader", "WindowReader", "band_positions", "local_rows",
-           "put_batch"]  # fmt: skip
+           "put_batch", "series_dates"]  # fmt: skip
 
 HostBatch = dict[str, np.ndarray]
 Rows = npt.NDArray[np.int32]
@@ -55,6 +57,22 @@ def band_positions(spec: CubeSpec, bands: Sequence[str]) -> tuple[int, ...]:
         if band not in spec.band_names:
             raise UnknownName.of("band", band, spec.band_names, f"collection {spec.collection} (data.bands)")
     return tuple(spec.band_names.index(band) for band in bands or spec.band_names)
+
+
+def series_dates(config: DataConfig, spec: CubeSpec) -> int:
+    """Dates of a window of a cube.
+
+    Raises:
+        InvalidInput: The cube has fewer than are asked for, or only one where there should be several.
+    """
+    held = len(spec.times)
+    if config.dates == 1:
+        return 1
+    if held < 2 or (config.dates != "all" and config.dates > held):
+        raise InvalidInput(
+            f"data.dates = {config.dates!r}, but {spec.collection} has {held} dates: ingest more, or ask for fewer"
+        )
+    return held if config.dates == "all" else config.dates
 
 
 class Reader(Protocol):
@@ -78,6 +96,8 @@ class WindowReader:
         target: What is learnt, or None where only the image is wanted.
         table: uint8 (256,) layer value → class index, of classes.
         index: Where given, chunks that were never written read as not observed; else they raise.
+        dates: Dates of a window that follow each other; its row has the first. Such chunks as were never written read
+            as not observed if there is an index.
         on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not
             observed and not labelled. None raises.
     """
@@ -90,15 +110,20 @@ class WindowReader:
     target: Target | None = None
     table: npt.NDArray[np.uint8] | None = None
     index: TrainingIndex | None = None
+    dates: int = 1
     on_unreadable: OnUnreadable | None = None
 
     @classmethod
     def of(cls, cube: Cube, config: DataConfig, classes: Classes, target: Target | None = None) -> WindowReader:
         """The reader of a training run; without a target, of what `data.label` means."""
-        bands = band_positions(cube.spec(config.collection), config.bands)
+        spec = cube.spec(config.collection)
+        bands = band_positions(spec, config.bands)
         target = target or resolve_target(cube, config)
+        dates = series_dates(config, spec)
         table = None if target.values else classes.table()
-        return cls(cube, config.collection, bands, config.patch, config.learn_masked, target, table)
+        learnt = None if target.place == "image" else target
+        index = None if dates == 1 else cube.index(config.collection)
+        return cls(cube, config.collection, bands, config.patch, config.learn_masked, learnt, table, index, dates)
 
     def read(self, rows: Rows) -> HostBatch:
         """Read windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it.
@@ -107,25 +132,29 @@ class WindowReader:
             rows: int32 (B, 3) of (time, y, x).
 
         Returns:
-            image, observed and, with a label layer, label; without one, `clear`: 1 where the pixel is not masked.
+            image, observed, of series day, and, with a target, label; without one, `clear`: 1 where the pixel is not
+            masked.
 
         Raises:
             MissingShard: A shard under a window is absent.
             CorruptShard: Its checksum does not match; the message names the box.
         """
+        read = self._read if self.dates == 1 else self._read_series
         try:
-            return self._read(rows)
+            return read(rows)
         except IntegrityError:
             if self.on_unreadable is None:
                 raise
         parts: list[HostBatch | None] = []
         for row in rows:
             try:
-                parts.append(self._read(row[None]))
+                parts.append(read(row[None]))
             except IntegrityError as error:
                 self.on_unreadable(row, error)
                 parts.append(None)
         nothing = self._nothing()
+        if self.dates > 1:
+            nothing["day"] = np.ones((1, self.dates), np.uint16)
         return {name: np.concatenate([(part or nothing)[name] for part in parts]) for name in nothing}
 
     def _read(self, rows: Rows) -> HostBatch:
@@ -133,7 +162,6 @@ class WindowReader:
         spec = self.cube.spec(self.collection)
         side, count = self.patch, len(rows)
         target = self.target
-        names = [spec.kind, "status"] + ([] if target is None else [target.name])
         # a part that no box covers must read as nothing; otherwise all of the memory is written below
         make = np.empty if self.index is None else np.zeros
         parts: dict[str, np.ndarray] = {"status": make((count, side, side), np.uint8)}
@@ -141,17 +169,7 @@ class WindowReader:
             parts[target.name] = make((count, side, side), target.dtype)
         image_BCHW = make((count, len(self.bands), side, side), spec.array(spec.kind).dtype)
         parts[spec.kind] = image_BCHW
-        pending = []
-        with ts.Batch() as batch:
-            for name in names:
-                into = ts.array(parts[name])  # decoded straight into the batch, without a copy between
-                for i, row in enumerate(rows):
-                    y, x = int(row[1]), int(row[2])
-                    for box in self._boxes(row):
-                        place = into[i, ..., box.y0 - y : box.y1 - y, box.x0 - x : box.x1 - x]
-                        pending.append((name, box, place.write(self._view(name, box), batch=batch)))
-        for name, box, read in pending:
-            await_read(read, f"{self.cube.url} {self.collection}/{name} {box}")
+        self._fetch(rows, parts)
         observed = parts["status"] == STATUS_OBSERVED
         if self.learn_masked:
             observed |= parts["status"] == STATUS_MASKED
@@ -165,14 +183,66 @@ class WindowReader:
             result["label"] = label
         return result
 
+    def _fetch(self, rows: Rows, parts: Mapping[str, np.ndarray]) -> None:
+        """Fill arrays (B, …, patch, patch) by name: all reads are under way before the first is waited for."""
+        pending = []
+        with ts.Batch() as batch:
+            for name, part in parts.items():
+                into = ts.array(part)  # decoded straight into the batch, without a copy between
+                for i, row in enumerate(rows):
+                    y, x = int(row[1]), int(row[2])
+                    for box in self._boxes(row):
+                        place = into[i, ..., box.y0 - y : box.y1 - y, box.x0 - x : box.x1 - x]
+                        pending.append((name, box, place.write(self._view(name, box), batch=batch)))
+        for name, box, read in pending:
+            await_read(read, f"{self.cube.url} {self.collection}/{name} {box}")
+
+    def _read_series(self, rows: Rows) -> HostBatch:
+        """Windows of several dates: the dates are read as windows of their own, and moved behind the pixels."""
+        count, times, side = len(rows), self.dates, self.patch
+        every = np.repeat(rows, times, axis=0)
+        every[:, 0] += np.tile(np.arange(times, dtype=np.int32), count)
+        flat = replace(self, target=None, dates=1)._read(every)
+        image = np.moveaxis(flat["image"], -1, 1).reshape(count, times, -1, side, side).transpose(0, 3, 4, 1, 2)
+        observed = flat["observed"].reshape(count, times, side, side)
+        result = {"image": image, "observed": observed.transpose(0, 2, 3, 1), "day": self._days(every[:, 0])}
+        if self.target is None:
+            result["clear"] = flat["clear"].reshape(observed.shape).max(axis=1)
+            return result
+        target, seen = self.target, observed.any(axis=1)
+        if target.place == "label":
+            stored = np.zeros((count, side, side), target.dtype)
+            replace(self, index=None)._fetch(rows, {target.name: stored})
+            label = target.decode(stored, self.table)
+        else:
+            # of a layer with dates, each pixel's last date on which it was observed and labelled
+            stored = np.zeros((count * times, side, side), target.dtype)
+            self._fetch(every, {target.name: stored})
+            dated = target.decode(stored, self.table).reshape(observed.shape)
+            label = np.full((count, side, side), target.nothing)
+            for t in range(times):
+                known = np.isfinite(dated[:, t]) if target.values else dated[:, t] != NOT_LEARNT
+                label = np.where(known & (observed[:, t] == 1), dated[:, t], label)
+        label[~seen] = target.nothing
+        result["label"] = label
+        return result
+
+    def _days(self, times: npt.NDArray[np.int32]) -> npt.NDArray[np.uint16]:
+        """Day of the year of each date, (B, T)."""
+        moments = self.cube.spec(self.collection).time_values.astype("datetime64[D]")
+        since: npt.NDArray[np.int64] = (moments - moments.astype("datetime64[Y]")).astype(np.int64)
+        found: npt.NDArray[np.uint16] = (since[times] + 1).astype(np.uint16)
+        return found.reshape(-1, self.dates)
+
     def _nothing(self) -> HostBatch:
         """One window without anything to see or to learn, in the form of `read`."""
         side = (1, self.patch, self.patch)
+        many = side if self.dates == 1 else (*side, self.dates)
         spec = self.cube.spec(self.collection)
         empty = np.zeros(side, np.uint8)
-        image = np.zeros((*side, len(self.bands)), spec.array(spec.kind).dtype)
+        image = np.zeros((*many, len(self.bands)), spec.array(spec.kind).dtype)
         last = {"clear": empty} if self.target is None else {"label": np.full(side, self.target.nothing)}
-        return {"image": image, "observed": empty, **last}
+        return {"image": image, "observed": np.zeros(many, np.uint8), **last}
 
     def _boxes(self, row: npt.NDArray[np.int32]) -> list[Region]:
         """What is read of a window: all of it, or, where chunks are absent and that is allowed, those that are not."""

@@ -29,6 +29,8 @@ Moments = npt.NDArray[np.float64]
 _SAMPLED_WINDOWS = 256
 """4 million pixels at patch 128: the mean is known to a thousandth of the spread, in about a second."""
 _READ_AT_ONCE = 16
+_SAMPLED_DATES = 1024
+"""Of series: dates of windows that are read in all."""
 _ENOUGH_SHARE = 0.25
 """Part of the training pixels that whole training chunks must hold for their counts to stand for all."""
 
@@ -67,14 +69,15 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
     windows = plan.parts["train"]
     target = reader.target
     if (
-        target is not None
-        and not target.values
+        (target is None or not target.values)
         and not reader.learn_masked
-        and pixels >= _ENOUGH_SHARE * len(windows) * windows.patch**2
+        and pixels >= _ENOUGH_SHARE * len(windows) * reader.dates * windows.patch**2
     ):
         mean, std = index.statistics(select)
         chosen = list(reader.bands)
-        if target.place == "label":
+        if target is None:
+            by_class = np.array([pixels], np.int64)
+        elif target.place == "label":
             by_class = _count_labels(target, classes, windows)
         else:
             counts = index.class_counts[target.name][select].sum(axis=0)
@@ -113,16 +116,20 @@ def _touching(chunks: int, chunk: int, blocks: int, block: int) -> npt.NDArray[n
 
 def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Statistics:
     windows = plan.parts["train"]
-    numbers = SampleOrder(seed=0, count=len(windows)).indices(0, min(_SAMPLED_WINDOWS, len(windows)))
+    most = _SAMPLED_WINDOWS if reader.dates == 1 else max(16, _SAMPLED_DATES // reader.dates)
+    numbers = SampleOrder(seed=0, count=len(windows)).indices(0, min(most, len(windows)))
     rows = windows.rows[np.sort(numbers)]
+    at_once = max(1, _READ_AT_ONCE // reader.dates)
     count, mean, m2 = 0, np.zeros(len(reader.bands)), np.zeros(len(reader.bands))
     by_class = np.zeros(256, np.int64)
     learnt: list[npt.NDArray[np.float64]] = []
-    for start in range(0, len(rows), _READ_AT_ONCE):
-        batch = reader.read(rows[start : start + _READ_AT_ONCE])
+    for start in range(0, len(rows), at_once):
+        batch = reader.read(rows[start : start + at_once])
         values = batch["image"][batch["observed"] == 1].astype(np.float64)
         values = values[np.isfinite(values).all(axis=1)]
-        if reader.target is not None and reader.target.values:
+        if reader.target is None:
+            by_class[0] += len(values)
+        elif reader.target.values:
             learnt.append(batch["label"][np.isfinite(batch["label"])].astype(np.float64))
             by_class[0] += len(learnt[-1])
         else:

@@ -21,7 +21,7 @@ from zarr_store.labels import LabelLayer, find_labels, open_label
 from zarr_store.read import Cube
 from zarr_store.spec import CubeSpec
 
-__all__ = ["Target", "label_classes", "match_classes", "resolve_target", "window_labels"]
+__all__ = ["ITSELF", "Target", "label_classes", "match_classes", "resolve_target", "window_labels"]
 
 _ROWS = 2048
 
@@ -32,14 +32,14 @@ class Target:
 
     Attributes:
         name: As `data.label` has it.
-        place: layer (of the collection, by date) · index (of the collection, by date) · label (of the cube, all dates).
+        place: layer or index (of the collection, by date), label (of the cube, all dates) or image (no labels).
         values: Whether values are learnt, not classes.
         scale, nodata: Of an index: value = stored · scale.
         layer: The label layer.
     """
 
     name: str
-    place: Literal["layer", "index", "label"] = "layer"
+    place: Literal["layer", "index", "label", "image"] = "layer"
     values: bool = False
     scale: float = 1.0
     nodata: int | None = None
@@ -74,6 +74,10 @@ class Target:
         if self.nodata is not None:
             found[stored == self.nodata] = np.nan
         return found
+
+
+ITSELF = Target("reconstruction error", "image", values=True)
+"""The image is to be given back."""
 
 
 def resolve_target(cube: Cube, config: DataConfig) -> Target:

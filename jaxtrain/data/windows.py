@@ -139,6 +139,8 @@ def plan_windows(
         raise InvalidInput(f"data.patch {patch} does not fit the grid of {height}×{width} pixels; take a smaller patch")
     target = target or Target(config.label)
     usable = _usable(config, spec.shape, index, classes, target)
+    if config.dates != 1:
+        usable = _series(usable, len(spec.times) if config.dates == "all" else config.dates)
     if not usable.any():
         found = _found(index, target)
         raise NothingFound(
@@ -165,7 +167,7 @@ def _found(index: TrainingIndex, target: Target) -> dict[Any, int]:
     """Pixels of each stored value, or of each class of a label layer."""
     if target.layer is not None:
         return dict(target.layer.counts) or {"labelled": target.layer.labelled}
-    if target.place == "index":
+    if target.place in ("index", "image"):
         return {"values": int(index.observed.sum())}
     counts = index.class_counts[target.name].sum(axis=(0, 1, 2))
     return {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
@@ -181,13 +183,23 @@ def _usable(
         labelled = index.class_counts[target.name][..., values].sum(axis=-1)
         # class counts include masked pixels; no more than the observed ones can be learnt
         share = np.minimum(labelled / np.maximum(index.pixels, 1), share)
-    absent = window_shares(index, shape, config.patch, ~index.present)
+    # of a series an absent date is one that was not observed
+    there = index.present if config.dates == 1 else np.broadcast_to(index.present.any(axis=0), index.present.shape)
+    absent = window_shares(index, shape, config.patch, ~there)
     shares = window_shares(index, shape, config.patch, share)
     if target.place == "label":
         # of a label layer each window is known to the pixel; what was seen of it is the estimate
         shares = shares * _labelled_shares(target, classes, config.patch)
     usable: npt.NDArray[np.bool_] = (absent == 0) & (shares >= config.min_labelled) & (shares > 0)
     return usable
+
+
+def _series(usable: npt.NDArray[np.bool_], dates: int) -> npt.NDArray[np.bool_]:
+    """Series that are usable on one of their dates, at their first; last dates that make no whole one are left out."""
+    first = np.zeros_like(usable)
+    for start in range(0, len(usable) - dates + 1, dates):
+        first[start] = usable[start : start + dates].any(axis=0)
+    return first
 
 
 def _labelled_shares(target: Target, classes: Classes, patch: int) -> npt.NDArray[np.float64]:

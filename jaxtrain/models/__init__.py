@@ -2,7 +2,7 @@
 
 A builder takes `(config, *, channels, classes, rngs, data_shards)` and returns a Flax NNX module whose call is
 `model(x_BHWC, *, train)` in float32: logits_BHWK of a network per pixel, logits_BK of one per image. `temporal` takes
-`x_BTHWC`, the dates of one place.
+`x_BHWTC`, the dates of one place as `temporal.series_of` puts them together.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Callable
 from flax import nnx
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.models.autoencoder import build_autoencoder
 from jaxtrain.models.cnn import build_cnn, build_lenet
 from jaxtrain.models.mlp import build_image_mlp, build_pixel_mlp
 from jaxtrain.models.resnet import build_resnet
+from jaxtrain.models.temporal import build_temporal
 from jaxtrain.models.unet import build_unet
 from zarr_store.errors import InvalidInput, UnknownName
 
@@ -22,7 +24,10 @@ __all__ = ["MODELS", "PER_PIXEL", "PER_SAMPLE", "build_model"]
 
 Builder = Callable[..., nnx.Module]
 
-PER_PIXEL: dict[str, Builder] = {"cnn": build_cnn, "mlp": build_pixel_mlp, "unet": build_unet}
+PER_PIXEL: dict[str, Builder] = {
+    "autoencoder": build_autoencoder, "cnn": build_cnn, "mlp": build_pixel_mlp, "temporal": build_temporal,
+    "unet": build_unet,
+}  # fmt: skip
 """Networks that answer for each pixel: (B, H, W, K)."""
 PER_SAMPLE: dict[str, Builder] = {"cnn": build_lenet, "mlp": build_image_mlp, "resnet": build_resnet}
 """Networks that give one answer per image: (B, K)."""

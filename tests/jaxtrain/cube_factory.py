@@ -52,14 +52,19 @@ def make_cube(
     hole: bool = False,
     skip_shards: Sequence[tuple[int, int, int]] = (),
     noise: float = 60.0,
+    odd: tuple[slice, slice] | None = None,
 ) -> Cube:
-    """Write a cube: `masked` puts a cloud (scl 9) on date 0, `hole` leaves a corner of date 0 without data."""
+    """Write a cube: `masked` puts a cloud (scl 9) on date 0, `hole` leaves a corner of it without data, `odd`
+    is a box of a spectrum that occurs nowhere else.
+    """
     times, height, width = shape
     rng = np.random.default_rng(seed + 1)
     truth = ground(height, width, seed)
     scl = np.repeat(truth[None], times, axis=0)
     status = np.ones(shape, np.uint8)
     main = SPECTRA[scl - 4].transpose(0, 3, 1, 2) + rng.normal(0, noise, (times, 4, height, width))
+    if odd is not None:
+        main[(slice(None), slice(None), *odd)] = np.array([2500, 300, 2500, 300])[None, :, None, None]
     if masked:
         scl[0, 40:70, 90:130] = 9
         status[0, 40:70, 90:130] = 2

@@ -1,0 +1,198 @@
+"""Series of dates: classes that no single date tells apart, on every mesh, with clouds and irregular dates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.data.batches import WindowReader
+from jaxtrain.data.targets import label_classes, resolve_target
+from jaxtrain.evaluate import evaluate
+from jaxtrain.maps import open_map
+from jaxtrain.parallel.hlo import activation_all_gathers
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.predict import predict
+from jaxtrain.state import Program, build_program
+from jaxtrain.step import make_predict_step, make_train_step
+from jaxtrain.train import train
+from zarr_store import BandSpec, Cube, CubeSpec, Grid, Layout, ShardWriter, create_cube, open_cube
+from zarr_store.errors import InvalidInput
+from zarr_store.labels import LabelSpec, label_boxes, write_label
+
+from .cube_factory import COLLECTION, ground
+
+DATES = ("2023-01-03", "2023-02-20", "2023-05-01", "2023-05-11", "2023-08-30")
+SIDE = 96
+
+
+@pytest.fixture(scope="module")
+def cube(tmp_path_factory: pytest.TempPathFactory) -> Cube:
+    """Two crops that are green in winter and in summer: their mean over the year is the same. Clouds on most dates."""
+    rng = np.random.default_rng(1)
+    crop = (ground(SIDE, SIDE, 3) == 4).astype(np.uint8)
+    level = rng.uniform(0.8, 1.2, (SIDE, SIDE))
+    green = np.array([0.9, 0.8, 0.5, 0.4, 0.1])
+    course = np.where(crop[None] == 1, green[:, None, None], 1 - green[:, None, None])
+    main = np.stack([900 - 500 * course, 1500 + 1800 * course], axis=1) * level + rng.normal(0, 40, (5, 2, SIDE, SIDE))
+    status = np.ones((5, SIDE, SIDE), np.uint8)
+    for t in range(5):
+        y, x = rng.integers(0, 64, 2)
+        status[t, y : y + 30, x : x + 30] = 2
+    main[np.repeat((status == 2)[:, None], 2, axis=1)] = 6000
+    status[1, :20, :20] = 0
+    main[1, :, :20, :20] = 0
+    times = tuple(f"{date}T10:00:00" for date in DATES)
+    spec = CubeSpec(COLLECTION, "reflectance", (BandSpec("red"), BandSpec("nir")),
+                    Grid("EPSG:32633", (10.0, 0, 500_000, 0, -10.0, 5_000_000), (SIDE, SIDE)), times, ("scl",),
+                    Layout("tiny", (1, 32, 32), (1, 96, 96)))  # fmt: skip
+    url = tmp_path_factory.mktemp("series") / "cube.zarr"
+    create_cube(url, [spec], items={COLLECTION: [{"id": t, "datetime": t} for t in times]}, provenance={})
+    scl = np.where(status == 1, crop[None] + 4, 9).astype(np.uint8)
+    arrays = {"reflectance": main.clip(0, 65535).astype(np.uint16), "scl": scl, "status": status,
+              "source_item": np.zeros(status.shape, np.int16)}  # fmt: skip
+    for index, region in spec.shards().items():
+        if index[0] == 3:
+            continue  # a date that was never written
+        t, y, x = region.slices
+        cut = {name: a[t, :, y, x] if a.ndim == 4 else a[t, y, x] for name, a in arrays.items()}
+        ShardWriter(url, COLLECTION).write(region, cut, key="k", sources=())
+    opened = open_cube(url)
+    named = LabelSpec("crop", "classes", ((0, "winter"), (1, "summer")), {"file": "made here"})
+    write_label(url, named, lambda: [(box, crop[box.y0 : box.y1, box.x0 : box.x1]) for box in label_boxes(opened)])
+    return opened
+
+
+def config_of(cube: Cube | None = None, **sections: dict[str, Any]) -> TrainConfig:
+    base: dict[str, dict[str, Any]] = {
+        "data": {"cube": "none" if cube is None else cube.url, "label": "crop", "patch": 16, "dates": "all",
+                 "split": {"block_m": 160}},
+        "model": {"name": "temporal", "width": 16, "depth": 2, "taps": 3},
+        "optim": {"warmup_steps": 2, "learning_rate": 0.02},
+        "run": {"steps": 40, "batch_size": 8, "evaluate_every": 40, "checkpoint_every": 40},
+    }  # fmt: skip
+    return TrainConfig.model_validate({n: {**base.get(n, {}), **sections.get(n, {})} for n in {**base, **sections}})
+
+
+def test_a_batch_is_the_cube_with_the_dates_behind_the_pixels(cube: Cube) -> None:
+    config = config_of(cube)
+    target = resolve_target(cube, config.data)
+    reader = WindowReader.of(cube, config.data, label_classes(config.data, target), target)
+    batch = reader.read(np.array([[0, 0, 0], [0, 16, 48]], np.int32))
+    data = cube.dataset(COLLECTION)
+    for i, (y, x) in enumerate([(0, 0), (16, 48)]):
+        box = (slice(y, y + 16), slice(x, x + 16))
+        image = data["reflectance"].values[(slice(None), slice(None), *box)].transpose(2, 3, 0, 1)
+        status = data["status"].values[(slice(None), *box)].transpose(1, 2, 0)
+        np.testing.assert_array_equal(batch["image"][i], image)
+        np.testing.assert_array_equal(batch["observed"][i], status == 1)
+        assert batch["day"][i].tolist() == [3, 51, 121, 131, 242]
+        truth = ground(SIDE, SIDE, 3)[box] == 4
+        np.testing.assert_array_equal(batch["label"][i], np.where((status == 1).any(axis=-1), truth, 255))
+    assert not batch["observed"][..., 3].any(), "the date that was never written reads as not observed"
+
+
+def test_of_a_layer_with_dates_the_last_label_counts(cube: Cube) -> None:
+    config = config_of(cube, data={"label": "scl", "classes": {"4": "winter", "5": "summer"}, "dates": 2})
+    target = resolve_target(cube, config.data)
+    reader = WindowReader.of(cube, config.data, label_classes(config.data, target), target)
+    label = reader.read(np.array([[1, 0, 0]], np.int32))["label"][0]
+    data = cube.dataset(COLLECTION).isel(time=slice(1, 3), y=slice(0, 16), x=slice(0, 16))
+    scl, seen = data["scl"].values, data["status"].values == 1
+    expected = np.full((16, 16), 255)
+    for t in range(2):
+        expected = np.where(seen[t], scl[t] - 4, expected)
+    np.testing.assert_array_equal(label, expected)
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean"])
+def test_it_learns_what_one_date_does_not_show_and_maps_it(cube: Cube, tmp_path: Path, pooling: str) -> None:
+    train(config_of(cube, model={"pooling": pooling, "context": int(pooling == "mean")}), tmp_path / "run")
+    scores = evaluate(tmp_path / "run")
+    assert scores["accuracy"] > 0.95
+    if pooling == "mean":
+        return
+    assert "Worst tiles" in (tmp_path / "run/report.html").read_text()
+    result = predict(tmp_path / "run", cube.url, tmp_path / "map.zarr")
+    assert result.dates == tuple(f"{date}T10:00:00" for date in DATES)
+    found = open_map(tmp_path / "map.zarr").read()
+    truth = ground(SIDE, SIDE, 3) == 4
+    assert (found != 255).all()
+    assert (found == truth).mean() > 0.95
+    with pytest.raises(InvalidInput, match="looks at 5 dates at once"):
+        predict(tmp_path / "run", cube.url, tmp_path / "one.zarr", time="2023-05-01")
+
+
+def program_of(**sections: dict[str, Any]) -> Program:
+    config = config_of(**sections)
+    return build_program(config, channels=2, classes=2, mesh=make_mesh(config.mesh), mean=[700, 2400], std=[300, 900])
+
+
+def make_batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    observed = (rng.random((8, 16, 16, 5)) < 0.7).astype(np.uint8)
+    observed[0, 0, 0] = 0  # never seen
+    image = rng.integers(100, 4000, (8, 16, 16, 5, 2)).astype(np.uint16)
+    return {"image": image, "observed": observed, "label": rng.integers(0, 2, (8, 16, 16)).astype(np.uint8),
+            "day": np.tile(np.array([3, 51, 121, 131, 242], np.uint16), (8, 1))}  # fmt: skip
+
+
+def test_every_mesh_gives_the_same_step_and_gathers_no_activation() -> None:
+    model = {"context": 1, "width": 8, "depth": 1}
+    batch, found = make_batch(), {}
+    meshes: dict[str, dict[str, int]] = {"one": {}, "split": {"data": 2, "space": 2, "zero": 1}}
+    for name, mesh in meshes.items():
+        program = program_of(model=model, mesh=mesh)
+        step = make_train_step(program)
+        state = program.init(jax.random.key(0))
+        if name == "split":
+            compiled = step.jitted.lower(state, batch, jax.random.key(1)).compile()
+            local = [leaf.shape for leaf in jax.tree.leaves(program.shapes.params)]
+            assert activation_all_gathers(compiled, local) == ()
+        state, metrics = step(state, batch, key=jax.random.key(1))
+        assert bool(metrics["finite"])
+        found[name] = (float(metrics["loss"]), float(metrics["gradient_norm"]))
+    for name, (loss, norm) in found.items():
+        assert loss == pytest.approx(found["one"][0], rel=1e-5), name
+        assert norm == pytest.approx(found["one"][1], rel=1e-4), name
+
+
+def test_unobserved_dates_say_nothing_and_any_number_of_dates_does() -> None:
+    program, batch = program_of(model={"precision": "bfloat16"}), make_batch()
+    predict_step, state = make_predict_step(program), program.init(jax.random.key(0))
+    first = np.asarray(predict_step(state, batch["image"], observed=batch["observed"], day=batch["day"]))
+    changed = np.where(batch["observed"][..., None] == 1, batch["image"], 60_000).astype(np.uint16)
+    again = np.asarray(predict_step(state, changed, observed=batch["observed"], day=batch["day"]))
+    np.testing.assert_array_equal(first, again)
+    fewer = predict_step(
+        state, batch["image"][..., :3, :], observed=batch["observed"][..., :3], day=batch["day"][:, :3]
+    )
+    assert np.isfinite(np.asarray(fewer)).all()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"dates": 1}}, "learns from several dates"),
+        ({"model": {"name": "unet"}}, "other networks from one"),
+        ({"model": {"taps": 4}}, "must be odd"),
+        ({"data": {"mix": "mixup"}}, "use cutmix or none"),
+        ({"data": {"split": {"test_dates": ["2023-01"]}}}, "split by blocks"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config_of(**sections)
+
+
+def test_strategies_that_cannot_apply_are_refused(cube: Cube) -> None:
+    with pytest.raises(InvalidInput, match=r"mesh.pipe cuts cnn per pixel, resnet and unet, not temporal"):
+        program_of(mesh={"pipe": 2, "microbatches": 2})
+    config = config_of(cube, data={"dates": 9})
+    with pytest.raises(InvalidInput, match="has 5 dates"):
+        WindowReader.of(cube, config.data, label_classes(config.data, resolve_target(cube, config.data)))
