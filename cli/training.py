@@ -37,9 +37,10 @@ def _located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     data = settings.get("data")
     cube = data.get("cube") if isinstance(data, dict) else None
-    return (
-        merge(settings, {"data": {"cube": resolve_cube(cube, folder)}}) if isinstance(cube, str) and cube else settings
-    )
+    several = isinstance(cube, list) and all(isinstance(one, str) for one in cube)
+    if not cube or not (isinstance(cube, str) or several):
+        return settings
+    return merge(settings, {"data": {"cube": resolve_cube(cube, folder)}})
 
 
 def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bool = True) -> TrainResult:

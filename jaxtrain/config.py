@@ -57,8 +57,9 @@ class SplitConfig(_Strict):
 class DataConfig(_Strict):
     """What is read, and what is learnt from it."""
 
-    cube: str = Field(
-        description="path or URL of the cube or sample store; a relative path is relative to the configuration file"
+    cube: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="path or URL of the cube or sample store, or a list of cubes with the same collection and bands; a "
+        "relative path is relative to the configuration file"
     )
     collection: str = Field("sentinel-2-l2a", description="group of the cube")
     bands: tuple[str, ...] = Field((), description="bands of the main array, in order; empty means all")

@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxtrain.checkpoint import CheckpointStore, target_of
 from jaxtrain.config import DataConfig
-from jaxtrain.data.batches import BatchStream, WindowReader, put_batch
+from jaxtrain.data.batches import BatchStream, Reader, WindowReader, put_batch
 from jaxtrain.data.classes import NOT_LEARNT
+from jaxtrain.data.cubes import CubesReader, Splits, join_windows
 from jaxtrain.data.places import SampleSplit, nearest_m
 from jaxtrain.data.samples import SampleReader, plan_samples
 from jaxtrain.data.splits import Part, Split
@@ -35,7 +36,7 @@ from zarr_store.grid import Grid
 from zarr_store.read import Cube
 from zarr_store.samples import SampleStore, is_sample_store, open_samples
 
-__all__ = ["EVALUATION", "evaluate", "judge", "restore_model"]
+__all__ = ["EVALUATION", "evaluate", "judge", "open_judged", "restore_model"]
 
 EVALUATION = "evaluation.json"
 Progress = Callable[[int, int], None]
@@ -45,7 +46,7 @@ def judge(
     program: Program,
     step: EvalStep,
     state: TrainState,
-    reader: WindowReader | SampleReader,
+    reader: Reader,
     windows: Windows,
     names: tuple[str, ...],
     *,
@@ -170,19 +171,59 @@ def evaluate(
     return result
 
 
-def _open_data(
-    card: ModelCard, data: str | Path | None, split: Part
-) -> tuple[str, Windows, WindowReader | SampleReader, list[str]]:
+def open_judged(card: ModelCard, data: str | Path) -> tuple[str, Windows, Reader, list[str]]:
+    """All windows or samples of a cube or store that is not the run's own part, and the reader for them."""
+    return _open_data(card, data, "test")
+
+
+def _open_data(card: ModelCard, data: str | Path | None, split: Part) -> tuple[str, Windows, Reader, list[str]]:
+    if data is None and card.grounds:
+        return _open_cubes(card, split)
     source = open_source(card.cube if data is None else data)
     if isinstance(source, SampleStore) != (card.grid is None):
         learnt, came = ("sample store", "cube") if card.grid is None else ("cube", "sample store")
-        raise InvalidInput(f"{source.url} is a {came}, but the run learnt from a {learnt}; give a {learnt}")
+        raise InvalidInput(
+            f"{card.cube if data is None else data} is a {came}, but the run learnt from a {learnt}; give a {learnt}"
+        )
     if isinstance(source, SampleStore):
         return _open_samples(card, source, data is None, split)
-    return _open_cube(card, source, data is None, split)
+    assert isinstance(source, Cube)
+    if not card.grounds:
+        return _open_cube(card, source, data is None, split)
+    url, windows, reader, warnings = _open_cube(card.of(0), source, False, split)
+    overlapping = [
+        g.cube for g in card.grounds[1:] if _same_ground(g.grid, source.spec(card.config.data.collection).grid)
+    ]
+    warnings += [
+        f"{source.url} overlaps the ground of {cube}, which was learnt: its scores are too good" for cube in overlapping
+    ]
+    return url, windows, reader, warnings
 
 
-def _open_cube(card: ModelCard, cube: Cube, own: bool, split: Part) -> tuple[str, Windows, WindowReader, list[str]]:
+def _open_cubes(card: ModelCard, split: Part) -> tuple[str, Windows, Reader, list[str]]:
+    """All cubes of a run, each with its own split."""
+    opened, warnings = [], []
+    for number, ground in enumerate(card.grounds):
+        cube = open_source(ground.cube)
+        assert isinstance(cube, Cube)
+        _, windows, reader, said = _open_cube(card.of(number), cube, True, split, may_be_empty=True)
+        opened.append((windows, reader))
+        warnings += said
+        warnings += [
+            f"{ground.cube} overlaps the ground of {other.cube}: what is judged in one may be learnt in the other"
+            for other in card.grounds[:number]
+            if _same_ground(ground.grid, other.grid)
+        ]
+    joined = join_windows([windows for windows, _ in opened])
+    urls = ", ".join(ground.cube for ground in card.grounds)
+    if not len(joined):
+        raise NothingFound(f"{urls} have no window of part {split} with enough to learn from; see data.min_labelled")
+    return urls, joined, CubesReader(tuple(reader for _, reader in opened)), warnings
+
+
+def _open_cube(
+    card: ModelCard, cube: Cube, own: bool, split: Part, *, may_be_empty: bool = False
+) -> tuple[str, Windows, WindowReader, list[str]]:
     config = card.config.data
     spec = cube.spec(config.collection)
     if card.grid is None or not isinstance(card.split, Split):
@@ -208,7 +249,7 @@ def _open_cube(card: ModelCard, cube: Cube, own: bool, split: Part) -> tuple[str
         figure = "" if share is None else f": {share:.1%} of the test windows lie beside a training window"
         warnings.append(f"the split is random and leaks, so these scores are too good{figure}")
     windows = plan.parts[split if own else "test"]
-    if not len(windows):
+    if not len(windows) and not may_be_empty:
         raise NothingFound(f"{cube.url} has no window of part {split} with enough to learn from; see data.min_labelled")
     reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target)
     return cube.url, windows, reader, warnings
@@ -223,7 +264,9 @@ def _open_samples(
         if store.digest != card.cube_digest:
             raise InvalidInput(f"{store.url} is not the store that the run learnt from; pass it as other data")
         reader = SampleReader.of(store, config, card.classes)
-        plan, leak = plan_samples(config, store, card.classes, split=card.split)
+        plan, leak = plan_samples(
+            config, store, card.classes, split=None if isinstance(card.split, Splits) else card.split
+        )
         if leak["leaky"]:
             share = leak.get("share") if leak.get("share") is not None else leak.get("touching")
             near = f"nearer than {leak['near_m']:g} m" if "near_m" in leak else "inside its own patch"

@@ -17,7 +17,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from jaxtrain.data.batches import WindowReader
+from jaxtrain.data.batches import Reader
+from jaxtrain.data.cubes import Splits
 from jaxtrain.data.samples import SampleReader
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.windows import Windows
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["collect_examples", "write_report"]
 
+_MAPS = 6
 _PART_COLOURS = ("#4c78a8", "#f58518", "#54a24b")
 _NOTHING = "#ececec"
 
@@ -40,7 +42,7 @@ def collect_examples(
     program: Program,
     predict: Callable[..., jax.Array],
     state: TrainState,
-    reader: WindowReader | SampleReader,
+    reader: Reader,
     windows: Windows,
     names: Sequence[str],
 ) -> list[Tile] | list[Shown]:
@@ -84,6 +86,8 @@ def write_report(
     intervals = [line["seconds"] for line in steps if line.get("seconds")]
     waits = [line["input_wait_s"] for line in steps if line.get("input_wait_s") is not None]
     config = card.config
+    splits = card.split.each if isinstance(card.split, Splits) else (card.split,)
+    splits = tuple(split for split in splits if isinstance(split, Split))
     size = config.run.batch_size
     interval = statistics.median(intervals) if intervals else None
     counted = card.statistics["class_pixels"]
@@ -110,8 +114,9 @@ def write_report(
         values=card.task.values,
         confusion=_png(_confusion(evaluation)) if evaluation and evaluation["confusion_matrix"] else None,
         tiles=_draw_examples(examples, card),
-        split_map=_png(_split_map(card.split)) if isinstance(card.split, Split) else None,
-        block=card.split.block if isinstance(card.split, Split) else None,
+        split_maps=[_png(_split_map(split)) for split in splits[:_MAPS]],
+        cubes=[ground.cube for ground in card.grounds] or [card.cube],
+        block=splits[0].block if splits else None,
         block_counts=card.split.counts(),
         leakage=_describe_leakage(card),
     )  # fmt: skip
@@ -125,7 +130,7 @@ def _draw_examples(examples: Sequence[Tile] | Sequence[Shown], card: ModelCard) 
     if tiles:
         values = card.task.values
         truth = "" if card.task.rebuild else card.classes.names[0] if values else "label"
-        return _png(draw_tiles(tiles, classes=None if values else card.classes, bands=card.bands, times=card.times,
+        return _png(draw_tiles(tiles, classes=None if values else card.classes, bands=card.bands, times=card.dates,
                                truth=truth))  # fmt: skip
     return _png(draw_shown(shown, card.bands)) if shown else None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.data.classes import Classes
+from jaxtrain.data.cubes import Splits
 from jaxtrain.data.places import SampleSplit
 from jaxtrain.data.splits import Split
 from jaxtrain.data.targets import ITSELF, label_classes
@@ -33,8 +34,8 @@ from zarr_store.grid import Grid
 from zarr_store.labels import LabelLayer
 from zarr_store.read import Cube
 
-__all__ = ["CARD", "LOCK_KEY", "ModelCard", "config_differences", "cube_digest", "find_card", "inference_program",
-           "load_card", "program_of", "write_run"]  # fmt: skip
+__all__ = ["CARD", "LOCK_KEY", "Ground", "ModelCard", "config_differences", "cube_digest", "find_card",
+           "inference_program", "load_card", "program_of", "write_run"]  # fmt: skip
 
 CARD, LOCK_KEY = "model.json", "run.lock"
 _FORMAT = 1
@@ -48,20 +49,39 @@ _MAY_CHANGE = ("mesh", "data.cube", "data.colours", "run.log_every", "run.evalua
 
 
 @dataclass(frozen=True)
+class Ground:
+    """One of several cubes that a run learns from: path, digest, grid and dates."""
+
+    cube: str
+    digest: str
+    grid: Grid
+    times: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"cube": self.cube, "digest": self.digest, "grid": self.grid.to_dict(), "times": list(self.times)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Ground:
+        """Inverse of `to_dict`."""
+        return cls(data["cube"], data["digest"], Grid.from_dict(data["grid"]), tuple(data["times"]))
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """A run's facts, fixed when it begins.
 
     Attributes:
         config: The whole configuration.
-        cube: Path of the cube or sample store that is learnt from.
-        cube_digest: Digest of all its bytes, as the ledger has them.
+        cube: Path of the cube or sample store that is learnt from; of several cubes, of the first.
+        cube_digest: Digest of all its bytes, as the ledger has them; of several cubes, of all.
         bands: Names, in the order of the network's channels.
         classes: Names, colours and layer values, by class index.
         mean, std: Per band, in stored numbers.
         class_weights: Per class, or None.
-        grid: Grid of the cube; None of a sample store.
-        times: Dates of the cube; none of a sample store.
-        split: Part of every block, or of every sample.
+        grid: Grid of the (first) cube; None of a sample store.
+        times: Dates of the (first) cube; none of a sample store.
+        split: Part of every block, for each of several cubes, or of every sample.
         windows: Windows or samples of each part.
         statistics: Where mean and std come from, pixels, pixels of each class.
     """
@@ -76,11 +96,26 @@ class ModelCard:
     class_weights: tuple[float, ...] | None
     grid: Grid | None
     times: tuple[str, ...]
-    split: Split | SampleSplit
+    split: Split | SampleSplit | Splits
     windows: Mapping[str, int]
     statistics: Mapping[str, Any]
     task: Task = field(default_factory=Task)
     """What is answered."""
+    grounds: tuple[Ground, ...] = ()
+    """The cubes, where there are several."""
+
+    @property
+    def dates(self) -> tuple[tuple[str, ...], ...]:
+        """Dates of each cube."""
+        return tuple(ground.times for ground in self.grounds) or (self.times,)
+
+    def of(self, number: int) -> ModelCard:
+        """The card as if one of several cubes were the only one."""
+        if not self.grounds or not isinstance(self.split, Splits):
+            return self
+        ground = self.grounds[number]
+        return replace(self, cube=ground.cube, cube_digest=ground.digest, grid=ground.grid, times=ground.times,
+                       split=self.split.each[number], grounds=())  # fmt: skip
 
     @property
     def answers(self) -> Classes:
@@ -105,6 +140,7 @@ class ModelCard:
             "windows": dict(self.windows),
             "statistics": dict(self.statistics),
             "task": self.task.to_dict(),
+            "cubes": [ground.to_dict() for ground in self.grounds],
         }
 
     @classmethod
@@ -122,11 +158,18 @@ class ModelCard:
             class_weights=None if weights is None else tuple(weights),
             grid=None if data["grid"] is None else Grid.from_dict(data["grid"]),
             times=tuple(data["times"]),
-            split=SampleSplit.from_dict(split) if "kind" in split else Split.from_dict(split),
+            split=_split_of(split),
             windows=data["windows"],
             statistics=data["statistics"],
             task=Task.from_dict(data["task"]) if "task" in data else Task(),
+            grounds=tuple(Ground.from_dict(ground) for ground in data.get("cubes", ())),
         )
+
+
+def _split_of(data: dict[str, Any]) -> Split | SampleSplit | Splits:
+    if "cubes" in data:
+        return Splits.from_dict(data)
+    return SampleSplit.from_dict(data) if "kind" in data else Split.from_dict(data)
 
 
 def cube_digest(cube: Cube, collection: str, label: LabelLayer | None = None) -> str:

@@ -17,8 +17,10 @@ from zarr_store.errors import InvalidInput, TerrashardError, UnknownName
 __all__ = ["main", "read_config", "resolve_cube"]
 
 
-def resolve_cube(cube: str, config_folder: Path) -> str:
-    """The cube of a configuration file: a relative path counts from the file's folder; URLs stay as they are."""
+def resolve_cube(cube: str | Sequence[str], config_folder: Path) -> str | tuple[str, ...]:
+    """The cube or cubes of a configuration file: a relative path counts from its folder; URLs stay as they are."""
+    if not isinstance(cube, str):
+        return tuple(str(resolve_cube(one, config_folder)) for one in cube)
     return cube if "://" in cube else str((config_folder / cube).resolve())
 
 

@@ -166,6 +166,15 @@ class Program:
             run = gather_for_use(run, self.whole)
         return run(params, model_state, x_BHWC)
 
+    def embed(self, params: Any, model_state: Any, x_BHWC: jax.Array) -> jax.Array:
+        """The code of an autoencoder inside a jitted function, float32 (B, H', W', Z)."""
+        streams = _reseed(self.templates[2], jax.random.key(0))
+        states = (_like(self.templates[0], params), _like(self.templates[1], model_state), streams)
+        model = nnx.merge(self.graphdef, *states)
+        with over_space(self.mesh):
+            code: jax.Array = model.embed(set_precision(model, x_BHWC, self.config.model))
+        return code.astype(jnp.float32)
+
     def share(self, gradient: Any) -> Any:
         """The gradient as the optimiser takes it, inside a jitted function: with `mesh.zero`, each replica its part."""
         if not self.config.mesh.zero:

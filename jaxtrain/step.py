@@ -18,7 +18,7 @@ split over the mesh axis `data`: numpy arrays in a run of one process, global ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,7 +36,8 @@ from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated
 from jaxtrain.parallel.pipeline import Pipeline
 from jaxtrain.state import Program, TrainState
 
-__all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "make_eval_step", "make_predict_step", "make_train_step"]
+__all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "make_embed_step", "make_eval_step", "make_predict_step",
+           "make_train_step"]  # fmt: skip
 
 Batch = Mapping[str, Any]
 
@@ -195,6 +196,25 @@ def make_predict_step(program: Program) -> PredictStep:
     days = (lies["day"],) if "day" in lies else ()
     shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"], *days)
     return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=lies.get("label", lies["image"])))
+
+
+def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array]:
+    """`embed(state, batch) -> vectors (B, Z)`: the code of each image, its mean over rows and columns."""
+    lies = _batch_shardings(program)
+
+    def run(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:
+        return program.embed(params, model_state, normalise(program, image, observed)).mean(axis=(1, 2))
+
+    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"])
+    jitted = jax.jit(run, in_shardings=shardings, out_shardings=batch_sharding(program.mesh))
+
+    def embed(state: TrainState, batch: Batch) -> jax.Array:
+        params = judged_params(state.params, state.opt_state)
+        vectors: jax.Array = jitted(params, state.model_state, batch["image"], batch["observed"])
+        return vectors
+
+    return embed
 
 
 def prepare_batch(

@@ -109,7 +109,7 @@ def _judge(
         known, prediction = seen, answer[..., 0]
         error = float(prediction[seen].mean()) if seen.any() else 0.0
         wrong, caption = error, f"error {error:.3g}"
-    window = Window(*(int(v) for v in row[-3:]))
+    window = Window.of(row)
     enough = known.mean() >= _LEAST_LABELLED
     return (wrong if enough else -1.0), Tile(window, image, observed, label, prediction, caption)
 
@@ -125,7 +125,7 @@ def _one_date(
 
 
 def draw_tiles(
-    tiles: Sequence[Tile], *, classes: Classes | None, bands: Sequence[str], times: Sequence[str], truth: str
+    tiles: Sequence[Tile], *, classes: Classes | None, bands: Sequence[str], times: Sequence[Sequence[str]], truth: str
 ) -> Figure:
     """Image, label and answer of each tile in a row; of values with one scale for both.
 
@@ -133,7 +133,7 @@ def draw_tiles(
         tiles: From `collect_tiles`.
         classes: Names and colours; None of values.
         bands: Names of the image's bands.
-        times: Dates of the cube.
+        times: Dates of each cube.
         truth: What the label is called; empty where there is none.
     """
     columns = ["image", *([truth] if truth else []), "prediction" if truth else "reconstruction error"]
@@ -157,7 +157,10 @@ def draw_tiles(
         for axes in row:
             axes.set(xticks=[], yticks=[])
         window = tile.window
-        row[0].set_ylabel(f"{times[window.time][:10]}\ny {window.y}, x {window.x}\n{tile.caption}", fontsize=7)
+        where = f"cube {window.cube + 1}, " if len(times) > 1 else ""
+        row[0].set_ylabel(
+            f"{where}{times[window.cube][window.time][:10]}\ny {window.y}, x {window.x}\n{tile.caption}", fontsize=7
+        )
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title, fontsize=9)
     if classes is not None:

@@ -36,7 +36,7 @@ from jaxtrain.incidents import Incidents
 from jaxtrain.log import RunLog, read_metrics
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.parallel.processes import Agreement, abandon
-from jaxtrain.prepare import check_same_run, open_source, prepare
+from jaxtrain.prepare import Source, check_same_run, open_source, prepare
 from jaxtrain.report import collect_examples, write_report
 from jaxtrain.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
 from jaxtrain.state import Program
@@ -45,7 +45,6 @@ from jaxtrain.track import check_trackers, start_trackers
 from jaxtrain.watchdog import Watchdog
 from zarr_store.errors import Preempted
 from zarr_store.lock import CubeLock
-from zarr_store.read import Cube
 from zarr_store.samples import SampleStore
 
 __all__ = ["TrainEvent", "TrainResult", "train"]
@@ -165,9 +164,9 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
         check_same_run(out, earlier, config, resume)
 
     # ---- Cube → windows → statistics, all from the index where that is possible.
-    cube = open_source(config.data.cube)
+    source = open_source(config.data.cube)
     incidents = Incidents(out, run, process=jax.process_index(), on_warning=lambda line: tell("warning", 0, line))
-    card, plan, reader = prepare(config, cube, earlier, on_unreadable=incidents.unreadable)
+    card, plan, reader = prepare(config, source, earlier, on_unreadable=incidents.unreadable)
 
     # ---- The network on the mesh.
     program = program_of(card, config)
@@ -201,7 +200,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
 
         # ---- Steps: dispatch one, then read the numbers of the one before, so that the device never waits for Python.
         key = jax.random.key(np.uint32(run.seed % (1 << 32)) ^ np.uint32(0x5EED))
-        order = _order(config, cube, plan)
+        order = _order(config, source, plan)
         size = run.batch_size
         reached, last_step = first, first if best.ended else run.steps
         last: dict[str, float] = {}
@@ -337,12 +336,13 @@ def _log_of(config: TrainConfig, out: Path, first: int, trackers: dict[str, Any]
     return RunLog(out, step=first, tensorboard_every=config.run.log_every, trackers=started)
 
 
-def _order(config: TrainConfig, cube: Cube | SampleStore, plan: WindowPlan) -> SampleOrder | ChunkOrder:
+def _order(config: TrainConfig, source: Source, plan: WindowPlan) -> SampleOrder | ChunkOrder:
     """Which window is the n-th sample of the run."""
     run, rows = config.run, plan.parts["train"].rows
-    if run.shuffle == "windows" or not len(rows) or isinstance(cube, SampleStore):
+    if run.shuffle == "windows" or not len(rows) or isinstance(source, SampleStore):
         return SampleOrder(run.seed, len(rows))
-    chunk = cube.spec(config.data.collection).layout.chunk
+    first = source[0] if isinstance(source, tuple) else source
+    chunk = first.spec(config.data.collection).layout.chunk
     return ChunkOrder(run.seed, chunk_numbers(rows, config.data.patch, chunk), run.batch_size, run.mixed_chunks)
 
 

@@ -11,35 +11,41 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import NOT_LEARNT, Classes
-from jaxtrain.data.places import SampleSplit
 from jaxtrain.data.splits import PARTS, UNUSED, Part, Split, block_shape, make_split
 from jaxtrain.data.targets import Target, window_labels
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.spec import CubeSpec
 
-__all__ = ["Window", "WindowPlan", "Windows", "plan_windows", "window_leakage", "window_shares"]
+__all__ = ["Counted", "Window", "WindowPlan", "Windows", "plan_windows", "window_leakage", "window_shares"]
 
 
 @dataclass(frozen=True, order=True)
 class Window:
-    """One patch of one date: `time` is the step, (y, x) its first pixel."""
+    """One patch of one date: `time` is the step, (y, x) its first pixel; of several cubes `cube` says which."""
 
     time: int
     y: int
     x: int
+    cube: int = 0
+
+    @classmethod
+    def of(cls, row: npt.NDArray[np.int32]) -> Window:
+        """From a row of `Windows`."""
+        *cube, time, y, x = (int(v) for v in row)
+        return cls(time, y, x, cube[0] if cube else 0)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Many windows of one size: `rows` is int32 (count, 3) of (time, y, x), sorted."""
+    """Many windows of one size: int32 `rows` of (time, y, x), or of several cubes (cube, time, y, x); sorted."""
 
     patch: int
     rows: npt.NDArray[np.int32]
@@ -48,15 +54,26 @@ class Windows:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Window:
-        time, y, x = (int(v) for v in self.rows[number])
-        return Window(time, y, x)
+        return Window.of(self.rows[number])
+
+
+class Counted(Protocol):
+    """A split, of a cube, of several, or of samples."""
+
+    def counts(self) -> dict[str, int]:
+        """Blocks, cells or samples of each part."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        ...
 
 
 @dataclass(frozen=True)
 class WindowPlan:
     """The windows of every part, and the split they come from."""
 
-    split: Split | SampleSplit
+    split: Counted
     parts: Mapping[Part, Windows]
 
     @property

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import xarray as xr
 from pydantic import ValidationError
 
 from jaxtrain.config import TrainConfig
+from jaxtrain.embed import embed
 from jaxtrain.evaluate import evaluate
 from jaxtrain.maps import open_map
 from jaxtrain.objective import Task
@@ -20,6 +22,7 @@ from jaxtrain.predict import predict
 from jaxtrain.state import Program, build_program
 from jaxtrain.step import make_train_step
 from jaxtrain.train import train
+from zarr_store.errors import InvalidInput
 
 from .cube_factory import make_cube
 from .sample_factory import make_samples
@@ -53,6 +56,13 @@ def test_what_is_unusual_is_given_back_worst(tmp_path: Path) -> None:
     error = made.read("value")
     assert result.values is not None
     assert result.values["mean"] == pytest.approx(float(error.mean()), rel=1e-4)
+    # vectors of the windows: one for each, at its place
+    vectors = embed(tmp_path / "run", odd.url, tmp_path / "vectors.zarr")
+    group = xr.open_zarr(tmp_path / "vectors.zarr", consolidated=False)
+    assert group["embedding"].shape == (vectors.samples, vectors.code) == (2 * 6 * 5, 2)
+    assert (float(group["y"][0]), float(group["x"][0])) == (5_000_000 - 160, 500_000 + 160)
+    with pytest.raises(InvalidInput, match="exists"):
+        embed(tmp_path / "run", odd.url, tmp_path / "vectors.zarr")
     inside = error[66:94, 98:126].mean()
     error[60:100, 92:132] = np.nan
     assert inside > 3 * np.nanmean(error)
@@ -64,6 +74,9 @@ def test_it_learns_from_a_store_of_samples_and_judges_another(tmp_path: Path) ->
     train(config_of(tmp_path / "a.zarr", run={"steps": 4}), tmp_path / "run")
     assert evaluate(tmp_path / "run")["rmse"] > 0
     assert evaluate(tmp_path / "run", data=tmp_path / "b.zarr")["rmse"] > 0
+    assert embed(tmp_path / "run", tmp_path / "b.zarr", tmp_path / "v.zarr").samples == 96
+    names = xr.open_zarr(tmp_path / "v.zarr", consolidated=False)["name"].values
+    assert names[:2].tolist() == ["sample-0", "sample-1"]
 
 
 def program_of(**sections: dict[str, Any]) -> Program:

@@ -1,0 +1,32 @@
+"""`terrashard embed`: the vectors that an autoencoder keeps of windows or samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.session import Session, command
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, examples=("terrashard embed runs/autoencoder cube.zarr vectors.zarr",))
+    def embed(
+        session: Session,
+        run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a model `autoencoder`.")],
+        data: Annotated[str, typer.Argument(metavar="CUBE|STORE", help="What is embedded.")],
+        out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="The vectors, with the place of each.")],
+    ) -> None:
+        """Turn each window of a cube, or each sample of a store, into a vector to search, cluster and compare."""
+        from cli.progress import Reporter
+        from jaxtrain.embed import embed as run_embedding
+
+        with Reporter(session, "embed", unit="batches") as progress:
+            result = run_embedding(run, data, out, on_batch=progress.update)
+        for text in result.warnings:
+            session.warn(text)
+        session.say(f"{result.out}: {result.samples:,} vectors of {result.code} numbers")
+        session.emit(result.to_dict())

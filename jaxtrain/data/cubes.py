@@ -1,0 +1,108 @@
+"""Several cubes as one source: their windows side by side, their statistics as of all their ground.
+
+Rows get the number of their cube in front: int32 (count, 4) of (cube, time, y, x). Nothing else knows of it but the
+reader, so that order, batches and steps are the same as of one cube.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.data.batches import HostBatch, OnUnreadable, Rows, WindowReader
+from jaxtrain.data.splits import PARTS, Split
+from jaxtrain.data.statistics import Statistics
+from jaxtrain.data.windows import Windows
+from zarr_store.errors import IntegrityError
+
+__all__ = ["CubesReader", "Splits", "join_statistics", "join_windows", "numbered"]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The split of each of several cubes; each is split by itself."""
+
+    each: tuple[Split, ...]
+
+    def counts(self) -> dict[str, int]:
+        """Blocks of each part, over all cubes."""
+        counted = [split.counts() for split in self.each]
+        return {part: sum(counts[part] for counts in counted) for part in PARTS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"cubes": [split.to_dict() for split in self.each]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(tuple(Split.from_dict(split) for split in data["cubes"]))
+
+
+@dataclass(frozen=True)
+class CubesReader:
+    """Reads rows of several cubes, each by the reader of its cube."""
+
+    readers: tuple[WindowReader, ...]
+
+    def read(self, rows: Rows) -> HostBatch:
+        """As `WindowReader.read`, of int32 (B, 4) of (cube, time, y, x)."""
+        result: HostBatch = {}
+        for number in np.unique(rows[:, 0]):
+            chosen = rows[:, 0] == number
+            part = self.readers[int(number)].read(np.ascontiguousarray(rows[chosen, 1:]))
+            for name, array in part.items():
+                if name not in result:
+                    result[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
+                result[name][chosen] = array
+        return result
+
+
+def numbered(number: int, on_unreadable: OnUnreadable | None) -> OnUnreadable | None:
+    """`on_unreadable` of one of several cubes: told of rows with the cube's number."""
+    if on_unreadable is None:
+        return None
+    told = on_unreadable
+
+    def tell(row: npt.NDArray[np.int32], error: IntegrityError) -> None:
+        told(np.concatenate([np.array([number], np.int32), row]), error)
+
+    return tell
+
+
+def join_windows(each: Sequence[Windows]) -> Windows:
+    """Windows of several cubes, sorted, as rows of (cube, time, y, x)."""
+    rows = [
+        np.concatenate([np.full((len(windows), 1), number, np.int32), windows.rows], axis=1)
+        for number, windows in enumerate(each)
+    ]
+    return Windows(each[0].patch, np.concatenate(rows))
+
+
+def join_statistics(each: Sequence[Statistics]) -> Statistics:
+    """Of all pixels of several cubes; moments are joined after Chan, Golub & LeVeque (1979)."""
+    pixels = np.array([one.pixels for one in each], np.float64)
+    learnt = np.array([one.class_pixels.sum() for one in each], np.float64)
+    mean, std = _join(pixels, np.stack([one.mean for one in each]), np.stack([one.std for one in each]))
+    values = [one.value for one in each]
+    value = None
+    if all(one is not None for one in values):
+        moments = np.array(values, np.float64)
+        middle, spread = _join(learnt, moments[:, :1], moments[:, 1:])
+        value = (float(middle[0]), float(spread[0]))
+    source = "index" if all(one.source == "index" for one in each) else "windows"
+    counted = np.sum([one.class_pixels for one in each], axis=0)
+    return Statistics(mean, std, counted, int(pixels.sum()), source, value)  # type: ignore[arg-type]
+
+
+def _join(
+    count: npt.NDArray[np.float64], mean: npt.NDArray[np.float64], std: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    weight = (count / max(count.sum(), 1))[:, None]
+    joined = (weight * mean).sum(axis=0)
+    variance = (weight * (np.square(std) + np.square(mean - joined))).sum(axis=0)
+    return joined, np.where(variance > 0, np.sqrt(variance), 1.0)

@@ -1,0 +1,118 @@
+"""Embeddings: what an autoencoder keeps of each window or sample, as vectors to search, cluster and compare.
+
+OUT/embedding (sample, code)   float32: the mean of the code over the window
+OUT/time, y, x (sample,)       of a cube: date and centre of the window, in its CRS
+OUT/name (sample,)             of a sample store: where the sample came from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import ZstdCodec
+
+from jaxtrain.data.batches import BatchStream, put_batch
+from jaxtrain.evaluate import open_judged, restore_model
+from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.prepare import open_source
+from jaxtrain.rundir import load_card
+from jaxtrain.step import make_embed_step
+from zarr_store.backends import FolderStore
+from zarr_store.errors import InvalidInput
+from zarr_store.read import Cube
+from zarr_store.samples import SampleStore
+
+__all__ = ["EmbedResult", "embed"]
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """Where the vectors are, how many of how many numbers, and things to know."""
+
+    out: str
+    samples: int
+    code: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+def embed(
+    run: str | Path, data: str | Path, out: str | Path, *, on_batch: Callable[[int, int], None] | None = None
+) -> EmbedResult:
+    """Embed all windows of a cube, or all samples of a store, with the encoder of a run.
+
+    Args:
+        run: A run of model `autoencoder`.
+        data: A cube or sample store with the bands of the model.
+        out: Where the vectors go (Zarr); nothing may be there.
+        on_batch: Called with (batches done, batches in all).
+
+    Raises:
+        InvalidInput: The run is of another model, the data are of another kind, or something is at `out`.
+    """
+    run = Path(run)
+    card = load_card(run)
+    if not card.task.rebuild:
+        raise InvalidInput(
+            f"{run} is of model {card.config.model.name}, which has no code: train an autoencoder"
+        )
+    store = FolderStore.at(out)
+    if store.exists():
+        raise InvalidInput(f"{store.url} exists; give another path, or remove it first")
+    source = open_source(data)
+    url, windows, reader, warnings = open_judged(card, data)
+    program, state, step, passed_over = restore_model(run, card)
+    encode = make_embed_step(program)
+    axis = int(program.mesh.shape["data"])
+    size = -(-card.config.run.batch_size // axis) * axis
+    sharding = batch_sharding(program.mesh)
+    total = -(-len(windows) // size)
+    found: list[npt.NDArray[np.float32]] = []
+    with BatchStream(reader, windows, size=size, sharding=sharding) as batches:
+        for number, rows, batch in batches:
+            there = put_batch({name: batch[name] for name in ("image", "observed")}, sharding, size)
+            found.append(np.asarray(jax.device_get(encode(state, there)))[: len(rows)])
+            if on_batch:
+                on_batch(number + 1, total)
+    vectors = np.concatenate(found)
+    with store.beside() as fresh:
+        root = zarr.create_group(fresh.zarr(), attributes={
+            "terrashard_embedding": {"run": str(run.absolute()), "step": step, "data": url, "bands": list(card.bands)}
+        })  # fmt: skip
+        _write(root, "embedding", vectors, ("sample", "code"))
+        for name, values in _places(source, card.config.data.collection, windows.rows, windows.patch).items():
+            _write(root, name, values, ("sample",))
+    return EmbedResult(store.url, len(vectors), int(vectors.shape[1]), (*warnings, *passed_over))
+
+
+def _places(source: Any, collection: str, rows: npt.NDArray[np.int32], patch: int) -> dict[str, npt.NDArray[Any]]:
+    if isinstance(source, SampleStore):
+        return {"name": np.array(source.names(), object)[rows[:, 0]]}
+    assert isinstance(source, Cube)
+    spec = source.spec(collection)
+    a, _, left, _, e, top = spec.grid.transform
+    middle = patch / 2
+    return {
+        "time": np.array(spec.times, object)[rows[:, 0]],
+        "y": top + e * (rows[:, 1] + middle),
+        "x": left + a * (rows[:, 2] + middle),
+    }
+
+
+def _write(root: zarr.Group, name: str, values: npt.NDArray[Any], dims: tuple[str, ...]) -> None:
+    array = root.create_array(
+        name, shape=values.shape, chunks=(min(len(values), 65_536), *values.shape[1:]),
+        dtype="str" if values.dtype == object else values.dtype, compressors=[ZstdCodec(level=3, checksum=True)],
+        dimension_names=dims,
+    )  # fmt: skip
+    array[...] = values
