@@ -63,9 +63,7 @@ def embed(
     run = Path(run)
     card = load_card(run)
     if not card.task.rebuild:
-        raise InvalidInput(
-            f"{run} is of model {card.config.model.name}, which has no code: train an autoencoder"
-        )
+        raise InvalidInput(f"{run} is of model {card.config.model.name}, which has no code: train an autoencoder")
     store = FolderStore.at(out)
     if store.exists():
         raise InvalidInput(f"{store.url} exists; give another path, or remove it first")

@@ -223,16 +223,16 @@ def prepare_batch(
     """Augmented and normalised images, and each label with its share of the loss: one, or two of mixed samples."""
     data, lies = program.config.data, _batch_shardings(program, mesh)
     rebuild = program.objective.task.rebuild
-    names = ["image", "observed", *([] if rebuild else ["label"])]
+    names = ["image", *([] if rebuild else ["label"]), "observed"]
     arrays = tuple(batch[name] for name in names)
     if data.augment:
         turned = augment(arrays, key=key, zoom=data.zoom)
         # the compiler would go on with images split as they came out of a quarter turn, by columns
         arrays = constrain(turned, tuple(lies[name] for name in names))
-    image, observed = arrays[:2]
+    image, observed = arrays[0], arrays[-1]
     x_BHWC = normalise(program, image, observed)
     # an image is to be given back as it was before it is disturbed
-    label = _itself(x_BHWC, observed) if rebuild else arrays[2]
+    label = _itself(x_BHWC, observed) if rebuild else arrays[1]
     if data.jitter or data.band_dropout:
         x_BHWC = disturb(x_BHWC, key=key, jitter=data.jitter, band_dropout=data.band_dropout)
     if "day" in batch:

@@ -44,3 +44,39 @@ def test_a_file_alone_needs_labels(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.zeros((4, 4, 2)))
     assert main(["samples", str(tmp_path / "x.npy"), str(tmp_path / "s.zarr")]) == 2
     assert "a scene with --labels FILE" in capsys.readouterr().err
+
+
+def test_images_of_several_classes_go_all_the_way(tmp_path, capsys):
+    """labels.csv → store → run → scores, on the own store and on another whose classes come in another order."""
+    colours = {"field": (60, 160, 50), "lake": (30, 50, 150), "town": (170, 140, 140)}
+    rng = np.random.default_rng(0)
+    for name, order in (("a", ("field", "lake", "town")), ("b", ("town", "lake", "field"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        labels, places = ["file,labels"], ["file,latitude,longitude"]
+        for i in range(48):
+            chosen = [kind for bit, kind in enumerate(order) if (i % 7 + 1) >> bit & 1]
+            image = rng.normal(0, 8, (16, 16, 3)) + 20
+            for part, kind in zip(np.array_split(np.arange(16), len(chosen)), chosen, strict=True):
+                image[part] += colours[kind]
+            Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+            labels.append(f"{i}.png,{';'.join(chosen)}")
+            places.append(f"{i}.png,45.0,{10 + i // 2 + (30 if name == 'b' else 0)}")
+        (folder / "labels.csv").write_text("\n".join(labels))
+        (folder / "coordinates.csv").write_text("\n".join(places))
+        assert main(["samples", str(folder), str(tmp_path / f"{name}.zarr")]) == 0
+    (tmp_path / "c.toml").write_text(
+        f'[data]\ncube = "{tmp_path}/a.zarr"\n[model]\nname = "mlp"\nwidth = 16\ndepth = 1\n'
+        "[optim]\nlearning_rate = 0.05\nwarmup_steps = 2\n"
+        "[run]\nsteps = 40\nbatch_size = 16\nevaluate_every = 20\ncheckpoint_every = 20\nmonitor = 'macro_f1'\n"
+    )
+    assert main(["train", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run")]) == 0
+    for more in ([], ["--data", str(tmp_path / "b.zarr")]):
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path / "run"), "--json", *more]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert sorted(scores["classes"]) == ["field", "lake", "town"]
+        assert scores["macro_f1"] > 0.6
+        assert scores["confusion_matrix"] is None
+    assert scores["samples"] == 48
+    assert "field" in (tmp_path / "run/report.html").read_text()
