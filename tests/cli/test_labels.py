@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,49 @@ def test_land_use_polygons_of_berlin_lie_on_their_image(run: Callable[..., Any],
     assert fit.best == "as it is"
     assert fit.shares["as it is"] > 3 * max(share for name, share in fit.shares.items() if name != "as it is")
     assert int((layer.read() != NOT_LABELLED).sum()) == made.json["labelled"]
+
+
+@pytest.mark.real_data
+def test_t18_cropland_of_a_real_series_is_seen_to_be_upside_down_and_half_a_pixel_off(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """GDAL turns a netCDF file without a CRS upside down, and its coordinates are of pixel centres, not of corners."""
+    folder = SHARED / "series/monthly_s1s2"
+    if not folder.exists():
+        pytest.skip("the real series is not there")
+
+    def read(name: str, variable: str) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            with rasterio.open(f"netcdf:{folder / name}:{variable}") as file:
+                return file.read()
+
+    inputs, labels = "worldcereal_preprocessed_inputs.nc", "worldcereal_cropland_classification.nc"
+    x, y = (float(read(labels, axis).ravel()[0]) for axis in ("x", "y"))
+    grid = Grid("EPSG:32631", (10, 0, x - 5, 0, -10, y + 5), (100, 100))
+    image = np.stack([read(inputs, f"S2-L2A-{band}")[4] for band in ("B04", "B08")])
+    assert image.shape == (2, 100, 100)
+    write_cube(tmp_path / "month.zarr", np.where(image == 65535, 1, image).astype(np.uint16), grid, ("red", "nir"))
+    as_read = read(labels, "__xarray_dataarray_variable__")[0].astype(np.uint8)
+
+    def write(name: str, left: float, top: float, pixels: np.ndarray) -> Path:
+        with rasterio.open(
+            tmp_path / name, "w", driver="GTiff", height=100, width=100, count=1, dtype="uint8", crs="EPSG:32631",
+            transform=from_origin(left, top, 10, 10),
+        ) as file:  # fmt: skip
+            file.write(pixels, 1)
+        return tmp_path / name
+
+    cropland = as_read[::-1]
+    names = ("--names", "0=other,1=cropland")
+    cube = tmp_path / "month.zarr"
+    made = run("labels", cube, write("right.tif", x - 5, y + 5, cropland), *names, "--json")
+    assert made.code == 0, made.err
+    assert "warning" not in made.err
+    assert made.json["classes"]["cropland"]["pixels"] == int((cropland == 1).sum()) > 0
+    turned = run("labels", cube, write("turned.tif", x - 5, y + 5, as_read), *names, "--name", "turned")
+    assert turned.code == 0, turned.err
+    assert "fit the image better upside down" in turned.err
+    shifted = run("labels", cube, write("centres.tif", x, y, cropland), *names, "--name", "shifted")
+    assert shifted.code == 2
+    assert "0.50 pixels down and 0.50 right" in shifted.error_line()
