@@ -83,6 +83,13 @@ def test_killed_and_repeated_it_is_the_cube_that_a_folder_gets(
 
     facts = run("info", URL, "--json").json["collections"]["sentinel-2-l2a"]
     assert (facts["complete"], facts["shards_done"]) == (True, 6)
+    labels = ("labels", URL, world / "truth.tif", "--name", "truth")
+    for state in (True, False):
+        made = run(*labels, "--json")
+        assert (made.code, made.json["written"]) == (0, state), made.err
+    assert run("info", URL, "--json").json["labels"]["truth"]["labelled"] == 64 * 64
+    other = run(*labels, "--names", "1=water", "--replace")
+    assert "a layer in a bucket cannot be replaced in one step" in other.error_line()
     assert run("verify", URL).code == 0
     assert run("quicklook", URL, tmp_path / "q.png").code == 0
     out = run("export", URL, tmp_path / "red.tif", "--time", "2022-04-10", "--bands", "red")
