@@ -120,7 +120,8 @@ def test_a_list_in_a_file_is_relative_to_it(
     assert main(["train", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run"), "--set", "model.depth=1"]) == 2
     assert "data.patch 33 must be a multiple" in capsys.readouterr().err
     command = ["train", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run"), "--set", "data.patch=32", "--set",
-               "data.split.block_m=640", "--set", "model.name=mlp", "--set", "model.width=4", "--set", "model.depth=1", "--set", "run.steps=1",
+               "data.split.block_m=640", "--set", "model.name=mlp", "--set", "model.width=4",
+               "--set", "model.depth=1", "--set", "run.steps=1",
                "--set", "run.batch_size=8", "--json"]  # fmt: skip
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["windows"]["train"] > 0
