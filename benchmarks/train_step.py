@@ -2,7 +2,10 @@
 
 On the processor: float32, patches of 128², 4 bands, batches of 16, forward, backward and AdamW; PyTorch in
 channels_last. Both sides take turns. On a GPU: ResNet-18 (64², 13 bands), ResNet-50 (224²) and the U-Net (256²) in
-bf16 beside `torch.compile`; where there is none, that part says so and is skipped, as all of it is without torch.
+bf16 beside `torch.compile`, with the share of the device's peak that the operations of the compiled step make up (MFU);
+where there is none, that part says so and is skipped, as all of it is without torch.
+
+The processor is used as `terrashard train` does by default: split into as many devices as it has cores.
 """
 
 from __future__ import annotations
@@ -19,11 +22,18 @@ from harness import Row, arguments, medians, publish
 
 BATCH, BANDS, CLASSES = 16, 4, 6
 STEPS = 4
+PEAKS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+"""Dense bfloat16 operations a second by device kind, of their makers' data sheets."""
+
+
+_SPLIT: list[Any] = []
+"""The mesh that the first program of this process has chosen; cores are shared out once."""
 
 
 def program_of(model: dict[str, Any], patch: int, bands: int, batch: int) -> Any:
-    from jaxtrain.config import MeshConfig, TrainConfig
+    from jaxtrain.config import TrainConfig
     from jaxtrain.parallel.mesh import make_mesh
+    from jaxtrain.parallel.processes import spread_mesh
     from jaxtrain.state import build_program
 
     config = TrainConfig.model_validate(
@@ -33,7 +43,9 @@ def program_of(model: dict[str, Any], patch: int, bands: int, batch: int) -> Any
             "run": {"batch_size": batch},
         }
     )
-    return build_program(config, channels=bands, classes=CLASSES, mesh=make_mesh(MeshConfig()),
+    config = spread_mesh(config) if not _SPLIT else config.model_copy(update={"mesh": _SPLIT[0]})
+    _SPLIT[:] = [config.mesh]
+    return build_program(config, channels=bands, classes=CLASSES, mesh=make_mesh(config.mesh),
                          mean=np.full(bands, 2000.0), std=np.full(bands, 900.0))  # fmt: skip
 
 
@@ -43,10 +55,14 @@ def leaves(program: Any) -> list[Any]:
     return jax.tree.leaves(program.shapes.params)
 
 
-def our_step(model: dict[str, Any], patch: int, bands: int, batch: int, *, scene: bool) -> Callable[[], float]:
-    """A function that trains a few steps and returns seconds per step."""
+def our_step(
+    model: dict[str, Any], patch: int, bands: int, batch: int, *, scene: bool
+) -> tuple[Callable[[], float], Callable[[], float]]:
+    """A function that trains a few steps and returns seconds per step; and one that counts operations of a step."""
     import jax
 
+    from jaxtrain.data.batches import put_batch
+    from jaxtrain.parallel.mesh import batch_sharding
     from jaxtrain.step import make_train_step
 
     program = program_of(model, patch, bands, batch)
@@ -58,7 +74,7 @@ def our_step(model: dict[str, Any], patch: int, bands: int, batch: int, *, scene
         "label": rng.integers(0, CLASSES, shape[:1] if scene else shape).astype(np.uint8),
         "observed": np.ones(shape, np.uint8),
     }
-    data = jax.device_put(host)
+    data = put_batch(host, batch_sharding(program.mesh), batch)
     state = [program.init(jax.random.key(0))]
 
     def run() -> float:
@@ -68,7 +84,11 @@ def our_step(model: dict[str, Any], patch: int, bands: int, batch: int, *, scene
         jax.block_until_ready(metrics)
         return (time.perf_counter() - began) / STEPS
 
-    return run
+    def operations() -> float:
+        compiled = step.jitted.lower(state[0], data, jax.random.key(0)).compile()
+        return float((compiled.cost_analysis() or {}).get("flops", math.nan))
+
+    return run, operations
 
 
 def torch_unet(bands: int, classes: int, width: int, depth: int, *, norm: str = "group") -> Any:
@@ -152,11 +172,13 @@ def on_the_processor(repeats: int) -> list[Row]:
     same = sum(int(np.prod(leaf.shape)) for leaf in leaves(program_of(unet, 128, BANDS, BATCH)))
     if theirs != same:
         raise SystemExit(f"not the same network: {same} parameters here, {theirs} in PyTorch")
-    ours = our_step(unet, 128, BANDS, BATCH, scene=False)
+    ours, _ = our_step(unet, 128, BANDS, BATCH, scene=False)
     peer = torch_step(network, 128, BANDS, BATCH, scene=False, device="cpu")
     seconds = medians({"ours": ours, "torch": peer}, repeats)
     return [
-        Row("windows/s of the default U-Net, 128², float32", BATCH / seconds["ours"]),
+        Row(
+            "windows/s of the default U-Net, 128², float32", BATCH / seconds["ours"], note=f"mesh.data {_SPLIT[0].data}"
+        ),
         Row("windows/s of PyTorch, channels_last", BATCH / seconds["torch"]),
         Row("ours / PyTorch on the processor", seconds["torch"] / seconds["ours"], 0.8),
     ]
@@ -197,7 +219,9 @@ def on_a_gpu(repeats: int) -> list[Row]:
         ("U-Net 256²", {"name": "unet", "width": 32, "depth": 4}, torch_unet(4, CLASSES, 32, 4, norm="batch"),
          256, 4, 64, False),
     ):  # fmt: skip
-        ours = our_step(model | {"precision": "bfloat16", "norm": "batch"}, patch, bands, batch, scene=scene)
+        ours, operations = our_step(
+            model | {"precision": "bfloat16", "norm": "batch"}, patch, bands, batch, scene=scene
+        )
         peer = torch_step(twin_network, patch, bands, batch, scene=scene, device="cuda")
         seconds = medians({"ours": ours, "torch": peer}, repeats)
         used = (seen[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
@@ -205,6 +229,14 @@ def on_a_gpu(repeats: int) -> list[Row]:
             Row(f"{name}: images/s", batch / seconds["ours"], note=f"peak {used:.1f} GiB"),
             Row(f"{name}: ours / torch.compile", seconds["torch"] / seconds["ours"], 1.0),
         ]
+        peak = max((rate for kind, rate in PEAKS.items() if kind in seen[0].device_kind), default=None)
+        if peak is None:
+            print(f"  {name}: no MFU, the peak of {seen[0].device_kind} is not known here")
+        else:
+            share = operations() / seconds["ours"] / peak
+            rows.append(
+                Row(f"{name}: MFU in bfloat16", share, note=f"{peak / 1e12:.0f} TFLOP/s, {seen[0].device_kind}")
+            )
     return rows
 
 
