@@ -8,19 +8,23 @@ Auto: the compiler places what the rules and the batch sharding leave open (GSPM
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.config import MeshConfig
+from jaxtrain.config import MeshConfig, TrainConfig
 from zarr_store.errors import InvalidInput
 
-__all__ = ["SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "replicated", "spec"]
+__all__ = ["SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "replicated", "share_cores", "spec"]
 
 SPACE_AXES = ("space", "space_w")
 """Axes that split rows and columns."""
+
+MOST_PARTS = 8
+"""Parts that a processor is split into by itself; beyond, each would get few windows of a usual batch."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         found = used
     axes = config.axes
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=found)
+
+
+def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = None) -> TrainConfig:
+    """The configuration with `mesh.data` over the cores of a processor, where no mesh is named.
+
+    XLA computes much of a backward pass on one core per device, so a processor is split into devices, each with its
+    part of the batch. The answer is that of one device but for rounding; where it is not (`model.norm = "local"`),
+    and where XLA_FLAGS names a number of devices, all stays as it is, as on any accelerator.
+
+    Call it before anything touches a device.
+    """
+    mesh, env = config.mesh, os.environ if environment is None else environment
+    named = mesh.size > 1 or "data" in mesh.model_fields_set or "host_platform_device_count" in env.get("XLA_FLAGS", "")
+    if named or config.model.norm == "local" or jax.distributed.is_initialized():
+        return config
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = max(n for n in range(1, min(cores, MOST_PARTS) + 1) if config.run.batch_size % n == 0)
+    if parts == 1:
+        return config
+    try:
+        jax.config.update("jax_num_cpu_devices", parts)  # type: ignore[no-untyped-call]  # of jax
+    except RuntimeError:  # devices were looked for already
+        return config
+    if jax.default_backend() != "cpu":
+        return config
+    spread = {**mesh.model_dump(exclude_unset=True), "data": parts}
+    return TrainConfig.model_validate(config.model_dump(exclude_unset=True) | {"mesh": spread})
 
 
 def spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:

@@ -11,12 +11,18 @@ import textwrap
 
 import jax
 import pytest
+import tomli_w
 from jax.sharding import AxisType
 
+from jaxtrain.checkpoint import CheckpointStore
 from jaxtrain.config import MeshConfig
-from jaxtrain.parallel.mesh import batch_sharding, make_mesh, replicated
+from jaxtrain.log import read_metrics
+from jaxtrain.parallel.mesh import batch_sharding, make_mesh, replicated, share_cores
 from jaxtrain.parallel.processes import ProcessInfo, start_distributed
+from jaxtrain.train import train
 from zarr_store.errors import InvalidInput
+
+from .cube_factory import shared_cube, tiny_config
 
 
 @pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2), (1, 8), (2, 1), (1, 1)])
@@ -38,6 +44,37 @@ def test_a_mesh_that_does_not_fit_says_how_to_get_more_devices():
         assert part in message
     with pytest.raises(InvalidInput, match="needs 4 devices, JAX sees 3"):
         make_mesh(MeshConfig(data=4), devices=jax.devices()[:3])
+
+
+def test_a_processor_is_used_with_all_its_cores_and_gives_the_same_answer(tmp_path):
+    """By `python -m jaxtrain.train` with no mesh named; here beside one device."""
+    config = tiny_config(shared_cube(), run={"steps": 4, "evaluate_every": 4, "checkpoint_every": 4, "batch_size": 8})
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_unset=True)))
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    subprocess.run(
+        [sys.executable, "-m", "jaxtrain.train", str(tmp_path / "run.toml"), "--out", str(tmp_path / "split")],
+        env=environment, check=True, timeout=200,
+    )  # fmt: skip
+    train(config, tmp_path / "one")
+    cores = len(os.sched_getaffinity(0))
+    used = CheckpointStore(tmp_path / "split" / "checkpoints").contents(4)["extra"]["config"]["mesh"]["data"]
+    assert used == max(n for n in (1, 2, 4, 8) if n <= cores)
+    split, one = ([line["loss"] for line in read_metrics(tmp_path / name)] for name in ("split", "one"))
+    assert split == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("sections", [{"mesh": {"data": 1}}, {"mesh": {"space": 2}}, {"model": {"norm": "local"}}])
+def test_a_named_mesh_and_the_local_norm_keep_the_processor_whole(sections, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda *words: asked.append(words))
+    free = tiny_config("c.zarr")
+    assert share_cores(free, {}).mesh.data == 4
+    assert asked == [("jax_num_cpu_devices", 4)]
+    assert share_cores(free, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}) is free
+    kept = tiny_config("c.zarr", **sections)
+    assert share_cores(kept, {}) is kept
 
 
 def test_one_process_starts_nothing():
