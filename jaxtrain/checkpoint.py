@@ -61,9 +61,10 @@ class Restored:
 
 
 def target_of(program: Program) -> Any:
-    """What to restore for a program: the shapes, dtypes and shardings of its state."""
+    """What to restore for a program: shapes, dtypes and shardings of its state as saved (`Program.of_saved`)."""
     place: Callable[..., Any] = jax.ShapeDtypeStruct
-    return jax.tree.map(lambda s, where: place(s.shape, s.dtype, sharding=where), program.shapes, program.shardings)
+    where = program.saved_shardings
+    return jax.tree.map(lambda s, at: place(s.shape, s.dtype, sharding=at), program.shapes, where)
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:

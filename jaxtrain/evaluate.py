@@ -115,7 +115,7 @@ def restore_model(run: Path, card: ModelCard) -> tuple[Program, TrainState, int,
             newest = int(best)
     restored = store.restore(target_of(program), step=newest)
     assert restored is not None
-    return program, restored.state, restored.step, tuple(passed_over)
+    return program, program.of_saved(restored.state), restored.step, tuple(passed_over)
 
 
 def evaluate(

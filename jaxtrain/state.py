@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike, NDArray
 
@@ -27,10 +28,10 @@ from jaxtrain.models.precision import run_model, set_precision
 from jaxtrain.models.units import Carry, Unit, is_owned
 from jaxtrain.objective import Objective, Task
 from jaxtrain.optim import build_optimizer, build_schedule
-from jaxtrain.parallel.links import init_by_group, shape_of
+from jaxtrain.parallel.links import absent, everywhere, init_by_group, is_here, part_of, shape_of
 from jaxtrain.parallel.mesh import constrain, replicated
 from jaxtrain.parallel.schedule import balance_cuts
-from jaxtrain.parallel.sharding import partition_specs, path_name
+from jaxtrain.parallel.sharding import check_split, partition_specs, path_name
 from jaxtrain.parallel.spatial import over_space
 from jaxtrain.parallel.stages import Layout, estimate, lay_out, measure
 from jaxtrain.parallel.zero import gather_for_use, share_out
@@ -96,6 +97,38 @@ class Program:
             return placed
         state: TrainState = jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)(key)
         return state
+
+    @property
+    def saved_shardings(self) -> TrainState:
+        """Of what a checkpoint holds: each process must see a part of every array."""
+        if self.layout is None or all(map(is_here, self.layout.groups)):
+            return self.shardings
+        found: TrainState = jax.tree.map(lambda at: NamedSharding(self.mesh, at.spec), self.shardings)
+        return found
+
+    def to_save(self, state: TrainState) -> TrainState:
+        """The state as `saved_shardings` have it; in a pipeline across processes, each gets what it lacks.
+
+        All processes call it together.
+        """
+        if self.saved_shardings is self.shardings:
+            return state
+        leaves, structure = jax.tree.flatten(state)
+        whole: TrainState = jax.tree.unflatten(structure, everywhere(leaves, self.mesh))
+        return whole
+
+    def of_saved(self, state: TrainState) -> TrainState:
+        """The inverse of `to_save`."""
+        if self.saved_shardings is self.shardings:
+            return state
+
+        def place(leaf: jax.Array, at: Any) -> jax.Array:
+            if at.mesh == self.mesh:
+                return leaf
+            return part_of(leaf, at.mesh, at.spec) if is_here(at.mesh) else absent(leaf.shape, leaf.dtype, at)
+
+        placed: TrainState = jax.tree.map(place, state, self.shardings)
+        return placed
 
     def apply_units(
         self,
@@ -272,11 +305,6 @@ def build_program(
 def _cut(program: Program, abstract: Any) -> Layout:
     """Where the pipeline is cut, from the costs of the network's units."""
     config = program.config
-    if jax.process_count() > 1:
-        raise InvalidInput(
-            f"mesh.pipe = {config.mesh.pipe} works on the devices of one process, this run has {jax.process_count()}: "
-            "use mesh.data, mesh.space, mesh.model and mesh.zero across processes"
-        )
     if not hasattr(abstract, "units"):
         raise InvalidInput(f"mesh.pipe cuts cnn per pixel, resnet and unet, not {config.model.name}: use mesh.pipe = 1")
     units: list[Unit] = abstract.units()
@@ -295,6 +323,8 @@ def _cut(program: Program, abstract: Any) -> Layout:
         judge = measure if config.mesh.balance == "measured" else estimate
         costs.append(judge(run, mine[0], carry))
         carry = jax.eval_shape(run, mine[0], carry)
+    if config.mesh.balance == "measured" and jax.process_count() > 1:
+        costs = multihost_utils.broadcast_one_to_all(np.asarray(costs, np.float32)).tolist()  # all must cut alike
     return lay_out(program.mesh, units, [*params, *statistics], costs, chunks=config.mesh.parts)
 
 
@@ -313,6 +343,7 @@ def _shardings(
     rules = config.mesh.rules
     where = mesh if layout is None else layout.groups[0]
     params = partition_specs(shapes.params, where, rules, known=names(shapes.model_state))
+    check_split(shapes.params, params, where)
     statistics = partition_specs(shapes.model_state, where, rules, known=names(shapes.params))
     parts = share_out(shapes.params, params, where) if config.mesh.zero else params
 

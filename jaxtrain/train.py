@@ -195,7 +195,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
         if restored is None:
             state = program.init(jax.random.key(run.seed))
         else:
-            state = restored.state
+            state = program.of_saved(restored.state)
             tell("resume", first, f"continuing {out} from step {first} of {run.steps}")
 
         # ---- Steps: dispatch one, then read the numbers of the one before, so that the device never waits for Python.
@@ -288,7 +288,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
                 if saving or stopping:
                     clock.pause()
                     watchdog.beat(f"checkpoint at step {step}")
-                    store.begin(step, state, _position(config, card, step, incidents, best))
+                    store.begin(step, program.to_save(state), _position(config, card, step, incidents, best))
                     tell("checkpoint", step, f"checkpoint at step {step}")
                 if best.ended:
                     break

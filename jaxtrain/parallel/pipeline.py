@@ -5,6 +5,9 @@ are. The host walks through the schedule (`schedule.trace`) and hands work to th
 what one part hands to the next is copied from group to group. Nothing is looped on the device: XLA:CPU runs
 convolutions inside a loop forty times slower.
 
+Groups may lie in different processes. All walk through the one schedule, so copies and sums between processes come in
+the same order everywhere; each works for its own groups and passes over the rest, of which it knows the shapes.
+
 A step is: the batch is turned and normalised on the first group, its labels on the last; forward and backward passes in
 the order of the schedule, gradients summed on the devices that hold the parameters; one sum over all groups for loss,
 gradient norm and metrics; each part updates its parameters. The loss is a mean over the global batch, and its weight is
@@ -16,17 +19,18 @@ lie on their groups. Batch statistics (norm `local`) are those of each microbatc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain.optim import build_optimizer
-from jaxtrain.parallel.links import join, lies_of, part_of, send
+from jaxtrain.parallel.links import Links, is_here, join, lies_of, part_of, shape_of, zeros_on
 from jaxtrain.parallel.mesh import constrain, image_spec, replicated, spec
+from jaxtrain.parallel.processes import wait_for_all
 from jaxtrain.parallel.schedule import Work, order_of, trace
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.parallel.spatial import over_space
@@ -62,9 +66,12 @@ class Pipeline:
         self.orders = order_of(mesh.schedule, groups=mesh.pipe, chunks=layout.chunks, microbatches=self.microbatches)
         self.walk = [interval.work for interval in trace(self.orders, chunks=layout.chunks)]
         self.log: list[Work] = []
-        """What the last step did, in order."""
+        """What this process did in the last step, in order."""
         chunks = range(layout.chunks)
         self._last = layout.chunks - 1
+        self._here = [is_here(layout.mesh(k)) for k in chunks]
+        self._links, self._known = Links(layout.groups), dict[Any, list[Any]]()
+        self._rehearsed = False
         self._names = [[n for n, at in layout.owner.items() if at == chunk] for chunk in chunks]
         optim = program.config.optim
         # the norm of the whole gradient is known only here, so the chain's own clipping is switched off, not left out
@@ -89,8 +96,10 @@ class Pipeline:
             jax.jit(partial(self._run_backward, k), donate_argnums=2, out_shardings=(None, gradient[k])) for k in chunks
         ]
         self._blank = [jax.jit(self._make_blank, out_shardings=(gradient[k], summed[k])) for k in chunks]
+        # the new parameters take the gradient's place, where they lie as it does
+        spent = (1,) if mesh.zero == 1 else (1, 2)
         self._update = [
-            jax.jit(partial(self._run_update, k), donate_argnums=(1, 2), out_shardings=self._homes(k)) for k in chunks
+            jax.jit(partial(self._run_update, k), donate_argnums=spent, out_shardings=self._homes(k)) for k in chunks
         ]
         self._look = [jax.jit(partial(self._run_look, k)) for k in chunks]
         self._images, self._labels = jax.jit(self._cut_images), jax.jit(self._cut_labels)
@@ -98,6 +107,10 @@ class Pipeline:
         self._enter = jax.jit(normalise)
         self._partial = jax.jit(self._run_partial)
         self._finish = jax.jit(self._run_finish, out_shardings=replicated(program.mesh))
+        self._row = jax.jit(partial(jax.tree.map, lambda leaf: leaf[None]))
+        self._add = jax.jit(
+            partial(jax.tree.map, lambda rows: rows.sum(axis=0)), out_shardings=replicated(program.mesh)
+        )
 
     def compilations(self) -> dict[str, list[int]]:
         """How often each part was compiled, by what it does."""
@@ -108,43 +121,80 @@ class Pipeline:
 
     def train(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimiser step; see `jaxtrain.step.make_train_step`."""
-        layout, last, chunks = self.layout, self._last, range(self.layout.chunks)
+        last, here = self._last, [k for k in range(self.layout.chunks) if self._here[k]]
         augment_key, dropout_key = jax.random.split(key)
-        params = [self._of(state.params, k) for k in chunks]
-        statistics = [self._of(state.model_state, k) for k in chunks]
-        images = self._images(self._batch_on(batch, 0), self._on(augment_key, 0))
-        labels = self._labels(self._batch_on(batch, last), self._on(augment_key, last))
-        blank = [self._blank[k](params[k], statistics[k]) for k in chunks]
-        gradient, summed = [tree for tree, _ in blank], [tree for _, tree in blank]
-        arrived: dict[tuple[int, int], Any] = {(0, m): (image,) for m, image in enumerate(images)}
+        params = {k: self._of(state.params, k) for k in here}
+        statistics = {k: self._of(state.model_state, k) for k in here}
+        made = self._carries(batch["image"].shape, self.microbatches, train=True)
+        blank = {k: self._blank[k](params[k], statistics[k]) for k in here}
+        gradient, summed = ({k: trees[i] for k, trees in blank.items()} for i in range(2))
+        arrived: dict[tuple[int, int], Any] = {}
         returned: dict[tuple[int, int], Any] = {}
         pulls: dict[tuple[int, int], Any] = {}
+        labels: Any = ()
         counts: list[Any] = []
+        if self._here[0]:
+            images = self._images(self._batch_on(batch, 0), self._on(augment_key, 0))
+            arrived = {(0, m): (image,) for m, image in enumerate(images)}
+        if self._here[last]:
+            labels = self._labels(self._batch_on(batch, last), self._on(augment_key, last))
+        if not all(self._here) and not self._rehearsed:
+            image = batch["image"].shape
+            entry = (shape_of((image[0] // self.microbatches, *image[1:]), jnp.float32),)
+            self._rehearse((params, statistics, summed), gradient, [entry, *made], labels, augment_key)
         self.log = []
         for work in self.walk:
             k, m = work.chunk, work.microbatch
-            self.log.append(work)
+            entered = arrived.pop((k, m), ())
+            given = returned.pop((k, m), ())
             if work.kind == "forward":
-                folded = self._on(jax.random.fold_in(dropout_key, m), k)
-                answers = ([label[m] for label, _ in labels], [share for _, share in labels]) if k == last else ()
-                made, summed[k], pulls[k, m] = self._forward[k](
-                    params[k], statistics[k], summed[k], arrived.pop((k, m)), folded, answers
-                )
-                if k == last:
-                    counts.append(made)
-                else:
-                    arrived[k + 1, m] = send(made, layout.mesh(k + 1))
+                out = made[k]
+                if self._here[k]:
+                    folded = self._on(jax.random.fold_in(dropout_key, m), k)
+                    answers = self._answers(labels, m) if k == last else ()
+                    out, summed[k], pulls[k, m] = self._forward[k](
+                        params[k], statistics[k], summed[k], entered, folded, answers
+                    )
+                if k != last:
+                    arrived[k + 1, m] = self._pass_on(out, k, k + 1)
+                elif self._here[k]:
+                    counts.append(out)
             else:
-                back, gradient[k] = self._backward[k](pulls.pop((k, m)), returned.pop((k, m), ()), gradient[k])
+                back: Any = made[k - 1] if k else None
+                if self._here[k]:
+                    back, gradient[k] = self._backward[k](pulls.pop((k, m)), given, gradient[k])
                 if k:
-                    returned[k - 1, m] = send(back, layout.mesh(k - 1))
+                    returned[k - 1, m] = self._pass_on(back, k, k - 1)
+            if self._here[k]:
+                self.log.append(work)
         metrics, scale, finite, step = self._settle(gradient, counts, state.step)
-        changed = []
-        for k in chunks:
+        changed = {}
+        for k in here:
             moments, counters = self._opt_of(state.opt_state, k)
             there = tuple(self._on(leaf, k) for leaf in (*counters, scale, finite))
-            changed.append(self._update[k](params[k], moments, gradient[k], statistics[k], summed[k], there))
+            changed[k] = self._update[k](params[k], moments, gradient[k], statistics[k], summed[k], there)
         return self._whole(state, changed, step), metrics
+
+    def _answers(self, labels: Any, m: int) -> tuple[list[jax.Array], list[jax.Array]]:
+        return [label[m] for label, _ in labels], [share for _, share in labels]
+
+    def _rehearse(self, trees: Any, gradient: Any, carries: Any, labels: Any, key: jax.Array) -> None:
+        """Compile the passes of this process's parts on zeros, and wait for the others to have done so.
+
+        One part may take minutes longer to compile than another, and what connects processes (Gloo: 30 s) gives up.
+        """
+
+        def zeros(carry: Carry, k: int) -> Carry:
+            return tuple(zeros_on(self.layout.mesh(k), leaf) for leaf in carry)
+
+        for k in gradient:
+            answers = self._answers(labels, 0) if k == self._last else ()
+            own = [tree[k] for tree in trees]
+            _, _, pull = self._forward[k](*own, zeros(carries[k], k), self._on(key, k), answers)
+            back = () if k == self._last else zeros(carries[k + 1], k)
+            self._backward[k](pull, back, jax.tree.map(jnp.zeros_like, gradient[k]))
+        wait_for_all("the parts of the pipeline are compiled")
+        self._rehearsed = True
 
     def _run_forward(
         self, k: int, params: Tree, statistics: Tree, summed: Tree, carry: Carry, key: jax.Array, answers: Any
@@ -200,11 +250,13 @@ class Pipeline:
 
     # ---- What all groups must know of each other: once a step, a vector of three numbers and a count
 
-    def _settle(self, gradient: list[Tree], counts: list[Any], step: jax.Array) -> Any:
+    def _settle(self, gradient: Mapping[int, Tree], counts: list[Any], step: jax.Array) -> Any:
         groups, mesh = self.layout.groups, self.program.mesh
         numbers, labelled = [], []
         for g, group in enumerate(groups):
-            mine = gradient[g :: len(groups)]
+            if not self._here[g]:
+                continue
+            mine = [tree for k, tree in gradient.items() if k % len(groups) == g]
             found = self._partial(mine, counts if group is self.layout.mesh(self._last) else [])
             numbers.append(found[0])
             labelled.append(found[1])
@@ -238,11 +290,27 @@ class Pipeline:
     # ---- Evaluation and prediction: the whole batch through the parts, one after the other
 
     def evaluate(self, params: Any, statistics: Any, batch: Batch) -> dict[str, Any]:
-        """Sums over a batch; see `jaxtrain.step.make_eval_step`."""
-        carry = self._through(params, statistics, batch["image"], batch["observed"])
-        label = self._batch_on({"label": batch["label"]}, self._last)["label"]
-        found: dict[str, Any] = self._sums(carry[0], label)
-        return found
+        """Sums over a batch, known to all groups; see `jaxtrain.step.make_eval_step`."""
+        groups, at = self.layout.groups, self.layout.chunks - 1
+        carry, found = self._through(params, statistics, batch["image"], batch["observed"]), None
+        if self._here[at]:
+            found = self._sums(carry[0], self._batch_on({"label": batch["label"]}, at)["label"])
+        label = batch["label"]
+        shapes = jax.eval_shape(
+            self._sums, shape_of(carry[0].shape, carry[0].dtype), shape_of(label.shape, label.dtype)
+        )
+
+        def part(group: Mesh) -> Any:
+            if group is self.layout.mesh(at):
+                return self._row(found)
+            blank = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), shapes)
+            return jax.tree.map(lambda leaf: part_of(leaf, group, spec()), blank)
+
+        across = NamedSharding(self.program.mesh, spec("pipe"))
+        parts = [part(group) for group in groups if is_here(group)]
+        rows = jax.tree.map(lambda leaf, *some: join(some, across, (len(groups), *leaf.shape)), shapes, *parts)
+        known: dict[str, Any] = self._add(rows)
+        return known
 
     def predict(self, params: Any, statistics: Any, image: Any, observed: Any) -> jax.Array:
         """Answers for a batch of images, on the last group."""
@@ -250,11 +318,14 @@ class Pipeline:
         return answer
 
     def _through(self, params: Any, statistics: Any, image: Any, observed: Any) -> Carry:
-        there = self._batch_on({"image": image, "observed": observed}, 0)
-        carry: Carry = (self._enter(there["image"], there["observed"]),)
+        made = self._carries(image.shape, 1, train=False)
+        carry: Carry = ()
+        if self._here[0]:
+            there = self._batch_on({"image": image, "observed": observed}, 0)
+            carry = (self._enter(there["image"], there["observed"]),)
         for k in range(self.layout.chunks):
-            carry = self._look[k](self._of(params, k), self._of(statistics, k), carry)
-            carry = send(carry, self.layout.mesh(k + 1)) if k < self._last else carry
+            carry = self._look[k](self._of(params, k), self._of(statistics, k), carry) if self._here[k] else made[k]
+            carry = self._pass_on(carry, k, k + 1) if k < self._last else carry
         return carry
 
     def _run_look(self, k: int, params: Tree, statistics: Tree, carry: Carry) -> Carry:
@@ -283,6 +354,27 @@ class Pipeline:
         split = array.reshape(parts, m, array.shape[0] // (parts * m), *array.shape[1:])
         return tuple(split[:, i].reshape(array.shape[0] // m, *array.shape[1:]) for i in range(m))
 
+    # ---- Between groups
+
+    def _pass_on(self, carry: Carry, source: int, target: int) -> Carry:
+        groups = len(self.layout.groups)
+        return self._links.send(carry, source % groups, target % groups)
+
+    def _carries(self, image: tuple[int, ...], microbatches: int, *, train: bool) -> list[Carry]:
+        """Shapes of what each part hands on, for the processes in which it does not lie."""
+        if all(self._here):
+            return [()] * self.layout.chunks
+        known = (image, microbatches)
+        if known not in self._known:
+            carry: Any = (shape_of((image[0] // microbatches, *image[1:]), jnp.float32),)
+            found = []
+            for k in range(self.layout.chunks):
+                run = partial(self._units, k, train=train, key=jax.random.key(0))
+                carry = jax.eval_shape(run, self._params[k], self._statistics[k], carry)[0]
+                found.append(carry)
+            self._known[known] = found
+        return self._known[known]
+
     # ---- Between the whole network and its parts
 
     def _units(self, k: int, params: Tree, statistics: Tree, carry: Carry, *, train: bool, key: jax.Array) -> Any:
@@ -306,9 +398,6 @@ class Pipeline:
 
     def _on(self, array: Any, k: int) -> jax.Array:
         """What the group of a part holds of something that is whole everywhere."""
-        if isinstance(array, jax.Array) and len(array.sharding.device_set) == 1:
-            there: jax.Array = jax.device_put(array, replicated(self.layout.mesh(k)))
-            return there
         return part_of(array, self.layout.mesh(k), spec())
 
     def _batch_on(self, batch: Batch, k: int) -> Tree:
@@ -320,11 +409,11 @@ class Pipeline:
 
         return {name: part_of(array, mesh, lies(name)) for name, array in batch.items()}
 
-    def _whole(self, before: TrainState, changed: Sequence[Any], step: jax.Array) -> TrainState:
-        """The state of the whole network, put together from its parts."""
+    def _whole(self, before: TrainState, changed: Mapping[int, Any], step: jax.Array) -> TrainState:
+        """The state of the whole network, put together from its parts; of other processes it knows places only."""
         found: dict[str, Any] = {"step": step}
         copies: dict[str, dict[int, jax.Array]] = {}
-        for k, (params, opt, statistics) in enumerate(changed):
+        for k, (params, opt, statistics) in changed.items():
             found |= {f"params/{name}": leaf for name, leaf in params.items()}
             found |= {f"model_state/{name}": leaf for name, leaf in statistics.items()}
             for name, leaf in zip(self._opt_names[k], opt, strict=True):
@@ -336,5 +425,5 @@ class Pipeline:
             parts = list(by_group.values())
             found[f"opt_state/{name}"] = join(parts, replicated(self.program.mesh), parts[0].shape)
 
-        whole: TrainState = jax.tree_util.tree_map_with_path(lambda at, _: found[path_name(at)], before)
+        whole: TrainState = jax.tree_util.tree_map_with_path(lambda at, old: found.get(path_name(at), old), before)
         return whole

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,12 +31,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.distributed import global_state  # the coordinator's client has no public name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import TrainConfig
+from jaxtrain.parallel.mesh import share_cores
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["Agreement", "ProcessInfo", "Rendezvous", "abandon", "find_rendezvous", "spread_mesh", "start_distributed"]
+__all__ = ["Agreement", "ProcessInfo", "Rendezvous", "abandon", "find_rendezvous", "spread_mesh", "start_distributed",
+           "wait_for_all"]  # fmt: skip
 
 COORDINATOR = "TERRASHARD_COORDINATOR"
 BIND = "TERRASHARD_COORDINATOR_BIND"
@@ -296,8 +300,10 @@ def local_gpus(process: int, count: int, environment: Mapping[str, str]) -> list
 def spread_mesh(config: TrainConfig) -> TrainConfig:
     """The configuration with `mesh.data` over all devices of all processes, where it was not named.
 
-    A run of one process keeps what it has: more devices are used when they are asked for.
+    A run of one process keeps what it has (more devices are used when they are asked for), but on a processor uses all
+    cores (`share_cores`).
     """
+    config = share_cores(config)
     if jax.process_count() == 1 or "data" in config.mesh.model_fields_set:
         return config
     others = config.mesh.size // config.mesh.data
@@ -306,6 +312,23 @@ def spread_mesh(config: TrainConfig) -> TrainConfig:
     mesh = {**config.mesh.model_dump(exclude_unset=True), "data": jax.device_count() // others}
     values = config.model_dump(exclude_unset=True) | {"mesh": mesh}
     return TrainConfig.model_validate(values)
+
+
+def wait_for_all(what: str, timeout_s: int = 3600) -> None:
+    """Wait until all processes are here, through the coordinator: no collective, whose patience is shorter.
+
+    Args:
+        what: for the message of a process that does not come.
+        timeout_s: how long.
+    """
+    client = global_state.client
+    if client is not None:
+        _WAITS[what] += 1
+        client.wait_at_barrier(f"terrashard: {what}, {_WAITS[what]}", timeout_s * 1000)
+
+
+_WAITS: Counter[str] = Counter()
+"""How often there was a wait of each name; a barrier's name serves once."""
 
 
 class Agreement:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtrain.parallel.mesh import spec
 from zarr_store.errors import InvalidInput
 
-__all__ = ["DEFAULT_RULES", "Rule", "partition_specs", "path_name"]
+__all__ = ["DEFAULT_RULES", "Rule", "check_split", "partition_specs", "path_name"]
 
 Rule = tuple[str, tuple[str | None, ...]]
 
@@ -75,6 +75,35 @@ def partition_specs(tree: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, known:
         return spec()
 
     return jax.tree_util.tree_map_with_path(resolve, tree)
+
+
+def check_split(tree: Any, specs: Any, mesh: Mesh) -> None:
+    """Refuse devices along `model` that no parameter is split over: they would all do the same work.
+
+    Args:
+        tree: nested dict of arrays or `jax.ShapeDtypeStruct`.
+        specs: of the tree, from `partition_specs`.
+        mesh: gives the axes and their sizes.
+
+    Raises:
+        InvalidInput: nothing is split; the message names a parameter, its shape, the axis size and the reason.
+    """
+    size = mesh.shape.get("model", 1)
+    lies = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    if size == 1 or any("model" in one for one in lies):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name, shape = path_name(path), tuple(leaf.shape)
+        for text, axes in DEFAULT_RULES:
+            if re.search(text, name) and (reason := _misfit(shape, axes, mesh.shape)):
+                raise InvalidInput(
+                    f"mesh.model = {size} splits no parameter of this network: {name} of shape {shape}: {reason}; "
+                    "choose a multiple in model.width, or another mesh.model"
+                )
+    raise InvalidInput(
+        f"mesh.model = {size} splits no parameter of this network: none is named in mesh.rules or has a rule by "
+        f"default ({', '.join(text for text, _ in DEFAULT_RULES)}); use mesh.data, or name some in mesh.rules"
+    )
 
 
 def _compile(rule: Rule) -> re.Pattern[str]:

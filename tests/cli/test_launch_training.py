@@ -161,6 +161,35 @@ def test_two_processes_survive_being_killed_and_equal_one(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_pipeline_over_two_processes_survives_a_kill_and_equals_one_device(folder: Path) -> None:
+    """Each process holds one stage; killed after a checkpoint, which holds both, the run continues from it."""
+    from jaxtrain.script import read_config
+    from jaxtrain.train import train
+
+    text = (folder / "run.toml").read_text().replace("dropout = 0.1", "dropout = 0.0")
+    text = text.replace(f"= {STEPS}", "= 24").replace("checkpoint_every = 30", "checkpoint_every = 6")
+    (folder / "piped.toml").write_text(text)
+    train(read_config(folder / "piped.toml"), folder / "one")
+    words = [sys.executable, "-m", "cli.main", "launch", "-n", "2", "-v", "--", "train", str(folder / "piped.toml")]
+    killed = False
+    with Watched([*words, "--out", str(folder / "piped"), "--set", "mesh.pipe=2"], environment(folder)) as launcher:
+        for line in launcher:
+            if not killed and "checkpoint at step 12" in line:
+                os.kill(launcher.children()[1], signal.SIGKILL)
+                killed = True
+        code = launcher.process.wait(timeout=30)
+    said = "".join(launcher.lines)
+    assert killed, said[-3000:]
+    assert code == 0, said[-3000:]
+    assert "mesh: pipe 2 × data 1 × model 1" in said
+    assert said.count("[0] continuing") == 1, said[-3000:]
+    one, piped = steps_of(folder / "one"), steps_of(folder / "piped")
+    assert [labelled for _, labelled in one.values()] == [labelled for _, labelled in piped.values()]
+    for step in range(1, 11):
+        assert piped[step][0] == pytest.approx(one[step][0], rel=1e-4), step
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_saves_both_at_one_step(folder: Path) -> None:
     """T04: the signal reaches one process; both agree on the step, save it, and end with 75. Then SIGKILL to the
     launcher ends its processes too (T11), and the run goes on all the same."""

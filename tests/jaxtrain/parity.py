@@ -1,6 +1,7 @@
 """Ten steps of a small network on any mesh, and what it means that two such runs are the same.
 
-Also run by worker processes, which have no pytest: `python parity.py MESH MODEL OUT`, with both as JSON.
+Also run by worker processes, which have no pytest: `python parity.py CASES OUT`, with CASES as JSON: a list of
+[mesh, network], such as ["data=2 space=2", "resnet batch"]. One start of the processes serves all cases.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.data.batches import local_rows, put_batch
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
 from jaxtrain.state import Program, TrainState, build_program
-from jaxtrain.step import TrainStep, make_train_step
+from jaxtrain.step import TrainStep, make_eval_step, make_train_step
 
 CHANNELS, CLASSES, SIDE, BATCH, STEPS = 3, 4, 16, 8, 10
 UNET: dict[str, Any] = {"name": "unet", "width": 8, "depth": 1}
 CNN: dict[str, Any] = {"name": "cnn", "width": 8, "depth": 2}
+RESNET: dict[str, Any] = {"name": "resnet", "width": 8, "blocks": [1, 1]}
+"""The blocks of a ResNet-18, one that keeps the size and one that halves it."""
+MODELS = {"unet": UNET, "cnn": CNN, "resnet": RESNET}
 
 
 class Outcome(NamedTuple):
@@ -40,10 +44,37 @@ class Outcome(NamedTuple):
     statistics: dict[str, np.ndarray]
 
 
+def mesh_of(text: str) -> dict[str, Any]:
+    """The table `mesh` of "data=2 space=2,2 schedule=gpipe"."""
+
+    def value(text: str) -> Any:
+        return [int(v) for v in text.split(",")] if "," in text else int(text) if text.isdecimal() else text
+
+    return {name: value(text) for name, text in (part.split("=") for part in text.split())}
+
+
+def model_of(text: str) -> dict[str, Any]:
+    """The table `model` of "unet" or "resnet batch"."""
+    name, *norm = text.split()
+    return MODELS[name] | {"norm": norm[0] if norm else "group"}
+
+
 @cache
-def make_batch() -> dict[str, np.ndarray]:
-    """Blocks of classes with their own spectra; labels are spread unevenly over samples and over rows."""
+def make_batch(*, per_image: bool = False) -> dict[str, np.ndarray]:
+    """Blocks of classes with their own spectra; labels are spread unevenly over samples and over rows.
+
+    With one label per image, the image is of that class but for a third of its blocks, and one sample has no label.
+    """
     rng = np.random.default_rng(3)
+    if per_image:
+        whole = rng.integers(0, CLASSES, BATCH)
+        label = np.repeat(whole, SIDE * SIDE).reshape(BATCH, SIDE, SIDE)
+        other = rng.random((BATCH, SIDE // 4, SIDE // 4)).repeat(4, axis=1).repeat(4, axis=2) < 0.3
+        label = np.where(other, (label + 1) % CLASSES, label)
+        spectra = rng.integers(500, 4500, (CLASSES, CHANNELS))
+        image = (spectra[label] + rng.normal(0, 150, (*label.shape, CHANNELS))).clip(1, 65535).astype(np.uint16)
+        whole[-1] = 255
+        return {"image": image, "label": whole.astype(np.uint8), "observed": np.ones(label.shape, bool)}
     label = rng.integers(0, CLASSES, (BATCH, SIDE // 4, SIDE // 4)).repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
     spectra = rng.integers(500, 4500, (CLASSES, CHANNELS))
     image = (spectra[label] + rng.normal(0, 150, (*label.shape, CHANNELS))).clip(1, 65535).astype(np.uint16)
@@ -71,9 +102,7 @@ def make_program(mesh: dict[str, Any], model: dict[str, Any], **optim: Any) -> P
 def train(program: Program) -> Outcome:
     """Ten steps on the one batch, each with its own turns."""
     step, state = make_train_step(program), program.init(jax.random.key(0))
-    sharding = batch_sharding(program.mesh)
-    mine = local_rows(sharding, BATCH)
-    batch = put_batch({name: array[mine] for name, array in make_batch().items()}, sharding, BATCH)
+    batch = put(program)
     losses, gradient = [], {}
     for index in range(STEPS):
         state, metrics = step(state, batch, key=jax.random.fold_in(jax.random.key(1), index))
@@ -82,6 +111,19 @@ def train(program: Program) -> Outcome:
             scale = max(1.0, float(metrics["gradient_norm"]) / 0.5)
             gradient = {name: leaf * scale for name, leaf in whole(optax.tree.get(state.opt_state, "trace")).items()}
     return Outcome(program, step, state, losses, gradient, whole(state.params), whole(state.model_state))
+
+
+@cache
+def of_one_device(model: str) -> Outcome:
+    """What all others must equal; trained once for all tests of a process."""
+    return train(make_program({}, model_of(model)))
+
+
+def put(program: Program) -> dict[str, jax.Array]:
+    """The batch as arrays of the mesh, from the rows of this process."""
+    sharding = batch_sharding(program.mesh)
+    mine, batch = local_rows(sharding, BATCH), make_batch(per_image=program.objective.task.per_image)
+    return put_batch({name: array[mine] for name, array in batch.items()}, sharding, BATCH)
 
 
 def whole(tree: Any) -> dict[str, np.ndarray]:
@@ -115,14 +157,21 @@ def assert_same(got: Outcome, one: Outcome, *, complete: bool = True) -> None:
             np.testing.assert_allclose(found[seen], expected[seen], rtol=1e-4, atol=1e-5, err_msg=f"{tree}/{name}")
 
 
+def run_cases(cases: list[tuple[str, str]], out: Path) -> None:
+    """Train each case, and write what this process sees of it."""
+    names = ("gradient", "params", "statistics")
+    for number, (mesh, model) in enumerate(cases):
+        program = make_program(mesh_of(mesh), model_of(model))
+        outcome = train(program)
+        arrays = {f"{kind}:{name}": leaf for kind in names for name, leaf in getattr(outcome, kind).items()}
+        if program.layout is not None:  # its stages meet in evaluation too
+            judged = make_eval_step(program)(outcome.state, put(program))
+            arrays |= {f"sums:{name}": np.asarray(value) for name, value in judged.items()}
+        np.savez(out / f"{number}-{jax.process_index()}.npz", losses=outcome.losses, **arrays)
+
+
 if __name__ == "__main__":
     from jaxtrain.parallel.processes import start_distributed
 
     start_distributed(timeout_s=60)
-    outcome = train(make_program(json.loads(sys.argv[1]), json.loads(sys.argv[2])))
-    arrays = {
-        f"{kind}:{name}": leaf
-        for kind in ("gradient", "params", "statistics")
-        for name, leaf in getattr(outcome, kind).items()
-    }
-    np.savez(Path(sys.argv[3]) / f"{jax.process_index()}.npz", losses=outcome.losses, **arrays)
+    run_cases(json.loads(sys.argv[1]), Path(sys.argv[2]))

@@ -23,15 +23,22 @@ from jaxtrain.state import build_program
 from jaxtrain.step import make_eval_step, make_predict_step
 from zarr_store.errors import InvalidInput
 
-from .parity import BATCH, SIDE, UNET, Outcome, assert_same, make_batch, make_program, train
+from .parity import (
+    BATCH,
+    SIDE,
+    UNET,
+    Outcome,
+    assert_same,
+    make_batch,
+    make_program,
+    mesh_of,
+    model_of,
+    of_one_device,
+    train,
+)
 
 PIPE = {"pipe": 2, "data": 2, "schedule": "interleaved", "zero": 3}
 """Four unequal parts on two groups of two devices, parameters shared out."""
-
-
-@cache
-def one() -> Outcome:
-    return train(make_program({}, UNET))
 
 
 @cache
@@ -40,13 +47,25 @@ def piped() -> Outcome:
 
 
 def test_a_pipeline_trains_as_one_device_does():
-    assert_same(piped(), one())
+    assert_same(piped(), of_one_device("unet"))
 
 
 def test_filters_may_be_split_within_the_stages_of_gpipe():
     got = train(make_program({"pipe": 2, "model": 2, "schedule": "gpipe", "microbatches": 2}, UNET))
-    assert_same(got, one())
+    assert_same(got, of_one_device("unet"))
     assert all(unit.endswith(("second half", "head")) for unit in ends_of(got)), "a cut lies where filters are split"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model"),
+    [
+        ("pipe=2 data=2 zero=1", "resnet"),
+        ("pipe=3 schedule=gpipe microbatches=1", "resnet batch"),
+    ],
+)
+def test_a_resnet_is_cut_as_well(mesh, model):
+    """Also with a batch norm, which one microbatch, the whole batch, allows."""
+    assert_same(train(make_program(mesh_of(mesh), model_of(model))), of_one_device(model))
 
 
 def ends_of(run: Outcome) -> list[str]:
@@ -77,17 +96,20 @@ def test_each_group_holds_its_own_part():
 
 def test_it_judges_and_predicts_as_one_device_does():
     batch = make_batch()
-    sums = [make_eval_step(run.program)(run.state, batch) for run in (piped(), one())]
+    sums = [make_eval_step(run.program)(run.state, batch) for run in (piped(), of_one_device("unet"))]
     np.testing.assert_allclose(sums[0]["loss_sum"], sums[1]["loss_sum"], rtol=1e-4)
     assert int(sums[0]["labelled"]) == int(sums[1]["labelled"])
-    answers = [np.asarray(make_predict_step(run.program)(run.state, batch["image"])) for run in (piped(), one())]
+    answers = [
+        np.asarray(make_predict_step(run.program)(run.state, batch["image"]))
+        for run in (piped(), of_one_device("unet"))
+    ]
     np.testing.assert_allclose(*answers, atol=1e-4)
 
 
 def test_a_checkpoint_of_a_pipeline_continues_on_one_device_and_back(tmp_path):
     store = CheckpointStore(tmp_path)
     store.save(10, piped().state, {})
-    for program in one().program, piped().program:
+    for program in of_one_device("unet").program, piped().program:
         restored = store.restore(target_of(program))
         for got, saved in zip(jax.tree.leaves(restored.state), jax.tree.leaves(piped().state), strict=True):
             np.testing.assert_array_equal(np.asarray(got), np.asarray(saved))

@@ -14,23 +14,31 @@ from pydantic import ValidationError
 
 from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.parallel.hlo import activation_all_gathers, bytes_by_kind, collectives
-from jaxtrain.parallel.mesh import batch_sharding, make_mesh
+from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.zero import share_out
 from jaxtrain.step import make_predict_step
 from zarr_store.errors import InvalidInput
 
-from .parity import BATCH, CHANNELS, CNN, SIDE, UNET, Outcome, assert_same, make_batch, make_program, train
+from .parity import (
+    BATCH,
+    CHANNELS,
+    SIDE,
+    UNET,
+    Outcome,
+    assert_same,
+    make_program,
+    mesh_of,
+    model_of,
+    of_one_device,
+    put,
+    train,
+)
 
 
 @cache
-def run_of(mesh: str, model: str = "unet", norm: str = "group") -> Outcome:
-    """Ten steps, compiled once for all tests; `mesh` as in "data=2 space=2,2"."""
-    return train(make_program(_mesh(mesh), {"unet": UNET, "cnn": CNN}[model] | {"norm": norm}))
-
-
-def _mesh(text: str) -> dict[str, Any]:
-    pairs = (part.split("=") for part in text.split())
-    return {name: [int(v) for v in value.split(",")] if "," in value else int(value) for name, value in pairs}
+def run_of(mesh: str, model: str = "unet") -> Outcome:
+    """Ten steps, compiled once for all tests; `mesh` as in "data=2 space=2,2", `model` as in "resnet batch"."""
+    return train(make_program(mesh_of(mesh), model_of(model)))
 
 
 STRATEGIES = [
@@ -43,14 +51,25 @@ STRATEGIES = [
 ]
 
 
-@pytest.mark.parametrize("mesh", STRATEGIES)
-def test_every_strategy_trains_as_one_device_does(mesh):
-    assert_same(run_of(mesh), run_of(""))
+RUNS = [
+    *((mesh, "unet") for mesh in STRATEGIES),
+    ("data=8", "resnet"),
+    ("data=4 zero=1", "resnet batch"),
+    ("model=4", "resnet"),
+    ("space=4 data=2", "resnet batch"),
+    ("data=2 space=2 model=2 zero=3", "resnet"),
+]
+"""Mesh and network; of the ResNet each kind of split once, and all at once."""
 
 
-@pytest.mark.parametrize("mesh", STRATEGIES)
-def test_one_compilation_and_no_activation_is_gathered(mesh):
-    run = run_of(mesh)
+@pytest.mark.parametrize(("mesh", "model"), RUNS)
+def test_every_strategy_trains_as_one_device_does(mesh, model):
+    assert_same(run_of(mesh, model), of_one_device(model))
+
+
+@pytest.mark.parametrize(("mesh", "model"), RUNS)
+def test_one_compilation_and_no_activation_is_gathered(mesh, model):
+    run = run_of(mesh, model)
     assert run.step.jitted._cache_size() == 1
     compiled = compile_again(run)
     shapes = [leaf.shape for leaf in jax.tree.leaves(run.program.shapes.params)]
@@ -59,19 +78,17 @@ def test_one_compilation_and_no_activation_is_gathered(mesh):
 
 
 def compile_again(run: Outcome) -> Any:
-    sharding = batch_sharding(run.program.mesh, image=True)
-    batch = {name: jax.device_put(array, sharding) for name, array in make_batch().items()}
-    return run.step.jitted.lower(run.state, batch, jax.random.key(0)).compile()  # from the cache of the run
+    return run.step.jitted.lower(run.state, put(run.program), jax.random.key(0)).compile()  # from the cache of the run
 
 
 def test_the_batch_norm_counts_all_pixels_of_a_split_image():
-    assert_same(run_of("data=2 space=2", norm="batch"), run_of("", norm="batch"))
+    assert_same(run_of("data=2 space=2", "unet batch"), of_one_device("unet batch"))
 
 
 def test_the_local_norm_is_that_of_equal_parts_of_the_batch(monkeypatch):
     from jaxtrain.models import build_model
 
-    got = run_of("data=2 space=2", norm="local")
+    got = run_of("data=2 space=2", "unet local")
     monkeypatch.setattr(
         "jaxtrain.state.build_model", lambda config, **more: build_model(config, **{**more, "data_shards": 2})
     )
@@ -126,20 +143,38 @@ def test_parts_are_cut_along_the_longest_free_dimension():
 # ---- Space
 
 
-@pytest.mark.parametrize("mesh", ["space=4", "space=2,2 data=2"])
-def test_halo_bytes_are_what_theory_says(mesh):
-    """Each 3 × 3 convolution borrows one row from either side, forward and, but for the image itself, backward."""
-    run = run_of(mesh)
+# (side of the level, channels in, rows borrowed from before and after) of each 3 × 3 convolution
+UNET_CONVOLUTIONS = [
+    (SIDE, CHANNELS, 2),
+    (SIDE, 8, 2),
+    (SIDE // 2, 8, 2),
+    (SIDE // 2, 16, 2),
+    (SIDE, 8, 2),
+    (SIDE, 8, 2),
+]
+# one that halves borrows only from before
+RESNET_CONVOLUTIONS = [(SIDE, CHANNELS, 2), (SIDE, 8, 2), (SIDE, 8, 2), (SIDE, 8, 1), (SIDE // 2, 16, 2)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "convolutions"),
+    [
+        ("space=4", "unet", UNET_CONVOLUTIONS),
+        ("space=2,2 data=2", "unet", UNET_CONVOLUTIONS),
+        ("space=4 data=2", "resnet batch", RESNET_CONVOLUTIONS),
+    ],
+)
+def test_halo_bytes_are_what_theory_says(mesh, model, convolutions):
+    """Each convolution borrows rows from either side, forward and, but for the image itself, backward."""
+    run = run_of(mesh, model)
     compiled = compile_again(run)
     rows, columns = run.program.config.mesh.spaces
     samples = BATCH // run.program.config.mesh.data
     expected = 0
-    # (side of the level, channels in) of each 3 × 3 convolution of a U-Net of depth 1 and width 8
-    convolutions = [(SIDE, CHANNELS), (SIDE, 8), (SIDE // 2, 8), (SIDE // 2, 16), (SIDE, 8), (SIDE, 8)]
-    for number, (side, channels) in enumerate(convolutions):
-        borrowed = 2 * (side // columns) if rows > 1 else 0
+    for number, (side, channels, lines) in enumerate(convolutions):
+        borrowed = lines * (side // columns) if rows > 1 else 0
         if columns > 1:  # the corners travel with the columns
-            borrowed += 2 * (side // rows + 2)
+            borrowed += lines * (side // rows + lines)
         expected += 4 * samples * channels * borrowed * (2 if number else 1)
     halos = [c for c in collectives(compiled) if c.kind == "collective-permute" and "shard_map" in c.line]
     assert sum(c.bytes for c in halos) == expected
@@ -185,3 +220,21 @@ def test_meshes_that_make_no_sense_are_refused(sections, message):
 def test_a_mesh_that_is_too_large_names_all_its_axes():
     with pytest.raises(InvalidInput, match=r"data=2 × space=4 × space_w=2 × model=1 needs 16 devices, JAX sees 8"):
         make_mesh(MeshConfig(data=2, space=(4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"name": "cnn", "width": 4},
+            r"conv1/kernel of shape \(3, 3, 3, 4\): dimension 3 of size 4 .* axis 'model' of size 8",
+        ),
+        (
+            {"name": "mlp", "width": 8},
+            r"mesh.model = 8 splits no parameter of this network: none is named in mesh.rules",
+        ),
+    ],
+)
+def test_devices_that_would_split_no_filter_are_refused(model, message):
+    with pytest.raises(InvalidInput, match=message):
+        make_program({"model": 8}, model | {"depth": 1})
