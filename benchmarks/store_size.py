@@ -87,10 +87,10 @@ def codecs(main: np.ndarray, repeats: int) -> None:
     chunks = [np.ascontiguousarray(main[:, :, y : y + 256, x : x + 256]) for y in cuts for x in cuts]
     size = sum(chunk.nbytes for chunk in chunks)
     tried = {"zstd-3": Zstd(level=3)}
-    for level in (1, 3):
-        for block in (0, 1 << 18):
-            name = f"blosc zstd-{level} bitshuffle, blocks of {block >> 10 or 'its own choice of'} KiB"
-            tried[name] = blosc.Blosc("zstd", level, blosc.Blosc.BITSHUFFLE, block)
+    for codec, level in (("zstd", 1), ("zstd", 3), ("lz4", 5)):
+        for block in (0, 1 << 18, 1 << 19):
+            name = f"blosc {codec}-{level} bitshuffle, blocks of {block >> 10 or 'its own choice of'} KiB"
+            tried[name] = blosc.Blosc(codec, level, blosc.Blosc.BITSHUFFLE, block)
     for name, codec in tried.items():
         best = [np.inf, np.inf]
         for _ in range(repeats):

@@ -32,8 +32,8 @@ _LOST_S = 120
 """A worker that died has this long to come back. After Dask's 15 s its nanny is closed while it is still starting it
 anew, on a machine under load, and the cluster has one worker less for good."""
 _START_S = 120
-_PER_THREAD = 2
-"""One task running and one waiting per thread: workers never idle, and stopping early wastes at most these."""
+_PER_THREAD = 3
+"""Per thread one task decodes, one writes, one waits: workers never idle, and stopping early wastes at most these."""
 _TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 
 

@@ -18,7 +18,7 @@ import urllib3
 
 from ingest.connections import PatientRetry, PrivatePeerError, check_peers
 from ingest.hrefs import redact_logs
-from ingest.ranges import HEAD_BYTES, Head, HeadCache, RangeFile, Span
+from ingest.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, RangeFile, Span
 from ingest.rates import Crowd, wait_for_turn
 from ingest.sign import signed
 from zarr_store.errors import AccessError
@@ -268,7 +268,7 @@ def _pool(pid: int, access: Access) -> urllib3.PoolManager:
             raise_on_status=False,
             connect=1,  # a closed port or unknown host is known at once: fail fast
         ),
-        maxsize=32,
+        maxsize=MOST_AT_ONCE,
     )
     return check_peers(manager, lambda name: names is None or name in names)
 

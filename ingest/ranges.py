@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import rasterio
 
-__all__ = ["HEAD_BYTES", "Head", "HeadCache", "RangeFile", "blocks_of", "range_file_of"]
+__all__ = ["HEAD_BYTES", "MOST_AT_ONCE", "Head", "HeadCache", "RangeFile", "blocks_of", "range_file_of"]
 
 Span = tuple[int, int]
 """(start, stop) in bytes."""
@@ -35,7 +35,8 @@ _MERGE_BYTES = 512
 """Blocks this near each other are one request; in a COG 8 bytes lie between them."""
 _AROUND_BYTES = 4
 """A COG repeats a block's size before it and its last bytes behind it, and GDAL may look."""
-_MOST_AT_ONCE = 32
+MOST_AT_ONCE = 64
+"""Requests of one process; a shard of four bands needs about 40, and the next one's are on their way with them."""
 _HEADS = 1024
 _HEAD_LIFE_S = 300.0
 
@@ -251,5 +252,5 @@ def _pool(pid: int) -> ThreadPoolExecutor:
     """Threads that wait for answers; one set per process, as threads do not survive a fork."""
     with _pools_lock:
         if pid not in _pools:
-            _pools[pid] = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="terrashard-fetch")
+            _pools[pid] = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="terrashard-fetch")
         return _pools[pid]

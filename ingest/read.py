@@ -147,16 +147,17 @@ def harmonise_dn(
             return dn
         out[...] = dn
         return out
-    nodata, saturated = dn == 0, dn == 65535
+    # the extremes say in one pass each whether there are any, which most strips have not
+    edges = ((0, dn.min(initial=1)), (65535, dn.max(initial=0)))
+    fixed = [(dn == value, value) for value, extreme in edges if value == extreme]
     if dn_offset < 0:  # the common case, without leaving 16 bits
         moved = np.maximum(dn, np.uint16(min(1 - dn_offset, 65535)), out=out)
         moved -= np.uint16(min(-dn_offset, 65534))
     else:
         moved = np.minimum(dn, np.uint16(max(65535 - dn_offset, 0)), out=out)
         moved += np.uint16(min(dn_offset, 65535))
-    for where, value in ((nodata, 0), (saturated, 65535)):
-        if where.any():
-            np.copyto(moved, np.uint16(value), where=where)
+    for where, value in fixed:
+        np.copyto(moved, np.uint16(value), where=where)
     return moved
 
 

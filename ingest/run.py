@@ -222,12 +222,19 @@ def ingest_shard(
     Returns:
         The shard's row, and how many source pixels were asked for.
     """
-    with seat(remote=any(is_url(asset.href) for source in task.sources for asset in source.assets)), _making():
-        return _make_shard(task, recipe, url, access, fence, again)
+    remote = any(is_url(asset.href) for source in task.sources for asset in source.assets)
+    with seat(remote=remote) as give_way, _making():
+        return _make_shard(task, recipe, url, access, fence, again, give_way)
 
 
 def _make_shard(
-    task: ShardTask, recipe: Recipe, url: str, access: Access, fence: str | None, again: bool
+    task: ShardTask,
+    recipe: Recipe,
+    url: str,
+    access: Access,
+    fence: str | None,
+    again: bool,
+    give_way: Callable[[], None],
 ) -> tuple[LedgerRow, int]:
     before = open_cube(url).ledger(task.collection).get(task.index)
     if before is not None and before.state == "done" and before.key == task.key and not again:
@@ -236,11 +243,11 @@ def _make_shard(
     if before is not None and before.state == "done" and any(s.state == "missing" for s in filled.outcomes):
         return LedgerRow(task.index, task.region, task.key, "failed", filled.outcomes), filled.pixels_read
     crashpoint(f"filled {task.index}")
+    give_way()
     writer = ShardWriter(url, task.collection, fence=fence)
     try:
         with stage("write", sum(array.nbytes for array in filled.arrays.values())):
-            afresh = again or before is None
-            row = writer.write(task.region, filled.arrays, key=task.key, sources=filled.outcomes, afresh=afresh)
+            row = writer.write(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, NoSpace):
             raise NoSpace(f"no space left for {url}; free some and repeat the command") from error

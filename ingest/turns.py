@@ -1,15 +1,17 @@
-"""Shards of one worker take turns, so that one waits for the network while another computes.
+"""Shards of one worker take turns, so that one is written or waits for the network while another is decoded.
 
-A worker thread that reads a shard over a network mostly waits. So such a task gives its thread back as soon as it runs
-(Dask calls that to secede) and the next begins; seats bound how many shards a worker has in memory, one more than it
-has threads, and what burns processor time is done in turn, by as many as there are threads. Shards from local files
-gain nothing by it, and outside a worker there is nobody to take turns with.
+A worker thread that makes a shard does not always need a core: it waits for the network as it reads, and for the disk
+as it writes. There the task gives its thread back (Dask calls that to secede) and the next begins: over a network as
+soon as it runs, from local files once the pixels are there and only the writing is left. Seats bound how many shards a
+worker has in memory: beside those that its threads decode one that is written, and over a network one more that is on
+its way and so far only packed bytes. What burns processor time is done in turn, by as many as there are threads.
+Outside a worker there is nobody to take turns with.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from distributed import get_worker, secede
@@ -21,7 +23,8 @@ class _Turns:
     """Of one process."""
 
     def __init__(self, threads: int) -> None:
-        self.seats = threading.Semaphore(threads + 1)
+        self.seats = threading.Semaphore(threads + 2)
+        self.near = threading.Semaphore(threads + 1)
         self.compute = threading.Semaphore(threads)
 
 
@@ -30,20 +33,26 @@ _making = threading.Lock()
 
 
 @contextmanager
-def seat(*, remote: bool) -> Iterator[None]:
-    """Be one of the shards that this worker has in hand; where sources are remote, the next may begin meanwhile."""
-    if not remote:
-        yield
-        return
+def seat(*, remote: bool) -> Iterator[Callable[[], None]]:
+    """Be one of the shards that this worker has in hand; what it gives, once called, lets the next begin.
+
+    Args:
+        remote: The task mostly waits for a network, so the next may begin at once.
+    """
     try:
         worker = get_worker()
     except ValueError:  # not on a worker
-        yield
+        yield _nobody_waits
         return
     turns = _of(worker.state.nthreads)
-    secede()  # type: ignore[no-untyped-call]  # of distributed
-    with turns.seats:
-        yield
+    if remote:
+        secede()  # type: ignore[no-untyped-call]  # of distributed
+    with nullcontext() if remote else turns.near, turns.seats:
+        yield _nobody_waits if remote else secede
+
+
+def _nobody_waits() -> None:
+    """There is no thread to give back."""
 
 
 @contextmanager

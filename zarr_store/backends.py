@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -110,8 +111,11 @@ class Store(ABC):
     def write(self, key: str, data: bytes) -> None:
         """Replace the bytes at `key` atomically and durably."""
 
-    def make_room(self, key: str) -> None:  # noqa: B027  # most stores have no folders
-        """Make the folders that `key` lies in, durably: what is synced in a folder that is not there is lost."""
+    def write_parts(self, key: str, parts: Iterable[bytes]) -> str:
+        """`write` of all parts, one after the other, each as it comes where the store can; their SHA-256."""
+        data = b"".join(parts)
+        self.write(key, data)
+        return hashlib.sha256(data).hexdigest()
 
     @abstractmethod
     def create_exclusive(self, key: str, data: bytes) -> bool:
@@ -246,14 +250,19 @@ class FolderStore(Store):
             return None
 
     def write(self, key: str, data: bytes) -> None:
+        self.write_parts(key, [data])
+
+    def write_parts(self, key: str, parts: Iterable[bytes]) -> str:
         path = self.root / key
+        digest = hashlib.sha256()
         with translate_os_errors(str(path)):
             _make_folder(path.parent)
             descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
             try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(data)
-                    file.flush()
+                with os.fdopen(descriptor, "wb", buffering=0) as file:
+                    for part in parts:
+                        digest.update(part)
+                        _write_all(file, part)
                     os.fsync(file.fileno())
                 # mkstemp makes private files; a cube is shared like any other file
                 os.chmod(beside, 0o666 & ~_umask())
@@ -265,11 +274,7 @@ class FolderStore(Store):
                     os.unlink(beside)
                 raise
             _sync_folder(path.parent)
-
-    def make_room(self, key: str) -> None:
-        path = self.root / key
-        with translate_os_errors(str(path)):
-            _make_folder(path.parent)
+        return digest.hexdigest()
 
     def create_exclusive(self, key: str, data: bytes) -> bool:
         # the file appears complete or not at all: it is linked into place, and a link never replaces
@@ -342,6 +347,12 @@ class FolderStore(Store):
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _write_all(file: io.RawIOBase, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) or 0 :]
 
 
 def _umask() -> int:

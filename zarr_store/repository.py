@@ -21,7 +21,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,8 @@ class IcechunkStore(Store):
     def write(self, key: str, data: bytes) -> None:
         (self._files if _is_own(key) else self._staged).write(key, data)
 
-    def make_room(self, key: str) -> None:
-        (self._files if _is_own(key) else self._staged).make_room(key)
+    def write_parts(self, key: str, parts: Iterable[bytes]) -> str:
+        return (self._files if _is_own(key) else self._staged).write_parts(key, parts)
 
     def create_exclusive(self, key: str, data: bytes) -> bool:
         if not _is_own(key) and self.read(key) is not None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
@@ -25,6 +24,7 @@ from zarr_store.georeference import georeference
 from zarr_store.index import ChunkStats
 from zarr_store.ledger import LedgerRow, ShardIndex, SourceOutcome
 from zarr_store.lock import read_token
+from zarr_store.pack import BLOSC_BLOCK_BYTES, OVERVIEW_LEVEL, pack_chunk, pack_shard
 from zarr_store.read import Cube, is_cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
@@ -45,9 +45,6 @@ FORMAT_VERSION = 1
 
 _TIME_CHUNK = 1024
 """Dates in one object of the time coordinate: appending a date rewrites one small object, or adds one."""
-
-BLOSC_BLOCK_BYTES = 1 << 18
-"""Blosc's own choice is 32 to 64 KiB; on real 10 m texture 256 KiB is 3 % smaller and decodes half again as fast."""
 
 Items = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -214,16 +211,11 @@ def list_differences(there: Any, asked: Any, path: str = "") -> list[str]:
 
 
 def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec, coordinates: str) -> None:
-    banded = "band" in array.dims
-
-    def box(tyx: tuple[int, int, int]) -> tuple[int, ...]:
-        return (tyx[0], len(spec.bands), tyx[1], tyx[2]) if banded else tyx
-
     group.create_array(
         array.name,
         shape=spec.array_shape(array.name),
-        chunks=box(spec.layout.chunk),
-        shards=box(spec.layout.shard),
+        chunks=_box_of(spec, array, spec.layout.chunk),
+        shards=_box_of(spec, array, spec.layout.shard),
         dtype=array.dtype,
         fill_value=array.fill,
         # bitshuffle finds the unused high bits of 12-bit samples; crc32c catches what Zarr alone would read as data
@@ -239,6 +231,11 @@ def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec, coordinat
         dimension_names=array.dims,
         attributes={**array.attributes, "grid_mapping": "spatial_ref", "coordinates": coordinates},
     )
+
+
+def _box_of(spec: CubeSpec, array: ArraySpec, tyx: tuple[int, int, int]) -> tuple[int, ...]:
+    """A shape (time, y, x) with all bands, where the array has some."""
+    return (tyx[0], len(spec.bands), tyx[1], tyx[2]) if "band" in array.dims else tyx
 
 
 def _write_along_time(
@@ -272,7 +269,7 @@ def _create_overview(overviews: zarr.Group, spec: CubeSpec, time_chunk: int) -> 
         chunks=(t, len(spec.bands), y // OVERVIEW_FACTOR, x // OVERVIEW_FACTOR),
         dtype=main.dtype,
         fill_value=main.fill,
-        compressors=[ZstdCodec(level=3, checksum=True)],
+        compressors=[ZstdCodec(level=OVERVIEW_LEVEL, checksum=True)],
         dimension_names=main.dims,
         attributes={**main.attributes, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
     )
@@ -355,10 +352,9 @@ class ShardWriter:
         self.collection = collection
         self.fence = fence
         self._cube: Cube | None = None
-        self._arrays: dict[str, ts.TensorStore] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "collection": self.collection, "fence": self.fence, "_cube": None, "_arrays": {}}
+        return {"url": self.url, "collection": self.collection, "fence": self.fence, "_cube": None}
 
     def write(
         self,
@@ -367,7 +363,6 @@ class ShardWriter:
         *,
         key: str,
         sources: Sequence[SourceOutcome],
-        afresh: bool = False,
     ) -> LedgerRow:
         """Write one shard of every array, durably, and then its ledger row.
 
@@ -377,8 +372,6 @@ class ShardWriter:
                 (time, y, x).
             key: Digest of all that determined the content.
             sources: What became of each scene.
-            afresh: Remove what lies there before: it may be damaged, and a shard that is cut at the grid's edge is
-                otherwise read before it is written.
 
         Returns:
             The row; its state is "partial" if a source is missing.
@@ -396,34 +389,24 @@ class ShardWriter:
         self._check_fence()
         ledger.drop(index)  # until the new row is there the shard counts as not written
         crashpoint(f"row dropped {index}")
-        if afresh:
-            for array in spec.arrays():
-                store.delete(shard_key(spec, array.name, index))
-            store.delete(f"overview/{shard_key(spec, spec.kind, index)}")
-        for array in spec.arrays():
-            store.make_room(shard_key(spec, array.name, index))
-        store.make_room(f"overview/{shard_key(spec, spec.kind, index)}")
-        where = f"{self.url} {self.collection} shard {index}"
-        with translate_os_errors(where):
-            pending = [
-                self._array(a.name)[self._box(a, region)].write(np.ascontiguousarray(arrays[a.name]))
-                for a in spec.arrays()
-            ]
-            pending.append(self._write_overview(spec, region, arrays[spec.kind]))
-            stats = self._count(spec, region, arrays)  # while others encode and wait for the disk
-            for future in pending:
-                future.result()
-        crashpoint(f"pixels written {index}")
+        stats: list[ChunkStats] = []
         checksums = {}
-        for array in spec.arrays():
-            digest = store.digest(shard_key(spec, array.name, index))
-            if digest is None:
-                raise MisalignedWrite(
-                    f"{where}: {array.name} is not on disk after it was written; is the folder being changed?"
+        with translate_os_errors(f"{self.url} {self.collection} shard {index}"):
+            for array in spec.arrays():
+                parts = pack_shard(
+                    arrays[array.name],
+                    _box_of(spec, array, spec.layout.chunk),
+                    _box_of(spec, array, spec.layout.shard),
+                    spec.layout,
+                    array.fill,
+                    look=self._counter(spec, region, arrays, stats) if array.name == spec.kind else None,
                 )
-            checksums[array.name] = digest
+                checksums[array.name] = store.write_parts(shard_key(spec, array.name, index), parts)
+            overview = self._overview(spec, arrays[spec.kind])
+            store.write_parts(f"overview/{shard_key(spec, spec.kind, index)}", [overview])
+        crashpoint(f"pixels written {index}")
         state: Any = "partial" if any(s.state == "missing" for s in sources) else "done"
-        row = LedgerRow(index, region, key, state, tuple(sources), checksums, stats)
+        row = LedgerRow(index, region, key, state, tuple(sources), checksums, tuple(stats))
         self._check_fence()  # another run may have begun to write here meanwhile: then the row is not ours to write
         ledger.put(row)
         return row
@@ -435,14 +418,18 @@ class ShardWriter:
         cube.ledger(self.collection).put(row)
         return row
 
-    def _count(self, spec: CubeSpec, region: Region, arrays: Mapping[str, np.ndarray]) -> tuple[ChunkStats, ...]:
-        """What the training index says of each chunk."""
-        stats = []
-        for box in spec.chunks(region).values():
-            t, y, x = box.within(region)
+    def _counter(
+        self, spec: CubeSpec, region: Region, arrays: Mapping[str, np.ndarray], stats: list[ChunkStats]
+    ) -> Callable[[np.ndarray], None]:
+        """What counts each chunk of the main array for the training index, while it is being packed."""
+        boxes = iter(spec.chunks(region).values())
+
+        def count(main: np.ndarray) -> None:
+            t, y, x = next(boxes).within(region)
             layers = {name: arrays[name][t, y, x] for name in spec.class_layers}
-            stats.append(ChunkStats.of(arrays[spec.kind][t, :, y, x], arrays["status"][t, y, x], layers))
-        return tuple(stats)
+            stats.append(ChunkStats.of(main, arrays["status"][t, y, x], layers))
+
+        return count
 
     def _check_fence(self) -> None:
         if self.fence is not None and read_token(Store.at(self.url)) != self.fence:
@@ -483,34 +470,14 @@ class ShardWriter:
                 )
         return index
 
-    def _box(self, array: ArraySpec, region: Region) -> tuple[slice, ...]:
-        t, y, x = region.slices
-        return (t, slice(None), y, x) if "band" in array.dims else (t, y, x)
-
-    def _array(self, name: str, group: str = "") -> ts.TensorStore:
-        path = f"{group or self.collection}/{name}"
-        if path not in self._arrays:
-            self._arrays[path] = ts.open(
-                {
-                    "driver": "zarr3",
-                    "kvstore": Store.at(self.url).tensorstore(path),
-                    # a chunk of fill values is stored too: absent always means never written
-                    "store_data_equal_to_fill_value": True,
-                },
-                open=True,
-                write=True,
-                read=True,
-            ).result()
-        return self._arrays[path]
-
-    def _write_overview(self, spec: CubeSpec, region: Region, main: np.ndarray) -> Any:
+    def _overview(self, spec: CubeSpec, main: np.ndarray) -> bytes:
+        """The overview of a shard: every 8th pixel each way, one chunk."""
         step = OVERVIEW_FACTOR
         rows, cols = (np.minimum(np.arange(0, size, step) + step // 2, size - 1) for size in main.shape[2:])
-        y0, x0 = region.y0 // step, region.x0 // step
-        target = self._array(spec.kind, f"overview/{self.collection}")
-        return target[region.t0 : region.t1, :, y0 : y0 + len(rows), x0 : x0 + len(cols)].write(
-            np.ascontiguousarray(main[:, :, rows[:, np.newaxis], cols])
-        )
+        t, y, x = spec.layout.shard
+        array = spec.array(spec.kind)
+        chunk = _box_of(spec, array, (t, y // step, x // step))
+        return pack_chunk(main[:, :, rows[:, np.newaxis], cols], chunk, array.fill)
 
 
 def shard_key(spec: CubeSpec, array: str, index: ShardIndex) -> str:

@@ -217,7 +217,7 @@ def test_workers_follow_the_work_and_listen_on_loopback_only() -> None:
     before = listening()
     with open_cluster(config) as client:
         assert len(client.scheduler_info()["workers"]) == 1
-        assert in_flight(client, config) == 5, "enough for the workers that may come"
+        assert in_flight(client, config) == 7, "enough for the workers that may come"
         # Dask's own 15 s closed nannies that were still starting a worker anew on a machine under load
         assert dask.config.get("distributed.deploy.lost-worker-timeout") == "120s"
         opened = listening() - before

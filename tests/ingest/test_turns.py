@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from distributed import Client, LocalCluster
@@ -13,45 +15,55 @@ from ingest.turns import computing, seat
 
 pytestmark = pytest.mark.slow
 
-_seated: list[int] = []
-_computing: list[int] = []
+_inside: dict[str, list[int]] = {"seated": [], "reading": [], "computing": []}
 _lock = threading.Lock()
 
 
-def work(number: int, remote: bool) -> tuple[int, int]:
-    """Wait as for a network, then compute; returns the most that did either at once."""
-    with seat(remote=remote):
-        with _lock:
-            _seated.append(number)
-            seated = len(_seated)
+@contextmanager
+def counted(where: str, number: int, most: dict[str, int]) -> Iterator[None]:
+    """Be at a place, and note how many are there at once."""
+    with _lock:
+        _inside[where].append(number)
+    yield
+    with _lock:
+        most[where] = max(most.get(where, 0), len(_inside[where]))
+        _inside[where].remove(number)
+
+
+def work(number: int, remote: bool) -> dict[str, int]:
+    """Read, compute and write; returns the most that did each at once."""
+    most: dict[str, int] = {}
+    with seat(remote=remote) as give_way, counted("seated", number, most):
+        with counted("reading", number, most):
+            time.sleep(0.3)
+            with computing(), counted("computing", number, most):
+                time.sleep(0.1)
+        give_way()
         time.sleep(0.3)
-        with _lock:
-            seated = max(seated, len(_seated))
-        with computing():
-            with _lock:
-                _computing.append(number)
-                computed = len(_computing)
-            time.sleep(0.1)
-            with _lock:
-                computed = max(computed, len(_computing))
-                _computing.remove(number)
-        with _lock:
-            _seated.remove(number)
-    return seated, computed
+    return most
 
 
-@pytest.mark.parametrize(("remote", "together"), [(True, 2), (False, 1)])
-def test_one_waits_while_another_computes(remote: bool, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("remote", "seated", "reading"), [(True, 3, 3), (False, 2, 1)])
+def test_one_waits_while_another_computes(
+    remote: bool, seated: int, reading: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(turns, "_turns", None)
     with (
         LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
+            n_workers=1,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp",
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
         ) as cluster,
         Client(cluster) as client,
     ):
         came = client.gather(client.map(work, range(4), remote=remote, pure=False))
-    assert max(seated for seated, _ in came) == together, "shards in hand at once, for one thread"
-    assert max(computed for _, computed in came) == 1, "more computed than there are threads"
+    most = {where: max(one[where] for one in came) for where in _inside}
+    assert most["seated"] == seated, "shards in hand at once, for one thread"
+    assert most["reading"] == reading, "only what waits for a network is read ahead of its turn"
+    assert most["computing"] == 1, "more computed than there are threads"
 
 
 def test_outside_a_worker_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:

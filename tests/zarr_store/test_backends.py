@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,20 @@ def test_a_failed_write_keeps_the_old_bytes(tmp_path: Path, monkeypatch: pytest.
     assert fired
     assert store.read("k") == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["k"]
+
+
+def test_parts_are_written_as_they_come_and_hashed(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    sizes: list[int] = []
+
+    def parts() -> Iterator[bytes]:
+        for part in (b"one", b"", b"two"):
+            yield part
+            sizes.append(sum(path.stat().st_size for path in (tmp_path / "c").iterdir()))
+
+    assert store.write_parts("c/0", parts()) == hashlib.sha256(b"onetwo").hexdigest()
+    assert store.read("c/0") == b"onetwo"
+    assert sizes == [3, 3, 6], "nothing is held back"
 
 
 def test_create_exclusive_writes_once(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""`pack_shard`: the pixels of one shard as the bytes of its file, one chunk after the other.
+
+A chunk is copied out, looked at, encoded and handed on while it is in the processor's cache, and whoever writes the
+parts to a file as they come never holds the packed shard in memory.
+
+Spec: Zarr v3 codecs "sharding_indexed", "blosc", "zstd" and "crc32c" (zarr-specs.readthedocs.io).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import google_crc32c
+import imagecodecs
+import numpy as np
+from numcodecs import Zstd  # type: ignore[import-untyped]
+
+from zarr_store.spec import Layout
+
+__all__ = ["BLOSC_BLOCK_BYTES", "OVERVIEW_LEVEL", "pack_chunk", "pack_shard"]
+
+BLOSC_BLOCK_BYTES = 1 << 19
+"""Blosc's own choice is 32 to 64 KiB; on real 10 m texture 512 KiB is 3 % smaller and decodes half again as fast."""
+
+OVERVIEW_LEVEL = 3
+"""Of zstd; the overview is small and read by programs that know no Blosc."""
+
+_ABSENT = np.uint64(2**64 - 1)
+"""Offset and size, in the index of a shard, of a chunk that lies beyond the array."""
+
+
+def pack_shard(
+    pixels: np.ndarray,
+    chunk: Sequence[int],
+    shard: Sequence[int],
+    layout: Layout,
+    fill: float,
+    look: Callable[[np.ndarray], None] | None = None,
+) -> Iterator[bytes]:
+    """The parts of a shard's file: each chunk with its checksum, then the index of where they lie.
+
+    Args:
+        pixels: Of the part of the shard that lies in the array; as many axes as `chunk`.
+        chunk: Shape of a chunk.
+        shard: Shape of a whole shard, in whole chunks.
+        layout: Its Blosc codec and level.
+        fill: Of a chunk beyond the array's edge.
+        look: Shown the pixels of each chunk, without what is beyond the edge, in the order of the chunks.
+    """
+    slots = tuple(s // c for s, c in zip(shard, chunk, strict=True))
+    index = np.full((*slots, 2), _ABSENT, "<u8")
+    plain: dict[bytes, bytes] = {}
+    end = 0
+    for slot in np.ndindex(slots):
+        corner = [i * c for i, c in zip(slot, chunk, strict=True)]
+        if any(start >= size for start, size in zip(corner, pixels.shape, strict=True)):
+            continue
+        part = np.ascontiguousarray(pixels[tuple(slice(s, s + c) for s, c in zip(corner, chunk, strict=True))])
+        if look is not None:
+            look(part)
+        data = _pack(_whole(part, chunk, fill), layout, plain)
+        index[slot] = end, len(data)
+        end += len(data)
+        yield data
+    yield _checked(index.tobytes())
+
+
+def pack_chunk(pixels: np.ndarray, chunk: Sequence[int], fill: float) -> bytes:
+    """One chunk of an array without shards, as zstd with its own checksum."""
+    # not imagecodecs, whose zstd frames have no checksum
+    packed: bytes = Zstd(level=OVERVIEW_LEVEL, checksum=True).encode(_whole(pixels, chunk, fill))
+    return packed
+
+
+def _whole(part: np.ndarray, chunk: Sequence[int], fill: float) -> np.ndarray:
+    if part.shape == tuple(chunk):
+        return np.ascontiguousarray(part)
+    whole = np.full(chunk, fill, part.dtype)
+    whole[tuple(slice(0, size) for size in part.shape)] = part
+    return whole
+
+
+def _pack(chunk: np.ndarray, layout: Layout, plain: dict[bytes, bytes]) -> bytes:
+    """An encoded chunk; one that holds a single value is encoded once per shard, as `plain` remembers."""
+    flat = chunk.reshape(-1)
+    value = flat[:1].tobytes()
+    constant = bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
+    if constant and value in plain:
+        return plain[value]
+    packed = imagecodecs.blosc_encode(
+        chunk.data,  # type: ignore[arg-type]  # it takes any buffer
+        level=layout.clevel,
+        compressor=layout.cname,
+        shuffle="bitshuffle",
+        typesize=chunk.dtype.itemsize,
+        blocksize=BLOSC_BLOCK_BYTES,
+        numthreads=1,
+    )
+    data = _checked(bytes(packed))
+    if constant:
+        plain[value] = data
+    return data
+
+
+def _checked(data: bytes) -> bytes:
+    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
