@@ -37,10 +37,12 @@ class Row:
         return self.value <= self.limit if self.at_most else self.value >= self.limit
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, *, parts: Sequence[str] = ()) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--full", action="store_true", help="the sizes of the published figures; takes long")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the median counts")
+    if parts:
+        parser.add_argument("--part", choices=parts, help="only this part")
     return parser.parse_args()
 
 

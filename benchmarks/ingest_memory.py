@@ -14,15 +14,14 @@ import psutil
 from harness import BANDS, OUT, WORKERS, Row, arguments, publish, world
 
 
-def plan_of(copies: int, full: bool) -> Any:
-    """A plan of the world's scenes, each repeated `copies` times with later dates: the files stay the same."""
+def plan_of(source: str, copies: int) -> Any:
+    """A plan of a source's scenes, each repeated `copies` times with later dates: the files stay the same."""
     from ingest.config import IngestConfig
     from ingest.plan import plan_scenes
     from ingest.probe import probe_scenes
     from ingest.search import search
 
     config = IngestConfig(collections=("sentinel-2-l2a",), bands=(*BANDS, "scl"))
-    source = str(world(full))
     found = search(source, config)
     probes = probe_scenes(found, config)
     scenes, headers = [], {}
@@ -76,8 +75,11 @@ def peak_bytes(plan: Any) -> float:
 
 
 def main() -> int:
+    from ingest.simulate.server import serve
+
     asked = arguments(__doc__ or "")
-    one, ten = plan_of(1, asked.full), plan_of(10, asked.full)
+    catalogue = world(asked.full)
+    one, ten = plan_of(str(catalogue), 1), plan_of(str(catalogue), 10)
     region = one.tasks[0].region
     spec = one.specs[0]
     pixel = 2 * len(BANDS) + len(spec.class_layers) + 1 + 2  # bands, class layers, status, source item
@@ -85,9 +87,13 @@ def main() -> int:
     repeats = max(1, asked.repeats // 2)
     few = statistics.median(peak_bytes(one) for _ in range(repeats))
     many = statistics.median(peak_bytes(ten) for _ in range(repeats))
+    with serve(catalogue.parent, latency_s=0.05) as server:
+        remote = plan_of(server.stac_url, 10)
+        far = statistics.median(peak_bytes(remote) for _ in range(repeats))
     rows = [
         Row("peak of a worker above idle, in shards", few / shard, 4, True, note=f"{shard / 1e6:.0f} MB each"),
         Row("the same with ten times the items ÷ that", many / few, 1.1, at_most=True),
+        Row("over HTTP with 50 ms before each answer, in shards", far / shard, 4, True),
     ]  # fmt: skip
     return 0 if publish("ingest-memory", rows, full=asked.full) else 1
 

@@ -3,8 +3,7 @@
 A worker thread that makes a shard does not always need a core: it waits for the network as it reads, and for the disk
 as it writes. There the task gives its thread back (Dask calls that to secede) and the next begins: over a network as
 soon as it runs, from local files once the pixels are there and only the writing is left. Seats bound how many shards a
-worker has in memory: beside those that its threads decode one that is written, and over a network one more that is on
-its way and so far only packed bytes. What burns processor time is done in turn, by as many as there are threads.
+worker has in memory, one more than it has threads, and what decodes does so in turn, by as many as there are threads.
 Outside a worker there is nobody to take turns with.
 """
 
@@ -23,8 +22,7 @@ class _Turns:
     """Of one process."""
 
     def __init__(self, threads: int) -> None:
-        self.seats = threading.Semaphore(threads + 2)
-        self.near = threading.Semaphore(threads + 1)
+        self.seats = threading.Semaphore(threads + 1)
         self.compute = threading.Semaphore(threads)
 
 
@@ -47,7 +45,7 @@ def seat(*, remote: bool) -> Iterator[Callable[[], None]]:
     turns = _of(worker.state.nthreads)
     if remote:
         secede()  # type: ignore[no-untyped-call]  # of distributed
-    with nullcontext() if remote else turns.near, turns.seats:
+    with turns.seats:
         yield _nobody_waits if remote else secede
 
 

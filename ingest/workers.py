@@ -6,6 +6,7 @@ bytes under the same key. So each is asked before the first task, and each that 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import math
@@ -64,12 +65,18 @@ SHARDS_HELD = 4
 benchmarks/ingest_memory.py."""
 IDLE_BYTES = 250 << 20
 """Of a worker that has imported everything and done nothing."""
-CHECKED = ("terrashard", "dask", "distributed", "numpy", "rasterio", "tensorstore", "zarr")
+CHECKED = ("terrashard", "dask", "distributed", "imagecodecs", "numcodecs", "numpy", "rasterio", "tensorstore", "zarr")
 """Packages whose release decides over what is exchanged with a worker, or over bytes in the cube."""
 
 
 def facts() -> dict[str, str]:
     """What of this process decides whether it may work on a cube."""
+    return {**_releases(), "GDAL_NUM_THREADS": os.environ.get("GDAL_NUM_THREADS", "unset")}
+
+
+@functools.cache
+def _releases() -> dict[str, str]:
+    """Of Python, GDAL and the packages that are checked; looking them up takes longer than many a shard."""
     import rasterio
 
     found = {"python": ".".join(platform.python_version_tuple()[:2]), "gdal": rasterio.__gdal_version__}
@@ -78,7 +85,6 @@ def facts() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
-    found["GDAL_NUM_THREADS"] = os.environ.get("GDAL_NUM_THREADS", "unset")
     return found
 
 
