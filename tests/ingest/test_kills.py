@@ -23,8 +23,10 @@ from ingest.run import run
 from .growing import NAME, plan_of, scene, tree
 
 RIG = Path(__file__).with_name("kill_rig.py")
-IN_FLIGHT = 2
-"""Threads of the one worker: as many shards can be half made when something dies."""
+THREADS = 2
+"""Of the one worker."""
+IN_HAND = THREADS + 1
+"""Shards that can be half made when something dies."""
 
 
 class Rig:
@@ -64,7 +66,7 @@ class Rig:
             wait_for(lambda: file.exists() and file.read_bytes().endswith(b"}"), "the scheduler")
             self.address = json.loads(file.read_text())["address"]
         if not self.alive("nanny"):
-            self.start("nanny", "-m", "distributed.cli.dask_worker", self.address, "--nthreads", str(IN_FLIGHT),
+            self.start("nanny", "-m", "distributed.cli.dask_worker", self.address, "--nthreads", str(THREADS),
                        "--nworkers", "1", "--no-dashboard", "--host", "127.0.0.1", "--memory-limit", "0",
                        "--death-timeout", "20", "--preload", str(RIG))  # fmt: skip
         if not self.alive("client"):
@@ -149,7 +151,7 @@ def kill_and_compare(tmp_path: Path, client: Any, repository: Path, victims: Seq
         assert 8 in codes, f"the client says that the scheduler is gone: {codes}"
     again = sum(done for _, done in reads)
     assert again <= 0.05 * len(plan.tasks), f"{again} shards that were done were read again (seed {seed})"
-    assert len(reads) <= len(plan.tasks) + IN_FLIGHT * len(victims), f"{len(reads)} reads (seed {seed})"
+    assert len(reads) <= len(plan.tasks) + IN_HAND * len(victims), f"{len(reads)} reads (seed {seed})"
     run(plan, whole, client=client)
     assert tree(cube) == tree(whole)
     # a finished plan reads no pixel
