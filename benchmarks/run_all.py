@@ -11,7 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOPICS = ("store_size", "ingest_plan", "ingest_memory", "ingest_speed", "train_input", "train_step", "train_parallel")
+TOPICS = (
+    "store_size",
+    "ingest_plan",
+    "ingest_memory",
+    "ingest_speed",
+    "train_input",
+    "train_step",
+    "train_parallel",
+    "accuracy",
+)
 
 
 def main() -> int:

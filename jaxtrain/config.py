@@ -102,9 +102,10 @@ class ModelConfig(_Strict):
     depth: Positive = Field(
         3, description="number of times the image is halved; for cnn, blocks; for resnet, layers: 10, 18, 34 or 50"
     )
-    stem: Literal["small", "patch", "large"] = Field(
+    stem: Literal["small", "pixel", "patch", "large"] = Field(
         "small",
-        description="of resnet: small keeps the size, patch folds 2 × 2 pixels to channels, large quarters it",
+        description="of resnet: small keeps the size, pixel joins the bands of each pixel first (for many bands), "
+        "patch folds 2 × 2 pixels to channels, large quarters it",
     )
     blocks: tuple[Positive, ...] = Field((), description="of resnet: blocks of each stage, instead of a depth")
     norm: Literal["group", "batch", "local"] = Field("group", description="group · batch (synchronised) · local batch")
@@ -236,7 +237,7 @@ def image_divisor(model: ModelConfig) -> int | None:
         case "cnn" | "temporal":
             return 1
         case "resnet":
-            return {"small": 1, "patch": 2, "large": 4}[model.stem] << (len(model.blocks or (1,) * 4) - 1)
+            return {"small": 1, "pixel": 1, "patch": 2, "large": 4}[model.stem] << (len(model.blocks or (1,) * 4) - 1)
     return None
 
 

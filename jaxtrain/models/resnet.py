@@ -112,9 +112,12 @@ class ResNet(nnx.Module):
         bottleneck = not config.blocks and config.depth == 50
         self.stage_blocks = config.blocks or STAGES[config.depth]
         self.stem_kind, self.remat = config.stem, config.remat
-        size, stride, inputs = {"small": (3, 1, channels), "patch": (3, 1, 4 * channels), "large": (7, 2, channels)}[
-            config.stem
-        ]
+        size, stride, inputs = {
+            "small": (3, 1, channels),
+            "pixel": (1, 1, channels),
+            "patch": (3, 1, 4 * channels),
+            "large": (7, 2, channels),
+        }[config.stem]
         self.stem = conv(inputs, config.width, size, stride=stride, rngs=rngs)
         before = config.width
         # string keys, so that a parameter's path is the same in rules, checkpoints and reports
@@ -143,7 +146,7 @@ class ResNet(nnx.Module):
         return [*found, Unit("head", ("head",), lambda carry, train: (self.leave(carry[0]),))]
 
     def enter(self, x_BHWC: jax.Array) -> jax.Array:
-        """The stem: `small` keeps the size, `patch` halves it by folding pixels into channels, `large` quarters it."""
+        """The stem: `small` and `pixel` keep the size, `patch` folds pixels into channels, `large` quarters it."""
         if self.stem_kind == "patch":
             x_BHWC = fold(x_BHWC)
         y_BHWC: jax.Array = nnx.relu(self.stem(x_BHWC))

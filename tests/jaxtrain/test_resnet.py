@@ -69,6 +69,15 @@ def test_folding_keeps_each_pixel():
     np.testing.assert_array_equal(folded[0, 1, 2], np.asarray(x)[0, 2:4, 4:6].ravel())
 
 
+def test_a_pixel_stem_sees_one_pixel():
+    model = build(channels=20, stem="pixel", blocks=(1,), norm="batch")
+    x = image(1, 5, 5, 20)
+    changed = x.at[0, 2, 2].add(1.0)
+    differs = np.asarray((model.enter(x) != model.enter(changed)).any(axis=-1))[0]
+    assert differs[2, 2]
+    assert differs.sum() == 1
+
+
 def test_stages_halve_and_the_mean_joins_the_image():
     model = build(blocks=(1, 1, 1), norm="batch")
     x = image(1, 32, 32, 3)
