@@ -3,7 +3,8 @@
 Pixels go through tensorstore, metadata through zarr-python, and the ledger and the lock through the small byte
 interface here. `FolderStore` is a folder of a file system: a write is durable (fsync of file and directory) and atomic
 (written beside, then renamed). `ObjectStore` of `objects.py` is a bucket, with the same promises; `IcechunkStore` of
-`repository.py` is a repository in a folder, with one commit for each run.
+`repository.py` is a repository in a folder, with one commit for each run. Where tensorstore has no driver, `virtual.py`
+reads the pixels through zarr-python.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from zarr_store.errors import AccessError, InvalidInput, NoSpace
 
 __all__ = ["REPOSITORY_MARKER", "FolderStore", "Kind", "Store", "store_for", "translate_os_errors"]
 
-OBJECT_SCHEMES = ("s3", "gs")
+OBJECT_SCHEMES = ("s3", "gs", "az")
 REPOSITORY_MARKER = "_terrashard/store.json"
 """A folder with this file is an Icechunk repository of ours."""
 
@@ -63,7 +64,7 @@ class Store(ABC):
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> Store:
-        """The store at a path, a file:// URL or a bucket's s3:// or gs:// URL.
+        """The store at a path, a file:// URL or a bucket's s3://, gs:// or az:// URL.
 
         Raises:
             InvalidInput: The URL has another scheme, or holds credentials.
@@ -214,15 +215,15 @@ class FolderStore(Store):
         parts = urlsplit(text)
         if parts.scheme == "file":
             return cls(Path(unquote(parts.path)).absolute())
-        if parts.scheme in ("az", "azure", "abfs", "abfss", "adl"):
+        if parts.scheme in ("azure", "abfs", "abfss", "adl"):
             raise InvalidInput(
-                f"cannot open {parts.scheme}://…: tensorstore, which writes the pixels, has no driver for "
-                "Azure; mount the container (blobfuse2, rclone) and give the path"
+                f"cannot open {parts.scheme}://…: for Azure give az://container/prefix, with the account in "
+                "AZURE_STORAGE_ACCOUNT_NAME"
             )
         if "://" in text:
             raise InvalidInput(
                 f"cannot open {parts.scheme}://{parts.hostname or ''}…: expected a path on a local or mounted file "
-                "system, and for cubes also s3://bucket/prefix or gs://bucket/prefix"
+                "system, and for cubes also s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
             )
         return cls(Path(text).expanduser().absolute())
 

@@ -26,10 +26,12 @@ from urllib.parse import urlsplit
 import obstore
 import obstore.exceptions
 import obstore.store
+import tensorstore as ts
 
 from zarr_store.backends import Store
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, CubeMismatch, InvalidInput
+from zarr_store.virtual import open_virtual
 
 __all__ = ["ObjectStore"]
 
@@ -43,10 +45,13 @@ _RETRIES = 6
 _RETRY_FOR = timedelta(seconds=60)
 _SECRETS = (
     "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "GOOGLE_SERVICE_ACCOUNT_KEY",
+    "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY",
+    "AZURE_STORAGE_TOKEN", "AZURE_STORAGE_CLIENT_SECRET", "AZURE_CLIENT_SECRET",
 )  # fmt: skip
 _SETTINGS = (
     "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_SKIP_SIGNATURE",
-    "GOOGLE_APPLICATION_CREDENTIALS", *_SECRETS,
+    "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT",
+    "AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID", "AZURE_STORAGE_TENANT_ID", "AZURE_TENANT_ID", *_SECRETS,
 )  # fmt: skip
 
 
@@ -65,7 +70,7 @@ class ObjectStore(Store):
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> Self:
-        """The store at s3://bucket/prefix or gs://bucket/prefix.
+        """The store at s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
 
         Raises:
             InvalidInput: No bucket, or something in the URL that is not bucket or prefix.
@@ -74,7 +79,8 @@ class ObjectStore(Store):
         if not parts.hostname or parts.netloc != parts.hostname or parts.query or parts.fragment:
             raise InvalidInput(
                 f"{parts.scheme}://{parts.hostname or ''}…: expected {parts.scheme}://bucket/prefix and nothing "
-                "else; credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …)"
+                "else; account, credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, "
+                "AWS_ENDPOINT_URL, AZURE_STORAGE_ACCOUNT_NAME, …)"
             )
         prefix = "/".join(part for part in parts.path.split("/") if part)
         settings = tuple((name, os.environ.get(name, "")) for name in _SETTINGS)
@@ -101,7 +107,7 @@ class ObjectStore(Store):
             try:
                 return bytes(obstore.get(self._client, key).bytes())
             except FileNotFoundError as error:
-                if "NoSuchBucket" in str(error):
+                if any(word in str(error) for word in ("NoSuchBucket", "ContainerNotFound")):
                     raise AccessError(f"{self.url}: there is no bucket {self.bucket}; create it first") from None
                 return None
 
@@ -153,6 +159,11 @@ class ObjectStore(Store):
 
     def tensorstore(self, path: str) -> dict[str, Any]:
         at = f"{self.prefix}/{path}/" if self.prefix else f"{path}/"
+        if self.scheme not in ("s3", "gs"):
+            raise InvalidInput(
+                f"{self.where(path)}: tensorstore has no driver for {self.scheme}://; cubes can be read there through "
+                "zarr-python, sample stores cannot: give a folder, s3:// or gs://"
+            )
         if self.scheme == "gs":
             return {"driver": "gcs", "bucket": self.bucket, "path": at}
         spec: dict[str, Any] = {
@@ -167,6 +178,19 @@ class ObjectStore(Store):
         if _region():
             spec["aws_region"] = _region()
         return spec
+
+    def open_array(self, path: str, context: ts.Context) -> ts.TensorStore:
+        if self.scheme in ("s3", "gs"):
+            return super().open_array(path, context)
+        return open_virtual(self.zarr(), path, context, exists=self._has)
+
+    def _has(self, key: str) -> bool:
+        with self._translated(key):
+            try:
+                obstore.head(self._client, key)
+            except FileNotFoundError:
+                return False
+        return True
 
     def zarr(self) -> Any:
         from zarr.storage import ObjectStore as ZarrObjectStore
@@ -222,6 +246,10 @@ def _connect(scheme: str, bucket: str, prefix: str, settings: tuple[tuple[str, s
     try:
         if scheme == "gs":
             return obstore.store.GCSStore(bucket, prefix=prefix or None, client_options=options, retry_config=retries)
+        if scheme == "az":
+            there = os.environ.get("AZURE_STORAGE_ENDPOINT") or os.environ.get("AZURE_ENDPOINT", "")
+            options["allow_http"] = there.startswith("http://")  # as with S3
+            return obstore.store.AzureStore(bucket, prefix=prefix or None, client_options=options, retry_config=retries)
         config: Any = {}
         if _endpoint():
             config["endpoint"] = _endpoint()

@@ -26,9 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorstore as ts
-import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.buffer.cpu import Buffer
 from zarr.core.sync import sync
@@ -37,6 +35,7 @@ from zarr_store.backends import REPOSITORY_MARKER, FolderStore, Kind, Store, tra
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, IntegrityError, InvalidInput, Locked
 from zarr_store.overlay import OverlayStore, snapshot_get, snapshot_has
+from zarr_store.virtual import open_virtual
 
 __all__ = ["IcechunkStore"]
 
@@ -140,28 +139,9 @@ class IcechunkStore(Store):
         return self._staged.tensorstore(path)
 
     def open_array(self, path: str, context: ts.Context) -> ts.TensorStore:
-        """Chunks come through zarr-python, as tensorstore does not know Icechunk; the cache is tensorstore's."""
+        """Chunks come through zarr-python, as tensorstore does not know Icechunk."""
         overlay = self.zarr()
-        array = zarr.open_array(overlay, path=path, mode="r")
-        shards = array.shards or array.chunks
-
-        def read(domain: ts.IndexDomain, chunk: np.ndarray, _: Any) -> None:
-            index = [int(start) // size for start, size in zip(domain.inclusive_min, shards, strict=True)]
-            key = f"{path}/c/{'/'.join(map(str, index))}"
-            if not _run(overlay.exists(key)):
-                raise ValueError(f"NOT_FOUND: {key}")
-            try:
-                chunk[...] = array[domain.index_exp]
-            except (ValueError, RuntimeError) as error:
-                raise ValueError(f"DATA_LOSS: {key}: {error}") from error
-
-        return ts.virtual_chunked(
-            read,
-            dtype=ts.dtype(array.dtype.name),
-            shape=array.shape,
-            chunk_layout=ts.ChunkLayout(read_chunk_shape=array.chunks),
-            context=context,
-        )
+        return open_virtual(overlay, path, context, exists=lambda key: _run(overlay.exists(key)))
 
     def zarr(self) -> Any:
         """A Zarr store, read-only: what is staged over the last snapshot."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from zarr_store import CubeLock, CubeSpec, ShardWriter, SourceOutcome, create_cube, open_cube, verify_cube
 from zarr_store.backends import Store
@@ -217,9 +218,38 @@ def test_google_goes_through_the_same_door() -> None:
     assert store.tensorstore("a/b") == {"driver": "gcs", "bucket": "bucket", "path": "p/a/b/"}
 
 
-def test_azure_is_refused_with_a_way_out() -> None:
-    with pytest.raises(InvalidInput, match="mount the container"):
-        Store.at("az://account/container/cube")
+def test_azure_goes_through_the_same_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    store = Store.at("az://container/a/cube")
+    assert isinstance(store, ObjectStore)
+    assert (store.url, store.bucket, store.prefix) == ("az://container/a/cube", "container", "a/cube")
+    with pytest.raises(InvalidInput, match=r"no driver for az://.*sample stores cannot"):
+        store.tensorstore("image")
+    with pytest.raises(InvalidInput, match="for Azure give az://container/prefix"):
+        Store.at("abfs://container@account.dfs.core.windows.net/cube")
+
+
+def test_what_tensorstore_has_no_driver_for_is_read_all_the_same(
+    bucket: Any, spec: CubeSpec, pixels: dict[str, np.ndarray]
+) -> None:
+    fill(f"s3://{BUCKET}/cube", spec, pixels)
+    store = Store.at(f"s3://{BUCKET}/cube")
+    assert isinstance(store, ObjectStore)
+    lost = f"{NAME}/status/c/0/0/0"
+    bucket.delete_object(Bucket=BUCKET, Key=f"cube/{lost}")
+    damaged = f"cube/{NAME}/scl/c/0/0/1"
+    bucket.put_object(Bucket=BUCKET, Key=damaged, Body=b"x" + contents(bucket)[damaged][1:])
+    # the scheme alone decides how pixels are read
+    other = ObjectStore("az", store.bucket, store.prefix, store._client)
+    read = {name: other.open_array(f"{NAME}/{name}", ts.Context()) for name in pixels}
+    np.testing.assert_array_equal(read["reflectance"].read().result(), pixels["reflectance"])
+    np.testing.assert_array_equal(
+        read["source_item"][1, 3:29, 30:41].read().result(), pixels["source_item"][1, 3:29, 30:41]
+    )
+    with pytest.raises(ValueError, match=f"NOT_FOUND: {lost}"):
+        read["status"].read().result()
+    with pytest.raises(ValueError, match=f"DATA_LOSS: {damaged.removeprefix('cube/')}"):
+        read["scl"].read().result()
 
 
 def test_no_bucket_and_no_server_are_access_errors(
