@@ -12,6 +12,7 @@ from jaxtrain.config import MeshConfig, ModelConfig
 from jaxtrain.models import PER_PIXEL, PER_SAMPLE, build_model
 from jaxtrain.models.blocks import GroupNorm, RunningNorm, conv, halve, make_norm, repeat_nearest
 from jaxtrain.models.precision import run_model
+from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.hlo import bytes_by_kind
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
 from zarr_store.errors import InvalidInput, UnknownName
@@ -36,9 +37,10 @@ def image(*shape, seed=0):
 @pytest.mark.parametrize("norm", ["group", "batch", "local"])
 @pytest.mark.parametrize("name", sorted(PER_PIXEL))
 def test_logits_have_the_size_of_the_image(name, norm, train):
-    x = jax.ShapeDtypeStruct((2, 16, 24, 3), jnp.float32)
+    # a series comes with its dates, and with three channels of what was observed and when
+    x = jax.ShapeDtypeStruct((2, 16, 24, 4, 6) if name == "temporal" else (2, 16, 24, 3), jnp.float32)
     logits = jax.eval_shape(lambda x: build(name, norm=norm, depth=2, data_shards=2)(x, train=train), x)
-    assert logits.shape == (2, 16, 24, 5)
+    assert logits.shape == (2, 16, 24, 3 if name == "autoencoder" else 5)
     assert logits.dtype == jnp.float32
 
 
@@ -120,6 +122,9 @@ def test_level_of_an_image_reaches_the_logits(name):
     model = build(name)
     dark = image(1, 8, 8, 3)
     images = jnp.concatenate([dark, 3 * dark])  # convolutions are linear, so norms alone would see the same image twice
+    if name == "temporal":
+        series = jnp.repeat(images[:, :, :, None], 4, axis=3)
+        images = series_of(series, jnp.ones(series.shape[:4], bool), jnp.full((2, 4), 100, jnp.int32))
     first, second = jax.jit(lambda x: model(x, train=False))(images)
     assert float(jnp.abs(first - second).mean()) > 0.01
 
