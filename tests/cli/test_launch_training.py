@@ -167,10 +167,12 @@ def test_a_pipeline_over_two_processes_survives_a_kill_and_equals_one_device(fol
     from jaxtrain.train import train
 
     text = (folder / "run.toml").read_text().replace("dropout = 0.1", "dropout = 0.0")
+    # the cloud of this cube is one value: where turned pixels round otherwise, ties of the max pooling break otherwise
+    text = text.replace("patch = 32", "patch = 32\naugment = false")
     text = text.replace(f"= {STEPS}", "= 24").replace("checkpoint_every = 30", "checkpoint_every = 6")
     (folder / "piped.toml").write_text(text)
     train(read_config(folder / "piped.toml"), folder / "one")
-    words = [sys.executable, "-m", "cli.main", "launch", "-n", "2", "-v", "--", "train", str(folder / "piped.toml")]
+    words = [sys.executable, "-m", "cli.main", "launch", "-n", "2", "--", "train", str(folder / "piped.toml"), "-v"]
     killed = False
     with Watched([*words, "--out", str(folder / "piped"), "--set", "mesh.pipe=2"], environment(folder)) as launcher:
         for line in launcher:
