@@ -58,8 +58,7 @@ def attended(client: Client, queue: Any, *, own: bool) -> Iterator[None]:
                 log.warning("no worker is left; waiting %.0f s for one", patience_s)
             if time.monotonic() - since >= patience_s:
                 absent.set()
-                queue.clear()
-                return
+                queue.clear()  # again and again: the caller may be about to put back a task whose result was lost
 
     watcher = threading.Thread(target=watch, name="terrashard-attendance", daemon=True)
     watcher.start()

@@ -56,6 +56,8 @@ __all__ = ["IngestEvent", "IngestReport", "Which", "ingest_shard", "run", "run_l
 log = logging.getLogger(__name__)
 
 
+_ANSWER_S = 10.0
+"""Of the scheduler, for a row of a task that has ended."""
 _SETTLE_S = 5.0
 _being_made: set[int] = set()
 """Shards that this process makes at the moment, by thread."""
@@ -354,7 +356,11 @@ def _work(
     try:
         with attended(client, queue, own=config.cluster == "local" and not config.scheduler):
             for future in queue:
-                row = _take(future, by_key.pop(future.key), url, config, tally)
+                row = _take(future, by_key[future.key], url, config, tally)
+                if row is None:
+                    queue.add(future)  # type: ignore[no-untyped-call]
+                    continue
+                del by_key[future.key]
                 why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
                 tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
                 for fresh in submit(in_flight(client, config) - len(by_key)):
@@ -385,11 +391,15 @@ async def _settle(limit_s: float) -> None:
         await asyncio.sleep(0.02)
 
 
-def _take(future: Any, task: ShardTask, url: str, config: IngestConfig, tally: _Tally) -> LedgerRow:
-    """The outcome of one task into the tally."""
+def _take(future: Any, task: ShardTask, url: str, config: IngestConfig, tally: _Tally) -> LedgerRow | None:
+    """The outcome of one task into the tally; None where it went with its worker, and the task runs again."""
+    if not future.done():
+        return None
     try:
-        error = future.exception()
-        made = None if error else future.result()
+        error = future.exception(timeout=_ANSWER_S)
+        made = None if error else future.result(timeout=_ANSWER_S)
+    except TimeoutError:
+        return None
     except (FutureCancelledError, CommClosedError) as gone:
         raise AccessError(
             f"the Dask scheduler that {url} was written with is gone; what was written stays, and the same command "

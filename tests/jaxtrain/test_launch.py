@@ -93,7 +93,7 @@ def test_sigterm_is_handed_on_and_answered_with_75(tmp_path: Path) -> None:
         import sys
         from jaxtrain.launch import LaunchConfig, launch
         outcome = launch([sys.executable, "-c", {textwrap.dedent(child)!r}], LaunchConfig(2),
-                         on_line=lambda n, _, text: print(n, text, flush=True))
+                         on_line=lambda n, _, text: (sys.stdout.write(f"{{n}} {{text}}\\n"), sys.stdout.flush()))
         print(outcome)
         sys.exit(outcome.exit_code)
     """
