@@ -382,7 +382,7 @@ class TrainConfig(_Strict):
         divisor = image_divisor(self.model)
         if divisor is None:
             raise ValueError(
-                f"mesh.space splits the images of autoencoder, cnn, resnet, temporal, unet, not of {self.model.name}: "
+                f"mesh.space splits the images of autoencoder, cnn, resnet, temporal, unet, not those of {self.model.name}: "
                 "use mesh.space = 1"
             )
         for n in self.mesh.spaces:
