@@ -382,8 +382,8 @@ class TrainConfig(_Strict):
         divisor = image_divisor(self.model)
         if divisor is None:
             raise ValueError(
-                f"mesh.space splits the images of autoencoder, cnn, resnet, temporal, unet, not those of {self.model.name}: "
-                "use mesh.space = 1"
+                "mesh.space splits the images of autoencoder, cnn, resnet, temporal, unet, not those of "
+                f"{self.model.name}: use mesh.space = 1"
             )
         for n in self.mesh.spaces:
             if self.data.patch % (divisor * n):
