@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import dask
+
 from ingest.config import IngestConfig
 from ingest.workers import WORKER_ENVIRONMENT
 from zarr_store.errors import InvalidInput
@@ -121,7 +123,9 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
         if security is not None:
             settings["scheduler_options"]["protocol"] = settings["worker_options"]["protocol"] = protocol
             settings["security"] = security
-        return stack.enter_context(SSHCluster(list(config.hosts), **settings))
+        # It reads the addresses of what it starts from their log, and waits for ever for one that is told to be quiet
+        with dask.config.set({"logging.distributed": "info"}):
+            return stack.enter_context(SSHCluster(list(config.hosts), **settings))
     if config.cluster in ("slurm", "pbs"):
         jobqueue = importlib.import_module("dask_jobqueue")
         kind = jobqueue.SLURMCluster if config.cluster == "slurm" else jobqueue.PBSCluster

@@ -324,7 +324,9 @@ def test_ssh_on_this_machine(tmp_path: Path) -> None:
     else:
         server = Path(__file__).with_name("ssh_server.py")
         command = [sys.executable, str(server), str(port), str(tmp_path / "host"), str(authorized)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # what logs in over SSH has nothing of this environment
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
+    process = subprocess.Popen(command, env=clean, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30
         while f"127.0.0.1:{port}" not in {f"{host}:{number}" for host, number in listening()}:
@@ -334,7 +336,8 @@ def test_ssh_on_this_machine(tmp_path: Path) -> None:
         options = [f"username={getpass.getuser()}", f"port={port}", f"known_hosts={tmp_path}/known",
                    f"client_keys={tmp_path}/user"]  # fmt: skip
         config = IngestConfig(cluster="ssh", hosts="127.0.0.1,127.0.0.1", cluster_options=options)
-        with open_cluster(config) as client:
+        # as the command line sets it: Dask learns from the log of a remote scheduler and worker where they are
+        with dask.config.set({"logging.distributed": "error"}), open_cluster(config) as client:
             (worker,) = client.scheduler_info()["workers"]
             assert worker.startswith("tcp://127.0.0.1:")
             asked = client.submit(lambda: (os.environ["OMP_NUM_THREADS"], os.getppid()), pure=False).result(timeout=20)
