@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def run_processes(processes: int, cases: list[tuple[str, str]], out: Path) -> st
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={4 // processes} --xla_backend_optimization_level=1"
+    flags = re.sub(r"(?<=device_count=)\d+", str(4 // processes), os.environ["XLA_FLAGS"])
     base = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     base |= {"TERRASHARD_COORDINATOR": f"127.0.0.1:{port}", "TERRASHARD_PROCESSES": str(processes)}
     base["TERRASHARD_PARENT"] = str(os.getpid())
