@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.options import TRUST
 from cli.session import Session, command
+
+if TYPE_CHECKING:
+    from ingest.checksums import FilesReport
+    from ingest.repair import SourcesReport
 
 __all__ = ["register"]
 
@@ -74,15 +78,8 @@ def _hash(session: Session, cube: str, share: float, seed: int, document: dict[s
     with Reporter(session, "checksums", unit="files") as progress:
         found = verify_files(cube, config, share=share, seed=seed, on_file=progress.update)
     document["checksums"] = found.to_dict()
-    for text in found.unread:
-        session.say(f"not compared: {text}")
-    for text in found.different:
-        session.say(text)
-    if found.different:
-        session.fail(f"{len(found.different)} files are not what their items state; first: {found.different[0]}")
-        return 6
-    session.say(f"{found.checked} files are what their items state; {found.unstated} have no checksum")
-    return 3 if found.unread else 0
+    right = f"{found.checked} files are what their items state; {found.unstated} have no checksum"
+    return _conclude(session, found, wrong="files are not what their items state", right=right)
 
 
 def _compare(session: Session, cube: str, share: float, seed: int, document: dict[str, Any]) -> int:
@@ -95,12 +92,18 @@ def _compare(session: Session, cube: str, share: float, seed: int, document: dic
     with Reporter(session, "sources", unit="shards") as progress:
         found = verify_sources(cube, config, share=share, seed=seed, on_shard=progress.update)
     document["sources"] = found.to_dict()
+    right = f"{found.checked} shards are what their sources give"
+    return _conclude(session, found, wrong="arrays differ from their sources", right=right)
+
+
+def _conclude(session: Session, found: FilesReport | SourcesReport, *, wrong: str, right: str) -> int:
+    """Say what was found, what differs first; the exit code."""
     for text in found.unread:
         session.say(f"not compared: {text}")
     for one in found.different:
         session.say(str(one))
     if found.different:
-        session.fail(f"{len(found.different)} arrays differ from their sources; first: {found.different[0]}")
+        session.fail(f"{len(found.different)} {wrong}; first: {found.different[0]}")
         return 6
-    session.say(f"{found.checked} shards are what their sources give")
+    session.say(right)
     return 3 if found.unread else 0
