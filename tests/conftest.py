@@ -13,7 +13,7 @@ import pytest
 
 # Eight devices on a processor, so that meshes are real; results on CPU, whatever else the machine has. Programs are
 # compiled for a few steps each, so compiling them counts, and how fast they are does not: this halves the time of tests
-# of training. Tests that start the commands of a user in processes of their own leave the compiler as it is.
+# of training. Those of launched processes and of the mesh that is chosen unasked leave the compiler as it is.
 QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK_COMPILER]
