@@ -180,7 +180,8 @@ def run_locked(
                 page, tell = publish(running, plan, url, known, tell)
                 tell(IngestEvent("dashboard", 0, len(now), url=page, message="shards, rates and failures, live"))
                 with record.watching(running) if record else nullcontext():
-                    _work(running, plan, now, url, config, tally, tell, fence=lock.token, again=frozenset(again))
+                    at = _for_workers(url)
+                    _work(running, plan, now, at, config, tally, tell, fence=lock.token, again=frozenset(again))
             if open_cube(url).provenance != json.loads(json.dumps(plan.provenance())):
                 # a file that is healed now has a verdict that it had not when the cube was begun
                 record_provenance(url, plan.provenance())
@@ -259,6 +260,11 @@ def _make_shard(
 
 def _plain_url(url: str | os.PathLike[str]) -> str:
     return str(Path(os.fspath(url))) if "://" not in os.fspath(url) else os.fspath(url)
+
+
+def _for_workers(url: str) -> str:
+    """The cube as workers find it, whose working directory is not this one's."""
+    return url if "://" in url else str(Path(url).absolute())
 
 
 def _check_same_plan(url: str, plan: Plan) -> None:

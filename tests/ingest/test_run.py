@@ -366,3 +366,12 @@ def test_a_run_refuses_gdal_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InvalidInput, match="GDAL_NUM_THREADS"):
         run(plan, tmp_path / "cube.zarr")
     assert not (tmp_path / "cube.zarr").exists()
+
+
+def test_workers_that_run_elsewhere_find_a_cube_named_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(tmp_path / "scenes")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with open_cluster(IngestConfig(workers=1)) as client:
+        client.run(os.chdir, str(tmp_path / "elsewhere"))
+        assert len(run(plan, "cube.zarr", client=client).written) == len(plan.tasks)
