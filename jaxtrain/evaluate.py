@@ -241,7 +241,8 @@ def _open_cube(
     if not own and _same_ground(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     classes = match_classes(card.classes, config, target)
-    plan = plan_windows(config, spec, cube.index(config.collection), classes,
+    index = cube.index(config.collection)
+    plan = plan_windows(config, spec, index, classes,
                         split=card.split if own else Split.whole(card.split.block, spec.shape[1:]),
                         dates=config.split.test_dates if own else (), target=target)  # fmt: skip
     if own and config.split.kind == "random":
@@ -251,7 +252,7 @@ def _open_cube(
     windows = plan.parts[split if own else "test"]
     if not len(windows) and not may_be_empty:
         raise NothingFound(f"{cube.url} has no window of part {split} with enough to learn from; see data.min_labelled")
-    reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target)
+    reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target, index)
     return cube.url, windows, reader, warnings
 
 

@@ -131,7 +131,8 @@ def predict(
         dates = tuple(range(0, len(spec.times) - series + 1, series))
     index = opened.index(config.collection)
     bands = band_positions(spec, card.bands)
-    reader = WindowReader(opened, config.collection, bands, patch, config.learn_masked, index=index, dates=series)
+    reader = WindowReader(opened, config.collection, bands, patch, config.learn_masked, index=index, lenient=True,
+                          dates=series)  # fmt: skip
     program, state, step, passed_over = restore_model(run, card)
     warnings = list(passed_over)
     if spec.grid.resolution != card.grid.resolution:

@@ -127,10 +127,10 @@ def _prepare_cube(
     target = ITSELF if config.model.name == "autoencoder" else resolve_target(cube, data)
     classes = label_classes(data, target) if classes is None else match_classes(classes, data, target)
     spec = cube.spec(data.collection)
-    reader = replace(WindowReader.of(cube, data, classes, target), on_unreadable=on_unreadable)
+    index = cube.index(data.collection)
+    reader = replace(WindowReader.of(cube, data, classes, target, index), on_unreadable=on_unreadable)
     digest = cube_digest(cube, data.collection, target.layer)
     _check_digest(cube.url, digest, earlier)
-    index = cube.index(data.collection)
     split = earlier.split if earlier is not None and isinstance(earlier.split, Split) else None
     plan = plan_windows(data, spec, index, classes, split=split, dates=data.split.test_dates, target=target)
     return _Prepared(Ground(cube.url, digest, spec.grid, spec.times), spec, classes, index, plan, reader)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -139,6 +140,12 @@ class TrainingIndex:
                 for name, counts in stats.classes.items():
                     index.class_counts[name][at][list(counts)] = list(counts.values())
         return index
+
+    @cached_property
+    def whole(self) -> npt.NDArray[np.bool_]:
+        """Chunks (T, CY, CX) that are observed in every pixel."""
+        whole: npt.NDArray[np.bool_] = self.present & (self.observed == self.pixels)
+        return whole
 
     def statistics(self, select: npt.NDArray[np.bool_] | None = None) -> tuple[Moments, Moments]:
         """Mean and standard deviation of each band over the observed pixels of the selected chunks.

@@ -95,9 +95,9 @@ class WindowReader:
         learn_masked: Whether pixels of status masked are seen and learnt.
         target: What is learnt, or None where only the image is wanted.
         table: uint8 (256,) layer value → class index, of classes.
-        index: Where given, chunks that were never written read as not observed; else they raise.
-        dates: Dates of a window that follow each other; its row has the first. Such chunks as were never written read
-            as not observed if there is an index.
+        index: What is known of the chunks: the status of those that are observed throughout is not read.
+        lenient: Chunks that, by the index, were never written read as not observed; else they raise.
+        dates: Dates of a window that follow each other; its row has the first.
         on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not
             observed and not labelled. None raises.
     """
@@ -110,20 +110,25 @@ class WindowReader:
     target: Target | None = None
     table: npt.NDArray[np.uint8] | None = None
     index: TrainingIndex | None = None
+    lenient: bool = False
     dates: int = 1
     on_unreadable: OnUnreadable | None = None
 
     @classmethod
-    def of(cls, cube: Cube, config: DataConfig, classes: Classes, target: Target | None = None) -> WindowReader:
-        """The reader of a training run; without a target, of what `data.label` means."""
+    def of(
+        cls, cube: Cube, config: DataConfig, classes: Classes, target: Target | None = None,
+        index: TrainingIndex | None = None,
+    ) -> WindowReader:  # fmt: skip
+        """The reader of a training run; without a target, of what `data.label` means. Series may have gaps."""
         spec = cube.spec(config.collection)
         bands = band_positions(spec, config.bands)
         target = target or resolve_target(cube, config)
         dates = series_dates(config, spec)
         table = None if target.values else classes.table()
         learnt = None if target.place == "image" else target
-        index = None if dates == 1 else cube.index(config.collection)
-        return cls(cube, config.collection, bands, config.patch, config.learn_masked, learnt, table, index, dates)
+        index = index or cube.index(config.collection)
+        return cls(cube, config.collection, bands, config.patch, config.learn_masked, learnt, table, index,
+                   lenient=dates > 1, dates=dates)  # fmt: skip
 
     def read(self, rows: Rows) -> HostBatch:
         """Read windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it.
@@ -163,13 +168,15 @@ class WindowReader:
         side, count = self.patch, len(rows)
         target = self.target
         # a part that no box covers must read as nothing; otherwise all of the memory is written below
-        make = np.empty if self.index is None else np.zeros
+        make = np.zeros if self.lenient else np.empty
         parts: dict[str, np.ndarray] = {"status": make((count, side, side), np.uint8)}
         if target is not None:
             parts[target.name] = make((count, side, side), target.dtype)
         image_BCHW = make((count, len(self.bands), side, side), spec.array(spec.kind).dtype)
         parts[spec.kind] = image_BCHW
-        self._fetch(rows, parts)
+        known = self._observed_throughout(rows)
+        parts["status"][known] = STATUS_OBSERVED
+        self._fetch(rows, parts, known)
         observed = parts["status"] == STATUS_OBSERVED
         if self.learn_masked:
             observed |= parts["status"] == STATUS_MASKED
@@ -179,17 +186,33 @@ class WindowReader:
             result["clear"] = (parts["status"] == STATUS_OBSERVED).astype(np.uint8)
         else:
             label = target.decode(parts[target.name], self.table)
-            label[~observed] = target.nothing
+            if not known.all():
+                label[~observed] = target.nothing
             result["label"] = label
         return result
 
-    def _fetch(self, rows: Rows, parts: Mapping[str, np.ndarray]) -> None:
-        """Fill arrays (B, …, patch, patch) by name: all reads are under way before the first is waited for."""
+    def _observed_throughout(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Windows (B,) whose chunks are observed in every pixel, which the index says."""
+        found = np.zeros(len(rows), bool)
+        if self.index is not None:
+            ct, cy, cx = self.index.chunk
+            whole, last = self.index.whole, self.patch - 1
+            for i, (t, y, x) in enumerate(rows.tolist()):
+                found[i] = whole[t // ct, y // cy : (y + last) // cy + 1, x // cx : (x + last) // cx + 1].all()
+        return found
+
+    def _fetch(self, rows: Rows, parts: Mapping[str, np.ndarray], known: npt.NDArray[np.bool_] | None = None) -> None:
+        """Fill arrays (B, …, patch, patch) by name: all reads are under way before the first is waited for.
+
+        The status of windows where it is `known` (B,) is not read.
+        """
         pending = []
         with ts.Batch() as batch:
             for name, part in parts.items():
                 into = ts.array(part)  # decoded straight into the batch, without a copy between
                 for i, row in enumerate(rows):
+                    if name == "status" and known is not None and known[i]:
+                        continue
                     y, x = int(row[1]), int(row[2])
                     for box in self._boxes(row):
                         place = into[i, ..., box.y0 - y : box.y1 - y, box.x0 - x : box.x1 - x]
@@ -212,7 +235,7 @@ class WindowReader:
         target, seen = self.target, observed.any(axis=1)
         if target.place == "label":
             stored = np.zeros((count, side, side), target.dtype)
-            replace(self, index=None)._fetch(rows, {target.name: stored})
+            replace(self, lenient=False)._fetch(rows, {target.name: stored})
             label = target.decode(stored, self.table)
         else:
             # of a layer with dates, each pixel's last date on which it was observed and labelled
@@ -248,7 +271,7 @@ class WindowReader:
         """What is read of a window: all of it, or, where chunks are absent and that is allowed, those that are not."""
         t, y, x = (int(v) for v in row)
         whole = Region(t, t + 1, y, y + self.patch, x, x + self.patch)
-        if self.index is None:
+        if self.index is None or not self.lenient:
             return [whole]
         ct, cy, cx = self.index.chunk
         rows, columns = range(y // cy, -(-whole.y1 // cy)), range(x // cx, -(-whole.x1 // cx))

@@ -69,7 +69,9 @@ class Target:
             table: Of `Classes.table`; of values not used.
         """
         if not self.values and table is not None:
-            return np.take(table, stored)
+            # a third of the time of indexing, which first makes an int64 of each label
+            learnt = bytearray(np.ascontiguousarray(stored).data).translate(table.tobytes())
+            return np.frombuffer(learnt, np.uint8).reshape(stored.shape)
         found = stored.astype(np.float32) * np.float32(self.scale)
         if self.nodata is not None:
             found[stored == self.nodata] = np.nan

@@ -6,9 +6,18 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _LOG = "TERRASHARD_TEST_READS"
+_GATE = "TERRASHARD_TEST_GATE"
+
+
+def wait_at_gate(ledger: Path, seconds: float = 120.0) -> None:
+    """Until fewer shards are done than the file of the gate allows, so that no plan ends before its kills."""
+    gate, until = Path(os.environ[_GATE]), time.monotonic() + seconds
+    while len(list(ledger.glob("*.json"))) >= int(gate.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def dask_setup(_worker: Any) -> None:
@@ -19,6 +28,7 @@ def dask_setup(_worker: Any) -> None:
     fill, cube = running.fill_shard, os.environ["TERRASHARD_TEST_CUBE"]
 
     def counted(task: Any, *arguments: Any, **more: Any) -> Any:
+        wait_at_gate(Path(cube, "_terrashard", "ledger", task.collection))
         row = open_cube(cube).ledger(task.collection).get(task.index)
         line = json.dumps([list(task.index), row is not None and row.state == "done"]) + "\n"
         descriptor = os.open(os.environ[_LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT)

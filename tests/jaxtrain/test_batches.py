@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -92,7 +93,7 @@ def test_absent_shards_raise_unless_holes_are_allowed(tmp_path: Path) -> None:
     rows = np.array([(0, 48, 40), (0, 0, 64)], np.int32)
     with pytest.raises(MissingShard, match="never written"):
         reader_of(tmp_path / "c.zarr").read(rows)
-    lenient = WindowReader(cube, COLLECTION, (0, 1, 2, 3), SIDE, False, index=cube.index(COLLECTION))
+    lenient = WindowReader(cube, COLLECTION, (0, 1, 2, 3), SIDE, False, index=cube.index(COLLECTION), lenient=True)
     batch = lenient.read(rows)
     absent = np.zeros((SIDE, SIDE), bool)
     absent[: 64 - 48, 64 - 40 :] = True
@@ -101,6 +102,23 @@ def test_absent_shards_raise_unless_holes_are_allowed(tmp_path: Path) -> None:
     assert not batch["image"][0][absent].any()
     whole = cube.read(COLLECTION, "reflectance", Region(0, 1, 64, 80, 40, 72))
     np.testing.assert_array_equal(batch["image"][0][16:], np.moveaxis(whole[0], 0, -1))
+
+
+def test_status_is_read_only_where_a_chunk_is_not_observed_throughout(tmp_path: Path) -> None:
+    """What the index says of a chunk is not asked of its pixels: its status may even be gone."""
+    for masked, rows in ((False, [(0, 0, 0), (0, 48, 40)]), (True, [(0, 48, 90)])):
+        cube = make_cube(tmp_path / f"{masked}.zarr", shape=(1, 128, 128), masked=masked)
+        reader = reader_of(tmp_path / f"{masked}.zarr")
+        before = reader.read(np.array(rows, np.int32))
+        assert bool(before["observed"].all()) != masked, "the masked cube has something to hide"
+        shutil.rmtree(tmp_path / f"{masked}.zarr" / COLLECTION / "status" / "c")
+        again = replace(reader, cube=open_cube(cube.url))
+        if masked:
+            with pytest.raises(MissingShard, match="/status "):
+                again.read(np.array(rows, np.int32))
+        else:
+            after = again.read(np.array(rows, np.int32))
+            assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 def test_damage_is_an_error_that_names_the_place(tmp_path: Path) -> None:

@@ -123,6 +123,6 @@ def test_each_chunk_is_decoded_once_an_epoch(
     ) as batches:
         read = np.concatenate([rows for _, rows, _ in batches])
     assert sorted(map(tuple, read.tolist())) == sorted(map(tuple, rows.tolist()))
-    arrays, shards, chunks = 3, 2, 2 * 64
+    arrays, shards, chunks = 2, 2, 2 * 64  # the status of chunks that are observed throughout is not read
     share = (decoded() - before - arrays * shards) / (arrays * chunks)
     assert least <= share <= most
