@@ -45,12 +45,12 @@ def make_program(mesh: dict[str, Any], patch: int, batch: int) -> Any:
 
 
 def put(program: Any, patch: int, batch: int) -> Any:
-    from jaxtrain.data.batches import put_batch
+    from jaxtrain.data.arrays import put_batch
     from jaxtrain.parallel.mesh import batch_sharding
 
     rng, shape = np.random.default_rng(0), (batch, patch, patch)
     host = {
-        "image": rng.integers(300, 4000, (*shape, BANDS)).astype(np.uint16),
+        "image": rng.integers(300, 4000, (shape[0], BANDS, *shape[1:])).astype(np.uint16),
         "label": rng.integers(0, CLASSES, shape).astype(np.uint8),
         "observed": np.ones(shape, np.uint8),
     }

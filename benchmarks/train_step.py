@@ -61,7 +61,7 @@ def our_step(
     """A function that trains a few steps and returns seconds per step; and one that counts operations of a step."""
     import jax
 
-    from jaxtrain.data.batches import put_batch
+    from jaxtrain.data.arrays import put_batch
     from jaxtrain.parallel.mesh import batch_sharding
     from jaxtrain.step import make_train_step
 
@@ -70,7 +70,7 @@ def our_step(
     rng = np.random.default_rng(0)
     shape = (batch, patch, patch)
     host = {
-        "image": rng.integers(300, 4000, (*shape, bands)).astype(np.uint16),
+        "image": rng.integers(300, 4000, (shape[0], bands, *shape[1:])).astype(np.uint16),
         "label": rng.integers(0, CLASSES, shape[:1] if scene else shape).astype(np.uint8),
         "observed": np.ones(shape, np.uint8),
     }

@@ -11,7 +11,9 @@ import ipaddress
 import json
 import shlex
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,12 +33,15 @@ _EXTRAS = {
     "gateway": ("dask_gateway", "gateway"),
 }
 _KNOWN = {
-    "ssh": {"username", "port", "known_hosts", "client_keys", "remote_python"},
+    "ssh": {"username", "port", "known_hosts", "client_keys", "remote_python", "start_s"},
     "slurm": {"queue", "account", "walltime", "interface", "log_directory", "local_directory", "shebang", "directives"},
     "k8s": {"name", "namespace", "image", "cpu"},
     "gateway": None,
 }
 _KNOWN["pbs"] = _KNOWN["slurm"]
+
+_START_S = 120.0
+"""For the hosts of --cluster ssh to start."""
 
 
 def is_loopback(host: str) -> bool:
@@ -125,7 +130,8 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
             settings["security"] = security
         # It reads the addresses of what it starts from their log, and waits for ever for one that is told to be quiet
         with dask.config.set({"logging.distributed": "info"}):
-            return stack.enter_context(SSHCluster(list(config.hosts), **settings))
+            started = _in_time(lambda: SSHCluster(list(config.hosts), **settings), _seconds(options), config.hosts)
+        return stack.enter_context(started)
     if config.cluster in ("slurm", "pbs"):
         jobqueue = importlib.import_module("dask_jobqueue")
         kind = jobqueue.SLURMCluster if config.cluster == "slurm" else jobqueue.PBSCluster
@@ -153,6 +159,35 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
     if config.cluster != "k8s" or config.workers_least:
         cluster.scale(least)
     return cluster
+
+
+def _in_time(make: Callable[[], Any], seconds: float, hosts: Sequence[str]) -> Any:
+    """What `make` makes; a host that is reached and then says nothing would be waited for without end."""
+    made: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except Exception as error:  # noqa: BLE001  # raised where it is waited for
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="ssh", daemon=True).start()
+    if not wait([made], seconds).done:
+        raise TimeoutError(
+            f"{', '.join(dict.fromkeys(hosts))} did not start within {seconds:g} s: try ssh and the remote Python by "
+            "hand, or give more time with --cluster-option start_s=SECONDS"
+        )
+    return made.result()
+
+
+def _seconds(options: dict[str, Any]) -> float:
+    try:
+        seconds = float(options.get("start_s", _START_S))
+    except ValueError:
+        seconds = 0.0
+    if seconds <= 0:
+        raise InvalidInput(f"--cluster-option start_s={options['start_s']}: expected seconds, more than 0")
+    return seconds
 
 
 def manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +269,7 @@ def _needs(kind: str) -> None:
 
 def _ssh(config: IngestConfig, options: dict[str, Any], dashboard: str) -> dict[str, Any]:
     """Arguments of `SSHCluster` but the hosts."""
-    connect = {name: value for name, value in options.items() if name != "remote_python"}
+    connect = {name: value for name, value in options.items() if name not in ("remote_python", "start_s")}
     if "port" in connect:
         connect["port"] = int(connect["port"])
     worker: dict[str, Any] = {

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import ZstdCodec
 
-from jaxtrain.data.batches import BatchStream, put_batch
+from jaxtrain.data.arrays import put_batch
+from jaxtrain.data.batches import BatchStream
 from jaxtrain.evaluate import open_judged, restore_model
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.prepare import open_source

@@ -15,10 +15,12 @@ import numpy as np
 
 from jaxtrain.checkpoint import CheckpointStore, target_of
 from jaxtrain.config import DataConfig
-from jaxtrain.data.batches import BatchStream, Reader, WindowReader, put_batch
+from jaxtrain.data.arrays import Reader, put_batch
+from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.classes import NOT_LEARNT
 from jaxtrain.data.cubes import CubesReader, Splits, join_windows
 from jaxtrain.data.places import SampleSplit, nearest_m
+from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.samples import SampleReader, plan_samples
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.targets import ITSELF, match_classes, resolve_target

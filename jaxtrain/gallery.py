@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from jaxtrain.data.batches import put_batch
+from jaxtrain.data.arrays import as_images, put_batch
 from jaxtrain.data.samples import SampleReader
 from jaxtrain.data.windows import Windows
 from jaxtrain.parallel.mesh import batch_sharding
@@ -61,6 +61,7 @@ def collect_shown(
     answer_BK = np.asarray(predict(state, there["image"], observed=there["observed"]))[: len(rows)]
     label = batch["label"][: len(rows)]
     several = label.ndim == 2
+    images = as_images(batch["image"])
     said = answer_BK > 0.5 if several else answer_BK.argmax(axis=-1)
     wrong = (said != label).any(axis=-1) if several else said != label
     sure = np.abs(answer_BK - 0.5).max(axis=-1) if several else answer_BK.max(axis=-1)
@@ -69,10 +70,7 @@ def collect_shown(
     def called(value: Any) -> str:
         return ", ".join(names[int(k)] for k in np.flatnonzero(value)) if several else names[int(value)]
 
-    return [
-        Shown(batch["image"][i], bool(wrong[i]), f"{called(label[i])}\n→ {called(said[i])} {sure[i]:.2f}")
-        for i in order
-    ]
+    return [Shown(images[i], bool(wrong[i]), f"{called(label[i])}\n→ {called(said[i])} {sure[i]:.2f}") for i in order]
 
 
 def draw_shown(shown: Sequence[Shown], bands: Sequence[str]) -> Figure:

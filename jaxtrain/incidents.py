@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import RunConfig
-from jaxtrain.data.batches import Rows
+from jaxtrain.data.arrays import Rows
 from zarr_store.backends import translate_os_errors
 from zarr_store.errors import CorruptShard, IntegrityError, InvalidInput, MissingShard
 
@@ -110,13 +110,13 @@ class Incidents:
             window = tuple(int(v) for v in row)
             if window in self._windows:
                 return
-            self._windows.add(window)
-            count = len(self._windows)
+            count = len(self._windows) + 1
             if count > config.max_quarantined:
                 kind = type(error) if isinstance(error, CorruptShard | MissingShard) else CorruptShard
                 raise kind(
                     f"{error}; {count} windows cannot be read, run.max_quarantined is {config.max_quarantined}"
                 ) from error
+            self._windows.add(window)
             self._write({"kind": "quarantined", "window": list(window), "why": str(error)})
         self._warn(f"window {window} is learnt no more ({count} of at most {config.max_quarantined}): {error}")
 

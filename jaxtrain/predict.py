@@ -26,7 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.blend import Sink, Strips, window_starts
-from jaxtrain.data.batches import BatchStream, WindowReader, band_positions, put_batch, series_dates
+from jaxtrain.data.arrays import put_batch
+from jaxtrain.data.batches import BatchStream
+from jaxtrain.data.reader import WindowReader, band_positions, series_dates
 from jaxtrain.data.windows import Windows
 from jaxtrain.evaluate import restore_model
 from jaxtrain.maps import CHUNK, NODATA, Map, MapWriter, create_map, open_map
@@ -285,7 +287,7 @@ class _Scene:
         before: tuple[npt.NDArray[np.int32], jax.Array, npt.NDArray[np.float32]] | None = None
         for _, windows, batch in stream:
             there = put_batch({n: batch[n] for n in ("image", "observed", "day") if n in batch}, sharding, size)
-            observed = batch["observed"] if self.reader.dates == 1 else batch["observed"].max(axis=-1)
+            observed = batch["observed"] if self.reader.dates == 1 else batch["observed"].max(axis=1)
             seen = np.where(batch["clear"] == 1, np.float32(1), _MASKED_SAY) * observed
             now = (windows, self.step(self.state, there.pop("image"), **there), seen)
             if before is not None:

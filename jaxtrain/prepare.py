@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.data.batches import OnUnreadable, Reader, WindowReader
+from jaxtrain.data.arrays import Reader
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.cubes import CubesReader, Splits, join_statistics, join_windows, numbered
 from jaxtrain.data.places import SampleSplit
+from jaxtrain.data.reader import OnUnreadable, WindowReader
 from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.statistics import Statistics, training_statistics

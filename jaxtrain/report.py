@@ -17,7 +17,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from jaxtrain.data.batches import Reader
+from jaxtrain.data.arrays import Reader
 from jaxtrain.data.cubes import Splits
 from jaxtrain.data.samples import SampleReader
 from jaxtrain.data.splits import PARTS, Split

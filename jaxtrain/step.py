@@ -4,14 +4,15 @@ Letters in shapes: B sample, H row, W column, C band, K class.
 
 Images of one answer each have labels (B,), or (B, K) of 0 and 1 where an image has several classes.
 
-Images arrive as they are stored (uint16); casting, normalisation and augmentation happen on the device, inside the one
-compiled program, so a quarter of the float bytes travels. A batch is
+Images arrive as they are stored (uint16, bands before rows and columns); moving bands behind them, casting,
+normalisation and augmentation happen on the device, inside the one compiled program, so half of the float bytes travel.
+A batch is
 
-    {"image": uint16 (B, H, W, C), "label": uint8 (B, H, W) class index or 255, "observed": bool or uint8 (B, H, W)}
+    {"image": uint16 (B, C, H, W), "label": uint8 (B, H, W) class index or 255, "observed": bool or uint8 (B, H, W)}
 
 or, of series of T dates,
 
-    {"image": (B, H, W, T, C), "label": (B, H, W), "observed": (B, H, W, T), "day": uint16 (B, T)}
+    {"image": (B, T, C, H, W), "label": (B, H, W), "observed": (B, T, H, W), "day": uint16 (B, T)}
 
 split over the mesh axis `data`: numpy arrays in a run of one process, global arrays in a run of several.
 """
@@ -29,10 +30,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxtrain.data.arrays import as_images
 from jaxtrain.data.augment import augment, disturb, mix, turns
 from jaxtrain.models.temporal import series_of
 from jaxtrain.optim import judged_params
-from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated
+from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored_sharding
 from jaxtrain.parallel.pipeline import Pipeline
 from jaxtrain.state import Program, TrainState
 
@@ -83,7 +85,7 @@ class PredictStep:
     def __call__(self, state: TrainState, image: Any, *, observed: Any = None, day: Any = None) -> jax.Array:
         if observed is None:
             # the cube stores 0 (or nan) in every band where nothing was observed
-            observed = ((image == image) & (image != 0)).any(axis=-1)
+            observed = ((image == image) & (image != 0)).any(axis=-3)
         params = judged_params(state.params, state.opt_state)
         result: jax.Array = self.jitted(params, state.model_state, image, observed, *(() if day is None else (day,)))
         return result
@@ -162,7 +164,8 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
 
     def evaluate(params: Any, model_state: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
         x_BHWC = present(program, batch["image"], batch["observed"], batch.get("day"))
-        label = _itself(x_BHWC, batch["observed"]) if program.objective.task.rebuild else batch["label"]
+        observed = as_images(batch["observed"])
+        label = _itself(x_BHWC, observed) if program.objective.task.rebuild else batch["label"]
         return program.objective.sums(_look(program, params, model_state, x_BHWC, turned), label)
 
     judged = judged_params(program.shardings.params, program.shardings.opt_state)
@@ -195,7 +198,8 @@ def make_predict_step(program: Program) -> PredictStep:
     judged = judged_params(program.shardings.params, program.shardings.opt_state)
     days = (lies["day"],) if "day" in lies else ()
     shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"], *days)
-    return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=lies.get("label", lies["image"])))
+    answers = batch_sharding(program.mesh, image=not program.objective.task.per_image)
+    return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=answers))
 
 
 def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array]:
@@ -203,7 +207,7 @@ def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array
     lies = _batch_shardings(program)
 
     def run(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:
-        return program.embed(params, model_state, normalise(program, image, observed)).mean(axis=(1, 2))
+        return program.embed(params, model_state, present(program, image, observed)).mean(axis=(1, 2))
 
     judged = judged_params(program.shardings.params, program.shardings.opt_state)
     shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"])
@@ -221,14 +225,14 @@ def prepare_batch(
     program: Program, batch: Batch, key: jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
     """Augmented and normalised images, and each label with its share of the loss: one, or two of mixed samples."""
-    data, lies = program.config.data, _batch_shardings(program, mesh)
+    data = program.config.data
     rebuild = program.objective.task.rebuild
     names = ["image", *([] if rebuild else ["label"]), "observed"]
-    arrays = tuple(batch[name] for name in names)
+    arrays = tuple(as_images(batch[name]) for name in names)
     if data.augment:
         turned = augment(arrays, key=key, zoom=data.zoom)
         # the compiler would go on with images split as they came out of a quarter turn, by columns
-        arrays = constrain(turned, tuple(lies[name] for name in names))
+        arrays = constrain(turned, tuple(batch_sharding(mesh, image=a.ndim > 2) for a in arrays))
     image, observed = arrays[0], arrays[-1]
     x_BHWC = normalise(program, image, observed)
     # an image is to be given back as it was before it is disturbed
@@ -250,8 +254,9 @@ def normalise(program: Program, image_BHWC: jax.Array, observed_BHW: jax.Array) 
     return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(0))
 
 
-def present(program: Program, image: jax.Array, observed: jax.Array, day: jax.Array | None) -> jax.Array:
+def present(program: Program, image: jax.Array, observed: jax.Array, day: jax.Array | None = None) -> jax.Array:
     """What the network takes of a batch that is judged or looked at: normalised, of series with days beside it."""
+    image, observed = as_images(image), as_images(observed)
     x_BHWC = normalise(program, image, observed)
     return x_BHWC if day is None else series_of(x_BHWC, observed, day)
 
@@ -276,13 +281,13 @@ def _look(program: Program, params: Any, model_state: Any, x_BHWC: jax.Array, tu
 
 
 def _pipeline(program: Program) -> Pipeline:
-    return Pipeline(program, partial(prepare_batch, program), partial(normalise, program))
+    return Pipeline(program, partial(prepare_batch, program), partial(present, program))
 
 
-def _batch_shardings(program: Program, mesh: Mesh | None = None) -> dict[str, Any]:
-    mesh, per_image = mesh or program.mesh, program.objective.task.per_image
-    images = batch_sharding(mesh, image=True)
-    lies = {"image": images, "observed": images}
-    if not program.objective.task.rebuild:
-        lies["label"] = batch_sharding(mesh, image=not per_image)
-    return lies if program.config.data.dates == 1 else lies | {"day": batch_sharding(mesh)}
+def _batch_shardings(program: Program) -> dict[str, Any]:
+    mesh, task = program.mesh, program.objective.task
+    series = program.config.data.dates != 1
+    lies = {"image": stored_sharding(mesh, 5 if series else 4), "observed": stored_sharding(mesh, 4 if series else 3)}
+    if not task.rebuild:
+        lies["label"] = stored_sharding(mesh, 1 if task.per_image else 3)
+    return lies | {"day": batch_sharding(mesh)} if series else lies

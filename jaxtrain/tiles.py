@@ -15,7 +15,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from jaxtrain.data.batches import Reader, put_batch
+from jaxtrain.data.arrays import Reader, as_images, put_batch
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.windows import Window, Windows
 from jaxtrain.parallel.mesh import batch_sharding
@@ -82,7 +82,8 @@ def collect_tiles(
         there = put_batch(inputs, sharding, size)
         image = there.pop("image")
         answer = np.asarray(predict(state, image, **there))
-        found += [_judge(program, row, {n: a[i] for n, a in batch.items()}, answer[i]) for i, row in enumerate(chosen)]
+        host = {name: as_images(array) for name, array in batch.items()}
+        found += [_judge(program, row, {n: a[i] for n, a in host.items()}, answer[i]) for i, row in enumerate(chosen)]
     worst = sorted((pair for pair in found if pair[0] >= 0), key=lambda pair: -pair[0])[:_SHOWN]
     return [tile for _, tile in worst]
 

@@ -27,7 +27,8 @@ from jaxtrain.best import Best
 from jaxtrain.checkpoint import CheckpointStore, target_of
 from jaxtrain.clock import Clock
 from jaxtrain.config import TrainConfig
-from jaxtrain.data.batches import BatchStream, Rows
+from jaxtrain.data.arrays import Rows
+from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.shuffle import ChunkOrder, chunk_numbers
 from jaxtrain.data.windows import WindowPlan

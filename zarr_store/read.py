@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -188,8 +188,12 @@ def read_tensorstore(view: ts.TensorStore, where: str) -> np.ndarray:
     return await_read(view.read(), where)
 
 
-def await_read(pending: Any, where: str) -> np.ndarray:
+def await_read(pending: Any, place: str | Callable[[], str]) -> np.ndarray:
     """Wait for a tensorstore read that is under way (`pending`, a future), turning its status codes into ours.
+
+    Args:
+        pending: The future.
+        place: What is read, in words, for the message; a function is asked only where something is wrong.
 
     Raises:
         MissingShard: NOT_FOUND. CorruptShard: DATA_LOSS or a damaged shard index.
@@ -197,7 +201,7 @@ def await_read(pending: Any, where: str) -> np.ndarray:
     try:
         return np.asarray(pending.result())
     except ValueError as error:
-        text = str(error)
+        text, where = str(error), place if isinstance(place, str) else place()
         if text.startswith("NOT_FOUND"):
             raise MissingShard(
                 f"{where} holds a shard that was never written or was deleted ({_first(text)}); "

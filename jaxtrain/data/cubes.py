@@ -6,14 +6,15 @@ reader, so that order, batches and steps are the same as of one cube.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxtrain.data.batches import HostBatch, OnUnreadable, Rows, WindowReader
+from jaxtrain.data.arrays import HostBatch, Rows, empty_array
+from jaxtrain.data.reader import OnUnreadable, WindowReader
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.windows import Windows
@@ -51,15 +52,25 @@ class CubesReader:
 
     def read(self, rows: Rows) -> HostBatch:
         """As `WindowReader.read`, of int32 (B, 4) of (cube, time, y, x)."""
-        result: HostBatch = {}
+        return self.begin(rows)()
+
+    def begin(self, rows: Rows) -> Callable[[], HostBatch]:
+        """As `WindowReader.begin`."""
+        begun = []
         for number in np.unique(rows[:, 0]):
             chosen = rows[:, 0] == number
-            part = self.readers[int(number)].read(np.ascontiguousarray(rows[chosen, 1:]))
-            for name, array in part.items():
-                if name not in result:
-                    result[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
-                result[name][chosen] = array
-        return result
+            begun.append((chosen, self.readers[int(number)].begin(np.ascontiguousarray(rows[chosen, 1:]))))
+
+        def finish() -> HostBatch:
+            result: HostBatch = {}
+            for chosen, wait in begun:
+                for name, array in wait().items():
+                    if name not in result:
+                        result[name] = empty_array((len(rows), *array.shape[1:]), array.dtype)
+                    result[name][chosen] = array
+            return result
+
+        return finish
 
 
 def numbered(number: int, on_unreadable: OnUnreadable | None) -> OnUnreadable | None:

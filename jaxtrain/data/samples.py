@@ -8,14 +8,16 @@ Letters in shapes: B samples, H row, W column, C band, K class.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import DataConfig, SplitConfig
+from jaxtrain.data.arrays import as_images
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.places import SampleSplit, leakage, split_samples
@@ -70,7 +72,7 @@ class SampleReader:
             rows: int32 (B, 3) of (sample, y, x).
 
         Returns:
-            image (B, H, W, C) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is not learnt), and
+            image (B, C, H, W) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is not learnt), and
             observed uint8 (B, H, W), all 1.
 
         Raises:
@@ -89,13 +91,17 @@ class SampleReader:
             chosen = np.zeros((len(label), int((kept != NOT_LEARNT).sum())), np.uint8)
             chosen[:, kept[kept != NOT_LEARNT]] = label[:, kept != NOT_LEARNT]
             label = chosen
-        return {"image": image, "label": label, "observed": np.ones(image.shape[:3], np.uint8)}
+        return {"image": image, "label": label, "observed": np.ones((len(image), *image.shape[-2:]), np.uint8)}
+
+    def begin(self, rows: npt.NDArray[np.int32]) -> Callable[[], dict[str, np.ndarray]]:
+        """What reads samples; stores that are small are held in memory, so there is nothing to begin."""
+        return partial(self.read, rows)
 
     def _decode(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
         images = self.store.images(numbers)
         if self.bands != tuple(range(images.shape[1])):
             images = images[:, list(self.bands)]
-        return np.ascontiguousarray(np.moveaxis(images, 1, -1))
+        return images
 
     @cached_property
     def _held(self) -> npt.NDArray[Any] | None:
@@ -114,14 +120,14 @@ class SampleReader:
                 f"data.patch {self.patch} is too large for a scene of {self.store.spec.size[0]} × "
                 f"{self.store.spec.size[1]} pixels"
             )
-        scenes = self._decode(np.arange(self.store.spec.count))
+        scenes = np.moveaxis(self._decode(np.arange(self.store.spec.count)), 1, -1)
         return np.pad(scenes, ((0, 0), (rim, rim), (rim, rim), (0, 0)), mode="reflect")
 
     def _around(self, rows: npt.NDArray[np.int32]) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
         n, y, x = (rows[:, i].astype(np.int64) for i in range(3))
         offsets = np.arange(self.patch)
         at_y, at_x = y[:, None, None] + offsets[:, None], x[:, None, None] + offsets
-        return self._scenes[n[:, None, None], at_y, at_x], self.store.label[n, y, x]
+        return np.moveaxis(self._scenes[n[:, None, None], at_y, at_x], -1, 1), self.store.label[n, y, x]
 
 
 def sample_classes(config: DataConfig, store: SampleStore) -> Classes:
@@ -249,7 +255,7 @@ def sample_statistics(plan: WindowPlan, reader: SampleReader, classes: Classes) 
         chosen_reader = SampleReader(reader.store, reader.bands, 1, reader.table)
         values = chosen_reader.read(chosen)["image"].reshape(len(chosen), -1).astype(np.float64)
     else:
-        values = reader.read(chosen)["image"].reshape(-1, len(reader.bands)).astype(np.float64)
+        values = as_images(reader.read(chosen)["image"]).reshape(-1, len(reader.bands)).astype(np.float64)
     if not np.isfinite(values).all():
         raise InvalidInput(f"{reader.store.url} holds nan or infinite numbers; import it without them")
     std = values.std(axis=0)

@@ -13,9 +13,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from jaxtrain.data.batches import WindowReader
+from jaxtrain.data.arrays import as_images
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.targets import Target, window_labels
 from jaxtrain.data.windows import WindowPlan, Windows
@@ -125,7 +126,7 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
     learnt: list[npt.NDArray[np.float64]] = []
     for start in range(0, len(rows), at_once):
         batch = reader.read(rows[start : start + at_once])
-        values = batch["image"][batch["observed"] == 1].astype(np.float64)
+        values = as_images(batch["image"])[as_images(batch["observed"]) == 1].astype(np.float64)
         values = values[np.isfinite(values).all(axis=1)]
         if reader.target is None:
             by_class[0] += len(values)

@@ -18,7 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import MeshConfig, TrainConfig
 from zarr_store.errors import InvalidInput
 
-__all__ = ["SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "replicated", "share_cores", "spec"]
+__all__ = ["SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "replicated", "share_cores", "spec",
+           "stored_sharding"]  # fmt: skip
 
 SPACE_AXES = ("space", "space_w")
 """Axes that split rows and columns."""
@@ -99,6 +100,14 @@ def spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
 def image_spec(mesh: Mesh) -> PartitionSpec:
     """Of (B, H, W, …): samples over `data`, rows and columns over the space axes that the mesh has."""
     return spec("data", *(axis if axis in mesh.shape else None for axis in SPACE_AXES))
+
+
+def stored_sharding(mesh: Mesh, dimensions: int) -> NamedSharding:
+    """Of an array of a batch as cubes have it, rows and columns last: (B, …, H, W), or (B,) and (B, K)."""
+    if dimensions < 3:
+        return batch_sharding(mesh)
+    first, *space = image_spec(mesh)
+    return NamedSharding(mesh, spec(first, *(None,) * (dimensions - 3), *space))
 
 
 def batch_sharding(mesh: Mesh, *, image: bool = False) -> NamedSharding:

@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain.optim import build_optimizer
 from jaxtrain.parallel.links import Links, is_here, join, lies_of, part_of, shape_of, zeros_on
-from jaxtrain.parallel.mesh import constrain, image_spec, replicated, spec
+from jaxtrain.parallel.mesh import constrain, replicated, spec, stored_sharding
 from jaxtrain.parallel.processes import wait_for_all
 from jaxtrain.parallel.schedule import Work, order_of, trace
 from jaxtrain.parallel.sharding import path_name
@@ -46,6 +46,12 @@ Batch = Mapping[str, Any]
 Tree = dict[str, Any]
 
 
+def _shape(stored_BCHW: Any) -> tuple[int, ...]:
+    """Of the images (B, H, W, C) that a batch becomes."""
+    b, c, h, w = stored_BCHW.shape
+    return (b, h, w, c)
+
+
 class Pipeline:
     """The compiled parts of a pipelined program, and the walk through its schedule.
 
@@ -53,7 +59,7 @@ class Pipeline:
         program: has a layout.
         prepare: (batch, key, mesh) → normalised images and a list of (label, share of the loss), as a step of one
             device makes them; traced on the first and on the last group, each of which uses its part.
-        normalise: (image, observed) → normalised images.
+        normalise: (image, observed) of a batch → normalised images (B, H, W, C).
     """
 
     def __init__(self, program: Program, prepare: Callable[..., Any], normalise: Callable[..., Any]) -> None:
@@ -125,7 +131,7 @@ class Pipeline:
         augment_key, dropout_key = jax.random.split(key)
         params = {k: self._of(state.params, k) for k in here}
         statistics = {k: self._of(state.model_state, k) for k in here}
-        made = self._carries(batch["image"].shape, self.microbatches, train=True)
+        made = self._carries(_shape(batch["image"]), self.microbatches, train=True)
         blank = {k: self._blank[k](params[k], statistics[k]) for k in here}
         gradient, summed = ({k: trees[i] for k, trees in blank.items()} for i in range(2))
         arrived: dict[tuple[int, int], Any] = {}
@@ -139,7 +145,7 @@ class Pipeline:
         if self._here[last]:
             labels = self._labels(self._batch_on(batch, last), self._on(augment_key, last))
         if not all(self._here) and not self._rehearsed:
-            image = batch["image"].shape
+            image = _shape(batch["image"])
             entry = (shape_of((image[0] // self.microbatches, *image[1:]), jnp.float32),)
             self._rehearse((params, statistics, summed), gradient, [entry, *made], labels, augment_key)
         self.log = []
@@ -318,7 +324,7 @@ class Pipeline:
         return answer
 
     def _through(self, params: Any, statistics: Any, image: Any, observed: Any) -> Carry:
-        made = self._carries(image.shape, 1, train=False)
+        made = self._carries(_shape(image), 1, train=False)
         carry: Carry = ()
         if self._here[0]:
             there = self._batch_on({"image": image, "observed": observed}, 0)
@@ -402,12 +408,7 @@ class Pipeline:
 
     def _batch_on(self, batch: Batch, k: int) -> Tree:
         mesh = self.layout.mesh(k)
-        per_image = self.program.objective.task.per_image
-
-        def lies(name: str) -> Any:
-            return spec("data") if name == "label" and per_image else image_spec(mesh)
-
-        return {name: part_of(array, mesh, lies(name)) for name, array in batch.items()}
+        return {name: part_of(array, mesh, stored_sharding(mesh, array.ndim).spec) for name, array in batch.items()}
 
     def _whole(self, before: TrainState, changed: Mapping[int, Any], step: jax.Array) -> TrainState:
         """The state of the whole network, put together from its parts; of other processes it knows places only."""

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ from ingest.cluster import in_flight, open_cluster, prepare
 from ingest.config import IngestConfig
 from ingest.launch import describe, start_cluster
 from ingest.rates import Turns
+from ingest.run import run
 from ingest.testing import write_raster
 from ingest.workers import WORKER_ENVIRONMENT, differences, facts
-from zarr_store.errors import InvalidInput
+from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.grid import Grid
+
+from .growing import plan_of, scene, tree
 
 GRID = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), (64, 64))
 
@@ -343,9 +347,39 @@ def test_ssh_on_this_machine(tmp_path: Path) -> None:
             asked = client.submit(lambda: (os.environ["OMP_NUM_THREADS"], os.getppid()), pure=False).result(timeout=20)
             assert asked[0] == "1"
             assert client.dashboard_link.startswith("http://127.0.0.1:")
+        # and an ingest as it is typed, into a cube that is named relative to where it is typed
+        plan = plan_of([scene(tmp_path / "s", day) for day in (1, 2)])
+        plan.save(tmp_path / "plan.json")
+        typed = ["ingest", "plan.json", "cube.zarr", "--cluster", "ssh", "--hosts", "127.0.0.1,127.0.0.1",
+                 *(part for option in options for part in ("--cluster-option", option))]  # fmt: skip
+        done = subprocess.run([Path(sys.executable).with_name("terrashard"), *typed], cwd=tmp_path, env=clean,
+                              capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with open_cluster(IngestConfig(workers=1)) as client:
+            run(plan, tmp_path / "here.zarr", client=client)
+        assert tree(tmp_path / "cube.zarr") == tree(tmp_path / "here.zarr")
     finally:
         process.terminate()
         process.wait(10)
+
+
+def test_an_ssh_host_that_says_nothing_is_not_waited_for_without_end() -> None:
+    """A port that takes the call and never answers."""
+    pytest.importorskip("asyncssh")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        options = [f"port={silent.getsockname()[1]}", "start_s=1.5"]
+        config = IngestConfig(cluster="ssh", hosts="127.0.0.1,127.0.0.1", cluster_options=options)
+        began = time.monotonic()
+        late = r"127\.0\.0\.1 did not start within 1\.5 s.*start_s=SECONDS"
+        with pytest.raises(AccessError, match=late), open_cluster(config):
+            pass
+        assert time.monotonic() - began < 30
+        called, _ = silent.accept()
+        called.close()
+    with pytest.raises(InvalidInput, match="expected seconds, more than 0"):
+        start_cluster(config.model_copy(update={"cluster_options": {"start_s": "soon"}}), "", None, ExitStack())
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="nothing is collected inside an allocation since Python 3.12")

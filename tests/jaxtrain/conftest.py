@@ -122,4 +122,4 @@ def make_batch() -> dict[str, np.ndarray]:
     image[~observed] = 0
     label[rng.random(label.shape) < np.linspace(0, 0.95, BATCH)[:, None, None]] = 255
     label[-1] = 255  # a sample, and on eight devices a device, without any label
-    return {"image": image, "label": label, "observed": observed}
+    return {"image": np.moveaxis(image, -1, 1), "label": label, "observed": observed}

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.data.batches import local_rows, put_batch
+from jaxtrain.data.arrays import local_rows, put_batch
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
 from jaxtrain.state import Program, TrainState, build_program
 from jaxtrain.step import TrainStep, make_eval_step, make_train_step
@@ -74,13 +74,17 @@ def make_batch(*, per_image: bool = False) -> dict[str, np.ndarray]:
         spectra = rng.integers(500, 4500, (CLASSES, CHANNELS))
         image = (spectra[label] + rng.normal(0, 150, (*label.shape, CHANNELS))).clip(1, 65535).astype(np.uint16)
         whole[-1] = 255
-        return {"image": image, "label": whole.astype(np.uint8), "observed": np.ones(label.shape, bool)}
+        return {
+            "image": np.moveaxis(image, -1, 1),
+            "label": whole.astype(np.uint8),
+            "observed": np.ones(label.shape, bool),
+        }
     label = rng.integers(0, CLASSES, (BATCH, SIDE // 4, SIDE // 4)).repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
     spectra = rng.integers(500, 4500, (CLASSES, CHANNELS))
     image = (spectra[label] + rng.normal(0, 150, (*label.shape, CHANNELS))).clip(1, 65535).astype(np.uint16)
     label[rng.random(label.shape) < np.linspace(0, 0.9, BATCH)[:, None, None]] = 255
     label[:, SIDE * 3 // 4 :] = 255  # with four parts of the rows, one has nothing to learn
-    return {"image": image, "label": label, "observed": np.ones(label.shape, bool)}
+    return {"image": np.moveaxis(image, -1, 1), "label": label, "observed": np.ones(label.shape, bool)}
 
 
 def make_program(mesh: dict[str, Any], model: dict[str, Any], **optim: Any) -> Program:

@@ -86,7 +86,7 @@ def program_of(**sections: dict[str, Any]) -> Program:
 
 def test_every_mesh_gives_the_same_step_and_gathers_no_activation() -> None:
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(1, 2000, (4, 16, 16, 3)).astype(np.uint16),
+    batch = {"image": rng.integers(1, 2000, (4, 3, 16, 16)).astype(np.uint16),
              "observed": (rng.random((4, 16, 16)) < 0.9).astype(np.uint8)}  # fmt: skip
     found: dict[str, tuple[float, float]] = {}
     meshes: dict[str, dict[str, int]] = {"one": {}, "split": {"data": 2, "space": 2}}

@@ -45,7 +45,7 @@ def count_by_hand(run: Path, part: str) -> tuple[np.ndarray, int, float]:
                 if block != PARTS.index(part) or good.mean() < 0.25:
                     continue
                 windows += 1
-                image = np.moveaxis(cube.read(COLLECTION, "reflectance", box)[0], 0, -1)[None]
+                image = cube.read(COLLECTION, "reflectance", box)
                 p = np.asarray(predict(state, image, observed=(status == 1)[None]))[0]
                 truth = scl[good].astype(int) - 4
                 np.add.at(matrix, (truth, p[good].argmax(-1)), 1)

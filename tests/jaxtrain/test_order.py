@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.data.batches import local_rows
+from jaxtrain.data.arrays import local_rows
 from jaxtrain.data.order import SampleOrder
 from zarr_store.errors import InvalidInput
 

@@ -131,8 +131,8 @@ def test_inside_a_window_the_map_is_what_the_whole_scene_gives(tmp_path: Path) -
     train(config, tmp_path / "run")
     predict(tmp_path / "run", cube, tmp_path / "m.zarr", probabilities=True, overlap=8)
     program, state, _, _ = restore_model(tmp_path / "run", load_card(tmp_path / "run"))
-    image = np.moveaxis(open_cube(cube).read(COLLECTION, "reflectance", Region(0, 1, 0, 104, 0, 104))[0], 0, -1)
-    whole = np.asarray(make_predict_step(program)(state, image[None]))[0] * 100
+    image = open_cube(cube).read(COLLECTION, "reflectance", Region(0, 1, 0, 104, 0, 104))
+    whole = np.asarray(make_predict_step(program)(state, image))[0] * 100
     got = np.moveaxis(open_map(tmp_path / "m.zarr").read("probability"), 0, -1).astype(float)
     view = 10  # pixels that a network of depth 1 looks beyond its output
     alone = np.zeros((104, 104), bool)

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtrain.config import DataConfig, MeshConfig
-from jaxtrain.data.batches import BatchStream, WindowReader, local_rows
+from jaxtrain.data.arrays import local_rows
+from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.shuffle import ChunkOrder, chunk_numbers
 from jaxtrain.data.windows import Windows
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh

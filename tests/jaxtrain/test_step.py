@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxtrain.data.arrays import as_images
 from jaxtrain.data.augment import augment
 from jaxtrain.losses import cross_entropy
 from jaxtrain.metrics import ConfusionMatrix
@@ -69,7 +70,7 @@ def test_gradient_is_of_the_weighted_masked_mean(weighted, batch):
     """The whole step against its parts, written out again."""
     program, step = weighted
     state = program.init(jax.random.key(0))
-    x = (batch["image"].astype(np.float64) - program.mean) / program.std
+    x = (as_images(batch["image"]).astype(np.float64) - program.mean) / program.std
     x = jnp.asarray(np.where(batch["observed"][..., None], x, 0), jnp.float32)
 
     @jax.jit
@@ -155,7 +156,7 @@ def test_unobserved_pixels_count_as_the_mean_whatever_they_hold(run_of, batch):
     predict = make_predict_step(program)
     hidden = ~batch["observed"]
     noisy = batch["image"].copy()
-    noisy[hidden] = 60000
+    as_images(noisy)[hidden] = 60000
     given = predict(state, noisy, observed=batch["observed"])
     np.testing.assert_array_equal(given, predict(state, batch["image"]))  # 0 in all bands says it by itself
     assert (np.asarray(predict(state, noisy)) != np.asarray(given)).any()
@@ -166,7 +167,7 @@ def test_floating_images_with_nan_are_read_as_unobserved(run_of, batch):
     program, state, _, _, _ = run_of(1, 1)
     predict = make_predict_step(program)
     image = batch["image"].astype(np.float32)
-    image[~batch["observed"]] = np.nan
+    as_images(image)[~batch["observed"]] = np.nan
     np.testing.assert_allclose(predict(state, image), predict(state, batch["image"]), atol=1e-6)
 
 

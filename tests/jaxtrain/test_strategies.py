@@ -189,7 +189,7 @@ def test_a_device_holds_its_part_of_a_scene():
     for space in (1, 4):
         program = make_program({"space": space}, UNET)
         predict = make_predict_step(program)
-        image = jax.ShapeDtypeStruct((1, 256, 256, CHANNELS), np.uint16)
+        image = jax.ShapeDtypeStruct((1, CHANNELS, 256, 256), np.uint16)
         seen = jax.ShapeDtypeStruct((1, 256, 256), np.bool_)
         memory = predict.jitted.lower(program.shapes.params, program.shapes.model_state, image, seen).compile()
         needed[space] = memory.memory_analysis().temp_size_in_bytes

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.data.batches import WindowReader
+from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.targets import label_classes, resolve_target
 from jaxtrain.evaluate import evaluate
 from jaxtrain.maps import open_map
@@ -79,7 +79,7 @@ def config_of(cube: Cube | None = None, **sections: dict[str, Any]) -> TrainConf
     return TrainConfig.model_validate({n: {**base.get(n, {}), **sections.get(n, {})} for n in {**base, **sections}})
 
 
-def test_a_batch_is_the_cube_with_the_dates_behind_the_pixels(cube: Cube) -> None:
+def test_a_batch_is_the_cube(cube: Cube) -> None:
     config = config_of(cube)
     target = resolve_target(cube, config.data)
     reader = WindowReader.of(cube, config.data, label_classes(config.data, target), target)
@@ -87,14 +87,14 @@ def test_a_batch_is_the_cube_with_the_dates_behind_the_pixels(cube: Cube) -> Non
     data = cube.dataset(COLLECTION)
     for i, (y, x) in enumerate([(0, 0), (16, 48)]):
         box = (slice(y, y + 16), slice(x, x + 16))
-        image = data["reflectance"].values[(slice(None), slice(None), *box)].transpose(2, 3, 0, 1)
-        status = data["status"].values[(slice(None), *box)].transpose(1, 2, 0)
+        image = data["reflectance"].values[(slice(None), slice(None), *box)]
+        status = data["status"].values[(slice(None), *box)]
         np.testing.assert_array_equal(batch["image"][i], image)
         np.testing.assert_array_equal(batch["observed"][i], status == 1)
         assert batch["day"][i].tolist() == [3, 51, 121, 131, 242]
         truth = ground(SIDE, SIDE, 3)[box] == 4
-        np.testing.assert_array_equal(batch["label"][i], np.where((status == 1).any(axis=-1), truth, 255))
-    assert not batch["observed"][..., 3].any(), "the date that was never written reads as not observed"
+        np.testing.assert_array_equal(batch["label"][i], np.where((status == 1).any(axis=0), truth, 255))
+    assert not batch["observed"][:, 3].any(), "the date that was never written reads as not observed"
 
 
 def test_of_a_layer_with_dates_the_last_label_counts(cube: Cube) -> None:
@@ -132,9 +132,9 @@ def program_of(**sections: dict[str, Any]) -> Program:
 
 def make_batch() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    observed = (rng.random((8, 16, 16, 5)) < 0.7).astype(np.uint8)
-    observed[0, 0, 0] = 0  # never seen
-    image = rng.integers(100, 4000, (8, 16, 16, 5, 2)).astype(np.uint16)
+    observed = (rng.random((8, 5, 16, 16)) < 0.7).astype(np.uint8)
+    observed[0, :, 0, 0] = 0  # never seen
+    image = rng.integers(100, 4000, (8, 5, 2, 16, 16)).astype(np.uint16)
     return {"image": image, "observed": observed, "label": rng.integers(0, 2, (8, 16, 16)).astype(np.uint8),
             "day": np.tile(np.array([3, 51, 121, 131, 242], np.uint16), (8, 1))}  # fmt: skip
 
@@ -163,12 +163,10 @@ def test_unobserved_dates_say_nothing_and_any_number_of_dates_does() -> None:
     program, batch = program_of(model={"precision": "bfloat16"}), make_batch()
     predict_step, state = make_predict_step(program), program.init(jax.random.key(0))
     first = np.asarray(predict_step(state, batch["image"], observed=batch["observed"], day=batch["day"]))
-    changed = np.where(batch["observed"][..., None] == 1, batch["image"], 60_000).astype(np.uint16)
+    changed = np.where(batch["observed"][:, :, None] == 1, batch["image"], 60_000).astype(np.uint16)
     again = np.asarray(predict_step(state, changed, observed=batch["observed"], day=batch["day"]))
     np.testing.assert_array_equal(first, again)
-    fewer = predict_step(
-        state, batch["image"][..., :3, :], observed=batch["observed"][..., :3], day=batch["day"][:, :3]
-    )
+    fewer = predict_step(state, batch["image"][:, :3], observed=batch["observed"][:, :3], day=batch["day"][:, :3])
     assert np.isfinite(np.asarray(fewer)).all()
 
 

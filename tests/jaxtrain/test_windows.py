@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import DataConfig, SplitConfig
-from jaxtrain.data.batches import WindowReader
 from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.statistics import training_statistics
 from jaxtrain.data.windows import Window, plan_windows, window_leakage, window_shares
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName

@@ -1,0 +1,305 @@
+"""`WindowReader`: windows of a cube as batches.
+
+All reads of a batch are under way at once and share chunks. Tensorstore decodes on a pool of its own, straight into the
+batch, and keeps decoded chunks in the cube's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorstore as ts
+
+from jaxtrain.config import DataConfig
+from jaxtrain.data.arrays import HostBatch, Rows, empty_array
+from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.targets import Target, resolve_target
+from zarr_store.errors import IntegrityError, InvalidInput, UnknownName
+from zarr_store.index import TrainingIndex
+from zarr_store.read import Cube, await_read
+from zarr_store.regions import Region
+from zarr_store.spec import STATUS_MASKED, STATUS_OBSERVED, CubeSpec
+
+__all__ = ["OnUnreadable", "WindowReader", "band_positions", "series_dates"]
+
+OnUnreadable = Callable[[npt.NDArray[np.int32], IntegrityError], None]
+
+
+def band_positions(spec: CubeSpec, bands: Sequence[str]) -> tuple[int, ...]:
+    """Positions of the named bands in the main array; all where none is named.
+
+    Raises:
+        UnknownName: A band that the collection lacks.
+    """
+    for band in bands:
+        if band not in spec.band_names:
+            raise UnknownName.of("band", band, spec.band_names, f"collection {spec.collection} (data.bands)")
+    return tuple(spec.band_names.index(band) for band in bands or spec.band_names)
+
+
+def series_dates(config: DataConfig, spec: CubeSpec) -> int:
+    """Dates of a window of a cube.
+
+    Raises:
+        InvalidInput: The cube has fewer than are asked for, or only one where there should be several.
+    """
+    held = len(spec.times)
+    if config.dates == 1:
+        return 1
+    if held < 2 or (config.dates != "all" and config.dates > held):
+        raise InvalidInput(
+            f"data.dates = {config.dates!r}, but {spec.collection} has {held} dates: ingest more, or ask for fewer"
+        )
+    return held if config.dates == "all" else config.dates
+
+
+@dataclass(frozen=True)
+class WindowReader:
+    """Reads windows of one collection.
+
+    Attributes:
+        cube: The open cube.
+        collection: Group that is read.
+        bands: Positions in the main array, in the order of the network's channels.
+        patch: Side of a window, pixels.
+        learn_masked: Whether pixels of status masked are seen and learnt.
+        target: What is learnt, or None where only the image is wanted.
+        table: uint8 (256,) layer value → class index, of classes.
+        index: What is known of the chunks: the status of those that are observed throughout is not read.
+        lenient: Chunks that, by the index, were never written read as not observed; else they raise.
+        dates: Dates of a window that follow each other; its row has the first.
+        on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not
+            observed and not labelled. None raises.
+    """
+
+    cube: Cube
+    collection: str
+    bands: tuple[int, ...]
+    patch: int
+    learn_masked: bool
+    target: Target | None = None
+    table: npt.NDArray[np.uint8] | None = None
+    index: TrainingIndex | None = None
+    lenient: bool = False
+    dates: int = 1
+    on_unreadable: OnUnreadable | None = None
+
+    @classmethod
+    def of(
+        cls, cube: Cube, config: DataConfig, classes: Classes, target: Target | None = None,
+        index: TrainingIndex | None = None,
+    ) -> WindowReader:  # fmt: skip
+        """The reader of a training run; without a target, of what `data.label` means. Series may have gaps."""
+        spec = cube.spec(config.collection)
+        bands = band_positions(spec, config.bands)
+        target = target or resolve_target(cube, config)
+        dates = series_dates(config, spec)
+        table = None if target.values else classes.table()
+        learnt = None if target.place == "image" else target
+        index = index or cube.index(config.collection)
+        return cls(cube, config.collection, bands, config.patch, config.learn_masked, learnt, table, index,
+                   lenient=dates > 1, dates=dates)  # fmt: skip
+
+    def read(self, rows: Rows) -> HostBatch:
+        """Read windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it.
+
+        Args:
+            rows: int32 (B, 3) of (time, y, x).
+
+        Returns:
+            image, observed, of series day, and, with a target, label; without one, `clear`: 1 where the pixel is not
+            masked.
+
+        Raises:
+            MissingShard: A shard under a window is absent.
+            CorruptShard: Its checksum does not match; the message names the box.
+        """
+        return self.begin(rows)()
+
+    def begin(self, rows: Rows) -> Callable[[], HostBatch]:
+        """All reads of `rows` are under way when this returns, and share chunks; what it returns waits for them."""
+        begin = self._begin if self.dates == 1 else self._begin_series
+        wait = begin(rows)
+
+        def finish() -> HostBatch:
+            try:
+                return wait()
+            except IntegrityError:
+                if self.on_unreadable is None:
+                    raise
+            parts: list[HostBatch | None] = []
+            for row in rows:
+                try:
+                    parts.append(begin(row[None])())
+                except IntegrityError as error:
+                    self.on_unreadable(row, error)
+                    parts.append(None)
+            nothing = self._nothing()
+            return {name: np.concatenate([(part or nothing)[name] for part in parts]) for name in nothing}
+
+        return finish
+
+    def _begin(self, rows: Rows) -> Callable[[], HostBatch]:
+        spec = self.cube.spec(self.collection)
+        side, count = self.patch, len(rows)
+        target = self.target
+        parts: dict[str, np.ndarray] = {"status": self._array((count, side, side), np.uint8)}
+        if target is not None:
+            parts[target.name] = self._array((count, side, side), target.dtype)
+        image_BCHW = self._array((count, len(self.bands), side, side), spec.array(spec.kind).dtype)
+        parts[spec.kind] = image_BCHW
+        known = self._observed_throughout(rows)
+        parts["status"][known] = STATUS_OBSERVED
+        fetched = self._fetch(rows, parts, known)
+
+        def finish() -> HostBatch:
+            fetched()
+            observed = parts["status"] == STATUS_OBSERVED
+            if self.learn_masked:
+                observed |= parts["status"] == STATUS_MASKED
+            result = {"image": image_BCHW, "observed": observed.view(np.uint8)}
+            if target is None:
+                result["clear"] = (parts["status"] == STATUS_OBSERVED).astype(np.uint8)
+            else:
+                label = target.decode(parts[target.name], self.table)
+                if not known.all():
+                    label[~observed] = target.nothing
+                result["label"] = label
+            return result
+
+        return finish
+
+    def _array(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """To be filled; where chunks may be absent, a part that no box covers must read as nothing."""
+        made = empty_array(shape, dtype)
+        if self.lenient:
+            made[...] = 0
+        return made
+
+    def _observed_throughout(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Windows (B,) whose chunks are observed in every pixel, which the index says."""
+        found = np.zeros(len(rows), bool)
+        if self.index is not None:
+            ct, cy, cx = self.index.chunk
+            whole, last = self.index.whole, self.patch - 1
+            for i, (t, y, x) in enumerate(rows.tolist()):
+                found[i] = whole[t // ct, y // cy : (y + last) // cy + 1, x // cx : (x + last) // cx + 1].all()
+        return found
+
+    def _fetch(
+        self, rows: Rows, parts: Mapping[str, np.ndarray], known: npt.NDArray[np.bool_] | None = None
+    ) -> Callable[[], None]:
+        """Have arrays (B, …, patch, patch) filled, by name; what it returns waits until they are.
+
+        The status of windows where it is `known` (B,) is not read.
+        """
+        pending = []
+        with ts.Batch() as batch:
+            for name, part in parts.items():
+                into = ts.array(part)  # decoded straight into the batch, without a copy between
+                for i, row in enumerate(rows):
+                    if name == "status" and known is not None and known[i]:
+                        continue
+                    y, x = int(row[1]), int(row[2])
+                    for box in self._boxes(row):
+                        place = into[i, ..., box.y0 - y : box.y1 - y, box.x0 - x : box.x1 - x]
+                        pending.append((name, box, place.write(self._view(name, box), batch=batch)))
+
+        def wait() -> None:
+            # the last first: the others are there by then, and no thread is woken for each of them
+            for name, box, read in reversed(pending):
+                await_read(read, partial(self._place, name, box))
+
+        return wait
+
+    def _place(self, name: str, box: Region) -> str:
+        return f"{self.cube.url} {self.collection}/{name} {box}"
+
+    def _begin_series(self, rows: Rows) -> Callable[[], HostBatch]:
+        """Windows of several dates: the dates are read as windows of their own."""
+        count, times, side = len(rows), self.dates, self.patch
+        every = np.repeat(rows, times, axis=0)
+        every[:, 0] += np.tile(np.arange(times, dtype=np.int32), count)
+        target, stored, labels = self.target, np.empty(0), None
+        if target is not None:
+            dated = target.place != "label"
+            stored = np.zeros((len(every) if dated else count, side, side), target.dtype)
+            given = self if dated else replace(self, lenient=False)
+            labels = given._fetch(every if dated else rows, {target.name: stored})
+        images = replace(self, target=None, dates=1)._begin(every)
+
+        def finish() -> HostBatch:
+            flat = images()
+            image = flat["image"].reshape(count, times, -1, side, side)
+            observed = flat["observed"].reshape(count, times, side, side)
+            result = {"image": image, "observed": observed, "day": self._days(every[:, 0])}
+            if target is None or labels is None:
+                return result | {"clear": flat["clear"].reshape(observed.shape).max(axis=1)}
+            labels()
+            label = target.decode(stored, self.table)
+            if target.place != "label":
+                label = self._latest(label.reshape(observed.shape), observed)
+            label[~observed.any(axis=1)] = target.nothing
+            return result | {"label": label}
+
+        return finish
+
+    def _latest(self, dated: npt.NDArray[Any], observed: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """Of labels with dates (B, T, H, W), each pixel's last date on which it was observed and labelled."""
+        assert self.target is not None
+        label = np.full((len(dated), *dated.shape[2:]), self.target.nothing)
+        for t in range(self.dates):
+            known = np.isfinite(dated[:, t]) if self.target.values else dated[:, t] != NOT_LEARNT
+            label = np.where(known & (observed[:, t] == 1), dated[:, t], label)
+        return label
+
+    def _days(self, times: npt.NDArray[np.int32]) -> npt.NDArray[np.uint16]:
+        """Day of the year of each date, (B, T)."""
+        moments = self.cube.spec(self.collection).time_values.astype("datetime64[D]")
+        since: npt.NDArray[np.int64] = (moments - moments.astype("datetime64[Y]")).astype(np.int64)
+        found: npt.NDArray[np.uint16] = (since[times] + 1).astype(np.uint16)
+        return found.reshape(-1, self.dates)
+
+    def _nothing(self) -> HostBatch:
+        """One window without anything to see or to learn, in the form of `read`."""
+        side = (self.patch, self.patch)
+        many = (1,) if self.dates == 1 else (1, self.dates)
+        spec = self.cube.spec(self.collection)
+        empty = np.zeros((1, *side), np.uint8)
+        image = np.zeros((*many, len(self.bands), *side), spec.array(spec.kind).dtype)
+        last = {"clear": empty} if self.target is None else {"label": np.full(empty.shape, self.target.nothing)}
+        nothing = {"image": image, "observed": np.zeros((*many, *side), np.uint8), **last}
+        return nothing if self.dates == 1 else nothing | {"day": np.ones((1, self.dates), np.uint16)}
+
+    def _boxes(self, row: npt.NDArray[np.int32]) -> list[Region]:
+        """What is read of a window: all of it, or, where chunks are absent and that is allowed, those that are not."""
+        t, y, x = (int(v) for v in row)
+        whole = Region(t, t + 1, y, y + self.patch, x, x + self.patch)
+        if self.index is None or not self.lenient:
+            return [whole]
+        ct, cy, cx = self.index.chunk
+        rows, columns = range(y // cy, -(-whole.y1 // cy)), range(x // cx, -(-whole.x1 // cx))
+        present = self.index.present[t // ct]
+        if present[rows.start : rows.stop, columns.start : columns.stop].all():
+            return [whole]
+        chunks = [
+            Region(t, t + 1, i * cy, (i + 1) * cy, j * cx, (j + 1) * cx) for i in rows for j in columns if present[i, j]
+        ]
+        return [box for chunk in chunks if (box := chunk.intersect(whole))]
+
+    def _view(self, name: str, box: Region) -> ts.TensorStore:
+        y, x = slice(box.y0, box.y1), slice(box.x0, box.x1)
+        if self.target is not None and name == self.target.name:
+            handle = self.target.array(self.cube, self.collection)
+            return handle[y, x] if handle.rank == 2 else handle[box.t0, y, x]
+        handle = self.cube.tensorstore(self.collection, name)
+        if handle.rank == 3:
+            return handle[box.t0, y, x]
+        if self.bands == tuple(range(handle.shape[1])):
+            return handle[box.t0, :, y, x]
+        return handle[box.t0, :, y, x][list(self.bands)]
