@@ -88,11 +88,10 @@ def _pack(chunk: np.ndarray, layout: Layout, plain: dict[bytes, bytes]) -> bytes
     if constant and value in plain:
         return plain[value]
     packed = imagecodecs.blosc_encode(
-        chunk.data,  # type: ignore[arg-type]  # it takes any buffer
+        chunk.data,  # type: ignore[arg-type]  # it takes any buffer, and the size of a number from it
         level=layout.clevel,
         compressor=layout.cname,
         shuffle="bitshuffle",
-        typesize=chunk.dtype.itemsize,
         blocksize=BLOSC_BLOCK_BYTES,
         numthreads=1,
     )

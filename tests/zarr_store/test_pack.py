@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def create(folder: Path, shape: tuple[int, ...], dtype: str, fill: float, layout
 def made_up(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     values = np.random.default_rng(3).integers(0, 250, shape).astype(dtype)
     values[..., :16, :8] = 7  # a chunk of one value, in both steps
+    values[..., 16:17, :1] = 7  # and one that only begins with it
     if dtype == "float32":
         values[..., 20:30, :] = np.nan
     return values
@@ -54,6 +56,12 @@ def test_others_read_what_was_packed(
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path / 'a'}/"}}
     read = ts.open(spec, open=True, read=True).result().read().result()
     np.testing.assert_array_equal(read, pixels)
+    # where the array ends within a chunk, what lies beyond is as if it had never been written
+    larger = create(tmp_path / "b", SHARD, dtype, fill, layout)
+    shutil.copytree(tmp_path / "a" / "c", tmp_path / "b" / "c")
+    beyond = np.full(SHARD, fill, dtype)
+    beyond[tuple(slice(0, size) for size in shape)] = pixels
+    np.testing.assert_array_equal(larger[...], beyond)
     boxes = [
         pixels[t : t + 1, :, y : y + 16, x : x + 8]
         for t in range(shape[0])
@@ -63,6 +71,15 @@ def test_others_read_what_was_packed(
     assert len(seen) == len(boxes)
     for part, box in zip(seen, boxes, strict=True):
         np.testing.assert_array_equal(part, box)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_a_chunk_is_packed_by_its_type_in_blocks_of_the_measured_size(dtype: str) -> None:
+    """By the header of Blosc: (version, version, flags, size of a number), bytes, bytes of a block, bytes packed."""
+    chunk = (1, 4, 512, 512)
+    first, _ = pack_shard(made_up(chunk, dtype), chunk, chunk, LAYOUTS["train"], 0)
+    (block,) = np.frombuffer(first[8:12], "<u4")
+    assert (first[3], int(block)) == (np.dtype(dtype).itemsize, BLOSC_BLOCK_BYTES)
 
 
 def test_every_flipped_byte_of_a_shard_is_noticed(tmp_path: Path) -> None:
@@ -86,5 +103,7 @@ def test_an_overview_is_one_chunk_that_others_read(tmp_path: Path) -> None:
     pixels = made_up((1, 3, 10, 5), "uint16")
     path = tmp_path / "o" / "c" / "0" / "0" / "0" / "0"
     path.parent.mkdir(parents=True)
-    path.write_bytes(pack_chunk(pixels, CHUNK, 0))
+    packed = pack_chunk(pixels, CHUNK, 0)
+    assert packed[4] & 4, "RFC 8878, 3.1.1.1.1: the frame ends with a checksum of what it holds"
+    path.write_bytes(packed)
     np.testing.assert_array_equal(array[...], pixels)
