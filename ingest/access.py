@@ -243,10 +243,16 @@ def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
     """
     if dataset.crs is None:
         raise InvalidInput("the file has no coordinate reference system")
-    code = dataset.crs.to_epsg()
-    crs = f"EPSG:{code}" if code else normal_crs(dataset.crs.to_wkt())
+    crs = _crs_name(dataset.crs.to_wkt())
     a, b, c, d, e, f = (float(v) for v in dataset.transform[:6])
     return Grid(crs, (a, b, c, d, e, f), (int(dataset.height), int(dataset.width)))
+
+
+@functools.lru_cache(64)
+def _crs_name(wkt: str) -> str:
+    """As a grid spells it; PROJ's search for a code takes as long as decoding some blocks."""
+    code = rasterio.crs.CRS.from_wkt(wkt).to_epsg()
+    return f"EPSG:{code}" if code else normal_crs(wkt)
 
 
 @contextmanager

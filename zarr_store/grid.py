@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -130,19 +130,17 @@ class Grid:
 
     @property
     def epsg(self) -> int | None:
-        return CRS(self.crs).to_epsg()
+        return _crs(self.crs).to_epsg()
 
     @property
     def wkt(self) -> str:
-        return CRS(self.crs).to_wkt()
+        return _crs(self.crs).to_wkt()
 
     @property
     def units_per_metre(self) -> float:
         """CRS units in one metre: 1 for UTM; for a geographic CRS, degrees at the equator."""
-        axis = CRS(self.crs).axis_info[0]
-        if CRS(self.crs).is_geographic:
-            return 1.0 / 111_319.49
-        return 1.0 / axis.unit_conversion_factor
+        crs = _crs(self.crs)
+        return 1.0 / 111_319.49 if crs.is_geographic else 1.0 / crs.axis_info[0].unit_conversion_factor
 
     def x(self) -> npt.NDArray[np.float64]:
         """Pixel-centre x, shape (width,)."""
@@ -184,6 +182,12 @@ class Grid:
         rx, ry = self.resolution
         res = f"{rx:g}" if rx == ry else f"{rx:g}×{ry:g}"
         return f"{self.crs.partition(chr(10))[0][:40]} {self.height}×{self.width} px at {res}"
+
+
+@lru_cache(64)
+def _crs(text: str) -> CRS:
+    """Looking one up takes PROJ as long as decoding some blocks, and each shard asks."""
+    return CRS(text)
 
 
 def normal_crs(crs: object) -> str:
