@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import OptimConfig
-from jaxtrain.losses import binary_terms, cross_entropy_terms, dice_terms, huber_terms
+from jaxtrain.losses import binary_terms, cross_entropy_terms, dice_terms, huber_terms, square_terms
 from jaxtrain.metrics import ConfusionMatrix, SeveralCounts, ValueErrors
 from jaxtrain.objective import BINS, Objective, Task
 from zarr_store.errors import InvalidInput
@@ -81,6 +81,30 @@ def test_several_classes_cost_the_binary_cross_entropy_of_each():
     assert scores["micro_f1"] == pytest.approx(4 / 5)  # two hits, one miss
 
 
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_binary_loss_is_its_formula(gamma: float, smoothing: float) -> None:
+    rng = np.random.default_rng(4)
+    logits = rng.normal(0, 2, (6, 3))
+    label = rng.choice(np.array([0, 1, 255], np.uint8), (6, 3))
+    p, learnt = 1 / (1 + np.exp(-logits)), label <= 1
+    target = np.where(label == 1, 1 - smoothing / 2, smoothing / 2)
+    entropy = -(target * np.log(p) + (1 - target) * np.log(1 - p))
+    missed = np.where(label == 1, 1 - p, p)
+    terms = binary_terms(jnp.asarray(logits, jnp.float32), jnp.asarray(label), label_smoothing=smoothing,
+                         focal_gamma=gamma)  # fmt: skip
+    assert 0 < learnt.sum() < learnt.size
+    assert float(terms.loss) == pytest.approx((entropy * missed**gamma)[learnt].sum(), rel=1e-5)
+    assert int(terms.labelled) == learnt.sum()
+
+
+def test_a_class_that_does_not_occur_has_no_share_in_the_dice_loss() -> None:
+    logits = jnp.zeros((1, 2, 2, 3), jnp.float32)
+    label = jnp.asarray([[[0, 0], [1, 255]]], jnp.uint8)
+    # p is a third everywhere: overlaps 2 (2/3) / (1 + 2) of class 0, 2 (1/3) / (1 + 1) of class 1, none of class 2
+    assert float(dice_terms(logits, label).mean()) == pytest.approx(1 - (4 / 9 + 1 / 3) / 2, rel=1e-6)
+
+
 def test_huber_is_square_then_straight_and_leaves_nan_out():
     value, target = jnp.array([0.5, 3.0, 9.0]), jnp.array([0.0, 0.0, jnp.nan])
     terms = huber_terms(value, target, delta=1.0)
@@ -88,6 +112,13 @@ def test_huber_is_square_then_straight_and_leaves_nan_out():
     assert int(terms.labelled) == 2
     slope = jax.grad(lambda v: huber_terms(v, target, delta=1.0).loss)(value)
     np.testing.assert_allclose(slope, [0.5, 1.0, 0.0])
+
+
+def test_the_squared_error_grows_with_the_square_and_leaves_nan_out() -> None:
+    value, target = jnp.array([0.5, 3.0, 9.0]), jnp.array([0.0, 1.0, jnp.nan])
+    terms = square_terms(value, target)
+    assert (float(terms.loss), int(terms.labelled)) == (0.25 + 4.0, 2)
+    np.testing.assert_allclose(jax.grad(lambda v: square_terms(v, target).loss)(value), [1.0, 4.0, 0.0])
 
 
 def test_errors_of_values_are_in_their_own_unit():
