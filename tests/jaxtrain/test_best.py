@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,16 @@ def test_a_run_stops_early_and_keeps_its_best(tmp_path: Path) -> None:
     other = train(config, tmp_path / "killed")
     assert other.resumed_from > 0
     assert (other.steps, other.best_step, other.best_score) == (result.steps, result.best_step, result.best_score)
+
+
+@pytest.mark.parametrize(("monitor", "worse"), [("loss", 0.6), ("miou", 0.4)])
+def test_only_a_better_score_counts_and_patience_ends_the_waiting(monitor: str, worse: float) -> None:
+    best = Best(RunConfig.model_validate({"monitor": monitor, "patience": 3}))
+    assert best.see(10, {monitor: 0.5})
+    for step, value in ((20, 0.5), (30, math.nan)):
+        assert not best.see(step, {monitor: value}), "neither the same score nor none at all"
+        assert not best.ended
+    assert not best.see(40, {monitor: worse})
+    assert best.ended
+    assert best.to_dict() == {"step": 10, "value": 0.5, "waited": 3}
+    assert Best(RunConfig.model_validate({"monitor": monitor, "patience": 3}), best.to_dict()).ended
