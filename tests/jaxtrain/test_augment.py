@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import MeshConfig
-from jaxtrain.data.augment import augment, disturb, mix, turns
+from jaxtrain.data.augment import _zoom, augment, disturb, mix, turns
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
 from zarr_store.errors import InvalidInput
 
@@ -134,3 +134,15 @@ def test_zoom_does_not_spread_a_pixel_without_a_value() -> None:
     np.testing.assert_array_equal(hidden, np.asarray(zoomed)[..., 0] == -1)
     np.testing.assert_array_equal(np.asarray(label)[~hidden], np.asarray(zoomed)[..., 0][~hidden])
     assert 0 < hidden.sum() <= 2 * 9
+
+
+@pytest.mark.parametrize("scale", [0.55, 0.8, 1.3])
+def test_a_zoom_takes_the_nearest_pixel_and_mirrors_at_every_edge(scale: float) -> None:
+    side = 7
+    image = np.random.default_rng(0).integers(0, 9999, (1, side, side, 2)).astype(np.uint16)
+    centre = (side - 1) / 2
+    at = np.round((np.arange(side) - centre) / scale + centre).astype(int)
+    assert scale > 1 or (at.min() < 0 and at.max() >= side), "it looks beyond both edges"
+    mirrored = np.pad(image[0], ((side, side), (side, side), (0, 0)), mode="symmetric")
+    expected = mirrored[np.ix_(at + side, at + side)]
+    np.testing.assert_array_equal(_zoom(jnp.asarray(image), jnp.float32([scale]))[0], expected)
