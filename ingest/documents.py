@@ -197,6 +197,8 @@ def _unpacked(data: bytes, where: str) -> bytes:
 def parse_json(data: bytes, where: str) -> Any:
     """Parse a document, which may be packed with gzip, and say where it breaks.
 
+    STAC items one a line (newline-delimited GeoJSON, RFC 8142 without its separators) are a FeatureCollection.
+
     Raises:
         InvalidInput: Too large once unpacked, not UTF-8, not JSON (with the byte), NaN, Infinity, or nested too deeply.
     """
@@ -209,10 +211,16 @@ def parse_json(data: bytes, where: str) -> Any:
     if text.lstrip()[:1] == "<":
         raise InvalidInput(f"{where}: expected JSON, got HTML or XML at byte 0; a login page, or the wrong address?")
     try:
-        document = json.loads(text, parse_constant=_refuse_constant)
+        try:
+            document = json.loads(text, parse_constant=_refuse_constant)
+        except json.JSONDecodeError as error:
+            document = _items_by_line(text, where) if error.msg == "Extra data" else None
+            if document is None:
+                raise
     except json.JSONDecodeError as error:
         byte = len(text[: error.pos].encode())
-        cut = byte >= len(text.rstrip().encode()) - 1 or error.msg.startswith("Unterminated")
+        ends = byte >= len(text.rstrip().encode()) - 1 or error.msg.startswith("Unterminated")
+        cut = ends and error.msg != "Extra data"
         kind = "JSON is cut off" if cut else "not valid JSON"
         raise InvalidInput(f"{where}: {kind} at byte {byte} of {len(data)} ({error.msg}); fetch it again") from error
     except RecursionError as error:
@@ -237,6 +245,27 @@ def parse_json(data: bytes, where: str) -> Any:
             else []
         )
     return document
+
+
+def _items_by_line(text: str, where: str) -> dict[str, Any] | None:
+    """A FeatureCollection, if the first line is a feature; none if it is not, which is then no form that we know."""
+    features: list[Any] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            feature = json.loads(line, parse_constant=_refuse_constant)
+        except json.JSONDecodeError as error:
+            if not features:
+                return None
+            raise InvalidInput(
+                f"{where}: line {number} is cut off or not valid JSON at character {error.pos} ({error.msg}); expected "
+                "a STAC item on each line, fetch it again"
+            ) from error
+        if not features and not (isinstance(feature, dict) and feature.get("type") == "Feature"):
+            return None
+        features.append(feature)
+    return {"type": "FeatureCollection", "features": features}
 
 
 class _ConstantError(Exception):

@@ -546,3 +546,22 @@ def test_a_static_catalogue_over_http(server: Any, items: list[dict[str, Any]]) 
 def test_a_closed_port_fails_fast() -> None:
     with pytest.raises(AccessError, match="Connection refused"):
         search("http://127.0.0.1:9/", IngestConfig())
+
+
+def test_items_one_a_line_are_a_collection_of_them(tmp_path: Path, make_item: Make) -> None:
+    one = make_item()
+    two = {**one, "id": "another", "properties": {**one["properties"], "datetime": "2023-08-25T10:07:02Z"}}
+    path = tmp_path / "items.ndjson"
+    lines = [json.dumps(one), "", json.dumps(two)]
+    path.write_text("\n".join(lines) + "\r\n")
+    assert {item.id for item in search(str(path), IngestConfig())} == {one["id"], "another"}
+    path.write_text("\n".join(lines)[:-30])
+    with pytest.raises(InvalidInput, match=r"items\.ndjson: line 3 is cut off or not valid JSON at character \d+ \("):
+        search(str(path), IngestConfig())
+    path.write_text("\n".join([lines[0], '{"type": "Feature", "id": NaN}']))
+    with pytest.raises(InvalidInput, match="NaN at byte"):
+        search(str(path), IngestConfig())
+    for other in ('{"type": "Catalog"}\n{"type": "Feature"}', '{"a": 1} {"b": 2}', "1\n2"):
+        path.write_text(other)
+        with pytest.raises(InvalidInput, match=r"not valid JSON at byte \d+ of \d+ \(Extra data\)"):
+            search(str(path), IngestConfig())
