@@ -237,6 +237,11 @@ def test_workers_follow_the_work_and_listen_on_loopback_only() -> None:
             assert time.monotonic() < deadline, "no second worker came"
             time.sleep(0.1)
         client.cancel(futures)
+        deadline = time.monotonic() + 40
+        while len(client.scheduler_info()["workers"]) > 1:
+            assert time.monotonic() < deadline, "the second worker did not go when there was nothing to do"
+            time.sleep(0.1)
+        assert client.submit(int, "7", pure=False).result(timeout=20) == 7, "the one that stays works on"
 
 
 def test_slurm_and_pbs_show_their_job_script() -> None:
