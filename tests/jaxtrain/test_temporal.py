@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -15,6 +17,7 @@ from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.targets import label_classes, resolve_target
 from jaxtrain.evaluate import evaluate
 from jaxtrain.maps import open_map
+from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.hlo import activation_all_gathers
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.predict import predict
@@ -191,3 +194,30 @@ def test_strategies_that_cannot_apply_are_refused(cube: Cube) -> None:
     config = config_of(cube, data={"dates": 9})
     with pytest.raises(InvalidInput, match="has 5 dates"):
         WindowReader.of(cube, config.data, label_classes(config.data, resolve_target(cube, config.data)))
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean"])
+def test_a_date_on_which_nothing_was_seen_does_not_count(pooling: str) -> None:
+    """Without neighbours that it could take a place from, it may be there or not."""
+    program = program_of(model={"pooling": pooling, "taps": 1})
+    predict_step, state = make_predict_step(program), program.init(jax.random.key(0))
+    # beyond the small start of the scores and the head, so that weights of dates differ
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), state.params)
+    state = replace(state, params=params)
+    batch = make_batch()
+    seen = np.ones_like(batch["observed"][:, :3])
+    three = predict_step(state, batch["image"][:, :3], observed=seen, day=batch["day"][:, :3])
+    more = np.concatenate([seen, np.zeros_like(batch["observed"][:, 3:])], axis=1)
+    five = predict_step(state, batch["image"], observed=more, day=batch["day"])
+    assert np.asarray(three).std() > 0.01
+    np.testing.assert_allclose(three, five, atol=1e-5)
+
+
+def test_beside_the_bands_are_what_was_seen_and_the_time_of_the_year() -> None:
+    x, observed = jnp.full((1, 1, 1, 3, 2), 5.0), jnp.asarray([[[[1, 0, 1]]]], jnp.uint8)
+    day = jnp.asarray([[1, 92, 300]], jnp.uint16)
+    angle = 2 * np.pi * np.array([1, 92, 300]) / 365.25
+    made = np.asarray(series_of(x, observed, day))[0, 0, 0]
+    np.testing.assert_array_equal(made[:, :3], [[5, 5, 1], [5, 5, 0], [5, 5, 1]])
+    np.testing.assert_allclose(made[:, 3:], np.stack([np.sin(angle), np.cos(angle)], axis=-1), atol=1e-5)
