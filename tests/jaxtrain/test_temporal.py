@@ -221,3 +221,20 @@ def test_beside_the_bands_are_what_was_seen_and_the_time_of_the_year() -> None:
     made = np.asarray(series_of(x, observed, day))[0, 0, 0]
     np.testing.assert_array_equal(made[:, :3], [[5, 5, 1], [5, 5, 0], [5, 5, 1]])
     np.testing.assert_allclose(made[:, 3:], np.stack([np.sin(angle), np.cos(angle)], axis=-1), atol=1e-5)
+
+
+def test_a_date_on_which_nothing_was_seen_says_nothing_to_its_neighbours() -> None:
+    """Of three dates only the first was seen: the time of the third would reach it by way of the second."""
+    program = program_of(model={"depth": 2, "taps": 3})
+    predict_step, state = make_predict_step(program), program.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), state.params)
+    state, batch = replace(state, params=params), make_batch()
+    seen = np.zeros_like(batch["observed"][:, :3])
+    seen[:, 0] = 1
+    answers = []
+    for days in ([3, 51, 121], [3, 51, 300], [200, 51, 121]):
+        day = np.tile(np.array(days, np.uint16), (8, 1))
+        answers.append(np.asarray(predict_step(state, batch["image"][:, :3], observed=seen, day=day)))
+    np.testing.assert_array_equal(answers[0], answers[1])
+    assert (answers[0] != answers[2]).any(), "the time of the date that was seen counts"
