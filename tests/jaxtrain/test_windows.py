@@ -11,7 +11,7 @@ from jaxtrain.config import DataConfig, SplitConfig
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.statistics import training_statistics
-from jaxtrain.data.windows import Window, plan_windows, window_leakage, window_shares
+from jaxtrain.data.windows import Window, _series, plan_windows, window_leakage, window_shares
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
@@ -197,3 +197,9 @@ def test_a_buffer_keeps_training_windows_away_from_judged_ones(tmp_path):
     assert window_leakage(*plan_of()) is None
     _, board = plan_of(kind="checkerboard")
     assert ((board.parts["test"].rows[:, 1] // 32 + board.parts["test"].rows[:, 2] // 32) % 2 == 1).all()
+
+
+def test_a_series_is_usable_where_one_of_its_dates_is() -> None:
+    usable = np.zeros((5, 1, 3), bool)
+    usable[1, 0, 0] = usable[2, 0, 1] = usable[4, 0, 2] = True
+    assert np.argwhere(_series(usable, 2)).tolist() == [[0, 0, 0], [2, 0, 1]], "of five dates the last makes no pair"
