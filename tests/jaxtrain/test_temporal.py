@@ -36,7 +36,13 @@ SIDE = 96
 
 @pytest.fixture(scope="module")
 def cube(tmp_path_factory: pytest.TempPathFactory) -> Cube:
-    """Two crops that are green in winter and in summer: their mean over the year is the same. Clouds on most dates."""
+    return make_series(tmp_path_factory.mktemp("series") / "cube.zarr")
+
+
+def make_series(url: Path, *, never_seen: int = 0) -> Cube:
+    """Two crops that are green in winter and in summer: their mean over the year is the same. Clouds on most dates,
+    and on all over the last rows and columns that are `never_seen`.
+    """
     rng = np.random.default_rng(1)
     crop = (ground(SIDE, SIDE, 3) == 4).astype(np.uint8)
     level = rng.uniform(0.8, 1.2, (SIDE, SIDE))
@@ -47,6 +53,7 @@ def cube(tmp_path_factory: pytest.TempPathFactory) -> Cube:
     for t in range(5):
         y, x = rng.integers(0, 64, 2)
         status[t, y : y + 30, x : x + 30] = 2
+    status[:, SIDE - never_seen :, SIDE - never_seen :] = 2
     main[np.repeat((status == 2)[:, None], 2, axis=1)] = 6000
     status[1, :20, :20] = 0
     main[1, :, :20, :20] = 0
@@ -54,7 +61,6 @@ def cube(tmp_path_factory: pytest.TempPathFactory) -> Cube:
     spec = CubeSpec(COLLECTION, "reflectance", (BandSpec("red"), BandSpec("nir")),
                     Grid("EPSG:32633", (10.0, 0, 500_000, 0, -10.0, 5_000_000), (SIDE, SIDE)), times, ("scl",),
                     Layout("tiny", (1, 32, 32), (1, 96, 96)))  # fmt: skip
-    url = tmp_path_factory.mktemp("series") / "cube.zarr"
     create_cube(url, [spec], items={COLLECTION: [{"id": t, "datetime": t} for t in times]}, provenance={})
     scl = np.where(status == 1, crop[None] + 4, 9).astype(np.uint8)
     arrays = {"reflectance": main.clip(0, 65535).astype(np.uint16), "scl": scl, "status": status,
@@ -98,6 +104,17 @@ def test_a_batch_is_the_cube(cube: Cube) -> None:
         truth = ground(SIDE, SIDE, 3)[box] == 4
         np.testing.assert_array_equal(batch["label"][i], np.where((status == 1).any(axis=0), truth, 255))
     assert not batch["observed"][:, 3].any(), "the date that was never written reads as not observed"
+
+
+def test_what_was_never_seen_is_not_learnt(tmp_path: Path) -> None:
+    cube = make_series(tmp_path / "c.zarr", never_seen=8)
+    config = config_of(cube)
+    target = resolve_target(cube, config.data)
+    reader = WindowReader.of(cube, config.data, label_classes(config.data, target), target)
+    label = reader.read(np.array([[0, SIDE - 16, SIDE - 16]], np.int32))["label"][0]
+    hidden = np.zeros((16, 16), bool)
+    hidden[8:, 8:] = True
+    np.testing.assert_array_equal(label == 255, hidden)
 
 
 def test_of_a_layer_with_dates_the_last_label_counts(cube: Cube) -> None:
