@@ -182,6 +182,7 @@ def run_locked(
                 with record.watching(running) if record else nullcontext():
                     at = _for_workers(url)
                     _work(running, plan, now, at, config, tally, tell, fence=lock.token, again=frozenset(again))
+            _sweep(url)
             if open_cube(url).provenance != json.loads(json.dumps(plan.provenance())):
                 # a file that is healed now has a verdict that it had not when the cube was begun
                 record_provenance(url, plan.provenance())
@@ -443,7 +444,11 @@ def _take(future: Any, task: ShardTask, url: str, config: IngestConfig, tally: _
 
 
 def _sweep(url: str) -> None:
-    """Remove what a killed writer left half-written; the lock says that no other run is writing."""
+    """Remove what a killed writer left half-written; the lock says that no other run is writing.
+
+    Before a run: of the run before. After its last shard: of workers that ended while it went on. One that is cut off
+    and writes still finds its file gone, and fails for nobody.
+    """
     for folder, _, files in os.walk(url):
         for name in files:
             if name.endswith((".partial", ".__lock")):

@@ -14,7 +14,11 @@ _GATE = "TERRASHARD_TEST_GATE"
 
 
 def wait_at_gate(ledger: Path, seconds: float = 120.0) -> None:
-    """Until fewer shards are done than the file of the gate allows, so that no plan ends before its kills."""
+    """Until fewer shards are done than the file of the gate allows, so that no plan ends before its kills; without a
+    gate nothing is waited for.
+    """
+    if _GATE not in os.environ:
+        return
     gate, until = Path(os.environ[_GATE]), time.monotonic() + seconds
     while len(list(ledger.glob("*.json"))) >= int(gate.read_text()) and time.monotonic() < until:
         time.sleep(0.01)

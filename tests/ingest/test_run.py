@@ -252,6 +252,22 @@ def test_a_dead_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     assert (report.exit_code, len(report.written)) == (0, len(plan.tasks))
 
 
+def test_what_a_dead_worker_left_half_written_is_gone_when_the_run_ends(tmp_path: Path, local_client: Any) -> None:
+    plan, cube = make_plan(tmp_path, days=3), tmp_path / "cube.zarr"
+    left: list[Path] = []
+
+    def leave(event: IngestEvent) -> None:
+        if event.kind == "shard" and not left:
+            left.append(cube / "sentinel-2-l2a" / "status" / ".0.x7y8z9.partial")
+            left[0].write_bytes(b"half")
+
+    run(plan, cube, client=local_client, on_event=leave)
+    assert left
+    assert not left[0].exists()
+    run(plan, tmp_path / "whole.zarr", client=local_client)
+    assert tree(cube) == tree(tmp_path / "whole.zarr")
+
+
 def test_d04_d05_a_shard_that_ends_every_worker_is_given_up_with_a_suggestion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
