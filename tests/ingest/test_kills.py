@@ -131,7 +131,7 @@ def a_rig(folder: Path, plan: Path, cube: Path, repository: Path) -> Iterator[Ri
 
 def kill_and_compare(tmp_path: Path, client: Any, repository: Path, victims: Sequence[str], seed: int) -> None:
     rng = random.Random(seed)
-    plan = plan_of([scene(tmp_path / "s", day) for day in range(1, 2 + 2 * len(victims) // 3 + 4)])
+    plan = plan_of([scene(tmp_path / "s", day) for day in range(1, len(victims) + 5)])
     assert len(plan.tasks) >= 4 * len(victims), "there are shards left after every kill"
     plan.save(tmp_path / "plan.json")
     cube, whole = tmp_path / "cube.zarr", tmp_path / "whole.zarr"
