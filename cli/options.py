@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["COMPOSING", "GRID", "RUNNING", "SELECTION", "SOURCE_HELP", "TRUST", "ingest_config"]
 
 SOURCE_HELP = (
-    "STAC API URL, catalog.json or collection.json (path or URL), item collection file (also .gz), or stac-geoparquet."
+    "STAC API URL, catalog.json or collection.json (path or URL), item collection file (also .gz, or one item a "
+    "line), or stac-geoparquet."
 )
 
 

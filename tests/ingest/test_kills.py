@@ -129,7 +129,8 @@ def a_rig(folder: Path, plan: Path, cube: Path, repository: Path) -> Iterator[Ri
             rig.end(kind)
 
 
-def kill_and_compare(tmp_path: Path, client: Any, repository: Path, victims: Sequence[str], seed: int) -> None:
+def kill_and_compare(tmp_path: Path, client: Any, repository: Path, victims: Sequence[str], seed: int) -> Counter[str]:
+    """Who was killed, once the cube is the one of a run that nothing befell."""
     rng = random.Random(seed)
     plan = plan_of([scene(tmp_path / "s", day) for day in range(1, len(victims) + 5)])
     assert len(plan.tasks) >= 4 * len(victims), "there are shards left after every kill"
@@ -167,10 +168,12 @@ def kill_and_compare(tmp_path: Path, client: Any, repository: Path, victims: Seq
     assert tree(cube) == tree(whole)
     # a finished plan reads no pixel
     assert run(plan, cube, client=client).pixels_read == 0
+    return killed
 
 
 def test_three_kills(tmp_path: Path, local_client: Any, repository: Path) -> None:
-    kill_and_compare(tmp_path, local_client, repository, ("worker", "nanny", "scheduler"), seed=3)
+    killed = kill_and_compare(tmp_path, local_client, repository, ("worker", "nanny", "scheduler"), seed=3)
+    assert killed.total() == 3
 
 
 @pytest.mark.slow
@@ -178,4 +181,4 @@ def test_three_kills(tmp_path: Path, local_client: Any, repository: Path) -> Non
 @pytest.mark.skipif(not os.environ.get("TERRASHARD_LONG"), reason="minutes of killing; set TERRASHARD_LONG=1")
 def test_twenty_kills(tmp_path: Path, local_client: Any, repository: Path) -> None:
     victims = ("worker",) * 8 + ("nanny",) * 4 + ("client",) * 6 + ("scheduler",) * 2
-    kill_and_compare(tmp_path, local_client, repository, victims, seed=20)
+    assert kill_and_compare(tmp_path, local_client, repository, victims, seed=20).total() == 20
