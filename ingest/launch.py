@@ -40,8 +40,8 @@ _KNOWN = {
 }
 _KNOWN["pbs"] = _KNOWN["slurm"]
 
-_START_S = 120.0
-"""For the hosts of --cluster ssh to start."""
+_START_S, _DAY_S = 120.0, 86_400
+"""For the hosts of --cluster ssh to start, and the most that may be given."""
 
 
 def is_loopback(host: str) -> bool:
@@ -185,8 +185,8 @@ def _seconds(options: dict[str, Any]) -> float:
         seconds = float(options.get("start_s", _START_S))
     except ValueError:
         seconds = 0.0
-    if seconds <= 0:
-        raise InvalidInput(f"--cluster-option start_s={options['start_s']}: expected seconds, more than 0")
+    if not 0 < seconds <= _DAY_S:  # nan is neither
+        raise InvalidInput(f"--cluster-option start_s={options['start_s']}: expected seconds, from above 0 to {_DAY_S}")
     return seconds
 
 

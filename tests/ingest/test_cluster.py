@@ -383,8 +383,9 @@ def test_an_ssh_host_that_says_nothing_is_not_waited_for_without_end() -> None:
         assert time.monotonic() - began < 30
         called, _ = silent.accept()
         called.close()
-    with pytest.raises(InvalidInput, match="expected seconds, more than 0"):
-        start_cluster(config.model_copy(update={"cluster_options": {"start_s": "soon"}}), "", None, ExitStack())
+    for no_time in ("soon", "0", "-1", "nan", "inf"):
+        with pytest.raises(InvalidInput, match=f"start_s={no_time}: expected seconds, from above 0 to 86400"):
+            start_cluster(config.model_copy(update={"cluster_options": {"start_s": no_time}}), "", None, ExitStack())
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="nothing is collected inside an allocation since Python 3.12")

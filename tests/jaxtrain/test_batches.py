@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.config import DataConfig, MeshConfig
-from jaxtrain.data.arrays import local_rows, put_batch
+from jaxtrain.data.arrays import empty_array, local_rows, put_batch
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.order import SampleOrder
@@ -142,3 +144,34 @@ def test_damage_is_an_error_that_names_the_place(tmp_path: Path) -> None:
 def test_unknown_band_names_the_nearest() -> None:
     with pytest.raises(UnknownName, match=r"unknown band 'gren'.*data\.bands.*did you mean 'green'"):
         band_positions(open_cube(shared_cube()).spec(COLLECTION), ["gren"])
+
+
+def test_a_processor_takes_over_what_was_decoded_without_a_copy() -> None:
+    made = empty_array((4, 3, 64, 64), np.uint16)
+    there = put_batch({"image": made}, batch_sharding(make_mesh(MeshConfig(data=1))), 4)["image"]
+    assert there.addressable_data(0).unsafe_buffer_pointer() == made.ctypes.data
+
+
+def test_all_batches_ahead_are_being_read_before_the_first_is_there() -> None:
+    class Slow:
+        begun = 0
+        enough = threading.Event()
+
+        def begin(self, rows: np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
+            self.begun += 1
+            if self.begun == 4:
+                self.enough.set()
+
+            def finish() -> dict[str, np.ndarray]:
+                assert self.enough.wait(20), f"{self.begun} batches are being read while the first is waited for"
+                return {"observed": np.ones((len(rows), 2, 2), np.uint8)}
+
+            return finish
+
+        def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+            return self.begin(rows)()
+
+    windows = Windows(2, np.zeros((12, 3), np.int32))
+    sharding = batch_sharding(make_mesh(MeshConfig(data=1)))
+    with BatchStream(Slow(), windows, size=2, sharding=sharding, threads=1, prefetch=3) as stream:
+        assert [number for number, _, _ in stream] == list(range(6))
