@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 # Eight devices on a processor, so that meshes are real; results on CPU, whatever else the machine has. Programs are
 # compiled for a few steps each, so compiling them counts, and how fast they are does not: this halves the time of tests
 # of training. Those of launched processes and of the mesh that is chosen unasked leave the compiler as it is.
-QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
+QUICK_COMPILER = ["--xla_backend_optimization_level=1"]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # a compiler that lacks a flag ends the process
+    QUICK_COMPILER += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK_COMPILER]
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *QUICK_COMPILER]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import HE, SMALL, ConvBlock, run_block
 
-__all__ = ["Temporal", "build_temporal", "series_of"]
+__all__ = ["Temporal", "build_temporal", "neighbours", "series_of"]
 
 _BESIDE = 3
 """Channels beside the bands: observed, sine and cosine of the day of the year."""
@@ -81,7 +81,7 @@ class Temporal(nnx.Module):
     def __call__(self, x_BHWTC: jax.Array, *, train: bool) -> jax.Array:
         seen_BHWT = x_BHWTC[..., -_BESIDE] > 0
         for i in range(1, self.depth + 1):
-            y = self.dates[f"linear{i}"](_neighbours(x_BHWTC, self.taps))
+            y = self.dates[f"linear{i}"](neighbours(x_BHWTC, self.taps))
             y = nnx.relu(self.norms[f"norm{i}"](y.astype(jnp.float32))).astype(x_BHWTC.dtype)
             # a date without an observation says nothing to its neighbours
             x_BHWTC = jnp.where(seen_BHWT[..., None], y, jnp.zeros((), y.dtype))
@@ -108,7 +108,7 @@ class Temporal(nnx.Module):
         return jnp.concatenate(parts, axis=-1)
 
 
-def _neighbours(x_BHWTC: jax.Array, taps: int) -> jax.Array:
+def neighbours(x_BHWTC: jax.Array, taps: int) -> jax.Array:
     """Each date beside those around it, (…, T, taps · C): a convolution over dates is then a product."""
     if taps == 1:
         return x_BHWTC

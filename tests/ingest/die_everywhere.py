@@ -142,8 +142,8 @@ def die_everywhere(
 
 def main(folder: Path, kind: str) -> None:
     if kind == "icechunk":
-        importlib.import_module("zarr_store.repository")  # once here, not in every child
-        importlib.import_module("icechunk")
+        # once here, not in every child; but not icechunk itself, whose threads no child would have
+        importlib.import_module("zarr_store.repository")
     config = IngestConfig(store=kind)  # type: ignore[arg-type]
     layout = Layout("t", (1, 16, 16), (1, 64, 64))
     scenes = [growing.scene(folder / "scenes", day) for day in (10, 12, 15)]

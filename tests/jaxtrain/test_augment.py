@@ -117,6 +117,10 @@ def test_cutmix_pastes_a_box_with_its_labels_or_its_share():
         pasted, _, mixed = mix(x, jnp.arange(4), key=jax.random.key(seed), kind="cutmix", alpha=1.0)
         assert mixed is not None
         assert float((np.asarray(pasted)[1] == 0).mean()) == pytest.approx(float(mixed.share))
+    # drawn from a narrow Beta about a half, the share of the other is nearly that, within a row and a column of pixels
+    pasted, _, mixed = mix(x, jnp.arange(4), key=jax.random.key(0), kind="cutmix", alpha=1e4)
+    assert mixed is not None
+    assert float(mixed.share) == pytest.approx(0.5, abs=0.04)
     truth = x[..., 0].astype(jnp.uint8)
     pasted, label, mixed = mix(x, truth, key=jax.random.key(0), kind="cutmix", alpha=1.0)
     assert mixed is None

@@ -17,7 +17,7 @@ from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.targets import label_classes, resolve_target
 from jaxtrain.evaluate import evaluate
 from jaxtrain.maps import open_map
-from jaxtrain.models.temporal import series_of
+from jaxtrain.models.temporal import neighbours, series_of
 from jaxtrain.parallel.hlo import activation_all_gathers
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.predict import predict
@@ -243,6 +243,14 @@ def test_beside_the_bands_are_what_was_seen_and_the_time_of_the_year() -> None:
     made = np.asarray(series_of(x, observed, day))[0, 0, 0]
     np.testing.assert_array_equal(made[:, :3], [[5, 5, 1], [5, 5, 0], [5, 5, 1]])
     np.testing.assert_allclose(made[:, 3:], np.stack([np.sin(angle), np.cos(angle)], axis=-1), atol=1e-5)
+
+
+def test_the_first_and_last_date_have_nothing_beyond_them() -> None:
+    x = jnp.arange(1, 9, dtype=jnp.float32).reshape(1, 1, 1, 4, 2)
+    made = np.asarray(neighbours(x, 3))[0, 0, 0]
+    np.testing.assert_array_equal(
+        made, [[0, 0, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8], [5, 6, 7, 8, 0, 0]]
+    )
 
 
 def test_a_date_on_which_nothing_was_seen_says_nothing_to_its_neighbours() -> None:
