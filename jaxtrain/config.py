@@ -132,7 +132,7 @@ class ModelConfig(_Strict):
 class OptimConfig(_Strict):
     """The optax chain."""
 
-    name: Literal["adamw", "adam", "sgd", "lamb"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "lamb", "muon"] = "adamw"
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="for sgd")

@@ -2,8 +2,13 @@
 
 Order: average the gradients of `accumulate` batches → clip the global gradient norm → optimiser with weight decay →
 learning rate → moving average of the parameters. Every optimiser honours
-`weight_decay`: `adamw` and `lamb` decay the weights beside the gradient step (Loshchilov & Hutter 2019,
+`weight_decay`: `adamw`, `lamb` and `muon` decay the weights beside the gradient step (Loshchilov & Hutter 2019,
 arXiv:1711.05101), `adam` and `sgd` add it to the gradient (L2). Norms and biases never decay.
+
+`muon` makes the steps of kernels orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon); a kernel of a
+convolution is the matrix of what a filter takes in × filters. Steps have the spread of those of `adamw`, so that its
+learning rates and decay serve (Liu et al. 2025, arXiv:2502.16982); norms, biases and the last layer are left to Adam
+with Nesterov's momentum, and do not decay.
 """
 
 from __future__ import annotations
@@ -13,10 +18,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jaxtrain.config import OptimConfig
+from jaxtrain.parallel.sharding import path_name
 
 __all__ = ["build_optimizer", "build_schedule", "decays", "judged_params"]
+
+_ADAM_RMS = 0.2
+"""Spread of a step of AdamW in learning rates, by experience (Liu et al. 2025, arXiv:2502.16982)."""
+_LAST_LAYER = "head"
+"""Of every network here; its outputs are classes, not features."""
 
 
 def build_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -75,6 +87,15 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
             )
         case "lamb":
             chain.append(optax.lamb(rate, weight_decay=config.weight_decay, mask=decays))
+        case "muon":
+            chain.append(
+                optax.contrib.muon(
+                    rate,
+                    weight_decay=config.weight_decay,
+                    muon_weight_dimension_numbers=_matrices,
+                    consistent_rms=_ADAM_RMS,
+                )
+            )
     if config.ema:
         chain.append(_average(config.ema))
     transform: Any = optax.chain(*chain)
@@ -88,6 +109,17 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
         return new
 
     return optax.GradientTransformation(transform.init, update)
+
+
+def _matrices(params: Any) -> Any:
+    """Of the kernels that muon steps: the axes of what goes in, and the axis of what comes out; None for all else."""
+
+    def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        if leaf.ndim < 2 or path_name(path).split("/")[0] == _LAST_LAYER:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 class _Average(NamedTuple):

@@ -355,9 +355,18 @@ def _shardings(
         return jax.tree_util.tree_map_with_path(at, tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
     whole, shared = place(params), place(parts)
+
+    def absent(leaf: Any) -> bool:  # a parameter that another part of the optimiser steps has no moment in this one
+        return isinstance(leaf, optax.MaskedNode)
+
     # moments lie as the optimiser changes their parameters; counters are whole everywhere
     moments = optax.tree.map_params(
-        optimizer, lambda _, lies: lies, shapes.opt_state, shared, transform_non_params=lambda _: replicated(mesh)
+        optimizer,
+        lambda leaf, lies: leaf if absent(leaf) else lies,
+        shapes.opt_state,
+        shared,
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=absent,
     )
     used = shared if config.mesh.zero == 3 else whole
     return TrainState(replicated(mesh), used, place(statistics), moments), whole, shared

@@ -40,7 +40,7 @@ def test_short_run_keeps_half_of_its_steps_after_the_warm_up():
     assert float(build_schedule(OptimConfig(warmup_steps=20), 1)(0)) == pytest.approx(2e-3)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lamb"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lamb", "muon"])
 def test_weight_decay_acts_on_kernels_only(name):
     config = OptimConfig(name=name, learning_rate=0.1, weight_decay=0.5, warmup_steps=0, schedule="constant")
     kernel, scale = one_step(config, gradients())
@@ -59,6 +59,31 @@ def test_adamw_and_sgd_follow_their_formulas():
     assert one_step(OptimConfig(name="sgd", **base), gradients(2.0))[0] == pytest.approx(3 - 0.1 * 1.9 * 3.5, rel=1e-5)
     plain = OptimConfig(name="sgd", **{**base, "weight_decay": 0.0}, momentum=0.0)
     assert one_step(plain, gradients(2.0))[0] == pytest.approx(2.8)
+
+
+def test_muon_makes_steps_of_kernels_orthogonal_and_leaves_the_rest_to_adamw():
+    rng = np.random.default_rng(0)
+    shapes = {"conv1": {"kernel": (3, 3, 4, 16), "bias": (16,)}, "head": {"kernel": (16, 5)}}
+    params = {layer: {name: jnp.ones(shape) for name, shape in of.items()} for layer, of in shapes.items()}
+    gradient = {
+        layer: {name: jnp.asarray(rng.normal(0, 3, leaf.shape), jnp.float32) for name, leaf in of.items()}
+        for layer, of in params.items()
+    }
+    base = {"learning_rate": 0.1, "weight_decay": 0.0, "warmup_steps": 0, "schedule": "constant", "clip_norm": None}
+    optimizer = build_optimizer(OptimConfig(name="muon", **base), 100)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    step, of = (np.asarray(tree["conv1"]["kernel"]).reshape(36, 16) for tree in (updates, gradient))
+    # 36 numbers go into each of 16 filters; five Newton-Schulz steps bring singular values between 0.6 and 1.3
+    values = np.linalg.svd(step, compute_uv=False) / (0.1 * 0.2 * math.sqrt(36))
+    assert 0.6 < values.min() < values.max() < 1.3
+    assert np.ptp(np.linalg.svd(of, compute_uv=False)) > 3
+    left, _, right = np.linalg.svd(of, full_matrices=False)
+    along = np.sum(-step * (left @ right)) / np.linalg.norm(step) / np.linalg.norm(left @ right)
+    assert along > 0.95
+    for layer, name in (("conv1", "bias"), ("head", "kernel")):
+        # the first step of Adam with Nesterov's momentum: 0.9 · 0.1 / (1 - 0.9²) + 1
+        sign = np.sign(np.asarray(gradient[layer][name]))
+        np.testing.assert_allclose(updates[layer][name], -0.1 * (0.09 / 0.19 + 1) * sign, rtol=1e-4)
 
 
 def test_clipping_is_by_the_global_norm():
