@@ -213,7 +213,8 @@ class MeshConfig(_Strict):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> MeshConfig:
-        if self.zero and self.data == 1:
+        # where data is not named, it may still become all devices: `make_mesh` judges
+        if self.zero and self.data == 1 and "data" in self.model_fields_set:
             raise ValueError(
                 f"zero = {self.zero} shares out over the axis data, whose size is 1: set data, or zero = 0"
             )

@@ -168,7 +168,7 @@ class WindowReader:
             else:
                 label = target.decode(parts[target.name], self.table)
                 if not known.all():
-                    label[~observed] = target.nothing
+                    target.hide(label, observed)
                 result["label"] = label
             return result
 
@@ -244,7 +244,7 @@ class WindowReader:
             label = target.decode(stored, self.table)
             if target.place != "label":
                 label = self._latest(label.reshape(observed.shape), observed)
-            label[~observed.any(axis=1)] = target.nothing
+            target.hide(label, observed.any(axis=1))
             return result | {"label": label}
 
         return finish

@@ -77,6 +77,14 @@ class Target:
             found[stored == self.nodata] = np.nan
         return found
 
+    def hide(self, label: npt.NDArray[Any], seen: npt.NDArray[np.bool_]) -> None:
+        """Have nothing learnt, in place, where the network sees nothing; both of one shape."""
+        if self.values:
+            np.copyto(label, np.float32(self.nothing), where=~seen)
+        else:
+            # 255, all bits: a seventieth of the time of a choice pixel by pixel
+            np.bitwise_or(label, seen.view(np.uint8) - np.uint8(1), out=label)
+
 
 ITSELF = Target("reconstruction error", "image", values=True)
 """The image is to be given back."""

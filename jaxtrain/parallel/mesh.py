@@ -38,8 +38,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         devices: those to use; all that JAX sees, where none are given.
 
     Raises:
-        InvalidInput: there are fewer devices than the mesh needs, or several processes and devices left over.
+        InvalidInput: there are fewer devices than the mesh needs, or several processes and devices left over, or `zero`
+            has nobody to share with.
     """
+    if config.zero and config.data == 1:
+        raise InvalidInput(
+            f"mesh.zero = {config.zero} shares out over the axis data, of which there is one device: name a larger "
+            "mesh.data, or set mesh.zero = 0"
+        )
     found = list(jax.devices() if devices is None else devices)
     shape = " × ".join(f"{name}={size}" for name, size in config.axes.items())
     factors = " × ".join(f"mesh.{name}" for name in config.axes if name != "space_w")

@@ -300,16 +300,21 @@ def local_gpus(process: int, count: int, environment: Mapping[str, str]) -> list
 def spread_mesh(config: TrainConfig) -> TrainConfig:
     """The configuration with `mesh.data` over all devices of all processes, where it was not named.
 
-    A run of one process keeps what it has (more devices are used when they are asked for), but on a processor uses all
-    cores (`share_cores`).
+    One process takes as many accelerators as divide its batch, and leaves them where the answer would change
+    (`model.norm = "local"`); on a processor it uses all cores (`share_cores`).
     """
     config = share_cores(config)
-    if jax.process_count() == 1 or "data" in config.mesh.model_fields_set:
+    if "data" in config.mesh.model_fields_set:
         return config
-    others = config.mesh.size // config.mesh.data
-    if jax.device_count() % others:
+    parts = jax.device_count() // config.mesh.size
+    if jax.process_count() == 1:
+        if jax.default_backend() == "cpu" or config.model.norm == "local":
+            return config
+        rows = config.run.batch_size // (config.mesh.microbatches if config.mesh.pipe > 1 else 1)
+        parts = max((n for n in range(1, parts + 1) if rows % n == 0), default=1)
+    elif jax.device_count() % config.mesh.size:
         return config  # the mesh itself says best what does not fit
-    mesh = {**config.mesh.model_dump(exclude_unset=True), "data": jax.device_count() // others}
+    mesh = {**config.mesh.model_dump(exclude_unset=True), "data": parts}
     values = config.model_dump(exclude_unset=True) | {"mesh": mesh}
     return TrainConfig.model_validate(values)
 

@@ -8,7 +8,9 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
 from jaxtrain.config import MeshConfig, TrainConfig
@@ -102,6 +104,28 @@ def test_one_process_keeps_its_mesh_and_its_wishes() -> None:
     agreement = Agreement(make_mesh(MeshConfig(data=2)))
     assert agreement.answer(agreement.ask(True))
     assert not agreement.answer(agreement.ask(False))
+
+
+@pytest.mark.parametrize(
+    ("sections", "data"),
+    [
+        ({}, 8),
+        ({"run": {"batch_size": 12}}, 6),
+        ({"mesh": {"model": 2}}, 4),
+        ({"mesh": {"zero": 3}}, 8),
+        ({"mesh": {"pipe": 2, "microbatches": 4}}, 4),
+        ({"mesh": {"data": 2}}, 2),
+        ({"model": {"norm": "local"}}, 1),
+    ],
+)
+def test_one_process_takes_all_accelerators_of_its_machine(
+    sections: dict[str, Any], data: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert jax.device_count() == 8
+    spread = spread_mesh(TrainConfig.model_validate({"data": {"cube": "c.zarr"}, **sections}))
+    assert spread.mesh.data == data
+    assert spread.mesh.zero == sections.get("mesh", {}).get("zero", 0)
 
 
 def test_a_child_dies_with_its_parent() -> None:
