@@ -19,6 +19,7 @@ from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.reader import WindowReader, band_positions
+from jaxtrain.data.targets import Target
 from jaxtrain.data.windows import Windows
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
 from zarr_store.errors import CorruptShard, MissingShard, UnknownName
@@ -139,6 +140,15 @@ def test_damage_is_an_error_that_names_the_place(tmp_path: Path) -> None:
         BatchStream(reader, windows, size=5, sharding=sharding) as stream,
     ):
         list(stream)
+
+
+def test_where_nothing_is_seen_neither_class_nor_value_is_learnt() -> None:
+    seen = np.array([[True, False], [False, True]])
+    classes, values = np.array([[3, 3], [0, 255]], np.uint8), np.array([[0.5, 0.5], [0, 7]], np.float32)
+    Target("cover").hide(classes, seen)
+    Target("height", "label", values=True).hide(values, seen)
+    np.testing.assert_array_equal(classes, [[3, 255], [255, 255]])
+    np.testing.assert_array_equal(values, [[0.5, np.nan], [np.nan, 7]])
 
 
 def test_unknown_band_names_the_nearest() -> None:
