@@ -33,6 +33,7 @@ __all__ = [
     "check_workers",
     "differences",
     "facts",
+    "heartbeat_is_news",
     "memory_note",
 ]
 
@@ -94,6 +95,18 @@ def differences(expected: Mapping[str, str], came: Mapping[str, str]) -> dict[st
     return {name: (value, came.get(name, "absent")) for name, value in wanted.items() if came.get(name) != value}
 
 
+def heartbeat_is_news(record: logging.LogRecord) -> bool:
+    """Filter of the worker's log: a scheduler that is gone when a heartbeat comes is no error of the worker.
+
+    That is how clusters end, now and then; a run whose scheduler really is lost says so itself.
+    """
+    kind = record.exc_info[0] if record.exc_info else None
+    if kind is None or not issubclass(kind, OSError) or "heartbeat" not in str(record.msg):
+        return True
+    log.info("%s (%s)", record.getMessage(), kind.__name__)
+    return False
+
+
 class WorkerGuard(WorkerPlugin):
     """Sends a worker home that differs from the client, and lets the others send what their stages count."""
 
@@ -106,6 +119,7 @@ class WorkerGuard(WorkerPlugin):
     async def setup(self, worker: Any) -> None:
         """Runs in each worker that is there, and in each that joins."""
         worker.metrics["terrashard"] = lambda _: stage_totals()
+        logging.getLogger("distributed.worker").addFilter(heartbeat_is_news)
         bind_worker(worker)
         differ = differences(self.expected, facts())
         if differ:

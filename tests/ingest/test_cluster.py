@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import logging
 import os
 import shutil
 import socket
@@ -23,6 +24,7 @@ import psutil
 import pytest
 import yaml
 from distributed import Client
+from distributed.comm.core import CommClosedError
 from pydantic import ValidationError
 
 from ingest.access import Access, with_asset
@@ -158,6 +160,29 @@ def test_workers_with_forbidden_settings_are_refused_with_a_table() -> None:
             "came",
         ]
         assert "GDAL_NUM_THREADS  unset     4" in str(caught.value)
+
+
+def test_a_heartbeat_that_comes_after_the_scheduler_is_no_alarm(capfd: pytest.CaptureFixture[str]) -> None:
+    """As a cluster ends, a worker may find the scheduler gone; Dask would print a traceback into a good run."""
+    with open_cluster(IngestConfig(workers=1)) as client:
+        client.run(beat_in_vain)
+    said = capfd.readouterr().err
+    assert "heartbeat" not in said
+    assert said.count("Traceback") == 1
+    assert "a disk that is gone" in said
+
+
+def beat_in_vain() -> None:
+    """On a worker: what `distributed.worker` logs, in its words, and an error that is one."""
+    logger = logging.getLogger("distributed.worker")
+    try:
+        raise CommClosedError("stream is closed")
+    except OSError:
+        logger.exception("Failed to communicate with scheduler during heartbeat.")
+    try:
+        raise OSError("a disk that is gone")
+    except OSError:
+        logger.exception("Something else")
 
 
 def test_a_worker_of_another_release_that_joins_later_is_sent_home(tmp_path: Path) -> None:
