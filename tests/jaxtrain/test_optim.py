@@ -80,6 +80,13 @@ def test_muon_makes_steps_of_kernels_orthogonal_and_leaves_the_rest_to_adamw():
     left, _, right = np.linalg.svd(of, full_matrices=False)
     along = np.sum(-step * (left @ right)) / np.linalg.norm(step) / np.linalg.norm(left @ right)
     assert along > 0.95
+    # a stage of a pipeline holds its parameters by path
+    flat, flat_gradient = (
+        {f"{a}/{b}": leaf for a, of in tree.items() for b, leaf in of.items()} for tree in (params, gradient)
+    )
+    flat_updates, _ = optimizer.update(flat_gradient, optimizer.init(flat), flat)
+    for layer, name in (("conv1", "bias"), ("conv1", "kernel"), ("head", "kernel")):
+        np.testing.assert_array_equal(flat_updates[f"{layer}/{name}"], updates[layer][name])
     for layer, name in (("conv1", "bias"), ("head", "kernel")):
         # the first step of Adam with Nesterov's momentum: 0.9 · 0.1 / (1 - 0.9²) + 1
         sign = np.sign(np.asarray(gradient[layer][name]))
