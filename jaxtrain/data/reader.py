@@ -244,7 +244,7 @@ class WindowReader:
             label = target.decode(stored, self.table)
             if target.place != "label":
                 label = self._latest(label.reshape(observed.shape), observed)
-            target.hide(label, observed.any(axis=1))
+            target.hide(label, np.asarray(observed.any(axis=1)))
             return result | {"label": label}
 
         return finish
