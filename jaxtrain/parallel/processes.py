@@ -312,6 +312,8 @@ def spread_mesh(config: TrainConfig) -> TrainConfig:
             return config
         rows = config.run.batch_size // (config.mesh.microbatches if config.mesh.pipe > 1 else 1)
         parts = max((n for n in range(1, parts + 1) if rows % n == 0), default=1)
+        if parts == 1:
+            return config
     elif jax.device_count() % config.mesh.size:
         return config  # the mesh itself says best what does not fit
     mesh = {**config.mesh.model_dump(exclude_unset=True), "data": parts}

@@ -128,6 +128,15 @@ def test_one_process_takes_all_accelerators_of_its_machine(
     assert spread.mesh.zero == sections.get("mesh", {}).get("zero", 0)
 
 
+def test_a_single_accelerator_leaves_it_to_the_mesh_to_refuse_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config = TrainConfig.model_validate({"data": {"cube": "c.zarr"}, "mesh": {"zero": 1}})
+    assert spread_mesh(config) is config
+    with pytest.raises(InvalidInput, match="of which there is one device"):
+        make_mesh(config.mesh)
+
+
 def test_a_child_dies_with_its_parent() -> None:
     """T11: the parent is killed, so it cannot say goodbye; the child ends all the same."""
     child = "import os, time; from jaxtrain.parallel.processes import die_with_parent; "
