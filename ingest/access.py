@@ -8,13 +8,12 @@ uncompressed TIFFs over HTTP into zeros. Every open goes through here, so none o
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -42,15 +41,25 @@ from ingest.download import (
     redact,
     with_sidecar,
 )
+from ingest.header import HeaderCache, RasterHeader
 from ingest.providers import PROVIDERS
 from ingest.ranges import Head, RangeFile, Span, tie
 from ingest.rates import wait_for_turn
 from ingest.sign import Signing, SignRule
 from zarr_store.errors import AssetUnreadable, InvalidInput
-from zarr_store.grid import Grid, normal_crs
 
-__all__ = ["Access", "file_version", "forbid_gdal_threads", "grid_of", "open_asset", "with_asset"]
+__all__ = [
+    "Access",
+    "Raster",
+    "file_version",
+    "forbid_gdal_threads",
+    "headers",
+    "open_asset",
+    "with_asset",
+    "with_raster",
+]
 
+S = TypeVar("S")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -155,15 +164,50 @@ def with_asset(
         AssetUnreadable: The asset is absent, no raster, refused, or failed on every attempt.
         InvalidInput: `GDAL_NUM_THREADS` is set.
     """
-    limits = access or Access()
+    return _repeated(_opened, href, use, scene, asset, access or Access())
+
+
+@dataclass(frozen=True)
+class Raster:
+    """A raster file that pixels are read from.
+
+    Attributes:
+        header: What its header says.
+        file: Its bytes, where they are had without GDAL.
+        dataset: The open file; None where `header` suffices to read it.
+    """
+
+    header: RasterHeader
+    file: RangeFile | None
+    dataset: rasterio.io.DatasetReader | None
+
+
+def with_raster(href: str, use: Callable[[Raster], T], *, scene: str, asset: str, access: Access | None = None) -> T:
+    """As `with_asset`; a file whose header is known to this process is not opened with GDAL once more.
+
+    Raises:
+        AssetUnreadable: As `with_asset`; or the header states no grid that can be used.
+        InvalidInput: `GDAL_NUM_THREADS` is set.
+    """
+    return _repeated(_raster, href, use, scene, asset, access or Access())
+
+
+def _repeated(
+    opened: Callable[..., AbstractContextManager[S]],
+    href: str,
+    use: Callable[[S], T],
+    scene: str,
+    asset: str,
+    limits: Access,
+) -> T:
     forbid_gdal_threads()
     attempt = 0
 
     def once() -> T:
         nonlocal attempt
         attempt += 1
-        with _opened(href, limits, fresh=attempt > 1) as dataset:
-            return use(dataset)
+        with opened(href, limits, fresh=attempt > 1) as source:
+            return use(source)
 
     def note(state: tenacity.RetryCallState) -> None:
         cause = cause_of(state.outcome.exception() if state.outcome else None, href)
@@ -235,38 +279,107 @@ def forbid_gdal_threads() -> None:
         )
 
 
-def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
-    """The grid that the file header states.
+@functools.lru_cache(maxsize=2)
+def headers(pid: int) -> HeaderCache:
+    """The headers that this process knows; one set per process, as `ingest.download.heads`."""
+    return HeaderCache()
 
-    Raises:
-        InvalidInput: No CRS, or a rotated or south-up transform.
+
+@dataclass(frozen=True)
+class _Found:
+    """What is behind an href.
+
+    Attributes:
+        path: As GDAL takes it.
+        magic: Its first bytes.
+        size: Of the file, if it is known.
+        file: Its bytes, where they are had without GDAL.
+        version: What tells this version of the file from every other; None where that cannot be known.
     """
-    if dataset.crs is None:
-        raise InvalidInput("the file has no coordinate reference system")
-    crs = _crs_name(dataset.crs.to_wkt())
-    a, b, c, d, e, f = (float(v) for v in dataset.transform[:6])
-    return Grid(crs, (a, b, c, d, e, f), (int(dataset.height), int(dataset.width)))
+
+    path: str
+    magic: bytes
+    size: int | None
+    file: RangeFile | None
+    version: Hashable
+
+    @property
+    def remote(self) -> bool:
+        return self.path.startswith("/vsi")
 
 
-@functools.lru_cache(64)
-def _crs_name(wkt: str) -> str:
-    """As a grid spells it; PROJ's search for a code takes as long as decoding some blocks."""
-    code = rasterio.crs.CRS.from_wkt(wkt).to_epsg()
-    return f"EPSG:{code}" if code else normal_crs(wkt)
+def _find(href: str, access: Access, fresh: bool) -> _Found:
+    path, magic, size, head = _peek(href, access, fresh)
+    if head is None and path.startswith("/vsi"):
+        return _Found(path, magic, size, None, None)
+    # never through GDAL's own HTTP client, which follows redirects to any host and cannot be told to wait
+    if head is not None and head.ranges and head.size:
+        file = RangeFile(head, functools.partial(fetch, href, head, access))
+        return _Found(path, magic, size, file, (href, head.version) if head.etag else None)
+    if head is not None:
+        return _Found(path, magic, size, RangeFile(*fetch_whole(path.removeprefix("/vsicurl/"), access)), None)
+    if not size:
+        return _Found(path, magic, size, None, None)
+    identity = _identity(path)
+    start = Head(path, magic, size, _written(identity), True, 0.0)
+    file = RangeFile(start, functools.partial(_read_local, path, identity), remote=False)
+    return _Found(path, magic, size, file, (path, *identity))
 
 
 @contextmanager
 def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
     """Open by magic bytes; faults of opening and of reading inside the block become permanent or transient."""
-    path, magic, size, head = _peek(href, access, fresh)
-    remote = path.startswith("/vsi")
+    found = _find(href, access, fresh)
+    with _telling(found), _dataset(found, href, access, fresh=fresh) as dataset:
+        yield dataset
+
+
+@contextmanager
+def _raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
+    """As `_opened`, but without GDAL where it has told before how the file is read."""
+    found = _find(href, access, fresh)
+    known = headers(os.getpid())
+    # the limits were held against the header when it was read
+    version = None if found.version is None else (found.version, access.max_pixels, access.max_block_bytes)
+    header = None if version is None or fresh else known.get(version)
+    with _telling(found):
+        if header is not None:
+            yield Raster(header, found.file, None)
+            return
+        with _dataset(found, href, access, fresh=fresh) as dataset:
+            try:
+                header = RasterHeader.of(dataset, found.file)
+            except InvalidInput as error:
+                raise PermanentError(str(error)) from error
+            if version is not None:
+                known.put(version, header)
+            yield Raster(header, found.file, dataset)
+
+
+@contextmanager
+def _telling(found: _Found) -> Iterator[None]:
+    """Make faults permanent or transient, and say what went wrong with the bytes rather than what GDAL made of it."""
+    try:
+        yield
+        if found.file is not None and found.file.error is not None:
+            raise found.file.error
+    except RasterioError as error:
+        if found.file is not None and found.file.error is not None:
+            raise found.file.error from error
+        # a local file does not heal between attempts; a remote one may have been cut on the way
+        raise (TransientError if found.remote else PermanentError)(innermost(error)) from error
+
+
+@contextmanager
+def _dataset(found: _Found, href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
+    path, magic, file = found.path, found.magic, found.file
     driver = next((name for start, name in DRIVERS if magic.startswith(start)), None)
     if driver is None:
         raise PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
     options = access.gdal_options()
     if magic.startswith(_CODESTREAM):  # it has no room for a georeference; that is in NAME.aux.xml beside it
         options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
-    if remote and fresh:
+    if found.remote and fresh:
         options["CPL_VSIL_CURL_NON_CACHED"] = path  # or GDAL answers from its memory of the failed open
     session = None
     if href.startswith("s3://"):
@@ -276,44 +389,20 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
             raise PermanentError(str(error)) from error
         options |= more
         wait_for_turn(f"s3://{path.removeprefix('/vsis3/')}", access.rates)
-    file, local = None, None
-    opener: Callable[..., io.RawIOBase | io.BytesIO] | None = None
-    # never through GDAL's own HTTP client, which follows redirects to any host and cannot be told to wait
-    if head is not None and head.ranges and head.size:
-        file = RangeFile(head, functools.partial(fetch, href, head, access))
-    elif not remote and size:
-        identity = _identity(path)
-        local = RangeFile(
-            Head(path, magic, size, _written(identity), True, 0.0),
-            functools.partial(_read_local, path, identity),
-            remote=False,
-        )
-    elif head is not None:
-        file = RangeFile(*fetch_whole(path.removeprefix("/vsicurl/"), access))
-    if file is not None:
-        opener = with_sidecar(file, href, access) if magic.startswith(_CODESTREAM) else file.open
-    try:
-        with rasterio.Env(session=session, **options):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
-                if file is None:
-                    dataset = rasterio.open(path, driver=driver, sharing=False)
-                    if local is not None:
-                        tie(dataset, local)
-                else:
-                    name = f"{uuid.uuid4().hex}/{urlsplit(href).path.rpartition('/')[2]}"
-                    dataset = rasterio.open(name, driver=driver, sharing=False, opener=opener)
-                    tie(dataset, file)
-            with dataset:
-                _check_header(dataset, size, access)
-                yield dataset
-        if file is not None and file.error is not None:
-            raise file.error
-    except RasterioError as error:
-        if file is not None and file.error is not None:
-            raise file.error from error
-        # a local file does not heal between attempts; a remote one may have been cut on the way
-        raise (TransientError if remote else PermanentError)(innermost(error)) from error
+    with rasterio.Env(session=session, **options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
+            if file is None or not found.remote:
+                dataset = rasterio.open(path, driver=driver, sharing=False)
+            else:
+                opener = with_sidecar(file, href, access) if magic.startswith(_CODESTREAM) else file.open
+                name = f"{uuid.uuid4().hex}/{urlsplit(href).path.rpartition('/')[2]}"
+                dataset = rasterio.open(name, driver=driver, sharing=False, opener=opener)
+            if file is not None:
+                tie(dataset, file)
+        with dataset:
+            _check_header(dataset, found.size, access)
+            yield dataset
 
 
 def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: Access) -> None:

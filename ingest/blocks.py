@@ -1,6 +1,6 @@
 """`BlockReader`: blocks of a TIFF decoded straight into place, without GDAL's block cache in between.
 
-GDAL opens the file, and says how it is laid out and where its blocks lie; the common packings (tiled, one band,
+GDAL opens the file once, and says how it is laid out and where its blocks lie; the common packings (tiled, one band,
 deflate, LZW, zstd or none, with or without a predictor) are then decoded by imagecodecs from the bytes into the result.
 On 10 m bands in deflate that takes two thirds of GDAL's processor time. All else is left to GDAL, and so are blocks
 that a sparse file leaves out. Checksums inside the packing are verified, and a block that gives more or fewer bytes
@@ -10,6 +10,7 @@ than it must is an error.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import imagecodecs
@@ -19,10 +20,10 @@ import rasterio
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
-from ingest.ranges import RangeFile, Span
+from ingest.ranges import RangeFile, Span, block_span
 from ingest.turns import computing
 
-__all__ = ["BlockReader", "DamagedBlockError"]
+__all__ = ["BlockReader", "DamagedBlockError", "Packing"]
 
 Pixels = npt.NDArray[np.generic]
 Unpack = Callable[..., Any]
@@ -49,43 +50,87 @@ class DamagedBlockError(RasterioError):  # type: ignore[misc]  # rasterio is unt
     """A block whose bytes are not what the file's header promises."""
 
 
-class BlockReader:
-    """Reads windows of the one band of an open TIFF.
+@dataclass(frozen=True)
+class Packing:
+    """How the blocks of a TIFF are packed that can be decoded without GDAL.
 
-    Args:
-        dataset: The open file; it answers where blocks are.
-        file: Its bytes.
-        unpack: Undoes the compression; None where there is none.
-        unpredict: Undoes the predictor; None where there is none.
+    Attributes:
+        block: (height, width) of a block, pixels.
+        dtype: Of the pixels.
+        compression: GDAL's name of it, empty for none.
+        predictor: TIFF's number of it.
     """
 
-    def __init__(
-        self, dataset: rasterio.io.DatasetReader, file: RangeFile, unpack: Unpack | None, unpredict: Unpack | None
-    ) -> None:
-        self._dataset = dataset
-        self._file = file
-        self._unpack = unpack
-        self._unpredict = unpredict
-        self._dtype = np.dtype(dataset.dtypes[0])
-        self._block: tuple[int, int] = dataset.block_shapes[0]
+    block: tuple[int, int]
+    dtype: str
+    compression: str
+    predictor: str
 
     @classmethod
     def of(cls, dataset: rasterio.io.DatasetReader, file: RangeFile) -> Self | None:
-        """A reader, or None where GDAL must decode."""
+        """Of an open file, or None where GDAL must decode."""
         tall, wide = dataset.block_shapes[0]
-        packing = dataset.tags(ns="IMAGE_STRUCTURE")
-        dtype = np.dtype(dataset.dtypes[0])
-        unpredict = (dtype.kind, packing.get("PREDICTOR", "1"))
+        told = dataset.tags(ns="IMAGE_STRUCTURE")
+        packing = cls(
+            (int(tall), int(wide)), str(dataset.dtypes[0]), told.get("COMPRESSION", ""), told.get("PREDICTOR", "1")
+        )
         plain = (
             file.head[:2] == b"II"
             and dataset.count == 1
             and tall % 16 == 0
             and wide % 16 == 0  # tiles are, and unlike strips they are never cut short
             and "NBITS" not in dataset.tags(1, ns="IMAGE_STRUCTURE")
-            and packing.get("COMPRESSION", "") in _UNPACK
-            and unpredict in _UNPREDICT
+            and packing.compression in _UNPACK
+            and packing._predicted in _UNPREDICT
         )
-        return cls(dataset, file, _UNPACK[packing.get("COMPRESSION", "")], _UNPREDICT[unpredict]) if plain else None
+        return packing if plain else None
+
+    @property
+    def unpack(self) -> Unpack | None:
+        """Undoes the compression; None where there is none."""
+        return _UNPACK[self.compression]
+
+    @property
+    def unpredict(self) -> Unpack | None:
+        """Undoes the predictor; None where there is none."""
+        return _UNPREDICT[self._predicted]
+
+    @property
+    def _predicted(self) -> tuple[str, str]:
+        return (np.dtype(self.dtype).kind, self.predictor)
+
+
+class BlockReader:
+    """Reads windows of the one band of a TIFF.
+
+    Args:
+        packing: How its blocks are packed.
+        file: Its bytes.
+        spans: (rows, columns, 2) first byte of each block, and the first behind it; None asks `dataset`.
+        dataset: The open file, which says where blocks are and reads those that are left out; not needed with `spans`.
+    """
+
+    def __init__(
+        self,
+        packing: Packing,
+        file: RangeFile,
+        *,
+        spans: npt.NDArray[np.int64] | None = None,
+        dataset: rasterio.io.DatasetReader | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._file = file
+        self._spans = spans
+        self._unpack = packing.unpack
+        self._unpredict = packing.unpredict
+        self._dtype = np.dtype(packing.dtype)
+        self._block = packing.block
+
+    @classmethod
+    def of(cls, dataset: rasterio.io.DatasetReader, file: RangeFile) -> Self | None:
+        """A reader of an open file, or None where GDAL must decode."""
+        packing = Packing.of(dataset, file)
+        return None if packing is None else cls(packing, file, dataset=dataset)
 
     def read(self, row: int, col: int, height: int, width: int, out: Pixels | None = None) -> Pixels:
         """A window, into `out` if it is given: (height, width) of the file's type.
@@ -114,6 +159,7 @@ class BlockReader:
             bottom, right = min(row + height, y * tall + tall), min(col + width, x * wide + wide)
             view = out[top - row : bottom - row, left - col : right - col]
             if span is None:  # left out of a sparse file, which GDAL knows how to take
+                assert self._dataset is not None, "spans that are given are of all blocks"
                 view[...] = self._dataset.read(1, window=Window(left, top, right - left, bottom - top))
                 continue
             inside = (slice(top - y * tall, bottom - y * tall), slice(left - x * wide, right - x * wide))
@@ -147,6 +193,7 @@ class BlockReader:
         return [(y, x) for y in rows for x in range(col // wide, -(-(col + width) // wide))]
 
     def _span(self, y: int, x: int) -> Span | None:
-        start = self._dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1)
-        count = self._dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
-        return None if start is None or count is None else (int(start), int(start) + int(count))
+        if self._spans is not None:
+            start, stop = self._spans[y, x]
+            return int(start), int(stop)
+        return block_span(self._dataset, y, x)

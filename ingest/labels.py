@@ -26,9 +26,9 @@ from rasterio.errors import RasterioError
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
-from ingest.access import grid_of
 from ingest.alignment import mirrored_fit
 from ingest.features import Features, is_vector, read_features
+from ingest.header import grid_of
 from ingest.resample import pick_resampling, place
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.grid import Grid

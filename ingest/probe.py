@@ -185,7 +185,8 @@ def _judge(scene: Scene) -> str | None:
 
 
 def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access: Access) -> _Header:
-    from ingest.read import grid_of, with_asset
+    from ingest.access import with_asset
+    from ingest.header import grid_of
 
     with_pixels = asset.band == _witness(scene)
 

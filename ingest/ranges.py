@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import rasterio
 
-__all__ = ["HEAD_BYTES", "MOST_AT_ONCE", "Head", "HeadCache", "RangeFile", "blocks_of", "range_file_of"]
+__all__ = ["HEAD_BYTES", "MOST_AT_ONCE", "Head", "HeadCache", "RangeFile", "block_span", "blocks_of", "range_file_of"]
 
 Span = tuple[int, int]
 """(start, stop) in bytes."""
@@ -224,11 +224,17 @@ def blocks_of(dataset: rasterio.io.DatasetReader, window: tuple[int, int, int, i
     spans = []
     for y in range(row // tall, -(-(row + height) // tall)):
         for x in range(col // wide, -(-(col + width) // wide)):
-            start = dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1)
-            count = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
-            if start is not None and count is not None:
-                spans.append((int(start), int(start) + int(count)))
+            span = block_span(dataset, y, x)
+            if span is not None:
+                spans.append(span)
     return spans
+
+
+def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | None:
+    """The bytes of one block of a TIFF, by its row and column among the blocks; None where a sparse file has none."""
+    start = dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1)
+    count = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
+    return None if start is None or count is None else (int(start), int(start) + int(count))
 
 
 _files: weakref.WeakKeyDictionary[rasterio.io.DatasetReader, RangeFile] = weakref.WeakKeyDictionary()

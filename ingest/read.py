@@ -12,14 +12,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import rasterio
-from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
-from ingest.access import Access, grid_of, open_asset, with_asset
+from ingest.access import Access, Raster, with_raster
 from ingest.blocks import BlockReader
 from ingest.download import redact
-from ingest.ranges import blocks_of, range_file_of
+from ingest.ranges import blocks_of
 from ingest.resample import pick_resampling, place
 from ingest.stages import count_stage
 from zarr_store.errors import AssetUnreadable, InvalidInput
@@ -29,11 +27,8 @@ __all__ = [
     "Access",
     "ReadableAsset",
     "SceneReader",
-    "grid_of",
     "harmonise_dn",
-    "open_asset",
     "read_on_grid",
-    "with_asset",
 ]
 
 Stored = Literal["uint16", "uint8", "float32"]
@@ -89,24 +84,21 @@ def read_on_grid(
         AssetUnreadable: After all retries, or at once where a retry cannot help.
     """
 
-    def use(dataset: rasterio.io.DatasetReader) -> Pixels:
-        try:
-            grid = grid_of(dataset)
-        except InvalidInput as error:
-            raise AssetUnreadable.of(scene, asset.key, str(error), redact(asset.href)) from error
-        if header is not None and grid != header:
-            reason = f"the file is not the one that was planned: its grid was {header}, now it is {grid}"
+    def use(raster: Raster) -> Pixels:
+        told, file, dataset = raster.header, raster.file, raster.dataset
+        if header is not None and told.grid != header:
+            reason = f"the file is not the one that was planned: its grid was {header}, now it is {told.grid}"
             raise AssetUnreadable.of(scene, asset.key, reason, redact(asset.href))
-        _check_type(dataset.dtypes[0], stored, scene, asset)
-        if asset.kind == "data" and dataset.colorinterp[0] == ColorInterp.palette:
+        _check_type(told.dtype, stored, scene, asset)
+        if asset.kind == "data" and told.palette:
             reason = "expected a data band, the file has a palette: its numbers are colours"
             raise AssetUnreadable.of(scene, asset.key, reason, redact(asset.href))
-        empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
-
-        file = range_file_of(dataset)
+        empty = {value for value in (asset.nodata, told.nodata) if value is not None}
         if tell is not None and file is not None:
             tell(file.version)
-        blocks = BlockReader.of(dataset, file) if file is not None else None
+        blocks = None
+        if told.packing is not None and file is not None:
+            blocks = BlockReader(told.packing, file, spans=told.spans, dataset=dataset)
 
         def window(row: int, col: int, height: int, width: int, into: Pixels | None = None) -> Pixels:
             if blocks is None and file is not None:
@@ -114,19 +106,19 @@ def read_on_grid(
             begun = time.perf_counter()
             if blocks is not None:
                 # pixels of another type cannot be decoded into their place
-                fits = into is not None and into.dtype == dataset.dtypes[0]
+                fits = into is not None and into.dtype == told.dtype
                 raw = blocks.read(row, col, height, width, into if fits else None)
             else:
-                raw = dataset.read(1, window=Window(col, row, width, height))
+                raw = dataset.read(1, window=Window(col, row, width, height))  # type: ignore[union-attr]
                 if file is not None:
                     file.forget()
             count_stage("read", time.perf_counter() - begun, raw.nbytes)
             return _as_stored(raw, stored, empty)
 
-        kernel = pick_resampling(asset.kind, grid, target, resampling)
-        return place(window, grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
+        kernel = pick_resampling(asset.kind, told.grid, target, resampling)
+        return place(window, told.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
 
-    return with_asset(asset.href, use, scene=scene, asset=asset.key, access=access)
+    return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access)
 
 
 def harmonise_dn(

@@ -40,7 +40,7 @@ from ingest.stages import stage
 from ingest.stopping import stoppable
 from ingest.stored import PLAN_KEY, begun_plan, keep_plan
 from ingest.task import Recipe, ShardTask
-from ingest.turns import seat
+from ingest.turns import computing, in_seat
 from ingest.workers import memory_note
 from zarr_store.backends import Store
 from zarr_store.crash import crashpoint
@@ -227,8 +227,12 @@ def ingest_shard(
         The shard's row, and how many source pixels were asked for.
     """
     remote = any(is_url(asset.href) for source in task.sources for asset in source.assets)
-    with seat(remote=remote) as give_way, _making():
-        return _make_shard(task, recipe, url, access, fence, again, give_way)
+
+    def make(give_way: Callable[[], None]) -> tuple[LedgerRow, int]:
+        with _making():
+            return _make_shard(task, recipe, url, access, fence, again, give_way)
+
+    return in_seat(make, remote=remote)
 
 
 def _make_shard(
@@ -247,16 +251,19 @@ def _make_shard(
     if before is not None and before.state == "done" and any(s.state == "missing" for s in filled.outcomes):
         return LedgerRow(task.index, task.region, task.key, "failed", filled.outcomes), filled.pixels_read
     crashpoint(f"filled {task.index}")
-    give_way()
-    writer = ShardWriter(url, task.collection, fence=fence)
+    writer, pixels_read = ShardWriter(url, task.collection, fence=fence), filled.pixels_read
     try:
         with stage("write", sum(array.nbytes for array in filled.arrays.values())):
-            row = writer.write(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
+            with computing():
+                packed = writer.pack(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
+            del filled  # its memory is for the next shard, which begins now
+            give_way()
+            row = packed.finish()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, NoSpace):
             raise NoSpace(f"no space left for {url}; free some and repeat the command") from error
         raise
-    return row, filled.pixels_read
+    return row, pixels_read
 
 
 def _plain_url(url: str | os.PathLike[str]) -> str:

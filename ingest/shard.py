@@ -7,8 +7,11 @@ bands are a mean or median of all clear sources (`ingest.composite`), and `obser
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Container, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,6 +38,9 @@ __all__ = ["AssetReader", "FilledShard", "fill_shard"]
 
 AssetReader = Callable[[SourceAsset, Grid], Pixels]
 """An asset on a window of the cube's grid: raw numbers, as `read_on_grid` gives them."""
+
+_READERS = 32
+"""Bands that one process reads at once; two shards of all thirteen bands and a class layer need 28."""
 
 _PlacedReader = Callable[[SourceAsset, Grid, Pixels | None], Pixels]
 """The same, put where it is wanted."""
@@ -241,8 +247,9 @@ class _Shard:
 
         if not any(is_url(asset.href) for asset in scene.assets):
             return {name: read(name) for name in windows}
-        with ThreadPoolExecutor(len(windows)) as pool:
-            return dict(zip(windows, pool.map(read, windows), strict=True))
+        begun = {name: _readers(os.getpid()).submit(copy_context().run, read, name) for name in windows}
+        wait(begun.values())  # all of them, also where one fails: they write into arrays that the caller owns
+        return {name: future.result() for name, future in begun.items()}
 
     def _classes(
         self, read: dict[str, Pixels], target: Grid
@@ -258,6 +265,12 @@ class _Shard:
             if name == recipe.mask_layer:
                 masked = mask_classes(whole, recipe.mask_classes, grid=target, dilate_m=recipe.mask_dilate_m)
         return layers, masked
+
+
+@functools.lru_cache(maxsize=2)
+def _readers(pid: int) -> ThreadPoolExecutor:
+    """Threads that read bands of remote scenes; they stay, as PROJ opens its database anew in each thread."""
+    return ThreadPoolExecutor(_READERS, thread_name_prefix="terrashard-read")
 
 
 def _asset(scene: PlannedScene, name: str) -> SourceAsset:

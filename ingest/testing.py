@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 
-from ingest.access import grid_of, open_asset
+from ingest.access import open_asset
+from ingest.header import grid_of
 from ingest.probe import AssetProbe, SceneProbe
 from ingest.scene import AssetRef, Scene
 from zarr_store.errors import AssetUnreadable

@@ -51,6 +51,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
+    "MALLOC_MMAP_MAX_": "0",
 }
 # The C library reads its own settings once, as a process begins: so a nanny must have all of them before it starts one.
 # Dask's profiler calls sys._current_frames() a hundred times a second. Before Python 3.12 a garbage collection within

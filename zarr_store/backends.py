@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import os
 import shutil
 import tempfile
@@ -20,15 +19,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 from urllib.parse import unquote, urlsplit
 
 import tensorstore as ts
 
 from zarr_store.crash import crashpoint
+from zarr_store.durable import PendingFile, sync_folder, sync_tree, umask
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
 
-__all__ = ["REPOSITORY_MARKER", "FolderStore", "Kind", "Store", "store_for", "translate_os_errors"]
+__all__ = ["REPOSITORY_MARKER", "FolderStore", "Kind", "Pending", "Store", "store_for", "translate_os_errors"]
 
 OBJECT_SCHEMES = ("s3", "gs", "az")
 REPOSITORY_MARKER = "_terrashard/store.json"
@@ -57,6 +57,20 @@ def translate_os_errors(what: str) -> Iterator[None]:
         if text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")):
             raise AccessError(f"cannot reach {what}; check the endpoint and repeat the command") from error
         raise
+
+
+class Pending(Protocol):
+    """Something that is written once `finish` has returned; before, and after `abandon`, there is nothing of it."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its bytes."""
+
+    def finish(self) -> None:
+        """Put it in its place, atomically and durably."""
+
+    def abandon(self) -> None:
+        """Leave nothing of it; does nothing after `finish`."""
 
 
 class Store(ABC):
@@ -112,11 +126,12 @@ class Store(ABC):
     def write(self, key: str, data: bytes) -> None:
         """Replace the bytes at `key` atomically and durably."""
 
-    def write_parts(self, key: str, parts: Iterable[bytes]) -> str:
-        """`write` of all parts, one after the other, each as it comes where the store can; their SHA-256."""
-        data = b"".join(parts)
-        self.write(key, data)
-        return hashlib.sha256(data).hexdigest()
+    def begin(self, key: str, parts: Iterable[bytes]) -> Pending:
+        """The first half of `write`: all parts, one after the other, each as it comes where the store can.
+
+        What only waits for a disk or a bucket is the second half, `Pending.finish`.
+        """
+        return _PendingBytes(self, key, b"".join(parts))
 
     @abstractmethod
     def create_exclusive(self, key: str, data: bytes) -> bool:
@@ -173,6 +188,25 @@ class Store(ABC):
     @abstractmethod
     def beside(self) -> contextlib.AbstractContextManager[Store]:
         """A fresh store that becomes this one at the end, and leaves nothing on an error."""
+
+
+@dataclass(frozen=True)
+class _PendingBytes:
+    """All bytes of an object, for a store that takes them at once."""
+
+    store: Store
+    key: str
+    data: bytes
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    def finish(self) -> None:
+        self.store.write(self.key, self.data)
+
+    def abandon(self) -> None:
+        """There is nothing of it but these bytes."""
 
 
 def store_for(url: str | os.PathLike[str], kind: Kind | None) -> Store:
@@ -251,31 +285,14 @@ class FolderStore(Store):
             return None
 
     def write(self, key: str, data: bytes) -> None:
-        self.write_parts(key, [data])
+        pending = self.begin(key, [data])
+        with translate_os_errors(self.where(key)):
+            pending.finish()
 
-    def write_parts(self, key: str, parts: Iterable[bytes]) -> str:
+    def begin(self, key: str, parts: Iterable[bytes]) -> Pending:
         path = self.root / key
-        digest = hashlib.sha256()
         with translate_os_errors(str(path)):
-            _make_folder(path.parent)
-            descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-            try:
-                with os.fdopen(descriptor, "wb", buffering=0) as file:
-                    for part in parts:
-                        digest.update(part)
-                        _write_all(file, part)
-                    os.fsync(file.fileno())
-                # mkstemp makes private files; a cube is shared like any other file
-                os.chmod(beside, 0o666 & ~_umask())
-                crashpoint(f"before {key}")
-                os.replace(beside, path)
-                crashpoint(f"after {key}")
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(beside)
-                raise
-            _sync_folder(path.parent)
-        return digest.hexdigest()
+            return PendingFile(path, key, parts)
 
     def create_exclusive(self, key: str, data: bytes) -> bool:
         # the file appears complete or not at all: it is linked into place, and a link never replaces
@@ -337,54 +354,14 @@ class FolderStore(Store):
         with translate_os_errors(self.url):
             folder = tempfile.mkdtemp(prefix=f".{self.root.name}.", suffix=".partial", dir=self.root.parent)
         try:
-            os.chmod(folder, 0o777 & ~_umask())
+            os.chmod(folder, 0o777 & ~umask())
             with translate_os_errors(self.url):
                 yield FolderStore(Path(folder))
-                _sync_tree(Path(folder))  # what appears in one rename must be on the disk before it
+                sync_tree(Path(folder))  # what appears in one rename must be on the disk before it
                 crashpoint("before the cube appears")
                 os.rename(folder, self.root)  # fails if something non-empty has appeared there meanwhile
-                _sync_folder(self.root.parent)
+                sync_folder(self.root.parent)
                 crashpoint("after the cube appears")
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def _write_all(file: io.RawIOBase, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) or 0 :]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _make_folder(folder: Path) -> None:
-    """As `mkdir(parents=True, exist_ok=True)`, and every new name is synced in the folder it is in."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
-
-
-def _sync_tree(top: Path) -> None:
-    for folder, _, files in os.walk(top):
-        for name in files:
-            descriptor = os.open(Path(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _sync_folder(Path(folder))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

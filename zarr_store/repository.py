@@ -31,7 +31,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.buffer.cpu import Buffer
 from zarr.core.sync import sync
 
-from zarr_store.backends import REPOSITORY_MARKER, FolderStore, Kind, Store, translate_os_errors
+from zarr_store.backends import REPOSITORY_MARKER, FolderStore, Kind, Pending, Store, translate_os_errors
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, IntegrityError, InvalidInput, Locked
 from zarr_store.overlay import OverlayStore, snapshot_get, snapshot_has
@@ -100,8 +100,8 @@ class IcechunkStore(Store):
     def write(self, key: str, data: bytes) -> None:
         (self._files if _is_own(key) else self._staged).write(key, data)
 
-    def write_parts(self, key: str, parts: Iterable[bytes]) -> str:
-        return (self._files if _is_own(key) else self._staged).write_parts(key, parts)
+    def begin(self, key: str, parts: Iterable[bytes]) -> Pending:
+        return (self._files if _is_own(key) else self._staged).begin(key, parts)
 
     def create_exclusive(self, key: str, data: bytes) -> bool:
         if not _is_own(key) and self.read(key) is not None:

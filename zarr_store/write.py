@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from zarr_store.backends import Kind, Store, store_for, translate_os_errors
+from zarr_store.backends import Kind, Pending, Store, store_for, translate_os_errors
 from zarr_store.crash import crashpoint
 from zarr_store.errors import CubeMismatch, InvalidInput, Locked, MisalignedWrite
 from zarr_store.georeference import georeference
 from zarr_store.index import ChunkStats
-from zarr_store.ledger import LedgerRow, ShardIndex, SourceOutcome
+from zarr_store.ledger import Ledger, LedgerRow, ShardIndex, SourceOutcome
 from zarr_store.lock import read_token
 from zarr_store.pack import BLOSC_BLOCK_BYTES, OVERVIEW_LEVEL, pack_chunk, pack_shard
 from zarr_store.read import Cube, is_cube, open_cube
@@ -32,6 +33,7 @@ from zarr_store.steps import step_coordinates
 
 __all__ = [
     "FORMAT_VERSION",
+    "PackedShard",
     "ShardWriter",
     "create_cube",
     "describe",
@@ -364,58 +366,64 @@ class ShardWriter:
         key: str,
         sources: Sequence[SourceOutcome],
     ) -> LedgerRow:
-        """Write one shard of every array, durably, and then its ledger row.
+        """Write one shard of every array, durably, and then its ledger row: `pack` and `PackedShard.finish`."""
+        return self.pack(region, arrays, key=key, sources=sources).finish()
+
+    def pack(
+        self,
+        region: Region,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        key: str,
+        sources: Sequence[SourceOutcome],
+    ) -> PackedShard:
+        """Pack one shard of every array: all of a write that needs a core, and nothing that a reader would see.
 
         Args:
             region: Exactly one shard (cut at the grid's edge).
             arrays: Every array of the collection, in the spec's dtype: the main one (time, band, y, x), the others
-                (time, y, x).
+                (time, y, x). They are not needed any more once this returns.
             key: Digest of all that determined the content.
             sources: What became of each scene.
 
-        Returns:
-            The row; its state is "partial" if a source is missing.
-
         Raises:
             MisalignedWrite: The region is not one shard, or an array is absent, superfluous or misshapen.
-            NoSpace: The disk is full; the shard counts as not written.
-            Locked: The run that this writer belongs to has lost its lock.
+            NoSpace: The disk is full; what was there before stays.
         """
         cube = self._open()
         spec = cube.spec(self.collection)
         index = self._check(spec, region, arrays)
-        ledger = cube.ledger(self.collection)
         store = Store.at(self.url)
-        self._check_fence()
-        ledger.drop(index)  # until the new row is there the shard counts as not written
-        crashpoint(f"row dropped {index}")
         stats: list[ChunkStats] = []
-        checksums = {}
-        with translate_os_errors(f"{self.url} {self.collection} shard {index}"):
-            for array in spec.arrays():
-                parts = pack_shard(
-                    arrays[array.name],
-                    _box_of(spec, array, spec.layout.chunk),
-                    _box_of(spec, array, spec.layout.shard),
-                    spec.layout,
-                    array.fill,
-                    look=self._counter(spec, region, arrays, stats) if array.name == spec.kind else None,
-                )
-                checksums[array.name] = store.write_parts(shard_key(spec, array.name, index), parts)
-            overview = self._overview(spec, arrays[spec.kind])
-            store.write_parts(f"overview/{shard_key(spec, spec.kind, index)}", [overview])
-        crashpoint(f"pixels written {index}")
+        pending: dict[str, Pending] = {}
+        try:
+            with translate_os_errors(f"{self.url} {self.collection} shard {index}"):
+                for array in spec.arrays():
+                    parts = pack_shard(
+                        arrays[array.name],
+                        _box_of(spec, array, spec.layout.chunk),
+                        _box_of(spec, array, spec.layout.shard),
+                        spec.layout,
+                        array.fill,
+                        look=self._counter(spec, region, arrays, stats) if array.name == spec.kind else None,
+                    )
+                    pending[array.name] = store.begin(shard_key(spec, array.name, index), parts)
+                overview = self._overview(spec, arrays[spec.kind])
+                pending["overview"] = store.begin(f"overview/{shard_key(spec, spec.kind, index)}", [overview])
+        except BaseException:
+            for one in pending.values():
+                one.abandon()
+            raise
         state: Any = "partial" if any(s.state == "missing" for s in sources) else "done"
+        checksums = {array.name: pending[array.name].digest for array in spec.arrays()}
         row = LedgerRow(index, region, key, state, tuple(sources), checksums, tuple(stats))
-        self._check_fence()  # another run may have begun to write here meanwhile: then the row is not ours to write
-        ledger.put(row)
-        return row
+        return PackedShard(self, row, tuple(pending.values()))
 
     def fail(self, region: Region, *, key: str, sources: Sequence[SourceOutcome]) -> LedgerRow:
         """Record that a shard could not be made; its pixels stay absent, and reading them raises."""
         cube = self._open()
         row = LedgerRow(self._index(cube.spec(self.collection), region), region, key, "failed", tuple(sources))
-        cube.ledger(self.collection).put(row)
+        self.ledger().put(row)
         return row
 
     def _counter(
@@ -431,12 +439,21 @@ class ShardWriter:
 
         return count
 
-    def _check_fence(self) -> None:
+    def check_fence(self) -> None:
+        """Refuse to go on where the run has lost its lock.
+
+        Raises:
+            Locked: Another run has it.
+        """
         if self.fence is not None and read_token(Store.at(self.url)) != self.fence:
             raise Locked(
                 f"{self.url}: the run that this shard was made for has ended or lost its lock; nothing more is written "
                 "for it, the run that holds the cube now makes the shard"
             )
+
+    def ledger(self) -> Ledger:
+        """Of the collection."""
+        return self._open().ledger(self.collection)
 
     def _open(self) -> Cube:
         if self._cube is None:
@@ -478,6 +495,46 @@ class ShardWriter:
         array = spec.array(spec.kind)
         chunk = _box_of(spec, array, (t, y // step, x // step))
         return pack_chunk(main[:, :, rows[:, np.newaxis], cols], chunk, array.fill)
+
+
+@dataclass(frozen=True)
+class PackedShard:
+    """A shard that is packed and still to be put in its place, which is a matter of waiting for a disk or a bucket.
+
+    Attributes:
+        writer: What packed it.
+        row: What the ledger will say of it; its state is "partial" if a source is missing.
+        pending: The objects of all arrays, and of the overview.
+    """
+
+    writer: ShardWriter
+    row: LedgerRow
+    pending: tuple[Pending, ...]
+
+    def finish(self) -> LedgerRow:
+        """Write the objects, durably, and then the ledger row, which is returned.
+
+        Raises:
+            NoSpace: The disk is full; the shard counts as not written.
+            Locked: The run that the writer belongs to has lost its lock.
+        """
+        index, ledger = self.row.index, self.writer.ledger()
+        try:
+            self.writer.check_fence()
+            ledger.drop(index)  # until the new row is there the shard counts as not written
+            crashpoint(f"row dropped {index}")
+            with translate_os_errors(f"{self.writer.url} {self.writer.collection} shard {index}"):
+                for one in self.pending:
+                    one.finish()
+            crashpoint(f"pixels written {index}")
+            # another run may have begun to write here meanwhile: then the row is not ours to write
+            self.writer.check_fence()
+        except BaseException:
+            for one in self.pending:
+                one.abandon()
+            raise
+        ledger.put(self.row)
+        return self.row
 
 
 def shard_key(spec: CubeSpec, array: str, index: ShardIndex) -> str:

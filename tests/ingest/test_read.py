@@ -15,7 +15,9 @@ import rasterio
 from rasterio.enums import Resampling
 from rasterio.warp import reproject
 
-from ingest.read import Access, grid_of, harmonise_dn, open_asset, read_on_grid
+from ingest.access import Access, open_asset
+from ingest.header import grid_of
+from ingest.read import harmonise_dn, read_on_grid
 from ingest.resample import pick_resampling
 from ingest.scene import AssetRef
 from ingest.testing import write_raster

@@ -197,7 +197,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(
     tmp_path: Path, local_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(tmp_path / "scenes", days=1)
-    real, written = running.ShardWriter.write, []
+    real, written = running.ShardWriter.pack, []
 
     def full(self: Any, region: Any, *args: Any, **more: Any) -> Any:
         if len(written) >= 3:
@@ -205,7 +205,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(
         written.append(region)
         return real(self, region, *args, **more)
 
-    monkeypatch.setattr(running.ShardWriter, "write", full)
+    monkeypatch.setattr(running.ShardWriter, "pack", full)
     with pytest.raises(NoSpace, match="no space left"):
         run(plan, tmp_path / "cube.zarr", client=local_client)
     monkeypatch.undo()

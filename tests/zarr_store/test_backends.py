@@ -60,9 +60,30 @@ def test_parts_are_written_as_they_come_and_hashed(tmp_path: Path) -> None:
             yield part
             sizes.append(sum(path.stat().st_size for path in (tmp_path / "c").iterdir()))
 
-    assert store.write_parts("c/0", parts()) == hashlib.sha256(b"onetwo").hexdigest()
+    store.write("c/0", b"before")
+    pending = store.begin("c/0", parts())
+    assert pending.digest == hashlib.sha256(b"onetwo").hexdigest()
+    assert sizes == [6 + 3, 6 + 3, 6 + 6], "nothing is held back"
+    assert store.read("c/0") == b"before", "what is not finished is not there"
+    pending.finish()
     assert store.read("c/0") == b"onetwo"
-    assert sizes == [3, 3, 6], "nothing is held back"
+    pending.abandon()
+    assert store.read("c/0") == b"onetwo", "what is finished stays"
+    store.begin("c/0", [b"three"]).abandon()
+    assert store.read("c/0") == b"onetwo"
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["0"]
+
+
+def test_a_store_that_takes_whole_objects_writes_at_the_end(tmp_path: Path) -> None:
+    """What buckets do: the base class over a store that knows no parts."""
+    store = FolderStore(tmp_path)
+    pending = Store.begin(store, "k", iter([b"one", b"two"]))
+    assert pending.digest == hashlib.sha256(b"onetwo").hexdigest()
+    assert store.read("k") is None
+    pending.abandon()
+    assert store.read("k") is None
+    pending.finish()
+    assert store.read("k") == b"onetwo"
 
 
 def test_create_exclusive_writes_once(tmp_path: Path) -> None:

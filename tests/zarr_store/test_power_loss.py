@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from zarr_store import backends
+from zarr_store import backends, durable
 from zarr_store.backends import FolderStore
 
 WRITER = """
@@ -130,13 +130,14 @@ def test_what_a_row_says_is_done_is_on_the_disk_before_the_row_is(tmp_path: Path
 def test_new_folders_and_new_cubes_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above for what Python itself does, where there is no strace."""
     synced: list[Path] = []
-    real = backends._sync_folder
+    real = durable.sync_folder
 
     def note(folder: Path) -> None:
         synced.append(folder)
         real(folder)
 
-    monkeypatch.setattr(backends, "_sync_folder", note)
+    monkeypatch.setattr(durable, "sync_folder", note)
+    monkeypatch.setattr(backends, "sync_folder", note)
     store = FolderStore(tmp_path / "cube")
     with store.beside() as fresh:
         fresh.write("a/b/zarr.json", b"{}")
@@ -146,8 +147,8 @@ def test_new_folders_and_new_cubes_are_synced(tmp_path: Path, monkeypatch: pytes
     assert synced[-1] == tmp_path
     synced.clear()
     x = store.root / "x"
-    store.write_parts("x/y/0/0", [b"a"])
+    store.write("x/y/0/0", b"a")
     assert synced == [store.root, x, x / "y", x / "y" / "0"]
     synced.clear()
-    store.write_parts("x/y/0/1", [b"a"])
+    store.write("x/y/0/1", b"a")
     assert synced == [x / "y" / "0"], "folders that are there need no syncing but the file's own"

@@ -1,0 +1,141 @@
+"""`RasterHeader`: what the header of a raster file says, as far as reading its pixels needs it.
+
+Opening a file costs GDAL as much time as decoding some blocks, and all shards of a cube that lie in one scene read the
+same files. So the headers of the files read last stay with the process, by the version of the file, and blocks that
+can be decoded without GDAL are then found without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+from rasterio.enums import ColorInterp
+
+from ingest.blocks import Packing
+from ingest.ranges import RangeFile, block_span
+from zarr_store.errors import InvalidInput
+from zarr_store.grid import Grid, normal_crs
+
+__all__ = ["HeaderCache", "RasterHeader", "grid_of"]
+
+_HEADERS = 512
+_MOST_BLOCKS = 2048
+"""Of a file whose header is kept: 10 980² pixels in blocks of 256 have 1,849, which are 30 kB."""
+
+
+@dataclass(frozen=True)
+class RasterHeader:
+    """The header of one file.
+
+    Attributes:
+        grid: Where its pixels lie.
+        dtype: Of its pixels.
+        nodata: Value of pixels without data.
+        palette: Whether its numbers are colours.
+        packing: How its blocks are packed; None where only GDAL can decode them.
+        spans: (rows, columns, 2) first byte of each block, and the first behind it; None where a block is left out, or
+            there are too many.
+    """
+
+    grid: Grid
+    dtype: str
+    nodata: float | None
+    palette: bool
+    packing: Packing | None
+    spans: npt.NDArray[np.int64] | None = field(compare=False)
+
+    @classmethod
+    def of(cls, dataset: rasterio.io.DatasetReader, file: RangeFile | None) -> Self:
+        """The header of an open file.
+
+        Raises:
+            InvalidInput: It has no CRS, or a rotated or south-up transform.
+        """
+        packing = Packing.of(dataset, file) if file is not None else None
+        return cls(
+            grid_of(dataset),
+            str(dataset.dtypes[0]),
+            None if dataset.nodata is None else float(dataset.nodata),
+            dataset.colorinterp[0] == ColorInterp.palette,
+            packing,
+            _spans(dataset, packing) if packing is not None else None,
+        )
+
+    @property
+    def suffices(self) -> bool:
+        """Whether every pixel can be read without GDAL."""
+        return self.packing is not None and self.spans is not None
+
+
+class HeaderCache:
+    """The headers of the files read last."""
+
+    def __init__(self) -> None:
+        self._headers: OrderedDict[Hashable, RasterHeader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, version: Hashable) -> RasterHeader | None:
+        """The header of a version of a file, if it is known."""
+        with self._lock:
+            header = self._headers.get(version)
+            if header is not None:
+                self._headers.move_to_end(version)
+            return header
+
+    def put(self, version: Hashable, header: RasterHeader) -> None:
+        """Keep a header, if the file can be read by it alone."""
+        if not header.suffices:
+            return
+        with self._lock:
+            self._headers[version] = header
+            self._headers.move_to_end(version)
+            while len(self._headers) > _HEADERS:
+                self._headers.popitem(last=False)
+
+    def clear(self) -> None:
+        """Know nothing any more."""
+        with self._lock:
+            self._headers.clear()
+
+
+def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
+    """The grid that the file header states.
+
+    Raises:
+        InvalidInput: No CRS, or a rotated or south-up transform.
+    """
+    if dataset.crs is None:
+        raise InvalidInput("the file has no coordinate reference system")
+    crs = _crs_name(dataset.crs.to_wkt())
+    a, b, c, d, e, f = (float(v) for v in dataset.transform[:6])
+    return Grid(crs, (a, b, c, d, e, f), (int(dataset.height), int(dataset.width)))
+
+
+@functools.lru_cache(64)
+def _crs_name(wkt: str) -> str:
+    """As a grid spells it; PROJ's search for a code takes as long as decoding some blocks."""
+    code = rasterio.crs.CRS.from_wkt(wkt).to_epsg()
+    return f"EPSG:{code}" if code else normal_crs(wkt)
+
+
+def _spans(dataset: rasterio.io.DatasetReader, packing: Packing) -> npt.NDArray[np.int64] | None:
+    tall, wide = packing.block
+    rows, cols = -(-dataset.height // tall), -(-dataset.width // wide)
+    if rows * cols > _MOST_BLOCKS:
+        return None
+    spans = np.empty((rows, cols, 2), np.int64)
+    for y in range(rows):
+        for x in range(cols):
+            span = block_span(dataset, y, x)
+            if span is None:
+                return None
+            spans[y, x] = span
+    return spans

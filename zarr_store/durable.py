@@ -1,0 +1,115 @@
+"""Files of a folder that appear complete or not at all, and stay when the power goes.
+
+A file is written beside its place, then synced and renamed there, and then its folder is synced. The first half needs
+a core and the second only waits for the disk, so a `PendingFile` is between them for as long as its owner likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from zarr_store.crash import crashpoint
+
+__all__ = ["PendingFile", "make_folder", "sync_folder", "sync_tree", "umask"]
+
+
+class PendingFile:
+    """A file that is written but not yet in its place.
+
+    Args:
+        path: Its place.
+        key: What it is called at crash points.
+        parts: Its bytes, written as they come.
+
+    Attributes:
+        digest: SHA-256 of the bytes.
+
+    Raises:
+        OSError: As the system says it; then nothing is left.
+    """
+
+    def __init__(self, path: Path, key: str, parts: Iterable[bytes]) -> None:
+        self._path = path
+        self._key = key
+        digest = hashlib.sha256()
+        make_folder(path.parent)
+        descriptor, self._beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
+        try:
+            for part in parts:
+                digest.update(part)
+                _write_all(self._file, part)
+        except BaseException:
+            self.abandon()
+            raise
+        self.digest = digest.hexdigest()
+
+    def finish(self) -> None:
+        """Put the file in its place, durably; where that fails nothing is left of it, and what was there stays."""
+        try:
+            with self._file:
+                os.fsync(self._file.fileno())
+            # mkstemp makes private files; a cube is shared like any other file
+            os.chmod(self._beside, 0o666 & ~umask())
+            crashpoint(f"before {self._key}")
+            os.replace(self._beside, self._path)
+            crashpoint(f"after {self._key}")
+        except BaseException:
+            self.abandon()
+            raise
+        sync_folder(self._path.parent)
+
+    def abandon(self) -> None:
+        """Leave nothing of it."""
+        self._file.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._beside)
+
+
+def make_folder(folder: Path) -> None:
+    """As `mkdir(parents=True, exist_ok=True)`, and every new name is synced in the folder it is in."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(top: Path) -> None:
+    """Make everything in and below a folder durable."""
+    for folder, _, files in os.walk(top):
+        for name in files:
+            descriptor = os.open(Path(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(folder))
+
+
+def umask() -> int:
+    """Of this process; there is no way to ask but to set it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_all(file: io.RawIOBase, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) or 0 :]
