@@ -9,6 +9,7 @@ the others read and write the four bands. The last part adds 50 ms to every answ
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import sys
 import time
@@ -31,12 +32,22 @@ def make_plan(source: str) -> Any:
     return plan(source, IngestConfig(collections=("sentinel-2-l2a",), bands=LAYERS))
 
 
+def forget_files() -> None:
+    """On a worker: know no file from the run before, as a worker that has just begun."""
+    from ingest.access import headers
+    from ingest.download import heads
+
+    headers(os.getpid()).clear()
+    heads(os.getpid()).clear()
+
+
 def run_terrashard(plan: Any, client: Any) -> float:
     """Seconds of a whole run into an empty cube, start and end included."""
     from ingest.config import IngestConfig
     from ingest.run import run
 
     shutil.rmtree(OUT / "cube.zarr", ignore_errors=True)
+    client.run(forget_files)
     began = time.perf_counter()
     report = run(plan, OUT / "cube.zarr", config=IngestConfig(workers=WORKERS), client=client)
     if report.exit_code:

@@ -97,6 +97,11 @@ class HeadCache:
         with self._lock:
             self._heads.pop(href, None)
 
+    def clear(self) -> None:
+        """Know nothing any more."""
+        with self._lock:
+            self._heads.clear()
+
     @staticmethod
     def deadline() -> float:
         """Until when a head that arrives now may be used."""
