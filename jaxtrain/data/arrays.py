@@ -12,7 +12,6 @@ moving bands behind them (`as_images`), casting, normalising and augmenting are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -23,13 +22,10 @@ import numpy.typing as npt
 from jaxtrain.parallel.mesh import stored_sharding
 from zarr_store.errors import InvalidInput
 
-__all__ = ["HostBatch", "Reader", "Rows", "as_images", "empty_array", "local_rows", "put_batch"]
+__all__ = ["HostBatch", "Reader", "Rows", "as_images", "local_rows", "put_batch"]
 
 HostBatch = dict[str, np.ndarray]
 Rows = npt.NDArray[np.int32]
-
-_ALIGNMENT = 64
-"""Of XLA's buffers on a processor, bytes."""
 
 
 class Reader(Protocol):
@@ -48,15 +44,6 @@ def as_images(array: Any) -> Any:
     """Rows and columns behind the samples: (B, …, H, W) → (B, H, W, …), of numpy or of JAX; labels of images stay."""
     n = array.ndim
     return array.transpose(0, n - 2, n - 1, *range(1, n - 2)) if n > 3 else array
-
-
-def empty_array(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """As `np.empty`, at an address that JAX takes over on a processor without a copy."""
-    count = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(count + _ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % _ALIGNMENT
-    made: npt.NDArray[Any] = memory[first : first + count].view(dtype).reshape(shape)
-    return made
 
 
 def local_rows(sharding: jax.sharding.Sharding, size: int) -> slice:

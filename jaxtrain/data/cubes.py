@@ -13,7 +13,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from jaxtrain.data.arrays import HostBatch, Rows, empty_array
+from jaxtrain.data.arrays import HostBatch, Rows
+from jaxtrain.data.memory import empty_array
 from jaxtrain.data.reader import OnUnreadable, WindowReader
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.statistics import Statistics

@@ -14,9 +14,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.config import DataConfig, MeshConfig
-from jaxtrain.data.arrays import empty_array, local_rows, put_batch
+from jaxtrain.data.arrays import local_rows, put_batch
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.classes import Classes
+from jaxtrain.data.memory import empty_array
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.reader import WindowReader, band_positions
 from jaxtrain.data.targets import Target
@@ -140,6 +141,24 @@ def test_damage_is_an_error_that_names_the_place(tmp_path: Path) -> None:
         BatchStream(reader, windows, size=5, sharding=sharding) as stream,
     ):
         list(stream)
+
+
+def test_of_many_windows_the_damaged_one_is_named(tmp_path: Path) -> None:
+    """They are read as one, and the error is of one."""
+    shutil.copytree(shared_cube(), tmp_path / "c.zarr")
+    shards = open_cube(tmp_path / "c.zarr").spec(COLLECTION).shards()
+    damaged = next(index for index, region in shards.items() if region.y0 > 0)
+    path = tmp_path / "c.zarr" / COLLECTION / "reflectance" / "c" / "/".join(map(str, (damaged[0], 0, *damaged[1:])))
+    data = bytearray(path.read_bytes())
+    for at in range(0, len(data) - 200, 97):
+        data[at] ^= 1
+    path.write_bytes(data)
+    bad, first = shards[damaged], next(iter(shards.values()))
+    rows = [(0, first.y0 + 1, first.x0), (bad.t0, bad.y0 + 3, bad.x0 + 2), (0, first.y0 + 2, first.x0)]
+    with pytest.raises(
+        CorruptShard, match=rf"reflectance Region\(t0={bad.t0}, t1=\d+, y0={bad.y0 + 3},.*x0={bad.x0 + 2},"
+    ):
+        reader_of(tmp_path / "c.zarr").read(np.array(rows, np.int32))
 
 
 def test_where_nothing_is_seen_neither_class_nor_value_is_learnt() -> None:
