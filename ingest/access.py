@@ -12,10 +12,9 @@ import logging
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,21 +28,17 @@ from ingest.buckets import BucketRule, bucket_options
 from ingest.config import IngestConfig, parse_limit
 from ingest.download import (
     DRIVERS,
-    TIFF,
     PermanentError,
     TransientError,
     cause_of,
-    fetch,
-    fetch_whole,
-    heads,
     innermost,
-    peek,
     redact,
     with_sidecar,
 )
+from ingest.found import FoundFile, find
 from ingest.header import HeaderCache, RasterHeader
 from ingest.providers import PROVIDERS
-from ingest.ranges import Head, RangeFile, Span, tie
+from ingest.ranges import RangeFile, tie
 from ingest.rates import wait_for_turn
 from ingest.sign import Signing, SignRule
 from zarr_store.errors import AssetUnreadable, InvalidInput
@@ -51,7 +46,6 @@ from zarr_store.errors import AssetUnreadable, InvalidInput
 __all__ = [
     "Access",
     "Raster",
-    "file_version",
     "forbid_gdal_threads",
     "headers",
     "open_asset",
@@ -244,27 +238,6 @@ def open_asset(
         raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact(href)) from error
 
 
-def file_version(href: str, access: Access) -> str | None:
-    """What tells the file at `href` from others of that name now, as `RangeFile.version` says it of one that is read.
-
-    Returns:
-        None where it cannot be known: the file is gone or refused, or GDAL itself reads it (s3://).
-    """
-    if urlsplit(href).scheme in ("http", "https"):
-        try:
-            return peek(href, access)[1].version
-        except (PermanentError, TransientError) as error:
-            log.info("%s: %s", redact(href), cause_of(error, href))
-            return None
-    if "://" in href or href.startswith("/vsi"):
-        return None
-    try:
-        identity = _identity(href)
-    except OSError:
-        return None
-    return Head(href, b"", os.stat(href).st_size, _written(identity), True, 0.0).version
-
-
 def forbid_gdal_threads() -> None:
     """Refuse to read while GDAL would decode in threads.
 
@@ -285,51 +258,10 @@ def headers(pid: int) -> HeaderCache:
     return HeaderCache()
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What is behind an href.
-
-    Attributes:
-        path: As GDAL takes it.
-        magic: Its first bytes.
-        size: Of the file, if it is known.
-        file: Its bytes, where they are had without GDAL.
-        version: What tells this version of the file from every other; None where that cannot be known.
-    """
-
-    path: str
-    magic: bytes
-    size: int | None
-    file: RangeFile | None
-    version: Hashable
-
-    @property
-    def remote(self) -> bool:
-        return self.path.startswith("/vsi")
-
-
-def _find(href: str, access: Access, fresh: bool) -> _Found:
-    path, magic, size, head = _peek(href, access, fresh)
-    if head is None and path.startswith("/vsi"):
-        return _Found(path, magic, size, None, None)
-    # never through GDAL's own HTTP client, which follows redirects to any host and cannot be told to wait
-    if head is not None and head.ranges and head.size:
-        file = RangeFile(head, functools.partial(fetch, href, head, access))
-        return _Found(path, magic, size, file, (href, head.version) if head.etag else None)
-    if head is not None:
-        return _Found(path, magic, size, RangeFile(*fetch_whole(path.removeprefix("/vsicurl/"), access)), None)
-    if not size:
-        return _Found(path, magic, size, None, None)
-    identity = _identity(path)
-    start = Head(path, magic, size, _written(identity), True, 0.0)
-    file = RangeFile(start, functools.partial(_read_local, path, identity), remote=False)
-    return _Found(path, magic, size, file, (path, *identity))
-
-
 @contextmanager
 def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
     """Open by magic bytes; faults of opening and of reading inside the block become permanent or transient."""
-    found = _find(href, access, fresh)
+    found = find(href, access, fresh=fresh)
     with _telling(found), _dataset(found, href, access, fresh=fresh) as dataset:
         yield dataset
 
@@ -337,7 +269,7 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
 @contextmanager
 def _raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
     """As `_opened`, but without GDAL where it has told before how the file is read."""
-    found = _find(href, access, fresh)
+    found = find(href, access, fresh=fresh)
     known = headers(os.getpid())
     # the limits were held against the header when it was read
     version = None if found.version is None else (found.version, access.max_pixels, access.max_block_bytes)
@@ -357,7 +289,7 @@ def _raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
 
 
 @contextmanager
-def _telling(found: _Found) -> Iterator[None]:
+def _telling(found: FoundFile) -> Iterator[None]:
     """Make faults permanent or transient, and say what went wrong with the bytes rather than what GDAL made of it."""
     try:
         yield
@@ -371,7 +303,7 @@ def _telling(found: _Found) -> Iterator[None]:
 
 
 @contextmanager
-def _dataset(found: _Found, href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
+def _dataset(found: FoundFile, href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
     path, magic, file = found.path, found.magic, found.file
     driver = next((name for start, name in DRIVERS if magic.startswith(start)), None)
     if driver is None:
@@ -427,50 +359,3 @@ def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: 
     bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
     if bits is not None and int(bits) < 8:
         raise PermanentError(f"expected a band of 8 bits or more, the file has {bits}")
-
-
-def _peek(href: str, access: Access, fresh: bool = True) -> tuple[str, bytes, int | None, Head | None]:
-    """(GDAL path, first bytes, size, head) of what is behind an href; no redirect to another host is followed."""
-    scheme = urlsplit(href).scheme if "://" in href else ""
-    if scheme in ("http", "https"):
-        known = heads(os.getpid())
-        head = None if fresh else known.get(href)
-        if head is not None:
-            return f"/vsicurl/{head.url}", head.data[:64], head.size, head
-        url, head = peek(href, access)
-        if head.ranges and head.data.startswith(TIFF):
-            known.put(href, head)
-        return f"/vsicurl/{url}", head.data[:64], head.size, head
-    if scheme == "s3":  # GDAL signs these requests itself; the explicit driver still bounds what is parsed
-        jpeg = href.lower().endswith((".jp2", ".j2k"))
-        return f"/vsis3/{href[5:]}", DRIVERS[-2][0] if jpeg else DRIVERS[0][0], None, None
-    path = Path(href)
-    if scheme or not path.is_absolute() or href.startswith("/vsi"):
-        raise PermanentError("expected an http(s) or s3 URL or an absolute local path")
-    try:
-        with path.open("rb") as stream:
-            return str(path), stream.read(64), path.stat().st_size, None
-    except OSError as error:
-        raise PermanentError(error.strerror or type(error).__name__) from error
-
-
-def _identity(path: str) -> tuple[int, ...]:
-    """What changes when a local file is replaced or written to."""
-    found = os.stat(path)
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _written(identity: tuple[int, ...]) -> str:
-    return f"written {identity[-1]}"
-
-
-def _read_local(path: str, identity: tuple[int, ...], span: Span) -> bytes:
-    """Some bytes of a local file; fewer where it ends before."""
-    try:
-        with open(path, "rb", buffering=0) as stream:
-            found = os.fstat(stream.fileno())
-            if (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) != identity:
-                raise TransientError("the file was replaced while it was read")
-            return os.pread(stream.fileno(), span[1] - span[0], span[0])
-    except OSError as error:
-        raise PermanentError(error.strerror or type(error).__name__) from error

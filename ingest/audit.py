@@ -12,9 +12,10 @@ from typing import Any
 
 from shapely.geometry import box
 
-from ingest.access import Access, file_version
+from ingest.access import Access
 from ingest.config import IngestConfig
 from ingest.footprint import overlap_share
+from ingest.found import file_version
 from ingest.plan import Plan
 from ingest.scene import Scene
 from ingest.search import Found, find_scenes

@@ -1,0 +1,155 @@
+"""`FoundFile`: what is behind an href, by its first bytes, and the way to the others.
+
+Bytes over HTTP and of local files are had by our own means; of s3:// hrefs GDAL has them, which signs its requests.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from ingest.download import (
+    DRIVERS,
+    TIFF,
+    PermanentError,
+    TransientError,
+    cause_of,
+    fetch,
+    fetch_whole,
+    heads,
+    peek,
+    redact,
+)
+from ingest.ranges import Head, RangeFile, Span
+
+if TYPE_CHECKING:
+    from ingest.access import Access
+
+__all__ = ["FoundFile", "file_version", "find"]
+
+log = logging.getLogger(__name__)
+
+_MAGIC_BYTES = 64
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file that is there.
+
+    Attributes:
+        path: As GDAL takes it.
+        magic: Its first bytes.
+        size: Of the file, if it is known.
+        file: Its bytes, where they are had without GDAL.
+        version: What tells this version of the file from every other; None where that cannot be known.
+    """
+
+    path: str
+    magic: bytes
+    size: int | None
+    file: RangeFile | None
+    version: Hashable
+
+    @property
+    def remote(self) -> bool:
+        """Whether a network lies between."""
+        return self.path.startswith("/vsi")
+
+
+def find(href: str, access: Access, *, fresh: bool) -> FoundFile:
+    """Look at a file; no redirect to another host is followed.
+
+    Args:
+        href: Absolute URL (http, https, s3) or absolute local path.
+        access: Limits and retries.
+        fresh: Ask anew for what is known from before.
+
+    Raises:
+        PermanentError, TransientError: It is not there, or refused, or no raster by its first bytes.
+    """
+    scheme = urlsplit(href).scheme if "://" in href else ""
+    if scheme in ("http", "https"):
+        return _find_remote(href, access, fresh)
+    if scheme == "s3":  # the explicit driver still bounds what is parsed
+        jpeg = href.lower().endswith((".jp2", ".j2k"))
+        return FoundFile(f"/vsis3/{href[5:]}", DRIVERS[-2][0] if jpeg else DRIVERS[0][0], None, None, None)
+    if scheme or not Path(href).is_absolute() or href.startswith("/vsi"):
+        raise PermanentError("expected an http(s) or s3 URL or an absolute local path")
+    return _find_local(href)
+
+
+def file_version(href: str, access: Access) -> str | None:
+    """What tells the file at `href` from others of that name now, as `RangeFile.version` says it of one that is read.
+
+    Returns:
+        None where it cannot be known: the file is gone or refused, or GDAL itself reads it (s3://).
+    """
+    if urlsplit(href).scheme in ("http", "https"):
+        try:
+            return peek(href, access)[1].version
+        except (PermanentError, TransientError) as error:
+            log.info("%s: %s", redact(href), cause_of(error, href))
+            return None
+    if "://" in href or href.startswith("/vsi"):
+        return None
+    try:
+        identity = _identity(os.stat(href))
+    except OSError:
+        return None
+    return _local_head(href, b"", identity).version
+
+
+def _find_remote(href: str, access: Access, fresh: bool) -> FoundFile:
+    known = heads(os.getpid())
+    head = None if fresh else known.get(href)
+    url = head.url if head is not None else ""
+    if head is None:
+        url, head = peek(href, access)
+        if head.ranges and head.data.startswith(TIFF):
+            known.put(href, head)
+    path, magic = f"/vsicurl/{url}", head.data[:_MAGIC_BYTES]
+    # never through GDAL's own HTTP client, which follows redirects to any host and cannot be told to wait
+    if head.ranges and head.size:
+        file = RangeFile(head, functools.partial(fetch, href, head, access))
+        return FoundFile(path, magic, head.size, file, (href, head.version) if head.etag else None)
+    return FoundFile(path, magic, head.size, RangeFile(*fetch_whole(url, access)), None)
+
+
+def _find_local(path: str) -> FoundFile:
+    try:
+        with open(path, "rb") as stream:
+            magic, identity = stream.read(_MAGIC_BYTES), _identity(os.fstat(stream.fileno()))
+    except OSError as error:
+        raise PermanentError(error.strerror or type(error).__name__) from error
+    head = _local_head(path, magic, identity)
+    if not head.size:
+        return FoundFile(path, magic, 0, None, None)
+    file = RangeFile(head, functools.partial(_read_local, path, identity), remote=False)
+    return FoundFile(path, magic, head.size, file, (path, *identity))
+
+
+def _local_head(path: str, magic: bytes, identity: tuple[int, int, int, int]) -> Head:
+    _, _, size, written_ns = identity
+    return Head(path, magic, size, f"written {written_ns}", True, 0.0)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes when a local file is replaced or written to: device, inode, size, time of the last write."""
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _read_local(path: str, identity: tuple[int, int, int, int], span: Span) -> bytes:
+    """Some bytes of a local file; fewer where it ends before."""
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            if _identity(os.fstat(stream.fileno())) != identity:
+                raise TransientError("the file was replaced while it was read")
+            return os.pread(stream.fileno(), span[1] - span[0], span[0])
+    except OSError as error:
+        raise PermanentError(error.strerror or type(error).__name__) from error
