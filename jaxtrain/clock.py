@@ -44,7 +44,6 @@ class Clock:
         if before is None:
             return None, None
         seconds = self._since - before
-        waited = min(waited, seconds)
         self._seconds += seconds
         self._waited += waited
         self._steps += 1

@@ -184,6 +184,10 @@ def test_polygons_have_the_pixels_whose_centre_they_hold_and_the_smaller_counts(
     touched = import_labels(cube.url, source, name="u", attribute="use", all_touched=True, background="rest")
     assert touched.labelled == touched.pixels
     assert touched.classes["field"]["pixels"] > report.classes["field"]["pixels"]
+    # a background that polygons have, too, is one class with them, and the first
+    import_labels(cube.url, source, name="v", attribute="use", background="pond")
+    assert open_label(cube, "v").spec.classes == ((0, "pond"), (1, "field"))
+    assert not (stored(cube, "v") == NOT_LABELLED).any()
 
 
 def test_values_are_kept_as_numbers(cube: Cube, tmp_path: Path) -> None:
