@@ -36,10 +36,11 @@ from ingest.download import (
     with_sidecar,
 )
 from ingest.found import FoundFile, find
-from ingest.header import HeaderCache, RasterHeader
+from ingest.header import RasterHeader
 from ingest.providers import PROVIDERS
 from ingest.ranges import RangeFile, tie
 from ingest.rates import wait_for_turn
+from ingest.recent import Recent
 from ingest.sign import Signing, SignRule
 from zarr_store.errors import AssetUnreadable, InvalidInput
 
@@ -58,6 +59,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _CODESTREAM = DRIVERS[-1][0]
+_HEADERS = 512
+"""Of files, kept by one process; at most 16 MB."""
 
 
 @dataclass(frozen=True)
@@ -253,9 +256,9 @@ def forbid_gdal_threads() -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def headers(pid: int) -> HeaderCache:
-    """The headers that this process knows; one set per process, as `ingest.download.heads`."""
-    return HeaderCache()
+def headers(pid: int) -> Recent[RasterHeader]:
+    """Headers of files that can be read by them alone; one set per process, as `ingest.download.heads`."""
+    return Recent(_HEADERS)
 
 
 @contextmanager
@@ -283,7 +286,7 @@ def _raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
                 header = RasterHeader.of(dataset, found.file)
             except InvalidInput as error:
                 raise PermanentError(str(error)) from error
-            if version is not None:
+            if version is not None and header.suffices:
                 known.put(version, header)
             yield Raster(header, found.file, dataset)
 

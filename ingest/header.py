@@ -1,16 +1,13 @@
 """`RasterHeader`: what the header of a raster file says, as far as reading its pixels needs it.
 
 Opening a file costs GDAL as much time as decoding some blocks, and all shards of a cube that lie in one scene read the
-same files. So the headers of the files read last stay with the process, by the version of the file, and blocks that
-can be decoded without GDAL are then found without it.
+same files. So the headers of the files read last stay with the process (`ingest.access.headers`), by the version of the
+file, and blocks that can be decoded without GDAL are then found without it.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -24,9 +21,8 @@ from ingest.ranges import RangeFile, block_span
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid, normal_crs
 
-__all__ = ["HeaderCache", "RasterHeader", "grid_of"]
+__all__ = ["RasterHeader", "grid_of"]
 
-_HEADERS = 512
 _MOST_BLOCKS = 2048
 """Of a file whose header is kept: 10 980² pixels in blocks of 256 have 1,849, which are 30 kB."""
 
@@ -73,37 +69,6 @@ class RasterHeader:
     def suffices(self) -> bool:
         """Whether every pixel can be read without GDAL."""
         return self.packing is not None and self.spans is not None
-
-
-class HeaderCache:
-    """The headers of the files read last."""
-
-    def __init__(self) -> None:
-        self._headers: OrderedDict[Hashable, RasterHeader] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, version: Hashable) -> RasterHeader | None:
-        """The header of a version of a file, if it is known."""
-        with self._lock:
-            header = self._headers.get(version)
-            if header is not None:
-                self._headers.move_to_end(version)
-            return header
-
-    def put(self, version: Hashable, header: RasterHeader) -> None:
-        """Keep a header, if the file can be read by it alone."""
-        if not header.suffices:
-            return
-        with self._lock:
-            self._headers[version] = header
-            self._headers.move_to_end(version)
-            while len(self._headers) > _HEADERS:
-                self._headers.popitem(last=False)
-
-    def clear(self) -> None:
-        """Know nothing any more."""
-        with self._lock:
-            self._headers.clear()
 
 
 def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:

@@ -13,12 +13,13 @@ import os
 import threading
 import time
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import rasterio
+
+from ingest.recent import Recent
 
 __all__ = ["HEAD_BYTES", "MOST_AT_ONCE", "Head", "HeadCache", "RangeFile", "block_span", "blocks_of", "range_file_of"]
 
@@ -67,40 +68,21 @@ class Head:
         return f"{self.size} {self.etag or ''}".strip()
 
 
-class HeadCache:
-    """The heads of the files read last; one per process, so a file of many shards is opened once."""
+class HeadCache(Recent[Head]):
+    """The heads of the files read last, for a while; one per process, so a file of many shards is opened once."""
 
     def __init__(self) -> None:
-        self._heads: OrderedDict[str, Head] = OrderedDict()
-        self._lock = threading.Lock()
+        super().__init__(_HEADS)
 
-    def get(self, href: str) -> Head | None:
-        with self._lock:
-            head = self._heads.get(href)
-            if head is None or head.until < time.monotonic():
-                return None
-            self._heads.move_to_end(href)
-            return head
+    def get(self, key: Hashable) -> Head | None:
+        """The head of an href, if it is known and not too old."""
+        head = super().get(key)
+        return None if head is None or head.until < time.monotonic() else head
 
-    def put(self, href: str, head: Head) -> Head:
-        """Keep a head and return it; one that holds the whole file is not kept, or nobody would ask for the file."""
-        if head.size is None or len(head.data) >= head.size:
-            return head
-        with self._lock:
-            self._heads[href] = head
-            self._heads.move_to_end(href)
-            while len(self._heads) > _HEADS:
-                self._heads.popitem(last=False)
-        return head
-
-    def drop(self, href: str) -> None:
-        with self._lock:
-            self._heads.pop(href, None)
-
-    def clear(self) -> None:
-        """Know nothing any more."""
-        with self._lock:
-            self._heads.clear()
+    def put(self, key: Hashable, value: Head) -> None:
+        """Keep a head; one that holds the whole file is not kept, or nobody would ask for the file."""
+        if value.size is not None and len(value.data) < value.size:
+            super().put(key, value)
 
     @staticmethod
     def deadline() -> float:

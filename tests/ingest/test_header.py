@@ -13,8 +13,8 @@ import rasterio
 
 from ingest import access as access_module
 from ingest.access import Access, headers
-from ingest.header import HeaderCache, RasterHeader
 from ingest.read import read_on_grid
+from ingest.recent import Recent
 from ingest.scene import AssetRef
 from ingest.simulate import serve
 from ingest.testing import write_raster
@@ -113,25 +113,27 @@ def test_limits_hold_for_known_files(tmp_path: Path, opened: list[str]) -> None:
         read(path, access=Access(attempts=1, max_pixels=100))
 
 
-def test_few_headers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ingest.header._HEADERS", 2)
-    monkeypatch.setattr("ingest.header._MOST_BLOCKS", 16)
+def test_a_file_of_many_blocks_is_asked_for_them_one_by_one(
+    tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_raster(tmp_path / "a.tif", GRID, pixels(1), **TILED)
-    cache, seen = HeaderCache(), {}
+    for most, times in ((15, 2), (16, 1)):
+        monkeypatch.setattr("ingest.header._MOST_BLOCKS", most)
+        opened.clear()
+        for _ in range(2):
+            np.testing.assert_array_equal(read(path), pixels(1))
+        assert len(opened) == times
 
-    def look(raster: access_module.Raster) -> RasterHeader:
-        return raster.header
 
-    header = access_module.with_raster(str(path), look, scene="S", asset="red", access=QUICK)
-    assert header.suffices
-    for name in ("a", "b"):
-        cache.put(name, header)
-    assert cache.get("a") is header
-    cache.put("c", header)
-    seen = {name: cache.get(name) is header for name in "abc"}
-    assert seen == {"a": True, "b": False, "c": True}, "the one not asked for goes first"
-    monkeypatch.setattr("ingest.header._MOST_BLOCKS", 15)
-    headers(os.getpid()).clear()
-    many = access_module.with_raster(str(path), look, scene="S", asset="red", access=QUICK)
-    assert not many.suffices, "so many that they are asked for one by one"
-    np.testing.assert_array_equal(read(path), pixels(1))
+def test_the_value_not_asked_for_longest_goes_first() -> None:
+    kept: Recent[int] = Recent(2)
+    kept.put("a", 1)
+    kept.put("b", 2)
+    assert kept.get("a") == 1
+    kept.put("c", 3)
+    assert [kept.get(name) for name in "abc"] == [1, None, 3]
+    kept.drop("a")
+    kept.drop("b")
+    assert [kept.get(name) for name in "abc"] == [None, None, 3]
+    kept.clear()
+    assert kept.get("c") is None

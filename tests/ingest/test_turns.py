@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
+import ingest.run as running
 from ingest import turns
+from ingest.config import IngestConfig
+from ingest.plan import plan_scenes
+from ingest.run import run
+from ingest.testing import make_scene, probe_headers
 from ingest.turns import computing, in_seat
+from zarr_store.grid import Grid
+from zarr_store.spec import Layout
+from zarr_store.write import PackedShard, ShardWriter
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +42,25 @@ def counted(where: str, number: int, most: dict[str, int]) -> Iterator[None]:
     with _lock:
         most[where] = max(most.get(where, 0), len(_inside[where]))
         _inside[where].remove(number)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """One worker of one thread, inside this process."""
+    monkeypatch.setattr(turns, "_turns", None)
+    with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp",
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            memory_limit=0,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
 
 
 def work(number: int, remote: bool) -> dict[str, int]:
@@ -53,21 +84,9 @@ def work(number: int, remote: bool) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("remote", "reading"), [(True, 2), (False, 1)])
-def test_one_waits_while_another_computes(remote: bool, reading: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_turns", None)
+def test_one_waits_while_another_computes(remote: bool, reading: int, client: Client) -> None:
     _threads.clear()
-    with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        came = client.gather(client.map(work, range(4), remote=remote, pure=False))
+    came = client.gather(client.map(work, range(4), remote=remote, pure=False))
     most = {where: max(one[where] for one in came) for where in _inside}
     assert most["seated"] == 2, "shards in hand at once, for one thread"
     assert most["reading"] == reading, "only what waits for a network is read ahead of its turn"
@@ -95,25 +114,61 @@ def test_outside_a_worker_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before it gives way", "after it gave way"])
-def test_what_goes_wrong_in_a_seat_is_told(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_turns", None)
-
+def test_what_goes_wrong_in_a_seat_is_told(late: bool, client: Client) -> None:
     def fail(give_way: Callable[[], None]) -> None:
         if late:
             give_way()
             time.sleep(0.2)
         raise ValueError("told")
 
-    with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
-        Client(cluster) as client,
-        pytest.raises(ValueError, match="told"),
-    ):
+    with pytest.raises(ValueError, match="told"):
         client.submit(in_seat, fail, remote=False).result(timeout=20)
+
+
+def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait_for_the_disk(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), (64, 64))
+    band = np.random.default_rng(1).integers(1, 9000, grid.shape).astype(np.uint16)
+    bands = {"red": band, "scl": np.full(grid.shape, 4, np.uint8)}
+    scenes = [make_scene(tmp_path / "scenes", "S", grid, bands, datetime="2023-08-10T10:00:00Z")]
+    layout = Layout("t", (1, 16, 16), (1, 32, 32))
+    plan = plan_scenes(scenes, probe_headers(scenes), IngestConfig(bands=("red", "scl")), layout=layout)
+    fill, pack, finish = running.fill_shard, ShardWriter.pack, PackedShard.finish
+    busy, changed = threading.Lock(), threading.Condition()
+    begun, pixels, told = 0, {}, []
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        assert busy.acquire(blocking=False), "two shards are being filled or packed"
+        yield
+        busy.release()
+
+    def filled(*args: Any, **more: Any) -> Any:
+        nonlocal begun
+        with changed:
+            begun += 1
+            changed.notify_all()
+        with alone():
+            return fill(*args, **more)
+
+    def packed(self: Any, region: Any, arrays: Any, **more: Any) -> Any:
+        with alone():
+            result = pack(self, region, arrays, **more)
+        pixels[result.row.index] = weakref.ref(arrays["reflectance"]), begun
+        return result
+
+    def finished(self: Any) -> Any:
+        held, before = pixels[self.row.index]
+        with changed:
+            overlaps = changed.wait_for(lambda: begun > before or begun == len(plan.tasks), timeout=10)
+        told.append((held() is None, overlaps))
+        return finish(self)
+
+    monkeypatch.setattr(running, "fill_shard", filled)
+    monkeypatch.setattr(ShardWriter, "pack", packed)
+    monkeypatch.setattr(PackedShard, "finish", finished)
+    report = run(plan, tmp_path / "cube.zarr", client=client)
+    assert len(told) == len(report.written) == len(plan.tasks) > 2
+    assert all(gone for gone, _ in told), "pixels are held while the disk is waited for"
+    assert all(overlaps for _, overlaps in told), "the next shard waited for the disk"
