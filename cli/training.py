@@ -45,9 +45,11 @@ def _located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bool = True) -> TrainResult:
     """Train with progress on stderr; of several processes, the first one speaks, and the others only warn."""
+    from jaxtrain.heap import keep_freed_memory
     from jaxtrain.parallel.processes import spread_mesh
     from jaxtrain.train import train
 
+    keep_freed_memory()
     config = spread_mesh(config)
     with Reporter(session, "train", unit="steps") as progress:
 

@@ -67,10 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("jaxtrain").setLevel(logging.INFO)
     try:
+        from jaxtrain.heap import keep_freed_memory
         from jaxtrain.parallel.processes import spread_mesh, start_distributed
         from jaxtrain.train import train
 
         config = read_config(parsed.config)
+        keep_freed_memory()
         if not start_distributed().is_first:
             logging.getLogger("jaxtrain").setLevel(logging.WARNING)
         train(spread_mesh(config), parsed.out)

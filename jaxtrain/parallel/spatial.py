@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxtrain.narrow import convolve_pairs, is_narrow
 from jaxtrain.parallel.mesh import SPACE_AXES, image_spec, spec
 from zarr_store.errors import InvalidInput
 
@@ -33,8 +34,8 @@ _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 @contextlib.contextmanager
 def over_space(mesh: Mesh) -> Iterator[None]:
-    """Convolutions that are traced inside work on images that are split over the space axes of `mesh`."""
-    token = _MESH.set(mesh if any(axis in mesh.shape for axis in SPACE_AXES) else None)
+    """Convolutions that are traced inside work on images that lie on `mesh`, split where it has space axes."""
+    token = _MESH.set(mesh)
     try:
         yield
     finally:
@@ -63,9 +64,12 @@ def convolve(
     Raises:
         InvalidInput: a shard does not hold whole strides, or fewer rows than its neighbour borrows.
     """
-    mesh = _MESH.get()
-    if mesh is None:
-        return lax.conv_general_dilated(x_BHWI, kernel_HWIO, window_strides, padding, **settings)
+    mesh, given = _MESH.get(), (x_BHWI, kernel_HWIO, window_strides, padding)
+    if mesh is None or not any(axis in mesh.shape for axis in SPACE_AXES):
+        if mesh is not None and _whole_filters_on_cpu(mesh) and is_narrow(*given, **settings):
+            narrow: jax.Array = convolve_pairs(x_BHWI, kernel_HWIO)
+            return narrow
+        return lax.conv_general_dilated(*given, **settings)
     sizes, windows = x_BHWI.shape[1:3], kernel_HWIO.shape[:2]
     centred = [(window // 2, window // 2) for window in windows]
     if _pads(padding) != centred or settings.get("feature_group_count", 1) != 1 or _dilated(settings):
@@ -97,6 +101,10 @@ def convolve(
     )
     result: jax.Array = split(x_BHWI, kernel_HWIO)
     return result
+
+
+def _whole_filters_on_cpu(mesh: Mesh) -> bool:
+    return int(mesh.shape.get("model", 1)) == 1 and str(mesh.devices.flat[0].platform) == "cpu"
 
 
 def _borrow(x: jax.Array, dimension: int, axis: str, n: int, before: int, after: int) -> jax.Array:
