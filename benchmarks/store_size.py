@@ -37,10 +37,11 @@ def texture() -> np.ndarray | None:
 
 
 def write_cube(target: Path, main: np.ndarray) -> None:
+    from zarr_store.create import create_cube
     from zarr_store.grid import Grid
     from zarr_store.regions import Region
     from zarr_store.spec import BandSpec, CubeSpec
-    from zarr_store.write import ShardWriter, create_cube
+    from zarr_store.write import ShardWriter
 
     grid = Grid("EPSG:32633", (10.0, 0.0, 600_000.0, 0.0, -10.0, 5_000_040.0), (SIDE, SIDE))
     bands = tuple(BandSpec(name) for name in BANDS)

@@ -35,10 +35,11 @@ def make_stores(full: bool) -> tuple[Path, Path]:
     """A cube of ours, and the same pixels as xarray and Dask would write them."""
     import zarr
 
+    from zarr_store.create import create_cube
     from zarr_store.grid import Grid
     from zarr_store.regions import Region
     from zarr_store.spec import LAYOUTS, STATUS_MASKED, STATUS_OBSERVED, BandSpec, CubeSpec
-    from zarr_store.write import ShardWriter, create_cube
+    from zarr_store.write import ShardWriter
 
     times, side = (6, 4096) if full else (2, 2048)
     ours, others = OUT / f"input-{side}.zarr", OUT / f"input-{side}-dask.zarr"

@@ -19,9 +19,9 @@ from ingest.resample import is_nested
 from ingest.scene import Scene
 from ingest.sources import pixel_box, sources_of
 from ingest.task import PlannedScene, Recipe, ShardTask
+from zarr_store.create import list_differences
 from zarr_store.errors import CubeMismatch, InvalidInput
 from zarr_store.grid import Grid
-from zarr_store.write import list_differences
 
 __all__ = ["merge_plans"]
 

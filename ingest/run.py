@@ -44,12 +44,13 @@ from ingest.turns import computing, in_seat
 from ingest.workers import memory_note
 from zarr_store.backends import Store
 from zarr_store.crash import crashpoint
+from zarr_store.create import create_cube, record_provenance
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, TerrashardError
 from zarr_store.grow import grow_cube
 from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.lock import CubeLock, read_token
 from zarr_store.read import open_cube
-from zarr_store.write import ShardWriter, create_cube, record_provenance
+from zarr_store.write import ShardWriter
 
 __all__ = ["IngestEvent", "IngestReport", "Which", "ingest_shard", "run", "run_locked"]
 

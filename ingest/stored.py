@@ -55,7 +55,7 @@ def begun_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = None
     Args:
         url: Where the cube is, or will be.
         plan: What is to be made.
-        kind: What is to hold it, as for `zarr_store.write.create_cube`.
+        kind: What is to hold it, as for `zarr_store.create.create_cube`.
     """
     store = store_for(url, kind)
     data = store.read(PLAN_KEY) if store.exists() and is_cube(store) else None

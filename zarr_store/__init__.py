@@ -3,6 +3,7 @@
 Start with `open_cube` to read, `create_cube` and `ShardWriter` to write, `verify_cube` to check.
 """
 
+from zarr_store.create import create_cube
 from zarr_store.grid import Grid
 from zarr_store.index import TrainingIndex
 from zarr_store.ledger import Ledger, LedgerRow, SourceOutcome
@@ -11,7 +12,7 @@ from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import LAYOUTS, BandSpec, CubeSpec, Layout
 from zarr_store.verify import VerifyReport, verify_cube
-from zarr_store.write import ShardWriter, create_cube
+from zarr_store.write import ShardWriter
 
 __all__ = [
     "LAYOUTS",

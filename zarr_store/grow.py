@@ -16,10 +16,10 @@ from typing import Any
 from zarr.storage import MemoryStore
 
 from zarr_store.backends import Store
+from zarr_store.create import Items, describe, lay_out, list_differences
 from zarr_store.errors import CubeMismatch, IntegrityError
 from zarr_store.read import Cube, open_cube
 from zarr_store.spec import CubeSpec
-from zarr_store.write import Items, describe, lay_out, list_differences
 
 __all__ = ["grow_cube"]
 

@@ -263,6 +263,11 @@ class CubeSpec:
         times, height, width = self.shape
         return (times, len(self.bands), height, width) if "band" in self.array(name).dims else self.shape
 
+    def box(self, name: str, tyx: tuple[int, int, int]) -> tuple[int, ...]:
+        """Shape of a chunk or shard of array `name`: `tyx` (time, y, x), with all bands between where it has some."""
+        t, y, x = tyx
+        return (t, len(self.bands), y, x) if "band" in self.array(name).dims else tyx
+
     def shards(self) -> dict[tuple[int, int, int], Region]:
         """Every shard index (t, y, x) with the region it holds, cut at the grid's edge."""
         return dict(iterate_boxes(self.shape, self.layout.shard))

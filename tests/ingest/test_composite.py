@@ -19,11 +19,12 @@ from ingest.plan import Plan, plan_scenes
 from ingest.scene import Scene
 from ingest.shard import fill_shard
 from ingest.testing import make_scene, probe_headers
+from zarr_store.create import create_cube
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
 from zarr_store.read import open_cube
 from zarr_store.spec import CubeSpec, Layout
-from zarr_store.write import ShardWriter, create_cube
+from zarr_store.write import ShardWriter
 
 SIZE = (40, 34)
 GRID = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), SIZE)

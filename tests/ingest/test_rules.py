@@ -26,12 +26,13 @@ from ingest.search import search
 from ingest.shard import fill_shard
 from ingest.simulate import SimulateConfig, SimulatedWorld, simulate
 from ingest.testing import make_scene, probe_headers
+from zarr_store.create import create_cube
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 from zarr_store.read import open_cube
 from zarr_store.spec import Layout
 from zarr_store.steps import pair_collections
-from zarr_store.write import ShardWriter, create_cube
+from zarr_store.write import ShardWriter
 
 RULES: dict[int, tuple[str, ...]] = {
     1: (

@@ -13,11 +13,12 @@ import numpy as np
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.train import train
+from zarr_store.create import create_cube
 from zarr_store.grid import Grid
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import BandSpec, CubeSpec, Layout
-from zarr_store.write import ShardWriter, create_cube
+from zarr_store.write import ShardWriter
 
 # Every run of the same tiny network compiles the same program: once for all tests, and for the processes they start.
 COMPILED = tempfile.mkdtemp(prefix="terrashard-test-compiled-")

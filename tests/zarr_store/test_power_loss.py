@@ -24,7 +24,8 @@ import sys
 import numpy as np
 from zarr_store.grid import Grid
 from zarr_store.spec import BandSpec, CubeSpec, Layout
-from zarr_store.write import ShardWriter, create_cube
+from zarr_store.create import create_cube
+from zarr_store.write import ShardWriter
 
 grid = Grid("EPSG:32633", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (64, 128))
 layout = Layout("t", (1, 32, 32), (1, 64, 64))

@@ -10,12 +10,12 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zarr_store.create import create_cube
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
 from zarr_store.read import open_cube
 from zarr_store.spec import BandSpec, CubeSpec
 from zarr_store.steps import nearest_times, pair_collections, step_coordinates
-from zarr_store.write import create_cube
 
 times = st.sets(st.integers(0, 10**6), max_size=12).map(lambda s: np.array(sorted(s), "int64").astype("datetime64[s]"))
 

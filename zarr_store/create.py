@@ -1,0 +1,317 @@
+"""Creating a cube: every array, coordinate and attribute laid out once, by one writer; no pixel.
+
+`create_cube` makes the cube appear in one rename; the pixels come after, whole shards at a time (`zarr_store.write`).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from zarr_store.backends import Kind, Store, store_for
+from zarr_store.errors import CubeMismatch, InvalidInput
+from zarr_store.georeference import georeference
+from zarr_store.pack import BLOSC_BLOCK_BYTES, OVERVIEW_LEVEL
+from zarr_store.read import is_cube, open_cube
+from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
+from zarr_store.steps import step_coordinates
+
+__all__ = ["FORMAT_VERSION", "create_cube", "describe", "lay_out", "list_differences", "record_provenance"]
+
+FORMAT_VERSION = 1
+"""Version of the layout of groups, attributes and ledger; readers refuse a newer one."""
+
+_TIME_CHUNK = 1024
+"""Dates in one object of the time coordinate: appending a date rewrites one small object, or adds one."""
+
+Items = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def create_cube(
+    url: str | Path,
+    specs: Sequence[CubeSpec],
+    *,
+    items: Items,
+    provenance: Mapping[str, Any],
+    kind: Kind | None = None,
+) -> None:
+    """Create the metadata of a cube, or find that it exists already.
+
+    Args:
+        url: Where the cube goes. It appears complete, or not at all.
+        specs: One per collection, all on one grid.
+        items: Collection → item table; `source_item` counts its rows. Each row has at least "id" and "datetime".
+        provenance: What made the cube (plan digest, configuration, version); JSON.
+        kind: What holds it: plain files or objects, or an Icechunk repository; None for files, or for what is there.
+
+    Raises:
+        CubeMismatch: A cube of another grid, band list, time axis or item table is there; the message is the diff.
+        InvalidInput: Something else is there, or the specs do not fit together.
+    """
+    store = store_for(url, kind)
+    _check_specs(specs)
+    described = describe(specs, items)
+    if store.exists():
+        _check_existing(store, described)
+        if kind is not None and kind != store.kind:
+            raise CubeMismatch(
+                f"{store.url} is held by {store.kind}, not {kind} (--store): nothing was changed. Leave --store out, "
+                "or choose another path"
+            )
+        return
+    with store.beside() as fresh:
+        lay_out(fresh.zarr(), specs, described, provenance)
+
+
+def describe(specs: Sequence[CubeSpec], items: Items) -> dict[str, Any]:
+    """Collection → spec and item table, as the groups' attributes hold them."""
+    described = {
+        spec.collection: {"spec": spec.to_dict(), "items": [dict(i) for i in items[spec.collection]]} for spec in specs
+    }
+    result: dict[str, Any] = json.loads(json.dumps(described))  # tuples become lists, as they will read back
+    return result
+
+
+def lay_out(
+    target: Any,
+    specs: Sequence[CubeSpec],
+    described: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    *,
+    time_chunks: Mapping[str, int] | None = None,
+) -> None:
+    """Write all metadata and coordinates of a cube, and no pixel.
+
+    Args:
+        target: Empty Zarr store, or the path of one.
+        specs: One per collection.
+        described: From `describe`.
+        provenance: What made the cube.
+        time_chunks: Collection → dates in one object of its time coordinate, where that is not the usual number.
+    """
+    root = zarr.create_group(
+        target,
+        attributes={
+            "terrashard": {
+                "format": FORMAT_VERSION,
+                "collections": [s.collection for s in specs],
+                "provenance": json.loads(json.dumps(dict(provenance))),
+            }
+        },
+    )
+    overviews = root.create_group("overview")
+    root.create_group("_terrashard")
+    for spec in specs:
+        group = root.create_group(
+            spec.collection,
+            attributes={
+                **georeference(spec.grid.to_dict(), spec.grid.bounds, spec.grid.wkt),
+                "terrashard": described[spec.collection],
+            },
+        )
+        time_chunk = (time_chunks or {}).get(spec.collection, _TIME_CHUNK)
+        _write_coordinates(group, spec, spec.grid, time_chunk)
+        radar = spec.kind == "backscatter"
+        of_steps = step_coordinates(described[spec.collection]["items"], len(spec.times)) if radar else {}
+        for name, (data, attributes) in of_steps.items():
+            _write_along_time(group, name, data, attributes, time_chunk)
+        for array in spec.arrays():
+            _create_array(group, spec, array, " ".join(("spatial_ref", *of_steps)))
+        _create_overview(overviews, spec, time_chunk)
+    _consolidate(target, ["", *(s.collection for s in specs), *(f"overview/{s.collection}" for s in specs)])
+
+
+def record_provenance(url: str | Path, provenance: Mapping[str, Any]) -> None:
+    """Replace what a cube says of its making, after a run that went on with it; only under the cube's lock."""
+    store = Store.at(url)
+    document = json.loads(store.read("zarr.json") or b"{}")
+    document["attributes"]["terrashard"]["provenance"] = json.loads(json.dumps(dict(provenance)))
+    store.write("zarr.json", json.dumps(document, indent=2, ensure_ascii=False).encode())
+
+
+def _check_specs(specs: Sequence[CubeSpec]) -> None:
+    names = [spec.collection for spec in specs]
+    if not specs or len(set(names)) != len(names) or {"overview", "labels", "_terrashard"} & set(names):
+        raise InvalidInput(
+            f"a cube needs collections of different names, none called overview, labels or _terrashard; got {names}"
+        )
+    for spec in specs[1:]:
+        if spec.grid != specs[0].grid:
+            raise InvalidInput(
+                f"all collections of a cube share one grid: {specs[0].collection} has {specs[0].grid}, "
+                f"{spec.collection} has {spec.grid}"
+            )
+
+
+def _check_existing(store: Store, described: Mapping[str, Any]) -> None:
+    if not is_cube(store):
+        raise InvalidInput(
+            f"{store.url} exists and is not a terrashard cube; nothing was changed: choose another path or remove it"
+        )
+    cube = open_cube(store.url)
+    there = {name: {"spec": cube.spec(name).to_dict(), "items": cube.items(name)} for name in cube.collections}
+    there = json.loads(json.dumps(there))
+    differences = list_differences(there, dict(described))
+    if differences:
+        shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if len(differences) > 6 else "")
+        raise CubeMismatch(
+            f"{store.url} holds another cube (there → asked for): {shown}. Nothing was changed: write to another "
+            "path, or repeat with the options the cube was made with"
+        )
+
+
+def list_differences(there: Any, asked: Any, path: str = "") -> list[str]:
+    """Paths at which two JSON values differ, with both values, cut to a readable length."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        found = []
+        for key in sorted({*there, *asked}):
+            at = f"{path}.{key}" if path else str(key)
+            found += list_differences(there.get(key), asked.get(key), at)
+        return found
+    if (
+        isinstance(there, list)
+        and isinstance(asked, list)
+        and len(there) == len(asked)
+        and there
+        and isinstance(there[0], dict)
+    ):
+        return [
+            d for i, (a, b) in enumerate(zip(there, asked, strict=True)) for d in list_differences(a, b, f"{path}[{i}]")
+        ]
+    if there == asked:
+        return []
+
+    def short(value: Any) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= 120 else f"{text[:117]}…"
+
+    return [f"{path}: {short(there)} → {short(asked)}"]
+
+
+def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec, coordinates: str) -> None:
+    group.create_array(
+        array.name,
+        shape=spec.array_shape(array.name),
+        chunks=spec.box(array.name, spec.layout.chunk),
+        shards=spec.box(array.name, spec.layout.shard),
+        dtype=array.dtype,
+        fill_value=array.fill,
+        # bitshuffle finds the unused high bits of 12-bit samples; crc32c catches what Zarr alone would read as data
+        compressors=[
+            BloscCodec(
+                cname=spec.layout.cname,  # type: ignore[arg-type]
+                clevel=spec.layout.clevel,
+                shuffle="bitshuffle",
+                blocksize=BLOSC_BLOCK_BYTES,
+            ),
+            Crc32cCodec(),
+        ],
+        dimension_names=array.dims,
+        attributes={**array.attributes, "grid_mapping": "spatial_ref", "coordinates": coordinates},
+    )
+
+
+def _write_along_time(
+    group: zarr.Group, name: str, data: np.ndarray, attributes: Mapping[str, Any], time_chunk: int
+) -> None:
+    array = group.create_array(
+        name,
+        shape=data.shape,
+        chunks=(time_chunk,),
+        dtype="str" if data.dtype == object else data.dtype,
+        dimension_names=("time",),
+        compressors=[ZstdCodec(checksum=True)],
+        attributes=dict(attributes),
+    )
+    array[...] = data
+
+
+def _create_overview(overviews: zarr.Group, spec: CubeSpec, time_chunk: int) -> None:
+    # Unsharded and without crc32c, so that GDAL reads it (3.12 knows neither sharding nor crc32c); zstd has its own
+    # checksum. One chunk is the overview of one shard, written by the shard's only writer.
+    coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
+    group = overviews.create_group(
+        spec.collection, attributes=georeference(coarse.to_dict(), coarse.bounds, coarse.wkt)
+    )
+    _write_coordinates(group, spec, coarse, time_chunk)
+    main = spec.array(spec.kind)
+    t, y, x = spec.layout.shard
+    group.create_array(
+        main.name,
+        shape=(len(spec.times), len(spec.bands), *coarse.shape),
+        chunks=spec.box(main.name, (t, y // OVERVIEW_FACTOR, x // OVERVIEW_FACTOR)),
+        dtype=main.dtype,
+        fill_value=main.fill,
+        compressors=[ZstdCodec(level=OVERVIEW_LEVEL, checksum=True)],
+        dimension_names=main.dims,
+        attributes={**main.attributes, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
+    )
+
+
+def _write_coordinates(group: zarr.Group, spec: CubeSpec, grid: Any, time_chunk: int) -> None:
+    geographic = grid.geobox.crs.geographic
+    axis = (
+        (
+            {"standard_name": "longitude", "units": "degrees_east"},
+            {"standard_name": "latitude", "units": "degrees_north"},
+        )
+        if geographic
+        else (
+            {"standard_name": "projection_x_coordinate", "units": "m"},
+            {"standard_name": "projection_y_coordinate", "units": "m"},
+        )
+    )
+    values: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+        "time": (
+            spec.time_values.astype("int64"),
+            {"standard_name": "time", "units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"},
+        ),
+        "y": (grid.y(), axis[1]),
+        "x": (grid.x(), axis[0]),
+    }
+    for name, (data, attributes) in values.items():
+        array = group.create_array(
+            name,
+            shape=data.shape,
+            chunks=(time_chunk,) if name == "time" else "auto",
+            dtype=data.dtype,
+            dimension_names=(name,),
+            compressors=[ZstdCodec(checksum=True)],
+            attributes=attributes,
+        )
+        array[...] = data
+    band = group.create_array(
+        "band",
+        shape=(len(spec.bands),),
+        dtype="str",
+        dimension_names=("band",),
+        attributes={"wavelength_um": [b.wavelength_um for b in spec.bands]},
+    )
+    band[...] = np.array(spec.band_names, dtype=object)
+    a, _, c, _, e, f = grid.transform
+    group.create_array(
+        "spatial_ref",
+        shape=(),
+        dtype="int64",
+        attributes={
+            **grid.geobox.crs.proj.to_cf(),
+            "crs_wkt": grid.wkt,
+            "spatial_ref": grid.wkt,
+            "GeoTransform": f"{c!r} {a!r} 0.0 {f!r} 0.0 {e!r}",
+        },
+    )
+
+
+def _consolidate(target: Any, groups: Sequence[str]) -> None:
+    # Only `create_cube` and `grow_cube` change metadata, and both come through here: the copy cannot go stale.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        for group in sorted(groups, key=len, reverse=True):
+            zarr.consolidate_metadata(target, path=group or None)
