@@ -48,7 +48,7 @@ def program_of(model: dict[str, Any], patch: int, bands: int, batch: int) -> Any
             "run": {"batch_size": batch},
         }
     )
-    keep_freed_memory()  # both sides have it: memory belongs to the process
+    keep_freed_memory()
     config = spread_mesh(config) if not _SPLIT else config.model_copy(update={"mesh": _SPLIT[0]})
     _SPLIT[:] = [config.mesh]
     return build_program(config, channels=bands, classes=CLASSES, mesh=make_mesh(config.mesh),

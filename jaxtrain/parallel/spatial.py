@@ -61,6 +61,8 @@ def convolve(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` of whole images, or inside `over_space` of split ones; for `nnx.Conv`.
 
+    Inside `over_space` on a processor, few filters take two columns at once (`jaxtrain.narrow`).
+
     Raises:
         InvalidInput: a shard does not hold whole strides, or fewer rows than its neighbour borrows.
     """

@@ -156,20 +156,9 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def local_client() -> Iterator[Any]:
     """A Dask cluster inside this process: quick to start, and pixels come out the same."""
-    from distributed import Client, LocalCluster
+    from .clusters import worker_here
 
-    with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=2,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            memory_limit=0,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    with worker_here(2) as client:
         yield client
 
 

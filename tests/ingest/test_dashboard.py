@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import ingest.run as running
 from ingest.config import IngestConfig
@@ -29,6 +29,8 @@ from ingest.testing import make_scene, probe_headers
 from zarr_store.grid import Grid
 from zarr_store.spec import Layout
 
+from .clusters import worker_here
+
 NAME = "sentinel-2-l2a"
 HOSTILE = "<img src=x onerror=document.title='owned'>"
 GRID = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), (70, 90))
@@ -37,18 +39,7 @@ GRID = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), (70, 
 @pytest.fixture
 def client() -> Iterator[Client]:
     """A cluster in this process, with a page of its own."""
-    with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=2,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            memory_limit=0,
-        ) as cluster,
-        Client(cluster) as found,
-    ):
+    with worker_here(2) as found:
         yield found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import ingest.run as running
 from ingest import turns
@@ -24,6 +24,8 @@ from ingest.turns import computing, in_seat
 from zarr_store.grid import Grid
 from zarr_store.spec import Layout
 from zarr_store.write import PackedShard, ShardWriter
+
+from .clusters import worker_here
 
 pytestmark = pytest.mark.slow
 
@@ -48,18 +50,7 @@ def counted(where: str, number: int, most: dict[str, int]) -> Iterator[None]:
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """One worker of one thread, inside this process."""
     monkeypatch.setattr(turns, "_turns", None)
-    with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            memory_limit=0,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    with worker_here(1) as client:
         yield client
 
 

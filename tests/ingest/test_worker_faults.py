@@ -23,6 +23,7 @@ from ingest import attendance
 from ingest.run import IngestEvent, run
 from zarr_store.errors import AccessError
 
+from .clusters import worker_here
 from .growing import plan_of, scene, tree
 
 RIG = Path(__file__).with_name("kill_rig.py")
@@ -151,11 +152,7 @@ def test_a_run_whose_workers_are_all_gone_ends_and_goes_on_later(
     monkeypatch.setattr(attendance, "_LOOK_S", 0.1)
     plan = plan_of([scene(tmp_path / "s", day) for day in range(1, 7)])
     cube = tmp_path / "cube.zarr"
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1",
-                     dashboard_address="127.0.0.1:0", memory_limit=0) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):  # fmt: skip
+    with worker_here(1, set_as_default=False) as client:
 
         async def remove(dask_scheduler: Any) -> None:
             for address in list(dask_scheduler.workers):
