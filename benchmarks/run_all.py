@@ -18,6 +18,7 @@ TOPICS = (
     "ingest_speed",
     "train_input",
     "train_step",
+    "train_gpu",
     "train_parallel",
     "accuracy",
 )

@@ -47,9 +47,12 @@ def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bo
     """Train with progress on stderr; of several processes, the first one speaks, and the others only warn."""
     from jaxtrain.heap import keep_freed_memory
     from jaxtrain.parallel.processes import spread_mesh
+    from jaxtrain.repeat import repeat_exactly
     from jaxtrain.train import train
 
     keep_freed_memory()
+    if config.run.deterministic:
+        repeat_exactly()
     config = spread_mesh(config)
     with Reporter(session, "train", unit="steps") as progress:
 

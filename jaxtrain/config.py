@@ -275,6 +275,11 @@ class RunConfig(_Strict):
     track: tuple[Literal["mlflow", "wandb"], ...] = Field(
         (), description="trackers beside TensorBoard and metrics.jsonl; each is an extra"
     )
+    deterministic: bool = Field(
+        True,
+        description="on GPUs: only kernels that sum in a fixed order, so that a continued run equals one left alone; "
+        "false makes steps up to a tenth faster",
+    )
     hang_s: float = Field(1200.0, gt=0, description="a run that has not moved for so long shows its stacks and ends")
 
 

@@ -69,10 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from jaxtrain.heap import keep_freed_memory
         from jaxtrain.parallel.processes import spread_mesh, start_distributed
+        from jaxtrain.repeat import repeat_exactly
         from jaxtrain.train import train
 
         config = read_config(parsed.config)
         keep_freed_memory()
+        if config.run.deterministic:
+            repeat_exactly()
         if not start_distributed().is_first:
             logging.getLogger("jaxtrain").setLevel(logging.WARNING)
         train(spread_mesh(config), parsed.out)

@@ -38,6 +38,7 @@ from jaxtrain.log import RunLog, read_metrics
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.parallel.processes import Agreement, abandon
 from jaxtrain.prepare import Source, check_same_run, open_source, prepare
+from jaxtrain.repeat import programs_kept
 from jaxtrain.report import collect_examples, write_report
 from jaxtrain.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
 from jaxtrain.state import Program
@@ -178,7 +179,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
     trackers = check_trackers(run.track) if lead else {}
     lock = CubeLock(out, "train", key=LOCK_KEY) if lead else contextlib.nullcontext()
 
-    with lock, _watch_for_sigterm() as told_to_stop:
+    with lock, programs_kept(out / "compiled"), _watch_for_sigterm() as told_to_stop:
         if lead and earlier is None:
             write_run(out, card)
         tell("start", 0, _describe(card, plan, parameters, program), windows=plan.counts(), parameters=parameters)

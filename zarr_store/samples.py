@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -266,10 +266,43 @@ class SampleStore:
             CorruptShard: A sample fails its checksum; the message names it.
             MissingShard: A part of the store was deleted.
         """
+        found = np.empty((len(numbers), *self._image.shape[1:]), self.spec.dtype)
+        self.begin(numbers, found)()
+        return found
+
+    def begin(
+        self,
+        numbers: Sequence[int] | npt.NDArray[np.integer[Any]],
+        into: npt.NDArray[Any],
+        bands: Sequence[int] | None = None,
+    ) -> Callable[[], None]:
+        """Have the images of some samples decoded into an array; what it returns waits until they are there.
+
+        Args:
+            numbers: Of the samples.
+            into: (samples, band, y, x) in the type of the store.
+            bands: Their positions; all of them, in order, where none are given.
+
+        What it returns raises `CorruptShard` and `MissingShard` as `images` does.
+        """
+        if not len(numbers):
+            return lambda: None
+        chosen = [int(i) for i in numbers]
+        image = self._image if bands is None else self._image[:, list(bands)]
+        # one operation for all of them, straight into the batch: many small ones cost more than decoding
+        together = ts.stack([image[i] for i in chosen])
         with ts.Batch() as batch:
-            pending = [(int(i), self._image[int(i)].read(batch=batch)) for i in numbers]
-        found = [await_read(read, f"{self.url} sample {i}") for i, read in pending]
-        return np.stack(found) if found else np.zeros((0, *self._image.shape[1:]), self.spec.dtype)
+            pending = ts.array(into).write(together, batch=batch)
+
+        def wait() -> None:
+            try:
+                await_read(pending, f"{self.url} samples")
+            except IntegrityError:
+                for i in chosen:  # which of them it is
+                    await_read(image[i].read(), f"{self.url} sample {i}")
+                raise
+
+        return wait
 
     def _open(self, name: str) -> ts.TensorStore:
         spec = {

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from jaxtrain.config import DataConfig, SplitConfig
 from jaxtrain.data.arrays import as_images
 from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.memory import empty_array
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.places import SampleSplit, leakage, split_samples
 from jaxtrain.data.splits import PARTS, Split, make_split
@@ -78,12 +79,29 @@ class SampleReader:
         Raises:
             CorruptShard: A sample is damaged; the message names it.
         """
-        numbers = rows[:, 0]
+        return self.begin(rows)()
+
+    def begin(self, rows: npt.NDArray[np.int32]) -> Callable[[], dict[str, np.ndarray]]:
+        """Have samples read; what it returns waits for them. Stores that are small are held in memory instead."""
+        if self.store.spec.labelled == "pixels" or self._held is not None:
+            return partial(self._gather, rows)
+        spec, numbers = self.store.spec, rows[:, 0]
+        image = empty_array((len(rows), len(self.bands), *spec.size), np.dtype(spec.dtype))
+        wait = self.store.begin(numbers, image, self._chosen)
+
+        def finish() -> dict[str, np.ndarray]:
+            wait()
+            return self._batch(image, self.store.label[numbers])
+
+        return finish
+
+    def _gather(self, rows: npt.NDArray[np.int32]) -> dict[str, np.ndarray]:
         if self.store.spec.labelled == "pixels":
-            image, label = self._around(rows)
-        else:
-            image = self._held[numbers] if self._held is not None else self._decode(numbers)
-            label = self.store.label[numbers]
+            return self._batch(*self._around(rows))
+        assert self._held is not None
+        return self._batch(self._held[rows[:, 0]], self.store.label[rows[:, 0]])
+
+    def _batch(self, image: npt.NDArray[Any], label: npt.NDArray[np.uint8]) -> dict[str, np.ndarray]:
         if self.store.spec.labelled != "several":
             label = self.table[label]
         else:
@@ -93,14 +111,14 @@ class SampleReader:
             label = chosen
         return {"image": image, "label": label, "observed": np.ones((len(image), *image.shape[-2:]), np.uint8)}
 
-    def begin(self, rows: npt.NDArray[np.int32]) -> Callable[[], dict[str, np.ndarray]]:
-        """What reads samples; stores that are small are held in memory, so there is nothing to begin."""
-        return partial(self.read, rows)
+    @property
+    def _chosen(self) -> tuple[int, ...] | None:
+        """The bands, where they are not all of them in order."""
+        return None if self.bands == tuple(range(len(self.store.spec.bands))) else self.bands
 
     def _decode(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
-        images = self.store.images(numbers)
-        if self.bands != tuple(range(images.shape[1])):
-            images = images[:, list(self.bands)]
+        images = np.empty((len(numbers), len(self.bands), *self.store.spec.size), self.store.spec.dtype)
+        self.store.begin(numbers, images, self._chosen)()
         return images
 
     @cached_property

@@ -14,6 +14,7 @@ Names carry meaning: in every block `conv1`, `norm1` work on filters that may be
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -140,13 +141,34 @@ class RunningNorm(nnx.Module):
         average[...] = self.momentum * average[...] + (1 - self.momentum) * now
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance over some axes, float32, without these axes."""
     # moments of bfloat16 activations would have three digits
     x = x.astype(jnp.float32)
     # two passes: mean(x²) - mean(x)² loses all digits where the mean is large against the spread
     mean = x.mean(axis=axes, keepdims=True)
     var = jnp.square(x - mean).mean(axis=axes)
     return mean.reshape(var.shape), var
+
+
+def _moments_forward(x: jax.Array, axes: tuple[int, ...]) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+    mean, var = _moments(x, axes)
+    return (mean, var), (x, mean)
+
+
+def _moments_backward(axes: tuple[int, ...], kept: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[jax.Array]:
+    # d mean / dx = 1/N and d var / dx = 2 (x - mean) / N. What is derived of the two passes adds what the variance
+    # owes to the mean, a sum over the whole activation that is always zero.
+    x, mean = kept
+    shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+    count = math.prod(x.shape[axis] for axis in axes)
+    dmean, dvar = (of.reshape(shape) / count for of in given)
+    dx = dmean + 2 * dvar * (x.astype(jnp.float32) - mean.reshape(shape))
+    return (dx.astype(x.dtype),)
+
+
+_moments.defvjp(_moments_forward, _moments_backward)
 
 
 def _affine(x: jax.Array, mean: jax.Array, rstd: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:

@@ -13,7 +13,9 @@ from jaxtrain import script
 from jaxtrain.config import TrainConfig
 
 
-def test_freed_memory_is_kept_before_devices_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_and_kernels_are_asked_for_before_devices_are_looked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     order: list[str] = []
 
     def spread(config: TrainConfig) -> TrainConfig:
@@ -24,11 +26,18 @@ def test_freed_memory_is_kept_before_devices_are_looked_for(monkeypatch: pytest.
         order.append("training")
 
     monkeypatch.setattr("jaxtrain.heap.keep_freed_memory", lambda: order.append("memory"))
+    monkeypatch.setattr("jaxtrain.repeat.repeat_exactly", lambda: order.append("exactly"))
     monkeypatch.setattr("jaxtrain.parallel.processes.spread_mesh", spread)
     monkeypatch.setattr("jaxtrain.train.train", train)
     (tmp_path / "run.toml").write_text('[data]\ncube = "none"\n')
 
     run_training(Session(verbosity=-1), TrainConfig.model_validate({"data": {"cube": "none"}}), tmp_path / "one")
-    assert order == ["memory", "devices", "training"]
+    assert order == ["memory", "exactly", "devices", "training"]
     assert script.main([str(tmp_path / "run.toml"), "--out", str(tmp_path / "two")]) == 0
-    assert order[3:] == ["memory", "devices", "training"]
+    assert order[4:] == ["memory", "exactly", "devices", "training"]
+
+    free = TrainConfig.model_validate({"data": {"cube": "none"}, "run": {"deterministic": False}})
+    run_training(Session(verbosity=-1), free, tmp_path / "three")
+    (tmp_path / "run.toml").write_text('[data]\ncube = "none"\n[run]\ndeterministic = false\n')
+    assert script.main([str(tmp_path / "run.toml"), "--out", str(tmp_path / "four")]) == 0
+    assert order[8:] == ["memory", "devices", "training"] * 2

@@ -71,6 +71,30 @@ def test_group_norm_equals_numpy_and_keeps_its_digits():
     np.testing.assert_allclose(norm(jnp.asarray(x), train=True), expected, atol=5e-3)
 
 
+@pytest.mark.parametrize("kind", ["group", "batch", "local"])
+def test_gradients_of_a_norm_are_those_of_its_formula(kind):
+    """That of the moments is written out; this is what JAX derives of the plain formula in float64."""
+    x, wanted = (np.asarray(image(4, 6, 6, 8, seed=seed)) * 3 + 5 for seed in (0, 1))
+
+    def formula(x):
+        parts = {"group": (4, 36, 2, 4), "batch": (1, 144, 8, 1), "local": (2, 72, 8, 1)}[kind]
+        y = x.reshape(parts)
+        y = (y - y.mean(axis=(1, 3), keepdims=True)) / jnp.sqrt(y.var(axis=(1, 3), keepdims=True) + 1e-5)
+        return (y.reshape(x.shape) * wanted.astype(x.dtype)).sum()
+
+    with jax.enable_x64(True):
+        expected = jax.grad(formula)(jnp.asarray(x, jnp.float64))
+
+    def of_layer(x):
+        norm = make_norm(kind, 8, data_shards=2)
+        return (norm(x, train=True).astype(jnp.float32) * wanted).sum()
+
+    np.testing.assert_allclose(jax.grad(of_layer)(jnp.asarray(x)), expected, atol=2e-5)
+    coarse = jax.grad(of_layer)(jnp.asarray(x, jnp.bfloat16))
+    assert coarse.dtype == jnp.bfloat16
+    np.testing.assert_allclose(coarse.astype(jnp.float32), expected, atol=0.1)
+
+
 @pytest.mark.parametrize("shards", [1, 4])
 def test_batch_statistics_are_of_the_batch_or_of_its_parts(shards):
     x = np.asarray(image(8, 4, 4, 3)) * np.arange(1, 9).reshape(8, 1, 1, 1)

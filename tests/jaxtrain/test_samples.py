@@ -13,7 +13,7 @@ from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sa
 from jaxtrain.evaluate import evaluate
 from jaxtrain.predict import predict
 from jaxtrain.train import train
-from zarr_store.errors import InvalidInput
+from zarr_store.errors import CorruptShard, InvalidInput
 from zarr_store.samples import open_samples
 
 from .sample_factory import CLASSES, make_samples, make_scene
@@ -105,6 +105,36 @@ def test_bands_and_classes_may_be_chosen(tmp_path):
     np.testing.assert_array_equal(batch["image"], reader.store.images(rows[:5, 0])[:, [2, 0]])
     with pytest.raises(InvalidInput, match="has no label 7; it has 0 = field"):
         plan_of(store, classes={"7": "sea"})
+
+
+def test_samples_of_a_store_too_large_to_hold_are_the_same(tmp_path, monkeypatch):
+    store = make_samples(tmp_path / "s.zarr")
+    held = [plan_of(store, bands=bands)[2] for bands in ((), ("blue", "red"))]
+    rows = np.array([[50, 0, 0], [3, 0, 0], [95, 0, 0], [3, 0, 0]], np.int32)
+    expected = [reader.read(rows) for reader in held]
+    monkeypatch.setattr("jaxtrain.data.samples._HELD_BYTES", 0)
+    for reader, batch in zip((plan_of(store, bands=r)[2] for r in ((), ("blue", "red"))), expected, strict=True):
+        wait = reader.begin(rows)
+        assert reader._held is None
+        got = wait()
+        for name in batch:
+            np.testing.assert_array_equal(got[name], batch[name])
+            assert got[name].dtype == batch[name].dtype
+
+
+def test_a_damaged_sample_of_a_large_store_is_named(tmp_path, monkeypatch):
+    store = make_samples(tmp_path / "s.zarr")
+    (shard,) = [p for p in (store / "image/c").rglob("*") if p.is_file()]
+    data = bytearray(shard.read_bytes())
+    data[30] ^= 0xFF  # in the first sample
+    shard.write_bytes(data)
+    monkeypatch.setattr("jaxtrain.data.samples._HELD_BYTES", 0)
+    opened = open_samples(store)
+    config = DataConfig.model_validate({"cube": str(store)})
+    reader = SampleReader.of(opened, config, sample_classes(config, opened))
+    reader.read(np.array([[5, 0, 0], [7, 0, 0]], np.int32))
+    with pytest.raises(CorruptShard, match="sample 0 "):
+        reader.read(np.array([[5, 0, 0], [0, 0, 0]], np.int32))
 
 
 def test_a_patch_of_a_scene_is_centred_and_mirrored_at_the_edge(tmp_path):
