@@ -12,7 +12,7 @@ import logging
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -24,7 +24,7 @@ import tenacity
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from ingest.buckets import BucketRule, bucket_options
+from ingest.buckets import BucketRule, endpoint_host
 from ingest.config import IngestConfig, parse_limit
 from ingest.download import (
     DRIVERS,
@@ -39,7 +39,6 @@ from ingest.found import FoundFile, find
 from ingest.header import RasterHeader
 from ingest.providers import PROVIDERS
 from ingest.ranges import RangeFile, tie
-from ingest.rates import wait_for_turn
 from ingest.recent import Recent
 from ingest.sign import Signing, SignRule
 from zarr_store.errors import AssetUnreadable, InvalidInput
@@ -58,6 +57,13 @@ S = TypeVar("S")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+GDAL_OPTIONS: Mapping[str, Any] = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no guessing of sidecar files
+    "GDAL_PAM_ENABLED": "NO",
+    "GDAL_CACHEMAX": 128,  # MB per process; blocks of one window, not more
+    "GTIFF_IGNORE_READ_ERRORS": "NO",
+}
+"""Of every open and read. None is about networks: GDAL is given files and bytes, never an address."""
 _CODESTREAM = DRIVERS[-1][0]
 _HEADERS = 512
 """Of files, kept by one process; at most 16 MB."""
@@ -72,7 +78,6 @@ class Access:
         deadline_s: No new attempt is begun after this time.
         backoff_s: First pause; it doubles up to 16 times that, with jitter. Retry-After is honoured on top.
         connect_timeout_s: For the TCP and TLS handshake.
-        timeout_s: For one HTTP request.
         low_speed_s: A transfer below 1 kB/s for this long is cut.
         max_pixels: Larger rasters are refused before anything is decoded.
         max_block_bytes: So are rasters with larger decoded blocks.
@@ -87,7 +92,6 @@ class Access:
     deadline_s: float = 120.0
     backoff_s: float = 0.5
     connect_timeout_s: float = 10.0
-    timeout_s: float = 60.0
     low_speed_s: int = 15
     max_pixels: int = 1 << 33
     max_block_bytes: int = 256 << 20
@@ -106,10 +110,11 @@ class Access:
             source: Where the scenes were found: its own host may be a private one.
         """
         own = (urlsplit(source).hostname or "").lower() if "://" in source else ""
+        # who names an endpoint of his own trusts it, wherever it is
+        named = [endpoint_host(rule.bucket_rule) for rule in config.providers if rule.bucket_rule]
         return cls(
-            private_names=None if config.allow_private_hosts else (own,) if own else (),
+            private_names=None if config.allow_private_hosts else tuple(name for name in (own, *named) if name),
             attempts=1 if config.on_error == "skip" else config.retries + 1,
-            timeout_s=max(2 * config.timeout_s, 10.0),
             connect_timeout_s=min(10.0, config.timeout_s),
             low_speed_s=max(1, round(config.timeout_s / 2)),
             sign=config.sign,
@@ -120,24 +125,6 @@ class Access:
                 *((host, rule.rate_limit) for rule in config.providers if rule.rate_limit for host in rule.hosts),
             ),
         )
-
-    def gdal_options(self) -> dict[str, Any]:
-        """GDAL configuration of every open and read."""
-        return {
-            "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no guessing of sidecar files: one request less each
-            "GDAL_PAM_ENABLED": "NO",
-            "GDAL_CACHEMAX": 128,  # MB per process; blocks of one window, not more
-            "GDAL_HTTP_CONNECTTIMEOUT": max(1, round(self.connect_timeout_s)),
-            "GDAL_HTTP_TIMEOUT": max(1, round(self.timeout_s)),
-            "GDAL_HTTP_LOW_SPEED_TIME": self.low_speed_s,
-            "GDAL_HTTP_LOW_SPEED_LIMIT": 1024,
-            "GDAL_HTTP_MAX_RETRY": 2,
-            "GDAL_HTTP_RETRY_DELAY": self.backoff_s,
-            "GDAL_HTTP_MULTIRANGE": "YES",
-            "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
-            "GTIFF_IGNORE_READ_ERRORS": "NO",
-            "GDAL_HTTP_UNSAFESSL": "NO",  # whatever the environment says
-        }
 
 
 def with_asset(
@@ -265,7 +252,7 @@ def headers(pid: int) -> Recent[RasterHeader]:
 def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
     """Open by magic bytes; faults of opening and of reading inside the block become permanent or transient."""
     found = find(href, access, fresh=fresh)
-    with _telling(found), _dataset(found, href, access, fresh=fresh) as dataset:
+    with _telling(found), _dataset(found, href, access) as dataset:
         yield dataset
 
 
@@ -281,7 +268,7 @@ def _raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
         if header is not None:
             yield Raster(header, found.file, None)
             return
-        with _dataset(found, href, access, fresh=fresh) as dataset:
+        with _dataset(found, href, access) as dataset:
             try:
                 header = RasterHeader.of(dataset, found.file)
             except InvalidInput as error:
@@ -306,25 +293,15 @@ def _telling(found: FoundFile) -> Iterator[None]:
 
 
 @contextmanager
-def _dataset(found: FoundFile, href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
+def _dataset(found: FoundFile, href: str, access: Access) -> Iterator[rasterio.io.DatasetReader]:
     path, magic, file = found.path, found.magic, found.file
     driver = next((name for start, name in DRIVERS if magic.startswith(start)), None)
     if driver is None:
         raise PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
-    options = access.gdal_options()
+    options = dict(GDAL_OPTIONS)
     if magic.startswith(_CODESTREAM):  # it has no room for a georeference; that is in NAME.aux.xml beside it
         options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
-    if found.remote and fresh:
-        options["CPL_VSIL_CURL_NON_CACHED"] = path  # or GDAL answers from its memory of the failed open
-    session = None
-    if href.startswith("s3://"):
-        try:
-            more, session = bucket_options(href, access.bucket_rules)
-        except InvalidInput as error:
-            raise PermanentError(str(error)) from error
-        options |= more
-        wait_for_turn(f"s3://{path.removeprefix('/vsis3/')}", access.rates)
-    with rasterio.Env(session=session, **options):
+    with rasterio.Env(**options):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
             if file is None or not found.remote:

@@ -1,21 +1,30 @@
-"""Reading from S3 buckets: endpoint, who pays, and keys, which come from the environment of the worker alone.
+"""Reading from S3 buckets: an s3:// href as an https URL, signed with keys from the environment of the worker alone.
 
-Keys of one provider are never used at another: each has its own names in the environment. Where there are none, GDAL is
-told not to sign, so that it does not ask the machine's metadata service for some.
+Keys of one provider are never used at another: each has its own names in the environment. Where there are none, nothing
+is signed, and nobody is asked for some. A signature is part of the URL's query, so it is dropped wherever queries are.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, urlsplit
 
-from rasterio.session import Session
+import obstore
+import urllib3
+from obstore.store import S3Store
 
-from zarr_store.errors import InvalidInput
+from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["BucketKeys", "BucketRule", "bucket_options"]
+__all__ = ["BucketRule", "bucket_url", "endpoint_host"]
+
+_VALID = dt.timedelta(hours=1)
+_REGION = "us-east-1"
+"""Of endpoints that are not Amazon's, which take any."""
 
 
 @dataclass(frozen=True)
@@ -27,46 +36,99 @@ class BucketRule:
     requester_pays: bool = False
     key_prefix: str = "AWS"
 
+    def keys(self, environment: Mapping[str, str]) -> _Keys | None:
+        """Those of the environment; None where there are none.
 
-class BucketKeys(Session):  # type: ignore[misc]
-    """rasterio's session over keys that are given: it refuses them as plain options, and its own needs boto3."""
+        Raises:
+            InvalidInput: The buckets bill their readers, and there are none.
+        """
+        names = (f"{self.key_prefix}_ACCESS_KEY_ID", f"{self.key_prefix}_SECRET_ACCESS_KEY")
+        key, secret = (environment.get(name, "") for name in names)
+        if key and secret:
+            return _Keys(key, secret, environment.get(f"{self.key_prefix}_SESSION_TOKEN") or None)
+        if self.requester_pays:
+            raise InvalidInput(
+                f"bucket {', '.join(self.buckets)} bills its readers: set {' and '.join(names)} for every worker"
+            )
+        return None
 
-    def __init__(self, options: Mapping[str, str]) -> None:
-        self._options = dict(options)
 
-    @property
-    def credentials(self) -> dict[str, str]:
-        return dict(self._options)
-
-    def get_credential_options(self) -> dict[str, str]:
-        return dict(self._options)
+@dataclass(frozen=True, repr=False)
+class _Keys:
+    key: str
+    secret: str
+    token: str | None
 
 
-def bucket_options(
-    href: str, rules: Sequence[BucketRule], environment: Mapping[str, str] | None = None
-) -> tuple[dict[str, Any], BucketKeys]:
-    """(GDAL options, session) for an s3 href.
+def bucket_url(
+    href: str,
+    rules: Sequence[BucketRule],
+    pool: urllib3.PoolManager,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """The https URL of an object, signed for an hour where there are keys.
+
+    Args:
+        href: s3://bucket/key.
+        rules: Of buckets that need something.
+        pool: Asks Amazon once for the region of a bucket.
+        environment: Where keys are; that of the process if not given.
 
     Raises:
-        InvalidInput: The bucket bills its readers, and there are no keys.
+        InvalidInput: The bucket bills its readers, and there are no keys; or there is no such bucket.
+        AccessError: The region of the bucket was not told.
     """
-    found = os.environ if environment is None else environment
-    bucket = href.removeprefix("s3://").partition("/")[0]
+    bucket, _, key = href.removeprefix("s3://").partition("/")
     rule = next((rule for rule in rules if bucket in rule.buckets), BucketRule((bucket,)))
-    names = (f"{rule.key_prefix}_ACCESS_KEY_ID", f"{rule.key_prefix}_SECRET_ACCESS_KEY")
-    key, secret = (found.get(name) for name in names)
-    options: dict[str, Any] = {}
+    keys = rule.keys(os.environ if environment is None else environment)
     if rule.endpoint:
-        scheme, _, host = rule.endpoint.rpartition("://")
-        options |= {"AWS_S3_ENDPOINT": host, "AWS_VIRTUAL_HOSTING": "FALSE"}
-        options["AWS_HTTPS"] = "NO" if scheme == "http" else "YES"
-    if not (key and secret):
-        if rule.requester_pays:
-            raise InvalidInput(f"bucket {bucket} bills its readers: set {' and '.join(names)} for every worker")
-        return options | {"AWS_NO_SIGN_REQUEST": "YES"}, BucketKeys({})
-    if rule.requester_pays:
-        options["AWS_REQUEST_PAYER"] = "requester"
-    keys = {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
-    if token := found.get(f"{rule.key_prefix}_SESSION_TOKEN"):
-        keys["AWS_SESSION_TOKEN"] = token
-    return options, BucketKeys(keys)
+        scheme = "" if "://" in rule.endpoint else "https://"
+        region, base = _REGION, f"{scheme}{rule.endpoint}"
+    else:
+        region = _region_of(bucket, pool)
+        base = f"https://s3.{region}.amazonaws.com"
+    if keys is None:
+        return f"{base}/{bucket}/{quote(key)}"
+    signed: str = obstore.sign(_client(bucket, base, region, rule.requester_pays, keys), "GET", key, _VALID)
+    return signed
+
+
+def endpoint_host(rule: BucketRule) -> str | None:
+    """Name of the host that serves a rule's buckets, where it is not Amazon's."""
+    if not rule.endpoint:
+        return None
+    return (urlsplit(rule.endpoint if "://" in rule.endpoint else f"https://{rule.endpoint}").hostname or "").lower()
+
+
+_regions: dict[str, str] = {}
+
+
+def _region_of(bucket: str, pool: urllib3.PoolManager) -> str:
+    """Where Amazon has a bucket, which it also tells those whom it refuses."""
+    if bucket not in _regions:
+        try:
+            reply = pool.request("HEAD", f"https://s3.amazonaws.com/{quote(bucket)}", redirect=False)
+        except urllib3.exceptions.HTTPError as error:
+            raise AccessError(f"the region of bucket {bucket} is not known ({type(error).__name__})") from error
+        region = reply.headers.get("x-amz-bucket-region", "")
+        if not region.replace("-", "").isalnum():
+            if reply.status == 404:
+                raise InvalidInput(f"there is no bucket {bucket} at Amazon; name its endpoint in a --provider-file")
+            raise AccessError(f"the region of bucket {bucket} was not told (HTTP {reply.status})")
+        _regions[bucket] = region
+    return _regions[bucket]
+
+
+@functools.lru_cache(maxsize=16)
+def _client(bucket: str, endpoint: str, region: str, requester_pays: bool, keys: _Keys) -> Any:
+    """Signs, and sends nothing. Keys are handed over by a function, or those of the environment would be mixed in."""
+    given: Any = {"access_key_id": keys.key, "secret_access_key": keys.secret, "token": keys.token, "expires_at": None}
+    return S3Store(
+        bucket,
+        endpoint=endpoint,
+        region=region,
+        request_payer=requester_pays,
+        virtual_hosted_style_request=False,
+        client_options={"allow_http": True},
+        credential_provider=lambda: given,
+    )

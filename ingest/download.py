@@ -16,12 +16,13 @@ from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
+from ingest.buckets import bucket_url
 from ingest.connections import PatientRetry, PrivatePeerError, check_peers
 from ingest.hrefs import redact_logs
 from ingest.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, RangeFile, Span
 from ingest.rates import Crowd, wait_for_turn
 from ingest.sign import signed
-from zarr_store.errors import AccessError
+from zarr_store.errors import AccessError, InvalidInput
 
 if TYPE_CHECKING:
     from ingest.access import Access
@@ -70,10 +71,11 @@ class TransientError(Exception):
 def peek(href: str, access: Access) -> tuple[str, Head]:
     pool = _pool(os.getpid(), access)
     plain = href
-    renewed = access.sign == "none" and not access.sign_rules
+    # what a bucket refuses once it refuses again: it is signed anew each time
+    renewed = href.startswith("s3://") or (access.sign == "none" and not access.sign_rules)
     url = _signed(href, access, pool)
     for _ in range(4):
-        wait_for_turn(url, access.rates)
+        wait_for_turn(plain, access.rates)
         try:
             with _crowd.place(url) as told_busy:
                 reply = pool.request(
@@ -87,7 +89,7 @@ def peek(href: str, access: Access) -> tuple[str, Head]:
         try:
             if reply.status in (301, 302, 303, 307, 308):
                 target = urljoin(url, reply.headers.get("Location", ""))
-                if urlsplit(target).netloc != urlsplit(href).netloc:
+                if urlsplit(target).netloc != urlsplit(url).netloc:
                     raise PermanentError(f"redirect to another host ({urlsplit(target).hostname}) is not followed")
                 url = plain = target
                 continue
@@ -124,7 +126,7 @@ def fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
     headers = {"Range": f"bytes={start}-{stop - 1}"}
     for renew in (False, True):
         url = _signed(head.url, access, pool, renew=renew)
-        wait_for_turn(url, access.rates)
+        wait_for_turn(head.url, access.rates)
         try:
             with _crowd.place(url) as told_busy:
                 reply = pool.request("GET", url, headers=headers, redirect=False, decode_content=False)
@@ -178,9 +180,9 @@ def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> Non
     Raises:
         PermanentError, TransientError: As `peek`, or the file broke off, or was replaced since its head was seen.
     """
-    url, head = peek(href, access)
+    _, head = peek(href, access)
     pool = _pool(os.getpid(), access)
-    wait_for_turn(url, access.rates)
+    wait_for_turn(head.url, access.rates)
     try:
         reply = pool.request("GET", _signed(head.url, access, pool), redirect=False, preload_content=False)
         try:
@@ -245,7 +247,11 @@ def _was_busy(reply: urllib3.BaseHTTPResponse) -> bool:
 
 def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool = False) -> str:
     try:
+        if href.startswith("s3://"):
+            return bucket_url(href, access.bucket_rules, pool)
         return signed(href, access.sign, pool, renew=renew, rules=access.sign_rules)
+    except InvalidInput as error:
+        raise PermanentError(str(error)) from error
     except AccessError as error:
         raise TransientError(str(error)) from error
 

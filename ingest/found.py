@@ -1,6 +1,7 @@
 """`FoundFile`: what is behind an href, by its first bytes, and the way to the others.
 
-Bytes over HTTP and of local files are had by our own means; of s3:// hrefs GDAL has them, which signs its requests.
+Bytes are had by our own means, over HTTP, from buckets and of local files: GDAL's client follows redirects to any host
+and cannot be told to wait.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ingest.download import (
-    DRIVERS,
     TIFF,
     PermanentError,
     TransientError,
@@ -36,6 +36,7 @@ __all__ = ["FoundFile", "file_version", "find"]
 log = logging.getLogger(__name__)
 
 _MAGIC_BYTES = 64
+_SCHEMES = ("http", "https", "s3")
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,20 @@ class FoundFile:
     """A file that is there.
 
     Attributes:
-        path: As GDAL takes it.
+        path: The local path, or the href.
+        remote: Whether a network lies between.
         magic: Its first bytes.
         size: Of the file, if it is known.
-        file: Its bytes, where they are had without GDAL.
+        file: Its bytes; None of an empty file.
         version: What tells this version of the file from every other; None where that cannot be known.
     """
 
     path: str
+    remote: bool
     magic: bytes
     size: int | None
     file: RangeFile | None
     version: Hashable
-
-    @property
-    def remote(self) -> bool:
-        """Whether a network lies between."""
-        return self.path.startswith("/vsi")
 
 
 def find(href: str, access: Access, *, fresh: bool) -> FoundFile:
@@ -74,11 +72,8 @@ def find(href: str, access: Access, *, fresh: bool) -> FoundFile:
         PermanentError, TransientError: It is not there, or refused, or no raster by its first bytes.
     """
     scheme = urlsplit(href).scheme if "://" in href else ""
-    if scheme in ("http", "https"):
+    if scheme in _SCHEMES:
         return _find_remote(href, access, fresh)
-    if scheme == "s3":  # the explicit driver still bounds what is parsed
-        jpeg = href.lower().endswith((".jp2", ".j2k"))
-        return FoundFile(f"/vsis3/{href[5:]}", DRIVERS[-2][0] if jpeg else DRIVERS[0][0], None, None, None)
     if scheme or not Path(href).is_absolute() or href.startswith("/vsi"):
         raise PermanentError("expected an http(s) or s3 URL or an absolute local path")
     return _find_local(href)
@@ -88,9 +83,9 @@ def file_version(href: str, access: Access) -> str | None:
     """What tells the file at `href` from others of that name now, as `RangeFile.version` says it of one that is read.
 
     Returns:
-        None where it cannot be known: the file is gone or refused, or GDAL itself reads it (s3://).
+        None where it cannot be known: the file is gone or refused.
     """
-    if urlsplit(href).scheme in ("http", "https"):
+    if urlsplit(href).scheme in _SCHEMES:
         try:
             return peek(href, access)[1].version
         except (PermanentError, TransientError) as error:
@@ -113,12 +108,11 @@ def _find_remote(href: str, access: Access, fresh: bool) -> FoundFile:
         url, head = peek(href, access)
         if head.ranges and head.data.startswith(TIFF):
             known.put(href, head)
-    path, magic = f"/vsicurl/{url}", head.data[:_MAGIC_BYTES]
-    # never through GDAL's own HTTP client, which follows redirects to any host and cannot be told to wait
+    magic = head.data[:_MAGIC_BYTES]
     if head.ranges and head.size:
         file = RangeFile(head, functools.partial(fetch, href, head, access))
-        return FoundFile(path, magic, head.size, file, (href, head.version) if head.etag else None)
-    return FoundFile(path, magic, head.size, RangeFile(*fetch_whole(url, access)), None)
+        return FoundFile(href, True, magic, head.size, file, (href, head.version) if head.etag else None)
+    return FoundFile(href, True, magic, head.size, RangeFile(*fetch_whole(url, access)), None)
 
 
 def _find_local(path: str) -> FoundFile:
@@ -129,9 +123,9 @@ def _find_local(path: str) -> FoundFile:
         raise PermanentError(error.strerror or type(error).__name__) from error
     head = _local_head(path, magic, identity)
     if not head.size:
-        return FoundFile(path, magic, 0, None, None)
+        return FoundFile(path, False, magic, 0, None, None)
     file = RangeFile(head, functools.partial(_read_local, path, identity), remote=False)
-    return FoundFile(path, magic, head.size, file, (path, *identity))
+    return FoundFile(path, False, magic, head.size, file, (path, *identity))
 
 
 def _local_head(path: str, magic: bytes, identity: tuple[int, int, int, int]) -> Head:

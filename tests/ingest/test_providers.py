@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
+import urllib3
 
-from ingest.buckets import BucketRule, bucket_options
+from ingest.buckets import BucketRule, bucket_url
 from ingest.config import IngestConfig
-from ingest.providers import PROVIDERS, find_provider, load_provider_file
+from ingest.found import file_version
+from ingest.providers import PROVIDERS, ProviderRule, find_provider, load_provider_file
+from ingest.rates import limit_of
 from ingest.read import Access, read_on_grid
 from ingest.scene import AssetRef
 from ingest.search import search
 from ingest.testing import write_raster
-from zarr_store.errors import AssetUnreadable, InvalidInput, UnknownName
+from zarr_store.errors import AccessError, AssetUnreadable, InvalidInput, UnknownName
 from zarr_store.grid import Grid
 
 GRID = Grid("EPSG:32633", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (40, 40))
+WIDE = Grid("EPSG:32633", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (256, 256))
+"""More than a head, so that blocks are asked for."""
+GRAIN = np.random.default_rng(0).integers(1, 9000, WIDE.shape).astype(np.uint16)
 OWN = """
 name = "my-archive"
 hosts = ["stac.example.org", "*.files.example.org"]
@@ -83,25 +92,42 @@ def test_own_rules_come_first() -> None:
 @pytest.fixture
 def bucket(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An S3 endpoint that bills its readers, and a way to read through it."""
-    data = write_raster(tmp_path / "a.tif", GRID, np.full(GRID.shape, 7, np.uint16)).read_bytes()
+    box = SimpleNamespace(data=b"", etag="", rules=(), href=f"s3://box/{tmp_path.name}/a b.tif")
+
+    def put(value: int) -> None:
+        path = write_raster(tmp_path / f"{value}.tif", WIDE, GRAIN + np.uint16(value))
+        box.data, box.etag = path.read_bytes(), f'"v{value}"'
 
     def file(request: Any) -> Any:
         start, _, stop = request.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-        body = data[int(start) : int(stop or len(data)) + 1]
-        where = f"bytes {start}-{int(start) + len(body) - 1}/{len(data)}"
-        return (206 if "Range" in request.headers else 200), {"Content-Range": where}, body
+        body = box.data[int(start) : int(stop or len(box.data)) + 1]
+        where = f"bytes {start}-{int(start) + len(body) - 1}/{len(box.data)}"
+        return (206 if "Range" in request.headers else 200), {"Content-Range": where, "ETag": box.etag}, body
 
-    server.answer["/box/a.tif"] = file
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "BOX_ACCESS_KEY_ID", "BOX_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name, raising=False)
+    box.path = f"/box/{tmp_path.name}/a%20b.tif"  # heads of files are kept by the process
+    server.answer[box.path] = file
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "BOX_")):
+            monkeypatch.delenv(name)
+    put(7)
+    box.put = put
 
-    def use(*, pays: bool) -> np.ndarray:
-        rules = (BucketRule(("box",), server.url, pays, "BOX"),)
-        asset = AssetRef(band="red", key="B04", href="s3://box/a.tif", nodata=0)
-        access = Access(attempts=1, timeout_s=5, low_speed_s=1, bucket_rules=rules)
-        return read_on_grid(asset, GRID, GRID, "nearest", scene="S", access=access)
+    def use(*, pays: bool, rates: Any = ()) -> np.ndarray:
+        box.rules = (BucketRule(("box",), server.url, pays, "BOX"),)
+        asset = AssetRef(band="red", key="B04", href=box.href, nodata=0)
+        box.access = Access(
+            attempts=1, low_speed_s=1, bucket_rules=box.rules, private_names=("127.0.0.1",), rates=rates
+        )
+        read = read_on_grid(asset, WIDE, WIDE, "nearest", scene="S", access=box.access, tell=box.told.append)
+        return read - GRAIN
 
-    return use
+    box.read, box.told = use, []
+    return box
+
+
+def _asked(server: Any, bucket: Any) -> list[dict[str, list[str]]]:
+    urls = [request.path.partition("?") for request in server.requests]
+    return [parse_qs(query) for path, _, query in urls if path == bucket.path]
 
 
 def test_keys_come_from_the_environment_and_sign_the_request(
@@ -109,37 +135,119 @@ def test_keys_come_from_the_environment_and_sign_the_request(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "OTHERKEY")  # another provider's
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "other")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "other-token")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # of the bucket that the cube goes to
     monkeypatch.setenv("BOX_ACCESS_KEY_ID", "BOXKEY")
     monkeypatch.setenv("BOX_SECRET_ACCESS_KEY", "canary-secret")
-    assert (bucket(pays=True) == 7).all()
-    asked = [request.headers for request in server.requests if request.path == "/box/a.tif"]
+    assert (bucket.read(pays=True) == 7).all()
+    asked = _asked(server, bucket)
     assert asked
-    assert all("Credential=BOXKEY/" in headers["Authorization"] for headers in asked)
-    assert all(headers["x-amz-request-payer"] == "requester" for headers in asked)
-    assert "canary-secret" not in str(asked)
-    assert "canary-secret" not in repr(bucket_options("s3://box/a", ())[1])
+    for query in asked:
+        assert query["X-Amz-Credential"][0].startswith("BOXKEY/")
+        assert query["x-amz-request-payer"] == ["requester"]
+        assert query["X-Amz-Signature"]
+        assert "X-Amz-Security-Token" not in query
+    assert "canary-secret" not in str(server.requests)
+    assert "canary-secret" not in repr(bucket.rules[0].keys(os.environ))
+    monkeypatch.setenv("BOX_SESSION_TOKEN", "own-token")
+    assert (bucket.read(pays=True) == 7).all()
+    assert _asked(server, bucket)[-1]["X-Amz-Security-Token"] == ["own-token"]
+
+
+def test_a_refusal_names_no_signature(bucket: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOX_ACCESS_KEY_ID", "BOXKEY")
+    monkeypatch.setenv("BOX_SECRET_ACCESS_KEY", "canary-secret")
+    server.answer[bucket.path] = lambda _: (403, {}, b"<Error/>")
+    with pytest.raises(AssetUnreadable, match="HTTP 403") as caught:
+        bucket.read(pays=False)
+    assert "Amz" not in str(caught.value)
+    assert len(_asked(server, bucket)) == 1  # a second signature would be refused like the first
 
 
 def test_without_keys_nothing_is_signed_and_nobody_is_asked_for_some(bucket: Any, server: Any) -> None:
-    assert (bucket(pays=False) == 7).all()
+    assert (bucket.read(pays=False) == 7).all()
     assert not any("Authorization" in request.headers for request in server.requests)
+    assert not any(_asked(server, bucket))
     count = len(server.requests)
     with pytest.raises(AssetUnreadable, match="BOX_ACCESS_KEY_ID and BOX_SECRET_ACCESS_KEY"):
-        bucket(pays=True)
+        bucket.read(pays=True)
     assert len(server.requests) == count
 
 
+def test_a_file_in_a_bucket_has_a_version_and_its_replacement_another(bucket: Any) -> None:
+    bucket.read(pays=False)
+    now = file_version(bucket.href, bucket.access)
+    assert bucket.told == [now]
+    assert '"v7"' in now
+    bucket.put(9)
+    assert file_version(bucket.href, bucket.access) != now
+    with pytest.raises(AssetUnreadable, match="replaced while it was read"):
+        bucket.read(pays=False)  # its head was known from before
+    assert (bucket.read(pays=False) == 9).all()
+    assert bucket.told[-1] == file_version(bucket.href, bucket.access)
+
+
+def test_each_request_to_a_bucket_takes_a_turn(bucket: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    monkeypatch.setattr("ingest.download.wait_for_turn", lambda href, _: turns.append(href))
+    bucket.read(pays=False)
+    assert turns == [bucket.href] * len(_asked(server, bucket))
+    assert len(turns) > 1
+    assert limit_of(bucket.href, [("box", 3.0)]) == ("box", 3.0)
+
+
 def test_copernicus_keys_are_its_own() -> None:
-    rules = Access().bucket_rules
+    rules, pool = Access().bucket_rules, urllib3.PoolManager()
     environment = {"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "a"}
-    options, keys = bucket_options("s3://eodata/Sentinel-2/x.jp2", rules, environment)
-    assert options["AWS_S3_ENDPOINT"] == "eodata.dataspace.copernicus.eu"
-    assert options["AWS_NO_SIGN_REQUEST"] == "YES"
-    assert keys.get_credential_options() == {}
+    href = "s3://eodata/Sentinel-2/x.jp2"
+    plain = "https://eodata.dataspace.copernicus.eu/eodata/Sentinel-2/x.jp2"
+    assert bucket_url(href, rules, pool, environment) == plain
     environment |= {"CDSE_S3_ACCESS_KEY_ID": "C", "CDSE_S3_SECRET_ACCESS_KEY": "c"}
-    options, keys = bucket_options("s3://eodata/Sentinel-2/x.jp2", rules, environment)
-    assert keys.get_credential_options() == {"AWS_ACCESS_KEY_ID": "C", "AWS_SECRET_ACCESS_KEY": "c"}
-    assert "AWS_NO_SIGN_REQUEST" not in options
+    url, _, query = bucket_url(href, rules, pool, environment).partition("?")
+    assert url == plain
+    assert parse_qs(query)["X-Amz-Credential"][0].startswith("C/")
+
+
+class Amazon:
+    """Tells the region of a bucket, as Amazon does even where it refuses."""
+
+    def __init__(self, status: int, region: str | None) -> None:
+        self.status, self.headers = status, {} if region is None else {"x-amz-bucket-region": region}
+        self.asked: list[str] = []
+
+    def request(self, method: str, url: str, **_: Any) -> Amazon:
+        self.asked.append(f"{method} {url}")
+        return self
+
+
+@pytest.mark.parametrize("status", [200, 301, 403])
+def test_a_bucket_of_amazon_is_read_where_it_is(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ingest.buckets._regions", {})
+    amazon, keys = Amazon(status, "eu-central-1"), {"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "a"}
+    rules = Access().bucket_rules
+    for key in ("tiles/1.jp2", "tiles/2.jp2"):
+        url = bucket_url(f"s3://sentinel-s2-l2a/{key}", rules, amazon, keys)
+        assert url.startswith(f"https://s3.eu-central-1.amazonaws.com/sentinel-s2-l2a/{key}?")
+        assert "%2Feu-central-1%2Fs3%2F" in url
+    assert amazon.asked == ["HEAD https://s3.amazonaws.com/sentinel-s2-l2a"]
+    url = bucket_url("s3://sentinel-cogs/a.tif", rules, Amazon(status, "us-west-2"), {})
+    assert url == "https://s3.us-west-2.amazonaws.com/sentinel-cogs/a.tif"
+
+
+def test_a_bucket_that_amazon_does_not_know_or_tell_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ingest.buckets._regions", {})
+    with pytest.raises(InvalidInput, match="no bucket elsewhere at Amazon; name its endpoint"):
+        bucket_url("s3://elsewhere/a.tif", (), Amazon(404, None), {})
+    for told in (None, "evil.example/"):
+        with pytest.raises(AccessError, match=r"region of bucket elsewhere was not told \(HTTP 503\)"):
+            bucket_url("s3://elsewhere/a.tif", (), Amazon(503, told), {})
+
+
+def test_an_endpoint_that_the_user_names_may_be_private() -> None:
+    mine = ProviderRule(name="mine", hosts=("box",), buckets=("box",), endpoint="https://minio.lan:9000")
+    config = IngestConfig(collections=("c",), providers=(mine,))
+    assert Access.of(config).private_names == ("minio.lan",)
+    assert Access.of(IngestConfig(collections=("c",))).private_names == ()
 
 
 # Recorded answers of real APIs, replayed by a server

@@ -26,7 +26,7 @@ from zarr_store.grid import Grid
 
 UTM = "EPSG:32633"
 SOURCE = Grid(UTM, (60.0, 0.0, 600_000.0, 0.0, -60.0, 5_000_040.0), (150, 170))
-QUICK = Access(attempts=3, deadline_s=20, backoff_s=0.02, timeout_s=5, low_speed_s=1)
+QUICK = Access(attempts=3, deadline_s=20, backoff_s=0.02, low_speed_s=1)
 
 
 def ref(path: Path | str, kind: Any = "data") -> AssetRef:

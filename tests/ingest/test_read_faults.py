@@ -21,7 +21,7 @@ import rasterio
 from rasterio.enums import ColorInterp
 
 from ingest import download as download_module
-from ingest.access import Access, with_asset
+from ingest.access import GDAL_OPTIONS, Access, with_asset
 from ingest.blocks import BlockReader
 from ingest.config import IngestConfig
 from ingest.documents import Documents
@@ -36,9 +36,7 @@ from zarr_store.grid import Grid
 
 UTM = "EPSG:32633"
 GRID = Grid(UTM, (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (512, 512))
-QUICK = Access(
-    attempts=3, deadline_s=20, backoff_s=0.02, connect_timeout_s=3, timeout_s=5, low_speed_s=1, max_pixels=1 << 24
-)
+QUICK = Access(attempts=3, deadline_s=20, backoff_s=0.02, connect_timeout_s=3, low_speed_s=1, max_pixels=1 << 24)
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -130,7 +128,7 @@ LASTING = [
 @pytest.mark.parametrize(("mode", "name", "says"), LASTING)
 def test_faults_that_stay_are_errors_and_never_zeros(server: ServerHandle, mode: str, name: str, says: str) -> None:
     server.reset_counters()
-    access = Access(attempts=2, deadline_s=6, backoff_s=0.02, connect_timeout_s=2, timeout_s=3, low_speed_s=1)
+    access = Access(attempts=2, deadline_s=6, backoff_s=0.02, connect_timeout_s=2, low_speed_s=1)
     began = time.monotonic()
     with pytest.raises(AssetUnreadable) as caught:
         read(f"{server.file_url(name, fault=mode)}?token=canary", access)
@@ -144,11 +142,11 @@ def test_r05_a_retry_really_asks_the_server(server: ServerHandle) -> None:
     href = server.file_url("zip.tif", fault="503first:3")
     server.reset_counters()
     with pytest.raises(AssetUnreadable):
-        read(href, Access(attempts=1, backoff_s=0.01, timeout_s=3, low_speed_s=1))
+        read(href, Access(attempts=1, backoff_s=0.01, low_speed_s=1))
     before = server.requests.total()
     for _ in range(3):  # the same process and the same URL: GDAL would answer from its memory of the failed open
         try:
-            got = read(href, Access(attempts=1, backoff_s=0.01, timeout_s=3, low_speed_s=1))
+            got = read(href, Access(attempts=1, backoff_s=0.01, low_speed_s=1))
             break
         except AssetUnreadable:
             continue
@@ -230,7 +228,7 @@ def test_r20_jpeg_2000_follows_no_redirect_either(make_server: Callable[[], Any]
     other.answer["/a.jp2"] = here.answer["/plain.jp2"] = lambda request: ranged(request, data)
     here.answer["/a.jp2"] = turning
     with pytest.raises(AssetUnreadable):
-        read(f"{here.url}/a.jp2", Access(attempts=1, deadline_s=5, timeout_s=3, low_speed_s=1))
+        read(f"{here.url}/a.jp2", Access(attempts=1, deadline_s=5, low_speed_s=1))
     assert asked[0] >= 2, "the redirect was met after the open"
     assert other.requests == []
     assert (read(f"{here.url}/plain.jp2") == pixels(1)).all()
@@ -331,7 +329,6 @@ def test_r19_a_certificate_of_nobody_is_an_error(tmp_path: Path, monkeypatch: py
         httpd.shutdown()
         httpd.server_close()
     assert not asked
-    assert QUICK.gdal_options()["GDAL_HTTP_UNSAFESSL"] == "NO"
 
 
 # Files that are not what they should be
@@ -406,7 +403,6 @@ def test_r25_georeferences_that_lie_are_errors(tmp_path: Path) -> None:
 
 
 def test_r02_no_option_maps_errors_to_nodata() -> None:
-    options = Access.of(IngestConfig()).gdal_options()
-    assert options["GTIFF_IGNORE_READ_ERRORS"] == "NO"
-    assert "GDAL_NUM_THREADS" not in options
+    assert GDAL_OPTIONS["GTIFF_IGNORE_READ_ERRORS"] == "NO"
+    assert "GDAL_NUM_THREADS" not in GDAL_OPTIONS
     assert not {"errors_as_nodata", "fail_on_error"} & set(IngestConfig.model_fields)

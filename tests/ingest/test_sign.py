@@ -22,7 +22,7 @@ from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
 
 GRID = Grid("EPSG:32633", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), (40, 40))
-QUICK = Access(attempts=2, backoff_s=0.01, timeout_s=5, low_speed_s=1, sign="planetary-computer")
+QUICK = Access(attempts=2, backoff_s=0.01, low_speed_s=1, sign="planetary-computer")
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_token_that_never_fits_is_an_error_without_the_token(storage: Any) -> 
 
 def test_without_signing_no_token_is_asked(storage: Any) -> None:
     with pytest.raises(AssetUnreadable, match="HTTP 403"):
-        read(storage["asset"], Access(attempts=1, timeout_s=5, low_speed_s=1))
+        read(storage["asset"], Access(attempts=1, low_speed_s=1))
     assert storage["asked"] == 0
 
 
@@ -106,7 +106,7 @@ def own(storage: Any, **changes: Any) -> Access:
             {"name": "mine", "hosts": ("127.0.0.1",), "token_url": f"{url}/token", "token_margin_s": 0.2} | changes,
         )
     )
-    return replace(Access.of(config), attempts=3, backoff_s=0.01, timeout_s=5, low_speed_s=1)
+    return replace(Access.of(config), attempts=3, backoff_s=0.01, low_speed_s=1)
 
 
 def expiring(storage: Any, server: Any, lifetime: float, ahead: float = 0.0) -> list[int]:
