@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from tensorboardX import SummaryWriter
-
 from jaxtrain.track import Tracker
 from zarr_store.backends import FolderStore, translate_os_errors
 from zarr_store.errors import TerrashardError
@@ -50,6 +48,8 @@ class RunLog:
     """
 
     def __init__(self, run: Path, *, step: int, tensorboard_every: int = 1, trackers: Sequence[Tracker] = ()) -> None:
+        from tensorboardX import SummaryWriter  # which brings PyTorch and boto3 with it, where they are installed
+
         kept = [line for line in read_metrics(run) if line["step"] <= step]
         FolderStore(run.absolute()).write(METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = (run / METRICS).open("a", encoding="utf-8")

@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy.spatial import cKDTree
 
 from jaxtrain.config import SplitConfig
 from jaxtrain.data.order import mix
@@ -125,6 +124,8 @@ def nearest_m(longitude: Degrees, latitude: Degrees, other_longitude: Degrees, o
     >>> round(float(degree[0]))
     111195
     """
+    from scipy.spatial import cKDTree
+
     chord, _ = cKDTree(_on_sphere(other_longitude, other_latitude)).query(_on_sphere(longitude, latitude))
     metres: Degrees = 2 * _EARTH_M * np.arcsin(np.minimum(np.asarray(chord) / 2, 1))
     return metres
