@@ -50,11 +50,14 @@ def test_the_compiler_knows_the_flag_and_reads_it_after_jax_is_imported() -> Non
 
 @pytest.fixture
 def no_cache():
-    """Whatever a test does to JAX's cache of programs ends with it."""
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    """JAX keeps nothing, and whatever a test does to that ends with it; other tests share what they compile."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 
