@@ -120,7 +120,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerHandle]:
         yield handle
 
 
-QUICK = Access(attempts=1, deadline_s=5, backoff_s=0.01, connect_timeout_s=2, timeout_s=3, low_speed_s=1)
+QUICK = Access(attempts=1, deadline_s=5, backoff_s=0.01, connect_timeout_s=2, low_speed_s=1)
 
 
 def test_a_window_costs_its_blocks_and_the_head(server: ServerHandle) -> None:
@@ -190,7 +190,7 @@ def test_r03_a_host_that_is_busy_gets_fewer_requests_at_once(tmp_path: Path, mon
     httpd.daemon_threads = True
     threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     host = f"127.0.0.1:{httpd.server_port}"
-    patient = Access(attempts=12, deadline_s=20, backoff_s=0.02, connect_timeout_s=2, timeout_s=5, low_speed_s=2)
+    patient = Access(attempts=12, deadline_s=20, backoff_s=0.02, connect_timeout_s=2, low_speed_s=2)
     try:
         with open_asset(f"http://{host}/a.tif", access=patient) as dataset:
             file = range_file_of(dataset)
