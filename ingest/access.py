@@ -24,7 +24,7 @@ import tenacity
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from ingest.buckets import BucketRule, endpoint_host
+from ingest.buckets import BucketRule
 from ingest.config import IngestConfig, parse_limit
 from ingest.download import (
     DRIVERS,
@@ -111,7 +111,7 @@ class Access:
         """
         own = (urlsplit(source).hostname or "").lower() if "://" in source else ""
         # who names an endpoint of his own trusts it, wherever it is
-        named = [endpoint_host(rule.bucket_rule) for rule in config.providers if rule.bucket_rule]
+        named = [rule.bucket_rule.host for rule in config.providers if rule.bucket_rule]
         return cls(
             private_names=None if config.allow_private_hosts else tuple(name for name in (own, *named) if name),
             attempts=1 if config.on_error == "skip" else config.retries + 1,

@@ -20,7 +20,7 @@ from obstore.store import S3Store
 
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["BucketRule", "bucket_url", "endpoint_host"]
+__all__ = ["BucketRule", "bucket_url"]
 
 _VALID = dt.timedelta(hours=1)
 _REGION = "us-east-1"
@@ -36,21 +36,23 @@ class BucketRule:
     requester_pays: bool = False
     key_prefix: str = "AWS"
 
-    def keys(self, environment: Mapping[str, str]) -> _Keys | None:
-        """Those of the environment; None where there are none.
+    @property
+    def address(self) -> str | None:
+        """URL of the endpoint; None for Amazon's."""
+        return self.endpoint if not self.endpoint or "://" in self.endpoint else f"https://{self.endpoint}"
 
-        Raises:
-            InvalidInput: The buckets bill their readers, and there are none.
-        """
-        names = (f"{self.key_prefix}_ACCESS_KEY_ID", f"{self.key_prefix}_SECRET_ACCESS_KEY")
-        key, secret = (environment.get(name, "") for name in names)
-        if key and secret:
-            return _Keys(key, secret, environment.get(f"{self.key_prefix}_SESSION_TOKEN") or None)
-        if self.requester_pays:
-            raise InvalidInput(
-                f"bucket {', '.join(self.buckets)} bills its readers: set {' and '.join(names)} for every worker"
-            )
-        return None
+    @property
+    def host(self) -> str | None:
+        """Name of the host of the endpoint; None for Amazon's."""
+        return (urlsplit(self.address).hostname or "").lower() if self.address else None
+
+    def keys(self, environment: Mapping[str, str]) -> _Keys | None:
+        """Those of the environment; None where there are none."""
+        key, secret, token = (
+            environment.get(f"{self.key_prefix}_{name}", "")
+            for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")
+        )
+        return _Keys(key, secret, token or None) if key and secret else None
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,23 +83,17 @@ def bucket_url(
     bucket, _, key = href.removeprefix("s3://").partition("/")
     rule = next((rule for rule in rules if bucket in rule.buckets), BucketRule((bucket,)))
     keys = rule.keys(os.environ if environment is None else environment)
-    if rule.endpoint:
-        scheme = "" if "://" in rule.endpoint else "https://"
-        region, base = _REGION, f"{scheme}{rule.endpoint}"
-    else:
-        region = _region_of(bucket, pool)
-        base = f"https://s3.{region}.amazonaws.com"
+    if keys is None and rule.requester_pays:
+        raise InvalidInput(
+            f"bucket {bucket} bills its readers: set {rule.key_prefix}_ACCESS_KEY_ID and "
+            f"{rule.key_prefix}_SECRET_ACCESS_KEY for every worker"
+        )
+    region = _REGION if rule.address else _region_of(bucket, pool)
+    base = rule.address or f"https://s3.{region}.amazonaws.com"
     if keys is None:
         return f"{base}/{bucket}/{quote(key)}"
     signed: str = obstore.sign(_client(bucket, base, region, rule.requester_pays, keys), "GET", key, _VALID)
     return signed
-
-
-def endpoint_host(rule: BucketRule) -> str | None:
-    """Name of the host that serves a rule's buckets, where it is not Amazon's."""
-    if not rule.endpoint:
-        return None
-    return (urlsplit(rule.endpoint if "://" in rule.endpoint else f"https://{rule.endpoint}").hostname or "").lower()
 
 
 _regions: dict[str, str] = {}

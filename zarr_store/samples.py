@@ -259,15 +259,18 @@ class SampleStore:
         group = zarr.open_group(self._store.zarr(), mode="r")
         return [str(name) for name in np.asarray(group["name"][...])]  # type: ignore[index]
 
-    def images(self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
-        """The images of some samples, (samples, band, y, x), each read once and all at the same time.
+    def images(
+        self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]], bands: Sequence[int] | None = None
+    ) -> npt.NDArray[Any]:
+        """The images of some samples, (samples, band, y, x), read at the same time; of all bands, or of some positions.
 
         Raises:
             CorruptShard: A sample fails its checksum; the message names it.
             MissingShard: A part of the store was deleted.
         """
-        found = np.empty((len(numbers), *self._image.shape[1:]), self.spec.dtype)
-        self.begin(numbers, found)()
+        count = len(self.spec.bands if bands is None else bands)
+        found = np.empty((len(numbers), count, *self.spec.size), self.spec.dtype)
+        self.begin(numbers, found, bands)()
         return found
 
     def begin(

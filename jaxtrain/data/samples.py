@@ -116,18 +116,15 @@ class SampleReader:
         """The bands, where they are not all of them in order."""
         return None if self.bands == tuple(range(len(self.store.spec.bands))) else self.bands
 
-    def _decode(self, numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
-        images = np.empty((len(numbers), len(self.bands), *self.store.spec.size), self.store.spec.dtype)
-        self.store.begin(numbers, images, self._chosen)()
-        return images
-
     @cached_property
     def _held(self) -> npt.NDArray[Any] | None:
         spec = self.store.spec
         size = spec.count * len(self.bands) * spec.size[0] * spec.size[1] * np.dtype(spec.dtype).itemsize
         if size > _HELD_BYTES:
             return None
-        return np.concatenate([self._decode(np.arange(i, min(i + 256, spec.count))) for i in range(0, spec.count, 256)])
+        return np.concatenate(
+            [self.store.images(range(i, min(i + 256, spec.count)), self._chosen) for i in range(0, spec.count, 256)]
+        )
 
     @cached_property
     def _scenes(self) -> npt.NDArray[Any]:
@@ -138,7 +135,7 @@ class SampleReader:
                 f"data.patch {self.patch} is too large for a scene of {self.store.spec.size[0]} × "
                 f"{self.store.spec.size[1]} pixels"
             )
-        scenes = np.moveaxis(self._decode(np.arange(self.store.spec.count)), 1, -1)
+        scenes = np.moveaxis(self.store.images(range(self.store.spec.count), self._chosen), 1, -1)
         return np.pad(scenes, ((0, 0), (rim, rim), (rim, rim), (0, 0)), mode="reflect")
 
     def _around(self, rows: npt.NDArray[np.int32]) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:

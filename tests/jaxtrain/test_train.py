@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.log import RunLog, read_metrics
 from jaxtrain.rundir import load_card, program_of
 from jaxtrain.script import main, read_config
+from jaxtrain.state import Program
 from jaxtrain.train import TrainEvent, train
 from zarr_store.errors import InvalidInput, Locked, NotACube, Preempted, UnknownName
 from zarr_store.lock import CubeLock
@@ -78,6 +81,28 @@ def test_stopped_and_continued_is_bit_equal(tmp_path: Path) -> None:
     assert result.resumed_from == 5
     assert [e.step for e in events if e.kind == "step"] == list(range(6, 13))
     assert_same_run(shared_run(), tmp_path / "run")
+
+
+def test_programs_of_a_run_are_kept_in_its_folder_from_before_the_first_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[Any] = []
+
+    @contextlib.contextmanager
+    def kept(folder: Path) -> Iterator[None]:
+        order.append(folder)
+        yield
+        order.append("given back")
+
+    def init(program: Program, key: Any) -> Any:
+        order.append("compiled")
+        return compile_and_init(program, key)
+
+    compile_and_init = Program.init
+    monkeypatch.setattr("jaxtrain.train.programs_kept", kept)
+    monkeypatch.setattr(Program, "init", init)
+    train(tiny_config(shared_cube(), run={"steps": 1}), tmp_path / "run")
+    assert order == [tmp_path / "run" / "compiled", "compiled", "given back"]
 
 
 def test_a_run_has_everything_that_the_contract_names() -> None:
