@@ -15,7 +15,7 @@ from zarr_store.backends import Store
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.ledger import Ledger
-from zarr_store.promises import check_promises
+from zarr_store.promises import check_overview, check_promises
 from zarr_store.regions import Region
 from zarr_store.spec import CubeSpec
 
@@ -147,7 +147,9 @@ class Cube:
         """Every 8th pixel of the collection's main array, as `dataset` gives the whole."""
         import xarray as xr
 
-        self._describe(collection)
+        spec = self.spec(collection)
+        key = f"overview/{collection}/{spec.kind}/zarr.json"
+        check_overview(self._store.read(key), spec, self._store.where(key))
         opened: xr.Dataset = xr.open_zarr(
             self._store.zarr(), group=f"overview/{collection}", chunks=None, mask_and_scale=False
         )
