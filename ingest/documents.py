@@ -18,10 +18,12 @@ from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
 import requests
+import urllib3
 from requests.adapters import HTTPAdapter
 
+from ingest.answers import PackedError, TooLongError, read_answer, read_start, unpack
 from ingest.config import IngestConfig
-from ingest.connections import PatientRetry, PrivatePeerError, check_peers
+from ingest.connections import PatientRetry, PrivatePeerError, bound_answers, check_peers
 from ingest.hrefs import (
     HrefPolicy,
     is_url,
@@ -43,6 +45,8 @@ MAX_JSON_BYTES = 64 * 2**20
 
 MAX_DEPTH = 100
 _MAX_REDIRECTS = 5
+_MOST_ERROR = 4096
+"""Of what a server says of an error."""
 _GZIP = b"\x1f\x8b"
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
@@ -53,6 +57,15 @@ class HttpStatusError(AccessError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class _Adapter(HTTPAdapter):
+    """Bounds the answers that come through a proxy, too."""
+
+    def proxy_manager_for(self, proxy: str, **more: Any) -> Any:
+        known = proxy in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **more)
+        return manager if known or proxy.lower().startswith("socks") else bound_answers(manager)
 
 
 class Documents:
@@ -75,6 +88,7 @@ class Documents:
         self._session = requests.Session()
         self._session.trust_env = False  # no .netrc: it could send a password to a host that only a link names
         self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
+        self._session.headers["Accept-Encoding"] = "gzip, deflate"  # what is unpacked here, within bounds
         self._session.headers["Accept"] = "application/geo+json, application/json"
         retry = PatientRetry(
             total=config.retries,
@@ -88,7 +102,7 @@ class Documents:
             respect_retry_after_header=True,
         )
         for scheme in ("http://", "https://"):
-            adapter = HTTPAdapter(max_retries=retry, pool_maxsize=8)
+            adapter = _Adapter(max_retries=retry, pool_maxsize=8)
             check_peers(adapter.poolmanager, self.policy.allows_private)  # a proxy has a manager of its own
             self._session.mount(scheme, adapter)
 
@@ -134,9 +148,9 @@ class Documents:
                     if reply.status_code == 303:
                         method, parameters = "GET", None
                     continue
+                if not 200 <= reply.status_code < 300:
+                    raise HttpStatusError(_status_message(shown, reply, self._why(reply)), reply.status_code)
                 data = self._body(reply, shown)
-            if not 200 <= reply.status_code < 300:
-                raise HttpStatusError(_status_message(shown, reply, data), reply.status_code)
             return parse_json(data, shown)
         raise AccessError(f"{shown}: more than {_MAX_REDIRECTS} redirects; check the address")
 
@@ -165,17 +179,23 @@ class Documents:
             raise _unreachable(url, error) from error
 
     def _body(self, reply: requests.Response, shown: str) -> bytes:
-        data = bytearray()
         try:
-            for chunk in reply.iter_content(1 << 16):
-                data += chunk
-                if len(data) > MAX_JSON_BYTES:
-                    raise _too_large(shown, None)
-        except (requests.RequestException, OSError) as error:
-            if isinstance(error, InvalidInput):
-                raise
+            data = read_answer(reply.raw, MAX_JSON_BYTES)
+            return unpack(data, reply.headers.get("Content-Encoding"), MAX_JSON_BYTES)
+        except TooLongError as error:
+            raise _too_large(shown, None) from error
+        except PackedError as error:
+            raise InvalidInput(f"{shown}: {error}; at most {MAX_JSON_BYTES} bytes of JSON are read") from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
             raise _unreachable(shown, error) from error
-        return bytes(data)
+
+    def _why(self, reply: requests.Response) -> bytes:
+        """What a server says of an error: its first words, or nothing where it breaks off or packs them otherwise."""
+        try:
+            data = read_start(reply.raw, _MOST_ERROR)
+            return unpack(data, reply.headers.get("Content-Encoding"), _MOST_ERROR)
+        except (urllib3.exceptions.HTTPError, OSError):
+            return b""
 
 
 def _unpacked(data: bytes, where: str) -> bytes:

@@ -6,6 +6,7 @@ shortly before they expire, and are asked anew once when a server refuses one: c
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 
+from ingest.answers import read_answer
 from zarr_store.errors import AccessError
 
 __all__ = ["SignRule", "Signing", "signed"]
@@ -31,6 +33,8 @@ STORAGE_HOSTS = ".blob.core.windows.net"
 """A token is bound to its storage host and is never added to any other URL."""
 _MARGIN_S = 300.0
 _SKEW_S = 60.0
+_MOST_BYTES = 1 << 16
+"""Of a token document, which has a few hundred."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,13 @@ def _ask(container: tuple[str, str, str], pool: urllib3.PoolManager) -> _Token:
     url = "/".join((container[0].rstrip("/"), *container[1:]))
     reply = None
     try:
-        reply = pool.request("GET", url, redirect=False)
-        document = reply.json() if reply.status == 200 else {}
+        reply = pool.request("GET", url, redirect=False, preload_content=False)
+        try:
+            document = json.loads(read_answer(reply, _MOST_BYTES)) if reply.status == 200 else {}
+        finally:
+            reply.close()
         token, expiry = str(document["token"]), datetime.fromisoformat(str(document["msft:expiry"])).timestamp()
-    except (urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError) as error:
+    except (urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError, RecursionError) as error:
         cause = f"HTTP {reply.status}" if reply is not None and isinstance(error, KeyError) else type(error).__name__
         raise AccessError(
             f"no token for container {'/'.join(container[1:])} from {url} ({cause}); check the network, or drop --sign "
