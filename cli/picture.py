@@ -5,8 +5,8 @@ Large rasters are read from the cube's overviews, so that a picture of a country
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cli.mapping import class_colours
 from jaxtrain.maps import CHUNK, Map, is_map, open_map
 from zarr_store import Cube, open_cube
+from zarr_store.durable import write_file
 from zarr_store.errors import InvalidInput, NotACube, UnknownName
 from zarr_store.spec import OVERVIEW_FACTOR, STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED, overview_positions
 
@@ -75,13 +76,9 @@ def draw(
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(part, format="PNG", optimize=True)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    packed = io.BytesIO()
+    image.save(packed, format="PNG", optimize=True)
+    write_file(path, packed.getvalue())
 
 
 # ---- cubes

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 from urllib.parse import urlsplit, urlunsplit
@@ -34,6 +34,7 @@ from ingest.hrefs import (
     resolve_href,
     same_origin,
 )
+from zarr_store.bounded import check_weight, read_file
 from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = ["MAX_JSON_BYTES", "Documents", "HttpStatusError", "parse_json"]
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 64 * 2**20
 """Largest JSON document, about 4 000 Sentinel-2 items; stac-geoparquet is the form for more."""
+
+MAX_JSON_MEMORY = 12 * MAX_JSON_BYTES
+"""Of the objects that a document becomes; those of STAC items take about 7 bytes for each byte of text."""
 
 MAX_DEPTH = 100
 _MAX_REDIRECTS = 5
@@ -123,10 +127,9 @@ class Documents:
             return self.request(location)
         path = Path(location)
         try:
-            size = path.stat().st_size
-            if size > MAX_JSON_BYTES:
-                raise _too_large(location, size)
-            data = path.read_bytes()
+            if path.stat().st_size > MAX_JSON_BYTES:
+                raise _too_large(location, path.stat().st_size)
+            data = read_file(path, MAX_JSON_BYTES)
         except OSError as error:
             raise InvalidInput(f"cannot read {location}: {error.strerror or error}; check the path") from error
         return parse_json(data, location)
@@ -220,10 +223,12 @@ def parse_json(data: bytes, where: str) -> Any:
     STAC items one a line (newline-delimited GeoJSON, RFC 8142 without its separators) are a FeatureCollection.
 
     Raises:
-        InvalidInput: Too large once unpacked, not UTF-8, not JSON (with the byte), NaN, Infinity, or nested too deeply.
+        InvalidInput: Too large as text or as objects, not UTF-8, not JSON (with the byte), NaN, Infinity, or nested
+            too deeply.
     """
     where = redact(where)
     data = _unpacked(data, where)
+    check_weight(data, where, MAX_JSON_MEMORY)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -270,7 +275,7 @@ def parse_json(data: bytes, where: str) -> Any:
 def _items_by_line(text: str, where: str) -> dict[str, Any] | None:
     """A FeatureCollection, if the first line is a feature; none if it is not, which is then no form that we know."""
     features: list[Any] = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -286,6 +291,16 @@ def _items_by_line(text: str, where: str) -> dict[str, Any] | None:
             return None
         features.append(feature)
     return {"type": "FeatureCollection", "features": features}
+
+
+def _lines(text: str) -> Iterator[str]:
+    """One line after the other: a list of all would be larger than a text of nothing but ends of lines."""
+    start = 0
+    while start <= len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end + 1
 
 
 class _ConstantError(Exception):

@@ -6,7 +6,6 @@ shortly before they expire, and are asked anew once when a server refuses one: c
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 import urllib3
 
 from ingest.answers import read_answer
+from zarr_store.bounded import load_json
 from zarr_store.errors import AccessError
 
 __all__ = ["SignRule", "Signing", "signed"]
@@ -102,11 +102,11 @@ def _ask(container: tuple[str, str, str], pool: urllib3.PoolManager) -> _Token:
     try:
         reply = pool.request("GET", url, redirect=False, preload_content=False)
         try:
-            document = json.loads(read_answer(reply, _MOST_BYTES)) if reply.status == 200 else {}
+            document = load_json(read_answer(reply, _MOST_BYTES), url, most=_MOST_BYTES) if reply.status == 200 else {}
         finally:
             reply.close()
         token, expiry = str(document["token"]), datetime.fromisoformat(str(document["msft:expiry"])).timestamp()
-    except (urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError) as error:
         cause = f"HTTP {reply.status}" if reply is not None and isinstance(error, KeyError) else type(error).__name__
         raise AccessError(
             f"no token for container {'/'.join(container[1:])} from {url} ({cause}); check the network, or drop --sign "

@@ -8,12 +8,12 @@ is an error of the decoder.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import numpy as np
 
+from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError
 from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec
 
@@ -21,6 +21,8 @@ __all__ = ["MOST_CHUNK_BYTES", "check_overview", "check_promises"]
 
 MOST_CHUNK_BYTES = 256 << 20
 """Decoded; the largest layout makes chunks of 13 bands × 512² of 2 bytes, 7 MB."""
+_MOST_BYTES = 1 << 20
+"""Of the metadata of one array."""
 _MOST_CHUNKS = 1 << 20
 """In one shard: its index is read as a whole, 16 bytes for each."""
 _CODECS = frozenset({"bytes", "blosc", "zstd", "crc32c", "sharding_indexed"})
@@ -40,7 +42,7 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
         IntegrityError: It is absent or unreadable, contradicts the collection, or promises more than any cube needs.
     """
     try:
-        document = json.loads(data or b"")
+        document = load_json(data, where, most=_MOST_BYTES)
         outer = document["chunk_grid"]["configuration"]["chunk_shape"]
         (sharding,) = document["codecs"]
         inner = sharding["configuration"]["chunk_shape"]
@@ -110,7 +112,7 @@ def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
         "chunk": (t, len(spec.bands), y // OVERVIEW_FACTOR, x // OVERVIEW_FACTOR),
     }
     try:
-        document = json.loads(data or b"")
+        document = load_json(data, where, most=_MOST_BYTES)
         codecs = {str(codec["name"]) for codec in _all_codecs(document["codecs"])}
         found = {
             "shape": tuple(document["shape"]),

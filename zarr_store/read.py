@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 import tensorstore as ts
 
 from zarr_store.backends import Store
+from zarr_store.bounded import load_json
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.ledger import Ledger
@@ -68,7 +68,7 @@ def _root_attributes(store: Store) -> dict[str, Any]:
 
 def _attributes(store: Store, key: str, data: bytes) -> dict[str, Any]:
     try:
-        attributes = json.loads(data)["attributes"]
+        attributes = load_json(data, store.where(key))["attributes"]
     except (ValueError, KeyError, TypeError) as error:
         raise NotACube(
             f"{store.where(key)}: unreadable metadata ({type(error).__name__}: {error}); nothing is written over it: "
