@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, UnknownName
 
 __all__ = ["apply_to_options", "build", "merge", "parse_override", "read_settings", "read_toml"]
@@ -33,12 +34,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise InvalidInput(f"{path} has more than {_MAX_BYTES} bytes; expected a TOML file written by hand")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         raise InvalidInput(f"configuration file {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"configuration file {path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidInput(f"configuration file {path} is not TOML: {error}") from error
 
 

@@ -35,12 +35,14 @@ _HEAD_BYTES = 64 << 20
 
 def is_plan(source: str) -> bool:
     """Whether SOURCE is a plan.json of `terrashard plan`, which is run as it is."""
+    from zarr_store.bounded import load_json, read_file
+
     path = Path(source)
     if "://" in source or path.suffix.lower() != ".json" or not path.is_file() or path.stat().st_size > _HEAD_BYTES:
         return False
     try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        document = load_json(read_file(path, _HEAD_BYTES), source)
+    except ValueError:
         return False
     return isinstance(document, dict) and document.get("type") == "terrashard-plan"
 

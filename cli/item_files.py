@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,16 +53,13 @@ def _without_userinfo(href: str) -> str:
 
 def write_items(items: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the items; the file appears complete or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.suffix.lower() == ".parquet":
-            from ingest.geoparquet import write_items as write_parquet
+    from zarr_store.durable import write_file
 
-            write_parquet(items, part)
-        else:
-            part.write_text(
-                json.dumps({"type": "FeatureCollection", "features": list(items)}, indent=1), encoding="utf-8"
-            )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    if path.suffix.lower() == ".parquet":
+        from ingest.geoparquet import write_items as write_parquet
+
+        packed = io.BytesIO()
+        write_parquet(items, packed)
+        write_file(path, packed.getvalue())
+    else:
+        write_file(path, json.dumps({"type": "FeatureCollection", "features": list(items)}, indent=1).encode())

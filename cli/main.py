@@ -14,6 +14,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -45,6 +47,9 @@ from cli import (
 from cli import ingest as ingest_command
 
 __all__ = ["app", "main"]
+
+_STOPPED = (75, 130)
+_LEAVE_S = 3.0
 
 app = typer.Typer(
     name="terrashard",
@@ -112,6 +117,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
     _tolerate_narrow_encodings()
+    _waits("allow_waits")
+    code = _run(args)
+    if code in _STOPPED:
+        _waits("end_waits")
+        if arguments is None:
+            _leave_within(_LEAVE_S, code)
+    return code
+
+
+def _run(args: list[str]) -> int:
     try:
         with _preemptible():
             code = app(args=args, prog_name="terrashard", standalone_mode=False)
@@ -137,6 +152,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--json" in args:
             sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
         return code
+
+
+def _waits(what: str) -> None:
+    """Allow or end what threads of this process wait for; where none has been started there is nothing to end."""
+    module = sys.modules.get("ingest.waits")
+    if module is not None:
+        getattr(module, what)()
+
+
+def _leave_within(seconds: float, code: int) -> None:
+    """End the process that late at the latest: the interpreter waits for every thread, and one may be connecting."""
+
+    def leave() -> None:
+        time.sleep(seconds)
+        os._exit(code)
+
+    threading.Thread(target=leave, daemon=True, name="terrashard-leave").start()
 
 
 def _explain(error: Exception) -> tuple[int, str]:

@@ -5,8 +5,8 @@ Large rasters are read from the cube's overviews, so that a picture of a country
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from cli.mapping import class_colours
 from jaxtrain.maps import CHUNK, Map, is_map, open_map
 from zarr_store import Cube, open_cube
+from zarr_store.durable import write_file
 from zarr_store.errors import InvalidInput, NotACube, UnknownName
-from zarr_store.spec import OVERVIEW_FACTOR, STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED
+from zarr_store.spec import OVERVIEW_FACTOR, STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED, overview_positions
 
 __all__ = ["draw"]
 
@@ -31,6 +32,7 @@ _INK = (30, 30, 34)
 _GAP = 8
 _CAPTION = 24
 _MOST_PANELS = 24
+_LEAST_PANEL = 48
 _TRUE_COLOUR = ("red", "green", "blue")
 
 
@@ -74,13 +76,9 @@ def draw(
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(part, format="PNG", optimize=True)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    packed = io.BytesIO()
+    image.save(packed, format="PNG", optimize=True)
+    write_file(path, packed.getvalue())
 
 
 # ---- cubes
@@ -94,9 +92,12 @@ def _draw_cube(
     chosen = _pick_bands(spec.band_names, bands)
     steps = _pick_times(spec.times, time)
     columns = max(1, min(len(steps), math.ceil(math.sqrt(len(steps) * 1.6 * spec.grid.height / spec.grid.width))))
+    columns = min(columns, max(1, (width - _GAP) // (_LEAST_PANEL + _GAP)))
     columns = -(-len(steps) // -(-len(steps) // columns))  # rows of equal length
-    panel = max(48, (width - _GAP * (columns + 1)) // columns)
+    panel = max(_LEAST_PANEL, (width - _GAP * (columns + 1)) // columns)
     step = max(1, -(-spec.grid.width // panel))
+    if step > OVERVIEW_FACTOR:  # the overview has no other steps, and a smaller one makes the picture too wide
+        step = -(-step // OVERVIEW_FACTOR) * OVERVIEW_FACTOR
     dataset = _coarse(cube, name, step)
     values = dataset[spec.kind].isel(time=steps, band=[spec.band_names.index(b) for b in chosen]).to_numpy()
     status = dataset["status"].isel(time=steps).to_numpy()
@@ -143,11 +144,16 @@ def _pick_times(times: Sequence[str], asked: str | None) -> list[int]:
 
 
 def _coarse(cube: Cube, collection: str, step: int) -> Any:
-    """The collection with every `step`-th pixel, from the overview where that has them."""
+    """The main array and the status with every `step`-th pixel, the former from the overview where that has them.
+
+    An overview holds the main array alone. The status, which packs well, is read at the pixels that the overview kept.
+    """
     if step >= OVERVIEW_FACTOR:
-        group = cube.overview(collection)
         every = slice(None, None, step // OVERVIEW_FACTOR)
-        return group.isel(y=every, x=every)
+        coarse = cube.overview(collection).isel(y=every, x=every)
+        rows, columns = (overview_positions(size)[every] for size in cube.spec(collection).grid.shape)
+        status = cube.dataset(collection)["status"].isel(y=rows, x=columns)
+        return coarse.assign(status=(status.dims, status.to_numpy()))
     every = slice(None, None, step)
     return cube.dataset(collection).isel(y=every, x=every)
 

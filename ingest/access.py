@@ -41,6 +41,7 @@ from ingest.providers import PROVIDERS
 from ingest.ranges import RangeFile, tie
 from ingest.recent import Recent
 from ingest.sign import Signing, SignRule
+from ingest.waits import pause
 from zarr_store.errors import AssetUnreadable, InvalidInput
 
 __all__ = [
@@ -78,7 +79,7 @@ class Access:
         deadline_s: No new attempt is begun after this time.
         backoff_s: First pause; it doubles up to 16 times that, with jitter. Retry-After is honoured on top.
         connect_timeout_s: For the TCP and TLS handshake.
-        low_speed_s: A transfer below 1 kB/s for this long is cut.
+        low_speed_s: For the headers of an answer; and a transfer below 1 kB/s for this long is cut.
         max_pixels: Larger rasters are refused before anything is decoded.
         max_block_bytes: So are rasters with larger decoded blocks.
         sign: Whose tokens are added to hrefs right before they are opened.
@@ -202,6 +203,7 @@ def _repeated(
         wait=tenacity.wait_random_exponential(multiplier=limits.backoff_s, max=16 * limits.backoff_s),
         retry=tenacity.retry_if_exception_type(TransientError),
         before_sleep=note,
+        sleep=pause,
         reraise=True,
     )
     try:

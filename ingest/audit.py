@@ -6,7 +6,6 @@ import datetime as dt
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from ingest.plan import Plan
 from ingest.scene import Scene
 from ingest.search import Found, find_scenes
 from ingest.stored import kept_plan
+from ingest.waits import crew
 from zarr_store.read import open_cube
 
 __all__ = ["AuditReport", "News", "audit", "compare", "replaced_files"]
@@ -141,7 +141,7 @@ def replaced_files(
         and hrefs.get(((task.collection, scene.item_id), asset.key)) == asset.href
     }
     changed: dict[tuple[str, str], list[str]] = defaultdict(list)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with crew(_AT_ONCE) as pool:
         present = pool.map(lambda one: file_version(one[1], access), asked.values())
         for (place, (scene_key, _)), now in zip(asked.items(), present, strict=True):
             if now is not None and read[place] != {now}:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from ingest.documents import Documents
 from ingest.geoparquet import is_parquet, read_items
 from ingest.hrefs import is_url, redact, resolve_href
+from ingest.waits import crew
 from zarr_store.errors import InvalidInput
 
 __all__ = ["FoundItem", "Trail", "items_in", "open_source"]
@@ -156,7 +156,7 @@ def _read_all(documents: Documents, hrefs: list[str]) -> Iterator[tuple[str, Any
     if not hrefs or not is_url(hrefs[0]):
         yield from ((href, documents.read(href)) for href in hrefs)
         return
-    with ThreadPoolExecutor(_READERS) as pool:
+    with crew(_READERS) as pool:
         for start in range(0, len(hrefs), 64):
             batch = hrefs[start : start + 64]
             yield from zip(batch, pool.map(documents.read, batch), strict=True)

@@ -19,6 +19,7 @@ from distributed import Client, LocalCluster
 from distributed.security import Security
 
 from ingest.config import IngestConfig
+from ingest.hosts import guard_application, machine_names
 from ingest.launch import exposed, start_cluster
 from ingest.workers import WORKER_SETTINGS, check_workers
 from zarr_store.errors import AccessError, InvalidInput
@@ -161,7 +162,7 @@ def _tls(folder: str) -> dict[str, Any]:
 
 
 def _local(config: IngestConfig, workers: int, dashboard: str, security: Security | None) -> LocalCluster:
-    return LocalCluster(
+    cluster = LocalCluster(
         n_workers=workers,
         threads_per_worker=config.threads_per_worker,
         processes=True,  # GDAL's caches and locks are per process
@@ -173,6 +174,9 @@ def _local(config: IngestConfig, workers: int, dashboard: str, security: Securit
         security=security,
         protocol="tls://" if security is not None else "tcp://",
     )  # type: ignore[no-untyped-call]
+    # Dask itself looks at no Host header, and lets every page open its web sockets
+    guard_application(cluster.scheduler.http_application, {dashboard.rpartition(":")[0].lower(), *machine_names()})
+    return cluster
 
 
 def _wait(client: Client, workers: int, config: IngestConfig) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -99,9 +99,12 @@ class CogWriter:
         self._overviews = overviews or ("mode" if is_class else "average")
         self._block_px = block_px
         # one name per writer: two processes that write the same map must not share a half-made file
-        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-        self._raw = self._part.with_name(self._part.name + ".tif")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _disk_errors(self.path):
+            # a folder of this user alone: GDAL itself would write through a link that lies under the name
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent))
+        self._part = self._folder / "made.tif"
+        self._raw = self._folder / "raw.tif"
         with _disk_errors(self.path):
             self._dataset = rasterio.open(
                 self._raw,
@@ -166,7 +169,7 @@ class CogWriter:
                 )
                 sidecar = self.path.with_name(self.path.name + ".aux.xml")
                 if self._class_names:
-                    side_part = self._part.with_name(self._part.name + ".xml")
+                    side_part = self._folder / "made.tif.aux.xml"
                     side_part.write_text(_category_xml(self._class_names), encoding="utf-8")
                     os.replace(side_part, sidecar)
                 else:
@@ -179,8 +182,7 @@ class CogWriter:
         """Remove everything unfinished; the target is left as it was."""
         if not self._dataset.closed:
             self._dataset.close()
-        for leftover in self.path.parent.glob(f"{self._part.name}*"):
-            leftover.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self

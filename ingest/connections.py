@@ -7,17 +7,24 @@ and before the first byte of the request.
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPException
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import LocationValueError
+from urllib3.exceptions import HTTPError, LocationValueError
 
+from ingest.answers import TimedResponse, read_start
 from ingest.hrefs import is_private_address, is_spelled_address
+from ingest.waits import pause
 
-__all__ = ["PatientRetry", "PrivatePeerError", "check_peers"]
+__all__ = ["PatientRetry", "PrivatePeerError", "bound_answers", "check_peers"]
+
+_MOST_DRAINED = 1 << 16
 
 MayBePrivate = Callable[[str], bool]
 """Whether a host name may lead to a private address."""
@@ -32,13 +39,63 @@ class PatientRetry(urllib3.Retry):
         wait = super().get_retry_after(response)
         return None if wait is None else min(wait, self.longest_s)
 
+    def sleep(self, response: urllib3.BaseHTTPResponse | None = None) -> None:
+        """Pause before the next attempt; a stop of the process ends the pause."""
+        asked = self.get_retry_after(response) if self.respect_retry_after_header and response is not None else None
+        pause(asked or self.get_backoff_time())
+
 
 class PrivatePeerError(LocationValueError):
     """A name led to an address of the private network; nothing was sent."""
 
 
+class _BoundedAnswers:
+    """What all connections share: answers that must come fast enough, and of which no more is read than is wanted."""
+
+    response_class = TimedResponse
+
+    def getresponse(self) -> urllib3.HTTPResponse:
+        reply: urllib3.HTTPResponse = super().getresponse()  # type: ignore[misc]
+        # before it repeats a request urllib3 reads all of the answer that it throws away, however long that is
+        reply.drain_conn = functools.partial(_drain, reply)  # type: ignore[method-assign]
+        return reply
+
+
+def _drain(reply: urllib3.HTTPResponse) -> None:
+    """Read a short answer to its end, so that its connection serves again; close the connection of a longer one."""
+    with suppress(HTTPError, OSError, HTTPException):
+        if len(read_start(reply, _MOST_DRAINED + 1)) <= _MOST_DRAINED:
+            return
+    reply.close()
+
+
+def bound_answers(manager: urllib3.PoolManager) -> urllib3.PoolManager:
+    """Let the connections of a proxy's manager bound answers, too; where it leads is for the proxy to judge.
+
+    Args:
+        manager: Has made no connection yet; it is given back.
+    """
+
+    class Plain(_BoundedAnswers, HTTPConnection):
+        pass
+
+    class Secure(_BoundedAnswers, HTTPSConnection):
+        pass
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class SecurePool(HTTPSConnectionPool):
+        ConnectionCls = Secure
+
+    manager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
+    return manager
+
+
 def check_peers(manager: urllib3.PoolManager, may_be_private: MayBePrivate) -> urllib3.PoolManager:
-    """Let all connections of `manager` judge the address they have reached; `manager` itself is given back.
+    """Let all connections of `manager` judge the address they have reached, and the time that answers take.
+
+    `manager` itself is given back.
 
     Hosts that are spelled as an address were judged as text before (`ingest.hrefs.resolve_href`).
 
@@ -56,13 +113,13 @@ def check_peers(manager: urllib3.PoolManager, may_be_private: MayBePrivate) -> u
             sock.close()
             raise PrivatePeerError(f"{name} leads to the private address {address}; --allow-private-hosts permits that")
 
-    class Plain(HTTPConnection):
+    class Plain(_BoundedAnswers, HTTPConnection):
         def _new_conn(self) -> socket.socket:
             sock = super()._new_conn()
             judge(self.host, sock)
             return sock
 
-    class Secure(HTTPSConnection):
+    class Secure(_BoundedAnswers, HTTPSConnection):
         def _new_conn(self) -> socket.socket:
             sock = super()._new_conn()
             judge(self.host, sock)

@@ -22,6 +22,8 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.http.utils import RequestHandler
 
 from ingest.download import redact
+from ingest.hosts import machine_names, why_refused
+from ingest.launch import is_loopback
 from ingest.outlines import outlines_of
 from ingest.stages import STAGES
 
@@ -212,6 +214,14 @@ class _Handler(RequestHandler):
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Referrer-Policy", "no-referrer")
         self.set_header("Cache-Control", "no-store")
+
+    def prepare(self) -> None:
+        """Judge who asks, also on a scheduler that somebody else started; there a proxy may have a name of its own."""
+        if is_loopback(self.request.connection.stream.socket.getsockname()[0]):
+            reason = why_refused(self.request.headers.get("Host"), self.request.headers.get("Origin"), machine_names())
+            if reason is not None:
+                self.set_status(403)
+                self.finish(f"refused: {reason}\n")
 
     @property
     def page(self) -> ShardPage:

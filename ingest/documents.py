@@ -11,17 +11,19 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
 import requests
+import urllib3
 from requests.adapters import HTTPAdapter
 
+from ingest.answers import PackedError, TooLongError, read_answer, read_start, unpack
 from ingest.config import IngestConfig
-from ingest.connections import PatientRetry, PrivatePeerError, check_peers
+from ingest.connections import PatientRetry, PrivatePeerError, bound_answers, check_peers
 from ingest.hrefs import (
     HrefPolicy,
     is_url,
@@ -32,6 +34,7 @@ from ingest.hrefs import (
     resolve_href,
     same_origin,
 )
+from zarr_store.bounded import check_weight, read_file
 from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = ["MAX_JSON_BYTES", "Documents", "HttpStatusError", "parse_json"]
@@ -41,8 +44,13 @@ log = logging.getLogger(__name__)
 MAX_JSON_BYTES = 64 * 2**20
 """Largest JSON document, about 4 000 Sentinel-2 items; stac-geoparquet is the form for more."""
 
+MAX_JSON_MEMORY = 12 * MAX_JSON_BYTES
+"""Of the objects that a document becomes; those of STAC items take about 7 bytes for each byte of text."""
+
 MAX_DEPTH = 100
 _MAX_REDIRECTS = 5
+_MOST_ERROR = 4096
+"""Of what a server says of an error."""
 _GZIP = b"\x1f\x8b"
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
@@ -53,6 +61,15 @@ class HttpStatusError(AccessError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class _Adapter(HTTPAdapter):
+    """Bounds the answers that come through a proxy, too."""
+
+    def proxy_manager_for(self, proxy: str, **more: Any) -> Any:
+        known = proxy in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **more)
+        return manager if known or proxy.lower().startswith("socks") else bound_answers(manager)
 
 
 class Documents:
@@ -75,6 +92,7 @@ class Documents:
         self._session = requests.Session()
         self._session.trust_env = False  # no .netrc: it could send a password to a host that only a link names
         self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
+        self._session.headers["Accept-Encoding"] = "gzip, deflate"  # what is unpacked here, within bounds
         self._session.headers["Accept"] = "application/geo+json, application/json"
         retry = PatientRetry(
             total=config.retries,
@@ -88,7 +106,7 @@ class Documents:
             respect_retry_after_header=True,
         )
         for scheme in ("http://", "https://"):
-            adapter = HTTPAdapter(max_retries=retry, pool_maxsize=8)
+            adapter = _Adapter(max_retries=retry, pool_maxsize=8)
             check_peers(adapter.poolmanager, self.policy.allows_private)  # a proxy has a manager of its own
             self._session.mount(scheme, adapter)
 
@@ -109,10 +127,9 @@ class Documents:
             return self.request(location)
         path = Path(location)
         try:
-            size = path.stat().st_size
-            if size > MAX_JSON_BYTES:
-                raise _too_large(location, size)
-            data = path.read_bytes()
+            if path.stat().st_size > MAX_JSON_BYTES:
+                raise _too_large(location, path.stat().st_size)
+            data = read_file(path, MAX_JSON_BYTES)
         except OSError as error:
             raise InvalidInput(f"cannot read {location}: {error.strerror or error}; check the path") from error
         return parse_json(data, location)
@@ -134,9 +151,9 @@ class Documents:
                     if reply.status_code == 303:
                         method, parameters = "GET", None
                     continue
+                if not 200 <= reply.status_code < 300:
+                    raise HttpStatusError(_status_message(shown, reply, self._why(reply)), reply.status_code)
                 data = self._body(reply, shown)
-            if not 200 <= reply.status_code < 300:
-                raise HttpStatusError(_status_message(shown, reply, data), reply.status_code)
             return parse_json(data, shown)
         raise AccessError(f"{shown}: more than {_MAX_REDIRECTS} redirects; check the address")
 
@@ -165,17 +182,23 @@ class Documents:
             raise _unreachable(url, error) from error
 
     def _body(self, reply: requests.Response, shown: str) -> bytes:
-        data = bytearray()
         try:
-            for chunk in reply.iter_content(1 << 16):
-                data += chunk
-                if len(data) > MAX_JSON_BYTES:
-                    raise _too_large(shown, None)
-        except (requests.RequestException, OSError) as error:
-            if isinstance(error, InvalidInput):
-                raise
+            data = read_answer(reply.raw, MAX_JSON_BYTES)
+            return unpack(data, reply.headers.get("Content-Encoding"), MAX_JSON_BYTES)
+        except TooLongError as error:
+            raise _too_large(shown, None) from error
+        except PackedError as error:
+            raise InvalidInput(f"{shown}: {error}; at most {MAX_JSON_BYTES} bytes of JSON are read") from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
             raise _unreachable(shown, error) from error
-        return bytes(data)
+
+    def _why(self, reply: requests.Response) -> bytes:
+        """What a server says of an error: its first words, or nothing where it breaks off or packs them otherwise."""
+        try:
+            data = read_start(reply.raw, _MOST_ERROR)
+            return unpack(data, reply.headers.get("Content-Encoding"), _MOST_ERROR)
+        except (urllib3.exceptions.HTTPError, OSError):
+            return b""
 
 
 def _unpacked(data: bytes, where: str) -> bytes:
@@ -200,10 +223,12 @@ def parse_json(data: bytes, where: str) -> Any:
     STAC items one a line (newline-delimited GeoJSON, RFC 8142 without its separators) are a FeatureCollection.
 
     Raises:
-        InvalidInput: Too large once unpacked, not UTF-8, not JSON (with the byte), NaN, Infinity, or nested too deeply.
+        InvalidInput: Too large as text or as objects, not UTF-8, not JSON (with the byte), NaN, Infinity, or nested
+            too deeply.
     """
     where = redact(where)
     data = _unpacked(data, where)
+    check_weight(data, where, MAX_JSON_MEMORY)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -250,7 +275,7 @@ def parse_json(data: bytes, where: str) -> Any:
 def _items_by_line(text: str, where: str) -> dict[str, Any] | None:
     """A FeatureCollection, if the first line is a feature; none if it is not, which is then no form that we know."""
     features: list[Any] = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -266,6 +291,16 @@ def _items_by_line(text: str, where: str) -> dict[str, Any] | None:
             return None
         features.append(feature)
     return {"type": "FeatureCollection", "features": features}
+
+
+def _lines(text: str) -> Iterator[str]:
+    """One line after the other: a list of all would be larger than a text of nothing but ends of lines."""
+    start = 0
+    while start <= len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end + 1
 
 
 class _ConstantError(Exception):

@@ -16,12 +16,14 @@ from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
+from ingest.answers import TooLongError, read_answer, read_start
 from ingest.buckets import bucket_url
 from ingest.connections import PatientRetry, PrivatePeerError, check_peers
 from ingest.hrefs import redact_logs
 from ingest.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, RangeFile, Span
 from ingest.rates import Crowd, wait_for_turn
 from ingest.sign import signed
+from ingest.waits import pause
 from zarr_store.errors import AccessError, InvalidInput
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DRIVERS",
+    "MOST_SPAN",
     "TIFF",
     "PermanentError",
     "TransientError",
@@ -56,7 +59,11 @@ TIFF = tuple(start for start, name in DRIVERS if name == "GTiff")
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _BUSY = (429, 503)
 _crowd = Crowd()
+MOST_SPAN = 1 << 30
+"""Of one request; the blocks of a window that lie beside each other are one."""
 _MOST_WHOLE = 256 << 20
+_MOST_STREAMED = 64 << 30
+"""Of a file whose size its server does not tell; ten times the largest scene."""
 _MOST_SIDECAR = 1 << 20
 
 
@@ -100,7 +107,7 @@ def peek(href: str, access: Access) -> tuple[str, Head]:
                 kind = TransientError if reply.status in _RETRIED_STATUS else PermanentError
                 raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
             ranges = reply.status == 206
-            data = reply.read(HEAD_BYTES if ranges else 64, decode_content=False)
+            data = read_start(reply, HEAD_BYTES if ranges else 64)
             magic = data[:64]
             whole = reply.headers.get("Content-Range", "").rpartition("/")[2] or reply.headers.get("Content-Length", "")
             if not any(magic.startswith(start) for start, _ in DRIVERS):
@@ -123,31 +130,66 @@ def fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
     """
     pool = _pool(os.getpid(), access)
     start, stop = span
+    if stop - start > MOST_SPAN:
+        raise PermanentError(f"{stop - start} bytes of the file are wanted at once; at most {MOST_SPAN} are read")
     headers = {"Range": f"bytes={start}-{stop - 1}"}
+    for attempt in range(max(1, access.attempts)):
+        try:
+            return _fetch_once(href, head, access, pool, span, headers)
+        except _BrokenOffError as error:
+            if attempt + 1 >= access.attempts:
+                raise TransientError(str(error)) from error
+            pause(access.backoff_s * 2 ** min(attempt, 4))
+    raise AssertionError("unreachable")
+
+
+class _BrokenOffError(Exception):
+    """An answer was good as far as it came."""
+
+
+def _fetch_once(
+    href: str, head: Head, access: Access, pool: urllib3.PoolManager, span: Span, headers: dict[str, str]
+) -> bytes:
+    start, stop = span
     for renew in (False, True):
         url = _signed(head.url, access, pool, renew=renew)
         wait_for_turn(head.url, access.rates)
         try:
             with _crowd.place(url) as told_busy:
-                reply = pool.request("GET", url, headers=headers, redirect=False, decode_content=False)
+                reply = pool.request("GET", url, headers=headers, redirect=False, preload_content=False)
                 told_busy(_was_busy(reply))
         except urllib3.exceptions.HTTPError as error:
             raise TransientError(innermost(error)) from error
-        if reply.status != 403 or url == head.url:
+        if reply.status != 403 or url == head.url or renew:
             break
-    if reply.status != 206:
-        kind = PermanentError if 400 <= reply.status < 500 and reply.status not in _RETRIED_STATUS else TransientError
-        raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
-    etag, told = _version(reply), reply.headers.get("Content-Range", "")
-    if (etag != head.etag and None not in (etag, head.etag)) or told not in (
-        f"bytes {start}-{stop - 1}/{head.size}",
-        f"bytes {start}-{stop - 1}/*",
-    ):
-        heads(os.getpid()).drop(href)
-        raise TransientError("the file was replaced while it was read")
-    if len(reply.data) != stop - start:
-        raise TransientError(f"the answer broke off after {len(reply.data)} of {stop - start} bytes")
-    return reply.data
+        reply.close()
+    try:
+        if reply.status != 206:
+            raise _refused(reply)
+        etag, told = _version(reply), reply.headers.get("Content-Range", "")
+        if (etag != head.etag and None not in (etag, head.etag)) or told not in (
+            f"bytes {start}-{stop - 1}/{head.size}",
+            f"bytes {start}-{stop - 1}/*",
+        ):
+            heads(os.getpid()).drop(href)
+            raise TransientError("the file was replaced while it was read")
+        data = read_answer(reply, stop - start)
+    except TooLongError as error:
+        raise TransientError(f"the server sends more than the {stop - start} bytes it was asked for") from error
+    except urllib3.exceptions.ProtocolError as error:  # also an answer that is shorter than it says
+        raise _BrokenOffError(innermost(error)) from error
+    except urllib3.exceptions.HTTPError as error:
+        raise TransientError(innermost(error)) from error
+    finally:
+        reply.close()
+    if len(data) != stop - start:
+        raise TransientError(f"the answer broke off after {len(data)} of {stop - start} bytes")
+    return data
+
+
+def _refused(reply: urllib3.BaseHTTPResponse) -> PermanentError | TransientError:
+    kind = PermanentError if 400 <= reply.status < 500 and reply.status not in _RETRIED_STATUS else TransientError
+    return kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
 
 
 def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]]:
@@ -157,16 +199,16 @@ def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]
         try:
             if reply.status != 200:
                 raise TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
-            data = reply.read(_MOST_WHOLE + 1, decode_content=False)
+            data = read_answer(reply, _MOST_WHOLE)
         finally:
             reply.close()
-    except urllib3.exceptions.HTTPError as error:
-        raise TransientError(innermost(error)) from error
-    if len(data) > _MOST_WHOLE:
+    except TooLongError as error:
         raise PermanentError(
             f"the server answers no range requests, and the file is larger than the {_MOST_WHOLE >> 20} MiB that are "
             "read as a whole"
-        )
+        ) from error
+    except urllib3.exceptions.HTTPError as error:
+        raise TransientError(innermost(error)) from error
 
     def beyond(span: Span) -> bytes:
         raise TransientError(f"the file ends at {len(data)} bytes, {span[1]} are needed")
@@ -190,9 +232,11 @@ def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> Non
                 raise TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
             if _version(reply) != head.etag:
                 raise TransientError("the file was replaced while it was read")
-            came = 0
+            came, most = 0, _MOST_STREAMED if head.size is None else head.size
             for piece in reply.stream(1 << 20, decode_content=False):
                 came += len(piece)
+                if came > most:
+                    raise TransientError(f"the server sends more than the {most} bytes that the file has")
                 take(piece)
         finally:
             reply.close()
@@ -212,7 +256,7 @@ def with_sidecar(file: RangeFile, href: str, access: Access) -> Callable[..., io
         pool = _pool(os.getpid(), access)
         reply = pool.request("GET", _signed(beside, access, pool), redirect=False, preload_content=False)
         try:
-            return reply.read(_MOST_SIDECAR, decode_content=True) if reply.status == 200 else None
+            return read_answer(reply, _MOST_SIDECAR) if reply.status == 200 else None
         finally:
             reply.close()
 
@@ -273,6 +317,7 @@ def _pool(pid: int, access: Access) -> urllib3.PoolManager:
             respect_retry_after_header=True,
             raise_on_status=False,
             connect=1,  # a closed port or unknown host is known at once: fail fast
+            read=min(1, max(0, access.attempts - 1)),  # who is slow is asked again later, as the whole is repeated
         ),
         maxsize=MOST_AT_ONCE,
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ingest.download import (
+    MOST_SPAN,
     TIFF,
     PermanentError,
     TransientError,
@@ -140,6 +141,8 @@ def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
 
 def _read_local(path: str, identity: tuple[int, int, int, int], span: Span) -> bytes:
     """Some bytes of a local file; fewer where it ends before."""
+    if span[1] - span[0] > MOST_SPAN:
+        raise PermanentError(f"{span[1] - span[0]} bytes of the file are wanted at once; at most {MOST_SPAN} are read")
     try:
         with open(path, "rb", buffering=0) as stream:
             if _identity(os.fstat(stream.fileno())) != identity:

@@ -24,12 +24,14 @@ from shapely.errors import ShapelyError
 from shapely.geometry import box, mapping, shape
 from shapely.geometry.base import BaseGeometry
 
+from zarr_store.bounded import load_json, read_file
 from zarr_store.errors import InvalidInput
 
 __all__ = ["bare_geometry", "load_geometry", "to_lonlat"]
 
 _GEOMETRIES = {"Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection"}
 _MAX_BYTES = 16 * 2**20
+_MAX_DECODED = 16 * _MAX_BYTES
 _MAX_ROWS = 100_000
 _PARTS = 64
 """An edge is cut into at least so many parts of the whole region's size."""
@@ -44,9 +46,9 @@ def load_geometry(path: str | Path) -> dict[str, Any]:
     """
     where = str(path)
     try:
-        with Path(path).open("rb") as stream:
-            start = stream.read(16)
         size = Path(path).stat().st_size
+        data = b"" if size > _MAX_BYTES else read_file(path, _MAX_BYTES, f"geometry file {path}")
+        start = data[:16]
     except OSError as error:
         raise InvalidInput(f"cannot read geometry file {path}: {error.strerror or error}") from error
     if size > _MAX_BYTES:
@@ -59,12 +61,13 @@ def load_geometry(path: str | Path) -> dict[str, Any]:
         raise InvalidInput(
             f"geometry file {path}: expected GeoJSON, WKT, GeoParquet or GeoPackage; convert it, e.g. with ogr2ogr"
         )
-    data = Path(path).read_bytes()
     if re.match(rb"\s*(SRID=\d+;)?\s*(MULTI)?(POINT|LINESTRING|POLYGON)|\s*(SRID=\d+;)?\s*GEOMETRYCOLLECTION", data):
         return _joined([_wkt(data, where)], where)
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        document = load_json(data, where, most=_MAX_BYTES)
+    except ValueError as error:
+        if isinstance(error, InvalidInput):
+            raise
         raise InvalidInput(f"geometry file {path} is not JSON: {error}") from error
     return bare_geometry(document, where)
 
@@ -180,7 +183,7 @@ def _parquet(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:
 
     try:
         file = pq.ParquetFile(path)
-        geo = json.loads((file.schema_arrow.metadata or {}).get(b"geo", b"{}"))
+        geo = load_json((file.schema_arrow.metadata or {}).get(b"geo", b"{}"), where=str(path))
         name = geo.get("primary_column")
         column = (geo.get("columns") or {}).get(name)
         if not column or column.get("encoding") != "WKB" or file.metadata.num_rows > _MAX_ROWS:
@@ -190,13 +193,20 @@ def _parquet(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:
             )
         # GeoParquet: no crs at all means OGC:CRS84
         crs = json.dumps(column["crs"]) if column.get("crs") else None
-        for value in file.read(columns=[name])[name].to_pylist():
+        for value in _values(file, name, path):
             if value is not None:
                 yield shapely.force_2d(shapely.from_wkb(value)), crs
     except (pa.ArrowException, ShapelyError, OSError, ValueError, AttributeError) as error:
         if isinstance(error, InvalidInput):
             raise
         raise InvalidInput(f"{path}: unreadable GeoParquet ({error})") from error
+
+
+def _values(file: Any, name: str, path: str | Path) -> Iterator[Any]:
+    from ingest.geoparquet import decoded_batches
+
+    for batch in decoded_batches(file, path, [name], _MAX_DECODED):
+        yield from batch.column(0).to_pylist()
 
 
 def _geopackage(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:

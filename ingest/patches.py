@@ -11,6 +11,7 @@ decoded before anything is written, and one that cannot be is named.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform as warp_points
 
+from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.samples import Sample, SampleSpec, write_samples
 
@@ -38,6 +40,9 @@ EUROSAT_BANDS = ("coastal", "blue", "green", "red", "rededge1", "rededge2", "red
 _PICTURES, _RASTERS = (".jpg", ".jpeg", ".png"), (".tif", ".tiff")
 _MOST_PIXELS = 1 << 24
 _MOST_BANDS = 512
+_MOST_DECODED = 256 << 20
+_MOST_TABLE = 64 << 20
+"""Bytes of labels.csv or coordinates.csv; a million files take about 40 MB."""
 _AT_ONCE = 256
 _NAMED = 8
 
@@ -136,7 +141,7 @@ def _read_places(table: Path) -> dict[str, tuple[float, float]]:
 
 def _read_table(table: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
+        with io.StringIO(read_file(table, _MOST_TABLE).decode("utf-8-sig"), newline="") as file:
             reader = csv.DictReader(file)
             lacking = [name for name in columns if name not in (reader.fieldnames or ())]
             if lacking:
@@ -180,6 +185,9 @@ def _read_raster(path: Path) -> tuple[npt.NDArray[Any], float, float]:
         with rasterio.open(path, driver="GTiff") as source:
             if source.width * source.height > _MOST_PIXELS or source.count > _MOST_BANDS:
                 raise InvalidInput(f"{path}: {source.count} bands of {source.width} × {source.height}: no patch")
+            size = source.width * source.height * sum(np.dtype(kind).itemsize for kind in source.dtypes)
+            if size > _MOST_DECODED:
+                raise InvalidInput(f"{path}: {size >> 20} MiB once decoded, at most {_MOST_DECODED >> 20} in a patch")
             values = source.read()
             if source.crs is None:
                 return values, math.nan, math.nan

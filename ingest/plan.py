@@ -36,6 +36,8 @@ from ingest.sources import (
 )
 from ingest.target import TargetGrid, choose_grid
 from ingest.task import PlannedScene, Recipe, ShardTask, digest
+from zarr_store.bounded import load_json, read_file
+from zarr_store.durable import write_file
 from zarr_store.errors import AccessError, InvalidInput, NothingFound
 from zarr_store.grid import Grid
 from zarr_store.regions import Region
@@ -44,6 +46,8 @@ from zarr_store.spec import LAYOUTS, CubeSpec, Layout
 __all__ = ["Drop", "Plan", "make_plan", "plan_scenes"]
 
 _FORMAT = 1
+_MOST_BYTES = 256 << 20
+"""Of a plan; that of 100,000 shards has about 60 MB."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Plan:
             InvalidInput: Not a plan, or one that was edited by hand so that its digest no longer holds.
         """
         try:
-            data = json.loads(text)
+            data = load_json(text.encode() if isinstance(text, str) else text, where, most=_MOST_BYTES)
             if not isinstance(data, dict) or data.get("type") != "terrashard-plan":
                 raise InvalidInput(
                     f"{where} is no terrashard plan; make one with `terrashard plan SOURCE -o plan.json`"
@@ -223,9 +227,7 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
         target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        beside.write_text(self.to_json(), encoding="utf-8")
-        os.replace(beside, target)
+        write_file(target, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -235,7 +237,7 @@ class Plan:
             InvalidInput: Not readable or not a plan.
         """
         try:
-            text = Path(path).read_bytes()
+            text = read_file(path, _MOST_BYTES)
         except OSError as error:
             raise InvalidInput(f"cannot read plan {path}: {error.strerror or error}") from error
         return cls.from_json(text, str(path))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,6 +23,7 @@ from ingest.offsets import Verdict, odd_range, read_offset, settle_offset
 from ingest.products import PRODUCTS
 from ingest.ranges import range_file_of
 from ingest.scene import AssetRef, Scene
+from ingest.waits import crew
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid
 
@@ -164,7 +164,7 @@ def probe_scenes(
 
     jobs = [(scene, asset) for scene in scenes for asset in scene.assets.values()]
     access = Access.of(config, source)
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with crew(_THREADS) as pool:
         headers = list(pool.map(lambda job: _probe_asset(*job, config=config, access=access), jobs))
     by_scene: dict[tuple[str, str], dict[str, _Header]] = defaultdict(dict)
     for (scene, asset), header in zip(jobs, headers, strict=True):

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ingest.buckets import BucketRule
 from ingest.sign import STORAGE_HOSTS, TOKEN_URL, SignRule
+from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, UnknownName
 
 __all__ = ["GENERIC", "PROVIDERS", "OffsetRule", "ProviderRule", "find_provider", "load_provider_file"]
@@ -201,10 +202,10 @@ def load_provider_file(path: str | Path) -> ProviderRule:
             raise InvalidInput(
                 f"provider file {path} has more than {_MAX_FILE_BYTES} bytes; expected a short TOML file"
             )
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(read_file(path, _MAX_FILE_BYTES, f"provider file {path}").decode("utf-8"))
     except OSError as error:
         raise InvalidInput(f"cannot read provider file {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidInput(f"provider file {path} is not TOML: {error}") from error
     for key in table:
         if key not in ProviderRule.model_fields:

@@ -104,7 +104,7 @@ class RangeFile:
             raise ValueError("a file of unknown size cannot be read in ranges")
         self.size = head.size
         self.version = head.version
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._get = get
         self._remote = remote
         self._parts: list[tuple[int, bytes]] = [(0, head.data[: head.size])]
@@ -141,7 +141,7 @@ class RangeFile:
         if part is None:
             try:
                 part = (start, self._get((start, min(self.size, max(stop, start + HEAD_BYTES)))))
-            except Exception as error:  # noqa: BLE001 - raised again by the reader, outside GDAL
+            except BaseException as error:  # noqa: BLE001 - raised again by the reader; GDAL would swallow an interrupt
                 self.error = error
                 return b""
             self._parts.append(part)

@@ -20,12 +20,15 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils import sync
 
 from ingest.providers import PROVIDERS
+from ingest.waits import check_waits, pause
 
 __all__ = ["Crowd", "RateKeeper", "Turns", "bind_worker", "limit_of", "wait_for_turn"]
 
 RateLimits = tuple[tuple[str, float], ...]
 """(host, requests per second), the user's own; they win over the provider's rule."""
 
+_LOOK_S = 0.5
+"""How often one who waits for a place looks whether the process is told to stop."""
 _HANDLER = "terrashard_turn"
 _bound: list[Any] = []
 
@@ -73,7 +76,8 @@ class Crowd:
         host = urlsplit(href).netloc
         with self._changed:
             while self._inside[host] >= self.places(host):
-                self._changed.wait()
+                self._changed.wait(_LOOK_S)
+                check_waits()
             self._inside[host] += 1
         try:
             yield functools.partial(self._told, host)
@@ -146,8 +150,7 @@ def wait_for_turn(href: str, own: Sequence[tuple[str, float]] = (), count: int =
     if limit is None:
         return
     delay = _ask(*limit, count)
-    if delay > 0:
-        time.sleep(delay)
+    pause(delay)
 
 
 def _ask(name: str, rate: float, count: int) -> float:

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import urllib3
 
+from ingest.answers import read_answer
+from zarr_store.bounded import load_json
 from zarr_store.errors import AccessError
 
 __all__ = ["SignRule", "Signing", "signed"]
@@ -31,6 +33,8 @@ STORAGE_HOSTS = ".blob.core.windows.net"
 """A token is bound to its storage host and is never added to any other URL."""
 _MARGIN_S = 300.0
 _SKEW_S = 60.0
+_MOST_BYTES = 1 << 16
+"""Of a token document, which has a few hundred."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,11 @@ def _ask(container: tuple[str, str, str], pool: urllib3.PoolManager) -> _Token:
     url = "/".join((container[0].rstrip("/"), *container[1:]))
     reply = None
     try:
-        reply = pool.request("GET", url, redirect=False)
-        document = reply.json() if reply.status == 200 else {}
+        reply = pool.request("GET", url, redirect=False, preload_content=False)
+        try:
+            document = load_json(read_answer(reply, _MOST_BYTES), url, most=_MOST_BYTES) if reply.status == 200 else {}
+        finally:
+            reply.close()
         token, expiry = str(document["token"]), datetime.fromisoformat(str(document["msft:expiry"])).timestamp()
     except (urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError) as error:
         cause = f"HTTP {reply.status}" if reply is not None and isinstance(error, KeyError) else type(error).__name__

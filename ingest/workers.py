@@ -20,8 +20,10 @@ import numpy as np
 from distributed import Client
 from distributed.diagnostics.plugin import WorkerPlugin
 
+from ingest.hosts import guard_application, machine_names
 from ingest.rates import RateKeeper, bind_worker
 from ingest.stages import stage_totals
+from ingest.waits import end_waits
 from zarr_store.errors import InvalidInput
 from zarr_store.spec import CubeSpec
 
@@ -122,12 +124,18 @@ class WorkerGuard(WorkerPlugin):
         worker.metrics["terrashard"] = lambda _: stage_totals()
         logging.getLogger("distributed.worker").addFilter(heartbeat_is_news)
         bind_worker(worker)
+        guard_application(worker.http_application, machine_names())
         differ = differences(self.expected, facts())
         if differ:
             text = "; ".join(f"{name} {came}, expected {wanted}" for name, (wanted, came) in differ.items())
             log.error("worker %s may not work on this ingest and ends: %s", worker.address, text)
             # not awaited: a worker cannot close while it is being set up
             worker.loop.call_later(0.1, worker.close, reason="terrashard-other-versions")
+
+    def teardown(self, worker: Any) -> None:
+        """End what a closing worker still reads; one without a nanny may share its process with others."""
+        if worker.nanny:
+            end_waits()
 
 
 def memory_note(client: Client, spec: CubeSpec) -> str | None:

@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from zarr_store.backends import FolderStore, translate_os_errors
+from zarr_store.bounded import MOST_JSON_BYTES, load_json, read_file
 from zarr_store.crash import crashpoint
 from zarr_store.errors import IntegrityError, InvalidInput, NoSpace, TerrashardError
 
@@ -235,7 +236,7 @@ class CheckpointStore:
         """What is wrong with a checkpoint: empty when every file is there and hashes to what was written."""
         folder = self.path(step)
         try:
-            manifest = json.loads((folder / _MANIFEST).read_bytes())
+            manifest = load_json(read_file(folder / _MANIFEST, MOST_JSON_BYTES), _MANIFEST)
             expected = {str(name): (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
             if manifest["format"] != _FORMAT or manifest["step"] != step:
                 return [f"{_MANIFEST} is of format {manifest['format']}, step {manifest['step']}"]
@@ -271,7 +272,7 @@ class CheckpointStore:
 
     def contents(self, step: int) -> dict[str, Any]:
         """Step, arrays (name → shape, dtype) and extra of a checkpoint."""
-        contents: dict[str, Any] = json.loads((self.path(step) / _CONTENTS).read_bytes())
+        contents: dict[str, Any] = load_json(read_file(self.path(step) / _CONTENTS, MOST_JSON_BYTES), _CONTENTS)
         return contents
 
     def restore(self, target: Any, *, step: int | None = None) -> Restored | None:

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from zarr.codecs import ZstdCodec
 
 from jaxtrain.data.classes import Classes
 from zarr_store.backends import FolderStore, translate_os_errors
+from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.georeference import georeference, write_axes
 from zarr_store.grid import Grid
@@ -155,7 +157,7 @@ def create_map(
             zarr.consolidate_metadata(str(fresh.root))
         yield MapWriter(zarr.open_group(str(fresh.root), mode="r+", use_consolidated=False), probabilities)
         if store.exists():
-            old = store.root.with_name(f".{store.root.name}.{os.getpid()}.old.partial")
+            old = tempfile.mkdtemp(prefix=f".{store.root.name}.", suffix=".old.partial", dir=store.root.parent)
             os.rename(store.root, old)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -236,7 +238,7 @@ def open_map(url: str | Path) -> Map:
 def _about(store: FolderStore) -> dict[str, Any] | None:
     data = store.read("zarr.json")
     try:
-        about = json.loads(data or b"{}")["attributes"]["terrashard_map"]
+        about = load_json(data or b"{}", store.where("zarr.json"))["attributes"]["terrashard_map"]
     except (ValueError, KeyError, TypeError):
         return None
     return about if isinstance(about, dict) else None

@@ -29,6 +29,7 @@ from jaxtrain.objective import Task
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.state import Program, build_program
 from zarr_store.backends import FolderStore
+from zarr_store.bounded import MOST_JSON_BYTES, load_json, read_file
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.grid import Grid
 from zarr_store.labels import LabelLayer
@@ -200,7 +201,7 @@ def find_card(run: Path) -> ModelCard | None:
             )
         return None
     try:
-        return ModelCard.from_dict(json.loads(path.read_bytes()))
+        return ModelCard.from_dict(load_json(read_file(path, MOST_JSON_BYTES), str(path)))
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise IntegrityError(
             f"{path} is damaged or of another release ({type(error).__name__}: {str(error)[:200]}); restore it"

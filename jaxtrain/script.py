@@ -12,9 +12,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from jaxtrain.config import TrainConfig
+from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, TerrashardError, UnknownName
 
 __all__ = ["main", "read_config", "resolve_cube"]
+
+_MOST_BYTES = 1_000_000
+"""Of a configuration, which is written by hand."""
 
 
 def resolve_cube(cube: str | Sequence[str], config_folder: Path) -> str | tuple[str, ...]:
@@ -32,8 +36,8 @@ def read_config(path: Path) -> TrainConfig:
         UnknownName: It has a key that does not exist; the nearest one is named.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(read_file(path, _MOST_BYTES).decode("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidInput(f"cannot read configuration {path}: {error}; expected a TOML file") from error
     try:
         config = TrainConfig.model_validate(values)

@@ -24,9 +24,10 @@ from urllib.parse import unquote, urlsplit
 
 import tensorstore as ts
 
+from zarr_store.bounded import MOST_METADATA, read_file
 from zarr_store.crash import crashpoint
 from zarr_store.durable import PendingFile, sync_folder, sync_tree, umask
-from zarr_store.errors import AccessError, InvalidInput, NoSpace
+from zarr_store.errors import AccessError, IntegrityError, InvalidInput, NoSpace
 
 __all__ = ["REPOSITORY_MARKER", "FolderStore", "Kind", "Pending", "Store", "store_for", "translate_os_errors"]
 
@@ -273,9 +274,13 @@ class FolderStore(Store):
 
     def read(self, key: str) -> bytes | None:
         try:
-            return (self.root / key).read_bytes()
+            if not key.endswith(".json"):
+                return (self.root / key).read_bytes()
+            return read_file(self.root / key, MOST_METADATA)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except InvalidInput as error:
+            raise IntegrityError(f"{error}; restore it") from error
 
     def digest(self, key: str) -> str | None:
         try:
@@ -316,10 +321,16 @@ class FolderStore(Store):
         # Renaming is atomic: of two runs that both saw `held` only one moves it away, and what it moved is looked at
         # again in case the other had already put its own there.
         path = self.root / key
-        aside = path.with_name(f"{path.name}.{os.getpid()}.stale")
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".stale", dir=path.parent)
+        except FileNotFoundError:
+            return False
+        os.close(descriptor)
+        aside = Path(name)
         try:
             os.rename(path, aside)
         except FileNotFoundError:
+            aside.unlink()
             return False
         if aside.read_bytes() != held:
             os.replace(aside, path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zarr_store.crash import crashpoint
 
-__all__ = ["PendingFile", "make_folder", "sync_folder", "sync_tree", "umask"]
+__all__ = ["PendingFile", "make_folder", "sync_folder", "sync_tree", "umask", "write_file"]
 
 
 class PendingFile:
@@ -113,3 +113,13 @@ def _write_all(file: io.RawIOBase, data: bytes) -> None:
     left = memoryview(data)
     while left:
         left = left[file.write(left) or 0 :]
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write or replace a file, which appears complete or not at all; nobody can foresee the name it has until then.
+
+    Raises:
+        OSError: As the system says it; what was there stays.
+    """
+    place = Path(path)
+    PendingFile(place, place.name, [data]).finish()

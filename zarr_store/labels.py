@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -25,6 +26,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from zarr_store.backends import FolderStore, Store
+from zarr_store.bounded import load_json
 from zarr_store.crash import crashpoint
 from zarr_store.errors import CubeMismatch, IntegrityError, InvalidInput, UnknownName
 from zarr_store.georeference import georeference, write_axes
@@ -297,7 +299,7 @@ def _open(url: str, name: str) -> LabelLayer | None:
     if data is None:
         return None
     try:
-        about = json.loads(data)["attributes"]["terrashard"]
+        about = load_json(data, store.where("zarr.json"))["attributes"]["terrashard"]
         if about["labels"] != _FORMAT:
             raise InvalidInput(f"{store.url} has label format {about['labels']}, this release reads {_FORMAT}")
         grid = Grid.from_dict(about["grid"])
@@ -323,8 +325,8 @@ def _set_aside(store: Store) -> Callable[[], None]:
         )
 
     def move() -> None:
-        old = store.root.with_name(f".{store.root.name}.{os.getpid()}.old.partial")
-        os.rename(store.root, old)
+        old = tempfile.mkdtemp(prefix=f".{store.root.name}.", suffix=".old.partial", dir=store.root.parent)
+        os.rename(store.root, old)  # an empty folder gives way
         shutil.rmtree(old, ignore_errors=True)
 
     return move
@@ -340,7 +342,7 @@ def _list(folder: Store, name: str, digest: str) -> None:
 def _read_index(folder: Store) -> dict[str, str]:
     data = folder.read(_INDEX)
     try:
-        known = json.loads(data or b"{}")
+        known = load_json(data or b"{}", folder.where(_INDEX))
         return {str(name): str(digest) for name, digest in known.items()}
     except (ValueError, AttributeError) as error:
         raise IntegrityError(

@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 from zarr_store.backends import Store
+from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError
 from zarr_store.index import ChunkStats
 from zarr_store.regions import Region
 
 __all__ = ["Ledger", "LedgerRow", "ShardIndex", "SourceOutcome"]
+
+_MOST_BYTES = 16 << 20
+"""Of a row; one of 64 chunks of 13 bands has about 100 kB."""
 
 ShardIndex = tuple[int, int, int]
 State = Literal["done", "partial", "failed"]
@@ -85,7 +89,7 @@ class LedgerRow:
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        row = json.loads(data)
+        row = load_json(data, "a row", most=_MOST_BYTES)
         t, y, x = row["index"]
         return cls(
             (t, y, x),

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from zarr_store.backends import Store
+from zarr_store.bounded import load_json
 from zarr_store.errors import Locked
 
 __all__ = ["CubeLock", "read_token"]
@@ -95,7 +96,7 @@ def read_token(store: Store, key: str = LOCK_KEY) -> str | None:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = load_json(data, "lock", most=1 << 16)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -29,8 +29,9 @@ import obstore.store
 import tensorstore as ts
 
 from zarr_store.backends import Store
+from zarr_store.bounded import MOST_METADATA
 from zarr_store.crash import crashpoint
-from zarr_store.errors import AccessError, CubeMismatch, InvalidInput
+from zarr_store.errors import AccessError, CubeMismatch, IntegrityError, InvalidInput
 from zarr_store.virtual import open_virtual
 
 __all__ = ["ObjectStore"]
@@ -105,7 +106,12 @@ class ObjectStore(Store):
     def read(self, key: str) -> bytes | None:
         with self._translated(key):
             try:
-                return bytes(obstore.get(self._client, key).bytes())
+                found = obstore.get(self._client, key)
+                if key.endswith(".json") and found.meta["size"] > MOST_METADATA:
+                    raise IntegrityError(
+                        f"{self.where(key)} has {found.meta['size']} bytes, at most {MOST_METADATA} are read"
+                    )
+                return bytes(found.bytes())
             except FileNotFoundError as error:
                 if any(word in str(error) for word in ("NoSuchBucket", "ContainerNotFound")):
                     raise AccessError(f"{self.url}: there is no bucket {self.bucket}; create it first") from None

@@ -8,22 +8,25 @@ is an error of the decoder.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import numpy as np
 
+from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError
-from zarr_store.spec import CubeSpec
+from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec
 
-__all__ = ["MOST_CHUNK_BYTES", "check_promises"]
+__all__ = ["MOST_CHUNK_BYTES", "check_overview", "check_promises"]
 
 MOST_CHUNK_BYTES = 256 << 20
 """Decoded; the largest layout makes chunks of 13 bands × 512² of 2 bytes, 7 MB."""
+_MOST_BYTES = 1 << 20
+"""Of the metadata of one array."""
 _MOST_CHUNKS = 1 << 20
 """In one shard: its index is read as a whole, 16 bytes for each."""
 _CODECS = frozenset({"bytes", "blosc", "zstd", "crc32c", "sharding_indexed"})
+_OVERVIEW_CODECS = frozenset({"bytes", "zstd"})
 
 
 def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -> None:
@@ -39,7 +42,7 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
         IntegrityError: It is absent or unreadable, contradicts the collection, or promises more than any cube needs.
     """
     try:
-        document = json.loads(data or b"")
+        document = load_json(data, where, most=_MOST_BYTES)
         outer = document["chunk_grid"]["configuration"]["chunk_shape"]
         (sharding,) = document["codecs"]
         inner = sharding["configuration"]["chunk_shape"]
@@ -86,6 +89,53 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
     if codecs - _CODECS:
         raise IntegrityError(
             f"{where} is packed with {', '.join(sorted(codecs - _CODECS))}; cubes use {', '.join(sorted(_CODECS))} only"
+        )
+
+
+def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
+    """Judge the metadata of the overview of a collection, as `check_promises` does those of its arrays.
+
+    Args:
+        data: zarr.json of the overview's array.
+        spec: What its collection says.
+        where: The place of the metadata, for people.
+
+    Raises:
+        IntegrityError: As `check_promises`.
+    """
+    main = spec.array(spec.kind)
+    coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
+    t, y, x = spec.layout.shard
+    expected = {
+        "shape": (len(spec.times), len(spec.bands), *coarse.shape),
+        "data_type": main.dtype,
+        "chunk": (t, len(spec.bands), y // OVERVIEW_FACTOR, x // OVERVIEW_FACTOR),
+    }
+    try:
+        document = load_json(data, where, most=_MOST_BYTES)
+        codecs = {str(codec["name"]) for codec in _all_codecs(document["codecs"])}
+        found = {
+            "shape": tuple(document["shape"]),
+            "data_type": document["data_type"],
+            "chunk": tuple(document["chunk_grid"]["configuration"]["chunk_shape"]),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{where}: unreadable array metadata ({type(error).__name__}: {error}); restore the file, or make the cube "
+            "again"
+        ) from error
+    if found["shape"][:1] >= expected["shape"][:1]:  # as the arrays, it may be longer while the cube grows
+        found["shape"] = (*expected["shape"][:1], *found["shape"][1:])
+    wrong = [f"{name} {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]]
+    size = math.prod(expected["chunk"]) * np.dtype(main.dtype).itemsize
+    if size > MOST_CHUNK_BYTES:
+        wrong.append(f"chunks of {size} bytes, more than the {MOST_CHUNK_BYTES} that are read")
+    if codecs - _OVERVIEW_CODECS:
+        wrong.append(f"packed with {', '.join(sorted(codecs - _OVERVIEW_CODECS))}")
+    if wrong:
+        raise IntegrityError(
+            f"{where} does not say what its collection says: {'; '.join(wrong)}. Nothing of it was read: it was "
+            "changed after the cube was made"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,11 @@ import numpy as np
 import tensorstore as ts
 
 from zarr_store.backends import Store
+from zarr_store.bounded import load_json
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.ledger import Ledger
-from zarr_store.promises import check_promises
+from zarr_store.promises import check_overview, check_promises
 from zarr_store.regions import Region
 from zarr_store.spec import CubeSpec
 
@@ -68,7 +68,7 @@ def _root_attributes(store: Store) -> dict[str, Any]:
 
 def _attributes(store: Store, key: str, data: bytes) -> dict[str, Any]:
     try:
-        attributes = json.loads(data)["attributes"]
+        attributes = load_json(data, store.where(key))["attributes"]
     except (ValueError, KeyError, TypeError) as error:
         raise NotACube(
             f"{store.where(key)}: unreadable metadata ({type(error).__name__}: {error}); nothing is written over it: "
@@ -147,7 +147,9 @@ class Cube:
         """Every 8th pixel of the collection's main array, as `dataset` gives the whole."""
         import xarray as xr
 
-        self._describe(collection)
+        spec = self.spec(collection)
+        key = f"overview/{collection}/{spec.kind}/zarr.json"
+        check_overview(self._store.read(key), spec, self._store.where(key))
         opened: xr.Dataset = xr.open_zarr(
             self._store.zarr(), group=f"overview/{collection}", chunks=None, mask_and_scale=False
         )

@@ -27,6 +27,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from zarr_store.backends import Store
+from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError, InvalidInput, NotACube
 from zarr_store.read import await_read, read_tensorstore
 
@@ -227,7 +228,7 @@ def _attributes(store: Store) -> dict[str, Any]:
         kind = "holds no zarr.json" if store.exists() else "does not exist"
         raise NotACube(f"{store.url} {kind}: expected a store made by `terrashard samples`")
     try:
-        found = json.loads(data)["attributes"].get("terrashard", {})
+        found = load_json(data, store.where("zarr.json"))["attributes"].get("terrashard", {})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise NotACube(f"{store.where('zarr.json')}: unreadable metadata ({type(error).__name__}: {error})") from error
     return found if isinstance(found, dict) else {}

@@ -26,6 +26,7 @@ __all__ = [
     "DerivedSpec",
     "Layout",
     "Reducer",
+    "overview_positions",
 ]
 
 STATUS_NODATA, STATUS_OBSERVED, STATUS_MASKED, STATUS_MISSING = 0, 1, 2, 3
@@ -33,6 +34,16 @@ STATUS_NODATA, STATUS_OBSERVED, STATUS_MASKED, STATUS_MISSING = 0, 1, 2, 3
 
 OVERVIEW_FACTOR = 8
 """The overview keeps every 8th pixel each way, so it adds 1/64 and a 2048² shard becomes one 256² chunk."""
+
+
+def overview_positions(size: int) -> np.ndarray:
+    """Rows or columns that the overview of a raster of `size` pixels keeps: the middle one of each block.
+
+    >>> overview_positions(18).tolist()
+    [4, 12, 17]
+    """
+    return np.minimum(np.arange(0, size, OVERVIEW_FACTOR) + OVERVIEW_FACTOR // 2, size - 1)
+
 
 Kind = Literal["reflectance", "backscatter"]
 Reducer = Literal["first", "median", "mean"]

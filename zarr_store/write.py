@@ -22,7 +22,7 @@ from zarr_store.lock import read_token
 from zarr_store.pack import pack_chunk, pack_shard
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
-from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec
+from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec, overview_positions
 
 __all__ = ["PackedShard", "ShardWriter", "shard_key"]
 
@@ -178,7 +178,7 @@ class ShardWriter:
     def _overview(self, spec: CubeSpec, main: np.ndarray) -> bytes:
         """The overview of a shard: every 8th pixel each way, one chunk."""
         step = OVERVIEW_FACTOR
-        rows, cols = (np.minimum(np.arange(0, size, step) + step // 2, size - 1) for size in main.shape[2:])
+        rows, cols = (overview_positions(size) for size in main.shape[2:])
         t, y, x = spec.layout.shard
         array = spec.array(spec.kind)
         chunk = spec.box(array.name, (t, y // step, x // step))

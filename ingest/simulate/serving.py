@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from ingest.hosts import HostCheck, machine_names
 from ingest.simulate.faults import Fault
 from ingest.simulate.files import FileServer
 
@@ -43,7 +44,7 @@ def main() -> int:
         _say({"error": error.strerror or str(error)})
         return 8
     config = uvicorn.Config(
-        make_application(files),
+        HostCheck(make_application(files), {host.lower(), *machine_names()}),
         log_level="critical",
         access_log=False,
         lifespan="off",

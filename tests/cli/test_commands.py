@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from cli import picture
-from zarr_store import open_cube
+from zarr_store import BandSpec, CubeSpec, Grid, Layout, ShardWriter, create_cube, open_cube
+from zarr_store.errors import IntegrityError
 
 Run = Callable[..., Any]
 
@@ -135,6 +136,42 @@ def test_large_cubes_are_drawn_from_their_overview(cube: Path) -> None:
         every = step // 8  # the overview keeps the middle pixel of each 8 × 8
         thinned = picture._coarse(opened, "sentinel-2-l2a", step).reflectance.to_numpy()
         np.testing.assert_array_equal(thinned, full[..., 4::8, 4::8][..., ::every, ::every])
+
+
+@pytest.mark.parametrize("width", [64, 96, 100, 128, 150, 300, 2000])
+def test_quicklook_draws_a_large_cube_at_every_width(run: Run, tmp_path: Path, width: int) -> None:
+    """Wide pictures come from the arrays and narrow ones from the overview; neither is wider than was asked for."""
+    path = tmp_path / "large.zarr"
+    grid = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (500, 1100))
+    bands = tuple(BandSpec(name, 0, 1e-4) for name in ("blue", "green", "red"))
+    layout = Layout("train", (1, 32, 32), (1, 256, 256))
+    spec = CubeSpec("sentinel-2-l2a", "reflectance", bands, grid, ("2023-08-10T10:00:00Z",), (), layout)
+    create_cube(path, [spec], items={spec.collection: [{"id": "A", "datetime": spec.times[0]}]}, provenance={})
+    writer = ShardWriter(str(path), spec.collection)
+    for region in spec.shards().values():
+        rows, columns = np.mgrid[region.y0 : region.y1, region.x0 : region.x1]
+        image = np.stack([rows + 100, columns + 200, rows + columns + 300])[np.newaxis].astype(np.uint16)
+        status = np.ones(region.shape, np.uint8)
+        status[0, columns >= 700] = 0
+        sources = np.where(status == 1, 0, -1).astype(np.int16)
+        writer.write(region, {"reflectance": image, "status": status, "source_item": sources}, key="k", sources=[])
+    outcome = run("quicklook", path, tmp_path / "q.png", "--width", width, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["width"] <= max(width, 64)
+    with Image.open(tmp_path / "q.png") as image:
+        picture = np.asarray(image)
+    dark = (picture == (32, 32, 36)).all(axis=-1)
+    share = dark[dark.any(axis=1)][:, 8:-8].mean()
+    assert share == pytest.approx(400 / 1100, abs=0.06), "the columns outside the swath"
+
+
+def test_quicklook_reads_no_overview_that_promises_too_much(run: Run, cube: Path, tmp_path: Path) -> None:
+    file = cube / "overview" / "sentinel-2-l2a" / "reflectance" / "zarr.json"
+    document = json.loads(file.read_text())
+    document["chunk_grid"]["configuration"]["chunk_shape"] = [1, 3, 1 << 16, 1 << 16]
+    file.write_text(json.dumps(document))
+    with pytest.raises(IntegrityError, match="does not say what its collection says"):
+        open_cube(cube).overview("sentinel-2-l2a")
 
 
 @pytest.mark.parametrize(

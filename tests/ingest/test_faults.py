@@ -25,6 +25,7 @@ ROWS = [
     *(f"Z{n:02}" for n in range(1, 24)),
     *(f"D{n:02}" for n in range(1, 16)),
     *(f"C{n:02}" for n in range(1, 11)),
+    *(f"L{n:02}" for n in range(1, 11)),
 ]
 FIRST = {
     "R01", "R05", "R12", "S04", "S13", "Z01", "Z02", "Z04", "Z05", "Z06", "Z07", "D15",
@@ -36,7 +37,7 @@ FIRST = {
 def test_the_table_is_complete_and_its_tests_exist(repository: Path) -> None:
     table: dict[str, str] = {}
     for line in (repository / "docs" / "faults.md").read_text(encoding="utf-8").splitlines():
-        if found := re.match(r"\| ([RSZDC]\d\d) \|", line):
+        if found := re.match(r"\| ([RSZDCL]\d\d) \|", line):
             assert found[1] not in table, f"{found[1]} is there twice"
             table[found[1]] = line
     assert list(table) == ROWS

@@ -1,0 +1,127 @@
+"""Who may ask the pages that this machine serves: a browser that was led here by a foreign name gets nothing.
+
+A page of a stranger can make its own name lead to 127.0.0.1 (DNS rebinding) and then read what a local server answers
+as if it were its own. Such requests carry that name in their Host header. An address in digits cannot be led elsewhere,
+so requests that name one, or `localhost`, or a name this server was given, are answered, and others are not.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+__all__ = ["HostCheck", "guard_application", "machine_names", "why_refused"]
+
+_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+
+
+def why_refused(host: str | None, origin: str | None, names: Collection[str] = ()) -> str | None:
+    """Why a request is refused, or None where it may be answered.
+
+    Args:
+        host: Its Host header. Only programs leave it out.
+        origin: Its Origin header, which browsers send with what a script asks for.
+        names: Further names of the server, in lower case.
+
+    >>> why_refused("127.0.0.1:8787", None), why_refused("localhost", "http://localhost")
+    (None, None)
+    >>> why_refused("rebound.example:8787", None)
+    "the Host header names 'rebound.example', which is not this server"
+    """
+    if host and not _is_own(_parts(host)[0], names):
+        return f"the Host header names {_parts(host)[0][:80]!r}, which is not this server"
+    if origin is not None and host:
+        parts = urlsplit(origin) if "://" in origin else None
+        there = _parts(parts.netloc, _PORTS.get(parts.scheme)) if parts else ("", None)
+        if there[0] != _parts(host)[0] or there[1] != _parts(host, _PORTS.get(parts.scheme) if parts else None)[1]:
+            return f"the request comes from a page of {origin[:80]!r}, which is not this server"
+    return None
+
+
+def machine_names() -> frozenset[str]:
+    """Names of this machine, in lower case; nobody else is asked for them."""
+    name = socket.gethostname().lower()
+    return frozenset({name, name.partition(".")[0]} - {""})
+
+
+def _parts(netloc: str, port: int | None = None) -> tuple[str, int | None]:
+    """(name in lower case, port) of a Host header; a port that is not a number is none."""
+    try:
+        found = urlsplit(f"//{netloc}")
+        return (found.hostname or "").rstrip(".").lower(), found.port or port
+    except ValueError:
+        return netloc.lower(), None
+
+
+def _is_own(name: str, names: Collection[str]) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost") or name in names
+    return True
+
+
+def guard_application(application: Any, names: Collection[str] = ()) -> None:
+    """Let a Tornado application answer such requests only, whatever its pages are; also those of its web sockets.
+
+    Args:
+        application: Of a scheduler or worker of Dask. A second guard changes nothing.
+        names: As in `why_refused`.
+    """
+    from tornado.web import RequestHandler
+
+    if getattr(application, "guarded_by_terrashard", False):
+        return
+
+    class Refused(RequestHandler):
+        def initialize(self, reason: str) -> None:
+            self.reason = reason
+
+        def prepare(self) -> None:
+            self.set_status(403)
+            self.set_header("Content-Type", "text/plain; charset=utf-8")
+            self.finish(f"refused: {self.reason}\n")
+
+    find = application.find_handler
+
+    def find_guarded(request: Any, **more: Any) -> Any:
+        reason = why_refused(request.headers.get("Host"), request.headers.get("Origin"), names)
+        if reason is None:
+            return find(request, **more)
+        return application.get_handler_delegate(request, Refused, {"reason": reason})
+
+    application.find_handler = find_guarded
+    application.guarded_by_terrashard = True
+
+
+class HostCheck:
+    """The same for an ASGI application.
+
+    Args:
+        application: What answers the requests that may be answered.
+        names: As in `why_refused`.
+    """
+
+    def __init__(self, application: Any, names: Collection[str] = ()) -> None:
+        self._application = application
+        self._names = frozenset(names)
+
+    async def __call__(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[Any]],
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ) -> None:
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope.get("headers", ())}
+        reason = why_refused(headers.get(b"host"), headers.get(b"origin"), self._names)
+        if reason is None or scope["type"] not in ("http", "websocket"):
+            await self._application(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            kind = [(b"content-type", b"text/plain; charset=utf-8")]
+            await send({"type": "http.response.start", "status": 403, "headers": kind})
+            await send({"type": "http.response.body", "body": f"refused: {reason}\n".encode()})
