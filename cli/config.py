@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.regular import check_regular, read_regular
 
 __all__ = ["apply_to_options", "build", "merge", "parse_override", "read_settings", "read_toml"]
 
@@ -31,9 +32,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         InvalidInput: It does not exist, is too large, or is not TOML; the message names file and line.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        if check_regular(path).st_size > _MAX_BYTES:
             raise InvalidInput(f"{path} has more than {_MAX_BYTES} bytes; expected a TOML file written by hand")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_regular(path, _MAX_BYTES).decode())
     except FileNotFoundError as error:
         raise InvalidInput(f"configuration file {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:

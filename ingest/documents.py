@@ -33,6 +33,7 @@ from ingest.hrefs import (
     same_origin,
 )
 from zarr_store.errors import AccessError, InvalidInput
+from zarr_store.regular import check_regular, read_regular
 
 __all__ = ["MAX_JSON_BYTES", "Documents", "HttpStatusError", "parse_json"]
 
@@ -109,10 +110,10 @@ class Documents:
             return self.request(location)
         path = Path(location)
         try:
-            size = path.stat().st_size
+            size = check_regular(path).st_size
             if size > MAX_JSON_BYTES:
                 raise _too_large(location, size)
-            data = path.read_bytes()
+            data = read_regular(path, MAX_JSON_BYTES)
         except OSError as error:
             raise InvalidInput(f"cannot read {location}: {error.strerror or error}; check the path") from error
         return parse_json(data, location)

@@ -7,7 +7,6 @@ head is known, and where it came from. No redirect to another host is followed.
 from __future__ import annotations
 
 import functools
-import io
 import os
 import re
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import urllib3
 from ingest.buckets import bucket_url
 from ingest.connections import PatientRetry, PrivatePeerError, check_peers
 from ingest.hrefs import redact_logs
-from ingest.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, RangeFile, Span
+from ingest.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, Span
 from ingest.rates import Crowd, wait_for_turn
 from ingest.sign import signed
 from zarr_store.errors import AccessError, InvalidInput
@@ -38,9 +37,9 @@ __all__ = [
     "heads",
     "innermost",
     "peek",
+    "read_beside",
     "redact",
     "stream_whole",
-    "with_sidecar",
 ]
 
 DRIVERS = (
@@ -57,7 +56,6 @@ _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _BUSY = (429, 503)
 _crowd = Crowd()
 _MOST_WHOLE = 256 << 20
-_MOST_SIDECAR = 1 << 20
 
 
 class PermanentError(Exception):
@@ -202,30 +200,32 @@ def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> Non
         raise TransientError(f"the answer broke off after {came} of {head.size} bytes")
 
 
-def with_sidecar(file: RangeFile, href: str, access: Access) -> Callable[..., io.RawIOBase | io.BytesIO]:
-    """Opens the file, and beside it NAME.aux.xml, where the georeference of a raw codestream is."""
+def read_beside(href: str, access: Access, most: int) -> bytes | None:
+    """NAME.aux.xml beside a remote file, where the georeference of a raw codestream is; None where there is none.
+
+    Raises:
+        TransientError: Whether there is one cannot be known.
+        PermanentError: It is larger than `most` bytes.
+    """
     parts = urlsplit(href)
     beside = parts._replace(path=f"{parts.path}.aux.xml").geturl()
-    sidecar: list[bytes | None] = []
-
-    def fetch() -> bytes | None:
-        pool = _pool(os.getpid(), access)
+    pool = _pool(os.getpid(), access)
+    wait_for_turn(beside, access.rates)
+    try:
         reply = pool.request("GET", _signed(beside, access, pool), redirect=False, preload_content=False)
         try:
-            return reply.read(_MOST_SIDECAR, decode_content=True) if reply.status == 200 else None
+            if reply.status in _RETRIED_STATUS:
+                raise TransientError(f"HTTP {reply.status} {reply.reason or ''} for NAME.aux.xml".strip())
+            data = reply.read(most + 1, decode_content=True) if reply.status == 200 else None
         finally:
             reply.close()
-
-    def opener(path: str, mode: str = "rb") -> io.RawIOBase | io.BytesIO:
-        if not path.endswith(".aux.xml"):
-            return file.open(path, mode)
-        if not sidecar:
-            sidecar.append(fetch())
-        if sidecar[0] is None:
-            raise FileNotFoundError(path)
-        return io.BytesIO(sidecar[0])
-
-    return opener
+    except PrivatePeerError as error:
+        raise PermanentError(str(error)) from error
+    except urllib3.exceptions.HTTPError as error:
+        raise TransientError(innermost(error)) from error
+    if data is not None and len(data) > most:
+        raise PermanentError(f"NAME.aux.xml has more than {most} bytes, which no georeference needs")
+    return data
 
 
 @functools.lru_cache(maxsize=2)

@@ -39,11 +39,14 @@ from ingest.task import PlannedScene, Recipe, ShardTask, digest
 from zarr_store.errors import AccessError, InvalidInput, NothingFound
 from zarr_store.grid import Grid
 from zarr_store.regions import Region
+from zarr_store.regular import read_regular
 from zarr_store.spec import LAYOUTS, CubeSpec, Layout
 
 __all__ = ["Drop", "Plan", "make_plan", "plan_scenes"]
 
 _FORMAT = 1
+_MOST_BYTES = 1 << 30
+"""Of a plan file."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ class Plan:
             InvalidInput: Not readable or not a plan.
         """
         try:
-            text = Path(path).read_bytes()
+            text = read_regular(path, _MOST_BYTES)
         except OSError as error:
             raise InvalidInput(f"cannot read plan {path}: {error.strerror or error}") from error
         return cls.from_json(text, str(path))

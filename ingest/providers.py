@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ingest.buckets import BucketRule
 from ingest.sign import STORAGE_HOSTS, TOKEN_URL, SignRule
 from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.regular import check_regular, read_regular
 
 __all__ = ["GENERIC", "PROVIDERS", "OffsetRule", "ProviderRule", "find_provider", "load_provider_file"]
 
@@ -197,11 +198,11 @@ def load_provider_file(path: str | Path) -> ProviderRule:
         UnknownName: A key that no rule has; the nearest one is named.
     """
     try:
-        if Path(path).stat().st_size > _MAX_FILE_BYTES:
+        if check_regular(path).st_size > _MAX_FILE_BYTES:
             raise InvalidInput(
                 f"provider file {path} has more than {_MAX_FILE_BYTES} bytes; expected a short TOML file"
             )
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(read_regular(path, _MAX_FILE_BYTES).decode())
     except OSError as error:
         raise InvalidInput(f"cannot read provider file {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -13,8 +13,12 @@ from pydantic import ValidationError
 
 from jaxtrain.config import TrainConfig
 from zarr_store.errors import InvalidInput, TerrashardError, UnknownName
+from zarr_store.regular import read_regular
 
 __all__ = ["main", "read_config", "resolve_cube"]
+
+_MOST_BYTES = 1_000_000
+"""Of a configuration file, which is written by hand."""
 
 
 def resolve_cube(cube: str | Sequence[str], config_folder: Path) -> str | tuple[str, ...]:
@@ -32,7 +36,7 @@ def read_config(path: Path) -> TrainConfig:
         UnknownName: It has a key that does not exist; the nearest one is named.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_regular(path, _MOST_BYTES).decode())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidInput(f"cannot read configuration {path}: {error}; expected a TOML file") from error
     try:
