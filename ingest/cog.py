@@ -25,6 +25,7 @@ import rasterio
 import rasterio.shutil
 from rasterio.windows import Window
 
+from ingest.drivers import limit_raster_drivers
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
 from zarr_store.grid import Grid
 
@@ -102,6 +103,7 @@ class CogWriter:
         self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
         self._raw = self._part.with_name(self._part.name + ".tif")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        limit_raster_drivers()
         with _disk_errors(self.path):
             self._dataset = rasterio.open(
                 self._raw,

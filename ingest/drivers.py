@@ -24,7 +24,7 @@ __all__ = ["RASTER_DRIVERS", "VECTOR_DRIVERS", "limit_raster_drivers", "limit_ve
 RASTER_DRIVERS = frozenset({"GTiff", "JP2OpenJPEG"})
 """Formats of rasters that are opened."""
 VECTOR_DRIVERS = frozenset({"GeoJSON", "GPKG", "FlatGeobuf", "ESRI Shapefile"})
-"""Formats of polygons that can be opened; GPKG for those who write with pyogrio: `ingest.geopackage` reads without it."""
+"""Formats of polygons that can be opened; GPKG is there for writing, as `ingest.geopackage` reads without OGR."""
 _BLIND = frozenset({"COG", "VRT"})
 """Drivers that make datasets for us. They stay, and are unable to open anything.
 

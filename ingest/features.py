@@ -1,4 +1,4 @@
-"""Polygons with a class out of files: GeoJSON, GeoPackage, FlatGeobuf, shapefiles and GeoParquet, each by one reader."""
+"""Polygons with a class out of files: GeoJSON, GeoPackage, FlatGeobuf, shapefiles, GeoParquet, each by one reader."""
 
 from __future__ import annotations
 

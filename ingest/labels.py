@@ -26,6 +26,7 @@ from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from ingest.alignment import mirrored_fit
+from ingest.drivers import limit_raster_drivers
 from ingest.features import Features, is_vector, read_features
 from ingest.header import grid_of
 from ingest.opening import TIFF, open_geotiff
@@ -215,6 +216,7 @@ def _burn(
             fill, dtype = NOT_LABELLED if background is None else value_of[background], "uint8"
         if not pairs:
             return np.full(window.shape, fill, dtype)
+        limit_raster_drivers()
         burnt: Box = rasterize(
             pairs, out_shape=window.shape, transform=window.affine, fill=fill, all_touched=all_touched, dtype=dtype
         )
