@@ -41,6 +41,7 @@ from ingest.ranges import RangeFile, tie
 from ingest.recent import Recent
 from ingest.sidecar import MOST_SIDECAR_BYTES, georeference_only
 from ingest.sign import Signing, SignRule
+from zarr_store.crs import parse_crs
 from zarr_store.errors import AssetUnreadable, InvalidInput
 
 __all__ = [
@@ -315,6 +316,11 @@ def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: 
     """Refuse what is not one plain band of sane size, before anything is decoded."""
     if dataset.count != 1:
         raise PermanentError(f"expected one band, the file has {dataset.count}")
+    if dataset.crs is not None:
+        try:
+            parse_crs(dataset.crs.to_wkt())
+        except InvalidInput as error:
+            raise PermanentError(str(error)) from error
     dtype = dataset.dtypes[0]
     if dtype.startswith("complex") or dtype not in np.sctypeDict:
         raise PermanentError(f"expected an integer or float band, the file has {dtype}")

@@ -16,6 +16,7 @@ from pyproj.exceptions import ProjError
 from shapely.errors import ShapelyError
 
 from ingest.vectors import VECTOR_SUFFIXES, Table, check_attribute, check_start, read_table
+from zarr_store.crs import parse_crs
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 
@@ -133,7 +134,7 @@ def _read_parquet(path: Path, attribute: str | None) -> Table:
 
 def _project(geometries: Geometries, crs: str, grid: Grid, path: Path) -> Geometries:
     try:
-        source, target = pyproj.CRS.from_user_input(crs), pyproj.CRS(grid.crs)
+        source, target = parse_crs(crs), pyproj.CRS(grid.crs)
         if source == target:
             return geometries
         transformer = pyproj.Transformer.from_crs(source, target, always_xy=True)

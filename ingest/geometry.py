@@ -24,6 +24,7 @@ from shapely.geometry import box, mapping, shape
 from shapely.geometry.base import BaseGeometry
 
 from ingest.geopackage import open_geopackage
+from zarr_store.crs import parse_crs
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import open_regular, read_regular
 
@@ -97,7 +98,7 @@ def to_lonlat(geometry: BaseGeometry, crs: str | None, where: str) -> BaseGeomet
         InvalidInput: The CRS is unknown, or does not reach there.
     """
     try:
-        source = pyproj.CRS.from_user_input(crs) if crs is not None else None
+        source = parse_crs(crs) if crs is not None else None
         if source is not None and not _is_lonlat(source):
             west, south, east, north = geometry.bounds
             step = max(east - west, north - south) / _PARTS

@@ -127,13 +127,15 @@ def test_nothing_is_touched_but_the_file_that_was_named(corpus: tuple[list[Path]
     assert server.requests == []
 
 
-@pytest.mark.skipif(
-    shutil.which("strace") is None and "CI" not in os.environ, reason="strace is not here; .ci/run installs it"
-)
 def test_every_path_and_address_of_a_hostile_corpus_is_listed(
     corpus: tuple[list[Path], Path, Any], tmp_path: Path
 ) -> None:
     """The system calls of the reading process, file by file: only that file, and no connection at all."""
+    probe = shutil.which("strace") and subprocess.run(
+        ["strace", "-o", str(tmp_path / "probe"), "true"], capture_output=True, timeout=20, check=False
+    )
+    if not probe or probe.returncode:
+        pytest.skip("no strace, or it may trace nothing here (.ci/run installs it); the test above needs none")
     paths, beside, server = corpus
     log = tmp_path / "trace"
     came = read_in_child(
@@ -299,7 +301,7 @@ def test_a_codestream_whose_server_answers_every_name_ends(tmp_path: Path, make_
         ("<!DOCTYPE a [<!ENTITY b 'c'>]><PAMDataset/>", "declares a document type"),
         ("<PAMDataset><SRS>/etc/passwd</SRS></PAMDataset>", "coordinate reference system as WKT"),
         ("<PAMDataset><SRS>http://127.0.0.1/x</SRS></PAMDataset>", "coordinate reference system as WKT"),
-        ('<PAMDataset><SRS>PROJCS["a",PARAMETERFILE["b","/x"]]</SRS></PAMDataset>', "as WKT"),
+        ('<PAMDataset><SRS>PROJCS["a",PARAMETERFILE["b","/x"]]</SRS></PAMDataset>', "names a file"),
         ("<PAMDataset><GeoTransform>1,2,3</GeoTransform></PAMDataset>", "six numbers"),
         ("<PAMDataset><GeoTransform>1,2,3,4,5,nan</GeoTransform></PAMDataset>", "six numbers"),
         ("<PAMDataset", "cannot be read"),
