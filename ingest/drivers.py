@@ -51,9 +51,12 @@ class _Callbacks(ctypes.Structure):
     )
 
 
-@_Open
-def _refuse(user: int | None, name: bytes | None, mode: bytes | None) -> None:
+def _find_nothing(user: int | None, name: bytes | None, mode: bytes | None) -> None:
     """There is no file of any name."""
+
+
+_refuse = _Open(_find_nothing)
+"""As C calls it; it lives as long as the process, as GDAL keeps its address."""
 
 
 @dataclass

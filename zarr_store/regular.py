@@ -8,9 +8,9 @@ at again. What is not a regular file is an `OSError`, which every door turns int
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
-from typing import BinaryIO
 
 __all__ = ["check_regular", "open_regular", "read_regular"]
 
@@ -33,7 +33,7 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
     return found
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a regular file for reading, without waiting for anything.
 
     Raises:
