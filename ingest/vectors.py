@@ -99,7 +99,8 @@ def read_table(path: Path, attribute: str | None, layer: str | None) -> Table:
                 file, layer=chosen, columns=[] if attribute is None else [attribute]
             )
     except (DataSourceError, DataLayerError, FeatureError, FieldError, GeometryError) as error:
-        cause = str(error).replace(str(file), str(path))
+        # what follows is advice to name another driver, of which there is none
+        cause = str(error).partition("; It might help")[0].replace(str(file), str(path))
         raise InvalidInput(f"{path} cannot be read as polygons: {cause}") from error
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
