@@ -16,6 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.regular import check_regular
 
 __all__ = ["apply_to_options", "build", "merge", "parse_override", "read_settings", "read_toml"]
 
@@ -32,7 +33,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         InvalidInput: It does not exist, is too large, or is not TOML; the message names file and line.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        if check_regular(path).st_size > _MAX_BYTES:
             raise InvalidInput(f"{path} has more than {_MAX_BYTES} bytes; expected a TOML file written by hand")
         return tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
     except FileNotFoundError as error:

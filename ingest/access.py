@@ -10,19 +10,17 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import rasterio
 import tenacity
 from rasterio.enums import ColorInterp
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import RasterioError
 
 from ingest.buckets import BucketRule
 from ingest.config import IngestConfig, parse_limit
@@ -32,16 +30,19 @@ from ingest.download import (
     TransientError,
     cause_of,
     innermost,
+    read_beside,
     redact,
-    with_sidecar,
 )
-from ingest.found import FoundFile, find
+from ingest.found import FoundFile, find, open_found, read_near
 from ingest.header import RasterHeader
+from ingest.opening import ForeignOverviewsError, open_raster
 from ingest.providers import PROVIDERS
 from ingest.ranges import RangeFile, tie
 from ingest.recent import Recent
+from ingest.sidecar import MOST_SIDECAR_BYTES, georeference_only
 from ingest.sign import Signing, SignRule
 from ingest.waits import pause
+from zarr_store.crs import parse_crs
 from zarr_store.errors import AssetUnreadable, InvalidInput
 
 __all__ = [
@@ -58,13 +59,6 @@ S = TypeVar("S")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-GDAL_OPTIONS: Mapping[str, Any] = {
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no guessing of sidecar files
-    "GDAL_PAM_ENABLED": "NO",
-    "GDAL_CACHEMAX": 128,  # MB per process; blocks of one window, not more
-    "GTIFF_IGNORE_READ_ERRORS": "NO",
-}
-"""Of every open and read. None is about networks: GDAL is given files and bytes, never an address."""
 _CODESTREAM = DRIVERS[-1][0]
 _HEADERS = 512
 """Of files, kept by one process; at most 16 MB."""
@@ -287,6 +281,8 @@ def _telling(found: FoundFile) -> Iterator[None]:
         yield
         if found.file is not None and found.file.error is not None:
             raise found.file.error
+    except ForeignOverviewsError as error:
+        raise PermanentError(str(error)) from error
     except RasterioError as error:
         if found.file is not None and found.file.error is not None:
             raise found.file.error from error
@@ -296,33 +292,37 @@ def _telling(found: FoundFile) -> Iterator[None]:
 
 @contextmanager
 def _dataset(found: FoundFile, href: str, access: Access) -> Iterator[rasterio.io.DatasetReader]:
-    path, magic, file = found.path, found.magic, found.file
+    magic, file = found.magic, found.file
     driver = next((name for start, name in DRIVERS if magic.startswith(start)), None)
     if driver is None:
         raise PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
-    options = dict(GDAL_OPTIONS)
+    georeference = None
     if magic.startswith(_CODESTREAM):  # it has no room for a georeference; that is in NAME.aux.xml beside it
-        options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
-    with rasterio.Env(**options):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # `grid_of` says it as an error
-            if file is None or not found.remote:
-                dataset = rasterio.open(path, driver=driver, sharing=False)
-            else:
-                opener = with_sidecar(file, href, access) if magic.startswith(_CODESTREAM) else file.open
-                name = f"{uuid.uuid4().hex}/{urlsplit(href).path.rpartition('/')[2]}"
-                dataset = rasterio.open(name, driver=driver, sharing=False, opener=opener)
-            if file is not None:
-                tie(dataset, file)
-        with dataset:
-            _check_header(dataset, found.size, access)
-            yield dataset
+        georeference = _georeference(found, href, access)
+    with open_raster(lambda: open_found(found), driver, georeference=georeference) as dataset:
+        if file is not None:
+            tie(dataset, file)
+        _check_header(dataset, found.size, access)
+        yield dataset
+
+
+def _georeference(found: FoundFile, href: str, access: Access) -> bytes | None:
+    data = read_beside(href, access, MOST_SIDECAR_BYTES) if found.remote else read_near(found.path, MOST_SIDECAR_BYTES)
+    try:
+        return None if data is None else georeference_only(data)
+    except InvalidInput as error:
+        raise PermanentError(str(error)) from error
 
 
 def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: Access) -> None:
     """Refuse what is not one plain band of sane size, before anything is decoded."""
     if dataset.count != 1:
         raise PermanentError(f"expected one band, the file has {dataset.count}")
+    if dataset.crs is not None:
+        try:
+            parse_crs(dataset.crs.to_wkt())
+        except InvalidInput as error:
+            raise PermanentError(str(error)) from error
     dtype = dataset.dtypes[0]
     if dtype.startswith("complex") or dtype not in np.sctypeDict:
         raise PermanentError(f"expected an integer or float band, the file has {dtype}")

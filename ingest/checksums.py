@@ -19,6 +19,7 @@ from ingest.download import PermanentError, TransientError, cause_of, redact, st
 from ingest.stored import check_hrefs, kept_plan
 from ingest.task import SourceAsset
 from zarr_store.read import open_cube
+from zarr_store.regular import open_regular
 from zarr_store.verify import draw_shards
 
 __all__ = ["FilesReport", "parse_multihash", "verify_files"]
@@ -123,7 +124,7 @@ def _digest(href: str, name: str, access: Access) -> bytes:
         return running.digest()
     if "://" in href:
         raise PermanentError("GDAL itself reads such hrefs, so the file cannot be had as a whole")
-    with open(href, "rb") as file:
+    with open_regular(href) as file:
         return hashlib.file_digest(file, name).digest()
 
 

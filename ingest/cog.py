@@ -25,6 +25,7 @@ import rasterio
 import rasterio.shutil
 from rasterio.windows import Window
 
+from ingest.drivers import limit_raster_drivers
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
 from zarr_store.grid import Grid
 
@@ -100,6 +101,7 @@ class CogWriter:
         self._block_px = block_px
         # one name per writer: two processes that write the same map must not share a half-made file
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        limit_raster_drivers()
         with _disk_errors(self.path):
             # a folder of this user alone: GDAL itself would write through a link that lies under the name
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent))

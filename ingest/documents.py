@@ -36,6 +36,7 @@ from ingest.hrefs import (
 )
 from zarr_store.bounded import check_weight, read_file
 from zarr_store.errors import AccessError, InvalidInput
+from zarr_store.regular import check_regular
 
 __all__ = ["MAX_JSON_BYTES", "Documents", "HttpStatusError", "parse_json"]
 
@@ -127,8 +128,9 @@ class Documents:
             return self.request(location)
         path = Path(location)
         try:
-            if path.stat().st_size > MAX_JSON_BYTES:
-                raise _too_large(location, path.stat().st_size)
+            size = check_regular(path).st_size
+            if size > MAX_JSON_BYTES:
+                raise _too_large(location, size)
             data = read_file(path, MAX_JSON_BYTES)
         except OSError as error:
             raise InvalidInput(f"cannot read {location}: {error.strerror or error}; check the path") from error

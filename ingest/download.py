@@ -7,7 +7,6 @@ head is known, and where it came from. No redirect to another host is followed.
 from __future__ import annotations
 
 import functools
-import io
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from ingest.answers import TooLongError, read_answer, read_start
 from ingest.buckets import bucket_url
 from ingest.connections import PatientRetry, PrivatePeerError, check_peers
 from ingest.hrefs import redact_logs
-from ingest.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, RangeFile, Span
+from ingest.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, Span
 from ingest.rates import Crowd, wait_for_turn
 from ingest.sign import signed
 from ingest.waits import pause
@@ -41,9 +40,9 @@ __all__ = [
     "heads",
     "innermost",
     "peek",
+    "read_beside",
     "redact",
     "stream_whole",
-    "with_sidecar",
 ]
 
 DRIVERS = (
@@ -64,7 +63,6 @@ MOST_SPAN = 1 << 30
 _MOST_WHOLE = 256 << 20
 _MOST_STREAMED = 64 << 30
 """Of a file whose size its server does not tell; ten times the largest scene."""
-_MOST_SIDECAR = 1 << 20
 
 
 class PermanentError(Exception):
@@ -246,30 +244,31 @@ def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> Non
         raise TransientError(f"the answer broke off after {came} of {head.size} bytes")
 
 
-def with_sidecar(file: RangeFile, href: str, access: Access) -> Callable[..., io.RawIOBase | io.BytesIO]:
-    """Opens the file, and beside it NAME.aux.xml, where the georeference of a raw codestream is."""
+def read_beside(href: str, access: Access, most: int) -> bytes | None:
+    """NAME.aux.xml beside a remote file, where the georeference of a raw codestream is; None where there is none.
+
+    Raises:
+        TransientError: Whether there is one cannot be known.
+        PermanentError: It is larger than `most` bytes.
+    """
     parts = urlsplit(href)
     beside = parts._replace(path=f"{parts.path}.aux.xml").geturl()
-    sidecar: list[bytes | None] = []
-
-    def fetch() -> bytes | None:
-        pool = _pool(os.getpid(), access)
+    pool = _pool(os.getpid(), access)
+    wait_for_turn(beside, access.rates)
+    try:
         reply = pool.request("GET", _signed(beside, access, pool), redirect=False, preload_content=False)
         try:
-            return read_answer(reply, _MOST_SIDECAR) if reply.status == 200 else None
+            if reply.status in _RETRIED_STATUS:
+                raise TransientError(f"HTTP {reply.status} {reply.reason or ''} for NAME.aux.xml".strip())
+            return read_answer(reply, most) if reply.status == 200 else None
         finally:
             reply.close()
-
-    def opener(path: str, mode: str = "rb") -> io.RawIOBase | io.BytesIO:
-        if not path.endswith(".aux.xml"):
-            return file.open(path, mode)
-        if not sidecar:
-            sidecar.append(fetch())
-        if sidecar[0] is None:
-            raise FileNotFoundError(path)
-        return io.BytesIO(sidecar[0])
-
-    return opener
+    except PrivatePeerError as error:
+        raise PermanentError(str(error)) from error
+    except TooLongError as error:
+        raise PermanentError(f"NAME.aux.xml has more than {most} bytes, which no georeference needs") from error
+    except urllib3.exceptions.HTTPError as error:
+        raise TransientError(innermost(error)) from error
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,9 +1,8 @@
-"""Polygons with a class out of files: GeoJSON, GeoPackage, FlatGeobuf and shapefiles by GDAL, GeoParquet by Arrow."""
+"""Polygons with a class out of files: GeoJSON, GeoPackage, FlatGeobuf, shapefiles, GeoParquet, each by one reader."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-import pyogrio
 import pyproj
 import shapely
-from pyogrio.errors import DataLayerError, DataSourceError, FeatureError, FieldError, GeometryError
 from pyproj.exceptions import ProjError
 from shapely.errors import ShapelyError
 
-from zarr_store.errors import InvalidInput, UnknownName
+from ingest.vectors import VECTOR_SUFFIXES, Table, check_attribute, check_start, read_table
+from zarr_store.crs import parse_crs
+from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 
-__all__ = ["VECTOR_SUFFIXES", "Features", "is_vector", "read_features"]
+__all__ = ["Features", "is_vector", "read_features"]
 
-VECTOR_SUFFIXES = (".geojson", ".json", ".gpkg", ".fgb", ".shp", ".parquet", ".geoparquet")
 _PARQUET = (".parquet", ".geoparquet")
-_MOST_BYTES = 4 << 30
 _PARTS = 16
 """An edge longer than this part of the grid's size is cut before it is reprojected: a straight edge becomes a curve."""
 
@@ -68,16 +65,12 @@ def read_features(
         InvalidInput: The file cannot be read, has no polygons, no CRS, or none that touches the grid.
         UnknownName: It has no such layer or attribute.
     """
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise InvalidInput(f"{path} has more than {_MOST_BYTES >> 30} GiB; cut it to the ground of the cube first")
-    except OSError as error:
-        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
+    check_start(path)
     if attribute is None and numbers:
         raise InvalidInput(f"--values of polygons needs --attribute, which of {path} holds the number")
-    wkb, values, crs = (
-        _read_parquet(path, attribute) if path.suffix.lower() in _PARQUET else _read_gdal(path, attribute, layer)
-    )
+    parquet = path.suffix.lower() in _PARQUET
+    table = _read_parquet(path, attribute) if parquet else read_table(path, attribute, layer)
+    wkb, values, crs = table.wkb, table.values, table.crs
     try:
         geometries = shapely.from_wkb(wkb, on_invalid="raise")
     except ShapelyError as error:
@@ -116,26 +109,7 @@ def _text(value: Any) -> str:
     return str(int(value)) if number else str(value).strip()
 
 
-def _read_gdal(path: Path, attribute: str | None, layer: str | None) -> tuple[Any, Any, str]:
-    try:
-        layers = [str(name) for name in pyogrio.list_layers(path)[:, 0]]
-        if layer is not None and layer not in layers:
-            raise UnknownName.of("layer", layer, layers, f"{path} (--layer)")
-        if layer is None and len(layers) != 1:
-            raise InvalidInput(f"{path} has the layers {', '.join(layers) or 'none'}; name one with --layer")
-        fields = [str(name) for name in pyogrio.read_info(path, layer=layer or layers[0])["fields"]]
-        _check_attribute(attribute, fields, path)
-        meta, _, geometry, columns = pyogrio.raw.read(
-            path, layer=layer or layers[0], columns=[] if attribute is None else [attribute]
-        )
-    except (DataSourceError, DataLayerError, FeatureError, FieldError, GeometryError) as error:
-        raise InvalidInput(f"{path} cannot be read as polygons: {error}") from error
-    if not meta["crs"]:
-        raise InvalidInput(f"{path} states no CRS; assign one, e.g. with ogr2ogr -a_srs EPSG:…")
-    return geometry, columns[0] if columns else None, str(meta["crs"])
-
-
-def _read_parquet(path: Path, attribute: str | None) -> tuple[Any, Any, str]:
+def _read_parquet(path: Path, attribute: str | None) -> Table:
     """GeoParquet 1.x: WKB and, as PROJJSON, the CRS; none stated is longitude and latitude."""
     try:
         file = pq.ParquetFile(path)
@@ -144,7 +118,7 @@ def _read_parquet(path: Path, attribute: str | None) -> tuple[Any, Any, str]:
         stated = about["columns"][column]
         if stated["encoding"] != "WKB":
             raise InvalidInput(f"{path}: geometries are encoded as {stated['encoding']}, expected WKB")
-        _check_attribute(attribute, [n for n in file.schema_arrow.names if n != column], path)
+        check_attribute(attribute, [n for n in file.schema_arrow.names if n != column], path)
         table = file.read(columns=[column] if attribute is None else [column, attribute])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InvalidInput):
@@ -155,17 +129,12 @@ def _read_parquet(path: Path, attribute: str | None) -> tuple[Any, Any, str]:
         raise InvalidInput(f"{path} says that its CRS is not known; state it in the file")
     values = None if attribute is None else table[attribute].to_pandas().to_numpy(object)
     wkb = np.array(table[column].to_pylist(), object)
-    return wkb, values, json.dumps(crs) if isinstance(crs, dict) else str(crs)
-
-
-def _check_attribute(attribute: str | None, known: Sequence[str], path: Path) -> None:
-    if attribute is not None and attribute not in known:
-        raise UnknownName.of("attribute", attribute, known, f"{path} (--attribute)")
+    return Table(wkb, values, json.dumps(crs) if isinstance(crs, dict) else str(crs))
 
 
 def _project(geometries: Geometries, crs: str, grid: Grid, path: Path) -> Geometries:
     try:
-        source, target = pyproj.CRS.from_user_input(crs), pyproj.CRS(grid.crs)
+        source, target = parse_crs(crs), pyproj.CRS(grid.crs)
         if source == target:
             return geometries
         transformer = pyproj.Transformer.from_crs(source, target, always_xy=True)

@@ -7,12 +7,13 @@ and cannot be told to wait.
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urlsplit
 
 from ingest.download import (
@@ -28,11 +29,14 @@ from ingest.download import (
     redact,
 )
 from ingest.ranges import Head, RangeFile, Span
+from zarr_store.bounded import read_file
+from zarr_store.errors import InvalidInput
+from zarr_store.regular import open_regular
 
 if TYPE_CHECKING:
     from ingest.access import Access
 
-__all__ = ["FoundFile", "file_version", "find"]
+__all__ = ["FoundFile", "file_version", "find", "open_found", "read_near"]
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +105,36 @@ def file_version(href: str, access: Access) -> str | None:
     return _local_head(href, b"", identity).version
 
 
+def open_found(found: FoundFile) -> io.RawIOBase | BinaryIO:
+    """A fresh handle of the file, for GDAL."""
+    file = found.file
+    assert file is not None, "an empty file has no format"
+    if found.remote:
+        return file.open(found.path)
+    stream = open_regular(found.path)
+    if (found.path, *_identity(os.fstat(stream.fileno()))) == found.version:
+        return stream
+    stream.close()
+    file.error = TransientError("the file was replaced while it was read")
+    raise FileNotFoundError(found.path)
+
+
+def read_near(path: str, most: int) -> bytes | None:
+    """NAME.aux.xml beside a local file; None where there is none.
+
+    Raises:
+        PermanentError: It is no regular file, or larger than `most` bytes.
+    """
+    try:
+        return read_file(f"{path}.aux.xml", most, "NAME.aux.xml beside the file")
+    except FileNotFoundError:
+        return None
+    except InvalidInput as error:
+        raise PermanentError(str(error)) from error
+    except OSError as error:
+        raise PermanentError(f"NAME.aux.xml beside the file: {error.strerror or error}") from error
+
+
 def _find_remote(href: str, access: Access, fresh: bool) -> FoundFile:
     known = heads(os.getpid())
     head = None if fresh else known.get(href)
@@ -118,7 +152,7 @@ def _find_remote(href: str, access: Access, fresh: bool) -> FoundFile:
 
 def _find_local(path: str) -> FoundFile:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             magic, identity = stream.read(_MAGIC_BYTES), _identity(os.fstat(stream.fileno()))
     except OSError as error:
         raise PermanentError(error.strerror or type(error).__name__) from error
@@ -144,7 +178,7 @@ def _read_local(path: str, identity: tuple[int, int, int, int], span: Span) -> b
     if span[1] - span[0] > MOST_SPAN:
         raise PermanentError(f"{span[1] - span[0]} bytes of the file are wanted at once; at most {MOST_SPAN} are read")
     try:
-        with open(path, "rb", buffering=0) as stream:
+        with open_regular(path) as stream:
             if _identity(os.fstat(stream.fileno())) != identity:
                 raise TransientError("the file was replaced while it was read")
             return os.pread(stream.fileno(), span[1] - span[0], span[0])

@@ -7,10 +7,9 @@ the antimeridian is cut there.
 from __future__ import annotations
 
 import json
+import os
 import re
-import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,11 @@ from shapely.errors import ShapelyError
 from shapely.geometry import box, mapping, shape
 from shapely.geometry.base import BaseGeometry
 
+from ingest.geopackage import open_geopackage
 from zarr_store.bounded import load_json, read_file
+from zarr_store.crs import parse_crs
 from zarr_store.errors import InvalidInput
+from zarr_store.regular import open_regular
 
 __all__ = ["bare_geometry", "load_geometry", "to_lonlat"]
 
@@ -46,9 +48,8 @@ def load_geometry(path: str | Path) -> dict[str, Any]:
     """
     where = str(path)
     try:
-        size = Path(path).stat().st_size
-        data = b"" if size > _MAX_BYTES else read_file(path, _MAX_BYTES, f"geometry file {path}")
-        start = data[:16]
+        with open_regular(path) as stream:
+            start, size = stream.read(16), os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise InvalidInput(f"cannot read geometry file {path}: {error.strerror or error}") from error
     if size > _MAX_BYTES:
@@ -61,6 +62,7 @@ def load_geometry(path: str | Path) -> dict[str, Any]:
         raise InvalidInput(
             f"geometry file {path}: expected GeoJSON, WKT, GeoParquet or GeoPackage; convert it, e.g. with ogr2ogr"
         )
+    data = read_file(path, _MAX_BYTES, f"geometry file {path}")
     if re.match(rb"\s*(SRID=\d+;)?\s*(MULTI)?(POINT|LINESTRING|POLYGON)|\s*(SRID=\d+;)?\s*GEOMETRYCOLLECTION", data):
         return _joined([_wkt(data, where)], where)
     try:
@@ -100,7 +102,7 @@ def to_lonlat(geometry: BaseGeometry, crs: str | None, where: str) -> BaseGeomet
         InvalidInput: The CRS is unknown, or does not reach there.
     """
     try:
-        source = pyproj.CRS.from_user_input(crs) if crs is not None else None
+        source = parse_crs(crs) if crs is not None else None
         if source is not None and not _is_lonlat(source):
             west, south, east, north = geometry.bounds
             step = max(east - west, north - south) / _PARTS
@@ -210,34 +212,15 @@ def _values(file: Any, name: str, path: str | Path) -> Iterator[Any]:
 
 
 def _geopackage(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:
-    uri = f"{Path(path).resolve().as_uri()}?mode=ro&immutable=1"
+    with open_geopackage(path) as package:
+        if len(package.layers) != 1:
+            names = ", ".join(package.layers) or "none"
+            raise InvalidInput(f"{path}: expected one layer of features, got {names}; keep one of them")
+        layer = package.layer(package.layers[0])
+        wkb, _ = package.read(layer, most=_MAX_ROWS)
     try:
-        with closing(sqlite3.connect(uri, uri=True)) as database:
-            layers = database.execute(
-                "SELECT g.table_name, g.column_name, s.organization, s.organization_coordsys_id, s.definition FROM "
-                "gpkg_geometry_columns g JOIN gpkg_spatial_ref_sys s ON g.srs_id = s.srs_id"
-            ).fetchall()
-            if len(layers) != 1:
-                names = ", ".join(str(layer[0]) for layer in layers) or "none"
-                raise InvalidInput(f"{path}: expected one layer of features, got {names}; keep one of them")
-            table, column, organisation, code, definition = layers[0]
-            crs = f"{organisation}:{code}" if str(organisation).upper() == "EPSG" else str(definition)
-            quoted = [f'"{str(name).replace(chr(34), chr(34) * 2)}"' for name in (column, table)]
-            rows = database.execute(f"SELECT {quoted[0]} FROM {quoted[1]} LIMIT {_MAX_ROWS + 1}").fetchall()
-            if len(rows) > _MAX_ROWS:
-                raise InvalidInput(f"{path}: more than {_MAX_ROWS} features; simplify it")
-            for (blob,) in rows:
-                if blob is not None:
-                    yield shapely.force_2d(shapely.from_wkb(_wkb_of(blob))), crs
-    except (sqlite3.Error, ShapelyError, ValueError, IndexError) as error:
-        if isinstance(error, InvalidInput):
-            raise
+        for value in wkb:
+            if value is not None:
+                yield shapely.force_2d(shapely.from_wkb(value)), layer.crs
+    except ShapelyError as error:
         raise InvalidInput(f"{path}: unreadable GeoPackage ({error})") from error
-
-
-def _wkb_of(blob: bytes) -> bytes:
-    """WKB behind the header of a GeoPackage geometry, whose length depends on the envelope that it holds."""
-    if blob[:2] != b"GP":
-        raise ValueError("a geometry does not begin with GP")
-    envelope = (blob[3] >> 1) & 0b111
-    return blob[8 + (0, 32, 48, 48, 64)[envelope] :]

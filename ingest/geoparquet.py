@@ -19,6 +19,7 @@ from shapely.errors import ShapelyError
 from shapely.geometry import mapping, shape
 
 from zarr_store.errors import InvalidInput
+from zarr_store.regular import check_regular, open_regular
 
 __all__ = ["decoded_batches", "is_parquet", "read_items", "write_items"]
 
@@ -32,7 +33,7 @@ _ROWS_AT_ONCE = 32
 def is_parquet(path: str | Path) -> bool:
     """Whether a local file begins as Parquet does."""
     try:
-        with Path(path).open("rb") as stream:
+        with open_regular(path) as stream:
             return stream.read(4) == b"PAR1"
     except OSError:
         return False
@@ -45,6 +46,7 @@ def read_items(path: str | Path) -> list[dict[str, Any]]:
         InvalidInput: Unreadable, too large, or not a table of STAC items.
     """
     try:
+        check_regular(path)
         file = pq.ParquetFile(path)
         lacking = {"id", "assets", "geometry"} - set(file.schema_arrow.names)
         if lacking:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ingest.patches import ImportReport, read_patch
 from zarr_store.errors import InvalidInput
+from zarr_store.regular import check_regular
 from zarr_store.samples import Sample, SampleSpec, write_samples
 
 __all__ = ["import_scene"]
@@ -73,6 +74,7 @@ def _read(path: Path) -> tuple[npt.NDArray[Any], float, float]:
     if path.suffix.lower() != ".npy":
         return read_patch(path)
     try:
+        check_regular(path)
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path} cannot be read as an array: {error}") from error

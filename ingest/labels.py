@@ -20,21 +20,23 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import rasterio
 import shapely
 from rasterio.errors import RasterioError
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from ingest.alignment import mirrored_fit
+from ingest.drivers import limit_raster_drivers
 from ingest.features import Features, is_vector, read_features
 from ingest.header import grid_of
+from ingest.opening import TIFF, open_geotiff
 from ingest.resample import pick_resampling, place
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.grid import Grid
 from zarr_store.labels import NOT_LABELLED, LabelKind, LabelLayer, LabelSpec, label_boxes, write_label
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
+from zarr_store.regular import open_regular
 
 __all__ = ["LabelReport", "LabelResampling", "import_labels"]
 
@@ -43,7 +45,6 @@ Draw = Callable[[Region], Box]
 Progress = Callable[[int, int], None]
 LabelResampling = Literal["auto", "nearest", "mode", "average", "bilinear"]
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NONE = -(1 << 31)
 _HALF_PX = 0.1
 """A shift within this of half a pixel is taken for a confusion of pixel centres and corners."""
@@ -174,7 +175,7 @@ def import_labels(
 
 def _digest(source: Path) -> str:
     try:
-        with source.open("rb") as file:
+        with open_regular(source) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InvalidInput(f"cannot read {source}: {error.strerror or error}") from error
@@ -215,6 +216,7 @@ def _burn(
             fill, dtype = NOT_LABELLED if background is None else value_of[background], "uint8"
         if not pairs:
             return np.full(window.shape, fill, dtype)
+        limit_raster_drivers()
         burnt: Box = rasterize(
             pairs, out_shape=window.shape, transform=window.affine, fill=fill, all_touched=all_touched, dtype=dtype
         )
@@ -234,12 +236,12 @@ def _warp(
     warnings: list[str],
 ) -> tuple[Draw, tuple[tuple[int, str], ...]]:
     """Draws the raster's pixels of a box on the cube's grid."""
-    with source.open("rb") as file:
-        if file.read(4) not in _TIFF:
+    with open_regular(source) as file:
+        if file.read(4) not in TIFF:
             raise InvalidInput(
                 f"{source} is neither a GeoTIFF nor, by its name, polygons; convert it with gdal_translate or ogr2ogr"
             )
-    with _opened(source) as dataset:
+    with open_geotiff(source) as dataset:
         try:
             theirs = grid_of(dataset)
         except InvalidInput as error:
@@ -264,11 +266,11 @@ def _warp(
     empty = _NONE if kind == "classes" else float("nan")
 
     def read(row: int, col: int, height: int, width: int, into: Any = None) -> Any:
-        try:
-            with _opened(source) as dataset:
+        with open_geotiff(source) as dataset:
+            try:
                 pixels = dataset.read(band, window=Window(col, row, width, height))
-        except RasterioError as error:
-            raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {error}") from error
+            except RasterioError as error:
+                raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {error}") from error
         found = pixels.astype(work)
         if nodata is not None:
             found[pixels == nodata] = empty
@@ -282,10 +284,6 @@ def _warp(
         return _encoded(placed, values, source) if kind == "classes" else placed.astype(np.float32)
 
     return draw, classes
-
-
-def _opened(source: Path) -> Any:
-    return rasterio.open(source, driver="GTiff", sharing=False)
 
 
 def _mapping(names: Mapping[int, str] | None) -> tuple[dict[int, int] | None, tuple[tuple[int, str], ...]]:

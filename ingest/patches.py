@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,13 +21,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import rasterio
 from PIL import Image
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import RasterioError
 from rasterio.warp import transform as warp_points
 
+from ingest.opening import open_geotiff
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.regular import open_regular
 from zarr_store.samples import Sample, SampleSpec, write_samples
 
 __all__ = ["EUROSAT_BANDS", "ImportReport", "Listed", "import_patches", "list_patches", "read_patch"]
@@ -170,7 +170,7 @@ def read_patch(path: Path) -> tuple[npt.NDArray[Any], float, float]:
 
 
 def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
-    with Image.open(path, formats=("JPEG", "PNG")) as picture:
+    with open_regular(path) as file, Image.open(file, formats=("JPEG", "PNG")) as picture:
         if picture.width * picture.height > _MOST_PIXELS:
             raise InvalidInput(f"{path}: {picture.width} × {picture.height} pixels, at most {_MOST_PIXELS} in a patch")
         if picture.mode not in ("RGB", "L"):
@@ -180,19 +180,17 @@ def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _read_raster(path: Path) -> tuple[npt.NDArray[Any], float, float]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(path, driver="GTiff") as source:
-            if source.width * source.height > _MOST_PIXELS or source.count > _MOST_BANDS:
-                raise InvalidInput(f"{path}: {source.count} bands of {source.width} × {source.height}: no patch")
-            size = source.width * source.height * sum(np.dtype(kind).itemsize for kind in source.dtypes)
-            if size > _MOST_DECODED:
-                raise InvalidInput(f"{path}: {size >> 20} MiB once decoded, at most {_MOST_DECODED >> 20} in a patch")
-            values = source.read()
-            if source.crs is None:
-                return values, math.nan, math.nan
-            x, y = source.transform @ (source.width / 2, source.height / 2)
-            (longitude,), (latitude,) = warp_points(source.crs, "EPSG:4326", [x], [y])
+    with open_geotiff(path) as source:
+        if source.width * source.height > _MOST_PIXELS or source.count > _MOST_BANDS:
+            raise InvalidInput(f"{path}: {source.count} bands of {source.width} × {source.height}: no patch")
+        size = source.width * source.height * sum(np.dtype(kind).itemsize for kind in source.dtypes)
+        if size > _MOST_DECODED:
+            raise InvalidInput(f"{path}: {size >> 20} MiB once decoded, at most {_MOST_DECODED >> 20} in a patch")
+        values = source.read()
+        if source.crs is None:
+            return values, math.nan, math.nan
+        x, y = source.transform @ (source.width / 2, source.height / 2)
+        (longitude,), (latitude,) = warp_points(source.crs, "EPSG:4326", [x], [y])
     return values, float(longitude), float(latitude)
 
 

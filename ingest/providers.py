@@ -20,6 +20,7 @@ from ingest.buckets import BucketRule
 from ingest.sign import STORAGE_HOSTS, TOKEN_URL, SignRule
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.regular import check_regular
 
 __all__ = ["GENERIC", "PROVIDERS", "OffsetRule", "ProviderRule", "find_provider", "load_provider_file"]
 
@@ -198,7 +199,7 @@ def load_provider_file(path: str | Path) -> ProviderRule:
         UnknownName: A key that no rule has; the nearest one is named.
     """
     try:
-        if Path(path).stat().st_size > _MAX_FILE_BYTES:
+        if check_regular(path).st_size > _MAX_FILE_BYTES:
             raise InvalidInput(
                 f"provider file {path} has more than {_MAX_FILE_BYTES} bytes; expected a short TOML file"
             )

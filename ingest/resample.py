@@ -20,6 +20,7 @@ from rasterio.enums import Resampling
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 
+from ingest.drivers import limit_raster_drivers
 from ingest.stages import stage
 from ingest.turns import computing
 from zarr_store.grid import Grid
@@ -180,6 +181,7 @@ def _warp_block(pixels: Array, source: Grid, block: Grid, resampling: str, ratio
         "crs": _crs(source.crs),
         "transform": source.affine,
     }
+    limit_raster_drivers()
     with MemoryFile() as memory:
         with memory.open(**profile) as fresh:
             fresh.write(pixels, 1)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zarr_store.errors import InvalidInput
+from zarr_store.regular import open_regular
 
 __all__ = ["MOST_JSON_BYTES", "MOST_METADATA", "check_weight", "load_json", "read_file", "weight_of"]
 
@@ -103,19 +103,12 @@ def read_file(path: str | os.PathLike[str], most: int, where: str = "") -> bytes
         where: What to call it in the error; its path if not given.
 
     Raises:
-        InvalidInput: It is a pipe, a device or a folder, or larger.
-        OSError: It cannot be read.
+        InvalidInput: It is larger.
+        OSError: It cannot be read, or is a pipe, a device or a folder.
     """
-    # a pipe that nobody writes to would be waited for
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as stream:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
-            raise IsADirectoryError(21, "Is a directory", str(path))
-        if not stat.S_ISREG(found.st_mode):
-            raise InvalidInput(f"{where or Path(path)} is a pipe or a device, not a file; give a file")
-        data = stream.read(most + 1) if found.st_size <= most else b""
-        if found.st_size > most or len(data) > most:
-            size = max(found.st_size, len(data))
-            raise InvalidInput(f"{where or Path(path)} has {size} bytes; at most {most} bytes are read")
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        data = stream.read(most + 1) if size <= most else b""
+    if max(size, len(data)) > most:
+        raise InvalidInput(f"{where or Path(path)} has {max(size, len(data))} bytes; at most {most} bytes are read")
     return data

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from pyproj import CRS, Transformer
-from pyproj.exceptions import CRSError
 
+from zarr_store.crs import parse_crs, refuse_file_names
 from zarr_store.errors import InvalidInput
 
 __all__ = ["Bounds", "Grid"]
@@ -53,6 +53,9 @@ class Grid:
                 f"grid must be north-up (a > 0, e < 0, no rotation), got transform {self.transform}; "
                 "warp the data to a north-up grid first"
             )
+        if self.crs.lstrip().startswith("{"):
+            parse_crs(self.crs)
+        refuse_file_names(self.crs)
         if min(self.shape) < 1:
             raise InvalidInput(f"grid must have at least one pixel, got shape {self.shape} (height, width)")
 
@@ -187,18 +190,15 @@ class Grid:
 @lru_cache(64)
 def _crs(text: str) -> CRS:
     """Looking one up takes PROJ as long as decoding some blocks, and each shard asks."""
-    return CRS(text)
+    return parse_crs(text)
 
 
 def normal_crs(crs: object) -> str:
     """The one spelling of a CRS: "EPSG:<code>" where there is a code, else WKT2.
 
     Raises:
-        InvalidInput: The CRS is not known to PROJ.
+        InvalidInput: The CRS is not known to PROJ, or names a file.
     """
-    try:
-        parsed = CRS.from_user_input(crs)
-    except CRSError as error:
-        raise InvalidInput(f"unknown CRS {crs!r}: expected e.g. EPSG:32633 ({error})") from error
+    parsed = parse_crs(crs)
     epsg = parsed.to_epsg()
     return f"EPSG:{epsg}" if epsg else parsed.to_wkt()

@@ -21,11 +21,12 @@ import rasterio
 from rasterio.enums import ColorInterp
 
 from ingest import download as download_module
-from ingest.access import GDAL_OPTIONS, Access, with_asset
+from ingest.access import Access, with_asset
 from ingest.blocks import BlockReader
 from ingest.config import IngestConfig
 from ingest.documents import Documents
 from ingest.hrefs import HrefPolicy, refuse_private_address
+from ingest.opening import GDAL_OPTIONS
 from ingest.ranges import blocks_of, range_file_of
 from ingest.read import read_on_grid
 from ingest.scene import AssetRef

@@ -1,0 +1,53 @@
+"""`parse_crs`: a coordinate reference system out of what a stranger states, which may not name files.
+
+PROJ opens files that the text of a CRS names: grids of datum shifts (`+nadgrids=…`, PARAMETERFILE in WKT, parameters
+in PROJJSON) and lists of definitions (`+init=FILE:NAME`). Items, rasters, polygons and cubes state a CRS, so a name in
+it would make PROJ open any path, and wait for it if it is a pipe. What PROJ's own database knows is not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from pyproj import CRS
+from pyproj.exceptions import CRSError
+
+from zarr_store.errors import InvalidInput
+
+__all__ = ["parse_crs", "refuse_file_names"]
+
+_TEXT = re.compile(r"grids\s*=\s*(?!@null\b)|PARAMETERFILE|PROJ4_GRIDS|\binit\s*=|\bfile\s*=", re.IGNORECASE)
+_INIT = re.compile(r"\+?init\s*=\s*epsg:\d+\s*(\+type=crs)?", re.IGNORECASE)
+"""The old spelling of a code, which names a file only by its form."""
+
+
+def parse_crs(value: object) -> CRS:
+    """A CRS as pyproj understands it: a code, WKT, PROJJSON or a PROJ string.
+
+    Raises:
+        InvalidInput: It is not known to PROJ, or names a file.
+    """
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    refuse_file_names(text)
+    try:
+        parsed = CRS.from_user_input(value)
+        if "PARAMETERFILE" in parsed.to_wkt():
+            raise _named(text)
+    except CRSError as error:
+        raise InvalidInput(f"unknown CRS {text[:200]!r}: expected e.g. EPSG:32633 ({error})") from error
+    return parsed
+
+
+def refuse_file_names(text: str) -> None:
+    """Refuse WKT or a PROJ string that names a file, without parsing it; of PROJJSON only `parse_crs` can tell.
+
+    Raises:
+        InvalidInput: It names one.
+    """
+    if _TEXT.search(text) and not _INIT.fullmatch(text.strip()):
+        raise _named(text)
+
+
+def _named(text: str) -> InvalidInput:
+    return InvalidInput(f"CRS {text[:80]!r} names a file of a datum shift or of definitions; state it as EPSG:<code>")
