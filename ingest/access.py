@@ -32,7 +32,6 @@ from ingest.download import (
     TransientError,
     cause_of,
     innermost,
-    redact,
     with_sidecar,
 )
 from ingest.found import FoundFile, find
@@ -40,6 +39,7 @@ from ingest.header import RasterHeader
 from ingest.providers import PROVIDERS
 from ingest.ranges import RangeFile, tie
 from ingest.recent import Recent
+from ingest.redact import redact_url
 from ingest.sign import Signing, SignRule
 from zarr_store.errors import AssetUnreadable, InvalidInput
 
@@ -208,7 +208,7 @@ def _repeated(
         return retrying(once)
     except (PermanentError, TransientError) as error:
         tried = f" after {attempt} attempts" if attempt > 1 else ""
-        raise AssetUnreadable.of(scene, asset, cause_of(error, href) + tried, redact(href)) from error
+        raise AssetUnreadable.of(scene, asset, cause_of(error, href) + tried, redact_url(href)) from error
 
 
 @contextmanager
@@ -225,7 +225,7 @@ def open_asset(
         with _opened(href, access or Access(), fresh=True) as dataset:
             yield dataset
     except (PermanentError, TransientError) as error:
-        raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact(href)) from error
+        raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact_url(href)) from error
 
 
 def forbid_gdal_threads() -> None:

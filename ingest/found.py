@@ -24,9 +24,9 @@ from ingest.download import (
     fetch_whole,
     heads,
     peek,
-    redact,
 )
 from ingest.ranges import Head, RangeFile, Span
+from ingest.redact import redact_url
 
 if TYPE_CHECKING:
     from ingest.access import Access
@@ -89,7 +89,7 @@ def file_version(href: str, access: Access) -> str | None:
         try:
             return peek(href, access)[1].version
         except (PermanentError, TransientError) as error:
-            log.info("%s: %s", redact(href), cause_of(error, href))
+            log.info("%s: %s", redact_url(href), cause_of(error, href))
             return None
     if "://" in href or href.startswith("/vsi"):
         return None

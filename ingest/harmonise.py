@@ -13,7 +13,7 @@ from typing import Any
 
 from ingest.config import IngestConfig
 from ingest.footprint import footprint_of, to_geojson
-from ingest.hrefs import HrefPolicy, resolve_href, strip_signature
+from ingest.hrefs import HrefPolicy, resolve_href
 from ingest.identity import (
     acquired,
     baseline_of,
@@ -29,6 +29,7 @@ from ingest.identity import (
 from ingest.offsets import decide_offset
 from ingest.products import BandRule, ProductRule, asset_key, choose_bands, find_product, refuse_unsupported
 from ingest.providers import find_provider
+from ingest.redact import strip_signature
 from ingest.scene import AssetRef, Scene
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid, normal_crs

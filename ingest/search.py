@@ -13,8 +13,9 @@ from ingest.config import IngestConfig
 from ingest.dedupe import Duplicate, dedupe
 from ingest.documents import Documents
 from ingest.harmonise import harmonise
-from ingest.hrefs import is_url, redact
+from ingest.hrefs import is_url
 from ingest.products import PRODUCTS, choose_bands, find_product, refuse_unsupported
+from ingest.redact import redact_url
 from ingest.scene import Scene
 from ingest.selection import Selection
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
@@ -112,8 +113,8 @@ def find_items(source: str, config: IngestConfig, *, headers: Mapping[str, str] 
     if not items:
         for name in config.collections:
             if trail.collections and name not in trail.collections:
-                raise UnknownName.of("collection", name, trail.collections, redact(source))
-        raise NothingFound(selection.explain(redact(source)))
+                raise UnknownName.of("collection", name, trail.collections, redact_url(source))
+        raise NothingFound(selection.explain(redact_url(source)))
     return items
 
 

@@ -18,10 +18,10 @@ from shapely.geometry.base import BaseGeometry
 from ingest.clip import is_outside
 from ingest.config import IngestConfig
 from ingest.grouping import Step
-from ingest.hrefs import redact
 from ingest.indices import choose_indices
 from ingest.products import PRODUCTS, BandChoice, ProductRule
 from ingest.read import Stored
+from ingest.redact import redact_url
 from ingest.resample import is_nested
 from ingest.scene import AssetRef, Scene
 from ingest.target import Candidate, project_bounds, region_lonlat, transform_box
@@ -130,7 +130,7 @@ def refuse_unopened(found: Sequence[FoundScene]) -> None:
             asset = one.scene.assets.get(band)
             if asset is not None and looked.error:
                 reason = f"{looked.error} (and no other file of {len(found)} scenes could be opened)"
-                raise AssetUnreadable.of(one.scene.id, asset.key, reason, redact(asset.href))
+                raise AssetUnreadable.of(one.scene.id, asset.key, reason, redact_url(asset.href))
     raise InvalidInput(
         f"none of the {len(found)} scenes has a readable band (first: {found[0].scene.id}, "
         f"lacking {', '.join(found[0].scene.lacking) or 'nothing'}); check --bands and the access rules of the source"
