@@ -110,7 +110,7 @@ def verify_files(
         try:
             if _digest(href, name, access) != digest:
                 different.append(f"{told} is not the file whose {name} its item states")
-        except (PermanentError, TransientError, OSError) as error:
+        except (PermanentError, TransientError, OSError, ValueError) as error:  # also hosts that are no names
             unread.append(f"{told}: {cause_of(error, href)}")
         if on_file:
             on_file(done, len(stated))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ __all__ = ["LonLatBox", "box_region", "footprint_of", "lonlat_box", "meets", "ov
 LonLatBox = tuple[float, float, float, float]
 """(west, south, east, north) in degrees; west > east crosses the antimeridian."""
 
+_FARTHEST = 1080.0
+"""Degrees: longitudes may be counted over the antimeridian, but not round the Earth and round again."""
 _WORLD = box(-180, -90, 180, 90)
 
 
@@ -93,7 +96,10 @@ def _cut(part: BaseGeometry) -> BaseGeometry:
         # west longitudes move behind 180°, so the ring is whole again; the cut brings them back
         part = shapely.transform(part, _unwrap)
     part = part if part.is_valid else shapely.make_valid(part)
-    if part.bounds[0] >= -180 and part.bounds[2] <= 180:
+    west, south, east, north = part.bounds
+    if not all(math.isfinite(v) and abs(v) <= _FARTHEST for v in part.bounds):
+        raise ValueError(f"it reaches to {west:g}, {south:g}, {east:g}, {north:g} degrees")
+    if west >= -180 and east <= 180 and south >= -90 and north <= 90:
         return part
     pieces = [shapely.intersection(affinity.translate(part, shift), _WORLD) for shift in (-360.0, 0.0, 360.0)]
     return shapely.union_all(pieces)

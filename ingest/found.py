@@ -88,7 +88,7 @@ def file_version(href: str, access: Access) -> str | None:
     if urlsplit(href).scheme in _SCHEMES:
         try:
             return peek(href, access)[1].version
-        except (PermanentError, TransientError) as error:
+        except (PermanentError, TransientError, OSError, ValueError) as error:  # also hosts that are no names
             log.info("%s: %s", redact_url(href), cause_of(error, href))
             return None
     if "://" in href or href.startswith("/vsi"):

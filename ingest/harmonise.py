@@ -25,6 +25,7 @@ from ingest.identity import (
     relative_orbit_of,
     text_of,
     tile_of,
+    whole_of,
 )
 from ingest.offsets import decide_offset
 from ingest.products import BandRule, ProductRule, asset_key, choose_bands, find_product, refuse_unsupported
@@ -66,6 +67,8 @@ def harmonise(
     properties = item.get("properties")
     if not isinstance(properties, Mapping) or not isinstance(item.get("assets"), Mapping):
         raise InvalidInput(f"{where}: expected a STAC item with properties and assets; leave it out")
+    if not isinstance(item.get("collection") or "", str):
+        raise InvalidInput(f"{where}: expected the id of a collection, got {str(item['collection'])[:80]!r}")
     collection = item.get("collection") or (config.collections[0] if len(config.collections) == 1 else None)
     refuse_unsupported(collection or "", item)
     product = find_product(item, collection)
@@ -109,7 +112,7 @@ def harmonise(
         relative_orbit=relative_orbit_of(properties, names),
         orbit_direction=text_of(first_of(properties, "sat:orbit_state", "sentinel2:orbit_direction"), lower=True),
         datatake=datatake_of(properties, names, product),
-        cloud_cover=number_of(properties.get("eo:cloud_cover")),
+        cloud_cover=_percent(properties.get("eo:cloud_cover")),
         created=text_of(created),
         updated=text_of(properties.get("updated")),
         dn_offset=dn_offset,
@@ -160,7 +163,7 @@ def _asset_ref(
     is_class = band in product.classes
     dtype = _raster(asset, "data_type") or ("uint8" if is_class else product.dtype)
     nodata = number_of(_raster(asset, "nodata"))
-    scale, offset = number_of(_raster(asset, "scale")), number_of(_raster(asset, "offset"))
+    scale, offset = (_finite(number_of(_raster(asset, name))) for name in ("scale", "offset"))
     if not is_class and scale is not None and product.kind == "reflectance" and not 0.99 < scale / product.scale < 1.01:
         notes.append(
             f"scale {scale:g} is stated, {product.name} has {product.scale:g}: the numbers are kept as they are"
@@ -182,8 +185,17 @@ def _asset_ref(
 
 
 def _size(asset: Mapping[str, Any]) -> int | None:
-    size = number_of(asset.get("file:size"))
-    return int(size) if size is not None and size > 0 else None
+    size = whole_of(asset.get("file:size"))
+    return size if size is not None and size > 0 else None
+
+
+def _percent(value: object) -> float | None:
+    number = number_of(value)
+    return number if number is not None and 0.0 <= number <= 100.0 else None
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _raster(asset: Mapping[str, Any], name: str) -> Any:
@@ -205,7 +217,7 @@ def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef]) -> d
     for band, ref in assets.items():
         asset = raw.get(ref.key)
         if ref.kind == "data" and isinstance(asset, Mapping):
-            offset, scale = number_of(_raster(asset, "offset")), number_of(_raster(asset, "scale"))
+            offset, scale = (_finite(number_of(_raster(asset, name))) for name in ("offset", "scale"))
             if offset is not None and scale != 0:
                 stated[band] = round(offset / (scale if scale is not None else ref.scale), 3)
     return stated
@@ -254,6 +266,6 @@ def _numbers(values: object) -> list[float]:
     """A list of finite numbers; empty where it is anything else."""
     if not isinstance(values, list | tuple):
         return []
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
-        return []
-    return [float(v) for v in values]
+    numbers = [number_of(v) for v in values if isinstance(v, int | float)]
+    finite = [v for v in numbers if v is not None and math.isfinite(v)]
+    return finite if len(finite) == len(values) else []

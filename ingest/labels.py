@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 import shapely
-from rasterio.errors import RasterioError
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from ingest.alignment import mirrored_fit
+from ingest.faults import describe_fault, is_file_fault
 from ingest.features import Features, is_vector, read_features
 from ingest.header import grid_of
 from ingest.resample import pick_resampling, place
@@ -239,11 +240,8 @@ def _warp(
             raise InvalidInput(
                 f"{source} is neither a GeoTIFF nor, by its name, polygons; convert it with gdal_translate or ogr2ogr"
             )
-    with _opened(source) as dataset:
-        try:
-            theirs = grid_of(dataset)
-        except InvalidInput as error:
-            raise InvalidInput(f"{source}: {error}") from error
+    with _faults_named(source), _opened(source) as dataset:
+        theirs = grid_of(dataset)
         if dataset.transform.is_identity:
             raise InvalidInput(f"{source} states no place on Earth; labels cannot be put onto the cube's grid")
         if not 1 <= band <= dataset.count:
@@ -267,8 +265,12 @@ def _warp(
         try:
             with _opened(source) as dataset:
                 pixels = dataset.read(band, window=Window(col, row, width, height))
-        except RasterioError as error:
-            raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {error}") from error
+        except Exception as error:
+            if not is_file_fault(error):
+                raise
+            raise InvalidInput(
+                f"{source} cannot be read at row {row}, column {col}: {describe_fault(error)}"
+            ) from error
         found = pixels.astype(work)
         if nodata is not None:
             found[pixels == nodata] = empty
@@ -282,6 +284,18 @@ def _warp(
         return _encoded(placed, values, source) if kind == "classes" else placed.astype(np.float32)
 
     return draw, classes
+
+
+@contextmanager
+def _faults_named(source: Path) -> Iterator[None]:
+    """Name the file in what its header makes libraries raise."""
+    try:
+        yield
+    except Exception as error:
+        if not is_file_fault(error):
+            raise
+        told = describe_fault(error)
+        raise InvalidInput(told if str(source) in told else f"{source}: {told}") from error
 
 
 def _opened(source: Path) -> Any:

@@ -23,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 from PIL import Image
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.warp import transform as warp_points
 
+from ingest.faults import describe_fault, is_file_fault
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.samples import Sample, SampleSpec, write_samples
 
@@ -158,10 +159,12 @@ def read_patch(path: Path) -> tuple[npt.NDArray[Any], float, float]:
     """
     try:
         return _read_raster(path) if path.suffix.lower() in _RASTERS else (_read_picture(path), math.nan, math.nan)
-    except (OSError, RasterioError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, InvalidInput):
+    except InvalidInput:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | SyntaxError) and not is_file_fault(error):
             raise
-        raise InvalidInput(f"{path}: {str(error)[:160] or type(error).__name__}") from error
+        raise InvalidInput(f"{path}: {describe_fault(error)[:160]}") from error
 
 
 def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
@@ -185,6 +188,8 @@ def _read_raster(path: Path) -> tuple[npt.NDArray[Any], float, float]:
                 return values, math.nan, math.nan
             x, y = source.transform @ (source.width / 2, source.height / 2)
             (longitude,), (latitude,) = warp_points(source.crs, "EPSG:4326", [x], [y])
+    if not (-180 <= longitude <= 180 and -90 <= latitude <= 90):
+        raise InvalidInput(f"{path}: its centre would lie at longitude {longitude:g}, latitude {latitude:g}")
     return values, float(longitude), float(latitude)
 
 

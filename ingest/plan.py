@@ -258,16 +258,19 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
     """
     from ingest.hrefs import HrefPolicy, is_url, refuse_private_address
     from ingest.probe import probe_scenes
-    from ingest.search import search
+    from ingest.search import find_scenes
 
-    scenes = search(source, config)
+    found = find_scenes(source, config)
+    scenes = list(found.scenes)
     policy = HrefPolicy.of(source, config)
     hosts = {urlsplit(a.href).netloc: a.href for s in scenes for a in s.assets.values() if "://" in a.href}
     for href in hosts.values():
         with suppress(AccessError):  # a name that is not found becomes the error of each asset behind it
             refuse_private_address(href, policy)
     told = redact_url(source) if is_url(source) else str(Path(source).expanduser().resolve())
-    return plan_scenes(scenes, probe_scenes(scenes, config, source=source), config, source=told)
+    plan = plan_scenes(scenes, probe_scenes(scenes, config, source=source), config, source=told)
+    left_out = tuple(f"{one.collection}: item {one.item_id!r} is left out: {one.reason}" for one in found.unusable)
+    return replace(plan, warnings=(*left_out, *plan.warnings)) if left_out else plan
 
 
 def plan_scenes(

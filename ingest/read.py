@@ -169,7 +169,7 @@ def _as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
         # exact zeros are the borders of scenes before 2018, never a measured power
         power[~np.isfinite(power) | (power == 0)] = np.nan
         for value in empty:
-            if np.isfinite(value):
+            if abs(value) <= np.finfo(np.float32).max:  # no pixel of the type has another value
                 power[power == np.float32(value)] = np.nan
         return power
     top = np.iinfo(stored).max

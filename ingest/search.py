@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ingest.api import api_root, ask_api
 from ingest.catalogue import FoundItem, Trail, items_in, open_source
@@ -15,23 +15,39 @@ from ingest.documents import Documents
 from ingest.harmonise import harmonise
 from ingest.hrefs import is_url
 from ingest.products import PRODUCTS, choose_bands, find_product, refuse_unsupported
-from ingest.redact import redact_url
+from ingest.redact import redact_text, redact_url
 from ingest.scene import Scene
 from ingest.selection import Selection
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 
-__all__ = ["Found", "find_items", "find_scenes", "search"]
+__all__ = ["Found", "Unusable", "find_items", "find_scenes", "search"]
 
 log = logging.getLogger(__name__)
 
 
+class Unusable(NamedTuple):
+    """An item that no scene can be made of, and why."""
+
+    collection: str
+    item_id: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Found:
-    """What one search gives: scenes in order, the copies that were left out for them, and the items of the scenes."""
+    """What one search gives.
+
+    Attributes:
+        scenes: In order.
+        duplicates: Copies that were left out for them.
+        items: The items of the scenes.
+        unusable: Items that were left out because they cannot be understood.
+    """
 
     scenes: tuple[Scene, ...]
     duplicates: tuple[Duplicate, ...] = ()
     items: tuple[FoundItem, ...] = ()
+    unusable: tuple[Unusable, ...] = ()
 
 
 def search(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[Scene]:
@@ -56,20 +72,35 @@ def search(source: str, config: IngestConfig, *, headers: Mapping[str, str] | No
 
 
 def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> Found:
-    """As `search`, with the duplicates that were left out."""
+    """As `search`, with what was left out: one item that cannot be understood does not end a search.
+
+    Raises:
+        InvalidInput: Not one item can be understood; or, with `strict`, one cannot.
+    """
     _check_names(config)
     scenes: list[Scene] = []
     items: dict[int, FoundItem] = {}
     skipped: InvalidInput | None = None
+    unusable: list[Unusable] = []
+    refused: Exception | None = None
     for found in find_items(source, config, headers=headers):
         if not config.collections and (reason := _not_ours(found.item)):
             skipped = skipped or reason
             continue
-        scene = harmonise(found.item, base=found.base, config=config, source=source, item_assets=found.item_assets)
+        try:
+            scene = harmonise(found.item, base=found.base, config=config, source=source, item_assets=found.item_assets)
+        except UnknownName:  # a name that the user gave
+            raise
+        except Exception as error:  # an item of a stranger may be anything
+            if config.strict:
+                raise
+            refused = refused or error
+            unusable.append(_unusable(found.item, error))
+            continue
         scenes.append(scene)
         items[id(scene)] = found
-    if not scenes and skipped:
-        raise skipped
+    if not scenes and (skipped or refused):
+        raise skipped or refused or InvalidInput(source)
     _check_assets(scenes)
     if config.strict:
         _refuse_lacking(scenes)
@@ -77,7 +108,18 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     for drop in drops:
         log.info("%s left out: %s", drop.dropped.id, drop.reason)
     # the items of this very answer: an API may answer the same question differently a moment later
-    return Found(tuple(kept), tuple(drops), tuple(items[id(scene)] for scene in kept))
+    return Found(tuple(kept), tuple(drops), tuple(items[id(scene)] for scene in kept), tuple(unusable))
+
+
+def _unusable(item: Mapping[str, Any], error: Exception) -> Unusable:
+    """The report on an item that was left out; what is no fault of the item is logged with its traceback."""
+    expected = isinstance(error, InvalidInput)
+    reason = str(error) if expected else f"it cannot be understood ({type(error).__name__}: {error})"
+    told = Unusable(str(item.get("collection"))[:200], str(item.get("id"))[:200], redact_text(reason)[:600])
+    if not expected:
+        log.error("item %r: %s; please report this", told.item_id, reason, exc_info=error)
+    log.warning("item %r is left out: %s", told.item_id, told.reason)
+    return told
 
 
 def find_items(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[FoundItem]:
