@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import shapely
 from shapely import affinity
 from shapely.errors import ShapelyError
@@ -36,9 +37,10 @@ def footprint_of(item: Mapping[str, Any], where: str) -> tuple[BaseGeometry, Lon
     """
     raw, bounds = item.get("geometry"), item.get("bbox")
     try:
-        geometry = shape(raw) if raw else box_region(_flat_box(bounds))
-        parts = [_cut(part) for part in _polygons(geometry)]
-        result = shapely.union_all(parts) if parts else geometry
+        with np.errstate(all="ignore"):  # what is no number is judged below
+            geometry = shape(raw) if raw else box_region(_flat_box(bounds))
+            parts = [_cut(part) for part in _polygons(geometry)]
+            result = shapely.union_all(parts) if parts else geometry
     except (ShapelyError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InvalidInput(f"{where}: geometry and bbox are unusable ({error}); leave the item out") from error
     if result.is_empty:

@@ -268,9 +268,8 @@ def _warp(
         except Exception as error:
             if not is_file_fault(error):
                 raise
-            raise InvalidInput(
-                f"{source} cannot be read at row {row}, column {col}: {describe_fault(error)}"
-            ) from error
+            told = describe_fault(error)
+            raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {told}") from error
         found = pixels.astype(work)
         if nodata is not None:
             found[pixels == nodata] = empty

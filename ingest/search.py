@@ -83,7 +83,8 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     skipped: InvalidInput | None = None
     unusable: list[Unusable] = []
     refused: Exception | None = None
-    for found in find_items(source, config, headers=headers):
+    odd: list[tuple[FoundItem, InvalidInput]] = []
+    for found in find_items(source, config, headers=headers, odd=None if config.strict else odd):
         if not config.collections and (reason := _not_ours(found.item)):
             skipped = skipped or reason
             continue
@@ -99,6 +100,8 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
             continue
         scenes.append(scene)
         items[id(scene)] = found
+    unusable += [_unusable(found.item, error) for found, error in odd]
+    refused = refused or next((error for _, error in odd), None)
     if not scenes and (skipped or refused):
         raise skipped or refused or InvalidInput(source)
     _check_assets(scenes)
@@ -122,8 +125,21 @@ def _unusable(item: Mapping[str, Any], error: Exception) -> Unusable:
     return told
 
 
-def find_items(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[FoundItem]:
+def find_items(
+    source: str,
+    config: IngestConfig,
+    *,
+    headers: Mapping[str, str] | None = None,
+    odd: list[tuple[FoundItem, InvalidInput]] | None = None,
+) -> list[FoundItem]:
     """The raw items that match, with the place each was read from; what `terrashard search -o` writes.
+
+    Args:
+        source: As for `search`.
+        config: As for `search`.
+        headers: As for `search`.
+        odd: Takes items of which time or footprint cannot be understood, so that nobody knows whether they match;
+            without it the first of them is an error.
 
     Raises:
         NothingFound: No item matches.
@@ -146,13 +162,20 @@ def find_items(source: str, config: IngestConfig, *, headers: Mapping[str, str] 
         ids: set[tuple[str, str]] = set()
         for found in candidates:
             key = (str(found.item.get("collection")), str(found.item.get("id")))
-            if not selection.keeps(found.item) or key in ids:
+            try:
+                wanted = selection.keeps(found.item)
+            except InvalidInput as error:
+                if odd is None:
+                    raise
+                odd.append((found, error))
+                continue
+            if not wanted or key in ids:
                 continue
             ids.add(key)
             items.append(found)
             if config.max_items and len(items) >= config.max_items:
                 break
-    if not items:
+    if not items and not odd:
         for name in config.collections:
             if trail.collections and name not in trail.collections:
                 raise UnknownName.of("collection", name, trail.collections, redact_url(source))

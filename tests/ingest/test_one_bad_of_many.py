@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from cli.main import main
+from ingest.access import with_asset
+from ingest.config import IngestConfig
+from ingest.faults import is_file_fault
+from ingest.plan import make_plan, plan_scenes
+from ingest.probe import probe_scenes
+from ingest.read import read_on_grid
+from ingest.search import find_scenes
+from ingest.testing import make_scene, write_raster
+from zarr_store.errors import AssetUnreadable, InvalidInput
+from zarr_store.grid import Grid
+
+sys.path.insert(0, str(Path(__file__).parent))
 from tiffs import (
     GDAL_METADATA,
     GEO_KEYS,
@@ -28,18 +43,6 @@ from tiffs import (
     text,
     with_tags,
 )
-
-from cli.main import main
-from ingest.access import with_asset
-from ingest.config import IngestConfig
-from ingest.faults import is_file_fault
-from ingest.plan import make_plan, plan_scenes
-from ingest.probe import probe_scenes
-from ingest.read import read_on_grid
-from ingest.search import find_scenes
-from ingest.testing import make_scene, write_raster
-from zarr_store.errors import AssetUnreadable, InvalidInput
-from zarr_store.grid import Grid
 
 GRID = Grid("EPSG:32633", (10.0, 0.0, 499_980.0, 0.0, -10.0, 5_200_020.0), (64, 64))
 CONFIG = IngestConfig(bands=("red",), mask="none", retries=0, timeout_s=2)
@@ -74,6 +77,7 @@ WILD: dict[str, Mapping[int, Tag | None]] = {
     "tiles of 2^31": {TILE_WIDTH: longs(0x80000000)},
     "offsets beyond the end": {TILE_OFFSETS: longs(0xFFFFFFF0)},
     "no offsets": {TILE_OFFSETS: None},
+    "more tags than libtiff reads": {50_000 + n: longs(n) for n in range(5000)},
     "rotated": {PIXEL_SCALE: None, TIEPOINT: None, 34264: doubles(7, 7, 0, 5e5, 7, -7, 0, 5.2e6, *[0.0] * 7, 1)},
     "matrix 1e300": {PIXEL_SCALE: None, TIEPOINT: None, 34264: doubles(*[1e300] * 16)},
     "matrix nan": {PIXEL_SCALE: None, TIEPOINT: None, 34264: doubles(*[float("nan")] * 16)},
@@ -86,7 +90,7 @@ HARMLESS: dict[str, Mapping[int, Tag | None]] = {
     "nodata of no number": {NODATA: text("\x1b[31mabc" * 100)},
     "nodata 10^400": {NODATA: text("9" * 400)},
     "metadata no xml": {GDAL_METADATA: text("<GDALMetadata><Item name=" * 500)},
-    "thousands of tags": {50_000 + n: longs(n) for n in range(5000)},
+    "thousands of tags": {50_000 + n: longs(n) for n in range(3000)},
 }
 
 
@@ -172,10 +176,9 @@ def test_a_defect_of_ours_is_not_taken_for_a_fault_of_the_file(scenes: list[Any]
 
     with pytest.raises(ValueError, match="ours"):
         with_asset(asset.href, wrong, scene="s", asset="red")
-    try:
-        np.dtype("int").type("x")
-    except ValueError as error:
-        assert not is_file_fault(error)
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        int("x")
+    assert not is_file_fault(caught.value)
 
 
 def test_what_nobody_foresaw_of_one_file_is_told_and_the_plan_goes_on(
@@ -220,12 +223,14 @@ ODD_ITEMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("region", [False, True])
 @pytest.mark.parametrize("changes", ODD_ITEMS.values(), ids=ODD_ITEMS.keys())
 def test_an_odd_item_is_left_out_and_named(
-    make_item: Make, tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+    make_item: Make, tmp_path: Path, changes: dict[str, Any], region: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = save(tmp_path, [make_item("good"), make_item("odd") | changes])
-    found = find_scenes(source, CONFIG)
+    asked = CONFIG.model_copy(update={"bbox": (10.0, 40.0, 20.0, 50.0)} if region else {})
+    found = find_scenes(source, asked)
     assert [scene.id for scene in found.scenes] == ["good"]
     assert [one.item_id for one in found.unusable] == ["odd"]
     assert "'odd' is left out" in caplog.text
@@ -274,7 +279,7 @@ def test_odd_numbers_of_an_item_do_not_end_its_plan(
     assert len(plan.items["sentinel-2-l2a"]) == 2
     type(plan).from_json(plan.to_json())
     capfd.readouterr()
-    assert main(["search", source, "--bands", "red", "--mask", "none", "--json"]) == 0
+    assert main(["search", source, "--bands", "red", "--set", "mask=none", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["count"] == 2
 
 
@@ -294,14 +299,15 @@ def test_one_damaged_patch_or_label_raster_is_named(
     folder = tmp_path / "patches"
     for number in range(3):
         write_raster(folder / "a" / f"{number}.tif", GRID, np.full(GRID.shape, number, np.uint8))
+    write_raster(folder / "b" / "3.tif", GRID, np.full(GRID.shape, 3, np.uint8))
     bad = folder / "a" / "1.tif"
     with_tags(bad, bad, WILD[name])
     code = main(["samples", str(folder), str(tmp_path / "s.zarr"), "--skip-bad", "--json"])
     printed = capfd.readouterr()
     assert code == 0, printed.err
     told = json.loads(printed.out)
-    assert told["samples"] in (2, 3)
-    if told["samples"] == 2:
+    assert told["samples"] in (3, 4)
+    if told["samples"] == 3:
         assert "1.tif" in told["left_out"][0]
-    # three are samples only where the picture is whole and its place is what is not known
-    assert told["samples"] == 2 or told["without_place"] == 1
+    # all are samples only where the picture is whole and its place is what is not known
+    assert told["samples"] == 3 or told["without_place"] == 1
