@@ -97,7 +97,7 @@ def harmonise(
         acquired(properties, where, notes),
         first_of(properties, "created", "s2:generation_time", "sentinel2:generation_time"),
     )
-    return Scene(
+    scene = Scene(
         id=item["id"],
         collection=collection or product.name,
         provider=provider.name,
@@ -120,6 +120,22 @@ def harmonise(
         notes=tuple(notes),
         product=product.name,
     )
+    _refuse_half_characters(scene, where)
+    return scene
+
+
+def _refuse_half_characters(scene: Scene, where: str) -> None:
+    """JSON can spell one half of a character of two; no message to a worker and no file can hold it.
+
+    Raises:
+        InvalidInput: A name or text of the scene has one.
+    """
+    texts = [value for value in vars(scene).values() if isinstance(value, str)]
+    texts += [text for ref in scene.assets.values() for text in vars(ref).values() if isinstance(text, str)]
+    try:
+        "".join((*texts, *scene.notes)).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{where}: its texts hold half a character ({error.reason}); leave it out") from error
 
 
 def _assets(

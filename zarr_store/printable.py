@@ -105,6 +105,7 @@ class SafeRecord(logging.LogRecord):
 def make_output_safe() -> None:
     """Make all that this process logs and warns of safe from now on: of a worker, which lives for nothing else."""
     logging.setLogRecordFactory(SafeRecord)
+    logging.raiseExceptions = False  # a handler that cannot write would print the arguments as they came
     warnings.formatwarning = _safe_warning
 
 
@@ -120,10 +121,11 @@ def _safe_warning(
 @contextmanager
 def safe_output() -> Iterator[None]:
     """Make all that this process logs and warns of safe, whoever logs it and wherever it is written."""
-    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
+    factory, form, raising = logging.getLogRecordFactory(), warnings.formatwarning, logging.raiseExceptions
     make_output_safe()
     try:
         yield
     finally:
         logging.setLogRecordFactory(factory)
         warnings.formatwarning = form
+        logging.raiseExceptions = raising

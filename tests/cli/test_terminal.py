@@ -109,24 +109,24 @@ def test_hostile_names_do_not_reach_the_terminal(
     assert run("search", path, *ask, "--json") == 0
     assert run("plan", path, *ask, *quick, "-v") == 0
     assert run("plan", path, *ask, *quick, "--json") == 0
-    assert run("ingest", path, cube, *ask, *quick, "-vv", "--report", str(tmp_path / "report.html")) == 3
+    whole = name == HOSTILE["half a pair"]  # which no scene may have in its name
+    report = tmp_path / "report.html"
+    assert run("ingest", path, cube, *ask, *quick, "-vv", "--report", str(report)) == (0 if whole else 3)
     assert run("status", cube) == 0
     assert run("status", cube, "--json") == 0
     assert run("info", cube) == 0
     assert run("info", cube, "--json") == 0
     assert run("verify", cube) == 0
-    assert run("audit", cube, *quick) in (0, 3)
+    assert run("audit", cube, "--no-files", "--retries", "0") in (0, 3), printed["audit", False]
     run("search", f"{path}{name}", *ask, "--debug")
     run("plan", path, "--bands", f"x{name}", "--json")
     run("info", name)
     for words, text in printed.items():
         assert not unsafe(text), (words, unsafe(text))
         assert "\nerror: forged" not in text, words
-        if words[1] is False and words[0] == "search" and name != HOSTILE["half a pair"]:
-            continue
     assert PLAIN in printed["search", True]
     assert PLAIN in printed["plan", False] or PLAIN in printed["ingest", False] or PLAIN in printed["info", True]
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = report.read_text(encoding="utf-8")
     frame = page.index("srcdoc=")
     body = page[:frame] + page[page.index('"', frame + 8) :]
     assert not unsafe(body), unsafe(body)
