@@ -24,7 +24,7 @@ ROWS = [
     *(f"S{n:02}" for n in range(1, 19)),
     *(f"Z{n:02}" for n in range(1, 24)),
     *(f"D{n:02}" for n in range(1, 16)),
-    *(f"C{n:02}" for n in range(1, 11)),
+    *(f"C{n:02}" for n in range(1, 15)),
 ]
 FIRST = {
     "R01", "R05", "R12", "S04", "S13", "Z01", "Z02", "Z04", "Z05", "Z06", "Z07", "D15",
