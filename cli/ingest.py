@@ -66,7 +66,7 @@ def register(app: typer.Typer) -> None:
 
             config = ingest_config(session)
             text = describe(config, dashboard_address(config.dashboard))
-            session.say(text)
+            session.say_lines(text)
             session.emit({"cluster": config.cluster, "scheduler": config.scheduler, "description": text})
             return 0
         if append or refresh:
@@ -79,7 +79,7 @@ def register(app: typer.Typer) -> None:
             for text in made.warnings:
                 session.warn(text)
             result = run_plan(session, made, cube, config, record=record, overwriting=overwrite)
-        session.say(result.summary())
+        session.say_lines(result.summary())
         if report is not None:
             keep_report(report, result, record)
             session.say(f"report in {report}")

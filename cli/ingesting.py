@@ -101,7 +101,9 @@ def check_report(path: Path | None) -> None:
 def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> None:
     """Write the report on a run: HTML where it was recorded, else JSON."""
     if record is None:
-        path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        from zarr_store.redact import redact_value
+
+        path.write_text(json.dumps(redact_value(result.to_dict()), indent=2) + "\n", encoding="utf-8")
         return
     from ingest.report import write_report
 

@@ -35,7 +35,7 @@ def portable(found: FoundItem) -> dict[str, Any]:
 
 
 def _absolute(link: Mapping[str, Any], base: str) -> str:
-    from ingest.hrefs import strip_signature
+    from ingest.redact import strip_signature
 
     href = _without_userinfo(strip_signature(str(link.get("href") or "")))
     base = _without_userinfo(base)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cli.session import Session
+from cli.session import Session, speak
 from jaxtrain.launch import LaunchConfig, OnLine, Outcome, Process, describe, first_cause, launch, restart_wanted
 from zarr_store.errors import AccessError, InvalidInput
 
@@ -83,6 +83,8 @@ def run_launch(
 
 def _printer(session: Session, *, raw: bool, said: list[str]) -> OnLine:
     """Lines with the number of their process; with --json, the first one's document is kept or goes on as it is."""
+    from zarr_store.printable import printable_json
+
     whole_lines = threading.Lock()
 
     def show(number: int, stream: str, line: str) -> None:
@@ -91,11 +93,10 @@ def _printer(session: Session, *, raw: bool, said: list[str]) -> OnLine:
                 if number == 0:
                     said.append(line)
                     if not session.json:
-                        sys.stdout.write(f"{line}\n")
+                        sys.stdout.write(f"{printable_json(line)}\n")  # the first one's JSON, as it came
                 return
             out = sys.stdout if stream == "stdout" and not session.json else sys.stderr
-            out.write(f"[{number}] {line}\n")
-            out.flush()
+            speak(f"[{number}] {line}", out)
 
     return show
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -45,6 +43,7 @@ from cli import (
     verify,
 )
 from cli import ingest as ingest_command
+from cli.session import speak, write_document
 
 __all__ = ["app", "main"]
 
@@ -143,14 +142,14 @@ def _run(args: list[str]) -> int:
         return _interrupted()
     except Exception as error:  # noqa: BLE001  the one place that turns any error into a line and a code
         if "--debug" in args:
-            from ingest.hrefs import redact_text
+            from zarr_store.printable import shown
 
             # errors of libraries show the URLs they were given
-            sys.stderr.write(redact_text(traceback.format_exc()))
+            sys.stderr.write(shown(traceback.format_exc()))
         code, message = _explain(error)
-        sys.stderr.write(f"error: {message}\n")
+        speak(f"error: {message}")
         if "--json" in args:
-            sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
+            write_document({"error": message, "exit_code": code}, indent=None)
         return code
 
 
@@ -192,11 +191,9 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 
 def _one_line(text: str) -> str:
-    """One line, and no URL with its query: queries carry signatures and keys."""
-    line = (
-        "; ".join(part.strip() for part in text.splitlines() if part.strip()).replace(":; ", ": ").replace(";; ", "; ")
-    )
-    return re.sub(r"(https?://)(?:[^/\s@]*@)?([^\s?'\"<>]*)\?[^\s'\"<>)\]]*", r"\1\2", line)
+    """A message of several lines on one."""
+    parts = (part.strip() for part in text.split("\n") if part.strip())
+    return "; ".join(parts).replace(":; ", ": ").replace(";; ", "; ")
 
 
 def _interrupted() -> int:

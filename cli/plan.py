@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
         from ingest.plan import make_plan
 
         made = make_plan(source, ingest_config(session))
-        session.say(made.summary())
+        session.say_lines(made.summary())
         if out is not None:
             made.save(out)
             session.say(f"written to {out}; `terrashard ingest {out} CUBE` runs exactly this plan")

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from cli.session import Session
+from cli.session import Session, speak
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -43,11 +43,11 @@ class Reporter:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("{task.description:9}"),
+                TextColumn("{task.description:9}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 console=Console(stderr=True),
                 transient=True,
             )
@@ -66,7 +66,7 @@ class Reporter:
         if self._quiet:
             return
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, detail=detail)
+            self._bar.update(self._task, completed=done, total=total, detail=_safe(detail))
             return
         now = time.monotonic()
         share = done / total if total else 1.0
@@ -82,7 +82,14 @@ class Reporter:
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(_safe(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+            speak(text)
+
+
+def _safe(text: str) -> str:
+    """What rich is given: it writes escapes of its own to the terminal, those of names must not be among them."""
+    from zarr_store.printable import one_line
+    from zarr_store.redact import redact_text
+
+    return one_line(redact_text(text))

@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
             session.say(str(damage))
         for row in report.rows:
             session.say(f"ledger row {row} could not be read")
-        session.say(report.ingest.summary())
+        session.say_lines(report.ingest.summary())
         session.emit(report.to_dict())
         return report.ingest.exit_code
 
@@ -40,6 +40,6 @@ def register(app: typer.Typer) -> None:
 
         with watching(session, "retry") as show:
             report = retry(cube, ingest_config(session), on_event=show)
-        session.say(report.summary())
+        session.say_lines(report.summary())
         session.emit(report.to_dict())
         return report.exit_code

@@ -50,6 +50,8 @@ def register(app: typer.Typer) -> None:
             f"{len(found.scenes)} scenes"
             + (f", {len(found.duplicates)} older copies left out" if found.duplicates else "")
         )
+        for one in found.unusable:
+            session.warn(f"item {one.item_id!r} is left out: {one.reason}")
         if out is not None:
             write_items([portable(item) for item in found.items], out)
             session.say(f"written to {out}")
@@ -58,6 +60,7 @@ def register(app: typer.Typer) -> None:
                 "count": len(found.scenes),
                 "out": out,
                 "scenes": [scene.to_dict() for scene in found.scenes],
+                "unusable": [one._asdict() for one in found.unusable],
                 "duplicates": [
                     {"id": d.dropped.id, "collection": d.dropped.collection, "reason": d.reason}
                     for d in found.duplicates

@@ -1,7 +1,8 @@
 """`Session`: what every command shares (options, output, exit code), and `command`, which adds it to a function.
 
 Human text goes to stdout, or to stderr where `--json` claims stdout for its one document. Progress, warnings and
-errors always go to stderr.
+errors always go to stderr. All of it leaves through here without secrets, and with control characters as escapes: ids
+and reasons are written by strangers.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TextIO, get_type_hints
 
 import typer
 
-__all__ = ["Session", "command"]
+__all__ = ["Session", "command", "speak", "write_document"]
 
 _PANEL = "Every command"
 _COMMON: dict[str, tuple[Any, Any]] = {
@@ -86,37 +88,60 @@ class Session:
 
     def say(self, text: str = "") -> None:
         """A line of the result, for people."""
-        stream = sys.stderr if self.json else sys.stdout
-        stream.write(f"{text}\n")
-        stream.flush()
+        speak(text, sys.stderr if self.json else sys.stdout)
+
+    def say_lines(self, text: str) -> None:
+        """A result of several lines; what it quotes must be on one line (`zarr_store.printable.one_line`)."""
+        for line in text.split("\n"):
+            self.say(line)
 
     def note(self, text: str) -> None:
         """A line about the way there; not with --quiet."""
         if self.verbosity >= 0:
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+            speak(text)
 
     def warn(self, text: str) -> None:
         """Something that a person should know, and that is no error."""
-        sys.stderr.write(f"warning: {text}\n")
-        sys.stderr.flush()
+        speak(f"warning: {text}")
 
     def fail(self, text: str) -> None:
         """What went wrong, where the command still has a result to give."""
-        sys.stderr.write(f"error: {text}\n")
-        sys.stderr.flush()
+        speak(f"error: {text}")
 
     def emit(self, document: Mapping[str, Any]) -> None:
         """The JSON document, where one was asked for."""
         if self.json:
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=_plain, allow_nan=False) + "\n")
-            sys.stdout.flush()
+            write_document(document)
 
     def settings(self) -> dict[str, Any]:
         """The settings of --config and --set, put together."""
         from cli.config import read_settings
 
         return read_settings(self.config, self.overrides)
+
+
+def speak(text: str, stream: TextIO | None = None) -> None:
+    """Write one line for a person, to stderr unless another stream is named: the door of all human text."""
+    from zarr_store.printable import one_line
+    from zarr_store.redact import redact_text
+
+    stream = stream or sys.stderr
+    stream.write(f"{one_line(redact_text(text))}\n")
+    stream.flush()
+
+
+def write_document(document: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    """Write one JSON document to stdout: the door of all that programs read.
+
+    It is valid JSON whatever it quotes. Letters of every script stand as they are, characters that a terminal would
+    obey as escapes of JSON; numbers that JSON does not have are null.
+    """
+    from zarr_store.printable import printable_json
+    from zarr_store.redact import redact_value
+
+    text = json.dumps(redact_value(_plain(document)), indent=indent, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(printable_json(text) + "\n")
+    sys.stdout.flush()
 
 
 def command(
@@ -164,7 +189,10 @@ def command(
 
                 options = {p.name: p.annotation for p in own}
                 values |= apply_to_options(session.settings(), options, session.given, context.info_name or "")
-            return function(session, **values) or 0
+            from zarr_store.printable import safe_output
+
+            with safe_output():
+                return function(session, **values) or 0
 
         everything = [context, *[p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own], *shared]
         run.__signature__ = inspect.Signature(everything, return_annotation=int)  # type: ignore[attr-defined]
@@ -201,11 +229,19 @@ def _configure_logging(verbosity: int) -> None:
 
 
 def _plain(value: object) -> Any:
-    """JSON form of what the libraries return: numpy numbers and arrays, paths, sets."""
+    """JSON form of what the libraries return: numpy numbers and arrays, paths, sets; None for nan and infinities."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
     if hasattr(value, "tolist"):
-        return value.tolist()
+        return _plain(value.tolist())
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, set | frozenset | tuple):
-        return sorted(value) if isinstance(value, set | frozenset) else list(value)
+    if isinstance(value, set | frozenset):
+        return _plain(sorted(value))
     raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -88,6 +88,7 @@ def follow(session: Session, url: str, *, pause_s: float = 1.0) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from zarr_store import open_cube
+    from zarr_store.printable import one_line
 
     cube = open_cube(url)
     totals = {name: len(cube.spec(name).shards()) for name in cube.collections}
@@ -97,10 +98,10 @@ def follow(session: Session, url: str, *, pause_s: float = 1.0) -> None:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not live) as bars:
-        tasks = {name: bars.add_task(name, total=total, detail="") for name, total in totals.items()}
+        tasks = {name: bars.add_task(one_line(name), total=total, detail="") for name, total in totals.items()}
         said: dict[str, str] = {}
         while True:
             pending = 0

@@ -20,7 +20,6 @@ import numpy as np
 import rasterio
 import tenacity
 from rasterio.enums import ColorInterp
-from rasterio.errors import RasterioError
 
 from ingest.buckets import BucketRule
 from ingest.config import IngestConfig, parse_limit
@@ -29,16 +28,16 @@ from ingest.download import (
     PermanentError,
     TransientError,
     cause_of,
-    innermost,
     read_beside,
-    redact,
 )
+from ingest.faults import describe_fault, is_file_fault
 from ingest.found import FoundFile, find, open_found, read_near
 from ingest.header import RasterHeader
-from ingest.opening import ForeignOverviewsError, open_raster
+from ingest.opening import open_raster
 from ingest.providers import PROVIDERS
 from ingest.ranges import RangeFile, tie
 from ingest.recent import Recent
+from ingest.redact import redact_url
 from ingest.sidecar import MOST_SIDECAR_BYTES, georeference_only
 from ingest.sign import Signing, SignRule
 from ingest.waits import pause
@@ -204,7 +203,7 @@ def _repeated(
         return retrying(once)
     except (PermanentError, TransientError) as error:
         tried = f" after {attempt} attempts" if attempt > 1 else ""
-        raise AssetUnreadable.of(scene, asset, cause_of(error, href) + tried, redact(href)) from error
+        raise AssetUnreadable.of(scene, asset, cause_of(error, href) + tried, redact_url(href)) from error
 
 
 @contextmanager
@@ -221,7 +220,7 @@ def open_asset(
         with _opened(href, access or Access(), fresh=True) as dataset:
             yield dataset
     except (PermanentError, TransientError) as error:
-        raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact(href)) from error
+        raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact_url(href)) from error
 
 
 def forbid_gdal_threads() -> None:
@@ -247,7 +246,7 @@ def headers(pid: int) -> Recent[RasterHeader]:
 @contextmanager
 def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
     """Open by magic bytes; faults of opening and of reading inside the block become permanent or transient."""
-    found = find(href, access, fresh=fresh)
+    found = _find(href, access, fresh)
     with _telling(found), _dataset(found, href, access) as dataset:
         yield dataset
 
@@ -255,7 +254,7 @@ def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.D
 @contextmanager
 def _raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
     """As `_opened`, but without GDAL where it has told before how the file is read."""
-    found = find(href, access, fresh=fresh)
+    found = _find(href, access, fresh)
     known = headers(os.getpid())
     # the limits were held against the header when it was read
     version = None if found.version is None else (found.version, access.max_pixels, access.max_block_bytes)
@@ -265,10 +264,7 @@ def _raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
             yield Raster(header, found.file, None)
             return
         with _dataset(found, href, access) as dataset:
-            try:
-                header = RasterHeader.of(dataset, found.file)
-            except InvalidInput as error:
-                raise PermanentError(str(error)) from error
+            header = RasterHeader.of(dataset, found.file)
             if version is not None and header.suffices:
                 known.put(version, header)
             yield Raster(header, found.file, dataset)
@@ -281,13 +277,28 @@ def _telling(found: FoundFile) -> Iterator[None]:
         yield
         if found.file is not None and found.file.error is not None:
             raise found.file.error
-    except ForeignOverviewsError as error:
-        raise PermanentError(str(error)) from error
-    except RasterioError as error:
+    except (PermanentError, TransientError):
+        raise
+    except Exception as error:
+        if not is_file_fault(error):
+            raise
         if found.file is not None and found.file.error is not None:
             raise found.file.error from error
-        # a local file does not heal between attempts; a remote one may have been cut on the way
-        raise (TransientError if found.remote else PermanentError)(innermost(error)) from error
+        # a local file does not heal between attempts, and no file a header that was read whole; a remote one may have
+        # been cut on the way
+        again = found.remote and not isinstance(error, InvalidInput)
+        raise (TransientError if again else PermanentError)(describe_fault(error)) from error
+
+
+def _find(href: str, access: Access, fresh: bool) -> FoundFile:
+    try:
+        return find(href, access, fresh=fresh)
+    except (PermanentError, TransientError):
+        raise
+    except Exception as error:
+        if not is_file_fault(error):
+            raise
+        raise PermanentError(describe_fault(error)) from error
 
 
 @contextmanager
@@ -339,5 +350,5 @@ def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: 
             f"blocks of {height}×{width} pixels decode to {block_bytes >> 20} MiB from a file of {size} bytes: refused"
         )
     bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
-    if bits is not None and int(bits) < 8:
+    if bits is not None and (not bits.isascii() or not bits.isdigit() or int(bits[:9]) < 8):
         raise PermanentError(f"expected a band of 8 bits or more, the file has {bits}")

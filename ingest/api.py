@@ -24,9 +24,10 @@ from ingest.catalogue import FoundItem
 from ingest.config import IngestConfig
 from ingest.documents import Documents, HttpStatusError
 from ingest.footprint import to_geojson
-from ingest.hrefs import is_url, redact, same_origin
+from ingest.hrefs import is_url, same_origin
 from ingest.products import PRODUCTS
 from ingest.query import Comparison, Condition, conjuncts
+from ingest.redact import redact_url
 from ingest.selection import Selection
 from zarr_store.errors import AccessError, InvalidInput, UnknownName
 
@@ -51,7 +52,7 @@ def api_root(documents: Documents, location: str, document: Mapping[str, Any]) -
         if isinstance(root, str) and same_origin(urljoin(location, root), location):
             return urljoin(location, root)
     if document.get("type") == "FeatureCollection" and any(link.get("rel") == "next" for link in links):
-        raise InvalidInput(f"{redact(location)} is one page of a search; give the address of the API itself")
+        raise InvalidInput(f"{redact_url(location)} is one page of a search; give the address of the API itself")
     return None
 
 
@@ -87,11 +88,11 @@ class _GuardedIO(StacApiIO):
             page = self.documents.request(url, method=method, parameters=sent)
             features = page.get("features") if isinstance(page, Mapping) else None
             if not isinstance(features, list):
-                raise InvalidInput(f"{redact(url)}: expected a FeatureCollection, got {str(page)[:80]!r}")
+                raise InvalidInput(f"{redact_url(url)}: expected a FeatureCollection, got {str(page)[:80]!r}")
             mark = hashlib.sha256(json.dumps(features, sort_keys=True).encode()).digest()
             if features and mark in seen:
                 raise AccessError(
-                    f"{redact(url)}: the API sends the same page again and again; report it to its makers"
+                    f"{redact_url(url)}: the API sends the same page again and again; report it to its makers"
                 )
             seen.add(mark)
             empty = 0 if features else empty + 1
@@ -104,7 +105,7 @@ class _GuardedIO(StacApiIO):
             body = link.get("body") if isinstance(link.get("body"), Mapping) else {}
             # the href of a GET link has its parameters already; a POST link has a body, whole or to be merged
             sent = {} if method != "POST" else {**(first if link.get("merge") else {}), **dict(body or {})}
-        raise AccessError(f"{redact(url)}: more than {MAX_PAGES} pages of items; narrow the region or the time")
+        raise AccessError(f"{redact_url(url)}: more than {MAX_PAGES} pages of items; narrow the region or the time")
 
     def _next_url(self, url: str, link: Mapping[str, Any]) -> str:
         target = urljoin(url, str(link.get("href") or ""))
@@ -114,7 +115,7 @@ class _GuardedIO(StacApiIO):
         if here.scheme == "https" and there.scheme == "http" and here.netloc == there.netloc:
             return there._replace(scheme="https").geturl()  # APIs behind a proxy often forget their own scheme
         raise InvalidInput(
-            f"{redact(url)}: the next page is on another host ({there.netloc.rpartition('@')[2]}): refused"
+            f"{redact_url(url)}: the next page is on another host ({there.netloc.rpartition('@')[2]}): refused"
         )
 
 
@@ -154,7 +155,7 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
                 break
             except HttpStatusError as error:
                 if asked is not None and error.status == 400:
-                    log.info("%s understands the filter no further; its answers are filtered here", redact(root))
+                    log.info("%s understands the filter no further; its answers are filtered here", redact_url(root))
                 elif method == "GET" or error.status not in (404, 405, 501):
                     raise
     ids: set[str] = set()
@@ -167,7 +168,7 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
             ids.add(f"{item.get('collection')}/{item.get('id')}")
             yield found
     if promised is not None and promised != len(ids):
-        told = f"{redact(root)} promised {promised} items and gave {len(ids)} different ones"
+        told = f"{redact_url(root)} promised {promised} items and gave {len(ids)} different ones"
         if config.strict:
             raise AccessError(f"{told}; search again, or leave --strict out to take what came")
         log.warning("%s; the catalogue may have changed meanwhile, search again", told)
@@ -185,7 +186,7 @@ def _filter(client: Client, conditions: Iterable[Condition]) -> cql2.Expr | None
 
 def _from_api(item: Any, root: str, details: Mapping[str, Any]) -> FoundItem:
     if not isinstance(item, Mapping):
-        raise InvalidInput(f"{redact(root)}: a feature is not an object; expected STAC items")
+        raise InvalidInput(f"{redact_url(root)}: a feature is not an object; expected STAC items")
     links = [link for link in item.get("links") or [] if isinstance(link, Mapping)]
     own = next((str(link.get("href")) for link in links if link.get("rel") == "self"), "")
     base = own if is_url(own) and same_origin(own, root) else root
@@ -205,7 +206,7 @@ def _collections(documents: Documents, root: str, config: IngestConfig) -> dict[
             name for name in _collection_ids(documents, url) if any(name in p.collections for p in PRODUCTS)
         )
         raise InvalidInput(
-            f"{redact(root)} is an API: name a --collection (it has {known or 'none that is understood'})"
+            f"{redact_url(root)} is an API: name a --collection (it has {known or 'none that is understood'})"
         )
     details: dict[str, Mapping[str, Any]] = {}
     for name in config.collections:
@@ -216,7 +217,7 @@ def _collections(documents: Documents, root: str, config: IngestConfig) -> dict[
                 raise
             known_ids = _collection_ids(documents, url)
             if name not in known_ids and known_ids:
-                raise UnknownName.of("collection", name, known_ids, redact(root)) from error
+                raise UnknownName.of("collection", name, known_ids, redact_url(root)) from error
             continue
         assets = document.get("item_assets") if isinstance(document, Mapping) else None
         details[name] = assets if isinstance(assets, Mapping) else {}

@@ -183,6 +183,7 @@ def compare(plan: Plan, found: Found, replaced: Mapping[tuple[str, str], tuple[s
             superseded[scene.key] = (scene, row)
             stale[scene.key] = changed[scene.key]
     listed = {scene.key for scene in found.scenes} | {drop.dropped.key for drop in found.duplicates}
+    listed |= {(one.collection, one.item_id) for one in found.unusable}  # still listed, if not understood
     removed = tuple(sorted(key for key in known if key not in listed))
     return News(tuple(missing), superseded, removed, stale)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from ingest.documents import Documents
 from ingest.geoparquet import is_parquet, read_items
-from ingest.hrefs import is_url, redact, resolve_href
+from ingest.hrefs import is_url, resolve_href
+from ingest.redact import redact_url
 from ingest.waits import crew
 from zarr_store.errors import InvalidInput
 
@@ -85,12 +86,12 @@ def items_in(
             f"type {document.get('type')!r}" if isinstance(document, Mapping) else f"a JSON {type(document).__name__}"
         )
         raise InvalidInput(
-            f"{redact(location)}: expected a STAC catalogue, ItemCollection or item with assets, got {came}"
+            f"{redact_url(location)}: expected a STAC catalogue, ItemCollection or item with assets, got {came}"
         )
     items = document["features"] if kind == "FeatureCollection" else [document]
     for item in items:
         if not isinstance(item, Mapping):
-            raise InvalidInput(f"{redact(location)}: a feature is not an object; expected STAC items")
+            raise InvalidInput(f"{redact_url(location)}: a feature is not an object; expected STAC items")
         if item.get("collection"):
             trail.collections.add(str(item["collection"]))
         yield FoundItem(item, location)
@@ -119,7 +120,7 @@ def _walk(
         place, node, depth = queue.popleft()
         if depth > MAX_DEPTH:
             raise InvalidInput(
-                f"{redact(place)}: catalogue is nested more than {MAX_DEPTH} levels deep; name a part of it"
+                f"{redact_url(place)}: catalogue is nested more than {MAX_DEPTH} levels deep; name a part of it"
             )
         is_collection = node.get("type") == "Collection" or "extent" in node
         if is_collection:
@@ -138,16 +139,18 @@ def _walk(
                 links[rel].append(href)
         count += len(links["item"]) + len(links["child"])
         if count > MAX_DOCUMENTS:
-            raise InvalidInput(f"{redact(place)}: more than {MAX_DOCUMENTS} documents; name a part or use its API")
+            raise InvalidInput(f"{redact_url(place)}: more than {MAX_DOCUMENTS} documents; name a part or use its API")
         for href, item in _read_all(documents, links["item"]):
             if _kind(item) != "Feature":
-                raise InvalidInput(f"{redact(href)}: linked as an item, but it is none; repair the catalogue")
+                raise InvalidInput(f"{redact_url(href)}: linked as an item, but it is none; repair the catalogue")
             if item.get("collection"):
                 trail.collections.add(str(item["collection"]))
             yield FoundItem(item, href, item_assets if isinstance(item_assets, Mapping) else {})
         for href, child in _read_all(documents, links["child"]):
             if _kind(child) != "Catalog":
-                raise InvalidInput(f"{redact(href)}: linked as a child, but it is no catalogue; repair the catalogue")
+                raise InvalidInput(
+                    f"{redact_url(href)}: linked as a child, but it is no catalogue; repair the catalogue"
+                )
             queue.append((href, child, depth + 1))
 
 

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 from ingest.access import Access
 from ingest.config import IngestConfig
-from ingest.download import PermanentError, TransientError, cause_of, redact, stream_whole
+from ingest.download import PermanentError, TransientError, cause_of, stream_whole
+from ingest.redact import redact_url
 from ingest.stored import check_hrefs, kept_plan
 from ingest.task import SourceAsset
 from zarr_store.read import open_cube
@@ -106,11 +107,11 @@ def verify_files(
     stated = {href: parsed for href, a in files.items() if (parsed := parse_multihash(a.checksum or "")) is not None}
     different, unread = [], []
     for done, (href, (name, digest)) in enumerate(sorted(stated.items()), 1):
-        told = f"scene {files[href].scene}, asset {files[href].key} ({redact(href)})"
+        told = f"scene {files[href].scene}, asset {files[href].key} ({redact_url(href)})"
         try:
             if _digest(href, name, access) != digest:
                 different.append(f"{told} is not the file whose {name} its item states")
-        except (PermanentError, TransientError, OSError) as error:
+        except (PermanentError, TransientError, OSError, ValueError) as error:  # also hosts that are no names
             unread.append(f"{told}: {cause_of(error, href)}")
         if on_file:
             on_file(done, len(stated))

@@ -21,11 +21,12 @@ from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.http.utils import RequestHandler
 
-from ingest.download import redact
 from ingest.hosts import machine_names, why_refused
 from ingest.launch import is_loopback
 from ingest.outlines import outlines_of
+from ingest.redact import redact_url
 from ingest.stages import STAGES
+from zarr_store.printable import one_line, printable, printable_value
 
 if TYPE_CHECKING:
     from ingest.plan import Plan
@@ -95,7 +96,7 @@ class ShardPage(SchedulerPlugin):
         self.run |= {"started": time.time(), "finished": None}
         self.states = {name: bytearray(text, "ascii") for name, text in msg["states"].items()}
         self.failures.clear()
-        self.failures.extend(msg.get("failures", ()))
+        self.failures.extend(printable_value(msg.get("failures", ())))
         self.ended.clear()
         self.samples.clear()
         self.counters = dict.fromkeys(self.counters, 0)
@@ -108,7 +109,7 @@ class ShardPage(SchedulerPlugin):
         self.states[msg["collection"]][place] = ord(STATES[msg["state"]])
         self.counters[msg["state"]] += 1
         self.ended.append(time.time())
-        self.failures.extend(msg.get("failures", ()))
+        self.failures.extend(printable_value(msg.get("failures", ())))
 
     def _place(self, collection: str, index: Any) -> int | None:
         found = next((c for c in self.run.get("collections", ()) if c["name"] == collection), None)
@@ -147,7 +148,12 @@ class ShardPage(SchedulerPlugin):
                 if found and place is not None and states[found["collection"]][place] == ord(STATES["pending"]):
                     states[found["collection"]][place] = ord(STATES["running"])
         collections = [
-            {**c, "states": states[c["name"]].decode(), "counts": _counts(states[c["name"]])}
+            {
+                **c,
+                "name": one_line(c["name"]),
+                "states": states[c["name"]].decode(),
+                "counts": _counts(states[c["name"]]),
+            }
             for c in self.run.get("collections", ())
         ]
         end = self.run.get("finished") or now
@@ -347,7 +353,7 @@ def publish(
     put(
         {
             "event": "begin",
-            "cube": redact(url),
+            "cube": one_line(redact_url(url)),
             "plan": plan.digest[:12],
             "collections": collections,
             "states": states,
@@ -376,4 +382,4 @@ def _counts(states: bytearray) -> dict[str, int]:
 
 def _label(text: str) -> str:
     """A Prometheus label value."""
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return printable(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -27,13 +27,11 @@ from ingest.connections import PatientRetry, PrivatePeerError, bound_answers, ch
 from ingest.hrefs import (
     HrefPolicy,
     is_url,
-    redact,
-    redact_logs,
-    redact_text,
     refuse_private_address,
     resolve_href,
     same_origin,
 )
+from ingest.redact import redact_logs, redact_text, redact_url
 from zarr_store.bounded import check_weight, read_file
 from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.regular import check_regular
@@ -144,7 +142,7 @@ class Documents:
         parameters: Mapping[str, Any] | None = None,
     ) -> Any:
         """The JSON answer to a request; `parameters` are the body of a POST and the query of a GET."""
-        shown = redact(url)
+        shown = redact_url(url)
         for _ in range(_MAX_REDIRECTS):
             reply = self._send(url, method, parameters)
             with reply:
@@ -161,7 +159,7 @@ class Documents:
 
     def _send(self, url: str, method: str, parameters: Mapping[str, Any] | None) -> requests.Response:
         if urlsplit(url).scheme not in ("http", "https"):
-            raise InvalidInput(f"{redact(url)}: JSON documents are read from files, http and https only")
+            raise InvalidInput(f"{redact_url(url)}: JSON documents are read from files, http and https only")
         refuse_private_address(url, self.policy)
         trusted = is_url(self.source) and same_origin(url, self.source)
         post = method == "POST"
@@ -179,7 +177,7 @@ class Documents:
                 stream=True,
             )
         except PrivatePeerError as refusal:
-            raise InvalidInput(f"{redact(url)} refused: {refusal}") from refusal
+            raise InvalidInput(f"{redact_url(url)} refused: {refusal}") from refusal
         except (requests.RequestException, OSError) as error:
             raise _unreachable(url, error) from error
 
@@ -228,7 +226,7 @@ def parse_json(data: bytes, where: str) -> Any:
         InvalidInput: Too large as text or as objects, not UTF-8, not JSON (with the byte), NaN, Infinity, or nested
             too deeply.
     """
-    where = redact(where)
+    where = redact_url(where)
     data = _unpacked(data, where)
     check_weight(data, where, MAX_JSON_MEMORY)
     try:
@@ -320,7 +318,7 @@ def _too_deep(where: str) -> InvalidInput:
 def _too_large(where: str, size: int | None) -> InvalidInput:
     came = f"{size} bytes" if size else "more"
     return InvalidInput(
-        f"{redact(where)}: at most {MAX_JSON_BYTES} bytes of JSON are read, got {came}; "
+        f"{redact_url(where)}: at most {MAX_JSON_BYTES} bytes of JSON are read, got {came}; "
         "narrow the search or use stac-geoparquet"
     )
 
@@ -333,7 +331,7 @@ def _unreachable(url: str, error: Exception) -> AccessError:
         cause = "no answer in time"
     else:
         cause = redact_text(getattr(inner, "strerror", None) or inner)
-    return AccessError(f"cannot reach {redact(url)}: {cause}; check the address and the network, then try again")
+    return AccessError(f"cannot reach {redact_url(url)}: {cause}; check the address and the network, then try again")
 
 
 def _status_message(shown: str, reply: requests.Response, data: bytes) -> str:

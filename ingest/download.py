@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
@@ -18,9 +17,9 @@ import urllib3
 from ingest.answers import TooLongError, read_answer, read_start
 from ingest.buckets import bucket_url
 from ingest.connections import PatientRetry, PrivatePeerError, check_peers
-from ingest.hrefs import redact_logs
 from ingest.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, Span
 from ingest.rates import Crowd, wait_for_turn
+from ingest.redact import redact_logs, redact_text
 from ingest.sign import signed
 from ingest.waits import pause
 from zarr_store.errors import AccessError, InvalidInput
@@ -41,7 +40,6 @@ __all__ = [
     "innermost",
     "peek",
     "read_beside",
-    "redact",
     "stream_whole",
 ]
 
@@ -323,16 +321,10 @@ def _pool(pid: int, access: Access) -> urllib3.PoolManager:
     return check_peers(manager, lambda name: names is None or name in names)
 
 
-def redact(text: str) -> str:
-    """Drop queries, fragments and user information from every URL in `text`; they may be secrets."""
-    text = re.sub(r"((?:https?|s3)://)[^/\s'\"@]*@", r"\1", text)
-    return re.sub(r"((?:https?://|s3://|/vsi\w+/)[^\s'\"?#]*)[?#][^\s'\"]*", r"\1", text)
-
-
 def cause_of(error: BaseException | None, href: str) -> str:
     """A cause without secrets and without the folder the file lies in."""
     text = str(error).replace(href, href.rpartition("/")[2]) if error else "unknown"
-    return " ".join(redact(text).split())[:300]
+    return " ".join(redact_text(text).split())[:300]
 
 
 def innermost(error: BaseException) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import shapely
 from shapely import affinity
 from shapely.errors import ShapelyError
@@ -19,6 +21,8 @@ __all__ = ["LonLatBox", "box_region", "footprint_of", "lonlat_box", "meets", "ov
 LonLatBox = tuple[float, float, float, float]
 """(west, south, east, north) in degrees; west > east crosses the antimeridian."""
 
+_FARTHEST = 1080.0
+"""Degrees: longitudes may be counted over the antimeridian, but not round the Earth and round again."""
 _WORLD = box(-180, -90, 180, 90)
 
 
@@ -33,9 +37,10 @@ def footprint_of(item: Mapping[str, Any], where: str) -> tuple[BaseGeometry, Lon
     """
     raw, bounds = item.get("geometry"), item.get("bbox")
     try:
-        geometry = shape(raw) if raw else box_region(_flat_box(bounds))
-        parts = [_cut(part) for part in _polygons(geometry)]
-        result = shapely.union_all(parts) if parts else geometry
+        with np.errstate(all="ignore"):  # what is no number is judged below
+            geometry = shape(raw) if raw else box_region(_flat_box(bounds))
+            parts = [_cut(part) for part in _polygons(geometry)]
+            result = shapely.union_all(parts) if parts else geometry
     except (ShapelyError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InvalidInput(f"{where}: geometry and bbox are unusable ({error}); leave the item out") from error
     if result.is_empty:
@@ -93,7 +98,10 @@ def _cut(part: BaseGeometry) -> BaseGeometry:
         # west longitudes move behind 180°, so the ring is whole again; the cut brings them back
         part = shapely.transform(part, _unwrap)
     part = part if part.is_valid else shapely.make_valid(part)
-    if part.bounds[0] >= -180 and part.bounds[2] <= 180:
+    west, south, east, north = part.bounds
+    if not all(math.isfinite(v) and abs(v) <= _FARTHEST for v in part.bounds):
+        raise ValueError(f"it reaches to {west:g}, {south:g}, {east:g}, {north:g} degrees")
+    if west >= -180 and east <= 180 and south >= -90 and north <= 90:
         return part
     pieces = [shapely.intersection(affinity.translate(part, shift), _WORLD) for shift in (-360.0, 0.0, 360.0)]
     return shapely.union_all(pieces)

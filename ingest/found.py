@@ -26,9 +26,9 @@ from ingest.download import (
     fetch_whole,
     heads,
     peek,
-    redact,
 )
 from ingest.ranges import Head, RangeFile, Span
+from ingest.redact import redact_url
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import open_regular
@@ -93,8 +93,8 @@ def file_version(href: str, access: Access) -> str | None:
     if urlsplit(href).scheme in _SCHEMES:
         try:
             return peek(href, access)[1].version
-        except (PermanentError, TransientError) as error:
-            log.info("%s: %s", redact(href), cause_of(error, href))
+        except (PermanentError, TransientError, OSError, ValueError) as error:  # also hosts that are no names
+            log.info("%s: %s", redact_url(href), cause_of(error, href))
             return None
     if "://" in href or href.startswith("/vsi"):
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 from ingest.config import IngestConfig
 from ingest.footprint import footprint_of, to_geojson
-from ingest.hrefs import HrefPolicy, resolve_href, strip_signature
+from ingest.hrefs import HrefPolicy, resolve_href
 from ingest.identity import (
     acquired,
     baseline_of,
@@ -25,10 +25,12 @@ from ingest.identity import (
     relative_orbit_of,
     text_of,
     tile_of,
+    whole_of,
 )
 from ingest.offsets import decide_offset
 from ingest.products import BandRule, ProductRule, asset_key, choose_bands, find_product, refuse_unsupported
 from ingest.providers import find_provider
+from ingest.redact import strip_signature
 from ingest.scene import AssetRef, Scene
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid, normal_crs
@@ -65,6 +67,8 @@ def harmonise(
     properties = item.get("properties")
     if not isinstance(properties, Mapping) or not isinstance(item.get("assets"), Mapping):
         raise InvalidInput(f"{where}: expected a STAC item with properties and assets; leave it out")
+    if not isinstance(item.get("collection") or "", str):
+        raise InvalidInput(f"{where}: expected the id of a collection, got {str(item['collection'])[:80]!r}")
     collection = item.get("collection") or (config.collections[0] if len(config.collections) == 1 else None)
     refuse_unsupported(collection or "", item)
     product = find_product(item, collection)
@@ -93,7 +97,7 @@ def harmonise(
         acquired(properties, where, notes),
         first_of(properties, "created", "s2:generation_time", "sentinel2:generation_time"),
     )
-    return Scene(
+    scene = Scene(
         id=item["id"],
         collection=collection or product.name,
         provider=provider.name,
@@ -108,7 +112,7 @@ def harmonise(
         relative_orbit=relative_orbit_of(properties, names),
         orbit_direction=text_of(first_of(properties, "sat:orbit_state", "sentinel2:orbit_direction"), lower=True),
         datatake=datatake_of(properties, names, product),
-        cloud_cover=number_of(properties.get("eo:cloud_cover")),
+        cloud_cover=_percent(properties.get("eo:cloud_cover")),
         created=text_of(created),
         updated=text_of(properties.get("updated")),
         dn_offset=dn_offset,
@@ -116,6 +120,22 @@ def harmonise(
         notes=tuple(notes),
         product=product.name,
     )
+    _refuse_half_characters(scene, where)
+    return scene
+
+
+def _refuse_half_characters(scene: Scene, where: str) -> None:
+    """JSON can spell one half of a character of two; no message to a worker and no file can hold it.
+
+    Raises:
+        InvalidInput: A name or text of the scene has one.
+    """
+    texts = [value for value in vars(scene).values() if isinstance(value, str)]
+    texts += [text for ref in scene.assets.values() for text in vars(ref).values() if isinstance(text, str)]
+    try:
+        "".join((*texts, *scene.notes)).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{where}: its texts hold half a character ({error.reason}); leave it out") from error
 
 
 def _assets(
@@ -159,7 +179,7 @@ def _asset_ref(
     is_class = band in product.classes
     dtype = _raster(asset, "data_type") or ("uint8" if is_class else product.dtype)
     nodata = number_of(_raster(asset, "nodata"))
-    scale, offset = number_of(_raster(asset, "scale")), number_of(_raster(asset, "offset"))
+    scale, offset = (_finite(number_of(_raster(asset, name))) for name in ("scale", "offset"))
     if not is_class and scale is not None and product.kind == "reflectance" and not 0.99 < scale / product.scale < 1.01:
         notes.append(
             f"scale {scale:g} is stated, {product.name} has {product.scale:g}: the numbers are kept as they are"
@@ -181,8 +201,17 @@ def _asset_ref(
 
 
 def _size(asset: Mapping[str, Any]) -> int | None:
-    size = number_of(asset.get("file:size"))
-    return int(size) if size is not None and size > 0 else None
+    size = whole_of(asset.get("file:size"))
+    return size if size is not None and size > 0 else None
+
+
+def _percent(value: object) -> float | None:
+    number = number_of(value)
+    return number if number is not None and 0.0 <= number <= 100.0 else None
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _raster(asset: Mapping[str, Any], name: str) -> Any:
@@ -204,7 +233,7 @@ def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef]) -> d
     for band, ref in assets.items():
         asset = raw.get(ref.key)
         if ref.kind == "data" and isinstance(asset, Mapping):
-            offset, scale = number_of(_raster(asset, "offset")), number_of(_raster(asset, "scale"))
+            offset, scale = (_finite(number_of(_raster(asset, name))) for name in ("offset", "scale"))
             if offset is not None and scale != 0:
                 stated[band] = round(offset / (scale if scale is not None else ref.scale), 3)
     return stated
@@ -253,6 +282,6 @@ def _numbers(values: object) -> list[float]:
     """A list of finite numbers; empty where it is anything else."""
     if not isinstance(values, list | tuple):
         return []
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
-        return []
-    return [float(v) for v in values]
+    numbers = [number_of(v) for v in values if isinstance(v, int | float)]
+    finite = [v for v in numbers if v is not None and math.isfinite(v)]
+    return finite if len(finite) == len(values) else []

@@ -19,7 +19,7 @@ from rasterio.enums import ColorInterp
 from ingest.blocks import Packing
 from ingest.ranges import RangeFile, block_span
 from zarr_store.errors import InvalidInput
-from zarr_store.grid import Grid, normal_crs
+from zarr_store.grid import Grid, check_on_earth, normal_crs
 
 __all__ = ["RasterHeader", "grid_of"]
 
@@ -75,13 +75,15 @@ def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
     """The grid that the file header states.
 
     Raises:
-        InvalidInput: No CRS, or a rotated or south-up transform.
+        InvalidInput: No CRS, a rotated or south-up transform, or numbers that are no place on Earth.
     """
     if dataset.crs is None:
         raise InvalidInput("the file has no coordinate reference system")
     crs = _crs_name(dataset.crs.to_wkt())
     a, b, c, d, e, f = (float(v) for v in dataset.transform[:6])
-    return Grid(crs, (a, b, c, d, e, f), (int(dataset.height), int(dataset.width)))
+    grid = Grid(crs, (a, b, c, d, e, f), (int(dataset.height), int(dataset.width)))
+    check_on_earth(grid)
+    return grid
 
 
 @functools.lru_cache(64)

@@ -1,4 +1,4 @@
-"""Which hrefs may be opened, and how they may be shown.
+"""Which hrefs may be opened.
 
 A catalogue is data from outside: an href in it may name a local file, another driver, a machine of the private network
 or a credential. `resolve_href` turns an href into an absolute URL or path, or refuses it, before anything is opened.
@@ -11,7 +11,6 @@ paths, userinfo, odd spellings of IP addresses, and private addresses that were 
 from __future__ import annotations
 
 import ipaddress
-import logging
 import re
 import socket
 from collections.abc import Iterable
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Self
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urljoin, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from ingest.config import IngestConfig
+from ingest.redact import redact_url
 from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = [
@@ -29,24 +29,14 @@ __all__ = [
     "is_private_address",
     "is_spelled_address",
     "is_url",
-    "redact",
-    "redact_logs",
-    "redact_text",
     "refuse_private_address",
     "resolve_href",
     "same_origin",
-    "strip_signature",
 ]
 
 _SCHEMES = ("http", "https", "s3")
 _MAX_HREF = 4096
 _PORTS = {"http": 80, "https": 443}
-# Query keys that carry a credential: SAS, SigV4, CloudFront, and the usual names of tokens.
-_SECRET_KEYS = re.compile(
-    r"(sig|se|sp|sv|sr|st|ske|skoid|sks|skt|sktid|skv|spr|exp|expires|policy|signature|key-pair-id|"
-    r"x-(amz|goog)-.*|.*(token|secret|password|api[-_]?key|access[-_]?key).*)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,7 @@ def _checked_text(href: object) -> str:
     if not isinstance(href, str) or not href.strip():
         raise InvalidInput(f"expected an href, got {href!r}; the catalogue is broken, leave the item out")
     if len(href) > _MAX_HREF:
-        raise InvalidInput(f"href of {len(href)} characters refused (at most {_MAX_HREF}): {redact(href[:80])}…")
+        raise InvalidInput(f"href of {len(href)} characters refused (at most {_MAX_HREF}): {redact_url(href[:80])}…")
     if any(ord(char) < 32 or ord(char) == 127 or char in "\u202e\u202d\u2066\u2067\u2068" for char in href):
         raise _refused(href, "it holds control characters")
     if href != href.strip() or "\\" in href:
@@ -178,75 +168,12 @@ def _checked_path(text: str, base: str, policy: HrefPolicy) -> str:
 
 
 def _refused(href: str, why: str) -> InvalidInput:
-    return InvalidInput(f"href {redact(href)!r} refused: {why}")
+    return InvalidInput(f"href {redact_url(href)!r} refused: {why}")
 
 
 def is_url(text: str) -> bool:
     """Whether `text` has the form SCHEME://…"""
     return re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", text) is not None
-
-
-def redact(text: str) -> str:
-    """`text` without query, fragment and userinfo: safe for messages, logs, plans and reports.
-
-    >>> redact("https://me:secret@host/a.tif?sig=abc")
-    'https://host/a.tif'
-    """
-    if not is_url(text):
-        return re.split(r"[?#]", text, maxsplit=1)[0][:300]
-    scheme, _, rest = text.partition("://")
-    netloc, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"[:300]
-
-
-def redact_text(message: object) -> str:
-    """A message of another library without the queries and userinfo of the URLs in it.
-
-    >>> redact_text("GET https://u:p@host/a?sig=1 failed with url: /a?sig=1")
-    'GET https://host/a failed with url: /a'
-    """
-    text = re.sub(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>()]+", lambda found: redact(found.group()), str(message))
-    return re.sub(r"(/[^\s?'\"]*)\?[^\s'\"()]+", r"\1", text)
-
-
-_CHATTY = (
-    "urllib3.connectionpool", "urllib3.util.retry", "rasterio._env", "rasterio._err", "rasterio._base", "rasterio._io",
-    "rasterio._vsiopener", "rasterio.env", "rasterio.session",
-)  # fmt: skip
-
-
-class _Redacting(logging.Filter):
-    """Takes queries and userinfo out of the messages of libraries, which log URLs as they are."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact_text(record.getMessage()), ()
-        return True
-
-
-_redacting = _Redacting()
-
-
-def redact_logs() -> None:
-    """Keep secrets out of what urllib3 and rasterio log in this process; called before either sees a URL."""
-    for name in _CHATTY:
-        logger = logging.getLogger(name)
-        if _redacting not in logger.filters:
-            logger.addFilter(_redacting)
-
-
-def strip_signature(url: str) -> str:
-    """`url` without query parameters that carry a credential; other parameters stay.
-
-    >>> strip_signature("https://host/a.tif?layer=2&sig=abc&se=2024")
-    'https://host/a.tif?layer=2'
-    """
-    if "?" not in url or not is_url(url):
-        return url
-    parts = urlsplit(url)
-    kept = [
-        (key, value) for key, value in parse_qsl(parts.query, keep_blank_values=True) if not _SECRET_KEYS.fullmatch(key)
-    ]
-    return urlunsplit(parts._replace(query=urlencode(kept)))
 
 
 def same_origin(left: str, right: str) -> bool:

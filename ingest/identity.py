@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,6 +23,11 @@ __all__ = [
     "tile_of",
     "whole_of",
 ]
+
+
+_YEARS = (1970, 2200)
+_MOST_WHOLE = 2**53
+"""Beyond it a float is no exact whole number."""
 
 
 def product_names(item: Mapping[str, Any]) -> tuple[str, ...]:
@@ -55,6 +59,8 @@ def acquired(properties: Mapping[str, Any], where: str, notes: list[str]) -> str
         moment = moment.replace(tzinfo=dt.UTC)
     if properties.get("datetime") is None:
         notes.append("datetime is null: start_datetime is used")
+    if not _YEARS[0] <= moment.year <= _YEARS[1]:
+        raise InvalidInput(f"{where}: datetime {str(raw)[:60]!r} is no time of a satellite image; leave the item out")
     return moment.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -116,7 +122,7 @@ def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: Pr
 def relative_orbit_of(properties: Mapping[str, Any], names: Iterable[str]) -> int | None:
     """Relative orbit, 1 to 143 for Sentinel-2 and 1 to 175 for Sentinel-1."""
     stated = whole_of(first_of(properties, "sat:relative_orbit", "sentinel2:relative_orbit_number"))
-    return stated or whole_of(search_in(r"_R(\d{3})(?:_|$)", names))
+    return (stated if stated in range(1, 1000) else None) or whole_of(search_in(r"_R(\d{3})(?:_|$)", names))
 
 
 def first_of(holder: Mapping[str, Any], *names: str) -> Any:
@@ -137,10 +143,10 @@ def number_of(value: object) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def whole_of(value: object) -> int | None:
     number = number_of(value)
-    return int(number) if number is not None and math.isfinite(number) else None
+    return int(number) if number is not None and abs(number) < _MOST_WHOLE else None

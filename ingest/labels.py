@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import shapely
-from rasterio.errors import RasterioError
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from ingest.alignment import mirrored_fit
 from ingest.drivers import limit_raster_drivers
+from ingest.faults import describe_fault, is_file_fault
 from ingest.features import Features, is_vector, read_features
 from ingest.header import grid_of
 from ingest.opening import TIFF, open_geotiff
@@ -269,8 +269,11 @@ def _warp(
         with open_geotiff(source) as dataset:
             try:
                 pixels = dataset.read(band, window=Window(col, row, width, height))
-            except RasterioError as error:
-                raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {error}") from error
+            except Exception as error:
+                if not is_file_fault(error):
+                    raise
+                told = describe_fault(error)
+                raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {told}") from error
         found = pixels.astype(work)
         if nodata is not None:
             found[pixels == nodata] = empty

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning
 
 from ingest.drivers import limit_raster_drivers
+from ingest.faults import describe_fault, is_file_fault
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import open_regular
 
@@ -91,12 +92,13 @@ def open_geotiff(path: Path) -> Iterator[rasterio.io.DatasetReader]:
                 raise InvalidInput(f"{path} is no GeoTIFF; convert it with gdal_translate")
         with open_raster(lambda: open_regular(path), "GTiff") as dataset:
             yield dataset
-    except OSError as error:
-        if isinstance(error, RasterioError):
-            raise InvalidInput(f"{path} cannot be read as a GeoTIFF: {_deepest(error)}") from error
-        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
-    except RasterioError as error:
-        raise InvalidInput(f"{path} cannot be read as a GeoTIFF: {_deepest(error)}") from error
+    except Exception as error:
+        if is_file_fault(error):
+            told = describe_fault(error)
+            raise InvalidInput(told if str(path) in told else f"{path} cannot be read as a GeoTIFF: {told}") from error
+        if isinstance(error, OSError):
+            raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
+        raise
 
 
 def _refuse_neighbours(dataset: rasterio.io.DatasetReader) -> None:
@@ -106,9 +108,3 @@ def _refuse_neighbours(dataset: rasterio.io.DatasetReader) -> None:
             "the file says that its overviews are elsewhere (GDAL metadata, domain OVERVIEWS), which is never "
             "followed; make a COG of it, whose overviews are inside"
         )
-
-
-def _deepest(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from zarr_store.ledger import LedgerRow
+from zarr_store.printable import one_line
 
 __all__ = ["IngestEvent", "IngestReport"]
 
@@ -128,4 +129,4 @@ class IngestReport:
             lines.append(f"… and {len(named) - _MOST_LISTED} more")
         if self.exit_code:
             lines.append("the same command tries these again")
-        return "\n".join(lines)
+        return "\n".join(one_line(line) for line in lines)

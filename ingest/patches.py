@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from rasterio.errors import RasterioError
 from rasterio.warp import transform as warp_points
 
+from ingest.faults import describe_fault, is_file_fault
 from ingest.opening import open_geotiff
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, NothingFound
@@ -163,10 +163,12 @@ def read_patch(path: Path) -> tuple[npt.NDArray[Any], float, float]:
     """
     try:
         return _read_raster(path) if path.suffix.lower() in _RASTERS else (_read_picture(path), math.nan, math.nan)
-    except (OSError, RasterioError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, InvalidInput):
+    except InvalidInput:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | SyntaxError) and not is_file_fault(error):
             raise
-        raise InvalidInput(f"{path}: {str(error)[:160] or type(error).__name__}") from error
+        raise InvalidInput(f"{path}: {describe_fault(error)[:160]}") from error
 
 
 def _read_picture(path: Path) -> npt.NDArray[np.uint8]:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from ingest.facts import collection_facts, discrepancies
 from ingest.grouping import group_scenes, overlap_order
 from ingest.indices import refuse_indices_without_reflectance
 from ingest.products import choose_bands
+from ingest.redact import redact_text, redact_url
 from ingest.scene import Scene
 from ingest.sources import (
     Drop,
@@ -257,18 +258,21 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
         InvalidInput: The source or the selection cannot be used.
         AccessError: The source cannot be reached, or no file could be opened.
     """
-    from ingest.hrefs import HrefPolicy, is_url, redact, refuse_private_address
+    from ingest.hrefs import HrefPolicy, is_url, refuse_private_address
     from ingest.probe import probe_scenes
-    from ingest.search import search
+    from ingest.search import find_scenes
 
-    scenes = search(source, config)
+    found = find_scenes(source, config)
+    scenes = list(found.scenes)
     policy = HrefPolicy.of(source, config)
     hosts = {urlsplit(a.href).netloc: a.href for s in scenes for a in s.assets.values() if "://" in a.href}
     for href in hosts.values():
         with suppress(AccessError):  # a name that is not found becomes the error of each asset behind it
             refuse_private_address(href, policy)
-    told = redact(source) if is_url(source) else str(Path(source).expanduser().resolve())
-    return plan_scenes(scenes, probe_scenes(scenes, config, source=source), config, source=told)
+    told = redact_url(source) if is_url(source) else str(Path(source).expanduser().resolve())
+    plan = plan_scenes(scenes, probe_scenes(scenes, config, source=source), config, source=told)
+    left_out = tuple(f"{one.collection}: item {one.item_id!r} is left out: {one.reason}" for one in found.unusable)
+    return replace(plan, warnings=(*left_out, *plan.warnings)) if left_out else plan
 
 
 def plan_scenes(
@@ -349,8 +353,8 @@ def plan_scenes(
         recipes=tuple(recipes),
         items=items,
         tasks=tuple(sorted(tasks)),
-        drops=tuple(drops),
-        warnings=tuple(warnings),
+        drops=tuple(replace(drop, reason=redact_text(drop.reason)) for drop in drops),
+        warnings=tuple(redact_text(text) for text in warnings),
         reasons=target.reasons,
         facts=told,
         config=config.model_dump(mode="json", exclude=set(EXECUTION_FIELDS), exclude_defaults=True),

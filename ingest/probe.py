@@ -6,7 +6,9 @@ wins over the metadata and the pixels win over both; every mismatch is kept as a
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from pyproj.exceptions import ProjError
 from shapely.geometry import shape
 
 from ingest.config import IngestConfig
@@ -169,7 +172,18 @@ def probe_scenes(
     by_scene: dict[tuple[str, str], dict[str, _Header]] = defaultdict(dict)
     for (scene, asset), header in zip(jobs, headers, strict=True):
         by_scene[scene.key][asset.band] = header
-    return {scene.key: _conclude(scene, by_scene[scene.key], config) for scene in scenes}
+    return {scene.key: _conclude_or_not(scene, by_scene[scene.key], config) for scene in scenes}
+
+
+def _conclude_or_not(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig) -> SceneProbe:
+    """As `_conclude`; of a scene that nothing can be concluded of, the headers alone."""
+    try:
+        return _conclude(scene, headers, config)
+    except InvalidInput:  # what --strict and --offset-policy fail ask for
+        raise
+    except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
+        told = _defect(error, f"scene {scene.id}", config)
+        return SceneProbe({b: h.probe for b, h in headers.items()}, scene.dn_offset, "unchecked", discrepancies=(told,))
 
 
 def _witness(scene: Scene) -> str | None:
@@ -192,7 +206,7 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
 
     def use(dataset: DatasetReader) -> _Header:
         probe = AssetProbe(
-            grid=grid_of(dataset),
+            grid=_placed(grid_of(dataset)),
             dtype=str(dataset.dtypes[0]),
             nodata=None if dataset.nodata is None else float(dataset.nodata),
             overviews=tuple(int(factor) for factor in dataset.overviews(1)),
@@ -206,6 +220,8 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
     except (AssetUnreadable, InvalidInput) as error:
         log.warning("%s", error)
         return _Header(AssetProbe(error=str(error)))
+    except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
+        return _Header(AssetProbe(error=_defect(error, f"scene {scene.id}, asset {asset.key}", config)))
     grid = header.probe.grid
     if grid is None or asset.band != _judge(scene):
         return header
@@ -213,10 +229,50 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
         coverage = with_asset(
             asset.href, lambda file: cover(file, grid, asset, config), scene=scene.id, asset=asset.key, access=access
         )
-    except AssetUnreadable as error:  # its header is good all the same
+    except (AssetUnreadable, InvalidInput) as error:  # its header is good all the same
         log.warning("%s", error)
         return header
+    except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
+        _defect(error, f"scene {scene.id}, asset {asset.key}", config)
+        return header
     return replace(header, coverage=coverage)
+
+
+_SENTINEL_PIXEL_M = (1.0, 1e5)
+
+
+@functools.lru_cache(maxsize=4096)
+def _placed(grid: Grid) -> Grid:
+    """A grid that pixels of Sentinel scenes can have: one odd header must not decide over the grid of a cube.
+
+    Raises:
+        InvalidInput: Its pixels are of no such scene, or it has no place in longitude and latitude.
+    """
+    metres = max(grid.resolution) / grid.units_per_metre, min(grid.resolution) / grid.units_per_metre
+    if not (metres[0] <= _SENTINEL_PIXEL_M[1] and metres[1] >= _SENTINEL_PIXEL_M[0]):
+        raise InvalidInput(
+            f"its pixels would be {metres[1]:g} m wide; expected {_SENTINEL_PIXEL_M[0]:g} to {_SENTINEL_PIXEL_M[1]:g} m"
+        )
+    try:
+        bounds = grid.lonlat_bounds()
+    except ProjError as error:
+        raise InvalidInput(f"its place in longitude and latitude is not known ({error})") from error
+    if not all(math.isfinite(value) for value in bounds):
+        raise InvalidInput(f"it would lie at {grid.bounds} in {grid.crs[:40]}, which is no place on Earth")
+    return grid
+
+
+def _defect(error: Exception, where: str, config: IngestConfig) -> str:
+    """What nobody foresaw of one file or scene: told with its traceback, and the plan goes on without it.
+
+    Raises:
+        Exception: `error` itself, with --strict.
+    """
+    if config.strict:
+        raise error
+    text = f"{type(error).__name__}: {error}"
+    log.error("%s cannot be used, please report this (%s)", where, text, exc_info=error)
+    return f"{where} cannot be used ({text})"
 
 
 def _sample(dataset: DatasetReader) -> npt.NDArray[Any]:

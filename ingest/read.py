@@ -16,8 +16,8 @@ from rasterio.windows import Window
 
 from ingest.access import Access, Raster, with_raster
 from ingest.blocks import BlockReader
-from ingest.download import redact
 from ingest.ranges import blocks_of
+from ingest.redact import redact_url
 from ingest.resample import pick_resampling, place
 from ingest.stages import count_stage
 from zarr_store.errors import AssetUnreadable, InvalidInput
@@ -88,11 +88,11 @@ def read_on_grid(
         told, file, dataset = raster.header, raster.file, raster.dataset
         if header is not None and told.grid != header:
             reason = f"the file is not the one that was planned: its grid was {header}, now it is {told.grid}"
-            raise AssetUnreadable.of(scene, asset.key, reason, redact(asset.href))
+            raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
         _check_type(told.dtype, stored, scene, asset)
         if asset.kind == "data" and told.palette:
             reason = "expected a data band, the file has a palette: its numbers are colours"
-            raise AssetUnreadable.of(scene, asset.key, reason, redact(asset.href))
+            raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
         empty = {value for value in (asset.nodata, told.nodata) if value is not None}
         if tell is not None and file is not None:
             tell(file.version)
@@ -157,7 +157,9 @@ def _check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) ->
     whole = np.issubdtype(np.dtype(dtype), np.integer)
     if (stored == "float32") == whole:
         expected = "a float band of linear backscatter" if stored == "float32" else "a band of whole numbers"
-        raise AssetUnreadable.of(scene, asset.key, f"expected {expected}, the file holds {dtype}", redact(asset.href))
+        raise AssetUnreadable.of(
+            scene, asset.key, f"expected {expected}, the file holds {dtype}", redact_url(asset.href)
+        )
 
 
 def _as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
@@ -167,7 +169,7 @@ def _as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
         # exact zeros are the borders of scenes before 2018, never a measured power
         power[~np.isfinite(power) | (power == 0)] = np.nan
         for value in empty:
-            if np.isfinite(value):
+            if abs(value) <= np.finfo(np.float32).max:  # no pixel of the type has another value
                 power[power == np.float32(value)] = np.nan
         return power
     top = np.iinfo(stored).max

@@ -19,21 +19,17 @@ from typing import TYPE_CHECKING, Any
 from distributed import Client, performance_report
 
 from ingest.dashboard import PAGE
-from ingest.hrefs import redact_text
+from ingest.redact import redact_document, redact_text
 from ingest.stages import stage_totals
 
 if TYPE_CHECKING:
     from ingest.plan import Plan
 
-__all__ = ["RunRecord", "redact_document"]
+__all__ = ["RunRecord"]
 
 log = logging.getLogger(__name__)
 
 _HTML_HEAD = re.compile(r"\s*(<!DOCTYPE|<html)", re.IGNORECASE)
-_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s\"'<>\\/@]*@)?([^\s\"'<>\\?#]*)[?#][^\s\"'<>\\)]*")
-_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*://)[^\s\"'<>\\/@]*@")
-_ICON = re.compile(r'<link rel="shortcut icon"[^>]*>')
-_DATA = re.compile(r'(<script type="application/json"[^>]*>)(.*?)(</script>)', re.DOTALL)
 
 
 @dataclass
@@ -98,15 +94,6 @@ class RunRecord:
                 "seconds": max(float(kept.get("seconds", 0.0)), fresh[0]),
                 "bytes": max(float(kept.get("bytes", 0.0)), fresh[1]),
             }
-
-
-def redact_document(html: str) -> str:
-    """Dask's page without its icon, which lies elsewhere, and its data without queries and userinfo of URLs."""
-
-    def clean(found: re.Match[str]) -> str:
-        return found[1] + _USERINFO.sub(r"\1", _QUERY.sub(r"\1\2", found[2])) + found[3]
-
-    return _DATA.sub(clean, _ICON.sub("", html))
 
 
 def _sync(client: Client, coroutine: Any) -> None:

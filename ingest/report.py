@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from ingest.hrefs import redact, redact_text
 from ingest.outlines import outlines_of
+from ingest.redact import redact_text, redact_url
 from ingest.stages import STAGES
 from ingest.summary import human_bytes
 from zarr_store.backends import FolderStore
 from zarr_store.ledger import LedgerRow, ShardIndex
+from zarr_store.printable import printable
 from zarr_store.read import open_cube
 
 if TYPE_CHECKING:
@@ -64,8 +65,19 @@ def write_report(path: str | Path, record: RunRecord, report: IngestReport) -> N
 
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined
+    )
     return environment.get_template("report.html")
+
+
+class _Document(str):
+    """A page of Dask's: its scripts stay as they are, and its data is safe already."""
+
+
+def _printable(value: Any) -> Any:
+    """What a template is given, with the characters as escapes that a browser would obey rather than show."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, _Document) else value
 
 
 def _contents(plan: Plan, record: RunRecord, report: IngestReport) -> dict[str, Any]:
@@ -81,7 +93,7 @@ def _contents(plan: Plan, record: RunRecord, report: IngestReport) -> dict[str, 
     words = [redact_text(text) for text in report.errors]
     return {
         "state": "complete" if report.exit_code == 0 and not report.pending else "not complete",
-        "cube": redact(report.cube),
+        "cube": redact_url(report.cube),
         "written_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "facts": _facts(plan, record, report),
         "settings": [(name, _short(value)) for name, value in sorted(plan.config.items())],
@@ -96,7 +108,7 @@ def _contents(plan: Plan, record: RunRecord, report: IngestReport) -> dict[str, 
         "more_drops": max(0, len(plan.drops) - _MOST_ROWS),
         "warnings": [redact_text(text) for text in plan.warnings],
         "verdicts": _verdicts(plan),
-        "performance": record.performance,
+        "performance": None if record.performance is None else _Document(record.performance),
         "why_none": record.why_none,
         "words": WORDS,
     }
@@ -106,7 +118,7 @@ def _facts(plan: Plan, record: RunRecord, report: IngestReport) -> list[tuple[st
     workers, threads = record.workers
     packages = ("terrashard", "dask", "rasterio", "zarr", "tensorstore")
     return [
-        ("source", redact(plan.source) or "not told"),
+        ("source", redact_url(plan.source) or "not told"),
         ("plan", plan.digest[:12]),
         ("shards written", str(len(report.written))),
         ("with a scene missing", str(len(report.partial))),

@@ -35,6 +35,7 @@ from ingest.hrefs import is_url
 from ingest.outcome import IngestEvent, IngestReport
 from ingest.plan import Plan
 from ingest.record import RunRecord
+from ingest.redact import redact_text
 from ingest.shard import fill_shard
 from ingest.stages import stage
 from ingest.stopping import stoppable
@@ -437,7 +438,7 @@ def _take(future: Any, task: ShardTask, url: str, config: IngestConfig, tally: _
         return row
     if isinstance(error, TerrashardError) or config.on_error == "fail":
         raise error
-    text = f"{task.collection} shard {task.index}: {type(error).__name__}: {error}"
+    text = redact_text(f"{task.collection} shard {task.index}: {type(error).__name__}: {error}")
     if isinstance(error, KilledWorker):
         text = (
             f"{task.collection} shard {task.index}: it ended {error.allowed_failures + 1} workers, so it is left "

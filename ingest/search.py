@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ingest.api import api_root, ask_api
 from ingest.catalogue import FoundItem, Trail, items_in, open_source
@@ -13,24 +13,41 @@ from ingest.config import IngestConfig
 from ingest.dedupe import Duplicate, dedupe
 from ingest.documents import Documents
 from ingest.harmonise import harmonise
-from ingest.hrefs import is_url, redact
+from ingest.hrefs import is_url
 from ingest.products import PRODUCTS, choose_bands, find_product, refuse_unsupported
+from ingest.redact import redact_text, redact_url
 from ingest.scene import Scene
 from ingest.selection import Selection
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 
-__all__ = ["Found", "find_items", "find_scenes", "search"]
+__all__ = ["Found", "Unusable", "find_items", "find_scenes", "search"]
 
 log = logging.getLogger(__name__)
 
 
+class Unusable(NamedTuple):
+    """An item that no scene can be made of, and why."""
+
+    collection: str
+    item_id: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Found:
-    """What one search gives: scenes in order, the copies that were left out for them, and the items of the scenes."""
+    """What one search gives.
+
+    Attributes:
+        scenes: In order.
+        duplicates: Copies that were left out for them.
+        items: The items of the scenes.
+        unusable: Items that were left out because they cannot be understood.
+    """
 
     scenes: tuple[Scene, ...]
     duplicates: tuple[Duplicate, ...] = ()
     items: tuple[FoundItem, ...] = ()
+    unusable: tuple[Unusable, ...] = ()
 
 
 def search(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[Scene]:
@@ -55,20 +72,38 @@ def search(source: str, config: IngestConfig, *, headers: Mapping[str, str] | No
 
 
 def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> Found:
-    """As `search`, with the duplicates that were left out."""
+    """As `search`, with what was left out: one item that cannot be understood does not end a search.
+
+    Raises:
+        InvalidInput: Not one item can be understood; or, with `strict`, one cannot.
+    """
     _check_names(config)
     scenes: list[Scene] = []
     items: dict[int, FoundItem] = {}
     skipped: InvalidInput | None = None
-    for found in find_items(source, config, headers=headers):
+    unusable: list[Unusable] = []
+    refused: Exception | None = None
+    odd: list[tuple[FoundItem, InvalidInput]] = []
+    for found in find_items(source, config, headers=headers, odd=None if config.strict else odd):
         if not config.collections and (reason := _not_ours(found.item)):
             skipped = skipped or reason
             continue
-        scene = harmonise(found.item, base=found.base, config=config, source=source, item_assets=found.item_assets)
+        try:
+            scene = harmonise(found.item, base=found.base, config=config, source=source, item_assets=found.item_assets)
+        except UnknownName:  # a name that the user gave
+            raise
+        except Exception as error:  # an item of a stranger may be anything
+            if config.strict:
+                raise
+            refused = refused or error
+            unusable.append(_unusable(found.item, error))
+            continue
         scenes.append(scene)
         items[id(scene)] = found
-    if not scenes and skipped:
-        raise skipped
+    unusable += [_unusable(found.item, error) for found, error in odd]
+    refused = refused or next((error for _, error in odd), None)
+    if not scenes and (skipped or refused):
+        raise skipped or refused or InvalidInput(source)
     _check_assets(scenes)
     if config.strict:
         _refuse_lacking(scenes)
@@ -76,11 +111,35 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     for drop in drops:
         log.info("%s left out: %s", drop.dropped.id, drop.reason)
     # the items of this very answer: an API may answer the same question differently a moment later
-    return Found(tuple(kept), tuple(drops), tuple(items[id(scene)] for scene in kept))
+    return Found(tuple(kept), tuple(drops), tuple(items[id(scene)] for scene in kept), tuple(unusable))
 
 
-def find_items(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[FoundItem]:
+def _unusable(item: Mapping[str, Any], error: Exception) -> Unusable:
+    """The report on an item that was left out; what is no fault of the item is logged with its traceback."""
+    expected = isinstance(error, InvalidInput)
+    reason = str(error) if expected else f"it cannot be understood ({type(error).__name__}: {error})"
+    told = Unusable(str(item.get("collection"))[:200], str(item.get("id"))[:200], redact_text(reason)[:600])
+    if not expected:
+        log.error("item %r: %s; please report this", told.item_id, reason, exc_info=error)
+    log.warning("item %r is left out: %s", told.item_id, told.reason)
+    return told
+
+
+def find_items(
+    source: str,
+    config: IngestConfig,
+    *,
+    headers: Mapping[str, str] | None = None,
+    odd: list[tuple[FoundItem, InvalidInput]] | None = None,
+) -> list[FoundItem]:
     """The raw items that match, with the place each was read from; what `terrashard search -o` writes.
+
+    Args:
+        source: As for `search`.
+        config: As for `search`.
+        headers: As for `search`.
+        odd: Takes items of which time or footprint cannot be understood, so that nobody knows whether they match;
+            without it the first of them is an error.
 
     Raises:
         NothingFound: No item matches.
@@ -103,17 +162,24 @@ def find_items(source: str, config: IngestConfig, *, headers: Mapping[str, str] 
         ids: set[tuple[str, str]] = set()
         for found in candidates:
             key = (str(found.item.get("collection")), str(found.item.get("id")))
-            if not selection.keeps(found.item) or key in ids:
+            try:
+                wanted = selection.keeps(found.item)
+            except InvalidInput as error:
+                if odd is None:
+                    raise
+                odd.append((found, error))
+                continue
+            if not wanted or key in ids:
                 continue
             ids.add(key)
             items.append(found)
             if config.max_items and len(items) >= config.max_items:
                 break
-    if not items:
+    if not items and not odd:
         for name in config.collections:
             if trail.collections and name not in trail.collections:
-                raise UnknownName.of("collection", name, trail.collections, redact(source))
-        raise NothingFound(selection.explain(redact(source)))
+                raise UnknownName.of("collection", name, trail.collections, redact_url(source))
+        raise NothingFound(selection.explain(redact_url(source)))
     return items
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from pyproj.exceptions import ProjError
 from shapely.affinity import translate
 from shapely.geometry import box, shape
 from shapely.geometry.base import BaseGeometry
@@ -18,16 +19,16 @@ from shapely.geometry.base import BaseGeometry
 from ingest.clip import is_outside
 from ingest.config import IngestConfig
 from ingest.grouping import Step
-from ingest.hrefs import redact
 from ingest.indices import choose_indices
 from ingest.products import PRODUCTS, BandChoice, ProductRule
 from ingest.read import Stored
+from ingest.redact import redact_url
 from ingest.resample import is_nested
 from ingest.scene import AssetRef, Scene
 from ingest.target import Candidate, project_bounds, region_lonlat, transform_box
 from ingest.task import PlannedScene, Recipe, SourceAsset
 from zarr_store.errors import AssetUnreadable, InvalidInput, NothingFound
-from zarr_store.grid import Bounds, Grid
+from zarr_store.grid import Bounds, Grid, check_on_earth
 from zarr_store.regions import Region
 from zarr_store.spec import BandSpec, CubeSpec, Layout
 
@@ -88,7 +89,7 @@ class FoundScene:
 
     def stated_place(self) -> Grid | Bounds:
         """Where the scene lies by the catalogue: the grid of its largest asset, else the lon/lat box."""
-        stated = [asset.grid for asset in self.scene.assets.values() if asset.grid is not None]
+        stated = [a.grid for a in self.scene.assets.values() if a.grid is not None and _is_on_earth(a.grid)]
         if stated:
             return max(stated, key=lambda grid: (grid.height * grid.width, str(grid)))
         west, south, east, north = self.scene.bbox
@@ -124,13 +125,21 @@ class FoundScene:
         return 1 if all(grid.crs == target.crs for grid in grids) else 2
 
 
+def _is_on_earth(grid: Grid) -> bool:
+    try:
+        check_on_earth(grid)
+    except InvalidInput:
+        return False
+    return True
+
+
 def refuse_unopened(found: Sequence[FoundScene]) -> None:
     for one in found:
         for band, looked in (one.probe.assets if one.probe else {}).items():
             asset = one.scene.assets.get(band)
             if asset is not None and looked.error:
                 reason = f"{looked.error} (and no other file of {len(found)} scenes could be opened)"
-                raise AssetUnreadable.of(one.scene.id, asset.key, reason, redact(asset.href))
+                raise AssetUnreadable.of(one.scene.id, asset.key, reason, redact_url(asset.href))
     raise InvalidInput(
         f"none of the {len(found)} scenes has a readable band (first: {found[0].scene.id}, "
         f"lacking {', '.join(found[0].scene.lacking) or 'nothing'}); check --bands and the access rules of the source"
@@ -145,7 +154,11 @@ def select_scenes(found: Sequence[FoundScene], grid: Grid, config: IngestConfig)
     kept, drops = [], []
     for one in found:
         scene = one.scene
-        if pixel_box(one.extent(grid), grid) is None:
+        try:
+            reached = pixel_box(one.extent(grid), grid) is not None
+        except (InvalidInput, ProjError):  # its place is known by its footprint alone, which has none in this CRS
+            reached = False
+        if not reached:
             drops.append(Drop(scene.collection, scene.id, "its raster does not reach the region"))
             continue
         valid = one.probe.valid_share if one.probe else None
@@ -279,7 +292,10 @@ def _source_asset(one: FoundScene, asset: AssetRef, recipe: Recipe, config: Inge
 
 def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
     """(row0, row1, col0, col1) of target pixels that `source` may reach, cut at the target; None where it does not."""
-    left, bottom, right, top = transform_box(source, target.crs)
+    try:
+        left, bottom, right, top = transform_box(source, target.crs)
+    except (InvalidInput, ProjError):  # the source has no place in the CRS of the target
+        return None
     (rx, ry), (x0, _, _, y1) = target.resolution, target.bounds
     slack = 0.0 if source.crs == target.crs else 2.0  # edges are curves between the points that were transformed
     rows = (math.floor((y1 - top) / ry - slack + 1e-6), math.ceil((y1 - bottom) / ry + slack - 1e-6))

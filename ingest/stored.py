@@ -14,9 +14,10 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 from ingest.config import IngestConfig
-from ingest.hrefs import HrefPolicy, is_url, refuse_private_address, resolve_href, strip_signature
+from ingest.hrefs import HrefPolicy, is_url, refuse_private_address, resolve_href
 from ingest.plan import Plan
 from ingest.providers import PROVIDERS
+from ingest.redact import strip_signature
 from ingest.task import SourceAsset
 from zarr_store.backends import Kind, Store, store_for
 from zarr_store.errors import AccessError, InvalidInput

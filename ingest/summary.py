@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ingest.task import Recipe
+from zarr_store.printable import one_line
 
 if TYPE_CHECKING:
     from ingest.plan import Plan
@@ -30,7 +31,7 @@ def describe(plan: Plan) -> str:
         lines += _collection(plan, recipe)
     lines += _listed("left out", [f"{d.collection} {d.item_id}: {d.reason}" for d in plan.drops])
     lines += _listed("mind", list(plan.warnings))
-    return "\n".join(lines)
+    return "\n".join(one_line(line) for line in lines)
 
 
 def _collection(plan: Plan, recipe: Recipe) -> list[str]:

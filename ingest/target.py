@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from pyproj import Transformer
+from pyproj.exceptions import ProjError
 from shapely.geometry import shape
 
 from ingest.config import IngestConfig
@@ -65,8 +66,10 @@ def choose_grid(
     snap = _coarsest_nest(candidates, crs, resolution, anchor)
     region = region_lonlat(config)
     if region is None:
-        boxes = [transform_box(c.grid, crs) for c in candidates]
-        boxes += [transform_box(one, crs) if isinstance(one, Grid) else project_bounds(one, crs) for one in unseen]
+        boxes = [box for c in candidates if (box := _place_in(c.grid, crs)) is not None]
+        boxes += [box for one in unseen if (box := _place_in(one, crs)) is not None]
+        if not boxes:
+            raise InvalidInput(f"none of {len(candidates)} rasters has a place in {crs}; give another --crs")
         bounds = _union(boxes)
         why_bounds = f"bounds: union of {len(candidates)} rasters"
         why_bounds += f" and {len(unseen)} scenes without a readable file" if unseen else ""
@@ -83,6 +86,14 @@ def choose_grid(
     outer = Grid.from_bounds(crs, bounds, resolution=snap, anchor=anchor)
     grid = Grid.from_bounds(crs, outer.bounds, resolution=resolution, anchor=anchor)
     return TargetGrid(grid, (why_crs, why_resolution, why_lattice, why_bounds))
+
+
+def _place_in(one: Grid | Bounds, crs: str) -> Bounds | None:
+    """The box of a raster in a CRS; None where it has no place there, so that it is left out later."""
+    try:
+        return transform_box(one, crs) if isinstance(one, Grid) else project_bounds(one, crs)
+    except (InvalidInput, ProjError):
+        return None
 
 
 def region_lonlat(config: IngestConfig) -> Bounds | None:
@@ -114,7 +125,7 @@ def _transformed_box(transformer: Transformer, box: Bounds, shown: Bounds) -> Bo
     x, y = np.linspace(left, right, _EDGE_POINTS), np.linspace(bottom, top, _EDGE_POINTS)
     xs = np.concatenate([x, x, np.full_like(y, left), np.full_like(y, right)])
     ys = np.concatenate([np.full_like(x, bottom), np.full_like(x, top), y, y])
-    tx, ty = transformer.transform(xs, ys)
+    tx, ty = (np.asarray(values, np.float64) for values in transformer.transform(xs, ys))
     good = np.isfinite(tx) & np.isfinite(ty)
     if not good.any():
         raise InvalidInput(f"the box {_show(shown)} has no place in the target CRS; give another --crs")

@@ -25,6 +25,7 @@ from ingest.rates import RateKeeper, bind_worker
 from ingest.stages import stage_totals
 from ingest.waits import end_waits
 from zarr_store.errors import InvalidInput
+from zarr_store.printable import make_output_safe
 from zarr_store.spec import CubeSpec
 
 __all__ = [
@@ -121,6 +122,7 @@ class WorkerGuard(WorkerPlugin):
 
     async def setup(self, worker: Any) -> None:
         """Runs in each worker that is there, and in each that joins."""
+        make_output_safe()
         worker.metrics["terrashard"] = lambda _: stage_totals()
         logging.getLogger("distributed.worker").addFilter(heartbeat_is_news)
         bind_worker(worker)

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from jaxtrain.config import TrainConfig
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, TerrashardError, UnknownName
+from zarr_store.printable import one_line, safe_output
+from zarr_store.redact import redact_text
 
 __all__ = ["main", "read_config", "resolve_cube"]
 
@@ -70,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # force: libraries that were imported have set up logging of their own
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("jaxtrain").setLevel(logging.INFO)
+    with safe_output():
+        return _run(parsed)
+
+
+def _run(parsed: argparse.Namespace) -> int:
     try:
         from jaxtrain.heap import keep_freed_memory
         from jaxtrain.parallel.processes import spread_mesh, start_distributed
@@ -84,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logging.getLogger("jaxtrain").setLevel(logging.WARNING)
         train(spread_mesh(config), parsed.out)
     except TerrashardError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"{one_line(redact_text(f'error: {error}'))}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")

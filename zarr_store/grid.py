@@ -20,7 +20,7 @@ from pyproj import CRS, Transformer
 from zarr_store.crs import parse_crs, refuse_file_names
 from zarr_store.errors import InvalidInput
 
-__all__ = ["Bounds", "Grid"]
+__all__ = ["Bounds", "Grid", "check_on_earth", "normal_crs"]
 
 Transform = tuple[float, float, float, float, float, float]
 Bounds = tuple[float, float, float, float]
@@ -47,6 +47,8 @@ class Grid:
     def __post_init__(self) -> None:
         # equal grids have one JSON form: 10 and 10.0 would be written differently
         a, b, c, d, e, f = (float(value) for value in self.transform)
+        if not all(math.isfinite(value) for value in (a, b, c, d, e, f)):
+            raise InvalidInput(f"grid must have a transform of six finite numbers, got {self.transform}")
         object.__setattr__(self, "transform", (a, b, c, d, e, f))
         if b or d or a <= 0 or e >= 0:
             raise InvalidInput(
@@ -185,6 +187,51 @@ class Grid:
         rx, ry = self.resolution
         res = f"{rx:g}" if rx == ry else f"{rx:g}×{ry:g}"
         return f"{self.crs.partition(chr(10))[0][:40]} {self.height}×{self.width} px at {res}"
+
+
+_PIXEL_M = (1e-3, 1e6)
+_REACH_M = 1e8
+"""From the origin of a CRS; its equator is 4e7 m long."""
+
+
+def check_on_earth(grid: Grid) -> None:
+    """Refuse a grid that came out of a header or an item and can be no place on Earth.
+
+    What is wild in one file must not decide over the grid of a cube, nor end in numbers that overflow.
+
+    Raises:
+        InvalidInput: The CRS is of no ground, the pixels are too small or too large, or it lies too far off.
+    """
+    metres = _metres_per_unit(grid.crs)
+    if not (math.isfinite(metres) and metres > 0):
+        raise InvalidInput(
+            f"its CRS {_short(grid.crs)} is neither geographic nor projected: its numbers are no places on Earth"
+        )
+    for size in grid.resolution:
+        if not _PIXEL_M[0] <= size * metres <= _PIXEL_M[1]:
+            raise InvalidInput(
+                f"its pixels would be {size * metres:g} m wide in {_short(grid.crs)}; expected {_PIXEL_M[0]:g} to "
+                f"{_PIXEL_M[1]:g} m"
+            )
+    if not all(abs(value) * metres <= _REACH_M for value in grid.bounds):
+        raise InvalidInput(
+            f"it would lie at {tuple(float(f'{value:.6g}') for value in grid.bounds)} in {_short(grid.crs)}, which is "
+            "no place on Earth"
+        )
+
+
+@lru_cache(64)
+def _metres_per_unit(text: str) -> float:
+    """Metres in one unit of a CRS, degrees as at the equator; nan where it is no CRS of the ground."""
+    crs = _crs(text)
+    if not (crs.is_geographic or crs.is_projected) or not crs.axis_info:
+        return math.nan
+    factor = crs.axis_info[0].unit_conversion_factor  # of radians or metres
+    return math.degrees(factor) * 111_319.49 if crs.is_geographic else factor
+
+
+def _short(crs: str) -> str:
+    return crs.partition(chr(10))[0][:40]
 
 
 @lru_cache(64)

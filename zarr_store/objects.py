@@ -32,6 +32,7 @@ from zarr_store.backends import Store
 from zarr_store.bounded import MOST_METADATA
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, CubeMismatch, IntegrityError, InvalidInput
+from zarr_store.redact import redact_text
 from zarr_store.virtual import open_virtual
 
 __all__ = ["ObjectStore"]
@@ -240,7 +241,7 @@ class ObjectStore(Store):
             )
             advice = "check the credentials and their rights" if refused else "check endpoint, region and network"
             # not `from error`: its text and cause may quote requests
-            raise AccessError(f"{self.where(key)}: {_redact(str(error))}; {advice}") from None
+            raise AccessError(f"{self.where(key)}: {_reason(error)}; {advice}") from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -267,9 +268,7 @@ def _connect(scheme: str, bucket: str, prefix: str, settings: tuple[tuple[str, s
             bucket, prefix=prefix or None, config=config, client_options=options, retry_config=retries
         )
     except (obstore.exceptions.BaseError, ValueError) as error:
-        raise AccessError(
-            f"{scheme}://{bucket}: {_redact(str(error))}; check the settings of the environment"
-        ) from None
+        raise AccessError(f"{scheme}://{bucket}: {_reason(error)}; check the settings of the environment") from None
 
 
 def _endpoint() -> str:
@@ -287,10 +286,7 @@ def _credentials() -> str:
     return "environment" if os.environ.get("AWS_ACCESS_KEY_ID") else "default"
 
 
-def _redact(text: str) -> str:
-    """The first line without the body of an answer, its length bounded, and with no value of a credential."""
-    line = (text.partition("\n")[0].partition("<?xml")[0]).strip()
-    for name in _SECRETS:
-        if os.environ.get(name):
-            line = line.replace(os.environ[name], "…")
-    return line[:300]
+def _reason(error: Exception) -> str:
+    """The first line without the body of an answer, its length bounded, and without secrets."""
+    line = str(error).partition("\n")[0].partition("<?xml")[0].strip()
+    return redact_text(line)[:300]

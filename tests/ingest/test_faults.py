@@ -24,7 +24,7 @@ ROWS = [
     *(f"S{n:02}" for n in range(1, 19)),
     *(f"Z{n:02}" for n in range(1, 24)),
     *(f"D{n:02}" for n in range(1, 16)),
-    *(f"C{n:02}" for n in range(1, 11)),
+    *(f"C{n:02}" for n in range(1, 15)),
     *(f"L{n:02}" for n in range(1, 11)),
 ]
 FIRST = {

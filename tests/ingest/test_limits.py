@@ -511,11 +511,11 @@ def test_pipes_and_devices_are_no_files(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.json"
     os.mkfifo(pipe)
     for path in (pipe, Path("/dev/zero")):
-        with pytest.raises(OSError, match="a pipe|a device"):
+        with pytest.raises(OSError, match=r"a pipe|a device"):
             read_file(path, 1000)
-        with pytest.raises(InvalidInput, match="a pipe|a device"):
+        with pytest.raises(InvalidInput, match=r"a pipe|a device"):
             load_geometry(path)
-        with pytest.raises(InvalidInput, match="a pipe|a device"):
+        with pytest.raises(InvalidInput, match=r"a pipe|a device"):
             Documents(str(path), IngestConfig()).read(str(path))
 
 

@@ -16,7 +16,8 @@ import ingest.run as running
 from cli.main import main
 from ingest.config import IngestConfig
 from ingest.plan import Plan, plan_scenes
-from ingest.record import RunRecord, redact_document
+from ingest.record import RunRecord
+from ingest.redact import redact_document
 from ingest.report import write_report
 from ingest.run import run
 from ingest.sources import Drop

@@ -1,0 +1,243 @@
+"""Text without secrets: the one redactor of everything that is printed, logged, stored or shown on a page.
+
+Two contracts. `redact_text` takes any text (an error of a library, a log line, the body of an answer) and returns it
+without what could be a credential. `redact_url` takes one URL or path and returns it without userinfo, query and
+fragment. `redact_value` applies the same to JSON values, and `strip_signature` keeps the part of a query that is no
+credential, for addresses that are opened again.
+
+Too much may be hidden, never too little: a word beside "token:" is hidden although it may be harmless. What has no
+mark at all (a bare key without a name beside it) is known only where the environment holds it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+__all__ = ["HIDDEN", "redact_text", "redact_url", "redact_value", "strip_signature"]
+
+HIDDEN = "…"
+"""What stands in the place of a secret."""
+
+_MOST_SHOWN = 300
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{0,30}://")
+_ENCODED = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,30}%(?:25)*3A(?:%(?:25)*2F){2})([^\s'\"<>]*)", re.IGNORECASE)
+_ENCODED_AT = re.compile(r".*(?:@|%(?:25)*40)", re.IGNORECASE)
+_ENCODED_QUERY = re.compile(r"(?:[?#]|%(?:25)*3F|%(?:25)*23).*", re.IGNORECASE)
+_RUN = re.compile(r"\S{0,8192}")
+_ENDS = re.compile(r"['\"<>`\\]")
+_CLOSING = re.compile(r"[)\]}.,;:!]+$")
+_QUERY = re.compile(r"\?[^\s'\"<>`]+")
+_PEM = re.compile(r"-----BEGIN [A-Z ]{0,40}KEY-----.{0,20000}?(?:-----END [A-Z ]{0,40}KEY-----|\Z)", re.DOTALL)
+
+_LONG_NAMES = (
+    "token|secret|password|passwd|passphrase|credentials?|hmac|"
+    "(?:access|secret|client|private|account|shared|subscription|api|signing|encryption|auth|session|storage|sas)"
+    "[-_ ]?(?:access[-_]?)?(?:key|secret|token|signature)(?:[-_]?id)?|"
+    "shared[-_]?access[-_]?signature|google[-_]?access[-_]?id|key[-_]pair[-_]id|signature|signature[-_]?provided|"
+    "string[-_]?to[-_]?sign|x-(?:amz|goog)-[a-z0-9\\-]{1,40}"
+)
+_SHORT_NAMES = "sig|sas|pwd|pass|jwt|auth"
+# a longer name may end in a long one (AWS_SECRET_ACCESS_KEY); a short one stands alone (design is no sig)
+_NAME = rf"(?:(?:{_LONG_NAMES})|(?<![A-Za-z])(?:{_SHORT_NAMES}))(?![A-Za-z])"
+_PAIR = re.compile(
+    rf"(?P<name>{_NAME})"
+    r"(?P<between>\\*['\"]?[ \t]{0,8}(?:=>|[:=])(?:\s|\\{1,8}[nrt]){0,8}|\\*['\"][ \t]{0,8},\s{0,8}(?=b?\\*['\"]))"
+    r"(?P<bytes>b(?=\\*['\"]))?"
+    r"(?P<value>(?P<quote>\\*['\"])(?:\\.|[^\\]){0,8192}?(?P=quote)|\\*['\"]?[^\s'\"<>]+|\\*['\"])",
+    re.IGNORECASE | re.DOTALL,
+)
+_HEADER = re.compile(
+    r"(?P<name>(?<![A-Za-z])(?:(?:proxy-)?authorization|(?:set-)?cookie)[ \t]{0,8}[:=][ \t]{0,8})"
+    r"(?!['\"\\])[^\r\n'\"]+",
+    re.IGNORECASE,
+)
+_QUOTED_HEADER = re.compile(
+    r"(?P<name>(?<![A-Za-z])(?:(?:proxy-)?authorization|(?:set-)?cookie)\\*['\"]?[ \t]{0,8}(?:=>|[:=,])\s{0,8}b?)"
+    r"(?P<quote>\\*['\"])(?:\\.|[^\\]){0,8192}?(?P=quote)",
+    re.IGNORECASE | re.DOTALL,
+)
+_ELEMENT = re.compile(rf"(<[\w:]{{0,40}}?{_NAME}[^<>]{{0,80}}>)[^<]+", re.IGNORECASE)
+_BARE = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"eyJ[A-Za-z0-9_\-]{4,8192}\.[A-Za-z0-9_\-=+/.~%]{2,8192}"  # a JSON web token
+    r"|(?:AKIA|ASIA|AROA)[0-9A-Z]{12,32}|GOOG[0-9A-Z]{16,80}"  # access keys of Amazon and Google
+    r"|gh[pousr]_[A-Za-z0-9]{20,255}"
+    r")"
+)
+_SCHEMED = re.compile(
+    r"(?<![A-Za-z])(Bearer|Basic)(\s{1,4})(?=[A-Za-z]{0,64}[\d._\-=+/~%]|[a-z]{0,64}[A-Z]|\S{24})[^\s'\"<>]+"
+)
+_ENVIRONMENT = re.compile(rf"(?:.*_)?(?:{_NAME})|.*_(?:PAT|KEY)", re.IGNORECASE)
+_LEAST_SECRET = 6
+"""Characters of a value in the environment that is looked for: hiding every "x" would hide the message."""
+_NO_SECRETS = ("None", "null", "True", "False", "true", "false", HIDDEN)
+
+# Query keys that carry a credential: SAS, SigV4, CloudFront, and the usual names of tokens.
+_SIGNING_KEYS = re.compile(
+    r"(sig|se|sp|sv|sr|st|ske|skoid|sks|skt|sktid|skv|spr|exp|expires|policy|signature|key-pair-id|auth|jwt|"
+    r"awsaccesskeyid|googleaccessid|x-(amz|goog)-.*|"
+    r".*(token|secret|password|credential|api[-_]?key|access[-_]?key|subscription[-_]?key).*)",
+    re.IGNORECASE,
+)
+
+
+def redact_text(message: object) -> str:
+    """`message` without queries and userinfo of URLs, values of secret names, keys and tokens.
+
+    Args:
+        message: Text, or anything whose `str` is shown.
+
+    >>> redact_text("GET https://u:p@host/a?sig=1 failed with url: /a?sig=1")
+    'GET https://host/a failed with url: /a'
+    >>> redact_text('{"token": "abc", "hint": "ask again"} (Authorization: Bearer a.b)')
+    '{"token": "…", "hint": "ask again"} (Authorization: …'
+    """
+    text = str(message)
+    for value in _environment():
+        text = text.replace(value, HIDDEN)
+    text = _PEM.sub(HIDDEN, text)
+    text = _ENCODED.sub(_clean_encoded, text)
+    text = _clean_queries(_clean_urls(text))
+    text = _QUOTED_HEADER.sub(lambda f: f["name"] + f["quote"] + HIDDEN + f["quote"], text)
+    text = _HEADER.sub(lambda f: f["name"] + HIDDEN, text)
+    text = _PAIR.sub(_clean_pair, text)
+    text = _ELEMENT.sub(lambda f: f[1] + HIDDEN, text)
+    text = _SCHEMED.sub(rf"\1\2{HIDDEN}", text)
+    return _BARE.sub(HIDDEN, text)
+
+
+def redact_url(text: str) -> str:
+    """One URL or path without userinfo, query and fragment, at most 300 characters of it.
+
+    >>> redact_url("https://me:secret@host/a.tif?sig=abc")
+    'https://host/a.tif'
+    """
+    found = _SCHEME.match(text)
+    if not found:
+        return re.split(r"[?#]", text, maxsplit=1)[0][:_MOST_SHOWN]
+    rest = text[found.end() :]
+    return (found[0] + re.split(r"[?#]", rest[_userinfo(rest) :], maxsplit=1)[0])[:_MOST_SHOWN]
+
+
+def redact_value(value: Any) -> Any:
+    """A JSON value whose texts hold no secrets; numbers, order and keys stay.
+
+    A text that is one URL keeps the parameters that are no credential, as it may be opened again.
+
+    >>> redact_value({"href": "https://h/a?layer=2&sig=x", "token": "abc", "n": [1, "password=x"]})
+    {'href': 'https://h/a?layer=2', 'token': '…', 'n': [1, 'password=…']}
+    """
+    if isinstance(value, str):
+        found = _SCHEME.match(value)
+        if found and not re.search(r"\s", value):
+            rest = value[found.end() :]
+            return strip_signature(found[0] + rest[_userinfo(rest) :].partition("#")[0])
+        return redact_text(value)
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN if isinstance(item, str) and item and _is_secret_name(key) else redact_value(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact_value(item) for item in value]
+    return value
+
+
+def strip_signature(url: str) -> str:
+    """`url` without query parameters that carry a credential; other parameters stay.
+
+    >>> strip_signature("https://host/a.tif?layer=2&sig=abc&se=2024")
+    'https://host/a.tif?layer=2'
+    """
+    if "?" not in url or not _SCHEME.match(url):
+        return url
+    parts = urlsplit(url)
+    kept = [
+        (key, value)
+        for key, value in parse_qsl(parts.query, keep_blank_values=True)
+        if not _SIGNING_KEYS.fullmatch(key)
+    ]
+    return urlunsplit(parts._replace(query=urlencode(kept)))
+
+
+def _is_secret_name(key: object) -> bool:
+    return isinstance(key, str) and re.fullmatch(rf"(?:.*[-_ ])?{_NAME}", key, re.IGNORECASE) is not None
+
+
+def _environment() -> list[str]:
+    """Values of secret names in the environment, the longest first."""
+    found = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _LEAST_SECRET and _ENVIRONMENT.fullmatch(name) and not os.path.isabs(value)
+    }
+    return sorted(found, key=len, reverse=True)
+
+
+def _userinfo(rest: str) -> int:
+    """Where the host begins in what follows "scheme://": behind the userinfo, also one with odd characters."""
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    at = authority.rfind("@")
+    end = _ENDS.search(authority)
+    name = re.split(r"['\"<>`\\@]", authority, maxsplit=1)[0]
+    colon = name.find(":")
+    # "https://host:80" is no user with a password; "https://me:pa/ss@host" is one who did not encode it
+    password = colon > 0 and not re.fullmatch(r"[0-9]*[)\]},.;]*", name[colon + 1 :])
+    if name.startswith("["):  # an IPv6 address
+        password = False
+    if password and "@" in rest:
+        return rest.rfind("@") + 1
+    return at + 1 if at >= 0 and (end is None or end.start() > at or name == "") else 0
+
+
+def _clean_urls(text: str) -> str:
+    parts: list[str] = []
+    done = 0
+    while found := _SCHEME.search(text, done):
+        run = _RUN.match(text, found.end())
+        rest = run[0] if run else ""
+        host = _userinfo(rest)
+        end = _ENDS.search(rest, host)
+        stop = end.start() if end else len(rest)
+        url = rest[host:stop]
+        nested = _SCHEME.search(url)  # /vsicurl/https://…, or two addresses without a blank between them
+        query = re.search(r"[?#]", url)
+        if query is not None and (nested is None or query.start() <= nested.start()):
+            closing = _CLOSING.search(url)
+            url = url[: query.start()] + (closing[0] if closing and closing.start() > query.start() else "")
+        elif nested is not None:
+            stop, url = host + nested.start(), url[: nested.start()]
+        parts += [text[done : found.end()], url]
+        done = found.end() + stop
+    return "".join(parts) + text[done:]
+
+
+def _clean_queries(text: str) -> str:
+    """Paths without a host, as urllib3 logs them, lose their queries, too."""
+
+    def clean(found: re.Match[str]) -> str:
+        before = re.split(r"[\s'\"]", text[max(0, found.start() - 512) : found.start()])[-1]
+        if not before or ("/" not in before and "=" not in found[0]):
+            return found[0]
+        closing = _CLOSING.search(found[0])
+        return closing[0] if closing else ""
+
+    return _QUERY.sub(clean, text)
+
+
+def _clean_encoded(found: re.Match[str]) -> str:
+    return found[1] + _ENCODED_QUERY.sub("", _ENCODED_AT.sub("", found[2]))
+
+
+def _clean_pair(found: re.Match[str]) -> str:
+    value, quote = found["value"], found["quote"] or ""
+    plain = value.removeprefix(quote).removesuffix(quote) if quote else value
+    if plain.rstrip(")]},.;:") in _NO_SECRETS:
+        return found[0]
+    closing = _CLOSING.search(value) if not quote else None
+    hidden = quote + HIDDEN + quote if quote else HIDDEN + (closing[0] if closing else "")
+    return f"{found['name']}{found['between']}{found['bytes'] or ''}{hidden}"
