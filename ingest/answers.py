@@ -88,7 +88,7 @@ class _TimedReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         check_waits()
         self._sock.settimeout(self._clock.left_s())
-        size = self._raw.readinto(buffer)  # type: ignore[attr-defined]
+        size = self._raw.readinto(buffer)
         check_waits()  # a socket that was shut because of a stop looks like one that ended
         self._clock.count(size or 0)
         return int(size or 0)

@@ -175,7 +175,8 @@ def _local(config: IngestConfig, workers: int, dashboard: str, security: Securit
         protocol="tls://" if security is not None else "tcp://",
     )  # type: ignore[no-untyped-call]
     # Dask itself looks at no Host header, and lets every page open its web sockets
-    guard_application(cluster.scheduler.http_application, {dashboard.rpartition(":")[0].lower(), *machine_names()})
+    scheduler: Any = cluster.scheduler
+    guard_application(scheduler.http_application, {dashboard.rpartition(":")[0].lower(), *machine_names()})
     return cluster
 
 

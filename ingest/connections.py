@@ -76,10 +76,10 @@ def bound_answers(manager: urllib3.PoolManager) -> urllib3.PoolManager:
         manager: Has made no connection yet; it is given back.
     """
 
-    class Plain(_BoundedAnswers, HTTPConnection):
+    class Plain(_BoundedAnswers, HTTPConnection):  # type: ignore[misc]
         pass
 
-    class Secure(_BoundedAnswers, HTTPSConnection):
+    class Secure(_BoundedAnswers, HTTPSConnection):  # type: ignore[misc]
         pass
 
     class PlainPool(HTTPConnectionPool):
@@ -113,13 +113,13 @@ def check_peers(manager: urllib3.PoolManager, may_be_private: MayBePrivate) -> u
             sock.close()
             raise PrivatePeerError(f"{name} leads to the private address {address}; --allow-private-hosts permits that")
 
-    class Plain(_BoundedAnswers, HTTPConnection):
+    class Plain(_BoundedAnswers, HTTPConnection):  # type: ignore[misc]
         def _new_conn(self) -> socket.socket:
             sock = super()._new_conn()
             judge(self.host, sock)
             return sock
 
-    class Secure(_BoundedAnswers, HTTPSConnection):
+    class Secure(_BoundedAnswers, HTTPSConnection):  # type: ignore[misc]
         def _new_conn(self) -> socket.socket:
             sock = super()._new_conn()
             judge(self.host, sock)

@@ -223,7 +223,8 @@ class _Handler(RequestHandler):
 
     def prepare(self) -> None:
         """Judge who asks, also on a scheduler that somebody else started; there a proxy may have a name of its own."""
-        if is_loopback(self.request.connection.stream.socket.getsockname()[0]):
+        connection: Any = self.request.connection
+        if is_loopback(connection.stream.socket.getsockname()[0]):
             reason = why_refused(self.request.headers.get("Host"), self.request.headers.get("Origin"), machine_names())
             if reason is not None:
                 self.set_status(403)

@@ -106,10 +106,11 @@ def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
     main = spec.array(spec.kind)
     coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
     t, y, x = spec.layout.shard
+    chunk = (t, len(spec.bands), y // OVERVIEW_FACTOR, x // OVERVIEW_FACTOR)
     expected = {
         "shape": (len(spec.times), len(spec.bands), *coarse.shape),
         "data_type": main.dtype,
-        "chunk": (t, len(spec.bands), y // OVERVIEW_FACTOR, x // OVERVIEW_FACTOR),
+        "chunk": chunk,
     }
     try:
         document = load_json(data, where, most=_MOST_BYTES)
@@ -127,7 +128,7 @@ def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
     if found["shape"][:1] >= expected["shape"][:1]:  # as the arrays, it may be longer while the cube grows
         found["shape"] = (*expected["shape"][:1], *found["shape"][1:])
     wrong = [f"{name} {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]]
-    size = math.prod(expected["chunk"]) * np.dtype(main.dtype).itemsize
+    size = math.prod(chunk) * np.dtype(main.dtype).itemsize
     if size > MOST_CHUNK_BYTES:
         wrong.append(f"chunks of {size} bytes, more than the {MOST_CHUNK_BYTES} that are read")
     if codecs - _OVERVIEW_CODECS:
