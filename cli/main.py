@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -129,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in args:
             from zarr_store.printable import shown
 
-            # errors of libraries show the URLs they were given
-            sys.stderr.write(shown(traceback.format_exc()))
+            # errors of libraries show the URLs they were given; set in, so that none of its lines looks like one of ours
+            sys.stderr.write(textwrap.indent(shown(traceback.format_exc()), "  "))
         code, message = _explain(error)
         speak(f"error: {message}")
         if "--json" in args:
