@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in args:
             from zarr_store.printable import shown
 
-            # errors of libraries show the URLs they were given; set in, so that none of its lines looks like one of ours
+            # errors of libraries show the URLs they were given; set in, so that no line looks like one of ours
             sys.stderr.write(textwrap.indent(shown(traceback.format_exc()), "  "))
         code, message = _explain(error)
         speak(f"error: {message}")
