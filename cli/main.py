@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -144,8 +145,8 @@ def _run(args: list[str]) -> int:
         if "--debug" in args:
             from zarr_store.printable import shown
 
-            # errors of libraries show the URLs they were given
-            sys.stderr.write(shown(traceback.format_exc()))
+            # errors of libraries show the URLs they were given; set in, so that no line looks like one of ours
+            sys.stderr.write(textwrap.indent(shown(traceback.format_exc()), "  "))
         code, message = _explain(error)
         speak(f"error: {message}")
         if "--json" in args:

@@ -293,9 +293,7 @@ def save(folder: Path, items: list[dict[str, Any]]) -> str:
     "name",
     ["scale nan", "scale 1e300", "origin 1e300", "crs of no number", "matrix nan", "width 0", "keys beyond the end"],
 )
-def test_one_damaged_patch_or_label_raster_is_named(
-    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_one_damaged_patch_is_named(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "patches"
     for number in range(3):
         write_raster(folder / "a" / f"{number}.tif", GRID, np.full(GRID.shape, number, np.uint8))
