@@ -31,6 +31,7 @@ from jaxtrain.state import Program, build_program
 from zarr_store.backends import FolderStore
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.grid import Grid
+from zarr_store.keys import refuse_links
 from zarr_store.labels import LabelLayer
 from zarr_store.read import Cube
 
@@ -187,8 +188,9 @@ def find_card(run: Path) -> ModelCard | None:
 
     Raises:
         InvalidInput: The folder holds something else.
-        IntegrityError: The card cannot be read.
+        IntegrityError: The card cannot be read, or a link leads out of the folder.
     """
+    refuse_links(run, run)  # before anything is written there, too: checkpoints, history, events, reports
     path = run / CARD
     if not path.exists():
         names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
