@@ -110,6 +110,11 @@ class ModelCard:
         """Dates of each cube."""
         return tuple(ground.times for ground in self.grounds) or (self.times,)
 
+    @property
+    def key(self) -> str:
+        """What the run is, in letters and digits: a digest of the card, the same in every process of the run."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
+
     def of(self, number: int) -> ModelCard:
         """The card as if one of several cubes were the only one."""
         if not self.grounds or not isinstance(self.split, Splits):
