@@ -79,7 +79,9 @@ def test_scenes_of_a_bucket_are_read_and_a_replaced_one_is_found(
     with rasterio.open(file, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as dataset:
         dataset.write(np.full(dataset.shape, 4321, "uint16"), 1)
     bucket.put_object(Bucket="cubes", Key=key, Body=file.read_bytes())
-    assert run("audit", cube, "--source", catalog, "--no-files", *options[:4]).code == 0, "the catalogue says nothing of it"
+    assert run("audit", cube, "--source", catalog, "--no-files", *options[:4]).code == 0, (
+        "the catalogue says nothing of it"
+    )
     found = run("audit", cube, "--source", catalog, "--json", *options[:4])
     assert (found.code, [row["assets"] for row in found.json["replaced"]]) == (3, [["red"]]), found.err
     fresh = run("ingest", catalog, cube, "--refresh", "--json", *options)

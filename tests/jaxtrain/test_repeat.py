@@ -1,4 +1,4 @@
-"""A GPU is asked for kernels that sum in a fixed order, and its compiled programs stay with the user, never with the run."""
+"""A GPU is asked for kernels that sum in a fixed order; compiled programs stay with the user, never with the run."""
 
 from __future__ import annotations
 
