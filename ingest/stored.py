@@ -11,13 +11,21 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ingest.config import IngestConfig
-from ingest.hrefs import HrefPolicy, is_url, redact, refuse_private_address, resolve_href, strip_signature
+from ingest.hrefs import (
+    HrefPolicy,
+    is_spelled_address,
+    is_url,
+    redact,
+    refuse_private_address,
+    resolve_href,
+    strip_signature,
+)
 from ingest.plan import Plan
 from ingest.providers import GENERIC, PROVIDERS
 from ingest.task import ShardTask, SourceAsset
@@ -26,6 +34,7 @@ from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.read import is_cube, open_cube
 
 __all__ = ["PLAN_KEY", "begun_plan", "check_hrefs", "keep_plan", "kept_plan", "kept_source",
+           "needed_options",
            "require_providers"]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -126,7 +135,8 @@ def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Ite
             raise InvalidInput(f"{where}: its href is not absolute and plain; plan again")
     if refused:
         where, refusal = next(iter(refused.values()))
-        raise InvalidInput(f"{where}: {refusal}{_advice(plan, refused, named - {rule.name for rule in rules})}")
+        unknown = named - {rule.name for rule in (*rules, GENERIC)}
+        raise InvalidInput(f"{where}: {refusal}{_advice(plan, refused, unknown)}")
     for href in {urlsplit(h).netloc: h for h in sorted(seen) if is_url(h)}.values():
         with suppress(AccessError):
             refuse_private_address(href, policy)
@@ -172,19 +182,40 @@ def _provider_names(plan: Plan) -> set[str]:
     return {str(row["provider"]) for rows in plan.items.values() for row in rows if row.get("provider")}
 
 
-def _advice(plan: Plan, refused: Mapping[str, object], unknown: Collection[str]) -> str:
-    """The options that would allow all that was refused of a plan."""
-    folders = [href.rpartition("/")[0] for href in refused if href.startswith("/") and not href.startswith("//")]
+def needed_options(plan: Plan, typed: str) -> list[str]:
+    """The options of trust that a command needs to run a plan, where `typed` is the path of its file."""
+    named = _provider_names(plan)
+    policy = HrefPolicy.of(typed, IngestConfig(), [h for rule in PROVIDERS if rule.name in named for h in rule.hosts])
+    refused = []
+    for href in dict.fromkeys(asset.href for asset in _assets(plan.tasks)):
+        try:
+            resolve_href(href, base="/", policy=policy)
+        except InvalidInput:
+            refused.append(href)
+    return _options(plan, refused, named - {rule.name for rule in (*PROVIDERS, GENERIC)})
+
+
+def _options(plan: Plan, refused: Collection[str], unknown: Collection[str]) -> list[str]:
+    """The options that would allow some hrefs of a plan."""
     options = []
-    if len(folders) == len(refused):
+    hosts = {(urlsplit(href).hostname or "").lower() for href in refused if is_url(href)}
+    private = {host for host in hosts if is_spelled_address(host)}
+    options += ["--allow-private-hosts"] if private else []
+    options += [f"--allow-host {shlex.quote(host)}" for host in sorted(hosts - private)[:4]] if not unknown else []
+    folders = [href.rpartition("/")[0] for href in refused if href.startswith("/") and not href.startswith("//")]
+    if folders:
         common = os.path.commonpath(folders)
         home = "" if is_url(plan.source) else plan.source.rpartition("/")[0]
         # the folder of the catalogue, where all of them lie in it; never one that holds everything
         folder = home if home and Path(common).is_relative_to(home) else common
-        if folder.count("/") > 1:
-            options.append(f"--allow-local {shlex.quote(folder)}")
+        options += [f"--allow-local {shlex.quote(folder)}"] if folder.count("/") > 1 else []
     if unknown:
         options.append("--provider-file FILE (the rules of " + ", ".join(sorted(unknown)) + ")")
+    return options
+
+
+def _advice(plan: Plan, refused: Collection[str], unknown: Collection[str]) -> str:
+    options = _options(plan, refused, unknown)
     if not options:
         return ""
     return (

@@ -138,3 +138,22 @@ def test_a_cube_without_a_plan_says_what_to_do(run: Run, cube: Path) -> None:
         assert outcome.code == 2
         assert "keeps no plan" in outcome.error_line()
         assert "Example" in run(command, "--help").out
+
+
+def test_a_plan_says_what_running_it_needs(run: Run, world: Path, tmp_path: Path) -> None:
+    """The command that `plan` prints works as it is printed."""
+    plan, cube = tmp_path / "plan.json", tmp_path / "cube.zarr"
+    selected = ("--collection", NAME, "--bands", "red,scl", "--datetime", "2021")
+    made = run("plan", world / "catalog.json", *selected, "-o", plan)
+    assert made.code == 0, made.err
+    line = made.out.partition("`terrashard ")[2].partition("`")[0]
+    assert line == f"ingest {plan} CUBE --allow-local {world}"
+    refused = run("ingest", plan, cube)
+    assert refused.code == 2
+    assert f"add --allow-local {world}" in refused.error_line()
+    ran = run(*[cube if word == "CUBE" else word for word in line.split()], "--workers", 1)
+    assert ran.code == 0, ran.err
+    # beside its scenes a plan needs nothing
+    beside = world.parent / "plan.json"
+    assert f"`terrashard ingest {beside} CUBE` runs" in run("plan", world / "catalog.json", *selected, "-o", beside).out
+    beside.unlink()
