@@ -134,9 +134,9 @@ def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Ite
         if resolved != asset.href:
             raise InvalidInput(f"{where}: its href is not absolute and plain; plan again")
     if refused:
-        where, refusal = next(iter(refused.values()))
+        where, first = next(iter(refused.values()))
         unknown = named - {rule.name for rule in (*rules, GENERIC)}
-        raise InvalidInput(f"{where}: {refusal}{_advice(plan, refused, unknown)}")
+        raise InvalidInput(f"{where}: {first}{_advice(plan, refused, unknown)}")
     for href in {urlsplit(h).netloc: h for h in sorted(seen) if is_url(h)}.values():
         with suppress(AccessError):
             refuse_private_address(href, policy)

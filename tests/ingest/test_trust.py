@@ -23,7 +23,7 @@ from ingest.plan import Plan
 from ingest.providers import ProviderRule, find_provider, trusted_hosts
 from ingest.repair import repair, retry_failed, verify_sources
 from ingest.run import run
-from ingest.search import find_scenes
+from ingest.search import find_scenes, search
 from ingest.sign import SignRule, signed
 from ingest.stored import PLAN_KEY, check_hrefs, kept_plan
 from zarr_store.errors import AssetUnreadable, InvalidInput
@@ -278,3 +278,12 @@ def test_no_token_goes_to_another_host_or_unencrypted(href: str) -> None:
     nobody = Nobody()
     assert signed(href, "planetary-computer", nobody, rules=rules) == href
     assert nobody.asked == []
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer CANARY"}])
+def test_no_credential_is_sent_over_http(headers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("requests.Session.send", lambda *_, **__: pytest.fail("something was sent"))
+    source = "http://stac.example/v1" if headers else "http://me:CANARY@stac.example/v1"
+    with pytest.raises(InvalidInput, match="credentials are not sent over http") as caught:
+        search(source, IngestConfig(), headers=headers)
+    assert "CANARY" not in str(caught.value)
