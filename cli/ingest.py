@@ -78,7 +78,7 @@ def register(app: typer.Typer) -> None:
             made = plan_of(session, source, config)
             for text in made.warnings:
                 session.warn(text)
-            result = run_plan(session, made, cube, config, record=record, overwriting=overwrite)
+            result = run_plan(session, made, cube, config, record=record, overwriting=overwrite, typed=source)
         session.say_lines(result.summary())
         if report is not None:
             keep_report(report, result, record)

@@ -62,7 +62,7 @@ def plan_of(session: Session, source: str, config: IngestConfig) -> Plan:
     if fixed:
         raise InvalidInput(f"{source} is a plan, which fixes {', '.join(fixed)}; plan again with the new settings")
     plan = Plan.load(source)
-    check_hrefs(plan, config)
+    check_hrefs(plan, config, typed=source)
     return plan
 
 
@@ -74,13 +74,14 @@ def run_plan(
     *,
     record: RunRecord | None = None,
     overwriting: bool = False,
+    typed: str = "",
 ) -> IngestReport:
     """Run a plan with progress on stderr; the address of the dashboard comes first."""
     from ingest.overwrite import overwrite
     from ingest.run import run
 
     with watching(session, "ingest") as show:
-        return (overwrite if overwriting else run)(plan, cube, config=config, on_event=show, record=record)
+        return (overwrite if overwriting else run)(plan, cube, config=config, on_event=show, record=record, typed=typed)
 
 
 def check_report(path: Path | None) -> None:

@@ -57,6 +57,9 @@ TRUST: dict[str, Any] = {
     "allow_private_hosts": _option(
         bool, "--allow-private-hosts", panel=_WHO, text="Allow private and loopback addresses."
     ),
+    "requester_pays": _option(
+        bool, "--requester-pays", panel=_WHO, text="Read buckets that bill you for it, with your keys."
+    ),
 }
 GRID: dict[str, Any] = {
     "crs": _option(str, "--crs", panel=_HOW, metavar="EPSG:N", text="Target CRS; default: that of most pixels."),

@@ -34,11 +34,13 @@ def register(app: typer.Typer) -> None:
         import json
 
         from ingest.plan import make_plan
+        from ingest.stored import needed_options
 
         made = make_plan(source, ingest_config(session))
         session.say_lines(made.summary())
         if out is not None:
             made.save(out)
-            session.say(f"written to {out}; `terrashard ingest {out} CUBE` runs exactly this plan")
+            again = " ".join([f"terrashard ingest {out} CUBE", *needed_options(made, str(out))])
+            session.say(f"written to {out}; `{again}` runs exactly this plan")
         if session.json:
             session.emit(json.loads(made.to_json()))

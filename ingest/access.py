@@ -80,6 +80,7 @@ class Access:
         bucket_rules: What S3 buckets need.
         rates: (host, requests per second) beside those of the providers' rules; all workers share one count.
         private_names: Host names that may lead to a private address; None for any.
+        requester_pays: Whether buckets are read that bill whoever reads.
     """
 
     attempts: int = 4
@@ -94,6 +95,7 @@ class Access:
     bucket_rules: tuple[BucketRule, ...] = tuple(rule.bucket_rule for rule in PROVIDERS if rule.bucket_rule)
     rates: tuple[tuple[str, float], ...] = ()
     private_names: tuple[str, ...] | None = ()
+    requester_pays: bool = False
 
     @classmethod
     def of(cls, config: IngestConfig, source: str = "") -> Self:
@@ -101,7 +103,7 @@ class Access:
 
         Args:
             config: Retries, timeouts, trust.
-            source: Where the scenes were found: its own host may be a private one.
+            source: SOURCE as the user typed it: its own host may be a private one.
         """
         own = (urlsplit(source).hostname or "").lower() if "://" in source else ""
         # who names an endpoint of his own trusts it, wherever it is
@@ -112,6 +114,7 @@ class Access:
             connect_timeout_s=min(10.0, config.timeout_s),
             low_speed_s=max(1, round(config.timeout_s / 2)),
             sign=config.sign,
+            requester_pays=config.requester_pays,
             sign_rules=tuple(rule.sign_rule for rule in config.providers if rule.sign_rule),
             bucket_rules=tuple(rule.bucket_rule for rule in (*config.providers, *PROVIDERS) if rule.bucket_rule),
             rates=(

@@ -18,7 +18,7 @@ from ingest.found import file_version
 from ingest.plan import Plan
 from ingest.scene import Scene
 from ingest.search import Found, find_scenes
-from ingest.stored import kept_plan
+from ingest.stored import kept_plan, kept_source, require_providers
 from ingest.waits import crew
 from zarr_store.read import open_cube
 
@@ -79,15 +79,18 @@ def audit(
     Args:
         url: The cube.
         config: What to select; `ingest.extend.selection_of` gives what the cube was made with.
-        source: Where to ask; None for where the cube's scenes came from.
+        source: Where to ask; None for where the cube says that its scenes came from, if `config` or the list of
+            providers trusts that.
         files: Also ask for every file that was read whether it is still the same: one small request each.
 
     Raises:
         NothingFound: The catalogue has no scene left for this selection.
         AccessError: It cannot be reached.
+        InvalidInput: The cube names a source that today's options do not trust.
     """
     plan = kept_plan(url)
-    asked = source or plan.source
+    require_providers(plan, config)
+    asked = source or kept_source(plan, config, str(url))
     found = find_scenes(asked, config)
     news = compare(plan, found, replaced_files(url, plan, found, config, source=asked) if files else None)
     return AuditReport(

@@ -67,6 +67,8 @@ def bucket_url(
     rules: Sequence[BucketRule],
     pool: urllib3.PoolManager,
     environment: Mapping[str, str] | None = None,
+    *,
+    pay: bool = False,
 ) -> str:
     """The https URL of an object, signed for an hour where there are keys.
 
@@ -75,13 +77,19 @@ def bucket_url(
         rules: Of buckets that need something.
         pool: Asks Amazon once for the region of a bucket.
         environment: Where keys are; that of the process if not given.
+        pay: Whether the user of this command agrees to be billed by buckets that bill whoever reads.
 
     Raises:
-        InvalidInput: The bucket bills its readers, and there are no keys; or there is no such bucket.
+        InvalidInput: The bucket bills its readers, and the user has not agreed or there are no keys; or there is no
+            such bucket.
         AccessError: The region of the bucket was not told.
     """
     bucket, _, key = href.removeprefix("s3://").partition("/")
     rule = next((rule for rule in rules if bucket in rule.buckets), BucketRule((bucket,)))
+    if rule.requester_pays and not pay:
+        raise InvalidInput(
+            f"bucket {bucket} bills its readers: nothing was asked of it; if you want to pay, add --requester-pays"
+        )
     keys = rule.keys(os.environ if environment is None else environment)
     if keys is None and rule.requester_pays:
         raise InvalidInput(
@@ -125,6 +133,6 @@ def _client(bucket: str, endpoint: str, region: str, requester_pays: bool, keys:
         region=region,
         request_payer=requester_pays,
         virtual_hosted_style_request=False,
-        client_options={"allow_http": True},
+        client_options={"allow_http": endpoint.startswith("http://")},
         credential_provider=lambda: given,
     )

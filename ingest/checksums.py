@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -94,9 +94,9 @@ def verify_files(
         on_file: Called with (checked, total) after each file.
     """
     cube, plan = open_cube(url), kept_plan(url)
-    check_hrefs(plan, config)
-    access = replace(Access.of(config, plan.source), sign=plan.config.get("sign", "none"))
+    access = Access.of(config)
     drawn = {(name, row.index) for name, row in draw_shards(cube, share, seed)}
+    check_hrefs(plan, config, tasks=[task for task in plan.tasks if (task.collection, task.index) in drawn])
     files: dict[str, SourceAsset] = {
         asset.href: asset
         for task in plan.tasks

@@ -20,7 +20,7 @@ from ingest.providers import ProviderRule, load_provider_file
 from ingest.query import Comparison, Condition, parse_condition, split_conditions
 from zarr_store.grid import normal_crs
 
-__all__ = ["EXECUTION_FIELDS", "IngestConfig", "load_geometry"]
+__all__ = ["EXECUTION_FIELDS", "TRUST_FIELDS", "IngestConfig", "load_geometry"]
 
 Positive = Annotated[int, Field(gt=0)]
 Names = tuple[str, ...]
@@ -48,6 +48,9 @@ EXECUTION_FIELDS = frozenset(
     }
 )
 """Fields that change how a plan is run but never what ends in the cube; they do not belong in a plan's digest."""
+
+TRUST_FIELDS = frozenset({"sign", "providers", "allow_hosts", "allow_local", "allow_private_hosts", "requester_pays"})
+"""What the user of a command trusts. Plans and cubes neither keep nor give it: they may come from somebody else."""
 
 
 class IngestConfig(BaseModel):
@@ -99,6 +102,7 @@ class IngestConfig(BaseModel):
     allow_hosts: Names = Field((), description="more hosts (or s3 buckets) that hrefs may name; *.example.org works")
     allow_local: Names = Field((), description="more folders that local hrefs may lie in")
     allow_private_hosts: bool = Field(False, description="allow private, loopback and link-local addresses")
+    requester_pays: bool = Field(False, description="read buckets that bill whoever reads, with your keys")
 
     # Running; see EXECUTION_FIELDS
     on_error: Literal["retry", "skip", "fail"] = "retry"

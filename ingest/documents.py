@@ -32,6 +32,7 @@ from ingest.hrefs import (
     same_origin,
 )
 from ingest.redact import redact_logs, redact_text, redact_url
+from ingest.sign import is_loopback
 from zarr_store.bounded import check_weight, read_file
 from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.regular import check_regular
@@ -86,6 +87,8 @@ class Documents:
         redact_logs()
         self._secret_headers = dict(headers or {})
         self.source, self._auth = _without_userinfo(source)
+        if self._auth or self._secret_headers:
+            _refuse_plain(self.source)
         self.policy = HrefPolicy.of(self.source, config)
         self._timeout = (min(config.timeout_s, 10.0), config.timeout_s)
         self._session = requests.Session()
@@ -344,6 +347,19 @@ def _status_message(shown: str, reply: requests.Response, data: bytes) -> str:
         429: "it is overloaded or limits the rate; try again later",
     }.get(status, "the server failed; try again later" if status >= 500 else "it refuses the request")
     return f"{shown}: HTTP {status}, {hint}" + (f" ({detail})" if detail and not detail.startswith("<") else "")
+
+
+def _refuse_plain(source: str) -> None:
+    """Refuse to send credentials where anybody on the way can read them.
+
+    Raises:
+        InvalidInput: SOURCE is an http address of another machine.
+    """
+    parts = urlsplit(source)
+    if parts.scheme.lower() == "http" and not is_loopback(parts.hostname or ""):
+        raise InvalidInput(
+            f"{redact_url(source)}: credentials are not sent over http, where others can read them; give the https address"
+        )
 
 
 def _without_userinfo(source: str) -> tuple[str, tuple[str, str] | None]:

@@ -20,7 +20,7 @@ from ingest.connections import PatientRetry, PrivatePeerError, check_peers
 from ingest.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, Span
 from ingest.rates import Crowd, wait_for_turn
 from ingest.redact import redact_logs, redact_text
-from ingest.sign import signed
+from ingest.sign import STORAGE_HOSTS, signed
 from ingest.waits import pause
 from zarr_store.errors import AccessError, InvalidInput
 
@@ -101,7 +101,8 @@ def peek(href: str, access: Access) -> tuple[str, Head]:
                 continue
             if reply.status not in (200, 206):
                 kind = TransientError if reply.status in _RETRIED_STATUS else PermanentError
-                raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip())
+                advice = _advice(url, access) if reply.status in (401, 403, 404, 409) else ""
+                raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip() + advice)
             ranges = reply.status == 206
             data = read_start(reply, HEAD_BYTES if ranges else 64)
             magic = data[:64]
@@ -286,10 +287,16 @@ def _was_busy(reply: urllib3.BaseHTTPResponse) -> bool:
     return any(status in _BUSY for status in (reply.status, *(one.status for one in history)))
 
 
+def _advice(url: str, access: Access) -> str:
+    if access.sign == "none" and (urlsplit(url).hostname or "").endswith(STORAGE_HOSTS):
+        return " (files of Planetary Computer need --sign planetary-computer)"
+    return ""
+
+
 def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool = False) -> str:
     try:
         if href.startswith("s3://"):
-            return bucket_url(href, access.bucket_rules, pool)
+            return bucket_url(href, access.bucket_rules, pool, pay=access.requester_pays)
         return signed(href, access.sign, pool, renew=renew, rules=access.sign_rules)
     except InvalidInput as error:
         raise PermanentError(str(error)) from error

@@ -15,7 +15,7 @@ from distributed import Client
 
 from ingest.append import merge_plans
 from ingest.audit import compare, replaced_files
-from ingest.config import EXECUTION_FIELDS, IngestConfig
+from ingest.config import EXECUTION_FIELDS, TRUST_FIELDS, IngestConfig
 from ingest.hrefs import is_url
 from ingest.plan import Plan, plan_scenes
 from ingest.probe import probe_scenes
@@ -23,7 +23,7 @@ from ingest.record import RunRecord
 from ingest.run import IngestEvent, IngestReport, run_locked
 from ingest.scene import Scene
 from ingest.search import Found, find_scenes
-from ingest.stored import kept_plan
+from ingest.stored import kept_plan, require_providers
 from zarr_store.errors import NothingFound
 from zarr_store.lock import CubeLock
 
@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 
 
 def selection_of(url: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the cube at `url` was made with, as settings; options of a new command are laid over them."""
+    """What the cube at `url` was made with, as settings; options of a new command are laid over them.
+
+    What was trusted then is not among them: that is said by each command anew.
+    """
     return dict(kept_plan(url).config)
 
 
@@ -63,17 +66,20 @@ def extend(
         record: Filled with what the report on the run needs.
 
     Raises:
-        InvalidInput: A new date lies before the last of the cube.
+        InvalidInput: A new date lies before the last of the cube, or a file of it may not be opened by today's options.
         CubeMismatch: Other rules than those of the cube are asked for.
         Locked: Another run writes to the cube.
     """
     url = os.fspath(cube_url)
     what = " and ".join(word for word, on in (("append", append), ("refresh", refresh)) if on)
     with CubeLock(url, f"{what} from {source if not is_url(source) else 'a catalogue'}") as lock:
-        merged = plan_extension(kept_plan(url), source, config, append=append, refresh=refresh, cube_url=url)
+        old = kept_plan(url)
+        require_providers(old, config)
+        merged = plan_extension(old, source, config, append=append, refresh=refresh, cube_url=url)
         if on_plan:
             on_plan(merged)
-        return run_locked(merged, url, lock, config=config, client=client, on_event=on_event, grow=True, record=record)
+        return run_locked(merged, url, lock, config=config, client=client, on_event=on_event, grow=True, record=record,
+                          typed=source, judge=True)  # fmt: skip
 
 
 def plan_extension(
@@ -121,7 +127,7 @@ def plan_extension(
     try:
         fresh = plan_scenes(
             scenes,
-            probe_scenes(scenes, config, source=old.source),
+            probe_scenes(scenes, config, source=source),
             config,
             source=old.source,
             layout=recipe.spec.layout,
@@ -134,11 +140,8 @@ def plan_extension(
 
 def _joined(old: Mapping[str, Any], config: IngestConfig) -> dict[str, Any]:
     """What was asked, of both: the rules are the same, the dates reach from the first to the last asked for."""
-    new = config.model_dump(mode="json", exclude=set(EXECUTION_FIELDS), exclude_defaults=True)
+    new = config.model_dump(mode="json", exclude=set(EXECUTION_FIELDS | TRUST_FIELDS), exclude_defaults=True)
     joined = {**new, **{name: value for name, value in old.items() if name != "datetime"}}
-    for name in ("allow_hosts", "allow_local"):
-        if kept := tuple(dict.fromkeys((*old.get(name, ()), *new.get(name, ())))):
-            joined[name] = list(kept)
     texts = (old.get("datetime"), new.get("datetime"))
     if texts[0] and texts[1]:
         bounds = [IngestConfig(datetime=text).interval for text in texts]

@@ -29,7 +29,7 @@ from ingest.identity import (
 )
 from ingest.offsets import decide_offset
 from ingest.products import BandRule, ProductRule, asset_key, choose_bands, find_product, refuse_unsupported
-from ingest.providers import find_provider
+from ingest.providers import find_provider, trusted_hosts
 from ingest.redact import strip_signature
 from ingest.scene import AssetRef, Scene
 from zarr_store.errors import InvalidInput
@@ -78,7 +78,7 @@ def harmonise(
             "L1C, or Sentinel-1 RTC"
         )
     provider = find_provider(item, source or base, config.providers)
-    policy = HrefPolicy.of(source or base, config, provider.hosts)
+    policy = HrefPolicy.of(source or base, config, trusted_hosts(provider, source or base, config.providers))
     notes: list[str] = []
     assets, lacking = _assets(item, product, config, base=base, policy=policy, notes=notes)
     footprint, bounds = footprint_of(item, where)

@@ -59,13 +59,18 @@ class HrefPolicy:
 
     @classmethod
     def of(cls, source: str, config: IngestConfig, provider_hosts: Iterable[str] = ()) -> Self:
-        """The policy for `source` as the user gave it, with what the config and the provider rules add."""
+        """The policy for `source` as the user gave it, with what the config and the provider rules add.
+
+        Without a source, where a user has named nothing but a cube, only config and provider rules count.
+        """
         hosts = frozenset(_host_name(name) for name in (*config.allow_hosts, *provider_hosts))
         roots = tuple(Path(root).expanduser().resolve() for root in config.allow_local)
         if is_url(source):
             parts = urlsplit(source)
             host = parts.netloc.lower() if parts.scheme == "s3" else (parts.hostname or "").lower()
             return cls(host, None, hosts, roots, config.allow_private_hosts)
+        if not source:
+            return cls(None, None, hosts, roots, config.allow_private_hosts)
         path = Path(source).expanduser().resolve()
         return cls(None, path if path.is_dir() else path.parent, hosts, roots, config.allow_private_hosts)
 

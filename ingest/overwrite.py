@@ -41,6 +41,7 @@ def overwrite(
     client: Client | None = None,
     on_event: Callable[[IngestEvent], None] | None = None,
     record: RunRecord | None = None,
+    typed: str = "",
 ) -> IngestReport:
     """Make the cube of a plan where another cube, an empty folder or nothing is; arguments as of `run`.
 
@@ -54,7 +55,7 @@ def overwrite(
     path = _place(cube_url)
 
     def make(where: Path) -> IngestReport:
-        return run(plan, where, config=config, client=client, on_event=on_event, record=record)
+        return run(plan, where, config=config, client=client, on_event=on_event, record=record, typed=typed)
 
     beside = path.with_name(f".{path.name}.{plan.digest[:12]}.overwrite")
     if not path.exists():

@@ -17,7 +17,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from ingest.clip import clip_text
-from ingest.config import EXECUTION_FIELDS, IngestConfig
+from ingest.config import EXECUTION_FIELDS, TRUST_FIELDS, IngestConfig
 from ingest.facts import collection_facts, discrepancies
 from ingest.grouping import group_scenes, overlap_order
 from ingest.indices import refuse_indices_without_reflectance
@@ -63,7 +63,7 @@ class Plan:
         warnings: What a person should know before the run.
         reasons: Why this grid.
         facts: Collection → resampled_share, offset_verdicts, bytes_to_read, bytes_to_write, requests and more.
-        config: What was asked, without what only concerns the running.
+        config: What was asked, without what only concerns the running, and without what was trusted.
         source: Where the scenes were found, without secrets.
     """
 
@@ -209,7 +209,8 @@ class Plan:
                 warnings=tuple(data["warnings"]),
                 reasons=tuple(data["reasons"]),
                 facts=data["facts"],
-                config=data["config"],
+                # plans of earlier releases kept what was trusted
+                config={name: value for name, value in data["config"].items() if name not in TRUST_FIELDS},
                 source=data["source"],
             )
         except InvalidInput:
@@ -357,6 +358,6 @@ def plan_scenes(
         warnings=tuple(redact_text(text) for text in warnings),
         reasons=target.reasons,
         facts=told,
-        config=config.model_dump(mode="json", exclude=set(EXECUTION_FIELDS), exclude_defaults=True),
+        config=config.model_dump(mode="json", exclude=set(EXECUTION_FIELDS | TRUST_FIELDS), exclude_defaults=True),
         source=source,
     )

@@ -7,7 +7,6 @@ before those here.
 
 from __future__ import annotations
 
-import ipaddress
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,12 +16,12 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ingest.buckets import BucketRule
-from ingest.sign import STORAGE_HOSTS, TOKEN_URL, SignRule
+from ingest.sign import STORAGE_HOSTS, TOKEN_URL, SignRule, is_loopback
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.regular import check_regular
 
-__all__ = ["GENERIC", "PROVIDERS", "OffsetRule", "ProviderRule", "find_provider", "load_provider_file"]
+__all__ = ["GENERIC", "PROVIDERS", "OffsetRule", "ProviderRule", "find_provider", "load_provider_file", "trusted_hosts"]
 
 _MAX_FILE_BYTES = 1_000_000
 Words = tuple[Annotated[str, Field(min_length=1, max_length=300)], ...]
@@ -48,7 +47,7 @@ class ProviderRule(BaseModel):
         token_margin_s: A token is not used this shortly before it expires.
         buckets: Those of `hosts` that are S3 buckets which need the settings below.
         endpoint: S3 endpoint of the buckets, where that is not Amazon's; "http://…" on one's own machine only.
-        requester_pays: Whether the buckets bill whoever reads.
+        requester_pays: Whether the buckets bill whoever reads; they are read with --requester-pays alone.
         key_prefix: The keys of the buckets are in the environment of each worker, in PREFIX_ACCESS_KEY_ID and
             PREFIX_SECRET_ACCESS_KEY; never in a file.
     """
@@ -78,7 +77,7 @@ class ProviderRule(BaseModel):
         parts = urlsplit(value if "://" in value else f"https://{value}")
         if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(f"expected a host or https address without user name and query, got {parts.hostname!r}")
-        if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname)):
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname)):
             raise ValueError(f"expected https, as secrets go there, got {parts.scheme}://{parts.hostname}")
         return value.rstrip("/")
 
@@ -244,14 +243,24 @@ def find_provider(item: Mapping[str, Any], source: str = "", own: Iterable[Provi
     return GENERIC
 
 
+def trusted_hosts(rule: ProviderRule, source: str, own: Iterable[ProviderRule] = ()) -> tuple[str, ...]:
+    """Hosts that the items of a provider may name, by where the user asked for them.
+
+    An item says of itself whose it is. So when a server was asked that is not the provider's, its items get no bucket
+    that is read with the user's keys.
+
+    Args:
+        rule: From `find_provider`.
+        source: SOURCE as the user gave it. A file of items counts as the provider's.
+        own: Rules of the user's own.
+    """
+    if "://" not in source or set(_hosts([source])).intersection(rule.hosts):
+        return rule.hosts
+    with_keys = {bucket for one in (*own, *PROVIDERS) for bucket in one.buckets}
+    return tuple(host for host in rule.hosts if host not in with_keys)
+
+
 def _hosts(hrefs: Iterable[object]) -> Iterable[str]:
     for href in hrefs:
         if isinstance(href, str) and "://" in href:
             yield urlsplit(href).netloc.rpartition("@")[2].lower()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

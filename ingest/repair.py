@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,19 +60,19 @@ def repair(
         on_event: As for `ingest.run.run`.
 
     Raises:
-        InvalidInput: The cube keeps no plan, or an href of it may not be opened.
+        InvalidInput: The cube keeps no plan, or a file that is needed may not be opened by today's options.
         Locked: Another run writes to the cube.
     """
     with CubeLock(url, "repair") as lock:
         plan = kept_plan(url)
-        check_hrefs(plan, config)
         cube = open_cube(url)
         rows = [key for name in cube.collections for key in cube.ledger(name).drop_unreadable()]
         damage = verify_cube(os.fspath(url)).damage
         again = {(one.collection, one.index) for one in damage}
         made = run_locked(
-            plan, url, lock, config=config, client=client, on_event=on_event, grow=True, which="absent", again=again
-        )
+            plan, url, lock, config=config, client=client, on_event=on_event, grow=True, which="absent", again=again,
+            judge=True,
+        )  # fmt: skip
     return RepairReport(damage, tuple(rows), made)
 
 
@@ -82,9 +82,8 @@ def retry_failed(
     """Try the shards again that are partial or failed, and no others; arguments and errors as of `repair`."""
     with CubeLock(url, "retry of failed shards") as lock:
         plan = kept_plan(url)
-        check_hrefs(plan, config)
         return run_locked(
-            plan, url, lock, config=config, client=client, on_event=on_event, grow=True, which="unfinished"
+            plan, url, lock, config=config, client=client, on_event=on_event, grow=True, which="unfinished", judge=True
         )
 
 
@@ -140,14 +139,14 @@ def verify_sources(
     """
     cube = open_cube(url)
     plan = kept_plan(url)
-    check_hrefs(plan, config)
-    access = replace(Access.of(config, plan.source), sign=plan.config.get("sign", "none"))
+    access = Access.of(config)
     tasks = {(task.collection, task.index): task for task in plan.tasks}
     drawn = [
         (tasks[name, row.index], row)
         for name, row in draw_shards(cube, share, seed)
         if row.state == "done" and (name, row.index) in tasks and tasks[name, row.index].key == row.key
     ]
+    check_hrefs(plan, config, tasks=[task for task, _ in drawn])
     different: list[Difference] = []
     unread = []
     for done, (task, row) in enumerate(drawn, 1):

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from ingest.redact import redact_text
 from ingest.shard import fill_shard
 from ingest.stages import stage
 from ingest.stopping import stoppable
-from ingest.stored import PLAN_KEY, begun_plan, keep_plan
+from ingest.stored import PLAN_KEY, begun_plan, check_hrefs, keep_plan
 from ingest.task import Recipe, ShardTask
 from ingest.turns import computing, in_seat
 from ingest.workers import memory_note
@@ -91,6 +91,7 @@ def run(
     client: Client | None = None,
     on_event: Callable[[IngestEvent], None] | None = None,
     record: RunRecord | None = None,
+    typed: str = "",
 ) -> IngestReport:
     """Make the cube of a plan, or what of it is not there yet.
 
@@ -101,6 +102,7 @@ def run(
         client: A Dask client to use instead of the cluster of `config`.
         on_event: Told of the dashboard and of every shard that ends, in this thread.
         record: Filled with what the report on the run needs.
+        typed: SOURCE as the user gave it: its own host may be a private one.
 
     Raises:
         CubeMismatch: A cube of another plan is there.
@@ -118,7 +120,7 @@ def run(
     _check_same_plan(url, plan)
     with CubeLock(url, f"ingest of plan {plan.digest[:12]}") as lock:
         _check_same_plan(url, plan)  # another run may have added to it meanwhile
-        return run_locked(plan, url, lock, config=config, client=client, on_event=on_event, record=record)
+        return run_locked(plan, url, lock, config=config, client=client, on_event=on_event, record=record, typed=typed)
 
 
 def run_locked(
@@ -133,6 +135,8 @@ def run_locked(
     which: Which = "all",
     again: Collection[tuple[str, ShardIndex]] = (),
     record: RunRecord | None = None,
+    typed: str = "",
+    judge: bool = False,
 ) -> IngestReport:
     """As `run`, for a cube that exists and whose lock is held.
 
@@ -147,6 +151,12 @@ def run_locked(
         which: Of the shards that are not done, those to make.
         again: (collection, index) of shards to make although they count as done.
         record: As for `run`.
+        typed: As for `run`.
+        judge: The plan is the one that the cube keeps: its files are judged by `config` and `typed` before any is
+            opened and before anything is written.
+
+    Raises:
+        InvalidInput: A file of a shard that is to be made may not be opened.
     """
     started = time.monotonic()
     config = config or IngestConfig()
@@ -154,6 +164,10 @@ def run_locked(
     forbid_gdal_threads()
     url = _plain_url(cube_url)
     tally = _Tally()
+    access = Access.of(config, typed)
+    if judge:
+        left = _what_is_left(plan, url, config, _Tally(), which, frozenset(again))
+        check_hrefs(plan, config, typed=typed, tasks=left)
     if record:
         record.plan = plan
     with stoppable():
@@ -183,7 +197,7 @@ def run_locked(
                 tell(IngestEvent("dashboard", 0, len(now), url=page, message="shards, rates and failures, live"))
                 with record.watching(running) if record else nullcontext():
                     at = _for_workers(url)
-                    _work(running, plan, now, at, config, tally, tell, fence=lock.token, again=frozenset(again))
+                    _work(running, plan, now, at, config, access, tally, tell, fence=lock.token, again=frozenset(again))
             _sweep(url)
             if open_cube(url).provenance != json.loads(json.dumps(plan.provenance())):
                 # a file that is healed now has a verdict that it had not when the cube was begun
@@ -335,6 +349,7 @@ def _work(
     tasks: Sequence[ShardTask],
     url: str,
     config: IngestConfig,
+    access: Access,
     tally: _Tally,
     tell: Callable[[IngestEvent], None],
     *,
@@ -342,7 +357,6 @@ def _work(
     again: frozenset[tuple[str, ShardIndex]],
 ) -> None:
     """Keep a bounded number of tasks in flight until all have ended."""
-    access = replace(Access.of(config, plan.source), sign=plan.config.get("sign", "none"))
     waiting = iter(tasks)
     by_key: dict[str, ShardTask] = {}
     token = uuid.uuid4().hex[:8]  # a scheduler remembers keys, also those that failed in an earlier run

@@ -6,6 +6,7 @@ shortly before they expire, and are asked anew once when a server refuses one: c
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import threading
 import time
@@ -22,7 +23,7 @@ from ingest.answers import read_answer
 from zarr_store.bounded import load_json
 from zarr_store.errors import AccessError
 
-__all__ = ["SignRule", "Signing", "signed"]
+__all__ = ["SignRule", "Signing", "is_loopback", "signed"]
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def signed(
     """
     parts = urlsplit(href)
     rule = _rule_for((parts.hostname or "").lower(), sign, rules)
-    if rule is None or parts.scheme not in ("http", "https") or "sig=" in parts.query:
+    if rule is None or not _is_safe(parts.scheme, parts.hostname or "") or "sig=" in parts.query:
         return href
     container = (rule.token_url, parts.netloc.partition(".")[0], parts.path.lstrip("/").partition("/")[0])
     with _lock:
@@ -87,6 +88,19 @@ def signed(
         if renew or token is None or token.until < time.time() + rule.margin_s:
             token = _tokens[container] = _ask(container, pool)
     return f"{href}{'&' if parts.query else '?'}{token.query}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_safe(scheme: str, host: str) -> bool:
+    """Whether a token may travel there: encrypted, or not beyond this machine."""
+    return scheme == "https" or (scheme == "http" and is_loopback(host))
 
 
 def _rule_for(host: str, sign: Signing, rules: Sequence[SignRule]) -> SignRule | None:

@@ -132,7 +132,8 @@ def evaluate(
     Args:
         run: The run directory.
         data: Another cube with the same bands and label layer, or another sample store with the same bands and classes
-            (matched by name); all of it is judged. None: the run's own.
+            (matched by name); all of it is judged. None: the run's own; where those are in a bucket they must be named,
+            with commas between several.
         split: "test", "validation" or "train"; of the run's own cube only.
         on_batch: Called with (batches done, batches in all).
 
@@ -151,6 +152,7 @@ def evaluate(
     if split not in get_args(Part):
         raise UnknownName.of("split", split, get_args(Part))
     card = load_card(run)
+    data = _typed_data(card, data)
     url, windows, reader, warnings = _open_data(card, data, cast(Part, split))
     program, state, step, passed_over = restore_model(run, card)
     step_of = make_eval_step(program, turned=card.config.model.turns)
@@ -200,6 +202,25 @@ def _open_data(card: ModelCard, data: str | Path | None, split: Part) -> tuple[s
         f"{source.url} overlaps the ground of {cube}, which was learnt: its scores are too good" for cube in overlapping
     ]
     return url, windows, reader, warnings
+
+
+def _typed_data(card: ModelCard, data: str | Path | None) -> str | Path | None:
+    """The data that are judged; None for the run's own, which must be typed where they are in a bucket.
+
+    A run may come from somebody else, so no server is asked, and no key used, because its card says so.
+
+    Raises:
+        InvalidInput: The run learnt from something in a bucket, and that was not typed.
+    """
+    urls = [ground.cube for ground in card.grounds] or [card.cube]
+    if not any("://" in url for url in urls):
+        return data
+    if data is None:
+        raise InvalidInput(
+            f"the run says that it learnt from {', '.join(urls)}, and what a run says of itself opens no bucket, as it "
+            f"may come from somebody else. If you trust that place, type it: --data {','.join(urls)}"
+        )
+    return None if str(data).split(",") == urls else data
 
 
 def _open_cubes(card: ModelCard, split: Part) -> tuple[str, Windows, Reader, list[str]]:
@@ -327,7 +348,9 @@ def _near_training(card: ModelCard, store: SampleStore) -> list[str]:
     """A warning where samples of another store lie near those that were learnt."""
     if store.digest == card.cube_digest:
         return [f"{store.url} holds the samples that the model was trained on: its scores are too good"]
-    if not isinstance(card.split, SampleSplit) or not is_sample_store(card.cube) or not store.has_places:
+    if not isinstance(card.split, SampleSplit) or not store.has_places:
+        return []
+    if "://" in card.cube or not is_sample_store(card.cube):
         return []
     learnt = open_samples(card.cube)
     train = card.split.parts == 0

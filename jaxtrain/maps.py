@@ -222,6 +222,7 @@ def open_map(url: str | Path) -> Map:
     if about is None:
         found = "is something else" if store.exists() else "does not exist"
         raise InvalidInput(f"{store.url} {found}: expected a map as `terrashard predict` makes")
+    store.check_inside()
     try:
         grid, classes = Grid.from_dict(about["grid"]), Classes.from_list(about["classes"])
         rest = {key: value for key, value in about.items() if key not in ("grid", "classes", "format")}

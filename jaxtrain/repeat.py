@@ -2,8 +2,8 @@
 
 Left alone, XLA may sum on a GPU in an order that changes from run to run, and it times several kernels for each
 convolution and takes the one that was fastest that day. A run that is continued would then differ from one that nothing
-befell. So a training leaves out kernels whose order changes (`repeat_exactly`), and keeps its compiled programs in its
-folder (`programs_kept`): whoever continues it uses the same ones, and does not wait for them to be compiled.
+befell. So a training leaves out kernels whose order changes (`repeat_exactly`), and keeps its compiled programs in the
+user's cache (`programs_kept`): who continues it there uses the same ones, and does not wait for them to be compiled.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, MutableMapping
-from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+from jaxtrain.programs import program_folder
 
 __all__ = ["programs_kept", "repeat_exactly"]
 
@@ -36,14 +37,21 @@ def repeat_exactly(environment: MutableMapping[str, str] | None = None) -> bool:
 
 
 @contextlib.contextmanager
-def programs_kept(folder: Path) -> Iterator[None]:
-    """What is compiled for GPUs inside is kept in `folder`, and taken from there where it was compiled before.
+def programs_kept(key: str) -> Iterator[None]:
+    """What is compiled for GPUs inside is kept for the user, and taken from there where it was compiled before.
 
     A user who has named a folder for all that JAX compiles (JAX_COMPILATION_CACHE_DIR) is left alone. On processors
     nothing is timed, and nothing kept.
+
+    Args:
+        key: What the run is; another run's programs are not mixed with its own.
     """
     own = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # of jax
     if jax.default_backend() != "gpu" or own:
+        yield
+        return
+    folder = program_folder(key)
+    if folder is None:
         yield
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))  # type: ignore[no-untyped-call]

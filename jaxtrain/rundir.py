@@ -32,6 +32,7 @@ from zarr_store.backends import FolderStore
 from zarr_store.bounded import MOST_JSON_BYTES, load_json, read_file
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.grid import Grid
+from zarr_store.keys import refuse_links
 from zarr_store.labels import LabelLayer
 from zarr_store.read import Cube
 
@@ -109,6 +110,11 @@ class ModelCard:
     def dates(self) -> tuple[tuple[str, ...], ...]:
         """Dates of each cube."""
         return tuple(ground.times for ground in self.grounds) or (self.times,)
+
+    @property
+    def key(self) -> str:
+        """What the run is, in letters and digits: a digest of the card, the same in every process of the run."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
     def of(self, number: int) -> ModelCard:
         """The card as if one of several cubes were the only one."""
@@ -188,8 +194,9 @@ def find_card(run: Path) -> ModelCard | None:
 
     Raises:
         InvalidInput: The folder holds something else.
-        IntegrityError: The card cannot be read.
+        IntegrityError: The card cannot be read, or a link leads out of the folder.
     """
+    refuse_links(run, run)  # before anything is written there, too: checkpoints, history, events, reports
     path = run / CARD
     if not path.exists():
         names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []

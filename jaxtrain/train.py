@@ -179,7 +179,7 @@ def _train(config: TrainConfig, out: str | Path, resume: bool, on_event: OnEvent
     trackers = check_trackers(run.track) if lead else {}
     lock = CubeLock(out, "train", key=LOCK_KEY) if lead else contextlib.nullcontext()
 
-    with lock, programs_kept(out / "compiled"), _watch_for_sigterm() as told_to_stop:
+    with lock, programs_kept(card.key), _watch_for_sigterm() as told_to_stop:
         if lead and earlier is None:
             write_run(out, card)
         tell("start", 0, _describe(card, plan, parameters, program), windows=plan.counts(), parameters=parameters)

@@ -4,7 +4,7 @@ Pixels go through tensorstore, metadata through zarr-python, and the ledger and 
 interface here. `FolderStore` is a folder of a file system: a write is durable (fsync of file and directory) and atomic
 (written beside, then renamed). `ObjectStore` of `objects.py` is a bucket, with the same promises; `IcechunkStore` of
 `repository.py` is a repository in a folder, with one commit for each run. Where tensorstore has no driver, `virtual.py`
-reads the pixels through zarr-python.
+reads the pixels through zarr-python. No key leads out of its store, and in a folder no link does (`keys.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from zarr_store.bounded import MOST_METADATA, read_file
 from zarr_store.crash import crashpoint
 from zarr_store.durable import PendingFile, sync_folder, sync_tree, umask
 from zarr_store.errors import AccessError, IntegrityError, InvalidInput, NoSpace
+from zarr_store.keys import check_key, path_to_read, path_to_write, refuse_links
 
 __all__ = ["REPOSITORY_MARKER", "FolderStore", "Kind", "Pending", "Store", "store_for", "translate_os_errors"]
 
@@ -97,6 +98,21 @@ class Store(ABC):
         """What holds the cube: plain objects, or an Icechunk repository."""
         return "folder"
 
+    def below(self, path: str) -> Store:
+        """The part of the store below `path`, as a store of its own that is just as closed.
+
+        Raises:
+            IntegrityError: The path leads out of the store.
+        """
+        return Store.at(f"{self.url}/{check_key(path, self.url)}")
+
+    def check_inside(self, path: str = "") -> None:  # noqa: B027  # a bucket has no links
+        """Refuse links that lead out of the store, before another library opens the files below `path` by their paths.
+
+        Raises:
+            IntegrityError: There is such a link.
+        """
+
     @property
     @abstractmethod
     def url(self) -> str:
@@ -156,6 +172,7 @@ class Store(ABC):
 
     def open_array(self, path: str, context: ts.Context) -> ts.TensorStore:
         """The array at `path`, read-only; reading a chunk that was never written raises."""
+        self.check_inside(path)
         return ts.open(
             {
                 "driver": "zarr3",
@@ -238,6 +255,8 @@ class FolderStore(Store):
     """A folder on a local file system that holds one cube, map or run."""
 
     root: Path
+    top: Path | None = None
+    """The folder that the user named, where `root` is only a part of it; links above it are the user's own."""
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> Self:
@@ -266,17 +285,36 @@ class FolderStore(Store):
     def url(self) -> str:
         return str(self.root)
 
+    def below(self, path: str) -> FolderStore:
+        return FolderStore(self.root / check_key(path, self.url), self._top)
+
+    def check_inside(self, path: str = "") -> None:
+        refuse_links(self._top, self._to_read(path))
+
+    @property
+    def _top(self) -> Path:
+        return self.top or self.root
+
+    def _to_read(self, key: str = "") -> Path:
+        return path_to_read(self._top, self._from_top(key)) if key or self.top else self.root
+
+    def _to_write(self, key: str) -> Path:
+        return path_to_write(self._top, self._from_top(check_key(key, self.url)))
+
+    def _from_top(self, key: str) -> str:
+        above = self.root.relative_to(self._top).as_posix()
+        return key if above == "." else f"{above}/{key}" if key else above
+
     def where(self, key: str) -> str:
         return str(self.root / key)
 
     def exists(self, key: str = "") -> bool:
-        return (self.root / key).exists()
+        return self._to_read(key).exists()
 
     def read(self, key: str) -> bytes | None:
+        path = self._to_read(key)
         try:
-            if not key.endswith(".json"):
-                return (self.root / key).read_bytes()
-            return read_file(self.root / key, MOST_METADATA)
+            return read_file(path, MOST_METADATA) if key.endswith(".json") else path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except InvalidInput as error:
@@ -284,7 +322,7 @@ class FolderStore(Store):
 
     def digest(self, key: str) -> str | None:
         try:
-            with (self.root / key).open("rb") as file:
+            with self._to_read(key).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -295,13 +333,13 @@ class FolderStore(Store):
             pending.finish()
 
     def begin(self, key: str, parts: Iterable[bytes]) -> Pending:
-        path = self.root / key
+        path = self._to_write(key)
         with translate_os_errors(str(path)):
             return PendingFile(path, key, parts)
 
     def create_exclusive(self, key: str, data: bytes) -> bool:
         # the file appears complete or not at all: it is linked into place, and a link never replaces
-        path = self.root / key
+        path = self._to_write(key)
         with translate_os_errors(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -320,7 +358,7 @@ class FolderStore(Store):
     def take(self, key: str, held: bytes, data: bytes) -> bool:
         # Renaming is atomic: of two runs that both saw `held` only one moves it away, and what it moved is looked at
         # again in case the other had already put its own there.
-        path = self.root / key
+        path = self._to_write(key)
         try:
             descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".stale", dir=path.parent)
         except FileNotFoundError:
@@ -340,10 +378,10 @@ class FolderStore(Store):
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            (self.root / key).unlink()
+            self._to_write(key).unlink()
 
     def list(self, prefix: str, suffix: str = "") -> list[str]:
-        folder = self.root / prefix
+        folder = self._to_read(prefix)
         if not folder.is_dir():
             return []
         return sorted(
@@ -352,8 +390,12 @@ class FolderStore(Store):
             if entry.is_file() and entry.name.endswith(suffix) and not entry.name.endswith(".partial")
         )
 
+    def clear(self, path: str) -> None:
+        """Remove a folder and all that is in it, if it is there; links are removed and not followed."""
+        shutil.rmtree(self._to_write(path), ignore_errors=True)
+
     def tensorstore(self, path: str) -> dict[str, Any]:
-        return {"driver": "file", "path": f"{self.root / path}/"}
+        return {"driver": "file", "path": f"{self._to_read(path)}/"}
 
     def zarr(self) -> str:
         return str(self.root)
@@ -361,6 +403,8 @@ class FolderStore(Store):
     @contextlib.contextmanager
     def beside(self) -> Iterator[FolderStore]:
         """A fresh store next to this one; it becomes this one at the end, and disappears on an error."""
+        if self.top is not None:
+            path_to_write(self.top, self._from_top(""))
         self.root.parent.mkdir(parents=True, exist_ok=True)
         with translate_os_errors(self.url):
             folder = tempfile.mkdtemp(prefix=f".{self.root.name}.", suffix=".partial", dir=self.root.parent)

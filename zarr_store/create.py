@@ -18,6 +18,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr_store.backends import Kind, Store, store_for
 from zarr_store.errors import CubeMismatch, InvalidInput
 from zarr_store.georeference import georeference
+from zarr_store.keys import RESERVED_NAMES
 from zarr_store.pack import BLOSC_BLOCK_BYTES, OVERVIEW_LEVEL
 from zarr_store.read import is_cube, open_cube
 from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
@@ -138,7 +139,7 @@ def record_provenance(url: str | Path, provenance: Mapping[str, Any]) -> None:
 
 def _check_specs(specs: Sequence[CubeSpec]) -> None:
     names = [spec.collection for spec in specs]
-    if not specs or len(set(names)) != len(names) or {"overview", "labels", "_terrashard"} & set(names):
+    if not specs or len(set(names)) != len(names) or set(RESERVED_NAMES) & set(names):
         raise InvalidInput(
             f"a cube needs collections of different names, none called overview, labels or _terrashard; got {names}"
         )

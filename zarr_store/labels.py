@@ -76,8 +76,7 @@ class LabelSpec:
     origin: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
-            raise InvalidInput(f"label layer {self.name!r}: expected a name of letters, digits, '-' and '_'")
+        _check_layer_name(self.name)
         values, names = [value for value, _ in self.classes], [name for _, name in self.classes]
         if values != sorted(set(values)) or any(not 0 <= v < NOT_LABELLED for v in values):
             raise InvalidInput(f"label layer {self.name}: class values must be 0 … 254 and named once, got {values}")
@@ -119,6 +118,7 @@ class LabelLayer:
     def array(self) -> ts.TensorStore:
         """The pixels (y, x), read-only."""
         # absent shards are those without a label; `verify` tells them from lost ones
+        self.store.check_inside(_ARRAY)
         spec = {"driver": "zarr3", "kvstore": self.store.tensorstore(_ARRAY), "recheck_cached_data": "open"}
         return ts.open(spec, open=True, read=True, write=False, context=_CONTEXT).result()
 
@@ -205,7 +205,7 @@ def write_label(
                     f"{there.store.url} is there and comes from something else ({_origin(there.spec)}); nothing was "
                     "changed: give another --name, or --replace"
                 )
-        store = Store.at(_place(cube.url, spec.name))
+        store = _place(cube.url, spec.name)
         aside = _set_aside(store) if there is not None else None
         with store.beside() as fresh:
             _fill(fresh, cube, spec, boxes(), describe)
@@ -229,7 +229,7 @@ def verify_labels(cube: Cube) -> tuple[int, list[tuple[str, str, str]]]:
         try:
             layer = open_label(cube, name)
         except IntegrityError:
-            damage.append((name, "corrupt", Store.at(_place(cube.url, name)).where("zarr.json")))
+            damage.append((name, "corrupt", _place(cube.url, name).where("zarr.json")))
             continue
         for key, expected in layer.shards.items():
             data = layer.store.read(key)
@@ -294,7 +294,7 @@ def _fill(
 
 
 def _open(url: str, name: str) -> LabelLayer | None:
-    store = Store.at(_place(url, name))
+    store = _place(url, name)
     data = store.read("zarr.json")
     if data is None:
         return None
@@ -305,6 +305,8 @@ def _open(url: str, name: str) -> LabelLayer | None:
         grid = Grid.from_dict(about["grid"])
         layer = LabelLayer(store, LabelSpec.from_dict(about["spec"]), str(about["digest"]), int(about["labelled"]),
                            about["counts"], about["shards"])  # fmt: skip
+        if layer.spec.name != name or not all(str(key).startswith(f"{_ARRAY}/c/") for key in layer.shards):
+            raise ValueError("it describes another layer")
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InvalidInput):
             raise
@@ -343,6 +345,8 @@ def _read_index(folder: Store) -> dict[str, str]:
     data = folder.read(_INDEX)
     try:
         known = load_json(data or b"{}", folder.where(_INDEX))
+        for name in known:
+            _check_layer_name(name)
         return {str(name): str(digest) for name, digest in known.items()}
     except (ValueError, AttributeError) as error:
         raise IntegrityError(
@@ -351,11 +355,16 @@ def _read_index(folder: Store) -> dict[str, str]:
 
 
 def _folder(url: str) -> Store:
-    return Store.at(f"{url.rstrip('/')}/{_FOLDER}")
+    return Store.at(url).below(_FOLDER)
 
 
-def _place(url: str, name: str) -> str:
-    return f"{url.rstrip('/')}/{_FOLDER}/{name}"
+def _place(url: str, name: str) -> Store:
+    return Store.at(url).below(f"{_FOLDER}/{name}")
+
+
+def _check_layer_name(name: Any) -> None:
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name):
+        raise InvalidInput(f"label layer {name!r}: expected a name of letters, digits, '-' and '_'")
 
 
 def _same(there: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:

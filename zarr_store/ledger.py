@@ -91,6 +91,8 @@ class LedgerRow:
     def from_json(cls, data: bytes) -> Self:
         row = load_json(data, "a row", most=_MOST_BYTES)
         t, y, x = row["index"]
+        if any(type(i) is not int or i < 0 for i in (t, y, x)):
+            raise ValueError(f"index {row['index']} is not three numbers")
         return cls(
             (t, y, x),
             Region.from_list(row["region"]),
@@ -154,7 +156,10 @@ class Ledger:
 
     def _parse(self, key: str, data: bytes) -> LedgerRow:
         try:
-            return LedgerRow.from_json(data)
+            row = LedgerRow.from_json(data)
+            if self._key(row.index) != key:
+                raise ValueError(f"it is the row of shard {row.index}")
+            return row
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
                 f"{self._store.where(key)} is not a ledger row ({type(error).__name__}: {error}); `terrashard "

@@ -32,6 +32,7 @@ from zarr_store.backends import Store
 from zarr_store.bounded import MOST_METADATA
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, CubeMismatch, IntegrityError, InvalidInput
+from zarr_store.keys import check_key
 from zarr_store.redact import redact_text
 from zarr_store.virtual import open_virtual
 
@@ -165,6 +166,7 @@ class ObjectStore(Store):
         return sorted(entry["path"] for entry in found if entry["path"].endswith(suffix))
 
     def tensorstore(self, path: str) -> dict[str, Any]:
+        check_key(path, self.url)
         at = f"{self.prefix}/{path}/" if self.prefix else f"{path}/"
         if self.scheme not in ("s3", "gs"):
             raise InvalidInput(
@@ -231,7 +233,9 @@ class ObjectStore(Store):
 
     @contextlib.contextmanager
     def _translated(self, key: str) -> Iterator[None]:
-        """Turn what a bucket refuses into `AccessError`, without what could be a secret."""
+        """Turn what a bucket refuses into `AccessError`, without what could be a secret; the key must be one."""
+        if key:
+            check_key(key, self.url)
         try:
             yield
         except (obstore.exceptions.BaseError, PermissionError) as error:

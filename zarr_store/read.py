@@ -14,6 +14,7 @@ from zarr_store.backends import Store
 from zarr_store.bounded import load_json
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
 from zarr_store.index import TrainingIndex
+from zarr_store.keys import RESERVED_NAMES, check_name
 from zarr_store.ledger import Ledger
 from zarr_store.promises import check_overview, check_promises
 from zarr_store.regions import Region
@@ -77,13 +78,24 @@ def _attributes(store: Store, key: str, data: bytes) -> dict[str, Any]:
     return attributes if isinstance(attributes, dict) else {}
 
 
+def _checked_names(store: Store, names: Any) -> tuple[str, ...]:
+    """The collections that the root names, each of which is the name of a group and of no other folder."""
+    where = store.where("zarr.json")
+    if not isinstance(names, list) or not names:
+        raise IntegrityError(f"{where} names no collections (got {str(names)[:80]}); restore the file")
+    checked = tuple(check_name(name, "collection", where) for name in names)
+    if len(set(checked)) != len(checked) or set(RESERVED_NAMES) & set(checked):
+        raise IntegrityError(f"{where} names the collections {', '.join(checked)}; restore the file")
+    return checked
+
+
 class Cube:
     """A cube that is open for reading; made by `open_cube`."""
 
     def __init__(self, store: Store, attributes: dict[str, Any]) -> None:
         self._store = store
         self.url = store.url
-        self.collections: tuple[str, ...] = tuple(attributes["collections"])
+        self.collections: tuple[str, ...] = _checked_names(store, attributes["collections"])
         self.provenance: dict[str, Any] = attributes.get("provenance", {})
         self._describe = functools.cache(self._describe_uncached)
         self.spec = functools.cache(self._spec_uncached)
@@ -105,7 +117,10 @@ class Cube:
         """Bands, grid, times and layout of a collection."""
         told = self._describe(collection)
         try:
-            return CubeSpec.from_dict(told["spec"])
+            spec = CubeSpec.from_dict(told["spec"])
+            if spec.collection != collection:
+                raise ValueError(f"it describes a collection {spec.collection!r}")
+            return spec
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             key = f"{collection}/zarr.json"
             raise IntegrityError(
@@ -134,6 +149,7 @@ class Cube:
 
         for array in self.spec(collection).arrays():
             self._judge(collection, array.name)
+        self._store.check_inside(collection)
         opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
         return opened
 
@@ -150,6 +166,7 @@ class Cube:
         spec = self.spec(collection)
         key = f"overview/{collection}/{spec.kind}/zarr.json"
         check_overview(self._store.read(key), spec, self._store.where(key))
+        self._store.check_inside(f"overview/{collection}")
         opened: xr.Dataset = xr.open_zarr(
             self._store.zarr(), group=f"overview/{collection}", chunks=None, mask_and_scale=False
         )

@@ -20,7 +20,6 @@ import functools
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from zarr.core.sync import sync
 from zarr_store.backends import REPOSITORY_MARKER, FolderStore, Kind, Pending, Store, translate_os_errors
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, IntegrityError, InvalidInput, Locked
+from zarr_store.keys import refuse_links
 from zarr_store.overlay import OverlayStore, snapshot_get, snapshot_has
 from zarr_store.virtual import open_virtual
 
@@ -70,7 +70,14 @@ class IcechunkStore(Store):
 
     @property
     def _staged(self) -> FolderStore:
-        return FolderStore(self.root / _STAGED)
+        return self._files.below(_STAGED)
+
+    def below(self, path: str) -> Store:
+        return self._files.below(path)
+
+    def check_inside(self, path: str = "") -> None:
+        del path  # chunks of all arrays lie together
+        self._staged.check_inside()
 
     def where(self, key: str) -> str:
         if _is_own(key) or self._staged.exists(key):
@@ -140,6 +147,7 @@ class IcechunkStore(Store):
 
     def open_array(self, path: str, context: ts.Context) -> ts.TensorStore:
         """Chunks come through zarr-python, as tensorstore does not know Icechunk."""
+        self.check_inside()
         overlay = self.zarr()
         return open_virtual(overlay, path, context, exists=lambda key: _run(overlay.exists(key)))
 
@@ -207,6 +215,8 @@ class IcechunkStore(Store):
         return snapshot
 
     async def _put_all(self, store: Any) -> None:
+        for name in (_STAGED, _GONE):
+            self._files.below(name).check_inside()
         staged = self.root / _STAGED
         keys = [
             path.relative_to(staged).as_posix()
@@ -235,7 +245,7 @@ class IcechunkStore(Store):
         """Forget what is staged: the snapshot has it."""
         crashpoint("before what is staged goes")
         for name in (_STAGED, _GONE):
-            shutil.rmtree(self.root / name, ignore_errors=True)
+            self._files.clear(name)
         crashpoint("after what is staged went")
         self._files.delete(_COMMITTING)
 
@@ -349,6 +359,7 @@ def _open(root: str, process: int) -> Any:
     """A repository; once for each process, as a client of another process is of no use after a fork."""
     del process
     icechunk = _icechunk()
+    refuse_links(Path(root), Path(root))  # Icechunk opens its files by their paths
     try:
         return icechunk.Repository.open(icechunk.local_filesystem_storage(root))
     except icechunk.IcechunkError as error:

@@ -257,6 +257,7 @@ class SampleStore:
 
     def names(self) -> list[str]:
         """Where each sample came from."""
+        self._store.check_inside("name")
         group = zarr.open_group(self._store.zarr(), mode="r")
         return [str(name) for name in np.asarray(group["name"][...])]  # type: ignore[index]
 
@@ -309,6 +310,7 @@ class SampleStore:
         return wait
 
     def _open(self, name: str) -> ts.TensorStore:
+        self._store.check_inside(name)
         spec = {
             "driver": "zarr3",
             "kvstore": self._store.tensorstore(name),

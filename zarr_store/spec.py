@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
+from zarr_store.keys import GROUP_NAME
 from zarr_store.regions import Region, iterate_boxes
 
 __all__ = [
@@ -50,8 +50,6 @@ Reducer = Literal["first", "median", "mean"]
 """What a time step keeps of several observations of one pixel."""
 MAIN_ARRAYS: dict[Kind, str] = {"reflectance": "uint16", "backscatter": "float32"}
 """Name of the array that holds the bands, and its dtype."""
-
-_GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ class CubeSpec:
     reduce: Reducer = "first"
 
     def __post_init__(self) -> None:
-        if not _GROUP_NAME.fullmatch(self.collection):
+        if not GROUP_NAME.fullmatch(self.collection):
             raise InvalidInput(
                 f"collection name {self.collection!r} cannot name a group: use letters, digits, '.', '_', '-' "
                 "(at most 100, first a letter or digit)"
@@ -165,6 +163,11 @@ class CubeSpec:
                     f"{', '.join(names)}; add {','.join(lacking)} to --bands, or leave the index out"
                 )
         arrays = [array.name for array in self.arrays()]
+        for name in arrays:
+            if not GROUP_NAME.fullmatch(name):
+                raise InvalidInput(
+                    f"{self.collection}: {name!r} cannot name an array: use letters, digits, '.', '_' and '-'"
+                )
         if len(set(arrays)) != len(arrays):
             raise InvalidInput(f"{self.collection}: arrays must have names of their own, got {', '.join(arrays)}")
         if not self.times or list(self.times) != sorted(set(self.times)):

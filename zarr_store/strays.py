@@ -78,6 +78,10 @@ def remove_strays(url: str | os.PathLike[str], *, older_than_s: float) -> list[S
     removed = []
     with CubeLock(path, "gc") if is_cube(Store.at(path)) else nullcontext():
         for stray in find_strays(path, older_than_s=older_than_s):
+            if stray.path.is_symlink():  # the link is a stray, what it leads to is not
+                stray.path.unlink(missing_ok=True)
+                removed.append(stray)
+                continue
             try:
                 with CubeLock(stray.path, "gc") if is_cube(Store.at(stray.path)) else nullcontext():
                     shutil.rmtree(stray.path) if stray.path.is_dir() else stray.path.unlink(missing_ok=True)
@@ -106,6 +110,8 @@ def _weigh(path: Path) -> Stray | None:
     nbytes, newest = 0, 0.0
     try:
         newest = path.lstat().st_mtime
+        if path.is_symlink():
+            return Stray(path, 0, max(0.0, time.time() - newest))
         nbytes = 0 if path.is_dir() else path.lstat().st_size
         for folder, _, names in os.walk(path):
             for entry in (Path(folder), *(Path(folder, name) for name in names)):

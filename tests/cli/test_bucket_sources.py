@@ -69,7 +69,7 @@ def test_scenes_of_a_bucket_are_read_and_a_replaced_one_is_found(
     kept = "".join(path.read_text(errors="replace") for path in cube.rglob("*") if path.is_file())
     said = made.out + made.err
     assert not any(word in kept + said for word in ("canary-of-the-archive", "ARCHIVEKEY", "X-Amz"))
-    assert run("audit", cube, *options[:4]).code == 0
+    assert run("audit", cube, "--source", catalog, *options[:4]).code == 0
 
     hrefs = [a.href for task in kept_plan(cube).tasks for s in task.sources for a in s.assets if a.band == "red"]
     assert all(href.startswith("s3://cubes/scenes/") for href in hrefs)
@@ -79,13 +79,15 @@ def test_scenes_of_a_bucket_are_read_and_a_replaced_one_is_found(
     with rasterio.open(file, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as dataset:
         dataset.write(np.full(dataset.shape, 4321, "uint16"), 1)
     bucket.put_object(Bucket="cubes", Key=key, Body=file.read_bytes())
-    assert run("audit", cube, "--no-files", *options[:4]).code == 0, "the catalogue says nothing of it"
-    found = run("audit", cube, "--json", *options[:4])
+    assert run("audit", cube, "--source", catalog, "--no-files", *options[:4]).code == 0, (
+        "the catalogue says nothing of it"
+    )
+    found = run("audit", cube, "--source", catalog, "--json", *options[:4])
     assert (found.code, [row["assets"] for row in found.json["replaced"]]) == (3, [["red"]]), found.err
     fresh = run("ingest", catalog, cube, "--refresh", "--json", *options)
     assert (fresh.code, len(fresh.json["written"])) == (0, 1), fresh.err
     assert 4321 in open_cube(cube).dataset(NAME).reflectance.values
-    assert run("audit", cube, *options[:4]).code == 0
+    assert run("audit", cube, "--source", catalog, *options[:4]).code == 0
 
 
 def test_a_bucket_that_refuses_is_named_without_its_signature(

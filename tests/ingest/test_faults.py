@@ -24,6 +24,7 @@ ROWS = [
     *(f"S{n:02}" for n in range(1, 19)),
     *(f"Z{n:02}" for n in range(1, 24)),
     *(f"D{n:02}" for n in range(1, 16)),
+    *(f"X{n:02}" for n in range(1, 7)),
     *(f"C{n:02}" for n in range(1, 15)),
     *(f"L{n:02}" for n in range(1, 11)),
 ]
@@ -37,13 +38,13 @@ FIRST = {
 def test_the_table_is_complete_and_its_tests_exist(repository: Path) -> None:
     table: dict[str, str] = {}
     for line in (repository / "docs" / "faults.md").read_text(encoding="utf-8").splitlines():
-        if found := re.match(r"\| ([RSZDCL]\d\d) \|", line):
+        if found := re.match(r"\| ([RSZDXCL]\d\d) \|", line):
             assert found[1] not in table, f"{found[1]} is there twice"
             table[found[1]] = line
     assert list(table) == ROWS
     there = {
         f"{path.stem}::{node.name}"
-        for folder in ("ingest", "zarr_store", "cli")
+        for folder in ("ingest", "zarr_store", "cli", "jaxtrain")
         for path in (repository / "tests" / folder).rglob("test_*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef)

@@ -116,8 +116,9 @@ def bucket(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         box.rules = (BucketRule(("box",), server.url, pays, "BOX"),)
         asset = AssetRef(band="red", key="B04", href=box.href, nodata=0)
         box.access = Access(
-            attempts=1, low_speed_s=1, bucket_rules=box.rules, private_names=("127.0.0.1",), rates=rates
-        )
+            attempts=1, low_speed_s=1, bucket_rules=box.rules, private_names=("127.0.0.1",), rates=rates,
+            requester_pays=pays,
+        )  # fmt: skip
         read = read_on_grid(asset, WIDE, WIDE, "nearest", scene="S", access=box.access, tell=box.told.append)
         return read - GRAIN
 
@@ -226,7 +227,7 @@ def test_a_bucket_of_amazon_is_read_where_it_is(status: int, monkeypatch: pytest
     amazon, keys = Amazon(status, "eu-central-1"), {"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "a"}
     rules = Access().bucket_rules
     for key in ("tiles/1.jp2", "tiles/2.jp2"):
-        url = bucket_url(f"s3://sentinel-s2-l2a/{key}", rules, amazon, keys)
+        url = bucket_url(f"s3://sentinel-s2-l2a/{key}", rules, amazon, keys, pay=True)
         assert url.startswith(f"https://s3.eu-central-1.amazonaws.com/sentinel-s2-l2a/{key}?")
         assert "%2Feu-central-1%2Fs3%2F" in url
     assert amazon.asked == ["HEAD https://s3.amazonaws.com/sentinel-s2-l2a"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -133,3 +134,45 @@ def test_the_cube_of_the_run_is_needed(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"gone\.zarr does not exist"):
         evaluate(run)
     assert evaluate(run, data=shared_cube())["samples"] == 60
+
+
+def test_a_run_that_names_a_bucket_opens_none(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS X06: a run may come from somebody else."""
+    there = load_card(run).cube
+    card = run / "model.json"
+    document = json.loads(card.read_text())
+    document["cube"]["path"] = "s3://of-a-stranger/cube.zarr"
+    card.write_text(json.dumps(document))
+    opened: list[str] = []
+
+    def open_instead(url: str) -> object:
+        opened.append(str(url))
+        return open_cube(there)
+
+    monkeypatch.setattr("jaxtrain.evaluate.open_source", open_instead)
+    with pytest.raises(InvalidInput, match="--data s3://of-a-stranger/cube"):
+        evaluate(run)
+    assert opened == []
+    assert evaluate(run, data="s3://of-a-stranger/cube.zarr")["split"] == "test", "typed, it is the run's own"
+    assert opened == ["s3://of-a-stranger/cube.zarr"]
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "metrics.jsonl", "tensorboard", "model.json"])
+def test_a_run_with_a_link_that_leads_out_is_refused(run: Path, tmp_path: Path, what: str) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    shutil.move(run / what, victim / what)
+    (run / what).symlink_to(victim / what)
+    before = sorted(str(path) for path in victim.rglob("*"))
+    with pytest.raises(IntegrityError, match="lies outside"):
+        load_card(run)
+    with pytest.raises(IntegrityError, match="lies outside"):
+        evaluate(run)
+    assert sorted(str(path) for path in victim.rglob("*")) == before
+
+
+def test_the_key_of_a_run_is_the_same_once_it_is_read_back(run: Path) -> None:
+    card = load_card(run)
+    assert card.key.isalnum()
+    assert card.key == type(card).from_dict(json.loads(json.dumps(card.to_dict()))).key
+    assert card.key != replace(card, cube_digest="0" * 64).key

@@ -1,0 +1,85 @@
+"""Where compiled programs are kept: a folder of the user's own, never one that came with a run.
+
+Whoever can write a compiled program can run any code as the one who loads it. So programs are loaded only from a folder
+that this user made and nobody else can write to: `$XDG_CACHE_HOME/terrashard/programs/KEY`, or `~/.cache/…`. A run that
+comes from another machine, or from somebody else, has none there and is compiled anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from zarr_store.errors import AccessError
+
+__all__ = ["MOST_BYTES", "program_folder"]
+
+_log = logging.getLogger(__name__)
+
+MOST_BYTES = 4 << 30
+"""All programs of all runs together; those of the runs that were longest not used go first."""
+
+
+def program_folder(key: str, environment: Mapping[str, str] | None = None) -> Path | None:
+    """The folder for the programs of a run, made if need be; None, with a warning, where there can be none.
+
+    Args:
+        key: What the run is, as letters and digits.
+        environment: That of the process if not given.
+    """
+    if not key.isalnum():
+        raise ValueError(f"expected letters and digits, got {key!r}")
+    try:
+        home = _cache_home(os.environ if environment is None else environment)
+        home.mkdir(parents=True, exist_ok=True)
+        folder = home
+        for part in ("terrashard", "programs", key):
+            folder = folder / part
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _check_private(folder)
+        os.utime(folder)
+        _prune(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        _log.warning("compiled programs are not kept: %s; a run that is continued compiles them anew", error)
+        return None
+    return folder
+
+
+def _cache_home(environment: Mapping[str, str]) -> Path:
+    named = environment.get("XDG_CACHE_HOME", "")
+    # its specification says that a relative path is to be ignored: it would lead into whatever folder one is in
+    return Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse a folder that somebody else could have filled.
+
+    Raises:
+        AccessError: It is a link, is not this user's, or others may write to it.
+    """
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        raise AccessError(
+            f"{folder} is not a folder of this user alone ({stat.filemode(about.st_mode)}, owner {about.st_uid}); "
+            "remove it, or set XDG_CACHE_HOME to a folder of yours"
+        )
+
+
+def _prune(current: Path) -> None:
+    """Remove the programs of the runs that were longest not used, until all of them fit."""
+    kept: list[tuple[float, int, Path]] = []
+    for entry in current.parent.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            size = sum(file.lstat().st_size for file in entry.iterdir())
+            kept.append((entry.stat().st_mtime, size, entry))
+    total = sum(size for _, size, _ in kept)
+    for _, size, entry in sorted(kept):
+        if total <= MOST_BYTES:
+            return
+        if entry != current:
+            shutil.rmtree(entry, ignore_errors=True)
+            total -= size
