@@ -235,7 +235,7 @@ def forbid_gdal_threads() -> None:
         InvalidInput: GDAL_NUM_THREADS is set in the environment or the enclosing rasterio.Env.
     """
     inside = rasterio.env.getenv() if rasterio.env.hasenv() else {}
-    if os.environ.get("GDAL_NUM_THREADS") or inside.get("GDAL_NUM_THREADS"):
+    if os.environ.get("GDAL_NUM_THREADS") or inside.get("GDAL_NUM_THREADS", 1) != 1:  # 1 is ours
         raise InvalidInput(
             "GDAL_NUM_THREADS is set: GDAL then returns zeros for failed reads of uncompressed TIFFs over HTTP and no "
             "error; unset it (workers and threads of the run are set with --workers and --threads-per-worker)"
@@ -299,6 +299,8 @@ def _dataset(found: FoundFile, href: str, access: Access) -> Iterator[rasterio.i
     if driver is None:
         raise PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
     options = dict(GDAL_OPTIONS)
+    if driver == "JP2OpenJPEG":  # on its own it decodes in threads, whose errors are lost: their tiles become zeros
+        options["GDAL_NUM_THREADS"] = 1
     if magic.startswith(_CODESTREAM):  # it has no room for a georeference; that is in NAME.aux.xml beside it
         options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
     with rasterio.Env(**options):

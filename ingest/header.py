@@ -16,7 +16,8 @@ import numpy.typing as npt
 import rasterio
 from rasterio.enums import ColorInterp
 
-from ingest.blocks import Packing
+from ingest.blocks import ContradictionError, Packing
+from ingest.directory import Directory
 from ingest.ranges import RangeFile, block_span
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid, normal_crs
@@ -54,6 +55,7 @@ class RasterHeader:
 
         Raises:
             InvalidInput: It has no CRS, or a rotated or south-up transform.
+        ContradictionError: GDAL reads it otherwise than its tags state.
         """
         packing = Packing.of(dataset, file) if file is not None else None
         return cls(
@@ -62,7 +64,7 @@ class RasterHeader:
             None if dataset.nodata is None else float(dataset.nodata),
             dataset.colorinterp[0] == ColorInterp.palette,
             packing,
-            _spans(dataset, packing) if packing is not None else None,
+            _spans(dataset, file, packing) if packing is not None and file is not None else None,
         )
 
     @property
@@ -91,11 +93,14 @@ def _crs_name(wkt: str) -> str:
     return f"EPSG:{code}" if code else normal_crs(wkt)
 
 
-def _spans(dataset: rasterio.io.DatasetReader, packing: Packing) -> npt.NDArray[np.int64] | None:
+def _spans(dataset: rasterio.io.DatasetReader, file: RangeFile, packing: Packing) -> npt.NDArray[np.int64] | None:
+    """Where GDAL finds the blocks, which must be where the tags say; None where one is left out, or there are many."""
     tall, wide = packing.block
     rows, cols = -(-dataset.height // tall), -(-dataset.width // wide)
     if rows * cols > _MOST_BLOCKS:
         return None
+    directory = Directory.of(file)
+    tagged = directory.spans(file) if directory is not None else None
     spans = np.empty((rows, cols, 2), np.int64)
     for y in range(rows):
         for x in range(cols):
@@ -103,4 +108,6 @@ def _spans(dataset: rasterio.io.DatasetReader, packing: Packing) -> npt.NDArray[
             if span is None:
                 return None
             spans[y, x] = span
+    if tagged is None or not np.array_equal(spans, tagged):
+        raise ContradictionError("GDAL finds blocks of the file elsewhere than its tags state: it is damaged")
     return spans

@@ -28,6 +28,7 @@ from rasterio.windows import Window
 
 from ingest.alignment import mirrored_fit
 from ingest.features import Features, is_vector, read_features
+from ingest.gdal_read import read_window
 from ingest.header import grid_of
 from ingest.resample import pick_resampling, place
 from zarr_store.errors import InvalidInput, NothingFound
@@ -266,7 +267,7 @@ def _warp(
     def read(row: int, col: int, height: int, width: int, into: Any = None) -> Any:
         try:
             with _opened(source) as dataset:
-                pixels = dataset.read(band, window=Window(col, row, width, height))
+                pixels = read_window(dataset, band, window=Window(col, row, width, height))
         except RasterioError as error:
             raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {error}") from error
         found = pixels.astype(work)

@@ -17,6 +17,7 @@ from rasterio.windows import Window
 from ingest.access import Access, Raster, with_raster
 from ingest.blocks import BlockReader
 from ingest.download import redact
+from ingest.gdal_read import read_window
 from ingest.ranges import blocks_of
 from ingest.resample import pick_resampling, place
 from ingest.stages import count_stage
@@ -109,7 +110,8 @@ def read_on_grid(
                 fits = into is not None and into.dtype == told.dtype
                 raw = blocks.read(row, col, height, width, into if fits else None)
             else:
-                raw = dataset.read(1, window=Window(col, row, width, height))  # type: ignore[union-attr]
+                assert dataset is not None, "only a file that needs no GDAL is not open"
+                raw = read_window(dataset, window=Window(col, row, width, height))
                 if file is not None:
                     file.forget()
             count_stage("read", time.perf_counter() - begun, raw.nbytes)
