@@ -8,6 +8,7 @@ file, and blocks that can be decoded without GDAL are then found without it.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -26,6 +27,9 @@ __all__ = ["RasterHeader", "grid_of"]
 
 _MOST_BLOCKS = 2048
 """Of a file whose header is kept: 10 980² pixels in blocks of 256 have 1,849, which are 30 kB."""
+
+_FARTHEST_PX = 1 << 32
+"""From the origin of a CRS, in pixels: beyond that the numbers of a grid no longer tell its pixels apart."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,15 @@ def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
     """The grid that the file header states.
 
     Raises:
-        InvalidInput: No CRS, or a rotated or south-up transform.
+        InvalidInput: No CRS, or a rotated or south-up transform, or one by which pixels cannot be told apart.
     """
     if dataset.crs is None:
         raise InvalidInput("the file has no coordinate reference system")
     crs = _crs_name(dataset.crs.to_wkt())
     a, b, c, d, e, f = (float(v) for v in dataset.transform[:6])
+    far = max(abs(c), abs(f), abs(a) * dataset.width, abs(e) * dataset.height)
+    if not (math.isfinite(far) and min(abs(a), abs(e)) * _FARTHEST_PX > far and abs(b) + abs(d) < math.inf):
+        raise InvalidInput(f"the file states a place that no pixel has: origin {c:g}, {f:g}, pixels of {a:g} by {e:g}")
     return Grid(crs, (a, b, c, d, e, f), (int(dataset.height), int(dataset.width)))
 
 

@@ -26,9 +26,9 @@ from ingest.recent import Recent
 __all__ = [
     "HEAD_BYTES",
     "MOST_AT_ONCE",
+    "BlockPlaceError",
     "Head",
     "HeadCache",
-    "OversizedBlockError",
     "RangeFile",
     "block_span",
     "blocks_of",
@@ -42,8 +42,8 @@ Get = Callable[[Span], bytes]
 """Fetches exactly these bytes, or raises."""
 
 
-class OversizedBlockError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
-    """A block with more bytes than a block of its size can have."""
+class BlockPlaceError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
+    """A block with more bytes than a block of its size can have, or of a place that no file has."""
 
 
 HEAD_BYTES = 16384
@@ -59,6 +59,7 @@ _FEW_BYTES = 1 << 20
 """A block may have as many bytes, whatever it unpacks to."""
 _MOST_GROWTH = 4
 """Larger blocks may have so many bytes for each byte that they unpack to; LZW of noise has 1.5."""
+_FARTHEST = 1 << 60
 _HEADS = 1024
 _HEAD_LIFE_S = 300.0
 
@@ -242,17 +243,19 @@ def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | Non
     """The bytes of one block of a TIFF, by its row and column among the blocks; None where a sparse file has none.
 
     Raises:
-        OversizedBlockError: The file states more bytes than any packing of the block has.
+        BlockPlaceError: The file states more bytes than any packing of the block has, or a place that no file has.
     """
     start = dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1)
     count = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
     if start is None or count is None:
         return None
+    if int(start) + int(count) > _FARTHEST:
+        raise BlockPlaceError(f"block {y}, {x}: the file states that it begins at byte {start}: it is damaged")
     if int(count) > _FEW_BYTES:
         tall, wide = dataset.block_shapes[0]
         unpacked = tall * wide * np.dtype(dataset.dtypes[0]).itemsize
         if int(count) > _MOST_GROWTH * unpacked:
-            raise OversizedBlockError(
+            raise BlockPlaceError(
                 f"block at row {y * tall}, column {x * wide}: {count} packed bytes of {unpacked} are refused"
             )
     return (int(start), int(start) + int(count))
