@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import rasterio
 import tenacity
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
@@ -285,7 +286,7 @@ def _telling(found: FoundFile) -> Iterator[None]:
         yield
         if found.file is not None and found.file.error is not None:
             raise found.file.error
-    except RasterioError as error:
+    except (RasterioError, CPLE_BaseError) as error:  # rasterio lets GDAL's own errors through where tags are asked for
         if found.file is not None and found.file.error is not None:
             raise found.file.error from error
         # a local file does not heal between attempts; a remote one may have been cut on the way

@@ -22,10 +22,10 @@ from rasterio.windows import Window
 
 from ingest.directory import Directory
 from ingest.gdal_read import read_window
-from ingest.ranges import RangeFile, Span, block_span
+from ingest.ranges import RangeFile, Span, block_span, blocks_of
 from ingest.turns import computing
 
-__all__ = ["BlockReader", "ContradictionError", "DamagedBlockError", "Packing"]
+__all__ = ["BlockReader", "ContradictionError", "DamagedBlockError", "Packing", "check_streams"]
 
 Pixels = npt.NDArray[np.generic]
 Unpack = Callable[..., Any]
@@ -185,6 +185,8 @@ class BlockReader:
 
     def _decode(self, span: Span, view: Pixels, inside: tuple[slice, slice], scratch: Pixels) -> None:
         """One block into the part of the result that it covers."""
+        if span[1] > self._file.size:
+            raise ValueError(f"the file ends at byte {self._file.size}, the block would at {span[1]}")
         packed = self._file.view(*span)
         size = scratch[0].nbytes
         if self._unpack is None:
@@ -212,6 +214,28 @@ class BlockReader:
             start, stop = self._spans[y, x]
             return int(start), int(stop)
         return block_span(self._dataset, y, x)
+
+
+def check_streams(dataset: rasterio.io.DatasetReader, file: RangeFile, window: tuple[int, int, int, int]) -> None:
+    """Hold deflated blocks that GDAL is to decode against their checksums, at which it does not look.
+
+    Args:
+        dataset: The open file.
+        file: Its bytes.
+        window: (row, col, height, width) that is about to be read.
+
+    Raises:
+        DamagedBlockError: A block is not what its checksum says, or cut short, or larger than it may be.
+    """
+    if dataset.driver != "GTiff" or dataset.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION") != "DEFLATE":
+        return
+    tall, wide = dataset.block_shapes[0]
+    unpacked = np.empty(tall * wide * np.dtype(dataset.dtypes[0]).itemsize, np.uint8)
+    for start, stop in blocks_of(dataset, window):
+        try:
+            imagecodecs.deflate_decode(file.view(start, stop), out=unpacked)
+        except _FAULTS as error:
+            raise DamagedBlockError(f"block at byte {start} is damaged: {error}") from None
 
 
 def _agree(what: str, tags: object, told: object) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ingest.blocks import BlockReader
+from ingest.blocks import BlockReader, check_streams
 from ingest.clip import area_of, clip_text, inside_of
 from ingest.config import IngestConfig
 from ingest.gdal_read import read_window
@@ -137,6 +137,7 @@ def _read(dataset: DatasetReader, window: tuple[int, int, int, int]) -> npt.NDAr
         return blocks.read(row, col, height, width)
     if file is not None:
         file.fetch(blocks_of(dataset, window))
+        check_streams(dataset, file, window)
     return read_window(dataset, window=Window(col, row, width, height))
 
 

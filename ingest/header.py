@@ -30,6 +30,8 @@ _MOST_BLOCKS = 2048
 
 _FARTHEST_PX = 1 << 32
 """From the origin of a CRS, in pixels: beyond that the numbers of a grid no longer tell its pixels apart."""
+_SMALLEST = 1e-12
+"""A pixel, in units of the CRS."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
     crs = _crs_name(dataset.crs.to_wkt())
     a, b, c, d, e, f = (float(v) for v in dataset.transform[:6])
     far = max(abs(c), abs(f), abs(a) * dataset.width, abs(e) * dataset.height)
-    if not (math.isfinite(far) and min(abs(a), abs(e)) * _FARTHEST_PX > far and abs(b) + abs(d) < math.inf):
+    small = min(abs(a), abs(e))
+    if not (small > _SMALLEST and small * _FARTHEST_PX > far and math.isfinite(far + abs(b) + abs(d))):
         raise InvalidInput(f"the file states a place that no pixel has: origin {c:g}, {f:g}, pixels of {a:g} by {e:g}")
     return Grid(crs, (a, b, c, d, e, f), (int(dataset.height), int(dataset.width)))
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from rasterio.windows import Window
 
 from ingest.access import Access, Raster, with_raster
-from ingest.blocks import BlockReader
+from ingest.blocks import BlockReader, check_streams
 from ingest.download import redact
 from ingest.gdal_read import read_window
 from ingest.ranges import blocks_of
@@ -111,6 +111,8 @@ def read_on_grid(
                 raw = blocks.read(row, col, height, width, into if fits else None)
             else:
                 assert dataset is not None, "only a file that needs no GDAL is not open"
+                if file is not None:
+                    check_streams(dataset, file, (row, col, height, width))
                 raw = read_window(dataset, window=Window(col, row, width, height))
                 if file is not None:
                     file.forget()

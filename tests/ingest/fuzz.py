@@ -129,7 +129,7 @@ def work(kind: str, first: int, count: int) -> None:
         _limit_memory()
         for number in range(first, first + count):
             what = describe(number)
-            print(f"begin {number} reading {what}", flush=True)
+            _tell(f"begin {number} reading", what)
             before = _peak()
             try:
                 outcome = check(number)
@@ -146,11 +146,12 @@ def work(kind: str, first: int, count: int) -> None:
                 if (grown := _peak() - before) > MOST_GROWTH_KB:
                     _tell("finding", f"{what}: it took {grown >> 10} MiB")
                     continue
-                print(f"end {outcome}", flush=True)
+                _tell("end", outcome)
 
 
 def _tell(word: str, text: str) -> None:
-    print(word, " ".join(text.split())[:2000], flush=True)
+    sys.stdout.write(f"{word} {' '.join(text.split())[:2000]}\n")
+    sys.stdout.flush()
 
 
 def _peak() -> int:
@@ -251,6 +252,7 @@ def _gdal(path: Path, windows: list[tuple[int, int, int, int]], stored: str) -> 
     """What GDAL reads, with no data as a cube has it."""
     import numpy as np
     import rasterio
+    from rasterio._err import CPLE_BaseError
     from rasterio.errors import RasterioError
     from rasterio.windows import Window
 
@@ -273,7 +275,7 @@ def _gdal(path: Path, windows: list[tuple[int, int, int, int]], stored: str) -> 
                 if dataset.nodata is not None and np.isfinite(dataset.nodata):
                     made[raw == dataset.nodata] = void
                 pixels.append(made)
-    except RasterioError as error:
+    except (RasterioError, CPLE_BaseError) as error:
         raise Finding(f"it is read, and GDAL refuses it: {error}") from error
     return pixels
 
