@@ -281,6 +281,16 @@ def _gdal(path: Path, windows: list[tuple[int, int, int, int]], stored: str) -> 
 
 
 @contextlib.contextmanager
+def _documents(folder: Path) -> Iterator[Checks]:
+    from .fuzz_documents import Documents
+
+    documents = Documents(folder)
+    for name, data in documents.good.items():
+        assert documents.read(name, data) == "read"
+    yield documents.check, lambda number: documents.mutated(number)[0]
+
+
+@contextlib.contextmanager
 def _fault(folder: Path, what: str) -> Iterator[Checks]:
     def check(number: int) -> str:
         if number % 5 == 3:
@@ -299,6 +309,7 @@ def _fault(folder: Path, what: str) -> Iterator[Checks]:
 
 KINDS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Checks]]] = {
     "rasters": _rasters,
+    "documents": _documents,
     **{f"test-{what}": lambda folder, what=what: _fault(folder, what) for what in ("crash", "hang", "bomb", "raise")},
 }
 
