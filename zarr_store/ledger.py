@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from zarr_store.backends import Store
 from zarr_store.errors import IntegrityError
@@ -87,6 +87,10 @@ class LedgerRow:
     def from_json(cls, data: bytes) -> Self:
         row = json.loads(data)
         t, y, x = row["index"]
+        if not all(type(number) is int for number in (t, y, x)):
+            raise ValueError(f"a shard has three whole numbers, got {row['index']!r}")
+        if not isinstance(row["key"], str) or row["state"] not in get_args(State):
+            raise ValueError(f"a row has a key and a state ({', '.join(get_args(State))}), got {row['state']!r}")
         return cls(
             (t, y, x),
             Region.from_list(row["region"]),
@@ -151,7 +155,7 @@ class Ledger:
     def _parse(self, key: str, data: bytes) -> LedgerRow:
         try:
             return LedgerRow.from_json(data)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise IntegrityError(
                 f"{self._store.where(key)} is not a ledger row ({type(error).__name__}: {error}); `terrashard "
                 "repair` makes the shard again"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorstore as ts
 
 from zarr_store.backends import Store
-from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
+from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, TerrashardError, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.ledger import Ledger
 from zarr_store.promises import check_promises
@@ -69,7 +70,7 @@ def _root_attributes(store: Store) -> dict[str, Any]:
 def _attributes(store: Store, key: str, data: bytes) -> dict[str, Any]:
     try:
         attributes = json.loads(data)["attributes"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotACube(
             f"{store.where(key)}: unreadable metadata ({type(error).__name__}: {error}); nothing is written over it: "
             "restore the file, or ingest to another path"
@@ -115,7 +116,8 @@ class Cube:
 
     def items(self, collection: str) -> list[dict[str, Any]]:
         """The item table; `source_item` counts its rows."""
-        return list(self._describe(collection)["items"])
+        with self._believing(f"{collection}/zarr.json"):
+            return list(self._describe(collection)["items"])
 
     def ledger(self, collection: str) -> Ledger:
         """Which shards are done."""
@@ -134,8 +136,22 @@ class Cube:
 
         for array in self.spec(collection).arrays():
             self._judge(collection, array.name)
-        opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
+        with self._believing(f"{collection}/zarr.json"):
+            opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
         return opened
+
+    @contextlib.contextmanager
+    def _believing(self, key: str) -> Iterator[None]:
+        """Metadata that a library cannot use is an error of the cube."""
+        try:
+            yield
+        except TerrashardError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise IntegrityError(
+                f"{self._store.where(key)}: unusable metadata ({type(error).__name__}: {str(error)[:300]}); restore "
+                "the file, or make the cube again"
+            ) from error
 
     def _judge(self, collection: str, array: str) -> None:
         spec = self.spec(collection)
@@ -148,15 +164,17 @@ class Cube:
         import xarray as xr
 
         self._describe(collection)
-        opened: xr.Dataset = xr.open_zarr(
-            self._store.zarr(), group=f"overview/{collection}", chunks=None, mask_and_scale=False
-        )
+        with self._believing(f"overview/{collection}/zarr.json"):
+            opened: xr.Dataset = xr.open_zarr(
+                self._store.zarr(), group=f"overview/{collection}", chunks=None, mask_and_scale=False
+            )
         return opened
 
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
         """One array, read-only; reading a chunk that was never written raises."""
         self._judge(collection, array)
-        return self._store.open_array(f"{collection}/{array}", _CONTEXT)
+        with self._believing(f"{collection}/{array}/zarr.json"):
+            return self._store.open_array(f"{collection}/{array}", _CONTEXT)
 
     def read(self, collection: str, array: str, region: Region, bands: Sequence[int] | None = None) -> np.ndarray:
         """Read one box.
