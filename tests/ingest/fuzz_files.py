@@ -39,7 +39,9 @@ def written(dtype: str, *, overviews: bool = False, mask: bool = False, **option
     profile = {"driver": "GTiff", "height": SHAPE[0], "width": SHAPE[1], "count": 1, "dtype": dtype}
     profile |= {"crs": "EPSG:32633", "transform": TRANSFORM, **options}
     with tempfile.TemporaryDirectory() as folder, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
-        path = Path(folder) / "made"
+        path = Path(folder) / (
+            "made.jp2" if profile["driver"] == "JP2OpenJPEG" else "made.tif"
+        )  # the name decides, too
         with rasterio.open(path, "w", **profile) as target:
             for band in range(bands):
                 target.write(scene(dtype), band + 1)
