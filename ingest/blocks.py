@@ -229,11 +229,12 @@ def check_streams(dataset: rasterio.io.DatasetReader, file: RangeFile, window: t
     """
     if dataset.driver != "GTiff" or dataset.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION") != "DEFLATE":
         return
+    unpack: Unpack = imagecodecs.deflate_decode
     tall, wide = dataset.block_shapes[0]
     unpacked = np.empty(tall * wide * np.dtype(dataset.dtypes[0]).itemsize, np.uint8)
     for start, stop in blocks_of(dataset, window):
         try:
-            imagecodecs.deflate_decode(file.view(start, stop), out=unpacked)
+            unpack(file.view(start, stop), out=unpacked)
         except _FAULTS as error:
             raise DamagedBlockError(f"block at byte {start} is damaged: {error}") from None
 

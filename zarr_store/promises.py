@@ -60,7 +60,7 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
     def box(tyx: tuple[int, int, int]) -> tuple[int, ...]:
         return (tyx[0], len(spec.bands), *tyx[1:]) if banded else tyx
 
-    expected = {
+    expected: dict[str, Any] = {
         "shape": spec.array_shape(array),
         "data_type": spec.array(array).dtype,
         "shard": box(spec.layout.shard),

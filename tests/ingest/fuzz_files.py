@@ -269,7 +269,7 @@ def hostile_files() -> dict[str, bytes]:
     jp2 = good_files()["jp2-uint16"]
     for share in (0.99, 0.9, 0.7, 0.5, 0.3):
         files[f"jp2-cut-{share}"] = jp2[: int(len(jp2) * share)]
-        files[f"j2k-cut-{share}"] = _codestream(jp2)[: int(len(jp2) * share)]
+        files[f"j2k-cut-{share}"] = _codestream(jp2)[: int(len(_codestream(jp2)) * share)]
     return files
 
 
