@@ -119,6 +119,8 @@ def _one_process(kind: str, first: int, count: int, ends: float, most_s: float, 
             child.kill()
             child.wait()
             listener.join(10)
+            assert child.stdout is not None
+            child.stdout.close()
 
 
 def work(kind: str, first: int, count: int) -> None:
