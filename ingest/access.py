@@ -233,7 +233,7 @@ def forbid_gdal_threads() -> None:
         InvalidInput: GDAL_NUM_THREADS is set in the environment or the enclosing rasterio.Env.
     """
     inside = rasterio.env.getenv() if rasterio.env.hasenv() else {}
-    if os.environ.get("GDAL_NUM_THREADS") or inside.get("GDAL_NUM_THREADS"):
+    if os.environ.get("GDAL_NUM_THREADS") or inside.get("GDAL_NUM_THREADS", 1) != 1:  # 1 is ours
         raise InvalidInput(
             "GDAL_NUM_THREADS is set: GDAL then returns zeros for failed reads of uncompressed TIFFs over HTTP and no "
             "error; unset it (workers and threads of the run are set with --workers and --threads-per-worker)"

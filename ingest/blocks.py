@@ -1,10 +1,10 @@
 """`BlockReader`: blocks of a TIFF decoded straight into place, without GDAL's block cache in between.
 
-GDAL opens the file once, and says how it is laid out and where its blocks lie; the common packings (tiled, one band,
-deflate, LZW, zstd or none, with or without a predictor) are then decoded by imagecodecs from the bytes into the result.
-On 10 m bands in deflate that takes two thirds of GDAL's processor time. All else is left to GDAL, and so are blocks
-that a sparse file leaves out. Checksums inside the packing are verified, and a block that gives more or fewer bytes
-than it must is an error.
+GDAL opens the file once, and says where its blocks lie; how they are packed is read from the tags themselves, and must
+be what GDAL says. The common packings (tiled, one band, deflate, LZW, zstd or none, with or without a predictor) are
+then decoded by imagecodecs from the bytes into the result. On 10 m bands in deflate that takes two thirds of GDAL's
+processor time. All else is left to GDAL, and so are blocks that a sparse file leaves out. Checksums inside the packing
+are verified, and a block that gives more or fewer bytes than it must is an error.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import rasterio
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
-from ingest.ranges import RangeFile, Span, block_span
+from ingest.directory import Directory
+from ingest.gdal_read import read_window
+from ingest.ranges import RangeFile, Span, block_span, blocks_of
 from ingest.turns import computing
 
-__all__ = ["BlockReader", "DamagedBlockError", "Packing"]
+__all__ = ["BlockReader", "ContradictionError", "DamagedBlockError", "Packing", "check_streams"]
 
 Pixels = npt.NDArray[np.generic]
 Unpack = Callable[..., Any]
@@ -50,6 +52,10 @@ class DamagedBlockError(RasterioError):  # type: ignore[misc]  # rasterio is unt
     """A block whose bytes are not what the file's header promises."""
 
 
+class ContradictionError(RasterioError):  # type: ignore[misc]
+    """A file of which GDAL and its tags say different things."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """How the blocks of a TIFF are packed that can be decoded without GDAL.
@@ -68,22 +74,31 @@ class Packing:
 
     @classmethod
     def of(cls, dataset: rasterio.io.DatasetReader, file: RangeFile) -> Self | None:
-        """Of an open file, or None where GDAL must decode."""
-        tall, wide = dataset.block_shapes[0]
+        """The packing of an open file, or None where GDAL must decode.
+
+        Raises:
+            ContradictionError: GDAL does not say of the file what its tags say.
+        """
+        directory = Directory.of(file)
+        if directory is None:
+            return None
+        packing = cls(directory.block, directory.dtype, directory.compression, str(directory.predictor))
+        tall, wide = packing.block
+        if (
+            tall % 16
+            or wide % 16
+            or packing._predicted not in _UNPREDICT
+            or dataset.count != 1
+            or "NBITS" in dataset.tags(1, ns="IMAGE_STRUCTURE")
+        ):
+            return None
         told = dataset.tags(ns="IMAGE_STRUCTURE")
-        packing = cls(
-            (int(tall), int(wide)), str(dataset.dtypes[0]), told.get("COMPRESSION", ""), told.get("PREDICTOR", "1")
-        )
-        plain = (
-            file.head[:2] == b"II"
-            and dataset.count == 1
-            and tall % 16 == 0
-            and wide % 16 == 0  # tiles are, and unlike strips they are never cut short
-            and "NBITS" not in dataset.tags(1, ns="IMAGE_STRUCTURE")
-            and packing.compression in _UNPACK
-            and packing._predicted in _UNPREDICT
-        )
-        return packing if plain else None
+        _agree("size", directory.shape, dataset.shape)
+        _agree("size of tiles", packing.block, dataset.block_shapes[0])
+        _agree("type", packing.dtype, dataset.dtypes[0])
+        _agree("compression", packing.compression, told.get("COMPRESSION", ""))
+        _agree("predictor", packing.predictor, told.get("PREDICTOR", "1"))
+        return packing
 
     @property
     def unpack(self) -> Unpack | None:
@@ -160,7 +175,7 @@ class BlockReader:
             view = out[top - row : bottom - row, left - col : right - col]
             if span is None:  # left out of a sparse file, which GDAL knows how to take
                 assert self._dataset is not None, "spans that are given are of all blocks"
-                view[...] = self._dataset.read(1, window=Window(left, top, right - left, bottom - top))
+                view[...] = read_window(self._dataset, window=Window(left, top, right - left, bottom - top))
                 continue
             inside = (slice(top - y * tall, bottom - y * tall), slice(left - x * wide, right - x * wide))
             try:
@@ -170,6 +185,8 @@ class BlockReader:
 
     def _decode(self, span: Span, view: Pixels, inside: tuple[slice, slice], scratch: Pixels) -> None:
         """One block into the part of the result that it covers."""
+        if span[1] > self._file.size:
+            raise ValueError(f"the file ends at byte {self._file.size}, the block would at {span[1]}")
         packed = self._file.view(*span)
         size = scratch[0].nbytes
         if self._unpack is None:
@@ -197,3 +214,31 @@ class BlockReader:
             start, stop = self._spans[y, x]
             return int(start), int(stop)
         return block_span(self._dataset, y, x)
+
+
+def check_streams(dataset: rasterio.io.DatasetReader, file: RangeFile, window: tuple[int, int, int, int]) -> None:
+    """Hold deflated blocks that GDAL is to decode against their checksums, at which it does not look.
+
+    Args:
+        dataset: The open file.
+        file: Its bytes.
+        window: (row, col, height, width) that is about to be read.
+
+    Raises:
+        DamagedBlockError: A block is not what its checksum says, or cut short, or larger than it may be.
+    """
+    if dataset.driver != "GTiff" or dataset.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION") != "DEFLATE":
+        return
+    unpack: Unpack = imagecodecs.deflate_decode
+    tall, wide = dataset.block_shapes[0]
+    unpacked = np.empty(tall * wide * np.dtype(dataset.dtypes[0]).itemsize, np.uint8)
+    for start, stop in blocks_of(dataset, window):
+        try:
+            unpack(file.view(start, stop), out=unpacked)
+        except _FAULTS as error:
+            raise DamagedBlockError(f"block at byte {start} is damaged: {error}") from None
+
+
+def _agree(what: str, tags: object, told: object) -> None:
+    if tags != told:
+        raise ContradictionError(f"the tags of the file state the {what} {tags}, GDAL reads {told}: it is damaged")

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ingest.blocks import BlockReader
+from ingest.blocks import BlockReader, check_streams
 from ingest.clip import area_of, clip_text, inside_of
 from ingest.config import IngestConfig
+from ingest.gdal_read import read_window
 from ingest.mask import NO_DATA_CLASS
 from ingest.ranges import blocks_of, range_file_of
 from ingest.scene import AssetRef
@@ -136,8 +137,8 @@ def _read(dataset: DatasetReader, window: tuple[int, int, int, int]) -> npt.NDAr
         return blocks.read(row, col, height, width)
     if file is not None:
         file.fetch(blocks_of(dataset, window))
-    pixels: npt.NDArray[Any] = dataset.read(1, window=Window(col, row, width, height))
-    return pixels
+        check_streams(dataset, file, window)
+    return read_window(dataset, window=Window(col, row, width, height))
 
 
 def _decimated(dataset: DatasetReader, grid: Grid, window: tuple[int, int, int, int]) -> tuple[Grid, npt.NDArray[Any]]:
@@ -146,7 +147,7 @@ def _decimated(dataset: DatasetReader, grid: Grid, window: tuple[int, int, int, 
     row, col, height, width = window
     step = max(1, -(-max(height, width) // _SIDE_PX))
     shape = (-(-height // step), -(-width // step))
-    pixels = dataset.read(1, window=Window(col, row, width, height), out_shape=shape)
+    pixels = read_window(dataset, window=Window(col, row, width, height), out_shape=shape)
     left, _, _, top = grid.window(row, col, height, width).bounds
     rx, ry = grid.resolution
     return Grid(grid.crs, (rx * width / shape[1], 0.0, left, 0.0, -ry * height / shape[0], top), shape), pixels

@@ -358,7 +358,8 @@ def _refuse_plain(source: str) -> None:
     parts = urlsplit(source)
     if parts.scheme.lower() == "http" and not is_loopback(parts.hostname or ""):
         raise InvalidInput(
-            f"{redact_url(source)}: credentials are not sent over http, where others can read them; give the https address"
+            f"{redact_url(source)}: credentials are not sent over http, where others can read them; give the "
+            "https address"
         )
 
 

@@ -8,6 +8,7 @@ file, and blocks that can be decoded without GDAL are then found without it.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -16,7 +17,8 @@ import numpy.typing as npt
 import rasterio
 from rasterio.enums import ColorInterp
 
-from ingest.blocks import Packing
+from ingest.blocks import ContradictionError, Packing
+from ingest.directory import Directory
 from ingest.ranges import RangeFile, block_span
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid, check_on_earth, normal_crs
@@ -25,6 +27,11 @@ __all__ = ["RasterHeader", "grid_of"]
 
 _MOST_BLOCKS = 2048
 """Of a file whose header is kept: 10 980² pixels in blocks of 256 have 1,849, which are 30 kB."""
+
+_FARTHEST_PX = 1 << 32
+"""From the origin of a CRS, in pixels: beyond that the numbers of a grid no longer tell its pixels apart."""
+_SMALLEST = 1e-12
+"""A pixel, in units of the CRS."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class RasterHeader:
 
         Raises:
             InvalidInput: It has no CRS, or a rotated or south-up transform.
+        ContradictionError: GDAL reads it otherwise than its tags state.
         """
         packing = Packing.of(dataset, file) if file is not None else None
         return cls(
@@ -62,7 +70,7 @@ class RasterHeader:
             None if dataset.nodata is None else float(dataset.nodata),
             dataset.colorinterp[0] == ColorInterp.palette,
             packing,
-            _spans(dataset, packing) if packing is not None else None,
+            _spans(dataset, file, packing) if packing is not None and file is not None else None,
         )
 
     @property
@@ -81,6 +89,10 @@ def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
         raise InvalidInput("the file has no coordinate reference system")
     crs = _crs_name(dataset.crs.to_wkt())
     a, b, c, d, e, f = (float(v) for v in dataset.transform[:6])
+    far = max(abs(c), abs(f), abs(a) * dataset.width, abs(e) * dataset.height)
+    small = min(abs(a), abs(e))
+    if not (small > _SMALLEST and small * _FARTHEST_PX > far and math.isfinite(far + abs(b) + abs(d))):
+        raise InvalidInput(f"the file states a place that no pixel has: origin {c:g}, {f:g}, pixels of {a:g} by {e:g}")
     grid = Grid(crs, (a, b, c, d, e, f), (int(dataset.height), int(dataset.width)))
     check_on_earth(grid)
     return grid
@@ -93,11 +105,14 @@ def _crs_name(wkt: str) -> str:
     return f"EPSG:{code}" if code else normal_crs(wkt)
 
 
-def _spans(dataset: rasterio.io.DatasetReader, packing: Packing) -> npt.NDArray[np.int64] | None:
+def _spans(dataset: rasterio.io.DatasetReader, file: RangeFile, packing: Packing) -> npt.NDArray[np.int64] | None:
+    """Where GDAL finds the blocks, which must be where the tags say; None where one is left out, or there are many."""
     tall, wide = packing.block
     rows, cols = -(-dataset.height // tall), -(-dataset.width // wide)
     if rows * cols > _MOST_BLOCKS:
         return None
+    directory = Directory.of(file)
+    tagged = directory.spans(file) if directory is not None else None
     spans = np.empty((rows, cols, 2), np.int64)
     for y in range(rows):
         for x in range(cols):
@@ -105,4 +120,6 @@ def _spans(dataset: rasterio.io.DatasetReader, packing: Packing) -> npt.NDArray[
             if span is None:
                 return None
             spans[y, x] = span
+    if tagged is None or not np.array_equal(spans, tagged):
+        raise ContradictionError("GDAL finds blocks of the file elsewhere than its tags state: it is damaged")
     return spans

@@ -28,6 +28,7 @@ from ingest.alignment import mirrored_fit
 from ingest.drivers import limit_raster_drivers
 from ingest.faults import describe_fault, is_file_fault
 from ingest.features import Features, is_vector, read_features
+from ingest.gdal_read import read_window
 from ingest.header import grid_of
 from ingest.opening import TIFF, open_geotiff
 from ingest.resample import pick_resampling, place
@@ -268,7 +269,7 @@ def _warp(
     def read(row: int, col: int, height: int, width: int, into: Any = None) -> Any:
         with open_geotiff(source) as dataset:
             try:
-                pixels = dataset.read(band, window=Window(col, row, width, height))
+                pixels = read_window(dataset, band, window=Window(col, row, width, height))
             except Exception as error:
                 if not is_file_fault(error):
                     raise

@@ -60,6 +60,8 @@ def open_raster(
     limit_raster_drivers()
     name = f"{uuid.uuid4().hex}/raster"
     options = dict(GDAL_OPTIONS)
+    if driver == "JP2OpenJPEG":  # on its own it decodes in threads, whose errors are lost: their tiles become zeros
+        options["GDAL_NUM_THREADS"] = 1
     if georeference is not None:
         options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
 

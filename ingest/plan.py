@@ -215,7 +215,7 @@ class Plan:
             )
         except InvalidInput:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise InvalidInput(
                 f"{where} cannot be read as a plan ({type(error).__name__}: {error}); plan again"
             ) from error

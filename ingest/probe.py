@@ -22,6 +22,7 @@ from shapely.geometry import shape
 from ingest.config import IngestConfig
 from ingest.coverage import Coverage, choose_judge, cover
 from ingest.footprint import box_region, meets
+from ingest.gdal_read import read_window
 from ingest.offsets import Verdict, odd_range, read_offset, settle_offset
 from ingest.products import PRODUCTS
 from ingest.ranges import range_file_of
@@ -282,11 +283,11 @@ def _sample(dataset: DatasetReader) -> npt.NDArray[Any]:
     height, width = int(dataset.height), int(dataset.width)
     if dataset.overviews(1) or height * width <= _FULL_READ_PIXELS:
         step = max(1, -(-max(height, width) // _SAMPLE_SIDE))
-        decimated: npt.NDArray[Any] = dataset.read(1, out_shape=(-(-height // step), -(-width // step)))
+        decimated: npt.NDArray[Any] = read_window(dataset, out_shape=(-(-height // step), -(-width // step)))
         return decimated
     side = _SAMPLE_SIDE // 3
     parts = [
-        [dataset.read(1, window=Window(round(x * (width - side)), round(y * (height - side)), side, side))
+        [read_window(dataset, window=Window(round(x * (width - side)), round(y * (height - side)), side, side))
          for x in (0.1, 0.5, 0.9)]
         for y in (0.1, 0.5, 0.9)
     ]  # fmt: skip

@@ -17,17 +17,34 @@ from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import rasterio
+from rasterio.errors import RasterioError
 
 from ingest.recent import Recent
 
-__all__ = ["HEAD_BYTES", "MOST_AT_ONCE", "Head", "HeadCache", "RangeFile", "block_span", "blocks_of", "range_file_of"]
+__all__ = [
+    "HEAD_BYTES",
+    "MOST_AT_ONCE",
+    "BlockPlaceError",
+    "Head",
+    "HeadCache",
+    "RangeFile",
+    "block_span",
+    "blocks_of",
+    "range_file_of",
+]
 
 Span = tuple[int, int]
 """(start, stop) in bytes."""
 
 Get = Callable[[Span], bytes]
 """Fetches exactly these bytes, or raises."""
+
+
+class BlockPlaceError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
+    """A block with more bytes than a block of its size can have, or of a place that no file has."""
+
 
 HEAD_BYTES = 16384
 """Fetched at the open: holds the directories of a COG of 10 980² pixels in blocks of 512."""
@@ -38,6 +55,11 @@ _AROUND_BYTES = 4
 """A COG repeats a block's size before it and its last bytes behind it, and GDAL may look."""
 MOST_AT_ONCE = 64
 """Requests of one process; a shard of four bands needs about 40, and the next one's are on their way with them."""
+_FEW_BYTES = 1 << 20
+"""A block may have as many bytes, whatever it unpacks to."""
+_MOST_GROWTH = 4
+"""Larger blocks may have so many bytes for each byte that they unpack to; LZW of noise has 1.5."""
+_FARTHEST = 1 << 60
 _HEADS = 1024
 _HEAD_LIFE_S = 300.0
 
@@ -218,10 +240,25 @@ def blocks_of(dataset: rasterio.io.DatasetReader, window: tuple[int, int, int, i
 
 
 def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | None:
-    """The bytes of one block of a TIFF, by its row and column among the blocks; None where a sparse file has none."""
+    """The bytes of one block of a TIFF, by its row and column among the blocks; None where a sparse file has none.
+
+    Raises:
+        BlockPlaceError: The file states more bytes than any packing of the block has, or a place that no file has.
+    """
     start = dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1)
     count = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
-    return None if start is None or count is None else (int(start), int(start) + int(count))
+    if start is None or count is None:
+        return None
+    if int(start) + int(count) > _FARTHEST:
+        raise BlockPlaceError(f"block {y}, {x}: the file states that it begins at byte {start}: it is damaged")
+    if int(count) > _FEW_BYTES:
+        tall, wide = dataset.block_shapes[0]
+        unpacked = tall * wide * np.dtype(dataset.dtypes[0]).itemsize
+        if int(count) > _MOST_GROWTH * unpacked:
+            raise BlockPlaceError(
+                f"block at row {y * tall}, column {x * wide}: {count} packed bytes of {unpacked} are refused"
+            )
+    return (int(start), int(start) + int(count))
 
 
 _files: weakref.WeakKeyDictionary[rasterio.io.DatasetReader, RangeFile] = weakref.WeakKeyDictionary()

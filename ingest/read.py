@@ -15,7 +15,8 @@ import numpy.typing as npt
 from rasterio.windows import Window
 
 from ingest.access import Access, Raster, with_raster
-from ingest.blocks import BlockReader
+from ingest.blocks import BlockReader, check_streams
+from ingest.gdal_read import read_window
 from ingest.ranges import blocks_of
 from ingest.redact import redact_url
 from ingest.resample import pick_resampling, place
@@ -109,7 +110,10 @@ def read_on_grid(
                 fits = into is not None and into.dtype == told.dtype
                 raw = blocks.read(row, col, height, width, into if fits else None)
             else:
-                raw = dataset.read(1, window=Window(col, row, width, height))  # type: ignore[union-attr]
+                assert dataset is not None, "only a file that needs no GDAL is not open"
+                if file is not None:
+                    check_streams(dataset, file, (row, col, height, width))
+                raw = read_window(dataset, window=Window(col, row, width, height))
                 if file is not None:
                     file.forget()
             count_stage("read", time.perf_counter() - begun, raw.nbytes)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from zarr_store.errors import IntegrityError
 from zarr_store.spec import STATUS_MASKED, STATUS_MISSING, STATUS_OBSERVED, CubeSpec
 
 if TYPE_CHECKING:
@@ -78,12 +79,12 @@ class ChunkStats:
         """Inverse of `to_list`."""
         observed, masked, missing, mean, m2, classes = data
         return cls(
-            observed,
-            masked,
-            missing,
-            tuple(mean),
-            tuple(m2),
-            {name: {int(k): v for k, v in counts.items()} for name, counts in classes.items()},
+            int(observed),
+            int(masked),
+            int(missing),
+            tuple(map(float, mean)),
+            tuple(map(float, m2)),
+            {name: {int(k): int(v) for k, v in counts.items()} for name, counts in classes.items()},
         )
 
 
@@ -111,7 +112,11 @@ class TrainingIndex:
 
     @classmethod
     def from_rows(cls, spec: CubeSpec, rows: Mapping[tuple[int, int, int], LedgerRow]) -> Self:
-        """Put the ledger rows of a collection together."""
+        """Put the ledger rows of a collection together.
+
+        Raises:
+            IntegrityError: A row is not one of this collection.
+        """
         ct, cy, cx = spec.layout.chunk
         times, height, width = spec.shape
         shape = (-(-times // ct), -(-height // cy), -(-width // cx))
@@ -128,18 +133,31 @@ class TrainingIndex:
             class_counts={name: np.zeros((*shape, 256), np.int64) for name in spec.class_layers},
         )
         for row in rows.values():
-            for box, stats in zip(spec.chunks(row.region).values(), row.stats, strict=False):
-                at = (box.t0 // ct, box.y0 // cy, box.x0 // cx)
-                index.present[at] = True
-                index.pixels[at] = np.prod(box.shape)
-                index.observed[at] = stats.observed
-                index.masked[at] = stats.masked
-                index.missing[at] = stats.missing
-                index.band_mean[at] = stats.mean
-                index.band_m2[at] = stats.m2
-                for name, counts in stats.classes.items():
-                    index.class_counts[name][at][list(counts)] = list(counts.values())
+            try:
+                index._add(spec, row)
+            except (ValueError, KeyError, IndexError, OverflowError) as error:
+                raise IntegrityError(
+                    f"the ledger row of shard {row.index} is not one of this collection ({type(error).__name__}: "
+                    f"{error}); `terrashard repair` makes the shard again"
+                ) from error
         return index
+
+    def _add(self, spec: CubeSpec, row: LedgerRow) -> None:
+        ct, cy, cx = self.chunk
+        region, (times, height, width) = row.region, spec.shape
+        if region.t1 > times or region.y1 > height or region.x1 > width:
+            raise ValueError(f"{region} reaches beyond {spec.shape}")
+        for box, stats in zip(spec.chunks(region).values(), row.stats, strict=False):
+            at = (box.t0 // ct, box.y0 // cy, box.x0 // cx)
+            self.present[at] = True
+            self.pixels[at] = np.prod(box.shape)
+            self.observed[at] = stats.observed
+            self.masked[at] = stats.masked
+            self.missing[at] = stats.missing
+            self.band_mean[at] = stats.mean
+            self.band_m2[at] = stats.m2
+            for name, counts in stats.classes.items():
+                self.class_counts[name][at][list(counts)] = list(counts.values())
 
     @cached_property
     def whole(self) -> npt.NDArray[np.bool_]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from zarr_store.backends import Store
 from zarr_store.bounded import load_json
@@ -91,8 +91,10 @@ class LedgerRow:
     def from_json(cls, data: bytes) -> Self:
         row = load_json(data, "a row", most=_MOST_BYTES)
         t, y, x = row["index"]
-        if any(type(i) is not int or i < 0 for i in (t, y, x)):
-            raise ValueError(f"index {row['index']} is not three numbers")
+        if not all(type(number) is int and number >= 0 for number in (t, y, x)):
+            raise ValueError(f"the index of a shard is three whole numbers, got {row['index']!r}")
+        if not isinstance(row["key"], str) or row["state"] not in get_args(State):
+            raise ValueError(f"a row has a key and a state ({', '.join(get_args(State))}), got {row['state']!r}")
         return cls(
             (t, y, x),
             Region.from_list(row["region"]),
@@ -160,7 +162,7 @@ class Ledger:
             if self._key(row.index) != key:
                 raise ValueError(f"it is the row of shard {row.index}")
             return row
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise IntegrityError(
                 f"{self._store.where(key)} is not a ledger row ({type(error).__name__}: {error}); `terrashard "
                 "repair` makes the shard again"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import tensorstore as ts
 
 from zarr_store.backends import Store
 from zarr_store.bounded import load_json
-from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
+from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, TerrashardError, UnknownName
 from zarr_store.index import TrainingIndex
 from zarr_store.keys import RESERVED_NAMES, check_name
 from zarr_store.ledger import Ledger
@@ -130,7 +131,8 @@ class Cube:
 
     def items(self, collection: str) -> list[dict[str, Any]]:
         """The item table; `source_item` counts its rows."""
-        return list(self._describe(collection)["items"])
+        with self._believing(f"{collection}/zarr.json"):
+            return list(self._describe(collection)["items"])
 
     def ledger(self, collection: str) -> Ledger:
         """Which shards are done."""
@@ -150,8 +152,22 @@ class Cube:
         for array in self.spec(collection).arrays():
             self._judge(collection, array.name)
         self._store.check_inside(collection)
-        opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
+        with self._believing(f"{collection}/zarr.json"):
+            opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
         return opened
+
+    @contextlib.contextmanager
+    def _believing(self, key: str) -> Iterator[None]:
+        """Metadata that a library cannot use is an error of the cube."""
+        try:
+            yield
+        except TerrashardError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise IntegrityError(
+                f"{self._store.where(key)}: unusable metadata ({type(error).__name__}: {str(error)[:300]}); restore "
+                "the file, or make the cube again"
+            ) from error
 
     def _judge(self, collection: str, array: str) -> None:
         spec = self.spec(collection)
@@ -167,15 +183,17 @@ class Cube:
         key = f"overview/{collection}/{spec.kind}/zarr.json"
         check_overview(self._store.read(key), spec, self._store.where(key))
         self._store.check_inside(f"overview/{collection}")
-        opened: xr.Dataset = xr.open_zarr(
-            self._store.zarr(), group=f"overview/{collection}", chunks=None, mask_and_scale=False
-        )
+        with self._believing(f"overview/{collection}/zarr.json"):
+            opened: xr.Dataset = xr.open_zarr(
+                self._store.zarr(), group=f"overview/{collection}", chunks=None, mask_and_scale=False
+            )
         return opened
 
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
         """One array, read-only; reading a chunk that was never written raises."""
         self._judge(collection, array)
-        return self._store.open_array(f"{collection}/{array}", _CONTEXT)
+        with self._believing(f"{collection}/{array}/zarr.json"):
+            return self._store.open_array(f"{collection}/{array}", _CONTEXT)
 
     def read(self, collection: str, array: str, region: Region, bands: Sequence[int] | None = None) -> np.ndarray:
         """Read one box.

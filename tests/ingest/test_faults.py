@@ -20,7 +20,7 @@ from zarr_store.errors import AccessError
 from .growing import plan_of, scene, tree
 
 ROWS = [
-    *(f"R{n:02}" for n in range(1, 33)),
+    *(f"R{n:02}" for n in range(1, 38)),
     *(f"S{n:02}" for n in range(1, 19)),
     *(f"Z{n:02}" for n in range(1, 24)),
     *(f"D{n:02}" for n in range(1, 16)),
