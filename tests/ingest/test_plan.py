@@ -16,6 +16,7 @@ from ingest.plan import Plan, plan_scenes
 from ingest.probe import AssetProbe, SceneProbe
 from ingest.scene import AssetRef, Scene
 from ingest.target import project_bounds
+from ingest.task import PlannedScene, ShardTask
 from zarr_store.errors import AssetUnreadable, InvalidInput, NothingFound
 from zarr_store.grid import Grid
 
@@ -220,6 +221,45 @@ def test_running_options_do_not_change_the_digest() -> None:
     fast = IngestConfig(bands=("red", "nir"), mask="none", workers=7, memory="1GB", on_error="skip")
     assert plan([scene("A")], fast).digest == plan([scene("A")]).digest
     assert "workers" not in plan([scene("A")], fast).config
+
+
+def test_the_key_of_a_shard_depends_on_all_that_determines_its_pixels() -> None:
+    """A shard whose ledger row has the same key is never made again: what changes pixels must change the key."""
+    made = plan([scene("A"), scene("B")])
+    recipe, task = made.recipes[0], made.tasks[0]
+    first, second = task.sources
+    assert ShardTask.of(recipe, task.index, task.region, task.sources).key == task.key
+
+    def key_of(sources: tuple[PlannedScene, ...]) -> str:
+        return ShardTask.of(recipe, task.index, task.region, sources).key
+
+    def with_assets(**changes: Any) -> PlannedScene:
+        return replace(first, assets=tuple(replace(asset, **changes) for asset in first.assets))
+
+    keys = {
+        "as planned": task.key,
+        "another order, in which the other scene wins": key_of((second, first)),
+        "one scene fewer": key_of((first,)),
+        "another offset": key_of((with_assets(dn_offset=-1000), second)),
+        "another kernel": key_of((with_assets(resampling="cubic"), second)),
+        "another nodata value": key_of((with_assets(nodata=7.0), second)),
+        "another file": key_of((with_assets(href="/elsewhere/red.tif"), second)),
+        "another row of the item table": key_of((replace(first, item=9), second)),
+        "another step": key_of((replace(first, step=1), second)),
+        "a band that the scene lacks": key_of((replace(first, lacking=("blue",)), second)),
+        "another mask": ShardTask.of(
+            replace(recipe, mask_layer="scl", mask_classes=(3, 8)), task.index, task.region, task.sources
+        ).key,
+        "masks that grow": ShardTask.of(
+            replace(recipe, mask_layer="scl", mask_classes=(3, 8), mask_dilate_m=20.0), task.index, task.region,
+            task.sources,
+        ).key,
+        "an area that is cut out": ShardTask.of(replace(recipe, clip="{}"), task.index, task.region, task.sources).key,
+        "another region": ShardTask.of(recipe, task.index, replace(task.region, y1=7), task.sources).key,
+    }  # fmt: skip
+    assert len(set(keys.values())) == len(keys), sorted(keys, key=lambda name: keys[name])
+    # what files said when they were looked at is not part of it: a file that heals must not make another shard
+    assert key_of((with_assets(header=None), second)) == task.key
 
 
 def test_tasks_are_ordered_hashable_values() -> None:

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from ingest import documents
 from ingest.config import IngestConfig
+from ingest.connections import PatientRetry
 from ingest.dedupe import dedupe
 from ingest.documents import parse_json
 from ingest.geoparquet import read_items, write_items
@@ -468,6 +470,36 @@ def test_an_overloaded_api_is_asked_again(server: Any, items: list[dict[str, Any
     server.answer["/search"] = flaky
     assert len(search(server.url, L2A)) == 5
     assert server.paths().count("/search") == 5
+
+
+def test_an_api_is_given_the_time_that_it_asks_for(server: Any, items: list[dict[str, Any]]) -> None:
+    api = Api(server, items)
+    asked: list[float] = []
+
+    def busy_once(request: Any) -> tuple[int, dict[str, str], Any]:
+        asked.append(time.monotonic())
+        return (429, {"Retry-After": "2"}, {}) if len(asked) == 1 else api.search(request)
+
+    server.answer["/search"] = busy_once
+    assert len(search(server.url, L2A)) == 5
+    assert 2.0 <= asked[1] - asked[0] < 10, "our own pause would be half a second at most"
+
+
+def test_an_api_that_asks_for_an_hour_is_not_waited_for(
+    server: Any, items: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert PatientRetry.longest_s == 120
+    monkeypatch.setattr(PatientRetry, "longest_s", 1.0)
+    api = Api(server, items)
+    asked: list[float] = []
+
+    def busy_once(request: Any) -> tuple[int, dict[str, str], Any]:
+        asked.append(time.monotonic())
+        return (503, {"Retry-After": "3600"}, {}) if len(asked) == 1 else api.search(request)
+
+    server.answer["/search"] = busy_once
+    assert len(search(server.url, L2A)) == 5
+    assert 1.0 <= asked[1] - asked[0] < 10
 
 
 def test_an_api_that_stays_down_is_an_access_error(server: Any, items: list[dict[str, Any]]) -> None:

@@ -43,6 +43,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return url
 
 
+def test_each_class_has_its_own_colour_in_a_map(made: Path) -> None:
+    """The colours of the run's classes, by class: vegetation green, water blue, not one place further on."""
+    expected = ["#2ca02c", "#e6c35c", "#1f5fbf"]
+    attributes = zarr.open_group(str(made), mode="r")["class"].attrs
+    assert attributes["class_names"] == ["vegetation", "not vegetated", "water"]
+    assert attributes["flag_values"] == [0, 1, 2]
+    assert attributes["flag_colors"].split() == expected
+    assert attributes["flag_meanings"].split() == ["vegetation", "not_vegetated", "water"]
+    classes = open_map(made).classes
+    assert list(classes.colours) == expected
+    assert classes.rgb().tolist() == [[0x2C, 0xA0, 0x2C], [0xE6, 0xC3, 0x5C], [0x1F, 0x5F, 0xBF]]
+
+
 @given(st.integers(8, 200), st.integers(2, 5), st.floats(0, 0.5))
 @settings(max_examples=60, deadline=None)
 def test_windows_cover_everything(size: int, log_patch: int, share: float) -> None:
