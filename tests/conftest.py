@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,7 @@ for name in (
     os.environ.pop(name, None)
 os.environ["NO_COLOR"] = "1"
 os.environ["TERM"] = "dumb"
+os.environ.setdefault("HOME", tempfile.gettempdir())  # mpirun does not start without one
 # A shell lets a script's background jobs ignore Ctrl-C, and their children would inherit that. What is caught is not
 # inherited by a program that is started: so children of tests can be interrupted, and this process still ignores it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
