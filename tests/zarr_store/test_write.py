@@ -104,7 +104,8 @@ def test_georeference_is_seen_by_rioxarray_and_by_the_geozarr_attributes(cube_pa
 
 
 @pytest.mark.skipif(
-    tuple(int(v) for v in rasterio.__gdal_version__.split(".")[:2]) < (3, 12), reason="this GDAL cannot read Zarr v3"
+    tuple(int(v) for v in rasterio.__gdal_version__.split(".")[:2]) < (3, 12),
+    reason=f"GDAL {rasterio.__gdal_version__} cannot read Zarr v3; 3.12 can",
 )
 def test_gdal_reads_the_overview_with_its_georeference(
     cube_path: Path, spec: CubeSpec, pixels: dict[str, np.ndarray]
