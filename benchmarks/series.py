@@ -89,7 +89,11 @@ def write_series(folder: Path, url: Path) -> dict[str, int]:
     items = [{"id": f"date-{number}", "datetime": f"{time}Z"} for number, time in enumerate(times)]
     create_cube(url, [spec], items={COLLECTION: items}, provenance={"made": "by a benchmark"})
     writer = ShardWriter(url, COLLECTION)
-    arrays = {"reflectance": image, "status": status, "source_item": np.zeros(status.shape, np.int16)}
+    arrays: dict[str, np.ndarray] = {
+        "reflectance": image,
+        "status": status,
+        "source_item": np.zeros(status.shape, np.int16),
+    }
     for index, region in spec.shards().items():
         day = slice(index[0], index[0] + 1)
         writer.write(region, {name: array[day] for name, array in arrays.items()}, key="k", sources=())

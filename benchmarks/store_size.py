@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from harness import BANDS, HERE, OUT, Row, arguments, publish
@@ -61,7 +62,7 @@ def write_plain(target: Path, main: np.ndarray) -> None:
     from zarr.codecs import ZstdCodec
 
     group = zarr.create_group(str(target))
-    options = {"compressors": [ZstdCodec(level=3)]}
+    options: dict[str, Any] = {"compressors": [ZstdCodec(level=3)]}
     array = group.create_array(
         "reflectance", shape=main.shape, chunks=(1, len(BANDS), 256, 256), dtype=main.dtype, **options
     )

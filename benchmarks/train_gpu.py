@@ -122,7 +122,7 @@ def lower(case: Case) -> None:
     step = make_train_step(program)
     rng = np.random.default_rng(0)
     square = (case.batch, case.patch, case.patch)
-    host = {
+    host: dict[str, np.ndarray] = {
         "image": rng.integers(300, 4000, (case.batch, case.bands, *square[1:])).astype(np.uint16),
         "label": rng.integers(0, CLASSES, square[:1] if case.scene else square).astype(np.uint8),
         "observed": np.ones(square, np.uint8),

@@ -256,9 +256,7 @@ def test_workers_of_a_dask_cluster_train(folder: Path) -> None:
     """One process for each of two workers; the document of the first one comes back."""
     from distributed import LocalCluster
 
-    with LocalCluster(  # type: ignore[no-untyped-call]
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    ) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
         words = command(f"launch --dask {cluster.scheduler_address} --json", folder, "dask")
         done = subprocess.run(words, env=environment(folder), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
