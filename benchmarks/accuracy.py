@@ -114,8 +114,11 @@ def rows_of(variant: str, recipe: Recipe, runs: list[dict[str, Any]], *, aims: b
         rows.append(Row(f"{variant}: {score.replace('_', ' ')}, %", statistics.mean(values), limit, note=note))
     classes = runs[0]["per_class"]
     for name in classes:
-        mean = {key: statistics.mean(100 * (run["per_class"][name][key] or 0) for run in runs) for key in ("f1", "iou")}
-        rows.append(Row(f"{variant}: F1 of {name}, %", mean["f1"], note=f"IoU {mean['iou']:.1f}"))
+        told = [run["per_class"][name] for run in runs]
+        mean = {key: statistics.mean(100 * (one[key] or 0) for one in told) for key in ("recall", "f1", "iou")}
+        first = ", ".join(f"{key} {100 * (told[0][key] or 0):.1f}" for key in ("recall", "f1", "iou"))
+        note = f"recall {mean['recall']:.1f}, IoU {mean['iou']:.1f}; seed 0: {first}, {told[0]['support']} pixels"
+        rows.append(Row(f"{variant}: F1 of {name}, %", mean["f1"], note=note))
     clock = [run["clock_s"] for run in runs]
     limit = recipe.seconds if aims else None
     rows.append(Row(f"{variant}: training, s", statistics.mean(clock), limit, at_most=True))

@@ -31,7 +31,7 @@ CONFIG = IngestConfig(bands=("red", "scl"))
 
 def scene(folder: Path, day: int):
     moment = np.datetime64("2015-07-01T10:00:00") + np.timedelta64(day, "D")
-    pixels = {"red": np.full(SIZE, 1000 + day, np.uint16), "scl": np.full(SIZE, 4, np.uint8)}
+    pixels: dict[str, np.ndarray] = {"red": np.full(SIZE, 1000 + day, np.uint16), "scl": np.full(SIZE, 4, np.uint8)}
     return make_scene(folder, f"D{day:04d}", GRID, pixels, datetime=f"{moment}Z", platform="sentinel-2a", tile="33TWL")
 
 

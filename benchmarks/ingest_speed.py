@@ -114,10 +114,11 @@ def near(plan: Any, megabytes: float, repeats: int) -> list[Row]:
         )
     own = took["terrashard"]
     return [
-        Row("decode + encode limit, MB/s of pixels", megabytes / took["limit"]),
+        Row("decoding by GDAL + encoding, MB/s of pixels", megabytes / took["limit"]),
         Row("terrashard, MB/s of pixels", megabytes / own),
-        Row("share of the decode + encode limit", took["limit"] / own, 0.85),
-        Row("the limit itself, times faster than odc-stac", took["odc-stac"] / took["limit"]),
+        # no aim: this limit decodes by GDAL and encodes blocks of another size, so it is none of ours
+        Row("beside decoding by GDAL + encoding, MB/s ÷ MB/s", took["limit"] / own),
+        Row("decoding by GDAL + encoding, times faster than odc-stac", took["odc-stac"] / took["limit"]),
         Row("times faster than odc-stac on the same workers", took["odc-stac"] / own, 3.5),
         Row("times faster than stackstac on the same workers", took["stackstac"] / own, 3.5),
         Row("times faster than odc-stac on plain Dask workers", took["odc-stac, plain workers"] / own),

@@ -21,6 +21,7 @@ TOPICS = (
     "train_gpu",
     "train_parallel",
     "accuracy",
+    "series",
 )
 
 

@@ -1,8 +1,9 @@
 """Training on one GPU beside `torch.compile`, in bfloat16: U-Net (256²), ResNet-18 (64², 13 bands), ResNet-50 (224²).
 
-Each side of each network is a process of its own, so that neither meets the other's memory; they take turns. PyTorch is
-in channels_last, with static shapes. Both time the kernels of a convolution and take the fastest, also such as sum in
-an order that changes; what `run.deterministic`, the default of a training, costs is measured beside it.
+The default U-Net (128², float32) is measured without PyTorch beside it. Each side of each network is a process of its
+own, so that neither meets the other's memory; they take turns. PyTorch is in channels_last, with static shapes. Both
+time the kernels of a convolution and take the fastest, also such as sum in an order that changes; what
+`run.deterministic`, the default of a training, costs is measured beside it.
 
 - MFU: operations of the step, as XLA counts them before it compiles for a processor, per second, over the GPU's peak.
 - Input wait: the share of their time that steps wait for batches, read from a sample store or a cube on this machine's
@@ -48,6 +49,10 @@ class Case:
     scene: bool
     wait: float | None = None
     """Most input wait."""
+    precision: str = "bfloat16"
+    norm: str = "batch"
+    alone: bool = False
+    """Without a twin in PyTorch."""
 
     def twin(self) -> Any:
         model = dict(self.model)
@@ -61,6 +66,8 @@ CASES = (
     Case("ResNet-18 64², 13 bands", (("name", "resnet"), ("depth", 18), ("width", 64), ("stem", "small")), 64, 13, 512,
          True),
     Case("ResNet-50 224²", (("name", "resnet"), ("depth", 50), ("width", 64), ("stem", "large")), 224, 3, 128, True),
+    Case("default U-Net 128², float32", (("name", "unet"),), 128, 4, 32, False, wait=0.05, precision="float32",
+         norm="group", alone=True),
 )  # fmt: skip
 
 _SIDES: dict[str, Any] = {}
@@ -73,8 +80,8 @@ def prepare_torch(case: Case) -> None:
     _SIDES["run"]()
 
 
-def prepare_ours(case: Case, deterministic: bool) -> str:
-    """Compile; returns the kind of the device."""
+def prepare_ours(case: Case, deterministic: bool) -> tuple[str, float]:
+    """Compile; returns the kind of the device, and the seconds that compiling took."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # all processes share the device
     import jax
 
@@ -83,9 +90,11 @@ def prepare_ours(case: Case, deterministic: bool) -> str:
     if deterministic:
         repeat_exactly()
     lower(case)
+    began = time.perf_counter()
     _SIDES["compiled"] = _SIDES.pop("lowered").compile()
+    spent = time.perf_counter() - began
     run_ours()
-    return str(jax.devices()[0].device_kind)
+    return str(jax.devices()[0].device_kind), spent
 
 
 def count_operations(case: Case) -> float:
@@ -105,7 +114,7 @@ def lower(case: Case) -> None:
     from jaxtrain.state import build_program
     from jaxtrain.step import make_train_step
 
-    model = dict(case.model) | {"precision": "bfloat16", "norm": "batch"}
+    model = dict(case.model) | {"precision": case.precision, "norm": case.norm}
     data = {"cube": "none", "patch": case.patch, "augment": False}
     config = TrainConfig.model_validate({"data": data, "model": model, "run": {"batch_size": case.batch}})
     program = build_program(config, channels=case.bands, classes=CLASSES, mesh=make_mesh(config.mesh),
@@ -113,7 +122,7 @@ def lower(case: Case) -> None:
     step = make_train_step(program)
     rng = np.random.default_rng(0)
     square = (case.batch, case.patch, case.patch)
-    host = {
+    host: dict[str, np.ndarray] = {
         "image": rng.integers(300, 4000, (case.batch, case.bands, *square[1:])).astype(np.uint16),
         "label": rng.integers(0, CLASSES, square[:1] if case.scene else square).astype(np.uint8),
         "observed": np.ones(square, np.uint8),
@@ -185,8 +194,8 @@ def make_store(case: Case) -> str:
     return write_samples(url, spec, samples()) and str(url)
 
 
-def wait_ours(case: Case, url: str, steps: int) -> float:
-    """Share of the time of some steps that they waited for batches, by the clock of a run."""
+def wait_ours(case: Case, url: str, steps: int) -> tuple[float, float]:
+    """Share of the time of some steps that they waited for batches, by the clock of a run, and images/s meanwhile."""
     import jax
 
     from jaxtrain.clock import Clock
@@ -216,8 +225,7 @@ def wait_ours(case: Case, url: str, steps: int) -> float:
                     clock.pause()
             pending = metrics
     _SIDES["state"] = state
-    print(f"  {case.name}: fed at {clock.rate():.0f} images/s", flush=True)
-    return clock.input_wait() or math.nan
+    return clock.input_wait() or math.nan, clock.rate() or math.nan
 
 
 def _open(case: Case, url: str) -> tuple[Any, Any]:
@@ -269,13 +277,15 @@ class Sides:
             pool.shutdown(cancel_futures=True)
 
 
-def measure(case: Case, sides: Sides, kind: str, url: str, repeats: int) -> list[Row]:
-    """The rows of one network, whose sides are prepared."""
+def measure(case: Case, sides: Sides, kind: str, compiling_s: float, url: str, repeats: int) -> list[Row]:
+    """The rows of one network, whose sides are prepared: every figure of docs/training.md."""
     runs = {
         "ours": lambda: sides.ours.submit(run_ours).result(),
         "deterministic": lambda: sides.fixed.submit(run_ours).result(),
         "torch.compile": lambda: sides.torch.submit(run_torch).result(),
     }
+    if case.alone:
+        del runs["torch.compile"]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -286,19 +296,30 @@ def measure(case: Case, sides: Sides, kind: str, url: str, repeats: int) -> list
     print(f"  {case.name}: ms { ({name: [round(1e3 * v, 2) for v in values] for name, values in seconds.items()}) }")
     rows = [
         Row(f"{case.name}: images/s", case.batch / middle["ours"], note=f"batch {case.batch}, {kind}"),
-        Row(f"{case.name}: images/s of torch.compile", case.batch / middle["torch.compile"]),
-        Row(f"{case.name}: ours / torch.compile", middle["torch.compile"] / middle["ours"], 1.0),
+        Row(f"{case.name}: deterministic: images/s", case.batch / middle["deterministic"]),
         Row(f"{case.name}: deterministic / ours, images/s", middle["ours"] / middle["deterministic"]),
         Row(f"{case.name}: memory, GiB", sides.ours.submit(memory_ours).result()),
-        Row(f"{case.name}: memory of torch.compile, GiB", sides.torch.submit(memory_torch).result()),
+        Row(f"{case.name}: deterministic: memory, GiB", sides.fixed.submit(memory_ours).result()),
+        Row(f"{case.name}: compiling, s", compiling_s),
     ]
+    if not case.alone:
+        theirs = middle["torch.compile"]
+        rows += [
+            Row(f"{case.name}: images/s of torch.compile", case.batch / theirs),
+            Row(f"{case.name}: ours / torch.compile", theirs / middle["ours"], 1.0),
+            Row(f"{case.name}: deterministic / torch.compile", theirs / middle["deterministic"]),
+            Row(f"{case.name}: memory of torch.compile, GiB", sides.torch.submit(memory_torch).result()),
+        ]
     peak = max((rate for name, rate in PEAKS.items() if name in kind), default=None)
-    if peak is not None:
+    if peak is not None and case.precision == "bfloat16":
         operations = sides.host.submit(count_operations, case).result()
         note = f"{operations / 1e12:.2f} TFLOP a step, peak {peak / 1e12:.0f} TFLOP/s"
         rows.append(Row(f"{case.name}: MFU in bfloat16", operations / middle["ours"] / peak, note=note))
-    wait = sides.ours.submit(wait_ours, case, url, 60).result()
-    rows.append(Row(f"{case.name}: input wait, share of its steps", wait, case.wait, at_most=True))
+    for name, side in (("", sides.ours), ("deterministic: ", sides.fixed)):
+        wait, rate = side.submit(wait_ours, case, url, 60).result()
+        note = f"fed at {rate:.0f} images/s"
+        limit = case.wait if side is sides.fixed else None  # a training is deterministic unless it is told otherwise
+        rows.append(Row(f"{case.name}: {name}input wait, share of its steps", wait, limit, at_most=True, note=note))
     return rows
 
 
@@ -334,16 +355,17 @@ def main() -> int:
     networks = {case: Sides.start() for case in CASES}
     try:
         # compiling takes a minute for each: PyTorch's and the stores together, ours, which times kernels, in order
-        theirs = [sides.torch.submit(prepare_torch, case) for case, sides in networks.items()]
+        theirs = [sides.torch.submit(prepare_torch, case) for case, sides in networks.items() if not case.alone]
         stores = [sides.host.submit(make_store, case) for case, sides in networks.items()]
+        compiling: list[float] = []
         for case, sides in networks.items():
-            kind = sides.ours.submit(prepare_ours, case, False).result()
-            sides.fixed.submit(prepare_ours, case, True).result()
+            kind, _ = sides.ours.submit(prepare_ours, case, False).result()
+            compiling.append(sides.fixed.submit(prepare_ours, case, True).result()[1])
         for waiting in theirs:
             waiting.result()
         urls = [store.result() for store in stores]
-        for (case, sides), url in zip(networks.items(), urls, strict=True):
-            rows += measure(case, sides, kind, url, args.repeats)
+        for (case, sides), url, spent in zip(networks.items(), urls, compiling, strict=True):
+            rows += measure(case, sides, kind, spent, url, args.repeats)
             passed = publish("train-gpu", rows, full=args.full)  # so that what is cut short leaves what it measured
     finally:
         for sides in networks.values():

@@ -49,7 +49,7 @@ def put(program: Any, patch: int, batch: int) -> Any:
     from jaxtrain.parallel.mesh import batch_sharding
 
     rng, shape = np.random.default_rng(0), (batch, patch, patch)
-    host = {
+    host: dict[str, np.ndarray] = {
         "image": rng.integers(300, 4000, (shape[0], BANDS, *shape[1:])).astype(np.uint16),
         "label": rng.integers(0, CLASSES, shape).astype(np.uint8),
         "observed": np.ones(shape, np.uint8),

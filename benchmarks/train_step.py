@@ -67,7 +67,7 @@ def our_step(model: dict[str, Any]) -> Callable[[], float]:
     program = program_of(model)
     step = make_train_step(program)
     rng = np.random.default_rng(0)
-    host = {
+    host: dict[str, np.ndarray] = {
         "image": rng.integers(300, 4000, (BATCH, BANDS, PATCH, PATCH)).astype(np.uint16),
         "label": rng.integers(0, CLASSES, (BATCH, PATCH, PATCH)).astype(np.uint8),
         "observed": np.ones((BATCH, PATCH, PATCH), np.uint8),

@@ -163,7 +163,8 @@ def real_scene(scenes: Path) -> None:
 
     scl = cube["scl"][0]
     legal = set(np.unique(scl))
-    for name, options in (("resampling='bilinear'", {"resampling": "bilinear"}), ("default", {})):
+    kernels: dict[str, dict[str, Any]] = {"resampling='bilinear'": {"resampling": "bilinear"}, "default": {}}
+    for name, options in kernels.items():
         loose = odc.stac.load(fixed, bands=["scl"], geobox=box.zoom_out(0.7), groupby="solar_day", **options).scl.values
         same = odc.stac.load(
             fixed, bands=["scl"], geobox=box.zoom_out(0.7), groupby="solar_day", resampling="nearest"

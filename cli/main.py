@@ -127,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
+    _keep_loopback_direct()
     try:
         with _preemptible():
             code = app(args=args, prog_name="terrashard", standalone_mode=False)
@@ -214,6 +215,22 @@ def _tolerate_narrow_encodings() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def _keep_loopback_direct() -> None:
+    """No proxy of the environment is asked for servers on this machine, by whichever library connects to them.
+
+    A proxy is another machine: its 127.0.0.1 is not ours. Workers that are started inherit the setting.
+    """
+    proxies = ("http_proxy", "https_proxy", "all_proxy")
+    if not any(os.environ.get(name) or os.environ.get(name.upper()) for name in proxies):
+        return
+    excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if excluded.strip() == "*":
+        return
+    hosts = [host.strip() for host in excluded.split(",") if host.strip()]
+    hosts += [host for host in ("localhost", "127.0.0.1", "::1") if host not in hosts]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def follow(session: Session, url: str, *, pause_s: float = 1.0) -> None:
     from zarr_store.printable import one_line
 
     cube = open_cube(url)
-    totals = {name: len(cube.spec(name).shards()) for name in cube.collections}
+    shards = {name: cube.spec(name).shards() for name in cube.collections}
     live = sys.stderr.isatty() and session.verbosity >= 0
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -101,12 +101,13 @@ def follow(session: Session, url: str, *, pause_s: float = 1.0) -> None:
         TextColumn("{task.fields[detail]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not live) as bars:
-        tasks = {name: bars.add_task(one_line(name), total=total, detail="") for name, total in totals.items()}
+        tasks = {name: bars.add_task(one_line(name), total=len(there), detail="") for name, there in shards.items()}
         said: dict[str, str] = {}
         while True:
             pending = 0
-            for name, total in totals.items():
-                counts = cube.ledger(name).counts(total)
+            for name, there in shards.items():
+                total = len(there)
+                counts = cube.ledger(name).counts(total, there)
                 pending += counts["pending"]
                 ended = total - counts["pending"]
                 words = ", ".join(f"{counts[state]} {state}" for state in ("partial", "failed") if counts[state])

@@ -119,12 +119,12 @@ def verify_files(
 
 
 def _digest(href: str, name: str, access: Access) -> bytes:
-    if urlsplit(href).scheme in ("http", "https"):
+    if urlsplit(href).scheme in ("http", "https", "s3"):
         running = hashlib.new(name)
         stream_whole(href, access, running.update)
         return running.digest()
     if "://" in href:
-        raise PermanentError("GDAL itself reads such hrefs, so the file cannot be had as a whole")
+        raise PermanentError("expected a local path or an http, https or s3 URL; files of other schemes are never read")
     with open_regular(href) as file:
         return hashlib.file_digest(file, name).digest()
 

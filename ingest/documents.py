@@ -26,6 +26,7 @@ from ingest.config import IngestConfig
 from ingest.connections import PatientRetry, PrivatePeerError, bound_answers, check_peers
 from ingest.hrefs import (
     HrefPolicy,
+    is_loopback,
     is_url,
     refuse_private_address,
     resolve_href,
@@ -174,7 +175,7 @@ class Documents:
                 json=dict(parameters or {}) if post else None,
                 headers=self._secret_headers if trusted else {},
                 auth=self._auth if trusted else None,
-                proxies={} if proxy_bypass(urlsplit(url).hostname or "") else getproxies(),
+                proxies=_proxies(url),
                 timeout=self._timeout,
                 allow_redirects=False,
                 stream=True,
@@ -202,6 +203,12 @@ class Documents:
             return unpack(data, reply.headers.get("Content-Encoding"), _MOST_ERROR)
         except (urllib3.exceptions.HTTPError, OSError):
             return b""
+
+
+def _proxies(url: str) -> dict[str, str]:
+    """Proxies of the environment for a URL: none where NO_PROXY excludes its host, and none to this machine itself."""
+    host = (urlsplit(url).hostname or "").rstrip(".")
+    return {} if is_loopback(host) or proxy_bypass(host) else getproxies()
 
 
 def _unpacked(data: bytes, where: str) -> bytes:

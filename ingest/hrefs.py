@@ -26,6 +26,7 @@ from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = [
     "HrefPolicy",
+    "is_loopback",
     "is_private_address",
     "is_spelled_address",
     "is_url",
@@ -84,7 +85,7 @@ class HrefPolicy:
         """Whether a private address is fine: asked for, SOURCE's own host, or loopback beside a loopback SOURCE."""
         if self.allow_private or host == self.source_host:
             return True
-        return bool(self.source_host) and _is_loopback(self.source_host or "") and _is_loopback(host)
+        return bool(self.source_host) and is_loopback(self.source_host or "") and is_loopback(host)
 
 
 def resolve_href(href: object, *, base: str, policy: HrefPolicy) -> str:
@@ -255,6 +256,7 @@ def _looks_numeric(host: str) -> bool:
     return all(re.fullmatch(r"(0x[0-9a-f]*|\d+)", part) for part in host.split("."))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself, by its spelling: localhost, 127.… or ::1."""
     address = _address(host)
     return host == "localhost" or (address is not None and address.is_loopback)

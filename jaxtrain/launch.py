@@ -240,7 +240,10 @@ def _leaving(codes: Sequence[int]) -> bool:
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """The signals that have come; a second one means at once."""
+    """The signals that have come; a second one means at once.
+
+    Ctrl-C is left ignored where it was ignored at the start: so shells start what a script puts in the background.
+    """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -248,6 +251,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
     before = {
         number: signal.signal(number, lambda got, _frame: asked.append(got))
         for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGTERM
     }
     try:
         yield asked

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +31,28 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 # Dask must not look for a configuration of this machine.
 os.environ["DASK_CONFIG"] = os.devnull
+# Nor may the shell, editor or CI that starts the tests decide how they end. A proxy would be asked for 127.0.0.1, and
+# a narrow or colourful terminal changes what commands print; tests of such settings set them themselves.
+for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+    os.environ.pop(name, None)
+    os.environ.pop(name.lower(), None)
+for name in (
+    "COLUMNS",
+    "LINES",
+    "FORCE_COLOR",
+    "CLICOLOR_FORCE",
+    "TTY_COMPATIBLE",
+    "TTY_INTERACTIVE",
+    "PYTEST_ADDOPTS",
+):
+    os.environ.pop(name, None)
 os.environ["NO_COLOR"] = "1"
+os.environ["TERM"] = "dumb"
+os.environ.setdefault("HOME", tempfile.gettempdir())  # mpirun does not start without one
+# A shell lets a script's background jobs ignore Ctrl-C, and their children would inherit that. What is caught is not
+# inherited by a program that is started: so children of tests can be interrupted, and this process still ignores it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda _number, _frame: None)
 # As the product does for its own workers (ingest.workers): Dask's profiler can stop a process before Python 3.12.
 if sys.version_info < (3, 12):
     os.environ["DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"] = "False"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import google_crc32c
 import imagecodecs
 import numpy as np
-from numcodecs import Zstd  # type: ignore[import-untyped]
+from numcodecs import Zstd
 
 from zarr_store.spec import Layout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ def archive(bucket: Any, s3_server: str, tmp_path: Path, monkeypatch: pytest.Mon
             continue
         for asset in item["assets"].values():
             file = (path.parent / asset["href"]).resolve()
+            asset["file:checksum"] = f"1220{hashlib.sha256(file.read_bytes()).hexdigest()}"
             key = f"scenes/{file.relative_to(made.path.resolve())}"
             bucket.put_object(Bucket="cubes", Key=key, Body=file.read_bytes())
             asset["href"] = f"s3://cubes/{key}"
@@ -70,6 +72,9 @@ def test_scenes_of_a_bucket_are_read_and_a_replaced_one_is_found(
     said = made.out + made.err
     assert not any(word in kept + said for word in ("canary-of-the-archive", "ARCHIVEKEY", "X-Amz"))
     assert run("audit", cube, "--source", catalog, *options[:4]).code == 0
+    whole = run("verify", cube, "--checksums", "--json", *options[:4])
+    assert whole.code == 0, whole.err
+    assert whole.json["checksums"] == {"checked": 4, "different": [], "unread": [], "unstated": 0}
 
     hrefs = [a.href for task in kept_plan(cube).tasks for s in task.sources for a in s.assets if a.band == "red"]
     assert all(href.startswith("s3://cubes/scenes/") for href in hrefs)
@@ -82,6 +87,10 @@ def test_scenes_of_a_bucket_are_read_and_a_replaced_one_is_found(
     assert run("audit", cube, "--source", catalog, "--no-files", *options[:4]).code == 0, (
         "the catalogue says nothing of it"
     )
+    spoilt = run("verify", cube, "--checksums", *options[:4])
+    assert spoilt.code == 6, spoilt.err
+    assert "1 files are not what their items state; first: scene" in spoilt.error_line()
+    assert f"(s3://cubes/{key}) is not the file whose sha256 its item states" in spoilt.error_line()
     found = run("audit", cube, "--source", catalog, "--json", *options[:4])
     assert (found.code, [row["assets"] for row in found.json["replaced"]]) == (3, [["red"]]), found.err
     fresh = run("ingest", catalog, cube, "--refresh", "--json", *options)

@@ -128,6 +128,32 @@ def test_quicklook_is_true_to_the_pixels(run: Run, cube: Path, tmp_path: Path) -
     assert clear[0, -1, 1] > clear[0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("bands", "channel"),
+    [(None, {"red": 0, "green": 1, "blue": 2}), ("blue,red,green", {"blue": 0, "red": 1, "green": 2})],
+)
+def test_quicklook_shows_each_band_in_its_own_channel(
+    run: Run, cube: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bands: str | None, channel: dict[str, int]
+) -> None:
+    """Three stripes, each bright in one band alone: red ground is red, whatever the order in which bands are stored."""
+    names = ("blue", "green", "red")  # as the cube stores them
+    values = np.full((3, 3, 64, 96), 500, np.uint16)
+    for stripe, name in enumerate(names):
+        values[:, names.index(name), :, 32 * stripe : 32 * (stripe + 1)] = 5000
+    opened = open_cube(cube).dataset("sentinel-2-l2a").load()
+    opened["reflectance"] = (opened.reflectance.dims, values)
+    opened["status"] = (opened.status.dims, np.ones((3, 64, 96), np.uint8))
+    monkeypatch.setattr(picture, "_coarse", lambda *_: opened)
+    options = ("--bands", bands) if bands else ()
+    assert run("quicklook", cube, tmp_path / "q.png", "--time", "0", "--width", 128, *options).code == 0
+    with Image.open(tmp_path / "q.png") as image:
+        panel = np.asarray(image)[-8 - 64 : -8, 8 : 8 + 96]
+    for stripe, name in enumerate(names):
+        colour = [0, 0, 0]
+        colour[channel[name]] = 255
+        assert (panel[:, 32 * stripe : 32 * (stripe + 1)] == colour).all(), name
+
+
 def test_large_cubes_are_drawn_from_their_overview(cube: Path) -> None:
     opened = open_cube(cube)
     full = opened.dataset("sentinel-2-l2a").reflectance.to_numpy()

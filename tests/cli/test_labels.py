@@ -165,7 +165,7 @@ def test_land_use_polygons_of_berlin_lie_on_their_image(run: Callable[..., Any],
     for band in ("B04", "B08"):
         with rasterio.open(next(folder.glob(f"IMG_DATA/*_{band}.jp2"))) as file:
             image.append(file.read(1))
-            grid = Grid("EPSG:32633", tuple(file.transform[:6]), file.shape)  # type: ignore[arg-type]
+            grid = Grid("EPSG:32633", tuple(file.transform[:6]), file.shape)
     write_cube(tmp_path / "berlin.zarr", np.maximum(np.stack(image), 1), grid, ("red", "nir"))
     source = next(folder.glob("gis_osm*.gpkg"))
     made = run("labels", tmp_path / "berlin.zarr", source, "--name", "landuse", "--attribute", "fclass", "--json")

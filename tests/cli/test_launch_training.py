@@ -20,6 +20,8 @@ import tomli_w
 
 ROOT = Path(__file__).parents[2]
 STEPS = 90
+QUICK = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+"""The compiler's flags of all tests: a program of a few steps is compiled for longer than it runs."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,8 @@ def environment(folder: Path) -> dict[str, str]:
     """One device for each process, and what one has compiled serves all."""
     values = {name: value for name, value in os.environ.items() if not name.startswith("TERRASHARD_")}
     return values | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": " ".join([*QUICK, "--xla_force_host_platform_device_count=1"]),
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "TERRASHARD_HEARTBEAT_S": "10", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
@@ -253,9 +256,7 @@ def test_workers_of_a_dask_cluster_train(folder: Path) -> None:
     """One process for each of two workers; the document of the first one comes back."""
     from distributed import LocalCluster
 
-    with LocalCluster(  # type: ignore[no-untyped-call]
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    ) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
         words = command(f"launch --dask {cluster.scheduler_address} --json", folder, "dask")
         done = subprocess.run(words, env=environment(folder), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -144,7 +144,7 @@ def main(folder: Path, kind: str) -> None:
     if kind == "icechunk":
         # once here, not in every child; but not icechunk itself, whose threads no child would have
         importlib.import_module("zarr_store.repository")
-    config = IngestConfig(store=kind)  # type: ignore[arg-type]
+    config = IngestConfig(store=kind)
     layout = Layout("t", (1, 16, 16), (1, 64, 64))
     scenes = [growing.scene(folder / "scenes", day) for day in (10, 12, 15)]
     newer = growing.scene(folder / "scenes", 12, version=1)

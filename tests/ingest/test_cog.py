@@ -86,7 +86,7 @@ def test_failure_leaves_the_old_file_and_no_remains(tmp_path: Path) -> None:
     path = write_cog(tmp_path / "map.tif", classes(), GRID)
     before = path.read_bytes()
 
-    def broken():  # type: ignore[no-untyped-def]
+    def broken():
         yield 0, 0, classes()[:50]
         raise RuntimeError("the source failed")
 

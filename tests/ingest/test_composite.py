@@ -84,7 +84,7 @@ def observations_of(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray, np.nda
 @pytest.mark.parametrize("reduce", ["median", "mean"])
 def test_reduced_pixels_equal_numpy(tmp_path: Path, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = month(tmp_path)
-    config = IngestConfig(bands=BANDS, group="month", reduce=reduce, indices="ndvi,ndwi")  # type: ignore[arg-type]
+    config = IngestConfig(bands=BANDS, group="month", reduce=reduce, indices="ndvi,ndwi")
     plan = plan_scenes(scenes, probe_headers(scenes), config, layout=LAYOUT)
     got = assemble(plan)
     values, seen, clear, classes = observations_of(scenes)

@@ -67,7 +67,7 @@ def test_every_format_gives_the_same_ground(kind: str, tmp_path: Path) -> None:
     # corners alone would miss the curve of the northern edge
     corners = lonlat(UTM_BOX)
     assert shapely.intersection(corners, expected()).area / joint < 0.9999
-    assert IngestConfig(geometry=str(tmp_path / f"region.{kind}")).geometry  # type: ignore[arg-type]
+    assert IngestConfig(geometry=str(tmp_path / f"region.{kind}")).geometry
 
 
 def test_what_crosses_the_antimeridian_is_cut() -> None:

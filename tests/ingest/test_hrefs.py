@@ -10,12 +10,27 @@ import pytest
 from ingest.config import IngestConfig
 from ingest.hrefs import (
     HrefPolicy,
+    is_private_address,
     refuse_private_address,
     resolve_href,
     same_origin,
 )
 from ingest.redact import redact_logs, redact_text, redact_url, strip_signature
 from zarr_store.errors import InvalidInput
+
+
+@pytest.mark.parametrize(
+    ("address", "private"),
+    [
+        ("8.8.8.8", False), ("2001:4860:4860::8888", False), ("::ffff:8.8.8.8", False),
+        ("10.0.0.1", True), ("::ffff:127.0.0.1", True), ("169.254.169.254", True), ("fe80::1", True),
+        ("100.64.0.1", True), ("0.0.0.0", True), ("no address", True), ("", True),
+    ],
+)  # fmt: skip
+def test_what_is_no_public_address_is_private(address: str, private: bool) -> None:
+    """Also what is no address at all: what cannot be judged is not trusted."""
+    assert is_private_address(address) is private
+
 
 API = "https://stac.example.org/v1"
 HOSTILE = [

@@ -16,6 +16,7 @@ from ingest.plan import Plan, plan_scenes
 from ingest.probe import AssetProbe, SceneProbe
 from ingest.scene import AssetRef, Scene
 from ingest.target import project_bounds
+from ingest.task import PlannedScene, ShardTask
 from zarr_store.errors import AssetUnreadable, InvalidInput, NothingFound
 from zarr_store.grid import Grid
 
@@ -222,6 +223,45 @@ def test_running_options_do_not_change_the_digest() -> None:
     assert "workers" not in plan([scene("A")], fast).config
 
 
+def test_the_key_of_a_shard_depends_on_all_that_determines_its_pixels() -> None:
+    """A shard whose ledger row has the same key is never made again: what changes pixels must change the key."""
+    made = plan([scene("A"), scene("B")])
+    recipe, task = made.recipes[0], made.tasks[0]
+    first, second = task.sources
+    assert ShardTask.of(recipe, task.index, task.region, task.sources).key == task.key
+
+    def key_of(sources: tuple[PlannedScene, ...]) -> str:
+        return ShardTask.of(recipe, task.index, task.region, sources).key
+
+    def with_assets(**changes: Any) -> PlannedScene:
+        return replace(first, assets=tuple(replace(asset, **changes) for asset in first.assets))
+
+    keys = {
+        "as planned": task.key,
+        "another order, in which the other scene wins": key_of((second, first)),
+        "one scene fewer": key_of((first,)),
+        "another offset": key_of((with_assets(dn_offset=-1000), second)),
+        "another kernel": key_of((with_assets(resampling="cubic"), second)),
+        "another nodata value": key_of((with_assets(nodata=7.0), second)),
+        "another file": key_of((with_assets(href="/elsewhere/red.tif"), second)),
+        "another row of the item table": key_of((replace(first, item=9), second)),
+        "another step": key_of((replace(first, step=1), second)),
+        "a band that the scene lacks": key_of((replace(first, lacking=("blue",)), second)),
+        "another mask": ShardTask.of(
+            replace(recipe, mask_layer="scl", mask_classes=(3, 8)), task.index, task.region, task.sources
+        ).key,
+        "masks that grow": ShardTask.of(
+            replace(recipe, mask_layer="scl", mask_classes=(3, 8), mask_dilate_m=20.0), task.index, task.region,
+            task.sources,
+        ).key,
+        "an area that is cut out": ShardTask.of(replace(recipe, clip="{}"), task.index, task.region, task.sources).key,
+        "another region": ShardTask.of(recipe, task.index, replace(task.region, y1=7), task.sources).key,
+    }  # fmt: skip
+    assert len(set(keys.values())) == len(keys), sorted(keys, key=lambda name: keys[name])
+    # what files said when they were looked at is not part of it: a file that heals must not make another shard
+    assert key_of((with_assets(header=None), second)) == task.key
+
+
 def test_tasks_are_ordered_hashable_values() -> None:
     tasks = plan([scene("A"), scene("B", datetime="2023-08-12T10:00:00Z")]).tasks
     assert list(tasks) == sorted(tasks, reverse=True)[::-1]
@@ -238,7 +278,7 @@ def test_a_file_that_could_not_be_opened_stays_in_the_plan() -> None:
     source = made.tasks[0].sources[0]
     assert source.lacking == ("blue",)
     assert source.asset("nir") is not None
-    assert source.asset("nir").header is None  # type: ignore[union-attr]
+    assert source.asset("nir").header is None
     assert any("HTTP 404" in text for text in made.warnings)
     assert any("no asset for blue" in text for text in made.warnings)
     nothing = replace(found["A"], assets={b: AssetProbe(error="refused") for b in one.assets})
@@ -265,7 +305,7 @@ def test_one_id_in_two_collections_keeps_two_probes() -> None:
     half = TILE.coarsen(2)
     by_key = {one.key: probes([one])["A"], other.key: probes([other], {"red": half, "nir": half})["A"]}
     made = plan_scenes([one, other], by_key, IngestConfig(bands=("red", "nir"), mask="none"))
-    headers = {t.collection: t.sources[0].asset("red").header for t in made.tasks}  # type: ignore[union-attr]
+    headers = {t.collection: t.sources[0].asset("red").header for t in made.tasks}
     assert headers == {"sentinel-2-l2a": TILE, "another": half}
 
 

@@ -46,7 +46,7 @@ def test_a_file_adds_a_provider(tmp_path: Path, save: Callable[..., Path], make_
     for asset in item["assets"].values():
         asset["href"] = f"https://a.files.example.org/{asset['href']}"
     path = save(item)
-    config = IngestConfig(providers=str(file))  # type: ignore[arg-type]
+    config = IngestConfig(providers=str(file))
     (scene,) = search(str(path), config)
     assert scene.provider == "my-archive"
     assert scene.dn_offset == -1000  # by the baseline: its rule, not the flag's

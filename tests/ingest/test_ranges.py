@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from ingest import download as download_module
 from ingest.access import Access, open_asset
+from ingest.connections import PatientRetry
 from ingest.ranges import HEAD_BYTES, Head, HeadCache, RangeFile, blocks_of, merge, range_file_of
 from ingest.rates import Crowd
 from ingest.simulate import ServerHandle, serve
@@ -208,6 +210,32 @@ def test_r03_a_host_that_is_busy_gets_fewer_requests_at_once(tmp_path: Path, mon
     assert early > 0, "and said so"
     assert crowd.places(host) < 10
     assert refused[0] - early <= early, "later it was hardly ever too much"
+
+
+@pytest.mark.parametrize(("told", "longest", "least"), [("1", 120.0, 1.0), ("3600", 1.0, 1.0)])
+def test_a_file_server_is_given_the_time_that_it_asks_for(
+    tmp_path: Path, make_server: Any, monkeypatch: pytest.MonkeyPatch, told: str, longest: float, least: float
+) -> None:
+    """Retry-After is waited for by whoever reads pixels too, and no longer than two minutes."""
+    assert PatientRetry.longest_s == 120
+    monkeypatch.setattr(PatientRetry, "longest_s", longest)
+    data = write_raster(tmp_path / "a.tif", GRID, PIXELS).read_bytes()
+    server = make_server()
+    asked: list[float] = []
+
+    def answer(request: Any) -> Any:
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            return 429, {"Retry-After": told}, b""
+        start, stop = (int(part) for part in request.headers["Range"].removeprefix("bytes=").split("-"))
+        body = data[start : stop + 1]
+        return 206, {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{len(data)}"}, body
+
+    server.answer["/a.tif"] = answer
+    patient = Access(attempts=3, deadline_s=30, backoff_s=0.02, connect_timeout_s=2, low_speed_s=2)
+    with open_asset(f"{server.url}/a.tif", access=patient) as dataset:
+        assert dataset.read(1, window=((0, 1), (0, 1))).shape == (1, 1)
+    assert least <= asked[1] - asked[0] < 10
 
 
 def test_places_shrink_at_once_and_grow_slowly() -> None:

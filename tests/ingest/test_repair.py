@@ -219,5 +219,5 @@ def test_nothing_but_nodata_is_no_damage(tmp_path: Path, local_client: Any) -> N
     for region in empty:
         assert not opened.read(NAME, "status", region).any()
     assert opened.read(NAME, "status", shards[0, 1, 0]).any()
-    assert {opened.ledger(NAME).get(index).state for index in shards} == {"done"}  # type: ignore[union-attr]
+    assert {opened.ledger(NAME).get(index).state for index in shards} == {"done"}
     assert verify_cube(cube).damage == ()

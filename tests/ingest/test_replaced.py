@@ -12,9 +12,11 @@ import pytest
 import rasterio
 
 import ingest.run as running
+from ingest.access import Access
 from ingest.audit import compare, replaced_files
 from ingest.checksums import parse_multihash, verify_files
 from ingest.config import IngestConfig
+from ingest.download import TransientError, stream_whole
 from ingest.probe import probe_scenes
 from ingest.run import run
 from ingest.scene import Scene
@@ -118,6 +120,34 @@ def test_multihashes_of_hashlib(name: str) -> None:
     assert parse_multihash(f"{codes[name]}{len(digest):02x}{digest.hex()}") == (name, digest)
     for text in ("", "zz", codes[name], f"{codes[name]}05{digest.hex()}", f"7f20{digest.hex()}", "80808080"):
         assert parse_multihash(text) is None
+
+
+@pytest.mark.parametrize("change", ["another tag", "another size", "nothing"])
+def test_a_file_that_is_replaced_while_it_is_hashed_is_unread_not_different(make_server: Any, change: str) -> None:
+    """Its head is of one file and its body of another: a hash of that says nothing about either."""
+    server, data = make_server(), b"II*\x00" + bytes(range(256)) * 40
+    shorter = data[:-100] if change == "another size" else data
+
+    def answer(request: Any) -> Any:
+        asked = request.headers.get("Range")
+        if asked is None:
+            return 200, {"ETag": '"second"' if change == "another tag" else '"first"'}, shorter
+        start, stop = (int(part) for part in asked.removeprefix("bytes=").split("-"))
+        body = data[start : stop + 1]
+        span = f"bytes {start}-{start + len(body) - 1}/{len(data)}"
+        return 206, {"Content-Range": span, "ETag": '"first"'}, body
+
+    server.answer["/a.tif"] = answer
+    access = Access(attempts=1, backoff_s=0.01)
+    taken = hashlib.sha256()
+    if change == "nothing":
+        stream_whole(f"{server.url}/a.tif", access, taken.update)
+        assert taken.digest() == hashlib.sha256(data).digest()
+        return
+    words = "replaced while it was read" if change == "another tag" else "broke off after"
+    with pytest.raises(TransientError, match=words):
+        stream_whole(f"{server.url}/a.tif", access, taken.update)
+    assert [bool(one.headers.get("Range")) for one in server.requests] == [True, False], "it was asked for as a whole"
 
 
 @pytest.mark.parametrize("remote", [False, True])

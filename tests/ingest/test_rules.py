@@ -299,7 +299,7 @@ def test_real_cells_of_two_zones(shared_data: Path, tmp_path: Path) -> None:
     scenes = []
     for cell in sorted((shared_data / "scenes" / "major_tom" / "S2L2A").glob("*/*/S2*")):
         with rasterio.open(cell / "B04.tif") as dataset:
-            grid = Grid(str(dataset.crs), tuple(dataset.transform)[:6], dataset.shape)  # type: ignore[arg-type]
+            grid = Grid(str(dataset.crs), tuple(dataset.transform)[:6], dataset.shape)
             scenes.append(make_scene(tmp_path, cell.name, grid, {"red": dataset.read(1)}))
     assert sorted(s.assets["red"].grid.crs for s in scenes if s.assets["red"].grid) == ["EPSG:32633", "EPSG:32648"]
     with pytest.raises(InvalidInput, match="more than 2000000 on a side"):

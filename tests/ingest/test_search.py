@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ingest import api as api_module
 from ingest import documents
 from ingest.config import IngestConfig
+from ingest.connections import PatientRetry
 from ingest.dedupe import dedupe
 from ingest.documents import parse_json
 from ingest.geoparquet import read_items, write_items
@@ -215,6 +219,16 @@ def test_both_halves_of_a_split_datatake_stay(make_item: Make, save: Save) -> No
     south["geometry"]["coordinates"] = [[[15, 46], [16, 46], [16, 46.4], [15, 46.4], [15, 46]]]
     north["geometry"]["coordinates"] = [[[15, 46.38], [16, 46.38], [16, 47], [15, 47], [15, 46.38]]]
     assert _ids(save(north, south)) == ["north", "south"]
+
+
+def test_of_equal_baselines_the_copy_made_last_is_kept(make_item: Make, save: Save) -> None:
+    """Its time of creation decides, not its id, in whatever order the catalogue lists them."""
+    old = make_item("z", created="2023-08-15T21:00:00Z")
+    new = make_item("a", created="2023-09-01T00:00:00Z")
+    assert _ids(save(old, new)) == ["a"]
+    assert _ids(save(new, old)) == ["a"]
+    same = make_item("b", created="2023-09-01T00:00:00Z")
+    assert _ids(save(new, same)) == _ids(save(same, new)) == ["b"], "then the greatest id does"
 
 
 def test_other_tiles_orbits_and_platforms_are_no_duplicates(make_item: Make, save: Save) -> None:
@@ -468,6 +482,62 @@ def test_an_overloaded_api_is_asked_again(server: Any, items: list[dict[str, Any
     server.answer["/search"] = flaky
     assert len(search(server.url, L2A)) == 5
     assert server.paths().count("/search") == 5
+
+
+def test_an_api_whose_pages_never_end_is_left(
+    server: Any, items: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert api_module.MAX_PAGES == 5000
+    monkeypatch.setattr(api_module, "MAX_PAGES", 4)
+    Api(server, items)
+    asked = itertools.count()
+
+    def endless(_: Any) -> tuple[int, dict[str, str], Any]:
+        number = next(asked)
+        page = [{**items[0], "id": f"item-{number}"}]
+        link = {
+            "rel": "next",
+            "href": f"{server.url}/search",
+            "method": "POST",
+            "merge": True,
+            "body": {"token": number},
+        }
+        return 200, {}, {"type": "FeatureCollection", "features": page, "links": [link]}
+
+    server.answer["/search"] = endless
+    with pytest.raises(AccessError, match="more than 4 pages of items; narrow the region or the time"):
+        search(server.url, L2A)
+    assert next(asked) == 4
+
+
+def test_an_api_is_given_the_time_that_it_asks_for(server: Any, items: list[dict[str, Any]]) -> None:
+    api = Api(server, items)
+    asked: list[float] = []
+
+    def busy_once(request: Any) -> tuple[int, dict[str, str], Any]:
+        asked.append(time.monotonic())
+        return (429, {"Retry-After": "2"}, {}) if len(asked) == 1 else api.search(request)
+
+    server.answer["/search"] = busy_once
+    assert len(search(server.url, L2A)) == 5
+    assert 2.0 <= asked[1] - asked[0] < 10, "our own pause would be half a second at most"
+
+
+def test_an_api_that_asks_for_an_hour_is_not_waited_for(
+    server: Any, items: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert PatientRetry.longest_s == 120
+    monkeypatch.setattr(PatientRetry, "longest_s", 1.0)
+    api = Api(server, items)
+    asked: list[float] = []
+
+    def busy_once(request: Any) -> tuple[int, dict[str, str], Any]:
+        asked.append(time.monotonic())
+        return (503, {"Retry-After": "3600"}, {}) if len(asked) == 1 else api.search(request)
+
+    server.answer["/search"] = busy_once
+    assert len(search(server.url, L2A)) == 5
+    assert 1.0 <= asked[1] - asked[0] < 10
 
 
 def test_an_api_that_stays_down_is_an_access_error(server: Any, items: list[dict[str, Any]]) -> None:

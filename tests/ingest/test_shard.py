@@ -58,7 +58,7 @@ def oracle(scenes: list[Scene], broken: set[str], grid: Grid, dilate_m: float) -
     rows = {s.id: row for row, s in enumerate(sorted(scenes, key=lambda s: (s.datetime, s.id)))}
 
     def shift(scene: Scene) -> tuple[float, float]:
-        origin = scene.assets["red"].grid.transform  # type: ignore[union-attr]
+        origin = scene.assets["red"].grid.transform
         return ((grid.transform[5] - origin[5]) / 20, (origin[2] - grid.transform[2]) / 20)  # down, right
 
     def order(scene: Scene) -> tuple[Any, ...]:

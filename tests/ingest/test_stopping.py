@@ -20,11 +20,9 @@ from zarr_store.read import open_cube
 from .growing import NAME, plan_of, scene, tree
 
 SCRIPT = """
-import signal, sys, time
+import sys, time
 import ingest.cluster as clusters
 from cli.main import main
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands down that it is ignored
 
 class SlowToClose(clusters.LocalCluster):
     # as long as one with a worker that does not answer

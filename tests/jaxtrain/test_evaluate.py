@@ -6,21 +6,24 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from jaxtrain.checkpoint import CheckpointStore
+from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.splits import PARTS
 from jaxtrain.evaluate import evaluate, restore_model
 from jaxtrain.rundir import load_card
 from jaxtrain.step import make_predict_step
+from jaxtrain.train import train
 from zarr_store.errors import IntegrityError, InvalidInput, NothingFound, UnknownName
 from zarr_store.read import open_cube
 from zarr_store.regions import Region
 
-from .cube_factory import COLLECTION, make_cube, shared_cube, shared_run
+from .cube_factory import COLLECTION, make_cube, shared_cube, shared_run, tiny_config
 
 
 @pytest.fixture
@@ -89,10 +92,28 @@ def test_another_cube_is_judged_as_a_whole(run: Path, tmp_path: Path) -> None:
     assert any("overlaps the ground that the model was trained on" in text for text in result["warnings"])
 
 
-def test_test_ground_was_never_learnt(run: Path) -> None:
-    card = load_card(run)
+@pytest.mark.parametrize("shuffle", ["windows", "chunks"])
+def test_test_ground_was_never_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: str) -> None:
+    """Every sample that the order hands to a step, over whole epochs, lies in a training block; and all of those do."""
+    seen: list[np.ndarray] = []
+    real = BatchStream._begin
+
+    def note(self: BatchStream, rows: np.ndarray) -> Any:
+        if self._order is not None:  # validation reads its windows without one
+            seen.append(rows.copy())
+        return real(self, rows)
+
+    monkeypatch.setattr(BatchStream, "_begin", note)
+    steps = 16
+    train(tiny_config(shared_cube(), run={"steps": steps, "shuffle": shuffle}), tmp_path / "run")
+    card = load_card(tmp_path / "run")
     assert card.split.counts()["test"] > 0
     assert card.windows["train"] + card.windows["validation"] + card.windows["test"] == 60
+    rows = np.concatenate(seen)
+    assert len(rows) == steps * 8 >= 2 * card.windows["train"], "the steps of two epochs and more"
+    codes = card.split.part_at(rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int64))
+    assert set(codes.tolist()) == {PARTS.index("train")}
+    assert len(np.unique(rows, axis=0)) == card.windows["train"], "none of the others, and none left out"
 
 
 def test_damage_and_absence_are_said(run: Path, tmp_path: Path) -> None:

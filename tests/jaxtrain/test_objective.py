@@ -154,6 +154,12 @@ def test_calibration_error_against_a_loop(scores):
         if inside.any():
             expected += inside.mean() * abs(confidence[inside].mean() - hit[inside].mean())
     assert matrix.calibration_error == pytest.approx(expected, abs=1e-5)
+    # the error itself may come out the same from a single bin: each bin must hold what falls into it
+    counted = np.zeros((BINS, 3))
+    for value, right in zip(confidence, hit, strict=True):
+        counted[min(int(value * BINS), BINS - 1)] += (1, value, right)
+    assert np.count_nonzero(counted[:, 0]) > 5
+    np.testing.assert_allclose(matrix.calibration, counted, rtol=1e-4)
     recall = [(p.argmax(-1) == k)[label == k].mean() for k in range(3)]
     assert matrix.average_accuracy == pytest.approx(np.mean(recall))
 

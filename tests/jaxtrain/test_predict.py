@@ -14,6 +14,7 @@ import rasterio
 import rioxarray  # noqa: F401  (registers .rio)
 import xarray as xr
 import zarr
+from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +42,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     url = tmp_path_factory.mktemp("map") / "map.zarr"
     predict(shared_run(), shared_cube(), url, probabilities=True)
     return url
+
+
+def test_each_class_has_its_own_colour_in_a_map(made: Path) -> None:
+    """The colours of the run's classes, by class: vegetation green, water blue, not one place further on."""
+    expected = ["#2ca02c", "#e6c35c", "#1f5fbf"]
+    attributes = zarr.open_group(str(made), mode="r")["class"].attrs
+    assert attributes["class_names"] == ["vegetation", "not vegetated", "water"]
+    assert attributes["flag_values"] == [0, 1, 2]
+    assert attributes["flag_colors"].split() == expected
+    assert attributes["flag_meanings"].split() == ["vegetation", "not_vegetated", "water"]
+    classes = open_map(made).classes
+    assert list(classes.colours) == expected
+    assert classes.rgb().tolist() == [[0x2C, 0xA0, 0x2C], [0xE6, 0xC3, 0x5C], [0x1F, 0x5F, 0xBF]]
 
 
 @given(st.integers(8, 200), st.integers(2, 5), st.floats(0, 0.5))
@@ -224,7 +238,7 @@ def test_holes_stay_holes(tmp_path: Path) -> None:
     assert any("4 of 30 chunks" in text and "never written" in text for text in result.warnings)
 
 
-def test_xarray_rioxarray_and_gdal_open_the_map(made: Path) -> None:
+def test_xarray_and_rioxarray_open_the_map(made: Path) -> None:
     with xr.open_zarr(made, chunks=None) as opened:
         layer = opened["class"]
         assert (layer.dtype, layer.dims, opened["probability"].dims) == ("uint8", ("y", "x"), ("class", "y", "x"))
@@ -237,11 +251,23 @@ def test_xarray_rioxarray_and_gdal_open_the_map(made: Path) -> None:
     array = zarr.open_array(str(made), path="class", mode="r")
     assert array.shards is None
     assert array.metadata.to_dict()["codecs"][1]["configuration"]["checksum"] is True  # type: ignore[index]
-    if tuple(int(v) for v in rasterio.__gdal_version__.split(".")[:2]) >= (3, 12):
-        with rasterio.open(f'ZARR:"{made}":/class') as raster:
-            assert raster.crs.to_epsg() == 32633
-            assert raster.nodata == NODATA
-            np.testing.assert_array_equal(raster.read(1), open_map(made).read("class"))
+    # what GDAL looks for in a Zarr array, read as GDAL reads it, whatever GDAL is here
+    reference = zarr.open_group(str(made), mode="r")["spatial_ref"].attrs
+    assert rasterio.CRS.from_wkt(str(reference["crs_wkt"])).to_epsg() == 32633
+    order = Affine.from_gdal(*(float(v) for v in str(reference["GeoTransform"]).split()))
+    assert tuple(order)[:6] == (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0)
+    assert array.attrs["grid_mapping"] == "spatial_ref"
+
+
+@pytest.mark.skipif(
+    tuple(int(v) for v in rasterio.__gdal_version__.split(".")[:2]) < (3, 12),
+    reason=f"GDAL {rasterio.__gdal_version__} cannot read Zarr v3; 3.12 can",
+)
+def test_gdal_reads_the_map_with_its_georeference(made: Path) -> None:
+    with rasterio.open(f'ZARR:"{made}":/class') as raster:
+        assert raster.crs.to_epsg() == 32633
+        assert raster.nodata == NODATA
+        np.testing.assert_array_equal(raster.read(1), open_map(made).read("class"))
 
 
 def test_an_opened_map_knows_what_made_it(made: Path) -> None:

@@ -54,8 +54,8 @@ class FakeWandB:
 
 def test_trackers_hear_what_tensorboard_hears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow, wandb = FakeMLflow(), FakeWandB()
-    monkeypatch.setitem(sys.modules, "mlflow", mlflow)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = tmp_path / "a-run"
     run.mkdir()

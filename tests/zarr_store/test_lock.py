@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from zarr_store import CubeLock
+from zarr_store.backends import Store
 from zarr_store.errors import Locked
-from zarr_store.lock import LOCK_KEY
+from zarr_store.lock import LOCK_KEY, read_token
 
 
 def test_the_second_run_is_told_who_holds_it(tmp_path: Path) -> None:
@@ -33,6 +34,17 @@ def test_a_killed_holder_lost_it(tmp_path: Path) -> None:
     with CubeLock(tmp_path, "ingest"):
         pass
     assert [p.name for p in (tmp_path / "_terrashard").iterdir()] == []
+
+
+def test_a_lock_that_was_lost_meanwhile_is_not_given_back(tmp_path: Path) -> None:
+    """Whoever removed the lock by hand and began another run still has it when the first run ends."""
+    with CubeLock(tmp_path, "ingest") as lock:
+        (tmp_path / LOCK_KEY).unlink()
+        with CubeLock(tmp_path, "repair") as other:
+            assert lock.token != other.token
+            lock.__exit__(None, None, None)
+            assert read_token(Store.at(tmp_path)) == other.token
+    assert read_token(Store.at(tmp_path)) is None
 
 
 @pytest.mark.parametrize(("field", "value"), [("boot", "another boot"), ("started", "1")])

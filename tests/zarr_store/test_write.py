@@ -15,7 +15,10 @@ import rioxarray  # noqa: F401  (registers .rio)
 import xarray as xr
 
 from zarr_store import CubeSpec, Region, ShardWriter, SourceOutcome, create_cube, open_cube
-from zarr_store.errors import CubeMismatch, InvalidInput, MisalignedWrite
+from zarr_store.durable import PendingFile
+from zarr_store.errors import CubeMismatch, InvalidInput, Locked, MisalignedWrite
+from zarr_store.ledger import Ledger
+from zarr_store.lock import LOCK_KEY, CubeLock
 
 from .conftest import ITEMS, NAME, cut
 
@@ -38,6 +41,57 @@ def test_what_was_written_is_read_back(cube_path: Path, spec: CubeSpec, pixels: 
     np.testing.assert_array_equal(plain.y, spec.grid.y())
 
 
+def test_a_lock_that_is_lost_while_pixels_are_put_leaves_no_row(
+    tmp_path: Path, spec: CubeSpec, pixels: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may hold the cube by the time the last pixel lies there: then the row is not ours to write."""
+    path = tmp_path / "cube.zarr"
+    create_cube(path, [spec], items=ITEMS, provenance={})
+    region = spec.shards()[0, 0, 0]
+    with CubeLock(path, "first") as lock:
+        packed = ShardWriter(path, NAME, fence=lock.token).pack(region, cut(pixels, region), key="k1", sources=[])
+        asked: list[str] = []
+
+        def lose_the_lock(place: str) -> None:
+            asked.append(place)
+            if place.startswith("pixels written"):
+                (path / LOCK_KEY).write_text(json.dumps({"token": "of another run"}))
+
+        monkeypatch.setattr("zarr_store.write.crashpoint", lose_the_lock)
+        with pytest.raises(Locked, match="has ended or lost its lock"):
+            packed.finish()
+    assert asked == ["row dropped (0, 0, 0)", "pixels written (0, 0, 0)"], "the first look had passed"
+    assert open_cube(path).ledger(NAME).rows() == {}
+
+
+def test_a_row_is_put_after_all_pixels_and_dropped_before_them(
+    tmp_path: Path, spec: CubeSpec, pixels: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a reader sees at each step, without recording system calls (`test_power_loss` records them)."""
+    path = tmp_path / "cube.zarr"
+    create_cube(path, [spec], items=ITEMS, provenance={})
+    region = spec.shards()[0, 0, 0]
+    writer = ShardWriter(path, NAME)
+    steps: list[tuple[str, str]] = []
+    put, drop, end = Ledger.put, Ledger.drop, PendingFile.finish
+    monkeypatch.setattr(Ledger, "put", lambda self, row: (steps.append(("put", "")), put(self, row))[1])
+    monkeypatch.setattr(Ledger, "drop", lambda self, index: (steps.append(("drop", "")), drop(self, index))[1])
+
+    def finish(self: PendingFile) -> None:
+        shown = open_cube(path).ledger(NAME).get((0, 0, 0))
+        steps.append(("pixels", "" if shown is None else "beside a row"))
+        end(self)
+
+    monkeypatch.setattr(PendingFile, "finish", finish)
+    for _ in range(2):
+        steps.clear()
+        writer.write(region, cut(pixels, region), key="k1", sources=[])
+        # the row itself is a file that is put in place, too
+        assert [step for step in steps if step[0] != "pixels"] == [("drop", ""), ("put", "")]
+        before = steps[: steps.index(("put", ""))]
+        assert before[1:] == [("pixels", "")] * (len(spec.arrays()) + 1)
+
+
 def test_georeference_is_seen_by_rioxarray_and_by_the_geozarr_attributes(cube_path: Path, spec: CubeSpec) -> None:
     plain = xr.open_zarr(cube_path, group=NAME, mask_and_scale=False)
     assert plain.rio.crs.to_epsg() == 32633
@@ -50,7 +104,8 @@ def test_georeference_is_seen_by_rioxarray_and_by_the_geozarr_attributes(cube_pa
 
 
 @pytest.mark.skipif(
-    tuple(int(v) for v in rasterio.__gdal_version__.split(".")[:2]) < (3, 12), reason="this GDAL cannot read Zarr v3"
+    tuple(int(v) for v in rasterio.__gdal_version__.split(".")[:2]) < (3, 12),
+    reason=f"GDAL {rasterio.__gdal_version__} cannot read Zarr v3; 3.12 can",
 )
 def test_gdal_reads_the_overview_with_its_georeference(
     cube_path: Path, spec: CubeSpec, pixels: dict[str, np.ndarray]

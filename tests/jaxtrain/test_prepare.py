@@ -1,0 +1,36 @@
+"""What a run begins with: the weights of classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.data.statistics import Statistics
+from jaxtrain.prepare import _class_weights
+from zarr_store.errors import InvalidInput
+
+
+def config_of(**optim: object) -> TrainConfig:
+    return TrainConfig.model_validate({"data": {"cube": "none"}, "optim": optim})
+
+
+def statistics_of(*class_pixels: int, value: tuple[float, float] | None = None) -> Statistics:
+    pixels = np.array(class_pixels, np.int64)
+    return Statistics(np.zeros(1), np.ones(1), pixels, int(pixels.sum()), "index", value)
+
+
+def test_rare_classes_weigh_by_the_inverse_square_root_of_their_share() -> None:
+    """A class of 1 % weighs seven times as much as one of 49 %, and a labelled pixel weighs one on average."""
+    weights = np.array(_class_weights(config_of(class_weights="balanced"), statistics_of(4900, 100, 5000, 0)))
+    share = np.array([0.49, 0.01, 0.5])
+    np.testing.assert_allclose(weights[1] / weights[0], 7.0, rtol=1e-6)
+    np.testing.assert_allclose(weights[:3], (1 / np.sqrt(share)) / (share / np.sqrt(share)).sum(), rtol=1e-6)
+    assert float((weights[:3] * share).sum()) == pytest.approx(1.0)
+    assert np.isfinite(weights[3]), "a class without pixels"
+
+
+def test_without_balance_there_are_no_weights_and_values_have_none() -> None:
+    assert _class_weights(config_of(class_weights="none"), statistics_of(1, 2)) is None
+    with pytest.raises(InvalidInput, match="values are learnt: use 'none'"):
+        _class_weights(config_of(class_weights="balanced"), statistics_of(1, value=(0.0, 1.0)))
