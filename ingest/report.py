@@ -22,7 +22,7 @@ from ingest.hrefs import redact, redact_text
 from ingest.outlines import outlines_of
 from ingest.stages import STAGES
 from ingest.summary import human_bytes
-from zarr_store.backends import FolderStore
+from zarr_store.folder import FolderStore
 from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.read import open_cube
 

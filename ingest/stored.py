@@ -18,9 +18,10 @@ from ingest.hrefs import HrefPolicy, is_url, refuse_private_address, resolve_hre
 from ingest.plan import Plan
 from ingest.providers import PROVIDERS
 from ingest.task import SourceAsset
-from zarr_store.backends import Kind, Store, store_for
+from zarr_store.backends import open_store, store_for
 from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.read import is_cube, open_cube
+from zarr_store.store import Kind
 
 __all__ = ["PLAN_KEY", "begun_plan", "check_hrefs", "keep_plan", "kept_plan"]
 
@@ -37,7 +38,7 @@ def kept_plan(url: str | os.PathLike[str]) -> Plan:
         InvalidInput: The cube keeps no plan, or it was changed.
     """
     open_cube(url)
-    data = Store.at(url).read(PLAN_KEY)
+    data = open_store(url).read(PLAN_KEY)
     if data is None:
         raise InvalidInput(
             f"{url} keeps no plan ({PLAN_KEY} is absent): repeat the `terrashard ingest` command that made it once, "
@@ -80,7 +81,7 @@ def keep_plan(url: str | os.PathLike[str], plan: Plan) -> None:
     for asset in _assets(plan):
         _refuse_signature(asset)
     data = plan.to_json().encode()
-    store = Store.at(url)
+    store = open_store(url)
     if store.read(PLAN_KEY) != data:
         store.write(PLAN_KEY, data)
 

@@ -24,14 +24,16 @@ import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from zarr_store.backends import FolderStore, Store
+from zarr_store.backends import open_store
 from zarr_store.crash import crashpoint
 from zarr_store.errors import CubeMismatch, IntegrityError, InvalidInput, UnknownName
+from zarr_store.folder import FolderStore
 from zarr_store.georeference import georeference, write_axes
 from zarr_store.grid import Grid
 from zarr_store.lock import CubeLock
 from zarr_store.read import Cube, await_read, open_cube
 from zarr_store.regions import Region, iterate_boxes
+from zarr_store.store import Store
 
 __all__ = [
     "NOT_LABELLED",
@@ -203,7 +205,7 @@ def write_label(
                     f"{there.store.url} is there and comes from something else ({_origin(there.spec)}); nothing was "
                     "changed: give another --name, or --replace"
                 )
-        store = Store.at(_place(cube.url, spec.name))
+        store = open_store(_place(cube.url, spec.name))
         aside = _set_aside(store) if there is not None else None
         with store.beside() as fresh:
             _fill(fresh, cube, spec, boxes(), describe)
@@ -227,7 +229,7 @@ def verify_labels(cube: Cube) -> tuple[int, list[tuple[str, str, str]]]:
         try:
             layer = open_label(cube, name)
         except IntegrityError:
-            damage.append((name, "corrupt", Store.at(_place(cube.url, name)).where("zarr.json")))
+            damage.append((name, "corrupt", open_store(_place(cube.url, name)).where("zarr.json")))
             continue
         for key, expected in layer.shards.items():
             data = layer.store.read(key)
@@ -292,7 +294,7 @@ def _fill(
 
 
 def _open(url: str, name: str) -> LabelLayer | None:
-    store = Store.at(_place(url, name))
+    store = open_store(_place(url, name))
     data = store.read("zarr.json")
     if data is None:
         return None
@@ -349,7 +351,7 @@ def _read_index(folder: Store) -> dict[str, str]:
 
 
 def _folder(url: str) -> Store:
-    return Store.at(f"{url.rstrip('/')}/{_FOLDER}")
+    return open_store(f"{url.rstrip('/')}/{_FOLDER}")
 
 
 def _place(url: str, name: str) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from zarr_store.backends import Store
+from zarr_store.chunk_stats import ChunkStats
 from zarr_store.errors import IntegrityError
-from zarr_store.index import ChunkStats
 from zarr_store.regions import Region
+from zarr_store.store import Store
 
 __all__ = ["Ledger", "LedgerRow", "ShardIndex", "SourceOutcome"]
 

@@ -28,9 +28,9 @@ import obstore.exceptions
 import obstore.store
 import tensorstore as ts
 
-from zarr_store.backends import Store
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, CubeMismatch, InvalidInput
+from zarr_store.store import Store
 from zarr_store.virtual import open_virtual
 
 __all__ = ["ObjectStore"]
