@@ -33,7 +33,7 @@ def run_prediction(
     Returns:
         The result of `jaxtrain.predict` as JSON, with `cog`.
     """
-    from jaxtrain.predict import predict
+    from jaxtrain import predict
 
     if cog is not None:
         _check_target(cog)

@@ -28,9 +28,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from zarr_store.backends import FolderStore, translate_os_errors
 from zarr_store.crash import crashpoint
 from zarr_store.errors import IntegrityError, InvalidInput, NoSpace, TerrashardError
+from zarr_store.folder import FolderStore
+from zarr_store.store import translate_os_errors
 
 if TYPE_CHECKING:
     from jaxtrain.state import Program

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,28 @@ from zarr.codecs import ZstdCodec
 
 from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
-from jaxtrain.evaluate import open_judged, restore_model
+from jaxtrain.data.opening import open_training_data
+from jaxtrain.display import html_table
 from jaxtrain.parallel.mesh import batch_sharding
-from jaxtrain.prepare import open_source
 from jaxtrain.rundir import load_card
+from jaxtrain.scores import judged_data, restore_model
 from jaxtrain.step import make_embed_step
-from zarr_store.backends import FolderStore
 from zarr_store.errors import InvalidInput
-from zarr_store.read import Cube
-from zarr_store.samples import SampleStore
+from zarr_store.folder import FolderStore
 
-__all__ = ["EmbedResult", "embed"]
+__all__ = ["EmbeddingResult", "embed"]
 
 
 @dataclass(frozen=True)
-class EmbedResult:
-    """Where the vectors are, how many of how many numbers, and things to know."""
+class EmbeddingResult:
+    """Where the vectors of a run's encoder are.
+
+    Attributes:
+        out: The Zarr group that holds them.
+        samples: Number of vectors.
+        code: Numbers in each vector.
+        warnings: Things to know: damaged checkpoints, other ground or resolution.
+    """
 
     out: str
     samples: int
@@ -46,10 +53,18 @@ class EmbedResult:
         """JSON form."""
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return html_table(self.to_dict())
+
 
 def embed(
-    run: str | Path, data: str | Path, out: str | Path, *, on_batch: Callable[[int, int], None] | None = None
-) -> EmbedResult:
+    run: str | PathLike[str],
+    data: str | Path,
+    out: str | Path,
+    *,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> EmbeddingResult:
     """Embed all windows of a cube, or all samples of a store, with the encoder of a run.
 
     Args:
@@ -58,8 +73,17 @@ def embed(
         out: Where the vectors go (Zarr); nothing may be there.
         on_batch: Called with (batches done, batches in all).
 
+    Returns:
+        Where the vectors are, and how many there are.
+
     Raises:
         InvalidInput: The run is of another model, the data are of another kind, or something is at `out`.
+
+    Example:
+        from jaxtrain import embed
+
+        result = embed("runs/autoencoder", "zagreb.zarr", "vectors.zarr")
+        result.samples, result.code
     """
     run = Path(run)
     card = load_card(run)
@@ -68,8 +92,9 @@ def embed(
     store = FolderStore.at(out)
     if store.exists():
         raise InvalidInput(f"{store.url} exists; give another path, or remove it first")
-    source = open_source(data)
-    url, windows, reader, warnings = open_judged(card, data)
+    opened = open_training_data(data)
+    judged = judged_data(card, opened, part=None, name=data)
+    windows = judged.windows
     program, state, step, passed_over = restore_model(run, card)
     encode = make_embed_step(program)
     axis = int(program.mesh.shape["data"])
@@ -77,7 +102,7 @@ def embed(
     sharding = batch_sharding(program.mesh)
     total = -(-len(windows) // size)
     found: list[npt.NDArray[np.float32]] = []
-    with BatchStream(reader, windows, size=size, sharding=sharding) as batches:
+    with BatchStream(judged.reader, windows, size=size, sharding=sharding) as batches:
         for number, rows, batch in batches:
             there = put_batch({name: batch[name] for name in ("image", "observed")}, sharding, size)
             found.append(np.asarray(jax.device_get(encode(state, there)))[: len(rows)])
@@ -86,26 +111,13 @@ def embed(
     vectors = np.concatenate(found)
     with store.beside() as fresh:
         root = zarr.create_group(fresh.zarr(), attributes={
-            "terrashard_embedding": {"run": str(run.absolute()), "step": step, "data": url, "bands": list(card.bands)}
+            "terrashard_embedding": {"run": str(run.absolute()), "step": step, "data": judged.url,
+                                     "bands": list(card.bands)}
         })  # fmt: skip
         _write(root, "embedding", vectors, ("sample", "code"))
-        for name, values in _places(source, card.config.data.collection, windows.rows, windows.patch).items():
+        for name, values in opened.places(card.config.data.collection, windows).items():
             _write(root, name, values, ("sample",))
-    return EmbedResult(store.url, len(vectors), int(vectors.shape[1]), (*warnings, *passed_over))
-
-
-def _places(source: Any, collection: str, rows: npt.NDArray[np.int32], patch: int) -> dict[str, npt.NDArray[Any]]:
-    if isinstance(source, SampleStore):
-        return {"name": np.array(source.names(), object)[rows[:, 0]]}
-    assert isinstance(source, Cube)
-    spec = source.spec(collection)
-    a, _, left, _, e, top = spec.grid.transform
-    middle = patch / 2
-    return {
-        "time": np.array(spec.times, object)[rows[:, 0]],
-        "y": top + e * (rows[:, 1] + middle),
-        "x": left + a * (rows[:, 2] + middle),
-    }
+    return EmbeddingResult(store.url, len(vectors), int(vectors.shape[1]), (*judged.warnings, *passed_over))
 
 
 def _write(root: zarr.Group, name: str, values: npt.NDArray[Any], dims: tuple[str, ...]) -> None:

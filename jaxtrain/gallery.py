@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from jaxtrain.data.arrays import as_images, put_batch
-from jaxtrain.data.samples import SampleReader
+from jaxtrain.data.arrays import Reader, as_images, put_batch
 from jaxtrain.data.windows import Windows
 from jaxtrain.parallel.mesh import batch_sharding
 
@@ -37,7 +36,7 @@ def collect_shown(
     program: Program,
     predict: Callable[..., jax.Array],
     state: TrainState,
-    reader: SampleReader,
+    reader: Reader,
     windows: Windows,
     names: Sequence[str],
 ) -> list[Shown]:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.arrays import Rows
-from zarr_store.backends import translate_os_errors
 from zarr_store.errors import CorruptShard, IntegrityError, InvalidInput, MissingShard
+from zarr_store.store import translate_os_errors
 
 __all__ = ["INCIDENTS", "Incidents", "name_windows"]
 

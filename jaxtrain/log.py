@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from jaxtrain.track import Tracker
-from zarr_store.backends import FolderStore, translate_os_errors
 from zarr_store.errors import TerrashardError
+from zarr_store.folder import FolderStore
+from zarr_store.store import translate_os_errors
 
 __all__ = ["Kind", "RunLog", "read_metrics"]
 

@@ -29,10 +29,11 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from jaxtrain.data.classes import Classes
-from zarr_store.backends import FolderStore, translate_os_errors
 from zarr_store.errors import IntegrityError, InvalidInput
+from zarr_store.folder import FolderStore
 from zarr_store.georeference import georeference, write_axes
 from zarr_store.grid import Grid
+from zarr_store.store import translate_os_errors
 
 __all__ = ["NODATA", "Map", "MapWriter", "create_map", "is_map", "open_map"]
 

@@ -1,4 +1,4 @@
-"""`Task` and `Objective`: what a network answers, what its answer costs, and what is counted when it is judged.
+"""`Objective`: what the answer to a task costs, and what is counted when it is judged.
 
 Letters in shapes: B sample, H row, W column, K class; `…` stands for (B, H, W) where pixels are labelled and (B,) where
 images are.
@@ -7,7 +7,6 @@ images are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,47 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxtrain.config import OptimConfig
+from jaxtrain.data.task import Task
 from jaxtrain.losses import LossTerms, binary_terms, cross_entropy_terms, dice_terms, huber_terms, square_terms
 from zarr_store.errors import InvalidInput
 
-__all__ = ["BINS", "Objective", "Task", "confusion"]
+__all__ = ["BINS", "Objective", "confusion"]
 
 BINS = 15
 """Bins of confidence for the calibration error (Guo et al. 2017, arXiv:1706.04599)."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is answered.
-
-    Attributes:
-        per_image: One answer for an image, not one for each pixel.
-        several: A sample may have several classes.
-        value: (mean, std) of the value that is learnt in place of classes; the network answers in these units.
-        rebuild: The image itself is given back; labels have no part in it.
-    """
-
-    per_image: bool = False
-    several: bool = False
-    value: tuple[float, float] | None = None
-    rebuild: bool = False
-
-    @property
-    def values(self) -> bool:
-        """Whether numbers are answered, not classes."""
-        return self.value is not None or self.rebuild
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {"per_image": self.per_image, "several": self.several, "value": self.value,
-                "rebuild": self.rebuild}  # fmt: skip
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Task:
-        """Inverse of `to_dict`."""
-        value = data["value"]
-        return cls(bool(data["per_image"]), bool(data["several"]), None if value is None else (value[0], value[1]),
-                   bool(data.get("rebuild", False)))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from jaxtrain.data.arrays import Reader
-from jaxtrain.data.cubes import Splits
-from jaxtrain.data.samples import SampleReader
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.windows import Windows
 from jaxtrain.gallery import Shown, collect_shown, draw_shown
 from jaxtrain.log import read_metrics
 from jaxtrain.rundir import ModelCard
 from jaxtrain.tiles import Tile, collect_tiles, draw_tiles
-from zarr_store.backends import FolderStore
+from zarr_store.folder import FolderStore
 
 if TYPE_CHECKING:
     from jaxtrain.state import Program, TrainState
@@ -58,9 +56,9 @@ def collect_examples(
     """
     if not len(windows):
         return []
-    if isinstance(reader, SampleReader) and program.objective.task.rebuild:
+    if reader.shows == "images" and program.objective.task.rebuild:
         return []
-    if isinstance(reader, SampleReader):
+    if reader.shows == "images":
         return collect_shown(program, predict, state, reader, windows, names)
     return collect_tiles(program, predict, state, reader, windows)
 
@@ -86,8 +84,7 @@ def write_report(
     intervals = [line["seconds"] for line in steps if line.get("seconds")]
     waits = [line["input_wait_s"] for line in steps if line.get("input_wait_s") is not None]
     config = card.config
-    splits = card.split.each if isinstance(card.split, Splits) else (card.split,)
-    splits = tuple(split for split in splits if isinstance(split, Split))
+    splits = card.split.by_blocks
     size = config.run.batch_size
     interval = statistics.median(intervals) if intervals else None
     counted = card.statistics["class_pixels"]

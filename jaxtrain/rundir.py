@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,22 +21,23 @@ from pydantic import ValidationError
 from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.cubes import Splits
+from jaxtrain.data.ground import Ground
 from jaxtrain.data.places import SampleSplit
 from jaxtrain.data.splits import Split
 from jaxtrain.data.targets import ITSELF, label_classes
-from jaxtrain.objective import Task
+from jaxtrain.data.task import Task
+from jaxtrain.data.windows import Counted
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.state import Program, build_program
-from zarr_store.backends import FolderStore
 from zarr_store.errors import IntegrityError, InvalidInput
+from zarr_store.folder import FolderStore
 from zarr_store.grid import Grid
-from zarr_store.labels import LabelLayer
-from zarr_store.read import Cube
 
-__all__ = ["CARD", "LOCK_KEY", "Ground", "ModelCard", "config_differences", "cube_digest", "find_card",
+__all__ = ["CARD", "EVALUATION", "LOCK_KEY", "ModelCard", "config_differences", "find_card",
            "inference_program", "load_card", "program_of", "write_run"]  # fmt: skip
 
 CARD, LOCK_KEY = "model.json", "run.lock"
+EVALUATION = "evaluation.json"
 _FORMAT = 1
 _LEFTOVERS = (LOCK_KEY, "config.toml")
 """What a run leaves that was killed before it wrote its card."""
@@ -46,25 +46,6 @@ _MAY_CHANGE = ("mesh", "data.cube", "data.colours", "run.log_every", "run.evalua
                "run.keep_checkpoints", "run.read_threads", "run.prefetch", "run.on_nan", "run.max_skipped",
                "run.on_corrupt", "run.max_quarantined", "run.hang_s", "run.track")  # fmt: skip
 """Keys that do not change what is learnt: a run may be continued with others. The cube is compared by digest."""
-
-
-@dataclass(frozen=True)
-class Ground:
-    """One of several cubes that a run learns from: path, digest, grid and dates."""
-
-    cube: str
-    digest: str
-    grid: Grid
-    times: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {"cube": self.cube, "digest": self.digest, "grid": self.grid.to_dict(), "times": list(self.times)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Ground:
-        """Inverse of `to_dict`."""
-        return cls(data["cube"], data["digest"], Grid.from_dict(data["grid"]), tuple(data["times"]))
 
 
 @dataclass(frozen=True)
@@ -96,7 +77,7 @@ class ModelCard:
     class_weights: tuple[float, ...] | None
     grid: Grid | None
     times: tuple[str, ...]
-    split: Split | SampleSplit | Splits
+    split: Counted
     windows: Mapping[str, int]
     statistics: Mapping[str, Any]
     task: Task = field(default_factory=Task)
@@ -170,16 +151,6 @@ def _split_of(data: dict[str, Any]) -> Split | SampleSplit | Splits:
     if "cubes" in data:
         return Splits.from_dict(data)
     return SampleSplit.from_dict(data) if "kind" in data else Split.from_dict(data)
-
-
-def cube_digest(cube: Cube, collection: str, label: LabelLayer | None = None) -> str:
-    """One SHA-256 of a collection's spec, of the checksums of all its shards and of a label layer; no pixel is read."""
-    digest = hashlib.sha256(json.dumps(cube.spec(collection).to_dict(), sort_keys=True).encode())
-    for index, row in cube.ledger(collection).rows().items():
-        digest.update(json.dumps([index, row.state, row.checksums or {}], sort_keys=True).encode())
-    if label is not None:
-        digest.update(label.digest.encode())
-    return digest.hexdigest()
 
 
 def find_card(run: Path) -> ModelCard | None:

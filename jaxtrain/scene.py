@@ -18,6 +18,7 @@ from __future__ import annotations
 import time as clock
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.reader import WindowReader, band_positions, series_dates
 from jaxtrain.data.windows import Windows
-from jaxtrain.evaluate import restore_model
+from jaxtrain.display import html_table
 from jaxtrain.maps import CHUNK, NODATA, Map, MapWriter, create_map, open_map
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.rundir import ModelCard, load_card
+from jaxtrain.scores import restore_model
 from jaxtrain.state import Program, TrainState
 from jaxtrain.step import PredictStep, make_predict_step
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
@@ -41,7 +43,7 @@ from zarr_store.index import TrainingIndex
 from zarr_store.read import open_cube
 from zarr_store.spec import CubeSpec
 
-__all__ = ["PredictResult", "predict"]
+__all__ = ["MapResult", "predict"]
 
 _BAND = 4096
 """Columns of a band: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share one window's overlap."""
@@ -53,8 +55,8 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class PredictResult:
-    """What a prediction has made.
+class MapResult:
+    """The map that a prediction has made.
 
     Attributes:
         map: Where the map is.
@@ -82,9 +84,13 @@ class PredictResult:
         """JSON form."""
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return html_table({"map": self.map, "dates": len(self.dates), **self.pixels, "nodata": self.nodata})
+
 
 def predict(
-    run: str | Path,
+    run: str | PathLike[str],
     cube: str | Path,
     out: str | Path,
     *,
@@ -92,11 +98,12 @@ def predict(
     probabilities: bool = False,
     overlap: int | None = None,
     on_batch: Progress | None = None,
-) -> PredictResult:
+) -> MapResult:
     """Map a whole cube.
 
     Args:
-        run: The run directory; its newest undamaged checkpoint is used.
+        run: The run directory; its best checkpoint is used where `run.monitor` names a score, else its newest
+            undamaged one.
         cube: A cube with the bands of the model; it need not be the one that was learnt from.
         out: Where the map goes (Zarr). A map that is there is replaced when the new one is complete.
         time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all dates
@@ -105,10 +112,19 @@ def predict(
         overlap: Pixels that neighbouring windows share, at most half a patch; None: a quarter of it.
         on_batch: Called with (batches done, batches in all).
 
+    Returns:
+        Where the map is, its shape in pixels, and how many pixels each class has.
+
     Raises:
         InvalidInput: The run or the target is something else; the overlap does not fit.
         UnknownName: The cube lacks the collection, a band or the date.
         CorruptShard: A shard is damaged.
+
+    Example:
+        from jaxtrain import predict
+
+        result = predict("runs/zagreb", "zagreb.zarr", "zagreb_map.zarr")
+        result.pixels["water"]
     """
     began = clock.monotonic()
     run = Path(run)
@@ -160,7 +176,7 @@ def predict(
         out, spec.grid, card.answers, attributes=attributes, probabilities=probabilities, values=values
     ) as writer:
         looked_at = scene.fill(writer, counts, on_batch)
-    return PredictResult(
+    return MapResult(
         map=str(out),
         shape=spec.grid.shape,
         dates=names,

@@ -1,4 +1,6 @@
-"""The train, evaluation and prediction steps: the only `jit` of training.
+"""The train, evaluation and prediction steps: what is compiled of a run on one mesh.
+
+A pipeline compiles one program for each of its parts instead (`parallel/pipeline.py`).
 
 Letters in shapes: B sample, H row, W column, C band, K class.
 
@@ -33,7 +35,7 @@ from jax.sharding import Mesh
 from jaxtrain.data.arrays import as_images
 from jaxtrain.data.augment import augment, disturb, mix, turns
 from jaxtrain.models.temporal import series_of
-from jaxtrain.optim import judged_params
+from jaxtrain.optim import build_optimizer, judged_params
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored_sharding
 from jaxtrain.parallel.pipeline import Pipeline
 from jaxtrain.state import Program, TrainState
@@ -281,7 +283,15 @@ def _look(program: Program, params: Any, model_state: Any, x_BHWC: jax.Array, tu
 
 
 def _pipeline(program: Program) -> Pipeline:
-    return Pipeline(program, partial(prepare_batch, program), partial(present, program))
+    optim = program.config.optim
+    # its own clipping is switched off, not left out, so that its state is that of every other strategy
+    unclipped = optim if optim.clip_norm is None else optim.model_copy(update={"clip_norm": float("inf")})
+    return Pipeline(
+        program,
+        prepare=partial(prepare_batch, program),
+        normalise=partial(present, program),
+        optimizer=build_optimizer(unclipped, program.config.run.steps),
+    )
 
 
 def _batch_shardings(program: Program) -> dict[str, Any]:

@@ -13,7 +13,7 @@ moving bands behind them (`as_images`), casting, normalising and augmenting are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -30,6 +30,11 @@ Rows = npt.NDArray[np.int32]
 
 class Reader(Protocol):
     """What reads rows into batches: windows of a cube, or samples of a store."""
+
+    @property
+    def shows(self) -> Literal["windows", "images"]:
+        """Whether a row is a window of some ground, or an image by itself."""
+        ...
 
     def read(self, rows: Rows) -> HostBatch:
         """Read rows, int32 (B, 3) of (time, y, x) or (sample, y, x)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,11 @@ class Splits:
 
     each: tuple[Split, ...]
 
+    @property
+    def by_blocks(self) -> tuple[Split, ...]:
+        """The splits that can be drawn as maps of blocks."""
+        return self.each
+
     def counts(self) -> dict[str, int]:
         """Blocks of each part, over all cubes."""
         counted = [split.counts() for split in self.each]
@@ -50,6 +55,11 @@ class CubesReader:
     """Reads rows of several cubes, each by the reader of its cube."""
 
     readers: tuple[WindowReader, ...]
+
+    @property
+    def shows(self) -> Literal["windows", "images"]:
+        """A row is a window of one of the cubes."""
+        return "windows"
 
     def read(self, rows: Rows) -> HostBatch:
         """As `WindowReader.read`, of int32 (B, 4) of (cube, time, y, x)."""

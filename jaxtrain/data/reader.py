@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +105,11 @@ class WindowReader:
         index = index or cube.index(config.collection)
         return cls(cube, config.collection, bands, config.patch, config.learn_masked, learnt, table, index,
                    lenient=dates > 1, dates=dates)  # fmt: skip
+
+    @property
+    def shows(self) -> Literal["windows", "images"]:
+        """A row is a window of the cube."""
+        return "windows"
 
     def read(self, rows: Rows) -> HostBatch:
         """Read windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it.

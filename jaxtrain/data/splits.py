@@ -44,6 +44,11 @@ class Split:
         rows, columns = (-(-size // side) for size, side in zip(shape, block, strict=True))
         return cls(block, np.full((rows, columns), PARTS.index(part), np.int8))
 
+    @property
+    def by_blocks(self) -> tuple[Self, ...]:
+        """The splits that can be drawn as maps of blocks."""
+        return (self,)
+
     def part_at(self, y: npt.NDArray[np.int64], x: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
         """Codes of the blocks that hold the pixels (y, x)."""
         return self.parts[y // self.block[0], x // self.block[1]]

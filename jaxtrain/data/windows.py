@@ -60,6 +60,11 @@ class Windows:
 class Counted(Protocol):
     """A split, of a cube, of several, or of samples."""
 
+    @property
+    def by_blocks(self) -> tuple[Split, ...]:
+        """The splits that can be drawn as maps of blocks."""
+        ...
+
     def counts(self) -> dict[str, int]:
         """Blocks, cells or samples of each part."""
         ...

@@ -58,10 +58,6 @@ class Layout:
         """First unit of a part, and the first that is no longer of it."""
         return self.starts[chunk], (*self.starts, len(self.units))[chunk + 1]
 
-    def chunk_costs(self) -> list[float]:
-        """Cost of each part."""
-        return [sum(self.costs[slice(*self.span(chunk))]) for chunk in range(self.chunks)]
-
 
 def lay_out(mesh: Mesh, units: Sequence[Unit], names: Sequence[str], costs: Sequence[float], *, chunks: int) -> Layout:
     """Cut a network into `chunks` parts of equal cost.

@@ -28,7 +28,7 @@ def test_memory_and_kernels_are_asked_for_before_devices_are_looked_for(
     monkeypatch.setattr("jaxtrain.heap.keep_freed_memory", lambda: order.append("memory"))
     monkeypatch.setattr("jaxtrain.repeat.repeat_exactly", lambda: order.append("exactly"))
     monkeypatch.setattr("jaxtrain.parallel.processes.spread_mesh", spread)
-    monkeypatch.setattr("jaxtrain.train.train", train)
+    monkeypatch.setattr("jaxtrain.loop.train", train)
     (tmp_path / "run.toml").write_text('[data]\ncube = "none"\n')
 
     run_training(Session(verbosity=-1), TrainConfig.model_validate({"data": {"cube": "none"}}), tmp_path / "one")

@@ -11,17 +11,14 @@ import pytest
 import xarray as xr
 from pydantic import ValidationError
 
+from jaxtrain import embed, evaluate, predict, train
 from jaxtrain.config import TrainConfig
-from jaxtrain.embed import embed
-from jaxtrain.evaluate import evaluate
 from jaxtrain.maps import open_map
 from jaxtrain.objective import Task
 from jaxtrain.parallel.hlo import activation_all_gathers
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.predict import predict
 from jaxtrain.state import Program, build_program
 from jaxtrain.step import make_train_step
-from jaxtrain.train import train
 from zarr_store.errors import InvalidInput
 
 from .cube_factory import make_cube
@@ -44,7 +41,7 @@ def test_what_is_unusual_is_given_back_worst(tmp_path: Path) -> None:
     """The usual ground has a spectrum of one dimension, that of the odd corner is another."""
     make_cube(tmp_path / "cube.zarr", masked=True, noise=20.0)
     train(config_of(tmp_path / "cube.zarr"), tmp_path / "run")
-    scores = evaluate(tmp_path / "run")
+    scores = evaluate(tmp_path / "run").to_dict()
     assert scores["r2"] > 0.7
     assert scores["accuracy"] is None
     report = (tmp_path / "run/report.html").read_text()
@@ -72,7 +69,7 @@ def test_it_learns_from_a_store_of_samples_and_judges_another(tmp_path: Path) ->
     make_samples(tmp_path / "a.zarr")
     make_samples(tmp_path / "b.zarr", seed=1)
     train(config_of(tmp_path / "a.zarr", run={"steps": 2, "evaluate_every": 2}), tmp_path / "run")
-    assert evaluate(tmp_path / "run", data=tmp_path / "b.zarr")["rmse"] > 0
+    assert evaluate(tmp_path / "run", data=tmp_path / "b.zarr").to_dict()["rmse"] > 0
     assert embed(tmp_path / "run", tmp_path / "b.zarr", tmp_path / "v.zarr").samples == 96
     names = xr.open_zarr(tmp_path / "v.zarr", consolidated=False)["name"].values
     assert names[:2].tolist() == ["sample-0", "sample-1"]

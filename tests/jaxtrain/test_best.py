@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from jaxtrain import TrainEvent, evaluate, train
 from jaxtrain.best import Best
 from jaxtrain.checkpoint import CheckpointStore
 from jaxtrain.config import RunConfig
-from jaxtrain.evaluate import evaluate
 from jaxtrain.log import read_metrics
-from jaxtrain.train import TrainEvent, train
 from zarr_store.errors import InvalidInput
 
 from .cube_factory import shared_cube, tiny_config
@@ -58,7 +57,7 @@ def test_a_run_stops_early_and_keeps_its_best(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "run/checkpoints")
     assert result.best_step in store.steps()
     assert len(store.steps()) == 3, "the newest two, and the best"
-    judged = evaluate(tmp_path / "run", split="validation")
+    judged = evaluate(tmp_path / "run", split="validation").to_dict()
     assert judged["step"] == result.best_step
     assert judged["loss"] == pytest.approx(losses[result.best_step], rel=1e-5)
     # the same command finds it ended
@@ -67,7 +66,7 @@ def test_a_run_stops_early_and_keeps_its_best(tmp_path: Path) -> None:
     # damage to the best is said, and the newest is used
     next((store.path(result.best_step) / "state").rglob("*")).touch()
     (store.path(result.best_step) / "contents.json").write_text("{}")
-    fallen = evaluate(tmp_path / "run", split="validation")
+    fallen = evaluate(tmp_path / "run", split="validation").to_dict()
     assert fallen["step"] == result.steps
     assert any("the best checkpoint" in line for line in fallen["warnings"])
 

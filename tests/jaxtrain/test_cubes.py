@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from cli.main import main
+from jaxtrain import TrainEvent, evaluate, train
 from jaxtrain.data.cubes import CubesReader, Splits
+from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.shuffle import ChunkOrder, chunk_numbers
-from jaxtrain.evaluate import evaluate
 from jaxtrain.log import read_metrics
-from jaxtrain.prepare import open_source, prepare
+from jaxtrain.prepare import prepare
 from jaxtrain.rundir import load_card
-from jaxtrain.train import TrainEvent, train
+from jaxtrain.scores import judged_data
 from zarr_store.errors import InvalidInput
 
 from .cube_factory import CLASSES, COLLECTION, make_cube, tiny_config
@@ -38,10 +39,12 @@ def config_of(cubes: list[str], **sections: dict[str, Any]) -> Any:
 
 def test_every_window_of_all_cubes_is_seen_once_an_epoch(cubes: list[str]) -> None:
     config = config_of(cubes)
-    card, plan, reader = prepare(config, open_source(config.data.cube), None)
-    each = [prepare(config_of([url]), open_source(url), None) for url in cubes]
+    card, ready = prepare(config, open_training_data(config.data.cube), None)
+    plan, reader = ready.plan, ready.reader
+    each = [prepare(config_of([url]), open_training_data(url), None) for url in cubes]
     for part, windows in plan.parts.items():
-        expected = [[number, *row] for number, (_, one, _) in enumerate(each) for row in one.parts[part].rows.tolist()]
+        expected = [[number, *row] for number, (_, one) in enumerate(each)
+                    for row in one.plan.parts[part].rows.tolist()]  # fmt: skip
         assert windows.rows.tolist() == expected
     rows = plan.parts["train"].rows
     assert set(rows[:, 0]) == {0, 1}
@@ -56,12 +59,12 @@ def test_every_window_of_all_cubes_is_seen_once_an_epoch(cubes: list[str]) -> No
         for name, array in alone.items():
             np.testing.assert_array_equal(batch[name][i], array[0])
     # statistics are those of all pixels together
-    n = [one.statistics["pixels"] for one, _, _ in each]
-    mean = np.average([one.mean for one, _, _ in each], axis=0, weights=n)
-    square = np.average([np.square(one.std) + np.square(one.mean) for one, _, _ in each], axis=0, weights=n)
+    n = [one.statistics["pixels"] for one, _ in each]
+    mean = np.average([one.mean for one, _ in each], axis=0, weights=n)
+    square = np.average([np.square(one.std) + np.square(one.mean) for one, _ in each], axis=0, weights=n)
     np.testing.assert_allclose(card.mean, mean, rtol=1e-6)
     np.testing.assert_allclose(card.std, np.sqrt(square - np.square(mean)), rtol=1e-6)
-    counted = [one.statistics["class_pixels"]["water"] for one, _, _ in each]
+    counted = [one.statistics["class_pixels"]["water"] for one, _ in each]
     assert card.statistics["class_pixels"]["water"] == sum(counted)
 
 
@@ -87,7 +90,7 @@ def test_a_run_on_two_cubes_resumes_exactly_and_is_judged_on_both(cubes: list[st
     card = load_card(tmp_path / "whole")
     assert isinstance(card.split, Splits)
     assert [ground.cube for ground in card.grounds] == cubes
-    scores = evaluate(tmp_path / "whole")
+    scores = evaluate(tmp_path / "whole").to_dict()
     each = [evaluate_alone(card, number) for number in (0, 1)]
     assert scores["samples"] == sum(each) > 0
     assert any("overlaps the ground" in line for line in scores["warnings"])
@@ -97,9 +100,8 @@ def test_a_run_on_two_cubes_resumes_exactly_and_is_judged_on_both(cubes: list[st
 
 
 def evaluate_alone(card: Any, number: int) -> int:
-    from jaxtrain.evaluate import _open_data
-
-    return len(_open_data(card.of(number), None, "test")[1])
+    one = card.of(number)
+    return len(judged_data(one, open_training_data(one.cube), part="test").windows)
 
 
 def test_cubes_that_are_not_alike_are_refused(cubes: list[str], tmp_path: Path) -> None:

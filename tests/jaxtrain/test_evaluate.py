@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxtrain import evaluate
 from jaxtrain.checkpoint import CheckpointStore
 from jaxtrain.data.splits import PARTS
-from jaxtrain.evaluate import evaluate, restore_model
 from jaxtrain.rundir import load_card
+from jaxtrain.scores import restore_model
 from jaxtrain.step import make_predict_step
 from zarr_store.errors import IntegrityError, InvalidInput, NothingFound, UnknownName
 from zarr_store.read import open_cube
@@ -55,7 +56,7 @@ def count_by_hand(run: Path, part: str) -> tuple[np.ndarray, int, float]:
 
 @pytest.mark.parametrize("part", ["test", "validation"])
 def test_scores_equal_a_count_by_hand(run: Path, part: str) -> None:
-    result = evaluate(run, split=part)
+    result = evaluate(run, split=part).to_dict()
     matrix, windows, loss = count_by_hand(run, part)
     assert windows
     assert result["confusion_matrix"] == matrix.tolist()
@@ -69,7 +70,7 @@ def test_scores_equal_a_count_by_hand(run: Path, part: str) -> None:
 
 def test_the_result_keeps_the_contract_and_is_written(run: Path) -> None:
     progress: list[tuple[int, int]] = []
-    result = evaluate(run, on_batch=lambda done, total: progress.append((done, total)))
+    result = evaluate(run, on_batch=lambda done, total: progress.append((done, total))).to_dict()
     wanted = {"accuracy", "macro_f1", "miou", "per_class", "confusion_matrix", "classes", "samples", "seconds", "split"}
     assert wanted <= set(result)
     assert (result["split"], result["step"], result["warnings"]) == ("test", 12, [])
@@ -83,7 +84,7 @@ def test_the_result_keeps_the_contract_and_is_written(run: Path) -> None:
 
 def test_another_cube_is_judged_as_a_whole(run: Path, tmp_path: Path) -> None:
     other = make_cube(tmp_path / "other.zarr", shape=(1, 96, 96), seed=5, masked=False)
-    result = evaluate(run, data=other.url)
+    result = evaluate(run, data=other.url).to_dict()
     assert (result["split"], result["samples"], result["pixels"]) == ("all", 9, 96 * 96)
     assert any("overlaps the ground that the model was trained on" in text for text in result["warnings"])
 
@@ -96,7 +97,7 @@ def test_test_ground_was_never_learnt(run: Path) -> None:
 
 def test_damage_and_absence_are_said(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints/00000012/contents.json").write_text("{}")
-    result = evaluate(run)
+    result = evaluate(run).to_dict()
     assert result["step"] == 10
     assert "00000012 is damaged and was passed over" in result["warnings"][0]
     for step in CheckpointStore(run / "checkpoints").steps():
@@ -117,13 +118,13 @@ def test_damage_and_absence_are_said(run: Path, tmp_path: Path) -> None:
 
 def test_a_run_of_many_devices_is_judged_on_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mesh of the run does not fit this machine: the numbers are the same."""
-    expected = evaluate(run)["confusion_matrix"]
+    expected = evaluate(run).to_dict()["confusion_matrix"]
     data = json.loads((run / "model.json").read_bytes())
     data["config"]["mesh"] = {"data": 16, "model": 1, "rules": []}
     data["config"]["run"]["batch_size"] = 16
     (run / "model.json").write_text(json.dumps(data))
     assert jax.device_count() == 8
-    assert evaluate(run)["confusion_matrix"] == expected
+    assert evaluate(run).to_dict()["confusion_matrix"] == expected
 
 
 def test_the_cube_of_the_run_is_needed(run: Path, tmp_path: Path) -> None:
@@ -132,4 +133,4 @@ def test_the_cube_of_the_run_is_needed(run: Path, tmp_path: Path) -> None:
     (run / "model.json").write_text(json.dumps(data))
     with pytest.raises(InvalidInput, match=r"gone\.zarr does not exist"):
         evaluate(run)
-    assert evaluate(run, data=shared_cube())["samples"] == 60
+    assert evaluate(run, data=shared_cube()).to_dict()["samples"] == 60

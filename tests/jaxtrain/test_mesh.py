@@ -14,12 +14,12 @@ import pytest
 import tomli_w
 from jax.sharding import AxisType
 
+from jaxtrain import train
 from jaxtrain.checkpoint import CheckpointStore
 from jaxtrain.config import MeshConfig
 from jaxtrain.log import read_metrics
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh, replicated, share_cores
 from jaxtrain.parallel.processes import ProcessInfo, start_distributed
-from jaxtrain.train import train
 from zarr_store.errors import InvalidInput
 
 from .cube_factory import shared_cube, tiny_config

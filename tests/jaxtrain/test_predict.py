@@ -17,16 +17,15 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain import predict as module
+from jaxtrain import predict, train
+from jaxtrain import scene as module
 from jaxtrain.blend import Strips, taper, window_starts
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import Classes
-from jaxtrain.evaluate import restore_model
 from jaxtrain.maps import NODATA, create_map, is_map, open_map
-from jaxtrain.predict import predict
 from jaxtrain.rundir import load_card
+from jaxtrain.scores import restore_model
 from jaxtrain.step import make_predict_step
-from jaxtrain.train import train
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
 from zarr_store.read import open_cube

@@ -7,12 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from jaxtrain import evaluate, predict, train
 from jaxtrain.config import DataConfig, SplitConfig, TrainConfig
 from jaxtrain.data.places import SampleSplit, leakage, nearest_m, split_samples
 from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
-from jaxtrain.evaluate import evaluate
-from jaxtrain.predict import predict
-from jaxtrain.train import train
 from zarr_store.errors import CorruptShard, InvalidInput
 from zarr_store.samples import open_samples
 
@@ -177,7 +175,7 @@ def test_a_run_from_store_to_report(tmp_path):
     store = make_samples(tmp_path / "s.zarr")
     result = train(run_config(store, model={"name": "cnn", "width": 8, "depth": 2, "turns": True}), tmp_path / "run")
     assert result.windows["test"] == 24
-    scores = evaluate(tmp_path / "run")
+    scores = evaluate(tmp_path / "run").to_dict()
     assert scores["accuracy"] > 0.9
     assert scores["samples"] == scores["pixels"] == 24
     assert 0 <= scores["calibration_error"] <= 1
@@ -186,7 +184,7 @@ def test_a_run_from_store_to_report(tmp_path):
     assert "Samples kept aside" in (tmp_path / "run/report.html").read_text()
     # another store, with the classes in another order
     other = make_samples(tmp_path / "o.zarr", seed=5, classes=CLASSES[::-1])
-    judged = evaluate(tmp_path / "run", data=other)
+    judged = evaluate(tmp_path / "run", data=other).to_dict()
     assert judged["samples"] == 96
     assert judged["accuracy"] > 0.9
     assert "have a training sample nearer than" in judged["warnings"][0]
@@ -208,7 +206,7 @@ def make_samples_named(url):
 def test_a_run_on_several_classes_at_once(tmp_path):
     store = make_samples(tmp_path / "s.zarr", several=True)
     train(run_config(store), tmp_path / "run")
-    scores = evaluate(tmp_path / "run")
+    scores = evaluate(tmp_path / "run").to_dict()
     assert scores["macro_f1"] > 0.85
     assert scores["micro_f1"] > 0.85
     assert scores["confusion_matrix"] is None
@@ -222,7 +220,7 @@ def test_a_run_on_the_pixels_of_a_scene(tmp_path):
         model={"name": "mlp", "width": 16, "depth": 1},
     )
     train(config, tmp_path / "run")
-    scores = evaluate(tmp_path / "run")
+    scores = evaluate(tmp_path / "run").to_dict()
     assert scores["accuracy"] > 0.5
     assert scores["leakage"]["touching"] > 0.5
 

@@ -12,18 +12,16 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from jaxtrain import evaluate, predict, train
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.targets import label_classes, resolve_target
-from jaxtrain.evaluate import evaluate
 from jaxtrain.maps import open_map
 from jaxtrain.models.temporal import neighbours, series_of
 from jaxtrain.parallel.hlo import activation_all_gathers
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.predict import predict
 from jaxtrain.state import Program, build_program
 from jaxtrain.step import make_predict_step, make_train_step
-from jaxtrain.train import train
 from zarr_store import BandSpec, Cube, CubeSpec, Grid, Layout, ShardWriter, create_cube, open_cube
 from zarr_store.errors import InvalidInput
 from zarr_store.labels import LabelSpec, label_boxes, write_label
@@ -137,7 +135,7 @@ def test_of_a_layer_with_dates_the_last_label_counts(cube: Cube) -> None:
 
 def test_it_learns_what_one_date_does_not_show_and_maps_it(cube: Cube, tmp_path: Path) -> None:
     train(config_of(cube), tmp_path / "run")
-    scores = evaluate(tmp_path / "run")
+    scores = evaluate(tmp_path / "run").to_dict()
     assert scores["accuracy"] > 0.95
     assert "Worst tiles" in (tmp_path / "run/report.html").read_text()
     result = predict(tmp_path / "run", cube.url, tmp_path / "map.zarr")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from jaxtrain import train
 from jaxtrain.log import RunLog
 from jaxtrain.track import check_trackers, start_trackers
-from jaxtrain.train import train
 from zarr_store.errors import InvalidInput
 
 from .cube_factory import shared_cube, tiny_config

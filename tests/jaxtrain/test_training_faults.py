@@ -20,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import checkpoint
-from jaxtrain import train as train_module
+from jaxtrain import TrainEvent, checkpoint, train
+from jaxtrain import loop as train_module
 from jaxtrain.checkpoint import CheckpointStore
 from jaxtrain.log import read_metrics
 from jaxtrain.parallel.processes import Agreement
-from jaxtrain.train import TrainEvent, train
 from jaxtrain.watchdog import HUNG
 from zarr_store.errors import CorruptShard, InvalidInput, NoSpace, Preempted
 
