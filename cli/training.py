@@ -25,9 +25,9 @@ def train_config(path: Path, session: Session) -> TrainConfig:
 def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bool = True) -> TrainingResult:
     """Train with progress on stderr; of several processes, the first one speaks, and the others only warn."""
     from jaxtrain import train
-    from jaxtrain.heap import keep_freed_memory
+    from jaxtrain.parallel.heap import keep_freed_memory
     from jaxtrain.parallel.processes import spread_mesh
-    from jaxtrain.repeat import repeat_exactly
+    from jaxtrain.runs.repeat import repeat_exactly
 
     keep_freed_memory()
     if config.run.deterministic:

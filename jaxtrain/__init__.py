@@ -26,12 +26,12 @@ from jaxtrain.config import (
 )
 
 if TYPE_CHECKING:
-    from jaxtrain.embedding import EmbeddingResult, embed
-    from jaxtrain.events import TrainEvent, TrainingResult
+    from jaxtrain.evaluation.scores import EvaluationReport, evaluate
+    from jaxtrain.inference.embedding import EmbeddingResult, embed
+    from jaxtrain.inference.scene import MapResult, predict
     from jaxtrain.loop import train
-    from jaxtrain.run import Run, load_run
-    from jaxtrain.scene import MapResult, predict
-    from jaxtrain.scores import EvaluationReport, evaluate
+    from jaxtrain.runs.events import TrainEvent, TrainingResult
+    from jaxtrain.runs.run import Run, load_run
     from jaxtrain.settings import read_train_config
 
 __all__ = [
@@ -57,16 +57,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EmbeddingResult": "jaxtrain.embedding",
-    "EvaluationReport": "jaxtrain.scores",
-    "MapResult": "jaxtrain.scene",
-    "Run": "jaxtrain.run",
-    "TrainEvent": "jaxtrain.events",
-    "TrainingResult": "jaxtrain.events",
-    "embed": "jaxtrain.embedding",
-    "evaluate": "jaxtrain.scores",
-    "load_run": "jaxtrain.run",
-    "predict": "jaxtrain.scene",
+    "EmbeddingResult": "jaxtrain.inference.embedding",
+    "EvaluationReport": "jaxtrain.evaluation.scores",
+    "MapResult": "jaxtrain.inference.scene",
+    "Run": "jaxtrain.runs.run",
+    "TrainEvent": "jaxtrain.runs.events",
+    "TrainingResult": "jaxtrain.runs.events",
+    "embed": "jaxtrain.inference.embedding",
+    "evaluate": "jaxtrain.evaluation.scores",
+    "load_run": "jaxtrain.runs.run",
+    "predict": "jaxtrain.inference.scene",
     "read_train_config": "jaxtrain.settings",
     "train": "jaxtrain.loop",
 }

@@ -19,25 +19,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.clock import Clock
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.training_data import TrainingSet
-from jaxtrain.events import OnEvent, Teller, TrainingResult
-from jaxtrain.incidents import Incidents
-from jaxtrain.log import RunLog, read_metrics
+from jaxtrain.evaluation.report import collect_examples, write_report
+from jaxtrain.learn.state import Program, TrainState
+from jaxtrain.learn.step import make_eval_step, make_predict_step, make_train_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.parallel.processes import Agreement, abandon
 from jaxtrain.prepare import check_same_run, prepare
-from jaxtrain.repeat import programs_kept
-from jaxtrain.report import collect_examples, write_report
-from jaxtrain.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
+from jaxtrain.runs.clock import Clock
+from jaxtrain.runs.events import OnEvent, Teller, TrainingResult
+from jaxtrain.runs.incidents import Incidents
+from jaxtrain.runs.log import RunLog, read_metrics
+from jaxtrain.runs.repeat import programs_kept
+from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
+from jaxtrain.runs.track import check_trackers, start_trackers
+from jaxtrain.runs.watchdog import Watchdog
 from jaxtrain.session import Dispatched, TrainingSession, resume_run, show_score
-from jaxtrain.state import Program, TrainState
-from jaxtrain.step import make_eval_step, make_predict_step, make_train_step
-from jaxtrain.track import check_trackers, start_trackers
-from jaxtrain.watchdog import Watchdog
 from zarr_store.errors import Preempted
 from zarr_store.lock import CubeLock
 

@@ -11,7 +11,7 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.training_data import TrainingData, TrainingSet
-from jaxtrain.rundir import ModelCard, config_differences
+from jaxtrain.runs.rundir import ModelCard, config_differences
 from zarr_store.errors import InvalidInput
 
 __all__ = ["check_same_run", "prepare"]

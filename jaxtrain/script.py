@@ -24,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("jaxtrain").setLevel(logging.INFO)
     try:
-        from jaxtrain.heap import keep_freed_memory
         from jaxtrain.loop import train
+        from jaxtrain.parallel.heap import keep_freed_memory
         from jaxtrain.parallel.processes import spread_mesh, start_distributed
-        from jaxtrain.repeat import repeat_exactly
+        from jaxtrain.runs.repeat import repeat_exactly
 
         config = read_train_config([parsed.config])
         keep_freed_memory()

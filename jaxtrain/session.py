@@ -14,21 +14,21 @@ from typing import Any
 
 import jax
 
-from jaxtrain.best import Best
-from jaxtrain.checkpoint import CheckpointStore, target_of
-from jaxtrain.clock import Clock
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.arrays import Rows
 from jaxtrain.data.training_data import TrainingSet
-from jaxtrain.events import Teller
-from jaxtrain.incidents import Incidents
-from jaxtrain.log import RunLog
+from jaxtrain.evaluation.scores import judge
+from jaxtrain.learn.state import Program, TrainState
+from jaxtrain.learn.step import EvalStep
 from jaxtrain.parallel.processes import Agreement
-from jaxtrain.rundir import ModelCard
-from jaxtrain.scores import judge
-from jaxtrain.state import Program, TrainState
-from jaxtrain.step import EvalStep
-from jaxtrain.watchdog import Watchdog
+from jaxtrain.runs.best import Best
+from jaxtrain.runs.checkpoint import CheckpointStore, target_of
+from jaxtrain.runs.clock import Clock
+from jaxtrain.runs.events import Teller
+from jaxtrain.runs.incidents import Incidents
+from jaxtrain.runs.log import RunLog
+from jaxtrain.runs.rundir import ModelCard
+from jaxtrain.runs.watchdog import Watchdog
 from zarr_store.errors import Preempted
 
 __all__ = ["Dispatched", "Resumed", "TrainingSession", "resume_run", "show_score"]

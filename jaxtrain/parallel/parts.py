@@ -43,7 +43,7 @@ class State(Protocol):
 
 
 class Objective(Protocol):
-    """What an answer costs and what is counted; `jaxtrain.objective.Objective` is one."""
+    """What an answer costs and what is counted; `jaxtrain.learn.objective.Objective` is one."""
 
     @property
     def score(self) -> str:

@@ -92,7 +92,7 @@ class Pipeline:
     # ---- A training step
 
     def train(self, state: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        """One optimiser step; see `jaxtrain.step.make_train_step`."""
+        """One optimiser step; see `jaxtrain.learn.step.make_train_step`."""
         last, here = self._last, [k for k in range(self.layout.chunks) if self._here[k]]
         augment_key, dropout_key = jax.random.split(key)
         held = {k: self._parts.held(state, k) for k in here}
@@ -191,7 +191,7 @@ class Pipeline:
     # ---- Evaluation and prediction: the whole batch through the parts, one after the other
 
     def evaluate(self, params: Any, statistics: Any, batch: Batch) -> dict[str, Any]:
-        """Sums over a batch, known to all groups; see `jaxtrain.step.make_eval_step`."""
+        """Sums over a batch, known to all groups; see `jaxtrain.learn.step.make_eval_step`."""
         groups, at = self.layout.groups, self.layout.chunks - 1
         carry, found = self._through(params, statistics, batch["image"], batch["observed"]), None
         if self._here[at]:

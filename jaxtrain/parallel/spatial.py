@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxtrain.models.convolution import convolving_with
-from jaxtrain.narrow import convolve_pairs, is_narrow
+from jaxtrain.models.narrow import convolve_pairs, is_narrow
 from jaxtrain.parallel.mesh import SPACE_AXES, image_spec, spec
 from zarr_store.errors import InvalidInput
 
@@ -57,7 +57,7 @@ def _convolve(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` of whole images, or of split ones where `mesh` has space axes.
 
-    On a processor, few filters take two columns at once (`jaxtrain.narrow`).
+    On a processor, few filters take two columns at once (`jaxtrain.models.narrow`).
 
     Raises:
         InvalidInput: a shard does not hold whole strides, or fewer rows than its neighbour borrows.

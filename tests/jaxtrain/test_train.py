@@ -19,13 +19,13 @@ import pytest
 import tomli_w
 
 from jaxtrain import TrainEvent, train
-from jaxtrain.checkpoint import CheckpointStore, name_leaves, target_of
 from jaxtrain.config import TrainConfig
-from jaxtrain.log import RunLog, read_metrics
-from jaxtrain.rundir import load_card, program_of
+from jaxtrain.learn.state import Program
+from jaxtrain.runs.checkpoint import CheckpointStore, name_leaves, target_of
+from jaxtrain.runs.log import RunLog, read_metrics
+from jaxtrain.runs.rundir import load_card, program_of
 from jaxtrain.script import main
 from jaxtrain.settings import read_train_config
-from jaxtrain.state import Program
 from zarr_store.errors import InvalidInput, Locked, NotACube, Preempted, UnknownName
 from zarr_store.lock import CubeLock
 from zarr_store.regions import Region

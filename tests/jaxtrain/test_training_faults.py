@@ -22,10 +22,10 @@ import pytest
 
 from jaxtrain import TrainEvent, checkpoint, train
 from jaxtrain import loop as train_module
-from jaxtrain.checkpoint import CheckpointStore
-from jaxtrain.log import read_metrics
 from jaxtrain.parallel.processes import Agreement
-from jaxtrain.watchdog import HUNG
+from jaxtrain.runs.checkpoint import CheckpointStore
+from jaxtrain.runs.log import read_metrics
+from jaxtrain.runs.watchdog import HUNG
 from zarr_store.errors import CorruptShard, InvalidInput, NoSpace, Preempted
 
 from .cube_factory import COLLECTION, shared_cube, shared_run, tiny_config
@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up_while_arrays_are_written_is_told_as_such(small_dis
         import os
         from pathlib import Path
         import jax.numpy as jnp
-        from jaxtrain import checkpoint
+        from jaxtrain.runs import checkpoint
         disk = Path({str(small_disk)!r})
         store = checkpoint.CheckpointStore(disk / "checkpoints")
         state = {{str(number): jnp.arange(40_000.0) + number for number in range(8)}}
@@ -321,7 +321,7 @@ def test_a_run_that_hangs_shows_its_stacks_and_ends(tmp_path: Path) -> None:
     program = f"""
         import time
         from pathlib import Path
-        from jaxtrain.watchdog import Watchdog
+        from jaxtrain.runs.watchdog import Watchdog
         def wait_for_the_others():
             time.sleep(60)
         with Watchdog(0.5, Path({str(tmp_path / "hang-0.txt")!r})) as watchdog:
