@@ -13,9 +13,9 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from jaxtrain.data.arrays import HostBatch, Rows
+from jaxtrain.data.arrays import HostBatch, Reader, Rows
 from jaxtrain.data.memory import empty_array
-from jaxtrain.data.reader import OnUnreadable, WindowReader
+from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.windows import Windows
@@ -54,7 +54,7 @@ class Splits:
 class CubesReader:
     """Reads rows of several cubes, each by the reader of its cube."""
 
-    readers: tuple[WindowReader, ...]
+    readers: tuple[Reader, ...]
 
     @property
     def shows(self) -> Literal["windows", "images"]:

@@ -73,7 +73,8 @@ class CubesData:
 
     def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
         """One part of all cubes of the run, each with its own split; see `TrainingData.judged_part`."""
-        judged, warnings = [], []
+        judged: list[JudgedSet] = []
+        warnings: list[str] = []
         for number, (ground, cube) in enumerate(zip(card.grounds, self.cubes, strict=True)):
             judged.append(judge_cube(cube, card.of(number), part, may_be_empty=True))
             warnings += judged[-1].warnings

@@ -23,7 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike, NDArray
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.learn.objective import Objective, Task
+from jaxtrain.data.task import Task
+from jaxtrain.learn.objective import Objective
 from jaxtrain.learn.optim import build_optimizer, build_schedule
 from jaxtrain.models import PER_PIXEL, build_model
 from jaxtrain.models.precision import run_model, set_precision

@@ -120,7 +120,7 @@ class Pipeline:
             entered = arrived.pop((k, m), ())
             given = returned.pop((k, m), ())
             if work.kind == "forward":
-                out = made[k]
+                out: Any = made[k]
                 if self._here[k]:
                     answers = self._answers(labels, m) if k == last else ()
                     entry = self._entry(entered, k, key=jax.random.fold_in(dropout_key, m), answers=answers)
