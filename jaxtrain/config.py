@@ -1,6 +1,6 @@
 """`TrainConfig`: every default of a training run, in one place.
 
-Libraries take this object; only the command line turns text into it. All models are frozen and refuse unknown keys.
+Functions take this object; `settings.py` makes it from TOML and `--set`. All models are frozen and refuse unknown keys.
 """
 
 from __future__ import annotations

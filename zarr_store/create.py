@@ -1,6 +1,7 @@
 """Creating a cube: every array, coordinate and attribute laid out once, by one writer; no pixel.
 
-`create_cube` makes the cube appear in one rename; the pixels come after, whole shards at a time (`zarr_store.write`).
+In a folder `create_cube` makes the cube appear in one rename, in a bucket by its last key. The pixels come after, whole
+shards at a time (`zarr_store.write`).
 """
 
 from __future__ import annotations

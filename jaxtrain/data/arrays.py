@@ -2,9 +2,9 @@
 
 Letters: B windows, H = W = patch, C bands. A batch is
     image     B C H W   stored numbers of the cube (uint16 reflectance, float32 backscatter)
-    label     B H W     uint8 class index, 255 = not learnt; or float32 value, nan = not learnt
+    label     B H W     uint8 class index, 255 = not learned; or float32 value, nan = not learned
     observed  B H W     uint8, 1 where the network may see the pixel
-Of series of T dates image and observed have an axis T after B (B T C H W), and there is
+In a series of T dates, image and observed have an axis T after B (B T C H W), and there is
     day       B T       uint16 day of the year, from 1
 Rows and columns come last, as in the cube, so that chunks are decoded into the memory that a processor's device uses:
 moving bands behind them (`as_images`), casting, normalising and augmenting are done on the device.

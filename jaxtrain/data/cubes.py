@@ -1,7 +1,7 @@
-"""Several cubes as one source: their windows side by side, their statistics as of all their ground.
+"""Windows, splits, readers and statistics of several cubes, joined into one.
 
-Rows get the number of their cube in front: int32 (count, 4) of (cube, time, y, x). Nothing else knows of it but the
-reader, so that order, batches and steps are the same as of one cube.
+Rows get the number of their cube in front: int32 (count, 4) of (cube, time, y, x). Order, batches and steps do not look
+at it, so they are the same as for one cube.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def join_windows(each: Sequence[Windows]) -> Windows:
 
 
 def join_statistics(each: Sequence[Statistics]) -> Statistics:
-    """Of all pixels of several cubes; moments are joined after Chan, Golub & LeVeque (1979)."""
+    """Statistics over all pixels of several cubes; moments are joined after Chan, Golub & LeVeque (1979)."""
     pixels = np.array([one.pixels for one in each], np.float64)
     learnt = np.array([one.class_pixels.sum() for one in each], np.float64)
     mean, std = _join(pixels, np.stack([one.mean for one in each]), np.stack([one.std for one in each]))

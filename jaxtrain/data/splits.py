@@ -1,8 +1,10 @@
-"""`Split`: which ground is learnt from and which is kept aside to judge.
+"""`Split`: which ground belongs to the training, validation and test part.
 
-The grid is cut into square blocks, and a block belongs to one part on every date. A window lies wholly within one
-block, so no ground is in two parts, on any date. Which block goes where depends on a hash of (seed, block), not on how
-blocks are counted; shares are filled by rank of that hash, so that also a dozen blocks fill all parts.
+The grid is cut into square blocks, and a block belongs to one part. A window lies wholly within one block, so no ground
+is in two parts on any date; only where whole dates are held out (`data.split.test_dates`) is a block judged on dates on
+which it was not learned. Which block goes where depends on a hash of (seed, block), not on how blocks are counted;
+shares are filled by rank of that hash, so that also a dozen blocks fill all parts. A checkerboard gives every other
+block to the test part.
 """
 
 from __future__ import annotations

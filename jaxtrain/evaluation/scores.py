@@ -1,4 +1,4 @@
-"""Judging a model on ground that it has never seen, on all dates: run → evaluation.json."""
+"""How good a model is on one part of its data, or on all of other data: run → `EvaluationReport`, evaluation.json."""
 
 from __future__ import annotations
 

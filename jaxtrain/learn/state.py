@@ -2,7 +2,8 @@
 
 The module is split once: `Program` keeps its structure, the state is a plain pytree of nested dicts with string keys
 that every mesh rule, checkpoint and report can walk. Initialisation never holds an array unsharded: shapes by
-`eval_shape`, shardings from the rule table, then one jitted init whose outputs already lie where they belong.
+`eval_shape`, shardings from the rule table, then a jitted init whose outputs already lie where they belong (in
+a pipeline, one for each group of devices).
 
 Randomness is not state: dropout draws from the key that a step is given, so a run resumes from (seed, step) alone.
 """

@@ -7,12 +7,12 @@ Letters in shapes: B sample, H row, W column, C band, K class.
 Images of one answer each have labels (B,), or (B, K) of 0 and 1 where an image has several classes.
 
 Images arrive as they are stored (uint16, bands before rows and columns); moving bands behind them, casting,
-normalisation and augmentation happen on the device, inside the one compiled program, so half of the float bytes travel.
+normalisation and augmentation happen on the device, inside the compiled step, so half of the float bytes travel.
 A batch is
 
     {"image": uint16 (B, C, H, W), "label": uint8 (B, H, W) class index or 255, "observed": bool or uint8 (B, H, W)}
 
-or, of series of T dates,
+or, for series of T dates,
 
     {"image": (B, T, C, H, W), "label": (B, H, W), "observed": (B, T, H, W), "day": uint16 (B, T)}
 

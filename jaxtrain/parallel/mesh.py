@@ -1,8 +1,9 @@
 """Devices: one mesh with the axes of the configuration. Several processes join before (`processes.start_distributed`).
 
-Axes, outermost first: `data` (samples) and `model` (filters) are always there; `space` (rows of an image) and
-`space_w` (its columns) where they split something. Nothing else in jaxtrain asks JAX for its devices. Axes are of type
-Auto: the compiler places what the rules and the batch sharding leave open (GSPMD), so models hold no annotations.
+Axes, outermost first: `pipe` (stages of a pipeline), `data` (samples), `space` (rows of an image), `space_w` (its
+columns) and `model` (filters). `data` and `model` are always there, the others where they split something. Meshes are
+made of JAX's devices here only. Axes are of type Auto: the compiler places what the rules and the batch sharding leave
+open (GSPMD), so models hold no annotations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`Incidents`: what went wrong in a run without ending it, counted, limited, and written down.
 
 - a step whose loss or gradient was not finite, and which therefore changed nothing (`run.on_nan = "skip"`)
-- a window whose chunk is damaged, and which is learnt no more (`run.on_corrupt = "quarantine"`)
+- a window whose chunk is damaged, and which is no longer learned from (`run.on_corrupt = "quarantine"`)
 - a batch without one labelled pixel, which teaches nothing
 
 `incidents.jsonl` of the run has a line for each, of process 0; the n-th other process writes `incidents-n.jsonl`.

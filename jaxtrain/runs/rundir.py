@@ -1,10 +1,12 @@
-"""`ModelCard` and the run directory: what is needed to continue, judge or use a model, and nothing else.
+"""`ModelCard` and the run directory: what is needed to continue, judge or use a model.
 
 - `config.toml`: the resolved configuration, for people and for starting such a run again
 - `model.json`: the model card: bands, classes, colours, mean and std, grid, split, digest of the cube
 - `metrics.jsonl`: history; `tensorboard/`: the same as events
 - `checkpoints/`: states; `report.html`: what came out
-- `evaluation.json`: scores on ground kept aside, once `evaluate` has run
+- `evaluation.json`: the scores of the last `evaluate`
+- `incidents.jsonl`: what went wrong without ending the run; `hang-0.txt`: where process 0 hung
+- `compiled/`: compiled programs, so that a continued run computes the same bits on a GPU; `run.lock`: who trains now
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`Watchdog`: a run that has stopped moving says where it hangs, and ends, so that a launcher can start it again.
+"""`Watchdog`: a run that has stopped moving writes where it hangs, and ends, so that a launcher can start it again.
 
-A collective waits for ever for a process that never comes. Nothing is raised then, so a thread counts the seconds
+A collective waits without limit for a process that never comes. Nothing is raised then, so a thread counts the seconds
 since the last sign of life instead.
 """
 
