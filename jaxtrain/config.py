@@ -269,7 +269,7 @@ class RunConfig(_Strict):
     )
     max_skipped: Positive = Field(10, description="steps that may be skipped in a run")
     on_corrupt: Literal["stop", "quarantine"] = Field(
-        "stop", description="a damaged chunk: stop · quarantine (its windows are learnt no more, and listed)"
+        "stop", description="a damaged chunk: stop · quarantine (its windows are listed and no longer learned from)"
     )
     max_quarantined: Positive = Field(16, description="windows that may be put into quarantine, each process")
     track: tuple[Literal["mlflow", "wandb"], ...] = Field(

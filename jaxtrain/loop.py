@@ -131,7 +131,7 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
         ):  # fmt: skip
             session = TrainingSession(
                 config, out, card, ready, program, eval_step, resumed.store, resumed.best, incidents, tell,
-                told_to_stop, Clock(run.batch_size), Agreement(program.mesh), log, watchdog, reached=first,
+                Clock(run.batch_size), Agreement(program.mesh), log, watchdog, reached=first,
             )  # fmt: skip
             for number, rows, batch in session.clock.waiting(iter(batches)):
                 step = session.reached = number + 1

@@ -7,7 +7,6 @@ last validation, and whether the run is to stop.
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,6 @@ class TrainingSession:
         best: Its best validation so far.
         incidents: What went wrong without ending it.
         tell: Tells of its progress.
-        told_to_stop: Set by SIGTERM.
         clock: Rate of this call.
         agreement: Whether any process wishes to stop.
         log: Its history; None in all processes but the first.
@@ -109,7 +107,6 @@ class TrainingSession:
     best: Best
     incidents: Incidents
     tell: Teller
-    told_to_stop: threading.Event
     clock: Clock
     agreement: Agreement
     log: RunLog | None

@@ -74,7 +74,7 @@ class Store(ABC):
     @property
     @abstractmethod
     def url(self) -> str:
-        """As `open_store` takes it."""
+        """The URL, as `open_store` takes it."""
 
     @abstractmethod
     def where(self, key: str) -> str:

@@ -141,7 +141,7 @@ class ShardWriter:
             )
 
     def ledger(self) -> Ledger:
-        """Of the collection."""
+        """The ledger of the collection."""
         return self._open().ledger(self.collection)
 
     def _open(self) -> Cube:

@@ -62,11 +62,11 @@ class CubesReader:
         return "windows"
 
     def read(self, rows: Rows) -> HostBatch:
-        """As `WindowReader.read`, of int32 (B, 4) of (cube, time, y, x)."""
+        """Read rows, int32 (B, 4) of (cube, time, y, x); see `WindowReader.read`."""
         return self.begin(rows)()
 
     def begin(self, rows: Rows) -> Callable[[], HostBatch]:
-        """As `WindowReader.begin`."""
+        """Have rows read; see `WindowReader.begin`."""
         begun = []
         for number in np.unique(rows[:, 0]):
             chosen = rows[:, 0] == number

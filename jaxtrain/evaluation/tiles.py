@@ -118,7 +118,7 @@ def _judge(
 def _one_date(
     image: npt.NDArray[Any], observed: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
-    """Of a series (H, W, T, C) the date on which most was seen; an image as it is."""
+    """The date of a series (H, W, T, C) on which most was seen; an image as it is."""
     if image.ndim == 3:
         return image, observed
     best = int(observed.sum(axis=(0, 1)).argmax())

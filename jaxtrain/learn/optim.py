@@ -28,7 +28,7 @@ __all__ = ["build_optimizer", "build_schedule", "decays", "judged_params"]
 _ADAM_RMS = 0.2
 """Spread of a step of AdamW in learning rates, by experience (Liu et al. 2025, arXiv:2502.16982)."""
 _LAST_LAYER = "head"
-"""Of every network here; its outputs are classes, not features."""
+"""Name of the last layer of every network here; its outputs are classes, not features."""
 
 
 def build_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -112,7 +112,7 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
 
 
 def _matrices(params: Any) -> Any:
-    """Of the kernels that muon steps: the axes of what goes in, and the axis of what comes out; None for all else."""
+    """For each kernel that muon steps: the axes of what goes in, and the axis of what comes out; None for all else."""
 
     def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         if leaf.ndim < 2 or path_name(path).split("/")[0] == _LAST_LAYER:

@@ -102,7 +102,7 @@ class Program:
 
     @property
     def saved_shardings(self) -> TrainState:
-        """Of what a checkpoint holds: each process must see a part of every array."""
+        """Where the arrays of a checkpoint lie: each process must see a part of every array."""
         if self.layout is None or all(map(is_here, self.layout.groups)):
             return self.shardings
         found: TrainState = jax.tree.map(lambda at: NamedSharding(self.mesh, at.spec), self.shardings)
@@ -337,7 +337,7 @@ def _shardings(
     shapes: TrainState,
     layout: Layout | None,
 ) -> tuple[TrainState, Any, Any]:
-    """Of the state, of the parameters in use, and of the parameters as the optimiser changes them."""
+    """Where the state lies, the parameters in use, and the parameters as the optimiser changes them."""
 
     def names(tree: Any) -> list[str]:
         return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

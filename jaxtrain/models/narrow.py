@@ -35,7 +35,7 @@ _PLAIN = {
     "batch_group_count": (1,),
     "dimension_numbers": (_LAYOUT, lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))),
 }
-"""Of a plain convolution of images with channels last; of every other setting that is None."""
+"""Settings of a plain convolution of images with channels last; every other setting is None in it."""
 
 
 def is_narrow(

@@ -105,12 +105,12 @@ def spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
 
 
 def image_spec(mesh: Mesh) -> PartitionSpec:
-    """Of (B, H, W, …): samples over `data`, rows and columns over the space axes that the mesh has."""
+    """How (B, H, W, …) lies: samples over `data`, rows and columns over the space axes that the mesh has."""
     return spec("data", *(axis if axis in mesh.shape else None for axis in SPACE_AXES))
 
 
 def stored_sharding(mesh: Mesh, dimensions: int) -> NamedSharding:
-    """Of an array of a batch as cubes have it, rows and columns last: (B, …, H, W), or (B,) and (B, K)."""
+    """How an array of a stored batch lies, rows and columns last: (B, …, H, W), or (B,) and (B, K)."""
     if dimensions < 3:
         return batch_sharding(mesh)
     first, *space = image_spec(mesh)

@@ -51,9 +51,9 @@ class Verdict(NamedTuple):
     """What all groups must know before they update, the same for all."""
 
     counters: list[Any]
-    """Of the optimiser."""
+    """Counters of the optimiser."""
     scale: jax.Array
-    """Of the gradient, so that its norm stays under the limit."""
+    """Factor of the gradient that keeps its norm under the limit."""
     finite: jax.Array
 
 

@@ -62,7 +62,7 @@ class Incidents:
 
     @property
     def quarantined(self) -> int:
-        """Windows of this process that are learnt no more."""
+        """Number of windows that this process no longer learns from."""
         return len(self._windows)
 
     def to_dict(self) -> dict[str, int]:
@@ -118,7 +118,7 @@ class Incidents:
                 ) from error
             self._windows.add(window)
             self._write({"kind": "quarantined", "window": list(window), "why": str(error)})
-        self._warn(f"window {window} is learnt no more ({count} of at most {config.max_quarantined}): {error}")
+        self._warn(f"window {window} is no longer learned from ({count} of at most {config.max_quarantined}): {error}")
 
     def _write(self, line: dict[str, Any]) -> None:
         text = json.dumps(line) + "\n"

@@ -71,7 +71,7 @@ class RunLog:
                 for tracker in self._trackers:
                     tracker.close()
         except TerrashardError:
-            if error is None:  # else the disk was full before, and that is what is said
+            if error is None:  # else the disk was full before, and that error is raised already
                 raise
 
     def write(self, kind: Kind, step: int, metrics: Mapping[str, float | int | None]) -> None:

@@ -293,7 +293,7 @@ def test_a_damaged_chunk_is_put_into_quarantine_up_to_a_limit(tmp_path: Path, da
         assert y < 64
         assert x < 64
         assert "sentinel-2-l2a/reflectance Region" in line["why"]
-    assert any("is learnt no more" in event.message for event in events if event.kind == "warning")
+    assert any("is no longer learned from" in event.message for event in events if event.kind == "warning")
     before, after = read_metrics(shared_run()), read_metrics(run)
     labelled = [[line["labelled"] for line in lines if line["kind"] == "train"] for lines in (before, after)]
     assert sum(labelled[1]) < sum(labelled[0])  # what is not read is not learnt, never learnt as zeros
