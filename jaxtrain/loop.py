@@ -130,8 +130,10 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
             ) as batches,
         ):  # fmt: skip
             session = TrainingSession(
-                config, out, card, ready, program, eval_step, resumed.store, resumed.best, incidents, tell,
-                Clock(run.batch_size), Agreement(program.mesh), log, watchdog, reached=first,
+                config=config, out=out, card=card, ready=ready, program=program, eval_step=eval_step,
+                store=resumed.store, best=resumed.best, incidents=incidents, tell=tell,
+                clock=Clock(run.batch_size), agreement=Agreement(program.mesh), log=log, watchdog=watchdog,
+                reached=first,
             )  # fmt: skip
             for number, rows, batch in session.clock.waiting(iter(batches)):
                 step = session.reached = number + 1

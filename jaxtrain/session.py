@@ -72,7 +72,7 @@ class Dispatched:
     """From `Agreement.ask`: whether a process wishes to stop."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingSession:
     """One call of `train` while it steps.
 

@@ -282,7 +282,7 @@ class WindowReader:
         return finish
 
     def _latest(self, dated: npt.NDArray[Any], observed: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-        """Labels (B, H, W) out of labels with dates: those of the last date on which a pixel was observed and labelled."""
+        """Labels (B, H, W) from labels with dates: those of the last date on which a pixel was seen and labelled."""
         assert self.target is not None
         label = np.full((len(dated), *dated.shape[2:]), self.target.nothing)
         for t in range(self.dates):
