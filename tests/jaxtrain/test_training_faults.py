@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import TrainEvent, checkpoint, train
+from jaxtrain import TrainEvent, train
 from jaxtrain import loop as train_module
 from jaxtrain.parallel.processes import Agreement
+from jaxtrain.runs import checkpoint
 from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.runs.log import read_metrics
 from jaxtrain.runs.watchdog import HUNG
