@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from zarr_store.read import open_cube
 
 from .cube_factory import make_cube, shared_cube, shared_run, tiny_config
 
+ROOT = Path(__file__).parents[2]
 FUNCTIONS = ("train", "evaluate", "predict", "embed", "load_run")
 
 
@@ -71,23 +74,29 @@ assert all(callable(f) for f in (embed, evaluate, load_run, predict, train, jaxt
     assert done.returncode == 0, done.stderr
 
 
-def journey(cube: Path, folder: Path) -> tuple[TrainingResult, Run, EvaluationReport, MapResult]:
-    """What the cells of a notebook do."""
-    from jaxtrain import evaluate, load_run, predict, train
-
-    result = train(tiny_config(cube), folder / "run")
-    run = load_run(result.run)
-    report = evaluate(run)
-    made = predict(run, cube, folder / "map.zarr")
-    return result, run, report, made
+def example() -> str:
+    """The Python of docs/api/jaxtrain.md, as a reader copies it."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api/jaxtrain.md").read_text(), re.DOTALL)
+    return str(code)
 
 
-def test_train_evaluate_and_predict_inside_a_running_event_loop(tmp_path: Path) -> None:
-    async def cell() -> tuple[TrainingResult, Run, EvaluationReport, MapResult]:
+def test_the_documented_example_runs_inside_a_running_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zagreb.zarr").symlink_to(shared_cube())
+    monkeypatch.chdir(tmp_path)
+    cells: dict[str, Any] = {}
+
+    async def notebook() -> None:
         assert asyncio.get_running_loop().is_running()
-        return journey(shared_cube(), tmp_path)
+        exec(example(), cells)
 
-    result, run, report, made = asyncio.run(cell())
+    asyncio.run(notebook())
+    result, run, report, made = (cells[name] for name in ("result", "run", "report", "made"))
+    assert isinstance(result, TrainingResult)
+    assert isinstance(run, Run)
+    assert isinstance(report, EvaluationReport)
+    assert isinstance(made, MapResult)
     assert result.steps == run.steps == 12
     assert run.checkpoints()[-1] == report.step == 12
     assert run.config.run.steps == 12
@@ -106,6 +115,10 @@ def test_train_evaluate_and_predict_inside_a_running_event_loop(tmp_path: Path) 
     assert made.shape == grid.shape
     assert sum(made.pixels.values()) + made.nodata == grid.shape[0] * grid.shape[1]
     assert [line["step"] for line in run.metrics() if line["kind"] == "train"] == list(range(1, 13))
+    assert "<th>steps</th><td>12</td>" in result._repr_html_()
+    assert f"<th>water</th><td>{made.pixels['water']}</td>" in made._repr_html_()
+    # a run stands for its directory
+    assert jaxtrain.evaluate(run, split="validation").run == str(run.path)
 
 
 def test_objects_say_what_they_are() -> None:

@@ -128,3 +128,27 @@ def test_a_list_in_a_file_is_relative_to_it(
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["windows"]["train"] > 0
     assert [Path(g.cube).name for g in load_card(tmp_path / "run").grounds] == ["a.zarr", "b.zarr"]
+
+
+def test_all_windows_of_several_other_cubes_are_judged_each_at_its_place(cubes: list[str], tmp_path: Path) -> None:
+    config = config_of(cubes[:1])
+    card, _ = prepare(config, open_training_data(cubes[0]), None)
+    every = judged_data(card, open_training_data(cubes), part=None)
+    alone = [judged_data(card, open_training_data(url), part=None) for url in cubes]
+    assert every.url == ", ".join(cubes)
+    assert every.windows.rows.tolist() == [
+        [number, *row] for number, one in enumerate(alone) for row in one.windows.rows.tolist()
+    ]
+    assert list(every.warnings) == [line for one in alone for line in one.warnings]
+    assert any("overlaps the ground" in line for line in every.warnings)
+    # where each window is, in the CRS of its own cube
+    places = open_training_data(cubes).places(COLLECTION, every.windows)
+    apart = [open_training_data(url).places(COLLECTION, one.windows) for url, one in zip(cubes, alone, strict=True)]
+    for name in ("time", "y", "x"):
+        assert places[name].tolist() == [value for one in apart for value in one[name].tolist()]
+    counts = [len(one.windows) for one in alone]
+    assert places["cube"].tolist() == [cubes[0]] * counts[0] + [cubes[1]] * counts[1]
+    # and the same pixels are read
+    last = every.windows.rows[-1:]
+    got, expected = every.reader.read(last), alone[1].reader.read(last[:, 1:])
+    np.testing.assert_array_equal(got["image"], expected["image"])
