@@ -85,7 +85,7 @@ def prepare_ours(case: Case, deterministic: bool) -> tuple[str, float]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # all processes share the device
     import jax
 
-    from jaxtrain.repeat import repeat_exactly
+    from jaxtrain.runs.repeat import repeat_exactly
 
     if deterministic:
         repeat_exactly()
@@ -110,9 +110,9 @@ def lower(case: Case) -> None:
 
     from jaxtrain.config import TrainConfig
     from jaxtrain.data.arrays import put_batch
+    from jaxtrain.learn.state import build_program
+    from jaxtrain.learn.step import make_train_step
     from jaxtrain.parallel.mesh import batch_sharding, make_mesh
-    from jaxtrain.state import build_program
-    from jaxtrain.step import make_train_step
 
     model = dict(case.model) | {"precision": case.precision, "norm": case.norm}
     data = {"cube": "none", "patch": case.patch, "augment": False}
@@ -198,12 +198,12 @@ def wait_ours(case: Case, url: str, steps: int) -> tuple[float, float]:
     """Share of the time of some steps that they waited for batches, by the clock of a run, and images/s meanwhile."""
     import jax
 
-    from jaxtrain.clock import Clock
     from jaxtrain.config import RunConfig
     from jaxtrain.data.batches import BatchStream
     from jaxtrain.data.order import SampleOrder
     from jaxtrain.data.shuffle import ChunkOrder, chunk_numbers
     from jaxtrain.parallel.mesh import batch_sharding
+    from jaxtrain.runs.clock import Clock
 
     reader, windows = _open(case, url)
     order: Any = SampleOrder(0, len(windows))

@@ -209,8 +209,8 @@ def xbatcher_rate(url: Path, count: int) -> float:
 
 def input_wait(url: Path, steps: int) -> float:
     """Share of the time of the steps that the default U-Net waited for its input."""
+    from jaxtrain import train
     from jaxtrain.config import TrainConfig
-    from jaxtrain.train import train
 
     shutil.rmtree(OUT / "input-run", ignore_errors=True)
     config = TrainConfig.model_validate(

@@ -34,8 +34,8 @@ STRATEGIES: tuple[dict[str, Any], ...] = (
 
 def make_program(mesh: dict[str, Any], patch: int, batch: int) -> Any:
     from jaxtrain.config import TrainConfig
+    from jaxtrain.learn.state import build_program
     from jaxtrain.parallel.mesh import make_mesh
-    from jaxtrain.state import build_program
 
     config = TrainConfig.model_validate(
         {"data": {"cube": "none", "patch": patch, "augment": False}, "mesh": mesh, "run": {"batch_size": batch}}
@@ -92,8 +92,8 @@ def run(mesh: dict[str, Any], patch: int, batch: int, steps: int) -> tuple[float
     """Seconds of a step, the first loss, and what it moves and holds, in words."""
     import jax
 
+    from jaxtrain.learn.step import make_train_step
     from jaxtrain.parallel.hlo import bytes_by_kind
-    from jaxtrain.step import make_train_step
 
     program = make_program(mesh, patch, batch)
     step, state, data = make_train_step(program), program.init(jax.random.key(0)), put(program, patch, batch)

@@ -4,8 +4,8 @@ Float32, patches of 128², 4 bands, batches of 16, forward, backward and AdamW; 
 turns. Skipped, and said so, without torch.
 
 The processor is used as `terrashard train` does by default: split into as many devices as it has cores, and with freed
-memory kept for the next step (`jaxtrain.heap`). PyTorch runs in a process of its own as it comes, and beside it in this
-one, where it has that memory, too. What a GPU does is measured by `train_gpu.py`.
+memory kept for the next step (`jaxtrain.parallel.heap`). PyTorch runs in a process of its own as it comes, and beside
+it in this one, where it has that memory, too. What a GPU does is measured by `train_gpu.py`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _SPLIT: list[Any] = []
 
 def program_of(model: dict[str, Any]) -> Any:
     from jaxtrain.config import TrainConfig
-    from jaxtrain.heap import keep_freed_memory
+    from jaxtrain.learn.state import build_program
+    from jaxtrain.parallel.heap import keep_freed_memory
     from jaxtrain.parallel.mesh import make_mesh
     from jaxtrain.parallel.processes import spread_mesh
-    from jaxtrain.state import build_program
 
     config = TrainConfig.model_validate(
         {
@@ -61,8 +61,8 @@ def our_step(model: dict[str, Any]) -> Callable[[], float]:
     import jax
 
     from jaxtrain.data.arrays import put_batch
+    from jaxtrain.learn.step import make_train_step
     from jaxtrain.parallel.mesh import batch_sharding
-    from jaxtrain.step import make_train_step
 
     program = program_of(model)
     step = make_train_step(program)

@@ -19,7 +19,7 @@ __all__ = ["examine", "register"]
 
 _PACKAGES = (
     "terrashard", "numpy", "xarray", "zarr", "tensorstore", "odc-geo", "pyproj", "dask", "distributed", "stackstac",
-    "pystac-client", "rasterio", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "typer", "pydantic",
+    "pystac-client", "rasterio", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "typer", "pydantic",
 )  # fmt: skip
 _EXTRAS = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}
 _DASHBOARD_PORT = 8787

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Turn each window of a cube, or each sample of a store, into a vector to search, cluster and compare."""
         from cli.progress import Reporter
-        from jaxtrain.embed import embed as run_embedding
+        from jaxtrain import embed as run_embedding
 
         with Reporter(session, "embed", unit="batches") as progress:
             result = run_embedding(run, data, out, on_batch=progress.update)

@@ -44,12 +44,13 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Judge a run on the blocks that were kept aside."""
         from cli.progress import Reporter
-        from jaxtrain.evaluate import evaluate as judge
+        from jaxtrain import evaluate as judge
 
         with Reporter(session, "evaluate", unit="batches") as progress:
-            scores = judge(run, data=data, split=split, on_batch=progress.update)
-        for text in scores["warnings"]:
+            report = judge(run, data=data, split=split, on_batch=progress.update)
+        for text in report.warnings:
             session.warn(text)
+        scores = report.to_dict()
         for line in table(scores):
             session.say(line)
         session.emit(scores)

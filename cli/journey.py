@@ -57,9 +57,9 @@ def run_demo(session: Session, out: Path) -> int:
 
         run_training(session, _training_config(session, cube), run)
     with step("evaluate", "on the blocks that it has not seen"):
-        from jaxtrain.evaluate import evaluate
+        from jaxtrain import evaluate
 
-        scores = evaluate(run)
+        scores = evaluate(run).to_dict()
     with step("predict", "the whole ground, as Zarr and as GeoTIFF"):
         from cli.mapping import run_prediction
 

@@ -13,7 +13,7 @@ from zarr_store.errors import InvalidInput
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from jaxtrain.maps import Map
+    from jaxtrain.inference.maps import Map
 
 __all__ = ["class_colours", "export_cog", "run_prediction"]
 
@@ -33,7 +33,7 @@ def run_prediction(
     Returns:
         The result of `jaxtrain.predict` as JSON, with `cog`.
     """
-    from jaxtrain.predict import predict
+    from jaxtrain import predict
 
     if cog is not None:
         _check_target(cog)
@@ -42,7 +42,7 @@ def run_prediction(
     for text in result.warnings:
         session.warn(text)
     if cog is not None:
-        from jaxtrain.maps import open_map
+        from jaxtrain.inference.maps import open_map
 
         export_cog(open_map(out), cog)
     return {**result.to_dict(), "cog": None if cog is None else str(cog)}
@@ -59,7 +59,7 @@ def _check_target(cog: Path) -> None:
 def export_cog(made: Map, path: Path) -> None:
     """Write the classes of a map as a COG with colour table and class names, or its values, in strips of its chunks."""
     from ingest.cog import write_cog
-    from jaxtrain.maps import CHUNK, NODATA
+    from jaxtrain.inference.maps import CHUNK, NODATA
 
     layer = "value" if made.values else "class"
     tags = {"terrashard_run": str(made.attributes.get("run", "")),

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from cli.mapping import class_colours
-from jaxtrain.maps import CHUNK, Map, is_map, open_map
+from jaxtrain.inference.maps import CHUNK, Map, is_map, open_map
 from zarr_store import Cube, open_cube
 from zarr_store.durable import write_file
 from zarr_store.errors import InvalidInput, NotACube, UnknownName

@@ -3,52 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cli.config import build, merge, parse_override, read_toml
 from cli.progress import Reporter
 from cli.session import Session
 
 if TYPE_CHECKING:
-    from jaxtrain.config import TrainConfig
-    from jaxtrain.train import TrainEvent, TrainResult
+    from jaxtrain import TrainConfig, TrainEvent, TrainingResult
 
 __all__ = ["run_training", "summary", "train_config"]
 
 
 def train_config(path: Path, session: Session) -> TrainConfig:
-    """CONFIG.toml, then --config, then each --set.
+    """CONFIG.toml, then --config, then each --set; see `jaxtrain.settings.read_train_config`."""
+    from jaxtrain.settings import read_train_config
 
-    A relative `data.cube` is relative to the file it stands in, or, in a --set, to the working directory.
-    """
-    from jaxtrain.config import TrainConfig
-
-    settings: dict[str, Any] = {}
-    for file in (path, session.config):
-        if file is not None:
-            settings = merge(settings, _located(read_toml(file), file.parent))
-    for text in session.overrides:
-        settings = merge(settings, parse_override(text))
-    return build(TrainConfig, settings, where=str(path))
+    files = [file for file in (path, session.config) if file is not None]
+    return read_train_config(files, session.overrides)
 
 
-def _located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    from jaxtrain.script import resolve_cube
-
-    data = settings.get("data")
-    cube = data.get("cube") if isinstance(data, dict) else None
-    several = isinstance(cube, list) and all(isinstance(one, str) for one in cube)
-    if not cube or not (isinstance(cube, str) or several):
-        return settings
-    return merge(settings, {"data": {"cube": resolve_cube(cube, folder)}})
-
-
-def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bool = True) -> TrainResult:
+def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bool = True) -> TrainingResult:
     """Train with progress on stderr; of several processes, the first one speaks, and the others only warn."""
-    from jaxtrain.heap import keep_freed_memory
+    from jaxtrain import train
+    from jaxtrain.parallel.heap import keep_freed_memory
     from jaxtrain.parallel.processes import spread_mesh
-    from jaxtrain.repeat import repeat_exactly
-    from jaxtrain.train import train
+    from jaxtrain.runs.repeat import repeat_exactly
 
     keep_freed_memory()
     if config.run.deterministic:
@@ -67,7 +46,7 @@ def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bo
         return train(config, out, resume=resume, on_event=show)
 
 
-def summary(result: TrainResult) -> list[str]:
+def summary(result: TrainingResult) -> list[str]:
     """What a run came to, in lines."""
     scores = ", ".join(
         f"{name} {value:.4f}"

@@ -9,13 +9,14 @@ import calendar
 import datetime as dt
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ingest.geometry import bare_geometry, load_geometry
+from ingest.hrefs import HrefPolicy
 from ingest.providers import ProviderRule, load_provider_file
 from ingest.query import Comparison, Condition, parse_condition, split_conditions
 from zarr_store.grid import normal_crs
@@ -255,6 +256,15 @@ class IngestConfig(BaseModel):
         if self.bbox and self.geometry:
             raise ValueError("give bbox or geometry, not both")
         return self
+
+    def href_policy(self, source: str, provider_hosts: Iterable[str] = ()) -> HrefPolicy:
+        """What may be opened for `source`: its own place, what this config names, and the hosts of its provider."""
+        return HrefPolicy.around(
+            source,
+            hosts=(*self.allow_hosts, *provider_hosts),
+            roots=self.allow_local,
+            allow_private=self.allow_private_hosts,
+        )
 
     @property
     def interval(self) -> tuple[dt.datetime | None, dt.datetime | None]:

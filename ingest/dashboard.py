@@ -22,7 +22,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.http.utils import RequestHandler
 
 from ingest.hosts import machine_names, why_refused
-from ingest.launch import is_loopback
+from ingest.hrefs import is_loopback
 from ingest.outlines import outlines_of
 from ingest.redact import redact_url
 from ingest.stages import STAGES

@@ -25,7 +25,6 @@ from ingest.answers import PackedError, TooLongError, read_answer, read_start, u
 from ingest.config import IngestConfig
 from ingest.connections import PatientRetry, PrivatePeerError, bound_answers, check_peers
 from ingest.hrefs import (
-    HrefPolicy,
     is_loopback,
     is_url,
     refuse_private_address,
@@ -33,7 +32,6 @@ from ingest.hrefs import (
     same_origin,
 )
 from ingest.redact import redact_logs, redact_text, redact_url
-from ingest.sign import is_loopback
 from zarr_store.bounded import check_weight, read_file
 from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.regular import check_regular
@@ -90,7 +88,7 @@ class Documents:
         self.source, self._auth = _without_userinfo(source)
         if self._auth or self._secret_headers:
             _refuse_plain(self.source)
-        self.policy = HrefPolicy.of(self.source, config)
+        self.policy = config.href_policy(self.source)
         self._timeout = (min(config.timeout_s, 10.0), config.timeout_s)
         self._session = requests.Session()
         self._session.trust_env = False  # no .netrc: it could send a password to a host that only a link names

@@ -78,7 +78,7 @@ def harmonise(
             "L1C, or Sentinel-1 RTC"
         )
     provider = find_provider(item, source or base, config.providers)
-    policy = HrefPolicy.of(source or base, config, trusted_hosts(provider, source or base, config.providers))
+    policy = config.href_policy(source or base, trusted_hosts(provider, source or base, config.providers))
     notes: list[str] = []
     assets, lacking = _assets(item, product, config, base=base, policy=policy, notes=notes)
     footprint, bounds = footprint_of(item, where)

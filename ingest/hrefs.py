@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
-from ingest.config import IngestConfig
 from ingest.redact import redact_url
 from zarr_store.errors import AccessError, InvalidInput
 
@@ -59,21 +58,27 @@ class HrefPolicy:
     allow_private: bool = False
 
     @classmethod
-    def of(cls, source: str, config: IngestConfig, provider_hosts: Iterable[str] = ()) -> Self:
-        """The policy for `source` as the user gave it, with what the config and the provider rules add.
+    def around(
+        cls, source: str, *, hosts: Iterable[str] = (), roots: Iterable[str] = (), allow_private: bool = False
+    ) -> Self:
+        """The policy for `source` as the user gave it.
 
-        Without a source, where a user has named nothing but a cube, only config and provider rules count.
+        Args:
+            source: URL or path; its own host, or its folder, is allowed. Empty: only what the others name.
+            hosts: As the attribute.
+            roots: As the attribute; ~ is the home folder.
+            allow_private: As the attribute.
         """
-        hosts = frozenset(_host_name(name) for name in (*config.allow_hosts, *provider_hosts))
-        roots = tuple(Path(root).expanduser().resolve() for root in config.allow_local)
+        names = frozenset(_host_name(name) for name in hosts)
+        folders = tuple(Path(root).expanduser().resolve() for root in roots)
         if is_url(source):
             parts = urlsplit(source)
             host = parts.netloc.lower() if parts.scheme == "s3" else (parts.hostname or "").lower()
-            return cls(host, None, hosts, roots, config.allow_private_hosts)
+            return cls(host, None, names, folders, allow_private)
         if not source:
-            return cls(None, None, hosts, roots, config.allow_private_hosts)
+            return cls(None, None, names, folders, allow_private)
         path = Path(source).expanduser().resolve()
-        return cls(None, path if path.is_dir() else path.parent, hosts, roots, config.allow_private_hosts)
+        return cls(None, path if path.is_dir() else path.parent, names, folders, allow_private)
 
     def allows_host(self, host: str) -> bool:
         """Whether `host` is SOURCE's own, or named, or below a "*.suffix" that is named."""
@@ -257,6 +262,10 @@ def _looks_numeric(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine itself, by its spelling: localhost, 127.… or ::1."""
-    address = _address(host)
+    """Whether a host is this machine itself, by its spelling: localhost, 127.… or ::1.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("[::1]"), is_loopback("0.0.0.0"), is_loopback("node7")
+    (True, True, False, False)
+    """
+    address = _address(host.strip("[]"))
     return host == "localhost" or (address is not None and address.is_loopback)

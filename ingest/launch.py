@@ -7,7 +7,6 @@ client libraries need is imported where it is used: they are extras.
 from __future__ import annotations
 
 import importlib
-import ipaddress
 import json
 import shlex
 import sys
@@ -20,10 +19,11 @@ from typing import Any
 import dask
 
 from ingest.config import IngestConfig
+from ingest.hrefs import is_loopback
 from ingest.workers import WORKER_ENVIRONMENT
 from zarr_store.errors import InvalidInput
 
-__all__ = ["describe", "exposed", "is_loopback", "manifest", "start_cluster"]
+__all__ = ["describe", "exposed", "manifest", "start_cluster"]
 
 _EXTRAS = {
     "ssh": ("asyncssh", "ssh"),
@@ -42,18 +42,6 @@ _KNOWN["pbs"] = _KNOWN["slurm"]
 
 _START_S, _DAY_S = 120.0, 86_400
 """For the hosts of --cluster ssh to start, and the most that may be given."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0"), is_loopback("localhost"), is_loopback("node7")
-    (True, False, True, False)
-    """
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def exposed(config: IngestConfig, dashboard: str) -> list[str]:

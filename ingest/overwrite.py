@@ -20,7 +20,7 @@ from ingest.config import IngestConfig
 from ingest.plan import Plan
 from ingest.record import RunRecord
 from ingest.run import IngestEvent, IngestReport, run
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.crash import crashpoint
 from zarr_store.errors import InvalidInput
 from zarr_store.lock import CubeLock
@@ -85,12 +85,12 @@ def overwrite(
 
 
 def _is_of(plan: Plan, path: Path) -> bool:
-    return is_cube(Store.at(path)) and open_cube(path).provenance.get("plan") == plan.digest
+    return is_cube(open_store(path)) and open_cube(path).provenance.get("plan") == plan.digest
 
 
 def _place(cube_url: str | os.PathLike[str]) -> Path:
     """The path, if what is there may be overwritten; an empty folder is removed."""
-    store = Store.at(cube_url)
+    store = open_store(cube_url)
     if "://" in store.url:
         raise InvalidInput(
             f"{store.url} is in a bucket, where nothing can change places: --overwrite needs a folder. Remove what is "

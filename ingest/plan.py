@@ -259,13 +259,13 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
         InvalidInput: The source or the selection cannot be used.
         AccessError: The source cannot be reached, or no file could be opened.
     """
-    from ingest.hrefs import HrefPolicy, is_url, refuse_private_address
+    from ingest.hrefs import is_url, refuse_private_address
     from ingest.probe import probe_scenes
     from ingest.search import find_scenes
 
     found = find_scenes(source, config)
     scenes = list(found.scenes)
-    policy = HrefPolicy.of(source, config)
+    policy = config.href_policy(source)
     hosts = {urlsplit(a.href).netloc: a.href for s in scenes for a in s.assets.values() if "://" in a.href}
     for href in hosts.values():
         with suppress(AccessError):  # a name that is not found becomes the error of each asset behind it

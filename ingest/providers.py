@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ingest.buckets import BucketRule
-from ingest.sign import STORAGE_HOSTS, TOKEN_URL, SignRule, is_loopback
+from ingest.hrefs import is_loopback
+from ingest.sign import STORAGE_HOSTS, TOKEN_URL, SignRule
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.regular import check_regular

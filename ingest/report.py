@@ -22,7 +22,7 @@ from ingest.outlines import outlines_of
 from ingest.redact import redact_text, redact_url
 from ingest.stages import STAGES
 from ingest.summary import human_bytes
-from zarr_store.backends import FolderStore
+from zarr_store.folder import FolderStore
 from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.printable import printable
 from zarr_store.read import open_cube

@@ -43,7 +43,7 @@ from ingest.stored import PLAN_KEY, begun_plan, check_hrefs, keep_plan
 from ingest.task import Recipe, ShardTask
 from ingest.turns import computing, in_seat
 from ingest.workers import memory_note
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.crash import crashpoint
 from zarr_store.create import create_cube, record_provenance
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, TerrashardError
@@ -202,7 +202,7 @@ def run_locked(
             if open_cube(url).provenance != json.loads(json.dumps(plan.provenance())):
                 # a file that is healed now has a verdict that it had not when the cube was begun
                 record_provenance(url, plan.provenance())
-        store = Store.at(url)
+        store = open_store(url)
         snapshot = store.commit(
             f"ingest of plan {plan.digest[:12]}", still_ours=lambda: read_token(store) == lock.token
         )
@@ -293,7 +293,7 @@ def _for_workers(url: str) -> str:
 
 def _check_same_plan(url: str, plan: Plan) -> None:
     made_by = open_cube(url).provenance
-    kept = json.loads(Store.at(url).read(PLAN_KEY) or b"{}").get("digest", plan.digest)
+    kept = json.loads(open_store(url).read(PLAN_KEY) or b"{}").get("digest", plan.digest)
     if made_by.get("plan") == plan.digest == kept:
         return
     if kept not in (plan.digest, made_by.get("plan")):

@@ -6,7 +6,6 @@ shortly before they expire, and are asked anew once when a server refuses one: c
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import threading
 import time
@@ -20,10 +19,11 @@ from urllib.parse import urlsplit
 import urllib3
 
 from ingest.answers import read_answer
+from ingest.hrefs import is_loopback
 from zarr_store.bounded import load_json
 from zarr_store.errors import AccessError
 
-__all__ = ["SignRule", "Signing", "is_loopback", "signed"]
+__all__ = ["SignRule", "Signing", "signed"]
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +88,6 @@ def signed(
         if renew or token is None or token.until < time.time() + rule.margin_s:
             token = _tokens[container] = _ask(container, pool)
     return f"{href}{'&' if parts.query else '?'}{token.query}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _is_safe(scheme: str, host: str) -> bool:

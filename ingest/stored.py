@@ -22,9 +22,10 @@ from ingest.plan import Plan
 from ingest.providers import GENERIC, PROVIDERS
 from ingest.redact import redact_url, strip_signature
 from ingest.task import ShardTask, SourceAsset
-from zarr_store.backends import Kind, Store, store_for
+from zarr_store.backends import open_store, store_for
 from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.read import is_cube, open_cube
+from zarr_store.store import Kind
 
 __all__ = ["PLAN_KEY", "begun_plan", "check_hrefs", "keep_plan", "kept_plan", "kept_source",
            "needed_options",
@@ -43,7 +44,7 @@ def kept_plan(url: str | os.PathLike[str]) -> Plan:
         InvalidInput: The cube keeps no plan, or it was changed.
     """
     open_cube(url)
-    data = Store.at(url).read(PLAN_KEY)
+    data = open_store(url).read(PLAN_KEY)
     if data is None:
         raise InvalidInput(
             f"{url} keeps no plan ({PLAN_KEY} is absent): repeat the `terrashard ingest` command that made it once, "
@@ -86,7 +87,7 @@ def keep_plan(url: str | os.PathLike[str], plan: Plan) -> None:
     for asset in _assets(plan.tasks):
         _refuse_signature(asset)
     data = plan.to_json().encode()
-    store = Store.at(url)
+    store = open_store(url)
     if store.read(PLAN_KEY) != data:
         store.write(PLAN_KEY, data)
 
@@ -108,7 +109,7 @@ def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Ite
     """
     rules = (*config.providers, *PROVIDERS)
     named = _provider_names(plan)
-    policy = HrefPolicy.of(typed, config, [host for rule in rules if rule.name in named for host in rule.hosts])
+    policy = config.href_policy(typed, [host for rule in rules if rule.name in named for host in rule.hosts])
     if is_url(plan.source) and not policy.allows_private((urlsplit(plan.source).hostname or "").lower()):
         _refuse_private_source(plan.source)
     refused: dict[str, tuple[str, InvalidInput]] = {}
@@ -142,7 +143,7 @@ def kept_source(plan: Plan, config: IngestConfig, url: str) -> str:
         InvalidInput: They do not; the message says what to type.
     """
     hosts = [host for rule in (*config.providers, *PROVIDERS) for host in rule.hosts]
-    policy = HrefPolicy.of("", config, hosts)
+    policy = config.href_policy("", hosts)
     try:
         if not is_url(plan.source):
             return resolve_href(plan.source, base="/", policy=policy)
@@ -178,7 +179,7 @@ def _provider_names(plan: Plan) -> set[str]:
 def needed_options(plan: Plan, typed: str) -> list[str]:
     """The options of trust that a command needs to run a plan, where `typed` is the path of its file."""
     named = _provider_names(plan)
-    policy = HrefPolicy.of(typed, IngestConfig(), [h for rule in PROVIDERS if rule.name in named for h in rule.hosts])
+    policy = IngestConfig().href_policy(typed, [h for rule in PROVIDERS if rule.name in named for h in rule.hosts])
     refused = []
     for href in dict.fromkeys(asset.href for asset in _assets(plan.tasks)):
         try:

@@ -1,6 +1,6 @@
 """`TrainConfig`: every default of a training run, in one place.
 
-Libraries take this object; only the command line turns text into it. All models are frozen and refuse unknown keys.
+Functions take this object; `settings.py` makes it from TOML and `--set`. All models are frozen and refuse unknown keys.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ class RunConfig(_Strict):
     )
     max_skipped: Positive = Field(10, description="steps that may be skipped in a run")
     on_corrupt: Literal["stop", "quarantine"] = Field(
-        "stop", description="a damaged chunk: stop · quarantine (its windows are learnt no more, and listed)"
+        "stop", description="a damaged chunk: stop · quarantine (its windows are listed and no longer learned from)"
     )
     max_quarantined: Positive = Field(16, description="windows that may be put into quarantine, each process")
     track: tuple[Literal["mlflow", "wandb"], ...] = Field(

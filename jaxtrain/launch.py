@@ -147,7 +147,7 @@ def launch(
     on_line: OnLine,
     on_restart: Callable[[int, str], None] = lambda _number, _why: None,
 ) -> Outcome:
-    """Run a command as the cooperating processes of one run, until all are done or there is no more hope.
+    """Run a command as the cooperating processes of one run, until all are done or too many restarts have failed.
 
     SIGTERM and Ctrl-C are handed on: the run saves, and ends with 75 or 130.
 

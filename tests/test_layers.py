@@ -18,7 +18,10 @@ CLUSTER = ("distributed", "rasterio", "pystac", "pystac_client", "stackstac")
     ("modules", "absent"),
     [
         (("ingest", "ingest.config", "ingest.search", "ingest.plan", "ingest.run"), (*TRAINING, "jaxtrain", "cli")),
-        (("jaxtrain", "jaxtrain.train", "jaxtrain.predict"), ("rasterio", "pystac", "stackstac", "ingest", "cli")),
+        (
+            ("jaxtrain", "jaxtrain.loop", "jaxtrain.inference.scene"),
+            ("rasterio", "pystac", "stackstac", "ingest", "cli"),
+        ),
         (("zarr_store",), (*TRAINING, *CLUSTER, "ingest", "jaxtrain", "cli")),
         (("ingest", "jaxtrain"), (*TRAINING, *CLUSTER)),
     ],

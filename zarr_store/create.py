@@ -1,6 +1,7 @@
 """Creating a cube: every array, coordinate and attribute laid out once, by one writer; no pixel.
 
-`create_cube` makes the cube appear in one rename; the pixels come after, whole shards at a time (`zarr_store.write`).
+In a folder `create_cube` makes the cube appear in one rename, in a bucket by its last key. The pixels come after, whole
+shards at a time (`zarr_store.write`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from zarr_store.backends import Kind, Store, store_for
+from zarr_store.backends import open_store, store_for
 from zarr_store.errors import CubeMismatch, InvalidInput
 from zarr_store.georeference import georeference
 from zarr_store.keys import RESERVED_NAMES
@@ -23,6 +24,7 @@ from zarr_store.pack import BLOSC_BLOCK_BYTES, OVERVIEW_LEVEL
 from zarr_store.read import is_cube, open_cube
 from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
 from zarr_store.steps import step_coordinates
+from zarr_store.store import Kind, Store
 
 __all__ = ["FORMAT_VERSION", "create_cube", "describe", "lay_out", "list_differences", "record_provenance"]
 
@@ -131,7 +133,7 @@ def lay_out(
 
 def record_provenance(url: str | Path, provenance: Mapping[str, Any]) -> None:
     """Replace what a cube says of its making, after a run that went on with it; only under the cube's lock."""
-    store = Store.at(url)
+    store = open_store(url)
     document = json.loads(store.read("zarr.json") or b"{}")
     document["attributes"]["terrashard"]["provenance"] = json.loads(json.dumps(dict(provenance)))
     store.write("zarr.json", json.dumps(document, indent=2, ensure_ascii=False).encode())

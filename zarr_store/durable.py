@@ -73,7 +73,7 @@ class PendingFile:
 
 
 def make_folder(folder: Path) -> None:
-    """As `mkdir(parents=True, exist_ok=True)`, and every new name is synced in the folder it is in."""
+    """Make folders as `mkdir(parents=True, exist_ok=True)` does; every new name is synced in the folder it is in."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -103,7 +103,7 @@ def sync_tree(top: Path) -> None:
 
 
 def umask() -> int:
-    """Of this process; there is no way to ask but to set it."""
+    """The umask of this process; there is no way to ask but to set it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

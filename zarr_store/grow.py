@@ -15,11 +15,12 @@ from typing import Any
 
 from zarr.storage import MemoryStore
 
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.create import Items, describe, lay_out, list_differences
 from zarr_store.errors import CubeMismatch, IntegrityError
 from zarr_store.read import Cube, open_cube
 from zarr_store.spec import CubeSpec
+from zarr_store.store import Store
 
 __all__ = ["grow_cube"]
 
@@ -42,7 +43,7 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
     Raises:
         CubeMismatch: The cube asked for is not this one grown; the message is the difference. Nothing was changed.
     """
-    store = Store.at(url)
+    store = open_store(url)
     cube = open_cube(url)
     _check_growth(cube, specs, items)
     fresh: dict[str, Any] = {}

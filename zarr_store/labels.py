@@ -25,15 +25,17 @@ import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from zarr_store.backends import FolderStore, Store
+from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.crash import crashpoint
 from zarr_store.errors import CubeMismatch, IntegrityError, InvalidInput, UnknownName
+from zarr_store.folder import FolderStore
 from zarr_store.georeference import georeference, write_axes
 from zarr_store.grid import Grid
 from zarr_store.lock import CubeLock
 from zarr_store.read import Cube, await_read, open_cube
 from zarr_store.regions import Region, iterate_boxes
+from zarr_store.store import Store
 
 __all__ = [
     "NOT_LABELLED",
@@ -355,11 +357,11 @@ def _read_index(folder: Store) -> dict[str, str]:
 
 
 def _folder(url: str) -> Store:
-    return Store.at(url).below(_FOLDER)
+    return open_store(url).below(_FOLDER)
 
 
 def _place(url: str, name: str) -> Store:
-    return Store.at(url).below(f"{_FOLDER}/{name}")
+    return open_store(url).below(f"{_FOLDER}/{name}")
 
 
 def _check_layer_name(name: Any) -> None:

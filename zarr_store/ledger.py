@@ -1,6 +1,7 @@
 """`Ledger`: one row per shard, which alone says what of a cube is complete.
 
-A row is written after its shard is on disk, as a small JSON file of its own, so that no two writers meet. It says
+A row is written after its shard is on disk, as a small JSON file of its own, so that no two writers meet (the commit
+of an Icechunk repository makes it one element of an array). It says
 which scenes gave the shard, which could not be read and why, what the stored bytes hash to, and the chunk counts.
 Rows carry no clock time: a run that is killed and repeated leaves the same bytes as one that was not.
 """
@@ -12,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
-from zarr_store.backends import Store
 from zarr_store.bounded import load_json
+from zarr_store.chunk_stats import ChunkStats
 from zarr_store.errors import IntegrityError
-from zarr_store.index import ChunkStats
 from zarr_store.regions import Region
+from zarr_store.store import Store
 
 __all__ = ["Ledger", "LedgerRow", "ShardIndex", "SourceOutcome"]
 

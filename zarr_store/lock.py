@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.errors import Locked
+from zarr_store.store import Store
 
 __all__ = ["CubeLock", "read_token"]
 
@@ -36,7 +37,7 @@ class CubeLock:
     """
 
     def __init__(self, url: str | os.PathLike[str], purpose: str, *, key: str = LOCK_KEY) -> None:
-        self._store = Store.at(url)
+        self._store = open_store(url)
         self._purpose = purpose
         self._key = key
         self._mine: bytes | None = None

@@ -28,12 +28,12 @@ import obstore.exceptions
 import obstore.store
 import tensorstore as ts
 
-from zarr_store.backends import Store
 from zarr_store.bounded import MOST_METADATA
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, CubeMismatch, IntegrityError, InvalidInput
 from zarr_store.keys import check_key
 from zarr_store.redact import redact_text
+from zarr_store.store import Store
 from zarr_store.virtual import open_virtual
 
 __all__ = ["ObjectStore"]
@@ -92,6 +92,9 @@ class ObjectStore(Store):
     @property
     def url(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def below(self, path: str) -> ObjectStore:
+        return ObjectStore.at(f"{self.url}/{check_key(path, self.url)}")
 
     def where(self, key: str) -> str:
         return f"{self.url}/{key}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorstore as ts
 
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, TerrashardError, UnknownName
 from zarr_store.index import TrainingIndex
@@ -20,6 +20,7 @@ from zarr_store.ledger import Ledger
 from zarr_store.promises import check_overview, check_promises
 from zarr_store.regions import Region
 from zarr_store.spec import CubeSpec
+from zarr_store.store import Store
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -46,7 +47,7 @@ def open_cube(url: str | os.PathLike[str]) -> Cube:
         NotACube: There is nothing at `url`, or something else.
         IntegrityError: It is a cube, but its metadata cannot be read.
     """
-    store = Store.at(url)
+    store = open_store(url)
     attributes = _root_attributes(store)
     if "terrashard" not in attributes or "collections" not in attributes["terrashard"]:
         raise NotACube(f"{store.url} is a Zarr group, but not a terrashard cube; make one with `terrashard ingest`")

@@ -30,11 +30,12 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.buffer.cpu import Buffer
 from zarr.core.sync import sync
 
-from zarr_store.backends import REPOSITORY_MARKER, FolderStore, Kind, Pending, Store, translate_os_errors
 from zarr_store.crash import crashpoint
 from zarr_store.errors import AccessError, IntegrityError, InvalidInput, Locked
+from zarr_store.folder import FolderStore
 from zarr_store.keys import refuse_links
 from zarr_store.overlay import OverlayStore, snapshot_get, snapshot_has
+from zarr_store.store import REPOSITORY_MARKER, Kind, Pending, Store, translate_os_errors
 from zarr_store.virtual import open_virtual
 
 __all__ = ["IcechunkStore"]

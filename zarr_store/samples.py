@@ -26,10 +26,11 @@ import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError, InvalidInput, NotACube
 from zarr_store.read import await_read, read_tensorstore
+from zarr_store.store import Store
 
 __all__ = ["Labelled", "Sample", "SampleSpec", "SampleStore", "is_sample_store", "open_samples", "write_samples"]
 
@@ -123,7 +124,7 @@ def write_samples(url: str | Path, spec: SampleSpec, samples: Iterable[Sample]) 
     Raises:
         InvalidInput: Something is at `url`, or a sample does not have the shape that the spec says.
     """
-    store = Store.at(url)
+    store = open_store(url)
     if store.exists():
         raise InvalidInput(f"{store.url} exists; give another path, or remove it first")
     sample_bytes = len(spec.bands) * spec.size[0] * spec.size[1] * np.dtype(spec.dtype).itemsize
@@ -202,7 +203,7 @@ def _small(
 def is_sample_store(url: str | os.PathLike[str]) -> bool:
     """Whether `url` holds a sample store."""
     try:
-        return "samples" in _attributes(Store.at(url))
+        return "samples" in _attributes(open_store(url))
     except NotACube:
         return False
 
@@ -213,7 +214,7 @@ def open_samples(url: str | os.PathLike[str]) -> SampleStore:
     Raises:
         NotACube: There is nothing at `url`, or something else.
     """
-    store = Store.at(url)
+    store = open_store(url)
     found = _attributes(store)
     if "samples" not in found:
         raise NotACube(f"{store.url} is not a sample store; make one with `terrashard samples`")

@@ -35,11 +35,6 @@ class Pairing:
     index: npt.NDArray[np.int64]
     gap_s: npt.NDArray[np.int64]
 
-    @property
-    def paired(self) -> npt.NDArray[np.bool_]:
-        """(T,) whether there is a partner."""
-        return np.asarray(self.index >= 0)
-
 
 def nearest_times(
     ours: npt.NDArray[np.datetime64], theirs: npt.NDArray[np.datetime64], *, most_days: float | None = None

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.errors import InvalidInput, Locked
 from zarr_store.lock import CubeLock
 from zarr_store.read import is_cube
@@ -76,14 +76,14 @@ def remove_strays(url: str | os.PathLike[str], *, older_than_s: float) -> list[S
     """
     path = _folder(url)
     removed = []
-    with CubeLock(path, "gc") if is_cube(Store.at(path)) else nullcontext():
+    with CubeLock(path, "gc") if is_cube(open_store(path)) else nullcontext():
         for stray in find_strays(path, older_than_s=older_than_s):
             if stray.path.is_symlink():  # the link is a stray, what it leads to is not
                 stray.path.unlink(missing_ok=True)
                 removed.append(stray)
                 continue
             try:
-                with CubeLock(stray.path, "gc") if is_cube(Store.at(stray.path)) else nullcontext():
+                with CubeLock(stray.path, "gc") if is_cube(open_store(stray.path)) else nullcontext():
                     shutil.rmtree(stray.path) if stray.path.is_dir() else stray.path.unlink(missing_ok=True)
             except Locked:
                 continue
@@ -92,7 +92,7 @@ def remove_strays(url: str | os.PathLike[str], *, older_than_s: float) -> list[S
 
 
 def _folder(url: str | os.PathLike[str]) -> Path:
-    store = Store.at(url)
+    store = open_store(url)
     if "://" in store.url:
         raise InvalidInput(
             f"{store.url}: an object in a bucket is there whole or not at all, so nothing is to be cleaned; parts of "

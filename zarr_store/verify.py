@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.labels import verify_labels
 from zarr_store.ledger import LedgerRow
 from zarr_store.read import Cube, open_cube
@@ -77,7 +77,7 @@ def verify_cube(
         The report; `damage` names each missing or corrupt object. Label layers are always checked whole.
     """
     cube = open_cube(url)
-    store = Store.at(url)
+    store = open_store(url)
     written = draw_shards(cube, share, seed)
     size = 0
     damage = []

@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from zarr_store.backends import Pending, Store, translate_os_errors
+from zarr_store.backends import open_store
+from zarr_store.chunk_stats import ChunkStats
 from zarr_store.crash import crashpoint
 from zarr_store.errors import Locked, MisalignedWrite
-from zarr_store.index import ChunkStats
 from zarr_store.ledger import Ledger, LedgerRow, ShardIndex, SourceOutcome
 from zarr_store.lock import read_token
 from zarr_store.pack import pack_chunk, pack_shard
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec, overview_positions
+from zarr_store.store import Pending, translate_os_errors
 
 __all__ = ["PackedShard", "ShardWriter", "shard_key"]
 
@@ -81,7 +82,7 @@ class ShardWriter:
         cube = self._open()
         spec = cube.spec(self.collection)
         index = self._check(spec, region, arrays)
-        store = Store.at(self.url)
+        store = open_store(self.url)
         stats: list[ChunkStats] = []
         pending: dict[str, Pending] = {}
         try:
@@ -133,14 +134,14 @@ class ShardWriter:
         Raises:
             Locked: Another run has it.
         """
-        if self.fence is not None and read_token(Store.at(self.url)) != self.fence:
+        if self.fence is not None and read_token(open_store(self.url)) != self.fence:
             raise Locked(
                 f"{self.url}: the run that this shard was made for has ended or lost its lock; nothing more is written "
                 "for it, the run that holds the cube now makes the shard"
             )
 
     def ledger(self) -> Ledger:
-        """Of the collection."""
+        """The ledger of the collection."""
         return self._open().ledger(self.collection)
 
     def _open(self) -> Cube:

@@ -2,9 +2,9 @@
 
 Letters: B windows, H = W = patch, C bands. A batch is
     image     B C H W   stored numbers of the cube (uint16 reflectance, float32 backscatter)
-    label     B H W     uint8 class index, 255 = not learnt; or float32 value, nan = not learnt
+    label     B H W     uint8 class index, 255 = not learned; or float32 value, nan = not learned
     observed  B H W     uint8, 1 where the network may see the pixel
-Of series of T dates image and observed have an axis T after B (B T C H W), and there is
+In a series of T dates, image and observed have an axis T after B (B T C H W), and there is
     day       B T       uint16 day of the year, from 1
 Rows and columns come last, as in the cube, so that chunks are decoded into the memory that a processor's device uses:
 moving bands behind them (`as_images`), casting, normalising and augmenting are done on the device.
@@ -13,7 +13,7 @@ moving bands behind them (`as_images`), casting, normalising and augmenting are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -30,6 +30,11 @@ Rows = npt.NDArray[np.int32]
 
 class Reader(Protocol):
     """What reads rows into batches: windows of a cube, or samples of a store."""
+
+    @property
+    def shows(self) -> Literal["windows", "images"]:
+        """Whether a row is a window of some ground, or an image by itself."""
+        ...
 
     def read(self, rows: Rows) -> HostBatch:
         """Read rows, int32 (B, 3) of (time, y, x) or (sample, y, x)."""

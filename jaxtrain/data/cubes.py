@@ -1,21 +1,21 @@
-"""Several cubes as one source: their windows side by side, their statistics as of all their ground.
+"""Windows, splits, readers and statistics of several cubes, joined into one.
 
-Rows get the number of their cube in front: int32 (count, 4) of (cube, time, y, x). Nothing else knows of it but the
-reader, so that order, batches and steps are the same as of one cube.
+Rows get the number of their cube in front: int32 (count, 4) of (cube, time, y, x). Order, batches and steps do not look
+at it, so they are the same as for one cube.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxtrain.data.arrays import HostBatch, Rows
+from jaxtrain.data.arrays import HostBatch, Reader, Rows
 from jaxtrain.data.memory import empty_array
-from jaxtrain.data.reader import OnUnreadable, WindowReader
+from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.windows import Windows
@@ -29,6 +29,11 @@ class Splits:
     """The split of each of several cubes; each is split by itself."""
 
     each: tuple[Split, ...]
+
+    @property
+    def by_blocks(self) -> tuple[Split, ...]:
+        """The splits that can be drawn as maps of blocks."""
+        return self.each
 
     def counts(self) -> dict[str, int]:
         """Blocks of each part, over all cubes."""
@@ -49,14 +54,19 @@ class Splits:
 class CubesReader:
     """Reads rows of several cubes, each by the reader of its cube."""
 
-    readers: tuple[WindowReader, ...]
+    readers: tuple[Reader, ...]
+
+    @property
+    def shows(self) -> Literal["windows", "images"]:
+        """A row is a window of one of the cubes."""
+        return "windows"
 
     def read(self, rows: Rows) -> HostBatch:
-        """As `WindowReader.read`, of int32 (B, 4) of (cube, time, y, x)."""
+        """Read rows, int32 (B, 4) of (cube, time, y, x); see `WindowReader.read`."""
         return self.begin(rows)()
 
     def begin(self, rows: Rows) -> Callable[[], HostBatch]:
-        """As `WindowReader.begin`."""
+        """Have rows read; see `WindowReader.begin`."""
         begun = []
         for number in np.unique(rows[:, 0]):
             chosen = rows[:, 0] == number
@@ -96,7 +106,7 @@ def join_windows(each: Sequence[Windows]) -> Windows:
 
 
 def join_statistics(each: Sequence[Statistics]) -> Statistics:
-    """Of all pixels of several cubes; moments are joined after Chan, Golub & LeVeque (1979)."""
+    """Statistics over all pixels of several cubes; moments are joined after Chan, Golub & LeVeque (1979)."""
     pixels = np.array([one.pixels for one in each], np.float64)
     learnt = np.array([one.class_pixels.sum() for one in each], np.float64)
     mean, std = _join(pixels, np.stack([one.mean for one in each]), np.stack([one.std for one in each]))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 __all__ = ["empty_array"]
 
 _ALIGNMENT = 64
-"""Of XLA's buffers on a processor, bytes."""
+"""Alignment of XLA's buffers on a processor, bytes."""
 _LEAST_BYTES = 1 << 18
 """Less than this comes from the C library's own store."""
 _MOST_BYTES = 256 << 20
@@ -52,7 +52,7 @@ _shelf = _Shelf()
 
 
 def empty_array(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """As `np.empty`, at an address that JAX takes over on a processor without a copy."""
+    """An array like `np.empty`, at an address that JAX takes over on a processor without a copy."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
     if count < _LEAST_BYTES:
         memory = np.empty(count + _ALIGNMENT, np.uint8)

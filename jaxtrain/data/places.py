@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from jaxtrain.config import SplitConfig
 from jaxtrain.data.order import mix
-from jaxtrain.data.splits import PARTS, UNUSED
+from jaxtrain.data.splits import PARTS, UNUSED, Split
 from zarr_store.errors import InvalidInput
 
 __all__ = ["SampleSplit", "leakage", "nearest_m", "split_samples"]
@@ -40,6 +40,11 @@ class SampleSplit:
     kind: Literal["cells", "random"]
     parts: Codes
     cells: tuple[int, int, int]
+
+    @property
+    def by_blocks(self) -> tuple[Split, ...]:
+        """The splits that can be drawn as maps of blocks: none."""
+        return ()
 
     def counts(self) -> dict[str, int]:
         """Cells of each part; samples, where the split is random."""

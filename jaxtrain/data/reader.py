@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +105,11 @@ class WindowReader:
         index = index or cube.index(config.collection)
         return cls(cube, config.collection, bands, config.patch, config.learn_masked, learnt, table, index,
                    lenient=dates > 1, dates=dates)  # fmt: skip
+
+    @property
+    def shows(self) -> Literal["windows", "images"]:
+        """A row is a window of the cube."""
+        return "windows"
 
     def read(self, rows: Rows) -> HostBatch:
         """Read windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it.
@@ -277,7 +282,7 @@ class WindowReader:
         return finish
 
     def _latest(self, dated: npt.NDArray[Any], observed: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-        """Of labels with dates (B, T, H, W), each pixel's last date on which it was observed and labelled."""
+        """Labels (B, H, W) from labels with dates: those of the last date on which a pixel was seen and labelled."""
         assert self.target is not None
         label = np.full((len(dated), *dated.shape[2:]), self.target.nothing)
         for t in range(self.dates):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,11 @@ class SampleReader:
         bands = tuple(names.index(band) for band in config.bands or names)
         side = config.patch if store.spec.labelled == "pixels" else store.spec.size[0]
         return cls(store, bands, side, classes.table())
+
+    @property
+    def shows(self) -> Literal["windows", "images"]:
+        """A row is an image by itself."""
+        return "images"
 
     def read(self, rows: npt.NDArray[np.int32]) -> dict[str, np.ndarray]:
         """Read samples.

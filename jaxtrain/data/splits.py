@@ -1,8 +1,10 @@
-"""`Split`: which ground is learnt from and which is kept aside to judge.
+"""`Split`: which ground belongs to the training, validation and test part.
 
-The grid is cut into square blocks, and a block belongs to one part on every date. A window lies wholly within one
-block, so no ground is in two parts, on any date. Which block goes where depends on a hash of (seed, block), not on how
-blocks are counted; shares are filled by rank of that hash, so that also a dozen blocks fill all parts.
+The grid is cut into square blocks, and a block belongs to one part. A window lies wholly within one block, so no ground
+is in two parts on any date; only where whole dates are held out (`data.split.test_dates`) is a block judged on dates on
+which it was not learned. Which block goes where depends on a hash of (seed, block), not on how blocks are counted;
+shares are filled by rank of that hash, so that also a dozen blocks fill all parts. A checkerboard gives every other
+block to the test part.
 """
 
 from __future__ import annotations
@@ -43,6 +45,11 @@ class Split:
         """All ground of a grid of `shape` (height, width) in one part: for a cube that no run has learnt from."""
         rows, columns = (-(-size // side) for size, side in zip(shape, block, strict=True))
         return cls(block, np.full((rows, columns), PARTS.index(part), np.int8))
+
+    @property
+    def by_blocks(self) -> tuple[Self, ...]:
+        """The splits that can be drawn as maps of blocks."""
+        return (self,)
 
     def part_at(self, y: npt.NDArray[np.int64], x: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
         """Codes of the blocks that hold the pixels (y, x)."""

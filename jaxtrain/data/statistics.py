@@ -31,7 +31,7 @@ _SAMPLED_WINDOWS = 256
 """4 million pixels at patch 128: the mean is known to a thousandth of the spread, in about a second."""
 _READ_AT_ONCE = 16
 _SAMPLED_DATES = 1024
-"""Of series: dates of windows that are read in all."""
+"""Dates that are read in all, where windows are series."""
 _ENOUGH_SHARE = 0.25
 """Part of the training pixels that whole training chunks must hold for their counts to stand for all."""
 

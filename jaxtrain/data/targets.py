@@ -47,7 +47,7 @@ class Target:
 
     @property
     def dtype(self) -> str:
-        """Of the stored numbers."""
+        """Type of the stored numbers."""
         if self.place == "index":
             return "int16"
         return "float32" if self.values else "uint8"

@@ -1,9 +1,10 @@
 """`Windows`: the patches that a run reads, chosen from the training index without reading a pixel.
 
-The grid is tiled by patch × patch windows (aligned with the blocks of the split), once for each date. A window is used
-where all its chunks were written and enough of its pixels can be learnt; both follow from the chunk counts made at
-ingest. A chunk is usually larger than a patch, so the share of a window is that of the chunks under it: an estimate,
-and a window without any label only costs its time, as it weighs nothing in the loss.
+The grid is tiled by patch × patch windows (aligned with the blocks of the split), once for each date, or for each
+series of dates. A window is used where its chunks were written (in a series, on one date at least) and enough of its
+pixels can be learned; both follow from the chunk counts made at ingest. A chunk is usually larger than a patch, so the
+share of a window is that of the chunks under it: an estimate, and a window without any label only costs its time, as
+it weighs nothing in the loss.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class Windows:
 
 class Counted(Protocol):
     """A split, of a cube, of several, or of samples."""
+
+    @property
+    def by_blocks(self) -> tuple[Split, ...]:
+        """The splits that can be drawn as maps of blocks."""
+        ...
 
     def counts(self) -> dict[str, int]:
         """Blocks, cells or samples of each part."""

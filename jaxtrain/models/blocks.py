@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtrain.parallel.spatial import convolve
+from jaxtrain.models.convolution import convolve
 from zarr_store.errors import InvalidInput
 
 __all__ = ["ConvBlock", "GroupNorm", "RunningNorm", "conv", "halve", "make_norm", "repeat_nearest", "run_block"]

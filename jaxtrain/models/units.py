@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
-__all__ = ["Carry", "Staged", "Unit", "halves", "is_owned"]
+__all__ = ["Carry", "Unit", "halves", "is_owned"]
 
 Carry = tuple[jax.Array, ...]
 
@@ -29,13 +29,6 @@ class Unit:
     """`run(carry, train) -> carry`; the first gets (image,), the last gives (logits,)."""
     whole: bool = True
     """Whether filters lie whole on each device after it; else no cut may follow where filters are split."""
-
-
-class Staged(Protocol):
-    """A network that can be cut."""
-
-    def units(self) -> list[Unit]:
-        """All pieces in order; run one after another they are the network."""
 
 
 def halves(path: str, block: Any, enter: Callable[[Carry], Carry] = tuple, owns: tuple[str, ...] = ()) -> list[Unit]:

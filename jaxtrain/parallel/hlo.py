@@ -30,9 +30,9 @@ class Collective:
     kind: str
     """Such as all-reduce."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of its results, per device."""
+    """Size of its results, per device."""
     bytes: int
-    """Of its results, per device."""
+    """Size of its results, per device."""
     line: str
     """The instruction as the compiler printed it."""
 

@@ -1,8 +1,9 @@
 """Devices: one mesh with the axes of the configuration. Several processes join before (`processes.start_distributed`).
 
-Axes, outermost first: `data` (samples) and `model` (filters) are always there; `space` (rows of an image) and
-`space_w` (its columns) where they split something. Nothing else in jaxtrain asks JAX for its devices. Axes are of type
-Auto: the compiler places what the rules and the batch sharding leave open (GSPMD), so models hold no annotations.
+Axes, outermost first: `pipe` (stages of a pipeline), `data` (samples), `space` (rows of an image), `space_w` (its
+columns) and `model` (filters). `data` and `model` are always there, the others where they split something. Meshes are
+made of JAX's devices here only. Axes are of type Auto: the compiler places what the rules and the batch sharding leave
+open (GSPMD), so models hold no annotations.
 """
 
 from __future__ import annotations
@@ -104,12 +105,12 @@ def spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
 
 
 def image_spec(mesh: Mesh) -> PartitionSpec:
-    """Of (B, H, W, …): samples over `data`, rows and columns over the space axes that the mesh has."""
+    """How (B, H, W, …) lies: samples over `data`, rows and columns over the space axes that the mesh has."""
     return spec("data", *(axis if axis in mesh.shape else None for axis in SPACE_AXES))
 
 
 def stored_sharding(mesh: Mesh, dimensions: int) -> NamedSharding:
-    """Of an array of a batch as cubes have it, rows and columns last: (B, …, H, W), or (B,) and (B, K)."""
+    """How an array of a stored batch lies, rows and columns last: (B, …, H, W), or (B,) and (B, K)."""
     if dimensions < 3:
         return batch_sharding(mesh)
     first, *space = image_spec(mesh)

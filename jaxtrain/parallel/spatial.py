@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,23 +23,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxtrain.narrow import convolve_pairs, is_narrow
+from jaxtrain.models.convolution import convolving_with
+from jaxtrain.models.narrow import convolve_pairs, is_narrow
 from jaxtrain.parallel.mesh import SPACE_AXES, image_spec, spec
 from zarr_store.errors import InvalidInput
 
-__all__ = ["convolve", "halo_widths", "over_space"]
-
-_MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+__all__ = ["halo_widths", "over_space"]
 
 
 @contextlib.contextmanager
 def over_space(mesh: Mesh) -> Iterator[None]:
     """Convolutions that are traced inside work on images that lie on `mesh`, split where it has space axes."""
-    token = _MESH.set(mesh)
-    try:
+    with convolving_with(partial(_convolve, mesh)):
         yield
-    finally:
-        _MESH.reset(token)
 
 
 def halo_widths(window: int, stride: int) -> tuple[int, int]:
@@ -56,19 +52,19 @@ def halo_widths(window: int, stride: int) -> tuple[int, int]:
     return before, max(window - stride - before, 0)
 
 
-def convolve(
-    x_BHWI: jax.Array, kernel_HWIO: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
+def _convolve(
+    mesh: Mesh, x_BHWI: jax.Array, kernel_HWIO: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of whole images, or inside `over_space` of split ones; for `nnx.Conv`.
+    """`jax.lax.conv_general_dilated` of whole images, or of split ones where `mesh` has space axes.
 
-    Inside `over_space` on a processor, few filters take two columns at once (`jaxtrain.narrow`).
+    On a processor, few filters take two columns at once (`jaxtrain.models.narrow`).
 
     Raises:
         InvalidInput: a shard does not hold whole strides, or fewer rows than its neighbour borrows.
     """
-    mesh, given = _MESH.get(), (x_BHWI, kernel_HWIO, window_strides, padding)
-    if mesh is None or not any(axis in mesh.shape for axis in SPACE_AXES):
-        if mesh is not None and _whole_filters_on_cpu(mesh) and is_narrow(*given, **settings):
+    given = (x_BHWI, kernel_HWIO, window_strides, padding)
+    if not any(axis in mesh.shape for axis in SPACE_AXES):
+        if _whole_filters_on_cpu(mesh) and is_narrow(*given, **settings):
             narrow: jax.Array = convolve_pairs(x_BHWI, kernel_HWIO)
             return narrow
         return lax.conv_general_dilated(*given, **settings)

@@ -42,8 +42,6 @@ class Layout:
     """Names of all units."""
     owner: Mapping[str, int]
     """Part of each parameter and batch statistic, by path."""
-    costs: tuple[float, ...]
-    """Of each unit, as the cuts were made from; any unit of cost."""
 
     @property
     def chunks(self) -> int:
@@ -57,10 +55,6 @@ class Layout:
     def span(self, chunk: int) -> tuple[int, int]:
         """First unit of a part, and the first that is no longer of it."""
         return self.starts[chunk], (*self.starts, len(self.units))[chunk + 1]
-
-    def chunk_costs(self) -> list[float]:
-        """Cost of each part."""
-        return [sum(self.costs[slice(*self.span(chunk))]) for chunk in range(self.chunks)]
 
 
 def lay_out(mesh: Mesh, units: Sequence[Unit], names: Sequence[str], costs: Sequence[float], *, chunks: int) -> Layout:
@@ -91,7 +85,7 @@ def lay_out(mesh: Mesh, units: Sequence[Unit], names: Sequence[str], costs: Sequ
         for name, position in unit_of.items()
         if position is not None
     }
-    return Layout(groups_of(mesh), starts, tuple(unit.name for unit in units), owner, tuple(map(float, costs)))
+    return Layout(groups_of(mesh), starts, tuple(unit.name for unit in units), owner)
 
 
 def estimate(run: Pass, params: Mapping[str, Any], carry: Any) -> float:

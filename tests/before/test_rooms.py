@@ -46,7 +46,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
 
 
 def _digest(array: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array[...])).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array[...]).tobytes()).hexdigest()
 
 
 def test_a_cube_of_before_is_complete_and_whole(before: Path, run: Callable[..., Any]) -> None:

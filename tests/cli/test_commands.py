@@ -184,8 +184,8 @@ def test_quicklook_draws_a_large_cube_at_every_width(run: Run, tmp_path: Path, w
     outcome = run("quicklook", path, tmp_path / "q.png", "--width", width, "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["width"] <= max(width, 64)
-    with Image.open(tmp_path / "q.png") as image:
-        picture = np.asarray(image)
+    with Image.open(tmp_path / "q.png") as drawn:
+        picture = np.asarray(drawn)
     dark = (picture == (32, 32, 36)).all(axis=-1)
     share = dark[dark.any(axis=1)][:, 8:-8].mean()
     assert share == pytest.approx(400 / 1100, abs=0.06), "the columns outside the swath"

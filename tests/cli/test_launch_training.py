@@ -176,15 +176,15 @@ def test_two_processes_survive_being_killed_and_equal_one(folder: Path, together
 @pytest.mark.slow
 def test_a_pipeline_over_two_processes_survives_a_kill_and_equals_one_device(folder: Path) -> None:
     """Each process holds one stage; killed after a checkpoint, which holds both, the run continues from it."""
-    from jaxtrain.script import read_config
-    from jaxtrain.train import train
+    from jaxtrain import train
+    from jaxtrain.settings import read_train_config
 
     text = (folder / "run.toml").read_text().replace("dropout = 0.1", "dropout = 0.0")
     # the cloud of this cube is one value: where turned pixels round otherwise, ties of the max pooling break otherwise
     text = text.replace("patch = 32", "patch = 32\naugment = false")
     text = text.replace(f"= {STEPS}", "= 24").replace("checkpoint_every = 18", "checkpoint_every = 6")
     (folder / "piped.toml").write_text(text)
-    train(read_config(folder / "piped.toml"), folder / "one")
+    train(read_train_config([folder / "piped.toml"]), folder / "one")
     words = [sys.executable, "-m", "cli.main", "launch", "-n", "2", "--", "train", str(folder / "piped.toml"), "-v"]
     killed = False
     with Watched([*words, "--out", str(folder / "piped"), "--set", "mesh.pipe=2"], environment(folder)) as launcher:

@@ -14,7 +14,7 @@ from PIL import Image
 from cli.mapping import export_cog
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import Classes
-from jaxtrain.maps import create_map, open_map
+from jaxtrain.inference.maps import create_map, open_map
 from zarr_store import Grid
 
 Run = Callable[..., Any]

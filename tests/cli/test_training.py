@@ -25,10 +25,10 @@ def test_memory_and_kernels_are_asked_for_before_devices_are_looked_for(
     def train(*_: Any, **__: Any) -> None:
         order.append("training")
 
-    monkeypatch.setattr("jaxtrain.heap.keep_freed_memory", lambda: order.append("memory"))
-    monkeypatch.setattr("jaxtrain.repeat.repeat_exactly", lambda: order.append("exactly"))
+    monkeypatch.setattr("jaxtrain.parallel.heap.keep_freed_memory", lambda: order.append("memory"))
+    monkeypatch.setattr("jaxtrain.runs.repeat.repeat_exactly", lambda: order.append("exactly"))
     monkeypatch.setattr("jaxtrain.parallel.processes.spread_mesh", spread)
-    monkeypatch.setattr("jaxtrain.train.train", train)
+    monkeypatch.setattr("jaxtrain.loop.train", train)
     (tmp_path / "run.toml").write_text('[data]\ncube = "none"\n')
 
     run_training(Session(verbosity=-1), TrainConfig.model_validate({"data": {"cube": "none"}}), tmp_path / "one")

@@ -8,6 +8,7 @@ long or too much memory, names its number, and goes on behind it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -314,7 +315,7 @@ def _fault(folder: Path, what: str) -> Iterator[Checks]:
 KINDS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Checks]]] = {
     "rasters": _rasters,
     "documents": _documents,
-    **{f"test-{what}": lambda folder, what=what: _fault(folder, what) for what in ("crash", "hang", "bomb", "raise")},
+    **{f"test-{what}": functools.partial(_fault, what=what) for what in ("crash", "hang", "bomb", "raise")},
 }
 
 if __name__ == "__main__":

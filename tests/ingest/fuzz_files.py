@@ -33,7 +33,7 @@ def scene(dtype: str, seed: int = 4) -> np.ndarray:
     return pixels.astype(dtype)
 
 
-def written(dtype: str, *, overviews: bool = False, mask: bool = False, **options: Any) -> bytes:
+def written(dtype: str, *, overviews: Any = False, mask: Any = False, **options: Any) -> bytes:
     """A file of GDAL's."""
     bands = options.get("count", 1)
     profile = {"driver": "GTiff", "height": SHAPE[0], "width": SHAPE[1], "count": 1, "dtype": dtype}

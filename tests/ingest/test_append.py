@@ -17,8 +17,8 @@ from ingest.config import IngestConfig
 from ingest.run import run
 from ingest.search import Found
 from ingest.stored import kept_plan
-from zarr_store.backends import FolderStore
 from zarr_store.errors import CubeMismatch, InvalidInput, Locked, TerrashardError
+from zarr_store.folder import FolderStore
 from zarr_store.grow import grow_cube
 from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube

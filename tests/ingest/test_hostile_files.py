@@ -329,7 +329,7 @@ def _doors_of_paths(path: Path) -> dict[str, Callable[[], Any]]:
     from ingest.patches import _read_table, read_patch
     from ingest.plan import Plan
     from ingest.providers import load_provider_file
-    from jaxtrain.script import read_config
+    from jaxtrain.settings import read_train_config
     from zarr_store.grid import Grid
 
     grid = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (256, 256))
@@ -357,8 +357,8 @@ def _doors_of_paths(path: Path) -> dict[str, Callable[[], Any]]:
         "items.json": lambda: Documents("", IngestConfig(collections=("a",))).read(str(path.with_suffix(".json"))),
         "items.parquet": lambda: read_items(path.with_suffix(".parquet")),
         "source.parquet": refused_parquet,
-        "settings.toml": lambda: read_toml(path.with_suffix(".toml")),
-        "train.toml": lambda: read_config(path.with_suffix(".toml")),
+        "settings.toml": lambda: read_train_config([path.with_suffix(".toml")]),
+        "train.toml": lambda: read_train_config([path.with_suffix(".toml")]),
         "provider.toml": lambda: load_provider_file(path.with_suffix(".toml")),
         "plan.json": lambda: Plan.load(path.with_suffix(".json")),
     }

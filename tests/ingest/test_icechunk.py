@@ -19,7 +19,7 @@ from cli.main import main
 from ingest.config import IngestConfig
 from ingest.plan import Plan
 from ingest.run import run
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.errors import CorruptShard, InvalidInput, Locked, MissingShard
 from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube
@@ -186,7 +186,7 @@ def test_growing_and_healing_are_commits_of_their_own(plan: Plan, tmp_path: Path
         open_cube(cube).ledger(NAME).drop((0, 0, 0))
         assert (0, 0, 0) not in rows(cube)
         assert (0, 0, 0) in open_cube(plain).ledger(NAME).rows()
-        store = Store.at(cube)
+        store = open_store(cube)
         assert store.commit("drop", still_ours=lambda: store.read("_terrashard/lock.json") is not None) is not None
         assert lock.token
     assert (0, 0, 0) not in rows(cube)
@@ -195,7 +195,7 @@ def test_growing_and_healing_are_commits_of_their_own(plan: Plan, tmp_path: Path
 def test_z18_one_committer_only(plan: Plan, tmp_path: Path, local_client: Any) -> None:
     cube = tmp_path / "cube"
     run(plan, cube, client=local_client, config=ICECHUNK)
-    store = Store.at(cube)
+    store = open_store(cube)
     # under the lock of one, no second run begins
     with CubeLock(cube, "first"), pytest.raises(Locked, match="first"):
         run(plan, cube, client=local_client)
@@ -232,9 +232,9 @@ def test_absent_and_damaged_shards_are_not_read_as_pixels(plan: Plan, tmp_path: 
     with pytest.raises(MissingShard):
         opened.read(NAME, "reflectance", absent)
     key = f"{NAME}/reflectance/c/{done.index[0]}/0/{done.index[1]}/{done.index[2]}"
-    data = bytearray(Store.at(cube).read(key) or b"")
+    data = bytearray(open_store(cube).read(key) or b"")
     data[len(data) // 3] ^= 0xFF
-    Store.at(cube).write(key, bytes(data))
+    open_store(cube).write(key, bytes(data))
     with pytest.raises(CorruptShard):
         open_cube(cube).read(NAME, "reflectance", done.region)
     assert [one.state for one in verify_cube(cube).damage] == ["corrupt"]

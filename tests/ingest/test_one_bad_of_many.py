@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,7 @@ from ingest.testing import make_scene, write_raster
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiffs import (
+from .tiffs import (
     GDAL_METADATA,
     GEO_KEYS,
     HEIGHT,

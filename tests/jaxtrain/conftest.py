@@ -17,9 +17,9 @@ import optax  # noqa: E402
 import pytest  # noqa: E402
 
 from jaxtrain.config import TrainConfig  # noqa: E402
+from jaxtrain.learn.state import Program, TrainState, build_program  # noqa: E402
+from jaxtrain.learn.step import TrainStep, make_train_step  # noqa: E402
 from jaxtrain.parallel.mesh import make_mesh  # noqa: E402
-from jaxtrain.state import Program, TrainState, build_program  # noqa: E402
-from jaxtrain.step import TrainStep, make_train_step  # noqa: E402
 
 CHANNELS, CLASSES, SIDE, BATCH, STEPS = 3, 4, 32, 8, 5
 MEAN, STD = np.full(CHANNELS, 2500.0), np.full(CHANNELS, 1400.0)

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrain import train
 from jaxtrain.config import TrainConfig
-from jaxtrain.train import train
 from zarr_store.create import create_cube
 from zarr_store.grid import Grid
 from zarr_store.read import Cube, open_cube

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import tomli_w
 
-from jaxtrain.checkpoint import CheckpointStore, name_leaves, target_of
+from jaxtrain import TrainEvent, train
 from jaxtrain.config import TrainConfig
-from jaxtrain.log import RunLog, read_metrics
-from jaxtrain.rundir import load_card, program_of
-from jaxtrain.script import main, read_config
-from jaxtrain.state import Program
-from jaxtrain.train import TrainEvent, train
+from jaxtrain.learn.state import Program
+from jaxtrain.runs.checkpoint import CheckpointStore, name_leaves, target_of
+from jaxtrain.runs.log import RunLog, read_metrics
+from jaxtrain.runs.rundir import load_card, program_of
+from jaxtrain.script import main
+from jaxtrain.settings import read_train_config
 from zarr_store.errors import InvalidInput, Locked, NotACube, Preempted, UnknownName
 from zarr_store.lock import CubeLock
 from zarr_store.regions import Region
@@ -99,7 +100,7 @@ def test_programs_of_a_run_are_kept_in_its_folder_from_before_the_first_is_compi
         return compile_and_init(program, key)
 
     compile_and_init = Program.init
-    monkeypatch.setattr("jaxtrain.train.programs_kept", kept)
+    monkeypatch.setattr("jaxtrain.loop.programs_kept", kept)
     monkeypatch.setattr(Program, "init", init)
     train(tiny_config(shared_cube(), run={"steps": 1}), tmp_path / "run")
     assert order == [tmp_path / "run" / "compiled", "compiled", "given back"]
@@ -311,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_windows(tmp_path: Pat
 
 
 def test_nothing_is_compiled_twice(tmp_path: Path) -> None:
-    from jaxtrain import train as module
+    from jaxtrain import loop as module
 
     steps: list[Any] = []
     make = module.make_train_step
@@ -352,14 +353,14 @@ def test_the_script_reads_toml_and_ends_with_the_right_code(
     text = '[data]\ncube = "../cube.zarr"\n[data.classes]\n"4" = "vegetation"\n'
     file.write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert read_config(file).data.cube == str(tmp_path / "cube.zarr")
+    assert read_train_config([file]).data.cube == str(tmp_path / "cube.zarr")
     assert main([str(file), "--out", "run"]) == 2
     assert "cube.zarr does not exist" in capsys.readouterr().err
     for bad, message in (
-        (text + "[run]\nstep = 3\n", "unknown key 'step'"),
-        (text + "[run]\nsteps = -3\n", "run.steps: Input should be greater than 0, got -3"),
-        ("[data", "expected a TOML file"),
-        ("[data]\npatch = 4\n", "data.cube: Field required"),
+        (text + "[run]\nstep = 3\n", "unknown key 'run.step': did you mean 'run.steps'?"),
+        (text + "[run]\nsteps = -3\n", "run.steps: input should be greater than 0, got -3"),
+        ("[data", "a.toml is not TOML"),
+        ("[data]\npatch = 4\n", "key 'data.cube' is needed and absent"),
     ):
         file.write_text(bad)
         assert main([str(file), "--out", "run"]) == 2

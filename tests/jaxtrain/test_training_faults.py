@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import checkpoint
-from jaxtrain import train as train_module
-from jaxtrain.checkpoint import CheckpointStore
-from jaxtrain.log import read_metrics
+from jaxtrain import TrainEvent, train
+from jaxtrain import loop as train_module
 from jaxtrain.parallel.processes import Agreement
-from jaxtrain.train import TrainEvent, train
-from jaxtrain.watchdog import HUNG
+from jaxtrain.runs import checkpoint
+from jaxtrain.runs.checkpoint import CheckpointStore
+from jaxtrain.runs.log import read_metrics
+from jaxtrain.runs.watchdog import HUNG
 from zarr_store.errors import CorruptShard, InvalidInput, NoSpace, Preempted
 
 from .cube_factory import COLLECTION, shared_cube, shared_run, tiny_config
@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_while_arrays_are_written_is_told_as_such(small_dis
         import os
         from pathlib import Path
         import jax.numpy as jnp
-        from jaxtrain import checkpoint
+        from jaxtrain.runs import checkpoint
         disk = Path({str(small_disk)!r})
         store = checkpoint.CheckpointStore(disk / "checkpoints")
         state = {{str(number): jnp.arange(40_000.0) + number for number in range(8)}}
@@ -294,7 +294,7 @@ def test_a_damaged_chunk_is_put_into_quarantine_up_to_a_limit(tmp_path: Path, da
         assert y < 64
         assert x < 64
         assert "sentinel-2-l2a/reflectance Region" in line["why"]
-    assert any("is learnt no more" in event.message for event in events if event.kind == "warning")
+    assert any("is no longer learned from" in event.message for event in events if event.kind == "warning")
     before, after = read_metrics(shared_run()), read_metrics(run)
     labelled = [[line["labelled"] for line in lines if line["kind"] == "train"] for lines in (before, after)]
     assert sum(labelled[1]) < sum(labelled[0])  # what is not read is not learnt, never learnt as zeros
@@ -322,7 +322,7 @@ def test_a_run_that_hangs_shows_its_stacks_and_ends(tmp_path: Path) -> None:
     program = f"""
         import time
         from pathlib import Path
-        from jaxtrain.watchdog import Watchdog
+        from jaxtrain.runs.watchdog import Watchdog
         def wait_for_the_others():
             time.sleep(60)
         with Watchdog(0.5, Path({str(tmp_path / "hang-0.txt")!r})) as watchdog:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from zarr_store.backends import FolderStore, Store, translate_os_errors
+from zarr_store.backends import open_store
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
+from zarr_store.folder import FolderStore
+from zarr_store.store import Store, translate_os_errors
 
 
 def test_write_read_list_delete(tmp_path: Path) -> None:
-    store = Store.at(f"file://{tmp_path}/a%20b")
+    store = open_store(f"file://{tmp_path}/a%20b")
     assert isinstance(store, FolderStore)
     assert store.root.name == "a b"
     store.write("x/2.json", b"two")
@@ -35,7 +37,7 @@ def _umask() -> int:
 
 
 def test_a_failed_write_keeps_the_old_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store.at(tmp_path)
+    store = open_store(tmp_path)
     store.write("k", b"old")
     fired = []
 
@@ -87,7 +89,7 @@ def test_a_store_that_takes_whole_objects_writes_at_the_end(tmp_path: Path) -> N
 
 
 def test_create_exclusive_writes_once(tmp_path: Path) -> None:
-    store = Store.at(tmp_path)
+    store = open_store(tmp_path)
     assert store.create_exclusive("k", b"1")
     assert not store.create_exclusive("k", b"2")
     assert store.read("k") == b"1"
@@ -95,7 +97,7 @@ def test_create_exclusive_writes_once(tmp_path: Path) -> None:
 
 
 def test_beside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    store = Store.at(tmp_path / "cube")
+    store = open_store(tmp_path / "cube")
 
     def interrupted() -> None:
         with store.beside() as fresh:
@@ -123,6 +125,6 @@ def test_errors_of_the_file_system_are_translated() -> None:
 @pytest.mark.parametrize("scheme", ["https", "ftp", "memory"])
 def test_other_schemes_are_refused_without_their_secrets(scheme: str) -> None:
     with pytest.raises(InvalidInput, match="local or mounted") as caught:
-        Store.at(f"{scheme}://user:hunter2@bucket/cube?token=abc")
+        open_store(f"{scheme}://user:hunter2@bucket/cube?token=abc")
     assert "hunter2" not in str(caught.value)
     assert "abc" not in str(caught.value)

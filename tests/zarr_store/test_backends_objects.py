@@ -15,7 +15,7 @@ import pytest
 import tensorstore as ts
 
 from zarr_store import CubeLock, CubeSpec, ShardWriter, SourceOutcome, create_cube, open_cube, verify_cube
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.crash import EXIT_CODE
 from zarr_store.errors import AccessError, CubeMismatch, InvalidInput, Locked, MissingShard, NotACube
 from zarr_store.lock import LOCK_KEY
@@ -45,7 +45,7 @@ def fill(url: str, spec: CubeSpec, pixels: dict[str, np.ndarray]) -> None:
 
 
 def test_bytes_go_in_and_out(bucket: Any) -> None:
-    store = Store.at(f"s3://{BUCKET}/a/b c/")
+    store = open_store(f"s3://{BUCKET}/a/b c/")
     assert isinstance(store, ObjectStore)
     assert store.url == f"s3://{BUCKET}/a/b c"
     assert not store.exists()
@@ -61,7 +61,7 @@ def test_bytes_go_in_and_out(bucket: Any) -> None:
 
 
 def test_conditions_hold(bucket: Any) -> None:
-    store = Store.at(f"s3://{BUCKET}/c")
+    store = open_store(f"s3://{BUCKET}/c")
     assert store.create_exclusive("k", b"1")
     assert not store.create_exclusive("k", b"2")
     assert store.create_exclusive("k", b"1"), "a put sent twice, as after a lost answer, is the same put"
@@ -75,7 +75,7 @@ def test_of_two_that_take_over_one_wins(bucket: Any, monkeypatch: pytest.MonkeyP
     """The other's put comes between look and put: only If-Match can notice."""
     import obstore
 
-    store = Store.at(f"s3://{BUCKET}/c")
+    store = open_store(f"s3://{BUCKET}/c")
     store.write("k", b"stale")
     put = obstore.put
     fired = []
@@ -108,7 +108,7 @@ def test_a_whole_cube_equals_the_one_in_a_folder(
     assert len(cube.ledger(NAME).rows()) == len(spec.shards())
     assert verify_cube(url).damage == ()
     assert not any(SECRET.encode() in data or b"AKIDCANARY" in data for data in there.values())
-    assert SECRET not in json.dumps(Store.at(url).tensorstore("x")) + repr(Store.at(url))
+    assert SECRET not in json.dumps(open_store(url).tensorstore("x")) + repr(open_store(url))
 
 
 def test_damage_and_loss_are_named(bucket: Any, spec: CubeSpec, pixels: dict[str, np.ndarray]) -> None:
@@ -206,7 +206,7 @@ def test_two_runs_and_a_dead_one(bucket: Any) -> None:
 )
 def test_urls_hold_no_credentials(url: str) -> None:
     with pytest.raises(InvalidInput, match="expected s3://bucket/prefix") as caught:
-        Store.at(url)
+        open_store(url)
     assert "hunter2" not in str(caught.value)
 
 
@@ -220,20 +220,20 @@ def test_google_goes_through_the_same_door() -> None:
 
 def test_azure_goes_through_the_same_door(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
-    store = Store.at("az://container/a/cube")
+    store = open_store("az://container/a/cube")
     assert isinstance(store, ObjectStore)
     assert (store.url, store.bucket, store.prefix) == ("az://container/a/cube", "container", "a/cube")
     with pytest.raises(InvalidInput, match=r"no driver for az://.*sample stores cannot"):
         store.tensorstore("image")
     with pytest.raises(InvalidInput, match="for Azure give az://container/prefix"):
-        Store.at("abfs://container@account.dfs.core.windows.net/cube")
+        open_store("abfs://container@account.dfs.core.windows.net/cube")
 
 
 def test_what_tensorstore_has_no_driver_for_is_read_all_the_same(
     bucket: Any, spec: CubeSpec, pixels: dict[str, np.ndarray]
 ) -> None:
     fill(f"s3://{BUCKET}/cube", spec, pixels)
-    store = Store.at(f"s3://{BUCKET}/cube")
+    store = open_store(f"s3://{BUCKET}/cube")
     assert isinstance(store, ObjectStore)
     lost = f"{NAME}/status/c/0/0/0"
     bucket.delete_object(Bucket=BUCKET, Key=f"cube/{lost}")
@@ -276,7 +276,7 @@ def test_answers_that_quote_the_secret_are_redacted(bucket: Any, monkeypatch: py
 
     monkeypatch.setattr(obstore, "put", refuse)
     with pytest.raises(AccessError, match="check the credentials and their rights") as caught:
-        Store.at(f"s3://{BUCKET}/cube").write("k", b"1")
+        open_store(f"s3://{BUCKET}/cube").write("k", b"1")
     assert fired
     assert SECRET not in str(caught.value)
     assert "AKIDCANARY" not in str(caught.value)

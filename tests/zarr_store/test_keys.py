@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from zarr_store import ShardWriter, SourceOutcome, open_cube, verify_cube
-from zarr_store.backends import FolderStore, Store
+from zarr_store.backends import open_store
 from zarr_store.errors import IntegrityError, TerrashardError
+from zarr_store.folder import FolderStore
 from zarr_store.keys import check_key
 from zarr_store.labels import LabelSpec, find_labels, label_boxes, open_label, write_label
 from zarr_store.lock import CubeLock
@@ -49,7 +50,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 @pytest.mark.parametrize("key", ESCAPES)
 def test_no_key_leads_out_of_a_store(tmp_path: Path, victim: Path, key: str) -> None:
     before = tree(victim)
-    store = Store.at(tmp_path / "store")
+    store = open_store(tmp_path / "store")
     calls: list[Callable[[], Any]] = [
         lambda: store.write(key, b""), lambda: store.begin(key, [b""]), lambda: store.create_exclusive(key, b""),
         lambda: store.take(key, b"", b""), lambda: store.delete(key), lambda: store.below(key),
@@ -257,7 +258,7 @@ def test_a_sample_store_reads_nothing_through_a_link_that_leads_out(tmp_path: Pa
     spec = SampleSpec(2, ("red",), (4, 4), "uint8", ("a", "b"))
     image = np.ones((1, 4, 4), np.uint8)
     store = tmp_path / "samples.zarr"
-    write_samples(store, spec, [Sample(image, np.uint8(i), 16.0, 45.0, f"s{i}") for i in range(2)])
+    write_samples(store, spec, [Sample(image, np.array(i, np.uint8), 16.0, 45.0, f"s{i}") for i in range(2)])
     assert open_samples(store).names() == ["s0", "s1"]
     link_away(store / "image" / "c", victim)
     with pytest.raises(IntegrityError, match="lies outside"):

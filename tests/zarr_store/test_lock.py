@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from zarr_store import CubeLock
-from zarr_store.backends import Store
+from zarr_store.backends import open_store
 from zarr_store.errors import Locked
 from zarr_store.lock import LOCK_KEY, read_token
 
@@ -43,8 +43,8 @@ def test_a_lock_that_was_lost_meanwhile_is_not_given_back(tmp_path: Path) -> Non
         with CubeLock(tmp_path, "repair") as other:
             assert lock.token != other.token
             lock.__exit__(None, None, None)
-            assert read_token(Store.at(tmp_path)) == other.token
-    assert read_token(Store.at(tmp_path)) is None
+            assert read_token(open_store(tmp_path)) == other.token
+    assert read_token(open_store(tmp_path)) is None
 
 
 @pytest.mark.parametrize(("field", "value"), [("boot", "another boot"), ("started", "1")])

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from zarr_store import backends, durable
-from zarr_store.backends import FolderStore
+from zarr_store import durable, folder
+from zarr_store.folder import FolderStore
 
 WRITER = """
 import sys
@@ -138,7 +138,7 @@ def test_new_folders_and_new_cubes_are_synced(tmp_path: Path, monkeypatch: pytes
         real(folder)
 
     monkeypatch.setattr(durable, "sync_folder", note)
-    monkeypatch.setattr(backends, "sync_folder", note)
+    monkeypatch.setattr(folder, "sync_folder", note)
     store = FolderStore(tmp_path / "cube")
     with store.beside() as fresh:
         fresh.write("a/b/zarr.json", b"{}")

@@ -29,7 +29,6 @@ def test_pairs_equal_brute_force(ours: np.ndarray, theirs: np.ndarray, most_days
         expected = min(near)[1] if near else -1
         assert pairing.index[step] == expected
         assert pairing.gap_s[step] == (int(theirs[expected].astype(np.int64)) - int(moment) if near else 0)
-    assert pairing.paired.tolist() == (pairing.index >= 0).tolist()
 
 
 def test_the_earlier_of_two_equally_near_times_is_taken() -> None:

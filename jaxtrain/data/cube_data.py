@@ -1,0 +1,182 @@
+"""`CubeData`: one cube as training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.data.classes import Classes
+from jaxtrain.data.ground import Ground, cube_digest, overlap
+from jaxtrain.data.reader import OnUnreadable, WindowReader
+from jaxtrain.data.splits import Part, Split
+from jaxtrain.data.statistics import Statistics, training_statistics
+from jaxtrain.data.targets import ITSELF, label_classes, match_classes, resolve_target
+from jaxtrain.data.task import Task
+from jaxtrain.data.training_data import JudgedSet, LearnedFrom, TrainingSet, check_digest
+from jaxtrain.data.windows import WindowPlan, Windows, plan_windows, window_leakage
+from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.index import TrainingIndex
+from zarr_store.read import Cube
+from zarr_store.spec import CubeSpec
+
+__all__ = ["CubeData", "PreparedCube", "judge_cube", "prepare_cube"]
+
+
+@dataclass(frozen=True)
+class CubeData:
+    """One open cube."""
+
+    cube: Cube
+
+    @property
+    def kind(self) -> Literal["cube", "sample store"]:
+        """A cube."""
+        return "cube"
+
+    @property
+    def url(self) -> str:
+        """Where the cube is."""
+        return self.cube.url
+
+    def prepare(
+        self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
+    ) -> TrainingSet:
+        """Choose the windows of each part; see `TrainingData.prepare`."""
+        ready = prepare_cube(config, self.cube, earlier, on_unreadable)
+        return TrainingSet(
+            digest=ready.ground.digest,
+            bands=ready.bands,
+            classes=ready.classes,
+            task=Task(rebuild=config.model.name == "autoencoder"),
+            plan=ready.plan,
+            reader=ready.reader,
+            statistics=ready.statistics,
+            grounds=(ready.ground,),
+            leakage=window_leakage(config.data, ready.plan),
+            chunk=ready.spec.layout.chunk,
+        )
+
+    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
+        """One part of the run's own cube; see `TrainingData.judged_part`."""
+        return judge_cube(self.cube, card, part)
+
+    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
+        """All of another cube; see `TrainingData.judged_whole`."""
+        judged = judge_cube(self.cube, card.of(0), None)
+        grid = self.cube.spec(card.config.data.collection).grid
+        overlapping = [
+            f"{self.url} overlaps the ground of {ground.cube}, which was learnt: its scores are too good"
+            for ground in card.grounds[1:]
+            if overlap(ground.grid, grid)
+        ]
+        return replace(judged, warnings=(*judged.warnings, *overlapping))
+
+    def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
+        """Date and centre of each window, in the cube's CRS."""
+        spec, rows = self.cube.spec(collection), windows.rows
+        a, _, left, _, e, top = spec.grid.transform
+        middle = windows.patch / 2
+        return {
+            "time": np.array(spec.times, object)[rows[:, 0]],
+            "y": top + e * (rows[:, 1] + middle),
+            "x": left + a * (rows[:, 2] + middle),
+        }
+
+
+@dataclass(frozen=True)
+class PreparedCube:
+    """One cube of a run: its windows, and what reads them."""
+
+    ground: Ground
+    spec: CubeSpec
+    classes: Classes
+    index: TrainingIndex
+    plan: WindowPlan
+    reader: WindowReader
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Names of the bands that are read."""
+        return tuple(self.spec.band_names[i] for i in self.reader.bands)
+
+    def statistics(self) -> Statistics:
+        """Mean, spread and class counts of the training part."""
+        return training_statistics(self.index, self.plan, self.reader, self.classes)
+
+
+def prepare_cube(
+    config: TrainConfig,
+    cube: Cube,
+    earlier: LearnedFrom | None,
+    on_unreadable: OnUnreadable | None,
+    classes: Classes | None = None,
+) -> PreparedCube:
+    """Windows of one cube.
+
+    Args:
+        config: The run.
+        cube: The open cube.
+        earlier: Card of the run that is continued.
+        on_unreadable: As of `WindowReader`.
+        classes: Those of a cube before it, where there are several.
+    """
+    data = config.data
+    target = ITSELF if config.model.name == "autoencoder" else resolve_target(cube, data)
+    classes = label_classes(data, target) if classes is None else match_classes(classes, data, target)
+    spec = cube.spec(data.collection)
+    index = cube.index(data.collection)
+    reader = replace(WindowReader.of(cube, data, classes, target, index), on_unreadable=on_unreadable)
+    digest = cube_digest(cube, data.collection, target.layer)
+    check_digest(cube.url, digest, earlier)
+    split = earlier.split if earlier is not None and isinstance(earlier.split, Split) else None
+    plan = plan_windows(data, spec, index, classes, split=split, dates=data.split.test_dates, target=target)
+    return PreparedCube(Ground(cube.url, digest, spec.grid, spec.times), spec, classes, index, plan, reader)
+
+
+def judge_cube(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty: bool = False) -> JudgedSet:
+    """Windows of one cube to judge a model on.
+
+    Args:
+        cube: The open cube.
+        card: Card of the run, as if this cube were its only one.
+        part: A part of the run's own cube; None for all of another cube.
+        may_be_empty: No window at all is no error, as in one of several cubes.
+    """
+    config = card.config.data
+    spec = cube.spec(config.collection)
+    if card.grid is None or not isinstance(card.split, Split):
+        raise InvalidInput(f"{cube.url} is a cube, but the run learnt from a sample store")
+    own = part is not None
+    warnings = []
+    target = ITSELF if card.task.rebuild else resolve_target(cube, config)
+    if target.values != card.task.values:
+        raise InvalidInput(f"{cube.url}: {config.label!r} does not hold what the run learnt, classes or values")
+    if own and cube_digest(cube, config.collection, target.layer) != card.cube_digest:
+        warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")
+    if own and spec.grid != card.grid:
+        raise InvalidInput(f"{cube.url} has grid {spec.grid}, the run learnt on {card.grid}; pass it as other data")
+    if not own and spec.grid.resolution != card.grid.resolution:
+        warnings.append(f"pixels of {cube.url} are {spec.grid.resolution}, the model learnt {card.grid.resolution}")
+    if not own and overlap(card.grid, spec.grid):
+        warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
+    classes = match_classes(card.classes, config, target)
+    index = cube.index(config.collection)
+    plan = plan_windows(config, spec, index, classes,
+                        split=card.split if own else Split.whole(card.split.block, spec.shape[1:]),
+                        dates=config.split.test_dates if own else (), target=target)  # fmt: skip
+    if own and config.split.kind == "random":
+        share = (card.statistics.get("leakage") or {}).get("beside")
+        figure = "" if share is None else f": {share:.1%} of the test windows lie beside a training window"
+        warnings.append(f"the split is random and leaks, so these scores are too good{figure}")
+    # all of another cube was put into its test part
+    windows = plan.parts[part or "test"]
+    if not len(windows) and not may_be_empty:
+        raise NothingFound(
+            f"{cube.url} has no window of part {part or 'test'} with enough to learn from; see data.min_labelled"
+        )
+    reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target, index)
+    return JudgedSet(cube.url, windows, reader, tuple(warnings))

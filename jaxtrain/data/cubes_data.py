@@ -1,0 +1,129 @@
+"""`CubesData`: several cubes as training data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.data.cube_data import CubeData, PreparedCube, judge_cube, prepare_cube
+from jaxtrain.data.cubes import CubesReader, Splits, join_statistics, join_windows, numbered
+from jaxtrain.data.ground import overlap
+from jaxtrain.data.reader import OnUnreadable
+from jaxtrain.data.splits import PARTS, Part
+from jaxtrain.data.statistics import Statistics
+from jaxtrain.data.task import Task
+from jaxtrain.data.training_data import JudgedSet, LearnedFrom, TrainingSet
+from jaxtrain.data.windows import WindowPlan, Windows
+from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.read import Cube
+
+__all__ = ["CubesData"]
+
+
+@dataclass(frozen=True)
+class CubesData:
+    """Several open cubes with the same bands and classes."""
+
+    cubes: tuple[Cube, ...]
+
+    @property
+    def kind(self) -> Literal["cube", "sample store"]:
+        """Cubes."""
+        return "cube"
+
+    @property
+    def url(self) -> str:
+        """Where the cubes are."""
+        return ", ".join(cube.url for cube in self.cubes)
+
+    def prepare(
+        self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
+    ) -> TrainingSet:
+        """Choose the windows of each cube by itself, then join them; see `TrainingData.prepare`."""
+        if earlier is not None and len(earlier.grounds) != len(self.cubes):
+            raise InvalidInput(
+                f"the run began with {max(1, len(earlier.grounds))} cubes, data.cube names {len(self.cubes)}"
+            )
+        parts: list[PreparedCube] = []
+        for number, cube in enumerate(self.cubes):
+            before = None if earlier is None else earlier.of(number)
+            first = parts[0].classes if parts else None
+            parts.append(prepare_cube(config, cube, before, numbered(number, on_unreadable), first))
+            _check_alike(parts[0], parts[-1])
+        return TrainingSet(
+            digest=hashlib.sha256("".join(part.ground.digest for part in parts).encode()).hexdigest(),
+            bands=parts[0].bands,
+            classes=parts[0].classes,
+            task=Task(rebuild=config.model.name == "autoencoder"),
+            plan=WindowPlan(
+                Splits(tuple(part.plan.blocks for part in parts)),
+                {name: join_windows([part.plan.parts[name] for part in parts]) for name in PARTS},
+            ),
+            reader=CubesReader(tuple(part.reader for part in parts)),
+            statistics=lambda: _statistics(parts),
+            grounds=tuple(part.ground for part in parts),
+            chunk=parts[0].spec.layout.chunk,
+        )
+
+    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
+        """One part of all cubes of the run, each with its own split; see `TrainingData.judged_part`."""
+        judged: list[JudgedSet] = []
+        warnings: list[str] = []
+        for number, (ground, cube) in enumerate(zip(card.grounds, self.cubes, strict=True)):
+            judged.append(judge_cube(cube, card.of(number), part, may_be_empty=True))
+            warnings += judged[-1].warnings
+            warnings += [
+                f"{ground.cube} overlaps the ground of {other.cube}: what is judged in one may be learnt in the other"
+                for other in card.grounds[:number]
+                if overlap(ground.grid, other.grid)
+            ]
+        return self._joined(judged, warnings, part)
+
+    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
+        """All of several other cubes; see `TrainingData.judged_whole`."""
+        judged = [CubeData(cube).judged_whole(card) for cube in self.cubes]
+        return self._joined(judged, [line for one in judged for line in one.warnings], "test")
+
+    def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
+        """Cube, date and centre of each window, in the CRS of its cube."""
+        numbers = windows.rows[:, 0]
+        found: dict[str, npt.NDArray[Any]] = {"cube": np.array([cube.url for cube in self.cubes], object)[numbers]}
+        for number in np.unique(numbers):
+            chosen = numbers == number
+            own = Windows(windows.patch, windows.rows[chosen, 1:])
+            for name, values in CubeData(self.cubes[int(number)]).places(collection, own).items():
+                found.setdefault(name, np.empty(len(windows), values.dtype))[chosen] = values
+        return found
+
+    def _joined(self, judged: Sequence[JudgedSet], warnings: Sequence[str], part: Part) -> JudgedSet:
+        windows = join_windows([one.windows for one in judged])
+        if not len(windows):
+            raise NothingFound(
+                f"{self.url} have no window of part {part} with enough to learn from; see data.min_labelled"
+            )
+        return JudgedSet(self.url, windows, CubesReader(tuple(one.reader for one in judged)), tuple(warnings))
+
+
+def _statistics(parts: Sequence[PreparedCube]) -> Statistics:
+    return join_statistics([part.statistics() for part in parts if len(part.plan.parts["train"])])
+
+
+def _check_alike(first: PreparedCube, other: PreparedCube) -> None:
+    """Refuse cubes whose numbers do not mean the same."""
+    ours, theirs = first.spec, other.spec
+    for what, a, b in (
+        ("arrays", ours.kind, theirs.kind),
+        ("bands", *([[(s.band_names[i], s.bands[i].scale, s.bands[i].offset) for i in p.reader.bands]
+                     for s, p in ((ours, first), (theirs, other))])),
+        ("dates of a series", first.reader.dates, other.reader.dates),
+    ):  # fmt: skip
+        if a != b:
+            raise InvalidInput(
+                f"{other.ground.cube} has {what} {b}, {first.ground.cube} has {a}: the cubes of a list must be alike"
+            )

@@ -1,0 +1,173 @@
+"""`SampleData`: a store of labelled samples as training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.config import DataConfig, TrainConfig
+from jaxtrain.data.classes import NOT_LEARNT
+from jaxtrain.data.cubes import Splits
+from jaxtrain.data.places import SampleSplit, nearest_m
+from jaxtrain.data.reader import OnUnreadable
+from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
+from jaxtrain.data.splits import Part, Split
+from jaxtrain.data.task import Task
+from jaxtrain.data.training_data import JudgedSet, LearnedFrom, TrainingSet, check_digest
+from jaxtrain.data.windows import Windows
+from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.samples import SampleStore, is_sample_store, open_samples
+
+__all__ = ["SampleData"]
+
+
+@dataclass(frozen=True)
+class SampleData:
+    """One open sample store."""
+
+    store: SampleStore
+
+    @property
+    def kind(self) -> Literal["cube", "sample store"]:
+        """A sample store."""
+        return "sample store"
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self.store.url
+
+    def prepare(
+        self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
+    ) -> TrainingSet:
+        """Choose the samples of each part; see `TrainingData.prepare`. A damaged sample always raises."""
+        del on_unreadable
+        store = self.store
+        check_digest(store.url, store.digest, earlier)
+        rebuild = config.model.name == "autoencoder"
+        classes = sample_classes(config.data, store)
+        reader = SampleReader.of(store, config.data, classes)
+        plan, leak = plan_samples(config.data, store, classes, split=None if earlier is None else _split(earlier))
+        for part in ("train", "test"):
+            if not len(plan.parts[part]) and (part == "train" or config.data.split.test):
+                raise InvalidInput(
+                    f"{store.url}: no sample is left for part {part}; change data.split (its buffer takes from "
+                    "training)"
+                )
+        return TrainingSet(
+            digest=store.digest,
+            bands=tuple(store.spec.bands[i] for i in reader.bands),
+            classes=classes,
+            task=Task(rebuild=True) if rebuild else Task(per_image=True, several=store.spec.labelled == "several"),
+            plan=plan,
+            reader=reader,
+            statistics=partial(sample_statistics, plan, reader, classes),
+            leakage=leak,
+        )
+
+    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
+        """One part of the run's own store; see `TrainingData.judged_part`."""
+        store, config = self.store, _config(card)
+        if store.digest != card.cube_digest:
+            raise InvalidInput(f"{store.url} is not the store that the run learnt from; pass it as other data")
+        reader = SampleReader.of(store, config, card.classes)
+        plan, leak = plan_samples(config, store, card.classes, split=_split(card))
+        warnings = []
+        if leak["leaky"]:
+            share = leak.get("share") if leak.get("share") is not None else leak.get("touching")
+            near = f"nearer than {leak['near_m']:g} m" if "near_m" in leak else "inside its own patch"
+            figure = "" if share is None else f": {share:.1%} of the test samples have a training sample {near}"
+            warnings.append(f"the split is random and leaks, so these scores are too good{figure}")
+        return _judged(store, plan.parts[part], reader, warnings, part)
+
+    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
+        """All of another store; see `TrainingData.judged_whole`."""
+        reader, windows, warnings = _other_samples(card, _config(card), self.store)
+        return _judged(self.store, windows, reader, warnings, "test")
+
+    def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
+        """The name of each sample: where it came from."""
+        del collection
+        return {"name": np.array(self.store.names(), object)[windows.rows[:, 0]]}
+
+
+def _config(card: LearnedFrom) -> DataConfig:
+    """The data configuration of a run, with the bands it has learned by name."""
+    return card.config.data.model_copy(update={"bands": card.bands})
+
+
+def _split(card: LearnedFrom) -> Split | SampleSplit | None:
+    assert isinstance(card.split, Split | SampleSplit | Splits)
+    return None if isinstance(card.split, Splits) else card.split
+
+
+def _judged(store: SampleStore, windows: Windows, reader: SampleReader, warnings: list[str], part: Part) -> JudgedSet:
+    if not len(windows):
+        raise NothingFound(f"{store.url} has no sample of part {part}")
+    return JudgedSet(store.url, windows, reader, tuple(warnings))
+
+
+def _other_samples(
+    card: LearnedFrom, config: DataConfig, store: SampleStore
+) -> tuple[SampleReader, Windows, list[str]]:
+    """All samples of another store, whose classes may come in another order: they are matched by name."""
+    if card.task.rebuild:
+        return _every_sample(config, card, store)
+    known = {name: index for index, name in enumerate(card.classes.names)}
+    first = 1 if store.spec.labelled == "pixels" else 0
+    table = np.full(256, NOT_LEARNT, np.uint8)
+    unknown = [name for name in store.spec.classes if name not in known]
+    for value, name in enumerate(store.spec.classes):
+        table[value + first] = known.get(name, NOT_LEARNT)
+    if len(unknown) == len(store.spec.classes) or (store.spec.labelled == "several") != card.task.several:
+        raise InvalidInput(
+            f"{store.url} has the classes {', '.join(store.spec.classes[:8])}, the model knows "
+            f"{', '.join(card.classes.names[:8])}: none is the same, so it cannot be judged there"
+        )
+    warnings = [f"samples of {', '.join(unknown)} are not judged: the model does not know them"] if unknown else []
+    absent = [name for name in known if name not in store.spec.classes]
+    if card.task.several and (unknown or absent):
+        raise InvalidInput(f"{store.url} must have the classes {', '.join(card.classes.names)}; it lacks or adds some")
+    reader = replace(SampleReader.of(store, config, card.classes), table=table)
+    rows = np.zeros((store.spec.count, 3), np.int32)
+    rows[:, 0] = np.arange(store.spec.count)
+    if store.spec.labelled == "one":
+        rows = rows[table[store.label] != NOT_LEARNT]
+    elif store.spec.labelled == "pixels":
+        rows = np.argwhere(table[store.label] != NOT_LEARNT).astype(np.int32)
+    warnings += _near_training(card, store)
+    return reader, Windows(reader.patch, rows), warnings
+
+
+def _every_sample(config: DataConfig, card: LearnedFrom, store: SampleStore) -> tuple[SampleReader, Windows, list[str]]:
+    """All samples of another store for a model that needs no labels."""
+    rows = np.zeros((store.spec.count, 3), np.int32)
+    rows[:, 0] = np.arange(store.spec.count)
+    if store.spec.labelled == "pixels":
+        rows = np.argwhere(store.label >= 0).astype(np.int32)
+    reader = SampleReader.of(store, config, card.classes)
+    return reader, Windows(reader.patch, rows), _near_training(card, store)
+
+
+def _near_training(card: LearnedFrom, store: SampleStore) -> list[str]:
+    """A warning where samples of another store lie near those that were learnt."""
+    if store.digest == card.cube_digest:
+        return [f"{store.url} holds the samples that the model was trained on: its scores are too good"]
+    if not isinstance(card.split, SampleSplit) or not store.has_places:
+        return []
+    if "://" in card.cube or not is_sample_store(card.cube):  # what a card says of itself opens no bucket
+        return []
+    learnt = open_samples(card.cube)
+    train = card.split.parts == 0
+    if learnt.digest != card.cube_digest or not learnt.has_places or not train.any():
+        return []
+    near_m = card.config.data.split.near_m
+    distance = nearest_m(store.longitude, store.latitude, learnt.longitude[train], learnt.latitude[train])
+    share = float((distance < near_m).mean())
+    if not share:
+        return []
+    return [f"{share:.1%} of the samples of {store.url} have a training sample nearer than {near_m:g} m"]

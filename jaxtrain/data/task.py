@@ -1,0 +1,42 @@
+"""`Task`: what a network answers, as the training data and the model decide it together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network answers.
+
+    Attributes:
+        per_image: One answer for an image, not one for each pixel.
+        several: A sample may have several classes.
+        value: (mean, std) of the value that is learnt in place of classes; the network answers in these units.
+        rebuild: The image itself is given back; labels have no part in it.
+    """
+
+    per_image: bool = False
+    several: bool = False
+    value: tuple[float, float] | None = None
+    rebuild: bool = False
+
+    @property
+    def values(self) -> bool:
+        """Whether numbers are answered, not classes."""
+        return self.value is not None or self.rebuild
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"per_image": self.per_image, "several": self.several, "value": self.value,
+                "rebuild": self.rebuild}  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Task:
+        """Inverse of `to_dict`."""
+        value = data["value"]
+        return cls(bool(data["per_image"]), bool(data["several"]), None if value is None else (value[0], value[1]),
+                   bool(data.get("rebuild", False)))  # fmt: skip

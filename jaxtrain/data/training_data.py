@@ -1,0 +1,182 @@
+"""`TrainingData`: what a run learns from and is judged on, whatever its kind.
+
+There are three kinds: one cube (`CubeData`), several cubes (`CubesData`) and a store of labelled samples
+(`SampleData`). Everything after them reads rows through a `Reader` and need not know the kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy.typing as npt
+
+from jaxtrain.config import RunConfig, TrainConfig
+from jaxtrain.data.arrays import Reader
+from jaxtrain.data.classes import Classes
+from jaxtrain.data.ground import Ground
+from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.reader import OnUnreadable
+from jaxtrain.data.shuffle import ChunkOrder, chunk_numbers
+from jaxtrain.data.splits import Part
+from jaxtrain.data.statistics import Statistics
+from jaxtrain.data.task import Task
+from jaxtrain.data.windows import Counted, WindowPlan, Windows
+from zarr_store.errors import InvalidInput
+from zarr_store.grid import Grid
+
+__all__ = ["JudgedSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_digest"]
+
+
+class LearnedFrom(Protocol):
+    """What the card of a run says about the data it learned from; `ModelCard` is one."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The whole configuration of the run."""
+
+    @property
+    def cube(self) -> str:
+        """Path of the cube or sample store; of several cubes, of the first."""
+
+    @property
+    def cube_digest(self) -> str:
+        """Digest of all bytes that were learned from."""
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Names, in the order of the network's channels."""
+
+    @property
+    def classes(self) -> Classes:
+        """The learned classes."""
+
+    @property
+    def grid(self) -> Grid | None:
+        """Grid of the first cube; None of a sample store."""
+
+    @property
+    def split(self) -> Counted:
+        """Which part of the data was in which part of the run."""
+
+    @property
+    def statistics(self) -> Mapping[str, Any]:
+        """Facts about the training part; `leakage` among them where the split leaks."""
+
+    @property
+    def task(self) -> Task:
+        """What the network answers."""
+
+    @property
+    def grounds(self) -> tuple[Ground, ...]:
+        """The cubes, where there are several."""
+
+    def of(self, number: int) -> LearnedFrom:
+        """The same, as if cube `number` of several were the only one."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Training data made ready for a run.
+
+    Attributes:
+        digest: SHA-256 that stands for every byte that is learned from.
+        bands: Names, in the order of the network's channels.
+        classes: What is learned, by class index.
+        task: What the network answers; of learned values, `statistics` adds their mean and spread.
+        plan: The windows or samples of each part.
+        reader: Reads them.
+        statistics: Computes mean, spread and class counts of the training part; may read pixels.
+        grounds: The cubes; none of a sample store.
+        leakage: How near test and training data lie, where the split leaves that open.
+        chunk: (time, y, x) pixels that are decoded together; None where an order by chunks gains nothing.
+    """
+
+    digest: str
+    bands: tuple[str, ...]
+    classes: Classes
+    task: Task
+    plan: WindowPlan
+    reader: Reader
+    statistics: Callable[[], Statistics]
+    grounds: tuple[Ground, ...] = ()
+    leakage: Mapping[str, Any] | None = None
+    chunk: tuple[int, int, int] | None = None
+
+    def order(self, run: RunConfig) -> SampleOrder | ChunkOrder:
+        """The order in which the training part is seen: `run.shuffle`, seeded by `run.seed`."""
+        windows = self.plan.parts["train"]
+        if run.shuffle == "windows" or not len(windows) or self.chunk is None:
+            return SampleOrder(run.seed, len(windows))
+        chunks = chunk_numbers(windows.rows, windows.patch, self.chunk)
+        return ChunkOrder(run.seed, chunks, run.batch_size, run.mixed_chunks)
+
+
+@dataclass(frozen=True)
+class JudgedSet:
+    """Windows or samples that a model is judged on, their reader, and warnings about what the scores mean."""
+
+    url: str
+    windows: Windows
+    reader: Reader
+    warnings: tuple[str, ...]
+
+
+class TrainingData(Protocol):
+    """An open cube, several open cubes, or an open sample store."""
+
+    @property
+    def kind(self) -> Literal["cube", "sample store"]:
+        """For messages; a model that learned from one kind is judged on that kind."""
+
+    @property
+    def url(self) -> str:
+        """Where it is; of several cubes all, separated by commas."""
+
+    def prepare(
+        self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
+    ) -> TrainingSet:
+        """Choose the windows of each part, as the earlier run did where there is one.
+
+        Args:
+            config: The run.
+            earlier: Card of the run that is continued.
+            on_unreadable: As of `WindowReader`.
+
+        Raises:
+            InvalidInput: The data are not those that the run began with, or do not fit the configuration.
+            NothingFound: No window or sample has anything to learn.
+        """
+
+    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
+        """One part of the data that the run learned from, split as the run split it.
+
+        Raises:
+            InvalidInput: The data are no longer those of the run.
+            NothingFound: The part is empty.
+        """
+
+    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
+        """All of the data, which are other data than those of the run.
+
+        Raises:
+            InvalidInput: Bands, labels or classes do not fit the model.
+            NothingFound: There is nothing to judge.
+        """
+
+    def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
+        """Where and when each window is, or the name of each sample: arrays of one value a row, by name."""
+
+
+def check_digest(url: str, digest: str, earlier: LearnedFrom | None) -> None:
+    """Refuse data that are not the ones an earlier run began with.
+
+    Raises:
+        InvalidInput: The digests differ.
+    """
+    if earlier is not None and digest != earlier.cube_digest:
+        raise InvalidInput(
+            f"{url} is not the cube that the run began with, or has changed (digest {earlier.cube_digest[:12]} → "
+            f"{digest[:12]}); restore it, or train into another folder"
+        )

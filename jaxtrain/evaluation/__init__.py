@@ -1,0 +1,1 @@
+"""How good a model is: scores, the report, and the worst answers as pictures."""

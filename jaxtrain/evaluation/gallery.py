@@ -1,0 +1,100 @@
+"""Images with their true class and the model's answer: the examples of a run whose answers are for whole images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from jaxtrain.data.arrays import Reader, as_images, put_batch
+from jaxtrain.data.windows import Windows
+from jaxtrain.parallel.mesh import batch_sharding
+
+if TYPE_CHECKING:
+    from jaxtrain.learn.state import Program, TrainState
+
+__all__ = ["Shown", "collect_shown", "draw_shown"]
+
+_SHOWN, _LOOKED_AT, _COLUMNS = 12, 192, 6
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image (H, W, C) as stored, whether the answer is wrong, and the two lines under it."""
+
+    image: npt.NDArray[Any]
+    wrong: bool
+    caption: str
+
+
+def collect_shown(
+    program: Program,
+    predict: Callable[..., jax.Array],
+    state: TrainState,
+    reader: Reader,
+    windows: Windows,
+    names: Sequence[str],
+) -> list[Shown]:
+    """The worst answers among some samples that are spread evenly, the surest first; then right ones.
+
+    Args:
+        program: Gives the mesh.
+        predict: From `make_predict_step(program)`.
+        state: The model.
+        reader: Reads samples.
+        windows: Those to choose from, usually the test part.
+        names: Of the classes.
+    """
+    if not len(windows) or jax.process_count() > 1:
+        return []  # each process would hold only its own rows
+    rows = windows.rows[np.unique(np.linspace(0, len(windows) - 1, _LOOKED_AT).astype(int))]
+    axis = program.mesh.shape["data"]
+    size = -(-len(rows) // axis) * axis
+    batch = reader.read(np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)]))
+    there = put_batch({name: batch[name] for name in ("image", "observed")}, batch_sharding(program.mesh), size)
+    answer_BK = np.asarray(predict(state, there["image"], observed=there["observed"]))[: len(rows)]
+    label = batch["label"][: len(rows)]
+    several = label.ndim == 2
+    images = as_images(batch["image"])
+    said = answer_BK > 0.5 if several else answer_BK.argmax(axis=-1)
+    wrong = (said != label).any(axis=-1) if several else said != label
+    sure = np.abs(answer_BK - 0.5).max(axis=-1) if several else answer_BK.max(axis=-1)
+    order = np.lexsort((-sure, ~wrong))[:_SHOWN]
+
+    def called(value: Any) -> str:
+        return ", ".join(names[int(k)] for k in np.flatnonzero(value)) if several else names[int(value)]
+
+    return [Shown(images[i], bool(wrong[i]), f"{called(label[i])}\n→ {called(said[i])} {sure[i]:.2f}") for i in order]
+
+
+def draw_shown(shown: Sequence[Shown], bands: Sequence[str]) -> Figure:
+    """All images in a grid; wrong answers have a red caption.
+
+    Args:
+        shown: From `collect_shown`.
+        bands: Names of the image's bands.
+    """
+    rows = -(-len(shown) // _COLUMNS)
+    figure = Figure(figsize=(1.7 * _COLUMNS, 2.1 * rows), layout="constrained")
+    for axes in (grid := figure.subplots(rows, _COLUMNS, squeeze=False)).ravel():
+        axes.set_axis_off()
+    for axes, one in zip(grid.ravel(), shown, strict=False):
+        axes.imshow(_picture(one.image, bands), interpolation="nearest")
+        axes.set_title(one.caption, fontsize=7, color="#c4281b" if one.wrong else "#222222")
+    return figure
+
+
+def _picture(image: npt.NDArray[Any], bands: Sequence[str]) -> npt.NDArray[np.uint8]:
+    wanted = [bands.index(name) for name in ("red", "green", "blue") if name in bands]
+    count = image.shape[-1]
+    # without true colour: bands from the far end to the near one, which gives hyperspectral scenes some colour
+    chosen = wanted if len(wanted) == 3 else [int(p * (count - 1)) for p in (0.6, 0.3, 0.1)]
+    values = image[..., chosen].astype(np.float64)
+    low, high = np.percentile(values, [1, 99])
+    stretched = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
+    return np.asarray(stretched.astype(np.uint8))

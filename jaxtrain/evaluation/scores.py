@@ -1,0 +1,314 @@
+"""How good a model is on one part of its data, or on all of other data: run → `EvaluationReport`, evaluation.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import jax
+
+from jaxtrain.data.arrays import Reader, put_batch
+from jaxtrain.data.batches import BatchStream
+from jaxtrain.data.opening import open_training_data
+from jaxtrain.data.splits import Part
+from jaxtrain.data.training_data import JudgedSet, TrainingData
+from jaxtrain.data.windows import Windows
+from jaxtrain.display import html_table
+from jaxtrain.evaluation.report import collect_examples, write_report
+from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors, counts_for
+from jaxtrain.learn.state import Program, TrainState
+from jaxtrain.learn.step import EvalStep, make_eval_step, make_predict_step
+from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.runs.checkpoint import CheckpointStore, target_of
+from jaxtrain.runs.rundir import EVALUATION, ModelCard, inference_program, load_card
+from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+from zarr_store.folder import FolderStore
+
+__all__ = ["EvaluationReport", "evaluate", "judge", "judged_data", "restore_model"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """How good a model is on one set of data.
+
+    Attributes:
+        run: The run directory.
+        split: The part that was judged: "train", "validation" or "test"; "all" of other data.
+        step: The step of the checkpoint.
+        data: Path of the cube or sample store; of several cubes all, separated by commas.
+        samples: Windows or samples that were judged.
+        seconds: Wall time.
+        loss: Mean loss over what is labelled; None where nothing is.
+        scores: All scores by name, as `to_dict` has them.
+        warnings: What to know about the scores: overlapping ground, leaking splits, damaged checkpoints.
+        leakage: How near the test data lie to the training data, where the split leaves that open.
+    """
+
+    run: str
+    split: str
+    step: int
+    data: str
+    samples: int
+    seconds: float
+    loss: float | None
+    scores: Mapping[str, Any] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+    leakage: Mapping[str, Any] | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of labelled pixels or samples that are right, 0 to 1; None of values."""
+        return cast(float | None, self.scores["accuracy"])
+
+    @property
+    def macro_f1(self) -> float | None:
+        """Mean F1 score over the classes, 0 to 1; None of values."""
+        return cast(float | None, self.scores["macro_f1"])
+
+    @property
+    def miou(self) -> float | None:
+        """Mean intersection over union over the classes, 0 to 1; None of values."""
+        return cast(float | None, self.scores["miou"])
+
+    @property
+    def rmse(self) -> float | None:
+        """Root of the mean squared error, in the unit of the values; None of classes."""
+        return cast(float | None, self.scores.get("rmse"))
+
+    @property
+    def r2(self) -> float | None:
+        """Share of the variance of the values that is explained; None of classes."""
+        return cast(float | None, self.scores.get("r2"))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the confusion matrix."""
+        return tuple(self.scores["classes"])
+
+    @property
+    def per_class(self) -> Mapping[str, Mapping[str, float | int | None]]:
+        """Precision, recall, f1, iou and support of each class, by name."""
+        return cast(Mapping[str, Mapping[str, float | int | None]], self.scores["per_class"])
+
+    @property
+    def confusion_matrix(self) -> list[list[int]] | None:
+        """Pixels or samples by true class (rows) and predicted class (columns); None where samples have several."""
+        return cast(list[list[int]] | None, self.scores["confusion_matrix"])
+
+    @property
+    def pixels(self) -> int:
+        """Labelled pixels or samples, which the scores count."""
+        return int(self.scores["pixels"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as in RUN/evaluation.json."""
+        leak = {} if self.leakage is None else {"leakage": self.leakage}
+        return {
+            **self.scores, "loss": self.loss, "samples": self.samples, "seconds": self.seconds, "split": self.split,
+            "step": self.step, "cube": self.data, "warnings": list(self.warnings), **leak,
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        names = ("accuracy", "macro_f1", "miou", "rmse", "r2")
+        shown = ", ".join(f"{name}={value:.4f}" for name in names if (value := getattr(self, name)) is not None)
+        return (
+            f"EvaluationReport({self.run!r}, split={self.split!r}, step={self.step}, samples={self.samples}, {shown})"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: the totals, then F1 of each class."""
+        names = ("accuracy", "macro_f1", "miou", "rmse", "r2")
+        totals = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return html_table({"run": self.run, "split": self.split, "samples": self.samples, **totals,
+                           **{f"f1 of {name}": row["f1"] for name, row in self.per_class.items()}})  # fmt: skip
+
+
+def judge(
+    program: Program,
+    step: EvalStep,
+    state: TrainState,
+    reader: Reader,
+    windows: Windows,
+    names: tuple[str, ...],
+    *,
+    on_batch: Progress | None = None,
+) -> tuple[ConfusionMatrix | SeveralCounts | ValueErrors, float]:
+    """Counts and mean loss over all windows or samples, each once.
+
+    Args:
+        program: Gives mesh and batch size.
+        step: From `make_eval_step(program)`.
+        state: The model.
+        reader: Reads windows with labels.
+        windows: Those to judge.
+        names: Class names.
+        on_batch: Called with (batches done, batches in all).
+    """
+    run = program.config.run
+    axis = program.mesh.shape["data"]
+    size = -(-run.batch_size // axis) * axis
+    sharding = batch_sharding(program.mesh)
+    task = program.objective.task
+    matrix, loss, labelled = counts_for(names, several=task.several, values=task.values), 0.0, 0
+
+    def count(sums: dict[str, jax.Array]) -> None:
+        nonlocal loss, labelled
+        matrix.add_sums(jax.device_get(sums))
+        loss += float(sums["loss_sum"])
+        labelled += int(sums["labelled"])
+
+    total = -(-len(windows) // size)
+    previous: dict[str, jax.Array] | None = None
+    with BatchStream(
+        reader, windows, size=size, sharding=sharding, threads=run.read_threads, prefetch=run.prefetch
+    ) as batches:
+        for number, _, batch in batches:
+            current = step(state, put_batch(batch, sharding, size))
+            if previous is not None:  # read one batch late, so that the device always has work
+                count(previous)
+            previous = current
+            if on_batch:
+                on_batch(number + 1, total)
+    if previous is not None:
+        count(previous)
+    return matrix, loss / labelled if labelled else math.nan
+
+
+def restore_model(run: Path, card: ModelCard) -> tuple[Program, TrainState, int, tuple[str, ...]]:
+    """Program, state and step of the run's best or newest undamaged checkpoint, and a line for each damaged newer one.
+
+    The best is that of `run.monitor`, where one is named.
+
+    Raises:
+        NothingFound: The run has no checkpoint yet.
+    """
+    program = inference_program(card)
+    store = CheckpointStore(run / "checkpoints")
+    newest, passed_over = store.newest()
+    if newest is None:
+        raise NothingFound(f"{run} has no checkpoint yet; let `terrashard train` reach its first one")
+    best = store.contents(newest)["extra"].get("best", {}).get("step")
+    if best is not None and best != newest:
+        problems = store.problems(best)
+        if problems:
+            passed_over.append(f"the best checkpoint {store.path(best)} cannot be used: {'; '.join(problems[:3])}")
+        else:
+            newest = int(best)
+    restored = store.restore(target_of(program), step=newest)
+    assert restored is not None
+    return program, program.of_saved(restored.state), restored.step, tuple(passed_over)
+
+
+def evaluate(
+    run: str | PathLike[str],
+    *,
+    data: str | Path | None = None,
+    split: Part | str = "test",
+    on_batch: Progress | None = None,
+) -> EvaluationReport:
+    """Judge the best or newest checkpoint of a run on one part of its data, or on all of other data.
+
+    The scores are also written to RUN/evaluation.json, and RUN/report.html is made anew.
+
+    Args:
+        run: The run directory.
+        data: Another cube with the same bands and label layer, or another sample store with the same bands and classes
+            (matched by name); all of it is judged. None: the run's own; where those are in a bucket they must be named,
+            with commas between several.
+        split: "test", "validation" or "train"; of the run's own data only.
+        on_batch: Called with (batches done, batches in all).
+
+    Returns:
+        The scores, the confusion matrix, the scores of each class, and warnings about what they mean.
+
+    Raises:
+        InvalidInput: `run` is not a run, or the data do not fit the model.
+        NothingFound: There is no checkpoint, or nothing to judge.
+        UnknownName: `split` is none of the three.
+
+    Example:
+        from jaxtrain import evaluate
+
+        report = evaluate("runs/zagreb")
+        report.accuracy, report.per_class["water"]["f1"]
+    """
+    began = time.monotonic()
+    run = Path(run)
+    if split not in get_args(Part):
+        raise UnknownName.of("split", split, get_args(Part))
+    card = load_card(run)
+    data = _typed_data(card, data)
+    part = cast(Part, split) if data is None else None
+    own = [ground.cube for ground in card.grounds] or card.cube
+    judged = judged_data(card, open_training_data(own if data is None else data), part=part, name=data)
+    program, state, step, passed_over = restore_model(run, card)
+    counts, loss = judge(
+        program, make_eval_step(program, turned=card.config.model.turns), state, judged.reader, judged.windows,
+        card.classes.names, on_batch=on_batch,
+    )  # fmt: skip
+    result = EvaluationReport(
+        run=str(run),
+        scores=counts.to_dict(),
+        loss=loss if math.isfinite(loss) else None,
+        samples=len(judged.windows),
+        seconds=round(time.monotonic() - began, 3),
+        split=split if data is None else "all",
+        step=step,
+        data=judged.url,
+        warnings=(*judged.warnings, *passed_over),
+        leakage=card.statistics.get("leakage") if data is None else None,
+    )
+    written = result.to_dict()
+    FolderStore(run.absolute()).write(EVALUATION, json.dumps(written, indent=1, ensure_ascii=False).encode())
+    predict = make_predict_step(program)
+    examples = collect_examples(program, predict, state, judged.reader, judged.windows, card.classes.names)
+    write_report(run, card, examples=examples, evaluation=written)
+    return result
+
+
+def _typed_data(card: ModelCard, data: str | Path | None) -> str | Path | None:
+    """The data that are judged; None for the run's own, which must be typed where they are in a bucket.
+
+    A run may come from somebody else, so no server is asked, and no key used, because its card says so.
+
+    Raises:
+        InvalidInput: The run learnt from something in a bucket, and that was not typed.
+    """
+    urls = [ground.cube for ground in card.grounds] or [card.cube]
+    if not any("://" in url for url in urls):
+        return data
+    if data is None:
+        raise InvalidInput(
+            f"the run says that it learnt from {', '.join(urls)}, and what a run says of itself opens no bucket, as it "
+            f"may come from somebody else. If you trust that place, type it: --data {','.join(urls)}"
+        )
+    return None if str(data).split(",") == urls else data
+
+
+def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name: str | Path | None = None) -> JudgedSet:
+    """What a model is judged on: a part of the run's own data, or all of other data.
+
+    Args:
+        card: Card of the run.
+        data: The open data.
+        part: A part of the run's own data; None for all of other data.
+        name: What the user called the data, for the message.
+
+    Raises:
+        InvalidInput: The model learned from another kind of data.
+        NothingFound: There is nothing to judge.
+    """
+    learned = "sample store" if card.grid is None else "cube"
+    if data.kind != learned:
+        raise InvalidInput(
+            f"{name or data.url} is a {data.kind}, but the run learnt from a {learned}; give a {learned}"
+        )
+    return data.judged_whole(card) if part is None else data.judged_part(card, part)

@@ -1,0 +1,197 @@
+"""The worst windows of a cube: image, label and answer side by side, where the model errs most.
+
+Letters: H row, W column, C band.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from jaxtrain.data.arrays import Reader, as_images, put_batch
+from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.windows import Window, Windows
+from jaxtrain.parallel.mesh import batch_sharding
+
+if TYPE_CHECKING:
+    from jaxtrain.learn.state import Program, TrainState
+
+__all__ = ["Tile", "collect_tiles", "draw_tiles", "picture"]
+
+Image = npt.NDArray[np.uint8]
+
+_SHOWN, _LOOKED_AT = 6, 64
+_LEAST_LABELLED = 0.02
+_NOTHING = 236
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One window as it is, as it is labelled and as the model sees it.
+
+    Attributes:
+        window: Which.
+        image: (H, W, C) as stored.
+        observed: (H, W), 1 where something was seen.
+        label: (H, W) class index or value; None where nothing is labelled, as the image itself was learnt.
+        prediction: (H, W) class index or value.
+        caption: How wrong it is, in words.
+    """
+
+    window: Window
+    image: npt.NDArray[Any]
+    observed: npt.NDArray[np.uint8]
+    label: npt.NDArray[Any] | None
+    prediction: npt.NDArray[Any]
+    caption: str
+
+
+def collect_tiles(
+    program: Program, predict: Callable[..., jax.Array], state: TrainState, reader: Reader, windows: Windows
+) -> list[Tile]:
+    """The windows with the most errors among some that are spread evenly, the worst first.
+
+    Args:
+        program: Gives the mesh and what is learnt.
+        predict: From `make_predict_step(program)`.
+        state: The model.
+        reader: Reads windows with labels.
+        windows: Those to choose from, usually the test part.
+    """
+    if not len(windows) or jax.process_count() > 1:
+        return []  # each process would hold only its own rows
+    rows = windows.rows[np.unique(np.linspace(0, len(windows) - 1, _LOOKED_AT).astype(int))]
+    # the compiled step wants whole shares of the batch for every device, and always the same size
+    axis = program.mesh.shape["data"]
+    size = -(-min(program.config.run.batch_size, _LOOKED_AT) // axis) * axis
+    sharding = batch_sharding(program.mesh)
+    found: list[tuple[float, Tile]] = []
+    for first in range(0, len(rows), size):
+        chosen = rows[first : first + size]
+        batch = reader.read(np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen), axis=0)]))
+        inputs: dict[str, npt.NDArray[Any]] = {
+            name: batch[name] for name in ("image", "observed", "day") if name in batch
+        }
+        there = put_batch(inputs, sharding, size)
+        image = there.pop("image")
+        answer = np.asarray(predict(state, image, **there))
+        host = {name: as_images(array) for name, array in batch.items()}
+        found += [_judge(program, row, {n: a[i] for n, a in host.items()}, answer[i]) for i, row in enumerate(chosen)]
+    worst = sorted((pair for pair in found if pair[0] >= 0), key=lambda pair: -pair[0])[:_SHOWN]
+    return [tile for _, tile in worst]
+
+
+def _judge(
+    program: Program, row: npt.NDArray[np.int32], sample: dict[str, npt.NDArray[Any]], answer: npt.NDArray[np.float32]
+) -> tuple[float, Tile]:
+    """How wrong an answer is, -1 where too little is labelled to say, and what is shown of it."""
+    task = program.objective.task
+    image, observed = _one_date(sample["image"], sample["observed"])
+    seen = observed.astype(bool)
+    label = sample.get("label")
+    if task.value is not None and label is not None:
+        known = np.isfinite(label)
+        prediction: npt.NDArray[Any] = answer[..., 0]
+        error = float(np.sqrt(np.square(prediction[known] - label[known]).mean())) if known.any() else 0.0
+        wrong, caption = error, f"RMSE {error:.4g}"
+    elif label is not None:
+        known = label != NOT_LEARNT
+        prediction = answer.argmax(axis=-1).astype(np.uint8)
+        right = float((prediction[known] == label[known]).mean()) if known.any() else 1.0
+        wrong, caption = 1 - right, f"{right:.1%} right"
+    else:
+        known, prediction = seen, answer[..., 0]
+        error = float(prediction[seen].mean()) if seen.any() else 0.0
+        wrong, caption = error, f"error {error:.3g}"
+    window = Window.of(row)
+    enough = known.mean() >= _LEAST_LABELLED
+    return (wrong if enough else -1.0), Tile(window, image, observed, label, prediction, caption)
+
+
+def _one_date(
+    image: npt.NDArray[Any], observed: npt.NDArray[np.uint8]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
+    """The date of a series (H, W, T, C) on which most was seen; an image as it is."""
+    if image.ndim == 3:
+        return image, observed
+    best = int(observed.sum(axis=(0, 1)).argmax())
+    return image[:, :, best], observed[:, :, best]
+
+
+def draw_tiles(
+    tiles: Sequence[Tile], *, classes: Classes | None, bands: Sequence[str], times: Sequence[Sequence[str]], truth: str
+) -> Figure:
+    """Image, label and answer of each tile in a row; of values with one scale for both.
+
+    Args:
+        tiles: From `collect_tiles`.
+        classes: Names and colours; None of values.
+        bands: Names of the image's bands.
+        times: Dates of each cube.
+        truth: What the label is called; empty where there is none.
+    """
+    columns = ["image", *([truth] if truth else []), "prediction" if truth else "reconstruction error"]
+    figure = Figure(figsize=(2.53 * len(columns), 2.45 * len(tiles) + 0.6), layout="constrained")
+    grid = figure.subplots(len(tiles), len(columns), squeeze=False)
+    for row, tile in zip(grid, tiles, strict=True):
+        row[0].imshow(picture(tile.image, tile.observed, bands), interpolation="nearest")
+        answers = [*([] if tile.label is None else [tile.label]), tile.prediction]
+        if classes is not None:
+            palette = _palette(classes)
+            seen = np.where(tile.observed == 1, answers[-1], np.uint8(NOT_LEARNT))
+            for axes, values in zip(row[1:], (answers[0], seen), strict=True):
+                axes.imshow(palette[values], interpolation="nearest")
+        else:
+            masked = [np.where(tile.observed == 1, values, np.nan) for values in answers]
+            low, high = _range(masked)
+            for axes, values in zip(row[1:], masked, strict=True):
+                drawn = axes.imshow(values, interpolation="nearest", vmin=low, vmax=high, cmap="viridis")
+                axes.set_facecolor("#ececec")
+            figure.colorbar(drawn, ax=row[-1], shrink=0.8)
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+        window = tile.window
+        where = f"cube {window.cube + 1}, " if len(times) > 1 else ""
+        row[0].set_ylabel(
+            f"{where}{times[window.cube][window.time][:10]}\ny {window.y}, x {window.x}\n{tile.caption}", fontsize=7
+        )
+    for axes, title in zip(grid[0], columns, strict=True):
+        axes.set_title(title, fontsize=9)
+    if classes is not None:
+        handles = [Patch(color=c, label=n) for n, c in zip(classes.names, classes.colours, strict=True)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    return figure
+
+
+def _range(arrays: Sequence[npt.NDArray[Any]]) -> tuple[float, float]:
+    values = np.concatenate([array[np.isfinite(array)].ravel() for array in arrays])
+    if not values.size:
+        return 0.0, 1.0
+    low, high = np.percentile(values, [1, 99])
+    return float(low), float(max(high, low + 1e-9))
+
+
+def _palette(classes: Classes) -> Image:
+    palette = np.full((256, 3), _NOTHING, np.uint8)
+    palette[: len(classes)] = classes.rgb()
+    return palette
+
+
+def picture(image: npt.NDArray[Any], observed: npt.NDArray[np.uint8], bands: Sequence[str]) -> Image:
+    """True colour where the bands allow it, stretched between the 2nd and 98th percentile of what is observed."""
+    wanted = [bands.index(name) for name in ("red", "green", "blue") if name in bands]
+    chosen = wanted if len(wanted) == 3 else [min(i, len(bands) - 1) for i in range(3)]
+    values = image[..., chosen].astype(np.float64)
+    seen = values[observed == 1]
+    if not seen.size:
+        return np.full(values.shape, _NOTHING, np.uint8)
+    low, high = np.nanpercentile(seen, [2, 98])
+    stretched = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
+    return np.where(observed[..., None] == 1, np.nan_to_num(stretched), _NOTHING).astype(np.uint8)

@@ -1,0 +1,129 @@
+"""Embeddings: what an autoencoder keeps of each window or sample, as vectors to search, cluster and compare.
+
+OUT/embedding (sample, code)   float32: the mean of the code over the window
+OUT/time, y, x (sample,)       of a cube: date and centre of the window, in its CRS
+OUT/name (sample,)             of a sample store: where the sample came from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import ZstdCodec
+
+from jaxtrain.data.arrays import put_batch
+from jaxtrain.data.batches import BatchStream
+from jaxtrain.data.opening import open_training_data
+from jaxtrain.display import html_table
+from jaxtrain.evaluation.scores import judged_data, restore_model
+from jaxtrain.learn.step import make_embed_step
+from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.runs.rundir import load_card
+from zarr_store.errors import InvalidInput
+from zarr_store.folder import FolderStore
+
+__all__ = ["EmbeddingResult", "embed"]
+
+
+@dataclass(frozen=True)
+class EmbeddingResult:
+    """Where the vectors of a run's encoder are.
+
+    Attributes:
+        out: The Zarr group that holds them.
+        samples: Number of vectors.
+        code: Numbers in each vector.
+        warnings: Things to know: damaged checkpoints, other ground or resolution.
+    """
+
+    out: str
+    samples: int
+    code: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return html_table(self.to_dict())
+
+
+def embed(
+    run: str | PathLike[str],
+    data: str | Path,
+    out: str | Path,
+    *,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> EmbeddingResult:
+    """Embed all windows of a cube, or all samples of a store, with the encoder of a run.
+
+    Args:
+        run: A run of model `autoencoder`.
+        data: A cube or sample store with the bands of the model.
+        out: Where the vectors go (Zarr); nothing may be there.
+        on_batch: Called with (batches done, batches in all).
+
+    Returns:
+        Where the vectors are, and how many there are.
+
+    Raises:
+        InvalidInput: The run is of another model, the data are of another kind, or something is at `out`.
+
+    Example:
+        from jaxtrain import embed
+
+        result = embed("runs/autoencoder", "zagreb.zarr", "vectors.zarr")
+        result.samples, result.code
+    """
+    run = Path(run)
+    card = load_card(run)
+    if not card.task.rebuild:
+        raise InvalidInput(f"{run} is of model {card.config.model.name}, which has no code: train an autoencoder")
+    store = FolderStore.at(out)
+    if store.exists():
+        raise InvalidInput(f"{store.url} exists; give another path, or remove it first")
+    opened = open_training_data(data)
+    judged = judged_data(card, opened, part=None, name=data)
+    windows = judged.windows
+    program, state, step, passed_over = restore_model(run, card)
+    encode = make_embed_step(program)
+    axis = int(program.mesh.shape["data"])
+    size = -(-card.config.run.batch_size // axis) * axis
+    sharding = batch_sharding(program.mesh)
+    total = -(-len(windows) // size)
+    found: list[npt.NDArray[np.float32]] = []
+    with BatchStream(judged.reader, windows, size=size, sharding=sharding) as batches:
+        for number, rows, batch in batches:
+            there = put_batch({name: batch[name] for name in ("image", "observed")}, sharding, size)
+            found.append(np.asarray(jax.device_get(encode(state, there)))[: len(rows)])
+            if on_batch:
+                on_batch(number + 1, total)
+    vectors = np.concatenate(found)
+    with store.beside() as fresh:
+        root = zarr.create_group(fresh.zarr(), attributes={
+            "terrashard_embedding": {"run": str(run.absolute()), "step": step, "data": judged.url,
+                                     "bands": list(card.bands)}
+        })  # fmt: skip
+        _write(root, "embedding", vectors, ("sample", "code"))
+        for name, values in opened.places(card.config.data.collection, windows).items():
+            _write(root, name, values, ("sample",))
+    return EmbeddingResult(store.url, len(vectors), int(vectors.shape[1]), (*judged.warnings, *passed_over))
+
+
+def _write(root: zarr.Group, name: str, values: npt.NDArray[Any], dims: tuple[str, ...]) -> None:
+    array = root.create_array(
+        name, shape=values.shape, chunks=(min(len(values), 65_536), *values.shape[1:]),
+        dtype="str" if values.dtype == object else values.dtype, compressors=[ZstdCodec(level=3, checksum=True)],
+        dimension_names=dims,
+    )  # fmt: skip
+    array[...] = values

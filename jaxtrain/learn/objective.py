@@ -1,0 +1,177 @@
+"""`Objective`: what the answer to a task costs, and what is counted when it is judged.
+
+Letters in shapes: B sample, H row, W column, K class; `…` stands for (B, H, W) where pixels are labelled and (B,) where
+images are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxtrain.config import OptimConfig
+from jaxtrain.data.task import Task
+from jaxtrain.learn.losses import LossTerms, binary_terms, cross_entropy_terms, dice_terms, huber_terms, square_terms
+from zarr_store.errors import InvalidInput
+
+__all__ = ["BINS", "Objective", "confusion"]
+
+BINS = 15
+"""Bins of confidence for the calibration error (Guo et al. 2017, arXiv:1706.04599)."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a task, and what is counted.
+
+    Attributes:
+        task: What is answered.
+        optim: Loss, smoothing and its numbers.
+        class_weights: Per class, or None.
+
+    Raises (when made):
+        InvalidInput: The loss is not one for the task.
+    """
+
+    task: Task
+    optim: OptimConfig
+    class_weights: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        value, loss = self.task.values, self.optim.loss
+        if value != (loss in ("huber", "mse")):
+            known = "huber or mse" if value else "cross_entropy, focal or dice"
+            kind = "values" if value else "classes"
+            raise InvalidInput(f"optim.loss = {loss!r}, but {kind} are learnt: choose {known}")
+        if self.task.several and loss == "dice":
+            raise InvalidInput("optim.loss = 'dice' is for one class per pixel or image: choose cross_entropy or focal")
+
+    @property
+    def score(self) -> str:
+        """Name of what `right` comes to, divided by what is labelled."""
+        return "r2" if self.task.values else "accuracy"
+
+    def terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
+        """Sums that make up the training loss.
+
+        Args:
+            logits: float32 (…, K).
+            label: As a batch holds it: (…) class index, (B, K) 0/1, or (…) value; of an image that is given back, the
+                image (…, K) as the network takes it, nan where nothing was observed.
+        """
+        optim = self.optim
+        if self.task.values:
+            return self._value_terms(logits, label)
+        loss = binary_terms if self.task.several else cross_entropy_terms
+        terms = loss(
+            logits,
+            label,
+            class_weights=self.class_weights,
+            label_smoothing=optim.label_smoothing,
+            focal_gamma=optim.focal_gamma if optim.loss == "focal" else 0.0,
+        )
+        if optim.loss == "dice":
+            # both are means once divided by the weight
+            extra = dice_terms(logits, label).mean()
+            return terms._replace(loss=terms.loss + extra * terms.weight)
+        return terms
+
+    def right(self, logits: jax.Array, label: jax.Array) -> jax.Array:
+        """How much of what is labelled is right, float32: counts; for values, one less each squared standard error."""
+        if self.task.values:
+            value, target = self._answered(logits), self._standard(label)
+            learnt = jnp.isfinite(target)
+            error = value - jnp.where(learnt, target, value)
+            return learnt.sum(dtype=jnp.float32) - jnp.square(error).sum()
+        if self.task.several:
+            return ((logits > 0) == (label == 1)).sum(dtype=jnp.float32, where=label.astype(jnp.int32) <= 1)
+        return (logits.argmax(axis=-1) == label.astype(jnp.int32)).sum(dtype=jnp.int32).astype(jnp.float32)
+
+    def sums(self, logits: jax.Array, label: jax.Array) -> dict[str, jax.Array]:
+        """What may be added over batches to judge a model, without class weights and smoothing.
+
+        - `loss_sum` float32, `labelled` int32: of the plain loss
+        - one class: `confusion` int32 (K, K), rows are truth; `calibration` float32 (BINS, 3): number, sum of the
+          confidence and number of hits of each bin
+        - several: `counts` int32 (K, 4): hits, false alarms, misses, rightly absent
+        - values: `errors` float32 (6,): number, Σ error, Σ |error|, Σ error², and of the target's distance d from the
+          mean of training Σ d² and Σ d, in units of the value
+        """
+        if self.task.values:
+            terms = self._value_terms(logits, label)
+            return {"loss_sum": terms.loss, "labelled": terms.labelled, "errors": self._errors(logits, label)}
+        if self.task.several:
+            terms = binary_terms(logits, label)
+            learnt, truth, guess = label.astype(jnp.int32) <= 1, label == 1, logits > 0
+            cells = (guess & truth, guess & ~truth, ~guess & truth, ~guess & ~truth)
+            counts = jnp.stack([(cell & learnt).sum(axis=0, dtype=jnp.int32) for cell in cells], axis=-1)
+            return {"loss_sum": terms.loss, "labelled": terms.labelled, "counts": counts}
+        terms = cross_entropy_terms(logits, label)
+        return {
+            "loss_sum": terms.loss,
+            "labelled": terms.labelled,
+            "confusion": confusion(logits, label),
+            "calibration": _calibration(logits, label),
+        }
+
+    def answer(self, logits: jax.Array) -> jax.Array:
+        """Logits → probabilities (…, K), or values (…, 1) in their own unit."""
+        if self.task.value is not None:
+            mean, std = self.task.value
+            values: jax.Array = logits * jnp.float32(std) + jnp.float32(mean)
+            return values
+        return jax.nn.sigmoid(logits) if self.task.several else jax.nn.softmax(logits, axis=-1)
+
+    def _answered(self, logits: jax.Array) -> jax.Array:
+        """Values in standard units: (…), or of an image that is given back (…, K)."""
+        return logits if self.task.rebuild else logits[..., 0]
+
+    def _value_terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
+        value, target = self._answered(logits), self._standard(label)
+        if self.optim.loss == "mse":
+            return square_terms(value, target)
+        return huber_terms(value, target, delta=self.optim.huber_delta)
+
+    def _standard(self, label: jax.Array) -> jax.Array:
+        mean, std = self.task.value or (0.0, 1.0)
+        standard: jax.Array = (label.astype(jnp.float32) - jnp.float32(mean)) / jnp.float32(std)
+        return standard
+
+    def _errors(self, logits: jax.Array, label: jax.Array) -> jax.Array:
+        _, std = self.task.value or (0.0, 1.0)
+        target = self._standard(label)
+        learnt = jnp.isfinite(target)
+        target = jnp.where(learnt, target, 0)
+        error = jnp.where(learnt, self._answered(logits) - target, 0) * jnp.float32(std)
+        spread = target * jnp.float32(std)
+        sums = (learnt.astype(jnp.float32), error, jnp.abs(error), error * error, spread * spread, spread)
+        return jnp.stack([value.sum() for value in sums])
+
+
+def confusion(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """int32 (K, K) counts of (truth, prediction) over what is labelled; logits (…, K), label (…)."""
+    size = logits.shape[-1]
+    classes = jnp.arange(size, dtype=jnp.int32)
+    samples = logits.shape[0]
+    truth = (label.astype(jnp.int32)[..., None] == classes).astype(jnp.float32).reshape(samples, -1, size)
+    guess = (logits.argmax(axis=-1).astype(jnp.int32)[..., None] == classes).astype(jnp.float32)
+    # a product of 0/1 matrices per sample is exact below 2^24 pixels, and no scatter is needed
+    per_sample = jnp.einsum("bpk,bpl->bkl", truth, guess.reshape(samples, -1, size))
+    return per_sample.astype(jnp.int32).sum(axis=0)
+
+
+def _calibration(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """float32 (BINS, 3): number, sum of confidence, hits, by confidence of the prediction."""
+    label = label.astype(jnp.int32)
+    learnt = (label >= 0) & (label < logits.shape[-1])
+    confidence = jax.nn.softmax(logits, axis=-1).max(axis=-1)
+    hit = logits.argmax(axis=-1).astype(jnp.int32) == label
+    bin_ = jnp.minimum((confidence * BINS).astype(jnp.int32), BINS - 1)
+    values = (jnp.ones_like(confidence), confidence, hit.astype(jnp.float32))
+    # a loop of masked sums: no scatter, and no array with a dimension of bins
+    rows = [[jnp.where(learnt & (bin_ == i), value, 0).sum() for value in values] for i in range(BINS)]
+    return jnp.stack([jnp.stack(row) for row in rows])

@@ -1,0 +1,303 @@
+"""The train, evaluation and prediction steps: what is compiled of a run on one mesh.
+
+A pipeline compiles one program for each of its parts instead (`parallel/pipeline.py`).
+
+Letters in shapes: B sample, H row, W column, C band, K class.
+
+Images of one answer each have labels (B,), or (B, K) of 0 and 1 where an image has several classes.
+
+Images arrive as they are stored (uint16, bands before rows and columns); moving bands behind them, casting,
+normalisation and augmentation happen on the device, inside the compiled step, so half of the float bytes travel.
+A batch is
+
+    {"image": uint16 (B, C, H, W), "label": uint8 (B, H, W) class index or 255, "observed": bool or uint8 (B, H, W)}
+
+or, for series of T dates,
+
+    {"image": (B, T, C, H, W), "label": (B, H, W), "observed": (B, T, H, W), "day": uint16 (B, T)}
+
+split over the mesh axis `data`: numpy arrays in a run of one process, global arrays in a run of several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxtrain.data.arrays import as_images
+from jaxtrain.data.augment import augment, disturb, mix, turns
+from jaxtrain.learn.optim import build_optimizer, judged_params
+from jaxtrain.learn.state import Program, TrainState
+from jaxtrain.models.temporal import series_of
+from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored_sharding
+from jaxtrain.parallel.pipeline import Pipeline
+
+__all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "make_embed_step", "make_eval_step", "make_predict_step",
+           "make_train_step"]  # fmt: skip
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """`step(state, batch, key=key) -> (state, metrics)`; the given state is donated and must not be used again."""
+
+    jitted: Any
+    """The compiled function of (state, batch, key), for `lower` and for counting compilations."""
+    names: tuple[str, ...] | None = None
+    """Arrays of a batch that are used; None for all."""
+
+    def __call__(self, state: TrainState, batch: Batch, *, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        result: tuple[TrainState, dict[str, jax.Array]] = self.jitted(state, _chosen(batch, self.names), key)
+        return result
+
+
+@dataclass(frozen=True)
+class EvalStep:
+    """`evaluate(state, batch) -> sums`, which may be added over batches."""
+
+    jitted: Any
+    names: tuple[str, ...] | None = None
+
+    def __call__(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        result: dict[str, jax.Array] = self.jitted(
+            judged_params(state.params, state.opt_state), state.model_state, _chosen(batch, self.names)
+        )
+        return result
+
+
+def _chosen(batch: Batch, names: tuple[str, ...] | None) -> dict[str, Any]:
+    return {name: batch[name] for name in names or batch}
+
+
+@dataclass(frozen=True)
+class PredictStep:
+    """`predict(state, image, observed=None, day=None) -> probabilities_BHWK`; `day` (B, T) of series."""
+
+    jitted: Any
+
+    def __call__(self, state: TrainState, image: Any, *, observed: Any = None, day: Any = None) -> jax.Array:
+        if observed is None:
+            # the cube stores 0 (or nan) in every band where nothing was observed
+            observed = ((image == image) & (image != 0)).any(axis=-3)
+        params = judged_params(state.params, state.opt_state)
+        result: jax.Array = self.jitted(params, state.model_state, image, observed, *(() if day is None else (day,)))
+        return result
+
+
+def make_train_step(program: Program) -> TrainStep:
+    """One optimiser step.
+
+    `key` must be the same on all processes and different for each step (fold the step into the seed's key). Metrics
+    are replicated scalars:
+
+    - `loss`: mean over the labelled pixels of the global batch, 0 where there are none
+    - `accuracy`: share of labelled pixels that are right, before the update; of values `r2`, the share of the variance
+      of training that is explained
+    - `gradient_norm`: global norm before clipping
+    - `learning_rate`: of this step
+    - `labelled`: number of labelled pixels, int32
+    - `finite`: bool; false where loss or gradient are nan or infinite. Such a step counts, but changes neither
+      parameters nor moments nor statistics, so the state stays fit to be saved while the caller decides to stop.
+    """
+    if program.layout is not None:
+        return TrainStep(_pipeline(program).train)
+    objective = program.objective
+
+    def step(state: TrainState, batch: dict[str, Any], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        augment_key, dropout_key = jax.random.split(key)
+        x_BHWC, ((label, _), *others) = prepare_batch(program, batch, augment_key, program.mesh)
+
+        def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
+            logits, model_state = program.apply(params, state.model_state, x_BHWC, train=True, key=dropout_key)
+            terms = objective.terms(logits, label)
+            loss = terms.mean()
+            for other, share in others:
+                loss = (1 - share) * loss + share * objective.terms(logits, other).mean()
+            return loss, (terms.labelled, logits, model_state)
+
+        (loss, (labelled, logits, model_state)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        gradient_norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        gradient = program.share(gradient)
+        updates, opt_state = program.optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        changed = (params, model_state, opt_state)
+        kept = (state.params, state.model_state, state.opt_state)
+        params, model_state, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        metrics = {
+            "loss": loss,
+            objective.score: objective.right(logits, label) / jnp.maximum(labelled, 1).astype(jnp.float32),
+            "gradient_norm": gradient_norm,
+            "learning_rate": program.schedule(state.step),
+            "labelled": labelled,
+            "finite": finite,
+        }
+        return TrainState(state.step + 1, params, model_state, opt_state), metrics
+
+    whole = replicated(program.mesh)
+    return TrainStep(
+        jax.jit(
+            step,
+            in_shardings=(program.shardings, _batch_shardings(program), whole),
+            out_shardings=(program.shardings, whole),
+            donate_argnums=0,
+        ),
+        tuple(_batch_shardings(program)),
+    )
+
+
+def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
+    """Sums over one batch, without augmentation, dropout, smoothing or class weights: see `Objective.sums`.
+
+    `loss_sum` divided by `labelled` is comparable between runs. With `turned`, each image is looked at in all its eight
+    turns and mirrors (`model.turns`) and the logarithms of the answers are averaged.
+    """
+    if program.layout is not None:
+        return EvalStep(_pipeline(program).evaluate)
+
+    def evaluate(params: Any, model_state: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        x_BHWC = present(program, batch["image"], batch["observed"], batch.get("day"))
+        observed = as_images(batch["observed"])
+        label = _itself(x_BHWC, observed) if program.objective.task.rebuild else batch["label"]
+        return program.objective.sums(_look(program, params, model_state, x_BHWC, turned), label)
+
+    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    shardings = (judged, program.shardings.model_state, _batch_shardings(program))
+    jitted = jax.jit(evaluate, in_shardings=shardings, out_shardings=replicated(program.mesh))
+    return EvalStep(jitted, tuple(_batch_shardings(program)))
+
+
+def make_predict_step(program: Program) -> PredictStep:
+    """Class probabilities of a batch of images, split over `data` as the images are; float32 (B, H, W, K) or (B, K).
+
+    With `model.turns` they are means over the turns of each image; of values, the values themselves; of images that are
+    given back the error (B, H, W, 1): the root of the mean square over bands, in standard deviations of each band.
+
+    `observed` (B, H, W) says which pixels hold data; without it, a pixel that is 0 in every band holds none.
+    """
+    if program.layout is not None:
+        return PredictStep(_pipeline(program).predict)
+
+    def predict(
+        params: Any, model_state: Any, image: jax.Array, observed: jax.Array, day: jax.Array | None = None
+    ) -> jax.Array:
+        x_BHWC = present(program, image, observed, day)
+        logits = _look(program, params, model_state, x_BHWC, program.config.model.turns)
+        if program.objective.task.rebuild:
+            return jnp.sqrt(jnp.square(logits - x_BHWC).mean(axis=-1, keepdims=True))
+        return program.objective.answer(logits)
+
+    lies = _batch_shardings(program)
+    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    days = (lies["day"],) if "day" in lies else ()
+    shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"], *days)
+    answers = batch_sharding(program.mesh, image=not program.objective.task.per_image)
+    return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=answers))
+
+
+def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array]:
+    """`embed(state, batch) -> vectors (B, Z)`: the code of each image, its mean over rows and columns."""
+    lies = _batch_shardings(program)
+
+    def run(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:
+        return program.embed(params, model_state, present(program, image, observed)).mean(axis=(1, 2))
+
+    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"])
+    jitted = jax.jit(run, in_shardings=shardings, out_shardings=batch_sharding(program.mesh))
+
+    def embed(state: TrainState, batch: Batch) -> jax.Array:
+        params = judged_params(state.params, state.opt_state)
+        vectors: jax.Array = jitted(params, state.model_state, batch["image"], batch["observed"])
+        return vectors
+
+    return embed
+
+
+def prepare_batch(
+    program: Program, batch: Batch, key: jax.Array, mesh: Mesh
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    """Augmented and normalised images, and each label with its share of the loss: one, or two of mixed samples."""
+    data = program.config.data
+    rebuild = program.objective.task.rebuild
+    names = ["image", *([] if rebuild else ["label"]), "observed"]
+    arrays = tuple(as_images(batch[name]) for name in names)
+    if data.augment:
+        turned = augment(arrays, key=key, zoom=data.zoom)
+        # the compiler would go on with images split as they came out of a quarter turn, by columns
+        arrays = constrain(turned, tuple(batch_sharding(mesh, image=a.ndim > 2) for a in arrays))
+    image, observed = arrays[0], arrays[-1]
+    x_BHWC = normalise(program, image, observed)
+    # an image is to be given back as it was before it is disturbed
+    label = _itself(x_BHWC, observed) if rebuild else arrays[1]
+    if data.jitter or data.band_dropout:
+        x_BHWC = disturb(x_BHWC, key=key, jitter=data.jitter, band_dropout=data.band_dropout)
+    if "day" in batch:
+        x_BHWC = series_of(jnp.where(observed.astype(bool)[..., None], x_BHWC, 0), observed, batch["day"])
+    if data.mix != "none":
+        x_BHWC, label, other = mix(x_BHWC, label, key=key, kind=data.mix, alpha=data.mix_alpha)
+        if other is not None:
+            return x_BHWC, [(label, 1 - other.share), (other.label, other.share)]
+    return x_BHWC, [(label, jnp.float32(1))]
+
+
+def normalise(program: Program, image_BHWC: jax.Array, observed_BHW: jax.Array) -> jax.Array:
+    """(image - mean) / std as float32, and 0, the mean, where nothing was observed."""
+    x_BHWC = (image_BHWC.astype(jnp.float32) - program.mean) * (np.float32(1) / program.std)
+    return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(0))
+
+
+def present(program: Program, image: jax.Array, observed: jax.Array, day: jax.Array | None = None) -> jax.Array:
+    """What the network takes of a batch that is judged or looked at: normalised, of series with days beside it."""
+    image, observed = as_images(image), as_images(observed)
+    x_BHWC = normalise(program, image, observed)
+    return x_BHWC if day is None else series_of(x_BHWC, observed, day)
+
+
+def _itself(x_BHWC: jax.Array, observed_BHW: jax.Array) -> jax.Array:
+    """The image as what is to be answered: nan where nothing was observed."""
+    return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(jnp.nan))
+
+
+def _look(program: Program, params: Any, model_state: Any, x_BHWC: jax.Array, turned: bool) -> jax.Array:
+    """Logits, or their mean over the eight turns; square images only, others are looked at once."""
+    if not turned or x_BHWC.shape[1] != x_BHWC.shape[2]:
+        return program.apply(params, model_state, x_BHWC, train=False)[0]
+    b = x_BHWC.shape[0]
+    # the turns of a sample follow each other, so that a batch that is split over devices stays where it is
+    every = jnp.stack([turn(x_BHWC) for turn, _ in turns()], axis=1)
+    logits, _ = program.apply(params, model_state, every.reshape(8 * b, *x_BHWC.shape[1:]), train=False)
+    logits = logits.reshape(b, 8, *logits.shape[1:])
+    if not program.objective.task.per_image:
+        logits = jnp.stack([back(logits[:, i]) for i, (_, back) in enumerate(turns())], axis=1)
+    return logits.mean(axis=1)
+
+
+def _pipeline(program: Program) -> Pipeline:
+    optim = program.config.optim
+    # its own clipping is switched off, not left out, so that its state is that of every other strategy
+    unclipped = optim if optim.clip_norm is None else optim.model_copy(update={"clip_norm": float("inf")})
+    return Pipeline(
+        program,
+        prepare=partial(prepare_batch, program),
+        normalise=partial(present, program),
+        optimizer=build_optimizer(unclipped, program.config.run.steps),
+    )
+
+
+def _batch_shardings(program: Program) -> dict[str, Any]:
+    mesh, task = program.mesh, program.objective.task
+    series = program.config.data.dates != 1
+    lies = {"image": stored_sharding(mesh, 5 if series else 4), "observed": stored_sharding(mesh, 4 if series else 3)}
+    if not task.rebuild:
+        lies["label"] = stored_sharding(mesh, 1 if task.per_image else 3)
+    return lies | {"day": batch_sharding(mesh)} if series else lies

@@ -1,0 +1,251 @@
+"""The training run, as one document: data → program → resume → steps → report.
+
+A run is a folder (see `rundir`). The same call on the same folder continues where the newest undamaged checkpoint was
+made, bit for bit on the same mesh: the state holds model and optimiser, and data order, augmentation and dropout are
+functions of (seed, step). How a step is settled, validated and saved is in `session.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.data.batches import BatchStream
+from jaxtrain.data.opening import open_training_data
+from jaxtrain.data.training_data import TrainingSet
+from jaxtrain.evaluation.report import collect_examples, write_report
+from jaxtrain.learn.state import Program, TrainState
+from jaxtrain.learn.step import make_eval_step, make_predict_step, make_train_step
+from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.parallel.processes import Agreement, abandon
+from jaxtrain.prepare import check_same_run, prepare
+from jaxtrain.runs.clock import Clock
+from jaxtrain.runs.events import OnEvent, Teller, TrainingResult
+from jaxtrain.runs.incidents import Incidents
+from jaxtrain.runs.log import RunLog, read_metrics
+from jaxtrain.runs.repeat import programs_kept
+from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
+from jaxtrain.runs.track import check_trackers, start_trackers
+from jaxtrain.runs.watchdog import Watchdog
+from jaxtrain.session import Dispatched, TrainingSession, resume_run, show_score
+from zarr_store.errors import Preempted
+from zarr_store.lock import CubeLock
+
+__all__ = ["train"]
+
+
+def train(
+    config: TrainConfig, out: str | PathLike[str], *, resume: bool = True, on_event: OnEvent | None = None
+) -> TrainingResult:
+    """Train a network, or continue where an earlier call stopped.
+
+    Each process of a run of several calls this with the same arguments; one that fails lets the others know by ending.
+
+    Args:
+        config: The run. `config.data.cube` is opened as it is: who reads it from a file resolves it.
+        out: The run directory: new, empty, or of the same run.
+        resume: False refuses a folder that already holds a run.
+        on_event: Called with each `TrainEvent`, in the thread of the caller; warnings also from threads that read.
+
+    Returns:
+        What the run has come to: steps, metrics, validation scores, rates and the path of the report.
+
+    Raises:
+        InvalidInput: Configuration, cube, mesh and folder do not fit together; a loss that is not finite.
+        NothingFound: No window has anything to learn.
+        Locked: Another process trains in this folder.
+        Preempted: SIGTERM came; the state is saved and the same call continues.
+        IntegrityError: All checkpoints are damaged, or a shard of the cube is.
+        NoSpace: A checkpoint could not be saved; the one before is as it was.
+
+    Example:
+        from jaxtrain import TrainConfig, train
+
+        config = TrainConfig.model_validate({"data": {"cube": "zagreb.zarr"}, "run": {"steps": 200}})
+        result = train(config, "runs/zagreb")
+        result.validation["accuracy"]
+    """
+    try:
+        return _train(config, Path(out), resume, on_event)
+    except Preempted:
+        raise
+    except BaseException as error:
+        abandon(getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1))
+        raise
+
+
+def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | None) -> TrainingResult:
+    began = time.monotonic()
+    run, tell = config.run, Teller(config.run.steps, on_event)
+
+    # ---- The folder: new, or of this very run. Nothing is written before everything is known to fit.
+    earlier = find_card(out)
+    if earlier is not None:
+        check_same_run(out, earlier, config, resume)
+
+    # ---- Data: windows and statistics, all from the training index where that is possible.
+    data = open_training_data(config.data.cube)
+    incidents = Incidents(out, run, process=jax.process_index(), on_warning=lambda line: tell("warning", 0, line))
+    card, ready = prepare(config, data, earlier, on_unreadable=incidents.unreadable)
+
+    # ---- The network on the mesh.
+    program = program_of(card, config)
+    train_step, eval_step = make_train_step(program), make_eval_step(program)
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(program.shapes.params))
+    lead = jax.process_index() == 0
+    trackers = check_trackers(run.track) if lead else {}
+    lock = CubeLock(out, "train", key=LOCK_KEY) if lead else contextlib.nullcontext()
+
+    with lock, programs_kept(card.key), _watch_for_sigterm() as told_to_stop:
+        if lead and earlier is None:
+            write_run(out, card)
+        tell("start", 0, _describe(card, ready, parameters, program), windows=ready.plan.counts(),
+             parameters=parameters)  # fmt: skip
+
+        # ---- Resume.
+        resumed = resume_run(config, out, program, incidents, tell)
+        state, first = resumed.state, resumed.step
+
+        # ---- Steps: dispatch one, then read the numbers of the one before, so that the device never waits for Python.
+        key = jax.random.key(np.uint32(run.seed % (1 << 32)) ^ np.uint32(0x5EED))
+        pending: Dispatched | None = None
+        with (
+            (_log_of(config, out, first, trackers) if lead else contextlib.nullcontext()) as log,
+            Watchdog(run.hang_s, out / f"hang-{jax.process_index()}.txt") as watchdog,
+            resumed.store.saving(),
+            BatchStream(
+                ready.reader, ready.plan.parts["train"], size=run.batch_size, sharding=batch_sharding(program.mesh),
+                order=ready.order(run), first=first, last=first if resumed.best.ended else run.steps,
+                threads=run.read_threads, prefetch=run.prefetch, place=True,
+            ) as batches,
+        ):  # fmt: skip
+            session = TrainingSession(
+                config=config, out=out, card=card, ready=ready, program=program, eval_step=eval_step,
+                store=resumed.store, best=resumed.best, incidents=incidents, tell=tell,
+                clock=Clock(run.batch_size), agreement=Agreement(program.mesh), log=log, watchdog=watchdog,
+                reached=first,
+            )  # fmt: skip
+            for number, rows, batch in session.clock.waiting(iter(batches)):
+                step = session.reached = number + 1
+                watchdog.beat(f"step {step}")
+                session.store.check()
+                state, metrics = train_step(state, batch, key=jax.random.fold_in(key, number))
+                wish = session.agreement.ask(told_to_stop.is_set())
+                if pending is not None:
+                    session.settle(pending)
+                pending = Dispatched(step, rows, metrics, wish)
+                final = step == run.steps
+                # alone, a process need not hear of its own wish from the others a step later
+                session.stopping = session.stopping or (session.agreement.alone and told_to_stop.is_set())
+                validating = final or step % run.evaluate_every == 0
+                saving = final or session.stopping or step % run.checkpoint_every == 0
+                if validating or saving:
+                    session.settle_before_use(pending)
+                    pending = None
+
+                # ---- Validation, on blocks that are not learned.
+                if validating and len(ready.plan.parts["validation"]):
+                    saving = session.validate(step, state) or saving
+
+                # ---- Checkpoint: after the numbers were seen to be finite, never before.
+                if saving or session.stopping:
+                    session.save(step, state)
+                if session.best.ended:
+                    break
+                if session.stopping and not final:
+                    session.leave(step)
+
+        # ---- What came out.
+        if lead and (session.judged or not (out / "report.html").exists()):
+            _write_report(session, state)
+        result = _result(session, first, parameters, time.monotonic() - began)
+        early = f" of {run.steps}, as {run.monitor} did not improve further" if result.stopped_early else ""
+        best = session.best
+        kept = "" if best.step is None else f"; best {run.monitor} {show_score(best.value)} at step {best.step}"
+        tell("done", result.steps, f"{out}: {result.steps} steps{early}{kept}; report: {result.report}",
+             **result.validation)  # fmt: skip
+        return result
+
+
+def _write_report(session: TrainingSession, state: TrainState) -> None:
+    """RUN/report.html, with examples of the test part, or of the validation part where there is no other."""
+    parts, program = session.ready.plan.parts, session.program
+    aside = parts["test"] if len(parts["test"]) else parts["validation"]
+    predict, names = make_predict_step(program), session.card.classes.names
+    examples = collect_examples(program, predict, state, session.ready.reader, aside, names)
+    write_report(session.out, session.card, examples=examples, evaluation=session.judged)
+
+
+def _result(session: TrainingSession, first: int, parameters: int, seconds: float) -> TrainingResult:
+    history = read_metrics(session.out)
+    steps = [line for line in history if line["kind"] == "train"]
+    validations = [line for line in history if line["kind"] == "validation"]
+    best, incidents, reached = session.best, session.incidents, session.reached
+    return TrainingResult(
+        run=str(session.out),
+        steps=reached,
+        resumed_from=first,
+        train=session.last or (_numbers(steps[-1]) if steps else {}),
+        validation=_numbers(validations[-1]) if validations else {},
+        windows=session.ready.plan.counts(),
+        parameters=parameters,
+        seconds=round(seconds, 3),
+        samples_per_second=session.clock.rate(),
+        report=str(session.out / "report.html"),
+        input_wait=session.clock.input_wait(),
+        skipped_steps=incidents.skipped,
+        empty_batches=incidents.empty,
+        quarantined_windows=incidents.quarantined,
+        best_step=best.step,
+        best_score=best.value,
+        stopped_early=best.ended and reached < session.config.run.steps,
+    )
+
+
+def _log_of(config: TrainConfig, out: Path, first: int, trackers: dict[str, Any]) -> RunLog:
+    started = start_trackers(trackers, out, config.model_dump(mode="json"))
+    return RunLog(out, step=first, tensorboard_every=config.run.log_every, trackers=started)
+
+
+@contextlib.contextmanager
+def _watch_for_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that the step under way ends first; only a main thread may listen."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _describe(card: ModelCard, ready: TrainingSet, parameters: int, program: Program) -> str:
+    windows = ", ".join(f"{count} {part}" for part, count in ready.plan.counts().items())
+    blocks = ", ".join(f"{count} {part}" for part, count in ready.plan.split.counts().items())
+    axes = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
+    return (
+        f"{card.config.model.name} with {parameters:,} parameters learns {_learnt(card)} from "
+        f"{len(card.bands)} bands; windows: {windows}; blocks: {blocks}; mesh: {axes}"
+    )
+
+
+def _learnt(card: ModelCard) -> str:
+    if card.task.rebuild:
+        return "to give images back, without labels,"
+    return f"values of {card.classes.names[0]}" if card.task.values else f"{len(card.classes)} classes"
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in ("kind", "step", "seconds", "input_wait_s")}

@@ -1,0 +1,287 @@
+"""The compiled programs of a pipeline: those of one part (`make_stage`), and those that all parts share.
+
+Every maker returns functions of a few named tuples, so that what is donated and where results lie is said once, where
+the program is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain.models.units import Carry
+from jaxtrain.parallel.links import lies_of
+from jaxtrain.parallel.mesh import constrain, replicated
+from jaxtrain.parallel.parts import Changed, Held, Parts, PipelinedProgram, Tree
+from jaxtrain.parallel.spatial import over_space
+from jaxtrain.parallel.stages import Layout
+from jaxtrain.parallel.zero import gather_for_use
+
+__all__ = ["Counted", "Entry", "Settled", "SharedPrograms", "StagePrograms", "Verdict", "make_shared", "make_stage",
+           "make_units"]  # fmt: skip
+
+Units = Callable[..., tuple[Carry, Tree]]
+
+
+class Entry(NamedTuple):
+    """What a forward pass of one part takes besides the part: one microbatch."""
+
+    carry: Carry
+    key: jax.Array
+    """For dropout."""
+    answers: Any
+    """Labels, and the share of the loss of each; () but for the last part."""
+
+
+class Counted(NamedTuple):
+    """What the last part gives of one microbatch."""
+
+    loss: jax.Array
+    right: jax.Array
+    labelled: jax.Array
+
+
+class Verdict(NamedTuple):
+    """What all groups must know before they update, the same for all."""
+
+    counters: list[Any]
+    """Counters of the optimiser."""
+    scale: jax.Array
+    """Factor of the gradient that keeps its norm under the limit."""
+    finite: jax.Array
+
+
+class Settled(NamedTuple):
+    """What an update takes besides the part, its moments and its gradient."""
+
+    summed: Tree
+    """New batch statistics."""
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class StagePrograms:
+    """The compiled programs of one part.
+
+    Attributes:
+        forward: (held, summed, entry) → (carry or Counted, summed statistics, what pulls gradients back).
+        backward: (pull, returned, gradient) → (gradient of the carry, summed gradient); the gradient is donated.
+        blank: (held) → gradient and statistics of zeros.
+        update: (held, moments, gradient, settled) → Changed; moments and gradient are donated.
+        look: (held, carry) → carry, without training.
+    """
+
+    forward: Any
+    backward: Any
+    blank: Any
+    update: Any
+    look: Any
+
+
+def make_units(program: PipelinedProgram, layout: Layout, k: int) -> Units:
+    """The units of one part as a function of (params, statistics, carry, train=, key=)."""
+
+    def units(params: Tree, statistics: Tree, carry: Carry, *, train: bool, key: jax.Array) -> tuple[Carry, Tree]:
+        with over_space(layout.mesh(k)):
+            return program.apply_units(params, statistics, carry, span=layout.span(k), train=train, key=key)
+
+    return units
+
+
+def make_stage(
+    program: PipelinedProgram, layout: Layout, parts: Parts, optimizer: optax.GradientTransformation, *, k: int
+) -> StagePrograms:
+    """Compile-ready programs of part `k`; results lie exactly where the arguments of the next call do.
+
+    If they did not, each call would be compiled anew.
+    """
+    zero = program.config.mesh.zero
+    summed = parts.of(program.shardings.model_state, k)
+    gradient = parts.of(program.parts if zero else program.whole, k)
+    # the new parameters take the gradient's place, where they lie as it does
+    spent = (1,) if zero == 1 else (1, 2)
+    return StagePrograms(
+        forward=jax.jit(_forward(program, layout, parts, k), out_shardings=(None, summed, None)),
+        backward=jax.jit(_backward(layout, k), donate_argnums=2, out_shardings=(None, gradient)),
+        blank=jax.jit(_blank, out_shardings=(gradient, summed)),
+        update=jax.jit(_update(program, parts, optimizer, k), donate_argnums=spent, out_shardings=parts.homes(k)),
+        look=jax.jit(_look(program, layout, parts, k)),
+    )
+
+
+def _forward(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) -> Callable[..., Any]:
+    units, last, objective = make_units(program, layout, k), layout.chunks - 1, program.objective
+    microbatches = program.config.mesh.microbatches
+
+    def forward(held: Held, summed: Tree, entry: Entry) -> tuple[Any, Tree, Any]:
+        def run(params: Tree, carry: Carry) -> Any:
+            carry, new = units(params, held.statistics, carry, train=True, key=entry.key)
+            if k != last:
+                return tuple(constrain(leaf, lies_of(leaf, layout.mesh(k))) for leaf in carry), (new, None)
+            labels, shares = entry.answers
+            found = [objective.terms(carry[0], label) for label in labels]
+            loss = sum((share * terms.loss for share, terms in zip(shares, found, strict=True)), jnp.float32(0))
+            right = objective.right(carry[0], labels[0])
+            return loss, (new, (right, found[0].labelled))
+
+        if program.config.mesh.zero == 3:
+            run = gather_for_use(run, parts.of(program.whole, k))
+        if k:
+            out, pull, (new, counted) = jax.vjp(run, held.params, entry.carry, has_aux=True)
+        else:  # nobody learns from the gradient of an image
+            out, pull, (new, counted) = jax.vjp(lambda params: run(params, entry.carry), held.params, has_aux=True)
+        total = jax.tree.map(lambda total, now: total + now / microbatches, summed, new)
+        return (out if counted is None else Counted(out, *counted)), total, pull
+
+    return forward
+
+
+def _backward(layout: Layout, k: int) -> Callable[..., Any]:
+    last = layout.chunks - 1
+
+    def backward(pull: Any, returned: Any, gradient: Tree) -> tuple[Any, Tree]:
+        found, *carry = pull(jnp.float32(1) if k == last else returned)
+        back = tuple(constrain(leaf, lies_of(leaf, layout.mesh(k))) for leaf in carry[0]) if k else None
+        return back, jax.tree.map(jnp.add, gradient, found)
+
+    return backward
+
+
+def _blank(held: Held) -> tuple[Tree, Tree]:
+    return jax.tree.map(jnp.zeros_like, held.params), jax.tree.map(jnp.zeros_like, held.statistics)
+
+
+def _update(
+    program: PipelinedProgram, parts: Parts, optimizer: optax.GradientTransformation, k: int
+) -> Callable[..., Changed]:
+    def update(held: Held, moments: Any, gradient: Tree, settled: Settled) -> Changed:
+        counters, scale, finite = settled.verdict
+        opt = parts.opt_state(k, moments, counters)
+        gradient = jax.tree.map(lambda leaf: leaf * scale, gradient)
+        if program.config.mesh.zero:
+            gradient = constrain(gradient, parts.of(program.parts, k))
+        updates, new_opt = optimizer.update(gradient, opt, held.params)
+        new_params = jax.tree.map(lambda leaf, update: leaf + update.astype(leaf.dtype), held.params, updates)
+        changed = Changed(new_params, jax.tree.leaves(new_opt), settled.summed)
+        kept = Changed(held.params, jax.tree.leaves(opt), held.statistics)
+        result: Changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        return result
+
+    return update
+
+
+def _look(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) -> Callable[..., Carry]:
+    units = make_units(program, layout, k)
+
+    def look(held: Held, carry: Carry) -> Carry:
+        run: Callable[..., Any] = partial(units, train=False, key=jax.random.key(0))
+        if program.config.mesh.zero == 3:
+            run = gather_for_use(run, parts.of(program.whole, k))
+        result: Carry = run(held.params, held.statistics, carry)[0]
+        return tuple(constrain(leaf, lies_of(leaf, layout.mesh(k))) for leaf in result)
+
+    return look
+
+
+@dataclass(frozen=True)
+class SharedPrograms:
+    """The compiled programs that belong to no one part.
+
+    Attributes:
+        images: (batch, key) → a tuple of microbatches of normalised images; on the first group.
+        labels: (batch, key) → for each label its microbatches, and its share of the loss; on the last group.
+        enter: (image, observed) → normalised images, without training.
+        sums, answer: Of the objective, on the last group.
+        partial: (gradients, counts of a group) → its row of the numbers that all must know.
+        finish: (numbers of all groups, labelled, step) → metrics, scale, finite, step.
+        row: A tree with a leading axis of one.
+        add: Sums over the leading axis, known to all groups.
+    """
+
+    images: Any
+    labels: Any
+    enter: Any
+    sums: Any
+    answer: Any
+    partial: Any
+    finish: Any
+    row: Any
+    add: Any
+
+
+def make_shared(
+    program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any], normalise: Callable[..., Any]
+) -> SharedPrograms:
+    """Compile-ready programs that all parts share; arguments are those of `Pipeline`."""
+    everywhere = replicated(program.mesh)
+    return SharedPrograms(
+        images=jax.jit(_images(program, layout, prepare)),
+        labels=jax.jit(_labels(program, layout, prepare)),
+        enter=jax.jit(normalise),
+        sums=jax.jit(program.objective.sums),
+        answer=jax.jit(program.objective.answer),
+        partial=jax.jit(_partial),
+        finish=jax.jit(_finish(program), out_shardings=everywhere),
+        row=jax.jit(partial(jax.tree.map, lambda leaf: leaf[None])),
+        add=jax.jit(partial(jax.tree.map, lambda rows: rows.sum(axis=0)), out_shardings=everywhere),
+    )
+
+
+def _images(program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any]) -> Callable[..., Any]:
+    def images(batch: Tree, key: jax.Array) -> tuple[jax.Array, ...]:
+        return _cut(program, prepare(batch, key, layout.mesh(0))[0])
+
+    return images
+
+
+def _labels(program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any]) -> Callable[..., Any]:
+    def labels(batch: Tree, key: jax.Array) -> list[tuple[tuple[jax.Array, ...], jax.Array]]:
+        objective, found = program.objective, []
+        for label, share in prepare(batch, key, layout.mesh(layout.chunks - 1))[1]:
+            size = label.shape if objective.task.several else (*label.shape, program.classes)
+            weight = objective.terms(jnp.zeros(size, jnp.float32), label).weight
+            found.append((_cut(program, label), share / jnp.where(weight > 0, weight, jnp.float32(1))))
+        return found
+
+    return labels
+
+
+def _cut(program: PipelinedProgram, array: jax.Array) -> tuple[jax.Array, ...]:
+    """Microbatches of an array; each device cuts its own samples, so none travel."""
+    parts, m = program.config.mesh.data, program.config.mesh.microbatches
+    split = array.reshape(parts, m, array.shape[0] // (parts * m), *array.shape[1:])
+    return tuple(split[:, i].reshape(array.shape[0] // m, *array.shape[1:]) for i in range(m))
+
+
+def _partial(gradients: list[Tree], counts: list[Counted]) -> tuple[jax.Array, jax.Array]:
+    squares = sum((jnp.square(leaf).sum() for tree in gradients for leaf in tree.values()), jnp.float32(0))
+    loss = sum((one.loss for one in counts), jnp.float32(0))
+    right = sum((one.right for one in counts), jnp.float32(0))
+    labelled = sum((one.labelled for one in counts), jnp.int32(0))
+    return jnp.stack([squares, loss, right])[None], labelled[None]
+
+
+def _finish(program: PipelinedProgram) -> Callable[..., dict[str, Any]]:
+    def finish(numbers: jax.Array, labelled: jax.Array, step: jax.Array) -> dict[str, Any]:
+        squares, loss, right = numbers.sum(axis=0)
+        count, norm = labelled.sum(), jnp.sqrt(squares)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        limit = program.config.optim.clip_norm
+        scale = jnp.float32(1) if limit is None else jnp.where(norm < limit, 1, limit / norm)
+        metrics = {
+            "loss": loss,
+            program.objective.score: right / jnp.maximum(count, 1).astype(jnp.float32),
+            "gradient_norm": norm,
+            "learning_rate": program.schedule(step),
+            "labelled": count,
+            "finite": finite,
+        }
+        return {"metrics": metrics, "scale": scale, "finite": finite, "step": step + 1}
+
+    return finish

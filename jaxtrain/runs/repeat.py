@@ -1,0 +1,63 @@
+"""The same bits from the same step, on GPUs, too.
+
+Left alone, XLA may sum on a GPU in an order that changes from run to run, and it times several kernels for each
+convolution and takes the one that was fastest that day. A run that is continued would then differ from one that nothing
+befell. So a training leaves out kernels whose order changes (`repeat_exactly`), and keeps its compiled programs in the
+user's cache (`programs_kept`): who continues it there uses the same ones, and does not wait for them to be compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, MutableMapping
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxtrain.runs.programs import program_folder
+
+__all__ = ["programs_kept", "repeat_exactly"]
+
+_FLAGS = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
+
+
+def repeat_exactly(environment: MutableMapping[str, str] | None = None) -> bool:
+    """Ask XLA for kernels that sum in a fixed order; whether it will.
+
+    Call it before anything touches a device. A user whose XLA_FLAGS name such a flag, as true or false, is left alone:
+    with --xla_gpu_deterministic_ops=true, runs that are started anew are equal, too, for then no kernels are timed.
+    """
+    env = os.environ if environment is None else environment
+    flags = env.get("XLA_FLAGS", "")
+    if any(flag in flags for flag in _FLAGS):
+        return False
+    env["XLA_FLAGS"] = f"{flags} {_FLAGS[0]}=true".strip()
+    return True
+
+
+@contextlib.contextmanager
+def programs_kept(key: str) -> Iterator[None]:
+    """What is compiled for GPUs inside is kept for the user, and taken from there where it was compiled before.
+
+    A user who has named a folder for all that JAX compiles (JAX_COMPILATION_CACHE_DIR) is left alone. On processors
+    nothing is timed, and nothing kept.
+
+    Args:
+        key: What the run is; another run's programs are not mixed with its own.
+    """
+    own = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # of jax
+    if jax.default_backend() != "gpu" or own:
+        yield
+        return
+    folder = program_folder(key)
+    if folder is None:
+        yield
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))  # type: ignore[no-untyped-call]
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)  # type: ignore[no-untyped-call]
+        compilation_cache.reset_cache()

@@ -1,0 +1,249 @@
+"""`ModelCard` and the run directory: what is needed to continue, judge or use a model.
+
+- `config.toml`: the resolved configuration, for people and for starting such a run again
+- `model.json`: the model card: bands, classes, colours, mean and std, grid, split, digest of the cube
+- `metrics.jsonl`: history; `tensorboard/`: the same as events
+- `checkpoints/`: states; `report.html`: what came out
+- `evaluation.json`: the scores of the last `evaluate`
+- `incidents.jsonl`: what went wrong without ending the run; `hang-0.txt`: where process 0 hung
+- `compiled/`: compiled programs, so that a continued run computes the same bits on a GPU; `run.lock`: who trains now
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from jaxtrain.config import MeshConfig, TrainConfig
+from jaxtrain.data.classes import Classes
+from jaxtrain.data.cubes import Splits
+from jaxtrain.data.ground import Ground
+from jaxtrain.data.places import SampleSplit
+from jaxtrain.data.splits import Split
+from jaxtrain.data.targets import ITSELF, label_classes
+from jaxtrain.data.task import Task
+from jaxtrain.data.windows import Counted
+from jaxtrain.learn.state import Program, build_program
+from jaxtrain.parallel.mesh import make_mesh
+from zarr_store.bounded import MOST_JSON_BYTES, load_json, read_file
+from zarr_store.errors import IntegrityError, InvalidInput
+from zarr_store.folder import FolderStore
+from zarr_store.grid import Grid
+from zarr_store.keys import refuse_links
+
+__all__ = ["CARD", "EVALUATION", "LOCK_KEY", "ModelCard", "config_differences", "find_card",
+           "inference_program", "load_card", "program_of", "write_run"]  # fmt: skip
+
+CARD, LOCK_KEY = "model.json", "run.lock"
+EVALUATION = "evaluation.json"
+_FORMAT = 1
+_LEFTOVERS = (LOCK_KEY, "config.toml")
+"""What a run leaves that was killed before it wrote its card."""
+
+_MAY_CHANGE = ("mesh", "data.cube", "data.colours", "run.log_every", "run.evaluate_every", "run.checkpoint_every",
+               "run.keep_checkpoints", "run.read_threads", "run.prefetch", "run.on_nan", "run.max_skipped",
+               "run.on_corrupt", "run.max_quarantined", "run.hang_s", "run.track")  # fmt: skip
+"""Keys that do not change what is learnt: a run may be continued with others. The cube is compared by digest."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A run's facts, fixed when it begins.
+
+    Attributes:
+        config: The whole configuration.
+        cube: Path of the cube or sample store that is learnt from; of several cubes, of the first.
+        cube_digest: Digest of all its bytes, as the ledger has them; of several cubes, of all.
+        bands: Names, in the order of the network's channels.
+        classes: Names, colours and layer values, by class index.
+        mean, std: Per band, in stored numbers.
+        class_weights: Per class, or None.
+        grid: Grid of the (first) cube; None of a sample store.
+        times: Dates of the (first) cube; none of a sample store.
+        split: Part of every block, for each of several cubes, or of every sample.
+        windows: Windows or samples of each part.
+        statistics: Where mean and std come from, pixels, pixels of each class.
+    """
+
+    config: TrainConfig
+    cube: str
+    cube_digest: str
+    bands: tuple[str, ...]
+    classes: Classes
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_weights: tuple[float, ...] | None
+    grid: Grid | None
+    times: tuple[str, ...]
+    split: Counted
+    windows: Mapping[str, int]
+    statistics: Mapping[str, Any]
+    task: Task = field(default_factory=Task)
+    """What is answered."""
+    grounds: tuple[Ground, ...] = ()
+    """The cubes, where there are several."""
+
+    @property
+    def dates(self) -> tuple[tuple[str, ...], ...]:
+        """Dates of each cube."""
+        return tuple(ground.times for ground in self.grounds) or (self.times,)
+
+    @property
+    def key(self) -> str:
+        """What the run is, in letters and digits: a digest of the card, the same in every process of the run."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
+
+    def of(self, number: int) -> ModelCard:
+        """The card as if one of several cubes were the only one."""
+        if not self.grounds or not isinstance(self.split, Splits):
+            return self
+        ground = self.grounds[number]
+        return replace(self, cube=ground.cube, cube_digest=ground.digest, grid=ground.grid, times=ground.times,
+                       split=self.split.each[number], grounds=())  # fmt: skip
+
+    @property
+    def answers(self) -> Classes:
+        """What a map shows: the classes, or the one name of what is answered."""
+        return label_classes(self.config.data, ITSELF) if self.task.rebuild else self.classes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "format": _FORMAT,
+            "config": self.config.model_dump(mode="json"),
+            "cube": {"path": self.cube, "digest": self.cube_digest},
+            "collection": self.config.data.collection,
+            "bands": list(self.bands),
+            "classes": self.classes.to_list(),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "class_weights": None if self.class_weights is None else list(self.class_weights),
+            "grid": None if self.grid is None else self.grid.to_dict(),
+            "times": list(self.times),
+            "split": self.split.to_dict(),
+            "windows": dict(self.windows),
+            "statistics": dict(self.statistics),
+            "task": self.task.to_dict(),
+            "cubes": [ground.to_dict() for ground in self.grounds],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelCard:
+        """Inverse of `to_dict`."""
+        weights, split = data["class_weights"], data["split"]
+        return cls(
+            config=TrainConfig.model_validate(data["config"]),
+            cube=data["cube"]["path"],
+            cube_digest=data["cube"]["digest"],
+            bands=tuple(data["bands"]),
+            classes=Classes.from_list(data["classes"]),
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            class_weights=None if weights is None else tuple(weights),
+            grid=None if data["grid"] is None else Grid.from_dict(data["grid"]),
+            times=tuple(data["times"]),
+            split=_split_of(split),
+            windows=data["windows"],
+            statistics=data["statistics"],
+            task=Task.from_dict(data["task"]) if "task" in data else Task(),
+            grounds=tuple(Ground.from_dict(ground) for ground in data.get("cubes", ())),
+        )
+
+
+def _split_of(data: dict[str, Any]) -> Split | SampleSplit | Splits:
+    if "cubes" in data:
+        return Splits.from_dict(data)
+    return SampleSplit.from_dict(data) if "kind" in data else Split.from_dict(data)
+
+
+def find_card(run: Path) -> ModelCard | None:
+    """The card of a run directory; None where there is nothing yet.
+
+    Raises:
+        InvalidInput: The folder holds something else.
+        IntegrityError: The card cannot be read, or a link leads out of the folder.
+    """
+    refuse_links(run, run)  # before anything is written there, too: checkpoints, history, events, reports
+    path = run / CARD
+    if not path.exists():
+        names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
+        others = [name for name in names if name not in _LEFTOVERS and not name.endswith((".partial", ".stale"))]
+        if others or (run.exists() and not run.is_dir()):
+            raise InvalidInput(
+                f"{run} is not a training run (no {CARD}, but {', '.join(others[:4]) or 'a file'}); nothing was "
+                "changed: give an empty or new folder"
+            )
+        return None
+    try:
+        return ModelCard.from_dict(load_json(read_file(path, MOST_JSON_BYTES), str(path)))
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise IntegrityError(
+            f"{path} is damaged or of another release ({type(error).__name__}: {str(error)[:200]}); restore it"
+        ) from error
+
+
+def load_card(run: Path) -> ModelCard:
+    """The card of a run that must be there.
+
+    Raises:
+        InvalidInput: There is no run at `run`.
+    """
+    card = find_card(run) if run.exists() else None
+    if card is None:
+        raise InvalidInput(f"{run} is not a training run: expected {CARD} in it, as `terrashard train` makes")
+    return card
+
+
+def config_differences(there: TrainConfig, asked: TrainConfig) -> list[str]:
+    """Keys at which two configurations differ in what they learn, each as "key: there → asked"."""
+    return _differences(there.model_dump(mode="json"), asked.model_dump(mode="json"), "")
+
+
+def _differences(there: Any, asked: Any, at: str) -> list[str]:
+    if at in _MAY_CHANGE or there == asked:
+        return []
+    if at != "data.classes" and isinstance(there, dict) and isinstance(asked, dict):
+        keys = [*there, *(key for key in asked if key not in there)]
+        return [d for k in keys for d in _differences(there.get(k), asked.get(k), f"{at}.{k}" if at else k)]
+    return [f"{at}: {json.dumps(there, ensure_ascii=False)} → {json.dumps(asked, ensure_ascii=False)}"]
+
+
+def write_run(run: Path, card: ModelCard) -> None:
+    """Write config.toml and then the card, which makes the folder a run."""
+    store = FolderStore(run.absolute())
+    values = card.config.model_dump(mode="json")
+    if values["optim"]["clip_norm"] is None:
+        values["optim"]["clip_norm"] = float("inf")  # TOML has no null; a limit of infinity never clips
+    header = "# The resolved configuration of this run, every default included.\n"
+    store.write("config.toml", (header + tomli_w.dumps(values)).encode())
+    store.write(CARD, json.dumps(card.to_dict(), indent=1, ensure_ascii=False).encode())
+
+
+def program_of(card: ModelCard, config: TrainConfig) -> Program:
+    """The program of a card on the mesh of `config`."""
+    return build_program(
+        config,
+        channels=len(card.bands),
+        classes=len(card.classes),
+        mesh=make_mesh(config.mesh),
+        mean=card.mean,
+        std=card.std,
+        class_weights=card.class_weights,
+        task=card.task,
+    )
+
+
+def inference_program(card: ModelCard) -> Program:
+    """The program for judging and predicting: on the run's own mesh where it fits here, else on one device."""
+    try:
+        return program_of(card, card.config)
+    except InvalidInput:
+        single = MeshConfig(data=1, model=1)
+        return program_of(card, card.config.model_copy(update={"mesh": single}))

@@ -1,0 +1,175 @@
+"""Where text becomes typed objects: a TOML file and `--set a.b=c` become one pydantic model.
+
+The `terrashard` command and `python -m jaxtrain.train` read settings through this one file. Every problem of a
+configuration is listed in one error, and an unknown key is answered with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from jaxtrain.config import TrainConfig
+from zarr_store.bounded import read_file
+from zarr_store.errors import InvalidInput
+from zarr_store.regular import check_regular
+
+__all__ = ["build", "merge", "parse_override", "read_settings", "read_toml", "read_train_config"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+# A settings file is written by hand; anything longer is not one, and is refused before it is parsed.
+_MAX_BYTES = 1_000_000
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        InvalidInput: It does not exist, is too large, or is not TOML; the message names file and line.
+    """
+    try:
+        if check_regular(path).st_size > _MAX_BYTES:
+            raise InvalidInput(f"{path} has more than {_MAX_BYTES} bytes; expected a TOML file written by hand")
+        return tomllib.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
+    except FileNotFoundError as error:
+        raise InvalidInput(f"configuration file {path} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"configuration file {path} cannot be read: {error}") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InvalidInput(f"configuration file {path} is not TOML: {error}") from error
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=c` as nested tables; the value is read as TOML where it is TOML, else as text.
+
+    >>> parse_override("run.steps=50")
+    {'run': {'steps': 50}}
+    >>> parse_override("data.cube=demo/cube.zarr")
+    {'data': {'cube': 'demo/cube.zarr'}}
+    """
+    key, equals, value = text.partition("=")
+    names = [part.strip() for part in key.split(".")]
+    if not equals or not all(names):
+        raise InvalidInput(f"--set expects KEY=VALUE such as run.steps=50, got {text!r}")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for name in reversed(names):
+        parsed = {name: parsed}
+    return dict(parsed)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the tables of `over` laid into it; where both have a value, `over` wins.
+
+    >>> merge({"run": {"steps": 1, "seed": 2}}, {"run": {"steps": 3}})
+    {'run': {'steps': 3, 'seed': 2}}
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def read_settings(path: Path | None, overrides: Iterable[str]) -> dict[str, Any]:
+    """The settings file with each override laid over it, in order."""
+    settings = read_toml(path) if path else {}
+    for text in overrides:
+        settings = merge(settings, parse_override(text))
+    return settings
+
+
+def build(model: type[Model], data: Mapping[str, Any], *, where: str) -> Model:
+    """Make the model, or raise one error that lists every problem.
+
+    Args:
+        model: A strict pydantic model.
+        data: What the user gave.
+        where: What to call its origin in the message: a file name, or "options".
+
+    Raises:
+        InvalidInput: One line; an unknown key names the nearest known one.
+    """
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        problems = [_describe(model, dict(problem)) for problem in error.errors(include_url=False)]
+        raise InvalidInput(f"{where}: " + "; ".join(problems)) from error
+
+
+def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = _fields(model, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"(known: {', '.join(sorted(known))})"
+        return f"unknown key {key!r}: {hint}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is needed and absent"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not key:
+        return message
+    came = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    return f"{key}: {message}{came}"
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields of the model that `path` leads to."""
+    for name in path:
+        info = model.model_fields.get(name)
+        inner = _model_of(info.annotation) if info else None
+        if inner is None:
+            return []
+        model = inner
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_of(part))), None)
+
+
+def read_train_config(paths: Sequence[Path], overrides: Iterable[str] = ()) -> TrainConfig:
+    """The configuration of a training run: files, each laid over the one before, then each `--set` in order.
+
+    A relative `data.cube` is relative to the file it stands in, or, in a `--set`, to the working directory.
+
+    Args:
+        paths: TOML files with the tables data, model, optim, mesh and run.
+        overrides: Texts such as "run.steps=50".
+
+    Raises:
+        InvalidInput: A file is absent or no TOML, or a key or value does not fit; the nearest known key is named.
+    """
+    settings: dict[str, Any] = {}
+    for path in paths:
+        settings = merge(settings, _located(read_toml(path), path.parent))
+    for text in overrides:
+        settings = merge(settings, parse_override(text))
+    return build(TrainConfig, settings, where=str(paths[0]) if paths else "options")
+
+
+def _located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    data = settings.get("data")
+    cube = data.get("cube") if isinstance(data, dict) else None
+    if isinstance(cube, str) and cube:
+        return merge(settings, {"data": {"cube": _locate(cube, folder)}})
+    if isinstance(cube, list) and cube and all(isinstance(one, str) for one in cube):
+        return merge(settings, {"data": {"cube": tuple(_locate(one, folder) for one in cube)}})
+    return settings
+
+
+def _locate(cube: str, folder: Path) -> str:
+    """A path, relative to the folder of the file it stands in; URLs stay as they are."""
+    return cube if "://" in cube else str((folder / cube).resolve())

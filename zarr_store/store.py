@@ -1,0 +1,200 @@
+"""`Store`: where a cube lives, as what bytes, Zarr metadata and pixels go through.
+
+Pixels go through tensorstore, metadata through zarr-python, and the ledger and the lock through the small byte
+interface here. `folder.py`, `objects.py` and `repository.py` hold the three kinds of store; `backends.py` opens them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import tensorstore as ts
+
+from zarr_store.errors import AccessError, NoSpace
+
+__all__ = ["REPOSITORY_MARKER", "Kind", "Pending", "Store", "translate_os_errors"]
+
+REPOSITORY_MARKER = "_terrashard/store.json"
+"""A folder with this file is an Icechunk repository of ours."""
+
+Kind = Literal["folder", "icechunk"]
+
+
+@contextlib.contextmanager
+def translate_os_errors(what: str) -> Iterator[None]:
+    """Turn a full disk into `NoSpace` and a refused write into `AccessError`, naming `what`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"no space left for {what}: {error.strerror}; free some and repeat the command") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise AccessError(f"cannot write {what}: {error.strerror}; check its permissions") from error
+        raise
+    except ValueError as error:  # tensorstore reports errors of files and buckets as ValueError, its code in front
+        text = str(error)
+        if os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text:
+            raise NoSpace(f"no space left for {what}; free some and repeat the command") from error
+        if text.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+            raise AccessError(f"cannot write {what}: access denied; check the credentials and their rights") from error
+        if text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")):
+            raise AccessError(f"cannot reach {what}; check the endpoint and repeat the command") from error
+        raise
+
+
+class Pending(Protocol):
+    """Something that is written once `finish` has returned; before, and after `abandon`, there is nothing of it."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its bytes."""
+
+    def finish(self) -> None:
+        """Put it in its place, atomically and durably."""
+
+    def abandon(self) -> None:
+        """Leave nothing of it; does nothing after `finish`."""
+
+
+class Store(ABC):
+    """What holds one cube. `where` and `url` are for messages; keys are relative, with slashes."""
+
+    @property
+    def kind(self) -> Kind:
+        """What holds the cube: plain objects, or an Icechunk repository."""
+        return "folder"
+
+    @abstractmethod
+    def below(self, path: str) -> Store:
+        """The part of the store below `path`, as a store of its own that is just as closed.
+
+        Raises:
+            IntegrityError: The path leads out of the store.
+        """
+
+    def check_inside(self, path: str = "") -> None:  # noqa: B027  # a bucket has no links
+        """Refuse links that lead out of the store, before another library opens the files below `path` by their paths.
+
+        Raises:
+            IntegrityError: There is such a link.
+        """
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """The URL, as `open_store` takes it."""
+
+    @abstractmethod
+    def where(self, key: str) -> str:
+        """A key's place, for people."""
+
+    @abstractmethod
+    def exists(self, key: str = "") -> bool:
+        """Whether something is at `key`; without one, whether the store holds anything but a cube half begun."""
+
+    @abstractmethod
+    def read(self, key: str) -> bytes | None:
+        """The bytes at `key`, or None where there are none."""
+
+    def digest(self, key: str) -> str | None:
+        """SHA-256 of the bytes at `key`, or None where there are none."""
+        data = self.read(key)
+        return None if data is None else hashlib.sha256(data).hexdigest()
+
+    def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """`read` of each key."""
+        return [self.read(key) for key in keys]
+
+    @abstractmethod
+    def write(self, key: str, data: bytes) -> None:
+        """Replace the bytes at `key` atomically and durably."""
+
+    def begin(self, key: str, parts: Iterable[bytes]) -> Pending:
+        """The first half of `write`: all parts, one after the other, each as it comes where the store can.
+
+        What only waits for a disk or a bucket is the second half, `Pending.finish`.
+        """
+        return _PendingBytes(self, key, b"".join(parts))
+
+    @abstractmethod
+    def create_exclusive(self, key: str, data: bytes) -> bool:
+        """Write `data` at `key` only if nothing is there; True if it was written."""
+
+    @abstractmethod
+    def take(self, key: str, held: bytes, data: bytes) -> bool:
+        """Put `data` in the place of exactly the bytes `held`; True if it was, False if something else was there."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove what is at `key`, if anything is."""
+
+    @abstractmethod
+    def list(self, prefix: str, suffix: str = "") -> list[str]:
+        """Keys of the files directly in the folder `prefix`, sorted; temporary files are left out."""
+
+    @abstractmethod
+    def tensorstore(self, path: str) -> dict[str, Any]:
+        """Tensorstore's key-value store for the array at `path`; holds no credentials."""
+
+    def open_array(self, path: str, context: ts.Context) -> ts.TensorStore:
+        """The array at `path`, read-only; reading a chunk that was never written raises."""
+        self.check_inside(path)
+        return ts.open(
+            {
+                "driver": "zarr3",
+                "kvstore": self.tensorstore(path),
+                "fill_missing_data_reads": False,
+                "recheck_cached_data": "open",
+            },
+            open=True,
+            read=True,
+            write=False,
+            context=context,
+        ).result()
+
+    def settle(self) -> None:  # noqa: B027  # most stores have nothing to settle
+        """Finish what a run left undone that died while it ended; only under the cube's lock."""
+
+    def commit(self, message: str, *, still_ours: Callable[[], bool]) -> str | None:
+        """End a run: what it wrote becomes one snapshot, where the store has any; the snapshot's id, else None.
+
+        Args:
+            message: Of the snapshot.
+            still_ours: Whether the caller's lock holds.
+        """
+        del message, still_ours
+        return None
+
+    @abstractmethod
+    def zarr(self) -> Any:
+        """What zarr-python and xarray open: a path or a Zarr store."""
+
+    @abstractmethod
+    def beside(self) -> contextlib.AbstractContextManager[Store]:
+        """A fresh store that becomes this one at the end, and leaves nothing on an error."""
+
+
+@dataclass(frozen=True)
+class _PendingBytes:
+    """All bytes of an object, for a store that takes them at once."""
+
+    store: Store
+    key: str
+    data: bytes
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    def finish(self) -> None:
+        self.store.write(self.key, self.data)
+
+    def abandon(self) -> None:
+        """There is nothing of it but these bytes."""
