@@ -100,8 +100,8 @@ def redact_text(message: object) -> str:
     for value in _environment():
         text = text.replace(value, HIDDEN)
     text = _PEM.sub(HIDDEN, text)
-    text = _ENCODED.sub(_clean_encoded, text)
-    text = _clean_queries(_clean_urls(text))
+    # plain addresses first: the encoded one may be the password of a plain one, and would take its "@" away
+    text = _clean_queries(_ENCODED.sub(_clean_encoded, _clean_urls(text)))
     text = _QUOTED_HEADER.sub(lambda f: f["name"] + f["quote"] + HIDDEN + f["quote"], text)
     text = _HEADER.sub(lambda f: f["name"] + HIDDEN, text)
     text = _PAIR.sub(_clean_pair, text)

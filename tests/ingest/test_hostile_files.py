@@ -317,7 +317,6 @@ def test_a_sidecar_that_is_no_georeference_is_refused(text: str, message: str) -
 
 def _doors_of_paths(path: Path) -> dict[str, Callable[[], Any]]:
     """Everything that opens a file which a user or a catalogue named, by the name that the file should have."""
-    from cli.config import read_toml
     from ingest.config import IngestConfig
     from ingest.documents import Documents
     from ingest.features import read_features
