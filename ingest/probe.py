@@ -28,7 +28,7 @@ from ingest.products import PRODUCTS
 from ingest.ranges import range_file_of
 from ingest.scene import AssetRef, Scene
 from ingest.waits import crew
-from zarr_store.errors import AssetUnreadable, InvalidInput
+from zarr_store.errors import AssetUnreadable, InvalidInput, TerrashardError
 from zarr_store.grid import Grid
 
 if TYPE_CHECKING:
@@ -267,9 +267,9 @@ def _defect(error: Exception, where: str, config: IngestConfig) -> str:
     """What nobody foresaw of one file or scene: told with its traceback, and the plan goes on without it.
 
     Raises:
-        Exception: `error` itself, with --strict.
+        Exception: `error` itself, with --strict, or where it ends the command (a stop, a full disk).
     """
-    if config.strict:
+    if config.strict or isinstance(error, TerrashardError):
         raise error
     text = f"{type(error).__name__}: {error}"
     log.error("%s cannot be used, please report this (%s)", where, text, exc_info=error)

@@ -18,7 +18,7 @@ from ingest.products import PRODUCTS, choose_bands, find_product, refuse_unsuppo
 from ingest.redact import redact_text, redact_url
 from ingest.scene import Scene
 from ingest.selection import Selection
-from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+from zarr_store.errors import InvalidInput, NothingFound, Preempted, UnknownName
 
 __all__ = ["Found", "Unusable", "find_items", "find_scenes", "search"]
 
@@ -90,7 +90,7 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
             continue
         try:
             scene = harmonise(found.item, base=found.base, config=config, source=source, item_assets=found.item_assets)
-        except UnknownName:  # a name that the user gave
+        except (UnknownName, Preempted):  # a name that the user gave; a stop
             raise
         except Exception as error:  # an item of a stranger may be anything
             if config.strict:

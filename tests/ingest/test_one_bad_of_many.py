@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from cli.main import main
+from ingest import access as access_module
 from ingest.access import with_asset
 from ingest.config import IngestConfig
 from ingest.faults import is_file_fault
@@ -151,15 +153,17 @@ def test_errors_of_gdal_that_are_no_rasterio_errors_are_of_the_file(
 
     fired = []
     bad = scenes[1].assets["red"].href
-    real = rasterio.open
+    real = access_module._dataset
 
-    def broken(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(path) == bad:
-            fired.append(path)
+    @contextmanager
+    def broken(found: Any, href: str, *args: Any) -> Iterator[Any]:
+        if href == bad:
+            fired.append(href)
             raise getattr(rasterio._err, error)(3, 1, "TIFFReadDirectory: damaged")
-        return real(path, *args, **kwargs)
+        with real(found, href, *args) as dataset:
+            yield dataset
 
-    monkeypatch.setattr(rasterio, "open", broken)
+    monkeypatch.setattr(access_module, "_dataset", broken)
     probes = probe_scenes(scenes, CONFIG)
     assert fired
     assert "TIFFReadDirectory: damaged" in (probes[scenes[1].key].assets["red"].error or "")
