@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from distributed import Client, LocalCluster
 
-from ingest.config import IngestConfig
-from ingest.extend import plan_extension
-from ingest.plan import plan_scenes
-from ingest.run import run, run_locked
-from ingest.search import Found
-from ingest.stored import kept_plan
+from ingest.plan.plan import plan_scenes
+from ingest.plan.stored import kept_plan
+from ingest.request.config import IngestConfig
+from ingest.run.loop import run, run_locked
+from ingest.scenes.search import Found
 from ingest.testing import make_scene, probe_headers
+from ingest.upkeep.extend import plan_extension
 from zarr_store.grid import Grid
 from zarr_store.ledger import LedgerRow
 from zarr_store.lock import CubeLock

@@ -16,10 +16,10 @@ from harness import BANDS, OUT, WORKERS, Row, arguments, publish, world
 
 def plan_of(source: str, copies: int) -> Any:
     """A plan of a source's scenes, each repeated `copies` times with later dates: the files stay the same."""
-    from ingest.config import IngestConfig
-    from ingest.plan import plan_scenes
-    from ingest.probe import probe_scenes
-    from ingest.search import search
+    from ingest.plan.plan import plan_scenes
+    from ingest.plan.probe import probe_scenes
+    from ingest.request.config import IngestConfig
+    from ingest.scenes.search import search
 
     config = IngestConfig(collections=("sentinel-2-l2a",), bands=(*BANDS, "scl"))
     found = search(source, config)
@@ -39,9 +39,9 @@ def peak_bytes(plan: Any) -> float:
     import dask
     from distributed import Client, LocalCluster
 
-    from ingest.config import IngestConfig
-    from ingest.run import run
-    from ingest.workers import WORKER_SETTINGS
+    from ingest.request.config import IngestConfig
+    from ingest.run.loop import run
+    from ingest.worker.guard import WORKER_SETTINGS
 
     cube = OUT / "memory.zarr"
     shutil.rmtree(cube, ignore_errors=True)
@@ -51,7 +51,7 @@ def peak_bytes(plan: Any) -> float:
         LocalCluster(n_workers=WORKERS, threads_per_worker=1, **options) as cluster,
         Client(cluster) as client,
     ):
-        client.run(__import__, "ingest.run")  # imports are no part of a shard
+        client.run(__import__, "ingest.run.loop")  # imports are no part of a shard
         processes = [psutil.Process(nanny.pid) for nanny in cluster.workers.values()]
         idle = [process.memory_info().rss for process in processes]
         peaks = list(idle)

@@ -22,9 +22,9 @@ def made_up_items(dates: int) -> tuple[list[Any], dict[str, Any], list[Any]]:
     import pystac
     from shapely.geometry import box, mapping
 
-    from ingest.config import IngestConfig
-    from ingest.harmonise import harmonise
-    from ingest.probe import AssetProbe, SceneProbe
+    from ingest.plan.probe import AssetProbe, SceneProbe
+    from ingest.request.config import IngestConfig
+    from ingest.scenes.harmonise import harmonise
     from zarr_store.grid import Grid
 
     scenes, probes, items = [], {}, []
@@ -74,8 +74,8 @@ def main() -> int:
     asked = arguments(__doc__ or "")
     import odc.stac
 
-    from ingest.config import IngestConfig
-    from ingest.plan import plan_scenes
+    from ingest.plan.plan import plan_scenes
+    from ingest.request.config import IngestConfig
 
     dates = 73 if asked.full else 7
     scenes, probes, items = made_up_items(dates)

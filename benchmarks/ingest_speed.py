@@ -26,16 +26,16 @@ _LATENCY_S = 0.05
 
 
 def make_plan(source: str) -> Any:
-    from ingest.config import IngestConfig
-    from ingest.plan import make_plan as plan
+    from ingest.plan.plan import make_plan as plan
+    from ingest.request.config import IngestConfig
 
     return plan(source, IngestConfig(collections=("sentinel-2-l2a",), bands=LAYERS))
 
 
 def forget_files() -> None:
     """On a worker: know no file from the run before, as a worker that has just begun."""
-    from ingest.access import headers
-    from ingest.download import heads
+    from ingest.raster.access import headers
+    from ingest.raster.download import heads
 
     headers(os.getpid()).clear()
     heads(os.getpid()).clear()
@@ -43,8 +43,8 @@ def forget_files() -> None:
 
 def run_terrashard(plan: Any, client: Any) -> float:
     """Seconds of a whole run into an empty cube, start and end included."""
-    from ingest.config import IngestConfig
-    from ingest.run import run
+    from ingest.request.config import IngestConfig
+    from ingest.run.loop import run
 
     shutil.rmtree(OUT / "cube.zarr", ignore_errors=True)
     client.run(forget_files)
@@ -96,7 +96,7 @@ def on(client: Any, work: Callable[[], None]) -> Callable[[], None]:
 
 def near(plan: Any, megabytes: float, repeats: int) -> list[Row]:
     """Local files, beside plain decoding and encoding and beside the peers on both kinds of workers."""
-    from ingest.workers import WORKER_SETTINGS
+    from ingest.worker.guard import WORKER_SETTINGS
 
     spawn = multiprocessing.get_context("spawn")
     with workers(WORKER_SETTINGS) as ours, workers({}) as plain, ProcessPoolExecutor(WORKERS, mp_context=spawn) as pool:
@@ -129,7 +129,7 @@ def near(plan: Any, megabytes: float, repeats: int) -> list[Row]:
 def far(root: Path, megabytes: float, repeats: int) -> list[Row]:
     """Over HTTP with a pause before each answer, and what the server was asked for."""
     from ingest.simulate.server import serve
-    from ingest.workers import WORKER_SETTINGS
+    from ingest.worker.guard import WORKER_SETTINGS
 
     with workers(WORKER_SETTINGS) as ours, serve(root, latency_s=_LATENCY_S) as server:
         remote = make_plan(server.stac_url)

@@ -21,10 +21,10 @@ import pystac
 import rasterio
 import stackstac
 
-from ingest.config import IngestConfig
-from ingest.offsets import OFFSET_DN, baseline_has_offset, read_offset
-from ingest.plan import make_plan
-from ingest.shard import fill_shard
+from ingest.plan.plan import make_plan
+from ingest.request.config import IngestConfig
+from ingest.run.shard import fill_shard
+from ingest.scenes.offsets import OFFSET_DN, baseline_has_offset, read_offset
 from zarr_store.grid import Grid
 
 warnings.filterwarnings("ignore")

@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
         Exit code 3: it differs.
         """
         from cli.ingesting import cube_config
-        from ingest.audit import audit as compare_with_catalogue
+        from ingest.upkeep.audit import audit as compare_with_catalogue
 
         report = compare_with_catalogue(cube, cube_config(session, cube), source=source, files=files)
         for row in report.missing:

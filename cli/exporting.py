@@ -1,4 +1,4 @@
-"""A slice of a cube becomes a GeoTIFF: the one place where a cube is read for `ingest.cog`."""
+"""A slice of a cube becomes a GeoTIFF: the one place where a cube is read for `ingest.raster.cog`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def export_slice(
     Raises:
         MissingShard: A shard of that date was never written: a GeoTIFF could not say so.
     """
-    from ingest.cog import write_cog
+    from ingest.raster.cog import write_cog
 
     if out.suffix.lower() not in (".tif", ".tiff") or out.is_dir():
         raise InvalidInput(f"the target must be a .tif file, got {out}")

@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
     ) -> int:
         """Read, harmonise and write scenes into a sharded Zarr cube. Exit code 3: some asset was unreadable."""
         from cli.ingesting import check_report, cube_config, extend_cube, keep_report, plan_of, run_plan
-        from ingest.record import RunRecord
+        from ingest.run.record import RunRecord
 
         check_report(report)
         if overwrite and (append or refresh):
@@ -61,8 +61,8 @@ def register(app: typer.Typer) -> None:
             raise InvalidInput("--overwrite makes a new cube, --append and --refresh go on with the old one: give one")
         record = RunRecord() if report is not None and report.suffix.lower() == ".html" else None
         if dry_run:
-            from ingest.cluster import dashboard_address
-            from ingest.launch import describe
+            from ingest.run.cluster import dashboard_address
+            from ingest.run.start import describe
 
             config = ingest_config(session)
             text = describe(config, dashboard_address(config.dashboard))

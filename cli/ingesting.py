@@ -14,10 +14,10 @@ from cli.session import Session
 from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from ingest.config import IngestConfig
-    from ingest.plan import Plan
-    from ingest.record import RunRecord
-    from ingest.run import IngestEvent, IngestReport
+    from ingest.plan.plan import Plan
+    from ingest.request.config import IngestConfig
+    from ingest.run.loop import IngestEvent, IngestReport
+    from ingest.run.record import RunRecord
 
 __all__ = [
     "check_report",
@@ -53,8 +53,8 @@ def plan_of(session: Session, source: str, config: IngestConfig) -> Plan:
     Raises:
         InvalidInput: SOURCE is a plan, and options ask for another one, or an href of it may not be opened.
     """
-    from ingest.plan import Plan, make_plan
-    from ingest.stored import check_hrefs
+    from ingest.plan.plan import Plan, make_plan
+    from ingest.plan.stored import check_hrefs
 
     if not is_plan(source):
         return make_plan(source, config)
@@ -77,8 +77,8 @@ def run_plan(
     typed: str = "",
 ) -> IngestReport:
     """Run a plan with progress on stderr; the address of the dashboard comes first."""
-    from ingest.overwrite import overwrite
-    from ingest.run import run
+    from ingest.run.loop import run
+    from ingest.upkeep.overwrite import overwrite
 
     with watching(session, "ingest") as show:
         return (overwrite if overwriting else run)(plan, cube, config=config, on_event=show, record=record, typed=typed)
@@ -106,7 +106,7 @@ def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> N
 
         path.write_text(json.dumps(redact_value(result.to_dict()), indent=2) + "\n", encoding="utf-8")
         return
-    from ingest.report import write_report
+    from ingest.run.report import write_report
 
     write_report(path, record, result)
 
@@ -114,8 +114,8 @@ def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> N
 def cube_config(session: Session, cube: str) -> IngestConfig:
     """What the cube was made with, and over it the settings and options of this command."""
     from cli.config import build, merge
-    from ingest.config import IngestConfig
-    from ingest.extend import selection_of
+    from ingest.request.config import IngestConfig
+    from ingest.upkeep.extend import selection_of
 
     kept = selection_of(cube)
     given = merge(session.settings(), session.options)
@@ -139,7 +139,7 @@ def extend_cube(
     Raises:
         InvalidInput: SOURCE is a plan, which has a grid of its own.
     """
-    from ingest.extend import extend
+    from ingest.upkeep.extend import extend
 
     if is_plan(source):
         raise InvalidInput(

@@ -12,7 +12,7 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from ingest.catalogue import FoundItem
+    from ingest.scenes.catalogue import FoundItem
 
 __all__ = ["check_suffix", "portable", "write_items"]
 
@@ -35,7 +35,7 @@ def portable(found: FoundItem) -> dict[str, Any]:
 
 
 def _absolute(link: Mapping[str, Any], base: str) -> str:
-    from ingest.redact import strip_signature
+    from ingest.trust.redact import strip_signature
 
     href = _without_userinfo(strip_signature(str(link.get("href") or "")))
     base = _without_userinfo(base)
@@ -56,7 +56,7 @@ def write_items(items: Sequence[Mapping[str, Any]], path: Path) -> None:
     from zarr_store.durable import write_file
 
     if path.suffix.lower() == ".parquet":
-        from ingest.geoparquet import write_items as write_parquet
+        from ingest.scenes.geoparquet import write_items as write_parquet
 
         packed = io.BytesIO()
         write_parquet(items, packed)

@@ -121,8 +121,8 @@ def _ingest(session: Session, world: Path, cube: Path) -> int:
         session.note(f"      {cube} is complete")
         return 0
     from cli.ingesting import run_plan
-    from ingest.config import IngestConfig
-    from ingest.plan import make_plan
+    from ingest.plan.plan import make_plan
+    from ingest.request.config import IngestConfig
 
     config = IngestConfig(
         collections=("sentinel-2-l2a",),

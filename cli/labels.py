@@ -66,7 +66,7 @@ def register(app: typer.Typer) -> None:
         from typing import cast, get_args
 
         from cli.progress import Reporter
-        from ingest.labels import LabelResampling, import_labels
+        from ingest.labels.layer import LabelResampling, import_labels
         from zarr_store.errors import UnknownName
 
         if resampling not in get_args(LabelResampling):

@@ -1,4 +1,4 @@
-"""Starting a run's processes, here or on Dask workers; this is where `ingest.cluster` and `jaxtrain.launch` meet."""
+"""Starting a run's processes, here or on Dask workers; this is where `ingest.run.cluster` and `jaxtrain.launch` meet."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def _launch_on_dask(
     show: OnLine,
     on_restart: Callable[[int, str], None],
 ) -> Outcome:
-    from ingest.cluster import open_cluster
-    from ingest.config import IngestConfig
+    from ingest.request.config import IngestConfig
+    from ingest.run.cluster import open_cluster
 
     done = 0
     with open_cluster(IngestConfig(scheduler=address)) as client:

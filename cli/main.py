@@ -157,7 +157,7 @@ def _run(args: list[str]) -> int:
 
 def _waits(what: str) -> None:
     """Allow or end what threads of this process wait for; where none has been started there is nothing to end."""
-    module = sys.modules.get("ingest.waits")
+    module = sys.modules.get("ingest.trust.waits")
     if module is not None:
         getattr(module, what)()
 

@@ -1,4 +1,4 @@
-"""A run and a cube become a map and its GeoTIFF: the one place where `jaxtrain` and `ingest.cog` meet."""
+"""A run and a cube become a map and its GeoTIFF: the one place where `jaxtrain` and `ingest.raster.cog` meet."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _check_target(cog: Path) -> None:
 
 def export_cog(made: Map, path: Path) -> None:
     """Write the classes of a map as a COG with colour table and class names, or its values, in strips of its chunks."""
-    from ingest.cog import write_cog
+    from ingest.raster.cog import write_cog
     from jaxtrain.inference.maps import CHUNK, NODATA
 
     layer = "value" if made.values else "class"

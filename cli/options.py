@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from cli.session import Session
-    from ingest.config import IngestConfig
+    from ingest.request.config import IngestConfig
 
 __all__ = ["COMPOSING", "GRID", "RUNNING", "SELECTION", "SOURCE_HELP", "TRUST", "ingest_config"]
 
@@ -125,7 +125,7 @@ RUNNING: dict[str, Any] = {
 def ingest_config(session: Session) -> IngestConfig:
     """The settings of file, --set and options, in this order, as one checked object."""
     from cli.config import build, merge
-    from ingest.config import IngestConfig
+    from ingest.request.config import IngestConfig
 
     settings = session.settings()
     where = str(session.config) if session.config else ("--set" if session.overrides else "options")

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
     def repair(session: Session, cube: Annotated[str, _CUBE]) -> int:
         """Check every shard against its checksum and make those again that are broken or were never written."""
         from cli.ingesting import watching
-        from ingest.repair import repair as repair_cube
+        from ingest.upkeep.repair import repair as repair_cube
 
         with watching(session, "repair") as show:
             report = repair_cube(cube, ingest_config(session), on_event=show)
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
     def retry_failed(session: Session, cube: Annotated[str, _CUBE]) -> int:
         """Try the shards again that are partial or failed, and no others."""
         from cli.ingesting import watching
-        from ingest.repair import retry_failed as retry
+        from ingest.upkeep.repair import retry_failed as retry
 
         with watching(session, "retry") as show:
             report = retry(cube, ingest_config(session), on_event=show)

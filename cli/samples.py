@@ -41,8 +41,8 @@ def register(app: typer.Typer) -> None:
         apart, and labels.csv (file, labels), where an image has several classes, in place of folders of classes.
         """
         from cli.progress import Reporter
-        from ingest.labelled import import_scene
-        from ingest.patches import import_patches
+        from ingest.labels.labelled_scene import import_scene
+        from ingest.labels.patches import import_patches
         from zarr_store.errors import InvalidInput
 
         named, banded = _split(names), _split(bands)

@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """List the scenes that a source has: deduplicated, in order, with cloud cover and offset verdict."""
         from cli.item_files import check_suffix, portable, write_items
-        from ingest.search import find_scenes
+        from ingest.scenes.search import find_scenes
 
         config = ingest_config(session)
         if out is not None:

@@ -10,8 +10,8 @@ from cli.options import TRUST
 from cli.session import Session, command
 
 if TYPE_CHECKING:
-    from ingest.checksums import FilesReport
-    from ingest.repair import SourcesReport
+    from ingest.upkeep.checksums import FilesReport
+    from ingest.upkeep.repair import SourcesReport
 
 __all__ = ["register"]
 
@@ -71,8 +71,8 @@ def register(app: typer.Typer) -> None:
 def _hash(session: Session, cube: str, share: float, seed: int, document: dict[str, Any]) -> int:
     from cli.config import build
     from cli.progress import Reporter
-    from ingest.checksums import verify_files
-    from ingest.config import IngestConfig
+    from ingest.request.config import IngestConfig
+    from ingest.upkeep.checksums import verify_files
 
     config = build(IngestConfig, session.options, where="options")
     with Reporter(session, "checksums", unit="files") as progress:
@@ -85,8 +85,8 @@ def _hash(session: Session, cube: str, share: float, seed: int, document: dict[s
 def _compare(session: Session, cube: str, share: float, seed: int, document: dict[str, Any]) -> int:
     from cli.config import build
     from cli.progress import Reporter
-    from ingest.config import IngestConfig
-    from ingest.repair import verify_sources
+    from ingest.request.config import IngestConfig
+    from ingest.upkeep.repair import verify_sources
 
     config = build(IngestConfig, session.options, where="options")
     with Reporter(session, "sources", unit="shards") as progress:

@@ -40,7 +40,7 @@ def write_command_reference(folder: Path) -> None:
 
 def write_settings(folder: Path) -> None:
     """A table of every field of each configuration model: key, default, meaning."""
-    from ingest.config import IngestConfig
+    from ingest.request.config import IngestConfig
     from ingest.simulate.config import SimulateConfig
     from jaxtrain.config import TrainConfig
 

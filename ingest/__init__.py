@@ -9,23 +9,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ingest.config import IngestConfig
-    from ingest.plan import Plan, make_plan
-    from ingest.run import IngestReport, run
-    from ingest.scene import AssetRef, Scene
-    from ingest.search import search
+    from ingest.plan.plan import Plan, make_plan
+    from ingest.request.config import IngestConfig
+    from ingest.run.loop import IngestReport, run
+    from ingest.scenes.scene import AssetRef, Scene
+    from ingest.scenes.search import search
 
 __all__ = ["AssetRef", "IngestConfig", "IngestReport", "Plan", "Scene", "make_plan", "run", "search"]
 
 _HOME = {
-    "AssetRef": "ingest.scene",
-    "IngestConfig": "ingest.config",
-    "IngestReport": "ingest.run",
-    "Plan": "ingest.plan",
-    "Scene": "ingest.scene",
-    "make_plan": "ingest.plan",
-    "run": "ingest.run",
-    "search": "ingest.search",
+    "AssetRef": "ingest.scenes.scene",
+    "IngestConfig": "ingest.request.config",
+    "IngestReport": "ingest.run.loop",
+    "Plan": "ingest.plan.plan",
+    "Scene": "ingest.scenes.scene",
+    "make_plan": "ingest.plan.plan",
+    "run": "ingest.run.loop",
+    "search": "ingest.scenes.search",
 }
 
 

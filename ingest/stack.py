@@ -15,10 +15,10 @@ import stackstac
 import xarray as xr
 from rasterio.enums import Resampling
 
-from ingest.plan import Plan
-from ingest.read import NODATA, Access, SceneReader
-from ingest.target import transform_box
-from ingest.task import PlannedScene, SourceAsset
+from ingest.plan.plan import Plan
+from ingest.plan.target import transform_box
+from ingest.plan.task import PlannedScene, SourceAsset
+from ingest.raster.read import NODATA, Access, SceneReader
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
 

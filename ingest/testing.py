@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 
-from ingest.access import open_asset
-from ingest.header import grid_of
-from ingest.probe import AssetProbe, SceneProbe
-from ingest.scene import AssetRef, Scene
+from ingest.plan.probe import AssetProbe, SceneProbe
+from ingest.raster.access import open_asset
+from ingest.raster.header import grid_of
+from ingest.scenes.scene import AssetRef, Scene
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
 

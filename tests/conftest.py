@@ -53,7 +53,7 @@ os.environ.setdefault("HOME", tempfile.gettempdir())  # mpirun does not start wi
 # inherited by a program that is started: so children of tests can be interrupted, and this process still ignores it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda _number, _frame: None)
-# As the product does for its own workers (ingest.workers): Dask's profiler can stop a process before Python 3.12.
+# As the product does for its own workers (ingest.worker.guard): Dask's profiler can stop a process before Python 3.12.
 if sys.version_info < (3, 12):
     os.environ["DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"] = "False"
 

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from ingest.config import IngestConfig
-from ingest.documents import Documents
+from ingest.request.config import IngestConfig
+from ingest.scenes.documents import Documents
 from ingest.simulate import SimulateConfig, serve, simulate
 from zarr_store.errors import AccessError
 

@@ -17,7 +17,10 @@ CLUSTER = ("distributed", "rasterio", "pystac", "pystac_client", "stackstac")
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        (("ingest", "ingest.config", "ingest.search", "ingest.plan", "ingest.run"), (*TRAINING, "jaxtrain", "cli")),
+        (
+            ("ingest", "ingest.request.config", "ingest.scenes.search", "ingest.plan.plan", "ingest.run.loop"),
+            (*TRAINING, "jaxtrain", "cli"),
+        ),
         (
             ("jaxtrain", "jaxtrain.loop", "jaxtrain.inference.scene"),
             ("rasterio", "pystac", "stackstac", "ingest", "cli"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ingest.cog import Colour
+from ingest.raster.cog import Colour
 from ingest.simulate.config import SimulateConfig
 from ingest.simulate.noise import F32, curve, fractal, key_of, mix, smooth, uniform
 from ingest.simulate.parcels import Parcels, parcels

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import rasterio
 
-from ingest.cog import CogWriter
+from ingest.raster.cog import CogWriter
 from ingest.simulate.config import Acquisition, SimulateConfig, Tile
 from ingest.simulate.ground import CLASSES, Landscape
 from ingest.simulate.items import (

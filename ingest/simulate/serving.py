@@ -20,9 +20,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from ingest.hosts import HostCheck, machine_names
 from ingest.simulate.faults import Fault
 from ingest.simulate.files import FileServer
+from ingest.trust.hosts import HostCheck, machine_names
 
 __all__ = ["load_world", "main"]
 

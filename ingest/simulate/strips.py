@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ingest.cog import CogWriter
+from ingest.raster.cog import CogWriter
 from ingest.simulate.clouds import scene_classes, sky
 from ingest.simulate.config import Acquisition
 from ingest.simulate.ground import Ground, Landscape

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import rasterio
 
+from ingest.plan.stored import kept_plan
 from ingest.simulate import SimulateConfig, simulate
-from ingest.stored import kept_plan
 from zarr_store.read import open_cube
 
 Run = Callable[..., Any]

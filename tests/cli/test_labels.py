@@ -14,7 +14,7 @@ import pytest
 import rasterio
 from rasterio.transform import from_origin
 
-from ingest.alignment import mirrored_fit
+from ingest.labels.alignment import mirrored_fit
 from zarr_store import BandSpec, CubeSpec, Grid, ShardWriter, create_cube, open_cube
 from zarr_store.labels import NOT_LABELLED, open_label
 from zarr_store.spec import DerivedSpec, Layout

@@ -270,7 +270,7 @@ def test_workers_of_a_dask_cluster_train(folder: Path) -> None:
 def test_bad_words_are_refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from cli.main import main
 
-    monkeypatch.setattr("ingest.cluster._CONNECT_S", 1)  # a scheduler has 20 s to answer
+    monkeypatch.setattr("ingest.run.cluster._CONNECT_S", 1)  # a scheduler has 20 s to answer
 
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import rasterio
 
+from ingest.plan.stored import kept_plan
 from ingest.simulate import SimulateConfig, simulate
 from ingest.simulate.server import serve
-from ingest.stored import kept_plan
 from zarr_store import CubeLock, open_cube
 
 Run = Callable[..., Any]

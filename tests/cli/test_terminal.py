@@ -182,7 +182,7 @@ def test_logs_warnings_and_documents_are_safe(name: str, capsys: pytest.CaptureF
 
 
 def test_the_dashboard_hands_out_what_can_be_shown() -> None:
-    from ingest.dashboard import ShardPage
+    from ingest.run.dashboard import ShardPage
 
     page = ShardPage()
     page.scheduler = type("Scheduler", (), {"workers": {}})()

@@ -165,10 +165,10 @@ def local_client() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def zagreb_plan(zagreb: Path) -> Any:
     """The issue's command on the real scenes, in shards that are cut inside the scenes."""
-    from ingest.config import IngestConfig
-    from ingest.plan import plan_scenes
-    from ingest.probe import probe_scenes
-    from ingest.search import search
+    from ingest.plan.plan import plan_scenes
+    from ingest.plan.probe import probe_scenes
+    from ingest.request.config import IngestConfig
+    from ingest.scenes.search import search
     from zarr_store.spec import Layout
 
     config = IngestConfig(collections=("sentinel-2-l2a",), bands=("blue", "green", "red", "nir", "scl"))
@@ -181,7 +181,7 @@ def zagreb_plan(zagreb: Path) -> Any:
 @pytest.fixture(scope="session")
 def zagreb_cube(zagreb_plan: Any, local_client: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The cube of `zagreb_plan`: (path, report)."""
-    from ingest.run import run
+    from ingest.run.loop import run
 
     path = tmp_path_factory.mktemp("zagreb") / "zagreb.zarr"
     return path, run(zagreb_plan, path, client=local_client)

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ingest.run as running
-from ingest.access import Access
-from ingest.config import IngestConfig
-from ingest.run import ingest_shard, run
+import ingest.run.loop as running
+from ingest.raster.access import Access
+from ingest.request.config import IngestConfig
+from ingest.run.loop import ingest_shard, run
 from zarr_store import crash
 from zarr_store.spec import Layout
 

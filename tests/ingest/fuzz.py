@@ -210,9 +210,9 @@ def check_raster(path: Path, url: str | None = None) -> str:
     """
     import numpy as np
 
-    from ingest.access import Access, with_raster
-    from ingest.read import read_on_grid
-    from ingest.scene import AssetRef
+    from ingest.raster.access import Access, with_raster
+    from ingest.raster.read import read_on_grid
+    from ingest.scenes.scene import AssetRef
     from zarr_store.errors import TerrashardError
 
     access = Access(attempts=1, deadline_s=10, private_names=None)

@@ -81,9 +81,9 @@ class Documents:
         self._readers[name] = reader
 
     def _add_items(self) -> None:
-        from ingest.config import IngestConfig
-        from ingest.geoparquet import write_items
-        from ingest.search import search
+        from ingest.request.config import IngestConfig
+        from ingest.scenes.geoparquet import write_items
+        from ingest.scenes.search import search
 
         def find(path: Path) -> object:
             return search(str(path), IngestConfig(collections=("sentinel-2-l2a",), bands=("red",)))
@@ -102,14 +102,14 @@ class Documents:
     def _add_polygons(self) -> None:
         import shapely
 
-        from ingest.geometry import load_geometry
+        from ingest.request.geometry import load_geometry
 
         self._add("area.geojson", json.dumps(POLYGON), load_geometry)
         shape = shapely.geometry.shape(POLYGON["features"][0]["geometry"])  # type: ignore[index]
         self._add("area.wkt", shape.wkt, load_geometry)
 
     def _add_pictures(self) -> None:
-        from ingest.patches import read_patch
+        from ingest.labels.patches import read_patch
 
         from .fuzz_files import good_files
 
@@ -121,8 +121,8 @@ class Documents:
         self._add("a.tif", good_files()["tiles-deflate-uint16-2"], read_patch)
 
     def _add_cube(self) -> None:
-        from ingest.plan import Plan
-        from ingest.run import run
+        from ingest.plan.plan import Plan
+        from ingest.run.loop import run
         from zarr_store.read import open_cube
 
         from .clusters import worker_here

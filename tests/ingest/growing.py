@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from ingest.config import IngestConfig
-from ingest.extend import plan_extension
-from ingest.plan import Plan, plan_scenes
-from ingest.probe import probe_scenes
-from ingest.run import IngestReport, run_locked
-from ingest.scene import Scene
-from ingest.search import Found
-from ingest.stored import kept_plan
+from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.probe import probe_scenes
+from ingest.plan.stored import kept_plan
+from ingest.request.config import IngestConfig
+from ingest.run.loop import IngestReport, run_locked
+from ingest.scenes.scene import Scene
+from ingest.scenes.search import Found
 from ingest.testing import make_scene
+from ingest.upkeep.extend import plan_extension
 from zarr_store.grid import Grid
 from zarr_store.lock import CubeLock
 from zarr_store.spec import Layout
@@ -66,7 +66,7 @@ def extend_with(
     refresh: bool = False,
     config: IngestConfig = CONFIG,
 ) -> IngestReport:
-    """As `ingest.extend.extend`, with what a search would give."""
+    """As `ingest.upkeep.extend.extend`, with what a search would give."""
     with CubeLock(cube, "test") as lock:
         merged = plan_extension(
             kept_plan(cube), "", config, append=append, refresh=refresh, found=Found(tuple(scenes)), cube_url=str(cube)

@@ -160,11 +160,11 @@ def doors(path: Path) -> dict[str, Callable[[], object]]:
 
     grid = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (256, 256))
     if path.suffix in (".tif", ".jp2"):
-        from ingest.access import with_asset
-        from ingest.opening import open_geotiff
-        from ingest.patches import read_patch
-        from ingest.read import read_on_grid
-        from ingest.scene import AssetRef
+        from ingest.labels.patches import read_patch
+        from ingest.raster.access import with_asset
+        from ingest.raster.opening import open_geotiff
+        from ingest.raster.read import read_on_grid
+        from ingest.scenes.scene import AssetRef
 
         def everything(dataset: Any) -> Any:
             return [dataset.overviews(1), dataset.read(1, out_shape=(16, 16)).shape, dataset.read_masks(1).shape,
@@ -181,8 +181,8 @@ def doors(path: Path) -> dict[str, Callable[[], object]]:
             "geotiff": geotiff,
             "patch": lambda: read_patch(path)[0].sum(),
         }
-    from ingest.features import read_features
-    from ingest.geometry import load_geometry
+    from ingest.labels.features import read_features
+    from ingest.request.geometry import load_geometry
 
     def features() -> Any:
         found = read_features(path, grid, attribute="use")
@@ -193,7 +193,7 @@ def doors(path: Path) -> dict[str, Callable[[], object]]:
 
 def read_all(paths: list[Path]) -> dict[str, dict[str, str]]:
     """What came of each file, by door; errors other than the project's own are not caught."""
-    from ingest.drivers import limit_raster_drivers, limit_vector_drivers
+    from ingest.raster.drivers import limit_raster_drivers, limit_vector_drivers
     from zarr_store.errors import TerrashardError
 
     # what they look for once in a process is no file's doing

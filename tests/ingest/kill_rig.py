@@ -26,7 +26,7 @@ def wait_at_gate(ledger: Path, seconds: float = 120.0) -> None:
 
 def dask_setup(_worker: Any) -> None:
     """In each worker: note every shard that is filled, and whether the ledger said already that it is done."""
-    import ingest.run as running
+    import ingest.run.loop as running
     from zarr_store.read import open_cube
 
     fill, cube = running.fill_shard, os.environ["TERRASHARD_TEST_CUBE"]
@@ -45,9 +45,9 @@ def dask_setup(_worker: Any) -> None:
 
 
 def main(plan: str, cube: str, scheduler: str) -> int:
-    from ingest.config import IngestConfig
-    from ingest.plan import Plan
-    from ingest.run import run
+    from ingest.plan.plan import Plan
+    from ingest.request.config import IngestConfig
+    from ingest.run.loop import run
     from zarr_store.errors import TerrashardError
 
     try:

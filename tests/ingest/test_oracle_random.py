@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, Phase, assume, given, reject, settings
 from hypothesis import strategies as st
 from pyproj import Transformer
 
-from ingest.config import IngestConfig
-from ingest.dedupe import dedupe
-from ingest.plan import Plan, plan_scenes
-from ingest.probe import AssetProbe, SceneProbe
-from ingest.resample import pick_resampling, place
-from ingest.scene import AssetRef, Scene
-from ingest.shard import fill_shard
-from ingest.task import SourceAsset
+from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.probe import AssetProbe, SceneProbe
+from ingest.plan.task import SourceAsset
+from ingest.raster.resample import pick_resampling, place
+from ingest.request.config import IngestConfig
+from ingest.run.shard import fill_shard
+from ingest.scenes.dedupe import dedupe
+from ingest.scenes.scene import AssetRef, Scene
 from zarr_store.errors import AssetUnreadable, NothingFound
 from zarr_store.grid import Grid
 from zarr_store.spec import Layout

@@ -10,9 +10,9 @@ import dask.array
 import numpy as np
 import pytest
 
-from ingest.config import IngestConfig
-from ingest.plan import Plan, plan_scenes
-from ingest.shard import fill_shard
+from ingest.plan.plan import Plan, plan_scenes
+from ingest.request.config import IngestConfig
+from ingest.run.shard import fill_shard
 from ingest.stack import stack
 from ingest.testing import make_scene, probe_headers
 from zarr_store.errors import AssetUnreadable, UnknownName

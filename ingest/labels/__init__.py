@@ -1,0 +1,1 @@
+"""Labels: rasters and polygons onto a cube, folders of images into sample stores."""

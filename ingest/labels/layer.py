@@ -1,0 +1,360 @@
+"""Labels from outside: a class or value raster, or polygons, on the grid of a cube as one of its label layers.
+
+A raster may have any CRS and resolution. Classes are taken from the nearest pixel, or, where the cube is coarser, from
+the most frequent one; values from the nearest, or from the mean. Polygons are burnt by the rule of pixel centres: a
+pixel is of a polygon that holds its centre; or, with `all_touched`, of any polygon that it touches. Where polygons
+overlap, the smaller one counts.
+
+A label that is shifted or mirrored teaches a network nonsense that no loss shows, so what can be seen of it is checked
+here: a raster without a stated place, turned or mirrored by its transform is refused; so is one whose pixels lie half a
+pixel off the cube's; and labels that would fit the image better mirrored are warned of (`alignment.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+from rasterio.features import rasterize
+from rasterio.windows import Window
+
+from ingest.labels.alignment import mirrored_fit
+from ingest.labels.features import Features, is_vector, read_features
+from ingest.raster.drivers import limit_raster_drivers
+from ingest.raster.faults import describe_fault, is_file_fault
+from ingest.raster.gdal_read import read_window
+from ingest.raster.header import grid_of
+from ingest.raster.opening import TIFF, open_geotiff
+from ingest.raster.resample import pick_resampling, place
+from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.grid import Grid
+from zarr_store.labels import NOT_LABELLED, LabelKind, LabelLayer, LabelSpec, label_boxes, write_label
+from zarr_store.read import Cube, open_cube
+from zarr_store.regions import Region
+from zarr_store.regular import open_regular
+
+__all__ = ["LabelReport", "LabelResampling", "import_labels"]
+
+Box = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+Draw = Callable[[Region], Box]
+Progress = Callable[[int, int], None]
+LabelResampling = Literal["auto", "nearest", "mode", "average", "bilinear"]
+
+_NONE = -(1 << 31)
+_HALF_PX = 0.1
+"""A shift within this of half a pixel is taken for a confusion of pixel centres and corners."""
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What an import has come to.
+
+    Attributes:
+        cube, name: Where the layer is.
+        kind: classes or values.
+        written: False where the same layer was there.
+        labelled: Pixels with a label.
+        pixels: Of the grid.
+        classes: Name → value and pixels.
+        digest: Of the layer.
+        warnings: What a person should look at.
+    """
+
+    cube: str
+    name: str
+    kind: LabelKind
+    written: bool
+    labelled: int
+    pixels: int
+    classes: Mapping[str, Mapping[str, int]]
+    digest: str
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+def import_labels(
+    cube: str | Path,
+    source: Path,
+    *,
+    name: str,
+    kind: LabelKind = "classes",
+    attribute: str | None = None,
+    layer: str | None = None,
+    band: int = 1,
+    names: Mapping[int, str] | None = None,
+    background: str | None = None,
+    all_touched: bool = False,
+    resampling: LabelResampling = "auto",
+    shifted: bool = False,
+    replace: bool = False,
+    on_box: Progress | None = None,
+) -> LabelReport:
+    """Put labels onto the grid of a cube.
+
+    Args:
+        cube: The cube.
+        source: A GeoTIFF; or polygons as GeoJSON, GeoPackage, FlatGeobuf, shapefile or GeoParquet.
+        name: Of the layer: what `data.label` names.
+        kind: classes, or values: numbers that are learnt as they are.
+        attribute: Of polygons: which attribute is the class or value; None where all are one class.
+        layer: Of a vector file with several layers.
+        band: Of a raster, from 1.
+        names: Of a class raster: value → name; others are not labelled. None keeps all values up to 254.
+        background: Name of a class for what no polygon holds; None leaves it without a label.
+        all_touched: A polygon has all pixels that it touches, not only those whose centre it holds.
+        resampling: Of a raster.
+        shifted: Take a raster whose pixels lie half a pixel off those of the cube.
+        replace: Replace a layer of this name that comes from something else.
+        on_box: Called with (boxes done, boxes in all).
+
+    Raises:
+        InvalidInput: The source cannot be read or does not fit; nothing was changed.
+        NothingFound: Nothing on the cube's ground has a label.
+        CubeMismatch: A layer of this name comes from something else.
+    """
+    opened = open_cube(cube)
+    grid = opened.spec(opened.collections[0]).grid
+    origin: dict[str, Any] = {"file": source.name, "sha256": _digest(source), "kind": kind}
+    warnings: list[str] = []
+    vector = is_vector(source)
+    if vector:
+        if names or band != 1 or resampling != "auto" or shifted:
+            raise InvalidInput("--names, --band, --resampling and --shifted are of rasters, and the source is polygons")
+        if background is not None and kind == "values":
+            raise InvalidInput("--background names a class, but --values are wanted")
+        features = read_features(source, grid, attribute=attribute, layer=layer, numbers=kind == "values")
+        warnings += [f"left out: {line}" for line in features.left_out]
+        known = sorted(set(features.values)) if kind == "classes" else []
+        if background is not None:
+            known = [background, *(n for n in known if n != background)]
+        classes = _numbered(known)
+        draw = _burn(features, grid, {n: v for v, n in classes}, background, all_touched, kind)
+        origin |= {"attribute": attribute, "layer": layer, "background": background, "all_touched": all_touched}
+    else:
+        if attribute or layer or background or all_touched:
+            raise InvalidInput(
+                "--attribute, --layer, --background and --all-touched are of polygons, and the source is a raster"
+            )
+        draw, classes = _warp(source, grid, kind, band, names, resampling, shifted, warnings)
+        origin |= {"band": band, "names": [list(c) for c in (names or {}).items()], "resampling": resampling}
+    spec = LabelSpec(name, kind, classes, origin)
+    boxes = label_boxes(opened)
+
+    def drawn() -> Iterator[tuple[Region, Box]]:
+        found = False
+        for number, box in enumerate(boxes, 1):
+            pixels = draw(box)
+            found = found or bool((pixels != NOT_LABELLED).any() if kind == "classes" else np.isfinite(pixels).any())
+            if number == len(boxes) and not found:
+                raise NothingFound(f"{source} gives no label to any pixel of {opened.url}; do they share ground?")
+            yield box, pixels
+            if on_box:
+                on_box(number, len(boxes))
+
+    def describe(counts: Mapping[int, int]) -> LabelSpec:
+        """Of a class raster without names: those values that occur."""
+        found = classes or tuple((value, f"class {value}") for value in sorted(counts))
+        return LabelSpec(name, kind, found, origin)
+
+    made, written = write_label(opened.url, spec, drawn, describe=describe, replace=replace)
+    warnings += _check_fit(opened, made)
+    return LabelReport(
+        opened.url, name, kind, written, made.labelled, grid.height * grid.width,
+        {label: {"value": value, "pixels": made.counts[label]} for value, label in made.spec.classes},
+        made.digest, tuple(warnings),
+    )  # fmt: skip
+
+
+def _digest(source: Path) -> str:
+    try:
+        with open_regular(source) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {source}: {error.strerror or error}") from error
+
+
+def _numbered(names: list[str]) -> tuple[tuple[int, str], ...]:
+    if len(names) > NOT_LABELLED:
+        raise InvalidInput(
+            f"{len(names)} classes, at most {NOT_LABELLED} fit a layer; name an --attribute with fewer values"
+        )
+    return tuple(enumerate(names))
+
+
+def _burn(
+    features: Features,
+    grid: Grid,
+    value_of: Mapping[str, int],
+    background: str | None,
+    all_touched: bool,
+    kind: LabelKind,
+) -> Draw:
+    """Draws the polygons of a box; the largest first, so that the smaller one counts where two overlap."""
+    order = np.argsort(-shapely.area(features.geometries), kind="stable")
+    shapes, values = features.geometries[order], features.values[order]
+    tree = shapely.STRtree(shapes)
+
+    def draw(box: Region) -> Box:
+        window = grid.window(box.y0, box.x0, box.y1 - box.y0, box.x1 - box.x0)
+        # a pixel more around, as a polygon may touch a pixel and not its inside
+        rx, ry = window.resolution
+        left, bottom, right, top = window.bounds
+        near = np.sort(tree.query(shapely.box(left - rx, bottom - ry, right + rx, top + ry)))
+        if kind == "values":
+            pairs = [(shapes[i], float(values[i])) for i in near]
+            fill, dtype = float("nan"), "float32"
+        else:
+            pairs = [(shapes[i], value_of[values[i]]) for i in near]
+            fill, dtype = NOT_LABELLED if background is None else value_of[background], "uint8"
+        if not pairs:
+            return np.full(window.shape, fill, dtype)
+        limit_raster_drivers()
+        burnt: Box = rasterize(
+            pairs, out_shape=window.shape, transform=window.affine, fill=fill, all_touched=all_touched, dtype=dtype
+        )
+        return burnt
+
+    return draw
+
+
+def _warp(
+    source: Path,
+    grid: Grid,
+    kind: LabelKind,
+    band: int,
+    names: Mapping[int, str] | None,
+    resampling: LabelResampling,
+    shifted: bool,
+    warnings: list[str],
+) -> tuple[Draw, tuple[tuple[int, str], ...]]:
+    """Draws the raster's pixels of a box on the cube's grid."""
+    with open_regular(source) as file:
+        if file.read(4) not in TIFF:
+            raise InvalidInput(
+                f"{source} is neither a GeoTIFF nor, by its name, polygons; convert it with gdal_translate or ogr2ogr"
+            )
+    with open_geotiff(source) as dataset:
+        try:
+            theirs = grid_of(dataset)
+        except InvalidInput as error:
+            raise InvalidInput(f"{source}: {error}") from error
+        if dataset.transform.is_identity:
+            raise InvalidInput(f"{source} states no place on Earth; labels cannot be put onto the cube's grid")
+        if not 1 <= band <= dataset.count:
+            raise InvalidInput(f"{source} has {dataset.count} bands, there is no band {band}")
+        dtype, nodata = np.dtype(dataset.dtypes[band - 1]), dataset.nodatavals[band - 1]
+    if kind == "classes" and not np.issubdtype(dtype, np.integer):
+        raise InvalidInput(f"{source}: classes must be whole numbers, got {dtype}; for numbers give --values")
+    _check_place(source, theirs, grid, shifted, warnings)
+    values, classes = _mapping(names)
+    method = resampling
+    if resampling == "auto":
+        method = pick_resampling("class" if kind == "classes" else "data", theirs, grid, "nearest")  # type: ignore[assignment]
+        if kind == "values" and theirs.resolution[0] < grid.resolution[0] / 1.99:
+            method = "average"
+    if kind == "classes" and method not in ("nearest", "mode"):
+        raise InvalidInput(f"--resampling {method} mixes class values: choose nearest or mode")
+    work: npt.DTypeLike = np.int32 if kind == "classes" else np.float32
+    empty = _NONE if kind == "classes" else float("nan")
+
+    def read(row: int, col: int, height: int, width: int, into: Any = None) -> Any:
+        with open_geotiff(source) as dataset:
+            try:
+                pixels = read_window(dataset, band, window=Window(col, row, width, height))
+            except Exception as error:
+                if not is_file_fault(error):
+                    raise
+                told = describe_fault(error)
+                raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {told}") from error
+        found = pixels.astype(work)
+        if nodata is not None:
+            found[pixels == nodata] = empty
+        if kind == "classes" and pixels.size and int(pixels.max()) > np.iinfo(np.int32).max:
+            raise InvalidInput(f"{source} has class values beyond {np.iinfo(np.int32).max}")
+        return found
+
+    def draw(box: Region) -> Box:
+        window = grid.window(box.y0, box.x0, box.y1 - box.y0, box.x1 - box.x0)
+        placed = place(read, theirs, window, method, dtype=work, nodata=empty)
+        return _encoded(placed, values, source) if kind == "classes" else placed.astype(np.float32)
+
+    return draw, classes
+
+
+def _mapping(names: Mapping[int, str] | None) -> tuple[dict[int, int] | None, tuple[tuple[int, str], ...]]:
+    """Raster value → stored value, and the classes; values that do not fit a byte are numbered anew."""
+    if not names:
+        return None, ()
+    if len(set(names.values())) != len(names):
+        merged = sorted(set(names.values()))
+        return {value: merged.index(name) for value, name in names.items()}, _numbered(merged)
+    if all(0 <= value < NOT_LABELLED for value in names):
+        return {value: value for value in names}, tuple(sorted(names.items()))
+    ordered = sorted(names)
+    return {value: i for i, value in enumerate(ordered)}, _numbered([names[value] for value in ordered])
+
+
+def _encoded(placed: npt.NDArray[Any], values: Mapping[int, int] | None, source: Path) -> npt.NDArray[np.uint8]:
+    if values is None:
+        there = placed != _NONE
+        found = placed[there]
+        if found.size and (int(found.min()) < 0 or int(found.max()) > NOT_LABELLED):
+            raise InvalidInput(
+                f"{source} has class values {int(found.min())} … {int(found.max())}, beyond 0 … 254; name those that "
+                "are wanted with --names, they are then numbered anew"
+            )
+        return np.where(there, placed, NOT_LABELLED).astype(np.uint8)
+    encoded = np.full(placed.shape, NOT_LABELLED, np.uint8)
+    for value, stored in values.items():
+        encoded[placed == value] = stored
+    return encoded
+
+
+def _check_place(source: Path, theirs: Grid, grid: Grid, shifted: bool, warnings: list[str]) -> None:
+    """Refuse or warn of a raster that does not lie as labels of this cube would."""
+    ours, other = grid.lonlat_bounds(), theirs.lonlat_bounds()
+    if not (ours[0] < other[2] and other[0] < ours[2] and ours[1] < other[3] and other[1] < ours[3]):
+        raise InvalidInput(
+            f"{source} lies at {tuple(round(v, 4) for v in other)} (west, south, east, north) and shares no ground "
+            f"with the cube at {tuple(round(v, 4) for v in ours)}"
+        )
+    if theirs.crs != grid.crs or theirs.resolution != grid.resolution:
+        return
+    rx, ry = grid.resolution
+    col = (theirs.transform[2] - grid.transform[2]) / rx
+    row = (grid.transform[5] - theirs.transform[5]) / ry
+    off = tuple(value - np.floor(value + 1e-6) for value in (row, col))
+    if max(off) < 1e-3:
+        return
+    if any(abs(value - 0.5) < _HALF_PX for value in off) and not shifted:
+        raise InvalidInput(
+            f"{source} has the CRS and pixel size of the cube, but its pixels lie {off[0]:.2f} pixels down and "
+            f"{off[1]:.2f} right of the cube's: mostly pixel centres were taken for corners. Correct its transform, or "
+            "give --shifted to take the nearest pixels all the same"
+        )
+    warnings.append(
+        f"pixels of {source.name} lie {off[0]:.2f} down and {off[1]:.2f} right of the cube's: labels move by as much"
+    )
+
+
+def _check_fit(cube: Cube, layer: LabelLayer) -> list[str]:
+    """A warning where the labels would explain the image better if they were mirrored."""
+    if layer.spec.kind != "classes":
+        return []
+    found = mirrored_fit(cube, layer)
+    if found is None or found.best == "as it is":
+        return []
+    return [
+        f"labels of {layer.spec.name} fit the image better {found.best}: they then explain "
+        f"{found.shares[found.best]:.1%} of its variance, as they are {found.shares['as it is']:.1%}; look at them "
+        "beside the image before you train"
+    ]

@@ -1,0 +1,1 @@
+"""Arithmetic on the pixels of one window, in numpy alone."""

@@ -1,0 +1,1 @@
+"""From scenes to one task per shard; nothing here writes."""

@@ -1,0 +1,173 @@
+"""What a scene sees of the region, and how much of that clouds hide: by its pixels, not by its catalogue.
+
+A catalogue's cloud cover is of the whole tile, and its footprint is often the tile's square although the swath ends
+within. The class layer says both of the region alone. It is read at full resolution where the region is small, else
+from the overviews of a GeoTIFF; the levels of a JPEG 2000 file are never asked for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ingest.pixels.clip import area_of, clip_text, inside_of
+from ingest.pixels.mask import NO_DATA_CLASS
+from ingest.plan.target import project_bounds, region_lonlat
+from ingest.raster.blocks import BlockReader, check_streams
+from ingest.raster.gdal_read import read_window
+from ingest.raster.ranges import blocks_of, range_file_of
+from ingest.request.config import IngestConfig
+from ingest.scenes.scene import AssetRef
+from zarr_store.errors import InvalidInput
+from zarr_store.grid import Grid
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+__all__ = ["Coverage", "choose_judge", "cover"]
+
+Bool = npt.NDArray[np.bool_]
+
+_WHOLE_PX = 1 << 22
+_SIDE_PX = 512
+_PARTS = 3
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How a scene covers the region.
+
+    Attributes:
+        valid: Of the region, or of the scene's raster where that is smaller, the share that has data; None where only
+            parts of the raster were looked at.
+        hidden: Of what has data in the region, the share in the classes that are masked; None without a class layer or
+            where nothing has data.
+    """
+
+    valid: float | None
+    hidden: float | None
+
+
+def choose_judge(assets: Mapping[str, AssetRef], mask_layer: str | None) -> str | None:
+    """The band that is asked: the layer that masks are made from, else the first data band.
+
+    Args:
+        assets: Of a scene.
+        mask_layer: Of its product.
+    """
+    if mask_layer in assets:
+        return mask_layer
+    return next((band for band, asset in assets.items() if asset.kind == "data"), None)
+
+
+def cover(dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestConfig) -> Coverage | None:
+    """How the scene of an open file covers the region of `config`; all of the raster where it names none.
+
+    Args:
+        dataset: The file of the band that `choose_judge` chose.
+        grid: Of the file.
+        asset: What the metadata say of it.
+        config: Region and masked classes.
+
+    Returns:
+        None where the raster does not reach the region.
+    """
+    place = _window(grid, config)
+    if place is None:
+        return None
+    (row, col, height, width), asked_px = place
+    is_class = asset.kind == "class"
+    if height * width <= _WHOLE_PX:
+        parts = [(grid.window(row, col, height, width), _read(dataset, (row, col, height, width)))]
+    elif dataset.overviews(1) and not (is_class and dataset.driver != "GTiff"):
+        parts = [_decimated(dataset, grid, (row, col, height, width))]
+    else:
+        parts = [(grid.window(*window), _read(dataset, window)) for window in _scattered((row, col, height, width))]
+    complete = len(parts) == 1
+    clip = clip_text(config.geometry) if config.clip else None
+    empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
+    asked = seen = hidden = 0
+    for part, pixels in parts:
+        inside = inside_of(clip, part)
+        valid = _has_data(pixels, is_class, empty)
+        valid = valid if inside is None else valid & inside
+        asked += pixels.size if inside is None else int(inside.sum())
+        seen += int(valid.sum())
+        if is_class:
+            hidden += int((valid & np.isin(pixels, config.mask_classes)).sum())
+    if clip is not None:
+        asked_px = area_of(clip, grid.crs) / math.prod(grid.resolution)
+    # of the region, or of the whole raster where the region is larger
+    reach = asked / parts[0][1].size * height * width / max(1.0, min(asked_px, float(grid.height * grid.width)))
+    return Coverage(
+        valid=round(min(1.0, seen / asked * reach), 6) if complete and asked else None,
+        hidden=round(hidden / seen, 4) if is_class and seen else None,
+    )
+
+
+def _window(grid: Grid, config: IngestConfig) -> tuple[tuple[int, int, int, int], float] | None:
+    """((row, col, height, width) of the region in the raster, pixels of all of the region)."""
+    region = region_lonlat(config)
+    if region is None:
+        return (0, 0, grid.height, grid.width), float(grid.height * grid.width)
+    try:
+        left, bottom, right, top = project_bounds(region, grid.crs)
+    except InvalidInput:  # the region has no place in this zone
+        return None
+    (rx, ry), (x0, _, _, y1) = grid.resolution, grid.bounds
+    row0, row1 = max(0, math.floor((y1 - top) / ry + 1e-6)), min(grid.height, math.ceil((y1 - bottom) / ry - 1e-6))
+    col0, col1 = max(0, math.floor((left - x0) / rx + 1e-6)), min(grid.width, math.ceil((right - x0) / rx - 1e-6))
+    if row1 <= row0 or col1 <= col0:
+        return None
+    return (row0, col0, row1 - row0, col1 - col0), (right - left) * (top - bottom) / (rx * ry)
+
+
+def _read(dataset: DatasetReader, window: tuple[int, int, int, int]) -> npt.NDArray[Any]:
+    from rasterio.windows import Window
+
+    row, col, height, width = window
+    file = range_file_of(dataset)
+    blocks = BlockReader.of(dataset, file) if file is not None else None
+    if blocks is not None:
+        return blocks.read(row, col, height, width)
+    if file is not None:
+        file.fetch(blocks_of(dataset, window))
+        check_streams(dataset, file, window)
+    return read_window(dataset, window=Window(col, row, width, height))
+
+
+def _decimated(dataset: DatasetReader, grid: Grid, window: tuple[int, int, int, int]) -> tuple[Grid, npt.NDArray[Any]]:
+    from rasterio.windows import Window
+
+    row, col, height, width = window
+    step = max(1, -(-max(height, width) // _SIDE_PX))
+    shape = (-(-height // step), -(-width // step))
+    pixels = read_window(dataset, window=Window(col, row, width, height), out_shape=shape)
+    left, _, _, top = grid.window(row, col, height, width).bounds
+    rx, ry = grid.resolution
+    return Grid(grid.crs, (rx * width / shape[1], 0.0, left, 0.0, -ry * height / shape[0], top), shape), pixels
+
+
+def _scattered(window: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
+    """Small windows spread over a large one."""
+    row, col, height, width = window
+    side = min(_SIDE_PX, height, width)
+    along = [(2 * n + 1) / (2 * _PARTS) for n in range(_PARTS)]
+    return [
+        (row + round(y * (height - side)), col + round(x * (width - side)), side, side) for y in along for x in along
+    ]
+
+
+def _has_data(pixels: npt.NDArray[Any], is_class: bool, empty: set[float]) -> Bool:
+    if is_class:
+        return np.asarray(pixels != NO_DATA_CLASS, bool)
+    valid = np.isfinite(pixels) & (pixels != 0)
+    for value in empty:
+        if math.isfinite(value):
+            valid &= pixels != value
+    return np.asarray(valid, bool)

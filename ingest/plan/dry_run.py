@@ -1,0 +1,98 @@
+"""The dry run: a plan in words, for the person who decides whether to start it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from ingest.plan.task import Recipe
+from zarr_store.printable import one_line
+
+if TYPE_CHECKING:
+    from ingest.plan.plan import Plan
+
+__all__ = ["describe", "human_bytes"]
+
+_MOST_LINES = 12
+
+
+def describe(plan: Plan) -> str:
+    """Grid and why, dates, shards, sources, sizes, verdicts, what is left out and what is odd."""
+    grid = plan.grid
+    west, south, east, north = grid.lonlat_bounds()
+    lines = [
+        f"plan {plan.digest[:12]}" + (f" of {plan.source}" if plan.source else ""),
+        f"grid      {grid}",
+        f"          x {grid.bounds[0]:.10g} … {grid.bounds[2]:.10g}, y {grid.bounds[1]:.10g} … {grid.bounds[3]:.10g}"
+        f"; lon {west:.4f} … {east:.4f}, lat {south:.4f} … {north:.4f}",
+        *(f"          {reason}" for reason in plan.reasons),
+    ]
+    for recipe in plan.recipes:
+        lines += _collection(plan, recipe)
+    lines += _listed("left out", [f"{d.collection} {d.item_id}: {d.reason}" for d in plan.drops])
+    lines += _listed("mind", list(plan.warnings))
+    return "\n".join(one_line(line) for line in lines)
+
+
+def _collection(plan: Plan, recipe: Recipe) -> list[str]:
+    spec = recipe.spec
+    facts = plan.facts.get(spec.collection, {})
+    tasks = [task for task in plan.tasks if task.collection == spec.collection]
+    per_shard = [len(task.sources) for task in tasks]
+    empty = sum(count == 0 for count in per_shard)
+    verdicts = Counter(entry["verdict"] for entry in facts.get("offset_verdicts", {}).values())
+    rows = plan.items[spec.collection]
+    offsets = Counter(row["dn_offset"] for row in rows)
+    by_step = Counter(row["step"] for row in rows)
+    times = [f"{time.replace('T', ' ')} ({by_step[step]} scenes)" for step, time in enumerate(spec.times)]
+    shown = times if len(times) <= _MOST_LINES else [*times[:5], f"… {len(times) - 10} more …", *times[-5:]]
+    mask = (
+        f"{recipe.mask_layer} classes {', '.join(map(str, recipe.mask_classes))}"
+        + (f", grown by {recipe.mask_dilate_m:g} m" if recipe.mask_dilate_m else "")
+        if recipe.mask_layer
+        else "none"
+    )
+    layers = f" + {', '.join(spec.class_layers)}" if spec.class_layers else ""
+    lines = [
+        f"{spec.collection}",
+        f"  bands     {', '.join(spec.band_names)}{layers} ({recipe.dtype}); mask {mask}",
+        *([f"  indices   {', '.join(f'{i.name} = {i.formula}' for i in spec.derived)}"] if spec.derived else []),
+        *([f"  reduced   {spec.reduce} of the clear observations of each step"] if spec.reduce != "first" else []),
+        *(["  clipped   pixels outside the geometry have no data"] if recipe.clip else []),
+        f"  dates     {len(times)}: {shown[0]}",
+        *(f"            {time}" for time in shown[1:]),
+        f"  shards    {len(tasks)} of up to {'×'.join(map(str, spec.layout.shard))} (time×y×x), chunks "
+        f"{'×'.join(map(str, spec.layout.chunk))}; {min(per_shard)}…{max(per_shard)} scenes each"
+        + (f", {empty} without any" if empty else ""),
+        f"  sources   {len(rows)} scenes; resampled pixels {facts.get('resampled_share', 0.0):.1%}",
+    ]
+    if recipe.dtype == "uint16":
+        applied = ", ".join(f"{offset:+d} on {count}" for offset, count in sorted(offsets.items()))
+        judged = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+        lines.append(f"  offset    {applied} scenes ({judged})")
+    lines.append(
+        f"  effort    read about {human_bytes(facts.get('bytes_to_read', 0))} in {facts.get('requests', 0)} requests, "
+        f"write about {human_bytes(facts.get('bytes_to_write', 0))}"
+    )
+    return lines
+
+
+def _listed(title: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    rest = len(entries) - _MOST_LINES
+    more = [f"  … and {rest} more"] if rest > 0 else []
+    return [f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries[:_MOST_LINES]), *more]
+
+
+def human_bytes(count: float) -> str:
+    """A size with a unit.
+
+    >>> human_bytes(1536 * 1024)
+    '1.5 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""

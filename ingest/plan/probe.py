@@ -1,0 +1,360 @@
+"""What the files themselves say: headers of all assets, and from a few pixels whether the -1000 offset is in them.
+
+Item metadata are often stale or wrong (sizes of another resolution, an offset that was already subtracted). The header
+wins over the metadata and the pixels win over both; every mismatch is kept as a sentence for the plan and the report.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from pyproj.exceptions import ProjError
+from shapely.geometry import shape
+
+from ingest.plan.coverage import Coverage, choose_judge, cover
+from ingest.raster.gdal_read import read_window
+from ingest.raster.ranges import range_file_of
+from ingest.request.config import IngestConfig
+from ingest.request.products import PRODUCTS
+from ingest.scenes.footprint import box_region, meets
+from ingest.scenes.offsets import Verdict, odd_range, read_offset, settle_offset
+from ingest.scenes.scene import AssetRef, Scene
+from ingest.trust.waits import crew
+from zarr_store.errors import AssetUnreadable, InvalidInput, TerrashardError
+from zarr_store.grid import Grid
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+    from ingest.raster.access import Access
+
+__all__ = ["AssetProbe", "SceneProbe", "probe_scenes"]
+
+log = logging.getLogger(__name__)
+
+_THREADS = 8
+"""Headers read at once: each is a few small requests; more would trip the rate limits of providers."""
+
+_VISIBLE = ("coastal", "blue", "green", "red")
+"""Bluest first: land and water are darkest there, which is what shows the offset."""
+
+_SAMPLE_SIDE = 512
+_FULL_READ_PIXELS = 2048 * 2048
+
+
+@dataclass(frozen=True)
+class AssetProbe:
+    """The header of one file.
+
+    Attributes:
+        grid: Its georeference; None where `error` says why.
+        dtype: numpy name of the stored type.
+        nodata: As the file declares it.
+        overviews: Factors of the overviews inside the file.
+        block: (height, width) of a block.
+        size_bytes: Size of the file, where it is known without another request.
+        error: Why the file cannot be used, redacted.
+    """
+
+    grid: Grid | None = None
+    dtype: str | None = None
+    nodata: float | None = None
+    overviews: tuple[int, ...] = ()
+    block: tuple[int, int] | None = None
+    size_bytes: int | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            **fields,
+            "grid": self.grid.to_dict() if self.grid else None,
+            "overviews": list(self.overviews),
+            "block": list(self.block) if self.block else None,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(
+            **{
+                **data,
+                "grid": Grid.from_dict(data["grid"]) if data["grid"] else None,
+                "overviews": tuple(data["overviews"]),
+                "block": tuple(data["block"]) if data["block"] else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class SceneProbe:
+    """What the files of one scene say.
+
+    Attributes:
+        assets: By band.
+        dn_offset: What must be added to a DN, after the pixels were asked: 0 or -1000.
+        verdict: "confirmed" and "repaired": the pixels decided; "contradicted": they disagree and the policy keeps the
+            metadata; "inconclusive": clouds, snow or too few pixels; "unchecked": no band that could tell.
+        share_below_1000: Share of valid DN in 1…999 of the bluest band.
+        valid_share: Of the region, or of the scene's raster where that is smaller, the share that has data; None where
+            it is not known.
+        cloud_share: Of what has data in the region, the share in classes that are masked; None without a class layer.
+        discrepancies: Where metadata and files disagree, and unreadable files, as sentences.
+    """
+
+    assets: Mapping[str, AssetProbe]
+    dn_offset: int
+    verdict: Verdict
+    share_below_1000: float | None = None
+    discrepancies: tuple[str, ...] = ()
+    valid_share: float | None = None
+    cloud_share: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "assets": {band: asset.to_dict() for band, asset in self.assets.items()},
+            "dn_offset": self.dn_offset,
+            "verdict": self.verdict,
+            "share_below_1000": self.share_below_1000,
+            "valid_share": self.valid_share,
+            "cloud_share": self.cloud_share,
+            "discrepancies": list(self.discrepancies),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        assets = {band: AssetProbe.from_dict(asset) for band, asset in data["assets"].items()}
+        return cls(**{**data, "assets": assets, "discrepancies": tuple(data["discrepancies"])})
+
+
+@dataclass
+class _Header:
+    probe: AssetProbe
+    sample: npt.NDArray[Any] | None = field(default=None)
+    coverage: Coverage | None = None
+
+
+def probe_scenes(
+    scenes: Sequence[Scene], config: IngestConfig, *, source: str = ""
+) -> dict[tuple[str, str], SceneProbe]:
+    """Read the headers of all assets, a small decimated sample per Sentinel-2 scene, and the classes over the region.
+
+    An unreadable file is recorded, never raised: the plan goes on without it and its pixels become `missing`.
+
+    Args:
+        scenes: As `ingest.scenes.search` gives them.
+        config: Region, masked classes, retries, timeouts and `offset_policy`.
+        source: Where the scenes were found: its own host may be a private one.
+
+    Returns:
+        By (collection, id): two collections may use one id.
+
+    Raises:
+        InvalidInput: `offset_policy` is "fail" and pixels contradict the metadata, or nothing states the offset; or
+            `strict`, and pixels are no reflectance.
+    """
+    from ingest.raster.access import Access
+
+    jobs = [(scene, asset) for scene in scenes for asset in scene.assets.values()]
+    access = Access.of(config, source)
+    with crew(_THREADS) as pool:
+        headers = list(pool.map(lambda job: _probe_asset(*job, config=config, access=access), jobs))
+    by_scene: dict[tuple[str, str], dict[str, _Header]] = defaultdict(dict)
+    for (scene, asset), header in zip(jobs, headers, strict=True):
+        by_scene[scene.key][asset.band] = header
+    return {scene.key: _conclude_or_not(scene, by_scene[scene.key], config) for scene in scenes}
+
+
+def _conclude_or_not(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig) -> SceneProbe:
+    """As `_conclude`; of a scene that nothing can be concluded of, the headers alone."""
+    try:
+        return _conclude(scene, headers, config)
+    except InvalidInput:  # what --strict and --offset-policy fail ask for
+        raise
+    except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
+        told = _defect(error, f"scene {scene.id}", config)
+        return SceneProbe({b: h.probe for b, h in headers.items()}, scene.dn_offset, "unchecked", discrepancies=(told,))
+
+
+def _witness(scene: Scene) -> str | None:
+    """The band whose pixels are asked; top-of-atmosphere blue is bright over any ground, so L1C has none."""
+    if scene.product != "sentinel-2-l2a":
+        return None
+    return next((band for band in _VISIBLE if band in scene.assets and scene.assets[band].kind == "data"), None)
+
+
+def _judge(scene: Scene) -> str | None:
+    product = next((rule for rule in PRODUCTS if rule.name == scene.product), None)
+    return choose_judge(scene.assets, product.mask_layer if product else None)
+
+
+def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access: Access) -> _Header:
+    from ingest.raster.access import with_asset
+    from ingest.raster.header import grid_of
+
+    with_pixels = asset.band == _witness(scene)
+
+    def use(dataset: DatasetReader) -> _Header:
+        probe = AssetProbe(
+            grid=_placed(grid_of(dataset)),
+            dtype=str(dataset.dtypes[0]),
+            nodata=None if dataset.nodata is None else float(dataset.nodata),
+            overviews=tuple(int(factor) for factor in dataset.overviews(1)),
+            block=(int(dataset.block_shapes[0][0]), int(dataset.block_shapes[0][1])),
+            size_bytes=file.size if (file := range_file_of(dataset)) is not None else None,
+        )
+        return _Header(probe, _sample(dataset) if with_pixels else None)
+
+    try:
+        header = with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access)
+    except (AssetUnreadable, InvalidInput) as error:
+        log.warning("%s", error)
+        return _Header(AssetProbe(error=str(error)))
+    except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
+        return _Header(AssetProbe(error=_defect(error, f"scene {scene.id}, asset {asset.key}", config)))
+    grid = header.probe.grid
+    if grid is None or asset.band != _judge(scene):
+        return header
+    try:
+        coverage = with_asset(
+            asset.href, lambda file: cover(file, grid, asset, config), scene=scene.id, asset=asset.key, access=access
+        )
+    except (AssetUnreadable, InvalidInput) as error:  # its header is good all the same
+        log.warning("%s", error)
+        return header
+    except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
+        _defect(error, f"scene {scene.id}, asset {asset.key}", config)
+        return header
+    return replace(header, coverage=coverage)
+
+
+_SENTINEL_PIXEL_M = (1.0, 1e5)
+
+
+@functools.lru_cache(maxsize=4096)
+def _placed(grid: Grid) -> Grid:
+    """A grid that pixels of Sentinel scenes can have: one odd header must not decide over the grid of a cube.
+
+    Raises:
+        InvalidInput: Its pixels are of no such scene, or it has no place in longitude and latitude.
+    """
+    metres = max(grid.resolution) / grid.units_per_metre, min(grid.resolution) / grid.units_per_metre
+    if not (metres[0] <= _SENTINEL_PIXEL_M[1] and metres[1] >= _SENTINEL_PIXEL_M[0]):
+        raise InvalidInput(
+            f"its pixels would be {metres[1]:g} m wide; expected {_SENTINEL_PIXEL_M[0]:g} to {_SENTINEL_PIXEL_M[1]:g} m"
+        )
+    try:
+        bounds = grid.lonlat_bounds()
+    except ProjError as error:
+        raise InvalidInput(f"its place in longitude and latitude is not known ({error})") from error
+    if not all(math.isfinite(value) for value in bounds):
+        raise InvalidInput(f"it would lie at {grid.bounds} in {grid.crs[:40]}, which is no place on Earth")
+    return grid
+
+
+def _defect(error: Exception, where: str, config: IngestConfig) -> str:
+    """What nobody foresaw of one file or scene: told with its traceback, and the plan goes on without it.
+
+    Raises:
+        Exception: `error` itself, with --strict, or where it ends the command (a stop, a full disk).
+    """
+    if config.strict or isinstance(error, TerrashardError):
+        raise error
+    text = f"{type(error).__name__}: {error}"
+    log.error("%s cannot be used, please report this (%s)", where, text, exc_info=error)
+    return f"{where} cannot be used ({text})"
+
+
+def _sample(dataset: DatasetReader) -> npt.NDArray[Any]:
+    """About 512² pixels of the raster: from an overview, or as nine windows where there is none to read from."""
+    from rasterio.windows import Window
+
+    height, width = int(dataset.height), int(dataset.width)
+    if dataset.overviews(1) or height * width <= _FULL_READ_PIXELS:
+        step = max(1, -(-max(height, width) // _SAMPLE_SIDE))
+        decimated: npt.NDArray[Any] = read_window(dataset, out_shape=(-(-height // step), -(-width // step)))
+        return decimated
+    side = _SAMPLE_SIDE // 3
+    parts = [
+        [read_window(dataset, window=Window(round(x * (width - side)), round(y * (height - side)), side, side))
+         for x in (0.1, 0.5, 0.9)]
+        for y in (0.1, 0.5, 0.9)
+    ]  # fmt: skip
+    return np.block(parts)
+
+
+def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig) -> SceneProbe:
+    sentences = _mismatches(scene, {band: header.probe for band, header in headers.items()})
+    witness = _witness(scene)
+    header = headers.get(witness) if witness else None
+    reading = read_offset(header.sample) if header is not None and header.sample is not None else None
+    if header is not None and header.sample is not None:
+        scale = next(rule.scale for rule in PRODUCTS if rule.name == scene.product)
+        odd = odd_range(header.sample, scale)
+        if odd and config.strict:
+            raise InvalidInput(f"scene {scene.id}: {witness}: {odd}; leave it out, or go on without --strict")
+        sentences += [f"{witness}: {odd}"] if odd else []
+    dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.offset_policy)
+    judge = headers.get(_judge(scene) or "")
+    coverage = judge.coverage if judge else None
+    return SceneProbe(
+        assets={band: header.probe for band, header in headers.items()},
+        dn_offset=dn_offset,
+        verdict=verdict,
+        share_below_1000=round(reading.share_below_1000, 6)
+        if reading and reading.share_below_1000 is not None
+        else None,
+        discrepancies=(*sentences, *([sentence] if sentence else [])),
+        valid_share=coverage.valid if coverage else None,
+        cloud_share=coverage.hidden if coverage else None,
+    )
+
+
+def _mismatches(scene: Scene, probes: Mapping[str, AssetProbe]) -> list[str]:
+    """Sentences on grids, types and nodata that differ between item and file; equal ones are joined over bands."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for band, probe in probes.items():
+        asset = scene.assets[band]
+        if probe.error:
+            said[probe.error].append(band)
+            continue
+        if asset.grid is not None and probe.grid is not None and asset.grid != probe.grid:
+            said[f"item says {_describe(asset.grid, probe.grid)}, file is {_describe(probe.grid, asset.grid)}; "
+                 "the file is followed"].append(band)  # fmt: skip
+        if asset.dtype and probe.dtype and asset.dtype != probe.dtype:
+            said[f"item says {asset.dtype}, file holds {probe.dtype}; the file is followed"].append(band)
+        if None not in (asset.size_bytes, probe.size_bytes) and asset.size_bytes != probe.size_bytes:
+            said[
+                f"item says {asset.size_bytes} bytes, file has {probe.size_bytes}: it was replaced or cut short"
+            ].append(band)
+        if probe.nodata is not None and asset.nodata is not None and not _same(asset.nodata, probe.nodata):
+            said[f"item says nodata {asset.nodata:g}, file declares {probe.nodata:g}; both are masked"].append(band)
+    grids = [probe.grid for probe in probes.values() if probe.grid]
+    if grids and not meets(shape(dict(scene.footprint)), box_region(grids[0].lonlat_bounds())):
+        bounds = ", ".join(f"{v:.3g}" for v in grids[0].lonlat_bounds())
+        said[f"file lies at {bounds} (lon/lat), outside the item's footprint; the file is followed"] = [
+            next(iter(probes))
+        ]
+    return [f"{', '.join(bands)}: {text}" for text, bands in said.items()]
+
+
+def _describe(grid: Grid, other: Grid) -> str:
+    text = str(grid)
+    if str(other) == text:  # only the origin differs
+        text += f" from {grid.transform[2]:.9g}, {grid.transform[5]:.9g}"
+    return text
+
+
+def _same(left: float, right: float) -> bool:
+    return left == right or (np.isnan(left) and np.isnan(right))

@@ -1,0 +1,242 @@
+"""The plan that a cube keeps of itself, and what of a plan from a file may be opened.
+
+A cube remembers how it was made in `_terrashard/plan.json`: the whole plan with unsigned hrefs. Repairing, appending
+and auditing begin there. A plan is data from outside like a catalogue, as a cube may come from somebody else: its hrefs
+are judged before one is opened, by what the user types today and never by what the plan says of itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ingest.plan.plan import Plan
+from ingest.plan.task import ShardTask, SourceAsset
+from ingest.request.config import IngestConfig
+from ingest.trust.hrefs import HrefPolicy, is_spelled_address, is_url, refuse_private_address, resolve_href
+from ingest.trust.providers import GENERIC, PROVIDERS
+from ingest.trust.redact import redact_url, strip_signature
+from zarr_store.backends import open_store, store_for
+from zarr_store.errors import AccessError, InvalidInput
+from zarr_store.read import is_cube, open_cube
+from zarr_store.store import Kind
+
+__all__ = ["PLAN_KEY", "begun_plan", "check_hrefs", "keep_plan", "kept_plan", "kept_source",
+           "needed_options",
+           "require_providers"]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+PLAN_KEY = "_terrashard/plan.json"
+
+
+def kept_plan(url: str | os.PathLike[str]) -> Plan:
+    """The plan that a cube was made by, and with which it is repaired or continued.
+
+    Raises:
+        NotACube: Nothing is there, or something else.
+        InvalidInput: The cube keeps no plan, or it was changed.
+    """
+    open_cube(url)
+    data = open_store(url).read(PLAN_KEY)
+    if data is None:
+        raise InvalidInput(
+            f"{url} keeps no plan ({PLAN_KEY} is absent): repeat the `terrashard ingest` command that made it once, "
+            "which writes it and nothing else"
+        )
+    return Plan.from_json(data, f"{url}/{PLAN_KEY}")
+
+
+def begun_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = None) -> Plan:
+    """The plan that a run of `plan` goes on with: the cube's own where they differ only in which scene wins.
+
+    Which scene wins follows from pixels that were looked at when a plan was made. Where some could not be read then and
+    can be now, the cube is finished in the order in which it was begun.
+
+    Args:
+        url: Where the cube is, or will be.
+        plan: What is to be made.
+        kind: What is to hold it, as for `zarr_store.create.create_cube`.
+    """
+    store = store_for(url, kind)
+    data = store.read(PLAN_KEY) if store.exists() and is_cube(store) else None
+    if data is None or json.loads(data).get("digest") == plan.digest:
+        return plan
+    try:
+        kept = Plan.from_json(data, f"{url}/{PLAN_KEY}")
+    except InvalidInput:  # of another release; whether it is the same cube is judged by its metadata
+        return plan
+    if kept.unordered_digest != plan.unordered_digest:
+        return plan
+    log.info("%s: the order of scenes stays the one that it was begun with", url)
+    return kept
+
+
+def keep_plan(url: str | os.PathLike[str], plan: Plan) -> None:
+    """Write the plan into the cube if another one is there; only under the cube's lock.
+
+    Raises:
+        InvalidInput: An href carries a signature, which must not be stored.
+    """
+    for asset in _assets(plan.tasks):
+        _refuse_signature(asset)
+    data = plan.to_json().encode()
+    store = open_store(url)
+    if store.read(PLAN_KEY) != data:
+        store.write(PLAN_KEY, data)
+
+
+def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Iterable[ShardTask] | None = None) -> None:
+    """Judge the hrefs of a plan by the rules for hrefs of a catalogue, before one is opened.
+
+    A plan may come from somebody else, so what it says of its own source counts for nothing. Trusted are the hosts of
+    known providers, what the user typed (SOURCE, or the folder of plan.json), and the options of today's command.
+
+    Args:
+        plan: From a file, or from the cube that keeps it.
+        config: Trust.
+        typed: SOURCE or plan.json as the user gave it; nothing where only a cube was named.
+        tasks: Those that are to be run; None for all.
+
+    Raises:
+        InvalidInput: An href may not be opened; the message names scene, asset, and the option that would allow it.
+    """
+    rules = (*config.providers, *PROVIDERS)
+    named = _provider_names(plan)
+    policy = config.href_policy(typed, [host for rule in rules if rule.name in named for host in rule.hosts])
+    if is_url(plan.source) and not policy.allows_private((urlsplit(plan.source).hostname or "").lower()):
+        _refuse_private_source(plan.source)
+    refused: dict[str, tuple[str, InvalidInput]] = {}
+    seen: set[str] = set()
+    for asset in _assets(plan.tasks if tasks is None else tasks):
+        if asset.href in seen:
+            continue
+        seen.add(asset.href)
+        _refuse_signature(asset)
+        where = f"scene {asset.scene!r}, asset {asset.key!r} of the plan"
+        try:
+            resolved = resolve_href(asset.href, base="/", policy=policy)
+        except InvalidInput as refusal:
+            refused[asset.href] = where, refusal
+            continue
+        if resolved != asset.href:
+            raise InvalidInput(f"{where}: its href is not absolute and plain; plan again")
+    if refused:
+        where, first = next(iter(refused.values()))
+        unknown = named - {rule.name for rule in (*rules, GENERIC)}
+        raise InvalidInput(f"{where}: {first}{_advice(plan, refused, unknown)}")
+    for href in {urlsplit(h).netloc: h for h in sorted(seen) if is_url(h)}.values():
+        with suppress(AccessError):
+            refuse_private_address(href, policy)
+
+
+def kept_source(plan: Plan, config: IngestConfig, url: str) -> str:
+    """Where a cube says that its scenes came from, if today's options or the list of providers trust that.
+
+    Raises:
+        InvalidInput: They do not; the message says what to type.
+    """
+    hosts = [host for rule in (*config.providers, *PROVIDERS) for host in rule.hosts]
+    policy = config.href_policy("", hosts)
+    try:
+        if not is_url(plan.source):
+            return resolve_href(plan.source, base="/", policy=policy)
+        resolve_href(plan.source, base=plan.source, policy=policy)
+        with suppress(AccessError):
+            refuse_private_address(plan.source, policy)
+    except InvalidInput as refusal:
+        raise InvalidInput(
+            f"{url} says that its scenes came from {redact_url(plan.source)!r}, and a cube is not believed, as it may "
+            f"come from somebody else ({refusal}). If you trust that place, type it: --source {redact_url(plan.source)}"
+        ) from refusal
+    return plan.source
+
+
+def require_providers(plan: Plan, config: IngestConfig) -> None:
+    """Refuse to look for more scenes of a cube without the rules by which its scenes were read.
+
+    Raises:
+        InvalidInput: Scenes of the plan are of a provider that is neither built in nor in a file that was given.
+    """
+    known = {rule.name for rule in (*config.providers, *PROVIDERS, GENERIC)}
+    if unknown := sorted(_provider_names(plan) - known):
+        raise InvalidInput(
+            f"the cube has scenes of provider {', '.join(unknown)}, which is not built in; give its file again with "
+            "--provider-file FILE"
+        )
+
+
+def _provider_names(plan: Plan) -> set[str]:
+    return {str(row["provider"]) for rows in plan.items.values() for row in rows if row.get("provider")}
+
+
+def needed_options(plan: Plan, typed: str) -> list[str]:
+    """The options of trust that a command needs to run a plan, where `typed` is the path of its file."""
+    named = _provider_names(plan)
+    policy = IngestConfig().href_policy(typed, [h for rule in PROVIDERS if rule.name in named for h in rule.hosts])
+    refused = []
+    for href in dict.fromkeys(asset.href for asset in _assets(plan.tasks)):
+        try:
+            resolve_href(href, base="/", policy=policy)
+        except InvalidInput:
+            refused.append(href)
+    return _options(plan, refused, named - {rule.name for rule in (*PROVIDERS, GENERIC)})
+
+
+def _options(plan: Plan, refused: Collection[str], unknown: Collection[str]) -> list[str]:
+    """The options that would allow some hrefs of a plan."""
+    options = []
+    hosts = {(urlsplit(href).hostname or "").lower() for href in refused if is_url(href)}
+    private = {host for host in hosts if is_spelled_address(host)}
+    options += ["--allow-private-hosts"] if private else []
+    options += [f"--allow-host {shlex.quote(host)}" for host in sorted(hosts - private)[:4]] if not unknown else []
+    folders = [href.rpartition("/")[0] for href in refused if href.startswith("/") and not href.startswith("//")]
+    if folders:
+        common = os.path.commonpath(folders)
+        home = "" if is_url(plan.source) else plan.source.rpartition("/")[0]
+        # the folder of the catalogue, where all of them lie in it; never one that holds everything
+        folder = home if home and Path(common).is_relative_to(home) else common
+        options += [f"--allow-local {shlex.quote(folder)}"] if folder.count("/") > 1 else []
+    if unknown:
+        options.append("--provider-file FILE (the rules of " + ", ".join(sorted(unknown)) + ")")
+    return options
+
+
+def _advice(plan: Plan, refused: Collection[str], unknown: Collection[str]) -> str:
+    options = _options(plan, refused, unknown)
+    if not options:
+        return ""
+    return (
+        f". {len(refused)} files of the plan are outside what this command names; a plan may come from somebody else "
+        f"and is not believed. If you trust those places, add {' and '.join(options)}"
+    )
+
+
+def _refuse_private_source(source: str) -> None:
+    believed = HrefPolicy(hosts=frozenset({(urlsplit(source).hostname or urlsplit(source).netloc).lower()}))
+    try:
+        resolve_href(source, base=source, policy=believed)
+        with suppress(AccessError):  # an unknown name is the error of each asset behind it
+            refuse_private_address(source, believed)
+    except InvalidInput as refusal:
+        raise InvalidInput(f"the plan's source: {refusal}") from refusal
+
+
+def _assets(tasks: Iterable[ShardTask]) -> Iterable[SourceAsset]:
+    for task in tasks:
+        for scene in task.sources:
+            yield from scene.assets
+
+
+def _refuse_signature(asset: SourceAsset) -> None:
+    if strip_signature(asset.href) != asset.href:
+        raise InvalidInput(
+            f"scene {asset.scene!r}, asset {asset.key!r} of the plan: its href carries a signature or key, which must "
+            "not be stored; plan again (hrefs are signed when they are read, see --sign)"
+        )

@@ -1,0 +1,299 @@
+"""Cloud-optimised GeoTIFF: how a raster leaves terrashard, be it a simulated band or a predicted map.
+
+GDAL's COG driver can only copy a finished dataset, so blocks first go, in any order, into a plain uncompressed TIFF
+beside the target; closing copies that into the COG and renames it. Memory stays at the size of one block plus
+GDAL's cache, a reader never sees half a file, and equal pixels give equal bytes.
+
+Spec: OGC Cloud Optimized GeoTIFF 1.0 (docs.ogc.org/is/21-026), GDAL "COG -- Cloud Optimized GeoTIFF generator".
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+from xml.sax.saxutils import escape
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+import rasterio.shutil
+from rasterio.windows import Window
+
+from ingest.raster.drivers import limit_raster_drivers
+from zarr_store.errors import AccessError, InvalidInput, NoSpace
+from zarr_store.grid import Grid
+
+__all__ = ["CogWriter", "Colour", "write_cog"]
+
+Colour = tuple[int, int, int]
+"""(red, green, blue), each 0…255."""
+
+Block = tuple[int, int, npt.NDArray[Any]]
+"""(first row, first column, pixels (height, width) or (count, height, width))."""
+
+OverviewResampling = Literal["mode", "nearest", "average"]
+
+# Sides of the internal tiles; 512 px is GDAL's own default for COGs.
+_DEFAULT_BLOCK_PX = 512
+
+
+class CogWriter:
+    """One COG in the making: write blocks in any order, then leave the `with` block.
+
+    Pixels that were never written hold `nodata` (0 without one). On an exception nothing remains.
+
+    Args:
+        path: Target, replaced if it exists.
+        grid: Georeference and size.
+        dtype: Pixel type, e.g. "uint16".
+        count: Number of bands.
+        nodata: Value recorded as nodata.
+        colours: Class value → colour; stored as the colour table. Single-band uint8 only.
+        class_names: Class value → name; stored inside the file as band metadata `class_<value>`, and beside it as the
+            `.aux.xml` with GDAL category names that `gdalinfo` and QGIS list.
+        descriptions: One name per band.
+        overviews: Resampling of the internal overviews; "mode" for classes and "average" for data by default.
+        block_px: Side of the internal tiles, a multiple of 16 and at least 128, which is GDAL's limit for COGs.
+        tags: Dataset metadata.
+        scales: (scale, offset) per band: physical = stored · scale + offset.
+
+    Raises:
+        InvalidInput: An argument that a COG cannot hold.
+        NoSpace: The disk is full.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        grid: Grid,
+        *,
+        dtype: str,
+        count: int = 1,
+        nodata: float | None = None,
+        colours: Mapping[int, Colour] | None = None,
+        class_names: Mapping[int, str] | None = None,
+        descriptions: Iterable[str] = (),
+        overviews: OverviewResampling | None = None,
+        block_px: int = _DEFAULT_BLOCK_PX,
+        tags: Mapping[str, str] | None = None,
+        scales: Sequence[tuple[float, float]] = (),
+    ) -> None:
+        self.path = Path(path)
+        self.grid = grid
+        self.dtype = np.dtype(dtype)
+        self.count = count
+        self._class_names = dict(class_names or {})
+        is_class = bool(colours or class_names)
+        if is_class and (self.dtype != np.uint8 or count != 1):
+            raise InvalidInput(
+                f"{self.path.name}: colours and class names need one uint8 band, got {count} of {self.dtype}; "
+                "write classes as uint8"
+            )
+        if block_px < 128 or block_px % 16:
+            raise InvalidInput(f"{self.path.name}: block_px must be a multiple of 16 from 128 up, got {block_px}")
+        self._overviews = overviews or ("mode" if is_class else "average")
+        self._block_px = block_px
+        # one name per writer: two processes that write the same map must not share a half-made file
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        limit_raster_drivers()
+        with _disk_errors(self.path):
+            # a folder of this user alone: GDAL itself would write through a link that lies under the name
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent))
+        self._part = self._folder / "made.tif"
+        self._raw = self._folder / "raw.tif"
+        with _disk_errors(self.path):
+            self._dataset = rasterio.open(
+                self._raw,
+                "w",
+                driver="GTiff",
+                width=grid.width,
+                height=grid.height,
+                count=count,
+                dtype=self.dtype.name,
+                crs=rasterio.CRS.from_user_input(grid.crs),
+                transform=grid.affine,
+                nodata=nodata,
+                SPARSE_OK="TRUE",
+                BIGTIFF="IF_SAFER",
+            )
+            for number, name in enumerate(descriptions, start=1):
+                self._dataset.set_band_description(number, name)
+            if scales:
+                self._dataset.scales = [scale for scale, _ in scales]
+                self._dataset.offsets = [offset for _, offset in scales]
+            if tags:
+                self._dataset.update_tags(**dict(tags))
+            if class_names:
+                self._dataset.update_tags(1, **{f"class_{value}": name for value, name in sorted(class_names.items())})
+            if colours:
+                self._dataset.write_colormap(1, {value: (*colour, 255) for value, colour in sorted(colours.items())})
+
+    def write(self, row: int, col: int, pixels: npt.NDArray[Any]) -> None:
+        """Put `pixels` (height, width) or (count, height, width) with their first pixel at (row, col)."""
+        if pixels.ndim == 2:
+            pixels = pixels[np.newaxis]
+        bands, height, width = pixels.shape
+        if bands != self.count or pixels.dtype != self.dtype:
+            raise InvalidInput(
+                f"{self.path.name}: expected blocks of {self.count} × {self.dtype}, got {bands} × {pixels.dtype}"
+            )
+        if row < 0 or col < 0 or row + height > self.grid.height or col + width > self.grid.width:
+            raise InvalidInput(
+                f"{self.path.name}: block at row {row}, column {col} of {height}×{width} px leaves the grid "
+                f"of {self.grid.height}×{self.grid.width} px"
+            )
+        with _disk_errors(self.path):
+            self._dataset.write(pixels, window=Window(col, row, width, height))
+
+    def close(self) -> None:
+        """Make the COG and rename it into place."""
+        try:
+            with _disk_errors(self.path):
+                self._dataset.close()
+                rasterio.shutil.copy(
+                    self._raw,
+                    self._part,
+                    driver="COG",
+                    COMPRESS="DEFLATE",
+                    PREDICTOR="YES",
+                    LEVEL="6",
+                    BLOCKSIZE=str(self._block_px),
+                    OVERVIEW_RESAMPLING=self._overviews.upper(),
+                    OVERVIEWS="IGNORE_EXISTING",
+                    BIGTIFF="IF_SAFER",
+                    STATISTICS="NO",
+                )
+                sidecar = self.path.with_name(self.path.name + ".aux.xml")
+                if self._class_names:
+                    side_part = self._folder / "made.tif.aux.xml"
+                    side_part.write_text(_category_xml(self._class_names), encoding="utf-8")
+                    os.replace(side_part, sidecar)
+                else:
+                    sidecar.unlink(missing_ok=True)  # names of an earlier file under this path
+                os.replace(self._part, self.path)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove everything unfinished; the target is left as it was."""
+        if not self._dataset.closed:
+            self._dataset.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+def write_cog(
+    path: str | Path,
+    data: npt.NDArray[Any] | Iterable[Block],
+    grid: Grid,
+    *,
+    dtype: str | None = None,
+    count: int = 1,
+    nodata: float | None = None,
+    colours: Mapping[int, Colour] | None = None,
+    class_names: Mapping[int, str] | None = None,
+    descriptions: Iterable[str] = (),
+    overviews: OverviewResampling | None = None,
+    block_px: int = _DEFAULT_BLOCK_PX,
+    tags: Mapping[str, str] | None = None,
+    scales: Sequence[tuple[float, float]] = (),
+) -> Path:
+    """Write an array, or blocks that arrive one by one, as one COG.
+
+    Args:
+        path: Target file.
+        data: Array (height, width) or (count, height, width), or an iterable of (row, column, block).
+        grid: Georeference; an array must have its shape.
+        dtype: Pixel type; needed when `data` is an iterable, else the array's.
+        count: Bands; taken from a three-dimensional array.
+        nodata: See `CogWriter`, as for the arguments below.
+        colours: Class value → (r, g, b).
+        class_names: Class value → name.
+        descriptions: Band names.
+        overviews: Resampling of the overviews.
+        block_px: Side of internal tiles.
+        tags: Dataset metadata.
+        scales: (scale, offset) per band.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InvalidInput: Shapes or types that do not fit.
+        NoSpace: The disk is full.
+    """
+    if isinstance(data, np.ndarray):
+        if data.shape[-2:] != grid.shape:
+            raise InvalidInput(f"{Path(path).name}: array has shape {data.shape}, the grid {grid.shape}")
+        count = data.shape[0] if data.ndim == 3 else 1
+        dtype = data.dtype.name
+        blocks: Iterable[Block] = [(0, 0, data)]
+    elif dtype is None:
+        raise InvalidInput(f"{Path(path).name}: dtype must be given when blocks are written one by one")
+    else:
+        blocks = data
+    writer = CogWriter(
+        path,
+        grid,
+        dtype=dtype,
+        count=count,
+        nodata=nodata,
+        colours=colours,
+        class_names=class_names,
+        descriptions=descriptions,
+        overviews=overviews,
+        block_px=block_px,
+        tags=tags,
+        scales=scales,
+    )
+    with writer:
+        for row, col, block in blocks:
+            writer.write(row, col, block)
+    return writer.path
+
+
+def _category_xml(names: Mapping[int, str]) -> str:
+    """GDAL's sidecar form of class names: one entry per value from 0 up, empty where a value has no name."""
+    entries = "\n".join(f"      <Category>{escape(names.get(v, ''))}</Category>" for v in range(max(names) + 1))
+    return (
+        '<PAMDataset>\n  <PAMRasterBand band="1">\n    <CategoryNames>\n'
+        f"{entries}\n    </CategoryNames>\n  </PAMRasterBand>\n</PAMDataset>\n"
+    )
+
+
+class _disk_errors:
+    """Turns GDAL's write errors into ours; GDAL itself does not say that a disk is full."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, rasterio.errors.RasterioError | OSError) or isinstance(error, NoSpace):
+            return
+        free = shutil.disk_usage(self.path.parent).free
+        if getattr(error, "errno", None) == errno.ENOSPC or free < 1 << 20:
+            raise NoSpace(
+                f"no space left to write {self.path}: {free} bytes are free; free some and run again"
+            ) from error
+        raise AccessError(f"cannot write {self.path}: {error}; check the folder and its permissions") from error

@@ -1,0 +1,194 @@
+"""`Directory`: the first directory of a TIFF, read from its bytes, strictly.
+
+Blocks that are decoded without GDAL become numbers by what these tags say, so every tag that takes part is read and
+checked here. What GDAL tells of a file is not enough: it leaves out tags that it refuses only once it decodes. A
+directory with a tag, a type, a count or a value that is not known here is nobody's error: GDAL then decodes the blocks,
+or refuses them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ingest.raster.ranges import RangeFile
+
+__all__ = ["COMPRESSIONS", "Directory"]
+
+COMPRESSIONS: Mapping[int, str] = {1: "", 5: "LZW", 8: "DEFLATE", 32946: "DEFLATE", 50000: "ZSTD"}
+"""TIFF's number of a compression → GDAL's name of it, empty for none."""
+
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
+_FILL_ORDER, _ORIENTATION, _SAMPLES, _PLANAR, _PREDICTOR = 266, 274, 277, 284, 317
+_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_SIZES, _SAMPLE_FORMAT = 322, 323, 324, 325, 339
+
+_MUST: Mapping[int, tuple[int, ...] | None] = {
+    _WIDTH: None,
+    _HEIGHT: None,
+    _BITS: (8, 16, 32, 64),
+    _COMPRESSION: tuple(COMPRESSIONS),
+    _PHOTOMETRIC: (1, 3),  # numbers as they are; or with a palette beside them
+    _TILE_WIDTH: None,
+    _TILE_HEIGHT: None,
+}
+"""Tags of one value that each directory here has, and the values that are known; None for any above 0."""
+_MAY: Mapping[int, tuple[int, ...]] = {
+    254: (0,),  # a full image
+    _FILL_ORDER: (1,),
+    _ORIENTATION: (1,),
+    _SAMPLES: (1,),
+    _PLANAR: (1,),
+    _PREDICTOR: (1, 2, 3),
+    _SAMPLE_FORMAT: (1, 2, 3),
+}
+"""Tags of one value that may be absent, the first value being the default, and the values that are known."""
+_SAY_NOTHING = frozenset(
+    {
+        *(269, 270, 271, 272, 305, 306, 315, 316, 33432),  # who made it, of what, when, with what
+        *(282, 283, 296),  # pixels per inch
+        320,  # the palette
+        700,  # XMP
+        *(33550, 33922, 34264, 34735, 34736, 34737),  # where it lies
+        *(42112, 42113),  # GDAL's metadata and the value for no data, which GDAL tells
+    }
+)
+"""Tags that take no part in how bytes become numbers."""
+
+_SHORT, _LONG, _LONG8 = 3, 4, 16
+_NUMBERS: Mapping[int, str] = {_SHORT: "<u2", _LONG: "<u4", _LONG8: "<u8"}
+_KINDS = {1: "uint", 2: "int", 3: "float"}
+_MOST_TAGS = 512
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tag: `at` is the place of its values in the file."""
+
+    type: int
+    count: int
+    at: int
+    inline: bytes
+
+
+@dataclass(frozen=True)
+class Directory:
+    """One band in tiles, of which every tag is known.
+
+    Attributes:
+        shape: (height, width), pixels.
+        block: (height, width) of a tile, pixels.
+        dtype: Of the pixels.
+        compression: GDAL's name of it, empty for none.
+        predictor: TIFF's number of it.
+    """
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    dtype: str
+    compression: str
+    predictor: int
+    _offsets: _Entry
+    _sizes: _Entry
+
+    @classmethod
+    def of(cls, file: RangeFile) -> Self | None:
+        """The first directory of a little-endian TIFF; None where GDAL must decode.
+
+        Raises:
+            Exception: As fetching the bytes raised it.
+        """
+        entries = _entries(file)
+        if entries is None or not entries.keys() >= {*_MUST, _TILE_OFFSETS, _TILE_SIZES}:
+            return None
+        values: dict[int, int] = {tag: known[0] for tag, known in _MAY.items()}
+        for tag, entry in entries.items():
+            if tag in _SAY_NOTHING or tag in (_TILE_OFFSETS, _TILE_SIZES):
+                continue
+            if tag not in _MUST and tag not in _MAY:
+                return None
+            value = _number(entry)
+            known = _MUST[tag] if tag in _MUST else _MAY[tag]
+            if value is None or value < (known is None) or (known is not None and value not in known):
+                return None
+            values[tag] = value
+        dtype = f"{_KINDS[values[_SAMPLE_FORMAT]]}{values[_BITS]}"
+        shape, block = (values[_HEIGHT], values[_WIDTH]), (values[_TILE_HEIGHT], values[_TILE_WIDTH])
+        blocks = -(-shape[0] // block[0]) * -(-shape[1] // block[1])
+        offsets, sizes = entries[_TILE_OFFSETS], entries[_TILE_SIZES]
+        if (
+            dtype in ("float8", "float16")  # GDAL makes wider floats of them
+            or (values[_COMPRESSION] == 1 and values[_PREDICTOR] != 1)
+            or any(entry.type not in _NUMBERS or entry.count != blocks for entry in (offsets, sizes))
+        ):
+            return None
+        return cls(shape, block, dtype, COMPRESSIONS[values[_COMPRESSION]], values[_PREDICTOR], offsets, sizes)
+
+    def spans(self, file: RangeFile) -> npt.NDArray[np.int64] | None:
+        """(rows, columns, 2) first byte of each tile, and the first behind it; None where the file ends before it.
+
+        Raises:
+            Exception: As fetching the bytes raised it.
+        """
+        starts, sizes = _array(file, self._offsets), _array(file, self._sizes)
+        if starts is None or sizes is None or starts.max() > file.size or sizes.max() > file.size:
+            return None
+        rows, columns = (-(-size // block) for size, block in zip(self.shape, self.block, strict=True))
+        begin = starts.astype(np.int64)
+        return np.stack([begin, begin + sizes.astype(np.int64)], axis=-1).reshape(rows, columns, 2)
+
+
+def _entries(file: RangeFile) -> dict[int, _Entry] | None:
+    """The tags of the first directory; None unless they are in order, each once, and lie inside the file."""
+    head = file.head
+    if head[:4] == b"II*\x00" and len(head) >= 8:
+        (start,), step, counted, form = struct.unpack_from("<I", head, 4), 12, 2, "<HHI4s"
+    elif head[:8] == b"II+\x00\x08\x00\x00\x00" and len(head) >= 16:
+        (start,), step, counted, form = struct.unpack_from("<Q", head, 8), 20, 8, "<HHQ8s"
+    else:
+        return None
+    first = _bytes(file, start, counted)
+    count = 0 if first is None else int.from_bytes(first, "little")
+    table = _bytes(file, start + counted, count * step) if 0 < count <= _MOST_TAGS else None
+    if table is None:
+        return None
+    entries: dict[int, _Entry] = {}
+    before = -1
+    for number in range(count):
+        tag, kind, values, inline = struct.unpack_from(form, table, number * step)
+        if tag <= before:
+            return None
+        before = tag
+        at = start + counted + (number + 1) * step - len(inline)
+        size = np.dtype(_NUMBERS[kind]).itemsize if kind in _NUMBERS else 0
+        if size * values > len(inline):
+            at = int.from_bytes(inline, "little")
+        entries[tag] = _Entry(kind, values, at, inline)
+    return entries
+
+
+def _number(entry: _Entry) -> int | None:
+    """The one value of a tag; None where it has another type or count."""
+    if entry.type not in (_SHORT, _LONG) or entry.count != 1:
+        return None
+    return int.from_bytes(entry.inline[: 2 if entry.type == _SHORT else 4], "little")
+
+
+def _array(file: RangeFile, entry: _Entry) -> npt.NDArray[np.unsignedinteger] | None:
+    form = np.dtype(_NUMBERS[entry.type])
+    data = _bytes(file, entry.at, entry.count * form.itemsize)
+    return None if data is None else np.frombuffer(data, form)
+
+
+def _bytes(file: RangeFile, start: int, count: int) -> bytes | None:
+    """Bytes of a file, or None where it has not that many."""
+    if start + count > file.size:
+        return None
+    data = file.take(start, start + count)
+    if file.error is not None:
+        raise file.error
+    return data if len(data) == count else None

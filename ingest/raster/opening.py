@@ -1,0 +1,112 @@
+"""Handing one file to GDAL: under a name that means nothing, with one driver, and with nothing around it.
+
+GDAL never gets the path or the address of a file, but an opener that answers to exactly one name. So there is nothing
+beside the file to be found: no overviews, masks, world files or metadata of other programs; and no name inside the file
+leads to a neighbour of it. What a file says about overviews elsewhere is refused before GDAL follows it.
+"""
+
+from __future__ import annotations
+
+import io
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning
+
+from ingest.raster.drivers import limit_raster_drivers
+from ingest.raster.faults import describe_fault, is_file_fault
+from zarr_store.errors import InvalidInput
+from zarr_store.regular import open_regular
+
+__all__ = ["GDAL_OPTIONS", "TIFF", "ForeignOverviewsError", "open_geotiff", "open_raster"]
+
+GDAL_OPTIONS: Mapping[str, Any] = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no guessing of sidecar files
+    "GDAL_PAM_ENABLED": "NO",
+    "GDAL_CACHEMAX": 128,  # MB per process; blocks of one window, not more
+    "GTIFF_IGNORE_READ_ERRORS": "NO",
+}
+"""Of every open and read. None is about networks: GDAL is given files and bytes, never an address."""
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""What a TIFF begins with: classic and BigTIFF, of both byte orders."""
+
+Handle = io.RawIOBase | BinaryIO
+
+
+class ForeignOverviewsError(InvalidInput):
+    """A raster whose metadata say that its overviews are in another file."""
+
+
+@contextmanager
+def open_raster(
+    open_file: Callable[[], Handle], driver: str, *, georeference: bytes | None = None
+) -> Iterator[rasterio.io.DatasetReader]:
+    """Open a raster file with one driver.
+
+    Args:
+        open_file: Gives a fresh handle of the file; GDAL opens it several times.
+        driver: GDAL's name of the only driver that may read it.
+        georeference: A sidecar that GDAL finds beside the file, as `ingest.raster.sidecar` makes it.
+
+    Raises:
+        RasterioError: GDAL cannot read the file.
+        ForeignOverviewsError: The file names another one as its overviews.
+    """
+    limit_raster_drivers()
+    name = f"{uuid.uuid4().hex}/raster"
+    options = dict(GDAL_OPTIONS)
+    if driver == "JP2OpenJPEG":  # on its own it decodes in threads, whose errors are lost: their tiles become zeros
+        options["GDAL_NUM_THREADS"] = 1
+    if georeference is not None:
+        options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
+
+    def opener(path: str, mode: str = "rb") -> Any:
+        if path == name and mode.startswith("r") and "+" not in mode:
+            return open_file()
+        if path == f"{name}.aux.xml" and georeference is not None and mode.startswith("r") and "+" not in mode:
+            return io.BytesIO(georeference)
+        raise FileNotFoundError(path)
+
+    with rasterio.Env(**options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # who needs a place says so as an error
+            dataset = rasterio.open(name, driver=driver, sharing=False, opener=opener)
+        with dataset:
+            _refuse_neighbours(dataset)
+            yield dataset
+
+
+@contextmanager
+def open_geotiff(path: Path) -> Iterator[rasterio.io.DatasetReader]:
+    """Open a local GeoTIFF that a user named.
+
+    Raises:
+        InvalidInput: It is absent, no regular file, no GeoTIFF, or cannot be read, also by what the block does.
+    """
+    try:
+        with open_regular(path) as file:
+            if file.read(4) not in TIFF:
+                raise InvalidInput(f"{path} is no GeoTIFF; convert it with gdal_translate")
+        with open_raster(lambda: open_regular(path), "GTiff") as dataset:
+            yield dataset
+    except Exception as error:
+        if is_file_fault(error):
+            told = describe_fault(error)
+            raise InvalidInput(told if str(path) in told else f"{path} cannot be read as a GeoTIFF: {told}") from error
+        if isinstance(error, OSError):
+            raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
+        raise
+
+
+def _refuse_neighbours(dataset: rasterio.io.DatasetReader) -> None:
+    """A file may name another as its overviews, in any format and anywhere; GDAL looks once overviews are asked for."""
+    if dataset.tags(ns="OVERVIEWS"):
+        raise ForeignOverviewsError(
+            "the file says that its overviews are elsewhere (GDAL metadata, domain OVERVIEWS), which is never "
+            "followed; make a COG of it, whose overviews are inside"
+        )

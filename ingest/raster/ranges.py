@@ -1,0 +1,286 @@
+"""`RangeFile`: a TIFF whose blocks are fetched before anybody asks for them; GDAL can read it as a file.
+
+GDAL on its own opens a file anew for each window and waits for each answer before it asks on. Here the header is
+fetched once per process and file, all blocks of a window are known from it, neighbours are merged into one request,
+and the requests of all bands are on their way at once. Every answer is checked: its status, its range, its length,
+and that the file is still the one whose header is held.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import rasterio
+from rasterio.errors import RasterioError
+
+from ingest.raster.lru import Recent
+
+__all__ = [
+    "HEAD_BYTES",
+    "MOST_AT_ONCE",
+    "BlockPlaceError",
+    "Head",
+    "HeadCache",
+    "RangeFile",
+    "block_span",
+    "blocks_of",
+    "range_file_of",
+]
+
+Span = tuple[int, int]
+"""(start, stop) in bytes."""
+
+Get = Callable[[Span], bytes]
+"""Fetches exactly these bytes, or raises."""
+
+
+class BlockPlaceError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
+    """A block with more bytes than a block of its size can have, or of a place that no file has."""
+
+
+HEAD_BYTES = 16384
+"""Fetched at the open: holds the directories of a COG of 10 980² pixels in blocks of 512."""
+
+_MERGE_BYTES = 512
+"""Blocks this near each other are one request; in a COG 8 bytes lie between them."""
+_AROUND_BYTES = 4
+"""A COG repeats a block's size before it and its last bytes behind it, and GDAL may look."""
+MOST_AT_ONCE = 64
+"""Requests of one process; a shard of four bands needs about 40, and the next one's are on their way with them."""
+_FEW_BYTES = 1 << 20
+"""A block may have as many bytes, whatever it unpacks to."""
+_MOST_GROWTH = 4
+"""Larger blocks may have so many bytes for each byte that they unpack to; LZW of noise has 1.5."""
+_FARTHEST = 1 << 60
+_HEADS = 1024
+_HEAD_LIFE_S = 300.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is known of a remote file once its first bytes are here.
+
+    Attributes:
+        url: Where it was found, after redirects, unsigned.
+        data: Its first bytes.
+        size: Of the whole file, if the server said so.
+        etag: Its version, if the server said so.
+        ranges: Whether the server answers ranges.
+        until: Monotonic time after which it is asked for anew.
+    """
+
+    url: str
+    data: bytes
+    size: int | None
+    etag: str | None
+    ranges: bool
+    until: float
+
+    @property
+    def version(self) -> str:
+        """What tells this file from another one of its name: its size, and its ETag or date if the server said so."""
+        return f"{self.size} {self.etag or ''}".strip()
+
+
+class HeadCache(Recent[Head]):
+    """The heads of the files read last, for a while; one per process, so a file of many shards is opened once."""
+
+    def __init__(self) -> None:
+        super().__init__(_HEADS)
+
+    def get(self, key: Hashable) -> Head | None:
+        """The head of an href, if it is known and not too old."""
+        head = super().get(key)
+        return None if head is None or head.until < time.monotonic() else head
+
+    def put(self, key: Hashable, value: Head) -> None:
+        """Keep a head; one that holds the whole file is not kept, or nobody would ask for the file."""
+        if value.size is not None and len(value.data) < value.size:
+            super().put(key, value)
+
+    @staticmethod
+    def deadline() -> float:
+        """Until when a head that arrives now may be used."""
+        return time.monotonic() + _HEAD_LIFE_S
+
+
+class RangeFile:
+    """The bytes of a file that are here, and the way to the others.
+
+    Args:
+        head: Its first bytes and its size.
+        get: Fetches a span.
+        remote: Whether it is worth asking for several spans at once.
+    """
+
+    def __init__(self, head: Head, get: Get, *, remote: bool = True) -> None:
+        if head.size is None:
+            raise ValueError("a file of unknown size cannot be read in ranges")
+        self.size = head.size
+        self.version = head.version
+        self.error: BaseException | None = None
+        self._get = get
+        self._remote = remote
+        self._parts: list[tuple[int, bytes]] = [(0, head.data[: head.size])]
+
+    @property
+    def head(self) -> bytes:
+        """The first bytes."""
+        return self._parts[0][1]
+
+    def open(self, path: str, mode: str = "rb") -> io.RawIOBase:
+        """A fresh handle: rasterio opens a file several times and closes each."""
+        return _Handle(self)
+
+    def fetch(self, spans: Iterable[Span]) -> None:
+        """Have these bytes, several requests at a time.
+
+        Raises:
+            Exception: As the fetching raised it.
+        """
+        wanted = [span for span in merge(spans, self.size) if self._find(span) is None]
+        if not wanted:
+            return
+        several = self._remote and len(wanted) > 1
+        answers = list(_pool(os.getpid()).map(self._get, wanted)) if several else [self._get(span) for span in wanted]
+        self._parts += [(start, data) for (start, _), data in zip(wanted, answers, strict=True)]
+
+    def forget(self) -> None:
+        """Let go of all but the head: the blocks of a window are needed once."""
+        del self._parts[1:]
+
+    def take(self, start: int, stop: int) -> bytes:
+        """Bytes, fetched now if they are not here; what went wrong is kept, as GDAL would only say "read error"."""
+        part = self._find((start, stop))
+        if part is None:
+            try:
+                part = (start, self._get((start, min(self.size, max(stop, start + HEAD_BYTES)))))
+            except BaseException as error:  # noqa: BLE001 - raised again by the reader; GDAL would swallow an interrupt
+                self.error = error
+                return b""
+            self._parts.append(part)
+        return part[1][start - part[0] : stop - part[0]]
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """Bytes that `fetch` brought, without a copy; fewer where the file ends before `stop`."""
+        part = self._find((start, min(stop, self.size)))
+        if part is None:
+            self.fetch([(start, stop)])
+            part = self._find((start, min(stop, self.size))) or (start, b"")
+        return memoryview(part[1])[start - part[0] : stop - part[0]]
+
+    def _find(self, span: Span) -> tuple[int, bytes] | None:
+        return next((p for p in self._parts if p[0] <= span[0] and span[1] <= p[0] + len(p[1])), None)
+
+
+class _Handle(io.RawIOBase):
+    """One open handle: a position in a `RangeFile`."""
+
+    def __init__(self, file: RangeFile) -> None:
+        super().__init__()
+        self._file = file
+        self._at = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self._at
+        stop = self._file.size if size is None or size < 0 else min(self._file.size, start + size)
+        data = self._file.take(start, stop) if stop > start else b""
+        self._at = start + len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def merge(spans: Iterable[Span], size: int) -> list[Span]:
+    """Spans in order, with near ones joined.
+
+    >>> merge([(100, 200), (208, 300), (5000, 6000)], 5500)
+    [(96, 304), (4996, 5500)]
+    """
+    merged: list[Span] = []
+    for start, stop in sorted(spans):
+        start, stop = max(0, start - _AROUND_BYTES), min(size, stop + _AROUND_BYTES)
+        if merged and start - merged[-1][1] <= _MERGE_BYTES:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def blocks_of(dataset: rasterio.io.DatasetReader, window: tuple[int, int, int, int]) -> list[Span]:
+    """The bytes of the blocks of a TIFF that a window (row, col, height, width) touches; blocks left out are absent."""
+    row, col, height, width = window
+    tall, wide = dataset.block_shapes[0]
+    spans = []
+    for y in range(row // tall, -(-(row + height) // tall)):
+        for x in range(col // wide, -(-(col + width) // wide)):
+            span = block_span(dataset, y, x)
+            if span is not None:
+                spans.append(span)
+    return spans
+
+
+def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | None:
+    """The bytes of one block of a TIFF, by its row and column among the blocks; None where a sparse file has none.
+
+    Raises:
+        BlockPlaceError: The file states more bytes than any packing of the block has, or a place that no file has.
+    """
+    start = dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1)
+    count = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
+    if start is None or count is None:
+        return None
+    if int(start) + int(count) > _FARTHEST:
+        raise BlockPlaceError(f"block {y}, {x}: the file states that it begins at byte {start}: it is damaged")
+    if int(count) > _FEW_BYTES:
+        tall, wide = dataset.block_shapes[0]
+        unpacked = tall * wide * np.dtype(dataset.dtypes[0]).itemsize
+        if int(count) > _MOST_GROWTH * unpacked:
+            raise BlockPlaceError(
+                f"block at row {y * tall}, column {x * wide}: {count} packed bytes of {unpacked} are refused"
+            )
+    return (int(start), int(start) + int(count))
+
+
+_files: weakref.WeakKeyDictionary[rasterio.io.DatasetReader, RangeFile] = weakref.WeakKeyDictionary()
+
+
+def tie(dataset: rasterio.io.DatasetReader, file: RangeFile) -> None:
+    """Remember the file that a dataset reads from."""
+    _files[dataset] = file
+
+
+def range_file_of(dataset: rasterio.io.DatasetReader) -> RangeFile | None:
+    """The file that a dataset reads from, if it is one of ours."""
+    return _files.get(dataset)
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
+
+
+def _pool(pid: int) -> ThreadPoolExecutor:
+    """Threads that wait for answers; one set per process, as threads do not survive a fork."""
+    with _pools_lock:
+        if pid not in _pools:
+            _pools[pid] = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="terrashard-fetch")
+        return _pools[pid]

@@ -1,0 +1,271 @@
+"""One asset on one grid: what every pixel of a cube goes through.
+
+`read_on_grid` returns raw numbers, `SceneReader` gives the same through stackstac's reader protocol. Errors are
+errors: nothing here turns an unreadable file into zeros.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.windows import Window
+
+from ingest.raster.access import Access, Raster, with_raster
+from ingest.raster.blocks import BlockReader, check_streams
+from ingest.raster.gdal_read import read_window
+from ingest.raster.ranges import blocks_of
+from ingest.raster.resample import pick_resampling, place
+from ingest.trust.redact import redact_url
+from ingest.worker.meters import count_stage
+from zarr_store.errors import AssetUnreadable, InvalidInput
+from zarr_store.grid import Grid
+
+__all__ = [
+    "Access",
+    "ReadableAsset",
+    "SceneReader",
+    "harmonise_dn",
+    "read_on_grid",
+]
+
+Stored = Literal["uint16", "uint8", "float32"]
+Pixels = npt.NDArray[np.generic]
+
+NODATA: Mapping[str, float] = {"uint16": 0, "uint8": 0, "float32": float("nan")}
+"""What a pixel without data is, by stored type."""
+
+
+class ReadableAsset(Protocol):
+    """What reading needs to know of an asset; `ingest.scenes.scene.AssetRef` and `ingest.plan.plan.SourceAsset` have it."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def href(self) -> str: ...
+    @property
+    def nodata(self) -> float | None: ...
+    @property
+    def kind(self) -> Literal["data", "class"]: ...
+
+
+def read_on_grid(
+    asset: ReadableAsset,
+    header: Grid | None,
+    target: Grid,
+    resampling: str,
+    *,
+    stored: Stored = "uint16",
+    scene: str = "",
+    access: Access | None = None,
+    out: Pixels | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Pixels:
+    """Read one band of one scene onto `target`; raw numbers, before any offset.
+
+    Args:
+        asset: What to read.
+        header: Grid that the file had when it was planned; another grid now is an error. None accepts any.
+        target: Grid of the result.
+        resampling: Kernel wanted where the lattices differ; `pick_resampling` overrules it where it would be wrong.
+        stored: Type of the result: "uint16" (digital numbers), "uint8" (classes) or "float32" (backscatter).
+        scene: Item id, for errors.
+        access: Limits and retries.
+        out: Where the result goes; (height, width) of the type `stored`. Holds anything if this raises.
+        tell: Given the version of the file that is read, where one is known (not of s3:// hrefs, which GDAL reads).
+
+    Returns:
+        `out`, or a fresh array: (height, width) of `target`; 0 (or NaN for float32) where the file has no data or does
+        not reach.
+
+    Raises:
+        AssetUnreadable: After all retries, or at once where a retry cannot help.
+    """
+
+    def use(raster: Raster) -> Pixels:
+        told, file, dataset = raster.header, raster.file, raster.dataset
+        if header is not None and told.grid != header:
+            reason = f"the file is not the one that was planned: its grid was {header}, now it is {told.grid}"
+            raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
+        _check_type(told.dtype, stored, scene, asset)
+        if asset.kind == "data" and told.palette:
+            reason = "expected a data band, the file has a palette: its numbers are colours"
+            raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
+        empty = {value for value in (asset.nodata, told.nodata) if value is not None}
+        if tell is not None and file is not None:
+            tell(file.version)
+        blocks = None
+        if told.packing is not None and file is not None:
+            blocks = BlockReader(told.packing, file, spans=told.spans, dataset=dataset)
+
+        def window(row: int, col: int, height: int, width: int, into: Pixels | None = None) -> Pixels:
+            if blocks is None and file is not None:
+                file.fetch(blocks_of(dataset, (row, col, height, width)))
+            begun = time.perf_counter()
+            if blocks is not None:
+                # pixels of another type cannot be decoded into their place
+                fits = into is not None and into.dtype == told.dtype
+                raw = blocks.read(row, col, height, width, into if fits else None)
+            else:
+                assert dataset is not None, "only a file that needs no GDAL is not open"
+                if file is not None:
+                    check_streams(dataset, file, (row, col, height, width))
+                raw = read_window(dataset, window=Window(col, row, width, height))
+                if file is not None:
+                    file.forget()
+            count_stage("read", time.perf_counter() - begun, raw.nbytes)
+            return _as_stored(raw, stored, empty)
+
+        kernel = pick_resampling(asset.kind, told.grid, target, resampling)
+        return place(window, told.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
+
+    return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access)
+
+
+def harmonise_dn(
+    dn: npt.NDArray[np.uint16], dn_offset: int, out: npt.NDArray[np.uint16] | None = None
+) -> npt.NDArray[np.uint16]:
+    """Add the radiometric offset to digital numbers: 0 stays nodata, 65535 stays saturated, the rest stays in 1…65535.
+
+    Args:
+        dn: As they are in the file.
+        dn_offset: Of the item's baseline.
+        out: Where the result goes; may be `dn` itself.
+
+    >>> harmonise_dn(np.array([0, 500, 1000, 1001, 65535], np.uint16), -1000).tolist()
+    [0, 1, 1, 1, 65535]
+    """
+    if dn_offset == 0:
+        if out is None or out is dn:
+            return dn
+        out[...] = dn
+        return out
+    # the extremes say in one pass each whether there are any, which most strips have not
+    edges = ((0, dn.min(initial=1)), (65535, dn.max(initial=0)))
+    fixed = [(dn == value, value) for value, extreme in edges if value == extreme]
+    if dn_offset < 0:  # the common case, without leaving 16 bits
+        moved = np.maximum(dn, np.uint16(min(1 - dn_offset, 65535)), out=out)
+        moved -= np.uint16(min(-dn_offset, 65534))
+    else:
+        moved = np.minimum(dn, np.uint16(max(65535 - dn_offset, 0)), out=out)
+        moved += np.uint16(min(dn_offset, 65535))
+    for where, value in fixed:
+        np.copyto(moved, np.uint16(value), where=where)
+    return moved
+
+
+def _check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> None:
+    whole = np.issubdtype(np.dtype(dtype), np.integer)
+    if (stored == "float32") == whole:
+        expected = "a float band of linear backscatter" if stored == "float32" else "a band of whole numbers"
+        raise AssetUnreadable.of(
+            scene, asset.key, f"expected {expected}, the file holds {dtype}", redact_url(asset.href)
+        )
+
+
+def _as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
+    """Pixels in the stored type, with everything that is no data at its one value."""
+    if stored == "float32":
+        power = raw.astype(np.float32)
+        # exact zeros are the borders of scenes before 2018, never a measured power
+        power[~np.isfinite(power) | (power == 0)] = np.nan
+        for value in empty:
+            if abs(value) <= np.finfo(np.float32).max:  # no pixel of the type has another value
+                power[power == np.float32(value)] = np.nan
+        return power
+    top = np.iinfo(stored).max
+    whole = raw.astype(stored, copy=False) if raw.dtype == stored else np.clip(raw, 0, top).astype(stored)
+    for value in empty:
+        if np.isfinite(value) and value != 0 and (hits := raw == value).any():
+            whole[hits] = 0
+    return whole
+
+
+class SceneReader:
+    """stackstac's reader protocol over `read_on_grid`.
+
+    stackstac knows an asset by its URL only; `table` says the rest, and goes in by `functools.partial`:
+    `stackstac.stack(…, reader=partial(SceneReader, table={href: asset}))`. `errors_as_nodata` is not honoured: an
+    unreadable asset raises.
+
+    Args:
+        url: Href of the asset.
+        spec: stackstac's `RasterSpec` of the target grid.
+        resampling: Used where `table` does not know the asset.
+        dtype: Of the result.
+        fill_value: Value of pixels without data.
+        scale_offset: Must be (1, 0): floats are made on the device, never stored.
+        table: Href → asset with its header grid, kernel and offset.
+        access: Limits and retries.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        spec: Any,
+        resampling: Any,
+        dtype: np.dtype[Any],
+        fill_value: float,
+        scale_offset: tuple[float, float] = (1, 0),
+        gdal_env: Any = None,
+        errors_as_nodata: tuple[Exception, ...] = (),
+        table: Mapping[str, Any] | None = None,
+        access: Access | None = None,
+    ) -> None:
+        if tuple(scale_offset) != (1, 0):
+            raise InvalidInput(f"stack with rescale=False: stored values stay whole numbers, got {scale_offset}")
+        self.url = url
+        self.spec = spec
+        self.resampling = getattr(resampling, "name", str(resampling))
+        self.dtype = np.dtype(dtype)
+        self.fill_value = fill_value
+        self.asset = (table or {}).get(url)
+        self.access = access
+        self._grid = _grid_of_spec(spec)
+
+    def read(self, window: Window, **_: Any) -> Pixels:
+        """One window of the stack's grid."""
+        target = self._grid.window(int(window.row_off), int(window.col_off), int(window.height), int(window.width))
+        if self.asset is None:
+            plain = _UrlAsset(self.url)
+            stored: Stored = "float32" if self.dtype.kind == "f" else "uint16"
+            raw = read_on_grid(plain, None, target, self.resampling, stored=stored, access=self.access)
+            return raw.astype(self.dtype, copy=False)
+        asset = self.asset
+        pixels = read_on_grid(
+            asset, asset.header, target, asset.resampling, stored=asset.stored, scene=asset.scene, access=self.access
+        )
+        if asset.stored == "uint16":
+            pixels = harmonise_dn(pixels.astype(np.uint16, copy=False), asset.dn_offset)
+        return pixels.astype(self.dtype, copy=False)
+
+    def close(self) -> None:
+        """Nothing stays open between reads."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class _UrlAsset:
+    """An asset of which nothing but the URL is known."""
+
+    nodata = None
+    kind: Literal["data", "class"] = "data"
+
+    def __init__(self, href: str) -> None:
+        self.href = href
+        self.key = href.rpartition("/")[2].partition("?")[0]
+
+
+def _grid_of_spec(spec: Any) -> Grid:
+    left, _, _, top = spec.bounds
+    rx, ry = spec.resolutions_xy
+    height, width = spec.shape
+    return Grid(f"EPSG:{spec.epsg}", (float(rx), 0.0, float(left), 0.0, -float(ry), float(top)), (height, width))

@@ -1,0 +1,288 @@
+"""Pixels of one raster on another grid, so that the result never depends on how the grid is cut.
+
+Three paths, by geometry alone: a shared lattice is copied (bit-exact), a class raster whose pixels hold whole
+target pixels is repeated (exact), all else is warped by GDAL. The warp always runs over the same canonical blocks,
+which lie on the CRS and not on the window asked for, each from the same source pixels; so any window of the grid is
+the same bytes, and shards meet without seams.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pyproj import CRS, Transformer
+from rasterio.enums import Resampling
+from rasterio.io import MemoryFile
+from rasterio.vrt import WarpedVRT
+
+from ingest.raster.drivers import limit_raster_drivers
+from ingest.worker.meters import stage
+from ingest.worker.slots import computing
+from zarr_store.grid import Grid
+
+__all__ = ["WindowReader", "is_nested", "pick_resampling", "place", "scale_ratio"]
+
+Array = npt.NDArray[np.generic]
+
+
+class WindowReader(Protocol):
+    """Pixels of a window inside a raster."""
+
+    def __call__(self, row: int, col: int, height: int, width: int, into: Array | None = None) -> Array:
+        """Pixels (height, width), put `into` a view of the wanted type where that can be; then it is returned."""
+
+
+_BLOCK_PX = 256
+_MAX_SOURCE_PX = 4096
+_MARGIN_PX = 6
+"""Around a block's footprint in the source: cubic at pinned scale ≥ 1/2 reaches 4 pixels; the rest is for curvature."""
+_WHOLE_READ_PX = 1 << 25
+_TOLERANCE_PX = 1e-6
+_OUTLINE_POINTS = 33
+
+
+def scale_ratio(source: Grid, target: Grid) -> float:
+    """Target pixel size over source pixel size, in metres: above 1 the target is coarser."""
+    return _pixel_m(target) / _pixel_m(source)
+
+
+def pick_resampling(kind: Literal["data", "class"], source: Grid, target: Grid, wanted: str) -> str:
+    """The kernel for one asset: classes are never interpolated, and coarsening never skips pixels.
+
+    >>> fine, coarse = (Grid("EPSG:32633", (r, 0, 0, 0, -r, 0), (9, 9)) for r in (10.0, 20.0))
+    >>> pick_resampling("data", fine, coarse, "bilinear"), pick_resampling("class", fine, coarse, "bilinear")
+    ('average', 'mode')
+    """
+    ratio = scale_ratio(source, target)
+    if kind == "class":
+        return "mode" if ratio > 1.01 else "nearest"
+    return "average" if ratio >= 1.99 and wanted != "nearest" else wanted
+
+
+def is_nested(source: Grid, target: Grid) -> int:
+    """How many target pixels one source pixel holds along a side, when lattices nest exactly; else 0."""
+    if source.crs != target.crs:
+        return 0
+    (sx, sy), (tx, ty) = source.resolution, target.resolution
+    factor = round(sx / tx)
+    if factor < 1 or abs(sx - factor * tx) > 1e-9 * sx or abs(sy - factor * ty) > 1e-9 * sy:
+        return 0
+    col = (target.transform[2] - source.transform[2]) / tx
+    row = (source.transform[5] - target.transform[5]) / ty
+    return factor if abs(col - round(col)) < 1e-6 and abs(row - round(row)) < 1e-6 else 0
+
+
+def place(
+    read: WindowReader,
+    source: Grid,
+    target: Grid,
+    resampling: str,
+    *,
+    dtype: npt.DTypeLike,
+    nodata: float,
+    out: Array | None = None,
+) -> Array:
+    """Pixels of a raster on `target`.
+
+    Args:
+        read: Reads a window that lies inside the raster; pixels without data are already `nodata`.
+        source: Grid of the raster.
+        target: Grid of the result; may reach outside the raster.
+        resampling: Name of a rasterio `Resampling`; has no effect where both share a lattice.
+        dtype: Of the source pixels and the result.
+        nodata: Value outside the raster and of pixels without data; such pixels have no weight.
+        out: Where the result goes; of `dtype`.
+
+    Returns:
+        `out`, or a fresh array of (height, width) of `target`.
+    """
+    if out is None:
+        out = np.empty(target.shape, dtype)
+    offset = source.offset_of(target)
+    if offset is not None:
+        _copy(read, source.shape, offset, nodata, out)
+        return out
+    factor = is_nested(source, target)
+    if factor > 1 and resampling == "nearest":
+        _repeat(read, source, target, factor, nodata, out)
+    else:
+        _warp(read, source, target, resampling, nodata, out)
+    return out
+
+
+def _copy(read: WindowReader, size: tuple[int, int], offset: tuple[int, int], nodata: float, out: Array) -> None:
+    """Pixels that lie on the raster's own lattice; `offset` is the first of them in the raster."""
+    shape = out.shape
+    row0, col0 = max(0, offset[0]), max(0, offset[1])
+    row1, col1 = min(size[0], offset[0] + shape[0]), min(size[1], offset[1] + shape[1])
+    if (row1 - row0, col1 - col0) != shape:
+        out[...] = nodata
+    if row1 > row0 and col1 > col0:
+        view = out[row0 - offset[0] : row1 - offset[0], col0 - offset[1] : col1 - offset[1]]
+        pixels = read(row0, col0, row1 - row0, col1 - col0, into=view)
+        if pixels is not view:
+            view[...] = pixels
+
+
+def _repeat(read: WindowReader, source: Grid, target: Grid, factor: int, nodata: float, out: Array) -> None:
+    """Each pixel of the raster `factor` times along both sides."""
+    tx, ty = target.resolution
+    col = round((target.transform[2] - source.transform[2]) / tx)
+    row = round((source.transform[5] - target.transform[5]) / ty)
+    row0, col0 = row // factor, col // factor
+    row1, col1 = -(-(row + target.height) // factor), -(-(col + target.width) // factor)
+    coarse = np.empty((row1 - row0, col1 - col0), out.dtype)
+    _copy(read, source.shape, (row0, col0), nodata, coarse)
+    top, left = row - row0 * factor, col - col0 * factor
+    # along a row first, then whole rows: several times as fast as the other way round
+    wide = coarse.repeat(factor, axis=1)[:, left : left + target.width]
+    for phase in range(factor):
+        rows = out[phase::factor]
+        first = (top + phase) // factor
+        rows[...] = wide[first : first + len(rows)]
+
+
+def _warp(read: WindowReader, source: Grid, target: Grid, resampling: str, nodata: float, out: Array) -> None:
+    dtype = out.dtype
+    out[...] = nodata
+    ratio = scale_ratio(source, target)
+    side = _BLOCK_PX
+    while side > 16 and side * ratio > _MAX_SOURCE_PX:
+        side //= 2
+    jobs = []
+    for block, inside, cut in _canonical_blocks(target, side):
+        window = _source_window(source, block, ratio)
+        if window is not None:
+            jobs.append((block, inside, cut, window))
+    if not jobs:
+        return
+    read_part = _read_once(read, [window for *_, window in jobs])
+    for block, inside, cut, window in jobs:
+        row, col, height, width = window
+        pixels = read_part(row, col, height, width)
+        with computing(), stage("warp", math.prod(block.shape) * np.dtype(dtype).itemsize):
+            result = _warp_block(pixels, source.window(row, col, height, width), block, resampling, ratio, nodata)
+        out[inside] = result[cut]
+
+
+def _warp_block(pixels: Array, source: Grid, block: Grid, resampling: str, ratio: float, nodata: float) -> Array:
+    """One call of GDAL's warper: a VRT, as `rasterio.warp.reproject` ignores `tolerance` before 1.5."""
+    profile = {
+        "driver": "GTiff",
+        "height": source.height,
+        "width": source.width,
+        "count": 1,
+        "dtype": pixels.dtype,
+        "crs": _crs(source.crs),
+        "transform": source.affine,
+    }
+    limit_raster_drivers()
+    with MemoryFile() as memory:
+        with memory.open(**profile) as fresh:
+            fresh.write(pixels, 1)
+        with (
+            memory.open() as dataset,
+            WarpedVRT(
+                dataset,
+                src_nodata=nodata,
+                nodata=nodata,
+                crs=_crs(block.crs),
+                transform=block.affine,
+                height=block.height,
+                width=block.width,
+                resampling=Resampling[resampling],
+                # of a pixel; the default of 0.125 would bend each row of the window by its own chord
+                tolerance=_TOLERANCE_PX,
+                # GDAL otherwise takes the kernel's width from the shape of each window
+                XSCALE=min(1.0, 1.0 / ratio),
+                YSCALE=min(1.0, 1.0 / ratio),
+                SOURCE_EXTRA=_MARGIN_PX,
+            ) as warped,
+        ):
+            return np.asarray(warped.read(1))
+
+
+def _canonical_blocks(target: Grid, side: int) -> Iterator[tuple[Grid, tuple[slice, slice], tuple[slice, slice]]]:
+    """Blocks of `side` pixels that lie on the CRS; yields (block, its place in target, the part of it wanted)."""
+    rx, ry = target.resolution
+    # pixels from the origin of the CRS; rounding makes every window of one grid agree on the fraction
+    x, y = round(target.transform[2] / rx, 6), round(-target.transform[5] / ry, 6)
+    col0, row0 = math.floor(x), math.floor(y)
+    fraction_x, fraction_y = round(x - col0, 6), round(y - row0, 6)
+    for by in range(row0 // side, -(-(row0 + target.height) // side)):
+        for bx in range(col0 // side, -(-(col0 + target.width) // side)):
+            transform = (rx, 0.0, (bx * side + fraction_x) * rx, 0.0, -ry, -(by * side + fraction_y) * ry)
+            block = Grid(target.crs, transform, (side, side))
+            inside, cut = [], []
+            for first, start, size in ((by * side, row0, target.height), (bx * side, col0, target.width)):
+                low, high = max(first, start), min(first + side, start + size)
+                inside.append(slice(low - start, high - start))
+                cut.append(slice(low - first, high - first))
+            yield block, (inside[0], inside[1]), (cut[0], cut[1])
+
+
+def _source_window(source: Grid, block: Grid, ratio: float) -> tuple[int, int, int, int] | None:
+    """(row, col, height, width) of the source pixels that a block can depend on; None where there are none."""
+    left, bottom, right, top = block.bounds
+    along = np.linspace(0.0, 1.0, _OUTLINE_POINTS)
+    xs = np.concatenate([left + (right - left) * along, np.full(_OUTLINE_POINTS, right)] * 2)
+    ys = np.concatenate(
+        [
+            np.full(_OUTLINE_POINTS, top),
+            bottom + (top - bottom) * along,
+            np.full(_OUTLINE_POINTS, bottom),
+            bottom + (top - bottom) * along,
+        ]
+    )
+    xs[3 * _OUTLINE_POINTS :] = left
+    if block.crs != source.crs:
+        xs, ys = _transformer(block.crs, source.crs).transform(xs, ys)
+        finite = np.isfinite(xs) & np.isfinite(ys)
+        if not finite.any():
+            return None
+        xs, ys = xs[finite], ys[finite]
+    rx, ry = source.resolution
+    cols, rows = (xs - source.transform[2]) / rx, (source.transform[5] - ys) / ry
+    margin = math.ceil(_MARGIN_PX * max(1.0, min(ratio, 2.0)))
+    row0, col0 = max(0, math.floor(rows.min()) - margin), max(0, math.floor(cols.min()) - margin)
+    row1, col1 = min(source.height, math.ceil(rows.max()) + margin), min(source.width, math.ceil(cols.max()) + margin)
+    return (row0, col0, row1 - row0, col1 - col0) if row1 > row0 and col1 > col0 else None
+
+
+def _read_once(read: WindowReader, windows: list[tuple[int, int, int, int]]) -> WindowReader:
+    """Read the union of the windows in one go where it is small enough: neighbours share source blocks."""
+    row0, col0 = min(w[0] for w in windows), min(w[1] for w in windows)
+    row1, col1 = max(w[0] + w[2] for w in windows), max(w[1] + w[3] for w in windows)
+    if (row1 - row0) * (col1 - col0) > _WHOLE_READ_PX:
+        return read
+    whole = read(row0, col0, row1 - row0, col1 - col0)
+
+    def part(row: int, col: int, height: int, width: int, into: Array | None = None) -> Array:
+        return np.ascontiguousarray(whole[row - row0 : row - row0 + height, col - col0 : col - col0 + width])
+
+    return part
+
+
+def _pixel_m(grid: Grid) -> float:
+    rx, ry = grid.resolution
+    return math.sqrt(rx * ry) / _units_per_metre(grid.crs)
+
+
+@functools.lru_cache(maxsize=64)
+def _units_per_metre(crs: str) -> float:
+    return Grid(crs, (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), (1, 1)).units_per_metre
+
+
+@functools.lru_cache(maxsize=64)
+def _crs(crs: str) -> str:
+    return crs if crs.startswith("EPSG:") else CRS(crs).to_wkt("WKT2_2019")
+
+
+@functools.lru_cache(maxsize=64)
+def _transformer(source: str, target: str) -> Transformer:
+    return Transformer.from_crs(source, target, always_xy=True)

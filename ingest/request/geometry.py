@@ -1,0 +1,226 @@
+"""Regions from files: GeoJSON, WKT, GeoParquet and GeoPackage, in any CRS, as one lon/lat geometry.
+
+Edges are densified before they are reprojected, as a straight edge in metres is a curve in degrees, and what crosses
+the antimeridian is cut there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyproj
+import shapely
+from pyproj.exceptions import ProjError
+from shapely import affinity
+from shapely.errors import ShapelyError
+from shapely.geometry import box, mapping, shape
+from shapely.geometry.base import BaseGeometry
+
+from ingest.request.geopackage import open_geopackage
+from zarr_store.bounded import load_json, read_file
+from zarr_store.crs import parse_crs
+from zarr_store.errors import InvalidInput
+from zarr_store.regular import open_regular
+
+__all__ = ["bare_geometry", "load_geometry", "to_lonlat"]
+
+_GEOMETRIES = {"Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection"}
+_MAX_BYTES = 16 * 2**20
+_MAX_DECODED = 16 * _MAX_BYTES
+_MAX_ROWS = 100_000
+_PARTS = 64
+"""An edge is cut into at least so many parts of the whole region's size."""
+_WORLD = box(-180, -90, 180, 90)
+
+
+def load_geometry(path: str | Path) -> dict[str, Any]:
+    """One lon/lat geometry from a file; several features are joined.
+
+    Raises:
+        InvalidInput: Not readable, no format that is known, of an unknown CRS, or nowhere on Earth.
+    """
+    where = str(path)
+    try:
+        with open_regular(path) as stream:
+            start, size = stream.read(16), os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise InvalidInput(f"cannot read geometry file {path}: {error.strerror or error}") from error
+    if size > _MAX_BYTES:
+        raise InvalidInput(f"geometry file {path} has {size} bytes, more than {_MAX_BYTES}; simplify it")
+    if start.startswith(b"PAR1"):
+        return _joined(list(_parquet(path)), where)
+    if start.startswith(b"SQLite format 3"):
+        return _joined(list(_geopackage(path)), where)
+    if Path(path).suffix.lower() in (".shp", ".zip", ".kml", ".gml", ".fgb"):
+        raise InvalidInput(
+            f"geometry file {path}: expected GeoJSON, WKT, GeoParquet or GeoPackage; convert it, e.g. with ogr2ogr"
+        )
+    data = read_file(path, _MAX_BYTES, f"geometry file {path}")
+    if re.match(rb"\s*(SRID=\d+;)?\s*(MULTI)?(POINT|LINESTRING|POLYGON)|\s*(SRID=\d+;)?\s*GEOMETRYCOLLECTION", data):
+        return _joined([_wkt(data, where)], where)
+    try:
+        document = load_json(data, where, most=_MAX_BYTES)
+    except ValueError as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"geometry file {path} is not JSON: {error}") from error
+    return bare_geometry(document, where)
+
+
+def bare_geometry(data: Any, where: str) -> dict[str, Any]:
+    """The geometry inside GeoJSON, checked to be non-empty and in degrees; its old `crs` member is honoured.
+
+    Raises:
+        InvalidInput: Not GeoJSON, empty, of an unknown CRS, or nowhere on Earth.
+    """
+    crs = _stated_crs(data, where)
+    try:
+        geometry = _parse(data, where)
+    except (ShapelyError, KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"{where}: not a valid GeoJSON geometry: {error}") from error
+    return _joined([(geometry, crs)], where)
+
+
+def to_lonlat(geometry: BaseGeometry, crs: str | None, where: str) -> BaseGeometry:
+    """Reproject with densified edges, and cut at the antimeridian.
+
+    Args:
+        geometry: In the axis order x, y.
+        crs: Anything pyproj understands; None is lon/lat.
+        where: For errors.
+
+    Raises:
+        InvalidInput: The CRS is unknown, or does not reach there.
+    """
+    try:
+        source = parse_crs(crs) if crs is not None else None
+        if source is not None and not _is_lonlat(source):
+            west, south, east, north = geometry.bounds
+            step = max(east - west, north - south) / _PARTS
+            dense = shapely.segmentize(geometry, step) if step > 0 else geometry
+            transformer = pyproj.Transformer.from_crs(source, "EPSG:4326", always_xy=True)
+            geometry = shapely.transform(dense, lambda xy: _unwrapped(transformer, xy))
+    except (ProjError, ShapelyError, ValueError) as error:
+        raise InvalidInput(f"{where}: cannot be brought to longitude and latitude from CRS {crs!r}: {error}") from error
+    if geometry.is_empty or not np.isfinite(geometry.bounds).all():
+        raise InvalidInput(f"{where}: the geometry is {'empty' if geometry.is_empty else f'outside of CRS {crs}'}")
+    west, south, east, north = geometry.bounds
+    if not (-360 <= west <= east <= 540 and -90 <= south <= north <= 90):
+        raise InvalidInput(
+            f"{where}: coordinates must be longitude and latitude in degrees, got bounds {geometry.bounds}; "
+            "state the CRS in the file, or reproject it to EPSG:4326"
+        )
+    if west >= -180 and east <= 180:
+        return geometry
+    valid = geometry if geometry.is_valid else shapely.make_valid(geometry)
+    parts = [shapely.intersection(affinity.translate(valid, shift), _WORLD) for shift in (-360.0, 0.0, 360.0)]
+    return shapely.union_all([part for part in parts if not part.is_empty])
+
+
+def _unwrapped(transformer: pyproj.Transformer, xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Lon/lat of the points; a jump over the antimeridian goes on beyond 180."""
+    lon, lat = transformer.transform(xy[:, 0], xy[:, 1], errcheck=True)
+    lon = np.asarray(lon)
+    if len(lon) and lon.max() - lon.min() > 180:
+        lon = np.where(lon < 0, lon + 360.0, lon)
+    return np.stack([lon, np.asarray(lat)], axis=1)
+
+
+def _is_lonlat(crs: pyproj.CRS) -> bool:
+    return bool(crs.is_geographic and (crs.to_epsg() == 4326 or "CRS84" in crs.to_string()))
+
+
+def _joined(parts: list[tuple[BaseGeometry, str | None]], where: str) -> dict[str, Any]:
+    if not parts or all(part.is_empty for part, _ in parts):
+        raise InvalidInput(f"{where}: the geometry is empty")
+    moved = [to_lonlat(part, crs, where) for part, crs in parts if not part.is_empty]
+    whole = moved[0] if len(moved) == 1 else shapely.union_all(moved)
+    result: dict[str, Any] = json.loads(json.dumps(mapping(whole)))
+    return result
+
+
+def _parse(data: Any, where: str) -> BaseGeometry:
+    kind = data.get("type") if isinstance(data, Mapping) else None
+    if kind == "Feature":
+        return _parse(data.get("geometry"), where)
+    if kind == "FeatureCollection":
+        return shapely.union_all([_parse(feature, where) for feature in data.get("features", [])])
+    if kind not in _GEOMETRIES:
+        raise InvalidInput(f"{where}: expected a GeoJSON geometry, Feature or FeatureCollection, got type {kind!r}")
+    return shapely.force_2d(shape(data))
+
+
+def _stated_crs(data: Any, where: str) -> str | None:
+    stated = data.get("crs") if isinstance(data, Mapping) else None
+    if stated is None:
+        return None
+    name = (stated.get("properties") or {}).get("name") if isinstance(stated, Mapping) else stated
+    if not isinstance(name, str):
+        raise InvalidInput(f"{where}: crs {str(stated)[:80]!r} is not understood; expected a name such as EPSG:32633")
+    return name
+
+
+def _wkt(data: bytes, where: str) -> tuple[BaseGeometry, str | None]:
+    text = data.decode("utf-8", "replace").strip()
+    found = re.match(r"SRID=(\d+);", text)
+    try:
+        geometry = shapely.from_wkt(text[found.end() :] if found else text)
+    except ShapelyError as error:
+        raise InvalidInput(f"{where}: not valid WKT: {error}") from error
+    return shapely.force_2d(geometry), f"EPSG:{found.group(1)}" if found else None
+
+
+def _parquet(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        geo = load_json((file.schema_arrow.metadata or {}).get(b"geo", b"{}"), where=str(path))
+        name = geo.get("primary_column")
+        column = (geo.get("columns") or {}).get(name)
+        if not column or column.get("encoding") != "WKB" or file.metadata.num_rows > _MAX_ROWS:
+            raise InvalidInput(
+                f"{path}: expected GeoParquet with a WKB column and at most {_MAX_ROWS} rows, got column {name!r} and "
+                f"{file.metadata.num_rows} rows"
+            )
+        # GeoParquet: no crs at all means OGC:CRS84
+        crs = json.dumps(column["crs"]) if column.get("crs") else None
+        for value in _values(file, name, path):
+            if value is not None:
+                yield shapely.force_2d(shapely.from_wkb(value)), crs
+    except (pa.ArrowException, ShapelyError, OSError, ValueError, AttributeError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"{path}: unreadable GeoParquet ({error})") from error
+
+
+def _values(file: Any, name: str, path: str | Path) -> Iterator[Any]:
+    from ingest.scenes.geoparquet import decoded_batches
+
+    for batch in decoded_batches(file, path, [name], _MAX_DECODED):
+        yield from batch.column(0).to_pylist()
+
+
+def _geopackage(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:
+    with open_geopackage(path) as package:
+        if len(package.layers) != 1:
+            names = ", ".join(package.layers) or "none"
+            raise InvalidInput(f"{path}: expected one layer of features, got {names}; keep one of them")
+        layer = package.layer(package.layers[0])
+        wkb, _ = package.read(layer, most=_MAX_ROWS)
+    try:
+        for value in wkb:
+            if value is not None:
+                yield shapely.force_2d(shapely.from_wkb(value)), layer.crs
+    except ShapelyError as error:
+        raise InvalidInput(f"{path}: unreadable GeoPackage ({error})") from error

@@ -1,0 +1,210 @@
+"""Where tasks run: a Dask cluster of this machine's processes, one that is started elsewhere, or one that is there.
+
+Everything of our own listens on 127.0.0.1 only: an open scheduler port is code execution, an open dashboard shows
+paths and names. Other machines are let in with TLS, or where the user says so. The dashboard's address is known before
+the first task is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+from distributed import Client, LocalCluster
+from distributed.security import Security
+
+from ingest.request.config import IngestConfig
+from ingest.run.start import exposed, start_cluster
+from ingest.trust.hosts import guard_application, machine_names
+from ingest.worker.guard import WORKER_SETTINGS, check_workers
+from zarr_store.errors import AccessError, InvalidInput
+
+__all__ = ["dashboard_address", "in_flight", "open_cluster", "prepare"]
+
+_CONNECT_S = 20
+_DEATH_S = 60
+"""A worker that cannot find its scheduler for this long ends itself, so none outlives a killed run."""
+_LOST_S = 120
+"""A worker that died has this long to come back. After Dask's 15 s its nanny is closed while it is still starting it
+anew, on a machine under load, and the cluster has one worker less for good."""
+_START_S = 120
+_PER_THREAD = 3
+"""Per thread one task decodes, one writes, one waits: workers never idle, and stopping early wastes at most these."""
+_TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
+
+
+@contextmanager
+def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[Client]:
+    """A Dask client on the cluster that `config` asks for; what was started ends with the context.
+
+    Args:
+        config: `cluster`, `workers`, `threads_per_worker`, `memory`, `dashboard`, `tls`, or `scheduler`.
+        most: Number of tasks there will be: no more workers than that are started.
+
+    Raises:
+        AccessError: No scheduler answers at `config.scheduler`.
+        InvalidInput: The dashboard address cannot be used, a port would be open to others without TLS or leave, an
+            extra is not installed, or the workers are not like this process.
+    """
+    dashboard = dashboard_address(config.dashboard)
+    refuse_open_ports(config, dashboard)
+    settings: dict[str, Any] = {
+        "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
+        "distributed.scheduler.allowed-failures": 3,  # a shard that kills its worker this often is given up
+        "distributed.worker.daemon": True,
+        "distributed.deploy.lost-worker-timeout": f"{_LOST_S}s",
+        **WORKER_SETTINGS,
+        **(_tls(config.tls) if config.tls else {}),
+    }
+    with dask.config.set(settings), ExitStack() as stack:
+        security = Security() if config.tls else None  # type: ignore[no-untyped-call]  # from the settings
+        if config.scheduler:
+            client = stack.enter_context(_connected(config.scheduler, security))
+        else:
+            workers = min(config.workers, most or config.workers)
+            least = min(config.workers_least or workers, workers)
+            try:
+                if config.cluster == "local":
+                    cluster = stack.enter_context(_local(config, least, dashboard, security))
+                else:
+                    cluster = start_cluster(config, dashboard, security, stack)
+            except (OSError, RuntimeError) as error:
+                raise AccessError(
+                    f"--cluster {config.cluster} could not be started: {error}; see what it was given with --dry-run"
+                ) from error
+            client = stack.enter_context(Client(cluster, timeout=_CONNECT_S))  # type: ignore[no-untyped-call]
+            _wait(client, least if config.cluster == "local" else 1, config)
+            if config.workers_least:
+                cluster.adapt(minimum=least, maximum=workers, interval="1s", wait_count=5)
+        prepare(client)
+        yield client
+
+
+def prepare(client: Client) -> None:
+    """Check the workers of a client, and let its scheduler keep the rate limits of providers.
+
+    Raises:
+        InvalidInput: Workers are not like this process.
+    """
+    check_workers(client)
+
+
+def in_flight(client: Client, config: IngestConfig) -> int:
+    """How many tasks may be at workers: enough for all threads, and for those that the cluster could still add.
+
+    Raises:
+        AccessError: The scheduler answers no more.
+    """
+    try:
+        threads = sum(client.nthreads().values())  # type: ignore[no-untyped-call]
+    except OSError as gone:
+        raise AccessError(
+            f"the Dask scheduler answers no more ({gone}); what was written stays, and the same command goes on from "
+            "there"
+        ) from gone
+    if config.workers_least and not config.scheduler:
+        threads = max(threads, config.workers * config.threads_per_worker)
+    return max(1, threads) * _PER_THREAD + 1
+
+
+def dashboard_address(asked: str | None) -> str:
+    """Host and port of the dashboard: on loopback unless another host was named.
+
+    >>> dashboard_address(None), dashboard_address(":8787")
+    ('127.0.0.1:0', '127.0.0.1:8787')
+    """
+    if asked is None:
+        return "127.0.0.1:0"
+    found = re.fullmatch(r"(?:(?P<host>[\w.\-]*|\[[0-9a-fA-F:]+\]):)?(?P<port>\d{1,5})", asked.strip())
+    if not found or int(found["port"]) > 65535:
+        raise InvalidInput(f"dashboard address {asked!r} must be :PORT or HOST:PORT, e.g. :8787")
+    return f"{found['host'] or '127.0.0.1'}:{found['port']}"
+
+
+def refuse_open_ports(config: IngestConfig, dashboard: str) -> None:
+    """Let nothing listen beyond this machine without TLS or leave.
+
+    Raises:
+        InvalidInput: It names what would be open.
+    """
+    opened = [] if config.scheduler or config.tls or config.expose else exposed(config, dashboard)
+    if opened:
+        raise InvalidInput(
+            f"this would open to other machines: {'; '.join(opened)}. Give --tls FOLDER with {', '.join(_TLS_FILES)}, "
+            "or --expose if every machine that reaches these ports may be trusted"
+        )
+
+
+def _tls(folder: str) -> dict[str, Any]:
+    """Settings that put TLS on every connection and on the dashboard."""
+    authority, certificate, key = (Path(folder) / name for name in _TLS_FILES)
+    absent = [str(path) for path in (authority, certificate, key) if not path.is_file()]
+    if absent:
+        raise InvalidInput(f"--tls {folder}: no {', '.join(absent)}; the folder must hold {', '.join(_TLS_FILES)}")
+    roles = {
+        f"distributed.comm.tls.{role}.{what}": str(path)
+        for role in ("client", "scheduler", "worker")
+        for what, path in (("cert", certificate), ("key", key))
+    }
+    return {
+        "distributed.comm.require-encryption": True,
+        "distributed.comm.tls.ca-file": str(authority),
+        **roles,
+        "distributed.scheduler.dashboard.tls.cert": str(certificate),
+        "distributed.scheduler.dashboard.tls.key": str(key),
+        "distributed.dashboard.link": "https://{host}:{port}/status",
+    }
+
+
+def _local(config: IngestConfig, workers: int, dashboard: str, security: Security | None) -> LocalCluster:
+    cluster = LocalCluster(
+        n_workers=workers,
+        threads_per_worker=config.threads_per_worker,
+        processes=True,  # GDAL's caches and locks are per process
+        host="127.0.0.1",
+        dashboard_address=dashboard,
+        memory_limit=int(dask.utils.parse_bytes(config.memory)) if config.memory else "auto",
+        death_timeout=_DEATH_S,
+        silence_logs=logging.ERROR,
+        security=security,
+        protocol="tls://" if security is not None else "tcp://",
+    )  # type: ignore[no-untyped-call]
+    # Dask itself looks at no Host header, and lets every page open its web sockets
+    scheduler: Any = cluster.scheduler
+    guard_application(scheduler.http_application, {dashboard.rpartition(":")[0].lower(), *machine_names()})
+    return cluster
+
+
+def _wait(client: Client, workers: int, config: IngestConfig) -> None:
+    try:
+        client.wait_for_workers(workers, timeout=_START_S)
+    except TimeoutError as error:
+        raise AccessError(
+            f"no worker of --cluster {config.cluster} came within {_START_S} s; see its logs, and the queue of the "
+            "batch system"
+        ) from error
+
+
+@contextmanager
+def _connected(address: str, security: Security | None) -> Iterator[Client]:
+    try:
+        client = Client(address, timeout=_CONNECT_S, security=security)  # type: ignore[no-untyped-call]
+    except (OSError, TimeoutError, ValueError) as error:
+        raise AccessError(
+            f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler --host 127.0.0.1`, or "
+            "leave --scheduler out to run on this machine"
+        ) from error
+    with client:
+        if not client.scheduler_info()["workers"]:
+            try:
+                client.wait_for_workers(1, timeout=_CONNECT_S)
+            except TimeoutError as error:
+                raise AccessError(
+                    f"the Dask scheduler at {address} has no worker; start some with `dask worker {address}`"
+                ) from error
+        yield client

@@ -1,0 +1,302 @@
+"""Filling one shard: sources in, arrays out. A pure function of its task, but for the reading itself.
+
+Sources are read one after the other, so memory does not grow with their number, and a later source is read only where
+no earlier one is clear. All bands and classes of a pixel come from one source, and `source_item` says which; or the
+bands are a mean or median of all clear sources (`ingest.pixels.composite`), and `observations` says of how many.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Container, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from pyproj import Transformer
+
+from ingest.pixels.clip import inside_of
+from ingest.pixels.composite import Tally, make_tally, strips
+from ingest.pixels.indices import add_indices
+from ingest.pixels.mask import halo_pixels, mask_classes
+from ingest.pixels.mosaic import lay_source
+from ingest.plan.candidates import pixel_box
+from ingest.plan.task import PlannedScene, Recipe, ShardTask, SourceAsset
+from ingest.raster.read import NODATA, Access, Pixels, read_on_grid
+from ingest.trust.hrefs import is_url
+from ingest.worker.slots import computing
+from zarr_store.errors import AssetUnreadable
+from zarr_store.grid import Grid
+from zarr_store.ledger import SourceOutcome
+from zarr_store.regions import Region
+from zarr_store.spec import STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED
+
+__all__ = ["AssetReader", "FilledShard", "fill_shard"]
+
+AssetReader = Callable[[SourceAsset, Grid], Pixels]
+"""An asset on a window of the cube's grid: raw numbers, as `read_on_grid` gives them."""
+
+_READERS = 32
+"""Bands that one process reads at once; two shards of all thirteen bands and a class layer need 28."""
+
+_PlacedReader = Callable[[SourceAsset, Grid, Pixels | None], Pixels]
+"""The same, put where it is wanted."""
+
+
+@dataclass(frozen=True)
+class FilledShard:
+    """Arrays of one shard and what became of its sources.
+
+    Attributes:
+        arrays: By name, in the form that `ShardWriter.write` takes.
+        outcomes: One per source that was needed; a source that lies under clear ones everywhere is not read.
+        pixels_read: Source pixels that were asked for, over all bands.
+    """
+
+    arrays: dict[str, Pixels]
+    outcomes: tuple[SourceOutcome, ...]
+    pixels_read: int
+
+
+def fill_shard(
+    task: ShardTask, recipe: Recipe, *, access: Access | None = None, reader: AssetReader | None = None
+) -> FilledShard:
+    """Read, mask and mosaic all sources of one shard.
+
+    Per pixel the first source wins that sees it clear, else the first that sees it at all. Where none does and a
+    source that could not be read would have covered it, the pixel is missing, which is not the same as no data.
+
+    Args:
+        task: What to fill, and from what.
+        recipe: Bands, grid and mask of the collection.
+        access: Limits and retries.
+        reader: Reads one asset; None for the real one.
+    """
+
+    def read(asset: SourceAsset, window: Grid, out: Pixels | None) -> Pixels:
+        if reader is not None:
+            pixels = reader(asset, window)
+            if out is None:
+                return pixels
+            out[...] = pixels
+            return out
+        return read_on_grid(
+            asset, asset.header, window, asset.resampling,
+            stored=asset.stored, scene=asset.scene, access=access, out=out,
+            tell=lambda version: versions.__setitem__((asset.scene, asset.key), version),
+        )  # fmt: skip
+
+    times, height, width = task.region.shape
+    spec = recipe.spec
+    by_step = [[s for s in task.sources if s.step == t] for t in range(task.region.t0, task.region.t1)]
+    arrays: dict[str, Pixels] = {
+        spec.kind: _empty((times, len(spec.bands), height, width), recipe.dtype),
+        **{name: np.zeros((times, height, width), np.uint8) for name in spec.class_layers},
+        "status": np.full((times, height, width), STATUS_NODATA, np.uint8),
+    }
+    if spec.reduce == "first":
+        arrays["source_item"] = np.full((times, height, width), -1, np.int16)
+    else:
+        arrays["observations"] = np.zeros((times, height, width), np.uint16)
+    outcomes: dict[int, SourceOutcome] = {}
+    versions: dict[tuple[str, str], str] = {}
+    pixels_read = 0
+    for part in strips(task.region, spec, max(map(len, by_step), default=0)):
+        shard = _Shard(recipe, part, read)
+        _, rows, cols = part.within(task.region)
+        for step, sources in enumerate(by_step):
+            views = {name: array[step][..., rows, cols] for name, array in arrays.items()}
+            # a source that failed in one part of a shard is not asked again in the next
+            failed = {item for item, outcome in outcomes.items() if outcome.state == "missing"}
+            for outcome in shard.fill_step(sources, views, failed):
+                if outcome.item not in failed:
+                    outcomes[outcome.item] = outcome
+        pixels_read += shard.pixels_read
+    add_indices(arrays, spec)
+    return FilledShard(arrays, tuple(_with_versions(one, versions) for one in outcomes.values()), pixels_read)
+
+
+def _with_versions(outcome: SourceOutcome, versions: Mapping[tuple[str, str], str]) -> SourceOutcome:
+    if outcome.state != "read":
+        return outcome
+    told = sorted((key, version) for (scene, key), version in versions.items() if scene == outcome.item_id)
+    return replace(outcome, versions=tuple(told))
+
+
+class _Shard:
+    """The work on one shard, step by step."""
+
+    def __init__(self, recipe: Recipe, region: Region, read: _PlacedReader) -> None:
+        self.recipe = recipe
+        self.read = read
+        self.grid = recipe.spec.grid.window(region.y0, region.x0, region.shape[1], region.shape[2])
+        dilate = recipe.mask_dilate_m if recipe.mask_layer else 0.0
+        self.halo = halo_pixels(self.grid, dilate)
+        self.pixels_read = 0
+        self.inside = inside_of(recipe.clip, self.grid)
+        self.tally: Tally | None = None
+
+    def fill_step(
+        self, sources: list[PlannedScene], views: dict[str, Pixels], failed: Container[int] = ()
+    ) -> list[SourceOutcome]:
+        """Mosaic the sources of one time step into the views of the shard's arrays."""
+        status, main = views["status"], views[self.recipe.spec.kind]
+        self.tally = make_tally(self.recipe.spec.reduce, (main.shape[0], *self.grid.shape), main.dtype)
+        outcomes, unread = [], []
+        for scene in sources:
+            window = self._needed(scene, status)
+            if window is None:
+                continue
+            if scene.item in failed:
+                unread.append(scene)
+                continue
+            try:
+                self._add(scene, window, views)
+            except AssetUnreadable as error:
+                unread.append(scene)
+                outcomes.append(SourceOutcome(scene.item, scene.item_id, "missing", error.asset, error.reason))
+            else:
+                outcomes.append(SourceOutcome(scene.item, scene.item_id, "read"))
+        for scene in unread:
+            lost = (status == STATUS_NODATA) & _covered(scene.extent, self.grid)
+            status[lost if self.inside is None else lost & self.inside] = STATUS_MISSING
+        if self.tally is not None:
+            self.tally.finish(main, views["observations"])
+        return outcomes
+
+    def _needed(self, scene: PlannedScene, status: Pixels) -> tuple[int, int, int, int] | None:
+        """(row0, row1, col0, col1) around the pixels that this source could still improve."""
+        reach = pixel_box(scene.extent, self.grid)
+        if reach is None:
+            return None
+        row0, row1, col0, col1 = reach
+        if self.inside is None and not status[row0:row1, col0:col1].any():
+            return reach
+        # one clear source is enough for a mosaic; a mean or a median asks them all
+        wanting = (status[row0:row1, col0:col1] != STATUS_OBSERVED) | (self.tally is not None)
+        if self.inside is not None:
+            wanting &= self.inside[row0:row1, col0:col1]
+        rows, cols = np.flatnonzero(wanting.any(axis=1)), np.flatnonzero(wanting.any(axis=0))
+        if not len(rows):
+            return None
+        return (row0 + int(rows[0]), row0 + int(rows[-1]) + 1, col0 + int(cols[0]), col0 + int(cols[-1]) + 1)
+
+    def _add(self, scene: PlannedScene, window: tuple[int, int, int, int], views: dict[str, Pixels]) -> None:
+        """Read one source on one window and paste it where it wins.
+
+        Raises:
+            AssetUnreadable: One of its bands is lacking or unreadable: then nothing of it is used.
+        """
+        row0, row1, col0, col1 = window
+        place = (slice(row0, row1), slice(col0, col1))
+        target = self.grid.window(row0, col0, row1 - row0, col1 - col0)
+        spec, recipe = self.recipe.spec, self.recipe
+        here = {name: view[(..., *place)] for name, view in views.items()}
+        bands = dict(zip(spec.band_names, here[spec.kind], strict=False))
+        # where nothing lies yet the first source is decoded straight into the shard
+        into = bands | {name: here[name] for name in spec.class_layers}
+        fresh = self.tally is None and not here["status"].any()
+        try:
+            read = self._read_all(scene, target, into if fresh else {})
+        except AssetUnreadable:
+            if fresh:
+                for name, view in into.items():
+                    view[...] = NODATA[recipe.dtype] if name in bands else 0
+            raise
+        classes, masked = self._classes(read, target)
+        harmonised = np.empty((len(bands), *target.shape), recipe.dtype) if self.tally is not None else None
+        with computing():
+            clear = lay_source(
+                here,
+                spec.kind,
+                [read[band] for band in spec.band_names],
+                classes,
+                item=scene.item,
+                dn_offsets=[_asset(scene, band).dn_offset for band in spec.band_names],
+                mask_layer=recipe.mask_layer or "scl",
+                masked=masked,
+                inside=None if self.inside is None else self.inside[place],
+                nodata=NODATA[recipe.dtype],
+                harmonised=harmonised,
+            )
+        if self.tally is not None and harmonised is not None:
+            self.tally.add(harmonised, clear, place)
+
+    def _read_all(self, scene: PlannedScene, target: Grid, into: Mapping[str, Pixels]) -> dict[str, Pixels]:
+        """All classes and bands of one source, `into` their places; over a network they are on their way at once."""
+        recipe = self.recipe
+        windows = {}
+        for name in recipe.classes:
+            rows, cols = self.halo if name == recipe.mask_layer else (0, 0)
+            windows[name] = target.window(-rows, -cols, target.height + 2 * rows, target.width + 2 * cols)
+        windows |= dict.fromkeys(recipe.spec.band_names, target)
+        lacking = next((name for name in windows if scene.asset(name) is None), None)
+        if lacking is not None:
+            text = f"the item has no usable asset for {lacking}"
+            raise AssetUnreadable.of(scene.item_id, lacking, text, "no href")
+        self.pixels_read += sum(window.height * window.width for window in windows.values())
+
+        def read(name: str) -> Pixels:
+            asset, window, out = _asset(scene, name), windows[name], into.get(name)
+            fits = out is not None and out.shape == window.shape and out.dtype == asset.stored
+            pixels = self.read(asset, window, out if fits else None)
+            return pixels.astype(np.uint16, copy=False) if asset.stored == "uint16" else pixels
+
+        if not any(is_url(asset.href) for asset in scene.assets):
+            return {name: read(name) for name in windows}
+        begun = {name: _readers(os.getpid()).submit(copy_context().run, read, name) for name in windows}
+        wait(begun.values())  # all of them, also where one fails: they write into arrays that the caller owns
+        return {name: future.result() for name, future in begun.items()}
+
+    def _classes(
+        self, read: dict[str, Pixels], target: Grid
+    ) -> tuple[dict[str, npt.NDArray[np.uint8]], npt.NDArray[np.bool_]]:
+        """Class layers on `target`, and what the mask layer masks there."""
+        recipe = self.recipe
+        masked = np.zeros(target.shape, bool)
+        layers = {}
+        for name in recipe.classes:
+            rows, cols = self.halo if name == recipe.mask_layer else (0, 0)
+            whole = read[name].astype(np.uint8, copy=False)
+            layers[name] = whole[rows : rows + target.height, cols : cols + target.width]
+            if name == recipe.mask_layer:
+                masked = mask_classes(whole, recipe.mask_classes, grid=target, dilate_m=recipe.mask_dilate_m)
+        return layers, masked
+
+
+@functools.lru_cache(maxsize=2)
+def _readers(pid: int) -> ThreadPoolExecutor:
+    """Threads that read bands of remote scenes; they stay, as PROJ opens its database anew in each thread."""
+    return ThreadPoolExecutor(_READERS, thread_name_prefix="terrashard-read")
+
+
+def _asset(scene: PlannedScene, name: str) -> SourceAsset:
+    asset = scene.asset(name)
+    if asset is None:
+        raise KeyError(name)
+    return asset
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> Pixels:
+    """Pixels without data; zeros are had from the system for nothing."""
+    nodata = NODATA[dtype]
+    return np.zeros(shape, dtype) if nodata == 0 else np.full(shape, nodata, dtype)
+
+
+def _covered(extent: Grid, target: Grid) -> npt.NDArray[np.bool_]:
+    """Target pixels whose centre lies in the rectangle of `extent`."""
+    left, bottom, right, top = extent.bounds
+    if extent.crs == target.crs:
+        x, y = target.x(), target.y()
+        inside = ((y > bottom) & (y <= top))[:, None] & ((x >= left) & (x < right))[None, :]
+        return np.asarray(inside, bool)
+    transformer = Transformer.from_crs(target.crs, extent.crs, always_xy=True)
+    covered = np.zeros(target.shape, bool)
+    x = target.x()
+    for row, y in enumerate(target.y()):  # row by row: four float arrays of a whole shard would be its largest memory
+        sx, sy = transformer.transform(x, np.full_like(x, y))
+        covered[row] = (sx >= left) & (sx < right) & (sy > bottom) & (sy <= top)
+    return covered

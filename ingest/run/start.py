@@ -1,0 +1,320 @@
+"""Clusters that are started for an ingest: over SSH, by a batch system, in Kubernetes, or by a gateway.
+
+Each can be described without being started (`describe`, for --dry-run), from the same values that start it. What the
+client libraries need is imported where it is used: they are extras.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from typing import Any
+
+import dask
+
+from ingest.request.config import IngestConfig
+from ingest.trust.hrefs import is_loopback
+from ingest.worker.guard import WORKER_ENVIRONMENT
+from zarr_store.errors import InvalidInput
+
+__all__ = ["describe", "exposed", "manifest", "start_cluster"]
+
+_EXTRAS = {
+    "ssh": ("asyncssh", "ssh"),
+    "slurm": ("dask_jobqueue", "slurm"),
+    "pbs": ("dask_jobqueue", "slurm"),
+    "k8s": ("dask_kubernetes", "k8s"),
+    "gateway": ("dask_gateway", "gateway"),
+}
+_KNOWN = {
+    "ssh": {"username", "port", "known_hosts", "client_keys", "remote_python", "start_s"},
+    "slurm": {"queue", "account", "walltime", "interface", "log_directory", "local_directory", "shebang", "directives"},
+    "k8s": {"name", "namespace", "image", "cpu"},
+    "gateway": None,
+}
+_KNOWN["pbs"] = _KNOWN["slurm"]
+
+_START_S, _DAY_S = 120.0, 86_400
+"""For the hosts of --cluster ssh to start, and the most that may be given."""
+
+
+def exposed(config: IngestConfig, dashboard: str) -> list[str]:
+    """What a run would open to other machines; `dashboard` is HOST:PORT."""
+    found = []
+    code = "whoever reaches it runs code as you"
+    if config.cluster == "ssh":
+        found += [
+            f"{what} on {host} ({code})"
+            for what, host in zip(["a scheduler"] + ["a worker"] * len(config.hosts), config.hosts, strict=False)
+            if not is_loopback(host)
+        ]
+    elif config.cluster in ("slurm", "pbs"):
+        found.append(f"a scheduler in this process, for the nodes to reach, and workers on the nodes ({code})")
+    if config.cluster in ("local", "ssh", "slurm", "pbs") and not is_loopback(dashboard.rpartition(":")[0]):
+        found.append(f"the dashboard on {dashboard} (it shows paths, names and the state of the run)")
+    return found
+
+
+def describe(config: IngestConfig, dashboard: str = "127.0.0.1:0") -> str:
+    """The job script, manifest or options that `start_cluster` would use.
+
+    Raises:
+        InvalidInput: The extra is not installed, or an option is unknown or absent.
+    """
+    if config.scheduler:
+        return f"a running scheduler at {config.scheduler}; nothing is started"
+    workers = f"{config.workers_least}..{config.workers}" if config.workers_least else str(config.workers)
+    head = f"cluster {config.cluster}, {workers} workers of {config.threads_per_worker} threads"
+    if config.cluster == "local":
+        return f"{head}, processes of this machine on 127.0.0.1; dashboard on {dashboard}\n" + _environment()
+    options = _options(config)
+    if config.cluster == "ssh":
+        body = f"scheduler on {config.hosts[0]}, workers on {', '.join(config.hosts[1:])}\n"
+        body += json.dumps({**_ssh(config, options, dashboard), "hosts": list(config.hosts)}, indent=2, default=str)
+    elif config.cluster in ("slurm", "pbs"):
+        body = _job(config, options)
+    elif config.cluster == "k8s":
+        import yaml  # type: ignore[import-untyped]
+
+        plain = json.loads(json.dumps(manifest(config, options)))  # or YAML names what occurs twice
+        body = yaml.safe_dump(plain, sort_keys=False).rstrip()
+    else:
+        further = {name: value for name, value in options.items() if name != "address"}
+        body = json.dumps({"address": _gateway_address(options), "options": further}, indent=2)
+    opened = exposed(config, dashboard)
+    notes = [f"opens: {text}" for text in opened]
+    return "\n".join([head, body, *notes])
+
+
+def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: ExitStack) -> Any:
+    """Start the cluster of `config.cluster` (not "local"); it ends with `stack`.
+
+    Args:
+        config: What is asked.
+        dashboard: HOST:PORT, checked.
+        security: `distributed.Security` of every connection, or None.
+        stack: Closes the cluster.
+
+    Raises:
+        InvalidInput: The extra is not installed, or an option is unknown or absent.
+    """
+    options = _options(config)
+    _needs(config.cluster)
+    least = config.workers_least or config.workers
+    protocol = "tls://" if security is not None else "tcp://"
+    make: Callable[[], Any]
+    if config.cluster == "ssh":
+        from distributed import SSHCluster
+
+        settings = _ssh(config, options, dashboard)
+        if security is not None:
+            settings["scheduler_options"]["protocol"] = settings["worker_options"]["protocol"] = protocol
+            settings["security"] = security
+        # It reads the addresses of what it starts from their log, and waits for ever for one that is told to be quiet
+        with dask.config.set({"logging.distributed": "info"}):
+            started = _in_time(lambda: SSHCluster(list(config.hosts), **settings), _seconds(options), config.hosts)
+        return stack.enter_context(started)
+    if config.cluster in ("slurm", "pbs"):
+        jobqueue = importlib.import_module("dask_jobqueue")
+        kind = jobqueue.SLURMCluster if config.cluster == "slurm" else jobqueue.PBSCluster
+        scheduler = {"dashboard_address": dashboard}
+        settings = {**_job_settings(config, options), "scheduler_options": scheduler, "protocol": protocol}
+
+        def make() -> Any:
+            return kind(security=security, **settings) if security is not None else kind(**settings)
+
+    elif config.cluster == "k8s":
+        operator = importlib.import_module("dask_kubernetes.operator")
+        namespace = options.get("namespace")
+
+        def make() -> Any:
+            return operator.KubeCluster(custom_cluster_spec=manifest(config, options), namespace=namespace)
+
+    else:
+        gateway = stack.enter_context(importlib.import_module("dask_gateway").Gateway(_gateway_address(options)))
+        further = {name: value for name, value in options.items() if name != "address"}
+
+        def make() -> Any:
+            return gateway.new_cluster(shutdown_on_close=True, **further)
+
+    cluster = stack.enter_context(make())
+    if config.cluster != "k8s" or config.workers_least:
+        cluster.scale(least)
+    return cluster
+
+
+def _in_time(make: Callable[[], Any], seconds: float, hosts: Sequence[str]) -> Any:
+    """What `make` makes; a host that is reached and then says nothing would be waited for without end."""
+    made: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except Exception as error:  # noqa: BLE001  # raised where it is waited for
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="ssh", daemon=True).start()
+    if not wait([made], seconds).done:
+        raise TimeoutError(
+            f"{', '.join(dict.fromkeys(hosts))} did not start within {seconds:g} s: try ssh and the remote Python by "
+            "hand, or give more time with --cluster-option start_s=SECONDS"
+        )
+    return made.result()
+
+
+def _seconds(options: dict[str, Any]) -> float:
+    try:
+        seconds = float(options.get("start_s", _START_S))
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _DAY_S:  # nan is neither
+        raise InvalidInput(f"--cluster-option start_s={options['start_s']}: expected seconds, from above 0 to {_DAY_S}")
+    return seconds
+
+
+def manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """The DaskCluster resource of the Kubernetes operator."""
+    name, image = options.get("name", "terrashard"), options["image"]
+    environment = [{"name": key, "value": value} for key, value in WORKER_ENVIRONMENT.items()]
+    limits: dict[str, Any] = {"cpu": str(options.get("cpu", config.threads_per_worker))}
+    if config.memory:
+        limits["memory"] = config.memory.replace("iB", "i").replace("B", "").replace(" ", "").replace("k", "K")
+    worker = {
+        "name": "worker",
+        "image": image,
+        "args": ["dask", "worker", "--name", "$(DASK_WORKER_NAME)", "--nthreads", str(config.threads_per_worker)],
+        "env": environment,
+        "resources": {"requests": limits, "limits": limits},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    ports = [("tcp-comm", 8786), ("http-dashboard", 8787)]
+    scheduler = {
+        "name": "scheduler",
+        "image": image,
+        "args": ["dask", "scheduler"],
+        "ports": [{"name": label, "containerPort": port, "protocol": "TCP"} for label, port in ports],
+        "readinessProbe": {"httpGet": {"port": "http-dashboard", "path": "/health"}, "periodSeconds": 5},
+        "securityContext": worker["securityContext"],
+    }
+    return {
+        "apiVersion": "kubernetes.dask.org/v1",
+        "kind": "DaskCluster",
+        "metadata": {"name": name},
+        "spec": {
+            "idleTimeout": 3600,
+            "worker": {
+                "replicas": config.workers_least or config.workers,
+                "spec": {"containers": [worker], "automountServiceAccountToken": False},
+            },
+            "scheduler": {
+                "spec": {"containers": [scheduler]},
+                "service": {
+                    "type": "ClusterIP",  # reached through a port of the cluster's own network, never from outside
+                    "selector": {"dask.org/cluster-name": name, "dask.org/component": "scheduler"},
+                    "ports": [{"name": n, "protocol": "TCP", "port": p, "targetPort": n} for n, p in ports],
+                },
+            },
+        },
+    }
+
+
+def _options(config: IngestConfig) -> dict[str, Any]:
+    """The cluster's options, checked."""
+    options = dict(config.cluster_options)
+    known = _KNOWN[config.cluster]
+    unknown = sorted(set(options) - known) if known is not None else []
+    if unknown:
+        raise InvalidInput(
+            f"--cluster {config.cluster} has no option {', '.join(unknown)}; it has {', '.join(sorted(known or ()))}"
+        )
+    if config.cluster == "ssh" and len(config.hosts) < 2:
+        raise InvalidInput("--cluster ssh needs --hosts SCHEDULER,WORKER[,WORKER…], e.g. --hosts node1,node1,node2")
+    if config.cluster in ("slurm", "pbs") and not config.memory:
+        raise InvalidInput(f"--cluster {config.cluster} needs --memory, the memory of one job, e.g. --memory 8GB")
+    if config.cluster == "k8s" and not options.get("image"):
+        raise InvalidInput("--cluster k8s needs --cluster-option image=NAME, an image with this terrashard in it")
+    if config.cluster == "gateway":
+        _gateway_address(options)
+    return options
+
+
+def _needs(kind: str) -> None:
+    module, extra = _EXTRAS[kind]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise InvalidInput(
+            f"--cluster {kind} needs the package {module.replace('_', '-')}, which is not installed; "
+            f"install it with: pip install 'terrashard[{extra}]'"
+        ) from error
+
+
+def _ssh(config: IngestConfig, options: dict[str, Any], dashboard: str) -> dict[str, Any]:
+    """Arguments of `SSHCluster` but the hosts."""
+    connect = {name: value for name, value in options.items() if name not in ("remote_python", "start_s")}
+    if "port" in connect:
+        connect["port"] = int(connect["port"])
+    worker: dict[str, Any] = {
+        "nthreads": config.threads_per_worker,
+        "env": dict(WORKER_ENVIRONMENT),
+        "death_timeout": "60s",
+    }
+    if config.memory:
+        worker["memory_limit"] = config.memory
+    scheduler: dict[str, Any] = {"port": 0, "dashboard_address": dashboard}
+    if all(is_loopback(host) for host in config.hosts):  # nothing may listen where nobody else is asked to come
+        worker["host"] = scheduler["host"] = "127.0.0.1"
+    return {
+        "connect_options": connect,
+        "worker_options": worker,
+        "scheduler_options": scheduler,
+        "worker_class": "distributed.Nanny",
+        "remote_python": options.get("remote_python", sys.executable),
+    }
+
+
+def _job_settings(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a dask-jobqueue cluster and of its jobs."""
+    settings = {name: value for name, value in options.items() if name != "directives"}
+    settings |= {
+        "cores": config.threads_per_worker,
+        "processes": 1,
+        "memory": config.memory,
+        "python": shlex.quote(sys.executable),
+        "job_script_prologue": [
+            "unset GDAL_NUM_THREADS",
+            *(f"export {name}={shlex.quote(value)}" for name, value in WORKER_ENVIRONMENT.items()),
+        ],
+        "death_timeout": 60,
+        "job_name": "terrashard",
+    }
+    if options.get("directives"):
+        settings["job_extra_directives"] = [part.strip() for part in str(options["directives"]).split(";")]
+    return settings
+
+
+def _job(config: IngestConfig, options: dict[str, Any]) -> str:
+    """The script of one job; the scheduler's address is known when it runs."""
+    _needs(config.cluster)
+    module = importlib.import_module(f"dask_jobqueue.{config.cluster}")
+    kind = module.SLURMJob if config.cluster == "slurm" else module.PBSJob
+    job = kind("tcp://SCHEDULER:PORT", name="terrashard", **_job_settings(config, options))
+    script: str = job.job_script()
+    return script.rstrip()
+
+
+def _gateway_address(options: dict[str, Any]) -> str:
+    address = str(options.get("address", ""))
+    if not address.startswith(("http://", "https://")):
+        raise InvalidInput("--cluster gateway needs --cluster-option address=https://…, where the gateway answers")
+    return address
+
+
+def _environment() -> str:
+    return "\n".join(f"  {name}={value}" for name, value in WORKER_ENVIRONMENT.items())

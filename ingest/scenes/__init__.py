@@ -1,0 +1,1 @@
+"""From a catalogue to scenes: search, read and harmonise STAC items."""

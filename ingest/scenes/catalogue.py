@@ -1,0 +1,165 @@
+"""STAC items out of files: static catalogues, collections, ItemCollections, single items, stac-geoparquet.
+
+Each item comes with the place it was read from, as relative hrefs start there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ingest.scenes.documents import Documents
+from ingest.scenes.geoparquet import is_parquet, read_items
+from ingest.trust.hrefs import is_url, resolve_href
+from ingest.trust.redact import redact_url
+from ingest.trust.waits import crew
+from zarr_store.errors import InvalidInput
+
+__all__ = ["FoundItem", "Trail", "items_in", "open_source"]
+
+MAX_DOCUMENTS = 100_000
+MAX_DEPTH = 16
+_READERS = 8
+"""Item documents read at once; each is one small request, and servers of static files bear that."""
+
+
+@dataclass(frozen=True)
+class FoundItem:
+    """An item as it stands in the catalogue, where it was read, and what its collection says of its assets."""
+
+    item: Mapping[str, Any]
+    base: str
+    item_assets: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Trail:
+    """What was seen on the way: collection ids, for the message when a name is unknown."""
+
+    collections: set[str] = field(default_factory=set)
+
+
+def open_source(documents: Documents) -> tuple[str, Any]:
+    """(location, document) of SOURCE; the document is None for a Parquet file.
+
+    Raises:
+        InvalidInput: No such file, or not JSON.
+        AccessError: The server could not be reached.
+    """
+    source = documents.source
+    if is_url(source):
+        return source, documents.read(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        inside = [path / name for name in ("catalog.json", "collection.json") if (path / name).is_file()]
+        if not inside:
+            raise InvalidInput(f"{source} is a folder without catalog.json or collection.json; name the file itself")
+        path = inside[0]
+    if not path.exists():
+        raise InvalidInput(f"{source}: no such file; expected a STAC API URL, a catalogue, an item file or geoparquet")
+    path = path.resolve()
+    return str(path), None if is_parquet(path) else documents.read(str(path))
+
+
+def items_in(
+    documents: Documents, location: str, document: Any, *, wanted: tuple[str, ...], trail: Trail
+) -> Iterator[FoundItem]:
+    """Every item of a file or static catalogue; collections that are not wanted are not descended into.
+
+    Raises:
+        InvalidInput: The document is not STAC, or a link leads out of the catalogue or to something unreadable.
+    """
+    if document is None:
+        items = read_items(location)
+        trail.collections.update(str(item["collection"]) for item in items if item.get("collection"))
+        yield from (FoundItem(item, location) for item in items)
+        return
+    kind = _kind(document)
+    if kind == "Catalog":
+        yield from _walk(documents, location, document, wanted=wanted, trail=trail)
+        return
+    if not kind:
+        came = (
+            f"type {document.get('type')!r}" if isinstance(document, Mapping) else f"a JSON {type(document).__name__}"
+        )
+        raise InvalidInput(
+            f"{redact_url(location)}: expected a STAC catalogue, ItemCollection or item with assets, got {came}"
+        )
+    items = document["features"] if kind == "FeatureCollection" else [document]
+    for item in items:
+        if not isinstance(item, Mapping):
+            raise InvalidInput(f"{redact_url(location)}: a feature is not an object; expected STAC items")
+        if item.get("collection"):
+            trail.collections.add(str(item["collection"]))
+        yield FoundItem(item, location)
+
+
+def _kind(document: Any) -> str:
+    """One of "Catalog" (also a collection), "FeatureCollection", "Feature"; "" for anything else."""
+    if not isinstance(document, Mapping):
+        return ""
+    kind = document.get("type")
+    if kind == "FeatureCollection":
+        return kind if isinstance(document.get("features"), list) else ""
+    if kind == "Feature":
+        return "Feature" if isinstance(document.get("assets"), Mapping) else ""
+    # STAC 0.9 and 1.0.0-beta catalogues have no type
+    return "Catalog" if isinstance(document.get("links"), list) and "id" in document else ""
+
+
+def _walk(
+    documents: Documents, location: str, document: Mapping[str, Any], *, wanted: tuple[str, ...], trail: Trail
+) -> Iterator[FoundItem]:
+    queue = deque([(location, document, 0)])
+    seen = {location}
+    count = 0
+    while queue:
+        place, node, depth = queue.popleft()
+        if depth > MAX_DEPTH:
+            raise InvalidInput(
+                f"{redact_url(place)}: catalogue is nested more than {MAX_DEPTH} levels deep; name a part of it"
+            )
+        is_collection = node.get("type") == "Collection" or "extent" in node
+        if is_collection:
+            trail.collections.add(str(node["id"]))
+            if wanted and node["id"] not in wanted:
+                continue
+        item_assets = node.get("item_assets") if is_collection else None
+        links: dict[str, list[str]] = {"item": [], "child": []}
+        for link in node["links"]:
+            rel = link.get("rel") if isinstance(link, Mapping) else None
+            if rel not in links:
+                continue
+            href = resolve_href(link.get("href"), base=place, policy=documents.policy)
+            if href not in seen:
+                seen.add(href)
+                links[rel].append(href)
+        count += len(links["item"]) + len(links["child"])
+        if count > MAX_DOCUMENTS:
+            raise InvalidInput(f"{redact_url(place)}: more than {MAX_DOCUMENTS} documents; name a part or use its API")
+        for href, item in _read_all(documents, links["item"]):
+            if _kind(item) != "Feature":
+                raise InvalidInput(f"{redact_url(href)}: linked as an item, but it is none; repair the catalogue")
+            if item.get("collection"):
+                trail.collections.add(str(item["collection"]))
+            yield FoundItem(item, href, item_assets if isinstance(item_assets, Mapping) else {})
+        for href, child in _read_all(documents, links["child"]):
+            if _kind(child) != "Catalog":
+                raise InvalidInput(
+                    f"{redact_url(href)}: linked as a child, but it is no catalogue; repair the catalogue"
+                )
+            queue.append((href, child, depth + 1))
+
+
+def _read_all(documents: Documents, hrefs: list[str]) -> Iterator[tuple[str, Any]]:
+    """Read documents in order; over HTTP several at once, a batch at a time."""
+    if not hrefs or not is_url(hrefs[0]):
+        yield from ((href, documents.read(href)) for href in hrefs)
+        return
+    with crew(_READERS) as pool:
+        for start in range(0, len(hrefs), 64):
+            batch = hrefs[start : start + 64]
+            yield from zip(batch, pool.map(documents.read, batch), strict=True)

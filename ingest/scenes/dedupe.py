@@ -1,0 +1,88 @@
+"""One scene per acquisition: a reprocessed copy replaces the older one, both halves of a split datatake stay."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from shapely.geometry import shape
+
+from ingest.scenes.footprint import overlap_share
+from ingest.scenes.scene import Scene
+
+__all__ = ["Duplicate", "dedupe", "scene_order"]
+
+_SAME_GROUND = 0.6
+"""Two footprints with this share of joint area are the same ground; halves of a datatake share a narrow strip."""
+
+_SAME_MOMENT_S = 90
+"""Copies of one granule differ by less; a tile is crossed in 16 seconds."""
+
+
+class Duplicate(NamedTuple):
+    """A scene that was left out, the one that stands for it, and why."""
+
+    dropped: Scene
+    kept: Scene
+    reason: str
+
+
+def scene_order(scene: Scene) -> tuple[str, str, str, str]:
+    """Sort key of scenes: collection, time, tile, id."""
+    return (scene.collection, scene.datetime, scene.tile or "", scene.id)
+
+
+def dedupe(scenes: Iterable[Scene]) -> tuple[list[Scene], list[Duplicate]]:
+    """Keep one scene of each acquisition, in `scene_order`.
+
+    The same acquisition is: same collection, platform, datatake, MGRS tile and relative orbit, and the same ground. The
+    newest baseline wins, then the newest creation time, then the greatest id, so that the choice never depends on the
+    order in which a catalogue lists its items.
+    """
+    groups: dict[tuple[object, ...], list[Scene]] = defaultdict(list)
+    seen: dict[tuple[str, str], Scene] = {}
+    drops: list[Duplicate] = []
+    for scene in sorted(scenes, key=_age, reverse=True):
+        if scene.key in seen:
+            drops.append(Duplicate(scene, seen[scene.key], "listed twice"))
+            continue
+        seen[scene.key] = scene
+        group = groups[_acquisition(scene)]
+        kept = next((other for other in group if _same_granule(scene, other)), None)
+        if kept is None:
+            group.append(scene)
+        else:
+            drops.append(Duplicate(scene, kept, _why(scene, kept)))
+    return sorted((s for group in groups.values() for s in group), key=scene_order), drops
+
+
+def _acquisition(scene: Scene) -> tuple[object, ...]:
+    # "GS2A_20230815T095031_042547_N05.09" ends in the baseline, which is what differs between copies
+    datatake = "_".join((scene.datatake or scene.datetime[:10]).split("_")[:2])
+    return (scene.collection, scene.platform, datatake, scene.tile, scene.relative_orbit)
+
+
+def _same_granule(left: Scene, right: Scene) -> bool:
+    if abs((_moment(left) - _moment(right)).total_seconds()) > _SAME_MOMENT_S:
+        return False
+    return overlap_share(shape(dict(left.footprint)), shape(dict(right.footprint))) >= _SAME_GROUND
+
+
+def _moment(scene: Scene) -> dt.datetime:
+    return dt.datetime.fromisoformat(scene.datetime)
+
+
+def _age(scene: Scene) -> tuple[str, str, str]:
+    return (_baseline(scene), scene.created or scene.updated or "", scene.id)
+
+
+def _baseline(scene: Scene) -> str:
+    return "" if scene.baseline is None or scene.baseline.startswith("99") else scene.baseline
+
+
+def _why(scene: Scene, kept: Scene) -> str:
+    if _baseline(scene) != _baseline(kept):
+        return f"baseline {scene.baseline or 'unknown'} is superseded by {kept.baseline} ({kept.id})"
+    return f"an older copy of {kept.id}"

@@ -1,0 +1,287 @@
+"""One STAC item of any version and provider → one `Scene`.
+
+Understood are STAC 0.9–1.1, projection v1 (`proj:epsg`) and v2 (`proj:code`), WKT2 and PROJJSON, on the asset or the
+item; `raster:bands` (1.0) and `bands` with `raster:*` (1.1). Grids come from shape and transform, never from the
+lon/lat bbox. What the file headers say is asked later, in `ingest.plan.probe`, and wins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ingest.request.config import IngestConfig
+from ingest.request.products import BandRule, ProductRule, asset_key, choose_bands, find_product, refuse_unsupported
+from ingest.scenes.footprint import footprint_of, to_geojson
+from ingest.scenes.identity import (
+    acquired,
+    baseline_of,
+    datatake_of,
+    first_of,
+    number_of,
+    platform_of,
+    product_names,
+    relative_orbit_of,
+    text_of,
+    tile_of,
+    whole_of,
+)
+from ingest.scenes.offsets import decide_offset
+from ingest.scenes.scene import AssetRef, Scene
+from ingest.trust.hrefs import HrefPolicy, resolve_href
+from ingest.trust.providers import find_provider, trusted_hosts
+from ingest.trust.redact import strip_signature
+from zarr_store.errors import InvalidInput
+from zarr_store.grid import Grid, normal_crs
+
+__all__ = ["harmonise"]
+
+_MAX_SIDE = 1 << 20
+
+
+def harmonise(
+    item: object,
+    *,
+    base: str,
+    config: IngestConfig,
+    source: str | None = None,
+    item_assets: Mapping[str, Any] | None = None,
+) -> Scene:
+    """Turn a STAC item into a scene.
+
+    Args:
+        item: The item as a dict.
+        base: URL or path of the document the item was read from; relative hrefs start there.
+        config: Bands, mask and trust.
+        source: What the user named as SOURCE; `base` if None.
+        item_assets: `item_assets` of the item's collection, asked where the item states no scale and offset.
+
+    Raises:
+        InvalidInput: The item is malformed, of a product that is not understood, or has no usable time.
+        UnknownName: A requested band that no product has.
+    """
+    if not isinstance(item, Mapping) or not isinstance(item.get("id"), str) or not item["id"]:
+        raise InvalidInput(f"{base}: expected a STAC item with an id, got {str(item)[:80]!r}")
+    where = f"item {item['id']!r}"
+    properties = item.get("properties")
+    if not isinstance(properties, Mapping) or not isinstance(item.get("assets"), Mapping):
+        raise InvalidInput(f"{where}: expected a STAC item with properties and assets; leave it out")
+    if not isinstance(item.get("collection") or "", str):
+        raise InvalidInput(f"{where}: expected the id of a collection, got {str(item['collection'])[:80]!r}")
+    collection = item.get("collection") or (config.collections[0] if len(config.collections) == 1 else None)
+    refuse_unsupported(collection or "", item)
+    product = find_product(item, collection)
+    if product is None:
+        raise InvalidInput(
+            f"{where} of collection {collection!r} is of no product that is understood: expected Sentinel-2 L2A or "
+            "L1C, or Sentinel-1 RTC"
+        )
+    provider = find_provider(item, source or base, config.providers)
+    policy = config.href_policy(source or base, trusted_hosts(provider, source or base, config.providers))
+    notes: list[str] = []
+    assets, lacking = _assets(item, product, config, base=base, policy=policy, notes=notes)
+    footprint, bounds = footprint_of(item, where)
+    names = product_names(item)
+    baseline = baseline_of(properties, names)
+    dn_offset, evidence = decide_offset(
+        product,
+        provider,
+        collection or product.name,
+        properties,
+        baseline,
+        stated=_stated_offsets(item["assets"], assets),
+        promised=_stated_offsets(item_assets or {}, assets),
+    )
+    moment, created = (
+        acquired(properties, where, notes),
+        first_of(properties, "created", "s2:generation_time", "sentinel2:generation_time"),
+    )
+    scene = Scene(
+        id=item["id"],
+        collection=collection or product.name,
+        provider=provider.name,
+        datetime=moment,
+        assets=assets,
+        lacking=lacking,
+        footprint=to_geojson(footprint),
+        bbox=bounds,
+        platform=text_of(properties.get("platform"), lower=True) or platform_of(names),
+        baseline=baseline,
+        tile=tile_of(properties, names),
+        relative_orbit=relative_orbit_of(properties, names),
+        orbit_direction=text_of(first_of(properties, "sat:orbit_state", "sentinel2:orbit_direction"), lower=True),
+        datatake=datatake_of(properties, names, product),
+        cloud_cover=_percent(properties.get("eo:cloud_cover")),
+        created=text_of(created),
+        updated=text_of(properties.get("updated")),
+        dn_offset=dn_offset,
+        offset_evidence=evidence,
+        notes=tuple(notes),
+        product=product.name,
+    )
+    _refuse_half_characters(scene, where)
+    return scene
+
+
+def _refuse_half_characters(scene: Scene, where: str) -> None:
+    """JSON can spell one half of a character of two; no message to a worker and no file can hold it.
+
+    Raises:
+        InvalidInput: A name or text of the scene has one.
+    """
+    texts = [value for value in vars(scene).values() if isinstance(value, str)]
+    texts += [text for ref in scene.assets.values() for text in vars(ref).values() if isinstance(text, str)]
+    try:
+        "".join((*texts, *scene.notes)).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{where}: its texts hold half a character ({error.reason}); leave it out") from error
+
+
+def _assets(
+    item: Mapping[str, Any],
+    product: ProductRule,
+    config: IngestConfig,
+    *,
+    base: str,
+    policy: HrefPolicy,
+    notes: list[str],
+) -> tuple[dict[str, AssetRef], tuple[str, ...]]:
+    """The requested bands that can be read, and the names of those that cannot."""
+    found: dict[str, AssetRef] = {}
+    lacking: list[str] = []
+    choice = choose_bands(product, config.bands, config.mask)
+    for band in choice.all:
+        key = asset_key(band, item["assets"])
+        asset = item["assets"].get(key) if key is not None else None
+        if key is None or not isinstance(asset, Mapping):
+            lacking.append(band.name)
+            continue
+        try:
+            href = strip_signature(resolve_href(asset.get("href"), base=base, policy=policy))
+        except InvalidInput as refusal:
+            lacking.append(band.name)
+            notes.append(f"asset {key!r}: {refusal}")
+            continue
+        found[band.name] = _asset_ref(band, key, asset, href, item["properties"], product, notes)
+    return found, tuple(lacking)
+
+
+def _asset_ref(
+    band: BandRule,
+    key: str,
+    asset: Mapping[str, Any],
+    href: str,
+    properties: Mapping[str, Any],
+    product: ProductRule,
+    notes: list[str],
+) -> AssetRef:
+    is_class = band in product.classes
+    dtype = _raster(asset, "data_type") or ("uint8" if is_class else product.dtype)
+    nodata = number_of(_raster(asset, "nodata"))
+    scale, offset = (_finite(number_of(_raster(asset, name))) for name in ("scale", "offset"))
+    if not is_class and scale is not None and product.kind == "reflectance" and not 0.99 < scale / product.scale < 1.01:
+        notes.append(
+            f"scale {scale:g} is stated, {product.name} has {product.scale:g}: the numbers are kept as they are"
+        )
+    return AssetRef(
+        band=band.name,
+        key=key,
+        href=href,
+        grid=_grid(asset, properties, f"asset {key!r}", notes),
+        dtype=str(dtype),
+        nodata=nodata if nodata is not None else (0.0 if is_class else float(product.nodata)),
+        scale=1.0 if is_class else (product.scale if scale is None else scale),
+        offset=0.0 if is_class or offset is None else offset,
+        kind="class" if is_class else "data",
+        media_type=text_of(asset.get("type")),
+        size_bytes=_size(asset),
+        checksum=text_of(asset.get("file:checksum"), lower=True),
+    )
+
+
+def _size(asset: Mapping[str, Any]) -> int | None:
+    size = whole_of(asset.get("file:size"))
+    return size if size is not None and size > 0 else None
+
+
+def _percent(value: object) -> float | None:
+    number = number_of(value)
+    return number if number is not None and 0.0 <= number <= 100.0 else None
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _raster(asset: Mapping[str, Any], name: str) -> Any:
+    """A raster field of a one-band asset: `bands` (1.1), then `raster:bands` (1.0), then the asset itself (1.1)."""
+    for holder in (_one(asset.get("bands")), _one(asset.get("raster:bands")), asset):
+        for spelling in (f"raster:{name}", name):
+            if holder.get(spelling) is not None:
+                return holder[spelling]
+    return None
+
+
+def _one(bands: object) -> Mapping[str, Any]:
+    return bands[0] if isinstance(bands, list) and len(bands) >= 1 and isinstance(bands[0], Mapping) else {}
+
+
+def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef]) -> dict[str, float]:
+    """Per band, the offset in digital numbers that `raw` (assets, or item_assets) states for the chosen data assets."""
+    stated = {}
+    for band, ref in assets.items():
+        asset = raw.get(ref.key)
+        if ref.kind == "data" and isinstance(asset, Mapping):
+            offset, scale = (_finite(number_of(_raster(asset, name))) for name in ("offset", "scale"))
+            if offset is not None and scale != 0:
+                stated[band] = round(offset / (scale if scale is not None else ref.scale), 3)
+    return stated
+
+
+def _grid(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, notes: list[str]) -> Grid | None:
+    """The grid by the projection extension; None, with a note where it is there but unusable."""
+    crs = _crs(asset, properties, where, notes)
+    shape, transform, bounds = (
+        _numbers(asset.get(name) or properties.get(name)) for name in ("proj:shape", "proj:transform", "proj:bbox")
+    )
+    if crs is None or len(shape) < 2:
+        return None
+    height, width = int(shape[0]), int(shape[1])
+    if not (0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE):
+        notes.append(f"{where}: proj:shape {shape} is impossible and ignored")
+        return None
+    if len(transform) >= 6:
+        a, b, c, d, e, f = transform[:6]
+    elif len(bounds) == 4:  # in the CRS of the file, so exact
+        left, bottom, right, top = bounds
+        a, b, c, d, e, f = (right - left) / width, 0.0, left, 0.0, (bottom - top) / height, top
+    else:
+        return None
+    try:
+        return Grid(crs, (a, b, c, d, e, f), (height, width))
+    except InvalidInput as error:
+        notes.append(f"{where}: {error}")
+        return None
+
+
+def _crs(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, notes: list[str]) -> str | None:
+    for holder in (_one(asset.get("bands")), asset, properties):
+        for name in ("proj:code", "proj:epsg", "proj:wkt2", "proj:projjson"):
+            value = holder.get(name)
+            if value is None or value == "":
+                continue
+            try:
+                return normal_crs(f"EPSG:{int(value)}" if name == "proj:epsg" else value)
+            except (InvalidInput, TypeError, ValueError, OverflowError):
+                notes.append(f"{where}: {name} {str(value)[:60]!r} is no known CRS and is ignored")
+    return None
+
+
+def _numbers(values: object) -> list[float]:
+    """A list of finite numbers; empty where it is anything else."""
+    if not isinstance(values, list | tuple):
+        return []
+    numbers = [number_of(v) for v in values if isinstance(v, int | float)]
+    finite = [v for v in numbers if v is not None and math.isfinite(v)]
+    return finite if len(finite) == len(values) else []

@@ -1,0 +1,152 @@
+"""Who a scene is: time, platform, baseline, tile and datatake, from the many places where catalogues keep them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ingest.request.products import ProductRule
+from zarr_store.errors import InvalidInput
+
+__all__ = [
+    "acquired",
+    "baseline_of",
+    "datatake_of",
+    "first_of",
+    "number_of",
+    "platform_of",
+    "product_names",
+    "relative_orbit_of",
+    "text_of",
+    "tile_of",
+    "whole_of",
+]
+
+
+_YEARS = (1970, 2200)
+_MOST_WHOLE = 2**53
+"""Beyond it a float is no exact whole number."""
+
+
+def product_names(item: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every place that may hold the SAFE product or tile name, most telling first."""
+    properties = item["properties"]
+    keys = (
+        "s2:product_uri",
+        "sentinel:product_id",
+        "sentinel2:product_title",
+        "s2:tile_id",
+        "s2:granule_id",
+        "sentinel2:tile_id",
+        "title",
+    )
+    return tuple(str(v) for v in (*(properties.get(k) for k in keys), item["id"]) if v)
+
+
+def acquired(properties: Mapping[str, Any], where: str, notes: list[str]) -> str:
+    """Acquisition time in whole UTC seconds: `datetime`, or `start_datetime` where that is null."""
+    raw = first_of(properties, "datetime", "start_datetime")
+    if raw is None:
+        raise InvalidInput(f"{where}: datetime is null and there is no start_datetime; leave the item out")
+    try:
+        moment = dt.datetime.fromisoformat(str(raw))
+    except ValueError as error:
+        raise InvalidInput(f"{where}: datetime {raw!r} is no RFC 3339 time ({error}); leave the item out") from error
+    if moment.tzinfo is None:
+        notes.append(f"datetime {raw} names no time zone: read as UTC")
+        moment = moment.replace(tzinfo=dt.UTC)
+    if properties.get("datetime") is None:
+        notes.append("datetime is null: start_datetime is used")
+    if not _YEARS[0] <= moment.year <= _YEARS[1]:
+        raise InvalidInput(f"{where}: datetime {str(raw)[:60]!r} is no time of a satellite image; leave the item out")
+    return moment.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def baseline_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """Processing baseline as "05.09"."""
+    raw = first_of(
+        properties,
+        "s2:processing_baseline",
+        "sentinel2:processing_baseline",
+        "sentinel:processing_baseline",
+        "processing:version",
+    )
+    found = (
+        re.fullmatch(r"[Nn]?(\d{1,2})\.(\d{1,2})|[Nn]?(\d{2})(\d{2})", str(raw).strip()) if raw is not None else None
+    )
+    if found:
+        major, minor = (g for g in found.groups() if g is not None)
+        # the number 5.1 is the text "05.10" with its zero lost; no baseline has ended in a lone digit
+        return f"{int(major):02d}.{minor.ljust(2, '0')}"
+    text = search_in(r"_N(\d{2}\.?\d{2})(?:_|\.|$)", names)
+    return f"{text[:2]}.{text[-2:]}" if text else None
+
+
+def tile_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """MGRS tile as "01WCR"."""
+    whole = first_of(properties, "s2:mgrs_tile", "grid:code", "sentinel:mgrs", "tileId")
+    parts = [
+        first_of(properties, f"mgrs:{part}", f"sentinel:{part}")
+        for part in ("utm_zone", "latitude_band", "grid_square")
+    ]
+    text = str(whole) if whole else "".join(str(part) for part in parts) if all(parts) else ""
+    found = re.fullmatch(r"(?:MGRS-)?T?(\d{1,2})([C-X][A-Z]{2})", text)
+    if found:
+        return f"{int(found[1]):02d}{found[2]}"
+    text = search_in(r"(?:^|_)T?(\d{2}[C-X][A-Z]{2})(?:_|\.|$)", names) or ""
+    return text or None
+
+
+def platform_of(names: Iterable[str]) -> str | None:
+    found = search_in(r"^S([12][A-D])_", names)
+    return f"sentinel-{found.lower()}" if found else None
+
+
+def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: ProductRule) -> str | None:
+    """Datatake id, or the part of it that the product name holds; absolute orbit for Sentinel-1."""
+    if product.kind == "backscatter":
+        orbit = whole_of(properties.get("sat:absolute_orbit"))
+        return str(orbit) if orbit is not None else None
+    known = text_of(first_of(properties, "s2:datatake_id", "eopf:datatake_id", "sentinel2:datatake_id"))
+    if known:
+        return known
+    for name in names:
+        found = re.match(r"(S2[A-D])_MSIL\d[AC]_(\d{8}T\d{6})_", name)
+        if found:
+            return f"G{found[1]}_{found[2]}"
+    return None
+
+
+def relative_orbit_of(properties: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    """Relative orbit, 1 to 143 for Sentinel-2 and 1 to 175 for Sentinel-1."""
+    stated = whole_of(first_of(properties, "sat:relative_orbit", "sentinel2:relative_orbit_number"))
+    return (stated if stated in range(1, 1000) else None) or whole_of(search_in(r"_R(\d{3})(?:_|$)", names))
+
+
+def first_of(holder: Mapping[str, Any], *names: str) -> Any:
+    return next((holder[name] for name in names if holder.get(name) not in (None, "")), None)
+
+
+def search_in(pattern: str, texts: Iterable[str]) -> str | None:
+    return next((found[1] for text in texts if (found := re.search(pattern, text))), None)
+
+
+def text_of(value: object, *, lower: bool = False) -> str | None:
+    return (str(value).lower() if lower else str(value)) if value not in (None, "") else None
+
+
+def number_of(value: object) -> float | None:
+    """A number, also "nan" and "-inf" as the raster extension spells them."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def whole_of(value: object) -> int | None:
+    number = number_of(value)
+    return int(number) if number is not None and abs(number) < _MOST_WHOLE else None

@@ -1,0 +1,144 @@
+"""`Scene` and `AssetRef`: one harmonised form for a STAC item of any provider and version.
+
+Everything downstream (probe, plan, read) sees only these. They hold what the metadata says; what the files say is
+in `ingest.plan.probe.SceneProbe`, and where both speak, the file wins. Hrefs are absolute and unsigned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from zarr_store.grid import Grid
+
+__all__ = ["AssetKind", "AssetRef", "Scene"]
+
+AssetKind = Literal["data", "class"]
+
+
+@dataclass(frozen=True)
+class AssetRef:
+    """One band of one scene: where it is and what the metadata says of it.
+
+    Attributes:
+        band: The requested name in the project's spelling, e.g. "blue", "scl", "vv".
+        key: Asset key in the item, e.g. "B02".
+        href: Absolute URL or absolute local path, unsigned.
+        grid: Grid by the metadata; None where the item has no shape and transform.
+        dtype: numpy name of the stored type by the metadata or the product rule.
+        nodata: Value of pixels without data.
+        scale: Multiplier as the metadata states it; 1.0 for class layers.
+        offset: Addend after `scale` as the metadata states it (-0.1 for baseline 04.00), applied nowhere by itself:
+            `Scene.dn_offset` is the decision.
+        kind: "class" layers are never scaled, offset or interpolated.
+        media_type: As stated.
+        size_bytes: Size of the file as the item states it (`file:size`).
+        checksum: Multihash of the file in hexadecimal, as the item states it (`file:checksum`).
+    """
+
+    band: str
+    key: str
+    href: str
+    grid: Grid | None = None
+    dtype: str | None = None
+    nodata: float | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+    kind: AssetKind = "data"
+    media_type: str | None = None
+    size_bytes: int | None = None
+    checksum: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "grid"}
+        return {**fields, "grid": self.grid.to_dict() if self.grid else None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        grid = data.get("grid")
+        return cls(**{**data, "grid": Grid.from_dict(grid) if grid else None})
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One acquisition over one tile, as the catalogue describes it.
+
+    Attributes:
+        id: Item id: data, never a path.
+        collection: Collection id as the catalogue spells it; the cube's group name.
+        provider: Name of the provider rule ("earth-search", "planetary-computer", "cdse", "terrashard", "generic").
+        datetime: UTC, whole seconds, "2023-08-10T10:06:49Z".
+        assets: By band, only bands that were requested and are usable.
+        lacking: Requested bands that the item lacks, or whose href was refused.
+        footprint: GeoJSON geometry in lon/lat.
+        bbox: (west, south, east, north) in degrees; west > east across the antimeridian.
+        platform: "sentinel-2a" …
+        baseline: Processing baseline "05.09".
+        tile: MGRS tile "33TWL".
+        relative_orbit: 1…143 (Sentinel-2) or 1…175 (Sentinel-1).
+        orbit_direction: "ascending" or "descending".
+        datatake: Datatake id of Sentinel-2, or absolute orbit for Sentinel-1.
+        cloud_cover: Percent.
+        created: When this version of the item was made.
+        updated: When it was last changed.
+        dn_offset: What the metadata rules say must be ADDED to a DN: 0 or -1000.
+        offset_evidence: Why, in words.
+        notes: What a person should know of this scene: refused hrefs, repaired geometry, unknown CRS.
+        product: Name of the product rule in `ingest.request.products`, e.g. "sentinel-2-l2a".
+    """
+
+    id: str
+    collection: str
+    provider: str
+    datetime: str
+    assets: Mapping[str, AssetRef]
+    lacking: tuple[str, ...]
+    footprint: Mapping[str, Any]
+    bbox: tuple[float, float, float, float]
+    platform: str | None = None
+    baseline: str | None = None
+    tile: str | None = None
+    relative_orbit: int | None = None
+    orbit_direction: str | None = None
+    datatake: str | None = None
+    cloud_cover: float | None = None
+    created: str | None = None
+    updated: str | None = None
+    dn_offset: int = 0
+    offset_evidence: str = ""
+    notes: tuple[str, ...] = ()
+    product: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(collection, id): what makes a scene itself."""
+        return (self.collection, self.id)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            **fields,
+            "assets": {band: asset.to_dict() for band, asset in self.assets.items()},
+            "lacking": list(self.lacking),
+            "footprint": dict(self.footprint),
+            "bbox": list(self.bbox),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        west, south, east, north = (float(v) for v in data["bbox"])
+        return cls(
+            **{
+                **data,
+                "assets": {band: AssetRef.from_dict(asset) for band, asset in data["assets"].items()},
+                "lacking": tuple(data["lacking"]),
+                "bbox": (west, south, east, north),
+                "notes": tuple(data.get("notes", ())),
+            }
+        )

@@ -1,0 +1,271 @@
+"""Which hrefs may be opened.
+
+A catalogue is data from outside: an href in it may name a local file, another driver, a machine of the private network
+or a credential. `resolve_href` turns an href into an absolute URL or path, or refuses it, before anything is opened.
+
+Allowed are https, http and s3 on SOURCE's own host, the provider's hosts and `--allow-host`; local files below the
+catalogue's own folder and `--allow-local`. Refused are `/vsi…`, `driver:` syntax, XML, `file:` and `data:` URLs, UNC
+paths, userinfo, odd spellings of IP addresses, and private addresses that were not asked for.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
+
+from ingest.trust.redact import redact_url
+from zarr_store.errors import AccessError, InvalidInput
+
+__all__ = [
+    "HrefPolicy",
+    "is_loopback",
+    "is_private_address",
+    "is_spelled_address",
+    "is_url",
+    "refuse_private_address",
+    "resolve_href",
+    "same_origin",
+]
+
+_SCHEMES = ("http", "https", "s3")
+_MAX_HREF = 4096
+_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True)
+class HrefPolicy:
+    """What may be opened on behalf of one SOURCE.
+
+    Attributes:
+        source_host: Host of SOURCE, lower case; None for a local one.
+        source_root: Folder of a local SOURCE.
+        hosts: Further host names, "*.suffix" patterns, or s3 bucket names.
+        roots: Further local folders.
+        allow_private: Whether private, loopback and link-local addresses may be named.
+    """
+
+    source_host: str | None = None
+    source_root: Path | None = None
+    hosts: frozenset[str] = frozenset()
+    roots: tuple[Path, ...] = ()
+    allow_private: bool = False
+
+    @classmethod
+    def around(
+        cls, source: str, *, hosts: Iterable[str] = (), roots: Iterable[str] = (), allow_private: bool = False
+    ) -> Self:
+        """The policy for `source` as the user gave it.
+
+        Args:
+            source: URL or path; its own host, or its folder, is allowed. Empty: only what the others name.
+            hosts: As the attribute.
+            roots: As the attribute; ~ is the home folder.
+            allow_private: As the attribute.
+        """
+        names = frozenset(_host_name(name) for name in hosts)
+        folders = tuple(Path(root).expanduser().resolve() for root in roots)
+        if is_url(source):
+            parts = urlsplit(source)
+            host = parts.netloc.lower() if parts.scheme == "s3" else (parts.hostname or "").lower()
+            return cls(host, None, names, folders, allow_private)
+        if not source:
+            return cls(None, None, names, folders, allow_private)
+        path = Path(source).expanduser().resolve()
+        return cls(None, path if path.is_dir() else path.parent, names, folders, allow_private)
+
+    def allows_host(self, host: str) -> bool:
+        """Whether `host` is SOURCE's own, or named, or below a "*.suffix" that is named."""
+        if host == self.source_host or host in self.hosts:
+            return True
+        return any(name.startswith("*.") and host.endswith(name[1:]) for name in self.hosts)
+
+    def allows_private(self, host: str) -> bool:
+        """Whether a private address is fine: asked for, SOURCE's own host, or loopback beside a loopback SOURCE."""
+        if self.allow_private or host == self.source_host:
+            return True
+        return bool(self.source_host) and is_loopback(self.source_host or "") and is_loopback(host)
+
+
+def resolve_href(href: object, *, base: str, policy: HrefPolicy) -> str:
+    """The absolute URL or local path that `href` means, if it may be opened.
+
+    Args:
+        href: As the catalogue gives it.
+        base: URL or path of the document that holds it.
+        policy: What is allowed.
+
+    Raises:
+        InvalidInput: The href is malformed or not allowed; the message never shows its query or userinfo.
+    """
+    text = _checked_text(href)
+    if is_url(text):
+        return _checked_url(text, policy)
+    if text.lower().startswith("/vsi"):
+        raise _refused(text, "GDAL's /vsi paths read through other files and hosts")
+    if re.match(r"[A-Za-z][A-Za-z0-9_+.\-]*:", text):
+        raise _refused(text, "it names a driver or a scheme other than https, http or s3")
+    if text.startswith("//"):
+        raise _refused(text, "it names a host without a scheme")
+    if is_url(base):
+        if text.startswith("/") and base.startswith("s3://"):
+            raise _refused(text, "an absolute path has no meaning in a bucket")
+        if base.startswith("s3://"):  # urljoin does not know the scheme
+            joined = "s3" + urljoin("https" + base[2:], quote(text, safe="/%?=&+,;@!$'()*~"))[5:]
+        else:
+            joined = urljoin(base, text)
+        return _checked_url(joined, policy)
+    return _checked_path(text, base, policy)
+
+
+def _checked_text(href: object) -> str:
+    if not isinstance(href, str) or not href.strip():
+        raise InvalidInput(f"expected an href, got {href!r}; the catalogue is broken, leave the item out")
+    if len(href) > _MAX_HREF:
+        raise InvalidInput(f"href of {len(href)} characters refused (at most {_MAX_HREF}): {redact_url(href[:80])}…")
+    if any(ord(char) < 32 or ord(char) == 127 or char in "\u202e\u202d\u2066\u2067\u2068" for char in href):
+        raise _refused(href, "it holds control characters")
+    if href != href.strip() or "\\" in href:
+        raise _refused(href, "it holds a backslash or surrounding blanks")
+    if href.lstrip().startswith(("<", "{")):
+        raise _refused("(inline document)", "it holds a document instead of an address")
+    return href
+
+
+def _checked_url(url: str, policy: HrefPolicy) -> str:
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").rstrip(".").lower(), parts.port
+    except ValueError as error:
+        raise _refused(url, f"it is no URL ({error})") from error
+    if parts.scheme.lower() not in _SCHEMES:
+        raise _refused(url, "only https, http and s3 are opened")
+    if "@" in parts.netloc:
+        raise _refused(url, "it carries a user name or password")
+    if not host or (parts.scheme == "s3" and port):
+        raise _refused(url, "it names no host")
+    if re.search(r"%2e%2e|%00|%5c", url, re.IGNORECASE) or ".." in parts.path.split("/"):
+        raise _refused(url, "it climbs out of its folder")
+    address = _address(host)
+    if address is None and _looks_numeric(host):
+        raise _refused(url, "it spells an IP address in an unusual way")
+    if address is not None and parts.scheme == "s3":
+        raise _refused(url, "a bucket is no IP address")
+    private = (address is not None and not address.is_global) or host == "localhost" or host.endswith(".localhost")
+    if private and not policy.allows_private(host):
+        raise _refused(url, "private, loopback and link-local addresses need --allow-private-hosts")
+    if not policy.allows_host(host) and not (private and policy.allows_private(host)):
+        raise _refused(url, f"its host is neither SOURCE's own nor the provider's; trust it with --allow-host {host}")
+    netloc = f"[{host}]" if ":" in host else host
+    netloc += f":{port}" if port and port != _PORTS.get(parts.scheme.lower()) else ""
+    return urlunsplit(SplitResult(parts.scheme.lower(), netloc, parts.path, parts.query, ""))
+
+
+def _checked_path(text: str, base: str, policy: HrefPolicy) -> str:
+    if "://" in unquote(text) or "/vsi" in text.lower():
+        raise _refused(text, "it hides a URL or a /vsi path")
+    folder = Path(base) if Path(base).is_dir() else Path(base).parent
+    path = (folder / text).resolve()  # follows links, so a link cannot lead out of the folder
+    roots = [*([policy.source_root] if policy.source_root else []), *policy.roots]
+    if not any(path.is_relative_to(root) for root in roots):
+        raise _refused(text, "it lies outside the catalogue's own folder; trust its folder with --allow-local FOLDER")
+    return str(path)
+
+
+def _refused(href: str, why: str) -> InvalidInput:
+    return InvalidInput(f"href {redact_url(href)!r} refused: {why}")
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` has the form SCHEME://…"""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", text) is not None
+
+
+def same_origin(left: str, right: str) -> bool:
+    """Whether two URLs share scheme, host and port; credentials never cross this line."""
+    a, b = urlsplit(left), urlsplit(right)
+    return (a.scheme.lower(), (a.hostname or "").lower(), a.port or _PORTS.get(a.scheme.lower())) == (
+        b.scheme.lower(),
+        (b.hostname or "").lower(),
+        b.port or _PORTS.get(b.scheme.lower()),
+    )
+
+
+def refuse_private_address(url: str, policy: HrefPolicy) -> None:
+    """Look the host of `url` up and refuse it when the name leads to a private address that was not asked for.
+
+    Called right before the first request to a host; `resolve_href` itself asks no name server.
+
+    Raises:
+        InvalidInput: The name resolves to a private address.
+        AccessError: The name does not resolve.
+    """
+    parts = urlsplit(url)
+    host = (parts.hostname or "").lower()
+    if parts.scheme not in ("http", "https") or policy.allows_private(host):
+        return
+    for address in _lookup(host):
+        if is_private_address(address):
+            raise _refused(url, f"its name leads to the private address {address}; --allow-private-hosts permits that")
+
+
+def is_private_address(address: str) -> bool:
+    """Whether an IP address is not of the public network; mapped ones are judged by what they map.
+
+    >>> [is_private_address(a) for a in ("8.8.8.8", "10.0.0.1", "::ffff:127.0.0.1", "169.254.169.254")]
+    [False, True, True, True]
+    """
+    found = _address(address)
+    return found is None or not found.is_global
+
+
+def is_spelled_address(host: str) -> bool:
+    """Whether a host is an IP address or this machine's own name rather than a name that somebody else resolves."""
+    return _address(host) is not None or host == "localhost" or host.endswith(".localhost")
+
+
+@lru_cache(maxsize=256)
+def _lookup(host: str) -> tuple[str, ...]:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise AccessError(
+            f"host {host} was not found: {error.strerror or error}; check the name and the network"
+        ) from error
+    return tuple(sorted({str(entry[4][0]).partition("%")[0] for entry in found}))
+
+
+def _host_name(name: str) -> str:
+    """Host or bucket of a --allow-host value, which may be typed as a URL."""
+    text = name.strip().lower()
+    return (urlsplit(text).hostname or urlsplit(text).netloc) if is_url(text) else text.split("/")[0].rsplit(":", 1)[0]
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = getattr(address, "ipv4_mapped", None)  # ::ffff:127.0.0.1 is 127.0.0.1
+    return mapped or address
+
+
+def _looks_numeric(host: str) -> bool:
+    """2130706433, 0x7f.1, 127.1 and 0177.0.0.1 are addresses to the C library though not to `ipaddress`."""
+    return all(re.fullmatch(r"(0x[0-9a-f]*|\d+)", part) for part in host.split("."))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself, by its spelling: localhost, 127.… or ::1.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("[::1]"), is_loopback("0.0.0.0"), is_loopback("node7")
+    (True, True, False, False)
+    """
+    address = _address(host.strip("[]"))
+    return host == "localhost" or (address is not None and address.is_loopback)

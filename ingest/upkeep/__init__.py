@@ -1,0 +1,1 @@
+"""Growing, refreshing, healing and comparing a cube that exists."""

@@ -1,0 +1,215 @@
+"""A cube's plan with more scenes in it: new dates at the end, new scenes of dates that are there, newer copies. Pure.
+
+Rows of the item table and dates keep their numbers, so the keys of shards that nothing new touches stay what they are
+and those shards are not made again. A scene that is superseded keeps its row, which older shards point to.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+from ingest.plan.candidates import pixel_box, sources_of
+from ingest.plan.grouping import overlap_order, parse_time, step_label
+from ingest.plan.plan import Plan
+from ingest.plan.task import PlannedScene, Recipe, ShardTask
+from ingest.raster.resample import is_nested
+from ingest.scenes.scene import Scene
+from zarr_store.create import list_differences
+from zarr_store.errors import CubeMismatch, InvalidInput
+from zarr_store.grid import Grid
+
+__all__ = ["merge_plans"]
+
+Row = dict[str, Any]
+
+
+def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], int], config: Mapping[str, Any]) -> Plan:
+    """The plan of the cube of `old` with the scenes of `fresh` in it.
+
+    Args:
+        old: Plan of the cube.
+        fresh: Plan of the new scenes alone, on the cube's grid.
+        replaces: (collection, id) of a scene of `fresh` → row of the item table that it supersedes.
+        config: What the merged plan says was asked.
+
+    Raises:
+        CubeMismatch: The new scenes would be treated by other rules than those of the cube.
+        InvalidInput: A new date lies before the last one of the cube.
+    """
+    recipes, items, tasks = list(old.recipes), dict(old.items), list(old.tasks)
+    facts = {name: dict(told) for name, told in old.facts.items()}
+    for recipe in fresh.recipes:
+        name = recipe.spec.collection
+        place = next((i for i, known in enumerate(recipes) if known.spec.collection == name), None)
+        if place is None:
+            raise CubeMismatch(
+                f"the cube has no collection {name!r} (it has {', '.join(r.spec.collection for r in recipes)}); "
+                "nothing was changed: select its collections with --collection, or make another cube"
+            )
+        _refuse_other_rules(recipes[place], recipe)
+        merged = _Collection.of(old, recipes[place], str(config.get("group", "solar-day")))
+        merged.add(fresh, {scene: row for (collection, scene), row in replaces.items() if collection == name})
+        recipes[place] = merged.recipe
+        items[name] = tuple(merged.rows)
+        tasks = [task for task in tasks if task.collection != name] + merged.tasks()
+        facts[name] = _merged_facts(facts[name], fresh.facts.get(name, {}), merged)
+    return Plan(
+        recipes=tuple(recipes),
+        items=items,
+        tasks=tuple(sorted(tasks)),
+        drops=tuple(dict.fromkeys((*old.drops, *fresh.drops))),
+        warnings=tuple(dict.fromkeys((*old.warnings, *fresh.warnings))),
+        reasons=old.reasons,
+        facts=facts,
+        config=dict(config),
+        source=fresh.source or old.source,
+    )
+
+
+def _refuse_other_rules(there: Recipe, asked: Recipe) -> None:
+    """The layout belongs to the cube; everything else must be asked as it was."""
+    kept, wanted = ({**r.rules(), "spec": {**r.rules()["spec"], "layout": None}} for r in (there, asked))
+    differences = list_differences(kept, wanted)
+    if differences:
+        raise CubeMismatch(
+            f"{there.spec.collection} of the cube was made by other rules (there → asked for): "
+            f"{'; '.join(differences[:6])}. Nothing was changed: leave these options out, the cube's own are used then"
+        )
+
+
+@dataclass
+class _Collection:
+    """One collection while scenes are added to it."""
+
+    recipe: Recipe
+    rows: list[Row]
+    scenes: dict[int, PlannedScene]
+    old_tasks: dict[tuple[int, int, int], ShardTask]
+    label_of: Callable[[Mapping[str, Any]], tuple[str, ...]]
+    touched: set[int]
+
+    @classmethod
+    def of(cls, plan: Plan, recipe: Recipe, group: str) -> _Collection:
+        name = recipe.spec.collection
+        tasks = {task.index: task for task in plan.tasks if task.collection == name}
+        west, _, east, _ = recipe.spec.grid.lonlat_bounds()
+        longitude = (west + (east + 360.0 if east < west else east)) / 2.0
+        return cls(
+            recipe,
+            [dict(row) for row in plan.items[name]],
+            {scene.item: scene for task in tasks.values() for scene in task.sources},
+            tasks,
+            lambda row: step_label(_as_scene(row), cast(Any, group), longitude),
+            set(),
+        )
+
+    def add(self, fresh: Plan, replaces: Mapping[str, int]) -> None:
+        """Give every new scene a row and a date."""
+        name = self.recipe.spec.collection
+        planned = {s.item: s for task in fresh.tasks if task.collection == name for s in task.sources}
+        times = list(self.recipe.spec.times)
+        steps = {self.label_of(row): int(row["step"]) for row in self.rows}
+        new_times = next(r.spec.times for r in fresh.recipes if r.spec.collection == name)
+        for item, row in enumerate(fresh.items[name]):
+            known = replaces.get(str(row["id"]))
+            if known is not None:
+                step = int(self.rows[known]["step"])
+                self.rows[known] = {**self.rows[known], "superseded_by": row["id"]}
+                self.scenes.pop(known, None)
+            elif (label := self.label_of(row)) in steps:
+                step = steps[label]
+            else:
+                step = steps[label] = len(times)
+                times.append(self._next_time(new_times[int(row["step"])], times[-1], str(row["id"])))
+            number = len(self.rows)
+            self.rows.append({**row, "step": step})
+            self.touched.add(step)
+            if item in planned:
+                self.scenes[number] = replace(planned[item], item=number, step=step)
+        spec = replace(self.recipe.spec, times=tuple(times))
+        self.recipe = replace(self.recipe, spec=spec)
+
+    def _next_time(self, time: str, last: str, item_id: str) -> str:
+        moment, end = parse_time(time), parse_time(last)
+        if moment < end:
+            raise InvalidInput(
+                f"scene {item_id} of {time} lies before the last date of the cube, {last}: a cube grows at its end "
+                "only, as every date has its number in every file. Nothing was changed: select later dates with "
+                "--datetime, or make a new cube of all dates"
+            )
+        if moment == end:  # tiles of one pass share their second, a time axis has no equal values
+            moment += dt.timedelta(seconds=1)
+        return moment.strftime("%Y-%m-%dT%H:%M:%S")
+
+    def tasks(self) -> list[ShardTask]:
+        """Tasks of all shards: those that nothing new touches as they were."""
+        recipe, grid = self.recipe, self.recipe.spec.grid
+        by_step: dict[int, list[PlannedScene]] = defaultdict(list)
+        for scene in self.scenes.values():
+            by_step[scene.step].append(scene)
+        order = overlap_order(
+            lambda scene: self._rank(cast(Any, scene).planned), lambda scene: getattr(scene, "cloud_share", None)
+        )
+        ordered: set[int] = set()
+        tasks = []
+        for index, region in recipe.spec.shards().items():
+            old = self.old_tasks.get(index)
+            steps = range(region.t0, region.t1)
+            if old is not None and old.region == region and not self.touched.intersection(steps):
+                tasks.append(old)
+                continue
+            for step in set(steps) - ordered:
+                by_step[step].sort(key=lambda scene: order(_as_scene({**self.rows[scene.item], "planned": scene})))
+            ordered.update(steps)
+            planned = [scene for step in steps for scene in by_step[step]]
+            tasks.append(ShardTask.of(recipe, index, region, sources_of(region, planned, grid, recipe.clip)))
+        return tasks
+
+    def _rank(self, scene: PlannedScene) -> int:
+        """As `FoundScene.rank`, from what a plan keeps of the headers."""
+        target = self.recipe.spec.grid
+        grids = [asset.header for asset in scene.assets if asset.header] or [scene.extent]
+        if all(is_nested(grid, target) for grid in grids):
+            return 0
+        return 1 if all(grid.crs == target.crs for grid in grids) else 2
+
+
+def _as_scene(row: Mapping[str, Any]) -> Scene:
+    """A row of the item table where a scene is expected; it has what dates and overlaps are decided by."""
+    return cast(Scene, SimpleNamespace(**row))
+
+
+def _merged_facts(old: Mapping[str, Any], fresh: Mapping[str, Any], merged: _Collection) -> dict[str, Any]:
+    """Counts add up; the resampled share is counted anew over all scenes."""
+    added = ("lacking", "unopened_assets", "bytes_to_read", "bytes_to_write", "requests")
+    return {
+        **old,
+        **{name: old.get(name, 0) + fresh.get(name, 0) for name in added},
+        "offset_verdicts": {**old.get("offset_verdicts", {}), **fresh.get("offset_verdicts", {})},
+        "resampled_share": _resampled_share(list(merged.scenes.values()), merged.recipe.spec.grid),
+        "scenes": len(merged.scenes),
+        "steps": len(merged.recipe.spec.times),
+        "shards": len(merged.recipe.spec.shards()),
+    }
+
+
+def _resampled_share(scenes: Sequence[PlannedScene], grid: Grid) -> float:
+    known: dict[tuple[Grid, Grid], tuple[int, bool]] = {}
+    copied = moved = 0
+    for scene in scenes:
+        for asset in scene.assets:
+            if asset.header is None or asset.kind != "data":
+                continue
+            place = (scene.extent, asset.header)
+            if place not in known:
+                reach = pixel_box(scene.extent, grid)
+                pixels = (reach[1] - reach[0]) * (reach[3] - reach[2]) if reach else 0
+                known[place] = pixels, is_nested(asset.header, grid) == 1
+            pixels, exact = known[place]
+            copied, moved = copied + pixels * exact, moved + pixels * (not exact)
+    return round(moved / (copied + moved), 6) if copied + moved else 0.0

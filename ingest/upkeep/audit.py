@@ -1,0 +1,244 @@
+"""A cube beside the catalogue of today: which scenes are missing, superseded or gone."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shapely.geometry import box
+
+from ingest.plan.plan import Plan
+from ingest.plan.stored import kept_plan, kept_source, require_providers
+from ingest.raster.access import Access
+from ingest.raster.file import file_version
+from ingest.request.config import IngestConfig
+from ingest.scenes.footprint import overlap_share
+from ingest.scenes.scene import Scene
+from ingest.scenes.search import Found, find_scenes
+from ingest.trust.waits import crew
+from zarr_store.read import open_cube
+
+__all__ = ["AuditReport", "News", "audit", "compare", "replaced_files"]
+
+_AT_ONCE = 8
+
+_SAME_MOMENT_S = 90
+_SAME_GROUND = 0.6
+"""As in `ingest.scenes.dedupe`: copies of a granule differ by less, halves of a datatake share less."""
+
+
+@dataclass(frozen=True)
+class News:
+    """What a catalogue has that a cube has not, and the other way round.
+
+    Attributes:
+        missing: Scenes that the cube does not have in any version.
+        superseded: (collection, id) of a newer copy → the scene, and the row of the item table that it supersedes. A
+            scene whose files were replaced under their old names supersedes itself.
+        replaced: (collection, id) → assets whose file is another one than was read.
+        removed: (collection, id) of scenes of the cube that the catalogue no longer lists.
+    """
+
+    missing: tuple[Scene, ...]
+    superseded: Mapping[tuple[str, str], tuple[Scene, int]]
+    removed: tuple[tuple[str, str], ...]
+    replaced: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found, as JSON-able rows."""
+
+    cube: str
+    source: str
+    scenes: int
+    missing: tuple[Mapping[str, Any], ...]
+    superseded: tuple[Mapping[str, Any], ...]
+    removed: tuple[Mapping[str, Any], ...]
+    replaced: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the cube is what an ingest of today would make, else 3."""
+        return 3 if self.missing or self.superseded or self.removed or self.replaced else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**vars(self), "exit_code": self.exit_code}
+
+
+def audit(
+    url: str | os.PathLike[str], config: IngestConfig, *, source: str | None = None, files: bool = True
+) -> AuditReport:
+    """Ask the catalogue again and compare; no pixel is read and nothing written.
+
+    Args:
+        url: The cube.
+        config: What to select; `ingest.upkeep.extend.selection_of` gives what the cube was made with.
+        source: Where to ask; None for where the cube says that its scenes came from, if `config` or the list of
+            providers trusts that.
+        files: Also ask for every file that was read whether it is still the same: one small request each.
+
+    Raises:
+        NothingFound: The catalogue has no scene left for this selection.
+        AccessError: It cannot be reached.
+        InvalidInput: The cube names a source that today's options do not trust.
+    """
+    plan = kept_plan(url)
+    require_providers(plan, config)
+    asked = source or kept_source(plan, config, str(url))
+    found = find_scenes(asked, config)
+    news = compare(plan, found, replaced_files(url, plan, found, config, source=asked) if files else None)
+    return AuditReport(
+        cube=str(url),
+        source=plan.source if source is None else source,
+        scenes=sum(len(rows) for rows in plan.items.values()),
+        missing=tuple({"collection": s.collection, "id": s.id, "datetime": s.datetime} for s in news.missing),
+        superseded=tuple(
+            {"collection": s.collection, "id": str(plan.items[s.collection][row]["id"]), "by": s.id,
+             "baseline": s.baseline, "created": s.created}
+            for s, row in news.superseded.values() if s.key not in news.replaced
+        ),
+        replaced=tuple({"collection": c, "id": i, "assets": list(keys)} for (c, i), keys in news.replaced.items()),
+        removed=tuple({"collection": name, "id": item} for name, item in news.removed),
+    )  # fmt: skip
+
+
+def replaced_files(
+    url: str | os.PathLike[str], plan: Plan, found: Found, config: IngestConfig, *, source: str
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Files that are not the ones that shards were made from, though they have the same names.
+
+    The size and the ETag or date of each file are in the ledger; the server, or the file system, is asked for them
+    again.
+
+    Args:
+        url: The cube.
+        plan: Its plan.
+        found: Scenes that the catalogue lists now; only their hrefs are asked, which were judged in the search.
+        config: Trust, timeouts and retries.
+        source: Where the scenes were found.
+
+    Returns:
+        (collection, id) → keys of its assets. A file that cannot be asked for is not listed.
+    """
+    access = Access.of(config, source)
+    cube = open_cube(url)
+    read: dict[tuple[str, int, str], set[str]] = defaultdict(set)
+    for name in cube.collections:
+        for row in cube.ledger(name).rows().values():
+            for outcome in row.sources:
+                for key, version in outcome.versions:
+                    read[name, outcome.item, key].add(version)
+    hrefs = {(scene.key, ref.key): ref.href for scene in found.scenes for ref in scene.assets.values()}
+    asked = {
+        (task.collection, scene.item, asset.key): ((task.collection, scene.item_id), asset.href)
+        for task in plan.tasks
+        for scene in task.sources
+        for asset in scene.assets
+        if (task.collection, scene.item, asset.key) in read
+        and hrefs.get(((task.collection, scene.item_id), asset.key)) == asset.href
+    }
+    changed: dict[tuple[str, str], list[str]] = defaultdict(list)
+    with crew(_AT_ONCE) as pool:
+        present = pool.map(lambda one: file_version(one[1], access), asked.values())
+        for (place, (scene_key, _)), now in zip(asked.items(), present, strict=True):
+            if now is not None and read[place] != {now}:
+                changed[scene_key].append(place[2])
+    return {key: tuple(sorted(assets)) for key, assets in sorted(changed.items())}
+
+
+def compare(plan: Plan, found: Found, replaced: Mapping[tuple[str, str], tuple[str, ...]] | None = None) -> News:
+    """What is new in `found` for the cube of `plan`; collections that the cube does not have are passed over. Pure.
+
+    Args:
+        plan: Of the cube.
+        found: What the catalogue has now.
+        replaced: From `replaced_files`. Where items state other checksums or sizes than they did, that counts too.
+    """
+    changed = {**_restated(plan, found), **(replaced or {})}
+    current = {
+        name: {row: dict(item) for row, item in enumerate(rows) if "superseded_by" not in item}
+        for name, rows in plan.items.items()
+    }
+    known = {(name, str(item["id"])): row for name, rows in current.items() for row, item in rows.items()}
+    left_out = {(drop.collection, drop.item_id) for drop in plan.drops}
+    missing = []
+    stale: dict[tuple[str, str], tuple[str, ...]] = {}
+    superseded: dict[tuple[str, str], tuple[Scene, int]] = {}
+    for scene in found.scenes:
+        rows = current.get(scene.collection)
+        if rows is None or scene.key in left_out:
+            continue
+        row = known.get(scene.key)
+        if row is None:
+            row = next((number for number, item in rows.items() if _same_acquisition(scene, item)), None)
+            if row is None:
+                missing.append(scene)
+                continue
+        if _age(vars(scene)) > _age(rows[row]):
+            superseded[scene.key] = (scene, row)
+        elif scene.key in changed:
+            superseded[scene.key] = (scene, row)
+            stale[scene.key] = changed[scene.key]
+    listed = {scene.key for scene in found.scenes} | {drop.dropped.key for drop in found.duplicates}
+    listed |= {(one.collection, one.item_id) for one in found.unusable}  # still listed, if not understood
+    removed = tuple(sorted(key for key in known if key not in listed))
+    return News(tuple(missing), superseded, removed, stale)
+
+
+def _restated(plan: Plan, found: Found) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Assets of which the catalogue states another checksum or size than when the cube was made."""
+    stated: dict[tuple[str, str], dict[str, tuple[int | None, str | None]]] = defaultdict(dict)
+    for task in plan.tasks:
+        for scene in task.sources:
+            for asset in scene.assets:
+                stated[task.collection, scene.item_id][asset.key] = (asset.size_bytes, asset.checksum)
+    changed = {}
+    for fresh in found.scenes:
+        before = stated.get(fresh.key, {})
+        keys = sorted(
+            ref.key
+            for ref in fresh.assets.values()
+            if ref.key in before
+            and any(
+                None not in pair and pair[0] != pair[1]
+                for pair in zip(before[ref.key], (ref.size_bytes, ref.checksum), strict=True)
+            )
+        )
+        if keys:
+            changed[fresh.key] = tuple(keys)
+    return changed
+
+
+def _same_acquisition(scene: Scene, row: Mapping[str, Any]) -> bool:
+    """Whether a scene and a row of the item table are copies of one granule, by the rules of `ingest.scenes.dedupe`."""
+    for name in ("platform", "tile", "relative_orbit"):
+        if getattr(scene, name) != row.get(name):
+            return False
+    if _datatake(scene.datatake) != _datatake(row.get("datatake")):
+        return False
+    apart = dt.datetime.fromisoformat(scene.datetime) - dt.datetime.fromisoformat(str(row["datetime"]))
+    if abs(apart.total_seconds()) > _SAME_MOMENT_S:
+        return False
+    return overlap_share(_box(scene.bbox), _box(row["bbox"])) >= _SAME_GROUND
+
+
+def _datatake(text: Any) -> str:
+    """Without the baseline at its end, which is what differs between copies."""
+    return "_".join(str(text or "").split("_")[:2])
+
+
+def _box(bbox: Any) -> Any:
+    west, south, east, north = bbox
+    return box(west, south, east + 360.0 if east < west else east, north)
+
+
+def _age(scene: Mapping[str, Any]) -> tuple[str, str]:
+    """Processing baseline, then time of creation: the greater is the newer copy."""
+    baseline = str(scene.get("baseline") or "")
+    return ("" if baseline.startswith("99") else baseline, str(scene.get("created") or ""))

@@ -1,0 +1,139 @@
+"""Whole files of a cube's sources against the checksums that their items state (`file:checksum`, a multihash).
+
+Reading takes parts of a file, so no checksum of the whole can be judged then. Where a proxy or a broken upload gives
+other bytes of the right length in an uncompressed file, only this tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from ingest.plan.stored import check_hrefs, kept_plan
+from ingest.plan.task import SourceAsset
+from ingest.raster.access import Access
+from ingest.raster.download import PermanentError, TransientError, cause_of, stream_whole
+from ingest.request.config import IngestConfig
+from ingest.trust.redact import redact_url
+from zarr_store.read import open_cube
+from zarr_store.regular import open_regular
+from zarr_store.verify import draw_shards
+
+__all__ = ["FilesReport", "parse_multihash", "verify_files"]
+
+_HASHES = {
+    0x11: "sha1",
+    0x12: "sha256",
+    0x13: "sha512",
+    0x14: "sha3_512",
+    0x16: "sha3_256",
+    0x20: "sha384",
+    0xD5: "md5",
+    0xB240: "blake2b",
+}
+"""Codes of the multihash table that hashlib has."""
+
+
+@dataclass(frozen=True)
+class FilesReport:
+    """What a comparison of files with stated checksums found.
+
+    Attributes:
+        checked: Files that were hashed.
+        different: Scene, asset and file whose bytes are not what its item states.
+        unread: Files that could not be read now, with the cause.
+        unstated: Files whose items state no checksum that is understood.
+    """
+
+    checked: int
+    different: tuple[str, ...]
+    unread: tuple[str, ...]
+    unstated: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**vars(self), "different": list(self.different), "unread": list(self.unread)}
+
+
+def parse_multihash(text: str) -> tuple[str, bytes] | None:
+    """(name for hashlib, digest) of a multihash in hexadecimal; None where it is none, or of a kind not known.
+
+    >>> parse_multihash("1220" + "00" * 32)[0]
+    'sha256'
+    """
+    try:
+        data = bytes.fromhex(text.removeprefix("0x"))
+        code, at = _varint(data, 0)
+        size, at = _varint(data, at)
+    except (ValueError, IndexError):
+        return None
+    name = _HASHES.get(code)
+    digest = data[at:]
+    return (name, digest) if name is not None and len(digest) == size == hashlib.new(name).digest_size else None
+
+
+def verify_files(
+    url: str | os.PathLike[str],
+    config: IngestConfig,
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    on_file: Callable[[int, int], None] | None = None,
+) -> FilesReport:
+    """Read the files that shards were made from as a whole, and compare them with the checksums that items state.
+
+    Args:
+        url: The cube.
+        config: Trust, timeouts and retries.
+        share: Part of the written shards whose files are checked; `seed` draws them as `verify_cube` does.
+        seed: Which shards a partial check draws.
+        on_file: Called with (checked, total) after each file.
+    """
+    cube, plan = open_cube(url), kept_plan(url)
+    access = Access.of(config)
+    drawn = {(name, row.index) for name, row in draw_shards(cube, share, seed)}
+    check_hrefs(plan, config, tasks=[task for task in plan.tasks if (task.collection, task.index) in drawn])
+    files: dict[str, SourceAsset] = {
+        asset.href: asset
+        for task in plan.tasks
+        if (task.collection, task.index) in drawn
+        for scene in task.sources
+        for asset in scene.assets
+    }
+    stated = {href: parsed for href, a in files.items() if (parsed := parse_multihash(a.checksum or "")) is not None}
+    different, unread = [], []
+    for done, (href, (name, digest)) in enumerate(sorted(stated.items()), 1):
+        told = f"scene {files[href].scene}, asset {files[href].key} ({redact_url(href)})"
+        try:
+            if _digest(href, name, access) != digest:
+                different.append(f"{told} is not the file whose {name} its item states")
+        except (PermanentError, TransientError, OSError, ValueError) as error:  # also hosts that are no names
+            unread.append(f"{told}: {cause_of(error, href)}")
+        if on_file:
+            on_file(done, len(stated))
+    return FilesReport(len(stated) - len(unread), tuple(different), tuple(unread), len(files) - len(stated))
+
+
+def _digest(href: str, name: str, access: Access) -> bytes:
+    if urlsplit(href).scheme in ("http", "https", "s3"):
+        running = hashlib.new(name)
+        stream_whole(href, access, running.update)
+        return running.digest()
+    if "://" in href:
+        raise PermanentError("expected a local path or an http, https or s3 URL; files of other schemes are never read")
+    with open_regular(href) as file:
+        return hashlib.file_digest(file, name).digest()
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at

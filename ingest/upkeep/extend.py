@@ -1,0 +1,156 @@
+"""Adding to a cube that is there: new dates (append) and newer copies of its scenes (refresh).
+
+The catalogue is asked, what is new is planned on the cube's own grid, and the cube's plan with it is run: only shards
+that something new touches are made. All of it happens under the cube's lock, so no two runs add to the same state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from distributed import Client
+
+from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.probe import probe_scenes
+from ingest.plan.stored import kept_plan, require_providers
+from ingest.request.config import EXECUTION_FIELDS, TRUST_FIELDS, IngestConfig
+from ingest.run.loop import IngestEvent, IngestReport, run_locked
+from ingest.run.record import RunRecord
+from ingest.scenes.scene import Scene
+from ingest.scenes.search import Found, find_scenes
+from ingest.trust.hrefs import is_url
+from ingest.upkeep.append import merge_plans
+from ingest.upkeep.audit import compare, replaced_files
+from zarr_store.errors import NothingFound
+from zarr_store.lock import CubeLock
+
+__all__ = ["extend", "plan_extension", "selection_of"]
+
+log = logging.getLogger(__name__)
+
+
+def selection_of(url: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the cube at `url` was made with, as settings; options of a new command are laid over them.
+
+    What was trusted then is not among them: that is said by each command anew.
+    """
+    return dict(kept_plan(url).config)
+
+
+def extend(
+    source: str,
+    cube_url: str | os.PathLike[str],
+    config: IngestConfig,
+    *,
+    append: bool = True,
+    refresh: bool = False,
+    client: Client | None = None,
+    on_event: Callable[[IngestEvent], None] | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    record: RunRecord | None = None,
+) -> IngestReport:
+    """Bring what is new in a catalogue into a cube; repeating it goes on, or finds nothing to do.
+
+    Args:
+        source: As for `ingest.plan.plan.make_plan`.
+        cube_url: The cube.
+        config: What is selected, with the cube's own rules (`selection_of`), and how it is run.
+        append: Add scenes that the cube does not have; their dates must come after its last, or be among its dates.
+        refresh: Make shards again whose scenes have a newer copy, or other files under the same names.
+        client: A Dask client to use.
+        on_event: As for `ingest.run.loop.run`.
+        on_plan: Given the merged plan before anything is written.
+        record: Filled with what the report on the run needs.
+
+    Raises:
+        InvalidInput: A new date lies before the last of the cube, or a file of it may not be opened by today's options.
+        CubeMismatch: Other rules than those of the cube are asked for.
+        Locked: Another run writes to the cube.
+    """
+    url = os.fspath(cube_url)
+    what = " and ".join(word for word, on in (("append", append), ("refresh", refresh)) if on)
+    with CubeLock(url, f"{what} from {source if not is_url(source) else 'a catalogue'}") as lock:
+        old = kept_plan(url)
+        require_providers(old, config)
+        merged = plan_extension(old, source, config, append=append, refresh=refresh, cube_url=url)
+        if on_plan:
+            on_plan(merged)
+        return run_locked(merged, url, lock, config=config, client=client, on_event=on_event, grow=True, record=record,
+                          typed=source, judge=True)  # fmt: skip
+
+
+def plan_extension(
+    old: Plan,
+    source: str,
+    config: IngestConfig,
+    *,
+    append: bool,
+    refresh: bool,
+    found: Found | None = None,
+    cube_url: str | None = None,
+) -> Plan:
+    """The plan of a cube with what is new in a catalogue; `old` itself where nothing is.
+
+    Args:
+        old: Plan of the cube.
+        source: As for `make_plan`.
+        config: What is selected.
+        append: Add scenes that are not there.
+        refresh: Put newer copies in the place of those that are there, and scenes whose files were replaced under their
+            old names.
+        found: What a search gave, where it was made already.
+        cube_url: The cube, whose ledger tells which files were read; None leaves files alone.
+    """
+    try:
+        found = found or find_scenes(source, config)
+    except NothingFound:
+        return old  # nothing for this selection: what is there already is still to be completed
+    news = compare(
+        old, found, replaced_files(cube_url, old, found, config, source=source) if refresh and cube_url else None
+    )
+    scenes: list[Scene] = list(news.missing) if append else []
+    replaces: dict[tuple[str, str], int] = {}
+    if refresh:
+        for key, (scene, row) in news.superseded.items():
+            replaces[key] = row
+            scenes.append(scene)
+    if news.superseded and not refresh:
+        log.warning("%d scenes of the cube have newer copies; --refresh takes them in", len(news.superseded))
+    if news.missing and not append:
+        log.warning("%d scenes are not in the cube; --append adds them", len(news.missing))
+    if not scenes:
+        return old
+    recipe = old.recipes[0]
+    try:
+        fresh = plan_scenes(
+            scenes,
+            probe_scenes(scenes, config, source=source),
+            config,
+            source=old.source,
+            layout=recipe.spec.layout,
+            grid=recipe.spec.grid,
+        )
+    except NothingFound as error:
+        raise NothingFound(f"{error} (the region is that of the cube)") from error
+    return merge_plans(old, fresh, replaces=replaces, config=_joined(old.config, config))
+
+
+def _joined(old: Mapping[str, Any], config: IngestConfig) -> dict[str, Any]:
+    """What was asked, of both: the rules are the same, the dates reach from the first to the last asked for."""
+    new = config.model_dump(mode="json", exclude=set(EXECUTION_FIELDS | TRUST_FIELDS), exclude_defaults=True)
+    joined = {**new, **{name: value for name, value in old.items() if name != "datetime"}}
+    texts = (old.get("datetime"), new.get("datetime"))
+    if texts[0] and texts[1]:
+        bounds = [IngestConfig(datetime=text).interval for text in texts]
+        starts, ends = [b[0] for b in bounds], [b[1] for b in bounds]
+        first = "" if None in starts else min(s for s in starts if s).isoformat().replace("+00:00", "Z")
+        last = "" if None in ends else max(e for e in ends if e).isoformat().replace("+00:00", "Z")
+        joined.pop("datetime", None)
+        if first or last:
+            joined["datetime"] = texts[0] if texts[0] == texts[1] else f"{first or '..'}/{last or '..'}"
+    else:
+        joined.pop("datetime", None)
+    return joined

@@ -1,0 +1,179 @@
+"""Making again what of a cube is broken, absent or incomplete, from the plan that the cube keeps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from distributed import Client
+
+from ingest.plan.stored import check_hrefs, kept_plan
+from ingest.raster.access import Access
+from ingest.request.config import IngestConfig
+from ingest.run.loop import IngestEvent, IngestReport, run_locked
+from ingest.run.shard import fill_shard
+from zarr_store.errors import IntegrityError
+from zarr_store.ledger import LedgerRow
+from zarr_store.lock import CubeLock
+from zarr_store.read import Cube, open_cube
+from zarr_store.verify import Damage, draw_shards, verify_cube
+
+__all__ = ["Difference", "RepairReport", "SourcesReport", "repair", "retry_failed", "verify_sources"]
+
+Watch = Callable[[IngestEvent], None]
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was broken, and what became of it.
+
+    Attributes:
+        damage: Stored objects that were not what was written.
+        rows: Ledger rows that could not be read and were dropped.
+        ingest: The run that made the shards again.
+    """
+
+    damage: tuple[Damage, ...]
+    rows: tuple[str, ...]
+    ingest: IngestReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        damage = [{**vars(one), "index": list(one.index)} for one in self.damage]
+        return {"damage": damage, "unreadable_rows": list(self.rows), "ingest": self.ingest.to_dict()}
+
+
+def repair(
+    url: str | os.PathLike[str], config: IngestConfig, *, client: Client | None = None, on_event: Watch | None = None
+) -> RepairReport:
+    """Check every shard against its checksum and make those again that are broken or were never written.
+
+    Where a source is gone, the broken shard stays and is listed as failed: repairing never loses pixels that are good.
+
+    Args:
+        url: The cube.
+        config: Trust and running; the rest is the cube's own.
+        client: A Dask client to use.
+        on_event: As for `ingest.run.loop.run`.
+
+    Raises:
+        InvalidInput: The cube keeps no plan, or a file that is needed may not be opened by today's options.
+        Locked: Another run writes to the cube.
+    """
+    with CubeLock(url, "repair") as lock:
+        plan = kept_plan(url)
+        cube = open_cube(url)
+        rows = [key for name in cube.collections for key in cube.ledger(name).drop_unreadable()]
+        damage = verify_cube(os.fspath(url)).damage
+        again = {(one.collection, one.index) for one in damage}
+        made = run_locked(
+            plan, url, lock, config=config, client=client, on_event=on_event, grow=True, which="absent", again=again,
+            judge=True,
+        )  # fmt: skip
+    return RepairReport(damage, tuple(rows), made)
+
+
+def retry_failed(
+    url: str | os.PathLike[str], config: IngestConfig, *, client: Client | None = None, on_event: Watch | None = None
+) -> IngestReport:
+    """Try the shards again that are partial or failed, and no others; arguments and errors as of `repair`."""
+    with CubeLock(url, "retry of failed shards") as lock:
+        plan = kept_plan(url)
+        return run_locked(
+            plan, url, lock, config=config, client=client, on_event=on_event, grow=True, which="unfinished", judge=True
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A shard whose stored pixels are not what its sources give now."""
+
+    collection: str
+    array: str
+    index: tuple[int, int, int]
+    pixels: int
+
+    def __str__(self) -> str:
+        return f"{self.collection}/{self.array} shard {self.index} differs from its sources in {self.pixels} values"
+
+
+@dataclass(frozen=True)
+class SourcesReport:
+    """What a comparison with the sources found.
+
+    Attributes:
+        checked: Shards whose sources were all read again.
+        different: Arrays of shards that differ.
+        unread: Shards whose sources could not be read now, with the cause.
+    """
+
+    checked: int
+    different: tuple[Difference, ...]
+    unread: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        different = [{**vars(one), "index": list(one.index)} for one in self.different]
+        return {"checked": self.checked, "different": different, "unread": list(self.unread)}
+
+
+def verify_sources(
+    url: str | os.PathLike[str],
+    config: IngestConfig,
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    on_shard: Callable[[int, int], None] | None = None,
+) -> SourcesReport:
+    """Read the sources of shards again and compare every value with the stored one; one shard in memory at a time.
+
+    Args:
+        url: The cube.
+        config: Trust, timeouts and retries.
+        share: Part of the complete shards to check; the same `seed` draws the same shards as `verify_cube`.
+        seed: Which shards a partial check draws.
+        on_shard: Called with (checked, total) after each shard.
+    """
+    cube = open_cube(url)
+    plan = kept_plan(url)
+    access = Access.of(config)
+    tasks = {(task.collection, task.index): task for task in plan.tasks}
+    drawn = [
+        (tasks[name, row.index], row)
+        for name, row in draw_shards(cube, share, seed)
+        if row.state == "done" and (name, row.index) in tasks and tasks[name, row.index].key == row.key
+    ]
+    check_hrefs(plan, config, tasks=[task for task, _ in drawn])
+    different: list[Difference] = []
+    unread = []
+    for done, (task, row) in enumerate(drawn, 1):
+        filled = fill_shard(task, plan.recipe(task.collection), access=access)
+        lost = next((source for source in filled.outcomes if source.state == "missing"), None)
+        if lost is None:
+            different += _differences(cube, task.collection, row, filled.arrays)
+        else:
+            unread.append(
+                f"{task.collection} shard {task.index}: scene {lost.item_id}, asset {lost.asset}: {lost.reason}"
+            )
+        if on_shard:
+            on_shard(done, len(drawn))
+    return SourcesReport(len(drawn) - len(unread), tuple(different), tuple(unread))
+
+
+def _differences(cube: Cube, collection: str, row: LedgerRow, arrays: dict[str, Any]) -> list[Difference]:
+    found = []
+    for name, expected in arrays.items():
+        try:
+            stored = cube.read(collection, name, row.region)
+        except IntegrityError:
+            found.append(Difference(collection, name, row.index, int(expected.size)))
+            continue
+        equal = stored == expected
+        if expected.dtype.kind == "f":
+            equal |= np.isnan(stored) & np.isnan(expected)
+        if not equal.all():
+            found.append(Difference(collection, name, row.index, int((~equal).sum())))
+    return found

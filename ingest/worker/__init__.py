@@ -1,0 +1,1 @@
+"""What a worker process must be, and what all workers share."""

@@ -1,0 +1,106 @@
+"""Regions from files of several formats, in any CRS, over the antimeridian."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyproj
+import pytest
+import shapely
+from shapely.geometry import box, mapping, shape
+
+from ingest.plan.target import region_lonlat
+from ingest.request.config import IngestConfig, load_geometry
+from ingest.request.geometry import to_lonlat
+from zarr_store.errors import InvalidInput
+
+UTM_BOX = box(500_000, 5_000_000, 600_000, 5_100_000)
+
+
+def lonlat(geometry: Any) -> Any:
+    transformer = pyproj.Transformer.from_crs(32633, 4326, always_xy=True)
+    return shapely.transform(geometry, lambda x, y: transformer.transform(x, y), interleaved=False)
+
+
+def expected() -> Any:
+    return lonlat(shapely.segmentize(UTM_BOX, 500))
+
+
+def write(kind: str, folder: Path) -> Path:
+    path = folder / f"region.{kind}"
+    if kind == "geojson":
+        crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32633"}}
+        path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs,
+                                    "features": [{"type": "Feature", "geometry": mapping(UTM_BOX)}]}))  # fmt: skip
+    elif kind == "wkt":
+        path.write_text(f"SRID=32633;{UTM_BOX.wkt}\n")
+    elif kind == "parquet":
+        crs = pyproj.CRS(32633).to_json_dict()
+        geo = {"version": "1.1.0", "primary_column": "shape", "columns": {"shape": {"encoding": "WKB", "crs": crs}}}
+        table = pa.table({"shape": [UTM_BOX.wkb, None], "name": ["a", "b"]})
+        pq.write_table(table.replace_schema_metadata({"geo": json.dumps(geo)}), path)
+    else:
+        with sqlite3.connect(path) as database:
+            columns = "srs_id, organization, organization_coordsys_id, definition"
+            database.execute(f"CREATE TABLE gpkg_spatial_ref_sys ({columns})")
+            database.execute("INSERT INTO gpkg_spatial_ref_sys VALUES (32633, 'EPSG', 32633, '')")
+            database.execute("CREATE TABLE gpkg_geometry_columns (table_name, column_name, srs_id)")
+            database.execute("INSERT INTO gpkg_geometry_columns VALUES ('my \"fields\"', 'geom', 32633)")
+            database.execute('CREATE TABLE "my ""fields""" (fid INTEGER PRIMARY KEY, geom BLOB)')
+            blob = b"GP" + bytes([0, 0b0011]) + struct.pack("<i4d", 32633, 5e5, 6e5, 5e6, 5.1e6) + UTM_BOX.wkb
+            database.execute('INSERT INTO "my ""fields""" (geom) VALUES (?)', (blob,))
+        database.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["geojson", "wkt", "parquet", "gpkg"])
+def test_every_format_gives_the_same_ground(kind: str, tmp_path: Path) -> None:
+    got = shape(load_geometry(write(kind, tmp_path)))
+    joint = shapely.union(got, expected()).area
+    assert shapely.intersection(got, expected()).area / joint > 0.9999
+    # corners alone would miss the curve of the northern edge
+    corners = lonlat(UTM_BOX)
+    assert shapely.intersection(corners, expected()).area / joint < 0.9999
+    assert IngestConfig(geometry=str(tmp_path / f"region.{kind}")).geometry
+
+
+def test_what_crosses_the_antimeridian_is_cut() -> None:
+    fiji = box(700_000, 8_000_000, 900_000, 8_200_000)  # zone 60 south, beyond its edge
+    got = to_lonlat(fiji, "EPSG:32760", "x")
+    assert got.geom_type == "MultiPolygon"
+    assert got.bounds[0] == -180
+    assert got.bounds[2] == 180
+    assert all(part.bounds[2] - part.bounds[0] < 3 for part in got.geoms)
+    region = region_lonlat(IngestConfig(geometry=mapping(got)))
+    assert region is not None
+    assert 178 < region[0] < 180 < region[2] < 183
+    beyond = shape(IngestConfig(geometry=mapping(box(179, -18, 181, -17))).geometry)
+    assert beyond.area == pytest.approx(2.0)
+    assert beyond.bounds[2] <= 180
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.geojson", b'{"type": "Point", "coordinates": [500000, 5000000]}', "degrees"),
+        ("a.geojson", b'{"type": "Point", "coordinates": [1, 2], "crs": "EPSG:999999"}', "CRS 'EPSG:999999'"),
+        ("a.geojson", b'{"type": "Point", "coordinates": [1, 2], "crs": {"type": "link"}}', "not understood"),
+        ("a.geojson", b'{"type": "Polygon", "coordinates": []}', "empty"),
+        ("a.wkt", b"POLYGON ((0 0, 1 1", "not valid WKT"),
+        ("a.shp", b"\x00\x00\x27\x0a", "convert it"),
+        ("a.parquet", b"PAR1 and nothing", "unreadable GeoParquet"),
+        ("a.gpkg", b"SQLite format 3\x00" + bytes(100), "unreadable GeoPackage"),
+        ("a.txt", b"hello", "not JSON"),
+    ],
+)
+def test_files_that_are_no_region(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InvalidInput, match=message):
+        load_geometry(path)

@@ -1,0 +1,637 @@
+"""Searching files, static catalogues and a scripted API; every answer comes from this machine."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ingest.request.config import IngestConfig
+from ingest.scenes import api as api_module
+from ingest.scenes import documents
+from ingest.scenes.dedupe import dedupe
+from ingest.scenes.documents import parse_json
+from ingest.scenes.geoparquet import read_items, write_items
+from ingest.scenes.search import find_items, find_scenes, search
+from ingest.trust.connections import PatientRetry
+from zarr_store.errors import AccessError, InvalidInput, NothingFound, UnknownName
+
+Make = Callable[..., dict[str, Any]]
+Save = Callable[..., Path]
+L2A = IngestConfig(collections=("sentinel-2-l2a",))
+
+
+# Files and static catalogues
+
+
+@pytest.mark.real_data
+def test_zagreb_is_five_dates_of_two_tiles_in_order(zagreb: Path) -> None:
+    scenes = search(str(zagreb), L2A)
+    assert len(scenes) == 10
+    assert [s.datetime for s in scenes] == sorted(s.datetime for s in scenes)
+    assert {s.tile for s in scenes} == {"33TWL", "33TWM"}
+    assert all(Path(asset.href).is_file() for s in scenes for asset in s.assets.values())
+    assert search(os.path.relpath(zagreb), L2A) == scenes
+    assert search(str(zagreb.parent), L2A) == scenes
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"datetime": "2023-08-13/2023-08-15"}, 4),
+        ({"datetime": "2023-08-15T09:57:57Z"}, 1),
+        ({"query": "eo:cloud_cover<20"}, 6),
+        ({"bbox": (15.2, 46.5, 15.4, 46.9)}, 5),
+        ({"geometry": {"type": "Point", "coordinates": [15.3, 46.8]}}, 5),
+        ({"max_items": 3}, 3),
+        ({"bands": ("B02", "SCL")}, 10),
+    ],
+)
+def test_selection(zagreb: Path, config: dict[str, Any], count: int) -> None:
+    assert len(search(str(zagreb), IngestConfig(**config))) == count
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"collections": ("sentinel-2-l2b",)}, UnknownName, "did you mean 'sentinel-2-l2a'"),
+        ({"collections": ("sentinel-1-grd",)}, InvalidInput, "RTC"),
+        ({"bands": ("bleu",)}, UnknownName, "did you mean 'blue'"),
+        ({"bbox": (0, 0, 1, 1)}, NothingFound, "the items lie in 15,45.06,16.44,46.95"),
+        ({"datetime": "2020"}, NothingFound, "they were taken 2023-08-10 to 2023-08-20"),
+        ({"query": "eo:cloud_cover<0"}, NothingFound, "eo:cloud_cover<0 turned away 10"),
+    ],
+)
+def test_empty_and_unknown(zagreb: Path, config: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        search(str(zagreb), IngestConfig(**config))
+    assert message in str(caught.value)
+
+
+@pytest.mark.real_data
+def test_recorded_answers_of_real_apis_are_item_files(shared_data: Path) -> None:
+    folder = shared_data / "stac" / "responses"
+    pc = search(str(folder / "planetarycomputer_sentinel-2-l2a_33items_03.json"), IngestConfig())
+    assert len(pc) == 33
+    assert {s.provider for s in pc} == {"planetary-computer"}
+    mixed = search(str(folder / "earth-search_sentinel-1-grd_10items_00.json"), IngestConfig())
+    assert {s.collection for s in mixed} == {"sentinel-2-c1-l2a", "sentinel-2-l2a", "sentinel-2-l1c"}
+    with pytest.raises(InvalidInput, match="properties and assets"):  # saved without assets
+        search(str(folder / "earth-search_sentinel-2-c1-l2a_10items_05.json"), IngestConfig())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"type": "FeatureCollection", "features": [{"id": "a"', "cut off at byte 53"),
+        (b'{"type": "FeatureCollec', "cut off at byte"),
+        (b"", "at byte 0"),
+        (b"<html>log in</html>", "HTML"),
+        (b'{"a": nope}', "not valid JSON at byte 6"),
+        (b'{"a": [1, NaN]}', "NaN at byte 10"),
+        ("{'Zürich'".encode("latin-1"), "not UTF-8 text at byte 3"),
+        (b"[" * 10_000 + b"]" * 10_000, "levels deep"),
+        (b'{"type": "Feature"}', "item with assets, got type 'Feature'"),
+        (b"[]", "got a JSON list"),
+        (b'{"type": "FeatureCollection", "features": [7]}', "not an object"),
+    ],
+)
+def test_broken_documents_are_named_with_the_byte(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "items.json"
+    path.write_bytes(content)
+    with pytest.raises(InvalidInput) as caught:
+        search(str(path), IngestConfig())
+    assert message in str(caught.value)
+
+
+def test_a_byte_is_counted_in_bytes_not_characters() -> None:
+    with pytest.raises(InvalidInput, match="byte 7 "):
+        parse_json('{"ü": ?}'.encode() + b" ", "here")  # ü is two bytes
+    with pytest.raises(InvalidInput, match=r"x\.json: JSON is cut off"):
+        parse_json(b'{"a": [1, 2', "https://h/x.json?sig=canary")
+
+
+def test_absent_sources_say_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="no such file"):
+        search(str(tmp_path / "nothing.json"), IngestConfig())
+    with pytest.raises(InvalidInput, match=r"without catalog\.json"):
+        search(str(tmp_path), IngestConfig())
+
+
+def test_size_is_capped_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_JSON_BYTES", 100)
+    path = tmp_path / "big.json"
+    path.write_text(json.dumps({"x": "y" * 200}))
+    with pytest.raises(InvalidInput, match="at most 100 bytes"):
+        search(str(path), IngestConfig())
+
+
+def test_packed_documents(tmp_path: Path, make_item: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = json.dumps({"type": "FeatureCollection", "features": [make_item()]}).encode()
+    path = tmp_path / "items.json.gz"
+    path.write_bytes(gzip.compress(text))
+    assert [s.id for s in search(str(path), IngestConfig())] == [make_item()["id"]]
+    path.write_bytes(gzip.compress(text)[:-20])
+    with pytest.raises(InvalidInput, match=r"items\.json\.gz: gzip is cut off after"):
+        search(str(path), IngestConfig())
+    path.write_bytes(gzip.compress(text)[:20] + b"\xff" * 200)
+    with pytest.raises(InvalidInput, match="damaged gzip"):
+        search(str(path), IngestConfig())
+    monkeypatch.setattr("ingest.scenes.documents.MAX_JSON_BYTES", 10_000)
+    path.write_bytes(gzip.compress(b" " * 5_000_000))
+    assert path.stat().st_size < 10_000
+    with pytest.raises(InvalidInput, match="at most 10000 bytes of JSON are read"):
+        search(str(path), IngestConfig())
+
+
+def test_a_static_catalogue_does_not_lead_outside(tmp_path: Path, make_item: Make) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "item.json").write_text(json.dumps(make_item()))
+    catalog = tmp_path / "cat" / "catalog.json"
+    catalog.write_text(json.dumps({"type": "Catalog", "id": "c", "links": [{"rel": "item", "href": "../item.json"}]}))
+    with pytest.raises(InvalidInput, match="--allow-local"):
+        search(str(catalog), IngestConfig())
+    assert len(search(str(catalog), IngestConfig(allow_local=(str(tmp_path),)))) == 1
+
+
+def test_a_catalogue_that_links_to_itself_ends(tmp_path: Path, make_item: Make) -> None:
+    links = [
+        {"rel": rel, "href": href} for rel, href in (("child", "catalog.json"), ("child", "b.json"), ("item", "i.json"))
+    ]
+    (tmp_path / "catalog.json").write_text(json.dumps({"type": "Catalog", "id": "a", "links": links}))
+    (tmp_path / "b.json").write_text(json.dumps({"type": "Catalog", "id": "b", "links": links}))
+    (tmp_path / "i.json").write_text(json.dumps(make_item()))
+    assert len(search(str(tmp_path / "catalog.json"), IngestConfig())) == 1
+    (tmp_path / "i.json").unlink()
+    with pytest.raises(InvalidInput, match=r"i\.json"):
+        search(str(tmp_path / "catalog.json"), IngestConfig())
+
+
+def test_refused_assets_everywhere_are_an_error_that_names_the_flag(make_item: Make, save: Save) -> None:
+    item = make_item()
+    for asset in item["assets"].values():
+        asset["href"] = f"https://elsewhere.example/{asset['href']}"
+    path = save(item)
+    with pytest.raises(InvalidInput, match=r"--allow-host elsewhere\.example"):
+        search(str(path), IngestConfig())
+    assert search(str(path), IngestConfig(allow_hosts=("elsewhere.example",)))
+    bare = make_item()
+    bare["assets"] = {"thumbnail": {"href": "t.png"}}
+    with pytest.raises(NothingFound, match="requested band"):
+        search(str(save(bare)), IngestConfig())
+
+
+# Reprocessings
+
+
+def _ids(path: Path) -> list[str]:
+    return [scene.id for scene in search(str(path), IngestConfig())]
+
+
+def test_newest_baseline_then_newest_creation_wins_in_any_order(make_item: Make, save: Save) -> None:
+    old = make_item(
+        "old",
+        s2__processing_baseline="02.14",
+        s2__datatake_id="GS2A_20230815T095031_042547_N02.14",
+        created="2024-01-01T00:00:00Z",
+    )
+    new = make_item("new", s2__processing_baseline="05.09", created="2023-08-15T21:00:00Z")
+    newer = make_item("newer", s2__processing_baseline="05.09", created="2023-08-16T21:00:00Z")
+    for order in ((old, new, newer), (newer, old, new), (new, newer, old)):
+        assert _ids(save(*order)) == ["newer"]
+    found = find_scenes(str(save(old, new)), IngestConfig())
+    assert [(d.dropped.id, d.kept.id) for d in found.duplicates] == [("old", "new")]
+    assert "02.14 is superseded by 05.09" in found.duplicates[0].reason
+
+
+def test_both_halves_of_a_split_datatake_stay(make_item: Make, save: Save) -> None:
+    north, south = make_item("north"), make_item("south", datetime="2023-08-15T09:58:05Z")
+    south["geometry"]["coordinates"] = [[[15, 46], [16, 46], [16, 46.4], [15, 46.4], [15, 46]]]
+    north["geometry"]["coordinates"] = [[[15, 46.38], [16, 46.38], [16, 47], [15, 47], [15, 46.38]]]
+    assert _ids(save(north, south)) == ["north", "south"]
+
+
+def test_of_equal_baselines_the_copy_made_last_is_kept(make_item: Make, save: Save) -> None:
+    """Its time of creation decides, not its id, in whatever order the catalogue lists them."""
+    old = make_item("z", created="2023-08-15T21:00:00Z")
+    new = make_item("a", created="2023-09-01T00:00:00Z")
+    assert _ids(save(old, new)) == ["a"]
+    assert _ids(save(new, old)) == ["a"]
+    same = make_item("b", created="2023-09-01T00:00:00Z")
+    assert _ids(save(new, same)) == _ids(save(same, new)) == ["b"], "then the greatest id does"
+
+
+def test_other_tiles_orbits_and_platforms_are_no_duplicates(make_item: Make, save: Save) -> None:
+    items = [
+        make_item("a"),
+        make_item("b", grid__code="MGRS-33TWL"),
+        make_item("c", platform="sentinel-2b"),
+        make_item("d", sat__relative_orbit=22),
+        make_item("e", datetime="2023-08-20T09:57:57Z", s2__datatake_id="GS2A_20230820T095031_042619_N05.09"),
+    ]
+    assert sorted(_ids(save(*items))) == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.real_data
+def test_real_halves_at_the_antimeridian_stay(shared_data: Path) -> None:
+    folder = shared_data / "stac" / "earth_search_33TWN_2016_2022" / "antimeridian_items"
+    halves = [search(str(path), IngestConfig())[0] for path in sorted(folder.glob("*01VCG.json"))]
+    assert len(halves) == 2
+    assert halves[0].datatake == halves[1].datatake
+    assert len(dedupe(halves)[0]) == 2
+    assert len(dedupe([*halves, *halves])[0]) == 2
+
+
+# stac-geoparquet
+
+
+@pytest.mark.real_data
+def test_geoparquet_gives_the_same_scenes(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "stac" / "responses" / "earth-search_sentinel-1-grd_10items_00.json"
+    items = json.loads(source.read_text())["features"]
+    path = tmp_path / "items.parquet"
+    write_items(items, path)
+    assert [item["id"] for item in read_items(path)] == [item["id"] for item in items]
+    assert search(str(path), IngestConfig()) == search(str(source), IngestConfig())
+
+
+def test_geoparquet_as_other_writers_make_it(tmp_path: Path, make_item: Make) -> None:
+    import datetime as dt
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import shapely
+    from shapely.geometry import shape
+
+    items = [
+        make_item("a"),
+        make_item("b", datetime="2023-08-20T09:57:57Z", s2__datatake_id="GS2A_20230820T095031_1_N05.09"),
+    ]
+    del items[1]["assets"]["green"]
+    rows = []
+    for item in items:
+        bounds = dict(zip(("xmin", "ymin", "xmax", "ymax"), item["bbox"], strict=True))
+        row = {k: item[k] for k in ("type", "id", "collection", "assets", "links")} | item["properties"]
+        row["datetime"] = dt.datetime.fromisoformat(row["datetime"])
+        rows.append(row | {"geometry": shapely.to_wkb(shape(item["geometry"])), "bbox": bounds})
+    path = tmp_path / "any.name"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    scenes = search(str(path), IngestConfig(allow_local=("/",)))
+    assert [s.datetime for s in scenes] == ["2023-08-15T09:57:57Z", "2023-08-20T09:57:57Z"]
+    assert [s.lacking for s in scenes] == [(), ("green",)]
+    assert scenes[0].assets["blue"].grid is not None
+    pq.write_table(pa.table({"id": ["a"]}), path)
+    with pytest.raises(InvalidInput, match="assets, geometry"):
+        search(str(path), IngestConfig())
+    path.write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(InvalidInput, match="unreadable Parquet"):
+        search(str(path), IngestConfig())
+
+
+# A STAC API
+
+
+class Api:
+    """A STAC API on a scripted server: pages of items, by POST and GET."""
+
+    def __init__(self, server: Any, items: list[dict[str, Any]], *, page: int = 2) -> None:
+        self.server, self.items, self.page = server, items, page
+        search_link = {"rel": "search", "href": f"{server.url}/search", "type": "application/geo+json"}
+        core = "https://api.stacspec.org/v1.0.0/"
+        server.json("/", {
+            "type": "Catalog", "id": "api", "stac_version": "1.0.0", "description": "d",
+            "conformsTo": [core + "core", core + "item-search", core + "item-search#query"],
+            "links": [{"rel": "self", "href": server.url + "/"}, search_link, {**search_link, "method": "POST"}],
+        })  # fmt: skip
+        server.json("/collections", {"collections": [{"id": "sentinel-2-l2a"}, {"id": "sentinel-1-grd"}]})
+        server.json("/collections/sentinel-2-l2a", {"type": "Collection", "id": "sentinel-2-l2a", "item_assets": {}})
+        server.answer["/search"] = self.search
+
+    def search(self, request: Any) -> tuple[int, dict[str, str], Any]:
+        body = request.body or {}
+        start = int(body.get("token", 0))
+        features = self.items[start : start + self.page]
+        links = []
+        if start + self.page < len(self.items):
+            links = [{"rel": "next", "href": f"{self.server.url}/search", "method": "POST", "merge": True,
+                      "body": {"token": start + self.page}}]  # fmt: skip
+        return 200, {}, {"type": "FeatureCollection", "features": features, "links": links}
+
+
+@pytest.fixture
+def items(make_item: Make) -> list[dict[str, Any]]:
+    """Five dates, hrefs relative to the item."""
+    return [
+        make_item(
+            f"day-{day}", datetime=f"2023-08-{day}T10:00:00Z", s2__datatake_id=f"GS2A_202308{day}T095031_04_N05.09"
+        )
+        for day in range(10, 15)
+    ]
+
+
+def test_pages_are_followed_and_conditions_sent(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, [*items, items[0]])
+    config = L2A.model_copy(
+        update={"bbox": (15.1, 46.1, 15.2, 46.2), "datetime": "2023-08", "query": ("eo:cloud_cover<40",)}
+    )
+    scenes = search(server.url, config)
+    assert [s.id for s in scenes] == [f"day-{day}" for day in range(10, 15)]
+    assert scenes[0].assets["blue"].href == f"{server.url}/B02.tif"
+    sent = [r.body for r in server.requests if r.path == "/search"]
+    assert len(sent) == 3
+    assert sent[0] == {
+        "limit": 100,
+        "collections": ["sentinel-2-l2a"],
+        "bbox": [15.1, 46.1, 15.2, 46.2],
+        "datetime": "2023-08-01T00:00:00Z/2023-08-31T23:59:59Z",
+        "query": {"eo:cloud_cover": {"lt": 40.0}},
+    }
+    assert sent[2]["token"] == 4
+    assert sent[2]["bbox"] == sent[0]["bbox"]
+
+
+def test_a_server_that_ignores_conditions_is_corrected(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    assert len(search(server.url, L2A.model_copy(update={"datetime": "2023-08-12/.."}))) == 3
+    with pytest.raises(NothingFound):
+        search(server.url, L2A.model_copy(update={"bbox": (0.0, 0.0, 1.0, 1.0)}))
+
+
+def test_max_items_stops_asking(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    assert len(search(server.url, L2A.model_copy(update={"max_items": 2}))) == 2
+    assert server.paths().count("/search") == 1
+
+
+def test_a_region_over_the_antimeridian_is_sent_as_a_shape(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    with pytest.raises(NothingFound):
+        search(server.url, L2A.model_copy(update={"bbox": (179.0, 0.0, -179.0, 1.0)}))
+    body = next(r.body for r in server.requests if r.path == "/search")
+    assert "bbox" not in body
+    assert body["intersects"]["type"] == "MultiPolygon"
+
+
+def test_an_api_that_knows_no_post_is_asked_by_get(server: Any, items: list[dict[str, Any]]) -> None:
+    api = Api(server, items, page=3)
+
+    def by_get(request: Any) -> tuple[int, dict[str, str], Any]:
+        if request.method == "POST":
+            return 405, {}, {"detail": "no"}
+        second = "token=3" in request.path
+        links = [] if second else [{"rel": "next", "href": f"{server.url}/search?token=3"}]
+        return (
+            200,
+            {},
+            {"type": "FeatureCollection", "features": api.items[3:] if second else api.items[:3], "links": links},
+        )
+
+    server.answer["/search"] = by_get
+    assert len(search(server.url, L2A)) == 5
+    gets = [r.path for r in server.requests if r.path.startswith("/search") and r.method == "GET"]
+    assert "collections=sentinel-2-l2a" in gets[0]
+    assert gets[1] == "/search?token=3"
+
+
+def test_a_page_that_repeats_for_ever_is_an_error(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    link = {"rel": "next", "href": f"{server.url}/search", "method": "POST", "body": {"token": 0}}
+    server.json("/search", {"type": "FeatureCollection", "features": items[:2], "links": [link]})
+    with pytest.raises(AccessError, match="same page again"):
+        search(server.url, L2A)
+    assert server.paths().count("/search") == 2  # the fault did fire
+
+
+def test_empty_pages_for_ever_end_too(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    link = {"rel": "next", "href": f"{server.url}/search", "method": "POST", "body": {}}
+    server.json("/search", {"type": "FeatureCollection", "features": [], "links": [link]})
+    with pytest.raises(NothingFound):
+        search(server.url, L2A)
+    assert server.paths().count("/search") == 3
+
+
+def test_an_empty_page_before_the_last_loses_nothing(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    link = {"rel": "next", "href": f"{server.url}/more"}
+    server.json("/search", {"type": "FeatureCollection", "features": [], "links": [link]})
+    server.json("/more", {"type": "FeatureCollection", "features": items, "links": []})
+    assert len(search(server.url, L2A)) == 5
+
+
+def test_a_next_link_to_another_host_is_refused_and_gets_nothing(
+    server: Any, make_server: Callable[[], Any], items: list[dict[str, Any]]
+) -> None:
+    Api(server, items)
+    other = make_server()
+    other.json("/search", {"type": "FeatureCollection", "features": items[2:], "links": []})
+    link = {"rel": "next", "href": f"{other.url}/search", "method": "POST", "body": {}}
+    server.json("/search", {"type": "FeatureCollection", "features": items[:2], "links": [link]})
+    with pytest.raises(InvalidInput, match="another host"):
+        search(server.url, L2A, headers={"Authorization": "Bearer canary"})
+    assert server.paths().count("/search") == 1
+    assert other.requests == []
+
+
+def test_credentials_stay_at_their_origin(
+    server: Any, make_server: Callable[[], Any], items: list[dict[str, Any]]
+) -> None:
+    Api(server, items)
+    other = make_server()
+    other.json("/moved", {"type": "Collection", "id": "sentinel-2-l2a"})
+    server.answer["/collections/sentinel-2-l2a"] = lambda _: (302, {"Location": f"{other.url}/moved"}, b"")
+    search(server.url, L2A, headers={"Authorization": "Bearer canary"})
+    assert all(r.headers.get("Authorization") == "Bearer canary" for r in server.requests)
+    assert len(other.requests) == 1
+    assert "canary" not in str(other.requests[0].headers)
+
+
+def test_userinfo_of_the_source_is_sent_and_never_shown(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    source = server.url.replace("http://", "http://me:canary@")
+    scenes = search(source, L2A)
+    token = "Basic " + base64.b64encode(b"me:canary").decode()
+    assert {r.headers.get("Authorization") for r in server.requests} == {token}
+    assert "canary" not in json.dumps([s.to_dict() for s in scenes])
+    server.json("/search", {"detail": "no such user"}, status=403)
+    with pytest.raises(AccessError) as caught:
+        search(source, L2A)
+    assert "HTTP 403" in str(caught.value)
+    assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_an_overloaded_api_is_asked_again(server: Any, items: list[dict[str, Any]], status: int) -> None:
+    api = Api(server, items)
+    failures = iter([status, status])
+
+    def flaky(request: Any) -> tuple[int, dict[str, str], Any]:
+        failed = next(failures, None)
+        return (failed, {"Retry-After": "0"}, {}) if failed else api.search(request)
+
+    server.answer["/search"] = flaky
+    assert len(search(server.url, L2A)) == 5
+    assert server.paths().count("/search") == 5
+
+
+def test_an_api_whose_pages_never_end_is_left(
+    server: Any, items: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert api_module.MAX_PAGES == 5000
+    monkeypatch.setattr(api_module, "MAX_PAGES", 4)
+    Api(server, items)
+    asked = itertools.count()
+
+    def endless(_: Any) -> tuple[int, dict[str, str], Any]:
+        number = next(asked)
+        page = [{**items[0], "id": f"item-{number}"}]
+        link = {
+            "rel": "next",
+            "href": f"{server.url}/search",
+            "method": "POST",
+            "merge": True,
+            "body": {"token": number},
+        }
+        return 200, {}, {"type": "FeatureCollection", "features": page, "links": [link]}
+
+    server.answer["/search"] = endless
+    with pytest.raises(AccessError, match="more than 4 pages of items; narrow the region or the time"):
+        search(server.url, L2A)
+    assert next(asked) == 4
+
+
+def test_an_api_is_given_the_time_that_it_asks_for(server: Any, items: list[dict[str, Any]]) -> None:
+    api = Api(server, items)
+    asked: list[float] = []
+
+    def busy_once(request: Any) -> tuple[int, dict[str, str], Any]:
+        asked.append(time.monotonic())
+        return (429, {"Retry-After": "2"}, {}) if len(asked) == 1 else api.search(request)
+
+    server.answer["/search"] = busy_once
+    assert len(search(server.url, L2A)) == 5
+    assert 2.0 <= asked[1] - asked[0] < 10, "our own pause would be half a second at most"
+
+
+def test_an_api_that_asks_for_an_hour_is_not_waited_for(
+    server: Any, items: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert PatientRetry.longest_s == 120
+    monkeypatch.setattr(PatientRetry, "longest_s", 1.0)
+    api = Api(server, items)
+    asked: list[float] = []
+
+    def busy_once(request: Any) -> tuple[int, dict[str, str], Any]:
+        asked.append(time.monotonic())
+        return (503, {"Retry-After": "3600"}, {}) if len(asked) == 1 else api.search(request)
+
+    server.answer["/search"] = busy_once
+    assert len(search(server.url, L2A)) == 5
+    assert 1.0 <= asked[1] - asked[0] < 10
+
+
+def test_an_api_that_stays_down_is_an_access_error(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    server.answer["/search"] = lambda _: (503, {"Retry-After": "0"}, b"<html>down</html>")
+    with pytest.raises(AccessError, match="HTTP 503") as caught:
+        search(server.url, L2A.model_copy(update={"retries": 2}))
+    assert "html" not in str(caught.value)
+    assert server.paths().count("/search") == 3
+
+
+def test_a_silent_api_ends_at_the_timeout(server: Any, items: list[dict[str, Any]]) -> None:
+    import threading
+
+    Api(server, items)
+    release = threading.Event()
+    server.answer["/search"] = lambda _: (release.wait(10), (200, {}, {}))[1]
+    try:
+        with pytest.raises(AccessError, match="no answer in time"):
+            search(server.url, L2A.model_copy(update={"retries": 0, "timeout_s": 0.3}))
+    finally:
+        release.set()
+
+
+def test_names_are_checked_with_the_api(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    with pytest.raises(UnknownName, match="did you mean 'sentinel-2-l2a'"):
+        search(server.url, IngestConfig(collections=("sentinel-2-l2b",)))
+    with pytest.raises(InvalidInput, match=r"name a --collection \(it has sentinel-2-l2a\)"):
+        search(server.url, IngestConfig())
+    asked = len(server.requests)
+    with pytest.raises(UnknownName, match="blue"):
+        search(server.url, L2A.model_copy(update={"bands": ("bleu",)}))
+    assert len(server.requests) == asked  # refused before anything was sent
+
+
+def test_a_collection_url_of_an_api_selects_it(server: Any, items: list[dict[str, Any]]) -> None:
+    Api(server, items)
+    links = [{"rel": "items", "href": "x"}, {"rel": "root", "href": server.url + "/"}]
+    server.json("/collections/sentinel-2-l2a", {"type": "Collection", "id": "sentinel-2-l2a", "links": links})
+    found = find_items(f"{server.url}/collections/sentinel-2-l2a", IngestConfig())
+    assert len(found) == 5
+    assert next(r.body for r in server.requests if r.path == "/search")["collections"] == ["sentinel-2-l2a"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        ((200, {}, b"<!doctype html><p>Log in"), InvalidInput, "HTML"),
+        ((200, {}, b'{"type": "FeatureColl'), InvalidInput, "cut off"),
+        ((200, {}, {"features": 7}), InvalidInput, "expected a FeatureCollection"),
+        ((400, {}, {"detail": "bad bbox"}), AccessError, "bad bbox"),
+        ((200, {"Content-Length": "500"}, b'{"type": '), AccessError, "cannot reach"),
+    ],
+)
+def test_answers_that_are_no_answers(
+    server: Any, items: list[dict[str, Any]], answer: Any, error: type[Exception], message: str
+) -> None:
+    Api(server, items)
+    server.answer["/search"] = lambda _: answer
+    with pytest.raises(error, match=message):
+        search(server.url, L2A.model_copy(update={"timeout_s": 1.0, "retries": 0}))
+
+
+def test_a_static_catalogue_over_http(server: Any, items: list[dict[str, Any]]) -> None:
+    links = [{"rel": "item", "href": f"./items/{item['id']}.json"} for item in items]
+    server.json("/cat/catalog.json", {"type": "Catalog", "id": "c", "links": links})
+    for item in items:
+        server.json(f"/cat/items/{item['id']}.json", item)
+    scenes = search(f"{server.url}/cat/catalog.json", IngestConfig())
+    assert [s.assets["scl"].href for s in scenes] == [f"{server.url}/cat/items/SCL.tif"] * 5
+    with pytest.raises(AccessError, match="404"):
+        search(f"{server.url}/cat/nothing.json", IngestConfig())
+
+
+def test_a_closed_port_fails_fast() -> None:
+    with pytest.raises(AccessError, match="Connection refused"):
+        search("http://127.0.0.1:9/", IngestConfig())
+
+
+def test_items_one_a_line_are_a_collection_of_them(tmp_path: Path, make_item: Make) -> None:
+    one = make_item()
+    two = {**one, "id": "another", "properties": {**one["properties"], "datetime": "2023-08-25T10:07:02Z"}}
+    path = tmp_path / "items.ndjson"
+    lines = [json.dumps(one), "", json.dumps(two)]
+    path.write_text("\n".join(lines) + "\r\n")
+    assert {item.id for item in search(str(path), IngestConfig())} == {one["id"], "another"}
+    path.write_text("\n".join(lines)[:-30])
+    with pytest.raises(InvalidInput, match=r"items\.ndjson: line 3 is cut off or not valid JSON at character \d+ \("):
+        search(str(path), IngestConfig())
+    path.write_text("\n".join([lines[0], '{"type": "Feature", "id": NaN}']))
+    with pytest.raises(InvalidInput, match="NaN at byte"):
+        search(str(path), IngestConfig())
+    for other in ('{"type": "Catalog"}\n{"type": "Feature"}', '{"a": 1} {"b": 2}', "1\n2"):
+        path.write_text(other)
+        with pytest.raises(InvalidInput, match=r"not valid JSON at byte \d+ of \d+ \(Extra data\)"):
+            search(str(path), IngestConfig())
