@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster
 from ingest.plan.plan import plan_scenes
 from ingest.plan.stored import kept_plan
 from ingest.request.config import IngestConfig
-from ingest.run.loop import run, run_locked
+from ingest.run.loop import Job, run, run_job
 from ingest.scenes.search import Found
 from ingest.testing import make_scene, probe_headers
 from ingest.upkeep.extend import plan_extension
@@ -52,7 +52,7 @@ def measure(days: int, folder: Path, client: Client) -> float:
         with CubeLock(cube, "benchmark") as lock:
             found = Found(tuple(scenes[: days + added]))
             merged = plan_extension(kept_plan(cube), "", CONFIG, append=True, refresh=False, found=found)
-            report = run_locked(merged, cube, lock, client=client, grow=True)
+            report = run_job(Job(merged, str(cube), lock, grow=True), client=client)
         seconds.append(time.perf_counter() - started)
         assert len(report.written) == 1
     return statistics.median(seconds)

@@ -18,11 +18,10 @@ from shapely.geometry.base import BaseGeometry
 
 from ingest.pixels.clip import is_outside
 from ingest.pixels.indices import choose_indices
-from ingest.plan.grouping import Step
-from ingest.plan.target import Candidate, project_bounds, region_lonlat, transform_box
+from ingest.plan.grouping import Step, lattice_rank
+from ingest.plan.target import Candidate, pixel_box, project_bounds, region_lonlat
 from ingest.plan.task import PlannedScene, Recipe, SourceAsset
 from ingest.raster.read import Stored
-from ingest.raster.resample import is_nested
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS, BandChoice, ProductRule
 from ingest.scenes.scene import AssetRef, Scene
@@ -40,7 +39,6 @@ __all__ = [
     "FoundScene",
     "Probes",
     "collection_spec",
-    "pixel_box",
     "place_scenes",
     "product_of",
     "refuse_unopened",
@@ -119,10 +117,8 @@ class FoundScene:
         return Grid.from_bounds(target.crs, project_bounds(place, target.crs), resolution=max(target.resolution))
 
     def rank(self, target: Grid) -> int:
-        grids = [c.grid for c in self.candidates()] or [self.extent(target)]
-        if all(is_nested(grid, target) for grid in grids):
-            return 0
-        return 1 if all(grid.crs == target.crs for grid in grids) else 2
+        """As `lattice_rank`, by the headers of its files."""
+        return lattice_rank([c.grid for c in self.candidates()] or [self.extent(target)], target)
 
 
 def _is_on_earth(grid: Grid) -> bool:
@@ -288,21 +284,6 @@ def _source_asset(one: FoundScene, asset: AssetRef, recipe: Recipe, config: Inge
         size_bytes=asset.size_bytes,
         checksum=asset.checksum,
     )
-
-
-def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
-    """(row0, row1, col0, col1) of target pixels that `source` may reach, cut at the target; None where it does not."""
-    try:
-        left, bottom, right, top = transform_box(source, target.crs)
-    except (InvalidInput, ProjError):  # the source has no place in the CRS of the target
-        return None
-    (rx, ry), (x0, _, _, y1) = target.resolution, target.bounds
-    slack = 0.0 if source.crs == target.crs else 2.0  # edges are curves between the points that were transformed
-    rows = (math.floor((y1 - top) / ry - slack + 1e-6), math.ceil((y1 - bottom) / ry + slack - 1e-6))
-    cols = (math.floor((left - x0) / rx - slack + 1e-6), math.ceil((right - x0) / rx + slack - 1e-6))
-    row0, row1 = max(0, rows[0]), min(target.height, rows[1])
-    col0, col1 = max(0, cols[0]), min(target.width, cols[1])
-    return (row0, row1, col0, col1) if row1 > row0 and col1 > col0 else None
 
 
 def sources_of(

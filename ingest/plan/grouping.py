@@ -10,13 +10,48 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
+from ingest.raster.resample import nesting_factor
 from ingest.scenes.scene import Scene
+from zarr_store.grid import Grid
 
-__all__ = ["Step", "group_scenes", "overlap_order", "parse_time", "solar_day", "step_label"]
+__all__ = [
+    "Acquisition",
+    "Step",
+    "group_scenes",
+    "lattice_rank",
+    "overlap_order",
+    "parse_time",
+    "solar_day",
+    "step_label",
+]
 
 Grouping = Literal["solar-day", "item", "month"]
+
+
+class Acquisition(Protocol):
+    """What dates and overlaps are decided by; a `Scene` has it, and a row of a cube's item table."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def datetime(self) -> str: ...
+    @property
+    def platform(self) -> str | None: ...
+    @property
+    def relative_orbit(self) -> int | None: ...
+    @property
+    def orbit_direction(self) -> str | None: ...
+    @property
+    def baseline(self) -> str | None: ...
+    @property
+    def created(self) -> str | None: ...
+    @property
+    def cloud_cover(self) -> float | None: ...
+
+
+A = TypeVar("A", bound=Acquisition)
 
 
 @dataclass(frozen=True)
@@ -91,17 +126,17 @@ def group_scenes(
 
 
 def overlap_order(
-    rank: Callable[[Scene], int], cloud_share: Callable[[Scene], float | None] = lambda scene: None
-) -> Callable[[Scene], tuple[object, ...]]:
+    rank: Callable[[A], int], cloud_share: Callable[[A], float | None] = lambda scene: None
+) -> Callable[[A], tuple[object, ...]]:
     """The sort key of scenes within a step.
 
     Args:
-        rank: 0 for a scene on the target's lattice, 1 for one in its CRS, 2 for any other.
+        rank: As `lattice_rank`.
         cloud_share: Of what a scene sees of the region, the share that is masked; None where it was not measured: then
             the catalogue's cloud cover of the whole tile counts.
     """
 
-    def order(scene: Scene) -> tuple[object, ...]:
+    def order(scene: A) -> tuple[object, ...]:
         share = cloud_share(scene)
         cloud = 100.0 * share if share is not None else 101.0 if scene.cloud_cover is None else scene.cloud_cover
         return (rank(scene), cloud, _descending(scene.baseline), _descending(scene.created), scene.id)
@@ -109,7 +144,14 @@ def overlap_order(
     return order
 
 
-def step_label(scene: Scene, group: Grouping, longitude: float) -> tuple[str, ...]:
+def lattice_rank(grids: Sequence[Grid], target: Grid) -> int:
+    """The rank of a scene in overlaps, by the grids of its files: 0 on the target's lattice, 1 in its CRS, else 2."""
+    if all(nesting_factor(grid, target) for grid in grids):
+        return 0
+    return 1 if all(grid.crs == target.crs for grid in grids) else 2
+
+
+def step_label(scene: Acquisition, group: Grouping, longitude: float) -> tuple[str, ...]:
     """What makes scenes one time step: those with the same label."""
     if group == "item":
         return (scene.id,)

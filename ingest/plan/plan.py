@@ -30,7 +30,7 @@ from ingest.plan.candidates import (
     sources_of,
 )
 from ingest.plan.grouping import group_scenes, overlap_order
-from ingest.plan.statistics import collection_facts, discrepancies
+from ingest.plan.statistics import collection_statistics, discrepancies
 from ingest.plan.target import TargetGrid, choose_grid
 from ingest.plan.task import PlannedScene, Recipe, ShardTask, digest
 from ingest.request.config import EXECUTION_FIELDS, TRUST_FIELDS, IngestConfig
@@ -348,7 +348,7 @@ def plan_scenes(
             for index, region in recipe.spec.shards().items()
         ]
         warnings += [f"{collection}: {text}" for text in (*remarks, *discrepancies(members))]
-        told[collection] = collection_facts(recipe, members, [t for t in tasks if t.collection == collection])
+        told[collection] = collection_statistics(recipe, members, [t for t in tasks if t.collection == collection])
     refuse_indices_without_reflectance(config.indices, [recipe.spec.kind for recipe in recipes])
     return Plan(
         recipes=tuple(recipes),

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ingest.plan.target import pixel_box
 from ingest.plan.task import PlannedScene, Recipe, ShardTask
-from ingest.raster.resample import is_nested
+from ingest.raster.resample import nesting_factor
+from zarr_store.grid import Grid
 
 if TYPE_CHECKING:
     from ingest.plan.candidates import FoundScene
 
-__all__ = ["collection_facts", "discrepancies"]
+__all__ = ["collection_statistics", "discrepancies", "resampled_share"]
 
 _PACKED = 0.55
 """Stored over decoded bytes of real 10 m reflectance with blosc zstd-3 bitshuffle; an estimate for people."""
 _SOURCE_BLOCK = 512
 
 
-def collection_facts(recipe: Recipe, members: Sequence[FoundScene], tasks: Sequence[ShardTask]) -> dict[str, Any]:
+def collection_statistics(recipe: Recipe, members: Sequence[FoundScene], tasks: Sequence[ShardTask]) -> dict[str, Any]:
     """Facts of one collection: JSON-able, shown in the summary and kept in the cube.
 
     Returns:
@@ -30,21 +32,15 @@ def collection_facts(recipe: Recipe, members: Sequence[FoundScene], tasks: Seque
         shards, steps, scenes, missing_assets: Counts.
         bytes_to_read, bytes_to_write, requests: Estimates.
     """
-    from ingest.plan.candidates import pixel_box
-
     grid = recipe.spec.grid
     planned: dict[int, PlannedScene] = {scene.item: scene for task in tasks for scene in task.sources}
     probes = {one.scene.id: one.probe for one in members}
-    copied = moved = bytes_read = requests = 0
+    bytes_read = requests = 0
     for scene in planned.values():
         reach = pixel_box(scene.extent, grid)
         for asset in scene.assets:
             if reach is None or asset.header is None:
                 continue
-            pixels = (reach[1] - reach[0]) * (reach[3] - reach[2])
-            if asset.kind == "data":
-                exact = is_nested(asset.header, grid) == 1
-                copied, moved = copied + pixels * exact, moved + pixels * (not exact)
             probe = probes[scene.item_id]
             size = probe.assets[asset.band].size_bytes if probe and asset.band in probe.assets else None
             back = pixel_box(grid, asset.header)
@@ -59,7 +55,7 @@ def collection_facts(recipe: Recipe, members: Sequence[FoundScene], tasks: Seque
         for array in recipe.spec.arrays()
     ]
     return {
-        "resampled_share": round(moved / (copied + moved), 6) if copied + moved else 0.0,
+        "resampled_share": resampled_share(planned.values(), grid),
         "offset_verdicts": {
             one.scene.id: {"verdict": one.verdict, "dn_offset": one.dn_offset, "evidence": one.scene.offset_evidence}
             for one in members
@@ -73,6 +69,24 @@ def collection_facts(recipe: Recipe, members: Sequence[FoundScene], tasks: Seque
         "bytes_to_write": round(times * height * width * sum(itemsizes) * _PACKED),
         "requests": requests,
     }
+
+
+def resampled_share(scenes: Iterable[PlannedScene], grid: Grid) -> float:
+    """Of the data pixels that scenes give a grid, the share that is not a plain copy."""
+    known: dict[tuple[Grid, Grid], tuple[int, bool]] = {}
+    copied = moved = 0
+    for scene in scenes:
+        for asset in scene.assets:
+            if asset.header is None or asset.kind != "data":
+                continue
+            place = (scene.extent, asset.header)
+            if place not in known:  # the tiles of a cube meet again on every date
+                reach = pixel_box(scene.extent, grid)
+                pixels = (reach[1] - reach[0]) * (reach[3] - reach[2]) if reach else 0
+                known[place] = pixels, nesting_factor(asset.header, grid) == 1
+            pixels, exact = known[place]
+            copied, moved = copied + pixels * exact, moved + pixels * (not exact)
+    return round(moved / (copied + moved), 6) if copied + moved else 0.0
 
 
 def discrepancies(members: Sequence[FoundScene]) -> list[str]:

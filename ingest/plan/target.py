@@ -16,13 +16,13 @@ from pyproj import Transformer
 from pyproj.exceptions import ProjError
 from shapely.geometry import shape
 
-from ingest.raster.resample import is_nested
+from ingest.raster.resample import nesting_factor
 from ingest.request.config import IngestConfig
 from ingest.scenes.footprint import lonlat_box
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Bounds, Grid, normal_crs
 
-__all__ = ["Candidate", "TargetGrid", "choose_grid", "project_bounds", "region_lonlat", "transform_box"]
+__all__ = ["Candidate", "TargetGrid", "choose_grid", "pixel_box", "project_bounds", "region_lonlat", "transform_box"]
 
 _MAX_SIDE_PX = 2_000_000
 _EDGE_POINTS = 33
@@ -189,10 +189,10 @@ def _coarsest_nest(candidates: Sequence[Candidate], crs: str, resolution: float,
     target = Grid(crs, (resolution, 0.0, anchor[0], 0.0, -resolution, anchor[1]), (1, 1))
     snap = resolution
     for candidate in candidates:
-        factor = is_nested(candidate.grid, target)
+        factor = nesting_factor(candidate.grid, target)
         if 1 < factor <= _MAX_NEST and candidate.grid.crs == crs:
             size = candidate.grid.resolution[0]
-            on_anchor = is_nested(candidate.grid, Grid(crs, (size, 0.0, anchor[0], 0.0, -size, anchor[1]), (1, 1)))
+            on_anchor = nesting_factor(candidate.grid, Grid(crs, (size, 0.0, anchor[0], 0.0, -size, anchor[1]), (1, 1)))
             snap = max(snap, size) if on_anchor else snap
     return snap
 
@@ -207,3 +207,18 @@ def _union(boxes: Iterable[Bounds]) -> Bounds:
 def _show(box: Bounds) -> str:
     # the values of a projection are metres, of which every one counts; those of degrees need no more than six places
     return "(" + ", ".join(f"{round(value, 6):.12g}" for value in box) + ")"
+
+
+def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
+    """(row0, row1, col0, col1) of target pixels that `source` may reach, cut at the target; None where it does not."""
+    try:
+        left, bottom, right, top = transform_box(source, target.crs)
+    except (InvalidInput, ProjError):  # the source has no place in the CRS of the target
+        return None
+    (rx, ry), (x0, _, _, y1) = target.resolution, target.bounds
+    slack = 0.0 if source.crs == target.crs else 2.0  # edges are curves between the points that were transformed
+    rows = (math.floor((y1 - top) / ry - slack + 1e-6), math.ceil((y1 - bottom) / ry + slack - 1e-6))
+    cols = (math.floor((left - x0) / rx - slack + 1e-6), math.ceil((right - x0) / rx + slack - 1e-6))
+    row0, row1 = max(0, rows[0]), min(target.height, rows[1])
+    col0, col1 = max(0, cols[0]), min(target.width, cols[1])
+    return (row0, row1, col0, col1) if row1 > row0 and col1 > col0 else None

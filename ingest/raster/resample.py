@@ -25,7 +25,7 @@ from ingest.worker.meters import stage
 from ingest.worker.slots import computing
 from zarr_store.grid import Grid
 
-__all__ = ["WindowReader", "is_nested", "pick_resampling", "place", "scale_ratio"]
+__all__ = ["WindowReader", "nesting_factor", "pick_resampling", "place", "scale_ratio"]
 
 Array = npt.NDArray[np.generic]
 
@@ -64,8 +64,8 @@ def pick_resampling(kind: Literal["data", "class"], source: Grid, target: Grid, 
     return "average" if ratio >= 1.99 and wanted != "nearest" else wanted
 
 
-def is_nested(source: Grid, target: Grid) -> int:
-    """How many target pixels one source pixel holds along a side, when lattices nest exactly; else 0."""
+def nesting_factor(source: Grid, target: Grid) -> int:
+    """The number of target pixels along one side of a source pixel, where the two lattices nest exactly; else 0."""
     if source.crs != target.crs:
         return 0
     (sx, sy), (tx, ty) = source.resolution, target.resolution
@@ -107,7 +107,7 @@ def place(
     if offset is not None:
         _copy(read, source.shape, offset, nodata, out)
         return out
-    factor = is_nested(source, target)
+    factor = nesting_factor(source, target)
     if factor > 1 and resampling == "nearest":
         _repeat(read, source, target, factor, nodata, out)
     else:

@@ -23,7 +23,7 @@ from ingest.pixels.composite import Tally, make_tally, strips
 from ingest.pixels.indices import add_indices
 from ingest.pixels.mask import halo_pixels, mask_classes
 from ingest.pixels.mosaic import lay_source
-from ingest.plan.candidates import pixel_box
+from ingest.plan.target import pixel_box
 from ingest.plan.task import PlannedScene, Recipe, ShardTask, SourceAsset
 from ingest.raster.read import NODATA, Access, Pixels, read_on_grid
 from ingest.trust.hrefs import is_url

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-from ingest.plan.candidates import pixel_box, sources_of
-from ingest.plan.grouping import overlap_order, parse_time, step_label
+from ingest.plan.candidates import sources_of
+from ingest.plan.grouping import lattice_rank, overlap_order, parse_time, step_label
 from ingest.plan.plan import Plan
+from ingest.plan.statistics import resampled_share
 from ingest.plan.task import PlannedScene, Recipe, ShardTask
-from ingest.raster.resample import is_nested
-from ingest.scenes.scene import Scene
 from zarr_store.create import list_differences
 from zarr_store.errors import CubeMismatch, InvalidInput
 from zarr_store.grid import Grid
@@ -104,7 +102,7 @@ class _Collection:
             [dict(row) for row in plan.items[name]],
             {scene.item: scene for task in tasks.values() for scene in task.sources},
             tasks,
-            lambda row: step_label(_as_scene(row), cast(Any, group), longitude),
+            lambda row: step_label(_Row.of(row), cast(Any, group), longitude),
             set(),
         )
 
@@ -152,8 +150,8 @@ class _Collection:
         by_step: dict[int, list[PlannedScene]] = defaultdict(list)
         for scene in self.scenes.values():
             by_step[scene.step].append(scene)
-        order = overlap_order(
-            lambda scene: self._rank(cast(Any, scene).planned), lambda scene: getattr(scene, "cloud_share", None)
+        order: Callable[[_Row], tuple[object, ...]] = overlap_order(
+            lambda row: row.rank(grid), lambda row: row.cloud_share
         )
         ordered: set[int] = set()
         tasks = []
@@ -164,24 +162,38 @@ class _Collection:
                 tasks.append(old)
                 continue
             for step in set(steps) - ordered:
-                by_step[step].sort(key=lambda scene: order(_as_scene({**self.rows[scene.item], "planned": scene})))
+                by_step[step].sort(key=lambda scene: order(_Row.of(self.rows[scene.item], scene)))
             ordered.update(steps)
             planned = [scene for step in steps for scene in by_step[step]]
             tasks.append(ShardTask.of(recipe, index, region, sources_of(region, planned, grid, recipe.clip)))
         return tasks
 
-    def _rank(self, scene: PlannedScene) -> int:
-        """As `FoundScene.rank`, from what a plan keeps of the headers."""
-        target = self.recipe.spec.grid
-        grids = [asset.header for asset in scene.assets if asset.header] or [scene.extent]
-        if all(is_nested(grid, target) for grid in grids):
-            return 0
-        return 1 if all(grid.crs == target.crs for grid in grids) else 2
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of the item table as the `Acquisition` that it describes, with its scene where the plan reads it."""
 
-def _as_scene(row: Mapping[str, Any]) -> Scene:
-    """A row of the item table where a scene is expected; it has what dates and overlaps are decided by."""
-    return cast(Scene, SimpleNamespace(**row))
+    id: str
+    datetime: str
+    platform: str | None
+    relative_orbit: int | None
+    orbit_direction: str | None
+    baseline: str | None
+    created: str | None
+    cloud_cover: float | None
+    cloud_share: float | None
+    planned: PlannedScene | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], planned: PlannedScene | None = None) -> _Row:
+        values: dict[str, Any] = {one.name: row.get(one.name) for one in fields(cls)}
+        return cls(**values | {"planned": planned})
+
+    def rank(self, target: Grid) -> int:
+        """As `lattice_rank`, from what the plan keeps of the headers."""
+        assert self.planned is not None, "only scenes that are read overlap"
+        headers = [asset.header for asset in self.planned.assets if asset.header]
+        return lattice_rank(headers or [self.planned.extent], target)
 
 
 def _merged_facts(old: Mapping[str, Any], fresh: Mapping[str, Any], merged: _Collection) -> dict[str, Any]:
@@ -191,25 +203,8 @@ def _merged_facts(old: Mapping[str, Any], fresh: Mapping[str, Any], merged: _Col
         **old,
         **{name: old.get(name, 0) + fresh.get(name, 0) for name in added},
         "offset_verdicts": {**old.get("offset_verdicts", {}), **fresh.get("offset_verdicts", {})},
-        "resampled_share": _resampled_share(list(merged.scenes.values()), merged.recipe.spec.grid),
+        "resampled_share": resampled_share(merged.scenes.values(), merged.recipe.spec.grid),
         "scenes": len(merged.scenes),
         "steps": len(merged.recipe.spec.times),
         "shards": len(merged.recipe.spec.shards()),
     }
-
-
-def _resampled_share(scenes: Sequence[PlannedScene], grid: Grid) -> float:
-    known: dict[tuple[Grid, Grid], tuple[int, bool]] = {}
-    copied = moved = 0
-    for scene in scenes:
-        for asset in scene.assets:
-            if asset.header is None or asset.kind != "data":
-                continue
-            place = (scene.extent, asset.header)
-            if place not in known:
-                reach = pixel_box(scene.extent, grid)
-                pixels = (reach[1] - reach[0]) * (reach[3] - reach[2]) if reach else 0
-                known[place] = pixels, is_nested(asset.header, grid) == 1
-            pixels, exact = known[place]
-            copied, moved = copied + pixels * exact, moved + pixels * (not exact)
-    return round(moved / (copied + moved), 6) if copied + moved else 0.0

@@ -17,7 +17,7 @@ from ingest.plan.plan import Plan, plan_scenes
 from ingest.plan.probe import probe_scenes
 from ingest.plan.stored import kept_plan, require_providers
 from ingest.request.config import EXECUTION_FIELDS, TRUST_FIELDS, IngestConfig
-from ingest.run.loop import IngestEvent, IngestReport, run_locked
+from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.record import RunRecord
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import Found, find_scenes
@@ -78,8 +78,8 @@ def extend(
         merged = plan_extension(old, source, config, append=append, refresh=refresh, cube_url=url)
         if on_plan:
             on_plan(merged)
-        return run_locked(merged, url, lock, config=config, client=client, on_event=on_event, grow=True, record=record,
-                          typed=source, judge=True)  # fmt: skip
+        job = Job(merged, plain_url(url), lock, config, grow=True, typed=source, judge=True)
+        return run_job(job, client=client, on_event=on_event, record=record)
 
 
 def plan_extension(

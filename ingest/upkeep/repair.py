@@ -13,7 +13,7 @@ from distributed import Client
 from ingest.plan.stored import check_hrefs, kept_plan
 from ingest.raster.access import Access
 from ingest.request.config import IngestConfig
-from ingest.run.loop import IngestEvent, IngestReport, run_locked
+from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.shard import fill_shard
 from zarr_store.errors import IntegrityError
 from zarr_store.ledger import LedgerRow
@@ -68,11 +68,9 @@ def repair(
         cube = open_cube(url)
         rows = [key for name in cube.collections for key in cube.ledger(name).drop_unreadable()]
         damage = verify_cube(os.fspath(url)).damage
-        again = {(one.collection, one.index) for one in damage}
-        made = run_locked(
-            plan, url, lock, config=config, client=client, on_event=on_event, grow=True, which="absent", again=again,
-            judge=True,
-        )  # fmt: skip
+        again = frozenset((one.collection, one.index) for one in damage)
+        job = Job(plan, plain_url(url), lock, config, grow=True, which="absent", again=again, judge=True)
+        made = run_job(job, client=client, on_event=on_event)
     return RepairReport(damage, tuple(rows), made)
 
 
@@ -82,9 +80,8 @@ def retry_failed(
     """Try the shards again that are partial or failed, and no others; arguments and errors as of `repair`."""
     with CubeLock(url, "retry of failed shards") as lock:
         plan = kept_plan(url)
-        return run_locked(
-            plan, url, lock, config=config, client=client, on_event=on_event, grow=True, which="unfinished", judge=True
-        )
+        job = Job(plan, plain_url(url), lock, config, grow=True, which="unfinished", judge=True)
+        return run_job(job, client=client, on_event=on_event)
 
 
 @dataclass(frozen=True)

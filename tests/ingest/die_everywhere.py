@@ -20,7 +20,8 @@ from typing import Any
 import ingest.run.loop as running
 from ingest.raster.access import Access
 from ingest.request.config import IngestConfig
-from ingest.run.loop import ingest_shard, run
+from ingest.run.loop import run
+from ingest.run.task import ingest_shard
 from zarr_store import crash
 from zarr_store.spec import Layout
 
@@ -30,10 +31,11 @@ import growing
 CLIENT: Any = SimpleNamespace(dashboard_link="")
 
 
-def work_here(_client: Any, plan: Any, tasks: Any, url: str, _config: Any, tally: Any, _tell: Any, **more: Any) -> None:
+def work_here(_client: Any, job: running.Job, tasks: Any, tally: Any, _tell: Any) -> None:
     for task in tasks:
-        again = (task.collection, task.index) in more["again"]
-        row, pixels = ingest_shard(task, plan.recipe(task.collection), url, Access(), fence=more["fence"], again=again)
+        again = (task.collection, task.index) in job.again
+        recipe = job.plan.recipe(task.collection)
+        row, pixels = ingest_shard(task, recipe, job.url, Access(), fence=job.lock.token, again=again)
         tally.rows[row.state].append(row)
         tally.pixels_read += pixels
 

@@ -13,7 +13,7 @@ from ingest.plan.plan import Plan, plan_scenes
 from ingest.plan.probe import probe_scenes
 from ingest.plan.stored import kept_plan
 from ingest.request.config import IngestConfig
-from ingest.run.loop import IngestReport, run_locked
+from ingest.run.loop import IngestReport, Job, run_job
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import Found
 from ingest.testing import make_scene
@@ -71,7 +71,7 @@ def extend_with(
         merged = plan_extension(
             kept_plan(cube), "", config, append=append, refresh=refresh, found=Found(tuple(scenes)), cube_url=str(cube)
         )
-        return run_locked(merged, cube, lock, config=config, client=client, grow=True)
+        return run_job(Job(merged, str(cube), lock, config, grow=True), client=client)
 
 
 def tree(path: Path, *, under: str = "") -> dict[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from distributed import Client
 
-import ingest.run.loop as running
+import ingest.run.task as making
 from ingest.plan.plan import Plan, plan_scenes
 from ingest.request.config import IngestConfig
 from ingest.run.dashboard import PAGE, ShardPage, page_url
@@ -68,7 +68,7 @@ def fetch(url: str) -> tuple[str, Any]:
 def run_with_faults(plan: Plan, cube: Path, client: Client, folder: Path, patch: pytest.MonkeyPatch) -> list[Any]:
     """A run in which the first scene's red is broken and one shard cannot be made; what the page said meanwhile."""
     (folder / HOSTILE / "red.tif").write_text("<html>log in</html>")
-    poison, real = plan.tasks[-1].index, running.fill_shard
+    poison, real = plan.tasks[-1].index, making.fill_shard
 
     def fill(task: Any, *args: Any, **more: Any) -> Any:
         time.sleep(0.02)
@@ -76,7 +76,7 @@ def run_with_faults(plan: Plan, cube: Path, client: Client, folder: Path, patch:
             raise MemoryError("poison </script>")
         return real(task, *args, **more)
 
-    patch.setattr(running, "fill_shard", fill)
+    patch.setattr(making, "fill_shard", fill)
     seen = []
 
     def look(event: IngestEvent) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ingest.run.loop as running
+import ingest.run.task as making
 from cli.main import main
 from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
@@ -52,7 +52,7 @@ class Filled:
 
 @pytest.fixture
 def filled(monkeypatch: pytest.MonkeyPatch) -> Filled:
-    real, state = running.fill_shard, Filled()
+    real, state = making.fill_shard, Filled()
 
     def fill(task: Any, *args: Any, **more: Any) -> Any:
         state.seen.append(task.index)
@@ -60,7 +60,7 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> Filled:
             state.on.wait(90)
         return real(task, *args, **more)
 
-    monkeypatch.setattr(running, "fill_shard", fill)
+    monkeypatch.setattr(making, "fill_shard", fill)
     return state
 
 
@@ -147,7 +147,7 @@ def test_a_killed_run_leaves_the_last_snapshot_and_is_finished_by_the_next(
         client.wait(10)
     assert client.returncode == -signal.SIGKILL, "it was killed while it worked"
     filled.on.set()
-    while running._being_made:  # its tasks end by themselves
+    while making._being_made:  # its tasks end by themselves
         time.sleep(0.05)
     staged, total = len(rows(cube)), len(plan.tasks)
     assert 6 <= staged < total, "it died in the middle"

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 import ingest.run.loop as running
+import ingest.run.task as making
 from ingest.plan.plan import Plan, plan_scenes
 from ingest.raster.access import Access
 from ingest.request.config import IngestConfig
@@ -78,7 +79,7 @@ def test_a_second_run_reads_and_changes_nothing(
     assert [e.kind for e in events[:2]] == ["planned", "dashboard"]
     assert [e.done for e in events if e.kind == "shard"] == list(range(1, len(plan.tasks) + 1))
     before = tree(cube), times(cube)
-    monkeypatch.setattr(running, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
+    monkeypatch.setattr(making, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
     monkeypatch.setattr(running, "open_cluster", lambda *_, **__: pytest.fail("a cluster was started"))
     second = run(plan, cube)
     assert (len(second.written), len(second.skipped), second.pixels_read, second.exit_code) == (
@@ -217,14 +218,14 @@ def test_a_shard_that_cannot_be_made_is_listed_and_the_others_are(
     tmp_path: Path, local_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(tmp_path / "scenes", days=1)
-    poison, real = plan.tasks[2].index, running.fill_shard
+    poison, real = plan.tasks[2].index, making.fill_shard
 
     def fill(task: Any, *args: Any, **more: Any) -> Any:
         if task.index == poison:
             raise MemoryError("poison")
         return real(task, *args, **more)
 
-    monkeypatch.setattr(running, "fill_shard", fill)
+    monkeypatch.setattr(making, "fill_shard", fill)
     report = run(plan, tmp_path / "cube.zarr", client=local_client)
     assert (report.exit_code, [row.index for row in report.failed]) == (3, [poison])
     assert "poison" in report.errors[0]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ingest.run.loop as running
+import ingest.run.task as making
 from cli.main import main
 from ingest.plan.candidates import Drop
 from ingest.plan.plan import Plan, plan_scenes
@@ -73,7 +73,7 @@ def plan(tmp_path: Path) -> Plan:
 def faults(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The first date's red is broken, and one shard of the other date cannot be made."""
     (tmp_path / "scenes" / "D0" / "red.tif").write_text("<html>log in</html>")
-    poison, real = plan.tasks[-1].index, running.fill_shard
+    poison, real = plan.tasks[-1].index, making.fill_shard
     fired: list[str] = []
 
     def fill(task: Any, *args: Any, **more: Any) -> Any:
@@ -82,7 +82,7 @@ def faults(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
             raise MemoryError(f"poison {HOSTILE} at https://me:{CANARY}@host/a.tif?sig={CANARY}")
         return real(task, *args, **more)
 
-    monkeypatch.setattr(running, "fill_shard", fill)
+    monkeypatch.setattr(making, "fill_shard", fill)
     yield fired
     assert fired, "the fault did not happen"
 

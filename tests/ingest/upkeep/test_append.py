@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-import ingest.run.loop as running
+import ingest.run.task as making
 from ingest.plan.stored import kept_plan
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
@@ -53,7 +53,7 @@ def test_appending_again_reads_and_changes_nothing(
     run(plan_of(scenes[:1]), cube, client=local_client)
     assert extend_with(cube, scenes, local_client).written
     before = tree(cube)
-    monkeypatch.setattr(running, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
+    monkeypatch.setattr(making, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
     monkeypatch.setattr("ingest.upkeep.extend.probe_scenes", lambda *_, **__: pytest.fail("a header was read"))
     again = extend_with(cube, scenes, local_client)
     assert (again.written, again.pixels_read, again.exit_code) == ((), 0, 0)
@@ -235,7 +235,7 @@ def test_a_newer_copy_is_taken_in_and_only_its_shards_are_made_again(
     np.testing.assert_array_equal(opened.dataset(NAME).reflectance, whole.reflectance)
     np.testing.assert_array_equal(opened.dataset(NAME).status, whole.status)
     before = tree(cube)
-    monkeypatch.setattr(running, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
+    monkeypatch.setattr(making, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
     assert extend_with(cube, found, local_client, refresh=True).written == ()
     assert tree(cube) == before
 

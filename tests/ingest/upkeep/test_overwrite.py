@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import ingest.run.loop as running
+import ingest.run.task as making
 import ingest.upkeep.overwrite as overwriting
 from cli.main import main
 from ingest.plan.plan import Plan
@@ -132,9 +132,9 @@ def test_dying_around_the_swap_loses_no_cube(
     assert {open_cube(path).provenance["plan"] for path in found} >= {plans[1].digest}, "the new cube is there"
     monkeypatch.undo()
     seen: list[Any] = []
-    real_fill = running.fill_shard
+    real_fill = making.fill_shard
     monkeypatch.setattr(
-        running, "fill_shard", lambda task, *a, **m: (seen.append(task.index), real_fill(task, *a, **m))[1]
+        making, "fill_shard", lambda task, *a, **m: (seen.append(task.index), real_fill(task, *a, **m))[1]
     )
     report = overwrite(plans[1], cube, client=local_client)
     assert report.exit_code == 0

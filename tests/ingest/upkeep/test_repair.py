@@ -14,11 +14,12 @@ import pytest
 import rasterio
 
 import ingest.raster.access as access
-import ingest.run.loop as running
+import ingest.run.task as making
 from ingest.plan.plan import Plan
 from ingest.plan.stored import check_hrefs, keep_plan
 from ingest.request.config import IngestConfig
-from ingest.run.loop import ingest_shard, run
+from ingest.run.loop import run
+from ingest.run.task import ingest_shard
 from ingest.upkeep.repair import repair, retry_failed, verify_sources
 from zarr_store.errors import InvalidInput, Locked, MissingShard
 from zarr_store.lock import CubeLock
@@ -63,8 +64,8 @@ def test_only_the_broken_shard_is_made_again(
     DAMAGE[kind](cube / shard_key(open_cube(cube).spec(NAME), "scl", index))
     assert [one.index for one in verify_cube(cube).damage] == [index], "the fault fired"
     made: list[Any] = []
-    real = running.fill_shard
-    monkeypatch.setattr(running, "fill_shard", lambda task, *a, **k: made.append(task.index) or real(task, *a, **k))
+    real = making.fill_shard
+    monkeypatch.setattr(making, "fill_shard", lambda task, *a, **k: made.append(task.index) or real(task, *a, **k))
     report = repair(cube, trust, client=local_client)
     assert ([d.index for d in report.damage], made, report.ingest.exit_code) == ([index], [index], 0)
     assert tree(cube) == before

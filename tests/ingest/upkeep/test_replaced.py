@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import rasterio
 
-import ingest.run.loop as running
+import ingest.run.task as making
 from ingest.plan.probe import probe_scenes
 from ingest.plan.stored import kept_plan
 from ingest.raster.access import Access
@@ -59,7 +59,7 @@ def test_a_file_that_was_replaced_is_seen_and_its_shards_are_made_again(
     assert rows[1]["superseded_by"] == scenes[1].id
     assert "superseded_by" not in rows[2]
     kept = tree(cube)
-    monkeypatch.setattr(running, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
+    monkeypatch.setattr(making, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
     assert extend_with(cube, scenes, local_client, refresh=True).written == ()
     assert tree(cube) == kept
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from distributed import Client
 
-import ingest.run.loop as running
+import ingest.run.task as making
 from ingest.plan.plan import plan_scenes
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
@@ -125,7 +125,7 @@ def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait
     scenes = [make_scene(tmp_path / "scenes", "S", grid, bands, datetime="2023-08-10T10:00:00Z")]
     layout = Layout("t", (1, 16, 16), (1, 32, 32))
     plan = plan_scenes(scenes, probe_headers(scenes), IngestConfig(bands=("red", "scl")), layout=layout)
-    fill, pack, finish = running.fill_shard, ShardWriter.pack, PackedShard.finish
+    fill, pack, finish = making.fill_shard, ShardWriter.pack, PackedShard.finish
     busy, changed = threading.Lock(), threading.Condition()
     begun, pixels, told = 0, {}, []
 
@@ -156,7 +156,7 @@ def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait
         told.append((held() is None, overlaps))
         return finish(self)
 
-    monkeypatch.setattr(running, "fill_shard", filled)
+    monkeypatch.setattr(making, "fill_shard", filled)
     monkeypatch.setattr(ShardWriter, "pack", packed)
     monkeypatch.setattr(PackedShard, "finish", finished)
     report = run(plan, tmp_path / "cube.zarr", client=client)

@@ -1,0 +1,103 @@
+"""The Dask task of an ingest: `ingest_shard` fills one shard, writes it and records it in the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ingest.plan.task import Recipe, ShardTask
+from ingest.raster.access import Access
+from ingest.run.shard import fill_shard
+from ingest.trust.hrefs import is_url
+from ingest.worker.meters import stage
+from ingest.worker.slots import computing, in_seat
+from zarr_store.crash import crashpoint
+from zarr_store.errors import NoSpace
+from zarr_store.ledger import LedgerRow
+from zarr_store.read import open_cube
+from zarr_store.write import ShardWriter
+
+__all__ = ["ingest_shard", "settle"]
+
+_being_made: set[int] = set()
+"""Threads of this process that make a shard at the moment."""
+
+
+def ingest_shard(
+    task: ShardTask, recipe: Recipe, url: str, access: Access, *, fence: str | None = None, again: bool = False
+) -> tuple[LedgerRow, int]:
+    """Fill one shard, write it, and record it in the ledger. Running it twice leaves the same bytes.
+
+    A task that ran already (its worker died before it could tell, or it was stolen) reads nothing. Where the shard is
+    complete and this time a scene cannot be read, it stays as it is and the row that is returned says failed.
+
+    Args:
+        task: The shard.
+        recipe: Of its collection.
+        url: The cube.
+        access: Limits of reading.
+        fence: Token of the run's lock; nothing is written once the run has lost it.
+        again: Make the shard although its row says done.
+
+    Returns:
+        The shard's row, and how many source pixels were asked for.
+    """
+    remote = any(is_url(asset.href) for source in task.sources for asset in source.assets)
+
+    def make(give_way: Callable[[], None]) -> tuple[LedgerRow, int]:
+        with _making():
+            return _make_shard(task, recipe, url, access, fence, again, give_way)
+
+    return in_seat(make, remote=remote)
+
+
+def _make_shard(
+    task: ShardTask,
+    recipe: Recipe,
+    url: str,
+    access: Access,
+    fence: str | None,
+    again: bool,
+    give_way: Callable[[], None],
+) -> tuple[LedgerRow, int]:
+    before = open_cube(url).ledger(task.collection).get(task.index)
+    if before is not None and before.state == "done" and before.key == task.key and not again:
+        return before, 0
+    filled = fill_shard(task, recipe, access=access)
+    if before is not None and before.state == "done" and any(s.state == "missing" for s in filled.outcomes):
+        return LedgerRow(task.index, task.region, task.key, "failed", filled.outcomes), filled.pixels_read
+    crashpoint(f"filled {task.index}")
+    writer, pixels_read = ShardWriter(url, task.collection, fence=fence), filled.pixels_read
+    try:
+        with stage("write", sum(array.nbytes for array in filled.arrays.values())):
+            with computing():
+                packed = writer.pack(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
+            del filled  # its memory is for the next shard, which begins now
+            give_way()
+            row = packed.finish()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, NoSpace):
+            raise NoSpace(f"no space left for {url}; free some and repeat the command") from error
+        raise
+    return row, pixels_read
+
+
+@contextmanager
+def _making() -> Iterator[None]:
+    thread = threading.get_ident()
+    _being_made.add(thread)
+    try:
+        yield
+    finally:
+        _being_made.discard(thread)
+
+
+async def settle(limit_s: float) -> None:
+    """Wait, on a worker, until no shard is being made, at most `limit_s` seconds."""
+    until = time.monotonic() + limit_s
+    while _being_made and time.monotonic() < until:
+        await asyncio.sleep(0.02)
