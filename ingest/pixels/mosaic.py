@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ingest.pixels.mask import observed
-from ingest.raster.read import harmonise_dn
 from zarr_store.spec import STATUS_MASKED, STATUS_NODATA, STATUS_OBSERVED
 
-__all__ = ["lay_source"]
+__all__ = ["harmonise_dn", "lay_source"]
 
 Pixels = npt.NDArray[Any]
 Bool = npt.NDArray[np.bool_]
@@ -147,3 +146,35 @@ def _copied(band: Pixels, out: Pixels | None) -> Pixels:
     if out is not None and out is not band:
         out[...] = band
     return band
+
+
+def harmonise_dn(
+    dn: npt.NDArray[np.uint16], dn_offset: int, out: npt.NDArray[np.uint16] | None = None
+) -> npt.NDArray[np.uint16]:
+    """Add the radiometric offset to digital numbers: 0 stays nodata, 65535 stays saturated, the rest stays in 1…65535.
+
+    Args:
+        dn: As they are in the file.
+        dn_offset: Of the item's baseline.
+        out: Where the result goes; may be `dn` itself.
+
+    >>> harmonise_dn(np.array([0, 500, 1000, 1001, 65535], np.uint16), -1000).tolist()
+    [0, 1, 1, 1, 65535]
+    """
+    if dn_offset == 0:
+        if out is None or out is dn:
+            return dn
+        out[...] = dn
+        return out
+    # the extremes say in one pass each whether there are any, which most strips have not
+    edges = ((0, dn.min(initial=1)), (65535, dn.max(initial=0)))
+    fixed = [(dn == value, value) for value, extreme in edges if value == extreme]
+    if dn_offset < 0:  # the common case, without leaving 16 bits
+        moved = np.maximum(dn, np.uint16(min(1 - dn_offset, 65535)), out=out)
+        moved -= np.uint16(min(-dn_offset, 65534))
+    else:
+        moved = np.minimum(dn, np.uint16(max(65535 - dn_offset, 0)), out=out)
+        moved += np.uint16(min(dn_offset, 65535))
+    for where, value in fixed:
+        np.copyto(moved, np.uint16(value), where=where)
+    return moved

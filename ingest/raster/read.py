@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from rasterio.windows import Window
 
+from ingest.pixels.mosaic import harmonise_dn
 from ingest.raster.access import Access, Raster, with_raster
 from ingest.raster.blocks import BlockReader, check_streams
 from ingest.raster.gdal_read import read_window
@@ -28,7 +29,6 @@ __all__ = [
     "Access",
     "ReadableAsset",
     "SceneReader",
-    "harmonise_dn",
     "read_on_grid",
 ]
 
@@ -123,38 +123,6 @@ def read_on_grid(
         return place(window, told.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
 
     return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access)
-
-
-def harmonise_dn(
-    dn: npt.NDArray[np.uint16], dn_offset: int, out: npt.NDArray[np.uint16] | None = None
-) -> npt.NDArray[np.uint16]:
-    """Add the radiometric offset to digital numbers: 0 stays nodata, 65535 stays saturated, the rest stays in 1…65535.
-
-    Args:
-        dn: As they are in the file.
-        dn_offset: Of the item's baseline.
-        out: Where the result goes; may be `dn` itself.
-
-    >>> harmonise_dn(np.array([0, 500, 1000, 1001, 65535], np.uint16), -1000).tolist()
-    [0, 1, 1, 1, 65535]
-    """
-    if dn_offset == 0:
-        if out is None or out is dn:
-            return dn
-        out[...] = dn
-        return out
-    # the extremes say in one pass each whether there are any, which most strips have not
-    edges = ((0, dn.min(initial=1)), (65535, dn.max(initial=0)))
-    fixed = [(dn == value, value) for value, extreme in edges if value == extreme]
-    if dn_offset < 0:  # the common case, without leaving 16 bits
-        moved = np.maximum(dn, np.uint16(min(1 - dn_offset, 65535)), out=out)
-        moved -= np.uint16(min(-dn_offset, 65534))
-    else:
-        moved = np.minimum(dn, np.uint16(max(65535 - dn_offset, 0)), out=out)
-        moved += np.uint16(min(dn_offset, 65535))
-    for where, value in fixed:
-        np.copyto(moved, np.uint16(value), where=where)
-    return moved
 
 
 def _check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> None:

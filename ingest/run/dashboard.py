@@ -30,7 +30,7 @@ from zarr_store.printable import one_line, printable, printable_value
 
 if TYPE_CHECKING:
     from ingest.plan.plan import Plan
-    from ingest.run.loop import IngestEvent
+    from ingest.run.outcome import IngestEvent
     from zarr_store.ledger import LedgerRow
 
 __all__ = ["PAGE", "ShardPage", "page_url", "publish"]
