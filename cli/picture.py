@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,19 @@ from jaxtrain.inference.maps import CHUNK, Map, is_map, open_map
 from zarr_store import Cube, open_cube
 from zarr_store.durable import write_file
 from zarr_store.errors import InvalidInput, NotACube, UnknownName
-from zarr_store.spec import OVERVIEW_FACTOR, STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED, overview_positions
+from zarr_store.spec import (
+    OVERVIEW_FACTOR,
+    STATUS_MASKED,
+    STATUS_MISSING,
+    STATUS_NODATA,
+    STATUS_OBSERVED,
+    overview_positions,
+)
 
-__all__ = ["draw"]
+if TYPE_CHECKING:
+    from ingest.thumbnails import Thumbnail
+
+__all__ = ["draw", "draw_preview", "refuse_other_than_png"]
 
 RGB = npt.NDArray[np.uint8]
 _NODATA_COLOUR = (32, 32, 36)
@@ -58,8 +68,7 @@ def draw(
     Returns:
         path, width, height, and what it shows.
     """
-    if Path(out).suffix.lower() != ".png":
-        raise InvalidInput(f"the picture must be a .png file, got {out}")
+    refuse_other_than_png(out)
     try:
         cube = open_cube(store)
     except NotACube:
@@ -73,6 +82,47 @@ def draw(
         image, what = _draw_cube(cube, collection, time, bands, width)
     _save(image, Path(out))
     return {"path": out, "width": image.width, "height": image.height, "what": what}
+
+
+def refuse_other_than_png(out: str | Path) -> None:
+    """Refuse a name that would be written as something else, before anything is read."""
+    if Path(out).suffix.lower() != ".png":
+        raise InvalidInput(f"the picture must be a .png file, got {out}")
+
+
+def draw_preview(thumbnails: Sequence[Thumbnail], out: Path, *, width: int) -> dict[str, Any]:
+    """Draw thumbnails of time steps into a PNG, each under its date and share of clouds.
+
+    Args:
+        thumbnails: All of one size.
+        out: The picture; it appears complete or not at all.
+        width: Widest the picture may be, pixels.
+
+    Returns:
+        path, width and height.
+    """
+    height_px, width_px = thumbnails[0].seen.shape
+    columns = max(1, min(len(thumbnails), (width - _GAP) // (width_px + _GAP)))
+    columns = -(-len(thumbnails) // -(-len(thumbnails) // columns))
+    panels: dict[int, RGB] = {}
+    for kind in dict.fromkeys(one.kind for one in thumbnails):  # one stretch for all dates of a kind
+        places = [at for at, one in enumerate(thumbnails) if one.kind == kind]
+        values = np.stack([thumbnails[at].pixels for at in places]).astype(np.float32)
+        seen = np.stack([thumbnails[at].seen for at in places])
+        # clouds must not decide how dark the ground is, and no mask is read here: the clearest dates decide
+        shares = [thumbnails[at].cloud or 0.0 for at in places]
+        clear = np.array([share <= sorted(shares)[(len(shares) - 1) // 4] for share in shares])
+        status = np.where(seen, np.where(clear, STATUS_OBSERVED, STATUS_MASKED)[:, None, None], STATUS_NODATA)
+        colours = _stretch(values, status.astype(np.uint8), logarithmic=kind == "backscatter")
+        colours[~seen] = _NODATA_COLOUR
+        panels |= dict(zip(places, colours, strict=True))
+    captions = [
+        one.time[:10] + ("" if one.cloud is None else f"  cloud {one.cloud:.0%}") for one in thumbnails
+    ]  # fmt: skip
+    scale = max(1, ((width - _GAP) // columns - _GAP) // width_px) if height_px else 1
+    image = _sheet([panels[at] for at in range(len(thumbnails))], captions, columns, scale)
+    _save(image, out)
+    return {"path": out, "width": image.width, "height": image.height}
 
 
 def _save(image: Image.Image, path: Path) -> None:

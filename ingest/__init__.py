@@ -1,6 +1,12 @@
 """From a STAC source to a cube: search → harmonise → probe → plan → read → write.
 
+    found = ingest.find_scenes(source, collections=["sentinel-2-l2a"], bbox=(16.0, 45.9, 16.2, 46.1))
+    plan = ingest.make_plan(found, bands=["red", "nir", "scl"])
+    report = ingest.run_plan(plan, "cube.zarr")
+
 Nothing here imports jax. Exports load on first use, so `import ingest` costs nothing and the command line stays quick.
+No export has the name of a module inside, which importing that module would put in its place. docs/api/ingest.md lists
+all names with examples.
 """
 
 from __future__ import annotations
@@ -9,23 +15,74 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ingest.plan.plan import Plan, make_plan
+    from ingest.journey import find_scenes, make_plan, run_plan
+    from ingest.keep import (
+        append_scenes,
+        audit_cube,
+        refresh_scenes,
+        repair_cube,
+        retry_failed,
+        verify_files,
+        verify_sources,
+    )
+    from ingest.plan.plan import Plan
     from ingest.request.config import IngestConfig
-    from ingest.run.loop import IngestReport, run
+    from ingest.run.outcome import IngestEvent, IngestReport
+    from ingest.scenes.found import Scenes
     from ingest.scenes.scene import AssetRef, Scene
-    from ingest.scenes.search import search
+    from ingest.stack import open_stack
+    from ingest.upkeep.audit import AuditReport
+    from ingest.upkeep.checksums import FilesReport
+    from ingest.upkeep.repair import RepairReport, SourcesReport
 
-__all__ = ["AssetRef", "IngestConfig", "IngestReport", "Plan", "Scene", "make_plan", "run", "search"]
+__all__ = [
+    "AssetRef",
+    "AuditReport",
+    "FilesReport",
+    "IngestConfig",
+    "IngestEvent",
+    "IngestReport",
+    "Plan",
+    "RepairReport",
+    "Scene",
+    "Scenes",
+    "SourcesReport",
+    "append_scenes",
+    "audit_cube",
+    "find_scenes",
+    "make_plan",
+    "open_stack",
+    "refresh_scenes",
+    "repair_cube",
+    "retry_failed",
+    "run_plan",
+    "verify_files",
+    "verify_sources",
+]
 
 _HOME = {
     "AssetRef": "ingest.scenes.scene",
+    "AuditReport": "ingest.upkeep.audit",
+    "FilesReport": "ingest.upkeep.checksums",
     "IngestConfig": "ingest.request.config",
-    "IngestReport": "ingest.run.loop",
+    "IngestEvent": "ingest.run.outcome",
+    "IngestReport": "ingest.run.outcome",
     "Plan": "ingest.plan.plan",
+    "RepairReport": "ingest.upkeep.repair",
     "Scene": "ingest.scenes.scene",
-    "make_plan": "ingest.plan.plan",
-    "run": "ingest.run.loop",
-    "search": "ingest.scenes.search",
+    "Scenes": "ingest.scenes.found",
+    "SourcesReport": "ingest.upkeep.repair",
+    "append_scenes": "ingest.keep",
+    "audit_cube": "ingest.keep",
+    "find_scenes": "ingest.journey",
+    "make_plan": "ingest.journey",
+    "open_stack": "ingest.stack",
+    "refresh_scenes": "ingest.keep",
+    "repair_cube": "ingest.keep",
+    "retry_failed": "ingest.keep",
+    "run_plan": "ingest.journey",
+    "verify_files": "ingest.keep",
+    "verify_sources": "ingest.keep",
 }
 
 
@@ -34,3 +91,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ingest' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The exports, for completion in notebooks."""
+    return sorted({*globals(), *__all__})

@@ -7,26 +7,94 @@ time axis has one entry per scene.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import stackstac
 import xarray as xr
 from rasterio.enums import Resampling
 
+from ingest.journey import make_plan
 from ingest.plan.plan import Plan
 from ingest.plan.target import transform_box
 from ingest.plan.task import PlannedScene, SourceAsset
-from ingest.raster.read import NODATA, Access, SceneReader
+from ingest.raster.access import Access, forbid_gdal_threads
+from ingest.raster.coarse import read_coarse
+from ingest.raster.read import NODATA, SceneReader, read_on_grid
+from ingest.request.config import IngestConfig
+from ingest.request.settings import PlanSettings, make_config, spell_out, trust_of
+from ingest.scenes.found import Scenes
+from ingest.scenes.scene import Scene
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
 
-__all__ = ["stack"]
+__all__ = ["open_stack", "stack"]
+
+
+@spell_out(PlanSettings)
+def open_stack(
+    source: str | os.PathLike[str] | Scenes | Sequence[Scene] | Plan,
+    config: IngestConfig | None = None,
+    *,
+    collection: str | None = None,
+    chunk: int = 1024,
+    overviews: bool = False,
+    found_in: str | os.PathLike[str] | None = None,
+    **settings: Unpack[PlanSettings],
+) -> xr.DataArray:
+    """Look at scenes as one lazy array, on the grid that an ingest would choose and through its checked reading.
+
+    Nothing is stored, mosaicked or masked: there is one entry of the time axis for each scene. A file that cannot be
+    read raises, it never becomes zeros.
+
+    Args:
+        source: As for `make_plan`, or a plan.
+        config: What is asked; None for the defaults.
+        collection: Which one, where the plan has several.
+        chunk: Side of a Dask block, pixels; each block is read as one.
+        overviews: Read a file's overviews where the grid is coarser than they are: quick, for looking, and not what a
+            cube of that resolution would hold.
+        found_in: Where scenes were found that come as a plain list.
+        **settings: Fields of `IngestConfig`; of a plan only those that say who is trusted.
+
+    Returns:
+        (time, band, y, x) of stored numbers, harmonised; 0, or NaN for backscatter, where there is no data. Coordinates
+        `id` and `cloud` (share of clouds over the region) lie along time.
+
+    Raises:
+        NothingFound: No scene matches, or none lies in the region.
+        InvalidInput: A setting cannot be used, or the grid's CRS has no EPSG code.
+        AssetUnreadable: When pixels are computed that cannot be read.
+
+    Example:
+        >>> import ingest
+        >>> lazy = ingest.open_stack("world/catalog.json", collections=["sentinel-2-l2a"], bands=["red", "nir"])
+        >>> lazy.dims, lazy.shape
+        (('time', 'band', 'y', 'x'), (2, 2, 64, 64))
+        >>> darkest = lazy.sel(band="red").min("time").compute()
+    """
+    forbid_gdal_threads()
+    if isinstance(source, Plan):
+        plan = source
+        asked = make_config(make_config(None, trust_of(plan.config)), settings)
+    else:
+        plan = make_plan(source, config, found_in=found_in, **settings)
+        asked = make_config(config or (source.config if isinstance(source, Scenes) else None), settings)
+    access = replace(Access.of(asked, plan.source), sign=plan.config.get("sign", "none"))
+    return stack(plan, collection, chunk=chunk, access=access, overviews=overviews)
 
 
 def stack(
-    plan: Plan, collection: str | None = None, *, chunk: int = 1024, access: Access | None = None
+    plan: Plan,
+    collection: str | None = None,
+    *,
+    chunk: int = 1024,
+    access: Access | None = None,
+    overviews: bool = False,
 ) -> xr.DataArray:
     """Scenes of one collection as a lazy array.
 
@@ -35,10 +103,12 @@ def stack(
         collection: One of the plan; None for its only one.
         chunk: Side of a Dask chunk, pixels.
         access: Limits and retries.
+        overviews: Read a file's overviews where the grid is coarser: quick, and not what a cube would hold.
 
     Returns:
         (time, band, y, x) in the cube's dtype, harmonised, nodata 0 (NaN for backscatter); one time per scene in the
-        order of the item table, with the item id as coordinate `id`. Class layers follow the data bands.
+        order of the item table, with the item id as coordinate `id` and the share of clouds as `cloud`. Class layers
+        follow the data bands.
 
     Raises:
         InvalidInput: The grid's CRS has no EPSG code, which stackstac needs.
@@ -75,11 +145,19 @@ def stack(
         xy_coords="center",
         properties=False,
         band_coords=False,
-        reader=partial(SceneReader, table=table, access=access),
+        reader=partial(SceneReader, table=table, access=access, read_asset=read_coarse if overviews else read_on_grid),
     )
     if (array.sizes["y"], array.sizes["x"]) != grid.shape:
         raise InvalidInput(f"stackstac made a grid of {dict(array.sizes)} from {grid}; report this as a defect")
-    return array.assign_coords(y=grid.y(), x=grid.x())
+    clouds = [_cloud_share(rows[row]) for row in sorted(scenes)]
+    return array.assign_coords(y=grid.y(), x=grid.x(), cloud=("time", clouds))
+
+
+def _cloud_share(row: Mapping[str, Any]) -> float:
+    """Share of clouds over the region as it was counted, else as the catalogue says of the whole tile; NaN for none."""
+    if row.get("cloud_share") is not None:
+        return float(row["cloud_share"])
+    return float("nan") if row.get("cloud_cover") is None else float(row["cloud_cover"]) / 100.0
 
 
 def _item(scene: PlannedScene, moment: str, grid: Grid) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """terrashard's cube on disk: sharded, checksummed Zarr v3 with a ledger of what is complete.
 
 Start with `open_cube` to read, `create_cube` and `ShardWriter` to write, `verify_cube` to check.
+docs/api/zarr_store.md lists all names with examples.
 """
 
 from zarr_store.create import create_cube

@@ -57,6 +57,13 @@ def create_cube(
     Raises:
         CubeMismatch: A cube of another grid, band list, time axis or item table is there; the message is the diff.
         InvalidInput: Something else is there, or the specs do not fit together.
+
+    Example:
+        >>> from zarr_store import BandSpec, CubeSpec, Grid
+        >>> grid = Grid.from_bounds("EPSG:32633", (600_000, 5_000_000, 601_280, 5_001_280), resolution=10)
+        >>> spec = CubeSpec("s2", "reflectance", (BandSpec("red", 0, 1e-4),), grid, ("2023-08-10T09:57:57",))
+        >>> create_cube("made.zarr", [spec], items={"s2": [{"id": "A", "datetime": "2023-08-10T09:57:57Z"}]},
+        ...             provenance={"made": "by hand"})
     """
     store = store_for(url, kind)
     _check_specs(specs)

@@ -38,6 +38,11 @@ class Grid:
         crs: Coordinate reference system, as "EPSG:<code>" where it has a code, else WKT.
         transform: (a, b, c, d, e, f) of the pixel-corner affine: x = a·col + b·row + c, y = d·col + e·row + f.
         shape: (height, width) in pixels.
+
+    Example:
+        >>> grid = Grid.from_bounds("EPSG:32633", (600_000, 5_000_000, 605_120, 5_005_120), resolution=10)
+        >>> grid.shape, grid.epsg
+        ((512, 512), 32633)
     """
 
     crs: str

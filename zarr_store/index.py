@@ -35,6 +35,12 @@ class TrainingIndex:
         pixels, observed, masked, missing: Pixels in all, and by status.
         band_mean, band_m2: (T, CY, CX, B) mean and sum of squared deviations over observed pixels.
         class_counts: Class layer → (T, CY, CX, 256) pixels of each value among those observed or masked.
+
+    Example:
+        >>> from zarr_store import open_cube
+        >>> index = open_cube("cube.zarr").index("sentinel-2-l2a")
+        >>> index.pixels.sum(axis=(1, 2)).tolist()
+        [4096, 4096]
     """
 
     chunk: tuple[int, int, int]

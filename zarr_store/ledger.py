@@ -39,6 +39,10 @@ class SourceOutcome:
         asset: The asset that failed.
         reason: The cause, without secrets.
         versions: (asset, what told its file from others of that name when it was read: size, and ETag or date).
+
+    Example:
+        >>> SourceOutcome(3, "S2A_33TWM_20230815_0_L2A", "missing", asset="B04", reason="HTTP 404").state
+        'missing'
     """
 
     item: int
@@ -64,6 +68,12 @@ class LedgerRow:
         key: Digest of all that determined the shard's content; another key means it must be made again.
         checksums: Array → SHA-256 of the stored shard object.
         stats: One per chunk, in the order of `CubeSpec.chunks(region)`.
+
+    Example:
+        >>> from zarr_store import open_cube
+        >>> row = open_cube("cube.zarr").ledger("sentinel-2-l2a").get((0, 0, 0))
+        >>> row.state, [source.state for source in row.sources]
+        ('done', ['read'])
     """
 
     index: ShardIndex
@@ -108,7 +118,13 @@ class LedgerRow:
 
 
 class Ledger:
-    """The rows of one collection of the cube in `store`."""
+    """The rows of one collection of the cube in `store`: which shards are done, and of what.
+
+    Example:
+        >>> from zarr_store import open_cube
+        >>> sorted(open_cube("cube.zarr").ledger("sentinel-2-l2a").rows())
+        [(0, 0, 0), (1, 0, 0)]
+    """
 
     def __init__(self, store: Store, collection: str) -> None:
         self._store = store

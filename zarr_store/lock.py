@@ -34,6 +34,11 @@ class CubeLock:
 
     Raises (on entering):
         Locked: Another run holds it; the message names host, process, purpose and since when.
+
+    Example:
+        >>> with CubeLock("cube.zarr", "a look from Python") as lock:
+        ...     lock.took_over
+        False
     """
 
     def __init__(self, url: str | os.PathLike[str], purpose: str, *, key: str = LOCK_KEY) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from zarr_store.store import Store
 if TYPE_CHECKING:
     import xarray as xr
 
+    from zarr_store.blocks import Blocks
+
 __all__ = ["Cube", "await_read", "is_cube", "open_cube", "read_tensorstore"]
 
 # Decoded chunks shared by all arrays that a process opens: an epoch touches each chunk several times in a row.
@@ -42,6 +45,13 @@ def is_cube(store: Store) -> bool:
 
 def open_cube(url: str | os.PathLike[str]) -> Cube:
     """Open a cube for reading.
+
+    Args:
+        url: A folder, or the URL of a bucket: s3://, gs:// or az://.
+
+    Example:
+        >>> open_cube("cube.zarr").dataset("sentinel-2-l2a").reflectance.dims
+        ('time', 'band', 'y', 'x')
 
     Raises:
         NotACube: There is nothing at `url`, or something else.
@@ -92,7 +102,15 @@ def _checked_names(store: Store, names: Any) -> tuple[str, ...]:
 
 
 class Cube:
-    """A cube that is open for reading; made by `open_cube`."""
+    """A cube that is open for reading; made by `open_cube`.
+
+    Example:
+        >>> cube = open_cube("cube.zarr")
+        >>> cube.collections
+        ('sentinel-2-l2a',)
+        >>> cube.spec("sentinel-2-l2a").band_names
+        ('red', 'nir')
+    """
 
     def __init__(self, store: Store, attributes: dict[str, Any]) -> None:
         self._store = store
@@ -102,6 +120,28 @@ class Cube:
         self._describe = functools.cache(self._describe_uncached)
         self.spec = functools.cache(self._spec_uncached)
         self.tensorstore = functools.cache(self._tensorstore_uncached)
+
+    def __repr__(self) -> str:
+        return f"<Cube {self.url}: {', '.join(self.collections)}>"
+
+    def _repr_html_(self) -> str:
+        from zarr_store.notebook import facts_table
+
+        facts: list[tuple[str, object]] = []
+        for name in self.collections:
+            spec = self.spec(name)
+            first, last = (spec.times[at].partition("T")[0] for at in (0, -1))
+            states = Counter(row.state for row in self.ledger(name).rows().values())
+            bands = ", ".join((*spec.band_names, *spec.class_layers, *(index.name for index in spec.derived)))
+            facts += [
+                ("collection", name),
+                ("grid", spec.grid),
+                ("dates", f"{len(spec.times)}, {first} … {last}"),
+                ("bands", bands),
+                ("shards", f"{states['done']} of {len(spec.shards())} done"
+                 + "".join(f", {states[state]} {state}" for state in ("partial", "failed") if states[state])),
+            ]  # fmt: skip
+        return facts_table(f"Cube {self.url}", facts)
 
     def _describe_uncached(self, collection: str) -> dict[str, Any]:
         if collection not in self.collections:
@@ -143,19 +183,48 @@ class Cube:
         """Per-chunk counts and moments, from the ledger; no pixel is read."""
         return TrainingIndex.from_rows(self.spec(collection), self.ledger(collection).rows())
 
-    def dataset(self, collection: str) -> xr.Dataset:
-        """The collection as a lazy xarray dataset; floats stay undecoded integers.
+    def dataset(
+        self, collection: str, *, chunks: Blocks | None = None, scaled: bool = False, masked: bool = False
+    ) -> xr.Dataset:
+        """Open the collection as a lazy xarray dataset.
 
-        A shard that was never written reads as fill value here, as Zarr has it: look at `status` (0) or use `read`.
+        A shard that was never written reads as fill value here, as Zarr has it: `masked` hides it, `status` (0) shows
+        it, and `read` raises.
+
+        Args:
+            collection: Group of the cube.
+            chunks: "shards" gives Dask arrays whose blocks are whole files, which is what computing on all of a cube
+                needs; "chunks" those whose blocks are what is compressed as one, for small windows. None reads without
+                Dask, when values are asked for.
+            scaled: Give reflectance, backscatter and indices as physical numbers (float32), and NaN where there is no
+                data. Without it, bands are the stored integers.
+            masked: Give NaN (so float32) wherever `status` is not observed: no data, clouds and what else was masked,
+                unreadable files.
+
+        Returns:
+            Bands as (time, band, y, x), all else as (time, y, x), with `x`, `y`, `time`, `band` and `spatial_ref`.
+
+        Example:
+            >>> cube = open_cube("cube.zarr")
+            >>> s2 = cube.dataset("sentinel-2-l2a", chunks="shards", scaled=True, masked=True)
+            >>> red, nir = (s2.reflectance.sel(band=name) for name in ("red", "nir"))
+            >>> ndvi = ((nir - red) / (nir + red)).median("time").compute()
         """
         import xarray as xr  # here, as it and pandas take longer to import than all else a worker needs
 
-        for array in self.spec(collection).arrays():
+        spec = self.spec(collection)
+        for array in spec.arrays():
             self._judge(collection, array.name)
         self._store.check_inside(collection)
         with self._believing(f"{collection}/zarr.json"):
             opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
-        return opened
+        if chunks is None and not (scaled or masked):
+            return opened
+        from zarr_store.blocks import cut_into_blocks, decode
+
+        if scaled or masked:
+            opened = decode(opened, spec, scaled=scaled, masked=masked)
+        return cut_into_blocks(opened, spec, chunks) if chunks is not None else opened
 
     @contextlib.contextmanager
     def _believing(self, key: str) -> Iterator[None]:

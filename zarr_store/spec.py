@@ -54,7 +54,12 @@ MAIN_ARRAYS: dict[Kind, str] = {"reflectance": "uint16", "backscatter": "float32
 
 @dataclass(frozen=True)
 class BandSpec:
-    """One band of the main array: physical = stored · scale + offset, where stored ≠ nodata."""
+    """One band of the main array: physical = stored · scale + offset, where stored ≠ nodata.
+
+    Example:
+        >>> BandSpec("red", nodata=0, scale=1e-4, wavelength_um=0.665).name
+        'red'
+    """
 
     name: str
     nodata: float | None = 0
@@ -84,6 +89,10 @@ class Layout:
     """How arrays are cut: `chunk` is what is compressed and checksummed as one, `shard` is what is one file.
 
     Both are (time, y, x) in pixels; a chunk or shard always holds all bands.
+
+    Example:
+        >>> LAYOUTS["train"].fitted((10, 300, 300)).shard
+        (1, 512, 512)
     """
 
     name: str
@@ -132,6 +141,12 @@ class CubeSpec:
         derived: Spectral indices, each an array of its own.
         reduce: "first": every pixel is one observation and `source_item` names it. "median" and "mean": over the
             clear observations of the step; `observations` counts them in place of `source_item`.
+
+    Example:
+        >>> grid = Grid.from_bounds("EPSG:32633", (600_000, 5_000_000, 605_120, 5_005_120), resolution=10)
+        >>> bands = (BandSpec("red", 0, 1e-4), BandSpec("nir", 0, 1e-4))
+        >>> CubeSpec("s2", "reflectance", bands, grid, ("2023-08-10T09:57:57",)).shape
+        (1, 512, 512)
     """
 
     collection: str

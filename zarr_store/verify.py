@@ -34,7 +34,12 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a verification found."""
+    """What a verification found.
+
+    Example:
+        >>> verify_cube("cube.zarr").checked_shards
+        2
+    """
 
     checked_shards: int
     checked_bytes: int
@@ -75,6 +80,10 @@ def verify_cube(
 
     Returns:
         The report; `damage` names each missing or corrupt object. Label layers are always checked whole.
+
+    Example:
+        >>> verify_cube("cube.zarr").damage
+        ()
     """
     cube = open_cube(url)
     store = open_store(url)

@@ -36,6 +36,17 @@ class ShardWriter:
         collection: Group of the cube.
         fence: Token of the lock under which is written; a writer whose run has lost the lock writes nothing more.
             None asks for no lock.
+
+    Example:
+        A shard that is read and written again under the key that it has:
+
+        >>> from zarr_store import open_cube
+        >>> cube = open_cube("cube.zarr")
+        >>> spec = cube.spec("sentinel-2-l2a")
+        >>> row = next(iter(cube.ledger(spec.collection).rows().values()))
+        >>> arrays = {array.name: cube.read(spec.collection, array.name, row.region) for array in spec.arrays()}
+        >>> ShardWriter("cube.zarr", spec.collection).write(row.region, arrays, key=row.key, sources=row.sources).state
+        'done'
     """
 
     def __init__(self, url: str | Path, collection: str, *, fence: str | None = None) -> None:

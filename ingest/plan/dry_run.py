@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from ingest.plan.task import Recipe
+from zarr_store.notebook import facts_table
 from zarr_store.printable import one_line
 
 if TYPE_CHECKING:
     from ingest.plan.plan import Plan
 
-__all__ = ["describe", "human_bytes"]
+__all__ = ["describe", "human_bytes", "plan_table"]
 
 _MOST_LINES = 12
 
@@ -32,6 +34,25 @@ def describe(plan: Plan) -> str:
     lines += _listed("left out", [f"{d.collection} {d.item_id}: {d.reason}" for d in plan.drops])
     lines += _listed("mind", list(plan.warnings))
     return "\n".join(one_line(line) for line in lines)
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan as a table of a notebook, with the whole dry run below it."""
+    facts: list[tuple[str, object]] = [("source", plan.source), ("grid", plan.grid)]
+    for recipe in plan.recipes:
+        spec, told = recipe.spec, plan.facts.get(recipe.spec.collection, {})
+        first, last = (spec.times[at].partition("T")[0] for at in (0, -1))
+        facts += [
+            ("collection", f"{spec.collection}: {len(plan.items[spec.collection])} scenes"),
+            ("dates", f"{len(spec.times)}, {first} … {last}"),
+            ("bands", ", ".join((*spec.band_names, *spec.class_layers))),
+            ("shards", f"{len(spec.shards())} of up to {'×'.join(map(str, spec.layout.shard))} (time×y×x)"),
+            ("effort", f"read about {human_bytes(told.get('bytes_to_read', 0))}, write about "
+                       f"{human_bytes(told.get('bytes_to_write', 0))}"),
+        ]  # fmt: skip
+    facts += [("left out", len(plan.drops) or ""), ("mind", "\n".join(plan.warnings[:_MOST_LINES]))]
+    table = facts_table(f"Plan {plan.digest[:12]}", facts)
+    return f"{table}<details><summary>the dry run</summary><pre>{html.escape(describe(plan))}</pre></details>"
 
 
 def _collection(plan: Plan, recipe: Recipe) -> list[str]:

@@ -36,6 +36,7 @@ from ingest.plan.task import PlannedScene, Recipe, ShardTask, digest
 from ingest.request.config import EXECUTION_FIELDS, TRUST_FIELDS, IngestConfig
 from ingest.request.products import choose_bands
 from ingest.scenes.scene import Scene
+from ingest.scenes.search import Unusable
 from ingest.trust.redact import redact_text, redact_url
 from zarr_store.bounded import load_json, read_file
 from zarr_store.durable import write_file
@@ -44,11 +45,24 @@ from zarr_store.grid import Grid
 from zarr_store.regions import Region
 from zarr_store.spec import LAYOUTS, CubeSpec, Layout
 
-__all__ = ["Drop", "Plan", "make_plan", "plan_scenes"]
+__all__ = ["Drop", "Origin", "Plan", "make_plan", "plan_found", "plan_scenes", "probe_found"]
 
 _FORMAT = 1
 _MOST_BYTES = 256 << 20
 """Of a plan; that of 100,000 shards has about 60 MB."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who asked for a plan in this process. It is never saved: a plan that comes from elsewhere gives no trust.
+
+    Attributes:
+        typed: SOURCE as the user gave it.
+        config: What was asked, and who was trusted.
+    """
+
+    typed: str
+    config: IngestConfig
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,16 @@ class Plan:
         facts: Collection → resampled_share, offset_verdicts, bytes_to_read, bytes_to_write, requests and more.
         config: What was asked, without what only concerns the running, and without what was trusted.
         source: Where the scenes were found, without secrets.
+        origin: Who asked for it, where it was made by this process; None where it was read.
+
+    Example:
+        >>> import ingest
+        >>> plan = ingest.make_plan("world/catalog.json", collections=["sentinel-2-l2a"], bands=["red", "nir"])
+        >>> plan.save("plan.json")
+        >>> Plan.load("plan.json").digest == plan.digest
+        True
+        >>> print(plan.summary().splitlines()[1])
+        grid      EPSG:32633 64×64 px at 10
     """
 
     recipes: tuple[Recipe, ...]
@@ -76,6 +100,7 @@ class Plan:
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @property
     def specs(self) -> tuple[CubeSpec, ...]:
@@ -116,6 +141,19 @@ class Plan:
         tasks = [[t.collection, t.index, t.region.to_list(), sorted(s.identity for s in t.sources)] for t in self.tasks]
         rules = [[recipe.rules(), list(recipe.spec.times)] for recipe in self.recipes]
         return digest({"recipes": rules, "items": bare, "tasks": tasks})
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{recipe.spec.collection}, {len(recipe.spec.times)} dates, {' '.join(recipe.spec.band_names)}"
+            for recipe in self.recipes
+        ]
+        scenes = sum(len(rows) for rows in self.items.values())
+        return f"<Plan of {scenes} scenes: {'; '.join(parts)}; {self.grid}; {len(self.tasks)} shards>"
+
+    def _repr_html_(self) -> str:
+        from ingest.plan.dry_run import plan_table
+
+        return plan_table(self)
 
     def summary(self) -> str:
         """The dry run, for a person."""
@@ -259,21 +297,42 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
         InvalidInput: The source or the selection cannot be used.
         AccessError: The source cannot be reached, or no file could be opened.
     """
-    from ingest.plan.probe import probe_scenes
     from ingest.scenes.search import find_scenes
-    from ingest.trust.hrefs import is_url, refuse_private_address
 
     found = find_scenes(source, config)
-    scenes = list(found.scenes)
+    return plan_found(found.scenes, config, source, unusable=found.unusable)
+
+
+def plan_found(
+    scenes: Sequence[Scene], config: IngestConfig, source: str, *, unusable: Sequence[Unusable] = ()
+) -> Plan:
+    """Look at the file headers of scenes that were found in `source`, and plan; raises as `make_plan`.
+
+    Args:
+        scenes: What was found.
+        config: What is asked.
+        source: Where.
+        unusable: Items that were left out, to be named in the plan.
+    """
+    from ingest.trust.hrefs import is_url
+
+    told = redact_url(source) if is_url(source) else str(Path(source).expanduser().resolve())
+    plan = plan_scenes(scenes, probe_found(scenes, config, source), config, source=told)
+    left_out = tuple(f"{one.collection}: item {one.item_id!r} is left out: {one.reason}" for one in unusable)
+    return replace(plan, warnings=(*left_out, *plan.warnings), origin=Origin(source, config))
+
+
+def probe_found(scenes: Sequence[Scene], config: IngestConfig, source: str) -> Probes:
+    """Read the file headers of scenes that were found in `source`, once all their hosts may be opened."""
+    from ingest.plan.probe import probe_scenes
+    from ingest.trust.hrefs import refuse_private_address
+
     policy = config.href_policy(source)
     hosts = {urlsplit(a.href).netloc: a.href for s in scenes for a in s.assets.values() if "://" in a.href}
     for href in hosts.values():
         with suppress(AccessError):  # a name that is not found becomes the error of each asset behind it
             refuse_private_address(href, policy)
-    told = redact_url(source) if is_url(source) else str(Path(source).expanduser().resolve())
-    plan = plan_scenes(scenes, probe_scenes(scenes, config, source=source), config, source=told)
-    left_out = tuple(f"{one.collection}: item {one.item_id!r} is left out: {one.reason}" for one in found.unusable)
-    return replace(plan, warnings=(*left_out, *plan.warnings)) if left_out else plan
+    return probe_scenes(scenes, config, source=source)
 
 
 def plan_scenes(

@@ -29,6 +29,8 @@ __all__ = [
     "Access",
     "ReadableAsset",
     "SceneReader",
+    "as_stored",
+    "check_type",
     "read_on_grid",
 ]
 
@@ -90,7 +92,7 @@ def read_on_grid(
         if header is not None and told.grid != header:
             reason = f"the file is not the one that was planned: its grid was {header}, now it is {told.grid}"
             raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
-        _check_type(told.dtype, stored, scene, asset)
+        check_type(told.dtype, stored, scene, asset)
         if asset.kind == "data" and told.palette:
             reason = "expected a data band, the file has a palette: its numbers are colours"
             raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
@@ -117,7 +119,7 @@ def read_on_grid(
                 if file is not None:
                     file.forget()
             count_stage("read", time.perf_counter() - begun, raw.nbytes)
-            return _as_stored(raw, stored, empty)
+            return as_stored(raw, stored, empty)
 
         kernel = pick_resampling(asset.kind, told.grid, target, resampling)
         return place(window, told.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
@@ -125,7 +127,8 @@ def read_on_grid(
     return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access)
 
 
-def _check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> None:
+def check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> None:
+    """Refuse a file of whole numbers where power is expected, and the other way round."""
     whole = np.issubdtype(np.dtype(dtype), np.integer)
     if (stored == "float32") == whole:
         expected = "a float band of linear backscatter" if stored == "float32" else "a band of whole numbers"
@@ -134,7 +137,7 @@ def _check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) ->
         )
 
 
-def _as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
+def as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
     """Pixels in the stored type, with everything that is no data at its one value."""
     if stored == "float32":
         power = raw.astype(np.float32)
@@ -168,6 +171,7 @@ class SceneReader:
         scale_offset: Must be (1, 0): floats are made on the device, never stored.
         table: Href → asset with its header grid, kernel and offset.
         access: Limits and retries.
+        read_asset: `read_on_grid`, or another function of its arguments.
     """
 
     def __init__(
@@ -183,6 +187,7 @@ class SceneReader:
         errors_as_nodata: tuple[Exception, ...] = (),
         table: Mapping[str, Any] | None = None,
         access: Access | None = None,
+        read_asset: Callable[..., Pixels] = read_on_grid,
     ) -> None:
         if tuple(scale_offset) != (1, 0):
             raise InvalidInput(f"stack with rescale=False: stored values stay whole numbers, got {scale_offset}")
@@ -193,6 +198,7 @@ class SceneReader:
         self.fill_value = fill_value
         self.asset = (table or {}).get(url)
         self.access = access
+        self._read_asset = read_asset
         self._grid = _grid_of_spec(spec)
 
     def read(self, window: Window, **_: Any) -> Pixels:
@@ -201,10 +207,10 @@ class SceneReader:
         if self.asset is None:
             plain = _UrlAsset(self.url)
             stored: Stored = "float32" if self.dtype.kind == "f" else "uint16"
-            raw = read_on_grid(plain, None, target, self.resampling, stored=stored, access=self.access)
+            raw = self._read_asset(plain, None, target, self.resampling, stored=stored, access=self.access)
             return raw.astype(self.dtype, copy=False)
         asset = self.asset
-        pixels = read_on_grid(
+        pixels = self._read_asset(
             asset, asset.header, target, asset.resampling, stored=asset.stored, scene=asset.scene, access=self.access
         )
         if asset.stored == "uint16":

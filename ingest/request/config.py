@@ -55,7 +55,12 @@ TRUST_FIELDS = frozenset({"sign", "providers", "allow_hosts", "allow_local", "al
 
 
 class IngestConfig(BaseModel):
-    """The whole of an ingest: what is selected, on which grid, by which rules, and how it is run."""
+    """The whole of an ingest: what is selected, on which grid, by which rules, and how it is run.
+
+    Example:
+        >>> IngestConfig(bands="red,nir", datetime="2023-08").bands
+        ('red', 'nir')
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 

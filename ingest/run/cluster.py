@@ -10,21 +10,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, default_client
 from distributed.security import Security
 
 from ingest.request.config import IngestConfig
 from ingest.run.start import exposed, start_cluster
 from ingest.trust.hosts import guard_application, machine_names
 from ingest.worker.guard import WORKER_SETTINGS, check_workers
+from ingest.worker.spawn import main_module_left_alone
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["dashboard_address", "in_flight", "open_cluster", "prepare"]
+__all__ = ["dashboard_address", "in_flight", "open_cluster", "prepare", "usable_client"]
 
 _CONNECT_S = 20
 _DEATH_S = 60
@@ -70,6 +71,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
             least = min(config.workers_least or workers, workers)
             try:
                 if config.cluster == "local":
+                    stack.enter_context(main_module_left_alone())
                     cluster = stack.enter_context(_local(config, least, dashboard, security))
                 else:
                     cluster = start_cluster(config, dashboard, security, stack)
@@ -83,6 +85,30 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
                 cluster.adapt(minimum=least, maximum=workers, interval="1s", wait_count=5)
         prepare(client)
         yield client
+
+
+def usable_client(client: Client | None, config: IngestConfig) -> Client | None:
+    """The client that a call from Python is to use; None starts the cluster of `config`.
+
+    Args:
+        client: Given by the caller, who may also have none.
+        config: A cluster or scheduler that is asked for wins over the current client of this process.
+
+    Raises:
+        InvalidInput: The client is asynchronous, so that nothing here could wait for it.
+    """
+    asked = {"scheduler", "cluster", "workers", "hosts", "memory", "threads_per_worker"} & config.model_fields_set
+    if client is None and not asked:
+        with suppress(ValueError):  # there is none
+            client = default_client()
+            if client.asynchronous:
+                return None
+    if client is not None and client.asynchronous:
+        raise InvalidInput(
+            "the Dask client is asynchronous, and this function waits for its tasks: give one that was made without "
+            "asynchronous=True (it works inside a running event loop, too), or none"
+        )
+    return client
 
 
 def prepare(client: Client) -> None:

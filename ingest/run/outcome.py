@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from zarr_store.ledger import LedgerRow
+from zarr_store.notebook import facts_table
 from zarr_store.printable import one_line
 
 __all__ = ["IngestEvent", "IngestReport"]
@@ -25,6 +26,13 @@ class IngestEvent:
         row: Ledger row of the shard that ended; None where it could not be made.
         url: Of the dashboard.
         message: In words.
+
+    Example:
+        >>> import ingest
+        >>> plan = ingest.make_plan("world/catalog.json", collections=["sentinel-2-l2a"], bands=["red", "nir"])
+        >>> report = ingest.run_plan(plan, "cube.zarr", on_event=lambda event: print(event.kind, event.message))
+        planned 0 shards to make, 2 done
+        finished cube.zarr: nothing to do, all 2 shards are done (0 written)
     """
 
     kind: Literal["planned", "dashboard", "shard", "finished"]
@@ -51,6 +59,13 @@ class IngestReport:
         pixels_read: Source pixels asked for over all bands.
         seconds: Wall time.
         snapshot: What the run committed, in a store that has snapshots.
+
+    Example:
+        >>> import ingest
+        >>> plan = ingest.make_plan("world/catalog.json", collections=["sentinel-2-l2a"], bands=["red", "nir"])
+        >>> report = ingest.run_plan(plan, "cube.zarr")
+        >>> len(report.written), report.missing, report.exit_code
+        (0, {}, 0)
     """
 
     cube: str
@@ -64,6 +79,31 @@ class IngestReport:
     pixels_read: int = 0
     seconds: float = 0.0
     snapshot: str | None = None
+
+    def __repr__(self) -> str:
+        counts = [f"{len(rows)} {state}" for state, rows in self._counted()]
+        counts += [f"{self.pending} left for later"] if self.pending else []
+        return f"<IngestReport {self.cube}: {', '.join(counts)}>"
+
+    def _repr_html_(self) -> str:
+        missing = [f"{scene}: {reason}" for scene, reason in self.missing.items()]
+        facts = [
+            *((state, len(rows)) for state, rows in self._counted()),
+            ("left for later", self.pending or ""),
+            ("source pixels", f"{self.pixels_read:,}"),
+            ("seconds", f"{self.seconds:.1f}"),
+            ("missing", "\n".join(missing[:_MOST_LISTED])),
+            ("errors", "\n".join(self.errors[:_MOST_LISTED])),
+        ]
+        return facts_table(f"Ingest of {self.cube}", facts)
+
+    def _counted(self) -> tuple[tuple[str, tuple[LedgerRow, ...]], ...]:
+        return (
+            ("written", self.written),
+            ("partial", self.partial),
+            ("done before", self.skipped),
+            ("failed", self.failed),
+        )
 
     @property
     def missing(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from zarr_store.grid import Grid
+from zarr_store.notebook import facts_table
 
 __all__ = ["AssetKind", "AssetRef", "Scene"]
 
@@ -35,6 +36,12 @@ class AssetRef:
         media_type: As stated.
         size_bytes: Size of the file as the item states it (`file:size`).
         checksum: Multihash of the file in hexadecimal, as the item states it (`file:checksum`).
+
+    Example:
+        >>> import ingest
+        >>> scene = ingest.find_scenes("world/catalog.json", collections=["sentinel-2-l2a"], bands=["red"])[0]
+        >>> scene.assets["red"].key, scene.assets["red"].kind
+        ('B04', 'data')
     """
 
     band: str
@@ -88,6 +95,12 @@ class Scene:
         offset_evidence: Why, in words.
         notes: What a person should know of this scene: refused hrefs, repaired geometry, unknown CRS.
         product: Name of the product rule in `ingest.request.products`, e.g. "sentinel-2-l2a".
+
+    Example:
+        >>> import ingest
+        >>> scene = ingest.find_scenes("world/catalog.json", collections=["sentinel-2-l2a"])[0]
+        >>> scene.datetime, scene.dn_offset
+        ('2022-04-20T10:00:31Z', 0)
     """
 
     id: str
@@ -116,6 +129,25 @@ class Scene:
     def key(self) -> tuple[str, str]:
         """(collection, id): what makes a scene itself."""
         return (self.collection, self.id)
+
+    def __repr__(self) -> str:
+        cloud = "" if self.cloud_cover is None else f", cloud {self.cloud_cover:.0f} %"
+        return f"<Scene {self.id} of {self.collection}, {self.datetime}{cloud}, {' '.join(self.assets)}>"
+
+    def _repr_html_(self) -> str:
+        facts = [
+            ("collection", self.collection),
+            ("time", self.datetime),
+            ("tile", self.tile),
+            ("platform", self.platform),
+            ("baseline", self.baseline),
+            ("cloud", None if self.cloud_cover is None else f"{self.cloud_cover:.1f} %"),
+            ("offset", f"{self.dn_offset:+d} {self.offset_evidence}"),
+            ("bands", ", ".join(self.assets)),
+            ("lacking", ", ".join(self.lacking)),
+            ("notes", "\n".join(self.notes)),
+        ]
+        return facts_table(f"Scene {self.id}", facts)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -51,7 +51,14 @@ class News:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found, as JSON-able rows."""
+    """What an audit found, as JSON-able rows.
+
+    Example:
+        >>> import ingest
+        >>> report = ingest.audit_cube("cube.zarr")
+        >>> report.scenes, report.missing
+        (2, ())
+    """
 
     cube: str
     source: str

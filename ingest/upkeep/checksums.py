@@ -47,6 +47,11 @@ class FilesReport:
         different: Scene, asset and file whose bytes are not what its item states.
         unread: Files that could not be read now, with the cause.
         unstated: Files whose items state no checksum that is understood.
+
+    Example:
+        >>> import ingest
+        >>> ingest.verify_files("cube.zarr").unread
+        ()
     """
 
     checked: int

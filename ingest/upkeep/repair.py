@@ -34,6 +34,12 @@ class RepairReport:
         damage: Stored objects that were not what was written.
         rows: Ledger rows that could not be read and were dropped.
         ingest: The run that made the shards again.
+
+    Example:
+        >>> import ingest
+        >>> report = ingest.repair_cube("cube.zarr")
+        >>> report.damage, len(report.ingest.skipped)
+        ((), 2)
     """
 
     damage: tuple[Damage, ...]
@@ -105,6 +111,12 @@ class SourcesReport:
         checked: Shards whose sources were all read again.
         different: Arrays of shards that differ.
         unread: Shards whose sources could not be read now, with the cause.
+
+    Example:
+        >>> import ingest
+        >>> report = ingest.verify_sources("cube.zarr", share=0.5)
+        >>> report.checked, report.different
+        (1, ())
     """
 
     checked: int

@@ -1,0 +1,274 @@
+"""From Python: keep a cube whole and up to date. Each function is a command, too: `terrashard repair`, `audit`, …"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, Unpack
+
+from ingest.request.config import IngestConfig
+from ingest.request.settings import (
+    RunSettings,
+    SearchSettings,
+    TrustSettings,
+    UpkeepSettings,
+    make_config,
+    spell_out,
+)
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from ingest.run.outcome import IngestEvent, IngestReport
+    from ingest.upkeep.audit import AuditReport
+    from ingest.upkeep.checksums import FilesReport
+    from ingest.upkeep.repair import RepairReport, SourcesReport
+
+__all__ = [
+    "append_scenes",
+    "audit_cube",
+    "refresh_scenes",
+    "repair_cube",
+    "retry_failed",
+    "verify_files",
+    "verify_sources",
+]
+
+Watch = Callable[["IngestEvent"], None]
+
+
+@spell_out(UpkeepSettings)
+def append_scenes(
+    cube: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    client: Client | None = None,
+    progress: bool | None = None,
+    on_event: Watch | None = None,
+    **settings: Unpack[UpkeepSettings],
+) -> IngestReport:
+    """Add scenes that a cube does not have. Dates must come after its last, or be among its dates.
+
+    Args:
+        cube: The cube.
+        source: Where to search; None for where its scenes came from.
+        client: As for `run_plan`.
+        progress: Whether to show a bar; None shows it in a terminal and in a notebook.
+        on_event: Told of every shard that ends.
+        **settings: Fields of `IngestConfig`, laid over what the cube was made with.
+
+    Raises:
+        InvalidInput: A new date lies before the last of the cube.
+        CubeMismatch: Other rules than those of the cube are asked for.
+
+    Example:
+        >>> import ingest
+        >>> ingest.append_scenes("cube.zarr").pending
+        0
+    """
+    return _extend("append", cube, source, client, progress, on_event, settings)
+
+
+@spell_out(UpkeepSettings)
+def refresh_scenes(
+    cube: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    client: Client | None = None,
+    progress: bool | None = None,
+    on_event: Watch | None = None,
+    **settings: Unpack[UpkeepSettings],
+) -> IngestReport:
+    """Make shards again whose scenes have a newer copy, or other files under the same names.
+
+    Arguments are those of `append_scenes`.
+
+    Example:
+        >>> import ingest
+        >>> ingest.refresh_scenes("cube.zarr").written
+        ()
+    """
+    return _extend("refresh", cube, source, client, progress, on_event, settings)
+
+
+@spell_out(RunSettings)
+def retry_failed(
+    cube: str | os.PathLike[str],
+    *,
+    client: Client | None = None,
+    progress: bool | None = None,
+    on_event: Watch | None = None,
+    **settings: Unpack[RunSettings],
+) -> IngestReport:
+    """Try the shards again that are partial or failed, and no others.
+
+    Args:
+        cube: The cube.
+        client: As for `run_plan`.
+        progress: Whether to show a bar; None shows it in a terminal and in a notebook.
+        on_event: Told of every shard that ends.
+        **settings: Fields of `IngestConfig` that say how it is run and who is trusted.
+
+    Example:
+        >>> import ingest
+        >>> ingest.retry_failed("cube.zarr").exit_code
+        0
+    """
+    from ingest.run.cluster import usable_client
+    from ingest.run.progress import shown_progress
+    from ingest.upkeep.repair import retry_failed as retry
+
+    config = make_config(None, settings)
+    with shown_progress("retry", progress, on_event) as tell:
+        return retry(cube, config, client=usable_client(client, config), on_event=tell)
+
+
+@spell_out(RunSettings)
+def repair_cube(
+    cube: str | os.PathLike[str],
+    *,
+    client: Client | None = None,
+    progress: bool | None = None,
+    on_event: Watch | None = None,
+    **settings: Unpack[RunSettings],
+) -> RepairReport:
+    """Check every shard against its checksum, and make those again that are broken or were never written.
+
+    Arguments are those of `retry_failed`. Where a source is gone, the broken shard stays and is listed as failed.
+
+    Raises:
+        InvalidInput: The cube keeps no plan, or an href of it may not be opened.
+        Locked: Another run writes to the cube.
+
+    Example:
+        >>> import ingest
+        >>> ingest.repair_cube("cube.zarr").damage
+        ()
+    """
+    from ingest.run.cluster import usable_client
+    from ingest.run.progress import shown_progress
+    from ingest.upkeep.repair import repair
+
+    config = make_config(None, settings)
+    with shown_progress("repair", progress, on_event) as tell:
+        return repair(cube, config, client=usable_client(client, config), on_event=tell)
+
+
+@spell_out(SearchSettings)
+def audit_cube(
+    cube: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    files: bool = True,
+    **settings: Unpack[SearchSettings],
+) -> AuditReport:
+    """Compare a cube with the catalogue of today: scenes that are missing, superseded, removed or replaced.
+
+    Args:
+        cube: The cube.
+        source: Where to ask; None for where its scenes came from.
+        files: Also ask for each file that was read whether it is still the same: one small request each.
+        **settings: Fields of `IngestConfig`, laid over what the cube was made with.
+
+    Raises:
+        NothingFound: The catalogue has no scene left for this selection.
+        AccessError: It cannot be reached.
+
+    Example:
+        >>> import ingest
+        >>> ingest.audit_cube("cube.zarr").exit_code
+        0
+    """
+    from ingest.upkeep.audit import audit
+
+    return audit(cube, _config_of(cube, settings), source=None if source is None else os.fspath(source), files=files)
+
+
+@spell_out(TrustSettings)
+def verify_sources(
+    cube: str | os.PathLike[str],
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    on_shard: Callable[[int, int], None] | None = None,
+    **settings: Unpack[TrustSettings],
+) -> SourcesReport:
+    """Read the sources of shards again, and compare every value with the stored one.
+
+    Args:
+        cube: The cube.
+        share: Part of the complete shards to check; the same `seed` draws the same shards as `verify_cube`.
+        seed: Which shards a partial check draws.
+        on_shard: Called with (checked, total) after each shard.
+        **settings: Fields of `IngestConfig` that say who is trusted.
+
+    Example:
+        >>> import ingest
+        >>> ingest.verify_sources("cube.zarr").checked
+        2
+    """
+    from ingest.upkeep.repair import verify_sources as compare
+
+    return compare(cube, make_config(None, settings), share=share, seed=seed, on_shard=on_shard)
+
+
+@spell_out(TrustSettings)
+def verify_files(
+    cube: str | os.PathLike[str],
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    on_file: Callable[[int, int], None] | None = None,
+    **settings: Unpack[TrustSettings],
+) -> FilesReport:
+    """Read the files that shards were made from as a whole, and compare them with the checksums that items state.
+
+    Args:
+        cube: The cube.
+        share: Part of the written shards whose files are checked.
+        seed: Which shards a partial check draws.
+        on_file: Called with (checked, total) after each file.
+        **settings: Fields of `IngestConfig` that say who is trusted.
+
+    Example:
+        >>> import ingest
+        >>> ingest.verify_files("cube.zarr").different
+        ()
+    """
+    from ingest.upkeep.checksums import verify_files as compare
+
+    return compare(cube, make_config(None, settings), share=share, seed=seed, on_file=on_file)
+
+
+def _extend(
+    what: Literal["append", "refresh"],
+    cube: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
+    client: Client | None,
+    progress: bool | None,
+    on_event: Watch | None,
+    settings: UpkeepSettings,
+) -> IngestReport:
+    from ingest.plan.stored import kept_plan
+    from ingest.run.cluster import usable_client
+    from ingest.run.progress import shown_progress
+    from ingest.upkeep.extend import extend
+
+    place = kept_plan(cube).source if source is None else os.fspath(source)
+    config = _config_of(cube, settings)
+    with shown_progress(what, progress, on_event) as tell:
+        return extend(
+            place,
+            cube,
+            config,
+            append=what == "append",
+            refresh=what == "refresh",
+            client=usable_client(client, config),
+            on_event=tell,
+        )
+
+
+def _config_of(cube: str | os.PathLike[str], settings: SearchSettings | UpkeepSettings) -> IngestConfig:
+    from ingest.upkeep.extend import selection_of
+
+    return make_config(make_config(None, selection_of(cube)), settings)

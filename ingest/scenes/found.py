@@ -1,0 +1,72 @@
+"""`Scenes`: what one search found, with what was asked; the value between `find_scenes` and `make_plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+from ingest.request.config import IngestConfig
+from ingest.scenes.scene import Scene
+from ingest.trust.hrefs import redact
+from zarr_store.notebook import rows_table
+
+__all__ = ["Scenes"]
+
+_MOST_ROWS = 60
+
+
+@dataclass(frozen=True)
+class Scenes(Sequence[Scene]):
+    """Scenes of one search, in order of collection, time, tile and id. Slices and `where` keep what was asked.
+
+    Attributes:
+        scenes: The scenes.
+        source: Where they were found; plans and workers need it to know which hosts may be opened.
+        config: What was asked.
+
+    Example:
+        >>> import ingest
+        >>> found = ingest.find_scenes("world/catalog.json", collections=["sentinel-2-l2a"])
+        >>> clear = found.where(lambda scene: (scene.cloud_cover or 0) < 60)
+        >>> ingest.make_plan(clear, bands=["red", "nir"]).specs[0].band_names
+        ('red', 'nir')
+    """
+
+    scenes: tuple[Scene, ...]
+    source: str
+    config: IngestConfig
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __iter__(self) -> Iterator[Scene]:
+        return iter(self.scenes)
+
+    @overload
+    def __getitem__(self, index: int) -> Scene: ...
+    @overload
+    def __getitem__(self, index: slice) -> Scenes: ...
+    def __getitem__(self, index: int | slice) -> Scene | Scenes:
+        return replace(self, scenes=self.scenes[index]) if isinstance(index, slice) else self.scenes[index]
+
+    def where(self, keep: Callable[[Scene], bool]) -> Scenes:
+        """The scenes for which `keep` is true."""
+        return replace(self, scenes=tuple(scene for scene in self.scenes if keep(scene)))
+
+    def __repr__(self) -> str:
+        head = f"<{len(self.scenes)} scenes of {redact(self.source)}>"
+        shown = [f"  {scene!r}" for scene in self.scenes[:_MOST_ROWS]]
+        more = [f"  … and {len(self.scenes) - _MOST_ROWS} more"] if len(self.scenes) > _MOST_ROWS else []
+        return "\n".join([head, *shown, *more])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (scene.datetime, scene.collection, scene.tile or "", scene.id,
+             "" if scene.cloud_cover is None else f"{scene.cloud_cover:.0f} %", ", ".join(scene.assets))
+            for scene in self.scenes[:_MOST_ROWS]
+        ]  # fmt: skip
+        title = f"{len(self.scenes)} scenes of {redact(self.source)}"
+        if len(self.scenes) > _MOST_ROWS:
+            title += f", the first {_MOST_ROWS}"
+        return rows_table(title, ("time", "collection", "tile", "id", "cloud", "bands"), rows)
