@@ -14,7 +14,10 @@ from pydantic import BaseModel
 project = "terrashard"
 author = "The terrashard developers"
 copyright = author
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the signatures have them
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "generated/settings_*.md"]
 html_theme = "furo"

@@ -73,8 +73,8 @@ def open_stack(
     Example:
         >>> import ingest
         >>> lazy = ingest.open_stack("world/catalog.json", collections=["sentinel-2-l2a"], bands=["red", "nir"])
-        >>> lazy.dims, lazy.shape
-        (('time', 'band', 'y', 'x'), (2, 2, 64, 64))
+        >>> lazy.dims, lazy.shape, lazy.band.values.tolist()
+        (('time', 'band', 'y', 'x'), (2, 3, 64, 64), ['red', 'nir', 'scl'])
         >>> darkest = lazy.sel(band="red").min("time").compute()
     """
     forbid_gdal_threads()

@@ -208,7 +208,7 @@ class Cube:
             >>> cube = open_cube("cube.zarr")
             >>> s2 = cube.dataset("sentinel-2-l2a", chunks="shards", scaled=True, masked=True)
             >>> red, nir = (s2.reflectance.sel(band=name) for name in ("red", "nir"))
-            >>> ndvi = ((nir - red) / (nir + red)).median("time").compute()
+            >>> greenest = ((nir - red) / (nir + red)).max("time").compute()
         """
         import xarray as xr  # here, as it and pandas take longer to import than all else a worker needs
 

@@ -41,7 +41,7 @@ class AssetRef:
         >>> import ingest
         >>> scene = ingest.find_scenes("world/catalog.json", collections=["sentinel-2-l2a"], bands=["red"])[0]
         >>> scene.assets["red"].key, scene.assets["red"].kind
-        ('B04', 'data')
+        ('red', 'data')
     """
 
     band: str
@@ -100,7 +100,7 @@ class Scene:
         >>> import ingest
         >>> scene = ingest.find_scenes("world/catalog.json", collections=["sentinel-2-l2a"])[0]
         >>> scene.datetime, scene.dn_offset
-        ('2022-04-20T10:00:31Z', 0)
+        ('2022-04-20T10:08:08Z', 0)
     """
 
     id: str

@@ -1,0 +1,127 @@
+"""How objects show themselves: short representations, tables with every text escaped, and progress."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ingest
+from ingest.run.outcome import IngestEvent, IngestReport
+from ingest.run.progress import shown_progress
+from zarr_store import LedgerRow, Region, SourceOutcome, open_cube
+
+from .conftest import SELECTION
+
+EVIL = "<script>alert(1)</script>&\"'"
+
+
+class Text(HTMLParser):
+    """Tags that are opened and closed, and the text between."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def row(state: Any, reason: str = "gone") -> LedgerRow:
+    missing = SourceOutcome(0, "S2_A", "missing", "B04", reason)
+    return LedgerRow((0, 0, 0), Region(0, 1, 0, 4, 0, 4), "k", state, () if state == "done" else (missing,))
+
+
+def test_representations_are_one_line_and_say_what_matters(workplace: Path) -> None:
+    found = ingest.find_scenes("world/catalog.json", **SELECTION)
+    plan = ingest.make_plan(found)
+    report = IngestReport("c.zarr", "d", written=(row("done"),), partial=(row("partial"),), pending=3)
+    cube = open_cube("cube.zarr")
+    shown = {
+        name: repr(value) for name, value in {"scene": found[0], "plan": plan, "report": report, "cube": cube}.items()
+    }
+    for text in shown.values():
+        assert "\n" not in text
+        assert len(text) < 200
+    assert shown["scene"].startswith(f"<Scene {found[0].id} of sentinel-2-l2a, 2022-04-20T10:08:08Z, cloud ")
+    assert shown["plan"] == "<Plan of 2 scenes: sentinel-2-l2a, 2 dates, red nir; EPSG:32633 64×64 px at 10; 2 shards>"
+    assert shown["report"] == "<IngestReport c.zarr: 1 written, 1 partial, 0 done before, 0 failed, 3 left for later>"
+    assert shown["cube"].endswith("cube.zarr: sentinel-2-l2a>")
+    assert repr(found).splitlines()[1].strip() == shown["scene"]
+
+
+def test_tables_hold_the_facts_and_escape_what_comes_from_outside(workplace: Path) -> None:
+    found = ingest.find_scenes("world/catalog.json", **SELECTION)
+    plan = ingest.make_plan(found)
+    evil = {
+        "scene": replace(found[0], id=EVIL, notes=(EVIL,)),
+        "scenes": replace(found, scenes=(replace(found[0], id=EVIL),)),
+        "plan": replace(plan, warnings=(EVIL,), source=EVIL),
+        "report": IngestReport(EVIL, "d", partial=(row("partial", EVIL),), errors=(EVIL,)),
+    }
+    for name, value in evil.items():
+        html = value._repr_html_()
+        seen = Text(html)
+        assert "script" not in seen.tags, name
+        assert EVIL in seen.text, name
+    assert {"source", "2022-04-20 … 2022-06-16", "red, nir, scl"} <= set(re.split(r"[<>]", plan._repr_html_()))
+    cube = Text(open_cube("cube.zarr")._repr_html_()).text
+    assert "2 of 2 done" in cube
+    assert "EPSG:32633 64×64 px at 10" in cube
+
+
+def test_a_report_names_what_is_missing() -> None:
+    text = Text(IngestReport("c", "d", partial=(row("partial"),))._repr_html_()).text
+    assert "S2_A, asset B04: gone" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_where_somebody_looks(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stream = Stream()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    heard: list[IngestEvent] = []
+    with shown_progress("ingest", None, heard.append) as tell:
+        assert tell is not None
+        tell(IngestEvent("planned", 0, 2))
+        tell(IngestEvent("dashboard", url="http://127.0.0.1:1/terrashard"))
+        tell(IngestEvent("shard", 1, 2, row=row("partial")))
+        tell(IngestEvent("shard", 2, 2, row=row("done")))
+    assert len(heard) == 4
+    shown = stream.getvalue()
+    assert ("2/2" in shown) == ("dashboard: http://127.0.0.1:1" in shown) == terminal
+    assert ("shard (0, 0, 0) is partial: S2_A" in shown) == terminal
+
+
+def test_progress_in_a_notebook_without_widgets_is_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    with shown_progress("ingest", None) as tell:
+        assert tell is not None
+        tell(IngestEvent("shard", 2, 2, row=row("done")))
+    assert capsys.readouterr().err == "ingest: 2/2 shards\n"
+    with shown_progress("ingest", False) as tell:
+        assert tell is None
