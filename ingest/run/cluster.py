@@ -100,7 +100,7 @@ def usable_client(client: Client | None, config: IngestConfig) -> Client | None:
     asked = {"scheduler", "cluster", "workers", "hosts", "memory", "threads_per_worker"} & config.model_fields_set
     if client is None and not asked:
         with suppress(ValueError):  # there is none
-            client = default_client()
+            client = default_client()  # type: ignore[no-untyped-call]
             if client.asynchronous:
                 return None
     if client is not None and client.asynchronous:

@@ -64,9 +64,7 @@ def test_radar_and_optical_scenes_lie_side_by_side(world: Path, tmp_path: Path, 
 def test_a_scene_that_cannot_be_read_is_named_and_the_others_drawn(tmp_path: Path, run: Callable[..., Any]) -> None:
     config = SimulateConfig(tiles=1, tile_px=96, overlap_px=0, dates=DATES[:2], radar_dates=())
     catalog = simulate(tmp_path / "world", config).catalog
-    broken = next(
-        path for path in sorted((tmp_path / "world").rglob("*.tif")) if "20220616" in str(path) and "red" in path.name
-    )
+    broken = next(path for path in sorted((tmp_path / "world").rglob("*/B04.tif")) if "20220616" in str(path))
     data = broken.read_bytes()
     broken.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
     told = run("preview", catalog, tmp_path / "found.png", "--json")
