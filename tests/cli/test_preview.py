@@ -34,9 +34,9 @@ def test_each_date_is_drawn_under_its_share_of_clouds(world: Path, tmp_path: Pat
     shares = [scene["cloud_share"] for scene in told.json["scenes"]]
     assert all(0 <= share <= 1 for share in shares)
     assert told.json["steps"][0]["cloud"] == pytest.approx(np.mean(shares[:2]), abs=1e-6)
-    picture = Image.open(out)
-    assert picture.size == (told.json["width"], told.json["height"])
-    assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 200, "there must be a landscape in it"
+    with Image.open(out) as picture:
+        assert picture.size == (told.json["width"], told.json["height"])
+        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 200, "there must be a landscape in it"
     assert f"{DATES[0]}" in told.err
 
 
@@ -71,7 +71,8 @@ def test_a_scene_that_cannot_be_read_is_named_and_the_others_drawn(tmp_path: Pat
     assert told.code == 3
     assert len(told.json["unread"]) == 1
     assert "20220616" in told.json["unread"][0]
-    assert Image.open(tmp_path / "found.png").width > 100
+    with Image.open(tmp_path / "found.png") as picture:
+        assert picture.width > 100
 
 
 def test_a_wrong_name_is_refused_before_anything_is_asked(tmp_path: Path, run: Callable[..., Any]) -> None:
