@@ -53,3 +53,10 @@ def test_a_file_without_a_fitting_overview_is_read_whole(asset: AssetRef) -> Non
 def test_another_file_than_was_planned_is_refused(asset: AssetRef) -> None:
     with pytest.raises(AssetUnreadable, match="not the one that was planned"):
         read_coarse(asset, FINE.coarsen(2), FINE.coarsen(8), "bilinear")
+
+
+def test_a_window_is_that_part_of_the_whole(asset: AssetRef) -> None:
+    coarse = FINE.coarsen(8)
+    whole = read_coarse(asset, FINE, coarse, "bilinear")
+    part = read_coarse(asset, FINE, coarse.window(30, 40, 20, 24), "bilinear")
+    np.testing.assert_array_equal(part, whole[30:50, 40:64])
