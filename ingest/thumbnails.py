@@ -20,7 +20,7 @@ from ingest.raster.access import Access
 from ingest.request.config import IngestConfig
 from ingest.scenes.scene import Scene
 from ingest.stack import stack
-from ingest.trust.hrefs import redact
+from ingest.trust.hrefs import redact_text
 from zarr_store.errors import AssetUnreadable
 
 __all__ = ["Preview", "Thumbnail", "draw_thumbnails", "with_colours"]
@@ -155,7 +155,7 @@ def _of_collection(plan: Plan, collection: str, access: Access) -> tuple[list[Th
                 with dask.config.set(scheduler="threads", num_workers=_AT_ONCE):
                     values = lazy[place[item]].to_numpy()
             except AssetUnreadable as error:
-                unread.append(redact(str(error)))
+                unread.append(redact_text(str(error)))
                 continue
             fresh = np.isfinite(values).all(axis=0) & (values != 0).any(axis=0) & ~seen
             np.copyto(pixels, values, where=fresh)
