@@ -123,7 +123,7 @@ def run_plan(
     """Make the cube of a plan, or what of it is not there yet. Calling it again goes on, or finds nothing to do.
 
     Args:
-        plan: From `make_plan`; or the path of a plan that was saved, whose hrefs are judged first.
+        plan: From `make_plan`; or a plan that was saved, or its path: then its hrefs are judged first.
         cube: Where the cube is or will be: a folder, or the URL of a bucket.
         config: How to run; None for the defaults.
         client: A Dask client. None: the current one of this process, unless settings ask for a cluster; else processes
@@ -155,16 +155,18 @@ def run_plan(
     from ingest.run.progress import shown_progress
     from ingest.upkeep.overwrite import overwrite as run_over
 
-    if isinstance(plan, Plan):
-        # trust that was given when this very plan was made; that of a plan from a file is not believed
-        asked = make_config(make_config(None, {**trust_of(plan.config), **_fields(config)}), settings)
+    typed = ""
+    if not isinstance(plan, Plan):
+        typed, plan = os.fspath(plan), Plan.load(plan)
+    if plan.origin is not None:  # made by this process, with trust that counts as given now
+        typed = plan.origin.typed
+        asked = make_config(make_config(None, {**trust_of(plan.origin.config), **_fields(config)}), settings)
     else:
         asked = make_config(config, settings)
-        plan = Plan.load(plan)
-        check_hrefs(plan, asked)
+        check_hrefs(plan, asked, typed=typed)
     client = usable_client(client, asked)
     with shown_progress("ingest", progress, on_event) as tell:
-        return (run_over if overwrite else run)(plan, cube, config=asked, client=client, on_event=tell)
+        return (run_over if overwrite else run)(plan, cube, config=asked, client=client, on_event=tell, typed=typed)
 
 
 def _fields(config: IngestConfig | None) -> dict[str, object]:

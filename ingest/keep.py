@@ -249,13 +249,13 @@ def _extend(
     on_event: Watch | None,
     settings: UpkeepSettings,
 ) -> IngestReport:
-    from ingest.plan.stored import kept_plan
+    from ingest.plan.stored import kept_plan, kept_source
     from ingest.run.cluster import usable_client
     from ingest.run.progress import shown_progress
     from ingest.upkeep.extend import extend
 
-    place = kept_plan(cube).source if source is None else os.fspath(source)
     config = _config_of(cube, settings)
+    place = kept_source(kept_plan(cube), config, os.fspath(cube)) if source is None else os.fspath(source)
     with shown_progress(what, progress, on_event) as tell:
         return extend(
             place,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
 
@@ -20,10 +19,12 @@ from rasterio.enums import Resampling
 
 from ingest.journey import make_plan
 from ingest.plan.plan import Plan
+from ingest.plan.stored import check_hrefs
 from ingest.plan.target import transform_box
 from ingest.plan.task import PlannedScene, SourceAsset
-from ingest.raster.access import Access, forbid_gdal_threads
+from ingest.raster.access import forbid_gdal_threads
 from ingest.raster.coarse import read_coarse
+from ingest.raster.limits import Access
 from ingest.raster.read import NODATA, SceneReader, read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.request.settings import PlanSettings, make_config, spell_out, trust_of
@@ -78,13 +79,14 @@ def open_stack(
         >>> darkest = lazy.sel(band="red").min("time").compute()
     """
     forbid_gdal_threads()
-    if isinstance(source, Plan):
-        plan = source
-        asked = make_config(make_config(None, trust_of(plan.config)), settings)
+    plan = source if isinstance(source, Plan) else make_plan(source, config, found_in=found_in, **settings)
+    if plan.origin is None:  # read from a file or a cube: what it says of its own source counts for nothing
+        asked = make_config(config, settings)
+        check_hrefs(plan, asked)
+        access = Access.of(asked)
     else:
-        plan = make_plan(source, config, found_in=found_in, **settings)
-        asked = make_config(config or (source.config if isinstance(source, Scenes) else None), settings)
-    access = replace(Access.of(asked, plan.source), sign=plan.config.get("sign", "none"))
+        asked = make_config(make_config(None, trust_of(plan.origin.config)), settings)
+        access = Access.of(asked, plan.origin.typed)
     return stack(plan, collection, chunk=chunk, access=access, overviews=overviews)
 
 

@@ -16,11 +16,11 @@ import numpy.typing as npt
 from ingest.plan.candidates import FoundScene, refuse_unopened
 from ingest.plan.plan import Plan, plan_scenes, probe_found
 from ingest.plan.target import choose_grid
-from ingest.raster.access import Access
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.scenes.scene import Scene
 from ingest.stack import stack
-from ingest.trust.hrefs import redact_text
+from ingest.trust.redact import redact_text
 from zarr_store.errors import AssetUnreadable
 
 __all__ = ["Preview", "Thumbnail", "draw_thumbnails", "with_colours"]

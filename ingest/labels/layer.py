@@ -27,10 +27,10 @@ from rasterio.windows import Window
 from ingest.labels.alignment import mirrored_fit
 from ingest.labels.features import Features, is_vector, read_features
 from ingest.raster.drivers import limit_raster_drivers
-from ingest.raster.faults import describe_fault, is_file_fault
+from ingest.raster.faults import TIFF, describe_fault, is_file_fault
 from ingest.raster.gdal_read import read_window
 from ingest.raster.header import grid_of
-from ingest.raster.opening import TIFF, open_geotiff
+from ingest.raster.opening import open_geotiff
 from ingest.raster.resample import pick_resampling, place
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.grid import Grid

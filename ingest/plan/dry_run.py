@@ -4,21 +4,46 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-from ingest.plan.task import Recipe
+from ingest.plan.candidates import Drop
+from ingest.plan.task import Recipe, ShardTask
+from zarr_store.grid import Grid
 from zarr_store.notebook import facts_table
 from zarr_store.printable import one_line
-
-if TYPE_CHECKING:
-    from ingest.plan.plan import Plan
 
 __all__ = ["describe", "human_bytes", "plan_table"]
 
 _MOST_LINES = 12
 
 
-def describe(plan: Plan) -> str:
+class Described(Protocol):
+    """What the words need of a plan; `ingest.plan.plan.Plan` has it."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def recipes(self) -> tuple[Recipe, ...]: ...
+    @property
+    def items(self) -> Mapping[str, tuple[Mapping[str, Any], ...]]: ...
+    @property
+    def tasks(self) -> tuple[ShardTask, ...]: ...
+    @property
+    def drops(self) -> tuple[Drop, ...]: ...
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+    @property
+    def reasons(self) -> tuple[str, ...]: ...
+    @property
+    def facts(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+
+def describe(plan: Described) -> str:
     """Grid and why, dates, shards, sources, sizes, verdicts, what is left out and what is odd."""
     grid = plan.grid
     west, south, east, north = grid.lonlat_bounds()
@@ -36,7 +61,7 @@ def describe(plan: Plan) -> str:
     return "\n".join(one_line(line) for line in lines)
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: Described) -> str:
     """The plan as a table of a notebook, with the whole dry run below it."""
     facts: list[tuple[str, object]] = [("source", plan.source), ("grid", plan.grid)]
     for recipe in plan.recipes:
@@ -55,7 +80,7 @@ def plan_table(plan: Plan) -> str:
     return f"{table}<details><summary>the dry run</summary><pre>{html.escape(describe(plan))}</pre></details>"
 
 
-def _collection(plan: Plan, recipe: Recipe) -> list[str]:
+def _collection(plan: Described, recipe: Recipe) -> list[str]:
     spec = recipe.spec
     facts = plan.facts.get(spec.collection, {})
     tasks = [task for task in plan.tasks if task.collection == spec.collection]

@@ -34,7 +34,7 @@ from zarr_store.grid import Grid
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-    from ingest.raster.access import Access
+    from ingest.raster.limits import Access
 
 __all__ = ["AssetProbe", "SceneProbe", "probe_scenes"]
 
@@ -164,7 +164,7 @@ def probe_scenes(
         InvalidInput: `offset_policy` is "fail" and pixels contradict the metadata, or nothing states the offset; or
             `strict`, and pixels are no reflectance.
     """
-    from ingest.raster.access import Access
+    from ingest.raster.limits import Access
 
     jobs = [(scene, asset) for scene in scenes for asset in scene.assets.values()]
     access = Access.of(config, source)

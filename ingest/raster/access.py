@@ -13,39 +13,28 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Self, TypeVar
-from urllib.parse import urlsplit
+from typing import TypeVar
 
 import numpy as np
 import rasterio
 import tenacity
 from rasterio.enums import ColorInterp
 
-from ingest.raster.download import (
-    DRIVERS,
-    PermanentError,
-    TransientError,
-    cause_of,
-    read_beside,
-)
-from ingest.raster.faults import describe_fault, is_file_fault
+from ingest.raster.download import read_beside
+from ingest.raster.faults import DRIVERS, PermanentError, TransientError, cause_of, describe_fault, is_file_fault
 from ingest.raster.file import FoundFile, find, open_found, read_near
 from ingest.raster.header import RasterHeader
+from ingest.raster.limits import Access
 from ingest.raster.lru import Recent
 from ingest.raster.opening import open_raster
 from ingest.raster.ranges import RangeFile, tie
 from ingest.raster.sidecar import MOST_SIDECAR_BYTES, georeference_only
-from ingest.request.config import IngestConfig, parse_limit
-from ingest.trust.buckets import BucketRule
-from ingest.trust.providers import PROVIDERS
 from ingest.trust.redact import redact_url
-from ingest.trust.sign import Signing, SignRule
 from ingest.trust.waits import pause
 from zarr_store.crs import parse_crs
 from zarr_store.errors import AssetUnreadable, InvalidInput
 
 __all__ = [
-    "Access",
     "Raster",
     "forbid_gdal_threads",
     "headers",
@@ -61,67 +50,6 @@ log = logging.getLogger(__name__)
 _CODESTREAM = DRIVERS[-1][0]
 _HEADERS = 512
 """Of files, kept by one process; at most 16 MB."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """Limits of reading one asset.
-
-    Attributes:
-        attempts: How often an asset is opened and read before it counts as unreadable.
-        deadline_s: No new attempt is begun after this time.
-        backoff_s: First pause; it doubles up to 16 times that, with jitter. Retry-After is honoured on top.
-        connect_timeout_s: For the TCP and TLS handshake.
-        low_speed_s: For the headers of an answer; and a transfer below 1 kB/s for this long is cut.
-        max_pixels: Larger rasters are refused before anything is decoded.
-        max_block_bytes: So are rasters with larger decoded blocks.
-        sign: Whose tokens are added to hrefs right before they are opened.
-        sign_rules: Tokens of the user's own providers.
-        bucket_rules: What S3 buckets need.
-        rates: (host, requests per second) beside those of the providers' rules; all workers share one count.
-        private_names: Host names that may lead to a private address; None for any.
-        requester_pays: Whether buckets are read that bill whoever reads.
-    """
-
-    attempts: int = 4
-    deadline_s: float = 120.0
-    backoff_s: float = 0.5
-    connect_timeout_s: float = 10.0
-    low_speed_s: int = 15
-    max_pixels: int = 1 << 33
-    max_block_bytes: int = 256 << 20
-    sign: Signing = "none"
-    sign_rules: tuple[SignRule, ...] = ()
-    bucket_rules: tuple[BucketRule, ...] = tuple(rule.bucket_rule for rule in PROVIDERS if rule.bucket_rule)
-    rates: tuple[tuple[str, float], ...] = ()
-    private_names: tuple[str, ...] | None = ()
-    requester_pays: bool = False
-
-    @classmethod
-    def of(cls, config: IngestConfig, source: str = "") -> Self:
-        """The limits that a config asks for; with on_error "skip" nothing is tried twice.
-
-        Args:
-            config: Retries, timeouts, trust.
-            source: SOURCE as the user typed it: its own host may be a private one.
-        """
-        own = (urlsplit(source).hostname or "").lower() if "://" in source else ""
-        # who names an endpoint of his own trusts it, wherever it is
-        named = [rule.bucket_rule.host for rule in config.providers if rule.bucket_rule]
-        return cls(
-            private_names=None if config.allow_private_hosts else tuple(name for name in (own, *named) if name),
-            attempts=1 if config.on_error == "skip" else config.retries + 1,
-            connect_timeout_s=min(10.0, config.timeout_s),
-            low_speed_s=max(1, round(config.timeout_s / 2)),
-            sign=config.sign,
-            requester_pays=config.requester_pays,
-            sign_rules=tuple(rule.sign_rule for rule in config.providers if rule.sign_rule),
-            bucket_rules=tuple(rule.bucket_rule for rule in (*config.providers, *PROVIDERS) if rule.bucket_rule),
-            rates=(
-                *(parse_limit(text) for text in config.rate_limits),
-                *((host, rule.rate_limit) for rule in config.providers if rule.rate_limit for host in rule.hosts),
-            ),
-        )
 
 
 def with_asset(

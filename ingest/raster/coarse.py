@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from rasterio.windows import Window
 
-from ingest.raster.access import Access, with_asset
-from ingest.raster.download import redact
+from ingest.raster.access import with_asset
 from ingest.raster.header import grid_of
+from ingest.raster.limits import Access
 from ingest.raster.ranges import range_file_of
 from ingest.raster.read import NODATA, Pixels, ReadableAsset, Stored, as_stored, check_type, read_on_grid
 from ingest.raster.resample import pick_resampling, place, scale_ratio
+from ingest.trust.redact import redact_url
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
 
@@ -44,7 +45,7 @@ def read_coarse(
         grid = grid_of(dataset)
         if header is not None and grid != header:
             reason = f"the file is not the one that was planned: its grid was {header}, now it is {grid}"
-            raise AssetUnreadable.of(scene, asset.key, reason, redact(asset.href))
+            raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
         check_type(str(dataset.dtypes[0]), stored, scene, asset)
         ratio = scale_ratio(grid, target)
         factors = [factor for factor in dataset.overviews(1) if factor <= ratio * 1.001]

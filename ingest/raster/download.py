@@ -14,45 +14,30 @@ from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
+from ingest.raster.faults import DRIVERS, PermanentError, TransientError, innermost
 from ingest.raster.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, Span
 from ingest.trust.answers import TooLongError, read_answer, read_start
 from ingest.trust.buckets import bucket_url
 from ingest.trust.connections import PatientRetry, PrivatePeerError, check_peers
-from ingest.trust.redact import redact_logs, redact_text
+from ingest.trust.redact import redact_logs
 from ingest.trust.sign import STORAGE_HOSTS, signed
 from ingest.trust.waits import pause
 from ingest.worker.rates import Crowd, wait_for_turn
 from zarr_store.errors import AccessError, InvalidInput
 
 if TYPE_CHECKING:
-    from ingest.raster.access import Access
+    from ingest.raster.limits import Access
 
 __all__ = [
-    "DRIVERS",
     "MOST_SPAN",
-    "TIFF",
-    "PermanentError",
-    "TransientError",
-    "cause_of",
     "fetch",
     "fetch_whole",
     "heads",
-    "innermost",
     "peek",
     "read_beside",
     "stream_whole",
 ]
 
-DRIVERS = (
-    (b"II*\x00", "GTiff"),
-    (b"MM\x00*", "GTiff"),
-    (b"II+\x00", "GTiff"),
-    (b"MM\x00+", "GTiff"),
-    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JP2OpenJPEG"),
-    (b"\xff\x4f\xff\x51", "JP2OpenJPEG"),  # raw codestream: files named .tif in the wild hold one
-)
-"""What a file begins with, and the one GDAL driver that may read it."""
-TIFF = tuple(start for start, name in DRIVERS if name == "GTiff")
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _BUSY = (429, 503)
 _crowd = Crowd()
@@ -61,14 +46,6 @@ MOST_SPAN = 1 << 30
 _MOST_WHOLE = 256 << 20
 _MOST_STREAMED = 64 << 30
 """Of a file whose size its server does not tell; ten times the largest scene."""
-
-
-class PermanentError(Exception):
-    """A fault that the next attempt would meet again."""
-
-
-class TransientError(Exception):
-    """A fault that may be gone at the next attempt."""
 
 
 def peek(href: str, access: Access) -> tuple[str, Head]:
@@ -326,17 +303,3 @@ def _pool(pid: int, access: Access) -> urllib3.PoolManager:
         maxsize=MOST_AT_ONCE,
     )
     return check_peers(manager, lambda name: names is None or name in names)
-
-
-def cause_of(error: BaseException | None, href: str) -> str:
-    """A cause without secrets and without the folder the file lies in."""
-    text = str(error).replace(href, href.rpartition("/")[2]) if error else "unknown"
-    return " ".join(redact_text(text).split())[:300]
-
-
-def innermost(error: BaseException) -> str:
-    """The text of the deepest cause: rasterio says "Read failed. See previous exception for details."."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    reason = getattr(error, "reason", None)
-    return str(reason if isinstance(reason, Exception) else error) or type(error).__name__

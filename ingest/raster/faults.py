@@ -16,9 +16,31 @@ from rasterio._err import CPLE_BaseError
 from rasterio.errors import CRSError, RasterioError
 from shapely.errors import ShapelyError
 
+from ingest.trust.redact import redact_text
 from zarr_store.errors import AccessError, InvalidInput, TerrashardError
 
-__all__ = ["describe_fault", "is_file_fault"]
+__all__ = [
+    "DRIVERS",
+    "TIFF",
+    "PermanentError",
+    "TransientError",
+    "cause_of",
+    "describe_fault",
+    "innermost",
+    "is_file_fault",
+]
+
+DRIVERS = (
+    (b"II*\x00", "GTiff"),
+    (b"MM\x00*", "GTiff"),
+    (b"II+\x00", "GTiff"),
+    (b"MM\x00+", "GTiff"),
+    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JP2OpenJPEG"),
+    (b"\xff\x4f\xff\x51", "JP2OpenJPEG"),  # raw codestream: files named .tif in the wild hold one
+)
+"""What a file begins with, and the one GDAL driver that may read it."""
+TIFF = tuple(start for start, name in DRIVERS if name == "GTiff")
+
 
 _KINDS = (
     RasterioError, CPLE_BaseError, CRSError, ProjError, ShapelyError, InvalidInput, UnicodeError, EOFError,
@@ -27,6 +49,14 @@ _KINDS = (
 """Raised for what a file holds, whoever raises it."""
 _LIBRARIES = ("PIL", "affine", "imagecodecs", "odc", "pyogrio", "pyproj", "rasterio", "shapely", "tifffile", "urllib3")
 """Whatever is raised inside of these was raised over a file."""
+
+
+class PermanentError(Exception):
+    """A fault that the next attempt would meet again."""
+
+
+class TransientError(Exception):
+    """A fault that may be gone at the next attempt."""
 
 
 def is_file_fault(error: BaseException) -> bool:
@@ -66,3 +96,17 @@ def _raised_in(error: BaseException) -> str:
 
 def _package(name: str) -> str:
     return name.partition(".")[0]
+
+
+def cause_of(error: BaseException | None, href: str) -> str:
+    """A cause without secrets and without the folder the file lies in."""
+    text = str(error).replace(href, href.rpartition("/")[2]) if error else "unknown"
+    return " ".join(redact_text(text).split())[:300]
+
+
+def innermost(error: BaseException) -> str:
+    """The text of the deepest cause: rasterio says "Read failed. See previous exception for details."."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = getattr(error, "reason", None)
+    return str(reason if isinstance(reason, Exception) else error) or type(error).__name__

@@ -16,17 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urlsplit
 
-from ingest.raster.download import (
-    MOST_SPAN,
-    TIFF,
-    PermanentError,
-    TransientError,
-    cause_of,
-    fetch,
-    fetch_whole,
-    heads,
-    peek,
-)
+from ingest.raster.download import MOST_SPAN, fetch, fetch_whole, heads, peek
+from ingest.raster.faults import TIFF, PermanentError, TransientError, cause_of
 from ingest.raster.ranges import Head, RangeFile, Span
 from ingest.trust.redact import redact_url
 from zarr_store.bounded import read_file
@@ -34,7 +25,7 @@ from zarr_store.errors import InvalidInput
 from zarr_store.regular import open_regular
 
 if TYPE_CHECKING:
-    from ingest.raster.access import Access
+    from ingest.raster.limits import Access
 
 __all__ = ["FoundFile", "file_version", "find", "open_found", "read_near"]
 

@@ -19,11 +19,11 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning
 
 from ingest.raster.drivers import limit_raster_drivers
-from ingest.raster.faults import describe_fault, is_file_fault
+from ingest.raster.faults import TIFF, describe_fault, is_file_fault
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import open_regular
 
-__all__ = ["GDAL_OPTIONS", "TIFF", "ForeignOverviewsError", "open_geotiff", "open_raster"]
+__all__ = ["GDAL_OPTIONS", "ForeignOverviewsError", "open_geotiff", "open_raster"]
 
 GDAL_OPTIONS: Mapping[str, Any] = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no guessing of sidecar files
@@ -32,9 +32,6 @@ GDAL_OPTIONS: Mapping[str, Any] = {
     "GTIFF_IGNORE_READ_ERRORS": "NO",
 }
 """Of every open and read. None is about networks: GDAL is given files and bytes, never an address."""
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""What a TIFF begins with: classic and BigTIFF, of both byte orders."""
-
 Handle = io.RawIOBase | BinaryIO
 
 

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from rasterio.windows import Window
 
 from ingest.pixels.mosaic import harmonise_dn
-from ingest.raster.access import Access, Raster, with_raster
+from ingest.raster.access import Raster, with_raster
 from ingest.raster.blocks import BlockReader, check_streams
 from ingest.raster.gdal_read import read_window
+from ingest.raster.limits import Access
 from ingest.raster.ranges import blocks_of
 from ingest.raster.resample import pick_resampling, place
 from ingest.trust.redact import redact_url

@@ -205,7 +205,7 @@ def _parquet(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:
 
 
 def _values(file: Any, name: str, path: str | Path) -> Iterator[Any]:
-    from ingest.scenes.geoparquet import decoded_batches
+    from ingest.request.parquet import decoded_batches
 
     for batch in decoded_batches(file, path, [name], _MAX_DECODED):
         yield from batch.column(0).to_pylist()

@@ -13,7 +13,7 @@ from typing import Any, Literal, ParamSpec, TypedDict, TypeVar
 
 from pydantic import ValidationError
 
-from ingest.request.config import EXECUTION_FIELDS, IngestConfig
+from ingest.request.config import TRUST_FIELDS, IngestConfig
 from ingest.trust.providers import ProviderRule
 from zarr_store.errors import InvalidInput, UnknownName
 
@@ -41,6 +41,7 @@ class TrustSettings(TypedDict, total=False):
     allow_hosts: Names
     allow_local: Names
     allow_private_hosts: bool
+    requester_pays: bool
     timeout_s: float
     retries: int
 
@@ -128,10 +129,9 @@ def make_config(config: IngestConfig | None, settings: Mapping[str, Any]) -> Ing
         raise InvalidInput("; ".join(problems)) from error
 
 
-def trust_of(kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of trust among those that a plan of this very session was made with."""
-    names = set(TrustSettings.__annotations__) - EXECUTION_FIELDS
-    return {name: value for name, value in kept.items() if name in names}
+def trust_of(config: IngestConfig) -> dict[str, Any]:
+    """The settings of trust that a configuration was given."""
+    return {name: getattr(config, name) for name in TRUST_FIELDS & config.model_fields_set}
 
 
 def spell_out(settings: type) -> Callable[[Callable[Asked, Given]], Callable[Asked, Given]]:

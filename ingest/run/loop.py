@@ -26,7 +26,8 @@ from distributed.scheduler import KilledWorker
 from ingest.plan.plan import Plan
 from ingest.plan.stored import PLAN_KEY, begun_plan, check_hrefs, keep_plan
 from ingest.plan.task import ShardTask
-from ingest.raster.access import Access, forbid_gdal_threads
+from ingest.raster.access import forbid_gdal_threads
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.cluster import in_flight, open_cluster, prepare
 from ingest.run.dashboard import publish

@@ -25,7 +25,8 @@ from ingest.pixels.mask import halo_pixels, mask_classes
 from ingest.pixels.mosaic import lay_source
 from ingest.plan.target import pixel_box
 from ingest.plan.task import PlannedScene, Recipe, ShardTask, SourceAsset
-from ingest.raster.read import NODATA, Access, Pixels, read_on_grid
+from ingest.raster.limits import Access
+from ingest.raster.read import NODATA, Pixels, read_on_grid
 from ingest.trust.hrefs import is_url
 from ingest.worker.slots import computing
 from zarr_store.errors import AssetUnreadable

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ingest.plan.task import Recipe, ShardTask
-from ingest.raster.access import Access
+from ingest.raster.limits import Access
 from ingest.run.shard import fill_shard
 from ingest.trust.hrefs import is_url
 from ingest.worker.meters import stage

@@ -8,7 +8,7 @@ from typing import overload
 
 from ingest.request.config import IngestConfig
 from ingest.scenes.scene import Scene
-from ingest.trust.hrefs import redact
+from ingest.trust.redact import redact_url
 from zarr_store.notebook import rows_table
 
 __all__ = ["Scenes"]
@@ -55,7 +55,7 @@ class Scenes(Sequence[Scene]):
         return replace(self, scenes=tuple(scene for scene in self.scenes if keep(scene)))
 
     def __repr__(self) -> str:
-        head = f"<{len(self.scenes)} scenes of {redact(self.source)}>"
+        head = f"<{len(self.scenes)} scenes of {redact_url(self.source)}>"
         shown = [f"  {scene!r}" for scene in self.scenes[:_MOST_ROWS]]
         more = [f"  … and {len(self.scenes) - _MOST_ROWS} more"] if len(self.scenes) > _MOST_ROWS else []
         return "\n".join([head, *shown, *more])
@@ -66,7 +66,7 @@ class Scenes(Sequence[Scene]):
              "" if scene.cloud_cover is None else f"{scene.cloud_cover:.0f} %", ", ".join(scene.assets))
             for scene in self.scenes[:_MOST_ROWS]
         ]  # fmt: skip
-        title = f"{len(self.scenes)} scenes of {redact(self.source)}"
+        title = f"{len(self.scenes)} scenes of {redact_url(self.source)}"
         if len(self.scenes) > _MOST_ROWS:
             title += f", the first {_MOST_ROWS}"
         return rows_table(title, ("time", "collection", "tile", "id", "cloud", "bands"), rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ import shapely
 from shapely.errors import ShapelyError
 from shapely.geometry import mapping, shape
 
+from ingest.request.parquet import decoded_batches
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import check_regular, open_regular
 
@@ -25,9 +26,6 @@ __all__ = ["decoded_batches", "is_parquet", "read_items", "write_items"]
 
 _TOP = ("type", "stac_version", "stac_extensions", "id", "geometry", "bbox", "links", "assets", "collection")
 _MAX_ROWS = 1_000_000
-_MOST_DECODED = 1 << 30
-"""Bytes of all rows in memory; those of 100,000 scenes take about 800 MB."""
-_ROWS_AT_ONCE = 32
 
 
 def is_parquet(path: str | Path) -> bool:
@@ -59,41 +57,6 @@ def read_items(path: str | Path) -> list[dict[str, Any]]:
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(f"{path}: unreadable Parquet file ({error}); write or fetch it again") from error
     return [_item(row, f"{path}, row {number}") for number, row in enumerate(rows)]
-
-
-def decoded_batches(
-    file: pq.ParquetFile, path: str | Path, columns: list[str] | None = None, most: int = _MOST_DECODED
-) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file, a few at a time, until they take more memory than they may.
-
-    What a file says of its own size may be a lie, and one text of a dictionary may stand in a million rows. So the size
-    is counted as rows are decoded.
-
-    Args:
-        file: That is open.
-        path: Of it, for the error.
-        columns: Those wanted; None for all.
-        most: Bytes of memory.
-
-    Raises:
-        InvalidInput: It says, or is found, to hold more.
-    """
-    wanted = None if columns is None else set(columns)
-    about = file.metadata
-    stated = sum(
-        chunk.total_uncompressed_size
-        for group in range(about.num_row_groups)
-        for chunk in (about.row_group(group).column(i) for i in range(about.num_columns))
-        if wanted is None or chunk.path_in_schema.partition(".")[0] in wanted
-    )
-    came = 0
-    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns) if stated <= most else ():
-        came += batch.get_total_buffer_size() if came == 0 else batch.nbytes
-        if came > most:
-            break
-        yield batch
-    if max(stated, came) > most:
-        raise InvalidInput(f"{path}: its rows take more than {most >> 20} MiB once decoded; select fewer items")
 
 
 def write_items(items: Iterable[Mapping[str, Any]], path: str | Path | BinaryIO) -> None:

@@ -13,8 +13,8 @@ from shapely.geometry import box
 
 from ingest.plan.plan import Plan
 from ingest.plan.stored import kept_plan, kept_source, require_providers
-from ingest.raster.access import Access
 from ingest.raster.file import file_version
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.scenes.footprint import overlap_share
 from ingest.scenes.scene import Scene

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 
 from ingest.plan.stored import check_hrefs, kept_plan
 from ingest.plan.task import SourceAsset
-from ingest.raster.access import Access
-from ingest.raster.download import PermanentError, TransientError, cause_of, stream_whole
+from ingest.raster.download import stream_whole
+from ingest.raster.faults import PermanentError, TransientError, cause_of
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.trust.redact import redact_url
 from zarr_store.read import open_cube

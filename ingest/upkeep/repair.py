@@ -11,7 +11,7 @@ import numpy as np
 from distributed import Client
 
 from ingest.plan.stored import check_hrefs, kept_plan
-from ingest.raster.access import Access
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.shard import fill_shard

@@ -13,7 +13,7 @@ import pytest
 import ingest
 from ingest.simulate import SimulateConfig, simulate
 
-SELECTION = {"collections": ["sentinel-2-l2a"], "bands": ["red", "nir"]}
+SELECTION: dict[str, Any] = {"collections": ["sentinel-2-l2a"], "bands": ["red", "nir"]}
 
 
 @pytest.fixture(scope="session")

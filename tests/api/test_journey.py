@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_scenes_know_where_they_were_found(workplace: Path) -> None:
 
 def test_settings_lie_over_a_configuration_and_errors_name_all_of_it(workplace: Path) -> None:
     config = ingest.IngestConfig(bands=("red", "nir", "green"), bbox=(16.2, 45.1, 16.3, 45.2))
-    found = ingest.find_scenes("world/catalog.json", config, bands=np.array(["red"]), geometry=None)
+    found = ingest.find_scenes("world/catalog.json", config, bands=cast(Any, np.array(["red"])), geometry=None)
     assert found.config.bands == ("red",)
     assert found.config.bbox == config.bbox
     square = {"type": "Polygon", "coordinates": [[[15, 44], [17, 44], [17, 46], [15, 46], [15, 44]]]}

@@ -69,7 +69,7 @@ def test_representations_are_one_line_and_say_what_matters(workplace: Path) -> N
 def test_tables_hold_the_facts_and_escape_what_comes_from_outside(workplace: Path) -> None:
     found = ingest.find_scenes("world/catalog.json", **SELECTION)
     plan = ingest.make_plan(found)
-    evil = {
+    evil: dict[str, Any] = {
         "scene": replace(found[0], id=EVIL, notes=(EVIL,)),
         "scenes": replace(found, scenes=(replace(found[0], id=EVIL),)),
         "plan": replace(plan, warnings=(EVIL,), source=EVIL),

@@ -46,8 +46,13 @@ def test_no_file_of_later_dates_is_opened(
     from ingest.raster import access
 
     opened: set[str] = set()
-    real = access.find
-    monkeypatch.setattr(access, "find", lambda href, *a, **k: (opened.add(href), real(href, *a, **k))[1])
+    real = access._find
+
+    def noted(href: str, *arguments: Any, **more: Any) -> Any:
+        opened.add(href)
+        return real(href, *arguments, **more)
+
+    monkeypatch.setattr(access, "_find", noted)
     told = run("preview", world, tmp_path / "one.png", "--collection", "sentinel-2-l2a", "--max", "1", "--bands", "nir")
     assert told.code == 0, told.err
     assert "4 scenes of later dates left out" in told.out

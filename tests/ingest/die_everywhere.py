@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import ingest.run.loop as running
-from ingest.raster.access import Access
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
 from ingest.run.task import ingest_shard

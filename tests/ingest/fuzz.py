@@ -210,7 +210,8 @@ def check_raster(path: Path, url: str | None = None) -> str:
     """
     import numpy as np
 
-    from ingest.raster.access import Access, with_raster
+    from ingest.raster.access import with_raster
+    from ingest.raster.limits import Access
     from ingest.raster.read import read_on_grid
     from ingest.scenes.scene import AssetRef
     from zarr_store.errors import TerrashardError

@@ -13,6 +13,7 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
+from dask.base import is_dask_collection
 
 from zarr_store import BandSpec, CubeSpec, ShardWriter, create_cube, open_cube
 from zarr_store.errors import UnknownName
@@ -45,7 +46,7 @@ def test_blocks_are_whole_shards_or_chunks(cube_path: Path, spec: CubeSpec, pixe
     assert chunks.reflectance.data.numblocks == (2, 1, 3, 4) == (2, 1, *_counts(spec, spec.layout.chunk))
     # one task for each block, and no more; coordinates are no Dask arrays
     assert len(shards.reflectance.data.dask) <= 2 * 2 * 2 + 1
-    assert all(not dask.is_dask_collection(c.data) for c in shards.coords.values())
+    assert all(not is_dask_collection(c.data) for c in shards.coords.values())
     with dask.config.set(scheduler="synchronous"):
         for name, array in pixels.items():
             np.testing.assert_array_equal(shards[name].values, array)
@@ -60,7 +61,7 @@ def _counts(spec: CubeSpec, box: tuple[int, int, int]) -> tuple[int, int]:
 
 def test_the_default_is_what_is_stored(cube_path: Path, pixels: dict[str, np.ndarray]) -> None:
     plain = open_cube(cube_path).dataset(NAME)
-    assert not any(dask.is_dask_collection(array.data) for array in plain.variables.values())
+    assert not any(is_dask_collection(array.data) for array in plain.variables.values())
     assert plain.reflectance.dtype == np.uint16
     assert plain.reflectance.attrs["reflectance_scale"] == 1e-4
 
@@ -74,7 +75,7 @@ def test_physical_numbers_and_masks_equal_numpy(
     dataset = open_cube(cube_path).dataset(NAME, chunks=chunks, scaled=scaled, masked=masked)
     bands = dataset.reflectance
     assert (bands.dtype, bands.dims) == (np.float32, ("time", "band", "y", "x"))
-    assert dask.is_dask_collection(bands.data) == (chunks is not None)
+    assert is_dask_collection(bands.data) == (chunks is not None)
     wanted = expected(pixels, scaled=scaled, masked=masked)
     assert np.isnan(wanted).any() != np.isnan(wanted).all()
     np.testing.assert_array_equal(bands.values, wanted)
@@ -120,7 +121,10 @@ def test_bands_of_other_scales_and_indices(tmp_path: Path, spec: CubeSpec, pixel
     for region in own.shards().values():
         writer.write(region, cut({**pixels, "ndvi": index}, region), key="k", sources=[])
     scaled = open_cube(tmp_path / "own.zarr").dataset(NAME, scaled=True)
-    wanted = pixels["reflectance"] * np.float32([1e-4, 2e-4])[:, None, None] + np.float32([-0.1, 0])[:, None, None]
+    wanted = (
+        pixels["reflectance"] * np.array([1e-4, 2e-4], np.float32)[:, None, None]
+        + np.array([-0.1, 0], np.float32)[:, None, None]
+    )
     np.testing.assert_allclose(scaled.reflectance, np.where(pixels["reflectance"] == 0, np.nan, wanted), rtol=1e-6)
     np.testing.assert_allclose(scaled.reflectance[:, 1], scaled.reflectance.values[:, 1])
     assert np.isnan(scaled.ndvi[0, 0, :5]).all()

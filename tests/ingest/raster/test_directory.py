@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import rasterio
 
-from ingest.raster.access import Access, open_asset, with_raster
+from ingest.raster.access import open_asset, with_raster
 from ingest.raster.blocks import BlockReader, ContradictionError, Packing
 from ingest.raster.directory import Directory
 from ingest.raster.gdal_read import WarnedError, read_window
+from ingest.raster.limits import Access
 from ingest.raster.ranges import BlockPlaceError, Head, RangeFile, block_span
 from ingest.raster.read import read_on_grid
 from ingest.scenes.scene import AssetRef

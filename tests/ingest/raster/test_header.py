@@ -12,7 +12,8 @@ import pytest
 import rasterio
 
 from ingest.raster import access as access_module
-from ingest.raster.access import Access, headers
+from ingest.raster.access import headers
+from ingest.raster.limits import Access
 from ingest.raster.lru import Recent
 from ingest.raster.read import read_on_grid
 from ingest.scenes.scene import AssetRef

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest.raster import download as download_module
-from ingest.raster.access import Access, open_asset
+from ingest.raster.access import open_asset
+from ingest.raster.limits import Access
 from ingest.raster.ranges import HEAD_BYTES, Head, HeadCache, RangeFile, blocks_of, merge, range_file_of
 from ingest.simulate import ServerHandle, serve
 from ingest.testing import write_raster

@@ -16,8 +16,9 @@ from rasterio.enums import Resampling
 from rasterio.warp import reproject
 
 from ingest.pixels.mosaic import harmonise_dn
-from ingest.raster.access import Access, open_asset
+from ingest.raster.access import open_asset
 from ingest.raster.header import grid_of
+from ingest.raster.limits import Access
 from ingest.raster.read import read_on_grid
 from ingest.raster.resample import pick_resampling
 from ingest.scenes.scene import AssetRef

@@ -21,8 +21,9 @@ import rasterio
 from rasterio.enums import ColorInterp
 
 from ingest.raster import download as download_module
-from ingest.raster.access import Access, with_asset
+from ingest.raster.access import with_asset
 from ingest.raster.blocks import BlockReader
+from ingest.raster.limits import Access
 from ingest.raster.opening import GDAL_OPTIONS
 from ingest.raster.ranges import blocks_of, range_file_of
 from ingest.raster.read import read_on_grid

@@ -27,7 +27,8 @@ from distributed import Client
 from distributed.comm.core import CommClosedError
 from pydantic import ValidationError
 
-from ingest.raster.access import Access, with_asset
+from ingest.raster.access import with_asset
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.cluster import in_flight, open_cluster, prepare
 from ingest.run.loop import run

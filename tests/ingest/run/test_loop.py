@@ -21,7 +21,7 @@ import pytest
 import ingest.run.loop as running
 import ingest.run.task as making
 from ingest.plan.plan import Plan, plan_scenes
-from ingest.raster.access import Access
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.cluster import dashboard_address, open_cluster
 from ingest.run.loop import IngestEvent, run

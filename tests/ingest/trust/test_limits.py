@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ingest.raster.access import Access
-from ingest.raster.download import PermanentError, TransientError, fetch, fetch_whole, peek, stream_whole
+from ingest.raster.download import fetch, fetch_whole, peek, stream_whole
+from ingest.raster.faults import PermanentError, TransientError
+from ingest.raster.limits import Access
 from ingest.raster.ranges import Head
 from ingest.request.config import IngestConfig
 from ingest.request.geometry import load_geometry

@@ -15,7 +15,8 @@ import pytest
 import urllib3
 
 from ingest.raster.file import file_version
-from ingest.raster.read import Access, read_on_grid
+from ingest.raster.limits import Access
+from ingest.raster.read import read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.scenes.scene import AssetRef
 from ingest.scenes.search import search

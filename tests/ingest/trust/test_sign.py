@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import ingest.trust.sign
-from ingest.raster.read import Access, read_on_grid
+from ingest.raster.limits import Access
+from ingest.raster.read import read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.scenes.scene import AssetRef
 from ingest.testing import write_raster

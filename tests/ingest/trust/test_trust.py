@@ -15,7 +15,7 @@ import urllib3
 import ingest.trust.buckets
 from ingest.plan.plan import Plan
 from ingest.plan.stored import PLAN_KEY, check_hrefs, kept_plan
-from ingest.raster.access import Access
+from ingest.raster.limits import Access
 from ingest.request.config import TRUST_FIELDS, IngestConfig
 from ingest.run.loop import run
 from ingest.scenes.search import find_scenes, search

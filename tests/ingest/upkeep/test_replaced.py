@@ -14,8 +14,9 @@ import rasterio
 import ingest.run.task as making
 from ingest.plan.probe import probe_scenes
 from ingest.plan.stored import kept_plan
-from ingest.raster.access import Access
-from ingest.raster.download import TransientError, stream_whole
+from ingest.raster.download import stream_whole
+from ingest.raster.faults import TransientError
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
 from ingest.scenes.scene import Scene
