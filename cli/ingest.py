@@ -65,9 +65,11 @@ def register(app: typer.Typer) -> None:
             from ingest.run.start import describe
 
             config = ingest_config(session)
-            text = describe(config, dashboard_address(config.dashboard))
+            text = describe(config, dashboard_address(config.running.dashboard))
             session.say_lines(text)
-            session.emit({"cluster": config.cluster, "scheduler": config.scheduler, "description": text})
+            session.emit(
+                {"cluster": config.running.cluster, "scheduler": config.running.scheduler, "description": text}
+            )
             return 0
         if append or refresh:
             result = extend_cube(

@@ -113,15 +113,15 @@ def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> N
 
 def cube_config(session: Session, cube: str) -> IngestConfig:
     """What the cube was made with, and over it the settings and options of this command."""
-    from cli.config import build, merge
-    from ingest.request.config import IngestConfig
+    from cli.config import merge
+    from ingest.request.settings import make_config
     from ingest.upkeep.extend import selection_of
 
     kept = selection_of(cube)
     given = merge(session.settings(), session.options)
     if {"bbox", "geometry"} & set(given):
         kept = {name: value for name, value in kept.items() if name not in ("bbox", "geometry")}
-    return build(IngestConfig, merge(kept, given), where=f"{cube} with options")
+    return make_config(None, merge(kept, given), where=f"{cube} with options")
 
 
 def extend_cube(

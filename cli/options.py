@@ -124,9 +124,9 @@ RUNNING: dict[str, Any] = {
 
 def ingest_config(session: Session) -> IngestConfig:
     """The settings of file, --set and options, in this order, as one checked object."""
-    from cli.config import build, merge
-    from ingest.request.config import IngestConfig
+    from cli.config import merge
+    from ingest.request.settings import make_config
 
     settings = session.settings()
     where = str(session.config) if session.config else ("--set" if session.overrides else "options")
-    return build(IngestConfig, merge(settings, session.options), where=where)
+    return make_config(None, merge(settings, session.options), where=where)

@@ -69,12 +69,11 @@ def register(app: typer.Typer) -> None:
 
 
 def _hash(session: Session, cube: str, share: float, seed: int, document: dict[str, Any]) -> int:
-    from cli.config import build
     from cli.progress import Reporter
-    from ingest.request.config import IngestConfig
+    from ingest.request.settings import make_config
     from ingest.upkeep.checksums import verify_files
 
-    config = build(IngestConfig, session.options, where="options")
+    config = make_config(None, session.options, where="options")
     with Reporter(session, "checksums", unit="files") as progress:
         found = verify_files(cube, config, share=share, seed=seed, on_file=progress.update)
     document["checksums"] = found.to_dict()
@@ -83,12 +82,11 @@ def _hash(session: Session, cube: str, share: float, seed: int, document: dict[s
 
 
 def _compare(session: Session, cube: str, share: float, seed: int, document: dict[str, Any]) -> int:
-    from cli.config import build
     from cli.progress import Reporter
-    from ingest.request.config import IngestConfig
+    from ingest.request.settings import make_config
     from ingest.upkeep.repair import verify_sources
 
-    config = build(IngestConfig, session.options, where="options")
+    config = make_config(None, session.options, where="options")
     with Reporter(session, "sources", unit="shards") as progress:
         found = verify_sources(cube, config, share=share, seed=seed, on_shard=progress.update)
     document["sources"] = found.to_dict()

@@ -43,12 +43,13 @@ def write_command_reference(folder: Path) -> None:
 
 def write_settings(folder: Path) -> None:
     """A table of every field of each configuration model: key, default, meaning."""
-    from ingest.request.config import IngestConfig
+    from ingest.request.config import SECTIONS
     from ingest.simulate.config import SimulateConfig
     from jaxtrain.config import TrainConfig
 
-    for name, model in (("ingest", IngestConfig), ("train", TrainConfig), ("simulate", SimulateConfig)):
-        rows = "\n".join(f"| `{key}` | {default} | {text} |" for key, default, text in settings_of(model))
+    # the sections of an ingest: its settings are written without them
+    for name, models in (("ingest", SECTIONS.values()), ("train", [TrainConfig]), ("simulate", [SimulateConfig])):
+        rows = "\n".join(f"| `{k}` | {default} | {text} |" for m in models for k, default, text in settings_of(m))
         table = f"| key | default | meaning |\n|---|---|---|\n{rows}\n"
         (folder / f"settings_{name}.md").write_text(table, encoding="utf-8")
 

@@ -170,4 +170,4 @@ def run_plan(
 
 
 def _fields(config: IngestConfig | None) -> dict[str, object]:
-    return {} if config is None else {name: getattr(config, name) for name in config.model_fields_set}
+    return {} if config is None else config.to_flat()

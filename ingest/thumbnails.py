@@ -100,7 +100,7 @@ def draw_thumbnails(
     )
     asked = config.model_copy(update={"resolution": coarse, "crs": fine.crs})
     plan = plan_scenes(near, probes, asked, source=source)
-    access = replace(Access.of(config, source), sign=config.sign)
+    access = replace(Access.of(config, source), sign=config.trust.sign)
     thumbnails: list[Thumbnail] = []
     unread: list[str] = []
     for recipe in plan.recipes:
@@ -112,12 +112,12 @@ def draw_thumbnails(
 
 def with_colours(config: IngestConfig) -> IngestConfig:
     """`config`, with the bands that a picture needs where none are named."""
-    return config if config.bands else config.model_copy(update={"bands": _USUAL})
+    return config if config.selection.bands else config.model_copy(update={"bands": _USUAL})
 
 
 def _first_steps(scenes: Sequence[Scene], config: IngestConfig, most: int) -> list[Scene]:
     """Scenes of the first `most` time steps of each collection, before their steps are known to the second."""
-    length = {"solar-day": _DAY, "month": _MONTH}.get(config.group)
+    length = {"solar-day": _DAY, "month": _MONTH}.get(config.pixels.group)
     steps: dict[str, dict[str, None]] = {}
     kept = []
     for scene in sorted(scenes, key=lambda one: (one.collection, one.datetime, one.id)):

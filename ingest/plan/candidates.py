@@ -227,8 +227,8 @@ def collection_spec(
         tuple(step.time for step in steps),
         layers,
         layout,
-        choose_indices(config.indices, product.kind, collection),
-        config.reduce,
+        choose_indices(config.pixels.indices, product.kind, collection),
+        config.pixels.reduce,
     )
 
 
@@ -279,7 +279,7 @@ def _source_asset(one: FoundScene, asset: AssetRef, recipe: Recipe, config: Inge
         nodata=asset.nodata if asset.nodata is None or math.isfinite(asset.nodata) else None,
         kind=asset.kind,
         stored=stored,
-        resampling=config.resampling,
+        resampling=config.grid.resampling,
         dn_offset=one.dn_offset if stored == "uint16" else 0,
         size_bytes=asset.size_bytes,
         checksum=asset.checksum,

@@ -89,7 +89,7 @@ def cover(dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestCon
     else:
         parts = [(grid.window(*window), _read(dataset, window)) for window in _scattered((row, col, height, width))]
     complete = len(parts) == 1
-    clip = clip_text(config.geometry) if config.clip else None
+    clip = clip_text(config.selection.geometry) if config.pixels.clip else None
     empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
     asked = seen = hidden = 0
     for part, pixels in parts:
@@ -99,7 +99,7 @@ def cover(dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestCon
         asked += pixels.size if inside is None else int(inside.sum())
         seen += int(valid.sum())
         if is_class:
-            hidden += int((valid & np.isin(pixels, config.mask_classes)).sum())
+            hidden += int((valid & np.isin(pixels, config.pixels.mask_classes)).sum())
     if clip is not None:
         asked_px = area_of(clip, grid.crs) / math.prod(grid.resolution)
     # of the region, or of the whole raster where the region is larger

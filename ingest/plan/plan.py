@@ -33,8 +33,9 @@ from ingest.plan.grouping import group_scenes, overlap_order
 from ingest.plan.statistics import collection_statistics, discrepancies
 from ingest.plan.target import TargetGrid, choose_grid
 from ingest.plan.task import PlannedScene, Recipe, ShardTask, digest
-from ingest.request.config import EXECUTION_FIELDS, TRUST_FIELDS, IngestConfig
+from ingest.request.config import IngestConfig
 from ingest.request.products import choose_bands
+from ingest.request.trust import Trust
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import Unusable
 from ingest.trust.redact import redact_text, redact_url
@@ -248,7 +249,7 @@ class Plan:
                 reasons=tuple(data["reasons"]),
                 facts=data["facts"],
                 # plans of earlier releases kept what was trusted
-                config={name: value for name, value in data["config"].items() if name not in TRUST_FIELDS},
+                config={name: value for name, value in data["config"].items() if name not in Trust.model_fields},
                 source=data["source"],
             )
         except InvalidInput:
@@ -327,7 +328,7 @@ def probe_found(scenes: Sequence[Scene], config: IngestConfig, source: str) -> P
     from ingest.plan.probe import probe_scenes
     from ingest.trust.hrefs import refuse_private_address
 
-    policy = config.href_policy(source)
+    policy = config.trust.href_policy(source)
     hosts = {urlsplit(a.href).netloc: a.href for s in scenes for a in s.assets.values() if "://" in a.href}
     for href in hosts.values():
         with suppress(AccessError):  # a name that is not found becomes the error of each asset behind it
@@ -378,10 +379,10 @@ def plan_scenes(
         members = [f for f in kept if f.scene.collection == collection]
         by_id = {f.scene.id: f for f in members}
         product = product_of(members[0].scene)
-        choice = choose_bands(product, config.bands, config.mask)
+        choice = choose_bands(product, config.selection.bands, config.pixels.mask)
         steps, remarks = group_scenes(
             [f.scene for f in members],
-            group=config.group,
+            group=config.pixels.group,
             longitude=longitude,
             order=overlap_order(
                 lambda scene, by=by_id: by[scene.id].rank(target.grid),  # type: ignore[misc]
@@ -389,11 +390,13 @@ def plan_scenes(
             ),
         )
         recipe = Recipe(
-            collection_spec(collection, product, choice, target.grid, steps, layout or LAYOUTS[config.profile], config),
+            collection_spec(
+                collection, product, choice, target.grid, steps, layout or LAYOUTS[config.grid.profile], config
+            ),
             choice.mask.name if choice.mask else None,
-            tuple(sorted(config.mask_classes)) if choice.mask else (),
-            config.mask_dilate_m if choice.mask else 0.0,
-            clip_text(config.geometry) if config.clip else None,
+            tuple(sorted(config.pixels.mask_classes)) if choice.mask else (),
+            config.pixels.mask_dilate_m if choice.mask else 0.0,
+            clip_text(config.selection.geometry) if config.pixels.clip else None,
         )
         table, planned = place_scenes(recipe, steps, by_id, config)
         recipes.append(recipe)
@@ -408,7 +411,7 @@ def plan_scenes(
         ]
         warnings += [f"{collection}: {text}" for text in (*remarks, *discrepancies(members))]
         told[collection] = collection_statistics(recipe, members, [t for t in tasks if t.collection == collection])
-    refuse_indices_without_reflectance(config.indices, [recipe.spec.kind for recipe in recipes])
+    refuse_indices_without_reflectance(config.pixels.indices, [recipe.spec.kind for recipe in recipes])
     return Plan(
         recipes=tuple(recipes),
         items=items,
@@ -417,6 +420,6 @@ def plan_scenes(
         warnings=tuple(redact_text(text) for text in warnings),
         reasons=target.reasons,
         facts=told,
-        config=config.model_dump(mode="json", exclude=set(EXECUTION_FIELDS | TRUST_FIELDS), exclude_defaults=True),
+        config=config.plan_settings(),
         source=source,
     )

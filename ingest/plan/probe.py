@@ -269,7 +269,7 @@ def _defect(error: Exception, where: str, config: IngestConfig) -> str:
     Raises:
         Exception: `error` itself, with --strict, or where it ends the command (a stop, a full disk).
     """
-    if config.strict or isinstance(error, TerrashardError):
+    if config.running.strict or isinstance(error, TerrashardError):
         raise error
     text = f"{type(error).__name__}: {error}"
     log.error("%s cannot be used, please report this (%s)", where, text, exc_info=error)
@@ -302,10 +302,10 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
     if header is not None and header.sample is not None:
         scale = next(rule.scale for rule in PRODUCTS if rule.name == scene.product)
         odd = odd_range(header.sample, scale)
-        if odd and config.strict:
+        if odd and config.running.strict:
             raise InvalidInput(f"scene {scene.id}: {witness}: {odd}; leave it out, or go on without --strict")
         sentences += [f"{witness}: {odd}"] if odd else []
-    dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.offset_policy)
+    dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.pixels.offset_policy)
     judge = headers.get(_judge(scene) or "")
     coverage = judge.coverage if judge else None
     return SceneProbe(

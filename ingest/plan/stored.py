@@ -107,9 +107,9 @@ def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Ite
     Raises:
         InvalidInput: An href may not be opened; the message names scene, asset, and the option that would allow it.
     """
-    rules = (*config.providers, *PROVIDERS)
+    rules = (*config.trust.providers, *PROVIDERS)
     named = _provider_names(plan)
-    policy = config.href_policy(typed, [host for rule in rules if rule.name in named for host in rule.hosts])
+    policy = config.trust.href_policy(typed, [host for rule in rules if rule.name in named for host in rule.hosts])
     if is_url(plan.source) and not policy.allows_private((urlsplit(plan.source).hostname or "").lower()):
         _refuse_private_source(plan.source)
     refused: dict[str, tuple[str, InvalidInput]] = {}
@@ -142,8 +142,8 @@ def kept_source(plan: Plan, config: IngestConfig, url: str) -> str:
     Raises:
         InvalidInput: They do not; the message says what to type.
     """
-    hosts = [host for rule in (*config.providers, *PROVIDERS) for host in rule.hosts]
-    policy = config.href_policy("", hosts)
+    hosts = [host for rule in (*config.trust.providers, *PROVIDERS) for host in rule.hosts]
+    policy = config.trust.href_policy("", hosts)
     try:
         if not is_url(plan.source):
             return resolve_href(plan.source, base="/", policy=policy)
@@ -164,7 +164,7 @@ def require_providers(plan: Plan, config: IngestConfig) -> None:
     Raises:
         InvalidInput: Scenes of the plan are of a provider that is neither built in nor in a file that was given.
     """
-    known = {rule.name for rule in (*config.providers, *PROVIDERS, GENERIC)}
+    known = {rule.name for rule in (*config.trust.providers, *PROVIDERS, GENERIC)}
     if unknown := sorted(_provider_names(plan) - known):
         raise InvalidInput(
             f"the cube has scenes of provider {', '.join(unknown)}, which is not built in; give its file again with "
@@ -179,7 +179,9 @@ def _provider_names(plan: Plan) -> set[str]:
 def needed_options(plan: Plan, typed: str) -> list[str]:
     """The options of trust that a command needs to run a plan, where `typed` is the path of its file."""
     named = _provider_names(plan)
-    policy = IngestConfig().href_policy(typed, [h for rule in PROVIDERS if rule.name in named for h in rule.hosts])
+    policy = IngestConfig().trust.href_policy(
+        typed, [h for rule in PROVIDERS if rule.name in named for h in rule.hosts]
+    )
     refused = []
     for href in dict.fromkeys(asset.href for asset in _assets(plan.tasks)):
         try:

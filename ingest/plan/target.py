@@ -75,7 +75,7 @@ def choose_grid(
         why_bounds += f" and {len(unseen)} scenes without a readable file" if unseen else ""
     else:
         bounds = project_bounds(region, crs)
-        why_bounds = f"bounds: {'bbox' if config.bbox else 'geometry'} {_show(region)}"
+        why_bounds = f"bounds: {'bbox' if config.selection.bbox else 'geometry'} {_show(region)}"
     sides = ((bounds[2] - bounds[0]) / resolution, (bounds[3] - bounds[1]) / resolution)
     if not all(math.isfinite(side) and side <= _MAX_SIDE_PX for side in sides):
         raise InvalidInput(
@@ -98,11 +98,11 @@ def _place_in(one: Grid | Bounds, crs: str) -> Bounds | None:
 
 def region_lonlat(config: IngestConfig) -> Bounds | None:
     """(west, south, east, north) that was asked for, east above 180 across the antimeridian; None for all scenes."""
-    if config.bbox is not None:
-        west, south, east, north = config.bbox
+    if config.selection.bbox is not None:
+        west, south, east, north = config.selection.bbox
         return (west, south, east + 360.0 if west > east else east, north)
-    if config.geometry is not None:
-        west, south, east, north = lonlat_box(shape(config.geometry))
+    if config.selection.geometry is not None:
+        west, south, east, north = lonlat_box(shape(config.selection.geometry))
         return (west, south, east + 360.0 if west > east else east, north)
     return None
 
@@ -137,8 +137,8 @@ def _choose_crs(voters: Sequence[Candidate], config: IngestConfig) -> tuple[str,
     for voter in voters:
         votes[voter.grid.crs] += voter.grid.height * voter.grid.width
     total = sum(votes.values())
-    if config.crs is not None:
-        crs = normal_crs(config.crs)
+    if config.grid.crs is not None:
+        crs = normal_crs(config.grid.crs)
         return crs, f"CRS {crs}: as asked; {votes.get(crs, 0) / total:.0%} of the source pixels are in it"
     crs = min(votes, key=lambda name: (-votes[name], name))
     others = ", ".join(sorted(name for name in votes if name != crs))
@@ -148,8 +148,8 @@ def _choose_crs(voters: Sequence[Candidate], config: IngestConfig) -> tuple[str,
 def _choose_resolution(
     inside: Sequence[Candidate], voters: Sequence[Candidate], crs: str, config: IngestConfig
 ) -> tuple[float, str]:
-    if config.resolution is not None:
-        return config.resolution, f"resolution {config.resolution:g}: as asked"
+    if config.grid.resolution is not None:
+        return config.grid.resolution, f"resolution {config.grid.resolution:g}: as asked"
     if inside:
         finest = min(max(c.grid.resolution) for c in inside)
         return finest, f"resolution {finest:g}: the finest in the file headers"

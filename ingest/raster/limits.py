@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
 
-from ingest.request.config import IngestConfig, parse_limit
+from ingest.request.config import IngestConfig
+from ingest.request.running import parse_limit
 from ingest.trust.buckets import BucketRule
 from ingest.trust.providers import PROVIDERS
 from ingest.trust.sign import Signing, SignRule
@@ -58,18 +59,18 @@ class Access:
         """
         own = (urlsplit(source).hostname or "").lower() if "://" in source else ""
         # who names an endpoint of his own trusts it, wherever it is
-        named = [rule.bucket_rule.host for rule in config.providers if rule.bucket_rule]
+        named = [rule.bucket_rule.host for rule in config.trust.providers if rule.bucket_rule]
         return cls(
-            private_names=None if config.allow_private_hosts else tuple(name for name in (own, *named) if name),
-            attempts=1 if config.on_error == "skip" else config.retries + 1,
-            connect_timeout_s=min(10.0, config.timeout_s),
-            low_speed_s=max(1, round(config.timeout_s / 2)),
-            sign=config.sign,
-            requester_pays=config.requester_pays,
-            sign_rules=tuple(rule.sign_rule for rule in config.providers if rule.sign_rule),
-            bucket_rules=tuple(rule.bucket_rule for rule in (*config.providers, *PROVIDERS) if rule.bucket_rule),
+            private_names=None if config.trust.allow_private_hosts else tuple(name for name in (own, *named) if name),
+            attempts=1 if config.running.on_error == "skip" else config.running.retries + 1,
+            connect_timeout_s=min(10.0, config.running.timeout_s),
+            low_speed_s=max(1, round(config.running.timeout_s / 2)),
+            sign=config.trust.sign,
+            requester_pays=config.trust.requester_pays,
+            sign_rules=tuple(rule.sign_rule for rule in config.trust.providers if rule.sign_rule),
+            bucket_rules=tuple(rule.bucket_rule for rule in (*config.trust.providers, *PROVIDERS) if rule.bucket_rule),
             rates=(
-                *(parse_limit(text) for text in config.rate_limits),
-                *((host, rule.rate_limit) for rule in config.providers if rule.rate_limit for host in rule.hosts),
+                *(parse_limit(text) for text in config.running.rate_limits),
+                *((host, rule.rate_limit) for rule in config.trust.providers if rule.rate_limit for host in rule.hosts),
             ),
         )

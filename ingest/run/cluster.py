@@ -48,11 +48,11 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
         most: Number of tasks there will be: no more workers than that are started.
 
     Raises:
-        AccessError: No scheduler answers at `config.scheduler`.
+        AccessError: No scheduler answers at `config.running.scheduler`.
         InvalidInput: The dashboard address cannot be used, a port would be open to others without TLS or leave, an
             extra is not installed, or the workers are not like this process.
     """
-    dashboard = dashboard_address(config.dashboard)
+    dashboard = dashboard_address(config.running.dashboard)
     refuse_open_ports(config, dashboard)
     settings: dict[str, Any] = {
         "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
@@ -60,28 +60,29 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
         "distributed.worker.daemon": True,
         "distributed.deploy.lost-worker-timeout": f"{_LOST_S}s",
         **WORKER_SETTINGS,
-        **(_tls(config.tls) if config.tls else {}),
+        **(_tls(config.running.tls) if config.running.tls else {}),
     }
     with dask.config.set(settings), ExitStack() as stack:
-        security = Security() if config.tls else None  # type: ignore[no-untyped-call]  # from the settings
-        if config.scheduler:
-            client = stack.enter_context(_connected(config.scheduler, security))
+        security = Security() if config.running.tls else None  # type: ignore[no-untyped-call]  # from the settings
+        if config.running.scheduler:
+            client = stack.enter_context(_connected(config.running.scheduler, security))
         else:
-            workers = min(config.workers, most or config.workers)
-            least = min(config.workers_least or workers, workers)
+            workers = min(config.running.workers, most or config.running.workers)
+            least = min(config.running.workers_least or workers, workers)
             try:
-                if config.cluster == "local":
+                if config.running.cluster == "local":
                     stack.enter_context(main_module_left_alone())
                     cluster = stack.enter_context(_local(config, least, dashboard, security))
                 else:
                     cluster = start_cluster(config, dashboard, security, stack)
             except (OSError, RuntimeError) as error:
                 raise AccessError(
-                    f"--cluster {config.cluster} could not be started: {error}; see what it was given with --dry-run"
+                    f"--cluster {config.running.cluster} could not be started: {error}; see what it was given with "
+                    "--dry-run"
                 ) from error
             client = stack.enter_context(Client(cluster, timeout=_CONNECT_S))  # type: ignore[no-untyped-call]
-            _wait(client, least if config.cluster == "local" else 1, config)
-            if config.workers_least:
+            _wait(client, least if config.running.cluster == "local" else 1, config)
+            if config.running.workers_least:
                 cluster.adapt(minimum=least, maximum=workers, interval="1s", wait_count=5)
         prepare(client)
         yield client
@@ -97,7 +98,14 @@ def usable_client(client: Client | None, config: IngestConfig) -> Client | None:
     Raises:
         InvalidInput: The client is asynchronous, so that nothing here could wait for it.
     """
-    asked = {"scheduler", "cluster", "workers", "hosts", "memory", "threads_per_worker"} & config.model_fields_set
+    asked = {
+        "scheduler",
+        "cluster",
+        "workers",
+        "hosts",
+        "memory",
+        "threads_per_worker",
+    } & config.running.model_fields_set
     if client is None and not asked:
         with suppress(ValueError):  # there is none
             client = default_client()  # type: ignore[no-untyped-call]
@@ -133,8 +141,8 @@ def in_flight(client: Client, config: IngestConfig) -> int:
             f"the Dask scheduler answers no more ({gone}); what was written stays, and the same command goes on from "
             "there"
         ) from gone
-    if config.workers_least and not config.scheduler:
-        threads = max(threads, config.workers * config.threads_per_worker)
+    if config.running.workers_least and not config.running.scheduler:
+        threads = max(threads, config.running.workers * config.running.threads_per_worker)
     return max(1, threads) * _PER_THREAD + 1
 
 
@@ -158,7 +166,9 @@ def refuse_open_ports(config: IngestConfig, dashboard: str) -> None:
     Raises:
         InvalidInput: It names what would be open.
     """
-    opened = [] if config.scheduler or config.tls or config.expose else exposed(config, dashboard)
+    opened = (
+        [] if config.running.scheduler or config.running.tls or config.running.expose else exposed(config, dashboard)
+    )
     if opened:
         raise InvalidInput(
             f"this would open to other machines: {'; '.join(opened)}. Give --tls FOLDER with {', '.join(_TLS_FILES)}, "
@@ -190,11 +200,11 @@ def _tls(folder: str) -> dict[str, Any]:
 def _local(config: IngestConfig, workers: int, dashboard: str, security: Security | None) -> LocalCluster:
     cluster = LocalCluster(
         n_workers=workers,
-        threads_per_worker=config.threads_per_worker,
+        threads_per_worker=config.running.threads_per_worker,
         processes=True,  # GDAL's caches and locks are per process
         host="127.0.0.1",
         dashboard_address=dashboard,
-        memory_limit=int(dask.utils.parse_bytes(config.memory)) if config.memory else "auto",
+        memory_limit=int(dask.utils.parse_bytes(config.running.memory)) if config.running.memory else "auto",
         death_timeout=_DEATH_S,
         silence_logs=logging.ERROR,
         security=security,
@@ -211,8 +221,8 @@ def _wait(client: Client, workers: int, config: IngestConfig) -> None:
         client.wait_for_workers(workers, timeout=_START_S)
     except TimeoutError as error:
         raise AccessError(
-            f"no worker of --cluster {config.cluster} came within {_START_S} s; see its logs, and the queue of the "
-            "batch system"
+            f"no worker of --cluster {config.running.cluster} came within {_START_S} s; see its logs, and the queue "
+            "of the batch system"
         ) from error
 
 

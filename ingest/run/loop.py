@@ -127,7 +127,7 @@ def run(
     """
     forbid_gdal_threads()
     url = plain_url(cube_url)
-    kind = config.store if config else None
+    kind = config.running.store if config else None
     plan = begun_plan(url, plan, kind)
     create_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance(), kind=kind)
     _check_same_plan(url, plan)
@@ -213,7 +213,7 @@ def run_job(
         if job.grow:
             grow_cube(job.url, job.plan.specs, items=job.plan.item_tables(), provenance=job.plan.provenance())
         todo = _what_is_left(job, tally)
-        now = todo[: job.config.limit] if job.config.limit else todo
+        now = todo[: job.config.running.limit] if job.config.running.limit else todo
         done = len(job.plan.tasks) - len(todo)
         tell(IngestEvent("planned", 0, len(now), message=f"{len(now)} shards to make, {done} done"))
         if now:
@@ -296,7 +296,7 @@ def _what_is_left(job: Job, tally: _Tally) -> list[ShardTask]:
                 left.append(task)
         elif row.state == "done":
             tally.rows["skipped"].append(row)
-        elif job.which == "absent" or (row.state == "partial" and job.config.on_error == "skip"):
+        elif job.which == "absent" or (row.state == "partial" and job.config.running.on_error == "skip"):
             tally.rows["failed" if row.state == "failed" else "kept"].append(row)
         else:
             left.append(task)
@@ -323,7 +323,7 @@ def _work(
 
     queue = as_completed(submit(in_flight(client, config)), loop=client.loop)  # type: ignore[no-untyped-call]
     try:
-        with attended(client, queue, own=config.cluster == "local" and not config.scheduler):
+        with attended(client, queue, own=config.running.cluster == "local" and not config.running.scheduler):
             for future in queue:
                 row = _take(future, by_key[future.key], job, tally)
                 if row is None:
@@ -364,7 +364,7 @@ def _take(future: Any, task: ShardTask, job: Job, tally: _Tally) -> LedgerRow | 
         tally.rows[row.state].append(row)
         if row.state != "done":
             bad = next(source for source in row.sources if source.state == "missing")
-            if job.config.on_error == "fail":
+            if job.config.running.on_error == "fail":
                 raise AssetUnreadable.of(bad.item_id, bad.asset or "?", bad.reason or "unknown", "--on-error fail")
             if row.state == "failed":
                 tally.errors.append(
@@ -372,7 +372,7 @@ def _take(future: Any, task: ShardTask, job: Job, tally: _Tally) -> LedgerRow | 
                     "could not be read for its new content"
                 )
         return row
-    if isinstance(error, TerrashardError) or job.config.on_error == "fail":
+    if isinstance(error, TerrashardError) or job.config.running.on_error == "fail":
         raise error
     text = redact_text(f"{task.collection} shard {task.index}: {type(error).__name__}: {error}")
     if isinstance(error, KilledWorker):

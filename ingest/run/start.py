@@ -48,15 +48,17 @@ def exposed(config: IngestConfig, dashboard: str) -> list[str]:
     """What a run would open to other machines; `dashboard` is HOST:PORT."""
     found = []
     code = "whoever reaches it runs code as you"
-    if config.cluster == "ssh":
+    if config.running.cluster == "ssh":
         found += [
             f"{what} on {host} ({code})"
-            for what, host in zip(["a scheduler"] + ["a worker"] * len(config.hosts), config.hosts, strict=False)
+            for what, host in zip(
+                ["a scheduler"] + ["a worker"] * len(config.running.hosts), config.running.hosts, strict=False
+            )
             if not is_loopback(host)
         ]
-    elif config.cluster in ("slurm", "pbs"):
+    elif config.running.cluster in ("slurm", "pbs"):
         found.append(f"a scheduler in this process, for the nodes to reach, and workers on the nodes ({code})")
-    if config.cluster in ("local", "ssh", "slurm", "pbs") and not is_loopback(dashboard.rpartition(":")[0]):
+    if config.running.cluster in ("local", "ssh", "slurm", "pbs") and not is_loopback(dashboard.rpartition(":")[0]):
         found.append(f"the dashboard on {dashboard} (it shows paths, names and the state of the run)")
     return found
 
@@ -67,19 +69,25 @@ def describe(config: IngestConfig, dashboard: str = "127.0.0.1:0") -> str:
     Raises:
         InvalidInput: The extra is not installed, or an option is unknown or absent.
     """
-    if config.scheduler:
-        return f"a running scheduler at {config.scheduler}; nothing is started"
-    workers = f"{config.workers_least}..{config.workers}" if config.workers_least else str(config.workers)
-    head = f"cluster {config.cluster}, {workers} workers of {config.threads_per_worker} threads"
-    if config.cluster == "local":
+    if config.running.scheduler:
+        return f"a running scheduler at {config.running.scheduler}; nothing is started"
+    workers = (
+        f"{config.running.workers_least}..{config.running.workers}"
+        if config.running.workers_least
+        else str(config.running.workers)
+    )
+    head = f"cluster {config.running.cluster}, {workers} workers of {config.running.threads_per_worker} threads"
+    if config.running.cluster == "local":
         return f"{head}, processes of this machine on 127.0.0.1; dashboard on {dashboard}\n" + _environment()
     options = _options(config)
-    if config.cluster == "ssh":
-        body = f"scheduler on {config.hosts[0]}, workers on {', '.join(config.hosts[1:])}\n"
-        body += json.dumps({**_ssh(config, options, dashboard), "hosts": list(config.hosts)}, indent=2, default=str)
-    elif config.cluster in ("slurm", "pbs"):
+    if config.running.cluster == "ssh":
+        body = f"scheduler on {config.running.hosts[0]}, workers on {', '.join(config.running.hosts[1:])}\n"
+        body += json.dumps(
+            {**_ssh(config, options, dashboard), "hosts": list(config.running.hosts)}, indent=2, default=str
+        )
+    elif config.running.cluster in ("slurm", "pbs"):
         body = _job(config, options)
-    elif config.cluster == "k8s":
+    elif config.running.cluster == "k8s":
         import yaml  # type: ignore[import-untyped]
 
         plain = json.loads(json.dumps(manifest(config, options)))  # or YAML names what occurs twice
@@ -93,7 +101,7 @@ def describe(config: IngestConfig, dashboard: str = "127.0.0.1:0") -> str:
 
 
 def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: ExitStack) -> Any:
-    """Start the cluster of `config.cluster` (not "local"); it ends with `stack`.
+    """Start the cluster of `config.running.cluster` (not "local"); it ends with `stack`.
 
     Args:
         config: What is asked.
@@ -105,11 +113,11 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
         InvalidInput: The extra is not installed, or an option is unknown or absent.
     """
     options = _options(config)
-    _needs(config.cluster)
-    least = config.workers_least or config.workers
+    _needs(config.running.cluster)
+    least = config.running.workers_least or config.running.workers
     protocol = "tls://" if security is not None else "tcp://"
     make: Callable[[], Any]
-    if config.cluster == "ssh":
+    if config.running.cluster == "ssh":
         from distributed import SSHCluster
 
         settings = _ssh(config, options, dashboard)
@@ -118,18 +126,20 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
             settings["security"] = security
         # It reads the addresses of what it starts from their log, and waits for ever for one that is told to be quiet
         with dask.config.set({"logging.distributed": "info"}):
-            started = _in_time(lambda: SSHCluster(list(config.hosts), **settings), _seconds(options), config.hosts)
+            started = _in_time(
+                lambda: SSHCluster(list(config.running.hosts), **settings), _seconds(options), config.running.hosts
+            )
         return stack.enter_context(started)
-    if config.cluster in ("slurm", "pbs"):
+    if config.running.cluster in ("slurm", "pbs"):
         jobqueue = importlib.import_module("dask_jobqueue")
-        kind = jobqueue.SLURMCluster if config.cluster == "slurm" else jobqueue.PBSCluster
+        kind = jobqueue.SLURMCluster if config.running.cluster == "slurm" else jobqueue.PBSCluster
         scheduler = {"dashboard_address": dashboard}
         settings = {**_job_settings(config, options), "scheduler_options": scheduler, "protocol": protocol}
 
         def make() -> Any:
             return kind(security=security, **settings) if security is not None else kind(**settings)
 
-    elif config.cluster == "k8s":
+    elif config.running.cluster == "k8s":
         operator = importlib.import_module("dask_kubernetes.operator")
         namespace = options.get("namespace")
 
@@ -144,7 +154,7 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
             return gateway.new_cluster(shutdown_on_close=True, **further)
 
     cluster = stack.enter_context(make())
-    if config.cluster != "k8s" or config.workers_least:
+    if config.running.cluster != "k8s" or config.running.workers_least:
         cluster.scale(least)
     return cluster
 
@@ -182,13 +192,20 @@ def manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
     """The DaskCluster resource of the Kubernetes operator."""
     name, image = options.get("name", "terrashard"), options["image"]
     environment = [{"name": key, "value": value} for key, value in WORKER_ENVIRONMENT.items()]
-    limits: dict[str, Any] = {"cpu": str(options.get("cpu", config.threads_per_worker))}
-    if config.memory:
-        limits["memory"] = config.memory.replace("iB", "i").replace("B", "").replace(" ", "").replace("k", "K")
+    limits: dict[str, Any] = {"cpu": str(options.get("cpu", config.running.threads_per_worker))}
+    if config.running.memory:
+        limits["memory"] = config.running.memory.replace("iB", "i").replace("B", "").replace(" ", "").replace("k", "K")
     worker = {
         "name": "worker",
         "image": image,
-        "args": ["dask", "worker", "--name", "$(DASK_WORKER_NAME)", "--nthreads", str(config.threads_per_worker)],
+        "args": [
+            "dask",
+            "worker",
+            "--name",
+            "$(DASK_WORKER_NAME)",
+            "--nthreads",
+            str(config.running.threads_per_worker),
+        ],
         "env": environment,
         "resources": {"requests": limits, "limits": limits},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
@@ -209,7 +226,7 @@ def manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
         "spec": {
             "idleTimeout": 3600,
             "worker": {
-                "replicas": config.workers_least or config.workers,
+                "replicas": config.running.workers_least or config.running.workers,
                 "spec": {"containers": [worker], "automountServiceAccountToken": False},
             },
             "scheduler": {
@@ -226,20 +243,23 @@ def manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
 
 def _options(config: IngestConfig) -> dict[str, Any]:
     """The cluster's options, checked."""
-    options = dict(config.cluster_options)
-    known = _KNOWN[config.cluster]
+    options = dict(config.running.cluster_options)
+    known = _KNOWN[config.running.cluster]
     unknown = sorted(set(options) - known) if known is not None else []
     if unknown:
         raise InvalidInput(
-            f"--cluster {config.cluster} has no option {', '.join(unknown)}; it has {', '.join(sorted(known or ()))}"
+            f"--cluster {config.running.cluster} has no option {', '.join(unknown)}; it has "
+            f"{', '.join(sorted(known or ()))}"
         )
-    if config.cluster == "ssh" and len(config.hosts) < 2:
+    if config.running.cluster == "ssh" and len(config.running.hosts) < 2:
         raise InvalidInput("--cluster ssh needs --hosts SCHEDULER,WORKER[,WORKER…], e.g. --hosts node1,node1,node2")
-    if config.cluster in ("slurm", "pbs") and not config.memory:
-        raise InvalidInput(f"--cluster {config.cluster} needs --memory, the memory of one job, e.g. --memory 8GB")
-    if config.cluster == "k8s" and not options.get("image"):
+    if config.running.cluster in ("slurm", "pbs") and not config.running.memory:
+        raise InvalidInput(
+            f"--cluster {config.running.cluster} needs --memory, the memory of one job, e.g. --memory 8GB"
+        )
+    if config.running.cluster == "k8s" and not options.get("image"):
         raise InvalidInput("--cluster k8s needs --cluster-option image=NAME, an image with this terrashard in it")
-    if config.cluster == "gateway":
+    if config.running.cluster == "gateway":
         _gateway_address(options)
     return options
 
@@ -261,14 +281,14 @@ def _ssh(config: IngestConfig, options: dict[str, Any], dashboard: str) -> dict[
     if "port" in connect:
         connect["port"] = int(connect["port"])
     worker: dict[str, Any] = {
-        "nthreads": config.threads_per_worker,
+        "nthreads": config.running.threads_per_worker,
         "env": dict(WORKER_ENVIRONMENT),
         "death_timeout": "60s",
     }
-    if config.memory:
-        worker["memory_limit"] = config.memory
+    if config.running.memory:
+        worker["memory_limit"] = config.running.memory
     scheduler: dict[str, Any] = {"port": 0, "dashboard_address": dashboard}
-    if all(is_loopback(host) for host in config.hosts):  # nothing may listen where nobody else is asked to come
+    if all(is_loopback(host) for host in config.running.hosts):  # nothing may listen where nobody else is asked to come
         worker["host"] = scheduler["host"] = "127.0.0.1"
     return {
         "connect_options": connect,
@@ -283,9 +303,9 @@ def _job_settings(config: IngestConfig, options: dict[str, Any]) -> dict[str, An
     """Arguments of a dask-jobqueue cluster and of its jobs."""
     settings = {name: value for name, value in options.items() if name != "directives"}
     settings |= {
-        "cores": config.threads_per_worker,
+        "cores": config.running.threads_per_worker,
         "processes": 1,
-        "memory": config.memory,
+        "memory": config.running.memory,
         "python": shlex.quote(sys.executable),
         "job_script_prologue": [
             "unset GDAL_NUM_THREADS",
@@ -301,9 +321,9 @@ def _job_settings(config: IngestConfig, options: dict[str, Any]) -> dict[str, An
 
 def _job(config: IngestConfig, options: dict[str, Any]) -> str:
     """The script of one job; the scheduler's address is known when it runs."""
-    _needs(config.cluster)
-    module = importlib.import_module(f"dask_jobqueue.{config.cluster}")
-    kind = module.SLURMJob if config.cluster == "slurm" else module.PBSJob
+    _needs(config.running.cluster)
+    module = importlib.import_module(f"dask_jobqueue.{config.running.cluster}")
+    kind = module.SLURMJob if config.running.cluster == "slurm" else module.PBSJob
     job = kind("tcp://SCHEDULER:PORT", name="terrashard", **_job_settings(config, options))
     script: str = job.job_script()
     return script.rstrip()

@@ -130,23 +130,27 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
             client.add_conforms_to("ITEM_SEARCH")
         query: dict[str, dict[str, Any]] = {}
         if client.conforms_to(ConformanceClasses.QUERY):
-            for condition in config.comparisons:
+            for condition in config.selection.comparisons:
                 query.setdefault(condition.name, {})[_QUERY_WORDS[condition.operator]] = condition.value
-        wanted = _filter(client, [one for one in config.conditions if not (query and isinstance(one, Comparison))])
+        wanted = _filter(
+            client, [one for one in config.selection.conditions if not (query and isinstance(one, Comparison))]
+        )
         region = Selection(config).region
-        start, end = (moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else ".." for moment in config.interval)
-        crossing = config.bbox is not None and config.bbox[0] > config.bbox[2]
+        start, end = (moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else ".." for moment in config.selection.interval)
+        crossing = config.selection.bbox is not None and config.selection.bbox[0] > config.selection.bbox[2]
         for method, asked in itertools.product(("POST", "GET"), (wanted, None) if wanted else (None,)):
             request = client.search(
                 method=method,
-                collections=list(config.collections),
-                bbox=config.bbox if not crossing else None,
-                intersects=to_geojson(region) if region is not None and (crossing or config.geometry) else None,
-                datetime=f"{start}/{end}" if config.datetime else None,
+                collections=list(config.selection.collections),
+                bbox=config.selection.bbox if not crossing else None,
+                intersects=to_geojson(region)
+                if region is not None and (crossing or config.selection.geometry)
+                else None,
+                datetime=f"{start}/{end}" if config.selection.datetime else None,
                 query=query or None,
                 filter=None if asked is None else asked.to_json() if method == "POST" else asked.to_text(),
                 filter_lang=None if asked is None else "cql2-json" if method == "POST" else "cql2-text",
-                limit=min(PAGE_ITEMS, config.max_items or PAGE_ITEMS),
+                limit=min(PAGE_ITEMS, config.selection.max_items or PAGE_ITEMS),
             )
             # not request.pages_as_dicts(), which ends at the first page without items even if there is a next one
             pages = io.get_pages(request.url, request.method, request.get_parameters())
@@ -169,7 +173,7 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
             yield found
     if promised is not None and promised != len(ids):
         told = f"{redact_url(root)} promised {promised} items and gave {len(ids)} different ones"
-        if config.strict:
+        if config.running.strict:
             raise AccessError(f"{told}; search again, or leave --strict out to take what came")
         log.warning("%s; the catalogue may have changed meanwhile, search again", told)
 
@@ -201,7 +205,7 @@ def _collections(documents: Documents, root: str, config: IngestConfig) -> dict[
         InvalidInput: No collection is asked for.
     """
     url = root.rstrip("/") + "/collections"
-    if not config.collections:
+    if not config.selection.collections:
         known = ", ".join(
             name for name in _collection_ids(documents, url) if any(name in p.collections for p in PRODUCTS)
         )
@@ -209,7 +213,7 @@ def _collections(documents: Documents, root: str, config: IngestConfig) -> dict[
             f"{redact_url(root)} is an API: name a --collection (it has {known or 'none that is understood'})"
         )
     details: dict[str, Mapping[str, Any]] = {}
-    for name in config.collections:
+    for name in config.selection.collections:
         try:
             document = documents.request(f"{url}/{name}")
         except HttpStatusError as error:

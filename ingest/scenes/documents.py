@@ -88,16 +88,16 @@ class Documents:
         self.source, self._auth = _without_userinfo(source)
         if self._auth or self._secret_headers:
             _refuse_plain(self.source)
-        self.policy = config.href_policy(self.source)
-        self._timeout = (min(config.timeout_s, 10.0), config.timeout_s)
+        self.policy = config.trust.href_policy(self.source)
+        self._timeout = (min(config.running.timeout_s, 10.0), config.running.timeout_s)
         self._session = requests.Session()
         self._session.trust_env = False  # no .netrc: it could send a password to a host that only a link names
         self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
         self._session.headers["Accept-Encoding"] = "gzip, deflate"  # what is unpacked here, within bounds
         self._session.headers["Accept"] = "application/geo+json, application/json"
         retry = PatientRetry(
-            total=config.retries,
-            connect=min(1, config.retries),  # a closed port or unknown name is known at once
+            total=config.running.retries,
+            connect=min(1, config.running.retries),  # a closed port or unknown name is known at once
             backoff_factor=0.3,
             backoff_jitter=0.2,
             backoff_max=20,

@@ -69,7 +69,9 @@ def harmonise(
         raise InvalidInput(f"{where}: expected a STAC item with properties and assets; leave it out")
     if not isinstance(item.get("collection") or "", str):
         raise InvalidInput(f"{where}: expected the id of a collection, got {str(item['collection'])[:80]!r}")
-    collection = item.get("collection") or (config.collections[0] if len(config.collections) == 1 else None)
+    collection = item.get("collection") or (
+        config.selection.collections[0] if len(config.selection.collections) == 1 else None
+    )
     refuse_unsupported(collection or "", item)
     product = find_product(item, collection)
     if product is None:
@@ -77,8 +79,8 @@ def harmonise(
             f"{where} of collection {collection!r} is of no product that is understood: expected Sentinel-2 L2A or "
             "L1C, or Sentinel-1 RTC"
         )
-    provider = find_provider(item, source or base, config.providers)
-    policy = config.href_policy(source or base, trusted_hosts(provider, source or base, config.providers))
+    provider = find_provider(item, source or base, config.trust.providers)
+    policy = config.trust.href_policy(source or base, trusted_hosts(provider, source or base, config.trust.providers))
     notes: list[str] = []
     assets, lacking = _assets(item, product, config, base=base, policy=policy, notes=notes)
     footprint, bounds = footprint_of(item, where)
@@ -150,7 +152,7 @@ def _assets(
     """The requested bands that can be read, and the names of those that cannot."""
     found: dict[str, AssetRef] = {}
     lacking: list[str] = []
-    choice = choose_bands(product, config.bands, config.mask)
+    choice = choose_bands(product, config.selection.bands, config.pixels.mask)
     for band in choice.all:
         key = asset_key(band, item["assets"])
         asset = item["assets"].get(key) if key is not None else None

@@ -84,8 +84,8 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     unusable: list[Unusable] = []
     refused: Exception | None = None
     odd: list[tuple[FoundItem, InvalidInput]] = []
-    for found in find_items(source, config, headers=headers, odd=None if config.strict else odd):
-        if not config.collections and (reason := _not_ours(found.item)):
+    for found in find_items(source, config, headers=headers, odd=None if config.running.strict else odd):
+        if not config.selection.collections and (reason := _not_ours(found.item)):
             skipped = skipped or reason
             continue
         try:
@@ -93,7 +93,7 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
         except (UnknownName, Preempted):  # a name that the user gave; a stop
             raise
         except Exception as error:  # an item of a stranger may be anything
-            if config.strict:
+            if config.running.strict:
                 raise
             refused = refused or error
             unusable.append(_unusable(found.item, error))
@@ -105,7 +105,7 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     if not scenes and (skipped or refused):
         raise skipped or refused or InvalidInput(source)
     _check_assets(scenes)
-    if config.strict:
+    if config.running.strict:
         _refuse_lacking(scenes)
     kept, drops = dedupe(scenes)
     for drop in drops:
@@ -153,11 +153,11 @@ def find_items(
         trail = Trail()
         if is_url(location) and isinstance(document, Mapping) and (root := api_root(documents, location, document)):
             asked = config
-            if document.get("type") == "Collection" and not config.collections:
+            if document.get("type") == "Collection" and not config.selection.collections:
                 asked = config.model_copy(update={"collections": (str(document["id"]),)})
             candidates = ask_api(documents, root, asked)
         else:
-            candidates = items_in(documents, location, document, wanted=config.collections, trail=trail)
+            candidates = items_in(documents, location, document, wanted=config.selection.collections, trail=trail)
         items: list[FoundItem] = []
         ids: set[tuple[str, str]] = set()
         for found in candidates:
@@ -173,10 +173,10 @@ def find_items(
                 continue
             ids.add(key)
             items.append(found)
-            if config.max_items and len(items) >= config.max_items:
+            if config.selection.max_items and len(items) >= config.selection.max_items:
                 break
     if not items and not odd:
-        for name in config.collections:
+        for name in config.selection.collections:
             if trail.collections and name not in trail.collections:
                 raise UnknownName.of("collection", name, trail.collections, redact_url(source))
         raise NothingFound(selection.explain(redact_url(source)))
@@ -185,11 +185,11 @@ def find_items(
 
 def _check_names(config: IngestConfig) -> None:
     """Refuse band names before anything is asked over the network."""
-    for name in config.collections:
+    for name in config.selection.collections:
         refuse_unsupported(name)
-    named = [rule for name in config.collections for rule in PRODUCTS if name in rule.collections]
+    named = [rule for name in config.selection.collections for rule in PRODUCTS if name in rule.collections]
     for rule in named or PRODUCTS:
-        choose_bands(rule, config.bands, config.mask)
+        choose_bands(rule, config.selection.bands, config.pixels.mask)
 
 
 def _not_ours(item: Mapping[str, Any]) -> InvalidInput | None:

@@ -26,12 +26,12 @@ class Selection:
 
     def __init__(self, config: IngestConfig) -> None:
         self.config = config
-        self._conditions = config.conditions
+        self._conditions = config.selection.conditions
         self.region: BaseGeometry | None = None
-        if config.bbox:
-            self.region = box_region(config.bbox)
-        elif config.geometry:
-            self.region = shape(config.geometry)
+        if config.selection.bbox:
+            self.region = box_region(config.selection.bbox)
+        elif config.selection.geometry:
+            self.region = shape(config.selection.geometry)
         self._turned_away: Counter[str] = Counter()
         self._seen = 0
         self._extents: list[LonLatBox] = []
@@ -49,9 +49,13 @@ class Selection:
             raise InvalidInput(f"{where}: expected a STAC item with properties; leave it out")
         self._seen += 1
         collection = item.get("collection")
-        if self.config.collections and collection is not None and collection not in self.config.collections:
+        if (
+            self.config.selection.collections
+            and collection is not None
+            and collection not in self.config.selection.collections
+        ):
             return self._turn_away("collection")
-        if self.config.datetime and not self._in_time(properties, where):
+        if self.config.selection.datetime and not self._in_time(properties, where):
             return self._turn_away("datetime")
         if self.region is not None:
             footprint, bounds = footprint_of(item, where)
@@ -67,17 +71,19 @@ class Selection:
         """Why nothing was found."""
         config = self.config
         asked = {
-            "collection": f"collection {' or '.join(config.collections)}",
-            "datetime": f"datetime {config.datetime}",
-            "region": f"bbox {','.join(f'{v:g}' for v in config.bbox)}" if config.bbox else "the geometry",
-            "query": f"query {' and '.join(config.query)}",
+            "collection": f"collection {' or '.join(config.selection.collections)}",
+            "datetime": f"datetime {config.selection.datetime}",
+            "region": f"bbox {','.join(f'{v:g}' for v in config.selection.bbox)}"
+            if config.selection.bbox
+            else "the geometry",
+            "query": f"query {' and '.join(config.selection.query)}",
         }
         if not self._seen:
             wanted = [
-                config.collections and asked["collection"],
-                config.datetime and asked["datetime"],
-                (config.bbox or config.geometry) and asked["region"],
-                config.query and asked["query"],
+                config.selection.collections and asked["collection"],
+                config.selection.datetime and asked["datetime"],
+                (config.selection.bbox or config.selection.geometry) and asked["region"],
+                config.selection.query and asked["query"],
             ]
             asked_for = ", ".join(str(w) for w in wanted if w)
             if not asked_for:
@@ -105,7 +111,7 @@ class Selection:
             raise InvalidInput(f"{where}: datetime {raw!r} is no RFC 3339 time; leave the item out") from error
         moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
         self._times.append(moment.isoformat())
-        start, end = self.config.interval
+        start, end = self.config.selection.interval
         # whole seconds: 2023-08-31 ends at 23:59:59.999
         moment = moment.replace(microsecond=0)
         return (start is None or moment >= start.replace(microsecond=0)) and (end is None or moment <= end)

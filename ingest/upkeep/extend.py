@@ -16,7 +16,8 @@ from distributed import Client
 from ingest.plan.plan import Plan, plan_scenes
 from ingest.plan.probe import probe_scenes
 from ingest.plan.stored import kept_plan, require_providers
-from ingest.request.config import EXECUTION_FIELDS, TRUST_FIELDS, IngestConfig
+from ingest.request.config import IngestConfig
+from ingest.request.selection import parse_interval
 from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.record import RunRecord
 from ingest.scenes.scene import Scene
@@ -140,11 +141,11 @@ def plan_extension(
 
 def _joined(old: Mapping[str, Any], config: IngestConfig) -> dict[str, Any]:
     """What was asked, of both: the rules are the same, the dates reach from the first to the last asked for."""
-    new = config.model_dump(mode="json", exclude=set(EXECUTION_FIELDS | TRUST_FIELDS), exclude_defaults=True)
+    new = config.plan_settings()
     joined = {**new, **{name: value for name, value in old.items() if name != "datetime"}}
     texts = (old.get("datetime"), new.get("datetime"))
     if texts[0] and texts[1]:
-        bounds = [IngestConfig(datetime=text).interval for text in texts]
+        bounds = [parse_interval(str(text)) for text in texts]
         starts, ends = [b[0] for b in bounds], [b[1] for b in bounds]
         first = "" if None in starts else min(s for s in starts if s).isoformat().replace("+00:00", "Z")
         last = "" if None in ends else max(e for e in ends if e).isoformat().replace("+00:00", "Z")

@@ -14,7 +14,8 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from ingest.request.config import EXECUTION_FIELDS, IngestConfig
+from ingest.request.config import SETTINGS
+from ingest.request.running import Running
 from ingest.request.settings import PlanSettings, RunSettings, SearchSettings, TrustSettings, UpkeepSettings
 
 PACKAGES = ("zarr_store", "ingest", "jaxtrain")
@@ -94,11 +95,11 @@ def test_the_examples_of_docstrings_run(package: str, workplace: Path, client: A
 
 def test_settings_are_the_fields_of_the_configuration() -> None:
     """What may be written as a keyword, and what `IngestConfig` checks, are the same names."""
-    every = set(IngestConfig.model_fields) - {"workers_least"}
+    every = set(SETTINGS) - {"workers_least"}
     assert set(UpkeepSettings.__annotations__) == every
     assert set(PlanSettings.__annotations__) | set(RunSettings.__annotations__) == every
     trust = set(TrustSettings.__annotations__)
-    assert set(RunSettings.__annotations__) - trust == EXECUTION_FIELDS - trust - {"workers_least", "strict"}
+    assert set(RunSettings.__annotations__) - trust == set(Running.model_fields) - trust - {"workers_least", "strict"}
     assert set(SearchSettings.__annotations__) <= set(PlanSettings.__annotations__)
     for settings in (UpkeepSettings, PlanSettings):
         assert get_type_hints(settings)

@@ -32,10 +32,10 @@ def test_scenes_know_where_they_were_found(workplace: Path) -> None:
 def test_settings_lie_over_a_configuration_and_errors_name_all_of_it(workplace: Path) -> None:
     config = ingest.IngestConfig(bands=("red", "nir", "green"), bbox=(16.2, 45.1, 16.3, 45.2))
     found = ingest.find_scenes("world/catalog.json", config, bands=cast(Any, np.array(["red"])), geometry=None)
-    assert found.config.bands == ("red",)
-    assert found.config.bbox == config.bbox
+    assert found.config.selection.bands == ("red",)
+    assert found.config.selection.bbox == config.selection.bbox
     square = {"type": "Polygon", "coordinates": [[[15, 44], [17, 44], [17, 46], [15, 46], [15, 44]]]}
-    assert ingest.find_scenes("world/catalog.json", config, geometry=square).config.bbox is None
+    assert ingest.find_scenes("world/catalog.json", config, geometry=square).config.selection.bbox is None
     with pytest.raises(UnknownName, match="did you mean 'bands'"):
         ingest.make_plan("world/catalog.json", band=["red"])  # type: ignore[call-arg]
     with pytest.raises(InvalidInput, match=r"bbox: .*; .*resolution|resolution: .*; bbox"):
@@ -64,7 +64,8 @@ def test_trust_that_a_plan_was_made_with_holds_for_its_run(workplace: Path, monk
     monkeypatch.setattr(loop, "run", lambda plan, cube, *, config, **_: seen.append(config))
     plan = ingest.make_plan("world/catalog.json", **SELECTION, allow_private_hosts=True, allow_hosts=["a.org"])
     ingest.run_plan(plan, "other.zarr", retries=1)
-    assert (seen[0].allow_private_hosts, seen[0].allow_hosts, seen[0].retries) == (True, ("a.org",), 1)
+    trust = seen[0].trust
+    assert (trust.allow_private_hosts, trust.allow_hosts, seen[0].running.retries) == (True, ("a.org",), 1)
     plan.save("plan.json")
     ingest.run_plan("plan.json", "other.zarr", allow_local=[str(Path("world").resolve())])
     assert (seen[1].allow_private_hosts, seen[1].allow_hosts) == (False, ())

@@ -82,7 +82,7 @@ def observations_of(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 @pytest.mark.parametrize("reduce", ["median", "mean"])
-def test_reduced_pixels_equal_numpy(tmp_path: Path, reduce: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reduced_pixels_equal_numpy(tmp_path: Path, reduce: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = month(tmp_path)
     config = IngestConfig(bands=BANDS, group="month", reduce=reduce, indices="ndvi,ndwi")
     plan = plan_scenes(scenes, probe_headers(scenes), config, layout=LAYOUT)

@@ -27,7 +27,7 @@ from ingest.raster.limits import Access
 from ingest.raster.opening import GDAL_OPTIONS
 from ingest.raster.ranges import blocks_of, range_file_of
 from ingest.raster.read import read_on_grid
-from ingest.request.config import IngestConfig
+from ingest.request.config import SETTINGS, IngestConfig
 from ingest.scenes.documents import Documents
 from ingest.scenes.scene import AssetRef
 from ingest.simulate import ServerHandle, serve
@@ -407,4 +407,4 @@ def test_r25_georeferences_that_lie_are_errors(tmp_path: Path) -> None:
 def test_r02_no_option_maps_errors_to_nodata() -> None:
     assert GDAL_OPTIONS["GTIFF_IGNORE_READ_ERRORS"] == "NO"
     assert "GDAL_NUM_THREADS" not in GDAL_OPTIONS
-    assert not {"errors_as_nodata", "fail_on_error"} & set(IngestConfig.model_fields)
+    assert not {"errors_as_nodata", "fail_on_error"} & set(SETTINGS)

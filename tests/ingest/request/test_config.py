@@ -9,22 +9,25 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ingest.request.config import EXECUTION_FIELDS, IngestConfig, parse_interval
+from ingest.request.config import SECTIONS, SETTINGS, IngestConfig
 from ingest.request.query import Comparison, parse_comparison
+from ingest.request.selection import parse_interval
+from ingest.request.settings import make_config
+from zarr_store.errors import InvalidInput, UnknownName
 
 
 def test_defaults_are_the_documented_ones() -> None:
     config = IngestConfig()
-    assert config.mask_classes == (0, 1, 3, 8, 9, 10)
-    assert (config.mask, config.group, config.reduce, config.offset_policy) == ("scl", "solar-day", "first", "repair")
-    assert set(IngestConfig.model_fields) >= EXECUTION_FIELDS
+    assert config.pixels.mask_classes == (0, 1, 3, 8, 9, 10)
+    pixels = config.pixels
+    assert (pixels.mask, pixels.group, pixels.reduce, pixels.offset_policy) == ("scl", "solar-day", "first", "repair")
 
 
 def test_text_is_split_and_json_comes_back_equal() -> None:
     config = IngestConfig(bands="blue, red", bbox="15,45,17,47", query="eo:cloud_cover<40", crs="epsg:32633")
-    assert config.bands == ("blue", "red")
-    assert config.bbox == (15.0, 45.0, 17.0, 47.0)
-    assert config.crs == "EPSG:32633"
+    assert config.selection.bands == ("blue", "red")
+    assert config.selection.bbox == (15.0, 45.0, 17.0, 47.0)
+    assert config.grid.crs == "EPSG:32633"
     assert IngestConfig(**json.loads(config.model_dump_json())) == config
 
 
@@ -51,13 +54,14 @@ def test_text_is_split_and_json_comes_back_equal() -> None:
         ({"mask_classes": (300,)}, "255"),
         ({"memory": "lots"}, "4GB"),
         ({"bands": ("red", "red")}, "once"),
-        ({"chunk_sise": 3}, "Extra inputs"),
+        ({"chunk_sise": 3}, "unknown setting 'chunk_sise'"),
         (
             {"geometry": {"type": "Polygon", "coordinates": [[[5e5, 5e6], [6e5, 5e6], [6e5, 6e6], [5e5, 5e6]]]}},
             "degrees",
         ),
         ({"geometry": {"type": "Circle"}}, "GeoJSON"),
-        ({"geometry": "/no/such/file.geojson"}, "cannot read geometry file"),
+        ({"geometry": "/no/such/file.geojson"}, "load_geometry"),
+        ({"providers": ("mine.toml",)}, "load_provider_file"),
     ],
 )
 def test_wrong_values_are_named(wrong: dict[str, Any], message: str) -> None:
@@ -76,11 +80,71 @@ def test_geometry_file_becomes_part_of_the_config(tmp_path: Path) -> None:
     path = tmp_path / "field.geojson"
     features = [{"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": ring}}]
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
-    config = IngestConfig(geometry=str(path))
+    config = make_config(None, {"geometry": str(path)})
     path.unlink()
-    assert config.geometry is not None
-    assert config.geometry["type"] == "Polygon"
+    assert config.selection.geometry is not None
+    assert config.selection.geometry["type"] == "Polygon"
     assert IngestConfig(**config.model_dump()) == config
+
+
+def test_every_setting_has_one_section() -> None:
+    assert {name: field.annotation for name, field in IngestConfig.model_fields.items()} == SECTIONS
+    names = [name for model in SECTIONS.values() for name in model.model_fields]
+    assert len(names) == len(set(names)) == len(SETTINGS)
+    assert not set(names) & set(SECTIONS)
+
+
+def test_flat_settings_come_back_as_they_went_in() -> None:
+    flat: dict[str, Any] = {
+        "bands": ("red",),
+        "resolution": 20.0,
+        "mask": "none",
+        "allow_hosts": ("a.b",),
+        "retries": 1,
+    }
+    config = IngestConfig.from_flat(flat)
+    assert config == IngestConfig(**flat)
+    assert config.to_flat() == flat
+    assert IngestConfig.from_flat({}).to_flat() == {}
+    assert repr(config) == f"IngestConfig({', '.join(f'{name}={value!r}' for name, value in flat.items())})"
+    assert IngestConfig(running=config.running, bands="red").to_flat() == {"bands": ("red",), "retries": 1}
+    with pytest.raises(ValidationError, match="section running as a whole, or workers"):
+        IngestConfig(running=config.running, workers=3)
+
+
+def test_a_plan_keeps_neither_trust_nor_running_nor_defaults() -> None:
+    settings = {"bands": "red", "mask": "scl", "mask_dilate_m": 20, "sign": "planetary-computer", "strict": True}
+    assert make_config(None, settings).plan_settings() == {"bands": ["red"], "mask_dilate_m": 20.0}
+
+
+def test_a_copy_is_checked() -> None:
+    config = IngestConfig(bands="red", workers="1..4")
+    assert config.model_copy(update={"crs": "epsg:32633"}).grid.crs == "EPSG:32633"
+    assert config.model_copy(update={"running": IngestConfig().running}).to_flat() == {"bands": ("red",)}
+    with pytest.raises(UnknownName, match="did you mean 'bands'"):
+        config.model_copy(update={"band": "red"})
+    assert make_config(config, {"workers": 2}).running.workers_least is None
+
+
+def test_every_problem_is_listed_under_the_name_that_was_typed() -> None:
+    settings = {"bandz": "red", "geometry": "/no/such.geojson", "bbox": "1,2,3,x", "workers": 0, "query": "cloudy"}
+    with pytest.raises(InvalidInput) as caught:
+        make_config(None, settings, where="my.toml")
+    message = str(caught.value)
+    assert message.startswith("my.toml: geometry: cannot read geometry file /no/such.geojson")
+    for words in (
+        "unknown setting 'bandz': did you mean 'bands'?",
+        "bbox.3: input should be a valid number",
+        "workers: input should be greater than 0, got 0",
+        "query: ",
+    ):
+        assert words in message
+    for section in SECTIONS:
+        assert f"{section}." not in message
+    with pytest.raises(UnknownName, match="unknown setting 'running'"):
+        IngestConfig.from_flat({"running": {"workers": 2}})
+    with pytest.raises(InvalidInput, match=r"^workers is a number or LEAST..MOST .* got 3..1$"):
+        make_config(None, {"workers": "3..1"})
 
 
 def test_interval_bounds_are_inclusive() -> None:

@@ -16,8 +16,9 @@ import shapely
 from shapely.geometry import box, mapping, shape
 
 from ingest.plan.target import region_lonlat
-from ingest.request.config import IngestConfig, load_geometry
-from ingest.request.geometry import to_lonlat
+from ingest.request.config import IngestConfig
+from ingest.request.geometry import load_geometry, to_lonlat
+from ingest.request.settings import make_config
 from zarr_store.errors import InvalidInput
 
 UTM_BOX = box(500_000, 5_000_000, 600_000, 5_100_000)
@@ -67,7 +68,8 @@ def test_every_format_gives_the_same_ground(kind: str, tmp_path: Path) -> None:
     # corners alone would miss the curve of the northern edge
     corners = lonlat(UTM_BOX)
     assert shapely.intersection(corners, expected()).area / joint < 0.9999
-    assert IngestConfig(geometry=str(tmp_path / f"region.{kind}")).geometry
+    asked = make_config(None, {"geometry": tmp_path / f"region.{kind}"})
+    assert shape(asked.selection.geometry).equals(got)
 
 
 def test_what_crosses_the_antimeridian_is_cut() -> None:
@@ -80,7 +82,7 @@ def test_what_crosses_the_antimeridian_is_cut() -> None:
     region = region_lonlat(IngestConfig(geometry=mapping(got)))
     assert region is not None
     assert 178 < region[0] < 180 < region[2] < 183
-    beyond = shape(IngestConfig(geometry=mapping(box(179, -18, 181, -17))).geometry)
+    beyond = shape(IngestConfig(geometry=mapping(box(179, -18, 181, -17))).selection.geometry)
     assert beyond.area == pytest.approx(2.0)
     assert beyond.bounds[2] <= 180
 

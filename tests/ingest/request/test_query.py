@@ -85,7 +85,7 @@ def test_nonsense_is_refused_before_anything_is_asked(text: str, message: str) -
 
 def test_commas_of_a_settings_file_do_not_cut_lists() -> None:
     config = IngestConfig(query="eo:cloud_cover<40, platform IN ('a','b')")
-    assert config.query == ("eo:cloud_cover<40", "platform IN ('a','b')")
+    assert config.selection.query == ("eo:cloud_cover<40", "platform IN ('a','b')")
     assert IngestConfig.model_validate(config.model_dump()) == config
 
 

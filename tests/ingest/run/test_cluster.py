@@ -243,7 +243,7 @@ def listening() -> set[tuple[str, int]]:
 
 def test_workers_follow_the_work_and_listen_on_loopback_only() -> None:
     config = IngestConfig(workers="1..2")
-    assert (config.workers, config.workers_least) == (2, 1)
+    assert (config.running.workers, config.running.workers_least) == (2, 1)
     before = listening()
     with open_cluster(config) as client:
         assert len(client.scheduler_info()["workers"]) == 1

@@ -78,7 +78,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("href", HOSTILE)
 def test_hostile_hrefs_are_refused_for_an_api(href: object) -> None:
-    policy = IngestConfig().href_policy(API)
+    policy = IngestConfig().trust.href_policy(API)
     with pytest.raises(InvalidInput) as caught:
         resolve_href(href, base=API + "/item", policy=policy)
     assert "secret" not in str(caught.value)
@@ -87,14 +87,14 @@ def test_hostile_hrefs_are_refused_for_an_api(href: object) -> None:
 @pytest.mark.parametrize("href", HOSTILE)
 def test_hostile_hrefs_are_refused_for_a_folder(href: object, tmp_path: Path) -> None:
     (tmp_path / "catalog.json").touch()
-    policy = IngestConfig().href_policy(str(tmp_path / "catalog.json"))
+    policy = IngestConfig().trust.href_policy(str(tmp_path / "catalog.json"))
     with pytest.raises(InvalidInput):
         resolve_href(href, base=str(tmp_path / "item.json"), policy=policy)
 
 
 def test_own_host_and_named_hosts_are_allowed() -> None:
     config = IngestConfig(allow_hosts=("data.example.net", "*.blob.example", "https://typed.example/x", "bucket"))
-    policy = config.href_policy(API, ["provider.example"])
+    policy = config.trust.href_policy(API, ["provider.example"])
     for href, expected in {
         "b02.tif": "https://stac.example.org/v1/items/b02.tif",
         "/root.tif": "https://stac.example.org/root.tif",
@@ -114,10 +114,10 @@ def test_own_host_and_named_hosts_are_allowed() -> None:
 def test_private_addresses_need_a_flag_or_a_private_source() -> None:
     inside = "http://10.1.2.3/a.tif"
     with pytest.raises(InvalidInput, match="--allow-private-hosts"):
-        resolve_href(inside, base=API, policy=IngestConfig(allow_hosts=("10.1.2.3",)).href_policy(API))
-    policy = IngestConfig(allow_private_hosts=True).href_policy(API)
+        resolve_href(inside, base=API, policy=IngestConfig(allow_hosts=("10.1.2.3",)).trust.href_policy(API))
+    policy = IngestConfig(allow_private_hosts=True).trust.href_policy(API)
     assert resolve_href(inside, base=API, policy=policy) == inside
-    own = IngestConfig().href_policy("http://127.0.0.1:8000/stac")
+    own = IngestConfig().trust.href_policy("http://127.0.0.1:8000/stac")
     assert resolve_href("http://127.0.0.1:8001/a.tif", base="http://127.0.0.1:8000/", policy=own).endswith(
         ":8001/a.tif"
     )
@@ -131,17 +131,17 @@ def test_local_files_stay_below_the_catalogue(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (root / "link.tif").symlink_to(tmp_path / "elsewhere" / "b.tif")
     source, base = str(root / "catalog.json"), str(root / "item" / "item.json")
-    policy = IngestConfig().href_policy(source)
+    policy = IngestConfig().trust.href_policy(source)
     assert resolve_href("b.tif", base=base, policy=policy) == str(root / "item" / "b.tif")
     assert resolve_href("../b.tif", base=base, policy=policy) == str(root / "b.tif")
     for href in ("../../elsewhere/b.tif", str(tmp_path / "elsewhere" / "b.tif"), "../link.tif", "/etc/passwd"):
         with pytest.raises(InvalidInput, match="--allow-local"):
             resolve_href(href, base=base, policy=policy)
-    wider = IngestConfig(allow_local=(str(tmp_path / "elsewhere"),)).href_policy(source)
+    wider = IngestConfig(allow_local=(str(tmp_path / "elsewhere"),)).trust.href_policy(source)
     assert resolve_href("../link.tif", base=base, policy=wider) == str(tmp_path / "elsewhere" / "b.tif")
     # a catalogue from the network names no local file, whatever its folder
     with pytest.raises(InvalidInput, match="refused"):
-        resolve_href(str(root / "b.tif"), base=str(root / "x"), policy=IngestConfig().href_policy(API))
+        resolve_href(str(root / "b.tif"), base=str(root / "x"), policy=IngestConfig().trust.href_policy(API))
 
 
 def test_a_name_that_leads_to_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,8 +149,8 @@ def test_a_name_that_leads_to_a_private_address_is_refused(monkeypatch: pytest.M
 
     monkeypatch.setattr(hrefs, "_lookup", lambda host: ("93.184.216.34", "192.168.0.7"))
     with pytest.raises(InvalidInput, match=r"192\.168\.0\.7"):
-        refuse_private_address("https://rebind.example/a.tif", IngestConfig().href_policy(API))
-    refuse_private_address("https://rebind.example/a", IngestConfig(allow_private_hosts=True).href_policy(API))
+        refuse_private_address("https://rebind.example/a.tif", IngestConfig().trust.href_policy(API))
+    refuse_private_address("https://rebind.example/a", IngestConfig(allow_private_hosts=True).trust.href_policy(API))
 
 
 def test_nothing_secret_is_shown_or_stored() -> None:

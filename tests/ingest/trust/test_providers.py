@@ -18,6 +18,7 @@ from ingest.raster.file import file_version
 from ingest.raster.limits import Access
 from ingest.raster.read import read_on_grid
 from ingest.request.config import IngestConfig
+from ingest.request.settings import make_config
 from ingest.scenes.scene import AssetRef
 from ingest.scenes.search import search
 from ingest.testing import write_raster
@@ -47,7 +48,7 @@ def test_a_file_adds_a_provider(tmp_path: Path, save: Callable[..., Path], make_
     for asset in item["assets"].values():
         asset["href"] = f"https://a.files.example.org/{asset['href']}"
     path = save(item)
-    config = IngestConfig(providers=str(file))
+    config = make_config(None, {"providers": str(file)})
     (scene,) = search(str(path), config)
     assert scene.provider == "my-archive"
     assert scene.dn_offset == -1000  # by the baseline: its rule, not the flag's

@@ -16,7 +16,8 @@ import ingest.trust.buckets
 from ingest.plan.plan import Plan
 from ingest.plan.stored import PLAN_KEY, check_hrefs, kept_plan
 from ingest.raster.limits import Access
-from ingest.request.config import TRUST_FIELDS, IngestConfig
+from ingest.request.config import IngestConfig
+from ingest.request.trust import Trust
 from ingest.run.loop import run
 from ingest.scenes.search import find_scenes, search
 from ingest.trust.buckets import bucket_url
@@ -33,7 +34,7 @@ from zarr_store.write import shard_key
 
 from ..growing import NAME, plan_of, scene, tree
 
-TRUSTING = {"allow_private_hosts": True, "allow_local": ["/"], "allow_hosts": ["evil.example"], "requester_pays": True,
+TRUSTING: dict[str, Any] = {"allow_private_hosts": True, "allow_local": ["/"], "allow_hosts": ["evil.example"], "requester_pays": True,
             "sign": "planetary-computer"}  # fmt: skip
 
 
@@ -67,10 +68,10 @@ def aim(cube: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_plan_keeps_no_trust_and_gives_none(cube: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = IngestConfig(bands=("red", "scl"), **TRUSTING)
-    assert set(TRUSTING) < TRUST_FIELDS
+    assert set(TRUSTING) < set(Trust.model_fields)
     made = plan_of([scene(tmp_path / "t", 10)], config=config)
-    assert TRUST_FIELDS.isdisjoint(made.config)
-    assert TRUST_FIELDS.isdisjoint(made.provenance()["config"])
+    assert set(Trust.model_fields).isdisjoint(made.config)
+    assert set(Trust.model_fields).isdisjoint(made.provenance()["config"])
     forge(cube, monkeypatch, config={"bands": ["red", "scl"], **TRUSTING})
     assert selection_of(cube) == {"bands": ["red", "scl"]}
 

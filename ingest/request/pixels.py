@@ -1,0 +1,55 @@
+"""`GridSettings` and `Pixels`: on which grid a cube lies, and by which rules its pixels are made."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from ingest.request.names import UniqueNames
+from zarr_store.grid import normal_crs
+
+__all__ = ["GridSettings", "Pixels"]
+
+
+class GridSettings(BaseModel):
+    """On which grid the cube lies, and how its shards are cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    crs: str | None = Field(None, description="target CRS; none means the one with most pixels")
+    resolution: float | None = Field(None, gt=0, description="pixel size in CRS units; none means the finest source")
+    resampling: Literal["nearest", "bilinear", "cubic", "average"] = "bilinear"
+    profile: Literal["train", "timeseries", "archive"] = "train"
+
+    @field_validator("crs")
+    @classmethod
+    def _check_crs(cls, value: str | None) -> str | None:
+        return None if value is None else normal_crs(value)
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+class Pixels(BaseModel):
+    """How pixels are masked, composited and brought to one radiometry."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mask: Literal["scl", "none"] = "scl"
+    mask_classes: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field(
+        (0, 1, 3, 8, 9, 10), description="classes that are masked: nodata, saturated, shadow, clouds, cirrus"
+    )
+    mask_dilate_m: float = Field(0.0, ge=0, le=10_000, description="how far masked areas grow, metres")
+    group: Literal["solar-day", "item", "month"] = "solar-day"
+    reduce: Literal["first", "median", "mean"] = Field(
+        "first", description="what a step keeps of a pixel: its first clear scene, or median or mean of all clear ones"
+    )
+    indices: Annotated[UniqueNames, BeforeValidator(_lower)] = Field(
+        (), description="spectral indices kept as arrays of their own, e.g. ndvi,ndwi"
+    )
+    clip: bool = Field(True, description="pixels outside the polygons of `geometry` become nodata")
+    offset_policy: Literal["repair", "warn", "fail"] = Field(
+        "repair", description="when pixels contradict what the metadata says of the -1000 offset"
+    )

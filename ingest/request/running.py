@@ -1,0 +1,95 @@
+"""`Running`: how a plan is run. None of it changes a pixel of the cube, so a plan's digest does not contain it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ingest.request.names import Names
+
+__all__ = ["Running", "parse_limit"]
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Running(BaseModel):
+    """How a plan is run: what errors do, on which workers, and how servers are asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strict: bool = Field(
+        False, description="errors instead of warnings: other counts than promised, lacking bands, odd pixel values"
+    )
+    on_error: Literal["retry", "skip", "fail"] = "retry"
+    limit: Positive | None = Field(None, description="stop after this many shards; the same command goes on")
+    store: Literal["folder", "icechunk"] | None = Field(
+        None, description="what holds a new cube: plain files or objects, or an Icechunk repository with a commit a run"
+    )
+    workers: Positive = Field(2, description="processes; LEAST..MOST lets their number follow the work")
+    workers_least: Positive | None = Field(None, description="what `workers = LEAST..MOST` sets; none: all the time")
+    threads_per_worker: Positive = 1
+    memory: str | None = Field(None, description='limit of one worker, e.g. "4GB"')
+    scheduler: str | None = Field(None, description="address of a running Dask scheduler")
+    cluster: Literal["local", "ssh", "slurm", "pbs", "k8s", "gateway"] = Field(
+        "local", description="where workers are started"
+    )
+    hosts: Names = Field((), description="of --cluster ssh: the scheduler's, then one per worker")
+    cluster_options: dict[str, Any] = Field(
+        {}, description="what the cluster needs: queue, account, walltime, image, namespace, address, username, port …"
+    )
+    tls: str | None = Field(None, description="folder with ca.pem, cert.pem and key.pem for every connection")
+    expose: bool = Field(False, description="allow ports beyond this machine without TLS")
+    rate_limits: Names = Field((), description="HOST=N: at most N requests per second from all workers together")
+    dashboard: str | None = Field(None, description='address of the dashboard, e.g. ":8787"; none picks a free port')
+    timeout_s: float = Field(30.0, gt=0, le=3600, description="longest silence of a server, seconds")
+    retries: int = Field(4, ge=0, le=20, description="how often a failed request is repeated")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _worker_range(cls, data: Any) -> Any:
+        asked = data.get("workers") if isinstance(data, dict) else None
+        if isinstance(asked, str) and (match := re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", asked)):
+            least, most = (int(part) for part in match.groups())
+            if not 1 <= least <= most:
+                raise ValueError(f"workers is a number or LEAST..MOST with 1 ≤ LEAST ≤ MOST, got {asked}")
+            return {**data, "workers": most, "workers_least": least}
+        return data
+
+    @field_validator("cluster_options", mode="before")
+    @classmethod
+    def _parse_options(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        pairs = [str(text).partition("=") for text in value]
+        for name, equals, _ in pairs:
+            if not equals or not name.strip():
+                raise ValueError(f"a cluster option is KEY=VALUE, e.g. queue=short, got {name!r}")
+        return {name.strip().replace("-", "_"): text.strip() for name, _, text in pairs}
+
+    @field_validator("rate_limits")
+    @classmethod
+    def _check_limits(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            parse_limit(text)
+        return value
+
+    @field_validator("memory")
+    @classmethod
+    def _check_memory(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+(\.\d+)?\s*([kMGT]i?)?B", value.strip()):
+            raise ValueError(f"expected a size such as 4GB or 512MiB, got {value!r}")
+        return value
+
+
+def parse_limit(text: str) -> tuple[str, float]:
+    """Parse a rate limit, HOST=REQUESTS_PER_SECOND.
+
+    >>> parse_limit("eodata=8")
+    ('eodata', 8.0)
+    """
+    host, _, number = text.partition("=")
+    if not host.strip() or not re.fullmatch(r"\s*\d+(\.\d+)?\s*", number) or not 0 < float(number) <= 10_000:
+        raise ValueError(f"a rate limit is HOST=REQUESTS_PER_SECOND, e.g. eodata=8, got {text!r}")
+    return host.strip(), float(number)
