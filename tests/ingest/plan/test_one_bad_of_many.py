@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cli.main import main
-from ingest.plan.plan import make_plan, plan_scenes
+from ingest.plan.making import make_plan, plan_scenes
 from ingest.plan.probe import probe_scenes
 from ingest.raster import access as access_module
 from ingest.raster.access import with_asset

@@ -25,7 +25,7 @@ from ingest.raster.access import with_asset
 from ingest.raster.blocks import BlockReader
 from ingest.raster.limits import Access
 from ingest.raster.opening import GDAL_OPTIONS
-from ingest.raster.ranges import blocks_of, range_file_of
+from ingest.raster.ranges import blocks_of, find_range_file
 from ingest.raster.read import read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.scenes.documents import Documents
@@ -202,7 +202,7 @@ def test_r14_a_local_file_that_is_replaced_is_read_anew(world: Path, tmp_path: P
     replaced = []
 
     def use(dataset: Any) -> np.ndarray:
-        file = range_file_of(dataset)
+        file = find_range_file(dataset)
         assert file is not None
         file.fetch(blocks_of(dataset, (0, 0, 128, 512)))
         if not replaced:
