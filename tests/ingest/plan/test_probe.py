@@ -157,7 +157,7 @@ def lying(tmp_path: Path, make_item: Callable[..., Any]) -> Callable[..., list[S
         write_tif(tmp_path / "B04.tif", dn, origin=origin)
         write_tif(tmp_path / "SCL.tif", np.full(dn.shape, 4, np.uint8), origin=origin)
         (tmp_path / "item.json").write_text(json.dumps(item))
-        return find_scenes(str(tmp_path / "item.json"), IngestConfig(bands=bands)).scenes
+        return list(find_scenes(str(tmp_path / "item.json"), IngestConfig(bands=bands)).scenes)
 
     return make
 

@@ -164,7 +164,7 @@ def test_r08_a_server_without_ranges_is_read_whole_or_refused(server: ServerHand
 
 
 def test_r08_a_large_file_without_ranges_is_refused(server: ServerHandle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download_module, "_MOST_WHOLE", 1 << 16)
+    monkeypatch.setattr(download_module, "_MAX_WHOLE_BYTES", 1 << 16)
     server.reset_counters()
     with pytest.raises(AssetUnreadable, match="answers no range requests"):
         read(server.file_url("zip.tif", fault="norange"))
