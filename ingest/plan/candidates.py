@@ -109,7 +109,7 @@ class ProbedScene:
 
     @property
     def verdict(self) -> str:
-        """How the pixels judge the offset; "unchecked" where they were not probed."""
+        """Verdict of the pixels on the offset; "unchecked" where they were not probed."""
         return self.probe.verdict if self.probe else "unchecked"
 
     @property

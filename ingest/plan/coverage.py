@@ -84,7 +84,7 @@ def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config
     place = _window(grid, config)
     if place is None:
         return None
-    (row, col, height, width), asked_px = place
+    (row, col, height, width), region_px = place
     is_class = asset.kind == "class"
     if height * width <= _WHOLE_PX:
         parts = [(grid.window(row, col, height, width), _read(dataset, (row, col, height, width)))]
@@ -95,22 +95,22 @@ def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config
     complete = len(parts) == 1
     clip = clip_text(config.geometry) if config.clip else None
     empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
-    asked = seen = hidden = 0
+    counted = with_data = hidden = 0
     for part, pixels in parts:
         inside = inside_of(clip, part)
         valid = _has_data(pixels, is_class, empty)
         valid = valid if inside is None else valid & inside
-        asked += pixels.size if inside is None else int(inside.sum())
-        seen += int(valid.sum())
+        counted += pixels.size if inside is None else int(inside.sum())
+        with_data += int(valid.sum())
         if is_class:
             hidden += int((valid & np.isin(pixels, config.mask_classes)).sum())
     if clip is not None:
-        asked_px = area_of(clip, grid.crs) / math.prod(grid.resolution)
+        region_px = area_of(clip, grid.crs) / math.prod(grid.resolution)
     # share of the region, or of the whole raster where the region is larger
-    reach = asked / parts[0][1].size * height * width / max(1.0, min(asked_px, float(grid.height * grid.width)))
+    reach = counted / parts[0][1].size * height * width / max(1.0, min(region_px, float(grid.height * grid.width)))
     return Coverage(
-        valid=round(min(1.0, seen / asked * reach), 6) if complete and asked else None,
-        hidden=round(hidden / seen, 4) if is_class and seen else None,
+        valid=round(min(1.0, with_data / counted * reach), 6) if complete and counted else None,
+        hidden=round(hidden / with_data, 4) if is_class and with_data else None,
     )
 
 

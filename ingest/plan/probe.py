@@ -26,7 +26,7 @@ from ingest.raster.ranges import find_range_file
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS
 from ingest.scenes.footprint import box_region, meets
-from ingest.scenes.offsets import Verdict, odd_range, read_offset, settle_offset
+from ingest.scenes.offsets import Verdict, explain_wrong_scale, read_offset, settle_offset
 from ingest.scenes.scene import AssetRef, Scene
 from ingest.trust.waits import crew
 from zarr_store.errors import AssetUnreadable, InvalidInput, TerrashardError
@@ -48,7 +48,7 @@ _VISIBLE = ("coastal", "blue", "green", "red")
 """Bands that can show the offset, bluest first: land and water are darkest there."""
 
 _SAMPLE_SIDE = 512
-"""Side of a sample of pixels, at most."""
+"""Longest side of a sample, in pixels."""
 _FULL_READ_PIXELS = 2048 * 2048
 """Largest raster that is read whole for a sample, in pixels."""
 
@@ -143,7 +143,7 @@ class SceneProbe:
 
 @dataclass
 class _Header:
-    """What one asset gave: its header, and the sample and the coverage that were asked of it."""
+    """The header of one asset, with the sample and the coverage that were read from its pixels."""
 
     probe: AssetProbe
     sample: npt.NDArray[Any] | None = field(default=None)
@@ -317,7 +317,7 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
     reading = read_offset(header.sample) if header is not None and header.sample is not None else None
     if header is not None and header.sample is not None:
         scale = next(rule.scale for rule in PRODUCTS if rule.name == scene.product)
-        odd = odd_range(header.sample, scale)
+        odd = explain_wrong_scale(header.sample, scale)
         if odd and config.strict:
             raise InvalidInput(f"scene {scene.id}: {band}: {odd}; leave it out, or go on without --strict")
         sentences += [f"{band}: {odd}"] if odd else []

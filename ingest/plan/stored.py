@@ -160,7 +160,7 @@ def check_kept_source(plan: Plan, config: IngestConfig, url: str) -> str:
             refuse_private_address(plan.source, policy)
     except InvalidInput as refusal:
         raise InvalidInput(
-            f"{url} says that its scenes came from {redact_url(plan.source)!r}, and a cube is not believed, as it may "
+            f"{url} states that its scenes came from {redact_url(plan.source)!r}, which is not trusted, as a cube may "
             f"come from somebody else ({refusal}). If you trust that place, type it: --source {redact_url(plan.source)}"
         ) from refusal
     return plan.source
@@ -222,7 +222,7 @@ def _advice(plan: Plan, refused: Collection[str], unknown: Collection[str]) -> s
         return ""
     return (
         f". {len(refused)} files of the plan are outside what this command names; a plan may come from somebody else "
-        f"and is not believed. If you trust those places, add {' and '.join(options)}"
+        f"and is not trusted. If you trust those places, add {' and '.join(options)}"
     )
 
 

@@ -147,7 +147,7 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[C
         region = Selection(config).region
         start, end = (moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else ".." for moment in config.interval)
         crossing = config.bbox is not None and config.bbox[0] > config.bbox[2]
-        for method, asked in itertools.product(("POST", "GET"), (wanted, None) if wanted else (None,)):
+        for method, cql in itertools.product(("POST", "GET"), (wanted, None) if wanted else (None,)):
             request = client.search(
                 method=method,
                 collections=list(config.collections),
@@ -155,8 +155,8 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[C
                 intersects=to_geojson(region) if region is not None and (crossing or config.geometry) else None,
                 datetime=f"{start}/{end}" if config.datetime else None,
                 query=query or None,
-                filter=None if asked is None else asked.to_json() if method == "POST" else asked.to_text(),
-                filter_lang=None if asked is None else "cql2-json" if method == "POST" else "cql2-text",
+                filter=None if cql is None else cql.to_json() if method == "POST" else cql.to_text(),
+                filter_lang=None if cql is None else "cql2-json" if method == "POST" else "cql2-text",
                 limit=min(PAGE_ITEMS, config.max_items or PAGE_ITEMS),
             )
             # not request.pages_as_dicts(), which ends at the first page without items even if there is a next one
@@ -165,7 +165,7 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[C
                 first = next(pages, None)
                 break
             except HttpStatusError as error:
-                if asked is not None and error.status == 400:
+                if cql is not None and error.status == 400:
                     log.info("%s does not understand the filter; its answers are filtered here", redact_url(root))
                 elif method == "GET" or error.status not in (404, 405, 501):
                     raise

@@ -15,7 +15,7 @@ from ingest.request.config import IngestConfig
 from ingest.request.products import BandRule, ProductRule, asset_key, choose_bands, find_product, refuse_unsupported
 from ingest.scenes.footprint import footprint_of, to_geojson
 from ingest.scenes.identity import (
-    acquired,
+    acquisition_time,
     baseline_of,
     datatake_of,
     first_of,
@@ -95,7 +95,7 @@ def harmonise(
         promised=_stated_offsets(item_assets or {}, assets),
     )
     moment, created = (
-        acquired(properties, where, notes),
+        acquisition_time(properties, where, notes),
         first_of(properties, "created", "s2:generation_time", "sentinel2:generation_time"),
     )
     scene = Scene(

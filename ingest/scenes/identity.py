@@ -11,7 +11,7 @@ from ingest.request.products import ProductRule
 from zarr_store.errors import InvalidInput
 
 __all__ = [
-    "acquired",
+    "acquisition_time",
     "baseline_of",
     "datatake_of",
     "first_of",
@@ -46,7 +46,7 @@ def product_names(item: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(v) for v in (*(properties.get(k) for k in keys), item["id"]) if v)
 
 
-def acquired(properties: Mapping[str, Any], where: str, notes: list[str]) -> str:
+def acquisition_time(properties: Mapping[str, Any], where: str, notes: list[str]) -> str:
     """Acquisition time in whole UTC seconds: `datetime`, or `start_datetime` if that is null.
 
     Raises:

@@ -26,7 +26,7 @@ __all__ = [
     "Verdict",
     "baseline_has_offset",
     "decide_offset",
-    "odd_range",
+    "explain_wrong_scale",
     "read_offset",
     "settle_offset",
 ]
@@ -108,23 +108,23 @@ def decide_offset(
         return (OFFSET_DN if by_baseline else 0), f"{provider.flag} is false, {named}: {still}"
     if rule == "baseline" and by_baseline is not None:
         return (OFFSET_DN if by_baseline else 0), f"{named}; {provider.name} serves pixels as produced"
-    odd = ""
+    remark = ""
     for values, place in ((stated, "raster metadata of the item"), (promised, "raster metadata of the collection")):
         if not values:
             continue
         value = next(iter(values.values()))
         if len(set(values.values())) > 1 or value not in (0, OFFSET_DN):
             shown = ", ".join(f"{band} {v:g}" for band, v in values.items())
-            odd = f"; {place} state neither 0 nor -1000 for all bands ({shown}) and are ignored"
+            remark = f"; {place} state neither 0 nor -1000 for all bands ({shown}) and are ignored"
             continue
         agrees = by_baseline is None or (value == OFFSET_DN) == by_baseline
         if not agrees and values is promised:
             continue  # a collection holds items of all baselines, so it cannot overrule the item's baseline
         although = "" if agrees else ", although that does not fit"
-        return int(value), f"{place} state {value:g} ({named}{although}){odd}"
+        return int(value), f"{place} state {value:g} ({named}{although}){remark}"
     if by_baseline is not None:
-        return (OFFSET_DN if by_baseline else 0), f"{named}{odd}"
-    return 0, f"{UNKNOWN_OFFSET} ({named}): taken as 0 unless the pixels say otherwise{odd}"
+        return (OFFSET_DN if by_baseline else 0), f"{named}{remark}"
+    return 0, f"{UNKNOWN_OFFSET} ({named}): taken as 0 unless the pixels say otherwise{remark}"
 
 
 def _truth(value: object) -> bool | None:
@@ -158,13 +158,13 @@ def read_offset(dn: npt.NDArray[Any]) -> OffsetReading:
     return OffsetReading("unclear", share, low, int(values.size))
 
 
-def odd_range(dn: npt.NDArray[Any], scale: float) -> str | None:
+def explain_wrong_scale(dn: npt.NDArray[Any], scale: float) -> str | None:
     """The reason why digital numbers cannot be reflectance at `scale`; None if they can.
 
     A file that was scaled before it was stored as integers holds almost only 0 and 1. A file that was stretched over
     all 16 bits is brighter than snow everywhere. A scale that was applied twice looks like one of the two.
 
-    >>> odd_range(np.full((64, 64), 3, np.uint16), 1e-4)
+    >>> explain_wrong_scale(np.full((64, 64), 3, np.uint16), 1e-4)
     '99% of the values are at most 3, a reflectance of 0.0003: the scale seems to be applied already'
     """
     values = dn[(dn > 0) & (dn < 65535)]

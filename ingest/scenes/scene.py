@@ -136,7 +136,7 @@ class Scene:
         return f"<Scene {self.id} of {self.collection}, {self.datetime}{cloud}, {' '.join(self.assets)}>"
 
     def _repr_html_(self) -> str:
-        facts = [
+        rows = [
             ("collection", self.collection),
             ("time", self.datetime),
             ("tile", self.tile),
@@ -148,7 +148,7 @@ class Scene:
             ("lacking", ", ".join(self.lacking)),
             ("notes", "\n".join(self.notes)),
         ]
-        return facts_table(f"Scene {self.id}", facts)
+        return facts_table(f"Scene {self.id}", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -147,10 +147,10 @@ def find_items(
         selection = Selection(config)
         collection_ids: set[str] = set()
         if is_url(location) and isinstance(document, Mapping) and (root := api_root(documents, location, document)):
-            asked = config
+            request = config
             if document.get("type") == "Collection" and not config.collections:
-                asked = config.model_copy(update={"collections": (str(document["id"]),)})
-            candidates = ask_api(documents, root, asked)
+                request = config.model_copy(update={"collections": (str(document["id"]),)})
+            candidates = ask_api(documents, root, request)
         else:
             candidates = iterate_items(
                 documents, location, document, wanted=config.collections, collection_ids=collection_ids
