@@ -103,7 +103,7 @@ class Documents:
         self._session.headers["Accept"] = "application/geo+json, application/json"
         retry = PatientRetry(
             total=config.retries,
-            connect=min(1, config.retries),  # a closed port or an unknown name fails at once
+            connect=min(1, config.retries),  # a closed port or unknown name is known at once
             backoff_factor=0.3,
             backoff_jitter=0.2,
             backoff_max=20,
