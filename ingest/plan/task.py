@@ -74,7 +74,7 @@ class PlannedScene:
         item: Row of the scene in the collection's item table.
         item_id: Id of the item.
         step: Number of the time step in the cube.
-        extent: Grid of the scene's raster; its pixels count as missing when the scene cannot be read.
+        extent: Grid with the rectangle of the scene's raster; pixels in it count as missing when it cannot be read.
         assets: Data bands in the cube's order, then class layers.
         lacking: Bands that the item does not have; a scene that lacks a band counts as missing as a whole.
     """

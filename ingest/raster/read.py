@@ -81,7 +81,7 @@ def read_on_grid(
         scene: Item id, for error messages.
         access: Limits and retries.
         out: Array (height, width) of type `stored` that takes the result; its content is undefined if this raises.
-        on_version: Function that is called with the version of the file, except for an empty file.
+        on_version: Function that is called with the version of the file that is read.
 
     Returns:
         `out`, or a fresh array: (height, width) of `target`, with 0 (or NaN for float32) where the file has no data or
