@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from distributed import Client, LocalCluster
 
-from ingest.plan.plan import plan_scenes
+from ingest.plan.making import plan_scenes
 from ingest.plan.stored import kept_plan
 from ingest.request.config import IngestConfig
 from ingest.run.loop import Job, run, run_job
-from ingest.scenes.search import Found
+from ingest.scenes.search import SearchResult
 from ingest.testing import make_scene, probe_headers
 from ingest.upkeep.extend import plan_extension
 from zarr_store.grid import Grid
@@ -50,7 +50,7 @@ def measure(days: int, folder: Path, client: Client) -> float:
     for added in range(1, REPEATS + 1):
         started = time.perf_counter()
         with CubeLock(cube, "benchmark") as lock:
-            found = Found(tuple(scenes[: days + added]))
+            found = SearchResult(tuple(scenes[: days + added]))
             merged = plan_extension(kept_plan(cube), "", CONFIG, append=True, refresh=False, found=found)
             report = run_job(Job(merged, str(cube), lock, grow=True), client=client)
         seconds.append(time.perf_counter() - started)

@@ -16,13 +16,13 @@ from harness import BANDS, OUT, WORKERS, Row, arguments, publish, world
 
 def plan_of(source: str, copies: int) -> Any:
     """A plan of a source's scenes, each repeated `copies` times with later dates: the files stay the same."""
-    from ingest.plan.plan import plan_scenes
+    from ingest.plan.making import plan_scenes
     from ingest.plan.probe import probe_scenes
     from ingest.request.config import IngestConfig
-    from ingest.scenes.search import search
+    from ingest.scenes.search import find_scenes
 
     config = IngestConfig(collections=("sentinel-2-l2a",), bands=(*BANDS, "scl"))
-    found = search(source, config)
+    found = find_scenes(source, config).scenes
     probes = probe_scenes(found, config)
     scenes, headers = [], {}
     for copy in range(copies):

@@ -74,7 +74,7 @@ def main() -> int:
     asked = arguments(__doc__ or "")
     import odc.stac
 
-    from ingest.plan.plan import plan_scenes
+    from ingest.plan.making import plan_scenes
     from ingest.request.config import IngestConfig
 
     dates = 73 if asked.full else 7

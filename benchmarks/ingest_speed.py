@@ -26,7 +26,7 @@ _LATENCY_S = 0.05
 
 
 def make_plan(source: str) -> Any:
-    from ingest.plan.plan import make_plan as plan
+    from ingest.plan.making import make_plan as plan
     from ingest.request.config import IngestConfig
 
     return plan(source, IngestConfig(collections=("sentinel-2-l2a",), bands=LAYERS))
@@ -34,11 +34,11 @@ def make_plan(source: str) -> Any:
 
 def forget_files() -> None:
     """On a worker: know no file from the run before, as a worker that has just begun."""
-    from ingest.raster.access import headers
-    from ingest.raster.download import heads
+    from ingest.raster.access import header_cache
+    from ingest.raster.download import head_cache
 
-    headers(os.getpid()).clear()
-    heads(os.getpid()).clear()
+    header_cache(os.getpid()).clear()
+    head_cache(os.getpid()).clear()
 
 
 def run_terrashard(plan: Any, client: Any) -> float:

@@ -21,7 +21,7 @@ import pystac
 import rasterio
 import stackstac
 
-from ingest.plan.plan import make_plan
+from ingest.plan.making import make_plan
 from ingest.request.config import IngestConfig
 from ingest.run.shard import fill_shard
 from ingest.scenes.offsets import OFFSET_DN, baseline_has_offset, read_offset

@@ -53,7 +53,8 @@ def plan_of(session: Session, source: str, config: IngestConfig) -> Plan:
     Raises:
         InvalidInput: SOURCE is a plan, and options ask for another one, or an href of it may not be opened.
     """
-    from ingest.plan.plan import Plan, make_plan
+    from ingest.plan.making import make_plan
+    from ingest.plan.plan import Plan
     from ingest.plan.stored import check_hrefs
 
     if not is_plan(source):

@@ -12,7 +12,7 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from ingest.scenes.catalogue import FoundItem
+    from ingest.scenes.catalogue import CatalogueItem
 
 __all__ = ["check_suffix", "portable", "write_items"]
 
@@ -25,7 +25,7 @@ def check_suffix(path: Path) -> None:
         raise InvalidInput(f"{path}: items are written as .json or .parquet, got {path.suffix or 'no suffix'!r}")
 
 
-def portable(found: FoundItem) -> dict[str, Any]:
+def portable(found: CatalogueItem) -> dict[str, Any]:
     """The item as it was found, with absolute hrefs, as relative ones start at a place that it leaves, and unsigned."""
     item = dict(found.item)
     assets = item.get("assets") or {}

@@ -121,7 +121,7 @@ def _ingest(session: Session, world: Path, cube: Path) -> int:
         session.note(f"      {cube} is complete")
         return 0
     from cli.ingesting import run_plan
-    from ingest.plan.plan import make_plan
+    from ingest.plan.making import make_plan
     from ingest.request.config import IngestConfig
 
     config = IngestConfig(

@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
         """Show what an ingest would do: grid, dates, shards, bytes, offset verdicts, and what is left out."""
         import json
 
-        from ingest.plan.plan import make_plan
+        from ingest.plan.making import make_plan
         from ingest.plan.stored import needed_options
 
         made = make_plan(source, ingest_config(session))

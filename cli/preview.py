@@ -37,12 +37,12 @@ def register(app: typer.Typer) -> None:
         Only headers and overviews are read. Exit code 3: some scene could not be read.
         """
         from cli.picture import draw_preview, refuse_other_than_png
-        from ingest.scenes.search import search
+        from ingest.scenes.search import find_scenes
         from ingest.thumbnails import draw_thumbnails, with_colours
 
         refuse_other_than_png(out)
         config = with_colours(ingest_config(session))
-        scenes = search(source, config)
+        scenes = find_scenes(source, config).scenes
         made = draw_thumbnails(scenes, config, source, side_px=side, most=most)
         picture = draw_preview(made.thumbnails, out, width=width)
         for one in made.thumbnails:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ingest.plan.plan import Plan
     from ingest.request.config import IngestConfig
     from ingest.run.outcome import IngestEvent, IngestReport
-    from ingest.scenes.found import Scenes
     from ingest.scenes.scene import AssetRef, Scene
+    from ingest.scenes.scene_list import Scenes
     from ingest.stack import open_stack
     from ingest.upkeep.audit import AuditReport
     from ingest.upkeep.checksums import FilesReport
@@ -70,7 +70,7 @@ _HOME = {
     "Plan": "ingest.plan.plan",
     "RepairReport": "ingest.upkeep.repair",
     "Scene": "ingest.scenes.scene",
-    "Scenes": "ingest.scenes.found",
+    "Scenes": "ingest.scenes.scene_list",
     "SourcesReport": "ingest.upkeep.repair",
     "append_scenes": "ingest.keep",
     "audit_cube": "ingest.keep",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Unpack
 
 from ingest.request.config import IngestConfig
 from ingest.request.settings import PlanSettings, RunSettings, SearchSettings, make_config, spell_out, trust_of
-from ingest.scenes.found import Scenes
 from ingest.scenes.scene import Scene
+from ingest.scenes.scene_list import Scenes
 from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -54,11 +54,11 @@ def find_scenes(
         >>> len(found), found[0].tile
         (2, '33TWL')
     """
-    from ingest.scenes.search import search
+    from ingest.scenes.search import find_scenes
 
     asked = make_config(config, settings)
     text = os.fspath(source)
-    return Scenes(tuple(search(text, asked, headers=headers)), text, asked)
+    return Scenes(tuple(find_scenes(text, asked, headers=headers).scenes), text, asked)
 
 
 @spell_out(PlanSettings)
@@ -91,8 +91,8 @@ def make_plan(
         >>> plan
         <Plan of 2 scenes: sentinel-2-l2a, 2 dates, red nir; EPSG:32633 64×64 px at 10; 2 shards>
     """
-    from ingest.plan.plan import make_plan as plan_source
-    from ingest.plan.plan import plan_found
+    from ingest.plan.making import make_plan as plan_source
+    from ingest.plan.making import probe_and_plan
 
     if isinstance(source, str | os.PathLike):
         return plan_source(os.fspath(source), make_config(config, settings))
@@ -105,7 +105,7 @@ def make_plan(
             "say where a list of scenes was found, as that decides which hosts may be opened: "
             "make_plan(scenes, found_in=SOURCE); what find_scenes gives, its slices and `where` know it themselves"
         )
-    return plan_found(list(source), make_config(config, settings), place)
+    return probe_and_plan(list(source), make_config(config, settings), place)
 
 
 @spell_out(RunSettings)

@@ -249,13 +249,13 @@ def _extend(
     on_event: Watch | None,
     settings: UpkeepSettings,
 ) -> IngestReport:
-    from ingest.plan.stored import kept_plan, kept_source
+    from ingest.plan.stored import check_kept_source, kept_plan
     from ingest.run.cluster import usable_client
     from ingest.run.progress import shown_progress
     from ingest.upkeep.extend import extend
 
     config = _config_of(cube, settings)
-    place = kept_source(kept_plan(cube), config, os.fspath(cube)) if source is None else os.fspath(source)
+    place = check_kept_source(kept_plan(cube), config, os.fspath(cube)) if source is None else os.fspath(source)
     with shown_progress(what, progress, on_event) as tell:
         return extend(
             place,

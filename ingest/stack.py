@@ -28,8 +28,8 @@ from ingest.raster.limits import Access
 from ingest.raster.read import NODATA, SceneReader, read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.request.settings import PlanSettings, make_config, spell_out, trust_of
-from ingest.scenes.found import Scenes
 from ingest.scenes.scene import Scene
+from ingest.scenes.scene_list import Scenes
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
 

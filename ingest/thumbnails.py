@@ -13,8 +13,9 @@ import dask
 import numpy as np
 import numpy.typing as npt
 
-from ingest.plan.candidates import FoundScene, refuse_unopened
-from ingest.plan.plan import Plan, plan_scenes, probe_found
+from ingest.plan.candidates import ProbedScene, refuse_unopened
+from ingest.plan.making import check_hosts_and_probe, plan_scenes
+from ingest.plan.plan import Plan
 from ingest.plan.target import choose_grid
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
@@ -89,8 +90,8 @@ def draw_thumbnails(
         AssetUnreadable: Not one file could be opened.
     """
     near = _first_steps(scenes, config, most)
-    probes = probe_found(near, config, source)
-    found = [FoundScene.of(scene, probes) for scene in near]
+    probes = check_hosts_and_probe(near, config, source)
+    found = [ProbedScene.of(scene, probes) for scene in near]
     candidates = [candidate for one in found for candidate in one.candidates()]
     if not candidates:
         refuse_unopened(found)

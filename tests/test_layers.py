@@ -18,7 +18,7 @@ CLUSTER = ("distributed", "rasterio", "pystac", "pystac_client", "stackstac")
     ("modules", "absent"),
     [
         (
-            ("ingest", "ingest.request.config", "ingest.scenes.search", "ingest.plan.plan", "ingest.run.loop"),
+            ("ingest", "ingest.request.config", "ingest.scenes.search", "ingest.plan.making", "ingest.run.loop"),
             (*TRAINING, "jaxtrain", "cli"),
         ),
         (

@@ -26,8 +26,8 @@ from rasterio.windows import Window
 
 from ingest.labels.alignment import mirrored_fit
 from ingest.labels.features import Features, is_vector, read_features
-from ingest.raster.drivers import limit_raster_drivers
-from ingest.raster.faults import TIFF, describe_fault, is_file_fault
+from ingest.raster.drivers import TIFF_MAGIC, limit_raster_drivers
+from ingest.raster.faults import describe_fault, is_file_fault
 from ingest.raster.gdal_read import read_window
 from ingest.raster.header import grid_of
 from ingest.raster.opening import open_geotiff
@@ -238,7 +238,7 @@ def _warp(
 ) -> tuple[Draw, tuple[tuple[int, str], ...]]:
     """Draws the raster's pixels of a box on the cube's grid."""
     with open_regular(source) as file:
-        if file.read(4) not in TIFF:
+        if file.read(4) not in TIFF_MAGIC:
             raise InvalidInput(
                 f"{source} is neither a GeoTIFF nor, by its name, polygons; convert it with gdal_translate or ogr2ogr"
             )

@@ -1,6 +1,6 @@
-"""Scenes with what their files say, on the way into a plan: which are used, what is read, which shard needs them.
+"""From probed scenes to the scenes of a plan: which are used, what is read of them, and which shard needs them.
 
-Pure: headers were looked at before.
+All of this is pure: the headers were read before.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Drop",
-    "FoundScene",
+    "ProbedScene",
     "Probes",
-    "collection_spec",
+    "make_collection_spec",
     "place_scenes",
     "product_of",
     "refuse_unopened",
@@ -47,16 +47,17 @@ __all__ = [
 ]
 
 _SLIVER = 1e-4
+"""Smallest share of the region that a scene must show to be used."""
 _MAX_ITEMS = 32_767
-"""`source_item` is int16."""
+"""Largest number of scenes of a collection; `source_item` is an int16 array."""
 
 Probes = Mapping[Any, "SceneProbe"]
-"""(collection, id), or the id alone where it names one scene, → what its files say."""
+"""(collection, id), or the id alone where it names one scene, → the probe of the scene."""
 
 
 @dataclass(frozen=True)
 class Drop:
-    """A scene that was found and is not used, and why."""
+    """A scene that the search returned and the plan does not use, with the reason."""
 
     collection: str
     item_id: str
@@ -64,21 +65,29 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class FoundScene:
-    """A scene with what its files say."""
+class ProbedScene:
+    """A scene with the probe of its files.
+
+    Attributes:
+        scene: The scene as the catalogue describes it.
+        probe: What its files say; None where nobody opened them.
+    """
 
     scene: Scene
     probe: SceneProbe | None
 
     @classmethod
     def of(cls, scene: Scene, probes: Probes) -> Self:
+        """Pair a scene with its probe."""
         return cls(scene, probes.get(scene.key) or probes.get(scene.id))
 
     def header(self, band: str) -> Grid | None:
-        looked = self.probe.assets.get(band) if self.probe else None
-        return looked.grid if looked else None
+        """The grid that the file of a band states; None where no file was opened."""
+        asset = self.probe.assets.get(band) if self.probe else None
+        return asset.grid if asset else None
 
     def candidates(self) -> list[Candidate]:
+        """The rasters of the scene whose headers are known."""
         return [
             Candidate(f"{self.scene.id}/{band}", header, asset.kind == "data")
             for band, asset in self.scene.assets.items()
@@ -86,7 +95,7 @@ class FoundScene:
         ]
 
     def stated_place(self) -> Grid | Bounds:
-        """Where the scene lies by the catalogue: the grid of its largest asset, else the lon/lat box."""
+        """Where the catalogue places the scene: the grid of its largest asset, else the lon/lat box."""
         stated = [a.grid for a in self.scene.assets.values() if a.grid is not None and _is_on_earth(a.grid)]
         if stated:
             return max(stated, key=lambda grid: (grid.height * grid.width, str(grid)))
@@ -95,19 +104,21 @@ class FoundScene:
 
     @property
     def dn_offset(self) -> int:
+        """What must be added to a digital number: 0 or -1000; the pixels decide where they were probed."""
         return self.probe.dn_offset if self.probe else self.scene.dn_offset
 
     @property
     def verdict(self) -> str:
+        """Verdict of the pixels on the offset; "unchecked" where they were not probed."""
         return self.probe.verdict if self.probe else "unchecked"
 
     @property
     def cloud_share(self) -> float | None:
-        """Of what it sees of the region, the share that is masked; None where it was not measured."""
+        """Share of the scene's valid pixels in the region that is masked; None where it was not measured."""
         return self.probe.cloud_share if self.probe else None
 
     def extent(self, target: Grid) -> Grid:
-        """The rectangle of the scene's raster: by header, else by metadata, else by the box of its footprint."""
+        """The rectangle of the scene's raster: from the header, else the metadata, else the box of its footprint."""
         headers = [c.grid for c in self.candidates()]
         if headers:
             return max(headers, key=lambda grid: (grid.height * grid.width, str(grid)))
@@ -117,7 +128,7 @@ class FoundScene:
         return Grid.from_bounds(target.crs, project_bounds(place, target.crs), resolution=max(target.resolution))
 
     def rank(self, target: Grid) -> int:
-        """As `lattice_rank`, by the headers of its files."""
+        """The scene's `lattice_rank`, from the headers of its files."""
         return lattice_rank([c.grid for c in self.candidates()] or [self.extent(target)], target)
 
 
@@ -129,30 +140,42 @@ def _is_on_earth(grid: Grid) -> bool:
     return True
 
 
-def refuse_unopened(found: Sequence[FoundScene]) -> None:
-    for one in found:
-        for band, looked in (one.probe.assets if one.probe else {}).items():
+def refuse_unopened(probed: Sequence[ProbedScene]) -> None:
+    """Raise the error for scenes of which no file could be opened.
+
+    Raises:
+        AssetUnreadable: The first file that could not be opened, with its cause.
+        InvalidInput: No scene has an asset to open.
+    """
+    for one in probed:
+        for band, asset_probe in (one.probe.assets if one.probe else {}).items():
             asset = one.scene.assets.get(band)
-            if asset is not None and looked.error:
-                reason = f"{looked.error} (and no other file of {len(found)} scenes could be opened)"
+            if asset is not None and asset_probe.error:
+                reason = f"{asset_probe.error} (and no other file of {len(probed)} scenes could be opened)"
                 raise AssetUnreadable.of(one.scene.id, asset.key, reason, redact_url(asset.href))
     raise InvalidInput(
-        f"none of the {len(found)} scenes has a readable band (first: {found[0].scene.id}, "
-        f"lacking {', '.join(found[0].scene.lacking) or 'nothing'}); check --bands and the access rules of the source"
+        f"none of the {len(probed)} scenes has a readable band (first: {probed[0].scene.id}, "
+        f"lacking {', '.join(probed[0].scene.lacking) or 'nothing'}); check --bands and the access rules of the source"
     )
 
 
-def select_scenes(found: Sequence[FoundScene], grid: Grid, config: IngestConfig) -> tuple[list[FoundScene], list[Drop]]:
-    """Scenes that touch the grid by more than a sliver, and the rest with reasons."""
+def select_scenes(
+    probed: Sequence[ProbedScene], grid: Grid, config: IngestConfig
+) -> tuple[list[ProbedScene], list[Drop]]:
+    """Split scenes into those that show more than a sliver of the grid, and the rest with reasons.
+
+    Raises:
+        NothingFound: No scene is left.
+    """
     asked = region_lonlat(config)
     west, south, east, north = asked or grid.lonlat_bounds()
     region = box(west, south, east + 360.0 if east < west else east, north)
     kept, drops = [], []
-    for one in found:
+    for one in probed:
         scene = one.scene
         try:
             reached = pixel_box(one.extent(grid), grid) is not None
-        except (InvalidInput, ProjError):  # its place is known by its footprint alone, which has none in this CRS
+        except (InvalidInput, ProjError):  # only its footprint is known, and that has no place in this CRS
             reached = False
         if not reached:
             drops.append(Drop(scene.collection, scene.id, "its raster does not reach the region"))
@@ -171,21 +194,24 @@ def select_scenes(found: Sequence[FoundScene], grid: Grid, config: IngestConfig)
     if not kept:
         if slivers := [drop for drop in drops if drop.reason.endswith("a sliver")]:
             raise NothingFound(
-                f"none of the {len(found)} scenes shows anything of the region {_show((west, south, east, north))}: "
+                f"none of the {len(probed)} scenes shows anything of the region {_show((west, south, east, north))}: "
                 f"of {slivers[0].item_id}, {slivers[0].reason}; ask for other dates or a larger region"
             )
-        boxes = [one.scene.bbox for one in found]
+        boxes = [one.scene.bbox for one in probed]
         west_most, south_most = min(b[0] for b in boxes), min(b[1] for b in boxes)
         scenes_box = (west_most, south_most, max(b[2] for b in boxes), max(b[3] for b in boxes))
         raise NothingFound(
-            f"none of the {len(found)} scenes lies in the region: that is {_show((west, south, east, north))}, "
+            f"none of the {len(probed)} scenes lies in the region: that is {_show((west, south, east, north))}, "
             f"the scenes are in {_show(scenes_box)} (west, south, east, north in degrees); correct --bbox or --geometry"
         )
     return kept, drops
 
 
 def _covered_share(scene: Scene, region: BaseGeometry) -> float:
-    """Footprint within the region, over the region or the scene's box, whichever is smaller; antimeridian or not."""
+    """Area of the footprint within the region, over that of the region or of the scene's box, whichever is smaller.
+
+    The region may lie on either side of the antimeridian.
+    """
     if not scene.footprint:
         return 1.0
     west, south, east, north = scene.bbox
@@ -204,7 +230,7 @@ def product_of(scene: Scene) -> ProductRule:
     return next(rule for rule in PRODUCTS if rule.name == scene.product)
 
 
-def collection_spec(
+def make_collection_spec(
     collection: str,
     product: ProductRule,
     choice: BandChoice,
@@ -213,6 +239,7 @@ def collection_spec(
     layout: Layout,
     config: IngestConfig,
 ) -> CubeSpec:
+    """Specify the collection of a cube that holds scenes of one product."""
     radar = product.kind == "backscatter"
     bands = tuple(
         BandSpec(band.name, None if radar else 0, 1.0 if radar else product.scale, 0.0, "1", band.wavelength_um)
@@ -233,9 +260,13 @@ def collection_spec(
 
 
 def place_scenes(
-    recipe: Recipe, steps: Sequence[Step], by_id: Mapping[str, FoundScene], config: IngestConfig
+    recipe: Recipe, steps: Sequence[Step], by_id: Mapping[str, ProbedScene], config: IngestConfig
 ) -> tuple[tuple[dict[str, Any], ...], list[PlannedScene]]:
-    """The item table in order of time, and the scenes in the order in which they win, step by step."""
+    """Make the item table, in order of time, and list the scenes step by step in the order in which they win.
+
+    Raises:
+        InvalidInput: There are more scenes than a cube holds.
+    """
     ordered = sorted(by_id.values(), key=lambda one: (one.scene.datetime, one.scene.id))
     if len(ordered) > _MAX_ITEMS:
         raise InvalidInput(f"{len(ordered)} scenes are more than a cube holds ({_MAX_ITEMS}); split --datetime")
@@ -256,7 +287,7 @@ def place_scenes(
     return table, planned
 
 
-def _item_row(one: FoundScene, step: int) -> dict[str, Any]:
+def _item_row(one: ProbedScene, step: int) -> dict[str, Any]:
     scene = one.scene
     names = (
         "id", "datetime", "provider", "platform", "baseline", "tile", "relative_orbit", "orbit_direction", "datatake",
@@ -267,7 +298,7 @@ def _item_row(one: FoundScene, step: int) -> dict[str, Any]:
     return row | {"step": step, "bbox": list(scene.bbox), "dn_offset": one.dn_offset} | measured
 
 
-def _source_asset(one: FoundScene, asset: AssetRef, recipe: Recipe, config: IngestConfig) -> SourceAsset:
+def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: IngestConfig) -> SourceAsset:
     layer = asset.kind == "class"
     stored: Stored = "uint8" if layer else "float32" if recipe.spec.kind == "backscatter" else "uint16"
     return SourceAsset(
@@ -289,7 +320,7 @@ def _source_asset(one: FoundScene, asset: AssetRef, recipe: Recipe, config: Inge
 def sources_of(
     region: Region, planned: Sequence[PlannedScene], grid: Grid, clip: str | None = None
 ) -> tuple[PlannedScene, ...]:
-    """Scenes that may reach into a shard, in the order in which they win; none where all of it is clipped away."""
+    """Scenes that may reach into a shard, in the order in which they win; none where the clip leaves nothing of it."""
     window = grid.window(region.y0, region.x0, region.shape[1], region.shape[2])
     if is_outside(clip, window):
         return ()
@@ -298,5 +329,5 @@ def sources_of(
 
 @functools.lru_cache(maxsize=1 << 16)
 def _reaches(source: Grid, target: Grid) -> bool:
-    """Whether a raster has pixels on a window; the tiles of a cube and its shards meet again on every date."""
+    """Whether a raster has pixels on a window; it is cached because the same tiles and shards meet on every date."""
     return pixel_box(source, target) is not None

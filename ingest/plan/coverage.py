@@ -1,8 +1,9 @@
-"""What a scene sees of the region, and how much of that clouds hide: by its pixels, not by its catalogue.
+"""`Coverage`: how much of the region a scene shows, and how much of that clouds hide, measured on its pixels.
 
-A catalogue's cloud cover is of the whole tile, and its footprint is often the tile's square although the swath ends
-within. The class layer says both of the region alone. It is read at full resolution where the region is small, else
-from the overviews of a GeoTIFF; the levels of a JPEG 2000 file are never asked for them.
+A catalogue states the cloud cover of the whole tile, and the footprint is often the tile's square although the swath
+ends within it. The class layer shows both for the region alone. It is read at full resolution where the region is
+small, else from the overviews of a GeoTIFF. Levels of a JPEG 2000 file are averages, so classes are never read from
+them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ingest.pixels.mask import NO_DATA_CLASS
 from ingest.plan.target import project_bounds, region_lonlat
 from ingest.raster.blocks import BlockReader, check_streams
 from ingest.raster.gdal_read import read_window
-from ingest.raster.ranges import blocks_of, range_file_of
+from ingest.raster.ranges import blocks_of, find_range_file
 from ingest.request.config import IngestConfig
 from ingest.scenes.scene import AssetRef
 from zarr_store.errors import InvalidInput
@@ -29,13 +30,16 @@ from zarr_store.grid import Grid
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-__all__ = ["Coverage", "choose_judge", "cover"]
+__all__ = ["Coverage", "choose_coverage_band", "measure_coverage"]
 
 Bool = npt.NDArray[np.bool_]
 
 _WHOLE_PX = 1 << 22
+"""Largest region, in pixels, that is read at full resolution."""
 _SIDE_PX = 512
+"""Side of a decimated read and of a scattered window, in pixels."""
 _PARTS = 3
+"""Number of scattered windows along each side."""
 
 
 @dataclass(frozen=True)
@@ -43,35 +47,35 @@ class Coverage:
     """How a scene covers the region.
 
     Attributes:
-        valid: Of the region, or of the scene's raster where that is smaller, the share that has data; None where only
-            parts of the raster were looked at.
-        hidden: Of what has data in the region, the share in the classes that are masked; None without a class layer or
-            where nothing has data.
+        valid: Share of the region, or of the scene's raster where that is smaller, that has data; None where only parts
+            of the raster were read.
+        hidden: Share of the pixels with data in the region that are of masked classes; None without a class layer or
+            without data.
     """
 
     valid: float | None
     hidden: float | None
 
 
-def choose_judge(assets: Mapping[str, AssetRef], mask_layer: str | None) -> str | None:
-    """The band that is asked: the layer that masks are made from, else the first data band.
+def choose_coverage_band(assets: Mapping[str, AssetRef], mask_layer: str | None) -> str | None:
+    """Choose the band that coverage is measured on: the layer that masks are made from, else the first data band.
 
     Args:
-        assets: Of a scene.
-        mask_layer: Of its product.
+        assets: Assets of a scene, by band.
+        mask_layer: Class layer of its product that masks are made from.
     """
     if mask_layer in assets:
         return mask_layer
     return next((band for band, asset in assets.items() if asset.kind == "data"), None)
 
 
-def cover(dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestConfig) -> Coverage | None:
-    """How the scene of an open file covers the region of `config`; all of the raster where it names none.
+def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestConfig) -> Coverage | None:
+    """Measure how the scene of an open file covers the region of `config`, or its own raster where there is no region.
 
     Args:
-        dataset: The file of the band that `choose_judge` chose.
-        grid: Of the file.
-        asset: What the metadata say of it.
+        dataset: Open file of the band that `choose_coverage_band` chose.
+        grid: Grid of the file.
+        asset: The asset as the metadata describe it.
         config: Region and masked classes.
 
     Returns:
@@ -80,7 +84,7 @@ def cover(dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestCon
     place = _window(grid, config)
     if place is None:
         return None
-    (row, col, height, width), asked_px = place
+    (row, col, height, width), region_px = place
     is_class = asset.kind == "class"
     if height * width <= _WHOLE_PX:
         parts = [(grid.window(row, col, height, width), _read(dataset, (row, col, height, width)))]
@@ -91,27 +95,27 @@ def cover(dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestCon
     complete = len(parts) == 1
     clip = clip_text(config.selection.geometry) if config.pixels.clip else None
     empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
-    asked = seen = hidden = 0
+    counted = with_data = hidden = 0
     for part, pixels in parts:
         inside = inside_of(clip, part)
         valid = _has_data(pixels, is_class, empty)
         valid = valid if inside is None else valid & inside
-        asked += pixels.size if inside is None else int(inside.sum())
-        seen += int(valid.sum())
+        counted += pixels.size if inside is None else int(inside.sum())
+        with_data += int(valid.sum())
         if is_class:
             hidden += int((valid & np.isin(pixels, config.pixels.mask_classes)).sum())
     if clip is not None:
-        asked_px = area_of(clip, grid.crs) / math.prod(grid.resolution)
-    # of the region, or of the whole raster where the region is larger
-    reach = asked / parts[0][1].size * height * width / max(1.0, min(asked_px, float(grid.height * grid.width)))
+        region_px = area_of(clip, grid.crs) / math.prod(grid.resolution)
+    # share of the region, or of the whole raster where the region is larger
+    reach = counted / parts[0][1].size * height * width / max(1.0, min(region_px, float(grid.height * grid.width)))
     return Coverage(
-        valid=round(min(1.0, seen / asked * reach), 6) if complete and asked else None,
-        hidden=round(hidden / seen, 4) if is_class and seen else None,
+        valid=round(min(1.0, with_data / counted * reach), 6) if complete and counted else None,
+        hidden=round(hidden / with_data, 4) if is_class and with_data else None,
     )
 
 
 def _window(grid: Grid, config: IngestConfig) -> tuple[tuple[int, int, int, int], float] | None:
-    """((row, col, height, width) of the region in the raster, pixels of all of the region)."""
+    """((row, col, height, width) of the region in the raster, number of pixels of the whole region)."""
     region = region_lonlat(config)
     if region is None:
         return (0, 0, grid.height, grid.width), float(grid.height * grid.width)
@@ -131,7 +135,7 @@ def _read(dataset: DatasetReader, window: tuple[int, int, int, int]) -> npt.NDAr
     from rasterio.windows import Window
 
     row, col, height, width = window
-    file = range_file_of(dataset)
+    file = find_range_file(dataset)
     blocks = BlockReader.of(dataset, file) if file is not None else None
     if blocks is not None:
         return blocks.read(row, col, height, width)
@@ -154,7 +158,7 @@ def _decimated(dataset: DatasetReader, grid: Grid, window: tuple[int, int, int, 
 
 
 def _scattered(window: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
-    """Small windows spread over a large one."""
+    """Small windows that are spread evenly over a large one."""
     row, col, height, width = window
     side = min(_SIDE_PX, height, width)
     along = [(2 * n + 1) / (2 * _PARTS) for n in range(_PARTS)]

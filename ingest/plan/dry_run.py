@@ -1,4 +1,4 @@
-"""The dry run: a plan in words, for the person who decides whether to start it."""
+"""The dry run: a plan as text, for the person who decides whether to start it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from zarr_store.printable import one_line
 
 __all__ = ["describe", "human_bytes", "plan_table"]
 
-_MOST_LINES = 12
+_MAX_LINES = 12
+"""Largest number of lines that a list shows."""
 
 
 class Described(Protocol):
-    """What the words need of a plan; `ingest.plan.plan.Plan` has it."""
+    """The parts of a plan that the dry run shows; `ingest.plan.plan.Plan` has them."""
 
     @property
     def digest(self) -> str: ...
@@ -40,11 +41,11 @@ class Described(Protocol):
     @property
     def reasons(self) -> tuple[str, ...]: ...
     @property
-    def facts(self) -> Mapping[str, Mapping[str, Any]]: ...
+    def statistics(self) -> Mapping[str, Mapping[str, Any]]: ...
 
 
 def describe(plan: Described) -> str:
-    """Grid and why, dates, shards, sources, sizes, verdicts, what is left out and what is odd."""
+    """Describe a plan: its grid and why, dates, shards, sources, sizes, verdicts, dropped scenes and warnings."""
     grid = plan.grid
     west, south, east, north = grid.lonlat_bounds()
     lines = [
@@ -62,36 +63,36 @@ def describe(plan: Described) -> str:
 
 
 def plan_table(plan: Described) -> str:
-    """The plan as a table of a notebook, with the whole dry run below it."""
-    facts: list[tuple[str, object]] = [("source", plan.source), ("grid", plan.grid)]
+    """The plan as an HTML table for notebooks, with the whole dry run below it."""
+    rows: list[tuple[str, object]] = [("source", plan.source), ("grid", plan.grid)]
     for recipe in plan.recipes:
-        spec, told = recipe.spec, plan.facts.get(recipe.spec.collection, {})
+        spec, statistics = recipe.spec, plan.statistics.get(recipe.spec.collection, {})
         first, last = (spec.times[at].partition("T")[0] for at in (0, -1))
-        facts += [
+        rows += [
             ("collection", f"{spec.collection}: {len(plan.items[spec.collection])} scenes"),
             ("dates", f"{len(spec.times)}, {first} … {last}"),
             ("bands", ", ".join((*spec.band_names, *spec.class_layers))),
             ("shards", f"{len(spec.shards())} of up to {'×'.join(map(str, spec.layout.shard))} (time×y×x)"),
-            ("effort", f"read about {human_bytes(told.get('bytes_to_read', 0))}, write about "
-                       f"{human_bytes(told.get('bytes_to_write', 0))}"),
+            ("effort", f"read about {human_bytes(statistics.get('bytes_to_read', 0))}, write about "
+                       f"{human_bytes(statistics.get('bytes_to_write', 0))}"),
         ]  # fmt: skip
-    facts += [("left out", len(plan.drops) or ""), ("mind", "\n".join(plan.warnings[:_MOST_LINES]))]
-    table = facts_table(f"Plan {plan.digest[:12]}", facts)
+    rows += [("left out", len(plan.drops) or ""), ("mind", "\n".join(plan.warnings[:_MAX_LINES]))]
+    table = facts_table(f"Plan {plan.digest[:12]}", rows)
     return f"{table}<details><summary>the dry run</summary><pre>{html.escape(describe(plan))}</pre></details>"
 
 
 def _collection(plan: Described, recipe: Recipe) -> list[str]:
     spec = recipe.spec
-    facts = plan.facts.get(spec.collection, {})
+    statistics = plan.statistics.get(spec.collection, {})
     tasks = [task for task in plan.tasks if task.collection == spec.collection]
     per_shard = [len(task.sources) for task in tasks]
     empty = sum(count == 0 for count in per_shard)
-    verdicts = Counter(entry["verdict"] for entry in facts.get("offset_verdicts", {}).values())
+    verdicts = Counter(entry["verdict"] for entry in statistics.get("offset_verdicts", {}).values())
     rows = plan.items[spec.collection]
     offsets = Counter(row["dn_offset"] for row in rows)
     by_step = Counter(row["step"] for row in rows)
     times = [f"{time.replace('T', ' ')} ({by_step[step]} scenes)" for step, time in enumerate(spec.times)]
-    shown = times if len(times) <= _MOST_LINES else [*times[:5], f"… {len(times) - 10} more …", *times[-5:]]
+    shown = times if len(times) <= _MAX_LINES else [*times[:5], f"… {len(times) - 10} more …", *times[-5:]]
     mask = (
         f"{recipe.mask_layer} classes {', '.join(map(str, recipe.mask_classes))}"
         + (f", grown by {recipe.mask_dilate_m:g} m" if recipe.mask_dilate_m else "")
@@ -110,15 +111,15 @@ def _collection(plan: Described, recipe: Recipe) -> list[str]:
         f"  shards    {len(tasks)} of up to {'×'.join(map(str, spec.layout.shard))} (time×y×x), chunks "
         f"{'×'.join(map(str, spec.layout.chunk))}; {min(per_shard)}…{max(per_shard)} scenes each"
         + (f", {empty} without any" if empty else ""),
-        f"  sources   {len(rows)} scenes; resampled pixels {facts.get('resampled_share', 0.0):.1%}",
+        f"  sources   {len(rows)} scenes; resampled pixels {statistics.get('resampled_share', 0.0):.1%}",
     ]
     if recipe.dtype == "uint16":
         applied = ", ".join(f"{offset:+d} on {count}" for offset, count in sorted(offsets.items()))
         judged = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
         lines.append(f"  offset    {applied} scenes ({judged})")
     lines.append(
-        f"  effort    read about {human_bytes(facts.get('bytes_to_read', 0))} in {facts.get('requests', 0)} requests, "
-        f"write about {human_bytes(facts.get('bytes_to_write', 0))}"
+        f"  effort    read about {human_bytes(statistics.get('bytes_to_read', 0))} in {statistics.get('requests', 0)} "
+        f"requests, write about {human_bytes(statistics.get('bytes_to_write', 0))}"
     )
     return lines
 
@@ -126,13 +127,13 @@ def _collection(plan: Described, recipe: Recipe) -> list[str]:
 def _listed(title: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
-    rest = len(entries) - _MOST_LINES
+    rest = len(entries) - _MAX_LINES
     more = [f"  … and {rest} more"] if rest > 0 else []
-    return [f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries[:_MOST_LINES]), *more]
+    return [f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries[:_MAX_LINES]), *more]
 
 
 def human_bytes(count: float) -> str:
-    """A size with a unit.
+    """A size in bytes as text with a unit.
 
     >>> human_bytes(1536 * 1024)
     '1.5 MiB'

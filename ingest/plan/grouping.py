@@ -1,7 +1,7 @@
-"""Which scenes make one time step, and which of them wins where they overlap. Pure.
+"""`Step`: the scenes of one time step, in the order in which they win where they overlap.
 
-A solar day is counted at one longitude for the whole region, so an orbit that passes near midnight UTC is not torn in
-two. Within a step, scenes that need no resampling come first, then those with least cloud over the region, then the
+The solar day is that of one longitude for the whole region, so an orbit that passes near midnight UTC stays one step.
+Within a step, scenes that need no resampling come first, then those with the least cloud over the region, then the
 newest processing.
 """
 
@@ -31,7 +31,7 @@ Grouping = Literal["solar-day", "item", "month"]
 
 
 class Acquisition(Protocol):
-    """What dates and overlaps are decided by; a `Scene` has it, and a row of a cube's item table."""
+    """The properties that decide dates and overlaps; a `Scene` has them, and so has a row of a cube's item table."""
 
     @property
     def id(self) -> str: ...
@@ -59,9 +59,9 @@ class Step:
     """One time step of a cube.
 
     Attributes:
-        time: First acquisition of the step, "2023-08-10T10:06:49".
-        label: What makes it one step: the solar day, the month or the item id.
-        scenes: In the order in which they win.
+        time: Time of the first acquisition of the step, "2023-08-10T10:06:49".
+        label: The solar day, the month or the item id that its scenes share.
+        scenes: Scenes in the order in which they win.
     """
 
     time: str
@@ -70,14 +70,14 @@ class Step:
 
 
 def parse_time(text: str) -> dt.datetime:
-    """An ISO 8601 instant in UTC, whole seconds."""
+    """Parse an ISO 8601 time to UTC, in whole seconds."""
     moment = dt.datetime.fromisoformat(text)
     moment = moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)
     return moment.replace(microsecond=0)
 
 
 def solar_day(moment: dt.datetime, longitude: float) -> dt.date:
-    """The day by the sun at `longitude`: UTC plus four minutes a degree.
+    """The solar day at `longitude`: UTC plus four minutes for each degree.
 
     >>> solar_day(parse_time("2023-08-10T23:30:00Z"), 175.0).isoformat()
     '2023-08-11'
@@ -89,26 +89,26 @@ def solar_day(moment: dt.datetime, longitude: float) -> dt.date:
 def group_scenes(
     scenes: Sequence[Scene], *, group: Grouping, longitude: float, order: Callable[[Scene], tuple[object, ...]]
 ) -> tuple[list[Step], list[str]]:
-    """Cut scenes of one collection into time steps.
+    """Cut the scenes of one collection into time steps.
 
-    Scenes of different orbits of radar stay apart within a day or month: they look at the ground from other sides, so
-    a mean over them would be of two different things, and each step has one orbit to name.
+    Radar scenes of different orbits never share a step: they see the ground from different sides, so a mean over them
+    would mix two different quantities. So each step has exactly one orbit.
 
     Args:
-        scenes: Of one collection.
-        group: "solar-day", "month" (by the sun, too), or "item" for one step per scene.
-        longitude: Of the middle of the region, degrees.
-        order: Sort key; the first scene wins overlaps.
+        scenes: Scenes of one collection.
+        group: "solar-day", "month" (of solar days), or "item" for one step per scene.
+        longitude: Longitude of the middle of the region, in degrees.
+        order: Sort key of the scenes within a step; the first scene wins overlaps.
 
     Returns:
         Steps in order of time, and remarks for the person who reads the plan.
     """
-    found: dict[tuple[str, ...], list[Scene]] = {}
+    by_label: dict[tuple[str, ...], list[Scene]] = {}
     for scene in scenes:
-        found.setdefault(step_label(scene, group, longitude), []).append(scene)
+        by_label.setdefault(step_label(scene, group, longitude), []).append(scene)
     steps, remarks = [], []
     taken: set[dt.datetime] = set()
-    by_start = sorted(found.items(), key=lambda entry: (min(parse_time(s.datetime) for s in entry[1]), entry[0]))
+    by_start = sorted(by_label.items(), key=lambda entry: (min(parse_time(s.datetime) for s in entry[1]), entry[0]))
     for label, members in by_start:
         first = moment = min(parse_time(scene.datetime) for scene in members)
         while moment in taken:  # a time axis has no equal values; tiles of one pass share their second
@@ -128,12 +128,12 @@ def group_scenes(
 def overlap_order(
     rank: Callable[[A], int], cloud_share: Callable[[A], float | None] = lambda scene: None
 ) -> Callable[[A], tuple[object, ...]]:
-    """The sort key of scenes within a step.
+    """Make the sort key of scenes within a step.
 
     Args:
-        rank: As `lattice_rank`.
-        cloud_share: Of what a scene sees of the region, the share that is masked; None where it was not measured: then
-            the catalogue's cloud cover of the whole tile counts.
+        rank: Gives the `lattice_rank` of a scene.
+        cloud_share: Gives the share of a scene's valid pixels in the region that is masked. Where it gives None, the
+            catalogue's cloud cover of the whole tile counts.
     """
 
     def order(scene: A) -> tuple[object, ...]:
@@ -145,14 +145,14 @@ def overlap_order(
 
 
 def lattice_rank(grids: Sequence[Grid], target: Grid) -> int:
-    """The rank of a scene in overlaps, by the grids of its files: 0 on the target's lattice, 1 in its CRS, else 2."""
+    """The rank of a scene in overlaps: 0 if its files share the target's lattice, 1 if they share its CRS, else 2."""
     if all(nesting_factor(grid, target) for grid in grids):
         return 0
     return 1 if all(grid.crs == target.crs for grid in grids) else 2
 
 
 def step_label(scene: Acquisition, group: Grouping, longitude: float) -> tuple[str, ...]:
-    """What makes scenes one time step: those with the same label."""
+    """The label of the time step of a scene; scenes with equal labels make one step."""
     if group == "item":
         return (scene.id,)
     day = solar_day(parse_time(scene.datetime), longitude)
@@ -163,5 +163,5 @@ def step_label(scene: Acquisition, group: Grouping, longitude: float) -> tuple[s
 
 
 def _descending(text: str | None) -> tuple[int, ...]:
-    """A sort key that puts the greater text first and None last."""
+    """Sort key that puts the greater text first and None last."""
     return (1,) if text is None else (0, *(-ord(char) for char in text), 1)

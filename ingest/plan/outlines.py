@@ -1,4 +1,4 @@
-"""Outlines of the scenes of a plan on the cube's grid, for a map of it."""
+"""Outlines of the scenes of a plan on the cube's grid, for the map of the dashboard and the report."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 __all__ = ["outlines_of"]
 
-_MOST = 60
+_MAX_RINGS = 60
+"""Largest number of outlines."""
 _POINTS_PER_SIDE = 8
 
 
 def outlines_of(plan: Plan, spec: CubeSpec) -> list[list[list[float]]]:
-    """Rings of the different rasters that a collection is made of, as shares of the grid's width and height."""
+    """Rings around the different rasters of a collection; coordinates are shares of the grid's width and height."""
     extents: dict[str, Grid] = {}
     for task in plan.tasks:
         if task.collection != spec.collection:
             continue
         for scene in task.sources:
-            extents.setdefault(f"{scene.extent.crs} {scene.extent.bounds}", scene.extent)
-            if len(extents) >= _MOST:
-                break
+            if len(extents) < _MAX_RINGS:
+                extents.setdefault(f"{scene.extent.crs} {scene.extent.bounds}", scene.extent)
     rings = []
     left, bottom, right, top = spec.grid.bounds
     for extent in extents.values():

@@ -1,7 +1,8 @@
-"""What the files themselves say: headers of all assets, and from a few pixels whether the -1000 offset is in them.
+"""`SceneProbe`: what the files of a scene say: their headers, and a few pixels that show whether the offset is in them.
 
-Item metadata are often stale or wrong (sizes of another resolution, an offset that was already subtracted). The header
-wins over the metadata and the pixels win over both; every mismatch is kept as a sentence for the plan and the report.
+Item metadata are often stale or wrong: sizes of another resolution, or an offset of -1000 that was already subtracted.
+The header wins over the metadata, and the pixels win over both. Every mismatch becomes a sentence for the plan and the
+report.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import numpy.typing as npt
 from pyproj.exceptions import ProjError
 from shapely.geometry import shape
 
-from ingest.plan.coverage import Coverage, choose_judge, cover
+from ingest.plan.coverage import Coverage, choose_coverage_band, measure_coverage
 from ingest.raster.gdal_read import read_window
-from ingest.raster.ranges import range_file_of
+from ingest.raster.ranges import find_range_file
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS
 from ingest.scenes.footprint import box_region, meets
-from ingest.scenes.offsets import Verdict, odd_range, read_offset, settle_offset
+from ingest.scenes.offsets import Verdict, explain_wrong_scale, read_offset, settle_offset
 from ingest.scenes.scene import AssetRef, Scene
 from ingest.trust.waits import crew
 from zarr_store.errors import AssetUnreadable, InvalidInput, TerrashardError
@@ -41,13 +42,15 @@ __all__ = ["AssetProbe", "SceneProbe", "probe_scenes"]
 log = logging.getLogger(__name__)
 
 _THREADS = 8
-"""Headers read at once: each is a few small requests; more would trip the rate limits of providers."""
+"""Number of headers read at once. Each is a few small requests; more would trip the rate limits of providers."""
 
 _VISIBLE = ("coastal", "blue", "green", "red")
-"""Bluest first: land and water are darkest there, which is what shows the offset."""
+"""Bands that can show the offset, bluest first: land and water are darkest there."""
 
 _SAMPLE_SIDE = 512
+"""Longest side of a sample, in pixels."""
 _FULL_READ_PIXELS = 2048 * 2048
+"""Largest raster that is read whole for a sample, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,11 @@ class AssetProbe:
     """The header of one file.
 
     Attributes:
-        grid: Its georeference; None where `error` says why.
+        grid: Grid of the file; None where `error` states why it is unknown.
         dtype: numpy name of the stored type.
-        nodata: As the file declares it.
+        nodata: Value of pixels without data, as the file declares it.
         overviews: Factors of the overviews inside the file.
-        block: (height, width) of a block.
+        block: (height, width) of a block, in pixels.
         size_bytes: Size of the file, where it is known without another request.
         error: Why the file cannot be used, redacted.
     """
@@ -100,15 +103,15 @@ class SceneProbe:
     """What the files of one scene say.
 
     Attributes:
-        assets: By band.
-        dn_offset: What must be added to a DN, after the pixels were asked: 0 or -1000.
+        assets: The header of each file, by band.
+        dn_offset: What must be added to a digital number (DN), by metadata and pixels: 0 or -1000.
         verdict: "confirmed" and "repaired": the pixels decided; "contradicted": they disagree and the policy keeps the
             metadata; "inconclusive": clouds, snow or too few pixels; "unchecked": no band that could tell.
         share_below_1000: Share of valid DN in 1…999 of the bluest band.
-        valid_share: Of the region, or of the scene's raster where that is smaller, the share that has data; None where
-            it is not known.
-        cloud_share: Of what has data in the region, the share in classes that are masked; None without a class layer.
-        discrepancies: Where metadata and files disagree, and unreadable files, as sentences.
+        valid_share: Share of the region, or of the scene's raster where that is smaller, that has data; None where
+            unknown.
+        cloud_share: Share of the pixels with data in the region that are of masked classes; None without a class layer.
+        discrepancies: Sentences on files that disagree with the metadata or cannot be read.
     """
 
     assets: Mapping[str, AssetProbe]
@@ -140,6 +143,8 @@ class SceneProbe:
 
 @dataclass
 class _Header:
+    """The header of one asset, with the sample and the coverage that were read from its pixels."""
+
     probe: AssetProbe
     sample: npt.NDArray[Any] | None = field(default=None)
     coverage: Coverage | None = None
@@ -148,17 +153,17 @@ class _Header:
 def probe_scenes(
     scenes: Sequence[Scene], config: IngestConfig, *, source: str = ""
 ) -> dict[tuple[str, str], SceneProbe]:
-    """Read the headers of all assets, a small decimated sample per Sentinel-2 scene, and the classes over the region.
+    """Read the headers of all assets, a small sample per Sentinel-2 L2A scene, and the classes over the region.
 
-    An unreadable file is recorded, never raised: the plan goes on without it and its pixels become `missing`.
+    An unreadable file is recorded and not raised: the plan goes on without it, and its pixels become `missing`.
 
     Args:
-        scenes: As `ingest.scenes.search` gives them.
+        scenes: Scenes that `ingest.scenes.search.find_scenes` returned.
         config: Region, masked classes, retries, timeouts and `offset_policy`.
-        source: Where the scenes were found: its own host may be a private one.
+        source: SOURCE of the scenes; its own host may be a private one.
 
     Returns:
-        By (collection, id): two collections may use one id.
+        (collection, id) → probe; two collections may use the same id.
 
     Raises:
         InvalidInput: `offset_policy` is "fail" and pixels contradict the metadata, or nothing states the offset; or
@@ -177,33 +182,35 @@ def probe_scenes(
 
 
 def _conclude_or_not(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig) -> SceneProbe:
-    """As `_conclude`; of a scene that nothing can be concluded of, the headers alone."""
+    """The result of `_conclude`, or the headers alone where it fails for a reason that nobody foresaw."""
     try:
         return _conclude(scene, headers, config)
     except InvalidInput:  # what --strict and --offset-policy fail ask for
         raise
     except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
-        told = _defect(error, f"scene {scene.id}", config)
-        return SceneProbe({b: h.probe for b, h in headers.items()}, scene.dn_offset, "unchecked", discrepancies=(told,))
+        sentence = _defect(error, f"scene {scene.id}", config)
+        probes = {band: header.probe for band, header in headers.items()}
+        return SceneProbe(probes, scene.dn_offset, "unchecked", discrepancies=(sentence,))
 
 
-def _witness(scene: Scene) -> str | None:
-    """The band whose pixels are asked; top-of-atmosphere blue is bright over any ground, so L1C has none."""
+def _offset_band(scene: Scene) -> str | None:
+    """The band whose pixels show the offset; L1C has none, as top-of-atmosphere blue is bright over any ground."""
     if scene.product != "sentinel-2-l2a":
         return None
     return next((band for band in _VISIBLE if band in scene.assets and scene.assets[band].kind == "data"), None)
 
 
-def _judge(scene: Scene) -> str | None:
+def _coverage_band(scene: Scene) -> str | None:
+    """The band whose pixels show how much of the region the scene covers."""
     product = next((rule for rule in PRODUCTS if rule.name == scene.product), None)
-    return choose_judge(scene.assets, product.mask_layer if product else None)
+    return choose_coverage_band(scene.assets, product.mask_layer if product else None)
 
 
 def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access: Access) -> _Header:
     from ingest.raster.access import with_asset
     from ingest.raster.header import grid_of
 
-    with_pixels = asset.band == _witness(scene)
+    with_pixels = asset.band == _offset_band(scene)
 
     def use(dataset: DatasetReader) -> _Header:
         probe = AssetProbe(
@@ -212,7 +219,7 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
             nodata=None if dataset.nodata is None else float(dataset.nodata),
             overviews=tuple(int(factor) for factor in dataset.overviews(1)),
             block=(int(dataset.block_shapes[0][0]), int(dataset.block_shapes[0][1])),
-            size_bytes=file.size if (file := range_file_of(dataset)) is not None else None,
+            size_bytes=file.size if (file := find_range_file(dataset)) is not None else None,
         )
         return _Header(probe, _sample(dataset) if with_pixels else None)
 
@@ -224,11 +231,15 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
     except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
         return _Header(AssetProbe(error=_defect(error, f"scene {scene.id}, asset {asset.key}", config)))
     grid = header.probe.grid
-    if grid is None or asset.band != _judge(scene):
+    if grid is None or asset.band != _coverage_band(scene):
         return header
     try:
         coverage = with_asset(
-            asset.href, lambda file: cover(file, grid, asset, config), scene=scene.id, asset=asset.key, access=access
+            asset.href,
+            lambda file: measure_coverage(file, grid, asset, config),
+            scene=scene.id,
+            asset=asset.key,
+            access=access,
         )
     except (AssetUnreadable, InvalidInput) as error:  # its header is good all the same
         log.warning("%s", error)
@@ -240,14 +251,15 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
 
 
 _SENTINEL_PIXEL_M = (1.0, 1e5)
+"""Smallest and largest pixel of a scene that is believed, in metres."""
 
 
 @functools.lru_cache(maxsize=4096)
 def _placed(grid: Grid) -> Grid:
-    """A grid that pixels of Sentinel scenes can have: one odd header must not decide over the grid of a cube.
+    """Check that pixels of Sentinel scenes can have this grid: one odd header must not decide the grid of a cube.
 
     Raises:
-        InvalidInput: Its pixels are of no such scene, or it has no place in longitude and latitude.
+        InvalidInput: The pixels have an impossible size, or the grid has no place in longitude and latitude.
     """
     metres = max(grid.resolution) / grid.units_per_metre, min(grid.resolution) / grid.units_per_metre
     if not (metres[0] <= _SENTINEL_PIXEL_M[1] and metres[1] >= _SENTINEL_PIXEL_M[0]):
@@ -264,7 +276,10 @@ def _placed(grid: Grid) -> Grid:
 
 
 def _defect(error: Exception, where: str, config: IngestConfig) -> str:
-    """What nobody foresaw of one file or scene: told with its traceback, and the plan goes on without it.
+    """Log an unforeseen error of one file or scene with its traceback; the plan goes on without that file or scene.
+
+    Returns:
+        A sentence for the plan.
 
     Raises:
         Exception: `error` itself, with --strict, or where it ends the command (a stop, a full disk).
@@ -277,7 +292,7 @@ def _defect(error: Exception, where: str, config: IngestConfig) -> str:
 
 
 def _sample(dataset: DatasetReader) -> npt.NDArray[Any]:
-    """About 512² pixels of the raster: from an overview, or as nine windows where there is none to read from."""
+    """Read about 512² pixels of the raster: from an overview, or as nine windows where there is none."""
     from rasterio.windows import Window
 
     height, width = int(dataset.height), int(dataset.width)
@@ -295,19 +310,20 @@ def _sample(dataset: DatasetReader) -> npt.NDArray[Any]:
 
 
 def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig) -> SceneProbe:
+    """Decide the offset and the coverage of a scene, and list where its files and its metadata disagree."""
     sentences = _mismatches(scene, {band: header.probe for band, header in headers.items()})
-    witness = _witness(scene)
-    header = headers.get(witness) if witness else None
+    band = _offset_band(scene)
+    header = headers.get(band) if band else None
     reading = read_offset(header.sample) if header is not None and header.sample is not None else None
     if header is not None and header.sample is not None:
         scale = next(rule.scale for rule in PRODUCTS if rule.name == scene.product)
-        odd = odd_range(header.sample, scale)
+        odd = explain_wrong_scale(header.sample, scale)
         if odd and config.running.strict:
-            raise InvalidInput(f"scene {scene.id}: {witness}: {odd}; leave it out, or go on without --strict")
-        sentences += [f"{witness}: {odd}"] if odd else []
+            raise InvalidInput(f"scene {scene.id}: {band}: {odd}; leave it out, or go on without --strict")
+        sentences += [f"{band}: {odd}"] if odd else []
     dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.pixels.offset_policy)
-    judge = headers.get(_judge(scene) or "")
-    coverage = judge.coverage if judge else None
+    covered = headers.get(_coverage_band(scene) or "")
+    coverage = covered.coverage if covered else None
     return SceneProbe(
         assets={band: header.probe for band, header in headers.items()},
         dn_offset=dn_offset,
@@ -322,31 +338,32 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
 
 
 def _mismatches(scene: Scene, probes: Mapping[str, AssetProbe]) -> list[str]:
-    """Sentences on grids, types and nodata that differ between item and file; equal ones are joined over bands."""
-    said: dict[str, list[str]] = defaultdict(list)
+    """Sentences on grids, types, sizes and nodata that differ between item and file; each names all its bands."""
+    bands_with: dict[str, list[str]] = defaultdict(list)
     for band, probe in probes.items():
         asset = scene.assets[band]
         if probe.error:
-            said[probe.error].append(band)
+            bands_with[probe.error].append(band)
             continue
         if asset.grid is not None and probe.grid is not None and asset.grid != probe.grid:
-            said[f"item says {_describe(asset.grid, probe.grid)}, file is {_describe(probe.grid, asset.grid)}; "
+            bands_with[f"item says {_describe(asset.grid, probe.grid)}, file is {_describe(probe.grid, asset.grid)}; "
                  "the file is followed"].append(band)  # fmt: skip
         if asset.dtype and probe.dtype and asset.dtype != probe.dtype:
-            said[f"item says {asset.dtype}, file holds {probe.dtype}; the file is followed"].append(band)
+            bands_with[f"item says {asset.dtype}, file holds {probe.dtype}; the file is followed"].append(band)
         if None not in (asset.size_bytes, probe.size_bytes) and asset.size_bytes != probe.size_bytes:
-            said[
+            bands_with[
                 f"item says {asset.size_bytes} bytes, file has {probe.size_bytes}: it was replaced or cut short"
             ].append(band)
         if probe.nodata is not None and asset.nodata is not None and not _same(asset.nodata, probe.nodata):
-            said[f"item says nodata {asset.nodata:g}, file declares {probe.nodata:g}; both are masked"].append(band)
+            text = f"item says nodata {asset.nodata:g}, file declares {probe.nodata:g}; both are masked"
+            bands_with[text].append(band)
     grids = [probe.grid for probe in probes.values() if probe.grid]
     if grids and not meets(shape(dict(scene.footprint)), box_region(grids[0].lonlat_bounds())):
         bounds = ", ".join(f"{v:.3g}" for v in grids[0].lonlat_bounds())
-        said[f"file lies at {bounds} (lon/lat), outside the item's footprint; the file is followed"] = [
+        bands_with[f"file lies at {bounds} (lon/lat), outside the item's footprint; the file is followed"] = [
             next(iter(probes))
         ]
-    return [f"{', '.join(bands)}: {text}" for text, bands in said.items()]
+    return [f"{', '.join(bands)}: {text}" for text, bands in bands_with.items()]
 
 
 def _describe(grid: Grid, other: Grid) -> str:

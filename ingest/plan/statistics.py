@@ -1,4 +1,4 @@
-"""What a plan knows of its collections besides the tasks: shares, sizes, verdicts, wrong metadata. Pure."""
+"""Statistics of the collections of a plan: shares, sizes and verdicts, and the sentences on wrong metadata."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from ingest.raster.resample import nesting_factor
 from zarr_store.grid import Grid
 
 if TYPE_CHECKING:
-    from ingest.plan.candidates import FoundScene
+    from ingest.plan.candidates import ProbedScene
 
-__all__ = ["collection_statistics", "discrepancies", "resampled_share"]
+__all__ = ["collect_statistics", "list_discrepancies", "resampled_share"]
 
 _PACKED = 0.55
-"""Stored over decoded bytes of real 10 m reflectance with blosc zstd-3 bitshuffle; an estimate for people."""
+"""Stored bytes over decoded bytes of real 10 m reflectance with blosc zstd-3 bitshuffle; an estimate for people."""
 _SOURCE_BLOCK = 512
+"""Side of a source block that the number of requests is estimated with, in pixels."""
 
 
-def collection_statistics(recipe: Recipe, members: Sequence[FoundScene], tasks: Sequence[ShardTask]) -> dict[str, Any]:
-    """Facts of one collection: JSON-able, shown in the summary and kept in the cube.
+def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Sequence[ShardTask]) -> dict[str, Any]:
+    """Collect the statistics of one collection, as JSON values; the summary shows them and the cube keeps them.
 
     Returns:
-        resampled_share: Of the data pixels that sources give the grid, the share that is not a plain copy.
+        resampled_share: Share of the data pixels that is not a plain copy of source pixels.
         offset_verdicts: Item id → verdict, offset and evidence.
-        shards, steps, scenes, missing_assets: Counts.
+        scenes, steps, shards, lacking, unopened_assets: Counts.
         bytes_to_read, bytes_to_write, requests: Estimates.
     """
     grid = recipe.spec.grid
@@ -72,7 +73,7 @@ def collection_statistics(recipe: Recipe, members: Sequence[FoundScene], tasks: 
 
 
 def resampled_share(scenes: Iterable[PlannedScene], grid: Grid) -> float:
-    """Of the data pixels that scenes give a grid, the share that is not a plain copy."""
+    """Share of the data pixels that scenes give a grid that is not a plain copy of source pixels."""
     known: dict[tuple[Grid, Grid], tuple[int, bool]] = {}
     copied = moved = 0
     for scene in scenes:
@@ -80,7 +81,7 @@ def resampled_share(scenes: Iterable[PlannedScene], grid: Grid) -> float:
             if asset.header is None or asset.kind != "data":
                 continue
             place = (scene.extent, asset.header)
-            if place not in known:  # the tiles of a cube meet again on every date
+            if place not in known:  # the same tiles meet on every date
                 reach = pixel_box(scene.extent, grid)
                 pixels = (reach[1] - reach[0]) * (reach[3] - reach[2]) if reach else 0
                 known[place] = pixels, nesting_factor(asset.header, grid) == 1
@@ -89,17 +90,17 @@ def resampled_share(scenes: Iterable[PlannedScene], grid: Grid) -> float:
     return round(moved / (copied + moved), 6) if copied + moved else 0.0
 
 
-def discrepancies(members: Sequence[FoundScene]) -> list[str]:
-    """Where catalogue and files disagree, what is lacking and what could not be opened; one line a kind."""
-    said: dict[str, list[str]] = defaultdict(list)
+def list_discrepancies(members: Sequence[ProbedScene]) -> list[str]:
+    """List, one line each, where catalogue and files disagree and which assets are lacking or cannot be opened."""
+    scenes_by_sentence: dict[str, list[str]] = defaultdict(list)
     for one in members:
         for sentence in one.probe.discrepancies if one.probe else ():
-            said[sentence].append(one.scene.id)
+            scenes_by_sentence[sentence].append(one.scene.id)
         for band in one.scene.lacking:
-            said[f"no asset for {band}: its pixels will be missing"].append(one.scene.id)
+            scenes_by_sentence[f"no asset for {band}: its pixels will be missing"].append(one.scene.id)
         for note in one.scene.notes:
-            said[note].append(one.scene.id)
+            scenes_by_sentence[note].append(one.scene.id)
     return [
         f"{scenes[0] if len(scenes) == 1 else f'{len(scenes)} of {len(members)} scenes'}: {sentence}"
-        for sentence, scenes in said.items()
+        for sentence, scenes in scenes_by_sentence.items()
     ]

@@ -1,8 +1,8 @@
-"""The plan that a cube keeps of itself, and what of a plan from a file may be opened.
+"""The plan that a cube keeps, and which files of a stored plan may be opened.
 
-A cube remembers how it was made in `_terrashard/plan.json`: the whole plan with unsigned hrefs. Repairing, appending
-and auditing begin there. A plan is data from outside like a catalogue, as a cube may come from somebody else: its hrefs
-are judged before one is opened, by what the user types today and never by what the plan says of itself.
+A cube keeps the plan that made it in `_terrashard/plan.json`: the whole plan, with unsigned hrefs. Repairing, appending
+and auditing begin there. A stored plan is data from outside, like a catalogue, as a cube may come from somebody else.
+So its hrefs are checked before one is opened, by what the user types today and never by what the plan states.
 """
 
 from __future__ import annotations
@@ -27,21 +27,29 @@ from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.read import is_cube, open_cube
 from zarr_store.store import Kind
 
-__all__ = ["PLAN_KEY", "begun_plan", "check_hrefs", "keep_plan", "kept_plan", "kept_source",
-           "needed_options",
-           "require_providers"]  # fmt: skip
+__all__ = [
+    "PLAN_KEY",
+    "check_hrefs",
+    "check_kept_source",
+    "keep_plan",
+    "kept_plan",
+    "needed_options",
+    "require_providers",
+    "resume_plan",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 PLAN_KEY = "_terrashard/plan.json"
+"""Key of the plan in the store of a cube."""
 
 
 def kept_plan(url: str | os.PathLike[str]) -> Plan:
-    """The plan that a cube was made by, and with which it is repaired or continued.
+    """The plan that made a cube, with which it is repaired or continued.
 
     Raises:
-        NotACube: Nothing is there, or something else.
-        InvalidInput: The cube keeps no plan, or it was changed.
+        NotACube: There is no cube at `url`.
+        InvalidInput: The cube keeps no plan, or the plan was changed.
     """
     open_cube(url)
     data = open_store(url).read(PLAN_KEY)
@@ -53,16 +61,16 @@ def kept_plan(url: str | os.PathLike[str]) -> Plan:
     return Plan.from_json(data, f"{url}/{PLAN_KEY}")
 
 
-def begun_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = None) -> Plan:
-    """The plan that a run of `plan` goes on with: the cube's own where they differ only in which scene wins.
+def resume_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = None) -> Plan:
+    """Choose the plan that a run continues with: the cube's own if it differs from `plan` only in which scenes win.
 
-    Which scene wins follows from pixels that were looked at when a plan was made. Where some could not be read then and
-    can be now, the cube is finished in the order in which it was begun.
+    The order in which scenes win depends on pixels that were read when the plan was made. If more of them can be read
+    now, the cube is still finished in the order in which it was begun.
 
     Args:
-        url: Where the cube is, or will be.
-        plan: What is to be made.
-        kind: What is to hold it, as for `zarr_store.create.create_cube`.
+        url: Address of the cube, which may not exist yet.
+        plan: Plan of the run.
+        kind: Kind of store, as for `zarr_store.create.create_cube`.
     """
     store = store_for(url, kind)
     data = store.read(PLAN_KEY) if store.exists() and is_cube(store) else None
@@ -70,16 +78,16 @@ def begun_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = None
         return plan
     try:
         kept = Plan.from_json(data, f"{url}/{PLAN_KEY}")
-    except InvalidInput:  # of another release; whether it is the same cube is judged by its metadata
+    except InvalidInput:  # a plan of another release; the metadata show whether it is the same cube
         return plan
     if kept.unordered_digest != plan.unordered_digest:
         return plan
-    log.info("%s: the order of scenes stays the one that it was begun with", url)
+    log.info("%s: scenes keep the order in which the cube was begun", url)
     return kept
 
 
 def keep_plan(url: str | os.PathLike[str], plan: Plan) -> None:
-    """Write the plan into the cube if another one is there; only under the cube's lock.
+    """Write the plan into the cube unless it is there already; the caller holds the cube's lock.
 
     Raises:
         InvalidInput: An href carries a signature, which must not be stored.
@@ -93,16 +101,16 @@ def keep_plan(url: str | os.PathLike[str], plan: Plan) -> None:
 
 
 def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Iterable[ShardTask] | None = None) -> None:
-    """Judge the hrefs of a plan by the rules for hrefs of a catalogue, before one is opened.
+    """Check the hrefs of a plan by the rules for hrefs of a catalogue, before one is opened.
 
-    A plan may come from somebody else, so what it says of its own source counts for nothing. Trusted are the hosts of
-    known providers, what the user typed (SOURCE, or the folder of plan.json), and the options of today's command.
+    A plan may come from somebody else, so the source that it states gives no trust. Trusted are the hosts of known
+    providers, what the user typed (SOURCE, or the folder of plan.json), and the options of today's command.
 
     Args:
-        plan: From a file, or from the cube that keeps it.
-        config: Trust.
-        typed: SOURCE or plan.json as the user gave it; nothing where only a cube was named.
-        tasks: Those that are to be run; None for all.
+        plan: Plan from a file, or from the cube that keeps it.
+        config: Settings of trust.
+        typed: SOURCE or plan.json as the user typed it; empty where only a cube was named.
+        tasks: Tasks that will run; None for all.
 
     Raises:
         InvalidInput: An href may not be opened; the message names scene, asset, and the option that would allow it.
@@ -136,11 +144,11 @@ def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Ite
             refuse_private_address(href, policy)
 
 
-def kept_source(plan: Plan, config: IngestConfig, url: str) -> str:
-    """Where a cube says that its scenes came from, if today's options or the list of providers trust that.
+def check_kept_source(plan: Plan, config: IngestConfig, url: str) -> str:
+    """The source that a cube states for its scenes, if today's options or the list of providers trust it.
 
     Raises:
-        InvalidInput: They do not; the message says what to type.
+        InvalidInput: They do not trust it; the message states what to type.
     """
     hosts = [host for rule in (*config.trust.providers, *PROVIDERS) for host in rule.hosts]
     policy = config.trust.href_policy("", hosts)
@@ -152,17 +160,17 @@ def kept_source(plan: Plan, config: IngestConfig, url: str) -> str:
             refuse_private_address(plan.source, policy)
     except InvalidInput as refusal:
         raise InvalidInput(
-            f"{url} says that its scenes came from {redact_url(plan.source)!r}, and a cube is not believed, as it may "
+            f"{url} states that its scenes came from {redact_url(plan.source)!r}, which is not trusted, as a cube may "
             f"come from somebody else ({refusal}). If you trust that place, type it: --source {redact_url(plan.source)}"
         ) from refusal
     return plan.source
 
 
 def require_providers(plan: Plan, config: IngestConfig) -> None:
-    """Refuse to look for more scenes of a cube without the rules by which its scenes were read.
+    """Refuse to search for more scenes of a cube without the provider rules that its scenes were read with.
 
     Raises:
-        InvalidInput: Scenes of the plan are of a provider that is neither built in nor in a file that was given.
+        InvalidInput: Scenes of the plan are of a provider that is neither built in nor in a file that the user gave.
     """
     known = {rule.name for rule in (*config.trust.providers, *PROVIDERS, GENERIC)}
     if unknown := sorted(_provider_names(plan) - known):
@@ -177,7 +185,7 @@ def _provider_names(plan: Plan) -> set[str]:
 
 
 def needed_options(plan: Plan, typed: str) -> list[str]:
-    """The options of trust that a command needs to run a plan, where `typed` is the path of its file."""
+    """The options of trust that a command needs to run the plan in the file `typed`."""
     named = _provider_names(plan)
     policy = IngestConfig().trust.href_policy(
         typed, [h for rule in PROVIDERS if rule.name in named for h in rule.hosts]
@@ -202,7 +210,7 @@ def _options(plan: Plan, refused: Collection[str], unknown: Collection[str]) -> 
     if folders:
         common = os.path.commonpath(folders)
         home = "" if is_url(plan.source) else plan.source.rpartition("/")[0]
-        # the folder of the catalogue, where all of them lie in it; never one that holds everything
+        # the folder of the catalogue if all files lie in it; never a folder that holds everything
         folder = home if home and Path(common).is_relative_to(home) else common
         options += [f"--allow-local {shlex.quote(folder)}"] if folder.count("/") > 1 else []
     if unknown:
@@ -216,7 +224,7 @@ def _advice(plan: Plan, refused: Collection[str], unknown: Collection[str]) -> s
         return ""
     return (
         f". {len(refused)} files of the plan are outside what this command names; a plan may come from somebody else "
-        f"and is not believed. If you trust those places, add {' and '.join(options)}"
+        f"and is not trusted. If you trust those places, add {' and '.join(options)}"
     )
 
 
@@ -224,7 +232,7 @@ def _refuse_private_source(source: str) -> None:
     believed = HrefPolicy(hosts=frozenset({(urlsplit(source).hostname or urlsplit(source).netloc).lower()}))
     try:
         resolve_href(source, base=source, policy=believed)
-        with suppress(AccessError):  # an unknown name is the error of each asset behind it
+        with suppress(AccessError):  # an unknown host name becomes the error of each of its assets
             refuse_private_address(source, believed)
     except InvalidInput as refusal:
         raise InvalidInput(f"the plan's source: {refusal}") from refusal

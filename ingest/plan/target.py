@@ -1,7 +1,7 @@
-"""The grid of a cube, chosen from file headers: which CRS, which resolution, which lattice, how far. Pure.
+"""`TargetGrid`: the grid of a cube, chosen from file headers: its CRS, resolution, lattice and bounds.
 
-Files vote with their pixels, so that most of them can be copied without resampling; metadata has no vote where a header
-is known, because catalogues are wrong about it (an item that says 10 m over a file of 120 m is real).
+Files vote with their pixels, so that most pixels can be copied without resampling. Metadata have no vote where a header
+is known, because catalogues are sometimes wrong: a real item states 10 m for a file of 120 m.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from zarr_store.grid import Bounds, Grid, normal_crs
 __all__ = ["Candidate", "TargetGrid", "choose_grid", "pixel_box", "project_bounds", "region_lonlat", "transform_box"]
 
 _MAX_SIDE_PX = 2_000_000
+"""Longest side of a grid, in pixels."""
 _EDGE_POINTS = 33
+"""Number of points along each edge of a box that is transformed."""
 _MAX_NEST = 6
-"""60 m over 10 m: grids are snapped outward so that this many pixels of the finest band nest in the coarsest."""
+"""Largest ratio of pixel sizes that a grid is snapped outward for: 60 m over 10 m."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One raster that may lie under the cube: its name (for ties), its grid, and whether it is a data band."""
+    """A raster that may lie in the cube: its name (which breaks ties), its grid, and whether it is a data band."""
 
     name: str
     grid: Grid
@@ -41,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TargetGrid:
-    """The chosen grid, and why, in words."""
+    """The chosen grid, with sentences on why it was chosen."""
 
     grid: Grid
     reasons: tuple[str, ...]
@@ -50,13 +52,16 @@ class TargetGrid:
 def choose_grid(
     candidates: Sequence[Candidate], config: IngestConfig, *, unseen: Sequence[Grid | Bounds] = ()
 ) -> TargetGrid:
-    """The grid of the cube.
+    """Choose the grid of the cube.
 
     Args:
         candidates: All rasters of the scenes; at least one.
-        config: `crs`, `resolution`, `bbox` and `geometry` override what the files say.
-        unseen: Where scenes lie of which no file could be opened: a grid by the metadata, or a lon/lat box. They have
-            no vote, but the cube reaches them, so that they find their place when they can be read again.
+        config: `crs`, `resolution`, `bbox` and `geometry` override what the files state.
+        unseen: Places of scenes of which no file could be opened: a grid from the metadata, or a lon/lat box. They have
+            no vote, but the cube reaches them, so that these scenes fit in when they can be read again.
+
+    Raises:
+        InvalidInput: No raster has a place in the CRS, or the grid would be too large.
     """
     voters = [c for c in candidates if c.is_data] or list(candidates)
     crs, why_crs = _choose_crs(voters, config)
@@ -89,7 +94,7 @@ def choose_grid(
 
 
 def _place_in(one: Grid | Bounds, crs: str) -> Bounds | None:
-    """The box of a raster in a CRS; None where it has no place there, so that it is left out later."""
+    """The box of a raster in a CRS; None where it has no place there, so that its scene is dropped later."""
     try:
         return transform_box(one, crs) if isinstance(one, Grid) else project_bounds(one, crs)
     except (InvalidInput, ProjError):
@@ -97,7 +102,7 @@ def _place_in(one: Grid | Bounds, crs: str) -> Bounds | None:
 
 
 def region_lonlat(config: IngestConfig) -> Bounds | None:
-    """(west, south, east, north) that was asked for, east above 180 across the antimeridian; None for all scenes."""
+    """(west, south, east, north) of the region, with east above 180 across the antimeridian; None without a region."""
     if config.selection.bbox is not None:
         west, south, east, north = config.selection.bbox
         return (west, south, east + 360.0 if west > east else east, north)
@@ -108,7 +113,7 @@ def region_lonlat(config: IngestConfig) -> Bounds | None:
 
 
 def project_bounds(lonlat: Bounds, crs: str) -> Bounds:
-    """The box in `crs` around a lon/lat box; its edges are densified, as they are curved there."""
+    """The box in `crs` around a lon/lat box; many points along its edges are transformed, as edges are curved there."""
     west, south, east, north = lonlat
     return _transformed_box(Transformer.from_crs("EPSG:4326", crs, always_xy=True), (west, south, east, north), lonlat)
 
@@ -155,7 +160,7 @@ def _choose_resolution(
         return finest, f"resolution {finest:g}: the finest in the file headers"
     metres = min(max(c.grid.resolution) / c.grid.units_per_metre for c in voters)
     per_metre = Grid(crs, (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), (1, 1)).units_per_metre
-    # two significant digits: a degree has no whole number of metres anyway
+    # two significant digits: a degree is no whole number of metres anyway
     value = float(f"{metres * per_metre:.2g}") if per_metre != 1.0 else metres
     return value, f"resolution {value:g}: {metres:g} m, the finest in the file headers, in units of {crs}"
 
@@ -205,12 +210,12 @@ def _union(boxes: Iterable[Bounds]) -> Bounds:
 
 
 def _show(box: Bounds) -> str:
-    # the values of a projection are metres, of which every one counts; those of degrees need no more than six places
+    # coordinates of a projection are metres and shown in full; degrees need no more than six decimal places
     return "(" + ", ".join(f"{round(value, 6):.12g}" for value in box) + ")"
 
 
 def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
-    """(row0, row1, col0, col1) of target pixels that `source` may reach, cut at the target; None where it does not."""
+    """(row0, row1, col0, col1) of the target pixels that `source` may reach; None where it reaches none."""
     try:
         left, bottom, right, top = transform_box(source, target.crs)
     except (InvalidInput, ProjError):  # the source has no place in the CRS of the target

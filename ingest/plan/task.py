@@ -1,6 +1,6 @@
-"""`ShardTask`: one shard of one collection and all that is needed to fill it; what a plan is made of.
+"""`ShardTask`: one shard of one collection and all that is needed to fill it.
 
-Tasks hold everything a worker must know, so that workers never ask a catalogue, and their key is a digest of all that
+A task holds everything that a worker must know, so that workers never ask a catalogue. Its key is a digest of all that
 determines the shard's pixels: a shard whose ledger row has the same key is done.
 """
 
@@ -21,11 +21,11 @@ from zarr_store.spec import MAIN_ARRAYS, CubeSpec
 __all__ = ["RULES_VERSION", "PlannedScene", "Recipe", "ShardTask", "SourceAsset", "digest"]
 
 RULES_VERSION = 1
-"""Raised when the rules change that turn source pixels into cube pixels; older shards are then made again."""
+"""Version of the rules that turn source pixels into cube pixels; shards of an earlier version are made again."""
 
 
 def digest(value: Any) -> str:
-    """128 bits of SHA-256 over the canonical JSON of `value`."""
+    """The first 128 bits of SHA-256 over the canonical JSON of `value`, in hexadecimal."""
     return hashlib.sha256(_canonical(value).encode()).hexdigest()[:32]
 
 
@@ -38,17 +38,17 @@ class SourceAsset:
     """One band of one scene, ready to be read.
 
     Attributes:
-        scene: Item id, for errors.
-        band: Name in the cube.
+        scene: Item id, for error messages.
+        band: Name of the band in the cube.
         key: Asset key in the item.
-        href: Absolute and unsigned.
-        header: Grid by the file header when it was planned; None where the file could not be opened.
-        nodata: Value of pixels without data by metadata; the file's own value counts too.
+        href: Absolute address of the file, unsigned.
+        header: Grid in the file header at the time of planning; None where the file could not be opened.
+        nodata: Value of pixels without data in the metadata; the file's own value counts too.
         kind: "class" layers are never interpolated.
         stored: Type of the pixels in the cube.
-        resampling: Kernel wanted where the lattices differ.
-        dn_offset: Added to digital numbers.
-        size_bytes: Of the file, as the item states it.
+        resampling: Kernel that is used where the lattices differ.
+        dn_offset: Number that is added to digital numbers: 0 or -1000.
+        size_bytes: Size of the file, as the item states it.
         checksum: Multihash of the file, as the item states it.
     """
 
@@ -71,12 +71,12 @@ class PlannedScene:
     """One scene of one time step.
 
     Attributes:
-        item: Row of the collection's item table.
-        item_id: Its id.
-        step: Time step of the cube.
-        extent: Grid whose rectangle the scene's raster fills; pixels in it count as missing when it cannot be read.
+        item: Row of the scene in the collection's item table.
+        item_id: Id of the item.
+        step: Number of the time step in the cube.
+        extent: Grid with the rectangle of the scene's raster; pixels in it count as missing when it cannot be read.
         assets: Data bands in the cube's order, then class layers.
-        lacking: Bands that the item does not have; such a scene is missing as a whole.
+        lacking: Bands that the item does not have; a scene that lacks a band counts as missing as a whole.
     """
 
     item: int
@@ -92,7 +92,7 @@ class PlannedScene:
 
     @cached_property
     def identity(self) -> str:
-        """What of it belongs to the key of a shard, as canonical JSON."""
+        """The properties of the scene that belong to the key of a shard, as canonical JSON."""
         return _canonical(_identity(self))
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,14 +138,14 @@ class PlannedScene:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all shards of a collection share.
+    """The settings that all shards of a collection share.
 
     Attributes:
-        spec: The collection in the cube.
+        spec: Specification of the collection in the cube.
         mask_layer: Class layer that masks are made from; None masks nothing.
         mask_classes: Class values that are masked.
-        mask_dilate_m: How far they grow, metres.
-        clip: GeoJSON text of the area, lon/lat, outside which there is no data; None for the whole grid.
+        mask_dilate_m: Distance by which masked areas grow, in metres.
+        clip: GeoJSON text of an area in lon/lat; pixels outside it have no data. None for the whole grid.
     """
 
     spec: CubeSpec
@@ -156,13 +156,13 @@ class Recipe:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class layers that are read: those kept, then the mask's."""
+        """Class layers that are read: those that the cube keeps, then the mask's."""
         kept = self.spec.class_layers
         return (*kept, self.mask_layer) if self.mask_layer and self.mask_layer not in kept else kept
 
     @property
     def dtype(self) -> str:
-        """Of the main array."""
+        """Type of the main array."""
         return MAIN_ARRAYS[self.spec.kind]
 
     @cached_property
@@ -171,7 +171,7 @@ class Recipe:
         return _canonical(self.rules())
 
     def rules(self) -> dict[str, Any]:
-        """All that determines pixels besides region and sources; the time axis does not."""
+        """All settings that determine pixels, besides region and sources; the time axis determines none."""
         spec = {name: value for name, value in self.spec.to_dict().items() if name != "times"}
         rules = {
             "version": RULES_VERSION,
@@ -207,10 +207,10 @@ class ShardTask:
     """One shard to fill.
 
     Attributes:
-        collection: Group of the cube.
+        collection: Name of the group in the cube.
         index: Shard index (t, y, x).
-        region: The pixels it holds.
-        key: Digest of all that determines them.
+        region: Pixels that the shard holds.
+        key: Digest of all that determines these pixels.
         sources: Scenes that may give pixels, per step in the order in which they win.
     """
 
@@ -222,18 +222,18 @@ class ShardTask:
 
     @classmethod
     def of(cls, recipe: Recipe, index: tuple[int, int, int], region: Region, sources: tuple[PlannedScene, ...]) -> Self:
-        """The task of a shard, with its key."""
-        # the same text as canonical JSON of the whole, put together from parts that many shards share
-        told = ",".join(scene.identity for scene in sources)
-        text = f"[{recipe.rules_text},{_canonical(region.to_list())},[{told}]]"
+        """Make the task of a shard, with its key."""
+        # equal to the canonical JSON of the whole, but put together from parts that many shards share
+        identities = ",".join(scene.identity for scene in sources)
+        text = f"[{recipe.rules_text},{_canonical(region.to_list())},[{identities}]]"
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
         return cls(recipe.spec.collection, index, region, key, sources)
 
 
 def _identity(scene: PlannedScene) -> dict[str, Any]:
-    """What of a source belongs to the key of a shard: not what its files said when they were looked at.
+    """The properties of a source that belong to the key of a shard: none that comes from the headers of its files.
 
-    A file that could not be opened has no header, and must not make another plan of the one that finds it healed.
+    A file that could not be opened has no header. When it can be opened later, the shard must keep its key.
     """
     whole = scene.to_dict()
     unstated = ("size_bytes", "checksum")

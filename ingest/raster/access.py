@@ -1,8 +1,8 @@
-"""Opening one asset: what it is by its first bytes, then one explicit GDAL driver, bounded and retried.
+"""Open one asset: its first bytes choose one GDAL driver; the read is bounded in size and time, and retried.
 
-GDAL on its own guesses a driver (a VRT dressed as .tif reads other files and hosts), remembers a failed open so that
-a retry sends no request, waits for ever on a stalled server, and with `GDAL_NUM_THREADS` set turns failed reads of
-uncompressed TIFFs over HTTP into zeros. Every open goes through here, so none of that reaches a cube.
+GDAL on its own guesses a driver (a VRT named .tif reads other files and hosts), remembers a failed open so that a retry
+sends no request, waits without end for a stalled server, and with `GDAL_NUM_THREADS` set turns failed reads of
+uncompressed TIFFs over HTTP into zeros. Every open goes through this module, so none of that reaches a cube.
 """
 
 from __future__ import annotations
@@ -20,15 +20,22 @@ import rasterio
 import tenacity
 from rasterio.enums import ColorInterp
 
-from ingest.raster.download import read_beside
-from ingest.raster.faults import DRIVERS, PermanentError, TransientError, cause_of, describe_fault, is_file_fault
-from ingest.raster.file import FoundFile, find, open_found, read_near
+from ingest.raster.asset_file import AssetFile, find_asset_file, open_asset_file, read_local_sidecar
+from ingest.raster.download import read_remote_sidecar
+from ingest.raster.drivers import DRIVERS_BY_MAGIC
+from ingest.raster.faults import (
+    PermanentError,
+    TransientError,
+    cause_of,
+    describe_fault,
+    is_file_fault,
+)
 from ingest.raster.header import RasterHeader
 from ingest.raster.limits import Access
-from ingest.raster.lru import Recent
+from ingest.raster.lru import LruCache
 from ingest.raster.opening import open_raster
-from ingest.raster.ranges import RangeFile, tie
-from ingest.raster.sidecar import MOST_SIDECAR_BYTES, georeference_only
+from ingest.raster.ranges import RangeFile, link_range_file
+from ingest.raster.sidecar import MAX_SIDECAR_BYTES, georeference_only
 from ingest.trust.redact import redact_url
 from ingest.trust.waits import pause
 from zarr_store.crs import parse_crs
@@ -37,7 +44,7 @@ from zarr_store.errors import AssetUnreadable, InvalidInput
 __all__ = [
     "Raster",
     "forbid_gdal_threads",
-    "headers",
+    "header_cache",
     "open_asset",
     "with_asset",
     "with_raster",
@@ -47,9 +54,10 @@ S = TypeVar("S")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_CODESTREAM = DRIVERS[-1][0]
+_CODESTREAM = DRIVERS_BY_MAGIC[-1][0]
+"""First bytes of a raw JPEG 2000 codestream."""
 _HEADERS = 512
-"""Of files, kept by one process; at most 16 MB."""
+"""Number of headers that one process keeps; they take at most 16 MB."""
 
 
 def with_asset(
@@ -60,20 +68,20 @@ def with_asset(
     asset: str,
     access: Access | None = None,
 ) -> T:
-    """Open an asset, hand it to `use`, and return what that returns; the whole is repeated on transient faults.
+    """Open an asset and return the result of `use` on it; opening and use are repeated on transient faults.
 
     Args:
         href: Absolute URL (http, https, s3) or absolute local path.
-        use: Reads from the dataset. It may run several times, so it must have no effect but its result.
+        use: Function that reads from the dataset. It may run several times, so its result must be its only effect.
         scene: Item id, for the error.
         asset: Asset key, for the error.
-        access: Limits; None for the defaults.
+        access: Limits of reading; None for the defaults.
 
     Raises:
-        AssetUnreadable: The asset is absent, no raster, refused, or failed on every attempt.
+        AssetUnreadable: The asset is absent, is no raster, was refused, or failed on every attempt.
         InvalidInput: `GDAL_NUM_THREADS` is set.
     """
-    return _repeated(_opened, href, use, scene, asset, access or Access())
+    return _with_retries(_opened_dataset, href, use, scene, asset, access or Access())
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,8 @@ class Raster:
     """A raster file that pixels are read from.
 
     Attributes:
-        header: What its header says.
-        file: Its bytes, where they are had without GDAL.
+        header: Header of the file.
+        file: Bytes of the file, for reading without GDAL.
         dataset: The open file; None where `header` suffices to read it.
     """
 
@@ -92,17 +100,17 @@ class Raster:
 
 
 def with_raster(href: str, use: Callable[[Raster], T], *, scene: str, asset: str, access: Access | None = None) -> T:
-    """As `with_asset`; a file whose header is known to this process is not opened with GDAL once more.
+    """Do what `with_asset` does, without opening a file in GDAL again if this process knows its header.
 
     Raises:
-        AssetUnreadable: As `with_asset`; or the header states no grid that can be used.
+        AssetUnreadable: The asset cannot be read, as for `with_asset`, or its header states no usable grid.
         InvalidInput: `GDAL_NUM_THREADS` is set.
     """
-    return _repeated(_raster, href, use, scene, asset, access or Access())
+    return _with_retries(_opened_raster, href, use, scene, asset, access or Access())
 
 
-def _repeated(
-    opened: Callable[..., AbstractContextManager[S]],
+def _with_retries(
+    open_href: Callable[..., AbstractContextManager[S]],
     href: str,
     use: Callable[[S], T],
     scene: str,
@@ -115,8 +123,8 @@ def _repeated(
     def once() -> T:
         nonlocal attempt
         attempt += 1
-        with opened(href, limits, fresh=attempt > 1) as source:
-            return use(source)
+        with open_href(href, limits, fresh=attempt > 1) as opened:
+            return use(opened)
 
     def note(state: tenacity.RetryCallState) -> None:
         cause = cause_of(state.outcome.exception() if state.outcome else None, href)
@@ -141,27 +149,27 @@ def _repeated(
 def open_asset(
     href: str, *, scene: str = "", asset: str = "", access: Access | None = None
 ) -> Iterator[rasterio.io.DatasetReader]:
-    """Open an asset once, without retries, for a look at its header; `with_asset` is what reads pixels.
+    """Open an asset once, without retries, to read its header; `with_asset` is the function for pixels.
 
     Raises:
-        AssetUnreadable: It could not be opened, or a read inside the block failed.
+        AssetUnreadable: The asset could not be opened, or a read inside the block failed.
     """
     forbid_gdal_threads()
     try:
-        with _opened(href, access or Access(), fresh=True) as dataset:
+        with _opened_dataset(href, access or Access(), fresh=True) as dataset:
             yield dataset
     except (PermanentError, TransientError) as error:
         raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact_url(href)) from error
 
 
 def forbid_gdal_threads() -> None:
-    """Refuse to read while GDAL would decode in threads.
+    """Refuse to read where GDAL would decode in threads.
 
     Raises:
         InvalidInput: GDAL_NUM_THREADS is set in the environment or the enclosing rasterio.Env.
     """
     inside = rasterio.env.getenv() if rasterio.env.hasenv() else {}
-    if os.environ.get("GDAL_NUM_THREADS") or inside.get("GDAL_NUM_THREADS", 1) != 1:  # 1 is ours
+    if os.environ.get("GDAL_NUM_THREADS") or inside.get("GDAL_NUM_THREADS", 1) != 1:  # `open_raster` sets 1
         raise InvalidInput(
             "GDAL_NUM_THREADS is set: GDAL then returns zeros for failed reads of uncompressed TIFFs over HTTP and no "
             "error; unset it (workers and threads of the run are set with --workers and --threads-per-worker)"
@@ -169,61 +177,61 @@ def forbid_gdal_threads() -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def headers(pid: int) -> Recent[RasterHeader]:
-    """Headers of files that can be read by them alone; one set per process, as `ingest.raster.download.heads`."""
-    return Recent(_HEADERS)
+def header_cache(pid: int) -> LruCache[RasterHeader]:
+    """Headers of files that can be read without GDAL; one cache per process."""
+    return LruCache(_HEADERS)
 
 
 @contextmanager
-def _opened(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
-    """Open by magic bytes; faults of opening and of reading inside the block become permanent or transient."""
-    found = _find(href, access, fresh)
-    with _telling(found), _dataset(found, href, access) as dataset:
+def _opened_dataset(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
+    """Open a file with the driver for its first bytes; faults inside the block become permanent or transient."""
+    asset_file = _find_file(href, access, fresh)
+    with _classified_faults(asset_file), _gdal_dataset(asset_file, href, access) as dataset:
         yield dataset
 
 
 @contextmanager
-def _raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
-    """As `_opened`, but without GDAL where it has told before how the file is read."""
-    found = _find(href, access, fresh)
-    known = headers(os.getpid())
-    # the limits were held against the header when it was read
-    version = None if found.version is None else (found.version, access.max_pixels, access.max_block_bytes)
+def _opened_raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
+    """Open a file as a `Raster`, without GDAL if the header that GDAL read before suffices."""
+    asset_file = _find_file(href, access, fresh)
+    known = header_cache(os.getpid())
+    # the header was checked against these limits when it was read
+    version = None if asset_file.version is None else (asset_file.version, access.max_pixels, access.max_block_bytes)
     header = None if version is None or fresh else known.get(version)
-    with _telling(found):
+    with _classified_faults(asset_file):
         if header is not None:
-            yield Raster(header, found.file, None)
+            yield Raster(header, asset_file.content, None)
             return
-        with _dataset(found, href, access) as dataset:
-            header = RasterHeader.of(dataset, found.file)
+        with _gdal_dataset(asset_file, href, access) as dataset:
+            header = RasterHeader.of(dataset, asset_file.content)
             if version is not None and header.suffices:
                 known.put(version, header)
-            yield Raster(header, found.file, dataset)
+            yield Raster(header, asset_file.content, dataset)
 
 
 @contextmanager
-def _telling(found: FoundFile) -> Iterator[None]:
-    """Make faults permanent or transient, and say what went wrong with the bytes rather than what GDAL made of it."""
+def _classified_faults(asset_file: AssetFile) -> Iterator[None]:
+    """Make faults permanent or transient; an error of fetching bytes replaces the error that GDAL made of it."""
     try:
         yield
-        if found.file is not None and found.file.error is not None:
-            raise found.file.error
+        if asset_file.content is not None and asset_file.content.error is not None:
+            raise asset_file.content.error
     except (PermanentError, TransientError):
         raise
     except Exception as error:
         if not is_file_fault(error):
             raise
-        if found.file is not None and found.file.error is not None:
-            raise found.file.error from error
-        # a local file does not heal between attempts, and no file a header that was read whole; a remote one may have
-        # been cut on the way
-        again = found.remote and not isinstance(error, InvalidInput)
-        raise (TransientError if again else PermanentError)(describe_fault(error)) from error
+        if asset_file.content is not None and asset_file.content.error is not None:
+            raise asset_file.content.error from error
+        # a local file does not heal between attempts, and neither does a header that was read whole; the bytes of a
+        # remote file may have been cut off on the way
+        retry = asset_file.remote and not isinstance(error, InvalidInput)
+        raise (TransientError if retry else PermanentError)(describe_fault(error)) from error
 
 
-def _find(href: str, access: Access, fresh: bool) -> FoundFile:
+def _find_file(href: str, access: Access, fresh: bool) -> AssetFile:
     try:
-        return find(href, access, fresh=fresh)
+        return find_asset_file(href, access, fresh=fresh)
     except (PermanentError, TransientError):
         raise
     except Exception as error:
@@ -233,23 +241,26 @@ def _find(href: str, access: Access, fresh: bool) -> FoundFile:
 
 
 @contextmanager
-def _dataset(found: FoundFile, href: str, access: Access) -> Iterator[rasterio.io.DatasetReader]:
-    magic, file = found.magic, found.file
-    driver = next((name for start, name in DRIVERS if magic.startswith(start)), None)
+def _gdal_dataset(asset_file: AssetFile, href: str, access: Access) -> Iterator[rasterio.io.DatasetReader]:
+    magic, file = asset_file.magic, asset_file.content
+    driver = next((name for start, name in DRIVERS_BY_MAGIC if magic.startswith(start)), None)
     if driver is None:
         raise PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
     georeference = None
-    if magic.startswith(_CODESTREAM):  # it has no room for a georeference; that is in NAME.aux.xml beside it
-        georeference = _georeference(found, href, access)
-    with open_raster(lambda: open_found(found), driver, georeference=georeference) as dataset:
+    if magic.startswith(_CODESTREAM):  # its georeference is in NAME.aux.xml beside it
+        georeference = _georeference(asset_file, href, access)
+    with open_raster(lambda: open_asset_file(asset_file), driver, georeference=georeference) as dataset:
         if file is not None:
-            tie(dataset, file)
-        _check_header(dataset, found.size, access)
+            link_range_file(dataset, file)
+        _check_header(dataset, asset_file.size, access)
         yield dataset
 
 
-def _georeference(found: FoundFile, href: str, access: Access) -> bytes | None:
-    data = read_beside(href, access, MOST_SIDECAR_BYTES) if found.remote else read_near(found.path, MOST_SIDECAR_BYTES)
+def _georeference(asset_file: AssetFile, href: str, access: Access) -> bytes | None:
+    if asset_file.remote:
+        data = read_remote_sidecar(href, access, MAX_SIDECAR_BYTES)
+    else:
+        data = read_local_sidecar(asset_file.path, MAX_SIDECAR_BYTES)
     try:
         return None if data is None else georeference_only(data)
     except InvalidInput as error:
@@ -257,7 +268,11 @@ def _georeference(found: FoundFile, href: str, access: Access) -> bytes | None:
 
 
 def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: Access) -> None:
-    """Refuse what is not one plain band of sane size, before anything is decoded."""
+    """Refuse a file that is not one plain band of sane size, before anything is decoded.
+
+    Raises:
+        PermanentError: The file has another form, or its pixels or blocks are too many or too large.
+    """
     if dataset.count != 1:
         raise PermanentError(f"expected one band, the file has {dataset.count}")
     if dataset.crs is not None:

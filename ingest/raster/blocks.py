@@ -1,10 +1,10 @@
-"""`BlockReader`: blocks of a TIFF decoded straight into place, without GDAL's block cache in between.
+"""`BlockReader`: decodes blocks of a TIFF straight into the result, without GDAL's block cache.
 
-GDAL opens the file once, and says where its blocks lie; how they are packed is read from the tags themselves, and must
-be what GDAL says. The common packings (tiled, one band, deflate, LZW, zstd or none, with or without a predictor) are
+GDAL opens the file once and gives the places of its blocks. How they are packed is read from the tags themselves, and
+must agree with GDAL. The common packings (tiled, one band, deflate, LZW, zstd or none, with or without a predictor) are
 then decoded by imagecodecs from the bytes into the result. On 10 m bands in deflate that takes two thirds of GDAL's
-processor time. All else is left to GDAL, and so are blocks that a sparse file leaves out. Checksums inside the packing
-are verified, and a block that gives more or fewer bytes than it must is an error.
+processor time. GDAL decodes everything else, and blocks that a sparse file leaves out. Checksums inside the packing are
+verified, and a block that decodes to more or fewer bytes than it should is an error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _UNPREDICT: dict[tuple[str, str], Unpack | None] = {
     ("f", "3"): imagecodecs.floatpred_decode,
 }
 _FAULTS = (RuntimeError, ValueError)
-"""What imagecodecs raises for damaged bytes."""
+"""Types that imagecodecs raises for damaged bytes."""
 
 
 class DamagedBlockError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
@@ -53,18 +53,18 @@ class DamagedBlockError(RasterioError):  # type: ignore[misc]  # rasterio is unt
 
 
 class ContradictionError(RasterioError):  # type: ignore[misc]
-    """A file of which GDAL and its tags say different things."""
+    """A file whose tags state something else than GDAL reads."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How the blocks of a TIFF are packed that can be decoded without GDAL.
+    """The packing of the blocks of a TIFF that can be decoded without GDAL.
 
     Attributes:
-        block: (height, width) of a block, pixels.
-        dtype: Of the pixels.
-        compression: GDAL's name of it, empty for none.
-        predictor: TIFF's number of it.
+        block: (height, width) of a block, in pixels.
+        dtype: Type of the pixels.
+        compression: GDAL's name of the compression, empty for none.
+        predictor: TIFF's number of the predictor.
     """
 
     block: tuple[int, int]
@@ -77,7 +77,7 @@ class Packing:
         """The packing of an open file, or None where GDAL must decode.
 
         Raises:
-            ContradictionError: GDAL does not say of the file what its tags say.
+            ContradictionError: GDAL reads something else than the tags of the file state.
         """
         directory = Directory.of(file)
         if directory is None:
@@ -92,22 +92,22 @@ class Packing:
             or "NBITS" in dataset.tags(1, ns="IMAGE_STRUCTURE")
         ):
             return None
-        told = dataset.tags(ns="IMAGE_STRUCTURE")
+        structure = dataset.tags(ns="IMAGE_STRUCTURE")
         _agree("size", directory.shape, dataset.shape)
         _agree("size of tiles", packing.block, dataset.block_shapes[0])
         _agree("type", packing.dtype, dataset.dtypes[0])
-        _agree("compression", packing.compression, told.get("COMPRESSION", ""))
-        _agree("predictor", packing.predictor, told.get("PREDICTOR", "1"))
+        _agree("compression", packing.compression, structure.get("COMPRESSION", ""))
+        _agree("predictor", packing.predictor, structure.get("PREDICTOR", "1"))
         return packing
 
     @property
     def unpack(self) -> Unpack | None:
-        """Undoes the compression; None where there is none."""
+        """The function that undoes the compression; None without compression."""
         return _UNPACK[self.compression]
 
     @property
     def unpredict(self) -> Unpack | None:
-        """Undoes the predictor; None where there is none."""
+        """The function that undoes the predictor; None without a predictor."""
         return _UNPREDICT[self._predicted]
 
     @property
@@ -119,10 +119,10 @@ class BlockReader:
     """Reads windows of the one band of a TIFF.
 
     Args:
-        packing: How its blocks are packed.
-        file: Its bytes.
-        spans: (rows, columns, 2) first byte of each block, and the first behind it; None asks `dataset`.
-        dataset: The open file, which says where blocks are and reads those that are left out; not needed with `spans`.
+        packing: Packing of the blocks.
+        file: Bytes of the file.
+        spans: Array (rows, columns, 2) of the first byte of each block and the first after it; None asks `dataset`.
+        dataset: The open file, which gives the places of blocks and reads left-out blocks; not needed with `spans`.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class BlockReader:
 
     @classmethod
     def of(cls, dataset: rasterio.io.DatasetReader, file: RangeFile) -> Self | None:
-        """A reader of an open file, or None where GDAL must decode."""
+        """Make a reader of an open file; None where GDAL must decode."""
         packing = Packing.of(dataset, file)
         return None if packing is None else cls(packing, file, dataset=dataset)
 
     def read(self, row: int, col: int, height: int, width: int, out: Pixels | None = None) -> Pixels:
-        """A window, into `out` if it is given: (height, width) of the file's type.
+        """Read a window of (height, width) in the file's type, into `out` if it is given.
 
         Raises:
             DamagedBlockError: A block is cut short, or does not decode to its size.
@@ -173,8 +173,8 @@ class BlockReader:
             top, left = max(row, y * tall), max(col, x * wide)
             bottom, right = min(row + height, y * tall + tall), min(col + width, x * wide + wide)
             view = out[top - row : bottom - row, left - col : right - col]
-            if span is None:  # left out of a sparse file, which GDAL knows how to take
-                assert self._dataset is not None, "spans that are given are of all blocks"
+            if span is None:  # left out of a sparse file: GDAL gives its pixels
+                assert self._dataset is not None, "spans without a dataset must hold all blocks"
                 view[...] = read_window(self._dataset, window=Window(left, top, right - left, bottom - top))
                 continue
             inside = (slice(top - y * tall, bottom - y * tall), slice(left - x * wide, right - x * wide))
@@ -184,7 +184,7 @@ class BlockReader:
                 raise DamagedBlockError(f"block at row {y * tall}, column {x * wide} is damaged: {error}") from None
 
     def _decode(self, span: Span, view: Pixels, inside: tuple[slice, slice], scratch: Pixels) -> None:
-        """One block into the part of the result that it covers."""
+        """Decode one block into the part of the result that it covers."""
         if span[1] > self._file.size:
             raise ValueError(f"the file ends at byte {self._file.size}, the block would at {span[1]}")
         packed = self._file.view(*span)
@@ -217,15 +217,15 @@ class BlockReader:
 
 
 def check_streams(dataset: rasterio.io.DatasetReader, file: RangeFile, window: tuple[int, int, int, int]) -> None:
-    """Hold deflated blocks that GDAL is to decode against their checksums, at which it does not look.
+    """Verify the checksums of deflated blocks before GDAL decodes them, because GDAL ignores the checksums.
 
     Args:
         dataset: The open file.
-        file: Its bytes.
+        file: Bytes of the file.
         window: (row, col, height, width) that is about to be read.
 
     Raises:
-        DamagedBlockError: A block is not what its checksum says, or cut short, or larger than it may be.
+        DamagedBlockError: A block does not match its checksum, is cut short, or is larger than it may be.
     """
     if dataset.driver != "GTiff" or dataset.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION") != "DEFLATE":
         return
@@ -239,6 +239,8 @@ def check_streams(dataset: rasterio.io.DatasetReader, file: RangeFile, window: t
             raise DamagedBlockError(f"block at byte {start} is damaged: {error}") from None
 
 
-def _agree(what: str, tags: object, told: object) -> None:
-    if tags != told:
-        raise ContradictionError(f"the tags of the file state the {what} {tags}, GDAL reads {told}: it is damaged")
+def _agree(what: str, by_tags: object, by_gdal: object) -> None:
+    if by_tags != by_gdal:
+        raise ContradictionError(
+            f"the tags of the file state the {what} {by_tags}, GDAL reads {by_gdal}: it is damaged"
+        )

@@ -1,7 +1,7 @@
-"""One asset on a much coarser grid, from the overviews of its file: quick, for looking and never for a cube.
+"""Read one asset on a much coarser grid from the overviews of its file: fast, for pictures and never for a cube.
 
-A cube's pixels come from all pixels of a file (`ingest.raster.read`). Here the provider's own overviews are believed,
-so that a picture of a whole tile costs a few hundred kilobytes.
+A cube's pixels come from all pixels of a file (`ingest.raster.read`). Here the provider's overviews are trusted, so
+that a picture of a whole tile costs a few hundred kilobytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rasterio.windows import Window
 from ingest.raster.access import with_asset
 from ingest.raster.header import grid_of
 from ingest.raster.limits import Access
-from ingest.raster.ranges import range_file_of
+from ingest.raster.ranges import find_range_file
 from ingest.raster.read import NODATA, Pixels, ReadableAsset, Stored, as_stored, check_type, read_on_grid
 from ingest.raster.resample import pick_resampling, place, scale_ratio
 from ingest.trust.redact import redact_url
@@ -38,7 +38,7 @@ def read_coarse(
 ) -> Pixels:
     """Read one band of one scene onto `target` from the coarsest overview that is at least as fine.
 
-    Arguments, result and errors are those of `read_on_grid`, which is what reads a file without such an overview.
+    Arguments, result and errors are those of `read_on_grid`, which reads a file that has no such overview.
     """
 
     def use(dataset: DatasetReader) -> Pixels | None:
@@ -49,13 +49,13 @@ def read_coarse(
         check_type(str(dataset.dtypes[0]), stored, scene, asset)
         ratio = scale_ratio(grid, target)
         factors = [factor for factor in dataset.overviews(1) if factor <= ratio * 1.001]
-        # overviews of JPEG 2000 are averages, which classes have none of
+        # overviews of JPEG 2000 are averages, and classes have no average
         if not factors or (asset.kind == "class" and dataset.driver != "GTiff"):
             return None
         factor = int(max(factors))
         coarse = grid.coarsen(factor)
         empty = {float(value) for value in (asset.nodata, dataset.nodata) if value is not None}
-        file = range_file_of(dataset)
+        file = find_range_file(dataset)
 
         def window(row: int, col: int, height: int, width: int, into: Pixels | None = None) -> Pixels:
             top, left = row * factor, col * factor

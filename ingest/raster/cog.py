@@ -1,8 +1,8 @@
-"""Cloud-optimised GeoTIFF: how a raster leaves terrashard, be it a simulated band or a predicted map.
+"""`CogWriter`: writes a cloud-optimised GeoTIFF (COG), for example a simulated band or a predicted map.
 
-GDAL's COG driver can only copy a finished dataset, so blocks first go, in any order, into a plain uncompressed TIFF
-beside the target; closing copies that into the COG and renames it. Memory stays at the size of one block plus
-GDAL's cache, a reader never sees half a file, and equal pixels give equal bytes.
+GDAL's COG driver can only copy a finished dataset. So blocks first go, in any order, into a plain uncompressed TIFF
+beside the target; closing copies that into the COG and renames it. Memory use is one block plus GDAL's cache, a reader
+never sees half a file, and equal pixels give equal bytes.
 
 Spec: OGC Cloud Optimized GeoTIFF 1.0 (docs.ogc.org/is/21-026), GDAL "COG -- Cloud Optimized GeoTIFF generator".
 """
@@ -32,31 +32,31 @@ from zarr_store.grid import Grid
 __all__ = ["CogWriter", "Colour", "write_cog"]
 
 Colour = tuple[int, int, int]
-"""(red, green, blue), each 0…255."""
+"""Colour as (red, green, blue), each 0…255."""
 
 Block = tuple[int, int, npt.NDArray[Any]]
-"""(first row, first column, pixels (height, width) or (count, height, width))."""
+"""Block as (first row, first column, pixels (height, width) or (count, height, width))."""
 
 OverviewResampling = Literal["mode", "nearest", "average"]
 
-# Sides of the internal tiles; 512 px is GDAL's own default for COGs.
 _DEFAULT_BLOCK_PX = 512
+"""Side of the internal tiles in pixels; GDAL's own default for COGs."""
 
 
 class CogWriter:
-    """One COG in the making: write blocks in any order, then leave the `with` block.
+    """Writes one COG: write blocks in any order, then leave the `with` block.
 
-    Pixels that were never written hold `nodata` (0 without one). On an exception nothing remains.
+    Pixels that are never written hold `nodata` (0 without one). After an exception no file remains.
 
     Args:
-        path: Target, replaced if it exists.
+        path: Target file, replaced if it exists.
         grid: Georeference and size.
         dtype: Pixel type, e.g. "uint16".
         count: Number of bands.
         nodata: Value recorded as nodata.
         colours: Class value → colour; stored as the colour table. Single-band uint8 only.
-        class_names: Class value → name; stored inside the file as band metadata `class_<value>`, and beside it as the
-            `.aux.xml` with GDAL category names that `gdalinfo` and QGIS list.
+        class_names: Class value → name; stored in the file as band metadata `class_<value>`, and beside it in an
+            `.aux.xml` as the GDAL category names that `gdalinfo` and QGIS list.
         descriptions: One name per band.
         overviews: Resampling of the internal overviews; "mode" for classes and "average" for data by default.
         block_px: Side of the internal tiles, a multiple of 16 and at least 128, which is GDAL's limit for COGs.
@@ -99,11 +99,11 @@ class CogWriter:
             raise InvalidInput(f"{self.path.name}: block_px must be a multiple of 16 from 128 up, got {block_px}")
         self._overviews = overviews or ("mode" if is_class else "average")
         self._block_px = block_px
-        # one name per writer: two processes that write the same map must not share a half-made file
+        # one name per writer: two processes that write the same map must not share an unfinished file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         limit_raster_drivers()
         with _disk_errors(self.path):
-            # a folder of this user alone: GDAL itself would write through a link that lies under the name
+            # a folder that only this user can write: GDAL itself would follow a link under the name of the file
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent))
         self._part = self._folder / "made.tif"
         self._raw = self._folder / "raw.tif"
@@ -135,7 +135,11 @@ class CogWriter:
                 self._dataset.write_colormap(1, {value: (*colour, 255) for value, colour in sorted(colours.items())})
 
     def write(self, row: int, col: int, pixels: npt.NDArray[Any]) -> None:
-        """Put `pixels` (height, width) or (count, height, width) with their first pixel at (row, col)."""
+        """Write `pixels` (height, width) or (count, height, width) with their first pixel at (row, col).
+
+        Raises:
+            InvalidInput: The block has another type or number of bands, or leaves the grid.
+        """
         if pixels.ndim == 2:
             pixels = pixels[np.newaxis]
         bands, height, width = pixels.shape
@@ -152,7 +156,7 @@ class CogWriter:
             self._dataset.write(pixels, window=Window(col, row, width, height))
 
     def close(self) -> None:
-        """Make the COG and rename it into place."""
+        """Make the COG and rename it to the target."""
         try:
             with _disk_errors(self.path):
                 self._dataset.close()
@@ -181,7 +185,7 @@ class CogWriter:
             self.discard()
 
     def discard(self) -> None:
-        """Remove everything unfinished; the target is left as it was."""
+        """Remove all unfinished files; the target stays as it was."""
         if not self._dataset.closed:
             self._dataset.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -222,7 +226,7 @@ def write_cog(
         grid: Georeference; an array must have its shape.
         dtype: Pixel type; needed when `data` is an iterable, else the array's.
         count: Bands; taken from a three-dimensional array.
-        nodata: See `CogWriter`, as for the arguments below.
+        nodata: Value recorded as nodata; `CogWriter` describes this argument and those below.
         colours: Class value → (r, g, b).
         class_names: Class value → name.
         descriptions: Band names.
@@ -269,7 +273,7 @@ def write_cog(
 
 
 def _category_xml(names: Mapping[int, str]) -> str:
-    """GDAL's sidecar form of class names: one entry per value from 0 up, empty where a value has no name."""
+    """Class names as GDAL's sidecar holds them: one entry per value from 0 up, empty where a value has no name."""
     entries = "\n".join(f"      <Category>{escape(names.get(v, ''))}</Category>" for v in range(max(names) + 1))
     return (
         '<PAMDataset>\n  <PAMRasterBand band="1">\n    <CategoryNames>\n'
@@ -278,7 +282,7 @@ def _category_xml(names: Mapping[int, str]) -> str:
 
 
 class _disk_errors:
-    """Turns GDAL's write errors into ours; GDAL itself does not say that a disk is full."""
+    """Turns GDAL's write errors into errors of this project; GDAL itself does not say that a disk is full."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

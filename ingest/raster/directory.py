@@ -1,9 +1,8 @@
-"""`Directory`: the first directory of a TIFF, read from its bytes, strictly.
+"""`Directory`: the first directory of a TIFF, read strictly from its bytes.
 
-Blocks that are decoded without GDAL become numbers by what these tags say, so every tag that takes part is read and
-checked here. What GDAL tells of a file is not enough: it leaves out tags that it refuses only once it decodes. A
-directory with a tag, a type, a count or a value that is not known here is nobody's error: GDAL then decodes the blocks,
-or refuses them.
+These tags decide how blocks are decoded to numbers without GDAL, so every tag that matters is read and checked here.
+The metadata that GDAL gives are not enough: they leave out tags that GDAL refuses only when it decodes. A directory
+with an unknown tag, type, count or value is no error: GDAL then decodes the blocks, or refuses them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ingest.raster.ranges import RangeFile
 __all__ = ["COMPRESSIONS", "Directory"]
 
 COMPRESSIONS: Mapping[int, str] = {1: "", 5: "LZW", 8: "DEFLATE", 32946: "DEFLATE", 50000: "ZSTD"}
-"""TIFF's number of a compression → GDAL's name of it, empty for none."""
+"""TIFF's number of a compression → GDAL's name of the compression, empty for none."""
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _FILL_ORDER, _ORIENTATION, _SAMPLES, _PLANAR, _PREDICTOR = 266, 274, 277, 284, 317
@@ -32,11 +31,11 @@ _MUST: Mapping[int, tuple[int, ...] | None] = {
     _HEIGHT: None,
     _BITS: (8, 16, 32, 64),
     _COMPRESSION: tuple(COMPRESSIONS),
-    _PHOTOMETRIC: (1, 3),  # numbers as they are; or with a palette beside them
+    _PHOTOMETRIC: (1, 3),  # plain numbers, or numbers with a palette
     _TILE_WIDTH: None,
     _TILE_HEIGHT: None,
 }
-"""Tags of one value that each directory here has, and the values that are known; None for any above 0."""
+"""Tags of one value that must be present, with the values that are understood; None for any value above 0."""
 _MAY: Mapping[int, tuple[int, ...]] = {
     254: (0,),  # a full image
     _FILL_ORDER: (1,),
@@ -46,28 +45,29 @@ _MAY: Mapping[int, tuple[int, ...]] = {
     _PREDICTOR: (1, 2, 3),
     _SAMPLE_FORMAT: (1, 2, 3),
 }
-"""Tags of one value that may be absent, the first value being the default, and the values that are known."""
-_SAY_NOTHING = frozenset(
+"""Tags of one value that may be absent, with the values that are understood; the first is the default."""
+_IGNORED = frozenset(
     {
-        *(269, 270, 271, 272, 305, 306, 315, 316, 33432),  # who made it, of what, when, with what
+        *(269, 270, 271, 272, 305, 306, 315, 316, 33432),  # author, subject, date and software
         *(282, 283, 296),  # pixels per inch
         320,  # the palette
         700,  # XMP
-        *(33550, 33922, 34264, 34735, 34736, 34737),  # where it lies
-        *(42112, 42113),  # GDAL's metadata and the value for no data, which GDAL tells
+        *(33550, 33922, 34264, 34735, 34736, 34737),  # the georeference
+        *(42112, 42113),  # GDAL's metadata and the nodata value, which GDAL gives
     }
 )
-"""Tags that take no part in how bytes become numbers."""
+"""Tags that do not affect how bytes become numbers."""
 
 _SHORT, _LONG, _LONG8 = 3, 4, 16
 _NUMBERS: Mapping[int, str] = {_SHORT: "<u2", _LONG: "<u4", _LONG8: "<u8"}
 _KINDS = {1: "uint", 2: "int", 3: "float"}
-_MOST_TAGS = 512
+_MAX_TAGS = 512
+"""Largest number of tags of a directory that is read."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tag: `at` is the place of its values in the file."""
+    """One tag of a directory; `at` is the byte in the file where its values begin."""
 
     type: int
     count: int
@@ -77,14 +77,14 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Directory:
-    """One band in tiles, of which every tag is known.
+    """The directory of a file of one band in tiles whose tags are all understood.
 
     Attributes:
-        shape: (height, width), pixels.
-        block: (height, width) of a tile, pixels.
-        dtype: Of the pixels.
-        compression: GDAL's name of it, empty for none.
-        predictor: TIFF's number of it.
+        shape: (height, width) of the raster, in pixels.
+        block: (height, width) of a tile, in pixels.
+        dtype: Type of the pixels.
+        compression: GDAL's name of the compression, empty for none.
+        predictor: TIFF's number of the predictor.
     """
 
     shape: tuple[int, int]
@@ -97,17 +97,17 @@ class Directory:
 
     @classmethod
     def of(cls, file: RangeFile) -> Self | None:
-        """The first directory of a little-endian TIFF; None where GDAL must decode.
+        """Read the first directory of a little-endian TIFF; None where GDAL must decode.
 
         Raises:
-            Exception: As fetching the bytes raised it.
+            Exception: The error of fetching the bytes.
         """
         entries = _entries(file)
         if entries is None or not entries.keys() >= {*_MUST, _TILE_OFFSETS, _TILE_SIZES}:
             return None
         values: dict[int, int] = {tag: known[0] for tag, known in _MAY.items()}
         for tag, entry in entries.items():
-            if tag in _SAY_NOTHING or tag in (_TILE_OFFSETS, _TILE_SIZES):
+            if tag in _IGNORED or tag in (_TILE_OFFSETS, _TILE_SIZES):
                 continue
             if tag not in _MUST and tag not in _MAY:
                 return None
@@ -121,7 +121,7 @@ class Directory:
         blocks = -(-shape[0] // block[0]) * -(-shape[1] // block[1])
         offsets, sizes = entries[_TILE_OFFSETS], entries[_TILE_SIZES]
         if (
-            dtype in ("float8", "float16")  # GDAL makes wider floats of them
+            dtype in ("float8", "float16")  # GDAL converts them to wider floats
             or (values[_COMPRESSION] == 1 and values[_PREDICTOR] != 1)
             or any(entry.type not in _NUMBERS or entry.count != blocks for entry in (offsets, sizes))
         ):
@@ -129,10 +129,10 @@ class Directory:
         return cls(shape, block, dtype, COMPRESSIONS[values[_COMPRESSION]], values[_PREDICTOR], offsets, sizes)
 
     def spans(self, file: RangeFile) -> npt.NDArray[np.int64] | None:
-        """(rows, columns, 2) first byte of each tile, and the first behind it; None where the file ends before it.
+        """Array (rows, columns, 2) of the first byte of each tile and the first after it; None where the file ends.
 
         Raises:
-            Exception: As fetching the bytes raised it.
+            Exception: The error of fetching the bytes.
         """
         starts, sizes = _array(file, self._offsets), _array(file, self._sizes)
         if starts is None or sizes is None or starts.max() > file.size or sizes.max() > file.size:
@@ -143,7 +143,7 @@ class Directory:
 
 
 def _entries(file: RangeFile) -> dict[int, _Entry] | None:
-    """The tags of the first directory; None unless they are in order, each once, and lie inside the file."""
+    """Tags of the first directory; None unless they are in order, each once, and lie inside the file."""
     head = file.head
     if head[:4] == b"II*\x00" and len(head) >= 8:
         (start,), step, counted, form = struct.unpack_from("<I", head, 4), 12, 2, "<HHI4s"
@@ -153,7 +153,7 @@ def _entries(file: RangeFile) -> dict[int, _Entry] | None:
         return None
     first = _bytes(file, start, counted)
     count = 0 if first is None else int.from_bytes(first, "little")
-    table = _bytes(file, start + counted, count * step) if 0 < count <= _MOST_TAGS else None
+    table = _bytes(file, start + counted, count * step) if 0 < count <= _MAX_TAGS else None
     if table is None:
         return None
     entries: dict[int, _Entry] = {}
@@ -172,7 +172,7 @@ def _entries(file: RangeFile) -> dict[int, _Entry] | None:
 
 
 def _number(entry: _Entry) -> int | None:
-    """The one value of a tag; None where it has another type or count."""
+    """The only value of a tag; None where it has another type or more values."""
     if entry.type not in (_SHORT, _LONG) or entry.count != 1:
         return None
     return int.from_bytes(entry.inline[: 2 if entry.type == _SHORT else 4], "little")
@@ -185,7 +185,7 @@ def _array(file: RangeFile, entry: _Entry) -> npt.NDArray[np.unsignedinteger] | 
 
 
 def _bytes(file: RangeFile, start: int, count: int) -> bytes | None:
-    """Bytes of a file, or None where it has not that many."""
+    """Bytes of a file; None where it has fewer."""
     if start + count > file.size:
         return None
     data = file.take(start, start + count)

@@ -1,7 +1,7 @@
-"""Getting bytes of a remote file: its head, spans of it, or the whole; signed, bounded, retried and checked.
+"""Fetch bytes of a remote file: its head, spans of it, or the whole; signed, bounded, retried and checked.
 
-Every answer is judged before it is used: its status, its range, its length, whether the file is still the one whose
-head is known, and where it came from. No redirect to another host is followed.
+Every answer is checked before it is used: its status, its range, its length, its sender, and that the file is still the
+one whose head is known. No redirect to another host is followed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
-from ingest.raster.faults import DRIVERS, PermanentError, TransientError, innermost
-from ingest.raster.ranges import HEAD_BYTES, MOST_AT_ONCE, Head, HeadCache, Span
+from ingest.raster.drivers import DRIVERS_BY_MAGIC
+from ingest.raster.faults import PermanentError, TransientError, describe_fault
+from ingest.raster.ranges import HEAD_BYTES, MAX_REQUESTS, Head, HeadCache, Span
 from ingest.trust.answers import TooLongError, read_answer, read_start
 from ingest.trust.buckets import bucket_url
 from ingest.trust.connections import PatientRetry, PrivatePeerError, check_peers
@@ -29,43 +30,55 @@ if TYPE_CHECKING:
     from ingest.raster.limits import Access
 
 __all__ = [
-    "MOST_SPAN",
+    "MAX_SPAN_BYTES",
     "fetch",
+    "fetch_head",
     "fetch_whole",
-    "heads",
-    "peek",
-    "read_beside",
+    "head_cache",
+    "read_remote_sidecar",
     "stream_whole",
 ]
 
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP statuses after which a request is sent again."""
 _BUSY = (429, 503)
+"""HTTP statuses by which a host asks for fewer requests."""
 _crowd = Crowd()
-MOST_SPAN = 1 << 30
-"""Of one request; the blocks of a window that lie beside each other are one."""
-_MOST_WHOLE = 256 << 20
-_MOST_STREAMED = 64 << 30
-"""Of a file whose size its server does not tell; ten times the largest scene."""
+MAX_SPAN_BYTES = 1 << 30
+"""Largest number of bytes of one request; blocks of a window that lie beside each other are one request."""
+_MAX_WHOLE_BYTES = 256 << 20
+"""Largest file that is fetched whole, from servers that answer no range requests."""
+_MAX_STREAMED_BYTES = 64 << 30
+"""Largest number of bytes that are streamed of a file of unknown size; ten times the largest scene."""
 
 
-def peek(href: str, access: Access) -> tuple[str, Head]:
+def fetch_head(href: str, access: Access) -> tuple[str, Head]:
+    """Fetch the first bytes of a file.
+
+    Returns:
+        The signed address that answered, and the head.
+
+    Raises:
+        PermanentError: The file is absent or refused, is no raster, or its server redirects to another host.
+        TransientError: The server cannot be reached or failed.
+    """
     pool = _pool(os.getpid(), access)
     plain = href
-    # what a bucket refuses once it refuses again: it is signed anew each time
+    # a bucket's refusal is final: its requests are signed anew each time
     renewed = href.startswith("s3://") or (access.sign == "none" and not access.sign_rules)
     url = _signed(href, access, pool)
     for _ in range(4):
         wait_for_turn(plain, access.rates)
         try:
-            with _crowd.place(url) as told_busy:
+            with _crowd.place(url) as report_busy:
                 reply = pool.request(
                     "GET", url, headers={"Range": f"bytes=0-{HEAD_BYTES - 1}"}, redirect=False, preload_content=False
                 )
-                told_busy(_was_busy(reply))
+                report_busy(_was_busy(reply))
         except PrivatePeerError as error:
             raise PermanentError(str(error)) from error
         except urllib3.exceptions.HTTPError as error:
-            raise TransientError(innermost(error)) from error
+            raise TransientError(describe_fault(error)) from error
         try:
             if reply.status in (301, 302, 303, 307, 308):
                 target = urljoin(url, reply.headers.get("Location", ""))
@@ -84,28 +97,29 @@ def peek(href: str, access: Access) -> tuple[str, Head]:
             data = read_start(reply, HEAD_BYTES if ranges else 64)
             magic = data[:64]
             whole = reply.headers.get("Content-Range", "").rpartition("/")[2] or reply.headers.get("Content-Length", "")
-            if not any(magic.startswith(start) for start, _ in DRIVERS):
+            if not any(magic.startswith(start) for start, _ in DRIVERS_BY_MAGIC):
                 kind_text = reply.headers.get("Content-Type", "an unnamed type").partition(";")[0]
                 raise PermanentError(f"not a TIFF or JPEG 2000 file (got {kind_text}, it begins with {magic[:24]!r})")
             size = int(whole) if whole.isdigit() else None
             return url, Head(plain, data, size, _version(reply), ranges, HeadCache.deadline())
         except urllib3.exceptions.HTTPError as error:
-            raise TransientError(innermost(error)) from error
+            raise TransientError(describe_fault(error)) from error
         finally:
             reply.close()
     raise PermanentError("more than three redirects")
 
 
 def fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
-    """Some bytes of a file whose head is known; faults are permanent or transient, as those of opening.
+    """Fetch bytes of a file whose head is known.
 
     Raises:
-        TransientError: Among others where the file is no longer the one whose head is known.
+        PermanentError: The server refuses, or the span is too long.
+        TransientError: The server failed, or the file is no longer the one whose head is known.
     """
     pool = _pool(os.getpid(), access)
     start, stop = span
-    if stop - start > MOST_SPAN:
-        raise PermanentError(f"{stop - start} bytes of the file are wanted at once; at most {MOST_SPAN} are read")
+    if stop - start > MAX_SPAN_BYTES:
+        raise PermanentError(f"{stop - start} bytes of the file are needed at once; at most {MAX_SPAN_BYTES} are read")
     headers = {"Range": f"bytes={start}-{stop - 1}"}
     for attempt in range(max(1, access.attempts)):
         try:
@@ -118,7 +132,7 @@ def fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
 
 
 class _BrokenOffError(Exception):
-    """An answer was good as far as it came."""
+    """An answer that was good until it broke off."""
 
 
 def _fetch_once(
@@ -129,31 +143,31 @@ def _fetch_once(
         url = _signed(head.url, access, pool, renew=renew)
         wait_for_turn(head.url, access.rates)
         try:
-            with _crowd.place(url) as told_busy:
+            with _crowd.place(url) as report_busy:
                 reply = pool.request("GET", url, headers=headers, redirect=False, preload_content=False)
-                told_busy(_was_busy(reply))
+                report_busy(_was_busy(reply))
         except urllib3.exceptions.HTTPError as error:
-            raise TransientError(innermost(error)) from error
+            raise TransientError(describe_fault(error)) from error
         if reply.status != 403 or url == head.url or renew:
             break
         reply.close()
     try:
         if reply.status != 206:
             raise _refused(reply)
-        etag, told = _version(reply), reply.headers.get("Content-Range", "")
-        if (etag != head.etag and None not in (etag, head.etag)) or told not in (
+        etag, content_range = _version(reply), reply.headers.get("Content-Range", "")
+        if (etag != head.etag and None not in (etag, head.etag)) or content_range not in (
             f"bytes {start}-{stop - 1}/{head.size}",
             f"bytes {start}-{stop - 1}/*",
         ):
-            heads(os.getpid()).drop(href)
+            head_cache(os.getpid()).drop(href)
             raise TransientError("the file was replaced while it was read")
         data = read_answer(reply, stop - start)
     except TooLongError as error:
         raise TransientError(f"the server sends more than the {stop - start} bytes it was asked for") from error
-    except urllib3.exceptions.ProtocolError as error:  # also an answer that is shorter than it says
-        raise _BrokenOffError(innermost(error)) from error
+    except urllib3.exceptions.ProtocolError as error:  # also an answer that is shorter than it states
+        raise _BrokenOffError(describe_fault(error)) from error
     except urllib3.exceptions.HTTPError as error:
-        raise TransientError(innermost(error)) from error
+        raise TransientError(describe_fault(error)) from error
     finally:
         reply.close()
     if len(data) != stop - start:
@@ -167,22 +181,26 @@ def _refused(reply: urllib3.BaseHTTPResponse) -> PermanentError | TransientError
 
 
 def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]]:
-    """A file of a server that answers no ranges, fetched once; GDAL itself would follow redirects to any host."""
+    """Fetch a whole file from a server that answers no range requests; GDAL would follow redirects to any host.
+
+    Returns:
+        A head that holds the whole file, and a function that raises when bytes beyond its end are needed.
+    """
     try:
         reply = _pool(os.getpid(), access).request("GET", url, redirect=False, preload_content=False)
         try:
             if reply.status != 200:
                 raise TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
-            data = read_answer(reply, _MOST_WHOLE)
+            data = read_answer(reply, _MAX_WHOLE_BYTES)
         finally:
             reply.close()
     except TooLongError as error:
         raise PermanentError(
-            f"the server answers no range requests, and the file is larger than the {_MOST_WHOLE >> 20} MiB that are "
-            "read as a whole"
+            f"the server answers no range requests, and the file is larger than the {_MAX_WHOLE_BYTES >> 20} MiB that "
+            "are read as a whole"
         ) from error
     except urllib3.exceptions.HTTPError as error:
-        raise TransientError(innermost(error)) from error
+        raise TransientError(describe_fault(error)) from error
 
     def beyond(span: Span) -> bytes:
         raise TransientError(f"the file ends at {len(data)} bytes, {span[1]} are needed")
@@ -191,12 +209,12 @@ def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]
 
 
 def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> None:
-    """Hand a file to `take` piece by piece, all of it; nothing is kept.
+    """Pass all bytes of a file to `take`, piece by piece, and keep none.
 
     Raises:
-        PermanentError, TransientError: As `peek`, or the file broke off, or was replaced since its head was seen.
+        PermanentError, TransientError: An error of `fetch_head`, or the file broke off or was replaced meanwhile.
     """
-    _, head = peek(href, access)
+    _, head = fetch_head(href, access)
     pool = _pool(os.getpid(), access)
     wait_for_turn(head.url, access.rates)
     try:
@@ -206,26 +224,26 @@ def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> Non
                 raise TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
             if _version(reply) != head.etag:
                 raise TransientError("the file was replaced while it was read")
-            came, most = 0, _MOST_STREAMED if head.size is None else head.size
+            received, limit = 0, _MAX_STREAMED_BYTES if head.size is None else head.size
             for piece in reply.stream(1 << 20, decode_content=False):
-                came += len(piece)
-                if came > most:
-                    raise TransientError(f"the server sends more than the {most} bytes that the file has")
+                received += len(piece)
+                if received > limit:
+                    raise TransientError(f"the server sends more than the {limit} bytes that the file has")
                 take(piece)
         finally:
             reply.close()
     except urllib3.exceptions.HTTPError as error:
-        raise TransientError(innermost(error)) from error
-    if head.size is not None and came != head.size:
-        raise TransientError(f"the answer broke off after {came} of {head.size} bytes")
+        raise TransientError(describe_fault(error)) from error
+    if head.size is not None and received != head.size:
+        raise TransientError(f"the answer broke off after {received} of {head.size} bytes")
 
 
-def read_beside(href: str, access: Access, most: int) -> bytes | None:
-    """NAME.aux.xml beside a remote file, where the georeference of a raw codestream is; None where there is none.
+def read_remote_sidecar(href: str, access: Access, limit: int) -> bytes | None:
+    """Read NAME.aux.xml beside a remote file, which holds the georeference of a raw codestream; None if there is none.
 
     Raises:
-        TransientError: Whether there is one cannot be known.
-        PermanentError: It is larger than `most` bytes.
+        TransientError: The server does not say whether there is one.
+        PermanentError: It is larger than `limit` bytes.
     """
     parts = urlsplit(href)
     beside = parts._replace(path=f"{parts.path}.aux.xml").geturl()
@@ -236,30 +254,30 @@ def read_beside(href: str, access: Access, most: int) -> bytes | None:
         try:
             if reply.status in _RETRIED_STATUS:
                 raise TransientError(f"HTTP {reply.status} {reply.reason or ''} for NAME.aux.xml".strip())
-            return read_answer(reply, most) if reply.status == 200 else None
+            return read_answer(reply, limit) if reply.status == 200 else None
         finally:
             reply.close()
     except PrivatePeerError as error:
         raise PermanentError(str(error)) from error
     except TooLongError as error:
-        raise PermanentError(f"NAME.aux.xml has more than {most} bytes, which no georeference needs") from error
+        raise PermanentError(f"NAME.aux.xml has more than {limit} bytes, which no georeference needs") from error
     except urllib3.exceptions.HTTPError as error:
-        raise TransientError(innermost(error)) from error
+        raise TransientError(describe_fault(error)) from error
 
 
 @functools.lru_cache(maxsize=2)
-def heads(pid: int) -> HeadCache:
-    """One per process, as `_pool`."""
+def head_cache(pid: int) -> HeadCache:
+    """Heads of the remote files that this process read last; one cache per process, as `pid` is its key."""
     return HeadCache()
 
 
 def _version(reply: urllib3.BaseHTTPResponse) -> str | None:
-    """What changes when a remote file is replaced, if the server says it."""
+    """The version of a remote file that its server states, which changes when the file is replaced."""
     return reply.headers.get("ETag") or reply.headers.get("Last-Modified")
 
 
 def _was_busy(reply: urllib3.BaseHTTPResponse) -> bool:
-    """Whether the host asked for patience, now or on an attempt that urllib3 repeated."""
+    """Whether the host asked for fewer requests, now or on an attempt that urllib3 repeated."""
     history = reply.retries.history if reply.retries is not None else ()
     return any(status in _BUSY for status in (reply.status, *(one.status for one in history)))
 
@@ -283,7 +301,7 @@ def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool
 
 @functools.lru_cache(maxsize=4)
 def _pool(pid: int, access: Access) -> urllib3.PoolManager:
-    """One pool per process (`pid` keys the cache, as sockets do not survive a fork)."""
+    """Connections of one process; `pid` is a key of the cache, as sockets do not survive a fork."""
     redact_logs()
     names = access.private_names
     manager = urllib3.PoolManager(
@@ -297,9 +315,9 @@ def _pool(pid: int, access: Access) -> urllib3.PoolManager:
             backoff_jitter=access.backoff_s,
             respect_retry_after_header=True,
             raise_on_status=False,
-            connect=1,  # a closed port or unknown host is known at once: fail fast
-            read=min(1, max(0, access.attempts - 1)),  # who is slow is asked again later, as the whole is repeated
+            connect=1,  # a closed port or an unknown host fails at once
+            read=min(1, max(0, access.attempts - 1)),  # a slow server is asked again later, by `with_asset`
         ),
-        maxsize=MOST_AT_ONCE,
+        maxsize=MAX_REQUESTS,
     )
     return check_peers(manager, lambda name: names is None or name in names)

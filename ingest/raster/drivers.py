@@ -1,13 +1,13 @@
-"""Which drivers and file systems GDAL may use in this process: what terrashard reads, and nothing else.
+"""The drivers and file systems that GDAL may use in this process: those that terrashard needs, and no others.
 
-GDAL opens files on its own while it reads one: the overviews that metadata name, a mask, a sidecar. It tries every
-driver on each of them, and some drivers send requests, run through other files, or write a cache where the file asks
-them to. Naming the driver of the outer file does not reach those inner opens, so the drivers are taken away from the
-process. The same holds for GDAL's virtual file systems: `/vsicurl/…` sends a request before any driver is asked.
+While GDAL reads a file it opens others on its own: the overviews that metadata name, a mask, a sidecar. It tries every
+driver on each of them, and some drivers send requests, read further files, or write a cache where the file says so.
+Naming the driver of the outer file does not affect those inner opens, so the other drivers are removed from the
+process. The same holds for GDAL's virtual file systems: `/vsicurl/…` sends a request before any driver is tried.
 
-rasterio and pyogrio each bring a GDAL of their own, and both are treated. Importing does nothing: every door that
-opens a file calls `limit_raster_drivers` or `limit_vector_drivers` first, which costs a microsecond once it is done.
-A process that does this no longer opens other formats through rasterio or pyogrio.
+rasterio and pyogrio each bring their own GDAL, and both are limited. Importing this module does nothing: every
+function that opens a file first calls `limit_raster_drivers` or `limit_vector_drivers`, which costs a microsecond once
+it is done. From then on the process cannot open other formats through rasterio or pyogrio.
 """
 
 from __future__ import annotations
@@ -19,24 +19,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-__all__ = ["RASTER_DRIVERS", "VECTOR_DRIVERS", "limit_raster_drivers", "limit_vector_drivers", "open_drivers"]
+__all__ = [
+    "DRIVERS_BY_MAGIC",
+    "RASTER_DRIVERS",
+    "TIFF_MAGIC",
+    "VECTOR_DRIVERS",
+    "limit_raster_drivers",
+    "limit_vector_drivers",
+    "open_drivers",
+]
+
+DRIVERS_BY_MAGIC = (
+    (b"II*\x00", "GTiff"),
+    (b"MM\x00*", "GTiff"),
+    (b"II+\x00", "GTiff"),
+    (b"MM\x00+", "GTiff"),
+    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JP2OpenJPEG"),
+    (b"\xff\x4f\xff\x51", "JP2OpenJPEG"),  # raw codestream: files named .tif in the wild hold one
+)
+"""(first bytes of a file, the one GDAL driver that may read it)."""
+TIFF_MAGIC = tuple(start for start, name in DRIVERS_BY_MAGIC if name == "GTiff")
+"""First bytes of a TIFF: classic or BigTIFF, of either byte order."""
 
 RASTER_DRIVERS = frozenset({"GTiff", "JP2OpenJPEG"})
-"""Formats of rasters that are opened."""
+"""Drivers of the raster formats that are opened."""
 VECTOR_DRIVERS = frozenset({"GeoJSON", "GPKG", "FlatGeobuf", "ESRI Shapefile"})
-"""Formats of polygons that can be opened; GPKG is there for writing, as `ingest.request.geopackage` reads without OGR."""
+"""Drivers of the polygon formats. GPKG only writes, as `ingest.request.geopackage` reads without OGR."""
 _BLIND = frozenset({"COG", "VRT"})
-"""Drivers that make datasets for us. They stay, and are unable to open anything.
+"""Drivers that only create datasets here. They stay registered, but cannot open anything.
 
-GDAL's warper registers VRT anew where it is absent, so it must be there, and blind."""
+GDAL's warper registers VRT again if it is absent, so it must stay, without the right to open."""
 _MEMORY = "MEM"
-"""Arrays of this process as rasters, by their address: rasterio needs it to open one of its own. From GDAL 3.10 on it
-opens no other, unless GDAL_MEM_ENABLE_OPEN says so, which is set to NO here; rasterio sets it for its own call."""
+"""Driver that opens arrays of this process by their address; rasterio needs it to open its own arrays. From GDAL 3.10
+on it opens no others unless GDAL_MEM_ENABLE_OPEN allows it, which is NO here. rasterio sets it for its own call."""
 _FILE_SYSTEMS = ("/vsimem/",)
-"""Kept, beside plain paths and the ones that rasterio and pyogrio make for Python objects."""
-_OWN = ("/vsipy", "/vsirio", "/vsipyogrio")
+"""Virtual file systems that stay usable, beside plain paths and `_PYTHON_FILE_SYSTEMS`."""
+_PYTHON_FILE_SYSTEMS = ("/vsipy", "/vsirio", "/vsipyogrio")
+"""Prefixes of the file systems that rasterio and pyogrio create for Python objects."""
 _OPENING = (b"DCAP_RASTER", b"DCAP_VECTOR", b"DCAP_MULTIDIM_RASTER", b"DCAP_GNM")
-"""What GDAL looks for in a driver before it lets it look at a file."""
+"""Capabilities of which GDAL requires one before a driver may look at a file."""
 
 _lock = threading.Lock()
 _Open = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
@@ -52,29 +73,29 @@ class _Callbacks(ctypes.Structure):
 
 
 def _find_nothing(user: int | None, name: bytes | None, mode: bytes | None) -> None:
-    """There is no file of any name."""
+    """Answer that there is no file of this name, whatever the name."""
 
 
 _refuse = _Open(_find_nothing)
-"""As C calls it; it lives as long as the process, as GDAL keeps its address."""
+"""The function in C's form. It lives as long as the process, as GDAL keeps its address."""
 
 
 @dataclass
 class _Gdal:
-    """One GDAL library of this process, and how many drivers it had when it was treated."""
+    """One GDAL library of this process, with the number of drivers that were left when it was limited."""
 
     library: ctypes.CDLL
     register: Callable[[], object]
     drivers: int = -1
 
     def names(self) -> dict[str, int]:
-        """Registered drivers, by name."""
+        """Handles of the registered drivers, by name."""
         count = self.library.GDALGetDriverCount()
         handles = [self.library.GDALGetDriver(number) for number in range(count)]
         return {self.library.GDALGetDriverShortName(one).decode(): one for one in handles}
 
     def limit(self, allowed: frozenset[str]) -> None:
-        """Take all else away; a count that is as it was left says that this is done."""
+        """Remove all other drivers and file systems, unless an unchanged number of drivers shows that this is done."""
         if self.drivers == self.library.GDALGetDriverCount():
             return
         with _lock:
@@ -100,7 +121,7 @@ class _Gdal:
         self.library.CSLDestroy(listed)
         for prefix in prefixes:
             name = prefix.decode()
-            if name.startswith("/vsi") and name not in _FILE_SYSTEMS and not name.startswith(_OWN):
+            if name.startswith("/vsi") and name not in _FILE_SYSTEMS and not name.startswith(_PYTHON_FILE_SYSTEMS):
                 callbacks = self.library.VSIAllocFilesystemPluginCallbacksStruct()
                 callbacks.contents.open = _refuse
                 self.library.VSIInstallPluginHandler(prefix, callbacks)
@@ -118,7 +139,7 @@ def limit_vector_drivers() -> None:
 
 
 def open_drivers(kind: str) -> frozenset[str]:
-    """Names of the drivers that can open a file now, of "raster" (rasterio) or "vector" (pyogrio)."""
+    """Names of the drivers that can open a file now, in the GDAL of "raster" (rasterio) or "vector" (pyogrio)."""
     gdal = _raster_gdal() if kind == "raster" else _vector_gdal()
     library = gdal.library
     return frozenset(
@@ -128,11 +149,11 @@ def open_drivers(kind: str) -> frozenset[str]:
     )
 
 
-def _allowed(own: frozenset[str]) -> frozenset[str]:
-    """Both kinds where the two packages share one library, as in conda's builds."""
+def _allowed(drivers: frozenset[str]) -> frozenset[str]:
+    """Drivers that a library keeps: both kinds where the two packages share one library, as in conda's builds."""
     if _address(_raster_gdal()) == _address(_vector_gdal()):
         return RASTER_DRIVERS | VECTOR_DRIVERS
-    return own
+    return drivers
 
 
 @functools.cache
@@ -141,7 +162,7 @@ def _raster_gdal() -> _Gdal:
     import rasterio._env
 
     def register() -> None:
-        with rasterio.Env():  # the first one registers all that there is
+        with rasterio.Env():  # the first one registers all drivers
             pass
 
     return _Gdal(_library(rasterio._env), register)
@@ -160,7 +181,7 @@ def _address(gdal: _Gdal) -> int | None:
 
 
 def _library(extension: ModuleType) -> ctypes.CDLL:
-    """The GDAL that an extension module is linked to: a symbol is looked up in a library and those it needs."""
+    """The GDAL that an extension module is linked to: its symbols are found in the module's own libraries."""
     library = ctypes.CDLL(extension.__file__)
     handle, text = ctypes.c_void_p, ctypes.c_char_p
     signatures: dict[str, tuple[object, list[object]]] = {

@@ -1,7 +1,7 @@
-"""`read_window`: pixels that only GDAL can decode, with its warnings taken as errors.
+"""`read_window`: reads pixels that only GDAL can decode, and treats its warnings as errors.
 
-GDAL reads some damaged blocks and only warns: of a JPEG that is cut short it makes up the rest. What it makes up must
-not reach a cube.
+GDAL decodes some damaged blocks with no more than a warning: it invents the rest of a JPEG that is cut short. Invented
+pixels must not reach a cube.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ __all__ = ["WarnedError", "read_window"]
 
 
 class WarnedError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
-    """GDAL gave pixels, and warned that they are not those of the file."""
+    """GDAL gave pixels, but warned that they are not those of the file."""
 
 
-def read_window(dataset: rasterio.io.DatasetReader, band: int = 1, **how: Any) -> npt.NDArray[np.generic]:
-    """Pixels of one band of an open file.
+def read_window(dataset: rasterio.io.DatasetReader, band: int = 1, **options: Any) -> npt.NDArray[np.generic]:
+    """Read pixels of one band of an open file.
 
     Args:
         dataset: The open file.
-        band: Its number, from 1.
-        **how: As rasterio's `read` takes it.
+        band: Number of the band, from 1.
+        **options: Options of rasterio's `read`.
 
     Raises:
         WarnedError: GDAL warned while it decoded a TIFF.
     """
-    if dataset.driver != "GTiff":  # OpenJPEG is strict on its own, and warns of boxes that it need not know
-        return dataset.read(band, **how)  # type: ignore[no-any-return]
-    with _warnings() as told:
-        pixels: npt.NDArray[np.generic] = dataset.read(band, **how)
-    if told:
-        raise WarnedError(f"GDAL warned while it decoded: {told[0]}")
+    if dataset.driver != "GTiff":  # OpenJPEG is strict itself, and warns of boxes that do not matter
+        return dataset.read(band, **options)  # type: ignore[no-any-return]
+    with _caught_warnings() as messages:
+        pixels: npt.NDArray[np.generic] = dataset.read(band, **options)
+    if messages:
+        raise WarnedError(f"GDAL warned while it decoded: {messages[0]}")
     return pixels
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What GDAL warns of meanwhile, in this thread."""
-    told: list[str] = []
-    _listener().of_thread.told = told
+def _caught_warnings() -> Iterator[list[str]]:
+    """Collect the warnings of GDAL in this thread while the block lasts."""
+    messages: list[str] = []
+    _listener().of_thread.messages = messages
     try:
-        yield told
+        yield messages
     finally:
-        _listener().of_thread.told = None
+        _listener().of_thread.messages = None
 
 
 class _Listener(logging.Filter):
-    """Hears what rasterio logs of GDAL, which is the only way that it hands on a warning."""
+    """Collects what rasterio logs for GDAL; rasterio passes warnings on in no other way."""
 
     def __init__(self, quiet: bool) -> None:
         super().__init__()
@@ -65,18 +65,18 @@ class _Listener(logging.Filter):
         self._quiet = quiet
 
     def filter(self, record: logging.LogRecord) -> bool:
-        told = getattr(self.of_thread, "told", None)
-        if told is not None and record.levelno >= logging.WARNING:
-            told.append(record.getMessage())
+        messages = getattr(self.of_thread, "messages", None)
+        if messages is not None and record.levelno >= logging.WARNING:
+            messages.append(record.getMessage())
         return not self._quiet
 
 
 @functools.cache
 def _listener() -> _Listener:
-    """One per process, put where rasterio logs when it is first needed."""
+    """The listener of this process, added to rasterio's logger at the first call."""
     log = logging.getLogger("rasterio._err")
     quiet = not log.isEnabledFor(logging.WARNING)
-    if quiet:  # the user wants to read none of these, but they must be heard
+    if quiet:  # the user has silenced these warnings, but they must be collected
         log.setLevel(logging.WARNING)
     listener = _Listener(quiet)
     log.addFilter(listener)

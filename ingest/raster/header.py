@@ -1,8 +1,8 @@
-"""`RasterHeader`: what the header of a raster file says, as far as reading its pixels needs it.
+"""`RasterHeader`: the parts of the header of a raster file that reading its pixels needs.
 
-Opening a file costs GDAL as much time as decoding some blocks, and all shards of a cube that lie in one scene read the
-same files. So the headers of the files read last stay with the process (`ingest.raster.access.headers`), by the version of the
-file, and blocks that can be decoded without GDAL are then found without it.
+To open a file costs GDAL as much time as to decode some blocks, and all shards of a cube that lie in one scene read the
+same files. So each process keeps the headers of the files that it read last (`ingest.raster.access.header_cache`), by
+the version of the file. Blocks that can be decoded without GDAL are then also located without it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from zarr_store.grid import Grid, check_on_earth, normal_crs
 
 __all__ = ["RasterHeader", "grid_of"]
 
-_MOST_BLOCKS = 2048
-"""Of a file whose header is kept: 10 980² pixels in blocks of 256 have 1,849, which are 30 kB."""
+_MAX_BLOCKS = 2048
+"""Largest number of blocks of a file whose header is kept: 10 980² pixels in blocks of 256 have 1,849, or 30 kB."""
 
 _FARTHEST_PX = 1 << 32
-"""From the origin of a CRS, in pixels: beyond that the numbers of a grid no longer tell its pixels apart."""
+"""Largest distance from the origin of a CRS, in pixels: beyond it a grid's numbers cannot tell its pixels apart."""
 _SMALLEST = 1e-12
-"""A pixel, in units of the CRS."""
+"""Smallest side of a pixel, in units of the CRS."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class RasterHeader:
     """The header of one file.
 
     Attributes:
-        grid: Where its pixels lie.
-        dtype: Of its pixels.
+        grid: Grid of its pixels.
+        dtype: Type of its pixels.
         nodata: Value of pixels without data.
-        palette: Whether its numbers are colours.
-        packing: How its blocks are packed; None where only GDAL can decode them.
-        spans: (rows, columns, 2) first byte of each block, and the first behind it; None where a block is left out, or
-            there are too many.
+        palette: Whether its numbers stand for colours of a palette.
+        packing: Packing of its blocks; None where only GDAL can decode them.
+        spans: Array (rows, columns, 2) of the first byte of each block and the first after it; None where a block is
+            left out, or there are too many.
     """
 
     grid: Grid
@@ -57,11 +57,11 @@ class RasterHeader:
 
     @classmethod
     def of(cls, dataset: rasterio.io.DatasetReader, file: RangeFile | None) -> Self:
-        """The header of an open file.
+        """Read the header of an open file.
 
         Raises:
-            InvalidInput: It has no CRS, or a rotated or south-up transform.
-        ContradictionError: GDAL reads it otherwise than its tags state.
+            InvalidInput: The file has no CRS, or a rotated or south-up transform.
+            ContradictionError: GDAL reads something else than the tags of the file state.
         """
         packing = Packing.of(dataset, file) if file is not None else None
         return cls(
@@ -83,7 +83,7 @@ def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
     """The grid that the file header states.
 
     Raises:
-        InvalidInput: No CRS, a rotated or south-up transform, or numbers that are no place on Earth.
+        InvalidInput: The file has no CRS, a rotated or south-up transform, or a place that is not on Earth.
     """
     if dataset.crs is None:
         raise InvalidInput("the file has no coordinate reference system")
@@ -100,16 +100,20 @@ def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
 
 @functools.lru_cache(64)
 def _crs_name(wkt: str) -> str:
-    """As a grid spells it; PROJ's search for a code takes as long as decoding some blocks."""
+    """The CRS as a grid spells it, cached: PROJ's search for a code takes as long as decoding some blocks."""
     code = rasterio.crs.CRS.from_wkt(wkt).to_epsg()
     return f"EPSG:{code}" if code else normal_crs(wkt)
 
 
 def _spans(dataset: rasterio.io.DatasetReader, file: RangeFile, packing: Packing) -> npt.NDArray[np.int64] | None:
-    """Where GDAL finds the blocks, which must be where the tags say; None where one is left out, or there are many."""
+    """Locate all blocks by GDAL and check them against the tags; None where one is left out, or there are too many.
+
+    Raises:
+        ContradictionError: The tags state other places.
+    """
     tall, wide = packing.block
     rows, cols = -(-dataset.height // tall), -(-dataset.width // wide)
-    if rows * cols > _MOST_BLOCKS:
+    if rows * cols > _MAX_BLOCKS:
         return None
     directory = Directory.of(file)
     tagged = directory.spans(file) if directory is not None else None

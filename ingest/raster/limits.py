@@ -1,4 +1,4 @@
-"""`Access`: how long, how often and with whose keys one asset may be read."""
+"""`Access`: the limits of reading one asset: time, attempts, sizes, rates and keys."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class Access:
     """Limits of reading one asset.
 
     Attributes:
-        attempts: How often an asset is opened and read before it counts as unreadable.
-        deadline_s: No new attempt is begun after this time.
-        backoff_s: First pause; it doubles up to 16 times that, with jitter. Retry-After is honoured on top.
-        connect_timeout_s: For the TCP and TLS handshake.
-        low_speed_s: For the headers of an answer; and a transfer below 1 kB/s for this long is cut.
-        max_pixels: Larger rasters are refused before anything is decoded.
-        max_block_bytes: So are rasters with larger decoded blocks.
-        sign: Whose tokens are added to hrefs right before they are opened.
-        sign_rules: Tokens of the user's own providers.
-        bucket_rules: What S3 buckets need.
-        rates: (host, requests per second) beside those of the providers' rules; all workers share one count.
+        attempts: Number of attempts to open and read an asset before it counts as unreadable.
+        deadline_s: Seconds after which no new attempt begins.
+        backoff_s: Seconds of the first pause. Pauses double up to 16 times that, with jitter; Retry-After is added.
+        connect_timeout_s: Seconds to wait for the TCP and TLS handshake.
+        low_speed_s: Seconds to wait for the headers of an answer; a transfer below 1 kB/s for as long is ended, too.
+        max_pixels: Largest number of pixels; a larger raster is refused before anything is decoded.
+        max_block_bytes: Largest decoded block, in bytes; a raster with a larger one is refused.
+        sign: Provider whose tokens are added to hrefs right before they are opened.
+        sign_rules: Rules for tokens of the user's own providers.
+        bucket_rules: Rules for S3 buckets: their endpoint, and the names of the variables that hold keys.
+        rates: (host, requests per second) in addition to the providers' rules; all workers share one count.
         private_names: Host names that may lead to a private address; None for any.
-        requester_pays: Whether buckets are read that bill whoever reads.
+        requester_pays: Whether buckets may be read that bill the reader.
     """
 
     attempts: int = 4
@@ -51,14 +51,14 @@ class Access:
 
     @classmethod
     def of(cls, config: IngestConfig, source: str = "") -> Self:
-        """The limits that a config asks for; with on_error "skip" nothing is tried twice.
+        """Make the limits of a config; with on_error "skip" nothing is tried twice.
 
         Args:
-            config: Retries, timeouts, trust.
-            source: SOURCE as the user typed it: its own host may be a private one.
+            config: Retries, timeouts and trust.
+            source: SOURCE as the user typed it; its own host may be a private one.
         """
         own = (urlsplit(source).hostname or "").lower() if "://" in source else ""
-        # who names an endpoint of his own trusts it, wherever it is
+        # an endpoint that the user names is trusted, wherever it is
         named = [rule.bucket_rule.host for rule in config.trust.providers if rule.bucket_rule]
         return cls(
             private_names=None if config.trust.allow_private_hosts else tuple(name for name in (own, *named) if name),

@@ -1,4 +1,4 @@
-"""`Recent`: the values used last, by key; for what threads of one process know of files."""
+"""`LruCache`: a bounded cache of values by key, shared by the threads of one process."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-__all__ = ["Recent"]
+__all__ = ["LruCache"]
 
 V = TypeVar("V")
 
 
-class Recent(Generic[V]):
-    """A bounded number of values, of which the one that nobody asked for longest goes first.
+class LruCache(Generic[V]):
+    """A bounded number of values; the least recently used one is dropped first.
 
     Args:
-        most: How many are kept.
+        capacity: Largest number of values that are kept.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._values: OrderedDict[Hashable, V] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> V | None:
-        """The value of a key, if it is known."""
+        """The value of a key; None if there is none."""
         with self._lock:
             value = self._values.get(key)
             if value is not None:
@@ -33,19 +33,19 @@ class Recent(Generic[V]):
             return value
 
     def put(self, key: Hashable, value: V) -> None:
-        """Keep a value."""
+        """Store a value."""
         with self._lock:
             self._values[key] = value
             self._values.move_to_end(key)
-            while len(self._values) > self._most:
+            while len(self._values) > self._capacity:
                 self._values.popitem(last=False)
 
     def drop(self, key: Hashable) -> None:
-        """Forget a key, if it is known."""
+        """Remove a key, if it is there."""
         with self._lock:
             self._values.pop(key, None)
 
     def clear(self) -> None:
-        """Know nothing any more."""
+        """Remove all values."""
         with self._lock:
             self._values.clear()

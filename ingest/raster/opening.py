@@ -1,8 +1,8 @@
-"""Handing one file to GDAL: under a name that means nothing, with one driver, and with nothing around it.
+"""Open one file with GDAL: under a random name, with one driver, and with no other file in reach.
 
-GDAL never gets the path or the address of a file, but an opener that answers to exactly one name. So there is nothing
-beside the file to be found: no overviews, masks, world files or metadata of other programs; and no name inside the file
-leads to a neighbour of it. What a file says about overviews elsewhere is refused before GDAL follows it.
+GDAL never gets the path or the address of a file, but an opener that answers to exactly one name. So GDAL finds nothing
+beside the file: no overviews, masks, world files or metadata of other programs. And no name inside the file leads to
+another file. Metadata that point to overviews in another file are refused before GDAL follows them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning
 
-from ingest.raster.drivers import limit_raster_drivers
-from ingest.raster.faults import TIFF, describe_fault, is_file_fault
+from ingest.raster.drivers import TIFF_MAGIC, limit_raster_drivers
+from ingest.raster.faults import describe_fault, is_file_fault
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import open_regular
 
@@ -31,7 +31,7 @@ GDAL_OPTIONS: Mapping[str, Any] = {
     "GDAL_CACHEMAX": 128,  # MB per process; blocks of one window, not more
     "GTIFF_IGNORE_READ_ERRORS": "NO",
 }
-"""Of every open and read. None is about networks: GDAL is given files and bytes, never an address."""
+"""Options of every open and read. None is about networks: GDAL gets files and bytes, never an address."""
 Handle = io.RawIOBase | BinaryIO
 
 
@@ -46,9 +46,9 @@ def open_raster(
     """Open a raster file with one driver.
 
     Args:
-        open_file: Gives a fresh handle of the file; GDAL opens it several times.
+        open_file: Opens a fresh handle of the file; GDAL opens it several times.
         driver: GDAL's name of the only driver that may read it.
-        georeference: A sidecar that GDAL finds beside the file, as `ingest.raster.sidecar` makes it.
+        georeference: Sidecar that GDAL finds beside the file; `ingest.raster.sidecar` makes it.
 
     Raises:
         RasterioError: GDAL cannot read the file.
@@ -57,7 +57,7 @@ def open_raster(
     limit_raster_drivers()
     name = f"{uuid.uuid4().hex}/raster"
     options = dict(GDAL_OPTIONS)
-    if driver == "JP2OpenJPEG":  # on its own it decodes in threads, whose errors are lost: their tiles become zeros
+    if driver == "JP2OpenJPEG":  # by default it decodes in threads, whose errors are lost: their tiles become zeros
         options["GDAL_NUM_THREADS"] = 1
     if georeference is not None:
         options |= {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_PAM_ENABLED": "YES"}
@@ -71,10 +71,10 @@ def open_raster(
 
     with rasterio.Env(**options):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # who needs a place says so as an error
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # callers that need a georeference raise an error
             dataset = rasterio.open(name, driver=driver, sharing=False, opener=opener)
         with dataset:
-            _refuse_neighbours(dataset)
+            _refuse_foreign_overviews(dataset)
             yield dataset
 
 
@@ -83,27 +83,31 @@ def open_geotiff(path: Path) -> Iterator[rasterio.io.DatasetReader]:
     """Open a local GeoTIFF that a user named.
 
     Raises:
-        InvalidInput: It is absent, no regular file, no GeoTIFF, or cannot be read, also by what the block does.
+        InvalidInput: The file is absent, no regular file or no GeoTIFF, or cannot be read, also inside the block.
     """
     try:
         with open_regular(path) as file:
-            if file.read(4) not in TIFF:
+            if file.read(4) not in TIFF_MAGIC:
                 raise InvalidInput(f"{path} is no GeoTIFF; convert it with gdal_translate")
         with open_raster(lambda: open_regular(path), "GTiff") as dataset:
             yield dataset
     except Exception as error:
         if is_file_fault(error):
-            told = describe_fault(error)
-            raise InvalidInput(told if str(path) in told else f"{path} cannot be read as a GeoTIFF: {told}") from error
+            text = describe_fault(error)
+            raise InvalidInput(text if str(path) in text else f"{path} cannot be read as a GeoTIFF: {text}") from error
         if isinstance(error, OSError):
             raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
         raise
 
 
-def _refuse_neighbours(dataset: rasterio.io.DatasetReader) -> None:
-    """A file may name another as its overviews, in any format and anywhere; GDAL looks once overviews are asked for."""
+def _refuse_foreign_overviews(dataset: rasterio.io.DatasetReader) -> None:
+    """Refuse a file that names another one as its overviews; GDAL would open that, in any format and at any place.
+
+    Raises:
+        ForeignOverviewsError: The file has such metadata.
+    """
     if dataset.tags(ns="OVERVIEWS"):
         raise ForeignOverviewsError(
-            "the file says that its overviews are elsewhere (GDAL metadata, domain OVERVIEWS), which is never "
-            "followed; make a COG of it, whose overviews are inside"
+            "the file states that its overviews are in another file (GDAL metadata, domain OVERVIEWS), which is never "
+            "followed; convert it to a COG, which holds its overviews"
         )

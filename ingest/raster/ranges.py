@@ -1,9 +1,9 @@
-"""`RangeFile`: a TIFF whose blocks are fetched before anybody asks for them; GDAL can read it as a file.
+"""`RangeFile`: a file whose blocks are fetched before they are read; GDAL can read it as a file.
 
-GDAL on its own opens a file anew for each window and waits for each answer before it asks on. Here the header is
-fetched once per process and file, all blocks of a window are known from it, neighbours are merged into one request,
-and the requests of all bands are on their way at once. Every answer is checked: its status, its range, its length,
-and that the file is still the one whose header is held.
+GDAL on its own opens a file again for each window, and waits for each answer before the next request. Here the header
+is fetched once per process and file. It locates all blocks of a window; neighbours are merged into one request, and
+the requests of all bands run at the same time. Every answer is checked (`ingest.raster.download`): its status, its
+range, its length, and that the file is still the one whose header is held.
 """
 
 from __future__ import annotations
@@ -21,60 +21,63 @@ import numpy as np
 import rasterio
 from rasterio.errors import RasterioError
 
-from ingest.raster.lru import Recent
+from ingest.raster.lru import LruCache
 
 __all__ = [
     "HEAD_BYTES",
-    "MOST_AT_ONCE",
+    "MAX_REQUESTS",
     "BlockPlaceError",
     "Head",
     "HeadCache",
     "RangeFile",
     "block_span",
     "blocks_of",
-    "range_file_of",
+    "find_range_file",
 ]
 
 Span = tuple[int, int]
-"""(start, stop) in bytes."""
+"""Range of a file as (first byte, first byte after it)."""
 
 Get = Callable[[Span], bytes]
-"""Fetches exactly these bytes, or raises."""
+"""Function that fetches exactly these bytes, or raises."""
 
 
 class BlockPlaceError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
-    """A block with more bytes than a block of its size can have, or of a place that no file has."""
+    """A block that states more bytes than a block of its size can have, or a place that no file has."""
 
 
 HEAD_BYTES = 16384
-"""Fetched at the open: holds the directories of a COG of 10 980² pixels in blocks of 512."""
+"""Number of first bytes that are fetched: they hold the directories of a COG of 10 980² pixels in blocks of 512."""
 
 _MERGE_BYTES = 512
-"""Blocks this near each other are one request; in a COG 8 bytes lie between them."""
+"""Largest gap between blocks that are fetched in one request, in bytes; in a COG the gap is 8 bytes."""
 _AROUND_BYTES = 4
-"""A COG repeats a block's size before it and its last bytes behind it, and GDAL may look."""
-MOST_AT_ONCE = 64
-"""Requests of one process; a shard of four bands needs about 40, and the next one's are on their way with them."""
+"""Bytes fetched before and after a block: a COG repeats its size before it and its last bytes after it for GDAL."""
+MAX_REQUESTS = 64
+"""Largest number of requests of one process at once; a shard of four bands needs about 40, and two shards overlap."""
 _FEW_BYTES = 1 << 20
-"""A block may have as many bytes, whatever it unpacks to."""
-_MOST_GROWTH = 4
-"""Larger blocks may have so many bytes for each byte that they unpack to; LZW of noise has 1.5."""
+"""Number of bytes that any block may have, whatever it decodes to."""
+_MAX_GROWTH = 4
+"""Largest ratio of packed to decoded bytes of larger blocks; LZW of noise has 1.5."""
 _FARTHEST = 1 << 60
+"""Largest place of a byte in a file that is believed."""
 _HEADS = 1024
+"""Number of heads that one process keeps."""
 _HEAD_LIFE_S = 300.0
+"""Seconds after which a head is fetched again."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What is known of a remote file once its first bytes are here.
+    """The first bytes of a file, with the properties that its server stated.
 
     Attributes:
-        url: Where it was found, after redirects, unsigned.
-        data: Its first bytes.
-        size: Of the whole file, if the server said so.
-        etag: Its version, if the server said so.
-        ranges: Whether the server answers ranges.
-        until: Monotonic time after which it is asked for anew.
+        url: Address of the file after redirects, unsigned.
+        data: First bytes of the file.
+        size: Size of the whole file in bytes; None where the server did not state it.
+        etag: ETag or date of the file; None where the server stated neither.
+        ranges: Whether the server answers range requests.
+        until: Monotonic time after which the head is fetched again.
     """
 
     url: str
@@ -86,39 +89,44 @@ class Head:
 
     @property
     def version(self) -> str:
-        """What tells this file from another one of its name: its size, and its ETag or date if the server said so."""
+        """Text that tells versions of the file apart: its size, and its ETag or date if the server states one."""
         return f"{self.size} {self.etag or ''}".strip()
 
 
-class HeadCache(Recent[Head]):
-    """The heads of the files read last, for a while; one per process, so a file of many shards is opened once."""
+class HeadCache(LruCache[Head]):
+    """Heads of the files that were read last, for five minutes, so that a file of many shards is opened once."""
 
     def __init__(self) -> None:
         super().__init__(_HEADS)
 
     def get(self, key: Hashable) -> Head | None:
-        """The head of an href, if it is known and not too old."""
+        """The head of an href; None if there is none or it is too old."""
         head = super().get(key)
         return None if head is None or head.until < time.monotonic() else head
 
     def put(self, key: Hashable, value: Head) -> None:
-        """Keep a head; one that holds the whole file is not kept, or nobody would ask for the file."""
+        """Store a head, unless it holds the whole file: the file would then never be requested again."""
         if value.size is not None and len(value.data) < value.size:
             super().put(key, value)
 
     @staticmethod
     def deadline() -> float:
-        """Until when a head that arrives now may be used."""
+        """Monotonic time until which a head that arrives now may be used."""
         return time.monotonic() + _HEAD_LIFE_S
 
 
 class RangeFile:
-    """The bytes of a file that are here, and the way to the others.
+    """The bytes of a file that were fetched, and a function that fetches others.
+
+    Attributes:
+        size: Size of the file in bytes.
+        version: Version of the file, as its head states it.
+        error: Error of the last failed fetch for GDAL, which would report no more than "read error".
 
     Args:
-        head: Its first bytes and its size.
-        get: Fetches a span.
-        remote: Whether it is worth asking for several spans at once.
+        head: First bytes and size of the file.
+        get: Function that fetches a span.
+        remote: Whether several spans are worth fetching at once.
     """
 
     def __init__(self, head: Head, get: Get, *, remote: bool = True) -> None:
@@ -133,18 +141,18 @@ class RangeFile:
 
     @property
     def head(self) -> bytes:
-        """The first bytes."""
+        """The first bytes of the file."""
         return self._parts[0][1]
 
     def open(self, path: str, mode: str = "rb") -> io.RawIOBase:
-        """A fresh handle: rasterio opens a file several times and closes each."""
+        """Open a fresh handle: rasterio opens a file several times and closes each handle."""
         return _Handle(self)
 
     def fetch(self, spans: Iterable[Span]) -> None:
-        """Have these bytes, several requests at a time.
+        """Fetch these spans unless they are here, several at a time.
 
         Raises:
-            Exception: As the fetching raised it.
+            Exception: The error of the fetching function.
         """
         wanted = [span for span in merge(spans, self.size) if self._find(span) is None]
         if not wanted:
@@ -154,11 +162,11 @@ class RangeFile:
         self._parts += [(start, data) for (start, _), data in zip(wanted, answers, strict=True)]
 
     def forget(self) -> None:
-        """Let go of all but the head: the blocks of a window are needed once."""
+        """Drop all bytes but the head: the blocks of a window are needed once."""
         del self._parts[1:]
 
     def take(self, start: int, stop: int) -> bytes:
-        """Bytes, fetched now if they are not here; what went wrong is kept, as GDAL would only say "read error"."""
+        """Bytes for GDAL, fetched now if they are not here; after an error, kept in `error`, they are empty."""
         part = self._find((start, stop))
         if part is None:
             try:
@@ -182,7 +190,7 @@ class RangeFile:
 
 
 class _Handle(io.RawIOBase):
-    """One open handle: a position in a `RangeFile`."""
+    """One open handle of a `RangeFile`, with a position."""
 
     def __init__(self, file: RangeFile) -> None:
         super().__init__()
@@ -211,7 +219,7 @@ class _Handle(io.RawIOBase):
 
 
 def merge(spans: Iterable[Span], size: int) -> list[Span]:
-    """Spans in order, with near ones joined.
+    """Sort spans and join those that lie near each other.
 
     >>> merge([(100, 200), (208, 300), (5000, 6000)], 5500)
     [(96, 304), (4996, 5500)]
@@ -227,7 +235,7 @@ def merge(spans: Iterable[Span], size: int) -> list[Span]:
 
 
 def blocks_of(dataset: rasterio.io.DatasetReader, window: tuple[int, int, int, int]) -> list[Span]:
-    """The bytes of the blocks of a TIFF that a window (row, col, height, width) touches; blocks left out are absent."""
+    """Spans of the blocks of a TIFF that a window (row, col, height, width) touches, without left-out blocks."""
     row, col, height, width = window
     tall, wide = dataset.block_shapes[0]
     spans = []
@@ -240,7 +248,7 @@ def blocks_of(dataset: rasterio.io.DatasetReader, window: tuple[int, int, int, i
 
 
 def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | None:
-    """The bytes of one block of a TIFF, by its row and column among the blocks; None where a sparse file has none.
+    """The span of one block of a TIFF, by its row and column among the blocks; None where a sparse file leaves it out.
 
     Raises:
         BlockPlaceError: The file states more bytes than any packing of the block has, or a place that no file has.
@@ -254,7 +262,7 @@ def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | Non
     if int(count) > _FEW_BYTES:
         tall, wide = dataset.block_shapes[0]
         unpacked = tall * wide * np.dtype(dataset.dtypes[0]).itemsize
-        if int(count) > _MOST_GROWTH * unpacked:
+        if int(count) > _MAX_GROWTH * unpacked:
             raise BlockPlaceError(
                 f"block at row {y * tall}, column {x * wide}: {count} packed bytes of {unpacked} are refused"
             )
@@ -264,13 +272,13 @@ def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | Non
 _files: weakref.WeakKeyDictionary[rasterio.io.DatasetReader, RangeFile] = weakref.WeakKeyDictionary()
 
 
-def tie(dataset: rasterio.io.DatasetReader, file: RangeFile) -> None:
-    """Remember the file that a dataset reads from."""
+def link_range_file(dataset: rasterio.io.DatasetReader, file: RangeFile) -> None:
+    """Record the file that a dataset reads from."""
     _files[dataset] = file
 
 
-def range_file_of(dataset: rasterio.io.DatasetReader) -> RangeFile | None:
-    """The file that a dataset reads from, if it is one of ours."""
+def find_range_file(dataset: rasterio.io.DatasetReader) -> RangeFile | None:
+    """The file that a dataset reads from; None if `link_range_file` recorded none."""
     return _files.get(dataset)
 
 
@@ -279,8 +287,8 @@ _pools_lock = threading.Lock()
 
 
 def _pool(pid: int) -> ThreadPoolExecutor:
-    """Threads that wait for answers; one set per process, as threads do not survive a fork."""
+    """The threads that wait for answers; one pool per process, as threads do not survive a fork."""
     with _pools_lock:
         if pid not in _pools:
-            _pools[pid] = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="terrashard-fetch")
+            _pools[pid] = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="terrashard-fetch")
         return _pools[pid]

@@ -1,7 +1,7 @@
-"""One asset on one grid: what every pixel of a cube goes through.
+"""Read one asset on one grid; every pixel of a cube is read here.
 
-`read_on_grid` returns raw numbers, `SceneReader` gives the same through stackstac's reader protocol. Errors are
-errors: nothing here turns an unreadable file into zeros.
+`read_on_grid` returns raw numbers, and `SceneReader` gives the same through stackstac's reader protocol. Nothing here
+turns an unreadable file into zeros: it raises.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ Stored = Literal["uint16", "uint8", "float32"]
 Pixels = npt.NDArray[np.generic]
 
 NODATA: Mapping[str, float] = {"uint16": 0, "uint8": 0, "float32": float("nan")}
-"""What a pixel without data is, by stored type."""
+"""Value of a pixel without data, by stored type."""
 
 
 class ReadableAsset(Protocol):
-    """What reading needs to know of an asset; `ingest.scenes.scene.AssetRef` and `ingest.plan.plan.SourceAsset` have it."""
+    """The properties of an asset that reading needs.
+
+    `ingest.scenes.scene.AssetRef` and `ingest.plan.task.SourceAsset` have them.
+    """
 
     @property
     def key(self) -> str: ...
@@ -65,55 +68,55 @@ def read_on_grid(
     scene: str = "",
     access: Access | None = None,
     out: Pixels | None = None,
-    tell: Callable[[str], None] | None = None,
+    on_version: Callable[[str], None] | None = None,
 ) -> Pixels:
-    """Read one band of one scene onto `target`; raw numbers, before any offset.
+    """Read one band of one scene onto `target`, as raw numbers before any offset.
 
     Args:
-        asset: What to read.
-        header: Grid that the file had when it was planned; another grid now is an error. None accepts any.
+        asset: Asset to read.
+        header: Grid that the file had at the time of planning; another grid now is an error. None accepts any.
         target: Grid of the result.
-        resampling: Kernel wanted where the lattices differ; `pick_resampling` overrules it where it would be wrong.
+        resampling: Kernel that is used where the lattices differ, unless `pick_resampling` overrules it.
         stored: Type of the result: "uint16" (digital numbers), "uint8" (classes) or "float32" (backscatter).
-        scene: Item id, for errors.
+        scene: Item id, for error messages.
         access: Limits and retries.
-        out: Where the result goes; (height, width) of the type `stored`. Holds anything if this raises.
-        tell: Given the version of the file that is read, where one is known (not of s3:// hrefs, which GDAL reads).
+        out: Array (height, width) of type `stored` that takes the result; its content is undefined if this raises.
+        on_version: Function that is called with the version of the file that is read.
 
     Returns:
-        `out`, or a fresh array: (height, width) of `target`; 0 (or NaN for float32) where the file has no data or does
-        not reach.
+        `out`, or a fresh array: (height, width) of `target`, with 0 (or NaN for float32) where the file has no data or
+        does not reach.
 
     Raises:
-        AssetUnreadable: After all retries, or at once where a retry cannot help.
+        AssetUnreadable: The asset failed on every attempt, or at once where a retry cannot help.
     """
 
     def use(raster: Raster) -> Pixels:
-        told, file, dataset = raster.header, raster.file, raster.dataset
-        if header is not None and told.grid != header:
-            reason = f"the file is not the one that was planned: its grid was {header}, now it is {told.grid}"
+        stated, file, dataset = raster.header, raster.file, raster.dataset
+        if header is not None and stated.grid != header:
+            reason = f"the file is not the one that was planned: its grid was {header}, now it is {stated.grid}"
             raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
-        check_type(told.dtype, stored, scene, asset)
-        if asset.kind == "data" and told.palette:
+        check_type(stated.dtype, stored, scene, asset)
+        if asset.kind == "data" and stated.palette:
             reason = "expected a data band, the file has a palette: its numbers are colours"
             raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
-        empty = {value for value in (asset.nodata, told.nodata) if value is not None}
-        if tell is not None and file is not None:
-            tell(file.version)
+        empty = {value for value in (asset.nodata, stated.nodata) if value is not None}
+        if on_version is not None and file is not None:
+            on_version(file.version)
         blocks = None
-        if told.packing is not None and file is not None:
-            blocks = BlockReader(told.packing, file, spans=told.spans, dataset=dataset)
+        if stated.packing is not None and file is not None:
+            blocks = BlockReader(stated.packing, file, spans=stated.spans, dataset=dataset)
 
         def window(row: int, col: int, height: int, width: int, into: Pixels | None = None) -> Pixels:
             if blocks is None and file is not None:
                 file.fetch(blocks_of(dataset, (row, col, height, width)))
             begun = time.perf_counter()
             if blocks is not None:
-                # pixels of another type cannot be decoded into their place
-                fits = into is not None and into.dtype == told.dtype
+                # pixels of another type cannot be decoded straight into the result
+                fits = into is not None and into.dtype == stated.dtype
                 raw = blocks.read(row, col, height, width, into if fits else None)
             else:
-                assert dataset is not None, "only a file that needs no GDAL is not open"
+                assert dataset is not None, "a file that needs GDAL is open"
                 if file is not None:
                     check_streams(dataset, file, (row, col, height, width))
                 raw = read_window(dataset, window=Window(col, row, width, height))
@@ -122,14 +125,18 @@ def read_on_grid(
             count_stage("read", time.perf_counter() - begun, raw.nbytes)
             return as_stored(raw, stored, empty)
 
-        kernel = pick_resampling(asset.kind, told.grid, target, resampling)
-        return place(window, told.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
+        kernel = pick_resampling(asset.kind, stated.grid, target, resampling)
+        return place(window, stated.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
 
     return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access)
 
 
 def check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> None:
-    """Refuse a file of whole numbers where power is expected, and the other way round."""
+    """Refuse a file of integers where backscatter is expected, and a file of floats where integers are expected.
+
+    Raises:
+        AssetUnreadable: The file has the wrong kind of numbers.
+    """
     whole = np.issubdtype(np.dtype(dtype), np.integer)
     if (stored == "float32") == whole:
         expected = "a float band of linear backscatter" if stored == "float32" else "a band of whole numbers"
@@ -139,13 +146,13 @@ def check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> 
 
 
 def as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
-    """Pixels in the stored type, with everything that is no data at its one value."""
+    """Convert pixels to the stored type, with one value for every pixel without data."""
     if stored == "float32":
         power = raw.astype(np.float32)
-        # exact zeros are the borders of scenes before 2018, never a measured power
+        # exact zeros are the borders of scenes before 2018 and never a measured power
         power[~np.isfinite(power) | (power == 0)] = np.nan
         for value in empty:
-            if abs(value) <= np.finfo(np.float32).max:  # no pixel of the type has another value
+            if abs(value) <= np.finfo(np.float32).max:  # a pixel of this type cannot have a larger value
                 power[power == np.float32(value)] = np.nan
         return power
     top = np.iinfo(stored).max
@@ -159,20 +166,20 @@ def as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
 class SceneReader:
     """stackstac's reader protocol over `read_on_grid`.
 
-    stackstac knows an asset by its URL only; `table` says the rest, and goes in by `functools.partial`:
+    stackstac knows of an asset only its URL. `table` holds the rest, and is set by `functools.partial`:
     `stackstac.stack(…, reader=partial(SceneReader, table={href: asset}))`. `errors_as_nodata` is not honoured: an
     unreadable asset raises.
 
     Args:
         url: Href of the asset.
         spec: stackstac's `RasterSpec` of the target grid.
-        resampling: Used where `table` does not know the asset.
-        dtype: Of the result.
+        resampling: Kernel for assets that are not in `table`.
+        dtype: Type of the result.
         fill_value: Value of pixels without data.
-        scale_offset: Must be (1, 0): floats are made on the device, never stored.
+        scale_offset: Must be (1, 0): floats are computed on the device and never stored.
         table: Href → asset with its header grid, kernel and offset.
         access: Limits and retries.
-        read_asset: `read_on_grid`, or another function of its arguments.
+        read_asset: `read_on_grid`, or another function with the same arguments.
     """
 
     def __init__(
@@ -203,7 +210,7 @@ class SceneReader:
         self._grid = _grid_of_spec(spec)
 
     def read(self, window: Window, **_: Any) -> Pixels:
-        """One window of the stack's grid."""
+        """Read one window of the stack's grid."""
         target = self._grid.window(int(window.row_off), int(window.col_off), int(window.height), int(window.width))
         if self.asset is None:
             plain = _UrlAsset(self.url)
@@ -219,7 +226,7 @@ class SceneReader:
         return pixels.astype(self.dtype, copy=False)
 
     def close(self) -> None:
-        """Nothing stays open between reads."""
+        """Do nothing: no file stays open between reads."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
@@ -229,7 +236,7 @@ class SceneReader:
 
 
 class _UrlAsset:
-    """An asset of which nothing but the URL is known."""
+    """An asset of which only the URL is known."""
 
     nodata = None
     kind: Literal["data", "class"] = "data"

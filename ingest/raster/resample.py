@@ -1,9 +1,9 @@
-"""Pixels of one raster on another grid, so that the result never depends on how the grid is cut.
+"""Resample one raster to another grid, so that the result never depends on how the grid is cut.
 
-Three paths, by geometry alone: a shared lattice is copied (bit-exact), a class raster whose pixels hold whole
-target pixels is repeated (exact), all else is warped by GDAL. The warp always runs over the same canonical blocks,
-which lie on the CRS and not on the window asked for, each from the same source pixels; so any window of the grid is
-the same bytes, and shards meet without seams.
+The geometry decides between three ways. A shared lattice is copied (bit-exact). A raster whose pixels hold whole target
+pixels is repeated (exact), if the kernel is "nearest". Everything else is warped by GDAL. The warp always runs over the
+same canonical blocks, which begin at the origin of the CRS and not of the requested window, and always from the same
+source pixels. So every window of the grid has the same bytes, and shards meet without seams.
 """
 
 from __future__ import annotations
@@ -31,28 +31,33 @@ Array = npt.NDArray[np.generic]
 
 
 class WindowReader(Protocol):
-    """Pixels of a window inside a raster."""
+    """Function that reads a window inside a raster."""
 
     def __call__(self, row: int, col: int, height: int, width: int, into: Array | None = None) -> Array:
-        """Pixels (height, width), put `into` a view of the wanted type where that can be; then it is returned."""
+        """Read pixels (height, width), straight `into` that view and return it where its type allows this."""
 
 
 _BLOCK_PX = 256
+"""Side of a canonical block, in pixels of the target."""
 _MAX_SOURCE_PX = 4096
+"""Longest side of the source window of a block, in pixels; blocks are halved to stay below it."""
 _MARGIN_PX = 6
-"""Around a block's footprint in the source: cubic at pinned scale ≥ 1/2 reaches 4 pixels; the rest is for curvature."""
+"""Margin around a block in the source: cubic at pinned scale ≥ 1/2 reaches 4 pixels; the rest is for curvature."""
 _WHOLE_READ_PX = 1 << 25
+"""Largest window that is read in one go for several blocks, in pixels."""
 _TOLERANCE_PX = 1e-6
+"""Largest error of the approximate transform, in pixels."""
 _OUTLINE_POINTS = 33
+"""Number of points along each side of a block that are transformed to the source."""
 
 
 def scale_ratio(source: Grid, target: Grid) -> float:
-    """Target pixel size over source pixel size, in metres: above 1 the target is coarser."""
+    """Target pixel size over source pixel size, both in metres; above 1 the target is coarser."""
     return _pixel_m(target) / _pixel_m(source)
 
 
 def pick_resampling(kind: Literal["data", "class"], source: Grid, target: Grid, wanted: str) -> str:
-    """The kernel for one asset: classes are never interpolated, and coarsening never skips pixels.
+    """Choose the kernel for one asset: classes are never interpolated, and coarsening never skips pixels.
 
     >>> fine, coarse = (Grid("EPSG:32633", (r, 0, 0, 0, -r, 0), (9, 9)) for r in (10.0, 20.0))
     >>> pick_resampling("data", fine, coarse, "bilinear"), pick_resampling("class", fine, coarse, "bilinear")
@@ -87,19 +92,19 @@ def place(
     nodata: float,
     out: Array | None = None,
 ) -> Array:
-    """Pixels of a raster on `target`.
+    """Resample a raster to `target`.
 
     Args:
-        read: Reads a window that lies inside the raster; pixels without data are already `nodata`.
+        read: Function that reads a window inside the raster; its pixels without data are already `nodata`.
         source: Grid of the raster.
         target: Grid of the result; may reach outside the raster.
         resampling: Name of a rasterio `Resampling`; has no effect where both share a lattice.
-        dtype: Of the source pixels and the result.
+        dtype: Type of the source pixels and of the result.
         nodata: Value outside the raster and of pixels without data; such pixels have no weight.
-        out: Where the result goes; of `dtype`.
+        out: Array of type `dtype` that takes the result.
 
     Returns:
-        `out`, or a fresh array of (height, width) of `target`.
+        `out`, or a fresh array: (height, width) of `target`.
     """
     if out is None:
         out = np.empty(target.shape, dtype)
@@ -116,7 +121,7 @@ def place(
 
 
 def _copy(read: WindowReader, size: tuple[int, int], offset: tuple[int, int], nodata: float, out: Array) -> None:
-    """Pixels that lie on the raster's own lattice; `offset` is the first of them in the raster."""
+    """Copy pixels that lie on the raster's own lattice; `offset` is the place of the first one in the raster."""
     shape = out.shape
     row0, col0 = max(0, offset[0]), max(0, offset[1])
     row1, col1 = min(size[0], offset[0] + shape[0]), min(size[1], offset[1] + shape[1])
@@ -130,7 +135,7 @@ def _copy(read: WindowReader, size: tuple[int, int], offset: tuple[int, int], no
 
 
 def _repeat(read: WindowReader, source: Grid, target: Grid, factor: int, nodata: float, out: Array) -> None:
-    """Each pixel of the raster `factor` times along both sides."""
+    """Repeat each pixel of the raster `factor` times along both axes."""
     tx, ty = target.resolution
     col = round((target.transform[2] - source.transform[2]) / tx)
     row = round((source.transform[5] - target.transform[5]) / ty)
@@ -139,7 +144,7 @@ def _repeat(read: WindowReader, source: Grid, target: Grid, factor: int, nodata:
     coarse = np.empty((row1 - row0, col1 - col0), out.dtype)
     _copy(read, source.shape, (row0, col0), nodata, coarse)
     top, left = row - row0 * factor, col - col0 * factor
-    # along a row first, then whole rows: several times as fast as the other way round
+    # along rows first, then whole rows: several times as fast as the reverse
     wide = coarse.repeat(factor, axis=1)[:, left : left + target.width]
     for phase in range(factor):
         rows = out[phase::factor]
@@ -148,6 +153,7 @@ def _repeat(read: WindowReader, source: Grid, target: Grid, factor: int, nodata:
 
 
 def _warp(read: WindowReader, source: Grid, target: Grid, resampling: str, nodata: float, out: Array) -> None:
+    """Warp a raster to the target, canonical block by canonical block."""
     dtype = out.dtype
     out[...] = nodata
     ratio = scale_ratio(source, target)
@@ -171,7 +177,7 @@ def _warp(read: WindowReader, source: Grid, target: Grid, resampling: str, nodat
 
 
 def _warp_block(pixels: Array, source: Grid, block: Grid, resampling: str, ratio: float, nodata: float) -> Array:
-    """One call of GDAL's warper: a VRT, as `rasterio.warp.reproject` ignores `tolerance` before 1.5."""
+    """Warp one block with GDAL, through a VRT because `rasterio.warp.reproject` ignores `tolerance` before 1.5."""
     profile = {
         "driver": "GTiff",
         "height": source.height,
@@ -196,9 +202,9 @@ def _warp_block(pixels: Array, source: Grid, block: Grid, resampling: str, ratio
                 height=block.height,
                 width=block.width,
                 resampling=Resampling[resampling],
-                # of a pixel; the default of 0.125 would bend each row of the window by its own chord
+                # in pixels; the default of 0.125 would approximate each row of the window by its own chord
                 tolerance=_TOLERANCE_PX,
-                # GDAL otherwise takes the kernel's width from the shape of each window
+                # otherwise GDAL derives the kernel's width from the shape of each window
                 XSCALE=min(1.0, 1.0 / ratio),
                 YSCALE=min(1.0, 1.0 / ratio),
                 SOURCE_EXTRA=_MARGIN_PX,
@@ -208,9 +214,13 @@ def _warp_block(pixels: Array, source: Grid, block: Grid, resampling: str, ratio
 
 
 def _canonical_blocks(target: Grid, side: int) -> Iterator[tuple[Grid, tuple[slice, slice], tuple[slice, slice]]]:
-    """Blocks of `side` pixels that lie on the CRS; yields (block, its place in target, the part of it wanted)."""
+    """Yield the blocks of `side` pixels, counted from the origin of the CRS, that a target touches.
+
+    Yields:
+        (block, its place in the target, the part of the block that lies in the target).
+    """
     rx, ry = target.resolution
-    # pixels from the origin of the CRS; rounding makes every window of one grid agree on the fraction
+    # pixels from the origin of the CRS; after rounding, every window of one grid has the same fraction
     x, y = round(target.transform[2] / rx, 6), round(-target.transform[5] / ry, 6)
     col0, row0 = math.floor(x), math.floor(y)
     fraction_x, fraction_y = round(x - col0, 6), round(y - row0, 6)
@@ -255,7 +265,7 @@ def _source_window(source: Grid, block: Grid, ratio: float) -> tuple[int, int, i
 
 
 def _read_once(read: WindowReader, windows: list[tuple[int, int, int, int]]) -> WindowReader:
-    """Read the union of the windows in one go where it is small enough: neighbours share source blocks."""
+    """Read the union of the windows at once if it is small enough, as neighbours share source blocks."""
     row0, col0 = min(w[0] for w in windows), min(w[1] for w in windows)
     row1, col1 = max(w[0] + w[2] for w in windows), max(w[1] + w[3] for w in windows)
     if (row1 - row0) * (col1 - col0) > _WHOLE_READ_PX:

@@ -1,8 +1,8 @@
-"""The georeference of a raw JPEG 2000 codestream, out of the NAME.aux.xml beside it.
+"""Read the georeference of a raw JPEG 2000 codestream from the NAME.aux.xml beside it.
 
-A codestream has no room for a place on Earth, so GDAL keeps one in a sidecar. That file may hold much more: overviews
-under any name, masks, metadata in any domain, of which GDAL believes everything. So it is read here, and GDAL is given
-a new document with nothing but the coordinate reference system, the transform and the nodata value.
+A codestream has no room for a georeference, so GDAL keeps it in a sidecar. A sidecar may hold much more: overviews
+under any name, masks, metadata in any domain; and GDAL trusts all of it. So the sidecar is read here, and GDAL gets a
+new document with only the coordinate reference system, the transform and the nodata value.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from xml.sax.saxutils import escape
 from zarr_store.crs import parse_crs
 from zarr_store.errors import InvalidInput
 
-__all__ = ["MOST_SIDECAR_BYTES", "georeference_only"]
+__all__ = ["MAX_SIDECAR_BYTES", "georeference_only"]
 
-MOST_SIDECAR_BYTES = 1 << 20
+MAX_SIDECAR_BYTES = 1 << 20
+"""Largest sidecar that is read, in bytes."""
 _WKT = re.compile(r"[A-Z][A-Z_]{2,30}\s*\[")
 
 
 def georeference_only(data: bytes) -> bytes:
-    """A sidecar that says where the pixels lie and which value is no data, and nothing else.
+    """Reduce a sidecar to the georeference and the nodata value.
 
     Raises:
-        InvalidInput: It is no sidecar of GDAL's, or states something impossible.
+        InvalidInput: The document is no sidecar of GDAL's, or states something impossible.
     """
-    if len(data) > MOST_SIDECAR_BYTES:
-        raise InvalidInput(f"NAME.aux.xml has more than {MOST_SIDECAR_BYTES} bytes, which no georeference needs")
+    if len(data) > MAX_SIDECAR_BYTES:
+        raise InvalidInput(f"NAME.aux.xml has more than {MAX_SIDECAR_BYTES} bytes, which no georeference needs")
     try:
         text = data.decode("utf-8-sig")
         if "<!DOCTYPE" in text or "<!ENTITY" in text:

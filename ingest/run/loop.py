@@ -24,7 +24,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from ingest.plan.plan import Plan
-from ingest.plan.stored import PLAN_KEY, begun_plan, check_hrefs, keep_plan
+from ingest.plan.stored import PLAN_KEY, check_hrefs, keep_plan, resume_plan
 from ingest.plan.task import ShardTask
 from ingest.raster.access import forbid_gdal_threads
 from ingest.raster.limits import Access
@@ -128,7 +128,7 @@ def run(
     forbid_gdal_threads()
     url = plain_url(cube_url)
     kind = config.running.store if config else None
-    plan = begun_plan(url, plan, kind)
+    plan = resume_plan(url, plan, kind)
     create_cube(url, plan.specs, items=plan.item_tables(), provenance=plan.provenance(), kind=kind)
     _check_same_plan(url, plan)
     with CubeLock(url, f"ingest of plan {plan.digest[:12]}") as lock:

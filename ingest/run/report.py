@@ -193,7 +193,7 @@ def _failures(spec: CubeSpec, rows: Mapping[ShardIndex, LedgerRow]) -> list[dict
 
 def _verdicts(plan: Plan) -> list[dict[str, Any]]:
     found = []
-    for collection, facts in plan.facts.items():
+    for collection, facts in plan.statistics.items():
         entries = facts.get("offset_verdicts", {})
         found.append(
             {

@@ -87,7 +87,7 @@ def fill_shard(
         return read_on_grid(
             asset, asset.header, window, asset.resampling,
             stored=asset.stored, scene=asset.scene, access=access, out=out,
-            tell=lambda version: versions.__setitem__((asset.scene, asset.key), version),
+            on_version=lambda version: versions.__setitem__((asset.scene, asset.key), version),
         )  # fmt: skip
 
     times, height, width = task.region.shape

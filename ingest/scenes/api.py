@@ -1,7 +1,7 @@
-"""Asking a STAC API, through pystac-client on a leash.
+"""Search a STAC API with pystac-client, within limits.
 
-Every request goes through `Documents` (timeouts, bounded retries, size caps, credentials bound to their origin) and the
-pages through a guard: pystac-client itself follows a `next` link to itself for ever, and to any host.
+Every request goes through `Documents` (timeouts, bounded retries, size caps, credentials bound to their origin), and
+every page through a guard: pystac-client itself follows a `next` link to itself without end, and to any host.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pystac_client.stac_api_io import StacApiIO
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS
 from ingest.request.query import Comparison, Condition, conjuncts
-from ingest.scenes.catalogue import FoundItem
+from ingest.scenes.catalogue import CatalogueItem
 from ingest.scenes.documents import Documents, HttpStatusError
 from ingest.scenes.footprint import to_geojson
 from ingest.scenes.selection import Selection
@@ -36,13 +36,20 @@ __all__ = ["api_root", "ask_api"]
 log = logging.getLogger(__name__)
 
 PAGE_ITEMS = 100
+"""Number of items that a page is asked to have."""
 MAX_PAGES = 5_000
+"""Largest number of pages of one search."""
 _EMPTY_PAGES = 3
+"""Number of empty pages in a row that end a search."""
 _QUERY_WORDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte", "=": "eq", "!=": "neq"}
 
 
 def api_root(documents: Documents, location: str, document: Mapping[str, Any]) -> str | None:
-    """URL of the API that a document belongs to; None for a static document."""
+    """The URL of the API that a document belongs to; None for a static document.
+
+    Raises:
+        InvalidInput: The document is one page of a search.
+    """
     links = [link for link in document.get("links") or [] if isinstance(link, Mapping)]
     rels = {link.get("rel") for link in links}
     if document.get("conformsTo") or "search" in rels:
@@ -57,7 +64,7 @@ def api_root(documents: Documents, location: str, document: Mapping[str, Any]) -
 
 
 class _GuardedIO(StacApiIO):
-    """pystac-client's transport over `Documents`, with a guard on paging."""
+    """Transport of pystac-client over `Documents`, with a guard on paging."""
 
     def __init__(self, documents: Documents) -> None:
         super().__init__(max_retries=None)
@@ -75,10 +82,10 @@ class _GuardedIO(StacApiIO):
     def get_pages(
         self, url: str, method: str | None = None, parameters: dict[str, Any] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Pages of a search, until there is no next one.
+        """Yield the pages of a search, until there is no next one.
 
         Raises:
-            AccessError: A page came twice, or there are too many.
+            AccessError: A page came twice, or there are too many pages.
             InvalidInput: A next link leads to another host, or the answer is no FeatureCollection.
         """
         first, method, sent = parameters or {}, (method or "GET").upper(), parameters or {}
@@ -92,7 +99,7 @@ class _GuardedIO(StacApiIO):
             mark = hashlib.sha256(json.dumps(features, sort_keys=True).encode()).digest()
             if features and mark in seen:
                 raise AccessError(
-                    f"{redact_url(url)}: the API sends the same page again and again; report it to its makers"
+                    f"{redact_url(url)}: the API sends the same page again and again; report it to its operators"
                 )
             seen.add(mark)
             empty = 0 if features else empty + 1
@@ -103,7 +110,7 @@ class _GuardedIO(StacApiIO):
             url = self._next_url(url, link)
             method = str(link.get("method") or "GET").upper()
             body = link.get("body") if isinstance(link.get("body"), Mapping) else {}
-            # the href of a GET link has its parameters already; a POST link has a body, whole or to be merged
+            # the href of a GET link holds its parameters; the body of a POST link is complete, or merged with the first
             sent = {} if method != "POST" else {**(first if link.get("merge") else {}), **dict(body or {})}
         raise AccessError(f"{redact_url(url)}: more than {MAX_PAGES} pages of items; narrow the region or the time")
 
@@ -119,12 +126,16 @@ class _GuardedIO(StacApiIO):
         )
 
 
-def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[FoundItem]:
-    """Items of an API, in its own order."""
+def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[CatalogueItem]:
+    """Yield the items of an API, in its own order.
+
+    Raises:
+        AccessError: With `strict`, the API gave another number of items than it promised.
+    """
     details = _collections(documents, root, config)
     io = _GuardedIO(documents)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # missing conformance classes are worked around below
+        warnings.simplefilter("ignore")  # missing conformance classes are handled below
         client = Client.open(root, stac_io=io)
         if not client.conforms_to(ConformanceClasses.ITEM_SEARCH):
             client.add_conforms_to("ITEM_SEARCH")
@@ -138,7 +149,7 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
         region = Selection(config).region
         start, end = (moment.strftime("%Y-%m-%dT%H:%M:%SZ") if moment else ".." for moment in config.selection.interval)
         crossing = config.selection.bbox is not None and config.selection.bbox[0] > config.selection.bbox[2]
-        for method, asked in itertools.product(("POST", "GET"), (wanted, None) if wanted else (None,)):
+        for method, cql in itertools.product(("POST", "GET"), (wanted, None) if wanted else (None,)):
             request = client.search(
                 method=method,
                 collections=list(config.selection.collections),
@@ -148,8 +159,8 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
                 else None,
                 datetime=f"{start}/{end}" if config.selection.datetime else None,
                 query=query or None,
-                filter=None if asked is None else asked.to_json() if method == "POST" else asked.to_text(),
-                filter_lang=None if asked is None else "cql2-json" if method == "POST" else "cql2-text",
+                filter=None if cql is None else cql.to_json() if method == "POST" else cql.to_text(),
+                filter_lang=None if cql is None else "cql2-json" if method == "POST" else "cql2-text",
                 limit=min(PAGE_ITEMS, config.selection.max_items or PAGE_ITEMS),
             )
             # not request.pages_as_dicts(), which ends at the first page without items even if there is a next one
@@ -158,8 +169,8 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
                 first = next(pages, None)
                 break
             except HttpStatusError as error:
-                if asked is not None and error.status == 400:
-                    log.info("%s understands the filter no further; its answers are filtered here", redact_url(root))
+                if cql is not None and error.status == 400:
+                    log.info("%s does not understand the filter; its answers are filtered here", redact_url(root))
                 elif method == "GET" or error.status not in (404, 405, 501):
                     raise
     ids: set[str] = set()
@@ -168,18 +179,18 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[F
         if promised is None and isinstance(page.get("numberMatched"), int):
             promised = int(page["numberMatched"])
         for item in page["features"]:
-            found = _from_api(item, root, details)
+            entry = _from_api(item, root, details)
             ids.add(f"{item.get('collection')}/{item.get('id')}")
-            yield found
+            yield entry
     if promised is not None and promised != len(ids):
-        told = f"{redact_url(root)} promised {promised} items and gave {len(ids)} different ones"
+        message = f"{redact_url(root)} promised {promised} items and gave {len(ids)} different ones"
         if config.running.strict:
-            raise AccessError(f"{told}; search again, or leave --strict out to take what came")
-        log.warning("%s; the catalogue may have changed meanwhile, search again", told)
+            raise AccessError(f"{message}; search again, or leave --strict out to use the items that came")
+        log.warning("%s; the catalogue may have changed meanwhile, search again", message)
 
 
 def _filter(client: Client, conditions: Iterable[Condition]) -> cql2.Expr | None:
-    """What of the conditions the API understands, by what it says of itself; the rest is judged here alone."""
+    """The part of the conditions that the API states to understand; the rest is applied to its answers only."""
     stated = client.get_conforms_to()
     if not client.conforms_to(ConformanceClasses.FILTER) or not any("cql2" in uri for uri in stated):
         return None
@@ -188,21 +199,22 @@ def _filter(client: Client, conditions: Iterable[Condition]) -> cql2.Expr | None
     return cql2.Expr({"op": "and", "args": parts} if len(parts) > 1 else parts[0]) if parts else None
 
 
-def _from_api(item: Any, root: str, details: Mapping[str, Any]) -> FoundItem:
+def _from_api(item: Any, root: str, details: Mapping[str, Any]) -> CatalogueItem:
+    """Make a `CatalogueItem` of a feature; relative hrefs start at its own address, if the API itself serves that."""
     if not isinstance(item, Mapping):
         raise InvalidInput(f"{redact_url(root)}: a feature is not an object; expected STAC items")
     links = [link for link in item.get("links") or [] if isinstance(link, Mapping)]
-    own = next((str(link.get("href")) for link in links if link.get("rel") == "self"), "")
-    base = own if is_url(own) and same_origin(own, root) else root
-    return FoundItem(item, base, details.get(str(item.get("collection")), {}))
+    self_href = next((str(link.get("href")) for link in links if link.get("rel") == "self"), "")
+    base = self_href if is_url(self_href) and same_origin(self_href, root) else root
+    return CatalogueItem(item, base, details.get(str(item.get("collection")), {}))
 
 
 def _collections(documents: Documents, root: str, config: IngestConfig) -> dict[str, Mapping[str, Any]]:
-    """`item_assets` by collection id, for the collections asked for.
+    """`item_assets` of the requested collections, by collection id.
 
     Raises:
         UnknownName: The API has no such collection.
-        InvalidInput: No collection is asked for.
+        InvalidInput: The request names no collection.
     """
     url = root.rstrip("/") + "/collections"
     if not config.selection.collections:
@@ -233,5 +245,5 @@ def _collection_ids(documents: Documents, url: str) -> list[str]:
         listing = documents.request(url)
     except HttpStatusError:
         return []
-    found = listing.get("collections") if isinstance(listing, Mapping) else None
-    return [str(c["id"]) for c in found or [] if isinstance(c, Mapping) and "id" in c]
+    entries = listing.get("collections") if isinstance(listing, Mapping) else None
+    return [str(c["id"]) for c in entries or [] if isinstance(c, Mapping) and "id" in c]

@@ -1,6 +1,7 @@
-"""STAC items out of files: static catalogues, collections, ItemCollections, single items, stac-geoparquet.
+"""`CatalogueItem`: a STAC item as it was read, and reading items from files.
 
-Each item comes with the place it was read from, as relative hrefs start there.
+Files are static catalogues, collections, ItemCollections, single items and stac-geoparquet. Each item comes with the
+place that it was read from, because relative hrefs start there.
 """
 
 from __future__ import annotations
@@ -18,35 +19,36 @@ from ingest.trust.redact import redact_url
 from ingest.trust.waits import crew
 from zarr_store.errors import InvalidInput
 
-__all__ = ["FoundItem", "Trail", "items_in", "open_source"]
+__all__ = ["CatalogueItem", "iterate_items", "open_source"]
 
 MAX_DOCUMENTS = 100_000
+"""Largest number of documents of a static catalogue."""
 MAX_DEPTH = 16
+"""Largest number of levels of a static catalogue."""
 _READERS = 8
-"""Item documents read at once; each is one small request, and servers of static files bear that."""
+"""Number of item documents read at once; each is one small request, and servers of static files can bear that."""
 
 
 @dataclass(frozen=True)
-class FoundItem:
-    """An item as it stands in the catalogue, where it was read, and what its collection says of its assets."""
+class CatalogueItem:
+    """A STAC item as the catalogue holds it.
+
+    Attributes:
+        item: The item as JSON.
+        base: URL or path of the document that it was read from.
+        item_assets: `item_assets` of its collection.
+    """
 
     item: Mapping[str, Any]
     base: str
     item_assets: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Trail:
-    """What was seen on the way: collection ids, for the message when a name is unknown."""
-
-    collections: set[str] = field(default_factory=set)
-
-
 def open_source(documents: Documents) -> tuple[str, Any]:
-    """(location, document) of SOURCE; the document is None for a Parquet file.
+    """Open SOURCE and return its location and document; the document is None for a Parquet file.
 
     Raises:
-        InvalidInput: No such file, or not JSON.
+        InvalidInput: The file is absent or is no JSON.
         AccessError: The server could not be reached.
     """
     source = documents.source
@@ -64,22 +66,29 @@ def open_source(documents: Documents) -> tuple[str, Any]:
     return str(path), None if is_parquet(path) else documents.read(str(path))
 
 
-def items_in(
-    documents: Documents, location: str, document: Any, *, wanted: tuple[str, ...], trail: Trail
-) -> Iterator[FoundItem]:
-    """Every item of a file or static catalogue; collections that are not wanted are not descended into.
+def iterate_items(
+    documents: Documents, location: str, document: Any, *, wanted: tuple[str, ...], collection_ids: set[str]
+) -> Iterator[CatalogueItem]:
+    """Yield every item of a file or static catalogue, without reading collections that are not wanted.
+
+    Args:
+        documents: Reader of SOURCE.
+        location: Location of the document, as `open_source` returns it.
+        document: The document; None for a Parquet file.
+        wanted: Ids of the requested collections; empty for all.
+        collection_ids: Set that takes the ids of all collections in SOURCE, for the error about an unknown name.
 
     Raises:
         InvalidInput: The document is not STAC, or a link leads out of the catalogue or to something unreadable.
     """
     if document is None:
         items = read_items(location)
-        trail.collections.update(str(item["collection"]) for item in items if item.get("collection"))
-        yield from (FoundItem(item, location) for item in items)
+        collection_ids.update(str(item["collection"]) for item in items if item.get("collection"))
+        yield from (CatalogueItem(item, location) for item in items)
         return
     kind = _kind(document)
     if kind == "Catalog":
-        yield from _walk(documents, location, document, wanted=wanted, trail=trail)
+        yield from _walk(documents, location, document, wanted=wanted, collection_ids=collection_ids)
         return
     if not kind:
         came = (
@@ -93,12 +102,12 @@ def items_in(
         if not isinstance(item, Mapping):
             raise InvalidInput(f"{redact_url(location)}: a feature is not an object; expected STAC items")
         if item.get("collection"):
-            trail.collections.add(str(item["collection"]))
-        yield FoundItem(item, location)
+            collection_ids.add(str(item["collection"]))
+        yield CatalogueItem(item, location)
 
 
 def _kind(document: Any) -> str:
-    """One of "Catalog" (also a collection), "FeatureCollection", "Feature"; "" for anything else."""
+    """Kind of a document: "Catalog" (also for collections), "FeatureCollection", "Feature", or "" for anything else."""
     if not isinstance(document, Mapping):
         return ""
     kind = document.get("type")
@@ -111,8 +120,14 @@ def _kind(document: Any) -> str:
 
 
 def _walk(
-    documents: Documents, location: str, document: Mapping[str, Any], *, wanted: tuple[str, ...], trail: Trail
-) -> Iterator[FoundItem]:
+    documents: Documents,
+    location: str,
+    document: Mapping[str, Any],
+    *,
+    wanted: tuple[str, ...],
+    collection_ids: set[str],
+) -> Iterator[CatalogueItem]:
+    """Yield the items of a static catalogue, level by level."""
     queue = deque([(location, document, 0)])
     seen = {location}
     count = 0
@@ -124,7 +139,7 @@ def _walk(
             )
         is_collection = node.get("type") == "Collection" or "extent" in node
         if is_collection:
-            trail.collections.add(str(node["id"]))
+            collection_ids.add(str(node["id"]))
             if wanted and node["id"] not in wanted:
                 continue
         item_assets = node.get("item_assets") if is_collection else None
@@ -144,8 +159,8 @@ def _walk(
             if _kind(item) != "Feature":
                 raise InvalidInput(f"{redact_url(href)}: linked as an item, but it is none; repair the catalogue")
             if item.get("collection"):
-                trail.collections.add(str(item["collection"]))
-            yield FoundItem(item, href, item_assets if isinstance(item_assets, Mapping) else {})
+                collection_ids.add(str(item["collection"]))
+            yield CatalogueItem(item, href, item_assets if isinstance(item_assets, Mapping) else {})
         for href, child in _read_all(documents, links["child"]):
             if _kind(child) != "Catalog":
                 raise InvalidInput(
@@ -155,7 +170,7 @@ def _walk(
 
 
 def _read_all(documents: Documents, hrefs: list[str]) -> Iterator[tuple[str, Any]]:
-    """Read documents in order; over HTTP several at once, a batch at a time."""
+    """Read documents in order; over HTTP several at once, in batches."""
     if not hrefs or not is_url(hrefs[0]):
         yield from ((href, documents.read(href)) for href in hrefs)
         return

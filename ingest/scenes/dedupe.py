@@ -1,4 +1,4 @@
-"""One scene per acquisition: a reprocessed copy replaces the older one, both halves of a split datatake stay."""
+"""Keep one scene per acquisition: a reprocessed copy replaces the older one; both parts of a split datatake stay."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ingest.scenes.scene import Scene
 __all__ = ["Duplicate", "dedupe", "scene_order"]
 
 _SAME_GROUND = 0.6
-"""Two footprints with this share of joint area are the same ground; halves of a datatake share a narrow strip."""
+"""Smallest share of joint area of two footprints of the same ground; parts of a datatake share a narrow strip."""
 
 _SAME_MOMENT_S = 90
-"""Copies of one granule differ by less; a tile is crossed in 16 seconds."""
+"""Largest time between copies of one granule, in seconds; the satellite crosses a tile in 16 seconds."""
 
 
 class Duplicate(NamedTuple):
-    """A scene that was left out, the one that stands for it, and why."""
+    """A scene that was left out, the scene that replaces it, and the reason."""
 
     dropped: Scene
     kept: Scene
@@ -37,9 +37,9 @@ def scene_order(scene: Scene) -> tuple[str, str, str, str]:
 def dedupe(scenes: Iterable[Scene]) -> tuple[list[Scene], list[Duplicate]]:
     """Keep one scene of each acquisition, in `scene_order`.
 
-    The same acquisition is: same collection, platform, datatake, MGRS tile and relative orbit, and the same ground. The
-    newest baseline wins, then the newest creation time, then the greatest id, so that the choice never depends on the
-    order in which a catalogue lists its items.
+    Scenes of one acquisition share collection, platform, datatake, MGRS tile, relative orbit and ground. The newest
+    baseline wins, then the newest creation time, then the greatest id, so that the choice never depends on the order in
+    which a catalogue lists its items.
     """
     groups: dict[tuple[object, ...], list[Scene]] = defaultdict(list)
     seen: dict[tuple[str, str], Scene] = {}

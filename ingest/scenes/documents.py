@@ -1,7 +1,7 @@
-"""Reading JSON documents of a catalogue, from disk or over HTTP, with caps on size, depth, time and trust.
+"""`Documents`: reads JSON documents of a catalogue from disk or over HTTP, with limits on size, depth, time and trust.
 
 A catalogue comes from outside: it may be cut off, huge, nested without end, an HTML login page, or may redirect a
-credential to another host. Everything that is read of it passes through here.
+credential to another host. Everything that is read from it passes through here.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ __all__ = ["MAX_JSON_BYTES", "Documents", "HttpStatusError", "parse_json"]
 log = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 64 * 2**20
-"""Largest JSON document, about 4 000 Sentinel-2 items; stac-geoparquet is the form for more."""
+"""Largest JSON document in bytes, about 4 000 Sentinel-2 items; use stac-geoparquet for more."""
 
 MAX_JSON_MEMORY = 12 * MAX_JSON_BYTES
-"""Of the objects that a document becomes; those of STAC items take about 7 bytes for each byte of text."""
+"""Largest memory of the objects of a document, in bytes; STAC items take about 7 bytes for each byte of text."""
 
 MAX_DEPTH = 100
+"""Largest number of nested levels of a document."""
 _MAX_REDIRECTS = 5
-_MOST_ERROR = 4096
-"""Of what a server says of an error."""
+_MAX_ERROR_BYTES = 4096
+"""Number of bytes that are read of an answer with an error status."""
 _GZIP = b"\x1f\x8b"
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP statuses after which a request is sent again."""
 
 
 class HttpStatusError(AccessError):
@@ -63,7 +65,7 @@ class HttpStatusError(AccessError):
 
 
 class _Adapter(HTTPAdapter):
-    """Bounds the answers that come through a proxy, too."""
+    """HTTP adapter that bounds the answers of a proxy, too."""
 
     def proxy_manager_for(self, proxy: str, **more: Any) -> Any:
         known = proxy in self.proxy_manager
@@ -74,10 +76,14 @@ class _Adapter(HTTPAdapter):
 class Documents:
     """Reads the JSON documents of one SOURCE.
 
-    Credentials (userinfo in SOURCE, `headers`) go to SOURCE's own scheme, host and port and nowhere else.
+    Credentials (userinfo in SOURCE, `headers`) are sent to SOURCE's own scheme, host and port and nowhere else.
+
+    Attributes:
+        source: SOURCE without userinfo.
+        policy: Hosts and folders that hrefs may lead to.
 
     Args:
-        source: SOURCE as the user gave it.
+        source: SOURCE as the user typed it.
         config: Timeouts, retries and trust.
         headers: Extra request headers for SOURCE's origin, e.g. {"Authorization": "Bearer …"}.
     """
@@ -93,7 +99,7 @@ class Documents:
         self._session = requests.Session()
         self._session.trust_env = False  # no .netrc: it could send a password to a host that only a link names
         self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
-        self._session.headers["Accept-Encoding"] = "gzip, deflate"  # what is unpacked here, within bounds
+        self._session.headers["Accept-Encoding"] = "gzip, deflate"  # these are unpacked here, within limits
         self._session.headers["Accept"] = "application/geo+json, application/json"
         retry = PatientRetry(
             total=config.running.retries,
@@ -108,7 +114,7 @@ class Documents:
         )
         for scheme in ("http://", "https://"):
             adapter = _Adapter(max_retries=retry, pool_maxsize=8)
-            check_peers(adapter.poolmanager, self.policy.allows_private)  # a proxy has a manager of its own
+            check_peers(adapter.poolmanager, self.policy.allows_private)  # a proxy has its own manager
             self._session.mount(scheme, adapter)
 
     def __enter__(self) -> Self:
@@ -118,11 +124,11 @@ class Documents:
         self._session.close()
 
     def read(self, location: str) -> Any:
-        """The JSON document at a path or URL.
+        """Read the JSON document at a path or URL.
 
         Raises:
-            InvalidInput: Absent, too large, cut off, or not JSON.
-            AccessError: The server could not be reached or refused.
+            InvalidInput: The document is absent, too large, cut off, or no JSON.
+            AccessError: The server could not be reached, or refused.
         """
         if is_url(location):
             return self.request(location)
@@ -143,7 +149,18 @@ class Documents:
         method: str = "GET",
         parameters: Mapping[str, Any] | None = None,
     ) -> Any:
-        """The JSON answer to a request; `parameters` are the body of a POST and the query of a GET."""
+        """Send a request and read its JSON answer.
+
+        Args:
+            url: URL of the request.
+            method: "GET" or "POST".
+            parameters: Body of a POST, query of a GET.
+
+        Raises:
+            HttpStatusError: The server answered with an error status.
+            InvalidInput: The answer is too large, cut off, or no JSON, or the URL may not be opened.
+            AccessError: The server could not be reached.
+        """
         shown = redact_url(url)
         for _ in range(_MAX_REDIRECTS):
             reply = self._send(url, method, parameters)
@@ -195,22 +212,22 @@ class Documents:
             raise _unreachable(shown, error) from error
 
     def _why(self, reply: requests.Response) -> bytes:
-        """What a server says of an error: its first words, or nothing where it breaks off or packs them otherwise."""
+        """First bytes of the answer to a failed request; empty where it breaks off or is packed in an unknown way."""
         try:
-            data = read_start(reply.raw, _MOST_ERROR)
-            return unpack(data, reply.headers.get("Content-Encoding"), _MOST_ERROR)
+            data = read_start(reply.raw, _MAX_ERROR_BYTES)
+            return unpack(data, reply.headers.get("Content-Encoding"), _MAX_ERROR_BYTES)
         except (urllib3.exceptions.HTTPError, OSError):
             return b""
 
 
 def _proxies(url: str) -> dict[str, str]:
-    """Proxies of the environment for a URL: none where NO_PROXY excludes its host, and none to this machine itself."""
+    """Proxies of the environment for a URL: none if NO_PROXY excludes its host, and none for this machine itself."""
     host = (urlsplit(url).hostname or "").rstrip(".")
     return {} if is_loopback(host) or proxy_bypass(host) else getproxies()
 
 
 def _unpacked(data: bytes, where: str) -> bytes:
-    """A document that was kept as .gz; no more of it is unpacked than may be read."""
+    """Unpack a document that is stored as .gz, up to the largest size that may be read."""
     if not data.startswith(_GZIP):
         return data
     unpacking = zlib.decompressobj(wbits=31)
@@ -226,13 +243,14 @@ def _unpacked(data: bytes, where: str) -> bytes:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse a document, which may be packed with gzip, and say where it breaks.
+    """Parse a document, which may be packed with gzip.
 
-    STAC items one a line (newline-delimited GeoJSON, RFC 8142 without its separators) are a FeatureCollection.
+    A text with one STAC item per line (newline-delimited GeoJSON, RFC 8142 without its separators) becomes a
+    FeatureCollection.
 
     Raises:
-        InvalidInput: Too large as text or as objects, not UTF-8, not JSON (with the byte), NaN, Infinity, or nested
-            too deeply.
+        InvalidInput: The document is too large as text or as objects, is not UTF-8 or not JSON (the message names the
+            byte), holds NaN or Infinity, or is nested too deeply.
     """
     where = redact_url(where)
     data = _unpacked(data, where)
@@ -259,8 +277,8 @@ def parse_json(data: bytes, where: str) -> Any:
     except RecursionError as error:
         raise _too_deep(where) from error
     except _ConstantError as error:
-        found = re.search(rf"[:\[,\s]({re.escape(str(error))})", text)
-        byte = len(text[: found.start(1)].encode()) if found else 0
+        match = re.search(rf"[:\[,\s]({re.escape(str(error))})", text)
+        byte = len(text[: match.start(1)].encode()) if match else 0
         raise InvalidInput(f"{where}: {error} at byte {byte} is not valid JSON; the writer must use null") from error
     level, depth = [document], 0
     while level:
@@ -281,7 +299,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def _items_by_line(text: str, where: str) -> dict[str, Any] | None:
-    """A FeatureCollection, if the first line is a feature; none if it is not, which is then no form that we know."""
+    """A FeatureCollection of one item per line; None if the first line is no feature."""
     features: list[Any] = []
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():
@@ -302,7 +320,7 @@ def _items_by_line(text: str, where: str) -> dict[str, Any] | None:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """One line after the other: a list of all would be larger than a text of nothing but ends of lines."""
+    """Yield one line after the other; a list of all lines could be many times larger than the text."""
     start = 0
     while start <= len(text):
         end = text.find("\n", start)
@@ -312,7 +330,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 class _ConstantError(Exception):
-    pass
+    """A constant that JSON does not have: NaN or Infinity."""
 
 
 def _refuse_constant(name: str) -> None:
@@ -355,7 +373,7 @@ def _status_message(shown: str, reply: requests.Response, data: bytes) -> str:
 
 
 def _refuse_plain(source: str) -> None:
-    """Refuse to send credentials where anybody on the way can read them.
+    """Refuse to send credentials over http, where others can read them.
 
     Raises:
         InvalidInput: SOURCE is an http address of another machine.

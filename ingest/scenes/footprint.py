@@ -1,4 +1,4 @@
-"""Footprints in lon/lat that survive the antimeridian, and whether they meet a region."""
+"""Footprints of items in lon/lat, cut at the antimeridian, and whether they meet a region."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from zarr_store.errors import InvalidInput
 __all__ = ["LonLatBox", "box_region", "footprint_of", "lonlat_box", "meets", "overlap_share", "to_geojson"]
 
 LonLatBox = tuple[float, float, float, float]
-"""(west, south, east, north) in degrees; west > east crosses the antimeridian."""
+"""Box as (west, south, east, north) in degrees; a box with west > east crosses the antimeridian."""
 
 _FARTHEST = 1080.0
-"""Degrees: longitudes may be counted over the antimeridian, but not round the Earth and round again."""
+"""Largest longitude, in degrees: longitudes may be counted past the antimeridian, but not several times around."""
 _WORLD = box(-180, -90, 180, 90)
 
 
 def footprint_of(item: Mapping[str, Any], where: str) -> tuple[BaseGeometry, LonLatBox]:
     """The footprint of an item, cut at the antimeridian where it crosses, and its box.
 
-    A ring that spans more than half the globe is read as crossing: no scene is that wide, and catalogues write such
-    rings without the cut. The box of the item is used where it has no geometry.
+    A ring that spans more than half the globe is taken to cross the antimeridian: no scene is that wide, and catalogues
+    write such rings without a cut. The bbox is used for an item without a geometry.
 
     Raises:
-        InvalidInput: Neither a usable geometry nor a usable bbox.
+        InvalidInput: The item has neither a usable geometry nor a usable bbox.
     """
     raw, bounds = item.get("geometry"), item.get("bbox")
     try:
-        with np.errstate(all="ignore"):  # what is no number is judged below
+        with np.errstate(all="ignore"):  # values that are no numbers are refused below
             geometry = shape(raw) if raw else box_region(_flat_box(bounds))
             parts = [_cut(part) for part in _polygons(geometry)]
             result = shapely.union_all(parts) if parts else geometry
@@ -49,7 +49,7 @@ def footprint_of(item: Mapping[str, Any], where: str) -> tuple[BaseGeometry, Lon
 
 
 def box_region(bounds: LonLatBox) -> BaseGeometry:
-    """The area of a lon/lat box, in two parts where west > east."""
+    """The area of a lon/lat box, in two parts if west > east."""
     west, south, east, north = bounds
     if west <= east:
         return box(west, south, east, north)
@@ -74,7 +74,7 @@ def overlap_share(left: BaseGeometry, right: BaseGeometry) -> float:
 
 
 def to_geojson(geometry: BaseGeometry) -> dict[str, Any]:
-    """GeoJSON with lists, as it comes back from JSON."""
+    """Convert a geometry to GeoJSON with lists, as JSON gives it back."""
     result: dict[str, Any] = json.loads(json.dumps(mapping(geometry)))
     return result
 
@@ -91,11 +91,11 @@ def _polygons(geometry: BaseGeometry) -> list[BaseGeometry]:
 
 
 def _cut(part: BaseGeometry) -> BaseGeometry:
-    """One polygon, repaired, and cut in two where it crosses the antimeridian."""
+    """Repair a polygon, and cut it in two where it crosses the antimeridian."""
     part = shapely.force_2d(part)
     west, _, east, _ = part.bounds
     if east - west > 180:
-        # west longitudes move behind 180°, so the ring is whole again; the cut brings them back
+        # western longitudes move beyond 180°, so that the ring is whole; the cut moves them back
         part = shapely.transform(part, _unwrap)
     part = part if part.is_valid else shapely.make_valid(part)
     west, south, east, north = part.bounds
@@ -114,7 +114,7 @@ def _unwrap(xy: Any) -> Any:
 
 
 def lonlat_box(geometry: BaseGeometry) -> LonLatBox:
-    """The box; west > east where the parts lie on both sides of the antimeridian."""
+    """The box of a geometry, with west > east if its parts lie on both sides of the antimeridian."""
     west, south, east, north = geometry.bounds
     parts = _polygons(geometry)
     left = [part.bounds for part in parts if part.bounds[2] <= 0]

@@ -1,7 +1,7 @@
-"""stac-geoparquet: one row per item, as written by the stac-geoparquet package, rustac and Planetary Computer.
+"""Read and write stac-geoparquet: one row per item, as the stac-geoparquet package, rustac and Planetary Computer do.
 
-Properties are columns, `assets` and `bbox` are structs, `geometry` is WKB. Only pyarrow and shapely are needed to read
-and write it; fields that a writer stored as JSON text are read back too.
+Properties are columns, `assets` and `bbox` are structs, `geometry` is WKB. Only pyarrow and shapely are needed. Fields
+that a writer stored as JSON text are read, too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = ["decoded_batches", "is_parquet", "read_items", "write_items"]
 
 _TOP = ("type", "stac_version", "stac_extensions", "id", "geometry", "bbox", "links", "assets", "collection")
 _MAX_ROWS = 1_000_000
+"""Largest number of items of a file."""
 
 
 def is_parquet(path: str | Path) -> bool:
@@ -38,10 +39,10 @@ def is_parquet(path: str | Path) -> bool:
 
 
 def read_items(path: str | Path) -> list[dict[str, Any]]:
-    """All items of a stac-geoparquet file.
+    """Read all items of a stac-geoparquet file.
 
     Raises:
-        InvalidInput: Unreadable, too large, or not a table of STAC items.
+        InvalidInput: The file is unreadable, too large, or no table of STAC items.
     """
     try:
         check_regular(path)
@@ -119,7 +120,7 @@ def _item(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: absent fields of structs dropped, maps and times as STAC writes them, JSON text parsed."""
+    """Convert to JSON values: drop absent fields of structs, write maps and times as STAC does, parse JSON text."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):

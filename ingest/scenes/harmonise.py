@@ -1,8 +1,8 @@
-"""One STAC item of any version and provider → one `Scene`.
+"""Turn a STAC item of any version and provider into a `Scene`.
 
-Understood are STAC 0.9–1.1, projection v1 (`proj:epsg`) and v2 (`proj:code`), WKT2 and PROJJSON, on the asset or the
+Supported are STAC 0.9–1.1; projection v1 (`proj:epsg`) and v2 (`proj:code`), WKT2 and PROJJSON, on the asset or the
 item; `raster:bands` (1.0) and `bands` with `raster:*` (1.1). Grids come from shape and transform, never from the
-lon/lat bbox. What the file headers say is asked later, in `ingest.plan.probe`, and wins.
+lon/lat bbox. `ingest.plan.probe` reads the file headers later; where they disagree with the item, they win.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ingest.request.config import IngestConfig
 from ingest.request.products import BandRule, ProductRule, asset_key, choose_bands, find_product, refuse_unsupported
 from ingest.scenes.footprint import footprint_of, to_geojson
 from ingest.scenes.identity import (
-    acquired,
+    acquisition_time,
     baseline_of,
     datatake_of,
     first_of,
@@ -38,6 +38,7 @@ from zarr_store.grid import Grid, normal_crs
 __all__ = ["harmonise"]
 
 _MAX_SIDE = 1 << 20
+"""Longest side of a raster that metadata may state, in pixels."""
 
 
 def harmonise(
@@ -52,14 +53,14 @@ def harmonise(
 
     Args:
         item: The item as a dict.
-        base: URL or path of the document the item was read from; relative hrefs start there.
+        base: URL or path of the document that the item was read from; relative hrefs start there.
         config: Bands, mask and trust.
-        source: What the user named as SOURCE; `base` if None.
-        item_assets: `item_assets` of the item's collection, asked where the item states no scale and offset.
+        source: SOURCE as the user typed it; None for `base`.
+        item_assets: `item_assets` of the item's collection, for items that state no scale and offset.
 
     Raises:
-        InvalidInput: The item is malformed, of a product that is not understood, or has no usable time.
-        UnknownName: A requested band that no product has.
+        InvalidInput: The item is malformed, of an unsupported product, or has no usable time.
+        UnknownName: No product has a requested band.
     """
     if not isinstance(item, Mapping) or not isinstance(item.get("id"), str) or not item["id"]:
         raise InvalidInput(f"{base}: expected a STAC item with an id, got {str(item)[:80]!r}")
@@ -96,7 +97,7 @@ def harmonise(
         promised=_stated_offsets(item_assets or {}, assets),
     )
     moment, created = (
-        acquired(properties, where, notes),
+        acquisition_time(properties, where, notes),
         first_of(properties, "created", "s2:generation_time", "sentinel2:generation_time"),
     )
     scene = Scene(
@@ -127,7 +128,7 @@ def harmonise(
 
 
 def _refuse_half_characters(scene: Scene, where: str) -> None:
-    """JSON can spell one half of a character of two; no message to a worker and no file can hold it.
+    """Refuse a lone surrogate, one half of a character: JSON can hold it, but no message to a worker and no file can.
 
     Raises:
         InvalidInput: A name or text of the scene has one.
@@ -150,7 +151,7 @@ def _assets(
     notes: list[str],
 ) -> tuple[dict[str, AssetRef], tuple[str, ...]]:
     """The requested bands that can be read, and the names of those that cannot."""
-    found: dict[str, AssetRef] = {}
+    usable: dict[str, AssetRef] = {}
     lacking: list[str] = []
     choice = choose_bands(product, config.selection.bands, config.pixels.mask)
     for band in choice.all:
@@ -165,8 +166,8 @@ def _assets(
             lacking.append(band.name)
             notes.append(f"asset {key!r}: {refusal}")
             continue
-        found[band.name] = _asset_ref(band, key, asset, href, item["properties"], product, notes)
-    return found, tuple(lacking)
+        usable[band.name] = _asset_ref(band, key, asset, href, item["properties"], product, notes)
+    return usable, tuple(lacking)
 
 
 def _asset_ref(
@@ -217,20 +218,20 @@ def _finite(number: float | None) -> float | None:
 
 
 def _raster(asset: Mapping[str, Any], name: str) -> Any:
-    """A raster field of a one-band asset: `bands` (1.1), then `raster:bands` (1.0), then the asset itself (1.1)."""
-    for holder in (_one(asset.get("bands")), _one(asset.get("raster:bands")), asset):
+    """A raster field of a one-band asset, from `bands` (1.1), `raster:bands` (1.0) or the asset itself (1.1)."""
+    for holder in (_first_band(asset.get("bands")), _first_band(asset.get("raster:bands")), asset):
         for spelling in (f"raster:{name}", name):
             if holder.get(spelling) is not None:
                 return holder[spelling]
     return None
 
 
-def _one(bands: object) -> Mapping[str, Any]:
+def _first_band(bands: object) -> Mapping[str, Any]:
     return bands[0] if isinstance(bands, list) and len(bands) >= 1 and isinstance(bands[0], Mapping) else {}
 
 
 def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef]) -> dict[str, float]:
-    """Per band, the offset in digital numbers that `raw` (assets, or item_assets) states for the chosen data assets."""
+    """Band → offset in digital numbers that `raw` (assets, or item_assets) states for the chosen data assets."""
     stated = {}
     for band, ref in assets.items():
         asset = raw.get(ref.key)
@@ -242,7 +243,7 @@ def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef]) -> d
 
 
 def _grid(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, notes: list[str]) -> Grid | None:
-    """The grid by the projection extension; None, with a note where it is there but unusable."""
+    """The grid that the projection extension states; None if there is none, or an unusable one, which gives a note."""
     crs = _crs(asset, properties, where, notes)
     shape, transform, bounds = (
         _numbers(asset.get(name) or properties.get(name)) for name in ("proj:shape", "proj:transform", "proj:bbox")
@@ -255,7 +256,7 @@ def _grid(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, n
         return None
     if len(transform) >= 6:
         a, b, c, d, e, f = transform[:6]
-    elif len(bounds) == 4:  # in the CRS of the file, so exact
+    elif len(bounds) == 4:  # in the CRS of the file, so it is exact
         left, bottom, right, top = bounds
         a, b, c, d, e, f = (right - left) / width, 0.0, left, 0.0, (bottom - top) / height, top
     else:
@@ -268,7 +269,7 @@ def _grid(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, n
 
 
 def _crs(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, notes: list[str]) -> str | None:
-    for holder in (_one(asset.get("bands")), asset, properties):
+    for holder in (_first_band(asset.get("bands")), asset, properties):
         for name in ("proj:code", "proj:epsg", "proj:wkt2", "proj:projjson"):
             value = holder.get(name)
             if value is None or value == "":
@@ -281,7 +282,7 @@ def _crs(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, no
 
 
 def _numbers(values: object) -> list[float]:
-    """A list of finite numbers; empty where it is anything else."""
+    """The values as a list of finite numbers; empty if they are anything else."""
     if not isinstance(values, list | tuple):
         return []
     numbers = [number_of(v) for v in values if isinstance(v, int | float)]

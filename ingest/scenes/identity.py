@@ -1,4 +1,4 @@
-"""Who a scene is: time, platform, baseline, tile and datatake, from the many places where catalogues keep them."""
+"""Read the identity of a scene: time, platform, baseline, tile and datatake, wherever catalogues keep them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ingest.request.products import ProductRule
 from zarr_store.errors import InvalidInput
 
 __all__ = [
-    "acquired",
+    "acquisition_time",
     "baseline_of",
     "datatake_of",
     "first_of",
@@ -26,12 +26,13 @@ __all__ = [
 
 
 _YEARS = (1970, 2200)
-_MOST_WHOLE = 2**53
-"""Beyond it a float is no exact whole number."""
+"""First and last year that a satellite image may have."""
+_MAX_WHOLE_NUMBER = 2**53
+"""Smallest whole number that a float may no longer hold exactly."""
 
 
 def product_names(item: Mapping[str, Any]) -> tuple[str, ...]:
-    """Every place that may hold the SAFE product or tile name, most telling first."""
+    """Values that may hold the name of the SAFE product or tile, the most reliable first."""
     properties = item["properties"]
     keys = (
         "s2:product_uri",
@@ -45,8 +46,12 @@ def product_names(item: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(v) for v in (*(properties.get(k) for k in keys), item["id"]) if v)
 
 
-def acquired(properties: Mapping[str, Any], where: str, notes: list[str]) -> str:
-    """Acquisition time in whole UTC seconds: `datetime`, or `start_datetime` where that is null."""
+def acquisition_time(properties: Mapping[str, Any], where: str, notes: list[str]) -> str:
+    """Acquisition time in whole UTC seconds: `datetime`, or `start_datetime` if that is null.
+
+    Raises:
+        InvalidInput: There is no time, or it is no time of a satellite image.
+    """
     raw = first_of(properties, "datetime", "start_datetime")
     if raw is None:
         raise InvalidInput(f"{where}: datetime is null and there is no start_datetime; leave the item out")
@@ -65,7 +70,7 @@ def acquired(properties: Mapping[str, Any], where: str, notes: list[str]) -> str
 
 
 def baseline_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """Processing baseline as "05.09"."""
+    """The processing baseline, for example "05.09"."""
     raw = first_of(
         properties,
         "s2:processing_baseline",
@@ -73,39 +78,40 @@ def baseline_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | No
         "sentinel:processing_baseline",
         "processing:version",
     )
-    found = (
+    match = (
         re.fullmatch(r"[Nn]?(\d{1,2})\.(\d{1,2})|[Nn]?(\d{2})(\d{2})", str(raw).strip()) if raw is not None else None
     )
-    if found:
-        major, minor = (g for g in found.groups() if g is not None)
-        # the number 5.1 is the text "05.10" with its zero lost; no baseline has ended in a lone digit
+    if match:
+        major, minor = (g for g in match.groups() if g is not None)
+        # the number 5.1 is the text "05.10" without its zero; every baseline has two digits after the point
         return f"{int(major):02d}.{minor.ljust(2, '0')}"
     text = search_in(r"_N(\d{2}\.?\d{2})(?:_|\.|$)", names)
     return f"{text[:2]}.{text[-2:]}" if text else None
 
 
 def tile_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """MGRS tile as "01WCR"."""
+    """The MGRS tile, for example "01WCR"."""
     whole = first_of(properties, "s2:mgrs_tile", "grid:code", "sentinel:mgrs", "tileId")
     parts = [
         first_of(properties, f"mgrs:{part}", f"sentinel:{part}")
         for part in ("utm_zone", "latitude_band", "grid_square")
     ]
     text = str(whole) if whole else "".join(str(part) for part in parts) if all(parts) else ""
-    found = re.fullmatch(r"(?:MGRS-)?T?(\d{1,2})([C-X][A-Z]{2})", text)
-    if found:
-        return f"{int(found[1]):02d}{found[2]}"
+    match = re.fullmatch(r"(?:MGRS-)?T?(\d{1,2})([C-X][A-Z]{2})", text)
+    if match:
+        return f"{int(match[1]):02d}{match[2]}"
     text = search_in(r"(?:^|_)T?(\d{2}[C-X][A-Z]{2})(?:_|\.|$)", names) or ""
     return text or None
 
 
 def platform_of(names: Iterable[str]) -> str | None:
-    found = search_in(r"^S([12][A-D])_", names)
-    return f"sentinel-{found.lower()}" if found else None
+    """The platform that a product name begins with, for example "sentinel-2a"."""
+    unit = search_in(r"^S([12][A-D])_", names)
+    return f"sentinel-{unit.lower()}" if unit else None
 
 
 def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: ProductRule) -> str | None:
-    """Datatake id, or the part of it that the product name holds; absolute orbit for Sentinel-1."""
+    """The datatake id, or the part of it that the product name holds; the absolute orbit for Sentinel-1."""
     if product.kind == "backscatter":
         orbit = whole_of(properties.get("sat:absolute_orbit"))
         return str(orbit) if orbit is not None else None
@@ -113,32 +119,35 @@ def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: Pr
     if known:
         return known
     for name in names:
-        found = re.match(r"(S2[A-D])_MSIL\d[AC]_(\d{8}T\d{6})_", name)
-        if found:
-            return f"G{found[1]}_{found[2]}"
+        match = re.match(r"(S2[A-D])_MSIL\d[AC]_(\d{8}T\d{6})_", name)
+        if match:
+            return f"G{match[1]}_{match[2]}"
     return None
 
 
 def relative_orbit_of(properties: Mapping[str, Any], names: Iterable[str]) -> int | None:
-    """Relative orbit, 1 to 143 for Sentinel-2 and 1 to 175 for Sentinel-1."""
+    """The relative orbit: 1 to 143 for Sentinel-2, 1 to 175 for Sentinel-1."""
     stated = whole_of(first_of(properties, "sat:relative_orbit", "sentinel2:relative_orbit_number"))
     return (stated if stated in range(1, 1000) else None) or whole_of(search_in(r"_R(\d{3})(?:_|$)", names))
 
 
 def first_of(holder: Mapping[str, Any], *names: str) -> Any:
+    """The first value under these names that is neither None nor empty; None if there is none."""
     return next((holder[name] for name in names if holder.get(name) not in (None, "")), None)
 
 
 def search_in(pattern: str, texts: Iterable[str]) -> str | None:
-    return next((found[1] for text in texts if (found := re.search(pattern, text))), None)
+    """The first group of a pattern in the first text that has it; None if no text has it."""
+    return next((match[1] for text in texts if (match := re.search(pattern, text))), None)
 
 
 def text_of(value: object, *, lower: bool = False) -> str | None:
+    """A value as text; None for None and for an empty text."""
     return (str(value).lower() if lower else str(value)) if value not in (None, "") else None
 
 
 def number_of(value: object) -> float | None:
-    """A number, also "nan" and "-inf" as the raster extension spells them."""
+    """A value as a number, also "nan" and "-inf" as the raster extension spells them; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -148,5 +157,6 @@ def number_of(value: object) -> float | None:
 
 
 def whole_of(value: object) -> int | None:
+    """A value as an integer; None for anything that is no number, or too large to be exact."""
     number = number_of(value)
-    return int(number) if number is not None and abs(number) < _MOST_WHOLE else None
+    return int(number) if number is not None and abs(number) < _MAX_WHOLE_NUMBER else None

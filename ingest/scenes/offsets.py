@@ -1,8 +1,8 @@
-"""The -1000 offset of Sentinel-2 baseline 04.00: what metadata say of it, what pixels say, and which is followed.
+"""Decide the -1000 offset of Sentinel-2 baseline 04.00, from the metadata and from the pixels.
 
-From baseline 04.00 on, a digital number is 10 000 · reflectance + 1000. Some providers subtract the 1000, some say so
-wrongly, and some keep `offset: -0.1` in the metadata after subtracting. The rule belongs to the item and its baseline,
-never to its date: reprocessed scenes of 2015 have baseline 05.xx. The pixels have the last word.
+From baseline 04.00 on, a digital number (DN) is 10 000 · reflectance + 1000. Some providers subtract the 1000, some
+state so wrongly, and some keep `offset: -0.1` in the metadata after subtracting. The rule depends on the item and its
+baseline, never on its date: reprocessed scenes of 2015 have baseline 05.xx. The pixels decide in the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "Verdict",
     "baseline_has_offset",
     "decide_offset",
-    "odd_range",
+    "explain_wrong_scale",
     "read_offset",
     "settle_offset",
 ]
@@ -34,20 +34,24 @@ __all__ = [
 Verdict = Literal["confirmed", "repaired", "contradicted", "inconclusive", "unchecked"]
 
 OFFSET_DN = -1000
+"""Number that is added to digital numbers which still carry the offset."""
 UNKNOWN_OFFSET = "nothing states the offset"
-"""How the evidence begins when neither flag, metadata nor baseline say anything."""
+"""Beginning of the evidence when neither flag, metadata nor baseline state the offset."""
 
 
 _MIN_PIXELS = 256
+"""Smallest number of pixels that decide."""
 _RAISED_SHARE, _RAISED_LOW = 0.005, (1000, 1600)
+"""Largest share of DN below 1000, and range of the first percentile, of pixels that carry the +1000."""
 _SUBTRACTED_SHARE = 0.05
+"""Smallest share of DN below 1000 of pixels that do not carry it."""
 _DARKEST, _BRIGHTEST = 0.001, 1.6
-"""No scene is darker throughout than black water, and none brighter throughout than fresh snow in low sun."""
+"""Limits of reflectance: no whole scene is darker than black water or brighter than fresh snow in low sun."""
 
 
 @dataclass(frozen=True)
 class OffsetReading:
-    """What pixels say: "raised" by 1000, "subtracted" (or never raised), or "unclear"."""
+    """State of the pixels: "raised" by 1000, "subtracted" (or never raised), or "unclear"."""
 
     state: Literal["raised", "subtracted", "unclear"]
     share_below_1000: float | None = None
@@ -56,7 +60,7 @@ class OffsetReading:
 
 
 def baseline_has_offset(baseline: str | None) -> bool | None:
-    """Whether products of this baseline carry the offset; None for unknown and for the 99.99 of special runs.
+    """Whether products of this baseline carry the offset; None if it is unknown, or the 99.99 of special runs.
 
     >>> [baseline_has_offset(b) for b in ("03.01", "04.00", "05.11", "99.99", None)]
     [False, True, True, None, None]
@@ -76,19 +80,19 @@ def decide_offset(
     stated: Mapping[str, float],
     promised: Mapping[str, float],
 ) -> tuple[int, str]:
-    """What must be added to a DN (0 or -1000) by the metadata, and why.
+    """Decide from the metadata what must be added to a DN (0 or -1000), and state why.
 
-    The provider's rule comes first (its flag, or the baseline where items state nothing). Then the item's own raster
-    metadata, the collection's where the baseline does not contradict it, and the baseline.
+    The provider's rule comes first: its flag, or the baseline where its items state nothing. Then come the item's own
+    raster metadata, those of the collection if the baseline does not contradict them, and the baseline.
 
     Args:
-        product: Product rule.
-        provider: Provider rule.
+        product: Rules of the product.
+        provider: Rules of the provider.
         collection: Collection id.
         properties: Properties of the item.
-        baseline: "05.09", or None.
-        stated: Per band, the offset in DN by the item's raster metadata.
-        promised: The same by the collection's `item_assets`.
+        baseline: Processing baseline such as "05.09", or None.
+        stated: Band → offset in DN from the item's raster metadata.
+        promised: Band → offset in DN from the collection's `item_assets`.
     """
     if not product.offsets:
         return 0, f"{product.name} has no offset"
@@ -104,23 +108,23 @@ def decide_offset(
         return (OFFSET_DN if by_baseline else 0), f"{provider.flag} is false, {named}: {still}"
     if rule == "baseline" and by_baseline is not None:
         return (OFFSET_DN if by_baseline else 0), f"{named}; {provider.name} serves pixels as produced"
-    odd = ""
+    remark = ""
     for values, place in ((stated, "raster metadata of the item"), (promised, "raster metadata of the collection")):
         if not values:
             continue
         value = next(iter(values.values()))
         if len(set(values.values())) > 1 or value not in (0, OFFSET_DN):
             shown = ", ".join(f"{band} {v:g}" for band, v in values.items())
-            odd = f"; {place} state neither 0 nor -1000 for all bands ({shown}) and are ignored"
+            remark = f"; {place} state neither 0 nor -1000 for all bands ({shown}) and are ignored"
             continue
         agrees = by_baseline is None or (value == OFFSET_DN) == by_baseline
         if not agrees and values is promised:
-            continue  # a collection holds items of all baselines, so it cannot overrule the item's own
+            continue  # a collection holds items of all baselines, so it cannot overrule the item's baseline
         although = "" if agrees else ", although that does not fit"
-        return int(value), f"{place} state {value:g} ({named}{although}){odd}"
+        return int(value), f"{place} state {value:g} ({named}{although}){remark}"
     if by_baseline is not None:
-        return (OFFSET_DN if by_baseline else 0), f"{named}{odd}"
-    return 0, f"{UNKNOWN_OFFSET} ({named}): taken as 0 unless the pixels say otherwise{odd}"
+        return (OFFSET_DN if by_baseline else 0), f"{named}{remark}"
+    return 0, f"{UNKNOWN_OFFSET} ({named}): taken as 0 unless the pixels say otherwise{remark}"
 
 
 def _truth(value: object) -> bool | None:
@@ -130,11 +134,11 @@ def _truth(value: object) -> bool | None:
 
 
 def read_offset(dn: npt.NDArray[Any]) -> OffsetReading:
-    """Whether digital numbers of the bluest band still carry the +1000 of baseline 04.00.
+    """Decide whether digital numbers of the bluest band still carry the +1000 of baseline 04.00.
 
-    Un-subtracted land has almost no valid DN in 1…999 and its darkest percent just above 1000; subtracted land has
-    many.
-    Clouds and snow alone say nothing. Pixels beside nodata are left out, as lossy files smear there.
+    Land that carries it has almost no valid DN in 1…999, and its darkest percent is just above 1000. Subtracted land
+    has many DN in 1…999. Clouds and snow alone decide nothing. Pixels beside nodata are left out, as lossy compression
+    smears them.
 
     >>> read_offset(np.full((64, 64), 300, np.uint16)).state
     'subtracted'
@@ -154,13 +158,13 @@ def read_offset(dn: npt.NDArray[Any]) -> OffsetReading:
     return OffsetReading("unclear", share, low, int(values.size))
 
 
-def odd_range(dn: npt.NDArray[Any], scale: float) -> str | None:
-    """Why digital numbers cannot be reflectance at `scale`, in words; None where they can.
+def explain_wrong_scale(dn: npt.NDArray[Any], scale: float) -> str | None:
+    """The reason why digital numbers cannot be reflectance at `scale`; None if they can.
 
-    A file that was scaled before it was stored as whole numbers holds next to nothing but 0 and 1, one that was
-    stretched over all 16 bits is brighter throughout than snow; a scale applied twice shows as one of the two.
+    A file that was scaled before it was stored as integers holds almost only 0 and 1. A file that was stretched over
+    all 16 bits is brighter than snow everywhere. A scale that was applied twice looks like one of the two.
 
-    >>> odd_range(np.full((64, 64), 3, np.uint16), 1e-4)
+    >>> explain_wrong_scale(np.full((64, 64), 3, np.uint16), 1e-4)
     '99% of the values are at most 3, a reflectance of 0.0003: the scale seems to be applied already'
     """
     values = dn[(dn > 0) & (dn < 65535)]
@@ -189,16 +193,19 @@ def _inside(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def settle_offset(scene: Scene, reading: OffsetReading | None, *, policy: str) -> tuple[int, Verdict, str | None]:
-    """(offset, verdict, sentence) by the metadata, the pixels and the policy.
+    """Decide the offset of a scene from its metadata, its pixels and the policy.
+
+    Returns:
+        The offset, the verdict of the pixels, and a sentence for the plan, if there is something to state.
 
     Raises:
-        InvalidInput: Policy "fail", and pixels contradict the metadata or nothing states the offset.
+        InvalidInput: The policy is "fail", and pixels contradict the metadata or nothing states the offset.
     """
     by_metadata = scene.dn_offset
     unknown = scene.offset_evidence.startswith(UNKNOWN_OFFSET)
     by_pixels = None if reading is None else {"raised": OFFSET_DN, "subtracted": 0}.get(reading.state)
     if by_pixels == OFFSET_DN and by_metadata == 0 and baseline_has_offset(scene.baseline) is False:
-        by_pixels = None  # nothing was ever added before baseline 04.00: bright ground
+        by_pixels = None  # nothing was added before baseline 04.00: the ground is bright
     if reading is None or by_pixels is None:
         verdict: Verdict = "unchecked" if reading is None else "inconclusive"
         if not unknown:

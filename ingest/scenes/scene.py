@@ -1,7 +1,7 @@
-"""`Scene` and `AssetRef`: one harmonised form for a STAC item of any provider and version.
+"""`Scene` and `AssetRef`: one harmonised form for STAC items of all providers and versions.
 
-Everything downstream (probe, plan, read) sees only these. They hold what the metadata says; what the files say is
-in `ingest.plan.probe.SceneProbe`, and where both speak, the file wins. Hrefs are absolute and unsigned.
+Probing, planning and reading use only these. They hold what the metadata state. `ingest.plan.probe.SceneProbe` holds
+what the files state, and where the two disagree, the file wins. Hrefs are absolute and unsigned.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from zarr_store.notebook import facts_table
 __all__ = ["AssetKind", "AssetRef", "Scene"]
 
 AssetKind = Literal["data", "class"]
+"""Kind of a band: measured data, or a class layer."""
 
 
 @dataclass(frozen=True)
 class AssetRef:
-    """One band of one scene: where it is and what the metadata says of it.
+    """One band of one scene: its address and its metadata.
 
     Attributes:
-        band: The requested name in the project's spelling, e.g. "blue", "scl", "vv".
+        band: Requested name of the band in the project's spelling, e.g. "blue", "scl", "vv".
         key: Asset key in the item, e.g. "B02".
         href: Absolute URL or absolute local path, unsigned.
-        grid: Grid by the metadata; None where the item has no shape and transform.
-        dtype: numpy name of the stored type by the metadata or the product rule.
+        grid: Grid in the metadata; None where the item has no shape and transform.
+        dtype: numpy name of the stored type, from the metadata or the product rule.
         nodata: Value of pixels without data.
-        scale: Multiplier as the metadata states it; 1.0 for class layers.
-        offset: Addend after `scale` as the metadata states it (-0.1 for baseline 04.00), applied nowhere by itself:
-            `Scene.dn_offset` is the decision.
+        scale: Multiplier as the metadata state it; 1.0 for class layers.
+        offset: Addend after `scale` as the metadata state it (-0.1 for baseline 04.00). It is never applied as it is:
+            `Scene.dn_offset` is what counts.
         kind: "class" layers are never scaled, offset or interpolated.
-        media_type: As stated.
-        size_bytes: Size of the file as the item states it (`file:size`).
+        media_type: Media type as the item states it.
+        size_bytes: Size of the file in bytes as the item states it (`file:size`).
         checksum: Multihash of the file in hexadecimal, as the item states it (`file:checksum`).
 
     Example:
@@ -74,26 +75,26 @@ class Scene:
     """One acquisition over one tile, as the catalogue describes it.
 
     Attributes:
-        id: Item id: data, never a path.
+        id: Item id; it is never used as a path.
         collection: Collection id as the catalogue spells it; the cube's group name.
         provider: Name of the provider rule ("earth-search", "planetary-computer", "cdse", "terrashard", "generic").
-        datetime: UTC, whole seconds, "2023-08-10T10:06:49Z".
-        assets: By band, only bands that were requested and are usable.
+        datetime: Acquisition time in UTC, in whole seconds: "2023-08-10T10:06:49Z".
+        assets: The requested and usable assets, by band.
         lacking: Requested bands that the item lacks, or whose href was refused.
         footprint: GeoJSON geometry in lon/lat.
         bbox: (west, south, east, north) in degrees; west > east across the antimeridian.
-        platform: "sentinel-2a" …
-        baseline: Processing baseline "05.09".
-        tile: MGRS tile "33TWL".
-        relative_orbit: 1…143 (Sentinel-2) or 1…175 (Sentinel-1).
+        platform: Satellite, such as "sentinel-2a".
+        baseline: Processing baseline, such as "05.09".
+        tile: MGRS tile, such as "33TWL".
+        relative_orbit: Relative orbit: 1…143 (Sentinel-2) or 1…175 (Sentinel-1).
         orbit_direction: "ascending" or "descending".
         datatake: Datatake id of Sentinel-2, or absolute orbit for Sentinel-1.
-        cloud_cover: Percent.
-        created: When this version of the item was made.
-        updated: When it was last changed.
-        dn_offset: What the metadata rules say must be ADDED to a DN: 0 or -1000.
-        offset_evidence: Why, in words.
-        notes: What a person should know of this scene: refused hrefs, repaired geometry, unknown CRS.
+        cloud_cover: Cloud cover of the whole item in percent.
+        created: Time at which this version of the item was made.
+        updated: Time of the last change of the item.
+        dn_offset: Number that must be ADDED to a digital number by the metadata: 0 or -1000.
+        offset_evidence: Reason for `dn_offset`.
+        notes: Remarks for the person who reads the plan: refused hrefs, ignored metadata, an unknown CRS.
         product: Name of the product rule in `ingest.request.products`, e.g. "sentinel-2-l2a".
 
     Example:
@@ -127,7 +128,7 @@ class Scene:
 
     @property
     def key(self) -> tuple[str, str]:
-        """(collection, id): what makes a scene itself."""
+        """(collection, id), which identifies a scene."""
         return (self.collection, self.id)
 
     def __repr__(self) -> str:
@@ -135,7 +136,7 @@ class Scene:
         return f"<Scene {self.id} of {self.collection}, {self.datetime}{cloud}, {' '.join(self.assets)}>"
 
     def _repr_html_(self) -> str:
-        facts = [
+        rows = [
             ("collection", self.collection),
             ("time", self.datetime),
             ("tile", self.tile),
@@ -147,7 +148,7 @@ class Scene:
             ("lacking", ", ".join(self.lacking)),
             ("notes", "\n".join(self.notes)),
         ]
-        return facts_table(f"Scene {self.id}", facts)
+        return facts_table(f"Scene {self.id}", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -1,4 +1,4 @@
-"""SOURCE → scenes: a STAC API, a static catalogue, an item file or stac-geoparquet. Runs once, on the client."""
+"""Search SOURCE for scenes: a STAC API, a static catalogue, an item file or stac-geoparquet; once, on the client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS, choose_bands, find_product, refuse_unsupported
 from ingest.scenes.api import api_root, ask_api
-from ingest.scenes.catalogue import FoundItem, Trail, items_in, open_source
+from ingest.scenes.catalogue import CatalogueItem, iterate_items, open_source
 from ingest.scenes.dedupe import Duplicate, dedupe
 from ingest.scenes.documents import Documents
 from ingest.scenes.harmonise import harmonise
@@ -20,13 +20,13 @@ from ingest.trust.hrefs import is_url
 from ingest.trust.redact import redact_text, redact_url
 from zarr_store.errors import InvalidInput, NothingFound, Preempted, UnknownName
 
-__all__ = ["Found", "Unusable", "find_items", "find_scenes", "search"]
+__all__ = ["SearchResult", "Unusable", "find_items", "find_scenes"]
 
 log = logging.getLogger(__name__)
 
 
 class Unusable(NamedTuple):
-    """An item that no scene can be made of, and why."""
+    """An item that cannot become a scene, with the reason."""
 
     collection: str
     item_id: str
@@ -34,76 +34,71 @@ class Unusable(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one search gives.
+class SearchResult:
+    """The result of one search.
 
     Attributes:
-        scenes: In order.
-        duplicates: Copies that were left out for them.
-        items: The items of the scenes.
+        scenes: Scenes, by collection, time, tile and id.
+        duplicates: Copies of the same acquisitions that were left out.
+        items: The item of each scene.
         unusable: Items that were left out because they cannot be understood.
     """
 
     scenes: tuple[Scene, ...]
     duplicates: tuple[Duplicate, ...] = ()
-    items: tuple[FoundItem, ...] = ()
+    items: tuple[CatalogueItem, ...] = ()
     unusable: tuple[Unusable, ...] = ()
 
 
-def search(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> list[Scene]:
+def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> SearchResult:
     """Find, harmonise, de-duplicate and order the scenes that `config` asks for.
+
+    One item that cannot be understood does not end a search; the result names it.
 
     Args:
         source: STAC API URL; path or URL of a catalog.json, collection.json, ItemCollection or item; or a
             stac-geoparquet file.
-        config: Collections, region, time, query, bands, trust.
+        config: Collections, region, time, query, bands and trust.
         headers: Request headers for SOURCE's own origin only.
 
     Returns:
-        Scenes by collection, time, tile and id; never empty.
+        At least one scene, and what was left out.
 
     Raises:
-        NothingFound: A valid question without an answer.
-        UnknownName: A collection that SOURCE does not have, or a band that no product has.
-        InvalidInput: SOURCE cannot be read as STAC, or none of its assets may be opened.
-        AccessError: Network or authorisation; with `strict` also an API that gives another count than it promised.
-    """
-    return list(find_scenes(source, config, headers=headers).scenes)
-
-
-def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str] | None = None) -> Found:
-    """As `search`, with what was left out: one item that cannot be understood does not end a search.
-
-    Raises:
-        InvalidInput: Not one item can be understood; or, with `strict`, one cannot.
+        NothingFound: SOURCE has no such scene.
+        UnknownName: SOURCE has no such collection, or no product has such a band.
+        InvalidInput: SOURCE cannot be read as STAC, no item can be understood, or no asset may be opened; with `strict`
+            also one item that cannot be understood.
+        AccessError: The network or the authorisation failed; with `strict` also an API that gives another number of
+            items than it promised.
     """
     _check_names(config)
     scenes: list[Scene] = []
-    items: dict[int, FoundItem] = {}
-    skipped: InvalidInput | None = None
+    items: dict[int, CatalogueItem] = {}
+    unsupported: InvalidInput | None = None
     unusable: list[Unusable] = []
     refused: Exception | None = None
-    odd: list[tuple[FoundItem, InvalidInput]] = []
-    for found in find_items(source, config, headers=headers, odd=None if config.running.strict else odd):
-        if not config.selection.collections and (reason := _not_ours(found.item)):
-            skipped = skipped or reason
+    undecided: list[tuple[CatalogueItem, InvalidInput]] = []
+    for entry in find_items(source, config, headers=headers, undecided=None if config.running.strict else undecided):
+        if not config.selection.collections and (reason := _unsupported(entry.item)):
+            unsupported = unsupported or reason
             continue
         try:
-            scene = harmonise(found.item, base=found.base, config=config, source=source, item_assets=found.item_assets)
-        except (UnknownName, Preempted):  # a name that the user gave; a stop
+            scene = harmonise(entry.item, base=entry.base, config=config, source=source, item_assets=entry.item_assets)
+        except (UnknownName, Preempted):  # a name that the user gave, or a stop
             raise
-        except Exception as error:  # an item of a stranger may be anything
+        except Exception as error:  # an item from outside may hold anything
             if config.running.strict:
                 raise
             refused = refused or error
-            unusable.append(_unusable(found.item, error))
+            unusable.append(_unusable(entry.item, error))
             continue
         scenes.append(scene)
-        items[id(scene)] = found
-    unusable += [_unusable(found.item, error) for found, error in odd]
-    refused = refused or next((error for _, error in odd), None)
-    if not scenes and (skipped or refused):
-        raise skipped or refused or InvalidInput(source)
+        items[id(scene)] = entry
+    unusable += [_unusable(entry.item, error) for entry, error in undecided]
+    refused = refused or next((error for _, error in undecided), None)
+    if not scenes and (unsupported or refused):
+        raise unsupported or refused or InvalidInput(source)
     _check_assets(scenes)
     if config.running.strict:
         _refuse_lacking(scenes)
@@ -111,18 +106,18 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     for drop in drops:
         log.info("%s left out: %s", drop.dropped.id, drop.reason)
     # the items of this very answer: an API may answer the same question differently a moment later
-    return Found(tuple(kept), tuple(drops), tuple(items[id(scene)] for scene in kept), tuple(unusable))
+    return SearchResult(tuple(kept), tuple(drops), tuple(items[id(scene)] for scene in kept), tuple(unusable))
 
 
 def _unusable(item: Mapping[str, Any], error: Exception) -> Unusable:
-    """The report on an item that was left out; what is no fault of the item is logged with its traceback."""
+    """Log and describe an item that is left out; an error that is no fault of the item is logged with its traceback."""
     expected = isinstance(error, InvalidInput)
     reason = str(error) if expected else f"it cannot be understood ({type(error).__name__}: {error})"
-    told = Unusable(str(item.get("collection"))[:200], str(item.get("id"))[:200], redact_text(reason)[:600])
+    result = Unusable(str(item.get("collection"))[:200], str(item.get("id"))[:200], redact_text(reason)[:600])
     if not expected:
-        log.error("item %r: %s; please report this", told.item_id, reason, exc_info=error)
-    log.warning("item %r is left out: %s", told.item_id, told.reason)
-    return told
+        log.error("item %r: %s; please report this", result.item_id, reason, exc_info=error)
+    log.warning("item %r is left out: %s", result.item_id, result.reason)
+    return result
 
 
 def find_items(
@@ -130,61 +125,63 @@ def find_items(
     config: IngestConfig,
     *,
     headers: Mapping[str, str] | None = None,
-    odd: list[tuple[FoundItem, InvalidInput]] | None = None,
-) -> list[FoundItem]:
-    """The raw items that match, with the place each was read from; what `terrashard search -o` writes.
+    undecided: list[tuple[CatalogueItem, InvalidInput]] | None = None,
+) -> list[CatalogueItem]:
+    """Find the raw items that match, each with the place that it was read from.
 
     Args:
-        source: As for `search`.
-        config: As for `search`.
-        headers: As for `search`.
-        odd: Takes items of which time or footprint cannot be understood, so that nobody knows whether they match;
-            without it the first of them is an error.
+        source: SOURCE, as for `find_scenes`.
+        config: Settings of the search, as for `find_scenes`.
+        headers: Request headers, as for `find_scenes`.
+        undecided: List that takes items whose time or footprint cannot be understood, so that it is unknown whether
+            they match. Without it the first of them is an error.
 
     Raises:
         NothingFound: No item matches.
         UnknownName: SOURCE has no such collection.
         InvalidInput: SOURCE is not STAC.
-        AccessError: Network or authorisation.
+        AccessError: The network or the authorisation failed.
     """
     with Documents(source, config, headers) as documents:
         location, document = open_source(documents)
         selection = Selection(config)
-        trail = Trail()
+        collection_ids: set[str] = set()
         if is_url(location) and isinstance(document, Mapping) and (root := api_root(documents, location, document)):
-            asked = config
+            request = config
             if document.get("type") == "Collection" and not config.selection.collections:
-                asked = config.model_copy(update={"collections": (str(document["id"]),)})
-            candidates = ask_api(documents, root, asked)
+                request = config.model_copy(update={"collections": (str(document["id"]),)})
+            candidates = ask_api(documents, root, request)
         else:
-            candidates = items_in(documents, location, document, wanted=config.selection.collections, trail=trail)
-        items: list[FoundItem] = []
+            candidates = iterate_items(
+                documents, location, document, wanted=config.selection.collections, collection_ids=collection_ids
+            )
+        items: list[CatalogueItem] = []
         ids: set[tuple[str, str]] = set()
-        for found in candidates:
-            key = (str(found.item.get("collection")), str(found.item.get("id")))
+        for entry in candidates:
+            key = (str(entry.item.get("collection")), str(entry.item.get("id")))
             try:
-                wanted = selection.keeps(found.item)
+                wanted = selection.keeps(entry.item)
             except InvalidInput as error:
-                if odd is None:
+                if undecided is None:
                     raise
-                odd.append((found, error))
+                undecided.append((entry, error))
                 continue
             if not wanted or key in ids:
                 continue
             ids.add(key)
-            items.append(found)
+            items.append(entry)
             if config.selection.max_items and len(items) >= config.selection.max_items:
                 break
-    if not items and not odd:
+    if not items and not undecided:
         for name in config.selection.collections:
-            if trail.collections and name not in trail.collections:
-                raise UnknownName.of("collection", name, trail.collections, redact_url(source))
+            if collection_ids and name not in collection_ids:
+                raise UnknownName.of("collection", name, collection_ids, redact_url(source))
         raise NothingFound(selection.explain(redact_url(source)))
     return items
 
 
 def _check_names(config: IngestConfig) -> None:
-    """Refuse band names before anything is asked over the network."""
+    """Refuse unknown bands and unsupported collections before the first request."""
     for name in config.selection.collections:
         refuse_unsupported(name)
     named = [rule for name in config.selection.collections for rule in PRODUCTS if name in rule.collections]
@@ -192,8 +189,8 @@ def _check_names(config: IngestConfig) -> None:
         choose_bands(rule, config.selection.bands, config.pixels.mask)
 
 
-def _not_ours(item: Mapping[str, Any]) -> InvalidInput | None:
-    """Why an item of an unasked-for collection is passed over, or None."""
+def _unsupported(item: Mapping[str, Any]) -> InvalidInput | None:
+    """The error for an item of a product that is not supported; None for any other item."""
     collection = str(item.get("collection") or "")
     try:
         refuse_unsupported(collection, item)
@@ -208,10 +205,10 @@ def _not_ours(item: Mapping[str, Any]) -> InvalidInput | None:
 
 
 def _refuse_lacking(scenes: list[Scene]) -> None:
-    """What --strict says of bands that an item does not have, which are otherwise missing in its slice.
+    """Refuse items that lack bands, for --strict; otherwise such bands become missing pixels.
 
     Raises:
-        InvalidInput: It names the first item.
+        InvalidInput: An item lacks a band; the message names the first one.
     """
     lacking = [scene for scene in scenes if scene.lacking]
     if lacking:
@@ -222,7 +219,12 @@ def _refuse_lacking(scenes: list[Scene]) -> None:
 
 
 def _check_assets(scenes: list[Scene]) -> None:
-    """Fail when not one data band of any scene can be read: a trust setting or a wrong catalogue, not a gap."""
+    """Refuse a result without any readable data band: its cause is a trust setting or a wrong catalogue, not a gap.
+
+    Raises:
+        InvalidInput: No asset may be opened.
+        NothingFound: No item has a requested band.
+    """
     if any(asset.kind == "data" for scene in scenes for asset in scene.assets.values()):
         return
     refusals = [note for scene in scenes for note in scene.notes if "refused" in note]

@@ -1,4 +1,4 @@
-"""Which items are wanted: collection, time, region and conditions, and what to say when nothing is left."""
+"""`Selection`: which items a request wants, by collection, time, region and conditions, and why none is left."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ __all__ = ["Selection"]
 
 
 class Selection:
-    """The filter of a config, which also counts what it turns away.
+    """Filter of items by the settings of a request; it also counts the items that it turns away.
 
-    APIs are asked with the same conditions, but some ignore those that they do not know, so their answers pass
-    through here too.
+    APIs get the same conditions, but some ignore those that they do not know. So their answers are filtered here, too.
+
+    Attributes:
+        config: Settings of the request.
+        region: Requested region in lon/lat; None for everywhere.
     """
 
     def __init__(self, config: IngestConfig) -> None:
@@ -38,10 +41,10 @@ class Selection:
         self._times: list[str] = []
 
     def keeps(self, item: Mapping[str, Any]) -> bool:
-        """Whether an item is wanted.
+        """Whether an item matches the request.
 
         Raises:
-            InvalidInput: The item has no usable time or footprint, and the config asks for one.
+            InvalidInput: The item has no usable time or footprint, and the request needs one.
         """
         where = f"item {item.get('id')!r}"
         properties = item.get("properties")
@@ -62,13 +65,13 @@ class Selection:
             self._extents.append(bounds)
             if not meets(footprint, self.region):
                 return self._turn_away("region")
-        facts = {"id": item.get("id"), "collection": collection, **properties}
-        if not all(condition.holds(facts) for condition in self._conditions):
+        values = {"id": item.get("id"), "collection": collection, **properties}
+        if not all(condition.holds(values) for condition in self._conditions):
             return self._turn_away("query")
         return True
 
     def explain(self, source: str) -> str:
-        """Why nothing was found."""
+        """Explain why no item matches the request, for the error message."""
         config = self.config
         asked = {
             "collection": f"collection {' or '.join(config.selection.collections)}",

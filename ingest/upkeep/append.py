@@ -40,7 +40,7 @@ def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], in
         InvalidInput: A new date lies before the last one of the cube.
     """
     recipes, items, tasks = list(old.recipes), dict(old.items), list(old.tasks)
-    facts = {name: dict(told) for name, told in old.facts.items()}
+    facts = {name: dict(told) for name, told in old.statistics.items()}
     for recipe in fresh.recipes:
         name = recipe.spec.collection
         place = next((i for i, known in enumerate(recipes) if known.spec.collection == name), None)
@@ -55,7 +55,7 @@ def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], in
         recipes[place] = merged.recipe
         items[name] = tuple(merged.rows)
         tasks = [task for task in tasks if task.collection != name] + merged.tasks()
-        facts[name] = _merged_facts(facts[name], fresh.facts.get(name, {}), merged)
+        facts[name] = _merged_facts(facts[name], fresh.statistics.get(name, {}), merged)
     return Plan(
         recipes=tuple(recipes),
         items=items,
@@ -63,7 +63,7 @@ def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], in
         drops=tuple(dict.fromkeys((*old.drops, *fresh.drops))),
         warnings=tuple(dict.fromkeys((*old.warnings, *fresh.warnings))),
         reasons=old.reasons,
-        facts=facts,
+        statistics=facts,
         config=dict(config),
         source=fresh.source or old.source,
     )

@@ -12,13 +12,13 @@ from typing import Any
 from shapely.geometry import box
 
 from ingest.plan.plan import Plan
-from ingest.plan.stored import kept_plan, kept_source, require_providers
-from ingest.raster.file import file_version
+from ingest.plan.stored import check_kept_source, kept_plan, require_providers
+from ingest.raster.asset_file import file_version
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.scenes.footprint import overlap_share
 from ingest.scenes.scene import Scene
-from ingest.scenes.search import Found, find_scenes
+from ingest.scenes.search import SearchResult, find_scenes
 from ingest.trust.waits import crew
 from zarr_store.read import open_cube
 
@@ -97,7 +97,7 @@ def audit(
     """
     plan = kept_plan(url)
     require_providers(plan, config)
-    asked = source or kept_source(plan, config, str(url))
+    asked = source or check_kept_source(plan, config, str(url))
     found = find_scenes(asked, config)
     news = compare(plan, found, replaced_files(url, plan, found, config, source=asked) if files else None)
     return AuditReport(
@@ -116,7 +116,7 @@ def audit(
 
 
 def replaced_files(
-    url: str | os.PathLike[str], plan: Plan, found: Found, config: IngestConfig, *, source: str
+    url: str | os.PathLike[str], plan: Plan, found: SearchResult, config: IngestConfig, *, source: str
 ) -> dict[tuple[str, str], tuple[str, ...]]:
     """Files that are not the ones that shards were made from, though they have the same names.
 
@@ -159,7 +159,7 @@ def replaced_files(
     return {key: tuple(sorted(assets)) for key, assets in sorted(changed.items())}
 
 
-def compare(plan: Plan, found: Found, replaced: Mapping[tuple[str, str], tuple[str, ...]] | None = None) -> News:
+def compare(plan: Plan, found: SearchResult, replaced: Mapping[tuple[str, str], tuple[str, ...]] | None = None) -> News:
     """What is new in `found` for the cube of `plan`; collections that the cube does not have are passed over. Pure.
 
     Args:
@@ -198,7 +198,7 @@ def compare(plan: Plan, found: Found, replaced: Mapping[tuple[str, str], tuple[s
     return News(tuple(missing), superseded, removed, stale)
 
 
-def _restated(plan: Plan, found: Found) -> dict[tuple[str, str], tuple[str, ...]]:
+def _restated(plan: Plan, found: SearchResult) -> dict[tuple[str, str], tuple[str, ...]]:
     """Assets of which the catalogue states another checksum or size than when the cube was made."""
     stated: dict[tuple[str, str], dict[str, tuple[int | None, str | None]]] = defaultdict(dict)
     for task in plan.tasks:

@@ -13,7 +13,8 @@ from typing import Any
 
 from distributed import Client
 
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.plan.probe import probe_scenes
 from ingest.plan.stored import kept_plan, require_providers
 from ingest.request.config import IngestConfig
@@ -21,7 +22,7 @@ from ingest.request.selection import parse_interval
 from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.record import RunRecord
 from ingest.scenes.scene import Scene
-from ingest.scenes.search import Found, find_scenes
+from ingest.scenes.search import SearchResult, find_scenes
 from ingest.trust.hrefs import is_url
 from ingest.upkeep.append import merge_plans
 from ingest.upkeep.audit import compare, replaced_files
@@ -56,7 +57,7 @@ def extend(
     """Bring what is new in a catalogue into a cube; repeating it goes on, or finds nothing to do.
 
     Args:
-        source: As for `ingest.plan.plan.make_plan`.
+        source: As for `ingest.plan.making.make_plan`.
         cube_url: The cube.
         config: What is selected, with the cube's own rules (`selection_of`), and how it is run.
         append: Add scenes that the cube does not have; their dates must come after its last, or be among its dates.
@@ -90,7 +91,7 @@ def plan_extension(
     *,
     append: bool,
     refresh: bool,
-    found: Found | None = None,
+    found: SearchResult | None = None,
     cube_url: str | None = None,
 ) -> Plan:
     """The plan of a cube with what is new in a catalogue; `old` itself where nothing is.

@@ -46,13 +46,13 @@ def test_no_file_of_later_dates_is_opened(
     from ingest.raster import access
 
     opened: set[str] = set()
-    real = access._find
+    real = access._find_file
 
     def noted(href: str, *arguments: Any, **more: Any) -> Any:
         opened.add(href)
         return real(href, *arguments, **more)
 
-    monkeypatch.setattr(access, "_find", noted)
+    monkeypatch.setattr(access, "_find_file", noted)
     told = run("preview", world, tmp_path / "one.png", "--collection", "sentinel-2-l2a", "--max", "1", "--bands", "nir")
     assert told.code == 0, told.err
     assert "4 scenes of later dates left out" in told.out

@@ -165,14 +165,14 @@ def local_client() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def zagreb_plan(zagreb: Path) -> Any:
     """The issue's command on the real scenes, in shards that are cut inside the scenes."""
-    from ingest.plan.plan import plan_scenes
+    from ingest.plan.making import plan_scenes
     from ingest.plan.probe import probe_scenes
     from ingest.request.config import IngestConfig
-    from ingest.scenes.search import search
+    from ingest.scenes.search import find_scenes
     from zarr_store.spec import Layout
 
     config = IngestConfig(collections=("sentinel-2-l2a",), bands=("blue", "green", "red", "nir", "scl"))
-    scenes = search(str(zagreb), config)
+    scenes = find_scenes(str(zagreb), config).scenes
     return plan_scenes(
         scenes, probe_scenes(scenes, config), config, layout=Layout("test", (1, 256, 256), (1, 1024, 1024))
     )

@@ -83,10 +83,10 @@ class Documents:
     def _add_items(self) -> None:
         from ingest.request.config import IngestConfig
         from ingest.scenes.geoparquet import write_items
-        from ingest.scenes.search import search
+        from ingest.scenes.search import find_scenes
 
         def find(path: Path) -> object:
-            return search(str(path), IngestConfig(collections=("sentinel-2-l2a",), bands=("red",)))
+            return find_scenes(str(path), IngestConfig(collections=("sentinel-2-l2a",), bands=("red",))).scenes
 
         other = json.loads(json.dumps(ITEM))
         other["id"] = "S2A_33TWM_20230820_0_L2A"

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.plan.probe import probe_scenes
 from ingest.plan.stored import kept_plan
 from ingest.request.config import IngestConfig
 from ingest.run.loop import IngestReport, Job, run_job
 from ingest.scenes.scene import Scene
-from ingest.scenes.search import Found
+from ingest.scenes.search import SearchResult
 from ingest.testing import make_scene
 from ingest.upkeep.extend import plan_extension
 from zarr_store.grid import Grid
@@ -69,7 +70,13 @@ def extend_with(
     """As `ingest.upkeep.extend.extend`, with what a search would give."""
     with CubeLock(cube, "test") as lock:
         merged = plan_extension(
-            kept_plan(cube), "", config, append=append, refresh=refresh, found=Found(tuple(scenes)), cube_url=str(cube)
+            kept_plan(cube),
+            "",
+            config,
+            append=append,
+            refresh=refresh,
+            found=SearchResult(tuple(scenes)),
+            cube_url=str(cube),
         )
         return run_job(Job(merged, str(cube), lock, config, grow=True), client=client)
 

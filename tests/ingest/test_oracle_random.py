@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, Phase, assume, given, reject, settings
 from hypothesis import strategies as st
 from pyproj import Transformer
 
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.plan.probe import AssetProbe, SceneProbe
 from ingest.plan.task import SourceAsset
 from ingest.raster.resample import pick_resampling, place

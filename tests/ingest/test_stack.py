@@ -10,7 +10,8 @@ import dask.array
 import numpy as np
 import pytest
 
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.shard import fill_shard
 from ingest.stack import stack

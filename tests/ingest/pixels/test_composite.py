@@ -14,7 +14,8 @@ from rasterio.warp import transform_geom
 
 from ingest.pixels import composite
 from ingest.pixels.indices import INDICES
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.shard import fill_shard
 from ingest.scenes.scene import Scene

@@ -12,7 +12,8 @@ import rasterio
 from pyproj import Transformer
 from rasterio.enums import Resampling
 
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.plan.probe import probe_scenes
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cli.main import main
-from ingest.plan.plan import make_plan, plan_scenes
+from ingest.plan.making import make_plan, plan_scenes
 from ingest.plan.probe import probe_scenes
 from ingest.raster import access as access_module
 from ingest.raster.access import with_asset
@@ -153,7 +153,7 @@ def test_errors_of_gdal_that_are_no_rasterio_errors_are_of_the_file(
 
     fired = []
     bad = scenes[1].assets["red"].href
-    real = access_module._dataset
+    real = access_module._gdal_dataset
 
     @contextmanager
     def broken(found: Any, href: str, *args: Any) -> Iterator[Any]:
@@ -163,7 +163,7 @@ def test_errors_of_gdal_that_are_no_rasterio_errors_are_of_the_file(
         with real(found, href, *args) as dataset:
             yield dataset
 
-    monkeypatch.setattr(access_module, "_dataset", broken)
+    monkeypatch.setattr(access_module, "_gdal_dataset", broken)
     probes = probe_scenes(scenes, CONFIG)
     assert fired
     assert "TIFFReadDirectory: damaged" in (probes[scenes[1].key].assets["red"].error or "")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ingest.plan.grouping import group_scenes, overlap_order, parse_time, solar_day
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.plan.probe import AssetProbe, SceneProbe
 from ingest.plan.target import project_bounds
 from ingest.plan.task import PlannedScene, ShardTask
@@ -69,7 +70,7 @@ def test_twenty_metre_bands_nest_on_a_ten_metre_grid() -> None:
     made = plan(scenes, IngestConfig(bands=("red", "swir16", "scl")), headers)
     assert made.grid == TILE
     # red is copied, swir16 is interpolated, and classes do not count
-    assert made.facts["sentinel-2-l2a"]["resampled_share"] == 0.5
+    assert made.statistics["sentinel-2-l2a"]["resampled_share"] == 0.5
     west, south, east, north = TILE.window(101, 77, 200, 150).lonlat_bounds()
     cut = plan(scenes, IngestConfig(bands=("red", "swir16", "scl"), bbox=(west, south, east, north)), headers)
     left, bottom, right, top = cut.grid.bounds
@@ -98,7 +99,7 @@ def test_the_zone_and_lattice_with_most_pixels_are_taken() -> None:
     assert made.grid.offset_of(TILE) is not None
     assert made.grid.offset_of(half) is None
     assert "lattice: corner (499980, 5200020), shared by" in made.summary(), "metres are written plainly"
-    share = made.facts["sentinel-2-l2a"]["resampled_share"]
+    share = made.statistics["sentinel-2-l2a"]["resampled_share"]
     assert 0.5 < share < 0.75
     asked = plan(
         [scene("A"), scene("B", half), scene("C", other)], IngestConfig(bands=("red",), crs="EPSG:32634", mask="none")
@@ -336,7 +337,7 @@ def project_to_lonlat(grid: Grid) -> tuple[float, float, float, float]:
 
 
 def test_estimates_are_positive() -> None:
-    facts = plan([scene("A")]).facts["sentinel-2-l2a"]
+    facts = plan([scene("A")]).statistics["sentinel-2-l2a"]
     assert facts["bytes_to_read"] == 2 * 600 * 600 * 2
     assert facts["bytes_to_write"] > 0
     assert facts["requests"] > 0

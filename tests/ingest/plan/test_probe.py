@@ -17,7 +17,7 @@ from ingest.plan.probe import SceneProbe, probe_scenes
 from ingest.request.config import IngestConfig
 from ingest.scenes.offsets import OffsetReading, read_offset, settle_offset
 from ingest.scenes.scene import Scene
-from ingest.scenes.search import search
+from ingest.scenes.search import find_scenes
 from zarr_store.errors import InvalidInput
 
 Dn = npt.NDArray[np.uint16]
@@ -104,7 +104,7 @@ def test_before_baseline_04_bright_ground_is_not_an_offset() -> None:
 @pytest.mark.real_data
 def test_zagreb_headers_and_pixels(zagreb: Path) -> None:
     config = IngestConfig(bands=("blue", "red", "scl"), datetime="2023-08-13/2023-08-15")
-    scenes = search(str(zagreb), config)
+    scenes = find_scenes(str(zagreb), config).scenes
     probes = probe_scenes(scenes, config)
     assert set(probes) == {s.key for s in scenes}
     for probe in probes.values():
@@ -157,7 +157,7 @@ def lying(tmp_path: Path, make_item: Callable[..., Any]) -> Callable[..., list[S
         write_tif(tmp_path / "B04.tif", dn, origin=origin)
         write_tif(tmp_path / "SCL.tif", np.full(dn.shape, 4, np.uint8), origin=origin)
         (tmp_path / "item.json").write_text(json.dumps(item))
-        return search(str(tmp_path / "item.json"), IngestConfig(bands=bands))
+        return list(find_scenes(str(tmp_path / "item.json"), IngestConfig(bands=bands)).scenes)
 
     return make
 

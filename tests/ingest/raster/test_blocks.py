@@ -12,7 +12,7 @@ from rasterio.windows import Window
 
 from ingest.raster.access import open_asset
 from ingest.raster.blocks import BlockReader
-from ingest.raster.ranges import Head, RangeFile, range_file_of
+from ingest.raster.ranges import Head, RangeFile, find_range_file
 from zarr_store.errors import AssetUnreadable
 
 SHAPE = (150, 210)
@@ -44,7 +44,7 @@ def test_every_packing_is_what_gdal_reads(tmp_path: Path, dtype: str, compress: 
         options["predictor"] = 3 if dtype == "float32" else 2
     path = write(tmp_path / "a.tif", scene(dtype), **TILED, **options)
     with rasterio.open(path) as plain, open_asset(str(path)) as dataset:
-        file = range_file_of(dataset)
+        file = find_range_file(dataset)
         assert file is not None
         reader = BlockReader.of(dataset, file)
         assert reader is not None, "GDAL would have decoded it"
@@ -79,7 +79,7 @@ def test_a_block_that_a_sparse_file_leaves_out_has_no_data(tmp_path: Path) -> No
     path = write(tmp_path / "a.tif", pixels, **TILED, compress="deflate", sparse_ok=True, nodata=0)
     with open_asset(str(path)) as dataset:
         assert dataset.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1) is None, "the file is not sparse"
-        file = range_file_of(dataset)
+        file = find_range_file(dataset)
         assert file is not None
         reader = BlockReader.of(dataset, file)
         assert reader is not None
@@ -102,7 +102,7 @@ def test_a_damaged_block_is_an_error_and_names_the_block(tmp_path: Path, damage:
 
     def read() -> None:
         with open_asset(str(path), scene="S", asset="red") as dataset:
-            file = range_file_of(dataset)
+            file = find_range_file(dataset)
             assert file is not None
             reader = BlockReader.of(dataset, file)
             assert reader is not None

@@ -12,9 +12,9 @@ import pytest
 import rasterio
 
 from ingest.raster import access as access_module
-from ingest.raster.access import headers
+from ingest.raster.access import header_cache
 from ingest.raster.limits import Access
-from ingest.raster.lru import Recent
+from ingest.raster.lru import LruCache
 from ingest.raster.read import read_on_grid
 from ingest.scenes.scene import AssetRef
 from ingest.simulate import serve
@@ -34,7 +34,7 @@ def pixels(seed: int) -> np.ndarray:
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What GDAL opens meanwhile."""
-    headers(os.getpid()).clear()
+    header_cache(os.getpid()).clear()
     names: list[str] = []
     real = rasterio.open
 
@@ -44,7 +44,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(access_module.rasterio, "open", note)
     yield names
-    headers(os.getpid()).clear()
+    header_cache(os.getpid()).clear()
 
 
 def read(href: object, window: tuple[int, int, int, int] = (0, 0, 256, 256), access: Access = QUICK) -> np.ndarray:
@@ -119,7 +119,7 @@ def test_a_file_of_many_blocks_is_asked_for_them_one_by_one(
 ) -> None:
     path = write_raster(tmp_path / "a.tif", GRID, pixels(1), **TILED)
     for most, times in ((15, 2), (16, 1)):
-        monkeypatch.setattr("ingest.raster.header._MOST_BLOCKS", most)
+        monkeypatch.setattr("ingest.raster.header._MAX_BLOCKS", most)
         opened.clear()
         for _ in range(2):
             np.testing.assert_array_equal(read(path), pixels(1))
@@ -127,7 +127,7 @@ def test_a_file_of_many_blocks_is_asked_for_them_one_by_one(
 
 
 def test_the_value_not_asked_for_longest_goes_first() -> None:
-    kept: Recent[int] = Recent(2)
+    kept: LruCache[int] = LruCache(2)
     kept.put("a", 1)
     kept.put("b", 2)
     assert kept.get("a") == 1

@@ -113,7 +113,7 @@ def check_outcomes(came: dict[str, dict[str, str]]) -> None:
                     and door in ("asset", "read")
                     and stem in hostile.names_elsewhere("", Path())
                 ):
-                    assert "overviews are elsewhere" in text, (name, door, text)
+                    assert "overviews are in another file" in text, (name, door, text)
 
 
 def test_nothing_is_touched_but_the_file_that_was_named(corpus: tuple[list[Path], Path, Any]) -> None:
@@ -284,7 +284,8 @@ def test_a_codestream_whose_server_answers_every_name_ends(tmp_path: Path, make_
 
     server.answer = Anything()
     program = (
-        "import sys; from ingest.raster.access import Access, with_asset; from zarr_store.errors import AssetUnreadable\n"
+        "import sys; from ingest.raster.access import Access, with_asset\n"
+        "from zarr_store.errors import AssetUnreadable\n"
         "try: print(with_asset(sys.argv[1], lambda d: (d.overviews(1), int(d.read(1, out_shape=(16, 16)).sum()) > 0, "
         "d.read_masks(1).shape), scene='s', asset='a', access=Access(private_names=None)))\n"
         "except AssetUnreadable as error: print(error)"
@@ -430,7 +431,7 @@ def test_a_hostile_asset_is_an_error_of_its_own_and_the_plan_goes_on(
     """`terrashard plan` sent requests and wrote files of the attacker's choice."""
     from ingest.plan.probe import probe_scenes
     from ingest.request.config import IngestConfig
-    from ingest.scenes.search import search
+    from ingest.scenes.search import find_scenes
 
     server = make_server()
     (tmp_path / "given").mkdir()
@@ -441,7 +442,7 @@ def test_a_hostile_asset_is_an_error_of_its_own_and_the_plan_goes_on(
     files = {"blue": "wms.tif", "green": "boxed.tif", "red": "raw-local.tif", "nir": "neighbours.tif"}
     item["assets"] = {key: {**item["assets"][key], "href": f"given/{name}"} for key, name in files.items()}
     config = IngestConfig(collections=("sentinel-2-l2a",), bands=("blue", "green", "red", "nir"))
-    scenes = search(str(save(item)), config)
+    scenes = find_scenes(str(save(item)), config).scenes
     (probe,) = probe_scenes(scenes, config).values()
     assert {band: bool(asset.error) for band, asset in probe.assets.items()} == {
         "blue": True, "green": True, "red": False, "nir": False,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ingest.raster import download as download_module
 from ingest.raster.access import open_asset
 from ingest.raster.limits import Access
-from ingest.raster.ranges import HEAD_BYTES, Head, HeadCache, RangeFile, blocks_of, merge, range_file_of
+from ingest.raster.ranges import HEAD_BYTES, Head, HeadCache, RangeFile, blocks_of, find_range_file, merge
 from ingest.simulate import ServerHandle, serve
 from ingest.testing import write_raster
 from ingest.trust.connections import PatientRetry
@@ -129,7 +129,7 @@ QUICK = Access(attempts=1, deadline_s=5, backoff_s=0.01, connect_timeout_s=2, lo
 def test_a_window_costs_its_blocks_and_the_head(server: ServerHandle) -> None:
     server.reset_counters()
     with open_asset(server.file_url("a.tif"), access=QUICK) as dataset:
-        file = range_file_of(dataset)
+        file = find_range_file(dataset)
         assert file is not None
         spans = blocks_of(dataset, (100, 100, 40, 40))
         assert len(spans) == 4
@@ -147,7 +147,7 @@ def test_no_fault_gives_other_bytes(server: ServerHandle, mode: str) -> None:
 
     def read() -> None:
         with open_asset(href, access=QUICK) as dataset:
-            file = range_file_of(dataset)
+            file = find_range_file(dataset)
             assert file is not None
             file.fetch(blocks_of(dataset, WINDOW))
 
@@ -196,7 +196,7 @@ def test_r03_a_host_that_is_busy_gets_fewer_requests_at_once(tmp_path: Path, mon
     patient = Access(attempts=12, deadline_s=20, backoff_s=0.02, connect_timeout_s=2, low_speed_s=2)
     try:
         with open_asset(f"http://{host}/a.tif", access=patient) as dataset:
-            file = range_file_of(dataset)
+            file = find_range_file(dataset)
             assert file is not None
             spans = blocks_of(dataset, WINDOW)[4::2]  # every other one, so that none are merged
             for begin in range(0, len(spans), 10):

@@ -25,7 +25,7 @@ from ingest.raster.access import with_asset
 from ingest.raster.blocks import BlockReader
 from ingest.raster.limits import Access
 from ingest.raster.opening import GDAL_OPTIONS
-from ingest.raster.ranges import blocks_of, range_file_of
+from ingest.raster.ranges import blocks_of, find_range_file
 from ingest.raster.read import read_on_grid
 from ingest.request.config import SETTINGS, IngestConfig
 from ingest.scenes.documents import Documents
@@ -164,7 +164,7 @@ def test_r08_a_server_without_ranges_is_read_whole_or_refused(server: ServerHand
 
 
 def test_r08_a_large_file_without_ranges_is_refused(server: ServerHandle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download_module, "_MOST_WHOLE", 1 << 16)
+    monkeypatch.setattr(download_module, "_MAX_WHOLE_BYTES", 1 << 16)
     server.reset_counters()
     with pytest.raises(AssetUnreadable, match="answers no range requests"):
         read(server.file_url("zip.tif", fault="norange"))
@@ -202,7 +202,7 @@ def test_r14_a_local_file_that_is_replaced_is_read_anew(world: Path, tmp_path: P
     replaced = []
 
     def use(dataset: Any) -> np.ndarray:
-        file = range_file_of(dataset)
+        file = find_range_file(dataset)
         assert file is not None
         file.fetch(blocks_of(dataset, (0, 0, 128, 512)))
         if not replaced:

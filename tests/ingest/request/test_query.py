@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ingest.request.config import IngestConfig
 from ingest.request.query import Comparison, Cql2, conjuncts, parse_condition
-from ingest.scenes.search import search
+from ingest.scenes.search import find_scenes
 from zarr_store.errors import NothingFound
 
 FACTS = {
@@ -91,10 +91,14 @@ def test_commas_of_a_settings_file_do_not_cut_lists() -> None:
 
 def test_files_are_selected_by_it(save: Callable[..., Path], make_item: Callable[..., dict[str, Any]]) -> None:
     path = save(make_item("A", eo__cloud_cover=10), make_item("B", eo__cloud_cover=60), make_item("C", platform=None))
-    ids = [s.id for s in search(str(path), IngestConfig(query=("id IN ('A', 'B') AND eo:cloud_cover < 50",)))]
+    ids = [
+        s.id for s in find_scenes(str(path), IngestConfig(query=("id IN ('A', 'B') AND eo:cloud_cover < 50",))).scenes
+    ]
     assert ids == ["A"]
     with pytest.raises(NothingFound, match="turned away 3"):
-        search(str(path), IngestConfig(query=("eo:cloud_cover BETWEEN 61 AND 70 OR platform IS NULL AND gsd = 1",)))
+        find_scenes(
+            str(path), IngestConfig(query=("eo:cloud_cover BETWEEN 61 AND 70 OR platform IS NULL AND gsd = 1",))
+        )
 
 
 def test_only_what_an_api_understands_is_sent() -> None:
@@ -126,7 +130,7 @@ def test_an_api_is_asked_by_its_conformance(
 
     server.answer["/search"] = answer
     config = IngestConfig(collections=("sentinel-2-l2a",), query=("eo:cloud_cover<40 AND platform LIKE 'sentinel-2%'",))
-    assert [s.id for s in search(f"{server.url}/", config)] == ["A"]
+    assert [s.id for s in find_scenes(f"{server.url}/", config).scenes] == ["A"]
     asked = next(r for r in reversed(server.requests) if r.path.startswith("/search"))
     sent = str(asked.body) if method == "POST" else asked.path
     assert "eo%3Acloud_cover" in sent or "eo:cloud_cover" in sent
@@ -151,5 +155,5 @@ def test_a_filter_that_is_refused_is_left_to_us(server: Any, make_item: Callable
 
     server.answer["/search"] = answer
     config = IngestConfig(collections=("sentinel-2-l2a",), query=("eo:cloud_cover < 40 AND gsd IS NULL",))
-    assert [s.id for s in search(f"{server.url}/", config)] == ["A"]
+    assert [s.id for s in find_scenes(f"{server.url}/", config).scenes] == ["A"]
     assert len(refused) == 1

@@ -21,7 +21,8 @@ import pytest
 from distributed import Client
 
 import ingest.run.task as making
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.dashboard import PAGE, ShardPage, page_url
 from ingest.run.loop import IngestEvent, run

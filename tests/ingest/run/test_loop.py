@@ -20,7 +20,8 @@ import pytest
 
 import ingest.run.loop as running
 import ingest.run.task as making
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.cluster import dashboard_address, open_cluster

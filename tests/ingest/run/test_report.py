@@ -15,7 +15,8 @@ import pytest
 import ingest.run.task as making
 from cli.main import main
 from ingest.plan.candidates import Drop
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
 from ingest.run.record import RunRecord
@@ -95,9 +96,9 @@ def dressed(plan: Plan) -> Plan:
         plan,
         drops=(Drop(NAME, HOSTILE, f"superseded, see https://me:{CANARY}@host/x?token={CANARY}"),),
         warnings=(f"{HOSTILE} of https://host/y?sig={CANARY} is odd",),
-        facts={
+        statistics={
             NAME: {
-                **plan.facts[NAME],
+                **plan.statistics[NAME],
                 "offset_verdicts": {HOSTILE: {"verdict": "repaired", "dn_offset": -1000, "evidence": HOSTILE}},
             }
         },

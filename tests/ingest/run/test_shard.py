@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rasterio.enums import Resampling
 from rasterio.warp import reproject
 
-from ingest.plan.plan import Plan, plan_scenes
+from ingest.plan.making import plan_scenes
+from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.shard import fill_shard
 from ingest.scenes.scene import Scene

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ingest.plan.plan import Plan, make_plan
+from ingest.plan.making import make_plan
+from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.scenes.geoparquet import write_items
-from ingest.scenes.search import find_scenes, search
+from ingest.scenes.search import find_scenes
 from ingest.testing import write_raster
 from zarr_store.errors import AccessError, CubeMismatch, InvalidInput
 from zarr_store.grid import Grid
@@ -106,13 +107,13 @@ def test_s01_s02_pages_that_overlap_and_counts_that_lie(
 ) -> None:
     Api(server, [make_item("A"), make_item("A"), make_item("A")], numberMatched=7)
     with caplog.at_level("WARNING"):
-        assert len(search(f"{server.url}/", CONFIG)) == 1
+        assert len(find_scenes(f"{server.url}/", CONFIG).scenes) == 1
     assert "promised 7 items and gave 1" in caplog.text
     with pytest.raises(AccessError, match="promised 7 items and gave 1 different ones; search again"):
-        search(f"{server.url}/", CONFIG.model_copy(update={"strict": True}))
+        find_scenes(f"{server.url}/", CONFIG.model_copy(update={"strict": True}))
     caplog.clear()
     Api(server, [make_item("A"), make_item("A")], numberMatched=1)
-    search(f"{server.url}/", CONFIG)
+    find_scenes(f"{server.url}/", CONFIG)
     assert "promised" not in caplog.text
 
 

@@ -19,11 +19,12 @@ from pyproj import Transformer
 from shapely.geometry import shape
 
 from cli.main import main
-from ingest.plan.plan import Plan, make_plan, plan_scenes
+from ingest.plan.making import make_plan, plan_scenes
+from ingest.plan.plan import Plan
 from ingest.plan.probe import AssetProbe, SceneProbe
 from ingest.request.config import IngestConfig
 from ingest.run.shard import fill_shard
-from ingest.scenes.search import search
+from ingest.scenes.search import find_scenes
 from ingest.simulate import SimulateConfig, SimulatedWorld, simulate
 from ingest.testing import make_scene, probe_headers
 from zarr_store.create import create_cube
@@ -153,7 +154,7 @@ def test_mislabelled_scenes_follow_the_policy(world: SimulatedWorld) -> None:
     np.testing.assert_allclose(dn[1], dn[0], rtol=0.35)
     assert any("the pixels are followed (-1000)" in text for text in repaired.warnings)
     warned, raw = ingest("warn")
-    verdicts = warned.facts["sentinel-2-l2a"]["offset_verdicts"]
+    verdicts = warned.statistics["sentinel-2-l2a"]["offset_verdicts"]
     assert sorted(v["verdict"] for v in verdicts.values()) == ["confirmed", "contradicted"]
     np.testing.assert_allclose(raw[1], dn[1] + 1000)
     assert any("the metadata are followed" in text for text in warned.warnings)
@@ -269,7 +270,7 @@ def test_two_zones_in_one_cube(tmp_path: Path) -> None:
     plan = plan_scenes([first, second], probe_headers([first, second]), config, layout=LAYOUT)
     assert plan.grid.crs == "EPSG:32633"
     assert "CRS EPSG:32633: 69% of the source pixels; also EPSG:32634" in plan.summary()
-    share = plan.facts["sentinel-2-l2a"]["resampled_share"]
+    share = plan.statistics["sentinel-2-l2a"]["resampled_share"]
     assert 0.2 < share < 0.5
     assert f"resampled pixels {share:.1%}" in plan.summary()
     got = fill(plan, "sentinel-2-l2a")
@@ -331,7 +332,7 @@ def test_real_items_at_the_antimeridian_and_the_poles(shared_data: Path, tmp_pat
         for asset in item["assets"].values():  # where the pixels are does not matter here, only where the ground is
             asset["href"] = "B04.tif"
         (tmp_path / path.name).write_text(json.dumps(item))
-        (scene,) = search(str(tmp_path / path.name), IngestConfig(bands=("red",)))
+        (scene,) = find_scenes(str(tmp_path / path.name), IngestConfig(bands=("red",))).scenes
         grid = scene.assets["red"].grid
         assert grid is not None, path
         west, south, east, north = scene.bbox

@@ -20,7 +20,7 @@ from ingest.scenes import documents
 from ingest.scenes.dedupe import dedupe
 from ingest.scenes.documents import parse_json
 from ingest.scenes.geoparquet import read_items, write_items
-from ingest.scenes.search import find_items, find_scenes, search
+from ingest.scenes.search import find_items, find_scenes
 from ingest.trust.connections import PatientRetry
 from zarr_store.errors import AccessError, InvalidInput, NothingFound, UnknownName
 
@@ -34,13 +34,13 @@ L2A = IngestConfig(collections=("sentinel-2-l2a",))
 
 @pytest.mark.real_data
 def test_zagreb_is_five_dates_of_two_tiles_in_order(zagreb: Path) -> None:
-    scenes = search(str(zagreb), L2A)
+    scenes = find_scenes(str(zagreb), L2A).scenes
     assert len(scenes) == 10
     assert [s.datetime for s in scenes] == sorted(s.datetime for s in scenes)
     assert {s.tile for s in scenes} == {"33TWL", "33TWM"}
     assert all(Path(asset.href).is_file() for s in scenes for asset in s.assets.values())
-    assert search(os.path.relpath(zagreb), L2A) == scenes
-    assert search(str(zagreb.parent), L2A) == scenes
+    assert find_scenes(os.path.relpath(zagreb), L2A).scenes == scenes
+    assert find_scenes(str(zagreb.parent), L2A).scenes == scenes
 
 
 @pytest.mark.real_data
@@ -57,7 +57,7 @@ def test_zagreb_is_five_dates_of_two_tiles_in_order(zagreb: Path) -> None:
     ],
 )
 def test_selection(zagreb: Path, config: dict[str, Any], count: int) -> None:
-    assert len(search(str(zagreb), IngestConfig(**config))) == count
+    assert len(find_scenes(str(zagreb), IngestConfig(**config)).scenes) == count
 
 
 @pytest.mark.real_data
@@ -74,20 +74,20 @@ def test_selection(zagreb: Path, config: dict[str, Any], count: int) -> None:
 )
 def test_empty_and_unknown(zagreb: Path, config: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
-        search(str(zagreb), IngestConfig(**config))
+        find_scenes(str(zagreb), IngestConfig(**config))
     assert message in str(caught.value)
 
 
 @pytest.mark.real_data
 def test_recorded_answers_of_real_apis_are_item_files(shared_data: Path) -> None:
     folder = shared_data / "stac" / "responses"
-    pc = search(str(folder / "planetarycomputer_sentinel-2-l2a_33items_03.json"), IngestConfig())
+    pc = find_scenes(str(folder / "planetarycomputer_sentinel-2-l2a_33items_03.json"), IngestConfig()).scenes
     assert len(pc) == 33
     assert {s.provider for s in pc} == {"planetary-computer"}
-    mixed = search(str(folder / "earth-search_sentinel-1-grd_10items_00.json"), IngestConfig())
+    mixed = find_scenes(str(folder / "earth-search_sentinel-1-grd_10items_00.json"), IngestConfig()).scenes
     assert {s.collection for s in mixed} == {"sentinel-2-c1-l2a", "sentinel-2-l2a", "sentinel-2-l1c"}
     with pytest.raises(InvalidInput, match="properties and assets"):  # saved without assets
-        search(str(folder / "earth-search_sentinel-2-c1-l2a_10items_05.json"), IngestConfig())
+        find_scenes(str(folder / "earth-search_sentinel-2-c1-l2a_10items_05.json"), IngestConfig())
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_broken_documents_are_named_with_the_byte(tmp_path: Path, content: bytes
     path = tmp_path / "items.json"
     path.write_bytes(content)
     with pytest.raises(InvalidInput) as caught:
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
     assert message in str(caught.value)
 
 
@@ -123,9 +123,9 @@ def test_a_byte_is_counted_in_bytes_not_characters() -> None:
 
 def test_absent_sources_say_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="no such file"):
-        search(str(tmp_path / "nothing.json"), IngestConfig())
+        find_scenes(str(tmp_path / "nothing.json"), IngestConfig())
     with pytest.raises(InvalidInput, match=r"without catalog\.json"):
-        search(str(tmp_path), IngestConfig())
+        find_scenes(str(tmp_path), IngestConfig())
 
 
 def test_size_is_capped_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,25 +133,25 @@ def test_size_is_capped_before_reading(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "big.json"
     path.write_text(json.dumps({"x": "y" * 200}))
     with pytest.raises(InvalidInput, match="at most 100 bytes"):
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
 
 
 def test_packed_documents(tmp_path: Path, make_item: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     text = json.dumps({"type": "FeatureCollection", "features": [make_item()]}).encode()
     path = tmp_path / "items.json.gz"
     path.write_bytes(gzip.compress(text))
-    assert [s.id for s in search(str(path), IngestConfig())] == [make_item()["id"]]
+    assert [s.id for s in find_scenes(str(path), IngestConfig()).scenes] == [make_item()["id"]]
     path.write_bytes(gzip.compress(text)[:-20])
     with pytest.raises(InvalidInput, match=r"items\.json\.gz: gzip is cut off after"):
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
     path.write_bytes(gzip.compress(text)[:20] + b"\xff" * 200)
     with pytest.raises(InvalidInput, match="damaged gzip"):
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
     monkeypatch.setattr("ingest.scenes.documents.MAX_JSON_BYTES", 10_000)
     path.write_bytes(gzip.compress(b" " * 5_000_000))
     assert path.stat().st_size < 10_000
     with pytest.raises(InvalidInput, match="at most 10000 bytes of JSON are read"):
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
 
 
 def test_a_static_catalogue_does_not_lead_outside(tmp_path: Path, make_item: Make) -> None:
@@ -160,8 +160,8 @@ def test_a_static_catalogue_does_not_lead_outside(tmp_path: Path, make_item: Mak
     catalog = tmp_path / "cat" / "catalog.json"
     catalog.write_text(json.dumps({"type": "Catalog", "id": "c", "links": [{"rel": "item", "href": "../item.json"}]}))
     with pytest.raises(InvalidInput, match="--allow-local"):
-        search(str(catalog), IngestConfig())
-    assert len(search(str(catalog), IngestConfig(allow_local=(str(tmp_path),)))) == 1
+        find_scenes(str(catalog), IngestConfig())
+    assert len(find_scenes(str(catalog), IngestConfig(allow_local=(str(tmp_path),))).scenes) == 1
 
 
 def test_a_catalogue_that_links_to_itself_ends(tmp_path: Path, make_item: Make) -> None:
@@ -171,10 +171,10 @@ def test_a_catalogue_that_links_to_itself_ends(tmp_path: Path, make_item: Make) 
     (tmp_path / "catalog.json").write_text(json.dumps({"type": "Catalog", "id": "a", "links": links}))
     (tmp_path / "b.json").write_text(json.dumps({"type": "Catalog", "id": "b", "links": links}))
     (tmp_path / "i.json").write_text(json.dumps(make_item()))
-    assert len(search(str(tmp_path / "catalog.json"), IngestConfig())) == 1
+    assert len(find_scenes(str(tmp_path / "catalog.json"), IngestConfig()).scenes) == 1
     (tmp_path / "i.json").unlink()
     with pytest.raises(InvalidInput, match=r"i\.json"):
-        search(str(tmp_path / "catalog.json"), IngestConfig())
+        find_scenes(str(tmp_path / "catalog.json"), IngestConfig())
 
 
 def test_refused_assets_everywhere_are_an_error_that_names_the_flag(make_item: Make, save: Save) -> None:
@@ -183,19 +183,19 @@ def test_refused_assets_everywhere_are_an_error_that_names_the_flag(make_item: M
         asset["href"] = f"https://elsewhere.example/{asset['href']}"
     path = save(item)
     with pytest.raises(InvalidInput, match=r"--allow-host elsewhere\.example"):
-        search(str(path), IngestConfig())
-    assert search(str(path), IngestConfig(allow_hosts=("elsewhere.example",)))
+        find_scenes(str(path), IngestConfig())
+    assert find_scenes(str(path), IngestConfig(allow_hosts=("elsewhere.example",))).scenes
     bare = make_item()
     bare["assets"] = {"thumbnail": {"href": "t.png"}}
     with pytest.raises(NothingFound, match="requested band"):
-        search(str(save(bare)), IngestConfig())
+        find_scenes(str(save(bare)), IngestConfig())
 
 
 # Reprocessings
 
 
 def _ids(path: Path) -> list[str]:
-    return [scene.id for scene in search(str(path), IngestConfig())]
+    return [scene.id for scene in find_scenes(str(path), IngestConfig()).scenes]
 
 
 def test_newest_baseline_then_newest_creation_wins_in_any_order(make_item: Make, save: Save) -> None:
@@ -245,7 +245,7 @@ def test_other_tiles_orbits_and_platforms_are_no_duplicates(make_item: Make, sav
 @pytest.mark.real_data
 def test_real_halves_at_the_antimeridian_stay(shared_data: Path) -> None:
     folder = shared_data / "stac" / "earth_search_33TWN_2016_2022" / "antimeridian_items"
-    halves = [search(str(path), IngestConfig())[0] for path in sorted(folder.glob("*01VCG.json"))]
+    halves = [find_scenes(str(path), IngestConfig()).scenes[0] for path in sorted(folder.glob("*01VCG.json"))]
     assert len(halves) == 2
     assert halves[0].datatake == halves[1].datatake
     assert len(dedupe(halves)[0]) == 2
@@ -262,7 +262,7 @@ def test_geoparquet_gives_the_same_scenes(shared_data: Path, tmp_path: Path) -> 
     path = tmp_path / "items.parquet"
     write_items(items, path)
     assert [item["id"] for item in read_items(path)] == [item["id"] for item in items]
-    assert search(str(path), IngestConfig()) == search(str(source), IngestConfig())
+    assert find_scenes(str(path), IngestConfig()).scenes == find_scenes(str(source), IngestConfig()).scenes
 
 
 def test_geoparquet_as_other_writers_make_it(tmp_path: Path, make_item: Make) -> None:
@@ -286,16 +286,16 @@ def test_geoparquet_as_other_writers_make_it(tmp_path: Path, make_item: Make) ->
         rows.append(row | {"geometry": shapely.to_wkb(shape(item["geometry"])), "bbox": bounds})
     path = tmp_path / "any.name"
     pq.write_table(pa.Table.from_pylist(rows), path)
-    scenes = search(str(path), IngestConfig(allow_local=("/",)))
+    scenes = find_scenes(str(path), IngestConfig(allow_local=("/",))).scenes
     assert [s.datetime for s in scenes] == ["2023-08-15T09:57:57Z", "2023-08-20T09:57:57Z"]
     assert [s.lacking for s in scenes] == [(), ("green",)]
     assert scenes[0].assets["blue"].grid is not None
     pq.write_table(pa.table({"id": ["a"]}), path)
     with pytest.raises(InvalidInput, match="assets, geometry"):
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
     path.write_bytes(b"PAR1 and nothing more")
     with pytest.raises(InvalidInput, match="unreadable Parquet"):
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
 
 
 # A STAC API
@@ -344,7 +344,7 @@ def test_pages_are_followed_and_conditions_sent(server: Any, items: list[dict[st
     config = L2A.model_copy(
         update={"bbox": (15.1, 46.1, 15.2, 46.2), "datetime": "2023-08", "query": ("eo:cloud_cover<40",)}
     )
-    scenes = search(server.url, config)
+    scenes = find_scenes(server.url, config).scenes
     assert [s.id for s in scenes] == [f"day-{day}" for day in range(10, 15)]
     assert scenes[0].assets["blue"].href == f"{server.url}/B02.tif"
     sent = [r.body for r in server.requests if r.path == "/search"]
@@ -362,21 +362,21 @@ def test_pages_are_followed_and_conditions_sent(server: Any, items: list[dict[st
 
 def test_a_server_that_ignores_conditions_is_corrected(server: Any, items: list[dict[str, Any]]) -> None:
     Api(server, items)
-    assert len(search(server.url, L2A.model_copy(update={"datetime": "2023-08-12/.."}))) == 3
+    assert len(find_scenes(server.url, L2A.model_copy(update={"datetime": "2023-08-12/.."})).scenes) == 3
     with pytest.raises(NothingFound):
-        search(server.url, L2A.model_copy(update={"bbox": (0.0, 0.0, 1.0, 1.0)}))
+        find_scenes(server.url, L2A.model_copy(update={"bbox": (0.0, 0.0, 1.0, 1.0)}))
 
 
 def test_max_items_stops_asking(server: Any, items: list[dict[str, Any]]) -> None:
     Api(server, items)
-    assert len(search(server.url, L2A.model_copy(update={"max_items": 2}))) == 2
+    assert len(find_scenes(server.url, L2A.model_copy(update={"max_items": 2})).scenes) == 2
     assert server.paths().count("/search") == 1
 
 
 def test_a_region_over_the_antimeridian_is_sent_as_a_shape(server: Any, items: list[dict[str, Any]]) -> None:
     Api(server, items)
     with pytest.raises(NothingFound):
-        search(server.url, L2A.model_copy(update={"bbox": (179.0, 0.0, -179.0, 1.0)}))
+        find_scenes(server.url, L2A.model_copy(update={"bbox": (179.0, 0.0, -179.0, 1.0)}))
     body = next(r.body for r in server.requests if r.path == "/search")
     assert "bbox" not in body
     assert body["intersects"]["type"] == "MultiPolygon"
@@ -397,7 +397,7 @@ def test_an_api_that_knows_no_post_is_asked_by_get(server: Any, items: list[dict
         )
 
     server.answer["/search"] = by_get
-    assert len(search(server.url, L2A)) == 5
+    assert len(find_scenes(server.url, L2A).scenes) == 5
     gets = [r.path for r in server.requests if r.path.startswith("/search") and r.method == "GET"]
     assert "collections=sentinel-2-l2a" in gets[0]
     assert gets[1] == "/search?token=3"
@@ -408,7 +408,7 @@ def test_a_page_that_repeats_for_ever_is_an_error(server: Any, items: list[dict[
     link = {"rel": "next", "href": f"{server.url}/search", "method": "POST", "body": {"token": 0}}
     server.json("/search", {"type": "FeatureCollection", "features": items[:2], "links": [link]})
     with pytest.raises(AccessError, match="same page again"):
-        search(server.url, L2A)
+        find_scenes(server.url, L2A)
     assert server.paths().count("/search") == 2  # the fault did fire
 
 
@@ -417,7 +417,7 @@ def test_empty_pages_for_ever_end_too(server: Any, items: list[dict[str, Any]]) 
     link = {"rel": "next", "href": f"{server.url}/search", "method": "POST", "body": {}}
     server.json("/search", {"type": "FeatureCollection", "features": [], "links": [link]})
     with pytest.raises(NothingFound):
-        search(server.url, L2A)
+        find_scenes(server.url, L2A)
     assert server.paths().count("/search") == 3
 
 
@@ -426,7 +426,7 @@ def test_an_empty_page_before_the_last_loses_nothing(server: Any, items: list[di
     link = {"rel": "next", "href": f"{server.url}/more"}
     server.json("/search", {"type": "FeatureCollection", "features": [], "links": [link]})
     server.json("/more", {"type": "FeatureCollection", "features": items, "links": []})
-    assert len(search(server.url, L2A)) == 5
+    assert len(find_scenes(server.url, L2A).scenes) == 5
 
 
 def test_a_next_link_to_another_host_is_refused_and_gets_nothing(
@@ -438,7 +438,7 @@ def test_a_next_link_to_another_host_is_refused_and_gets_nothing(
     link = {"rel": "next", "href": f"{other.url}/search", "method": "POST", "body": {}}
     server.json("/search", {"type": "FeatureCollection", "features": items[:2], "links": [link]})
     with pytest.raises(InvalidInput, match="another host"):
-        search(server.url, L2A, headers={"Authorization": "Bearer canary"})
+        find_scenes(server.url, L2A, headers={"Authorization": "Bearer canary"})
     assert server.paths().count("/search") == 1
     assert other.requests == []
 
@@ -450,7 +450,7 @@ def test_credentials_stay_at_their_origin(
     other = make_server()
     other.json("/moved", {"type": "Collection", "id": "sentinel-2-l2a"})
     server.answer["/collections/sentinel-2-l2a"] = lambda _: (302, {"Location": f"{other.url}/moved"}, b"")
-    search(server.url, L2A, headers={"Authorization": "Bearer canary"})
+    find_scenes(server.url, L2A, headers={"Authorization": "Bearer canary"})
     assert all(r.headers.get("Authorization") == "Bearer canary" for r in server.requests)
     assert len(other.requests) == 1
     assert "canary" not in str(other.requests[0].headers)
@@ -459,13 +459,13 @@ def test_credentials_stay_at_their_origin(
 def test_userinfo_of_the_source_is_sent_and_never_shown(server: Any, items: list[dict[str, Any]]) -> None:
     Api(server, items)
     source = server.url.replace("http://", "http://me:canary@")
-    scenes = search(source, L2A)
+    scenes = find_scenes(source, L2A).scenes
     token = "Basic " + base64.b64encode(b"me:canary").decode()
     assert {r.headers.get("Authorization") for r in server.requests} == {token}
     assert "canary" not in json.dumps([s.to_dict() for s in scenes])
     server.json("/search", {"detail": "no such user"}, status=403)
     with pytest.raises(AccessError) as caught:
-        search(source, L2A)
+        find_scenes(source, L2A)
     assert "HTTP 403" in str(caught.value)
     assert "canary" not in str(caught.value)
 
@@ -480,7 +480,7 @@ def test_an_overloaded_api_is_asked_again(server: Any, items: list[dict[str, Any
         return (failed, {"Retry-After": "0"}, {}) if failed else api.search(request)
 
     server.answer["/search"] = flaky
-    assert len(search(server.url, L2A)) == 5
+    assert len(find_scenes(server.url, L2A).scenes) == 5
     assert server.paths().count("/search") == 5
 
 
@@ -506,7 +506,7 @@ def test_an_api_whose_pages_never_end_is_left(
 
     server.answer["/search"] = endless
     with pytest.raises(AccessError, match="more than 4 pages of items; narrow the region or the time"):
-        search(server.url, L2A)
+        find_scenes(server.url, L2A)
     assert next(asked) == 4
 
 
@@ -519,7 +519,7 @@ def test_an_api_is_given_the_time_that_it_asks_for(server: Any, items: list[dict
         return (429, {"Retry-After": "2"}, {}) if len(asked) == 1 else api.search(request)
 
     server.answer["/search"] = busy_once
-    assert len(search(server.url, L2A)) == 5
+    assert len(find_scenes(server.url, L2A).scenes) == 5
     assert 2.0 <= asked[1] - asked[0] < 10, "our own pause would be half a second at most"
 
 
@@ -536,7 +536,7 @@ def test_an_api_that_asks_for_an_hour_is_not_waited_for(
         return (503, {"Retry-After": "3600"}, {}) if len(asked) == 1 else api.search(request)
 
     server.answer["/search"] = busy_once
-    assert len(search(server.url, L2A)) == 5
+    assert len(find_scenes(server.url, L2A).scenes) == 5
     assert 1.0 <= asked[1] - asked[0] < 10
 
 
@@ -544,7 +544,7 @@ def test_an_api_that_stays_down_is_an_access_error(server: Any, items: list[dict
     Api(server, items)
     server.answer["/search"] = lambda _: (503, {"Retry-After": "0"}, b"<html>down</html>")
     with pytest.raises(AccessError, match="HTTP 503") as caught:
-        search(server.url, L2A.model_copy(update={"retries": 2}))
+        find_scenes(server.url, L2A.model_copy(update={"retries": 2}))
     assert "html" not in str(caught.value)
     assert server.paths().count("/search") == 3
 
@@ -557,7 +557,7 @@ def test_a_silent_api_ends_at_the_timeout(server: Any, items: list[dict[str, Any
     server.answer["/search"] = lambda _: (release.wait(10), (200, {}, {}))[1]
     try:
         with pytest.raises(AccessError, match="no answer in time"):
-            search(server.url, L2A.model_copy(update={"retries": 0, "timeout_s": 0.3}))
+            find_scenes(server.url, L2A.model_copy(update={"retries": 0, "timeout_s": 0.3}))
     finally:
         release.set()
 
@@ -565,12 +565,12 @@ def test_a_silent_api_ends_at_the_timeout(server: Any, items: list[dict[str, Any
 def test_names_are_checked_with_the_api(server: Any, items: list[dict[str, Any]]) -> None:
     Api(server, items)
     with pytest.raises(UnknownName, match="did you mean 'sentinel-2-l2a'"):
-        search(server.url, IngestConfig(collections=("sentinel-2-l2b",)))
+        find_scenes(server.url, IngestConfig(collections=("sentinel-2-l2b",)))
     with pytest.raises(InvalidInput, match=r"name a --collection \(it has sentinel-2-l2a\)"):
-        search(server.url, IngestConfig())
+        find_scenes(server.url, IngestConfig())
     asked = len(server.requests)
     with pytest.raises(UnknownName, match="blue"):
-        search(server.url, L2A.model_copy(update={"bands": ("bleu",)}))
+        find_scenes(server.url, L2A.model_copy(update={"bands": ("bleu",)}))
     assert len(server.requests) == asked  # refused before anything was sent
 
 
@@ -599,7 +599,7 @@ def test_answers_that_are_no_answers(
     Api(server, items)
     server.answer["/search"] = lambda _: answer
     with pytest.raises(error, match=message):
-        search(server.url, L2A.model_copy(update={"timeout_s": 1.0, "retries": 0}))
+        find_scenes(server.url, L2A.model_copy(update={"timeout_s": 1.0, "retries": 0}))
 
 
 def test_a_static_catalogue_over_http(server: Any, items: list[dict[str, Any]]) -> None:
@@ -607,15 +607,15 @@ def test_a_static_catalogue_over_http(server: Any, items: list[dict[str, Any]]) 
     server.json("/cat/catalog.json", {"type": "Catalog", "id": "c", "links": links})
     for item in items:
         server.json(f"/cat/items/{item['id']}.json", item)
-    scenes = search(f"{server.url}/cat/catalog.json", IngestConfig())
+    scenes = find_scenes(f"{server.url}/cat/catalog.json", IngestConfig()).scenes
     assert [s.assets["scl"].href for s in scenes] == [f"{server.url}/cat/items/SCL.tif"] * 5
     with pytest.raises(AccessError, match="404"):
-        search(f"{server.url}/cat/nothing.json", IngestConfig())
+        find_scenes(f"{server.url}/cat/nothing.json", IngestConfig())
 
 
 def test_a_closed_port_fails_fast() -> None:
     with pytest.raises(AccessError, match="Connection refused"):
-        search("http://127.0.0.1:9/", IngestConfig())
+        find_scenes("http://127.0.0.1:9/", IngestConfig())
 
 
 def test_items_one_a_line_are_a_collection_of_them(tmp_path: Path, make_item: Make) -> None:
@@ -624,14 +624,14 @@ def test_items_one_a_line_are_a_collection_of_them(tmp_path: Path, make_item: Ma
     path = tmp_path / "items.ndjson"
     lines = [json.dumps(one), "", json.dumps(two)]
     path.write_text("\n".join(lines) + "\r\n")
-    assert {item.id for item in search(str(path), IngestConfig())} == {one["id"], "another"}
+    assert {item.id for item in find_scenes(str(path), IngestConfig()).scenes} == {one["id"], "another"}
     path.write_text("\n".join(lines)[:-30])
     with pytest.raises(InvalidInput, match=r"items\.ndjson: line 3 is cut off or not valid JSON at character \d+ \("):
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
     path.write_text("\n".join([lines[0], '{"type": "Feature", "id": NaN}']))
     with pytest.raises(InvalidInput, match="NaN at byte"):
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
     for other in ('{"type": "Catalog"}\n{"type": "Feature"}', '{"a": 1} {"b": 2}', "1\n2"):
         path.write_text(other)
         with pytest.raises(InvalidInput, match=r"not valid JSON at byte \d+ of \d+ \(Extra data\)"):
-            search(str(path), IngestConfig())
+            find_scenes(str(path), IngestConfig())

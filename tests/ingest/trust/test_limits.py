@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ingest.raster.download import fetch, fetch_whole, peek, stream_whole
+from ingest.raster.download import fetch, fetch_head, fetch_whole, stream_whole
 from ingest.raster.faults import PermanentError, TransientError
 from ingest.raster.limits import Access
 from ingest.raster.ranges import Head
@@ -138,7 +138,7 @@ def test_a_range_whose_length_is_a_lie_is_refused_too(bad: Callable[..., Bad]) -
 
 def test_no_span_is_longer_than_a_window_can_need() -> None:
     head = Head("http://127.0.0.1:1/a.tif", b"", 1 << 50, None, True, 0.0)
-    with pytest.raises(PermanentError, match="wanted at once"):
+    with pytest.raises(PermanentError, match="needed at once"):
         fetch(head.url, head, QUICK, (0, 1 << 40))
 
 
@@ -257,7 +257,7 @@ def test_an_asset_that_trickles_is_cut(bad: Callable[..., Bad], where: str) -> N
     head = Head(url, b"", 50000, None, True, 0.0)
     reads = {"span": lambda: fetch(url, head, QUICK, (0, 16384)), "whole": lambda: fetch_whole(url, QUICK)}
     with pytest.raises(TransientError):
-        reads.get(where, lambda: peek(url, QUICK))()
+        reads.get(where, lambda: fetch_head(url, QUICK))()
     assert time.monotonic() - began < 8
     assert server.sent > 3
 

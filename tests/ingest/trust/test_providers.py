@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import urllib3
 
-from ingest.raster.file import file_version
+from ingest.raster.asset_file import file_version
 from ingest.raster.limits import Access
 from ingest.raster.read import read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.request.settings import make_config
 from ingest.scenes.scene import AssetRef
-from ingest.scenes.search import search
+from ingest.scenes.search import find_scenes
 from ingest.testing import write_raster
 from ingest.trust.buckets import BucketRule, bucket_url
 from ingest.trust.providers import PROVIDERS, ProviderRule, find_provider, load_provider_file
@@ -49,13 +49,13 @@ def test_a_file_adds_a_provider(tmp_path: Path, save: Callable[..., Path], make_
         asset["href"] = f"https://a.files.example.org/{asset['href']}"
     path = save(item)
     config = make_config(None, {"providers": str(file)})
-    (scene,) = search(str(path), config)
+    (scene,) = find_scenes(str(path), config).scenes
     assert scene.provider == "my-archive"
     assert scene.dn_offset == -1000  # by the baseline: its rule, not the flag's
     assert scene.assets["red"].href == "https://a.files.example.org/B04.tif"
     assert IngestConfig.model_validate_json(config.model_dump_json()) == config
     with pytest.raises(InvalidInput, match="--allow-host"):
-        search(str(path), IngestConfig())
+        find_scenes(str(path), IngestConfig())
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def bucket(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             attempts=1, low_speed_s=1, bucket_rules=box.rules, private_names=("127.0.0.1",), rates=rates,
             requester_pays=pays,
         )  # fmt: skip
-        read = read_on_grid(asset, WIDE, WIDE, "nearest", scene="S", access=box.access, tell=box.told.append)
+        read = read_on_grid(asset, WIDE, WIDE, "nearest", scene="S", access=box.access, on_version=box.told.append)
         return read - GRAIN
 
     box.read, box.told = use, []
@@ -286,7 +286,7 @@ def test_recorded_answers_go_through_an_api(
         return 200, {}, {**recorded, "features": features, "links": [] if start or half >= len(items) else more}
 
     server.answer["/search"] = page
-    scenes = search(f"{server.url}/", IngestConfig(collections=(collection,), bands=("red",), mask="none"))
+    scenes = find_scenes(f"{server.url}/", IngestConfig(collections=(collection,), bands=("red",), mask="none")).scenes
     ids = [item["id"] for item in items]
     assert {scene.id for scene in scenes} <= set(ids)
     assert len({scene.id for scene in scenes}) == len(scenes)

@@ -19,7 +19,7 @@ from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.request.trust import Trust
 from ingest.run.loop import run
-from ingest.scenes.search import find_scenes, search
+from ingest.scenes.search import find_scenes
 from ingest.trust.buckets import bucket_url
 from ingest.trust.providers import ProviderRule, find_provider, trusted_hosts
 from ingest.trust.sign import SignRule, signed
@@ -197,9 +197,9 @@ def test_scenes_of_a_provider_that_is_not_known_need_its_file(cube: Path, monkey
 
 
 def find_nothing() -> Any:
-    from ingest.scenes.search import Found
+    from ingest.scenes.search import SearchResult
 
-    return Found(())
+    return SearchResult(())
 
 
 # ---- Buckets that cost money, and keys
@@ -286,5 +286,5 @@ def test_no_credential_is_sent_over_http(headers: dict[str, str], monkeypatch: p
     monkeypatch.setattr("requests.Session.send", lambda *_, **__: pytest.fail("something was sent"))
     source = "http://stac.example/v1" if headers else "http://me:CANARY@stac.example/v1"
     with pytest.raises(InvalidInput, match="credentials are not sent over http") as caught:
-        search(source, IngestConfig(), headers=headers)
+        find_scenes(source, IngestConfig(), headers=headers)
     assert "CANARY" not in str(caught.value)

@@ -15,7 +15,7 @@ import ingest.run.task as making
 from ingest.plan.stored import kept_plan
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
-from ingest.scenes.search import Found
+from ingest.scenes.search import SearchResult
 from ingest.upkeep.audit import compare
 from zarr_store.errors import CubeMismatch, InvalidInput, Locked, TerrashardError
 from zarr_store.folder import FolderStore
@@ -262,11 +262,11 @@ def test_the_catalogue_of_today_beside_a_cube(tmp_path: Path) -> None:
     old = [scene(tmp_path / "s", day) for day in (10, 12, 15)]
     newer, fresh = scene(tmp_path / "s", 12, version=1), scene(tmp_path / "s", 20)
     half = scene(tmp_path / "s", 15, version=1, rows=8)  # same datatake, other ground: no copy
-    news = compare(plan_of(old), Found((old[0], newer, half, fresh)))
+    news = compare(plan_of(old), SearchResult((old[0], newer, half, fresh)))
     assert [s.id for s in news.missing] == [half.id, fresh.id]
     assert {key[1]: row for key, (_, row) in news.superseded.items()} == {newer.id: 1}
     assert {key[1] for key in news.removed} == {old[1].id, old[2].id}
-    same = compare(plan_of(old), Found(tuple(old)))
+    same = compare(plan_of(old), SearchResult(tuple(old)))
     assert (same.missing, dict(same.superseded), same.removed) == ((), {}, ())
 
 

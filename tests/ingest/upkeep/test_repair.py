@@ -175,7 +175,7 @@ def test_hostile_hrefs_of_a_plan_are_refused_before_any_open(
     text = plan.to_json().replace(str(tmp_path / "s" / "S2_D10_P0_V0" / "red.tif"), href)
     monkeypatch.setattr(Plan, "digest", property(lambda self: plan_digest(text)))
     hostile = Plan.from_json(text)
-    monkeypatch.setattr(access, "find", lambda *_, **__: pytest.fail("something was opened"))
+    monkeypatch.setattr(access, "find_asset_file", lambda *_, **__: pytest.fail("something was opened"))
     with pytest.raises(InvalidInput, match=words) as caught:
         check_hrefs(hostile, IngestConfig(allow_local=(str(tmp_path),)))
     assert "S2_D10_P0_V0" in str(caught.value)

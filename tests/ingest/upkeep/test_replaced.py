@@ -20,7 +20,7 @@ from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
 from ingest.scenes.scene import Scene
-from ingest.scenes.search import Found
+from ingest.scenes.search import SearchResult
 from ingest.upkeep.audit import compare, replaced_files
 from ingest.upkeep.checksums import parse_multihash, verify_files
 from zarr_store.ledger import LedgerRow, SourceOutcome
@@ -40,7 +40,7 @@ def test_a_file_that_was_replaced_is_seen_and_its_shards_are_made_again(
     scenes = [scene(tmp_path / "s", day) for day in (10, 12)]
     cube = tmp_path / "cube.zarr"
     run(plan_of(scenes), cube, client=local_client)
-    found, plan = Found(tuple(scenes)), kept_plan(cube)
+    found, plan = SearchResult(tuple(scenes)), kept_plan(cube)
     assert replaced_files(cube, plan, found, CONFIG, source="") == {}
     assert extend_with(cube, scenes, local_client, refresh=True).written == ()
     before = open_cube(cube).dataset(NAME).load()
@@ -48,7 +48,7 @@ def test_a_file_that_was_replaced_is_seen_and_its_shards_are_made_again(
     replaced = replaced_files(cube, plan, found, CONFIG, source="")
     assert replaced == {(NAME, scenes[1].id): ("red",)}
     assert compare(plan, found, replaced).replaced == replaced
-    assert replaced_files(cube, plan, Found((scenes[0],)), CONFIG, source="") == {}, "only what was asked for"
+    assert replaced_files(cube, plan, SearchResult((scenes[0],)), CONFIG, source="") == {}, "only what was asked for"
 
     report = extend_with(cube, scenes, local_client, refresh=True)
     assert (report.exit_code, {row.index[0] for row in report.written}) == (0, {1})
@@ -72,7 +72,7 @@ def test_a_file_that_is_gone_or_whose_server_is_silent_is_not_called_replaced(
     cube = tmp_path / "cube.zarr"
     run(plan_of([one]), cube, client=local_client)
     Path(one.assets["red"].href).unlink()
-    assert replaced_files(cube, kept_plan(cube), Found((one,)), CONFIG, source="") == {}
+    assert replaced_files(cube, kept_plan(cube), SearchResult((one,)), CONFIG, source="") == {}
 
 
 def test_other_checksums_or_sizes_in_the_catalogue_are_another_file(tmp_path: Path) -> None:
@@ -81,10 +81,10 @@ def test_other_checksums_or_sizes_in_the_catalogue_are_another_file(tmp_path: Pa
         return replace(one, assets={**one.assets, "red": replace(one.assets["red"], **what)})
 
     plan = plan_of([stating(checksum="1220" + "ab" * 32, size_bytes=None)])
-    same = compare(plan, Found((stating(checksum="1220" + "ab" * 32, size_bytes=7),)))
+    same = compare(plan, SearchResult((stating(checksum="1220" + "ab" * 32, size_bytes=7),)))
     assert (dict(same.superseded), dict(same.replaced)) == ({}, {}), "what was not stated before does not count"
     for what in ({"checksum": "1220" + "cd" * 32}, {"checksum": None}):
-        news = compare(plan, Found((stating(**what),)))
+        news = compare(plan, SearchResult((stating(**what),)))
         expected = {(NAME, stating().id): ("red",)} if what["checksum"] else {}
         assert news.replaced == expected
         assert set(news.superseded) == set(expected)

@@ -15,7 +15,7 @@ import pytest
 from distributed import Client
 
 import ingest.run.task as making
-from ingest.plan.plan import plan_scenes
+from ingest.plan.making import plan_scenes
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
 from ingest.testing import make_scene, probe_headers

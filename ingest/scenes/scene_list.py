@@ -1,4 +1,4 @@
-"""`Scenes`: what one search found, with what was asked; the value between `find_scenes` and `make_plan`."""
+"""`Scenes`: the scenes of one search with its source and settings; `find_scenes` returns it, `make_plan` takes it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from zarr_store.notebook import rows_table
 
 __all__ = ["Scenes"]
 
-_MOST_ROWS = 60
+_MAX_ROWS = 60
+"""Largest number of scenes that a representation shows."""
 
 
 @dataclass(frozen=True)
 class Scenes(Sequence[Scene]):
-    """Scenes of one search, in order of collection, time, tile and id. Slices and `where` keep what was asked.
+    """Scenes of one search, in order of collection, time, tile and id. Slices and `where` keep source and settings.
 
     Attributes:
         scenes: The scenes.
-        source: Where they were found; plans and workers need it to know which hosts may be opened.
-        config: What was asked.
+        source: SOURCE of the search; it decides which hosts plans and workers may open.
+        config: Settings of the search.
 
     Example:
         >>> import ingest
@@ -51,22 +52,22 @@ class Scenes(Sequence[Scene]):
         return replace(self, scenes=self.scenes[index]) if isinstance(index, slice) else self.scenes[index]
 
     def where(self, keep: Callable[[Scene], bool]) -> Scenes:
-        """The scenes for which `keep` is true."""
+        """Keep the scenes for which `keep` returns True."""
         return replace(self, scenes=tuple(scene for scene in self.scenes if keep(scene)))
 
     def __repr__(self) -> str:
         head = f"<{len(self.scenes)} scenes of {redact_url(self.source)}>"
-        shown = [f"  {scene!r}" for scene in self.scenes[:_MOST_ROWS]]
-        more = [f"  … and {len(self.scenes) - _MOST_ROWS} more"] if len(self.scenes) > _MOST_ROWS else []
+        shown = [f"  {scene!r}" for scene in self.scenes[:_MAX_ROWS]]
+        more = [f"  … and {len(self.scenes) - _MAX_ROWS} more"] if len(self.scenes) > _MAX_ROWS else []
         return "\n".join([head, *shown, *more])
 
     def _repr_html_(self) -> str:
         rows = [
             (scene.datetime, scene.collection, scene.tile or "", scene.id,
              "" if scene.cloud_cover is None else f"{scene.cloud_cover:.0f} %", ", ".join(scene.assets))
-            for scene in self.scenes[:_MOST_ROWS]
+            for scene in self.scenes[:_MAX_ROWS]
         ]  # fmt: skip
         title = f"{len(self.scenes)} scenes of {redact_url(self.source)}"
-        if len(self.scenes) > _MOST_ROWS:
-            title += f", the first {_MOST_ROWS}"
+        if len(self.scenes) > _MAX_ROWS:
+            title += f", the first {_MAX_ROWS}"
         return rows_table(title, ("time", "collection", "tile", "id", "cloud", "bands"), rows)

@@ -1,0 +1,181 @@
+"""Make a plan: search for scenes, probe their files, choose the grid, cut shards and give each its sources.
+
+`plan_scenes` is pure: it opens nothing and reads no pixel. Everything up to the plan runs once, on the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ingest.pixels.clip import clip_text
+from ingest.pixels.indices import refuse_indices_without_reflectance
+from ingest.plan.candidates import (
+    ProbedScene,
+    Probes,
+    make_collection_spec,
+    place_scenes,
+    product_of,
+    refuse_unopened,
+    select_scenes,
+    sources_of,
+)
+from ingest.plan.grouping import group_scenes, overlap_order
+from ingest.plan.plan import Origin, Plan
+from ingest.plan.statistics import collect_statistics, list_discrepancies
+from ingest.plan.target import TargetGrid, choose_grid
+from ingest.plan.task import Recipe, ShardTask
+from ingest.request.config import IngestConfig
+from ingest.request.products import choose_bands
+from ingest.scenes.scene import Scene
+from ingest.scenes.search import Unusable
+from ingest.trust.redact import redact_text, redact_url
+from zarr_store.errors import AccessError, NothingFound
+from zarr_store.grid import Grid
+from zarr_store.spec import LAYOUTS, Layout
+
+__all__ = ["check_hosts_and_probe", "make_plan", "plan_scenes", "probe_and_plan"]
+
+
+def make_plan(source: str, config: IngestConfig) -> Plan:
+    """Search for scenes, probe their files, and plan.
+
+    Raises:
+        NothingFound: No scene matches, or none lies in the region.
+        InvalidInput: The source or the selection cannot be used.
+        AccessError: The source cannot be reached, or no file could be opened.
+    """
+    from ingest.scenes.search import find_scenes
+
+    result = find_scenes(source, config)
+    return probe_and_plan(result.scenes, config, source, unusable=result.unusable)
+
+
+def probe_and_plan(
+    scenes: Sequence[Scene], config: IngestConfig, source: str, *, unusable: Sequence[Unusable] = ()
+) -> Plan:
+    """Probe the files of scenes and plan; errors are those of `make_plan`.
+
+    Args:
+        scenes: Scenes that a search in `source` returned.
+        config: Settings of the request.
+        source: SOURCE as the user typed it.
+        unusable: Items that the search left out; the plan names them in its warnings.
+    """
+    from ingest.trust.hrefs import is_url
+
+    shown = redact_url(source) if is_url(source) else str(Path(source).expanduser().resolve())
+    plan = plan_scenes(scenes, check_hosts_and_probe(scenes, config, source), config, source=shown)
+    left_out = tuple(f"{one.collection}: item {one.item_id!r} is left out: {one.reason}" for one in unusable)
+    return replace(plan, warnings=(*left_out, *plan.warnings), origin=Origin(source, config))
+
+
+def check_hosts_and_probe(scenes: Sequence[Scene], config: IngestConfig, source: str) -> Probes:
+    """Check that every host of the scenes may be opened, then read the headers of their files.
+
+    Args:
+        scenes: Scenes that a search in `source` returned.
+        config: Settings of the request.
+        source: SOURCE as the user typed it; its own host may be a private one.
+    """
+    from ingest.plan.probe import probe_scenes
+    from ingest.trust.hrefs import refuse_private_address
+
+    policy = config.trust.href_policy(source)
+    hosts = {urlsplit(a.href).netloc: a.href for s in scenes for a in s.assets.values() if "://" in a.href}
+    for href in hosts.values():
+        with suppress(AccessError):  # an unknown host name becomes the error of each of its assets
+            refuse_private_address(href, policy)
+    return probe_scenes(scenes, config, source=source)
+
+
+def plan_scenes(
+    scenes: Sequence[Scene],
+    probes: Probes,
+    config: IngestConfig,
+    *,
+    source: str = "",
+    layout: Layout | None = None,
+    grid: Grid | None = None,
+) -> Plan:
+    """Plan the ingest of `scenes`, without opening a file.
+
+    Args:
+        scenes: Scenes that `find_scenes` returned.
+        probes: (collection, id), or the id alone, → what the headers and a few pixels of the scene's files say.
+        config: Settings of the request.
+        source: SOURCE as the plan shows it.
+        layout: Sizes of chunks and shards; None for those of the profile in `config`.
+        grid: Grid of a cube that the scenes are added to; None to choose one from the files.
+
+    Raises:
+        NothingFound: No scene touches the region.
+        AssetUnreadable: Not one file could be opened.
+    """
+    if not scenes:
+        raise NothingFound("no scenes to plan: the search found nothing; widen --bbox, --datetime or --query")
+    probed = [ProbedScene.of(scene, probes) for scene in scenes]
+    candidates = [c for f in probed for c in f.candidates()]
+    if not candidates:
+        refuse_unopened(probed)
+    unseen = [f.stated_place() for f in probed if f.scene.assets and not f.candidates()]
+    target = (
+        TargetGrid(grid, (f"grid: {grid}, that of the cube",))
+        if grid
+        else choose_grid(candidates, config, unseen=unseen)
+    )
+    kept, drops = select_scenes(probed, target.grid, config)
+    west, _, east, _ = target.grid.lonlat_bounds()
+    longitude = (west + (east + 360.0 if east < west else east)) / 2.0
+    recipes, items, tasks, warnings, statistics = [], {}, [], [], {}
+    for collection in dict.fromkeys(f.scene.collection for f in kept):
+        members = [f for f in kept if f.scene.collection == collection]
+        by_id = {f.scene.id: f for f in members}
+        product = product_of(members[0].scene)
+        choice = choose_bands(product, config.selection.bands, config.pixels.mask)
+        steps, remarks = group_scenes(
+            [f.scene for f in members],
+            group=config.pixels.group,
+            longitude=longitude,
+            order=overlap_order(
+                lambda scene, by=by_id: by[scene.id].rank(target.grid),  # type: ignore[misc]
+                lambda scene, by=by_id: by[scene.id].cloud_share,  # type: ignore[misc]
+            ),
+        )
+        recipe = Recipe(
+            make_collection_spec(
+                collection, product, choice, target.grid, steps, layout or LAYOUTS[config.grid.profile], config
+            ),
+            choice.mask.name if choice.mask else None,
+            tuple(sorted(config.pixels.mask_classes)) if choice.mask else (),
+            config.pixels.mask_dilate_m if choice.mask else 0.0,
+            clip_text(config.selection.geometry) if config.pixels.clip else None,
+        )
+        table, planned = place_scenes(recipe, steps, by_id, config)
+        recipes.append(recipe)
+        items[collection] = table
+        spans = {(region.t0, region.t1) for region in recipe.spec.shards().values()}
+        of_step = {(t0, t1): [scene for scene in planned if t0 <= scene.step < t1] for t0, t1 in spans}
+        tasks += [
+            ShardTask.of(
+                recipe, index, region, sources_of(region, of_step[region.t0, region.t1], target.grid, recipe.clip)
+            )
+            for index, region in recipe.spec.shards().items()
+        ]
+        warnings += [f"{collection}: {text}" for text in (*remarks, *list_discrepancies(members))]
+        statistics[collection] = collect_statistics(recipe, members, [t for t in tasks if t.collection == collection])
+    refuse_indices_without_reflectance(config.pixels.indices, [recipe.spec.kind for recipe in recipes])
+    return Plan(
+        recipes=tuple(recipes),
+        items=items,
+        tasks=tuple(sorted(tasks)),
+        drops=tuple(replace(drop, reason=redact_text(drop.reason)) for drop in drops),
+        warnings=tuple(redact_text(text) for text in warnings),
+        reasons=target.reasons,
+        statistics=statistics,
+        config=config.plan_settings(),
+        source=source,
+    )
