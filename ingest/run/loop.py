@@ -45,6 +45,7 @@ from zarr_store.grow import grow_cube
 from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.lock import CubeLock, read_token
 from zarr_store.read import open_cube
+from zarr_store.strays import sweep_strays
 from zarr_store.write import ShardWriter
 
 __all__ = ["IngestEvent", "IngestReport", "Job", "Which", "plain_url", "run", "run_job"]
@@ -207,7 +208,7 @@ def run_job(
     if record:
         record.plan = job.plan
     with stoppable():
-        _sweep(job.url)
+        sweep_strays(job.url)  # left by the run before
         # the plan first: if nothing more gets done, the cube still knows what it was about to become
         keep_plan(job.url, job.plan)
         if job.grow:
@@ -218,7 +219,7 @@ def run_job(
         tell(IngestEvent("planned", 0, len(now), message=f"{len(now)} shards to make, {done} done"))
         if now:
             _make(job, now, tally, client, tell, record)
-            _sweep(job.url)
+            sweep_strays(job.url)  # left by workers that ended during this run
             if open_cube(job.url).provenance != json.loads(json.dumps(job.plan.provenance())):
                 # a file that is healed now has a verdict that it had not when the cube was begun
                 record_provenance(job.url, job.plan.provenance())
@@ -386,15 +387,3 @@ def _take(future: Any, task: ShardTask, job: Job, tally: _Tally) -> LedgerRow | 
     tally.rows["failed"].append(row)
     tally.errors.append(" ".join(text.split())[:300])
     return row
-
-
-def _sweep(url: str) -> None:
-    """Remove what a killed writer left half-written; the lock says that no other run is writing.
-
-    Before a run: of the run before. After its last shard: of workers that ended while it went on. One that is cut off
-    and writes still finds its file gone, and fails for nobody.
-    """
-    for folder, _, files in os.walk(url):
-        for name in files:
-            if name.endswith((".partial", ".__lock")):
-                Path(folder, name).unlink(missing_ok=True)

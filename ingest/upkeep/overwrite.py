@@ -22,9 +22,11 @@ from ingest.run.loop import IngestEvent, IngestReport, run
 from ingest.run.record import RunRecord
 from zarr_store.backends import open_store
 from zarr_store.crash import crashpoint
+from zarr_store.durable import sync_folder
 from zarr_store.errors import InvalidInput
 from zarr_store.lock import CubeLock
 from zarr_store.read import is_cube, open_cube
+from zarr_store.temporary import OVERWRITE
 
 __all__ = ["overwrite"]
 
@@ -57,7 +59,7 @@ def overwrite(
     def make(where: Path) -> IngestReport:
         return run(plan, where, config=config, client=client, on_event=on_event, record=record, typed=typed)
 
-    beside = path.with_name(f".{path.name}.{plan.digest[:12]}.overwrite")
+    beside = path.with_name(f".{path.name}.{plan.digest[:12]}{OVERWRITE}")
     if not path.exists():
         if not beside.exists():
             return make(path)
@@ -125,15 +127,11 @@ def _swap(new: Path, old: Path) -> None:
         os.rename(old, aside)
         os.rename(new, old)
         os.rename(aside, new)
-    descriptor = os.open(old.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(old.parent)
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old.overwrite")
+    return path.with_name(f".{path.name}.old{OVERWRITE}")
 
 
 def _clear_aside(path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["STAGES", "count_stage", "reset_stages", "stage", "stage_totals"]
+__all__ = ["STAGES", "count_stage", "stage", "stage_totals"]
 
 STAGES = ("read", "warp", "encode", "write")
 """In the order in which pixels pass them."""
@@ -44,9 +44,3 @@ def stage_totals() -> dict[str, list[float]]:
     """Stage → [seconds, bytes] since the process began."""
     with _lock:
         return {name: list(total) for name, total in _totals.items()}
-
-
-def reset_stages() -> None:
-    """Begin anew."""
-    with _lock:
-        _totals.clear()
