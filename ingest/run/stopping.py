@@ -1,7 +1,8 @@
-"""Being told to stop: the first signal ends a run in order, the second at once.
+"""`stoppable` lets signals end a run: the first in order, the second at once.
 
-In order is: tasks cancelled, cluster closed, lock given back. That can take as long as a worker that does not answer.
-At once is safe too, as is dying at any moment: the ledger says what is done, and a lock whose holder is dead is none.
+In order means that tasks are cancelled, the cluster is closed and the lock is released, which can take as long as a
+worker that does not answer. At once is safe too, as is dying at any moment: the ledger records what is done, and the
+lock of a dead process no longer counts.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from zarr_store.errors import Preempted
 __all__ = ["stoppable"]
 
 _CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
-_AT_ONCE = b"stopped at once; what was written stays, and the same command goes on from there\n"
+_AT_ONCE = b"stopped at once; what was written stays, and the same command continues from there\n"
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM raises `Preempted` and an interrupt `KeyboardInterrupt`, once; whichever comes next ends the process.
+    """Raise `Preempted` at SIGTERM or `KeyboardInterrupt` at an interrupt, once; the next signal ends the process.
 
     Interrupts are left alone in interactive sessions, which outlive a run, and where a program has its own handler.
     """
@@ -41,7 +42,7 @@ def stoppable() -> Iterator[None]:
         told = True
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise Preempted("told to stop (SIGTERM); what was written stays, and the same command goes on from there")
+        raise Preempted("told to stop (SIGTERM); what was written stays, and the same command continues from there")
 
     interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
     ours = [signal.SIGTERM]

@@ -289,7 +289,7 @@ def test_d04_d05_a_shard_that_ends_every_worker_is_given_up_with_a_suggestion(
     assert pids
     assert not any(psutil.pid_exists(pid) for pid in pids), "they died, or ended with the run"
     assert (report.exit_code, len(report.failed)) == (3, 1)
-    assert "it ended 4 workers" in report.errors[0]
+    assert "4 workers died while they made it" in report.errors[0]
     assert "--memory" in report.errors[0]
 
 

@@ -155,7 +155,7 @@ def test_z12_what_is_not_our_cube_is_refused_but_an_empty_folder(
     (broken / "zarr.json").write_text("{")
     for name, words in (
         ("file", "a file"),
-        ("folder", "no terrashard cube"),
+        ("folder", "not a terrashard cube"),
         ("link", "a link"),
         ("broken", "no terra"),
     ):
