@@ -149,7 +149,7 @@ def import_labels(
                 f"--attribute, --layer, --background and --all-touched apply to polygons, but {source} is a raster; "
                 "leave them out"
             )
-        draw, classes = _warp(source, grid, kind, band, names, resampling, shifted, warnings)
+        draw, classes = _warp(source, grid, _RasterRules(kind, band, names, resampling, shifted), warnings)
         origin |= {"band": band, "names": [list(c) for c in (names or {}).items()], "resampling": resampling}
     spec = LabelSpec(name, kind, classes, origin)
     boxes = label_boxes(opened)
@@ -233,17 +233,22 @@ def _burn(
     return draw
 
 
+@dataclass(frozen=True)
+class _RasterRules:
+    """How a raster becomes labels; the fields are the arguments of `import_labels`."""
+
+    kind: LabelKind
+    band: int
+    names: Mapping[int, str] | None
+    resampling: LabelResampling
+    shifted: bool
+
+
 def _warp(
-    source: Path,
-    grid: Grid,
-    kind: LabelKind,
-    band: int,
-    names: Mapping[int, str] | None,
-    resampling: LabelResampling,
-    shifted: bool,
-    warnings: list[str],
+    source: Path, grid: Grid, rules: _RasterRules, warnings: list[str]
 ) -> tuple[Draw, tuple[tuple[int, str], ...]]:
     """Make the function that puts the raster's pixels onto a box of the cube's grid, and list the classes."""
+    kind, band = rules.kind, rules.band
     with open_regular(source) as file:
         if file.read(4) not in TIFF:
             raise InvalidInput(
@@ -264,10 +269,10 @@ def _warp(
         dtype, nodata = np.dtype(dataset.dtypes[band - 1]), dataset.nodatavals[band - 1]
     if kind == "classes" and not np.issubdtype(dtype, np.integer):
         raise InvalidInput(f"{source}: expected whole numbers as classes, got {dtype}; for other numbers give --values")
-    _check_place(source, theirs, grid, shifted, warnings)
-    values, classes = _mapping(names)
-    method = resampling
-    if resampling == "auto":
+    _check_place(source, theirs, grid, rules.shifted, warnings)
+    values, classes = _mapping(rules.names)
+    method = rules.resampling
+    if method == "auto":
         method = pick_resampling("class" if kind == "classes" else "data", theirs, grid, "nearest")  # type: ignore[assignment]
         if kind == "values" and theirs.resolution[0] < grid.resolution[0] / 1.99:
             method = "average"

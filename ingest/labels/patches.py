@@ -41,6 +41,7 @@ _PICTURES, _RASTERS = (".jpg", ".jpeg", ".png"), (".tif", ".tiff")
 _MOST_PIXELS = 1 << 24
 """Largest number of pixels of an image."""
 _MOST_BANDS = 512
+"""Largest number of bands of a GeoTIFF."""
 _MOST_DECODED = 256 << 20
 """Largest number of bytes of a decoded GeoTIFF."""
 _MOST_TABLE = 64 << 20
@@ -191,10 +192,16 @@ def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
 def _read_raster(path: Path) -> tuple[npt.NDArray[Any], float, float]:
     with open_geotiff(path) as source:
         if source.width * source.height > _MOST_PIXELS or source.count > _MOST_BANDS:
-            raise InvalidInput(f"{path}: {source.count} bands of {source.width} × {source.height}: no patch")
+            raise InvalidInput(
+                f"{path}: expected at most {_MOST_BANDS} bands of {_MOST_PIXELS} pixels, got {source.count} bands of "
+                f"{source.width} × {source.height}; cut it into patches"
+            )
         size = source.width * source.height * sum(np.dtype(kind).itemsize for kind in source.dtypes)
         if size > _MOST_DECODED:
-            raise InvalidInput(f"{path}: {size >> 20} MiB once decoded, at most {_MOST_DECODED >> 20} in a patch")
+            raise InvalidInput(
+                f"{path}: expected at most {_MOST_DECODED >> 20} MiB once decoded, got {size >> 20} MiB; cut it into "
+                "patches"
+            )
         values = source.read()
         if source.crs is None:
             return values, math.nan, math.nan

@@ -117,7 +117,7 @@ def test_another_crs_and_resolution_take_the_nearest_pixel(cube: Cube, tmp_path:
         ({"transform": rasterio.Affine(10, 0, 500_000, 0, 10, 5_000_000 - 960)}, "north-up"),
         ({"transform": rasterio.Affine(10, 1, 500_000, 1, -10, 5_000_000)}, "north-up"),
         ({"crs": None}, "no coordinate reference system"),
-        ({"crs": "EPSG:32632"}, "shares no ground"),
+        ({"crs": "EPSG:32632"}, "outside the cube"),
     ],
 )
 def test_t18_a_raster_that_does_not_lie_as_labels_would_is_refused(
