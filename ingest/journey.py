@@ -152,9 +152,9 @@ def run_plan(
     """
     from ingest.plan.plan import Plan
     from ingest.plan.stored import check_hrefs
-    from ingest.run.cluster import usable_client
+    from ingest.run.cluster import choose_client
     from ingest.run.loop import run
-    from ingest.run.progress import shown_progress
+    from ingest.run.progress import show_progress
     from ingest.upkeep.overwrite import overwrite as run_over
 
     typed = ""
@@ -166,8 +166,8 @@ def run_plan(
     else:
         asked = make_config(config, settings)
         check_hrefs(plan, asked, typed=typed)
-    client = usable_client(client, asked)
-    with shown_progress("ingest", progress, on_event) as tell:
+    client = choose_client(client, asked)
+    with show_progress("ingest", progress, on_event) as tell:
         return (run_over if overwrite else run)(plan, cube, config=asked, client=client, on_event=tell, typed=typed)
 
 

@@ -114,13 +114,13 @@ def retry_failed(
         >>> ingest.retry_failed("cube.zarr").exit_code
         0
     """
-    from ingest.run.cluster import usable_client
-    from ingest.run.progress import shown_progress
+    from ingest.run.cluster import choose_client
+    from ingest.run.progress import show_progress
     from ingest.upkeep.repair import retry_failed as retry
 
     config = make_config(None, settings)
-    with shown_progress("retry", progress, on_event) as tell:
-        return retry(cube, config, client=usable_client(client, config), on_event=tell)
+    with show_progress("retry", progress, on_event) as tell:
+        return retry(cube, config, client=choose_client(client, config), on_event=tell)
 
 
 @spell_out(RunSettings)
@@ -145,13 +145,13 @@ def repair_cube(
         >>> ingest.repair_cube("cube.zarr").damage
         ()
     """
-    from ingest.run.cluster import usable_client
-    from ingest.run.progress import shown_progress
+    from ingest.run.cluster import choose_client
+    from ingest.run.progress import show_progress
     from ingest.upkeep.repair import repair
 
     config = make_config(None, settings)
-    with shown_progress("repair", progress, on_event) as tell:
-        return repair(cube, config, client=usable_client(client, config), on_event=tell)
+    with show_progress("repair", progress, on_event) as tell:
+        return repair(cube, config, client=choose_client(client, config), on_event=tell)
 
 
 @spell_out(SearchSettings)
@@ -250,20 +250,20 @@ def _extend(
     settings: UpkeepSettings,
 ) -> IngestReport:
     from ingest.plan.stored import kept_plan, kept_source
-    from ingest.run.cluster import usable_client
-    from ingest.run.progress import shown_progress
+    from ingest.run.cluster import choose_client
+    from ingest.run.progress import show_progress
     from ingest.upkeep.extend import extend
 
     config = _config_of(cube, settings)
     place = kept_source(kept_plan(cube), config, os.fspath(cube)) if source is None else os.fspath(source)
-    with shown_progress(what, progress, on_event) as tell:
+    with show_progress(what, progress, on_event) as tell:
         return extend(
             place,
             cube,
             config,
             append=what == "append",
             refresh=what == "refresh",
-            client=usable_client(client, config),
+            client=choose_client(client, config),
             on_event=tell,
         )
 

@@ -23,7 +23,7 @@ from ingest.stack import stack
 from ingest.trust.redact import redact_text
 from zarr_store.errors import AssetUnreadable
 
-__all__ = ["Preview", "Thumbnail", "draw_thumbnails", "with_colours"]
+__all__ = ["Preview", "Thumbnail", "add_colours", "draw_thumbnails"]
 
 _COLOURS = ("red", "green", "blue")
 _USUAL = (*_COLOURS, "vv", "vh")
@@ -80,7 +80,7 @@ def draw_thumbnails(
     """Read the first time steps of scenes, so coarsely that the longer side has about `side_px` pixels.
 
     Args:
-        scenes: Result of a search with `config`, or with `with_colours(config)`.
+        scenes: Result of a search with `config`, or with `add_colours(config)`.
         config: Region, bands, grouping and trust.
         source: The source of the scenes.
         side_px: Longer side of a thumbnail in pixels.
@@ -112,7 +112,7 @@ def draw_thumbnails(
     return Preview(plan, tuple(thumbnails[:most]), tuple(unread), len(scenes) - len(near))
 
 
-def with_colours(config: IngestConfig) -> IngestConfig:
+def add_colours(config: IngestConfig) -> IngestConfig:
     """Add the bands that a picture needs to a configuration that names none."""
     return config if config.bands else config.model_copy(update={"bands": _USUAL})
 

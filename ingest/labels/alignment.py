@@ -1,4 +1,4 @@
-"""`mirrored_fit` checks by the pixels whether labels lie mirrored against the image, as a transform can be wrong.
+"""`compare_mirrored` checks by the pixels whether labels lie mirrored against the image, as a transform can be wrong.
 
 Land cover classes differ in their spectra, so labels explain part of the image's variance: the share eta² between
 classes (the correlation ratio; Pearson 1905). Mirrored labels explain less of it than correct ones.
@@ -18,7 +18,7 @@ from zarr_store.read import Cube
 from zarr_store.regions import Region
 from zarr_store.spec import STATUS_OBSERVED
 
-__all__ = ["Fit", "mirrored_fit", "share_explained"]
+__all__ = ["Fit", "compare_mirrored", "compute_share"]
 
 _SIDE = 1024
 """Largest number of rows and of columns that are compared; a larger image is thinned."""
@@ -38,7 +38,7 @@ class Fit:
     best: str
 
 
-def mirrored_fit(cube: Cube, layer: LabelLayer) -> Fit | None:
+def compare_mirrored(cube: Cube, layer: LabelLayer) -> Fit | None:
     """Compare a class layer with the image of the clearest date, over the whole grid, thinned to a million pixels.
 
     None where too few pixels are both labelled and observed.
@@ -67,15 +67,15 @@ def mirrored_fit(cube: Cube, layer: LabelLayer) -> Fit | None:
         used = clear & (turned != NOT_LABELLED) & np.isfinite(bands).all(axis=0)
         if used.sum() < _LEAST_PX or len(np.unique(turned[used])) < 2:
             return None
-        shares[name] = share_explained(bands[:, used], turned[used])
+        shares[name] = compute_share(bands[:, used], turned[used])
     best = max(shares, key=lambda name: shares[name])
     return Fit(shares, best if shares[best] > _CLEARLY * shares["as it is"] else "as it is")
 
 
-def share_explained(bands: npt.NDArray[np.float64], label: npt.NDArray[np.uint8]) -> float:
+def compute_share(bands: npt.NDArray[np.float64], label: npt.NDArray[np.uint8]) -> float:
     """Compute eta²: variance between classes over the whole variance, as the mean over the bands (bands, pixels).
 
-    >>> round(share_explained(np.array([[1.0, 1.0, 3.0, 3.0]]), np.array([0, 0, 1, 1], np.uint8)), 3)
+    >>> round(compute_share(np.array([[1.0, 1.0, 3.0, 3.0]]), np.array([0, 0, 1, 1], np.uint8)), 3)
     1.0
     """
     number = np.bincount(label, minlength=256).astype(np.float64)

@@ -23,7 +23,7 @@ import shapely
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
-from ingest.labels.alignment import mirrored_fit
+from ingest.labels.alignment import compare_mirrored
 from ingest.labels.features import Features, is_vector, read_features
 from ingest.raster.drivers import limit_raster_drivers
 from ingest.raster.faults import TIFF, describe_fault, is_file_fault
@@ -155,11 +155,13 @@ def import_labels(
     boxes = label_boxes(opened)
 
     def drawn() -> Iterator[tuple[Region, Box]]:
-        found = False
+        labelled = False
         for number, box in enumerate(boxes, 1):
             pixels = draw(box)
-            found = found or bool((pixels != NOT_LABELLED).any() if kind == "classes" else np.isfinite(pixels).any())
-            if number == len(boxes) and not found:
+            labelled = labelled or bool(
+                (pixels != NOT_LABELLED).any() if kind == "classes" else np.isfinite(pixels).any()
+            )
+            if number == len(boxes) and not labelled:
                 raise NothingFound(
                     f"{source} gives no label to any pixel of {opened.url}; check whether they cover the same area"
                 )
@@ -169,8 +171,8 @@ def import_labels(
 
     def describe(counts: Mapping[int, int]) -> LabelSpec:
         """Describe the layer; a class raster without names has the values that occur as its classes."""
-        found = classes or tuple((value, f"class {value}") for value in sorted(counts))
-        return LabelSpec(name, kind, found, origin)
+        occurring = classes or tuple((value, f"class {value}") for value in sorted(counts))
+        return LabelSpec(name, kind, occurring, origin)
 
     made, written = write_label(opened.url, spec, drawn, describe=describe, replace=replace)
     warnings += _check_fit(opened, made)
@@ -290,14 +292,14 @@ def _warp(
                     raise
                 cause = describe_fault(error)
                 raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {cause}") from error
-        found = pixels.astype(work)
+        converted = pixels.astype(work)
         if nodata is not None:
-            found[pixels == nodata] = empty
+            converted[pixels == nodata] = empty
         if kind == "classes" and pixels.size and int(pixels.max()) > np.iinfo(np.int32).max:
             raise InvalidInput(
                 f"{source} has class values above {np.iinfo(np.int32).max}, the largest that can be read"
             )
-        return found
+        return converted
 
     def draw(box: Region) -> Box:
         window = grid.window(box.y0, box.x0, box.y1 - box.y0, box.x1 - box.x0)
@@ -371,11 +373,11 @@ def _check_fit(cube: Cube, layer: LabelLayer) -> list[str]:
     """Warn where the labels would explain the image better if they were mirrored."""
     if layer.spec.kind != "classes":
         return []
-    found = mirrored_fit(cube, layer)
-    if found is None or found.best == "as it is":
+    fit = compare_mirrored(cube, layer)
+    if fit is None or fit.best == "as it is":
         return []
     return [
-        f"labels of {layer.spec.name} fit the image better {found.best}: they then explain "
-        f"{found.shares[found.best]:.1%} of its variance, but only {found.shares['as it is']:.1%} as they are; compare "
+        f"labels of {layer.spec.name} fit the image better {fit.best}: they then explain "
+        f"{fit.shares[fit.best]:.1%} of its variance, but only {fit.shares['as it is']:.1%} as they are; compare "
         "them with the image before you train"
     ]

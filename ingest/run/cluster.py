@@ -19,13 +19,13 @@ from distributed import Client, LocalCluster, default_client
 from distributed.security import Security
 
 from ingest.request.config import IngestConfig
-from ingest.run.start import exposed, start_cluster
+from ingest.run.start import list_exposed, start_cluster
 from ingest.trust.hosts import guard_application, machine_names
 from ingest.worker.guard import WORKER_SETTINGS, check_workers
 from ingest.worker.spawn import main_module_left_alone
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["dashboard_address", "in_flight", "open_cluster", "prepare", "usable_client"]
+__all__ = ["choose_client", "count_in_flight", "open_cluster", "prepare", "resolve_dashboard"]
 
 _CONNECT_S = 20
 """Seconds to wait for a scheduler to answer."""
@@ -54,7 +54,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
         InvalidInput: The dashboard address cannot be used, a port would be open to others without TLS and without
             --expose, an extra is not installed, or the workers differ from this process.
     """
-    dashboard = dashboard_address(config.dashboard)
+    dashboard = resolve_dashboard(config.dashboard)
     refuse_open_ports(config, dashboard)
     settings: dict[str, Any] = {
         "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
@@ -90,7 +90,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
         yield client
 
 
-def usable_client(client: Client | None, config: IngestConfig) -> Client | None:
+def choose_client(client: Client | None, config: IngestConfig) -> Client | None:
     """Choose the client for a call from Python; None means that the cluster of `config` is started.
 
     Args:
@@ -124,7 +124,7 @@ def prepare(client: Client) -> None:
     check_workers(client)
 
 
-def in_flight(client: Client, config: IngestConfig) -> int:
+def count_in_flight(client: Client, config: IngestConfig) -> int:
     """Count the tasks to keep in flight: enough for all threads, and for those that the cluster may still add.
 
     Raises:
@@ -142,18 +142,18 @@ def in_flight(client: Client, config: IngestConfig) -> int:
     return max(1, threads) * _PER_THREAD + 1
 
 
-def dashboard_address(asked: str | None) -> str:
+def resolve_dashboard(asked: str | None) -> str:
     """Resolve the dashboard's host and port; the host is loopback unless another one was named.
 
-    >>> dashboard_address(None), dashboard_address(":8787")
+    >>> resolve_dashboard(None), resolve_dashboard(":8787")
     ('127.0.0.1:0', '127.0.0.1:8787')
     """
     if asked is None:
         return "127.0.0.1:0"
-    found = re.fullmatch(r"(?:(?P<host>[\w.\-]*|\[[0-9a-fA-F:]+\]):)?(?P<port>\d{1,5})", asked.strip())
-    if not found or int(found["port"]) > 65535:
+    match = re.fullmatch(r"(?:(?P<host>[\w.\-]*|\[[0-9a-fA-F:]+\]):)?(?P<port>\d{1,5})", asked.strip())
+    if not match or int(match["port"]) > 65535:
         raise InvalidInput(f"dashboard address {asked!r}: expected :PORT or HOST:PORT, e.g. :8787")
-    return f"{found['host'] or '127.0.0.1'}:{found['port']}"
+    return f"{match['host'] or '127.0.0.1'}:{match['port']}"
 
 
 def refuse_open_ports(config: IngestConfig, dashboard: str) -> None:
@@ -162,7 +162,7 @@ def refuse_open_ports(config: IngestConfig, dashboard: str) -> None:
     Raises:
         InvalidInput: A port would be open; the message names it.
     """
-    opened = [] if config.scheduler or config.tls or config.expose else exposed(config, dashboard)
+    opened = [] if config.scheduler or config.tls or config.expose else list_exposed(config, dashboard)
     if opened:
         raise InvalidInput(
             f"this would open to other machines: {'; '.join(opened)}. Give --tls FOLDER with {', '.join(_TLS_FILES)}, "

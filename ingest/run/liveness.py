@@ -1,4 +1,4 @@
-"""`attended` ends a run that has lost all its workers; Dask alone would wait without end.
+"""`watch_workers` ends a run that has lost all its workers; Dask alone would wait without end.
 
 A nanny gives up when the worker that it restarts does not come up in time, and a batch system may take every worker
 back. The scheduler then keeps the tasks and reports no error.
@@ -17,7 +17,7 @@ from distributed import Client
 
 from zarr_store.errors import AccessError
 
-__all__ = ["attended"]
+__all__ = ["watch_workers"]
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +32,19 @@ _JOIN_S = 2.0
 
 
 @contextmanager
-def attended(client: Client, queue: Any, *, own: bool) -> Iterator[None]:
+def watch_workers(client: Client, queue: Any, *, is_local: bool) -> Iterator[None]:
     """Watch the workers of a run: when none has been there for too long, empty `queue` and raise an error at the end.
 
     Args:
         client: A client of the scheduler.
         queue: The `as_completed` over which the caller iterates.
-        own: Whether the workers are started by this process, on this machine.
+        is_local: Whether the workers are started by this process, on this machine.
 
     Raises:
         AccessError: No worker was left.
     """
     done, absent = threading.Event(), threading.Event()
-    patience_s = OWN_PATIENCE_S if own else PATIENCE_S
+    patience_s = OWN_PATIENCE_S if is_local else PATIENCE_S
 
     def watch() -> None:
         since: float | None = None

@@ -29,12 +29,12 @@ from ingest.plan.task import ShardTask
 from ingest.raster.access import forbid_gdal_threads
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
-from ingest.run.cluster import in_flight, open_cluster, prepare
+from ingest.run.cluster import count_in_flight, open_cluster, prepare
 from ingest.run.dashboard import publish
-from ingest.run.liveness import attended
+from ingest.run.liveness import watch_workers
 from ingest.run.outcome import IngestEvent, IngestReport
 from ingest.run.record import RunRecord
-from ingest.run.stopping import stoppable
+from ingest.run.stopping import handle_stop_signals
 from ingest.run.task import ingest_shard, settle
 from ingest.trust.redact import redact_text
 from ingest.worker.guard import memory_note
@@ -207,7 +207,7 @@ def run_job(
         check_hrefs(job.plan, job.config, typed=job.typed, tasks=_what_is_left(job, _Tally()))
     if record:
         record.plan = job.plan
-    with stoppable():
+    with handle_stop_signals():
         sweep_strays(job.url)  # left by the run before
         # the plan first: if the run ends here, the cube still knows what it was about to become
         keep_plan(job.url, job.plan)
@@ -322,9 +322,9 @@ def _work(
             futures.append(job.submit(client, task, access, key))
         return futures
 
-    queue = as_completed(submit(in_flight(client, config)), loop=client.loop)  # type: ignore[no-untyped-call]
+    queue = as_completed(submit(count_in_flight(client, config)), loop=client.loop)  # type: ignore[no-untyped-call]
     try:
-        with attended(client, queue, own=config.cluster == "local" and not config.scheduler):
+        with watch_workers(client, queue, is_local=config.cluster == "local" and not config.scheduler):
             for future in queue:
                 row = _take(future, by_key[future.key], job, tally)
                 if row is None:
@@ -333,7 +333,7 @@ def _work(
                 del by_key[future.key]
                 why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
                 tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
-                for fresh in submit(in_flight(client, config) - len(by_key)):
+                for fresh in submit(count_in_flight(client, config) - len(by_key)):
                     queue.add(fresh)  # type: ignore[no-untyped-call]
     except BaseException as error:
         with suppress(OSError):  # a scheduler that is gone has nothing to cancel

@@ -1,4 +1,4 @@
-"""`shown_progress` shows the progress of a run started from Python: a bar in a terminal or notebook, else plain lines.
+"""`show_progress` shows the progress of a run started from Python: a bar in a terminal or notebook, else plain lines.
 
 The command line has its own (`cli.progress`), which shares stderr with its warnings.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ingest.run.outcome import IngestEvent
 
-__all__ = ["is_notebook", "shown_progress"]
+__all__ = ["is_notebook", "show_progress"]
 
 _LINE_EVERY_S = 10.0
 """Shortest time between two lines of progress, in seconds."""
@@ -29,7 +29,7 @@ def is_notebook() -> bool:
 
 
 @contextmanager
-def shown_progress(title: str, wanted: bool | None, on_event: Tell | None = None) -> Iterator[Tell | None]:
+def show_progress(title: str, wanted: bool | None, on_event: Tell | None = None) -> Iterator[Tell | None]:
     """Give the function that takes the events of a run and shows them, while the block lasts.
 
     Args:

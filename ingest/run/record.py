@@ -82,14 +82,14 @@ class RunRecord:
 
     def _rates(self, client: Client, before: Mapping[str, list[float]]) -> None:
         page = client.run_on_scheduler(_page_document)  # type: ignore[no-untyped-call]
-        told = page.get("rates", {}).get("stages", {})
+        counted = page.get("rates", {}).get("stages", {})
         now = _totals(client)
         self.workers = (int(page.get("workers", 0)), int(page.get("threads", 0)))
         self.seconds = float(page.get("elapsed", 0.0))
-        for name in dict.fromkeys((*told, *now)):
+        for name in dict.fromkeys((*counted, *now)):
             zero = [0.0, 0.0]
             fresh = [a - b for a, b in zip(now.get(name, zero), before.get(name, zero), strict=True)]
-            kept = told.get(name, {})
+            kept = counted.get(name, {})
             # the page has the counts of workers that died, the workers those since their last heartbeat
             self.stages[name] = {
                 "seconds": max(float(kept.get("seconds", 0.0)), fresh[0]),

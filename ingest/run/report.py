@@ -98,7 +98,7 @@ def _contents(plan: Plan, record: RunRecord, report: IngestReport) -> dict[str, 
         "state": "complete" if report.exit_code == 0 and not report.pending else "not complete",
         "cube": redact_url(report.cube),
         "written_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        "facts": _facts(plan, record, report),
+        "facts": _summary(plan, record, report),
         "settings": [(name, _short(value)) for name, value in sorted(plan.config.items())],
         "grid": [str(plan.grid), *plan.reasons],
         "collections": collections,
@@ -117,7 +117,7 @@ def _contents(plan: Plan, record: RunRecord, report: IngestReport) -> dict[str, 
     }
 
 
-def _facts(plan: Plan, record: RunRecord, report: IngestReport) -> list[tuple[str, str]]:
+def _summary(plan: Plan, record: RunRecord, report: IngestReport) -> list[tuple[str, str]]:
     workers, threads = record.workers
     packages = ("terrashard", "dask", "rasterio", "zarr", "tensorstore")
     return [
@@ -156,13 +156,13 @@ def _redacted(failure: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rates(record: RunRecord) -> list[dict[str, str]]:
-    found = []
+    rows = []
     for name in [*STAGES, *sorted(set(record.stages) - set(STAGES))]:
         counted = record.stages.get(name)
         if counted is None or not (counted["seconds"] or counted["bytes"]):
             continue
         whole = name == "write" and not record.stages.get("encode", {}).get("bytes")
-        found.append(
+        rows.append(
             {
                 "name": "encode and write" if whole else name,
                 "bytes": human_bytes(counted["bytes"]),
@@ -171,11 +171,11 @@ def _rates(record: RunRecord) -> list[dict[str, str]]:
                 "rate": f"{counted['bytes'] / 1e6 / record.seconds:.1f} MB/s" if record.seconds else "–",
             }
         )
-    return found
+    return rows
 
 
 def _failures(spec: CubeSpec, rows: Mapping[ShardIndex, LedgerRow]) -> list[dict[str, Any]]:
-    found = []
+    failures = []
     for index, row in rows.items():
         if row.state == "done":
             continue
@@ -186,19 +186,19 @@ def _failures(spec: CubeSpec, rows: Mapping[ShardIndex, LedgerRow]) -> list[dict
             "state": row.state,
         }
         missing = [source for source in row.sources if source.state == "missing"]
-        found += [
+        failures += [
             {**base, "item": s.item_id, "asset": s.asset or "", "reason": s.reason or "unreadable"} for s in missing
         ]
         if not missing:
-            found.append({**base, "item": "", "asset": "", "reason": "the shard could not be made; see the errors"})
-    return found
+            failures.append({**base, "item": "", "asset": "", "reason": "the shard could not be made; see the errors"})
+    return failures
 
 
 def _verdicts(plan: Plan) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for collection, facts in plan.facts.items():
         entries = facts.get("offset_verdicts", {})
-        found.append(
+        rows.append(
             {
                 "collection": collection,
                 "counts": sorted(Counter(str(entry.get("verdict")) for entry in entries.values()).items()),
@@ -209,7 +209,7 @@ def _verdicts(plan: Plan) -> list[dict[str, Any]]:
                 "more": max(0, len(entries) - _MOST_ROWS),
             }
         )
-    return [entry for entry in found if entry["items"]]
+    return [entry for entry in rows if entry["items"]]
 
 
 def _collection(plan: Plan, spec: CubeSpec, rows: Mapping[ShardIndex, LedgerRow]) -> dict[str, Any]:

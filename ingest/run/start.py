@@ -23,7 +23,7 @@ from ingest.trust.hrefs import is_loopback
 from ingest.worker.guard import WORKER_ENVIRONMENT
 from zarr_store.errors import InvalidInput
 
-__all__ = ["describe", "exposed", "manifest", "start_cluster"]
+__all__ = ["describe", "list_exposed", "make_manifest", "start_cluster"]
 
 _EXTRAS = {
     "ssh": ("asyncssh", "ssh"),
@@ -44,21 +44,21 @@ _START_S, _DAY_S = 120.0, 86_400
 """Seconds that the hosts of --cluster ssh have to start: the default, and the most that can be given."""
 
 
-def exposed(config: IngestConfig, dashboard: str) -> list[str]:
+def list_exposed(config: IngestConfig, dashboard: str) -> list[str]:
     """List what a run would open to other machines; `dashboard` is HOST:PORT."""
-    found = []
+    opened = []
     code = "whoever reaches it can run code as you"
     if config.cluster == "ssh":
-        found += [
+        opened += [
             f"{what} on {host} ({code})"
             for what, host in zip(["a scheduler"] + ["a worker"] * len(config.hosts), config.hosts, strict=False)
             if not is_loopback(host)
         ]
     elif config.cluster in ("slurm", "pbs"):
-        found.append(f"a scheduler in this process, which the nodes must reach, and workers on the nodes ({code})")
+        opened.append(f"a scheduler in this process, which the nodes must reach, and workers on the nodes ({code})")
     if config.cluster in ("local", "ssh", "slurm", "pbs") and not is_loopback(dashboard.rpartition(":")[0]):
-        found.append(f"the dashboard on {dashboard} (it shows paths, names and the state of the run)")
-    return found
+        opened.append(f"the dashboard on {dashboard} (it shows paths, names and the state of the run)")
+    return opened
 
 
 def describe(config: IngestConfig, dashboard: str = "127.0.0.1:0") -> str:
@@ -82,12 +82,12 @@ def describe(config: IngestConfig, dashboard: str = "127.0.0.1:0") -> str:
     elif config.cluster == "k8s":
         import yaml  # type: ignore[import-untyped]
 
-        plain = json.loads(json.dumps(manifest(config, options)))  # or YAML writes an anchor for what occurs twice
+        plain = json.loads(json.dumps(make_manifest(config, options)))  # or YAML writes an anchor for what occurs twice
         body = yaml.safe_dump(plain, sort_keys=False).rstrip()
     else:
         further = {name: value for name, value in options.items() if name != "address"}
         body = json.dumps({"address": _gateway_address(options), "options": further}, indent=2)
-    opened = exposed(config, dashboard)
+    opened = list_exposed(config, dashboard)
     notes = [f"opens: {text}" for text in opened]
     return "\n".join([head, body, *notes])
 
@@ -97,7 +97,7 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
 
     Args:
         config: Kind, size and options of the cluster.
-        dashboard: HOST:PORT, which `dashboard_address` has checked.
+        dashboard: HOST:PORT, which `resolve_dashboard` has checked.
         security: `distributed.Security` for every connection, or None.
         stack: The context that closes the cluster.
 
@@ -134,7 +134,7 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
         namespace = options.get("namespace")
 
         def make() -> Any:
-            return operator.KubeCluster(custom_cluster_spec=manifest(config, options), namespace=namespace)
+            return operator.KubeCluster(custom_cluster_spec=make_manifest(config, options), namespace=namespace)
 
     else:
         gateway = stack.enter_context(importlib.import_module("dask_gateway").Gateway(_gateway_address(options)))
@@ -178,7 +178,7 @@ def _seconds(options: dict[str, Any]) -> float:
     return seconds
 
 
-def manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
+def make_manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
     """Make the DaskCluster resource for the Kubernetes operator."""
     name, image = options.get("name", "terrashard"), options["image"]
     environment = [{"name": key, "value": value} for key, value in WORKER_ENVIRONMENT.items()]

@@ -1,4 +1,4 @@
-"""`stoppable` lets signals end a run: the first in order, the second at once.
+"""`handle_stop_signals` lets signals end a run: the first in order, the second at once.
 
 In order means that tasks are cancelled, the cluster is closed and the lock is released, which can take as long as a
 worker that does not answer. At once is safe too, as is dying at any moment: the ledger records what is done, and the
@@ -17,14 +17,14 @@ from types import FrameType
 
 from zarr_store.errors import Preempted
 
-__all__ = ["stoppable"]
+__all__ = ["handle_stop_signals"]
 
 _CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 _AT_ONCE = b"stopped at once; what was written stays, and the same command continues from there\n"
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def handle_stop_signals() -> Iterator[None]:
     """Raise `Preempted` at SIGTERM or `KeyboardInterrupt` at an interrupt, once; the next signal ends the process.
 
     Interrupts are left alone in interactive sessions, which outlive a run, and where a program has its own handler.
@@ -32,14 +32,14 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    told = False
+    signalled = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        if told:
+        nonlocal signalled
+        if signalled:
             os.write(2, _AT_ONCE)
             os._exit(_CODES[signal.Signals(number)])
-        told = True
+        signalled = True
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise Preempted("told to stop (SIGTERM); what was written stays, and the same command continues from there")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from zarr_store.errors import InvalidInput, UnknownName
 
-__all__ = ["MODES", "Counters", "Fault", "flip_bits", "interrupted"]
+__all__ = ["MODES", "Counters", "Fault", "flip_bits", "send_half"]
 
 MODES: dict[str, str] = {
     "404": "not found",
@@ -112,7 +112,7 @@ def flip_bits(body: bytes, start: int, size: int) -> bytes:
     return bytes(damaged)
 
 
-async def interrupted(body: bytes, stall_s: float, stopping: threading.Event) -> AsyncIterator[bytes]:
+async def send_half(body: bytes, stall_s: float, stopping: threading.Event) -> AsyncIterator[bytes]:
     """Send the first half of a body, pause, and then end the connection."""
     yield body[: len(body) // 2]
     waited = 0.0

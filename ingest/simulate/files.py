@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ingest.simulate.faults import Counters, Fault, flip_bits, interrupted
+from ingest.simulate.faults import Counters, Fault, flip_bits, send_half
 
 __all__ = ["FileServer"]
 
@@ -157,7 +157,7 @@ class FileServer:
             self.counters.fault(mode)
             self.counters.sent(len(body) // 2)
             pause = fault.number if mode == "stall" else 0.0
-            return StreamingResponse(interrupted(body, pause, self.stopping), status_code=code, headers=headers)
+            return StreamingResponse(send_half(body, pause, self.stopping), status_code=code, headers=headers)
         if mode == "wrongrange" and fault is not None and partial and start + int(fault.number) < size:
             self.counters.fault(mode)
             with file.open("rb") as source:

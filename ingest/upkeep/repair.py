@@ -176,16 +176,16 @@ def verify_sources(
 
 
 def _differences(cube: Cube, collection: str, row: LedgerRow, arrays: dict[str, Any]) -> list[Difference]:
-    found = []
+    differences = []
     for name, expected in arrays.items():
         try:
             stored = cube.read(collection, name, row.region)
         except IntegrityError:
-            found.append(Difference(collection, name, row.index, int(expected.size)))
+            differences.append(Difference(collection, name, row.index, int(expected.size)))
             continue
         equal = stored == expected
         if expected.dtype.kind == "f":
             equal |= np.isnan(stored) & np.isnan(expected)
         if not equal.all():
-            found.append(Difference(collection, name, row.index, int((~equal).sum())))
-    return found
+            differences.append(Difference(collection, name, row.index, int((~equal).sum())))
+    return differences
