@@ -1,4 +1,4 @@
-"""Names of temporary files and folders, which a process writes beside the place where they go.
+"""Temporary files and folders, which are written beside the place where they go, have suffixes from this module.
 
 A process that is killed leaves them behind. So every one has a suffix from this list, by which `zarr_store.strays`
 finds it, and no reader takes it for data.

@@ -78,7 +78,7 @@ class LabelReport:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         return asdict(self)
 
 

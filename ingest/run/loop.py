@@ -167,7 +167,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What the commit of the run is called."""
+        """Message of the commit that ends the run."""
         return f"ingest of plan {self.plan.digest[:12]}"
 
     def submit(self, client: Client, task: ShardTask, access: Access, key: str) -> Any:
@@ -256,6 +256,7 @@ def _make(
 
 
 def plain_url(url: str | os.PathLike[str]) -> str:
+    """Make a path plain, without redundant parts; a URL stays as it is."""
     return str(Path(os.fspath(url))) if "://" not in os.fspath(url) else os.fspath(url)
 
 
@@ -339,7 +340,7 @@ def _work(
         with suppress(OSError):  # a scheduler that is gone has nothing to cancel
             client.cancel(list(queue.futures), force=True)  # type: ignore[no-untyped-call]
         if isinstance(error, NoSpace | AssetUnreadable):
-            # shards that are being written are worth the moment: without the lock their rows are not written
+            # shards that are being written may finish first: without the lock their rows would not be written
             client.run(settle, _SETTLE_S)
         raise
 

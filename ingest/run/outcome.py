@@ -122,7 +122,7 @@ class IngestReport:
         return 3 if self.partial or self.failed else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; shards by index, without their statistics."""
+        """Convert to values that can be written as JSON; shards by index, without their statistics."""
 
         def rows(which: Sequence[LedgerRow]) -> list[dict[str, Any]]:
             return [

@@ -114,7 +114,7 @@ def curve(key: int, positions: npt.NDArray[np.float64], cell_m: float) -> npt.ND
 
 
 def white(key: int, world: Grid, grid: Grid, draw: Callable[[np.random.Generator, tuple[int, int]], F32]) -> F32:
-    """Independent draws per pixel of `grid`, a window of `world`'s lattice.
+    """Draw independently for each pixel of `grid`, a window of the lattice of `world`.
 
     Args:
         key: Stream of noise.

@@ -1,4 +1,4 @@
-"""Sentinel-1 over the same ground: radiometrically terrain-corrected gamma0, linear power, VV and VH.
+"""`backscatter` simulates Sentinel-1 over the same ground: terrain-corrected gamma0 in linear power, VV and VH.
 
 The mean backscatter of a class carries multiplicative speckle: for L looks, intensity is gamma distributed with shape L
 and mean 1 (Oliver and Quegan 2004, "Understanding Synthetic Aperture Radar Images", ch. 4). Speckle is independent

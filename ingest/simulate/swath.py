@@ -36,7 +36,7 @@ class Swath:
     keeps_west: bool
 
     def sees(self, grid: Grid) -> npt.NDArray[np.bool_]:
-        """Mask the pixels of a grid whose centre was seen as True."""
+        """Make a mask of a grid that is True for pixels whose centre was seen."""
         edge = (self.x0 + self.lean * (grid.y() - self.y0))[:, None]
         seen: npt.NDArray[np.bool_] = (grid.x()[None, :] < edge) == self.keeps_west
         return seen

@@ -76,7 +76,7 @@ class AuditReport:
         return 3 if self.missing or self.superseded or self.removed or self.replaced else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         return {**vars(self), "exit_code": self.exit_code}
 
 

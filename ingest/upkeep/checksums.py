@@ -61,7 +61,7 @@ class FilesReport:
     unstated: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         return {**vars(self), "different": list(self.different), "unread": list(self.unread)}
 
 

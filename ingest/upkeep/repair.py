@@ -50,7 +50,7 @@ class RepairReport:
     ingest: IngestReport
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         damage = [{**vars(one), "index": list(one.index)} for one in self.damage]
         return {"damage": damage, "unreadable_rows": list(self.rows), "ingest": self.ingest.to_dict()}
 
@@ -127,7 +127,7 @@ class SourcesReport:
     unread: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         different = [{**vars(one), "index": list(one.index)} for one in self.different]
         return {"checked": self.checked, "different": different, "unread": list(self.unread)}
 
