@@ -129,8 +129,11 @@ class FolderStore(Store):
                 crashpoint(f"after linking {key}")
             except FileExistsError:
                 return False
+            except FileNotFoundError:  # the run that holds the lock has just swept the file beside
+                return self.create_exclusive(key, data)
             finally:
-                os.unlink(beside)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(beside)
         return True
 
     def take(self, key: str, held: bytes, data: bytes) -> bool:

@@ -15,7 +15,7 @@ import pytest
 
 from zarr_store import ShardWriter, SourceOutcome, open_cube, temporary, verify_cube
 from zarr_store.backends import open_store
-from zarr_store.errors import IntegrityError, TerrashardError
+from zarr_store.errors import IntegrityError, Locked, TerrashardError
 from zarr_store.folder import FolderStore
 from zarr_store.keys import check_key
 from zarr_store.labels import LabelSpec, find_labels, label_boxes, open_label, write_label
@@ -277,6 +277,24 @@ def test_sweeping_removes_half_written_files_and_follows_no_link(cube_path: Path
         (cube_path / NAME / name).unlink()
     assert tree(cube_path) == ours
     sweep_strays("s3://bucket/cube.zarr")
+
+
+def test_a_run_that_is_swept_while_it_asks_for_the_lock_hears_who_holds_it(
+    cube_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, swept = os.link, []
+
+    def sweep_first(beside: str, path: Path) -> None:
+        if not swept:
+            swept.append(beside)
+            sweep_strays(cube_path)
+        link(beside, path)
+
+    with CubeLock(cube_path, "a run"):
+        monkeypatch.setattr(os, "link", sweep_first)
+        with pytest.raises(Locked, match="held by a run"), CubeLock(cube_path, "another run"):
+            pass
+    assert swept, "the fault fired"
 
 
 def test_what_lies_in_a_stray_is_counted_once(cube_path: Path) -> None:
