@@ -61,11 +61,11 @@ def register(app: typer.Typer) -> None:
             raise InvalidInput("--overwrite makes a new cube, --append and --refresh go on with the old one: give one")
         record = RunRecord() if report is not None and report.suffix.lower() == ".html" else None
         if dry_run:
-            from ingest.run.cluster import dashboard_address
+            from ingest.run.cluster import resolve_dashboard
             from ingest.run.start import describe
 
             config = ingest_config(session)
-            text = describe(config, dashboard_address(config.running.dashboard))
+            text = describe(config, resolve_dashboard(config.running.dashboard))
             session.say_lines(text)
             session.emit(
                 {"cluster": config.running.cluster, "scheduler": config.running.scheduler, "description": text}

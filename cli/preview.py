@@ -38,10 +38,10 @@ def register(app: typer.Typer) -> None:
         """
         from cli.picture import draw_preview, refuse_other_than_png
         from ingest.scenes.search import find_scenes
-        from ingest.thumbnails import draw_thumbnails, with_colours
+        from ingest.thumbnails import add_colours, draw_thumbnails
 
         refuse_other_than_png(out)
-        config = with_colours(ingest_config(session))
+        config = add_colours(ingest_config(session))
         scenes = find_scenes(source, config).scenes
         made = draw_thumbnails(scenes, config, source, side_px=side, most=most)
         picture = draw_preview(made.thumbnails, out, width=width)

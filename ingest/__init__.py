@@ -1,12 +1,12 @@
-"""From a STAC source to a cube: search → harmonise → probe → plan → read → write.
+"""`ingest` leads from a STAC source to a cube: search → harmonise → probe → plan → read → write.
 
     found = ingest.find_scenes(source, collections=["sentinel-2-l2a"], bbox=(16.0, 45.9, 16.2, 46.1))
     plan = ingest.make_plan(found, bands=["red", "nir", "scl"])
     report = ingest.run_plan(plan, "cube.zarr")
 
-Nothing here imports jax. Exports load on first use, so `import ingest` costs nothing and the command line stays quick.
-No export has the name of a module inside, which importing that module would put in its place. docs/api/ingest.md lists
-all names with examples.
+Nothing here imports jax. Exports load on first use, so `import ingest` is quick, and so is the command line. No export
+has the name of a module of this package, as importing that module would replace it. docs/api/ingest.md lists all names
+with examples.
 """
 
 from __future__ import annotations
@@ -94,5 +94,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The exports, for completion in notebooks."""
+    """List the exports, for completion in notebooks."""
     return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
-"""From Python: find scenes, plan, run. What a script or a notebook calls; the command line uses the parts below.
+"""`find_scenes`, `make_plan` and `run_plan` are the functions that a script or a notebook calls to make a cube.
 
-Each function takes a configuration, settings of it as keywords, or both; keywords win.
+The command line uses the modules below. Each function takes a configuration, settings as keywords, or both; keywords
+win.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ def find_scenes(
     headers: Mapping[str, str] | None = None,
     **settings: Unpack[SearchSettings],
 ) -> Scenes:
-    """Find the scenes that a source has: de-duplicated, in one form for all providers, in order.
+    """Find the scenes of a source, without duplicates, in one form for all providers, in a fixed order.
 
     Args:
         source: STAC API URL; path or URL of a catalog.json, collection.json, item or item collection; stac-geoparquet.
-        config: What is asked; None for the defaults.
-        headers: Request headers for the source's own origin only.
-        **settings: Fields of `IngestConfig` that say what is selected and who is trusted; they win over `config`.
+        config: The selection; None for the defaults.
+        headers: Request headers, sent only to the source's own origin.
+        **settings: Fields of `IngestConfig` for selection and trust; they win over `config`.
 
     Returns:
-        The scenes, which `make_plan` takes, all or some of them.
+        The scenes; `make_plan` takes all or some of them.
 
     Raises:
-        NothingFound: A valid question without an answer.
+        NothingFound: The search is valid, and no scene matches.
         InvalidInput: The source or a setting cannot be used.
         AccessError: The source cannot be reached.
 
@@ -69,16 +70,17 @@ def make_plan(
     found_in: str | os.PathLike[str] | None = None,
     **settings: Unpack[PlanSettings],
 ) -> Plan:
-    """Plan an ingest: search, read file headers, choose the grid and the shards. No pixel is stored.
+    """Plan an ingest: search, read file headers, and choose the grid and the shards; no pixel is stored.
 
     Args:
-        source: As for `find_scenes`; or scenes that it found, whose own settings then hold where nothing else is given.
-        config: What is asked; None for the defaults.
-        found_in: Where scenes were found that come as a plain list; it decides which hosts may be opened.
+        source: As for `find_scenes`; or scenes that it returned, with whose settings the plan is made unless others are
+            given.
+        config: The settings; None for the defaults.
+        found_in: The source of scenes that are given as a plain list; it decides which hosts may be opened.
         **settings: Fields of `IngestConfig`; they win over `config`.
 
     Returns:
-        The plan; it shows itself as the dry run does, and `save` keeps it as JSON.
+        The plan; a notebook shows it as the dry run does, and `save` writes it as JSON.
 
     Raises:
         NothingFound: No scene matches, or none lies in the region.
@@ -102,8 +104,8 @@ def make_plan(
         place = os.fspath(found_in)
     else:
         raise InvalidInput(
-            "say where a list of scenes was found, as that decides which hosts may be opened: "
-            "make_plan(scenes, found_in=SOURCE); what find_scenes gives, its slices and `where` know it themselves"
+            "a plain list of scenes needs its source, which decides which hosts may be opened: "
+            "make_plan(scenes, found_in=SOURCE); the result of find_scenes, its slices and `where` keep their source"
         )
     return probe_and_plan(list(source), make_config(config, settings), place)
 
@@ -120,27 +122,27 @@ def run_plan(
     on_event: Callable[[IngestEvent], None] | None = None,
     **settings: Unpack[RunSettings],
 ) -> IngestReport:
-    """Make the cube of a plan, or what of it is not there yet. Calling it again goes on, or finds nothing to do.
+    """Make the cube of a plan; a repeated call continues where it stopped, or finds nothing to do.
 
     Args:
-        plan: From `make_plan`; or a plan that was saved, or its path: then its hrefs are judged first.
-        cube: Where the cube is or will be: a folder, or the URL of a bucket.
+        plan: A plan of `make_plan`, a loaded plan, or the path of a saved one; hrefs of a saved plan are judged first.
+        cube: Place of the cube: a folder, or the URL of a bucket.
         config: How to run; None for the defaults.
-        client: A Dask client. None: the current one of this process, unless settings ask for a cluster; else processes
-            of this machine, which end with the run.
-        overwrite: Put a new cube in the place of the one there, when the new one is whole.
+        client: A Dask client. None uses the current one of this process, unless settings ask for a cluster; without
+            one, processes of this machine are started and end with the run.
+        overwrite: Replace the cube that is there when the new one is complete.
         progress: Whether to show a bar; None shows it in a terminal and in a notebook.
-        on_event: Told of every shard that ends, in this thread.
-        **settings: Fields of `IngestConfig` that say how it is run and who is trusted; they win over `config`.
+        on_event: Called in this thread with every shard that ends.
+        **settings: Fields of `IngestConfig` for running and trust; they win over `config`.
 
     Returns:
-        What was done: shards written, partial, skipped and failed, and why.
+        The report: shards written, partial, skipped and failed, with the causes.
 
     Raises:
         CubeMismatch: A cube of another plan is there.
         InvalidInput: Something else is there, a setting cannot be used, or the client is asynchronous.
         Locked: Another run writes to the cube.
-        NoSpace: The disk is full; what was written stays, and the same call goes on.
+        NoSpace: The disk is full; what was written stays, and the same call continues.
 
     Example:
         >>> import ingest
@@ -150,22 +152,22 @@ def run_plan(
     """
     from ingest.plan.plan import Plan
     from ingest.plan.stored import check_hrefs
-    from ingest.run.cluster import usable_client
+    from ingest.run.cluster import choose_client
     from ingest.run.loop import run
-    from ingest.run.progress import shown_progress
+    from ingest.run.progress import show_progress
     from ingest.upkeep.overwrite import overwrite as run_over
 
     typed = ""
     if not isinstance(plan, Plan):
         typed, plan = os.fspath(plan), Plan.load(plan)
-    if plan.origin is not None:  # made by this process, with trust that counts as given now
+    if plan.origin is not None:  # this process made the plan, so the trust that it was made with still holds
         typed = plan.origin.typed
         asked = make_config(make_config(None, {**trust_of(plan.origin.config), **_fields(config)}), settings)
     else:
         asked = make_config(config, settings)
         check_hrefs(plan, asked, typed=typed)
-    client = usable_client(client, asked)
-    with shown_progress("ingest", progress, on_event) as tell:
+    client = choose_client(client, asked)
+    with show_progress("ingest", progress, on_event) as tell:
         return (run_over if overwrite else run)(plan, cube, config=asked, client=client, on_event=tell, typed=typed)
 
 

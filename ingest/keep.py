@@ -1,4 +1,4 @@
-"""From Python: keep a cube whole and up to date. Each function is a command, too: `terrashard repair`, `audit`, …"""
+"""These functions keep a cube complete and up to date; each is also a command: `terrashard repair`, `audit`, …"""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def append_scenes(
     on_event: Watch | None = None,
     **settings: Unpack[UpkeepSettings],
 ) -> IngestReport:
-    """Add scenes that a cube does not have. Dates must come after its last, or be among its dates.
+    """Add scenes that a cube does not have; their dates must come after its last, or be among its dates.
 
     Args:
         cube: The cube.
-        source: Where to search; None for where its scenes came from.
+        source: The source to search; None for the one that the cube names.
         client: As for `run_plan`.
         progress: Whether to show a bar; None shows it in a terminal and in a notebook.
-        on_event: Told of every shard that ends.
-        **settings: Fields of `IngestConfig`, laid over what the cube was made with.
+        on_event: Called with every shard that ends.
+        **settings: Fields of `IngestConfig`; they win over the settings that the cube was made with.
 
     Raises:
-        InvalidInput: A new date lies before the last of the cube.
-        CubeMismatch: Other rules than those of the cube are asked for.
+        InvalidInput: A new date lies before the last one of the cube.
+        CubeMismatch: The settings ask for other rules than those of the cube.
 
     Example:
         >>> import ingest
@@ -100,27 +100,27 @@ def retry_failed(
     on_event: Watch | None = None,
     **settings: Unpack[RunSettings],
 ) -> IngestReport:
-    """Try the shards again that are partial or failed, and no others.
+    """Make the partial and failed shards again, and no others.
 
     Args:
         cube: The cube.
         client: As for `run_plan`.
         progress: Whether to show a bar; None shows it in a terminal and in a notebook.
-        on_event: Told of every shard that ends.
-        **settings: Fields of `IngestConfig` that say how it is run and who is trusted.
+        on_event: Called with every shard that ends.
+        **settings: Fields of `IngestConfig` for running and trust.
 
     Example:
         >>> import ingest
         >>> ingest.retry_failed("cube.zarr").exit_code
         0
     """
-    from ingest.run.cluster import usable_client
-    from ingest.run.progress import shown_progress
+    from ingest.run.cluster import choose_client
+    from ingest.run.progress import show_progress
     from ingest.upkeep.repair import retry_failed as retry
 
     config = make_config(None, settings)
-    with shown_progress("retry", progress, on_event) as tell:
-        return retry(cube, config, client=usable_client(client, config), on_event=tell)
+    with show_progress("retry", progress, on_event) as tell:
+        return retry(cube, config, client=choose_client(client, config), on_event=tell)
 
 
 @spell_out(RunSettings)
@@ -132,12 +132,12 @@ def repair_cube(
     on_event: Watch | None = None,
     **settings: Unpack[RunSettings],
 ) -> RepairReport:
-    """Check every shard against its checksum, and make those again that are broken or were never written.
+    """Check each shard against its checksum, and make those again that are broken or were never written.
 
     Arguments are those of `retry_failed`. Where a source is gone, the broken shard stays and is listed as failed.
 
     Raises:
-        InvalidInput: The cube keeps no plan, or an href of it may not be opened.
+        InvalidInput: The cube keeps no plan, or one of its hrefs may not be opened.
         Locked: Another run writes to the cube.
 
     Example:
@@ -145,13 +145,13 @@ def repair_cube(
         >>> ingest.repair_cube("cube.zarr").damage
         ()
     """
-    from ingest.run.cluster import usable_client
-    from ingest.run.progress import shown_progress
+    from ingest.run.cluster import choose_client
+    from ingest.run.progress import show_progress
     from ingest.upkeep.repair import repair
 
     config = make_config(None, settings)
-    with shown_progress("repair", progress, on_event) as tell:
-        return repair(cube, config, client=usable_client(client, config), on_event=tell)
+    with show_progress("repair", progress, on_event) as tell:
+        return repair(cube, config, client=choose_client(client, config), on_event=tell)
 
 
 @spell_out(SearchSettings)
@@ -166,13 +166,13 @@ def audit_cube(
 
     Args:
         cube: The cube.
-        source: Where to ask; None for where its scenes came from.
-        files: Also ask for each file that was read whether it is still the same: one small request each.
-        **settings: Fields of `IngestConfig`, laid over what the cube was made with.
+        source: The source to search; None for the one that the cube names.
+        files: Also check whether each file that was read is still the same, with one small request each.
+        **settings: Fields of `IngestConfig`; they win over the settings that the cube was made with.
 
     Raises:
         NothingFound: The catalogue has no scene left for this selection.
-        AccessError: It cannot be reached.
+        AccessError: The source cannot be reached.
 
     Example:
         >>> import ingest
@@ -193,14 +193,14 @@ def verify_sources(
     on_shard: Callable[[int, int], None] | None = None,
     **settings: Unpack[TrustSettings],
 ) -> SourcesReport:
-    """Read the sources of shards again, and compare every value with the stored one.
+    """Read the sources of shards again, and compare each value with the stored one.
 
     Args:
         cube: The cube.
         share: Part of the complete shards to check; the same `seed` draws the same shards as `verify_cube`.
         seed: Which shards a partial check draws.
         on_shard: Called with (checked, total) after each shard.
-        **settings: Fields of `IngestConfig` that say who is trusted.
+        **settings: Fields of `IngestConfig` for trust.
 
     Example:
         >>> import ingest
@@ -221,14 +221,14 @@ def verify_files(
     on_file: Callable[[int, int], None] | None = None,
     **settings: Unpack[TrustSettings],
 ) -> FilesReport:
-    """Read the files that shards were made from as a whole, and compare them with the checksums that items state.
+    """Read the source files of shards as a whole, and compare them with the checksums that their items state.
 
     Args:
         cube: The cube.
         share: Part of the written shards whose files are checked.
         seed: Which shards a partial check draws.
         on_file: Called with (checked, total) after each file.
-        **settings: Fields of `IngestConfig` that say who is trusted.
+        **settings: Fields of `IngestConfig` for trust.
 
     Example:
         >>> import ingest
@@ -250,20 +250,20 @@ def _extend(
     settings: UpkeepSettings,
 ) -> IngestReport:
     from ingest.plan.stored import check_kept_source, kept_plan
-    from ingest.run.cluster import usable_client
-    from ingest.run.progress import shown_progress
+    from ingest.run.cluster import choose_client
+    from ingest.run.progress import show_progress
     from ingest.upkeep.extend import extend
 
     config = _config_of(cube, settings)
     place = check_kept_source(kept_plan(cube), config, os.fspath(cube)) if source is None else os.fspath(source)
-    with shown_progress(what, progress, on_event) as tell:
+    with show_progress(what, progress, on_event) as tell:
         return extend(
             place,
             cube,
             config,
             append=what == "append",
             refresh=what == "refresh",
-            client=usable_client(client, config),
+            client=choose_client(client, config),
             on_event=tell,
         )
 

@@ -1,7 +1,7 @@
-"""The lazy view: every scene of a plan on the cube's grid as one stackstac array, for looking and exploring.
+"""`open_stack` gives every scene of a plan on the cube's grid as one lazy stackstac array, for exploring.
 
-stackstac is kept on a leash: each asset's projection comes from its file header, the grid is pinned, scaling is off,
-and pixels go through `SceneReader`, so they are those that an ingest stores. Nothing is mosaicked or masked here: the
+stackstac decides little: the projection of each asset comes from its file header, the grid is fixed, scaling is off,
+and `SceneReader` reads the pixels, so they are those that an ingest stores. Nothing is mosaicked or masked here: the
 time axis has one entry per scene.
 """
 
@@ -47,24 +47,24 @@ def open_stack(
     found_in: str | os.PathLike[str] | None = None,
     **settings: Unpack[PlanSettings],
 ) -> xr.DataArray:
-    """Look at scenes as one lazy array, on the grid that an ingest would choose and through its checked reading.
+    """Open scenes as one lazy array, on the grid that an ingest would choose and with its checked reading.
 
-    Nothing is stored, mosaicked or masked: there is one entry of the time axis for each scene. A file that cannot be
-    read raises, it never becomes zeros.
+    Nothing is stored, mosaicked or masked: the time axis has one entry for each scene. A file that cannot be read
+    raises an error and never becomes zeros.
 
     Args:
         source: As for `make_plan`, or a plan.
-        config: What is asked; None for the defaults.
-        collection: Which one, where the plan has several.
-        chunk: Side of a Dask block, pixels; each block is read as one.
-        overviews: Read a file's overviews where the grid is coarser than they are: quick, for looking, and not what a
-            cube of that resolution would hold.
-        found_in: Where scenes were found that come as a plain list.
-        **settings: Fields of `IngestConfig`; of a plan only those that say who is trusted.
+        config: The settings; None for the defaults.
+        collection: The collection to open, where the plan has several.
+        chunk: Side of a Dask block in pixels; each block is read as one.
+        overviews: Read a file's overviews where the grid is coarser than the file. This is quick, but differs from what
+            a cube of that resolution would hold.
+        found_in: The source of scenes that are given as a plain list.
+        **settings: Fields of `IngestConfig`; for a plan, only those for trust.
 
     Returns:
-        (time, band, y, x) of stored numbers, harmonised; 0, or NaN for backscatter, where there is no data. Coordinates
-        `id` and `cloud` (share of clouds over the region) lie along time.
+        Array (time, band, y, x) of harmonised stored values; 0, or NaN for backscatter, where there is no data. The
+        coordinates `id` and `cloud` (share of clouds over the region) lie along time.
 
     Raises:
         NothingFound: No scene matches, or none lies in the region.
@@ -80,7 +80,7 @@ def open_stack(
     """
     forbid_gdal_threads()
     plan = source if isinstance(source, Plan) else make_plan(source, config, found_in=found_in, **settings)
-    if plan.origin is None:  # read from a file or a cube: what it says of its own source counts for nothing
+    if plan.origin is None:  # read from a file or a cube, so the source that it names is not trusted
         asked = make_config(config, settings)
         check_hrefs(plan, asked)
         access = Access.of(asked)
@@ -98,32 +98,34 @@ def stack(
     access: Access | None = None,
     overviews: bool = False,
 ) -> xr.DataArray:
-    """Scenes of one collection as a lazy array.
+    """Stack the scenes of one collection as a lazy array.
 
     Args:
-        plan: Scenes, headers and grid.
-        collection: One of the plan; None for its only one.
-        chunk: Side of a Dask chunk, pixels.
+        plan: The plan, which has scenes, headers and the grid.
+        collection: A collection of the plan; None for its only one.
+        chunk: Side of a Dask chunk in pixels.
         access: Limits and retries.
-        overviews: Read a file's overviews where the grid is coarser: quick, and not what a cube would hold.
+        overviews: Read a file's overviews where the grid is coarser; quick, but not what a cube would hold.
 
     Returns:
-        (time, band, y, x) in the cube's dtype, harmonised, nodata 0 (NaN for backscatter); one time per scene in the
-        order of the item table, with the item id as coordinate `id` and the share of clouds as `cloud`. Class layers
-        follow the data bands.
+        Array (time, band, y, x) of harmonised values in the cube's dtype, nodata 0 (NaN for backscatter). It has one
+        time per scene in the order of the item table, the item id as coordinate `id` and the share of clouds as
+        `cloud`. Class layers follow the data bands.
 
     Raises:
         InvalidInput: The grid's CRS has no EPSG code, which stackstac needs.
     """
     names = [recipe.spec.collection for recipe in plan.recipes]
     if collection is None and len(names) > 1:
-        raise InvalidInput(f"the plan has several collections, say which to stack: {', '.join(names)}")
+        raise InvalidInput(f"the plan has the collections {', '.join(names)}; choose one with collection=NAME")
     name = collection or names[0]
     if name not in names:
         raise UnknownName.of("collection", name, names, "the plan")
     recipe, grid = plan.recipe(name), plan.grid
     if grid.epsg is None:
-        raise InvalidInput("stackstac needs a grid whose CRS has an EPSG code; plan with --crs EPSG:…")
+        raise InvalidInput(
+            f"stackstac needs a CRS with an EPSG code, and the grid has {grid.crs[:80]!r}; plan with crs='EPSG:…'"
+        )
     scenes = {scene.item: scene for task in plan.tasks if task.collection == name for scene in task.sources}
     bands = (*recipe.spec.band_names, *recipe.classes)
     rows = plan.items[name]
@@ -139,7 +141,7 @@ def stack(
         resampling=Resampling.nearest,  # SceneReader picks the kernel of each asset
         chunksize=chunk,
         dtype=np.dtype(recipe.dtype),
-        # its default lets every 404 become fill
+        # by default stackstac turns a 404 into fill values
         errors_as_nodata=(),
         fill_value=np.dtype(recipe.dtype).type(NODATA[recipe.dtype]),
         rescale=False,
@@ -150,20 +152,20 @@ def stack(
         reader=partial(SceneReader, table=table, access=access, read_asset=read_coarse if overviews else read_on_grid),
     )
     if (array.sizes["y"], array.sizes["x"]) != grid.shape:
-        raise InvalidInput(f"stackstac made a grid of {dict(array.sizes)} from {grid}; report this as a defect")
+        raise InvalidInput(f"stackstac made a grid of {dict(array.sizes)} from {grid}; please report this as a defect")
     clouds = [_cloud_share(rows[row]) for row in sorted(scenes)]
     return array.assign_coords(y=grid.y(), x=grid.x(), cloud=("time", clouds))
 
 
 def _cloud_share(row: Mapping[str, Any]) -> float:
-    """Share of clouds over the region as it was counted, else as the catalogue says of the whole tile; NaN for none."""
+    """Get the share of clouds over the region where it was counted, else that of the whole tile; NaN for neither."""
     if row.get("cloud_share") is not None:
         return float(row["cloud_share"])
     return float("nan") if row.get("cloud_cover") is None else float(row["cloud_cover"]) / 100.0
 
 
 def _item(scene: PlannedScene, moment: str, grid: Grid) -> dict[str, Any]:
-    """A STAC item as stackstac reads it, with the projection of every asset by its file header."""
+    """Make a STAC item for stackstac, with the projection of each asset from its file header."""
     return {
         "type": "Feature",
         "id": scene.item_id,
@@ -178,8 +180,8 @@ def _asset(scene: PlannedScene, asset: SourceAsset, grid: Grid) -> dict[str, Any
         a, b, c, d, e, f = header.transform
         shape, transform = list(header.shape), [a, b, c, d, e, f]
     else:
-        # stackstac moves only the corners of a raster to the target and reads no window beyond them, although edges
-        # are curved there; so it is given the box that holds the densified edges, one pixel wider
+        # stackstac reprojects only the corners of a raster and reads no window beyond them, although edges are curved
+        # there; so it gets the box around the densified edges, one pixel wider
         left, bottom, right, top = transform_box(header, grid.crs)
         rx, ry = grid.resolution
         shape, transform = [1, 1], [right - left + 2 * rx, 0.0, left - rx, 0.0, bottom - top - 2 * ry, top + ry]

@@ -1,4 +1,4 @@
-"""Small scenes for tests: real GeoTIFF files with pixels of one's choice, and the `Scene` that names them."""
+"""`make_scene` writes a small scene for tests: GeoTIFF files with given pixels, and the `Scene` that names them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CLASS_LAYERS = ("scl",)
 def write_raster(
     path: Path, grid: Grid, pixels: npt.NDArray[np.generic], *, nodata: float | None = 0, **profile: Any
 ) -> Path:
-    """Write one band as a tiled, deflated GeoTIFF; `profile` overrides any of that."""
+    """Write one band as a tiled, deflated GeoTIFF; `profile` overrides these settings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "driver": "GTiff",
@@ -63,11 +63,11 @@ def make_scene(
     """Write the files of a scene and describe it.
 
     Args:
-        folder: Files go to `folder/item_id/BAND.tif`.
+        folder: Folder of the files, which are called `folder/item_id/BAND.tif`.
         item_id: Item id.
-        grid: Grid of every band.
-        pixels: Band → (height, width).
-        grids: Band → its own grid.
+        grid: Grid of the bands.
+        pixels: Array (height, width) of each band.
+        grids: Grids of bands that have one of their own.
         datetime: Acquisition time.
         collection: Collection id.
         product: Product rule.
@@ -106,7 +106,7 @@ def make_scene(
 
 
 def probe_headers(scenes: Sequence[Scene]) -> dict[str, SceneProbe]:
-    """What the files say, without asking their pixels about the offset: the metadata's offset stands."""
+    """Probe the file headers only, without measuring the offset in the pixels: the offset of the metadata is used."""
     return {
         scene.id: SceneProbe(
             assets={band: _header(scene.id, asset) for band, asset in scene.assets.items()},

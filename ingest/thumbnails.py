@@ -1,4 +1,4 @@
-"""Small pictures of what a search found, one for each time step, before anything is ingested.
+"""`draw_thumbnails` makes a small picture of each time step that a search found, before anything is ingested.
 
 Headers are read once, then a few coarse pixels of three bands through the lazy stack and the files' own overviews.
 """
@@ -24,26 +24,28 @@ from ingest.stack import stack
 from ingest.trust.redact import redact_text
 from zarr_store.errors import AssetUnreadable
 
-__all__ = ["Preview", "Thumbnail", "draw_thumbnails", "with_colours"]
+__all__ = ["Preview", "Thumbnail", "add_colours", "draw_thumbnails"]
 
 _COLOURS = ("red", "green", "blue")
 _USUAL = (*_COLOURS, "vv", "vh")
-"""True colour of Sentinel-2 and both polarisations of Sentinel-1: names of another product are left to it."""
+"""True colour of Sentinel-2 and both polarisations of Sentinel-1; each product uses the names that it has."""
 _AT_ONCE = 8
+"""Number of blocks that are read at once."""
 _DAY, _MONTH = len("2023-08-10"), len("2023-08")
+"""Number of characters of a date that name its day and its month."""
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One time step, coarsely.
+    """A coarse picture of one time step.
 
     Attributes:
-        collection: Id.
-        time: Of the step, ISO 8601.
-        scenes: Ids of the scenes in it.
+        collection: Id of the collection.
+        time: Time of the step, ISO 8601.
+        scenes: Ids of its scenes.
         cloud: Share of clouds, the mean over its scenes; None where it is not known.
-        pixels: (3, y, x) of stored numbers, for red, green and blue of a picture.
-        seen: (y, x), where there is data.
+        pixels: Stored values (3, y, x) for red, green and blue of the picture.
+        seen: Mask (y, x), True where there is data.
         kind: "reflectance" or "backscatter".
     """
 
@@ -58,13 +60,13 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a search found, as pictures and in words.
+    """The pictures of a search.
 
     Attributes:
         plan: The coarse plan that was read.
-        thumbnails: The first time steps.
+        thumbnails: Pictures of the first time steps.
         unread: Scenes that could not be read, with the cause.
-        left_out: Scenes of later time steps.
+        left_out: Number of scenes of later time steps.
     """
 
     plan: Plan
@@ -76,18 +78,18 @@ class Preview:
 def draw_thumbnails(
     scenes: Sequence[Scene], config: IngestConfig, source: str, *, side_px: int = 256, most: int = 24
 ) -> Preview:
-    """Read the first time steps of scenes that were found, so coarsely that the longer side has about `side_px` pixels.
+    """Read the first time steps of scenes, so coarsely that the longer side has about `side_px` pixels.
 
     Args:
-        scenes: From a search for `config`, or for `with_colours(config)`.
-        config: Region, bands, grouping, trust.
-        source: Where they were found.
-        side_px: Longer side of a thumbnail.
-        most: Time steps that are read; no file of others is opened.
+        scenes: Result of a search with `config`, or with `add_colours(config)`.
+        config: Region, bands, grouping and trust.
+        source: The source of the scenes.
+        side_px: Longer side of a thumbnail in pixels.
+        most: Largest number of time steps; no file of others is opened.
 
     Raises:
-        NothingFound: None of them lies in the region.
-        AssetUnreadable: Not one file could be opened.
+        NothingFound: No scene lies in the region.
+        AssetUnreadable: No file could be opened.
     """
     near = _first_steps(scenes, config, most)
     probes = check_hosts_and_probe(near, config, source)
@@ -111,13 +113,13 @@ def draw_thumbnails(
     return Preview(plan, tuple(thumbnails[:most]), tuple(unread), len(scenes) - len(near))
 
 
-def with_colours(config: IngestConfig) -> IngestConfig:
-    """`config`, with the bands that a picture needs where none are named."""
+def add_colours(config: IngestConfig) -> IngestConfig:
+    """Add the bands that a picture needs to a configuration that names none."""
     return config if config.selection.bands else config.model_copy(update={"bands": _USUAL})
 
 
 def _first_steps(scenes: Sequence[Scene], config: IngestConfig, most: int) -> list[Scene]:
-    """Scenes of the first `most` time steps of each collection, before their steps are known to the second."""
+    """Choose the scenes of the first `most` time steps of each collection by their dates, before any file is opened."""
     length = {"solar-day": _DAY, "month": _MONTH}.get(config.pixels.group)
     steps: dict[str, dict[str, None]] = {}
     kept = []
@@ -174,7 +176,7 @@ def _cloud(row: Mapping[str, Any]) -> float | None:
 
 
 def _bands_of_picture(known: Sequence[str]) -> tuple[str, ...]:
-    """Three names for red, green and blue: true colour where there is one."""
+    """Choose three bands for red, green and blue: true colour where the bands have it."""
     if set(_COLOURS) <= set(known):
         return _COLOURS
     return tuple(known[:3]) if len(known) >= 3 else (known[0], known[-1], known[0])

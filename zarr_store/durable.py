@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from zarr_store.crash import crashpoint
+from zarr_store.temporary import PARTIAL
 
 __all__ = ["PendingFile", "make_folder", "sync_folder", "sync_tree", "umask", "write_file"]
 
@@ -39,7 +40,7 @@ class PendingFile:
         self._key = key
         digest = hashlib.sha256()
         make_folder(path.parent)
-        descriptor, self._beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        descriptor, self._beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         try:
             for part in parts:

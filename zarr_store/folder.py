@@ -23,6 +23,7 @@ from zarr_store.durable import PendingFile, sync_folder, sync_tree, umask
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.keys import check_key, path_to_read, path_to_write, refuse_links
 from zarr_store.store import Pending, Store, translate_os_errors
+from zarr_store.temporary import PARTIAL, STALE
 
 __all__ = ["FolderStore"]
 
@@ -119,7 +120,7 @@ class FolderStore(Store):
         path = self._to_write(key)
         with translate_os_errors(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
             try:
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(data)
@@ -128,8 +129,11 @@ class FolderStore(Store):
                 crashpoint(f"after linking {key}")
             except FileExistsError:
                 return False
+            except FileNotFoundError:  # the run that holds the lock has just swept the file beside
+                return self.create_exclusive(key, data)
             finally:
-                os.unlink(beside)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(beside)
         return True
 
     def take(self, key: str, held: bytes, data: bytes) -> bool:
@@ -137,7 +141,7 @@ class FolderStore(Store):
         # again in case the other had already put its own there.
         path = self._to_write(key)
         try:
-            descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".stale", dir=path.parent)
+            descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=STALE, dir=path.parent)
         except FileNotFoundError:
             return False
         os.close(descriptor)
@@ -164,7 +168,7 @@ class FolderStore(Store):
         return sorted(
             f"{prefix}/{entry.name}"
             for entry in os.scandir(folder)
-            if entry.is_file() and entry.name.endswith(suffix) and not entry.name.endswith(".partial")
+            if entry.is_file() and entry.name.endswith(suffix) and not entry.name.endswith(PARTIAL)
         )
 
     def clear(self, path: str) -> None:
@@ -184,7 +188,7 @@ class FolderStore(Store):
             path_to_write(self.top, self._from_top(""))
         self.root.parent.mkdir(parents=True, exist_ok=True)
         with translate_os_errors(self.url):
-            folder = tempfile.mkdtemp(prefix=f".{self.root.name}.", suffix=".partial", dir=self.root.parent)
+            folder = tempfile.mkdtemp(prefix=f".{self.root.name}.", suffix=PARTIAL, dir=self.root.parent)
         try:
             os.chmod(folder, 0o777 & ~umask())
             with translate_os_errors(self.url):

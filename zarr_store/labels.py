@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -36,6 +34,7 @@ from zarr_store.lock import CubeLock
 from zarr_store.read import Cube, await_read, open_cube
 from zarr_store.regions import Region, iterate_boxes
 from zarr_store.store import Store
+from zarr_store.temporary import remove_folder
 
 __all__ = [
     "NOT_LABELLED",
@@ -329,9 +328,7 @@ def _set_aside(store: Store) -> Callable[[], None]:
         )
 
     def move() -> None:
-        old = tempfile.mkdtemp(prefix=f".{store.root.name}.", suffix=".old.partial", dir=store.root.parent)
-        os.rename(store.root, old)  # an empty folder gives way
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(store.root)
 
     return move
 

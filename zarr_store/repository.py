@@ -36,6 +36,7 @@ from zarr_store.folder import FolderStore
 from zarr_store.keys import refuse_links
 from zarr_store.overlay import OverlayStore, snapshot_get, snapshot_has
 from zarr_store.store import REPOSITORY_MARKER, Kind, Pending, Store, translate_os_errors
+from zarr_store.temporary import is_temporary
 from zarr_store.virtual import open_virtual
 
 __all__ = ["IcechunkStore"]
@@ -222,7 +223,7 @@ class IcechunkStore(Store):
         keys = [
             path.relative_to(staged).as_posix()
             for path in sorted(staged.rglob("*"))
-            if path.is_file() and not path.name.endswith((".partial", ".__lock"))
+            if path.is_file() and not is_temporary(path.name)
         ]
         gone = self.root / _GONE
         dropped = {path.relative_to(gone).as_posix() for path in gone.rglob("*") if path.is_file()} - set(keys)

@@ -1,4 +1,8 @@
-"""What killed processes leave beside and inside a cube: found by name, removed when old enough, read by nobody."""
+"""Strays: files and folders that killed processes leave beside and inside a cube.
+
+They are found by their names (`zarr_store.temporary`), and no reader looks at them. A run sweeps its own cube;
+`terrashard gc` shows or removes everything that is old enough. Links are removed and never followed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import fnmatch
 import os
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,23 +18,22 @@ from zarr_store.backends import open_store
 from zarr_store.errors import InvalidInput, Locked
 from zarr_store.lock import CubeLock
 from zarr_store.read import is_cube
+from zarr_store.temporary import OVERWRITE, PARTIAL, STALE, is_temporary
 
-__all__ = ["Stray", "find_strays", "remove_strays"]
+__all__ = ["Stray", "find_strays", "remove_strays", "sweep_strays"]
 
-_BESIDE = (".{name}.*.partial", ".{name}.*.overwrite")
-"""Cubes that were never finished, or that were swapped out."""
-_INSIDE = ("*.partial", "*.__lock", "*.stale")
-"""Files that were never renamed into place; `__lock` is tensorstore's."""
+_BESIDE = tuple(f".{{name}}.*{suffix}" for suffix in (PARTIAL, OVERWRITE))
+"""Patterns of cubes that were never finished, or that another cube has replaced."""
 
 
 @dataclass(frozen=True)
 class Stray:
-    """A file or folder that nobody will come back for.
+    """A file or folder that no process needs any longer.
 
     Attributes:
-        path: Where.
-        nbytes: Of all its files.
-        age_s: Since anything in it was changed.
+        path: Where it is.
+        nbytes: Bytes of all its files.
+        age_s: Seconds since anything in it has changed.
     """
 
     path: Path
@@ -39,37 +42,36 @@ class Stray:
 
 
 def find_strays(url: str | os.PathLike[str], *, older_than_s: float) -> list[Stray]:
-    """Strays of the cube at `url`, which itself need not exist.
+    """Find the strays of the cube at `url`; the cube itself need not exist.
 
     Args:
         url: The cube.
-        older_than_s: Seconds without a change, after which no process works on it any more.
+        older_than_s: Seconds without a change after which no process works on a stray any longer.
 
     Raises:
-        InvalidInput: The cube is in a bucket, where nothing is ever half-written.
+        InvalidInput: The cube is in a bucket, where no object is ever half-written.
     """
     path = _folder(url)
-    found = []
+    entries = []
     if path.parent.is_dir():
         patterns = [pattern.format(name=_literal(path.name)) for pattern in _BESIDE]
-        found += [
+        entries += [
             entry
             for entry in sorted(path.parent.iterdir())
             if not entry.is_symlink() and any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)
         ]
     for folder, folders, names in os.walk(path):
-        found += [
-            Path(folder, n) for n in sorted((*names, *folders)) if any(fnmatch.fnmatchcase(n, p) for p in _INSIDE)
-        ]
-    strays = [stray for entry in found if (stray := _weigh(entry)) is not None]
+        entries += [Path(folder, name) for name in sorted((*names, *folders)) if is_temporary(name)]
+        folders[:] = [name for name in folders if not is_temporary(name)]  # what is in a stray goes with it
+    strays = [stray for entry in entries if (stray := _weigh(entry)) is not None]
     return [stray for stray in strays if stray.age_s >= older_than_s]
 
 
 def remove_strays(url: str | os.PathLike[str], *, older_than_s: float) -> list[Stray]:
-    """Remove strays, under the cube's lock; those that a run holds are left.
+    """Remove strays while holding the cube's lock; a half-made cube that a run holds stays.
 
     Returns:
-        What was removed.
+        The strays that were removed.
 
     Raises:
         Locked: A run writes to the cube.
@@ -91,12 +93,29 @@ def remove_strays(url: str | os.PathLike[str], *, older_than_s: float) -> list[S
     return removed
 
 
+def sweep_strays(url: str | os.PathLike[str]) -> None:
+    """Remove the half-written files inside a cube, whatever their age; nothing in a bucket is half-written.
+
+    The caller holds the cube's lock, so no other run writes. A worker that was cut off and still writes finds its file
+    gone; its run has ended, so the error reaches nobody. A lock that another run is about to take over (`STALE`) stays:
+    that run may still have to put it back.
+    """
+    if "://" in os.fspath(url):
+        return
+    # the names are removed in folders that are held open: one that becomes a link meanwhile leads nowhere else
+    for _, _, names, folder in os.fwalk(os.path.realpath(url), follow_symlinks=False):
+        for name in names:
+            if is_temporary(name) and not name.endswith(STALE):
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folder)
+
+
 def _folder(url: str | os.PathLike[str]) -> Path:
     store = open_store(url)
     if "://" in store.url:
         raise InvalidInput(
-            f"{store.url}: an object in a bucket is there whole or not at all, so nothing is to be cleaned; parts of "
-            "broken uploads are removed by a lifecycle rule of the bucket"
+            f"{store.url} is in a bucket, where an object is whole or absent, so there is nothing to clean up. A "
+            "lifecycle rule of the bucket removes the parts of broken uploads"
         )
     return Path(store.url)
 
@@ -106,7 +125,7 @@ def _literal(name: str) -> str:
 
 
 def _weigh(path: Path) -> Stray | None:
-    """Size and age; None for what has gone meanwhile."""
+    """Measure size and age; None for what has gone meanwhile."""
     nbytes, newest = 0, 0.0
     try:
         newest = path.lstat().st_mtime

@@ -1,1 +1,1 @@
-"""Labels: rasters and polygons onto a cube, folders of images into sample stores."""
+"""This room puts rasters and polygons onto a cube as labels, and images with labels into sample stores."""

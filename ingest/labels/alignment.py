@@ -1,8 +1,7 @@
-"""Do labels lie where the image says they should? What a transform states can be wrong, the pixels know.
+"""`compare_mirrored` checks by the pixels whether labels lie mirrored against the image, as a transform can be wrong.
 
-Classes of ground differ in their spectra, so labels explain part of the image's variance: the share eta² between
-classes (the correlation ratio; Pearson 1905). Labels that are mirrored against the image explain less of it than when
-they are mirrored back.
+Land cover classes differ in their spectra, so labels explain part of the image's variance: the share eta² between
+classes (the correlation ratio; Pearson 1905). Mirrored labels explain less of it than correct ones.
 """
 
 from __future__ import annotations
@@ -19,28 +18,30 @@ from zarr_store.read import Cube
 from zarr_store.regions import Region
 from zarr_store.spec import STATUS_OBSERVED
 
-__all__ = ["Fit", "mirrored_fit", "share_explained"]
+__all__ = ["Fit", "compare_mirrored", "compute_share"]
 
 _SIDE = 1024
+"""Largest number of rows and of columns that are compared; a larger image is thinned."""
 _LEAST_PX = 2000
+"""Smallest number of pixels, both labelled and observed, for an answer."""
 _CLEARLY = 1.25
-"""A mirror image must explain so much more: spectra of neighbouring ground resemble each other, mirrored or not."""
+"""Factor by which mirrored labels must explain more, as neighbouring pixels have similar spectra, mirrored or not."""
 
 _MIRRORS = {"as it is": (1, 1), "upside down": (-1, 1), "left to right": (1, -1), "turned by half": (-1, -1)}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Share of the image's variance that labels explain, as they are and mirrored, and which is best by far."""
+    """Shares of the image's variance that labels explain, as they are and mirrored, and the clearly best of them."""
 
     shares: Mapping[str, float]
     best: str
 
 
-def mirrored_fit(cube: Cube, layer: LabelLayer) -> Fit | None:
-    """Compare a class layer with the image on the clearest date, over the whole grid, thinned to some million pixels.
+def compare_mirrored(cube: Cube, layer: LabelLayer) -> Fit | None:
+    """Compare a class layer with the image of the clearest date, over the whole grid, thinned to a million pixels.
 
-    None where too little is both labelled and observed to say.
+    None where too few pixels are both labelled and observed.
     """
     collection = cube.collections[0]
     spec, index = cube.spec(collection), cube.index(collection)
@@ -56,7 +57,7 @@ def mirrored_fit(cube: Cube, layer: LabelLayer) -> Fit | None:
             box = Region(date, date + 1, y, min(y + rows, height), 0, width)
             image.append(cube.read(collection, spec.kind, box, bands=chosen.tolist())[0, :, ::step, ::step])
             seen.append(cube.read(collection, "status", box)[0, ::step, ::step])
-    except IntegrityError:  # shards that are not there yet
+    except IntegrityError:  # some shards do not exist yet
         return None
     bands = np.concatenate(image, axis=1).astype(np.float64)
     clear = np.concatenate(seen) == STATUS_OBSERVED
@@ -66,15 +67,15 @@ def mirrored_fit(cube: Cube, layer: LabelLayer) -> Fit | None:
         used = clear & (turned != NOT_LABELLED) & np.isfinite(bands).all(axis=0)
         if used.sum() < _LEAST_PX or len(np.unique(turned[used])) < 2:
             return None
-        shares[name] = share_explained(bands[:, used], turned[used])
+        shares[name] = compute_share(bands[:, used], turned[used])
     best = max(shares, key=lambda name: shares[name])
     return Fit(shares, best if shares[best] > _CLEARLY * shares["as it is"] else "as it is")
 
 
-def share_explained(bands: npt.NDArray[np.float64], label: npt.NDArray[np.uint8]) -> float:
-    """eta²: variance between classes over the whole variance, mean over the bands (bands, pixels).
+def compute_share(bands: npt.NDArray[np.float64], label: npt.NDArray[np.uint8]) -> float:
+    """Compute eta²: variance between classes over the whole variance, as the mean over the bands (bands, pixels).
 
-    >>> round(share_explained(np.array([[1.0, 1.0, 3.0, 3.0]]), np.array([0, 0, 1, 1], np.uint8)), 3)
+    >>> round(compute_share(np.array([[1.0, 1.0, 3.0, 3.0]]), np.array([0, 0, 1, 1], np.uint8)), 3)
     1.0
     """
     number = np.bincount(label, minlength=256).astype(np.float64)

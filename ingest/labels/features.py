@@ -1,30 +1,27 @@
-"""Polygons with a class out of files: GeoJSON, GeoPackage, FlatGeobuf, shapefiles, GeoParquet, each by one reader."""
+"""`read_features` gives polygons with their classes or values in the CRS of a grid (`vectors.py` reads the files)."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import pyproj
 import shapely
 from pyproj.exceptions import ProjError
 from shapely.errors import ShapelyError
 
-from ingest.labels.vectors import VECTOR_SUFFIXES, Table, check_attribute, check_start, read_table
+from ingest.labels.vectors import VECTOR_SUFFIXES, check_start, read_table
 from zarr_store.crs import parse_crs
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 
 __all__ = ["Features", "is_vector", "read_features"]
 
-_PARQUET = (".parquet", ".geoparquet")
 _PARTS = 16
-"""An edge longer than this part of the grid's size is cut before it is reprojected: a straight edge becomes a curve."""
+"""Number of parts of the grid's size into which edges are cut before reprojection makes curves of them."""
 
 Geometries = npt.NDArray[np.object_]
 
@@ -34,9 +31,9 @@ class Features:
     """Polygons in the CRS of a grid.
 
     Attributes:
-        geometries: shapely polygons, (features,).
-        values: What the attribute says of each: text, or float64 numbers.
-        left_out: Why features were left out, in words.
+        geometries: Array (features,) of shapely polygons.
+        values: Value of the attribute for each polygon: text, or float64.
+        left_out: One line for each reason why features were left out.
     """
 
     geometries: Geometries
@@ -45,7 +42,7 @@ class Features:
 
 
 def is_vector(path: Path) -> bool:
-    """Whether a file's name is one of polygons."""
+    """Whether the suffix of a file is that of a vector format."""
     return path.suffix.lower() in VECTOR_SUFFIXES
 
 
@@ -56,25 +53,26 @@ def read_features(
 
     Args:
         path: The file.
-        grid: Whose CRS is wanted, and beyond whose bounds nothing matters.
-        attribute: Which one names the class, or holds the number; None where all polygons are one class.
-        layer: Of a file of several layers.
-        numbers: Whether numbers are wanted; else text.
+        grid: The grid, whose CRS the polygons get; those outside its bounds are left out.
+        attribute: Attribute that names the class or holds the number; None where all polygons are one class.
+        layer: Layer of a file that has several.
+        numbers: Whether the values are numbers; else they are text.
 
     Raises:
-        InvalidInput: The file cannot be read, has no polygons, no CRS, or none that touches the grid.
-        UnknownName: It has no such layer or attribute.
+        InvalidInput: The file cannot be read, states no CRS, or has no polygon that touches the grid.
+        UnknownName: The file has no such layer or attribute.
     """
     check_start(path)
     if attribute is None and numbers:
-        raise InvalidInput(f"--values of polygons needs --attribute, which of {path} holds the number")
-    parquet = path.suffix.lower() in _PARQUET
-    table = _read_parquet(path, attribute) if parquet else read_table(path, attribute, layer)
+        raise InvalidInput(f"--values with polygons needs --attribute, the attribute of {path} that holds the number")
+    table = read_table(path, attribute, layer)
     wkb, values, crs = table.wkb, table.values, table.crs
     try:
         geometries = shapely.from_wkb(wkb, on_invalid="raise")
-    except ShapelyError as error:
-        raise InvalidInput(f"{path}: a geometry cannot be decoded ({error})") from error
+    except (ShapelyError, TypeError) as error:
+        raise InvalidInput(
+            f"{path}: a geometry cannot be decoded ({error}); repair the file, e.g. with ogr2ogr"
+        ) from error
     values = np.full(len(geometries), "labelled", object) if values is None else values
     polygons = np.isin(shapely.get_type_id(geometries), (3, 6))
     left_out = []
@@ -90,16 +88,19 @@ def read_features(
     if not near.any():
         bounds = shapely.total_bounds(moved) if len(moved) else ()
         raise InvalidInput(
-            f"{path}: none of {len(moved)} polygons touches the ground {tuple(round(v, 4) for v in grid.bounds)} "
-            f"of {grid.crs}; they lie at {tuple(np.round(np.array(bounds), 4).tolist())} in the same CRS"
+            f"{path}: none of {len(moved)} polygons touches the cube at {tuple(round(v, 4) for v in grid.bounds)} in "
+            f"{grid.crs}; in this CRS they lie at {tuple(np.round(np.array(bounds), 4).tolist())}"
         )
     if int((~near).sum()):
-        left_out.append(f"{int((~near).sum())} polygons outside of the cube's ground")
+        left_out.append(f"{int((~near).sum())} polygons outside the cube")
     if numbers:
         try:
             found = values[near].astype(np.float64)
         except (TypeError, ValueError) as error:
-            raise InvalidInput(f"{path}: attribute {attribute} holds no numbers ({error})") from error
+            raise InvalidInput(
+                f"{path}: attribute {attribute} holds no numbers ({error}); choose another --attribute, or leave "
+                "--values out"
+            ) from error
         return Features(moved[near], found, tuple(left_out))
     return Features(moved[near], np.array([_text(v) for v in values[near]], object), tuple(left_out))
 
@@ -107,29 +108,6 @@ def read_features(
 def _text(value: Any) -> str:
     number = isinstance(value, float) and value.is_integer()
     return str(int(value)) if number else str(value).strip()
-
-
-def _read_parquet(path: Path, attribute: str | None) -> Table:
-    """GeoParquet 1.x: WKB and, as PROJJSON, the CRS; none stated is longitude and latitude."""
-    try:
-        file = pq.ParquetFile(path)
-        about = json.loads((file.schema_arrow.metadata or {})[b"geo"])
-        column = about["primary_column"]
-        stated = about["columns"][column]
-        if stated["encoding"] != "WKB":
-            raise InvalidInput(f"{path}: geometries are encoded as {stated['encoding']}, expected WKB")
-        check_attribute(attribute, [n for n in file.schema_arrow.names if n != column], path)
-        table = file.read(columns=[column] if attribute is None else [column, attribute])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(f"{path} is not GeoParquet ({type(error).__name__}: {error})") from error
-    crs = stated.get("crs", "OGC:CRS84")
-    if crs is None:
-        raise InvalidInput(f"{path} says that its CRS is not known; state it in the file")
-    values = None if attribute is None else table[attribute].to_pandas().to_numpy(object)
-    wkb = np.array(table[column].to_pylist(), object)
-    return Table(wkb, values, json.dumps(crs) if isinstance(crs, dict) else str(crs))
 
 
 def _project(geometries: Geometries, crs: str, grid: Grid, path: Path) -> Geometries:
@@ -140,7 +118,7 @@ def _project(geometries: Geometries, crs: str, grid: Grid, path: Path) -> Geomet
         transformer = pyproj.Transformer.from_crs(source, target, always_xy=True)
         back = pyproj.Transformer.from_crs(target, source, always_xy=True)
         west, south, east, north = back.transform_bounds(*grid.bounds, densify_pts=21)
-        # far from the ground of the grid a projection may have no answer, and nothing there is wanted
+        # far from the grid a projection may have no answer, and nothing there is needed
         close = np.ones(len(geometries), bool)
         if west < east:
             close = shapely.intersects(geometries, shapely.box(west, south, east, north))
@@ -149,5 +127,5 @@ def _project(geometries: Geometries, crs: str, grid: Grid, path: Path) -> Geomet
         dense = shapely.segmentize(geometries[close], max(abs(east - west), north - south) / _PARTS)
         moved[close] = shapely.transform(dense, forward, interleaved=False)
     except (ProjError, ShapelyError, ValueError) as error:
-        raise InvalidInput(f"{path}: cannot be brought from its CRS to {grid.crs}: {error}") from error
+        raise InvalidInput(f"{path}: its polygons cannot be reprojected to {grid.crs}: {error}") from error
     return moved

@@ -1,13 +1,12 @@
-"""Labels from outside: a class or value raster, or polygons, on the grid of a cube as one of its label layers.
+"""`import_labels` puts a class raster, a value raster or polygons onto the grid of a cube, as one of its label layers.
 
-A raster may have any CRS and resolution. Classes are taken from the nearest pixel, or, where the cube is coarser, from
-the most frequent one; values from the nearest, or from the mean. Polygons are burnt by the rule of pixel centres: a
-pixel is of a polygon that holds its centre; or, with `all_touched`, of any polygon that it touches. Where polygons
-overlap, the smaller one counts.
+A raster may have any CRS and resolution. Classes come from the nearest pixel or, where the cube is coarser, are the
+most frequent one; values come from the nearest pixel, or are a mean. A polygon gets the pixels whose centre it holds;
+with `all_touched`, all pixels that it touches. Where polygons overlap, the smaller one counts.
 
-A label that is shifted or mirrored teaches a network nonsense that no loss shows, so what can be seen of it is checked
-here: a raster without a stated place, turned or mirrored by its transform is refused; so is one whose pixels lie half a
-pixel off the cube's; and labels that would fit the image better mirrored are warned of (`alignment.py`).
+Shifted or mirrored labels teach a network nonsense that no loss shows, so the signs of it are checked here. A raster
+without a georeference, or whose transform turns or mirrors it, is refused, and so is one whose pixels lie half a pixel
+off the cube's. Labels that would fit the image better mirrored give a warning (`alignment.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import shapely
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
-from ingest.labels.alignment import mirrored_fit
+from ingest.labels.alignment import compare_mirrored
 from ingest.labels.features import Features, is_vector, read_features
 from ingest.raster.drivers import TIFF_MAGIC, limit_raster_drivers
 from ingest.raster.faults import describe_fault, is_file_fault
@@ -47,22 +46,24 @@ Progress = Callable[[int, int], None]
 LabelResampling = Literal["auto", "nearest", "mode", "average", "bilinear"]
 
 _NONE = -(1 << 31)
+"""Value of a pixel without a label while it is resampled."""
 _HALF_PX = 0.1
-"""A shift within this of half a pixel is taken for a confusion of pixel centres and corners."""
+"""Pixels by which a shift may differ from half a pixel to be taken for a confusion of pixel centres and corners."""
 
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What an import has come to.
+    """The result of an import.
 
     Attributes:
-        cube, name: Where the layer is.
-        kind: classes or values.
-        written: False where the same layer was there.
-        labelled: Pixels with a label.
-        pixels: Of the grid.
-        classes: Name → value and pixels.
-        digest: Of the layer.
+        cube: The cube.
+        name: Name of the label layer.
+        kind: "classes" or "values".
+        written: False where the same layer was there already.
+        labelled: Number of pixels with a label.
+        pixels: Number of pixels of the grid.
+        classes: Value and number of pixels of each class, by name.
+        digest: Digest of the layer.
         warnings: What a person should look at.
     """
 
@@ -77,7 +78,7 @@ class LabelReport:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         return asdict(self)
 
 
@@ -98,28 +99,28 @@ def import_labels(
     replace: bool = False,
     on_box: Progress | None = None,
 ) -> LabelReport:
-    """Put labels onto the grid of a cube.
+    """Write labels on the grid of a cube, as one of its label layers.
 
     Args:
         cube: The cube.
         source: A GeoTIFF; or polygons as GeoJSON, GeoPackage, FlatGeobuf, shapefile or GeoParquet.
-        name: Of the layer: what `data.label` names.
-        kind: classes, or values: numbers that are learnt as they are.
-        attribute: Of polygons: which attribute is the class or value; None where all are one class.
-        layer: Of a vector file with several layers.
-        band: Of a raster, from 1.
-        names: Of a class raster: value → name; others are not labelled. None keeps all values up to 254.
-        background: Name of a class for what no polygon holds; None leaves it without a label.
-        all_touched: A polygon has all pixels that it touches, not only those whose centre it holds.
-        resampling: Of a raster.
-        shifted: Take a raster whose pixels lie half a pixel off those of the cube.
-        replace: Replace a layer of this name that comes from something else.
-        on_box: Called with (boxes done, boxes in all).
+        name: Name of the layer, which `data.label` of a training configuration refers to.
+        kind: "classes", or "values" for numbers that are learned as they are.
+        attribute: Attribute of polygons that has the class or value; None where all polygons are one class.
+        layer: Layer of a vector file that has several.
+        band: Band of a raster, counted from 1.
+        names: Names of the values of a class raster; other values get no label. None keeps all values up to 254.
+        background: Class of the pixels outside all polygons; None leaves them without a label.
+        all_touched: Give a polygon all pixels that it touches, not only those whose centre it holds.
+        resampling: Resampling of a raster.
+        shifted: Accept a raster whose pixels lie half a pixel off those of the cube.
+        replace: Replace a layer of this name that comes from another source.
+        on_box: Called with (boxes done, all boxes).
 
     Raises:
         InvalidInput: The source cannot be read or does not fit; nothing was changed.
-        NothingFound: Nothing on the cube's ground has a label.
-        CubeMismatch: A layer of this name comes from something else.
+        NothingFound: No pixel of the cube gets a label.
+        CubeMismatch: A layer of this name comes from another source.
     """
     opened = open_cube(cube)
     grid = opened.spec(opened.collections[0]).grid
@@ -128,9 +129,12 @@ def import_labels(
     vector = is_vector(source)
     if vector:
         if names or band != 1 or resampling != "auto" or shifted:
-            raise InvalidInput("--names, --band, --resampling and --shifted are of rasters, and the source is polygons")
+            raise InvalidInput(
+                f"--names, --band, --resampling and --shifted apply to rasters, but {source} has polygons; leave "
+                "them out"
+            )
         if background is not None and kind == "values":
-            raise InvalidInput("--background names a class, but --values are wanted")
+            raise InvalidInput("--background names a class, so it cannot be used with --values; leave one of them out")
         features = read_features(source, grid, attribute=attribute, layer=layer, numbers=kind == "values")
         warnings += [f"left out: {line}" for line in features.left_out]
         known = sorted(set(features.values)) if kind == "classes" else []
@@ -142,28 +146,33 @@ def import_labels(
     else:
         if attribute or layer or background or all_touched:
             raise InvalidInput(
-                "--attribute, --layer, --background and --all-touched are of polygons, and the source is a raster"
+                f"--attribute, --layer, --background and --all-touched apply to polygons, but {source} is a raster; "
+                "leave them out"
             )
-        draw, classes = _warp(source, grid, kind, band, names, resampling, shifted, warnings)
+        draw, classes = _warp(source, grid, _RasterRules(kind, band, names, resampling, shifted), warnings)
         origin |= {"band": band, "names": [list(c) for c in (names or {}).items()], "resampling": resampling}
     spec = LabelSpec(name, kind, classes, origin)
     boxes = label_boxes(opened)
 
     def drawn() -> Iterator[tuple[Region, Box]]:
-        found = False
+        labelled = False
         for number, box in enumerate(boxes, 1):
             pixels = draw(box)
-            found = found or bool((pixels != NOT_LABELLED).any() if kind == "classes" else np.isfinite(pixels).any())
-            if number == len(boxes) and not found:
-                raise NothingFound(f"{source} gives no label to any pixel of {opened.url}; do they share ground?")
+            labelled = labelled or bool(
+                (pixels != NOT_LABELLED).any() if kind == "classes" else np.isfinite(pixels).any()
+            )
+            if number == len(boxes) and not labelled:
+                raise NothingFound(
+                    f"{source} gives no label to any pixel of {opened.url}; check whether they cover the same area"
+                )
             yield box, pixels
             if on_box:
                 on_box(number, len(boxes))
 
     def describe(counts: Mapping[int, int]) -> LabelSpec:
-        """Of a class raster without names: those values that occur."""
-        found = classes or tuple((value, f"class {value}") for value in sorted(counts))
-        return LabelSpec(name, kind, found, origin)
+        """Describe the layer; a class raster without names has the values that occur as its classes."""
+        occurring = classes or tuple((value, f"class {value}") for value in sorted(counts))
+        return LabelSpec(name, kind, occurring, origin)
 
     made, written = write_label(opened.url, spec, drawn, describe=describe, replace=replace)
     warnings += _check_fit(opened, made)
@@ -185,7 +194,7 @@ def _digest(source: Path) -> str:
 def _numbered(names: list[str]) -> tuple[tuple[int, str], ...]:
     if len(names) > NOT_LABELLED:
         raise InvalidInput(
-            f"{len(names)} classes, at most {NOT_LABELLED} fit a layer; name an --attribute with fewer values"
+            f"{len(names)} classes, but a layer holds at most {NOT_LABELLED}; name an --attribute with fewer values"
         )
     return tuple(enumerate(names))
 
@@ -198,14 +207,14 @@ def _burn(
     all_touched: bool,
     kind: LabelKind,
 ) -> Draw:
-    """Draws the polygons of a box; the largest first, so that the smaller one counts where two overlap."""
+    """Make the function that draws polygons in a box, the largest first, so that the smaller of two is on top."""
     order = np.argsort(-shapely.area(features.geometries), kind="stable")
     shapes, values = features.geometries[order], features.values[order]
     tree = shapely.STRtree(shapes)
 
     def draw(box: Region) -> Box:
         window = grid.window(box.y0, box.x0, box.y1 - box.y0, box.x1 - box.x0)
-        # a pixel more around, as a polygon may touch a pixel and not its inside
+        # one pixel more on each side, as a polygon may touch only the edge of a pixel
         rx, ry = window.resolution
         left, bottom, right, top = window.bounds
         near = np.sort(tree.query(shapely.box(left - rx, bottom - ry, right + rx, top + ry)))
@@ -226,21 +235,27 @@ def _burn(
     return draw
 
 
+@dataclass(frozen=True)
+class _RasterRules:
+    """How a raster becomes labels; the fields are the arguments of `import_labels`."""
+
+    kind: LabelKind
+    band: int
+    names: Mapping[int, str] | None
+    resampling: LabelResampling
+    shifted: bool
+
+
 def _warp(
-    source: Path,
-    grid: Grid,
-    kind: LabelKind,
-    band: int,
-    names: Mapping[int, str] | None,
-    resampling: LabelResampling,
-    shifted: bool,
-    warnings: list[str],
+    source: Path, grid: Grid, rules: _RasterRules, warnings: list[str]
 ) -> tuple[Draw, tuple[tuple[int, str], ...]]:
-    """Draws the raster's pixels of a box on the cube's grid."""
+    """Make the function that puts the raster's pixels onto a box of the cube's grid, and list the classes."""
+    kind, band = rules.kind, rules.band
     with open_regular(source) as file:
         if file.read(4) not in TIFF_MAGIC:
             raise InvalidInput(
-                f"{source} is neither a GeoTIFF nor, by its name, polygons; convert it with gdal_translate or ogr2ogr"
+                f"{source}: expected a GeoTIFF, or a file of polygons by its name; convert it with gdal_translate or "
+                "ogr2ogr"
             )
     with open_geotiff(source) as dataset:
         try:
@@ -248,21 +263,23 @@ def _warp(
         except InvalidInput as error:
             raise InvalidInput(f"{source}: {error}") from error
         if dataset.transform.is_identity:
-            raise InvalidInput(f"{source} states no place on Earth; labels cannot be put onto the cube's grid")
+            raise InvalidInput(
+                f"{source} has no georeference, so it cannot be put onto the cube's grid; add one, e.g. with gdal_edit"
+            )
         if not 1 <= band <= dataset.count:
-            raise InvalidInput(f"{source} has {dataset.count} bands, there is no band {band}")
+            raise InvalidInput(f"{source} has {dataset.count} bands, so there is no band {band}; choose another --band")
         dtype, nodata = np.dtype(dataset.dtypes[band - 1]), dataset.nodatavals[band - 1]
     if kind == "classes" and not np.issubdtype(dtype, np.integer):
-        raise InvalidInput(f"{source}: classes must be whole numbers, got {dtype}; for numbers give --values")
-    _check_place(source, theirs, grid, shifted, warnings)
-    values, classes = _mapping(names)
-    method = resampling
-    if resampling == "auto":
+        raise InvalidInput(f"{source}: expected whole numbers as classes, got {dtype}; for other numbers give --values")
+    _check_place(source, theirs, grid, rules.shifted, warnings)
+    values, classes = _mapping(rules.names)
+    method = rules.resampling
+    if method == "auto":
         method = pick_resampling("class" if kind == "classes" else "data", theirs, grid, "nearest")  # type: ignore[assignment]
         if kind == "values" and theirs.resolution[0] < grid.resolution[0] / 1.99:
             method = "average"
     if kind == "classes" and method not in ("nearest", "mode"):
-        raise InvalidInput(f"--resampling {method} mixes class values: choose nearest or mode")
+        raise InvalidInput(f"--resampling {method} mixes class values; choose nearest or mode")
     work: npt.DTypeLike = np.int32 if kind == "classes" else np.float32
     empty = _NONE if kind == "classes" else float("nan")
 
@@ -273,14 +290,16 @@ def _warp(
             except Exception as error:
                 if not is_file_fault(error):
                     raise
-                told = describe_fault(error)
-                raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {told}") from error
-        found = pixels.astype(work)
+                cause = describe_fault(error)
+                raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {cause}") from error
+        converted = pixels.astype(work)
         if nodata is not None:
-            found[pixels == nodata] = empty
+            converted[pixels == nodata] = empty
         if kind == "classes" and pixels.size and int(pixels.max()) > np.iinfo(np.int32).max:
-            raise InvalidInput(f"{source} has class values beyond {np.iinfo(np.int32).max}")
-        return found
+            raise InvalidInput(
+                f"{source} has class values above {np.iinfo(np.int32).max}, the largest that can be read"
+            )
+        return converted
 
     def draw(box: Region) -> Box:
         window = grid.window(box.y0, box.x0, box.y1 - box.y0, box.x1 - box.x0)
@@ -291,7 +310,7 @@ def _warp(
 
 
 def _mapping(names: Mapping[int, str] | None) -> tuple[dict[int, int] | None, tuple[tuple[int, str], ...]]:
-    """Raster value → stored value, and the classes; values that do not fit a byte are numbered anew."""
+    """Map values of the raster to stored values, and list the classes; values that do not fit a byte are renumbered."""
     if not names:
         return None, ()
     if len(set(names.values())) != len(names):
@@ -309,8 +328,9 @@ def _encoded(placed: npt.NDArray[Any], values: Mapping[int, int] | None, source:
         found = placed[there]
         if found.size and (int(found.min()) < 0 or int(found.max()) > NOT_LABELLED):
             raise InvalidInput(
-                f"{source} has class values {int(found.min())} … {int(found.max())}, beyond 0 … 254; name those that "
-                "are wanted with --names, they are then numbered anew"
+                f"{source} has class values {int(found.min())} … {int(found.max())}, but 0 … 254 can be stored; name "
+                "the "
+                "values that you need with --names, and they are renumbered"
             )
         return np.where(there, placed, NOT_LABELLED).astype(np.uint8)
     encoded = np.full(placed.shape, NOT_LABELLED, np.uint8)
@@ -320,12 +340,12 @@ def _encoded(placed: npt.NDArray[Any], values: Mapping[int, int] | None, source:
 
 
 def _check_place(source: Path, theirs: Grid, grid: Grid, shifted: bool, warnings: list[str]) -> None:
-    """Refuse or warn of a raster that does not lie as labels of this cube would."""
+    """Refuse a raster that lies elsewhere or half a pixel off the cube's pixels; warn of other shifts below a pixel."""
     ours, other = grid.lonlat_bounds(), theirs.lonlat_bounds()
     if not (ours[0] < other[2] and other[0] < ours[2] and ours[1] < other[3] and other[1] < ours[3]):
         raise InvalidInput(
-            f"{source} lies at {tuple(round(v, 4) for v in other)} (west, south, east, north) and shares no ground "
-            f"with the cube at {tuple(round(v, 4) for v in ours)}"
+            f"{source} lies at {tuple(round(v, 4) for v in other)} (west, south, east, north), outside the cube at "
+            f"{tuple(round(v, 4) for v in ours)}; choose a raster of the cube's area"
         )
     if theirs.crs != grid.crs or theirs.resolution != grid.resolution:
         return
@@ -338,23 +358,26 @@ def _check_place(source: Path, theirs: Grid, grid: Grid, shifted: bool, warnings
     if any(abs(value - 0.5) < _HALF_PX for value in off) and not shifted:
         raise InvalidInput(
             f"{source} has the CRS and pixel size of the cube, but its pixels lie {off[0]:.2f} pixels down and "
-            f"{off[1]:.2f} right of the cube's: mostly pixel centres were taken for corners. Correct its transform, or "
-            "give --shifted to take the nearest pixels all the same"
+            f"{off[1]:.2f} right of the cube's: usually pixel centres were taken for corners. Correct its transform, "
+            "or "
+            "give --shifted to take the nearest pixels anyway"
         )
     warnings.append(
-        f"pixels of {source.name} lie {off[0]:.2f} down and {off[1]:.2f} right of the cube's: labels move by as much"
+        f"pixels of {source.name} lie {off[0]:.2f} pixels down and {off[1]:.2f} right of the cube's, so the labels "
+        "move "
+        "by as much"
     )
 
 
 def _check_fit(cube: Cube, layer: LabelLayer) -> list[str]:
-    """A warning where the labels would explain the image better if they were mirrored."""
+    """Warn where the labels would explain the image better if they were mirrored."""
     if layer.spec.kind != "classes":
         return []
-    found = mirrored_fit(cube, layer)
-    if found is None or found.best == "as it is":
+    fit = compare_mirrored(cube, layer)
+    if fit is None or fit.best == "as it is":
         return []
     return [
-        f"labels of {layer.spec.name} fit the image better {found.best}: they then explain "
-        f"{found.shares[found.best]:.1%} of its variance, as they are {found.shares['as it is']:.1%}; look at them "
-        "beside the image before you train"
+        f"labels of {layer.spec.name} fit the image better {fit.best}: they then explain "
+        f"{fit.shares[fit.best]:.1%} of its variance, but only {fit.shares['as it is']:.1%} as they are; compare "
+        "them with the image before you train"
     ]

@@ -1,11 +1,11 @@
-"""Labelled images in folders → a sample store: `terrashard samples DIR STORE`.
+"""`import_patches` makes a sample store of labelled images in a folder (`terrashard samples DIR STORE`).
 
     DIR/Forest/Forest_1.jpg …     one folder per class: each image has that class (the layout of EuroSAT)
-    DIR/labels.csv                instead: columns file, labels ("Forest;River"), where an image has several classes
-    DIR/coordinates.csv           columns file, latitude, longitude; GeoTIFFs say it themselves
+    DIR/labels.csv                or a table, where images have several classes: columns file, labels ("Forest;River")
+    DIR/coordinates.csv           columns file, latitude, longitude; not needed for GeoTIFFs with a georeference
 
-Images are JPEG or PNG in RGB, or GeoTIFF with any bands; all of one size, type and number of bands. Every image is
-decoded before anything is written, and one that cannot be is named.
+Images are JPEG or PNG in RGB or grey, or GeoTIFF with any bands; all have one size, type and number of bands. Every
+image is decoded before anything is written, and the error names those that cannot be decoded.
 """
 
 from __future__ import annotations
@@ -39,19 +39,24 @@ EUROSAT_BANDS = ("coastal", "blue", "green", "red", "rededge1", "rededge2", "red
 
 _PICTURES, _RASTERS = (".jpg", ".jpeg", ".png"), (".tif", ".tiff")
 _MOST_PIXELS = 1 << 24
+"""Largest number of pixels of an image."""
 _MOST_BANDS = 512
+"""Largest number of bands of a GeoTIFF."""
 _MOST_DECODED = 256 << 20
+"""Largest number of bytes of a decoded GeoTIFF."""
 _MOST_TABLE = 64 << 20
-"""Bytes of labels.csv or coordinates.csv; a million files take about 40 MB."""
+"""Largest size of labels.csv or coordinates.csv in bytes; a million files take about 40 MB."""
 _AT_ONCE = 256
+"""Number of images that are decoded ahead and held in memory."""
 _NAMED = 8
+"""Largest number of bad images that an error names."""
 
 OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Listed:
-    """One image file, the indices of its classes, and its place in degrees where a table says it (else nan)."""
+    """One image file, the indices of its classes, and its place in degrees where a table has it (else nan)."""
 
     path: Path
     name: str
@@ -62,7 +67,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was imported: numbers of samples by class, of samples without a place, and the files left out."""
+    """The result of an import: samples by class, samples without a place, files left out, and the form of the store."""
 
     store: str
     samples: int
@@ -75,11 +80,11 @@ class ImportReport:
 
 
 def list_patches(folder: Path) -> tuple[tuple[str, ...], list[Listed], bool]:
-    """Class names, image files in a fixed order, and whether an image may have several classes; no image is opened.
+    """List class names, image files in a fixed order, and whether an image may have several classes; open no image.
 
     Raises:
-        InvalidInput: It is no folder, or a table is malformed; the message names file and line.
-        NothingFound: It holds no image.
+        InvalidInput: The path is not a folder, or a table is malformed; the message names file and line.
+        NothingFound: The folder holds no image.
     """
     if not folder.is_dir():
         raise InvalidInput(f"{folder} is not a folder: expected one folder per class with images in it")
@@ -156,10 +161,10 @@ def _read_table(table: Path, columns: Sequence[str]) -> list[tuple[int, dict[str
 
 
 def read_patch(path: Path) -> tuple[npt.NDArray[Any], float, float]:
-    """Decode one image: (band, y, x) and its centre in degrees (nan where the file has no georeference).
+    """Decode one image into an array (band, y, x) and its centre in degrees (nan without a georeference).
 
     Raises:
-        InvalidInput: It cannot be decoded, or is no image of the kinds that are read; the message names it.
+        InvalidInput: The file cannot be decoded, or is not of a supported kind; the message names it.
     """
     try:
         return _read_raster(path) if path.suffix.lower() in _RASTERS else (_read_picture(path), math.nan, math.nan)
@@ -174,9 +179,12 @@ def read_patch(path: Path) -> tuple[npt.NDArray[Any], float, float]:
 def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
     with open_regular(path) as file, Image.open(file, formats=("JPEG", "PNG")) as picture:
         if picture.width * picture.height > _MOST_PIXELS:
-            raise InvalidInput(f"{path}: {picture.width} × {picture.height} pixels, at most {_MOST_PIXELS} in a patch")
+            raise InvalidInput(
+                f"{path}: expected at most {_MOST_PIXELS} pixels, got {picture.width} × {picture.height}; cut it "
+                "into patches"
+            )
         if picture.mode not in ("RGB", "L"):
-            raise InvalidInput(f"{path}: colours are {picture.mode}, expected RGB or grey")
+            raise InvalidInput(f"{path}: expected RGB or grey, got colours of mode {picture.mode}; convert it")
         values = np.asarray(picture)
     return np.ascontiguousarray(np.moveaxis(values.reshape(*values.shape[:2], -1), -1, 0))
 
@@ -184,10 +192,16 @@ def _read_picture(path: Path) -> npt.NDArray[np.uint8]:
 def _read_raster(path: Path) -> tuple[npt.NDArray[Any], float, float]:
     with open_geotiff(path) as source:
         if source.width * source.height > _MOST_PIXELS or source.count > _MOST_BANDS:
-            raise InvalidInput(f"{path}: {source.count} bands of {source.width} × {source.height}: no patch")
+            raise InvalidInput(
+                f"{path}: expected at most {_MOST_BANDS} bands of {_MOST_PIXELS} pixels, got {source.count} bands of "
+                f"{source.width} × {source.height}; cut it into patches"
+            )
         size = source.width * source.height * sum(np.dtype(kind).itemsize for kind in source.dtypes)
         if size > _MOST_DECODED:
-            raise InvalidInput(f"{path}: {size >> 20} MiB once decoded, at most {_MOST_DECODED >> 20} in a patch")
+            raise InvalidInput(
+                f"{path}: expected at most {_MOST_DECODED >> 20} MiB once decoded, got {size >> 20} MiB; cut it into "
+                "patches"
+            )
         values = source.read()
         if source.crs is None:
             return values, math.nan, math.nan
@@ -208,16 +222,16 @@ def import_patches(
     """Import a folder of labelled images.
 
     Args:
-        folder: See the module.
-        store: Where the store goes; nothing may be there.
-        bands: Names in order; none for red, green, blue of 3 bands, EuroSAT's names of 13, else band1, band2, ….
-        skip_bad: Leave files out that cannot be used, instead of refusing all.
-        threads: Images decoded at the same time.
-        on_progress: Called with (images done, images in all), which are decoded twice: to be checked, to be written.
+        folder: Folder of the form that the module describes.
+        store: Path of the store; nothing may be there.
+        bands: Names of the bands in order; none for red, green, blue (3 bands), EuroSAT's names (13), else band1, ….
+        skip_bad: Leave out files that cannot be used, in place of refusing all.
+        threads: Number of images that are decoded at the same time.
+        on_progress: Called with (images done, all images), where each image counts twice: once checked, once written.
 
     Raises:
-        InvalidInput: A file cannot be decoded, or does not have the form of the others; nothing was written.
-        NothingFound: No image.
+        InvalidInput: A file cannot be decoded, or differs in form from the others; nothing was written.
+        NothingFound: The folder holds no image.
     """
     classes, listed, several = list_patches(folder)
     total = 2 * len(listed)
@@ -234,13 +248,13 @@ def import_patches(
         if on_progress and number % 64 == 0:
             on_progress(number, total)
     common = max(forms, key=lambda form: forms[form]) if forms else ((0, 0, 0), "none")
-    bad += [f"{item.path}: {form[1]} of {form[0]}, the others are {common[1]} of {common[0]}" for item, form in checked
-            if form != common]  # fmt: skip
+    expected = f"expected {common[1]} of shape {common[0]}, as most images have"
+    bad += [f"{item.path}: {expected}, got {form[1]} of {form[0]}" for item, form in checked if form != common]
     good = [item for item, form in checked if form == common]
     if bad and (not skip_bad or not good):
         more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise InvalidInput(
-            f"{len(bad)} of {len(listed)} images cannot be used: {'; '.join(bad[:_NAMED])}{more}. Nothing was written: "
+            f"{len(bad)} of {len(listed)} images cannot be used: {'; '.join(bad[:_NAMED])}{more}. Nothing was written; "
             "repair or remove them, or leave them out with --skip-bad"
         )
     (count, height, width), dtype = common
@@ -254,7 +268,7 @@ def import_patches(
         nonlocal unplaced
         for number, (item, found) in enumerate(_decode(good, threads)):
             if isinstance(found, InvalidInput):
-                raise InvalidInput(f"{found} (it changed while it was imported; nothing was written)")
+                raise InvalidInput(f"{found} (the file changed during the import; nothing was written)")
             image, longitude, latitude = found
             place = (item.longitude, item.latitude) if math.isfinite(item.longitude) else (longitude, latitude)
             unplaced += not math.isfinite(place[0])
@@ -276,7 +290,9 @@ def import_patches(
 def _band_names(bands: Sequence[str], count: int) -> tuple[str, ...]:
     if bands:
         if len(bands) != count:
-            raise InvalidInput(f"{len(bands)} names in --bands, but the images have {count} bands")
+            raise InvalidInput(
+                f"{len(bands)} names in --bands, but the images have {count} bands; give one name per band"
+            )
         return tuple(bands)
     if count == 3:
         return ("red", "green", "blue")

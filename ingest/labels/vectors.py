@@ -1,9 +1,10 @@
-"""Polygons out of a file by exactly one reader, which the file's first bytes and its name must agree on.
+"""`read_table` reads a file of polygons by the one reader on which the file's first bytes and its name agree.
 
-OGR tries every driver on a file, whatever its name says: a text that begins with `<OGRVRTDataSource` reads other files
-and addresses. So the first bytes are looked at before OGR is, OGR has no other drivers (`ingest.raster.drivers`), and it is
-given a folder in which nothing lies but the files that belong to the format. GeoPackages are databases whose views may
-call functions: they are read by SQLite alone, and only from a table.
+OGR tries every driver on a file, whatever its name: a text that begins with `<OGRVRTDataSource` makes it read other
+files and addresses. So the first bytes are checked before OGR opens the file, OGR has no other drivers
+(`ingest.raster.drivers`), and it sees a folder that holds only the files of the format. GeoPackages are databases whose
+views may call functions, so SQLite alone reads them, and only from a table. GeoPackage and GeoParquet have one reader
+each for labels and for the regions of a search (`ingest.request`).
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from pyogrio.errors import DataLayerError, DataSourceError, FeatureError, FieldE
 
 from ingest.raster.drivers import limit_vector_drivers
 from ingest.request.geopackage import open_geopackage
+from ingest.request.parquet import open_geoparquet
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.regular import check_regular, open_regular
 
-__all__ = ["VECTOR_SUFFIXES", "Table", "check_attribute", "check_start", "read_table"]
+__all__ = ["VECTOR_SUFFIXES", "Table", "check_start", "read_table"]
 
 VECTOR_SUFFIXES = (".geojson", ".json", ".gpkg", ".fgb", ".shp", ".parquet", ".geoparquet")
 _MOST_BYTES = 4 << 30
+"""Largest size of a file in bytes, and of the rows of a Parquet file once they are decoded."""
 _MOST_TEXT_BYTES = 512 << 20
-"""Of GeoJSON, which is parsed as a whole and takes several times its size in memory."""
+"""Largest size of GeoJSON in bytes, which is parsed as a whole and takes several times its size in memory."""
 _START_BYTES = 4096
+"""Number of first bytes that are checked."""
+_PARQUET = (".parquet", ".geoparquet")
 _STARTS: dict[str, tuple[str, Callable[[bytes], bool]]] = {
     ".geojson": ("a JSON object", lambda start: start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"),
     ".gpkg": ("a GeoPackage", lambda start: start.startswith(b"SQLite format 3\0")),
@@ -43,12 +48,12 @@ _STARTS: dict[str, tuple[str, Callable[[bytes], bool]]] = {
 }
 _STARTS |= {".json": _STARTS[".geojson"], ".geoparquet": _STARTS[".parquet"]}
 _PARTS = {".shp": (".shx", ".dbf", ".prj", ".cpg")}
-"""Files that belong to one of this name; others beside it are not looked at."""
+"""Suffixes of the files that belong to a file of this suffix; other files beside it are ignored."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Features as they are in a file: WKB, one value each or None, and the CRS as text that pyproj understands."""
+    """Features as a file has them: WKB, their values if an attribute was asked for, and the CRS as text for pyproj."""
 
     wkb: npt.NDArray[np.object_]
     values: npt.NDArray[Any] | None
@@ -56,10 +61,10 @@ class Table:
 
 
 def check_start(path: Path) -> None:
-    """Refuse a file whose first bytes are not of the format that its name says, or that is too large to be read.
+    """Refuse a file that is too large, or whose first bytes do not match the format of its name.
 
     Raises:
-        InvalidInput: It is absent, no regular file, too large, or something else.
+        InvalidInput: The file is absent, no regular file, too large, or of another format.
     """
     suffix = path.suffix.lower()
     try:
@@ -69,37 +74,43 @@ def check_start(path: Path) -> None:
         raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
     expected, fits = _STARTS[suffix]
     if not fits(start):
-        raise InvalidInput(f"{path}: expected {expected}, as its name says, but it begins with {start[:24]!r}")
+        raise InvalidInput(
+            f"{path}: expected {expected}, as its name says, but the file begins with {start[:24]!r}; correct its name"
+        )
     most = _MOST_TEXT_BYTES if expected == _STARTS[".geojson"][0] else _MOST_BYTES
     if size > most:
-        raise InvalidInput(f"{path} has more than {most >> 20} MiB; cut it to the ground of the cube first")
+        raise InvalidInput(
+            f"{path}: expected at most {most >> 20} MiB, got {size >> 20} MiB; cut it to the area of the cube"
+        )
 
 
 def read_table(path: Path, attribute: str | None, layer: str | None) -> Table:
-    """Features of a GeoJSON, GeoPackage, FlatGeobuf or shapefile.
+    """Read the features of a GeoJSON, GeoPackage, FlatGeobuf, shapefile or GeoParquet file.
 
     Args:
-        path: The file; `check_start` has seen it.
-        attribute: Which column of values is wanted.
-        layer: Of a file with several.
+        path: The file, which `check_start` has accepted.
+        attribute: Column of values to read; None for none.
+        layer: Layer of a file that has several.
 
     Raises:
         InvalidInput: The file cannot be read, states no CRS, or has several layers and none is named.
-        UnknownName: It has no such layer or attribute.
+        UnknownName: The file has no such layer or attribute.
     """
     if path.suffix.lower() == ".gpkg":
         return _read_geopackage(path, attribute, layer)
+    if path.suffix.lower() in _PARQUET:
+        return _read_geoparquet(path, attribute)
     limit_vector_drivers()
     try:
         with _alone(path) as file:
             chosen = _choose([str(name) for name in pyogrio.list_layers(file)[:, 0]], layer, path)
             fields = [str(name) for name in pyogrio.read_info(file, layer=chosen)["fields"]]
-            check_attribute(attribute, fields, path)
+            _check_attribute(attribute, fields, path)
             meta, _, geometry, columns = pyogrio.raw.read(
                 file, layer=chosen, columns=[] if attribute is None else [attribute]
             )
     except (DataSourceError, DataLayerError, FeatureError, FieldError, GeometryError) as error:
-        # what follows is advice to name another driver, of which there is none
+        # the rest of the message advises to name another driver, and there is none
         cause = str(error).partition("; It might help")[0].replace(str(file), str(path))
         raise InvalidInput(f"{path} cannot be read as polygons: {cause}") from error
     except OSError as error:
@@ -111,13 +122,13 @@ def read_table(path: Path, attribute: str | None, layer: str | None) -> Table:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
-    """The file, and those that belong to it, by themselves in a folder of their own: links, so nothing is copied.
+    """Link a file, and those that belong to it, into an empty folder, so that OGR sees nothing else.
 
     Raises:
-        OSError: One of them is no regular file.
+        OSError: One of them is not a regular file.
     """
     with tempfile.TemporaryDirectory(prefix="terrashard-") as folder:
-        # a layer is named by its file
+        # the layer gets the name of its file
         alone = Path(folder, re.sub(r"[^\w.-]", "_", path.stem) or "layer").with_suffix(path.suffix.lower())
         alone.symlink_to(path.resolve())
         for suffix in _PARTS.get(path.suffix.lower(), ()):
@@ -131,11 +142,20 @@ def _alone(path: Path) -> Iterator[Path]:
 def _read_geopackage(path: Path, attribute: str | None, layer: str | None) -> Table:
     with open_geopackage(path) as package:
         chosen = package.layer(_choose(list(package.layers), layer, path))
-        check_attribute(attribute, [n for n in chosen.columns if n != chosen.geometry], path)
+        _check_attribute(attribute, [n for n in chosen.columns if n != chosen.geometry], path)
         wkb, values = package.read(chosen, attribute)
     if chosen.crs is None:
         raise InvalidInput(f"{path} states no CRS; assign one, e.g. with ogr2ogr -a_srs EPSG:…")
     return Table(wkb, values, chosen.crs)
+
+
+def _read_geoparquet(path: Path, attribute: str | None) -> Table:
+    with open_geoparquet(path) as file:
+        _check_attribute(attribute, file.attributes, path)
+        wkb, values = file.read(attribute, most_bytes=_MOST_BYTES)
+    if file.crs is None:
+        raise InvalidInput(f"{path} states that its CRS is unknown; assign one, e.g. with ogr2ogr -a_srs EPSG:…")
+    return Table(wkb, values, file.crs)
 
 
 def _choose(layers: Sequence[str], layer: str | None, path: Path) -> str:
@@ -146,7 +166,7 @@ def _choose(layers: Sequence[str], layer: str | None, path: Path) -> str:
     return layer or layers[0]
 
 
-def check_attribute(attribute: str | None, known: Sequence[str], path: Path) -> None:
-    """Refuse an attribute that a file does not have; the nearest one is named."""
+def _check_attribute(attribute: str | None, known: Sequence[str], path: Path) -> None:
+    """Refuse an attribute that a file does not have; the error names the nearest one."""
     if attribute is not None and attribute not in known:
         raise UnknownName.of("attribute", attribute, known, f"{path} (--attribute)")

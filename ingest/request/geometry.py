@@ -180,35 +180,11 @@ def _wkt(data: bytes, where: str) -> tuple[BaseGeometry, str | None]:
 
 
 def _parquet(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from ingest.request.parquet import open_geoparquet  # pyarrow is loaded only where a file needs it
 
-    try:
-        file = pq.ParquetFile(path)
-        geo = load_json((file.schema_arrow.metadata or {}).get(b"geo", b"{}"), where=str(path))
-        name = geo.get("primary_column")
-        column = (geo.get("columns") or {}).get(name)
-        if not column or column.get("encoding") != "WKB" or file.metadata.num_rows > _MAX_ROWS:
-            raise InvalidInput(
-                f"{path}: expected GeoParquet with a WKB column and at most {_MAX_ROWS} rows, got column {name!r} and "
-                f"{file.metadata.num_rows} rows"
-            )
-        # GeoParquet: no crs at all means OGC:CRS84
-        crs = json.dumps(column["crs"]) if column.get("crs") else None
-        for value in _values(file, name, path):
-            if value is not None:
-                yield shapely.force_2d(shapely.from_wkb(value)), crs
-    except (pa.ArrowException, ShapelyError, OSError, ValueError, AttributeError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(f"{path}: unreadable GeoParquet ({error})") from error
-
-
-def _values(file: Any, name: str, path: str | Path) -> Iterator[Any]:
-    from ingest.request.parquet import decoded_batches
-
-    for batch in decoded_batches(file, path, [name], _MAX_DECODED):
-        yield from batch.column(0).to_pylist()
+    with open_geoparquet(path) as file:
+        wkb, _ = file.read(most_rows=_MAX_ROWS, most_bytes=_MAX_DECODED)
+    return _decoded(wkb, file.crs, path)
 
 
 def _geopackage(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:
@@ -218,9 +194,15 @@ def _geopackage(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:
             raise InvalidInput(f"{path}: expected one layer of features, got {names}; keep one of them")
         layer = package.layer(package.layers[0])
         wkb, _ = package.read(layer, most=_MAX_ROWS)
+    return _decoded(wkb, layer.crs, path)
+
+
+def _decoded(
+    wkb: npt.NDArray[np.object_], crs: str | None, path: str | Path
+) -> Iterator[tuple[BaseGeometry, str | None]]:
     try:
         for value in wkb:
             if value is not None:
-                yield shapely.force_2d(shapely.from_wkb(value)), layer.crs
-    except ShapelyError as error:
-        raise InvalidInput(f"{path}: unreadable GeoPackage ({error})") from error
+                yield shapely.force_2d(shapely.from_wkb(value)), crs
+    except (ShapelyError, TypeError) as error:
+        raise InvalidInput(f"{path}: a geometry cannot be decoded ({error})") from error

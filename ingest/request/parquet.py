@@ -1,16 +1,22 @@
-"""Rows of Parquet files, a few at a time and within bounds of memory."""
+"""Rows of Parquet files, a few at a time and within bounds of memory; `GeoParquet`: features in such a file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from zarr_store.bounded import load_json
 from zarr_store.errors import InvalidInput
 
-__all__ = ["decoded_batches"]
+__all__ = ["GeoParquet", "decoded_batches", "open_geoparquet"]
 
 _MOST_DECODED = 1 << 30
 """Bytes of all rows in memory; those of 100,000 scenes take about 800 MB."""
@@ -50,3 +56,80 @@ def decoded_batches(
         yield batch
     if max(stated, came) > most:
         raise InvalidInput(f"{path}: its rows take more than {most >> 20} MiB once decoded; select fewer items")
+
+
+@dataclass(frozen=True)
+class GeoParquet:
+    """The features of an open GeoParquet file (1.x, geometries encoded as WKB).
+
+    Attributes:
+        path: The file, for errors.
+        file: The open file.
+        geometry: Name of the column of geometries.
+        crs: Text that pyproj understands; None where the file says that its CRS is unknown.
+    """
+
+    path: str | Path
+    file: pq.ParquetFile
+    geometry: str
+    crs: str | None
+
+    @property
+    def attributes(self) -> list[str]:
+        """Names of the columns beside the geometries."""
+        return [name for name in self.file.schema_arrow.names if name != self.geometry]
+
+    def read(
+        self, attribute: str | None = None, *, most_rows: int | None = None, most_bytes: int = _MOST_DECODED
+    ) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_] | None]:
+        """Read the WKB of all features, None for those without a geometry, and the value that each has of an attribute.
+
+        Args:
+            attribute: The column of values; None for none.
+            most_rows: Largest number of features.
+            most_bytes: Largest number of bytes in memory.
+
+        Raises:
+            InvalidInput: The file holds more.
+        """
+        if most_rows is not None and self.file.metadata.num_rows > most_rows:
+            raise InvalidInput(f"{self.path}: more than {most_rows} features; simplify it")
+        columns = [self.geometry] + ([] if attribute is None else [attribute])
+        wkb: list[bytes | None] = []
+        values: list[object] = []
+        for batch in decoded_batches(self.file, self.path, columns, most_bytes):
+            wkb += batch.column(self.geometry).to_pylist()
+            values += [] if attribute is None else batch.column(attribute).to_pylist()
+        return _objects(wkb), None if attribute is None else _objects(values)
+
+
+@contextmanager
+def open_geoparquet(path: str | Path) -> Iterator[GeoParquet]:
+    """Open a GeoParquet file; no CRS in it means longitude and latitude (OGC:CRS84), as the format has it.
+
+    Raises:
+        InvalidInput: The file is not GeoParquet, or cannot be read, also in the block.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            geo = load_json((file.schema_arrow.metadata or {}).get(b"geo", b"{}"), where=str(path))
+            name = geo.get("primary_column")
+            column = (geo.get("columns") or {}).get(name)
+            if not column or column.get("encoding") != "WKB" or name not in file.schema_arrow.names:
+                encoding = column.get("encoding") if column else None
+                raise InvalidInput(
+                    f"{path}: expected GeoParquet with a column of WKB, got column {name!r} of encoding {encoding!r}; "
+                    "convert it, e.g. with ogr2ogr"
+                )
+            crs = column.get("crs", "OGC:CRS84")
+            yield GeoParquet(path, file, name, crs if crs is None or isinstance(crs, str) else json.dumps(crs))
+    except (pa.ArrowException, OSError, ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"{path}: unreadable GeoParquet ({error})") from error
+
+
+def _objects(items: list[object] | list[bytes | None]) -> npt.NDArray[np.object_]:
+    array = np.empty(len(items), object)
+    array[:] = items
+    return array

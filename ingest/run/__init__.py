@@ -1,1 +1,1 @@
-"""Running a plan on a Dask cluster, shard by shard."""
+"""This room runs a plan on a Dask cluster, shard by shard."""

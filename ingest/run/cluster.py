@@ -1,8 +1,8 @@
-"""Where tasks run: a Dask cluster of this machine's processes, one that is started elsewhere, or one that is there.
+"""`open_cluster` gives the Dask cluster that runs the tasks: on this machine, started elsewhere, or running already.
 
-Everything of our own listens on 127.0.0.1 only: an open scheduler port is code execution, an open dashboard shows
-paths and names. Other machines are let in with TLS, or where the user says so. The dashboard's address is known before
-the first task is sent.
+What is started here listens on 127.0.0.1 only: whoever reaches a scheduler's port can run code, and a dashboard shows
+paths and names. Other machines can connect with TLS, or where the user allows it. The dashboard's address is known
+before the first task is sent.
 """
 
 from __future__ import annotations
@@ -19,40 +19,42 @@ from distributed import Client, LocalCluster, default_client
 from distributed.security import Security
 
 from ingest.request.config import IngestConfig
-from ingest.run.start import exposed, start_cluster
+from ingest.run.start import list_exposed, start_cluster
 from ingest.trust.hosts import guard_application, machine_names
 from ingest.worker.guard import WORKER_SETTINGS, check_workers
 from ingest.worker.spawn import main_module_left_alone
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["dashboard_address", "in_flight", "open_cluster", "prepare", "usable_client"]
+__all__ = ["choose_client", "count_in_flight", "open_cluster", "prepare", "resolve_dashboard"]
 
 _CONNECT_S = 20
+"""Seconds to wait for a scheduler to answer."""
 _DEATH_S = 60
-"""A worker that cannot find its scheduler for this long ends itself, so none outlives a killed run."""
+"""Seconds after which a worker that cannot reach its scheduler ends, so that none outlives a killed run."""
 _LOST_S = 120
-"""A worker that died has this long to come back. After Dask's 15 s its nanny is closed while it is still starting it
-anew, on a machine under load, and the cluster has one worker less for good."""
+"""Seconds that a dead worker has to come back. With Dask's 15 s, on a machine under load, its nanny is closed while it
+is still restarting the worker, and the cluster has one worker less from then on."""
 _START_S = 120
+"""Seconds to wait for the first workers of a cluster."""
 _PER_THREAD = 3
-"""Per thread one task decodes, one writes, one waits: workers never idle, and stopping early wastes at most these."""
+"""Tasks in flight per thread: one decodes, one writes, one waits. Workers never idle; an early stop wastes no more."""
 _TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 
 
 @contextmanager
 def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[Client]:
-    """A Dask client on the cluster that `config` asks for; what was started ends with the context.
+    """Open a Dask client on the cluster that `config` asks for; a cluster that was started ends with the context.
 
     Args:
         config: `cluster`, `workers`, `threads_per_worker`, `memory`, `dashboard`, `tls`, or `scheduler`.
-        most: Number of tasks there will be: no more workers than that are started.
+        most: Number of tasks; no more workers than that are started.
 
     Raises:
         AccessError: No scheduler answers at `config.running.scheduler`.
-        InvalidInput: The dashboard address cannot be used, a port would be open to others without TLS or leave, an
-            extra is not installed, or the workers are not like this process.
+        InvalidInput: The dashboard address cannot be used, a port would be open to others without TLS and without
+            --expose, an extra is not installed, or the workers differ from this process.
     """
-    dashboard = dashboard_address(config.running.dashboard)
+    dashboard = resolve_dashboard(config.running.dashboard)
     refuse_open_ports(config, dashboard)
     settings: dict[str, Any] = {
         "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
@@ -77,8 +79,8 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
                     cluster = start_cluster(config, dashboard, security, stack)
             except (OSError, RuntimeError) as error:
                 raise AccessError(
-                    f"--cluster {config.running.cluster} could not be started: {error}; see what it was given with "
-                    "--dry-run"
+                    f"--cluster {config.running.cluster} could not be started: {error}; --dry-run shows the settings "
+                    "it was started with"
                 ) from error
             client = stack.enter_context(Client(cluster, timeout=_CONNECT_S))  # type: ignore[no-untyped-call]
             _wait(client, least if config.running.cluster == "local" else 1, config)
@@ -88,15 +90,15 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
         yield client
 
 
-def usable_client(client: Client | None, config: IngestConfig) -> Client | None:
-    """The client that a call from Python is to use; None starts the cluster of `config`.
+def choose_client(client: Client | None, config: IngestConfig) -> Client | None:
+    """Choose the client for a call from Python; None means that the cluster of `config` is started.
 
     Args:
-        client: Given by the caller, who may also have none.
-        config: A cluster or scheduler that is asked for wins over the current client of this process.
+        client: The client that the caller gave, or None.
+        config: Where it asks for a cluster or scheduler, the current client of this process is not used.
 
     Raises:
-        InvalidInput: The client is asynchronous, so that nothing here could wait for it.
+        InvalidInput: The client is asynchronous, so this function could not wait for its tasks.
     """
     asked = {
         "scheduler",
@@ -113,8 +115,9 @@ def usable_client(client: Client | None, config: IngestConfig) -> Client | None:
                 return None
     if client is not None and client.asynchronous:
         raise InvalidInput(
-            "the Dask client is asynchronous, and this function waits for its tasks: give one that was made without "
-            "asynchronous=True (it works inside a running event loop, too), or none"
+            "the Dask client is asynchronous, and this function waits for its tasks: give a client that was made "
+            "without "
+            "asynchronous=True (it also works inside a running event loop), or none"
         )
     return client
 
@@ -123,65 +126,67 @@ def prepare(client: Client) -> None:
     """Check the workers of a client, and let its scheduler keep the rate limits of providers.
 
     Raises:
-        InvalidInput: Workers are not like this process.
+        InvalidInput: The workers differ from this process.
     """
     check_workers(client)
 
 
-def in_flight(client: Client, config: IngestConfig) -> int:
-    """How many tasks may be at workers: enough for all threads, and for those that the cluster could still add.
+def count_in_flight(client: Client, config: IngestConfig) -> int:
+    """Count the tasks to keep in flight: enough for all threads, and for those that the cluster may still add.
 
     Raises:
-        AccessError: The scheduler answers no more.
+        AccessError: The scheduler no longer answers.
     """
     try:
         threads = sum(client.nthreads().values())  # type: ignore[no-untyped-call]
     except OSError as gone:
         raise AccessError(
-            f"the Dask scheduler answers no more ({gone}); what was written stays, and the same command goes on from "
-            "there"
+            f"the Dask scheduler no longer answers ({gone}); what was written stays, and the same command continues "
+            "from there"
         ) from gone
     if config.running.workers_least and not config.running.scheduler:
         threads = max(threads, config.running.workers * config.running.threads_per_worker)
     return max(1, threads) * _PER_THREAD + 1
 
 
-def dashboard_address(asked: str | None) -> str:
-    """Host and port of the dashboard: on loopback unless another host was named.
+def resolve_dashboard(asked: str | None) -> str:
+    """Resolve the dashboard's host and port; the host is loopback unless another one was named.
 
-    >>> dashboard_address(None), dashboard_address(":8787")
+    >>> resolve_dashboard(None), resolve_dashboard(":8787")
     ('127.0.0.1:0', '127.0.0.1:8787')
     """
     if asked is None:
         return "127.0.0.1:0"
-    found = re.fullmatch(r"(?:(?P<host>[\w.\-]*|\[[0-9a-fA-F:]+\]):)?(?P<port>\d{1,5})", asked.strip())
-    if not found or int(found["port"]) > 65535:
-        raise InvalidInput(f"dashboard address {asked!r} must be :PORT or HOST:PORT, e.g. :8787")
-    return f"{found['host'] or '127.0.0.1'}:{found['port']}"
+    match = re.fullmatch(r"(?:(?P<host>[\w.\-]*|\[[0-9a-fA-F:]+\]):)?(?P<port>\d{1,5})", asked.strip())
+    if not match or int(match["port"]) > 65535:
+        raise InvalidInput(f"dashboard address {asked!r}: expected :PORT or HOST:PORT, e.g. :8787")
+    return f"{match['host'] or '127.0.0.1'}:{match['port']}"
 
 
 def refuse_open_ports(config: IngestConfig, dashboard: str) -> None:
-    """Let nothing listen beyond this machine without TLS or leave.
+    """Refuse ports that other machines could reach, unless TLS or --expose is given.
 
     Raises:
-        InvalidInput: It names what would be open.
+        InvalidInput: A port would be open; the message names it.
     """
     opened = (
-        [] if config.running.scheduler or config.running.tls or config.running.expose else exposed(config, dashboard)
+        []
+        if config.running.scheduler or config.running.tls or config.running.expose
+        else list_exposed(config, dashboard)
     )
     if opened:
         raise InvalidInput(
             f"this would open to other machines: {'; '.join(opened)}. Give --tls FOLDER with {', '.join(_TLS_FILES)}, "
-            "or --expose if every machine that reaches these ports may be trusted"
+            "or --expose if you trust every machine that can reach these ports"
         )
 
 
 def _tls(folder: str) -> dict[str, Any]:
-    """Settings that put TLS on every connection and on the dashboard."""
+    """Make the Dask settings that put TLS on every connection and on the dashboard."""
     authority, certificate, key = (Path(folder) / name for name in _TLS_FILES)
     absent = [str(path) for path in (authority, certificate, key) if not path.is_file()]
     if absent:
-        raise InvalidInput(f"--tls {folder}: no {', '.join(absent)}; the folder must hold {', '.join(_TLS_FILES)}")
+        raise InvalidInput(f"--tls {folder} lacks {', '.join(absent)}; the folder must hold {', '.join(_TLS_FILES)}")
     roles = {
         f"distributed.comm.tls.{role}.{what}": str(path)
         for role in ("client", "scheduler", "worker")
@@ -210,7 +215,7 @@ def _local(config: IngestConfig, workers: int, dashboard: str, security: Securit
         security=security,
         protocol="tls://" if security is not None else "tcp://",
     )  # type: ignore[no-untyped-call]
-    # Dask itself looks at no Host header, and lets every page open its web sockets
+    # Dask itself checks no Host header and lets every page open its web sockets
     scheduler: Any = cluster.scheduler
     guard_application(scheduler.http_application, {dashboard.rpartition(":")[0].lower(), *machine_names()})
     return cluster
@@ -221,8 +226,9 @@ def _wait(client: Client, workers: int, config: IngestConfig) -> None:
         client.wait_for_workers(workers, timeout=_START_S)
     except TimeoutError as error:
         raise AccessError(
-            f"no worker of --cluster {config.running.cluster} came within {_START_S} s; see its logs, and the queue "
-            "of the batch system"
+            f"no worker of --cluster {config.running.cluster} started within {_START_S} s; look at its logs and at "
+            "the queue of "
+            "the batch system"
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""The page `/terrashard` beside Dask's own: which shards are made, how fast, and what went wrong.
+"""`ShardPage` is the page `/terrashard` beside Dask's own: the state of each shard, the rates, and the failures.
 
-The scheduler holds the state in a plugin, fed by the client's events and by the scheduler's own knowledge of what is
-at a worker. It answers three paths: the page itself, which needs nothing from elsewhere; `data.json`, which the page
-asks once a second; and `metrics`, for Prometheus. Names from catalogues are data to it: the page sets them as text.
+A plugin of the scheduler holds the state. It gets events from the client, and the scheduler knows which tasks are at a
+worker. It serves three paths: the page itself, which loads nothing from elsewhere; `data.json`, which the page asks for
+once a second; and `metrics`, for Prometheus. Names from catalogues are data: the page sets them as text.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ __all__ = ["PAGE", "ShardPage", "page_url", "publish"]
 log = logging.getLogger(__name__)
 
 PAGE = "terrashard"
-"""Path of the page and name of the plugin and of the topic of its events."""
+"""Path of the page, and name of the plugin and of the topic of its events."""
 STATES = {"pending": ".", "running": "r", "done": "d", "partial": "m", "failed": "f"}
-"""One letter per shard is what is sent: a cube may have a hundred thousand. "m" is written with something missing."""
+"""The letter that is sent for each shard, as a cube may have a hundred thousand; "m" has something missing."""
 
 _SHARD_KEY = re.compile(r"shard-(?P<collection>.+)-(?P<t>\d+)-(?P<y>\d+)-(?P<x>\d+)-[0-9a-f]+-[0-9a-f]+")
 _MOST_FAILURES = 500
+"""Largest number of failures that the page lists, the latest ones."""
 _RATE_WINDOW_S = 15.0
+"""Seconds over which the present rates are averaged."""
 
 
 class ShardPage(SchedulerPlugin):
-    """What the scheduler knows of an ingest; `publish` puts it there."""
+    """The state of an ingest on the scheduler, where `publish` registers it."""
 
     name = PAGE
     idempotent = True
@@ -66,7 +68,7 @@ class ShardPage(SchedulerPlugin):
         self.scheduler: Any = None
 
     async def start(self, scheduler: Any) -> None:
-        """Add the routes; a second run on the same scheduler finds them there."""
+        """Add the paths of the page; a second run on the same scheduler uses them again."""
         self.scheduler = scheduler
         routes = [
             (rf"/{PAGE}", _Page, {"dask_server": scheduler}),
@@ -76,7 +78,7 @@ class ShardPage(SchedulerPlugin):
         scheduler.http_application.add_handlers(r".*", routes)
 
     def log_event(self, topic: str, msg: Any) -> None:
-        """What the client tells: a run begins, a shard ended, a run ended."""
+        """Take an event from the client: a run began, a shard ended, or a run ended."""
         if topic != PAGE or not isinstance(msg, Mapping):
             return
         if msg.get("event") == "begin":
@@ -87,7 +89,7 @@ class ShardPage(SchedulerPlugin):
             self.run["finished"] = time.time()
 
     def remove_worker(self, scheduler: Any, worker: str, **_: Any) -> None:
-        """Keep what a worker had counted."""
+        """Keep the counters of a worker that is gone."""
         for stage, total in self.seen.pop(worker, {}).items():
             _add(self.lost, stage, total)
 
@@ -119,7 +121,7 @@ class ShardPage(SchedulerPlugin):
         return (t * ny + y) * nx + x if 0 <= t < nt and 0 <= y < ny and 0 <= x < nx else None
 
     def _totals(self) -> dict[str, list[float]]:
-        """Stage → [seconds, bytes] over all workers that are or were."""
+        """Sum the [seconds, bytes] of each stage over all workers, also over those that are gone."""
         for address, worker in self.scheduler.workers.items():
             counted = worker.metrics.get(PAGE)
             if isinstance(counted, Mapping):
@@ -138,7 +140,7 @@ class ShardPage(SchedulerPlugin):
         }
 
     def document(self) -> dict[str, Any]:
-        """All that the page shows."""
+        """Make the document of everything that the page shows."""
         now = time.time()
         states = {name: bytearray(text) for name, text in self.states.items()}
         for worker in self.scheduler.workers.values():
@@ -192,7 +194,7 @@ class ShardPage(SchedulerPlugin):
         }
 
     def metrics(self) -> str:
-        """The counters in Prometheus' text format."""
+        """Write the counters in the text format of Prometheus."""
         lines = [
             "# HELP terrashard_shards_total Shards that ended in this run, by outcome.",
             "# TYPE terrashard_shards_total counter",
@@ -214,7 +216,7 @@ class ShardPage(SchedulerPlugin):
 
 
 class _Handler(RequestHandler):
-    """What all answers share."""
+    """The checks and headers of every answer."""
 
     def set_default_headers(self) -> None:
         self.set_header("X-Content-Type-Options", "nosniff")
@@ -222,7 +224,7 @@ class _Handler(RequestHandler):
         self.set_header("Cache-Control", "no-store")
 
     def prepare(self) -> None:
-        """Judge who asks, also on a scheduler that somebody else started; there a proxy may have a name of its own."""
+        """Refuse requests from other hosts and origins on loopback; elsewhere a proxy may use a name of its own."""
         connection: Any = self.request.connection
         if is_loopback(connection.stream.socket.getsockname()[0]):
             reason = why_refused(self.request.headers.get("Host"), self.request.headers.get("Origin"), machine_names())
@@ -271,20 +273,20 @@ def publish(
     """Put the page on the client's scheduler.
 
     Args:
-        client: Of the cluster that will do the work.
-        plan: What is made.
+        client: A client of the cluster that does the work.
+        plan: The plan of the cube.
         url: The cube, for the heading.
-        known: Collection → rows of the ledger that hold already.
-        tell: Whom else to tell of events.
+        known: Rows that the ledger of each collection has already.
+        tell: Function that also gets the events.
 
     Returns:
-        (Address of the page, what to tell events to from now on). Where the scheduler cannot show the page, the
-        address is that of Dask's own and events go to `tell` alone: a page is no reason to stop an ingest.
+        (Address of the page, function that takes the events from now on). Where the scheduler cannot show the page,
+        the address is that of Dask's own page and events go to `tell` alone: an ingest does not stop for it.
     """
     try:
         client.register_plugin(ShardPage())
-    except Exception as error:  # noqa: BLE001  # whatever a foreign scheduler lacks, the ingest goes on
-        log.warning("no page at /%s: the scheduler cannot load it (%s)", PAGE, error)
+    except Exception as error:  # noqa: BLE001  # the ingest continues, whatever a foreign scheduler lacks
+        log.warning("there is no page at /%s, as the scheduler cannot load it (%s)", PAGE, error)
         return client.dashboard_link, tell
     where = {task.key: (task.collection, task.index) for task in plan.tasks}
     times = {spec.collection: spec.times[:: spec.layout.shard[0]] for spec in plan.specs}
@@ -292,8 +294,8 @@ def publish(
     def put(message: dict[str, Any]) -> None:
         try:
             client.log_event(PAGE, message)
-        except Exception as error:  # noqa: BLE001  # as above; what the scheduler's end means is for the run to say
-            log.debug("the page was not told: %s", error)
+        except Exception as error:  # noqa: BLE001  # as above; the run itself reports a scheduler that is gone
+            log.debug("the page did not get an event: %s", error)
 
     def problems(collection: str, row: LedgerRow, words: str = "") -> list[dict[str, Any]]:
         base = {
@@ -324,7 +326,7 @@ def publish(
                     "failures": problems(collection, row, event.message),
                 }
             )
-            if event.done >= event.total:  # "finished" comes when the cluster is gone
+            if event.done >= event.total:  # the event "finished" comes after the cluster has ended
                 put({"event": "end"})
         tell(event)
 
@@ -344,7 +346,7 @@ def publish(
                 "name": spec.collection,
                 "shards": shape,
                 "times": list(times[spec.collection]),
-                # of the grid, in shards: the last ones are cut at its edge
+                # size of the grid in shards; the last ones are cut at its edge
                 "size": [spec.grid.shape[0] / rows, spec.grid.shape[1] / columns],
                 "crs": spec.grid.crs if spec.grid.crs.startswith("EPSG:") else "a CRS without a code",
                 "lonlat": list(spec.grid.lonlat_bounds()),
@@ -364,7 +366,7 @@ def publish(
 
 
 def page_url(dashboard: str) -> str:
-    """The address of the page from that of Dask's status page.
+    """Make the address of the page from that of Dask's status page.
 
     >>> page_url("http://127.0.0.1:8787/status")
     'http://127.0.0.1:8787/terrashard'
@@ -382,5 +384,5 @@ def _counts(states: bytearray) -> dict[str, int]:
 
 
 def _label(text: str) -> str:
-    """A Prometheus label value."""
+    """Escape text as the value of a label in Prometheus' format."""
     return printable(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -1,8 +1,8 @@
-"""Running a plan: one Dask task per shard, each of which fills and writes a whole shard and its ledger row.
+"""`run` makes the cube of a plan: one Dask task per shard fills and writes the shard and its ledger row.
 
 The ledger is the only memory of a run. A shard whose row says done under the same key is skipped, so a run that was
-killed, interrupted or partly failed goes on where it was, and a finished one finds nothing to do. A shard that is
-complete is never replaced by one with gaps, and a task writes only while its run holds the lock of the cube.
+killed, interrupted or partly failed continues where it stopped, and a finished one finds nothing to do. A complete
+shard is never replaced by one with gaps, and a task writes only while its run holds the lock of the cube.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ingest.plan.task import ShardTask
 from ingest.raster.access import forbid_gdal_threads
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
-from ingest.run.cluster import in_flight, open_cluster, prepare
+from ingest.run.cluster import count_in_flight, open_cluster, prepare
 from ingest.run.dashboard import publish
-from ingest.run.liveness import attended
+from ingest.run.liveness import watch_workers
 from ingest.run.outcome import IngestEvent, IngestReport
 from ingest.run.record import RunRecord
-from ingest.run.stopping import stoppable
+from ingest.run.stopping import handle_stop_signals
 from ingest.run.task import ingest_shard, settle
 from ingest.trust.redact import redact_text
 from ingest.worker.guard import memory_note
@@ -45,6 +45,7 @@ from zarr_store.grow import grow_cube
 from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.lock import CubeLock, read_token
 from zarr_store.read import open_cube
+from zarr_store.strays import sweep_strays
 from zarr_store.write import ShardWriter
 
 __all__ = ["IngestEvent", "IngestReport", "Job", "Which", "plain_url", "run", "run_job"]
@@ -55,15 +56,15 @@ log = logging.getLogger(__name__)
 _ANSWER_S = 10.0
 """Seconds to wait for the scheduler to return the row of a finished task."""
 _SETTLE_S = 5.0
-"""Seconds that shards which are being written get, before an error that ends the run is raised."""
+"""Seconds that shards in progress have to finish, before an error that ends the run is raised."""
 
 Which = Literal["all", "absent", "unfinished"]
-"""Shards that a run makes: all that are not done · those that were never written · those that are partial or failed."""
+"""Shards that a run makes: all that are not done · those never written · those partial or failed."""
 
 
 @dataclass
 class _Tally:
-    """What has ended so far."""
+    """The shards of a run that have ended so far."""
 
     rows: dict[str, list[LedgerRow]] = field(
         default_factory=lambda: {"done": [], "partial": [], "failed": [], "skipped": [], "kept": []}
@@ -76,7 +77,7 @@ class _Tally:
         return sum(len(self.rows[state]) for state in ("done", "partial", "failed"))
 
     def report(self, job: Job, *, pending: int, seconds: float, snapshot: str | None) -> IngestReport:
-        """The report of a job that has ended."""
+        """Make the report of a job that has ended."""
 
         def rows(*states: str) -> tuple[LedgerRow, ...]:
             return tuple(sorted((row for state in states for row in self.rows[state]), key=lambda row: row.index))
@@ -106,24 +107,24 @@ def run(
     record: RunRecord | None = None,
     typed: str = "",
 ) -> IngestReport:
-    """Make the cube of a plan, or what of it is not there yet.
+    """Make the cube of a plan, or those of its shards that are not there yet.
 
     Args:
-        plan: What to make.
-        cube_url: Where; a cube of the same plan is continued.
+        plan: The plan of the cube.
+        cube_url: Where the cube goes; a cube of the same plan is continued.
         config: How to run: workers, memory, scheduler, limit, on_error. None for the defaults.
         client: A Dask client to use instead of the cluster of `config`.
-        on_event: Told of the dashboard and of every shard that ends, in this thread.
+        on_event: Called in this thread with the dashboard's address and with every shard that ends.
         record: Filled with what the report on the run needs.
-        typed: SOURCE as the user gave it: its own host may be a private one.
+        typed: SOURCE as the user gave it; its own host may have a private address.
 
     Raises:
         CubeMismatch: A cube of another plan is there.
         InvalidInput: Something else is there, or GDAL_NUM_THREADS is set.
         Locked: Another run writes to the cube.
-        NoSpace: The disk is full; what was written stays, and the same call goes on.
+        NoSpace: The disk is full; what was written stays, and the same call continues.
         AssetUnreadable: With on_error="fail", at the first asset that cannot be read.
-        Preempted: SIGTERM; the same call goes on.
+        Preempted: SIGTERM came; the same call continues.
     """
     forbid_gdal_threads()
     url = plain_url(cube_url)
@@ -139,19 +140,19 @@ def run(
 
 @dataclass(frozen=True)
 class Job:
-    """What one run makes of a cube whose lock it holds.
+    """The work of one run on a cube whose lock it holds.
 
     Attributes:
         plan: What the cube holds or is to hold.
         url: The cube.
-        lock: Held by the caller for as long as the job runs.
+        lock: The cube's lock, which the caller holds for as long as the job runs.
         config: How to run: workers, memory, scheduler, limit, on_error.
-        grow: Whether the plan may have more dates and items than the cube, which then gets them first.
-        which: Of the shards that are not done, those to make.
+        grow: Whether the plan may have more dates and items than the cube; they are added to the cube first.
+        which: Which of the shards that are not done to make.
         again: (collection, index) of shards to make although they count as done.
-        typed: SOURCE as the user gave it: its own host may be a private one.
-        judge: Whether the plan is the one that the cube keeps: then its files are judged by `config` and `typed`, before
-            any is opened and before anything is written.
+        typed: SOURCE as the user gave it; its own host may have a private address.
+        judge: Whether the plan comes from the cube. Then `config` and `typed` decide which of its files may be opened,
+            before any is opened and before anything is written.
     """
 
     plan: Plan
@@ -166,7 +167,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What the commit of the run is called."""
+        """Message of the commit that ends the run."""
         return f"ingest of plan {self.plan.digest[:12]}"
 
     def submit(self, client: Client, task: ShardTask, access: Access, key: str) -> Any:
@@ -175,7 +176,7 @@ class Job:
             ingest_shard,
             task,
             self.plan.recipe(task.collection),
-            # workers have another working directory
+            # a worker has another working directory
             self.url if "://" in self.url else str(Path(self.url).absolute()),
             access,
             fence=self.lock.token,
@@ -193,10 +194,10 @@ def run_job(
     on_event: Callable[[IngestEvent], None] | None = None,
     record: RunRecord | None = None,
 ) -> IngestReport:
-    """Make what is left of a cube whose lock is held; arguments and errors are those of `run`.
+    """Make the missing shards of a cube whose lock is held; arguments and errors are those of `run`.
 
     Raises:
-        InvalidInput: A file of a shard that is to be made may not be opened.
+        InvalidInput: A file that a shard needs may not be opened.
     """
     started = time.monotonic()
     tell = on_event or (lambda event: None)
@@ -206,9 +207,9 @@ def run_job(
         check_hrefs(job.plan, job.config, typed=job.typed, tasks=_what_is_left(job, _Tally()))
     if record:
         record.plan = job.plan
-    with stoppable():
-        _sweep(job.url)
-        # the plan first: if nothing more gets done, the cube still knows what it was about to become
+    with handle_stop_signals():
+        sweep_strays(job.url)  # left by the run before
+        # the plan first: if the run ends here, the cube still knows what it was about to become
         keep_plan(job.url, job.plan)
         if job.grow:
             grow_cube(job.url, job.plan.specs, items=job.plan.item_tables(), provenance=job.plan.provenance())
@@ -218,9 +219,9 @@ def run_job(
         tell(IngestEvent("planned", 0, len(now), message=f"{len(now)} shards to make, {done} done"))
         if now:
             _make(job, now, tally, client, tell, record)
-            _sweep(job.url)
+            sweep_strays(job.url)  # left by workers that ended during this run
             if open_cube(job.url).provenance != json.loads(json.dumps(job.plan.provenance())):
-                # a file that is healed now has a verdict that it had not when the cube was begun
+                # a file that can be read again has a verdict that it did not have when the cube was begun
                 record_provenance(job.url, job.plan.provenance())
         store = open_store(job.url)
         snapshot = store.commit(job.name, still_ours=lambda: read_token(store) == job.lock.token)
@@ -237,7 +238,7 @@ def _make(
     tell: Callable[[IngestEvent], None],
     record: RunRecord | None,
 ) -> None:
-    """Make shards on the given client, or on a cluster of the job's own that ends with them."""
+    """Make shards on the given client, or on a cluster that is started for them and ends with them."""
     with ExitStack() as stack:
         running = client or stack.enter_context(open_cluster(job.config, most=len(tasks)))
         if client is not None:  # the cluster of a config is prepared as it is opened
@@ -255,6 +256,7 @@ def _make(
 
 
 def plain_url(url: str | os.PathLike[str]) -> str:
+    """Make a path plain, without redundant parts; a URL stays as it is."""
     return str(Path(os.fspath(url))) if "://" not in os.fspath(url) else os.fspath(url)
 
 
@@ -265,8 +267,8 @@ def _check_same_plan(url: str, plan: Plan) -> None:
         return
     if kept not in (plan.digest, made_by.get("plan")):
         raise CubeMismatch(
-            f"{url}: adding scenes to this cube was interrupted; repeat that command (--append or --refresh), or "
-            f"`terrashard repair {url}` finishes it. Nothing was changed"
+            f"{url}: a run that added scenes to this cube was interrupted, and nothing was changed now; repeat that "
+            f"command (--append or --refresh), or finish it with `terrashard repair {url}`"
         )
     there, asked = made_by.get("config", {}), plan.config
     changed = [
@@ -274,16 +276,16 @@ def _check_same_plan(url: str, plan: Plan) -> None:
         for name in sorted({*there, *asked})
         if there.get(name) != asked.get(name)
     ]
-    what = "; ".join(changed) or "the sources differ: files or catalogue have changed since"
+    what = "; ".join(changed) or "the options are the same, but the files or the catalogue have changed since"
     raise CubeMismatch(
-        f"{url} was made by plan {str(made_by.get('plan'))[:12]}, this is plan {plan.digest[:12]} (there → asked for): "
-        f"{what}. Nothing was changed: write to another path, repeat with the options the cube was made with, or "
-        "add to it what is new with --append"
+        f"{url} was made by plan {str(made_by.get('plan'))[:12]}, and this is plan {plan.digest[:12]} (cube → asked "
+        f"for): {what}. Nothing was changed: write to another path, repeat the command with the options of the cube, "
+        "or add new scenes to it with --append"
     )
 
 
 def _what_is_left(job: Job, tally: _Tally) -> list[ShardTask]:
-    """Tasks that a job is to make; the rows of the others are put into the tally."""
+    """List the tasks that a job has to run; the ledger rows of the others go into the tally."""
     cube = open_cube(job.url)
     ledgers = {collection: cube.ledger(collection).rows() for collection in cube.collections}
     left = []
@@ -321,9 +323,9 @@ def _work(
             futures.append(job.submit(client, task, access, key))
         return futures
 
-    queue = as_completed(submit(in_flight(client, config)), loop=client.loop)  # type: ignore[no-untyped-call]
+    queue = as_completed(submit(count_in_flight(client, config)), loop=client.loop)  # type: ignore[no-untyped-call]
     try:
-        with attended(client, queue, own=config.running.cluster == "local" and not config.running.scheduler):
+        with watch_workers(client, queue, is_local=config.running.cluster == "local" and not config.running.scheduler):
             for future in queue:
                 row = _take(future, by_key[future.key], job, tally)
                 if row is None:
@@ -332,19 +334,19 @@ def _work(
                 del by_key[future.key]
                 why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
                 tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
-                for fresh in submit(in_flight(client, config) - len(by_key)):
+                for fresh in submit(count_in_flight(client, config) - len(by_key)):
                     queue.add(fresh)  # type: ignore[no-untyped-call]
     except BaseException as error:
         with suppress(OSError):  # a scheduler that is gone has nothing to cancel
             client.cancel(list(queue.futures), force=True)  # type: ignore[no-untyped-call]
         if isinstance(error, NoSpace | AssetUnreadable):
-            # shards that are being written are worth the moment: without the lock their rows are not written
+            # shards that are being written may finish first: without the lock their rows would not be written
             client.run(settle, _SETTLE_S)
         raise
 
 
 def _take(future: Any, task: ShardTask, job: Job, tally: _Tally) -> LedgerRow | None:
-    """The outcome of one task into the tally; None where it went with its worker, and the task runs again."""
+    """Put the outcome of one task into the tally; None where its result is lost and the task runs again."""
     if not future.done():
         return None
     try:
@@ -354,8 +356,9 @@ def _take(future: Any, task: ShardTask, job: Job, tally: _Tally) -> LedgerRow | 
         return None
     except (FutureCancelledError, CommClosedError) as gone:
         raise AccessError(
-            f"the Dask scheduler that {job.url} was written with is gone; what was written stays, and the same command "
-            "goes on from there"
+            f"the Dask scheduler of the run that writes {job.url} is gone; what was written stays, and the same "
+            "command "
+            "continues from there"
         ) from gone
     if made is not None:
         row: LedgerRow = made[0]
@@ -368,8 +371,8 @@ def _take(future: Any, task: ShardTask, job: Job, tally: _Tally) -> LedgerRow | 
                 raise AssetUnreadable.of(bad.item_id, bad.asset or "?", bad.reason or "unknown", "--on-error fail")
             if row.state == "failed":
                 tally.errors.append(
-                    f"{task.collection} shard {task.index} stays as it was: scene {bad.item_id}, asset {bad.asset} "
-                    "could not be read for its new content"
+                    f"{task.collection} shard {task.index} stays as it was, because asset {bad.asset} of scene "
+                    f"{bad.item_id} could not be read for its new content"
                 )
         return row
     if isinstance(error, TerrashardError) or job.config.running.on_error == "fail":
@@ -377,24 +380,12 @@ def _take(future: Any, task: ShardTask, job: Job, tally: _Tally) -> LedgerRow | 
     text = redact_text(f"{task.collection} shard {task.index}: {type(error).__name__}: {error}")
     if isinstance(error, KilledWorker):
         text = (
-            f"{task.collection} shard {task.index}: it ended {error.allowed_failures + 1} workers, so it is left "
-            "alone; if they ran out of memory, give --memory, or plan with a --profile of smaller shards; `terrashard "
-            "retry-failed` tries it again"
+            f"{task.collection} shard {task.index}: {error.allowed_failures + 1} workers died while they made it, so "
+            "the run gave it up; if they ran out of memory, give --memory or plan with a --profile of smaller shards, "
+            "then try it again with `terrashard retry-failed`"
         )
     log.warning("%s", text)
     row = ShardWriter(job.url, task.collection).fail(task.region, key=task.key, sources=())
     tally.rows["failed"].append(row)
     tally.errors.append(" ".join(text.split())[:300])
     return row
-
-
-def _sweep(url: str) -> None:
-    """Remove what a killed writer left half-written; the lock says that no other run is writing.
-
-    Before a run: of the run before. After its last shard: of workers that ended while it went on. One that is cut off
-    and writes still finds its file gone, and fails for nobody.
-    """
-    for folder, _, files in os.walk(url):
-        for name in files:
-            if name.endswith((".partial", ".__lock")):
-                Path(folder, name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and what it was: `IngestEvent` and `IngestReport`."""
+"""`IngestEvent` is what a run reports while it works, `IngestReport` what it returns at its end."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from zarr_store.printable import one_line
 __all__ = ["IngestEvent", "IngestReport"]
 
 _MOST_LISTED = 10
+"""Largest number of missing scenes and errors in a summary."""
 
 
 @dataclass(frozen=True)
 class IngestEvent:
-    """Something a person may want to see while a run goes on.
+    """One step of a run that a person may want to see.
 
     Attributes:
-        kind: "planned" (totals are known) · "dashboard" (`url`) · "shard" (one ended; `row`) · "finished".
+        kind: "planned" (totals are known) · "dashboard" (see `url`) · "shard" (one ended, see `row`) · "finished".
         done: Shards that have ended in this run.
         total: Shards that this run has to make.
         row: Ledger row of the shard that ended; None where it could not be made.
-        url: Of the dashboard.
-        message: In words.
+        url: Address of the dashboard.
+        message: The event in words.
 
     Example:
         >>> import ingest
@@ -45,20 +46,20 @@ class IngestEvent:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What a run did.
+    """What a run made, shard by shard.
 
     Attributes:
-        cube: Where the cube is.
+        cube: Path or URL of the cube.
         plan: Digest of the plan.
-        written: Rows of shards made now with every source read.
+        written: Rows of shards made now, with every source read.
         partial: Rows of shards with a source missing, made now or before.
         skipped: Rows of shards that were done before.
         failed: Rows of shards that could not be made, with nothing written.
-        errors: Why, one line per failed shard.
-        pending: Shards not tried, because of a limit.
-        pixels_read: Source pixels asked for over all bands.
-        seconds: Wall time.
-        snapshot: What the run committed, in a store that has snapshots.
+        errors: Why shards failed, one line each.
+        pending: Number of shards that were not tried because of a limit.
+        pixels_read: Number of source pixels that were asked for, over all bands.
+        seconds: Wall time of the run.
+        snapshot: Id of the snapshot that the run committed, in a store that has snapshots.
 
     Example:
         >>> import ingest
@@ -107,7 +108,7 @@ class IngestReport:
 
     @property
     def missing(self) -> dict[str, str]:
-        """Scene and asset that could not be read → cause."""
+        """Each scene and asset that could not be read, with the cause."""
         return {
             f"{source.item_id}, asset {source.asset}": source.reason or "unknown"
             for row in (*self.partial, *self.failed)
@@ -121,7 +122,7 @@ class IngestReport:
         return 3 if self.partial or self.failed else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; shards by index, without their statistics."""
+        """Convert to values that can be written as JSON; shards by index, without their statistics."""
 
         def rows(which: Sequence[LedgerRow]) -> list[dict[str, Any]]:
             return [
@@ -150,7 +151,7 @@ class IngestReport:
         }
 
     def summary(self) -> str:
-        """In words."""
+        """Describe the run in a few lines."""
         made = len(self.written)
         if not made and not self.partial and not self.failed and not self.pending:
             return f"{self.cube}: nothing to do, all {len(self.skipped)} shards are done (0 written)"
@@ -168,5 +169,5 @@ class IngestReport:
         if len(named) > _MOST_LISTED:
             lines.append(f"… and {len(named) - _MOST_LISTED} more")
         if self.exit_code:
-            lines.append("the same command tries these again")
+            lines.append("repeat the same command to try these again")
         return "\n".join(one_line(line) for line in lines)

@@ -1,6 +1,6 @@
-"""Progress of a run for who called it from Python: a bar in a terminal and in a notebook, plain lines where neither is.
+"""`show_progress` shows the progress of a run started from Python: a bar in a terminal or notebook, else plain lines.
 
-The command line has a progress of its own (`cli.progress`), which shares stderr with its warnings.
+The command line has its own (`cli.progress`), which shares stderr with its warnings.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ingest.run.outcome import IngestEvent
 
-__all__ = ["is_notebook", "shown_progress"]
+__all__ = ["is_notebook", "show_progress"]
 
 _LINE_EVERY_S = 10.0
+"""Shortest time between two lines of progress, in seconds."""
 
 Tell = Callable[["IngestEvent"], None]
 
@@ -28,13 +29,13 @@ def is_notebook() -> bool:
 
 
 @contextmanager
-def shown_progress(title: str, wanted: bool | None, on_event: Tell | None = None) -> Iterator[Tell | None]:
-    """What to tell the events of a run to, while the block lasts.
+def show_progress(title: str, wanted: bool | None, on_event: Tell | None = None) -> Iterator[Tell | None]:
+    """Give the function that takes the events of a run and shows them, while the block lasts.
 
     Args:
-        title: What is being done, one word.
+        title: One word for what is being done.
         wanted: Whether to show progress; None shows it in a terminal and in a notebook.
-        on_event: Told of every event, too.
+        on_event: Also called with every event.
     """
     if not (sys.stderr.isatty() or is_notebook() if wanted is None else wanted):
         yield on_event
@@ -63,7 +64,7 @@ def _bar(title: str) -> Iterator[Tell]:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"))
-    # in a notebook rich writes into the cell, and only to stdout's console
+    # in a notebook rich writes into the cell, and only with a console of stdout
     console = Console(stderr=not is_notebook())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(title, total=None)
@@ -96,7 +97,7 @@ def _lines(title: str) -> Iterator[Tell]:
 
 
 def _words(event: IngestEvent) -> str:
-    """What is worth a line of its own: the address of the dashboard, and shards that lack a scene."""
+    """Word an event that is worth a line: the address of the dashboard, or a shard that lacks a scene."""
     if event.kind == "dashboard":
         return f"dashboard: {event.url}"
     if event.kind == "shard" and event.row is not None and event.row.state != "done":

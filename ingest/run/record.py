@@ -1,8 +1,8 @@
-"""`RunRecord`: what only the cluster knows of a run and takes with it when it ends, for the report on it.
+"""`RunRecord` keeps what only the cluster knows of a run, for the report that is written after the cluster has ended.
 
-Dask's performance report is made by the scheduler; times and bytes of each stage are counted by workers and gathered by
-the page of `dashboard.py`. Nothing here may stop an ingest: what cannot be had is absent from the report, and the
-report says why.
+The scheduler makes Dask's performance report. Workers count the time and bytes of each stage, and the page of
+`dashboard.py` gathers them. Nothing here may stop an ingest: what cannot be obtained is absent from the report, with
+the reason.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ _HTML_HEAD = re.compile(r"\s*(<!DOCTYPE|<html)", re.IGNORECASE)
 
 @dataclass
 class RunRecord:
-    """Filled while a plan is run; give it to `run` or `extend`.
+    """What a run tells the report about its cluster; give an empty one to `run` or `extend`, which fill it.
 
     Attributes:
-        plan: What was run in the end; of an extension, the merged plan.
+        plan: The plan that was run; for an extension, the merged plan.
         performance: Dask's performance report as one HTML document that loads nothing; None without one.
         why_none: Why there is no performance report.
-        stages: Stage → seconds and bytes, all workers together.
-        workers: Workers and threads at the end.
+        stages: Seconds and bytes of each stage, all workers together.
+        workers: Number of workers and of their threads at the end.
         seconds: Wall time of the work on the cluster.
     """
 
     plan: Plan | None = None
     performance: str | None = None
-    why_none: str = "nothing was to do, so no cluster was started"
+    why_none: str = "there was nothing to do, so no cluster was started"
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     workers: tuple[int, int] = (0, 0)
     seconds: float = 0.0
 
     @contextmanager
     def watching(self, client: Client) -> Iterator[None]:
-        """Record what happens on a cluster; what the block raises goes on."""
+        """Record what happens on a cluster during the block; errors of the block are passed on."""
         before = _totals(client)
         with tempfile.TemporaryDirectory(prefix="terrashard-report-") as folder:
             file = Path(folder, "dask.html")
@@ -74,22 +74,23 @@ class RunRecord:
         try:
             what()
         except Exception as error:  # noqa: BLE001  # a report is no reason to stop an ingest
-            self.why_none = f"the scheduler could not make it: {redact_text(f'{type(error).__name__}: {error}')[:300]}"
-            log.warning("no performance report: %s", self.why_none)
+            cause = redact_text(f"{type(error).__name__}: {error}")[:300]
+            self.why_none = f"the scheduler could not make the performance report: {cause}"
+            log.warning("the report will have no performance report of Dask: %s", self.why_none)
             return False
         return True
 
     def _rates(self, client: Client, before: Mapping[str, list[float]]) -> None:
         page = client.run_on_scheduler(_page_document)  # type: ignore[no-untyped-call]
-        told = page.get("rates", {}).get("stages", {})
+        counted = page.get("rates", {}).get("stages", {})
         now = _totals(client)
         self.workers = (int(page.get("workers", 0)), int(page.get("threads", 0)))
         self.seconds = float(page.get("elapsed", 0.0))
-        for name in dict.fromkeys((*told, *now)):
+        for name in dict.fromkeys((*counted, *now)):
             zero = [0.0, 0.0]
             fresh = [a - b for a, b in zip(now.get(name, zero), before.get(name, zero), strict=True)]
-            kept = told.get(name, {})
-            # the page knows of workers that have died, the workers know of the seconds since their last heartbeat
+            kept = counted.get(name, {})
+            # the page has the counts of workers that died, the workers those since their last heartbeat
             self.stages[name] = {
                 "seconds": max(float(kept.get("seconds", 0.0)), fresh[0]),
                 "bytes": max(float(kept.get("bytes", 0.0)), fresh[1]),
@@ -105,12 +106,12 @@ def _sync(client: Client, coroutine: Any) -> None:
 
 
 def _totals(client: Client) -> dict[str, list[float]]:
-    """Stage → [seconds, bytes] over the workers that answer."""
+    """Sum the [seconds, bytes] of each stage over the workers that answer."""
     totals: dict[str, list[float]] = {}
     try:
         answers = client.run(stage_totals, on_error="ignore")
     except Exception as error:  # noqa: BLE001  # as above
-        log.debug("the workers were not asked: %s", error)
+        log.debug("the workers could not be asked for their counters: %s", error)
         return totals
     for counted in answers.values():
         for name, (seconds, nbytes) in counted.items():
@@ -121,7 +122,7 @@ def _totals(client: Client) -> dict[str, list[float]]:
 
 
 def _page_document(dask_scheduler: Any) -> dict[str, Any]:
-    """On the scheduler: what the page shows."""
+    """Get what the page shows; this runs on the scheduler."""
     page = dask_scheduler.plugins.get(PAGE)
     if page is None:
         return {}

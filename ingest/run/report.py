@@ -1,8 +1,8 @@
-"""`report.html`: one file that shows a run: what became of every shard, how fast, and what went wrong and why.
+"""`write_report` writes `report.html`, one file about a run: the outcome of each shard, rates, failures and causes.
 
-The ledger says what is there, the plan what was to be, `RunRecord` what only the cluster knew. The file loads nothing
-else: its policy forbids it. Names from catalogues are data and are escaped; Dask's own performance report sits in a
-frame of its own, which cannot reach the page around it.
+The ledger has what is stored, the plan what was asked for, and `RunRecord` what only the cluster knew. The policy of
+the page forbids it to load anything else. Names from catalogues are data and are escaped. Dask's own performance
+report is in a frame of its own, which cannot reach the page around it.
 """
 
 from __future__ import annotations
@@ -39,22 +39,25 @@ STATES = ("done", "partial", "failed", "pending")
 WORDS = {"done": "done", "partial": "missing a scene", "failed": "failed", "pending": "pending"}
 
 _MOST_CELLS = 4000
-"""More shards than this beside each other are drawn together: a browser has to hold the drawing."""
+"""Largest number of rectangles on a map, which a browser has to hold; with more shards several share one."""
 _MOST_DATES = 400
+"""Largest number of dates in a list."""
 _MOST_ROWS = 2000
+"""Largest number of rows in any other table."""
 _SIDE_PX = 640.0
+"""Longer side of a map in pixels."""
 
 
 def write_report(path: str | Path, record: RunRecord, report: IngestReport) -> None:
     """Write the report on a run as one HTML file.
 
     Args:
-        path: The file; replaced as a whole.
-        record: Filled by the run.
-        report: What the run gave.
+        path: The file; an older one is replaced as a whole.
+        record: The record that the run has filled.
+        report: The report that the run returned.
 
     Raises:
-        ValueError: The record was not given to a run.
+        ValueError: No run has filled the record.
     """
     if record.plan is None:
         raise ValueError("the record has no plan: give it to `run` or `extend` before writing its report")
@@ -72,11 +75,11 @@ def _template() -> jinja2.Template:
 
 
 class _Document(str):
-    """A page of Dask's: its scripts stay as they are, and its data is safe already."""
+    """A page of Dask, whose scripts stay as they are and whose data is safe already."""
 
 
 def _printable(value: Any) -> Any:
-    """What a template is given, with the characters as escapes that a browser would obey rather than show."""
+    """Escape the characters of a template's value that a browser would obey in place of showing them."""
     return printable(value) if isinstance(value, str) and not isinstance(value, _Document) else value
 
 
@@ -95,7 +98,7 @@ def _contents(plan: Plan, record: RunRecord, report: IngestReport) -> dict[str, 
         "state": "complete" if report.exit_code == 0 and not report.pending else "not complete",
         "cube": redact_url(report.cube),
         "written_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        "facts": _facts(plan, record, report),
+        "facts": _summary(plan, record, report),
         "settings": [(name, _short(value)) for name, value in sorted(plan.config.items())],
         "grid": [str(plan.grid), *plan.reasons],
         "collections": collections,
@@ -114,11 +117,11 @@ def _contents(plan: Plan, record: RunRecord, report: IngestReport) -> dict[str, 
     }
 
 
-def _facts(plan: Plan, record: RunRecord, report: IngestReport) -> list[tuple[str, str]]:
+def _summary(plan: Plan, record: RunRecord, report: IngestReport) -> list[tuple[str, str]]:
     workers, threads = record.workers
     packages = ("terrashard", "dask", "rasterio", "zarr", "tensorstore")
     return [
-        ("source", redact_url(plan.source) or "not told"),
+        ("source", redact_url(plan.source) or "not known"),
         ("plan", plan.digest[:12]),
         ("shards written", str(len(report.written))),
         ("with a scene missing", str(len(report.partial))),
@@ -127,7 +130,7 @@ def _facts(plan: Plan, record: RunRecord, report: IngestReport) -> list[tuple[st
         ("left for later", str(report.pending)),
         ("source pixels read", f"{report.pixels_read:,}"),
         ("wall time", f"{report.seconds:.1f} s"),
-        ("of it on the cluster", f"{record.seconds:.1f} s"),
+        ("time on the cluster", f"{record.seconds:.1f} s"),
         ("workers", f"{workers} with {threads} threads" if workers else "none"),
         (
             "releases",
@@ -153,13 +156,13 @@ def _redacted(failure: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rates(record: RunRecord) -> list[dict[str, str]]:
-    found = []
+    rows = []
     for name in [*STAGES, *sorted(set(record.stages) - set(STAGES))]:
         counted = record.stages.get(name)
         if counted is None or not (counted["seconds"] or counted["bytes"]):
             continue
         whole = name == "write" and not record.stages.get("encode", {}).get("bytes")
-        found.append(
+        rows.append(
             {
                 "name": "encode and write" if whole else name,
                 "bytes": human_bytes(counted["bytes"]),
@@ -168,11 +171,11 @@ def _rates(record: RunRecord) -> list[dict[str, str]]:
                 "rate": f"{counted['bytes'] / 1e6 / record.seconds:.1f} MB/s" if record.seconds else "–",
             }
         )
-    return found
+    return rows
 
 
 def _failures(spec: CubeSpec, rows: Mapping[ShardIndex, LedgerRow]) -> list[dict[str, Any]]:
-    found = []
+    failures = []
     for index, row in rows.items():
         if row.state == "done":
             continue
@@ -183,19 +186,19 @@ def _failures(spec: CubeSpec, rows: Mapping[ShardIndex, LedgerRow]) -> list[dict
             "state": row.state,
         }
         missing = [source for source in row.sources if source.state == "missing"]
-        found += [
+        failures += [
             {**base, "item": s.item_id, "asset": s.asset or "", "reason": s.reason or "unreadable"} for s in missing
         ]
         if not missing:
-            found.append({**base, "item": "", "asset": "", "reason": "the shard could not be made; see the errors"})
-    return found
+            failures.append({**base, "item": "", "asset": "", "reason": "the shard could not be made; see the errors"})
+    return failures
 
 
 def _verdicts(plan: Plan) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for collection, facts in plan.statistics.items():
         entries = facts.get("offset_verdicts", {})
-        found.append(
+        rows.append(
             {
                 "collection": collection,
                 "counts": sorted(Counter(str(entry.get("verdict")) for entry in entries.values()).items()),
@@ -206,7 +209,7 @@ def _verdicts(plan: Plan) -> list[dict[str, Any]]:
                 "more": max(0, len(entries) - _MOST_ROWS),
             }
         )
-    return [entry for entry in found if entry["items"]]
+    return [entry for entry in rows if entry["items"]]
 
 
 def _collection(plan: Plan, spec: CubeSpec, rows: Mapping[ShardIndex, LedgerRow]) -> dict[str, Any]:
@@ -235,7 +238,7 @@ def _collection(plan: Plan, spec: CubeSpec, rows: Mapping[ShardIndex, LedgerRow]
 
 
 def _parts(counts: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Shares of a stacked bar, those that are not empty."""
+    """List the shares of a stacked bar that are not empty."""
     total = sum(counts.values())
     return [
         {"state": state, "count": counts[state], "share": counts[state] / total}
@@ -245,7 +248,7 @@ def _parts(counts: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def _map(plan: Plan, spec: CubeSpec, states: Mapping[ShardIndex, str]) -> dict[str, Any]:
-    """Rectangles and outlines of an SVG: each place is a stacked bar over all its dates."""
+    """Make the rectangles and outlines of an SVG, in which each place is a stacked bar over all its dates."""
     _, rows, columns = spec.layout.shard
     height, width = spec.grid.shape
     ny, nx = math.ceil(height / rows), math.ceil(width / columns)

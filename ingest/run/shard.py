@@ -1,8 +1,8 @@
-"""Filling one shard: sources in, arrays out. A pure function of its task, but for the reading itself.
+"""`fill_shard` reads the sources of one shard and returns its arrays, purely from its task except for the reading.
 
 Sources are read one after the other, so memory does not grow with their number, and a later source is read only where
-no earlier one is clear. All bands and classes of a pixel come from one source, and `source_item` says which; or the
-bands are a mean or median of all clear sources (`ingest.pixels.composite`), and `observations` says of how many.
+no earlier one is clear. All bands and classes of a pixel come from one source, whose row is in `source_item`. Or the
+bands are a mean or median of all clear sources (`ingest.pixels.composite`), whose number is in `observations`.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from zarr_store.spec import STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED
 __all__ = ["AssetReader", "FilledShard", "fill_shard"]
 
 AssetReader = Callable[[SourceAsset, Grid], Pixels]
-"""An asset on a window of the cube's grid: raw numbers, as `read_on_grid` gives them."""
+"""A function that reads an asset on a window of the cube's grid: raw numbers, as `read_on_grid` gives them."""
 
 _READERS = 32
-"""Bands that one process reads at once; two shards of all thirteen bands and a class layer need 28."""
+"""Largest number of bands that one process reads at once; two shards of 13 bands and a class layer need 28."""
 
 _PlacedReader = Callable[[SourceAsset, Grid, Pixels | None], Pixels]
-"""The same, put where it is wanted."""
+"""An `AssetReader` that writes into the given array, where there is one."""
 
 
 @dataclass(frozen=True)
 class FilledShard:
-    """Arrays of one shard and what became of its sources.
+    """The arrays of one shard and the outcome of each of its sources.
 
     Attributes:
-        arrays: By name, in the form that `ShardWriter.write` takes.
-        outcomes: One per source that was needed; a source that lies under clear ones everywhere is not read.
-        pixels_read: Source pixels that were asked for, over all bands.
+        arrays: Arrays by name, in the form that `ShardWriter.write` takes.
+        outcomes: One outcome per source that was needed; a source below clear ones everywhere is not read.
+        pixels_read: Number of source pixels that were asked for, over all bands.
     """
 
     arrays: dict[str, Pixels]
@@ -67,14 +67,14 @@ def fill_shard(
 ) -> FilledShard:
     """Read, mask and mosaic all sources of one shard.
 
-    Per pixel the first source wins that sees it clear, else the first that sees it at all. Where none does and a
-    source that could not be read would have covered it, the pixel is missing, which is not the same as no data.
+    Each pixel comes from the first source that sees it clear, else from the first that sees it at all. Where none does,
+    and a source that could not be read would have covered it, the pixel is "missing", which differs from "no data".
 
     Args:
-        task: What to fill, and from what.
+        task: The shard and its sources.
         recipe: Bands, grid and mask of the collection.
         access: Limits and retries.
-        reader: Reads one asset; None for the real one.
+        reader: Function that reads one asset; None for `read_on_grid`.
     """
 
     def read(asset: SourceAsset, window: Grid, out: Pixels | None) -> Pixels:
@@ -110,7 +110,7 @@ def fill_shard(
         _, rows, cols = part.within(task.region)
         for step, sources in enumerate(by_step):
             views = {name: array[step][..., rows, cols] for name, array in arrays.items()}
-            # a source that failed in one part of a shard is not asked again in the next
+            # a source that failed in one part of a shard is not read again in the next
             failed = {item for item, outcome in outcomes.items() if outcome.state == "missing"}
             for outcome in shard.fill_step(sources, views, failed):
                 if outcome.item not in failed:
@@ -123,12 +123,12 @@ def fill_shard(
 def _with_versions(outcome: SourceOutcome, versions: Mapping[tuple[str, str], str]) -> SourceOutcome:
     if outcome.state != "read":
         return outcome
-    told = sorted((key, version) for (scene, key), version in versions.items() if scene == outcome.item_id)
-    return replace(outcome, versions=tuple(told))
+    of_scene = sorted((key, version) for (scene, key), version in versions.items() if scene == outcome.item_id)
+    return replace(outcome, versions=tuple(of_scene))
 
 
 class _Shard:
-    """The work on one shard, step by step."""
+    """The work on one part of a shard, time step by time step."""
 
     def __init__(self, recipe: Recipe, region: Region, read: _PlacedReader) -> None:
         self.recipe = recipe
@@ -143,7 +143,7 @@ class _Shard:
     def fill_step(
         self, sources: list[PlannedScene], views: dict[str, Pixels], failed: Container[int] = ()
     ) -> list[SourceOutcome]:
-        """Mosaic the sources of one time step into the views of the shard's arrays."""
+        """Mosaic the sources of one time step into views of the shard's arrays."""
         status, main = views["status"], views[self.recipe.spec.kind]
         self.tally = make_tally(self.recipe.spec.reduce, (main.shape[0], *self.grid.shape), main.dtype)
         outcomes, unread = [], []
@@ -169,14 +169,14 @@ class _Shard:
         return outcomes
 
     def _needed(self, scene: PlannedScene, status: Pixels) -> tuple[int, int, int, int] | None:
-        """(row0, row1, col0, col1) around the pixels that this source could still improve."""
+        """Find the window (row0, row1, col0, col1) of the pixels that this source can still improve; None for none."""
         reach = pixel_box(scene.extent, self.grid)
         if reach is None:
             return None
         row0, row1, col0, col1 = reach
         if self.inside is None and not status[row0:row1, col0:col1].any():
             return reach
-        # one clear source is enough for a mosaic; a mean or a median asks them all
+        # one clear source is enough for a mosaic; a mean or a median needs them all
         wanting = (status[row0:row1, col0:col1] != STATUS_OBSERVED) | (self.tally is not None)
         if self.inside is not None:
             wanting &= self.inside[row0:row1, col0:col1]
@@ -189,7 +189,7 @@ class _Shard:
         """Read one source on one window and paste it where it wins.
 
         Raises:
-            AssetUnreadable: One of its bands is lacking or unreadable: then nothing of it is used.
+            AssetUnreadable: One of its bands is absent or unreadable; then nothing of the source is used.
         """
         row0, row1, col0, col1 = window
         place = (slice(row0, row1), slice(col0, col1))
@@ -197,7 +197,7 @@ class _Shard:
         spec, recipe = self.recipe.spec, self.recipe
         here = {name: view[(..., *place)] for name, view in views.items()}
         bands = dict(zip(spec.band_names, here[spec.kind], strict=False))
-        # where nothing lies yet the first source is decoded straight into the shard
+        # the first source is decoded straight into the shard, as nothing is there yet
         into = bands | {name: here[name] for name in spec.class_layers}
         fresh = self.tally is None and not here["status"].any()
         try:
@@ -227,7 +227,7 @@ class _Shard:
             self.tally.add(harmonised, clear, place)
 
     def _read_all(self, scene: PlannedScene, target: Grid, into: Mapping[str, Pixels]) -> dict[str, Pixels]:
-        """All classes and bands of one source, `into` their places; over a network they are on their way at once."""
+        """Read all classes and bands of one source into their places; over a network all are requested at once."""
         recipe = self.recipe
         windows = {}
         for name in recipe.classes:
@@ -249,13 +249,13 @@ class _Shard:
         if not any(is_url(asset.href) for asset in scene.assets):
             return {name: read(name) for name in windows}
         begun = {name: _readers(os.getpid()).submit(copy_context().run, read, name) for name in windows}
-        wait(begun.values())  # all of them, also where one fails: they write into arrays that the caller owns
+        wait(begun.values())  # also those after a failure, as they write into arrays of the caller
         return {name: future.result() for name, future in begun.items()}
 
     def _classes(
         self, read: dict[str, Pixels], target: Grid
     ) -> tuple[dict[str, npt.NDArray[np.uint8]], npt.NDArray[np.bool_]]:
-        """Class layers on `target`, and what the mask layer masks there."""
+        """Cut the class layers to `target`, and mask the pixels of the classes that the mask layer masks there."""
         recipe = self.recipe
         masked = np.zeros(target.shape, bool)
         layers = {}
@@ -270,7 +270,7 @@ class _Shard:
 
 @functools.lru_cache(maxsize=2)
 def _readers(pid: int) -> ThreadPoolExecutor:
-    """Threads that read bands of remote scenes; they stay, as PROJ opens its database anew in each thread."""
+    """Start the threads that read bands of remote scenes; they stay, as PROJ opens its database in each new thread."""
     return ThreadPoolExecutor(_READERS, thread_name_prefix="terrashard-read")
 
 
@@ -282,13 +282,13 @@ def _asset(scene: PlannedScene, name: str) -> SourceAsset:
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Pixels:
-    """Pixels without data; zeros are had from the system for nothing."""
+    """Make pixels without data; the system gives zeros at no cost."""
     nodata = NODATA[dtype]
     return np.zeros(shape, dtype) if nodata == 0 else np.full(shape, nodata, dtype)
 
 
 def _covered(extent: Grid, target: Grid) -> npt.NDArray[np.bool_]:
-    """Target pixels whose centre lies in the rectangle of `extent`."""
+    """Find the target pixels whose centre lies in the rectangle of `extent`."""
     left, bottom, right, top = extent.bounds
     if extent.crs == target.crs:
         x, y = target.x(), target.y()

@@ -1,7 +1,7 @@
-"""Clusters that are started for an ingest: over SSH, by a batch system, in Kubernetes, or by a gateway.
+"""`start_cluster` starts a cluster for an ingest: over SSH, by a batch system, in Kubernetes, or by a gateway.
 
-Each can be described without being started (`describe`, for --dry-run), from the same values that start it. What the
-client libraries need is imported where it is used: they are extras.
+`describe` shows the same settings without starting anything, for --dry-run. The client libraries are extras, so they
+are imported where they are used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ingest.trust.hrefs import is_loopback
 from ingest.worker.guard import WORKER_ENVIRONMENT
 from zarr_store.errors import InvalidInput
 
-__all__ = ["describe", "exposed", "manifest", "start_cluster"]
+__all__ = ["describe", "list_exposed", "make_manifest", "start_cluster"]
 
 _EXTRAS = {
     "ssh": ("asyncssh", "ssh"),
@@ -41,15 +41,15 @@ _KNOWN = {
 _KNOWN["pbs"] = _KNOWN["slurm"]
 
 _START_S, _DAY_S = 120.0, 86_400
-"""For the hosts of --cluster ssh to start, and the most that may be given."""
+"""Seconds that the hosts of --cluster ssh have to start: the default, and the most that can be given."""
 
 
-def exposed(config: IngestConfig, dashboard: str) -> list[str]:
-    """What a run would open to other machines; `dashboard` is HOST:PORT."""
-    found = []
-    code = "whoever reaches it runs code as you"
+def list_exposed(config: IngestConfig, dashboard: str) -> list[str]:
+    """List what a run would open to other machines; `dashboard` is HOST:PORT."""
+    opened = []
+    code = "whoever reaches it can run code as you"
     if config.running.cluster == "ssh":
-        found += [
+        opened += [
             f"{what} on {host} ({code})"
             for what, host in zip(
                 ["a scheduler"] + ["a worker"] * len(config.running.hosts), config.running.hosts, strict=False
@@ -57,14 +57,14 @@ def exposed(config: IngestConfig, dashboard: str) -> list[str]:
             if not is_loopback(host)
         ]
     elif config.running.cluster in ("slurm", "pbs"):
-        found.append(f"a scheduler in this process, for the nodes to reach, and workers on the nodes ({code})")
+        opened.append(f"a scheduler in this process, which the nodes must reach, and workers on the nodes ({code})")
     if config.running.cluster in ("local", "ssh", "slurm", "pbs") and not is_loopback(dashboard.rpartition(":")[0]):
-        found.append(f"the dashboard on {dashboard} (it shows paths, names and the state of the run)")
-    return found
+        opened.append(f"the dashboard on {dashboard} (it shows paths, names and the state of the run)")
+    return opened
 
 
 def describe(config: IngestConfig, dashboard: str = "127.0.0.1:0") -> str:
-    """The job script, manifest or options that `start_cluster` would use.
+    """Describe the cluster that `start_cluster` would start: its job script, manifest or options.
 
     Raises:
         InvalidInput: The extra is not installed, or an option is unknown or absent.
@@ -90,24 +90,24 @@ def describe(config: IngestConfig, dashboard: str = "127.0.0.1:0") -> str:
     elif config.running.cluster == "k8s":
         import yaml  # type: ignore[import-untyped]
 
-        plain = json.loads(json.dumps(manifest(config, options)))  # or YAML names what occurs twice
+        plain = json.loads(json.dumps(make_manifest(config, options)))  # or YAML writes an anchor for what occurs twice
         body = yaml.safe_dump(plain, sort_keys=False).rstrip()
     else:
         further = {name: value for name, value in options.items() if name != "address"}
         body = json.dumps({"address": _gateway_address(options), "options": further}, indent=2)
-    opened = exposed(config, dashboard)
+    opened = list_exposed(config, dashboard)
     notes = [f"opens: {text}" for text in opened]
     return "\n".join([head, body, *notes])
 
 
 def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: ExitStack) -> Any:
-    """Start the cluster of `config.running.cluster` (not "local"); it ends with `stack`.
+    """Start the cluster of `config.running.cluster` (other than "local"); it ends with `stack`.
 
     Args:
-        config: What is asked.
-        dashboard: HOST:PORT, checked.
-        security: `distributed.Security` of every connection, or None.
-        stack: Closes the cluster.
+        config: Kind, size and options of the cluster.
+        dashboard: HOST:PORT, which `resolve_dashboard` has checked.
+        security: `distributed.Security` for every connection, or None.
+        stack: The context that closes the cluster.
 
     Raises:
         InvalidInput: The extra is not installed, or an option is unknown or absent.
@@ -124,7 +124,7 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
         if security is not None:
             settings["scheduler_options"]["protocol"] = settings["worker_options"]["protocol"] = protocol
             settings["security"] = security
-        # It reads the addresses of what it starts from their log, and waits for ever for one that is told to be quiet
+        # SSHCluster reads the address of each process from its log, and waits without end where that log is silent
         with dask.config.set({"logging.distributed": "info"}):
             started = _in_time(
                 lambda: SSHCluster(list(config.running.hosts), **settings), _seconds(options), config.running.hosts
@@ -144,7 +144,7 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
         namespace = options.get("namespace")
 
         def make() -> Any:
-            return operator.KubeCluster(custom_cluster_spec=manifest(config, options), namespace=namespace)
+            return operator.KubeCluster(custom_cluster_spec=make_manifest(config, options), namespace=namespace)
 
     else:
         gateway = stack.enter_context(importlib.import_module("dask_gateway").Gateway(_gateway_address(options)))
@@ -160,7 +160,7 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
 
 
 def _in_time(make: Callable[[], Any], seconds: float, hosts: Sequence[str]) -> Any:
-    """What `make` makes; a host that is reached and then says nothing would be waited for without end."""
+    """Return what `make` makes, or stop waiting: a host that is reached and does not answer would block without end."""
     made: Future[Any] = Future()
 
     def run() -> None:
@@ -184,12 +184,12 @@ def _seconds(options: dict[str, Any]) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= _DAY_S:  # nan is neither
-        raise InvalidInput(f"--cluster-option start_s={options['start_s']}: expected seconds, from above 0 to {_DAY_S}")
+        raise InvalidInput(f"--cluster-option start_s={options['start_s']}: expected seconds above 0, at most {_DAY_S}")
     return seconds
 
 
-def manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
-    """The DaskCluster resource of the Kubernetes operator."""
+def make_manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Make the DaskCluster resource for the Kubernetes operator."""
     name, image = options.get("name", "terrashard"), options["image"]
     environment = [{"name": key, "value": value} for key, value in WORKER_ENVIRONMENT.items()]
     limits: dict[str, Any] = {"cpu": str(options.get("cpu", config.running.threads_per_worker))}
@@ -232,7 +232,7 @@ def manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
             "scheduler": {
                 "spec": {"containers": [scheduler]},
                 "service": {
-                    "type": "ClusterIP",  # reached through a port of the cluster's own network, never from outside
+                    "type": "ClusterIP",  # reachable inside the cluster's network only
                     "selector": {"dask.org/cluster-name": name, "dask.org/component": "scheduler"},
                     "ports": [{"name": n, "protocol": "TCP", "port": p, "targetPort": n} for n, p in ports],
                 },
@@ -242,13 +242,13 @@ def manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(config: IngestConfig) -> dict[str, Any]:
-    """The cluster's options, checked."""
+    """Check the options of the cluster, and return them."""
     options = dict(config.running.cluster_options)
     known = _KNOWN[config.running.cluster]
     unknown = sorted(set(options) - known) if known is not None else []
     if unknown:
         raise InvalidInput(
-            f"--cluster {config.running.cluster} has no option {', '.join(unknown)}; it has "
+            f"--cluster {config.running.cluster} has no option {', '.join(unknown)}; its options are "
             f"{', '.join(sorted(known or ()))}"
         )
     if config.running.cluster == "ssh" and len(config.running.hosts) < 2:
@@ -276,7 +276,7 @@ def _needs(kind: str) -> None:
 
 
 def _ssh(config: IngestConfig, options: dict[str, Any], dashboard: str) -> dict[str, Any]:
-    """Arguments of `SSHCluster` but the hosts."""
+    """Make the arguments of `SSHCluster`, except the hosts."""
     connect = {name: value for name, value in options.items() if name not in ("remote_python", "start_s")}
     if "port" in connect:
         connect["port"] = int(connect["port"])
@@ -288,7 +288,7 @@ def _ssh(config: IngestConfig, options: dict[str, Any], dashboard: str) -> dict[
     if config.running.memory:
         worker["memory_limit"] = config.running.memory
     scheduler: dict[str, Any] = {"port": 0, "dashboard_address": dashboard}
-    if all(is_loopback(host) for host in config.running.hosts):  # nothing may listen where nobody else is asked to come
+    if all(is_loopback(host) for host in config.running.hosts):  # no other machine takes part, so none may connect
         worker["host"] = scheduler["host"] = "127.0.0.1"
     return {
         "connect_options": connect,
@@ -300,7 +300,7 @@ def _ssh(config: IngestConfig, options: dict[str, Any], dashboard: str) -> dict[
 
 
 def _job_settings(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a dask-jobqueue cluster and of its jobs."""
+    """Make the arguments of a dask-jobqueue cluster and of its jobs."""
     settings = {name: value for name, value in options.items() if name != "directives"}
     settings |= {
         "cores": config.running.threads_per_worker,
@@ -320,7 +320,7 @@ def _job_settings(config: IngestConfig, options: dict[str, Any]) -> dict[str, An
 
 
 def _job(config: IngestConfig, options: dict[str, Any]) -> str:
-    """The script of one job; the scheduler's address is known when it runs."""
+    """Make the script of one job; the scheduler's address is filled in when the cluster starts."""
     _needs(config.running.cluster)
     module = importlib.import_module(f"dask_jobqueue.{config.running.cluster}")
     kind = module.SLURMJob if config.running.cluster == "slurm" else module.PBSJob
@@ -332,7 +332,7 @@ def _job(config: IngestConfig, options: dict[str, Any]) -> str:
 def _gateway_address(options: dict[str, Any]) -> str:
     address = str(options.get("address", ""))
     if not address.startswith(("http://", "https://")):
-        raise InvalidInput("--cluster gateway needs --cluster-option address=https://…, where the gateway answers")
+        raise InvalidInput("--cluster gateway needs --cluster-option address=https://…, the address of the gateway")
     return address
 
 

@@ -1,7 +1,8 @@
-"""Being told to stop: the first signal ends a run in order, the second at once.
+"""`handle_stop_signals` lets signals end a run: the first in order, the second at once.
 
-In order is: tasks cancelled, cluster closed, lock given back. That can take as long as a worker that does not answer.
-At once is safe too, as is dying at any moment: the ledger says what is done, and a lock whose holder is dead is none.
+In order means that tasks are cancelled, the cluster is closed and the lock is released, which can take as long as a
+worker that does not answer. At once is safe too, as is dying at any moment: the ledger records what is done, and the
+lock of a dead process no longer counts.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ from types import FrameType
 
 from zarr_store.errors import Preempted
 
-__all__ = ["stoppable"]
+__all__ = ["handle_stop_signals"]
 
 _CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
-_AT_ONCE = b"stopped at once; what was written stays, and the same command goes on from there\n"
+_AT_ONCE = b"stopped at once; what was written stays, and the same command continues from there\n"
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM raises `Preempted` and an interrupt `KeyboardInterrupt`, once; whichever comes next ends the process.
+def handle_stop_signals() -> Iterator[None]:
+    """Raise `Preempted` at SIGTERM or `KeyboardInterrupt` at an interrupt, once; the next signal ends the process.
 
     Interrupts are left alone in interactive sessions, which outlive a run, and where a program has its own handler.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    told = False
+    signalled = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        if told:
+        nonlocal signalled
+        if signalled:
             os.write(2, _AT_ONCE)
             os._exit(_CODES[signal.Signals(number)])
-        told = True
+        signalled = True
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise Preempted("told to stop (SIGTERM); what was written stays, and the same command goes on from there")
+        raise Preempted("told to stop (SIGTERM); what was written stays, and the same command continues from there")
 
     interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
     ours = [signal.SIGTERM]

@@ -24,24 +24,24 @@ from zarr_store.write import ShardWriter
 __all__ = ["ingest_shard", "settle"]
 
 _being_made: set[int] = set()
-"""Threads of this process that make a shard at the moment."""
+"""Identifiers of the threads of this process that are making a shard."""
 
 
 def ingest_shard(
     task: ShardTask, recipe: Recipe, url: str, access: Access, *, fence: str | None = None, again: bool = False
 ) -> tuple[LedgerRow, int]:
-    """Fill one shard, write it, and record it in the ledger. Running it twice leaves the same bytes.
+    """Fill one shard, write it and record it in the ledger; a second call leaves the same bytes.
 
-    A task that ran already (its worker died before it could tell, or it was stolen) reads nothing. Where the shard is
-    complete and this time a scene cannot be read, it stays as it is and the row that is returned says failed.
+    A task that ran before (its worker died before it could answer, or the task was stolen) reads nothing. Where the
+    shard is complete and a scene cannot be read this time, the shard stays as it is and the returned row is "failed".
 
     Args:
         task: The shard.
-        recipe: Of its collection.
+        recipe: Recipe of its collection.
         url: The cube.
         access: Limits of reading.
-        fence: Token of the run's lock; nothing is written once the run has lost it.
-        again: Make the shard although its row says done.
+        fence: Token of the run's lock; nothing is written once the run has lost the lock.
+        again: Make the shard although its row is "done".
 
     Returns:
         The shard's row, and how many source pixels were asked for.
@@ -76,12 +76,12 @@ def _make_shard(
         with stage("write", sum(array.nbytes for array in filled.arrays.values())):
             with computing():
                 packed = writer.pack(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
-            del filled  # its memory is for the next shard, which begins now
+            del filled  # the next shard begins now and needs the memory
             give_way()
             row = packed.finish()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, NoSpace):
-            raise NoSpace(f"no space left for {url}; free some and repeat the command") from error
+            raise NoSpace(f"no space left for {url}; free some space and repeat the command") from error
         raise
     return row, pixels_read
 
@@ -97,7 +97,7 @@ def _making() -> Iterator[None]:
 
 
 async def settle(limit_s: float) -> None:
-    """Wait, on a worker, until no shard is being made, at most `limit_s` seconds."""
+    """Wait on a worker until it makes no shard, for at most `limit_s` seconds."""
     until = time.monotonic() + limit_s
     while _being_made and time.monotonic() < until:
         await asyncio.sleep(0.02)

@@ -1,10 +1,10 @@
-"""A simulated landscape seen by Sentinel-2 and Sentinel-1: behind `terrashard simulate`, `terrashard demo` and tests.
+"""`simulate` writes a landscape as Sentinel-2 and Sentinel-1 see it, for `terrashard simulate`, the demo and tests.
 
     SimulateConfig ── ground.py ── spectra.py + clouds.py + radar.py ── scenes.py ──▶ COGs, STAC items, truth
                                                                     └─ server.py ──▶ STAC API and file server
 
-Not imported by `import ingest`; exports load on first use, since the server needs no raster library and the writer no
-web framework.
+`import ingest` does not import it. Exports load on first use, because the server needs no raster library and the writer
+no web framework.
 """
 
 from __future__ import annotations

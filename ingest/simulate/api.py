@@ -1,6 +1,6 @@
-"""The STAC API of a simulated world: stac-fastapi's routes over lists in memory.
+"""`make_application` makes the STAC API of a simulated world from the routes of stac-fastapi and lists in memory.
 
-stac-fastapi gives routes, request models and conformance; the back end is a list of items made from the static
+stac-fastapi has the routes, request models and conformance classes; the back end is a list of items from the static
 catalogue on disk. Item hrefs in answers point to the file server of the same application.
 """
 
@@ -35,16 +35,16 @@ Json = dict[str, Any]
 
 
 def make_application(collections: dict[str, Json], items: list[Json], routes: Sequence[Route]) -> Any:
-    """The ASGI application: the API, and `routes` beside it.
+    """Make the ASGI application of the API and of further routes.
 
     Args:
         collections: Collections by id, without links.
         items: Items in the order of answers, with hrefs relative to the server's root.
-        routes: Further routes, those of the file server.
+        routes: Further routes, here those of the file server.
     """
     paging, query = TokenPaginationExtension(), QueryExtension()
     settings = ApiSettings(
-        _env_file=None,  # a .env in the working folder is not ours
+        _env_file=None,  # a .env in the working folder belongs to something else
         stac_fastapi_title="terrashard simulator",
         stac_fastapi_description="A simulated world as STAC API",
         stac_fastapi_landing_id="terrashard-simulator",
@@ -57,7 +57,7 @@ def make_application(collections: dict[str, Json], items: list[Json], routes: Se
         search_get_request_model=create_get_request_model([paging, query]),
         search_post_request_model=create_post_request_model([paging, query]),
         items_get_request_model=create_get_request_model([paging], base_model=ItemCollectionUri),
-        # no compression and no trust in forwarded headers: byte counts and hrefs stay what they say
+        # no compression and no forwarded headers, so that byte counts and hrefs stay correct
         middlewares=[],
     )
     api.app.router.routes.extend(routes)
@@ -72,7 +72,7 @@ class MemoryClient(BaseCoreClient):
     items: list[Json] = attr.ib(factory=list)
 
     def all_collections(self, **kwargs: Any) -> Any:
-        """GET /collections."""
+        """Answer GET /collections."""
         request: Request = kwargs["request"]
         return {
             "collections": [self._collection(name, request) for name in self.collections],
@@ -83,11 +83,11 @@ class MemoryClient(BaseCoreClient):
         }
 
     def get_collection(self, collection_id: str, **kwargs: Any) -> Any:
-        """GET /collections/{collection_id}."""
+        """Answer GET /collections/{collection_id}."""
         return self._collection(collection_id, kwargs["request"])
 
     def get_item(self, item_id: str, collection_id: str, **kwargs: Any) -> Any:
-        """GET /collections/{collection_id}/items/{item_id}."""
+        """Answer GET /collections/{collection_id}/items/{item_id}."""
         for item in self.items:
             if (item["id"], item["collection"]) == (item_id, collection_id):
                 return _linked(item, kwargs["request"])
@@ -102,7 +102,7 @@ class MemoryClient(BaseCoreClient):
         token: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """GET /collections/{collection_id}/items."""
+        """Answer GET /collections/{collection_id}/items."""
         self._collection(collection_id, kwargs["request"])
         found = self._select(collections=[collection_id], bbox=bbox, datetime=datetime)
         return _page(found, limit, token, kwargs["request"])
@@ -119,7 +119,7 @@ class MemoryClient(BaseCoreClient):
         query: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """GET /search."""
+        """Answer GET /search."""
         try:
             area = json.loads(intersects) if intersects else None
             conditions = json.loads(query) if query else None
@@ -129,7 +129,7 @@ class MemoryClient(BaseCoreClient):
         return _page(found, limit, token, kwargs["request"])
 
     def post_search(self, search_request: Any, **kwargs: Any) -> Any:
-        """POST /search."""
+        """Answer POST /search."""
         body = search_request.model_dump(mode="json", exclude_none=True)
         found = self._select(
             body.get("collections"),
@@ -184,7 +184,7 @@ class MemoryClient(BaseCoreClient):
 
 
 def _holds(item: Json, name: str, tests: Mapping[str, Any]) -> bool:
-    """STAC API query extension: all comparisons of one property; an absent property fulfils none."""
+    """Evaluate the comparisons of one property (STAC API query extension); an absent property fulfils none."""
     value = item["properties"].get(name, item.get(name))
     if value is None:
         return False
@@ -202,7 +202,9 @@ def _holds(item: Json, name: str, tests: Mapping[str, Any]) -> bool:
     }
     for operator, wanted in tests.items():
         if operator not in compare:
-            raise HTTPException(status_code=400, detail=f"query operator {operator!r} is not known: {sorted(compare)}")
+            raise HTTPException(
+                status_code=400, detail=f"unknown query operator {operator!r}; choose from {sorted(compare)}"
+            )
         if not compare[operator](wanted):
             return False
     return True
@@ -211,7 +213,7 @@ def _holds(item: Json, name: str, tests: Mapping[str, Any]) -> bool:
 def _page(
     found: list[Json], limit: int | None, token: str | None, request: Request, *, body: Json | None = None
 ) -> Json:
-    """One page of results, with the link to the next; `body` is that of a POST."""
+    """Make one page of results with the link to the next; `body` is the body of a POST."""
     try:
         start = int((token or "next:0").removeprefix("next:"))
     except ValueError as error:
@@ -239,7 +241,7 @@ def _page(
 
 
 def _linked(item: Json, request: Request) -> Json:
-    """A copy of an item with absolute links and hrefs."""
+    """Copy an item, with absolute links and hrefs."""
     base = str(request.base_url)
     out = copy.deepcopy(item)
     path = f"collections/{item['collection']}"

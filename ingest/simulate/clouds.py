@@ -1,6 +1,6 @@
-"""Clouds, their shadows and the scene classification that matches them.
+"""`sky` makes clouds and their shadows, and `scene_classes` the scene classification that matches them.
 
-One field of optical thickness per date; shadows are the same field, moved away from the sun by the height of the cloud.
+Each date has one field of optical thickness; shadows are the same field, moved away from the sun by the cloud's height.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCL_CLASSES: tuple[tuple[int, str, str, str], ...] = (
     (10, "thin_cirrus", "Thin cirrus", "64c8ff"),
     (11, "snow", "Snow or ice", "ff96ff"),
 )
-"""Value, name, description, colour hint of the Sentinel-2 scene classification (ESA, Sen2Cor)."""
+"""Value, name, description and colour hint of each class of the Sentinel-2 scene classification (ESA, Sen2Cor)."""
 
 SCL_CLOUD = (8, 9, 10)
 """Values that count as cloud cover."""
@@ -42,7 +42,7 @@ SCL_CLOUD = (8, 9, 10)
 # Reflectance of thick cloud by band, falling where water droplets absorb.
 _CLOUD = np.array([0.66, 0.66, 0.67, 0.67, 0.68, 0.68, 0.68, 0.67, 0.48, 0.36], np.float32)
 _CIRRUS = np.array([0.50, 0.48, 0.48, 0.48, 0.48, 0.48, 0.48, 0.48, 0.30, 0.24], np.float32)
-# What is left of the light in full shadow: the sky's, which is blue.
+# Share of the light that is left in full shadow; it comes from the sky, so more of the blue is left.
 _SHADE = np.array([0.52, 0.47, 0.42, 0.41, 0.40, 0.39, 0.38, 0.37, 0.32, 0.30], np.float32)
 
 # Opacity from which Sen2Cor-like masks call a pixel medium and high probability cloud, and shadow.
@@ -51,7 +51,7 @@ _MEDIUM, _HIGH, _SHADOWED, _VISIBLE_CIRRUS = 0.12, 0.45, 0.20, 0.035
 
 @dataclass(frozen=True)
 class Sky:
-    """What is above one window on one date; arrays of the window's shape, all 0 … 1.
+    """The sky over one window on one date, as arrays of the window's shape with values 0 … 1.
 
     Attributes:
         cloud: Opacity of the cloud.
@@ -64,7 +64,7 @@ class Sky:
     shadow: F32
 
     def over(self, reflectance: F32, band: int) -> F32:
-        """Reflectance of the ground as seen through shadow, cloud and cirrus."""
+        """Compute the reflectance of the ground as it is seen through shadow, cloud and cirrus."""
         seen = reflectance * (np.float32(1) - (np.float32(1) - _SHADE[band]) * self.shadow)
         seen += (_CLOUD[band] - seen) * self.cloud
         seen += (_CIRRUS[band] - seen) * self.cirrus
@@ -73,9 +73,9 @@ class Sky:
 
 
 def shadow_offset(config: SimulateConfig, acquisition: Acquisition, scale: float) -> tuple[float, float]:
-    """Metres (east, north) from a cloud to its shadow.
+    """Compute the metres (east, north) from a cloud to its shadow.
 
-    The tangent rule for a cloud base at 1100 to 1900 m: length = height / tan(sun elevation), away from the sun.
+    The cloud base lies at 1100 to 1900 m. Tangent rule: length = height / tan(sun elevation), away from the sun.
     """
     height = scale * (1100.0 + 800.0 * ((0.37 * (config.seed + acquisition.index)) % 1.0))
     length = height / math.tan(math.radians(acquisition.sun_elevation))
@@ -84,13 +84,13 @@ def shadow_offset(config: SimulateConfig, acquisition: Acquisition, scale: float
 
 
 def sky(config: SimulateConfig, acquisition: Acquisition, grid: Grid, scale: float) -> Sky:
-    """Clouds, cirrus and shadows over `grid` on one date."""
+    """Make clouds, cirrus and shadows over a grid on one date."""
     if acquisition.cloud_share < 0.005:
         clear = np.zeros(grid.shape, np.float32)
         return Sky(clear, clear, clear)
     cloud = _opacity(config, acquisition, grid, scale)
     east, north = shadow_offset(config, acquisition, scale)
-    # the shadow here belongs to the cloud that stands towards the sun
+    # the shadow at a place belongs to the cloud that lies towards the sun
     a, b, c, d, e, f = grid.transform
     caster = Grid(grid.crs, (a, b, c - east, d, e, f - north), grid.shape)
     shadow = _opacity(config, acquisition, caster, scale) * (np.float32(1) - cloud)
@@ -101,7 +101,7 @@ def sky(config: SimulateConfig, acquisition: Acquisition, grid: Grid, scale: flo
 
 
 def _opacity(config: SimulateConfig, acquisition: Acquisition, grid: Grid, scale: float) -> F32:
-    """Cumulus: a fractal field cut where the wished share of the sky is covered."""
+    """Make cumulus: a fractal field, cut where the wanted share of the sky is covered."""
     key = key_of(config.seed, "cloud", acquisition.index)
     field = fractal(key, grid, 2300.0 * scale, octaves=6, gain=0.58)
     # the field is close to normal, so the cut for a share is the normal's quantile
@@ -112,7 +112,7 @@ def _opacity(config: SimulateConfig, acquisition: Acquisition, grid: Grid, scale
 
 
 def scene_classes(ground: Ground, surface: Surface, above: Sky) -> npt.NDArray[np.uint8]:
-    """The scene classification (SCL) of a window, before nodata."""
+    """Make the scene classification (SCL) of a window, before nodata is set."""
     scl = np.where(surface.vegetated, np.uint8(4), np.uint8(5))
     scl[ground.classes == WATER] = 6
     # the classifier leaves a few bright roofs and gravel pits undecided

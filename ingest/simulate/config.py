@@ -1,4 +1,4 @@
-"""What a simulated world is made of: `SimulateConfig`, and the tiles and acquisitions that follow from it.
+"""`SimulateConfig` describes a simulated world; tiles and acquisitions follow from it.
 
 Tiles lie around a corner of the real MGRS lattice of UTM zone 33 (near 16.3° E, 45.2° N), where the Sentinel-2 tiles
 33TWL, 33TXL, 33TWK and 33TXK meet: each simulated tile is the part of its namesake next to that corner, so the
@@ -29,9 +29,9 @@ _TILES = (("33TWL", 0, 0), ("33TXL", 0, 1), ("33TWK", 1, 0), ("33TXK", 1, 1))
 Radiometry = Literal["none", "offset", "subtracted", "mislabelled"]
 """How a scene stores reflectance, with DN = 10 000 · reflectance + n:
 
-none: baseline 03.01, n = 0 · offset: baseline ≥ 04.00, n = 1000, metadata says so · subtracted: baseline 05.09 from a
-provider that took the 1000 off (`earthsearch:boa_offset_applied: true`) yet still lists offset −0.1 · mislabelled: as
-subtracted in every word, but n = 1000 in the pixels (earth-search#9).
+none: baseline 03.01, n = 0 · offset: baseline ≥ 04.00, n = 1000, as the metadata state · subtracted: baseline 05.09
+from a provider that subtracted the 1000 (`earthsearch:boa_offset_applied: true`) but still lists offset −0.1 ·
+mislabelled: metadata as for "subtracted", but n = 1000 in the pixels (earth-search#9).
 """
 BASELINES: dict[Radiometry, str] = {"none": "03.01", "offset": "05.10", "subtracted": "05.09", "mislabelled": "05.09"}
 
@@ -43,7 +43,7 @@ _REVOLUTION_0 = {"A": 42590, "B": 33682}
 
 @dataclass(frozen=True)
 class Tile:
-    """One MGRS tile: its name and the 10 m grid it covers."""
+    """One MGRS tile, with its name and its grid of full resolution."""
 
     name: str
     grid: Grid
@@ -61,7 +61,7 @@ class Acquisition:
         revolution: Absolute orbit.
         radiometry: How DN relate to reflectance.
         baseline: Processing baseline, e.g. "05.09".
-        cloud_share: Share of the sky that clouds are aimed to cover.
+        cloud_share: Share of the sky that clouds are meant to cover.
         sun_elevation: Degrees above the horizon.
         sun_azimuth: Degrees clockwise from north.
     """
@@ -83,7 +83,7 @@ class Acquisition:
 
     @property
     def dn_offset(self) -> int:
-        """What the stored DN hold above 10 000 · reflectance."""
+        """Number that the stored DN have above 10 000 · reflectance."""
         return 1000 if self.radiometry in ("offset", "mislabelled") else 0
 
 
@@ -91,7 +91,7 @@ class SimulateConfig(BaseModel):
     """A simulated world; equal configs give equal bytes.
 
     Attributes:
-        seed: Everything random follows from it.
+        seed: Number from which everything random follows.
         tiles: Number of MGRS tiles, 1 to 4 (two side by side, then a second row).
         tile_px: Side of a tile in pixels of `resolution_m`; even, so that the 20 m bands nest.
         overlap_px: Pixels that neighbouring tiles share; even.
@@ -138,7 +138,7 @@ class SimulateConfig(BaseModel):
         return self
 
     def tile_list(self) -> tuple[Tile, ...]:
-        """The tiles, first the upper row from west to east."""
+        """List the tiles, first the upper row from west to east."""
         size = self.tile_px * self.resolution_m
         overlap = self.overlap_px * self.resolution_m
         out = []
@@ -150,7 +150,7 @@ class SimulateConfig(BaseModel):
         return tuple(out)
 
     def world_grid(self) -> Grid:
-        """The smallest grid that holds all tiles."""
+        """Make the smallest grid that holds all tiles."""
         every = [tile.grid.bounds for tile in self.tile_list()]
         bounds: Bounds = (
             min(b[0] for b in every),
@@ -161,13 +161,13 @@ class SimulateConfig(BaseModel):
         return Grid.from_bounds(CRS, bounds, resolution=self.resolution_m, anchor=(bounds[0], bounds[3]))
 
     def acquisitions(self) -> tuple[Acquisition, ...]:
-        """The Sentinel-2 overpasses, in order of time."""
-        # a low-discrepancy walk, so that a few dates already hold clear and cloudy ones: 0.29, 1.53, 0.77, 0.01, …
+        """List the Sentinel-2 overpasses, in order of time."""
+        # a low-discrepancy sequence, so that even a few dates are clear and cloudy: 0.29, 1.53, 0.77, 0.01, …
         factors = [2.0 * ((0.62 * i + 0.145) % 1.0) for i in range(len(self.dates))]
         out = []
         for index, (date, factor) in enumerate(zip(self.dates, factors, strict=True)):
             phase = (date - _DAY_0).days % 10
-            # an overpass on another day than the real orbits have is given the last orbit before it
+            # a date without a real overpass gets the last orbit before it
             letter, orbit = _ORBIT_OF_DAY[max(day for day in _ORBIT_OF_DAY if day <= phase)]
             time = dt.datetime.combine(date, dt.time(10, 0, 31) if orbit == 122 else dt.time(9, 50, 31), dt.UTC)
             radiometry = self.radiometry[index % len(self.radiometry)]
@@ -190,12 +190,12 @@ class SimulateConfig(BaseModel):
         return tuple(out)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, for the world's manifest."""
+        """Make the JSON form, for the world's manifest."""
         return self.model_dump(mode="json")
 
 
 def _sun(time: dt.datetime, lon: float = 16.3, lat: float = 45.2) -> tuple[float, float]:
-    """Elevation and azimuth of the sun in degrees, to about a degree.
+    """Compute elevation and azimuth of the sun in degrees, to about a degree.
 
     Declination after P. I. Cooper (1969), "The absorption of radiation in solar stills", Solar Energy 12 (3).
     """

@@ -1,8 +1,8 @@
-"""What a file server can do wrong, one mode at a time.
+"""`MODES` lists the faults that the file server can make, one at a time.
 
-A mode is asked for in the path, `/fault/<mode>/files/…`, or for chosen files by `serve(faults={pattern: mode})`; some
-take a number, as in `503first:3`. Each mode counts when it has really changed an answer, so a test can assert that its
-fault fired.
+A request chooses a mode by its path, `/fault/<mode>/files/…`, or `serve(faults={pattern: mode})` sets it for some
+files. Some modes take a number, as in `503first:3`. A mode is counted when it has really changed an answer, so a test
+can assert that its fault happened.
 """
 
 from __future__ import annotations
@@ -15,45 +15,45 @@ from dataclasses import dataclass, field
 
 from zarr_store.errors import InvalidInput, UnknownName
 
-__all__ = ["MODES", "Counters", "Fault", "flip_bits", "interrupted"]
+__all__ = ["MODES", "Counters", "Fault", "flip_bits", "send_half"]
 
 MODES: dict[str, str] = {
     "404": "not found",
     "403": "forbidden, as when a signature has expired",
     "429first": "the first N requests (default 2) of each file get 429 with Retry-After: 0",
     "503first": "the first N requests (default 2) of each file get 503 with Retry-After: 0",
-    "503": "503 for ever",
+    "503": "every request gets 503",
     "html200": "a login page with status 200",
     "trunc": "the body ends half way and the connection closes",
-    "norange": "Range is ignored: 200 and the whole file",
+    "norange": "Range is ignored, and the answer is 200 with the whole file",
     "stall": "the body stops half way for N seconds (default 5), then the connection closes",
     "flip": "one bit in every kilobyte of the second half of the file is flipped",
     "reset": "the connection is reset half way through the body",
-    "short206": "a range is answered with its first half, and headers that say so",
-    "wrongrange": "a range is answered with the bytes N further on (default 512), under the headers of the right ones",
+    "short206": "a range is answered with its first half, under headers of that half",
+    "wrongrange": "a range is answered with the bytes N further on (default 512), under the headers of the range",
     "partialfile": "the second half of the file is zeros, as after a broken upload",
-    "expiring": "403 unless the query says until=T and T, in seconds since 1970, is not over",
-    "swap": "from the request N + 1 on (default 2) another file is there: NAME.swap, with another ETag",
+    "expiring": "403, unless the query has until=T and the time T (seconds since 1970) has not passed",
+    "swap": "from request N + 1 on (default N = 2) another file is served: NAME.swap, with another ETag",
     "redirectloop": "302 to itself",
     "redirect": "302 to the same file under the name localhost, which is another host than 127.0.0.1",
 }
-"""Mode → what happens."""
+"""Description of each mode."""
 
 _DEFAULT_NUMBER = {"429first": 2.0, "503first": 2.0, "stall": 5.0, "wrongrange": 512.0, "swap": 2.0}
-# No test should wait longer, and a stalled answer must not hold up the end of the server.
+# Longest pause of a stalled answer: no test should wait longer, and the server must be able to end.
 _LONGEST_STALL_S = 60.0
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A mode with its number."""
+    """A fault mode with its number."""
 
     mode: str
     number: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """`mode` or `mode:number`.
+        """Parse `mode` or `mode:number`.
 
         >>> Fault.parse("503first:3")
         Fault(mode='503first', number=3.0)
@@ -70,7 +70,7 @@ class Fault:
 
 @dataclass
 class Counters:
-    """What the server has been asked and has sent; safe to use from any thread."""
+    """Counts of requests, faults and bytes sent; safe to use from any thread."""
 
     requests: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -78,7 +78,7 @@ class Counters:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def request(self, path: str) -> int:
-        """Count a request; returns how often this path has been asked for, this time included."""
+        """Count a request, and return the number of requests for this path, this one included."""
         with self._lock:
             self.requests[path] += 1
             return self.requests[path]
@@ -103,7 +103,7 @@ class Counters:
 
 
 def flip_bits(body: bytes, start: int, size: int) -> bytes:
-    """`body`, which begins at byte `start` of a file of `size` bytes, with its share of the flipped bits."""
+    """Flip the bits of a body that begins at byte `start` of a file of `size` bytes."""
     first = max(size // 2, start)
     first += -first % 1024
     damaged = bytearray(body)
@@ -112,8 +112,8 @@ def flip_bits(body: bytes, start: int, size: int) -> bytes:
     return bytes(damaged)
 
 
-async def interrupted(body: bytes, stall_s: float, stopping: threading.Event) -> AsyncIterator[bytes]:
-    """The first half of `body`, a pause, and then the end of the connection."""
+async def send_half(body: bytes, stall_s: float, stopping: threading.Event) -> AsyncIterator[bytes]:
+    """Send the first half of a body, pause, and then end the connection."""
     yield body[: len(body) // 2]
     waited = 0.0
     while waited < stall_s and not stopping.is_set():

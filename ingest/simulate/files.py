@@ -1,4 +1,4 @@
-"""The HTTP file server under `/files/`: GET and HEAD, byte ranges, ETags, and the faults of `faults.py`."""
+"""`FileServer` serves `/files/` over HTTP: GET and HEAD, byte ranges, ETags, and the faults of `faults.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from ingest.simulate.faults import Counters, Fault, flip_bits, interrupted
+from ingest.simulate.faults import Counters, Fault, flip_bits, send_half
 
 __all__ = ["FileServer"]
 
@@ -33,15 +33,15 @@ _LOGIN = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>Please 
 
 @dataclass
 class FileServer:
-    """Serves the files of one folder.
+    """A server of the files of one folder.
 
     Attributes:
         root: The folder; nothing outside it is served.
-        faults: Pattern (as in fnmatch, on the path below the root) → fault, for requests under /files/.
-        latency_s: Pause before each answer.
-        counters: What was asked and sent.
-        stopping: Set when the server ends, so that stalled answers end too.
-        reset: Resets the connection of a client, given its address.
+        faults: Faults of requests under /files/, by pattern (as in fnmatch, on the path below the root).
+        latency_s: Pause before each answer in seconds.
+        counters: Counts of requests and answers.
+        stopping: Event that is set when the server ends, so that stalled answers end too.
+        reset: Function that resets the connection of a client, given its address.
     """
 
     root: Path
@@ -87,7 +87,7 @@ class FileServer:
         return self._send(request, file, fault)
 
     def _refusal(self, fault: Fault | None, nth: int, request: Request) -> Response | None:
-        """The answer of a fault that needs no file, or None."""
+        """Make the answer of a fault that needs no file, or None."""
         if fault is None:
             return None
         mode = fault.mode
@@ -110,7 +110,7 @@ class FileServer:
         return None
 
     def _find(self, path: str) -> Path | None:
-        """The file at `path` below the root, or None; links and `..` that lead outside count as absent."""
+        """Find the file at a path below the root, or None; links and `..` that lead outside count as absent."""
         if "\0" in path:
             return None
         file = (self.root / path).resolve()
@@ -127,7 +127,7 @@ class FileServer:
         }
         asked = request.headers.get("if-match")
         if asked is not None and asked.strip() not in ("*", headers["ETag"]):
-            return Response("it has been replaced\n", status_code=412, media_type="text/plain")
+            return Response("the file has been replaced\n", status_code=412, media_type="text/plain")
         wanted = request.headers.get("range")
         mode = fault.mode if fault else ""
         if mode == "norange":
@@ -149,7 +149,7 @@ class FileServer:
         code = 206 if partial else 200
         if request.method == "HEAD":
             return Response(status_code=code, headers=headers)
-        # files of a simulated world are a few MB, and a range is less
+        # files of a simulated world have a few MB, and a range is smaller
         with file.open("rb") as source:
             source.seek(start)
             body = source.read(stop - start)
@@ -157,7 +157,7 @@ class FileServer:
             self.counters.fault(mode)
             self.counters.sent(len(body) // 2)
             pause = fault.number if mode == "stall" else 0.0
-            return StreamingResponse(interrupted(body, pause, self.stopping), status_code=code, headers=headers)
+            return StreamingResponse(send_half(body, pause, self.stopping), status_code=code, headers=headers)
         if mode == "wrongrange" and fault is not None and partial and start + int(fault.number) < size:
             self.counters.fault(mode)
             with file.open("rb") as source:
@@ -183,7 +183,7 @@ class FileServer:
 
 
 class _ResetResponse(Response):
-    """A body that ends in the reset of its connection, as when a machine on the way is restarted."""
+    """An answer that ends with a reset of its connection, as when a machine on the path is restarted."""
 
     reset: Callable[[Any], None]
 
@@ -201,7 +201,7 @@ def _still_valid(until: str | None) -> bool:
 
 
 def _parse_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """(start, stop) of the bytes to send, all of them without a usable header; None where the range is outside.
+    """Parse the bytes (start, stop) to send: all without a usable header, None where the range is outside.
 
     RFC 9110, section 14: a server may ignore forms it does not know, such as several ranges at once.
     """

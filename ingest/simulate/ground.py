@@ -1,7 +1,7 @@
-"""The truth: a seeded landscape of fields, forest, towns, river, lakes, bare soil and wetland.
+"""`Landscape` is the ground truth: a seeded landscape of fields, forest, towns, river, lakes, bare soil and wetland.
 
-Everything here is a function of place. `Landscape` fixes what is global (where towns lie, where the river runs);
-`Landscape.ground(grid)` evaluates it in any window, and windows agree where they overlap.
+Everything here is a function of place. `Landscape` fixes what is global (the towns, the course of the river), and
+`Landscape.ground(grid)` evaluates it in any window; windows agree where they overlap.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ U8 = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class LandClass:
-    """One class of the truth: its value in the raster, name, colour and meaning."""
+    """One land cover class, with its value in the raster, name, colour and meaning."""
 
     value: int
     name: str
@@ -45,7 +45,7 @@ CLASSES: tuple[LandClass, ...] = (
 WATER, WETLAND, FOREST, GRASS, CROP, BARE, BUILT = (c.value for c in CLASSES)
 
 CROPS = ("winter cereal", "maize", "rapeseed", "soy")
-"""Crop of a parcel: index into this tuple."""
+"""Names of the crops; a parcel has an index into this tuple."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Ground:
     Attributes:
         grid: The window.
         classes: Value of the land class, 1 … 7.
-        crop: Index into CROPS; of meaning where the class is cropland.
-        parcel: Uniform [0, 1) per parcel: vigour and sowing date follow from it.
+        crop: Index into CROPS; valid where the class is cropland.
+        parcel: Uniform [0, 1) per parcel, from which vigour and sowing date follow.
         margin: Share of the pixel, 0 … 1, that is a grassy field margin or a lane.
         fine: Texture over about 25 m, variance 1.
         coarse: Texture over about 600 m, variance 1.
@@ -80,7 +80,7 @@ class Ground:
 
 @dataclass(frozen=True)
 class _Patch:
-    """A round feature: centre in metres of the CRS, radius, and the kind of ground."""
+    """A round feature, with its centre in metres of the CRS and its radius."""
 
     x: float
     y: float
@@ -88,7 +88,7 @@ class _Patch:
 
 
 class Landscape:
-    """The plan of a world: positions that are drawn once, and the fields that are evaluated per window.
+    """The landscape of a world: positions that are drawn once, and fields that are evaluated per window.
 
     Args:
         config: The world.
@@ -114,7 +114,7 @@ class Landscape:
     def _place(
         self, rng: np.random.Generator, count: int, radius_m: tuple[float, float], taken: list[_Patch]
     ) -> tuple[_Patch, ...]:
-        """`count` discs inside the world, away from the river and from those in `taken` (extended in place)."""
+        """Place discs inside the world, away from the river and from those in `taken`, which is extended."""
         left, bottom, right, top = self.world.bounds
         placed: list[_Patch] = []
         for _ in range(count):
@@ -132,13 +132,13 @@ class Landscape:
         return tuple(placed)
 
     def river(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Northing of the middle of the river at each easting."""
+        """Compute the northing of the middle of the river at each easting."""
         key, s = key_of(self.config.seed, "river"), self.scale
         bends = 760.0 * curve(key, x, 3600.0 * s) + 250.0 * curve(key + 1, x, 1150.0 * s)
         return self.river_y + s * bends
 
     def _river_distance(self, grid: Grid) -> F32:
-        """Metres to the middle of the river, exact to first order in its slope."""
+        """Compute the metres to the middle of the river, exact to first order in its slope."""
         x = grid.x()
         middle = self.river(x)
         slope = (self.river(x + 5.0) - self.river(x - 5.0)) / 10.0
@@ -146,7 +146,7 @@ class Landscape:
         return np.abs(across).astype(np.float32)
 
     def _inside(self, grid: Grid, patches: tuple[_Patch, ...], ragged: F32, reach: float = 1.0) -> F32:
-        """Smallest (distance / radius), made ragged by noise; below 1 is inside. 9 where no patch is near."""
+        """Compute the smallest (distance / radius), made ragged by noise: below 1 inside, 9 where no patch is near."""
         out = np.full(grid.shape, 9.0, np.float32)
         left, bottom, right, top = grid.bounds
         for patch in patches:
@@ -165,7 +165,7 @@ class Landscape:
         return out
 
     def ground(self, grid: Grid) -> Ground:
-        """The landscape in `grid`, a window of the world's lattice or any grid of its CRS."""
+        """Evaluate the landscape in a window of the world's lattice, or in any grid of its CRS."""
         seed, s = self.config.seed, self.scale
         relief, east, north = self._relief(grid)
         fields: Parcels = parcels(
@@ -213,7 +213,7 @@ class Landscape:
         )
 
     def _relief(self, grid: Grid) -> tuple[F32, F32, F32]:
-        """Relative height (variance about 1) and its rise per metre to the east and north."""
+        """Compute the relative height (variance about 1) and its rise per metre to the east and north."""
         res = grid.resolution[0]
         wide = grid.window(-1, -1, grid.height + 2, grid.width + 2)
         height = fractal(key_of(self.config.seed, "relief"), wide, 5200.0 * self.scale, octaves=6, gain=0.52)
@@ -224,7 +224,7 @@ class Landscape:
 
 
 def _plots(key: int, grid: Grid) -> F32:
-    """Uniform [0, 1) per building plot of about 24 m: roofs differ from each other."""
+    """Draw a uniform number [0, 1) for each building plot of about 24 m, so that roofs differ."""
     j = np.floor(grid.y() / 24.0).astype(np.int64)[:, None]
     i = np.floor(grid.x() / 24.0).astype(np.int64)[None, :]
     return uniform(mix(j, i, key))

@@ -1,7 +1,7 @@
-"""STAC documents of a simulated world: items, collections and the catalogue, with relative links.
+"""`scene_item`, `radar_item` and `catalog_documents` make the STAC documents of a world, with relative links.
 
 Sentinel-2 items follow the form of Earth Search v1, half of them as STAC 1.0 (projection 1.x, `raster:bands`,
-`eo:bands`) and half as STAC 1.1 (`proj:code`, `bands`), as catalogues in the field mix them. Sentinel-1 items follow
+`eo:bands`) and half as STAC 1.1 (`proj:code`, `bands`), as real catalogues mix them. Sentinel-1 items follow
 Planetary Computer's `sentinel-1-rtc`.
 """
 
@@ -49,41 +49,41 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Extent:
-    """What one scene covers: polygon in the CRS of the tiles, and how many pixels have each SCL value."""
+    """The area of one scene: polygon in the CRS of the tiles, and number of pixels of each SCL value."""
 
     polygon: Polygon
     scl_counts: tuple[int, ...] = ()
 
 
 def to_json(document: Json) -> str:
-    """The one way documents are written, so equal documents are equal bytes."""
+    """Write a document; every document is written here, so equal documents are equal bytes."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def scene_id(acquisition: Acquisition, tile: str) -> str:
-    """Earth Search's form: platform, tile, day, sequence, level."""
+    """Make an item id in Earth Search's form: platform, tile, day, sequence, level."""
     return f"S2{acquisition.platform}_{tile}_{acquisition.time:%Y%m%d}_0_L2A"
 
 
 def radar_item_id(overpass: RadarPass) -> str:
-    """Planetary Computer's form: the GRD product name with `rtc` at its end."""
+    """Make an item id in Planetary Computer's form: the GRD product name with `rtc` at its end."""
     start, stop = overpass.time, overpass.time + dt.timedelta(seconds=25)
     revolution = 43000 + 7 * overpass.index
     return f"S1A_IW_GRDH_1SDV_{start:%Y%m%dT%H%M%S}_{stop:%Y%m%dT%H%M%S}_{revolution:06d}_{overpass.orbit:06X}_rtc"
 
 
 def uses_stac_1_1(acquisition: Acquisition, tile_index: int) -> bool:
-    """Every other item, so that neighbours and dates both mix the two versions."""
+    """Whether an item is STAC 1.1, as every other is, so that neighbours and dates both mix the versions."""
     return (acquisition.index + tile_index) % 2 == 1
 
 
 def scene_item(acquisition: Acquisition, tile: str, tile_index: int, grids: tuple[Grid, Grid], extent: Extent) -> Json:
-    """The item of one Sentinel-2 scene.
+    """Make the item of one Sentinel-2 scene.
 
     Args:
         acquisition: The overpass.
         tile: MGRS name, e.g. "33TWL".
-        tile_index: Position of the tile; decides the STAC version.
+        tile_index: Position of the tile, which decides the STAC version.
         grids: The tile's grid at full and at half resolution.
         extent: Footprint and pixel counts.
     """
@@ -164,7 +164,7 @@ def scene_item(acquisition: Acquisition, tile: str, tile_index: int, grids: tupl
 
 
 def radar_item(overpass: RadarPass, grid: Grid, extent: Extent) -> Json:
-    """The item of one Sentinel-1 RTC scene on `grid`."""
+    """Make the item of one Sentinel-1 RTC scene on a grid."""
     start, stop = overpass.time, overpass.time + dt.timedelta(seconds=25)
     bounds = list(grid.bounds)
     properties: Json = {
@@ -206,7 +206,7 @@ def radar_item(overpass: RadarPass, grid: Grid, extent: Extent) -> Json:
 
 
 def catalog_documents(config: SimulateConfig, items: dict[str, list[Json]]) -> dict[str, Json]:
-    """The catalogue and its collections, by relative path.
+    """Make the catalogue and its collections, by relative path.
 
     Args:
         config: The world.

@@ -1,4 +1,4 @@
-"""Seeded noise that is a function of place: the same point gives the same value in whatever window it is asked for.
+"""Noise here is seeded and a function of place: a point has the same value in every window.
 
 Smooth fields are cubic B-spline interpolations of hashed lattice values; white noise is drawn in fixed blocks of the
 world's pixel lattice. All of it is elementwise arithmetic, so results do not depend on thread counts or windows, and
@@ -30,7 +30,7 @@ _SPLINE_STD_2D = math.sqrt((151 / 315) ** 2 / 3)
 
 
 def key_of(seed: int, *names: object) -> int:
-    """A 64-bit key for one stream of noise, the same in every process."""
+    """Make the 64-bit key of one stream of noise, the same in every process."""
     digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -52,13 +52,13 @@ def mix(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64], key: int) -> U64:
 
 
 def uniform(bits: U64, part: int = 0) -> F32:
-    """Random bits → float32 in [0, 1); `part` 0 to 2 picks independent 21-bit pieces."""
+    """Turn random bits into float32 in [0, 1); `part` 0 to 2 picks independent 21-bit pieces."""
     piece = (bits >> np.uint64(21 * part)) & np.uint64((1 << 21) - 1)
     return piece.astype(np.float32) * np.float32(2.0**-21)
 
 
 def _taps(position: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], tuple[F32, F32, F32, F32]]:
-    """Index of the first of four lattice points, and the weights of the uniform cubic B-spline."""
+    """Compute the index of the first of four lattice points, and the weights of the uniform cubic B-spline."""
     cell = np.floor(position)
     t = (position - cell).astype(np.float32)
     one = np.float32(1.0) - t
@@ -72,7 +72,7 @@ def _taps(position: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], tup
 
 
 def smooth(key: int, grid: Grid, cell_m: float) -> F32:
-    """A smooth field of mean 0 and variance 1 that varies over about `cell_m` metres, shape of the grid."""
+    """Make a smooth field of mean 0 and variance 1 on a grid; it varies over about `cell_m` metres."""
     row, row_weights = _taps(grid.y() / cell_m)
     col, col_weights = _taps(grid.x() / cell_m)
     row0, col0 = int(row.min()), int(col.min())
@@ -89,7 +89,7 @@ def smooth(key: int, grid: Grid, cell_m: float) -> F32:
 
 
 def fractal(key: int, grid: Grid, cell_m: float, *, octaves: int, gain: float = 0.5) -> F32:
-    """A sum of `octaves` smooth fields, each half as wide and `gain` times as high; mean 0, variance 1.
+    """Sum `octaves` smooth fields, each half as wide and `gain` times as high as the one before; mean 0, variance 1.
 
     Octaves finer than the pixels are left out: they would only be aliases.
     """
@@ -104,7 +104,7 @@ def fractal(key: int, grid: Grid, cell_m: float, *, octaves: int, gain: float = 
 
 
 def curve(key: int, positions: npt.NDArray[np.float64], cell_m: float) -> npt.NDArray[np.float64]:
-    """The one-dimensional `smooth`: mean 0, variance 1, at `positions` in metres."""
+    """Evaluate the one-dimensional form of `smooth` (mean 0, variance 1) at positions in metres."""
     first, weights = _taps(positions / cell_m)
     out = np.zeros(positions.shape)
     for tap, weight in enumerate(weights):
@@ -114,17 +114,17 @@ def curve(key: int, positions: npt.NDArray[np.float64], cell_m: float) -> npt.ND
 
 
 def white(key: int, world: Grid, grid: Grid, draw: Callable[[np.random.Generator, tuple[int, int]], F32]) -> F32:
-    """Independent draws per pixel of `grid`, a window of `world`'s lattice.
+    """Draw independently for each pixel of `grid`, a window of the lattice of `world`.
 
     Args:
         key: Stream of noise.
         world: The grid whose first pixel anchors the blocks.
         grid: Window to fill; must share the lattice of `world`.
-        draw: (generator, (height, width)) → float32 array.
+        draw: Function of a generator and a shape (height, width) that returns a float32 array.
     """
     offset = world.offset_of(grid)
     if offset is None:
-        raise ValueError(f"white noise is tied to the world's lattice, {grid} is off it")
+        raise ValueError(f"white noise needs a window on the lattice of the world {world}, and {grid} is off it")
     row0, col0 = offset
     out = np.empty(grid.shape, np.float32)
     for j in range(row0 // _BLOCK_PX, (row0 + grid.height - 1) // _BLOCK_PX + 1):

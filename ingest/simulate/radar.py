@@ -1,4 +1,4 @@
-"""Sentinel-1 over the same ground: radiometrically terrain-corrected gamma0, linear power, VV and VH.
+"""`backscatter` simulates Sentinel-1 over the same ground: terrain-corrected gamma0 in linear power, VV and VH.
 
 The mean backscatter of a class carries multiplicative speckle: for L looks, intensity is gamma distributed with shape L
 and mean 1 (Oliver and Quegan 2004, "Understanding Synthetic Aperture Radar Images", ch. 4). Speckle is independent
@@ -52,7 +52,7 @@ class RadarPass:
 
 
 def radar_passes(config: SimulateConfig) -> tuple[RadarPass, ...]:
-    """The Sentinel-1 passes of a world, in order of time: ascending at dusk and descending at dawn, in turn."""
+    """List the Sentinel-1 passes of a world in order of time: ascending at dusk and descending at dawn, in turn."""
     out = []
     for index, date in enumerate(config.radar_dates):
         ascending = index % 2 == 0
@@ -62,7 +62,7 @@ def radar_passes(config: SimulateConfig) -> tuple[RadarPass, ...]:
 
 
 def mean_backscatter(ground: Ground, surface: Surface, overpass: RadarPass, polarisation: str) -> F32:
-    """Gamma0 in linear power before speckle."""
+    """Compute gamma0 in linear power, before speckle."""
     level = np.array(_MEAN_DB[polarisation], np.float32).take(ground.classes)
     cls = ground.classes
     # a closed canopy scatters in its volume; wind roughens water from pass to pass
@@ -70,7 +70,7 @@ def mean_backscatter(ground: Ground, surface: Surface, overpass: RadarPass, pola
     level += np.array([0, 0.5, 1.2, 0.5, 0.5, 0.5, 0.8, 0.9], np.float32).take(cls) * ground.coarse
     level += np.float32(3.2) * (ground.roof - np.float32(0.5)) * (cls == BUILT)
     level += np.float32(1.4) * (ground.blend - np.float32(0.5)) * ((cls == BARE) | (cls == FOREST))
-    # slopes that face the sensor: terrain correction leaves a little
+    # slopes that face the sensor stay a little brighter after terrain correction
     towards = ground.slope_east if overpass.ascending else -ground.slope_east
     level -= np.float32(4.0) * towards
     if overpass.index % 2:
@@ -82,7 +82,7 @@ def mean_backscatter(ground: Ground, surface: Surface, overpass: RadarPass, pola
 def backscatter(
     config: SimulateConfig, world: Grid, ground: Ground, surface: Surface, overpass: RadarPass, polarisation: str
 ) -> F32:
-    """Gamma0 with speckle, linear power, float32."""
+    """Compute gamma0 with speckle, as float32 of linear power."""
     key = key_of(config.seed, "speckle", overpass.index, polarisation)
 
     def draw(rng: np.random.Generator, shape: tuple[int, int]) -> F32:
@@ -93,7 +93,7 @@ def backscatter(
 
 
 def _round_mantissa(values: F32, keep_bits: int = 11) -> F32:
-    """Round float32 to `keep_bits` of mantissa: 0.02 % of the value, far below speckle, and files shrink by half."""
+    """Round float32 to `keep_bits` of mantissa: 0.02 % of the value, far below speckle; files shrink by half."""
     drop = 23 - keep_bits
     bits = values.view(np.uint32) + np.uint32(1 << (drop - 1))
     return (bits & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)

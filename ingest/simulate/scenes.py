@@ -1,7 +1,7 @@
-"""From a `SimulateConfig` to a folder: COGs, STAC documents and the truth.
+"""`simulate` writes the world of a `SimulateConfig` into a folder: COGs, STAC documents and the truth.
 
-The world is walked tile by tile in strips, and each strip's ground is made once for all dates; memory follows the
-width of a tile, not its area. Everything is written into a folder beside the target that takes its place at the end.
+It works tile by tile in strips, and makes the ground of each strip once for all dates; memory depends on the width of a
+tile, not on its area. Everything is written into a folder beside the target, which takes its place at the end.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from zarr_store.grid import Grid
 __all__ = ["MANIFEST", "SimulatedWorld", "simulate"]
 
 MANIFEST = "world.json"
-"""Written last: the config, and size and SHA-256 of every file."""
+"""Name of the file that is written last, with the configuration, and size and SHA-256 of every file."""
 
 # Rows per strip: tall enough to keep numpy busy, small enough that a full 10 980 px tile needs about 1 GB.
 _STRIP_PX = 256
@@ -62,7 +62,7 @@ class SimulatedWorld:
         collections: Names of the STAC collections.
         items: Number of STAC items.
         bytes: Size of all files together.
-        created: False if the folder already held this very world.
+        created: False if the folder already held this world.
     """
 
     path: Path
@@ -84,7 +84,7 @@ def simulate(
     """Write a simulated world.
 
     Args:
-        out: Folder to make. If it already holds the world of this config, nothing is written.
+        out: Folder to make. If it already holds the world of this configuration, nothing is written.
         config: The world; the default is two tiles, four Sentinel-2 dates and two Sentinel-1 passes.
         on_progress: Called with the share done, 0 … 1.
 
@@ -114,7 +114,7 @@ def simulate(
 
 
 def _existing(target: Path, config: SimulateConfig) -> SimulatedWorld | None:
-    """The world already in `target` if it is the wished one; None if the place is free."""
+    """Find the wanted world in `target`; None if the place is free."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     manifest = target / MANIFEST
@@ -126,9 +126,9 @@ def _existing(target: Path, config: SimulateConfig) -> SimulatedWorld | None:
         ):
             return _describe(target)
         raise InvalidInput(
-            f"{target} holds another simulated world (or part of one); give another folder or remove this one"
+            f"{target} holds another simulated world, or part of one; give another folder or remove this one"
         )
-    raise InvalidInput(f"{target} exists and is no simulated world; give a folder that does not exist yet")
+    raise InvalidInput(f"{target} exists and is not a simulated world; give a folder that does not exist yet")
 
 
 def _describe(path: Path) -> SimulatedWorld:
@@ -204,7 +204,7 @@ def _write_tile(
     radar: list[tuple[RadarPass, dict[str, CogWriter]]],
     progress: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    """All scenes of one tile, and its part of the truth and of the radar scenes."""
+    """Write all scenes of one tile, and its part of the truth and of the radar scenes."""
     config, world = landscape.config, landscape.world
     grid = tile.grid
     seen = [(a, scene_swath(a, world).polygon(grid)) for a in config.acquisitions()]

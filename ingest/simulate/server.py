@@ -1,8 +1,8 @@
-"""A simulated world on 127.0.0.1: its STAC API (`api.py`) and its files (`files.py`) on one port.
+"""`serve` serves a simulated world on 127.0.0.1: its STAC API (`api.py`) and its files (`files.py`) on one port.
 
 The server is a child process, not a thread: rasterio holds Python's lock during some of GDAL's HTTP requests, so a
-server in the same process would never get to answer them. The child ends when its standard input closes, which also
-happens when the parent is killed, so no server outlives its user.
+server in the same process could never answer them. The child ends when its standard input closes, which also happens
+when the parent is killed, so no server outlives its user.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = ["ServerHandle", "serve"]
 
-# The web framework takes a second to import, many times that on a machine under load; beyond this something is wrong.
+# Seconds for the start: importing the web framework takes one, and many more on a machine under load.
 _START_S = 60.0
 _STOP_S = 10.0
 
@@ -36,10 +36,10 @@ class ServerHandle:
     """A running server.
 
     Attributes:
-        url: Root, e.g. "http://127.0.0.1:43210".
-        host: Address it is bound to.
-        port: Port it is bound to.
-        pid: Its process.
+        url: Root of all URLs, e.g. "http://127.0.0.1:43210".
+        host: Address that the server listens on.
+        port: Port that the server listens on.
+        pid: Id of its process.
     """
 
     url: str
@@ -49,30 +49,30 @@ class ServerHandle:
 
     @property
     def stac_url(self) -> str:
-        """Landing page of the STAC API."""
+        """URL of the landing page of the STAC API."""
         return f"{self.url}/"
 
     def file_url(self, path: str, *, fault: str | None = None) -> str:
-        """URL of a file of the world, through a fault mode if one is named."""
+        """Make the URL of a file of the world, with a fault mode if one is named."""
         return f"{self.url}/fault/{fault}/files/{path}" if fault else f"{self.url}/files/{path}"
 
     @property
     def requests(self) -> Counter[str]:
-        """How often each path was asked for, so far."""
+        """Number of requests for each path so far."""
         return Counter(self._counters("GET")["requests"])
 
     @property
     def faults(self) -> Counter[str]:
-        """How often each fault mode changed an answer, so far."""
+        """Number of answers that each fault mode has changed so far."""
         return Counter(self._counters("GET")["faults"])
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of file bodies sent, so far."""
+        """Number of bytes of file bodies sent so far."""
         return int(self._counters("GET")["bytes_sent"])
 
     def reset_counters(self) -> None:
-        """Start counting from zero; `503first` and its like start over too."""
+        """Start counting from zero; modes that count requests, as `503first` does, start over too."""
         self._counters("DELETE")
 
     def _counters(self, method: str) -> dict[str, Any]:
@@ -99,10 +99,10 @@ def serve(
     Args:
         out: Folder that `simulate` has written.
         host: Address to bind; the loopback address unless asked otherwise.
-        port: Port, 0 for a free one.
-        faults: Pattern on a file's path (fnmatch, "*" crosses slashes) → fault mode (see `faults.MODES`), for the hrefs
-            that the API gives; every file is also under /fault/<mode>/files/….
-        latency_s: Pause before each file answer.
+        port: Port to listen on; 0 for a free one.
+        faults: Fault mode (see `faults.MODES`) of the files that match a pattern (fnmatch, "*" crosses slashes), for
+            the hrefs that the API gives; every file is also under /fault/<mode>/files/….
+        latency_s: Pause before each answer with a file, in seconds.
 
     Raises:
         InvalidInput: `out` holds no catalogue, or a fault mode is unknown.
@@ -132,10 +132,10 @@ def serve(
 
 
 def _start(child: subprocess.Popen[str], order: Mapping[str, Any]) -> int:
-    """Send the order and wait for the port."""
+    """Send the settings to the child, and wait for its port."""
     to_child, from_child = _pipes(child)
     where = f"{order['host']}:{order['port']}"
-    with suppress(BrokenPipeError):  # it ended at once; the wait below says so
+    with suppress(BrokenPipeError):  # it ended at once, which the wait below reports
         to_child.write(json.dumps(order) + "\n")
         to_child.flush()
     limit = time.monotonic() + _START_S
@@ -145,7 +145,7 @@ def _start(child: subprocess.Popen[str], order: Mapping[str, Any]) -> int:
             continue
         line = from_child.readline()
         if not line:
-            raise AccessError(f"the server on {where} ended while starting, exit status {child.wait(_STOP_S)}")
+            raise AccessError(f"the server on {where} ended while it started, with exit status {child.wait(_STOP_S)}")
         answer = json.loads(line)
         if "error" in answer:
             raise AccessError(f"cannot listen on {where}: {answer['error']}; choose another port or 0")
@@ -154,14 +154,14 @@ def _start(child: subprocess.Popen[str], order: Mapping[str, Any]) -> int:
 
 
 def _pipes(child: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
-    """The ends of the child's input and output."""
+    """Get the pipes to the child's input and from its output."""
     if child.stdin is None or child.stdout is None:
         raise RuntimeError("the server was started without pipes")
     return child.stdin, child.stdout
 
 
 def _stop(child: subprocess.Popen[str]) -> None:
-    """Close its input, which asks it to end; kill it if it does not."""
+    """Close the child's input, which asks it to end; kill it if it does not end."""
     to_child, from_child = _pipes(child)
     with suppress(BrokenPipeError):
         to_child.close()

@@ -1,4 +1,4 @@
-"""The server's own process: `python -m ingest.simulate.serving`, started by `server.serve` and by nothing else.
+"""`main` is the process of the server, `python -m ingest.simulate.serving`, which only `server.serve` starts.
 
 It reads one line of JSON from standard input, answers with one line that holds the port, and serves until its input
 ends.
@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 
 def main() -> int:
-    """Serve one world; returns the exit status."""
+    """Serve one world, and return the exit status."""
     order = json.loads(sys.stdin.readline())
     files = FileServer(
         Path(order["root"]), {p: Fault.parse(mode) for p, mode in order["faults"].items()}, order["latency_s"]
@@ -52,7 +52,7 @@ def main() -> int:
         proxy_headers=False,
     )
     server = uvicorn.Server(config)
-    listener.listen(128)  # from here on the kernel accepts, so the port may be told
+    listener.listen(128)  # from now on the kernel accepts connections, so the port can be reported
 
     def watch() -> None:
         sys.stdin.read()
@@ -63,7 +63,7 @@ def main() -> int:
         for connection in list(server.server_state.connections):
             transport = getattr(connection, "transport", None)
             if transport is not None and getattr(connection, "client", None) == client:
-                # no time to linger: the kernel answers with a reset instead of an orderly end
+                # no time to linger: the kernel sends a reset in place of an orderly end
                 linger = struct.pack("ii", 1, 0)
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 transport.abort()
@@ -76,8 +76,8 @@ def main() -> int:
 
 
 def make_application(files: FileServer) -> Any:
-    """STAC API, files and counters of the world in `files.root` as one ASGI application."""
-    # stac-fastapi warns about its own default settings while it is imported; ours are given explicitly
+    """Make one ASGI application of the STAC API, the files and the counters of the world in `files.root`."""
+    # stac-fastapi warns about its default settings while it is imported, but they are all set explicitly here
     logging.getLogger("stac_fastapi.types.config").setLevel(logging.ERROR)
     from ingest.simulate.api import make_application as make_api
 
@@ -92,7 +92,7 @@ def make_application(files: FileServer) -> Any:
 
 
 def load_world(root: Path) -> tuple[dict[str, Json], list[Json]]:
-    """Collections by id, and all items in order of (collection, time, id); hrefs become paths on the server."""
+    """Load collections by id, and all items by (collection, time, id); hrefs become paths on the server."""
     catalog = json.loads((root / "catalog.json").read_text(encoding="utf-8"))
     collections: dict[str, Json] = {}
     items: list[Json] = []

@@ -1,11 +1,11 @@
-"""What each ground looks like to Sentinel-2: surface reflectance in ten bands on a given day.
+"""`surface` gives the surface reflectance of the ground in ten Sentinel-2 bands on a given day.
 
 A pixel mixes two materials; the share of the second follows the season (phenology per crop and parcel), and
 brightness follows texture, parcel and the slope towards the sun.
 
 The reflectances are round numbers, set to the order of magnitude and the shape (red edge, water absorption, the rise of
 soils towards 1.6 µm) of laboratory and field spectra in the USGS Spectral Library 7 (Kokaly et al. 2017,
-doi:10.3133/ds1035) and the ECOSTRESS library (Meerdink et al. 2019, doi:10.1016/j.rse.2019.05.015); they are no
+doi:10.3133/ds1035) and the ECOSTRESS library (Meerdink et al. 2019, doi:10.1016/j.rse.2019.05.015); they are not
 measurements. Seasons are double logistic curves as in Beck et al. 2006 (doi:10.1016/j.rse.2005.10.021).
 """
 
@@ -26,7 +26,7 @@ __all__ = ["BANDS", "Band", "Surface", "surface"]
 
 @dataclass(frozen=True)
 class Band:
-    """One Sentinel-2 band: asset key, ESA name, pixel size at nominal resolution, wavelength and width.
+    """One Sentinel-2 band, with asset key, ESA name, nominal pixel size, wavelength and width.
 
     Wavelengths: ESA Sentinel-2 User Handbook, table of spectral bands (S2A, rounded as Earth Search gives them).
     """
@@ -87,14 +87,14 @@ _SEASONS = {
 
 @dataclass(frozen=True)
 class Surface:
-    """One day's ground: `reflectance(band)` gives the bottom-of-atmosphere reflectance without noise or cloud.
+    """The ground of one day; `reflectance(band)` is bottom-of-atmosphere reflectance without noise or cloud.
 
     Attributes:
         first, second: Index of each pixel's two materials.
-        share: Share of the second.
+        share: Share of the second material.
         light: Brightness factor.
         margin: Share of the pixel under grass margins.
-        vegetated: True where the scene classification would say vegetation.
+        vegetated: True where the scene classification is vegetation.
     """
 
     first: npt.NDArray[np.uint8]
@@ -105,7 +105,7 @@ class Surface:
     vegetated: npt.NDArray[np.bool_]
 
     def reflectance(self, band: int) -> F32:
-        """Reflectance in band number `band` of BANDS, shape of the ground's grid."""
+        """Compute the reflectance in band number `band` of BANDS, on the ground's grid."""
         column = _TABLE[:, band]
         one = column.take(self.first)
         one += (column.take(self.second) - one) * self.share
@@ -115,7 +115,7 @@ class Surface:
 
 
 def surface(ground: Ground, acquisition: Acquisition) -> Surface:
-    """Materials, their shares and the light on the day of `acquisition`."""
+    """Compute the materials, their shares and the light on the day of an acquisition."""
     day = float(acquisition.day_of_year)
     first = np.zeros(ground.grid.shape, np.uint8)
     second = np.zeros(ground.grid.shape, np.uint8)
@@ -164,7 +164,7 @@ def surface(ground: Ground, acquisition: Acquisition) -> Surface:
     return Surface(first, second, share, _light(ground, acquisition), margin, vegetated)
 
 
-# Sowing dates and vigour are told apart in this many steps.
+# Number of steps in which sowing dates and vigour differ.
 _SHIFTS = 32
 
 
@@ -173,7 +173,7 @@ def _logistic(day: float, middle: float, rate: float) -> float:
 
 
 def _crop_tables(day: float) -> tuple[F32, npt.NDArray[np.uint8]]:
-    """Green cover and the material under it, by (crop, step of the parcel's shade)."""
+    """Tabulate green cover and the material under it, by (crop, step of the parcel's shade)."""
     green = np.zeros((len(_SEASONS), _SHIFTS), np.float32)
     under = np.zeros((len(_SEASONS), _SHIFTS), np.uint8)
     for crop, (up, ripe, rate, plough) in enumerate(_SEASONS.values()):
@@ -189,7 +189,7 @@ def _crop_tables(day: float) -> tuple[F32, npt.NDArray[np.uint8]]:
 
 
 def _light(ground: Ground, acquisition: Acquisition) -> F32:
-    """Brightness: texture by class, parcel, slope to the sun, and the view angle of the orbit."""
+    """Compute brightness from the texture of the class, parcel, slope to the sun, and view angle of the orbit."""
     # by class value 0 … 7: water, wetland, forest, grass, crop, bare, built
     fine = np.array([0, 0.03, 0.12, 0.17, 0.07, 0.06, 0.11, 0.17], np.float32).take(ground.classes)
     coarse = np.array([0, 0.06, 0.08, 0.09, 0.10, 0.10, 0.12, 0.06], np.float32).take(ground.classes)

@@ -1,4 +1,4 @@
-"""One strip of one tile: from the ground to the numbers that are stored."""
+"""`scene_strip` and `radar_strip` turn the ground of one strip of a tile into the values that are stored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ U8 = npt.NDArray[np.uint8]
 
 
 def dn(reflectance: F32, offset: int) -> U16:
-    """Reflectance → stored number: 10 000 · reflectance + offset, at least 1, since 0 means nodata."""
+    """Turn reflectance into stored values: 10 000 · reflectance + offset, at least 1, since 0 means nodata."""
     stored: U16 = np.clip(np.rint(reflectance * np.float32(10_000) + np.float32(offset)), 1, 65_535).astype(np.uint16)
     return stored
 
@@ -34,7 +34,7 @@ def dn(reflectance: F32, offset: int) -> U16:
 def scene_strip(
     landscape: Landscape, acquisition: Acquisition, ground: Ground, strip: Grid
 ) -> tuple[dict[str, npt.NDArray[Any]], U8]:
-    """All layers of one date in one strip by asset key, and the SCL; `ground` reaches one pixel beyond the strip."""
+    """Make all layers of one date in one strip by asset key, and the SCL; `ground` is one pixel wider on each side."""
     config, world = landscape.config, landscape.world
     face: Surface = surface(ground, acquisition)
     above = sky(config, acquisition, ground.grid, landscape.scale)
@@ -72,7 +72,7 @@ def radar_strip(
     """Write one radar pass in one strip, whose first pixel is at `corner` (row, column) of the world."""
     config, world = landscape.config, landscape.world
     inner = _crop(ground, strip)
-    # radar needs the season only; the sun of any overpass will do
+    # radar needs only the season, so the sun of any overpass will do
     season = dataclasses.replace(config.acquisitions()[0], time=overpass.time)
     face = surface(inner, season)
     unseen = ~radar_swath(overpass, world).sees(strip)
@@ -97,7 +97,7 @@ def _normal(rng: np.random.Generator, shape: tuple[int, int]) -> F32:
 
 
 def _blur(value: F32) -> F32:
-    """The sensor sees a little of its neighbours: weights 0.1, 0.8, 0.1 each way; the rim of one pixel falls off."""
+    """Mix neighbours as the sensor does, with weights 0.1, 0.8, 0.1 in each direction; the outermost pixels are cut."""
     near, mid = np.float32(0.1), np.float32(0.8)
     rows: F32 = near * (value[:-2] + value[2:]) + mid * value[1:-1]
     blurred: F32 = near * (rows[:, :-2] + rows[:, 2:]) + mid * rows[:, 1:-1]
@@ -105,14 +105,14 @@ def _blur(value: F32) -> F32:
 
 
 def _halve(value: F32) -> F32:
-    """Mean of 2 × 2 pixels."""
+    """Average 2 × 2 pixels."""
     pairs = value[0::2] + value[1::2]
     mean: F32 = (pairs[:, 0::2] + pairs[:, 1::2]) * np.float32(0.25)
     return mean
 
 
 def _majority(classes: U8) -> U8:
-    """The commonest of 2 × 2 class pixels; of two pairs the higher value, so that cloud wins."""
+    """Take the most frequent of 2 × 2 class pixels; of two pairs the higher value, so that cloud wins."""
     four = np.sort(np.stack([classes[i::2, j::2] for i in (0, 1) for j in (0, 1)]), axis=0)
     a, b, c, d = four
     most: U8 = np.where(c == d, d, np.where(b == c, c, np.where(a == b, b, d)))

@@ -1,4 +1,4 @@
-"""Swath edges: which part of the world a sensor on a given orbit sees."""
+"""`scene_swath` and `radar_swath` give the part of the world that a sensor on a given orbit sees."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Swath:
     keeps_west: bool
 
     def sees(self, grid: Grid) -> npt.NDArray[np.bool_]:
-        """True for pixels whose centre was seen, shape of the grid."""
+        """Make a mask of a grid that is True for pixels whose centre was seen."""
         edge = (self.x0 + self.lean * (grid.y() - self.y0))[:, None]
         seen: npt.NDArray[np.bool_] = (grid.x()[None, :] < edge) == self.keeps_west
         return seen
 
     def polygon(self, grid: Grid) -> Polygon:
-        """The seen part of `grid`, in its CRS; empty where nothing was seen."""
+        """Make the polygon of the seen part of a grid, in its CRS; empty where nothing was seen."""
         left, bottom, right, top = grid.bounds
         low, high = (self.x0 + self.lean * (y - self.y0) for y in (bottom, top))
         # far beyond the grid, yet finite
@@ -53,7 +53,7 @@ class Swath:
 
 
 def scene_swath(acquisition: Acquisition, world: Grid) -> Swath:
-    """R122 misses the south-east corner of the world, R079 the north-west."""
+    """Make the swath of a scene: R122 misses the south-east corner of the world, R079 the north-west."""
     left, bottom, right, top = world.bounds
     width = right - left
     if acquisition.orbit == 79:
@@ -62,7 +62,7 @@ def scene_swath(acquisition: Acquisition, world: Grid) -> Swath:
 
 
 def radar_swath(overpass: RadarPass, world: Grid) -> Swath:
-    """The ascending pass misses the south-west corner, the descending one the south-east."""
+    """Make the swath of a radar pass: ascending misses the south-west corner, descending the south-east."""
     left, bottom, right, _ = world.bounds
     width = right - left
     if overpass.ascending:

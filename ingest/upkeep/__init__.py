@@ -1,1 +1,1 @@
-"""Growing, refreshing, healing and comparing a cube that exists."""
+"""This room grows, refreshes, repairs and compares existing cubes."""

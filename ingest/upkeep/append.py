@@ -1,7 +1,7 @@
-"""A cube's plan with more scenes in it: new dates at the end, new scenes of dates that are there, newer copies. Pure.
+"""`merge_plans` adds scenes to a cube's plan: new dates at the end, new scenes of known dates, and newer copies.
 
-Rows of the item table and dates keep their numbers, so the keys of shards that nothing new touches stay what they are
-and those shards are not made again. A scene that is superseded keeps its row, which older shards point to.
+It reads and writes no file. Rows of the item table and dates keep their numbers, so shards without new scenes keep
+their keys and are not made again. A superseded scene keeps its row, because older shards refer to it.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ Row = dict[str, Any]
 
 
 def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], int], config: Mapping[str, Any]) -> Plan:
-    """The plan of the cube of `old` with the scenes of `fresh` in it.
+    """Merge the scenes of `fresh` into the plan of a cube.
 
     Args:
         old: Plan of the cube.
         fresh: Plan of the new scenes alone, on the cube's grid.
-        replaces: (collection, id) of a scene of `fresh` → row of the item table that it supersedes.
-        config: What the merged plan says was asked.
+        replaces: Row of the item table that a scene of `fresh` supersedes, by the scene's (collection, id).
+        config: Settings of the merged plan.
 
     Raises:
-        CubeMismatch: The new scenes would be treated by other rules than those of the cube.
+        CubeMismatch: The new scenes follow other rules than the cube, or belong to another collection.
         InvalidInput: A new date lies before the last one of the cube.
     """
     recipes, items, tasks = list(old.recipes), dict(old.items), list(old.tasks)
-    facts = {name: dict(told) for name, told in old.statistics.items()}
+    facts = {name: dict(counts) for name, counts in old.statistics.items()}
     for recipe in fresh.recipes:
         name = recipe.spec.collection
         place = next((i for i, known in enumerate(recipes) if known.spec.collection == name), None)
         if place is None:
             raise CubeMismatch(
                 f"the cube has no collection {name!r} (it has {', '.join(r.spec.collection for r in recipes)}); "
-                "nothing was changed: select its collections with --collection, or make another cube"
+                "nothing was changed: select one of these with --collection, or make another cube"
             )
         _refuse_other_rules(recipes[place], recipe)
         merged = _Collection.of(old, recipes[place], str(config.get("group", "solar-day")))
@@ -70,13 +70,14 @@ def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], in
 
 
 def _refuse_other_rules(there: Recipe, asked: Recipe) -> None:
-    """The layout belongs to the cube; everything else must be asked as it was."""
+    """Refuse new scenes whose rules differ from those of the cube; the layout may, as the cube's own is used."""
     kept, wanted = ({**r.rules(), "spec": {**r.rules()["spec"], "layout": None}} for r in (there, asked))
     differences = list_differences(kept, wanted)
     if differences:
         raise CubeMismatch(
-            f"{there.spec.collection} of the cube was made by other rules (there → asked for): "
-            f"{'; '.join(differences[:6])}. Nothing was changed: leave these options out, the cube's own are used then"
+            f"collection {there.spec.collection} of the cube was made by other rules (cube → asked for): "
+            f"{'; '.join(differences[:6])}. Nothing was changed: leave these options out, and those of the cube are "
+            "used"
         )
 
 
@@ -107,7 +108,7 @@ class _Collection:
         )
 
     def add(self, fresh: Plan, replaces: Mapping[str, int]) -> None:
-        """Give every new scene a row and a date."""
+        """Give each new scene a row of the item table and a date."""
         name = self.recipe.spec.collection
         planned = {s.item: s for task in fresh.tasks if task.collection == name for s in task.sources}
         times = list(self.recipe.spec.times)
@@ -136,16 +137,16 @@ class _Collection:
         moment, end = parse_time(time), parse_time(last)
         if moment < end:
             raise InvalidInput(
-                f"scene {item_id} of {time} lies before the last date of the cube, {last}: a cube grows at its end "
-                "only, as every date has its number in every file. Nothing was changed: select later dates with "
-                "--datetime, or make a new cube of all dates"
+                f"scene {item_id} of {time} lies before the last date of the cube, {last}: a cube grows only at its "
+                "end, because every file counts on the numbers of its dates. Nothing was changed: select later dates "
+                "with --datetime, or make a new cube of all dates"
             )
-        if moment == end:  # tiles of one pass share their second, a time axis has no equal values
+        if moment == end:  # tiles of one pass share their second, but a time axis has no equal values
             moment += dt.timedelta(seconds=1)
         return moment.strftime("%Y-%m-%dT%H:%M:%S")
 
     def tasks(self) -> list[ShardTask]:
-        """Tasks of all shards: those that nothing new touches as they were."""
+        """Make the tasks of all shards; those without new scenes stay as they were."""
         recipe, grid = self.recipe, self.recipe.spec.grid
         by_step: dict[int, list[PlannedScene]] = defaultdict(list)
         for scene in self.scenes.values():
@@ -171,7 +172,7 @@ class _Collection:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of the item table as the `Acquisition` that it describes, with its scene where the plan reads it."""
+    """A row of the item table as an `Acquisition`, with the planned scene where the plan reads it."""
 
     id: str
     datetime: str
@@ -190,14 +191,14 @@ class _Row:
         return cls(**values | {"planned": planned})
 
     def rank(self, target: Grid) -> int:
-        """As `lattice_rank`, from what the plan keeps of the headers."""
+        """Rank the scene as `lattice_rank` does, from the headers that the plan keeps."""
         assert self.planned is not None, "only scenes that are read overlap"
         headers = [asset.header for asset in self.planned.assets if asset.header]
         return lattice_rank(headers or [self.planned.extent], target)
 
 
 def _merged_facts(old: Mapping[str, Any], fresh: Mapping[str, Any], merged: _Collection) -> dict[str, Any]:
-    """Counts add up; the resampled share is counted anew over all scenes."""
+    """Add up the counts; the resampled share is computed again over all scenes."""
     added = ("lacking", "unopened_assets", "bytes_to_read", "bytes_to_write", "requests")
     return {
         **old,

@@ -1,4 +1,4 @@
-"""A cube beside the catalogue of today: which scenes are missing, superseded or gone."""
+"""`audit` compares a cube with the catalogue of today: which scenes are missing, superseded, replaced or removed."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ from zarr_store.read import open_cube
 __all__ = ["AuditReport", "News", "audit", "compare", "replaced_files"]
 
 _AT_ONCE = 8
+"""Number of files that are asked for at once."""
 
 _SAME_MOMENT_S = 90
+"""Largest difference in seconds between copies of a granule, as in `ingest.scenes.dedupe`."""
 _SAME_GROUND = 0.6
-"""As in `ingest.scenes.dedupe`: copies of a granule differ by less, halves of a datatake share less."""
+"""Smallest overlap of the footprints of copies, as in `ingest.scenes.dedupe`; halves of a datatake share less."""
 
 
 @dataclass(frozen=True)
 class News:
-    """What a catalogue has that a cube has not, and the other way round.
+    """The differences between a catalogue and a cube.
 
     Attributes:
-        missing: Scenes that the cube does not have in any version.
-        superseded: (collection, id) of a newer copy → the scene, and the row of the item table that it supersedes. A
+        missing: Scenes of the catalogue of which the cube has no version.
+        superseded: Newer copies by (collection, id): the scene, and the row of the item table that it supersedes. A
             scene whose files were replaced under their old names supersedes itself.
-        replaced: (collection, id) → assets whose file is another one than was read.
+        replaced: Assets of a scene, by (collection, id), whose file is no longer the one that was read.
         removed: (collection, id) of scenes of the cube that the catalogue no longer lists.
     """
 
@@ -51,7 +53,7 @@ class News:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found, as JSON-able rows.
+    """The result of an audit, as rows that can be written as JSON.
 
     Example:
         >>> import ingest
@@ -70,29 +72,28 @@ class AuditReport:
 
     @property
     def exit_code(self) -> int:
-        """0 when the cube is what an ingest of today would make, else 3."""
+        """0 where an ingest of today would make the same cube, else 3."""
         return 3 if self.missing or self.superseded or self.removed or self.replaced else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         return {**vars(self), "exit_code": self.exit_code}
 
 
 def audit(
     url: str | os.PathLike[str], config: IngestConfig, *, source: str | None = None, files: bool = True
 ) -> AuditReport:
-    """Ask the catalogue again and compare; no pixel is read and nothing written.
+    """Search the catalogue again and compare it with the cube; no pixel is read and nothing is written.
 
     Args:
         url: The cube.
-        config: What to select; `ingest.upkeep.extend.selection_of` gives what the cube was made with.
-        source: Where to ask; None for where the cube says that its scenes came from, if `config` or the list of
-            providers trusts that.
-        files: Also ask for every file that was read whether it is still the same: one small request each.
+        config: The selection; `ingest.upkeep.extend.selection_of` gives that of the cube.
+        source: The catalogue; None for the one that the cube names, if `config` or the list of providers trusts it.
+        files: Also check whether each file that was read is still the same, with one small request each.
 
     Raises:
         NothingFound: The catalogue has no scene left for this selection.
-        AccessError: It cannot be reached.
+        AccessError: The catalogue cannot be reached.
         InvalidInput: The cube names a source that today's options do not trust.
     """
     plan = kept_plan(url)
@@ -118,20 +119,19 @@ def audit(
 def replaced_files(
     url: str | os.PathLike[str], plan: Plan, found: SearchResult, config: IngestConfig, *, source: str
 ) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Files that are not the ones that shards were made from, though they have the same names.
+    """Find files that were replaced under their old names since shards were made from them.
 
-    The size and the ETag or date of each file are in the ledger; the server, or the file system, is asked for them
-    again.
+    The ledger has the size and the ETag or date of each file; the server or the file system is asked for them again.
 
     Args:
         url: The cube.
-        plan: Its plan.
-        found: Scenes that the catalogue lists now; only their hrefs are asked, which were judged in the search.
+        plan: Plan of the cube.
+        found: Scenes that the catalogue lists now; only their hrefs are requested, which the search has judged.
         config: Trust, timeouts and retries.
         source: Where the scenes were found.
 
     Returns:
-        (collection, id) → keys of its assets. A file that cannot be asked for is not listed.
+        Keys of the replaced assets by (collection, id). A file that cannot be requested is not listed.
     """
     access = Access.of(config, source)
     cube = open_cube(url)
@@ -160,12 +160,13 @@ def replaced_files(
 
 
 def compare(plan: Plan, found: SearchResult, replaced: Mapping[tuple[str, str], tuple[str, ...]] | None = None) -> News:
-    """What is new in `found` for the cube of `plan`; collections that the cube does not have are passed over. Pure.
+    """Compare a search with the plan of a cube, reading nothing; collections that the cube does not have are ignored.
 
     Args:
-        plan: Of the cube.
-        found: What the catalogue has now.
-        replaced: From `replaced_files`. Where items state other checksums or sizes than they did, that counts too.
+        plan: Plan of the cube.
+        found: Scenes that the catalogue lists now.
+        replaced: Result of `replaced_files`. An asset also counts as replaced where its item states another checksum
+            or size than before.
     """
     changed = {**_restated(plan, found), **(replaced or {})}
     current = {
@@ -193,13 +194,13 @@ def compare(plan: Plan, found: SearchResult, replaced: Mapping[tuple[str, str], 
             superseded[scene.key] = (scene, row)
             stale[scene.key] = changed[scene.key]
     listed = {scene.key for scene in found.scenes} | {drop.dropped.key for drop in found.duplicates}
-    listed |= {(one.collection, one.item_id) for one in found.unusable}  # still listed, if not understood
+    listed |= {(one.collection, one.item_id) for one in found.unusable}  # still listed, although not usable
     removed = tuple(sorted(key for key in known if key not in listed))
     return News(tuple(missing), superseded, removed, stale)
 
 
 def _restated(plan: Plan, found: SearchResult) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Assets of which the catalogue states another checksum or size than when the cube was made."""
+    """Find assets for which the catalogue states another checksum or size than when the cube was made."""
     stated: dict[tuple[str, str], dict[str, tuple[int | None, str | None]]] = defaultdict(dict)
     for task in plan.tasks:
         for scene in task.sources:
@@ -236,7 +237,7 @@ def _same_acquisition(scene: Scene, row: Mapping[str, Any]) -> bool:
 
 
 def _datatake(text: Any) -> str:
-    """Without the baseline at its end, which is what differs between copies."""
+    """Cut the baseline off the end of a datatake id, as it differs between copies."""
     return "_".join(str(text or "").split("_")[:2])
 
 
@@ -246,6 +247,6 @@ def _box(bbox: Any) -> Any:
 
 
 def _age(scene: Mapping[str, Any]) -> tuple[str, str]:
-    """Processing baseline, then time of creation: the greater is the newer copy."""
+    """Make a key that orders copies by processing baseline, then by time of creation; the newest is the greatest."""
     baseline = str(scene.get("baseline") or "")
     return ("" if baseline.startswith("99") else baseline, str(scene.get("created") or ""))

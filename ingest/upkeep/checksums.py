@@ -1,7 +1,7 @@
-"""Whole files of a cube's sources against the checksums that their items state (`file:checksum`, a multihash).
+"""`verify_files` compares whole source files with the checksums that their items state (`file:checksum`, a multihash).
 
-Reading takes parts of a file, so no checksum of the whole can be judged then. Where a proxy or a broken upload gives
-other bytes of the right length in an uncompressed file, only this tells.
+An ingest reads parts of a file, so it cannot check a checksum of the whole. Where a proxy or a broken upload gives
+other bytes of the right length in an uncompressed file, only this check finds it.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _HASHES = {
     0xD5: "md5",
     0xB240: "blake2b",
 }
-"""Codes of the multihash table that hashlib has."""
+"""Codes of the multihash table, for the hashes that hashlib has."""
 
 
 @dataclass(frozen=True)
 class FilesReport:
-    """What a comparison of files with stated checksums found.
+    """The result of comparing files with their stated checksums.
 
     Attributes:
-        checked: Files that were hashed.
+        checked: Number of files that were hashed.
         different: Scene, asset and file whose bytes are not what its item states.
         unread: Files that could not be read now, with the cause.
-        unstated: Files whose items state no checksum that is understood.
+        unstated: Number of files for which no checksum that can be read is stated.
 
     Example:
         >>> import ingest
@@ -61,12 +61,12 @@ class FilesReport:
     unstated: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         return {**vars(self), "different": list(self.different), "unread": list(self.unread)}
 
 
 def parse_multihash(text: str) -> tuple[str, bytes] | None:
-    """(name for hashlib, digest) of a multihash in hexadecimal; None where it is none, or of a kind not known.
+    """Split a hexadecimal multihash into (name for hashlib, digest); None for other text and for unknown hashes.
 
     >>> parse_multihash("1220" + "00" * 32)[0]
     'sha256'
@@ -90,7 +90,7 @@ def verify_files(
     seed: int = 0,
     on_file: Callable[[int, int], None] | None = None,
 ) -> FilesReport:
-    """Read the files that shards were made from as a whole, and compare them with the checksums that items state.
+    """Read the source files of shards as a whole, and compare them with the checksums that their items state.
 
     Args:
         url: The cube.
@@ -113,12 +113,12 @@ def verify_files(
     stated = {href: parsed for href, a in files.items() if (parsed := parse_multihash(a.checksum or "")) is not None}
     different, unread = [], []
     for done, (href, (name, digest)) in enumerate(sorted(stated.items()), 1):
-        told = f"scene {files[href].scene}, asset {files[href].key} ({redact_url(href)})"
+        place = f"scene {files[href].scene}, asset {files[href].key} ({redact_url(href)})"
         try:
             if _digest(href, name, access) != digest:
-                different.append(f"{told} is not the file whose {name} its item states")
-        except (PermanentError, TransientError, OSError, ValueError) as error:  # also hosts that are no names
-            unread.append(f"{told}: {cause_of(error, href)}")
+                different.append(f"{place} does not have the {name} that its item states")
+        except (PermanentError, TransientError, OSError, ValueError) as error:  # also an invalid host name
+            unread.append(f"{place}: {cause_of(error, href)}")
         if on_file:
             on_file(done, len(stated))
     return FilesReport(len(stated) - len(unread), tuple(different), tuple(unread), len(files) - len(stated))

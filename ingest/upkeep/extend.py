@@ -1,7 +1,7 @@
-"""Adding to a cube that is there: new dates (append) and newer copies of its scenes (refresh).
+"""`extend` adds to an existing cube: new dates (append) and newer copies of its scenes (refresh).
 
-The catalogue is asked, what is new is planned on the cube's own grid, and the cube's plan with it is run: only shards
-that something new touches are made. All of it happens under the cube's lock, so no two runs add to the same state.
+It searches the catalogue, plans the new scenes on the cube's own grid, merges this plan into that of the cube, and runs
+it: only shards with new scenes are made. The cube's lock is held all the time, so no two runs add to the same state.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 
 
 def selection_of(url: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the cube at `url` was made with, as settings; options of a new command are laid over them.
+    """Get the settings that a cube was made with; the options of a new command replace them one by one.
 
-    What was trusted then is not among them: that is said by each command anew.
+    They do not say what was trusted: each command states that again.
     """
     return dict(kept_plan(url).config)
 
@@ -54,22 +54,22 @@ def extend(
     on_plan: Callable[[Plan], None] | None = None,
     record: RunRecord | None = None,
 ) -> IngestReport:
-    """Bring what is new in a catalogue into a cube; repeating it goes on, or finds nothing to do.
+    """Add the new scenes of a catalogue to a cube; a repeated call continues, or finds nothing to do.
 
     Args:
         source: As for `ingest.plan.making.make_plan`.
         cube_url: The cube.
-        config: What is selected, with the cube's own rules (`selection_of`), and how it is run.
+        config: The selection, with the cube's own rules (`selection_of`), and how to run.
         append: Add scenes that the cube does not have; their dates must come after its last, or be among its dates.
         refresh: Make shards again whose scenes have a newer copy, or other files under the same names.
-        client: A Dask client to use.
+        client: A Dask client to use in place of a cluster of `config`.
         on_event: As for `ingest.run.loop.run`.
-        on_plan: Given the merged plan before anything is written.
+        on_plan: Called with the merged plan before anything is written.
         record: Filled with what the report on the run needs.
 
     Raises:
-        InvalidInput: A new date lies before the last of the cube, or a file of it may not be opened by today's options.
-        CubeMismatch: Other rules than those of the cube are asked for.
+        InvalidInput: A new date lies before the last one of the cube, or today's options do not allow one of its files.
+        CubeMismatch: The settings ask for other rules than those of the cube.
         Locked: Another run writes to the cube.
     """
     url = os.fspath(cube_url)
@@ -94,22 +94,21 @@ def plan_extension(
     found: SearchResult | None = None,
     cube_url: str | None = None,
 ) -> Plan:
-    """The plan of a cube with what is new in a catalogue; `old` itself where nothing is.
+    """Plan a cube with the new scenes of a catalogue; `old` itself is returned where nothing is new.
 
     Args:
         old: Plan of the cube.
         source: As for `make_plan`.
-        config: What is selected.
-        append: Add scenes that are not there.
-        refresh: Put newer copies in the place of those that are there, and scenes whose files were replaced under their
-            old names.
-        found: What a search gave, where it was made already.
-        cube_url: The cube, whose ledger tells which files were read; None leaves files alone.
+        config: The selection.
+        append: Add scenes that the cube does not have.
+        refresh: Replace scenes that have a newer copy, or whose files were replaced under their old names.
+        found: Result of a search that was made already.
+        cube_url: The cube, whose ledger names the files that were read; None does not check for replaced files.
     """
     try:
         found = found or find_scenes(source, config)
     except NothingFound:
-        return old  # nothing for this selection: what is there already is still to be completed
+        return old  # nothing new; shards that are missing are still made
     news = compare(
         old, found, replaced_files(cube_url, old, found, config, source=source) if refresh and cube_url else None
     )
@@ -120,9 +119,9 @@ def plan_extension(
             replaces[key] = row
             scenes.append(scene)
     if news.superseded and not refresh:
-        log.warning("%d scenes of the cube have newer copies; --refresh takes them in", len(news.superseded))
+        log.warning("%d scenes of the cube have newer copies; take them in with --refresh", len(news.superseded))
     if news.missing and not append:
-        log.warning("%d scenes are not in the cube; --append adds them", len(news.missing))
+        log.warning("%d scenes are not in the cube; add them with --append", len(news.missing))
     if not scenes:
         return old
     recipe = old.recipes[0]
@@ -136,12 +135,12 @@ def plan_extension(
             grid=recipe.spec.grid,
         )
     except NothingFound as error:
-        raise NothingFound(f"{error} (the region is that of the cube)") from error
+        raise NothingFound(f"{error} (the region is the cube's)") from error
     return merge_plans(old, fresh, replaces=replaces, config=_joined(old.config, config))
 
 
 def _joined(old: Mapping[str, Any], config: IngestConfig) -> dict[str, Any]:
-    """What was asked, of both: the rules are the same, the dates reach from the first to the last asked for."""
+    """Join the settings of both: the rules are the same, and the dates reach from the first to the last asked for."""
     new = config.plan_settings()
     joined = {**new, **{name: value for name, value in old.items() if name != "datetime"}}
     texts = (old.get("datetime"), new.get("datetime"))

@@ -1,4 +1,7 @@
-"""Making again what of a cube is broken, absent or incomplete, from the plan that the cube keeps."""
+"""`repair` makes broken and absent shards of a cube again, `retry_failed` the incomplete ones, from the cube's plan.
+
+`verify_sources` reads the sources again and compares them with the stored pixels.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ Watch = Callable[[IngestEvent], None]
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was broken, and what became of it.
+    """What was broken in a cube, and the run that repaired it.
 
     Attributes:
-        damage: Stored objects that were not what was written.
+        damage: Stored objects that differed from what was written.
         rows: Ledger rows that could not be read and were dropped.
         ingest: The run that made the shards again.
 
@@ -47,7 +50,7 @@ class RepairReport:
     ingest: IngestReport
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         damage = [{**vars(one), "index": list(one.index)} for one in self.damage]
         return {"damage": damage, "unreadable_rows": list(self.rows), "ingest": self.ingest.to_dict()}
 
@@ -55,18 +58,18 @@ class RepairReport:
 def repair(
     url: str | os.PathLike[str], config: IngestConfig, *, client: Client | None = None, on_event: Watch | None = None
 ) -> RepairReport:
-    """Check every shard against its checksum and make those again that are broken or were never written.
+    """Check each shard against its checksum, and make those again that are broken or were never written.
 
-    Where a source is gone, the broken shard stays and is listed as failed: repairing never loses pixels that are good.
+    Where a source is gone, the broken shard stays and is listed as failed: a repair never loses good pixels.
 
     Args:
         url: The cube.
-        config: Trust and running; the rest is the cube's own.
-        client: A Dask client to use.
+        config: Trust, and how to run; the cube keeps the other settings.
+        client: A Dask client to use in place of a cluster of `config`.
         on_event: As for `ingest.run.loop.run`.
 
     Raises:
-        InvalidInput: The cube keeps no plan, or a file that is needed may not be opened by today's options.
+        InvalidInput: The cube keeps no plan, or today's options do not allow a file that is needed.
         Locked: Another run writes to the cube.
     """
     with CubeLock(url, "repair") as lock:
@@ -83,7 +86,7 @@ def repair(
 def retry_failed(
     url: str | os.PathLike[str], config: IngestConfig, *, client: Client | None = None, on_event: Watch | None = None
 ) -> IngestReport:
-    """Try the shards again that are partial or failed, and no others; arguments and errors as of `repair`."""
+    """Make the partial and failed shards again, and no others; arguments and errors are those of `repair`."""
     with CubeLock(url, "retry of failed shards") as lock:
         plan = kept_plan(url)
         job = Job(plan, plain_url(url), lock, config, grow=True, which="unfinished", judge=True)
@@ -92,7 +95,7 @@ def retry_failed(
 
 @dataclass(frozen=True)
 class Difference:
-    """A shard whose stored pixels are not what its sources give now."""
+    """An array of a shard whose stored values differ from what its sources give now."""
 
     collection: str
     array: str
@@ -105,10 +108,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class SourcesReport:
-    """What a comparison with the sources found.
+    """The result of comparing a cube with its sources.
 
     Attributes:
-        checked: Shards whose sources were all read again.
+        checked: Number of shards whose sources were all read again.
         different: Arrays of shards that differ.
         unread: Shards whose sources could not be read now, with the cause.
 
@@ -124,7 +127,7 @@ class SourcesReport:
     unread: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Convert to values that can be written as JSON."""
         different = [{**vars(one), "index": list(one.index)} for one in self.different]
         return {"checked": self.checked, "different": different, "unread": list(self.unread)}
 
@@ -137,7 +140,7 @@ def verify_sources(
     seed: int = 0,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> SourcesReport:
-    """Read the sources of shards again and compare every value with the stored one; one shard in memory at a time.
+    """Read the sources of shards again and compare each value with the stored one, one shard in memory at a time.
 
     Args:
         url: The cube.
@@ -173,16 +176,16 @@ def verify_sources(
 
 
 def _differences(cube: Cube, collection: str, row: LedgerRow, arrays: dict[str, Any]) -> list[Difference]:
-    found = []
+    differences = []
     for name, expected in arrays.items():
         try:
             stored = cube.read(collection, name, row.region)
         except IntegrityError:
-            found.append(Difference(collection, name, row.index, int(expected.size)))
+            differences.append(Difference(collection, name, row.index, int(expected.size)))
             continue
         equal = stored == expected
         if expected.dtype.kind == "f":
             equal |= np.isnan(stored) & np.isnan(expected)
         if not equal.all():
-            found.append(Difference(collection, name, row.index, int((~equal).sum())))
-    return found
+            differences.append(Difference(collection, name, row.index, int((~equal).sum())))
+    return differences

@@ -1,6 +1,6 @@
-"""How long this process spends reading, warping and writing, and how many bytes each stage gave.
+"""`stage` measures the seconds that this process spends in each stage of an ingest, and the bytes that it produced.
 
-The counters are the process's own, so threads that read ahead of a task count too; workers send them with every
+The counters belong to the process, so threads that read ahead of a task count too. Workers send them with every
 heartbeat, and the page at `/terrashard` turns them into rates.
 """
 
@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["STAGES", "count_stage", "reset_stages", "stage", "stage_totals"]
+__all__ = ["STAGES", "count_stage", "stage", "stage_totals"]
 
 STAGES = ("read", "warp", "encode", "write")
-"""In the order in which pixels pass them."""
+"""Names of the stages, in the order in which pixels pass them."""
 
 _totals: dict[str, list[float]] = {}
 _lock = threading.Lock()
@@ -30,7 +30,7 @@ def count_stage(name: str, seconds: float, nbytes: int) -> None:
 
 @contextmanager
 def stage(name: str, nbytes: int = 0) -> Iterator[None]:
-    """Time a block as one stage that gave `nbytes`; a block that raises gave none."""
+    """Time a block as one stage that produces `nbytes`; a block that raises produces none."""
     begun = time.perf_counter()
     done = 0
     try:
@@ -41,12 +41,6 @@ def stage(name: str, nbytes: int = 0) -> Iterator[None]:
 
 
 def stage_totals() -> dict[str, list[float]]:
-    """Stage → [seconds, bytes] since the process began."""
+    """Get the [seconds, bytes] of each stage since the process began."""
     with _lock:
         return {name: list(total) for name, total in _totals.items()}
-
-
-def reset_stages() -> None:
-    """Begin anew."""
-    with _lock:
-        _totals.clear()

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +33,7 @@ from zarr_store.folder import FolderStore
 from zarr_store.georeference import georeference, write_axes
 from zarr_store.grid import Grid
 from zarr_store.store import translate_os_errors
+from zarr_store.temporary import remove_folder
 
 __all__ = ["NODATA", "Map", "MapWriter", "create_map", "is_map", "open_map"]
 
@@ -158,9 +156,7 @@ def create_map(
             zarr.consolidate_metadata(str(fresh.root))
         yield MapWriter(zarr.open_group(str(fresh.root), mode="r+", use_consolidated=False), probabilities)
         if store.exists():
-            old = tempfile.mkdtemp(prefix=f".{store.root.name}.", suffix=".old.partial", dir=store.root.parent)
-            os.rename(store.root, old)
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(store.root)
 
 
 def _create_layers(group: zarr.Group, grid: Grid, classes: Classes, probabilities: bool) -> None:

@@ -33,6 +33,7 @@ from zarr_store.crash import crashpoint
 from zarr_store.errors import IntegrityError, InvalidInput, NoSpace, TerrashardError
 from zarr_store.folder import FolderStore
 from zarr_store.store import translate_os_errors
+from zarr_store.temporary import PARTIAL, is_temporary
 
 if TYPE_CHECKING:
     from jaxtrain.learn.state import Program
@@ -113,7 +114,7 @@ class CheckpointStore:
         """Remove what a killed save has left; the caller holds the run's lock."""
         if self.folder.is_dir() and jax.process_index() == 0:
             for entry in self.folder.iterdir():
-                if entry.name.endswith(".partial") or "orbax-checkpoint-tmp" in entry.name:
+                if is_temporary(entry.name) or "orbax-checkpoint-tmp" in entry.name:
                     shutil.rmtree(entry, ignore_errors=True)
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> Path:
@@ -141,7 +142,7 @@ class CheckpointStore:
         """
         self.wait()
         named = name_leaves(state)
-        partial = self.folder / f".{step:08d}.partial"
+        partial = self.folder / f".{step:08d}{PARTIAL}"
         with translate_os_errors(str(self.path(step))):
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -312,7 +313,7 @@ class CheckpointStore:
                 continue
             if kept >= self._keep:
                 # renamed first: a kill in between must not leave half a checkpoint under its name
-                doomed = self.folder / f".{step:08d}.old.partial"
+                doomed = self.folder / f".{step:08d}.old{PARTIAL}"
                 os.rename(self.path(step), doomed)
                 crashpoint("checkpoint-old-renamed")
                 shutil.rmtree(doomed, ignore_errors=True)

@@ -37,6 +37,7 @@ from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.folder import FolderStore
 from zarr_store.grid import Grid
 from zarr_store.keys import refuse_links
+from zarr_store.temporary import is_temporary
 
 __all__ = ["CARD", "EVALUATION", "LOCK_KEY", "ModelCard", "config_differences", "find_card",
            "inference_program", "load_card", "program_of", "write_run"]  # fmt: skip
@@ -174,7 +175,7 @@ def find_card(run: Path) -> ModelCard | None:
     path = run / CARD
     if not path.exists():
         names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
-        others = [name for name in names if name not in _LEFTOVERS and not name.endswith((".partial", ".stale"))]
+        others = [name for name in names if name not in _LEFTOVERS and not is_temporary(name)]
         if others or (run.exists() and not run.is_dir()):
             raise InvalidInput(
                 f"{run} is not a training run (no {CARD}, but {', '.join(others[:4]) or 'a file'}); nothing was "

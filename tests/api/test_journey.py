@@ -74,14 +74,14 @@ def test_trust_that_a_plan_was_made_with_holds_for_its_run(workplace: Path, monk
 def test_the_current_client_is_used_and_an_asynchronous_one_refused(workplace: Path, client: Any) -> None:
     from distributed import Client
 
-    from ingest.run.cluster import usable_client
+    from ingest.run.cluster import choose_client
 
     default = ingest.IngestConfig()
-    assert usable_client(None, default) is None
+    assert choose_client(None, default) is None
     with client.as_current():
-        assert usable_client(None, default) is client
-        assert usable_client(None, ingest.IngestConfig(workers=3)) is None, "a cluster was asked for"
-    assert usable_client(client, ingest.IngestConfig(workers=3)) is client
+        assert choose_client(None, default) is client
+        assert choose_client(None, ingest.IngestConfig(workers=3)) is None, "a cluster was asked for"
+    assert choose_client(client, ingest.IngestConfig(workers=3)) is client
 
     async def within() -> None:
         async with Client(client.scheduler.address, asynchronous=True) as other:

@@ -13,7 +13,7 @@ import pytest
 
 import ingest
 from ingest.run.outcome import IngestEvent, IngestReport
-from ingest.run.progress import shown_progress
+from ingest.run.progress import show_progress
 from zarr_store import LedgerRow, Region, SourceOutcome, open_cube
 
 from .conftest import SELECTION
@@ -105,7 +105,7 @@ def test_progress_is_shown_where_somebody_looks(terminal: bool, monkeypatch: pyt
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     heard: list[IngestEvent] = []
-    with shown_progress("ingest", None, heard.append) as tell:
+    with show_progress("ingest", None, heard.append) as tell:
         assert tell is not None
         tell(IngestEvent("planned", 0, 2))
         tell(IngestEvent("dashboard", url="http://127.0.0.1:1/terrashard"))
@@ -121,9 +121,9 @@ def test_progress_in_a_notebook_without_widgets_is_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    with shown_progress("ingest", None) as tell:
+    with show_progress("ingest", None) as tell:
         assert tell is not None
         tell(IngestEvent("shard", 2, 2, row=row("done")))
     assert capsys.readouterr().err == "ingest: 2/2 shards\n"
-    with shown_progress("ingest", False) as tell:
+    with show_progress("ingest", False) as tell:
         assert tell is None

@@ -14,7 +14,7 @@ import pytest
 import rasterio
 from rasterio.transform import from_origin
 
-from ingest.labels.alignment import mirrored_fit
+from ingest.labels.alignment import compare_mirrored
 from zarr_store import BandSpec, CubeSpec, Grid, ShardWriter, create_cube, open_cube
 from zarr_store.labels import NOT_LABELLED, open_label
 from zarr_store.spec import DerivedSpec, Layout
@@ -183,7 +183,7 @@ def test_land_use_polygons_of_berlin_lie_on_their_image(run: Callable[..., Any],
     ]
     opened = open_cube(tmp_path / "berlin.zarr")
     layer = open_label(opened, "landuse")
-    fit = mirrored_fit(opened, layer)
+    fit = compare_mirrored(opened, layer)
     assert fit is not None
     assert fit.best == "as it is"
     assert fit.shares["as it is"] > 3 * max(share for name, share in fit.shares.items() if name != "as it is")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -12,15 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zarr_store import ShardWriter, SourceOutcome, open_cube, verify_cube
+from zarr_store import ShardWriter, SourceOutcome, open_cube, temporary, verify_cube
 from zarr_store.backends import open_store
-from zarr_store.errors import IntegrityError, TerrashardError
+from zarr_store.errors import IntegrityError, Locked, TerrashardError
 from zarr_store.folder import FolderStore
 from zarr_store.keys import check_key
 from zarr_store.labels import LabelSpec, find_labels, label_boxes, open_label, write_label
 from zarr_store.lock import CubeLock
 from zarr_store.samples import Sample, SampleSpec, open_samples, write_samples
-from zarr_store.strays import find_strays, remove_strays
+from zarr_store.strays import find_strays, remove_strays, sweep_strays
+from zarr_store.temporary import OVERWRITE, PARTIAL, STALE, TENSORSTORE_LOCK
 
 from .conftest import NAME, cut
 
@@ -252,6 +254,73 @@ def test_cleaning_up_removes_a_link_and_not_what_it_leads_to(cube_path: Path, vi
     assert len(remove_strays(cube_path, older_than_s=0.0)) == 4
     assert tree(victim) == before
     assert find_strays(cube_path, older_than_s=0.0) == []
+
+
+def test_sweeping_removes_half_written_files_and_follows_no_link(cube_path: Path, victim: Path, tmp_path: Path) -> None:
+    (victim / "x.partial").write_bytes(b"of somebody else")
+    theirs, ours = tree(victim), tree(cube_path)
+    half = [cube_path / ".zarr.json.1.partial", cube_path / NAME / "scl" / "c.__lock"]
+    for path in half:
+        path.write_bytes(b"half")
+    (cube_path / NAME / "out").symlink_to(victim)
+    (cube_path / NAME / "y.partial").symlink_to(victim / "x.partial")
+    (cube_path / NAME / "z.partial").symlink_to(victim)
+    (cube_path / "lock.json.1.stale").write_bytes(b"a run is taking this over")
+    (tmp_path / "by a link").symlink_to(cube_path)
+    sweep_strays(tmp_path / "by a link")
+    assert not any(path.exists() for path in half)
+    assert not (cube_path / NAME / "y.partial").is_symlink()
+    assert tree(victim) == theirs
+    assert (cube_path / "lock.json.1.stale").exists()
+    (cube_path / "lock.json.1.stale").unlink()
+    for name in ("out", "z.partial"):
+        (cube_path / NAME / name).unlink()
+    assert tree(cube_path) == ours
+    sweep_strays("s3://bucket/cube.zarr")
+
+
+def test_a_run_that_is_swept_while_it_asks_for_the_lock_hears_who_holds_it(
+    cube_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+    swept: list[str] = []
+
+    def sweep_first(beside: str, path: Path) -> None:
+        if not swept:
+            swept.append(beside)
+            sweep_strays(cube_path)
+        link(beside, path)
+
+    with CubeLock(cube_path, "a run"):
+        monkeypatch.setattr(os, "link", sweep_first)
+        with pytest.raises(Locked, match="held by a run"), CubeLock(cube_path, "another run"):
+            pass
+    assert swept, "the fault fired"
+
+
+def test_what_lies_in_a_stray_is_counted_once(cube_path: Path) -> None:
+    inner = cube_path / "a.partial" / "b.partial"
+    inner.mkdir(parents=True)
+    (inner / "c.partial").write_bytes(b"12345")
+    strays = find_strays(cube_path, older_than_s=0.0)
+    assert [(stray.path.name, stray.nbytes) for stray in strays] == [("a.partial", 5)]
+
+
+def test_suffixes_of_temporary_files_stand_in_one_place() -> None:
+    suffixes = (PARTIAL, STALE, OVERWRITE, TENSORSTORE_LOCK)
+    own = Path(temporary.__file__)
+    others = [
+        path for room in ("zarr_store", "ingest", "jaxtrain", "cli") for path in (own.parents[1] / room).rglob("*.py")
+    ]
+    assert own in others
+    texts = {
+        node.value
+        for path in others
+        if path != own
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(suffixes)
+    }
+    assert not texts
 
 
 def test_a_sample_store_reads_nothing_through_a_link_that_leads_out(tmp_path: Path, victim: Path) -> None:

@@ -20,6 +20,7 @@ from pyproj import CRS, Transformer
 from rasterio.transform import from_origin
 
 from ingest.labels.layer import import_labels
+from ingest.request.geometry import load_geometry
 from zarr_store import BandSpec, Cube, CubeSpec, Grid, Layout, ShardWriter, create_cube, open_cube, verify_cube
 from zarr_store.errors import CubeMismatch, InvalidInput, NothingFound, UnknownName
 from zarr_store.labels import NOT_LABELLED, find_labels, open_label
@@ -83,7 +84,7 @@ def test_a_raster_on_the_same_pixels_is_copied(cube: Cube, tmp_path: Path) -> No
 
 def test_large_values_are_numbered_anew_and_names_may_join_them(cube: Cube, tmp_path: Path) -> None:
     source = raster(tmp_path / "t.tif", truth().astype(np.uint16) * 111)
-    with pytest.raises(InvalidInput, match="name those that are wanted with --names"):
+    with pytest.raises(InvalidInput, match="name the values that you need with --names"):
         import_labels(cube.url, source, name="t")
     assert find_labels(cube) == ()
     import_labels(cube.url, source, name="t", names={111: "green", 222: "blue", 333: "green"})
@@ -116,7 +117,7 @@ def test_another_crs_and_resolution_take_the_nearest_pixel(cube: Cube, tmp_path:
         ({"transform": rasterio.Affine(10, 0, 500_000, 0, 10, 5_000_000 - 960)}, "north-up"),
         ({"transform": rasterio.Affine(10, 1, 500_000, 1, -10, 5_000_000)}, "north-up"),
         ({"crs": None}, "no coordinate reference system"),
-        ({"crs": "EPSG:32632"}, "shares no ground"),
+        ({"crs": "EPSG:32632"}, "outside the cube"),
     ],
 )
 def test_t18_a_raster_that_does_not_lie_as_labels_would_is_refused(
@@ -190,6 +191,50 @@ def test_polygons_have_the_pixels_whose_centre_they_hold_and_the_smaller_counts(
     assert not (stored(cube, "v") == NOT_LABELLED).any()
 
 
+def write_geoparquet(path: Path, about: dict[str, Any], rows: int = 1, text: str = "field") -> Path:
+    x0, y0 = 500_000, 5_000_000
+    wkb = shapely.to_wkb(shapely.box(x0 + 50, y0 - 500, x0 + 500, y0 - 50))
+    geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": {"encoding": "WKB", **about}}}
+    use = pa.array([text] * rows).dictionary_encode()
+    table = pa.table({"geometry": pa.array([wkb] * rows, pa.binary()), "use": use})
+    pq.write_table(table.replace_schema_metadata({"geo": json.dumps(geo)}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"encoding": "point"}, "expected GeoParquet with a column of WKB, got column 'geometry' of encoding 'point'"),
+        ({"crs": "EPSG:nonsense"}, "EPSG:nonsense"),
+    ],
+)
+def test_labels_and_regions_read_geoparquet_by_one_reader(
+    cube: Cube, tmp_path: Path, about: dict[str, Any], message: str
+) -> None:
+    source = write_geoparquet(tmp_path / "p.parquet", about)
+    for read in (lambda: import_labels(cube.url, source, name="t"), lambda: load_geometry(source)):
+        with pytest.raises(InvalidInput, match=message):
+            read()
+
+
+def test_a_geoparquet_file_with_an_unknown_crs_gives_no_labels(cube: Cube, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="its CRS is unknown"):
+        import_labels(cube.url, write_geoparquet(tmp_path / "p.parquet", {"crs": None}), name="t")
+    assert find_labels(cube) == ()
+
+
+def test_a_geoparquet_file_of_labels_that_swells_is_refused(
+    cube: Cube, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utm = {"crs": CRS("EPSG:32633").to_json_dict()}
+    source = write_geoparquet(tmp_path / "p.parquet", utm, rows=5_000, text="field" * 1_000)
+    assert source.stat().st_size < 1 << 20, "25 MB of text in a small file"
+    assert import_labels(cube.url, source, name="t", attribute="use").labelled
+    monkeypatch.setattr("ingest.labels.vectors._MOST_BYTES", 1 << 20)
+    with pytest.raises(InvalidInput, match="once decoded"):
+        import_labels(cube.url, source, name="u", attribute="use")
+
+
 def test_values_are_kept_as_numbers(cube: Cube, tmp_path: Path) -> None:
     height = (truth() * 3.25).astype(np.float32)
     height[:4] = -9999
@@ -212,7 +257,7 @@ def test_mistakes_are_said_before_anything_is_written(cube: Cube, tmp_path: Path
     for call, error, message in (
         ({"source": source, "attribute": "usee"}, UnknownName, "did you mean 'use'"),
         ({"source": source, "attribute": "use", "kind": "values"}, InvalidInput, "holds no numbers"),
-        ({"source": tif, "attribute": "use"}, InvalidInput, "are of polygons"),
+        ({"source": tif, "attribute": "use"}, InvalidInput, "apply to polygons"),
         ({"source": tif, "resampling": "average"}, InvalidInput, "mixes class values"),
         ({"source": tif, "band": 2}, InvalidInput, "there is no band 2"),
         ({"source": tif, "name": "scl"}, InvalidInput, "has an array scl"),

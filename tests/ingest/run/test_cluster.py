@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from ingest.raster.access import with_asset
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
-from ingest.run.cluster import in_flight, open_cluster, prepare
+from ingest.run.cluster import count_in_flight, open_cluster, prepare
 from ingest.run.loop import run
 from ingest.run.start import describe, start_cluster
 from ingest.testing import write_raster
@@ -247,7 +247,7 @@ def test_workers_follow_the_work_and_listen_on_loopback_only() -> None:
     before = listening()
     with open_cluster(config) as client:
         assert len(client.scheduler_info()["workers"]) == 1
-        assert in_flight(client, config) == 7, "enough for the workers that may come"
+        assert count_in_flight(client, config) == 7, "enough for the workers that may come"
         # Dask's own 15 s closed nannies that were still starting a worker anew on a machine under load
         assert dask.config.get("distributed.deploy.lost-worker-timeout") == "120s"
         opened = listening() - before

@@ -24,7 +24,7 @@ from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
-from ingest.run.cluster import dashboard_address, open_cluster
+from ingest.run.cluster import open_cluster, resolve_dashboard
 from ingest.run.loop import IngestEvent, run
 from ingest.testing import make_scene, probe_headers
 from ingest.worker.guard import memory_note
@@ -290,7 +290,7 @@ def test_d04_d05_a_shard_that_ends_every_worker_is_given_up_with_a_suggestion(
     assert pids
     assert not any(psutil.pid_exists(pid) for pid in pids), "they died, or ended with the run"
     assert (report.exit_code, len(report.failed)) == (3, 1)
-    assert "it ended 4 workers" in report.errors[0]
+    assert "4 workers died while they made it" in report.errors[0]
     assert "--memory" in report.errors[0]
 
 
@@ -373,9 +373,9 @@ def test_no_scheduler_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_become_limits() -> None:
     assert Access.of(IngestConfig(retries=2)).attempts == 3
     assert Access.of(IngestConfig(on_error="skip")).attempts == 1
-    assert dashboard_address("0.0.0.0:8787") == "0.0.0.0:8787"
+    assert resolve_dashboard("0.0.0.0:8787") == "0.0.0.0:8787"
     with pytest.raises(InvalidInput, match="HOST:PORT"):
-        dashboard_address("http://x")
+        resolve_dashboard("http://x")
 
 
 def test_a_run_refuses_gdal_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ def test_the_command_writes_it_with_a_scheduler_of_ones_own(
     assert main([*ask, "--report", str(tmp_path / "again.html")]) == 0
     again = Page((tmp_path / "again.html").read_text())
     assert again.count("rect") == {"done": 9}, "nine places, each done on both dates"
-    assert "nothing was to do, so no cluster was started" in again.words
+    assert "there was nothing to do, so no cluster was started" in again.words
     # JSON stays JSON, and what could not be written is refused before the first pixel
     assert main([*ask, "--report", str(tmp_path / "report.json")]) == 0
     assert (tmp_path / "report.json").read_text().startswith("{")

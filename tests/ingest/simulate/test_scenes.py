@@ -73,7 +73,7 @@ def test_a_second_run_changes_nothing_and_another_config_is_refused(tmp_path: Pa
         simulate(tmp_path / "w", TINY.model_copy(update={"seed": 99}))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(InvalidInput, match="no simulated world"):
+    with pytest.raises(InvalidInput, match="is not a simulated world"):
         simulate(tmp_path / "mine", TINY)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 

@@ -155,9 +155,9 @@ def test_z12_what_is_not_our_cube_is_refused_but_an_empty_folder(
     (broken / "zarr.json").write_text("{")
     for name, words in (
         ("file", "a file"),
-        ("folder", "no terrashard cube"),
+        ("folder", "not a terrashard cube"),
         ("link", "a link"),
-        ("broken", "no terra"),
+        ("broken", "not a terra"),
     ):
         before = growing.tree(tmp_path)
         with pytest.raises(InvalidInput, match=words):
@@ -214,4 +214,4 @@ def test_z16_gc_shows_and_removes_what_is_old_and_nobodys(cube: Path, capsys: py
     with CubeLock(cube, "a run"):
         assert main(["gc", str(cube), "--delete"]) == 5
     assert main(["gc", "s3://bucket/cube"]) == 2
-    assert "whole or not at all" in capsys.readouterr().err
+    assert "whole or absent" in capsys.readouterr().err
