@@ -51,7 +51,8 @@ def append_scenes(
 
     Args:
         cube: The cube.
-        source: The source to search; None for the one that the cube names.
+        source: The source to search; None for the one that the cube names, which must be of a known provider or be
+            trusted by `allow_local` or `allow_hosts`.
         client: As for `run_plan`.
         progress: Whether to show a bar; None shows it in a terminal and in a notebook.
         on_event: Called with every shard that ends.
@@ -63,7 +64,7 @@ def append_scenes(
 
     Example:
         >>> import ingest
-        >>> ingest.append_scenes("cube.zarr").pending
+        >>> ingest.append_scenes("cube.zarr", "world/catalog.json").pending
         0
     """
     return _extend("append", cube, source, client, progress, on_event, settings)
@@ -85,7 +86,7 @@ def refresh_scenes(
 
     Example:
         >>> import ingest
-        >>> ingest.refresh_scenes("cube.zarr").written
+        >>> ingest.refresh_scenes("cube.zarr", "world/catalog.json").written
         ()
     """
     return _extend("refresh", cube, source, client, progress, on_event, settings)
@@ -166,7 +167,8 @@ def audit_cube(
 
     Args:
         cube: The cube.
-        source: The source to search; None for the one that the cube names.
+        source: The source to search; None for the one that the cube names, which must be of a known provider or be
+            trusted by `allow_local` or `allow_hosts`.
         files: Also check whether each file that was read is still the same, with one small request each.
         **settings: Fields of `IngestConfig`; they win over the settings that the cube was made with.
 
@@ -176,7 +178,7 @@ def audit_cube(
 
     Example:
         >>> import ingest
-        >>> ingest.audit_cube("cube.zarr").exit_code
+        >>> ingest.audit_cube("cube.zarr", "world/catalog.json").exit_code
         0
     """
     from ingest.upkeep.audit import audit
@@ -204,7 +206,7 @@ def verify_sources(
 
     Example:
         >>> import ingest
-        >>> ingest.verify_sources("cube.zarr").checked
+        >>> ingest.verify_sources("cube.zarr", allow_local="world").checked
         2
     """
     from ingest.upkeep.repair import verify_sources as compare
@@ -232,7 +234,7 @@ def verify_files(
 
     Example:
         >>> import ingest
-        >>> ingest.verify_files("cube.zarr").different
+        >>> ingest.verify_files("cube.zarr", allow_local="world").different
         ()
     """
     from ingest.upkeep.checksums import verify_files as compare

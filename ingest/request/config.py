@@ -47,7 +47,7 @@ class IngestConfig(BaseModel):
         >>> config.selection.bands, config.running.workers
         (('red', 'nir'), 4)
         >>> config
-        IngestConfig(bands=('red', 'nir'), datetime='2023-08', workers=4)
+        IngestConfig(datetime='2023-08', bands=('red', 'nir'), workers=4)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

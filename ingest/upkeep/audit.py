@@ -57,7 +57,7 @@ class AuditReport:
 
     Example:
         >>> import ingest
-        >>> report = ingest.audit_cube("cube.zarr")
+        >>> report = ingest.audit_cube("cube.zarr", "world/catalog.json")
         >>> report.scenes, report.missing
         (2, ())
     """

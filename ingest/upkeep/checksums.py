@@ -51,7 +51,7 @@ class FilesReport:
 
     Example:
         >>> import ingest
-        >>> ingest.verify_files("cube.zarr").unread
+        >>> ingest.verify_files("cube.zarr", allow_local="world").unread
         ()
     """
 

@@ -117,7 +117,7 @@ class SourcesReport:
 
     Example:
         >>> import ingest
-        >>> report = ingest.verify_sources("cube.zarr", share=0.5)
+        >>> report = ingest.verify_sources("cube.zarr", share=0.5, allow_local="world")
         >>> report.checked, report.different
         (1, ())
     """
