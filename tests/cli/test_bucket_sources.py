@@ -90,7 +90,7 @@ def test_scenes_of_a_bucket_are_read_and_a_replaced_one_is_found(
     spoilt = run("verify", cube, "--checksums", *options[:4])
     assert spoilt.code == 6, spoilt.err
     assert "1 files are not what their items state; first: scene" in spoilt.error_line()
-    assert f"(s3://cubes/{key}) is not the file whose sha256 its item states" in spoilt.error_line()
+    assert f"(s3://cubes/{key}) does not have the sha256 that its item states" in spoilt.error_line()
     found = run("audit", cube, "--source", catalog, "--json", *options[:4])
     assert (found.code, [row["assets"] for row in found.json["replaced"]]) == (3, [["red"]]), found.err
     fresh = run("ingest", catalog, cube, "--refresh", "--json", *options)

@@ -80,7 +80,7 @@ def test_z13_a_read_only_disk_is_named_before_a_pixel_is_read(
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(OSError, match="Read-only"):
             (disk / "probe").touch()
-        monkeypatch.setattr("ingest.run.loop.fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
+        monkeypatch.setattr("ingest.run.task.fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
         for cube in ("fresh.zarr", "begun.zarr"):
             with pytest.raises(AccessError, match=f"{cube}.*Read-only file system.*permissions"):
                 run(plan, disk / cube, client=local_client)

@@ -314,7 +314,10 @@ def test_gateway_shows_its_options() -> None:
         ({"cluster": "slurm"}, "needs --memory"),
         ({"cluster": "k8s"}, "image=NAME"),
         ({"cluster": "gateway"}, "address=https"),
-        ({"cluster": "slurm", "memory": "1GB", "cluster_options": ["que=short"]}, "no option que; it has .*queue"),
+        (
+            {"cluster": "slurm", "memory": "1GB", "cluster_options": ["que=short"]},
+            "no option que; its options are .*queue",
+        ),
     ],
 )
 def test_what_a_cluster_needs_is_said(settings: dict[str, Any], message: str) -> None:
@@ -410,7 +413,7 @@ def test_an_ssh_host_that_says_nothing_is_not_waited_for_without_end() -> None:
         called, _ = silent.accept()
         called.close()
     for no_time in ("soon", "0", "-1", "nan", "inf"):
-        with pytest.raises(InvalidInput, match=f"start_s={no_time}: expected seconds, from above 0 to 86400"):
+        with pytest.raises(InvalidInput, match=f"start_s={no_time}: expected seconds above 0, at most 86400"):
             start_cluster(config.model_copy(update={"cluster_options": {"start_s": no_time}}), "", None, ExitStack())
 
 

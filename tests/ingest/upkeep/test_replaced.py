@@ -185,7 +185,7 @@ def test_whole_files_are_compared_with_what_their_items_state(
     files["red"].write_bytes(data)
     (said,) = verify_files(cube, config).different
     assert "asset red" in said
-    assert "is not the file whose sha256 its item states" in said
+    assert "does not have the sha256 that its item states" in said
     files["red"].unlink()
     if server is not None:
         server.answer.clear()
