@@ -63,18 +63,25 @@ class UnknownName(InvalidInput, KeyError):
     """A name that does not exist among the known ones."""
 
     @classmethod
-    def of(cls, kind: str, name: str, known: Iterable[str], where: str = "") -> Self:
-        """Build the message that names the nearest known name.
+    def of(cls, kind: str, name: str | Iterable[str], known: Iterable[str], where: str = "") -> Self:
+        """Build the message that lists every wrong name, each with the nearest known one.
 
         >>> print(UnknownName.of("band", "bleu", ["blue", "red"]))
         unknown band 'bleu': did you mean 'blue'? (known: blue, red)
+        >>> print(UnknownName.of("band", ["bleu", "x", "rad"], ["blue", "red"]))
+        unknown bands 'bleu', 'x', 'rad': did you mean 'blue', 'red'? (known: blue, red)
         """
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        wrong = [name] if isinstance(name, str) else list(dict.fromkeys(name))
+        by_lower = {known_name.lower(): known_name for known_name in names}
+        near = [match for text in wrong for match in difflib.get_close_matches(text.lower(), by_lower, 1, cutoff=0.5)]
+        meant = ", ".join(dict.fromkeys(repr(by_lower[match]) for match in near))
+        hint = f"did you mean {meant}? " if near else ""
         place = f" in {where}" if where else ""
         shown = ", ".join(names[:24]) + (", …" if len(names) > 24 else "")
-        return cls(f"unknown {kind} {name!r}{place}: {hint}(known: {shown or 'none'})")
+        plural = "" if len(wrong) == 1 else "es" if kind.endswith("s") else "s"
+        listed = ", ".join(map(repr, wrong))
+        return cls(f"unknown {kind}{plural} {listed}{place}: {hint}(known: {shown or 'none'})")
 
 
 class NotACube(InvalidInput):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -10,6 +11,7 @@ import numpy as np
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
 from zarr_store.keys import GROUP_NAME
+from zarr_store.lookup import find_bands, find_time, find_times
 from zarr_store.regions import Region, iterate_boxes
 
 __all__ = [
@@ -215,6 +217,42 @@ class CubeSpec:
     def time_values(self) -> np.ndarray:
         """datetime64[s], shape (times,)."""
         return np.array([t.removesuffix("Z") for t in self.times], dtype="datetime64[s]")
+
+    def find_bands(self, asked: str | Iterable[str] = (), *, option: str = "") -> tuple[int, ...]:
+        """Return the positions of bands by name, in the order asked; of all bands where none is named.
+
+        Args:
+            asked: Names in any case, or codes such as "B04"; one text may hold several, with commas between.
+            option: Setting that they come from, for the message.
+
+        Raises:
+            UnknownName: A name means no band; all such names are listed.
+        """
+        return find_bands(asked, self.band_names, self._where(option))
+
+    def find_times(self, asked: str | Iterable[str], *, option: str = "") -> tuple[int, ...]:
+        """Return the positions of all time steps that are meant, ascending.
+
+        Args:
+            asked: Dates ("2023-08-18", or "2023-08" for a month), ranges ("2023-08/2023-09") or positions ("0").
+            option: Setting that they come from, for the message.
+
+        Raises:
+            UnknownName: A text means no time step; all such texts are listed.
+        """
+        return find_times(asked, self.times, self._where(option))
+
+    def find_time(self, asked: str, *, option: str = "") -> int:
+        """Return the position of the one time step that is meant; as `find_times`, but several are an error.
+
+        Raises:
+            UnknownName: It means no time step.
+            InvalidInput: It means several.
+        """
+        return find_time(asked, self.times, self._where(option))
+
+    def _where(self, option: str) -> str:
+        return f"collection {self.collection}" + (f" ({option})" if option else "")
 
     def arrays(self) -> tuple[ArraySpec, ...]:
         """All pixel arrays of the group: the main one, class layers, status, source_item or observations, indices."""

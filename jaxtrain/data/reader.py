@@ -6,7 +6,7 @@ batch, and keeps decoded chunks in the cube's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,27 +20,15 @@ from jaxtrain.data.arrays import HostBatch, Rows
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.memory import empty_array
 from jaxtrain.data.targets import Target, resolve_target
-from zarr_store.errors import IntegrityError, InvalidInput, UnknownName
+from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.index import TrainingIndex
 from zarr_store.read import Cube, await_read
 from zarr_store.regions import Region
 from zarr_store.spec import STATUS_MASKED, STATUS_OBSERVED, CubeSpec
 
-__all__ = ["OnUnreadable", "WindowReader", "band_positions", "series_dates"]
+__all__ = ["OnUnreadable", "WindowReader", "series_dates"]
 
 OnUnreadable = Callable[[npt.NDArray[np.int32], IntegrityError], None]
-
-
-def band_positions(spec: CubeSpec, bands: Sequence[str]) -> tuple[int, ...]:
-    """Positions of the named bands in the main array; all where none is named.
-
-    Raises:
-        UnknownName: A band that the collection lacks.
-    """
-    for band in bands:
-        if band not in spec.band_names:
-            raise UnknownName.of("band", band, spec.band_names, f"collection {spec.collection} (data.bands)")
-    return tuple(spec.band_names.index(band) for band in bands or spec.band_names)
 
 
 def series_dates(config: DataConfig, spec: CubeSpec) -> int:
@@ -97,7 +85,7 @@ class WindowReader:
     ) -> WindowReader:  # fmt: skip
         """The reader of a training run; without a target, of what `data.label` means. Series may have gaps."""
         spec = cube.spec(config.collection)
-        bands = band_positions(spec, config.bands)
+        bands = spec.find_bands(config.bands, option="data.bands")
         target = target or resolve_target(cube, config)
         dates = series_dates(config, spec)
         table = None if target.values else classes.table()

@@ -25,7 +25,8 @@ from jaxtrain.data.places import SampleSplit, leakage, split_samples
 from jaxtrain.data.splits import PARTS, Split, make_split
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.windows import WindowPlan, Windows
-from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.lookup import find_bands
 from zarr_store.samples import SampleStore
 
 __all__ = ["SampleReader", "plan_samples", "sample_classes", "sample_statistics"]
@@ -56,13 +57,9 @@ class SampleReader:
         """The reader of a run.
 
         Raises:
-            UnknownName: A band that the store lacks.
+            UnknownName: The store lacks some of the bands; all of those are listed.
         """
-        names = store.spec.bands
-        for band in config.bands:
-            if band not in names:
-                raise UnknownName.of("band", band, names, f"{store.url} (data.bands)")
-        bands = tuple(names.index(band) for band in config.bands or names)
+        bands = find_bands(config.bands, store.spec.bands, f"{store.url} (data.bands)")
         side = config.patch if store.spec.labelled == "pixels" else store.spec.size[0]
         return cls(store, bands, side, classes.table())
 

@@ -254,12 +254,9 @@ def _split(config: DataConfig, spec: CubeSpec, usable: npt.NDArray[np.bool_]) ->
     return Split(block, np.where(test & blocks, PARTS.index("test"), inner.parts).astype(np.int8))
 
 
-def _held_dates(spec: CubeSpec, dates: Sequence[str]) -> list[int]:
-    """Time steps whose date begins with one of `dates`."""
-    for date in dates:
-        if not any(time.startswith(date) for time in spec.times):
-            raise UnknownName.of("date", date, [time[:10] for time in spec.times], "the cube (data.split.test_dates)")
-    held = [step for step, time in enumerate(spec.times) if time.startswith(tuple(dates))]
+def _held_dates(spec: CubeSpec, dates: Sequence[str]) -> tuple[int, ...]:
+    """Return the time steps that `dates` mean, which must not be all."""
+    held = spec.find_times(dates, option="data.split.test_dates")
     if len(held) == len(spec.times):
         raise InvalidInput(f"data.split.test_dates names all {len(held)} dates of the cube; leave some to be learnt")
     return held

@@ -19,6 +19,7 @@ from jaxtrain.data.arrays import Reader, as_images, put_batch
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.windows import Window, Windows
 from jaxtrain.parallel.mesh import batch_sharding
+from zarr_store.lookup import picture_bands
 
 if TYPE_CHECKING:
     from jaxtrain.learn.state import Program, TrainState
@@ -186,9 +187,7 @@ def _palette(classes: Classes) -> Image:
 
 def picture(image: npt.NDArray[Any], observed: npt.NDArray[np.uint8], bands: Sequence[str]) -> Image:
     """True colour where the bands allow it, stretched between the 2nd and 98th percentile of what is observed."""
-    wanted = [bands.index(name) for name in ("red", "green", "blue") if name in bands]
-    chosen = wanted if len(wanted) == 3 else [min(i, len(bands) - 1) for i in range(3)]
-    values = image[..., chosen].astype(np.float64)
+    values = image[..., list(picture_bands(bands))].astype(np.float64)
     seen = values[observed == 1]
     if not seen.size:
         return np.full(values.shape, _NOTHING, np.uint8)

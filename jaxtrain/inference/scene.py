@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
-from jaxtrain.data.reader import WindowReader, band_positions, series_dates
+from jaxtrain.data.reader import WindowReader, series_dates
 from jaxtrain.data.windows import Windows
 from jaxtrain.display import html_table
 from jaxtrain.evaluation.scores import restore_model
@@ -38,7 +38,7 @@ from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import PredictStep, make_predict_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.runs.rundir import ModelCard, load_card
-from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.index import TrainingIndex
 from zarr_store.read import open_cube
 from zarr_store.spec import CubeSpec
@@ -142,13 +142,13 @@ def predict(
     if not 0 <= overlap <= patch // 2:
         raise InvalidInput(f"overlap {overlap} must be between 0 and half a patch ({patch // 2} pixels)")
     series = series_dates(config, spec)
-    dates = _resolve_dates(spec, time)
+    dates = tuple(range(len(spec.times))) if time is None else (spec.find_time(time),)
     if series > 1:
         if time is not None:
             raise InvalidInput(f"{run} looks at {series} dates at once, so --time does not apply: leave it out")
         dates = tuple(range(0, len(spec.times) - series + 1, series))
     index = opened.index(config.collection)
-    bands = band_positions(spec, card.bands)
+    bands = spec.find_bands(card.bands)
     reader = WindowReader(opened, config.collection, bands, patch, config.learn_masked, index=index, lenient=True,
                           dates=series)  # fmt: skip
     program, state, step, passed_over = restore_model(run, card)
@@ -198,17 +198,6 @@ def _summarise(made: Map) -> dict[str, float]:
             total, count = total + values.sum(), count + values.size
             low, high = min(low, values.min()), max(high, values.max())
     return {"mean": total / count, "minimum": float(low), "maximum": float(high)} if count else {}
-
-
-def _resolve_dates(spec: CubeSpec, time: str | None) -> tuple[int, ...]:
-    if time is None:
-        return tuple(range(len(spec.times)))
-    found = [t for t, date in enumerate(spec.times) if date.startswith(time.removesuffix("Z"))]
-    if not found:
-        raise UnknownName.of("date", time, [date[:10] for date in spec.times], f"collection {spec.collection}")
-    if len(found) > 1:
-        raise InvalidInput(f"date {time!r} means {', '.join(spec.times[t] for t in found)}; give more of it")
-    return (found[0],)
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,7 @@ def test_quicklook_reads_no_overview_that_promises_too_much(run: Run, cube: Path
     ("arguments", "words"),
     [
         (("--bands", "rad"), "did you mean 'red'"),
+        (("--bands", "gren,rad,blue"), "unknown bands 'gren', 'rad' in"),
         (("--bands", "red,green"), "one band or three"),
         (("--time", "2024"), "unknown time '2024'"),
         (("--collection", "sentinel-2-l1c"), "did you mean 'sentinel-2-l2a'"),
