@@ -21,7 +21,12 @@ class _Strict(BaseModel):
 
 
 class SplitConfig(_Strict):
-    """What is judged on ground that is not learnt: a block belongs to one part on every date."""
+    """How the data are split into training, validation and test; a block belongs to one part on every date.
+
+    Example:
+        >>> SplitConfig(block_m=5000, test=0.2).kind
+        'blocks'
+    """
 
     kind: Literal["blocks", "checkerboard", "random"] = Field(
         "blocks",
@@ -55,7 +60,12 @@ class SplitConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """What is read, and what is learnt from it."""
+    """What is read, and what the model learns from it.
+
+    Example:
+        >>> DataConfig(cube="zagreb.zarr", bands=("red", "nir")).label
+        'scl'
+    """
 
     cube: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         description="path or URL of the cube or sample store, or a list of cubes with the same collection and bands; a "
@@ -95,7 +105,12 @@ class DataConfig(_Strict):
 
 
 class ModelConfig(_Strict):
-    """The network."""
+    """The network: its kind, its size and its precision.
+
+    Example:
+        >>> ModelConfig(name="resnet", depth=18, stem="pixel").width
+        16
+    """
 
     name: str = Field("unet", description="a key of jaxtrain.models.MODELS")
     width: Positive = Field(16, description="channels of the first level; each level doubles them")
@@ -130,7 +145,12 @@ class ModelConfig(_Strict):
 
 
 class OptimConfig(_Strict):
-    """The optax chain."""
+    """The loss and the optimiser, a chain of optax.
+
+    Example:
+        >>> OptimConfig(name="sgd", learning_rate=0.1).schedule
+        'cosine'
+    """
 
     name: Literal["adamw", "adam", "sgd", "lamb", "muon"] = "adamw"
     learning_rate: float = Field(2e-3, gt=0)
@@ -152,7 +172,12 @@ class OptimConfig(_Strict):
 
 
 class MeshConfig(_Strict):
-    """Sizes of the mesh axes; their product must equal the number of devices used."""
+    """Sizes of the mesh axes; their product must equal the number of devices used.
+
+    Example:
+        >>> MeshConfig(data=2, space=(2, 2)).axes
+        {'data': 2, 'space': 2, 'space_w': 2, 'model': 1}
+    """
 
     data: Positive = Field(1, description="batch is split over this axis")
     model: Positive = Field(1, description="filters are split over this axis")
@@ -243,7 +268,12 @@ def image_divisor(model: ModelConfig) -> int | None:
 
 
 class RunConfig(_Strict):
-    """Length, rhythm and randomness of the run."""
+    """Length, rhythm and randomness of the run.
+
+    Example:
+        >>> RunConfig(steps=1000, monitor="miou", patience=5).batch_size
+        16
+    """
 
     steps: Positive = 400
     batch_size: Positive = Field(16, description="windows per step over all devices")
@@ -284,7 +314,13 @@ class RunConfig(_Strict):
 
 
 class TrainConfig(_Strict):
-    """A whole run."""
+    """All settings of a training run.
+
+    Example:
+        >>> config = TrainConfig.model_validate({"data": {"cube": "zagreb.zarr"}, "run": {"steps": 200}})
+        >>> config.model.name, config.run.steps
+        ('unet', 200)
+    """
 
     data: DataConfig
     model: ModelConfig = ModelConfig()

@@ -69,11 +69,12 @@ def train(
         NoSpace: A checkpoint could not be saved; the one before is as it was.
 
     Example:
-        from jaxtrain import TrainConfig, train
-
-        config = TrainConfig.model_validate({"data": {"cube": "zagreb.zarr"}, "run": {"steps": 200}})
-        result = train(config, "runs/zagreb")
-        result.validation["accuracy"]
+        >>> data = {"cube": "zagreb.zarr", "patch": 32, "classes": {"4": "vegetation", "6": "water"}}
+        >>> data["split"] = {"block_m": 320}
+        >>> small = {"model": {"width": 4, "depth": 1}, "run": {"steps": 2, "batch_size": 8}}
+        >>> result = train(TrainConfig.model_validate({"data": data, **small}), "runs/first")
+        >>> result.steps, result.windows["train"] > 0
+        (2, True)
     """
     try:
         return _train(config, Path(out), resume, on_event)

@@ -19,7 +19,7 @@ from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.splits import Part
 from jaxtrain.data.training_data import JudgedSet, TrainingData
 from jaxtrain.data.windows import Windows
-from jaxtrain.display import html_table
+from jaxtrain.display import result_table, scores_text
 from jaxtrain.evaluation.report import collect_examples, write_report
 from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors, counts_for
 from jaxtrain.learn.state import Program, TrainState
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """How good a model is on one set of data.
+    """The scores of a model on one set of data; made by `evaluate`.
 
     Attributes:
         run: The run directory.
@@ -50,6 +50,11 @@ class EvaluationReport:
         scores: All scores by name, as `to_dict` has them.
         warnings: What to know about the scores: overlapping ground, leaking splits, damaged checkpoints.
         leakage: How near the test data lie to the training data, where the split leaves that open.
+
+    Example:
+        >>> report = evaluate("runs/zagreb", split="validation")
+        >>> report.split, len(report.confusion_matrix)
+        ('validation', 3)
     """
 
     run: str
@@ -117,18 +122,21 @@ class EvaluationReport:
         }  # fmt: skip
 
     def __repr__(self) -> str:
-        names = ("accuracy", "macro_f1", "miou", "rmse", "r2")
-        shown = ", ".join(f"{name}={value:.4f}" for name in names if (value := getattr(self, name)) is not None)
         return (
-            f"EvaluationReport({self.run!r}, split={self.split!r}, step={self.step}, samples={self.samples}, {shown})"
+            f"<EvaluationReport {self.run}: {self.split}, step {self.step}, {self.samples} samples; "
+            f"{scores_text(self._totals())}>"
         )
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: the totals, then F1 of each class."""
-        names = ("accuracy", "macro_f1", "miou", "rmse", "r2")
-        totals = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return html_table({"run": self.run, "split": self.split, "samples": self.samples, **totals,
-                           **{f"f1 of {name}": row["f1"] for name, row in self.per_class.items()}})  # fmt: skip
+        """Return a table for notebooks: the totals, then the F1 of each class."""
+        return result_table(f"Evaluation of {self.run}", {
+            "data": self.data, "split": self.split, "step": self.step, "samples": self.samples, **self._totals(),
+            **{f"f1 of {name}": row["f1"] for name, row in self.per_class.items()},
+            "warnings": "\n".join(self.warnings),
+        })  # fmt: skip
+
+    def _totals(self) -> dict[str, float | None]:
+        return {name: getattr(self, name) for name in ("accuracy", "macro_f1", "miou", "rmse", "r2")}
 
 
 def judge(
@@ -235,10 +243,9 @@ def evaluate(
         UnknownName: `split` is none of the three.
 
     Example:
-        from jaxtrain import evaluate
-
-        report = evaluate("runs/zagreb")
-        report.accuracy, report.per_class["water"]["f1"]
+        >>> report = evaluate("runs/zagreb")
+        >>> 0 <= report.accuracy <= 1, report.per_class["water"]["support"] > 0
+        (True, True)
     """
     began = time.monotonic()
     run = Path(run)

@@ -30,7 +30,7 @@ from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.reader import WindowReader, series_dates
 from jaxtrain.data.windows import Windows
-from jaxtrain.display import html_table
+from jaxtrain.display import result_table
 from jaxtrain.evaluation.scores import restore_model
 from jaxtrain.inference.blend import Sink, Strips, window_starts
 from jaxtrain.inference.maps import CHUNK, NODATA, Map, MapWriter, create_map, open_map
@@ -54,20 +54,27 @@ _MASKED_SAY = np.float32(1e-3)
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MapResult:
-    """The map that a prediction has made.
+    """The map that `predict` has made.
 
     Attributes:
-        map: Where the map is.
-        shape: (height, width).
+        map: Path of the map.
+        shape: (height, width), pixels.
         dates: Dates that were averaged.
-        pixels: Pixels with a class, by class name.
-        nodata: Pixels without.
-        values: Of a map of values their mean, minimum and maximum; None of classes.
-        windows: Windows that were looked at, over all dates.
+        pixels: Number of pixels of each class, by class name.
+        nodata: Number of pixels without a class or value.
+        values: Mean, minimum and maximum of a map of values; None for a map of classes.
+        windows: Number of windows that were predicted, over all dates.
         seconds: Wall time.
-        warnings: Things to know: damaged checkpoints, another resolution.
+        warnings: What may limit the map: damaged checkpoints, another resolution, absent chunks.
+
+    Example:
+        >>> made = predict("runs/zagreb", "zagreb.zarr", "one_day.zarr", time="2023-08-11")
+        >>> made.dates
+        ('2023-08-11T10:00:00',)
+        >>> sum(made.pixels.values()) + made.nodata == made.shape[0] * made.shape[1]
+        True
     """
 
     map: str
@@ -81,12 +88,20 @@ class MapResult:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        height, width = self.shape
+        kind = f"{len(self.pixels)} classes" if self.values is None else "values"
+        return f"<MapResult {self.map}: {kind}, {height}×{width} px, {len(self.dates)} dates>"
+
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
-        return html_table({"map": self.map, "dates": len(self.dates), **self.pixels, "nodata": self.nodata})
+        """Return a table for notebooks."""
+        return result_table(f"Map {self.map}", {
+            "shape": "×".join(map(str, self.shape)), "dates": ", ".join(self.dates), **self.pixels,
+            **(self.values or {}), "nodata": self.nodata, "warnings": "\n".join(self.warnings),
+        })  # fmt: skip
 
 
 def predict(
@@ -121,10 +136,9 @@ def predict(
         CorruptShard: A shard is damaged.
 
     Example:
-        from jaxtrain import predict
-
-        result = predict("runs/zagreb", "zagreb.zarr", "zagreb_map.zarr")
-        result.pixels["water"]
+        >>> made = predict("runs/zagreb", "zagreb.zarr", "zagreb_map.zarr")
+        >>> made.shape, list(made.pixels)
+        ((192, 160), ['vegetation', 'not vegetated', 'water'])
     """
     began = clock.monotonic()
     run = Path(run)
