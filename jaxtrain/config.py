@@ -49,7 +49,7 @@ class SplitConfig(_Strict):
         1000.0, gt=0, description="the leakage figure counts test samples with a training sample nearer than this"
     )
     test_dates: tuple[str, ...] = Field(
-        (), description="dates (or their beginnings) that are judged in place of blocks, and not learnt"
+        (), description="dates (or their beginnings) that are judged in place of blocks, and not learned"
     )
 
     @model_validator(mode="after")
@@ -75,17 +75,17 @@ class DataConfig(_Strict):
     bands: tuple[str, ...] = Field((), description="bands of the main array, in order; empty means all")
     label: str = Field(
         "scl",
-        description="what is learnt: a class layer or an index of the collection, or a label layer of the cube "
+        description="what is learned: a class layer or an index of the collection, or a label layer of the cube "
         "(`terrashard labels`)",
     )
     classes: dict[str, str] = Field(
         default_factory=dict,
-        description='class value → name, e.g. {"4" = "vegetation"}; values that are not named are not learnt. '
+        description='class value → name, e.g. {"4" = "vegetation"}; values that are not named are not learned. '
         "Empty for all classes of a label layer, and for values",
     )
     colours: dict[str, str] = Field(default_factory=dict, description='class name → "#rrggbb" for maps and reports')
     learn_masked: bool = Field(
-        False, description="also learn pixels of status masked (needed when clouds are classes to be learnt)"
+        False, description="also learn pixels of status masked (needed when clouds are classes to be learned)"
     )
     patch: Positive = Field(128, description="side of a square window, pixels")
     dates: Positive | Literal["all"] = Field(
@@ -132,7 +132,7 @@ class ModelConfig(_Strict):
     code: Positive = Field(8, description="of autoencoder: channels at the waist")
     taps: Positive = Field(5, description="of temporal: dates that a convolution over dates spans, odd")
     pooling: Literal["attention", "mean"] = Field(
-        "attention", description="of temporal, over dates: attention by learnt heads, or mean and maximum"
+        "attention", description="of temporal, over dates: attention by learned heads, or mean and maximum"
     )
     context: int = Field(
         0,

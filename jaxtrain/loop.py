@@ -237,12 +237,12 @@ def _describe(card: ModelCard, ready: TrainingSet, parameters: int, program: Pro
     blocks = ", ".join(f"{count} {part}" for part, count in ready.plan.split.counts().items())
     axes = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     return (
-        f"{card.config.model.name} with {parameters:,} parameters learns {_learnt(card)} from "
+        f"{card.config.model.name} with {parameters:,} parameters learns {_learned(card)} from "
         f"{len(card.bands)} bands; windows: {windows}; blocks: {blocks}; mesh: {axes}"
     )
 
 
-def _learnt(card: ModelCard) -> str:
+def _learned(card: ModelCard) -> str:
     if card.task.rebuild:
         return "to give images back, without labels,"
     return f"values of {card.classes.names[0]}" if card.task.values else f"{len(card.classes)} classes"

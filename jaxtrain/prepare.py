@@ -86,7 +86,7 @@ def _class_weights(config: TrainConfig, statistics: Statistics) -> tuple[float, 
     if config.optim.class_weights == "none":
         return None
     if statistics.value is not None or config.model.name == "autoencoder":
-        raise InvalidInput("optim.class_weights = 'balanced', but values are learnt: use 'none'")
+        raise InvalidInput("optim.class_weights = 'balanced', but values are learned: use 'none'")
     share = statistics.class_pixels / max(statistics.class_pixels.sum(), 1)
     weights = np.where(share > 0, 1 / np.sqrt(np.maximum(share, 1e-6)), 1.0)
     return tuple(float(w) for w in weights / max(float((weights * share).sum()), 1e-6))

@@ -1,4 +1,4 @@
-"""`CubeLock`: one writing run at a time on a cube or run directory.
+"""`CubeLock` admits one writing run at a time to a cube or run directory.
 
 The lock is a file that names its holder. A holder on this machine that is no longer alive (other boot, dead pid, or
 a pid that now belongs to a process started later) lost it; a holder on another machine is believed.
@@ -94,7 +94,7 @@ class CubeLock:
 
 
 def read_token(store: Store, key: str = LOCK_KEY) -> str | None:
-    """Token of whoever holds the lock of a store; None where nobody does."""
+    """Return the token of the holder of the lock of a store; None if it is free."""
     held = store.read(key)
     token = _parse(held).get("token") if held else None
     return str(token) if token else None
@@ -131,7 +131,7 @@ def _boot_id() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """Start of the process in clock ticks since boot (field 22 of /proc/<pid>/stat); None when it is not alive."""
+    """Return the start of a process in clock ticks since boot (field 22 of /proc/<pid>/stat); None if it is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -107,5 +107,5 @@ class OverlayStore(Store):
                     yield key
 
     def _layers(self, prefix: str) -> tuple[Any, ...]:
-        """The stores that can have something below a prefix."""
+        """Return the stores that may hold keys below a prefix."""
         return (self._above, self._below) if (self._above.root / prefix).is_dir() else (self._below,)

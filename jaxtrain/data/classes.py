@@ -16,7 +16,7 @@ from zarr_store.errors import InvalidInput, UnknownName
 __all__ = ["NOT_LEARNT", "Classes"]
 
 NOT_LEARNT = 255
-"""Class index of a pixel that is not learnt; also the nodata value of maps."""
+"""Class index of a pixel that is not learned; also the nodata value of maps."""
 
 # Colours people know from Sentinel-2 scene classification (Sen2Cor) and from CORINE-like land-cover maps.
 _KNOWN_COLOURS = {
@@ -106,7 +106,7 @@ class Classes:
         return len(self.names)
 
     def table(self) -> npt.NDArray[np.uint8]:
-        """Look-up table, uint8 (256,): layer value → class index, 255 where not learnt."""
+        """Look-up table, uint8 (256,): layer value → class index, 255 where not learned."""
         table = np.full(256, NOT_LEARNT, np.uint8)
         for index, values in enumerate(self.values):
             table[list(values)] = index

@@ -69,7 +69,7 @@ class CubeData:
         judged = judge_cube(self.cube, card.of(0), None)
         grid = self.cube.spec(card.config.data.collection).grid
         overlapping = [
-            f"{self.url} overlaps the ground of {ground.cube}, which was learnt: its scores are too good"
+            f"{self.url} overlaps the ground of {ground.cube}, which was learned: its scores are too good"
             for ground in card.grounds[1:]
             if overlap(ground.grid, grid)
         ]
@@ -149,18 +149,18 @@ def judge_cube(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty
     config = card.config.data
     spec = cube.spec(config.collection)
     if card.grid is None or not isinstance(card.split, Split):
-        raise InvalidInput(f"{cube.url} is a cube, but the run learnt from a sample store")
+        raise InvalidInput(f"{cube.url} is a cube, but the run learned from a sample store")
     own = part is not None
     warnings = []
     target = ITSELF if card.task.rebuild else resolve_target(cube, config)
     if target.values != card.task.values:
-        raise InvalidInput(f"{cube.url}: {config.label!r} does not hold what the run learnt, classes or values")
+        raise InvalidInput(f"{cube.url}: {config.label!r} does not hold what the run learned, classes or values")
     if own and cube_digest(cube, config.collection, target.layer) != card.cube_digest:
         warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")
     if own and spec.grid != card.grid:
-        raise InvalidInput(f"{cube.url} has grid {spec.grid}, the run learnt on {card.grid}; pass it as other data")
+        raise InvalidInput(f"{cube.url} has grid {spec.grid}, the run learned on {card.grid}; pass it as other data")
     if not own and spec.grid.resolution != card.grid.resolution:
-        warnings.append(f"pixels of {cube.url} are {spec.grid.resolution}, the model learnt {card.grid.resolution}")
+        warnings.append(f"pixels of {cube.url} are {spec.grid.resolution}, the model learned {card.grid.resolution}")
     if not own and overlap(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     classes = match_classes(card.classes, config, target)

@@ -108,13 +108,13 @@ def join_windows(each: Sequence[Windows]) -> Windows:
 def join_statistics(each: Sequence[Statistics]) -> Statistics:
     """Statistics over all pixels of several cubes; moments are joined after Chan, Golub & LeVeque (1979)."""
     pixels = np.array([one.pixels for one in each], np.float64)
-    learnt = np.array([one.class_pixels.sum() for one in each], np.float64)
+    learned = np.array([one.class_pixels.sum() for one in each], np.float64)
     mean, std = _join(pixels, np.stack([one.mean for one in each]), np.stack([one.std for one in each]))
     values = [one.value for one in each]
     value = None
     if all(one is not None for one in values):
         moments = np.array(values, np.float64)
-        middle, spread = _join(learnt, moments[:, :1], moments[:, 1:])
+        middle, spread = _join(learned, moments[:, :1], moments[:, 1:])
         value = (float(middle[0]), float(spread[0]))
     source = "index" if all(one.source == "index" for one in each) else "windows"
     counted = np.sum([one.class_pixels for one in each], axis=0)

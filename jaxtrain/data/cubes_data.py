@@ -79,7 +79,7 @@ class CubesData:
             judged.append(judge_cube(cube, card.of(number), part, may_be_empty=True))
             warnings += judged[-1].warnings
             warnings += [
-                f"{ground.cube} overlaps the ground of {other.cube}: what is judged in one may be learnt in the other"
+                f"{ground.cube} overlaps the ground of {other.cube}: what is judged in one may be learned in the other"
                 for other in card.grounds[:number]
                 if overlap(ground.grid, other.grid)
             ]

@@ -1,4 +1,4 @@
-"""`SampleSplit`: which samples of a store are learnt from and which are kept aside, by where they lie.
+"""`SampleSplit`: which samples of a store are learned from and which are kept aside, by where they lie.
 
 Samples with coordinates are split by cells of half a degree: a cell belongs to one part, by a hash of (seed, cell).
 Neighbours across the edge of a cell can be left out of training by a buffer. A random split is possible; it is leaky,

@@ -56,8 +56,8 @@ class WindowReader:
         collection: Group that is read.
         bands: Positions in the main array, in the order of the network's channels.
         patch: Side of a window, pixels.
-        learn_masked: Whether pixels of status masked are seen and learnt.
-        target: What is learnt, or None where only the image is wanted.
+        learn_masked: Whether pixels of status masked are seen and learned.
+        target: What is learned, or None where only the image is wanted.
         table: uint8 (256,) layer value → class index, of classes.
         index: What is known of the chunks: the status of those that are observed throughout is not read.
         lenient: Chunks that, by the index, were never written read as not observed; else they raise.
@@ -89,9 +89,9 @@ class WindowReader:
         target = target or resolve_target(cube, config)
         dates = series_dates(config, spec)
         table = None if target.values else classes.table()
-        learnt = None if target.place == "image" else target
+        learned = None if target.place == "image" else target
         index = index or cube.index(config.collection)
-        return cls(cube, config.collection, bands, config.patch, config.learn_masked, learnt, table, index,
+        return cls(cube, config.collection, bands, config.patch, config.learn_masked, learned, table, index,
                    lenient=dates > 1, dates=dates)  # fmt: skip
 
     @property

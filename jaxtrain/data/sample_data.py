@@ -73,7 +73,7 @@ class SampleData:
         """One part of the run's own store; see `TrainingData.judged_part`."""
         store, config = self.store, _config(card)
         if store.digest != card.cube_digest:
-            raise InvalidInput(f"{store.url} is not the store that the run learnt from; pass it as other data")
+            raise InvalidInput(f"{store.url} is not the store that the run learned from; pass it as other data")
         reader = SampleReader.of(store, config, card.classes)
         plan, leak = plan_samples(config, store, card.classes, split=_split(card))
         warnings = []
@@ -154,19 +154,19 @@ def _every_sample(config: DataConfig, card: LearnedFrom, store: SampleStore) -> 
 
 
 def _near_training(card: LearnedFrom, store: SampleStore) -> list[str]:
-    """A warning where samples of another store lie near those that were learnt."""
+    """A warning where samples of another store lie near those that were learned."""
     if store.digest == card.cube_digest:
         return [f"{store.url} holds the samples that the model was trained on: its scores are too good"]
     if not isinstance(card.split, SampleSplit) or not store.has_places:
         return []
     if "://" in card.cube or not is_sample_store(card.cube):  # what a card says of itself opens no bucket
         return []
-    learnt = open_samples(card.cube)
+    learned = open_samples(card.cube)
     train = card.split.parts == 0
-    if learnt.digest != card.cube_digest or not learnt.has_places or not train.any():
+    if learned.digest != card.cube_digest or not learned.has_places or not train.any():
         return []
     near_m = card.config.data.split.near_m
-    distance = nearest_m(store.longitude, store.latitude, learnt.longitude[train], learnt.latitude[train])
+    distance = nearest_m(store.longitude, store.latitude, learned.longitude[train], learned.latitude[train])
     share = float((distance < near_m).mean())
     if not share:
         return []

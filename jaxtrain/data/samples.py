@@ -44,7 +44,7 @@ class SampleReader:
         store: The open store.
         bands: Positions of the bands, in the order of the network's channels.
         patch: Side of the image around a pixel of a scene; of patches, their own side.
-        table: uint8 (256,) stored label → class index, 255 where it is not learnt.
+        table: uint8 (256,) stored label → class index, 255 where it is not learned.
     """
 
     store: SampleStore
@@ -75,7 +75,7 @@ class SampleReader:
             rows: int32 (B, 3) of (sample, y, x).
 
         Returns:
-            image (B, C, H, W) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is not learnt), and
+            image (B, C, H, W) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is not learned), and
             observed uint8 (B, H, W), all 1.
 
         Raises:
@@ -172,25 +172,25 @@ def plan_samples(
     Args:
         config: Split, patch and classes.
         store: The open store.
-        classes: What is learnt.
+        classes: What is learned.
         split: That of an earlier run; made afresh where there is none.
 
     Raises:
         InvalidInput: The split does not fit the store.
-        NothingFound: No sample has a class that is learnt.
+        NothingFound: No sample has a class that is learned.
     """
     if store.spec.labelled == "pixels":
         return _plan_scene(config, store, classes, split)
-    learnt = np.ones(store.spec.count, bool)
+    learned = np.ones(store.spec.count, bool)
     if store.spec.labelled == "one":
-        learnt = classes.table()[store.label] != NOT_LEARNT
-    if not learnt.any():
+        learned = classes.table()[store.label] != NOT_LEARNT
+    if not learned.any():
         raise NothingFound(f"no sample of {store.url} has one of the classes {', '.join(classes.names)}")
     if split is None:
         split = split_samples(config.split, store.longitude, store.latitude)
     if not isinstance(split, SampleSplit) or len(split.parts) != store.spec.count:
         raise InvalidInput(f"{store.url} is not the store that the run's split was made for")
-    parts = np.where(learnt, split.parts, -1)
+    parts = np.where(learned, split.parts, -1)
     rows = np.zeros((store.spec.count, 3), np.int32)
     rows[:, 0] = np.arange(store.spec.count)
     leak = leakage(split.parts, store.longitude, store.latitude, config.split.near_m)
@@ -204,18 +204,18 @@ def _plan_scene(
 ) -> tuple[WindowPlan, dict[str, Any]]:
     if config.patch % 2 == 0:
         raise InvalidInput(f"data.patch {config.patch} has no middle pixel: take an odd side for a labelled scene")
-    learnt = classes.table()[store.label] != NOT_LEARNT
-    rows = np.argwhere(learnt).astype(np.int32)
+    learned = classes.table()[store.label] != NOT_LEARNT
+    rows = np.argwhere(learned).astype(np.int32)
     if not len(rows):
         raise NothingFound(f"no pixel of {store.url} has one of the classes {', '.join(classes.names)}")
     if split is None:
-        split = _split_scene(config.split, store, learnt)
+        split = _split_scene(config.split, store, learned)
     if not isinstance(split, Split):
         raise InvalidInput(f"{store.url} is not the store that the run's split was made for")
     code = split.part_at(rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int64))
     if config.split.buffer_px:
-        code = np.where((code == 0) & _near(rows, code > 0, learnt.shape, config.split.buffer_px), -1, code)
-    touching = _near(rows, code == 0, learnt.shape, config.patch // 2) & (code == PARTS.index("test"))
+        code = np.where((code == 0) & _near(rows, code > 0, learned.shape, config.split.buffer_px), -1, code)
+    touching = _near(rows, code == 0, learned.shape, config.patch // 2) & (code == PARTS.index("test"))
     tests = int((code == PARTS.index("test")).sum())
     kind = config.split.kind
     leak = {
@@ -241,12 +241,12 @@ def _near(
     return found
 
 
-def _split_scene(config: SplitConfig, store: SampleStore, learnt: npt.NDArray[np.bool_]) -> Split:
+def _split_scene(config: SplitConfig, store: SampleStore, learned: npt.NDArray[np.bool_]) -> Split:
     height, width = store.spec.size
     side = 1 if config.kind == "random" else config.block_px
     shape = (-(-height // side), -(-width // side))
     padded = np.zeros((shape[0] * side, shape[1] * side), bool)
-    padded[:height, :width] = learnt.any(axis=0)
+    padded[:height, :width] = learned.any(axis=0)
     usable = padded.reshape(shape[0], side, shape[1], side).any(axis=(1, 3))
     if config.kind != "checkerboard":
         return make_split(config, (side, side), np.asarray(usable))

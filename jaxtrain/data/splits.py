@@ -42,7 +42,7 @@ class Split:
 
     @classmethod
     def whole(cls, block: tuple[int, int], shape: tuple[int, int], part: Part = "test") -> Self:
-        """All ground of a grid of `shape` (height, width) in one part: for a cube that no run has learnt from."""
+        """All ground of a grid of `shape` (height, width) in one part: for a cube that no run has learned from."""
         rows, columns = (-(-size // side) for size, side in zip(shape, block, strict=True))
         return cls(block, np.full((rows, columns), PARTS.index(part), np.int8))
 

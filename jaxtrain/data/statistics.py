@@ -1,7 +1,7 @@
 """`Statistics`: mean and spread of each band and how often each class occurs, over training ground only.
 
 Where whole chunks lie in training blocks, the chunk counts made at ingest say it at no cost. Where blocks are smaller
-than chunks, or masked pixels are learnt too (the counts leave those out of the moments), a fixed sample of training
+than chunks, or masked pixels are learned too (the counts leave those out of the moments), a fixed sample of training
 windows is read instead.
 """
 
@@ -44,7 +44,7 @@ class Statistics:
         mean, std: float64 (bands,) in stored numbers, over pixels that the network sees; std is at least tiny.
         class_pixels: int64 (classes,) labelled pixels among those that were counted.
         pixels: Pixels that were counted.
-        value: (mean, std) of the values that are learnt; None of classes.
+        value: (mean, std) of the values that are learned; None of classes.
         source: "index" for chunk counts, "windows" for a sample of windows.
     """
 
@@ -63,7 +63,7 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
         index: Training index of the collection.
         plan: Windows and split.
         reader: Reads windows with labels.
-        classes: What is learnt.
+        classes: What is learned.
     """
     select = _training_chunks(index, plan.blocks)
     pixels = int(index.observed[select].sum())
@@ -123,7 +123,7 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
     at_once = max(1, _READ_AT_ONCE // reader.dates)
     count, mean, m2 = 0, np.zeros(len(reader.bands)), np.zeros(len(reader.bands))
     by_class = np.zeros(256, np.int64)
-    learnt: list[npt.NDArray[np.float64]] = []
+    learned: list[npt.NDArray[np.float64]] = []
     for start in range(0, len(rows), at_once):
         batch = reader.read(rows[start : start + at_once])
         values = as_images(batch["image"])[as_images(batch["observed"]) == 1].astype(np.float64)
@@ -131,8 +131,8 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
         if reader.target is None:
             by_class[0] += len(values)
         elif reader.target.values:
-            learnt.append(batch["label"][np.isfinite(batch["label"])].astype(np.float64))
-            by_class[0] += len(learnt[-1])
+            learned.append(batch["label"][np.isfinite(batch["label"])].astype(np.float64))
+            by_class[0] += len(learned[-1])
         else:
             by_class += np.bincount(batch["label"].ravel(), minlength=256)
         if not len(values):
@@ -145,12 +145,12 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
         count = total
     by_class[NOT_LEARNT] = 0
     std = np.sqrt(m2 / max(count, 1))
-    value = _value_moments(learnt, reader) if learnt else None
+    value = _value_moments(learned, reader) if learned else None
     return Statistics(mean, np.where(std > 0, std, 1.0), by_class[:classes], count, "windows", value)
 
 
-def _value_moments(learnt: list[npt.NDArray[np.float64]], reader: WindowReader) -> tuple[float, float]:
-    values = np.concatenate(learnt)
+def _value_moments(learned: list[npt.NDArray[np.float64]], reader: WindowReader) -> tuple[float, float]:
+    values = np.concatenate(learned)
     name = "" if reader.target is None else reader.target.name
     if not len(values):
         raise NothingFound(f"{reader.cube.url}: {name!r} has no value in the training windows; lower data.min_labelled")

@@ -1,4 +1,4 @@
-"""`Target`: what is learnt of the pixels of a cube, and how its stored numbers become labels.
+"""`Target`: what is learned of the pixels of a cube, and how its stored numbers become labels.
 
 `data.label` names one of three: a class layer of the collection (a date each, such as scl), a spectral index of the
 collection (values), or a label layer from outside (`terrashard labels`; classes or values, the same on all dates).
@@ -28,12 +28,12 @@ _ROWS = 2048
 
 @dataclass(frozen=True)
 class Target:
-    """What is learnt.
+    """What is learned.
 
     Attributes:
         name: As `data.label` has it.
         place: layer or index (of the collection, by date), label (of the cube, all dates) or image (no labels).
-        values: Whether values are learnt, not classes.
+        values: Whether values are learned, not classes.
         scale, nodata: Of an index: value = stored · scale.
         layer: The label layer.
     """
@@ -54,7 +54,7 @@ class Target:
 
     @property
     def nothing(self) -> Any:
-        """Label of a pixel that is not learnt."""
+        """Label of a pixel that is not learned."""
         return np.float32(np.nan) if self.values else np.uint8(NOT_LEARNT)
 
     def array(self, cube: Cube, collection: str) -> ts.TensorStore:
@@ -70,15 +70,15 @@ class Target:
         """
         if not self.values and table is not None:
             # a third of the time of indexing, which first makes an int64 of each label
-            learnt = bytearray(np.ascontiguousarray(stored).data).translate(table.tobytes())
-            return np.frombuffer(learnt, np.uint8).reshape(stored.shape)
+            learned = bytearray(np.ascontiguousarray(stored).data).translate(table.tobytes())
+            return np.frombuffer(learned, np.uint8).reshape(stored.shape)
         found = stored.astype(np.float32) * np.float32(self.scale)
         if self.nodata is not None:
             found[stored == self.nodata] = np.nan
         return found
 
     def hide(self, label: npt.NDArray[Any], seen: npt.NDArray[np.bool_]) -> None:
-        """Have nothing learnt, in place, where the network sees nothing; both of one shape."""
+        """Have nothing learned, in place, where the network sees nothing; both of one shape."""
         if self.values:
             np.copyto(label, np.float32(self.nothing), where=~seen)
         else:

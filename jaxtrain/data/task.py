@@ -15,7 +15,7 @@ class Task:
     Attributes:
         per_image: One answer for an image, not one for each pixel.
         several: A sample may have several classes.
-        value: (mean, std) of the value that is learnt in place of classes; the network answers in these units.
+        value: (mean, std) of the value that is learned in place of classes; the network answers in these units.
         rebuild: The image itself is given back; labels have no part in it.
     """
 

@@ -143,10 +143,10 @@ def plan_windows(
         config: Patch, label layer, shares.
         spec: The collection that is read.
         index: Its training index.
-        classes: What is learnt.
+        classes: What is learned.
         split: The split of an earlier run, so that ground keeps its part; None makes it.
         dates: Beginnings of dates whose windows are all test, wherever they lie (`data.split.test_dates`).
-        target: What is learnt; None for the class layer that `config.label` names.
+        target: What is learned; None for the class layer that `config.label` names.
 
     Raises:
         UnknownName: The label layer is none of the collection's, or a date none of the cube's.
@@ -168,7 +168,7 @@ def plan_windows(
         found = _found(index, target)
         raise NothingFound(
             f"no window of {patch}×{patch} pixels of {spec.collection} has a share of {config.min_labelled:g} of "
-            f"pixels that can be learnt from layer {config.label!r} (its values and pixels: {found}; observed "
+            f"pixels that can be learned from layer {config.label!r} (its values and pixels: {found}; observed "
             f"{int(index.observed.sum())}, masked {int(index.masked.sum())}); name other values in data.classes, set "
             "data.learn_masked = true to learn masked pixels, or lower data.min_labelled"
         )
@@ -204,7 +204,7 @@ def _usable(
     if target.place == "layer":
         values = [value for group in classes.values for value in group]
         labelled = index.class_counts[target.name][..., values].sum(axis=-1)
-        # class counts include masked pixels; no more than the observed ones can be learnt
+        # class counts include masked pixels; no more than the observed ones can be learned
         share = np.minimum(labelled / np.maximum(index.pixels, 1), share)
     # of a series an absent date is one that was not observed
     there = index.present if config.dates == 1 else np.broadcast_to(index.present.any(axis=0), index.present.shape)
@@ -258,7 +258,7 @@ def _held_dates(spec: CubeSpec, dates: Sequence[str]) -> tuple[int, ...]:
     """Return the time steps that `dates` mean, which must not be all."""
     held = spec.find_times(dates, option="data.split.test_dates")
     if len(held) == len(spec.times):
-        raise InvalidInput(f"data.split.test_dates names all {len(held)} dates of the cube; leave some to be learnt")
+        raise InvalidInput(f"data.split.test_dates names all {len(held)} dates of the cube; leave some to be learned")
     return held
 
 
@@ -277,7 +277,7 @@ def _beside(
 def window_leakage(config: DataConfig, plan: WindowPlan) -> dict[str, Any] | None:
     """How the test windows of a cube leak, where they may: the share that lies beside a training window on any date.
 
-    None where whole blocks are kept aside on all dates. Of dates that are kept aside the ground was learnt on others.
+    None where whole blocks are kept aside on all dates. Of dates that are kept aside the ground was learned on others.
     """
     split = config.split
     if split.kind != "random" and not split.test_dates:

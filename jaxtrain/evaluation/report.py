@@ -1,4 +1,4 @@
-"""`report.html`: one file that shows what a run learnt from, how it went and what came out; it loads nothing else."""
+"""`report.html`: one file that shows what a run learned from, how it went and what came out; it loads nothing else."""
 
 from __future__ import annotations
 
@@ -139,7 +139,9 @@ def _describe_leakage(card: ModelCard) -> str | None:
         return None
     word = "The split is random, so it LEAKS: scores are too good. " if leak["leaky"] else ""
     if leak.get("dates"):
-        word += f"Judged on dates that were not learnt ({', '.join(leak['dates'])}); their ground was, on other dates. "
+        word += (
+            f"Judged on dates that were not learned ({', '.join(leak['dates'])}); their ground was, on other dates. "
+        )
     if leak.get("beside") is not None:
         return f"{word}{leak['beside']:.1%} of the test windows lie on or beside a training window of some date."
     if leak.get("touching") is not None:

@@ -287,14 +287,14 @@ def _typed_data(card: ModelCard, data: str | Path | None) -> str | Path | None:
     A run may come from somebody else, so no server is asked, and no key used, because its card says so.
 
     Raises:
-        InvalidInput: The run learnt from something in a bucket, and that was not typed.
+        InvalidInput: The run learned from something in a bucket, and that was not typed.
     """
     urls = [ground.cube for ground in card.grounds] or [card.cube]
     if not any("://" in url for url in urls):
         return data
     if data is None:
         raise InvalidInput(
-            f"the run says that it learnt from {', '.join(urls)}, and what a run says of itself opens no bucket, as it "
+            f"the run says that it learned from {', '.join(urls)}, and what a run says of itself opens no bucket, as it "
             f"may come from somebody else. If you trust that place, type it: --data {','.join(urls)}"
         )
     return None if str(data).split(",") == urls else data
@@ -316,6 +316,6 @@ def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name:
     learned = "sample store" if card.grid is None else "cube"
     if data.kind != learned:
         raise InvalidInput(
-            f"{name or data.url} is a {data.kind}, but the run learnt from a {learned}; give a {learned}"
+            f"{name or data.url} is a {data.kind}, but the run learned from a {learned}; give a {learned}"
         )
     return data.judged_whole(card) if part is None else data.judged_part(card, part)

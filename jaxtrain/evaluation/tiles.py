@@ -41,7 +41,7 @@ class Tile:
         window: Which.
         image: (H, W, C) as stored.
         observed: (H, W), 1 where something was seen.
-        label: (H, W) class index or value; None where nothing is labelled, as the image itself was learnt.
+        label: (H, W) class index or value; None where nothing is labelled, as the image itself was learned.
         prediction: (H, W) class index or value.
         caption: How wrong it is, in words.
     """
@@ -60,7 +60,7 @@ def collect_tiles(
     """The windows with the most errors among some that are spread evenly, the worst first.
 
     Args:
-        program: Gives the mesh and what is learnt.
+        program: Gives the mesh and what is learned.
         predict: From `make_predict_step(program)`.
         state: The model.
         reader: Reads windows with labels.

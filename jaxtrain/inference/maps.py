@@ -3,7 +3,7 @@
     MAP.zarr/class         (y, x) uint8         class index, 255 = no data
     MAP.zarr/confidence    (y, x) uint8         probability of that class in per cent, 255 = no data
     MAP.zarr/probability   (class, y, x) uint8  per cent, 255 = no data; only where asked for
-    MAP.zarr/value         (y, x) float32       in place of these: the value that was learnt, nan = no data
+    MAP.zarr/value         (y, x) float32       in place of these: the value that was learned, nan = no data
     MAP.zarr/{y,x,spatial_ref}                  pixel centres and CRS
 
 Class names, colours and the model's run are attributes. Chunks are not sharded and carry zstd's own checksum, because

@@ -3,7 +3,7 @@
 The network looks at windows of the size that it was trained on. Windows overlap, and each pixel gets the weighted mean
 of the probabilities of all windows over it; a window's weight falls to zero towards its edge along a raised cosine, so
 no window edge shows. Where several dates are used, the probabilities of the dates on which a pixel was seen are
-averaged: an ensemble over time that also fills clouds. A model that has learnt masked pixels sees those too; they have
+averaged: an ensemble over time that also fills clouds. A model that has learned masked pixels sees those too; they have
 a say only where there is no clear date, so that a map shows a cloud only where there was never anything else.
 
 Windows lie on one lattice of the whole grid, so the result does not depend on how it is cut for the work. Work goes
@@ -119,10 +119,10 @@ def predict(
     Args:
         run: The run directory; its best checkpoint is used where `run.monitor` names a score, else its newest
             undamaged one.
-        cube: A cube with the bands of the model; it need not be the one that was learnt from.
+        cube: A cube with the bands of the model; it need not be the one that was learned from.
         out: Where the map goes (Zarr). A map that is there is replaced when the new one is complete.
         time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all dates
-            on which a pixel was clear, or, where it never was and masked pixels were learnt, over those.
+            on which a pixel was clear, or, where it never was and masked pixels were learned, over those.
         probabilities: Also keep the probability of every class.
         overlap: Pixels that neighbouring windows share, at most half a patch; None: a quarter of it.
         on_batch: Called with (batches done, batches in all).
@@ -145,7 +145,7 @@ def predict(
     card = load_card(run)
     if card.grid is None:
         raise InvalidInput(
-            f"{run} learnt from a sample store and answers for whole images, so it makes no map; judge it on another "
+            f"{run} learned from a sample store and answers for whole images, so it makes no map; judge it on another "
             "store with `terrashard evaluate --data STORE`"
         )
     opened = open_cube(cube)
@@ -168,7 +168,7 @@ def predict(
     program, state, step, passed_over = restore_model(run, card)
     warnings = list(passed_over)
     if spec.grid.resolution != card.grid.resolution:
-        warnings.append(f"pixels of {opened.url} are {spec.grid.resolution}, the model learnt {card.grid.resolution}")
+        warnings.append(f"pixels of {opened.url} are {spec.grid.resolution}, the model learned {card.grid.resolution}")
     absent = int((~index.present).sum())
     if absent:
         warnings.append(f"{absent} of {index.present.size} chunks of {opened.url} were never written: no data there")
@@ -185,7 +185,7 @@ def predict(
     counts = np.zeros(256, np.int64)
     values = card.task.values
     if values and probabilities:
-        raise InvalidInput(f"{run} has learnt values, which have no probabilities: leave --probabilities out")
+        raise InvalidInput(f"{run} has learned values, which have no probabilities: leave --probabilities out")
     with create_map(
         out, spec.grid, card.answers, attributes=attributes, probabilities=probabilities, values=values
     ) as writer:

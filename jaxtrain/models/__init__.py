@@ -54,7 +54,7 @@ def build_model(
         rngs: streams `params` and `dropout`.
         data_shards: size of the mesh axis `data`; only the norm `local` depends on it.
         per_image: whether one answer is wanted for an image; none for what the name stands for first.
-        values: whether a value is learnt in place of classes; one output is then enough.
+        values: whether a value is learned in place of classes; one output is then enough.
 
     Raises:
         UnknownName: no such network.

@@ -2,7 +2,7 @@
 
 The convolutions are those of TempCNN (Pelletier et al. 2019, "Temporal convolutional neural network for the
 classification of satellite image time series", doi:10.3390/rs11050523). Dates are pooled by attention, where heads
-learn which dates say something (as in Garnot & Landrieu 2020, arXiv:2007.00586, whose query is learnt, too), or by mean
+learn which dates say something (as in Garnot & Landrieu 2020, arXiv:2007.00586, whose query is learned, too), or by mean
 and maximum. Both leave out dates on which the pixel was not observed, and do with any number of dates.
 
 Dates need not be regular: each comes with its day of the year, as sine and cosine, and with whether it was observed.

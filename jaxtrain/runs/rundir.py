@@ -50,7 +50,7 @@ _LEFTOVERS = (LOCK_KEY, "config.toml")
 _MAY_CHANGE = ("mesh", "data.cube", "data.colours", "run.log_every", "run.evaluate_every", "run.checkpoint_every",
                "run.keep_checkpoints", "run.read_threads", "run.prefetch", "run.on_nan", "run.max_skipped",
                "run.on_corrupt", "run.max_quarantined", "run.hang_s", "run.track")  # fmt: skip
-"""Keys that do not change what is learnt: a run may be continued with others. The cube is compared by digest."""
+"""Keys that do not change what is learned: a run may be continued with others. The cube is compared by digest."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ModelCard:
 
     Attributes:
         config: The whole configuration.
-        cube: Path of the cube or sample store that is learnt from; of several cubes, of the first.
+        cube: Path of the cube or sample store that is learned from; of several cubes, of the first.
         cube_digest: Digest of all its bytes, as the ledger has them; of several cubes, of all.
         bands: Names, in the order of the network's channels.
         classes: Names, colours and layer values, by class index.
