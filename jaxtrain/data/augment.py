@@ -21,7 +21,7 @@ from zarr_store.errors import InvalidInput
 __all__ = ["Mixed", "augment", "disturb", "mix", "turns"]
 
 _ZOOM, _GAIN, _OFFSET, _BANDS, _SHARE, _BOX = range(1, 7)
-"""What a draw is for; each has a stream of its own, so that switching one on leaves the others as they were."""
+"""Purposes of random draws; each has a stream of its own, so that switching one on does not change the others."""
 
 Turn = Callable[[jax.Array], jax.Array]
 
@@ -63,7 +63,7 @@ def _turn(array: jax.Array, swap: jax.Array, mirror_y: jax.Array, mirror_x: jax.
 
 
 def _zoom(array: jax.Array, scale_B: jax.Array) -> jax.Array:
-    """Nearest pixels about the centre, by products with 0/1 matrices: labels stay labels, and nothing is gathered."""
+    """Zoom about the centre by nearest pixels, as products with 0/1 matrices, so that labels stay labels."""
     side = array.shape[1]
     centre = (side - 1) / 2
     wanted = (jnp.arange(side, dtype=jnp.float32) - centre) / scale_B[:, None] + centre
@@ -81,7 +81,7 @@ def _zoom(array: jax.Array, scale_B: jax.Array) -> jax.Array:
 
 
 def _pick(pick: jax.Array, array: jax.Array) -> jax.Array:
-    """The chosen rows and columns of a square, float32."""
+    """Return the chosen rows and columns of a square, float32."""
     side = array.shape[1]
     values = array.astype(jnp.float32).reshape(array.shape[0], side, side, -1)
     # float32 holds every stored integer up to 2^24 exactly; a faster, rounded product would not
@@ -91,7 +91,7 @@ def _pick(pick: jax.Array, array: jax.Array) -> jax.Array:
 
 
 def turns() -> list[tuple[Turn, Turn]]:
-    """The eight turns and mirrors of square images (B, N, N, C), each with the turn that takes it back."""
+    """Yield the eight turns and mirrors of square images (B, N, N, C), each with its inverse."""
 
     def of(swap: bool, mirror_y: bool, mirror_x: bool) -> tuple[Turn, Turn]:
         def there(x: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def turns() -> list[tuple[Turn, Turn]]:
 
 
 def disturb(x_BHWC: jax.Array, *, key: jax.Array, jitter: float = 0.0, band_dropout: float = 0.0) -> jax.Array:
-    """Vary the light of normalised images, and hide bands: what haze, sun angle and a lost band do.
+    """Vary the brightness of normalised images and hide bands, as haze, sun angle and a lost band do.
 
     Args:
         x_BHWC: float32, mean 0 and spread 1 in each band.

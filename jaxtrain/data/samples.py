@@ -1,4 +1,4 @@
-"""Samples of a store as batches: the counterpart of `WindowReader` and `plan_windows` for stores of labelled samples.
+"""Read samples of a store as batches: the counterpart of `WindowReader` and `plan_windows` for sample stores.
 
 A row is (sample, y, x). Of a store of patches y and x are 0 and the whole patch is the image; of a labelled scene the
 image is the `patch` around pixel (y, x), mirrored at the scene's edge, and its label is that pixel's.
@@ -32,7 +32,7 @@ from zarr_store.samples import SampleStore
 __all__ = ["SampleReader", "plan_samples", "sample_classes", "sample_statistics"]
 
 _HELD_BYTES = 512 << 20
-"""A store whose images are smaller is decoded once and held; a larger one is read as it is needed."""
+"""Largest store that is decoded once and held in memory, bytes; a larger one is read as it is needed."""
 _SAMPLED = 2048
 
 
@@ -54,7 +54,7 @@ class SampleReader:
 
     @classmethod
     def of(cls, store: SampleStore, config: DataConfig, classes: Classes) -> SampleReader:
-        """The reader of a run.
+        """Make the reader of a run.
 
         Raises:
             UnknownName: The store lacks some of the bands; all of those are listed.
@@ -65,7 +65,7 @@ class SampleReader:
 
     @property
     def shows(self) -> Literal["windows", "images"]:
-        """A row is an image by itself."""
+        """Kind of a row: an image by itself."""
         return "images"
 
     def read(self, rows: npt.NDArray[np.int32]) -> dict[str, np.ndarray]:
@@ -84,7 +84,7 @@ class SampleReader:
         return self.begin(rows)()
 
     def begin(self, rows: npt.NDArray[np.int32]) -> Callable[[], dict[str, np.ndarray]]:
-        """Have samples read; what it returns waits for them. Stores that are small are held in memory instead."""
+        """Start to read samples, and return a function that waits for them; small stores are held in memory instead."""
         if self.store.spec.labelled == "pixels" or self._held is not None:
             return partial(self._gather, rows)
         spec, numbers = self.store.spec, rows[:, 0]
@@ -115,7 +115,7 @@ class SampleReader:
 
     @property
     def _chosen(self) -> tuple[int, ...] | None:
-        """The bands, where they are not all of them in order."""
+        """Positions of the bands; None for all bands in order."""
         return None if self.bands == tuple(range(len(self.store.spec.bands))) else self.bands
 
     @cached_property
@@ -130,7 +130,7 @@ class SampleReader:
 
     @cached_property
     def _scenes(self) -> npt.NDArray[Any]:
-        """All scenes (N, H, W, C) with a mirrored rim of half a patch."""
+        """Return all scenes (N, H, W, C) with a mirrored rim of half a patch."""
         rim = self.patch // 2
         if rim >= min(self.store.spec.size):
             raise InvalidInput(
@@ -148,7 +148,7 @@ class SampleReader:
 
 
 def sample_classes(config: DataConfig, store: SampleStore) -> Classes:
-    """The classes of a store, or those that the configuration names by stored label.
+    """Return the classes of a store, or those that the configuration names by stored label.
 
     Raises:
         InvalidInput: A configured label is not one of the store.
@@ -167,12 +167,12 @@ def sample_classes(config: DataConfig, store: SampleStore) -> Classes:
 def plan_samples(
     config: DataConfig, store: SampleStore, classes: Classes, *, split: Split | SampleSplit | None = None
 ) -> tuple[WindowPlan, dict[str, Any]]:
-    """The rows of each part, and how much the test part leaks.
+    """Choose the rows of each part, and measure the leakage of the test part.
 
     Args:
         config: Split, patch and classes.
         store: The open store.
-        classes: What is learned.
+        classes: The learned classes.
         split: That of an earlier run; made afresh where there is none.
 
     Raises:
@@ -230,7 +230,7 @@ def _plan_scene(
 def _near(
     rows: npt.NDArray[np.int32], of: npt.NDArray[np.bool_], shape: tuple[int, ...], reach: int
 ) -> npt.NDArray[np.bool_]:
-    """Which rows have a row of `of` within a square of `reach` pixels each way."""
+    """Return which rows have a row of `of` within a square of `reach` pixels each way."""
     there = np.zeros(shape, bool)
     there[tuple(rows[of].T)] = True
     sums = np.pad(there.cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
@@ -256,7 +256,7 @@ def _split_scene(config: SplitConfig, store: SampleStore, learned: npt.NDArray[n
 
 
 def sample_statistics(plan: WindowPlan, reader: SampleReader, classes: Classes) -> Statistics:
-    """Mean and spread of each band and how often each class occurs, over the training part only."""
+    """Return mean and spread of each band and the count of each class, over the training part only."""
     rows = plan.parts["train"].rows
     counted = np.zeros(len(classes), np.int64)
     if reader.store.spec.labelled == "several":

@@ -1,6 +1,6 @@
-"""`Statistics`: mean and spread of each band and how often each class occurs, over training ground only.
+"""`Statistics` holds mean and spread of each band and the count of each class, over training ground only.
 
-Where whole chunks lie in training blocks, the chunk counts made at ingest say it at no cost. Where blocks are smaller
+Where whole chunks lie in training blocks, the chunk counts made at ingest give them at no cost. Where blocks are smaller
 than chunks, or masked pixels are learned too (the counts leave those out of the moments), a fixed sample of training
 windows is read instead.
 """
@@ -28,23 +28,23 @@ __all__ = ["Statistics", "training_statistics"]
 Moments = npt.NDArray[np.float64]
 
 _SAMPLED_WINDOWS = 256
-"""4 million pixels at patch 128: the mean is known to a thousandth of the spread, in about a second."""
+"""Number of windows that are sampled: 4 million pixels at patch 128 give the mean to a thousandth of the spread."""
 _READ_AT_ONCE = 16
 _SAMPLED_DATES = 1024
-"""Dates that are read in all, where windows are series."""
+"""Number of dates that are read in all if windows are series."""
 _ENOUGH_SHARE = 0.25
-"""Part of the training pixels that whole training chunks must hold for their counts to stand for all."""
+"""Smallest share of the training pixels in whole training chunks for which their counts stand for all."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What normalisation and class weights need.
+    """The numbers that normalisation and class weights need.
 
     Attributes:
         mean, std: float64 (bands,) in stored numbers, over pixels that the network sees; std is at least tiny.
         class_pixels: int64 (classes,) labelled pixels among those that were counted.
         pixels: Pixels that were counted.
-        value: (mean, std) of the values that are learned; None of classes.
+        value: (mean, std) of learned values; None for classes.
         source: "index" for chunk counts, "windows" for a sample of windows.
     """
 
@@ -57,13 +57,13 @@ class Statistics:
 
 
 def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowReader, classes: Classes) -> Statistics:
-    """Statistics of the training part; neither validation nor test ground has a say.
+    """Compute the statistics of the training part; validation and test ground do not enter.
 
     Args:
         index: Training index of the collection.
         plan: Windows and split.
         reader: Reads windows with labels.
-        classes: What is learned.
+        classes: The learned classes.
     """
     select = _training_chunks(index, plan.blocks)
     pixels = int(index.observed[select].sum())
@@ -88,7 +88,7 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
 
 
 def _count_labels(target: Target, classes: Classes, windows: Windows) -> npt.NDArray[np.int64]:
-    """Pixels of each class of a label layer in some windows, once for each of their dates."""
+    """Count the pixels of each class of a label layer in some windows, once for each of their dates."""
     dates = np.zeros(tuple(windows.rows[:, 1:].max(axis=0) // windows.patch + 1), np.int64)
     np.add.at(dates, tuple((windows.rows[:, 1:] // windows.patch).T), 1)
     counted = np.zeros(256, np.int64)
@@ -100,7 +100,7 @@ def _count_labels(target: Target, classes: Classes, windows: Windows) -> npt.NDA
 
 
 def _training_chunks(index: TrainingIndex, split: Split) -> npt.NDArray[np.bool_]:
-    """Present chunks that touch no block but training blocks, bool (T, CY, CX)."""
+    """Return the present chunks that touch no block but training blocks, bool (T, CY, CX)."""
     elsewhere = (split.parts != PARTS.index("train")).astype(np.int64)
     _, cy, cx = index.chunk
     touch_y = _touching(index.present.shape[1], cy, elsewhere.shape[0], split.block[0])

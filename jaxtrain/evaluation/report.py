@@ -1,4 +1,4 @@
-"""`report.html`: one file that shows what a run learned from, how it went and what came out; it loads nothing else."""
+"""Write `report.html`, one file that shows data, course and scores of a run; it loads nothing else."""
 
 from __future__ import annotations
 
@@ -133,14 +133,14 @@ def _draw_examples(examples: Sequence[Tile] | Sequence[Shown], card: ModelCard) 
 
 
 def _describe_leakage(card: ModelCard) -> str | None:
-    """How near test and training samples lie, in a sentence; none of a cube, whose windows lie in blocks."""
+    """Describe in a sentence how near test and training samples lie; "" for a cube whose windows lie in blocks."""
     leak = card.statistics.get("leakage")
     if leak is None:
         return None
     word = "The split is random, so it LEAKS: scores are too good. " if leak["leaky"] else ""
     if leak.get("dates"):
         word += (
-            f"Judged on dates that were not learned ({', '.join(leak['dates'])}); their ground was, on other dates. "
+            f"Tested on held-out dates ({', '.join(leak['dates'])}); their ground was in training on other dates. "
         )
     if leak.get("beside") is not None:
         return f"{word}{leak['beside']:.1%} of the test windows lie on or beside a training window of some date."

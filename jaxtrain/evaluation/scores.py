@@ -1,4 +1,4 @@
-"""How good a model is on one part of its data, or on all of other data: run → `EvaluationReport`, evaluation.json."""
+"""Evaluate a run on one part of its data, or on all of other data: `EvaluationReport` and evaluation.json."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class EvaluationReport:
 
     Attributes:
         run: The run directory.
-        split: The part that was judged: "train", "validation" or "test"; "all" of other data.
+        split: The part of the evaluation: "train", "validation" or "test"; "all" of other data.
         step: The step of the checkpoint.
         data: Path of the cube or sample store; of several cubes all, separated by commas.
-        samples: Windows or samples that were judged.
+        samples: Number of windows or samples.
         seconds: Wall time.
         loss: Mean loss over what is labelled; None where nothing is.
         scores: All scores by name, as `to_dict` has them.
@@ -70,27 +70,27 @@ class EvaluationReport:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of labelled pixels or samples that are right, 0 to 1; None of values."""
+        """Share of labelled pixels or samples that are right, 0 to 1; None for values."""
         return cast(float | None, self.scores["accuracy"])
 
     @property
     def macro_f1(self) -> float | None:
-        """Mean F1 score over the classes, 0 to 1; None of values."""
+        """Mean F1 score over the classes, 0 to 1; None for values."""
         return cast(float | None, self.scores["macro_f1"])
 
     @property
     def miou(self) -> float | None:
-        """Mean intersection over union over the classes, 0 to 1; None of values."""
+        """Mean intersection over union over the classes, 0 to 1; None for values."""
         return cast(float | None, self.scores["miou"])
 
     @property
     def rmse(self) -> float | None:
-        """Root of the mean squared error, in the unit of the values; None of classes."""
+        """Root of the mean squared error, in the unit of the values; None for classes."""
         return cast(float | None, self.scores.get("rmse"))
 
     @property
     def r2(self) -> float | None:
-        """Share of the variance of the values that is explained; None of classes."""
+        """Share of the variance of the values that is explained; None for classes."""
         return cast(float | None, self.scores.get("r2"))
 
     @property
@@ -105,7 +105,7 @@ class EvaluationReport:
 
     @property
     def confusion_matrix(self) -> list[list[int]] | None:
-        """Pixels or samples by true class (rows) and predicted class (columns); None where samples have several."""
+        """Pixels or samples by true class (rows) and predicted class (columns); None if samples have several."""
         return cast(list[list[int]] | None, self.scores["confusion_matrix"])
 
     @property
@@ -114,7 +114,7 @@ class EvaluationReport:
         return int(self.scores["pixels"])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, as in RUN/evaluation.json."""
+        """Return the JSON form, as in RUN/evaluation.json."""
         leak = {} if self.leakage is None else {"leakage": self.leakage}
         return {
             **self.scores, "loss": self.loss, "samples": self.samples, "seconds": self.seconds, "split": self.split,
@@ -149,7 +149,7 @@ def judge(
     *,
     on_batch: Progress | None = None,
 ) -> tuple[ConfusionMatrix | SeveralCounts | ValueErrors, float]:
-    """Counts and mean loss over all windows or samples, each once.
+    """Count the predictions for all windows or samples, each once, and average the loss.
 
     Args:
         program: Gives mesh and batch size.
@@ -191,7 +191,7 @@ def judge(
 
 
 def restore_model(run: Path, card: ModelCard) -> tuple[Program, TrainState, int, tuple[str, ...]]:
-    """Program, state and step of the run's best or newest undamaged checkpoint, and a line for each damaged newer one.
+    """Restore program, state and step of a run's best or newest undamaged checkpoint; list damaged newer ones.
 
     The best is that of `run.monitor`, where one is named.
 
@@ -222,7 +222,7 @@ def evaluate(
     split: Part | str = "test",
     on_batch: Progress | None = None,
 ) -> EvaluationReport:
-    """Judge the best or newest checkpoint of a run on one part of its data, or on all of other data.
+    """Evaluate the best or newest checkpoint of a run on one part of its data, or on all of other data.
 
     The scores are also written to RUN/evaluation.json, and RUN/report.html is made anew.
 
@@ -282,12 +282,12 @@ def evaluate(
 
 
 def _typed_data(card: ModelCard, data: str | Path | None) -> str | Path | None:
-    """The data that are judged; None for the run's own, which must be typed where they are in a bucket.
+    """Return the data to evaluate on; None for the run's own, which must be given if they are in a bucket.
 
-    A run may come from somebody else, so no server is asked, and no key used, because its card says so.
+    A run may come from somebody else, so its card alone never makes this program contact a server or use a key.
 
     Raises:
-        InvalidInput: The run learned from something in a bucket, and that was not typed.
+        InvalidInput: The training data are in a bucket, and `data` was not given.
     """
     urls = [ground.cube for ground in card.grounds] or [card.cube]
     if not any("://" in url for url in urls):
@@ -301,7 +301,7 @@ def _typed_data(card: ModelCard, data: str | Path | None) -> str | Path | None:
 
 
 def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name: str | Path | None = None) -> JudgedSet:
-    """What a model is judged on: a part of the run's own data, or all of other data.
+    """Return the data of an evaluation: a part of the run's own data, or all of other data.
 
     Args:
         card: Card of the run.
@@ -316,6 +316,6 @@ def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name:
     learned = "sample store" if card.grid is None else "cube"
     if data.kind != learned:
         raise InvalidInput(
-            f"{name or data.url} is a {data.kind}, but the run learned from a {learned}; give a {learned}"
+            f"{name or data.url} is a {data.kind}, but the run was trained on a {learned}; give a {learned}"
         )
     return data.judged_whole(card) if part is None else data.judged_part(card, part)

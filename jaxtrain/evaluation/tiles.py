@@ -1,4 +1,4 @@
-"""The worst windows of a cube: image, label and answer side by side, where the model errs most.
+"""Draw the windows of a cube where the model errs most: image, label and prediction side by side.
 
 Letters: H row, W column, C band.
 """
@@ -35,13 +35,13 @@ _NOTHING = 236
 
 @dataclass(frozen=True)
 class Tile:
-    """One window as it is, as it is labelled and as the model sees it.
+    """One window: image, label and prediction.
 
     Attributes:
         window: Which.
         image: (H, W, C) as stored.
         observed: (H, W), 1 where something was seen.
-        label: (H, W) class index or value; None where nothing is labelled, as the image itself was learned.
+        label: (H, W) class index or value; None if the image itself is the target.
         prediction: (H, W) class index or value.
         caption: How wrong it is, in words.
     """
@@ -57,10 +57,10 @@ class Tile:
 def collect_tiles(
     program: Program, predict: Callable[..., jax.Array], state: TrainState, reader: Reader, windows: Windows
 ) -> list[Tile]:
-    """The windows with the most errors among some that are spread evenly, the worst first.
+    """Collect the windows with the most errors among evenly spread ones, the worst first.
 
     Args:
-        program: Gives the mesh and what is learned.
+        program: Gives the mesh and the task.
         predict: From `make_predict_step(program)`.
         state: The model.
         reader: Reads windows with labels.
@@ -92,7 +92,7 @@ def collect_tiles(
 def _judge(
     program: Program, row: npt.NDArray[np.int32], sample: dict[str, npt.NDArray[Any]], answer: npt.NDArray[np.float32]
 ) -> tuple[float, Tile]:
-    """How wrong an answer is, -1 where too little is labelled to say, and what is shown of it."""
+    """Return the error of a prediction, -1 if too little is labelled, and the caption."""
     task = program.objective.task
     image, observed = _one_date(sample["image"], sample["observed"])
     seen = observed.astype(bool)
@@ -119,7 +119,7 @@ def _judge(
 def _one_date(
     image: npt.NDArray[Any], observed: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
-    """The date of a series (H, W, T, C) on which most was seen; an image as it is."""
+    """Return the date of a series (H, W, T, C) on which most was seen; a single image stays."""
     if image.ndim == 3:
         return image, observed
     best = int(observed.sum(axis=(0, 1)).argmax())
@@ -129,7 +129,7 @@ def _one_date(
 def draw_tiles(
     tiles: Sequence[Tile], *, classes: Classes | None, bands: Sequence[str], times: Sequence[Sequence[str]], truth: str
 ) -> Figure:
-    """Image, label and answer of each tile in a row; of values with one scale for both.
+    """Draw image, label and prediction of each tile in a row; values share one scale.
 
     Args:
         tiles: From `collect_tiles`.
@@ -186,7 +186,7 @@ def _palette(classes: Classes) -> Image:
 
 
 def picture(image: npt.NDArray[Any], observed: npt.NDArray[np.uint8], bands: Sequence[str]) -> Image:
-    """True colour where the bands allow it, stretched between the 2nd and 98th percentile of what is observed."""
+    """Return the image in true colour if the bands allow it, stretched between the 2nd and 98th percentile of what is observed."""
     values = image[..., list(picture_bands(bands))].astype(np.float64)
     seen = values[observed == 1]
     if not seen.size:

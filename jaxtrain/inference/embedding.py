@@ -1,4 +1,4 @@
-"""Embeddings: what an autoencoder keeps of each window or sample, as vectors to search, cluster and compare.
+"""Embed windows or samples: the code of an autoencoder as vectors to search, cluster and compare.
 
 OUT/embedding (sample, code)   float32: the mean of the code over the window
 OUT/time, y, x (sample,)       of a cube: date and centre of the window, in its CRS

@@ -1,10 +1,10 @@
-"""Scene inference: run + cube → map, in strips, so that memory does not grow with the scene.
+"""Predict a map of a whole cube in strips, so that memory does not grow with the scene.
 
 The network looks at windows of the size that it was trained on. Windows overlap, and each pixel gets the weighted mean
 of the probabilities of all windows over it; a window's weight falls to zero towards its edge along a raised cosine, so
 no window edge shows. Where several dates are used, the probabilities of the dates on which a pixel was seen are
-averaged: an ensemble over time that also fills clouds. A model that has learned masked pixels sees those too; they have
-a say only where there is no clear date, so that a map shows a cloud only where there was never anything else.
+averaged: an ensemble over time that also fills clouds. A model that has learned masked pixels sees those too; they
+count only where no date is clear, so that a map shows a cloud only where there was never anything else.
 
 Windows lie on one lattice of the whole grid, so the result does not depend on how it is cut for the work. Work goes
 along vertical bands of at most `_BAND` columns, and down each band one row of windows at a time: what is held is one
@@ -46,7 +46,7 @@ from zarr_store.spec import CubeSpec
 __all__ = ["MapResult", "predict"]
 
 _BAND = 4096
-"""Columns of a band: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share one window's overlap."""
+"""Width of a band, pixels: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share one window's overlap."""
 
 _MASKED_SAY = np.float32(1e-3)
 """Weight of a masked date beside a clear one."""
@@ -119,10 +119,10 @@ def predict(
     Args:
         run: The run directory; its best checkpoint is used where `run.monitor` names a score, else its newest
             undamaged one.
-        cube: A cube with the bands of the model; it need not be the one that was learned from.
+        cube: A cube with the bands of the model; it need not be the training cube.
         out: Where the map goes (Zarr). A map that is there is replaced when the new one is complete.
         time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all dates
-            on which a pixel was clear, or, where it never was and masked pixels were learned, over those.
+            on which a pixel was clear; if it never was and masked pixels were learned, over all dates.
         probabilities: Also keep the probability of every class.
         overlap: Pixels that neighbouring windows share, at most half a patch; None: a quarter of it.
         on_batch: Called with (batches done, batches in all).
@@ -145,7 +145,7 @@ def predict(
     card = load_card(run)
     if card.grid is None:
         raise InvalidInput(
-            f"{run} learned from a sample store and answers for whole images, so it makes no map; judge it on another "
+            f"{run} was trained on a sample store and predicts for whole images, so it makes no map; evaluate it on another "
             "store with `terrashard evaluate --data STORE`"
         )
     opened = open_cube(cube)
@@ -185,7 +185,7 @@ def predict(
     counts = np.zeros(256, np.int64)
     values = card.task.values
     if values and probabilities:
-        raise InvalidInput(f"{run} has learned values, which have no probabilities: leave --probabilities out")
+        raise InvalidInput(f"{run} predicts values, which have no probabilities: leave --probabilities out")
     with create_map(
         out, spec.grid, card.answers, attributes=attributes, probabilities=probabilities, values=values
     ) as writer:
@@ -216,7 +216,7 @@ def _summarise(made: Map) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Scene:
-    """One prediction: what is constant while the map is filled."""
+    """The parts of a prediction that stay the same while the map is filled."""
 
     card: ModelCard
     spec: CubeSpec
@@ -229,7 +229,7 @@ class _Scene:
     overlap: int
 
     def fill(self, writer: MapWriter, counts: npt.NDArray[np.int64], on_batch: Progress | None) -> int:
-        """Fill the map; adds up pixels by class in `counts`, returns the number of windows."""
+        """Fill the map, add the pixels of each class to `counts`, and return the number of windows."""
         height, width = self.spec.grid.shape
         patch = self.reader.patch
         if patch > min(height, width):
@@ -273,7 +273,7 @@ class _Scene:
         return -(-self.card.config.run.batch_size // axis) * axis
 
     def _rows(self, x0: int, x1: int) -> npt.NDArray[np.int32]:
-        """Windows of one band as (time, y, x), sorted by y, x, date; those where no chunk was seen are left out."""
+        """Return the windows of one band as (time, y, x), sorted by y, x, date, without those where no chunk was seen."""
         height, width = self.spec.grid.shape
         patch = self.reader.patch
         ys = self._starts(height)
@@ -289,7 +289,7 @@ class _Scene:
         return rows[self._touches(rows, by_date)].astype(np.int32)
 
     def _touches(self, rows: npt.NDArray[np.int64], chunks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Which windows touch one of `chunks` (times, rows, columns)."""
+        """Return which windows touch one of `chunks` (times, rows, columns)."""
         _, cy, cx = self.index.chunk
         sums = np.pad(chunks.astype(np.int64).cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
         t, y, x = rows[:, 0], rows[:, 1], rows[:, 2]
@@ -301,7 +301,7 @@ class _Scene:
     def _look(
         self, stream: BatchStream, size: int
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-        """(windows, probability_BHWK, seen_BHW) of each batch, read one late so that the device always has work."""
+        """Yield (windows, probability_BHWK, seen_BHW) of each batch, one batch late so that the device always has work."""
         sharding = batch_sharding(self.program.mesh)
         before: tuple[npt.NDArray[np.int32], jax.Array, npt.NDArray[np.float32]] | None = None
         for _, windows, batch in stream:

@@ -1,4 +1,4 @@
-"""Masked losses: the mean is over what is labelled in the global batch, pixels or images.
+"""Masked losses, averaged over the labelled pixels or images of the global batch.
 
 Letters in shapes: B sample, H row, W column, K class; `…` stands for (B, H, W) or (B,).
 
@@ -19,7 +19,7 @@ __all__ = ["IGNORE", "LossTerms", "binary_terms", "cross_entropy", "cross_entrop
            "square_terms"]  # fmt: skip
 
 IGNORE = 255
-"""The label of a pixel that is not learned; so is every label that is not below the number of classes."""
+"""Label of a pixel that is not learned; every label at or above the number of classes counts as such too."""
 
 
 class LossTerms(NamedTuple):
@@ -45,11 +45,11 @@ def cross_entropy_terms(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> LossTerms:
-    """The sums that make up the mean loss.
+    """Return the sums that make up the mean loss.
 
     Args:
         logits_BHWK: float32 scores, (…, K).
-        label_BHW: class index (…), any integer type; 255 where nothing is learned.
+        label_BHW: class index (…), any integer type; 255 = not labelled.
         class_weights: float32 (K,), of the true class; none for equal weights.
         label_smoothing: share s of the target that is spread evenly over all classes (Szegedy et al. 2016,
             arXiv:1512.00567).
@@ -83,7 +83,7 @@ def cross_entropy(
     class_weights: ArrayLike | None = None,
     label_smoothing: float = 0.0,
 ) -> jax.Array:
-    """The mean over labelled pixels, weighted by `class_weights`; see `cross_entropy_terms`.
+    """Return the mean over labelled pixels, weighted by `class_weights`; see `cross_entropy_terms`.
 
     >>> import jax.numpy as jnp
     >>> round(float(cross_entropy(jnp.zeros((1, 1, 2, 4)), jnp.array([[[0, 255]]]))), 4)
@@ -94,7 +94,7 @@ def cross_entropy(
 
 
 def dice_terms(logits_BHWK: jax.Array, label_BHW: jax.Array) -> LossTerms:
-    """One minus the mean Dice overlap of the classes that occur in the batch (Milletari et al. 2016, arXiv:1606.04797).
+    """Return one minus the mean Dice overlap of the classes that occur in the batch (Milletari et al. 2016, arXiv:1606.04797).
 
     The overlap of a class is 2 Σ p t / (Σ p + Σ t) over the labelled pixels of the global batch, so it weighs a rare
     class as much as a common one. The loss counts once for each labelled pixel, so that it adds to a mean over pixels.
@@ -121,11 +121,11 @@ def binary_terms(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> LossTerms:
-    """Sums of the binary cross-entropy of each class, where a sample may have several.
+    """Return sums of the binary cross-entropy of each class, for samples with several classes.
 
     Args:
         logits_BK: float32 scores.
-        label_BK: 1 has the class, 0 has not, 255 is not learned.
+        label_BK: 1 = has the class, 0 = has not, 255 = not labelled.
         class_weights: float32 (K,), of samples that have the class.
         label_smoothing: share s by which targets move from 0 and 1 towards 0.5.
         focal_gamma: as in `cross_entropy_terms`.
@@ -144,11 +144,11 @@ def binary_terms(
 
 
 def huber_terms(value: jax.Array, target: jax.Array, *, delta: float = 1.0) -> LossTerms:
-    """Sums of the Huber loss (Huber 1964) where the target is a finite number: square up to `delta`, straight beyond.
+    """Return sums of the Huber loss (Huber 1964) over finite targets: square up to `delta`, linear beyond.
 
     Args:
         value: float32 (…), predicted.
-        target: float32 (…); nan where nothing is learned.
+        target: float32 (…); nan = not labelled.
         delta: in the unit of both.
     """
     learned = jnp.isfinite(target)
@@ -161,7 +161,7 @@ def huber_terms(value: jax.Array, target: jax.Array, *, delta: float = 1.0) -> L
 
 
 def square_terms(value: jax.Array, target: jax.Array) -> LossTerms:
-    """Sums of the squared error where the target is a finite number; arguments as of `huber_terms`."""
+    """Return sums of the squared error over finite targets; arguments as in `huber_terms`."""
     learned = jnp.isfinite(target)
     error = value - jnp.where(learned, target, value)
     labelled = learned.sum(dtype=jnp.int32)

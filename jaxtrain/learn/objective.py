@@ -1,4 +1,4 @@
-"""`Objective`: what the answer to a task costs, and what is counted when it is judged.
+"""`Objective` holds the loss of a task and the counts of its evaluation.
 
 Letters in shapes: B sample, H row, W column, K class; `…` stands for (B, H, W) where pixels are labelled and (B,) where
 images are.
@@ -26,7 +26,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a task, and what is counted.
+    """The loss of a task and the counts of its evaluation.
 
     Attributes:
         task: What is answered.
@@ -52,11 +52,11 @@ class Objective:
 
     @property
     def score(self) -> str:
-        """Name of what `right` comes to, divided by what is labelled."""
+        """Name of the score that is `right` divided by the number of labels."""
         return "r2" if self.task.values else "accuracy"
 
     def terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
-        """Sums that make up the training loss.
+        """Return the sums that make up the training loss.
 
         Args:
             logits: float32 (…, K).
@@ -81,7 +81,7 @@ class Objective:
         return terms
 
     def right(self, logits: jax.Array, label: jax.Array) -> jax.Array:
-        """How much of what is labelled is right, float32: counts; for values, one less each squared standard error."""
+        """Return how many labels are right, float32; for values, one minus each squared error in standard units."""
         if self.task.values:
             value, target = self._answered(logits), self._standard(label)
             learned = jnp.isfinite(target)
@@ -92,7 +92,7 @@ class Objective:
         return (logits.argmax(axis=-1) == label.astype(jnp.int32)).sum(dtype=jnp.int32).astype(jnp.float32)
 
     def sums(self, logits: jax.Array, label: jax.Array) -> dict[str, jax.Array]:
-        """What may be added over batches to judge a model, without class weights and smoothing.
+        """Return sums of an evaluation that may be added over batches, without class weights and smoothing.
 
         - `loss_sum` float32, `labelled` int32: of the plain loss
         - one class: `confusion` int32 (K, K), rows are truth; `calibration` float32 (BINS, 3): number, sum of the
@@ -119,7 +119,7 @@ class Objective:
         }
 
     def answer(self, logits: jax.Array) -> jax.Array:
-        """Logits → probabilities (…, K), or values (…, 1) in their own unit."""
+        """Turn logits into probabilities (…, K), or values (…, 1) in their own unit."""
         if self.task.value is not None:
             mean, std = self.task.value
             values: jax.Array = logits * jnp.float32(std) + jnp.float32(mean)
@@ -127,7 +127,7 @@ class Objective:
         return jax.nn.sigmoid(logits) if self.task.several else jax.nn.softmax(logits, axis=-1)
 
     def _answered(self, logits: jax.Array) -> jax.Array:
-        """Values in standard units: (…), or of an image that is given back (…, K)."""
+        """Return values in standard units: (…), or (…, K) for a reconstructed image."""
         return logits if self.task.rebuild else logits[..., 0]
 
     def _value_terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
@@ -153,7 +153,7 @@ class Objective:
 
 
 def confusion(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """int32 (K, K) counts of (truth, prediction) over what is labelled; logits (…, K), label (…)."""
+    """Count (truth, prediction) over labelled pixels, int32 (K, K); logits (…, K), label (…)."""
     size = logits.shape[-1]
     classes = jnp.arange(size, dtype=jnp.int32)
     samples = logits.shape[0]

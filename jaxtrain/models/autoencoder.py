@@ -59,5 +59,5 @@ class Autoencoder(nnx.Module):
 def build_autoencoder(
     config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int
 ) -> nnx.Module:
-    """The builder of `autoencoder`: it answers with as many channels as it takes."""
+    """Build the network `autoencoder`: it answers with as many channels as it takes."""
     return Autoencoder(config, channels=channels, rngs=rngs, data_shards=data_shards)

@@ -64,7 +64,7 @@ class CNN(nnx.Module):
 
 
 def build_cnn(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:
-    """The builder of `MODELS["cnn"]`."""
+    """Build the network `MODELS["cnn"]`."""
     return CNN(config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)
 
 
@@ -92,5 +92,5 @@ class LeNet(nnx.Module):
 
 
 def build_lenet(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:
-    """The builder of `cnn` for images."""
+    """Build the network `cnn` for images."""
     return LeNet(config, channels=channels, classes=classes, rngs=rngs)

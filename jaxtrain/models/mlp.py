@@ -63,12 +63,12 @@ class ImageMLP(nnx.Module):
 def build_pixel_mlp(
     config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int
 ) -> nnx.Module:
-    """The builder of `mlp` for pixels."""
+    """Build the network `mlp` for pixels."""
     return MLP(config, channels=channels, classes=classes, rngs=rngs)
 
 
 def build_image_mlp(
     config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int
 ) -> nnx.Module:
-    """The builder of `mlp` for images."""
+    """Build the network `mlp` for images."""
     return ImageMLP(config, channels=channels, classes=classes, rngs=rngs)

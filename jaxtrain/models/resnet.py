@@ -185,5 +185,5 @@ def _around(x_BHWC: jax.Array, skip: nnx.Conv | None, stride: int) -> jax.Array:
 
 
 def build_resnet(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:
-    """The builder of `MODELS["resnet"]`."""
+    """Build the network `MODELS["resnet"]`."""
     return ResNet(config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)

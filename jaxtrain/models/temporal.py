@@ -125,5 +125,5 @@ def _mean_max(x_BHWTF: jax.Array, seen_BHWT: jax.Array) -> jax.Array:
 
 
 def build_temporal(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:
-    """The builder of `temporal`."""
+    """Build the network `temporal`."""
     return Temporal(config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)

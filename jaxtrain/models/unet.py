@@ -82,5 +82,5 @@ class UNet(nnx.Module):
 
 
 def build_unet(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:
-    """The builder of `MODELS["unet"]`."""
+    """Build the network `MODELS["unet"]`."""
     return UNet(config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)

@@ -64,5 +64,5 @@ class Best:
         return value < self.value if self._monitor in _LOWER else value > self.value
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {"step": self.step, "value": self.value, "waited": self.waited}

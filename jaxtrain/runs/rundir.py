@@ -114,7 +114,7 @@ class ModelCard:
         return label_classes(self.config.data, ITSELF) if self.task.rebuild else self.classes
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {
             "format": _FORMAT,
             "config": self.config.model_dump(mode="json"),
