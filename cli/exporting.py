@@ -54,13 +54,14 @@ def export_slice(
     main = chosen.name == spec.kind
     if bands and not main:
         raise InvalidInput(f"--bands is for {spec.kind}; array {chosen.name} has none")
-    names = _pick_bands(spec, bands) if main else [chosen.name]
+    positions = spec.find_bands(bands or "", option="--bands") if main else ()
+    names = [spec.band_names[position] for position in positions] if main else [chosen.name]
     t = _pick_time(spec, time)
     flags = _class_names(chosen)
-    picked = [spec.bands[spec.band_names.index(band)] for band in names] if main else []
+    picked = [spec.bands[position] for position in positions]
     write_cog(
         out,
-        _blocks(cube, spec, chosen, t, [spec.band_names.index(band) for band in names] if main else None),
+        _blocks(cube, spec, chosen, t, positions if main else None),
         spec.grid,
         dtype=chosen.dtype,
         count=len(names),
@@ -100,32 +101,16 @@ def _pick_array(spec: CubeSpec, asked: str | None) -> ArraySpec:
     return known[asked or spec.kind]
 
 
-def _pick_bands(spec: CubeSpec, asked: str | None) -> list[str]:
-    chosen = [part.strip() for part in (asked or "").split(",") if part.strip()]
-    for band in chosen:
-        if band not in spec.band_names:
-            raise UnknownName.of("band", band, spec.band_names, f"collection {spec.collection}")
-    return chosen or list(spec.band_names)
-
-
 def _pick_time(spec: CubeSpec, asked: str | None) -> int:
-    days = [moment[:10] for moment in spec.times]
     if asked is None:
+        days = [moment[:10] for moment in spec.times]
         if len(days) == 1:
             return 0
         raise InvalidInput(
             f"collection {spec.collection} has {len(days)} dates and a GeoTIFF holds one; say --time with one of "
             f"{', '.join(days[:8])}{' …' if len(days) > 8 else ''}"
         )
-    if asked.isdecimal() and len(asked) < 4:  # shorter than a year: a position
-        found = [int(asked)] if int(asked) < len(days) else []
-    else:
-        found = [index for index, moment in enumerate(spec.times) if moment.startswith(asked)]
-    if not found:
-        raise UnknownName.of("time", asked, days)
-    if len(found) > 1:
-        raise InvalidInput(f"--time {asked} means {', '.join(spec.times[i] for i in found[:8])}; say one of them")
-    return found[0]
+    return spec.find_time(asked, option="--time")
 
 
 def _scales(bands: Sequence[Any], array: ArraySpec) -> list[tuple[float, float]]:

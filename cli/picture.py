@@ -19,13 +19,15 @@ from cli.mapping import class_colours
 from jaxtrain.inference.maps import CHUNK, Map, is_map, open_map
 from zarr_store import Cube, open_cube
 from zarr_store.durable import write_file
-from zarr_store.errors import InvalidInput, NotACube, UnknownName
+from zarr_store.errors import InvalidInput, NotACube
+from zarr_store.lookup import picture_bands
 from zarr_store.spec import (
     OVERVIEW_FACTOR,
     STATUS_MASKED,
     STATUS_MISSING,
     STATUS_NODATA,
     STATUS_OBSERVED,
+    CubeSpec,
     overview_positions,
 )
 
@@ -43,7 +45,6 @@ _GAP = 8
 _CAPTION = 24
 _MOST_PANELS = 24
 _LEAST_PANEL = 48
-_TRUE_COLOUR = ("red", "green", "blue")
 
 
 def draw(
@@ -139,8 +140,8 @@ def _draw_cube(
 ) -> tuple[Image.Image, str]:
     name = collection or cube.collections[0]
     spec = cube.spec(name)
-    chosen = _pick_bands(spec.band_names, bands)
-    steps = _pick_times(spec.times, time)
+    chosen = _pick_bands(spec, bands)
+    steps = list(spec.find_times(time, option="--time") if time else range(len(spec.times)))[:_MOST_PANELS]
     columns = max(1, min(len(steps), math.ceil(math.sqrt(len(steps) * 1.6 * spec.grid.height / spec.grid.width))))
     columns = min(columns, max(1, (width - _GAP) // (_LEAST_PANEL + _GAP)))
     columns = -(-len(steps) // -(-len(steps) // columns))  # rows of equal length
@@ -149,7 +150,7 @@ def _draw_cube(
     if step > OVERVIEW_FACTOR:  # the overview has no other steps, and a smaller one makes the picture too wide
         step = -(-step // OVERVIEW_FACTOR) * OVERVIEW_FACTOR
     dataset = _coarse(cube, name, step)
-    values = dataset[spec.kind].isel(time=steps, band=[spec.band_names.index(b) for b in chosen]).to_numpy()
+    values = dataset[spec.kind].isel(time=steps, band=list(chosen)).to_numpy()
     status = dataset["status"].isel(time=steps).to_numpy()
     pixels = _stretch(values.astype(np.float32), status, logarithmic=spec.kind == "backscatter")
     pixels[status == STATUS_NODATA] = _NODATA_COLOUR
@@ -163,34 +164,18 @@ def _draw_cube(
     left_out = (
         f" (the first {_MOST_PANELS} of {len(spec.times)})" if time is None and len(spec.times) > _MOST_PANELS else ""
     )
-    what = f"{name} {'/'.join(chosen)}, {len(steps)} date{'s' if len(steps) > 1 else ''}{left_out}"
+    names = "/".join(spec.band_names[position] for position in chosen)
+    what = f"{name} {names}, {len(steps)} date{'s' if len(steps) > 1 else ''}{left_out}"
     return _sheet(list(pixels), captions, columns, scale), what
 
 
-def _pick_bands(known: Sequence[str], asked: str | None) -> list[str]:
-    if asked:
-        chosen = [part.strip() for part in asked.split(",") if part.strip()]
-        for band in chosen:
-            if band not in known:
-                raise UnknownName.of("band", band, known)
-        if len(chosen) not in (1, 3):
-            raise InvalidInput(f"--bands needs one band or three for red, green and blue, got {asked!r}")
-        return chosen * (3 // len(chosen))
-    if set(_TRUE_COLOUR) <= set(known):
-        return list(_TRUE_COLOUR)
-    return list(known[:3]) if len(known) >= 3 else [known[0], known[-1], known[0]]
-
-
-def _pick_times(times: Sequence[str], asked: str | None) -> list[int]:
-    if asked is None:
-        return list(range(min(len(times), _MOST_PANELS)))
-    if asked.isdecimal() and len(asked) < 4:  # shorter than a year: a position
-        found = [int(asked)] if int(asked) < len(times) else []
-    else:
-        found = [index for index, moment in enumerate(times) if moment.startswith(asked)]
-    if not found:
-        raise UnknownName.of("time", asked, [moment[:10] for moment in times])
-    return found[:_MOST_PANELS]
+def _pick_bands(spec: CubeSpec, asked: str | None) -> tuple[int, ...]:
+    if not asked:
+        return picture_bands(spec.band_names)
+    chosen = spec.find_bands(asked, option="--bands")
+    if len(chosen) not in (1, 3):
+        raise InvalidInput(f"--bands needs one band or three for red, green and blue, got {asked!r}")
+    return chosen * (3 // len(chosen))
 
 
 def _coarse(cube: Cube, collection: str, step: int) -> Any:

@@ -23,6 +23,7 @@ from ingest.scenes.scene import Scene
 from ingest.stack import stack
 from ingest.trust.redact import redact_text
 from zarr_store.errors import AssetUnreadable
+from zarr_store.lookup import picture_bands
 
 __all__ = ["Preview", "Thumbnail", "add_colours", "draw_thumbnails"]
 
@@ -135,8 +136,8 @@ def _first_steps(scenes: Sequence[Scene], config: IngestConfig, most: int) -> li
 def _of_collection(plan: Plan, collection: str, access: Access) -> tuple[list[Thumbnail], list[str]]:
     spec = plan.recipe(collection).spec
     rows = plan.items[collection]
-    names = _bands_of_picture(spec.band_names)
-    lazy = stack(plan, collection, chunk=max(plan.grid.shape), access=access, overviews=True).sel(band=list(names))
+    names = [spec.band_names[position] for position in picture_bands(spec.band_names)]
+    lazy = stack(plan, collection, chunk=max(plan.grid.shape), access=access, overviews=True).sel(band=names)
     place = {str(item): at for at, item in enumerate(lazy["id"].values)}
     made, unread = [], []
     for step, time in enumerate(spec.times):
@@ -173,10 +174,3 @@ def _cloud(row: Mapping[str, Any]) -> float | None:
     if row.get("cloud_share") is not None:
         return float(row["cloud_share"])
     return None if row.get("cloud_cover") is None else float(row["cloud_cover"]) / 100.0
-
-
-def _bands_of_picture(known: Sequence[str]) -> tuple[str, ...]:
-    """Choose three bands for red, green and blue: true colour where the bands have it."""
-    if set(_COLOURS) <= set(known):
-        return _COLOURS
-    return tuple(known[:3]) if len(known) >= 3 else (known[0], known[-1], known[0])

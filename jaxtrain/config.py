@@ -21,30 +21,35 @@ class _Strict(BaseModel):
 
 
 class SplitConfig(_Strict):
-    """What is judged on ground that is not learnt: a block belongs to one part on every date."""
+    """How the data are split into training, validation and test; a block belongs to one part on every date.
+
+    Example:
+        >>> SplitConfig(block_m=5000, test=0.2).kind
+        'blocks'
+    """
 
     kind: Literal["blocks", "checkerboard", "random"] = Field(
         "blocks",
         description="blocks (of sample stores: cells of degrees) · checkerboard: every other block is test · random: "
-        "leaky, parts lie beside each other; the report says how much",
+        "leaky, as parts lie beside each other; the report gives the leakage",
     )
     block_m: float = Field(10_000.0, gt=0, description="side of a square block, metres; blocks hold whole patches")
     validation: Share = Field(0.15, description="share of blocks for validation during training")
-    test: Share = Field(0.15, description="share of blocks judged by `terrashard evaluate`")
+    test: Share = Field(0.15, description="share of blocks for the test, by `terrashard evaluate`")
     seed: int = Field(0, description="which blocks go where; independent of the training seed")
     cell_deg: float = Field(0.5, gt=0, le=90, description="side of a cell of a sample store with coordinates, degrees")
     block_px: Positive = Field(15, description="side of a block of a labelled scene, pixels")
     buffer_m: float = Field(
-        0.0, ge=0, description="training samples or windows nearer than this to judged ones are left out, metres"
+        0.0, ge=0, description="training samples or windows nearer than this to held-out ones are left out, metres"
     )
     buffer_px: int = Field(
-        0, ge=0, description="of a labelled scene: training pixels so near to judged ones are left out, pixels"
+        0, ge=0, description="for a labelled scene: training pixels this near to held-out ones are left out, pixels"
     )
     near_m: float = Field(
         1000.0, gt=0, description="the leakage figure counts test samples with a training sample nearer than this"
     )
     test_dates: tuple[str, ...] = Field(
-        (), description="dates (or their beginnings) that are judged in place of blocks, and not learnt"
+        (), description="dates, their beginnings, or ranges for the test in place of blocks; they are not learned"
     )
 
     @model_validator(mode="after")
@@ -55,7 +60,12 @@ class SplitConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """What is read, and what is learnt from it."""
+    """The data that are read, and what the model learns from them.
+
+    Example:
+        >>> DataConfig(cube="zagreb.zarr", bands=("red", "nir")).label
+        'scl'
+    """
 
     cube: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         description="path or URL of the cube or sample store, or a list of cubes with the same collection and bands; a "
@@ -65,37 +75,40 @@ class DataConfig(_Strict):
     bands: tuple[str, ...] = Field((), description="bands of the main array, in order; empty means all")
     label: str = Field(
         "scl",
-        description="what is learnt: a class layer or an index of the collection, or a label layer of the cube "
+        description="the label: a class layer or an index of the collection, or a label layer of the cube "
         "(`terrashard labels`)",
     )
     classes: dict[str, str] = Field(
         default_factory=dict,
-        description='class value → name, e.g. {"4" = "vegetation"}; values that are not named are not learnt. '
-        "Empty for all classes of a label layer, and for values",
+        description='class value → name, e.g. {"4" = "vegetation"}; values that are not named are not learned. '
+        "Empty for all classes of a label layer, or to learn values",
     )
     colours: dict[str, str] = Field(default_factory=dict, description='class name → "#rrggbb" for maps and reports')
-    learn_masked: bool = Field(
-        False, description="also learn pixels of status masked (needed when clouds are classes to be learnt)"
-    )
+    learn_masked: bool = Field(False, description="also learn pixels of status masked (needed if clouds are classes)")
     patch: Positive = Field(128, description="side of a square window, pixels")
     dates: Positive | Literal["all"] = Field(
         1,
-        description="dates of a window: 1, so many that follow each other, or all of the cube; more for model temporal",
+        description="dates in a window: 1, or for model temporal several that follow each other, or all",
     )
-    min_labelled: Share = Field(0.25, description="least share of labelled pixels for a window to be used")
+    min_labelled: Share = Field(0.25, description="smallest share of labelled pixels for a window to be used")
     split: SplitConfig = SplitConfig()
     augment: bool = Field(True, description="random flips and quarter turns, on the device")
     zoom: float = Field(0.0, ge=0, le=1, description="random zoom by up to this share, in or out")
     jitter: float = Field(
         0.0, ge=0, le=1, description="random gain of a sample and offset of each band, in standard deviations"
     )
-    band_dropout: Share = Field(0.0, description="chance of a band to be hidden in a sample")
-    mix: Literal["none", "mixup", "cutmix"] = Field("none", description="pairs of samples are blended, or pasted")
-    mix_alpha: float = Field(0.2, gt=0, description="of the beta distribution of the share of the other")
+    band_dropout: Share = Field(0.0, description="probability that a band of a sample is hidden")
+    mix: Literal["none", "mixup", "cutmix"] = Field("none", description="blend pairs of samples, or paste parts")
+    mix_alpha: float = Field(0.2, gt=0, description="of the beta distribution of the other sample's share")
 
 
 class ModelConfig(_Strict):
-    """The network."""
+    """The network: its kind, its size and its precision.
+
+    Example:
+        >>> ModelConfig(name="resnet", depth=18, stem="pixel").width
+        16
+    """
 
     name: str = Field("unet", description="a key of jaxtrain.models.MODELS")
     width: Positive = Field(16, description="channels of the first level; each level doubles them")
@@ -104,25 +117,25 @@ class ModelConfig(_Strict):
     )
     stem: Literal["small", "pixel", "patch", "large"] = Field(
         "small",
-        description="of resnet: small keeps the size, pixel joins the bands of each pixel first (for many bands), "
+        description="for resnet: small keeps the size, pixel joins the bands of each pixel first (for many bands), "
         "patch folds 2 × 2 pixels to channels, large quarters it",
     )
-    blocks: tuple[Positive, ...] = Field((), description="of resnet: blocks of each stage, instead of a depth")
+    blocks: tuple[Positive, ...] = Field((), description="for resnet: blocks of each stage, in place of a depth")
     norm: Literal["group", "batch", "local"] = Field("group", description="group · batch (synchronised) · local batch")
     dropout: Share = 0.0
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of convolutions; parameters, norms and losses stay float32"
+        "float32", description="number type of convolutions; parameters, norms and losses stay float32"
     )
     remat: bool = Field(False, description="compute activations again in the backward pass: less memory, more time")
-    code: Positive = Field(8, description="of autoencoder: channels at the waist")
-    taps: Positive = Field(5, description="of temporal: dates that a convolution over dates spans, odd")
+    code: Positive = Field(8, description="for autoencoder: channels of the code")
+    taps: Positive = Field(5, description="for temporal: dates that a convolution over dates spans, odd")
     pooling: Literal["attention", "mean"] = Field(
-        "attention", description="of temporal, over dates: attention by learnt heads, or mean and maximum"
+        "attention", description="for temporal, over dates: attention by learned heads, or mean and maximum"
     )
     context: int = Field(
         0,
         ge=0,
-        description="of temporal: 3 × 3 blocks over pixels after the dates; 0 judges each pixel by its own series",
+        description="for temporal: 3 × 3 blocks over pixels after the dates; 0 classifies each pixel by its own series",
     )
     turns: bool = Field(
         False, description="evaluate and predict by the mean over the eight turns and mirrors of each image"
@@ -130,7 +143,12 @@ class ModelConfig(_Strict):
 
 
 class OptimConfig(_Strict):
-    """The optax chain."""
+    """The loss and the optimiser, a chain of optax.
+
+    Example:
+        >>> OptimConfig(name="sgd", learning_rate=0.1).schedule
+        'cosine'
+    """
 
     name: Literal["adamw", "adam", "sgd", "lamb", "muon"] = "adamw"
     learning_rate: float = Field(2e-3, gt=0)
@@ -144,15 +162,20 @@ class OptimConfig(_Strict):
         "cross_entropy", description="dice is added to cross-entropy; huber and mse are for values"
     )
     focal_gamma: float = Field(2.0, ge=0)
-    huber_delta: float = Field(1.0, gt=0, description="where huber turns from square to straight, standard deviations")
+    huber_delta: float = Field(1.0, gt=0, description="error where huber becomes linear, standard deviations")
     label_smoothing: Share = 0.0
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged parameters that are judged; 0 for none")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged parameters that are evaluated; 0 for none")
     accumulate: Positive = Field(1, description="batches whose gradients are averaged for one update")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: inverse square root of frequency")
 
 
 class MeshConfig(_Strict):
-    """Sizes of the mesh axes; their product must equal the number of devices used."""
+    """Sizes of the mesh axes; their product must equal the number of devices used.
+
+    Example:
+        >>> MeshConfig(data=2, space=(2, 2)).axes
+        {'data': 2, 'space': 2, 'space_w': 2, 'model': 1}
+    """
 
     data: Positive = Field(1, description="batch is split over this axis")
     model: Positive = Field(1, description="filters are split over this axis")
@@ -161,14 +184,14 @@ class MeshConfig(_Strict):
     )
     zero: Literal[0, 1, 3] = Field(
         0,
-        description="what the axis data shares out beside the batch: 1 the optimiser's moments, 3 the parameters too",
+        description="also split over the axis data: 1 the optimiser's moments, 3 the parameters too",
     )
-    pipe: Positive = Field(1, description="stages of the network, each on devices of its own")
+    pipe: Positive = Field(1, description="stages of the network, each on its own devices")
     schedule: Literal["gpipe", "1f1b", "interleaved"] = Field("1f1b", description="order of work of a pipeline")
     microbatches: Positive = Field(4, description="parts of a batch that are under way in a pipeline")
     chunks: Positive = Field(2, description="parts of the network on each stage of the schedule interleaved")
     balance: Literal["estimated", "measured"] = Field(
-        "estimated", description="how a pipeline's cuts are found: by the compiler's count, or by timing on the device"
+        "estimated", description="how a pipeline is cut: by the compiler's count, or by timing on the device"
     )
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = Field(
         (),
@@ -195,7 +218,7 @@ class MeshConfig(_Strict):
 
     @property
     def axes(self) -> dict[str, int]:
-        """Name and size of each mesh axis, outermost first; `data` and `model` always, others where they split."""
+        """Name and size of each mesh axis, outermost first; `data` and `model` always, others if they split."""
         rows, columns = self.spaces
         optional = {"space": rows, "space_w": columns}
         pipe = {"pipe": self.pipe} if self.pipe > 1 else {}
@@ -208,16 +231,14 @@ class MeshConfig(_Strict):
 
     @property
     def parts(self) -> int:
-        """How many parts a pipeline cuts the network into."""
+        """Number of parts into which a pipeline cuts the network."""
         return self.pipe * (self.chunks if self.schedule == "interleaved" else 1)
 
     @model_validator(mode="after")
     def _makes_sense(self) -> MeshConfig:
         # where data is not named, it may still become all devices: `make_mesh` judges
         if self.zero and self.data == 1 and "data" in self.model_fields_set:
-            raise ValueError(
-                f"zero = {self.zero} shares out over the axis data, whose size is 1: set data, or zero = 0"
-            )
+            raise ValueError(f"zero = {self.zero} splits over the axis data, whose size is 1: set data, or zero = 0")
         if self.pipe > 1 and self.schedule == "interleaved" and self.microbatches % self.pipe:
             raise ValueError(
                 f"the schedule interleaved sends microbatches in rounds of pipe = {self.pipe}: microbatches "
@@ -227,7 +248,7 @@ class MeshConfig(_Strict):
 
 
 def image_divisor(model: ModelConfig) -> int | None:
-    """How many rows of the image one row of the coarsest level stands for; None where the network is not known here.
+    """Return the rows of the image that one row of the coarsest level stands for; None for an unknown network.
 
     >>> image_divisor(ModelConfig(name="unet", depth=3)), image_divisor(ModelConfig(name="resnet", depth=18))
     (8, 8)
@@ -243,7 +264,12 @@ def image_divisor(model: ModelConfig) -> int | None:
 
 
 class RunConfig(_Strict):
-    """Length, rhythm and randomness of the run."""
+    """Length, rhythm and randomness of the run.
+
+    Example:
+        >>> RunConfig(steps=1000, monitor="miou", patience=5).batch_size
+        16
+    """
 
     steps: Positive = 400
     batch_size: Positive = Field(16, description="windows per step over all devices")
@@ -252,7 +278,7 @@ class RunConfig(_Strict):
     evaluate_every: Positive = Field(100, description="steps between validations")
     checkpoint_every: Positive = Field(100, description="steps between checkpoints")
     monitor: Literal["none", "loss", "accuracy", "macro_f1", "miou", "r2", "rmse"] = Field(
-        "none", description="validation score whose best checkpoint is kept, judged and used; none for the newest"
+        "none", description="validation score whose best checkpoint is kept, evaluated and used; none for the newest"
     )
     patience: int = Field(
         0, ge=0, description="validations without a better run.monitor after which training stops; 0 for never"
@@ -267,24 +293,30 @@ class RunConfig(_Strict):
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="a loss that is not finite: stop · skip (the step changes nothing)"
     )
-    max_skipped: Positive = Field(10, description="steps that may be skipped in a run")
+    max_skipped: Positive = Field(10, description="largest number of skipped steps in a run")
     on_corrupt: Literal["stop", "quarantine"] = Field(
         "stop", description="a damaged chunk: stop · quarantine (its windows are listed and no longer learned from)"
     )
-    max_quarantined: Positive = Field(16, description="windows that may be put into quarantine, each process")
+    max_quarantined: Positive = Field(16, description="most windows in quarantine, for each process")
     track: tuple[Literal["mlflow", "wandb"], ...] = Field(
         (), description="trackers beside TensorBoard and metrics.jsonl; each is an extra"
     )
     deterministic: bool = Field(
         True,
-        description="on GPUs: only kernels that sum in a fixed order, so that a continued run equals one left alone; "
+        description="on GPUs: only kernels that sum in a fixed order, so a continued run equals an uninterrupted one; "
         "false makes steps up to a tenth faster",
     )
-    hang_s: float = Field(1200.0, gt=0, description="a run that has not moved for so long shows its stacks and ends")
+    hang_s: float = Field(1200.0, gt=0, description="seconds without progress until a run writes its stacks and ends")
 
 
 class TrainConfig(_Strict):
-    """A whole run."""
+    """All settings of a training run.
+
+    Example:
+        >>> config = TrainConfig.model_validate({"data": {"cube": "zagreb.zarr"}, "run": {"steps": 200}})
+        >>> config.model.name, config.run.steps
+        ('unet', 200)
+    """
 
     data: DataConfig
     model: ModelConfig = ModelConfig()

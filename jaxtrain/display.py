@@ -1,22 +1,31 @@
-"""Results as small HTML tables, for notebooks."""
+"""Results as tables in notebooks: the table of `zarr_store.notebook`, with numbers in four digits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 
-__all__ = ["html_table"]
+from zarr_store.notebook import facts_table
+
+__all__ = ["result_table", "scores_text"]
 
 
-def html_table(rows: Mapping[str, object]) -> str:
-    """A table of two columns; floats in four digits, everything else as text, escaped.
+def result_table(title: str, rows: Mapping[str, object]) -> str:
+    """Return a title and rows of name and value as HTML; every text is escaped, and empty values are left out.
 
-    >>> html_table({"loss": 0.123456, "run": "<a>"})
-    '<table><tr><th>loss</th><td>0.1235</td></tr><tr><th>run</th><td>&lt;a&gt;</td></tr></table>'
+    >>> result_table("Run <a>", {"loss": 0.123456, "warnings": ""}).count("0.1235")
+    1
     """
-    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(_shown(value))}</td></tr>" for name, value in rows.items())
-    return f"<table>{cells}</table>"
+    return facts_table(title, [(name, _shown(value)) for name, value in rows.items()])
 
 
-def _shown(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def scores_text(scores: Mapping[str, float | None]) -> str:
+    """Return scores in one line; those that are None are left out.
+
+    >>> scores_text({"accuracy": 0.75, "rmse": None, "miou": 0.5})
+    'accuracy 0.7500, miou 0.5000'
+    """
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
+
+
+def _shown(value: object) -> object:
+    return f"{value:.4f}" if isinstance(value, float) else value

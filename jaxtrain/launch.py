@@ -1,4 +1,4 @@
-"""Starting the processes of one run and keeping them together: one that dies ends all, and all begin again.
+"""Start the processes of one run and keep them together: one that dies ends all, and all are restarted.
 
 The launcher holds no array and imports no JAX, so it stays small, may start processes safely, and cannot die of what
 kills them. A restart is the same command once more: a run continues from its newest undamaged checkpoint by itself.
@@ -21,25 +21,25 @@ from zarr_store.errors import InvalidInput
 __all__ = ["LaunchConfig", "Outcome", "Process", "free_port", "launch", "restart_wanted"]
 
 OnLine = Callable[[int, str, str], None]
-"""Called with (process, "stdout" or "stderr", line without its end)."""
+"""Function that gets (process, "stdout" or "stderr", line without its end)."""
 
 _POLL_S = 0.1
 _LAST_WORDS_S = 3.0
-"""How long the others may take to say why they end too, after one has ended."""
+"""Seconds that the other processes get to report why they end, after one has ended."""
 PREEMPTED = 75
 _FINAL = (2, 4, 5, 6, 7, PREEMPTED, 130)
-"""Exit codes that would come again, or that a person has asked for: a restart would change nothing."""
+"""Exit codes after which a restart is useless: the cause stays, or the user has asked for the end."""
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How processes are started and kept.
+    """Settings of a launch.
 
     Attributes:
-        processes: How many, at least 1.
-        restarts: How often all are started again after one died, at most.
-        grace_s: How long they may take to save and end after SIGTERM.
-        pause_s: Wait before a restart.
+        processes: Number of processes, at least 1.
+        restarts: Largest number of restarts of all processes after one died.
+        grace_s: Seconds that processes get to save and end after SIGTERM.
+        pause_s: Seconds to wait before a restart.
     """
 
     processes: int
@@ -54,11 +54,11 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a launch came to.
+    """The result of a launch.
 
     Attributes:
         exit_code: 0, or that of the process that ended first with another.
-        restarts: How often all were started again.
+        restarts: Number of restarts.
         codes: Exit code of each process in the last attempt; negative is a signal.
     """
 
@@ -68,11 +68,11 @@ class Outcome:
 
 
 class Process:
-    """One process of a run on this machine, its lines handed on as they come.
+    """One process of a run on this machine, whose lines are passed on as they come.
 
     Args:
         command: Program and arguments.
-        number: Which process of the run it is.
+        number: Number of the process in the run.
         environment: Added to that of this process.
         on_line: Called from threads of its own.
     """
@@ -83,7 +83,7 @@ class Process:
         self._process = subprocess.Popen(
             list(command), env=values, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, encoding="utf-8", errors="replace",
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which tells all in the same way
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which signals all in the same way
         )  # fmt: skip
         self._readers = [
             threading.Thread(target=self._hand_on, args=(name, on_line), name=f"{name}-{number}", daemon=True)
@@ -104,16 +104,16 @@ class Process:
                 on_line(self.number, name, line.rstrip("\n"))
 
     def code(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """Exit code of the process; None while it runs."""
         return self._process.poll()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Ask it to end (SIGTERM: it saves first), or end it."""
+        """Ask the process to end (SIGTERM: it saves first), or kill it."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill() if at_once else self._process.terminate()
 
     def finish(self) -> int:
-        """Wait for its end and its last lines."""
+        """Wait for the end of the process and its last lines."""
         code = self._process.wait()
         for reader in self._readers:
             reader.join(timeout=2.0)
@@ -121,7 +121,7 @@ class Process:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody uses at this moment."""
+    """Return a port of 127.0.0.1 that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -129,15 +129,15 @@ def free_port() -> int:
 
 
 def restart_wanted(code: int) -> bool:
-    """Whether a run that ended with this code may succeed when it is started again."""
+    """Return whether a run with this exit code may succeed when it is started again."""
     return code != 0 and code not in _FINAL
 
 
 def first_cause(codes: Sequence[int]) -> int:
-    """The exit code that explains the others: one that was said on purpose, else any that is not 0."""
-    said = [code for code in codes if code in _FINAL]
+    """Return the exit code that explains the others: a code of a known error, else any that is not 0."""
+    known = [code for code in codes if code in _FINAL]
     others = [code for code in codes if code]
-    return (said or others or [0])[0]
+    return (known or others or [0])[0]
 
 
 def launch(
@@ -153,7 +153,7 @@ def launch(
 
     Args:
         command: Program and arguments, the same for all.
-        config: How many, how often.
+        config: Number of processes and restarts.
         on_line: Gets every line they write.
         on_restart: Called with (number of the restart, why).
     """
@@ -164,7 +164,7 @@ def launch(
             if asked:
                 return Outcome(PREEMPTED if asked[0] == signal.SIGTERM else 130, restarts, codes)
             if not restart_wanted(cause) or restarts == config.restarts:
-                # a signal's number is no exit code; 1 says that the run failed
+                # a signal's number is no exit code; 1 means that the run failed
                 return Outcome(cause if cause >= 0 else 1, restarts, codes)
             restarts += 1
             on_restart(restarts, describe(codes))
@@ -172,7 +172,7 @@ def launch(
 
 
 def describe(codes: Sequence[int]) -> str:
-    """How processes ended, in words.
+    """Describe in words how processes ended.
 
     >>> describe([-9, 1])
     'process 0 was killed by SIGKILL, process 1 ended with code 1'
@@ -189,7 +189,7 @@ def describe(codes: Sequence[int]) -> str:
 def _attempt(
     command: Sequence[str], config: LaunchConfig, on_line: OnLine, asked: list[int]
 ) -> tuple[tuple[int, ...], int]:
-    """One start of all processes: their codes, and the code that explains them."""
+    """Start all processes once; return their exit codes, and the code that explains them."""
     port = free_port()
     running: list[Process] = []
     try:
@@ -211,7 +211,7 @@ def _attempt(
 
 
 def _watch(running: Sequence[Process], config: LaunchConfig, asked: list[int]) -> int:
-    """Wait until all have ended well, or one has not: then the others get a moment for their last words."""
+    """Wait until all have succeeded or one has failed; then the others get some seconds to report."""
     told_at: float | None = None
     failed_at: float | None = None
     while True:
@@ -234,13 +234,13 @@ def _watch(running: Sequence[Process], config: LaunchConfig, asked: list[int]) -
 
 
 def _leaving(codes: Sequence[int]) -> bool:
-    """All that have ended were told to stop: the others are saving, and end the same way."""
+    """Return whether all that ended were asked to stop: then the others are saving, and end the same way."""
     return all(code in (0, PREEMPTED) for code in codes)
 
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """The signals that have come; a second one means at once.
+    """Yield the list of signals that have come; a second one means to stop at once.
 
     Ctrl-C is left ignored where it was ignored at the start: so shells start what a script puts in the background.
     """

@@ -1,4 +1,4 @@
-"""What a run begins with: its training data made ready, and its model card. No network is made, nothing is written."""
+"""Prepare training data and model card of a run; no network is made, and nothing is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_same_run", "prepare"]
 
 
 def check_same_run(out: Path, earlier: ModelCard, config: TrainConfig, resume: bool) -> None:
-    """Refuse a folder that holds a run of another configuration, or any run where none is to be continued.
+    """Refuse a folder with a run of another configuration, or with any run if none may be continued.
 
     Raises:
         InvalidInput: The message is the difference.
@@ -41,12 +41,12 @@ def prepare(
     *,
     on_unreadable: OnUnreadable | None = None,
 ) -> tuple[ModelCard, TrainingSet]:
-    """Make the training data ready, and write their facts on a card; the card of the earlier run where there is one.
+    """Prepare the training data and their model card; an earlier run keeps its card.
 
     Args:
         config: The run.
-        data: What it learns from.
-        earlier: Card of the run that is continued; it goes on with the same windows and statistics.
+        data: The open training data.
+        earlier: Card of the run that is continued; windows and statistics stay the same.
         on_unreadable: As of `WindowReader`.
 
     Raises:
@@ -82,11 +82,11 @@ def _card(config: TrainConfig, data: TrainingData, ready: TrainingSet) -> ModelC
 
 
 def _class_weights(config: TrainConfig, statistics: Statistics) -> tuple[float, ...] | None:
-    """Inverse square root of frequency, with mean 1 over the labelled pixels; a class without pixels weighs as one."""
+    """Return the inverse square root of frequency, with mean 1 over labelled pixels; an absent class weighs as one."""
     if config.optim.class_weights == "none":
         return None
     if statistics.value is not None or config.model.name == "autoencoder":
-        raise InvalidInput("optim.class_weights = 'balanced', but values are learnt: use 'none'")
+        raise InvalidInput("optim.class_weights = 'balanced', but values are learned: use 'none'")
     share = statistics.class_pixels / max(statistics.class_pixels.sum(), 1)
     weights = np.where(share > 0, 1 / np.sqrt(np.maximum(share, 1e-6)), 1.0)
     return tuple(float(w) for w in weights / max(float((weights * share).sum()), 1e-6))

@@ -20,7 +20,7 @@ OBJECT_SCHEMES = ("s3", "gs", "az")
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
-    """Open the store at a path, a file:// URL or a bucket's s3://, gs:// or az:// URL; nothing need be there yet.
+    """Open the store at a path, a file:// URL or a bucket's s3://, gs:// or az:// URL; it may be empty.
 
     Raises:
         InvalidInput: The URL has another scheme, or holds credentials.
@@ -35,7 +35,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
 
 
 def store_for(url: str | os.PathLike[str], kind: Kind | None) -> Store:
-    """Where a cube of a kind goes: what is there already is opened as what it is.
+    """Return the store for a cube of the given kind; an existing cube is opened as what it is.
 
     Raises:
         InvalidInput: As `open_store`; or the place cannot hold a repository.

@@ -1,4 +1,4 @@
-"""A collection of a cube as people compute on it: physical numbers, NaN where nothing was observed, blocks for Dask.
+"""Prepare a collection for computing: physical numbers, NaN where nothing was observed, blocks for Dask.
 
 Everything here stays lazy. A block reads its stored integers, and its status where that is asked for, and becomes
 float32 in the same step: one block is one task. Dask is loaded by xarray, and only where blocks are asked for.
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["Blocks", "cut_into_blocks", "decode"]
 
 Blocks = Literal["shards", "chunks"]
-"""What one block of a Dask array holds: a whole shard (one file), or a chunk (what is compressed as one)."""
+"""One block of a Dask array is a whole shard (one file) or a chunk (the unit of compression)."""
 
 _HOW_STORED = ("reflectance_scale", "reflectance_offset", "index_scale", "index_nodata")
-"""Attributes that say how stored numbers become physical ones; they no longer hold where that was done."""
+"""Attributes with the factors of stored numbers; they are dropped from arrays that hold physical numbers."""
 
 
 def cut_into_blocks(dataset: xr.Dataset, spec: CubeSpec, blocks: Blocks) -> xr.Dataset:
@@ -56,7 +56,7 @@ def decode(dataset: xr.Dataset, spec: CubeSpec, *, scaled: bool, masked: bool) -
 
     Args:
         dataset: The arrays as they are stored.
-        spec: What the collection holds.
+        spec: Spec of the collection.
         scaled: Give physical numbers (stored · scale + offset), and NaN where there is no data.
         masked: Give NaN wherever the status is not observed.
     """
@@ -77,14 +77,14 @@ def decode(dataset: xr.Dataset, spec: CubeSpec, *, scaled: bool, masked: bool) -
         stored = dataset[name].variable
         lazy = indexing.LazilyIndexedArray(_Decoded(stored, status, rule if scaled else None))
         attributes = {key: value for key, value in stored.attrs.items() if not (scaled and key in _HOW_STORED)}
-        # the encoding says how whole numbers were stored: floats written with it would be cut to integers
+        # the encoding is that of whole numbers: floats written with it would be cut to integers
         encoding = {key: value for key, value in stored.encoding.items() if key in ("grid_mapping", "coordinates")}
         arrays[name] = xr.Variable(stored.dims, lazy, {**attributes, **({"units": "1"} if scaled else {})}, encoding)
     return dataset.assign(arrays)
 
 
 class _Decoded(BackendArray):
-    """Float32 numbers of a stored array, made when a window is read."""
+    """A stored array as float32 numbers, computed when a window is read."""
 
     def __init__(
         self, stored: xr.Variable, status: xr.Variable | None, rule: tuple[Any, Any, float | None] | None

@@ -1,4 +1,4 @@
-"""Files and JSON documents of strangers, read within bounds of bytes and of memory.
+"""Read files and JSON documents from strangers within bounds of bytes and memory.
 
 64 kB of packed `{},` are 64 MB of text and two gigabytes of Python objects. So what a document would become is
 estimated from its bytes before an object is made of them. And a path may be a pipe that never ends, or a device.
@@ -19,9 +19,9 @@ from zarr_store.regular import open_regular
 __all__ = ["MOST_JSON_BYTES", "MOST_METADATA", "check_weight", "load_json", "read_file", "weight_of"]
 
 MOST_JSON_BYTES = 64 << 20
-"""Of a document of a cube, a store, a map or a run; the item table of 4,000 scenes has 3 MB."""
+"""Largest JSON document of a cube, store, map or run, bytes; the item table of 4,000 scenes has 3 MB."""
 MOST_METADATA = 256 << 20
-"""Of any document of a store, also of the plan that a cube keeps."""
+"""Largest JSON document in a store, bytes; the plan that a cube keeps is one."""
 _PER_BYTE = 12
 """Bytes of objects that a document may become, for each byte that one of its kind may have: STAC items become 7."""
 
@@ -33,7 +33,7 @@ _AT_ONCE = 1 << 20
 
 
 def weight_of(data: bytes) -> int:
-    """Bytes of memory that the objects of a JSON document may take, from its bytes alone.
+    """Return the bytes of memory that the objects of a JSON document may take, from its text alone.
 
     >>> weight_of(b'[{},{},{}]') > 20 * len(b'[{},{},{}]')
     True
@@ -42,7 +42,7 @@ def weight_of(data: bytes) -> int:
 
 
 def check_weight(data: bytes, where: str, most: int) -> None:
-    """Refuse a JSON document that would become more than `most` bytes of objects, before one is made.
+    """Refuse a JSON document whose objects would take more than `most` bytes, before one is made.
 
     Raises:
         InvalidInput: It would.
@@ -56,7 +56,7 @@ def check_weight(data: bytes, where: str, most: int) -> None:
 
 
 def _weight_outside_texts(data: bytes) -> int:
-    """The same, but what stands within texts counts as text only; takes no more memory than the text once more."""
+    """Return the weight with the contents of strings counted as text only; needs one more copy of the text."""
     # escaped quotes end no text; pairs of backslashes are taken out first, as they escape nothing behind them
     marks = np.frombuffer(data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _OTHERS), np.uint8)
     weight, within = len(data) + 64, 0
@@ -73,7 +73,7 @@ def _weight_outside_texts(data: bytes) -> int:
 
 
 def load_json(data: bytes | None, where: str, *, most: int = MOST_JSON_BYTES) -> Any:
-    """The value of a JSON document, made only if it fits.
+    """Return the value of a JSON document, which is parsed only if it fits into the bounds.
 
     Args:
         data: The document; none is an empty one, which is not JSON.
@@ -95,12 +95,12 @@ def load_json(data: bytes | None, where: str, *, most: int = MOST_JSON_BYTES) ->
 
 
 def read_file(path: str | os.PathLike[str], most: int, where: str = "") -> bytes:
-    """The bytes of a regular file.
+    """Return the bytes of a regular file.
 
     Args:
-        path: Of the file; a link is followed.
+        path: Path of the file; a link is followed.
         most: Bytes that it may have.
-        where: What to call it in the error; its path if not given.
+        where: Name of the file in messages; its path if not given.
 
     Raises:
         InvalidInput: It is larger.

@@ -13,7 +13,7 @@ from zarr_store.spec import STATUS_MASKED, STATUS_MISSING, STATUS_OBSERVED
 __all__ = ["ChunkStats"]
 
 _FEW_CLASSES = 24
-"""With more values than this a table is faster."""
+"""Largest number of class values that are compared one by one; a table is faster for more."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ChunkStats:
         return cls(observed, counted - observed, missing, mean, m2, classes)
 
     def to_list(self) -> list[Any]:
-        """JSON form, short because there is one per chunk."""
+        """Return the JSON form, which is short as there is one for each chunk."""
         classes = {name: {str(k): v for k, v in counts.items()} for name, counts in self.classes.items()}
         return [self.observed, self.masked, self.missing, list(self.mean), list(self.m2), classes]
 
@@ -75,7 +75,7 @@ class ChunkStats:
 
 
 def _class_counts(layer: np.ndarray) -> dict[int, int]:
-    """Value → pixels of a flat layer; comparing with each of a few values is twice as fast as a table of 256."""
+    """Count the pixels of each value of a flat layer; comparing with a few values is twice as fast as a table."""
     top = int(layer.max(initial=0))
     if top >= _FEW_CLASSES:
         counts = np.bincount(layer, minlength=256)
@@ -85,7 +85,7 @@ def _class_counts(layer: np.ndarray) -> dict[int, int]:
 
 
 def _moments(main: np.ndarray, clear: np.ndarray, observed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per band, mean and sum of squared deviations over the pixels that are clear.
+    """Return mean and sum of squared deviations of each band over the clear pixels.
 
     Whole numbers are summed exactly: a chunk of up to 2²¹ pixels of 16 bits sums to less than 2⁵³ even when squared,
     so neither the order of summation nor the size of the mean costs a bit. Products are summed row by row: for a whole

@@ -1,6 +1,6 @@
 """`crashpoint`: named places between durable steps, at each of which a process may die without anything being lost.
 
-Tests let a process end at the n-th place it comes to, for every n, and repeat the run. Otherwise a place costs one
+Tests let a process end at the n-th place that it reaches, for every n, and repeat the run. Otherwise a place costs one
 comparison.
 """
 
@@ -11,7 +11,7 @@ import os
 __all__ = ["EXIT_CODE", "arm", "crashpoint", "reached"]
 
 EXIT_CODE = 86
-"""What a process ends with at a crash point, so that a test can see that it was there."""
+"""Exit code of a process that ends at a crash point, so that a test can recognise it."""
 
 _VARIABLE = "TERRASHARD_CRASH_AT"
 _at = int(os.environ.get(_VARIABLE) or 0)
@@ -19,7 +19,7 @@ _names: list[str] = []
 
 
 def crashpoint(name: str) -> None:
-    """A place where dying must be harmless; ends the process at once if it is the one that was asked for."""
+    """Mark a place where dying must be harmless; the process ends here at once if a test has chosen this place."""
     if not _at:
         return
     _names.append(name)
@@ -35,5 +35,5 @@ def arm(at: int) -> None:
 
 
 def reached() -> tuple[str, ...]:
-    """Names of the crash points passed since `arm`."""
+    """Return the names of the crash points passed since `arm`."""
     return tuple(_names)

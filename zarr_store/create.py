@@ -1,4 +1,4 @@
-"""Creating a cube: every array, coordinate and attribute laid out once, by one writer; no pixel.
+"""Create a cube: one writer lays out every array, coordinate and attribute once, and writes no pixel.
 
 In a folder `create_cube` makes the cube appear in one rename, in a bucket by its last key. The pixels come after, whole
 shards at a time (`zarr_store.write`).
@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 """Version of the layout of groups, attributes and ledger; readers refuse a newer one."""
 
 _TIME_CHUNK = 1024
-"""Dates in one object of the time coordinate: appending a date rewrites one small object, or adds one."""
+"""Number of dates in one object of the time coordinate; appending a date rewrites one small object, or adds one."""
 
 Items = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -48,11 +48,11 @@ def create_cube(
     """Create the metadata of a cube, or find that it exists already.
 
     Args:
-        url: Where the cube goes. It appears complete, or not at all.
+        url: URL of the cube. It appears complete, or not at all.
         specs: One per collection, all on one grid.
         items: Collection → item table; `source_item` counts its rows. Each row has at least "id" and "datetime".
-        provenance: What made the cube (plan digest, configuration, version); JSON.
-        kind: What holds it: plain files or objects, or an Icechunk repository; None for files, or for what is there.
+        provenance: Origin of the cube (plan digest, configuration, version); JSON.
+        kind: Plain files or objects, or an Icechunk repository; None for files, or the kind of an existing cube.
 
     Raises:
         CubeMismatch: A cube of another grid, band list, time axis or item table is there; the message is the diff.
@@ -81,7 +81,7 @@ def create_cube(
 
 
 def describe(specs: Sequence[CubeSpec], items: Items) -> dict[str, Any]:
-    """Collection → spec and item table, as the groups' attributes hold them."""
+    """Return spec and item table of each collection, as the attributes of its group hold them."""
     described = {
         spec.collection: {"spec": spec.to_dict(), "items": [dict(i) for i in items[spec.collection]]} for spec in specs
     }
@@ -102,8 +102,8 @@ def lay_out(
     Args:
         target: Empty Zarr store, or the path of one.
         specs: One per collection.
-        described: From `describe`.
-        provenance: What made the cube.
+        described: Result of `describe`.
+        provenance: Origin of the cube.
         time_chunks: Collection → dates in one object of its time coordinate, where that is not the usual number.
     """
     root = zarr.create_group(
@@ -139,7 +139,7 @@ def lay_out(
 
 
 def record_provenance(url: str | Path, provenance: Mapping[str, Any]) -> None:
-    """Replace what a cube says of its making, after a run that went on with it; only under the cube's lock."""
+    """Replace the provenance of a cube after a run that continued it; only under the cube's lock."""
     store = open_store(url)
     document = json.loads(store.read("zarr.json") or b"{}")
     document["attributes"]["terrashard"]["provenance"] = json.loads(json.dumps(dict(provenance)))
@@ -178,7 +178,7 @@ def _check_existing(store: Store, described: Mapping[str, Any]) -> None:
 
 
 def list_differences(there: Any, asked: Any, path: str = "") -> list[str]:
-    """Paths at which two JSON values differ, with both values, cut to a readable length."""
+    """Return the paths at which two JSON values differ, with both values, cut to a readable length."""
     if isinstance(there, dict) and isinstance(asked, dict):
         found = []
         for key in sorted({*there, *asked}):

@@ -1,4 +1,4 @@
-"""`parse_crs`: a coordinate reference system out of what a stranger states, which may not name files.
+"""`parse_crs` reads a coordinate reference system from untrusted text, which may not name files.
 
 PROJ opens files that the text of a CRS names: grids of datum shifts (`+nadgrids=…`, PARAMETERFILE in WKT, parameters
 in PROJJSON) and lists of definitions (`+init=FILE:NAME`). Items, rasters, polygons and cubes state a CRS, so a name in
@@ -19,11 +19,11 @@ __all__ = ["parse_crs", "refuse_file_names"]
 
 _TEXT = re.compile(r"grids\s*=\s*(?!@null\b)|PARAMETERFILE|PROJ4_GRIDS|\binit\s*=|\bfile\s*=", re.IGNORECASE)
 _INIT = re.compile(r"\+?init\s*=\s*epsg:\d+\s*(\+type=crs)?", re.IGNORECASE)
-"""The old spelling of a code, which names a file only by its form."""
+"""The old spelling of a code (+init=epsg:…); it looks like a file name, but names none of the user's files."""
 
 
 def parse_crs(value: object) -> CRS:
-    """A CRS as pyproj understands it: a code, WKT, PROJJSON or a PROJ string.
+    """Return the CRS of a code, WKT, PROJJSON or PROJ string, as pyproj understands it.
 
     Raises:
         InvalidInput: It is not known to PROJ, or names a file.
@@ -40,7 +40,7 @@ def parse_crs(value: object) -> CRS:
 
 
 def refuse_file_names(text: str) -> None:
-    """Refuse WKT or a PROJ string that names a file, without parsing it; of PROJJSON only `parse_crs` can tell.
+    """Refuse WKT or a PROJ string that names a file, without parsing it; only `parse_crs` judges PROJJSON.
 
     Raises:
         InvalidInput: It names one.

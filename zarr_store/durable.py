@@ -1,7 +1,7 @@
-"""Files of a folder that appear complete or not at all, and stay when the power goes.
+"""Write files that appear complete or not at all, and survive a power failure.
 
 A file is written beside its place, then synced and renamed there, and then its folder is synced. The first half needs
-a core and the second only waits for the disk, so a `PendingFile` is between them for as long as its owner likes.
+a processor and the second only waits for the disk, so a `PendingFile` separates them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = ["PendingFile", "make_folder", "sync_folder", "sync_tree", "umask", "w
 
 
 class PendingFile:
-    """A file that is written but not yet in its place.
+    """A file that is written, but not yet under its final name.
 
     Args:
         path: Its place.
-        key: What it is called at crash points.
+        key: Name of the file at crash points.
         parts: Its bytes, written as they come.
 
     Attributes:
         digest: SHA-256 of the bytes.
 
     Raises:
-        OSError: As the system says it; then nothing is left.
+        OSError: The error of the system; then nothing is left.
     """
 
     def __init__(self, path: Path, key: str, parts: Iterable[bytes]) -> None:
@@ -52,7 +52,7 @@ class PendingFile:
         self.digest = digest.hexdigest()
 
     def finish(self) -> None:
-        """Put the file in its place, durably; where that fails nothing is left of it, and what was there stays."""
+        """Put the file in its place, durably; if that fails, the old file stays and the new one is removed."""
         try:
             with self._file:
                 os.fsync(self._file.fileno())
@@ -67,7 +67,7 @@ class PendingFile:
         sync_folder(self._path.parent)
 
     def abandon(self) -> None:
-        """Leave nothing of it."""
+        """Remove the file."""
         self._file.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._beside)
@@ -104,7 +104,7 @@ def sync_tree(top: Path) -> None:
 
 
 def umask() -> int:
-    """The umask of this process; there is no way to ask but to set it."""
+    """Return the umask of this process; the only way to read it is to set it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -117,10 +117,10 @@ def _write_all(file: io.RawIOBase, data: bytes) -> None:
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write or replace a file, which appears complete or not at all; nobody can foresee the name it has until then.
+    """Write or replace a file, which appears complete or not at all; its temporary name cannot be guessed.
 
     Raises:
-        OSError: As the system says it; what was there stays.
+        OSError: The error of the system; the old file stays.
     """
     place = Path(path)
     PendingFile(place, place.name, [data]).finish()

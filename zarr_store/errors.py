@@ -1,12 +1,12 @@
 """Every error that terrashard raises on purpose, and the exit code the command line gives it.
 
     TerrashardError                     1   a defect of ours
-    ├── InvalidInput (ValueError)       2   what the user gave cannot be used
+    ├── InvalidInput (ValueError)       2   an input cannot be used
     │   ├── UnknownName (KeyError)      2   a name that does not exist; the nearest one is offered
     │   ├── NotACube                    2   a path that holds something else, or nothing
     │   ├── CubeMismatch                2   an existing cube of another grid, band list or rule
     │   └── MisalignedWrite             2   a write that is not exactly one whole shard
-    ├── NothingFound (LookupError)      4   a valid question with an empty answer
+    ├── NothingFound (LookupError)      4   a valid request has an empty result
     ├── Locked                          5   another run holds the cube
     ├── IntegrityError                  6   stored bytes are not what was written
     │   ├── MissingShard                6   a shard that was never written, or was deleted
@@ -14,9 +14,9 @@
     ├── NoSpace (OSError)               7   the disk, quota or inode table is full
     ├── AccessError (OSError)           8   network or authorisation
     │   └── AssetUnreadable             8   one asset of one scene could not be read
-    └── Preempted                      75   told to stop; the same command resumes
+    └── Preempted                      75   stopped on request; the same command resumes
 
-Each message says what was expected, what came, which object it is about and what to do.
+Each message names what was expected, what came, which object it is about and what to do.
 """
 
 from __future__ import annotations
@@ -54,31 +54,38 @@ class TerrashardError(Exception):
 
 
 class InvalidInput(TerrashardError, ValueError):
-    """What the user gave cannot be used."""
+    """An input cannot be used."""
 
     exit_code = 2
 
 
 class UnknownName(InvalidInput, KeyError):
-    """A name that does not exist among the known ones."""
+    """A name is not among the known ones."""
 
     @classmethod
-    def of(cls, kind: str, name: str, known: Iterable[str], where: str = "") -> Self:
-        """Build the message that names the nearest known name.
+    def of(cls, kind: str, name: str | Iterable[str], known: Iterable[str], where: str = "") -> Self:
+        """Build the message that lists every wrong name, each with the nearest known one.
 
         >>> print(UnknownName.of("band", "bleu", ["blue", "red"]))
         unknown band 'bleu': did you mean 'blue'? (known: blue, red)
+        >>> print(UnknownName.of("band", ["bleu", "x", "rad"], ["blue", "red"]))
+        unknown bands 'bleu', 'x', 'rad': did you mean 'blue', 'red'? (known: blue, red)
         """
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        wrong = [name] if isinstance(name, str) else list(dict.fromkeys(name))
+        by_lower = {known_name.lower(): known_name for known_name in names}
+        near = [match for text in wrong for match in difflib.get_close_matches(text.lower(), by_lower, 1, cutoff=0.5)]
+        meant = ", ".join(dict.fromkeys(repr(by_lower[match]) for match in near))
+        hint = f"did you mean {meant}? " if near else ""
         place = f" in {where}" if where else ""
         shown = ", ".join(names[:24]) + (", …" if len(names) > 24 else "")
-        return cls(f"unknown {kind} {name!r}{place}: {hint}(known: {shown or 'none'})")
+        plural = "" if len(wrong) == 1 else "es" if kind.endswith("s") else "s"
+        listed = ", ".join(map(repr, wrong))
+        return cls(f"unknown {kind}{plural} {listed}{place}: {hint}(known: {shown or 'none'})")
 
 
 class NotACube(InvalidInput):
-    """A path that holds something else than a terrashard cube."""
+    """A path holds something else than a terrashard cube, or nothing."""
 
 
 class CubeMismatch(InvalidInput):
@@ -86,11 +93,11 @@ class CubeMismatch(InvalidInput):
 
 
 class MisalignedWrite(InvalidInput):
-    """A write that does not cover exactly one whole shard."""
+    """A write does not cover exactly one whole shard."""
 
 
 class NothingFound(TerrashardError, LookupError):
-    """A valid question with an empty answer."""
+    """A valid request has an empty result."""
 
     exit_code = 4
 
@@ -102,7 +109,7 @@ class Locked(TerrashardError):
 
 
 class IntegrityError(TerrashardError):
-    """Stored bytes are not what was written."""
+    """Stored bytes differ from what was written."""
 
     exit_code = 6
 
@@ -122,7 +129,7 @@ class NoSpace(TerrashardError, OSError):
 
 
 class AccessError(TerrashardError, OSError):
-    """Network trouble or missing authorisation."""
+    """The network failed, or authorisation is missing."""
 
     exit_code = 8
 
@@ -145,6 +152,6 @@ class AssetUnreadable(AccessError):
 
 
 class Preempted(TerrashardError):
-    """The run was told to stop and saved its state; the same command resumes it."""
+    """The run was asked to stop and saved its state; the same command resumes it."""
 
     exit_code = 75

@@ -34,11 +34,11 @@ class FolderStore(Store):
 
     root: Path
     top: Path | None = None
-    """The folder that the user named, where `root` is only a part of it; links above it are the user's own."""
+    """The folder that the user named, if `root` is a part of it; links above it are the user's own."""
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> Self:
-        """The folder at a path or file:// URL.
+        """Return the store in the folder at a path or file:// URL.
 
         Raises:
             InvalidInput: The URL has a scheme that is not a local file.
@@ -172,7 +172,7 @@ class FolderStore(Store):
         )
 
     def clear(self, path: str) -> None:
-        """Remove a folder and all that is in it, if it is there; links are removed and not followed."""
+        """Remove a folder and its contents, if it exists; links are removed and not followed."""
         shutil.rmtree(self._to_write(path), ignore_errors=True)
 
     def tensorstore(self, path: str) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class FolderStore(Store):
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[FolderStore]:
-        """A fresh store next to this one; it becomes this one at the end, and disappears on an error."""
+        """Yield a fresh store next to this one; it replaces this one at the end, and is removed on an error."""
         if self.top is not None:
             path_to_write(self.top, self._from_top(""))
         self.root.parent.mkdir(parents=True, exist_ok=True)

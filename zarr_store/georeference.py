@@ -1,4 +1,4 @@
-"""Where a group of arrays lies, said so that xarray, rioxarray, GDAL and GeoZarr readers understand it."""
+"""Write the georeference of a group of arrays as xarray, rioxarray, GDAL and GeoZarr readers understand it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["georeference", "write_axes"]
 
 
 def georeference(grid: Mapping[str, Any], bounds: Sequence[float], wkt: str) -> dict[str, Any]:
-    """GeoZarr `proj:` and `spatial:` attributes of a group on `grid` (crs, transform, shape)."""
+    """Return the GeoZarr attributes `proj:` and `spatial:` of a group on `grid` (crs, transform, shape)."""
     crs = str(grid["crs"])
     return {
         ("proj:code" if crs.startswith("EPSG:") else "proj:wkt2"): crs if crs.startswith("EPSG:") else wkt,
@@ -27,7 +27,7 @@ def georeference(grid: Mapping[str, Any], bounds: Sequence[float], wkt: str) -> 
 
 
 def write_axes(group: zarr.Group, grid: Grid) -> None:
-    """Write pixel centres `y` and `x`, and `spatial_ref` as CF and GDAL have it."""
+    """Write pixel centres `y` and `x`, and `spatial_ref` as CF and GDAL define it."""
     crs = CRS(grid.crs)
     if crs.is_geographic:
         axes = {"x": ("longitude", "degrees_east"), "y": ("latitude", "degrees_north")}

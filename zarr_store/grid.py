@@ -24,7 +24,7 @@ __all__ = ["Bounds", "Grid", "check_on_earth", "normal_crs"]
 
 Transform = tuple[float, float, float, float, float, float]
 Bounds = tuple[float, float, float, float]
-"""(left, bottom, right, top) in units of the CRS."""
+"""Bounds (left, bottom, right, top) in units of the CRS."""
 
 # Offsets between grids are compared in pixels; 1e-6 px of a 10 m pixel is 10 µm, far above double rounding.
 _ALIGNED_PX = 1e-6
@@ -75,7 +75,7 @@ class Grid:
         resolution: float | tuple[float, float],
         anchor: tuple[float, float] = (0.0, 0.0),
     ) -> Self:
-        """The smallest grid of `resolution` that covers `bounds` with pixel edges on `anchor + n·resolution`.
+        """Return the smallest grid of `resolution` that covers `bounds` with pixel edges on `anchor + n·resolution`.
 
         Args:
             crs: CRS of bounds, resolution and anchor.
@@ -109,7 +109,7 @@ class Grid:
         return cls(str(data["crs"]), (a, b, c, d, e, f), (int(height), int(width)))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: crs, transform (six numbers), shape."""
+        """Return the JSON form: crs, transform (six numbers), shape."""
         return {"crs": self.crs, "transform": list(self.transform), "shape": list(self.shape)}
 
     @property
@@ -161,18 +161,18 @@ class Grid:
         return np.asarray(self.transform[5] + self.transform[4] * (np.arange(self.height) + 0.5), np.float64)
 
     def window(self, y0: int, x0: int, height: int, width: int) -> Grid:
-        """The sub-grid of `height` × `width` pixels whose first pixel is (y0, x0); may reach outside."""
+        """Return the sub-grid of `height` × `width` pixels whose first pixel is (y0, x0); may reach outside."""
         a, b, c, d, e, f = self.transform
         return Grid(self.crs, (a, b, c + a * x0, d, e, f + e * y0), (height, width))
 
     def coarsen(self, factor: int) -> Grid:
-        """The grid of `factor`-times larger pixels over the same origin, rounded up to cover all pixels."""
+        """Return the grid of `factor`-times larger pixels over the same origin, rounded up to cover all pixels."""
         a, b, c, d, e, f = self.transform
         shape = (-(-self.height // factor), -(-self.width // factor))
         return Grid(self.crs, (a * factor, b, c, d, e * factor, f), shape)
 
     def offset_of(self, other: Grid) -> tuple[int, int] | None:
-        """(row, col) of `other`'s first pixel in this grid if both share CRS and pixel lattice, else None."""
+        """Return (row, column) of the first pixel of `other` in this grid, or None if CRS or pixel lattice differ."""
         if other.crs != self.crs or other.resolution != self.resolution:
             return None
         rx, ry = self.resolution
@@ -196,11 +196,11 @@ class Grid:
 
 _PIXEL_M = (1e-3, 1e6)
 _REACH_M = 1e8
-"""From the origin of a CRS; its equator is 4e7 m long."""
+"""Largest distance from the origin of a CRS, metres; the equator is 4e7 m long."""
 
 
 def check_on_earth(grid: Grid) -> None:
-    """Refuse a grid that came out of a header or an item and can be no place on Earth.
+    """Refuse a grid from a header or an item that cannot lie on Earth.
 
     What is wild in one file must not decide over the grid of a cube, nor end in numbers that overflow.
 
@@ -227,7 +227,7 @@ def check_on_earth(grid: Grid) -> None:
 
 @lru_cache(64)
 def _metres_per_unit(text: str) -> float:
-    """Metres in one unit of a CRS, degrees as at the equator; nan where it is no CRS of the ground."""
+    """Return the metres in one unit of a CRS (degrees as at the equator); nan for a CRS that is not of the ground."""
     crs = _crs(text)
     if not (crs.is_geographic or crs.is_projected) or not crs.axis_info:
         return math.nan
@@ -246,7 +246,7 @@ def _crs(text: str) -> CRS:
 
 
 def normal_crs(crs: object) -> str:
-    """The one spelling of a CRS: "EPSG:<code>" where there is a code, else WKT2.
+    """Return the one spelling of a CRS: "EPSG:<code>" if there is a code, else WKT2.
 
     Raises:
         InvalidInput: The CRS is not known to PROJ, or names a file.

@@ -1,8 +1,8 @@
-"""Growing a cube: more dates at its end, more rows in its item tables; readers see the old cube or the new one.
+"""Grow a cube by dates at its end and rows of its item tables; readers see the old cube or the new one.
 
 The metadata of the grown cube are made in memory by the code that makes new cubes, and put in place file by file:
 coordinates and arrays first, which a reader of the old cube does not look at beyond its own shape; then each group,
-which in one file says times, items and the consolidated metadata of its arrays; the root last. Dying in between leaves
+which in one file holds times, items and the consolidated metadata of its arrays; the root last. Dying in between leaves
 the old cube, and repeating finishes the work. The number of files does not depend on the length of the cube.
 """
 
@@ -28,14 +28,14 @@ _MAY_GROW = ("shape", "attributes", "consolidated_metadata")
 
 
 def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, provenance: Mapping[str, Any]) -> int:
-    """Make the metadata of a cube those of the same cube with more dates and items; only under the cube's lock.
+    """Replace the metadata of a cube by those of the same cube with more dates and items; only under the cube's lock.
 
     Args:
         url: The cube.
         specs: All its collections; each as it is, or with more times after the present ones.
         items: Collection → item table; each as it is, or with more rows after the present ones, and with further
             properties of rows that are there.
-        provenance: What made the grown cube.
+        provenance: Origin of the grown cube.
 
     Returns:
         Number of files that were written; 0 where everything was so already.
@@ -101,7 +101,7 @@ def _check_growth(cube: Cube, specs: Sequence[CubeSpec], items: Items) -> None:
 
 
 def _check_layout(store: Store, key: str, document: bytes) -> None:
-    """Refuse to change anything of an array but its shape: its objects are there already."""
+    """Refuse to change anything of an array but its shape, as its objects exist already."""
     held = store.read(key)
     if held is None:
         return

@@ -1,6 +1,6 @@
-"""`TrainingIndex`: what is known of each chunk without reading a pixel.
+"""`TrainingIndex` holds counts and moments of each chunk, from the ledger; no pixel is read.
 
-While a shard is written its chunks are counted; the counts travel in the shard's ledger row. Put together they say
+While a shard is written its chunks are counted; the counts travel in the shard's ledger row. Together they give
 where there is something to learn, and give normalisation statistics of any part of the cube (for example of the
 training blocks only, so that nothing of the test ground leaks into them).
 """
@@ -55,7 +55,7 @@ class TrainingIndex:
 
     @classmethod
     def from_rows(cls, spec: CubeSpec, rows: Mapping[tuple[int, int, int], LedgerRow]) -> Self:
-        """Put the ledger rows of a collection together.
+        """Join the ledger rows of a collection.
 
         Raises:
             IntegrityError: A row is not one of this collection.
@@ -104,12 +104,12 @@ class TrainingIndex:
 
     @cached_property
     def whole(self) -> npt.NDArray[np.bool_]:
-        """Chunks (T, CY, CX) that are observed in every pixel."""
+        """Which chunks (T, CY, CX) are observed in every pixel."""
         whole: npt.NDArray[np.bool_] = self.present & (self.observed == self.pixels)
         return whole
 
     def statistics(self, select: npt.NDArray[np.bool_] | None = None) -> tuple[Moments, Moments]:
-        """Mean and standard deviation of each band over the observed pixels of the selected chunks.
+        """Return mean and standard deviation of each band over the observed pixels of the selected chunks.
 
         Moments are merged pairwise by Chan, Golub & LeVeque (1979), which loses no precision to large means.
 

@@ -1,4 +1,4 @@
-"""Names and keys from metadata: what they may be, and where they lead in a folder.
+"""Check names and keys from metadata: their form, and where they lead in a folder.
 
 A cube may come from somebody else, and its metadata name groups, arrays and objects. Such a name becomes part of a
 key, and a key part of a path. So each name must match one pattern when a store is opened, each key must stay inside its
@@ -18,16 +18,16 @@ from zarr_store.errors import IntegrityError
 __all__ = ["GROUP_NAME", "RESERVED_NAMES", "check_key", "check_name", "path_to_read", "path_to_write", "refuse_links"]
 
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""What a group or an array may be called."""
+"""Pattern of the names of groups and arrays."""
 
 RESERVED_NAMES = ("overview", "labels", "_terrashard")
-"""Folders of a cube that are no collections."""
+"""Names of folders in a cube that are no collections."""
 
 _SPECIAL = ("", ".", "..")
 
 
 def check_name(name: Any, what: str, where: str) -> str:
-    """A name from metadata, if it can name a group or an array.
+    """Return a name from metadata if it can name a group or an array.
 
     Args:
         name: As the metadata have it.
@@ -46,7 +46,7 @@ def check_name(name: Any, what: str, where: str) -> str:
 
 
 def check_key(key: str, where: str) -> str:
-    """A key, if it stays inside its store.
+    """Return a key if it stays inside its store.
 
     Raises:
         IntegrityError: It is absolute, climbs with "..", or holds an empty part, a backslash or a control character.
@@ -61,9 +61,9 @@ def check_key(key: str, where: str) -> str:
 
 
 def path_to_write(top: Path, key: str) -> Path:
-    """The path of a key below `top`, if no folder on the way there is a link.
+    """Return the path of a key below `top` if no folder on the way is a link.
 
-    The last part may be a link: whoever writes puts a new file in its place, and whoever deletes removes the link.
+    The last part may be a link: a writer puts a new file in its place, and a deletion removes the link alone.
 
     Raises:
         IntegrityError: The key leads out of the folder, or through a link.
@@ -80,7 +80,7 @@ def path_to_write(top: Path, key: str) -> Path:
 
 
 def path_to_read(top: Path, key: str) -> Path:
-    """The path of a key below `top`, if it leads to a file or folder inside `top`, or to nothing.
+    """Return the path of a key below `top` if it leads to a file or folder inside `top`, or to nothing.
 
     Raises:
         IntegrityError: The key or a link leads out of the folder, or to something that is no file.
@@ -100,7 +100,7 @@ def path_to_read(top: Path, key: str) -> Path:
 
 
 def refuse_links(top: Path, folder: Path) -> None:
-    """Look through a folder whose files another library opens by their paths.
+    """Refuse a folder with links that lead out of it, before another library opens its files by their paths.
 
     Args:
         top: The store; links that stay inside it are fine.
@@ -128,7 +128,7 @@ def refuse_links(top: Path, folder: Path) -> None:
 
 
 def _target_mode(top: Path, link: str) -> int:
-    """The mode of what a link inside `top` leads to; that of a file where it leads to nothing."""
+    """Return the mode of the target of a link inside `top`; that of a file if the target does not exist."""
     target = os.path.realpath(link)
     if not Path(target).is_relative_to(os.path.realpath(top)):
         raise IntegrityError(

@@ -1,11 +1,11 @@
-"""Label layers: what the ground of a cube is known to be, on the cube's grid, from outside the cube.
+"""Label layers hold reference data from outside a cube, on the cube's grid.
 
     CUBE/labels/NAME/label (y, x)   uint8 class value, 255 = not labelled; or float32 value, nan = not labelled
     CUBE/labels/index.json          name → digest of every layer
 
 A layer holds for all dates and all collections of the cube. It is a Zarr group of its own with coordinates, so xarray,
 GDAL and QGIS open it, and it appears whole or not at all: the index names it last, so that a run that dies in between
-leaves at most a layer that nobody lists, which the same command then finds.
+leaves at most a layer that the index does not list, which the same command then finds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
 
 @dataclass(frozen=True)
 class LabelSpec:
-    """What a layer says.
+    """The description of a layer.
 
     Attributes:
         name: Letters, digits, "-" and "_".
@@ -82,10 +82,10 @@ class LabelSpec:
         if values != sorted(set(values)) or any(not 0 <= v < NOT_LABELLED for v in values):
             raise InvalidInput(f"label layer {self.name}: class values must be 0 … 254 and named once, got {values}")
         if len(set(names)) != len(names):
-            raise InvalidInput(f"label layer {self.name}: classes must have names of their own, got {names}")
+            raise InvalidInput(f"label layer {self.name}: classes must have unique names, got {names}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         data = {"name": self.name, "kind": self.kind, "classes": [list(c) for c in self.classes], "origin": self.origin}
         plain: dict[str, Any] = json.loads(json.dumps(data))
         return plain
@@ -102,7 +102,7 @@ class LabelLayer:
     """A layer that is open for reading.
 
     Attributes:
-        spec: What it says.
+        spec: Its description.
         digest: SHA-256 of spec and pixels.
         labelled: Pixels with a label.
         counts: Class name → pixels; of values empty.
@@ -117,14 +117,14 @@ class LabelLayer:
     shards: Mapping[str, str | None]
 
     def array(self) -> ts.TensorStore:
-        """The pixels (y, x), read-only."""
-        # absent shards are those without a label; `verify` tells them from lost ones
+        """The array of pixels (y, x), read-only."""
+        # absent shards are those without a label; `verify` distinguishes them from lost ones
         self.store.check_inside(_ARRAY)
         spec = {"driver": "zarr3", "kvstore": self.store.tensorstore(_ARRAY), "recheck_cached_data": "open"}
         return ts.open(spec, open=True, read=True, write=False, context=_CONTEXT).result()
 
     def read(self, rows: slice = slice(None), columns: slice = slice(None)) -> Box:
-        """Pixels of a box.
+        """Read the pixels of a box.
 
         Raises:
             CorruptShard: A chunk does not match its checksum.
@@ -133,14 +133,14 @@ class LabelLayer:
 
 
 def label_boxes(cube: Cube) -> list[Region]:
-    """The boxes that a layer of the cube is made of, in the order in which they are written; time is 0."""
+    """Return the boxes of a layer of the cube in the order of writing; time is 0."""
     spec = cube.spec(cube.collections[0])
     shape = (1, *spec.grid.shape)
     return [box for _, box in iterate_boxes(shape, (1, *spec.layout.fitted(spec.shape).shard[1:]))]
 
 
 def find_labels(cube: Cube) -> tuple[str, ...]:
-    """Names of the label layers of a cube, sorted."""
+    """Return the names of the label layers of a cube, sorted."""
     return tuple(sorted(_read_index(_folder(cube.url))))
 
 
@@ -156,7 +156,7 @@ def open_label(cube: Cube, name: str) -> LabelLayer:
         raise UnknownName.of("label layer", name, sorted(known), f"cube {cube.url}")
     layer = _open(cube.url, name)
     if layer is None:
-        raise IntegrityError(f"{cube.url}: label layer {name} is listed and not there; make it again")
+        raise IntegrityError(f"{cube.url}: label layer {name} is listed, but does not exist; make it again")
     if layer.digest != known[name]:
         raise IntegrityError(
             f"{layer.store.url} is another layer than the one that the cube lists (digest {known[name][:12]} → "
@@ -173,11 +173,11 @@ def write_label(
     describe: Callable[[Mapping[int, int]], LabelSpec] | None = None,
     replace: bool = False,
 ) -> tuple[LabelLayer, bool]:
-    """Write a layer, or find that it is there.
+    """Write a layer, or check that the existing one is the same.
 
     Args:
         url: The cube.
-        spec: What the layer says.
+        spec: Description of the layer.
         boxes: Gives the pixels of each of `label_boxes(cube)`, in that order.
         describe: Called with the pixels of each class value once they are known; gives the spec that is kept.
         replace: Whether a layer of this name and another origin is replaced.
@@ -203,7 +203,7 @@ def write_label(
                 return there, False
             if not replace:
                 raise CubeMismatch(
-                    f"{there.store.url} is there and comes from something else ({_origin(there.spec)}); nothing was "
+                    f"{there.store.url} exists and has another origin ({_origin(there.spec)}); nothing was "
                     "changed: give another --name, or --replace"
                 )
         store = _place(cube.url, spec.name)
@@ -220,7 +220,7 @@ def write_label(
 
 
 def verify_labels(cube: Cube) -> tuple[int, list[tuple[str, str, str]]]:
-    """Hash all objects of all layers.
+    """Check the hashes of all objects of all layers.
 
     Returns:
         Bytes that were read, and (layer, state, place) of each object that is missing or corrupt.
@@ -247,7 +247,7 @@ def _fill(
     boxes: Iterable[tuple[Region, Box]],
     describe: Callable[[Mapping[int, int]], LabelSpec] | None,
 ) -> None:
-    """Write all of a layer into an empty store; its attributes, which say what was written, come last."""
+    """Write a whole layer into an empty store; its attributes, which list what was written, come last."""
     first = cube.spec(cube.collections[0])
     grid, layout = first.grid, first.layout.fitted(first.shape)
     dtype = np.dtype(_DTYPES[spec.kind])
@@ -321,7 +321,7 @@ def _open(url: str, name: str) -> LabelLayer | None:
 
 
 def _set_aside(store: Store) -> Callable[[], None]:
-    """What moves a layer away just before its successor takes its place."""
+    """Return a function that moves a layer aside just before the new one takes its place."""
     if not isinstance(store, FolderStore):
         raise InvalidInput(
             f"{store.url}: a layer in a bucket cannot be replaced in one step; give another --name, and remove this one"

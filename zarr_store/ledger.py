@@ -1,8 +1,8 @@
-"""`Ledger`: one row per shard, which alone says what of a cube is complete.
+"""`Ledger` has one row for each shard; the rows alone decide which shards of a cube are complete.
 
 A row is written after its shard is on disk, as a small JSON file of its own, so that no two writers meet (the commit
-of an Icechunk repository makes it one element of an array). It says
-which scenes gave the shard, which could not be read and why, what the stored bytes hash to, and the chunk counts.
+of an Icechunk repository makes it one element of an array). It holds the scenes of the shard, those that could not be
+read with the reason, the hashes of the stored bytes, and the chunk counts.
 Rows carry no clock time: a run that is killed and repeated leaves the same bytes as one that was not.
 """
 
@@ -22,7 +22,7 @@ from zarr_store.store import Store
 __all__ = ["Ledger", "LedgerRow", "ShardIndex", "SourceOutcome"]
 
 _MOST_BYTES = 16 << 20
-"""Of a row; one of 64 chunks of 13 bands has about 100 kB."""
+"""Largest row, bytes; a row of 64 chunks of 13 bands has about 100 kB."""
 
 ShardIndex = tuple[int, int, int]
 State = Literal["done", "partial", "failed"]
@@ -30,7 +30,7 @@ State = Literal["done", "partial", "failed"]
 
 @dataclass(frozen=True)
 class SourceOutcome:
-    """What became of one scene in one shard.
+    """The outcome of one scene in one shard.
 
     Attributes:
         item: Row of the collection's item table.
@@ -38,7 +38,7 @@ class SourceOutcome:
         state: "read", or "missing" when one of its assets was absent or unreadable.
         asset: The asset that failed.
         reason: The cause, without secrets.
-        versions: (asset, what told its file from others of that name when it was read: size, and ETag or date).
+        versions: (asset, version of its file when it was read: size, and ETag or date).
 
     Example:
         >>> SourceOutcome(3, "S2A_33TWM_20230815_0_L2A", "missing", asset="B04", reason="HTTP 404").state
@@ -54,7 +54,7 @@ class SourceOutcome:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `asdict`, also of rows without versions."""
+        """Inverse of `asdict`; also reads rows without versions."""
         return cls(**{**data, "versions": tuple((asset, version) for asset, version in data.get("versions", ()))})
 
 
@@ -118,7 +118,7 @@ class LedgerRow:
 
 
 class Ledger:
-    """The rows of one collection of the cube in `store`: which shards are done, and of what.
+    """The rows of one collection of the cube in `store`: the state of each shard and the scenes it was made of.
 
     Example:
         >>> from zarr_store import open_cube
@@ -134,7 +134,7 @@ class Ledger:
         return f"{self._folder}/{'-'.join(str(i) for i in index)}.json"
 
     def get(self, index: ShardIndex) -> LedgerRow | None:
-        """The row of one shard, or None where none was written."""
+        """Return the row of one shard, or None if none was written."""
         data = self._store.read(self._key(index))
         return None if data is None else self._parse(self._key(index), data)
 
@@ -143,11 +143,11 @@ class Ledger:
         self._store.write(self._key(row.index), row.to_json())
 
     def drop(self, index: ShardIndex) -> None:
-        """Forget a shard: it counts as never written."""
+        """Remove the row of a shard, which then counts as never written."""
         self._store.delete(self._key(index))
 
     def rows(self) -> dict[ShardIndex, LedgerRow]:
-        """All rows, by shard index in order.
+        """Return all rows by shard index, in order.
 
         Raises:
             IntegrityError: A row cannot be read.
@@ -161,7 +161,7 @@ class Ledger:
         return dict(sorted(rows.items()))
 
     def drop_unreadable(self) -> list[str]:
-        """Remove rows that cannot be read, so that their shards count as never written; their keys."""
+        """Remove rows that cannot be read, so that their shards count as never written, and return their keys."""
         dropped = []
         for key in self._store.list(self._folder, ".json"):
             data = self._store.read(key)
@@ -186,7 +186,7 @@ class Ledger:
             ) from error
 
     def counts(self, total: int, shards: Mapping[ShardIndex, Region] | None = None) -> dict[str, Any]:
-        """Shards done, partial, failed and pending, of `total`.
+        """Count the shards that are done, partial, failed and pending, of `total`.
 
         Args:
             total: Number of shards.

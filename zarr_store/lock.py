@@ -1,7 +1,7 @@
-"""`CubeLock`: one writing run at a time on a cube or run directory.
+"""`CubeLock` admits one writing run at a time to a cube or run directory.
 
 The lock is a file that names its holder. A holder on this machine that is no longer alive (other boot, dead pid, or
-a pid that now belongs to a process started later) lost it; a holder on another machine is believed.
+a pid that now belongs to a process started later) has lost it; a holder on another machine counts as alive.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CubeLock:
                 "since": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         ).encode()
-        # twice: the holder may end while it is looked at; losing the race for its place again is a true conflict
+        # twice: the holder may end during the check; losing the lock to another run again is a true conflict
         for _ in range(2):
             if self._store.create_exclusive(self._key, mine):
                 self._mine = mine
@@ -94,7 +94,7 @@ class CubeLock:
 
 
 def read_token(store: Store, key: str = LOCK_KEY) -> str | None:
-    """Token of whoever holds the lock of a store; None where nobody does."""
+    """Return the token of the holder of the lock of a store; None if it is free."""
     held = store.read(key)
     token = _parse(held).get("token") if held else None
     return str(token) if token else None
@@ -131,7 +131,7 @@ def _boot_id() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """Start of the process in clock ticks since boot (field 22 of /proc/<pid>/stat); None when it is not alive."""
+    """Return the start of a process in clock ticks since boot (field 22 of /proc/<pid>/stat); None if it is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""How objects show themselves in a notebook: a small table of facts, with every text escaped."""
+"""Tables that show objects in a notebook; every text is escaped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CELL = "text-align: left; padding: 0.1em 0.8em 0.1em 0; white-space: pre-wrap"
 
 
 def facts_table(title: str, facts: Iterable[tuple[str, object]]) -> str:
-    """A title and rows of (name, value) as HTML; empty values are left out.
+    """Return a title and rows of (name, value) as HTML; empty values are left out.
 
     >>> facts_table("Cube <a>", [("grid", "EPSG:32633"), ("none", "")]).count("<tr>")
     1
@@ -26,7 +26,7 @@ def facts_table(title: str, facts: Iterable[tuple[str, object]]) -> str:
 
 
 def rows_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A title and a table with named columns as HTML.
+    """Return a title and a table with named columns as HTML.
 
     >>> rows_table("2 scenes", ["id"], [["a&b"]]).count("a&amp;b")
     1

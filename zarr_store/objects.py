@@ -3,8 +3,8 @@
 An object appears whole or not at all, so a write is atomic by itself. What a folder does with links and renames is
 done with conditional requests: `create_exclusive` puts only where nothing is (If-None-Match), `take` only over the very
 object that was looked at (If-Match). A bucket has no rename, so a new cube's metadata are put key by key, none of them
-over anything, and the root's zarr.json last: until then there is no cube. A marker says that the keys before it belong
-to a cube half begun; whoever makes the same cube goes on with it.
+over anything, and the root's zarr.json last: until then there is no cube. A marker means that the keys before it belong
+to an unfinished cube; creating the same cube again continues it.
 
 Endpoint, region and credentials come from the environment, through the readers of obstore and tensorstore; neither a
 URL nor a spec ever holds a secret. Reference: docs/stores.md.
@@ -40,10 +40,10 @@ __all__ = ["ObjectStore"]
 
 _ROOT = "zarr.json"
 _BEGUN = "_terrashard/begun"
-"""Holds the digest of the metadata being put, from before the first key until after the last."""
+"""Key of a marker with the digest of the metadata being put, there from before the first key until after the last."""
 
 _READS_AT_ONCE = 16
-"""Small objects cost one round trip each; more at once than this gains little and asks for throttling."""
+"""Number of small objects in flight at once; each costs a round trip, and more gain little and get throttled."""
 _RETRIES = 6
 _RETRY_FOR = timedelta(seconds=60)
 _SECRETS = (
@@ -60,7 +60,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class ObjectStore(Store):
-    """Part of a bucket that holds one cube.
+    """A prefix of a bucket that holds one cube.
 
     Attributes:
         scheme, bucket, prefix: Of the URL; the prefix has no slash at either end.
@@ -73,7 +73,7 @@ class ObjectStore(Store):
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> Self:
-        """The store at s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
+        """Return the store at s3://bucket/prefix, gs://bucket/prefix or az://container/prefix.
 
         Raises:
             InvalidInput: No bucket, or something in the URL that is not bucket or prefix.
@@ -182,7 +182,7 @@ class ObjectStore(Store):
             "driver": "s3",
             "bucket": self.bucket,
             "path": at,
-            "aws_credentials": {"type": _credentials()},  # where they are, not what they are
+            "aws_credentials": {"type": _credentials()},  # the place of the credentials, not the credentials
             "s3_request_retries": {"max_retries": _RETRIES},
         }
         if _endpoint():
@@ -211,7 +211,7 @@ class ObjectStore(Store):
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[Store]:
-        """A store in memory; at the end its keys are put here, the root last and none over another.
+        """Yield a store in memory; at the end its keys are put here, the root last and none over an existing one.
 
         Raises:
             CubeMismatch: Another cube was begun here, or has appeared meanwhile.
@@ -236,7 +236,7 @@ class ObjectStore(Store):
 
     @contextlib.contextmanager
     def _translated(self, key: str) -> Iterator[None]:
-        """Turn what a bucket refuses into `AccessError`, without what could be a secret; the key must be one."""
+        """Turn the refusal of a bucket into `AccessError` without secrets; the key must be valid."""
         if key:
             check_key(key, self.url)
         try:
@@ -253,7 +253,7 @@ class ObjectStore(Store):
 
 @functools.lru_cache(maxsize=64)
 def _connect(scheme: str, bucket: str, prefix: str, settings: tuple[tuple[str, str], ...]) -> Any:
-    """A client of one prefix; made anew when the environment says something else."""
+    """Return a client of one prefix; a changed environment gives a new one."""
     del settings
     options: Any = {"timeout": "300s", "connect_timeout": "10s"}
     retries: Any = {"max_retries": _RETRIES, "retry_timeout": _RETRY_FOR}
@@ -287,13 +287,13 @@ def _region() -> str:
 
 
 def _credentials() -> str:
-    """Which of tensorstore's providers finds what obstore finds."""
+    """Return the provider of tensorstore that finds the credentials that obstore finds."""
     if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true"):
         return "anonymous"
     return "environment" if os.environ.get("AWS_ACCESS_KEY_ID") else "default"
 
 
 def _reason(error: Exception) -> str:
-    """The first line without the body of an answer, its length bounded, and without secrets."""
+    """Return the first line of an error, of bounded length, without the body of an answer and without secrets."""
     line = str(error).partition("\n")[0].partition("<?xml")[0].strip()
     return redact_text(line)[:300]

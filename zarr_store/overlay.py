@@ -19,7 +19,7 @@ _CHUNK = re.compile(r"(?P<array>.+)/c(/\d+)*")
 async def snapshot_get(
     store: Any, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
 ) -> Buffer | None:
-    """What a snapshot has at a key; Icechunk 1 raises where the key's array is not there."""
+    """Read a key of a snapshot; Icechunk 1 raises if the array of the key does not exist."""
     chunk = _CHUNK.fullmatch(key)
     if chunk and not await store.exists(f"{chunk['array']}/zarr.json"):
         return None
@@ -64,7 +64,7 @@ class OverlayStore(Store):
         return f"icechunk://{self._above.root}"
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        # the folder comes and goes with runs, and LocalStore insists on one
+        # the folder exists only during runs, and LocalStore needs one
         found = await self._above.get(key, prototype, byte_range) if self._above.root.is_dir() else None
         if found is not None or (self._gone / key).exists():
             return found
@@ -107,5 +107,5 @@ class OverlayStore(Store):
                     yield key
 
     def _layers(self, prefix: str) -> tuple[Any, ...]:
-        """The stores that can have something below a prefix."""
+        """Return the stores that may hold keys below a prefix."""
         return (self._above, self._below) if (self._above.root / prefix).is_dir() else (self._below,)

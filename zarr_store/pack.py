@@ -1,7 +1,7 @@
 """`pack_shard`: the pixels of one shard as the bytes of its file, one chunk after the other.
 
-A chunk is copied out, looked at, encoded and handed on while it is in the processor's cache, and whoever writes the
-parts to a file as they come never holds the packed shard in memory.
+A chunk is copied, counted, encoded and yielded while it is in the processor's cache. Code that writes the parts to a
+file as they come never holds the packed shard in memory.
 
 Spec: Zarr v3 codecs "sharding_indexed", "blosc", "zstd" and "crc32c" (zarr-specs.readthedocs.io).
 """
@@ -20,13 +20,14 @@ from zarr_store.spec import Layout
 __all__ = ["BLOSC_BLOCK_BYTES", "OVERVIEW_LEVEL", "pack_chunk", "pack_shard"]
 
 BLOSC_BLOCK_BYTES = 1 << 19
-"""Blosc's own choice is 32 to 64 KiB; on real 10 m texture 512 KiB is 3 % smaller and decodes half again as fast."""
+"""Block size of Blosc, bytes: its own choice is 32 to 64 KiB; on real 10 m texture 512 KiB is 3 % smaller and decodes
+half again as fast."""
 
 OVERVIEW_LEVEL = 3
-"""Level of zstd; the overview is small and read by programs that know no Blosc."""
+"""Level of zstd for the overview, which is small and read by programs without Blosc."""
 
 _ABSENT = np.uint64(2**64 - 1)
-"""Offset and size, in the index of a shard, of a chunk that lies beyond the array."""
+"""Offset and size of a chunk beyond the array, in the index of a shard."""
 
 
 def pack_shard(
@@ -37,15 +38,15 @@ def pack_shard(
     fill: float,
     look: Callable[[np.ndarray], None] | None = None,
 ) -> Iterator[bytes]:
-    """The parts of a shard's file: each chunk with its checksum, then the index of where they lie.
+    """Yield the parts of a shard's file: each chunk with its checksum, then the index with their places.
 
     Args:
-        pixels: Of the part of the shard that lies in the array; as many axes as `chunk`.
+        pixels: Pixels of the part of the shard inside the array; as many axes as `chunk`.
         chunk: Shape of a chunk.
         shard: Shape of a whole shard, in whole chunks.
         layout: Its Blosc codec and level.
-        fill: Of a chunk beyond the array's edge.
-        look: Shown the pixels of each chunk, without what is beyond the edge, in the order of the chunks.
+        fill: Value of pixels beyond the edge of the array.
+        look: Called with the pixels of each chunk inside the array, in the order of the chunks.
     """
     slots = tuple(s // c for s, c in zip(shard, chunk, strict=True))
     index = np.full((*slots, 2), _ABSENT, "<u8")
@@ -66,7 +67,7 @@ def pack_shard(
 
 
 def pack_chunk(pixels: np.ndarray, chunk: Sequence[int], fill: float) -> bytes:
-    """One chunk of an array without shards, as zstd with its own checksum."""
+    """Pack one chunk of an array without shards, as zstd with its own checksum."""
     # not imagecodecs, whose zstd frames have no checksum
     packed: bytes = Zstd(level=OVERVIEW_LEVEL, checksum=True).encode(_whole(pixels, chunk, fill))
     return packed
@@ -81,7 +82,7 @@ def _whole(part: np.ndarray, chunk: Sequence[int], fill: float) -> np.ndarray:
 
 
 def _pack(chunk: np.ndarray, layout: Layout, plain: dict[bytes, bytes]) -> bytes:
-    """An encoded chunk; one that holds a single value is encoded once per shard, as `plain` remembers."""
+    """Encode a chunk; one that holds a single value is encoded once per shard and kept in `plain`."""
     flat = chunk.reshape(-1)
     value = flat[:1].tobytes()
     constant = bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())

@@ -1,4 +1,4 @@
-r"""What leaves for a terminal or a log: text of strangers in which nothing moves the cursor or turns the reading round.
+r"""Make untrusted text safe for a terminal or a log: nothing moves the cursor or reverses the reading direction.
 
 Ids, reasons, names and bodies of answers are data from outside. Control characters in them write over other lines, set
 titles and links of a terminal or send it commands; marks of direction and characters without width make one name look
@@ -39,7 +39,7 @@ _OURS = ("cli", "ingest", "jaxtrain", "zarr_store")
 
 
 def printable(text: str) -> str:
-    r"""`text` with every unsafe character as its escape; lines and tabs stay.
+    r"""Return `text` with every unsafe character escaped; line breaks and tabs stay.
 
     >>> printable("é 中 \x1b[31mred \u202egnp.exe")
     'é 中 \\x1b[31mred \\u202egnp.exe'
@@ -48,7 +48,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""As `printable`, and on one line: a name cannot begin a line of its own.
+    r"""Return `text` as `printable` does, and on one line, so that a name cannot begin a line of its own.
 
     >>> one_line("S2A\nerror: gone")
     'S2A\\nerror: gone'
@@ -57,12 +57,12 @@ def one_line(text: str) -> str:
 
 
 def shown(text: object) -> str:
-    """What is printed for a person: without secrets, printable, on the lines that it has."""
+    """Return text for a person: without secrets, printable, with its line breaks."""
     return printable(redact_text(text))
 
 
 def printable_json(document: str) -> str:
-    r"""JSON text in which unsafe characters stand as \uXXXX: the same document, and safe to look at."""
+    r"""Return JSON text with unsafe characters as \uXXXX: the same document, and safe to print."""
 
     def escape(found: re.Match[str]) -> str:
         units = found[0].encode("utf-16-be", "surrogatepass")
@@ -72,7 +72,7 @@ def printable_json(document: str) -> str:
 
 
 def printable_value(value: Any) -> Any:
-    """A JSON value whose texts are `shown` on one line, for a page; keys stay."""
+    """Return a JSON value whose texts are made safe on one line, for a page; keys stay."""
     if isinstance(value, str):
         return one_line(redact_text(value))
     if isinstance(value, Mapping):
@@ -88,7 +88,7 @@ def _escape(found: re.Match[str]) -> str:
 
 
 class SafeRecord(logging.LogRecord):
-    """A log record whose message and traceback are safe for whichever handler writes them."""
+    """A log record whose message and traceback are safe for every handler."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,7 +103,7 @@ class SafeRecord(logging.LogRecord):
 
 
 def make_output_safe() -> None:
-    """Make all that this process logs and warns of safe from now on: of a worker, which lives for nothing else."""
+    """Make all logs and warnings of this process safe from now on; meant for a worker process."""
     logging.setLogRecordFactory(SafeRecord)
     logging.raiseExceptions = False  # a handler that cannot write would print the arguments as they came
     warnings.formatwarning = _safe_warning
@@ -120,7 +120,7 @@ def _safe_warning(
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """Make all that this process logs and warns of safe, whoever logs it and wherever it is written."""
+    """Make all logs and warnings of this process safe, from every logger to every handler."""
     factory, form, raising = logging.getLogRecordFactory(), warnings.formatwarning, logging.raiseExceptions
     make_output_safe()
     try:

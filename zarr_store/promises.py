@@ -1,4 +1,4 @@
-"""What the metadata of an array may promise, judged before a chunk of it is decoded.
+"""Check the metadata of an array before one of its chunks is decoded.
 
 A reader allocates what metadata promise: a chunk of 32 kB can claim to be a gigabyte. So an array must be laid out as
 its collection says, the collection may not ask for chunks or indices beyond bounds that no real cube comes near, and
@@ -20,21 +20,21 @@ from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec
 __all__ = ["MOST_CHUNK_BYTES", "check_overview", "check_promises"]
 
 MOST_CHUNK_BYTES = 256 << 20
-"""Decoded; the largest layout makes chunks of 13 bands × 512² of 2 bytes, 7 MB."""
+"""Largest decoded chunk, bytes; the largest layout has chunks of 13 bands × 512² of 2 bytes, 7 MB."""
 _MOST_BYTES = 1 << 20
-"""Of the metadata of one array."""
+"""Largest metadata of one array, bytes."""
 _MOST_CHUNKS = 1 << 20
-"""In one shard: its index is read as a whole, 16 bytes for each."""
+"""Largest number of chunks in a shard, as its index is read as a whole, 16 bytes for each."""
 _CODECS = frozenset({"bytes", "blosc", "zstd", "crc32c", "sharding_indexed"})
 _OVERVIEW_CODECS = frozenset({"bytes", "zstd"})
 
 
 def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -> None:
-    """Judge the metadata of one array.
+    """Refuse metadata of an array that differ from the spec of its collection, or exceed the bounds.
 
     Args:
         data: Its zarr.json.
-        spec: What its collection says.
+        spec: Spec of its collection.
         array: Its name.
         where: The place of the metadata, for people.
 
@@ -69,14 +69,14 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
         "shard": box(spec.layout.shard),
         "chunk": box(spec.layout.chunk),
     }
-    # while a cube grows its arrays are longer than its collection says yet
-    steps, said = found["shape"][:1], expected["shape"][:1]
-    if len(steps) == 1 and isinstance(steps[0], int) and steps[0] >= said[0]:
-        found["shape"] = (*said, *found["shape"][1:])
+    # while a cube grows its arrays are already longer than its collection states
+    steps, expected_steps = found["shape"][:1], expected["shape"][:1]
+    if len(steps) == 1 and isinstance(steps[0], int) and steps[0] >= expected_steps[0]:
+        found["shape"] = (*expected_steps, *found["shape"][1:])
     wrong = [f"{name} {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]]
     if wrong:
         raise IntegrityError(
-            f"{where} does not say what its collection says: {'; '.join(wrong)}. Nothing of it was read: it was "
+            f"{where} differs from the spec of its collection: {'; '.join(wrong)}. Nothing of it was read: it was "
             "changed after the cube was made"
         )
     size = math.prod(box(spec.layout.chunk)) * np.dtype(spec.array(array).dtype).itemsize
@@ -93,11 +93,11 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
 
 
 def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
-    """Judge the metadata of the overview of a collection, as `check_promises` does those of its arrays.
+    """Refuse metadata of an overview as `check_promises` does those of an array.
 
     Args:
         data: zarr.json of the overview's array.
-        spec: What its collection says.
+        spec: Spec of its collection.
         where: The place of the metadata, for people.
 
     Raises:
@@ -135,7 +135,7 @@ def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
         wrong.append(f"packed with {', '.join(sorted(codecs - _OVERVIEW_CODECS))}")
     if wrong:
         raise IntegrityError(
-            f"{where} does not say what its collection says: {'; '.join(wrong)}. Nothing of it was read: it was "
+            f"{where} differs from the spec of its collection: {'; '.join(wrong)}. Nothing of it was read: it was "
             "changed after the cube was made"
         )
 

@@ -1,4 +1,4 @@
-"""`Cube`: an opened cube. Pixels come through tensorstore (2–4× zarr-python on sharded arrays), or lazily as xarray."""
+"""`Cube` is an open cube. Pixels come through tensorstore (2–4× zarr-python on sharded arrays), or lazily as xarray."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _attributes(store: Store, key: str, data: bytes) -> dict[str, Any]:
 
 
 def _checked_names(store: Store, names: Any) -> tuple[str, ...]:
-    """The collections that the root names, each of which is the name of a group and of no other folder."""
+    """Return the collections that the root lists, each of which must name a group and no reserved folder."""
     where = store.where("zarr.json")
     if not isinstance(names, list) or not names:
         raise IntegrityError(f"{where} names no collections (got {str(names)[:80]}); restore the file")
@@ -156,31 +156,31 @@ class Cube:
         return found
 
     def _spec_uncached(self, collection: str) -> CubeSpec:
-        """Bands, grid, times and layout of a collection."""
-        told = self._describe(collection)
+        """Return bands, grid, times and layout of a collection."""
+        described = self._describe(collection)
         try:
-            spec = CubeSpec.from_dict(told["spec"])
+            spec = CubeSpec.from_dict(described["spec"])
             if spec.collection != collection:
                 raise ValueError(f"it describes a collection {spec.collection!r}")
             return spec
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             key = f"{collection}/zarr.json"
             raise IntegrityError(
-                f"{self._store.where(key)}: what it says of the collection cannot be used ({type(error).__name__}: "
+                f"{self._store.where(key)}: its description of the collection cannot be used ({type(error).__name__}: "
                 f"{error}); restore the file, or make the cube again"
             ) from error
 
     def items(self, collection: str) -> list[dict[str, Any]]:
-        """The item table; `source_item` counts its rows."""
+        """Return the item table, whose row numbers `source_item` holds."""
         with self._believing(f"{collection}/zarr.json"):
             return list(self._describe(collection)["items"])
 
     def ledger(self, collection: str) -> Ledger:
-        """Which shards are done."""
+        """Return the ledger, which knows the state of each shard."""
         return Ledger(self._store, collection)
 
     def index(self, collection: str) -> TrainingIndex:
-        """Per-chunk counts and moments, from the ledger; no pixel is read."""
+        """Return counts and moments of each chunk, from the ledger; no pixel is read."""
         return TrainingIndex.from_rows(self.spec(collection), self.ledger(collection).rows())
 
     def dataset(
@@ -228,7 +228,7 @@ class Cube:
 
     @contextlib.contextmanager
     def _believing(self, key: str) -> Iterator[None]:
-        """Metadata that a library cannot use is an error of the cube."""
+        """Turn the error of a library about metadata into an error of the cube."""
         try:
             yield
         except TerrashardError:
@@ -246,7 +246,7 @@ class Cube:
         check_promises(self._store.read(key), spec, array, self._store.where(key))
 
     def overview(self, collection: str) -> xr.Dataset:
-        """Every 8th pixel of the collection's main array, as `dataset` gives the whole."""
+        """Open every 8th pixel of the collection's main array, as `dataset` opens all pixels."""
         import xarray as xr
 
         spec = self.spec(collection)
@@ -260,7 +260,7 @@ class Cube:
         return opened
 
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
-        """One array, read-only; reading a chunk that was never written raises."""
+        """Open one array, read-only; reading a chunk that was never written raises."""
         self._judge(collection, array)
         with self._believing(f"{collection}/{array}/zarr.json"):
             return self._store.open_array(f"{collection}/{array}", _CONTEXT)
@@ -291,16 +291,16 @@ class Cube:
 
 
 def read_tensorstore(view: ts.TensorStore, where: str) -> np.ndarray:
-    """Read a view, turning tensorstore's status codes into ours; raises as `await_read` does."""
+    """Read a view; errors of tensorstore become ours, as in `await_read`."""
     return await_read(view.read(), where)
 
 
 def await_read(pending: Any, place: str | Callable[[], str]) -> np.ndarray:
-    """Wait for a tensorstore read that is under way (`pending`, a future), turning its status codes into ours.
+    """Wait for a tensorstore read that is under way; its errors become ours.
 
     Args:
         pending: The future.
-        place: What is read, in words, for the message; a function is asked only where something is wrong.
+        place: Name of what is read, for messages; a function is called only on an error.
 
     Raises:
         MissingShard: NOT_FOUND. CorruptShard: DATA_LOSS or a damaged shard index.

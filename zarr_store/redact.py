@@ -1,4 +1,4 @@
-"""Text without secrets: the one redactor of everything that is printed, logged, stored or shown on a page.
+"""Remove secrets from text: the one redactor of everything that is printed, logged, stored or shown on a page.
 
 Two contracts. `redact_text` takes any text (an error of a library, a log line, the body of an answer) and returns it
 without what could be a credential. `redact_url` takes one URL or path and returns it without userinfo, query and
@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 __all__ = ["HIDDEN", "redact_text", "redact_url", "redact_value", "strip_signature"]
 
 HIDDEN = "…"
-"""What stands in the place of a secret."""
+"""Text that replaces a secret."""
 
 _MOST_SHOWN = 300
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{0,30}://")
@@ -73,7 +73,7 @@ _SCHEMED = re.compile(
 )
 _ENVIRONMENT = re.compile(rf"(?:.*_)?(?:{_NAME})|.*_(?:PAT|KEY)", re.IGNORECASE)
 _LEAST_SECRET = 6
-"""Characters of a value in the environment that is looked for: hiding every "x" would hide the message."""
+"""Smallest length of a secret from the environment that is hidden; hiding every "x" would hide the message."""
 _NO_SECRETS = ("None", "null", "True", "False", "true", "false", HIDDEN)
 
 # Query keys that carry a credential: SAS, SigV4, CloudFront, and the usual names of tokens.
@@ -86,7 +86,7 @@ _SIGNING_KEYS = re.compile(
 
 
 def redact_text(message: object) -> str:
-    """`message` without queries and userinfo of URLs, values of secret names, keys and tokens.
+    """Return `message` without queries and userinfo of URLs, values of secret names, keys and tokens.
 
     Args:
         message: Text, or anything whose `str` is shown.
@@ -111,7 +111,7 @@ def redact_text(message: object) -> str:
 
 
 def redact_url(text: str) -> str:
-    """One URL or path without userinfo, query and fragment, at most 300 characters of it.
+    """Return a URL or path without userinfo, query and fragment, cut to 300 characters.
 
     >>> redact_url("https://me:secret@host/a.tif?sig=abc")
     'https://host/a.tif'
@@ -124,7 +124,7 @@ def redact_url(text: str) -> str:
 
 
 def redact_value(value: Any) -> Any:
-    """A JSON value whose texts hold no secrets; numbers, order and keys stay.
+    """Return a JSON value whose texts hold no secrets; numbers, order and keys stay.
 
     A text that is one URL keeps the parameters that are no credential, as it may be opened again.
 
@@ -148,7 +148,7 @@ def redact_value(value: Any) -> Any:
 
 
 def strip_signature(url: str) -> str:
-    """`url` without query parameters that carry a credential; other parameters stay.
+    """Return `url` without query parameters that carry a credential; other parameters stay.
 
     >>> strip_signature("https://host/a.tif?layer=2&sig=abc&se=2024")
     'https://host/a.tif?layer=2'
@@ -169,7 +169,7 @@ def _is_secret_name(key: object) -> bool:
 
 
 def _environment() -> list[str]:
-    """Values of secret names in the environment, the longest first."""
+    """Return the values of secret names in the environment, the longest first."""
     found = {
         value
         for name, value in os.environ.items()
@@ -179,7 +179,7 @@ def _environment() -> list[str]:
 
 
 def _userinfo(rest: str) -> int:
-    """Where the host begins in what follows "scheme://": behind the userinfo, also one with odd characters."""
+    """Return where the host begins in the text after "scheme://": behind the userinfo, also one with odd characters."""
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     at = authority.rfind("@")
     end = _ENDS.search(authority)
@@ -217,7 +217,7 @@ def _clean_urls(text: str) -> str:
 
 
 def _clean_queries(text: str) -> str:
-    """Paths without a host, as urllib3 logs them, lose their queries, too."""
+    """Remove queries from paths without a host, as urllib3 logs them."""
 
     def clean(found: re.Match[str]) -> str:
         before = re.split(r"[\s'\"]", text[max(0, found.start() - 512) : found.start()])[-1]

@@ -1,4 +1,4 @@
-"""`Region`: one box of a cube, the unit of every task, write, retry and check.
+"""`Region` is one box of a cube, the unit of every task, write, retry and check.
 
 Pure integer arithmetic on (time, y, x); no arrays and no input or output here.
 """
@@ -42,7 +42,7 @@ class Region:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(times, height, width)."""
+        """Size as (times, height, width)."""
         return (self.t1 - self.t0, self.y1 - self.y0, self.x1 - self.x0)
 
     @property
@@ -50,7 +50,7 @@ class Region:
         return (slice(self.t0, self.t1), slice(self.y0, self.y1), slice(self.x0, self.x1))
 
     def intersect(self, other: Region) -> Region | None:
-        """The common box, or None where they do not meet."""
+        """Return the common box, or None if there is none."""
         lo = (max(self.t0, other.t0), max(self.y0, other.y0), max(self.x0, other.x0))
         hi = (min(self.t1, other.t1), min(self.y1, other.y1), min(self.x1, other.x1))
         if any(a >= b for a, b in zip(lo, hi, strict=True)):
@@ -58,7 +58,7 @@ class Region:
         return Region(lo[0], hi[0], lo[1], hi[1], lo[2], hi[2])
 
     def halo(self, pixels: int, shape: tuple[int, int]) -> Region:
-        """Grown by `pixels` on each spatial side, cut at the grid's `shape` (height, width)."""
+        """Return the region grown by `pixels` on each spatial side, cut at the grid's `shape` (height, width)."""
         return Region(
             self.t0,
             self.t1,
@@ -69,7 +69,7 @@ class Region:
         )
 
     def within(self, outer: Region) -> tuple[slice, slice, slice]:
-        """Slices that cut this region out of an array that holds `outer`."""
+        """Return the slices that cut this region out of an array that holds `outer`."""
         return (
             slice(self.t0 - outer.t0, self.t1 - outer.t0),
             slice(self.y0 - outer.y0, self.y1 - outer.y0),

@@ -1,4 +1,4 @@
-"""Regular files: what a user or a catalogue names is opened only if it is one.
+"""Open a path that a user or a catalogue names only if it is a regular file.
 
 A pipe without a writer, a terminal or `/dev/zero` opens like a file and then never ends: the process waits, or fills
 its memory. So every file that comes from outside is looked at before it is opened, opened without waiting, and looked

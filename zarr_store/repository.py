@@ -1,4 +1,4 @@
-"""`IcechunkStore`: a cube as an Icechunk repository, in which every run is one commit.
+"""`IcechunkStore` is a cube in an Icechunk repository, in which every run is one commit.
 
 Icechunk holds Zarr keys only, and a session that dies takes its changes with it. So a run stages what it writes as
 plain files under `_terrashard/staged`, with the promises of a folder: whole shards, each before its ledger row,
@@ -44,11 +44,11 @@ __all__ = ["IcechunkStore"]
 _STAGED = "_terrashard/staged"
 _GONE = "_terrashard/gone"
 _COMMITTING = "_terrashard/committing"
-"""Holds the number of the commit under way; it tells a commit that was made from one that was not, after a crash."""
+"""Key of the number of the commit under way; after a crash it shows whether that commit was made."""
 _LEDGER = "_terrashard/ledger/"
 _BRANCH = "main"
 _AT_ONCE = 8
-"""Objects of a commit in memory at a time."""
+"""Number of objects of a commit that are in memory at a time."""
 _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
@@ -141,25 +141,25 @@ class IcechunkStore(Store):
         return sorted({*self._staged.list(prefix, suffix), *(key for key in committed if key.endswith(suffix))})
 
     def tensorstore(self, path: str) -> dict[str, Any]:
-        """Where shards of an array are staged."""
+        """Return the key-value store in which shards of an array are staged."""
         key = f"{path}/zarr.json"
         if self._staged.read(key) is None and (data := self.read(key)) is not None:
             self._staged.write(key, data)  # tensorstore opens no array without it
         return self._staged.tensorstore(path)
 
     def open_array(self, path: str, context: ts.Context) -> ts.TensorStore:
-        """Chunks come through zarr-python, as tensorstore does not know Icechunk."""
+        """Open an array through zarr-python, as tensorstore does not know Icechunk."""
         self.check_inside()
         overlay = self.zarr()
         return open_virtual(overlay, path, context, exists=lambda key: _run(overlay.exists(key)))
 
     def zarr(self) -> Any:
-        """A Zarr store, read-only: what is staged over the last snapshot."""
+        """Return a read-only Zarr store: the staged files over the last snapshot."""
         return OverlayStore(self._snapshot(), self.root / _STAGED, self.root / _GONE)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[Store]:
-        """A fresh repository with nothing committed; what is laid out is staged for the first commit."""
+        """Yield a fresh repository without a commit; files are staged for the first one."""
         icechunk = _icechunk()
         with self._files.beside() as folder:
             # the older of the two formats: it is read by every release, on each Python that this package supports
@@ -169,7 +169,7 @@ class IcechunkStore(Store):
             yield FolderStore(Path(folder.url) / _STAGED)
 
     def settle(self) -> None:
-        """Finish what a crash right after a commit left undone; only under the cube's lock."""
+        """Finish the work that a crash right after a commit left; only under the cube's lock."""
         number = self._files.read(_COMMITTING)
         if number is None:
             return
@@ -180,10 +180,10 @@ class IcechunkStore(Store):
             self._files.delete(_COMMITTING)
 
     def commit(self, message: str, *, still_ours: Callable[[], bool]) -> str | None:
-        """Put all that is staged into the repository, as one commit.
+        """Put all staged files into the repository, as one commit.
 
         Args:
-            message: Of the commit.
+            message: Message of the commit.
             still_ours: Whether the caller's lock holds; asked right before the commit.
 
         Returns:
@@ -210,7 +210,7 @@ class IcechunkStore(Store):
         except icechunk.ConflictError as error:
             raise Locked(
                 f"{self.url}: another program has committed to this repository meanwhile; nothing of this run was: "
-                "repeat the command, it goes on from what is staged"
+                "repeat the command, it continues with the staged files"
             ) from error
         crashpoint("after the commit")
         self._clear()
@@ -244,7 +244,7 @@ class IcechunkStore(Store):
             await store.delete(_zarr_key(key))
 
     def _clear(self) -> None:
-        """Forget what is staged: the snapshot has it."""
+        """Remove the staged files, which the snapshot now holds."""
         crashpoint("before what is staged goes")
         for name in (_STAGED, _GONE):
             self._files.clear(name)
@@ -265,12 +265,12 @@ class IcechunkStore(Store):
 
 
 def _is_own(key: str) -> bool:
-    """Keys of the run, not of the cube: they are no Zarr keys and no commit holds them."""
+    """Return whether a key is of the run and not of the cube; such keys are no Zarr keys, and no commit holds them."""
     return key.startswith("_terrashard/") and not key.startswith(_LEDGER) and not key.endswith("/zarr.json")
 
 
 def _zarr_key(key: str) -> str:
-    """The key in the repository: rows of the ledger are elements of an array."""
+    """Return the key in the repository, where rows of the ledger are elements of an array."""
     if not key.startswith(_LEDGER) or not key.endswith(".json") or key.endswith("/zarr.json"):
         return key
     folder, _, name = key.removesuffix(".json").rpartition("/")
@@ -278,7 +278,7 @@ def _zarr_key(key: str) -> str:
 
 
 def _framed(key: str, data: bytes) -> bytes:
-    """One element of an array of text, in Zarr's `vlen-utf8`: the count, the length, the bytes."""
+    """Return one element of an array of text in Zarr's `vlen-utf8`: the count, the length, the bytes."""
     if not key.startswith(_LEDGER):
         return data
     return (1).to_bytes(4, "little") + len(data).to_bytes(4, "little") + data
@@ -358,7 +358,7 @@ def _icechunk() -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _open(root: str, process: int) -> Any:
-    """A repository; once for each process, as a client of another process is of no use after a fork."""
+    """Open a repository once for each process, as a client cannot be used after a fork."""
     del process
     icechunk = _icechunk()
     refuse_links(Path(root), Path(root))  # Icechunk opens its files by their paths

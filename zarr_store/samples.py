@@ -1,4 +1,4 @@
-"""Sample stores: labelled patches, or one labelled scene, for tasks that are not cut from a cube.
+"""Sample stores hold labelled patches, or one labelled scene, for tasks that are not cut from a cube.
 
     image      (sample, band, y, x)   stored numbers: uint8, uint16 or float32
     label      (sample,)              class index; (sample, class) 0/1 where a sample has several classes;
@@ -45,15 +45,15 @@ _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What fixes the arrays of a store.
+    """The description of a store, which fixes its arrays.
 
     Attributes:
         count: Number of samples.
         bands: Names, in order.
         size: (height, width) of each sample, pixels.
-        dtype: Of the image: uint8, uint16 or float32.
+        dtype: Type of the image: uint8, uint16 or float32.
         classes: Names, by class index; for labelled pixels the name of label value i + 1.
-        labelled: What a sample's label is.
+        labelled: Kind of the label of a sample.
     """
 
     count: int
@@ -69,7 +69,7 @@ class SampleSpec:
         if self.count < 1 or not self.bands or min(self.size) < 1:
             raise InvalidInput(f"a sample store needs samples with bands and pixels, got {self}")
         if len(set(self.bands)) != len(self.bands):
-            raise InvalidInput(f"bands must have names of their own, got {', '.join(self.bands)}")
+            raise InvalidInput(f"bands must have unique names, got {', '.join(self.bands)}")
         if not 2 <= len(self.classes) <= 254 or len(set(self.classes)) != len(self.classes):
             raise InvalidInput(f"expected 2 to 254 different classes, got {len(self.classes)}: {self.classes[:12]}")
         if self.labelled not in get_args(Labelled):
@@ -82,7 +82,7 @@ class SampleSpec:
         return (self.count, *more)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return data
 
@@ -101,7 +101,7 @@ class SampleSpec:
 
 
 class Sample(NamedTuple):
-    """One sample: image (band, y, x), label as the spec has it, degrees (nan where unknown), and its origin."""
+    """One sample: image (band, y, x), label as in the spec, degrees (nan if unknown), and its origin."""
 
     image: npt.NDArray[Any]
     label: npt.NDArray[np.uint8]
@@ -111,18 +111,18 @@ class Sample(NamedTuple):
 
 
 def write_samples(url: str | Path, spec: SampleSpec, samples: Iterable[Sample]) -> str:
-    """Write a store; it appears at `url` when all samples are in it.
+    """Write a store; it appears at `url` once all samples are in it.
 
     Args:
-        url: Where the store goes; nothing may be there.
-        spec: What fixes the arrays.
+        url: URL of the new store; nothing may exist there.
+        spec: Description of the arrays.
         samples: `spec.count` of them.
 
     Returns:
         The digest of all samples.
 
     Raises:
-        InvalidInput: Something is at `url`, or a sample does not have the shape that the spec says.
+        InvalidInput: Something is at `url`, or a sample does not have the shape of the spec.
     """
     store = open_store(url)
     if store.exists():
@@ -171,7 +171,7 @@ def write_samples(url: str | Path, spec: SampleSpec, samples: Iterable[Sample]) 
 def _check(spec: SampleSpec, number: int, sample: Sample) -> None:
     expected = (len(spec.bands), *spec.size)
     if number >= spec.count:
-        raise InvalidInput(f"{sample.name}: expected {spec.count} samples and no more")
+        raise InvalidInput(f"{sample.name}: expected {spec.count} samples, but there are more")
     if sample.image.shape != expected or str(sample.image.dtype) != spec.dtype:
         raise InvalidInput(
             f"{sample.name}: expected {spec.dtype} of shape {expected} (band, y, x), "
@@ -201,7 +201,7 @@ def _small(
 
 
 def is_sample_store(url: str | os.PathLike[str]) -> bool:
-    """Whether `url` holds a sample store."""
+    """Return whether `url` holds a sample store."""
     try:
         return "samples" in _attributes(open_store(url))
     except NotACube:
@@ -257,7 +257,7 @@ class SampleStore:
         return bool(np.isfinite(self.longitude).all() and np.isfinite(self.latitude).all())
 
     def names(self) -> list[str]:
-        """Where each sample came from."""
+        """Origin of each sample."""
         self._store.check_inside("name")
         group = zarr.open_group(self._store.zarr(), mode="r")
         return [str(name) for name in np.asarray(group["name"][...])]  # type: ignore[index]
@@ -265,7 +265,7 @@ class SampleStore:
     def images(
         self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]], bands: Sequence[int] | None = None
     ) -> npt.NDArray[Any]:
-        """The images of some samples, (samples, band, y, x), read at the same time; of all bands, or of some positions.
+        """Read the images of some samples at the same time, (samples, band, y, x); of all bands, or of some positions.
 
         Raises:
             CorruptShard: A sample fails its checksum; the message names it.
@@ -282,14 +282,14 @@ class SampleStore:
         into: npt.NDArray[Any],
         bands: Sequence[int] | None = None,
     ) -> Callable[[], None]:
-        """Have the images of some samples decoded into an array; what it returns waits until they are there.
+        """Start to decode the images of some samples into an array, and return a function that waits for them.
 
         Args:
-            numbers: Of the samples.
+            numbers: Numbers of the samples.
             into: (samples, band, y, x) in the type of the store.
             bands: Their positions; all of them, in order, where none are given.
 
-        What it returns raises `CorruptShard` and `MissingShard` as `images` does.
+        The returned function raises `CorruptShard` and `MissingShard` as `images` does.
         """
         if not len(numbers):
             return lambda: None

@@ -1,7 +1,8 @@
-"""`CubeSpec`: everything that fixes the bytes of one collection in a cube, checked once at the door."""
+"""`CubeSpec` holds everything that fixes the bytes of one collection in a cube; it is checked when it is made."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -10,6 +11,7 @@ import numpy as np
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
 from zarr_store.keys import GROUP_NAME
+from zarr_store.lookup import find_bands, find_time, find_times
 from zarr_store.regions import Region, iterate_boxes
 
 __all__ = [
@@ -33,11 +35,11 @@ STATUS_NODATA, STATUS_OBSERVED, STATUS_MASKED, STATUS_MISSING = 0, 1, 2, 3
 """Values of `status`: outside every swath · clear pixel · observed but masked (cloud …) · asset unreadable."""
 
 OVERVIEW_FACTOR = 8
-"""The overview keeps every 8th pixel each way, so it adds 1/64 and a 2048² shard becomes one 256² chunk."""
+"""Step of the overview; with every 8th pixel each way it adds 1/64, and a 2048² shard becomes one 256² chunk."""
 
 
 def overview_positions(size: int) -> np.ndarray:
-    """Rows or columns that the overview of a raster of `size` pixels keeps: the middle one of each block.
+    """Return the rows or columns that the overview of a raster of `size` pixels keeps: the middle one of each block.
 
     >>> overview_positions(18).tolist()
     [4, 12, 17]
@@ -47,7 +49,7 @@ def overview_positions(size: int) -> np.ndarray:
 
 Kind = Literal["reflectance", "backscatter"]
 Reducer = Literal["first", "median", "mean"]
-"""What a time step keeps of several observations of one pixel."""
+"""Rule by which several observations of one pixel in a time step become one value."""
 MAIN_ARRAYS: dict[Kind, str] = {"reflectance": "uint16", "backscatter": "float32"}
 """Name of the array that holds the bands, and its dtype."""
 
@@ -86,7 +88,7 @@ class DerivedSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """How arrays are cut: `chunk` is what is compressed and checksummed as one, `shard` is what is one file.
+    """The sizes into which arrays are cut: a `chunk` is compressed and checksummed as one, a `shard` is one file.
 
     Both are (time, y, x) in pixels; a chunk or shard always holds all bands.
 
@@ -102,7 +104,7 @@ class Layout:
     clevel: int = 1
 
     def fitted(self, shape: tuple[int, int, int]) -> Layout:
-        """The same layout with shards no larger than needed to cover `shape`, in whole chunks."""
+        """Return the same layout with shards no larger than needed to cover `shape`, in whole chunks."""
         shard = tuple(min(s, -(-n // c) * c) for s, c, n in zip(self.shard, self.chunk, shape, strict=True))
         return Layout(self.name, self.chunk, (shard[0], shard[1], shard[2]), self.cname, self.clevel)
 
@@ -184,7 +186,7 @@ class CubeSpec:
                     f"{self.collection}: {name!r} cannot name an array: use letters, digits, '.', '_' and '-'"
                 )
         if len(set(arrays)) != len(arrays):
-            raise InvalidInput(f"{self.collection}: arrays must have names of their own, got {', '.join(arrays)}")
+            raise InvalidInput(f"{self.collection}: arrays must have unique names, got {', '.join(arrays)}")
         if not self.times or list(self.times) != sorted(set(self.times)):
             raise InvalidInput(
                 f"{self.collection}: times must be strictly ascending and not be empty, got {self.times}"
@@ -204,7 +206,7 @@ class CubeSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(times, height, width)."""
+        """Size as (times, height, width)."""
         return (len(self.times), self.grid.height, self.grid.width)
 
     @property
@@ -213,11 +215,47 @@ class CubeSpec:
 
     @property
     def time_values(self) -> np.ndarray:
-        """datetime64[s], shape (times,)."""
+        """Acquisition times as datetime64[s], shape (times,)."""
         return np.array([t.removesuffix("Z") for t in self.times], dtype="datetime64[s]")
 
+    def find_bands(self, asked: str | Iterable[str] = (), *, option: str = "") -> tuple[int, ...]:
+        """Return the positions of bands by name, in the order asked; of all bands where none is named.
+
+        Args:
+            asked: Names in any case, or codes such as "B04"; one text may hold several, with commas between.
+            option: Setting that they come from, for the message.
+
+        Raises:
+            UnknownName: A name means no band; all such names are listed.
+        """
+        return find_bands(asked, self.band_names, self._where(option))
+
+    def find_times(self, asked: str | Iterable[str], *, option: str = "") -> tuple[int, ...]:
+        """Return the positions of all time steps that are meant, ascending.
+
+        Args:
+            asked: Dates ("2023-08-18", or "2023-08" for a month), ranges ("2023-08/2023-09") or positions ("0").
+            option: Setting that they come from, for the message.
+
+        Raises:
+            UnknownName: A text means no time step; all such texts are listed.
+        """
+        return find_times(asked, self.times, self._where(option))
+
+    def find_time(self, asked: str, *, option: str = "") -> int:
+        """Return the position of the one time step that is meant; as `find_times`, but several are an error.
+
+        Raises:
+            UnknownName: It means no time step.
+            InvalidInput: It means several.
+        """
+        return find_time(asked, self.times, self._where(option))
+
+    def _where(self, option: str) -> str:
+        return f"collection {self.collection}" + (f" ({option})" if option else "")
+
     def arrays(self) -> tuple[ArraySpec, ...]:
-        """All pixel arrays of the group: the main one, class layers, status, source_item or observations, indices."""
+        """Return all pixel arrays: the main one, class layers, status, source_item or observations, and indices."""
         tyx = ("time", "y", "x")
         main: dict[str, Any] = {"long_name": self.kind}
         scales = {(b.scale, b.offset) for b in self.bands}
@@ -293,16 +331,16 @@ class CubeSpec:
         return (times, len(self.bands), height, width) if "band" in self.array(name).dims else self.shape
 
     def box(self, name: str, tyx: tuple[int, int, int]) -> tuple[int, ...]:
-        """Shape of a chunk or shard of array `name`: `tyx` (time, y, x), with all bands between where it has some."""
+        """Return the shape of a chunk or shard of array `name`: `tyx` (time, y, x), with all bands if it has bands."""
         t, y, x = tyx
         return (t, len(self.bands), y, x) if "band" in self.array(name).dims else tyx
 
     def shards(self) -> dict[tuple[int, int, int], Region]:
-        """Every shard index (t, y, x) with the region it holds, cut at the grid's edge."""
+        """Return the region of every shard by its index (t, y, x), cut at the edge of the grid."""
         return dict(iterate_boxes(self.shape, self.layout.shard))
 
     def chunks(self, region: Region) -> dict[tuple[int, int, int], Region]:
-        """The chunks of one shard `region`, by index inside the shard, in cube coordinates."""
+        """Return the chunks of one shard `region` by index inside the shard, in cube coordinates."""
         return {
             index: Region(
                 box.t0 + region.t0,
@@ -316,7 +354,7 @@ class CubeSpec:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; without what is at its default and came after the first format, so that older cubes compare."""
+        """Return the JSON form without later fields at their defaults, so that it equals that of older cubes."""
         data = asdict(self) | {"grid": self.grid.to_dict()}
         if not self.derived:
             del data["derived"]

@@ -1,4 +1,4 @@
-"""What is known of each time step besides its time, and which steps of two sensors belong together. Pure.
+"""Coordinates of time steps besides the time, and pairs of steps of two sensors. Pure.
 
 Radar looks from one side: the same ground is bright from one orbit and in shadow from another. So a backscatter
 collection has, for each step, the orbit direction, the relative orbit and the platform as coordinates.
@@ -25,7 +25,7 @@ MIXED_ORBIT = -1
 
 @dataclass(frozen=True)
 class Pairing:
-    """For each time step of one collection, the nearest step of another.
+    """The nearest step of another collection for each time step of one.
 
     Attributes:
         index: (T,) step of the other collection, -1 where none is near enough.
@@ -65,7 +65,7 @@ def nearest_times(
 
 
 def pair_collections(cube: Cube, ours: str, theirs: str, *, most_days: float | None = None) -> Pairing:
-    """The pairing of two collections of a cube, e.g. each Sentinel-2 step with the nearest Sentinel-1 step.
+    """Pair the steps of two collections of a cube, e.g. each Sentinel-2 step with the nearest Sentinel-1 step.
 
     Raises:
         UnknownName: The cube has no such collection.
@@ -76,7 +76,7 @@ def pair_collections(cube: Cube, ours: str, theirs: str, *, most_days: float | N
 def step_coordinates(
     items: Sequence[Mapping[str, Any]], steps: int
 ) -> dict[str, tuple[npt.NDArray[Any], dict[str, Any]]]:
-    """Arrays along time with their attributes, from the item table; none where it does not say which item is where.
+    """Return arrays along time with their attributes, from the item table; none if an item has no step.
 
     A step that holds several platforms names all of them ("sentinel-1a,sentinel-1b"); a relative orbit that is unknown
     or mixed is -1, a direction "" or both.

@@ -1,4 +1,4 @@
-"""`Store`: where a cube lives, as what bytes, Zarr metadata and pixels go through.
+"""`Store` is the place of a cube; all bytes, Zarr metadata and pixels pass through it.
 
 Pixels go through tensorstore, metadata through zarr-python, and the ledger and the lock through the small byte
 interface here. `folder.py`, `objects.py` and `repository.py` hold the three kinds of store; `backends.py` opens them.
@@ -22,7 +22,7 @@ from zarr_store.errors import AccessError, NoSpace
 __all__ = ["REPOSITORY_MARKER", "Kind", "Pending", "Store", "translate_os_errors"]
 
 REPOSITORY_MARKER = "_terrashard/store.json"
-"""A folder with this file is an Icechunk repository of ours."""
+"""Name of the file that marks a folder as an Icechunk repository of ours."""
 
 Kind = Literal["folder", "icechunk"]
 
@@ -50,30 +50,30 @@ def translate_os_errors(what: str) -> Iterator[None]:
 
 
 class Pending(Protocol):
-    """Something that is written once `finish` has returned; before, and after `abandon`, there is nothing of it."""
+    """An object that exists once `finish` has returned; before that, and after `abandon`, nothing of it is visible."""
 
     @property
     def digest(self) -> str:
         """SHA-256 of its bytes."""
 
     def finish(self) -> None:
-        """Put it in its place, atomically and durably."""
+        """Put the object in its place, atomically and durably."""
 
     def abandon(self) -> None:
-        """Leave nothing of it; does nothing after `finish`."""
+        """Remove what was written of the object; has no effect after `finish`."""
 
 
 class Store(ABC):
-    """What holds one cube. `where` and `url` are for messages; keys are relative, with slashes."""
+    """The place that holds one cube. `where` and `url` are for messages; keys are relative, with slashes."""
 
     @property
     def kind(self) -> Kind:
-        """What holds the cube: plain objects, or an Icechunk repository."""
+        """Kind of the store: plain objects, or an Icechunk repository."""
         return "folder"
 
     @abstractmethod
     def below(self, path: str) -> Store:
-        """The part of the store below `path`, as a store of its own that is just as closed.
+        """Return the part of the store below `path` as a store of its own, whose keys cannot lead out of it either.
 
         Raises:
             IntegrityError: The path leads out of the store.
@@ -93,23 +93,23 @@ class Store(ABC):
 
     @abstractmethod
     def where(self, key: str) -> str:
-        """A key's place, for people."""
+        """Return the place of a key, for messages."""
 
     @abstractmethod
     def exists(self, key: str = "") -> bool:
-        """Whether something is at `key`; without one, whether the store holds anything but a cube half begun."""
+        """Return whether `key` exists; without one, whether the store holds anything but an unfinished cube."""
 
     @abstractmethod
     def read(self, key: str) -> bytes | None:
-        """The bytes at `key`, or None where there are none."""
+        """Return the bytes at `key`, or None if there are none."""
 
     def digest(self, key: str) -> str | None:
-        """SHA-256 of the bytes at `key`, or None where there are none."""
+        """Return the SHA-256 of the bytes at `key`, or None if there are none."""
         data = self.read(key)
         return None if data is None else hashlib.sha256(data).hexdigest()
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        """`read` of each key."""
+        """Return the bytes at each key, as `read` does."""
         return [self.read(key) for key in keys]
 
     @abstractmethod
@@ -117,34 +117,34 @@ class Store(ABC):
         """Replace the bytes at `key` atomically and durably."""
 
     def begin(self, key: str, parts: Iterable[bytes]) -> Pending:
-        """The first half of `write`: all parts, one after the other, each as it comes where the store can.
+        """Take all parts of an object, one after the other; `Pending.finish` then writes it.
 
-        What only waits for a disk or a bucket is the second half, `Pending.finish`.
+        A store that can writes each part as it comes, so that `finish` only waits for the disk or bucket.
         """
         return _PendingBytes(self, key, b"".join(parts))
 
     @abstractmethod
     def create_exclusive(self, key: str, data: bytes) -> bool:
-        """Write `data` at `key` only if nothing is there; True if it was written."""
+        """Write `data` at `key` only if the key is free; return whether it was written."""
 
     @abstractmethod
     def take(self, key: str, held: bytes, data: bytes) -> bool:
-        """Put `data` in the place of exactly the bytes `held`; True if it was, False if something else was there."""
+        """Replace exactly the bytes `held` by `data`; return False if something else was there."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove what is at `key`, if anything is."""
+        """Remove the object at `key`, if there is one."""
 
     @abstractmethod
     def list(self, prefix: str, suffix: str = "") -> list[str]:
-        """Keys of the files directly in the folder `prefix`, sorted; temporary files are left out."""
+        """Return the keys of the files directly in the folder `prefix`, sorted; temporary files are left out."""
 
     @abstractmethod
     def tensorstore(self, path: str) -> dict[str, Any]:
-        """Tensorstore's key-value store for the array at `path`; holds no credentials."""
+        """Return tensorstore's key-value store for the array at `path`; it holds no credentials."""
 
     def open_array(self, path: str, context: ts.Context) -> ts.TensorStore:
-        """The array at `path`, read-only; reading a chunk that was never written raises."""
+        """Open the array at `path`, read-only; reading a chunk that was never written raises."""
         self.check_inside(path)
         return ts.open(
             {
@@ -160,13 +160,13 @@ class Store(ABC):
         ).result()
 
     def settle(self) -> None:  # noqa: B027  # most stores have nothing to settle
-        """Finish what a run left undone that died while it ended; only under the cube's lock."""
+        """Finish the work of a run that died while it ended; only under the cube's lock."""
 
     def commit(self, message: str, *, still_ours: Callable[[], bool]) -> str | None:
         """End a run: what it wrote becomes one snapshot, where the store has any; the snapshot's id, else None.
 
         Args:
-            message: Of the snapshot.
+            message: Message of the snapshot.
             still_ours: Whether the caller's lock holds.
         """
         del message, still_ours
@@ -174,7 +174,7 @@ class Store(ABC):
 
     @abstractmethod
     def zarr(self) -> Any:
-        """What zarr-python and xarray open: a path or a Zarr store."""
+        """Return a path or a Zarr store, for zarr-python and xarray."""
 
     @abstractmethod
     def beside(self) -> contextlib.AbstractContextManager[Store]:
@@ -183,7 +183,7 @@ class Store(ABC):
 
 @dataclass(frozen=True)
 class _PendingBytes:
-    """All bytes of an object, for a store that takes them at once."""
+    """An object whose bytes are put at once."""
 
     store: Store
     key: str
@@ -197,4 +197,4 @@ class _PendingBytes:
         self.store.write(self.key, self.data)
 
     def abandon(self) -> None:
-        """There is nothing of it but these bytes."""
+        """Do nothing, as no byte was sent yet."""

@@ -1,4 +1,4 @@
-"""Verifying a cube: do the stored bytes still hash to what the ledger says was written?"""
+"""Verify a cube: compare the hashes of stored bytes with those in the ledger."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Damage", "VerifyReport", "draw_shards", "verify_cube"]
 
 @dataclass(frozen=True)
 class Damage:
-    """One stored object that is not what was written: state is "missing" or "corrupt"."""
+    """One stored object that differs from what was written; its state is "missing" or "corrupt"."""
 
     collection: str
     array: str
@@ -34,7 +34,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a verification found.
+    """The result of `verify_cube`.
 
     Example:
         >>> verify_cube("cube.zarr").checked_shards
@@ -57,7 +57,7 @@ class VerifyReport:
 
 
 def draw_shards(cube: Cube, share: float, seed: int) -> list[tuple[str, LedgerRow]]:
-    """Written shards of a cube with their collections: all, or a part that `seed` draws."""
+    """Return written shards of a cube with their collections: all, or a random part that `seed` fixes."""
     written = [
         (name, row) for name in cube.collections for row in cube.ledger(name).rows().values() if row.state != "failed"
     ]

@@ -1,6 +1,6 @@
-"""`open_virtual`: an array of a store that tensorstore has no driver for, as tensorstore reads it.
+"""`open_virtual` lets tensorstore read an array of a store that it has no driver for.
 
-Chunks are decoded by zarr-python and kept in tensorstore's cache: whoever reads a cube need not know where it lives.
+Chunks are decoded by zarr-python and kept in tensorstore's cache, so code that reads a cube need not know its store.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ __all__ = ["open_virtual"]
 
 
 def open_virtual(store: Any, path: str, context: ts.Context, *, exists: Callable[[str], bool]) -> ts.TensorStore:
-    """An array of a Zarr store, read-only.
+    """Open an array of a Zarr store, read-only.
 
     Args:
         store: As zarr-python opens it.
-        path: Of the array.
-        context: Of tensorstore: its cache.
+        path: Path of the array.
+        context: Context of tensorstore, with its cache.
         exists: Whether a shard's key is there; asked once for each that is, as zarr-python reads a lost one as fill.
 
     Returns:

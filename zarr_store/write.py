@@ -1,7 +1,7 @@
-"""Writing the pixels of a cube: whole shards, by anyone.
+"""Write the pixels of a cube in whole shards, from any process.
 
 `ShardWriter` fills exactly one shard of every array of a collection and then writes the ledger row, so two writers
-never touch one file (chunk-wise writes into shards lose pixels without a word, dask#12583).
+never touch one file (chunk-wise writes into shards lose pixels without an error, dask#12583).
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ class ShardWriter:
         key: str,
         sources: Sequence[SourceOutcome],
     ) -> PackedShard:
-        """Pack one shard of every array: all of a write that needs a core, and nothing that a reader would see.
+        """Pack one shard of every array: the part of a write that needs a processor; readers see nothing of it yet.
 
         Args:
             region: Exactly one shard (cut at the grid's edge).
             arrays: Every array of the collection, in the spec's dtype: the main one (time, band, y, x), the others
-                (time, y, x). They are not needed any more once this returns.
+                (time, y, x). They are no longer needed once this returns.
             key: Digest of all that determined the content.
-            sources: What became of each scene.
+            sources: Outcome of each scene.
 
         Raises:
             MisalignedWrite: The region is not one shard, or an array is absent, superfluous or misshapen.
@@ -129,7 +129,7 @@ class ShardWriter:
     def _counter(
         self, spec: CubeSpec, region: Region, arrays: Mapping[str, np.ndarray], stats: list[ChunkStats]
     ) -> Callable[[np.ndarray], None]:
-        """What counts each chunk of the main array for the training index, while it is being packed."""
+        """Return a function that counts each chunk of the main array for the training index while it is packed."""
         boxes = iter(spec.chunks(region).values())
 
         def count(main: np.ndarray) -> None:
@@ -140,7 +140,7 @@ class ShardWriter:
         return count
 
     def check_fence(self) -> None:
-        """Refuse to go on where the run has lost its lock.
+        """Refuse to continue if the run has lost its lock.
 
         Raises:
             Locked: Another run has it.
@@ -152,7 +152,7 @@ class ShardWriter:
             )
 
     def ledger(self) -> Ledger:
-        """The ledger of the collection."""
+        """Ledger of the collection."""
         return self._open().ledger(self.collection)
 
     def _open(self) -> Cube:
@@ -188,7 +188,7 @@ class ShardWriter:
         return index
 
     def _overview(self, spec: CubeSpec, main: np.ndarray) -> bytes:
-        """The overview of a shard: every 8th pixel each way, one chunk."""
+        """Return the overview of a shard: every 8th pixel each way, as one chunk."""
         step = OVERVIEW_FACTOR
         rows, cols = (overview_positions(size) for size in main.shape[2:])
         t, y, x = spec.layout.shard
@@ -199,11 +199,11 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A shard that is packed and still to be put in its place, which is a matter of waiting for a disk or a bucket.
+    """A packed shard that is not yet stored; storing it is mostly waiting for a disk or a bucket.
 
     Attributes:
-        writer: What packed it.
-        row: What the ledger will say of it; its state is "partial" if a source is missing.
+        writer: The writer that packed it.
+        row: Its row for the ledger; the state is "partial" if a source is missing.
         pending: The objects of all arrays, and of the overview.
     """
 
@@ -238,7 +238,7 @@ class PackedShard:
 
 
 def shard_key(spec: CubeSpec, array: str, index: ShardIndex) -> str:
-    """Key of the stored object of one shard of one array."""
+    """Return the key of the stored object of one shard of one array."""
     t, y, x = index
     parts = (t, 0, y, x) if "band" in spec.array(array).dims else (t, y, x)
     return f"{spec.collection}/{array}/c/{'/'.join(str(p) for p in parts)}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.lookup import BAND_CODES, find_band
 
 __all__ = [
     "PRODUCTS",
@@ -66,8 +67,8 @@ class ProductRule:
 
     def band(self, name: str) -> BandRule | None:
         """The band or class layer that `name` means: "blue", "B02", "b2" …; None if there is none."""
-        wanted = name.lower()
-        return next((b for b in (*self.bands, *self.classes) if wanted == b.name or wanted in b.aliases), None)
+        found = find_band(name, self.names)
+        return next((b for b in (*self.bands, *self.classes) if b.name == found), None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,7 +79,7 @@ def _s2(name: str, code: str, resolution: int, wavelength: float) -> BandRule:
     """A Sentinel-2 band: common name at Earth Search, code at Planetary Computer and v0, code_10m at CDSE."""
     short = code.replace("B0", "B")
     keys = (name, code, f"{code}_{resolution}m", f"{name}_{resolution}m", short)
-    return BandRule(name, tuple(dict.fromkeys((code.lower(), short.lower()))), keys, resolution, wavelength)
+    return BandRule(name, BAND_CODES[name], keys, resolution, wavelength)
 
 
 _S2_BANDS = (
@@ -103,7 +104,7 @@ _LANDCOVER = BandRule("landcover", (), ("landcover", "land_cover"), 10)
 
 def _rtc(name: str) -> BandRule:
     upper = name.upper()
-    return BandRule(name, (f"gamma0_{name}",), (name, upper, f"gamma0_{name}", f"Gamma0_{upper}"), 10)
+    return BandRule(name, BAND_CODES[name], (name, upper, f"gamma0_{name}", f"Gamma0_{upper}"), 10)
 
 
 PRODUCTS: tuple[ProductRule, ...] = (
@@ -220,9 +221,9 @@ def choose_bands(product: ProductRule, bands: Iterable[str], mask: str = "scl") 
         UnknownName: A name that no product has; the nearest one of this product is named.
     """
     names = tuple(bands)
-    for name in names:
-        if not any(rule.band(name) for rule in PRODUCTS):
-            raise UnknownName.of("band", name, _spellings(product), product.name)
+    unknown = [name for name in names if not any(rule.band(name) for rule in PRODUCTS)]
+    if unknown:
+        raise UnknownName.of("band", unknown, _spellings(product), product.name)
     rules = [rule for rule in map(product.band, names or product.usual) if rule]
     chosen = list(dict.fromkeys(rules))
     if names and not chosen:

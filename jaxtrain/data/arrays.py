@@ -1,4 +1,4 @@
-"""A batch: numpy arrays as cubes have them, and their places on the devices.
+"""Batches: numpy arrays in the layout of cubes, and their places on the devices.
 
 Letters: B windows, H = W = patch, C bands. A batch is
     image     B C H W   stored numbers of the cube (uint16 reflectance, float32 backscatter)
@@ -29,7 +29,7 @@ Rows = npt.NDArray[np.int32]
 
 
 class Reader(Protocol):
-    """What reads rows into batches: windows of a cube, or samples of a store."""
+    """A reader of rows into batches: windows of a cube, or samples of a store."""
 
     @property
     def shows(self) -> Literal["windows", "images"]:
@@ -41,18 +41,18 @@ class Reader(Protocol):
         ...
 
     def begin(self, rows: Rows) -> Callable[[], HostBatch]:
-        """Have rows read, and return what waits for them: `read` in two parts, the first of which is quick."""
+        """Start to read rows, and return a function that waits for them."""
         ...
 
 
 def as_images(array: Any) -> Any:
-    """Rows and columns behind the samples: (B, …, H, W) → (B, H, W, …), of numpy or of JAX; labels of images stay."""
+    """Move rows and columns behind the samples, (B, …, H, W) → (B, H, W, …); labels of whole images stay."""
     n = array.ndim
     return array.transpose(0, n - 2, n - 1, *range(1, n - 2)) if n > 3 else array
 
 
 def local_rows(sharding: jax.sharding.Sharding, size: int) -> slice:
-    """The rows of a batch of `size` that this process must read.
+    """Return the rows of a batch of `size` that this process must read.
 
     Raises:
         InvalidInput: They are not one run of rows, as on a mesh whose devices are not in order of processes.

@@ -21,7 +21,7 @@ from zarr_store.errors import InvalidInput
 __all__ = ["Mixed", "augment", "disturb", "mix", "turns"]
 
 _ZOOM, _GAIN, _OFFSET, _BANDS, _SHARE, _BOX = range(1, 7)
-"""What a draw is for; each has a stream of its own, so that switching one on leaves the others as they were."""
+"""Purposes of random draws; each has a stream of its own, so that switching one on does not change the others."""
 
 Turn = Callable[[jax.Array], jax.Array]
 
@@ -32,7 +32,7 @@ def augment(arrays: Sequence[jax.Array], *, key: jax.Array, zoom: float = 0.0) -
     Args:
         arrays: each (B, N, N) or (B, N, N, …), such as image, label and observed, which all get the same turn; a label
             of an image, (B,) or (B, K), does not turn.
-        key: for this step.
+        key: Random key of this step.
         zoom: zooms are drawn from 1/(1 + zoom) … 1 + zoom; out, the image is repeated by mirroring at its edge.
 
     Raises:
@@ -63,11 +63,11 @@ def _turn(array: jax.Array, swap: jax.Array, mirror_y: jax.Array, mirror_x: jax.
 
 
 def _zoom(array: jax.Array, scale_B: jax.Array) -> jax.Array:
-    """Nearest pixels about the centre, by products with 0/1 matrices: labels stay labels, and nothing is gathered."""
+    """Zoom about the centre by nearest pixels, as products with 0/1 matrices, so that labels stay labels."""
     side = array.shape[1]
     centre = (side - 1) / 2
     wanted = (jnp.arange(side, dtype=jnp.float32) - centre) / scale_B[:, None] + centre
-    # beyond the edge the image goes on as in a mirror
+    # beyond the edge the image is mirrored
     nearest = jnp.round(wanted)
     nearest = jnp.where(nearest < 0, -1 - nearest, nearest)
     nearest = jnp.where(nearest > side - 1, 2 * side - 1 - nearest, nearest)
@@ -81,7 +81,7 @@ def _zoom(array: jax.Array, scale_B: jax.Array) -> jax.Array:
 
 
 def _pick(pick: jax.Array, array: jax.Array) -> jax.Array:
-    """The chosen rows and columns of a square, float32."""
+    """Return the chosen rows and columns of a square, float32."""
     side = array.shape[1]
     values = array.astype(jnp.float32).reshape(array.shape[0], side, side, -1)
     # float32 holds every stored integer up to 2^24 exactly; a faster, rounded product would not
@@ -91,7 +91,7 @@ def _pick(pick: jax.Array, array: jax.Array) -> jax.Array:
 
 
 def turns() -> list[tuple[Turn, Turn]]:
-    """The eight turns and mirrors of square images (B, N, N, C), each with the turn that takes it back."""
+    """Yield the eight turns and mirrors of square images (B, N, N, C), each with its inverse."""
 
     def of(swap: bool, mirror_y: bool, mirror_x: bool) -> tuple[Turn, Turn]:
         def there(x: jax.Array) -> jax.Array:
@@ -110,11 +110,11 @@ def turns() -> list[tuple[Turn, Turn]]:
 
 
 def disturb(x_BHWC: jax.Array, *, key: jax.Array, jitter: float = 0.0, band_dropout: float = 0.0) -> jax.Array:
-    """Vary the light of normalised images, and hide bands: what haze, sun angle and a lost band do.
+    """Vary the brightness of normalised images and hide bands, as haze, sun angle and a lost band do.
 
     Args:
         x_BHWC: float32, mean 0 and spread 1 in each band.
-        key: for this step.
+        key: Random key of this step.
         jitter: spread of a gain for each sample and of an offset for each of its bands.
         band_dropout: chance of a band of a sample to become 0, its mean; the others are left as they are.
     """
@@ -149,7 +149,7 @@ def mix(
         x_BHWC: Normalised images.
         label: (B,), (B, K) or (B, H, W).
         key: For this step.
-        kind: Which.
+        kind: "mixup" or "cutmix".
         alpha: The share of the other is drawn from Beta(alpha, alpha), and is at most a half.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`BatchStream`: from windows to batches on the mesh, read ahead in threads, in the order of the run.
+"""`BatchStream` reads windows into batches for the mesh, ahead in threads, in the order of the run.
 
 Bounds: at most `threads + prefetch` batches are held, and all of them are read at once, so that the decoding threads of
 tensorstore never wait for the loop that trains.
@@ -32,9 +32,9 @@ class BatchStream:
 
     Args:
         reader: Reads windows.
-        windows: Those to read.
+        windows: Windows to read.
         size: Windows of a batch, over all processes.
-        sharding: Says which of them this process reads.
+        sharding: Sharding of a batch, which decides the windows that this process reads.
         order: The order of the samples of the run.
         first, last: Numbers of batches.
         threads: Batches that are waited for and placed at once.
@@ -76,7 +76,7 @@ class BatchStream:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def rows(self, number: int) -> Rows:
-        """Windows of batch `number` over all processes, int32 (size, 3) or fewer at the end of one pass."""
+        """Return the windows of batch `number` over all processes, int32 (size, 3) or fewer at the end of one pass."""
         start = number * self._size
         if self._order is not None:
             return self._windows.rows[self._order.indices(start, self._size)]

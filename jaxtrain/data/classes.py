@@ -1,4 +1,4 @@
-"""`Classes`: what the network tells apart. Values of a class layer → class indices, names and colours."""
+"""`Classes` maps values of a class layer to class indices, names and colours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zarr_store.errors import InvalidInput, UnknownName
 __all__ = ["NOT_LEARNT", "Classes"]
 
 NOT_LEARNT = 255
-"""Class index of a pixel that is not learnt; also the nodata value of maps."""
+"""Class index of a pixel that is not learned; also the nodata value of maps."""
 
 # Colours people know from Sentinel-2 scene classification (Sen2Cor) and from CORINE-like land-cover maps.
 _KNOWN_COLOURS = {
@@ -106,7 +106,7 @@ class Classes:
         return len(self.names)
 
     def table(self) -> npt.NDArray[np.uint8]:
-        """Look-up table, uint8 (256,): layer value → class index, 255 where not learnt."""
+        """Return the look-up table, uint8 (256,): layer value → class index, 255 where not learned."""
         table = np.full(256, NOT_LEARNT, np.uint8)
         for index, values in enumerate(self.values):
             table[list(values)] = index
@@ -117,7 +117,7 @@ class Classes:
         return np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in self.colours], np.uint8)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """JSON form, one entry per class index."""
+        """Return the JSON form, one entry per class index."""
         return [
             {"index": i, "name": name, "colour": colour, "values": list(values)}
             for i, (name, colour, values) in enumerate(zip(self.names, self.colours, self.values, strict=True))

@@ -1,4 +1,4 @@
-"""`CubeData`: one cube as training data."""
+"""`CubeData` is one cube as training data."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class CubeData:
 
     @property
     def kind(self) -> Literal["cube", "sample store"]:
-        """A cube."""
+        """Kind of the data: a cube."""
         return "cube"
 
     @property
     def url(self) -> str:
-        """Where the cube is."""
+        """URL of the cube."""
         return self.cube.url
 
     def prepare(
@@ -61,22 +61,22 @@ class CubeData:
         )
 
     def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
-        """One part of the run's own cube; see `TrainingData.judged_part`."""
+        """Return one part of the run's own cube; see `TrainingData.judged_part`."""
         return judge_cube(self.cube, card, part)
 
     def judged_whole(self, card: LearnedFrom) -> JudgedSet:
-        """All of another cube; see `TrainingData.judged_whole`."""
+        """Return all windows of another cube; see `TrainingData.judged_whole`."""
         judged = judge_cube(self.cube, card.of(0), None)
         grid = self.cube.spec(card.config.data.collection).grid
         overlapping = [
-            f"{self.url} overlaps the ground of {ground.cube}, which was learnt: its scores are too good"
+            f"{self.url} overlaps the ground of {ground.cube}, a training cube: its scores are too good"
             for ground in card.grounds[1:]
             if overlap(ground.grid, grid)
         ]
         return replace(judged, warnings=(*judged.warnings, *overlapping))
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
-        """Date and centre of each window, in the cube's CRS."""
+        """Return date and centre of each window, in the cube's CRS."""
         spec, rows = self.cube.spec(collection), windows.rows
         a, _, left, _, e, top = spec.grid.transform
         middle = windows.patch / 2
@@ -89,7 +89,7 @@ class CubeData:
 
 @dataclass(frozen=True)
 class PreparedCube:
-    """One cube of a run: its windows, and what reads them."""
+    """One cube of a run: its windows and their reader."""
 
     ground: Ground
     spec: CubeSpec
@@ -115,14 +115,14 @@ def prepare_cube(
     on_unreadable: OnUnreadable | None,
     classes: Classes | None = None,
 ) -> PreparedCube:
-    """Windows of one cube.
+    """Choose the windows of one cube.
 
     Args:
         config: The run.
         cube: The open cube.
         earlier: Card of the run that is continued.
         on_unreadable: As of `WindowReader`.
-        classes: Those of a cube before it, where there are several.
+        classes: Classes of an earlier cube, if there are several.
     """
     data = config.data
     target = ITSELF if config.model.name == "autoencoder" else resolve_target(cube, data)
@@ -138,7 +138,7 @@ def prepare_cube(
 
 
 def judge_cube(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty: bool = False) -> JudgedSet:
-    """Windows of one cube to judge a model on.
+    """Choose the windows of one cube for an evaluation.
 
     Args:
         cube: The open cube.
@@ -149,18 +149,20 @@ def judge_cube(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty
     config = card.config.data
     spec = cube.spec(config.collection)
     if card.grid is None or not isinstance(card.split, Split):
-        raise InvalidInput(f"{cube.url} is a cube, but the run learnt from a sample store")
+        raise InvalidInput(f"{cube.url} is a cube, but the run was trained on a sample store")
     own = part is not None
     warnings = []
     target = ITSELF if card.task.rebuild else resolve_target(cube, config)
     if target.values != card.task.values:
-        raise InvalidInput(f"{cube.url}: {config.label!r} does not hold what the run learnt, classes or values")
+        raise InvalidInput(f"{cube.url}: {config.label!r} does not hold the labels of the run (classes or values)")
     if own and cube_digest(cube, config.collection, target.layer) != card.cube_digest:
         warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")
     if own and spec.grid != card.grid:
-        raise InvalidInput(f"{cube.url} has grid {spec.grid}, the run learnt on {card.grid}; pass it as other data")
+        raise InvalidInput(f"{cube.url} has grid {spec.grid}, trained on {card.grid}; pass it as other data")
     if not own and spec.grid.resolution != card.grid.resolution:
-        warnings.append(f"pixels of {cube.url} are {spec.grid.resolution}, the model learnt {card.grid.resolution}")
+        warnings.append(
+            f"pixels of {cube.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"
+        )
     if not own and overlap(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     classes = match_classes(card.classes, config, target)

@@ -36,12 +36,12 @@ class Splits:
         return self.each
 
     def counts(self) -> dict[str, int]:
-        """Blocks of each part, over all cubes."""
+        """Count the blocks of each part, over all cubes."""
         counted = [split.counts() for split in self.each]
         return {part: sum(counts[part] for counts in counted) for part in PARTS}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {"cubes": [split.to_dict() for split in self.each]}
 
     @classmethod
@@ -66,7 +66,7 @@ class CubesReader:
         return self.begin(rows)()
 
     def begin(self, rows: Rows) -> Callable[[], HostBatch]:
-        """Have rows read; see `WindowReader.begin`."""
+        """Start to read rows; see `WindowReader.begin`."""
         begun = []
         for number in np.unique(rows[:, 0]):
             chosen = rows[:, 0] == number
@@ -85,19 +85,19 @@ class CubesReader:
 
 
 def numbered(number: int, on_unreadable: OnUnreadable | None) -> OnUnreadable | None:
-    """`on_unreadable` of one of several cubes: told of rows with the cube's number."""
+    """Return `on_unreadable` for one of several cubes; rows get the number of the cube."""
     if on_unreadable is None:
         return None
-    told = on_unreadable
+    report = on_unreadable
 
-    def tell(row: npt.NDArray[np.int32], error: IntegrityError) -> None:
-        told(np.concatenate([np.array([number], np.int32), row]), error)
+    def report_numbered(row: npt.NDArray[np.int32], error: IntegrityError) -> None:
+        report(np.concatenate([np.array([number], np.int32), row]), error)
 
-    return tell
+    return report_numbered
 
 
 def join_windows(each: Sequence[Windows]) -> Windows:
-    """Windows of several cubes, sorted, as rows of (cube, time, y, x)."""
+    """Join windows of several cubes as sorted rows of (cube, time, y, x)."""
     rows = [
         np.concatenate([np.full((len(windows), 1), number, np.int32), windows.rows], axis=1)
         for number, windows in enumerate(each)
@@ -106,15 +106,15 @@ def join_windows(each: Sequence[Windows]) -> Windows:
 
 
 def join_statistics(each: Sequence[Statistics]) -> Statistics:
-    """Statistics over all pixels of several cubes; moments are joined after Chan, Golub & LeVeque (1979)."""
+    """Join statistics over all pixels of several cubes; moments after Chan, Golub & LeVeque (1979)."""
     pixels = np.array([one.pixels for one in each], np.float64)
-    learnt = np.array([one.class_pixels.sum() for one in each], np.float64)
+    learned = np.array([one.class_pixels.sum() for one in each], np.float64)
     mean, std = _join(pixels, np.stack([one.mean for one in each]), np.stack([one.std for one in each]))
     values = [one.value for one in each]
     value = None
     if all(one is not None for one in values):
         moments = np.array(values, np.float64)
-        middle, spread = _join(learnt, moments[:, :1], moments[:, 1:])
+        middle, spread = _join(learned, moments[:, :1], moments[:, 1:])
         value = (float(middle[0]), float(spread[0]))
     source = "index" if all(one.source == "index" for one in each) else "windows"
     counted = np.sum([one.class_pixels for one in each], axis=0)

@@ -1,4 +1,4 @@
-"""`CubesData`: several cubes as training data."""
+"""`CubesData` is several cubes as training data."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class CubesData:
 
     @property
     def kind(self) -> Literal["cube", "sample store"]:
-        """Cubes."""
+        """Kind of the data: cubes."""
         return "cube"
 
     @property
     def url(self) -> str:
-        """Where the cubes are."""
+        """URLs of the cubes, separated by commas."""
         return ", ".join(cube.url for cube in self.cubes)
 
     def prepare(
@@ -72,26 +72,27 @@ class CubesData:
         )
 
     def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
-        """One part of all cubes of the run, each with its own split; see `TrainingData.judged_part`."""
+        """Return one part of all cubes of the run, each with its own split; see `TrainingData.judged_part`."""
         judged: list[JudgedSet] = []
         warnings: list[str] = []
         for number, (ground, cube) in enumerate(zip(card.grounds, self.cubes, strict=True)):
             judged.append(judge_cube(cube, card.of(number), part, may_be_empty=True))
             warnings += judged[-1].warnings
             warnings += [
-                f"{ground.cube} overlaps the ground of {other.cube}: what is judged in one may be learnt in the other"
+                f"{ground.cube} overlaps the ground of {other.cube}: held-out windows of one may be training windows "
+                "of the other"
                 for other in card.grounds[:number]
                 if overlap(ground.grid, other.grid)
             ]
         return self._joined(judged, warnings, part)
 
     def judged_whole(self, card: LearnedFrom) -> JudgedSet:
-        """All of several other cubes; see `TrainingData.judged_whole`."""
+        """Return all windows of several other cubes; see `TrainingData.judged_whole`."""
         judged = [CubeData(cube).judged_whole(card) for cube in self.cubes]
         return self._joined(judged, [line for one in judged for line in one.warnings], "test")
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
-        """Cube, date and centre of each window, in the CRS of its cube."""
+        """Return cube, date and centre of each window, in the CRS of its cube."""
         numbers = windows.rows[:, 0]
         found: dict[str, npt.NDArray[Any]] = {"cube": np.array([cube.url for cube in self.cubes], object)[numbers]}
         for number in np.unique(numbers):
@@ -115,7 +116,7 @@ def _statistics(parts: Sequence[PreparedCube]) -> Statistics:
 
 
 def _check_alike(first: PreparedCube, other: PreparedCube) -> None:
-    """Refuse cubes whose numbers do not mean the same."""
+    """Refuse cubes whose bands, scales or labels differ."""
     ours, theirs = first.spec, other.spec
     for what, a, b in (
         ("arrays", ours.kind, theirs.kind),

@@ -1,4 +1,4 @@
-"""`Ground`: which cube was learned from, by path, digest, grid and dates."""
+"""`Ground` identifies a training cube by path, digest, grid and dates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Ground:
     times: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {"cube": self.cube, "digest": self.digest, "grid": self.grid.to_dict(), "times": list(self.times)}
 
     @classmethod
@@ -35,7 +35,7 @@ class Ground:
 
 
 def cube_digest(cube: Cube, collection: str, label: LabelLayer | None = None) -> str:
-    """One SHA-256 of a collection's spec, of the checksums of all its shards and of a label layer; no pixel is read."""
+    """Return one SHA-256 of a collection's spec, its shards' checksums and a label layer; no pixel is read."""
     digest = hashlib.sha256(json.dumps(cube.spec(collection).to_dict(), sort_keys=True).encode())
     for index, row in cube.ledger(collection).rows().items():
         digest.update(json.dumps([index, row.state, row.checksums or {}], sort_keys=True).encode())
@@ -45,6 +45,6 @@ def cube_digest(cube: Cube, collection: str, label: LabelLayer | None = None) ->
 
 
 def overlap(one: Grid, other: Grid) -> bool:
-    """Whether two grids share ground, by their bounds in longitude and latitude."""
+    """Return whether two grids share ground, by their bounds in longitude and latitude."""
     a, b = one.lonlat_bounds(), other.lonlat_bounds()
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,4 +1,4 @@
-"""Host memory of batches, used again: fresh memory comes from the system page by page, 3 % of the time.
+"""Host memory of batches is used again: fresh memory comes from the system page by page and cost 3 % of the time.
 
 On a processor JAX takes an aligned array over without a copy, so nobody but the array itself knows when its memory is
 free: when it and all views of it are gone.
@@ -19,13 +19,13 @@ __all__ = ["empty_array"]
 _ALIGNMENT = 64
 """Alignment of XLA's buffers on a processor, bytes."""
 _LEAST_BYTES = 1 << 18
-"""Less than this comes from the C library's own store."""
+"""Smallest array that is kept, bytes; the C library keeps smaller ones itself."""
 _MOST_BYTES = 256 << 20
-"""Kept while nobody uses it."""
+"""Largest memory that is kept unused, bytes."""
 
 
 class _Shelf:
-    """Memory that is free, by its size."""
+    """Free memory, by its size."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = {}
@@ -52,7 +52,7 @@ _shelf = _Shelf()
 
 
 def empty_array(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """An array like `np.empty`, at an address that JAX takes over on a processor without a copy."""
+    """Return an array like `np.empty`, at an address that JAX takes over on a processor without a copy."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
     if count < _LEAST_BYTES:
         memory = np.empty(count + _ALIGNMENT, np.uint8)

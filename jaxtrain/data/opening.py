@@ -1,4 +1,4 @@
-"""A path or URL becomes the training data of its kind; nowhere else is the kind asked for."""
+"""Open a path or URL as training data of its kind; this is the only place that looks at the kind."""
 
 from __future__ import annotations
 

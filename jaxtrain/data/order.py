@@ -1,4 +1,4 @@
-"""`SampleOrder`: which window is the n-th sample of a run, for any n, without state.
+"""`SampleOrder` gives the n-th sample of a run, for any n, without state.
 
 The order is a function of (seed, global sample counter) and nothing else. A run that stops after any step continues
 with the sample it would have seen next, and any number of processes can each work out their own rows of a batch: the
@@ -28,7 +28,7 @@ _ROUNDS = 8
 
 
 def mix(words: Words) -> Words:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood, 2014): a bijection of 64-bit words that looks random."""
+    """Mix bits by the finaliser of SplitMix64 (Steele, Lea & Flood, 2014), a bijection of 64-bit words."""
     with np.errstate(over="ignore"):
         z = words + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -57,11 +57,11 @@ class SampleOrder:
             raise InvalidInput(f"an order needs at least one window, got {self.count}; lower data.min_labelled")
 
     def indices(self, first: int, count: int) -> Index:
-        """Window numbers of the samples `first` … `first + count - 1` of the run.
+        """Return the window numbers of the samples `first` … `first + count - 1` of the run.
 
         Args:
             first: Global sample counter, from 0.
-            count: How many.
+            count: Number of samples.
 
         Returns:
             int64 (count,), each in [0, self.count).

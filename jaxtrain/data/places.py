@@ -1,8 +1,8 @@
-"""`SampleSplit`: which samples of a store are learnt from and which are kept aside, by where they lie.
+"""`SampleSplit` divides the samples of a store into training and held-out ones, by their places.
 
 Samples with coordinates are split by cells of half a degree: a cell belongs to one part, by a hash of (seed, cell).
 Neighbours across the edge of a cell can be left out of training by a buffer. A random split is possible; it is leaky,
-because a sample's neighbour looks like it, and the leakage figure says how much.
+because a sample's neighbour looks like it; the leakage figure measures it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EARTH_M = 6_371_008.8
 
 @dataclass(frozen=True)
 class SampleSplit:
-    """Part of every sample.
+    """The part of every sample.
 
     Attributes:
         kind: By cells, or at random.
@@ -43,15 +43,15 @@ class SampleSplit:
 
     @property
     def by_blocks(self) -> tuple[Split, ...]:
-        """The splits that can be drawn as maps of blocks: none."""
+        """Splits that can be drawn as maps of blocks: none."""
         return ()
 
     def counts(self) -> dict[str, int]:
-        """Cells of each part; samples, where the split is random."""
+        """Count the cells of each part; the samples, if the split is random."""
         return dict(zip(PARTS, self.cells, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; parts as one letter each, so that ten thousand samples stay short."""
+        """Return the JSON form; parts as one letter each, so that ten thousand samples stay short."""
         letters = np.array(list("tvx-"))[self.parts]
         return {"kind": self.kind, "parts": "".join(letters), "cells": list(self.cells)}
 
@@ -64,12 +64,12 @@ class SampleSplit:
 
 
 def split_samples(config: SplitConfig, longitude: Degrees, latitude: Degrees) -> SampleSplit:
-    """Give every sample its part.
+    """Assign every sample to a part.
 
     Args:
         config: Kind, shares, seed, cell and buffer.
         longitude: Degrees (samples,), nan where unknown.
-        latitude: Likewise.
+        latitude: Degrees (samples,), nan where unknown.
 
     Raises:
         InvalidInput: A place is unknown, or there are fewer cells than parts.
@@ -123,7 +123,7 @@ def _tally(codes: Codes) -> tuple[int, int, int]:
 
 
 def nearest_m(longitude: Degrees, latitude: Degrees, other_longitude: Degrees, other_latitude: Degrees) -> Degrees:
-    """Distance from each place to the nearest of the others, metres on a sphere.
+    """Return the distance from each place to the nearest of the others, metres on a sphere.
 
     >>> degree = nearest_m(np.array([16.0]), np.array([0.0]), np.array([17.0]), np.array([0.0]))
     >>> round(float(degree[0]))
@@ -142,7 +142,7 @@ def _on_sphere(longitude: Degrees, latitude: Degrees) -> Degrees:
 
 
 def leakage(parts: Codes, longitude: Degrees, latitude: Degrees, near_m: float) -> dict[str, Any]:
-    """How much the test part leaks: the share of its samples with a training sample nearer than `near_m` metres.
+    """Return the leakage of the test part: the share of its samples with a training sample nearer than `near_m` metres.
 
     Returns:
         near_m, and share: none where a place is unknown or a part is empty.

@@ -1,4 +1,4 @@
-"""`WindowReader`: windows of a cube as batches.
+"""`WindowReader` reads windows of a cube as batches.
 
 All reads of a batch are under way at once and share chunks. Tensorstore decodes on a pool of its own, straight into the
 batch, and keeps decoded chunks in the cube's cache.
@@ -6,7 +6,7 @@ batch, and keeps decoded chunks in the cube's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,31 +20,19 @@ from jaxtrain.data.arrays import HostBatch, Rows
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.memory import empty_array
 from jaxtrain.data.targets import Target, resolve_target
-from zarr_store.errors import IntegrityError, InvalidInput, UnknownName
+from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.index import TrainingIndex
 from zarr_store.read import Cube, await_read
 from zarr_store.regions import Region
 from zarr_store.spec import STATUS_MASKED, STATUS_OBSERVED, CubeSpec
 
-__all__ = ["OnUnreadable", "WindowReader", "band_positions", "series_dates"]
+__all__ = ["OnUnreadable", "WindowReader", "series_dates"]
 
 OnUnreadable = Callable[[npt.NDArray[np.int32], IntegrityError], None]
 
 
-def band_positions(spec: CubeSpec, bands: Sequence[str]) -> tuple[int, ...]:
-    """Positions of the named bands in the main array; all where none is named.
-
-    Raises:
-        UnknownName: A band that the collection lacks.
-    """
-    for band in bands:
-        if band not in spec.band_names:
-            raise UnknownName.of("band", band, spec.band_names, f"collection {spec.collection} (data.bands)")
-    return tuple(spec.band_names.index(band) for band in bands or spec.band_names)
-
-
 def series_dates(config: DataConfig, spec: CubeSpec) -> int:
-    """Dates of a window of a cube.
+    """Return the number of dates in a window of a cube.
 
     Raises:
         InvalidInput: The cube has fewer than are asked for, or only one where there should be several.
@@ -68,13 +56,13 @@ class WindowReader:
         collection: Group that is read.
         bands: Positions in the main array, in the order of the network's channels.
         patch: Side of a window, pixels.
-        learn_masked: Whether pixels of status masked are seen and learnt.
-        target: What is learnt, or None where only the image is wanted.
+        learn_masked: Whether masked pixels count as observed.
+        target: The label, or None if only the image is read.
         table: uint8 (256,) layer value → class index, of classes.
-        index: What is known of the chunks: the status of those that are observed throughout is not read.
+        index: Counts of the chunks; the status of chunks that are observed throughout is not read.
         lenient: Chunks that, by the index, were never written read as not observed; else they raise.
         dates: Dates of a window that follow each other; its row has the first.
-        on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not
+        on_unreadable: Called for each window whose chunk is damaged or gone: it raises, or the window counts as not
             observed and not labelled. None raises.
     """
 
@@ -95,24 +83,24 @@ class WindowReader:
         cls, cube: Cube, config: DataConfig, classes: Classes, target: Target | None = None,
         index: TrainingIndex | None = None,
     ) -> WindowReader:  # fmt: skip
-        """The reader of a training run; without a target, of what `data.label` means. Series may have gaps."""
+        """Make the reader of a training run; the target defaults to `data.label`. Series may have gaps."""
         spec = cube.spec(config.collection)
-        bands = band_positions(spec, config.bands)
+        bands = spec.find_bands(config.bands, option="data.bands")
         target = target or resolve_target(cube, config)
         dates = series_dates(config, spec)
         table = None if target.values else classes.table()
-        learnt = None if target.place == "image" else target
+        learned = None if target.place == "image" else target
         index = index or cube.index(config.collection)
-        return cls(cube, config.collection, bands, config.patch, config.learn_masked, learnt, table, index,
+        return cls(cube, config.collection, bands, config.patch, config.learn_masked, learned, table, index,
                    lenient=dates > 1, dates=dates)  # fmt: skip
 
     @property
     def shows(self) -> Literal["windows", "images"]:
-        """A row is a window of the cube."""
+        """Kind of a row: a window of the cube."""
         return "windows"
 
     def read(self, rows: Rows) -> HostBatch:
-        """Read windows; those that cannot be read hold nothing to see or to learn, if `on_unreadable` allows it.
+        """Read windows; an unreadable one counts as not observed and not labelled, if `on_unreadable` allows it.
 
         Args:
             rows: int32 (B, 3) of (time, y, x).
@@ -128,7 +116,7 @@ class WindowReader:
         return self.begin(rows)()
 
     def begin(self, rows: Rows) -> Callable[[], HostBatch]:
-        """All reads of `rows` are under way when this returns, and share chunks; what it returns waits for them."""
+        """Start all reads of `rows`, which share chunks, and return a function that waits for them."""
         begin = self._begin if self.dates == 1 else self._begin_series
         wait = begin(rows)
 
@@ -181,14 +169,14 @@ class WindowReader:
         return finish
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """To be filled; where chunks may be absent, a part that no box covers must read as nothing."""
+        """Return an array to fill; if chunks may be absent it is zeroed, so that parts without a box hold no data."""
         made = empty_array(shape, dtype)
         if self.lenient:
             made[...] = 0
         return made
 
     def _observed_throughout(self, rows: Rows) -> npt.NDArray[np.bool_]:
-        """Windows (B,) whose chunks are observed in every pixel, which the index says."""
+        """Return which windows (B,) have chunks that the index knows to be observed in every pixel."""
         found = np.zeros(len(rows), bool)
         if self.index is not None:
             ct, cy, cx = self.index.chunk
@@ -200,7 +188,7 @@ class WindowReader:
     def _fetch(
         self, rows: Rows, parts: Mapping[str, np.ndarray], known: npt.NDArray[np.bool_] | None = None
     ) -> Callable[[], None]:
-        """Have arrays (B, …, patch, patch) filled, by name; what it returns waits until they are.
+        """Start to fill arrays (B, …, patch, patch) by name; what it returns waits until they are.
 
         The status of windows where it is `known` (B,) is not read.
         """
@@ -232,7 +220,7 @@ class WindowReader:
         return wait
 
     def _runs(self, rows: Rows, skipped: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int, list[Region] | None]]:
-        """Windows that follow each other and are read as wholes: (first, last + 1, their boxes); without boxes, one
+        """Yield runs of windows that are read whole: (first, last + 1, their boxes); without boxes, one
         that is not.
         """
         run: list[Region] = []
@@ -253,7 +241,7 @@ class WindowReader:
         return f"{self.cube.url} {self.collection}/{name} {box}"
 
     def _begin_series(self, rows: Rows) -> Callable[[], HostBatch]:
-        """Windows of several dates: the dates are read as windows of their own."""
+        """Start to read windows of several dates; each date is read as a window of its own."""
         count, times, side = len(rows), self.dates, self.patch
         every = np.repeat(rows, times, axis=0)
         every[:, 0] += np.tile(np.arange(times, dtype=np.int32), count)
@@ -282,7 +270,7 @@ class WindowReader:
         return finish
 
     def _latest(self, dated: npt.NDArray[Any], observed: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-        """Labels (B, H, W) from labels with dates: those of the last date on which a pixel was seen and labelled."""
+        """Return labels (B, H, W) of the last date on which a pixel was seen and labelled."""
         assert self.target is not None
         label = np.full((len(dated), *dated.shape[2:]), self.target.nothing)
         for t in range(self.dates):
@@ -291,14 +279,14 @@ class WindowReader:
         return label
 
     def _days(self, times: npt.NDArray[np.int32]) -> npt.NDArray[np.uint16]:
-        """Day of the year of each date, (B, T)."""
+        """Return the day of the year of each date, (B, T)."""
         moments = self.cube.spec(self.collection).time_values.astype("datetime64[D]")
         since: npt.NDArray[np.int64] = (moments - moments.astype("datetime64[Y]")).astype(np.int64)
         found: npt.NDArray[np.uint16] = (since[times] + 1).astype(np.uint16)
         return found.reshape(-1, self.dates)
 
     def _nothing(self) -> HostBatch:
-        """One window without anything to see or to learn, in the form of `read`."""
+        """Return one window that is not observed and not labelled, in the form of `read`."""
         side = (self.patch, self.patch)
         many = (1,) if self.dates == 1 else (1, self.dates)
         spec = self.cube.spec(self.collection)
@@ -309,7 +297,7 @@ class WindowReader:
         return nothing if self.dates == 1 else nothing | {"day": np.ones((1, self.dates), np.uint16)}
 
     def _boxes(self, row: npt.NDArray[np.int32]) -> list[Region]:
-        """What is read of a window: all of it, or, where chunks are absent and that is allowed, those that are not."""
+        """Return the boxes that are read of a window: all of it, or its present chunks if absent ones are allowed."""
         t, y, x = (int(v) for v in row)
         whole = Region(t, t + 1, y, y + self.patch, x, x + self.patch)
         if self.index is None or not self.lenient:

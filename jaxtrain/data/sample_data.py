@@ -1,4 +1,4 @@
-"""`SampleData`: a store of labelled samples as training data."""
+"""`SampleData` is a store of labelled samples as training data."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class SampleData:
 
     @property
     def kind(self) -> Literal["cube", "sample store"]:
-        """A sample store."""
+        """Kind of the data: a sample store."""
         return "sample store"
 
     @property
     def url(self) -> str:
-        """Where the store is."""
+        """URL of the store."""
         return self.store.url
 
     def prepare(
@@ -70,10 +70,10 @@ class SampleData:
         )
 
     def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
-        """One part of the run's own store; see `TrainingData.judged_part`."""
+        """Return one part of the run's own store; see `TrainingData.judged_part`."""
         store, config = self.store, _config(card)
         if store.digest != card.cube_digest:
-            raise InvalidInput(f"{store.url} is not the store that the run learnt from; pass it as other data")
+            raise InvalidInput(f"{store.url} is not the store that the run was trained on; pass it as other data")
         reader = SampleReader.of(store, config, card.classes)
         plan, leak = plan_samples(config, store, card.classes, split=_split(card))
         warnings = []
@@ -85,18 +85,18 @@ class SampleData:
         return _judged(store, plan.parts[part], reader, warnings, part)
 
     def judged_whole(self, card: LearnedFrom) -> JudgedSet:
-        """All of another store; see `TrainingData.judged_whole`."""
+        """Return all samples of another store; see `TrainingData.judged_whole`."""
         reader, windows, warnings = _other_samples(card, _config(card), self.store)
         return _judged(self.store, windows, reader, warnings, "test")
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
-        """The name of each sample: where it came from."""
+        """Return the name of each sample, which is its origin."""
         del collection
         return {"name": np.array(self.store.names(), object)[windows.rows[:, 0]]}
 
 
 def _config(card: LearnedFrom) -> DataConfig:
-    """The data configuration of a run, with the bands it has learned by name."""
+    """Return the data configuration of a run, with the names of its bands."""
     return card.config.data.model_copy(update={"bands": card.bands})
 
 
@@ -114,7 +114,7 @@ def _judged(store: SampleStore, windows: Windows, reader: SampleReader, warnings
 def _other_samples(
     card: LearnedFrom, config: DataConfig, store: SampleStore
 ) -> tuple[SampleReader, Windows, list[str]]:
-    """All samples of another store, whose classes may come in another order: they are matched by name."""
+    """Return all samples of another store; its classes are matched by name, as their order may differ."""
     if card.task.rebuild:
         return _every_sample(config, card, store)
     known = {name: index for index, name in enumerate(card.classes.names)}
@@ -126,7 +126,7 @@ def _other_samples(
     if len(unknown) == len(store.spec.classes) or (store.spec.labelled == "several") != card.task.several:
         raise InvalidInput(
             f"{store.url} has the classes {', '.join(store.spec.classes[:8])}, the model knows "
-            f"{', '.join(card.classes.names[:8])}: none is the same, so it cannot be judged there"
+            f"{', '.join(card.classes.names[:8])}: none is the same, so it cannot be evaluated there"
         )
     warnings = [f"samples of {', '.join(unknown)} are not judged: the model does not know them"] if unknown else []
     absent = [name for name in known if name not in store.spec.classes]
@@ -144,7 +144,7 @@ def _other_samples(
 
 
 def _every_sample(config: DataConfig, card: LearnedFrom, store: SampleStore) -> tuple[SampleReader, Windows, list[str]]:
-    """All samples of another store for a model that needs no labels."""
+    """Return all samples of another store, for a model that needs no labels."""
     rows = np.zeros((store.spec.count, 3), np.int32)
     rows[:, 0] = np.arange(store.spec.count)
     if store.spec.labelled == "pixels":
@@ -154,19 +154,19 @@ def _every_sample(config: DataConfig, card: LearnedFrom, store: SampleStore) -> 
 
 
 def _near_training(card: LearnedFrom, store: SampleStore) -> list[str]:
-    """A warning where samples of another store lie near those that were learnt."""
+    """Return a warning if samples of another store lie near training samples."""
     if store.digest == card.cube_digest:
         return [f"{store.url} holds the samples that the model was trained on: its scores are too good"]
     if not isinstance(card.split, SampleSplit) or not store.has_places:
         return []
-    if "://" in card.cube or not is_sample_store(card.cube):  # what a card says of itself opens no bucket
+    if "://" in card.cube or not is_sample_store(card.cube):  # a card comes from others, so a URL in it opens no bucket
         return []
-    learnt = open_samples(card.cube)
+    learned = open_samples(card.cube)
     train = card.split.parts == 0
-    if learnt.digest != card.cube_digest or not learnt.has_places or not train.any():
+    if learned.digest != card.cube_digest or not learned.has_places or not train.any():
         return []
     near_m = card.config.data.split.near_m
-    distance = nearest_m(store.longitude, store.latitude, learnt.longitude[train], learnt.latitude[train])
+    distance = nearest_m(store.longitude, store.latitude, learned.longitude[train], learned.latitude[train])
     share = float((distance < near_m).mean())
     if not share:
         return []

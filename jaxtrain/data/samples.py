@@ -1,4 +1,4 @@
-"""Samples of a store as batches: the counterpart of `WindowReader` and `plan_windows` for stores of labelled samples.
+"""Read samples of a store as batches: the counterpart of `WindowReader` and `plan_windows` for sample stores.
 
 A row is (sample, y, x). Of a store of patches y and x are 0 and the whole patch is the image; of a labelled scene the
 image is the `patch` around pixel (y, x), mirrored at the scene's edge, and its label is that pixel's.
@@ -25,13 +25,14 @@ from jaxtrain.data.places import SampleSplit, leakage, split_samples
 from jaxtrain.data.splits import PARTS, Split, make_split
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.windows import WindowPlan, Windows
-from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.lookup import find_bands
 from zarr_store.samples import SampleStore
 
 __all__ = ["SampleReader", "plan_samples", "sample_classes", "sample_statistics"]
 
 _HELD_BYTES = 512 << 20
-"""A store whose images are smaller is decoded once and held; a larger one is read as it is needed."""
+"""Largest store that is decoded once and held in memory, bytes; a larger one is read as it is needed."""
 _SAMPLED = 2048
 
 
@@ -43,7 +44,7 @@ class SampleReader:
         store: The open store.
         bands: Positions of the bands, in the order of the network's channels.
         patch: Side of the image around a pixel of a scene; of patches, their own side.
-        table: uint8 (256,) stored label → class index, 255 where it is not learnt.
+        table: uint8 (256,) stored label → class index, 255 where it is not learned.
     """
 
     store: SampleStore
@@ -53,22 +54,18 @@ class SampleReader:
 
     @classmethod
     def of(cls, store: SampleStore, config: DataConfig, classes: Classes) -> SampleReader:
-        """The reader of a run.
+        """Make the reader of a run.
 
         Raises:
-            UnknownName: A band that the store lacks.
+            UnknownName: The store lacks some of the bands; all of those are listed.
         """
-        names = store.spec.bands
-        for band in config.bands:
-            if band not in names:
-                raise UnknownName.of("band", band, names, f"{store.url} (data.bands)")
-        bands = tuple(names.index(band) for band in config.bands or names)
+        bands = find_bands(config.bands, store.spec.bands, f"{store.url} (data.bands)")
         side = config.patch if store.spec.labelled == "pixels" else store.spec.size[0]
         return cls(store, bands, side, classes.table())
 
     @property
     def shows(self) -> Literal["windows", "images"]:
-        """A row is an image by itself."""
+        """Kind of a row: an image by itself."""
         return "images"
 
     def read(self, rows: npt.NDArray[np.int32]) -> dict[str, np.ndarray]:
@@ -78,7 +75,7 @@ class SampleReader:
             rows: int32 (B, 3) of (sample, y, x).
 
         Returns:
-            image (B, C, H, W) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is not learnt), and
+            image (B, C, H, W) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is not learned), and
             observed uint8 (B, H, W), all 1.
 
         Raises:
@@ -87,7 +84,7 @@ class SampleReader:
         return self.begin(rows)()
 
     def begin(self, rows: npt.NDArray[np.int32]) -> Callable[[], dict[str, np.ndarray]]:
-        """Have samples read; what it returns waits for them. Stores that are small are held in memory instead."""
+        """Start to read samples, and return a function that waits for them; small stores are held in memory instead."""
         if self.store.spec.labelled == "pixels" or self._held is not None:
             return partial(self._gather, rows)
         spec, numbers = self.store.spec, rows[:, 0]
@@ -118,7 +115,7 @@ class SampleReader:
 
     @property
     def _chosen(self) -> tuple[int, ...] | None:
-        """The bands, where they are not all of them in order."""
+        """Positions of the bands; None for all bands in order."""
         return None if self.bands == tuple(range(len(self.store.spec.bands))) else self.bands
 
     @cached_property
@@ -133,7 +130,7 @@ class SampleReader:
 
     @cached_property
     def _scenes(self) -> npt.NDArray[Any]:
-        """All scenes (N, H, W, C) with a mirrored rim of half a patch."""
+        """Return all scenes (N, H, W, C) with a mirrored rim of half a patch."""
         rim = self.patch // 2
         if rim >= min(self.store.spec.size):
             raise InvalidInput(
@@ -151,7 +148,7 @@ class SampleReader:
 
 
 def sample_classes(config: DataConfig, store: SampleStore) -> Classes:
-    """The classes of a store, or those that the configuration names by stored label.
+    """Return the classes of a store, or those that the configuration names by stored label.
 
     Raises:
         InvalidInput: A configured label is not one of the store.
@@ -170,30 +167,30 @@ def sample_classes(config: DataConfig, store: SampleStore) -> Classes:
 def plan_samples(
     config: DataConfig, store: SampleStore, classes: Classes, *, split: Split | SampleSplit | None = None
 ) -> tuple[WindowPlan, dict[str, Any]]:
-    """The rows of each part, and how much the test part leaks.
+    """Choose the rows of each part, and measure the leakage of the test part.
 
     Args:
         config: Split, patch and classes.
         store: The open store.
-        classes: What is learnt.
-        split: That of an earlier run; made afresh where there is none.
+        classes: The learned classes.
+        split: Split of an earlier run; None makes a new one.
 
     Raises:
         InvalidInput: The split does not fit the store.
-        NothingFound: No sample has a class that is learnt.
+        NothingFound: No sample has a class that is learned.
     """
     if store.spec.labelled == "pixels":
         return _plan_scene(config, store, classes, split)
-    learnt = np.ones(store.spec.count, bool)
+    learned = np.ones(store.spec.count, bool)
     if store.spec.labelled == "one":
-        learnt = classes.table()[store.label] != NOT_LEARNT
-    if not learnt.any():
+        learned = classes.table()[store.label] != NOT_LEARNT
+    if not learned.any():
         raise NothingFound(f"no sample of {store.url} has one of the classes {', '.join(classes.names)}")
     if split is None:
         split = split_samples(config.split, store.longitude, store.latitude)
     if not isinstance(split, SampleSplit) or len(split.parts) != store.spec.count:
         raise InvalidInput(f"{store.url} is not the store that the run's split was made for")
-    parts = np.where(learnt, split.parts, -1)
+    parts = np.where(learned, split.parts, -1)
     rows = np.zeros((store.spec.count, 3), np.int32)
     rows[:, 0] = np.arange(store.spec.count)
     leak = leakage(split.parts, store.longitude, store.latitude, config.split.near_m)
@@ -207,18 +204,18 @@ def _plan_scene(
 ) -> tuple[WindowPlan, dict[str, Any]]:
     if config.patch % 2 == 0:
         raise InvalidInput(f"data.patch {config.patch} has no middle pixel: take an odd side for a labelled scene")
-    learnt = classes.table()[store.label] != NOT_LEARNT
-    rows = np.argwhere(learnt).astype(np.int32)
+    learned = classes.table()[store.label] != NOT_LEARNT
+    rows = np.argwhere(learned).astype(np.int32)
     if not len(rows):
         raise NothingFound(f"no pixel of {store.url} has one of the classes {', '.join(classes.names)}")
     if split is None:
-        split = _split_scene(config.split, store, learnt)
+        split = _split_scene(config.split, store, learned)
     if not isinstance(split, Split):
         raise InvalidInput(f"{store.url} is not the store that the run's split was made for")
     code = split.part_at(rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int64))
     if config.split.buffer_px:
-        code = np.where((code == 0) & _near(rows, code > 0, learnt.shape, config.split.buffer_px), -1, code)
-    touching = _near(rows, code == 0, learnt.shape, config.patch // 2) & (code == PARTS.index("test"))
+        code = np.where((code == 0) & _near(rows, code > 0, learned.shape, config.split.buffer_px), -1, code)
+    touching = _near(rows, code == 0, learned.shape, config.patch // 2) & (code == PARTS.index("test"))
     tests = int((code == PARTS.index("test")).sum())
     kind = config.split.kind
     leak = {
@@ -233,7 +230,7 @@ def _plan_scene(
 def _near(
     rows: npt.NDArray[np.int32], of: npt.NDArray[np.bool_], shape: tuple[int, ...], reach: int
 ) -> npt.NDArray[np.bool_]:
-    """Which rows have a row of `of` within a square of `reach` pixels each way."""
+    """Return which rows have a row of `of` within a square of `reach` pixels each way."""
     there = np.zeros(shape, bool)
     there[tuple(rows[of].T)] = True
     sums = np.pad(there.cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
@@ -244,12 +241,12 @@ def _near(
     return found
 
 
-def _split_scene(config: SplitConfig, store: SampleStore, learnt: npt.NDArray[np.bool_]) -> Split:
+def _split_scene(config: SplitConfig, store: SampleStore, learned: npt.NDArray[np.bool_]) -> Split:
     height, width = store.spec.size
     side = 1 if config.kind == "random" else config.block_px
     shape = (-(-height // side), -(-width // side))
     padded = np.zeros((shape[0] * side, shape[1] * side), bool)
-    padded[:height, :width] = learnt.any(axis=0)
+    padded[:height, :width] = learned.any(axis=0)
     usable = padded.reshape(shape[0], side, shape[1], side).any(axis=(1, 3))
     if config.kind != "checkerboard":
         return make_split(config, (side, side), np.asarray(usable))
@@ -259,7 +256,7 @@ def _split_scene(config: SplitConfig, store: SampleStore, learnt: npt.NDArray[np
 
 
 def sample_statistics(plan: WindowPlan, reader: SampleReader, classes: Classes) -> Statistics:
-    """Mean and spread of each band and how often each class occurs, over the training part only."""
+    """Return mean and spread of each band and the count of each class, over the training part only."""
     rows = plan.parts["train"].rows
     counted = np.zeros(len(classes), np.int64)
     if reader.store.spec.labelled == "several":

@@ -1,8 +1,8 @@
-"""`ChunkOrder`: a global shuffle that touches each chunk of the cube once an epoch.
+"""`ChunkOrder` is a global shuffle that touches each chunk of the cube once an epoch.
 
 A chunk usually holds several windows, and decoding it for each of them anew is most of the work of reading. So the
 places of a batch are lanes: lane j of batches k, k + 1, … walks through chunks of its own, in random order, and sees
-all windows of a few of them, mixed, before it goes on. A batch therefore holds windows from as many chunks as it has
+all windows of a few of them, mixed, before it continues. A batch therefore holds windows from as many chunks as it has
 places, and a chunk is needed for a short while only, by the process that reads this lane.
 
 Like `SampleOrder` it is a function of (seed, global sample counter) and nothing else: not of the number of processes
@@ -24,7 +24,7 @@ __all__ = ["ChunkOrder", "chunk_numbers"]
 
 
 def chunk_numbers(rows: npt.NDArray[np.int32], patch: int, chunk: tuple[int, int, int]) -> Index:
-    """A number for each window, equal where the windows begin in the same chunk.
+    """Return a number for each window, equal for windows that begin in the same chunk.
 
     Args:
         rows: int32 (count, 3 or more), the last three are (time, y, x).
@@ -74,11 +74,11 @@ class ChunkOrder:
         return len(self.chunks)
 
     def indices(self, first: int, count: int) -> Index:
-        """Window numbers of the samples `first` … `first + count - 1` of the run.
+        """Return the window numbers of the samples `first` … `first + count - 1` of the run.
 
         Args:
             first: Global sample counter, from 0.
-            count: How many.
+            count: Number of samples.
 
         Returns:
             int64 (count,), each in [0, self.count).
@@ -93,7 +93,7 @@ class ChunkOrder:
         return numbers
 
     def _make_epoch(self, epoch: int) -> Index:
-        """All windows in the order of one epoch; O(count log count) once an epoch."""
+        """Return all windows in the order of one epoch; O(count log count) once an epoch."""
         count, lanes = self.count, self.size
         key = mix(mix(np.array([self.seed % (1 << 64)], np.uint64)) ^ np.uint64(epoch))
         # ---- chunks in random order, and each whole chunk to the lane in whose share of the epoch it begins

@@ -1,7 +1,7 @@
-"""`Split`: which ground belongs to the training, validation and test part.
+"""`Split` assigns blocks of ground to the training, validation and test part.
 
 The grid is cut into square blocks, and a block belongs to one part. A window lies wholly within one block, so no ground
-is in two parts on any date; only where whole dates are held out (`data.split.test_dates`) is a block judged on dates on
+is in two parts on any date; only where whole dates are held out (`data.split.test_dates`) is a block tested on dates on
 which it was not learned. Which block goes where depends on a hash of (seed, block), not on how blocks are counted;
 shares are filled by rank of that hash, so that also a dozen blocks fill all parts. A checkerboard gives every other
 block to the test part.
@@ -30,7 +30,7 @@ UNUSED = -1
 
 @dataclass(frozen=True)
 class Split:
-    """Part of every block.
+    """The part of every block.
 
     Attributes:
         block: (height, width) of a block, pixels; the first block starts at the grid's first pixel.
@@ -42,7 +42,7 @@ class Split:
 
     @classmethod
     def whole(cls, block: tuple[int, int], shape: tuple[int, int], part: Part = "test") -> Self:
-        """All ground of a grid of `shape` (height, width) in one part: for a cube that no run has learnt from."""
+        """Put all ground of a grid of `shape` (height, width) into one part, for a cube that is no training data."""
         rows, columns = (-(-size // side) for size, side in zip(shape, block, strict=True))
         return cls(block, np.full((rows, columns), PARTS.index(part), np.int8))
 
@@ -52,15 +52,15 @@ class Split:
         return (self,)
 
     def part_at(self, y: npt.NDArray[np.int64], x: npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
-        """Codes of the blocks that hold the pixels (y, x)."""
+        """Return the codes of the blocks that hold the pixels (y, x)."""
         return self.parts[y // self.block[0], x // self.block[1]]
 
     def counts(self) -> dict[str, int]:
-        """Blocks of each part."""
+        """Count the blocks of each part."""
         return {part: int((self.parts == code).sum()) for code, part in enumerate(PARTS)}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {"block": list(self.block), "parts": self.parts.tolist()}
 
     @classmethod
@@ -71,7 +71,7 @@ class Split:
 
 
 def block_shape(config: SplitConfig, grid: Grid, patch: int) -> tuple[int, int]:
-    """(height, width) of a block in pixels: `config.block_m`, rounded to whole patches, at least one.
+    """Return (height, width) of a block in pixels: `config.block_m`, rounded to whole patches, at least one.
 
     >>> grid = Grid("EPSG:32633", (120.0, 0.0, 0.0, 0.0, -120.0, 0.0), (1000, 1000))
     >>> block_shape(SplitConfig(block_m=10_000), grid, 32)
@@ -83,7 +83,7 @@ def block_shape(config: SplitConfig, grid: Grid, patch: int) -> tuple[int, int]:
 
 
 def make_split(config: SplitConfig, block: tuple[int, int], usable: npt.NDArray[np.bool_]) -> Split:
-    """Give every usable block its part.
+    """Assign every usable block to a part.
 
     Args:
         config: Shares and seed.

@@ -1,7 +1,7 @@
-"""`Statistics`: mean and spread of each band and how often each class occurs, over training ground only.
+"""`Statistics` holds mean and spread of each band and the count of each class, over training ground only.
 
-Where whole chunks lie in training blocks, the chunk counts made at ingest say it at no cost. Where blocks are smaller
-than chunks, or masked pixels are learnt too (the counts leave those out of the moments), a fixed sample of training
+If whole chunks lie in training blocks, the chunk counts made at ingest give them at no cost. If blocks are smaller
+than chunks, or masked pixels are learned too (the counts leave those out of the moments), a fixed sample of training
 windows is read instead.
 """
 
@@ -28,23 +28,23 @@ __all__ = ["Statistics", "training_statistics"]
 Moments = npt.NDArray[np.float64]
 
 _SAMPLED_WINDOWS = 256
-"""4 million pixels at patch 128: the mean is known to a thousandth of the spread, in about a second."""
+"""Number of windows that are sampled: 4 million pixels at patch 128 give the mean to a thousandth of the spread."""
 _READ_AT_ONCE = 16
 _SAMPLED_DATES = 1024
-"""Dates that are read in all, where windows are series."""
+"""Number of dates that are read in all if windows are series."""
 _ENOUGH_SHARE = 0.25
-"""Part of the training pixels that whole training chunks must hold for their counts to stand for all."""
+"""Smallest share of the training pixels in whole training chunks for which their counts stand for all."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What normalisation and class weights need.
+    """The numbers that normalisation and class weights need.
 
     Attributes:
         mean, std: float64 (bands,) in stored numbers, over pixels that the network sees; std is at least tiny.
         class_pixels: int64 (classes,) labelled pixels among those that were counted.
         pixels: Pixels that were counted.
-        value: (mean, std) of the values that are learnt; None of classes.
+        value: (mean, std) of learned values; None for classes.
         source: "index" for chunk counts, "windows" for a sample of windows.
     """
 
@@ -57,13 +57,13 @@ class Statistics:
 
 
 def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowReader, classes: Classes) -> Statistics:
-    """Statistics of the training part; neither validation nor test ground has a say.
+    """Compute the statistics of the training part; validation and test ground do not enter.
 
     Args:
         index: Training index of the collection.
         plan: Windows and split.
         reader: Reads windows with labels.
-        classes: What is learnt.
+        classes: The learned classes.
     """
     select = _training_chunks(index, plan.blocks)
     pixels = int(index.observed[select].sum())
@@ -88,7 +88,7 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
 
 
 def _count_labels(target: Target, classes: Classes, windows: Windows) -> npt.NDArray[np.int64]:
-    """Pixels of each class of a label layer in some windows, once for each of their dates."""
+    """Count the pixels of each class of a label layer in some windows, once for each of their dates."""
     dates = np.zeros(tuple(windows.rows[:, 1:].max(axis=0) // windows.patch + 1), np.int64)
     np.add.at(dates, tuple((windows.rows[:, 1:] // windows.patch).T), 1)
     counted = np.zeros(256, np.int64)
@@ -100,7 +100,7 @@ def _count_labels(target: Target, classes: Classes, windows: Windows) -> npt.NDA
 
 
 def _training_chunks(index: TrainingIndex, split: Split) -> npt.NDArray[np.bool_]:
-    """Present chunks that touch no block but training blocks, bool (T, CY, CX)."""
+    """Return the present chunks that touch no block but training blocks, bool (T, CY, CX)."""
     elsewhere = (split.parts != PARTS.index("train")).astype(np.int64)
     _, cy, cx = index.chunk
     touch_y = _touching(index.present.shape[1], cy, elsewhere.shape[0], split.block[0])
@@ -123,7 +123,7 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
     at_once = max(1, _READ_AT_ONCE // reader.dates)
     count, mean, m2 = 0, np.zeros(len(reader.bands)), np.zeros(len(reader.bands))
     by_class = np.zeros(256, np.int64)
-    learnt: list[npt.NDArray[np.float64]] = []
+    learned: list[npt.NDArray[np.float64]] = []
     for start in range(0, len(rows), at_once):
         batch = reader.read(rows[start : start + at_once])
         values = as_images(batch["image"])[as_images(batch["observed"]) == 1].astype(np.float64)
@@ -131,8 +131,8 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
         if reader.target is None:
             by_class[0] += len(values)
         elif reader.target.values:
-            learnt.append(batch["label"][np.isfinite(batch["label"])].astype(np.float64))
-            by_class[0] += len(learnt[-1])
+            learned.append(batch["label"][np.isfinite(batch["label"])].astype(np.float64))
+            by_class[0] += len(learned[-1])
         else:
             by_class += np.bincount(batch["label"].ravel(), minlength=256)
         if not len(values):
@@ -145,12 +145,12 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
         count = total
     by_class[NOT_LEARNT] = 0
     std = np.sqrt(m2 / max(count, 1))
-    value = _value_moments(learnt, reader) if learnt else None
+    value = _value_moments(learned, reader) if learned else None
     return Statistics(mean, np.where(std > 0, std, 1.0), by_class[:classes], count, "windows", value)
 
 
-def _value_moments(learnt: list[npt.NDArray[np.float64]], reader: WindowReader) -> tuple[float, float]:
-    values = np.concatenate(learnt)
+def _value_moments(learned: list[npt.NDArray[np.float64]], reader: WindowReader) -> tuple[float, float]:
+    values = np.concatenate(learned)
     name = "" if reader.target is None else reader.target.name
     if not len(values):
         raise NothingFound(f"{reader.cube.url}: {name!r} has no value in the training windows; lower data.min_labelled")

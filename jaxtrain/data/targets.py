@@ -1,4 +1,4 @@
-"""`Target`: what is learnt of the pixels of a cube, and how its stored numbers become labels.
+"""`Target` is the label of the pixels of a cube, and turns its stored numbers into labels.
 
 `data.label` names one of three: a class layer of the collection (a date each, such as scl), a spectral index of the
 collection (values), or a label layer from outside (`terrashard labels`; classes or values, the same on all dates).
@@ -28,12 +28,12 @@ _ROWS = 2048
 
 @dataclass(frozen=True)
 class Target:
-    """What is learnt.
+    """The label that a model learns.
 
     Attributes:
         name: As `data.label` has it.
         place: layer or index (of the collection, by date), label (of the cube, all dates) or image (no labels).
-        values: Whether values are learnt, not classes.
+        values: Whether the label is a value, not a class.
         scale, nodata: Of an index: value = stored · scale.
         layer: The label layer.
     """
@@ -54,31 +54,31 @@ class Target:
 
     @property
     def nothing(self) -> Any:
-        """Label of a pixel that is not learnt."""
+        """Value of a pixel without a label."""
         return np.float32(np.nan) if self.values else np.uint8(NOT_LEARNT)
 
     def array(self, cube: Cube, collection: str) -> ts.TensorStore:
-        """Where the numbers are: (time, y, x), or (y, x) of a label layer."""
+        """Open the array of stored numbers: (time, y, x), or (y, x) of a label layer."""
         return cube.tensorstore(collection, self.name) if self.layer is None else self.layer.array()
 
     def decode(self, stored: npt.NDArray[Any], table: npt.NDArray[np.uint8] | None) -> npt.NDArray[Any]:
-        """Labels of stored numbers: class index uint8, or value float32; a fresh array.
+        """Turn stored numbers into labels: class index uint8, or value float32; a fresh array.
 
         Args:
             stored: Any shape.
-            table: Of `Classes.table`; of values not used.
+            table: Result of `Classes.table`; not used for values.
         """
         if not self.values and table is not None:
             # a third of the time of indexing, which first makes an int64 of each label
-            learnt = bytearray(np.ascontiguousarray(stored).data).translate(table.tobytes())
-            return np.frombuffer(learnt, np.uint8).reshape(stored.shape)
+            learned = bytearray(np.ascontiguousarray(stored).data).translate(table.tobytes())
+            return np.frombuffer(learned, np.uint8).reshape(stored.shape)
         found = stored.astype(np.float32) * np.float32(self.scale)
         if self.nodata is not None:
             found[stored == self.nodata] = np.nan
         return found
 
     def hide(self, label: npt.NDArray[Any], seen: npt.NDArray[np.bool_]) -> None:
-        """Have nothing learnt, in place, where the network sees nothing; both of one shape."""
+        """Remove labels, in place, from pixels that the network does not see; both arrays have one shape."""
         if self.values:
             np.copyto(label, np.float32(self.nothing), where=~seen)
         else:
@@ -87,11 +87,11 @@ class Target:
 
 
 ITSELF = Target("reconstruction error", "image", values=True)
-"""The image is to be given back."""
+"""The target of an autoencoder: the image itself."""
 
 
 def resolve_target(cube: Cube, config: DataConfig) -> Target:
-    """What `data.label` means in a cube.
+    """Find the label that `data.label` names in a cube.
 
     Raises:
         UnknownName: It is none of the collection's layers and indices, and no label layer of the cube.
@@ -119,7 +119,7 @@ def _of_collection(spec: CubeSpec, name: str) -> Target | None:
 
 
 def label_classes(config: DataConfig, target: Target) -> Classes:
-    """The classes of a target: `data.classes`, or else all that its label layer names; of values its own name, once."""
+    """Return the classes of a target: `data.classes`, else all of its label layer; for values, its own name."""
     if target.values:
         return Classes((target.name,), ((),), (config.colours.get(target.name, "#1f77b4"),))
     named = target.layer.spec.classes if target.layer is not None else ()
@@ -129,7 +129,7 @@ def label_classes(config: DataConfig, target: Target) -> Classes:
 
 
 def match_classes(classes: Classes, config: DataConfig, target: Target) -> Classes:
-    """The classes of a run with the numbers of another cube's label layer, which may count them otherwise.
+    """Return the classes of a run with the numbers of another cube's label layer, which may number them differently.
 
     Raises:
         InvalidInput: The layer knows none of them by name.
@@ -147,7 +147,7 @@ def match_classes(classes: Classes, config: DataConfig, target: Target) -> Class
 
 
 def window_labels(target: Target, classes: Classes, patch: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Labels of a label layer, window by window: (first row of windows, labels (rows, columns, patch · patch)).
+    """Yield labels of a label layer, window by window: (first row of windows, labels (rows, columns, patch · patch)).
 
     Only the labels are read, a byte or four a pixel, once for all dates.
     """

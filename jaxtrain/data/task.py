@@ -1,4 +1,4 @@
-"""`Task`: what a network answers, as the training data and the model decide it together."""
+"""`Task` describes the output of a network, which the training data and the model decide together."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["Task"]
 
 @dataclass(frozen=True)
 class Task:
-    """What a network answers.
+    """The output of a network.
 
     Attributes:
         per_image: One answer for an image, not one for each pixel.
         several: A sample may have several classes.
-        value: (mean, std) of the value that is learnt in place of classes; the network answers in these units.
+        value: (mean, std) of the value that is learned in place of classes; the network predicts in these units.
         rebuild: The image itself is given back; labels have no part in it.
     """
 
@@ -26,11 +26,11 @@ class Task:
 
     @property
     def values(self) -> bool:
-        """Whether numbers are answered, not classes."""
+        """Whether the output is a value, not a class."""
         return self.value is not None or self.rebuild
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {"per_image": self.per_image, "several": self.several, "value": self.value,
                 "rebuild": self.rebuild}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`TrainingData`: what a run learns from and is judged on, whatever its kind.
+"""`TrainingData` is the one interface of all kinds of data for training and evaluation.
 
 There are three kinds: one cube (`CubeData`), several cubes (`CubesData`) and a store of labelled samples
 (`SampleData`). Everything after them reads rows through a `Reader` and need not know the kind.
@@ -30,7 +30,7 @@ __all__ = ["JudgedSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_dig
 
 
 class LearnedFrom(Protocol):
-    """What the card of a run says about the data it learned from; `ModelCard` is one."""
+    """The part of a model card about the training data; `ModelCard` has it."""
 
     @property
     def config(self) -> TrainConfig:
@@ -58,7 +58,7 @@ class LearnedFrom(Protocol):
 
     @property
     def split(self) -> Counted:
-        """Which part of the data was in which part of the run."""
+        """Split of the data into the parts of the run."""
 
     @property
     def statistics(self) -> Mapping[str, Any]:
@@ -66,30 +66,30 @@ class LearnedFrom(Protocol):
 
     @property
     def task(self) -> Task:
-        """What the network answers."""
+        """Task of the network."""
 
     @property
     def grounds(self) -> tuple[Ground, ...]:
-        """The cubes, where there are several."""
+        """The cubes, if there are several."""
 
     def of(self, number: int) -> LearnedFrom:
-        """The same, as if cube `number` of several were the only one."""
+        """Return the card as if cube `number` of several were the only one."""
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Training data made ready for a run.
+    """Training data that are ready for a run.
 
     Attributes:
-        digest: SHA-256 that stands for every byte that is learned from.
+        digest: SHA-256 that stands for every byte of the training data.
         bands: Names, in the order of the network's channels.
-        classes: What is learned, by class index.
-        task: What the network answers; of learned values, `statistics` adds their mean and spread.
+        classes: Learned classes, by class index.
+        task: Task of the network; for values, `statistics` adds their mean and spread.
         plan: The windows or samples of each part.
         reader: Reads them.
         statistics: Computes mean, spread and class counts of the training part; may read pixels.
         grounds: The cubes; none of a sample store.
-        leakage: How near test and training data lie, where the split leaves that open.
+        leakage: Distance of test from training data, if the split does not rule out leakage.
         chunk: (time, y, x) pixels that are decoded together; None where an order by chunks gains nothing.
     """
 
@@ -105,7 +105,7 @@ class TrainingSet:
     chunk: tuple[int, int, int] | None = None
 
     def order(self, run: RunConfig) -> SampleOrder | ChunkOrder:
-        """The order in which the training part is seen: `run.shuffle`, seeded by `run.seed`."""
+        """Return the order of the training part: `run.shuffle`, seeded by `run.seed`."""
         windows = self.plan.parts["train"]
         if run.shuffle == "windows" or not len(windows) or self.chunk is None:
             return SampleOrder(run.seed, len(windows))
@@ -115,7 +115,7 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class JudgedSet:
-    """Windows or samples that a model is judged on, their reader, and warnings about what the scores mean."""
+    """Windows or samples of an evaluation, their reader, and warnings about what the scores mean."""
 
     url: str
     windows: Windows
@@ -128,16 +128,16 @@ class TrainingData(Protocol):
 
     @property
     def kind(self) -> Literal["cube", "sample store"]:
-        """For messages; a model that learned from one kind is judged on that kind."""
+        """Kind of the data, for messages; a model is evaluated on the kind it was trained on."""
 
     @property
     def url(self) -> str:
-        """Where it is; of several cubes all, separated by commas."""
+        """URL of the data; of several cubes all, separated by commas."""
 
     def prepare(
         self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
     ) -> TrainingSet:
-        """Choose the windows of each part, as the earlier run did where there is one.
+        """Choose the windows of each part; an earlier run keeps its own.
 
         Args:
             config: The run.
@@ -150,7 +150,7 @@ class TrainingData(Protocol):
         """
 
     def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
-        """One part of the data that the run learned from, split as the run split it.
+        """Return one part of the run's own data, with the split of the run.
 
         Raises:
             InvalidInput: The data are no longer those of the run.
@@ -158,19 +158,19 @@ class TrainingData(Protocol):
         """
 
     def judged_whole(self, card: LearnedFrom) -> JudgedSet:
-        """All of the data, which are other data than those of the run.
+        """Return all of the data, which are other data than those of the run.
 
         Raises:
             InvalidInput: Bands, labels or classes do not fit the model.
-            NothingFound: There is nothing to judge.
+            NothingFound: There is nothing to evaluate on.
         """
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
-        """Where and when each window is, or the name of each sample: arrays of one value a row, by name."""
+        """Return place and time of each window, or the name of each sample, as arrays with one value for each row."""
 
 
 def check_digest(url: str, digest: str, earlier: LearnedFrom | None) -> None:
-    """Refuse data that are not the ones an earlier run began with.
+    """Refuse data that differ from those with which the run began.
 
     Raises:
         InvalidInput: The digests differ.

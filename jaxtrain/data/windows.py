@@ -1,4 +1,4 @@
-"""`Windows`: the patches that a run reads, chosen from the training index without reading a pixel.
+"""`Windows` are the patches that a run reads; they are chosen from the training index, and no pixel is read.
 
 The grid is tiled by patch × patch windows (aligned with the blocks of the split), once for each date, or for each
 series of dates. A window is used where its chunks were written (in a series, on one date at least) and enough of its
@@ -30,7 +30,7 @@ __all__ = ["Counted", "Window", "WindowPlan", "Windows", "plan_windows", "window
 
 @dataclass(frozen=True, order=True)
 class Window:
-    """One patch of one date: `time` is the step, (y, x) its first pixel; of several cubes `cube` says which."""
+    """One patch of one date: its time step, its first pixel (y, x), and the number of its cube if there are several."""
 
     time: int
     y: int
@@ -39,7 +39,7 @@ class Window:
 
     @classmethod
     def of(cls, row: npt.NDArray[np.int32]) -> Window:
-        """From a row of `Windows`."""
+        """Make it from a row of `Windows`."""
         *cube, time, y, x = (int(v) for v in row)
         return cls(time, y, x, cube[0] if cube else 0)
 
@@ -59,19 +59,19 @@ class Windows:
 
 
 class Counted(Protocol):
-    """A split, of a cube, of several, or of samples."""
+    """A split of a cube, of several cubes, or of samples."""
 
     @property
     def by_blocks(self) -> tuple[Split, ...]:
-        """The splits that can be drawn as maps of blocks."""
+        """Splits that can be drawn as maps of blocks."""
         ...
 
     def counts(self) -> dict[str, int]:
-        """Blocks, cells or samples of each part."""
+        """Count the blocks, cells or samples of each part."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         ...
 
 
@@ -94,14 +94,14 @@ class WindowPlan:
         return self.split
 
     def counts(self) -> dict[str, int]:
-        """Windows of each part."""
+        """Count the windows of each part."""
         return {part: len(windows) for part, windows in self.parts.items()}
 
 
 def window_shares(
     index: TrainingIndex, shape: tuple[int, int, int], patch: int, quantity: npt.NDArray[np.floating | np.bool_]
 ) -> npt.NDArray[np.float64]:
-    """Mean of a per-chunk `quantity` under each window, weighted by the area of each chunk in the window.
+    """Return the mean of a per-chunk `quantity` under each window, weighted by the area of each chunk in the window.
 
     Args:
         index: Gives the chunk size.
@@ -120,7 +120,7 @@ def window_shares(
 
 
 def _overlap(windows: int, patch: int, chunk: int, chunks: int) -> npt.NDArray[np.float64]:
-    """(windows, chunks): the part of each window's side that lies in each chunk."""
+    """Return the part of each window's side that lies in each chunk, (windows, chunks)."""
     start = np.arange(windows)[:, None] * patch
     low = np.arange(chunks)[None, :] * chunk
     shared: npt.NDArray[np.float64] = np.minimum(start + patch, low + chunk) - np.maximum(start, low)
@@ -142,11 +142,11 @@ def plan_windows(
     Args:
         config: Patch, label layer, shares.
         spec: The collection that is read.
-        index: Its training index.
-        classes: What is learnt.
+        index: Training index of the collection.
+        classes: The learned classes.
         split: The split of an earlier run, so that ground keeps its part; None makes it.
         dates: Beginnings of dates whose windows are all test, wherever they lie (`data.split.test_dates`).
-        target: What is learnt; None for the class layer that `config.label` names.
+        target: The label; None for the class layer that `config.label` names.
 
     Raises:
         UnknownName: The label layer is none of the collection's, or a date none of the cube's.
@@ -168,7 +168,7 @@ def plan_windows(
         found = _found(index, target)
         raise NothingFound(
             f"no window of {patch}×{patch} pixels of {spec.collection} has a share of {config.min_labelled:g} of "
-            f"pixels that can be learnt from layer {config.label!r} (its values and pixels: {found}; observed "
+            f"pixels that can be learned from layer {config.label!r} (its values and pixels: {found}; observed "
             f"{int(index.observed.sum())}, masked {int(index.masked.sum())}); name other values in data.classes, set "
             "data.learn_masked = true to learn masked pixels, or lower data.min_labelled"
         )
@@ -187,7 +187,7 @@ def plan_windows(
 
 
 def _found(index: TrainingIndex, target: Target) -> dict[Any, int]:
-    """Pixels of each stored value, or of each class of a label layer."""
+    """Count the pixels of each stored value, or of each class of a label layer."""
     if target.layer is not None:
         return dict(target.layer.counts) or {"labelled": target.layer.labelled}
     if target.place in ("index", "image"):
@@ -204,7 +204,7 @@ def _usable(
     if target.place == "layer":
         values = [value for group in classes.values for value in group]
         labelled = index.class_counts[target.name][..., values].sum(axis=-1)
-        # class counts include masked pixels; no more than the observed ones can be learnt
+        # class counts include masked pixels; at most the observed ones can be learned
         share = np.minimum(labelled / np.maximum(index.pixels, 1), share)
     # of a series an absent date is one that was not observed
     there = index.present if config.dates == 1 else np.broadcast_to(index.present.any(axis=0), index.present.shape)
@@ -218,7 +218,7 @@ def _usable(
 
 
 def _series(usable: npt.NDArray[np.bool_], dates: int) -> npt.NDArray[np.bool_]:
-    """Series that are usable on one of their dates, at their first; last dates that make no whole one are left out."""
+    """Mark the first date of each series that is usable on one of its dates; an incomplete last series is left out."""
     first = np.zeros_like(usable)
     for start in range(0, len(usable) - dates + 1, dates):
         first[start] = usable[start : start + dates].any(axis=0)
@@ -226,7 +226,7 @@ def _series(usable: npt.NDArray[np.bool_], dates: int) -> npt.NDArray[np.bool_]:
 
 
 def _labelled_shares(target: Target, classes: Classes, patch: int) -> npt.NDArray[np.float64]:
-    """Share of each window's pixels that a label layer labels, (rows, columns) of windows."""
+    """Return the share of each window's pixels that a label layer labels, (rows, columns) of windows."""
     parts = [
         (np.isfinite(labels) if target.values else labels != NOT_LEARNT).mean(axis=-1)
         for _, labels in window_labels(target, classes, patch)
@@ -254,21 +254,18 @@ def _split(config: DataConfig, spec: CubeSpec, usable: npt.NDArray[np.bool_]) ->
     return Split(block, np.where(test & blocks, PARTS.index("test"), inner.parts).astype(np.int8))
 
 
-def _held_dates(spec: CubeSpec, dates: Sequence[str]) -> list[int]:
-    """Time steps whose date begins with one of `dates`."""
-    for date in dates:
-        if not any(time.startswith(date) for time in spec.times):
-            raise UnknownName.of("date", date, [time[:10] for time in spec.times], "the cube (data.split.test_dates)")
-    held = [step for step, time in enumerate(spec.times) if time.startswith(tuple(dates))]
+def _held_dates(spec: CubeSpec, dates: Sequence[str]) -> tuple[int, ...]:
+    """Return the time steps that `dates` mean, which must not be all."""
+    held = spec.find_times(dates, option="data.split.test_dates")
     if len(held) == len(spec.times):
-        raise InvalidInput(f"data.split.test_dates names all {len(held)} dates of the cube; leave some to be learnt")
+        raise InvalidInput(f"data.split.test_dates names all {len(held)} dates of the cube; leave some for training")
     return held
 
 
 def _beside(
     numbers: npt.NDArray[np.int32], of: npt.NDArray[np.bool_], shape: tuple[int, ...], reach: int
 ) -> npt.NDArray[np.bool_]:
-    """Which windows have one of `of`, on any date, within `reach` windows each way; numbers are (time, row, column)."""
+    """Return which windows have one of `of`, on any date, within `reach` windows; numbers are (time, row, column)."""
     there = np.zeros((shape[0] + 2 * reach, shape[1] + 2 * reach), np.int64)
     there[numbers[of, 1] + reach, numbers[of, 2] + reach] = 1
     sums = np.pad(there.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
@@ -278,9 +275,9 @@ def _beside(
 
 
 def window_leakage(config: DataConfig, plan: WindowPlan) -> dict[str, Any] | None:
-    """How the test windows of a cube leak, where they may: the share that lies beside a training window on any date.
+    """Measure the leakage of the test windows: the share that lies beside a training window on any date.
 
-    None where whole blocks are kept aside on all dates. Of dates that are kept aside the ground was learnt on others.
+    None if whole blocks are held out on all dates. The ground of held-out dates is in training on others.
     """
     split = config.split
     if split.kind != "random" and not split.test_dates:

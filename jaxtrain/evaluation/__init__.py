@@ -1,1 +1,1 @@
-"""How good a model is: scores, the report, and the worst answers as pictures."""
+"""Evaluation of a model: scores, the report, and pictures of the worst predictions."""

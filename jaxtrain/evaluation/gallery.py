@@ -1,4 +1,4 @@
-"""Images with their true class and the model's answer: the examples of a run whose answers are for whole images."""
+"""Draw images with their true and predicted class, for a model that predicts for whole images."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def collect_shown(
     windows: Windows,
     names: Sequence[str],
 ) -> list[Shown]:
-    """The worst answers among some samples that are spread evenly, the surest first; then right ones.
+    """Collect the worst predictions among evenly spread samples, the most confident first; then right ones.
 
     Args:
         program: Gives the mesh.
-        predict: From `make_predict_step(program)`.
+        predict: Result of `make_predict_step(program)`.
         state: The model.
         reader: Reads samples.
-        windows: Those to choose from, usually the test part.
-        names: Of the classes.
+        windows: Windows to choose from, usually the test part.
+        names: Names of the classes.
     """
     if not len(windows) or jax.process_count() > 1:
         return []  # each process would hold only its own rows
@@ -61,22 +61,23 @@ def collect_shown(
     label = batch["label"][: len(rows)]
     several = label.ndim == 2
     images = as_images(batch["image"])
-    said = answer_BK > 0.5 if several else answer_BK.argmax(axis=-1)
-    wrong = (said != label).any(axis=-1) if several else said != label
+    predicted = answer_BK > 0.5 if several else answer_BK.argmax(axis=-1)
+    wrong = (predicted != label).any(axis=-1) if several else predicted != label
     sure = np.abs(answer_BK - 0.5).max(axis=-1) if several else answer_BK.max(axis=-1)
     order = np.lexsort((-sure, ~wrong))[:_SHOWN]
 
     def called(value: Any) -> str:
         return ", ".join(names[int(k)] for k in np.flatnonzero(value)) if several else names[int(value)]
 
-    return [Shown(images[i], bool(wrong[i]), f"{called(label[i])}\n→ {called(said[i])} {sure[i]:.2f}") for i in order]
+    captions = {i: f"{called(label[i])}\n→ {called(predicted[i])} {sure[i]:.2f}" for i in order}
+    return [Shown(images[i], bool(wrong[i]), captions[i]) for i in order]
 
 
 def draw_shown(shown: Sequence[Shown], bands: Sequence[str]) -> Figure:
-    """All images in a grid; wrong answers have a red caption.
+    """Draw all images in a grid; wrong predictions have a red caption.
 
     Args:
-        shown: From `collect_shown`.
+        shown: Result of `collect_shown`.
         bands: Names of the image's bands.
     """
     rows = -(-len(shown) // _COLUMNS)

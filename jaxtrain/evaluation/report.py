@@ -1,4 +1,4 @@
-"""`report.html`: one file that shows what a run learnt from, how it went and what came out; it loads nothing else."""
+"""Write `report.html`, one file that shows data, course and scores of a run; it loads nothing else."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def collect_examples(
     windows: Windows,
     names: Sequence[str],
 ) -> list[Tile] | list[Shown]:
-    """The worst windows, or, of a network that answers for whole images, the worst answers; always the same ones.
+    """Collect the worst windows or, for whole images, the worst predictions; every call takes the same ones.
 
     Args:
         program: Gives the mesh.
-        predict: From `make_predict_step(program)`.
+        predict: Result of `make_predict_step(program)`.
         state: The model.
         reader: Reads windows with labels.
-        windows: Those to choose from, usually the test part.
-        names: Of the classes.
+        windows: Windows to choose from, usually the test part.
+        names: Names of the classes.
     """
     if not len(windows):
         return []
@@ -74,7 +74,7 @@ def write_report(
 
     Args:
         run: The run directory.
-        card: Its card.
+        card: Model card of the run.
         examples: Tiles to show.
         evaluation: Scores as `evaluate` returns them.
     """
@@ -133,13 +133,13 @@ def _draw_examples(examples: Sequence[Tile] | Sequence[Shown], card: ModelCard) 
 
 
 def _describe_leakage(card: ModelCard) -> str | None:
-    """How near test and training samples lie, in a sentence; none of a cube, whose windows lie in blocks."""
+    """Describe in a sentence how near test and training samples lie; None for a cube whose windows lie in blocks."""
     leak = card.statistics.get("leakage")
     if leak is None:
         return None
     word = "The split is random, so it LEAKS: scores are too good. " if leak["leaky"] else ""
     if leak.get("dates"):
-        word += f"Judged on dates that were not learnt ({', '.join(leak['dates'])}); their ground was, on other dates. "
+        word += f"Tested on held-out dates ({', '.join(leak['dates'])}); their ground was in training on other dates. "
     if leak.get("beside") is not None:
         return f"{word}{leak['beside']:.1%} of the test windows lie on or beside a training window of some date."
     if leak.get("touching") is not None:

@@ -1,4 +1,4 @@
-"""How good a model is on one part of its data, or on all of other data: run → `EvaluationReport`, evaluation.json."""
+"""Evaluate a run on one part of its data, or on all of other data: `EvaluationReport` and evaluation.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.splits import Part
 from jaxtrain.data.training_data import JudgedSet, TrainingData
 from jaxtrain.data.windows import Windows
-from jaxtrain.display import html_table
+from jaxtrain.display import result_table, scores_text
 from jaxtrain.evaluation.report import collect_examples, write_report
 from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors, counts_for
 from jaxtrain.learn.state import Program, TrainState
@@ -37,19 +37,24 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """How good a model is on one set of data.
+    """The scores of a model on one set of data; made by `evaluate`.
 
     Attributes:
         run: The run directory.
-        split: The part that was judged: "train", "validation" or "test"; "all" of other data.
+        split: The part of the evaluation: "train", "validation" or "test"; "all" of other data.
         step: The step of the checkpoint.
         data: Path of the cube or sample store; of several cubes all, separated by commas.
-        samples: Windows or samples that were judged.
+        samples: Number of windows or samples.
         seconds: Wall time.
         loss: Mean loss over what is labelled; None where nothing is.
         scores: All scores by name, as `to_dict` has them.
-        warnings: What to know about the scores: overlapping ground, leaking splits, damaged checkpoints.
-        leakage: How near the test data lie to the training data, where the split leaves that open.
+        warnings: Limits of the scores: overlapping ground, leaking splits, damaged checkpoints.
+        leakage: Distance of the test data from the training data, if the split does not rule out leakage.
+
+    Example:
+        >>> report = evaluate("runs/zagreb", split="validation")
+        >>> report.split, len(report.confusion_matrix)
+        ('validation', 3)
     """
 
     run: str
@@ -65,27 +70,27 @@ class EvaluationReport:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of labelled pixels or samples that are right, 0 to 1; None of values."""
+        """Share of labelled pixels or samples that are right, 0 to 1; None for values."""
         return cast(float | None, self.scores["accuracy"])
 
     @property
     def macro_f1(self) -> float | None:
-        """Mean F1 score over the classes, 0 to 1; None of values."""
+        """Mean F1 score over the classes, 0 to 1; None for values."""
         return cast(float | None, self.scores["macro_f1"])
 
     @property
     def miou(self) -> float | None:
-        """Mean intersection over union over the classes, 0 to 1; None of values."""
+        """Mean intersection over union over the classes, 0 to 1; None for values."""
         return cast(float | None, self.scores["miou"])
 
     @property
     def rmse(self) -> float | None:
-        """Root of the mean squared error, in the unit of the values; None of classes."""
+        """Root of the mean squared error, in the unit of the values; None for classes."""
         return cast(float | None, self.scores.get("rmse"))
 
     @property
     def r2(self) -> float | None:
-        """Share of the variance of the values that is explained; None of classes."""
+        """Share of the variance of the values that is explained; None for classes."""
         return cast(float | None, self.scores.get("r2"))
 
     @property
@@ -100,7 +105,7 @@ class EvaluationReport:
 
     @property
     def confusion_matrix(self) -> list[list[int]] | None:
-        """Pixels or samples by true class (rows) and predicted class (columns); None where samples have several."""
+        """Pixels or samples by true class (rows) and predicted class (columns); None if samples have several."""
         return cast(list[list[int]] | None, self.scores["confusion_matrix"])
 
     @property
@@ -109,7 +114,7 @@ class EvaluationReport:
         return int(self.scores["pixels"])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, as in RUN/evaluation.json."""
+        """Return the JSON form, as in RUN/evaluation.json."""
         leak = {} if self.leakage is None else {"leakage": self.leakage}
         return {
             **self.scores, "loss": self.loss, "samples": self.samples, "seconds": self.seconds, "split": self.split,
@@ -117,18 +122,21 @@ class EvaluationReport:
         }  # fmt: skip
 
     def __repr__(self) -> str:
-        names = ("accuracy", "macro_f1", "miou", "rmse", "r2")
-        shown = ", ".join(f"{name}={value:.4f}" for name in names if (value := getattr(self, name)) is not None)
         return (
-            f"EvaluationReport({self.run!r}, split={self.split!r}, step={self.step}, samples={self.samples}, {shown})"
+            f"<EvaluationReport {self.run}: {self.split}, step {self.step}, {self.samples} samples; "
+            f"{scores_text(self._totals())}>"
         )
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: the totals, then F1 of each class."""
-        names = ("accuracy", "macro_f1", "miou", "rmse", "r2")
-        totals = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return html_table({"run": self.run, "split": self.split, "samples": self.samples, **totals,
-                           **{f"f1 of {name}": row["f1"] for name, row in self.per_class.items()}})  # fmt: skip
+        """Return a table for notebooks: the totals, then the F1 of each class."""
+        return result_table(f"Evaluation of {self.run}", {
+            "data": self.data, "split": self.split, "step": self.step, "samples": self.samples, **self._totals(),
+            **{f"f1 of {name}": row["f1"] for name, row in self.per_class.items()},
+            "warnings": "\n".join(self.warnings),
+        })  # fmt: skip
+
+    def _totals(self) -> dict[str, float | None]:
+        return {name: getattr(self, name) for name in ("accuracy", "macro_f1", "miou", "rmse", "r2")}
 
 
 def judge(
@@ -141,14 +149,14 @@ def judge(
     *,
     on_batch: Progress | None = None,
 ) -> tuple[ConfusionMatrix | SeveralCounts | ValueErrors, float]:
-    """Counts and mean loss over all windows or samples, each once.
+    """Count the predictions for all windows or samples, each once, and average the loss.
 
     Args:
         program: Gives mesh and batch size.
-        step: From `make_eval_step(program)`.
+        step: Result of `make_eval_step(program)`.
         state: The model.
         reader: Reads windows with labels.
-        windows: Those to judge.
+        windows: Windows or samples of the evaluation.
         names: Class names.
         on_batch: Called with (batches done, batches in all).
     """
@@ -183,7 +191,7 @@ def judge(
 
 
 def restore_model(run: Path, card: ModelCard) -> tuple[Program, TrainState, int, tuple[str, ...]]:
-    """Program, state and step of the run's best or newest undamaged checkpoint, and a line for each damaged newer one.
+    """Restore program, state and step of a run's best or newest undamaged checkpoint; list damaged newer ones.
 
     The best is that of `run.monitor`, where one is named.
 
@@ -214,7 +222,7 @@ def evaluate(
     split: Part | str = "test",
     on_batch: Progress | None = None,
 ) -> EvaluationReport:
-    """Judge the best or newest checkpoint of a run on one part of its data, or on all of other data.
+    """Evaluate the best or newest checkpoint of a run on one part of its data, or on all of other data.
 
     The scores are also written to RUN/evaluation.json, and RUN/report.html is made anew.
 
@@ -231,14 +239,13 @@ def evaluate(
 
     Raises:
         InvalidInput: `run` is not a run, or the data do not fit the model.
-        NothingFound: There is no checkpoint, or nothing to judge.
+        NothingFound: There is no checkpoint, or nothing to evaluate on.
         UnknownName: `split` is none of the three.
 
     Example:
-        from jaxtrain import evaluate
-
-        report = evaluate("runs/zagreb")
-        report.accuracy, report.per_class["water"]["f1"]
+        >>> report = evaluate("runs/zagreb")
+        >>> 0 <= report.accuracy <= 1, report.per_class["water"]["support"] > 0
+        (True, True)
     """
     began = time.monotonic()
     run = Path(run)
@@ -275,40 +282,40 @@ def evaluate(
 
 
 def _typed_data(card: ModelCard, data: str | Path | None) -> str | Path | None:
-    """The data that are judged; None for the run's own, which must be typed where they are in a bucket.
+    """Return the data to evaluate on; None for the run's own, which must be given if they are in a bucket.
 
-    A run may come from somebody else, so no server is asked, and no key used, because its card says so.
+    A run may come from somebody else, so its card alone never makes this program contact a server or use a key.
 
     Raises:
-        InvalidInput: The run learnt from something in a bucket, and that was not typed.
+        InvalidInput: The training data are in a bucket, and `data` was not given.
     """
     urls = [ground.cube for ground in card.grounds] or [card.cube]
     if not any("://" in url for url in urls):
         return data
     if data is None:
         raise InvalidInput(
-            f"the run says that it learnt from {', '.join(urls)}, and what a run says of itself opens no bucket, as it "
-            f"may come from somebody else. If you trust that place, type it: --data {','.join(urls)}"
+            f"the training data of the run are {', '.join(urls)}. A run may come from somebody else, so a URL in it is "
+            f"never opened by itself; if you trust that place, name it: --data {','.join(urls)}"
         )
     return None if str(data).split(",") == urls else data
 
 
 def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name: str | Path | None = None) -> JudgedSet:
-    """What a model is judged on: a part of the run's own data, or all of other data.
+    """Return the data of an evaluation: a part of the run's own data, or all of other data.
 
     Args:
         card: Card of the run.
         data: The open data.
         part: A part of the run's own data; None for all of other data.
-        name: What the user called the data, for the message.
+        name: Name of the data in the message, as the user gave it.
 
     Raises:
-        InvalidInput: The model learned from another kind of data.
-        NothingFound: There is nothing to judge.
+        InvalidInput: The model was trained on another kind of data.
+        NothingFound: There is nothing to evaluate on.
     """
     learned = "sample store" if card.grid is None else "cube"
     if data.kind != learned:
         raise InvalidInput(
-            f"{name or data.url} is a {data.kind}, but the run learnt from a {learned}; give a {learned}"
+            f"{name or data.url} is a {data.kind}, but the run was trained on a {learned}; give a {learned}"
         )
     return data.judged_whole(card) if part is None else data.judged_part(card, part)

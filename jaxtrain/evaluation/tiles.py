@@ -1,4 +1,4 @@
-"""The worst windows of a cube: image, label and answer side by side, where the model errs most.
+"""Draw the windows of a cube where the model errs most: image, label and prediction side by side.
 
 Letters: H row, W column, C band.
 """
@@ -19,6 +19,7 @@ from jaxtrain.data.arrays import Reader, as_images, put_batch
 from jaxtrain.data.classes import NOT_LEARNT, Classes
 from jaxtrain.data.windows import Window, Windows
 from jaxtrain.parallel.mesh import batch_sharding
+from zarr_store.lookup import picture_bands
 
 if TYPE_CHECKING:
     from jaxtrain.learn.state import Program, TrainState
@@ -34,15 +35,15 @@ _NOTHING = 236
 
 @dataclass(frozen=True)
 class Tile:
-    """One window as it is, as it is labelled and as the model sees it.
+    """One window: image, label and prediction.
 
     Attributes:
-        window: Which.
+        window: Place and time of the window.
         image: (H, W, C) as stored.
         observed: (H, W), 1 where something was seen.
-        label: (H, W) class index or value; None where nothing is labelled, as the image itself was learnt.
+        label: (H, W) class index or value; None if the image itself is the target.
         prediction: (H, W) class index or value.
-        caption: How wrong it is, in words.
+        caption: Error of the prediction, in words.
     """
 
     window: Window
@@ -56,19 +57,19 @@ class Tile:
 def collect_tiles(
     program: Program, predict: Callable[..., jax.Array], state: TrainState, reader: Reader, windows: Windows
 ) -> list[Tile]:
-    """The windows with the most errors among some that are spread evenly, the worst first.
+    """Collect the windows with the most errors among evenly spread ones, the worst first.
 
     Args:
-        program: Gives the mesh and what is learnt.
-        predict: From `make_predict_step(program)`.
+        program: Gives the mesh and the task.
+        predict: Result of `make_predict_step(program)`.
         state: The model.
         reader: Reads windows with labels.
-        windows: Those to choose from, usually the test part.
+        windows: Windows to choose from, usually the test part.
     """
     if not len(windows) or jax.process_count() > 1:
         return []  # each process would hold only its own rows
     rows = windows.rows[np.unique(np.linspace(0, len(windows) - 1, _LOOKED_AT).astype(int))]
-    # the compiled step wants whole shares of the batch for every device, and always the same size
+    # the compiled step needs whole shares of the batch for every device, and always the same size
     axis = program.mesh.shape["data"]
     size = -(-min(program.config.run.batch_size, _LOOKED_AT) // axis) * axis
     sharding = batch_sharding(program.mesh)
@@ -91,7 +92,7 @@ def collect_tiles(
 def _judge(
     program: Program, row: npt.NDArray[np.int32], sample: dict[str, npt.NDArray[Any]], answer: npt.NDArray[np.float32]
 ) -> tuple[float, Tile]:
-    """How wrong an answer is, -1 where too little is labelled to say, and what is shown of it."""
+    """Return the error of a prediction, -1 if too little is labelled, and the caption."""
     task = program.objective.task
     image, observed = _one_date(sample["image"], sample["observed"])
     seen = observed.astype(bool)
@@ -118,7 +119,7 @@ def _judge(
 def _one_date(
     image: npt.NDArray[Any], observed: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
-    """The date of a series (H, W, T, C) on which most was seen; an image as it is."""
+    """Return the date of a series (H, W, T, C) on which most was seen; a single image stays."""
     if image.ndim == 3:
         return image, observed
     best = int(observed.sum(axis=(0, 1)).argmax())
@@ -128,14 +129,14 @@ def _one_date(
 def draw_tiles(
     tiles: Sequence[Tile], *, classes: Classes | None, bands: Sequence[str], times: Sequence[Sequence[str]], truth: str
 ) -> Figure:
-    """Image, label and answer of each tile in a row; of values with one scale for both.
+    """Draw image, label and prediction of each tile in a row; values share one scale.
 
     Args:
-        tiles: From `collect_tiles`.
+        tiles: Result of `collect_tiles`.
         classes: Names and colours; None of values.
         bands: Names of the image's bands.
         times: Dates of each cube.
-        truth: What the label is called; empty where there is none.
+        truth: Name of the label; empty if there is none.
     """
     columns = ["image", *([truth] if truth else []), "prediction" if truth else "reconstruction error"]
     figure = Figure(figsize=(2.53 * len(columns), 2.45 * len(tiles) + 0.6), layout="constrained")
@@ -185,10 +186,8 @@ def _palette(classes: Classes) -> Image:
 
 
 def picture(image: npt.NDArray[Any], observed: npt.NDArray[np.uint8], bands: Sequence[str]) -> Image:
-    """True colour where the bands allow it, stretched between the 2nd and 98th percentile of what is observed."""
-    wanted = [bands.index(name) for name in ("red", "green", "blue") if name in bands]
-    chosen = wanted if len(wanted) == 3 else [min(i, len(bands) - 1) for i in range(3)]
-    values = image[..., chosen].astype(np.float64)
+    """Return the image in true colour if the bands allow it, stretched from percentile 2 to 98."""
+    values = image[..., list(picture_bands(bands))].astype(np.float64)
     seen = values[observed == 1]
     if not seen.size:
         return np.full(values.shape, _NOTHING, np.uint8)

@@ -1,1 +1,1 @@
-"""What a finished model is used for: maps of whole scenes, and embeddings."""
+"""Use a finished model: maps of whole scenes, and embeddings."""

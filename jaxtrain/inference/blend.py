@@ -1,4 +1,4 @@
-"""Blending windows: weights that fall to zero at a window's edge, sums that move down the scene, rows for the map.
+"""Blend windows: weights fall to zero at the edge of a window, and sums move down the scene row by row.
 
 Letters: H, W pixels of a block, K classes.
 """
@@ -17,11 +17,13 @@ __all__ = ["Sink", "Strips", "taper", "window_starts"]
 
 Weights = npt.NDArray[np.float32]
 Block = tuple[int, npt.NDArray[np.float32], npt.NDArray[np.bool_]]
-"""First row, mean probability (H, W, K), seen (H, W)."""
+"""Finished rows: first row, mean probability (H, W, K), seen (H, W)."""
 
 
 def window_starts(size: int, patch: int, overlap: int) -> npt.NDArray[np.int64]:
-    """First pixels of windows that cover [0, size), each `patch` long, sharing at least `overlap`; the last ends flush.
+    """Return the first pixels of windows that cover [0, size), each `patch` long, that share at least `overlap`.
+
+    The last window ends with the scene.
 
     >>> window_starts(10, 4, 2).tolist(), window_starts(9, 4, 0).tolist(), window_starts(3, 4, 0).tolist()
     ([0, 2, 4, 6], [0, 4, 5], [0])
@@ -31,7 +33,7 @@ def window_starts(size: int, patch: int, overlap: int) -> npt.NDArray[np.int64]:
 
 
 def taper(patch: int, overlap: int) -> Weights:
-    """Weight along one side of a window, float32 (patch,): 1 inside, a raised cosine over `overlap` at both ends.
+    """Return the weight along one side of a window, float32 (patch,): 1, with raised cosines at both ends.
 
     Two tapers that are shifted by patch - overlap add up to 1 where they overlap.
     """
@@ -43,7 +45,7 @@ def taper(patch: int, overlap: int) -> Weights:
 
 
 class Strips:
-    """Weighted sums over one row of windows, moved down the band; rows that no later window touches are handed out.
+    """Weighted sums over one row of windows that moves down the band; rows without later windows are handed out.
 
     Per pixel there are Σ weight·seen·p and Σ weight·seen over windows and dates: their quotient is the mean over dates
     of the blended probability, because a pixel's weights are the same on each date on which it was seen. `seen` is 0
@@ -82,7 +84,7 @@ class Strips:
 
 
 class Sink:
-    """Gathers finished rows to whole chunk rows of the map, so that no chunk is compressed twice."""
+    """Collects finished rows into whole chunk rows of the map, so that no chunk is compressed twice."""
 
     def __init__(self, writer: MapWriter, x0: int, counts: npt.NDArray[np.int64], *, values: bool = False) -> None:
         self._writer, self._x0, self._counts, self._values = writer, x0, counts, values
@@ -114,7 +116,7 @@ class Sink:
         return stacked
 
     def flush(self) -> None:
-        """Write what is gathered."""
+        """Write the rows that are left."""
         if self._rows:
             block = np.concatenate(self._rows, axis=1)
             if self._values:

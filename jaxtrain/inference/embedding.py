@@ -1,4 +1,4 @@
-"""Embeddings: what an autoencoder keeps of each window or sample, as vectors to search, cluster and compare.
+"""Embed windows or samples: the code of an autoencoder as vectors to search, cluster and compare.
 
 OUT/embedding (sample, code)   float32: the mean of the code over the window
 OUT/time, y, x (sample,)       of a cube: date and centre of the window, in its CRS
@@ -22,7 +22,7 @@ from zarr.codecs import ZstdCodec
 from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
-from jaxtrain.display import html_table
+from jaxtrain.display import result_table
 from jaxtrain.evaluation.scores import judged_data, restore_model
 from jaxtrain.learn.step import make_embed_step
 from jaxtrain.parallel.mesh import batch_sharding
@@ -33,15 +33,20 @@ from zarr_store.folder import FolderStore
 __all__ = ["EmbeddingResult", "embed"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EmbeddingResult:
-    """Where the vectors of a run's encoder are.
+    """The vectors that `embed` has written.
 
     Attributes:
-        out: The Zarr group that holds them.
+        out: Path of the Zarr group that holds them.
         samples: Number of vectors.
-        code: Numbers in each vector.
-        warnings: Things to know: damaged checkpoints, other ground or resolution.
+        code: Number of values in each vector.
+        warnings: What may limit the vectors: damaged checkpoints, other ground or resolution.
+
+    Example:
+        >>> made = embed("runs/autoencoder", "zagreb.zarr", "more_vectors.zarr")
+        >>> made.code
+        2
     """
 
     out: str
@@ -50,12 +55,16 @@ class EmbeddingResult:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        return f"<EmbeddingResult {self.out}: {self.samples} vectors of {self.code} values>"
+
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
-        return html_table(self.to_dict())
+        """Return a table for notebooks."""
+        rows = {"samples": self.samples, "code": self.code, "warnings": "\n".join(self.warnings)}
+        return result_table(f"Vectors {self.out}", rows)
 
 
 def embed(
@@ -70,7 +79,7 @@ def embed(
     Args:
         run: A run of model `autoencoder`.
         data: A cube or sample store with the bands of the model.
-        out: Where the vectors go (Zarr); nothing may be there.
+        out: Path of the new vectors (Zarr); nothing may exist there.
         on_batch: Called with (batches done, batches in all).
 
     Returns:
@@ -80,10 +89,9 @@ def embed(
         InvalidInput: The run is of another model, the data are of another kind, or something is at `out`.
 
     Example:
-        from jaxtrain import embed
-
-        result = embed("runs/autoencoder", "zagreb.zarr", "vectors.zarr")
-        result.samples, result.code
+        >>> made = embed("runs/autoencoder", "zagreb.zarr", "vectors.zarr")
+        >>> made.samples, made.code
+        (60, 2)
     """
     run = Path(run)
     card = load_card(run)

@@ -1,9 +1,9 @@
-"""Maps: classes on the cube's grid, as Zarr v3 that xarray, rioxarray and GDAL read.
+"""Maps are classes or values on the cube's grid, as Zarr v3 that xarray, rioxarray and GDAL read.
 
     MAP.zarr/class         (y, x) uint8         class index, 255 = no data
     MAP.zarr/confidence    (y, x) uint8         probability of that class in per cent, 255 = no data
     MAP.zarr/probability   (class, y, x) uint8  per cent, 255 = no data; only where asked for
-    MAP.zarr/value         (y, x) float32       in place of these: the value that was learnt, nan = no data
+    MAP.zarr/value         (y, x) float32       in place of these: the predicted value, nan = no data
     MAP.zarr/{y,x,spatial_ref}                  pixel centres and CRS
 
 Class names, colours and the model's run are attributes. Chunks are not sharded and carry zstd's own checksum, because
@@ -38,7 +38,7 @@ from zarr_store.temporary import remove_folder
 __all__ = ["NODATA", "Map", "MapWriter", "create_map", "is_map", "open_map"]
 
 NODATA = 255
-"""Value of every layer where the cube has nothing to look at."""
+"""Value of every layer where the cube has no data."""
 CHUNK = 512
 _FORMAT = 1
 
@@ -50,10 +50,10 @@ class Map:
     """A finished map.
 
     Attributes:
-        url: Where it is.
-        grid: Its grid, that of the cube.
+        url: URL of the map.
+        grid: Grid of the map, which is that of the cube.
         classes: Names and colours by value of `class`.
-        attributes: What made it: run, step, cube, dates.
+        attributes: Origin of the map: run, step, cube, dates.
         layers: Names of its arrays: class, confidence and perhaps probability; or value.
     """
 
@@ -64,25 +64,25 @@ class Map:
     layers: tuple[str, ...]
 
     def dataset(self) -> xr.Dataset:
-        """The map as a lazy xarray dataset of integers; `class` and `confidence` are data variables."""
+        """Open the map as a lazy xarray dataset of integers; `class` and `confidence` are data variables."""
         # a variable with the name of a dimension is taken for a coordinate; here it is the map itself
         opened: xr.Dataset = xr.open_zarr(self.url, chunks=None, mask_and_scale=False)
         return opened.reset_coords("class") if "probability" in self.layers else opened
 
     @property
     def values(self) -> bool:
-        """Whether it holds values, not classes."""
+        """Whether the map holds values, not classes."""
         return "value" in self.layers
 
     def read(self, layer: str = "class", rows: slice = slice(None)) -> npt.NDArray[Any]:
-        """Rows of one layer: uint8 (rows, x), or (class, rows, x) for probability; float32 (rows, x) for value."""
+        """Read rows of one layer: uint8 (rows, x), or (class, rows, x) for probability; float32 (rows, x) for value."""
         array = zarr.open_array(self.url, path=layer, mode="r")
         return np.asarray(array[(..., rows, slice(None))])
 
 
 @dataclass(frozen=True)
 class MapWriter:
-    """Fills a map that is being made; rows may come in any order, best in whole chunks."""
+    """Writes the pixels of a new map; rows may come in any order, best in whole chunks."""
 
     group: zarr.Group
     probabilities: bool
@@ -121,15 +121,15 @@ def create_map(
     probabilities: bool = False,
     values: bool = False,
 ) -> Iterator[MapWriter]:
-    """Make a map beside `url` and put it there when the block ends well; an earlier map there is replaced.
+    """Make a map beside `url` and move it there when the block succeeds; an earlier map is replaced.
 
     Args:
-        url: Where the map goes.
+        url: URL of the new map.
         grid: Grid of the cube.
         classes: Names and colours.
         attributes: JSON: what made it.
         probabilities: Keep the probability of every class.
-        values: The map is of values; the one name of `classes` says of what.
+        values: Whether the map holds values; the one name of `classes` is their name.
 
     Raises:
         InvalidInput: Something that is no map is at `url`.
@@ -203,7 +203,7 @@ def _create_value(group: zarr.Group, grid: Grid, name: str) -> None:
 
 
 def is_map(url: str | Path) -> bool:
-    """Whether a terrashard map is at `url`."""
+    """Return whether a terrashard map is at `url`."""
     return _about(FolderStore.at(url)) is not None
 
 

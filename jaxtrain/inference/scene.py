@@ -1,10 +1,10 @@
-"""Scene inference: run + cube → map, in strips, so that memory does not grow with the scene.
+"""Predict a map of a whole cube in strips, so that memory does not grow with the scene.
 
 The network looks at windows of the size that it was trained on. Windows overlap, and each pixel gets the weighted mean
 of the probabilities of all windows over it; a window's weight falls to zero towards its edge along a raised cosine, so
 no window edge shows. Where several dates are used, the probabilities of the dates on which a pixel was seen are
-averaged: an ensemble over time that also fills clouds. A model that has learnt masked pixels sees those too; they have
-a say only where there is no clear date, so that a map shows a cloud only where there was never anything else.
+averaged: an ensemble over time that also fills clouds. A model that has learned masked pixels sees those too; they
+count only where no date is clear, so that a map shows a cloud only where there was never anything else.
 
 Windows lie on one lattice of the whole grid, so the result does not depend on how it is cut for the work. Work goes
 along vertical bands of at most `_BAND` columns, and down each band one row of windows at a time: what is held is one
@@ -28,9 +28,9 @@ import numpy.typing as npt
 
 from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
-from jaxtrain.data.reader import WindowReader, band_positions, series_dates
+from jaxtrain.data.reader import WindowReader, series_dates
 from jaxtrain.data.windows import Windows
-from jaxtrain.display import html_table
+from jaxtrain.display import result_table
 from jaxtrain.evaluation.scores import restore_model
 from jaxtrain.inference.blend import Sink, Strips, window_starts
 from jaxtrain.inference.maps import CHUNK, NODATA, Map, MapWriter, create_map, open_map
@@ -38,7 +38,7 @@ from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import PredictStep, make_predict_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.runs.rundir import ModelCard, load_card
-from zarr_store.errors import InvalidInput, NothingFound, UnknownName
+from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.index import TrainingIndex
 from zarr_store.read import open_cube
 from zarr_store.spec import CubeSpec
@@ -46,7 +46,7 @@ from zarr_store.spec import CubeSpec
 __all__ = ["MapResult", "predict"]
 
 _BAND = 4096
-"""Columns of a band: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share one window's overlap."""
+"""Width of a band, pixels: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share an overlap."""
 
 _MASKED_SAY = np.float32(1e-3)
 """Weight of a masked date beside a clear one."""
@@ -54,20 +54,27 @@ _MASKED_SAY = np.float32(1e-3)
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MapResult:
-    """The map that a prediction has made.
+    """The map that `predict` has made.
 
     Attributes:
-        map: Where the map is.
-        shape: (height, width).
+        map: Path of the map.
+        shape: (height, width), pixels.
         dates: Dates that were averaged.
-        pixels: Pixels with a class, by class name.
-        nodata: Pixels without.
-        values: Of a map of values their mean, minimum and maximum; None of classes.
-        windows: Windows that were looked at, over all dates.
+        pixels: Number of pixels of each class, by class name.
+        nodata: Number of pixels without a class or value.
+        values: Mean, minimum and maximum of a map of values; None for a map of classes.
+        windows: Number of windows that were predicted, over all dates.
         seconds: Wall time.
-        warnings: Things to know: damaged checkpoints, another resolution.
+        warnings: What may limit the map: damaged checkpoints, another resolution, absent chunks.
+
+    Example:
+        >>> made = predict("runs/zagreb", "zagreb.zarr", "one_day.zarr", time="2023-08-11")
+        >>> made.dates
+        ('2023-08-11T10:00:00',)
+        >>> sum(made.pixels.values()) + made.nodata == made.shape[0] * made.shape[1]
+        True
     """
 
     map: str
@@ -81,12 +88,20 @@ class MapResult:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        height, width = self.shape
+        kind = f"{len(self.pixels)} classes" if self.values is None else "values"
+        return f"<MapResult {self.map}: {kind}, {height}×{width} px, {len(self.dates)} dates>"
+
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
-        return html_table({"map": self.map, "dates": len(self.dates), **self.pixels, "nodata": self.nodata})
+        """Return a table for notebooks."""
+        return result_table(f"Map {self.map}", {
+            "shape": "×".join(map(str, self.shape)), "dates": ", ".join(self.dates), **self.pixels,
+            **(self.values or {}), "nodata": self.nodata, "warnings": "\n".join(self.warnings),
+        })  # fmt: skip
 
 
 def predict(
@@ -104,10 +119,10 @@ def predict(
     Args:
         run: The run directory; its best checkpoint is used where `run.monitor` names a score, else its newest
             undamaged one.
-        cube: A cube with the bands of the model; it need not be the one that was learnt from.
-        out: Where the map goes (Zarr). A map that is there is replaced when the new one is complete.
+        cube: A cube with the bands of the model; it need not be the training cube.
+        out: Path of the new map (Zarr). An existing map is replaced when the new one is complete.
         time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all dates
-            on which a pixel was clear, or, where it never was and masked pixels were learnt, over those.
+            on which a pixel was clear; if it never was and masked pixels were learned, over all dates.
         probabilities: Also keep the probability of every class.
         overlap: Pixels that neighbouring windows share, at most half a patch; None: a quarter of it.
         on_batch: Called with (batches done, batches in all).
@@ -121,18 +136,17 @@ def predict(
         CorruptShard: A shard is damaged.
 
     Example:
-        from jaxtrain import predict
-
-        result = predict("runs/zagreb", "zagreb.zarr", "zagreb_map.zarr")
-        result.pixels["water"]
+        >>> made = predict("runs/zagreb", "zagreb.zarr", "zagreb_map.zarr")
+        >>> made.shape, list(made.pixels)
+        ((192, 160), ['vegetation', 'not vegetated', 'water'])
     """
     began = clock.monotonic()
     run = Path(run)
     card = load_card(run)
     if card.grid is None:
         raise InvalidInput(
-            f"{run} learnt from a sample store and answers for whole images, so it makes no map; judge it on another "
-            "store with `terrashard evaluate --data STORE`"
+            f"{run} was trained on a sample store and predicts for whole images, so it makes no map; "
+            "evaluate it on another store with `terrashard evaluate --data STORE`"
         )
     opened = open_cube(cube)
     config = card.config.data
@@ -142,19 +156,21 @@ def predict(
     if not 0 <= overlap <= patch // 2:
         raise InvalidInput(f"overlap {overlap} must be between 0 and half a patch ({patch // 2} pixels)")
     series = series_dates(config, spec)
-    dates = _resolve_dates(spec, time)
+    dates = tuple(range(len(spec.times))) if time is None else (spec.find_time(time),)
     if series > 1:
         if time is not None:
             raise InvalidInput(f"{run} looks at {series} dates at once, so --time does not apply: leave it out")
         dates = tuple(range(0, len(spec.times) - series + 1, series))
     index = opened.index(config.collection)
-    bands = band_positions(spec, card.bands)
+    bands = spec.find_bands(card.bands)
     reader = WindowReader(opened, config.collection, bands, patch, config.learn_masked, index=index, lenient=True,
                           dates=series)  # fmt: skip
     program, state, step, passed_over = restore_model(run, card)
     warnings = list(passed_over)
     if spec.grid.resolution != card.grid.resolution:
-        warnings.append(f"pixels of {opened.url} are {spec.grid.resolution}, the model learnt {card.grid.resolution}")
+        warnings.append(
+            f"pixels of {opened.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"
+        )
     absent = int((~index.present).sum())
     if absent:
         warnings.append(f"{absent} of {index.present.size} chunks of {opened.url} were never written: no data there")
@@ -171,7 +187,7 @@ def predict(
     counts = np.zeros(256, np.int64)
     values = card.task.values
     if values and probabilities:
-        raise InvalidInput(f"{run} has learnt values, which have no probabilities: leave --probabilities out")
+        raise InvalidInput(f"{run} predicts values, which have no probabilities: leave --probabilities out")
     with create_map(
         out, spec.grid, card.answers, attributes=attributes, probabilities=probabilities, values=values
     ) as writer:
@@ -200,20 +216,9 @@ def _summarise(made: Map) -> dict[str, float]:
     return {"mean": total / count, "minimum": float(low), "maximum": float(high)} if count else {}
 
 
-def _resolve_dates(spec: CubeSpec, time: str | None) -> tuple[int, ...]:
-    if time is None:
-        return tuple(range(len(spec.times)))
-    found = [t for t, date in enumerate(spec.times) if date.startswith(time.removesuffix("Z"))]
-    if not found:
-        raise UnknownName.of("date", time, [date[:10] for date in spec.times], f"collection {spec.collection}")
-    if len(found) > 1:
-        raise InvalidInput(f"date {time!r} means {', '.join(spec.times[t] for t in found)}; give more of it")
-    return (found[0],)
-
-
 @dataclass(frozen=True)
 class _Scene:
-    """One prediction: what is constant while the map is filled."""
+    """The parts of a prediction that stay the same while the map is filled."""
 
     card: ModelCard
     spec: CubeSpec
@@ -226,7 +231,7 @@ class _Scene:
     overlap: int
 
     def fill(self, writer: MapWriter, counts: npt.NDArray[np.int64], on_batch: Progress | None) -> int:
-        """Fill the map; adds up pixels by class in `counts`, returns the number of windows."""
+        """Fill the map, add the pixels of each class to `counts`, and return the number of windows."""
         height, width = self.spec.grid.shape
         patch = self.reader.patch
         if patch > min(height, width):
@@ -270,7 +275,7 @@ class _Scene:
         return -(-self.card.config.run.batch_size // axis) * axis
 
     def _rows(self, x0: int, x1: int) -> npt.NDArray[np.int32]:
-        """Windows of one band as (time, y, x), sorted by y, x, date; those where no chunk was seen are left out."""
+        """Return the windows of one band as (time, y, x), sorted by y, x, date, where a chunk was seen."""
         height, width = self.spec.grid.shape
         patch = self.reader.patch
         ys = self._starts(height)
@@ -286,7 +291,7 @@ class _Scene:
         return rows[self._touches(rows, by_date)].astype(np.int32)
 
     def _touches(self, rows: npt.NDArray[np.int64], chunks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Which windows touch one of `chunks` (times, rows, columns)."""
+        """Return which windows touch one of `chunks` (times, rows, columns)."""
         _, cy, cx = self.index.chunk
         sums = np.pad(chunks.astype(np.int64).cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
         t, y, x = rows[:, 0], rows[:, 1], rows[:, 2]
@@ -298,7 +303,7 @@ class _Scene:
     def _look(
         self, stream: BatchStream, size: int
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-        """(windows, probability_BHWK, seen_BHW) of each batch, read one late so that the device always has work."""
+        """Yield (windows, probability_BHWK, seen_BHW) of each batch, one late so that the device always has work."""
         sharding = batch_sharding(self.program.mesh)
         before: tuple[npt.NDArray[np.int32], jax.Array, npt.NDArray[np.float32]] | None = None
         for _, windows, batch in stream:

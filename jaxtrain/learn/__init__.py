@@ -1,1 +1,1 @@
-"""One step of learning: what is asked of a network, what its answer costs, and how the optimiser changes it."""
+"""One step of training: the task of a network, its loss, and the update by the optimiser."""

@@ -1,4 +1,4 @@
-"""Streaming counts, and the scores that follow from them: of classes, of several classes at once, of values.
+"""Streaming counts and their scores: for classes, for several classes at once, for values.
 
 Rows are truth, columns are prediction. All sums are exact (int64); scores are computed once, at the end, so they do not
 depend on how the pixels were cut into batches.
@@ -22,7 +22,7 @@ class ConfusionMatrix:
     """Counts of (truth, prediction) over labelled pixels.
 
     A score that is 0/0 is nan for one class and left out of means: `macro_f1` and `miou` are means over the classes
-    that occur, in truth or in prediction. A class that was neither there nor guessed says nothing about the model.
+    that occur, in truth or in prediction. A class that is neither in the truth nor predicted does not enter.
 
     >>> matrix = ConfusionMatrix(["water", "forest"]).update([0, 0, 1, 255], [0, 1, 1, 0])
     >>> matrix.total, round(matrix.accuracy, 3), round(matrix.miou, 3)
@@ -34,7 +34,7 @@ class ConfusionMatrix:
         size = len(self.classes)
         self.counts: NDArray[np.int64] = np.zeros((size, size), np.int64)
         self.calibration: NDArray[np.float64] | None = None
-        """(bins, 3): number, sum of confidence and hits, by confidence; none where it was not counted."""
+        """(bins, 3): number, sum of confidence and hits, by confidence; None if it was not counted."""
         if counts is not None:
             self.add(counts)
 
@@ -50,7 +50,7 @@ class ConfusionMatrix:
         return self
 
     def add_sums(self, sums: Mapping[str, Any]) -> Self:
-        """Add what an evaluation step counted: `confusion` and, where it is there, `calibration`."""
+        """Add the sums of an evaluation step: `confusion` and, if present, `calibration`."""
         if "calibration" in sums:
             bins = np.asarray(sums["calibration"], np.float64)
             self.calibration = bins if self.calibration is None else self.calibration + bins
@@ -162,7 +162,7 @@ class ConfusionMatrix:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: the scores, per_class, confusion_matrix, classes, pixels, and reliability by confidence."""
+        """Return the JSON form: scores, per_class, confusion_matrix, classes, pixels, and reliability by confidence."""
         names = ("accuracy", "average_accuracy", "macro_f1", "miou", "kappa", "calibration_error")
         scores: dict[str, Any] = {name: _number(getattr(self, name)) for name in names}
         if self.calibration is not None:
@@ -182,7 +182,7 @@ class ConfusionMatrix:
 
 
 class SeveralCounts:
-    """Counts of a task in which a sample may have several classes: hits, false alarms, misses, rightly absent."""
+    """Counts of a task in which a sample may have several classes: hits, false alarms, misses, true negatives."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
@@ -194,7 +194,7 @@ class SeveralCounts:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: accuracy (of all yes-or-no answers), macro_f1, micro_f1, miou, per_class, classes, pixels."""
+        """Return the JSON form: accuracy (over all pairs of sample and class), the other scores, classes and pixels."""
         hits, false, missed, absent = self.counts.T
         f1 = _ratio(2 * hits, 2 * hits + false + missed)
         iou = _ratio(hits, hits + false + missed)
@@ -230,7 +230,7 @@ class ValueErrors:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: mae, rmse, bias, r2 (share of the variance that is explained), pixels."""
+        """Return the JSON form: mae, rmse, bias, r2 (share of the variance that is explained), pixels."""
         n, error, size, square, spread, shift = self.sums.tolist()
         none: dict[str, Any] = {"accuracy": None, "macro_f1": None, "miou": None, "per_class": {},
                                 "confusion_matrix": None, "classes": []}  # fmt: skip
@@ -244,7 +244,7 @@ class ValueErrors:
 def counts_for(
     classes: Sequence[str], *, several: bool = False, values: bool = False
 ) -> ConfusionMatrix | SeveralCounts | ValueErrors:
-    """An empty tally for a task."""
+    """Return empty counts for a task."""
     if values:
         return ValueErrors()
     return SeveralCounts(classes) if several else ConfusionMatrix(classes)

@@ -1,4 +1,4 @@
-"""`Objective`: what the answer to a task costs, and what is counted when it is judged.
+"""`Objective` holds the loss of a task and the counts of its evaluation.
 
 Letters in shapes: B sample, H row, W column, K class; `…` stands for (B, H, W) where pixels are labelled and (B,) where
 images are.
@@ -26,10 +26,10 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a task, and what is counted.
+    """The loss of a task and the counts of its evaluation.
 
     Attributes:
-        task: What is answered.
+        task: Task of the network.
         optim: Loss, smoothing and its numbers.
         class_weights: Per class, or None.
 
@@ -46,17 +46,17 @@ class Objective:
         if value != (loss in ("huber", "mse")):
             known = "huber or mse" if value else "cross_entropy, focal or dice"
             kind = "values" if value else "classes"
-            raise InvalidInput(f"optim.loss = {loss!r}, but {kind} are learnt: choose {known}")
+            raise InvalidInput(f"optim.loss = {loss!r}, but {kind} are learned: choose {known}")
         if self.task.several and loss == "dice":
             raise InvalidInput("optim.loss = 'dice' is for one class per pixel or image: choose cross_entropy or focal")
 
     @property
     def score(self) -> str:
-        """Name of what `right` comes to, divided by what is labelled."""
+        """Name of the score that is `right` divided by the number of labels."""
         return "r2" if self.task.values else "accuracy"
 
     def terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
-        """Sums that make up the training loss.
+        """Return the sums that make up the training loss.
 
         Args:
             logits: float32 (…, K).
@@ -81,18 +81,18 @@ class Objective:
         return terms
 
     def right(self, logits: jax.Array, label: jax.Array) -> jax.Array:
-        """How much of what is labelled is right, float32: counts; for values, one less each squared standard error."""
+        """Return how many labels are right, float32; for values, one minus each squared error in standard units."""
         if self.task.values:
             value, target = self._answered(logits), self._standard(label)
-            learnt = jnp.isfinite(target)
-            error = value - jnp.where(learnt, target, value)
-            return learnt.sum(dtype=jnp.float32) - jnp.square(error).sum()
+            learned = jnp.isfinite(target)
+            error = value - jnp.where(learned, target, value)
+            return learned.sum(dtype=jnp.float32) - jnp.square(error).sum()
         if self.task.several:
             return ((logits > 0) == (label == 1)).sum(dtype=jnp.float32, where=label.astype(jnp.int32) <= 1)
         return (logits.argmax(axis=-1) == label.astype(jnp.int32)).sum(dtype=jnp.int32).astype(jnp.float32)
 
     def sums(self, logits: jax.Array, label: jax.Array) -> dict[str, jax.Array]:
-        """What may be added over batches to judge a model, without class weights and smoothing.
+        """Return sums of an evaluation that may be added over batches, without class weights and smoothing.
 
         - `loss_sum` float32, `labelled` int32: of the plain loss
         - one class: `confusion` int32 (K, K), rows are truth; `calibration` float32 (BINS, 3): number, sum of the
@@ -106,9 +106,9 @@ class Objective:
             return {"loss_sum": terms.loss, "labelled": terms.labelled, "errors": self._errors(logits, label)}
         if self.task.several:
             terms = binary_terms(logits, label)
-            learnt, truth, guess = label.astype(jnp.int32) <= 1, label == 1, logits > 0
+            learned, truth, guess = label.astype(jnp.int32) <= 1, label == 1, logits > 0
             cells = (guess & truth, guess & ~truth, ~guess & truth, ~guess & ~truth)
-            counts = jnp.stack([(cell & learnt).sum(axis=0, dtype=jnp.int32) for cell in cells], axis=-1)
+            counts = jnp.stack([(cell & learned).sum(axis=0, dtype=jnp.int32) for cell in cells], axis=-1)
             return {"loss_sum": terms.loss, "labelled": terms.labelled, "counts": counts}
         terms = cross_entropy_terms(logits, label)
         return {
@@ -119,7 +119,7 @@ class Objective:
         }
 
     def answer(self, logits: jax.Array) -> jax.Array:
-        """Logits → probabilities (…, K), or values (…, 1) in their own unit."""
+        """Turn logits into probabilities (…, K), or values (…, 1) in their own unit."""
         if self.task.value is not None:
             mean, std = self.task.value
             values: jax.Array = logits * jnp.float32(std) + jnp.float32(mean)
@@ -127,7 +127,7 @@ class Objective:
         return jax.nn.sigmoid(logits) if self.task.several else jax.nn.softmax(logits, axis=-1)
 
     def _answered(self, logits: jax.Array) -> jax.Array:
-        """Values in standard units: (…), or of an image that is given back (…, K)."""
+        """Return values in standard units: (…), or (…, K) for a reconstructed image."""
         return logits if self.task.rebuild else logits[..., 0]
 
     def _value_terms(self, logits: jax.Array, label: jax.Array) -> LossTerms:
@@ -144,16 +144,16 @@ class Objective:
     def _errors(self, logits: jax.Array, label: jax.Array) -> jax.Array:
         _, std = self.task.value or (0.0, 1.0)
         target = self._standard(label)
-        learnt = jnp.isfinite(target)
-        target = jnp.where(learnt, target, 0)
-        error = jnp.where(learnt, self._answered(logits) - target, 0) * jnp.float32(std)
+        learned = jnp.isfinite(target)
+        target = jnp.where(learned, target, 0)
+        error = jnp.where(learned, self._answered(logits) - target, 0) * jnp.float32(std)
         spread = target * jnp.float32(std)
-        sums = (learnt.astype(jnp.float32), error, jnp.abs(error), error * error, spread * spread, spread)
+        sums = (learned.astype(jnp.float32), error, jnp.abs(error), error * error, spread * spread, spread)
         return jnp.stack([value.sum() for value in sums])
 
 
 def confusion(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """int32 (K, K) counts of (truth, prediction) over what is labelled; logits (…, K), label (…)."""
+    """Count (truth, prediction) over labelled pixels, int32 (K, K); logits (…, K), label (…)."""
     size = logits.shape[-1]
     classes = jnp.arange(size, dtype=jnp.int32)
     samples = logits.shape[0]
@@ -167,11 +167,11 @@ def confusion(logits: jax.Array, label: jax.Array) -> jax.Array:
 def _calibration(logits: jax.Array, label: jax.Array) -> jax.Array:
     """float32 (BINS, 3): number, sum of confidence, hits, by confidence of the prediction."""
     label = label.astype(jnp.int32)
-    learnt = (label >= 0) & (label < logits.shape[-1])
+    learned = (label >= 0) & (label < logits.shape[-1])
     confidence = jax.nn.softmax(logits, axis=-1).max(axis=-1)
     hit = logits.argmax(axis=-1).astype(jnp.int32) == label
     bin_ = jnp.minimum((confidence * BINS).astype(jnp.int32), BINS - 1)
     values = (jnp.ones_like(confidence), confidence, hit.astype(jnp.float32))
     # a loop of masked sums: no scatter, and no array with a dimension of bins
-    rows = [[jnp.where(learnt & (bin_ == i), value, 0).sum() for value in values] for i in range(BINS)]
+    rows = [[jnp.where(learned & (bin_ == i), value, 0).sum() for value in values] for i in range(BINS)]
     return jnp.stack([jnp.stack(row) for row in rows])

@@ -32,7 +32,7 @@ _LAST_LAYER = "head"
 
 
 def build_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, …: a linear warm-up, then constant, or down to zero by a cosine or a line.
+    """Return the learning rate of step 0, 1, …: a linear warm-up, then constant, or down to zero by a cosine or a line.
 
     The warm-up takes at most half of a short run, and step 0 already learns. With `accumulate`, steps are batches, and
     the rate of an update is that of its last batch.
@@ -58,12 +58,12 @@ def build_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decays(params: Any) -> Any:
-    """True for the arrays that weight decay acts on: kernels, not norms and biases, which have one dimension."""
+    """Return True for the arrays that weight decay acts on: kernels, not norms and biases, which have one dimension."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The chain for a run of `steps` steps."""
+    """Build the chain for a run of `steps` steps."""
     every = config.accumulate
     of_batch = build_schedule(config, steps)
 
@@ -112,7 +112,7 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
 
 
 def _matrices(params: Any) -> Any:
-    """For each kernel that muon steps: the axes of what goes in, and the axis of what comes out; None for all else."""
+    """Return input axes and output axis of each kernel that muon updates; None for all other arrays."""
 
     def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         if leaf.ndim < 2 or path_name(path).split("/")[0] == _LAST_LAYER:
@@ -150,7 +150,7 @@ def _average(decay: float) -> optax.GradientTransformation:
 
 
 def judged_params(params: Any, opt_state: Any) -> Any:
-    """The parameters that are judged and predict: their moving average where one is kept, else they themselves."""
+    """Return the parameters for evaluation and prediction: their moving average if one is kept, else themselves."""
     found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_average) if _is_average(leaf)]
     return found[0].average if found else params
 

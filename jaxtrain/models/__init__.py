@@ -1,4 +1,4 @@
-"""The networks, by name: plain dicts from name to builder, one for each kind of answer.
+"""The networks, by name: plain dicts from name to builder, one for each kind of output.
 
 A builder takes `(config, *, channels, classes, rngs, data_shards)` and returns a Flax NNX module whose call is
 `model(x_BHWC, *, train)` in float32: logits_BHWK of a network per pixel, logits_BK of one per image. `temporal` takes
@@ -28,11 +28,11 @@ PER_PIXEL: dict[str, Builder] = {
     "autoencoder": build_autoencoder, "cnn": build_cnn, "mlp": build_pixel_mlp, "temporal": build_temporal,
     "unet": build_unet,
 }  # fmt: skip
-"""Networks that answer for each pixel: (B, H, W, K)."""
+"""Networks with a prediction for each pixel: (B, H, W, K)."""
 PER_SAMPLE: dict[str, Builder] = {"cnn": build_lenet, "mlp": build_image_mlp, "resnet": build_resnet}
-"""Networks that give one answer per image: (B, K)."""
+"""Networks with one prediction for each image: (B, K)."""
 MODELS: dict[str, Builder] = {**PER_SAMPLE, **PER_PIXEL}
-"""Every name; where a name stands for both, the network per pixel."""
+"""All networks by name; a name in both tables means the network for pixels."""
 
 
 def build_model(
@@ -48,13 +48,13 @@ def build_model(
     """Build the network that the configuration names.
 
     Args:
-        config: name, width, depth, norm and dropout.
+        config: Name, width, depth, norm and dropout.
         channels: bands of the input image.
-        classes: number of classes, the channels of the logits.
+        classes: Number of classes, the channels of the logits.
         rngs: streams `params` and `dropout`.
         data_shards: size of the mesh axis `data`; only the norm `local` depends on it.
-        per_image: whether one answer is wanted for an image; none for what the name stands for first.
-        values: whether a value is learnt in place of classes; one output is then enough.
+        per_image: Whether the output is one prediction for each image; None for the first meaning of the name.
+        values: Whether the output is a value in place of classes; one channel is then enough.
 
     Raises:
         UnknownName: no such network.
@@ -71,7 +71,7 @@ def build_model(
     if config.name not in known:
         given, asked = ("pixel", "image") if per_image else ("image", "pixel")
         raise InvalidInput(
-            f"model.name = {config.name!r} answers for each {given}, the data ask for one answer per {asked}: choose "
+            f"model.name = {config.name!r} predicts for each {given}, the data need one prediction per {asked}: choose "
             f"one of {', '.join(known)}"
         )
     return known[config.name](config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)

@@ -1,7 +1,7 @@
-"""Plain convolutional networks, to teach and to compare with: one answer per pixel, or one per image.
+"""Plain convolutional networks as baselines: one prediction for each pixel, or one for each image.
 
 Per pixel it is fully convolutional at full resolution: the baseline that a U-Net must beat. `depth` blocks of two 3 × 3
-convolutions without halving; each pixel is judged by a window of `4 * depth + 1` pixels.
+convolutions without halving; each pixel is predicted from a window of `4 * depth + 1` pixels.
 The one skip leads from the image to the last layer: norms forget the level of an image, and reflectance is evidence.
 
 Per image it is the classic of LeCun et al. (1998), "Gradient-based learning applied to document recognition", with
@@ -51,7 +51,7 @@ class CNN(nnx.Module):
         return logits_BHWK
 
     def units(self) -> list[Unit]:
-        """The pieces that a pipeline may cut between; the image travels along for the skip to the last layer."""
+        """Return the pieces between which a pipeline may cut; the image is carried to the skip of the last layer."""
         found = []
         for i in range(self.depth):
             found += halves(f"body/block{i}", self.body[f"block{i}"], tuple if i else lambda carry: carry * 2)
@@ -64,7 +64,7 @@ class CNN(nnx.Module):
 
 
 def build_cnn(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:
-    """The builder of `MODELS["cnn"]`."""
+    """Build the network `MODELS["cnn"]`."""
     return CNN(config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)
 
 
@@ -92,5 +92,5 @@ class LeNet(nnx.Module):
 
 
 def build_lenet(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:
-    """The builder of `cnn` for images."""
+    """Build the network `cnn` for images."""
     return LeNet(config, channels=channels, classes=classes, rngs=rngs)

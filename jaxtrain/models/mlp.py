@@ -1,4 +1,4 @@
-"""Perceptrons: the baselines that see no neighbourhood, or no position.
+"""Perceptrons are baselines that see no neighbourhood, or no position.
 
 Per pixel, each pixel's spectrum goes through `depth` dense layers. Per image, the mean and the spread of each band do:
 what a network that looks at shapes must beat.
@@ -63,12 +63,12 @@ class ImageMLP(nnx.Module):
 def build_pixel_mlp(
     config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int
 ) -> nnx.Module:
-    """The builder of `mlp` for pixels."""
+    """Build the network `mlp` for pixels."""
     return MLP(config, channels=channels, classes=classes, rngs=rngs)
 
 
 def build_image_mlp(
     config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int
 ) -> nnx.Module:
-    """The builder of `mlp` for images."""
+    """Build the network `mlp` for images."""
     return ImageMLP(config, channels=channels, classes=classes, rngs=rngs)

@@ -59,7 +59,7 @@ class UNet(nnx.Module):
         return logits_BHWK
 
     def units(self) -> list[Unit]:
-        """The pieces that a pipeline may cut between; the carry is what the decoder still needs, coarsest first."""
+        """Return the pieces between which a pipeline may cut; the carry is for the decoder, coarsest first."""
 
         def down(carry: Carry) -> Carry:
             return (halve(carry[0]), *carry)
@@ -82,5 +82,5 @@ class UNet(nnx.Module):
 
 
 def build_unet(config: ModelConfig, *, channels: int, classes: int, rngs: nnx.Rngs, data_shards: int) -> nnx.Module:
-    """The builder of `MODELS["unet"]`."""
+    """Build the network `MODELS["unet"]`."""
     return UNet(config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)

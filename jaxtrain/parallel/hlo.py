@@ -1,4 +1,4 @@
-"""What the compiler made of a step: its collectives, read from the compiled HLO text.
+"""Read the collectives of a compiled step from its HLO text.
 
 Communication that nobody wrote is how a sharded program gets slow without a word, so tests read it: data parallelism
 may sum gradients, and must never gather activations.
@@ -18,7 +18,7 @@ __all__ = ["Collective", "activation_all_gathers", "bytes_by_kind", "collectives
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
 BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 
-# `%name = RESULT kind(` where RESULT is one array type or a tuple of them; `-done` repeats what `-start` said
+# `%name = RESULT kind(` where RESULT is one array type or a tuple of them; `-done` repeats the result of `-start`
 INSTRUCTION = re.compile(rf"=\s+(?P<result>[^%\"]*?)\s+(?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 ARRAY = re.compile(r"(?P<type>[a-z]+[0-9]*[a-z0-9]*)\[(?P<dims>[0-9,]*)\]")
 
@@ -28,7 +28,7 @@ class Collective:
     """One collective instruction of one device's program."""
 
     kind: str
-    """Such as all-reduce."""
+    """Kind of the instruction, such as all-reduce."""
     shapes: tuple[tuple[int, ...], ...]
     """Size of its results, per device."""
     bytes: int
@@ -38,7 +38,7 @@ class Collective:
 
 
 def collectives(compiled: Any) -> tuple[Collective, ...]:
-    """All collectives of a compiled function (`jitted.lower(…).compile()`) or of its text, in program order."""
+    """List all collectives of a compiled function (`jitted.lower(…).compile()`) or of its text, in program order."""
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     found = []
     for line in text.splitlines():
@@ -52,7 +52,7 @@ def collectives(compiled: Any) -> tuple[Collective, ...]:
 
 
 def bytes_by_kind(compiled: Any) -> dict[str, int]:
-    """Result bytes per device and step, by kind of collective."""
+    """Sum the result bytes per device and step, by kind of collective."""
     total: Counter[str] = Counter()
     for collective in collectives(compiled):
         total[collective.kind] += collective.bytes
@@ -60,7 +60,7 @@ def bytes_by_kind(compiled: Any) -> dict[str, int]:
 
 
 def activation_all_gathers(compiled: Any, parameters: Iterable[Sequence[int]] = ()) -> tuple[Collective, ...]:
-    """The all-gathers that cannot be of a parameter; a sound program has none.
+    """List the all-gathers that cannot be of a parameter; a sound program has none.
 
     Args:
         compiled: a compiled function, or its text.

@@ -1,4 +1,4 @@
-"""Where each parameter lies: an ordered table of (regular expression on its path, mesh axis per dimension).
+"""Place parameters by an ordered table of (regular expression on its path, mesh axis per dimension).
 
 The first rule that matches a parameter's path (`encoder/level0/conv1/kernel`) decides; a parameter without a rule lies
 whole on every device. Rules of the configuration come before the defaults. A rule of the user that cannot be applied
@@ -34,17 +34,17 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """`encoder/level0/conv1/kernel` for a key path of `jax.tree_util`."""
+    """Return a path such as `encoder/level0/conv1/kernel` for a key path of `jax.tree_util`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def partition_specs(tree: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, known: Sequence[str] = ()) -> Any:
-    """A `PartitionSpec` for each array of a tree.
+    """Return a `PartitionSpec` for each array of a tree.
 
     Args:
-        tree: nested dict of arrays or `jax.ShapeDtypeStruct`.
-        mesh: gives the axes and their sizes.
-        rules: of the user, in order; they must apply.
+        tree: Nested dict of arrays or `jax.ShapeDtypeStruct`.
+        mesh: Mesh with the axes and their sizes.
+        rules: Rules of the user, in order; they must apply.
         known: further paths that a rule may be meant for, so that it is no mistake if it matches nothing here.
 
     Raises:
@@ -78,12 +78,12 @@ def partition_specs(tree: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, known:
 
 
 def check_split(tree: Any, specs: Any, mesh: Mesh) -> None:
-    """Refuse devices along `model` that no parameter is split over: they would all do the same work.
+    """Refuse devices along `model` if no parameter is split over them: they would all do the same work.
 
     Args:
-        tree: nested dict of arrays or `jax.ShapeDtypeStruct`.
-        specs: of the tree, from `partition_specs`.
-        mesh: gives the axes and their sizes.
+        tree: Nested dict of arrays or `jax.ShapeDtypeStruct`.
+        specs: Result of `partition_specs` for the tree.
+        mesh: Mesh with the axes and their sizes.
 
     Raises:
         InvalidInput: nothing is split; the message names a parameter, its shape, the axis size and the reason.
@@ -114,7 +114,7 @@ def _compile(rule: Rule) -> re.Pattern[str]:
 
 
 def _misfit(shape: tuple[int, ...], axes: Sequence[str | None], sizes: Mapping[Any, int]) -> str | None:
-    """Why the axes do not fit the shape; none where they do."""
+    """Return why the axes do not fit the shape; None if they fit."""
     if len(axes) != len(shape):
         return f"it has {len(shape)} dimensions, the rule names {len(axes)}"
     used = [axis for axis in axes if axis is not None]

@@ -1,4 +1,4 @@
-"""`CheckpointStore`: state, data position and configuration as one, proven whole before it is used.
+"""`CheckpointStore` saves state, data position and configuration together, and checks them before use.
 
     checkpoints/00000200/state/…         the arrays (orbax), each with its global shape, whatever the mesh was
     checkpoints/00000200/contents.json   step, data position, configuration, name → shape and dtype of every array
@@ -53,7 +53,7 @@ class Restored:
     Attributes:
         step: Steps that were done when it was saved.
         state: In the structure and sharding of the target.
-        extra: What was saved with it: data position, configuration.
+        extra: Data position and configuration, saved with the state.
         passed_over: One line for each newer checkpoint that is damaged.
     """
 
@@ -64,14 +64,14 @@ class Restored:
 
 
 def target_of(program: Program) -> Any:
-    """What to restore for a program: shapes, dtypes and shardings of its state as saved (`Program.of_saved`)."""
+    """Return shapes, dtypes and shardings of the saved state of a program (`Program.of_saved`)."""
     place: Callable[..., Any] = jax.ShapeDtypeStruct
     where = program.saved_shardings
     return jax.tree.map(lambda s, at: place(s.shape, s.dtype, sharding=at), program.shapes, where)
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted path, e.g. "params.down_0.conv1.kernel".
+    """Name leaves by dotted path, e.g. "params.down_0.conv1.kernel".
 
     >>> name_leaves({"a": {"b": 1}, "c": (2, 3)})
     {'a.b': 1, 'c.0': 2, 'c.1': 3}
@@ -79,7 +79,7 @@ def name_leaves(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
-        raise InvalidInput(f"{len(leaves)} arrays share {len(named)} names and cannot be told apart in a checkpoint")
+        raise InvalidInput(f"{len(leaves)} arrays share {len(named)} names and cannot be distinguished in a checkpoint")
     return named
 
 
@@ -88,7 +88,7 @@ class CheckpointStore:
 
     Args:
         folder: `checkpoints/` of the run.
-        keep: How many verified checkpoints are kept, at least 2, so that damage to the newest loses one interval.
+        keep: Number of verified checkpoints to keep, at least 2, so that damage to the newest loses one interval.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3) -> None:
@@ -97,12 +97,12 @@ class CheckpointStore:
         self.folder = folder.absolute()
         self._keep = keep
         self.protected: int | None = None
-        """A step whose checkpoint is kept beside the newest: the best one."""
+        """Step of the best checkpoint, which is kept beside the newest ones."""
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that were finished, ascending; they may be damaged since."""
+        """Return the steps of finished checkpoints, ascending; they may have been damaged since."""
         if not self.folder.is_dir():
             return []
         return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
@@ -111,7 +111,7 @@ class CheckpointStore:
         return self.folder / f"{step:08d}"
 
     def clear_partial(self) -> None:
-        """Remove what a killed save has left; the caller holds the run's lock."""
+        """Remove the remains of killed saves; the caller holds the run's lock."""
         if self.folder.is_dir() and jax.process_index() == 0:
             for entry in self.folder.iterdir():
                 if is_temporary(entry.name) or "orbax-checkpoint-tmp" in entry.name:
@@ -133,7 +133,7 @@ class CheckpointStore:
         return self.path(step)
 
     def begin(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """Copy the arrays and write them in the background, so that training goes on; waits for the save before.
+        """Copy the arrays and write them in the background, so that training continues; waits for the previous save.
 
         After this returns the state may be donated. All processes call it at the same step.
 
@@ -161,7 +161,7 @@ class CheckpointStore:
         self._saving.start()
 
     def check(self) -> None:
-        """Raise what a save in the background has failed with; costs nothing.
+        """Raise the error of a save in the background, if it failed; costs nothing.
 
         Raises:
             NoSpace: The disk is full; the checkpoints before are as they were.
@@ -171,7 +171,7 @@ class CheckpointStore:
             raise failure
 
     def wait(self) -> None:
-        """Wait for the save under way, and raise what it failed with."""
+        """Wait for the save under way, and raise its error."""
         if self._saving is not None:
             self._saving.join()
             self._saving = None
@@ -179,7 +179,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """A block after which no save is under way: its failure is raised, or logged where the block itself failed."""
+        """Run a block and then wait for its saves; their error is raised, or logged if the block itself failed."""
         try:
             yield
         except BaseException:
@@ -193,14 +193,14 @@ class CheckpointStore:
     def _check_room(self, step: int, named: Mapping[str, Any]) -> None:
         # before the first byte: a disk that fills up while arrays are written leaves writers of orbax behind
         needed, disk = sum(int(leaf.nbytes) for leaf in named.values()), shutil.disk_usage(self.folder)
-        if disk.total and disk.free < needed:  # some network file systems say 0 of 0
+        if disk.total and disk.free < needed:  # some network file systems report 0 of 0
             raise NoSpace(
                 f"no space left for {self.path(step)}: a checkpoint needs {needed / 1e6:.1f} MB and "
                 f"{disk.free / 1e6:.1f} MB are free; those before are as they were; free some and repeat the command"
             )
 
     def _finish(self, step: int, writer: Any, partial: Path, contents: Mapping[str, Any]) -> None:
-        """In a thread: wait for the arrays, then prove and rename; no collective of the devices may run here."""
+        """Wait for the arrays in a thread, then check and rename; no collective of the devices may run here."""
         try:
             with translate_os_errors(str(self.path(step))):
                 writer.wait_until_finished()
@@ -216,7 +216,7 @@ class CheckpointStore:
             kind = type(error) if isinstance(error, TerrashardError) else IntegrityError
             failure = kind(
                 f"the checkpoint of step {step} could not be saved: {error}; those before are as they were "
-                f"(newest: {max(self.steps(), default='none')}), and training stops rather than go on unsaved"
+                f"(newest: {max(self.steps(), default='none')}), and training stops rather than continue without saving"
             )
             failure.__cause__ = error
             self._failure = failure
@@ -235,7 +235,7 @@ class CheckpointStore:
         self._prune()
 
     def problems(self, step: int) -> list[str]:
-        """What is wrong with a checkpoint: empty when every file is there and hashes to what was written."""
+        """List the faults of a checkpoint; empty if every file exists and has its hash."""
         folder = self.path(step)
         try:
             manifest = load_json(read_file(folder / _MANIFEST, MOST_JSON_BYTES), _MANIFEST)
@@ -251,7 +251,7 @@ class CheckpointStore:
         return [f"{name} {_what_is_wrong(expected.get(name), found.get(name))}" for name in wrong]
 
     def newest(self) -> tuple[int | None, list[str]]:
-        """The newest undamaged step, and a line for each damaged one that is newer.
+        """Return the newest undamaged step, and a line for each damaged one that is newer.
 
         Raises:
             IntegrityError: There are checkpoints, and all are damaged.
@@ -273,7 +273,7 @@ class CheckpointStore:
         return None, []
 
     def contents(self, step: int) -> dict[str, Any]:
-        """Step, arrays (name → shape, dtype) and extra of a checkpoint."""
+        """Return step, arrays (name → shape, dtype) and extra of a checkpoint."""
         contents: dict[str, Any] = load_json(read_file(self.path(step) / _CONTENTS, MOST_JSON_BYTES), _CONTENTS)
         return contents
 
@@ -282,7 +282,7 @@ class CheckpointStore:
 
         Args:
             target: Tree of `jax.ShapeDtypeStruct` with shardings: the structure, mesh and dtypes that are wanted.
-            step: Of a checkpoint that is known to be whole; None for the newest.
+            step: Step of a checkpoint that is known to be whole; None for the newest.
 
         Returns:
             The state, or None where there is no checkpoint.

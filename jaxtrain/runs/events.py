@@ -1,4 +1,4 @@
-"""What a run tells while it trains (`TrainEvent`), and what it has come to (`TrainingResult`)."""
+"""The progress of a run (`TrainEvent`) and its result (`TrainingResult`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from jaxtrain.display import html_table
+from jaxtrain.display import result_table, scores_text
 
 __all__ = ["OnEvent", "Teller", "TrainEvent", "TrainingResult"]
 
@@ -18,14 +18,19 @@ Event = Literal["start", "resume", "step", "validation", "checkpoint", "warning"
 
 @dataclass(frozen=True)
 class TrainEvent:
-    """Progress of a run, for who watches it.
+    """One event of a run; `train(…, on_event=…)` calls a function with each.
 
     Attributes:
         kind: start (data and network are known) · resume · step · validation · checkpoint · warning · done.
         step: Steps done.
         steps: Steps in all.
         message: One line of text.
-        metrics: Numbers of a step or validation; facts of the run at the start.
+        metrics: Numbers of a step or validation; at the start, the sizes of the network and the data.
+
+    Example:
+        >>> event = TrainEvent("step", 3, 12, "step 3: loss 0.5", {"loss": 0.5})
+        >>> event.metrics["loss"]
+        0.5
     """
 
     kind: Event
@@ -38,9 +43,9 @@ class TrainEvent:
 OnEvent = Callable[[TrainEvent], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingResult:
-    """What a run has come to.
+    """The result of a call of `train`: steps, metrics, scores and rates.
 
     Attributes:
         run: The run directory.
@@ -58,8 +63,17 @@ class TrainingResult:
         skipped_steps: Steps of the run whose loss was not finite, and which changed nothing.
         empty_batches: Steps of the run without one labelled pixel.
         quarantined_windows: Windows that this process found unreadable.
-        best_step, best_score: The best validation by `run.monitor`, whose checkpoint is judged and used; None without.
+        best_step: Step of the best validation by `run.monitor`, whose checkpoint is evaluated and used; None without
+            a monitor.
+        best_score: Score of that validation.
         stopped_early: Whether `run.patience` ended the run before its last step.
+
+    Example:
+        >>> from jaxtrain import load_run, train
+        >>> run = load_run("runs/zagreb")
+        >>> result = train(run.config, run)  # a finished run has no step left
+        >>> result.steps, result.resumed_from
+        (12, 12)
     """
 
     run: str
@@ -81,25 +95,31 @@ class TrainingResult:
     stopped_early: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        names = ("loss", "accuracy", "miou", "r2", "rmse")
+        scores = scores_text({name: self.validation.get(name) for name in names})
+        return f"<TrainingResult {self.run}: step {self.steps}" + (f"; validation {scores}>" if scores else ">")
+
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
-        scores = {name: value for name, value in self.validation.items() if value is not None}
-        rows = {"run": self.run, "steps": self.steps, "parameters": self.parameters, **scores, "report": self.report}
-        return html_table(rows)
+        """Return a table for notebooks."""
+        scores = {f"validation {name}": value for name, value in self.validation.items()}
+        parts = ", ".join(f"{part} {count}" for part, count in self.windows.items())
+        rows = {"steps": self.steps, "parameters": self.parameters, "windows": parts, **scores, "report": self.report}
+        return result_table(f"Training {self.run}", rows)
 
 
 @dataclass(frozen=True)
 class Teller:
-    """Tells of a run's progress: one line to the log, and a `TrainEvent` to who watches."""
+    """Reports the progress of a run: one line to the log, and a `TrainEvent` to `on_event`."""
 
     steps: int
     on_event: OnEvent | None
 
     def __call__(self, kind: Event, step: int, message: str, **metrics: Any) -> None:
-        """Tell of one thing that happened at `step`."""
+        """Report one event of `step`."""
         _log.info("%s", message)
         if self.on_event:
             self.on_event(TrainEvent(kind, step, self.steps, message, metrics))

@@ -1,4 +1,4 @@
-"""`Run`: a run directory, opened to look at."""
+"""`Run` is a run directory that is open for reading."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.display import html_table
+from jaxtrain.display import result_table
 from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.runs.log import read_metrics
 from jaxtrain.runs.rundir import EVALUATION, ModelCard, load_card
@@ -19,13 +19,20 @@ __all__ = ["Run", "load_run"]
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A training run: its model card, history, checkpoints and scores.
+    """A training run: its model card, history, checkpoints and scores; made by `load_run`.
 
-    A run may be given wherever a run directory is asked for: `evaluate(load_run("runs/zagreb"))`.
+    Every function that takes a run directory takes a `Run` too: `evaluate(load_run("runs/zagreb"))`.
 
     Attributes:
         path: The run directory.
         card: Bands, classes, normalisation, split and configuration, fixed when the run began.
+
+    Example:
+        >>> run = load_run("runs/zagreb")
+        >>> run.classes
+        ('vegetation', 'not vegetated', 'water')
+        >>> run.metrics()[0]["step"]
+        1
     """
 
     path: Path
@@ -38,7 +45,7 @@ class Run:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes that the model knows; of values, the one name of what it answers."""
+        """Names of the classes that the model knows; for a model of values, the one name of the value."""
         return self.card.answers.names
 
     @property
@@ -57,15 +64,15 @@ class Run:
         return self.path / "report.html"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The history: one line for each step (kind "train") and each validation (kind "validation")."""
+        """Return the history: one line for each step (kind "train") and each validation (kind "validation")."""
         return read_metrics(self.path)
 
     def checkpoints(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending."""
+        """Return the steps of the finished checkpoints, ascending."""
         return CheckpointStore(self.path / "checkpoints").steps()
 
     def evaluation(self) -> dict[str, Any] | None:
-        """What `evaluate` wrote last; None where it has not run."""
+        """Return the scores that `evaluate` wrote last; None if it has not run."""
         path = self.path / EVALUATION
         return dict(json.loads(path.read_bytes())) if path.exists() else None
 
@@ -74,38 +81,37 @@ class Run:
 
     def __repr__(self) -> str:
         return (
-            f"Run({str(self.path)!r}, model={self.config.model.name!r}, step={self.steps} of {self.config.run.steps}, "
-            f"bands={list(self.bands)}, classes={list(self.classes)})"
+            f"<Run {self.path}: {self.config.model.name}, step {self.steps} of {self.config.run.steps}, "
+            f"{len(self.bands)} bands, {len(self.classes)} classes>"
         )
 
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
+        """Return a table for notebooks."""
         validations = [line for line in self.metrics() if line["kind"] == "validation"]
         scores = {f"validation {k}": v for k, v in validations[-1].items() if k not in ("kind", "step")} \
             if validations else {}  # fmt: skip
-        return html_table({
-            "run": self.path, "model": self.config.model.name, "steps": f"{self.steps} of {self.config.run.steps}",
+        return result_table(f"Run {self.path}", {
+            "model": self.config.model.name, "steps": f"{self.steps} of {self.config.run.steps}",
             "bands": ", ".join(self.bands), "classes": ", ".join(self.classes), **scores,
         })  # fmt: skip
 
 
 def load_run(run: str | PathLike[str]) -> Run:
-    """Open a run directory to look at; nothing is read but its model card.
+    """Open a run directory for reading; only its model card is read at once.
 
     Args:
         run: A directory that `train` has made.
 
     Returns:
-        The run: its configuration, history, checkpoints and last evaluation.
+        The run, with its configuration, history, checkpoints and last evaluation.
 
     Raises:
-        InvalidInput: There is no run.
+        InvalidInput: There is no run at `run`.
         IntegrityError: Its model card cannot be read.
 
     Example:
-        from jaxtrain import load_run
-
-        run = load_run("runs/zagreb")
-        run.classes, run.checkpoints()
+        >>> run = load_run("runs/zagreb")
+        >>> run.steps, run.checkpoints()[-1]
+        (12, 12)
     """
     return Run(Path(run), load_card(Path(run)))

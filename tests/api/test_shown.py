@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import ingest
 from ingest.run.outcome import IngestEvent, IngestReport
 from ingest.run.progress import show_progress
+from jaxtrain import EmbeddingResult, EvaluationReport, MapResult, Run, TrainConfig, TrainingResult
 from zarr_store import LedgerRow, Region, SourceOutcome, open_cube
 
 from .conftest import SELECTION
@@ -41,6 +43,22 @@ class Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def results(text: str) -> dict[str, Any]:
+    """One of each object of `jaxtrain` that shows itself, with `text` wherever text comes from outside."""
+    scores = {
+        "accuracy": 0.75, "macro_f1": None, "miou": 0.5, "classes": [text], "per_class": {text: {"f1": 0.25}},
+        "confusion_matrix": [[4]], "pixels": 4,
+    }  # fmt: skip
+    validation = {"loss": 0.25, "accuracy": 0.75, "miou": None}
+    return {
+        "training": TrainingResult(text, 12, 0, {}, validation, {"train": 30, "test": 6}, 4321, 1.0, None, text),
+        "evaluation": EvaluationReport(text, "test", 3, "c.zarr", 2, 0.5, None, scores, warnings=(text,)),
+        "map": MapResult(text, (192, 160), ("2023-08-10",), {text: 7}, 2, None, 4, 0.5, (text,)),
+        "values": MapResult(text, (192, 160), ("2023-08-10",), {}, 2, {"mean": 0.5}, 4, 0.5, (text,)),
+        "vectors": EmbeddingResult(text, 6, 2, (text,)),
+    }
 
 
 def row(state: Any, reason: str = "gone") -> LedgerRow:
@@ -87,6 +105,41 @@ def test_tables_hold_the_facts_and_escape_what_comes_from_outside(workplace: Pat
     cube = Text(open_cube("cube.zarr")._repr_html_()).text
     assert "2 of 2 done" in cube
     assert "EPSG:32633 64×64 px at 10" in cube
+
+
+def test_results_of_training_show_themselves_like_those_of_ingest() -> None:
+    shown = {name: repr(value) for name, value in results("runs/a").items()}
+    assert shown == {
+        "training": "<TrainingResult runs/a: step 12; validation loss 0.2500, accuracy 0.7500>",
+        "evaluation": "<EvaluationReport runs/a: test, step 3, 2 samples; accuracy 0.7500, miou 0.5000>",
+        "map": "<MapResult runs/a: 1 classes, 192×160 px, 1 dates>",
+        "values": "<MapResult runs/a: values, 192×160 px, 1 dates>",
+        "vectors": "<EmbeddingResult runs/a: 6 vectors of 2 values>",
+    }
+    for name, value in results(EVIL).items():
+        seen = Text(value._repr_html_())
+        assert "script" not in seen.tags, name
+        assert EVIL in seen.text, name
+    tables = {name: Text(value._repr_html_()).text for name, value in results("runs/a").items()}
+    assert "Training runs/asteps12parameters4321windowstrain 30, test 6validation loss0.2500" in tables["training"]
+    assert "accuracy0.7500miou0.5000f1 of runs/a0.2500warningsruns/a" in tables["evaluation"]
+    assert "shape192×160dates2023-08-10runs/a7nodata2" in tables["map"]
+    assert "mean0.5000nodata2" in tables["values"]
+    assert "samples6code2" in tables["vectors"]
+
+
+def test_a_run_shows_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig.model_validate({"data": {"cube": "c.zarr"}, "run": {"steps": 12}})
+    card: Any = SimpleNamespace(config=config, bands=("red", EVIL), answers=SimpleNamespace(names=(EVIL,)))
+    run = Run(tmp_path / "<run>", card)
+    lines = [{"kind": "train", "step": 5, "loss": 1.0}, {"kind": "validation", "step": 5, "accuracy": 0.5}]
+    monkeypatch.setattr(Run, "metrics", lambda self: lines)
+    assert repr(run) == f"<Run {tmp_path}/<run>: unet, step 5 of 12, 2 bands, 1 classes>"
+    seen = Text(run._repr_html_())
+    assert not {"script", "run"} & set(seen.tags)
+    assert seen.text.count(EVIL) == 2
+    assert "steps5 of 12" in seen.text
+    assert "validation accuracy0.5000" in seen.text
 
 
 def test_a_report_names_what_is_missing() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
+import importlib
 import inspect
 import pkgutil
 import re
@@ -18,6 +20,7 @@ import pytest
 import jaxtrain
 from jaxtrain import EvaluationReport, MapResult, Run, TrainingResult
 from zarr_store.errors import InvalidInput
+from zarr_store.notebook import facts_table
 from zarr_store.read import open_cube
 
 from .cube_factory import make_cube, shared_cube, shared_run, tiny_config
@@ -74,6 +77,32 @@ assert all(callable(f) for f in (embed, evaluate, load_run, predict, train, jaxt
     assert done.returncode == 0, done.stderr
 
 
+def cell(name: str, value: object) -> str:
+    """The row of a notebook's table, as `zarr_store.notebook` writes it."""
+    (line,) = re.findall(r"<tr>.*</tr>", facts_table("", [("NAME", "VALUE")]))
+    return str(line).replace("NAME", name).replace("VALUE", str(value))
+
+
+def test_the_examples_of_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(
+        shared_cube(), data={"classes": {}}, model={"name": "autoencoder", "code": 2}, optim={"loss": "mse"},
+        run={"steps": 2},
+    )  # fmt: skip
+    jaxtrain.train(config, tmp_path / "runs" / "autoencoder")
+    shutil.copytree(shared_run(), tmp_path / "runs" / "zagreb")
+    (tmp_path / "zagreb.zarr").symlink_to(shared_cube())
+    monkeypatch.chdir(tmp_path)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    heard: list[str] = []
+    for name in jaxtrain.__all__:
+        value = getattr(jaxtrain, name)
+        home = vars(importlib.import_module(value.__module__))
+        for found in finder.find(value, name, module=False, globs=dict(home)):
+            runner.run(found, out=heard.append)
+    assert runner.tries > 25
+    assert not runner.failures, "".join(heard)
+
+
 def example() -> str:
     """The Python of docs/api/jaxtrain.md, as a reader copies it."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api/jaxtrain.md").read_text(), re.DOTALL)
@@ -115,8 +144,8 @@ def test_the_documented_example_runs_inside_a_running_event_loop(
     assert made.shape == grid.shape
     assert sum(made.pixels.values()) + made.nodata == grid.shape[0] * grid.shape[1]
     assert [line["step"] for line in run.metrics() if line["kind"] == "train"] == list(range(1, 13))
-    assert "<th>steps</th><td>12</td>" in result._repr_html_()
-    assert f"<th>water</th><td>{made.pixels['water']}</td>" in made._repr_html_()
+    assert cell("steps", 12) in result._repr_html_()
+    assert cell("water", made.pixels["water"]) in made._repr_html_()
     # a run stands for its directory
     assert jaxtrain.evaluate(run, split="validation").run == str(run.path)
 
@@ -125,19 +154,17 @@ def test_objects_say_what_they_are() -> None:
     from jaxtrain import load_run
 
     run = load_run(shared_run())
-    assert repr(run).startswith(f"Run({str(shared_run())!r}, model=")
-    assert "step=12 of 12" in repr(run)
-    assert "<th>classes</th><td>vegetation, not vegetated, water</td>" in run._repr_html_()
+    assert repr(run) == f"<Run {shared_run()}: unet, step 12 of 12, 4 bands, 3 classes>"
+    assert cell("classes", "vegetation, not vegetated, water") in run._repr_html_()
     report = EvaluationReport(
         run="<run>", split="test", step=3, data="c.zarr", samples=2, seconds=0.5, loss=None,
         scores={"accuracy": 0.75, "macro_f1": None, "miou": 0.5, "per_class": {"a<b": {"f1": 0.25}},
                 "classes": ["a<b"], "confusion_matrix": [[4]], "pixels": 4},
     )  # fmt: skip
-    expected = "EvaluationReport('<run>', split='test', step=3, samples=2, accuracy=0.7500, miou=0.5000)"
-    assert repr(report) == expected
+    assert repr(report) == "<EvaluationReport <run>: test, step 3, 2 samples; accuracy 0.7500, miou 0.5000>"
     html = report._repr_html_()
     assert "&lt;run&gt;" in html
-    assert "<th>f1 of a&lt;b</th><td>0.2500</td>" in html
+    assert cell("f1 of a&lt;b", "0.2500") in html
 
 
 def test_a_folder_without_a_run_is_refused_and_a_run_may_have_no_evaluation(tmp_path: Path) -> None:
@@ -163,4 +190,4 @@ def test_embed_from_the_package(tmp_path: Path) -> None:
     result = embed(tmp_path / "run", tmp_path / "cube.zarr", tmp_path / "vectors.zarr")
     assert result.code == 2
     assert result.samples == 6
-    assert "<th>samples</th><td>6</td>" in result._repr_html_()
+    assert cell("samples", 6) in result._repr_html_()

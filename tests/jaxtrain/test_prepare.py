@@ -32,5 +32,5 @@ def test_rare_classes_weigh_by_the_inverse_square_root_of_their_share() -> None:
 
 def test_without_balance_there_are_no_weights_and_values_have_none() -> None:
     assert _class_weights(config_of(class_weights="none"), statistics_of(1, 2)) is None
-    with pytest.raises(InvalidInput, match="values are learnt: use 'none'"):
+    with pytest.raises(InvalidInput, match="values are learned: use 'none'"):
         _class_weights(config_of(class_weights="balanced"), statistics_of(1, value=(0.0, 1.0)))

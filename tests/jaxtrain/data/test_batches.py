@@ -19,7 +19,7 @@ from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.memory import empty_array
 from jaxtrain.data.order import SampleOrder
-from jaxtrain.data.reader import WindowReader, band_positions
+from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.targets import Target
 from jaxtrain.data.windows import Windows
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
@@ -170,9 +170,14 @@ def test_where_nothing_is_seen_neither_class_nor_value_is_learnt() -> None:
     np.testing.assert_array_equal(values, [[0.5, np.nan], [np.nan, 7]])
 
 
-def test_unknown_band_names_the_nearest() -> None:
-    with pytest.raises(UnknownName, match=r"unknown band 'gren'.*data\.bands.*did you mean 'green'"):
-        band_positions(open_cube(shared_cube()).spec(COLLECTION), ["gren"])
+def test_unknown_bands_are_all_listed_with_the_nearest() -> None:
+    words = r"unknown bands 'gren', 'nirr' in .*data\.bands.*did you mean 'green', 'nir'"
+    with pytest.raises(UnknownName, match=words):
+        reader_of(shared_cube(), bands=["gren", "red", "nirr"])
+
+
+def test_bands_of_a_run_may_be_codes_in_any_case() -> None:
+    assert reader_of(shared_cube(), bands=["B08", "b2", "RED"]).bands == (3, 0, 2)
 
 
 def test_a_processor_takes_over_what_was_decoded_without_a_copy() -> None:

@@ -188,7 +188,7 @@ def test_a_run_from_store_to_report(tmp_path):
     assert judged["samples"] == 96
     assert judged["accuracy"] > 0.9
     assert "have a training sample nearer than" in judged["warnings"][0]
-    with pytest.raises(InvalidInput, match="answers for whole images, so it makes no map"):
+    with pytest.raises(InvalidInput, match="predicts for whole images, so it makes no map"):
         predict(tmp_path / "run", store, tmp_path / "map.zarr")
     with pytest.raises(InvalidInput, match="none is the same, so it cannot be judged there"):
         evaluate(tmp_path / "run", data=make_samples_named(tmp_path / "x.zarr"))
@@ -226,6 +226,6 @@ def test_a_run_on_the_pixels_of_a_scene(tmp_path):
 
 
 def test_a_network_for_pixels_is_refused_for_samples(tmp_path):
-    with pytest.raises(InvalidInput, match=r"'unet' answers for each pixel.*one of cnn, mlp, resnet"):
+    with pytest.raises(InvalidInput, match=r"'unet' predicts for each pixel.*one of cnn, mlp, resnet"):
         train(run_config(make_samples(tmp_path / "s.zarr"), data={"cube": str(tmp_path / "s.zarr"), "patch": 16},
                          model={"name": "unet", "width": 4, "depth": 1}), tmp_path / "run")  # fmt: skip

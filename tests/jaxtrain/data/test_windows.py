@@ -158,6 +158,9 @@ def test_dates_may_be_kept_aside(tmp_path):
     plan = plan_windows(config, spec, index, classes, dates=config.split.test_dates)
     assert set(plan.parts["test"].rows[:, 0].tolist()) == {1}
     assert len(plan.parts["test"]) == 6 * 5
+    for again in (["1"], ["2023-08-11T10:00:00Z"], ["2023-08-11/.."]):
+        same = plan_windows(config, spec, index, classes, dates=again)
+        assert same.parts["test"].rows.tolist() == plan.parts["test"].rows.tolist()
     for part in ("train", "validation"):
         assert set(plan.parts[part].rows[:, 0].tolist()) == {0}
     assert len(plan.parts["train"]) + len(plan.parts["validation"]) == 6 * 5
@@ -165,8 +168,8 @@ def test_dates_may_be_kept_aside(tmp_path):
     assert leak is not None
     assert (leak["leaky"], leak["dates"]) == (False, ["2023-08-11"])
     assert leak["beside"] == 1.0
-    with pytest.raises(UnknownName, match="unknown date '2024'"):
-        plan_windows(config, spec, index, classes, dates=["2024"])
+    with pytest.raises(UnknownName, match=r"unknown times '2024', '7' in .*data\.split\.test_dates"):
+        plan_windows(config, spec, index, classes, dates=["2024", "2023-08-10", "7"])
     with pytest.raises(InvalidInput, match="names all 2 dates"):
         plan_windows(config, spec, index, classes, dates=["2023"])
 

@@ -312,9 +312,9 @@ def test_a_map_that_fails_midway_leaves_the_old_one(made: Path, tmp_path: Path) 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
     out = tmp_path / "m.zarr"
-    with pytest.raises(UnknownName, match=r"unknown date '2023-08-09'.*did you mean"):
+    with pytest.raises(UnknownName, match=r"unknown time '2023-08-09'.*did you mean"):
         predict(shared_run(), shared_cube(), out, time="2023-08-09")
-    with pytest.raises(InvalidInput, match="date '2023-08' means 2023-08-10T10:00:00, 2023-08-11T10:00:00"):
+    with pytest.raises(InvalidInput, match=r"time '2023-08' in .* means 2023-08-10T10:00:00, 2023-08-11T10:00:00"):
         predict(shared_run(), shared_cube(), out, time="2023-08")
     with pytest.raises(InvalidInput, match="overlap 17 must be between 0 and half a patch"):
         predict(shared_run(), shared_cube(), out, overlap=17)
@@ -325,6 +325,6 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="20×64 pixels is smaller than the model's patch 32"):
         predict(shared_run(), tmp_path / "small.zarr", out)
     make_cube(tmp_path / "coarse.zarr", shape=(1, 64, 64), resolution=20.0, masked=False)
-    assert "model learnt (10.0, 10.0)" in predict(shared_run(), tmp_path / "coarse.zarr", out).warnings[0]
+    assert "trained on (10.0, 10.0)" in predict(shared_run(), tmp_path / "coarse.zarr", out).warnings[0]
     assert json.dumps(predict(shared_run(), tmp_path / "coarse.zarr", out).to_dict())
     assert jax.device_count() == 8

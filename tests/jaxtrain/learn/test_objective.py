@@ -165,9 +165,9 @@ def test_calibration_error_against_a_loop(scores):
 
 
 def test_a_loss_that_is_not_for_the_task_is_refused():
-    with pytest.raises(InvalidInput, match=r"'huber', but classes are learnt: choose cross_entropy, focal or dice"):
+    with pytest.raises(InvalidInput, match=r"'huber', but classes are learned: choose cross_entropy, focal or dice"):
         Objective(Task(), OptimConfig(loss="huber"))
-    with pytest.raises(InvalidInput, match=r"values are learnt: choose huber"):
+    with pytest.raises(InvalidInput, match=r"values are learned: choose huber"):
         Objective(Task(value=(0.0, 1.0)), OptimConfig())
     with pytest.raises(InvalidInput, match=r"'dice' is for one class"):
         Objective(Task(several=True), OptimConfig(loss="dice"))
