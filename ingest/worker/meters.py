@@ -1,7 +1,7 @@
-"""How long this process spends reading, warping and writing, and how many bytes each stage gave.
+"""Counters of this process: seconds and bytes of reading, warping, encoding and writing.
 
-The counters are the process's own, so threads that read ahead of a task count too; workers send them with every
-heartbeat, and the page at `/terrashard` turns them into rates.
+They belong to the process, so threads that read ahead of a task count too. Workers send them with every heartbeat, and
+the page at `/terrashard` turns them into rates.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["STAGES", "count_stage", "reset_stages", "stage", "stage_totals"]
+__all__ = ["STAGES", "count_stage", "stage", "stage_totals"]
 
 STAGES = ("read", "warp", "encode", "write")
-"""In the order in which pixels pass them."""
+"""Names of the stages, in the order in which pixels pass them."""
 
 _totals: dict[str, list[float]] = {}
 _lock = threading.Lock()
 
 
 def count_stage(name: str, seconds: float, nbytes: int) -> None:
-    """Add to the counters of a stage."""
+    """Add seconds and bytes to the counters of a stage."""
     with _lock:
         total = _totals.setdefault(name, [0.0, 0.0])
         total[0] += seconds
@@ -30,7 +30,7 @@ def count_stage(name: str, seconds: float, nbytes: int) -> None:
 
 @contextmanager
 def stage(name: str, nbytes: int = 0) -> Iterator[None]:
-    """Time a block as one stage that gave `nbytes`; a block that raises gave none."""
+    """Count the time of a `with` block as a stage that made `nbytes`; a block that raises counts no bytes."""
     begun = time.perf_counter()
     done = 0
     try:
@@ -41,12 +41,6 @@ def stage(name: str, nbytes: int = 0) -> Iterator[None]:
 
 
 def stage_totals() -> dict[str, list[float]]:
-    """Stage → [seconds, bytes] since the process began."""
+    """Stage → [seconds, bytes] since the process started."""
     with _lock:
         return {name: list(total) for name, total in _totals.items()}
-
-
-def reset_stages() -> None:
-    """Begin anew."""
-    with _lock:
-        _totals.clear()

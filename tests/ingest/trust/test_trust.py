@@ -34,7 +34,8 @@ from zarr_store.write import shard_key
 
 from ..growing import NAME, plan_of, scene, tree
 
-TRUSTING: dict[str, Any] = {"allow_private_hosts": True, "allow_local": ["/"], "allow_hosts": ["evil.example"], "requester_pays": True,
+TRUSTING: dict[str, Any] = {
+    "allow_private_hosts": True, "allow_local": ["/"], "allow_hosts": ["evil.example"], "requester_pays": True,
             "sign": "planetary-computer"}  # fmt: skip
 
 
