@@ -21,8 +21,12 @@ class GridSettings(BaseModel):
     resolution: float | None = Field(
         None, gt=0, description="pixel size in CRS units; none means that of the finest source"
     )
-    resampling: Literal["nearest", "bilinear", "cubic", "average"] = "bilinear"
-    profile: Literal["train", "timeseries", "archive"] = "train"
+    resampling: Literal["nearest", "bilinear", "cubic", "average"] = Field(
+        "bilinear", description="method for pixels that lie between those of a source; class layers are always nearest"
+    )
+    profile: Literal["train", "timeseries", "archive"] = Field(
+        "train", description="layout of chunks and shards: for training patches, time series, or small storage"
+    )
 
     @field_validator("crs")
     @classmethod
@@ -39,12 +43,14 @@ class Pixels(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mask: Literal["scl", "none"] = "scl"
+    mask: Literal["scl", "none"] = Field("scl", description="scl: mask pixels by their scene classification")
     mask_classes: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field(
         (0, 1, 3, 8, 9, 10), description="classes that are masked: nodata, saturated, shadow, clouds, cirrus"
     )
     mask_dilate_m: float = Field(0.0, ge=0, le=10_000, description="distance by which masked areas grow, metres")
-    group: Literal["solar-day", "item", "month"] = "solar-day"
+    group: Literal["solar-day", "item", "month"] = Field(
+        "solar-day", description="scenes that make one time step: those of a solar day, one item, or a month"
+    )
     reduce: Literal["first", "median", "mean"] = Field(
         "first",
         description="value of a pixel in a time step: its first clear scene, or median or mean of all clear ones",

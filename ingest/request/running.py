@@ -15,14 +15,17 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Running(BaseModel):
-    """How a plan is run: what errors do, on which workers, and how servers are asked."""
+    """The settings of a run: handling of errors, workers and cluster, and patience with servers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     strict: bool = Field(
         False, description="turn warnings about item counts, absent bands and odd pixel values into errors"
     )
-    on_error: Literal["retry", "skip", "fail"] = "retry"
+    on_error: Literal["retry", "skip", "fail"] = Field(
+        "retry",
+        description="what an unreadable asset does: more attempts, a partial shard at once, or the end of the run",
+    )
     limit: Positive | None = Field(None, description="stop after this many shards; the same command continues")
     store: Literal["folder", "icechunk"] | None = Field(
         None,
@@ -32,7 +35,7 @@ class Running(BaseModel):
     workers_least: Positive | None = Field(
         None, description="least number of workers, set by `workers = LEAST..MOST`; none keeps all of them"
     )
-    threads_per_worker: Positive = 1
+    threads_per_worker: Positive = Field(1, description="threads of each worker process")
     memory: str | None = Field(None, description='memory limit of one worker, e.g. "4GB"')
     scheduler: str | None = Field(None, description="address of a running Dask scheduler")
     cluster: Literal["local", "ssh", "slurm", "pbs", "k8s", "gateway"] = Field(
@@ -43,7 +46,7 @@ class Running(BaseModel):
         {}, description="options of the cluster: queue, account, walltime, image, namespace, address, username, port …"
     )
     tls: str | None = Field(None, description="folder with ca.pem, cert.pem and key.pem for every connection")
-    expose: bool = Field(False, description="allow ports that other machines reach without TLS")
+    expose: bool = Field(False, description="allow ports that other machines can reach, without TLS")
     rate_limits: Names = Field((), description="HOST=N: at most N requests per second from all workers together")
     dashboard: str | None = Field(None, description='address of the dashboard, e.g. ":8787"; none picks a free port')
     timeout_s: float = Field(30.0, gt=0, le=3600, description="seconds that a server may be silent")

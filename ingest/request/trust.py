@@ -23,7 +23,9 @@ class Trust(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sign: Literal["planetary-computer", "none"] = "none"
+    sign: Literal["planetary-computer", "none"] = Field(
+        "none", description="planetary-computer: add its tokens to hrefs right before they are opened"
+    )
     providers: tuple[ProviderRule, ...] = Field(
         (), description="rules of more providers, or (command line, TOML, keywords) the paths of TOML files of them"
     )
