@@ -1,7 +1,6 @@
-"""Settings of commands: what `--config` and `--set` say becomes values of a command's own options.
+"""Settings of commands: values of `--config` and `--set` become values of a command's own options.
 
-Files and overrides are read by `jaxtrain.settings`, the one reader of both packages; its functions are named here too,
-for all commands.
+`jaxtrain.settings` reads the files and overrides, for both packages. Its functions are exported here for all commands.
 """
 
 from __future__ import annotations
@@ -20,13 +19,17 @@ __all__ = ["apply_to_options", "build", "merge", "parse_override", "read_setting
 def apply_to_options(
     settings: Mapping[str, Any], options: Mapping[str, Any], given: frozenset[str], command: str
 ) -> dict[str, Any]:
-    """Values for a command's own options from settings of the same names; what stood on the command line stays.
+    """Take a command's options from settings of the same names; options on the command line win.
 
     Args:
-        settings: From --config and --set; `-` and `_` mean the same in a key.
+        settings: Settings of --config and --set; `-` and `_` mean the same in a key.
         options: Option name → annotation.
-        given: Options that were given on the command line.
-        command: Its name, for messages.
+        given: Names of the options that were given on the command line.
+        command: Name of the command, for messages.
+
+    Raises:
+        UnknownName: The command has no option of that name; the nearest one is named.
+        InvalidInput: A value has the wrong type.
     """
     values = {}
     for key, value in settings.items():

@@ -1,4 +1,4 @@
-"""A source or a plan becomes a cube, or more of one: the shared part of `ingest`, `repair`, `audit` and `demo`."""
+"""Making and extending a cube from a source or a plan: the part that `ingest`, `repair`, `audit` and `demo` share."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ __all__ = [
 ]
 
 _HEAD_BYTES = 64 << 20
+"""Largest JSON file that is looked at as a plan, bytes."""
 
 
 def is_plan(source: str) -> bool:
-    """Whether SOURCE is a plan.json of `terrashard plan`, which is run as it is."""
+    """Whether SOURCE is a plan that `terrashard plan` saved."""
     from zarr_store.bounded import load_json, read_file
 
     path = Path(source)
@@ -48,10 +49,10 @@ def is_plan(source: str) -> bool:
 
 
 def plan_of(session: Session, source: str, config: IngestConfig) -> Plan:
-    """The plan that SOURCE is, or one made from what it lists.
+    """Load the plan that SOURCE is, or make one from the scenes that SOURCE has.
 
     Raises:
-        InvalidInput: SOURCE is a plan, and options ask for another one, or an href of it may not be opened.
+        InvalidInput: SOURCE is a plan, and options contradict it or an href in it may not be opened.
     """
     from ingest.plan.making import make_plan
     from ingest.plan.plan import Plan
@@ -77,7 +78,7 @@ def run_plan(
     overwriting: bool = False,
     typed: str = "",
 ) -> IngestReport:
-    """Run a plan with progress on stderr; the address of the dashboard comes first."""
+    """Run a plan with progress on stderr, which begins with the address of the dashboard."""
     from ingest.run.loop import run
     from ingest.upkeep.overwrite import overwrite
 
@@ -86,10 +87,10 @@ def run_plan(
 
 
 def check_report(path: Path | None) -> None:
-    """Refuse a report that could not be written, before the first pixel is read.
+    """Refuse a --report that could not be written, before the first pixel is read.
 
     Raises:
-        InvalidInput: Neither .html nor .json, or no folder to write to.
+        InvalidInput: The name ends neither in .html nor in .json, or its folder does not exist.
     """
     if path is None:
         return
@@ -101,7 +102,7 @@ def check_report(path: Path | None) -> None:
 
 
 def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> None:
-    """Write the report on a run: HTML where it was recorded, else JSON."""
+    """Write the report of a run: HTML where the run was recorded, else JSON."""
     if record is None:
         from zarr_store.redact import redact_value
 
@@ -113,7 +114,7 @@ def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> N
 
 
 def cube_config(session: Session, cube: str) -> IngestConfig:
-    """What the cube was made with, and over it the settings and options of this command."""
+    """Build the configuration from what the cube was made with, then the settings and options of this command."""
     from cli.config import merge
     from ingest.request.settings import make_config
     from ingest.upkeep.extend import selection_of
@@ -135,17 +136,17 @@ def extend_cube(
     refresh: bool,
     record: RunRecord | None = None,
 ) -> IngestReport:
-    """Bring what is new in SOURCE into a cube, with progress on stderr.
+    """Bring new scenes of SOURCE into a cube, with progress on stderr.
 
     Raises:
-        InvalidInput: SOURCE is a plan, which has a grid of its own.
+        InvalidInput: SOURCE is a plan, which has its own grid.
     """
     from ingest.upkeep.extend import extend
 
     if is_plan(source):
         raise InvalidInput(
-            f"{source} is a plan with a grid of its own; --append and --refresh plan on the grid of the cube: give the "
-            "STAC source"
+            f"{source} is a plan with its own grid, but --append and --refresh plan on the grid of the cube; give the "
+            "STAC source instead"
         )
     with watching(session, "ingest") as show:
         return extend(source, cube, config, append=append, refresh=refresh, on_event=show, record=record)
@@ -153,7 +154,7 @@ def extend_cube(
 
 @contextmanager
 def watching(session: Session, title: str) -> Iterator[Callable[[IngestEvent], None]]:
-    """Progress of a run on stderr: the address of the dashboard, shards that ended, scenes that were missing."""
+    """Show the progress of a run on stderr: address of the dashboard, finished shards, missing scenes."""
     with Reporter(session, title, unit="shards") as progress:
 
         def show(event: IngestEvent) -> None:

@@ -1,4 +1,4 @@
-"""The options that `search`, `plan` and `ingest` share: the fields of `IngestConfig`, as words on a command line."""
+"""The options that `search`, `plan` and `ingest` share: the settings of `IngestConfig` on the command line."""
 
 from __future__ import annotations
 
@@ -33,36 +33,40 @@ SELECTION: dict[str, Any] = {
     ),
     "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range, ends included."),
     "query": _option(
-        list[str], "--query", panel=_WHAT, metavar="COND", text="Such as 'eo:cloud_cover<40'; repeatable."
+        list[str],
+        "--query",
+        panel=_WHAT,
+        metavar="COND",
+        text="Condition on items, such as 'eo:cloud_cover<40'; repeatable.",
     ),
     "bands": _option(str, "--bands", panel=_WHAT, metavar="A,B", text="Band names, such as red,nir,scl."),
     "max_items": _option(int, "--max-items", panel=_WHAT, metavar="N", text="Stop after this many scenes."),
     "strict": _option(
-        bool, "--strict", panel=_WHAT, text="Errors for what is otherwise a warning: counts, lacking bands, odd pixels."
+        bool, "--strict", panel=_WHAT, text="Turn warnings about counts, absent bands and odd pixels into errors."
     ),
 }
 TRUST: dict[str, Any] = {
     "sign": _option(
-        str, "--sign", panel=_WHO, metavar="NAME", text="planetary-computer: sign hrefs when they are read."
+        str, "--sign", panel=_WHO, metavar="NAME", text="planetary-computer: sign hrefs before they are opened."
     ),
     "providers": _option(
-        list[str], "--provider-file", panel=_WHO, metavar="FILE", text="Rules of one more provider, as TOML."
+        list[str], "--provider-file", panel=_WHO, metavar="FILE", text="TOML file with the rules of one more provider."
     ),
     "allow_hosts": _option(
         list[str], "--allow-host", panel=_WHO, metavar="NAME", text="One more host that hrefs may name."
     ),
     "allow_local": _option(
-        list[str], "--allow-local", panel=_WHO, metavar="ROOT", text="One more folder for local hrefs."
+        list[str], "--allow-local", panel=_WHO, metavar="ROOT", text="One more folder that local hrefs may lie in."
     ),
     "allow_private_hosts": _option(
         bool, "--allow-private-hosts", panel=_WHO, text="Allow private and loopback addresses."
     ),
     "requester_pays": _option(
-        bool, "--requester-pays", panel=_WHO, text="Read buckets that bill you for it, with your keys."
+        bool, "--requester-pays", panel=_WHO, text="Read buckets that bill their readers, with your keys."
     ),
 }
 GRID: dict[str, Any] = {
-    "crs": _option(str, "--crs", panel=_HOW, metavar="EPSG:N", text="Target CRS; default: that of most pixels."),
+    "crs": _option(str, "--crs", panel=_HOW, metavar="EPSG:N", text="Target CRS; default: the CRS of most pixels."),
     "resolution": _option(
         float, "--resolution", panel=_HOW, metavar="R", text="Pixel size in CRS units; default: finest."
     ),
@@ -71,59 +75,98 @@ GRID: dict[str, Any] = {
 }
 COMPOSING: dict[str, Any] = {
     "mask": _option(str, "--mask", panel=_MASK, metavar="NAME", text="scl, or none."),
-    "mask_dilate_m": _option(float, "--mask-dilate", panel=_MASK, metavar="M", text="Grow masked areas, metres."),
+    "mask_dilate_m": _option(
+        float, "--mask-dilate", panel=_MASK, metavar="M", text="Grow masked areas by so many metres."
+    ),
     "group": _option(str, "--group", panel=_MASK, metavar="NAME", text="Time steps: solar-day, item or month."),
-    "reduce": _option(str, "--reduce", panel=_MASK, metavar="NAME", text="Of a time step: first, median or mean."),
-    "indices": _option(str, "--index", panel=_MASK, metavar="A,B", text="Spectral indices to keep: ndvi,ndwi …"),
+    "reduce": _option(
+        str, "--reduce", panel=_MASK, metavar="NAME", text="Value of a pixel in a time step: first, median or mean."
+    ),
+    "indices": _option(
+        str, "--index", panel=_MASK, metavar="A,B", text="Spectral indices that the cube keeps: ndvi,ndwi …"
+    ),
     "clip": _option(bool, "--clip/--no-clip", panel=_MASK, text="Cut out the polygons of --geometry (default)."),
     "offset_policy": _option(
         str,
         "--offset-policy",
         panel=_MASK,
         metavar="NAME",
-        text="When pixels contradict the -1000 offset: repair, warn or fail.",
+        text="Where pixels contradict the stated -1000 offset: repair, warn or fail.",
     ),
 }
 RUNNING: dict[str, Any] = {
     "workers": _option(
-        str, "--workers", panel=_RUN, metavar="N|LEAST..MOST", text="Processes; a range follows the work."
+        str,
+        "--workers",
+        panel=_RUN,
+        metavar="N|LEAST..MOST",
+        text="Worker processes; with a range their number follows the work.",
     ),
-    "threads_per_worker": _option(int, "--threads-per-worker", panel=_RUN, metavar="N", text="Threads in each."),
-    "memory": _option(str, "--memory", panel=_RUN, metavar="4GB", text="Limit of one worker."),
+    "threads_per_worker": _option(int, "--threads-per-worker", panel=_RUN, metavar="N", text="Threads of each worker."),
+    "memory": _option(str, "--memory", panel=_RUN, metavar="4GB", text="Memory limit of one worker."),
     "scheduler": _option(str, "--scheduler", panel=_RUN, metavar="tcp://…", text="Use a running Dask cluster."),
     "cluster": _option(
         str,
         "--cluster",
         panel=_RUN,
         metavar="KIND",
-        text="local, ssh, slurm, pbs, k8s or gateway: where workers start.",
+        text="Where workers start: local, ssh, slurm, pbs, k8s or gateway.",
     ),
     "hosts": _option(
-        str, "--hosts", panel=_RUN, metavar="A,B,…", text="Of --cluster ssh: the scheduler's, then one per worker."
+        str,
+        "--hosts",
+        panel=_RUN,
+        metavar="A,B,…",
+        text="For --cluster ssh: the scheduler's host, then one per worker.",
     ),
     "cluster_options": _option(
-        list[str], "--cluster-option", panel=_RUN, metavar="KEY=VALUE", text="Such as queue=short or image=NAME."
+        list[str],
+        "--cluster-option",
+        panel=_RUN,
+        metavar="KEY=VALUE",
+        text="Option of the cluster, such as queue=short; repeatable.",
     ),
-    "tls": _option(str, "--tls", panel=_RUN, metavar="FOLDER", text="Encrypt: ca.pem, cert.pem and key.pem."),
+    "tls": _option(
+        str,
+        "--tls",
+        panel=_RUN,
+        metavar="FOLDER",
+        text="Encrypt connections; folder with ca.pem, cert.pem and key.pem.",
+    ),
     "expose": _option(
-        bool, "--expose", panel=_RUN, text="Open the scheduler (runs code) and dashboard to other machines without TLS."
+        bool,
+        "--expose",
+        panel=_RUN,
+        text="Open scheduler (which runs code) and dashboard to other machines without TLS.",
     ),
     "rate_limits": _option(
-        list[str], "--rate-limit", panel=_RUN, metavar="HOST=N", text="Requests per second, all workers together."
+        list[str],
+        "--rate-limit",
+        panel=_RUN,
+        metavar="HOST=N",
+        text="Most requests per second to a host, from all workers together.",
     ),
     "dashboard": _option(str, "--dashboard", panel=_RUN, metavar=":8787", text="Address of the Dask dashboard."),
-    "on_error": _option(str, "--on-error", panel=_RUN, metavar="NAME", text="Unreadable asset: retry, skip or fail."),
+    "on_error": _option(
+        str, "--on-error", panel=_RUN, metavar="NAME", text="What to do with an unreadable asset: retry, skip or fail."
+    ),
     "limit": _option(int, "--limit", panel=_RUN, metavar="N", text="Stop after this many shards."),
     "store": _option(
-        str, "--store", panel=_RUN, metavar="NAME", text="Of a new cube: folder, or icechunk (one commit for each run)."
+        str,
+        "--store",
+        panel=_RUN,
+        metavar="NAME",
+        text="Store of a new cube: folder, or icechunk (one commit per run).",
     ),
-    "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Longest silence of a server, seconds."),
-    "retries": _option(int, "--retries", panel=_RUN, metavar="N", text="How often a failed request is repeated."),
+    "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Seconds that a server may be silent."),
+    "retries": _option(
+        int, "--retries", panel=_RUN, metavar="N", text="Number of times that a failed request is repeated."
+    ),
 }
 
 
 def ingest_config(session: Session) -> IngestConfig:
-    """The settings of file, --set and options, in this order, as one checked object."""
+    """Build the configuration from the settings file, then --set, then options; later ones win."""
     from cli.config import merge
     from ingest.request.settings import make_config
 

@@ -1,1 +1,1 @@
-"""Arithmetic on the pixels of one window, in numpy alone."""
+"""Pure functions on the pixels of one window: mask, clip, mosaic, composite, indices."""

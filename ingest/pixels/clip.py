@@ -1,7 +1,7 @@
-"""Which pixels lie in the area that was asked for. Pure; the answer for a pixel never depends on the window.
+"""Clipping: which pixels lie in the area of `--geometry`. The result for a pixel never depends on the window.
 
-A `--geometry` with an area is cut out: a pixel whose centre lies outside has no data (status 0). Points and lines have
-no area, so they only say which scenes and which box are wanted; so does `--bbox`.
+A pixel whose centre lies outside the area has no data (status 0). Points and lines have no area, so they only select
+scenes and a box, as `--bbox` does.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ from zarr_store.grid import Grid
 __all__ = ["area_of", "clip_text", "inside_of", "is_outside"]
 
 _STEP_DEG = 0.01
-"""A straight line in degrees is bent in metres; cut every kilometre it lies within 3 cm at any latitude below 50°."""
+"""Longest edge of a polygon before it is projected, degrees.
+
+A straight line in degrees is a curve in metres. Cut every kilometre, it is within 3 cm of that curve at latitudes below
+50°.
+"""
 _ROWS = 256
+"""Rows that are tested at once."""
 
 
 def clip_text(geometry: Mapping[str, Any] | None) -> str | None:
-    """The form in which tasks keep an area; None where the geometry has none.
+    """The text in which tasks keep an area; None where the geometry has no area.
 
     >>> clip_text({"type": "Point", "coordinates": [15.9, 45.8]}) is None
     True
@@ -40,11 +45,14 @@ def clip_text(geometry: Mapping[str, Any] | None) -> str | None:
 
 
 def inside_of(clip: str | None, grid: Grid) -> npt.NDArray[np.bool_] | None:
-    """Pixels of `grid` whose centre lies in the area; None where all do.
+    """The pixels of `grid` whose centre lies in the area; None where all of them do.
 
     Args:
-        clip: From `clip_text`.
+        clip: The area, from `clip_text`; None for everywhere.
         grid: Any window of the cube's grid.
+
+    Returns:
+        (y, x).
     """
     if clip is None:
         return None
@@ -57,19 +65,21 @@ def inside_of(clip: str | None, grid: Grid) -> npt.NDArray[np.bool_] | None:
     if not area.intersects(window):
         return inside
     x, y = grid.x(), grid.y()
-    for first in range(0, grid.height, _ROWS):  # coordinates of a whole shard would be its largest memory
+    for first in range(
+        0, grid.height, _ROWS
+    ):  # the coordinates of a whole shard at once would take more memory than its pixels
         rows = y[first : first + _ROWS]
         inside[first : first + _ROWS] = shapely.contains_xy(area, x[None, :], rows[:, None])
     return inside
 
 
 def is_outside(clip: str | None, grid: Grid) -> bool:
-    """Whether no pixel of `grid` can lie in the area."""
+    """Whether `grid` and the area have nothing in common."""
     return clip is not None and not _area_on(clip, grid.crs).intersects(box(*grid.bounds))
 
 
 def area_of(clip: str, crs: str) -> float:
-    """How large the area is, in square units of `crs`."""
+    """Size of the area in square units of `crs`."""
     return float(_area_on(clip, crs).area)
 
 
@@ -85,7 +95,7 @@ def _area_on(clip: str, crs: str) -> BaseGeometry:
 
     moved: BaseGeometry = shapely.transform(shapely.segmentize(area, _STEP_DEG), project)
     if CRS(crs).is_geographic:
-        # degrees have several spellings: a grid across the antimeridian may count beyond 180
+        # a grid across the antimeridian may count degrees beyond 180
         moved = shapely.union_all([translate(moved, xoff=by) for by in (-360.0, 0.0, 360.0)])
     if not moved.is_valid:
         moved = shapely.make_valid(moved)

@@ -1,10 +1,10 @@
-"""Many observations of one pixel as one value: the mean or the median over the clear ones of a time step.
+"""Compositing: the mean or median of a pixel over its clear observations in one time step.
 
 Values are linear: harmonised digital numbers (scale 0.0001) or backscatter in power, never decibels. Whole numbers
-are rounded to the nearest, halves up, once and at the end: a mean of 100 and 101 is 101, and so is their median. A
-saturated pixel (65535) counts with that value. Status and class layers are those of the first source that sees the
-pixel clear, as without reducing; where no source is clear the first that sees it at all gives the value, status
-"masked", and counts 0 observations.
+are rounded once, at the end, to the nearest, halves up: the mean of 100 and 101 is 101, and so is their median. A
+saturated pixel (65535) counts with that value. Status and class layers come from the first source that sees the pixel
+clear, as without compositing. Where no source is clear, the first that sees the pixel at all gives its value, its
+status is "masked" and it counts 0 observations.
 """
 
 from __future__ import annotations
@@ -26,28 +26,30 @@ Bool = npt.NDArray[np.bool_]
 Place = tuple[slice, slice]
 
 _MEDIAN_BYTES = 512 << 20
-"""What the observations of one step may take up while their median is awaited."""
+"""Most memory for the observations of one time step whose median is computed, bytes."""
 _STRIP_ROWS = 256
+"""Heights of strips are multiples of this, as source blocks are."""
 _SORT_ROWS = 64
+"""Rows that are sorted at once."""
 
 
 class Tally(Protocol):
-    """Gathers the clear observations of one time step of one shard."""
+    """The clear observations of one time step of one shard."""
 
     def add(self, main: Pixels, clear: Bool, place: Place) -> None:
-        """Take one source: (band, y, x) on the rows and columns of `place`, valid where `clear`."""
+        """Add one source: (band, y, x) on the rows and columns of `place`, valid where `clear`."""
 
     def finish(self, main: Pixels, observations: Pixels) -> None:
-        """Write the reduced values over `main` where anything was clear, and the counts into `observations`."""
+        """Write the composite over `main` where a source was clear, and the counts into `observations`."""
 
 
 def make_tally(reduce: str, shape: tuple[int, int, int], dtype: npt.DTypeLike) -> Tally | None:
-    """The tally of a reducer, None for "first", which keeps nothing.
+    """Make the tally of a reducer; None for "first", which needs no tally.
 
     Args:
         reduce: "first", "median" or "mean".
         shape: (bands, height, width) of the shard.
-        dtype: Of its main array.
+        dtype: Type of its main array.
 
     >>> tally = make_tally("mean", (1, 1, 2), "uint16")
     >>> for dn in (100, 101):
@@ -65,15 +67,15 @@ def make_tally(reduce: str, shape: tuple[int, int, int], dtype: npt.DTypeLike) -
 
 
 def strips(region: Region, spec: CubeSpec, most_sources: int) -> list[Region]:
-    """The parts that a shard is made in, so that a median's memory does not grow with the number of scenes.
+    """Cut a shard into strips that are made one by one, so that a median's memory stays bounded with many scenes.
 
-    Rows are cut in multiples of 256, as source blocks are; pixels do not depend on the cut, only blocks that lie
-    across it are read twice.
+    Strips are multiples of 256 rows high, as source blocks are. Pixels do not depend on the cut; blocks that lie across
+    it are read twice.
 
     Args:
         region: The shard.
         spec: Its collection.
-        most_sources: Scenes in its fullest time step.
+        most_sources: Largest number of scenes in one of its time steps.
     """
     _, height, width = region.shape
     itemsize = np.dtype(spec.array(spec.kind).dtype).itemsize
@@ -86,7 +88,7 @@ def strips(region: Region, spec: CubeSpec, most_sources: int) -> list[Region]:
 
 
 class _Mean:
-    """Running sums: memory does not grow with the number of observations."""
+    """The tally of the mean: running sums, whose memory does not grow with the number of observations."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[np.generic]) -> None:
         # uint32 holds 65 537 saturated pixels, and a cube at most 32 767 scenes
@@ -111,7 +113,7 @@ class _Mean:
 
 
 class _Median:
-    """All observations are kept until the end; `strips` bounds them."""
+    """The tally of the median: it keeps all observations until the end, within the memory that `strips` bounds."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[np.generic]) -> None:
         self.shape, self.dtype = shape, dtype
@@ -131,7 +133,7 @@ class _Median:
         reach = [one for one in self.taken if one[2][0].start < bottom and one[2][0].stop > top]
         if not reach:
             return
-        # what is not clear sorts behind all that is, so the count says where the middle lies
+        # values that are not clear sort behind the clear ones, so the count gives the place of the middle
         last = 2 ** (8 * self.dtype.itemsize) - 1 if self.dtype.kind == "u" else np.inf
         stack = np.full((len(reach), bands, bottom - top, width), last, self.dtype)
         count = np.zeros((bottom - top, width), np.int64)

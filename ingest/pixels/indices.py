@@ -1,13 +1,13 @@
-"""Spectral indices as arrays of the cube, computed from the stored bands while a shard is written.
+"""Spectral indices: arrays of the cube that are computed from the stored bands while a shard is written.
 
 Every index here is a normalised difference of two bands,
 
     index = (a - b) / (a + b),
 
-stored as int16: value = stored · 0.0001, rounded to the nearest (halves to even), -32768 where there is none. Bands
+stored as int16: value = stored · 0.0001, rounded to the nearest (halves to even), -32768 where there is no value. Bands
 are harmonised digital numbers of 1…65534, so the result lies in -1…1 and the sum is never 0. There is no value where a
-band has no data or is saturated (65535), whatever the status. With `--reduce` the index is that of the reduced
-bands, not the reduced index.
+band has no data or is saturated (65535), whatever the status. With `--reduce` the index is computed from the composite
+of the bands; it is not a composite of indices.
 
 ndvi   (nir - red) / (nir + red)          vegetation: Rouse et al. 1974, NASA SP-351
 ndwi   (green - nir) / (green + nir)      open water: McFeeters 1996, doi:10.1080/01431169608948714
@@ -38,6 +38,7 @@ __all__ = [
 
 _SATURATED = 65535
 _BLOCK_ROWS = 256
+"""Rows that are computed at once."""
 
 
 def _difference(name: str, a: str, b: str, source: str) -> DerivedSpec:
@@ -59,10 +60,10 @@ INDICES: dict[str, DerivedSpec] = {
 
 
 def choose_indices(names: Iterable[str], kind: str, collection: str) -> tuple[DerivedSpec, ...]:
-    """The indices asked for, for one collection; none for backscatter, which has no spectrum.
+    """Look up the indices for one collection; backscatter has no spectrum and gets none.
 
     Raises:
-        UnknownName: No such index; the nearest is named.
+        UnknownName: There is no such index; the nearest one is named.
     """
     for name in names:
         if name not in INDICES:
@@ -71,10 +72,10 @@ def choose_indices(names: Iterable[str], kind: str, collection: str) -> tuple[De
 
 
 def refuse_indices_without_reflectance(names: Iterable[str], kinds: Iterable[str]) -> None:
-    """Say it when indices were asked for and no collection has a spectrum.
+    """Refuse indices where no collection has a spectrum.
 
     Raises:
-        InvalidInput: Only radar was found.
+        InvalidInput: Indices are wanted, and all collections are radar.
     """
     if tuple(names) and "reflectance" not in kinds:
         raise InvalidInput(
@@ -86,7 +87,7 @@ def refuse_indices_without_reflectance(names: Iterable[str], kinds: Iterable[str
 def normalised_difference(
     a: npt.NDArray[np.uint16], b: npt.NDArray[np.uint16], index: DerivedSpec
 ) -> npt.NDArray[np.int16]:
-    """(a - b) / (a + b) in units of `index.scale`, `index.nodata` where either is 0 or saturated.
+    """Compute (a - b) / (a + b) in units of `index.scale`; `index.nodata` where a or b is 0 or saturated.
 
     >>> normalised_difference(np.array([3000, 0], np.uint16), np.array([1000, 9], np.uint16), INDICES["ndvi"]).tolist()
     [5000, -32768]
@@ -107,7 +108,9 @@ def add_indices(arrays: dict[str, npt.NDArray[np.generic]], spec: CubeSpec) -> N
         out = np.full((times, height, width), index.nodata, np.int16)
         a, b = (spec.band_names.index(band) for band in index.bands)
         for step in range(times):
-            for top in range(0, height, _BLOCK_ROWS):  # floats of a whole shard would be its largest memory
+            for top in range(
+                0, height, _BLOCK_ROWS
+            ):  # the floats of a whole shard at once would take more memory than its pixels
                 rows = slice(top, top + _BLOCK_ROWS)
                 left, right = (main[step, band, rows].astype(np.uint16, copy=False) for band in (a, b))
                 out[step, rows] = normalised_difference(left, right, index)

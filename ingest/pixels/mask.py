@@ -1,7 +1,7 @@
-"""Which pixels are seen and which of them are masked: pure numpy on one source's window.
+"""Masking: which pixels of one source's window are observed, and which of them are masked.
 
-A pixel is observed where every band has a value; it is masked where its class says cloud, shadow or the like. Growing
-the mask needs pixels beyond the window, so classes are read with a halo, and shards meet without seams.
+A pixel is observed where every band has a value. It is masked where its class is among the masked ones: cloud, shadow
+and so on. Growing the mask needs pixels beyond the window, so classes are read with a halo, and shards have no seams.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ __all__ = ["disc", "halo_pixels", "mask_classes", "observed"]
 
 Bool = npt.NDArray[np.bool_]
 NO_DATA_CLASS = 0
-
+"""Class value of pixels without data."""
 _STRIP_PIXELS = 1 << 18
+"""Pixels that are compared at once, so that they stay in the processor's cache."""
 
 
 def observed(bands: Sequence[npt.NDArray[np.generic]], classes: npt.NDArray[np.uint8] | None) -> Bool:
-    """Where every band has a value and, if classes were read, the class is not 0.
+    """The pixels where every band has a value and, if classes are given, the class is not 0.
 
     Args:
-        bands: Each (y, x); nodata is 0 in whole numbers and NaN in floats.
-        classes: (y, x) or None.
+        bands: Arrays (y, x); no data is 0 in whole numbers and NaN in floats.
+        classes: Class layer (y, x), or None.
 
     Returns:
         (y, x).
@@ -46,14 +47,14 @@ def _has_value(band: npt.NDArray[np.generic]) -> Bool:
 
 
 def halo_pixels(grid: Grid, dilate_m: float) -> tuple[int, int]:
-    """(rows, columns) beyond a window that can reach into it when the mask grows by `dilate_m` metres."""
+    """Rows and columns of the halo: pixels this far outside a window reach into it when masked areas grow."""
     rx, ry = grid.resolution
     reach = dilate_m * grid.units_per_metre
     return (math.floor(reach / ry + 1e-9), math.floor(reach / rx + 1e-9))
 
 
 def disc(grid: Grid, dilate_m: float) -> Bool:
-    """Pixels whose centre lies within `dilate_m` metres of the middle one; odd sides, all True at the middle."""
+    """The pixels whose centre lies within `dilate_m` metres of the middle pixel, as an array with odd sides."""
     rows, cols = halo_pixels(grid, dilate_m)
     rx, ry = grid.resolution
     reach = dilate_m * grid.units_per_metre
@@ -63,26 +64,26 @@ def disc(grid: Grid, dilate_m: float) -> Bool:
 
 
 def _among(classes: npt.NDArray[np.uint8], values: Sequence[int]) -> Bool:
-    """Where a class is one of a few; comparisons in strips are six times as fast as a table of 256."""
-    found = np.zeros(classes.shape, bool)
+    """The pixels whose class is among `values`; comparing in strips is six times as fast as a table of 256 entries."""
+    matches = np.zeros(classes.shape, bool)
     rows = max(1, _STRIP_PIXELS // max(1, classes.shape[1]))
     for top in range(0, len(classes), rows):
         strip = slice(top, top + rows)
         for value in values:
-            found[strip] |= classes[strip] == value
-    return found
+            matches[strip] |= classes[strip] == value
+    return matches
 
 
 def mask_classes(classes: npt.NDArray[np.uint8], masked: Iterable[int], *, grid: Grid, dilate_m: float = 0.0) -> Bool:
-    """Which pixels are masked.
+    """The pixels that are masked.
 
-    Class 0 (no data) is masked where it is but not grown: the edge of a swath is no cloud.
+    Class 0 (no data) is masked but not grown, as the edge of a swath is not a cloud.
 
     Args:
-        classes: (y, x) with a halo of `halo_pixels` on each side.
+        classes: Class layer (y, x), with a halo of `halo_pixels` on each side.
         masked: Class values that are masked.
-        grid: Of the pixels; only its resolution and unit matter.
-        dilate_m: How far masked areas grow, metres, measured between pixel centres.
+        grid: Grid of the pixels; only its resolution and unit matter.
+        dilate_m: Distance by which masked areas grow, metres, measured between pixel centres.
 
     Returns:
         (y, x) without the halo.
@@ -100,7 +101,7 @@ def mask_classes(classes: npt.NDArray[np.uint8], masked: Iterable[int], *, grid:
     core = _among(classes, [value for value in values if value != NO_DATA_CLASS])
     if not core.any():
         return plain[inner]
-    # Distance to the nearest masked pixel is linear in the pixels; a large structuring element is not.
+    # The time of a distance transform grows linearly with the pixels; that of a large structuring element does not.
     rx, ry = grid.resolution
     distance = ndimage.distance_transform_edt(~core, sampling=(ry, rx))
     reach = dilate_m * grid.units_per_metre

@@ -1,7 +1,7 @@
-"""`lay_source`: one source laid into a mosaic, where it is the better one. Pure numpy.
+"""Mosaicking: `lay_source` puts one source into the arrays of a shard, where it wins over the sources before it.
 
-Per pixel the first source wins that sees it clear, else the first that sees it at all. The work goes over the pixels
-in strips that stay in the processor's cache: whole bands would come from memory once per operation.
+A pixel comes from the first source that sees it clear, else from the first that sees it at all. Pixels are processed in
+strips that stay in the processor's cache; whole bands would be fetched from memory once per operation.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Pixels = npt.NDArray[Any]
 Bool = npt.NDArray[np.bool_]
 
 _STRIP_PIXELS = 1 << 18
+"""Pixels of one strip."""
 
 
 def lay_source(
@@ -37,24 +38,25 @@ def lay_source(
     nodata: float = 0,
     harmonised: Pixels | None = None,
 ) -> Bool:
-    """Lay one source into the views of a shard's arrays.
+    """Put one source into the arrays of a shard.
 
     Args:
-        views: Array name → its view: `kind` (band, y, x), "status", "source_item" if it is kept and the class layers
-            (y, x). Where nothing was laid before they hold no data, and the bands may lie there already.
-        kind: Name of the main array; bands of it beyond those given are left alone.
-        bands: Raw numbers, each (y, x); the very views of the main array, or arrays that are left as they are.
-        classes: Class layer → (y, x).
-        item: What `source_item` says of these pixels.
-        dn_offsets: Per band, what is added to its numbers.
-        mask_layer: Class layer in which 0 means that nothing was seen.
-        masked: (y, x) pixels that clouds and the like hide.
-        inside: (y, x) pixels that are wanted; None for all.
-        nodata: Of the main array.
-        harmonised: (band, y, x); the harmonised numbers of all pixels go here too.
+        views: Array name → view of the array: `kind` (band, y, x), "status", "source_item" if it is kept, and the class
+            layers (y, x). Pixels without an earlier source hold no data.
+        kind: Name of the main array; its bands beyond those given stay as they are.
+        bands: Raw numbers of each band (y, x). For the first source they may be the views of the main array itself,
+            which are then changed in place; other arrays are not changed.
+        classes: Class layer → array (y, x).
+        item: Row of the source in the item table, which `source_item` stores.
+        dn_offsets: Offset that is added to the numbers of each band.
+        mask_layer: Class layer in which 0 means no data.
+        masked: Pixels (y, x) that clouds and the like hide.
+        inside: Pixels (y, x) of the area that is wanted; None for all.
+        nodata: No-data value of the main array.
+        harmonised: Array (band, y, x) that also gets the harmonised numbers of all pixels; None to keep none.
 
     Returns:
-        (y, x): where this source is clear.
+        (y, x): the pixels that this source sees clear.
     """
     status, main = views["status"], views[kind]
     fresh = bool(bands) and np.may_share_memory(bands[0], main)
@@ -90,7 +92,7 @@ def _cover(
     item: int,
     nodata: float,
 ) -> None:
-    """The first source of a shard: its bands are in place, and all that it sees is its own."""
+    """Finish the first source of a shard: its bands are in place, and every pixel that it sees comes from it."""
     status = at["status"]
     np.multiply(seen, np.uint8(STATUS_MASKED), out=status)
     status -= clear.view(np.uint8) * np.uint8(STATUS_MASKED - STATUS_OBSERVED)
@@ -118,7 +120,7 @@ def _compete(
     clear: Bool,
     item: int,
 ) -> None:
-    """A further source: it wins where it is clear and none was, or where nothing was seen."""
+    """Put in a further source where it is clear and no source was, or where no source saw anything."""
     status = at["status"]
     wins = (clear & (status != STATUS_OBSERVED)) | (seen & (status == STATUS_NODATA))
     if not wins.any():
@@ -135,7 +137,7 @@ def _compete(
 
 
 def _paste(view: Pixels, pixels: Pixels | np.generic, wins: Bool, whole: bool) -> None:
-    """Put `pixels` into `view` where they win; most often that is everywhere, which is several times faster."""
+    """Copy `pixels` into `view` where they win; the frequent case of everywhere is several times faster."""
     if whole:
         view[...] = pixels
     else:
@@ -154,9 +156,9 @@ def harmonise_dn(
     """Add the radiometric offset to digital numbers: 0 stays nodata, 65535 stays saturated, the rest stays in 1…65535.
 
     Args:
-        dn: As they are in the file.
-        dn_offset: Of the item's baseline.
-        out: Where the result goes; may be `dn` itself.
+        dn: Digital numbers as the file has them.
+        dn_offset: Offset of the item's processing baseline, or 0.
+        out: Array for the result, which may be `dn` itself; None for a new one.
 
     >>> harmonise_dn(np.array([0, 500, 1000, 1001, 65535], np.uint16), -1000).tolist()
     [0, 1, 1, 1, 65535]
@@ -166,10 +168,10 @@ def harmonise_dn(
             return dn
         out[...] = dn
         return out
-    # the extremes say in one pass each whether there are any, which most strips have not
+    # minimum and maximum tell in one pass each whether a strip has such pixels; most have none
     edges = ((0, dn.min(initial=1)), (65535, dn.max(initial=0)))
     fixed = [(dn == value, value) for value, extreme in edges if value == extreme]
-    if dn_offset < 0:  # the common case, without leaving 16 bits
+    if dn_offset < 0:  # the common case, computed within 16 bits
         moved = np.maximum(dn, np.uint16(min(1 - dn_offset, 65535)), out=out)
         moved -= np.uint16(min(-dn_offset, 65534))
     else:

@@ -1,1 +1,1 @@
-"""What a user asks for: settings, query, region, products."""
+"""What a user asks for: settings, query, region and products."""

@@ -1,8 +1,8 @@
-"""`IngestConfig`: everything that is asked of an ingest, in five sections.
+"""`IngestConfig`: all settings of an ingest, in five sections.
 
-Each section is a frozen model that refuses unknown keys and has all its defaults and checks; none of them opens a file.
-Settings have flat names wherever people write them: options, `--set`, TOML files, keywords in Python, and plan files.
-`IngestConfig.from_flat` and `to_flat` are the one place that maps those names to sections.
+Each section is a frozen model with its own defaults and checks. It refuses unknown keys, and opens no file. Settings are
+written under flat names, without sections: as options, with `--set`, in TOML files, as keywords in Python, and in plan
+files. `IngestConfig.from_flat` and `to_flat` alone map flat names to sections and back.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 _SECTION_OF = {setting: section for section, model in SECTIONS.items() for setting in model.model_fields}
 SETTINGS: dict[str, FieldInfo] = {name: field for m in SECTIONS.values() for name, field in m.model_fields.items()}
-"""Flat name of each setting → its default and description."""
+"""Flat name of a setting → its field, with default and description."""
 _KEPT = ("selection", "grid", "pixels")
-"""The sections that decide what ends in a cube. Plans keep them, and neither trust nor how a plan is run."""
+"""Sections that plans keep, as they decide what a cube holds."""
 
 
 class IngestConfig(BaseModel):
-    """The whole of an ingest: what is selected, on which grid, by which rules, whom the user trusts, and how it is run.
+    """All settings of an ingest: selection, grid, rules for pixels, trust, and running.
 
-    Settings are given as flat keywords, which end in their sections; a section may be given as a whole instead.
+    Settings are given as flat keywords; instead, a section may be given as a whole.
 
     Example:
         >>> config = IngestConfig(bands="red,nir", datetime="2023-08", workers=4)
@@ -95,8 +95,8 @@ class IngestConfig(BaseModel):
             settings: Name → value, as in a TOML file or a plan.
 
         Raises:
-            UnknownName: A setting that does not exist; the nearest one is named.
-            InvalidInput: A value that cannot be. Both messages list every problem.
+            UnknownName: A setting does not exist; the nearest one is named.
+            InvalidInput: A value cannot be used. Both messages list every problem.
 
         >>> IngestConfig.from_flat({"bands": "red", "resolution": 20}).to_flat()
         {'bands': ('red',), 'resolution': 20.0}
@@ -125,8 +125,8 @@ class IngestConfig(BaseModel):
     def plan_settings(self) -> dict[str, Any]:
         """The settings that a plan keeps, under their flat names and as JSON.
 
-        They are the selection, the grid and the rules for pixels, without defaults. Whom the user trusts is not among
-        them, as a plan may come from somebody else.
+        They are those of selection, grid and pixels that are not at their defaults. Trust is not among them, as a plan
+        may come from somebody else.
         """
         kept: dict[str, Any] = {}
         for name in _KEPT:
@@ -134,7 +134,7 @@ class IngestConfig(BaseModel):
         return kept
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy the configuration with other settings, by their flat names; unlike pydantic's copy, it is checked."""
+        """Copy the configuration with settings changed, under flat names; unlike pydantic, it checks the copy."""
         update = update or {}
         copy = super().model_copy(update={k: v for k, v in update.items() if k in SECTIONS}, deep=deep)
         flat = {k: v for k, v in update.items() if k not in SECTIONS}
@@ -146,7 +146,7 @@ class IngestConfig(BaseModel):
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Section → its settings."""
+    """Sort flat settings into sections."""
     nested: dict[str, dict[str, Any]] = {}
     for name, value in flat.items():
         nested.setdefault(_SECTION_OF[name], {})[name] = value
@@ -159,7 +159,7 @@ def _unknown(name: str) -> str:
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
-    """One problem of a value, under the name that the user wrote: without its section."""
+    """Describe a problem under the name that the user wrote, which has no section."""
     key = ".".join(str(part) for part in problem["loc"][1:])
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]

@@ -1,7 +1,7 @@
-"""Regions from files: GeoJSON, WKT, GeoParquet and GeoPackage, in any CRS, as one lon/lat geometry.
+"""Regions: a file of GeoJSON, WKT, GeoParquet or GeoPackage, in any CRS, becomes one lon/lat geometry.
 
-Edges are densified before they are reprojected, as a straight edge in metres is a curve in degrees, and what crosses
-the antimeridian is cut there.
+Edges are densified before they are reprojected, as a straight edge in metres is a curve in degrees. A geometry that
+crosses the antimeridian is cut there.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ __all__ = ["bare_geometry", "load_geometry", "to_lonlat"]
 
 _GEOMETRIES = {"Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection"}
 _MAX_BYTES = 16 * 2**20
+"""Largest file of a region, bytes."""
 _MAX_DECODED = 16 * _MAX_BYTES
+"""Largest decoded size of its rows, bytes."""
 _MAX_ROWS = 100_000
+"""Largest number of features in a file."""
 _PARTS = 64
-"""An edge is cut into at least so many parts of the whole region's size."""
+"""Edges are cut so that no piece is longer than this part of the region's larger side."""
 _WORLD = box(-180, -90, 180, 90)
 
 
 def load_geometry(path: str | Path) -> dict[str, Any]:
-    """One lon/lat geometry from a file; several features are joined.
+    """Read a file as one lon/lat geometry; several features are joined.
 
     Raises:
-        InvalidInput: Not readable, no format that is known, of an unknown CRS, or nowhere on Earth.
+        InvalidInput: The file is unreadable or of an unknown format, or its CRS or coordinates cannot be used.
     """
     where = str(path)
     try:
@@ -75,10 +78,16 @@ def load_geometry(path: str | Path) -> dict[str, Any]:
 
 
 def bare_geometry(data: Any, where: str) -> dict[str, Any]:
-    """The geometry inside GeoJSON, checked to be non-empty and in degrees; its old `crs` member is honoured.
+    """Take the geometry out of GeoJSON, check that it is not empty, and bring it to lon/lat.
+
+    The CRS is that of the outdated `crs` member where GeoJSON has one.
+
+    Args:
+        data: GeoJSON geometry, Feature or FeatureCollection.
+        where: Name of the source, for errors.
 
     Raises:
-        InvalidInput: Not GeoJSON, empty, of an unknown CRS, or nowhere on Earth.
+        InvalidInput: The data is not GeoJSON or empty, or its CRS or coordinates cannot be used.
     """
     crs = _stated_crs(data, where)
     try:
@@ -91,15 +100,15 @@ def bare_geometry(data: Any, where: str) -> dict[str, Any]:
 
 
 def to_lonlat(geometry: BaseGeometry, crs: str | None, where: str) -> BaseGeometry:
-    """Reproject with densified edges, and cut at the antimeridian.
+    """Reproject a geometry to lon/lat with densified edges, and cut it at the antimeridian.
 
     Args:
-        geometry: In the axis order x, y.
-        crs: Anything pyproj understands; None is lon/lat.
-        where: For errors.
+        geometry: Geometry with coordinates in the order x, y.
+        crs: CRS in any form that pyproj understands; None means lon/lat.
+        where: Name of the source, for errors.
 
     Raises:
-        InvalidInput: The CRS is unknown, or does not reach there.
+        InvalidInput: The CRS is unknown, or the geometry lies outside its area.
     """
     try:
         source = parse_crs(crs) if crs is not None else None
@@ -110,7 +119,9 @@ def to_lonlat(geometry: BaseGeometry, crs: str | None, where: str) -> BaseGeomet
             transformer = pyproj.Transformer.from_crs(source, "EPSG:4326", always_xy=True)
             geometry = shapely.transform(dense, lambda xy: _unwrapped(transformer, xy))
     except (ProjError, ShapelyError, ValueError) as error:
-        raise InvalidInput(f"{where}: cannot be brought to longitude and latitude from CRS {crs!r}: {error}") from error
+        raise InvalidInput(
+            f"{where}: cannot be reprojected from CRS {crs!r} to longitude and latitude: {error}"
+        ) from error
     if geometry.is_empty or not np.isfinite(geometry.bounds).all():
         raise InvalidInput(f"{where}: the geometry is {'empty' if geometry.is_empty else f'outside of CRS {crs}'}")
     west, south, east, north = geometry.bounds
@@ -127,7 +138,7 @@ def to_lonlat(geometry: BaseGeometry, crs: str | None, where: str) -> BaseGeomet
 
 
 def _unwrapped(transformer: pyproj.Transformer, xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Lon/lat of the points; a jump over the antimeridian goes on beyond 180."""
+    """Reproject points to lon/lat; longitudes continue beyond 180 where a geometry crosses the antimeridian."""
     lon, lat = transformer.transform(xy[:, 0], xy[:, 1], errcheck=True)
     lon = np.asarray(lon)
     if len(lon) and lon.max() - lon.min() > 180:
@@ -171,12 +182,12 @@ def _stated_crs(data: Any, where: str) -> str | None:
 
 def _wkt(data: bytes, where: str) -> tuple[BaseGeometry, str | None]:
     text = data.decode("utf-8", "replace").strip()
-    found = re.match(r"SRID=(\d+);", text)
+    srid = re.match(r"SRID=(\d+);", text)
     try:
-        geometry = shapely.from_wkt(text[found.end() :] if found else text)
+        geometry = shapely.from_wkt(text[srid.end() :] if srid else text)
     except ShapelyError as error:
         raise InvalidInput(f"{where}: not valid WKT: {error}") from error
-    return shapely.force_2d(geometry), f"EPSG:{found.group(1)}" if found else None
+    return shapely.force_2d(geometry), f"EPSG:{srid.group(1)}" if srid else None
 
 
 def _parquet(path: str | Path) -> Iterator[tuple[BaseGeometry, str | None]]:

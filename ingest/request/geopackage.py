@@ -1,7 +1,7 @@
-"""`GeoPackage`: layers of features out of a database that a stranger may have made.
+"""`GeoPackage`: layers of features from a database that may come from a stranger.
 
-A GeoPackage is an SQLite database. OGR's own reader of it brings functions that send requests and read files, and a
-view in the database may call them. So SQLite alone reads it here: it may read plain tables and call nothing.
+A GeoPackage is an SQLite database. OGR's reader adds functions that send requests and read files, and a view in the
+database may call them. So SQLite alone reads it here, and it may only read plain tables and call no function.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _LAYERS = (
 
 @dataclass(frozen=True)
 class PackageLayer:
-    """One layer.
+    """One layer of features.
 
     Attributes:
-        name: Of its table.
+        name: Name of its table.
         geometry: Name of the column of geometries.
-        columns: All columns.
-        crs: As text that pyproj understands; None where it is not stated.
+        columns: Names of all columns.
+        crs: CRS as text that pyproj understands; None where it is not stated.
     """
 
     name: str
@@ -48,10 +48,10 @@ class PackageLayer:
 
 @contextmanager
 def open_geopackage(path: str | Path) -> Iterator[GeoPackage]:
-    """A GeoPackage that is only read, and as it is: what another program has not finished writing is refused.
+    """Open a GeoPackage for reading; a file that another program has not finished writing is refused.
 
     Raises:
-        InvalidInput: It cannot be read, also by what the block does.
+        InvalidInput: The file cannot be read, here or inside the `with` block.
     """
     try:
         check_regular(path)
@@ -59,7 +59,7 @@ def open_geopackage(path: str | Path) -> Iterator[GeoPackage]:
             beside = Path(f"{path}{suffix}")
             if beside.exists() and beside.stat().st_size:
                 raise InvalidInput(
-                    f"{path}: {beside.name} holds changes that are not in it; close the program that writes it"
+                    f"{path}: {beside.name} holds changes that are not yet in it; close the program that writes it"
                 )
         uri = f"{Path(path).resolve().as_uri()}?mode=ro&immutable=1"
         with closing(sqlite3.connect(uri, uri=True)) as database:
@@ -84,19 +84,21 @@ class GeoPackage:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers with geometries."""
+        """Names of the layers that have geometries."""
         return tuple(self._rows)
 
     def layer(self, name: str) -> PackageLayer:
-        """What is known of a layer.
+        """Look a layer up.
 
         Raises:
-            InvalidInput: It is no table: a view, or a virtual table.
+            InvalidInput: The layer is not a table but a view or a virtual table.
         """
         _, geometry, organisation, code, definition = self._rows[name]
-        found = self._database.execute("SELECT type, sql FROM sqlite_master WHERE name = ?", (name,)).fetchall()
-        if len(found) != 1 or found[0][0] != "table" or _VIRTUAL.match(str(found[0][1])):
-            raise InvalidInput(f"{self._path}: layer {name} is a view or a virtual table, expected a table; export it")
+        entries = self._database.execute("SELECT type, sql FROM sqlite_master WHERE name = ?", (name,)).fetchall()
+        if len(entries) != 1 or entries[0][0] != "table" or _VIRTUAL.match(str(entries[0][1])):
+            raise InvalidInput(
+                f"{self._path}: layer {name} is a view or a virtual table, expected a table; export it as a table"
+            )
         cursor = self._database.execute(f"SELECT * FROM {_quoted(name)} LIMIT 0")
         columns = tuple(str(entry[0]) for entry in cursor.description)
         if geometry not in columns:
@@ -107,17 +109,22 @@ class GeoPackage:
     def read(
         self, layer: PackageLayer, attribute: str | None = None, *, most: int | None = None
     ) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_] | None]:
-        """WKB of all features, None for those without a geometry, and what an attribute says of each.
+        """Read the geometries of all features as WKB (None where a feature has none), and one attribute of each.
+
+        Args:
+            layer: The layer.
+            attribute: Column to read beside the geometries; None for no column.
+            most: Largest number of features; None for no limit.
 
         Raises:
-            InvalidInput: There are more than `most`.
+            InvalidInput: The layer has more features than `most`.
         """
         names = [layer.geometry] + ([] if attribute is None else [attribute])
         limit = "" if most is None else f" LIMIT {most + 1}"
         select = f"SELECT {', '.join(map(_quoted, names))} FROM {_quoted(layer.name)}{limit}"
         rows = self._database.execute(select).fetchall()
         if most is not None and len(rows) > most:
-            raise InvalidInput(f"{self._path}: more than {most} features; simplify it")
+            raise InvalidInput(f"{self._path}: layer {layer.name} has more than {most} features; select fewer of them")
         wkb, values = np.empty(len(rows), object), np.empty(len(rows), object)
         for number, row in enumerate(rows):
             wkb[number], values[number] = None if row[0] is None else _wkb_of(row[0]), row[-1]
@@ -125,7 +132,7 @@ class GeoPackage:
 
 
 def _authorise(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
-    """Allow reading; `source` is the view or trigger that wants to, and none may."""
+    """Allow SQLite to read tables; `source` names a view or trigger that wants to read, and none may."""
     return sqlite3.SQLITE_OK if action in _ALLOWED and source is None else sqlite3.SQLITE_DENY
 
 
@@ -134,8 +141,8 @@ def _quoted(name: object) -> str:
 
 
 def _wkb_of(blob: bytes) -> bytes:
-    """WKB behind the header of a geometry, whose length depends on the envelope that it holds."""
+    """The WKB of a geometry, which follows a header whose length depends on its envelope."""
     if blob[:2] != b"GP":
-        raise ValueError("a geometry does not begin with GP")
+        raise ValueError("a geometry does not start with GP")
     envelope = (blob[3] >> 1) & 0b111
     return blob[8 + (0, 32, 48, 48, 64)[envelope] :]

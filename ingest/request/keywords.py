@@ -1,7 +1,7 @@
 """The settings of `IngestConfig` as typed keywords: `make_plan(url, bands=["red", "nir"])`.
 
-The types here say what may be written; every default and every check is in `IngestConfig`. A test holds the names of
-both together.
+These types list what may be written; all defaults and checks are in the sections of `IngestConfig`. A test compares the
+names of both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Names = str | Sequence[str]
 
 
 class TrustSettings(TypedDict, total=False):
-    """Which hosts and folders may be opened, and with which keys."""
+    """Settings of trust and patience: hosts and folders that may be opened, keys, timeouts and retries."""
 
     sign: Literal["planetary-computer", "none"]
     providers: str | os.PathLike[str] | Sequence[str | os.PathLike[str] | ProviderRule]
@@ -31,7 +31,7 @@ class TrustSettings(TypedDict, total=False):
 
 
 class SearchSettings(TrustSettings, total=False):
-    """Which scenes are asked for."""
+    """Settings of a search, with those of trust."""
 
     collections: Names
     bbox: str | Sequence[float] | None
@@ -44,7 +44,7 @@ class SearchSettings(TrustSettings, total=False):
 
 
 class PlanSettings(SearchSettings, total=False):
-    """What is selected, on which grid, and by which rules."""
+    """Settings of a plan: search, trust, grid, and rules for pixels."""
 
     crs: str | None
     resolution: float | None
@@ -61,7 +61,7 @@ class PlanSettings(SearchSettings, total=False):
 
 
 class RunSettings(TrustSettings, total=False):
-    """How a plan is run; nothing of it changes the pixels of a cube."""
+    """Settings of a run, with those of trust."""
 
     on_error: Literal["retry", "skip", "fail"]
     limit: int | None
@@ -80,4 +80,4 @@ class RunSettings(TrustSettings, total=False):
 
 
 class UpkeepSettings(PlanSettings, RunSettings, total=False):
-    """What is selected for a cube that exists, and how it is run."""
+    """All settings: for work on a cube that exists."""

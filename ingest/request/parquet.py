@@ -19,33 +19,34 @@ from zarr_store.errors import InvalidInput
 __all__ = ["GeoParquet", "decoded_batches", "open_geoparquet"]
 
 _MOST_DECODED = 1 << 30
-"""Bytes of all rows in memory; those of 100,000 scenes take about 800 MB."""
+"""Largest size of all decoded rows, bytes; those of 100,000 scenes take about 800 MB."""
 _ROWS_AT_ONCE = 32
+"""Rows that are decoded at once."""
 
 
 def decoded_batches(
     file: pq.ParquetFile, path: str | Path, columns: list[str] | None = None, most: int = _MOST_DECODED
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file, a few at a time, until they take more memory than they may.
+    """Yield the rows of a Parquet file a few at a time, while they stay within a limit on memory.
 
-    What a file says of its own size may be a lie, and one text of a dictionary may stand in a million rows. So the size
-    is counted as rows are decoded.
+    A file may state a false size, and one text of a dictionary may appear in a million rows. So the size is counted as
+    rows are decoded.
 
     Args:
-        file: That is open.
-        path: Of it, for the error.
-        columns: Those wanted; None for all.
-        most: Bytes of memory.
+        file: The open file.
+        path: Path of the file, for errors.
+        columns: Names of the columns to read; None for all.
+        most: Largest size of all decoded rows, bytes.
 
     Raises:
-        InvalidInput: It says, or is found, to hold more.
+        InvalidInput: The rows take more memory, as the file states or as it turns out.
     """
     wanted = None if columns is None else set(columns)
-    about = file.metadata
+    metadata = file.metadata
     stated = sum(
         chunk.total_uncompressed_size
-        for group in range(about.num_row_groups)
-        for chunk in (about.row_group(group).column(i) for i in range(about.num_columns))
+        for group in range(metadata.num_row_groups)
+        for chunk in (metadata.row_group(group).column(i) for i in range(metadata.num_columns))
         if wanted is None or chunk.path_in_schema.partition(".")[0] in wanted
     )
     came = 0
@@ -55,7 +56,7 @@ def decoded_batches(
             break
         yield batch
     if max(stated, came) > most:
-        raise InvalidInput(f"{path}: its rows take more than {most >> 20} MiB once decoded; select fewer items")
+        raise InvalidInput(f"{path}: its rows take more than {most >> 20} MiB once decoded; select fewer of them")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`GridSettings` and `Pixels`: on which grid a cube lies, and by which rules its pixels are made."""
+"""`GridSettings` and `Pixels`: the grid of a cube, and the rules by which its pixels are made."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ __all__ = ["GridSettings", "Pixels"]
 
 
 class GridSettings(BaseModel):
-    """On which grid the cube lies, and how its shards are cut."""
+    """The grid of a cube, and the layout of its shards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    crs: str | None = Field(None, description="target CRS; none means the one with most pixels")
-    resolution: float | None = Field(None, gt=0, description="pixel size in CRS units; none means the finest source")
-    resampling: Literal["nearest", "bilinear", "cubic", "average"] = "bilinear"
-    profile: Literal["train", "timeseries", "archive"] = "train"
+    crs: str | None = Field(None, description="target CRS; none means the CRS of most pixels")
+    resolution: float | None = Field(
+        None, gt=0, description="pixel size in CRS units; none means that of the finest source"
+    )
+    resampling: Literal["nearest", "bilinear", "cubic", "average"] = Field(
+        "bilinear", description="method for pixels that lie between those of a source; class layers are always nearest"
+    )
+    profile: Literal["train", "timeseries", "archive"] = Field(
+        "train", description="layout of chunks and shards: for training patches, time series, or small storage"
+    )
 
     @field_validator("crs")
     @classmethod
@@ -33,23 +39,26 @@ def _lower(value: Any) -> Any:
 
 
 class Pixels(BaseModel):
-    """How pixels are masked, composited and brought to one radiometry."""
+    """The rules for masking, compositing and radiometry."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mask: Literal["scl", "none"] = "scl"
+    mask: Literal["scl", "none"] = Field("scl", description="scl: mask pixels by their scene classification")
     mask_classes: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field(
         (0, 1, 3, 8, 9, 10), description="classes that are masked: nodata, saturated, shadow, clouds, cirrus"
     )
-    mask_dilate_m: float = Field(0.0, ge=0, le=10_000, description="how far masked areas grow, metres")
-    group: Literal["solar-day", "item", "month"] = "solar-day"
+    mask_dilate_m: float = Field(0.0, ge=0, le=10_000, description="distance by which masked areas grow, metres")
+    group: Literal["solar-day", "item", "month"] = Field(
+        "solar-day", description="scenes that make one time step: those of a solar day, one item, or a month"
+    )
     reduce: Literal["first", "median", "mean"] = Field(
-        "first", description="what a step keeps of a pixel: its first clear scene, or median or mean of all clear ones"
+        "first",
+        description="value of a pixel in a time step: its first clear scene, or median or mean of all clear ones",
     )
     indices: Annotated[UniqueNames, BeforeValidator(_lower)] = Field(
-        (), description="spectral indices kept as arrays of their own, e.g. ndvi,ndwi"
+        (), description="spectral indices that the cube keeps as arrays, e.g. ndvi,ndwi"
     )
     clip: bool = Field(True, description="pixels outside the polygons of `geometry` become nodata")
     offset_policy: Literal["repair", "warn", "fail"] = Field(
-        "repair", description="when pixels contradict what the metadata says of the -1000 offset"
+        "repair", description="what to do when pixels contradict the metadata about the -1000 offset"
     )

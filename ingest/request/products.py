@@ -1,6 +1,7 @@
-"""What is known of each product, as data: collection ids, bands, their asset keys, nodata, scale, class layers.
+"""The rules of each product, as data: collection ids, bands and their asset keys, nodata, scale, class layers.
 
-A *product* is what the instrument teams publish (Sentinel-2 L2A); who serves it, and how, is in `ingest.trust.providers`.
+A *product* is what the instrument teams publish, such as Sentinel-2 L2A. The rules of the services that publish it are
+in `ingest.trust.providers`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BandRule:
-    """One band of a product: its name here, other names people type, and asset keys in order of preference."""
+    """One band of a product.
+
+    Attributes:
+        name: Name of the band in cubes.
+        aliases: Other names that people type, in lower case.
+        keys: Keys of its asset at the providers, in order of preference.
+        resolution_m: Pixel size, metres.
+        wavelength_um: Centre wavelength, micrometres; None for bands without one.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -37,19 +46,19 @@ class BandRule:
 
 @dataclass(frozen=True)
 class ProductRule:
-    """What holds for a product, whoever serves it.
+    """The rules of one product, whoever serves it.
 
     Attributes:
-        name: Group name used where the catalogue gives no collection id.
-        collections: Collection ids in use at the providers.
-        kind: Main array of the cube.
+        name: Name of the cube's group where the catalogue gives no collection id.
+        collections: Collection ids of this product at the providers.
+        kind: Name of the main array in a cube.
         bands: Data bands in spectral order.
         classes: Class layers (uint8, never scaled).
-        usual: What is read when no bands are asked for.
-        dtype: Stored type of data bands.
-        nodata: Value of data pixels without data.
-        scale: Multiplier to physical units, where the item states none.
-        offsets: Whether the -1000 offset of baseline 04.00 concerns this product.
+        usual: Bands that are read when the user names none.
+        dtype: Type of the data bands in files.
+        nodata: Value of pixels without data in files, where the item states none.
+        scale: Factor to physical units, where the item states none.
+        offsets: Whether the -1000 offset of baseline 04.00 applies to this product.
         mask_layer: Class layer that `mask="scl"` reads.
     """
 
@@ -72,11 +81,12 @@ class ProductRule:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of all bands and class layers."""
         return tuple(band.name for band in (*self.bands, *self.classes))
 
 
 def _s2(name: str, code: str, resolution: int, wavelength: float) -> BandRule:
-    """A Sentinel-2 band: common name at Earth Search, code at Planetary Computer and v0, code_10m at CDSE."""
+    """A Sentinel-2 band with its keys: common name (Earth Search), code (Planetary Computer, v0), code_10m (CDSE)."""
     short = code.replace("B0", "B")
     keys = (name, code, f"{code}_{resolution}m", f"{name}_{resolution}m", short)
     return BandRule(name, BAND_CODES[name], keys, resolution, wavelength)
@@ -98,7 +108,7 @@ _S2_BANDS = (
     _s2("swir22", "B12", 20, 2.190),
 )
 _SCL = BandRule("scl", (), ("scl", "SCL", "SCL_20m", "scl_20m"), 20)
-# Labels that lie beside the scenes as an asset of their own: the simulator's truth, or one's own reference map.
+# labels that lie beside the scenes as an asset of their own: the simulator's truth, or a reference map of the user
 _LANDCOVER = BandRule("landcover", (), ("landcover", "land_cover"), 10)
 
 
@@ -156,7 +166,7 @@ PRODUCTS: tuple[ProductRule, ...] = (
 
 
 def find_product(item: Mapping[str, Any], collection: str | None = None) -> ProductRule | None:
-    """The product of an item: by its collection id, else by what its properties say; None if it is not one of ours."""
+    """Find the product of an item by its collection id, else by its properties; None if it is not a product of ours."""
     name = collection or item.get("collection")
     for rule in PRODUCTS:
         if name in rule.collections:
@@ -184,7 +194,7 @@ def refuse_unsupported(collection: str, item: Mapping[str, Any] | None = None) -
     """Refuse Sentinel-1 products without terrain correction.
 
     Raises:
-        InvalidInput: GRD, SLC or OCN.
+        InvalidInput: The collection or item is GRD, SLC or OCN.
     """
     words = collection.lower().replace("_", "-").split("-")
     kind = str(((item or {}).get("properties") or {}).get("sar:product_type") or "").upper()
@@ -198,7 +208,13 @@ def refuse_unsupported(collection: str, item: Mapping[str, Any] | None = None) -
 
 @dataclass(frozen=True)
 class BandChoice:
-    """What is read of one product: data bands in the order asked for, class layers to keep, and the mask's layer."""
+    """The layers of a product that are read.
+
+    Attributes:
+        data: Data bands in the order in which they were named.
+        layers: Class layers that the cube keeps.
+        mask: Class layer for masking; None without masking.
+    """
 
     data: tuple[BandRule, ...]
     layers: tuple[BandRule, ...]
@@ -206,19 +222,25 @@ class BandChoice:
 
     @property
     def all(self) -> tuple[BandRule, ...]:
-        """Every layer that must be read, each once."""
+        """All layers that must be read, each once."""
         extra = (self.mask,) if self.mask and self.mask not in self.layers else ()
         return (*self.data, *self.layers, *extra)
 
 
 def choose_bands(product: ProductRule, bands: Iterable[str], mask: str = "scl") -> BandChoice:
-    """Split requested names into data bands and class layers of `product`.
+    """Split names into data bands and class layers of a product.
 
-    Names of another product are left to it ("vv" beside "blue" when two collections are asked for), so they are only
-    refused when no product knows them. Where none of the names belong to this product, its usual bands are taken.
+    With two collections, each name belongs to one of them ("vv" beside "blue"). So a name is refused only when no
+    product has it. Where none of the names belongs to this product, its usual bands are taken.
+
+    Args:
+        product: The product.
+        bands: Names that the user gave; none for the usual bands.
+        mask: "scl" to read the product's mask layer, or "none".
 
     Raises:
-        UnknownName: A name that no product has; the nearest one of this product is named.
+        UnknownName: No product has the name; the nearest one of this product is named.
+        InvalidInput: The names are all class layers.
     """
     names = tuple(bands)
     unknown = [name for name in names if not any(rule.band(name) for rule in PRODUCTS)]
@@ -232,29 +254,29 @@ def choose_bands(product: ProductRule, bands: Iterable[str], mask: str = "scl") 
     data = tuple(rule for rule in chosen if rule in product.bands)
     if not data:
         raise InvalidInput(
-            f"{product.name}: at least one data band is needed beside the class layers, got {', '.join(names)}; "
+            f"{product.name}: expected at least one data band beside the class layers, got {', '.join(names)}; "
             f"choose from {', '.join(band.name for band in product.bands)}"
         )
     return BandChoice(data, tuple(rule for rule in chosen if rule in product.classes), layer)
 
 
 def asset_key(band: BandRule, assets: Mapping[str, Any]) -> str | None:
-    """The key of the asset that holds `band`: by key, else by the band names inside the asset, finest first."""
+    """Find the key of the asset that holds a band, by key, else by band names inside the assets, finest first."""
     key = next((key for key in band.keys if key in assets), None)
     if key is not None:
         return key
     wanted = {band.name, *band.aliases}
-    found = []
+    matches = []
     for name, asset in assets.items():
         if not isinstance(asset, Mapping):
             continue
-        # either spelling of the list, never both; an asset of several bands (a picture) is not a band
+        # the list has two spellings; an asset of several bands, such as a picture, is not a band
         listed = asset.get("eo:bands") or asset.get("bands")
         if isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], Mapping):
             gsd = asset.get("gsd") or listed[0].get("gsd")
             if wanted.intersection(_names_in(listed[0])):
-                found.append((float(gsd) if isinstance(gsd, int | float) else band.resolution_m, name))
-    return min(found)[1] if found else None
+                matches.append((float(gsd) if isinstance(gsd, int | float) else band.resolution_m, name))
+    return min(matches)[1] if matches else None
 
 
 def _names_in(band: Mapping[str, Any]) -> set[str]:

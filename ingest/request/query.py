@@ -1,7 +1,8 @@
 """Conditions on items: `eo:cloud_cover<40`, or CQL2 text with AND, OR, NOT, IN, BETWEEN, LIKE and IS NULL.
 
-The text is parsed by the `cql2` package and judged here, always: an API is asked with as much of it as it says it
-understands, and some understand less than they say. An item without a property fulfils no comparison of it, as in SQL.
+The `cql2` package parses the text. A condition is sent to an API as far as the API claims to support it, and is always
+evaluated here too, as some support less than they claim. An item without a property fulfils no comparison with it, as
+in SQL; the exception is a simple comparison with `!=`.
 """
 
 from __future__ import annotations
@@ -26,40 +27,42 @@ _COMPARISONS = {"<", "<=", ">", ">=", "=", "<>"}
 _LOGIC = {"and", "or", "not"}
 _ADVANCED = {"in", "between", "like"}
 _MAX_TEXT = 4096
+"""Longest condition, characters."""
 _MAX_DEPTH = 64
+"""Largest number of opening brackets, and of NOTs, in a condition."""
 
 
 class Comparison(NamedTuple):
-    """One condition on an item property, e.g. ("eo:cloud_cover", "<", 40.0)."""
+    """A comparison of one item property with a value, e.g. ("eo:cloud_cover", "<", 40.0)."""
 
     name: str
     operator: Operator
     value: float | str
 
     def holds(self, properties: Mapping[str, Any]) -> bool:
-        """Whether an item with `properties` passes; an item without the property does not, except for "!=".
+        """Whether an item with these properties passes; an item without the property passes only "!=".
 
         >>> Comparison("eo:cloud_cover", "<", 40.0).holds({"eo:cloud_cover": 12})
         True
         """
-        found = properties.get(self.name)
-        if found is None:
+        present = properties.get(self.name)
+        if present is None:
             return self.operator == "!="
-        if isinstance(self.value, float) and isinstance(found, int | float) and not isinstance(found, bool):
-            order = (found > self.value) - (found < self.value)
+        if isinstance(self.value, float) and isinstance(present, int | float) and not isinstance(present, bool):
+            order = (present > self.value) - (present < self.value)
         else:
-            left, right = str(found).lower(), str(self.value).lower()
+            left, right = str(present).lower(), str(self.value).lower()
             order = (left > right) - (left < right)
         return _ordered(self.operator, order)
 
     def tree(self) -> dict[str, Any]:
-        """The same as CQL2 JSON."""
+        """The comparison as CQL2 JSON."""
         return {"op": "<>" if self.operator == "!=" else self.operator, "args": [{"property": self.name}, self.value]}
 
 
 @dataclass(frozen=True)
 class Cql2:
-    """A condition of CQL2 text.
+    """A condition in CQL2 text.
 
     >>> Cql2("platform IN ('a', 'b') AND NOT gsd BETWEEN 5 AND 9").holds({"platform": "a", "gsd": 10})
     True
@@ -71,11 +74,11 @@ class Cql2:
         _parsed(self.text)
 
     def holds(self, properties: Mapping[str, Any]) -> bool:
-        """Whether an item with `properties` passes; what is unknown does not."""
+        """Whether an item with these properties passes; where the result is unknown, it does not."""
         return _truth(_parsed(self.text), properties) is True
 
     def tree(self) -> dict[str, Any]:
-        """CQL2 JSON."""
+        """The condition as CQL2 JSON."""
         return _parsed(self.text)
 
 
@@ -83,10 +86,10 @@ Condition = Comparison | Cql2
 
 
 def parse_condition(text: str) -> Condition:
-    """A simple comparison where it is one, else CQL2 text.
+    """Parse a condition: a simple comparison where the text is one, else CQL2.
 
     Raises:
-        ValueError: It is neither; the message says where the text breaks.
+        ValueError: The text is neither; the message names the character where parsing failed.
 
     >>> parse_condition("eo:cloud_cover < 40 OR platform = 'sentinel-2a'").text
     "eo:cloud_cover < 40 OR platform = 'sentinel-2a'"
@@ -117,7 +120,7 @@ def parse_comparison(text: str) -> Comparison:
 
 
 def split_conditions(text: str) -> tuple[str, ...]:
-    """Conditions of one text, cut at the commas that stand outside of quotes and brackets.
+    """Split a text into conditions at the commas outside of quotes and brackets.
 
     >>> split_conditions("eo:cloud_cover<40, platform IN ('a','b')")
     ('eo:cloud_cover<40', "platform IN ('a','b')")
@@ -138,11 +141,11 @@ def split_conditions(text: str) -> tuple[str, ...]:
 
 
 def conjuncts(tree: Mapping[str, Any], *, advanced: bool) -> Iterator[Mapping[str, Any]]:
-    """The parts of a condition that an API may be asked with; each may only turn away what the whole does.
+    """Yield the parts of a condition that are sent to an API; no part refuses an item that the whole would accept.
 
     Args:
-        tree: CQL2 JSON.
-        advanced: Whether the API knows IN, BETWEEN and LIKE.
+        tree: The condition as CQL2 JSON.
+        advanced: Whether the API supports IN, BETWEEN and LIKE.
     """
     if tree["op"] == "and":
         for part in tree["args"]:
@@ -162,15 +165,18 @@ def _operators(node: Any) -> set[str]:
 def _parsed(text: str) -> dict[str, Any]:
     shown = text if len(text) < 80 else f"{text[:77]}…"
     if len(text) > _MAX_TEXT or text.count("(") > _MAX_DEPTH or text.lower().count("not") > _MAX_DEPTH:
-        raise ValueError(f"query {shown!r} is longer or deeper than any real one ({_MAX_TEXT} characters)")
+        raise ValueError(
+            f"query {shown!r} is too long or nested too deeply: expected at most {_MAX_TEXT} characters, {_MAX_DEPTH} "
+            "brackets and as many NOTs; split it into several --query"
+        )
     try:
         tree: dict[str, Any] = cql2.parse_text(text).to_json()
     except cql2.ParseError as error:
-        found = re.search(r"--> \d+:(\d+)", str(error))
-        where = f" at character {found.group(1)}" if found else ""
+        place = re.search(r"--> \d+:(\d+)", str(error))
+        where = f"; it fails at character {place.group(1)}" if place else ""
         raise ValueError(
             f"query {shown!r} must be PROPERTY<VALUE with one of < <= > >= = !=, e.g. eo:cloud_cover<40, or CQL2 text "
-            f"such as eo:cloud_cover<40 AND platform IN ('sentinel-2a'), which it is not{where}"
+            f"such as eo:cloud_cover<40 AND platform IN ('sentinel-2a'){where}"
         ) from error
     try:
         _check(tree)
@@ -180,7 +186,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _check(node: Any) -> None:
-    """Refuse what would not be judged, rather than judge it wrongly."""
+    """Refuse expressions that this module cannot evaluate, so that none is evaluated wrongly."""
     op = node.get("op") if isinstance(node, Mapping) else None
     if op in _LOGIC:
         for part in node["args"]:
@@ -190,9 +196,9 @@ def _check(node: Any) -> None:
             for value in part if isinstance(part, list) else [part]:
                 _check_value(value)
     elif isinstance(op, str) and op.startswith("s_"):
-        raise InvalidInput(f"{op.upper()} is not judged here; give the region with --bbox or --geometry")
+        raise InvalidInput(f"{op.upper()} is not supported in a query; give the region with --bbox or --geometry")
     else:
-        raise InvalidInput(f"it must be PROPERTY<VALUE, IN, BETWEEN, LIKE or IS NULL; got {op or node!r}")
+        raise InvalidInput(f"expected PROPERTY<VALUE, IN, BETWEEN, LIKE or IS NULL, got {op or node!r}")
 
 
 def _check_value(value: Any) -> None:
@@ -206,7 +212,7 @@ def _check_value(value: Any) -> None:
 
 
 def _truth(node: Mapping[str, Any], properties: Mapping[str, Any]) -> bool | None:
-    """SQL's logic of three values; None is unknown."""
+    """Evaluate a condition in SQL's three-valued logic; None means unknown."""
     op, args = node["op"], node["args"]
     if op == "not":
         inner = _truth(args[0], properties)
@@ -219,8 +225,8 @@ def _truth(node: Mapping[str, Any], properties: Mapping[str, Any]) -> bool | Non
         return _value(args[0], properties) is None
     left = _value(args[0], properties)
     if op == "in":
-        found = [_compare("=", left, _value(value, properties)) for value in args[1]]
-        return True if True in found else None if None in found else False
+        matches = [_compare("=", left, _value(value, properties)) for value in args[1]]
+        return True if True in matches else None if None in matches else False
     if op == "between":
         low = _compare(">=", left, _value(args[1], properties))
         high = _compare("<=", left, _value(args[2], properties))
@@ -278,5 +284,5 @@ def _moment(value: Any) -> dt.datetime:
     try:
         moment = dt.datetime.fromisoformat(str(raw))
     except ValueError as error:
-        raise InvalidInput(f"{raw!r} is no time; expected e.g. TIMESTAMP('2023-08-10T10:00:00Z')") from error
+        raise InvalidInput(f"expected a time such as TIMESTAMP('2023-08-10T10:00:00Z'), got {raw!r}") from error
     return moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)

@@ -1,4 +1,4 @@
-"""`Running`: how a plan is run. None of it changes a pixel of the cube, so a plan's digest does not contain it."""
+"""`Running`: how a plan is run. It never changes what a complete cube holds, so plans do not keep it."""
 
 from __future__ import annotations
 
@@ -15,36 +15,42 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Running(BaseModel):
-    """How a plan is run: what errors do, on which workers, and how servers are asked."""
+    """The settings of a run: handling of errors, workers and cluster, and patience with servers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     strict: bool = Field(
-        False, description="errors instead of warnings: other counts than promised, lacking bands, odd pixel values"
+        False, description="turn warnings about item counts, absent bands and odd pixel values into errors"
     )
-    on_error: Literal["retry", "skip", "fail"] = "retry"
-    limit: Positive | None = Field(None, description="stop after this many shards; the same command goes on")
+    on_error: Literal["retry", "skip", "fail"] = Field(
+        "retry",
+        description="what an unreadable asset does: more attempts, a partial shard at once, or the end of the run",
+    )
+    limit: Positive | None = Field(None, description="stop after this many shards; the same command continues")
     store: Literal["folder", "icechunk"] | None = Field(
-        None, description="what holds a new cube: plain files or objects, or an Icechunk repository with a commit a run"
+        None,
+        description="store of a new cube: plain files or objects, or an Icechunk repository with one commit per run",
     )
-    workers: Positive = Field(2, description="processes; LEAST..MOST lets their number follow the work")
-    workers_least: Positive | None = Field(None, description="what `workers = LEAST..MOST` sets; none: all the time")
-    threads_per_worker: Positive = 1
-    memory: str | None = Field(None, description='limit of one worker, e.g. "4GB"')
+    workers: Positive = Field(2, description="number of worker processes; LEAST..MOST lets it follow the work")
+    workers_least: Positive | None = Field(
+        None, description="least number of workers, set by `workers = LEAST..MOST`; none keeps all of them"
+    )
+    threads_per_worker: Positive = Field(1, description="threads of each worker process")
+    memory: str | None = Field(None, description='memory limit of one worker, e.g. "4GB"')
     scheduler: str | None = Field(None, description="address of a running Dask scheduler")
     cluster: Literal["local", "ssh", "slurm", "pbs", "k8s", "gateway"] = Field(
         "local", description="where workers are started"
     )
-    hosts: Names = Field((), description="of --cluster ssh: the scheduler's, then one per worker")
+    hosts: Names = Field((), description="for cluster ssh: the host of the scheduler, then one host per worker")
     cluster_options: dict[str, Any] = Field(
-        {}, description="what the cluster needs: queue, account, walltime, image, namespace, address, username, port …"
+        {}, description="options of the cluster: queue, account, walltime, image, namespace, address, username, port …"
     )
     tls: str | None = Field(None, description="folder with ca.pem, cert.pem and key.pem for every connection")
-    expose: bool = Field(False, description="allow ports beyond this machine without TLS")
+    expose: bool = Field(False, description="allow ports that other machines can reach, without TLS")
     rate_limits: Names = Field((), description="HOST=N: at most N requests per second from all workers together")
     dashboard: str | None = Field(None, description='address of the dashboard, e.g. ":8787"; none picks a free port')
-    timeout_s: float = Field(30.0, gt=0, le=3600, description="longest silence of a server, seconds")
-    retries: int = Field(4, ge=0, le=20, description="how often a failed request is repeated")
+    timeout_s: float = Field(30.0, gt=0, le=3600, description="seconds that a server may be silent")
+    retries: int = Field(4, ge=0, le=20, description="number of times that a failed request is repeated")
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +90,7 @@ class Running(BaseModel):
 
 
 def parse_limit(text: str) -> tuple[str, float]:
-    """Parse a rate limit, HOST=REQUESTS_PER_SECOND.
+    """Parse a rate limit of the form HOST=REQUESTS_PER_SECOND.
 
     >>> parse_limit("eodata=8")
     ('eodata', 8.0)

@@ -24,9 +24,7 @@ class Selection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    collections: UniqueNames = Field(
-        (), description="collection ids; empty means all that the source has and we understand"
-    )
+    collections: UniqueNames = Field((), description="collection ids; empty means all of the source that are supported")
     bbox: tuple[float, float, float, float] | None = Field(
         None, description="west, south, east, north in degrees; west > east crosses the antimeridian"
     )
@@ -103,7 +101,7 @@ class Selection(BaseModel):
 
     @property
     def interval(self) -> tuple[dt.datetime | None, dt.datetime | None]:
-        """(start, end), both inclusive and in UTC; None is open."""
+        """The first and last time that are wanted, both inclusive and in UTC; None for an open end."""
         return parse_interval(self.datetime) if self.datetime else (None, None)
 
     @property
@@ -113,8 +111,8 @@ class Selection(BaseModel):
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Those conditions that are a simple comparison."""
-        return tuple(one for one in self.conditions if isinstance(one, Comparison))
+        """The conditions of `query` that are simple comparisons."""
+        return tuple(condition for condition in self.conditions if isinstance(condition, Comparison))
 
 
 def parse_interval(text: str) -> tuple[dt.datetime | None, dt.datetime | None]:
@@ -149,5 +147,6 @@ def _bound(text: str, *, end: bool) -> dt.datetime | None:
         return dt.datetime(year or 0, month, day, 23, 59, 59, tzinfo=dt.UTC)
     except (ValueError, IndexError) as error:
         raise ValueError(
-            f"datetime {text!r} is no date: expected e.g. 2023, 2023-08, 2023-08-10 or 2023-08-10T09:57:57Z ({error})"
+            f"datetime {text!r} is not a date: expected e.g. 2023, 2023-08, 2023-08-10 or "
+            f"2023-08-10T09:57:57Z ({error})"
         ) from error

@@ -1,6 +1,6 @@
-"""Settings become a checked `IngestConfig`; the one door for the command line and for keywords in Python.
+"""`make_config` turns settings into a checked `IngestConfig`, for the command line and for keywords in Python.
 
-Files that settings name (regions, rules of providers) are read here, before the configuration is built.
+It reads the files that settings name (regions, rules of providers) before it builds the configuration.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Result = TypeVar("Result")
 
 
 def make_config(config: IngestConfig | None, settings: Mapping[str, Any], *, where: str = "") -> IngestConfig:
-    """Read the files that settings name, lay the settings over a configuration, and check the whole.
+    """Read the files that settings name, put the settings over a configuration, and check the result.
 
     Args:
-        config: What to start from; None for the defaults.
+        config: Configuration to start from; None for the defaults.
         settings: Settings by their flat names; they win. A region takes the place of the other kind of region.
-        where: Where the settings come from, for messages: a file name, or "options".
+        where: Origin of the settings, for messages: a file name, or "options".
 
     Raises:
-        UnknownName: A setting that does not exist; the nearest one is named.
-        InvalidInput: A file or a value that cannot be used. Both messages list every problem.
+        UnknownName: A setting does not exist; the nearest one is named.
+        InvalidInput: A file or a value cannot be used. Both messages list every problem.
 
     >>> make_config(None, {"bands": ["red", "nir"], "bbox": (16.0, 45.9, 16.2, 46.1)}).selection.bands
     ('red', 'nir')
@@ -71,15 +71,15 @@ def make_config(config: IngestConfig | None, settings: Mapping[str, Any], *, whe
 
 
 def trust_of(config: IngestConfig) -> dict[str, Any]:
-    """The settings of trust that a configuration was given."""
+    """The settings of trust that a configuration was given, under their flat names."""
     return {name: getattr(config.trust, name) for name in config.trust.model_fields_set}
 
 
 def spell_out(settings: type) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Show the settings that a function takes as keywords of its own, to `help`, editors and the documentation.
+    """Let a function show each of its `**settings` as a keyword in `help`, editors and the documentation.
 
     Args:
-        settings: The TypedDict of its `**settings`.
+        settings: TypedDict of the settings.
     """
 
     def show(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -103,7 +103,7 @@ def spell_out(settings: type) -> Callable[[Callable[Parameters, Result]], Callab
 
 
 def _plain(value: Any) -> Any:
-    """Lists, arrays and sets become the tuples that fields are; texts, paths and mappings stay."""
+    """Turn lists, arrays and sets into tuples, and paths into texts; texts and mappings stay."""
     if isinstance(value, str | os.PathLike | Mapping) or not hasattr(value, "__iter__"):
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     return tuple(value)

@@ -1,6 +1,6 @@
-"""`Trust`: which places the user of a command trusts, and with which keys they are read.
+"""`Trust`: the places that the user trusts, and the keys to read them with.
 
-Plans and cubes neither keep nor give trust, as they may come from somebody else.
+Plans and cubes do not keep it, as they may come from somebody else.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ __all__ = ["Trust"]
 
 
 class Trust(BaseModel):
-    """Which hosts and folders may be opened, and with which keys."""
+    """The hosts and folders that may be opened, and the keys for them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sign: Literal["planetary-computer", "none"] = "none"
+    sign: Literal["planetary-computer", "none"] = Field(
+        "none", description="planetary-computer: add its tokens to hrefs right before they are opened"
+    )
     providers: tuple[ProviderRule, ...] = Field(
         (), description="rules of more providers, or (command line, TOML, keywords) the paths of TOML files of them"
     )
     allow_hosts: Names = Field((), description="more hosts (or s3 buckets) that hrefs may name; *.example.org works")
     allow_local: Names = Field((), description="more folders that local hrefs may lie in")
     allow_private_hosts: bool = Field(False, description="allow private, loopback and link-local addresses")
-    requester_pays: bool = Field(False, description="read buckets that bill whoever reads, with your keys")
+    requester_pays: bool = Field(False, description="read buckets that bill their readers, with your keys")
 
     @field_validator("providers", mode="before")
     @classmethod
@@ -45,7 +47,7 @@ class Trust(BaseModel):
         return value
 
     def href_policy(self, source: str, provider_hosts: Iterable[str] = ()) -> HrefPolicy:
-        """What may be opened for `source`: its own place, what this config names, and the hosts of its provider."""
+        """The policy for hrefs of `source`: its own place, the places of these settings, and its provider's hosts."""
         return HrefPolicy.around(
             source,
             hosts=(*self.allow_hosts, *provider_hosts),

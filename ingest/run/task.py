@@ -14,7 +14,7 @@ from ingest.raster.limits import Access
 from ingest.run.shard import fill_shard
 from ingest.trust.hrefs import is_url
 from ingest.worker.meters import stage
-from ingest.worker.slots import computing, in_seat
+from ingest.worker.slots import computing, run_in_slot
 from zarr_store.crash import crashpoint
 from zarr_store.errors import NoSpace
 from zarr_store.ledger import LedgerRow
@@ -52,7 +52,7 @@ def ingest_shard(
         with _making():
             return _make_shard(task, recipe, url, access, fence, again, give_way)
 
-    return in_seat(make, remote=remote)
+    return run_in_slot(make, remote=remote)
 
 
 def _make_shard(

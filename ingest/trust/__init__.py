@@ -1,1 +1,1 @@
-"""What may be opened, with which keys, and how an address is written down."""
+"""Which addresses may be opened, with which keys, and how addresses are logged without secrets."""

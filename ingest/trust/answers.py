@@ -1,9 +1,9 @@
-"""One answer of a server: how long it may take, how many bytes of it are read, and how it may be packed.
+"""Limits on one HTTP response: how long it may take, how many bytes of it are read, and how it may be compressed.
 
-A timeout of a socket begins anew with each byte, so a server that sends one byte a second is never late. Here the
-status and the headers must be there within the timeout as a whole, and from then on each stretch of that length must
-bring at least `MIN_BYTES_PER_S`. An answer of N bytes therefore ends within 2 · timeout + N / MIN_BYTES_PER_S, and one
-that flows steadily is never cut, however large it is.
+The timeout of a socket restarts with each byte, so a server that sends one byte a second never times out. Here the
+status and the headers together must arrive within one timeout. From then on, each interval of that length must bring
+at least `MIN_BYTES_PER_S`. A response of N bytes therefore ends within 2 · timeout + N / MIN_BYTES_PER_S, and a steady
+one is never cut, however large it is.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from ingest.trust.waits import check_waits, watch_socket
 __all__ = ["MIN_BYTES_PER_S", "PackedError", "TimedResponse", "TooLongError", "read_answer", "read_start", "unpack"]
 
 MIN_BYTES_PER_S = 1000
-"""Slower than the slowest line that a scene can be read over; less than this is a server that stalls."""
+"""Least rate of a response, bytes per second; scenes cannot be read over a slower line, so the server has stalled."""
 _PIECE = 1 << 16
 
 
 class TooLongError(HTTPError):
-    """An answer holds more bytes than were asked for."""
+    """A response holds more bytes than were asked for."""
 
 
 class PackedError(HTTPError):
-    """An answer is packed in a way that was not asked for, is damaged, or holds more than may be unpacked."""
+    """A response has a compression that was not asked for, is damaged, or holds more than may be decompressed."""
 
 
 class _Clock:
-    """Whether an answer comes fast enough.
+    """The clock of one response: it raises where the response comes too slowly.
 
     Args:
-        timeout_s: For status and headers together, and of each stretch of the body; None for no limit.
+        timeout_s: Seconds for status and headers together, and length of each interval of the body; None for no limit.
     """
 
     def __init__(self, timeout_s: float | None) -> None:
         self.timeout_s = timeout_s
         self._until = time.monotonic() + (timeout_s or 0.0)
-        self._came: int | None = None  # while the headers come
+        self._came: int | None = None  # bytes of this interval; None until the headers are complete
 
     def begin_body(self) -> None:
-        """Status and headers are here."""
+        """Start the first interval of the body: status and headers have arrived."""
         self._came = 0
         self._until = time.monotonic() + (self.timeout_s or 0.0)
 
     def left_s(self) -> float | None:
-        """How long the next bytes may take.
+        """Seconds that the next bytes may take.
 
         Raises:
-            TimeoutError: Too few came.
+            TimeoutError: The interval is over, and too few bytes came in it.
         """
         if self.timeout_s is None:
             return None
@@ -71,13 +71,13 @@ class _Clock:
         return self.timeout_s if enough else min(self.timeout_s, self._until - now)
 
     def count(self, size: int) -> None:
-        """Some bytes came."""
+        """Add bytes that arrived."""
         if self._came is not None:
             self._came += size
 
 
 class _TimedReader(io.RawIOBase):
-    """The bytes of one socket, as long as its clock allows."""
+    """The bytes of one socket, read while its clock allows."""
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _TimedReader(io.RawIOBase):
         check_waits()
         self._sock.settimeout(self._clock.left_s())
         size = self._raw.readinto(buffer)
-        check_waits()  # a socket that was shut because of a stop looks like one that ended
+        check_waits()  # a socket that `end_waits` has shut looks like one that ended
         self._clock.count(size or 0)
         return int(size or 0)
 
@@ -103,7 +103,7 @@ class _TimedReader(io.RawIOBase):
 
 
 class _TimedSocket:
-    """What `http.client` wants of a socket."""
+    """The part of a socket that `http.client` uses."""
 
     def __init__(self, sock: socket.socket, clock: _Clock) -> None:
         self._sock, self._clock = sock, clock
@@ -113,7 +113,7 @@ class _TimedSocket:
 
 
 class TimedResponse(http.client.HTTPResponse):
-    """An answer that must come fast enough; its timeout is the one that the socket has when the answer is awaited."""
+    """A response that must come fast enough; it takes its timeout from the socket that it is read from."""
 
     def __init__(self, sock: socket.socket, *args: Any, **more: Any) -> None:
         watch_socket(sock)
@@ -126,19 +126,19 @@ class TimedResponse(http.client.HTTPResponse):
 
 
 def read_answer(reply: urllib3.BaseHTTPResponse, most: int) -> bytes:
-    """The bytes of an answer as they were sent, of at most `most`; nothing is unpacked.
+    """Read a whole response of at most `most` bytes, without decompressing it.
 
     Raises:
-        TooLongError: There are more.
+        TooLongError: The response is longer.
     """
     data = read_start(reply, most + 1)
     if len(data) > most:
-        raise TooLongError(f"the answer holds more than the {most} bytes that are read")
+        raise TooLongError(f"the response holds more than the {most} bytes that are read")
     return data
 
 
 def read_start(reply: urllib3.BaseHTTPResponse, most: int) -> bytes:
-    """The first `most` bytes of an answer as they were sent, or all of a shorter one."""
+    """Read the first `most` bytes of a response, or all of a shorter one, without decompressing them."""
     pieces, came = [], 0
     while came < most:
         piece = reply.read(most - came, decode_content=False)
@@ -150,15 +150,15 @@ def read_start(reply: urllib3.BaseHTTPResponse, most: int) -> bytes:
 
 
 def unpack(data: bytes, encoding: str | None, most: int) -> bytes:
-    """What an answer says, once it is unpacked; gzip and deflate are what may be asked for.
+    """Decompress the body of a response; gzip and deflate are understood.
 
     Args:
-        data: As it was sent.
-        encoding: Its Content-Encoding.
-        most: Bytes that are unpacked.
+        data: The body as it was sent.
+        encoding: Content-Encoding of the response.
+        most: Largest number of decompressed bytes.
 
     Raises:
-        PackedError: Another packing, damaged bytes, or more than `most`.
+        PackedError: Another compression, damaged bytes, or more than `most` bytes.
 
     >>> unpack(zlib.compress(b"{}"), "deflate", 10)
     b'{}'
@@ -167,16 +167,16 @@ def unpack(data: bytes, encoding: str | None, most: int) -> bytes:
     if name in ("", "identity"):
         return data
     if name not in ("gzip", "x-gzip", "deflate"):
-        raise PackedError(f"the answer is packed with {name[:40]!r}, which was not asked for")
-    # "deflate" is zlib's form by the standard, and a bare stream from some servers
+        raise PackedError(f"the response is compressed with {name[:40]!r}, which was not asked for")
+    # "deflate" means the zlib format by the standard, but some servers send a bare stream
     bare = name == "deflate" and (len(data) < 2 or data[0] & 15 != 8 or int.from_bytes(data[:2], "big") % 31)
     unpacking = zlib.decompressobj(31 if "gzip" in name else -15 if bare else 15)
     try:
         text = unpacking.decompress(data, most + 1)
     except zlib.error as error:
-        raise PackedError(f"the answer is damaged {name} ({error})") from error
+        raise PackedError(f"the response is damaged {name} ({error})") from error
     if len(text) > most:
-        raise PackedError(f"the answer holds more than {most} bytes once it is unpacked")
+        raise PackedError(f"the response holds more than {most} bytes once it is decompressed")
     if not unpacking.eof:
-        raise PackedError(f"the {name} answer is cut off after {len(data)} bytes")
+        raise PackedError(f"the {name} response is cut off after {len(data)} bytes")
     return text

@@ -1,7 +1,7 @@
-"""Reading from S3 buckets: an s3:// href as an https URL, signed with keys from the environment of the worker alone.
+"""S3 buckets: an s3:// href becomes an https URL, signed with keys that only the environment of the worker holds.
 
-Keys of one provider are never used at another: each has its own names in the environment. Where there are none, nothing
-is signed, and nobody is asked for some. A signature is part of the URL's query, so it is dropped wherever queries are.
+The keys of one provider are never used at another, as each provider has its own variable names. Without keys nothing
+is signed, and the user is not asked for any. The signature is part of the query, so redaction of queries removes it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from zarr_store.errors import AccessError, InvalidInput
 __all__ = ["BucketRule", "bucket_url"]
 
 _VALID = dt.timedelta(hours=1)
+"""How long a signed URL is valid."""
 _REGION = "us-east-1"
-"""Of endpoints that are not Amazon's, which take any."""
+"""Region that is named to endpoints other than Amazon's; they accept any."""
 
 
 @dataclass(frozen=True)
 class BucketRule:
-    """What some buckets need; see `ProviderRule`."""
+    """How the buckets of one provider are read; `ProviderRule` describes the fields."""
 
     buckets: tuple[str, ...]
     endpoint: str | None = None
@@ -38,16 +39,16 @@ class BucketRule:
 
     @property
     def address(self) -> str | None:
-        """URL of the endpoint; None for Amazon's."""
+        """URL of the endpoint; None means Amazon."""
         return self.endpoint if not self.endpoint or "://" in self.endpoint else f"https://{self.endpoint}"
 
     @property
     def host(self) -> str | None:
-        """Name of the host of the endpoint; None for Amazon's."""
+        """Host name of the endpoint; None means Amazon."""
         return (urlsplit(self.address).hostname or "").lower() if self.address else None
 
     def keys(self, environment: Mapping[str, str]) -> _Keys | None:
-        """Those of the environment; None where there are none."""
+        """The keys that an environment holds for these buckets; None where it holds none."""
         key, secret, token = (
             environment.get(f"{self.key_prefix}_{name}", "")
             for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")
@@ -70,31 +71,30 @@ def bucket_url(
     *,
     pay: bool = False,
 ) -> str:
-    """The https URL of an object, signed for an hour where there are keys.
+    """The https URL of an object, signed for one hour where there are keys.
 
     Args:
-        href: s3://bucket/key.
-        rules: Of buckets that need something.
-        pool: Asks Amazon once for the region of a bucket.
-        environment: Where keys are; that of the process if not given.
-        pay: Whether the user of this command agrees to be billed by buckets that bill whoever reads.
+        href: Address of the object, s3://BUCKET/KEY.
+        rules: Rules of buckets that need an endpoint, keys or payment.
+        pool: Connections for asking Amazon for the region of a bucket, once per bucket.
+        environment: Variables that hold the keys; None for those of the process.
+        pay: Whether the user agrees to pay for buckets that bill their readers.
 
     Raises:
-        InvalidInput: The bucket bills its readers, and the user has not agreed or there are no keys; or there is no
-            such bucket.
-        AccessError: The region of the bucket was not told.
+        InvalidInput: The bucket does not exist; or it bills its readers, and the user has not agreed or has no keys.
+        AccessError: Amazon did not name the region of the bucket.
     """
     bucket, _, key = href.removeprefix("s3://").partition("/")
     rule = next((rule for rule in rules if bucket in rule.buckets), BucketRule((bucket,)))
     if rule.requester_pays and not pay:
         raise InvalidInput(
-            f"bucket {bucket} bills its readers: nothing was asked of it; if you want to pay, add --requester-pays"
+            f"bucket {bucket} bills its readers, so it was not read; if you want to pay, add --requester-pays"
         )
     keys = rule.keys(os.environ if environment is None else environment)
     if keys is None and rule.requester_pays:
         raise InvalidInput(
-            f"bucket {bucket} bills its readers: set {rule.key_prefix}_ACCESS_KEY_ID and "
-            f"{rule.key_prefix}_SECRET_ACCESS_KEY for every worker"
+            f"bucket {bucket} bills its readers and no keys were found: set {rule.key_prefix}_ACCESS_KEY_ID and "
+            f"{rule.key_prefix}_SECRET_ACCESS_KEY in the environment of every worker"
         )
     region = _REGION if rule.address else _region_of(bucket, pool)
     base = rule.address or f"https://s3.{region}.amazonaws.com"
@@ -108,24 +108,28 @@ _regions: dict[str, str] = {}
 
 
 def _region_of(bucket: str, pool: urllib3.PoolManager) -> str:
-    """Where Amazon has a bucket, which it also tells those whom it refuses."""
+    """The region of a bucket at Amazon, which answers this even where it refuses access."""
     if bucket not in _regions:
         try:
             reply = pool.request("HEAD", f"https://s3.amazonaws.com/{quote(bucket)}", redirect=False)
         except urllib3.exceptions.HTTPError as error:
-            raise AccessError(f"the region of bucket {bucket} is not known ({type(error).__name__})") from error
+            raise AccessError(
+                f"the region of bucket {bucket} could not be asked for ({type(error).__name__}); check the network"
+            ) from error
         region = reply.headers.get("x-amz-bucket-region", "")
         if not region.replace("-", "").isalnum():
             if reply.status == 404:
                 raise InvalidInput(f"there is no bucket {bucket} at Amazon; name its endpoint in a --provider-file")
-            raise AccessError(f"the region of bucket {bucket} was not told (HTTP {reply.status})")
+            raise AccessError(
+                f"Amazon did not name the region of bucket {bucket} (HTTP {reply.status}); try again later"
+            )
         _regions[bucket] = region
     return _regions[bucket]
 
 
 @functools.lru_cache(maxsize=16)
 def _client(bucket: str, endpoint: str, region: str, requester_pays: bool, keys: _Keys) -> Any:
-    """Signs, and sends nothing. Keys are handed over by a function, or those of the environment would be mixed in."""
+    """A client that only signs. A function gives it its keys, as it would otherwise mix in those of the environment."""
     given: Any = {"access_key_id": keys.key, "secret_access_key": keys.secret, "token": keys.token, "expires_at": None}
     return S3Store(
         bucket,

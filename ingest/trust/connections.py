@@ -1,8 +1,8 @@
-"""Connections that look where they have arrived before they ask for anything.
+"""Connections that check the address they have reached before they send a request.
 
-A name may lead to a public address while it is checked and to a machine of the private network a moment later, when
-the connection is made. So the address is judged once more on the open connection, which nothing can change any more,
-and before the first byte of the request.
+A host name may resolve to a public address when it is checked, and to a machine of the private network a moment later,
+when the connection is made. So the address of the open connection, which no longer changes, is checked once more
+before the first byte of the request.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from ingest.trust.waits import pause
 __all__ = ["PatientRetry", "PrivatePeerError", "bound_answers", "check_peers"]
 
 _MOST_DRAINED = 1 << 16
+"""Largest rest of a response that is read so that its connection can serve again, bytes."""
 
 MayBePrivate = Callable[[str], bool]
-"""Whether a host name may lead to a private address."""
+"""A function that tells whether a host name may resolve to a private address."""
 
 
 class PatientRetry(urllib3.Retry):
-    """urllib3's Retry, which would otherwise sleep for as long as the server's Retry-After says."""
+    """urllib3's Retry with an upper limit on Retry-After; without it, a server could make a client sleep for days."""
 
     longest_s = 120.0
 
@@ -40,29 +41,29 @@ class PatientRetry(urllib3.Retry):
         return None if wait is None else min(wait, self.longest_s)
 
     def sleep(self, response: urllib3.BaseHTTPResponse | None = None) -> None:
-        """Pause before the next attempt; a stop of the process ends the pause."""
+        """Pause before the next attempt; the pause ends at once when the process is stopped."""
         asked = self.get_retry_after(response) if self.respect_retry_after_header and response is not None else None
         pause(asked or self.get_backoff_time())
 
 
 class PrivatePeerError(LocationValueError):
-    """A name led to an address of the private network; nothing was sent."""
+    """A host name resolved to an address of the private network; nothing was sent to it."""
 
 
 class _BoundedAnswers:
-    """What all connections share: answers that must come fast enough, and of which no more is read than is wanted."""
+    """The part that all connections share: responses must come fast enough, and are not read further than needed."""
 
     response_class = TimedResponse
 
     def getresponse(self) -> urllib3.HTTPResponse:
         reply: urllib3.HTTPResponse = super().getresponse()  # type: ignore[misc]
-        # before it repeats a request urllib3 reads all of the answer that it throws away, however long that is
+        # before urllib3 repeats a request, it reads the whole response that it drops, however long that is
         reply.drain_conn = functools.partial(_drain, reply)  # type: ignore[method-assign]
         return reply
 
 
 def _drain(reply: urllib3.HTTPResponse) -> None:
-    """Read a short answer to its end, so that its connection serves again; close the connection of a longer one."""
+    """Read a short response to its end, so that its connection serves again; close the connection of a longer one."""
     with suppress(HTTPError, OSError, HTTPException):
         if len(read_start(reply, _MOST_DRAINED + 1)) <= _MOST_DRAINED:
             return
@@ -70,10 +71,13 @@ def _drain(reply: urllib3.HTTPResponse) -> None:
 
 
 def bound_answers(manager: urllib3.PoolManager) -> urllib3.PoolManager:
-    """Let the connections of a proxy's manager bound answers, too; where it leads is for the proxy to judge.
+    """Bound the responses that come through a proxy; the proxy itself decides which addresses it connects to.
 
     Args:
-        manager: Has made no connection yet; it is given back.
+        manager: The proxy's manager, which has made no connection yet.
+
+    Returns:
+        The same manager.
     """
 
     class Plain(_BoundedAnswers, HTTPConnection):  # type: ignore[misc]
@@ -93,15 +97,16 @@ def bound_answers(manager: urllib3.PoolManager) -> urllib3.PoolManager:
 
 
 def check_peers(manager: urllib3.PoolManager, may_be_private: MayBePrivate) -> urllib3.PoolManager:
-    """Let all connections of `manager` judge the address they have reached, and the time that answers take.
+    """Check the address that each connection of `manager` reaches, and bound its responses.
 
-    `manager` itself is given back.
-
-    Hosts that are spelled as an address were judged as text before (`ingest.trust.hrefs.resolve_href`).
+    Hosts that are written as an address are not checked here: `ingest.trust.hrefs.resolve_href` has judged them.
 
     Args:
-        manager: Has made no connection yet.
-        may_be_private: Asked with the host name, in lower case.
+        manager: A manager that has made no connection yet.
+        may_be_private: Called with the host name in lower case.
+
+    Returns:
+        The same manager.
     """
 
     def judge(host: str, sock: socket.socket) -> None:
@@ -111,7 +116,9 @@ def check_peers(manager: urllib3.PoolManager, may_be_private: MayBePrivate) -> u
         address = str(sock.getpeername()[0])
         if is_private_address(address):
             sock.close()
-            raise PrivatePeerError(f"{name} leads to the private address {address}; --allow-private-hosts permits that")
+            raise PrivatePeerError(
+                f"{name} resolves to the private address {address}; --allow-private-hosts permits that"
+            )
 
     class Plain(_BoundedAnswers, HTTPConnection):  # type: ignore[misc]
         def _new_conn(self) -> socket.socket:

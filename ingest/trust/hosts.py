@@ -1,8 +1,8 @@
-"""Who may ask the pages that this machine serves: a browser that was led here by a foreign name gets nothing.
+"""Protection of the pages that this machine serves: requests under a foreign host name are refused.
 
-A page of a stranger can make its own name lead to 127.0.0.1 (DNS rebinding) and then read what a local server answers
-as if it were its own. Such requests carry that name in their Host header. An address in digits cannot be led elsewhere,
-so requests that name one, or `localhost`, or a name this server was given, are answered, and others are not.
+With DNS rebinding, a stranger's page lets its own host name resolve to 127.0.0.1 and then reads what a local server
+answers. Such requests carry the stranger's name in their Host header. So a request is answered only if its Host header
+names an IP address, which cannot be rebound, or `localhost`, or a name that this server was given.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
 def why_refused(host: str | None, origin: str | None, names: Collection[str] = ()) -> str | None:
-    """Why a request is refused, or None where it may be answered.
+    """The reason why a request is refused; None where it may be answered.
 
     Args:
-        host: Its Host header. Only programs leave it out.
-        origin: Its Origin header, which browsers send with what a script asks for.
+        host: Host header of the request; browsers always send one.
+        origin: Origin header of the request, which browsers send with requests of scripts.
         names: Further names of the server, in lower case.
 
     >>> why_refused("127.0.0.1:8787", None), why_refused("localhost", "http://localhost")
@@ -42,13 +42,13 @@ def why_refused(host: str | None, origin: str | None, names: Collection[str] = (
 
 
 def machine_names() -> frozenset[str]:
-    """Names of this machine, in lower case; nobody else is asked for them."""
+    """Names of this machine in lower case, from the machine itself and not from a name server."""
     name = socket.gethostname().lower()
     return frozenset({name, name.partition(".")[0]} - {""})
 
 
 def _parts(netloc: str, port: int | None = None) -> tuple[str, int | None]:
-    """(name in lower case, port) of a Host header; a port that is not a number is none."""
+    """Split a Host header into its name in lower case and its port; a port that is not a number becomes None."""
     try:
         found = urlsplit(f"//{netloc}")
         return (found.hostname or "").rstrip(".").lower(), found.port or port
@@ -65,11 +65,11 @@ def _is_own(name: str, names: Collection[str]) -> bool:
 
 
 def guard_application(application: Any, names: Collection[str] = ()) -> None:
-    """Let a Tornado application answer such requests only, whatever its pages are; also those of its web sockets.
+    """Let a Tornado application answer only requests to its own names, for all its pages and web sockets.
 
     Args:
-        application: Of a scheduler or worker of Dask. A second guard changes nothing.
-        names: As in `why_refused`.
+        application: The application of a Dask scheduler or worker. A second call changes nothing.
+        names: Further names of the server, in lower case.
     """
     from tornado.web import RequestHandler
 
@@ -98,11 +98,11 @@ def guard_application(application: Any, names: Collection[str] = ()) -> None:
 
 
 class HostCheck:
-    """The same for an ASGI application.
+    """An ASGI application that passes requests on only if they name this server.
 
     Args:
-        application: What answers the requests that may be answered.
-        names: As in `why_refused`.
+        application: The application that requests are passed to.
+        names: Further names of the server, in lower case.
     """
 
     def __init__(self, application: Any, names: Collection[str] = ()) -> None:

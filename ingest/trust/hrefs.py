@@ -1,11 +1,12 @@
-"""Which hrefs may be opened.
+"""The rules for hrefs: `resolve_href` turns an href into an absolute URL or path, or refuses it, before it is opened.
 
-A catalogue is data from outside: an href in it may name a local file, another driver, a machine of the private network
-or a credential. `resolve_href` turns an href into an absolute URL or path, or refuses it, before anything is opened.
+A catalogue is untrusted data: an href in it may name a local file, another driver of GDAL, a machine of the private
+network, or credentials.
 
-Allowed are https, http and s3 on SOURCE's own host, the provider's hosts and `--allow-host`; local files below the
-catalogue's own folder and `--allow-local`. Refused are `/vsi…`, `driver:` syntax, XML, `file:` and `data:` URLs, UNC
-paths, userinfo, odd spellings of IP addresses, and private addresses that were not asked for.
+Allowed are https, http and s3 on SOURCE's own host, on the provider's hosts and on those of `--allow-host`; and local
+files below the catalogue's own folder and below `--allow-local`. Refused are `/vsi…`, `driver:` syntax, XML, `file:`
+and `data:` URLs, UNC paths, user names in URLs, unusual spellings of IP addresses, and private addresses that the user
+did not allow.
 """
 
 from __future__ import annotations
@@ -36,19 +37,20 @@ __all__ = [
 
 _SCHEMES = ("http", "https", "s3")
 _MAX_HREF = 4096
+"""Longest href that is accepted, characters."""
 _PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
 class HrefPolicy:
-    """What may be opened on behalf of one SOURCE.
+    """The hosts and folders that may be opened for one SOURCE.
 
     Attributes:
-        source_host: Host of SOURCE, lower case; None for a local one.
-        source_root: Folder of a local SOURCE.
-        hosts: Further host names, "*.suffix" patterns, or s3 bucket names.
+        source_host: Host of SOURCE in lower case; None where SOURCE is local.
+        source_root: Folder of SOURCE; None where SOURCE is a URL.
+        hosts: Further host names, "*.suffix" patterns, and names of S3 buckets.
         roots: Further local folders.
-        allow_private: Whether private, loopback and link-local addresses may be named.
+        allow_private: Whether hrefs may name private, loopback and link-local addresses.
     """
 
     source_host: str | None = None
@@ -61,13 +63,13 @@ class HrefPolicy:
     def around(
         cls, source: str, *, hosts: Iterable[str] = (), roots: Iterable[str] = (), allow_private: bool = False
     ) -> Self:
-        """The policy for `source` as the user gave it.
+        """Make the policy for `source` as the user gave it.
 
         Args:
-            source: URL or path; its own host, or its folder, is allowed. Empty: only what the others name.
-            hosts: As the attribute.
-            roots: As the attribute; ~ is the home folder.
-            allow_private: As the attribute.
+            source: URL or path, whose host or folder is allowed. An empty text allows only the other arguments.
+            hosts: Further host names, which may be typed as URLs.
+            roots: Further local folders; ~ is the home folder.
+            allow_private: Whether hrefs may name private addresses.
         """
         names = frozenset(_host_name(name) for name in hosts)
         folders = tuple(Path(root).expanduser().resolve() for root in roots)
@@ -81,25 +83,25 @@ class HrefPolicy:
         return cls(None, path if path.is_dir() else path.parent, names, folders, allow_private)
 
     def allows_host(self, host: str) -> bool:
-        """Whether `host` is SOURCE's own, or named, or below a "*.suffix" that is named."""
+        """Whether `host` is SOURCE's own, is one of `hosts`, or matches a "*.suffix" among them."""
         if host == self.source_host or host in self.hosts:
             return True
         return any(name.startswith("*.") and host.endswith(name[1:]) for name in self.hosts)
 
     def allows_private(self, host: str) -> bool:
-        """Whether a private address is fine: asked for, SOURCE's own host, or loopback beside a loopback SOURCE."""
+        """Whether a private host is allowed: by option, as SOURCE's own, or as loopback beside a loopback SOURCE."""
         if self.allow_private or host == self.source_host:
             return True
         return bool(self.source_host) and is_loopback(self.source_host or "") and is_loopback(host)
 
 
 def resolve_href(href: object, *, base: str, policy: HrefPolicy) -> str:
-    """The absolute URL or local path that `href` means, if it may be opened.
+    """Resolve an href to an absolute URL or local path, or refuse it.
 
     Args:
-        href: As the catalogue gives it.
-        base: URL or path of the document that holds it.
-        policy: What is allowed.
+        href: The href as the catalogue has it.
+        base: URL or path of the document that holds the href.
+        policy: The hosts and folders that are allowed.
 
     Raises:
         InvalidInput: The href is malformed or not allowed; the message never shows its query or userinfo.
@@ -108,7 +110,7 @@ def resolve_href(href: object, *, base: str, policy: HrefPolicy) -> str:
     if is_url(text):
         return _checked_url(text, policy)
     if text.lower().startswith("/vsi"):
-        raise _refused(text, "GDAL's /vsi paths read through other files and hosts")
+        raise _refused(text, "a /vsi path makes GDAL read other files and hosts")
     if re.match(r"[A-Za-z][A-Za-z0-9_+.\-]*:", text):
         raise _refused(text, "it names a driver or a scheme other than https, http or s3")
     if text.startswith("//"):
@@ -126,7 +128,7 @@ def resolve_href(href: object, *, base: str, policy: HrefPolicy) -> str:
 
 def _checked_text(href: object) -> str:
     if not isinstance(href, str) or not href.strip():
-        raise InvalidInput(f"expected an href, got {href!r}; the catalogue is broken, leave the item out")
+        raise InvalidInput(f"expected an href, got {href!r}; the catalogue is broken: leave the item out")
     if len(href) > _MAX_HREF:
         raise InvalidInput(f"href of {len(href)} characters refused (at most {_MAX_HREF}): {redact_url(href[:80])}…")
     if any(ord(char) < 32 or ord(char) == 127 or char in "\u202e\u202d\u2066\u2067\u2068" for char in href):
@@ -134,7 +136,7 @@ def _checked_text(href: object) -> str:
     if href != href.strip() or "\\" in href:
         raise _refused(href, "it holds a backslash or surrounding blanks")
     if href.lstrip().startswith(("<", "{")):
-        raise _refused("(inline document)", "it holds a document instead of an address")
+        raise _refused("(inline document)", "it is a document instead of an address")
     return href
 
 
@@ -143,25 +145,27 @@ def _checked_url(url: str, policy: HrefPolicy) -> str:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").rstrip(".").lower(), parts.port
     except ValueError as error:
-        raise _refused(url, f"it is no URL ({error})") from error
+        raise _refused(url, f"it is not a valid URL ({error})") from error
     if parts.scheme.lower() not in _SCHEMES:
         raise _refused(url, "only https, http and s3 are opened")
     if "@" in parts.netloc:
-        raise _refused(url, "it carries a user name or password")
+        raise _refused(url, "it contains a user name or password")
     if not host or (parts.scheme == "s3" and port):
         raise _refused(url, "it names no host")
     if re.search(r"%2e%2e|%00|%5c", url, re.IGNORECASE) or ".." in parts.path.split("/"):
-        raise _refused(url, "it climbs out of its folder")
+        raise _refused(url, "it leaves its folder through `..`, or hides such a step")
     address = _address(host)
     if address is None and _looks_numeric(host):
         raise _refused(url, "it spells an IP address in an unusual way")
     if address is not None and parts.scheme == "s3":
-        raise _refused(url, "a bucket is no IP address")
+        raise _refused(url, "an IP address cannot be the name of a bucket")
     private = (address is not None and not address.is_global) or host == "localhost" or host.endswith(".localhost")
     if private and not policy.allows_private(host):
         raise _refused(url, "private, loopback and link-local addresses need --allow-private-hosts")
     if not policy.allows_host(host) and not (private and policy.allows_private(host)):
-        raise _refused(url, f"its host is neither SOURCE's own nor the provider's; trust it with --allow-host {host}")
+        raise _refused(
+            url, f"its host is neither SOURCE's own nor the provider's; if you trust it, add --allow-host {host}"
+        )
     netloc = f"[{host}]" if ":" in host else host
     netloc += f":{port}" if port and port != _PORTS.get(parts.scheme.lower()) else ""
     return urlunsplit(SplitResult(parts.scheme.lower(), netloc, parts.path, parts.query, ""))
@@ -171,10 +175,12 @@ def _checked_path(text: str, base: str, policy: HrefPolicy) -> str:
     if "://" in unquote(text) or "/vsi" in text.lower():
         raise _refused(text, "it hides a URL or a /vsi path")
     folder = Path(base) if Path(base).is_dir() else Path(base).parent
-    path = (folder / text).resolve()  # follows links, so a link cannot lead out of the folder
+    path = (folder / text).resolve()  # follows links, so that no link leads out of the folder
     roots = [*([policy.source_root] if policy.source_root else []), *policy.roots]
     if not any(path.is_relative_to(root) for root in roots):
-        raise _refused(text, "it lies outside the catalogue's own folder; trust its folder with --allow-local FOLDER")
+        raise _refused(
+            text, "it lies outside the catalogue's own folder; if you trust its folder, add --allow-local FOLDER"
+        )
     return str(path)
 
 
@@ -183,12 +189,12 @@ def _refused(href: str, why: str) -> InvalidInput:
 
 
 def is_url(text: str) -> bool:
-    """Whether `text` has the form SCHEME://…"""
+    """Whether `text` has the form SCHEME://…."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", text) is not None
 
 
 def same_origin(left: str, right: str) -> bool:
-    """Whether two URLs share scheme, host and port; credentials never cross this line."""
+    """Whether two URLs share scheme, host and port; credentials are sent only to the same origin."""
     a, b = urlsplit(left), urlsplit(right)
     return (a.scheme.lower(), (a.hostname or "").lower(), a.port or _PORTS.get(a.scheme.lower())) == (
         b.scheme.lower(),
@@ -198,9 +204,9 @@ def same_origin(left: str, right: str) -> bool:
 
 
 def refuse_private_address(url: str, policy: HrefPolicy) -> None:
-    """Look the host of `url` up and refuse it when the name leads to a private address that was not asked for.
+    """Refuse a URL whose host name resolves to a private address that is not allowed.
 
-    Called right before the first request to a host; `resolve_href` itself asks no name server.
+    It is called right before the first request to a host, as `resolve_href` asks no name server.
 
     Raises:
         InvalidInput: The name resolves to a private address.
@@ -212,37 +218,39 @@ def refuse_private_address(url: str, policy: HrefPolicy) -> None:
         return
     for address in _lookup(host):
         if is_private_address(address):
-            raise _refused(url, f"its name leads to the private address {address}; --allow-private-hosts permits that")
+            raise _refused(
+                url, f"its host resolves to the private address {address}; --allow-private-hosts permits that"
+            )
 
 
 def is_private_address(address: str) -> bool:
-    """Whether an IP address is not of the public network; mapped ones are judged by what they map.
+    """Whether an IP address does not belong to the public internet; IPv4 addresses inside IPv6 count as themselves.
 
     >>> [is_private_address(a) for a in ("8.8.8.8", "10.0.0.1", "::ffff:127.0.0.1", "169.254.169.254")]
     [False, True, True, True]
     """
-    found = _address(address)
-    return found is None or not found.is_global
+    parsed = _address(address)
+    return parsed is None or not parsed.is_global
 
 
 def is_spelled_address(host: str) -> bool:
-    """Whether a host is an IP address or this machine's own name rather than a name that somebody else resolves."""
+    """Whether a host is an IP address or localhost, so that no name server is asked for it."""
     return _address(host) is not None or host == "localhost" or host.endswith(".localhost")
 
 
 @lru_cache(maxsize=256)
 def _lookup(host: str) -> tuple[str, ...]:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise AccessError(
             f"host {host} was not found: {error.strerror or error}; check the name and the network"
         ) from error
-    return tuple(sorted({str(entry[4][0]).partition("%")[0] for entry in found}))
+    return tuple(sorted({str(entry[4][0]).partition("%")[0] for entry in entries}))
 
 
 def _host_name(name: str) -> str:
-    """Host or bucket of a --allow-host value, which may be typed as a URL."""
+    """The host or bucket that a value of --allow-host names; the value may be a URL."""
     text = name.strip().lower()
     return (urlsplit(text).hostname or urlsplit(text).netloc) if is_url(text) else text.split("/")[0].rsplit(":", 1)[0]
 
@@ -257,12 +265,12 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _looks_numeric(host: str) -> bool:
-    """2130706433, 0x7f.1, 127.1 and 0177.0.0.1 are addresses to the C library though not to `ipaddress`."""
+    """Whether the C library would take a host for an address that `ipaddress` refuses: 2130706433, 0x7f.1, 127.1 …."""
     return all(re.fullmatch(r"(0x[0-9a-f]*|\d+)", part) for part in host.split("."))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine itself, by its spelling: localhost, 127.… or ::1.
+    """Whether a host is spelled as this machine itself: localhost, 127.… or ::1.
 
     >>> is_loopback("127.0.0.1"), is_loopback("[::1]"), is_loopback("0.0.0.0"), is_loopback("node7")
     (True, True, False, False)

@@ -1,8 +1,8 @@
-"""What is known of each provider, as data: whose items they are, which hosts they use, where the -1000 offset is told.
+"""The rules of each provider, as data: how its items are recognised, its hosts, and where it states the -1000 offset.
 
-A *provider* is who serves a product and how. It is looked up per item, so a local copy of Earth Search items is still
-read by Earth Search's rules. A user adds one in a TOML file of the same fields (`--provider-file`), which is asked
-before those here.
+A *provider* is a service that publishes a product. It is looked up for each item, so a local copy of Earth Search items
+is still read by the rules of Earth Search. A user adds a provider in a TOML file with the same fields
+(`--provider-file`); rules of users are looked at first.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ OffsetRule = Literal["flag", "metadata", "baseline"]
 
 
 class ProviderRule(BaseModel):
-    """What holds for one provider.
+    """The rules of one provider.
 
     Attributes:
-        name: "earth-search" …
-        marks: Property prefixes that only this provider's items have.
-        hosts: Hosts and buckets that its API and assets live on; allowed for its items.
-        offset: Where the truth about the -1000 offset is, by collection ("*" for all others): in a flag of the item, in
-            the item's raster metadata, or nowhere but in the processing baseline.
-        flag: The property of offset rule "flag": true means that 1000 has been subtracted already.
-        evidence: The source of the offset rule.
-        rate_limit: Requests per second that it bears from all workers together; None where it states no limit.
-        token_url: Where tokens are asked, right before an open: a document with `token` and `msft:expiry` at
-            TOKEN_URL/ACCOUNT/CONTAINER.
-        token_hosts: Storage hosts that get these tokens; ".suffix" for all below it. No other host gets one.
-        token_margin_s: A token is not used this shortly before it expires.
-        buckets: Those of `hosts` that are S3 buckets which need the settings below.
-        endpoint: S3 endpoint of the buckets, where that is not Amazon's; "http://…" on one's own machine only.
-        requester_pays: Whether the buckets bill whoever reads; they are read with --requester-pays alone.
-        key_prefix: The keys of the buckets are in the environment of each worker, in PREFIX_ACCESS_KEY_ID and
-            PREFIX_SECRET_ACCESS_KEY; never in a file.
+        name: Name of the provider, e.g. "earth-search".
+        marks: Prefixes of item properties that only this provider's items have.
+        hosts: Hosts and buckets of its API and assets; its items may name them.
+        offset: Collection ("*" for all others) → where the -1000 offset is stated: in a flag of the item ("flag"), in
+            its raster metadata ("metadata"), or only through the processing baseline ("baseline").
+        flag: Item property of the offset rule "flag"; true means that 1000 has already been subtracted.
+        evidence: Source of the offset rule.
+        rate_limit: Largest number of requests per second from all workers together; None where it states no limit.
+        token_url: Address of its token service: TOKEN_URL/ACCOUNT/CONTAINER gives a document with `token` and
+            `msft:expiry`. Tokens are requested right before a file is opened.
+        token_hosts: Storage hosts that get these tokens, and no others; ".suffix" stands for all hosts below it.
+        token_margin_s: Seconds before its expiry from which on a token is no longer used.
+        buckets: Those of `hosts` that are S3 buckets and need the settings below.
+        endpoint: S3 endpoint of the buckets; None means Amazon. "http://…" is allowed for this machine only.
+        requester_pays: Whether the buckets bill their readers; they are read only with --requester-pays.
+        key_prefix: Prefix of the environment variables of each worker that hold the keys of the buckets,
+            PREFIX_ACCESS_KEY_ID and PREFIX_SECRET_ACCESS_KEY. Keys never stand in a file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,24 +77,27 @@ class ProviderRule(BaseModel):
             return None
         parts = urlsplit(value if "://" in value else f"https://{value}")
         if not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError(f"expected a host or https address without user name and query, got {parts.hostname!r}")
+            raise ValueError(
+                f"expected a host or an https URL without user name and query, got one of host {parts.hostname!r}"
+            )
         if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname)):
-            raise ValueError(f"expected https, as secrets go there, got {parts.scheme}://{parts.hostname}")
+            raise ValueError(f"expected https, as secrets are sent there, got {parts.scheme}://{parts.hostname}")
         return value.rstrip("/")
 
     def offset_rule(self, collection: str) -> OffsetRule:
+        """Where the items of a collection state the -1000 offset."""
         return self.offset.get(collection, self.offset.get("*", "metadata"))
 
     @property
     def sign_rule(self) -> SignRule | None:
-        """How its hrefs are signed; None where they need no token."""
+        """The rule for signing its hrefs; None where they need no token."""
         if self.token_url is None:
             return None
         return SignRule(self.token_url, self.token_hosts or self.hosts, self.token_margin_s)
 
     @property
     def bucket_rule(self) -> BucketRule | None:
-        """How its buckets are read; None where nothing is special."""
+        """The rule for reading its buckets; None where it has none that need one."""
         if not self.buckets:
             return None
         return BucketRule(self.buckets, self.endpoint, self.requester_pays, self.key_prefix)
@@ -104,7 +107,7 @@ PROVIDERS: tuple[ProviderRule, ...] = (
     ProviderRule(
         name="terrashard",
         marks=("terrashard:",),
-        # the simulator can be told to lie like the real ones: the flag first, then raster metadata
+        # the simulator can imitate the errors of real providers: the flag is looked at first, then raster metadata
         offset={"*": "flag"},
         flag="earthsearch:boa_offset_applied",
         evidence="ingest.simulate",
@@ -130,7 +133,7 @@ PROVIDERS: tuple[ProviderRule, ...] = (
             "sentinel-s2-l1c",
             "earthsearch-data",
         ),
-        # the flag is right more often than raster:bands, which keeps -0.1 after the subtraction
+        # the flag is more reliable than raster:bands, which keeps -0.1 after the subtraction
         offset={"sentinel-2-l2a": "flag", "sentinel-2-c1-l2a": "metadata", "*": "metadata"},
         flag="earthsearch:boa_offset_applied",
         evidence="Element84/earth-search#9, #66, #71",
@@ -192,11 +195,11 @@ GENERIC = ProviderRule(
 
 
 def load_provider_file(path: str | Path) -> ProviderRule:
-    """One provider of the user's own, from a TOML file with the fields of `ProviderRule`.
+    """Read the rules of one provider from a TOML file with the fields of `ProviderRule`.
 
     Raises:
-        InvalidInput: Unreadable, too large, not TOML, or a value that cannot be.
-        UnknownName: A key that no rule has; the nearest one is named.
+        InvalidInput: The file is unreadable, too large, not TOML, or has a value that cannot be used.
+        UnknownName: The file has a key that no rule has; the nearest one is named.
     """
     try:
         if check_regular(path).st_size > _MAX_FILE_BYTES:
@@ -221,9 +224,9 @@ def load_provider_file(path: str | Path) -> ProviderRule:
 
 
 def find_provider(item: Mapping[str, Any], source: str = "", own: Iterable[ProviderRule] = ()) -> ProviderRule:
-    """The provider whose item this is: by its own property prefixes, else by SOURCE, its links, its asset hosts.
+    """Find the provider of an item by the prefixes of its properties, else by the hosts of SOURCE, links and assets.
 
-    Rules in `own` are asked first, so that a user can overrule what is known here.
+    Rules in `own` come first, so that a user can overrule the built-in ones.
     """
     properties = item.get("properties") or {}
     rules = (*own, *PROVIDERS)
@@ -238,22 +241,22 @@ def find_provider(item: Mapping[str, Any], source: str = "", own: Iterable[Provi
         [asset.get("href") for asset in assets],
     ):
         hosts = set(_hosts(hrefs))
-        found = next((rule for rule in rules if hosts.intersection(rule.hosts)), None)
-        if found:
-            return found
+        match = next((rule for rule in rules if hosts.intersection(rule.hosts)), None)
+        if match:
+            return match
     return GENERIC
 
 
 def trusted_hosts(rule: ProviderRule, source: str, own: Iterable[ProviderRule] = ()) -> tuple[str, ...]:
-    """Hosts that the items of a provider may name, by where the user asked for them.
+    """The hosts that items of a provider may name, given where the user searched.
 
-    An item says of itself whose it is. So when a server was asked that is not the provider's, its items get no bucket
-    that is read with the user's keys.
+    An item itself states whose it is, and any server can copy that. So items from a server that is not the provider's
+    may not name buckets that are read with the user's keys.
 
     Args:
-        rule: From `find_provider`.
-        source: SOURCE as the user gave it. A file of items counts as the provider's.
-        own: Rules of the user's own.
+        rule: The provider, from `find_provider`.
+        source: SOURCE as the user gave it. A local file of items counts as the provider's.
+        own: Rules that the user added.
     """
     if "://" not in source or set(_hosts([source])).intersection(rule.hosts):
         return rule.hosts

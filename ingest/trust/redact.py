@@ -1,6 +1,6 @@
-"""Redaction for ingest: the rules of `zarr_store.redact`, and what only the libraries of an ingest need.
+"""Redaction of secrets for ingest: the rules of `zarr_store.redact`, and filters for the libraries that ingest uses.
 
-urllib3 and rasterio log addresses as they are, and Dask's performance report quotes calls and tracebacks.
+urllib3 and rasterio log whole URLs, and Dask's performance report quotes calls and tracebacks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DATA = re.compile(r'(<script type="application/json"[^>]*>)(.*?)(</script>)', r
 
 
 class _Redacting(logging.Filter):
-    """Takes secrets out of the messages of libraries, also where the process is not ours (a notebook)."""
+    """Removes secrets from log messages of libraries, also in a process that we did not start, such as a notebook."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact_text(record.getMessage()), ()
@@ -34,7 +34,7 @@ _redacting = _Redacting()
 
 
 def redact_logs() -> None:
-    """Keep secrets out of what urllib3 and rasterio log in this process; called before either sees a URL."""
+    """Keep secrets out of the logs of urllib3 and rasterio in this process; call it before either gets a URL."""
     for name in _CHATTY:
         logger = logging.getLogger(name)
         if _redacting not in logger.filters:
@@ -42,18 +42,18 @@ def redact_logs() -> None:
 
 
 def redact_document(html: str) -> str:
-    """Dask's page without its icon, which lies elsewhere, and with the texts of its data redacted.
+    """Redact Dask's performance report, and remove the link to its icon, which lies on another server.
 
-    The data is JSON in elements of its own. It is read and written again, so that it stays JSON whatever a secret
-    looks like; data that is no JSON is redacted as text.
+    The data of the report is JSON in elements of its own. It is parsed and written again, so that it stays JSON
+    whatever a secret looks like. Data that is not JSON is redacted as text.
     """
 
-    def clean(found: re.Match[str]) -> str:
+    def clean(match: re.Match[str]) -> str:
         try:
-            kept = json.dumps(_without_secrets(json.loads(found[2])), allow_nan=False).replace("</", "<\\/")
+            text = json.dumps(_without_secrets(json.loads(match[2])), allow_nan=False).replace("</", "<\\/")
         except ValueError:
-            kept = redact_text(found[2])
-        return found[1] + printable_json(kept) + found[3]
+            text = redact_text(match[2])
+        return match[1] + printable_json(text) + match[3]
 
     return _DATA.sub(clean, _ICON.sub("", html))
 

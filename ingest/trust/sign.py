@@ -1,7 +1,7 @@
-"""Signing hrefs right before they are opened. Plans, cubes and logs only ever hold unsigned hrefs.
+"""Signing of hrefs right before they are opened. Plans, cubes and logs hold only unsigned hrefs.
 
-Planetary Computer hands out a token per storage container. Tokens are kept in memory of the worker that asked, until
-shortly before they expire, and are asked anew once when a server refuses one: clocks differ.
+Planetary Computer issues one token per storage container. A token stays in the memory of the worker that requested it
+until shortly before it expires. Where a server refuses a token, a new one is requested once, as clocks differ.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ Signing = Literal["planetary-computer", "none"]
 
 TOKEN_URL = "https://planetarycomputer.microsoft.com/api/sas/v1/token"
 STORAGE_HOSTS = ".blob.core.windows.net"
-"""A token is bound to its storage host and is never added to any other URL."""
+"""Suffix of Azure's storage hosts; a token is never added to a URL of any other host."""
 _MARGIN_S = 300.0
 _SKEW_S = 60.0
+"""Differences between clocks up to this many seconds are ignored."""
 _MOST_BYTES = 1 << 16
-"""Of a token document, which has a few hundred."""
+"""Largest size of a token document; real ones have a few hundred bytes."""
 
 
 @dataclass(frozen=True)
 class SignRule:
-    """Where the tokens of some storage hosts come from.
+    """The source of tokens for some storage hosts.
 
     Attributes:
-        token_url: A token document is at TOKEN_URL/ACCOUNT/CONTAINER.
-        hosts: Storage hosts; a name that begins with a dot stands for all below it. No other host gets a token.
-        margin_s: A token is not used this shortly before it expires.
+        token_url: Address of the token service; the token of a container is at TOKEN_URL/ACCOUNT/CONTAINER.
+        hosts: Storage hosts that get these tokens; a name that begins with a dot stands for all hosts below it.
+        margin_s: Seconds before its expiry from which on a token is no longer used.
     """
 
     token_url: str
@@ -66,17 +67,17 @@ _lock = threading.Lock()
 def signed(
     href: str, sign: Signing, pool: urllib3.PoolManager, *, renew: bool = False, rules: Sequence[SignRule] = ()
 ) -> str:
-    """`href` with a token, if it needs one.
+    """Add a token to an href, if its host needs one.
 
     Args:
         href: Unsigned URL.
-        sign: Whose rules.
-        pool: Makes the request for a token.
-        renew: Ask for a new token even where one is at hand.
-        rules: Further ones, of the user's own providers.
+        sign: Service whose rules apply beside `rules`.
+        pool: Connections for the request of a token.
+        renew: Request a new token even where a valid one is in memory.
+        rules: Rules of the user's own providers.
 
     Raises:
-        AccessError: No token was given.
+        AccessError: The service gave no token.
     """
     parts = urlsplit(href)
     rule = _rule_for((parts.hostname or "").lower(), sign, rules)
@@ -91,7 +92,7 @@ def signed(
 
 
 def _is_safe(scheme: str, host: str) -> bool:
-    """Whether a token may travel there: encrypted, or not beyond this machine."""
+    """Whether a token may be sent to a host: encrypted, or within this machine."""
     return scheme == "https" or (scheme == "http" and is_loopback(host))
 
 
@@ -115,20 +116,20 @@ def _ask(container: tuple[str, str, str], pool: urllib3.PoolManager) -> _Token:
     except (urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError) as error:
         cause = f"HTTP {reply.status}" if reply is not None and isinstance(error, KeyError) else type(error).__name__
         raise AccessError(
-            f"no token for container {'/'.join(container[1:])} from {url} ({cause}); check the network, or drop --sign "
-            "if the files are public"
+            f"no token for container {'/'.join(container[1:])} from {url} ({cause}); check the network, or leave "
+            "out --sign if the files are public"
         ) from error
-    # the expiry is told in the server's time, and this machine's clock may be another
+    # the expiry is in the server's time, and this machine's clock may differ
     return _Token(token, expiry - _clock_skew(reply.headers.get("Date"), url))
 
 
 def _clock_skew(date: str | None, url: str) -> float:
-    """Seconds by which the server's clock is ahead of this one; small differences count as none."""
+    """Seconds by which the server's clock is ahead of this machine's; differences up to `_SKEW_S` count as 0."""
     try:
         skew = parsedate_to_datetime(date or "").timestamp() - time.time()
     except ValueError:
         return 0.0
     if abs(skew) <= _SKEW_S:
         return 0.0
-    log.warning("the clock of %s differs from this machine's by %.0f s; set this machine's clock", url, skew)
+    log.warning("the clock of %s differs from this machine's by %.0f s; correct this machine's clock", url, skew)
     return skew

@@ -1,8 +1,8 @@
-"""Waiting that a stop ends: pauses between attempts, turns at a provider, and answers that come slowly.
+"""Waits that end when the process is stopped: pauses between attempts, rate limits, and slow responses.
 
-A signal ends what the main thread waits for by itself. Threads that read from servers would go on until their own
-timeouts, and the interpreter waits for them before it ends. So every wait of a thread goes through here, and
-`end_waits` ends them all at once.
+A signal interrupts the main thread only. Threads that read from servers would go on until their own timeouts, and the
+interpreter waits for them before it exits. So every wait of a thread goes through this module, and `end_waits` ends
+them all at once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _lock = threading.Lock()
 
 
 def pause(seconds: float) -> None:
-    """Sleep, but not longer than until the process is told to stop.
+    """Sleep for some seconds, or until the process is stopped.
 
     Raises:
-        Preempted: The process is told to stop.
+        Preempted: The process is being stopped.
     """
     if seconds > 0:
         _ended.wait(seconds)
@@ -35,17 +35,17 @@ def pause(seconds: float) -> None:
 
 
 def check_waits() -> None:
-    """Go on, unless the process is told to stop.
+    """Raise if the process is being stopped.
 
     Raises:
-        Preempted: The process is told to stop.
+        Preempted: The process is being stopped.
     """
     if _ended.is_set():
-        raise Preempted("told to stop while it waited; the same command goes on from there")
+        raise Preempted("stopped while it waited; the same command continues from there")
 
 
 def watch_socket(sock: socket.socket) -> None:
-    """Let `end_waits` end what is read from a socket."""
+    """Register a socket, so that `end_waits` ends the reads from it."""
     with _lock:
         _sockets.add(sock)
     if _ended.is_set():
@@ -53,11 +53,11 @@ def watch_socket(sock: socket.socket) -> None:
 
 
 def end_waits() -> None:
-    """End all pauses and all reads from servers in this process; new ones end at once, until `allow_waits`."""
+    """End all pauses and all reads from servers in this process; until `allow_waits`, new ones end at once too."""
     _ended.set()
     with _lock:
-        found = list(_sockets)
-    for sock in found:
+        watched = list(_sockets)
+    for sock in watched:
         _shut(sock)
 
 
@@ -68,17 +68,17 @@ def allow_waits() -> None:
 
 def _shut(sock: socket.socket) -> None:
     with suppress(OSError):
-        # that of the plain class: the one of TLS takes the session from under a thread that reads
+        # the plain socket's method: that of TLS would drop the session while another thread reads from it
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 @contextmanager
 def crew(size: int, name: str = "terrashard") -> Iterator[ThreadPoolExecutor]:
-    """Threads for the `with` block; where it ends in an error, nobody waits for what they are still doing.
+    """Open a pool of threads for a `with` block; after an error, the block does not wait for their work.
 
     Args:
-        size: How many threads.
-        name: What their names begin with.
+        size: Number of threads.
+        name: Prefix of the threads' names.
     """
     pool = ThreadPoolExecutor(size, thread_name_prefix=name)
     try:

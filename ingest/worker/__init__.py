@@ -1,1 +1,1 @@
-"""What a worker process must be, and what all workers share."""
+"""Worker processes: their checks, and the limits and counters that they share."""

@@ -1,7 +1,7 @@
-"""What a worker must be like: the packages of the client, one decoding thread each, and no threads inside GDAL.
+"""Checks and settings of workers: the client's packages, one decoding thread per thread, no threads inside GDAL.
 
 Workers of a cluster that somebody else started may have another release of this package, which would write other
-bytes under the same key. So each is asked before the first task, and each that joins later checks itself.
+bytes under the same key. So each worker is asked before the first task, and workers that join later check themselves.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ __all__ = [
     "WorkerGuard",
     "check_workers",
     "differences",
-    "facts",
-    "heartbeat_is_news",
+    "keep_log_record",
     "memory_note",
+    "process_versions",
 ]
 
 log = logging.getLogger(__name__)
@@ -47,62 +47,64 @@ WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    # Buffers of a shard stay with the process and serve the next: fresh memory from the system has to be faulted in
-    # page by page, which took a quarter of a shard's time. What is kept is bounded by what one shard needs; one arena,
-    # as each keeps its own: with two the worker grew to five and a half shards, with one to 3.7. And none is mapped by
-    # itself, as the C library does with 32 MB and more, which are the pixels of most shards.
+    # The buffers of a shard stay with the process and serve the next shard: fresh memory from the system is faulted in
+    # page by page, which took a quarter of a shard's time. What stays is bounded by what one shard needs. There is one
+    # arena, as each arena keeps its own buffers: with two a worker grew to 5.5 shards, with one to 3.7. No buffer is
+    # mapped by itself, as the C library would do from 32 MB on, the size of the pixels of most shards.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
     "MALLOC_MMAP_MAX_": "0",
 }
-# The C library reads its own settings once, as a process begins: so a nanny must have all of them before it starts one.
-# Dask's profiler calls sys._current_frames() a hundred times a second. Before Python 3.12 a garbage collection within
-# that call can free a thread's locals, which waits for a lock that the call itself holds: the process stops for ever,
-# with the interpreter's lock in hand (CPython gh-106883). Since 3.12 nothing is collected inside an allocation.
+# The C library reads its settings once, when a process starts. So a nanny needs them before it starts its worker.
+# Dask's profiler calls sys._current_frames() a hundred times a second. Before Python 3.12, a garbage collection inside
+# that call can free a thread's locals, which waits for a lock that the call itself holds. The process then hangs while
+# it holds the interpreter's lock (CPython gh-106883). Since 3.12 no garbage is collected inside an allocation.
 WORKER_SETTINGS: dict[str, Any] = {
     "distributed.nanny.pre-spawn-environ": dict(WORKER_ENVIRONMENT),
     **({"distributed.worker.profile.enabled": False} if sys.version_info < (3, 12) else {}),
 }
-"""Dask's own configuration for workers that we start; a nanny hands it to its worker."""
+"""Dask configuration of the workers that we start; a nanny passes it on to its worker."""
 SHARDS_HELD = 4
-"""Shards that a thread holds at most while it makes one: its arrays, what is decoded, what is packed; measured by
-benchmarks/ingest_memory.py."""
+"""Most memory of one thread, in shards: the arrays of a shard, decoded blocks and compressed chunks.
+
+benchmarks/ingest_memory.py measures it.
+"""
 IDLE_BYTES = 250 << 20
-"""Of a worker that has imported everything and done nothing."""
+"""Memory of a worker that has imported everything and made no shard, bytes."""
 CHECKED = ("terrashard", "dask", "distributed", "imagecodecs", "numcodecs", "numpy", "rasterio", "tensorstore", "zarr")
-"""Packages whose release decides over what is exchanged with a worker, or over bytes in the cube."""
+"""Packages whose release affects what is exchanged with a worker, or the bytes in a cube."""
 
 
-def facts() -> dict[str, str]:
-    """What of this process decides whether it may work on a cube."""
+def process_versions() -> dict[str, str]:
+    """Versions and settings of this process that decide whether it may work on a cube."""
     return {**_releases(), "GDAL_NUM_THREADS": os.environ.get("GDAL_NUM_THREADS", "unset")}
 
 
 @functools.cache
 def _releases() -> dict[str, str]:
-    """Of Python, GDAL and the packages that are checked; looking them up takes longer than many a shard."""
+    """Releases of Python, GDAL and the checked packages; looking them up takes longer than a small shard."""
     import rasterio
 
-    found = {"python": ".".join(platform.python_version_tuple()[:2]), "gdal": rasterio.__gdal_version__}
+    releases = {"python": ".".join(platform.python_version_tuple()[:2]), "gdal": rasterio.__gdal_version__}
     for name in CHECKED:
         try:
-            found[name] = importlib.metadata.version(name)
+            releases[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            releases[name] = "absent"
+    return releases
 
 
 def differences(expected: Mapping[str, str], came: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Fact → (expected, came) where a worker differs; GDAL_NUM_THREADS must be unset, whatever the client has."""
+    """Name → (expected, came) where a worker differs; GDAL_NUM_THREADS must be unset, whatever the client has."""
     wanted = {**expected, "GDAL_NUM_THREADS": "unset"}
     return {name: (value, came.get(name, "absent")) for name, value in wanted.items() if came.get(name) != value}
 
 
-def heartbeat_is_news(record: logging.LogRecord) -> bool:
-    """Filter of the worker's log: a scheduler that is gone when a heartbeat comes is no error of the worker.
+def keep_log_record(record: logging.LogRecord) -> bool:
+    """Filter the worker's log: a heartbeat that finds no scheduler is logged as information, not as an error.
 
-    That is how clusters end, now and then; a run whose scheduler really is lost says so itself.
+    This is how some clusters end. A run that really loses its scheduler reports that itself.
     """
     kind = record.exc_info[0] if record.exc_info else None
     if kind is None or not issubclass(kind, OSError) or "heartbeat" not in str(record.msg):
@@ -112,7 +114,7 @@ def heartbeat_is_news(record: logging.LogRecord) -> bool:
 
 
 class WorkerGuard(WorkerPlugin):
-    """Sends a worker home that differs from the client, and lets the others send what their stages count."""
+    """A plugin that ends workers that differ from the client, and lets the others send their counters."""
 
     name = "terrashard-guard"
     idempotent = True
@@ -121,31 +123,31 @@ class WorkerGuard(WorkerPlugin):
         self.expected = dict(expected)
 
     async def setup(self, worker: Any) -> None:
-        """Runs in each worker that is there, and in each that joins."""
+        """Check and set up a worker; Dask calls this in each worker that is there, and in each that joins."""
         make_output_safe()
         worker.metrics["terrashard"] = lambda _: stage_totals()
-        logging.getLogger("distributed.worker").addFilter(heartbeat_is_news)
+        logging.getLogger("distributed.worker").addFilter(keep_log_record)
         bind_worker(worker)
         guard_application(worker.http_application, machine_names())
-        differ = differences(self.expected, facts())
+        differ = differences(self.expected, process_versions())
         if differ:
             text = "; ".join(f"{name} {came}, expected {wanted}" for name, (wanted, came) in differ.items())
             log.error("worker %s may not work on this ingest and ends: %s", worker.address, text)
-            # not awaited: a worker cannot close while it is being set up
+            # scheduled and not awaited: a worker cannot close while it is being set up
             worker.loop.call_later(0.1, worker.close, reason="terrashard-other-versions")
 
     def teardown(self, worker: Any) -> None:
-        """End what a closing worker still reads; one without a nanny may share its process with others."""
+        """End the reads of a closing worker; one without a nanny is left alone, as it may share its process."""
         if worker.nanny:
             end_waits()
 
 
 def memory_note(client: Client, spec: CubeSpec) -> str | None:
-    """What to change where a worker's memory limit is below what its threads need to make shards; None where it fits.
+    """Advice for a worker whose memory limit is below what its threads need to make shards; None where all have enough.
 
     Args:
-        client: Its scheduler knows the limits of the workers; one without a limit has enough.
-        spec: Of the collection that is made.
+        client: Client of the scheduler, which knows the memory limits; a worker without a limit has enough.
+        spec: The collection that is made.
     """
     pixels = math.prod(spec.shape)
     pixel = sum(
@@ -165,15 +167,13 @@ def memory_note(client: Client, spec: CubeSpec) -> str | None:
 
 
 def check_workers(client: Client) -> None:
-    """Refuse workers that differ from this process; those that join later are sent home by the guard.
-
-    It also lets the scheduler keep the rate limits of providers.
+    """Refuse workers that differ from this process, and start the plugins that check later ones and keep rate limits.
 
     Raises:
-        InvalidInput: With a table of what differs, where.
+        InvalidInput: Workers differ; the message is a table of worker, name, expected and actual value.
     """
-    expected = facts()
-    answers = client.run(facts, on_error="return")
+    expected = process_versions()
+    answers = client.run(process_versions, on_error="return")
     rows = []
     for address, came in sorted(answers.items()):
         if isinstance(came, BaseException):

@@ -1,7 +1,7 @@
-"""`stage` measures the seconds that this process spends in each stage of an ingest, and the bytes that it produced.
+"""Counters of this process: seconds and bytes of reading, warping, encoding and writing.
 
-The counters belong to the process, so threads that read ahead of a task count too. Workers send them with every
-heartbeat, and the page at `/terrashard` turns them into rates.
+They belong to the process, so threads that read ahead of a task count too. Workers send them with every heartbeat, and
+the page at `/terrashard` turns them into rates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _lock = threading.Lock()
 
 
 def count_stage(name: str, seconds: float, nbytes: int) -> None:
-    """Add to the counters of a stage."""
+    """Add seconds and bytes to the counters of a stage."""
     with _lock:
         total = _totals.setdefault(name, [0.0, 0.0])
         total[0] += seconds

@@ -1,8 +1,8 @@
-"""One limit of requests per second for all workers together, where a provider bears only so many.
+"""Rate limits: at most so many requests per second to a provider, from all workers together.
 
-The scheduler hands out turns: it keeps, per provider, the moment of the next free one, and tells a worker how long to
-wait for its own. Nothing is leased, so a worker that dies leaves nothing locked. Without a cluster (search, probing
-headers) the same rule holds inside the process.
+The scheduler keeps the time of the next free request of each provider, and tells a worker how long to wait for its own.
+Nothing is leased, so a worker that dies leaves nothing locked. Without a cluster (search, reading of headers) the same
+limit holds inside the process.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from distributed.utils import sync
 from ingest.trust.providers import PROVIDERS
 from ingest.trust.waits import check_waits, pause
 
-__all__ = ["Crowd", "RateKeeper", "Turns", "bind_worker", "limit_of", "wait_for_turn"]
+__all__ = ["Crowd", "RateKeeper", "RateLimiter", "bind_worker", "limit_of", "wait_for_turn"]
 
 RateLimits = tuple[tuple[str, float], ...]
-"""(host, requests per second), the user's own; they win over the provider's rule."""
+"""Limits of the user as (host, requests per second); they win over the provider's rule."""
 
 _LOOK_S = 0.5
-"""How often one who waits for a place looks whether the process is told to stop."""
+"""Seconds between checks whether the process is being stopped, while a request waits for its place."""
 _HANDLER = "terrashard_turn"
 _bound: list[Any] = []
 
 
-class Turns:
-    """Moments at which requests may be sent: evenly spaced, first come first served."""
+class RateLimiter:
+    """Times at which requests may be sent: evenly spaced, in the order in which they are reserved."""
 
     def __init__(self) -> None:
         self._next: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def take(self, name: str, rate: float, count: int = 1, *, now: float | None = None) -> float:
-        """Reserve `count` turns; how long to wait for the first of them, seconds.
+        """Reserve the times of `count` requests; returns the seconds to wait for the first of them.
 
-        >>> turns = Turns()
-        >>> [turns.take("cdse", 5.0, now=100.0) for _ in range(3)]
+        >>> limiter = RateLimiter()
+        >>> [limiter.take("cdse", 5.0, now=100.0) for _ in range(3)]
         [0.0, 0.2, 0.4]
         """
         moment = time.monotonic() if now is None else now
@@ -55,12 +55,13 @@ class Turns:
 
 
 class Crowd:
-    """How many requests this process has under way at each host: half as many whenever the host says that it is busy.
+    """The number of requests that this process may have under way at each host.
 
-    After as many good answers as there are places, one place more is given, up to the first number.
+    Whenever a host answers that it is busy, the number is halved. After as many good answers in a row as there are
+    places, it grows by one, up to where it started.
 
     Args:
-        most: Places at each host to begin with.
+        most: Places at each host at the start.
     """
 
     def __init__(self, most: int = 64) -> None:
@@ -72,7 +73,7 @@ class Crowd:
 
     @contextmanager
     def place(self, href: str) -> Iterator[Callable[[bool], None]]:
-        """Wait for a place at the host of `href`; what it gives is told whether the host was busy."""
+        """Wait for a place at the host of `href`; the function it gives takes whether the host was busy."""
         host = urlsplit(href).netloc
         with self._changed:
             while self._inside[host] >= self.places(host):
@@ -80,53 +81,53 @@ class Crowd:
                 check_waits()
             self._inside[host] += 1
         try:
-            yield functools.partial(self._told, host)
+            yield functools.partial(self._adapt, host)
         finally:
             with self._changed:
                 self._inside[host] -= 1
                 self._changed.notify_all()
 
     def places(self, host: str) -> int:
-        """How many requests may be at a host now."""
+        """Number of requests that may be under way at a host now."""
         return self._places.get(host, self._most)
 
-    def _told(self, host: str, busy: bool) -> None:
+    def _adapt(self, host: str, busy: bool) -> None:
         with self._changed:
             places = self.places(host)
             self._good[host] = 0 if busy else self._good[host] + 1
             if busy:
-                # those that were sent together are refused together: that is one sign, not many
+                # requests that were sent together are refused together: that counts once
                 self._places[host] = max(1, min(places, -(-self._inside[host] // 2)))
             elif self._good[host] >= places and places < self._most:
                 self._places[host], self._good[host] = places + 1, 0
 
 
-_here = Turns()
+_local = RateLimiter()
 
 
 class RateKeeper(SchedulerPlugin):
-    """Lets the scheduler hand out turns to all workers."""
+    """A plugin that lets the scheduler keep the rate limits of all workers."""
 
     name = "terrashard-rates"
     idempotent = True
 
     async def start(self, scheduler: Any) -> None:
-        """Answer workers that ask for a turn."""
-        turns = Turns()
+        """Let workers ask the scheduler when they may send requests."""
+        limiter = RateLimiter()
 
-        async def turn(name: str, rate: float, count: int) -> float:
-            return turns.take(name, rate, count)
+        async def take(name: str, rate: float, count: int) -> float:
+            return limiter.take(name, rate, count)
 
-        scheduler.handlers[_HANDLER] = turn
+        scheduler.handlers[_HANDLER] = take
 
 
 def bind_worker(worker: Any) -> None:
-    """From now on requests of this process are counted by the scheduler of `worker`."""
+    """Let the scheduler of `worker` count the requests of this process from now on."""
     _bound[:] = [worker]
 
 
 def limit_of(href: str, own: Sequence[tuple[str, float]] = ()) -> tuple[str, float] | None:
-    """(name, requests per second) that hold for an href; None where nobody limits it.
+    """The limit that holds for an href, as (name, requests per second); None where there is none.
 
     >>> limit_of("https://eodata.dataspace.copernicus.eu/x.jp2")
     ('cdse', 5.0)
@@ -145,7 +146,7 @@ def limit_of(href: str, own: Sequence[tuple[str, float]] = ()) -> tuple[str, flo
 
 
 def wait_for_turn(href: str, own: Sequence[tuple[str, float]] = (), count: int = 1) -> None:
-    """Sleep until `count` requests may be sent to where `href` lies; returns at once where there is no limit."""
+    """Sleep until `count` requests may be sent to the host of `href`; return at once where there is no limit."""
     limit = limit_of(href, own)
     if limit is None:
         return
@@ -160,6 +161,6 @@ def _ask(name: str, rate: float, count: int) -> float:
         try:
             answer = sync(worker.loop, getattr(worker.scheduler, _HANDLER), name=name, rate=rate, count=count)
         except (OSError, RuntimeError, TimeoutError):
-            break  # the scheduler is going: the task will be done again elsewhere
+            break  # the scheduler is ending: the task will run again elsewhere
         return float(answer)
-    return _here.take(name, rate, count)
+    return _local.take(name, rate, count)

@@ -1,12 +1,12 @@
-"""Shards of one worker take turns, so that one is written or waits for the network while another is decoded.
+"""Slots of a worker: one shard is written or waits for the network while another is decoded.
 
-A worker thread that makes a shard does not always need a core: it waits for the network as it reads, and for the disk
-as it writes. There the task gives its thread back (Dask calls that to secede) and the next begins: over a network as
-soon as it runs, from local files once the pixels are packed and only the writing is left. Seats bound how many shards
-a worker has in memory, one more than it has threads, and what decodes and packs does so in turn, by as many as there
-are threads. Outside a worker there is nobody to take turns with.
+A task that makes a shard does not always need a core: it waits for the network when it reads, and for the disk when it
+writes. Then it gives its thread back (Dask calls this seceding) and the next task starts: over a network right at the
+beginning, from local files once the pixels are compressed and only the writing is left. A worker has one slot more than
+threads, which bounds the shards in its memory. At most as many tasks as there are threads decode and compress at once.
+Outside a worker, shards are made one by one.
 
-The seats are threads that stay: Dask begins a new one for each task that secedes, and in a new thread PROJ opens its
+The slots are threads that stay. Dask starts a new thread for each task that secedes, and in a new thread PROJ opens its
 database again, which for a shard of five files took as long as a tenth of its decoding.
 """
 
@@ -22,44 +22,44 @@ from typing import TypeVar
 from distributed import get_worker, secede
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
-__all__ = ["computing", "in_seat"]
+__all__ = ["computing", "run_in_slot"]
 
 T = TypeVar("T")
 GiveWay = Callable[[], None]
-"""What a task calls once it only waits: the next begins."""
+"""A function that a task calls once it only waits; the next task then starts."""
 
 
-class _Turns:
-    """Of one process."""
+class _Slots:
+    """The slots of this process, and the limit on tasks that compute."""
 
     def __init__(self, threads: int) -> None:
         # Dask's own kind of pool, whose threads do not keep a worker from ending
-        self.seats = ThreadPoolExecutor(  # type: ignore[no-untyped-call]
-            threads + 1, thread_name_prefix="terrashard-seat"
+        self.pool = ThreadPoolExecutor(  # type: ignore[no-untyped-call]
+            threads + 1, thread_name_prefix="terrashard-slot"
         )
         self.compute = threading.Semaphore(threads)
 
 
-_turns: _Turns | None = None
+_slots: _Slots | None = None
 _making = threading.Lock()
 
 
-def in_seat(work: Callable[[GiveWay], T], *, remote: bool) -> T:
-    """Do `work` as one of the shards that this worker has in hand.
+def run_in_slot(work: Callable[[GiveWay], T], *, remote: bool) -> T:
+    """Run `work` in a slot of this worker; outside a worker, run it in this thread.
 
     Args:
-        work: Is given what it may call to let the next begin.
-        remote: It mostly waits for a network, so the next may begin at once.
+        work: The function to run. It gets a function that it may call to let the next task start.
+        remote: Whether `work` mostly waits for a network, so that the next task may start at once.
     """
     try:
         worker = get_worker()
     except ValueError:  # not on a worker
-        return work(_nobody_waits)
+        return work(_do_nothing)
     if remote:
         secede()  # type: ignore[no-untyped-call]  # of distributed
-    left = threading.Event()  # this thread is not needed any more, or the work has ended
-    seats = _of(worker.state.nthreads).seats
-    done: Future[T] = seats.submit(copy_context().run, work, left.set)  # type: ignore[no-untyped-call]
+    left = threading.Event()  # this thread is no longer needed, or the work has ended
+    pool = _slots_of(worker.state.nthreads).pool
+    done: Future[T] = pool.submit(copy_context().run, work, left.set)  # type: ignore[no-untyped-call]
     done.add_done_callback(lambda _: left.set())
     if not remote:
         left.wait()
@@ -68,20 +68,20 @@ def in_seat(work: Callable[[GiveWay], T], *, remote: bool) -> T:
     return done.result()
 
 
-def _nobody_waits() -> None:
-    """There is no thread to give back."""
+def _do_nothing() -> None:
+    """Give no thread back: outside a worker, no other task waits for one."""
 
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Do what needs a core, but not while others of this worker do; nothing in here may wait for the network."""
-    with nullcontext() if _turns is None else _turns.compute:
+    """Wait for a core of this worker, and hold it for the `with` block, which must not wait for the network."""
+    with nullcontext() if _slots is None else _slots.compute:
         yield
 
 
-def _of(threads: int) -> _Turns:
-    global _turns
+def _slots_of(threads: int) -> _Slots:
+    global _slots
     with _making:
-        if _turns is None:
-            _turns = _Turns(threads)
-        return _turns
+        if _slots is None:
+            _slots = _Slots(threads)
+        return _slots

@@ -1,8 +1,8 @@
-"""Worker processes that do not run the user's script once more.
+"""Start of worker processes that do not run the user's script again.
 
-A process that is started by multiprocessing imports the main module of its parent first. A script without
-`if __name__ == "__main__":` would thereby search, plan and ingest again in each worker. Workers need nothing of that
-module: what a task refers to in it is sent by value.
+A process that multiprocessing starts first imports the main module of its parent. With a script that lacks
+`if __name__ == "__main__":`, each worker would search, plan and ingest again. Workers need nothing of that module, as
+everything in it that a task refers to is sent by value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["main_module_left_alone"]
 
 _DASK_WORKER = "Dask Worker"
-"""How `distributed.Nanny` calls the processes of its workers."""
+"""Prefix of the names that `distributed.Nanny` gives to the processes of its workers."""
 
 _lock = threading.Lock()
 _open = 0
@@ -33,7 +33,7 @@ def _without_main(name: str) -> dict[str, Any]:
 
 @contextmanager
 def main_module_left_alone() -> Iterator[None]:
-    """While this is open, workers of Dask start without the main module; other processes start as ever."""
+    """Let Dask workers start without the main module during a `with` block; other processes start as usual."""
     global _open  # several runs may be open at once
     with _lock:
         _open += 1

@@ -267,10 +267,10 @@ def test_s14_a_name_that_turns_private_after_the_check_gets_no_request(
     policy = HrefPolicy(hosts=frozenset({"rebind.example"}))
     refuse_private_address(source, policy)
     assert resolved == ["93.184.216.34"]
-    with pytest.raises(AssetUnreadable, match=r"rebind.example leads to the private address 127.0.0.1"):
+    with pytest.raises(AssetUnreadable, match=r"rebind.example resolves to the private address 127.0.0.1"):
         read(f"http://rebind.example:{port}/a.tif")
     documents = Documents("https://api.example/", IngestConfig(allow_hosts=("rebind.example",)))
-    with documents, pytest.raises(InvalidInput, match=r"refused: .* leads to the private address 127.0.0.1"):
+    with documents, pytest.raises(InvalidInput, match=r"refused: .* resolves to the private address 127.0.0.1"):
         documents.read(source)
     assert resolved[1:].count("127.0.0.1") >= 2
     assert inside.requests == []

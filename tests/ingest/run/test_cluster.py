@@ -34,8 +34,8 @@ from ingest.run.cluster import count_in_flight, open_cluster, prepare
 from ingest.run.loop import run
 from ingest.run.start import describe, start_cluster
 from ingest.testing import write_raster
-from ingest.worker.guard import WORKER_ENVIRONMENT, differences, facts
-from ingest.worker.rates import Turns
+from ingest.worker.guard import WORKER_ENVIRONMENT, differences, process_versions
+from ingest.worker.rates import RateLimiter
 from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.grid import Grid
 
@@ -143,7 +143,7 @@ def test_two_processes_share_one_rate_limit_and_a_page(tmp_path: Path) -> None:
 
 
 def test_turns_are_per_name_and_evenly_spaced() -> None:
-    turns = Turns()
+    turns = RateLimiter()
     assert [turns.take("a", 4, now=10.0) for _ in range(3)] == [0, 0.25, 0.5]
     assert turns.take("b", 4, now=10.0) == 0
     assert turns.take("a", 4, now=20.0) == 0
@@ -210,7 +210,7 @@ def test_a_worker_of_another_release_that_joins_later_is_sent_home(tmp_path: Pat
 
 
 def test_differences_name_what_came() -> None:
-    mine = facts()
+    mine = process_versions()
     assert differences(mine, mine) == {}
     assert differences(mine, {**mine, "numpy": "1.0"}) == {"numpy": (mine["numpy"], "1.0")}
     assert differences({**mine, "GDAL_NUM_THREADS": "2"}, {**mine, "GDAL_NUM_THREADS": "2"})

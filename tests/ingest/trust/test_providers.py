@@ -242,7 +242,7 @@ def test_a_bucket_that_amazon_does_not_know_or_tell_is_named(monkeypatch: pytest
     with pytest.raises(InvalidInput, match="no bucket elsewhere at Amazon; name its endpoint"):
         bucket_url("s3://elsewhere/a.tif", (), Amazon(404, None), {})
     for told in (None, "evil.example/"):
-        with pytest.raises(AccessError, match=r"region of bucket elsewhere was not told \(HTTP 503\)"):
+        with pytest.raises(AccessError, match=r"did not name the region of bucket elsewhere \(HTTP 503\)"):
             bucket_url("s3://elsewhere/a.tif", (), Amazon(503, told), {})
 
 

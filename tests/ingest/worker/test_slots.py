@@ -20,7 +20,7 @@ from ingest.request.config import IngestConfig
 from ingest.run.loop import run
 from ingest.testing import make_scene, probe_headers
 from ingest.worker import slots as turns
-from ingest.worker.slots import computing, in_seat
+from ingest.worker.slots import computing, run_in_slot
 from zarr_store.grid import Grid
 from zarr_store.spec import Layout
 from zarr_store.write import PackedShard, ShardWriter
@@ -68,7 +68,7 @@ def work(number: int, remote: bool) -> dict[str, int]:
             time.sleep(0.3)
         return threading.current_thread().name
 
-    name = in_seat(make, remote=remote)
+    name = run_in_slot(make, remote=remote)
     with _lock:
         _threads.add(name)
     return most
@@ -95,7 +95,7 @@ def test_outside_a_worker_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None
             together.wait(timeout=10)
 
     def enter() -> None:
-        in_seat(wait, remote=True)
+        run_in_slot(wait, remote=True)
 
     threads = [threading.Thread(target=enter, daemon=True) for _ in range(2)]
     for thread in threads:
@@ -113,7 +113,7 @@ def test_what_goes_wrong_in_a_seat_is_told(late: bool, client: Client) -> None:
         raise ValueError("told")
 
     with pytest.raises(ValueError, match="told"):
-        client.submit(in_seat, fail, remote=False).result(timeout=20)
+        client.submit(run_in_slot, fail, remote=False).result(timeout=20)
 
 
 def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait_for_the_disk(
