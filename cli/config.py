@@ -1,4 +1,4 @@
-"""Settings of commands: what `--config` and `--set` say becomes values of a command's own options.
+"""Settings of commands: the values of `--config` and `--set` become values of a command's own options.
 
 Files and overrides are read by `jaxtrain.settings`, the one reader of both packages; its functions are named here too,
 for all commands.
@@ -20,7 +20,7 @@ __all__ = ["apply_to_options", "build", "merge", "parse_override", "read_setting
 def apply_to_options(
     settings: Mapping[str, Any], options: Mapping[str, Any], given: frozenset[str], command: str
 ) -> dict[str, Any]:
-    """Values for a command's own options from settings of the same names; what stood on the command line stays.
+    """Return values for a command's own options from settings of the same names; options that were typed win.
 
     Args:
         settings: From --config and --set; `-` and `_` mean the same in a key.

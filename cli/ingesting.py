@@ -1,4 +1,4 @@
-"""A source or a plan becomes a cube, or more of one: the shared part of `ingest`, `repair`, `audit` and `demo`."""
+"""Running a plan and extending a cube: the shared part of `ingest`, `repair`, `audit` and `demo`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _HEAD_BYTES = 64 << 20
 
 
 def is_plan(source: str) -> bool:
-    """Whether SOURCE is a plan.json of `terrashard plan`, which is run as it is."""
+    """Return whether SOURCE is a plan.json of `terrashard plan`, which runs as it is."""
     from zarr_store.bounded import load_json, read_file
 
     path = Path(source)
@@ -48,10 +48,10 @@ def is_plan(source: str) -> bool:
 
 
 def plan_of(session: Session, source: str, config: IngestConfig) -> Plan:
-    """The plan that SOURCE is, or one made from what it lists.
+    """Load the plan that SOURCE is, or make one from what SOURCE lists.
 
     Raises:
-        InvalidInput: SOURCE is a plan, and options ask for another one, or an href of it may not be opened.
+        InvalidInput: SOURCE is a plan and options contradict it, or one of its hrefs may not be opened.
     """
     from ingest.plan.plan import Plan, make_plan
     from ingest.plan.stored import check_hrefs
@@ -76,7 +76,7 @@ def run_plan(
     overwriting: bool = False,
     typed: str = "",
 ) -> IngestReport:
-    """Run a plan with progress on stderr; the address of the dashboard comes first."""
+    """Run a plan with progress on stderr, after the address of the dashboard."""
     from ingest.run.loop import run
     from ingest.upkeep.overwrite import overwrite
 
@@ -88,7 +88,7 @@ def check_report(path: Path | None) -> None:
     """Refuse a report that could not be written, before the first pixel is read.
 
     Raises:
-        InvalidInput: Neither .html nor .json, or no folder to write to.
+        InvalidInput: The name ends in neither .html nor .json, or there is no folder to write to.
     """
     if path is None:
         return
@@ -100,7 +100,7 @@ def check_report(path: Path | None) -> None:
 
 
 def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> None:
-    """Write the report on a run: HTML where it was recorded, else JSON."""
+    """Write the report of a run: HTML where the run was recorded, else JSON."""
     if record is None:
         from zarr_store.redact import redact_value
 
@@ -112,7 +112,7 @@ def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> N
 
 
 def cube_config(session: Session, cube: str) -> IngestConfig:
-    """What the cube was made with, and over it the settings and options of this command."""
+    """Return the settings that the cube was made with, overridden by those of this command."""
     from cli.config import build, merge
     from ingest.request.config import IngestConfig
     from ingest.upkeep.extend import selection_of
@@ -134,7 +134,7 @@ def extend_cube(
     refresh: bool,
     record: RunRecord | None = None,
 ) -> IngestReport:
-    """Bring what is new in SOURCE into a cube, with progress on stderr.
+    """Add what is new in SOURCE to a cube, with progress on stderr.
 
     Raises:
         InvalidInput: SOURCE is a plan, which has a grid of its own.
@@ -152,7 +152,7 @@ def extend_cube(
 
 @contextmanager
 def watching(session: Session, title: str) -> Iterator[Callable[[IngestEvent], None]]:
-    """Progress of a run on stderr: the address of the dashboard, shards that ended, scenes that were missing."""
+    """Show a run on stderr: the address of the dashboard, finished shards, missing scenes."""
     with Reporter(session, title, unit="shards") as progress:
 
         def show(event: IngestEvent) -> None:

@@ -1,4 +1,4 @@
-"""Keeping what a search found: items.json (an ItemCollection) or items.parquet (stac-geoparquet), usable as SOURCE."""
+"""Files of found items: items.json (an ItemCollection) or items.parquet (stac-geoparquet), usable as SOURCE."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_suffix(path: Path) -> None:
 
 
 def portable(found: FoundItem) -> dict[str, Any]:
-    """The item as it was found, with absolute hrefs, as relative ones start at a place that it leaves, and unsigned."""
+    """Return the item with absolute, unsigned hrefs: relative ones would start at the place that the item leaves."""
     item = dict(found.item)
     assets = item.get("assets") or {}
     item["assets"] = {key: {**asset, "href": _absolute(asset, found.base)} for key, asset in assets.items()}

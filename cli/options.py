@@ -1,4 +1,4 @@
-"""The options that `search`, `plan` and `ingest` share: the fields of `IngestConfig`, as words on a command line."""
+"""Options that `search`, `preview`, `plan` and `ingest` share: the fields of `IngestConfig` on the command line."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ SELECTION: dict[str, Any] = {
     "geometry": _option(
         Path, "--geometry", panel=_WHAT, metavar="FILE", text="Region: GeoJSON, WKT, GeoParquet or GeoPackage, any CRS."
     ),
-    "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range, ends included."),
+    "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range; both ends are included."),
     "query": _option(
-        list[str], "--query", panel=_WHAT, metavar="COND", text="Such as 'eo:cloud_cover<40'; repeatable."
+        list[str], "--query", panel=_WHAT, metavar="COND", text="Condition, such as 'eo:cloud_cover<40'; repeatable."
     ),
     "bands": _option(str, "--bands", panel=_WHAT, metavar="A,B", text="Band names, such as red,nir,scl."),
     "max_items": _option(int, "--max-items", panel=_WHAT, metavar="N", text="Stop after this many scenes."),
     "strict": _option(
-        bool, "--strict", panel=_WHAT, text="Errors for what is otherwise a warning: counts, lacking bands, odd pixels."
+        bool, "--strict", panel=_WHAT, text="Fail where others are warned: wrong counts, lacking bands, odd pixels."
     ),
 }
 TRUST: dict[str, Any] = {
     "sign": _option(
-        str, "--sign", panel=_WHO, metavar="NAME", text="planetary-computer: sign hrefs when they are read."
+        str, "--sign", panel=_WHO, metavar="NAME", text="Sign hrefs when they are read: planetary-computer."
     ),
     "providers": _option(
         list[str], "--provider-file", panel=_WHO, metavar="FILE", text="Rules of one more provider, as TOML."
@@ -58,22 +58,34 @@ TRUST: dict[str, Any] = {
         bool, "--allow-private-hosts", panel=_WHO, text="Allow private and loopback addresses."
     ),
     "requester_pays": _option(
-        bool, "--requester-pays", panel=_WHO, text="Read buckets that bill you for it, with your keys."
+        bool, "--requester-pays", panel=_WHO, text="Read buckets that bill their readers, with your keys."
     ),
 }
 GRID: dict[str, Any] = {
-    "crs": _option(str, "--crs", panel=_HOW, metavar="EPSG:N", text="Target CRS; default: that of most pixels."),
-    "resolution": _option(
-        float, "--resolution", panel=_HOW, metavar="R", text="Pixel size in CRS units; default: finest."
+    "crs": _option(
+        str, "--crs", panel=_HOW, metavar="EPSG:N", text="CRS of the cube; default: that of most source pixels."
     ),
-    "resampling": _option(str, "--resampling", panel=_HOW, metavar="NAME", text="nearest, bilinear, cubic or average."),
+    "resolution": _option(
+        float,
+        "--resolution",
+        panel=_HOW,
+        metavar="R",
+        text="Pixel size in CRS units; default: the finest of the files.",
+    ),
+    "resampling": _option(
+        str, "--resampling", panel=_HOW, metavar="NAME", text="Kernel: nearest, bilinear, cubic or average."
+    ),
     "profile": _option(str, "--profile", panel=_HOW, metavar="NAME", text="Layout: train, timeseries or archive."),
 }
 COMPOSING: dict[str, Any] = {
-    "mask": _option(str, "--mask", panel=_MASK, metavar="NAME", text="scl, or none."),
-    "mask_dilate_m": _option(float, "--mask-dilate", panel=_MASK, metavar="M", text="Grow masked areas, metres."),
+    "mask": _option(str, "--mask", panel=_MASK, metavar="NAME", text="Mask of clouds and shadows: scl or none."),
+    "mask_dilate_m": _option(
+        float, "--mask-dilate", panel=_MASK, metavar="M", text="Grow masked areas by this many metres."
+    ),
     "group": _option(str, "--group", panel=_MASK, metavar="NAME", text="Time steps: solar-day, item or month."),
-    "reduce": _option(str, "--reduce", panel=_MASK, metavar="NAME", text="Of a time step: first, median or mean."),
+    "reduce": _option(
+        str, "--reduce", panel=_MASK, metavar="NAME", text="What a time step keeps of a pixel: first, median or mean."
+    ),
     "indices": _option(str, "--index", panel=_MASK, metavar="A,B", text="Spectral indices to keep: ndvi,ndwi …"),
     "clip": _option(bool, "--clip/--no-clip", panel=_MASK, text="Cut out the polygons of --geometry (default)."),
     "offset_policy": _option(
@@ -81,30 +93,44 @@ COMPOSING: dict[str, Any] = {
         "--offset-policy",
         panel=_MASK,
         metavar="NAME",
-        text="When pixels contradict the -1000 offset: repair, warn or fail.",
+        text="What to do when pixels contradict the -1000 offset: repair, warn or fail.",
     ),
 }
 RUNNING: dict[str, Any] = {
     "workers": _option(
-        str, "--workers", panel=_RUN, metavar="N|LEAST..MOST", text="Processes; a range follows the work."
+        str,
+        "--workers",
+        panel=_RUN,
+        metavar="N|LEAST..MOST",
+        text="Number of worker processes; a range follows the work.",
     ),
-    "threads_per_worker": _option(int, "--threads-per-worker", panel=_RUN, metavar="N", text="Threads in each."),
-    "memory": _option(str, "--memory", panel=_RUN, metavar="4GB", text="Limit of one worker."),
+    "threads_per_worker": _option(int, "--threads-per-worker", panel=_RUN, metavar="N", text="Threads of each worker."),
+    "memory": _option(str, "--memory", panel=_RUN, metavar="4GB", text="Memory limit of one worker."),
     "scheduler": _option(str, "--scheduler", panel=_RUN, metavar="tcp://…", text="Use a running Dask cluster."),
     "cluster": _option(
         str,
         "--cluster",
         panel=_RUN,
         metavar="KIND",
-        text="local, ssh, slurm, pbs, k8s or gateway: where workers start.",
+        text="Where workers start: local, ssh, slurm, pbs, k8s or gateway.",
     ),
     "hosts": _option(
-        str, "--hosts", panel=_RUN, metavar="A,B,…", text="Of --cluster ssh: the scheduler's, then one per worker."
+        str,
+        "--hosts",
+        panel=_RUN,
+        metavar="A,B,…",
+        text="Hosts for --cluster ssh: the scheduler's, then one per worker.",
     ),
     "cluster_options": _option(
-        list[str], "--cluster-option", panel=_RUN, metavar="KEY=VALUE", text="Such as queue=short or image=NAME."
+        list[str],
+        "--cluster-option",
+        panel=_RUN,
+        metavar="KEY=VALUE",
+        text="Setting of the cluster, such as queue=short or image=NAME; repeatable.",
     ),
-    "tls": _option(str, "--tls", panel=_RUN, metavar="FOLDER", text="Encrypt: ca.pem, cert.pem and key.pem."),
+    "tls": _option(
+        str, "--tls", panel=_RUN, metavar="FOLDER", text="Encrypt with ca.pem, cert.pem and key.pem in this folder."
+    ),
     "expose": _option(
         bool, "--expose", panel=_RUN, text="Open the scheduler (runs code) and dashboard to other machines without TLS."
     ),
@@ -112,18 +138,24 @@ RUNNING: dict[str, Any] = {
         list[str], "--rate-limit", panel=_RUN, metavar="HOST=N", text="Requests per second, all workers together."
     ),
     "dashboard": _option(str, "--dashboard", panel=_RUN, metavar=":8787", text="Address of the Dask dashboard."),
-    "on_error": _option(str, "--on-error", panel=_RUN, metavar="NAME", text="Unreadable asset: retry, skip or fail."),
+    "on_error": _option(
+        str, "--on-error", panel=_RUN, metavar="NAME", text="What to do with an unreadable asset: retry, skip or fail."
+    ),
     "limit": _option(int, "--limit", panel=_RUN, metavar="N", text="Stop after this many shards."),
     "store": _option(
-        str, "--store", panel=_RUN, metavar="NAME", text="Of a new cube: folder, or icechunk (one commit for each run)."
+        str,
+        "--store",
+        panel=_RUN,
+        metavar="NAME",
+        text="Kind of a new cube: folder, or icechunk (one commit for each run).",
     ),
-    "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Longest silence of a server, seconds."),
+    "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Longest silence of a server in seconds."),
     "retries": _option(int, "--retries", panel=_RUN, metavar="N", text="How often a failed request is repeated."),
 }
 
 
 def ingest_config(session: Session) -> IngestConfig:
-    """The settings of file, --set and options, in this order, as one checked object."""
+    """Return the settings of file, --set and options, each overriding those before, as one checked object."""
     from cli.config import build, merge
     from ingest.request.config import IngestConfig
 
