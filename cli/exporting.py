@@ -124,7 +124,7 @@ def _pick_time(spec: CubeSpec, asked: str | None) -> int:
     if not found:
         raise UnknownName.of("time", asked, days)
     if len(found) > 1:
-        raise InvalidInput(f"--time {asked} means {', '.join(spec.times[i] for i in found[:8])}; give one of them")
+        raise InvalidInput(f"--time {asked} means {', '.join(spec.times[i] for i in found[:8])}; say one of them")
     return found[0]
 
 

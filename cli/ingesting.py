@@ -112,7 +112,7 @@ def keep_report(path: Path, result: IngestReport, record: RunRecord | None) -> N
 
 
 def cube_config(session: Session, cube: str) -> IngestConfig:
-    """Return the settings that the cube was made with, overridden by those of this command."""
+    """What the cube was made with, and over it the settings and options of this command."""
     from cli.config import build, merge
     from ingest.request.config import IngestConfig
     from ingest.upkeep.extend import selection_of

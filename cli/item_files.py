@@ -26,7 +26,7 @@ def check_suffix(path: Path) -> None:
 
 
 def portable(found: FoundItem) -> dict[str, Any]:
-    """Return the item with absolute, unsigned hrefs: relative ones would start at the place that the item leaves."""
+    """The item as it was found, with absolute hrefs, as relative ones start at a place that it leaves, and unsigned."""
     item = dict(found.item)
     assets = item.get("assets") or {}
     item["assets"] = {key: {**asset, "href": _absolute(asset, found.base)} for key, asset in assets.items()}

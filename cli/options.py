@@ -155,7 +155,7 @@ RUNNING: dict[str, Any] = {
 
 
 def ingest_config(session: Session) -> IngestConfig:
-    """Return the settings of file, --set and options, each overriding those before, as one checked object."""
+    """The settings of file, --set and options, in this order, as one checked object."""
     from cli.config import build, merge
     from ingest.request.config import IngestConfig
 
