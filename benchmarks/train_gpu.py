@@ -278,7 +278,7 @@ class Sides:
 
 
 def measure(case: Case, sides: Sides, kind: str, compiling_s: float, url: str, repeats: int) -> list[Row]:
-    """The rows of one network, whose sides are prepared: every figure of docs/training.md."""
+    """The rows of one network, whose sides are prepared: every figure of docs/training-speed.md."""
     runs = {
         "ours": lambda: sides.ours.submit(run_ours).result(),
         "deterministic": lambda: sides.fixed.submit(run_ours).result(),

@@ -254,7 +254,7 @@ def lost_file(scenes: Path) -> None:
                 say("a file is gone", who, f"raises {type(error).__name__}; nothing of the day is there")
             else:
                 empty = ~np.isfinite(values) if values.dtype.kind == "f" else values == 0
-                say("a file is gone", who, f"no word; {empty.mean():.0%} of the pixels look like outside the swath")
+                say("a file is gone", who, f"no warning; {empty.mean():.0%} of the pixels look like outside the swath")
 
 
 def native_cells(scenes: Path) -> None:

@@ -1,4 +1,4 @@
-"""`terrashard audit`: a cube beside the catalogue of today."""
+"""`terrashard audit` compares a cube with the catalogue of today."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ def register(app: typer.Typer) -> None:
         session: Session,
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")],
         source: Annotated[
-            str | None, typer.Option(metavar="SOURCE", help="Where to ask; default: where its scenes came from.")
+            str | None,
+            typer.Option(
+                metavar="SOURCE", help="Catalogue to compare with; default: the API that the scenes came from."
+            ),
         ] = None,
         files: Annotated[
             bool,
-            typer.Option("--files/--no-files", help="Ask for each file whether it is still the one that was read."),
+            typer.Option("--files/--no-files", help="Check for each file whether it is still the one that was read."),
         ] = True,
     ) -> int:
         """Compare a cube with the catalogue of today: scenes that are missing, superseded, removed or replaced.
 
-        Exit code 3: it differs.
+        Exit code 3: they differ.
         """
         from cli.ingesting import cube_config
         from ingest.upkeep.audit import audit as compare_with_catalogue

@@ -1,4 +1,4 @@
-"""Settings of commands: values of `--config` and `--set` become values of a command's own options.
+"""Settings of commands: the values of `--config` and `--set` become values of a command's own options.
 
 `jaxtrain.settings` reads the files and overrides, for both packages. Its functions are exported here for all commands.
 """
@@ -19,7 +19,7 @@ __all__ = ["apply_to_options", "build", "merge", "parse_override", "read_setting
 def apply_to_options(
     settings: Mapping[str, Any], options: Mapping[str, Any], given: frozenset[str], command: str
 ) -> dict[str, Any]:
-    """Take a command's options from settings of the same names; options on the command line win.
+    """Return values for a command's own options from settings of the same names; options that were typed win.
 
     Args:
         settings: Settings of --config and --set; `-` and `_` mean the same in a key.

@@ -1,4 +1,4 @@
-"""`terrashard demo`: the whole journey on a simulated world."""
+"""`terrashard demo` runs the whole journey on a simulated world."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ def register(app: typer.Typer) -> None:
     )
     def demo(
         session: Session,
-        out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything goes.")] = Path("demo"),
+        out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for everything that is made.")] = Path(
+            "demo"
+        ),
     ) -> int:
-        """Simulate scenes, ingest them through a STAC API, train, evaluate, and draw the map. Repeating continues."""
+        """Simulate scenes, ingest them through a STAC API, train, evaluate, and draw the map.
+
+        The same command again continues.
+        """
         from cli.journey import run_demo
 
         return run_demo(session, out)

@@ -1,4 +1,4 @@
-"""`terrashard doctor`: what this machine has, and what of it would stop a run."""
+"""`terrashard doctor` shows what this machine has, and what would stop a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LEAST_OPEN_FILES = 1024
 
 
 def examine(folder: Path, *, devices: bool = True) -> dict[str, Any]:
-    """Versions, devices, interpreters, disk, ports and limits; `problems` lists what would stop a run."""
+    """Return versions, devices, interpreters, disk, ports and limits; `problems` lists what would stop a run."""
     import resource
 
     import psutil
@@ -79,7 +79,7 @@ def _problems(found: dict[str, Any], folder: Path) -> list[str]:
     if not found["ports"]["loopback"]:
         problems.append("no port of 127.0.0.1 can be opened; Dask workers need one")
     if "GDAL_NUM_THREADS" in found["environment"]:
-        problems.append("GDAL_NUM_THREADS is set, with which GDAL turns failed reads into zeros; unset it")
+        problems.append("GDAL_NUM_THREADS is set, which makes GDAL turn failed reads into zeros; unset it")
     if isinstance(found["devices"], dict) and "error" in found["devices"]:
         problems.append(f"JAX finds no device: {found['devices']['error']}")
     return problems
@@ -115,7 +115,7 @@ def _devices() -> list[dict[str, Any]] | dict[str, str]:
 
 
 def _interpreters() -> list[dict[str, str]]:
-    """Interpreters on PATH that run: a name may be a shim that leads nowhere."""
+    """Return the interpreters on PATH that run: a name may be a shim that leads nowhere."""
     found = []
     for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
         path = shutil.which(name)
@@ -183,9 +183,9 @@ def register(app: typer.Typer) -> None:
     @command(app, examples=("terrashard doctor", "terrashard doctor --json > doctor.json"))
     def doctor(
         session: Session,
-        folder: Annotated[Path, typer.Option(help="Where cubes and runs will go.")] = Path(),
+        folder: Annotated[Path, typer.Option(help="Folder for cubes and runs.")] = Path(),
     ) -> None:
-        """Show versions, devices, interpreters, disk, ports and limits, and say what would stop a run."""
+        """Show versions, devices, interpreters, disk, ports and limits, and what would stop a run."""
         found = examine(folder)
         for line in _lines(found):
             session.say(line)

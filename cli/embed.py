@@ -1,4 +1,4 @@
-"""`terrashard embed`: the vectors that an autoencoder keeps of windows or samples."""
+"""`terrashard embed` writes the vectors that an autoencoder makes of windows or samples."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def register(app: typer.Typer) -> None:
     def embed(
         session: Session,
         run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a model `autoencoder`.")],
-        data: Annotated[str, typer.Argument(metavar="CUBE|STORE", help="What is embedded.")],
-        out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="The vectors, with the place of each.")],
+        data: Annotated[str, typer.Argument(metavar="CUBE|STORE", help="Cube or sample store to embed.")],
+        out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="Where the vectors go, each with its place.")],
     ) -> None:
         """Turn each window of a cube, or each sample of a store, into a vector to search, cluster and compare."""
         from cli.progress import Reporter

@@ -1,4 +1,4 @@
-"""`terrashard evaluate`: how good a run is on ground it has not seen."""
+"""`terrashard evaluate` scores a run on held-out data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["register", "table"]
 
 
 def table(scores: dict[str, Any]) -> list[str]:
-    """The scores as lines: totals, then a row for each class."""
+    """Return the scores as lines: totals, then a row for each class."""
     known = ("accuracy", "macro_f1", "miou", "r2", "rmse", "mae", "bias")
     totals = [f"{name} {scores[name]:.4f}" for name in known if scores.get(name) is not None]
     lines = [
@@ -39,10 +39,12 @@ def register(app: typer.Typer) -> None:
     def evaluate(
         session: Session,
         run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `terrashard train`.")],
-        data: Annotated[str | None, typer.Option(metavar="STORE", help="Another cube than that of the run.")] = None,
-        split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+        data: Annotated[
+            str | None, typer.Option(metavar="STORE", help="Another cube or sample store than that of the run.")
+        ] = None,
+        split: Annotated[str, typer.Option(help="Split to score: train, validation or test.")] = "test",
     ) -> None:
-        """Judge a run on the blocks that were kept aside."""
+        """Score a run on the blocks that were held out of training."""
         from cli.progress import Reporter
         from jaxtrain import evaluate as judge
 

@@ -1,4 +1,4 @@
-"""`terrashard export`: one date of a cube, or one of its layers, as a GeoTIFF for every other program."""
+"""`terrashard export` writes one date of a cube, or one of its layers, as a GeoTIFF for other programs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Argument(metavar="OUT.tif", help="The GeoTIFF; replaced if it exists.")],
         collection: Annotated[str | None, typer.Option(help="Collection of the cube; default: its first.")] = None,
         time: Annotated[
-            str | None, typer.Option(metavar="DATE|N", help="The date, or its position; may be left out if it is one.")
+            str | None,
+            typer.Option(metavar="DATE|N", help="The date, or its position; not needed where the cube has one date."),
         ] = None,
-        bands: Annotated[
-            str | None, typer.Option(metavar="A,B,…", help="Bands in the order wanted; default: all.")
-        ] = None,
+        bands: Annotated[str | None, typer.Option(metavar="A,B,…", help="Bands, in this order; default: all.")] = None,
         array: Annotated[
-            str | None, typer.Option(metavar="NAME", help="Another array: status, scl, source_item, …")
+            str | None, typer.Option(metavar="NAME", help="Another array than the bands: status, scl, source_item, …")
         ] = None,
     ) -> None:
         """Write one date of a cube as a cloud-optimised GeoTIFF: stored values, with nodata, scale and band names."""

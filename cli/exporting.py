@@ -1,4 +1,4 @@
-"""A slice of a cube becomes a GeoTIFF: the one place where a cube is read for `ingest.raster.cog`."""
+"""A slice of a cube becomes a GeoTIFF; only this module reads a cube for `ingest.raster.cog`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def export_slice(
     Args:
         url: The cube.
         out: The GeoTIFF; it appears complete or not at all.
-        collection: Of the cube; None for its first.
+        collection: Collection of the cube; None for its first.
         time: "2023-08-18", or a position; None where the cube has one date.
-        bands: "nir,red"; None for all. Only of the main array.
+        bands: "nir,red"; None for all. For the main array only.
         array: Another array than the main one.
 
     Returns:
@@ -68,7 +68,7 @@ def export_slice(
         nodata=chosen.fill,
         class_names=flags,
         descriptions=names,
-        # of classes the commonest; a row of the item table must not be averaged
+        # classes take the commonest; a row of the item table must not be averaged
         overviews=("average" if main else "mode" if chosen.dtype == "uint8" else "nearest"),
         tags={"terrashard_collection": name, "terrashard_array": chosen.name, "terrashard_time": spec.times[t]},
         scales=_scales(picked, chosen),
@@ -107,7 +107,7 @@ def _pick_time(spec: CubeSpec, asked: str | None) -> int:
         if len(days) == 1:
             return 0
         raise InvalidInput(
-            f"collection {spec.collection} has {len(days)} dates and a GeoTIFF holds one; say --time with one of "
+            f"collection {spec.collection} has {len(days)} dates and a GeoTIFF holds one; give --time with one of "
             f"{', '.join(days[:8])}{' …' if len(days) > 8 else ''}"
         )
     return spec.find_time(asked, option="--time")

@@ -1,4 +1,4 @@
-"""`terrashard gc`: what killed runs left beside and inside a cube; it is shown, and removed on request."""
+"""`terrashard gc` shows what killed runs left beside and inside a cube, and removes it on request."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ def register(app: typer.Typer) -> None:
     @command(app, examples=("terrashard gc zagreb.zarr", "terrashard gc zagreb.zarr --delete --older-than 6"))
     def gc(
         session: Session,
-        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path of a cube, or where one was begun.")],
-        delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only shown.")] = False,
+        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path of a cube, or of one that was begun.")],
+        delete: Annotated[
+            bool, typer.Option("--delete", help="Remove the leftovers; default: only show them.")
+        ] = False,
         older_than: Annotated[
-            float, typer.Option("--older-than", metavar="HOURS", min=0.0, help="Without a change for this long.")
+            float,
+            typer.Option(
+                "--older-than", metavar="HOURS", min=0.0, help="Only files without a change for this many hours."
+            ),
         ] = 24.0,
     ) -> None:
         """Show half-written files and half-made cubes that killed runs left, or remove them. No cube needs them."""

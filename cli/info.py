@@ -1,4 +1,4 @@
-"""`terrashard info`: what is in a cube."""
+"""`terrashard info` shows what is in a cube."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["describe", "pairings", "register"]
 
 
 def describe(cube: Cube, collection: str) -> dict[str, Any]:
-    """The keys that CONTRACT promises for one collection, and the shares of pixels by status."""
+    """Return the documented keys of `info --json` for one collection, with the shares of pixels by status."""
     spec = cube.spec(collection)
     items = cube.items(collection)
     counts = cube.ledger(collection).counts(len(spec.shards()), spec.shards())
@@ -57,7 +57,7 @@ def describe(cube: Cube, collection: str) -> dict[str, Any]:
 
 
 def label_layers(cube: Cube) -> dict[str, dict[str, Any]]:
-    """What each label layer holds and where it comes from."""
+    """Return what each label layer holds and where it comes from."""
     from zarr_store.labels import find_labels, open_label
 
     found = {}
@@ -76,7 +76,7 @@ def label_layers(cube: Cube) -> dict[str, dict[str, Any]]:
 
 
 def pairings(cube: Cube) -> list[dict[str, Any]]:
-    """For each two collections, the nearest step of the second to each of the first, and how far it is."""
+    """Return, for each two collections, the step of the second nearest to each step of the first, and the gap."""
     from zarr_store.steps import pair_collections
 
     found = []

@@ -1,4 +1,4 @@
-"""`terrashard ingest`: scenes into a cube; the same command again continues, or finds nothing to do."""
+"""`terrashard ingest` writes scenes into a cube; the same command again continues, or finds nothing to do."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def register(app: typer.Typer) -> None:
     def ingest(
         session: Session,
         source: Annotated[str, typer.Argument(metavar="SOURCE|plan.json", help=SOURCE_HELP)],
-        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Where the cube is, or will be.")],
+        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of the cube, which need not exist.")],
         append: Annotated[bool, typer.Option("--append", help="Add dates that the cube does not have.")] = False,
         refresh: Annotated[
-            bool, typer.Option("--refresh", help="Make shards again whose scenes have a newer copy or other files.")
+            bool, typer.Option("--refresh", help="Make shards again whose scenes have a newer copy or replaced files.")
         ] = False,
         overwrite: Annotated[
             bool,
-            typer.Option(
-                "--overwrite", help="Put a new cube in the place of the one there, when the new one is whole."
-            ),
+            typer.Option("--overwrite", help="Make a new cube, and replace the old one when the new one is whole."),
         ] = False,
         dry_run: Annotated[
             bool,
-            typer.Option("--dry-run", help="Show the job script, manifest or options of the cluster; start nothing."),
+            typer.Option(
+                "--dry-run", help="Show the job script, manifest or options of the cluster, and start nothing."
+            ),
         ] = False,
         report: Annotated[
             Path | None,
-            typer.Option(metavar="FILE", help="Keep a report: FILE.html for people, FILE.json for programs."),
+            typer.Option(metavar="FILE", help="Write a report: FILE.html for people, FILE.json for programs."),
         ] = None,
     ) -> int:
-        """Read, harmonise and write scenes into a sharded Zarr cube. Exit code 3: some asset was unreadable."""
+        """Read, harmonise and write scenes into a sharded Zarr cube. Exit code 3: some asset could not be read."""
         from cli.ingesting import check_report, cube_config, extend_cube, keep_report, plan_of, run_plan
         from ingest.run.record import RunRecord
 
@@ -58,7 +58,9 @@ def register(app: typer.Typer) -> None:
         if overwrite and (append or refresh):
             from zarr_store.errors import InvalidInput
 
-            raise InvalidInput("--overwrite makes a new cube, --append and --refresh go on with the old one: give one")
+            raise InvalidInput(
+                "--overwrite makes a new cube, --append and --refresh continue the old one: give one of them"
+            )
         record = RunRecord() if report is not None and report.suffix.lower() == ".html" else None
         if dry_run:
             from ingest.run.cluster import resolve_dashboard

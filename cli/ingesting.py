@@ -1,4 +1,4 @@
-"""Making and extending a cube from a source or a plan: the part that `ingest`, `repair`, `audit` and `demo` share."""
+"""Running a plan and extending a cube: the shared part of `ingest`, `repair`, `audit` and `demo`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HEAD_BYTES = 64 << 20
 
 
 def is_plan(source: str) -> bool:
-    """Whether SOURCE is a plan that `terrashard plan` saved."""
+    """Return whether SOURCE is a plan.json of `terrashard plan`, which runs as it is."""
     from zarr_store.bounded import load_json, read_file
 
     path = Path(source)
@@ -49,10 +49,10 @@ def is_plan(source: str) -> bool:
 
 
 def plan_of(session: Session, source: str, config: IngestConfig) -> Plan:
-    """Load the plan that SOURCE is, or make one from the scenes that SOURCE has.
+    """Load the plan that SOURCE is, or make one from what SOURCE lists.
 
     Raises:
-        InvalidInput: SOURCE is a plan, and options contradict it or an href in it may not be opened.
+        InvalidInput: SOURCE is a plan and options contradict it, or one of its hrefs may not be opened.
     """
     from ingest.plan.making import make_plan
     from ingest.plan.plan import Plan
@@ -78,7 +78,7 @@ def run_plan(
     overwriting: bool = False,
     typed: str = "",
 ) -> IngestReport:
-    """Run a plan with progress on stderr, which begins with the address of the dashboard."""
+    """Run a plan with progress on stderr, after the address of the dashboard."""
     from ingest.run.loop import run
     from ingest.upkeep.overwrite import overwrite
 
@@ -90,7 +90,7 @@ def check_report(path: Path | None) -> None:
     """Refuse a --report that could not be written, before the first pixel is read.
 
     Raises:
-        InvalidInput: The name ends neither in .html nor in .json, or its folder does not exist.
+        InvalidInput: The name ends in neither .html nor .json, or there is no folder to write to.
     """
     if path is None:
         return
@@ -136,7 +136,7 @@ def extend_cube(
     refresh: bool,
     record: RunRecord | None = None,
 ) -> IngestReport:
-    """Bring new scenes of SOURCE into a cube, with progress on stderr.
+    """Add what is new in SOURCE to a cube, with progress on stderr.
 
     Raises:
         InvalidInput: SOURCE is a plan, which has its own grid.
@@ -154,7 +154,7 @@ def extend_cube(
 
 @contextmanager
 def watching(session: Session, title: str) -> Iterator[Callable[[IngestEvent], None]]:
-    """Show the progress of a run on stderr: address of the dashboard, finished shards, missing scenes."""
+    """Show a run on stderr: the address of the dashboard, finished shards, missing scenes."""
     with Reporter(session, title, unit="shards") as progress:
 
         def show(event: IngestEvent) -> None:

@@ -1,4 +1,4 @@
-"""Keeping what a search found: items.json (an ItemCollection) or items.parquet (stac-geoparquet), usable as SOURCE."""
+"""Files of found items: items.json (an ItemCollection) or items.parquet (stac-geoparquet), usable as SOURCE."""
 
 from __future__ import annotations
 

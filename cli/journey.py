@@ -1,6 +1,6 @@
-"""The whole journey on a simulated world: what `terrashard demo` does, step by step.
+"""The whole journey on a simulated world: the steps of `terrashard demo`.
 
-Each step leaves its file in the folder; a step whose file is complete is not done again, and one that was interrupted
+Each step leaves its file in the folder. A step whose file is complete is skipped, and a step that was interrupted
 continues.
 """
 
@@ -45,7 +45,7 @@ def run_demo(session: Session, out: Path) -> int:
     map_, cog = out / "map.zarr", out / "map.tif"
     step = _stepper(session)
 
-    with step("simulate", "two tiles, four dates of Sentinel-2 over ground that is known"):
+    with step("simulate", "two tiles, four dates of Sentinel-2 over ground with known land cover"):
         from ingest.simulate import simulate
 
         made = simulate(world, world_config)
@@ -56,11 +56,11 @@ def run_demo(session: Session, out: Path) -> int:
         from cli.training import run_training
 
         run_training(session, _training_config(session, cube), run)
-    with step("evaluate", "on the blocks that it has not seen"):
+    with step("evaluate", "on held-out blocks"):
         from jaxtrain import evaluate
 
         scores = evaluate(run).to_dict()
-    with step("predict", "the whole ground, as Zarr and as GeoTIFF"):
+    with step("predict", "a map of both tiles, as Zarr and as GeoTIFF"):
         from cli.mapping import run_prediction
 
         run_prediction(session, run, str(cube), str(map_), cog=cog)
@@ -87,7 +87,7 @@ def run_demo(session: Session, out: Path) -> int:
     session.say(f"report     {out / 'report.html'}")
     session.say(f"cube       {cube}")
     session.say(
-        f"accuracy   {scores['accuracy']:.1%} on held-out ground (macro F1 {scores['macro_f1']:.3f}, "
+        f"accuracy   {scores['accuracy']:.1%} on held-out blocks (macro F1 {scores['macro_f1']:.3f}, "
         f"{scores['pixels']:,} pixels), {result['seconds']:.0f} s in all"
     )
     session.emit(result)
@@ -98,7 +98,7 @@ def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InvalidInput(f"--out {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "world").exists():
-        raise InvalidInput(f"--out {out} holds something else than a demo; name an empty or new folder")
+        raise InvalidInput(f"--out {out} holds other files than those of a demo; name an empty or new folder")
 
 
 def _stepper(session: Session) -> Callable[[str, str], Any]:
@@ -139,7 +139,7 @@ def _ingest(session: Session, world: Path, cube: Path) -> int:
         try:
             report = run_plan(session, plan, cube, config)
         except CubeMismatch:
-            # half a cube of a server on another port: scenes are the same, their addresses are not
+            # an unfinished cube from a server on another port: the same scenes at other addresses
             shutil.rmtree(cube)
             report = run_plan(session, plan, cube, config)
     session.note(f"      {report.summary().splitlines()[0]}")
@@ -162,7 +162,7 @@ def _is_complete(cube: Path) -> bool:
 
 @contextmanager
 def _served(world: Path) -> Iterator[ServerHandle]:
-    """The world's server, on the port of the last time if that is free, so that an interrupted ingest goes on."""
+    """Serve the world, on the port of the last time if it is free, so that an interrupted ingest continues."""
     from contextlib import ExitStack
 
     from ingest.simulate import serve
@@ -179,14 +179,14 @@ def _served(world: Path) -> Iterator[ServerHandle]:
 
 
 def _world_config(session: Session) -> SimulateConfig:
-    """The simulator's defaults under the table [simulate] of the settings."""
+    """Return the settings of the simulator: its defaults, overridden by the table [simulate]."""
     from ingest.simulate import SimulateConfig
 
     return build(SimulateConfig, _table(session, "simulate"), where="[simulate]")
 
 
 def _training_config(session: Session, cube: Path) -> TrainConfig:
-    """examples/demo_landcover.toml under the table [train] of the settings, on the cube that was just made."""
+    """Return examples/demo_landcover.toml for the cube just made, overridden by the table [train]."""
     from jaxtrain.config import TrainConfig
 
     file = demo_config()
@@ -205,7 +205,7 @@ def _table(session: Session, name: str) -> dict[str, Any]:
 
 
 def demo_config() -> Path:
-    """The demo's configuration: beside this file in an installed wheel, in examples/ in a checkout."""
+    """Find the demo's configuration: beside this file in an installed wheel, in examples/ in a checkout."""
     here = Path(__file__).resolve().parent
     name = "demo_landcover.toml"
     found = next((path for path in (here / name, here.parent / "examples" / name) if path.is_file()), None)

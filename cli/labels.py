@@ -1,4 +1,4 @@
-"""`terrashard labels`: a raster or polygons become a label layer of a cube."""
+"""`terrashard labels` makes a label layer of a cube from a raster or from polygons."""
 
 from __future__ import annotations
 
@@ -23,45 +23,51 @@ def register(app: typer.Typer) -> None:
     )
     def labels(
         session: Session,
-        cube: Annotated[str, typer.Argument(metavar="CUBE", help="The cube whose ground is labelled.")],
+        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of the cube that gets the layer.")],
         source: Annotated[
             Path,
             typer.Argument(
                 metavar="SOURCE", help="GeoTIFF, or polygons: GeoJSON, GeoPackage, GeoParquet, FlatGeobuf, shapefile."
             ),
         ],
-        name: Annotated[str, typer.Option(metavar="NAME", help="Of the layer; what `data.label` names.")] = "labels",
+        name: Annotated[str, typer.Option(metavar="NAME", help="Name of the layer, for `data.label`.")] = "labels",
         values: Annotated[
-            bool, typer.Option("--values", help="Numbers to be learnt as they are, not classes.")
+            bool, typer.Option("--values", help="The raster or attribute holds numbers, not classes.")
         ] = False,
         attribute: Annotated[
-            str | None, typer.Option(metavar="FIELD", help="Of polygons: which attribute is the class or number.")
+            str | None, typer.Option(metavar="FIELD", help="Attribute of the polygons that holds the class or number.")
         ] = None,
-        layer: Annotated[str | None, typer.Option(help="Of a vector file with several layers.")] = None,
-        band: Annotated[int, typer.Option(min=1, help="Of a raster.")] = 1,
+        layer: Annotated[str | None, typer.Option(help="Layer to read from a vector file with several layers.")] = None,
+        band: Annotated[int, typer.Option(min=1, help="Band to read from a raster.")] = 1,
         names: Annotated[
-            str, typer.Option(metavar="1=A,2=B", help="Of a class raster: values and names; others are no label.")
+            str,
+            typer.Option(metavar="1=A,2=B", help="Values and names of a class raster; other values are unlabelled."),
         ] = "",
         background: Annotated[
-            str | None, typer.Option(metavar="NAME", help="A class for what no polygon holds; else it has no label.")
+            str | None,
+            typer.Option(metavar="NAME", help="Make a class of all pixels that no polygon holds; default: unlabelled."),
         ] = None,
         all_touched: Annotated[
-            bool, typer.Option("--all-touched", help="A polygon has each pixel it touches, not only by its centre.")
+            bool,
+            typer.Option(
+                "--all-touched", help="A polygon labels every pixel that it touches; default: by pixel centre."
+            ),
         ] = False,
         resampling: Annotated[
-            str, typer.Option(help="Of a raster: auto, nearest, mode; of values also average, bilinear.")
+            str, typer.Option(help="For a raster: auto, nearest or mode; for values also average or bilinear.")
         ] = "auto",
         shifted: Annotated[
-            bool, typer.Option("--shifted", help="Take a raster that lies half a pixel off the cube's pixels.")
+            bool, typer.Option("--shifted", help="Accept a raster that is half a pixel off the cube's pixels.")
         ] = False,
         replace: Annotated[
-            bool, typer.Option("--replace", help="Replace a layer of this name that comes from something else.")
+            bool, typer.Option("--replace", help="Replace a layer of this name that was made from another source.")
         ] = False,
     ) -> None:
-        """Put labels from outside onto a cube's grid, so that a network can learn them (`data.label`).
+        """Put labels from outside onto the grid of a cube, so that a network can learn them (`data.label`).
 
-        A raster may have any CRS and pixel size: classes come from the nearest pixel, or the most frequent one where
-        the cube is coarser. Polygons have the pixels whose centre they hold; where two overlap, the smaller one counts.
+        A raster may have any CRS and pixel size: a pixel takes the class of the nearest source pixel, or the most
+        frequent class where the cube is coarser. A polygon labels the pixels whose centre it holds; where two overlap,
+        the smaller one counts.
         """
         from typing import cast, get_args
 

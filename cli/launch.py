@@ -1,4 +1,4 @@
-"""`terrashard launch`: one training run of several processes, of this machine or of a Dask cluster's workers."""
+"""`terrashard launch` runs one training in several processes, on this machine or on the workers of a Dask cluster."""
 
 from __future__ import annotations
 
@@ -27,19 +27,23 @@ def register(app: typer.Typer) -> None:
         ],
         processes: Annotated[
             int | None,
-            typer.Option("-n", "--processes", min=1, help="Processes; with --dask, one for each worker unless given."),
+            typer.Option(
+                "-n", "--processes", min=1, help="Number of processes; default with --dask: one for each worker."
+            ),
         ] = None,
         dask: Annotated[
             str | None, typer.Option(metavar="ADDRESS", help="Start them on the workers of this Dask scheduler.")
         ] = None,
-        restarts: Annotated[int, typer.Option(min=0, help="How often all are started again after one died.")] = 3,
+        restarts: Annotated[
+            int, typer.Option(min=0, help="How often all processes are started again after one has died.")
+        ] = 3,
         grace_s: Annotated[
-            float, typer.Option(min=0.0, metavar="SECONDS", help="Time to save and end after SIGTERM.")
+            float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds to save and end after SIGTERM.")
         ] = 60.0,
     ) -> int:
         """Start the processes of one training run and keep them together.
 
-        When one dies, all end, and all start again from the newest checkpoint. Their lines carry their number.
+        When one dies, all end and start again from the newest checkpoint. Each line begins with its process number.
         """
         from cli.launching import run_launch
 

@@ -1,4 +1,4 @@
-"""Starting a run's processes, here or on Dask workers; this is where `ingest.run.cluster` and `jaxtrain.launch` meet."""
+"""Start the processes of a run, here or on Dask workers; `ingest.run.cluster` and `jaxtrain.launch` meet here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POLL_S = 0.2
 _GRACE_S = 30.0
 _LAST_LINES_S = 10.0
 _FORWARDED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "TERRASHARD_HEARTBEAT_S")
-"""Variables of the caller that say how JAX computes; a worker has its own environment otherwise."""
+"""Variables of the caller that decide how JAX computes; for all else a worker keeps its own environment."""
 
 
 def run_launch(
@@ -37,7 +37,7 @@ def run_launch(
     restarts: int,
     grace_s: float,
 ) -> int:
-    """Run `terrashard WORDS` as several processes; the exit code.
+    """Run `terrashard WORDS` as several processes and return the exit code.
 
     Raises:
         InvalidInput: WORDS is not a training command, or neither a number nor a cluster is given.
@@ -59,7 +59,7 @@ def run_launch(
 
     if dask is None:
         if processes is None:
-            raise InvalidInput("say how many processes: -n 2, or --dask ADDRESS for one on each worker")
+            raise InvalidInput("give the number of processes with -n 2, or --dask ADDRESS for one on each worker")
         command = [sys.executable, "-P", "-m", "cli.main", *words]
         config = LaunchConfig(processes, restarts, grace_s)
         outcome = launch(command, config, on_line=show, on_restart=on_restart)
@@ -82,7 +82,7 @@ def run_launch(
 
 
 def _printer(session: Session, *, raw: bool, said: list[str]) -> OnLine:
-    """Lines with the number of their process; with --json, the first one's document is kept or goes on as it is."""
+    """Return a function that shows lines with their process number; with --json, the first document is kept."""
     from zarr_store.printable import printable_json
 
     whole_lines = threading.Lock()
@@ -102,7 +102,7 @@ def _printer(session: Session, *, raw: bool, said: list[str]) -> OnLine:
 
 
 def _document(said: Sequence[str]) -> Any:
-    """What a process said as JSON; Gloo, which connects processes, writes lines of its own to stdout before."""
+    """Return the JSON that a process wrote; Gloo, which connects processes, writes lines of its own before it."""
     try:
         return json.loads("\n".join(itertools.dropwhile(lambda line: line != "{", said)))
     except ValueError:
@@ -168,7 +168,7 @@ def _attempt_on_dask(client: Any, words: Sequence[str], processes: int | None, s
                 ended, pending = wait(pending, return_when="FIRST_COMPLETED")
                 for future in ended:
                     codes[futures.index(future)] = _code_of(future)
-            # those that say why by themselves get a moment for it
+            # processes that report the cause themselves get a moment for it
             if pending:
                 wait(pending, timeout=3.0)
         except TimeoutError:
@@ -183,12 +183,12 @@ def _attempt_on_dask(client: Any, words: Sequence[str], processes: int | None, s
 
 
 def _code_of(future: Any) -> int:
-    """The exit code that the task returned; 1 where its worker died with it."""
+    """Return the exit code of the task; 1 where its worker died with it."""
     return int(future.result()[0]) if future.status == "finished" else 1
 
 
 def _hear_out(futures: Sequence[Any], heard: Counter[int]) -> None:
-    """Wait for the last lines of processes that have ended: they come by another way than the result, and later."""
+    """Wait for the last lines of ended processes: they arrive separately from the result, and later."""
     told = {number: int(f.result()[1]) for number, f in enumerate(futures) if f.status == "finished"}
     until = time.monotonic() + _LAST_LINES_S
     while any(heard[number] < lines for number, lines in told.items()) and time.monotonic() < until:
@@ -197,7 +197,7 @@ def _hear_out(futures: Sequence[Any], heard: Counter[int]) -> None:
 
 @contextmanager
 def _lines_of(client: Any, topic: str, show: OnLine) -> Iterator[Counter[int]]:
-    """Show what the processes say; yields how many lines of each have come."""
+    """Show the lines of the processes; yields how many lines of each have arrived."""
     heard: Counter[int] = Counter()
 
     def receive(event: tuple[float, Mapping[str, Any]]) -> None:
@@ -213,7 +213,7 @@ def _lines_of(client: Any, topic: str, show: OnLine) -> Iterator[Counter[int]]:
 
 
 def _rendezvous() -> str:
-    """On the first worker: its address, as the others see it, and a port that is free there."""
+    """Return the address of this worker, as the others see it, and a free port. Runs on the first worker."""
     from distributed import get_worker
 
     host = get_worker().address.rpartition("://")[2].rpartition(":")[0].strip("[]")
@@ -223,9 +223,9 @@ def _rendezvous() -> str:
 
 
 def _hold_process(words: list[str], number: int, environment: dict[str, str], topic: str) -> tuple[int, int]:
-    """On a worker: run one process to its end; its exit code, and how many lines it said.
+    """Run one process to its end on a worker; return its exit code and how many lines it wrote.
 
-    It dies with the worker, and when the client wants it no more.
+    The process ends with the worker, and when the client cancels the task.
     """
     import distributed
 
@@ -251,7 +251,7 @@ def _hold_process(words: list[str], number: int, environment: dict[str, str], to
             if task is None or task.state not in ("executing", "long-running"):
                 break
             time.sleep(_POLL_S)
-        if process.code() is None:  # wanted no more: it saves first, as after any SIGTERM
+        if process.code() is None:  # cancelled: it saves first, as after any SIGTERM
             process.stop()
             until = time.monotonic() + _GRACE_S
             while process.code() is None and time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""The `terrashard` command: dispatch, and one place where errors become one line and an exit code.
+"""The `terrashard` command: dispatch, and the one place where errors become a line and an exit code.
 
 0 done · 1 internal error · 2 invalid input · 3 partly done · 4 nothing found · 5 locked · 6 integrity failure
 7 no space · 8 network or authorisation · 75 preempted, resumable · 130 interrupted, resumable
@@ -158,14 +158,14 @@ def _run(args: list[str]) -> int:
 
 
 def _waits(what: str) -> None:
-    """Allow or end what threads of this process wait for; where none has been started there is nothing to end."""
+    """Allow or end the waits of this process's threads; if none has started, there is nothing to end."""
     module = sys.modules.get("ingest.trust.waits")
     if module is not None:
         getattr(module, what)()
 
 
 def _leave_within(seconds: float, code: int) -> None:
-    """End the process that late at the latest: the interpreter waits for every thread, and one may be connecting."""
+    """End the process after this time at the latest: a thread may still be connecting, and Python waits for it."""
 
     def leave() -> None:
         time.sleep(seconds)
@@ -175,7 +175,7 @@ def _leave_within(seconds: float, code: int) -> None:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    """The exit code of an error and its one line."""
+    """Return the exit code of an error and its one line."""
     from zarr_store.errors import TerrashardError
 
     if isinstance(error, TerrashardError):
@@ -195,7 +195,7 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 
 def _one_line(text: str) -> str:
-    """A message of several lines on one."""
+    """Join a message of several lines into one."""
     parts = (part.strip() for part in text.split("\n") if part.strip())
     return "; ".join(parts).replace(":; ", ": ").replace(";; ", "; ")
 
@@ -206,23 +206,23 @@ def _interrupted() -> int:
 
 
 def _reader_left() -> int:
-    """The reader of our output left (`| head`): nothing is wrong, and the interpreter's last flush must be silent."""
+    """End quietly when the reader of the output has left (`| head`): the interpreter's last flush must not fail."""
     with contextlib.suppress(OSError, io.UnsupportedOperation):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 
 
 def _tolerate_narrow_encodings() -> None:
-    """A terminal without × or – gets a replacement character, not an error."""
+    """Give a terminal without × or – a replacement character, not an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _keep_loopback_direct() -> None:
-    """No proxy of the environment is asked for servers on this machine, by whichever library connects to them.
+    """Keep every library from asking a proxy of the environment for servers on this machine.
 
-    A proxy is another machine: its 127.0.0.1 is not ours. Workers that are started inherit the setting.
+    A proxy is another machine: its 127.0.0.1 is another one. Workers that are started inherit the setting.
     """
     proxies = ("http_proxy", "https_proxy", "all_proxy")
     if not any(os.environ.get(name) or os.environ.get(name.upper()) for name in proxies):
@@ -237,7 +237,7 @@ def _keep_loopback_direct() -> None:
 
 @contextlib.contextmanager
 def _preemptible() -> Iterator[None]:
-    """SIGTERM, by which batch systems take a machine back, ends the command with code 75 and consistent files."""
+    """End the command with code 75 and consistent files on SIGTERM, by which batch systems take a machine back."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         from zarr_store.errors import Preempted

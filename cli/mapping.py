@@ -1,4 +1,4 @@
-"""A run and a cube become a map and its GeoTIFF: the one place where `jaxtrain` and `ingest.raster.cog` meet."""
+"""A run and a cube become a map and its GeoTIFF; `jaxtrain` and `ingest.raster.cog` meet here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_prediction(
     time: str | None = None,
     probabilities: bool = False,
 ) -> dict[str, Any]:
-    """Predict with progress on stderr, then write the GeoTIFF if one is asked for.
+    """Predict with progress on stderr, then write the GeoTIFF if `cog` names one.
 
     Returns:
         The result of `jaxtrain.predict` as JSON, with `cog`.
@@ -88,5 +88,5 @@ def export_cog(made: Map, path: Path) -> None:
 
 
 def class_colours(made: Map) -> dict[int, tuple[int, int, int]]:
-    """Class value → (red, green, blue)."""
+    """Return class value → (red, green, blue)."""
     return {value: (red, green, blue) for value, (red, green, blue) in enumerate(made.classes.rgb().tolist())}

@@ -1,4 +1,4 @@
-"""The options that `search`, `plan` and `ingest` share: the settings of `IngestConfig` on the command line."""
+"""Options that `search`, `preview`, `plan` and `ingest` share: the fields of `IngestConfig` on the command line."""
 
 from __future__ import annotations
 
@@ -31,23 +31,19 @@ SELECTION: dict[str, Any] = {
     "geometry": _option(
         Path, "--geometry", panel=_WHAT, metavar="FILE", text="Region: GeoJSON, WKT, GeoParquet or GeoPackage, any CRS."
     ),
-    "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range, ends included."),
+    "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range; both ends are included."),
     "query": _option(
-        list[str],
-        "--query",
-        panel=_WHAT,
-        metavar="COND",
-        text="Condition on items, such as 'eo:cloud_cover<40'; repeatable.",
+        list[str], "--query", panel=_WHAT, metavar="COND", text="Condition, such as 'eo:cloud_cover<40'; repeatable."
     ),
     "bands": _option(str, "--bands", panel=_WHAT, metavar="A,B", text="Band names, such as red,nir,scl."),
     "max_items": _option(int, "--max-items", panel=_WHAT, metavar="N", text="Stop after this many scenes."),
     "strict": _option(
-        bool, "--strict", panel=_WHAT, text="Turn warnings about counts, absent bands and odd pixels into errors."
+        bool, "--strict", panel=_WHAT, text="Fail where others are warned: wrong counts, lacking bands, odd pixels."
     ),
 }
 TRUST: dict[str, Any] = {
     "sign": _option(
-        str, "--sign", panel=_WHO, metavar="NAME", text="planetary-computer: sign hrefs before they are opened."
+        str, "--sign", panel=_WHO, metavar="NAME", text="Sign hrefs when they are read: planetary-computer."
     ),
     "providers": _option(
         list[str], "--provider-file", panel=_WHO, metavar="FILE", text="TOML file with the rules of one more provider."
@@ -66,32 +62,38 @@ TRUST: dict[str, Any] = {
     ),
 }
 GRID: dict[str, Any] = {
-    "crs": _option(str, "--crs", panel=_HOW, metavar="EPSG:N", text="Target CRS; default: the CRS of most pixels."),
-    "resolution": _option(
-        float, "--resolution", panel=_HOW, metavar="R", text="Pixel size in CRS units; default: finest."
+    "crs": _option(
+        str, "--crs", panel=_HOW, metavar="EPSG:N", text="CRS of the cube; default: that of most source pixels."
     ),
-    "resampling": _option(str, "--resampling", panel=_HOW, metavar="NAME", text="nearest, bilinear, cubic or average."),
+    "resolution": _option(
+        float,
+        "--resolution",
+        panel=_HOW,
+        metavar="R",
+        text="Pixel size in CRS units; default: the finest of the files.",
+    ),
+    "resampling": _option(
+        str, "--resampling", panel=_HOW, metavar="NAME", text="Kernel: nearest, bilinear, cubic or average."
+    ),
     "profile": _option(str, "--profile", panel=_HOW, metavar="NAME", text="Layout: train, timeseries or archive."),
 }
 COMPOSING: dict[str, Any] = {
-    "mask": _option(str, "--mask", panel=_MASK, metavar="NAME", text="scl, or none."),
+    "mask": _option(str, "--mask", panel=_MASK, metavar="NAME", text="Mask of clouds and shadows: scl or none."),
     "mask_dilate_m": _option(
-        float, "--mask-dilate", panel=_MASK, metavar="M", text="Grow masked areas by so many metres."
+        float, "--mask-dilate", panel=_MASK, metavar="M", text="Grow masked areas by this many metres."
     ),
     "group": _option(str, "--group", panel=_MASK, metavar="NAME", text="Time steps: solar-day, item or month."),
     "reduce": _option(
-        str, "--reduce", panel=_MASK, metavar="NAME", text="Value of a pixel in a time step: first, median or mean."
+        str, "--reduce", panel=_MASK, metavar="NAME", text="What a time step keeps of a pixel: first, median or mean."
     ),
-    "indices": _option(
-        str, "--index", panel=_MASK, metavar="A,B", text="Spectral indices that the cube keeps: ndvi,ndwi …"
-    ),
+    "indices": _option(str, "--index", panel=_MASK, metavar="A,B", text="Spectral indices to keep: ndvi,ndwi …"),
     "clip": _option(bool, "--clip/--no-clip", panel=_MASK, text="Cut out the polygons of --geometry (default)."),
     "offset_policy": _option(
         str,
         "--offset-policy",
         panel=_MASK,
         metavar="NAME",
-        text="Where pixels contradict the stated -1000 offset: repair, warn or fail.",
+        text="What to do when pixels contradict the -1000 offset: repair, warn or fail.",
     ),
 }
 RUNNING: dict[str, Any] = {
@@ -100,7 +102,7 @@ RUNNING: dict[str, Any] = {
         "--workers",
         panel=_RUN,
         metavar="N|LEAST..MOST",
-        text="Worker processes; with a range their number follows the work.",
+        text="Number of worker processes; a range follows the work.",
     ),
     "threads_per_worker": _option(int, "--threads-per-worker", panel=_RUN, metavar="N", text="Threads of each worker."),
     "memory": _option(str, "--memory", panel=_RUN, metavar="4GB", text="Memory limit of one worker."),
@@ -117,21 +119,17 @@ RUNNING: dict[str, Any] = {
         "--hosts",
         panel=_RUN,
         metavar="A,B,…",
-        text="For --cluster ssh: the scheduler's host, then one per worker.",
+        text="Hosts for --cluster ssh: the scheduler's, then one per worker.",
     ),
     "cluster_options": _option(
         list[str],
         "--cluster-option",
         panel=_RUN,
         metavar="KEY=VALUE",
-        text="Option of the cluster, such as queue=short; repeatable.",
+        text="Setting of the cluster, such as queue=short or image=NAME; repeatable.",
     ),
     "tls": _option(
-        str,
-        "--tls",
-        panel=_RUN,
-        metavar="FOLDER",
-        text="Encrypt connections; folder with ca.pem, cert.pem and key.pem.",
+        str, "--tls", panel=_RUN, metavar="FOLDER", text="Encrypt with ca.pem, cert.pem and key.pem in this folder."
     ),
     "expose": _option(
         bool,
@@ -156,12 +154,10 @@ RUNNING: dict[str, Any] = {
         "--store",
         panel=_RUN,
         metavar="NAME",
-        text="Store of a new cube: folder, or icechunk (one commit per run).",
+        text="Kind of a new cube: folder, or icechunk (one commit for each run).",
     ),
-    "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Seconds that a server may be silent."),
-    "retries": _option(
-        int, "--retries", panel=_RUN, metavar="N", text="Number of times that a failed request is repeated."
-    ),
+    "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Longest silence of a server in seconds."),
+    "retries": _option(int, "--retries", panel=_RUN, metavar="N", text="How often a failed request is repeated."),
 }
 
 

@@ -1,4 +1,4 @@
-"""Pictures of cubes and maps: which pixels to read, how to stretch them, and how to lay out the sheet.
+"""Pictures of cubes and maps: choose pixels, stretch their values, and lay out the sheet.
 
 Large rasters are read from the cube's overviews, so that a picture of a country costs a few megabytes.
 """
@@ -61,10 +61,10 @@ def draw(
     Args:
         store: Cube or map.
         out: The picture; it appears complete or not at all.
-        collection: Of a cube; None for its first.
+        collection: Collection of a cube; None for its first.
         time: "2023-08-18", or a position; None for all dates.
         bands: "nir,red,green"; None for true colour where there is one.
-        width: Widest the picture may be, pixels.
+        width: Largest width of the picture, pixels.
 
     Returns:
         path, width, height, and what it shows.
@@ -97,7 +97,7 @@ def draw_preview(thumbnails: Sequence[Thumbnail], out: Path, *, width: int) -> d
     Args:
         thumbnails: All of one size.
         out: The picture; it appears complete or not at all.
-        width: Widest the picture may be, pixels.
+        width: Largest width of the picture, pixels.
 
     Returns:
         path, width and height.

@@ -1,4 +1,4 @@
-"""`terrashard plan`: the dry run. Headers are read, no pixel is stored."""
+"""`terrashard plan` is the dry run of an ingest: it reads headers and stores no pixel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
         session: Session,
         source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
         out: Annotated[
-            Path | None, typer.Option("--out", "-o", metavar="FILE", help="Keep the plan: plan.json.")
+            Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the plan: plan.json.")
         ] = None,
     ) -> None:
         """Show what an ingest would do: grid, dates, shards, bytes, offset verdicts, and what is left out."""

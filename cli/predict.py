@@ -1,4 +1,4 @@
-"""`terrashard predict`: a run and a cube become a map; this is where `jaxtrain` and the COG writer of `ingest` meet."""
+"""`terrashard predict` makes a map from a run and a cube."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def register(app: typer.Typer) -> None:
         session: Session,
         run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `terrashard train`.")],
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="The cube to map.")],
-        map_: Annotated[str, typer.Argument(metavar="MAP.zarr", help="The map.")],
-        cog: Annotated[Path | None, typer.Option(metavar="MAP.tif", help="Also as a cloud-optimised GeoTIFF.")] = None,
+        map_: Annotated[str, typer.Argument(metavar="MAP.zarr", help="Where the map goes.")],
+        cog: Annotated[
+            Path | None, typer.Option(metavar="MAP.tif", help="Also write a cloud-optimised GeoTIFF.")
+        ] = None,
         time: Annotated[
             str | None, typer.Option(metavar="DATE", help="Map one date; default: the mean over all.")
         ] = None,

@@ -1,4 +1,4 @@
-"""`terrashard preview`: pictures of what a search found, before anything is ingested."""
+"""`terrashard preview` draws what a search found, before anything is ingested."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def register(app: typer.Typer) -> None:
     def preview(
         session: Session,
         source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
-        out: Annotated[Path, typer.Argument(metavar="OUT.png", help="The picture.")],
-        most: Annotated[int, typer.Option("--max", min=1, max=200, help="Most time steps that are drawn.")] = 24,
+        out: Annotated[Path, typer.Argument(metavar="OUT.png", help="Where the picture goes.")],
+        most: Annotated[int, typer.Option("--max", min=1, max=200, help="Largest number of time steps to draw.")] = 24,
         side: Annotated[int, typer.Option(min=32, max=2048, help="Longer side of a thumbnail, pixels.")] = 256,
-        width: Annotated[int, typer.Option(min=64, max=16384, help="Widest the picture may be, pixels.")] = 2000,
+        width: Annotated[int, typer.Option(min=64, max=16384, help="Largest width of the picture, pixels.")] = 2000,
     ) -> int:
         """Draw the dates that a search finds, with their share of clouds; nothing is ingested.
 

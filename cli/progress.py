@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar where a person looks at a terminal, plain lines where a file or a pipe does."""
+"""Progress on stderr: a live bar in a terminal, plain lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Reporter"]
 
-# A log file wants a sign of life, not each step.
+# A log file needs a sign of life, not each step.
 _LINE_EVERY_S = 15.0
 _LEAST_APART_S = 1.0
 
 
 class Reporter:
-    """Shows how far one piece of work is.
+    """Show how far one piece of work is.
 
     Args:
-        session: The command that runs; --quiet shows nothing.
-        title: What is being done, one word.
-        unit: What is counted.
+        session: The running command; --quiet shows nothing.
+        title: Name of the work, one word.
+        unit: Name of what is counted.
     """
 
     def __init__(self, session: Session, title: str, *, unit: str = "") -> None:
@@ -62,7 +62,7 @@ class Reporter:
             self._bar.stop()
 
     def update(self, done: int, total: int, detail: str = "") -> None:
-        """`done` of `total` units are finished."""
+        """Show that `done` of `total` units are finished."""
         if self._quiet:
             return
         if self._bar is not None and self._task is not None:
@@ -71,14 +71,14 @@ class Reporter:
         now = time.monotonic()
         share = done / total if total else 1.0
         quiet_for = now - self._said
-        # at each quarter and at the end, unless it is all over in a moment; and now and then between
+        # at each quarter and at the end, unless all is done in a moment; and every 15 s between
         if (share >= min(self._share_said + 0.25, 1.0) and quiet_for > _LEAST_APART_S) or quiet_for > _LINE_EVERY_S:
             self._said, self._share_said = now, share
             tail = f" · {detail}" if detail else ""
             self.line(f"{self._title}: {done}/{total} {self._unit} · {now - self._started:.0f} s{tail}")
 
     def line(self, text: str) -> None:
-        """A line of its own; it does not break the bar."""
+        """Show one line without breaking the bar."""
         if self._quiet:
             return
         if self._bar is not None:
@@ -88,7 +88,7 @@ class Reporter:
 
 
 def _safe(text: str) -> str:
-    """What rich is given: it writes escapes of its own to the terminal, those of names must not be among them."""
+    """Return text for rich, which writes its own escapes to the terminal: names must not bring theirs."""
     from zarr_store.printable import one_line
     from zarr_store.redact import redact_text
 

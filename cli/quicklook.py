@@ -1,4 +1,4 @@
-"""`terrashard quicklook`: a picture of a cube (all dates, or one) or of a map, without any other program."""
+"""`terrashard quicklook` draws a cube (all dates, or one) or a map, without any other program."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ def register(app: typer.Typer) -> None:
     def quicklook(
         session: Session,
         store: Annotated[str, typer.Argument(metavar="CUBE|MAP", help="Path or URL of a cube or a map.")],
-        out: Annotated[str, typer.Argument(metavar="OUT.png", help="The picture.")],
+        out: Annotated[str, typer.Argument(metavar="OUT.png", help="Where the picture goes.")],
         collection: Annotated[str | None, typer.Option(help="Collection of the cube; default: its first.")] = None,
         time: Annotated[
             str | None, typer.Option(metavar="DATE|N", help="One date, or its position; default: all.")
         ] = None,
         bands: Annotated[
-            str | None, typer.Option(metavar="R,G,B", help="Default: true colour where there is one.")
+            str | None,
+            typer.Option(
+                metavar="R,G,B", help="Bands for red, green and blue; default: true colour where the cube has it."
+            ),
         ] = None,
-        width: Annotated[int, typer.Option(min=64, max=16384, help="Widest the picture may be, pixels.")] = 2000,
+        width: Annotated[int, typer.Option(min=64, max=16384, help="Largest width of the picture, pixels.")] = 2000,
     ) -> None:
         """Draw a cube in true colour, one panel for each date, or the classes of a map with their names."""
         from cli.picture import draw

@@ -1,4 +1,4 @@
-"""`terrashard repair` and `retry-failed`: make again what of a cube is broken, absent, partial or failed."""
+"""`terrashard repair` and `retry-failed` make the broken, absent, partial or failed shards of a cube again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OPTIONS = TRUST | RUNNING
 def register(app: typer.Typer) -> None:
     @command(app, settings="own", extra=_OPTIONS, examples=("terrashard repair zagreb.zarr",))
     def repair(session: Session, cube: Annotated[str, _CUBE]) -> int:
-        """Check every shard against its checksum and make those again that are broken or were never written."""
+        """Check every shard against its checksum, and make broken or absent shards again."""
         from cli.ingesting import watching
         from ingest.upkeep.repair import repair as repair_cube
 
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
     @command(app, settings="own", extra=_OPTIONS, examples=("terrashard retry-failed zagreb.zarr",))
     def retry_failed(session: Session, cube: Annotated[str, _CUBE]) -> int:
-        """Try the shards again that are partial or failed, and no others."""
+        """Try partial and failed shards again, and no others."""
         from cli.ingesting import watching
         from ingest.upkeep.repair import retry_failed as retry
 

@@ -1,4 +1,4 @@
-"""`terrashard samples`: labelled images in folders, or one labelled scene, become a sample store."""
+"""`terrashard samples` makes a sample store from folders of labelled images, or from one labelled scene."""
 
 from __future__ import annotations
 
@@ -25,20 +25,25 @@ def register(app: typer.Typer) -> None:
         session: Session,
         source: Annotated[
             Path,
-            typer.Argument(metavar="DIR", help="A folder for each class with its images; or a scene (.npy, .tif)."),
+            typer.Argument(
+                metavar="DIR", help="A folder that holds one folder of images for each class; or a scene (.npy, .tif)."
+            ),
         ],
-        store: Annotated[str, typer.Argument(metavar="STORE", help="The store that is made.")],
+        store: Annotated[str, typer.Argument(metavar="STORE", help="Where the sample store is written.")],
         labels: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="Of a scene: class of each pixel (.npy, .tif), 0 for none.")
+            Path | None,
+            typer.Option(metavar="FILE", help="For a scene: the class of each pixel (.npy, .tif), 0 for none."),
         ] = None,
-        names: Annotated[str, typer.Option(metavar="A,B,…", help="Of a scene: names of label 1, 2, ….")] = "",
+        names: Annotated[str, typer.Option(metavar="A,B,…", help="For a scene: names of label 1, 2, ….")] = "",
         bands: Annotated[str, typer.Option(metavar="A,B,…", help="Names of the bands, in order.")] = "",
-        skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unusable files out, and name them.")] = False,
+        skip_bad: Annotated[
+            bool, typer.Option("--skip-bad", help="Leave out files that cannot be used, and name them.")
+        ] = False,
     ) -> None:
         """Import labelled images for scene classification: JPEG, PNG or GeoTIFF, with coordinates where they are known.
 
-        A folder may hold coordinates.csv (file, latitude, longitude), so that training and test ground can be kept
-        apart, and labels.csv (file, labels), where an image has several classes, in place of folders of classes.
+        The folder may hold coordinates.csv (file, latitude, longitude), so that training and test samples can be split
+        by place. It may hold labels.csv (file, labels) in place of folders of classes; an image may then have several.
         """
         from cli.progress import Reporter
         from ingest.labels.labelled_scene import import_scene

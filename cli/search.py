@@ -1,4 +1,4 @@
-"""`terrashard search`: which scenes a source has for a question."""
+"""`terrashard search` lists the scenes of a source."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def register(app: typer.Typer) -> None:
         session: Session,
         source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
         out: Annotated[
-            Path | None, typer.Option("--out", "-o", metavar="FILE", help="items.json or items.parquet.")
+            Path | None,
+            typer.Option("--out", "-o", metavar="FILE", help="Write the items: items.json or items.parquet."),
         ] = None,
     ) -> None:
-        """List the scenes that a source has: deduplicated, in order, with cloud cover and offset verdict."""
+        """List the scenes of a source: deduplicated, in order, with cloud cover, baseline and offset."""
         from cli.item_files import check_suffix, portable, write_items
         from ingest.scenes.search import find_scenes
 

@@ -87,41 +87,41 @@ class Session:
     options: dict[str, Any] = field(default_factory=dict)
 
     def say(self, text: str = "") -> None:
-        """A line of the result, for people."""
+        """Write one line of the result, for people."""
         speak(text, sys.stderr if self.json else sys.stdout)
 
     def say_lines(self, text: str) -> None:
-        """A result of several lines; what it quotes must be on one line (`zarr_store.printable.one_line`)."""
+        """Write a result of several lines; each quoted text must be on one line (`zarr_store.printable.one_line`)."""
         for line in text.split("\n"):
             self.say(line)
 
     def note(self, text: str) -> None:
-        """A line about the way there; not with --quiet."""
+        """Write one line of progress; not with --quiet."""
         if self.verbosity >= 0:
             speak(text)
 
     def warn(self, text: str) -> None:
-        """Something that a person should know, and that is no error."""
+        """Write a warning: something that a person should know and that is no error."""
         speak(f"warning: {text}")
 
     def fail(self, text: str) -> None:
-        """What went wrong, where the command still has a result to give."""
+        """Write what went wrong, where the command still has a result."""
         speak(f"error: {text}")
 
     def emit(self, document: Mapping[str, Any]) -> None:
-        """The JSON document, where one was asked for."""
+        """Write the JSON document if --json is given."""
         if self.json:
             write_document(document)
 
     def settings(self) -> dict[str, Any]:
-        """The settings of --config and --set, put together."""
+        """Return the settings of --config, overridden by those of --set."""
         from cli.config import read_settings
 
         return read_settings(self.config, self.overrides)
 
 
 def speak(text: str, stream: TextIO | None = None) -> None:
-    """Write one line for a person, to stderr unless another stream is named: the door of all human text."""
+    """Write one line for a person, to stderr unless another stream is named; all human text passes here."""
     from zarr_store.printable import one_line
     from zarr_store.redact import redact_text
 
@@ -131,10 +131,10 @@ def speak(text: str, stream: TextIO | None = None) -> None:
 
 
 def write_document(document: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """Write one JSON document to stdout: the door of all that programs read.
+    """Write one JSON document to stdout; all output for programs passes here.
 
-    It is valid JSON whatever it quotes. Letters of every script stand as they are, characters that a terminal would
-    obey as escapes of JSON; numbers that JSON does not have are null.
+    It is valid JSON whatever it quotes. Letters of every script stay as they are. Characters that a terminal would obey
+    become escapes of JSON, and numbers that JSON does not have become null.
     """
     from zarr_store.printable import printable_json
     from zarr_store.redact import redact_value
@@ -219,7 +219,7 @@ def _configure_logging(verbosity: int) -> None:
     ours = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    # Dask tells of workers that took a moment longer to end; that is for who asked for more words
+    # Dask reports workers that took a moment longer to end; that is shown with --verbose only
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error" if verbosity <= 0 else "info")
     for name in ("ingest", "zarr_store", "jaxtrain", "cli"):
         logger = logging.getLogger(name)
@@ -229,7 +229,7 @@ def _configure_logging(verbosity: int) -> None:
 
 
 def _plain(value: object) -> Any:
-    """JSON form of what the libraries return: numpy numbers and arrays, paths, sets; None for nan and infinities."""
+    """Return the JSON form of numpy numbers and arrays, paths and sets; None for nan and infinities."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

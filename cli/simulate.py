@@ -1,4 +1,4 @@
-"""`terrashard simulate`: a small world with known truth, as COGs and STAC items, and a server for it."""
+"""`terrashard simulate` makes a small world with known truth as COGs and STAC items, and serves it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
         session: Session,
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the simulated scenes.")],
         serve: Annotated[
-            bool, typer.Option("--serve", help="Then serve a STAC API and the files, until Ctrl-C.")
+            bool, typer.Option("--serve", help="Afterwards, serve a STAC API and the files until Ctrl-C.")
         ] = False,
         host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
         port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 picks a free one.")] = 0,
@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
 
 
 def wait_for_interrupt() -> None:
-    """Sleep until Ctrl-C, which is the wanted end of serving and no error."""
+    """Sleep until Ctrl-C, which is the normal end of serving and no error."""
     import threading
 
     try:

@@ -1,4 +1,4 @@
-"""`terrashard status`: which shards of a cube are done, partial, failed or pending, and why."""
+"""`terrashard status` shows which shards of a cube are done, partial, failed or pending, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["examine", "register"]
 
 
 def examine(cube: Cube, collection: str) -> dict[str, Any]:
-    """Counts by state, and each shard that is not done with what was missing."""
+    """Return the counts by state, and each shard that is not done with what was missing."""
     spec = cube.spec(collection)
     rows = cube.ledger(collection).rows()
     shards = []
@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
         session: Session,
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")],
         watch: Annotated[
-            bool, typer.Option("--watch", "-w", help="Look again each second until every shard has ended.")
+            bool, typer.Option("--watch", "-w", help="Update every second until no shard is pending.")
         ] = False,
     ) -> None:
         """Show which shards are done, partial, failed or pending, and which scenes were unreadable."""
@@ -75,12 +75,12 @@ def register(app: typer.Typer) -> None:
                     )
         complete = all(found["complete"] for found in collections.values())
         if not complete:
-            session.say("the same `terrashard ingest` command writes what is not done")
+            session.say("the same `terrashard ingest` command writes the shards that are not done")
         session.emit({"url": opened.url, "complete": complete, "collections": collections})
 
 
 def follow(session: Session, url: str, *, pause_s: float = 1.0) -> None:
-    """Show the counts until no shard is pending: a live bar for each collection, or lines where nobody looks."""
+    """Show the counts until no shard is pending: a live bar for each collection, or lines without a terminal."""
     import sys
     import time
 

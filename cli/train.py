@@ -1,4 +1,4 @@
-"""`terrashard train`: a configuration becomes a run directory."""
+"""`terrashard train` makes a run directory from a configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
     def train(
         session: Session,
         configuration: Annotated[
-            Path, typer.Argument(metavar="CONFIG.toml", help="Data, model, optimiser, mesh, run.")
+            Path, typer.Argument(metavar="CONFIG.toml", help="Settings: data, model, optim, mesh, run.")
         ],
         out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run directory: checkpoints, metrics, report.")],
         resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue the run that RUN holds.")] = True,

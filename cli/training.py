@@ -1,4 +1,4 @@
-"""From a TOML file to a finished run: the shared part of `train` and `demo`."""
+"""Training as commands do it: the shared part of `train` and `demo`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["run_training", "summary", "train_config"]
 
 
 def train_config(path: Path, session: Session) -> TrainConfig:
-    """CONFIG.toml, then --config, then each --set; see `jaxtrain.settings.read_train_config`."""
+    """Return the settings of CONFIG.toml, then --config, then each --set; see `jaxtrain.settings.read_train_config`."""
     from jaxtrain.settings import read_train_config
 
     files = [file for file in (path, session.config) if file is not None]
@@ -23,7 +23,7 @@ def train_config(path: Path, session: Session) -> TrainConfig:
 
 
 def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bool = True) -> TrainingResult:
-    """Train with progress on stderr; of several processes, the first one speaks, and the others only warn."""
+    """Train with progress on stderr; of several processes the first one reports, and the others only warn."""
     from jaxtrain import train
     from jaxtrain.parallel.heap import keep_freed_memory
     from jaxtrain.parallel.processes import spread_mesh
@@ -47,7 +47,7 @@ def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bo
 
 
 def summary(result: TrainingResult) -> list[str]:
-    """What a run came to, in lines."""
+    """Return the result of a run as lines."""
     scores = ", ".join(
         f"{name} {value:.4f}"
         for name, value in result.validation.items()

@@ -1,4 +1,4 @@
-"""`terrashard verify`: do the stored bytes hash to what the ledger says, and do the sources still give them?"""
+"""`terrashard verify` compares the stored bytes with the ledger, and on request with the sources."""
 
 from __future__ import annotations
 
@@ -25,23 +25,30 @@ def register(app: typer.Typer) -> None:
     def verify(
         session: Session,
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")],
-        share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Part of the shards that is re-read.")] = 1.0,
-        seed: Annotated[int, typer.Option(help="Which shards a partial check draws.")] = 0,
+        share: Annotated[
+            float, typer.Option(min=0.0, max=1.0, help="Share of the shards to read again, above 0 and at most 1.")
+        ] = 1.0,
+        seed: Annotated[int, typer.Option(help="Seed of the random choice of shards with --share.")] = 0,
         sources: Annotated[
-            bool, typer.Option("--sources", help="Read the scenes again, too, and compare every pixel.")
+            bool, typer.Option("--sources", help="Also read the scenes again and compare every pixel.")
         ] = False,
         checksums: Annotated[
             bool,
-            typer.Option("--checksums", help="Read whole files, too, and compare them with their items' checksums."),
+            typer.Option(
+                "--checksums", help="Also read whole files and compare them with the checksums of their items."
+            ),
         ] = False,
     ) -> int:
-        """Re-read shards and compare them with the ledger and with their sources. Exit code 6 names what is damaged."""
+        """Read shards again and compare them with the ledger and with their sources.
+
+        Exit code 6: a shard is damaged.
+        """
         from cli.progress import Reporter
         from zarr_store import verify_cube
         from zarr_store.errors import InvalidInput
 
         if not share > 0:
-            raise InvalidInput(f"--share must lie above 0 and at most at 1, got {share}")
+            raise InvalidInput(f"--share must be above 0 and at most 1, got {share}")
         with Reporter(session, "verify", unit="shards") as progress:
             report = verify_cube(cube, share=share, seed=seed, on_shard=progress.update)
         document = report.to_dict()
@@ -53,7 +60,7 @@ def register(app: typer.Typer) -> None:
         if report.damaged_labels and not report.damage:
             session.emit(document)
             session.fail(
-                f"{report.damaged_labels[0]}; make it again with `terrashard labels … --replace`; the pixels are whole"
+                f"{report.damaged_labels[0]}; make it again with `terrashard labels … --replace`; the pixels are intact"
             )
             return 6
         if report.damage:
@@ -95,7 +102,7 @@ def _compare(session: Session, cube: str, share: float, seed: int, document: dic
 
 
 def _conclude(session: Session, found: FilesReport | SourcesReport, *, wrong: str, right: str) -> int:
-    """Say what was found, what differs first; the exit code."""
+    """Show what was compared, differences first, and return the exit code."""
     for text in found.unread:
         session.say(f"not compared: {text}")
     for one in found.different:

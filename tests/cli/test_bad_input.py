@@ -259,7 +259,7 @@ def test_training_that_cannot_be(run: Run, cube: Path, tmp_path: Path, arguments
         (("quicklook", "absent", "x.png"), "does not exist"),
         (("simulate", "cube.zarr"), "cube.zarr"),
         (("simulate", "new", "--set", "tiels=1"), "did you mean 'tiles'?"),
-        (("demo", "--out", "cube.zarr"), "something else than a demo"),
+        (("demo", "--out", "cube.zarr"), "other files than those of a demo"),
         (("demo", "--out", "new", "--set", "trian.run.steps=1"), "did you mean 'train'?"),
         (("demo", "--out", "new", "--set", "simulate.tiels=1"), "did you mean 'tiles'?"),
     ],

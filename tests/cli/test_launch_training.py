@@ -277,7 +277,7 @@ def test_bad_words_are_refused(capfd: pytest.CaptureFixture[str], monkeypatch: p
         closed = f"tcp://127.0.0.1:{nobody.getsockname()[1]}"
         for words, code, message in (
             (["launch", "-n", "2", "--", "ingest", "a"], 2, "launch starts training runs, got 'ingest a'"),
-            (["launch", "--", "train", "a.toml"], 2, "say how many processes: -n 2, or --dask ADDRESS"),
+            (["launch", "--", "train", "a.toml"], 2, "give the number of processes with -n 2, or --dask ADDRESS"),
             (["launch", "-n", "0", "--", "train", "a.toml"], 2, "Invalid value for '-n' / '--processes'"),
             (["launch", "--dask", closed, "--", "train", "a.toml"], 8, "127.0.0.1"),
         ):

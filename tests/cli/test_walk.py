@@ -1,7 +1,8 @@
-"""The walk of the README with real scenes, exactly as typed (training shortened): catalogue → cube → model → map."""
+"""Two walks, exactly as typed (training shortened): the README's on simulated scenes, that of a page on real ones."""
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import tomllib
@@ -18,10 +19,53 @@ from PIL import Image
 
 Run = Callable[..., Any]
 
-pytestmark = [pytest.mark.real_data, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 SELECTION = "--collection sentinel-2-l2a --bands blue,green,red,nir,scl --mask scl"
 CATALOGUE = "../shared/data/scenes/zagreb/catalog.json"
+
+
+SMALL_WORLD = ("--set", "tile_px=256", "--set", "overlap_px=32", "--set", "radar_dates=[]")
+SHORT = tuple(
+    word
+    for text in ("run.steps=12", "run.batch_size=8", "model.width=8", "optim.warmup_steps=4", "data.split.block_m=640")
+    for word in ("--set", text)
+)
+"""A walk on less ground and for fewer steps; nothing else of a command is changed."""
+
+
+def commands_of(page: Path, heading: str) -> list[str]:
+    """The lines of a page that a reader types, below one of its headings."""
+    (section,) = re.findall(rf"^#+ {heading}\n(.*?)(?=^#+ |\Z)", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [" ".join(line.split()) for line in re.findall(r"^    (terrashard .*)$", section, re.MULTILINE)]
+
+
+def test_the_walk_of_the_readme_as_typed(
+    run: Run, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(repository / "examples", tmp_path / "examples")
+    further = {"simulate": SMALL_WORLD, "train": SHORT}
+    typed = [shlex.split(line)[1:] for line in commands_of(repository / "README.md", "A walk")]
+    said = {}
+    for words in typed:
+        outcome = run(*words, *further.get(words[0], ()))
+        assert outcome.code == 0, f"{' '.join(words)}: {outcome.err}"
+        said[words[0]] = outcome.out
+    assert [words[0] for words in typed] == [
+        "simulate", "plan", "ingest", "info", "train", "evaluate", "predict", "quicklook",
+    ]  # fmt: skip
+    assert "8 confirmed" in said["plan"]
+    assert "4 shards written" in said["ingest"]
+    with rasterio.open("cover_map.tif") as raster:
+        assert raster.tags(1)["class_0"] == "water"
+        assert len(np.unique(raster.read(1))) >= 2
+    assert _colours("cover.png") > 1000
+    # what the README shows of `plan` is said by `plan`: the same lines, with other numbers in them
+    shown = (repository / "README.md").read_text("utf-8").partition("Part of its output:\n\n")[2].partition("\n\n")[0]
+    words = [line.split()[0] for line in shown.splitlines()]
+    assert len(words) == 8
+    assert set(words) <= {line.split()[0] for line in said["plan"].splitlines()}
 
 
 @pytest.fixture
@@ -36,11 +80,17 @@ def checkout(tmp_path: Path, repository: Path, shared_data: Path, monkeypatch: p
     return folder
 
 
-def test_the_walk_as_typed(run: Run, checkout: Path, snapshot: Callable[[Path], Any]) -> None:
+@pytest.mark.real_data
+def test_the_walk_with_real_scenes_as_typed(
+    run: Run, checkout: Path, repository: Path, snapshot: Callable[[Path], Any]
+) -> None:
+    page = commands_of(repository / "docs" / "real-scenes.md", "A walk with real scenes")
+    seen: list[str] = []
     configuration = tomllib.loads((checkout / "examples" / "zagreb_scl.toml").read_text())
     names = list(dict.fromkeys(configuration["data"]["classes"].values()))
 
     def type_in(line: str, *extra: str) -> Any:
+        seen.append(line)
         return run(*shlex.split(line)[1:], *extra)
 
     # ---- plan: a dry run that touches nothing and says that headers win
@@ -142,6 +192,8 @@ def test_the_walk_as_typed(run: Run, checkout: Path, snapshot: Callable[[Path], 
     assert type_in("terrashard quicklook zagreb_map.zarr zagreb_map.png").code == 0
     assert _colours("zagreb.png") > 10_000
     assert _colours("zagreb_map.png") >= len(np.unique(stored))
+    assert [line for line in page if line not in seen] == [], "the page has a command that was not typed here"
+    assert len(page) == 7
 
 
 def _colours(path: str) -> int:
