@@ -31,7 +31,20 @@ def portable(found: CatalogueItem) -> dict[str, Any]:
     assets = item.get("assets") or {}
     item["assets"] = {key: {**asset, "href": _absolute(asset, found.base)} for key, asset in assets.items()}
     item["links"] = [{**link, "href": _absolute(link, found.base)} for link in item.get("links") or []]
-    return item
+    return {key: _without_credentials(value) for key, value in item.items()}
+
+
+def _without_credentials(value: Any) -> Any:
+    """`value` with every address in it unsigned: alternate assets and extensions have addresses of their own."""
+    from ingest.trust.redact import redact_value
+
+    if isinstance(value, str):
+        return redact_value(value) if "://" in value else value
+    if isinstance(value, Mapping):
+        return {key: _without_credentials(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_credentials(part) for part in value]
+    return value
 
 
 def _absolute(link: Mapping[str, Any], base: str) -> str:

@@ -16,10 +16,13 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from types import FrameType
+from typing import Any
 
 import typer
+from typer.main import get_command
 
 from cli import (
     audit,
@@ -108,6 +111,12 @@ for module in (
     module.register(app)
 
 
+@cache
+def _command() -> Callable[..., Any]:
+    """The commands and their options. Typer would put them together anew for every call in one process."""
+    return get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -132,7 +141,7 @@ def _run(args: list[str]) -> int:
     _keep_loopback_direct()
     try:
         with _preemptible():
-            code = app(args=args, prog_name="terrashard", standalone_mode=False)
+            code = _command()(args=args, prog_name="terrashard", standalone_mode=False)
             sys.stdout.flush()
         return _interrupted() if code == 130 else int(code or 0)
     except BrokenPipeError:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtrain.settings import read_train_config
 from zarr_store.errors import TerrashardError
-from zarr_store.printable import one_line, safe_output
+from zarr_store.printable import one_line, safe_output, shown
 from zarr_store.redact import redact_text
 
 __all__ = ["main"]
@@ -49,4 +50,7 @@ def _run(parsed: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
         return 130
+    except Exception:  # noqa: BLE001  whatever it is, its traceback may quote addresses
+        sys.stderr.write(shown(traceback.format_exc()))
+        return 1
     return 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import platform
+import re
 import signal
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +62,48 @@ if sys.version_info < (3, 12):
     os.environ["DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"] = "False"
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_COMPILED = 2 << 30
+"""Bytes of compiled programs that are kept from one run of the tests to the next."""
+
+
+def keep_compiled() -> None:
+    """What JAX compiles is kept in the virtual environment: for both test processes, their children and later runs.
+
+    A killed child may leave half a program, which JAX would find broken in every later run: those go at the start.
+    Programs are for one compiler and one processor, which is part of the folder's name.
+    """
+    if sys.prefix == sys.base_prefix:  # no place that is surely ours
+        folder = Path(tempfile.mkdtemp(prefix="terrashard-test-compiled-"))
+    else:
+        processor = Path("/proc/cpuinfo")
+        flags = sorted(set(re.findall(r"^flags.*", processor.read_text(), re.MULTILINE))) if processor.exists() else []
+        kind = hashlib.sha256(repr([version("jaxlib"), platform.machine(), flags]).encode()).hexdigest()[:12]
+        folder = Path(sys.prefix) / "compiled" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            drop_broken(folder)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+
+
+def drop_broken(folder: Path) -> None:
+    """Remove programs that were not written to their end since the last look, and all of them once they are many."""
+    mark = folder / "looked"
+    looked = mark.stat().st_mtime if mark.exists() else 0.0
+    mark.touch()
+    sizes = {path: path.stat() for path in folder.glob("*-cache")}
+    full = sum(found.st_size for found in sizes.values()) > MOST_COMPILED
+    for path, found in sizes.items():
+        try:
+            if not full and found.st_mtime >= looked - 1:
+                zlib.decompress(path.read_bytes())
+        except zlib.error:
+            path.unlink(missing_ok=True)
+        if full:
+            path.unlink(missing_ok=True)
+
+
+keep_compiled()
 
 
 @pytest.fixture(scope="session")

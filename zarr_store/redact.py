@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -169,13 +170,15 @@ def _is_secret_name(key: object) -> bool:
 
 
 def _environment() -> list[str]:
-    """Return the values of secret names in the environment, the longest first."""
-    found = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= _LEAST_SECRET and _ENVIRONMENT.fullmatch(name) and not os.path.isabs(value)
-    }
+    """Return the values of secret names in the environment, the longest first; every line of a log asks for them."""
+    values = {os.environ.get(name, "") for name in os.environ if _is_secret_variable(name)}
+    found = (value for value in values if len(value) >= _LEAST_SECRET and not os.path.isabs(value))
     return sorted(found, key=len, reverse=True)
+
+
+@lru_cache(maxsize=1024)
+def _is_secret_variable(name: str) -> bool:
+    return _ENVIRONMENT.fullmatch(name) is not None
 
 
 def _userinfo(rest: str) -> int:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from jaxtrain.config import RunConfig
 from jaxtrain.data.arrays import Rows
 from zarr_store.errors import CorruptShard, IntegrityError, InvalidInput, MissingShard
+from zarr_store.redact import redact_text
 from zarr_store.store import translate_os_errors
 
 __all__ = ["INCIDENTS", "Incidents", "name_windows"]
@@ -117,8 +118,9 @@ class Incidents:
                     f"{error}; {count} windows cannot be read, run.max_quarantined is {config.max_quarantined}"
                 ) from error
             self._windows.add(window)
-            self._write({"kind": "quarantined", "window": list(window), "why": str(error)})
-        self._warn(f"window {window} is no longer learned from ({count} of at most {config.max_quarantined}): {error}")
+            why = redact_text(error)  # of a bucket, it quotes what the server answered
+            self._write({"kind": "quarantined", "window": list(window), "why": why})
+        self._warn(f"window {window} is no longer learned from ({count} of at most {config.max_quarantined}): {why}")
 
     def _write(self, line: dict[str, Any]) -> None:
         text = json.dumps(line) + "\n"

@@ -62,7 +62,6 @@ def environment(folder: Path) -> dict[str, str]:
     return values | {
         "XLA_FLAGS": " ".join([*QUICK, "--xla_force_host_platform_device_count=1"]),
         "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "TERRASHARD_HEARTBEAT_S": "10", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }  # fmt: skip

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxtrain import train
@@ -19,11 +18,6 @@ from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import BandSpec, CubeSpec, Layout
 from zarr_store.write import ShardWriter
-
-# Every run of the same tiny network compiles the same program: once for all tests, and for the processes they start.
-COMPILED = tempfile.mkdtemp(prefix="terrashard-test-compiled-")
-jax.config.update("jax_compilation_cache_dir", COMPILED)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 COLLECTION = "sentinel-2-l2a"
 CLASSES = {"4": "vegetation", "5": "not vegetated", "6": "water"}

@@ -31,7 +31,7 @@ from zarr_store.lock import CubeLock
 from zarr_store.regions import Region
 from zarr_store.write import ShardWriter
 
-from .cube_factory import COLLECTION, COMPILED, make_cube, shared_cube, shared_run, tiny_config
+from .cube_factory import COLLECTION, make_cube, shared_cube, shared_run, tiny_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -177,8 +177,7 @@ def test_sigkill_and_the_same_command_again(tmp_path: Path) -> None:
     values = config.model_dump(mode="json")
     file.write_text(tomli_w.dumps(values))
     command = [sys.executable, "-m", "jaxtrain.train", str(file), "--out", str(tmp_path / "killed")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": COMPILED,
-                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

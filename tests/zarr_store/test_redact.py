@@ -11,56 +11,13 @@ from hypothesis import strategies as st
 
 from zarr_store.redact import redact_text, redact_url, redact_value, strip_signature
 
-CANARY = "canary-7f3a"
+from .secret_shapes import CANARY, SHAPES
+
 # letters and marks that passwords have and that people forget to encode; a blank ends every address
 ODD = st.text("abcXYZ019!$&'()*+,;=:%~_-.@\"<>[]{}|^/?#`", max_size=12)
 PLAIN = st.text("abcXYZ019+=_-.~%", max_size=8)
 BEFORE = st.sampled_from(["", "cannot read ", "[", "(see ", '{"url": "', "two\nlines: ", "'", "GET ", "a: ", "<", "x,"])
 AFTER = st.sampled_from(["", " failed", "]", ") (Caused by 3)", '"}', "\nnext line", "'", ".", ": HTTP 403", ">", ","])
-
-SHAPES = {
-    "azure": "https://a.blob.core.windows.net/c/x.tif?sv=2024-01-01&se=2024&sig={}&sp=r",
-    "sigv4": "https://b.s3.amazonaws.com/k?X-Amz-Algorithm=AWS4&X-Amz-Credential={0}%2F2024&X-Amz-Signature={0}",
-    "session token": "https://h/k?x=1&X-Amz-Security-Token={}",
-    "brackets in a query": "https://h/a?filter=(a,[b])&token={}",
-    "fragment": "https://h/a#access_token={}",
-    "user": "https://me:{}@host.example/a.tif",
-    "user alone": "s3://{}@bucket/a.tif",
-    "vsicurl": "/vsicurl/https://me:{0}@h/a.tif?sig={0}",
-    "vsicurl with options": "/vsicurl?use_head=no&url=https%3A%2F%2Fh%2Fa.tif%3Fsig%3D{}",
-    "encoded": "https%3A%2F%2Fme%3A{0}%40h%2Fa.tif%3Fsig%3D{0}",
-    "encoded twice": "next=https%253A%252F%252Fme%253A{0}%2540h%252Fa%253Fsig%253D{0}",
-    "path": "Max retries exceeded with url: /c/x.tif?sig={} (Caused by 3)",
-    "bare query": "/c/x.tif?{}",
-    "relative": "x.tif?sig={}",
-    "environment": "AWS_SECRET_ACCESS_KEY={} AWS_REGION=x",
-    "exported": "export AZURE_STORAGE_SAS_TOKEN='{}'",
-    "bearer": "Authorization: Bearer {}",
-    "basic": "authorization: Basic {}==",
-    "bearer alone": "sent Bearer {} to it",
-    "sigv4 header": "Authorization: AWS4-HMAC-SHA256 Credential=AKIA/{0}, SignedHeaders=host, Signature={0}",
-    "curl": "-H 'Authorization: Bearer {}' https://h",
-    "header": "Ocp-Apim-Subscription-Key: {}",
-    "cookie": "Cookie: a=1; session={}",
-    "set-cookie": "Set-Cookie: id={}; HttpOnly",
-    "json": '{{"detail": "no", "token": "{}", "n": 1}}',
-    "compact json": '{{"access_token":"{}","token_type":"x"}}',
-    "json in json": '{{"body": "{{\\"token\\": \\"{}\\"}}"}}',
-    "several lines": '{{\n  "clientSecret":\n    "{}"\n}}',
-    "dict": "{{'password': '{}', 'user': 'me'}}",
-    "bytes": "{{b'x-api-key': b'{}'}}",
-    "headers": "HTTPHeaderDict({{'Authorization': 'Bearer {}', 'Accept': '*/*'}})",
-    "pairs": "[('Authorization', 'Bearer {}'), ('Accept', '*/*')]",
-    "dataclass": "SignRule(token='{}', hosts=())",
-    "connection string": "DefaultEndpointsProtocol=https;AccountName=n;AccountKey={};EndpointSuffix=core.windows.net",
-    "shared access": "BlobEndpoint=https://h;SharedAccessSignature=sv=1&sig={}",
-    "xml": "<Error><AWSAccessKeyId>{0}</AWSAccessKeyId><SignatureProvided>{0}</SignatureProvided></Error>",
-    "google": "GoogleAccessId=me&Signature={}",
-    "hmac": "hmac = {}",
-    "yaml": "secret_key: {}",
-    "pem": "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----",
-    "jwt": "got eyJhbGciOiJIUzI1NiJ9.{} back",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
