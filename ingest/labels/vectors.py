@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyogrio
 from pyogrio.errors import DataLayerError, DataSourceError, FeatureError, FieldError, GeometryError
 
+from ingest.labels.stated_crs import check_stated_crs
 from ingest.raster.drivers import limit_vector_drivers
 from ingest.request.geopackage import open_geopackage
 from zarr_store.errors import InvalidInput, UnknownName
@@ -84,13 +85,15 @@ def read_table(path: Path, attribute: str | None, layer: str | None) -> Table:
         layer: Of a file with several.
 
     Raises:
-        InvalidInput: The file cannot be read, states no CRS, or has several layers and none is named.
+        InvalidInput: The file cannot be read, states no CRS or one that leads elsewhere, or has several layers and none
+            is named.
         UnknownName: It has no such layer or attribute.
     """
     if path.suffix.lower() == ".gpkg":
         return _read_geopackage(path, attribute, layer)
     limit_vector_drivers()
     try:
+        check_stated_crs(path)
         with _alone(path) as file:
             chosen = _choose([str(name) for name in pyogrio.list_layers(file)[:, 0]], layer, path)
             fields = [str(name) for name in pyogrio.read_info(file, layer=chosen)["fields"]]
