@@ -1,8 +1,9 @@
 """`parse_crs` reads a coordinate reference system from untrusted text, which may not name files.
 
 PROJ opens files that the text of a CRS names: grids of datum shifts (`+nadgrids=…`, PARAMETERFILE in WKT, parameters
-in PROJJSON) and lists of definitions (`+init=FILE:NAME`). Items, rasters, polygons and cubes state a CRS, so a name in
-it would make PROJ open any path, and wait for it if it is a pipe. What PROJ's own database knows is not touched.
+in PROJJSON), models of deformations (`+model=…`) and lists of definitions (`+init=FILE:NAME`). Items, rasters, polygons
+and cubes state a CRS, so a name in it would make PROJ open any path, and wait for it if it is a pipe. What PROJ's own
+database knows is not touched.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from zarr_store.errors import InvalidInput
 
 __all__ = ["parse_crs", "refuse_file_names"]
 
-_TEXT = re.compile(r"grids\s*=\s*(?!@null\b)|PARAMETERFILE|PROJ4_GRIDS|\binit\s*=|\bfile\s*=", re.IGNORECASE)
+_TEXT = re.compile(
+    r"grids\s*=\s*(?!@null(?:[\s\"']|$))|PARAMETERFILE|PROJ4_GRIDS|\b(?:init|file|model)\s*=", re.IGNORECASE
+)
 _INIT = re.compile(r"\+?init\s*=\s*epsg:\d+\s*(\+type=crs)?", re.IGNORECASE)
 """The old spelling of a code (+init=epsg:…); it looks like a file name, but names none of the user's files."""
 

@@ -31,6 +31,7 @@ from zarr_store.folder import FolderStore
 from zarr_store.georeference import georeference, write_axes
 from zarr_store.grid import Grid
 from zarr_store.lock import CubeLock
+from zarr_store.promises import check_array, read_document
 from zarr_store.read import Cube, await_read, open_cube
 from zarr_store.regions import Region, iterate_boxes
 from zarr_store.store import Store
@@ -107,6 +108,7 @@ class LabelLayer:
         labelled: Pixels with a label.
         counts: Class name → pixels; of values empty.
         shards: Key of each object of the array → its SHA-256, None where all pixels of it are without a label.
+        shape: (height, width) of the cube's grid.
     """
 
     store: Store
@@ -115,11 +117,15 @@ class LabelLayer:
     labelled: int
     counts: Mapping[str, int]
     shards: Mapping[str, str | None]
+    shape: tuple[int, int]
 
     def array(self) -> ts.TensorStore:
         """The array of pixels (y, x), read-only."""
         # absent shards are those without a label; `verify` distinguishes them from lost ones
         self.store.check_inside(_ARRAY)
+        key = f"{_ARRAY}/zarr.json"
+        where = self.store.where(key)
+        check_array(read_document(self.store.read(key), where), where, shape=self.shape, dtype=_DTYPES[self.spec.kind])
         spec = {"driver": "zarr3", "kvstore": self.store.tensorstore(_ARRAY), "recheck_cached_data": "open"}
         return ts.open(spec, open=True, read=True, write=False, context=_CONTEXT).result()
 
@@ -305,7 +311,7 @@ def _open(url: str, name: str) -> LabelLayer | None:
             raise InvalidInput(f"{store.url} has label format {about['labels']}, this release reads {_FORMAT}")
         grid = Grid.from_dict(about["grid"])
         layer = LabelLayer(store, LabelSpec.from_dict(about["spec"]), str(about["digest"]), int(about["labelled"]),
-                           about["counts"], about["shards"])  # fmt: skip
+                           about["counts"], about["shards"], grid.shape)  # fmt: skip
         if layer.spec.name != name or not all(str(key).startswith(f"{_ARRAY}/c/") for key in layer.shards):
             raise ValueError("it describes another layer")
     except (ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ is an error of the decoder.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError
 from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec
 
-__all__ = ["MOST_CHUNK_BYTES", "check_overview", "check_promises"]
+__all__ = ["MOST_CHUNK_BYTES", "check_array", "check_overview", "check_promises", "read_document"]
 
 MOST_CHUNK_BYTES = 256 << 20
 """Largest decoded chunk, bytes; the largest layout has chunks of 13 bands × 512² of 2 bytes, 7 MB."""
@@ -27,22 +28,90 @@ _MOST_CHUNKS = 1 << 20
 """Largest number of chunks in a shard, as its index is read as a whole, 16 bytes for each."""
 _CODECS = frozenset({"bytes", "blosc", "zstd", "crc32c", "sharding_indexed"})
 _OVERVIEW_CODECS = frozenset({"bytes", "zstd"})
+_ARRAY_CODECS = _CODECS | {"vlen-utf8"}
+_MOST_LENGTH = 1 << 20
+"""Of an axis whose length is not known beforehand: the dates of a cube that grows."""
 
 
-def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -> None:
-    """Refuse metadata of an array that differ from the spec of its collection, or exceed the bounds.
+def check_array(
+    document: Any, where: str, *, shape: tuple[int | None, ...], dtype: str, most: int | None = None
+) -> None:
+    """Judge the metadata of an array that is no pixel array of a cube: an axis, a layer of a map, samples, labels.
 
     Args:
-        data: Its zarr.json.
-        spec: Spec of its collection.
+        document: Its metadata, as JSON has them.
+        where: The place of the metadata, for people.
+        shape: That it must have; None for a length that may be anything a cube could have.
+        dtype: As Zarr names it.
+        most: Bytes of the whole array, where it is read at once.
+
+    Raises:
+        IntegrityError: It is unreadable, is another array, or promises more than is needed.
+    """
+    try:
+        stated = tuple(document["shape"])
+        outer = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
+        sharded = [codec for codec in document["codecs"] if codec["name"] == "sharding_indexed"]
+        inner = tuple(sharded[0]["configuration"]["chunk_shape"]) if sharded else outer
+        codecs = {str(codec["name"]) for codec in _all_codecs(document["codecs"])}
+        itemsize = 64 if dtype == "string" else np.dtype(dtype).itemsize
+        size = math.prod(inner) * itemsize
+        count = math.prod(-(-a // b) for a, b in zip(outer, inner, strict=True))
+        whole = math.prod(stated) * itemsize
+        form = (document["zarr_format"], document["node_type"], document["chunk_grid"]["name"])
+        kind, transformed = document["data_type"], bool(document.get("storage_transformers"))
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+        raise IntegrityError(
+            f"{where}: unreadable array metadata ({type(error).__name__}: {error}); restore the file, or make it again"
+        ) from error
+    lengths = zip(stated, shape, strict=True) if len(stated) == len(shape) else ()
+    fits = len(stated) == len(shape) and all(
+        isinstance(a, int) and (a == b if b is not None else 0 < a <= _MOST_LENGTH) for a, b in lengths
+    )
+    wrong = [] if fits else [f"shape {stated}, not {tuple('any' if n is None else n for n in shape)}"]
+    wrong += [] if kind == dtype else [f"data_type {str(kind)[:80]}, not {dtype}"]
+    wrong += [] if form == (3, "array", "regular") and not transformed else [f"it is {form}, not a plain Zarr 3 array"]
+    wrong += [f"packed with {', '.join(sorted(codecs - _ARRAY_CODECS))}"] if codecs - _ARRAY_CODECS else []
+    if size > max(MOST_CHUNK_BYTES, most or 0) or count > _MOST_CHUNKS:
+        wrong.append(f"chunks of {size} bytes, {count} in a shard")
+    if most is not None and whole > most:
+        wrong.append(f"{whole} bytes in all, more than the {most} that are read at once")
+    if wrong:
+        raise IntegrityError(
+            f"{where} promises what it must not: {'; '.join(wrong)}. Nothing of it was read: it was not made by "
+            "terrashard, or was changed since"
+        )
+
+
+def read_document(data: bytes | None, where: str) -> Any:
+    """The metadata of an array from its zarr.json.
+
+    Raises:
+        IntegrityError: They are absent or no JSON.
+    """
+    try:
+        return load_json(data, where, most=_MOST_BYTES)
+    except ValueError as error:
+        raise IntegrityError(f"{where}: unreadable array metadata ({error}); restore the file") from error
+
+
+def check_promises(
+    data: bytes | Mapping[str, Any] | None, spec: CubeSpec, array: str, where: str, *, any_length: bool = False
+) -> None:
+    """Judge the metadata of one array.
+
+    Args:
+        data: Its zarr.json, or what that says.
+        spec: What its collection says.
         array: Its name.
         where: The place of the metadata, for people.
+        any_length: Whether it may have fewer dates than the collection says, as a cube that grows has in its root.
 
     Raises:
         IntegrityError: It is absent or unreadable, contradicts the collection, or promises more than any cube needs.
     """
     try:
-        document = load_json(data, where, most=_MOST_BYTES)
+        document = data if isinstance(data, Mapping) else load_json(data, where, most=_MOST_BYTES)
         outer = document["chunk_grid"]["configuration"]["chunk_shape"]
         (sharding,) = document["codecs"]
         inner = sharding["configuration"]["chunk_shape"]
@@ -52,6 +121,7 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
             "data_type": document["data_type"],
             "shard": tuple(outer),
             "chunk": tuple(inner),
+            "zarr_format": document["zarr_format"],
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
@@ -68,11 +138,12 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
         "data_type": spec.array(array).dtype,
         "shard": box(spec.layout.shard),
         "chunk": box(spec.layout.chunk),
+        "zarr_format": 3,
     }
-    # while a cube grows its arrays are already longer than its collection states
-    steps, expected_steps = found["shape"][:1], expected["shape"][:1]
-    if len(steps) == 1 and isinstance(steps[0], int) and steps[0] >= expected_steps[0]:
-        found["shape"] = (*expected_steps, *found["shape"][1:])
+    # while a cube grows its arrays are longer than its collection says yet
+    steps, said = found["shape"][:1], expected["shape"][:1]
+    if len(steps) == 1 and isinstance(steps[0], int) and (any_length or steps[0] >= said[0]):
+        found["shape"] = (*said, *found["shape"][1:])
     wrong = [f"{name} {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]]
     if wrong:
         raise IntegrityError(
@@ -92,13 +163,16 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
         )
 
 
-def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
-    """Refuse metadata of an overview as `check_promises` does those of an array.
+def check_overview(
+    data: bytes | Mapping[str, Any] | None, spec: CubeSpec, where: str, *, any_length: bool = False
+) -> None:
+    """Judge the metadata of the overview of a collection, as `check_promises` does those of its arrays.
 
     Args:
-        data: zarr.json of the overview's array.
-        spec: Spec of its collection.
+        data: zarr.json of the overview's array, or what that says.
+        spec: What its collection says.
         where: The place of the metadata, for people.
+        any_length: As for `check_promises`.
 
     Raises:
         IntegrityError: As `check_promises`.
@@ -107,25 +181,29 @@ def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
     coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
     t, y, x = spec.layout.shard
     chunk = (t, len(spec.bands), y // OVERVIEW_FACTOR, x // OVERVIEW_FACTOR)
-    expected = {
+    expected: dict[str, Any] = {
         "shape": (len(spec.times), len(spec.bands), *coarse.shape),
         "data_type": main.dtype,
         "chunk": chunk,
+        "zarr_format": 3,
     }
     try:
-        document = load_json(data, where, most=_MOST_BYTES)
+        document = data if isinstance(data, Mapping) else load_json(data, where, most=_MOST_BYTES)
         codecs = {str(codec["name"]) for codec in _all_codecs(document["codecs"])}
-        found = {
+        found: dict[str, Any] = {
             "shape": tuple(document["shape"]),
             "data_type": document["data_type"],
             "chunk": tuple(document["chunk_grid"]["configuration"]["chunk_shape"]),
+            "zarr_format": document["zarr_format"],
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"{where}: unreadable array metadata ({type(error).__name__}: {error}); restore the file, or make the cube "
             "again"
         ) from error
-    if found["shape"][:1] >= expected["shape"][:1]:  # as the arrays, it may be longer while the cube grows
+    if (
+        any_length or found["shape"][:1] >= expected["shape"][:1]
+    ):  # as the arrays, it may be longer while the cube grows
         found["shape"] = (*expected["shape"][:1], *found["shape"][1:])
     wrong = [f"{name} {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]]
     size = math.prod(chunk) * np.dtype(main.dtype).itemsize

@@ -15,12 +15,13 @@ import tensorstore as ts
 from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, TerrashardError, UnknownName
+from zarr_store.group import Judge, axis_judges, open_group
 from zarr_store.index import TrainingIndex
 from zarr_store.keys import RESERVED_NAMES, check_name
 from zarr_store.ledger import Ledger
 from zarr_store.promises import check_overview, check_promises
 from zarr_store.regions import Region
-from zarr_store.spec import CubeSpec
+from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec
 from zarr_store.store import Store
 
 if TYPE_CHECKING:
@@ -210,14 +211,15 @@ class Cube:
             >>> red, nir = (s2.reflectance.sel(band=name) for name in ("red", "nir"))
             >>> greenest = ((nir - red) / (nir + red)).max("time").compute()
         """
-        import xarray as xr  # here, as it and pandas take longer to import than all else a worker needs
-
         spec = self.spec(collection)
         for array in spec.arrays():
             self._judge(collection, array.name)
         self._store.check_inside(collection)
         with self._believing(f"{collection}/zarr.json"):
-            opened: xr.Dataset = xr.open_zarr(self._store.zarr(), group=collection, chunks=None, mask_and_scale=False)
+            judges = axis_judges(spec.grid.height, spec.grid.width, bands=len(spec.bands))
+            for array in spec.arrays():
+                judges[array.name] = self._pixel_judge(spec, array.name)
+            opened = open_group(self._store, collection, judges)
         if chunks is None and not (scaled or masked):
             return opened
         from zarr_store.blocks import cut_into_blocks, decode
@@ -233,7 +235,7 @@ class Cube:
             yield
         except TerrashardError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, FileNotFoundError) as error:
             raise IntegrityError(
                 f"{self._store.where(key)}: unusable metadata ({type(error).__name__}: {str(error)[:300]}); restore "
                 "the file, or make the cube again"
@@ -246,18 +248,19 @@ class Cube:
         check_promises(self._store.read(key), spec, array, self._store.where(key))
 
     def overview(self, collection: str) -> xr.Dataset:
-        """Open every 8th pixel of the collection's main array, as `dataset` opens all pixels."""
-        import xarray as xr
-
+        """Open every 8th pixel of the main array of the collection, as `dataset` opens all pixels."""
         spec = self.spec(collection)
         key = f"overview/{collection}/{spec.kind}/zarr.json"
         check_overview(self._store.read(key), spec, self._store.where(key))
         self._store.check_inside(f"overview/{collection}")
         with self._believing(f"overview/{collection}/zarr.json"):
-            opened: xr.Dataset = xr.open_zarr(
-                self._store.zarr(), group=f"overview/{collection}", chunks=None, mask_and_scale=False
-            )
-        return opened
+            coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
+            judges = axis_judges(coarse.height, coarse.width, bands=len(spec.bands))
+            judges[spec.kind] = lambda document, where: check_overview(document, spec, where, any_length=True)
+            return open_group(self._store, f"overview/{collection}", judges)
+
+    def _pixel_judge(self, spec: CubeSpec, array: str) -> Judge:
+        return lambda document, where: check_promises(document, spec, array, where, any_length=True)
 
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
         """Open one array, read-only; reading a chunk that was never written raises."""

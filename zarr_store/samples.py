@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -29,6 +30,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError, InvalidInput, NotACube
+from zarr_store.group import open_array
+from zarr_store.promises import check_array, read_document
 from zarr_store.read import await_read, read_tensorstore
 from zarr_store.store import Store
 
@@ -39,6 +42,8 @@ Labelled = Literal["one", "several", "pixels"]
 
 _FORMAT = 1
 _SHARD_BYTES = 64 << 20
+_MOST_WHOLE = 4 << 30
+"""Bytes of an array that is read at once: labels, places and names of all samples."""
 _DTYPES = ("uint8", "uint16", "float32")
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
 
@@ -246,10 +251,11 @@ class SampleStore:
             self.digest = str(found["digest"])
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{self.url}: unreadable attributes ({type(error).__name__}: {error})") from error
-        self.label: npt.NDArray[np.uint8] = self._whole("label", self.spec.label_shape)
-        self.longitude: npt.NDArray[np.float64] = self._whole("longitude", (self.spec.count,))
-        self.latitude: npt.NDArray[np.float64] = self._whole("latitude", (self.spec.count,))
-        self._image = self._open("image")
+        self.label: npt.NDArray[np.uint8] = self._whole("label", self.spec.label_shape, "uint8")
+        self.longitude: npt.NDArray[np.float64] = self._whole("longitude", (self.spec.count,), "float64")
+        self.latitude: npt.NDArray[np.float64] = self._whole("latitude", (self.spec.count,), "float64")
+        shape = (self.spec.count, len(self.spec.bands), *self.spec.size)
+        self._image = self._open("image", shape, self.spec.dtype)
 
     @property
     def has_places(self) -> bool:
@@ -259,8 +265,8 @@ class SampleStore:
     def names(self) -> list[str]:
         """Origin of each sample."""
         self._store.check_inside("name")
-        group = zarr.open_group(self._store.zarr(), mode="r")
-        return [str(name) for name in np.asarray(group["name"][...])]  # type: ignore[index]
+        judge = partial(check_array, shape=(self.spec.count,), dtype="string", most=_MOST_WHOLE)
+        return [str(name) for name in np.asarray(open_array(self._store, "name", judge)[...])]
 
     def images(
         self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]], bands: Sequence[int] | None = None
@@ -310,8 +316,11 @@ class SampleStore:
 
         return wait
 
-    def _open(self, name: str) -> ts.TensorStore:
+    def _open(self, name: str, shape: tuple[int, ...], dtype: str, most: int | None = None) -> ts.TensorStore:
         self._store.check_inside(name)
+        key = f"{name}/zarr.json"
+        where = self._store.where(key)
+        check_array(read_document(self._store.read(key), where), where, shape=shape, dtype=dtype, most=most)
         spec = {
             "driver": "zarr3",
             "kvstore": self._store.tensorstore(name),
@@ -325,8 +334,5 @@ class SampleStore:
                 f"{self.url}: array {name} cannot be opened ({str(error)[:160]}); import the samples again"
             ) from error
 
-    def _whole(self, name: str, shape: tuple[int, ...]) -> Any:
-        found = read_tensorstore(self._open(name)[...], f"{self.url} {name}")
-        if found.shape != shape:
-            raise IntegrityError(f"{self.url}: {name} has shape {found.shape}, expected {shape}; import it again")
-        return found
+    def _whole(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+        return read_tensorstore(self._open(name, shape, dtype, _MOST_WHOLE)[...], f"{self.url} {name}")

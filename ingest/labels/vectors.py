@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyogrio
 from pyogrio.errors import DataLayerError, DataSourceError, FeatureError, FieldError, GeometryError
 
+from ingest.labels.stated_crs import check_stated_crs
 from ingest.raster.drivers import limit_vector_drivers
 from ingest.request.geopackage import open_geopackage
 from ingest.request.parquet import open_geoparquet
@@ -93,8 +94,9 @@ def read_table(path: Path, attribute: str | None, layer: str | None) -> Table:
         layer: Layer of a file that has several.
 
     Raises:
-        InvalidInput: The file cannot be read, states no CRS, or has several layers and none is named.
-        UnknownName: The file has no such layer or attribute.
+        InvalidInput: The file cannot be read, states no CRS or one that leads elsewhere, or has several layers and none
+            is named.
+        UnknownName: It has no such layer or attribute.
     """
     if path.suffix.lower() == ".gpkg":
         return _read_geopackage(path, attribute, layer)
@@ -102,6 +104,7 @@ def read_table(path: Path, attribute: str | None, layer: str | None) -> Table:
         return _read_geoparquet(path, attribute)
     limit_vector_drivers()
     try:
+        check_stated_crs(path)
         with _alone(path) as file:
             chosen = _choose([str(name) for name in pyogrio.list_layers(file)[:, 0]], layer, path)
             fields = [str(name) for name in pyogrio.read_info(file, layer=chosen)["fields"]]

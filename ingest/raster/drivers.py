@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 __all__ = [
     "DRIVERS_BY_MAGIC",
@@ -79,6 +80,11 @@ def _find_nothing(user: int | None, name: bytes | None, mode: bytes | None) -> N
 _refuse = _Open(_find_nothing)
 """The function in C's form. It lives as long as the process, as GDAL keeps its address."""
 
+_Fetch = ctypes.CFUNCTYPE(ctypes.c_void_p, *[ctypes.c_void_p] * 7)
+"""`CPLHTTPFetchCallbackFunc` of GDAL's C interface."""
+_RESULT_BYTES = 256
+"""More than GDAL's `CPLHTTPResult` has; it begins with a status, and all else of it may be zero."""
+
 
 @dataclass
 class _Gdal:
@@ -87,6 +93,8 @@ class _Gdal:
     library: ctypes.CDLL
     register: Callable[[], object]
     drivers: int = -1
+    fetch: Any = None
+    """What answers in place of GDAL's client, kept as long as the process, as GDAL keeps its address."""
 
     def names(self) -> dict[str, int]:
         """Handles of the registered drivers, by name."""
@@ -108,8 +116,20 @@ class _Gdal:
                     self.library.GDALDeregisterDriver(driver)
             if self.drivers < 0:
                 self.library.CPLSetConfigOption(b"GDAL_MEM_ENABLE_OPEN", b"NO")
+                self._close_client()
                 self._close_file_systems()
             self.drivers = self.library.GDALGetDriverCount()
+
+    def _close_client(self) -> None:
+        """Answer every request of GDAL's own client with an error: OGR fetches a CRS that is a link by itself."""
+
+        def refuse(*_: int | None) -> int:
+            result: int = self.library.VSICalloc(1, _RESULT_BYTES)  # GDAL frees it
+            ctypes.c_int.from_address(result).value = 1
+            return result
+
+        self.fetch = _Fetch(refuse)
+        self.library.CPLHTTPSetFetchCallback(self.fetch, None)
 
     def _close_file_systems(self) -> None:
         listed = self.library.VSIGetFileSystemsPrefixes()
@@ -191,6 +211,8 @@ def _library(extension: ModuleType) -> ctypes.CDLL:
         "GDALDeregisterDriver": (None, [handle]),
         "GDALGetMetadataItem": (text, [handle, text, text]),
         "GDALSetMetadataItem": (ctypes.c_int, [handle, text, text, text]),
+        "CPLHTTPSetFetchCallback": (ctypes.c_int, [_Fetch, handle]),
+        "VSICalloc": (handle, [ctypes.c_size_t, ctypes.c_size_t]),
         "CPLSetConfigOption": (None, [text, text]),
         "VSIGetFileSystemsPrefixes": (ctypes.POINTER(text), []),
         "CSLDestroy": (None, [ctypes.POINTER(text)]),

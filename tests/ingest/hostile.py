@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sqlite3
+import struct
 import sys
 import tempfile
 from collections.abc import Callable
@@ -124,12 +125,38 @@ def write_vectors(folder: Path, url: str, beside: Path) -> list[Path]:
     for name, text in texts.items():
         made.append(folder / name)
         made[-1].write_text(text)
+    secret = beside / "secret.csv"
+    ring = "[[[15,45],[15.1,45],[15.1,45.2],[15,45.2],[15,45]]]"
+    stated = {
+        "link": f'"crs": {{"type": "link", "properties": {{"href": "{url}/crs", "type": "proj4"}}}}',
+        "url": f'"crs": {{"type": "url", "properties": {{"url": "{url}/crs"}}}}',
+        "quoted": f"'CRS': {{'type': 'link', 'properties': {{'href': '{url}/crs'}}}}",
+        "escaped": f'"\\u0063r\\u0073": {{"type": "link", "properties": {{"href": "{url}/crs"}}}}',
+        "remark": f'"crs" /**/ : {{"type": "link", "properties": {{"href": "{url}/crs"}}}}',
+        "init": f'"crs": {{"type": "name", "properties": {{"name": "+init={secret}:1"}}}}',
+        "grids": f'"crs": {{"type": "name", "properties": {{"name": "+proj=longlat +nadgrids={secret} +type=crs"}}}}',
+        "second": f'"crs": {{"type": "name", "properties": {{"name": "EPSG:4326", "Name": "+init={secret}:1"}}}}',
+    }
+    for name, member in stated.items():
+        geometry = f'{{"type": "Polygon", "coordinates": {ring}}}'
+        texts[f"crs-{name}.geojson"] = (
+            f'{{"type": "FeatureCollection", {member}, "features": [{{"type": "Feature", "properties": {{"use": "a"}}, '
+            f'"geometry": {geometry}}}]}}'
+        )
+        made.append(folder / f"crs-{name}.geojson")
+        made[-1].write_text(texts[f"crs-{name}.geojson"])
     wkb, use = np.array(shapely.to_wkb([shapely.box(15, 45, 15.1, 45.2)]), object), np.array(["field"], object)
     for name in ("view.gpkg", "virtual.gpkg", "catalogue.gpkg", "journal.gpkg", "linked.shp"):
         made.append(folder / name)
         pyogrio.raw.write(
             made[-1], wkb, [use], ["use"], geometry_type="Polygon", crs="EPSG:4326", layer=Path(name).stem
         )
+    good = folder / "good.fgb"
+    pyogrio.raw.write(good, wkb, [use], ["use"], geometry_type="Polygon", crs="EPSG:4326", layer="good")
+    for name, organisation in (("init", f"+init={secret}"), ("grids", f"+proj=longlat +nadgrids={secret} +x=")):
+        made.append(folder / f"crs-{name}.fgb")
+        made[-1].write_bytes(_with_organisation(good.read_bytes(), organisation))
+    good.unlink()
     asks = f"ogr_geocode('{url}')"
     _sql(folder / "view.gpkg", "ALTER TABLE view RENAME TO hidden",
          f"CREATE VIEW view AS SELECT fid, geom, {asks} AS use FROM hidden")  # fmt: skip
@@ -142,6 +169,17 @@ def write_vectors(folder: Path, url: str, beside: Path) -> list[Path]:
     for end in (".qix", ".sbn", ".sbx", ".idm", ".ind", ".cst", ".shp.xml", ".aux.xml"):
         (folder / f"linked{end}").write_bytes((folder / "linked.shx").read_bytes())
     return made
+
+
+def _with_organisation(data: bytes, text: str) -> bytes:
+    """A FlatGeobuf file whose CRS is of another organisation: the text is put in the place of its WKT."""
+    changed, words = bytearray(data), text.encode()
+    start = data.index(b"GEOG")
+    changed[start - 4 : start + len(words) + 1] = struct.pack("<I", len(words)) + words + b"\0"
+    organisation = data.index(b"\4\0\0\0EPSG\0")
+    (at,) = (n for n in range(12, organisation) if n + int.from_bytes(data[n : n + 4], "little") == organisation)
+    struct.pack_into("<I", changed, at, start - 4 - at)
+    return bytes(changed)
 
 
 def _sql(path: Path, *statements: str) -> None:

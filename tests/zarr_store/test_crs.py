@@ -29,6 +29,9 @@ def hostile(path: Path) -> dict[str, object]:
         "geoid": f"+proj=longlat +ellps=bessel +geoidgrids={path} +vunits=m +type=crs",
         "init": f"+init={path}:1",
         "short": f"init={path}:1",
+        "model": f"proj=defmodel model={path}",
+        "step": f"+proj=pipeline +step +proj=defmodel +model={path}",
+        "null first": f"+proj=gridshift +grids=@null,{path}",
         "wkt": bound,
         "projjson": CRS.from_wkt(bound).to_json_dict(),
         "projjson text": CRS.from_wkt(bound).to_json(),
@@ -39,7 +42,9 @@ def hostile(path: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("kind", ["proj", "geoid", "init", "short", "wkt", "projjson", "projjson text", "old wkt"])
+@pytest.mark.parametrize("kind", [
+    "proj", "geoid", "init", "short", "model", "step", "null first", "wkt", "projjson", "projjson text", "old wkt",
+])  # fmt: skip
 def test_a_crs_that_names_a_file_is_refused_before_proj_opens_it(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "grid.gsb"
     path.write_bytes(b"grid")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ingest.labels import vectors
 from ingest.raster.access import with_asset
 from ingest.raster.drivers import (
     RASTER_DRIVERS,
@@ -106,6 +108,8 @@ def check_outcomes(came: dict[str, dict[str, str]]) -> None:
                 assert text.startswith("read"), (name, door, text)  # its overviews are simply not there
             elif name == "linked.shp" and door == "features":
                 assert text == "read: [1, ['field']]", text
+            elif name == "crs-second.geojson" and door == "geometry":
+                assert text == "read: Polygon", text  # this door is not OGR's, and takes the one spelling alone
             else:
                 assert text.startswith("refused"), (name, door, text)
                 if (
@@ -131,6 +135,38 @@ def test_nothing_is_touched_but_the_file_that_was_named(corpus: tuple[list[Path]
     assert given.seen() <= {"names.json", *(name for path in paths for name in own_files(path))}
     assert list((beside / "cache").iterdir()) == []
     assert server.requests == []
+
+
+def test_a_crs_that_is_a_link_is_not_fetched_even_if_it_reaches_gdal(
+    tmp_path: Path, make_server: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make_server()
+    path = tmp_path / "link.geojson"
+    link = {"type": "link", "properties": {"href": f"{server.url}/crs", "type": "proj4"}}
+    path.write_text(json.dumps({"type": "FeatureCollection", "crs": link, "features": []}))
+    seen: list[object] = []
+    monkeypatch.setattr(vectors, "check_stated_crs", seen.append)
+    with contextlib.suppress(InvalidInput):
+        vectors.read_table(path, None, None)
+    assert seen == [path]
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("member", [
+    '"crs": {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32633"}}',
+    '"crs": {"type": "name", "properties": {"name": "urn:ogc:def:crs:OGC:1.3:CRS84"}}',
+    '"crs": {"type": "EPSG", "properties": {"code": 32633}}',
+    '"crs": null',
+    '"name": "crs"',
+])  # fmt: skip
+def test_a_crs_that_is_stated_plainly_is_read(tmp_path: Path, member: str) -> None:
+    path = tmp_path / "plain.geojson"
+    feature = '{"type": "Feature", "properties": {"crs": "none", "a": ["crs"]}, "geometry": null}'
+    path.write_text(f'{{"type": "FeatureCollection", {member}, "features": [{feature}]}}')
+    table = vectors.read_table(path, "crs", None)
+    assert table.values is not None
+    assert list(table.values) == ["none"]
+    assert ("32633" in table.crs) == ("32633" in member)
 
 
 def test_every_path_and_address_of_a_hostile_corpus_is_listed(

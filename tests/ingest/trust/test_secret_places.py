@@ -22,6 +22,7 @@ import ingest.run.task as making
 from cli.main import main
 from ingest.raster.blocks import BlockReader
 from ingest.run.dashboard import page_url
+from ingest.run.shard import fill_shard
 from ingest.testing import write_raster
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
@@ -110,7 +111,7 @@ def ranged(data: bytes) -> Callable[[Any], Any]:
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Each shard logs its shape; with "read" its pixels cannot be decoded, with "shard" it cannot be made at all."""
     state: dict[str, Any] = {"fault": "read", "read": set(), "shard": set()}
-    fill, texts = making.fill_shard, itertools.cycle(SHAPES)
+    fill, texts = fill_shard, itertools.cycle(SHAPES)
 
     def fill_and_log(task: Any, *args: Any, **more: Any) -> Any:
         text = SHAPES[task.index[0]]

@@ -27,7 +27,7 @@ from jaxtrain.inference.blend import Strips, taper, window_starts
 from jaxtrain.inference.maps import NODATA, create_map, is_map, open_map
 from jaxtrain.learn.step import make_predict_step
 from jaxtrain.runs.rundir import load_card
-from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.errors import IntegrityError, InvalidInput, UnknownName
 from zarr_store.grid import Grid
 from zarr_store.read import open_cube
 from zarr_store.regions import Region
@@ -328,3 +328,24 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     assert "trained on (10.0, 10.0)" in predict(shared_run(), tmp_path / "coarse.zarr", out).warnings[0]
     assert json.dumps(predict(shared_run(), tmp_path / "coarse.zarr", out).to_dict())
     assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize("layer", ["class", "x"])
+def test_a_map_that_promises_too_much_is_not_opened(tmp_path: Path, layer: str) -> None:
+    grid = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (8, 8))
+    made = tmp_path / "map.zarr"
+    classes = Classes.from_list([{"name": "a", "values": [1], "colour": "#000000"}])
+    with create_map(made, grid, classes, attributes={}) as writer:
+        writer.write(0, 0, np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.uint8))
+    assert open_map(made).dataset()["class"].shape == (8, 8)
+    root = json.loads((made / "zarr.json").read_text())
+    root["consolidated_metadata"]["metadata"][layer]["shape"][-1] = 10**11
+    (made / "zarr.json").write_text(json.dumps(root))
+    own = json.loads((made / layer / "zarr.json").read_text())
+    own["chunk_grid"]["configuration"]["chunk_shape"] = [1 << 20] * len(own["shape"])
+    (made / layer / "zarr.json").write_text(json.dumps(own))
+    with pytest.raises(IntegrityError, match="promises what it must not"):
+        open_map(made).dataset()
+    if layer == "class":
+        with pytest.raises(IntegrityError, match="promises what it must not: chunks of"):
+            open_map(made).read()
