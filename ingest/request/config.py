@@ -1,8 +1,8 @@
 """`IngestConfig`: all settings of an ingest, in five sections.
 
-Each section is a frozen model with its own defaults and checks. It refuses unknown keys, and opens no file. Settings are
-written under flat names, without sections: as options, with `--set`, in TOML files, as keywords in Python, and in plan
-files. `IngestConfig.from_flat` and `to_flat` alone map flat names to sections and back.
+Each section is a frozen model with its own defaults and checks. It refuses unknown keys, and opens no file. Settings
+are written under flat names, without sections: as options, with `--set`, in TOML files, as keywords in Python, and in
+plan files. `IngestConfig.from_flat` and `to_flat` alone map flat names to sections and back.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class IngestConfig(BaseModel):
         >>> config.selection.bands, config.running.workers
         (('red', 'nir'), 4)
         >>> config
-        IngestConfig(bands=('red', 'nir'), datetime='2023-08', workers=4)
+        IngestConfig(datetime='2023-08', bands=('red', 'nir'), workers=4)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
