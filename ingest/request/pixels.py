@@ -22,7 +22,8 @@ class GridSettings(BaseModel):
         None, gt=0, description="pixel size in CRS units; none means that of the finest source"
     )
     resampling: Literal["nearest", "bilinear", "cubic", "average"] = Field(
-        "bilinear", description="method for pixels that lie between those of a source; class layers are always nearest"
+        "bilinear",
+        description="method for data bands; grids at least twice as coarse are averaged, except with nearest",
     )
     profile: Literal["train", "timeseries", "archive"] = Field(
         "train", description="layout of chunks and shards: for training patches, time series, or small storage"

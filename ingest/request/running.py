@@ -24,7 +24,7 @@ class Running(BaseModel):
     )
     on_error: Literal["retry", "skip", "fail"] = Field(
         "retry",
-        description="what an unreadable asset does: more attempts, a partial shard at once, or the end of the run",
+        description="unreadable asset: try again before it counts as missing, take it as missing, or end the run",
     )
     limit: Positive | None = Field(None, description="stop after this many shards; the same command continues")
     store: Literal["folder", "icechunk"] | None = Field(

@@ -70,7 +70,7 @@ def test_simple_comparisons_stay_as_they_were() -> None:
     ("text", "message"),
     [
         ("eo:cloud_cover < 40 AND", "at character 24"),
-        ("eo:cloud_cover", "must be PROPERTY<VALUE"),
+        ("eo:cloud_cover", "expected PROPERTY<VALUE"),
         ("S_INTERSECTS(geometry, POINT(1 2)) AND gsd = 10", "--bbox or --geometry"),
         ("gsd + 1 < 4 AND a = 1", "not supported"),
         ("datetime > TIMESTAMP('yesterday') AND a = 1", "expected a time such as"),
