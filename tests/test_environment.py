@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,23 @@ def test_an_ingest_does_not_depend_on_its_environment(name: str, world: Path, tm
     modes = {str(path.relative_to(cube)): path.stat().st_mode & 0o777 for path in [cube, *cube.rglob("*")]}
     assert len(modes) > 10
     assert {path: oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+
+
+def test_compiled_programs_that_a_kill_cut_short_are_dropped(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie in the virtual environment, so each later run would find them broken and compile them again."""
+    file = str(request.config.rootpath / "tests" / "conftest.py")
+    settings: Any = next(m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file)
+    whole, cut, other = (tmp_path / name for name in ("jit_a-cache", "jit_b-cache", "looked-at"))
+    data = zlib.compress(os.urandom(1000))
+    for path, kept in ((whole, data), (cut, data[:500]), (other, b"?")):
+        path.write_bytes(kept)
+    settings.drop_broken(tmp_path)
+    assert (whole.exists(), cut.exists(), other.exists()) == (True, False, True)
+    monkeypatch.setattr(settings, "MOST_COMPILED", 900)
+    settings.drop_broken(tmp_path)
+    assert not whole.exists(), "more than may be kept"
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert folder.is_dir()
+    assert folder.is_relative_to(sys.prefix) or sys.prefix == sys.base_prefix

@@ -50,8 +50,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for entry in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
         for library in entry.iterdir():
             ours = "terrashard" in library.name.lower() or library.suffix == ".pth" or library.name == "__pycache__"
-            if not ours and not (packages / library.name).exists():
-                (packages / library.name).symlink_to(library)
+            if ours or (packages / library.name).exists():
+                continue
+            (packages / library.name).symlink_to(library)
+            if sys.pycache_prefix and library.is_dir():  # their bytecode is here already; parsing them takes long
+                bytecode = Path(sys.pycache_prefix + str(library))
+                bytecode.mkdir(parents=True, exist_ok=True)
+                place = Path(str(folder / "pycache") + str(packages)) / library.name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(bytecode)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(packages)
     return folder
@@ -59,7 +66,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_python(installed: Path, folder: Path, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    environment["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
+    environment["PYTHONPYCACHEPREFIX"] = str(installed / "pycache")
     return subprocess.run(
         [installed / "bin" / "python", *arguments], cwd=folder, env=environment, capture_output=True, text=True,
         timeout=timeout, check=False,
