@@ -84,9 +84,7 @@ class DataConfig(_Strict):
         "Empty for all classes of a label layer, or to learn values",
     )
     colours: dict[str, str] = Field(default_factory=dict, description='class name → "#rrggbb" for maps and reports')
-    learn_masked: bool = Field(
-        False, description="also learn pixels of status masked (needed if clouds are classes)"
-    )
+    learn_masked: bool = Field(False, description="also learn pixels of status masked (needed if clouds are classes)")
     patch: Positive = Field(128, description="side of a square window, pixels")
     dates: Positive | Literal["all"] = Field(
         1,
@@ -100,8 +98,8 @@ class DataConfig(_Strict):
         0.0, ge=0, le=1, description="random gain of a sample and offset of each band, in standard deviations"
     )
     band_dropout: Share = Field(0.0, description="probability that a band of a sample is hidden")
-    mix: Literal["none", "mixup", "cutmix"] = Field("none", description="blend pairs of samples, or paste one into the other")
-    mix_alpha: float = Field(0.2, gt=0, description="parameter of the beta distribution of the share of the other sample")
+    mix: Literal["none", "mixup", "cutmix"] = Field("none", description="blend pairs of samples, or paste parts")
+    mix_alpha: float = Field(0.2, gt=0, description="of the beta distribution of the other sample's share")
 
 
 class ModelConfig(_Strict):
@@ -164,7 +162,7 @@ class OptimConfig(_Strict):
         "cross_entropy", description="dice is added to cross-entropy; huber and mse are for values"
     )
     focal_gamma: float = Field(2.0, ge=0)
-    huber_delta: float = Field(1.0, gt=0, description="error where huber turns from square to linear, standard deviations")
+    huber_delta: float = Field(1.0, gt=0, description="error where huber becomes linear, standard deviations")
     label_smoothing: Share = 0.0
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged parameters that are evaluated; 0 for none")
     accumulate: Positive = Field(1, description="batches whose gradients are averaged for one update")
@@ -193,7 +191,7 @@ class MeshConfig(_Strict):
     microbatches: Positive = Field(4, description="parts of a batch that are under way in a pipeline")
     chunks: Positive = Field(2, description="parts of the network on each stage of the schedule interleaved")
     balance: Literal["estimated", "measured"] = Field(
-        "estimated", description="how a pipeline is cut: by the compiler's count of operations, or by timing on the device"
+        "estimated", description="how a pipeline is cut: by the compiler's count, or by timing on the device"
     )
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = Field(
         (),
@@ -310,7 +308,7 @@ class RunConfig(_Strict):
         description="on GPUs: only kernels that sum in a fixed order, so a continued run equals an uninterrupted one; "
         "false makes steps up to a tenth faster",
     )
-    hang_s: float = Field(1200.0, gt=0, description="seconds without progress after which a run writes its stacks and ends")
+    hang_s: float = Field(1200.0, gt=0, description="seconds without progress until a run writes its stacks and ends")
 
 
 class TrainConfig(_Strict):

@@ -240,7 +240,7 @@ def _leaving(codes: Sequence[int]) -> bool:
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """The signals that have come; a second one means at once.
+    """Yield the list of signals that have come; a second one means to stop at once.
 
     Ctrl-C is left ignored where it was ignored at the start: so shells start what a script puts in the background.
     """

@@ -1,4 +1,4 @@
-"""The training run, as one document: data → program → resume → steps → report.
+"""`train` is the training run as one document: data → program → resume → steps → report.
 
 A run is a folder (see `rundir`). The same call on the same folder continues where the newest undamaged checkpoint was
 made, bit for bit on the same mesh: the state holds model and optimiser, and data order, augmentation and dropout are
@@ -49,16 +49,17 @@ def train(
 ) -> TrainingResult:
     """Train a network, or continue where an earlier call stopped.
 
-    Each process of a run of several calls this with the same arguments; one that fails lets the others know by ending.
+    In a run of several processes each calls this with the same arguments; the others notice when one ends.
 
     Args:
-        config: The run. `config.data.cube` is opened as it is: who reads it from a file resolves it.
+        config: Settings of the run. `config.data.cube` is opened as it is; a relative path is relative to the
+            working directory.
         out: The run directory: new, empty, or of the same run.
         resume: False refuses a folder that already holds a run.
         on_event: Called with each `TrainEvent`, in the thread of the caller; warnings also from threads that read.
 
     Returns:
-        What the run has come to: steps, metrics, validation scores, rates and the path of the report.
+        Steps, metrics, validation scores, rates and the path of the report.
 
     Raises:
         InvalidInput: Configuration, cube, mesh and folder do not fit together; a loss that is not finite.
@@ -179,7 +180,7 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
 
 
 def _write_report(session: TrainingSession, state: TrainState) -> None:
-    """RUN/report.html, with examples of the test part, or of the validation part where there is no other."""
+    """Write RUN/report.html with examples of the test part, or of the validation part if there is no test part."""
     parts, program = session.ready.plan.parts, session.program
     aside = parts["test"] if len(parts["test"]) else parts["validation"]
     predict, names = make_predict_step(program), session.card.classes.names
@@ -220,14 +221,14 @@ def _log_of(config: TrainConfig, out: Path, first: int, trackers: dict[str, Any]
 
 @contextlib.contextmanager
 def _watch_for_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that the step under way ends first; only a main thread may listen."""
-    told = threading.Event()
+    """Yield an event that SIGTERM sets, so that the step under way ends first; only the main thread can listen."""
+    stop_asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield stop_asked
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: stop_asked.set())
     try:
-        yield told
+        yield stop_asked
     finally:
         signal.signal(signal.SIGTERM, before)
 

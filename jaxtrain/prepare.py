@@ -1,4 +1,4 @@
-"""What a run begins with: its training data made ready, and its model card. No network is made, nothing is written."""
+"""Prepare training data and model card of a run; no network is made, and nothing is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_same_run", "prepare"]
 
 
 def check_same_run(out: Path, earlier: ModelCard, config: TrainConfig, resume: bool) -> None:
-    """Refuse a folder that holds a run of another configuration, or any run where none is to be continued.
+    """Refuse a folder with a run of another configuration, or with any run if none may be continued.
 
     Raises:
         InvalidInput: The message is the difference.
@@ -41,7 +41,7 @@ def prepare(
     *,
     on_unreadable: OnUnreadable | None = None,
 ) -> tuple[ModelCard, TrainingSet]:
-    """Make the training data ready, and write their facts on a card; the card of the earlier run where there is one.
+    """Prepare the training data and their model card; an earlier run keeps its card.
 
     Args:
         config: The run.
@@ -82,7 +82,7 @@ def _card(config: TrainConfig, data: TrainingData, ready: TrainingSet) -> ModelC
 
 
 def _class_weights(config: TrainConfig, statistics: Statistics) -> tuple[float, ...] | None:
-    """Inverse square root of frequency, with mean 1 over the labelled pixels; a class without pixels weighs as one."""
+    """Return the inverse square root of frequency, with mean 1 over labelled pixels; an absent class weighs as one."""
     if config.optim.class_weights == "none":
         return None
     if statistics.value is not None or config.model.name == "autoencoder":

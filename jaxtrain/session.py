@@ -1,4 +1,4 @@
-"""`TrainingSession`: one call of `train` while it steps. It settles the numbers of a step, validates, and saves.
+"""`TrainingSession` is one call of `train` while it steps: it settles the numbers of a step, validates, and saves.
 
 The loop itself is in `loop.py`. What changes from step to step is here: the state, the numbers of the last step, the
 last validation, and whether the run is to stop.
@@ -35,7 +35,7 @@ __all__ = ["Dispatched", "Resumed", "TrainingSession", "resume_run", "show_score
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on: its checkpoints, its best validation so far, its state, and the steps done."""
+    """The point at which a run continues: checkpoints, best validation so far, state, and steps done."""
 
     store: CheckpointStore
     best: Best
@@ -63,7 +63,7 @@ def resume_run(config: TrainConfig, out: Path, program: Program, incidents: Inci
 
 @dataclass(frozen=True)
 class Dispatched:
-    """A step that the devices were given and whose numbers were not read yet."""
+    """A step that was sent to the devices and whose numbers are not read yet."""
 
     step: int
     rows: Rows
@@ -86,7 +86,7 @@ class TrainingSession:
         store: Its checkpoints.
         best: Its best validation so far.
         incidents: What went wrong without ending it.
-        tell: Tells of its progress.
+        tell: Reports its progress.
         clock: Rate of this call.
         agreement: Whether any process wishes to stop.
         log: Its history; None in all processes but the first.
@@ -117,7 +117,7 @@ class TrainingSession:
     stopping: bool = False
 
     def settle(self, done: Dispatched) -> None:
-        """Read the numbers of a step: count what went wrong, write them to the history, and tell of them.
+        """Read the numbers of a step: count what went wrong, write them to the history, and report them.
 
         Raises:
             InvalidInput: Loss or gradient are not finite, and `run.on_nan` does not allow it.
@@ -158,7 +158,7 @@ class TrainingSession:
         self.stopping = known or self.stopping
 
     def validate(self, step: int, state: TrainState) -> bool:
-        """Judge the state on the validation part; whether its checkpoint is to be saved at once."""
+        """Evaluate the state on the validation part; return whether its checkpoint must be saved at once."""
         windows = self.ready.plan.parts["validation"]
         self.clock.pause()
         self.watchdog.beat(f"validation at step {step}")
@@ -187,7 +187,7 @@ class TrainingSession:
         self.tell("checkpoint", step, f"checkpoint at step {step}")
 
     def _position(self, step: int) -> dict[str, Any]:
-        """What a checkpoint holds beside the state: the next sample of the global order, and what was counted."""
+        """Return what a checkpoint holds beside the state: the next sample of the global order, and the counts."""
         return {
             "next_sample": step * self.config.run.batch_size,
             "seed": self.config.run.seed,
@@ -206,7 +206,7 @@ class TrainingSession:
         """
         self.store.wait()
         raise Preempted(
-            f"told to stop: {self.out} is saved at step {step} of {self.config.run.steps}; the same command continues"
+            f"stopped: {self.out} is saved at step {step} of {self.config.run.steps}; the same command continues"
         )
 
 
@@ -217,7 +217,7 @@ def _scores(result: dict[str, Any], loss: float) -> dict[str, float | None]:
 
 
 def show_score(value: float | None) -> str:
-    """A score in four digits, or "none".
+    """Return a score in four digits, or "none".
 
     >>> show_score(0.5), show_score(None)
     ('0.5000', 'none')

@@ -1,4 +1,4 @@
-"""Where text becomes typed objects: a TOML file and `--set a.b=c` become one pydantic model.
+"""Turn text into typed objects: a TOML file and `--set a.b=c` become one pydantic model.
 
 The `terrashard` command and `python -m jaxtrain.train` read settings through this one file. Every problem of a
 configuration is listed in one error, and an unknown key is answered with the nearest known one.
@@ -28,7 +28,7 @@ _MAX_BYTES = 1_000_000
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+    """Return the tables of a TOML file.
 
     Raises:
         InvalidInput: It does not exist, is too large, or is not TOML; the message names file and line.
@@ -46,7 +46,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=c` as nested tables; the value is read as TOML where it is TOML, else as text.
+    """Parse `a.b=c` into nested tables; the value is read as TOML if it is valid TOML, else as text.
 
     >>> parse_override("run.steps=50")
     {'run': {'steps': 50}}
@@ -67,7 +67,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the tables of `over` laid into it; where both have a value, `over` wins.
+    """Return `base` with the tables of `over` laid over it; a value of `over` wins.
 
     >>> merge({"run": {"steps": 1, "seed": 2}}, {"run": {"steps": 3}})
     {'run': {'steps': 3, 'seed': 2}}
@@ -80,7 +80,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(path: Path | None, overrides: Iterable[str]) -> dict[str, Any]:
-    """The settings file with each override laid over it, in order."""
+    """Return the settings file with each override laid over it, in order."""
     settings = read_toml(path) if path else {}
     for text in overrides:
         settings = merge(settings, parse_override(text))
@@ -124,7 +124,7 @@ def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields of the model that `path` leads to."""
+    """Return the names of the fields of the model that `path` leads to."""
     for name in path:
         info = model.model_fields.get(name)
         inner = _model_of(info.annotation) if info else None
@@ -176,5 +176,5 @@ def _located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _locate(cube: str, folder: Path) -> str:
-    """A path, relative to the folder of the file it stands in; URLs stay as they are."""
+    """Resolve a path relative to the folder of the file it stands in; URLs stay as they are."""
     return cube if "://" in cube else str((folder / cube).resolve())

@@ -1,4 +1,4 @@
-"""`python -m jaxtrain.train CONFIG.toml --out RUN`: nothing but that command.
+"""`python -m jaxtrain.train CONFIG.toml --out RUN`: this module holds only that command.
 
 The function is `jaxtrain.train`, from `jaxtrain/loop.py`. A module of the same name would hide it as soon as anything
 imported the module, so this file can be run but not imported.

@@ -79,7 +79,8 @@ class CubesData:
             judged.append(judge_cube(cube, card.of(number), part, may_be_empty=True))
             warnings += judged[-1].warnings
             warnings += [
-                f"{ground.cube} overlaps the ground of {other.cube}: held-out windows of one may be training windows of the other"
+                f"{ground.cube} overlaps the ground of {other.cube}: held-out windows of one may be training windows "
+                "of the other"
                 for other in card.grounds[:number]
                 if overlap(ground.grid, other.grid)
             ]

@@ -1,6 +1,6 @@
 """`Statistics` holds mean and spread of each band and the count of each class, over training ground only.
 
-Where whole chunks lie in training blocks, the chunk counts made at ingest give them at no cost. Where blocks are smaller
+If whole chunks lie in training blocks, the chunk counts made at ingest give them at no cost. If blocks are smaller
 than chunks, or masked pixels are learned too (the counts leave those out of the moments), a fixed sample of training
 windows is read instead.
 """

@@ -69,7 +69,8 @@ def collect_shown(
     def called(value: Any) -> str:
         return ", ".join(names[int(k)] for k in np.flatnonzero(value)) if several else names[int(value)]
 
-    return [Shown(images[i], bool(wrong[i]), f"{called(label[i])}\n→ {called(predicted[i])} {sure[i]:.2f}") for i in order]
+    captions = {i: f"{called(label[i])}\n→ {called(predicted[i])} {sure[i]:.2f}" for i in order}
+    return [Shown(images[i], bool(wrong[i]), captions[i]) for i in order]
 
 
 def draw_shown(shown: Sequence[Shown], bands: Sequence[str]) -> Figure:

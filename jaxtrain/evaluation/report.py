@@ -44,7 +44,7 @@ def collect_examples(
     windows: Windows,
     names: Sequence[str],
 ) -> list[Tile] | list[Shown]:
-    """The worst windows, or, of a network that answers for whole images, the worst answers; always the same ones.
+    """Collect the worst windows or, for whole images, the worst predictions; every call takes the same ones.
 
     Args:
         program: Gives the mesh.
@@ -133,15 +133,13 @@ def _draw_examples(examples: Sequence[Tile] | Sequence[Shown], card: ModelCard) 
 
 
 def _describe_leakage(card: ModelCard) -> str | None:
-    """Describe in a sentence how near test and training samples lie; "" for a cube whose windows lie in blocks."""
+    """Describe in a sentence how near test and training samples lie; None for a cube whose windows lie in blocks."""
     leak = card.statistics.get("leakage")
     if leak is None:
         return None
     word = "The split is random, so it LEAKS: scores are too good. " if leak["leaky"] else ""
     if leak.get("dates"):
-        word += (
-            f"Tested on held-out dates ({', '.join(leak['dates'])}); their ground was in training on other dates. "
-        )
+        word += f"Tested on held-out dates ({', '.join(leak['dates'])}); their ground was in training on other dates. "
     if leak.get("beside") is not None:
         return f"{word}{leak['beside']:.1%} of the test windows lie on or beside a training window of some date."
     if leak.get("touching") is not None:

@@ -294,8 +294,8 @@ def _typed_data(card: ModelCard, data: str | Path | None) -> str | Path | None:
         return data
     if data is None:
         raise InvalidInput(
-            f"the run says that it learned from {', '.join(urls)}, and what a run says of itself opens no bucket, as it "
-            f"may come from somebody else. If you trust that place, type it: --data {','.join(urls)}"
+            f"the training data of the run are {', '.join(urls)}. A run may come from somebody else, so a URL in it is "
+            f"never opened by itself; if you trust that place, name it: --data {','.join(urls)}"
         )
     return None if str(data).split(",") == urls else data
 

@@ -186,7 +186,7 @@ def _palette(classes: Classes) -> Image:
 
 
 def picture(image: npt.NDArray[Any], observed: npt.NDArray[np.uint8], bands: Sequence[str]) -> Image:
-    """Return the image in true colour if the bands allow it, stretched between the 2nd and 98th percentile of what is observed."""
+    """Return the image in true colour if the bands allow it, stretched from percentile 2 to 98."""
     values = image[..., list(picture_bands(bands))].astype(np.float64)
     seen = values[observed == 1]
     if not seen.size:

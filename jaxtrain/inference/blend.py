@@ -21,7 +21,9 @@ Block = tuple[int, npt.NDArray[np.float32], npt.NDArray[np.bool_]]
 
 
 def window_starts(size: int, patch: int, overlap: int) -> npt.NDArray[np.int64]:
-    """Return the first pixels of windows that cover [0, size), each `patch` long, sharing at least `overlap`; the last ends flush.
+    """Return the first pixels of windows that cover [0, size), each `patch` long, that share at least `overlap`.
+
+    The last window ends with the scene.
 
     >>> window_starts(10, 4, 2).tolist(), window_starts(9, 4, 0).tolist(), window_starts(3, 4, 0).tolist()
     ([0, 2, 4, 6], [0, 4, 5], [0])
@@ -31,7 +33,7 @@ def window_starts(size: int, patch: int, overlap: int) -> npt.NDArray[np.int64]:
 
 
 def taper(patch: int, overlap: int) -> Weights:
-    """Return the weight along one side of a window, float32 (patch,): 1 inside, a raised cosine over `overlap` at both ends.
+    """Return the weight along one side of a window, float32 (patch,): 1, with raised cosines over `overlap` at the ends.
 
     Two tapers that are shifted by patch - overlap add up to 1 where they overlap.
     """

@@ -46,7 +46,7 @@ from zarr_store.spec import CubeSpec
 __all__ = ["MapResult", "predict"]
 
 _BAND = 4096
-"""Width of a band, pixels: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share one window's overlap."""
+"""Width of a band, pixels: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share an overlap."""
 
 _MASKED_SAY = np.float32(1e-3)
 """Weight of a masked date beside a clear one."""
@@ -145,8 +145,8 @@ def predict(
     card = load_card(run)
     if card.grid is None:
         raise InvalidInput(
-            f"{run} was trained on a sample store and predicts for whole images, so it makes no map; evaluate it on another "
-            "store with `terrashard evaluate --data STORE`"
+            f"{run} was trained on a sample store and predicts for whole images, so it makes no map; "
+            "evaluate it on another store with `terrashard evaluate --data STORE`"
         )
     opened = open_cube(cube)
     config = card.config.data
@@ -273,7 +273,7 @@ class _Scene:
         return -(-self.card.config.run.batch_size // axis) * axis
 
     def _rows(self, x0: int, x1: int) -> npt.NDArray[np.int32]:
-        """Return the windows of one band as (time, y, x), sorted by y, x, date, without those where no chunk was seen."""
+        """Return the windows of one band as (time, y, x), sorted by y, x, date, where a chunk was seen."""
         height, width = self.spec.grid.shape
         patch = self.reader.patch
         ys = self._starts(height)
@@ -301,7 +301,7 @@ class _Scene:
     def _look(
         self, stream: BatchStream, size: int
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-        """Yield (windows, probability_BHWK, seen_BHW) of each batch, one batch late so that the device always has work."""
+        """Yield (windows, probability_BHWK, seen_BHW) of each batch, one late so that the device always has work."""
         sharding = batch_sharding(self.program.mesh)
         before: tuple[npt.NDArray[np.int32], jax.Array, npt.NDArray[np.float32]] | None = None
         for _, windows, batch in stream:

@@ -94,7 +94,7 @@ def cross_entropy(
 
 
 def dice_terms(logits_BHWK: jax.Array, label_BHW: jax.Array) -> LossTerms:
-    """Return one minus the mean Dice overlap of the classes that occur in the batch (Milletari et al. 2016, arXiv:1606.04797).
+    """Return one minus the mean Dice overlap of the classes in the batch (Milletari et al. 2016, arXiv:1606.04797).
 
     The overlap of a class is 2 Σ p t / (Σ p + Σ t) over the labelled pixels of the global batch, so it weighs a rare
     class as much as a common one. The loss counts once for each labelled pixel, so that it adds to a mean over pixels.

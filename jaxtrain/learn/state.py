@@ -1,4 +1,4 @@
-"""What training changes (`TrainState`), and what it does not (`Program`).
+"""The state that training changes (`TrainState`), and the parts that stay fixed (`Program`).
 
 The module is split once: `Program` keeps its structure, the state is a plain pytree of nested dicts with string keys
 that every mesh rule, checkpoint and report can walk. Initialisation never holds an array unsharded: shapes by
@@ -45,7 +45,7 @@ __all__ = ["Program", "TrainState", "build_program"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a checkpoint holds of the model; a pytree."""
+    """The part of a checkpoint that belongs to the model; a pytree."""
 
     step: Any
     """Number of steps taken, int32 scalar."""
@@ -66,31 +66,31 @@ class Program:
     classes: int
     mesh: Mesh
     mean: NDArray[np.float32]
-    """Per band (C,), in units of the stored image."""
+    """Mean of each band (C,), in units of the stored image."""
     std: NDArray[np.float32]
-    """Per band (C,); 1 where a band is constant."""
+    """Standard deviation of each band (C,); 1 for a constant band."""
     class_weights: NDArray[np.float32] | None
     objective: Objective
-    """What is answered, and what it costs."""
+    """Task, loss and counts of the evaluation."""
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     graphdef: Any
     templates: tuple[Any, Any, Any]
-    """Abstract NNX states of parameters, batch statistics and random streams, to put a module together again."""
+    """Abstract NNX states of parameters, batch statistics and random streams, from which a module is built again."""
     shapes: TrainState
     """The state as `jax.ShapeDtypeStruct`."""
     shardings: TrainState
-    """The state as `NamedSharding`; feed it to checkpoints."""
+    """The state as `NamedSharding`, for checkpoints."""
     whole: Any
-    """Shardings of the parameters as the network uses them: not shared out over `data`."""
+    """Shardings of the parameters that the network uses: not split over `data`."""
     parts: Any
-    """Shardings of the parameters as the optimiser changes them: shared out with `mesh.zero`."""
+    """Shardings of the parameters that the optimiser updates: split over `data` with `mesh.zero`."""
     layout: Layout | None
-    """Where a pipeline is cut; None where there is none."""
+    """Cuts of the pipeline; None without a pipeline."""
     _init: Callable[[jax.Array], TrainState]
 
     def init(self, key: jax.Array) -> TrainState:
-        """A new state on the mesh; the same key gives the same numbers on every mesh."""
+        """Make a new state on the mesh; the same key gives the same numbers on every mesh."""
         # LLVM spends seconds on random numbers that are drawn once; at level 1 the same bits come seven times sooner
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 1} if on_cpu else None
@@ -102,14 +102,14 @@ class Program:
 
     @property
     def saved_shardings(self) -> TrainState:
-        """Where the arrays of a checkpoint lie: each process must see a part of every array."""
+        """Return the shardings of the arrays of a checkpoint; each process must see a part of every array."""
         if self.layout is None or all(map(is_here, self.layout.groups)):
             return self.shardings
         found: TrainState = jax.tree.map(lambda at: NamedSharding(self.mesh, at.spec), self.shardings)
         return found
 
     def to_save(self, state: TrainState) -> TrainState:
-        """The state as `saved_shardings` have it; in a pipeline across processes, each gets what it lacks.
+        """Return the state in `saved_shardings`; in a pipeline across processes, each gets the parts it lacks.
 
         All processes call it together.
         """
@@ -120,7 +120,7 @@ class Program:
         return whole
 
     def of_saved(self, state: TrainState) -> TrainState:
-        """The inverse of `to_save`."""
+        """Inverse of `to_save`."""
         if self.saved_shardings is self.shardings:
             return state
 
@@ -202,7 +202,7 @@ class Program:
         return run(params, model_state, x_BHWC)
 
     def embed(self, params: Any, model_state: Any, x_BHWC: jax.Array) -> jax.Array:
-        """The code of an autoencoder inside a jitted function, float32 (B, H', W', Z)."""
+        """Return the code of an autoencoder inside a jitted function, float32 (B, H', W', Z)."""
         streams = _reseed(self.templates[2], jax.random.key(0))
         states = (_like(self.templates[0], params), _like(self.templates[1], model_state), streams)
         model = nnx.merge(self.graphdef, *states)
@@ -211,7 +211,7 @@ class Program:
         return code.astype(jnp.float32)
 
     def share(self, gradient: Any) -> Any:
-        """The gradient as the optimiser takes it, inside a jitted function: with `mesh.zero`, each replica its part."""
+        """Return the gradient for the optimiser, inside a jitted function; `mesh.zero` splits it over replicas."""
         if not self.config.mesh.zero:
             return gradient
         return constrain(gradient, self.parts)
@@ -305,7 +305,7 @@ def build_program(
 
 
 def _cut(program: Program, abstract: Any) -> Layout:
-    """Where the pipeline is cut, from the costs of the network's units."""
+    """Choose the cuts of the pipeline from the costs of the network's units."""
     config = program.config
     if not hasattr(abstract, "units"):
         raise InvalidInput(f"mesh.pipe cuts cnn per pixel, resnet and unet, not {config.model.name}: use mesh.pipe = 1")
@@ -337,7 +337,7 @@ def _shardings(
     shapes: TrainState,
     layout: Layout | None,
 ) -> tuple[TrainState, Any, Any]:
-    """Where the state lies, the parameters in use, and the parameters as the optimiser changes them."""
+    """Return the shardings of the state, of the parameters in use, and of those that the optimiser updates."""
 
     def names(tree: Any) -> list[str]:
         return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -386,17 +386,17 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 
 def _plain(state: Any) -> Any:
-    """An NNX state as nested dicts of arrays."""
+    """Turn an NNX state into nested dicts of arrays."""
     return nnx.to_pure_dict(state)
 
 
 def _like(template: Any, plain: Any) -> Any:
-    """Nested dicts of arrays as an NNX state; both sort their keys, so the leaves come in one order."""
+    """Turn nested dicts of arrays into an NNX state; both sort their keys, so the leaves come in one order."""
     return jax.tree.unflatten(jax.tree.structure(template), jax.tree.leaves(plain))
 
 
 def _reseed(template: Any, key: jax.Array) -> Any:
-    """Random streams that start at `key`, a different one for each layer."""
+    """Return random streams that start at `key`, a different one for each layer."""
     leaves, structure = jax.tree.flatten(template)
     fresh = [
         jax.random.fold_in(key, position)

@@ -1,4 +1,4 @@
-"""The train, evaluation and prediction steps: what is compiled of a run on one mesh.
+"""The train, evaluation and prediction steps, which are compiled for a run on one mesh.
 
 A pipeline compiles one program for each of its parts instead (`parallel/pipeline.py`).
 
@@ -53,7 +53,7 @@ class TrainStep:
     jitted: Any
     """The compiled function of (state, batch, key), for `lower` and for counting compilations."""
     names: tuple[str, ...] | None = None
-    """Arrays of a batch that are used; None for all."""
+    """Names of the arrays of a batch that are used; None for all."""
 
     def __call__(self, state: TrainState, batch: Batch, *, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         result: tuple[TrainState, dict[str, jax.Array]] = self.jitted(state, _chosen(batch, self.names), key)
@@ -94,7 +94,7 @@ class PredictStep:
 
 
 def make_train_step(program: Program) -> TrainStep:
-    """One optimiser step.
+    """Make the train step: one update by the optimiser.
 
     `key` must be the same on all processes and different for each step (fold the step into the seed's key). Metrics
     are replicated scalars:
@@ -156,7 +156,7 @@ def make_train_step(program: Program) -> TrainStep:
 
 
 def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
-    """Sums over one batch, without augmentation, dropout, smoothing or class weights: see `Objective.sums`.
+    """Make the evaluation step: sums over one batch without augmentation, dropout, smoothing or class weights.
 
     `loss_sum` divided by `labelled` is comparable between runs. With `turned`, each image is looked at in all its eight
     turns and mirrors (`model.turns`) and the logarithms of the answers are averaged.
@@ -177,12 +177,12 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
 
 
 def make_predict_step(program: Program) -> PredictStep:
-    """Class probabilities of a batch of images, split over `data` as the images are; float32 (B, H, W, K) or (B, K).
+    """Make the prediction step: class probabilities of a batch of images, float32 (B, H, W, K) or (B, K).
 
     With `model.turns` they are means over the turns of each image; of values, the values themselves; of images that are
     given back the error (B, H, W, 1): the root of the mean square over bands, in standard deviations of each band.
 
-    `observed` (B, H, W) says which pixels hold data; without it, a pixel that is 0 in every band holds none.
+    `observed` (B, H, W) marks the pixels with data; without it, a pixel that is 0 in every band holds none.
     """
     if program.layout is not None:
         return PredictStep(_pipeline(program).predict)
@@ -226,7 +226,7 @@ def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array
 def prepare_batch(
     program: Program, batch: Batch, key: jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-    """Augmented and normalised images, and each label with its share of the loss: one, or two of mixed samples."""
+    """Return augmented and normalised images, and each label with its share of the loss: one, or two if mixed."""
     data = program.config.data
     rebuild = program.objective.task.rebuild
     names = ["image", *([] if rebuild else ["label"]), "observed"]
@@ -251,25 +251,25 @@ def prepare_batch(
 
 
 def normalise(program: Program, image_BHWC: jax.Array, observed_BHW: jax.Array) -> jax.Array:
-    """(image - mean) / std as float32, and 0, the mean, where nothing was observed."""
+    """Return (image - mean) / std as float32, and 0, the mean, where nothing was observed."""
     x_BHWC = (image_BHWC.astype(jnp.float32) - program.mean) * (np.float32(1) / program.std)
     return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(0))
 
 
 def present(program: Program, image: jax.Array, observed: jax.Array, day: jax.Array | None = None) -> jax.Array:
-    """What the network takes of a batch that is judged or looked at: normalised, of series with days beside it."""
+    """Return the input of the network for evaluation and prediction: normalised, and with days for series."""
     image, observed = as_images(image), as_images(observed)
     x_BHWC = normalise(program, image, observed)
     return x_BHWC if day is None else series_of(x_BHWC, observed, day)
 
 
 def _itself(x_BHWC: jax.Array, observed_BHW: jax.Array) -> jax.Array:
-    """The image as what is to be answered: nan where nothing was observed."""
+    """Return the image as the target: nan where nothing was observed."""
     return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(jnp.nan))
 
 
 def _look(program: Program, params: Any, model_state: Any, x_BHWC: jax.Array, turned: bool) -> jax.Array:
-    """Logits, or their mean over the eight turns; square images only, others are looked at once."""
+    """Return logits, or their mean over the eight turns; images that are not square are seen once."""
     if not turned or x_BHWC.shape[1] != x_BHWC.shape[2]:
         return program.apply(params, model_state, x_BHWC, train=False)[0]
     b = x_BHWC.shape[0]

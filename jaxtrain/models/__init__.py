@@ -1,4 +1,4 @@
-"""The networks, by name: plain dicts from name to builder, one for each kind of answer.
+"""The networks, by name: plain dicts from name to builder, one for each kind of output.
 
 A builder takes `(config, *, channels, classes, rngs, data_shards)` and returns a Flax NNX module whose call is
 `model(x_BHWC, *, train)` in float32: logits_BHWK of a network per pixel, logits_BK of one per image. `temporal` takes
@@ -28,11 +28,11 @@ PER_PIXEL: dict[str, Builder] = {
     "autoencoder": build_autoencoder, "cnn": build_cnn, "mlp": build_pixel_mlp, "temporal": build_temporal,
     "unet": build_unet,
 }  # fmt: skip
-"""Networks that answer for each pixel: (B, H, W, K)."""
+"""Networks with a prediction for each pixel: (B, H, W, K)."""
 PER_SAMPLE: dict[str, Builder] = {"cnn": build_lenet, "mlp": build_image_mlp, "resnet": build_resnet}
-"""Networks that give one answer per image: (B, K)."""
+"""Networks with one prediction for each image: (B, K)."""
 MODELS: dict[str, Builder] = {**PER_SAMPLE, **PER_PIXEL}
-"""Every name; where a name stands for both, the network per pixel."""
+"""All networks by name; a name in both tables means the network for pixels."""
 
 
 def build_model(

@@ -1,4 +1,4 @@
-"""An autoencoder: the image through a narrow waist and back. What it cannot give back is unusual.
+"""The autoencoder squeezes an image through a narrow code and reconstructs it; what it cannot reconstruct is unusual.
 
 It has no skip connections, so that all that is given back has gone through the waist; and it learns without labels
 (Hinton & Salakhutdinov 2006, doi:10.1126/science.1127647).
@@ -18,7 +18,7 @@ __all__ = ["Autoencoder", "build_autoencoder"]
 
 
 class Autoencoder(nnx.Module):
-    """`depth` halvings with doubling channels, `code` channels at the waist, and the way back."""
+    """`depth` halvings with doubling channels, `code` channels in the code, and the way back."""
 
     def __init__(self, config: ModelConfig, *, channels: int, rngs: nnx.Rngs, data_shards: int) -> None:
         widths = [config.width << level for level in range(config.depth + 1)]
@@ -40,7 +40,7 @@ class Autoencoder(nnx.Module):
         self.depth, self.remat = config.depth, config.remat
 
     def embed(self, x_BHWC: jax.Array, *, train: bool = False) -> jax.Array:
-        """The code, (B, H / 2^depth, W / 2^depth, Z)."""
+        """Return the code, (B, H / 2^depth, W / 2^depth, Z)."""
         for level in range(self.depth + 1):
             x_BHWC = halve(x_BHWC) if level else x_BHWC
             x_BHWC = run_block(self.encoder[f"level{level}"], x_BHWC, train=train, remat=self.remat)

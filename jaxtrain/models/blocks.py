@@ -42,7 +42,7 @@ def conv(
     init: nnx.Initializer = HE,
     stride: int = 1,
 ) -> nnx.Conv:
-    """A convolution with zero padding and He initialisation (He et al. 2015, arXiv:1502.01852).
+    """Make a convolution with zero padding and He initialisation (He et al. 2015, arXiv:1502.01852).
 
     A stride of 2 pads both sides alike, as other libraries do, so that weights mean the same there and here.
     """
@@ -143,7 +143,7 @@ class RunningNorm(nnx.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance over some axes, float32, without these axes."""
+    """Return mean and variance over some axes, float32, without these axes."""
     # moments of bfloat16 activations would have three digits
     x = x.astype(jnp.float32)
     # two passes: mean(x²) - mean(x)² loses all digits where the mean is large against the spread
@@ -176,7 +176,7 @@ def _affine(x: jax.Array, mean: jax.Array, rstd: jax.Array, scale: jax.Array, bi
 
 
 def make_norm(kind: Literal["group", "batch", "local"], channels: int, *, data_shards: int) -> GroupNorm | RunningNorm:
-    """The only place that turns `model.norm` into a layer.
+    """Make the layer that `model.norm` names; nothing else reads that setting.
 
     Groups hold at least four channels, because a group of one channel forgets the level of the image, and absolute
     reflectance is evidence; there are at most eight groups.
@@ -217,12 +217,12 @@ class ConvBlock(nnx.Module):
         return self.second(self.first(x_BHWC, train=train), x_BHWC, train=train)
 
     def first(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
-        """Up to the second convolution; a pipeline may cut here."""
+        """Run the block up to the second convolution; a pipeline may cut here."""
         y = nnx.relu(self.norm1(self.conv1(x_BHWC), train=train))
         return y if self.dropout is None else self.dropout(y, deterministic=not train)
 
     def second(self, y: jax.Array, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
-        """The rest, of the first half's result and of the block's input."""
+        """Run the rest of the block on the result of `first` and the input of the block."""
         y = self.norm2(self.conv2(y), train=train)
         if self.residual:
             y = y + (x_BHWC if self.skip is None else self.skip(x_BHWC))

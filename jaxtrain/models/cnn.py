@@ -1,4 +1,4 @@
-"""Plain convolutional networks, to teach and to compare with: one answer per pixel, or one per image.
+"""Plain convolutional networks as baselines: one prediction for each pixel, or one for each image.
 
 Per pixel it is fully convolutional at full resolution: the baseline that a U-Net must beat. `depth` blocks of two 3 × 3
 convolutions without halving; each pixel is judged by a window of `4 * depth + 1` pixels.
@@ -51,7 +51,7 @@ class CNN(nnx.Module):
         return logits_BHWK
 
     def units(self) -> list[Unit]:
-        """The pieces that a pipeline may cut between; the image travels along for the skip to the last layer."""
+        """Return the pieces between which a pipeline may cut; the image is carried to the skip of the last layer."""
         found = []
         for i in range(self.depth):
             found += halves(f"body/block{i}", self.body[f"block{i}"], tuple if i else lambda carry: carry * 2)

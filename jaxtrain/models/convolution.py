@@ -1,4 +1,4 @@
-"""`convolve`: the convolution of all networks, which whoever runs a network may replace while it is traced.
+"""`convolve` is the convolution of all networks; a caller may replace it while a network is traced.
 
 Networks do not know how images lie on devices. `parallel.spatial.over_space` puts a convolution in its place that does.
 """
@@ -22,7 +22,7 @@ _CONVOLUTION: ContextVar[Convolution | None] = ContextVar("convolution", default
 
 @contextlib.contextmanager
 def convolving_with(convolution: Convolution) -> Iterator[None]:
-    """Networks that are traced inside convolve with `convolution`, which takes what `convolve` takes."""
+    """Let networks that are traced inside use `convolution`, which takes the arguments of `convolve`."""
     token = _CONVOLUTION.set(convolution)
     try:
         yield
@@ -33,7 +33,7 @@ def convolving_with(convolution: Convolution) -> Iterator[None]:
 def convolve(
     x_BHWI: jax.Array, kernel_HWIO: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, or what stands in its place inside `convolving_with`; for `nnx.Conv`."""
+    """Convolve as `jax.lax.conv_general_dilated`, or as `convolving_with` has set; for `nnx.Conv`."""
     convolution = _CONVOLUTION.get() or lax.conv_general_dilated
     result: jax.Array = convolution(x_BHWI, kernel_HWIO, window_strides, padding, **settings)
     return result

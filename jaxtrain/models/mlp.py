@@ -1,4 +1,4 @@
-"""Perceptrons: the baselines that see no neighbourhood, or no position.
+"""Perceptrons are baselines that see no neighbourhood, or no position.
 
 Per pixel, each pixel's spectrum goes through `depth` dense layers. Per image, the mean and the spread of each band do:
 what a network that looks at shapes must beat.

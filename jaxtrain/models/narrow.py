@@ -25,7 +25,7 @@ from jax import lax
 __all__ = ["FEW", "convolve_pairs", "is_narrow"]
 
 FEW = 16
-"""Filters up to which pairs of columns are faster; with 32 they take half as long again."""
+"""Largest number of filters for which pairs of columns are faster; with 32 they take half as long again."""
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _AROUND = ((1, 1), (1, 1))
 _PLAIN = {
@@ -41,7 +41,7 @@ _PLAIN = {
 def is_narrow(
     x_BHWI: jax.Array, kernel_HWIO: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
 ) -> bool:
-    """Whether `convolve_pairs` computes this convolution, and faster: a plain one of 3 × 3 with few filters."""
+    """Return whether `convolve_pairs` can compute this convolution faster: a plain one of 3 × 3 with few filters."""
     return (
         kernel_HWIO.shape[:2] == (3, 3)
         and kernel_HWIO.shape[3] <= FEW
@@ -55,7 +55,7 @@ def is_narrow(
 
 @jax.custom_vjp
 def convolve_pairs(x_BHWI: jax.Array, kernel_HWIO: jax.Array) -> jax.Array:
-    """A 3 × 3 convolution with stride 1 and a border of zeros; (B, H, W, O) in the type of `x_BHWI`. W is even."""
+    """Convolve with 3 × 3, stride 1 and a border of zeros; (B, H, W, O) in the type of `x_BHWI`. W is even."""
     return _pairs(x_BHWI, kernel_HWIO)
 
 

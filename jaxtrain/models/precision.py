@@ -1,4 +1,4 @@
-"""Running a network in the precision of the configuration.
+"""Run a network in the precision of the configuration.
 
 bfloat16 halves the bytes of activations and doubles the rate of matrix units. Parameters stay float32 in the state
 and are cast where they are used, so small updates are not lost; norms take their moments in float32; logits leave as
@@ -19,7 +19,7 @@ __all__ = ["run_model", "set_precision"]
 
 
 def run_model(model: Any, x: jax.Array, *, train: bool, config: ModelConfig) -> jax.Array:
-    """The network's logits, float32; called where its state is traced.
+    """Return the network's logits, float32; called where its state is traced.
 
     Args:
         model: A merged module, whose parameters are float32.
@@ -32,7 +32,7 @@ def run_model(model: Any, x: jax.Array, *, train: bool, config: ModelConfig) -> 
 
 
 def set_precision(model: Any, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """Set a merged module's layers to the precision of the configuration; returns the image in it."""
+    """Set a merged module's layers to the precision of the configuration, and return the image in it."""
     if config.precision == "bfloat16":
         for _, layer in nnx.iter_modules(model):
             # convolutions and dense layers cast their own input, kernel and bias; norms keep float32 parameters

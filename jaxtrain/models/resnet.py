@@ -1,4 +1,4 @@
-"""Residual networks for one answer per image (He et al. 2016, arXiv:1512.03385): 18, 34 or 50 layers, or any stages.
+"""Residual networks with one prediction for each image (He et al. 2016, arXiv:1512.03385), of 18, 34 or 50 layers.
 
 Differences from the paper, each for a reason: the stem has no norm and the skips pass their input on unnormalised, so
 that the level of an image, which is evidence in reflectances, reaches the last layer under any norm; the pool of the
@@ -61,12 +61,12 @@ class BasicBlock(nnx.Module):
         return self.second(self.first(x_BHWC, train=train), x_BHWC, train=train)
 
     def first(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
-        """Up to the second convolution; a pipeline may cut here."""
+        """Run the block up to the second convolution; a pipeline may cut here."""
         y = nnx.relu(self.norm1(self.conv1(x_BHWC), train=train))
         return y if self.dropout is None else self.dropout(y, deterministic=not train)
 
     def second(self, y: jax.Array, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
-        """The rest, of the first half's result and of the block's input."""
+        """Run the rest of the block on the result of `first` and the input of the block."""
         y = self.norm2(self.conv2(y), train=train)
         return nnx.relu(y + _around(x_BHWC, self.skip, self.stride))
 
@@ -139,21 +139,21 @@ class ResNet(nnx.Module):
         return self.leave(y_BHWC)
 
     def units(self) -> list[Unit]:
-        """The pieces that a pipeline may cut between: the stem, halves of blocks (of bottlenecks, wholes), the end."""
+        """Return the pieces between which a pipeline may cut: stem, halves of blocks, bottlenecks, end."""
         found = [Unit("stem", ("stem",), lambda carry, train: (self.enter(carry[0]),))]
         for name, block in self.body.items():
             found += halves(f"body/{name}", block) if isinstance(block, BasicBlock) else [_of_bottleneck(name, block)]
         return [*found, Unit("head", ("head",), lambda carry, train: (self.leave(carry[0]),))]
 
     def enter(self, x_BHWC: jax.Array) -> jax.Array:
-        """The stem: `small` and `pixel` keep the size, `patch` folds pixels into channels, `large` quarters it."""
+        """Run the stem: `small` and `pixel` keep the size, `patch` folds pixels into channels, `large` quarters it."""
         if self.stem_kind == "patch":
             x_BHWC = fold(x_BHWC)
         y_BHWC: jax.Array = nnx.relu(self.stem(x_BHWC))
         return halve(y_BHWC) if self.stem_kind == "large" else y_BHWC
 
     def leave(self, y_BHWC: jax.Array) -> jax.Array:
-        """Features (B, H, W, C) → logits (B, K)."""
+        """Turn features (B, H, W, C) into logits (B, K)."""
         logits_BK: jax.Array = self.head(y_BHWC.mean(axis=(1, 2)))
         return logits_BK
 
@@ -163,7 +163,7 @@ def _of_bottleneck(name: str, block: Any) -> Unit:
 
 
 def fold(x_BHWC: jax.Array) -> jax.Array:
-    """Space to depth: 2 × 2 pixels become channels, (B, H, W, C) → (B, H/2, W/2, 4C).
+    """Fold 2 × 2 pixels into channels, (B, H, W, C) → (B, H/2, W/2, 4C).
 
     Raises:
         InvalidInput: Height or width is odd.

@@ -1,8 +1,8 @@
-"""Classes or values from the course of the dates: convolutions over dates, then a pooling over them.
+"""The temporal network predicts from a series of dates: convolutions over dates, then a pooling over them.
 
 The convolutions are those of TempCNN (Pelletier et al. 2019, "Temporal convolutional neural network for the
 classification of satellite image time series", doi:10.3390/rs11050523). Dates are pooled by attention, where heads
-learn which dates say something (as in Garnot & Landrieu 2020, arXiv:2007.00586, whose query is learned, too), or by mean
+learn which dates matter (as in Garnot & Landrieu 2020, arXiv:2007.00586, whose query is learned, too), or by mean
 and maximum. Both leave out dates on which the pixel was not observed, and do with any number of dates.
 
 Dates need not be regular: each comes with its day of the year, as sine and cosine, and with whether it was observed.
@@ -27,7 +27,7 @@ _YEAR = 365.25
 
 
 def series_of(x_BHWTC: jax.Array, observed_BHWT: jax.Array, day_BT: jax.Array) -> jax.Array:
-    """What the network takes: (B, H, W, T, C + 3) of bands, observed, and the day of the year as sine and cosine.
+    """Return the input of the network, (B, H, W, T, C + 3): bands, observed, sine and cosine of the day of the year.
 
     Args:
         x_BHWTC: Normalised float32, 0 where nothing was observed.
@@ -83,7 +83,7 @@ class Temporal(nnx.Module):
         for i in range(1, self.depth + 1):
             y = self.dates[f"linear{i}"](neighbours(x_BHWTC, self.taps))
             y = nnx.relu(self.norms[f"norm{i}"](y.astype(jnp.float32))).astype(x_BHWTC.dtype)
-            # a date without an observation says nothing to its neighbours
+            # a date without an observation does not reach its neighbours
             x_BHWTC = jnp.where(seen_BHWT[..., None], y, jnp.zeros((), y.dtype))
             if self.dropout is not None:
                 x_BHWTC = self.dropout(x_BHWTC, deterministic=not train)
@@ -95,7 +95,7 @@ class Temporal(nnx.Module):
         return logits_BHWK
 
     def _attend(self, x_BHWTF: jax.Array, seen_BHWT: jax.Array) -> jax.Array:
-        """Each head's mean over dates, by weights that it gives them; all features side by side."""
+        """Return each head's weighted mean over dates, with all features side by side."""
         score = self.score(x_BHWTF).astype(jnp.float32)
         # not minus infinity: a pixel that was never observed must not be nan
         weight = jax.nn.softmax(jnp.where(seen_BHWT[..., None], score, jnp.float32(-1e9)), axis=-2).astype(
@@ -109,7 +109,7 @@ class Temporal(nnx.Module):
 
 
 def neighbours(x_BHWTC: jax.Array, taps: int) -> jax.Array:
-    """Each date beside those around it, (…, T, taps · C): a convolution over dates is then a product."""
+    """Put each date beside its neighbours, (…, T, taps · C), so that a convolution over dates is a product."""
     if taps == 1:
         return x_BHWTC
     around = taps // 2
@@ -119,7 +119,7 @@ def neighbours(x_BHWTC: jax.Array, taps: int) -> jax.Array:
 
 
 def _mean_max(x_BHWTF: jax.Array, seen_BHWT: jax.Array) -> jax.Array:
-    """Mean and maximum over the dates that were observed; features are not negative, and 0 elsewhere."""
+    """Return mean and maximum over the observed dates; features are not negative, and 0 elsewhere."""
     count = jnp.maximum(seen_BHWT.sum(axis=-1, dtype=jnp.int32), 1).astype(x_BHWTF.dtype)
     return jnp.concatenate([x_BHWTF.sum(axis=-2) / count[..., None], x_BHWTF.max(axis=-2)], axis=-1)
 

@@ -59,7 +59,7 @@ class UNet(nnx.Module):
         return logits_BHWK
 
     def units(self) -> list[Unit]:
-        """The pieces that a pipeline may cut between; the carry is what the decoder still needs, coarsest first."""
+        """Return the pieces between which a pipeline may cut; the carry is for the decoder, coarsest first."""
 
         def down(carry: Carry) -> Carry:
             return (halve(carry[0]), *carry)

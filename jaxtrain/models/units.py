@@ -1,4 +1,4 @@
-"""The smallest pieces that a network can be cut into for a pipeline (`parallel/pipeline.py`).
+"""Units are the smallest pieces into which a pipeline can cut a network (`parallel/pipeline.py`).
 
 What one piece hands to the next is the carry: a tuple of arrays whose first dimension is the batch. Whatever a later
 piece needs, such as the features that a skip connection takes across a U-Net, travels in it.
@@ -22,17 +22,17 @@ class Unit:
     """A piece of a network."""
 
     name: str
-    """For people: `encoder/level0, first half`."""
+    """Name for messages: `encoder/level0, first half`."""
     owns: tuple[str, ...]
     """Paths of its modules: `encoder/level0/conv1`. Each parameter belongs to one unit."""
     run: Callable[..., Carry]
     """`run(carry, train) -> carry`; the first gets (image,), the last gives (logits,)."""
     whole: bool = True
-    """Whether filters lie whole on each device after it; else no cut may follow where filters are split."""
+    """Whether each device holds all filters after the unit; otherwise no cut may follow if filters are split."""
 
 
 def halves(path: str, block: Any, enter: Callable[[Carry], Carry] = tuple, owns: tuple[str, ...] = ()) -> list[Unit]:
-    """The two halves of a block of two convolutions with a skip around it.
+    """Return the two halves of a block of two convolutions with a skip around it.
 
     Args:
         path: of the block.
@@ -56,5 +56,5 @@ def halves(path: str, block: Any, enter: Callable[[Carry], Carry] = tuple, owns:
 
 
 def is_owned(name: str, unit: Unit) -> bool:
-    """Whether a parameter's path lies in one of the unit's modules."""
+    """Return whether the path of a parameter lies in one of the unit's modules."""
     return any(name == path or name.startswith(f"{path}/") for path in unit.owns)

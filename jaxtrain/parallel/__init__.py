@@ -1,4 +1,4 @@
-"""How arrays lie on devices: the mesh, the rule table, and what the compiler made of them."""
+"""Placement of arrays on devices: the mesh, the table of rules, and the collectives of the compiled program."""
 
 from __future__ import annotations
 

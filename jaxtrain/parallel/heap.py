@@ -1,4 +1,4 @@
-"""Memory of a step that stays with the process and serves the next.
+"""Keep the memory of a step in the process for the next step.
 
 On a processor XLA allocates all that a step computes with anew each time, some hundred megabytes. The C library takes
 blocks of that size from the system and gives them back, so that each step faults in every page again: a quarter of a
@@ -20,7 +20,7 @@ _BY_USER = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TR
 
 
 def keep_freed_memory(environment: Mapping[str, str] | None = None) -> bool:
-    """Ask the C library to keep what is freed, in one arena; whether it will.
+    """Ask the C library to keep what is freed, in one arena, and return whether it will.
 
     Call it before anything touches a device: threads that have an arena of their own keep it, and an arena other than
     the first cannot hold a block as large as a step's. What the process holds then is the most that it ever needed.

@@ -1,4 +1,4 @@
-"""What the compiler made of a step: its collectives, read from the compiled HLO text.
+"""Read the collectives of a compiled step from its HLO text.
 
 Communication that nobody wrote is how a sharded program gets slow without a word, so tests read it: data parallelism
 may sum gradients, and must never gather activations.
@@ -28,7 +28,7 @@ class Collective:
     """One collective instruction of one device's program."""
 
     kind: str
-    """Such as all-reduce."""
+    """Kind of the instruction, such as all-reduce."""
     shapes: tuple[tuple[int, ...], ...]
     """Size of its results, per device."""
     bytes: int
@@ -38,7 +38,7 @@ class Collective:
 
 
 def collectives(compiled: Any) -> tuple[Collective, ...]:
-    """All collectives of a compiled function (`jitted.lower(…).compile()`) or of its text, in program order."""
+    """List all collectives of a compiled function (`jitted.lower(…).compile()`) or of its text, in program order."""
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     found = []
     for line in text.splitlines():
@@ -52,7 +52,7 @@ def collectives(compiled: Any) -> tuple[Collective, ...]:
 
 
 def bytes_by_kind(compiled: Any) -> dict[str, int]:
-    """Result bytes per device and step, by kind of collective."""
+    """Sum the result bytes per device and step, by kind of collective."""
     total: Counter[str] = Counter()
     for collective in collectives(compiled):
         total[collective.kind] += collective.bytes
@@ -60,7 +60,7 @@ def bytes_by_kind(compiled: Any) -> dict[str, int]:
 
 
 def activation_all_gathers(compiled: Any, parameters: Iterable[Sequence[int]] = ()) -> tuple[Collective, ...]:
-    """The all-gathers that cannot be of a parameter; a sound program has none.
+    """List the all-gathers that cannot be of a parameter; a sound program has none.
 
     Args:
         compiled: a compiled function, or its text.

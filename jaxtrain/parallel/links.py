@@ -1,4 +1,4 @@
-"""Arrays between groups of devices: the parts of one mesh along `pipe`, each the home of some stages.
+"""Links copy arrays between groups of devices: the parts of one mesh along `pipe`, each with some stages.
 
 A group is a mesh of its own with the other axes; the n-th device of one group sends to the n-th of another, so a batch
 that is split over `data` stays split, and images over `space`.
@@ -29,23 +29,23 @@ Arrays = tuple[jax.Array, ...]
 
 
 def groups_of(mesh: Mesh) -> tuple[Mesh, ...]:
-    """The groups of a mesh along its first axis, `pipe`."""
+    """Return the groups of a mesh along its first axis, `pipe`."""
     types = mesh.axis_types[1:]
     return tuple(Mesh(devices, mesh.axis_names[1:], axis_types=types) for devices in mesh.devices)
 
 
 def is_here(mesh: Mesh) -> bool:
-    """Whether this process has a device of the mesh."""
+    """Return whether this process has a device of the mesh."""
     return any(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
 
 def absent(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
-    """An array on devices of other processes: only its shape and place are known here."""
+    """Return an array on devices of other processes, of which only shape and place are known here."""
     return _assemble(shape, sharding, [], dtype)
 
 
 def zeros_on(mesh: Mesh, leaf: Any) -> jax.Array:
-    """A carry of zeros on a group, of the shape of `leaf`; without a word to other processes."""
+    """Return a carry of zeros on a group, of the shape of `leaf`, without communication between processes."""
     sharding = lies_of(leaf, mesh)
     shape = sharding.shard_shape(leaf.shape)
     shards = [jax.device_put(jnp.zeros(shape, leaf.dtype), device) for device in sharding.addressable_devices]
@@ -60,7 +60,7 @@ class Links:
         self._groups = groups
 
     def send(self, arrays: Arrays, source: int, target: int) -> Arrays:
-        """What lies on one group, on another one; absent arrays where this process has no device of it.
+        """Copy arrays from one group to another; absent arrays where this process has no device of it.
 
         Of several processes, all call it in the same order; those without a device of the source give shapes.
         """
@@ -98,7 +98,7 @@ class _Pair:
         return spec(("pipe", first), *others)
 
     def _side_by_side(self, leaf: Any) -> jax.Array:
-        """One array of both groups along the samples: the leaf, and zeros where it will arrive."""
+        """Join the leaf, and zeros on the receiving group, into one array along the samples."""
         shape, dtype = lies_of(leaf, self._target).shard_shape(leaf.shape), leaf.dtype
         if (shape, dtype) not in self._blanks:
             mine = [device for device in self._target.devices.flat if device.process_index == jax.process_index()]
@@ -129,7 +129,7 @@ def part_of(array: Any, mesh: Mesh, lies: PartitionSpec, *, shape: tuple[int, ..
     """What a group holds of an array of all groups; one of numpy, or of one device of this process, is put there.
 
     Args:
-        array: the same on all groups, unless `shape` says otherwise.
+        array: The same on all groups, unless `shape` is given.
         mesh: the group.
         lies: how the part lies on it.
         shape: of the part, where the array holds one for each group.
@@ -148,13 +148,13 @@ def part_of(array: Any, mesh: Mesh, lies: PartitionSpec, *, shape: tuple[int, ..
 
 
 def join(parts: Sequence[jax.Array], sharding: NamedSharding, shape: tuple[int, ...]) -> jax.Array:
-    """One array of the whole mesh of each group's part."""
+    """Join the part of each group into one array of the whole mesh."""
     shards = [shard.data for part in parts for shard in part.addressable_shards]
     return _assemble(shape, sharding, shards, parts[0].dtype)
 
 
 def everywhere(arrays: Sequence[jax.Array], mesh: Mesh) -> list[jax.Array]:
-    """Arrays that each lie on one group, on all groups of the mesh: for who must see all of them, as a checkpoint does.
+    """Copy arrays that each lie on one group to all groups of the mesh, as a checkpoint must see all of them.
 
     Args:
         arrays: of groups of `mesh`; those of the whole mesh stay as they are.
@@ -180,7 +180,7 @@ def everywhere(arrays: Sequence[jax.Array], mesh: Mesh) -> list[jax.Array]:
 
 @cache
 def _shared(mesh: Mesh, lies: tuple[PartitionSpec, ...]) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    """A function of arrays with a row for each group, all zeros but that of the owner → that row, everywhere."""
+    """Return a function of arrays with a row for each group, zeros but for the owner's: it gives that row everywhere."""
 
     def own(x: jax.Array) -> jax.Array:
         # whole numbers, because a sum of floats would turn -0.0 into 0.0
@@ -199,7 +199,7 @@ def _shared(mesh: Mesh, lies: tuple[PartitionSpec, ...]) -> Callable[[list[jax.A
 
 
 def init_by_group(init: Callable[[jax.Array], Any], shapes: Any, shardings: Any, key: jax.Array, options: Any) -> Any:
-    """What `init` makes, each leaf on the group that its sharding names.
+    """Run `init` with each leaf on the group that its sharding names.
 
     Args:
         init: function of a key, traced once for each group.
@@ -228,13 +228,13 @@ def init_by_group(init: Callable[[jax.Array], Any], shapes: Any, shardings: Any,
 
 
 def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
-    """The shape and type of an array that is not there yet."""
+    """Return the shape and type of an array that does not exist yet."""
     make: Callable[..., Any] = jax.ShapeDtypeStruct
     return make(shape, dtype)
 
 
 def lies_of(array: Any, mesh: Mesh) -> NamedSharding:
-    """How a carry lies on a group: images split by samples, rows and columns as the batch is; the rest by samples."""
+    """Return the shardings of a carry on a group: images split by samples, rows and columns as the batch is; the rest by samples."""
     dimensions = len(array.shape)
     return batch_sharding(mesh, image=dimensions >= 4) if dimensions else replicated(mesh)
 

@@ -1,4 +1,4 @@
-"""Devices: one mesh with the axes of the configuration. Several processes join before (`processes.start_distributed`).
+"""Make one mesh of devices with the axes of the configuration. Several processes join before (`processes.start_distributed`).
 
 Axes, outermost first: `pipe` (stages of a pipeline), `data` (samples), `space` (rows of an image), `space_w` (its
 columns) and `model` (filters). `data` and `model` are always there, the others where they split something. Meshes are
@@ -26,13 +26,13 @@ SPACE_AXES = ("space", "space_w")
 """Axes that split rows and columns."""
 
 MOST_PARTS = 8
-"""Parts that a processor is split into by itself; beyond, each would get few windows of a usual batch."""
+"""Largest number of parts into which a processor is split by default; with more, each gets few windows of a batch."""
 
 logger = logging.getLogger(__name__)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of the configuration over the first devices, as many as the product of its axes.
+    """Make the mesh of the configuration over the first devices, as many as the product of its axes.
 
     Args:
         config: sizes of the axes.
@@ -73,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = None) -> TrainConfig:
-    """The configuration with `mesh.data` over the cores of a processor, where no mesh is named.
+    """Return the configuration with `mesh.data` over the cores of a processor, if no mesh is named.
 
     XLA computes much of a backward pass on one core per device, so a processor is split into devices, each with its
     part of the batch. The answer is that of one device but for rounding; where it is not (`model.norm = "local"`),
@@ -100,17 +100,17 @@ def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = Non
 
 
 def spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
-    """Mesh axis per dimension; dimensions that are not named lie whole."""
+    """Return the mesh axis of each dimension; dimensions that are not named are not split."""
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]  # of jax
 
 
 def image_spec(mesh: Mesh) -> PartitionSpec:
-    """How (B, H, W, …) lies: samples over `data`, rows and columns over the space axes that the mesh has."""
+    """Return the split of (B, H, W, …): samples over `data`, rows and columns over the space axes that the mesh has."""
     return spec("data", *(axis if axis in mesh.shape else None for axis in SPACE_AXES))
 
 
 def stored_sharding(mesh: Mesh, dimensions: int) -> NamedSharding:
-    """How an array of a stored batch lies, rows and columns last: (B, …, H, W), or (B,) and (B, K)."""
+    """Return the sharding of an array of a stored batch, rows and columns last: (B, …, H, W), or (B,) and (B, K)."""
     if dimensions < 3:
         return batch_sharding(mesh)
     first, *space = image_spec(mesh)
@@ -118,15 +118,15 @@ def stored_sharding(mesh: Mesh, dimensions: int) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, *, image: bool = False) -> NamedSharding:
-    """Samples split over `data`, images also over the space axes; the same on all devices along other axes."""
+    """Return the sharding of a batch: samples split over `data`, images also over the space axes; the same on all devices along other axes."""
     return NamedSharding(mesh, image_spec(mesh) if image else spec("data"))
 
 
 def constrain(tree: Any, shardings: Any) -> Any:
-    """Inside a jitted function: the same arrays, lying as `shardings` say."""
+    """Constrain arrays to `shardings`, inside a jitted function."""
     return jax.lax.with_sharding_constraint(tree, shardings)  # type: ignore[no-untyped-call]  # of jax
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, spec())

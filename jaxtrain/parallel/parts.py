@@ -1,4 +1,4 @@
-"""`Parts`: what of a whole network's state each part of a pipeline holds, and the whole put together again."""
+"""`Parts` divides the state of a network among the parts of a pipeline, and joins it again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class State(Protocol):
 
 
 class Objective(Protocol):
-    """What an answer costs and what is counted; `jaxtrain.learn.objective.Objective` is one."""
+    """Loss and counts of a task; `jaxtrain.learn.objective.Objective` is one."""
 
     @property
     def score(self) -> str:
@@ -51,23 +51,23 @@ class Objective(Protocol):
 
     @property
     def task(self) -> Any:
-        """What is answered."""
+        """Task of the network."""
 
     def terms(self, logits: jax.Array, label: jax.Array) -> Any:
         """Loss, weight and number of labelled pixels."""
 
     def right(self, logits: jax.Array, label: jax.Array) -> jax.Array:
-        """What is right."""
+        """Number of right predictions."""
 
     def sums(self, logits: jax.Array, label: jax.Array) -> dict[str, jax.Array]:
         """Sums for an evaluation."""
 
     def answer(self, logits: jax.Array) -> jax.Array:
-        """Answers for people."""
+        """Predictions from logits."""
 
 
 class PipelinedProgram(Protocol):
-    """What a pipeline must know of the program it runs; `Program` is one."""
+    """The parts of a program that a pipeline needs; `Program` is one."""
 
     @property
     def config(self) -> TrainConfig:
@@ -83,11 +83,11 @@ class PipelinedProgram(Protocol):
 
     @property
     def layout(self) -> Layout | None:
-        """Where the network is cut."""
+        """Cuts of the network."""
 
     @property
     def objective(self) -> Objective:
-        """What an answer costs."""
+        """Loss and counts of the task."""
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -99,15 +99,15 @@ class PipelinedProgram(Protocol):
 
     @property
     def shardings(self) -> State:
-        """Where the state lies."""
+        """Shardings of the state."""
 
     @property
     def whole(self) -> Any:
-        """Where parameters lie in use."""
+        """Shardings of the parameters in use."""
 
     @property
     def parts(self) -> Any:
-        """Where parameters lie when the optimiser changes them."""
+        """Shardings of the parameters that the optimiser updates."""
 
     def apply_units(
         self, params: Mapping[str, Any], statistics: Mapping[str, Any], carry: Carry, *, span: tuple[int, int],
@@ -124,7 +124,7 @@ class Held(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """What an update leaves of one part."""
+    """One part after an update."""
 
     params: Tree
     opt: list[Any]
@@ -133,7 +133,7 @@ class Changed(NamedTuple):
 
 
 class Parts:
-    """Which leaves of the state belong to which part.
+    """The assignment of the leaves of the state to the parts.
 
     Args:
         program: Gives shapes and places.
@@ -157,23 +157,23 @@ class Parts:
         }
 
     def of(self, tree: Any, k: int) -> Tree:
-        """The leaves of one part, by path."""
+        """Return the leaves of one part, by path."""
         found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         return {name: found[name] for name in self._names[k] if name in found}
 
     def held(self, state: State, k: int) -> Held:
-        """Parameters and batch statistics of one part."""
+        """Return parameters and batch statistics of one part."""
         return Held(self.of(state.params, k), self.of(state.model_state, k))
 
     def opt_of(self, opt_state: Any, k: int) -> tuple[list[Any], list[Any]]:
-        """Leaves of the optimiser's state for one part: the moments of its parameters, and the counters of all."""
+        """Return the leaves of the optimiser's state for one part: the moments of its parameters, and the counters of all."""
         found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)}
         leaves = [found[name] for name in self.opt_names[k]]
         alike = list(zip(self.opt_names[k], leaves, strict=True))
         return [v for n, v in alike if n not in self._counters], [v for n, v in alike if n in self._counters]
 
     def opt_state(self, k: int, moments: Any, counters: Any) -> Any:
-        """The optimiser's state of one part, from moments and counters."""
+        """Build the optimiser's state of one part from moments and counters."""
         return jax.tree.unflatten(jax.tree.structure(self._opt[k]), self._merge(k, moments, counters))
 
     def _merge(self, k: int, moments: Any, counters: Any) -> list[Any]:
@@ -181,14 +181,14 @@ class Parts:
         return [next(common if name in self._counters else own) for name in self.opt_names[k]]
 
     def homes(self, k: int) -> Changed:
-        """Where the update leaves parameters, the leaves of the optimiser's state, and batch statistics."""
+        """Return the shardings after an update: parameters, leaves of the optimiser's state, batch statistics."""
         lies = self._program.shardings
         moments, counters = self.opt_of(lies.opt_state, k)
         opt = self._merge(k, moments, [replicated(self._layout.mesh(k)) for _ in counters])
         return Changed(self.of(lies.params, k), opt, self.of(lies.model_state, k))
 
     def whole(self, before: Any, changed: Mapping[int, Changed], step: jax.Array) -> Any:
-        """The state of the whole network, put together from its parts; of other processes it knows places only."""
+        """Join the state of the whole network from its parts; of other processes only places are known."""
         found: dict[str, Any] = {"step": step}
         copies: dict[str, dict[int, jax.Array]] = {}
         for k, part in changed.items():

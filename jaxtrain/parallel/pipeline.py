@@ -1,4 +1,4 @@
-"""Pipeline parallelism: parts of the network on devices of their own, microbatches under way through them.
+"""Pipeline parallelism: each part of the network has its own devices, and microbatches pass through them.
 
 Each part is a program of its own, compiled for its group of devices, so parts may be as unlike as the levels of a U-Net
 are. The host walks through the schedule (`schedule.trace`) and hands work to the devices without waiting for results;
@@ -42,7 +42,7 @@ Batch = Mapping[str, Any]
 
 
 def _shape(stored_BCHW: Any) -> tuple[int, ...]:
-    """Shape (B, H, W, C) of the images that a stored batch becomes."""
+    """Return the shape (B, H, W, C) of the images that a stored batch becomes."""
     b, c, h, w = stored_BCHW.shape
     return (b, h, w, c)
 
@@ -74,7 +74,7 @@ class Pipeline:
         self.orders = order_of(mesh.schedule, groups=mesh.pipe, chunks=layout.chunks, microbatches=self.microbatches)
         self.walk = [interval.work for interval in trace(self.orders, chunks=layout.chunks)]
         self.log: list[Work] = []
-        """What this process did in the last step, in order."""
+        """Work of this process in the last step, in order."""
         chunks = range(layout.chunks)
         self._last = layout.chunks - 1
         self._here = [is_here(layout.mesh(k)) for k in chunks]
@@ -85,14 +85,14 @@ class Pipeline:
         self._shared = make_shared(program, layout, prepare, normalise)
 
     def compilations(self) -> dict[str, list[int]]:
-        """How often each part was compiled, by what it does."""
+        """Count the compilations of each part, by its purpose."""
         names = ("forward", "backward", "update")
         return {name: [getattr(stage, name)._cache_size() for stage in self._stages] for name in names}
 
     # ---- A training step
 
     def train(self, state: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        """One optimiser step; see `jaxtrain.learn.step.make_train_step`."""
+        """Run one optimiser step; see `jaxtrain.learn.step.make_train_step`."""
         last, here = self._last, [k for k in range(self.layout.chunks) if self._here[k]]
         augment_key, dropout_key = jax.random.split(key)
         held = {k: self._parts.held(state, k) for k in here}
@@ -172,7 +172,7 @@ class Pipeline:
         self._rehearsed = True
 
     def _settle(self, gradient: Mapping[int, Tree], counts: list[Counted], step: jax.Array) -> dict[str, Any]:
-        """What all groups must know of each other: once a step, a vector of three numbers and a count."""
+        """Exchange what all groups must know of each other once a step: a vector of three numbers and a count."""
         groups, mesh = self.layout.groups, self.program.mesh
         numbers, labelled = [], []
         for g, group in enumerate(groups):
@@ -191,7 +191,7 @@ class Pipeline:
     # ---- Evaluation and prediction: the whole batch through the parts, one after the other
 
     def evaluate(self, params: Any, statistics: Any, batch: Batch) -> dict[str, Any]:
-        """Sums over a batch, known to all groups; see `jaxtrain.learn.step.make_eval_step`."""
+        """Compute sums over a batch, known to all groups; see `jaxtrain.learn.step.make_eval_step`."""
         groups, at = self.layout.groups, self.layout.chunks - 1
         carry, found = self._through(params, statistics, batch["image"], batch["observed"]), None
         if self._here[at]:
@@ -214,7 +214,7 @@ class Pipeline:
         return known
 
     def predict(self, params: Any, statistics: Any, image: Any, observed: Any) -> jax.Array:
-        """Answers for a batch of images, on the last group."""
+        """Predict for a batch of images, on the last group."""
         answer: jax.Array = self._shared.answer(self._through(params, statistics, image, observed)[0])
         return answer
 
@@ -237,7 +237,7 @@ class Pipeline:
         return self._links.send(carry, source % groups, target % groups)
 
     def _carries(self, image: tuple[int, ...], microbatches: int, *, train: bool) -> list[Carry]:
-        """Shapes of what each part hands on, for the processes in which it does not lie."""
+        """Return the shapes of the output of each part, for processes that do not hold it."""
         if all(self._here):
             return [()] * self.layout.chunks
         known = (image, microbatches)
@@ -252,7 +252,7 @@ class Pipeline:
         return self._known[known]
 
     def _on(self, array: Any, k: int) -> jax.Array:
-        """What the group of a part holds of something that is whole everywhere."""
+        """Return the copy of a replicated array on the group of a part."""
         return part_of(array, self.layout.mesh(k), spec())
 
     def _batch_on(self, batch: Batch, k: int) -> Tree:

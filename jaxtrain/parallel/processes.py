@@ -1,4 +1,4 @@
-"""The processes of one run: who they are, where they meet, and how one of them leaves.
+"""Join the processes of one run: their numbers, their meeting point, and the exit of one of them.
 
 `start_distributed` comes before anything that touches a device. It finds the others, in this order:
 
@@ -51,36 +51,36 @@ PARENT = "TERRASHARD_PARENT"
 HEARTBEAT = "TERRASHARD_HEARTBEAT_S"
 
 _HEARTBEAT_S = 30
-"""A process that is silent for this long is dead, and all others end. Beats come from a thread of C++, which neither
+"""Seconds of silence after which a process counts as dead and all others end. Beats come from a thread of C++, which neither
 compilation nor the interpreter's lock holds up."""
 _FIRST_PORT, _PORTS = 61440, 4096
-"""Above the ports that Linux gives out by itself (32768-60999), so that one worked out from a job's name is free."""
+"""Ports above those that Linux assigns (32768-60999), so that one computed from a job's name is free."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Which of the cooperating processes this is."""
+    """The number of this process among the cooperating ones."""
 
     index: int
     count: int
 
     @property
     def is_first(self) -> bool:
-        """The process that writes logs and reports."""
+        """Whether this process writes logs and reports."""
         return self.index == 0
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the processes of a run meet.
+    """The meeting point of the processes of a run.
 
     Attributes:
         coordinator: host:port of process 0; None lets JAX find it.
         processes: How many there are; None lets JAX find it.
         process: This one, from 0.
-        source: What said so, for messages.
+        source: Origin of these values, for messages.
         local: (this one, how many) among those of this machine, where that is known: each takes its share of the GPUs.
     """
 
@@ -92,10 +92,10 @@ class Rendezvous:
 
 
 def find_rendezvous(environment: Mapping[str, str]) -> Rendezvous | None:
-    """What the environment says of the other processes; None where this one is alone.
+    """Read from the environment where the processes meet; None if this one is alone.
 
     Raises:
-        InvalidInput: Variables contradict each other, or say too little.
+        InvalidInput: Variables contradict each other, or some are absent.
     """
     env = environment
     coordinator = env.get(COORDINATOR)
@@ -142,7 +142,7 @@ def _of_mpi(
 
 
 def _ask_mpi(name: str) -> str:
-    """Process 0 picks a port and tells the others, through MPI itself."""
+    """Let process 0 choose a port and send it to the others through MPI."""
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -162,7 +162,7 @@ def _ask_mpi(name: str) -> str:
 
 
 def _of_slurm(env: Mapping[str, str]) -> Rendezvous | None:
-    """A step of `srun`; in the batch script itself SLURM_NTASKS is set too, but nobody else would come."""
+    """Read the variables of a step of `srun`; the batch script has SLURM_NTASKS too, but runs alone."""
     processes, process = _number("SLURM_STEP_NUM_TASKS", env), _number("SLURM_PROCID", env)
     nodes = env.get("SLURM_STEP_NODELIST")
     if processes is None or process is None or nodes is None or processes == 1:
@@ -173,7 +173,7 @@ def _of_slurm(env: Mapping[str, str]) -> Rendezvous | None:
 
 
 def _tasks_here(env: Mapping[str, str]) -> int | None:
-    """Tasks of this node: SLURM_STEP_TASKS_PER_NODE is such as "2(x3),1" for nodes 0, 1, 2 and 3."""
+    """Return the number of tasks of this node: SLURM_STEP_TASKS_PER_NODE is such as "2(x3),1" for nodes 0, 1, 2 and 3."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
@@ -183,7 +183,7 @@ def _tasks_here(env: Mapping[str, str]) -> int | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list.
+    """Return the first name of a SLURM node list.
 
     >>> first_host("gpu[007-010,012],login1"), first_host("node-1,node-2"), first_host("a[3,5]-ib")
     ('gpu007', 'node-1', 'a3-ib')
@@ -221,7 +221,7 @@ def start_distributed(
         processes: number of processes.
         process: this one, 0 … processes-1.
         timeout_s: how long to wait for the others.
-        environment: stands in for `os.environ`, which says what is not given.
+        environment: Replaces `os.environ`, from which values that are not given are read.
 
     Raises:
         InvalidInput: only some of the three are known, or they contradict each other.
@@ -241,7 +241,7 @@ def start_distributed(
     if coordinator is None or processes is None or process is None:
         raise InvalidInput(
             "a run of several processes needs all of: coordinator host:port, number of processes, number of this "
-            f"process; {found.source} said {coordinator!r}, {processes!r}, {process!r}. Set {COORDINATOR}, {PROCESSES} "
+            f"process; {found.source} gave {coordinator!r}, {processes!r}, {process!r}. Set {COORDINATOR}, {PROCESSES} "
             f"and {PROCESS}, or start with `terrashard launch -n N -- train …`, mpirun or srun"
         )
     host, _, port = coordinator.rpartition(":")
@@ -285,7 +285,7 @@ def _join(arguments: Mapping[str, Any], where: str, timeout_s: int, env: Mapping
 
 
 def local_gpus(process: int, count: int, environment: Mapping[str, str]) -> list[int] | None:
-    """The GPUs of this machine that one of its `count` processes takes; None where there are too few to share.
+    """Return the GPUs of this machine for one of its `count` processes; None if there are too few to share.
 
     >>> local_gpus(1, 2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
     [2, 3]
@@ -298,7 +298,7 @@ def local_gpus(process: int, count: int, environment: Mapping[str, str]) -> list
 
 
 def spread_mesh(config: TrainConfig) -> TrainConfig:
-    """The configuration with `mesh.data` over all devices of all processes, where it was not named.
+    """Return the configuration with `mesh.data` over all devices of all processes, if it was not named.
 
     One process takes as many accelerators as divide its batch, and leaves them where the answer would change
     (`model.norm = "local"`); on a processor it uses all cores (`share_cores`).
@@ -322,7 +322,7 @@ def spread_mesh(config: TrainConfig) -> TrainConfig:
 
 
 def wait_for_all(what: str, timeout_s: int = 3600) -> None:
-    """Wait until all processes are here, through the coordinator: no collective, whose patience is shorter.
+    """Wait for all processes through the coordinator, not by a collective, whose timeout is shorter.
 
     Args:
         what: for the message of a process that does not come.
@@ -335,7 +335,7 @@ def wait_for_all(what: str, timeout_s: int = 3600) -> None:
 
 
 _WAITS: Counter[str] = Counter()
-"""How often there was a wait of each name; a barrier's name serves once."""
+"""Number of waits of each name, as the name of a barrier can be used only once."""
 
 
 class Agreement:
@@ -353,7 +353,7 @@ class Agreement:
         self._any = jax.jit(jnp.max, out_shardings=whole)
 
     def ask(self, wanted: bool) -> Any:
-        """This process's wish; every process must ask equally often."""
+        """Send the wish of this process; every process must ask equally often."""
         if self.alone:
             return wanted
         mine = np.full(len(self._flat.local_devices), wanted, np.int32)
@@ -361,12 +361,12 @@ class Agreement:
         return self._any(place(self._split, mine, (self._flat.size,)))
 
     def answer(self, asked: Any) -> bool:
-        """Whether any process wished it."""
+        """Return whether any process wished it."""
         return bool(asked)
 
 
 def abandon(code: int) -> None:
-    """Let this process end with `code` without waiting for the others, who would wait for it in a collective.
+    """Let this process end with `code` without waiting for the others, which would wait for it in a collective.
 
     They notice within a heartbeat, and a launcher at once. Leaving in the ordinary way waits for all to leave.
     """
@@ -382,7 +382,7 @@ def abandon(code: int) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """End this process as soon as `parent`, which started it, is gone, however it went.
+    """End this process as soon as its `parent` is gone, for whatever reason.
 
     Linux does it by itself; elsewhere a thread looks once a second.
     """

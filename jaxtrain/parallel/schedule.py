@@ -1,4 +1,4 @@
-"""When each stage of a pipeline works on which microbatch, and how long stages wait: pure, no device is touched.
+"""Schedule the stages of a pipeline over microbatches, and compute how long stages wait. Pure.
 
 A pipeline cuts a network into chunks. Groups of devices hold one chunk each, or, interleaved, several: with G groups
 chunk k lies on group k mod G. A batch is cut into M microbatches. Three orders of work:
@@ -7,7 +7,7 @@ chunk k lies on group k mod G. A batch is cut into M microbatches. Three orders 
 - `1f1b` (Narayanan et al. 2019, PipeDream): one backward after each forward as soon as there is one; group g of G keeps
   at most G - g activations. As idle as gpipe.
 - `interleaved` (Narayanan et al. 2021, arXiv:2104.04473): 1f1b over several chunks a group, which shortens the start
-  and the end by the number of chunks, for as many more transfers.
+  and the end by the number of chunks, at the price of as many more transfers.
 
 With equal stages the share of idle time, the bubble, is (G-1) / (M+G-1) for the first two and (G-1) / (V·M+G-1) for V
 chunks a group.
@@ -38,7 +38,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Interval:
-    """When some work was done."""
+    """Start and end of some work."""
 
     work: Work
     group: int
@@ -47,7 +47,7 @@ class Interval:
 
 
 def order_of(order: Order, *, groups: int, chunks: int, microbatches: int) -> list[list[Work]]:
-    """What each group does, in order.
+    """Return the work of each group, in order.
 
     Args:
         order: name of the schedule.
@@ -93,7 +93,7 @@ def order_of(order: Order, *, groups: int, chunks: int, microbatches: int) -> li
 def trace(
     orders: Sequence[Sequence[Work]], *, chunks: int, seconds: Callable[[Work], float] | None = None
 ) -> list[Interval]:
-    """When all is done, if each group works down its order and waits for what it needs; sorted by start.
+    """Simulate groups that follow their order and wait for their inputs; return the intervals, sorted by start.
 
     Sorted so, it is one order of all work in which nothing comes before what it needs.
 
@@ -129,7 +129,7 @@ def trace(
 
 
 def bubble(intervals: Sequence[Interval]) -> float:
-    """Share of the time of all groups, from the first start to the last end, in which they are idle."""
+    """Return the share of the time of all groups, from the first start to the last end, in which they are idle."""
     groups = {interval.group for interval in intervals}
     span = max(i.end for i in intervals) - min(i.start for i in intervals)
     busy = sum(i.end - i.start for i in intervals)
@@ -137,12 +137,12 @@ def bubble(intervals: Sequence[Interval]) -> float:
 
 
 def in_flight(order: Sequence[Work]) -> int:
-    """The most activations that a group keeps at once."""
+    """Return the largest number of activations that a group keeps at once."""
     return max(accumulate(1 if work.kind == "forward" else -1 for work in order))
 
 
 def balance_cuts(costs: Sequence[float], parts: int) -> list[int]:
-    """First unit of each part, so that the dearest of the parts is as cheap as can be.
+    """Choose the first unit of each part so that the most expensive part is as cheap as possible.
 
     Args:
         costs: of each unit of the network, in order.

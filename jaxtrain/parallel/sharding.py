@@ -1,4 +1,4 @@
-"""Where each parameter lies: an ordered table of (regular expression on its path, mesh axis per dimension).
+"""Place parameters by an ordered table of (regular expression on its path, mesh axis per dimension).
 
 The first rule that matches a parameter's path (`encoder/level0/conv1/kernel`) decides; a parameter without a rule lies
 whole on every device. Rules of the configuration come before the defaults. A rule of the user that cannot be applied
@@ -34,12 +34,12 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """`encoder/level0/conv1/kernel` for a key path of `jax.tree_util`."""
+    """Return a path such as `encoder/level0/conv1/kernel` for a key path of `jax.tree_util`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def partition_specs(tree: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, known: Sequence[str] = ()) -> Any:
-    """A `PartitionSpec` for each array of a tree.
+    """Return a `PartitionSpec` for each array of a tree.
 
     Args:
         tree: nested dict of arrays or `jax.ShapeDtypeStruct`.
@@ -78,7 +78,7 @@ def partition_specs(tree: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, known:
 
 
 def check_split(tree: Any, specs: Any, mesh: Mesh) -> None:
-    """Refuse devices along `model` that no parameter is split over: they would all do the same work.
+    """Refuse devices along `model` if no parameter is split over them: they would all do the same work.
 
     Args:
         tree: nested dict of arrays or `jax.ShapeDtypeStruct`.
@@ -114,7 +114,7 @@ def _compile(rule: Rule) -> re.Pattern[str]:
 
 
 def _misfit(shape: tuple[int, ...], axes: Sequence[str | None], sizes: Mapping[Any, int]) -> str | None:
-    """Why the axes do not fit the shape; none where they do."""
+    """Return why the axes do not fit the shape; None if they fit."""
     if len(axes) != len(shape):
         return f"it has {len(shape)} dimensions, the rule names {len(axes)}"
     used = [axis for axis in axes if axis is not None]

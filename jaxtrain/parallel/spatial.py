@@ -1,4 +1,4 @@
-"""Convolution of an image that is split over devices: each device borrows the rows that its window looks over.
+"""Convolve an image that is split over devices; each device borrows the rows that its windows overlap.
 
 Letters in shapes: B sample, H row, W column, I input channel, O output channel.
 
@@ -33,13 +33,13 @@ __all__ = ["halo_widths", "over_space"]
 
 @contextlib.contextmanager
 def over_space(mesh: Mesh) -> Iterator[None]:
-    """Convolutions that are traced inside work on images that lie on `mesh`, split where it has space axes."""
+    """Let convolutions that are traced inside work on images on `mesh`, split if it has space axes."""
     with convolving_with(partial(_convolve, mesh)):
         yield
 
 
 def halo_widths(window: int, stride: int) -> tuple[int, int]:
-    """Rows that a shard borrows from the shard before and after it, for windows centred on the rows 0, stride, ….
+    """Return the rows that a shard borrows from the shard before and after it, for windows centred on the rows 0, stride, ….
 
     Args:
         window: rows of the kernel, odd.
@@ -55,7 +55,7 @@ def halo_widths(window: int, stride: int) -> tuple[int, int]:
 def _convolve(
     mesh: Mesh, x_BHWI: jax.Array, kernel_HWIO: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of whole images, or of split ones where `mesh` has space axes.
+    """Convolve whole images, or split ones if `mesh` has space axes, as `jax.lax.conv_general_dilated`.
 
     On a processor, few filters take two columns at once (`jaxtrain.models.narrow`).
 
@@ -118,7 +118,7 @@ def _borrow(x: jax.Array, dimension: int, axis: str, n: int, before: int, after:
 
 
 def _send(x: jax.Array, axis: str, pairs: list[tuple[int, int]]) -> jax.Array:
-    """To the device that each pair names; who gets nothing gets zeros."""
+    """Send rows to the device that each pair names; a device that gets none gets zeros."""
     received: jax.Array = lax.ppermute(x, axis, pairs)  # type: ignore[no-untyped-call]  # of jax
     return received
 

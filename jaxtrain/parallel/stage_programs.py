@@ -1,6 +1,6 @@
 """The compiled programs of a pipeline: those of one part (`make_stage`), and those that all parts share.
 
-Every maker returns functions of a few named tuples, so that what is donated and where results lie is said once, where
+Every maker returns functions of a few named tuples, so that donation and shardings are stated once, where
 the program is compiled.
 """
 
@@ -30,17 +30,17 @@ Units = Callable[..., tuple[Carry, Tree]]
 
 
 class Entry(NamedTuple):
-    """What a forward pass of one part takes besides the part: one microbatch."""
+    """The input of a forward pass of one part: one microbatch."""
 
     carry: Carry
     key: jax.Array
-    """For dropout."""
+    """Random key for dropout."""
     answers: Any
     """Labels, and the share of the loss of each; () but for the last part."""
 
 
 class Counted(NamedTuple):
-    """What the last part gives of one microbatch."""
+    """The output of the last part for one microbatch."""
 
     loss: jax.Array
     right: jax.Array
@@ -48,7 +48,7 @@ class Counted(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What all groups must know before they update, the same for all."""
+    """The numbers that all groups must know before they update."""
 
     counters: list[Any]
     """Counters of the optimiser."""
@@ -58,7 +58,7 @@ class Verdict(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What an update takes besides the part, its moments and its gradient."""
+    """The input of an update besides the part, its moments and its gradient."""
 
     summed: Tree
     """New batch statistics."""
@@ -85,7 +85,7 @@ class StagePrograms:
 
 
 def make_units(program: PipelinedProgram, layout: Layout, k: int) -> Units:
-    """The units of one part as a function of (params, statistics, carry, train=, key=)."""
+    """Return the units of one part as a function of (params, statistics, carry, train=, key=)."""
 
     def units(params: Tree, statistics: Tree, carry: Carry, *, train: bool, key: jax.Array) -> tuple[Carry, Tree]:
         with over_space(layout.mesh(k)):
@@ -97,7 +97,7 @@ def make_units(program: PipelinedProgram, layout: Layout, k: int) -> Units:
 def make_stage(
     program: PipelinedProgram, layout: Layout, parts: Parts, optimizer: optax.GradientTransformation, *, k: int
 ) -> StagePrograms:
-    """Compile-ready programs of part `k`; results lie exactly where the arguments of the next call do.
+    """Make the programs of part `k`; results have exactly the shardings of the arguments of the next call.
 
     If they did not, each call would be compiled anew.
     """
@@ -218,7 +218,7 @@ class SharedPrograms:
 def make_shared(
     program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any], normalise: Callable[..., Any]
 ) -> SharedPrograms:
-    """Compile-ready programs that all parts share; arguments are those of `Pipeline`."""
+    """Make the programs that all parts share; arguments are those of `Pipeline`."""
     everywhere = replicated(program.mesh)
     return SharedPrograms(
         images=jax.jit(_images(program, layout, prepare)),
@@ -253,7 +253,7 @@ def _labels(program: PipelinedProgram, layout: Layout, prepare: Callable[..., An
 
 
 def _cut(program: PipelinedProgram, array: jax.Array) -> tuple[jax.Array, ...]:
-    """Microbatches of an array; each device cuts its own samples, so none travel."""
+    """Cut an array into microbatches; each device cuts its own samples, so none travel."""
     parts, m = program.config.mesh.data, program.config.mesh.microbatches
     split = array.reshape(parts, m, array.shape[0] // (parts * m), *array.shape[1:])
     return tuple(split[:, i].reshape(array.shape[0] // m, *array.shape[1:]) for i in range(m))

@@ -1,4 +1,4 @@
-"""Where a network is cut for a pipeline, and which group of devices holds which part.
+"""Cut a network for a pipeline, and assign its parts to groups of devices.
 
 The parts should take equally long, because all wait for the slowest. What a unit of the network costs is either
 estimated from its compiler's count of operations and bytes (the same on every machine), or measured on the first device
@@ -25,7 +25,7 @@ from zarr_store.errors import InvalidInput
 __all__ = ["Layout", "estimate", "lay_out", "measure"]
 
 FLOPS_PER_BYTE = 8.0
-"""Operations in the time of moving one byte, of processors and of accelerators that convolve in float32."""
+"""Number of operations in the time of moving one byte, for processors and for accelerators in float32."""
 
 Pass = Callable[[Mapping[str, Any], Carry], Carry]
 
@@ -49,11 +49,11 @@ class Layout:
         return len(self.starts)
 
     def mesh(self, chunk: int) -> Mesh:
-        """The group of a part."""
+        """Return the group of a part."""
         return self.groups[chunk % len(self.groups)]
 
     def span(self, chunk: int) -> tuple[int, int]:
-        """First unit of a part, and the first that is no longer of it."""
+        """Return the first unit of a part, and the first unit after it."""
         return self.starts[chunk], (*self.starts, len(self.units))[chunk + 1]
 
 
@@ -89,7 +89,7 @@ def lay_out(mesh: Mesh, units: Sequence[Unit], names: Sequence[str], costs: Sequ
 
 
 def estimate(run: Pass, params: Mapping[str, Any], carry: Any) -> float:
-    """Cost of one unit from the compiler's own count; nothing is compiled. Shapes are enough.
+    """Estimate the cost of one unit from the compiler's count for its shapes; nothing is compiled.
 
     Args:
         run: the unit, of its parameters and a carry.
@@ -101,7 +101,7 @@ def estimate(run: Pass, params: Mapping[str, Any], carry: Any) -> float:
 
 
 def measure(run: Pass, params: Mapping[str, Any], carry: Any, *, repeats: int = 3) -> float:
-    """Seconds of one unit's forward and backward pass on the first device, of numbers that do not matter."""
+    """Measure the seconds of one unit's forward and backward pass on the first device, on arbitrary numbers."""
 
     @jax.jit
     def both(params: Any, carry: Any) -> Any:

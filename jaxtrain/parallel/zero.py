@@ -1,4 +1,4 @@
-"""Sharing out what each replica would otherwise hold whole: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
+"""Split state over replicas that would otherwise each hold all of it: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
 
 Replicas of data parallelism hold the same parameters and the same moments of the optimiser. `mesh.zero = 1` gives each
 replica its part of the moments: it updates its part of the parameters, and the new parameters are gathered. With
@@ -34,7 +34,7 @@ def share_out(shapes: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def gather_for_use(run: Callable[..., Any], whole: Any) -> Callable[..., Any]:
-    """A function of (params, …) that gathers parameters that lie in parts, and again for its gradient.
+    """Wrap a function of (params, …): it gathers split parameters, and again for its gradient.
 
     Args:
         run: function of whole parameters, and of other arguments.

@@ -1,1 +1,1 @@
-"""What keeps a run: its directory, checkpoints and history, and what may go wrong without ending it."""
+"""The record of a run: directory, checkpoints and history, and faults that do not end it."""

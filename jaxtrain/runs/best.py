@@ -1,4 +1,4 @@
-"""`Best`: which validation of a run was the best, and when there have been enough that were not.
+"""`Best` keeps the best validation of a run, and decides when to stop early.
 
 What it knows travels in every checkpoint, so that a run that was killed decides as one that was not.
 """
@@ -31,15 +31,15 @@ class Best:
         self.step: int | None = known.get("step")
         self.value: float | None = known.get("value")
         self.waited = int(known.get("waited", 0))
-        """Validations since the best one."""
+        """Number of validations since the best one."""
 
     @property
     def ended(self) -> bool:
-        """Whether enough validations have brought nothing better."""
+        """Whether enough validations were no better."""
         return self._patience > 0 and self.waited >= self._patience
 
     def see(self, step: int, scores: Mapping[str, float | None]) -> bool:
-        """Take note of a validation; whether it is the best.
+        """Record a validation, and return whether it is the best.
 
         Raises:
             InvalidInput: It has no such score.

@@ -1,4 +1,4 @@
-"""`CheckpointStore`: state, data position and configuration as one, proven whole before it is used.
+"""`CheckpointStore` saves state, data position and configuration together, and checks them before use.
 
     checkpoints/00000200/state/…         the arrays (orbax), each with its global shape, whatever the mesh was
     checkpoints/00000200/contents.json   step, data position, configuration, name → shape and dtype of every array
@@ -63,14 +63,14 @@ class Restored:
 
 
 def target_of(program: Program) -> Any:
-    """What to restore for a program: shapes, dtypes and shardings of its state as saved (`Program.of_saved`)."""
+    """Return shapes, dtypes and shardings of the saved state of a program (`Program.of_saved`)."""
     place: Callable[..., Any] = jax.ShapeDtypeStruct
     where = program.saved_shardings
     return jax.tree.map(lambda s, at: place(s.shape, s.dtype, sharding=at), program.shapes, where)
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted path, e.g. "params.down_0.conv1.kernel".
+    """Name leaves by dotted path, e.g. "params.down_0.conv1.kernel".
 
     >>> name_leaves({"a": {"b": 1}, "c": (2, 3)})
     {'a.b': 1, 'c.0': 2, 'c.1': 3}
@@ -96,12 +96,12 @@ class CheckpointStore:
         self.folder = folder.absolute()
         self._keep = keep
         self.protected: int | None = None
-        """A step whose checkpoint is kept beside the newest: the best one."""
+        """Step of the best checkpoint, which is kept beside the newest ones."""
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that were finished, ascending; they may be damaged since."""
+        """Return the steps of finished checkpoints, ascending; they may have been damaged since."""
         if not self.folder.is_dir():
             return []
         return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
@@ -110,7 +110,7 @@ class CheckpointStore:
         return self.folder / f"{step:08d}"
 
     def clear_partial(self) -> None:
-        """Remove what a killed save has left; the caller holds the run's lock."""
+        """Remove the remains of killed saves; the caller holds the run's lock."""
         if self.folder.is_dir() and jax.process_index() == 0:
             for entry in self.folder.iterdir():
                 if entry.name.endswith(".partial") or "orbax-checkpoint-tmp" in entry.name:
@@ -132,7 +132,7 @@ class CheckpointStore:
         return self.path(step)
 
     def begin(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """Copy the arrays and write them in the background, so that training goes on; waits for the save before.
+        """Copy the arrays and write them in the background, so that training continues; waits for the previous save.
 
         After this returns the state may be donated. All processes call it at the same step.
 
@@ -160,7 +160,7 @@ class CheckpointStore:
         self._saving.start()
 
     def check(self) -> None:
-        """Raise what a save in the background has failed with; costs nothing.
+        """Raise the error of a save in the background, if it failed; costs nothing.
 
         Raises:
             NoSpace: The disk is full; the checkpoints before are as they were.
@@ -170,7 +170,7 @@ class CheckpointStore:
             raise failure
 
     def wait(self) -> None:
-        """Wait for the save under way, and raise what it failed with."""
+        """Wait for the save under way, and raise its error."""
         if self._saving is not None:
             self._saving.join()
             self._saving = None
@@ -178,7 +178,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """A block after which no save is under way: its failure is raised, or logged where the block itself failed."""
+        """Run a block and then wait for its saves; their error is raised, or logged if the block itself failed."""
         try:
             yield
         except BaseException:
@@ -199,7 +199,7 @@ class CheckpointStore:
             )
 
     def _finish(self, step: int, writer: Any, partial: Path, contents: Mapping[str, Any]) -> None:
-        """In a thread: wait for the arrays, then prove and rename; no collective of the devices may run here."""
+        """Wait for the arrays in a thread, then check and rename; no collective of the devices may run here."""
         try:
             with translate_os_errors(str(self.path(step))):
                 writer.wait_until_finished()
@@ -234,7 +234,7 @@ class CheckpointStore:
         self._prune()
 
     def problems(self, step: int) -> list[str]:
-        """What is wrong with a checkpoint: empty when every file is there and hashes to what was written."""
+        """List the faults of a checkpoint; empty if every file exists and has its hash."""
         folder = self.path(step)
         try:
             manifest = load_json(read_file(folder / _MANIFEST, MOST_JSON_BYTES), _MANIFEST)
@@ -250,7 +250,7 @@ class CheckpointStore:
         return [f"{name} {_what_is_wrong(expected.get(name), found.get(name))}" for name in wrong]
 
     def newest(self) -> tuple[int | None, list[str]]:
-        """The newest undamaged step, and a line for each damaged one that is newer.
+        """Return the newest undamaged step, and a line for each damaged one that is newer.
 
         Raises:
             IntegrityError: There are checkpoints, and all are damaged.
@@ -272,7 +272,7 @@ class CheckpointStore:
         return None, []
 
     def contents(self, step: int) -> dict[str, Any]:
-        """Step, arrays (name → shape, dtype) and extra of a checkpoint."""
+        """Return step, arrays (name → shape, dtype) and extra of a checkpoint."""
         contents: dict[str, Any] = load_json(read_file(self.path(step) / _CONTENTS, MOST_JSON_BYTES), _CONTENTS)
         return contents
 

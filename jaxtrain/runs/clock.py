@@ -1,4 +1,4 @@
-"""`Clock`: how fast a run trains, and how much of that time it waits for its input."""
+"""`Clock` measures the speed of training and the share of time spent waiting for input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Clock:
         self._wait = 0.0
 
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; the time that the loop waits for each is counted.
+        """Yield the same batches, and count the time that the loop waits for each.
 
         The loop is a step ahead of the device, so this is the most that the device can have waited.
         """
@@ -38,7 +38,7 @@ class Clock:
             yield batch
 
     def tick(self) -> tuple[float | None, float | None]:
-        """Seconds since the step before, and those of them spent waiting for input; None after a pause."""
+        """Return the seconds since the previous step and the part spent waiting for input; None after a pause."""
         before, self._since = self._since, time.monotonic()
         waited, self._wait = self._wait, 0.0
         if before is None:
@@ -50,7 +50,7 @@ class Clock:
         return round(seconds, 4), round(waited, 4)
 
     def pause(self) -> None:
-        """What follows is not training."""
+        """Stop the clock until the next step, as what follows is not training."""
         self._since = None
 
     def rate(self) -> float | None:

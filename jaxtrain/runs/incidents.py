@@ -1,4 +1,4 @@
-"""`Incidents`: what went wrong in a run without ending it, counted, limited, and written down.
+"""`Incidents` counts, limits and records the faults of a run that do not end it.
 
 - a step whose loss or gradient was not finite, and which therefore changed nothing (`run.on_nan = "skip"`)
 - a window whose chunk is damaged, and which is no longer learned from (`run.on_corrupt = "quarantine"`)
@@ -54,7 +54,7 @@ class Incidents:
         self.skipped = self.empty = 0
 
     def begin(self, before: Mapping[str, int]) -> None:
-        """The run's folder is there now; `before` is what the checkpoint kept, as limits hold for the whole run."""
+        """Start to record in the run's folder; `before` has the counts of the checkpoint, which limits include."""
         self.skipped, self.empty = before.get("skipped_steps", 0), before.get("empty_batches", 0)
         with self._lock:
             held, self._held = self._held or [], None
@@ -66,11 +66,11 @@ class Incidents:
         return len(self._windows)
 
     def to_dict(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """Return the counts that a checkpoint keeps."""
         return {"skipped_steps": self.skipped, "empty_batches": self.empty}
 
     def not_finite(self, step: int, rows: Rows, metrics: dict[str, float], saved: Sequence[int]) -> None:
-        """A step whose loss or gradient is not finite. All processes see the same numbers and decide alike.
+        """Record a step whose loss or gradient is not finite. All processes see the same numbers and decide alike.
 
         Raises:
             InvalidInput: The policy is to stop, or there were too many; the message names the windows.
@@ -93,12 +93,12 @@ class Incidents:
         self._warn(f"{why}; the step changed nothing ({self.skipped} of at most {config.max_skipped})")
 
     def no_labels(self, step: int, rows: Rows) -> None:
-        """A batch without one labelled pixel: its loss is 0 and its gradient too."""
+        """Record a batch without a labelled pixel: its loss is 0 and its gradient too."""
         self.empty += 1
         self._write({"kind": "no_labels", "step": step, "windows": rows.tolist()})
 
     def unreadable(self, row: npt.NDArray[np.int32], error: IntegrityError) -> None:
-        """A window whose chunk is damaged or gone; called by the threads that read.
+        """Record a window whose chunk is damaged or absent; called by the threads that read.
 
         Raises:
             CorruptShard: The policy is to stop, or there were too many windows.
@@ -135,6 +135,6 @@ class Incidents:
 
 
 def name_windows(rows: Rows) -> str:
-    """The first windows of a batch, for messages."""
+    """Name the first windows of a batch, for messages."""
     names = ", ".join(f"(time {row[-3]}, y {row[-2]}, x {row[-1]})" for row in rows[:4].tolist())
     return f"{names}{f' and {len(rows) - 4} more' if len(rows) > 4 else ''}"

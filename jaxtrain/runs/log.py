@@ -1,4 +1,4 @@
-"""`RunLog`: what a run has measured, as JSON lines, as TensorBoard events, and for trackers that the run names.
+"""`RunLog` writes the metrics of a run as JSON lines, as TensorBoard events and to trackers.
 
 `metrics.jsonl` has one line for each step and one for each validation. A run that resumes from step n first drops the
 lines after n, so that the history has each step once, however often the run was killed.
@@ -24,7 +24,7 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's history; a last line that a kill has cut is left out."""
+    """Return all whole lines of a run's history; a last line that a kill has cut is left out."""
     path = run / METRICS
     lines: list[dict[str, Any]] = []
     if path.exists():

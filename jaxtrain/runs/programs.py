@@ -1,4 +1,4 @@
-"""Where compiled programs are kept: a folder of the user's own, never one that came with a run.
+"""Compiled programs are kept in a folder of the user, never in one that came with a run.
 
 Whoever can write a compiled program can run any code as the one who loads it. So programs are loaded only from a folder
 that this user made and nobody else can write to: `$XDG_CACHE_HOME/terrashard/programs/KEY`, or `~/.cache/…`. A run that
@@ -21,11 +21,11 @@ __all__ = ["MOST_BYTES", "program_folder"]
 _log = logging.getLogger(__name__)
 
 MOST_BYTES = 4 << 30
-"""All programs of all runs together; those of the runs that were longest not used go first."""
+"""Largest size of all programs of all runs, bytes; the longest unused ones are removed first."""
 
 
 def program_folder(key: str, environment: Mapping[str, str] | None = None) -> Path | None:
-    """The folder for the programs of a run, made if need be; None, with a warning, where there can be none.
+    """Return the folder for the programs of a run, which is made if need be; None, with a warning, if it cannot be.
 
     Args:
         key: What the run is, as letters and digits.
@@ -51,7 +51,7 @@ def program_folder(key: str, environment: Mapping[str, str] | None = None) -> Pa
 
 def _cache_home(environment: Mapping[str, str]) -> Path:
     named = environment.get("XDG_CACHE_HOME", "")
-    # its specification says that a relative path is to be ignored: it would lead into whatever folder one is in
+    # its specification ignores a relative path, which would lead into the current folder, whatever that is
     return Path(named) if os.path.isabs(named) else Path.home() / ".cache"
 
 

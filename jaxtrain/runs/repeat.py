@@ -1,4 +1,4 @@
-"""The same bits from the same step, on GPUs, too.
+"""Make the same step give the same bits, on GPUs too.
 
 Left alone, XLA may sum on a GPU in an order that changes from run to run, and it times several kernels for each
 convolution and takes the one that was fastest that day. A run that is continued would then differ from one that nothing
@@ -23,7 +23,7 @@ _FLAGS = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops
 
 
 def repeat_exactly(environment: MutableMapping[str, str] | None = None) -> bool:
-    """Ask XLA for kernels that sum in a fixed order; whether it will.
+    """Ask XLA for kernels that sum in a fixed order, and return whether it will use them.
 
     Call it before anything touches a device. A user whose XLA_FLAGS name such a flag, as true or false, is left alone:
     with --xla_gpu_deterministic_ops=true, runs that are started anew are equal, too, for then no kernels are timed.
@@ -38,7 +38,7 @@ def repeat_exactly(environment: MutableMapping[str, str] | None = None) -> bool:
 
 @contextlib.contextmanager
 def programs_kept(key: str) -> Iterator[None]:
-    """What is compiled for GPUs inside is kept for the user, and taken from there where it was compiled before.
+    """Keep programs that are compiled for GPUs inside, and reuse those that were compiled before.
 
     A user who has named a folder for all that JAX compiles (JAX_COMPILATION_CACHE_DIR) is left alone. On processors
     nothing is timed, and nothing kept.

@@ -1,4 +1,4 @@
-"""`ModelCard` and the run directory: what is needed to continue, judge or use a model.
+"""`ModelCard` and the run directory hold all that is needed to continue, evaluate or use a model.
 
 - `config.toml`: the resolved configuration, for people and for starting such a run again
 - `model.json`: the model card: bands, classes, colours, mean and std, grid, split, digest of the cube
@@ -45,21 +45,21 @@ CARD, LOCK_KEY = "model.json", "run.lock"
 EVALUATION = "evaluation.json"
 _FORMAT = 1
 _LEFTOVERS = (LOCK_KEY, "config.toml")
-"""What a run leaves that was killed before it wrote its card."""
+"""Names that a run leaves if it is killed before it writes its card."""
 
 _MAY_CHANGE = ("mesh", "data.cube", "data.colours", "run.log_every", "run.evaluate_every", "run.checkpoint_every",
                "run.keep_checkpoints", "run.read_threads", "run.prefetch", "run.on_nan", "run.max_skipped",
                "run.on_corrupt", "run.max_quarantined", "run.hang_s", "run.track")  # fmt: skip
-"""Keys that do not change what is learned: a run may be continued with others. The cube is compared by digest."""
+"""Keys that do not change the result, so a run may continue with other values. The cube is compared by digest."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A run's facts, fixed when it begins.
+    """The description of a run, fixed when it begins.
 
     Attributes:
         config: The whole configuration.
-        cube: Path of the cube or sample store that is learned from; of several cubes, of the first.
+        cube: Path of the training cube or sample store; of several cubes, of the first.
         cube_digest: Digest of all its bytes, as the ledger has them; of several cubes, of all.
         bands: Names, in the order of the network's channels.
         classes: Names, colours and layer values, by class index.
@@ -86,9 +86,9 @@ class ModelCard:
     windows: Mapping[str, int]
     statistics: Mapping[str, Any]
     task: Task = field(default_factory=Task)
-    """What is answered."""
+    """Task of the network."""
     grounds: tuple[Ground, ...] = ()
-    """The cubes, where there are several."""
+    """The cubes, if there are several."""
 
     @property
     def dates(self) -> tuple[tuple[str, ...], ...]:
@@ -97,11 +97,11 @@ class ModelCard:
 
     @property
     def key(self) -> str:
-        """What the run is, in letters and digits: a digest of the card, the same in every process of the run."""
+        """Identity of the run: a digest of the card, the same in every process of the run."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
     def of(self, number: int) -> ModelCard:
-        """The card as if one of several cubes were the only one."""
+        """Return the card as if one of several cubes were the only one."""
         if not self.grounds or not isinstance(self.split, Splits):
             return self
         ground = self.grounds[number]
@@ -110,7 +110,7 @@ class ModelCard:
 
     @property
     def answers(self) -> Classes:
-        """What a map shows: the classes, or the one name of what is answered."""
+        """Classes of a map, or the one name of the predicted value."""
         return label_classes(self.config.data, ITSELF) if self.task.rebuild else self.classes
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _split_of(data: dict[str, Any]) -> Split | SampleSplit | Splits:
 
 
 def find_card(run: Path) -> ModelCard | None:
-    """The card of a run directory; None where there is nothing yet.
+    """Return the card of a run directory; None if there is no run yet.
 
     Raises:
         InvalidInput: The folder holds something else.
@@ -190,7 +190,7 @@ def find_card(run: Path) -> ModelCard | None:
 
 
 def load_card(run: Path) -> ModelCard:
-    """The card of a run that must be there.
+    """Return the card of a run that must exist.
 
     Raises:
         InvalidInput: There is no run at `run`.
@@ -202,7 +202,7 @@ def load_card(run: Path) -> ModelCard:
 
 
 def config_differences(there: TrainConfig, asked: TrainConfig) -> list[str]:
-    """Keys at which two configurations differ in what they learn, each as "key: there → asked"."""
+    """List the keys at which two configurations would train differently, each as "key: there → asked"."""
     return _differences(there.model_dump(mode="json"), asked.model_dump(mode="json"), "")
 
 
@@ -227,7 +227,7 @@ def write_run(run: Path, card: ModelCard) -> None:
 
 
 def program_of(card: ModelCard, config: TrainConfig) -> Program:
-    """The program of a card on the mesh of `config`."""
+    """Build the program of a card on the mesh of `config`."""
     return build_program(
         config,
         channels=len(card.bands),
@@ -241,7 +241,7 @@ def program_of(card: ModelCard, config: TrainConfig) -> Program:
 
 
 def inference_program(card: ModelCard) -> Program:
-    """The program for judging and predicting: on the run's own mesh where it fits here, else on one device."""
+    """Build the program for evaluation and prediction: on the run's own mesh if it fits here, else on one device."""
     try:
         return program_of(card, card.config)
     except InvalidInput:

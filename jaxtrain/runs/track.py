@@ -19,14 +19,14 @@ __all__ = ["TRACKERS", "Tracker", "check_trackers", "start_trackers"]
 
 
 class Tracker(Protocol):
-    """What a run tells as it goes."""
+    """A receiver of the metrics of a run."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Numbers of a step."""
+        """Send the metrics of a step."""
         ...
 
     def close(self) -> None:
-        """The run's process ends here."""
+        """End the run at the tracker."""
         ...
 
 
@@ -79,7 +79,7 @@ TRACKERS: dict[str, tuple[str, Callable[[Any, Path, Mapping[str, Any]], Tracker]
 
 
 def check_trackers(names: Sequence[str]) -> dict[str, Any]:
-    """The modules of the trackers; call it before anything is written.
+    """Import the modules of the trackers; called before anything is written.
 
     Raises:
         InvalidInput: One is not installed; the message names the extra that holds it.
@@ -97,12 +97,12 @@ def check_trackers(names: Sequence[str]) -> dict[str, Any]:
 
 
 def start_trackers(modules: Mapping[str, Any], run: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """Begin, or go on with, the run at each tracker."""
+    """Begin or continue the run at each tracker."""
     return [TRACKERS[name][1](module, run, config) for name, module in modules.items()]
 
 
 def flatten(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name.
+    """Return nested settings by dotted name.
 
     >>> flatten({"run": {"steps": 3}, "x": 1})
     {'run.steps': 3, 'x': 1}

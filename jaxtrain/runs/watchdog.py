@@ -1,4 +1,4 @@
-"""`Watchdog`: a run that has stopped moving writes where it hangs, and ends, so that a launcher can start it again.
+"""`Watchdog` ends a run without progress, with its stacks in the log, so that a launcher can restart it.
 
 A collective waits without limit for a process that never comes. Nothing is raised then, so a thread counts the seconds
 since the last sign of life instead.
@@ -49,7 +49,7 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, what: str) -> None:
-        """A sign of life; `what` has just begun."""
+        """Report progress; `what` has just begun."""
         self._last, self._what = time.monotonic(), what
 
     def _watch(self) -> None:
