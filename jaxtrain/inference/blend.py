@@ -33,7 +33,7 @@ def window_starts(size: int, patch: int, overlap: int) -> npt.NDArray[np.int64]:
 
 
 def taper(patch: int, overlap: int) -> Weights:
-    """Return the weight along one side of a window, float32 (patch,): 1, with raised cosines over `overlap` at the ends.
+    """Return the weight along one side of a window, float32 (patch,): 1, with raised cosines at both ends.
 
     Two tapers that are shifted by patch - overlap add up to 1 where they overlap.
     """

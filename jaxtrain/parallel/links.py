@@ -126,7 +126,7 @@ class _Pair:
 
 
 def part_of(array: Any, mesh: Mesh, lies: PartitionSpec, *, shape: tuple[int, ...] | None = None) -> jax.Array:
-    """What a group holds of an array of all groups; one of numpy, or of one device of this process, is put there.
+    """Return the part of an array of all groups on one group; an array of this process alone is put there.
 
     Args:
         array: The same on all groups, unless `shape` is given.
@@ -180,7 +180,7 @@ def everywhere(arrays: Sequence[jax.Array], mesh: Mesh) -> list[jax.Array]:
 
 @cache
 def _shared(mesh: Mesh, lies: tuple[PartitionSpec, ...]) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    """Return a function of arrays with a row for each group, zeros but for the owner's: it gives that row everywhere."""
+    """Return a function of arrays with a row for each group, zeros but the owner's: it gives that row everywhere."""
 
     def own(x: jax.Array) -> jax.Array:
         # whole numbers, because a sum of floats would turn -0.0 into 0.0
@@ -234,7 +234,7 @@ def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def lies_of(array: Any, mesh: Mesh) -> NamedSharding:
-    """Return the shardings of a carry on a group: images split by samples, rows and columns as the batch is; the rest by samples."""
+    """Return the shardings of a carry on a group: images are split as the batch is, the rest by samples."""
     dimensions = len(array.shape)
     return batch_sharding(mesh, image=dimensions >= 4) if dimensions else replicated(mesh)
 

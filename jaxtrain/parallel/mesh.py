@@ -1,4 +1,4 @@
-"""Make one mesh of devices with the axes of the configuration. Several processes join before (`processes.start_distributed`).
+"""Make one mesh of devices with the axes of the configuration; `processes.start_distributed` comes before.
 
 Axes, outermost first: `pipe` (stages of a pipeline), `data` (samples), `space` (rows of an image), `space_w` (its
 columns) and `model` (filters). `data` and `model` are always there, the others where they split something. Meshes are
@@ -118,7 +118,7 @@ def stored_sharding(mesh: Mesh, dimensions: int) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, *, image: bool = False) -> NamedSharding:
-    """Return the sharding of a batch: samples split over `data`, images also over the space axes; the same on all devices along other axes."""
+    """Return the sharding of a batch: samples split over `data`, images also over the space axes."""
     return NamedSharding(mesh, image_spec(mesh) if image else spec("data"))
 
 

@@ -166,7 +166,7 @@ class Parts:
         return Held(self.of(state.params, k), self.of(state.model_state, k))
 
     def opt_of(self, opt_state: Any, k: int) -> tuple[list[Any], list[Any]]:
-        """Return the leaves of the optimiser's state for one part: the moments of its parameters, and the counters of all."""
+        """Return the leaves of the optimiser's state for one part: its moments, and all counters."""
         found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)}
         leaves = [found[name] for name in self.opt_names[k]]
         alike = list(zip(self.opt_names[k], leaves, strict=True))

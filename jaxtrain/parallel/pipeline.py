@@ -155,9 +155,9 @@ class Pipeline:
     def _rehearse(
         self, held: Mapping[int, Held], blank: Mapping[int, Any], carries: Any, entry: Callable[..., Entry]
     ) -> None:
-        """Compile the passes of this process's parts on zeros, and wait for the others to have done so.
+        """Compile the passes of the parts of this process on zeros, and wait until all processes have done so.
 
-        One part may take minutes longer to compile than another, and what connects processes (Gloo: 30 s) gives up.
+        One part may take minutes longer to compile than another, and the link between processes (Gloo: 30 s) gives up.
         """
 
         def zeros(carry: Carry, k: int) -> Carry:

@@ -51,8 +51,8 @@ PARENT = "TERRASHARD_PARENT"
 HEARTBEAT = "TERRASHARD_HEARTBEAT_S"
 
 _HEARTBEAT_S = 30
-"""Seconds of silence after which a process counts as dead and all others end. Beats come from a thread of C++, which neither
-compilation nor the interpreter's lock holds up."""
+"""Seconds of silence after which a process counts as dead and all others end. Beats come from a thread of C++, which
+neither compilation nor the interpreter's lock holds up."""
 _FIRST_PORT, _PORTS = 61440, 4096
 """Ports above those that Linux assigns (32768-60999), so that one computed from a job's name is free."""
 
@@ -173,7 +173,7 @@ def _of_slurm(env: Mapping[str, str]) -> Rendezvous | None:
 
 
 def _tasks_here(env: Mapping[str, str]) -> int | None:
-    """Return the number of tasks of this node: SLURM_STEP_TASKS_PER_NODE is such as "2(x3),1" for nodes 0, 1, 2 and 3."""
+    """Return the number of tasks of this node; SLURM_STEP_TASKS_PER_NODE is like "2(x3),1" for nodes 0, 1, 2 and 3."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
@@ -339,7 +339,7 @@ _WAITS: Counter[str] = Counter()
 
 
 class Agreement:
-    """Whether any process wants something, known to all at the same step: one number summed over all devices.
+    """A request by any process that all learn of at the same step: one number summed over all devices.
 
     A signal reaches processes at different times; acting on it alone would leave the others waiting in a collective.
     `ask` starts the sum and returns at once, `answer` reads it, so it may be read a step late at no cost.

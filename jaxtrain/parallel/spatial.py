@@ -39,7 +39,7 @@ def over_space(mesh: Mesh) -> Iterator[None]:
 
 
 def halo_widths(window: int, stride: int) -> tuple[int, int]:
-    """Return the rows that a shard borrows from the shard before and after it, for windows centred on the rows 0, stride, ….
+    """Return the rows that a shard borrows from its neighbours, for windows centred on the rows 0, stride, ….
 
     Args:
         window: rows of the kernel, odd.

@@ -191,7 +191,7 @@ def _look(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) -> Ca
 
 @dataclass(frozen=True)
 class SharedPrograms:
-    """The compiled programs that belong to no one part.
+    """The compiled programs that all parts share.
 
     Attributes:
         images: (batch, key) → a tuple of microbatches of normalised images; on the first group.
