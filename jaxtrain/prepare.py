@@ -46,7 +46,7 @@ def prepare(
     Args:
         config: The run.
         data: What it learns from.
-        earlier: Card of the run that is continued; it goes on with the same windows and statistics.
+        earlier: Card of the run that is continued; windows and statistics stay the same.
         on_unreadable: As of `WindowReader`.
 
     Raises:

@@ -180,7 +180,7 @@ class TrainingSession:
         return improved or self.best.ended
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begin a checkpoint; it is written in the background while training goes on."""
+        """Begin a checkpoint; it is written in the background while training continues."""
         self.clock.pause()
         self.watchdog.beat(f"checkpoint at step {step}")
         self.store.begin(step, self.program.to_save(state), self._position(step))

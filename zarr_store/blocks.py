@@ -77,7 +77,7 @@ def decode(dataset: xr.Dataset, spec: CubeSpec, *, scaled: bool, masked: bool) -
         stored = dataset[name].variable
         lazy = indexing.LazilyIndexedArray(_Decoded(stored, status, rule if scaled else None))
         attributes = {key: value for key, value in stored.attrs.items() if not (scaled and key in _HOW_STORED)}
-        # the encoding says how whole numbers were stored: floats written with it would be cut to integers
+        # the encoding is that of whole numbers: floats written with it would be cut to integers
         encoding = {key: value for key, value in stored.encoding.items() if key in ("grid_mapping", "coordinates")}
         arrays[name] = xr.Variable(stored.dims, lazy, {**attributes, **({"units": "1"} if scaled else {})}, encoding)
     return dataset.assign(arrays)

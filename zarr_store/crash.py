@@ -1,6 +1,6 @@
 """`crashpoint`: named places between durable steps, at each of which a process may die without anything being lost.
 
-Tests let a process end at the n-th place it comes to, for every n, and repeat the run. Otherwise a place costs one
+Tests let a process end at the n-th place that it reaches, for every n, and repeat the run. Otherwise a place costs one
 comparison.
 """
 

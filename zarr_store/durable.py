@@ -31,7 +31,7 @@ class PendingFile:
         digest: SHA-256 of the bytes.
 
     Raises:
-        OSError: As the system says it; then nothing is left.
+        OSError: The error of the system; then nothing is left.
     """
 
     def __init__(self, path: Path, key: str, parts: Iterable[bytes]) -> None:
@@ -119,7 +119,7 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
     """Write or replace a file, which appears complete or not at all; its temporary name cannot be guessed.
 
     Raises:
-        OSError: As the system says it; what was there stays.
+        OSError: The error of the system; the old file stays.
     """
     place = Path(path)
     PendingFile(place, place.name, [data]).finish()

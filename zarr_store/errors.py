@@ -16,7 +16,7 @@
     │   └── AssetUnreadable             8   one asset of one scene could not be read
     └── Preempted                      75   stopped on request; the same command resumes
 
-Each message says what was expected, what came, which object it is about and what to do.
+Each message names what was expected, what came, which object it is about and what to do.
 """
 
 from __future__ import annotations

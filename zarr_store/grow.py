@@ -2,7 +2,7 @@
 
 The metadata of the grown cube are made in memory by the code that makes new cubes, and put in place file by file:
 coordinates and arrays first, which a reader of the old cube does not look at beyond its own shape; then each group,
-which in one file says times, items and the consolidated metadata of its arrays; the root last. Dying in between leaves
+which in one file holds times, items and the consolidated metadata of its arrays; the root last. Dying in between leaves
 the old cube, and repeating finishes the work. The number of files does not depend on the length of the cube.
 """
 

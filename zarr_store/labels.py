@@ -119,7 +119,7 @@ class LabelLayer:
 
     def array(self) -> ts.TensorStore:
         """The array of pixels (y, x), read-only."""
-        # absent shards are those without a label; `verify` tells them from lost ones
+        # absent shards are those without a label; `verify` distinguishes them from lost ones
         self.store.check_inside(_ARRAY)
         spec = {"driver": "zarr3", "kvstore": self.store.tensorstore(_ARRAY), "recheck_cached_data": "open"}
         return ts.open(spec, open=True, read=True, write=False, context=_CONTEXT).result()

@@ -3,7 +3,7 @@
 An object appears whole or not at all, so a write is atomic by itself. What a folder does with links and renames is
 done with conditional requests: `create_exclusive` puts only where nothing is (If-None-Match), `take` only over the very
 object that was looked at (If-Match). A bucket has no rename, so a new cube's metadata are put key by key, none of them
-over anything, and the root's zarr.json last: until then there is no cube. A marker says that the keys before it belong
+over anything, and the root's zarr.json last: until then there is no cube. A marker means that the keys before it belong
 to an unfinished cube; creating the same cube again continues it.
 
 Endpoint, region and credentials come from the environment, through the readers of obstore and tensorstore; neither a

@@ -34,7 +34,7 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
 
     Args:
         data: Its zarr.json.
-        spec: What its collection says.
+        spec: Spec of its collection.
         array: Its name.
         where: The place of the metadata, for people.
 
@@ -69,14 +69,14 @@ def check_promises(data: bytes | None, spec: CubeSpec, array: str, where: str) -
         "shard": box(spec.layout.shard),
         "chunk": box(spec.layout.chunk),
     }
-    # while a cube grows its arrays are longer than its collection says yet
-    steps, said = found["shape"][:1], expected["shape"][:1]
-    if len(steps) == 1 and isinstance(steps[0], int) and steps[0] >= said[0]:
-        found["shape"] = (*said, *found["shape"][1:])
+    # while a cube grows its arrays are already longer than its collection states
+    steps, expected_steps = found["shape"][:1], expected["shape"][:1]
+    if len(steps) == 1 and isinstance(steps[0], int) and steps[0] >= expected_steps[0]:
+        found["shape"] = (*expected_steps, *found["shape"][1:])
     wrong = [f"{name} {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]]
     if wrong:
         raise IntegrityError(
-            f"{where} does not say what its collection says: {'; '.join(wrong)}. Nothing of it was read: it was "
+            f"{where} differs from the spec of its collection: {'; '.join(wrong)}. Nothing of it was read: it was "
             "changed after the cube was made"
         )
     size = math.prod(box(spec.layout.chunk)) * np.dtype(spec.array(array).dtype).itemsize
@@ -97,7 +97,7 @@ def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
 
     Args:
         data: zarr.json of the overview's array.
-        spec: What its collection says.
+        spec: Spec of its collection.
         where: The place of the metadata, for people.
 
     Raises:
@@ -135,7 +135,7 @@ def check_overview(data: bytes | None, spec: CubeSpec, where: str) -> None:
         wrong.append(f"packed with {', '.join(sorted(codecs - _OVERVIEW_CODECS))}")
     if wrong:
         raise IntegrityError(
-            f"{where} does not say what its collection says: {'; '.join(wrong)}. Nothing of it was read: it was "
+            f"{where} differs from the spec of its collection: {'; '.join(wrong)}. Nothing of it was read: it was "
             "changed after the cube was made"
         )
 

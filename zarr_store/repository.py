@@ -209,7 +209,7 @@ class IcechunkStore(Store):
         except icechunk.ConflictError as error:
             raise Locked(
                 f"{self.url}: another program has committed to this repository meanwhile; nothing of this run was: "
-                "repeat the command, it goes on from what is staged"
+                "repeat the command, it continues with the staged files"
             ) from error
         crashpoint("after the commit")
         self._clear()

@@ -67,7 +67,7 @@ def _zoom(array: jax.Array, scale_B: jax.Array) -> jax.Array:
     side = array.shape[1]
     centre = (side - 1) / 2
     wanted = (jnp.arange(side, dtype=jnp.float32) - centre) / scale_B[:, None] + centre
-    # beyond the edge the image goes on as in a mirror
+    # beyond the edge the image is mirrored
     nearest = jnp.round(wanted)
     nearest = jnp.where(nearest < 0, -1 - nearest, nearest)
     nearest = jnp.where(nearest > side - 1, 2 * side - 1 - nearest, nearest)

@@ -126,7 +126,7 @@ def _other_samples(
     if len(unknown) == len(store.spec.classes) or (store.spec.labelled == "several") != card.task.several:
         raise InvalidInput(
             f"{store.url} has the classes {', '.join(store.spec.classes[:8])}, the model knows "
-            f"{', '.join(card.classes.names[:8])}: none is the same, so it cannot be judged there"
+            f"{', '.join(card.classes.names[:8])}: none is the same, so it cannot be evaluated there"
         )
     warnings = [f"samples of {', '.join(unknown)} are not judged: the model does not know them"] if unknown else []
     absent = [name for name in known if name not in store.spec.classes]

@@ -1,7 +1,7 @@
 """`Split` assigns blocks of ground to the training, validation and test part.
 
 The grid is cut into square blocks, and a block belongs to one part. A window lies wholly within one block, so no ground
-is in two parts on any date; only where whole dates are held out (`data.split.test_dates`) is a block judged on dates on
+is in two parts on any date; only where whole dates are held out (`data.split.test_dates`) is a block tested on dates on
 which it was not learned. Which block goes where depends on a hash of (seed, block), not on how blocks are counted;
 shares are filled by rank of that hash, so that also a dozen blocks fill all parts. A checkerboard gives every other
 block to the test part.

@@ -162,7 +162,7 @@ class TrainingData(Protocol):
 
         Raises:
             InvalidInput: Bands, labels or classes do not fit the model.
-            NothingFound: There is nothing to judge.
+            NothingFound: There is nothing to evaluate on.
         """
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:

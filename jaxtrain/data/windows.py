@@ -204,7 +204,7 @@ def _usable(
     if target.place == "layer":
         values = [value for group in classes.values for value in group]
         labelled = index.class_counts[target.name][..., values].sum(axis=-1)
-        # class counts include masked pixels; no more than the observed ones can be learned
+        # class counts include masked pixels; at most the observed ones can be learned
         share = np.minimum(labelled / np.maximum(index.pixels, 1), share)
     # of a series an absent date is one that was not observed
     there = index.present if config.dates == 1 else np.broadcast_to(index.present.any(axis=0), index.present.shape)

@@ -156,7 +156,7 @@ def judge(
         step: From `make_eval_step(program)`.
         state: The model.
         reader: Reads windows with labels.
-        windows: Those to judge.
+        windows: Windows or samples of the evaluation.
         names: Class names.
         on_batch: Called with (batches done, batches in all).
     """
@@ -239,7 +239,7 @@ def evaluate(
 
     Raises:
         InvalidInput: `run` is not a run, or the data do not fit the model.
-        NothingFound: There is no checkpoint, or nothing to judge.
+        NothingFound: There is no checkpoint, or nothing to evaluate on.
         UnknownName: `split` is none of the three.
 
     Example:
@@ -311,7 +311,7 @@ def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name:
 
     Raises:
         InvalidInput: The model learned from another kind of data.
-        NothingFound: There is nothing to judge.
+        NothingFound: There is nothing to evaluate on.
     """
     learned = "sample store" if card.grid is None else "cube"
     if data.kind != learned:

@@ -69,7 +69,7 @@ def collect_tiles(
     if not len(windows) or jax.process_count() > 1:
         return []  # each process would hold only its own rows
     rows = windows.rows[np.unique(np.linspace(0, len(windows) - 1, _LOOKED_AT).astype(int))]
-    # the compiled step wants whole shares of the batch for every device, and always the same size
+    # the compiled step needs whole shares of the batch for every device, and always the same size
     axis = program.mesh.shape["data"]
     size = -(-min(program.config.run.batch_size, _LOOKED_AT) // axis) * axis
     sharding = batch_sharding(program.mesh)

@@ -233,7 +233,7 @@ def prepare_batch(
     arrays = tuple(as_images(batch[name]) for name in names)
     if data.augment:
         turned = augment(arrays, key=key, zoom=data.zoom)
-        # the compiler would go on with images split as they came out of a quarter turn, by columns
+        # the compiler would keep images split as they came out of a quarter turn, by columns
         arrays = constrain(turned, tuple(batch_sharding(mesh, image=a.ndim > 2) for a in arrays))
     image, observed = arrays[0], arrays[-1]
     x_BHWC = normalise(program, image, observed)

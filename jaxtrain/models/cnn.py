@@ -1,7 +1,7 @@
 """Plain convolutional networks as baselines: one prediction for each pixel, or one for each image.
 
 Per pixel it is fully convolutional at full resolution: the baseline that a U-Net must beat. `depth` blocks of two 3 × 3
-convolutions without halving; each pixel is judged by a window of `4 * depth + 1` pixels.
+convolutions without halving; each pixel is predicted from a window of `4 * depth + 1` pixels.
 The one skip leads from the image to the last layer: norms forget the level of an image, and reflectance is evidence.
 
 Per image it is the classic of LeCun et al. (1998), "Gradient-based learning applied to document recognition", with

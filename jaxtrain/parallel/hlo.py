@@ -18,7 +18,7 @@ __all__ = ["Collective", "activation_all_gathers", "bytes_by_kind", "collectives
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
 BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 
-# `%name = RESULT kind(` where RESULT is one array type or a tuple of them; `-done` repeats what `-start` said
+# `%name = RESULT kind(` where RESULT is one array type or a tuple of them; `-done` repeats the result of `-start`
 INSTRUCTION = re.compile(rf"=\s+(?P<result>[^%\"]*?)\s+(?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 ARRAY = re.compile(r"(?P<type>[a-z]+[0-9]*[a-z0-9]*)\[(?P<dims>[0-9,]*)\]")
 

@@ -78,7 +78,7 @@ def name_leaves(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
-        raise InvalidInput(f"{len(leaves)} arrays share {len(named)} names and cannot be told apart in a checkpoint")
+        raise InvalidInput(f"{len(leaves)} arrays share {len(named)} names and cannot be distinguished in a checkpoint")
     return named
 
 
@@ -192,7 +192,7 @@ class CheckpointStore:
     def _check_room(self, step: int, named: Mapping[str, Any]) -> None:
         # before the first byte: a disk that fills up while arrays are written leaves writers of orbax behind
         needed, disk = sum(int(leaf.nbytes) for leaf in named.values()), shutil.disk_usage(self.folder)
-        if disk.total and disk.free < needed:  # some network file systems say 0 of 0
+        if disk.total and disk.free < needed:  # some network file systems report 0 of 0
             raise NoSpace(
                 f"no space left for {self.path(step)}: a checkpoint needs {needed / 1e6:.1f} MB and "
                 f"{disk.free / 1e6:.1f} MB are free; those before are as they were; free some and repeat the command"
@@ -215,7 +215,7 @@ class CheckpointStore:
             kind = type(error) if isinstance(error, TerrashardError) else IntegrityError
             failure = kind(
                 f"the checkpoint of step {step} could not be saved: {error}; those before are as they were "
-                f"(newest: {max(self.steps(), default='none')}), and training stops rather than go on unsaved"
+                f"(newest: {max(self.steps(), default='none')}), and training stops rather than continue without saving"
             )
             failure.__cause__ = error
             self._failure = failure

@@ -1,8 +1,8 @@
 """Experiment trackers beside TensorBoard and JSONL: MLflow and Weights & Biases, for runs with `run.track`.
 
-Neither is installed with terrashard; a run that names one that is absent ends before anything is written. Where they
-send what they get is theirs to say (MLFLOW_TRACKING_URI, WANDB_MODE, WANDB_PROJECT …); without a word MLflow writes
-into the run's folder.
+Neither is installed with terrashard; a run that names one that is absent ends before anything is written. Their own
+variables (MLFLOW_TRACKING_URI, WANDB_MODE, WANDB_PROJECT …) set where they send data; by default MLflow writes into the
+run's folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _MLflow:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "terrashard")
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
-        kept = run / "mlflow.run"  # a run that continues goes on in the same place
+        kept = run / "mlflow.run"  # a run that is continued stays in the same place
         if kept.exists():
             self._id = kept.read_text(encoding="utf-8").strip()
         else:
