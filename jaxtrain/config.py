@@ -238,9 +238,7 @@ class MeshConfig(_Strict):
     def _makes_sense(self) -> MeshConfig:
         # where data is not named, it may still become all devices: `make_mesh` judges
         if self.zero and self.data == 1 and "data" in self.model_fields_set:
-            raise ValueError(
-                f"zero = {self.zero} shares out over the axis data, whose size is 1: set data, or zero = 0"
-            )
+            raise ValueError(f"zero = {self.zero} splits over the axis data, whose size is 1: set data, or zero = 0")
         if self.pipe > 1 and self.schedule == "interleaved" and self.microbatches % self.pipe:
             raise ValueError(
                 f"the schedule interleaved sends microbatches in rounds of pipe = {self.pipe}: microbatches "

@@ -83,7 +83,7 @@ class LabelSpec:
         if values != sorted(set(values)) or any(not 0 <= v < NOT_LABELLED for v in values):
             raise InvalidInput(f"label layer {self.name}: class values must be 0 … 254 and named once, got {values}")
         if len(set(names)) != len(names):
-            raise InvalidInput(f"label layer {self.name}: classes must have names of their own, got {names}")
+            raise InvalidInput(f"label layer {self.name}: classes must have unique names, got {names}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -157,7 +157,7 @@ def open_label(cube: Cube, name: str) -> LabelLayer:
         raise UnknownName.of("label layer", name, sorted(known), f"cube {cube.url}")
     layer = _open(cube.url, name)
     if layer is None:
-        raise IntegrityError(f"{cube.url}: label layer {name} is listed and not there; make it again")
+        raise IntegrityError(f"{cube.url}: label layer {name} is listed, but does not exist; make it again")
     if layer.digest != known[name]:
         raise IntegrityError(
             f"{layer.store.url} is another layer than the one that the cube lists (digest {known[name][:12]} → "
@@ -204,7 +204,7 @@ def write_label(
                 return there, False
             if not replace:
                 raise CubeMismatch(
-                    f"{there.store.url} is there and comes from something else ({_origin(there.spec)}); nothing was "
+                    f"{there.store.url} exists and has another origin ({_origin(there.spec)}); nothing was "
                     "changed: give another --name, or --replace"
                 )
         store = _place(cube.url, spec.name)

@@ -69,7 +69,7 @@ class SampleSpec:
         if self.count < 1 or not self.bands or min(self.size) < 1:
             raise InvalidInput(f"a sample store needs samples with bands and pixels, got {self}")
         if len(set(self.bands)) != len(self.bands):
-            raise InvalidInput(f"bands must have names of their own, got {', '.join(self.bands)}")
+            raise InvalidInput(f"bands must have unique names, got {', '.join(self.bands)}")
         if not 2 <= len(self.classes) <= 254 or len(set(self.classes)) != len(self.classes):
             raise InvalidInput(f"expected 2 to 254 different classes, got {len(self.classes)}: {self.classes[:12]}")
         if self.labelled not in get_args(Labelled):

@@ -186,7 +186,7 @@ class CubeSpec:
                     f"{self.collection}: {name!r} cannot name an array: use letters, digits, '.', '_' and '-'"
                 )
         if len(set(arrays)) != len(arrays):
-            raise InvalidInput(f"{self.collection}: arrays must have names of their own, got {', '.join(arrays)}")
+            raise InvalidInput(f"{self.collection}: arrays must have unique names, got {', '.join(arrays)}")
         if not self.times or list(self.times) != sorted(set(self.times)):
             raise InvalidInput(
                 f"{self.collection}: times must be strictly ascending and not be empty, got {self.times}"

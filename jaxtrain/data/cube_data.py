@@ -160,7 +160,9 @@ def judge_cube(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty
     if own and spec.grid != card.grid:
         raise InvalidInput(f"{cube.url} has grid {spec.grid}, trained on {card.grid}; pass it as other data")
     if not own and spec.grid.resolution != card.grid.resolution:
-        warnings.append(f"pixels of {cube.url} are {spec.grid.resolution}, the model learned {card.grid.resolution}")
+        warnings.append(
+            f"pixels of {cube.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"
+        )
     if not own and overlap(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     classes = match_classes(card.classes, config, target)

@@ -310,7 +310,7 @@ def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name:
         name: What the user called the data, for the message.
 
     Raises:
-        InvalidInput: The model learned from another kind of data.
+        InvalidInput: The model was trained on another kind of data.
         NothingFound: There is nothing to evaluate on.
     """
     learned = "sample store" if card.grid is None else "cube"

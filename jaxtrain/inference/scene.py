@@ -168,7 +168,9 @@ def predict(
     program, state, step, passed_over = restore_model(run, card)
     warnings = list(passed_over)
     if spec.grid.resolution != card.grid.resolution:
-        warnings.append(f"pixels of {opened.url} are {spec.grid.resolution}, the model learned {card.grid.resolution}")
+        warnings.append(
+            f"pixels of {opened.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"
+        )
     absent = int((~index.present).sum())
     if absent:
         warnings.append(f"{absent} of {index.present.size} chunks of {opened.url} were never written: no data there")

@@ -71,7 +71,7 @@ def build_model(
     if config.name not in known:
         given, asked = ("pixel", "image") if per_image else ("image", "pixel")
         raise InvalidInput(
-            f"model.name = {config.name!r} answers for each {given}, the data ask for one answer per {asked}: choose "
+            f"model.name = {config.name!r} predicts for each {given}, the data need one prediction per {asked}: choose "
             f"one of {', '.join(known)}"
         )
     return known[config.name](config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)

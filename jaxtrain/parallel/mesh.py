@@ -44,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     if config.zero and config.data == 1:
         raise InvalidInput(
-            f"mesh.zero = {config.zero} shares out over the axis data, of which there is one device: name a larger "
+            f"mesh.zero = {config.zero} splits over the axis data, of which there is one device: name a larger "
             "mesh.data, or set mesh.zero = 0"
         )
     found = list(jax.devices() if devices is None else devices)

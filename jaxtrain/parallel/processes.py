@@ -135,7 +135,7 @@ def _of_mpi(
     own, here = _number(local_rank, env), _number(local_size, env)
     local = None if own is None or here is None else (own, here)
     if here is None or here == processes:  # all of one machine: its name need not be known
-        # PMI_PORT is the same for all processes of an mpirun, PMI_ID is not: so without a job's name its parent names it
+        # PMI_PORT is the same for all processes of an mpirun, PMI_ID is not: without a job's name its parent names it
         named = next((env[key] for key in job if key in env and key != "PMI_ID"), str(os.getppid()))
         return Rendezvous(f"127.0.0.1:{_port(named)}", processes, process, name, local)
     return Rendezvous(None if COORDINATOR in env else _ask_mpi(name), processes, process, name, local)

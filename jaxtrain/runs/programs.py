@@ -44,7 +44,7 @@ def program_folder(key: str, environment: Mapping[str, str] | None = None) -> Pa
         os.utime(folder)
         _prune(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        _log.warning("compiled programs are not kept: %s; a run that is continued compiles them anew", error)
+        _log.warning("compiled programs are not kept: %s; a continued run compiles them again", error)
         return None
     return folder
 

@@ -226,6 +226,6 @@ def test_a_run_on_the_pixels_of_a_scene(tmp_path):
 
 
 def test_a_network_for_pixels_is_refused_for_samples(tmp_path):
-    with pytest.raises(InvalidInput, match=r"'unet' answers for each pixel.*one of cnn, mlp, resnet"):
+    with pytest.raises(InvalidInput, match=r"'unet' predicts for each pixel.*one of cnn, mlp, resnet"):
         train(run_config(make_samples(tmp_path / "s.zarr"), data={"cube": str(tmp_path / "s.zarr"), "patch": 16},
                          model={"name": "unet", "width": 4, "depth": 1}), tmp_path / "run")  # fmt: skip

@@ -227,7 +227,7 @@ def test_a_device_holds_its_part_of_a_scene():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"mesh": {"zero": 1, "data": 1}}, "zero = 1 shares out over the axis data, whose size is 1"),
+        ({"mesh": {"zero": 1, "data": 1}}, "zero = 1 splits over the axis data, whose size is 1"),
         ({"mesh": {"space": 3}}, "mesh.space 3 cannot split data.patch 16.*has 8 rows.*multiple of 6"),
         ({"mesh": {"space": [1, 16]}}, "mesh.space 16 cannot split data.patch 16"),
         ({"mesh": {"zero": 2, "data": 2}}, "Input should be 0, 1 or 3"),
@@ -248,7 +248,7 @@ def test_a_mesh_that_is_too_large_names_all_its_axes():
 
 
 def test_zero_without_anybody_to_share_with_is_refused():
-    with pytest.raises(InvalidInput, match=r"mesh.zero = 3 shares out over the axis data, of which there is one"):
+    with pytest.raises(InvalidInput, match=r"mesh.zero = 3 splits over the axis data, of which there is one"):
         make_program({"zero": 3}, UNET)
 
 
