@@ -45,7 +45,7 @@ def prepare(
 
     Args:
         config: The run.
-        data: What it learns from.
+        data: The open training data.
         earlier: Card of the run that is continued; windows and statistics stay the same.
         on_unreadable: As of `WindowReader`.
 

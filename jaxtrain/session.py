@@ -82,10 +82,10 @@ class TrainingSession:
         card: Its model card.
         ready: Its training data.
         program: The network on the mesh.
-        eval_step: From `make_eval_step(program)`.
+        eval_step: Result of `make_eval_step(program)`.
         store: Its checkpoints.
         best: Its best validation so far.
-        incidents: What went wrong without ending it.
+        incidents: Faults that did not end it.
         tell: Reports its progress.
         clock: Rate of this call.
         agreement: Whether any process wishes to stop.

@@ -92,8 +92,8 @@ def build(model: type[Model], data: Mapping[str, Any], *, where: str) -> Model:
 
     Args:
         model: A strict pydantic model.
-        data: What the user gave.
-        where: What to call its origin in the message: a file name, or "options".
+        data: Settings as the user gave them.
+        where: Origin of the settings in messages: a file name, or "options".
 
     Raises:
         InvalidInput: One line; an unknown key names the nearest known one.

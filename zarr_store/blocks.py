@@ -56,7 +56,7 @@ def decode(dataset: xr.Dataset, spec: CubeSpec, *, scaled: bool, masked: bool) -
 
     Args:
         dataset: The arrays as they are stored.
-        spec: What the collection holds.
+        spec: Spec of the collection.
         scaled: Give physical numbers (stored · scale + offset), and NaN where there is no data.
         masked: Give NaN wherever the status is not observed.
     """

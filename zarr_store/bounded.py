@@ -21,7 +21,7 @@ __all__ = ["MOST_JSON_BYTES", "MOST_METADATA", "check_weight", "load_json", "rea
 MOST_JSON_BYTES = 64 << 20
 """Largest JSON document of a cube, store, map or run, bytes; the item table of 4,000 scenes has 3 MB."""
 MOST_METADATA = 256 << 20
-"""Of any document of a store, also of the plan that a cube keeps."""
+"""Largest JSON document in a store, bytes; the plan that a cube keeps is one."""
 _PER_BYTE = 12
 """Bytes of objects that a document may become, for each byte that one of its kind may have: STAC items become 7."""
 
@@ -98,9 +98,9 @@ def read_file(path: str | os.PathLike[str], most: int, where: str = "") -> bytes
     """Return the bytes of a regular file.
 
     Args:
-        path: Of the file; a link is followed.
+        path: Path of the file; a link is followed.
         most: Bytes that it may have.
-        where: What to call it in the error; its path if not given.
+        where: Name of the file in messages; its path if not given.
 
     Raises:
         InvalidInput: It is larger.

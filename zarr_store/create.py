@@ -48,11 +48,11 @@ def create_cube(
     """Create the metadata of a cube, or find that it exists already.
 
     Args:
-        url: Where the cube goes. It appears complete, or not at all.
+        url: URL of the cube. It appears complete, or not at all.
         specs: One per collection, all on one grid.
         items: Collection → item table; `source_item` counts its rows. Each row has at least "id" and "datetime".
-        provenance: What made the cube (plan digest, configuration, version); JSON.
-        kind: What holds it: plain files or objects, or an Icechunk repository; None for files, or for what is there.
+        provenance: Origin of the cube (plan digest, configuration, version); JSON.
+        kind: Plain files or objects, or an Icechunk repository; None for files, or the kind of an existing cube.
 
     Raises:
         CubeMismatch: A cube of another grid, band list, time axis or item table is there; the message is the diff.
@@ -102,8 +102,8 @@ def lay_out(
     Args:
         target: Empty Zarr store, or the path of one.
         specs: One per collection.
-        described: From `describe`.
-        provenance: What made the cube.
+        described: Result of `describe`.
+        provenance: Origin of the cube.
         time_chunks: Collection → dates in one object of its time coordinate, where that is not the usual number.
     """
     root = zarr.create_group(

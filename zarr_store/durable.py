@@ -24,7 +24,7 @@ class PendingFile:
 
     Args:
         path: Its place.
-        key: What it is called at crash points.
+        key: Name of the file at crash points.
         parts: Its bytes, written as they come.
 
     Attributes:

@@ -35,7 +35,7 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
         specs: All its collections; each as it is, or with more times after the present ones.
         items: Collection → item table; each as it is, or with more rows after the present ones, and with further
             properties of rows that are there.
-        provenance: What made the grown cube.
+        provenance: Origin of the grown cube.
 
     Returns:
         Number of files that were written; 0 where everything was so already.

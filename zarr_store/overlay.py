@@ -19,7 +19,7 @@ _CHUNK = re.compile(r"(?P<array>.+)/c(/\d+)*")
 async def snapshot_get(
     store: Any, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
 ) -> Buffer | None:
-    """What a snapshot has at a key; Icechunk 1 raises where the key's array is not there."""
+    """Read a key of a snapshot; Icechunk 1 raises if the array of the key does not exist."""
     chunk = _CHUNK.fullmatch(key)
     if chunk and not await store.exists(f"{chunk['array']}/zarr.json"):
         return None

@@ -41,11 +41,11 @@ def pack_shard(
     """Yield the parts of a shard's file: each chunk with its checksum, then the index with their places.
 
     Args:
-        pixels: Of the part of the shard that lies in the array; as many axes as `chunk`.
+        pixels: Pixels of the part of the shard inside the array; as many axes as `chunk`.
         chunk: Shape of a chunk.
         shard: Shape of a whole shard, in whole chunks.
         layout: Its Blosc codec and level.
-        fill: Of a chunk beyond the array's edge.
+        fill: Value of pixels beyond the edge of the array.
         look: Shown the pixels of each chunk, without what is beyond the edge, in the order of the chunks.
     """
     slots = tuple(s // c for s, c in zip(shard, chunk, strict=True))

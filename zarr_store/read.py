@@ -300,7 +300,7 @@ def await_read(pending: Any, place: str | Callable[[], str]) -> np.ndarray:
 
     Args:
         pending: The future.
-        place: What is read, in words, for the message; a function is asked only where something is wrong.
+        place: Name of what is read, for messages; a function is called only on an error.
 
     Raises:
         MissingShard: NOT_FOUND. CorruptShard: DATA_LOSS or a damaged shard index.

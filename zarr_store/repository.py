@@ -182,7 +182,7 @@ class IcechunkStore(Store):
         """Put all staged files into the repository, as one commit.
 
         Args:
-            message: Of the commit.
+            message: Message of the commit.
             still_ours: Whether the caller's lock holds; asked right before the commit.
 
         Returns:

@@ -51,9 +51,9 @@ class SampleSpec:
         count: Number of samples.
         bands: Names, in order.
         size: (height, width) of each sample, pixels.
-        dtype: Of the image: uint8, uint16 or float32.
+        dtype: Type of the image: uint8, uint16 or float32.
         classes: Names, by class index; for labelled pixels the name of label value i + 1.
-        labelled: What a sample's label is.
+        labelled: Kind of the label of a sample.
     """
 
     count: int
@@ -114,8 +114,8 @@ def write_samples(url: str | Path, spec: SampleSpec, samples: Iterable[Sample]) 
     """Write a store; it appears at `url` once all samples are in it.
 
     Args:
-        url: Where the store goes; nothing may be there.
-        spec: What fixes the arrays.
+        url: URL of the new store; nothing may exist there.
+        spec: Description of the arrays.
         samples: `spec.count` of them.
 
     Returns:
@@ -285,7 +285,7 @@ class SampleStore:
         """Start to decode the images of some samples into an array, and return a function that waits for them.
 
         Args:
-            numbers: Of the samples.
+            numbers: Numbers of the samples.
             into: (samples, band, y, x) in the type of the store.
             bands: Their positions; all of them, in order, where none are given.
 

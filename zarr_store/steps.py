@@ -25,7 +25,7 @@ MIXED_ORBIT = -1
 
 @dataclass(frozen=True)
 class Pairing:
-    """For each time step of one collection, the nearest step of another.
+    """The nearest step of another collection for each time step of one.
 
     Attributes:
         index: (T,) step of the other collection, -1 where none is near enough.

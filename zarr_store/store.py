@@ -166,7 +166,7 @@ class Store(ABC):
         """End a run: what it wrote becomes one snapshot, where the store has any; the snapshot's id, else None.
 
         Args:
-            message: Of the snapshot.
+            message: Message of the snapshot.
             still_ours: Whether the caller's lock holds.
         """
         del message, still_ours

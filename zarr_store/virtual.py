@@ -20,8 +20,8 @@ def open_virtual(store: Any, path: str, context: ts.Context, *, exists: Callable
 
     Args:
         store: As zarr-python opens it.
-        path: Of the array.
-        context: Of tensorstore: its cache.
+        path: Path of the array.
+        context: Context of tensorstore, with its cache.
         exists: Whether a shard's key is there; asked once for each that is, as zarr-python reads a lost one as fill.
 
     Returns:

@@ -84,7 +84,7 @@ class ShardWriter:
             arrays: Every array of the collection, in the spec's dtype: the main one (time, band, y, x), the others
                 (time, y, x). They are no longer needed once this returns.
             key: Digest of all that determined the content.
-            sources: What became of each scene.
+            sources: Outcome of each scene.
 
         Raises:
             MisalignedWrite: The region is not one shard, or an array is absent, superfluous or misshapen.
@@ -202,7 +202,7 @@ class PackedShard:
     """A packed shard that is not yet stored; storing it is mostly waiting for a disk or a bucket.
 
     Attributes:
-        writer: What packed it.
+        writer: The writer that packed it.
         row: Its row for the ledger; the state is "partial" if a source is missing.
         pending: The objects of all arrays, and of the overview.
     """

@@ -32,7 +32,7 @@ class BatchStream:
 
     Args:
         reader: Reads windows.
-        windows: Those to read.
+        windows: Windows to read.
         size: Windows of a batch, over all processes.
         sharding: Says which of them this process reads.
         order: The order of the samples of the run.

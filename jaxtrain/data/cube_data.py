@@ -122,7 +122,7 @@ def prepare_cube(
         cube: The open cube.
         earlier: Card of the run that is continued.
         on_unreadable: As of `WindowReader`.
-        classes: Those of a cube before it, where there are several.
+        classes: Classes of an earlier cube, if there are several.
     """
     data = config.data
     target = ITSELF if config.model.name == "autoencoder" else resolve_target(cube, data)

@@ -59,7 +59,7 @@ class WindowReader:
         learn_masked: Whether masked pixels count as observed.
         target: The label, or None if only the image is read.
         table: uint8 (256,) layer value → class index, of classes.
-        index: What is known of the chunks: the status of those that are observed throughout is not read.
+        index: Counts of the chunks; the status of chunks that are observed throughout is not read.
         lenient: Chunks that, by the index, were never written read as not observed; else they raise.
         dates: Dates of a window that follow each other; its row has the first.
         on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not

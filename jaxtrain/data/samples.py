@@ -173,7 +173,7 @@ def plan_samples(
         config: Split, patch and classes.
         store: The open store.
         classes: The learned classes.
-        split: That of an earlier run; made afresh where there is none.
+        split: Split of an earlier run; None makes a new one.
 
     Raises:
         InvalidInput: The split does not fit the store.

@@ -66,7 +66,7 @@ class Target:
 
         Args:
             stored: Any shape.
-            table: Of `Classes.table`; of values not used.
+            table: Result of `Classes.table`; not used for values.
         """
         if not self.values and table is not None:
             # a third of the time of indexing, which first makes an int64 of each label

@@ -83,8 +83,8 @@ class TrainingSet:
     Attributes:
         digest: SHA-256 that stands for every byte of the training data.
         bands: Names, in the order of the network's channels.
-        classes: What is learned, by class index.
-        task: What the network answers; of learned values, `statistics` adds their mean and spread.
+        classes: Learned classes, by class index.
+        task: Task of the network; for values, `statistics` adds their mean and spread.
         plan: The windows or samples of each part.
         reader: Reads them.
         statistics: Computes mean, spread and class counts of the training part; may read pixels.

@@ -44,11 +44,11 @@ def collect_shown(
 
     Args:
         program: Gives the mesh.
-        predict: From `make_predict_step(program)`.
+        predict: Result of `make_predict_step(program)`.
         state: The model.
         reader: Reads samples.
-        windows: Those to choose from, usually the test part.
-        names: Of the classes.
+        windows: Windows to choose from, usually the test part.
+        names: Names of the classes.
     """
     if not len(windows) or jax.process_count() > 1:
         return []  # each process would hold only its own rows
@@ -77,7 +77,7 @@ def draw_shown(shown: Sequence[Shown], bands: Sequence[str]) -> Figure:
     """Draw all images in a grid; wrong predictions have a red caption.
 
     Args:
-        shown: From `collect_shown`.
+        shown: Result of `collect_shown`.
         bands: Names of the image's bands.
     """
     rows = -(-len(shown) // _COLUMNS)

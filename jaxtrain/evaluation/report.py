@@ -48,11 +48,11 @@ def collect_examples(
 
     Args:
         program: Gives the mesh.
-        predict: From `make_predict_step(program)`.
+        predict: Result of `make_predict_step(program)`.
         state: The model.
         reader: Reads windows with labels.
-        windows: Those to choose from, usually the test part.
-        names: Of the classes.
+        windows: Windows to choose from, usually the test part.
+        names: Names of the classes.
     """
     if not len(windows):
         return []

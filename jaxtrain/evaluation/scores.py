@@ -48,7 +48,7 @@ class EvaluationReport:
         seconds: Wall time.
         loss: Mean loss over what is labelled; None where nothing is.
         scores: All scores by name, as `to_dict` has them.
-        warnings: What to know about the scores: overlapping ground, leaking splits, damaged checkpoints.
+        warnings: Limits of the scores: overlapping ground, leaking splits, damaged checkpoints.
         leakage: How near the test data lie to the training data, where the split leaves that open.
 
     Example:
@@ -153,7 +153,7 @@ def judge(
 
     Args:
         program: Gives mesh and batch size.
-        step: From `make_eval_step(program)`.
+        step: Result of `make_eval_step(program)`.
         state: The model.
         reader: Reads windows with labels.
         windows: Windows or samples of the evaluation.
@@ -307,7 +307,7 @@ def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name:
         card: Card of the run.
         data: The open data.
         part: A part of the run's own data; None for all of other data.
-        name: What the user called the data, for the message.
+        name: Name of the data in the message, as the user gave it.
 
     Raises:
         InvalidInput: The model was trained on another kind of data.

@@ -61,10 +61,10 @@ def collect_tiles(
 
     Args:
         program: Gives the mesh and the task.
-        predict: From `make_predict_step(program)`.
+        predict: Result of `make_predict_step(program)`.
         state: The model.
         reader: Reads windows with labels.
-        windows: Those to choose from, usually the test part.
+        windows: Windows to choose from, usually the test part.
     """
     if not len(windows) or jax.process_count() > 1:
         return []  # each process would hold only its own rows
@@ -132,11 +132,11 @@ def draw_tiles(
     """Draw image, label and prediction of each tile in a row; values share one scale.
 
     Args:
-        tiles: From `collect_tiles`.
+        tiles: Result of `collect_tiles`.
         classes: Names and colours; None of values.
         bands: Names of the image's bands.
         times: Dates of each cube.
-        truth: What the label is called; empty where there is none.
+        truth: Name of the label; empty if there is none.
     """
     columns = ["image", *([truth] if truth else []), "prediction" if truth else "reconstruction error"]
     figure = Figure(figsize=(2.53 * len(columns), 2.45 * len(tiles) + 0.6), layout="constrained")

@@ -79,7 +79,7 @@ def embed(
     Args:
         run: A run of model `autoencoder`.
         data: A cube or sample store with the bands of the model.
-        out: Where the vectors go (Zarr); nothing may be there.
+        out: Path of the new vectors (Zarr); nothing may exist there.
         on_batch: Called with (batches done, batches in all).
 
     Returns:

@@ -52,10 +52,10 @@ class Map:
     """A finished map.
 
     Attributes:
-        url: Where it is.
+        url: URL of the map.
         grid: Its grid, that of the cube.
         classes: Names and colours by value of `class`.
-        attributes: What made it: run, step, cube, dates.
+        attributes: Origin of the map: run, step, cube, dates.
         layers: Names of its arrays: class, confidence and perhaps probability; or value.
     """
 
@@ -126,7 +126,7 @@ def create_map(
     """Make a map beside `url` and move it there when the block succeeds; an earlier map is replaced.
 
     Args:
-        url: Where the map goes.
+        url: URL of the new map.
         grid: Grid of the cube.
         classes: Names and colours.
         attributes: JSON: what made it.

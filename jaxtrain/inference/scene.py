@@ -120,7 +120,7 @@ def predict(
         run: The run directory; its best checkpoint is used where `run.monitor` names a score, else its newest
             undamaged one.
         cube: A cube with the bands of the model; it need not be the training cube.
-        out: Where the map goes (Zarr). A map that is there is replaced when the new one is complete.
+        out: Path of the new map (Zarr). An existing map is replaced when the new one is complete.
         time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all dates
             on which a pixel was clear; if it never was and masked pixels were learned, over all dates.
         probabilities: Also keep the probability of every class.

@@ -29,7 +29,7 @@ class Objective:
     """The loss of a task and the counts of its evaluation.
 
     Attributes:
-        task: What is answered.
+        task: Task of the network.
         optim: Loss, smoothing and its numbers.
         class_weights: Per class, or None.
 

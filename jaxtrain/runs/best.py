@@ -22,7 +22,7 @@ class Best:
 
     Args:
         config: Gives `monitor` and `patience`.
-        before: What a checkpoint has kept (`to_dict`); empty for a new run.
+        before: State from a checkpoint (`to_dict`); empty for a new run.
     """
 
     def __init__(self, config: RunConfig, before: Mapping[str, Any] | None = None) -> None:

@@ -52,7 +52,7 @@ class Restored:
     Attributes:
         step: Steps that were done when it was saved.
         state: In the structure and sharding of the target.
-        extra: What was saved with it: data position, configuration.
+        extra: Data position and configuration, saved with the state.
         passed_over: One line for each newer checkpoint that is damaged.
     """
 
@@ -281,7 +281,7 @@ class CheckpointStore:
 
         Args:
             target: Tree of `jax.ShapeDtypeStruct` with shardings: the structure, mesh and dtypes that are wanted.
-            step: Of a checkpoint that is known to be whole; None for the newest.
+            step: Step of a checkpoint that is known to be whole; None for the newest.
 
         Returns:
             The state, or None where there is no checkpoint.

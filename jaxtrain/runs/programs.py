@@ -28,8 +28,8 @@ def program_folder(key: str, environment: Mapping[str, str] | None = None) -> Pa
     """Return the folder for the programs of a run, which is made if need be; None, with a warning, if it cannot be.
 
     Args:
-        key: What the run is, as letters and digits.
-        environment: That of the process if not given.
+        key: Identity of the run, letters and digits.
+        environment: Environment variables; None for those of the process.
     """
     if not key.isalnum():
         raise ValueError(f"expected letters and digits, got {key!r}")

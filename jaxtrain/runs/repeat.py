@@ -44,7 +44,7 @@ def programs_kept(key: str) -> Iterator[None]:
     nothing is timed, and nothing kept.
 
     Args:
-        key: What the run is; another run's programs are not mixed with its own.
+        key: Identity of the run, so that runs do not share programs.
     """
     own = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # of jax
     if jax.default_backend() != "gpu" or own:

@@ -69,7 +69,7 @@ class ModelCard:
         times: Dates of the (first) cube; none of a sample store.
         split: Part of every block, for each of several cubes, or of every sample.
         windows: Windows or samples of each part.
-        statistics: Where mean and std come from, pixels, pixels of each class.
+        statistics: Origin of mean and std, number of pixels, pixels of each class.
     """
 
     config: TrainConfig

@@ -29,7 +29,7 @@ class Watchdog:
 
     Args:
         seconds: Longest time between two signs of life.
-        file: Where the stacks are kept; its folder must exist by then.
+        file: File for the stacks; its folder must exist by then.
     """
 
     def __init__(self, seconds: float, file: Path) -> None:
