@@ -1,7 +1,7 @@
 """Write files that appear complete or not at all, and survive a power failure.
 
 A file is written beside its place, then synced and renamed there, and then its folder is synced. The first half needs
-a core and the second only waits for the disk, so a `PendingFile` is between them for as long as its owner likes.
+a processor and the second only waits for the disk, so a `PendingFile` separates them.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 A layer holds for all dates and all collections of the cube. It is a Zarr group of its own with coordinates, so xarray,
 GDAL and QGIS open it, and it appears whole or not at all: the index names it last, so that a run that dies in between
-leaves at most a layer that nobody lists, which the same command then finds.
+leaves at most a layer that the index does not list, which the same command then finds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`Ledger` has one row for each shard; the rows alone decide which shards of a cube are complete.
 
 A row is written after its shard is on disk, as a small JSON file of its own, so that no two writers meet (the commit
-of an Icechunk repository makes it one element of an array). It states
-which scenes gave the shard, which could not be read and why, what the stored bytes hash to, and the chunk counts.
+of an Icechunk repository makes it one element of an array). It holds the scenes of the shard, those that could not be
+read with the reason, the hashes of the stored bytes, and the chunk counts.
 Rows carry no clock time: a run that is killed and repeated leaves the same bytes as one that was not.
 """
 

@@ -1,7 +1,7 @@
 """`CubeLock` admits one writing run at a time to a cube or run directory.
 
 The lock is a file that names its holder. A holder on this machine that is no longer alive (other boot, dead pid, or
-a pid that now belongs to a process started later) lost it; a holder on another machine is believed.
+a pid that now belongs to a process started later) has lost it; a holder on another machine counts as alive.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CubeLock:
                 "since": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         ).encode()
-        # twice: the holder may end while it is looked at; losing the race for its place again is a true conflict
+        # twice: the holder may end during the check; losing the lock to another run again is a true conflict
         for _ in range(2):
             if self._store.create_exclusive(self._key, mine):
                 self._mine = mine

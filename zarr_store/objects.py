@@ -182,7 +182,7 @@ class ObjectStore(Store):
             "driver": "s3",
             "bucket": self.bucket,
             "path": at,
-            "aws_credentials": {"type": _credentials()},  # where they are, not what they are
+            "aws_credentials": {"type": _credentials()},  # the place of the credentials, not the credentials
             "s3_request_retries": {"max_retries": _RETRIES},
         }
         if _endpoint():

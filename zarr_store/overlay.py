@@ -64,7 +64,7 @@ class OverlayStore(Store):
         return f"icechunk://{self._above.root}"
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        # the folder comes and goes with runs, and LocalStore insists on one
+        # the folder exists only during runs, and LocalStore needs one
         found = await self._above.get(key, prototype, byte_range) if self._above.root.is_dir() else None
         if found is not None or (self._gone / key).exists():
             return found

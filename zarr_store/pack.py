@@ -1,7 +1,7 @@
 """`pack_shard`: the pixels of one shard as the bytes of its file, one chunk after the other.
 
-A chunk is copied out, looked at, encoded and handed on while it is in the processor's cache, and whoever writes the
-parts to a file as they come never holds the packed shard in memory.
+A chunk is copied, counted, encoded and yielded while it is in the processor's cache. Code that writes the parts to a
+file as they come never holds the packed shard in memory.
 
 Spec: Zarr v3 codecs "sharding_indexed", "blosc", "zstd" and "crc32c" (zarr-specs.readthedocs.io).
 """
@@ -46,7 +46,7 @@ def pack_shard(
         shard: Shape of a whole shard, in whole chunks.
         layout: Its Blosc codec and level.
         fill: Value of pixels beyond the edge of the array.
-        look: Shown the pixels of each chunk, without what is beyond the edge, in the order of the chunks.
+        look: Called with the pixels of each chunk inside the array, in the order of the chunks.
     """
     slots = tuple(s // c for s, c in zip(shard, chunk, strict=True))
     index = np.full((*slots, 2), _ABSENT, "<u8")

@@ -1,7 +1,7 @@
 """Write the pixels of a cube in whole shards, from any process.
 
 `ShardWriter` fills exactly one shard of every array of a collection and then writes the ledger row, so two writers
-never touch one file (chunk-wise writes into shards lose pixels without a word, dask#12583).
+never touch one file (chunk-wise writes into shards lose pixels without an error, dask#12583).
 """
 
 from __future__ import annotations
