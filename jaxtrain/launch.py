@@ -36,10 +36,10 @@ class LaunchConfig:
     """Settings of a launch.
 
     Attributes:
-        processes: How many, at least 1.
-        restarts: How often all are started again after one died, at most.
-        grace_s: How long they may take to save and end after SIGTERM.
-        pause_s: Wait before a restart.
+        processes: Number of processes, at least 1.
+        restarts: Largest number of restarts of all processes after one died.
+        grace_s: Seconds that processes get to save and end after SIGTERM.
+        pause_s: Seconds to wait before a restart.
     """
 
     processes: int
@@ -58,7 +58,7 @@ class Outcome:
 
     Attributes:
         exit_code: 0, or that of the process that ended first with another.
-        restarts: How often all were started again.
+        restarts: Number of restarts.
         codes: Exit code of each process in the last attempt; negative is a signal.
     """
 
@@ -72,7 +72,7 @@ class Process:
 
     Args:
         command: Program and arguments.
-        number: Which process of the run it is.
+        number: Number of the process in the run.
         environment: Added to that of this process.
         on_line: Called from threads of its own.
     """
@@ -153,7 +153,7 @@ def launch(
 
     Args:
         command: Program and arguments, the same for all.
-        config: How many, how often.
+        config: Number of processes and restarts.
         on_line: Gets every line they write.
         on_restart: Called with (number of the restart, why).
     """

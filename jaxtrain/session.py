@@ -78,18 +78,18 @@ class TrainingSession:
 
     Attributes:
         config: The run.
-        out: Its directory.
-        card: Its model card.
-        ready: Its training data.
+        out: The run directory.
+        card: Model card of the run.
+        ready: Training data of the run.
         program: The network on the mesh.
         eval_step: Result of `make_eval_step(program)`.
-        store: Its checkpoints.
-        best: Its best validation so far.
+        store: Checkpoints of the run.
+        best: Best validation so far.
         incidents: Faults that did not end it.
         tell: Reports its progress.
         clock: Rate of this call.
         agreement: Whether any process wishes to stop.
-        log: Its history; None in all processes but the first.
+        log: History of the run; None in all processes but the first.
         watchdog: Notices a step that hangs.
         reached: Steps done.
         last: Metrics of the last finite step of this call.

@@ -32,7 +32,7 @@ def augment(arrays: Sequence[jax.Array], *, key: jax.Array, zoom: float = 0.0) -
     Args:
         arrays: each (B, N, N) or (B, N, N, …), such as image, label and observed, which all get the same turn; a label
             of an image, (B,) or (B, K), does not turn.
-        key: for this step.
+        key: Random key of this step.
         zoom: zooms are drawn from 1/(1 + zoom) … 1 + zoom; out, the image is repeated by mirroring at its edge.
 
     Raises:
@@ -114,7 +114,7 @@ def disturb(x_BHWC: jax.Array, *, key: jax.Array, jitter: float = 0.0, band_drop
 
     Args:
         x_BHWC: float32, mean 0 and spread 1 in each band.
-        key: for this step.
+        key: Random key of this step.
         jitter: spread of a gain for each sample and of an offset for each of its bands.
         band_dropout: chance of a band of a sample to become 0, its mean; the others are left as they are.
     """
@@ -149,7 +149,7 @@ def mix(
         x_BHWC: Normalised images.
         label: (B,), (B, K) or (B, H, W).
         key: For this step.
-        kind: Which.
+        kind: "mixup" or "cutmix".
         alpha: The share of the other is drawn from Beta(alpha, alpha), and is at most a half.
 
     Returns:

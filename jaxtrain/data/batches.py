@@ -34,7 +34,7 @@ class BatchStream:
         reader: Reads windows.
         windows: Windows to read.
         size: Windows of a batch, over all processes.
-        sharding: Says which of them this process reads.
+        sharding: Sharding of a batch, which decides the windows that this process reads.
         order: The order of the samples of the run.
         first, last: Numbers of batches.
         threads: Batches that are waited for and placed at once.

@@ -69,7 +69,7 @@ def split_samples(config: SplitConfig, longitude: Degrees, latitude: Degrees) ->
     Args:
         config: Kind, shares, seed, cell and buffer.
         longitude: Degrees (samples,), nan where unknown.
-        latitude: Likewise.
+        latitude: Degrees (samples,), nan where unknown.
 
     Raises:
         InvalidInput: A place is unknown, or there are fewer cells than parts.

@@ -62,7 +62,7 @@ class WindowReader:
         index: Counts of the chunks; the status of chunks that are observed throughout is not read.
         lenient: Chunks that, by the index, were never written read as not observed; else they raise.
         dates: Dates of a window that follow each other; its row has the first.
-        on_unreadable: Asked about each window whose chunk is damaged or gone: it raises, or the window counts as not
+        on_unreadable: Called for each window whose chunk is damaged or gone: it raises, or the window counts as not
             observed and not labelled. None raises.
     """
 

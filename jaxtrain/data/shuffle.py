@@ -78,7 +78,7 @@ class ChunkOrder:
 
         Args:
             first: Global sample counter, from 0.
-            count: How many.
+            count: Number of samples.
 
         Returns:
             int64 (count,), each in [0, self.count).

@@ -89,7 +89,7 @@ class TrainingSet:
         reader: Reads them.
         statistics: Computes mean, spread and class counts of the training part; may read pixels.
         grounds: The cubes; none of a sample store.
-        leakage: How near test and training data lie, where the split leaves that open.
+        leakage: Distance of test from training data, if the split does not rule out leakage.
         chunk: (time, y, x) pixels that are decoded together; None where an order by chunks gains nothing.
     """
 

@@ -142,7 +142,7 @@ def plan_windows(
     Args:
         config: Patch, label layer, shares.
         spec: The collection that is read.
-        index: Its training index.
+        index: Training index of the collection.
         classes: The learned classes.
         split: The split of an earlier run, so that ground keeps its part; None makes it.
         dates: Beginnings of dates whose windows are all test, wherever they lie (`data.split.test_dates`).

@@ -74,7 +74,7 @@ def write_report(
 
     Args:
         run: The run directory.
-        card: Its card.
+        card: Model card of the run.
         examples: Tiles to show.
         evaluation: Scores as `evaluate` returns them.
     """

@@ -49,7 +49,7 @@ class EvaluationReport:
         loss: Mean loss over what is labelled; None where nothing is.
         scores: All scores by name, as `to_dict` has them.
         warnings: Limits of the scores: overlapping ground, leaking splits, damaged checkpoints.
-        leakage: How near the test data lie to the training data, where the split leaves that open.
+        leakage: Distance of the test data from the training data, if the split does not rule out leakage.
 
     Example:
         >>> report = evaluate("runs/zagreb", split="validation")

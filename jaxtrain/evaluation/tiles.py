@@ -38,12 +38,12 @@ class Tile:
     """One window: image, label and prediction.
 
     Attributes:
-        window: Which.
+        window: Place and time of the window.
         image: (H, W, C) as stored.
         observed: (H, W), 1 where something was seen.
         label: (H, W) class index or value; None if the image itself is the target.
         prediction: (H, W) class index or value.
-        caption: How wrong it is, in words.
+        caption: Error of the prediction, in words.
     """
 
     window: Window

@@ -53,7 +53,7 @@ class Map:
 
     Attributes:
         url: URL of the map.
-        grid: Its grid, that of the cube.
+        grid: Grid of the map, which is that of the cube.
         classes: Names and colours by value of `class`.
         attributes: Origin of the map: run, step, cube, dates.
         layers: Names of its arrays: class, confidence and perhaps probability; or value.

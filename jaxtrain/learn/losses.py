@@ -128,7 +128,7 @@ def binary_terms(
         label_BK: 1 = has the class, 0 = has not, 255 = not labelled.
         class_weights: float32 (K,), of samples that have the class.
         label_smoothing: share s by which targets move from 0 and 1 towards 0.5.
-        focal_gamma: as in `cross_entropy_terms`.
+        focal_gamma: As in `cross_entropy_terms`.
     """
     learned = label_BK.astype(jnp.int32) <= 1
     truth = label_BK.astype(jnp.int32) == 1

@@ -145,12 +145,12 @@ class Program:
         """Run some units of the network, those from `span[0]` to before `span[1]`, inside a jitted function.
 
         Args:
-            params: by path, those that the units own.
-            statistics: by path, those that the units own.
-            carry: as the first of them takes it.
+            params: Parameters that the units own, by path.
+            statistics: Batch statistics that the units own, by path.
+            carry: Input of the first unit.
             span: which units.
             train: use and update batch statistics, drop out.
-            key: for dropout.
+            key: Random key for dropout.
 
         Returns:
             The carry after the last of them (of the network's last unit: the float32 logits), and their statistics.
@@ -176,11 +176,11 @@ class Program:
         """Run the network inside a jitted function.
 
         Args:
-            params: as in the state.
-            model_state: as in the state.
+            params: Parameters, as in the state.
+            model_state: Batch statistics, as in the state.
             x_BHWC: normalised float32 image.
             train: use and update batch statistics, drop out.
-            key: for dropout; needed where `train` and `model.dropout` are set.
+            key: Random key for dropout; needed if `train` and `model.dropout` are set.
 
         Returns:
             Logits, (B, H, W, K) or, of one answer per image, (B, K), float32; and the new model_state.
@@ -233,8 +233,8 @@ def build_program(
     Args:
         config: the whole configuration; `model`, `optim`, `mesh.rules` and `run.steps` matter here.
         channels: bands of the image.
-        classes: number of classes.
-        mesh: from `parallel.mesh.make_mesh`.
+        classes: Number of classes.
+        mesh: Result of `parallel.mesh.make_mesh`.
         mean: per band (C,), in stored units.
         std: per band (C,), in stored units; 0 (a constant band) counts as 1.
         class_weights: per class (K,), positive; only their ratios matter.

@@ -48,13 +48,13 @@ def build_model(
     """Build the network that the configuration names.
 
     Args:
-        config: name, width, depth, norm and dropout.
+        config: Name, width, depth, norm and dropout.
         channels: bands of the input image.
-        classes: number of classes, the channels of the logits.
+        classes: Number of classes, the channels of the logits.
         rngs: streams `params` and `dropout`.
         data_shards: size of the mesh axis `data`; only the norm `local` depends on it.
-        per_image: whether one answer is wanted for an image; none for what the name stands for first.
-        values: whether a value is learned in place of classes; one output is then enough.
+        per_image: Whether the output is one prediction for each image; None for the first meaning of the name.
+        values: Whether the output is a value in place of classes; one channel is then enough.
 
     Raises:
         UnknownName: no such network.

@@ -35,10 +35,10 @@ def halves(path: str, block: Any, enter: Callable[[Carry], Carry] = tuple, owns:
     """Return the two halves of a block of two convolutions with a skip around it.
 
     Args:
-        path: of the block.
-        block: has `first(x, train=…)` and `second(y, x, train=…)`.
+        path: Path of the block.
+        block: Block with `first(x, train=…)` and `second(y, x, train=…)`.
         enter: the carry before the block → one whose first array is the block's input.
-        owns: further modules that `enter` uses.
+        owns: Further modules that `enter` uses.
     """
 
     def first(carry: Carry, train: bool) -> Carry:

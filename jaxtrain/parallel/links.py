@@ -131,8 +131,8 @@ def part_of(array: Any, mesh: Mesh, lies: PartitionSpec, *, shape: tuple[int, ..
     Args:
         array: The same on all groups, unless `shape` is given.
         mesh: the group.
-        lies: how the part lies on it.
-        shape: of the part, where the array holds one for each group.
+        lies: Sharding of the part on the group.
+        shape: Shape of the part, if the array holds one for each group.
     """
     sharding = NamedSharding(mesh, lies)
     if isinstance(array, jax.Array) and len(array.sharding.device_set) == 1 and not sharding.is_fully_addressable:
@@ -157,8 +157,8 @@ def everywhere(arrays: Sequence[jax.Array], mesh: Mesh) -> list[jax.Array]:
     """Copy arrays that each lie on one group to all groups of the mesh, as a checkpoint must see all of them.
 
     Args:
-        arrays: of groups of `mesh`; those of the whole mesh stay as they are.
-        mesh: has the axis `pipe` first.
+        arrays: Arrays of groups of `mesh`; those of the whole mesh stay as they are.
+        mesh: Mesh whose first axis is `pipe`.
     """
     groups = groups_of(mesh)
     found = list(arrays)
@@ -203,10 +203,10 @@ def init_by_group(init: Callable[[jax.Array], Any], shapes: Any, shardings: Any,
 
     Args:
         init: function of a key, traced once for each group.
-        shapes: of its result.
-        shardings: of its result, of meshes of any groups.
-        key: of the new state.
-        options: of the compiler.
+        shapes: Shapes of its result.
+        shardings: Shardings of its result, on meshes of any groups.
+        key: Random key of the new state.
+        options: Options of the compiler.
     """
     lies = jax.tree.leaves(shardings)
     found: list[Any] = [None for _ in lies]

@@ -36,7 +36,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Args:
         config: sizes of the axes.
-        devices: those to use; all that JAX sees, where none are given.
+        devices: Devices to use; None for all that JAX sees.
 
     Raises:
         InvalidInput: there are fewer devices than the mesh needs, or several processes and devices left over, or `zero`

@@ -138,7 +138,7 @@ class Parts:
     Args:
         program: Gives shapes and places.
         layout: Gives the part of each parameter.
-        optimizer: Its state is cut as well.
+        optimizer: Optimiser, whose state is cut as well.
     """
 
     def __init__(self, program: PipelinedProgram, layout: Layout, optimizer: optax.GradientTransformation) -> None:

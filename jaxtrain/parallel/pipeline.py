@@ -51,11 +51,11 @@ class Pipeline:
     """The compiled parts of a pipelined program, and the walk through its schedule.
 
     Args:
-        program: has a layout.
+        program: Program with a layout.
         prepare: (batch, key, mesh) → normalised images and a list of (label, share of the loss), as a step of one
             device makes them; traced on the first and on the last group, each of which uses its part.
         normalise: (image, observed) of a batch → normalised images (B, H, W, C).
-        optimizer: that of the program, without its clipping: the norm of the whole gradient is known only here.
+        optimizer: Optimiser of the program without clipping, as the norm of the whole gradient is known only here.
     """
 
     def __init__(

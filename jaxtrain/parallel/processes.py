@@ -78,7 +78,7 @@ class Rendezvous:
 
     Attributes:
         coordinator: host:port of process 0; None lets JAX find it.
-        processes: How many there are; None lets JAX find it.
+        processes: Number of processes; None lets JAX find it.
         process: This one, from 0.
         source: Origin of these values, for messages.
         local: (this one, how many) among those of this machine, where that is known: each takes its share of the GPUs.
@@ -218,9 +218,9 @@ def start_distributed(
 
     Args:
         coordinator: `host:port` of process 0.
-        processes: number of processes.
-        process: this one, 0 … processes-1.
-        timeout_s: how long to wait for the others.
+        processes: Number of processes.
+        process: Number of this one, 0 … processes-1.
+        timeout_s: Seconds to wait for the others.
         environment: Replaces `os.environ`, from which values that are not given are read.
 
     Raises:
@@ -325,8 +325,8 @@ def wait_for_all(what: str, timeout_s: int = 3600) -> None:
     """Wait for all processes through the coordinator, not by a collective, whose timeout is shorter.
 
     Args:
-        what: for the message of a process that does not come.
-        timeout_s: how long.
+        what: Name of the wait, for the message about an absent process.
+        timeout_s: Seconds to wait.
     """
     client = global_state.client
     if client is not None:

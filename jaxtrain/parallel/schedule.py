@@ -50,7 +50,7 @@ def order_of(order: Order, *, groups: int, chunks: int, microbatches: int) -> li
     """Return the work of each group, in order.
 
     Args:
-        order: name of the schedule.
+        order: Name of the schedule.
         groups: G, groups of devices.
         chunks: parts of the network, a multiple of G; for `gpipe` and `1f1b` equal to it.
         microbatches: M; for `interleaved` a multiple of G.
@@ -98,9 +98,9 @@ def trace(
     Sorted so, it is one order of all work in which nothing comes before what it needs.
 
     Args:
-        orders: what each group does.
+        orders: Work of each group, in order.
         chunks: parts of the network.
-        seconds: how long some work takes; none for 1 forward and 2 backward, divided by the chunks of a group.
+        seconds: Duration of some work; None for 1 forward and 2 backward, divided by the chunks of a group.
 
     Raises:
         InvalidInput: the orders wait for each other.
@@ -145,8 +145,8 @@ def balance_cuts(costs: Sequence[float], parts: int) -> list[int]:
     """Choose the first unit of each part so that the most expensive part is as cheap as possible.
 
     Args:
-        costs: of each unit of the network, in order.
-        parts: how many runs of units, each at least one unit long.
+        costs: Cost of each unit of the network, in order.
+        parts: Number of runs of units, each at least one unit long.
 
     Raises:
         InvalidInput: there are fewer units than parts.

@@ -42,9 +42,9 @@ def partition_specs(tree: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, known:
     """Return a `PartitionSpec` for each array of a tree.
 
     Args:
-        tree: nested dict of arrays or `jax.ShapeDtypeStruct`.
-        mesh: gives the axes and their sizes.
-        rules: of the user, in order; they must apply.
+        tree: Nested dict of arrays or `jax.ShapeDtypeStruct`.
+        mesh: Mesh with the axes and their sizes.
+        rules: Rules of the user, in order; they must apply.
         known: further paths that a rule may be meant for, so that it is no mistake if it matches nothing here.
 
     Raises:
@@ -81,9 +81,9 @@ def check_split(tree: Any, specs: Any, mesh: Mesh) -> None:
     """Refuse devices along `model` if no parameter is split over them: they would all do the same work.
 
     Args:
-        tree: nested dict of arrays or `jax.ShapeDtypeStruct`.
-        specs: of the tree, from `partition_specs`.
-        mesh: gives the axes and their sizes.
+        tree: Nested dict of arrays or `jax.ShapeDtypeStruct`.
+        specs: Result of `partition_specs` for the tree.
+        mesh: Mesh with the axes and their sizes.
 
     Raises:
         InvalidInput: nothing is split; the message names a parameter, its shape, the axis size and the reason.

@@ -61,11 +61,11 @@ def lay_out(mesh: Mesh, units: Sequence[Unit], names: Sequence[str], costs: Sequ
     """Cut a network into `chunks` parts of equal cost.
 
     Args:
-        mesh: has the axis `pipe` first.
-        units: of the network.
+        mesh: Mesh whose first axis is `pipe`.
+        units: Units of the network.
         names: paths of all parameters and batch statistics.
-        costs: of each unit.
-        chunks: how many parts.
+        costs: Cost of each unit.
+        chunks: Number of parts.
 
     Raises:
         InvalidInput: there are fewer places to cut than parts.
@@ -93,8 +93,8 @@ def estimate(run: Pass, params: Mapping[str, Any], carry: Any) -> float:
 
     Args:
         run: the unit, of its parameters and a carry.
-        params: by path.
-        carry: as it enters.
+        params: Parameters by path.
+        carry: Input of the unit.
     """
     count = jax.jit(run).lower(params, carry).cost_analysis() or {}
     return float(count.get("flops", 0.0)) + FLOPS_PER_BYTE * float(count.get("bytes accessed", 0.0))

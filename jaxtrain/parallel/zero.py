@@ -28,7 +28,7 @@ def share_out(shapes: Any, specs: Any, mesh: Mesh) -> Any:
     Args:
         shapes: tree of arrays or `jax.ShapeDtypeStruct`.
         specs: the tree's `PartitionSpec`s, as the rules have them.
-        mesh: gives the size of `data`.
+        mesh: Mesh with the axis `data`.
     """
     return jax.tree.map(lambda leaf, lies: _split(tuple(leaf.shape), lies, mesh), shapes, specs)
 

@@ -87,7 +87,7 @@ class CheckpointStore:
 
     Args:
         folder: `checkpoints/` of the run.
-        keep: How many verified checkpoints are kept, at least 2, so that damage to the newest loses one interval.
+        keep: Number of verified checkpoints to keep, at least 2, so that damage to the newest loses one interval.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3) -> None:

@@ -34,7 +34,7 @@ class Incidents:
     Args:
         run: Folder of the run.
         config: Policies and limits.
-        process: Which process this is.
+        process: Number of this process.
         on_warning: Called with one line for each incident; from any thread.
     """
 

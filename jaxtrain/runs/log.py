@@ -45,7 +45,7 @@ class RunLog:
         run: The run's folder.
         step: The step the run resumes from; lines after it are dropped.
         tensorboard_every: Steps between TensorBoard points of kind "train", and between those for trackers.
-        trackers: Told the same as TensorBoard, and closed with the log.
+        trackers: Receivers of the same points as TensorBoard, closed with the log.
     """
 
     def __init__(self, run: Path, *, step: int, tensorboard_every: int = 1, trackers: Sequence[Tracker] = ()) -> None:
