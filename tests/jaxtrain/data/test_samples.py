@@ -190,7 +190,7 @@ def test_a_run_from_store_to_report(tmp_path):
     assert "have a training sample nearer than" in judged["warnings"][0]
     with pytest.raises(InvalidInput, match="predicts for whole images, so it makes no map"):
         predict(tmp_path / "run", store, tmp_path / "map.zarr")
-    with pytest.raises(InvalidInput, match="none is the same, so it cannot be judged there"):
+    with pytest.raises(InvalidInput, match="none is the same, so it cannot be evaluated there"):
         evaluate(tmp_path / "run", data=make_samples_named(tmp_path / "x.zarr"))
 
 
