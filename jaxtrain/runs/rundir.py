@@ -6,7 +6,7 @@
 - `checkpoints/`: states; `report.html`: what came out
 - `evaluation.json`: the scores of the last `evaluate`
 - `incidents.jsonl`: what went wrong without ending the run; `hang-0.txt`: where process 0 hung
-- `compiled/`: compiled programs, so that a continued run computes the same bits on a GPU; `run.lock`: who trains now
+- `run.lock`: the process that trains now
 """
 
 from __future__ import annotations

@@ -84,14 +84,14 @@ def test_stopped_and_continued_is_bit_equal(tmp_path: Path) -> None:
     assert_same_run(shared_run(), tmp_path / "run")
 
 
-def test_programs_of_a_run_are_kept_in_its_folder_from_before_the_first_is_compiled(
+def test_programs_of_a_run_are_kept_under_its_key_from_before_the_first_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[Any] = []
 
     @contextlib.contextmanager
-    def kept(folder: Path) -> Iterator[None]:
-        order.append(folder)
+    def kept(key: str) -> Iterator[None]:
+        order.append(key)
         yield
         order.append("given back")
 
@@ -103,7 +103,7 @@ def test_programs_of_a_run_are_kept_in_its_folder_from_before_the_first_is_compi
     monkeypatch.setattr("jaxtrain.loop.programs_kept", kept)
     monkeypatch.setattr(Program, "init", init)
     train(tiny_config(shared_cube(), run={"steps": 1}), tmp_path / "run")
-    assert order == [tmp_path / "run" / "compiled", "compiled", "given back"]
+    assert order == [load_card(tmp_path / "run").key, "compiled", "given back"]
 
 
 def test_a_run_has_everything_that_the_contract_names() -> None:
