@@ -282,7 +282,8 @@ def test_sweeping_removes_half_written_files_and_follows_no_link(cube_path: Path
 def test_a_run_that_is_swept_while_it_asks_for_the_lock_hears_who_holds_it(
     cube_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link, swept = os.link, []
+    link = os.link
+    swept: list[str] = []
 
     def sweep_first(beside: str, path: Path) -> None:
         if not swept:
