@@ -284,7 +284,8 @@ def test_a_codestream_whose_server_answers_every_name_ends(tmp_path: Path, make_
 
     server.answer = Anything()
     program = (
-        "import sys; from ingest.raster.access import Access, with_asset; from zarr_store.errors import AssetUnreadable\n"
+        "import sys; from ingest.raster.access import Access, with_asset\n"
+        "from zarr_store.errors import AssetUnreadable\n"
         "try: print(with_asset(sys.argv[1], lambda d: (d.overviews(1), int(d.read(1, out_shape=(16, 16)).sum()) > 0, "
         "d.read_masks(1).shape), scene='s', asset='a', access=Access(private_names=None)))\n"
         "except AssetUnreadable as error: print(error)"
