@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pyproj
 import shapely
@@ -16,6 +17,8 @@ from pyproj.exceptions import ProjError
 from shapely.errors import ShapelyError
 
 from ingest.labels.vectors import VECTOR_SUFFIXES, Table, check_attribute, check_start, read_table
+from ingest.request.parquet import decoded_batches
+from zarr_store.bounded import load_json
 from zarr_store.crs import parse_crs
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
@@ -23,6 +26,8 @@ from zarr_store.grid import Grid
 __all__ = ["Features", "is_vector", "read_features"]
 
 _PARQUET = (".parquet", ".geoparquet")
+_MOST_ABOUT = 1 << 20
+"""Bytes of what GeoParquet says of itself."""
 _PARTS = 16
 """An edge longer than this part of the grid's size is cut before it is reprojected: a straight edge becomes a curve."""
 
@@ -113,22 +118,25 @@ def _read_parquet(path: Path, attribute: str | None) -> Table:
     """GeoParquet 1.x: WKB and, as PROJJSON, the CRS; none stated is longitude and latitude."""
     try:
         file = pq.ParquetFile(path)
-        about = json.loads((file.schema_arrow.metadata or {})[b"geo"])
+        about = load_json((file.schema_arrow.metadata or {})[b"geo"], str(path), most=_MOST_ABOUT)
         column = about["primary_column"]
         stated = about["columns"][column]
         if stated["encoding"] != "WKB":
             raise InvalidInput(f"{path}: geometries are encoded as {stated['encoding']}, expected WKB")
         check_attribute(attribute, [n for n in file.schema_arrow.names if n != column], path)
-        table = file.read(columns=[column] if attribute is None else [column, attribute])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        wanted = [column] if attribute is None else [column, attribute]
+        rows = pa.Table.from_batches(
+            decoded_batches(file, path, wanted), file.schema_arrow.empty_table().select(wanted).schema
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         if isinstance(error, InvalidInput):
             raise
         raise InvalidInput(f"{path} is not GeoParquet ({type(error).__name__}: {error})") from error
     crs = stated.get("crs", "OGC:CRS84")
     if crs is None:
         raise InvalidInput(f"{path} says that its CRS is not known; state it in the file")
-    values = None if attribute is None else table[attribute].to_pandas().to_numpy(object)
-    wkb = np.array(table[column].to_pylist(), object)
+    values = None if attribute is None else rows[attribute].to_pandas().to_numpy(object)
+    wkb = np.array(rows[column].to_pylist(), object)
     return Table(wkb, values, json.dumps(crs) if isinstance(crs, dict) else str(crs))
 
 

@@ -18,7 +18,7 @@ _ROWS_AT_ONCE = 32
 
 
 def decoded_batches(
-    file: pq.ParquetFile, path: str | Path, columns: list[str] | None = None, most: int = _MOST_DECODED
+    file: pq.ParquetFile, path: str | Path, columns: list[str] | None = None, most: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a Parquet file, a few at a time, until they take more memory than they may.
 
@@ -29,11 +29,12 @@ def decoded_batches(
         file: That is open.
         path: Of it, for the error.
         columns: Those wanted; None for all.
-        most: Bytes of memory.
+        most: Bytes of memory; a bound that no file of scenes comes near if not given.
 
     Raises:
         InvalidInput: It says, or is found, to hold more.
     """
+    most = _MOST_DECODED if most is None else most
     wanted = None if columns is None else set(columns)
     about = file.metadata
     stated = sum(

@@ -19,7 +19,9 @@ import shapely
 from pyproj import CRS, Transformer
 from rasterio.transform import from_origin
 
+from ingest.labels.features import read_features
 from ingest.labels.layer import import_labels
+from ingest.request import parquet
 from zarr_store import BandSpec, Cube, CubeSpec, Grid, Layout, ShardWriter, create_cube, open_cube, verify_cube
 from zarr_store.errors import CubeMismatch, InvalidInput, NothingFound, UnknownName
 from zarr_store.labels import NOT_LABELLED, find_labels, open_label
@@ -243,7 +245,9 @@ def test_another_source_needs_replace_and_damage_is_found(cube: Cube, tmp_path: 
 KILL = """
 import os, shutil, sys
 from pathlib import Path
+from ingest.labels.features import read_features
 from ingest.labels.layer import import_labels
+from ingest.request import parquet
 from zarr_store import open_cube, verify_cube
 from zarr_store.crash import arm
 from zarr_store.labels import find_labels, open_label
@@ -300,3 +304,16 @@ def test_dying_at_every_step_leaves_a_cube_that_the_same_command_mends(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) >= 12, "fewer durable steps than there were: is a crash point gone?"
+
+
+def test_polygons_of_much_more_than_their_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text of a dictionary stands in every row."""
+    monkeypatch.setattr(parquet, "_MOST_DECODED", 4 << 20)
+    count, box = 2000, shapely.to_wkb(shapely.box(15.0, 45.0, 15.1, 45.1))
+    columns = {"geometry": pa.array([box] * count), "class": pa.array(["x" * 10_000] * count)}
+    geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": {"encoding": "WKB"}}}
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table(columns).replace_schema_metadata({"geo": json.dumps(geo)}), path, compression="zstd")
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(InvalidInput, match="take more than 4 MiB once decoded"):
+        read_features(path, GRID, attribute="class")
