@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from affine import Affine
-from odc.geo.geobox import GeoBox
 from pyproj import CRS, Transformer
 
 from zarr_store.crs import parse_crs, refuse_file_names
 from zarr_store.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from odc.geo.geobox import GeoBox
 
 __all__ = ["Bounds", "Grid", "check_on_earth", "normal_crs"]
 
@@ -131,6 +133,8 @@ class Grid:
 
     @cached_property
     def geobox(self) -> GeoBox:
+        from odc.geo.geobox import GeoBox  # here, as it loads Dask and takes longer to import than all else
+
         return GeoBox(self.shape, self.affine, self.crs)
 
     @property

@@ -36,6 +36,10 @@ def axis_judges(height: int, width: int, *, bands: int | None = None) -> dict[st
     if bands is not None:
         judges["time"] = partial(check_array, shape=(None,), dtype="int64")
         judges["band"] = partial(check_array, shape=(bands,), dtype="string")
+        # backscatter says of each step from where it was seen (`steps.step_coordinates`)
+        judges["relative_orbit"] = partial(check_array, shape=(None,), dtype="int16")
+        for name in ("orbit_direction", "platform"):
+            judges[name] = partial(check_array, shape=(None,), dtype="string")
     return judges
 
 

@@ -11,6 +11,8 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
+from zarr_store.errors import IntegrityError
+
 __all__ = ["OverlayStore", "snapshot_get", "snapshot_has"]
 
 _CHUNK = re.compile(r"(?P<array>.+)/c(/\d+)*")
@@ -19,11 +21,25 @@ _CHUNK = re.compile(r"(?P<array>.+)/c(/\d+)*")
 async def snapshot_get(
     store: Any, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
 ) -> Buffer | None:
-    """Read a key of a snapshot; Icechunk 1 raises if the array of the key does not exist."""
+    """Read a key of a snapshot; Icechunk 1 raises if the array of the key does not exist.
+
+    Raises:
+        IntegrityError: Icechunk cannot or may not read it.
+    """
     chunk = _CHUNK.fullmatch(key)
     if chunk and not await store.exists(f"{chunk['array']}/zarr.json"):
         return None
-    found: Buffer | None = await store.get(key, prototype, byte_range)
+    try:
+        found: Buffer | None = await store.get(key, prototype, byte_range)
+    except Exception as error:
+        if type(error).__name__ != "IcechunkError":
+            raise
+        # also chunks that lie in files or at addresses outside (virtual ones): nobody here allows Icechunk to fetch any
+        cause = " ".join(str(error).split())[:200]
+        raise IntegrityError(
+            f"{key} of the Icechunk repository cannot be read ({cause}); the cube was not made by terrashard alone, or "
+            "is damaged: restore it from a copy"
+        ) from error
     return found
 
 

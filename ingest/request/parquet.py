@@ -25,7 +25,7 @@ _ROWS_AT_ONCE = 32
 
 
 def decoded_batches(
-    file: pq.ParquetFile, path: str | Path, columns: list[str] | None = None, most: int = _MOST_DECODED
+    file: pq.ParquetFile, path: str | Path, columns: list[str] | None = None, most: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a Parquet file a few at a time, while they stay within a limit on memory.
 
@@ -41,6 +41,7 @@ def decoded_batches(
     Raises:
         InvalidInput: The rows take more memory, as the file states or as it turns out.
     """
+    most = _MOST_DECODED if most is None else most
     wanted = None if columns is None else set(columns)
     metadata = file.metadata
     stated = sum(

@@ -39,6 +39,10 @@ _SCHEMES = ("http", "https", "s3")
 _MAX_HREF = 4096
 """Longest href that is accepted, characters."""
 _PORTS = {"http": 80, "https": 443}
+_IN_LAST_BITS = tuple(
+    ipaddress.IPv6Network(text) for text in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96")
+)
+"""Networks whose last 32 bits are an IPv4 address: RFC 6052, 8215, 4291 and 2765."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def _checked_url(url: str, policy: HrefPolicy) -> str:
         raise _refused(url, "only https, http and s3 are opened")
     if "@" in parts.netloc:
         raise _refused(url, "it contains a user name or password")
-    if not host or (parts.scheme == "s3" and port):
+    if not host or re.search(r"[^\w.:-]", host.partition("%")[0]) or (parts.scheme == "s3" and port):
         raise _refused(url, "it names no host")
     if re.search(r"%2e%2e|%00|%5c", url, re.IGNORECASE) or ".." in parts.path.split("/"):
         raise _refused(url, "it leaves its folder through `..`, or hides such a step")
@@ -159,7 +163,7 @@ def _checked_url(url: str, policy: HrefPolicy) -> str:
         raise _refused(url, "it spells an IP address in an unusual way")
     if address is not None and parts.scheme == "s3":
         raise _refused(url, "an IP address cannot be the name of a bucket")
-    private = (address is not None and not address.is_global) or host == "localhost" or host.endswith(".localhost")
+    private = (address is not None and is_private_address(host)) or host == "localhost" or host.endswith(".localhost")
     if private and not policy.allows_private(host):
         raise _refused(url, "private, loopback and link-local addresses need --allow-private-hosts")
     if not policy.allows_host(host) and not (private and policy.allows_private(host)):
@@ -228,9 +232,11 @@ def is_private_address(address: str) -> bool:
 
     >>> [is_private_address(a) for a in ("8.8.8.8", "10.0.0.1", "::ffff:127.0.0.1", "169.254.169.254")]
     [False, True, True, True]
+    >>> [is_private_address(a) for a in ("64:ff9b::8.8.8.8", "64:ff9b::10.0.0.1", "2002:a00:1::", "fec0::1")]
+    [False, True, True, True]
     """
-    parsed = _address(address)
-    return parsed is None or not parsed.is_global
+    found = _address(address)
+    return found is None or not found.is_global or found.is_multicast or getattr(found, "is_site_local", False)
 
 
 def is_spelled_address(host: str) -> bool:
@@ -260,8 +266,16 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return None
-    mapped = getattr(address, "ipv4_mapped", None)  # ::ffff:127.0.0.1 is 127.0.0.1
-    return mapped or address
+    return _inner_address(address) if isinstance(address, ipaddress.IPv6Address) else address
+
+
+def _inner_address(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The IPv4 address that a packet to an IPv6 address ends at: mapped, of a NAT64, 6to4, or of the first drafts."""
+    if address.ipv4_mapped or address.sixtofour:
+        return address.ipv4_mapped or address.sixtofour or address
+    if any(address in network for network in _IN_LAST_BITS) and int(address) > 1:  # ::1 is IPv6's own
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address
 
 
 def _looks_numeric(host: str) -> bool:

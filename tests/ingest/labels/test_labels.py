@@ -288,7 +288,9 @@ def test_another_source_needs_replace_and_damage_is_found(cube: Cube, tmp_path: 
 KILL = """
 import os, shutil, sys
 from pathlib import Path
+from ingest.labels.features import read_features
 from ingest.labels.layer import import_labels
+from ingest.request import parquet
 from zarr_store import open_cube, verify_cube
 from zarr_store.crash import arm
 from zarr_store.labels import find_labels, open_label

@@ -334,7 +334,7 @@ def test_a_body_that_stays_truncated_is_an_error(server: FaultServer) -> None:
     href = server.href("truncated", 10_000)
     with pytest.raises(AssetUnreadable, match="after 3 attempts"):
         read_on_grid(ref(href), SOURCE, SOURCE, "bilinear", access=QUICK)
-    assert server.requests["/truncated/B02.tif"] == QUICK.attempts, "each attempt ends at the head, which is cut short too"
+    assert server.requests["/truncated/B02.tif"] == QUICK.attempts, "each attempt ends at the cut head"
 
 
 def test_a_closed_port_fails_fast(server: FaultServer) -> None:

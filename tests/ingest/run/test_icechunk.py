@@ -249,3 +249,28 @@ def test_what_cannot_be_a_repository_is_refused_before_anything_is_made(
     with pytest.raises(InvalidInput, match=r"pip install 'terrashard\[icechunk\]'"):
         run(plan, tmp_path / "cube", client=local_client, config=ICECHUNK)
     assert not list(tmp_path.glob("*cube*"))
+
+
+def test_chunks_that_lie_in_a_file_elsewhere_are_not_read(plan: Plan, tmp_path: Path) -> None:
+    cube = tmp_path / "cube.icechunk"
+    run(plan, cube, config=ICECHUNK)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "secret").write_bytes(b"s" * 4096)
+    prefix = f"file://{elsewhere}/"
+    config = icechunk.RepositoryConfig.default()
+    config.set_virtual_chunk_container(
+        icechunk.VirtualChunkContainer(prefix, icechunk.local_filesystem_store(str(elsewhere)))
+    )
+    storage = icechunk.local_filesystem_storage(str(cube))
+    repository = icechunk.Repository.open(storage, config=config, authorize_virtual_chunk_access={prefix: None})
+    repository.save_config()
+    session = repository.writable_session("main")
+    session.store.set_virtual_ref(f"{NAME}/x/c/0", f"{prefix}secret", offset=0, length=4096)
+    session.commit("virtual")
+    told = subprocess.run(
+        [sys.executable, "-c", f"from zarr_store import open_cube; open_cube({str(cube)!r}).dataset({NAME!r})"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "IntegrityError" in told.stderr.splitlines()[-1], told.stderr[-2000:]
+    assert "x/c/0 of the Icechunk repository cannot be read" in told.stderr

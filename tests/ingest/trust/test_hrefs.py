@@ -9,6 +9,7 @@ import pytest
 
 from ingest.request.config import IngestConfig
 from ingest.trust.hrefs import (
+    HrefPolicy,
     is_private_address,
     refuse_private_address,
     resolve_href,
@@ -21,6 +22,9 @@ from zarr_store.errors import InvalidInput
 @pytest.mark.parametrize(
     ("address", "private"),
     [
+        ("64:ff9b::8.8.8.8", False), ("2002:808:808::", False), ("64:ff9b::127.0.0.1", True),
+        ("64:ff9b:1::a00:1", True), ("2002:a00:1::", True), ("::127.0.0.1", True), ("::ffff:0:10.0.0.1", True),
+        ("fec0::1", True), ("224.0.0.1", True), ("ff02::1", True),
         ("8.8.8.8", False), ("2001:4860:4860::8888", False), ("::ffff:8.8.8.8", False),
         ("10.0.0.1", True), ("::ffff:127.0.0.1", True), ("169.254.169.254", True), ("fe80::1", True),
         ("100.64.0.1", True), ("0.0.0.0", True), ("no address", True), ("", True),
@@ -29,6 +33,14 @@ from zarr_store.errors import InvalidInput
 def test_what_is_no_public_address_is_private(address: str, private: bool) -> None:
     """Also what is no address at all: what cannot be judged is not trusted."""
     assert is_private_address(address) is private
+
+
+@pytest.mark.parametrize("host", ["a b.example", "a\u2028.example", "127.0.0.1;.example"])
+def test_what_is_no_name_of_a_host_is_refused_whatever_is_allowed(host: str) -> None:
+    policy = HrefPolicy.around("catalog.json", hosts=["*.example"])
+    assert resolve_href("https://a-b.example/x", base="https://a.example/", policy=policy)
+    with pytest.raises(InvalidInput, match="names no host"):
+        resolve_href(f"https://{host}/x", base="https://a.example/", policy=policy)
 
 
 API = "https://stac.example.org/v1"
