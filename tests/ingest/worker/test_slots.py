@@ -19,7 +19,7 @@ from ingest.plan.making import plan_scenes
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
 from ingest.testing import make_scene, probe_headers
-from ingest.worker import slots as turns
+from ingest.worker import slots
 from ingest.worker.slots import computing, run_in_slot
 from zarr_store.grid import Grid
 from zarr_store.spec import Layout
@@ -49,7 +49,7 @@ def counted(where: str, number: int, most: dict[str, int]) -> Iterator[None]:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """One worker of one thread, inside this process."""
-    monkeypatch.setattr(turns, "_turns", None)
+    monkeypatch.setattr(slots, "_slots", None)
     with worker_here(1) as client:
         yield client
 
@@ -86,7 +86,7 @@ def test_one_waits_while_another_computes(remote: bool, reading: int, client: Cl
 
 
 def test_outside_a_worker_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_turns", None)
+    monkeypatch.setattr(slots, "_slots", None)
     together = threading.Barrier(3)
 
     def wait(give_way: Callable[[], None]) -> None:
@@ -101,7 +101,7 @@ def test_outside_a_worker_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None
     for thread in threads:
         thread.start()
     together.wait(timeout=10)  # raises if one of them waits for the other
-    assert turns._turns is None, "there is nobody to take turns with"
+    assert slots._slots is None, "there is nobody to take turns with"
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before it gives way", "after it gave way"])
