@@ -28,7 +28,7 @@ CATALOGUE = "../shared/data/scenes/zagreb/catalog.json"
 SMALL_WORLD = ("--set", "tile_px=256", "--set", "overlap_px=32", "--set", "radar_dates=[]")
 SHORT = tuple(
     word
-    for text in ("run.steps=12", "run.batch_size=8", "model.width=8", "optim.warmup_steps=4", "data.split.block_m=640")
+    for text in ("run.steps=60", "run.batch_size=8", "model.width=8", "optim.warmup_steps=5", "data.split.block_m=640")
     for word in ("--set", text)
 )
 """A walk on less ground and for fewer steps; nothing else of a command is changed."""
@@ -59,9 +59,9 @@ def test_the_walk_of_the_readme_as_typed(
     assert "4 shards written" in said["ingest"]
     with rasterio.open("cover_map.tif") as raster:
         assert raster.tags(1)["class_0"] == "water"
-        assert len(np.unique(raster.read(1))) >= 2
+        assert len(np.unique(raster.read(1))) > 2
     assert _colours("cover.png") > 1000
-    # what the README shows of `plan` is said by `plan`: the same lines, with other numbers in them
+    # `plan` prints the lines that the README shows, with other numbers in them
     shown = (repository / "README.md").read_text("utf-8").partition("Part of its output:\n\n")[2].partition("\n\n")[0]
     words = [line.split()[0] for line in shown.splitlines()]
     assert len(words) == 8
