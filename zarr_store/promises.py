@@ -30,7 +30,7 @@ _CODECS = frozenset({"bytes", "blosc", "zstd", "crc32c", "sharding_indexed"})
 _OVERVIEW_CODECS = frozenset({"bytes", "zstd"})
 _ARRAY_CODECS = _CODECS | {"vlen-utf8"}
 _MOST_LENGTH = 1 << 20
-"""Of an axis whose length is not known beforehand: the dates of a cube that grows."""
+"""Largest length of an axis that may grow: the dates of a cube."""
 
 
 def check_array(

@@ -93,7 +93,7 @@ RULES: dict[int, tuple[str, ...]] = {
         "test_harmonise::test_lacking_and_refused_bands_are_named",
     ),
     18: ("test_harmonise::test_signed_hrefs_are_stored_unsigned", "test_sign::test_a_refused_token_is_renewed_once"),
-    19: ("test_search::test_an_overloaded_api_is_asked_again", "test_hrefs::test_nothing_secret_is_shown_or_stored"),
+    19: ("test_stac_api::test_an_overloaded_api_is_asked_again", "test_hrefs::test_nothing_secret_is_shown_or_stored"),
     20: ("test_read::test_gdal_threads_are_refused", "test_read::test_redirects_to_another_host_are_not_followed"),
 }
 LAYOUT = Layout("test", (1, 32, 32), (1, 96, 96))

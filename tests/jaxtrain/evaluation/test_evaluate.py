@@ -171,6 +171,7 @@ def test_a_run_that_names_a_bucket_opens_none(run: Path, monkeypatch: pytest.Mon
         return open_cube(there)
 
     monkeypatch.setattr("jaxtrain.data.opening.open_cube", open_instead)
+    monkeypatch.setattr("jaxtrain.data.opening.is_sample_store", lambda url: opened.append(str(url)) or False)
     with pytest.raises(InvalidInput, match="--data s3://of-a-stranger/cube"):
         evaluate(run)
     assert opened == []
