@@ -21,6 +21,7 @@ import tenacity
 from rasterio.enums import ColorInterp
 
 from ingest.raster.asset_file import AssetFile, find_asset_file, open_asset_file, read_local_sidecar
+from ingest.raster.codestream import check_tiles
 from ingest.raster.download import read_remote_sidecar
 from ingest.raster.drivers import DRIVERS_BY_MAGIC
 from ingest.raster.faults import (
@@ -34,7 +35,7 @@ from ingest.raster.header import RasterHeader
 from ingest.raster.limits import Access
 from ingest.raster.lru import LruCache
 from ingest.raster.opening import open_raster
-from ingest.raster.ranges import RangeFile, link_range_file
+from ingest.raster.ranges import HEAD_BYTES, RangeFile, link_range_file
 from ingest.raster.sidecar import MAX_SIDECAR_BYTES, georeference_only
 from ingest.trust.redact import redact_url
 from ingest.trust.waits import pause
@@ -246,6 +247,8 @@ def _gdal_dataset(asset_file: AssetFile, href: str, access: Access) -> Iterator[
     driver = next((name for start, name in DRIVERS_BY_MAGIC if magic.startswith(start)), None)
     if driver is None:
         raise PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
+    if driver == "JP2OpenJPEG" and file is not None:
+        check_tiles(file.take(0, min(file.size, HEAD_BYTES)), asset_file.size)
     georeference = None
     if magic.startswith(_CODESTREAM):  # its georeference is in NAME.aux.xml beside it
         georeference = _georeference(asset_file, href, access)

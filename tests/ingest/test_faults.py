@@ -20,11 +20,11 @@ from zarr_store.errors import AccessError
 from .growing import plan_of, scene, tree
 
 ROWS = [
-    *(f"R{n:02}" for n in range(1, 38)),
+    *(f"R{n:02}" for n in range(1, 39)),
     *(f"S{n:02}" for n in range(1, 19)),
     *(f"Z{n:02}" for n in range(1, 24)),
     *(f"D{n:02}" for n in range(1, 16)),
-    *(f"X{n:02}" for n in range(1, 7)),
+    *(f"X{n:02}" for n in range(1, 9)),
     *(f"C{n:02}" for n in range(1, 15)),
     *(f"L{n:02}" for n in range(1, 11)),
 ]
