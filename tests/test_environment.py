@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(tmp_path_factory.mktemp("w") / "world", config).path
 
 
-def _ignoring_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+IGNORING_INTERRUPTS = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+"""Starts a command as a script starts what it puts in the background; a hook of fork would meet threads of JAX."""
 
 
 def test_children_of_tests_can_be_interrupted_even_in_the_background(repository: Path) -> None:
     """A script's background job ignores SIGINT; the tests that send it to their children must not wait for ever."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::test_signals_of_a_child"]
-    done = subprocess.run(
-        command, cwd=repository, preexec_fn=_ignoring_interrupts, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::test_signals_of_a_child"]
+    command = [*IGNORING_INTERRUPTS, *words]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 
@@ -61,12 +59,10 @@ def test_tests_see_no_proxy_and_no_terminal() -> None:
 
 
 @contextlib.contextmanager
-def _serving(world: Path, before: Callable[[], None] | None) -> Iterator[subprocess.Popen[str]]:
+def _serving(world: Path, before: list[str]) -> Iterator[subprocess.Popen[str]]:
     settings = [part for setting in SMALL for part in ("--set", setting)]
-    command = [*COMMAND, "simulate", str(world), "--serve", *settings]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before
-    ) as process:
+    command = [*before, *COMMAND, "simulate", str(world), "--serve", *settings]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert any(line.startswith("stop with") for line in process.stdout), process.communicate()[1]
@@ -77,7 +73,7 @@ def _serving(world: Path, before: Callable[[], None] | None) -> Iterator[subproc
 
 def test_a_server_in_the_background_ignores_interrupts_and_ends_by_sigterm(world: Path) -> None:
     """As POSIX has it for `command &` in a script, and for nohup: Ctrl-C is for what runs in the foreground."""
-    with _serving(world, _ignoring_interrupts) as process:
+    with _serving(world, IGNORING_INTERRUPTS) as process:
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1.0)
@@ -99,9 +95,8 @@ def test_a_launcher_in_the_background_ignores_interrupts() -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment,
-        preexec_fn=_ignoring_interrupts,
-    ) as process:  # fmt: skip
+        [*IGNORING_INTERRUPTS, sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"

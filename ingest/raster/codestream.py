@@ -35,7 +35,8 @@ def count_tiles(head: bytes) -> int | None:
     _, _, right, bottom, _, _, width, height, left, top = _SIZES.unpack_from(head, start + len(_START))
     if width == 0 or height == 0:
         return None
-    return max(0, -(-(right - left) // width)) * max(0, -(-(bottom - top) // height))
+    columns, rows = -(-(right - left) // width), -(-(bottom - top) // height)
+    return int(max(0, columns) * max(0, rows))
 
 
 def check_tiles(head: bytes, size: int | None) -> None:

@@ -19,7 +19,8 @@ __all__ = ["MAX_SIDECAR_BYTES", "georeference_only"]
 
 MAX_SIDECAR_BYTES = 1 << 20
 """Largest sidecar that is read, in bytes."""
-_WKT = re.compile(r"[A-Z][A-Z_]{2,30}\s*\[")
+_WKT_OR_CODE = re.compile(r"[A-Z][A-Z_]{2,30}\s*\[|EPSG:\d{1,7}$")
+"""What a coordinate reference system is stated as; any other form may name a file."""
 
 
 def georeference_only(data: bytes) -> bytes:
@@ -47,8 +48,10 @@ def _system(root: ElementTree.Element) -> list[str]:
     wkt = (root.findtext("SRS") or "").strip()
     if not wkt:
         return []
-    if not _WKT.match(wkt):
-        raise InvalidInput(f"NAME.aux.xml: expected a coordinate reference system as WKT, got {wkt[:60]!r}")
+    if not _WKT_OR_CODE.match(wkt):
+        raise InvalidInput(
+            f"NAME.aux.xml: expected a coordinate reference system as WKT or EPSG code, got {wkt[:60]!r}"
+        )
     parse_crs(wkt)
     return [f"<SRS>{escape(wkt)}</SRS>"]
 

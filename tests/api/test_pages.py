@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime as dt
 import os
 import subprocess
@@ -25,13 +26,14 @@ def test_the_journey_of_the_readme_runs_as_a_script(tmp_path: Path, repository: 
     config = SimulateConfig(tiles=1, tile_px=128, overlap_px=0, dates=dates, radar_dates=())
     simulate(tmp_path / "demo" / "world", config)
     code = code_of(repository / "README.md")
-    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
+    statements = [one for one in ast.parse(code).body if not isinstance(one, ast.Import | ast.ImportFrom)]
+    assert len(statements) <= 10
     quick = code.replace(
         '"run": {"steps": 200}', '"model": {"width": 4, "depth": 1}, "run": {"steps": 4, "batch_size": 4}'
     )
     assert quick != code
     script = tmp_path / "journey.py"
-    tail = "print(report, greenness.shape, scores['accuracy'], made)\nassert report.exit_code == 0\n"
+    tail = "print(report, greenness.shape, scores.accuracy, made)\nassert report.exit_code == 0\n"
     script.write_text(f"print('once')\n{quick}\n{tail}", encoding="utf-8")
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1", "PYTHONPATH": str(repository)}
     done = subprocess.run(

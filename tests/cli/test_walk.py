@@ -184,8 +184,8 @@ def test_the_walk_with_real_scenes_as_typed(
     assert sidecar == [f"<Category>{name}</Category>" for name in names]
     stored = xr.open_zarr("zagreb_map.zarr", mask_and_scale=False)["class"].to_numpy()
     np.testing.assert_array_equal(classes, stored)
-    seen = (cube.status > 0).any("time").to_numpy()
-    np.testing.assert_array_equal(classes != 255, seen)
+    in_swath = (cube.status > 0).any("time").to_numpy()
+    np.testing.assert_array_equal(classes != 255, in_swath)
 
     # ---- quicklook: pictures that show something
     assert type_in("terrashard quicklook zagreb.zarr zagreb.png").code == 0

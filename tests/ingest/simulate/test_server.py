@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import http.client
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -111,14 +113,26 @@ def test_nonsense_is_answered_with_400(server: ServerHandle) -> None:
     assert ask(f"{server.url}/search", "POST", {"query": {"eo:cloud_cover": {"like": 1}}})[0] == 400
 
 
+def gdal(url: str, use: str, *, listing: bool = False) -> Any:
+    """What GDAL's own client prints of a file, in a process of its own: ours opens no address with it."""
+    options = {} if listing else GDAL
+    code = (
+        "import rasterio, sys\n"
+        f"with rasterio.Env(**{options!r}), rasterio.open('/vsicurl/' + sys.argv[1]) as file:\n"
+        f"    {use}"
+    )
+    told = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode == 0, told.stderr
+    return ast.literal_eval(told.stdout)
+
+
 def test_hrefs_lead_to_the_pixels_on_disk(server: ServerHandle, small_world: SimulatedWorld) -> None:
     client = pystac_client.Client.open(server.stac_url)
     item = next(client.search(ids=["S2B_33TXL_20220616_0_L2A"]).items())
     href = item.assets["nir"].href
     assert href.startswith(f"{server.url}/files/")
     server.reset_counters()
-    with rasterio.Env(**GDAL), rasterio.open(f"/vsicurl/{href}") as file:
-        window = file.read(1, window=((130, 150), (10, 40)))
+    window = np.array(gdal(href, "print(file.read(1, window=((130, 150), (10, 40))).tolist())"))
     local = small_world.path / "sentinel-2-l2a" / item.id / "B08.tif"
     with rasterio.open(local) as file:
         assert np.array_equal(window, file.read(1)[130:150, 10:40])
@@ -128,8 +142,7 @@ def test_hrefs_lead_to_the_pixels_on_disk(server: ServerHandle, small_world: Sim
 
 def test_without_listing_switched_off_gdal_still_opens(server: ServerHandle, blue: str) -> None:
     # GDAL then asks for sidecar files while rasterio holds the interpreter's lock
-    with rasterio.open(f"/vsicurl/{server.file_url(blue)}") as file:
-        assert file.count == 1
+    assert gdal(server.file_url(blue), "print(file.count)", listing=True) == 1
 
 
 def test_ranges(server: ServerHandle, small_world: SimulatedWorld, blue: str) -> None:
@@ -261,10 +274,8 @@ def test_each_fault_fires_and_is_counted(server: ServerHandle, small_world: Simu
 
 def test_gdal_notices_flipped_bits(server: ServerHandle, blue: str) -> None:
     server.reset_counters()
-    with rasterio.Env(**GDAL), rasterio.open(f"/vsicurl/{server.file_url(blue, fault='flip')}") as file:
-        broken = pytest.raises(rasterio.errors.RasterioIOError)
-        with broken:
-            file.read(1)
+    read = "try: file.read(1)\n    except rasterio.errors.RasterioIOError: print(True)"
+    assert gdal(server.file_url(blue, fault="flip"), read) is True
     assert server.faults["flip"] > 0
 
 

@@ -165,16 +165,17 @@ def test_a_run_that_names_a_bucket_opens_none(run: Path, monkeypatch: pytest.Mon
     document["cube"]["path"] = "s3://of-a-stranger/cube.zarr"
     card.write_text(json.dumps(document))
     opened: list[str] = []
+    asked: list[str] = []
 
     def open_instead(url: str) -> object:
         opened.append(str(url))
         return open_cube(there)
 
     monkeypatch.setattr("jaxtrain.data.opening.open_cube", open_instead)
-    monkeypatch.setattr("jaxtrain.data.opening.is_sample_store", lambda url: opened.append(str(url)) or False)
+    monkeypatch.setattr("jaxtrain.data.opening.is_sample_store", lambda url: asked.append(str(url)) or False)
     with pytest.raises(InvalidInput, match="--data s3://of-a-stranger/cube"):
         evaluate(run)
-    assert opened == []
+    assert opened == asked == []
     assert evaluate(run, data="s3://of-a-stranger/cube.zarr").split == "test", "typed, it is the run's own"
     assert opened == ["s3://of-a-stranger/cube.zarr"]
 
