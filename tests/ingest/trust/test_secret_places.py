@@ -143,7 +143,7 @@ def test_no_shape_comes_out_of_an_ingest(
     out, run, source = tmp_path / "out", everything.run, f"{catalogue.url}/"
     out.mkdir()
     plan, cube = out / "plan.json", out / "cube.zarr"
-    join = ("--scheduler", local_client.scheduler.address, "--allow-private-hosts")
+    join = ("--scheduler", local_client.scheduler.address, "--allow-private-hosts", "--retries", "0")
     assert run("search", source, *ASK[:4], "-o", out / "items.json", "--json") == 0, everything.text[-2000:]
     assert run("plan", source, *ASK, "-o", plan, "--json", "-v") == 0, everything.text[-2000:]
     # every scene is unreadable, then every shard fails; a report of each kind, and the page that follows the run
