@@ -26,9 +26,18 @@ def wait_at_gate(ledger: Path, seconds: float = 120.0) -> None:
 
 def dask_setup(_worker: Any) -> None:
     """In each worker: note every shard that is filled, and whether the ledger said already that it is done."""
+    from distributed import Worker
+
     import ingest.run.task as making
     from zarr_store.read import open_cube
 
+    # a worker that has lost its scheduler gives its threads 30 s before it ends; nothing here needs them
+    close = Worker.close
+
+    def close_soon(self: Worker, timeout: float = 2.0, **more: Any) -> Any:
+        return close(self, timeout=min(timeout, 2.0), **more)
+
+    Worker.close = close_soon
     fill, cube = making.fill_shard, os.environ["TERRASHARD_TEST_CUBE"]
 
     def counted(task: Any, *arguments: Any, **more: Any) -> Any:

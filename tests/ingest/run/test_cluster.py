@@ -74,14 +74,16 @@ def dask_processes(*, workers: int = 1, environment: dict[str, str] | None = Non
     try:
         yield address
     finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(10)
+        # workers first: one whose scheduler is gone seeks it for half a minute before it ends
+        for some in (started[1:], started[:1]):
+            for process in some:
+                process.terminate()
+            for process in some:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait(10)
 
 
 @contextlib.contextmanager
