@@ -19,7 +19,7 @@ import pytest
 import tomli_w
 
 ROOT = Path(__file__).parents[2]
-STEPS = 90
+STEPS = 54
 QUICK = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
 """The compiler's flags of all tests: a program of a few steps is compiled for longer than it runs."""
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "cube.zarr",
         model={"name": "unet", "width": 4, "depth": 1, "dropout": 0.1},
         optim={"name": "sgd", "learning_rate": 0.02, "warmup_steps": 2},
-        run={"steps": STEPS, "batch_size": 8, "evaluate_every": STEPS, "checkpoint_every": 18, "log_every": 5},
+        run={"steps": STEPS, "batch_size": 8, "evaluate_every": STEPS, "checkpoint_every": 9, "log_every": 5},
     )
     (folder / "run.toml").write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_unset=True)))
     done = subprocess.run(
@@ -155,10 +155,10 @@ def test_two_processes_survive_being_killed_and_equal_one(folder: Path, together
     killed: list[int] = []
     with Watched(command("launch -n 2", folder, "killed", "-v"), environment(folder)) as launcher:
         for line in launcher:
-            if len(killed) == 0 and "checkpoint at step 36" in line:
+            if len(killed) == 0 and "checkpoint at step 18" in line:
                 os.kill(launcher.children()[1], signal.SIGKILL)
                 killed.append(1)
-            elif len(killed) == 1 and "checkpoint at step 72" in line:
+            elif len(killed) == 1 and "checkpoint at step 36" in line:
                 os.kill(launcher.children()[0], signal.SIGKILL)
                 killed.append(0)
         code = launcher.process.wait(timeout=30)
@@ -181,7 +181,7 @@ def test_a_pipeline_over_two_processes_survives_a_kill_and_equals_one_device(fol
     text = (folder / "run.toml").read_text().replace("dropout = 0.1", "dropout = 0.0")
     # the cloud of this cube is one value: where turned pixels round otherwise, ties of the max pooling break otherwise
     text = text.replace("patch = 32", "patch = 32\naugment = false")
-    text = text.replace(f"= {STEPS}", "= 24").replace("checkpoint_every = 18", "checkpoint_every = 6")
+    text = text.replace(f"= {STEPS}", "= 24").replace("checkpoint_every = 9", "checkpoint_every = 6")
     (folder / "piped.toml").write_text(text)
     train(read_train_config([folder / "piped.toml"]), folder / "one")
     words = [sys.executable, "-m", "cli.main", "launch", "-n", "2", "--", "train", str(folder / "piped.toml"), "-v"]
@@ -209,7 +209,7 @@ def test_sigterm_to_one_of_two_saves_both_at_one_step(folder: Path) -> None:
     launcher ends its processes too (T11), and the run goes on all the same."""
     with Watched(command("launch -n 2", folder, "told", "-v"), environment(folder)) as launcher:
         for line in launcher:
-            if line.startswith("[0] checkpoint at step 18"):
+            if line.startswith("[0] checkpoint at step 9"):
                 os.kill(launcher.children()[1], signal.SIGTERM)
         code = launcher.process.wait(timeout=30)
     text = "".join(launcher.lines)
@@ -219,7 +219,7 @@ def test_sigterm_to_one_of_two_saves_both_at_one_step(folder: Path) -> None:
     assert saved[0] == saved[1]
     newest = max(path.name for path in (folder / "told" / "checkpoints").iterdir() if path.name.isdecimal())
     assert int(newest) == int(saved[0])
-    assert 18 < int(newest) < STEPS
+    assert 9 < int(newest) < STEPS
 
     with Watched(command("launch -n 2", folder, "told", "-v"), environment(folder)) as launcher:
         for line in launcher:
