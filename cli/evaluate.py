@@ -46,10 +46,10 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Score a run on the blocks that were held out of training."""
         from cli.progress import Reporter
-        from jaxtrain import evaluate as judge
+        from jaxtrain import evaluate as evaluate_run
 
         with Reporter(session, "evaluate", unit="batches") as progress:
-            report = judge(run, data=data, split=split, on_batch=progress.update)
+            report = evaluate_run(run, data=data, split=split, on_batch=progress.update)
         for text in report.warnings:
             session.warn(text)
         scores = report.to_dict()

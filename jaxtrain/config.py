@@ -236,7 +236,7 @@ class MeshConfig(_Strict):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> MeshConfig:
-        # where data is not named, it may still become all devices: `make_mesh` judges
+        # where data is not named, it may still become all devices: `make_mesh` checks that
         if self.zero and self.data == 1 and "data" in self.model_fields_set:
             raise ValueError(f"zero = {self.zero} splits over the axis data, whose size is 1: set data, or zero = 0")
         if self.pipe > 1 and self.schedule == "interleaved" and self.microbatches % self.pipe:

@@ -36,7 +36,7 @@ _MOST_LENGTH = 1 << 20
 def check_array(
     document: Any, where: str, *, shape: tuple[int | None, ...], dtype: str, most: int | None = None
 ) -> None:
-    """Judge the metadata of an array that is no pixel array of a cube: an axis, a layer of a map, samples, labels.
+    """Check the metadata of an array that is not a pixel array of a cube: an axis, a map layer, samples, labels.
 
     Args:
         document: Its metadata, as JSON has them.
@@ -98,7 +98,7 @@ def read_document(data: bytes | None, where: str) -> Any:
 def check_promises(
     data: bytes | Mapping[str, Any] | None, spec: CubeSpec, array: str, where: str, *, any_length: bool = False
 ) -> None:
-    """Judge the metadata of one array.
+    """Check the metadata of one array.
 
     Args:
         data: Its zarr.json, or what that says.
@@ -166,7 +166,7 @@ def check_promises(
 def check_overview(
     data: bytes | Mapping[str, Any] | None, spec: CubeSpec, where: str, *, any_length: bool = False
 ) -> None:
-    """Judge the metadata of the overview of a collection, as `check_promises` does those of its arrays.
+    """Check the metadata of the overview of a collection, as `check_promises` does those of its arrays.
 
     Args:
         data: zarr.json of the overview's array, or what that says.

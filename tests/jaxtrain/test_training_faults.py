@@ -36,7 +36,7 @@ TrainStep = Callable[..., Any]
 
 
 def change_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> None:
-    """Batches pass through `change(number of the call, batch)` before they are learnt."""
+    """Batches pass through `change(number of the call, batch)` before they are trained on."""
     make = train_module.make_train_step
 
     def changed(program: Any) -> TrainStep:
@@ -297,7 +297,7 @@ def test_a_damaged_chunk_is_put_into_quarantine_up_to_a_limit(tmp_path: Path, da
     assert any("is no longer learned from" in event.message for event in events if event.kind == "warning")
     before, after = read_metrics(shared_run()), read_metrics(run)
     labelled = [[line["labelled"] for line in lines if line["kind"] == "train"] for lines in (before, after)]
-    assert sum(labelled[1]) < sum(labelled[0])  # what is not read is not learnt, never learnt as zeros
+    assert sum(labelled[1]) < sum(labelled[0])  # what is not read is not trained on, and never as zeros
 
 
 # ---- T16: nothing to learn in a batch

@@ -1,4 +1,4 @@
-"""Damage is named, and only what is damaged is made again; a plan's hrefs are judged before anything is opened."""
+"""Damage is named, and only what is damaged is made again; a plan's hrefs are checked before anything is opened."""
 
 from __future__ import annotations
 

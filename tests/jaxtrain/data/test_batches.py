@@ -161,7 +161,7 @@ def test_of_many_windows_the_damaged_one_is_named(tmp_path: Path) -> None:
         reader_of(tmp_path / "c.zarr").read(np.array(rows, np.int32))
 
 
-def test_where_nothing_is_seen_neither_class_nor_value_is_learnt() -> None:
+def test_where_nothing_is_seen_neither_class_nor_value_is_trained_on() -> None:
     seen = np.array([[True, False], [False, True]])
     classes, values = np.array([[3, 3], [0, 255]], np.uint8), np.array([[0.5, 0.5], [0, 7]], np.float32)
     Target("cover").hide(classes, seen)

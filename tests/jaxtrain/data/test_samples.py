@@ -184,10 +184,10 @@ def test_a_run_from_store_to_report(tmp_path):
     assert "Samples kept aside" in (tmp_path / "run/report.html").read_text()
     # another store, with the classes in another order
     other = make_samples(tmp_path / "o.zarr", seed=5, classes=CLASSES[::-1])
-    judged = evaluate(tmp_path / "run", data=other).to_dict()
-    assert judged["samples"] == 96
-    assert judged["accuracy"] > 0.9
-    assert "have a training sample nearer than" in judged["warnings"][0]
+    scores = evaluate(tmp_path / "run", data=other).to_dict()
+    assert scores["samples"] == 96
+    assert scores["accuracy"] > 0.9
+    assert "have a training sample nearer than" in scores["warnings"][0]
     with pytest.raises(InvalidInput, match="predicts for whole images, so it makes no map"):
         predict(tmp_path / "run", store, tmp_path / "map.zarr")
     with pytest.raises(InvalidInput, match="none is the same, so it cannot be evaluated there"):

@@ -85,7 +85,7 @@ def test_the_result_keeps_the_contract_and_is_written(run: Path) -> None:
     assert f"{result['accuracy']:.3f}" in html
 
 
-def test_another_cube_is_judged_as_a_whole(run: Path, tmp_path: Path) -> None:
+def test_another_cube_is_scored_as_a_whole(run: Path, tmp_path: Path) -> None:
     other = make_cube(tmp_path / "other.zarr", shape=(1, 96, 96), seed=5, masked=False)
     result = evaluate(run, data=other.url).to_dict()
     assert (result["split"], result["samples"], result["pixels"]) == ("all", 9, 96 * 96)
@@ -93,7 +93,7 @@ def test_another_cube_is_judged_as_a_whole(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shuffle", ["windows", "chunks"])
-def test_test_ground_was_never_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: str) -> None:
+def test_test_blocks_were_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: str) -> None:
     """Every sample that the order hands to a step, over whole epochs, lies in a training block; and all of those do."""
     seen: list[np.ndarray] = []
     real = BatchStream._begin
@@ -137,7 +137,7 @@ def test_damage_and_absence_are_said(run: Path, tmp_path: Path) -> None:
         evaluate(run)
 
 
-def test_a_run_of_many_devices_is_judged_on_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_many_devices_is_scored_on_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mesh of the run does not fit this machine: the numbers are the same."""
     expected = evaluate(run).to_dict()["confusion_matrix"]
     data = json.loads((run / "model.json").read_bytes())

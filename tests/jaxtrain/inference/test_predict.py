@@ -198,7 +198,7 @@ def test_masked_dates_have_a_say_only_where_no_date_is_clear(tmp_path: Path) -> 
         tmp_path / "c.zarr",
         data={"classes": clouds, "learn_masked": True},
         model={"dropout": 0.0},
-        run={"steps": 40, "evaluate_every": 40, "checkpoint_every": 40},  # until the cloud is learnt
+        run={"steps": 40, "evaluate_every": 40, "checkpoint_every": 40},  # until the cloud is learned
     )
     train(config, tmp_path / "run")
     cloud = np.zeros((192, 160), bool)

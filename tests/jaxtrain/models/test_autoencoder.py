@@ -65,7 +65,7 @@ def test_what_is_unusual_is_given_back_worst(tmp_path: Path) -> None:
     assert inside > 3 * np.nanmean(error)
 
 
-def test_it_learns_from_a_store_of_samples_and_judges_another(tmp_path: Path) -> None:
+def test_it_learns_from_a_store_of_samples_and_scores_another(tmp_path: Path) -> None:
     make_samples(tmp_path / "a.zarr")
     make_samples(tmp_path / "b.zarr", seed=1)
     train(config_of(tmp_path / "a.zarr", run={"steps": 2, "evaluate_every": 2}), tmp_path / "run")

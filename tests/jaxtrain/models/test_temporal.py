@@ -104,7 +104,7 @@ def test_a_batch_is_the_cube(cube: Cube) -> None:
     assert not batch["observed"][:, 3].any(), "the date that was never written reads as not observed"
 
 
-def test_what_was_never_seen_is_not_learnt(tmp_path: Path) -> None:
+def test_what_was_never_seen_is_not_trained_on(tmp_path: Path) -> None:
     cube = make_series(tmp_path / "c.zarr", never_seen=8)
     config = config_of(cube)
     target = resolve_target(cube, config.data)

@@ -94,7 +94,7 @@ def test_each_group_holds_its_own_part():
     assert jax.tree.map(lambda leaf: leaf.sharding, run.state) == run.program.shardings
 
 
-def test_it_judges_and_predicts_as_one_device_does():
+def test_it_scores_and_predicts_as_one_device_does():
     batch = make_batch()
     sums = [make_eval_step(run.program)(run.state, batch) for run in (piped(), of_one_device("unet"))]
     np.testing.assert_allclose(sums[0]["loss_sum"], sums[1]["loss_sum"], rtol=1e-4)
