@@ -40,7 +40,8 @@ def register(app: typer.Typer) -> None:
         session: Session,
         run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `terrashard train`.")],
         data: Annotated[
-            str | None, typer.Option(metavar="STORE", help="Another cube or sample store than that of the run.")
+            str | None,
+            typer.Option(metavar="STORE", help="Cube or sample store to score instead of the run's own."),
         ] = None,
         split: Annotated[str, typer.Option(help="Split to score: train, validation or test.")] = "test",
     ) -> None:
