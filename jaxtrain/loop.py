@@ -147,7 +147,7 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
                     session.settle(pending)
                 pending = Dispatched(step, rows, metrics, wish)
                 final = step == run.steps
-                # alone, a process need not hear of its own wish from the others a step later
+                # a single process knows its own request to stop, without the others' answer a step later
                 session.stopping = session.stopping or (session.agreement.alone and told_to_stop.is_set())
                 validating = final or step % run.evaluate_every == 0
                 saving = final or session.stopping or step % run.checkpoint_every == 0
@@ -155,7 +155,7 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
                     session.settle_before_use(pending)
                     pending = None
 
-                # ---- Validation, on blocks that are not learned.
+                # ---- Validation, on held-out blocks.
                 if validating and len(ready.plan.parts["validation"]):
                     saving = session.validate(step, state) or saving
 

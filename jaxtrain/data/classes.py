@@ -106,7 +106,7 @@ class Classes:
         return len(self.names)
 
     def table(self) -> npt.NDArray[np.uint8]:
-        """Return the look-up table, uint8 (256,): layer value → class index, 255 where not learned."""
+        """Return the look-up table, uint8 (256,): layer value → class index, `UNLABELLED` for other values."""
         table = np.full(256, UNLABELLED, np.uint8)
         for index, values in enumerate(self.values):
             table[list(values)] = index

@@ -44,7 +44,7 @@ class SampleReader:
         store: The open store.
         bands: Positions of the bands, in the order of the network's channels.
         patch: Side of the image around a pixel of a scene; of patches, their own side.
-        table: uint8 (256,) stored label → class index, 255 where it is not learned.
+        table: uint8 (256,) stored label → class index, 255 where it is not trained on.
     """
 
     store: SampleStore
@@ -75,7 +75,7 @@ class SampleReader:
             rows: int32 (B, 3) of (sample, y, x).
 
         Returns:
-            image (B, C, H, W) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is not learned), and
+            image (B, C, H, W) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is unlabelled), and
             observed uint8 (B, H, W), all 1.
 
         Raises:
@@ -177,7 +177,7 @@ def plan_samples(
 
     Raises:
         InvalidInput: The split does not fit the store.
-        NothingFound: No sample has a class that is learned.
+        NothingFound: No sample has a class to train on.
     """
     if store.spec.labelled == "pixels":
         return _plan_scene(config, store, classes, split)

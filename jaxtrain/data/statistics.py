@@ -1,7 +1,7 @@
 """`Statistics` holds mean and spread of each band and the count of each class, over training ground only.
 
 If whole chunks lie in training blocks, the chunk counts made at ingest give them at no cost. If blocks are smaller
-than chunks, or masked pixels are learned too (the counts leave those out of the moments), a fixed sample of training
+than chunks, or training uses masked pixels (the counts leave those out of the moments), a fixed sample of training
 windows is read instead.
 """
 
@@ -44,7 +44,7 @@ class Statistics:
         mean, std: float64 (bands,) in stored numbers, over pixels that the network sees; std is at least tiny.
         class_pixels: int64 (classes,) labelled pixels among those that were counted.
         pixels: Pixels that were counted.
-        value: (mean, std) of learned values; None for classes.
+        value: (mean, std) of the values to learn; None for classes.
         source: "index" for chunk counts, "windows" for a sample of windows.
     """
 

@@ -42,7 +42,7 @@ class LearnedFrom(Protocol):
 
     @property
     def cube_digest(self) -> str:
-        """Digest of all bytes that were learned from."""
+        """Digest of all bytes of the training data."""
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ class TrainingSet:
     """Training data that are ready for a run.
 
     Attributes:
-        digest: SHA-256 that stands for every byte of the training data.
+        digest: SHA-256 over every byte of the training data.
         bands: Names, in the order of the network's channels.
         classes: Learned classes, by class index.
         task: Task of the network; for values, `statistics` adds their mean and spread.

@@ -2,7 +2,7 @@
 
 The grid is tiled by patch × patch windows (aligned with the blocks of the split), once for each date, or for each
 series of dates. A window is used where its chunks were written (in a series, on one date at least) and enough of its
-pixels can be learned; both follow from the chunk counts made at ingest. A chunk is usually larger than a patch, so the
+pixels are labelled; both follow from the chunk counts made at ingest. A chunk is usually larger than a patch, so the
 share of a window is that of the chunks under it: an estimate, and a window without any label only costs its time, as
 it weighs nothing in the loss.
 """
@@ -151,7 +151,7 @@ def plan_windows(
     Raises:
         UnknownName: The label layer is none of the collection's, or a date none of the cube's.
         InvalidInput: The patch does not fit the grid, or there are too few blocks for the split.
-        NothingFound: No window has enough to learn.
+        NothingFound: No window has enough labelled pixels.
     """
     if target is None and config.label not in spec.class_layers:
         where = f"collection {spec.collection} (data.label)"
@@ -204,7 +204,7 @@ def _usable(
     if target.place == "layer":
         values = [value for group in classes.values for value in group]
         labelled = index.class_counts[target.name][..., values].sum(axis=-1)
-        # class counts include masked pixels; at most the observed ones can be learned
+        # class counts include masked pixels; at most the observed ones can be trained on
         share = np.minimum(labelled / np.maximum(index.pixels, 1), share)
     # of a series an absent date is one that was not observed
     there = index.present if config.dates == 1 else np.broadcast_to(index.present.any(axis=0), index.present.shape)

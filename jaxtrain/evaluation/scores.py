@@ -224,7 +224,7 @@ def evaluate(
 ) -> EvaluationReport:
     """Evaluate the best or newest checkpoint of a run on one part of its data, or on all of other data.
 
-    The scores are also written to RUN/evaluation.json, and RUN/report.html is made anew.
+    The scores are also written to RUN/evaluation.json, and RUN/report.html is written again.
 
     Args:
         run: The run directory.

@@ -179,8 +179,8 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
 def make_predict_step(program: Program) -> PredictStep:
     """Make the prediction step: class probabilities of a batch of images, float32 (B, H, W, K) or (B, K).
 
-    With `model.turns` they are means over the turns of each image; of values, the values themselves; of images that are
-    given back the error (B, H, W, 1): the root of the mean square over bands, in standard deviations of each band.
+    With `model.turns` they are means over the turns of each image; of values, the values themselves; of reconstructed
+    images the error (B, H, W, 1): the root of the mean square over bands, in standard deviations of each band.
 
     `observed` (B, H, W) marks the pixels with data; without it, a pixel that is 0 in every band holds none.
     """
@@ -233,11 +233,11 @@ def prepare_batch(
     arrays = tuple(as_images(batch[name]) for name in names)
     if data.augment:
         turned = augment(arrays, key=key, zoom=data.zoom)
-        # the compiler would keep images split as they came out of a quarter turn, by columns
+        # after a quarter turn the compiler would keep images split by columns
         arrays = constrain(turned, tuple(batch_sharding(mesh, image=a.ndim > 2) for a in arrays))
     image, observed = arrays[0], arrays[-1]
     x_BHWC = normalise(program, image, observed)
-    # an image is to be given back as it was before it is disturbed
+    # the target is the image before `disturb` changes it
     label = _itself(x_BHWC, observed) if rebuild else arrays[1]
     if data.jitter or data.band_dropout:
         x_BHWC = disturb(x_BHWC, key=key, jitter=data.jitter, band_dropout=data.band_dropout)
