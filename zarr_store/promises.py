@@ -41,7 +41,7 @@ def check_array(
     Args:
         document: Its metadata, as JSON has them.
         where: The place of the metadata, for people.
-        shape: That it must have; None for a length that may be anything a cube could have.
+        shape: Shape that it must have; None for any length that a cube could have.
         dtype: As Zarr names it.
         most: Bytes of the whole array, where it is read at once.
 
@@ -154,7 +154,7 @@ def check_promises(
     count = math.prod(s // c for s, c in zip(spec.layout.shard, spec.layout.chunk, strict=True))
     if size > MOST_CHUNK_BYTES or count > _MOST_CHUNKS:
         raise IntegrityError(
-            f"{where} promises chunks of {size} bytes, {count} in a shard; no more than {MOST_CHUNK_BYTES} bytes and "
+            f"{where} promises chunks of {size} bytes, {count} in a shard; at most {MOST_CHUNK_BYTES} bytes and "
             f"{_MOST_CHUNKS} chunks are read"
         )
     if codecs - _CODECS:
