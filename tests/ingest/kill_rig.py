@@ -27,9 +27,10 @@ def wait_at_gate(ledger: Path, seconds: float = 120.0) -> None:
 def dask_setup(_worker: Any) -> None:
     """In each worker: note every shard that is filled, and whether the ledger said already that it is done."""
     import ingest.run.task as making
+    from ingest.run.shard import fill_shard
     from zarr_store.read import open_cube
 
-    fill, cube = making.fill_shard, os.environ["TERRASHARD_TEST_CUBE"]
+    fill, cube = fill_shard, os.environ["TERRASHARD_TEST_CUBE"]
 
     def counted(task: Any, *arguments: Any, **more: Any) -> Any:
         wait_at_gate(Path(cube, "_terrashard", "ledger", task.collection))
@@ -41,7 +42,7 @@ def dask_setup(_worker: Any) -> None:
         time.sleep(float(os.environ.get("TERRASHARD_TEST_PAUSE_S", "0.04")))  # so that something is under way
         return fill(task, *arguments, **more)
 
-    making.fill_shard = counted
+    making.fill_shard = counted  # type: ignore[attr-defined]  # it imports the name for itself
 
 
 def main(plan: str, cube: str, scheduler: str) -> int:

@@ -249,7 +249,7 @@ def test_xarray_and_rioxarray_open_the_map(made: Path) -> None:
     assert {"class", "confidence", "probability"} <= set(dataset.data_vars)
     array = zarr.open_array(str(made), path="class", mode="r")
     assert array.shards is None
-    assert array.metadata.to_dict()["codecs"][1]["configuration"]["checksum"] is True  # type: ignore[index]
+    assert array.metadata.to_dict()["codecs"][1]["configuration"]["checksum"] is True  # type: ignore[index,call-overload]
     # what GDAL looks for in a Zarr array, read as GDAL reads it, whatever GDAL is here
     reference = zarr.open_group(str(made), mode="r")["spatial_ref"].attrs
     assert rasterio.CRS.from_wkt(str(reference["crs_wkt"])).to_epsg() == 32633

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import OptimConfig
+from jaxtrain.data.task import Task
 from jaxtrain.learn.losses import binary_terms, cross_entropy_terms, dice_terms, huber_terms, square_terms
 from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors
-from jaxtrain.learn.objective import BINS, Objective, Task
+from jaxtrain.learn.objective import BINS, Objective
 from zarr_store.errors import InvalidInput
 
 
@@ -64,7 +65,7 @@ def test_several_classes_cost_the_binary_cross_entropy_of_each():
     terms = binary_terms(jnp.asarray(logits), jnp.asarray(label))
     assert float(terms.mean()) == pytest.approx(losses[known].mean(), rel=1e-6)
     assert int(terms.labelled) == 5
-    weighted = binary_terms(jnp.asarray(logits), jnp.asarray(label), class_weights=np.float32([4, 1, 1]))
+    weighted = binary_terms(jnp.asarray(logits), jnp.asarray(label), class_weights=np.array([4, 1, 1], np.float32))
     factor = np.where((label == 1) & (np.arange(3) == 0), 4, 1)
     assert float(weighted.mean()) == pytest.approx((losses * factor)[known].sum() / factor[known].sum(), rel=1e-6)
     sums = Objective(Task(per_image=True, several=True), OptimConfig()).sums(jnp.asarray(logits), jnp.asarray(label))
@@ -159,6 +160,7 @@ def test_calibration_error_against_a_loop(scores):
     for value, right in zip(confidence, hit, strict=True):
         counted[min(int(value * BINS), BINS - 1)] += (1, value, right)
     assert np.count_nonzero(counted[:, 0]) > 5
+    assert matrix.calibration is not None
     np.testing.assert_allclose(matrix.calibration, counted, rtol=1e-4)
     recall = [(p.argmax(-1) == k)[label == k].mean() for k in range(3)]
     assert matrix.average_accuracy == pytest.approx(np.mean(recall))

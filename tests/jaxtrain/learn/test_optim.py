@@ -63,7 +63,10 @@ def test_adamw_and_sgd_follow_their_formulas():
 
 def test_muon_makes_steps_of_kernels_orthogonal_and_leaves_the_rest_to_adamw():
     rng = np.random.default_rng(0)
-    shapes = {"conv1": {"kernel": (3, 3, 4, 16), "bias": (16,)}, "head": {"kernel": (16, 5)}}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "conv1": {"kernel": (3, 3, 4, 16), "bias": (16,)},
+        "head": {"kernel": (16, 5)},
+    }
     params = {layer: {name: jnp.ones(shape) for name, shape in of.items()} for layer, of in shapes.items()}
     gradient = {
         layer: {name: jnp.asarray(rng.normal(0, 3, leaf.shape), jnp.float32) for name, leaf in of.items()}
