@@ -39,7 +39,7 @@ class Recipe:
     limits: dict[str, float]
     """Score → aim of the first variant."""
     variants: dict[str, tuple[str, ...]]
-    """What is judged → settings beside those of the file."""
+    """Name of a variant → its settings, beside those of the file."""
     seconds: float | None = None
     """Aim for the time of one training on an idle machine of two cores."""
     shown: tuple[str, ...] = field(default=("accuracy", "average_accuracy", "miou"))

@@ -1,8 +1,8 @@
 """Crops told apart by their course over a year: a real series of 118 dates, half of its pixels cloudy.
 
 The labelled patch of Flanders in the shared data (64 × 64 pixels at 10 m, netCDF) becomes a cube by `zarr_store`, its
-crops with more than 150 pixels a label layer; `temporal` learns whole series and is judged on blocks of 160 m that it
-did not see. Says so and passes where the data are absent. One run each of three seeds with `--full`, else of one.
+crops with more than 150 pixels a label layer; `temporal` learns whole series and is scored on held-out blocks
+of 160 m. Without the data it reports that and passes. It trains with three seeds with `--full`, else with one.
 """
 
 from __future__ import annotations

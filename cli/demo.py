@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     ) -> int:
         """Simulate scenes, ingest them through a STAC API, train, evaluate, and draw the map.
 
-        The same command again continues.
+        Run the same command again to continue.
         """
         from cli.journey import run_demo
 

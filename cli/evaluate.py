@@ -40,16 +40,17 @@ def register(app: typer.Typer) -> None:
         session: Session,
         run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `terrashard train`.")],
         data: Annotated[
-            str | None, typer.Option(metavar="STORE", help="Another cube or sample store than that of the run.")
+            str | None,
+            typer.Option(metavar="STORE", help="Cube or sample store to score instead of the run's own."),
         ] = None,
         split: Annotated[str, typer.Option(help="Split to score: train, validation or test.")] = "test",
     ) -> None:
         """Score a run on the blocks that were held out of training."""
         from cli.progress import Reporter
-        from jaxtrain import evaluate as judge
+        from jaxtrain import evaluate as evaluate_run
 
         with Reporter(session, "evaluate", unit="batches") as progress:
-            report = judge(run, data=data, split=split, on_batch=progress.update)
+            report = evaluate_run(run, data=data, split=split, on_batch=progress.update)
         for text in report.warnings:
             session.warn(text)
         scores = report.to_dict()

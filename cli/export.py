@@ -31,7 +31,8 @@ def register(app: typer.Typer) -> None:
         ] = None,
         bands: Annotated[str | None, typer.Option(metavar="A,B,…", help="Bands, in this order; default: all.")] = None,
         array: Annotated[
-            str | None, typer.Option(metavar="NAME", help="Another array than the bands: status, scl, source_item, …")
+            str | None,
+            typer.Option(metavar="NAME", help="Array to write in place of the bands: status, scl, …"),
         ] = None,
     ) -> None:
         """Write one date of a cube as a cloud-optimised GeoTIFF: stored values, with nodata, scale and band names."""

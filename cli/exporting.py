@@ -35,7 +35,7 @@ def export_slice(
         collection: Collection of the cube; None for its first.
         time: "2023-08-18", or a position; None where the cube has one date.
         bands: "nir,red"; None for all. For the main array only.
-        array: Another array than the main one.
+        array: Array to write instead of the main one.
 
     Returns:
         path, collection, array, bands, time, shape, dtype, nodata.

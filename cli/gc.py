@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
     @command(app, examples=("terrashard gc zagreb.zarr", "terrashard gc zagreb.zarr --delete --older-than 6"))
     def gc(
         session: Session,
-        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path of a cube, or of one that was begun.")],
+        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path of a cube, complete or not.")],
         delete: Annotated[
             bool, typer.Option("--delete", help="Remove the leftovers; default: only show them.")
         ] = False,

@@ -33,11 +33,11 @@ def register(app: typer.Typer) -> None:
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of the cube, which need not exist.")],
         append: Annotated[bool, typer.Option("--append", help="Add dates that the cube does not have.")] = False,
         refresh: Annotated[
-            bool, typer.Option("--refresh", help="Make shards again whose scenes have a newer copy or replaced files.")
+            bool, typer.Option("--refresh", help="Rewrite the shards whose scenes have a newer copy or replaced files.")
         ] = False,
         overwrite: Annotated[
             bool,
-            typer.Option("--overwrite", help="Make a new cube, and replace the old one when the new one is whole."),
+            typer.Option("--overwrite", help="Make a new cube, and replace the old one when the new one is complete."),
         ] = False,
         dry_run: Annotated[
             bool,

@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
     ) -> int:
         """Start the processes of one training run and keep them together.
 
-        When one dies, all end and start again from the newest checkpoint. Each line begins with its process number.
+        When one dies, all of them start again from the newest checkpoint. Each line begins with its process number.
         """
         from cli.launching import run_launch
 

@@ -113,7 +113,7 @@ for module in (
 
 @cache
 def _command() -> Callable[..., Any]:
-    """The commands and their options. Typer would put them together anew for every call in one process."""
+    """Return the commands and their options, built once; Typer would build them for every call in one process."""
     return get_command(app)
 
 

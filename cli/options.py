@@ -38,7 +38,7 @@ SELECTION: dict[str, Any] = {
     "bands": _option(str, "--bands", panel=_WHAT, metavar="A,B", text="Band names, such as red,nir,scl."),
     "max_items": _option(int, "--max-items", panel=_WHAT, metavar="N", text="Stop after this many scenes."),
     "strict": _option(
-        bool, "--strict", panel=_WHAT, text="Fail where others are warned: wrong counts, lacking bands, odd pixels."
+        bool, "--strict", panel=_WHAT, text="Turn warnings about item counts, absent bands and odd pixels into errors."
     ),
 }
 TRUST: dict[str, Any] = {
@@ -84,9 +84,13 @@ COMPOSING: dict[str, Any] = {
     ),
     "group": _option(str, "--group", panel=_MASK, metavar="NAME", text="Time steps: solar-day, item or month."),
     "reduce": _option(
-        str, "--reduce", panel=_MASK, metavar="NAME", text="What a time step keeps of a pixel: first, median or mean."
+        str,
+        "--reduce",
+        panel=_MASK,
+        metavar="NAME",
+        text="Combine scenes of a time step: first, median or mean.",
     ),
-    "indices": _option(str, "--index", panel=_MASK, metavar="A,B", text="Spectral indices to keep: ndvi,ndwi …"),
+    "indices": _option(str, "--index", panel=_MASK, metavar="A,B", text="Spectral indices to compute: ndvi,ndwi …"),
     "clip": _option(bool, "--clip/--no-clip", panel=_MASK, text="Cut out the polygons of --geometry (default)."),
     "offset_policy": _option(
         str,
@@ -102,7 +106,7 @@ RUNNING: dict[str, Any] = {
         "--workers",
         panel=_RUN,
         metavar="N|LEAST..MOST",
-        text="Number of worker processes; a range follows the work.",
+        text="Number of worker processes; a range adapts to the work.",
     ),
     "threads_per_worker": _option(int, "--threads-per-worker", panel=_RUN, metavar="N", text="Threads of each worker."),
     "memory": _option(str, "--memory", panel=_RUN, metavar="4GB", text="Memory limit of one worker."),
@@ -142,7 +146,7 @@ RUNNING: dict[str, Any] = {
         "--rate-limit",
         panel=_RUN,
         metavar="HOST=N",
-        text="Most requests per second to a host, from all workers together.",
+        text="Largest number of requests per second to a host, from all workers together.",
     ),
     "dashboard": _option(str, "--dashboard", panel=_RUN, metavar=":8787", text="Address of the Dask dashboard."),
     "on_error": _option(
@@ -156,7 +160,7 @@ RUNNING: dict[str, Any] = {
         metavar="NAME",
         text="Kind of a new cube: folder, or icechunk (one commit for each run).",
     ),
-    "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Longest silence of a server in seconds."),
+    "timeout_s": _option(float, "--timeout", panel=_RUN, metavar="S", text="Seconds that a server may be silent."),
     "retries": _option(int, "--retries", panel=_RUN, metavar="N", text="How often a failed request is repeated."),
 }
 

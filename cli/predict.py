@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(metavar="MAP.tif", help="Also write a cloud-optimised GeoTIFF.")
         ] = None,
         time: Annotated[
-            str | None, typer.Option(metavar="DATE", help="Map one date; default: the mean over all.")
+            str | None, typer.Option(metavar="DATE", help="Date to map; default: the mean over all dates.")
         ] = None,
         probabilities: Annotated[
             bool, typer.Option("--probabilities", help="Keep the probability of each class.")

@@ -45,7 +45,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
         Annotated[
             Path | None,
             typer.Option(
-                "--config", metavar="FILE.toml", help="Settings; options win over it.", rich_help_panel=_PANEL
+                "--config", metavar="FILE.toml", help="Settings file; options override it.", rich_help_panel=_PANEL
             ),
         ],
         None,

@@ -125,7 +125,7 @@ def run_plan(
     """Make the cube of a plan; a repeated call continues where it stopped, or finds nothing to do.
 
     Args:
-        plan: A plan of `make_plan`, a loaded plan, or the path of a saved one; hrefs of a saved plan are judged first.
+        plan: A plan of `make_plan`, a loaded plan, or the path of a saved one; hrefs of a saved plan are checked first.
         cube: Place of the cube: a folder, or the URL of a bucket.
         config: How to run; None for the defaults.
         client: A Dask client. None uses the current one of this process, unless settings ask for a cluster; without

@@ -30,26 +30,29 @@ class SplitConfig(_Strict):
 
     kind: Literal["blocks", "checkerboard", "random"] = Field(
         "blocks",
-        description="blocks (of sample stores: cells of degrees) · checkerboard: every other block is test · random: "
-        "leaky, as parts lie beside each other; the report gives the leakage",
+        description="blocks (for sample stores: cells of degrees) · checkerboard: every other block is test · random: "
+        "leaks, because samples of all parts are neighbours; the report gives the leakage",
     )
     block_m: float = Field(10_000.0, gt=0, description="side of a square block, metres; blocks hold whole patches")
     validation: Share = Field(0.15, description="share of blocks for validation during training")
-    test: Share = Field(0.15, description="share of blocks for the test, by `terrashard evaluate`")
-    seed: int = Field(0, description="which blocks go where; independent of the training seed")
+    test: Share = Field(0.15, description="share of blocks for the test split, which `terrashard evaluate` scores")
+    seed: int = Field(0, description="seed of the choice of blocks; independent of the training seed")
     cell_deg: float = Field(0.5, gt=0, le=90, description="side of a cell of a sample store with coordinates, degrees")
     block_px: Positive = Field(15, description="side of a block of a labelled scene, pixels")
     buffer_m: float = Field(
-        0.0, ge=0, description="training samples or windows nearer than this to held-out ones are left out, metres"
+        0.0, ge=0, description="training samples or windows closer than this to held-out ones are left out, metres"
     )
     buffer_px: int = Field(
-        0, ge=0, description="for a labelled scene: training pixels this near to held-out ones are left out, pixels"
+        0,
+        ge=0,
+        description="for a labelled scene: training pixels this close to held-out ones are left out, pixels",
     )
     near_m: float = Field(
         1000.0, gt=0, description="the leakage figure counts test samples with a training sample nearer than this"
     )
     test_dates: tuple[str, ...] = Field(
-        (), description="dates, their beginnings, or ranges for the test in place of blocks; they are not learned"
+        (),
+        description="dates, their beginnings, or ranges for the test split, in place of blocks; not trained on",
     )
 
     @model_validator(mode="after")
@@ -80,15 +83,15 @@ class DataConfig(_Strict):
     )
     classes: dict[str, str] = Field(
         default_factory=dict,
-        description='class value → name, e.g. {"4" = "vegetation"}; values that are not named are not learned. '
+        description='class value → name, e.g. {"4" = "vegetation"}; values without a name are not trained on. '
         "Empty for all classes of a label layer, or to learn values",
     )
     colours: dict[str, str] = Field(default_factory=dict, description='class name → "#rrggbb" for maps and reports')
-    learn_masked: bool = Field(False, description="also learn pixels of status masked (needed if clouds are classes)")
+    learn_masked: bool = Field(False, description="also train on masked pixels (needed if clouds are classes)")
     patch: Positive = Field(128, description="side of a square window, pixels")
     dates: Positive | Literal["all"] = Field(
         1,
-        description="dates in a window: 1, or for model temporal several that follow each other, or all",
+        description="dates in a window: 1; for model temporal also a number of consecutive dates, or all",
     )
     min_labelled: Share = Field(0.25, description="smallest share of labelled pixels for a window to be used")
     split: SplitConfig = SplitConfig()
@@ -99,7 +102,7 @@ class DataConfig(_Strict):
     )
     band_dropout: Share = Field(0.0, description="probability that a band of a sample is hidden")
     mix: Literal["none", "mixup", "cutmix"] = Field("none", description="blend pairs of samples, or paste parts")
-    mix_alpha: float = Field(0.2, gt=0, description="of the beta distribution of the other sample's share")
+    mix_alpha: float = Field(0.2, gt=0, description="parameter of the beta distribution of the shares")
 
 
 class ModelConfig(_Strict):
@@ -120,7 +123,7 @@ class ModelConfig(_Strict):
         description="for resnet: small keeps the size, pixel joins the bands of each pixel first (for many bands), "
         "patch folds 2 × 2 pixels to channels, large quarters it",
     )
-    blocks: tuple[Positive, ...] = Field((), description="for resnet: blocks of each stage, in place of a depth")
+    blocks: tuple[Positive, ...] = Field((), description="for resnet: blocks of each stage, instead of a depth")
     norm: Literal["group", "batch", "local"] = Field("group", description="group · batch (synchronised) · local batch")
     dropout: Share = 0.0
     precision: Literal["float32", "bfloat16"] = Field(
@@ -187,8 +190,8 @@ class MeshConfig(_Strict):
         description="also split over the axis data: 1 the optimiser's moments, 3 the parameters too",
     )
     pipe: Positive = Field(1, description="stages of the network, each on its own devices")
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = Field("1f1b", description="order of work of a pipeline")
-    microbatches: Positive = Field(4, description="parts of a batch that are under way in a pipeline")
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = Field("1f1b", description="order in which a pipeline computes")
+    microbatches: Positive = Field(4, description="parts into which a pipeline divides a batch")
     chunks: Positive = Field(2, description="parts of the network on each stage of the schedule interleaved")
     balance: Literal["estimated", "measured"] = Field(
         "estimated", description="how a pipeline is cut: by the compiler's count, or by timing on the device"
@@ -236,7 +239,7 @@ class MeshConfig(_Strict):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> MeshConfig:
-        # where data is not named, it may still become all devices: `make_mesh` judges
+        # where data is not named, it may still become all devices: `make_mesh` checks that
         if self.zero and self.data == 1 and "data" in self.model_fields_set:
             raise ValueError(f"zero = {self.zero} splits over the axis data, whose size is 1: set data, or zero = 0")
         if self.pipe > 1 and self.schedule == "interleaved" and self.microbatches % self.pipe:
@@ -264,7 +267,7 @@ def image_divisor(model: ModelConfig) -> int | None:
 
 
 class RunConfig(_Strict):
-    """Length, rhythm and randomness of the run.
+    """Length, intervals and randomness of the run.
 
     Example:
         >>> RunConfig(steps=1000, monitor="miou", patience=5).batch_size
@@ -278,28 +281,31 @@ class RunConfig(_Strict):
     evaluate_every: Positive = Field(100, description="steps between validations")
     checkpoint_every: Positive = Field(100, description="steps between checkpoints")
     monitor: Literal["none", "loss", "accuracy", "macro_f1", "miou", "r2", "rmse"] = Field(
-        "none", description="validation score whose best checkpoint is kept, evaluated and used; none for the newest"
+        "none",
+        description="validation score whose best checkpoint is kept, evaluated and used; none: the newest is used",
     )
     patience: int = Field(
-        0, ge=0, description="validations without a better run.monitor after which training stops; 0 for never"
+        0,
+        ge=0,
+        description="validations without a better run.monitor after which training stops; 0: no early stop",
     )
     keep_checkpoints: int = Field(3, ge=2, description="newest verified checkpoints that are kept")
     read_threads: Positive = 2
     prefetch: Positive = Field(2, description="batches read ahead of the device")
     shuffle: Literal["chunks", "windows"] = Field(
-        "chunks", description="chunks: each is decoded once an epoch · windows: as if windows lay anywhere"
+        "chunks", description="chunks: each chunk is decoded once per epoch · windows: any order of windows"
     )
-    mixed_chunks: Positive = Field(4, description="chunks of each place in the batch whose windows are mixed")
+    mixed_chunks: Positive = Field(4, description="chunks whose windows are mixed, for each position in the batch")
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="a loss that is not finite: stop · skip (the step changes nothing)"
     )
     max_skipped: Positive = Field(10, description="largest number of skipped steps in a run")
     on_corrupt: Literal["stop", "quarantine"] = Field(
-        "stop", description="a damaged chunk: stop · quarantine (its windows are listed and no longer learned from)"
+        "stop", description="a damaged chunk: stop · quarantine (its windows are listed and left out of training)"
     )
-    max_quarantined: Positive = Field(16, description="most windows in quarantine, for each process")
+    max_quarantined: Positive = Field(16, description="largest number of windows in quarantine, for each process")
     track: tuple[Literal["mlflow", "wandb"], ...] = Field(
-        (), description="trackers beside TensorBoard and metrics.jsonl; each is an extra"
+        (), description="trackers besides TensorBoard and metrics.jsonl; each needs its extra"
     )
     deterministic: bool = Field(
         True,

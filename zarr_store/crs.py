@@ -43,7 +43,7 @@ def parse_crs(value: object) -> CRS:
 
 
 def refuse_file_names(text: str) -> None:
-    """Refuse WKT or a PROJ string that names a file, without parsing it; only `parse_crs` judges PROJJSON.
+    """Refuse WKT or a PROJ string that names a file, without parsing it; only `parse_crs` checks PROJJSON.
 
     Raises:
         InvalidInput: It names one.

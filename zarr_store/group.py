@@ -1,8 +1,8 @@
-"""`open_group`: a Zarr group as a dataset of xarray, after all that its arrays promise was judged.
+"""`open_group` opens a Zarr group as a dataset of xarray, after the metadata of its arrays were checked.
 
 xarray does not read the metadata of each array but their copy in the root of the store, and it decodes the axes as soon
-as it opens a group. The copy may say anything: another Zarr format, whose packings run code, or an axis of a
-terabyte. So what is judged here is what zarr-python made of the very metadata that xarray will be given.
+as it opens a group. The copy may say anything: another Zarr format, whose codecs run code, or an axis of a
+terabyte. So the check is made on what zarr-python has read from the same metadata that xarray will use.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
     import xarray as xr
     import zarr
 
-__all__ = ["Judge", "axis_judges", "open_array", "open_group"]
+__all__ = ["ArrayCheck", "axis_checks", "open_array", "open_group"]
 
-Judge = Callable[[Any, str], None]
-"""Raises IntegrityError where a document (of one array) promises what it must not; the second is its place."""
+ArrayCheck = Callable[[Any, str], None]
+"""Called with the metadata of one array and its place; raises IntegrityError where they promise what they must not."""
 
 
-def axis_judges(height: int, width: int, *, bands: int | None = None) -> dict[str, Judge]:
-    """Judges of the axes that a group of ours has; `bands` is None where it has no bands and no time."""
-    judges: dict[str, Judge] = {
+def axis_checks(height: int, width: int, *, bands: int | None = None) -> dict[str, ArrayCheck]:
+    """Return the checks of the axes of a cube or map; `bands` is None where there are no bands and no time."""
+    checks: dict[str, ArrayCheck] = {
         "y": partial(check_array, shape=(height,), dtype="float64"),
         "x": partial(check_array, shape=(width,), dtype="float64"),
         "spatial_ref": partial(check_array, shape=(), dtype="int64"),
     }
     if bands is not None:
-        judges["time"] = partial(check_array, shape=(None,), dtype="int64")
-        judges["band"] = partial(check_array, shape=(bands,), dtype="string")
-        # backscatter says of each step from where it was seen (`steps.step_coordinates`)
-        judges["relative_orbit"] = partial(check_array, shape=(None,), dtype="int16")
+        checks["time"] = partial(check_array, shape=(None,), dtype="int64")
+        checks["band"] = partial(check_array, shape=(bands,), dtype="string")
+        # backscatter has the orbit and platform of each time step (`steps.step_coordinates`)
+        checks["relative_orbit"] = partial(check_array, shape=(None,), dtype="int16")
         for name in ("orbit_direction", "platform"):
-            judges[name] = partial(check_array, shape=(None,), dtype="string")
-    return judges
+            checks[name] = partial(check_array, shape=(None,), dtype="string")
+    return checks
 
 
-def open_group(store: Store, group: str, judges: Mapping[str, Judge]) -> xr.Dataset:
+def open_group(store: Store, group: str, checks: Mapping[str, ArrayCheck]) -> xr.Dataset:
     """Open a group lazily, as stored integers.
 
     Args:
         store: The cube or map.
         group: Path in the store; empty for its root.
-        judges: By name of array. Arrays of other names are not read.
+        checks: Checks by name of array. Arrays with other names are not read.
 
     Raises:
         IntegrityError: An array promises what it must not.
@@ -69,8 +69,8 @@ def open_group(store: Store, group: str, judges: Mapping[str, Judge]) -> xr.Data
         raise IntegrityError(f"{store.where(group)} is an array, not a group; restore its zarr.json")
     others = []
     for name, array in opened.arrays():
-        if name in judges:
-            judges[name](_document(array), store.where(f"{group}/{name}" if group else name))
+        if name in checks:
+            checks[name](_document(array), store.where(f"{group}/{name}" if group else name))
         else:
             others.append(name)
     found: xr.Dataset = xr.open_zarr(
@@ -80,11 +80,11 @@ def open_group(store: Store, group: str, judges: Mapping[str, Judge]) -> xr.Data
     return found
 
 
-def open_array(store: Store, path: str, judge: Judge) -> zarr.Array[Any]:
+def open_array(store: Store, path: str, check: ArrayCheck) -> zarr.Array[Any]:
     """Open one array.
 
     Raises:
-        IntegrityError: It promises what it must not, or its metadata cannot be used.
+        IntegrityError: The array promises what it must not, or its metadata cannot be used.
     """
     import zarr
 
@@ -93,10 +93,10 @@ def open_array(store: Store, path: str, judge: Judge) -> zarr.Array[Any]:
         array = zarr.open_array(store.zarr(), path=path, mode="r", zarr_format=3)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise IntegrityError(f"{where}: unusable metadata ({type(error).__name__}: {str(error)[:300]})") from error
-    judge(_document(array), where)
+    check(_document(array), where)
     return array
 
 
 def _document(array: Any) -> Any:
-    """The metadata of an array as JSON has them."""
+    """Return the metadata of an array as JSON values."""
     return json.loads(json.dumps(array.metadata.to_dict(), default=str))

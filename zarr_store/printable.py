@@ -105,7 +105,7 @@ class SafeRecord(logging.LogRecord):
 def make_output_safe() -> None:
     """Make all logs and warnings of this process safe from now on; meant for a worker process."""
     logging.setLogRecordFactory(SafeRecord)
-    logging.raiseExceptions = False  # a handler that cannot write would print the arguments as they came
+    logging.raiseExceptions = False  # a handler that cannot write would print the arguments unchecked
     warnings.formatwarning = _safe_warning
 
 

@@ -36,12 +36,12 @@ _MOST_LENGTH = 1 << 20
 def check_array(
     document: Any, where: str, *, shape: tuple[int | None, ...], dtype: str, most: int | None = None
 ) -> None:
-    """Judge the metadata of an array that is no pixel array of a cube: an axis, a layer of a map, samples, labels.
+    """Check the metadata of an array that is not a pixel array of a cube: an axis, a map layer, samples, labels.
 
     Args:
         document: Its metadata, as JSON has them.
         where: The place of the metadata, for people.
-        shape: That it must have; None for a length that may be anything a cube could have.
+        shape: Shape that it must have; None for any length that a cube could have.
         dtype: As Zarr names it.
         most: Bytes of the whole array, where it is read at once.
 
@@ -98,7 +98,7 @@ def read_document(data: bytes | None, where: str) -> Any:
 def check_promises(
     data: bytes | Mapping[str, Any] | None, spec: CubeSpec, array: str, where: str, *, any_length: bool = False
 ) -> None:
-    """Judge the metadata of one array.
+    """Check the metadata of one array.
 
     Args:
         data: Its zarr.json, or what that says.
@@ -154,7 +154,7 @@ def check_promises(
     count = math.prod(s // c for s, c in zip(spec.layout.shard, spec.layout.chunk, strict=True))
     if size > MOST_CHUNK_BYTES or count > _MOST_CHUNKS:
         raise IntegrityError(
-            f"{where} promises chunks of {size} bytes, {count} in a shard; no more than {MOST_CHUNK_BYTES} bytes and "
+            f"{where} promises chunks of {size} bytes, {count} in a shard; at most {MOST_CHUNK_BYTES} bytes and "
             f"{_MOST_CHUNKS} chunks are read"
         )
     if codecs - _CODECS:
@@ -166,7 +166,7 @@ def check_promises(
 def check_overview(
     data: bytes | Mapping[str, Any] | None, spec: CubeSpec, where: str, *, any_length: bool = False
 ) -> None:
-    """Judge the metadata of the overview of a collection, as `check_promises` does those of its arrays.
+    """Check the metadata of the overview of a collection, as `check_promises` does those of its arrays.
 
     Args:
         data: zarr.json of the overview's array, or what that says.

@@ -15,7 +15,7 @@ import tensorstore as ts
 from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, TerrashardError, UnknownName
-from zarr_store.group import Judge, axis_judges, open_group
+from zarr_store.group import ArrayCheck, axis_checks, open_group
 from zarr_store.index import TrainingIndex
 from zarr_store.keys import RESERVED_NAMES, check_name
 from zarr_store.ledger import Ledger
@@ -213,13 +213,13 @@ class Cube:
         """
         spec = self.spec(collection)
         for array in spec.arrays():
-            self._judge(collection, array.name)
+            self._check_array(collection, array.name)
         self._store.check_inside(collection)
         with self._believing(f"{collection}/zarr.json"):
-            judges = axis_judges(spec.grid.height, spec.grid.width, bands=len(spec.bands))
+            checks = axis_checks(spec.grid.height, spec.grid.width, bands=len(spec.bands))
             for array in spec.arrays():
-                judges[array.name] = self._pixel_judge(spec, array.name)
-            opened = open_group(self._store, collection, judges)
+                checks[array.name] = self._pixel_check(spec, array.name)
+            opened = open_group(self._store, collection, checks)
         if chunks is None and not (scaled or masked):
             return opened
         from zarr_store.blocks import cut_into_blocks, decode
@@ -241,7 +241,7 @@ class Cube:
                 "the file, or make the cube again"
             ) from error
 
-    def _judge(self, collection: str, array: str) -> None:
+    def _check_array(self, collection: str, array: str) -> None:
         spec = self.spec(collection)
         spec.array(array)
         key = f"{collection}/{array}/zarr.json"
@@ -255,16 +255,16 @@ class Cube:
         self._store.check_inside(f"overview/{collection}")
         with self._believing(f"overview/{collection}/zarr.json"):
             coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
-            judges = axis_judges(coarse.height, coarse.width, bands=len(spec.bands))
-            judges[spec.kind] = lambda document, where: check_overview(document, spec, where, any_length=True)
-            return open_group(self._store, f"overview/{collection}", judges)
+            checks = axis_checks(coarse.height, coarse.width, bands=len(spec.bands))
+            checks[spec.kind] = lambda document, where: check_overview(document, spec, where, any_length=True)
+            return open_group(self._store, f"overview/{collection}", checks)
 
-    def _pixel_judge(self, spec: CubeSpec, array: str) -> Judge:
+    def _pixel_check(self, spec: CubeSpec, array: str) -> ArrayCheck:
         return lambda document, where: check_promises(document, spec, array, where, any_length=True)
 
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
         """Open one array, read-only; reading a chunk that was never written raises."""
-        self._judge(collection, array)
+        self._check_array(collection, array)
         with self._believing(f"{collection}/{array}/zarr.json"):
             return self._store.open_array(f"{collection}/{array}", _CONTEXT)
 

@@ -29,7 +29,7 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
         OSError: It is absent, a folder, a pipe, a device or a socket.
     """
     found = os.stat(path)
-    _judge(found, path)
+    _check(found, path)
     return found
 
 
@@ -43,14 +43,14 @@ def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     check_regular(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        _judge(os.fstat(descriptor), path)  # it may have been swapped since
+        _check(os.fstat(descriptor), path)  # it may have been swapped since
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def _judge(found: os.stat_result, path: str | os.PathLike[str]) -> None:
+def _check(found: os.stat_result, path: str | os.PathLike[str]) -> None:
     if stat.S_ISREG(found.st_mode):
         return
     if stat.S_ISDIR(found.st_mode):

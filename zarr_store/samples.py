@@ -265,8 +265,8 @@ class SampleStore:
     def names(self) -> list[str]:
         """Origin of each sample."""
         self._store.check_inside("name")
-        judge = partial(check_array, shape=(self.spec.count,), dtype="string", most=_MOST_WHOLE)
-        return [str(name) for name in np.asarray(open_array(self._store, "name", judge)[...])]
+        check = partial(check_array, shape=(self.spec.count,), dtype="string", most=_MOST_WHOLE)
+        return [str(name) for name in np.asarray(open_array(self._store, "name", check)[...])]
 
     def images(
         self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]], bands: Sequence[int] | None = None

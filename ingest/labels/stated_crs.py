@@ -1,4 +1,4 @@
-"""What a file of polygons states of its CRS, judged before OGR looks at it.
+"""Checks what a file of polygons states as its CRS, before OGR opens it.
 
 OGR follows some of these statements while it opens a file. A `crs` member of GeoJSON may be a link, which it fetches
 with a client of its own. A name such as `+init=FILE:NAME` makes PROJ open that file. So the statement is read here
@@ -67,7 +67,7 @@ def _check_geojson(path: Path) -> None:
 
 
 def _check_member(after: bytes, path: Path) -> None:
-    """Judge the value of one `crs` member; of a feature's attribute of that name too, unless it is no object."""
+    """Check the value of one `crs` member; an attribute of a feature with that name too, if it is an object."""
     text = after.decode("utf-8", "replace").lstrip()
     if re.match(r'["\'\d-]|null|true|false', text):
         return

@@ -210,7 +210,7 @@ def _union(boxes: Iterable[Bounds]) -> Bounds:
 
 
 def _show(box: Bounds) -> str:
-    # coordinates of a projection are metres and shown in full; degrees need no more than six decimal places
+    # coordinates of a projection are metres and shown in full; degrees need at most six decimal places
     return "(" + ", ".join(f"{round(value, 6):.12g}" for value in box) + ")"
 
 

@@ -64,7 +64,7 @@ def fetch_head(href: str, access: Access) -> tuple[str, Head]:
     """
     pool = _pool(os.getpid(), access)
     plain = href
-    # a bucket's refusal is final: its requests are signed anew each time
+    # a bucket's refusal is final: each of its requests is signed again
     renewed = href.startswith("s3://") or (access.sign == "none" and not access.sign_rules)
     url = _signed(href, access, pool)
     for _ in range(4):

@@ -1,6 +1,6 @@
 """`read_window`: reads pixels that only GDAL can decode, and treats its warnings as errors.
 
-GDAL decodes some damaged blocks with no more than a warning: it invents the rest of a JPEG that is cut short. Invented
+GDAL decodes some damaged blocks and only warns: it invents the rest of a JPEG that is cut short. Invented
 pixels must not reach a cube.
 """
 

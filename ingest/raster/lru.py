@@ -25,7 +25,7 @@ class LruCache(Generic[V]):
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> V | None:
-        """The value of a key; None if there is none."""
+        """Return the value of a key; None if there is none."""
         with self._lock:
             value = self._values.get(key)
             if value is not None:

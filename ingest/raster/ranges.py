@@ -121,7 +121,7 @@ class RangeFile:
     Attributes:
         size: Size of the file in bytes.
         version: Version of the file, as its head states it.
-        error: Error of the last failed fetch for GDAL, which would report no more than "read error".
+        error: Error of the last failed fetch for GDAL, which would only report "read error".
 
     Args:
         head: First bytes and size of the file.

@@ -57,7 +57,7 @@ class Pixels(BaseModel):
         description="value of a pixel in a time step: its first clear scene, or median or mean of all clear ones",
     )
     indices: Annotated[UniqueNames, BeforeValidator(_lower)] = Field(
-        (), description="spectral indices that the cube keeps as arrays, e.g. ndvi,ndwi"
+        (), description="spectral indices that are computed and stored as arrays, e.g. ndvi,ndwi"
     )
     clip: bool = Field(True, description="pixels outside the polygons of `geometry` become nodata")
     offset_policy: Literal["repair", "warn", "fail"] = Field(

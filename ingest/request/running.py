@@ -1,4 +1,4 @@
-"""`Running`: how a plan is run. It never changes what a complete cube holds, so plans do not keep it."""
+"""`Running`: how a plan is run. No setting changes what a complete cube holds, so plans do not keep them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Running(BaseModel):
         None,
         description="store of a new cube: plain files or objects, or an Icechunk repository with one commit per run",
     )
-    workers: Positive = Field(2, description="number of worker processes; LEAST..MOST lets it follow the work")
+    workers: Positive = Field(2, description="number of worker processes; LEAST..MOST adapts it to the work")
     workers_least: Positive | None = Field(
         None, description="least number of workers, set by `workers = LEAST..MOST`; none keeps all of them"
     )

@@ -1,6 +1,6 @@
 """`Trust`: the places that the user trusts, and the keys to read them with.
 
-Plans and cubes do not keep it, as they may come from somebody else.
+Plans and cubes do not keep these settings, as they may come from somebody else.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def describe(config: IngestConfig, dashboard: str = "127.0.0.1:0") -> str:
     elif config.running.cluster in ("slurm", "pbs"):
         body = _job(config, options)
     elif config.running.cluster == "k8s":
-        import yaml  # type: ignore[import-untyped]
+        import yaml
 
         plain = json.loads(json.dumps(make_manifest(config, options)))  # or YAML writes an anchor for what occurs twice
         body = yaml.safe_dump(plain, sort_keys=False).rstrip()

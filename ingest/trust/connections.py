@@ -99,7 +99,7 @@ def bound_answers(manager: urllib3.PoolManager) -> urllib3.PoolManager:
 def check_peers(manager: urllib3.PoolManager, may_be_private: MayBePrivate) -> urllib3.PoolManager:
     """Check the address that each connection of `manager` reaches, and bound its responses.
 
-    Hosts that are written as an address are not checked here: `ingest.trust.hrefs.resolve_href` has judged them.
+    Hosts that are written as an address are not checked here: `ingest.trust.hrefs.resolve_href` has checked them.
 
     Args:
         manager: A manager that has made no connection yet.

@@ -1,4 +1,4 @@
-"""Protection of the pages that this machine serves: requests under a foreign host name are refused.
+"""Protects the pages that this machine serves: requests under a foreign host name are refused.
 
 With DNS rebinding, a stranger's page lets its own host name resolve to 127.0.0.1 and then reads what a local server
 answers. Such requests carry the stranger's name in their Host header. So a request is answered only if its Host header
@@ -19,7 +19,7 @@ _PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
 def why_refused(host: str | None, origin: str | None, names: Collection[str] = ()) -> str | None:
-    """The reason why a request is refused; None where it may be answered.
+    """Return the reason why a request is refused; None where it may be answered.
 
     Args:
         host: Host header of the request; browsers always send one.
@@ -42,7 +42,7 @@ def why_refused(host: str | None, origin: str | None, names: Collection[str] = (
 
 
 def machine_names() -> frozenset[str]:
-    """Names of this machine in lower case, from the machine itself and not from a name server."""
+    """Return the names of this machine in lower case, without asking a name server."""
     name = socket.gethostname().lower()
     return frozenset({name, name.partition(".")[0]} - {""})
 

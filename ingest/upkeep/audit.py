@@ -126,7 +126,7 @@ def replaced_files(
     Args:
         url: The cube.
         plan: Plan of the cube.
-        found: Scenes that the catalogue lists now; only their hrefs are requested, which the search has judged.
+        found: Scenes that the catalogue lists now; only their hrefs are requested, which the search has checked.
         config: Trust, timeouts and retries.
         source: Where the scenes were found.
 

@@ -2,7 +2,7 @@
 
 Letters: B windows, H = W = patch, C bands. A batch is
     image     B C H W   stored numbers of the cube (uint16 reflectance, float32 backscatter)
-    label     B H W     uint8 class index, 255 = not learned; or float32 value, nan = not learned
+    label     B H W     uint8 class index, 255 = unlabelled; or float32 value, nan = unlabelled
     observed  B H W     uint8, 1 where the network may see the pixel
 In a series of T dates, image and observed have an axis T after B (B T C H W), and there is
     day       B T       uint16 day of the year, from 1

@@ -94,9 +94,11 @@ def split_samples(config: SplitConfig, longitude: Degrees, latitude: Degrees) ->
     of_cell = _fill(config, cells, f"cells of {cell:g} degrees")
     parts = of_cell[of_sample]
     if config.buffer_m:
-        train, judged = parts == PARTS.index("train"), parts > PARTS.index("train")
-        if judged.any() and train.any():
-            near = nearest_m(longitude[train], latitude[train], longitude[judged], latitude[judged]) < config.buffer_m
+        train, held_out = parts == PARTS.index("train"), parts > PARTS.index("train")
+        if held_out.any() and train.any():
+            near = (
+                nearest_m(longitude[train], latitude[train], longitude[held_out], latitude[held_out]) < config.buffer_m
+            )
             parts[np.flatnonzero(train)[near]] = UNUSED
     return SampleSplit("cells", parts, _tally(of_cell))
 

@@ -1,6 +1,6 @@
 """`ChunkOrder` is a global shuffle that touches each chunk of the cube once an epoch.
 
-A chunk usually holds several windows, and decoding it for each of them anew is most of the work of reading. So the
+A chunk usually holds several windows, and decoding it again for each of them is most of the work of reading. So the
 places of a batch are lanes: lane j of batches k, k + 1, … walks through chunks of its own, in random order, and sees
 all windows of a few of them, mixed, before it continues. A batch therefore holds windows from as many chunks as it has
 places, and a chunk is needed for a short while only, by the process that reads this lane.

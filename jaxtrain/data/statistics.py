@@ -1,7 +1,7 @@
 """`Statistics` holds mean and spread of each band and the count of each class, over training ground only.
 
 If whole chunks lie in training blocks, the chunk counts made at ingest give them at no cost. If blocks are smaller
-than chunks, or masked pixels are learned too (the counts leave those out of the moments), a fixed sample of training
+than chunks, or training uses masked pixels (the counts leave those out of the moments), a fixed sample of training
 windows is read instead.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.data.arrays import as_images
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.splits import PARTS, Split
@@ -44,7 +44,7 @@ class Statistics:
         mean, std: float64 (bands,) in stored numbers, over pixels that the network sees; std is at least tiny.
         class_pixels: int64 (classes,) labelled pixels among those that were counted.
         pixels: Pixels that were counted.
-        value: (mean, std) of learned values; None for classes.
+        value: (mean, std) of the values to learn; None for classes.
         source: "index" for chunk counts, "windows" for a sample of windows.
     """
 
@@ -143,7 +143,7 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
         m2 += np.square(values - here).sum(axis=0) + np.square(delta) * (count * len(values) / total)
         mean = mean + delta * (len(values) / total)
         count = total
-    by_class[NOT_LEARNT] = 0
+    by_class[UNLABELLED] = 0
     std = np.sqrt(m2 / max(count, 1))
     value = _value_moments(learned, reader) if learned else None
     return Statistics(mean, np.where(std > 0, std, 1.0), by_class[:classes], count, "windows", value)

@@ -15,8 +15,8 @@ class Task:
     Attributes:
         per_image: One answer for an image, not one for each pixel.
         several: A sample may have several classes.
-        value: (mean, std) of the value that is learned in place of classes; the network predicts in these units.
-        rebuild: The image itself is given back; labels have no part in it.
+        value: (mean, std) of the value that is the target instead of classes; the network predicts in these units.
+        rebuild: The network reconstructs the image itself and uses no labels.
     """
 
     per_image: bool = False

@@ -26,7 +26,7 @@ from jaxtrain.data.windows import Counted, WindowPlan, Windows
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 
-__all__ = ["JudgedSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_digest"]
+__all__ = ["EvaluationSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_digest"]
 
 
 class LearnedFrom(Protocol):
@@ -42,7 +42,7 @@ class LearnedFrom(Protocol):
 
     @property
     def cube_digest(self) -> str:
-        """Digest of all bytes that were learned from."""
+        """Digest of all bytes of the training data."""
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ class TrainingSet:
     """Training data that are ready for a run.
 
     Attributes:
-        digest: SHA-256 that stands for every byte of the training data.
+        digest: SHA-256 over every byte of the training data.
         bands: Names, in the order of the network's channels.
         classes: Learned classes, by class index.
         task: Task of the network; for values, `statistics` adds their mean and spread.
@@ -114,7 +114,7 @@ class TrainingSet:
 
 
 @dataclass(frozen=True)
-class JudgedSet:
+class EvaluationSet:
     """Windows or samples of an evaluation, their reader, and warnings about what the scores mean."""
 
     url: str
@@ -149,7 +149,7 @@ class TrainingData(Protocol):
             NothingFound: No window or sample has anything to learn.
         """
 
-    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
+    def select_part(self, card: LearnedFrom, part: Part) -> EvaluationSet:
         """Return one part of the run's own data, with the split of the run.
 
         Raises:
@@ -157,7 +157,7 @@ class TrainingData(Protocol):
             NothingFound: The part is empty.
         """
 
-    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
+    def select_all(self, card: LearnedFrom) -> EvaluationSet:
         """Return all of the data, which are other data than those of the run.
 
         Raises:

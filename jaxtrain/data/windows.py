@@ -2,7 +2,7 @@
 
 The grid is tiled by patch × patch windows (aligned with the blocks of the split), once for each date, or for each
 series of dates. A window is used where its chunks were written (in a series, on one date at least) and enough of its
-pixels can be learned; both follow from the chunk counts made at ingest. A chunk is usually larger than a patch, so the
+pixels are labelled; both follow from the chunk counts made at ingest. A chunk is usually larger than a patch, so the
 share of a window is that of the chunks under it: an estimate, and a window without any label only costs its time, as
 it weighs nothing in the loss.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import DataConfig
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.splits import PARTS, UNUSED, Part, Split, block_shape, make_split
 from jaxtrain.data.targets import Target, window_labels
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
@@ -151,7 +151,7 @@ def plan_windows(
     Raises:
         UnknownName: The label layer is none of the collection's, or a date none of the cube's.
         InvalidInput: The patch does not fit the grid, or there are too few blocks for the split.
-        NothingFound: No window has enough to learn.
+        NothingFound: No window has enough labelled pixels.
     """
     if target is None and config.label not in spec.class_layers:
         where = f"collection {spec.collection} (data.label)"
@@ -181,8 +181,8 @@ def plan_windows(
         code = np.where(np.isin(rows[:, 0], _held_dates(spec, dates)), np.int8(PARTS.index("test")), code)
     if config.split.buffer_m:
         pixels = config.split.buffer_m * spec.grid.units_per_metre / min(spec.grid.resolution)
-        judged = _beside(numbers, code > 0, usable.shape[1:], math.ceil(pixels / patch))
-        code = np.where((code == 0) & judged, np.int8(UNUSED), code)
+        near = _beside(numbers, code > 0, usable.shape[1:], math.ceil(pixels / patch))
+        code = np.where((code == 0) & near, np.int8(UNUSED), code)
     return WindowPlan(split, {part: Windows(patch, rows[code == i]) for i, part in enumerate(PARTS)})
 
 
@@ -204,7 +204,7 @@ def _usable(
     if target.place == "layer":
         values = [value for group in classes.values for value in group]
         labelled = index.class_counts[target.name][..., values].sum(axis=-1)
-        # class counts include masked pixels; at most the observed ones can be learned
+        # class counts include masked pixels; at most the observed ones can be trained on
         share = np.minimum(labelled / np.maximum(index.pixels, 1), share)
     # of a series an absent date is one that was not observed
     there = index.present if config.dates == 1 else np.broadcast_to(index.present.any(axis=0), index.present.shape)
@@ -228,7 +228,7 @@ def _series(usable: npt.NDArray[np.bool_], dates: int) -> npt.NDArray[np.bool_]:
 def _labelled_shares(target: Target, classes: Classes, patch: int) -> npt.NDArray[np.float64]:
     """Return the share of each window's pixels that a label layer labels, (rows, columns) of windows."""
     parts = [
-        (np.isfinite(labels) if target.values else labels != NOT_LEARNT).mean(axis=-1)
+        (np.isfinite(labels) if target.values else labels != UNLABELLED).mean(axis=-1)
         for _, labels in window_labels(target, classes, patch)
     ]
     return np.concatenate(parts)

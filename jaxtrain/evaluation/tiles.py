@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from jaxtrain.data.arrays import Reader, as_images, put_batch
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.windows import Window, Windows
 from jaxtrain.parallel.mesh import batch_sharding
 from zarr_store.lookup import picture_bands
@@ -84,12 +84,14 @@ def collect_tiles(
         image = there.pop("image")
         answer = np.asarray(predict(state, image, **there))
         host = {name: as_images(array) for name, array in batch.items()}
-        found += [_judge(program, row, {n: a[i] for n, a in host.items()}, answer[i]) for i, row in enumerate(chosen)]
+        found += [
+            _score_tile(program, row, {n: a[i] for n, a in host.items()}, answer[i]) for i, row in enumerate(chosen)
+        ]
     worst = sorted((pair for pair in found if pair[0] >= 0), key=lambda pair: -pair[0])[:_SHOWN]
     return [tile for _, tile in worst]
 
 
-def _judge(
+def _score_tile(
     program: Program, row: npt.NDArray[np.int32], sample: dict[str, npt.NDArray[Any]], answer: npt.NDArray[np.float32]
 ) -> tuple[float, Tile]:
     """Return the error of a prediction, -1 if too little is labelled, and the caption."""
@@ -103,7 +105,7 @@ def _judge(
         error = float(np.sqrt(np.square(prediction[known] - label[known]).mean())) if known.any() else 0.0
         wrong, caption = error, f"RMSE {error:.4g}"
     elif label is not None:
-        known = label != NOT_LEARNT
+        known = label != UNLABELLED
         prediction = answer.argmax(axis=-1).astype(np.uint8)
         right = float((prediction[known] == label[known]).mean()) if known.any() else 1.0
         wrong, caption = 1 - right, f"{right:.1%} right"
@@ -146,7 +148,7 @@ def draw_tiles(
         answers = [*([] if tile.label is None else [tile.label]), tile.prediction]
         if classes is not None:
             palette = _palette(classes)
-            seen = np.where(tile.observed == 1, answers[-1], np.uint8(NOT_LEARNT))
+            seen = np.where(tile.observed == 1, answers[-1], np.uint8(UNLABELLED))
             for axes, values in zip(row[1:], (answers[0], seen), strict=True):
                 axes.imshow(palette[values], interpolation="nearest")
         else:

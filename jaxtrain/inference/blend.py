@@ -1,4 +1,4 @@
-"""Blend windows: weights fall to zero at the edge of a window, and sums move down the scene row by row.
+"""Blends overlapping windows: weights fall to zero at the edge of a window; sums are kept for one row of windows.
 
 Letters: H, W pixels of a block, K classes.
 """
@@ -45,11 +45,11 @@ def taper(patch: int, overlap: int) -> Weights:
 
 
 class Strips:
-    """Weighted sums over one row of windows that moves down the band; rows without later windows are handed out.
+    """Weighted sums over one row of windows. It moves down the scene; rows that no later window reaches are handed out.
 
     Per pixel there are Σ weight·seen·p and Σ weight·seen over windows and dates: their quotient is the mean over dates
     of the blended probability, because a pixel's weights are the same on each date on which it was seen. `seen` is 0
-    where nothing was seen on a date, 1 where it was, and may be anything between for a date that should count less.
+    where nothing was seen on a date and 1 where the pixel was seen; a number in between makes a date count less.
     """
 
     def __init__(self, height: int, x0: int, x1: int, patch: int, overlap: int, classes: int) -> None:
@@ -57,11 +57,11 @@ class Strips:
         self._top = 0
         self._sum = np.zeros((patch, x1 - x0, classes), np.float32)
         self._weight = np.zeros((patch, x1 - x0), np.float32)
-        side = np.maximum(taper(patch, overlap), np.float32(1e-4))  # the scene's own edge has no neighbour to lean on
+        side = np.maximum(taper(patch, overlap), np.float32(1e-4))  # at the scene's edge no other window adds weight
         self._window = side[:, None] * side[None, :]
 
     def add(self, y: int, x: int, probability_HWK: Weights, seen_HW: Weights) -> None:
-        """Add one window of one date whose first pixel is (y, x); `y` must not lie above what was handed out."""
+        """Add one window of one date, first pixel (y, x); `y` must not lie above the rows that were handed out."""
         low, high = max(x, self._x0), min(x + self._patch, self._x1)
         inside = slice(low - x, high - x)
         across = slice(low - self._x0, high - self._x0)
@@ -71,7 +71,7 @@ class Strips:
         self._weight[down:, across] += weight
 
     def advance(self, y: int | None) -> Iterator[Block]:
-        """Hand out (first row, mean probability, seen) of all rows above `y`; None for all that is left."""
+        """Hand out (first row, mean probability, seen) of all rows above `y`; None for all remaining rows."""
         target = self._height if y is None else y
         while self._top < target:
             rows = min(target - self._top, self._patch)
@@ -116,7 +116,7 @@ class Sink:
         return stacked
 
     def flush(self) -> None:
-        """Write the rows that are left."""
+        """Write the remaining rows."""
         if self._rows:
             block = np.concatenate(self._rows, axis=1)
             if self._values:

@@ -23,7 +23,7 @@ from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.display import result_table
-from jaxtrain.evaluation.scores import judged_data, restore_model
+from jaxtrain.evaluation.scores import restore_model, select_data
 from jaxtrain.learn.step import make_embed_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.runs.rundir import load_card
@@ -101,8 +101,8 @@ def embed(
     if store.exists():
         raise InvalidInput(f"{store.url} exists; give another path, or remove it first")
     opened = open_training_data(data)
-    judged = judged_data(card, opened, part=None, name=data)
-    windows = judged.windows
+    chosen = select_data(card, opened, part=None, name=data)
+    windows = chosen.windows
     program, state, step, passed_over = restore_model(run, card)
     encode = make_embed_step(program)
     axis = int(program.mesh.shape["data"])
@@ -110,7 +110,7 @@ def embed(
     sharding = batch_sharding(program.mesh)
     total = -(-len(windows) // size)
     found: list[npt.NDArray[np.float32]] = []
-    with BatchStream(judged.reader, windows, size=size, sharding=sharding) as batches:
+    with BatchStream(chosen.reader, windows, size=size, sharding=sharding) as batches:
         for number, rows, batch in batches:
             there = put_batch({name: batch[name] for name in ("image", "observed")}, sharding, size)
             found.append(np.asarray(jax.device_get(encode(state, there)))[: len(rows)])
@@ -119,13 +119,13 @@ def embed(
     vectors = np.concatenate(found)
     with store.beside() as fresh:
         root = zarr.create_group(fresh.zarr(), attributes={
-            "terrashard_embedding": {"run": str(run.absolute()), "step": step, "data": judged.url,
+            "terrashard_embedding": {"run": str(run.absolute()), "step": step, "data": chosen.url,
                                      "bands": list(card.bands)}
         })  # fmt: skip
         _write(root, "embedding", vectors, ("sample", "code"))
         for name, values in opened.places(card.config.data.collection, windows).items():
             _write(root, name, values, ("sample",))
-    return EmbeddingResult(store.url, len(vectors), int(vectors.shape[1]), (*judged.warnings, *passed_over))
+    return EmbeddingResult(store.url, len(vectors), int(vectors.shape[1]), (*chosen.warnings, *passed_over))
 
 
 def _write(root: zarr.Group, name: str, values: npt.NDArray[Any], dims: tuple[str, ...]) -> None:

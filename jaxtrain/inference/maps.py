@@ -33,7 +33,7 @@ from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.folder import FolderStore
 from zarr_store.georeference import georeference, write_axes
 from zarr_store.grid import Grid
-from zarr_store.group import Judge, axis_judges, open_array, open_group
+from zarr_store.group import ArrayCheck, axis_checks, open_array, open_group
 from zarr_store.promises import check_array
 from zarr_store.store import translate_os_errors
 from zarr_store.temporary import remove_folder
@@ -69,8 +69,10 @@ class Map:
     def dataset(self) -> xr.Dataset:
         """Open the map as a lazy xarray dataset of integers; `class` and `confidence` are data variables."""
         # a variable with the name of a dimension is taken for a coordinate; here it is the map itself
-        judges = axis_judges(self.grid.height, self.grid.width)
-        opened = open_group(FolderStore.at(self.url), "", judges | {name: self._judge(name) for name in self.layers})
+        checks = axis_checks(self.grid.height, self.grid.width)
+        opened = open_group(
+            FolderStore.at(self.url), "", checks | {name: self._layer_check(name) for name in self.layers}
+        )
         return opened.reset_coords("class") if "probability" in self.layers else opened
 
     @property
@@ -80,10 +82,10 @@ class Map:
 
     def read(self, layer: str = "class", rows: slice = slice(None)) -> npt.NDArray[Any]:
         """Read rows of one layer: uint8 (rows, x), or (class, rows, x) for probability; float32 (rows, x) for value."""
-        array = open_array(FolderStore.at(self.url), layer, self._judge(layer))
+        array = open_array(FolderStore.at(self.url), layer, self._layer_check(layer))
         return np.asarray(array[(..., rows, slice(None))])
 
-    def _judge(self, layer: str) -> Judge:
+    def _layer_check(self, layer: str) -> ArrayCheck:
         shape = (len(self.classes.names), *self.grid.shape) if layer == "probability" else self.grid.shape
         return partial(check_array, shape=shape, dtype="float32" if layer == "value" else "uint8")
 

@@ -3,7 +3,7 @@
 The network looks at windows of the size that it was trained on. Windows overlap, and each pixel gets the weighted mean
 of the probabilities of all windows over it; a window's weight falls to zero towards its edge along a raised cosine, so
 no window edge shows. Where several dates are used, the probabilities of the dates on which a pixel was seen are
-averaged: an ensemble over time that also fills clouds. A model that has learned masked pixels sees those too; they
+averaged: an ensemble over time that also fills clouds. A model that was trained on masked pixels sees those too; they
 count only where no date is clear, so that a map shows a cloud only where there was never anything else.
 
 Windows lie on one lattice of the whole grid, so the result does not depend on how it is cut for the work. Work goes
@@ -122,7 +122,7 @@ def predict(
         cube: A cube with the bands of the model; it need not be the training cube.
         out: Path of the new map (Zarr). An existing map is replaced when the new one is complete.
         time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all dates
-            on which a pixel was clear; if it never was and masked pixels were learned, over all dates.
+            on which a pixel was clear; if it never was and the model was trained on masked pixels, over all dates.
         probabilities: Also keep the probability of every class.
         overlap: Pixels that neighbouring windows share, at most half a patch; None: a quarter of it.
         on_batch: Called with (batches done, batches in all).

@@ -19,7 +19,7 @@ __all__ = ["IGNORE", "LossTerms", "binary_terms", "cross_entropy", "cross_entrop
            "square_terms"]  # fmt: skip
 
 IGNORE = 255
-"""Label of a pixel that is not learned; every label at or above the number of classes counts as such too."""
+"""Label of a pixel that is not trained on; so is every label at or above the number of classes."""
 
 
 class LossTerms(NamedTuple):

@@ -60,7 +60,7 @@ class Objective:
 
         Args:
             logits: float32 (…, K).
-            label: As a batch holds it: (…) class index, (B, K) 0/1, or (…) value; of an image that is given back, the
+            label: As a batch holds it: (…) class index, (B, K) 0/1, or (…) value; of a reconstructed image, the
                 image (…, K) as the network takes it, nan where nothing was observed.
         """
         optim = self.optim

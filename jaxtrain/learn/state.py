@@ -322,8 +322,8 @@ def _cut(program: Program, abstract: Any) -> Layout:
             kept = jax.tree.map(jnp.ones_like, statistics)
             return program.apply_units(params, kept, carry, span=(at, at + 1), train=True, key=jax.random.key(0))[0]
 
-        judge = measure if config.mesh.balance == "measured" else estimate
-        costs.append(judge(run, mine[0], carry))
+        cost_of = measure if config.mesh.balance == "measured" else estimate
+        costs.append(cost_of(run, mine[0], carry))
         carry = jax.eval_shape(run, mine[0], carry)
     if config.mesh.balance == "measured" and jax.process_count() > 1:
         costs = multihost_utils.broadcast_one_to_all(np.asarray(costs, np.float32)).tolist()  # all must cut alike

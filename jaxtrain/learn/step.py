@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 
 from jaxtrain.data.arrays import as_images
 from jaxtrain.data.augment import augment, disturb, mix, turns
-from jaxtrain.learn.optim import build_optimizer, judged_params
+from jaxtrain.learn.optim import build_optimizer, evaluation_params
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored_sharding
@@ -69,7 +69,7 @@ class EvalStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
         result: dict[str, jax.Array] = self.jitted(
-            judged_params(state.params, state.opt_state), state.model_state, _chosen(batch, self.names)
+            evaluation_params(state.params, state.opt_state), state.model_state, _chosen(batch, self.names)
         )
         return result
 
@@ -88,7 +88,7 @@ class PredictStep:
         if observed is None:
             # the cube stores 0 (or nan) in every band where nothing was observed
             observed = ((image == image) & (image != 0)).any(axis=-3)
-        params = judged_params(state.params, state.opt_state)
+        params = evaluation_params(state.params, state.opt_state)
         result: jax.Array = self.jitted(params, state.model_state, image, observed, *(() if day is None else (day,)))
         return result
 
@@ -170,8 +170,8 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
         label = _itself(x_BHWC, observed) if program.objective.task.rebuild else batch["label"]
         return program.objective.sums(_look(program, params, model_state, x_BHWC, turned), label)
 
-    judged = judged_params(program.shardings.params, program.shardings.opt_state)
-    shardings = (judged, program.shardings.model_state, _batch_shardings(program))
+    param_shardings = evaluation_params(program.shardings.params, program.shardings.opt_state)
+    shardings = (param_shardings, program.shardings.model_state, _batch_shardings(program))
     jitted = jax.jit(evaluate, in_shardings=shardings, out_shardings=replicated(program.mesh))
     return EvalStep(jitted, tuple(_batch_shardings(program)))
 
@@ -179,8 +179,8 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
 def make_predict_step(program: Program) -> PredictStep:
     """Make the prediction step: class probabilities of a batch of images, float32 (B, H, W, K) or (B, K).
 
-    With `model.turns` they are means over the turns of each image; of values, the values themselves; of images that are
-    given back the error (B, H, W, 1): the root of the mean square over bands, in standard deviations of each band.
+    With `model.turns` they are means over the turns of each image; of values, the values themselves; of reconstructed
+    images the error (B, H, W, 1): the root of the mean square over bands, in standard deviations of each band.
 
     `observed` (B, H, W) marks the pixels with data; without it, a pixel that is 0 in every band holds none.
     """
@@ -197,9 +197,9 @@ def make_predict_step(program: Program) -> PredictStep:
         return program.objective.answer(logits)
 
     lies = _batch_shardings(program)
-    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    param_shardings = evaluation_params(program.shardings.params, program.shardings.opt_state)
     days = (lies["day"],) if "day" in lies else ()
-    shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"], *days)
+    shardings = (param_shardings, program.shardings.model_state, lies["image"], lies["observed"], *days)
     answers = batch_sharding(program.mesh, image=not program.objective.task.per_image)
     return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=answers))
 
@@ -211,12 +211,12 @@ def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array
     def run(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:
         return program.embed(params, model_state, present(program, image, observed)).mean(axis=(1, 2))
 
-    judged = judged_params(program.shardings.params, program.shardings.opt_state)
-    shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"])
+    param_shardings = evaluation_params(program.shardings.params, program.shardings.opt_state)
+    shardings = (param_shardings, program.shardings.model_state, lies["image"], lies["observed"])
     jitted = jax.jit(run, in_shardings=shardings, out_shardings=batch_sharding(program.mesh))
 
     def embed(state: TrainState, batch: Batch) -> jax.Array:
-        params = judged_params(state.params, state.opt_state)
+        params = evaluation_params(state.params, state.opt_state)
         vectors: jax.Array = jitted(params, state.model_state, batch["image"], batch["observed"])
         return vectors
 
@@ -233,11 +233,11 @@ def prepare_batch(
     arrays = tuple(as_images(batch[name]) for name in names)
     if data.augment:
         turned = augment(arrays, key=key, zoom=data.zoom)
-        # the compiler would keep images split as they came out of a quarter turn, by columns
+        # after a quarter turn the compiler would keep images split by columns
         arrays = constrain(turned, tuple(batch_sharding(mesh, image=a.ndim > 2) for a in arrays))
     image, observed = arrays[0], arrays[-1]
     x_BHWC = normalise(program, image, observed)
-    # an image is to be given back as it was before it is disturbed
+    # the target is the image before `disturb` changes it
     label = _itself(x_BHWC, observed) if rebuild else arrays[1]
     if data.jitter or data.band_dropout:
         x_BHWC = disturb(x_BHWC, key=key, jitter=data.jitter, band_dropout=data.band_dropout)

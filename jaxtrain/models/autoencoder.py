@@ -1,6 +1,6 @@
 """The autoencoder squeezes an image through a narrow code and reconstructs it; what it cannot reconstruct is unusual.
 
-It has no skip connections, so that all that is given back has gone through the waist; and it learns without labels
+It has no skip connections, so that the whole reconstruction passes through the bottleneck; and it learns without labels
 (Hinton & Salakhutdinov 2006, doi:10.1126/science.1127647).
 
 Letters in shapes: B sample, H row, W column, C channel, Z code.

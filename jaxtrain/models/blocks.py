@@ -2,7 +2,7 @@
 
 Letters in shapes: B sample, H row, W column, C channel, G group of channels, D shard of the batch.
 
-Not here on purpose: transposed convolutions and `jax.image.resize` (XLA gathers whole activations under spatial
+Left out on purpose: transposed convolutions and `jax.image.resize` (XLA gathers whole activations under spatial
 sharding), grouped convolutions (they gather the batch, xla#47945), pooling by `reduce_window` (its gradient is a slow
 scatter on CPU). Upsampling is a nearest repeat; downsampling is a reshape and a maximum.
 
@@ -28,7 +28,7 @@ __all__ = ["ConvBlock", "GroupNorm", "RunningNorm", "conv", "halve", "make_norm"
 
 EPSILON = 1e-5
 HE = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
-# of the last layer: the first prediction is close to an even one, so the first loss is close to log(classes)
+# for the last layer: the first prediction is close to uniform, so the first loss is close to log(classes)
 SMALL = nnx.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
 
 
@@ -44,7 +44,7 @@ def conv(
 ) -> nnx.Conv:
     """Make a convolution with zero padding and He initialisation (He et al. 2015, arXiv:1502.01852).
 
-    A stride of 2 pads both sides alike, as other libraries do, so that weights mean the same there and here.
+    With a stride of 2 both sides are padded alike, as in other libraries, so weights of theirs give the same result.
     """
     around = (size // 2, size // 2)
     return nnx.Conv(
@@ -81,8 +81,8 @@ def halve(x_BHWC: jax.Array) -> jax.Array:
 class GroupNorm(nnx.Module):
     """Group normalisation (Wu & He 2018, arXiv:1803.08494): statistics of one sample, so no mesh changes them.
 
-    Moments are first taken per channel, each on the device that holds the channel, and only then joined to groups:
-    where channels are split over devices, vectors of (B, C) travel and never an activation.
+    Moments are computed per channel first, on the device that holds the channel, and are then combined to groups. So
+    where channels are split over devices, only vectors (B, C) are exchanged, never an activation.
     """
 
     def __init__(self, channels: int, *, groups: int) -> None:
@@ -107,8 +107,8 @@ class RunningNorm(nnx.Module):
     """Batch normalisation (Ioffe & Szegedy 2015, arXiv:1502.03167) over the batch in `shards` equal parts.
 
     With one part this is synchronised batch normalisation: the statistics are those of the global batch on any mesh.
-    With one part per data shard each device uses its own samples and nothing travels; the result then depends on the
-    mesh, which is what `local` means. Running averages (of all parts) serve where `train` is false.
+    With one part per data shard each device uses its own samples and nothing is exchanged; the result then depends on
+    the mesh, which is what `local` means. Where `train` is false, the running averages over all parts are used.
     """
 
     def __init__(self, channels: int, *, shards: int = 1, momentum: float = 0.9) -> None:
@@ -158,8 +158,8 @@ def _moments_forward(x: jax.Array, axes: tuple[int, ...]) -> tuple[tuple[jax.Arr
 
 
 def _moments_backward(axes: tuple[int, ...], kept: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[jax.Array]:
-    # d mean / dx = 1/N and d var / dx = 2 (x - mean) / N. What is derived of the two passes adds what the variance
-    # owes to the mean, a sum over the whole activation that is always zero.
+    # d mean / dx = 1/N and d var / dx = 2 (x - mean) / N. Automatic differentiation of the two passes would add the
+    # gradient of the variance through the mean, a sum over the whole activation that is always zero.
     x, mean = kept
     shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
     count = math.prod(x.shape[axis] for axis in axes)
@@ -178,8 +178,8 @@ def _affine(x: jax.Array, mean: jax.Array, rstd: jax.Array, scale: jax.Array, bi
 def make_norm(kind: Literal["group", "batch", "local"], channels: int, *, data_shards: int) -> GroupNorm | RunningNorm:
     """Make the layer that `model.norm` names; nothing else reads that setting.
 
-    Groups hold at least four channels, because a group of one channel forgets the level of the image, and absolute
-    reflectance is evidence; there are at most eight groups.
+    Groups hold at least four channels, because a group of one channel removes the level of the image, and the absolute
+    reflectance carries information. There are at most eight groups.
     """
     if kind == "group":
         return GroupNorm(channels, groups=math.gcd(channels, min(8, max(1, channels // 4))))
@@ -189,7 +189,7 @@ def make_norm(kind: Literal["group", "batch", "local"], channels: int, *, data_s
 class ConvBlock(nnx.Module):
     """conv – norm – relu – dropout – conv – norm, with or without a skip around it, then relu.
 
-    The skip passes the input on unnormalised: absolute levels reach the last layer under any norm.
+    The skip passes the input on without normalisation, so absolute levels reach the last layer with any norm.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class ConvBlock(nnx.Module):
         # a norm follows, so these convolutions need no bias
         self.conv1 = conv(inputs, outputs, 3, bias=False, rngs=rngs)
         self.norm1 = make_norm(norm, outputs, data_shards=data_shards)
-        # whole channels are dropped: neighbouring pixels are so alike that single ones would hide nothing
+        # whole channels are dropped: neighbouring pixels are so similar that dropping single pixels would hide nothing
         self.dropout = nnx.Dropout(dropout, broadcast_dims=(1, 2), rngs=rngs) if dropout else None
         self.conv2 = conv(outputs, outputs, 3, bias=False, rngs=rngs)
         self.norm2 = make_norm(norm, outputs, data_shards=data_shards)

@@ -1,6 +1,6 @@
 """Keep the memory of a step in the process for the next step.
 
-On a processor XLA allocates all that a step computes with anew each time, some hundred megabytes. The C library takes
+On a processor XLA allocates the memory of every step again, some hundred megabytes. The C library takes
 blocks of that size from the system and gives them back, so that each step faults in every page again: a quarter of a
 step of the default U-Net.
 """

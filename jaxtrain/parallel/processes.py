@@ -353,7 +353,7 @@ class Agreement:
         self._any = jax.jit(jnp.max, out_shardings=whole)
 
     def ask(self, wanted: bool) -> Any:
-        """Send the wish of this process; every process must ask equally often."""
+        """Send whether this process wants to stop; every process must ask equally often."""
         if self.alone:
             return wanted
         mine = np.full(len(self._flat.local_devices), wanted, np.int32)

@@ -160,7 +160,7 @@ def balance_cuts(costs: Sequence[float], parts: int) -> list[int]:
             "mesh.chunks, or take a deeper network"
         )
     sums = [0.0, *accumulate(float(cost) for cost in costs)]
-    # best[n] after p rounds: (dearest part, cuts) of the first n units in p parts
+    # best[n] after p rounds: (cost of the most expensive part, cuts) of the first n units in p parts
     best: list[tuple[float, list[int]]] = [(total, [0]) for total in sums]
     for part in range(2, parts + 1):
         best = [

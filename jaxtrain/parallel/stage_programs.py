@@ -99,7 +99,7 @@ def make_stage(
 ) -> StagePrograms:
     """Make the programs of part `k`; results have exactly the shardings of the arguments of the next call.
 
-    If they did not, each call would be compiled anew.
+    If they did not, each call would be compiled again.
     """
     zero = program.config.mesh.zero
     summed = parts.of(program.shardings.model_state, k)

@@ -2,8 +2,8 @@
 
 The parts should take equally long, because all wait for the slowest. What a unit of the network costs is either
 estimated from its compiler's count of operations and bytes (the same on every machine), or measured on the first device
-(`mesh.balance = "measured"`); the cuts that make the dearest part cheapest follow from it. Cuts are no part of what is
-learned: a checkpoint holds the whole network and continues with other cuts, or with none.
+(`mesh.balance = "measured"`); the cuts make the slowest part as fast as possible. Cuts are not part of a
+checkpoint: it holds the whole network and continues with other cuts, or with none.
 """
 
 from __future__ import annotations

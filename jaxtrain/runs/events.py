@@ -54,7 +54,7 @@ class TrainingResult:
         train: Metrics of the last step.
         validation: loss, accuracy, macro_f1, miou (of values r2, rmse, mae, bias) and pixels of the last validation.
         windows: Windows of each part.
-        parameters: Number of learned parameters.
+        parameters: Number of trainable parameters.
         seconds: Wall time of this call.
         samples_per_second: Windows per second of training in this call, reading included, without the first step
             (which compiles); None where this call took fewer than two steps.

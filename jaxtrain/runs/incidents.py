@@ -1,7 +1,7 @@
 """`Incidents` counts, limits and records the faults of a run that do not end it.
 
 - a step whose loss or gradient was not finite, and which therefore changed nothing (`run.on_nan = "skip"`)
-- a window whose chunk is damaged, and which is no longer learned from (`run.on_corrupt = "quarantine"`)
+- a window whose chunk is damaged, and which is left out of training (`run.on_corrupt = "quarantine"`)
 - a batch without one labelled pixel, which teaches nothing
 
 `incidents.jsonl` of the run has a line for each, of process 0; the n-th other process writes `incidents-n.jsonl`.
@@ -120,7 +120,7 @@ class Incidents:
             self._windows.add(window)
             why = redact_text(error)  # of a bucket, it quotes what the server answered
             self._write({"kind": "quarantined", "window": list(window), "why": why})
-        self._warn(f"window {window} is no longer learned from ({count} of at most {config.max_quarantined}): {why}")
+        self._warn(f"window {window} is left out of training ({count} of at most {config.max_quarantined}): {why}")
 
     def _write(self, line: dict[str, Any]) -> None:
         text = json.dumps(line) + "\n"

@@ -2,7 +2,7 @@
 
 Whoever can write a compiled program can run any code as the one who loads it. So programs are loaded only from a folder
 that this user made and nobody else can write to: `$XDG_CACHE_HOME/terrashard/programs/KEY`, or `~/.cache/…`. A run that
-comes from another machine, or from somebody else, has none there and is compiled anew.
+comes from another machine, or from somebody else, has none there and is compiled again.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def repeat_exactly(environment: MutableMapping[str, str] | None = None) -> bool:
     """Ask XLA for kernels that sum in a fixed order, and return whether it will use them.
 
     Call it before anything touches a device. A user whose XLA_FLAGS name such a flag, as true or false, is left alone:
-    with --xla_gpu_deterministic_ops=true, runs that are started anew are equal, too, for then no kernels are timed.
+    with --xla_gpu_deterministic_ops=true, runs that are started again are equal, too: then no kernels are timed.
     """
     env = os.environ if environment is None else environment
     flags = env.get("XLA_FLAGS", "")

@@ -42,7 +42,7 @@ def test_settings_lie_over_a_configuration_and_errors_name_all_of_it(workplace: 
         ingest.make_plan("world/catalog.json", resolution=-1.0, bbox=(16, 50, 17, 40))
 
 
-def test_a_plan_that_was_saved_is_judged_before_it_runs(workplace: Path, client: Any) -> None:
+def test_a_plan_that_was_saved_is_checked_before_it_runs(workplace: Path, client: Any) -> None:
     plan = ingest.make_plan("world/catalog.json", **SELECTION)
     plan.save("plan.json")
     # the folder of the scenes is a link here, and what it leads to lies outside of that of plan.json

@@ -117,7 +117,7 @@ def test_a_file_that_is_replaced_on_its_server_is_audited_and_refreshed(run: Run
         assert run("audit", cube, trust).code == 0
 
 
-def test_a_plan_file_is_judged_like_a_catalogue(run: Run, world: Path, tmp_path: Path) -> None:
+def test_a_plan_file_is_checked_like_a_catalogue(run: Run, world: Path, tmp_path: Path) -> None:
     source, plan = world / "catalog.json", tmp_path / "plan.json"
     assert run("plan", source, "--collection", NAME, "--bands", "red,scl", "-o", plan).code == 0
     moved = tmp_path / "elsewhere"

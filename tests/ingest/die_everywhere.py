@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import ingest.run.loop as running
 from ingest.raster.limits import Access
@@ -26,7 +26,7 @@ from zarr_store import crash
 from zarr_store.spec import Layout
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import growing
+import growing  # type: ignore[import-not-found]  # mypy knows it as tests.ingest.growing
 
 CLIENT: Any = SimpleNamespace(dashboard_link="")
 
@@ -40,10 +40,15 @@ def work_here(_client: Any, job: running.Job, tasks: Any, tally: Any, _tell: Any
         tally.pixels_read += pixels
 
 
-running._work = work_here
-running.prepare = lambda _client: None
-running.memory_note = lambda *_: None
-running.publish = lambda _client, _plan, _url, _known, tell: ("", tell)
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "_work": work_here,
+    "prepare": lambda _client: None,
+    "memory_note": lambda *_: None,
+    "publish": lambda _client, _plan, _url, _known, tell: ("", tell),
+}
+for name, stand_in in STAND_INS.items():
+    assert hasattr(running, name), name
+    setattr(running, name, stand_in)
 
 
 def forked(action: Callable[[], Any], at: int) -> int:
@@ -142,7 +147,7 @@ def die_everywhere(
     return {"deaths": deaths, "unlike": unlike}
 
 
-def main(folder: Path, kind: str) -> None:
+def main(folder: Path, kind: Literal["folder", "icechunk"]) -> None:
     if kind == "icechunk":
         # once here, not in every child; but not icechunk itself, whose threads no child would have
         importlib.import_module("zarr_store.repository")
@@ -164,4 +169,4 @@ def main(folder: Path, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), "icechunk" if sys.argv[2] == "icechunk" else "folder")

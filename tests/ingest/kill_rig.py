@@ -29,16 +29,18 @@ def dask_setup(_worker: Any) -> None:
     from distributed import Worker
 
     import ingest.run.task as making
+    from ingest.run.shard import fill_shard
     from zarr_store.read import open_cube
 
     # a worker that has lost its scheduler gives its threads 30 s before it ends; nothing here needs them
-    close = Worker.close
+    kind: Any = Worker
+    close = kind.close
 
-    def close_soon(self: Worker, timeout: float = 2.0, **more: Any) -> Any:
+    def close_soon(self: Any, timeout: float = 2.0, **more: Any) -> Any:
         return close(self, timeout=min(timeout, 2.0), **more)
 
-    Worker.close = close_soon
-    fill, cube = making.fill_shard, os.environ["TERRASHARD_TEST_CUBE"]
+    kind.close = close_soon
+    fill, cube = fill_shard, os.environ["TERRASHARD_TEST_CUBE"]
 
     def counted(task: Any, *arguments: Any, **more: Any) -> Any:
         wait_at_gate(Path(cube, "_terrashard", "ledger", task.collection))
@@ -50,7 +52,7 @@ def dask_setup(_worker: Any) -> None:
         time.sleep(float(os.environ.get("TERRASHARD_TEST_PAUSE_S", "0.04")))  # so that something is under way
         return fill(task, *arguments, **more)
 
-    making.fill_shard = counted
+    making.fill_shard = counted  # type: ignore[attr-defined]  # it imports the name for itself
 
 
 def main(plan: str, cube: str, scheduler: str) -> int:

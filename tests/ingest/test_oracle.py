@@ -58,7 +58,7 @@ def scenes_by_day(catalogue: Path) -> dict[str, list[dict[str, Any]]]:
 def oracle_day(scenes: list[dict[str, Any]], row_of: dict[str, int]) -> dict[str, np.ndarray]:
     """Copied tiles win over resampled ones; clear pixels over masked ones; the first over the second."""
     scenes = sorted(scenes, key=lambda s: (s["properties"]["mgrs:grid_square"] != "WL", s["id"]))
-    result = {
+    result: dict[str, np.ndarray] = {
         "reflectance": np.zeros((4, HEIGHT, WIDTH), np.uint16),
         "scl": np.zeros((HEIGHT, WIDTH), np.uint8),
         "status": np.zeros((HEIGHT, WIDTH), np.uint8),

@@ -64,7 +64,7 @@ def compare(array: Any, cube: dict[str, np.ndarray], bands: int) -> int:
 def test_the_lazy_view_equals_shards_over_lattices_zones_and_offsets(mixed_plan: Plan) -> None:
     recipe = mixed_plan.recipes[0]
     times, height, width = recipe.spec.shape
-    cube = {
+    cube: dict[str, np.ndarray] = {
         "reflectance": np.zeros((times, 2, height, width), np.uint16),
         "scl": np.zeros((times, height, width), np.uint8),
         "source_item": np.full((times, height, width), -1, np.int16),
@@ -77,7 +77,8 @@ def test_the_lazy_view_equals_shards_over_lattices_zones_and_offsets(mixed_plan:
     lazy = stack(mixed_plan, chunk=50)
     assert isinstance(lazy.data, dask.array.Array)
     assert list(lazy.band.values) == ["red", "nir", "scl"]
-    assert (lazy.dtype, lazy.sizes["y"], lazy.sizes["x"]) == (np.uint16, height, width)
+    assert lazy.dtype == np.uint16
+    assert (lazy.sizes["y"], lazy.sizes["x"]) == (height, width)
     np.testing.assert_array_equal(lazy.x, mixed_plan.grid.x())
     with dask.config.set(scheduler="synchronous"):
         assert compare(lazy.compute(), cube, 2) == (cube["source_item"] >= 0).sum()

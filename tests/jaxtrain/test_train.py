@@ -21,6 +21,7 @@ import tomli_w
 from jaxtrain import TrainEvent, train
 from jaxtrain.config import TrainConfig
 from jaxtrain.learn.state import Program
+from jaxtrain.learn.step import make_train_step
 from jaxtrain.runs.checkpoint import CheckpointStore, name_leaves, target_of
 from jaxtrain.runs.log import RunLog, read_metrics
 from jaxtrain.runs.rundir import load_card, program_of
@@ -314,17 +315,15 @@ def test_nothing_is_compiled_twice(tmp_path: Path) -> None:
     from jaxtrain import loop as module
 
     steps: list[Any] = []
-    make = module.make_train_step
+    make = make_train_step
 
     def remember(program: Any) -> Any:
         steps.append(make(program))
         return steps[-1]
 
-    module.make_train_step = remember
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_train_step", remember)
         train(tiny_config(shared_cube(), run={"evaluate_every": 2}), tmp_path / "run")
-    finally:
-        module.make_train_step = make
     assert steps[0].jitted._cache_size() == 1
 
 

@@ -22,6 +22,7 @@ import pytest
 
 from jaxtrain import TrainEvent, train
 from jaxtrain import loop as train_module
+from jaxtrain.learn.step import make_train_step
 from jaxtrain.parallel.processes import Agreement
 from jaxtrain.runs import checkpoint
 from jaxtrain.runs.checkpoint import CheckpointStore
@@ -36,8 +37,8 @@ TrainStep = Callable[..., Any]
 
 
 def change_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> None:
-    """Batches pass through `change(number of the call, batch)` before they are learnt."""
-    make = train_module.make_train_step
+    """Batches pass through `change(number of the call, batch)` before they are trained on."""
+    make = make_train_step
 
     def changed(program: Any) -> TrainStep:
         step, calls = make(program), iter(range(10_000))
@@ -178,8 +179,8 @@ def test_a_failed_save_is_told_at_the_next_step_and_awaited_at_the_end(
 
 def test_a_wish_of_another_process_stops_this_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other's wish comes with the sum over all, a step late; the run is saved and goes on bit-equal."""
-    monkeypatch.setattr(Agreement, "ask", lambda self, wanted: next(asked))
     asked = iter(range(100))
+    monkeypatch.setattr(Agreement, "ask", lambda self, wanted: next(asked))
     monkeypatch.setattr(Agreement, "answer", lambda self, number: number == 6)
     with pytest.raises(Preempted, match="saved at step 8 of 12"):
         train(tiny_config(shared_cube()), tmp_path / "run")
@@ -294,10 +295,10 @@ def test_a_damaged_chunk_is_put_into_quarantine_up_to_a_limit(tmp_path: Path, da
         assert y < 64
         assert x < 64
         assert "sentinel-2-l2a/reflectance Region" in line["why"]
-    assert any("is no longer learned from" in event.message for event in events if event.kind == "warning")
+    assert any("is left out of training" in event.message for event in events if event.kind == "warning")
     before, after = read_metrics(shared_run()), read_metrics(run)
     labelled = [[line["labelled"] for line in lines if line["kind"] == "train"] for lines in (before, after)]
-    assert sum(labelled[1]) < sum(labelled[0])  # what is not read is not learnt, never learnt as zeros
+    assert sum(labelled[1]) < sum(labelled[0])  # what is not read is not trained on, and never as zeros
 
 
 # ---- T16: nothing to learn in a batch

@@ -78,7 +78,7 @@ def test_of_two_that_take_over_one_wins(bucket: Any, monkeypatch: pytest.MonkeyP
     store = open_store(f"s3://{BUCKET}/c")
     store.write("k", b"stale")
     put = obstore.put
-    fired = []
+    fired: list[str] = []
 
     def late(client: Any, key: str, data: bytes, **how: Any) -> Any:
         if not fired:

@@ -1,4 +1,4 @@
-"""What xarray and zarr-python would decode is judged first: copies of metadata, axes, samples, labels (FAULTS Z21)."""
+"""What xarray and zarr-python would decode is checked first: copies of metadata, axes, samples, labels (FAULTS Z21)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import xarray as xr
 from zarr_store import CubeSpec, Region, ShardWriter, SourceOutcome, create_cube, open_cube
 from zarr_store.durable import PendingFile
 from zarr_store.errors import CubeMismatch, InvalidInput, Locked, MisalignedWrite
-from zarr_store.ledger import Ledger
+from zarr_store.ledger import Ledger, LedgerRow
 from zarr_store.lock import LOCK_KEY, CubeLock
 
 from .conftest import ITEMS, NAME, cut
@@ -74,8 +74,17 @@ def test_a_row_is_put_after_all_pixels_and_dropped_before_them(
     writer = ShardWriter(path, NAME)
     steps: list[tuple[str, str]] = []
     put, drop, end = Ledger.put, Ledger.drop, PendingFile.finish
-    monkeypatch.setattr(Ledger, "put", lambda self, row: (steps.append(("put", "")), put(self, row))[1])
-    monkeypatch.setattr(Ledger, "drop", lambda self, index: (steps.append(("drop", "")), drop(self, index))[1])
+
+    def note_put(self: Ledger, row: LedgerRow) -> None:
+        steps.append(("put", ""))
+        put(self, row)
+
+    def note_drop(self: Ledger, index: tuple[int, int, int]) -> None:
+        steps.append(("drop", ""))
+        drop(self, index)
+
+    monkeypatch.setattr(Ledger, "put", note_put)
+    monkeypatch.setattr(Ledger, "drop", note_drop)
 
     def finish(self: PendingFile) -> None:
         shown = open_cube(path).ledger(NAME).get((0, 0, 0))

@@ -154,7 +154,7 @@ def polygons() -> tuple[list[Any], list[str]]:
 def write_polygons(path: Path, crs: str) -> Path:
     shapes, names = polygons()
     to = Transformer.from_crs("EPSG:32633", crs, always_xy=True).transform
-    moved = [shapely.transform(s, lambda x, y: to(x, y), interleaved=False) for s in shapes]
+    moved = [shapely.transform(s, lambda xy: np.column_stack(to(*xy.T))) for s in shapes]
     wkb, values = np.array(shapely.to_wkb(np.array(moved)), object), np.array(names, object)
     if path.suffix == ".parquet":
         column = {"encoding": "WKB", "geometry_types": [], "crs": CRS(crs).to_json_dict()}

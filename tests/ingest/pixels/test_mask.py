@@ -73,7 +73,7 @@ def test_disc_is_measured_in_metres_on_both_axes() -> None:
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_observed_needs_every_band_and_a_class(dtype: str) -> None:
     empty = 0 if dtype == "uint16" else np.nan
-    bands = np.array([[[5, empty, 5, 5]], [[5, 5, empty, 5]]], dtype)
+    bands = [np.array([[5, empty, 5, 5]], dtype), np.array([[5, 5, empty, 5]], dtype)]
     classes = np.array([[4, 4, 4, 0]], np.uint8)
     assert observed(bands, classes).tolist() == [[True, False, False, False]]
     assert observed(bands, None).tolist() == [[True, False, False, True]]

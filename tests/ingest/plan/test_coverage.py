@@ -112,7 +112,7 @@ def test_a_swath_that_ends_before_the_region_is_a_sliver_whatever_its_footprint_
     assert [d.item_id for d in plan.drops] == ["ends"], "data bands show it where there is no class layer"
 
 
-def test_a_tile_that_barely_reaches_the_region_is_judged_by_what_it_could_show(tmp_path: Path) -> None:
+def test_a_tile_that_barely_reaches_the_region_is_measured_by_what_it_could_show(tmp_path: Path) -> None:
     beside = Grid(TILE.crs, (20.0, 0.0, TILE.bounds[2] - 100, 0.0, -20.0, 5_000_000.0), (64, 64))
     scenes = [
         make_scene(tmp_path, "A", TILE, sky(west=4, east=4)),

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import rasterio
 
-from ingest.raster import access as access_module
 from ingest.raster.access import header_cache
 from ingest.raster.limits import Access
 from ingest.raster.lru import LruCache
@@ -42,7 +41,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.append(str(name))
         return real(name, *args, **more)
 
-    monkeypatch.setattr(access_module.rasterio, "open", note)
+    monkeypatch.setattr(rasterio, "open", note)
     yield names
     header_cache(os.getpid()).clear()
 

@@ -114,7 +114,7 @@ def test_on_the_lattice_of_an_overview_it_is_the_mean_of_the_pixels_in_it(
     assets: dict[str, AssetRef], pixels: dict[str, np.ndarray], factor: int
 ) -> None:
     target = SOURCE.coarsen(factor)
-    got = read_on_grid(assets["data"], SOURCE, target, "bilinear")
+    got: np.ndarray = read_on_grid(assets["data"], SOURCE, target, "bilinear")
     blocks = pixels["data"].reshape(SIDE // factor, factor, SIDE // factor, factor).astype(float)
     count = (blocks > 0).sum(axis=(1, 3))
     mean = np.divide(blocks.sum(axis=(1, 3)), count, out=np.zeros(count.shape), where=count > 0)

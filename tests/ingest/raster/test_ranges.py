@@ -257,7 +257,12 @@ def test_places_shrink_at_once_and_grow_slowly() -> None:
     begun = threading.Event()
     with crowd.place("http://h/x") as told, crowd.place("http://h/y"), crowd.place("http://h/z"):
         told(True)
-        waiting = threading.Thread(target=lambda: (one(False), begun.set()), daemon=True)
+
+        def wait_for_a_place() -> None:
+            one(False)
+            begun.set()
+
+        waiting = threading.Thread(target=wait_for_a_place, daemon=True)
         waiting.start()
         assert not begun.wait(0.2), "there is no place"
     assert begun.wait(5)

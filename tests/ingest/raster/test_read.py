@@ -70,7 +70,7 @@ STORED: dict[str, Any] = {"data": "uint16", "class": "uint8"}
     [("data", "bilinear"), ("data", "nearest"), ("data", "average"), ("data", "cubic"), ("class", "x")],
 )
 def test_windows_equal_the_whole(rasters: dict[str, Path], target: Grid, kind: str, kernel: str) -> None:
-    whole = read_on_grid(ref(rasters[kind], kind), SOURCE, target, kernel, stored=STORED[kind])
+    whole: np.ndarray = read_on_grid(ref(rasters[kind], kind), SOURCE, target, kernel, stored=STORED[kind])
     assert (whole > 0).mean() > 0.1, "the grids must overlap, or nothing is compared"
     rng = np.random.default_rng(3)
     for _ in range(6):
@@ -119,7 +119,7 @@ def test_warp_equals_gdal_over_the_whole_raster(rasters: dict[str, Path], name: 
         source, expected, src_transform=SOURCE.affine, src_crs=UTM, src_nodata=0, dst_transform=target.affine,
         dst_crs=UTM, dst_nodata=0, resampling=Resampling[kernel],
     )  # fmt: skip
-    got = read_on_grid(ref(rasters["data"]), SOURCE, target, kernel)
+    got: np.ndarray = read_on_grid(ref(rasters["data"]), SOURCE, target, kernel)
     # one unit where a mean ends in exactly one half: GDAL's last bit then depends on the window's origin
     assert np.abs(got.astype(int) - expected).max() <= 1
     assert (got != expected).mean() < 0.002
@@ -351,8 +351,9 @@ def test_redirects_to_another_host_are_not_followed(tmp_path: Path) -> None:
             pass
 
         def do_GET(self) -> None:
+            assert isinstance(self.server, http.server.HTTPServer)
             self.send_response(302)
-            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/other.tif")
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/other.tif")
             self.send_header("Content-Length", "0")
             self.end_headers()
 

@@ -199,7 +199,7 @@ def test_r14_a_replacement_that_only_its_date_or_size_shows_is_noticed(
 def test_r14_a_local_file_that_is_replaced_is_read_anew(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     shutil.copy(world / "zip.tif", path)
-    replaced = []
+    replaced: list[bool] = []
 
     def use(dataset: Any) -> np.ndarray:
         file = find_range_file(dataset)

@@ -276,7 +276,7 @@ def test_slurm_and_pbs_show_their_job_script() -> None:
     pytest.importorskip("dask_jobqueue")
     before = listening()
     options = ["queue=short", "walltime=01:00:00", "account=eo", "directives=--constraint=ssd"]
-    text = describe(IngestConfig(cluster="slurm", memory="8GB", threads_per_worker=2, cluster_options=options))
+    text = describe(IngestConfig(cluster="slurm", memory="8GB", threads_per_worker=2, cluster_options=options))  # type: ignore[arg-type]
     for line in ("#SBATCH -p short", "#SBATCH -A eo", "#SBATCH -t 01:00:00", "#SBATCH --cpus-per-task=2",
                  "#SBATCH --constraint=ssd", "unset GDAL_NUM_THREADS", "export OMP_NUM_THREADS=1"):  # fmt: skip
         assert line in text.splitlines(), text
@@ -303,7 +303,7 @@ def test_kubernetes_shows_its_manifest() -> None:
 
 def test_gateway_shows_its_options() -> None:
     text = describe(
-        IngestConfig(cluster="gateway", cluster_options=["address=https://gate.example.org", "profile=big"])
+        IngestConfig(cluster="gateway", cluster_options=["address=https://gate.example.org", "profile=big"])  # type: ignore[arg-type]
     )
     assert '"address": "https://gate.example.org"' in text
     assert '"profile": "big"' in text
@@ -375,7 +375,7 @@ def test_ssh_on_this_machine(tmp_path: Path) -> None:
             time.sleep(0.05)
         options = [f"username={getpass.getuser()}", f"port={port}", f"known_hosts={tmp_path}/known",
                    f"client_keys={tmp_path}/user"]  # fmt: skip
-        config = IngestConfig(cluster="ssh", hosts="127.0.0.1,127.0.0.1", cluster_options=options)
+        config = IngestConfig(cluster="ssh", hosts="127.0.0.1,127.0.0.1", cluster_options=options)  # type: ignore[arg-type]
         # as the command line sets it: Dask learns from the log of a remote scheduler and worker where they are
         with dask.config.set({"logging.distributed": "error"}), open_cluster(config) as client:
             (worker,) = client.scheduler_info()["workers"]
@@ -406,7 +406,7 @@ def test_an_ssh_host_that_says_nothing_is_not_waited_for_without_end() -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         options = [f"port={silent.getsockname()[1]}", "start_s=1.5"]
-        config = IngestConfig(cluster="ssh", hosts="127.0.0.1,127.0.0.1", cluster_options=options)
+        config = IngestConfig(cluster="ssh", hosts="127.0.0.1,127.0.0.1", cluster_options=options)  # type: ignore[arg-type]
         began = time.monotonic()
         late = r"127\.0\.0\.1 did not start within 1\.5 s.*start_s=SECONDS"
         with pytest.raises(AccessError, match=late), open_cluster(config):

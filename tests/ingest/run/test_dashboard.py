@@ -26,6 +26,7 @@ from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.dashboard import PAGE, ShardPage, page_url
 from ingest.run.loop import IngestEvent, run
+from ingest.run.shard import fill_shard
 from ingest.testing import make_scene, probe_headers
 from zarr_store.grid import Grid
 from zarr_store.spec import Layout
@@ -69,7 +70,7 @@ def fetch(url: str) -> tuple[str, Any]:
 def run_with_faults(plan: Plan, cube: Path, client: Client, folder: Path, patch: pytest.MonkeyPatch) -> list[Any]:
     """A run in which the first scene's red is broken and one shard cannot be made; what the page said meanwhile."""
     (folder / HOSTILE / "red.tif").write_text("<html>log in</html>")
-    poison, real = plan.tasks[-1].index, making.fill_shard
+    poison, real = plan.tasks[-1].index, fill_shard
 
     def fill(task: Any, *args: Any, **more: Any) -> Any:
         time.sleep(0.02)
@@ -155,13 +156,14 @@ def test_names_are_data_to_the_page(tmp_path: Path, client: Client, monkeypatch:
     assert nonce
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    outside = []
+    outside: list[str] = []
+    allowed = nonce[1]
 
     class Look(HTMLParser):
         def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
             given = dict(attributes)
             if tag in ("script", "style"):
-                assert given.get("nonce") == nonce[1]
+                assert given.get("nonce") == allowed
             outside.extend(v for k, v in attributes if k in ("src", "href") and v and "//" in v)
             assert not [k for k, _ in attributes if k.startswith("on")]
 

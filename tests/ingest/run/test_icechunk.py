@@ -19,6 +19,7 @@ from cli.main import main
 from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
+from ingest.run.shard import fill_shard
 from zarr_store.backends import open_store
 from zarr_store.errors import CorruptShard, InvalidInput, Locked, MissingShard
 from zarr_store.lock import CubeLock
@@ -28,8 +29,7 @@ from zarr_store.verify import verify_cube
 
 icechunk = pytest.importorskip("icechunk")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import growing  # noqa: E402
+from .. import growing  # noqa: E402
 
 NAME = growing.NAME
 ICECHUNK = IngestConfig(store="icechunk")
@@ -52,7 +52,7 @@ class Filled:
 
 @pytest.fixture
 def filled(monkeypatch: pytest.MonkeyPatch) -> Filled:
-    real, state = making.fill_shard, Filled()
+    real, state = fill_shard, Filled()
 
     def fill(task: Any, *args: Any, **more: Any) -> Any:
         state.seen.append(task.index)

@@ -26,6 +26,7 @@ from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.cluster import open_cluster, resolve_dashboard
 from ingest.run.loop import IngestEvent, run
+from ingest.run.shard import fill_shard
 from ingest.testing import make_scene, probe_headers
 from ingest.worker.guard import memory_note
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, InvalidInput, Locked, NoSpace
@@ -33,6 +34,7 @@ from zarr_store.grid import Grid
 from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube
 from zarr_store.spec import LAYOUTS, Layout
+from zarr_store.write import ShardWriter
 
 SIZE = (70, 66)
 GRID = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), SIZE)
@@ -199,7 +201,8 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(
     tmp_path: Path, local_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(tmp_path / "scenes", days=1)
-    real, written = running.ShardWriter.pack, []
+    written: list[Any] = []
+    real = ShardWriter.pack
 
     def full(self: Any, region: Any, *args: Any, **more: Any) -> Any:
         if len(written) >= 3:
@@ -207,7 +210,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(
         written.append(region)
         return real(self, region, *args, **more)
 
-    monkeypatch.setattr(running.ShardWriter, "pack", full)
+    monkeypatch.setattr(ShardWriter, "pack", full)
     with pytest.raises(NoSpace, match="no space left"):
         run(plan, tmp_path / "cube.zarr", client=local_client)
     monkeypatch.undo()
@@ -219,7 +222,7 @@ def test_a_shard_that_cannot_be_made_is_listed_and_the_others_are(
     tmp_path: Path, local_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(tmp_path / "scenes", days=1)
-    poison, real = plan.tasks[2].index, making.fill_shard
+    poison, real = plan.tasks[2].index, fill_shard
 
     def fill(task: Any, *args: Any, **more: Any) -> Any:
         if task.index == poison:

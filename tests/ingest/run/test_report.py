@@ -21,6 +21,7 @@ from ingest.request.config import IngestConfig
 from ingest.run.loop import run
 from ingest.run.record import RunRecord
 from ingest.run.report import write_report
+from ingest.run.shard import fill_shard
 from ingest.testing import make_scene, probe_headers
 from ingest.trust.redact import redact_document
 from zarr_store.grid import Grid
@@ -59,7 +60,9 @@ def plan(tmp_path: Path) -> Plan:
     scenes = []
     for day in range(2):
         grid = Grid(GRID.crs, (20.0, 0.0, 500_000.0 + 300 * day, 0.0, -20.0, 5_100_000.0), (70, 75))
-        pixels = {"red": rng.integers(1, 9000, grid.shape).astype(np.uint16), "scl": np.full(grid.shape, 4, np.uint8)}
+        pixels: dict[str, np.ndarray] = {
+            "red": rng.integers(1, 9000, grid.shape).astype(np.uint16), "scl": np.full(grid.shape, 4, np.uint8)
+        }  # fmt: skip
         when = f"2023-08-{10 + day:02d}T10:00:00Z"
         scenes.append(make_scene(tmp_path / "scenes", f"D{day}", grid, pixels, datetime=when))
     return plan_scenes(
@@ -74,7 +77,7 @@ def plan(tmp_path: Path) -> Plan:
 def faults(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The first date's red is broken, and one shard of the other date cannot be made."""
     (tmp_path / "scenes" / "D0" / "red.tif").write_text("<html>log in</html>")
-    poison, real = plan.tasks[-1].index, making.fill_shard
+    poison, real = plan.tasks[-1].index, fill_shard
     fired: list[str] = []
 
     def fill(task: Any, *args: Any, **more: Any) -> Any:

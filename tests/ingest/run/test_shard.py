@@ -50,7 +50,7 @@ def assemble(plan: Plan, collection: str | None = None) -> dict[str, np.ndarray]
 def oracle(scenes: list[Scene], broken: set[str], grid: Grid, dilate_m: float) -> dict[str, np.ndarray]:
     """One day of scenes on `grid`, pixel by pixel, by the documented rules."""
     height, width = grid.shape
-    out = {
+    out: dict[str, np.ndarray] = {
         "reflectance": np.zeros((2, height, width), np.uint16),
         "scl": np.zeros((height, width), np.uint8),
         "status": np.zeros((height, width), np.uint8),
@@ -264,7 +264,7 @@ def test_several_times_in_one_shard_stay_apart(tmp_path: Path) -> None:
     days = []
     for day in (10, 12, 14):
         dn = np.full(SIZE, day, np.uint16)
-        pixels = {"red": dn, "nir": dn, "scl": np.full(SIZE, 4, np.uint8)}
+        pixels: dict[str, np.ndarray] = {"red": dn, "nir": dn, "scl": np.full(SIZE, 4, np.uint8)}
         days.append(make_scene(tmp_path, f"D{day}", BASE, pixels, datetime=f"2023-08-{day:02d}T10:00:00Z"))
     layout = replace(SMALL, chunk=(2, 8, 8), shard=(2, 16, 16))
     plan = plan_scenes(days, probe_headers(days), IngestConfig(bands=("red", "nir", "scl")), layout=layout)

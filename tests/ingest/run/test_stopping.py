@@ -75,7 +75,8 @@ def test_a_second_signal_ends_the_run_at_once_and_nothing_is_lost(
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive, "workers end with their run, however it ends"
     finally:
-        for one in [process, *children]:
+        every: list[subprocess.Popen[bytes] | psutil.Process] = [process, *children]
+        for one in every:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 one.kill()
     rows = open_cube(cube).ledger(NAME).rows()

@@ -55,6 +55,7 @@ def test_every_real_sentinel_2_item_is_understood(shared_data: Path) -> None:
         assert scene.tile == tile[1].zfill(5), label
         grid = scene.assets["blue"].grid
         assert grid is not None, label
+        assert scene.tile is not None, label
         assert grid.crs == f"EPSG:{'326' if scene.tile[2] >= 'N' else '327'}{scene.tile[:2]}", label
         assert (grid.shape, grid.resolution) == ((10980, 10980), (10, 10)), label
         assert grid.transform[2] % 20 == 0 or grid.transform[2] % 60 == 0, label
@@ -154,7 +155,7 @@ def test_grids_are_never_made_up(make_item: Make) -> None:
     assert scene.assets["nir"].grid is None
     red = scene.assets["red"].grid
     assert red is not None
-    assert red.transform == (10, 0, 499980, 0, -10, 5200020)
+    assert red.transform == (10.0, 0.0, 499980.0, 0.0, -10.0, 5200020.0)
     assert any("north-up" in note for note in scene.notes)
     unknown = harmonised(make_item(proj__epsg=999999))
     assert unknown.assets["blue"].grid is None
@@ -255,7 +256,8 @@ def test_signed_hrefs_are_stored_unsigned(make_item: Make) -> None:
 def test_hostile_names_stay_data(make_item: Make) -> None:
     for name in ("../../etc/passwd", "/abs", "CON", "a" * 300, "a\u202eb"):
         assert harmonised(make_item(name)).id == name
-    for broken in ({}, {"id": 7}, {"id": "x"}, {"id": "x", "properties": {}}, [], None):
+    hostile: list[Any] = [{}, {"id": 7}, {"id": "x"}, {"id": "x", "properties": {}}, [], None]
+    for broken in hostile:
         with pytest.raises(InvalidInput):
             harmonise(broken, base="/x", config=ANYWHERE)
 
@@ -264,7 +266,7 @@ def test_antimeridian_footprints_are_cut(make_item: Make) -> None:
     item = make_item()
     item["geometry"] = {"type": "Polygon", "coordinates": [[[-179, 60], [-179, 59], [179, 59], [179, 60], [-179, 60]]]}
     scene = harmonised(item)
-    assert scene.bbox == (179, 59, -179, 60)
+    assert scene.bbox == (179.0, 59.0, -179.0, 60.0)
     assert scene.footprint["type"] == "MultiPolygon"
     del item["geometry"]
     item["bbox"] = [179, 59, -179, 60]

@@ -9,7 +9,7 @@ import rasterio
 
 from ingest.simulate import SimulateConfig, SimulatedWorld
 from ingest.simulate.ground import BUILT, FOREST, WATER, Landscape
-from ingest.simulate.radar import ENL, NODATA, backscatter, mean_backscatter, radar_passes
+from ingest.simulate.radar import ENL, NODATA, RadarPass, backscatter, mean_backscatter, radar_passes
 from ingest.simulate.spectra import surface
 
 
@@ -34,9 +34,10 @@ def test_polarisations_and_passes_speckle_apart(small_config: SimulateConfig) ->
     first, second = radar_passes(small_config)
     assert (first.ascending, second.ascending) == (True, False)
 
-    def speckle(overpass: object, name: str) -> np.ndarray:
-        power = backscatter(small_config, land.world, ground, face, overpass, name)  # type: ignore[arg-type]
-        return (power / mean_backscatter(ground, face, overpass, name)).ravel()  # type: ignore[arg-type]
+    def speckle(overpass: RadarPass, name: str) -> np.ndarray:
+        power = backscatter(small_config, land.world, ground, face, overpass, name)
+        mean: np.ndarray = mean_backscatter(ground, face, overpass, name)
+        return (power / mean).ravel()
 
     one = speckle(first, "vv")
     for other in (speckle(first, "vh"), speckle(second, "vv")):

@@ -28,11 +28,9 @@ from zarr_store.errors import AccessError, InvalidInput, UnknownName
 GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "0", "CPL_VSIL_CURL_USE_HEAD": "YES"}
 
 
-def ask(
-    url: str, method: str = "GET", body: object = None, timeout: float = 20, **headers: str
-) -> tuple[int, dict[str, str], bytes]:
+def ask(url: str, method: str = "GET", body: object = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
     try:
         text = None if body is None else json.dumps(body)
         if text is not None:

@@ -31,7 +31,7 @@ from zarr_store.errors import InvalidInput
     ],
 )  # fmt: skip
 def test_what_is_no_public_address_is_private(address: str, private: bool) -> None:
-    """Also what is no address at all: what cannot be judged is not trusted."""
+    """Also what is no address at all: what cannot be checked is not trusted."""
     assert is_private_address(address) is private
 
 

@@ -19,6 +19,7 @@ from ingest.raster.read import read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.scenes.scene import AssetRef
 from ingest.testing import write_raster
+from ingest.trust.providers import ProviderRule
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
 
@@ -30,7 +31,7 @@ QUICK = Access(attempts=2, backoff_s=0.01, low_speed_s=1, sign="planetary-comput
 def storage(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A storage host that wants the token of the day, and the endpoint that gives it."""
     data = write_raster(tmp_path / "a.tif", GRID, np.full(GRID.shape, 7, np.uint16)).read_bytes()
-    state = {"token": "day1", "given": "day1", "asked": 0, "lifetime": 3600.0}
+    state: dict[str, Any] = {"token": "day1", "given": "day1", "asked": 0, "lifetime": 3600.0}
 
     def token(_: Any) -> Any:
         state["asked"] += 1
@@ -102,11 +103,8 @@ def test_other_hosts_get_no_token(storage: Any, monkeypatch: pytest.MonkeyPatch)
 def own(storage: Any, **changes: Any) -> Access:
     """The rules of a user's provider over the same endpoint, without --sign."""
     url = storage["asset"].href.rpartition("/box")[0]
-    config = IngestConfig(
-        providers=(
-            {"name": "mine", "hosts": ("127.0.0.1",), "token_url": f"{url}/token", "token_margin_s": 0.2} | changes,
-        )
-    )
+    rule = {"name": "mine", "hosts": ("127.0.0.1",), "token_url": f"{url}/token", "token_margin_s": 0.2} | changes
+    config = IngestConfig(providers=(ProviderRule.model_validate(rule),))
     return replace(Access.of(config), attempts=3, backoff_s=0.01, low_speed_s=1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from cli.main import main
 from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
+from ingest.run.shard import fill_shard
 from ingest.upkeep.overwrite import overwrite
 from zarr_store.errors import InvalidInput, Locked
 from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import growing
+from .. import growing
 
 NAME = growing.NAME
 
@@ -120,10 +119,10 @@ def test_dying_around_the_swap_loses_no_cube(
 
     monkeypatch.setattr(overwriting, "crashpoint", die)
     if at == "half removed":
-        monkeypatch.setattr(overwriting.shutil, "rmtree", remove)
+        monkeypatch.setattr(shutil, "rmtree", remove)
     if not atomic:
         monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
-        monkeypatch.setattr(overwriting.os, "rename", rename)
+        monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(Died):
         overwrite(plans[1], cube, client=local_client)
     assert died == [at]
@@ -132,10 +131,12 @@ def test_dying_around_the_swap_loses_no_cube(
     assert {open_cube(path).provenance["plan"] for path in found} >= {plans[1].digest}, "the new cube is there"
     monkeypatch.undo()
     seen: list[Any] = []
-    real_fill = making.fill_shard
-    monkeypatch.setattr(
-        making, "fill_shard", lambda task, *a, **m: (seen.append(task.index), real_fill(task, *a, **m))[1]
-    )
+
+    def fill(task: Any, *args: Any, **more: Any) -> Any:
+        seen.append(task.index)
+        return fill_shard(task, *args, **more)
+
+    monkeypatch.setattr(making, "fill_shard", fill)
     report = overwrite(plans[1], cube, client=local_client)
     assert report.exit_code == 0
     assert not seen, "nothing is read again"

@@ -1,4 +1,4 @@
-"""Damage is named, and only what is damaged is made again; a plan's hrefs are judged before anything is opened."""
+"""Damage is named, and only what is damaged is made again; a plan's hrefs are checked before anything is opened."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import ingest.raster.access as access
 import ingest.run.task as making
 from ingest.plan.plan import Plan
 from ingest.plan.stored import check_hrefs, keep_plan
+from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
+from ingest.run.shard import fill_shard
 from ingest.run.task import ingest_shard
 from ingest.upkeep.repair import repair, retry_failed, verify_sources
 from zarr_store.errors import InvalidInput, Locked, MissingShard
@@ -36,7 +38,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "flipped": flip,
     "deleted": Path.unlink,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:20]),
@@ -64,8 +66,12 @@ def test_only_the_broken_shard_is_made_again(
     DAMAGE[kind](cube / shard_key(open_cube(cube).spec(NAME), "scl", index))
     assert [one.index for one in verify_cube(cube).damage] == [index], "the fault fired"
     made: list[Any] = []
-    real = making.fill_shard
-    monkeypatch.setattr(making, "fill_shard", lambda task, *a, **k: made.append(task.index) or real(task, *a, **k))
+
+    def fill(task: Any, *args: Any, **more: Any) -> Any:
+        made.append(task.index)
+        return fill_shard(task, *args, **more)
+
+    monkeypatch.setattr(making, "fill_shard", fill)
     report = repair(cube, trust, client=local_client)
     assert ([d.index for d in report.damage], made, report.ingest.exit_code) == ([index], [index], 0)
     assert tree(cube) == before
@@ -142,13 +148,13 @@ def test_a_task_that_ran_already_reads_nothing_and_an_orphan_writes_nothing(
     first, other = plan.tasks[:2]
     before = tree(cube)
     with CubeLock(cube, "test") as lock:
-        assert ingest_shard(first, plan.recipes[0], str(cube), access.Access(), fence=lock.token)[1] == 0
-        row, pixels = ingest_shard(first, plan.recipes[0], str(cube), access.Access(), fence=lock.token, again=True)
+        assert ingest_shard(first, plan.recipes[0], str(cube), Access(), fence=lock.token)[1] == 0
+        row, pixels = ingest_shard(first, plan.recipes[0], str(cube), Access(), fence=lock.token, again=True)
         assert (row.state, pixels > 0, tree(cube)) == ("done", True, before)
         with pytest.raises(Locked, match="has ended or lost its lock"):
-            ingest_shard(other, plan.recipes[0], str(cube), access.Access(), fence="of a run that was killed")
+            ingest_shard(other, plan.recipes[0], str(cube), Access(), fence="of a run that was killed")
     with pytest.raises(Locked, match="has ended or lost its lock"):
-        ingest_shard(first, plan.recipes[0], str(cube), access.Access(), fence="of a run that ended", again=True)
+        ingest_shard(first, plan.recipes[0], str(cube), Access(), fence="of a run that ended", again=True)
     assert tree(cube) == before
 
 

@@ -18,6 +18,7 @@ import ingest.run.task as making
 from ingest.plan.making import plan_scenes
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
+from ingest.run.shard import fill_shard
 from ingest.testing import make_scene, probe_headers
 from ingest.worker import slots
 from ingest.worker.slots import computing, run_in_slot
@@ -121,11 +122,11 @@ def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait
 ) -> None:
     grid = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), (64, 64))
     band = np.random.default_rng(1).integers(1, 9000, grid.shape).astype(np.uint16)
-    bands = {"red": band, "scl": np.full(grid.shape, 4, np.uint8)}
+    bands: dict[str, np.ndarray] = {"red": band, "scl": np.full(grid.shape, 4, np.uint8)}
     scenes = [make_scene(tmp_path / "scenes", "S", grid, bands, datetime="2023-08-10T10:00:00Z")]
     layout = Layout("t", (1, 16, 16), (1, 32, 32))
     plan = plan_scenes(scenes, probe_headers(scenes), IngestConfig(bands=("red", "scl")), layout=layout)
-    fill, pack, finish = making.fill_shard, ShardWriter.pack, PackedShard.finish
+    fill, pack, finish = fill_shard, ShardWriter.pack, PackedShard.finish
     busy, changed = threading.Lock(), threading.Condition()
     begun, pixels, told = 0, {}, []
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -57,7 +58,8 @@ def test_a_batch_is_what_plain_zarr_reads(bands: tuple[str, ...], learn_masked: 
         np.testing.assert_array_equal(batch["image"][i], image)
         np.testing.assert_array_equal(batch["observed"][i], observed)
         np.testing.assert_array_equal(batch["label"][i], np.where(observed, label, 255))
-    assert (batch["image"].dtype, batch["label"].dtype, batch["observed"].dtype) == ("uint16", "uint8", "uint8")
+    kinds = [str(batch[name].dtype) for name in ("image", "label", "observed")]
+    assert kinds == ["uint16", "uint8", "uint8"]
     assert (batch["label"] == 3).any() == learn_masked
 
 
@@ -87,7 +89,9 @@ def test_stream_follows_the_order_and_fills_the_last_batch() -> None:
 def test_batches_lie_on_the_mesh(data: int, model: int) -> None:
     sharding = batch_sharding(make_mesh(MeshConfig(data=data, model=model)))
     assert local_rows(sharding, 8) == slice(0, 8)
-    host = {"image": np.arange(8 * 4, dtype=np.uint16).reshape(8, 1, 2, 2), "label": np.zeros((8, 2, 2), np.uint8)}
+    host: dict[str, np.ndarray] = {
+        "image": np.arange(8 * 4, dtype=np.uint16).reshape(8, 1, 2, 2), "label": np.zeros((8, 2, 2), np.uint8)
+    }  # fmt: skip
     there = put_batch(host, sharding, 8)
     np.testing.assert_array_equal(jax.device_get(there["image"]), host["image"])
     assert there["image"].sharding.is_equivalent_to(NamedSharding(sharding.mesh, PartitionSpec("data")), 4)
@@ -161,7 +165,7 @@ def test_of_many_windows_the_damaged_one_is_named(tmp_path: Path) -> None:
         reader_of(tmp_path / "c.zarr").read(np.array(rows, np.int32))
 
 
-def test_where_nothing_is_seen_neither_class_nor_value_is_learnt() -> None:
+def test_where_nothing_is_seen_neither_class_nor_value_is_trained_on() -> None:
     seen = np.array([[True, False], [False, True]])
     classes, values = np.array([[3, 3], [0, 255]], np.uint8), np.array([[0.5, 0.5], [0, 7]], np.float32)
     Target("cover").hide(classes, seen)
@@ -190,6 +194,7 @@ def test_all_batches_ahead_are_being_read_before_the_first_is_there() -> None:
     class Slow:
         begun = 0
         enough = threading.Event()
+        shows: Literal["windows", "images"] = "windows"
 
         def begin(self, rows: np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
             self.begun += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,7 +163,7 @@ def test_checkerboard_and_buffer_of_a_scene(tmp_path):
 
 
 def run_config(store, **sections):
-    base = {
+    base: dict[str, dict[str, Any]] = {
         "data": {"cube": str(store), "split": {"validation": 0.1, "test": 0.25}},
         "model": {"name": "cnn", "width": 8, "depth": 2},
         "optim": {"learning_rate": 2e-2, "warmup_steps": 2},
@@ -184,10 +185,10 @@ def test_a_run_from_store_to_report(tmp_path):
     assert "Samples kept aside" in (tmp_path / "run/report.html").read_text()
     # another store, with the classes in another order
     other = make_samples(tmp_path / "o.zarr", seed=5, classes=CLASSES[::-1])
-    judged = evaluate(tmp_path / "run", data=other).to_dict()
-    assert judged["samples"] == 96
-    assert judged["accuracy"] > 0.9
-    assert "have a training sample nearer than" in judged["warnings"][0]
+    scores = evaluate(tmp_path / "run", data=other).to_dict()
+    assert scores["samples"] == 96
+    assert scores["accuracy"] > 0.9
+    assert "have a training sample nearer than" in scores["warnings"][0]
     with pytest.raises(InvalidInput, match="predicts for whole images, so it makes no map"):
         predict(tmp_path / "run", store, tmp_path / "map.zarr")
     with pytest.raises(InvalidInput, match="none is the same, so it cannot be evaluated there"):
@@ -199,7 +200,7 @@ def make_samples_named(url):
 
     spec = SampleSpec(2, ("red", "green", "blue"), (16, 16), "uint8", ("snow", "sand"), "one")
     image = np.zeros((3, 16, 16), np.uint8)
-    write_samples(url, spec, [Sample(image, np.uint8(i), 0.0, 0.0, str(i)) for i in range(2)])
+    write_samples(url, spec, [Sample(image, np.array(i, np.uint8), 0.0, 0.0, str(i)) for i in range(2)])
     return url
 
 

@@ -82,6 +82,7 @@ def test_parts_never_share_ground(
             assert np.isin(here, [-1, code]).all(), f"ground at {(y, x)} is in two parts"
             here[:] = code
     # and every window lies within one block, so that a neighbour across a block's edge shares no pixel
+    assert isinstance(plan.split, Split)
     for windows in plan.parts.values():
         for axis, side in ((1, plan.split.block[0]), (2, plan.split.block[1])):
             first = windows.rows[:, axis]

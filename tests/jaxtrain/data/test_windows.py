@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import DataConfig, SplitConfig
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.statistics import training_statistics
 from jaxtrain.data.windows import Window, _series, plan_windows, window_leakage, window_shares
@@ -52,7 +52,7 @@ def test_the_same_windows_as_from_every_pixel(values: dict[str, float]) -> None:
     assert rows_of(cube, config) == brute_force(cube, config)
 
 
-def test_masked_pixels_count_only_where_they_are_learnt(tmp_path: Path) -> None:
+def test_masked_pixels_count_only_where_they_are_trained_on(tmp_path: Path) -> None:
     cube = make_cube(tmp_path / "c.zarr", shape=(1, 128, 160))
     clouds = {**CLASSES, "9": "cloud"}
     assert rows_of(cube, data_config(min_labelled=1.0, classes=clouds, learn_masked=True)) == [
@@ -102,7 +102,7 @@ def test_classes_merge_values_and_refuse_nonsense() -> None:
     table = classes.table()
     assert classes.names == ("green", "cloud")
     assert table[[4, 8, 9]].tolist() == [0, 1, 1]
-    assert (np.delete(table, [4, 8, 9]) == NOT_LEARNT).all()
+    assert (np.delete(table, [4, 8, 9]) == UNLABELLED).all()
     assert classes.colours == ("#00ff00", "#d9d9d9")
     assert Classes.from_list(classes.to_list()) == classes
     many = Classes.of(data_config(classes={str(i): f"class {i}" for i in range(60)}))
@@ -131,24 +131,24 @@ def test_statistics_see_training_ground_only(tmp_path: Path, block_m: float, chu
     whole = Region(0, 1, 0, 256, 0, 256)
     pixels = plain.read(COLLECTION, "reflectance", whole)[0].astype(float)
     scl = plain.read(COLLECTION, "scl", whole)[0]
-    learnt = np.zeros((256, 256), bool)
+    trained = np.zeros((256, 256), bool)
     for _, y, x in plan.parts["train"].rows:
-        learnt[y : y + 16, x : x + 16] = True
-    assert not learnt.all()
+        trained[y : y + 16, x : x + 16] = True
+    assert not trained.all()
     if source == "index":
-        np.testing.assert_allclose(statistics.mean, pixels[:, learnt].mean(axis=1), rtol=1e-9)
-        np.testing.assert_allclose(statistics.std, pixels[:, learnt].std(axis=1), rtol=1e-9)
-        assert statistics.class_pixels.tolist() == [int((scl[learnt] == v).sum()) for v in (4, 5, 6)]
+        np.testing.assert_allclose(statistics.mean, pixels[:, trained].mean(axis=1), rtol=1e-9)
+        np.testing.assert_allclose(statistics.std, pixels[:, trained].std(axis=1), rtol=1e-9)
+        assert statistics.class_pixels.tolist() == [int((scl[trained] == v).sum()) for v in (4, 5, 6)]
     else:
         count = min(256, len(plan.parts["train"]))
         assert statistics.pixels == count * 16 * 16
         assert count < 256
-        np.testing.assert_allclose(statistics.mean, pixels[:, learnt].mean(axis=1), rtol=1e-9)
-        np.testing.assert_allclose(statistics.std, pixels[:, learnt].std(axis=1), rtol=1e-9)
+        np.testing.assert_allclose(statistics.mean, pixels[:, trained].mean(axis=1), rtol=1e-9)
+        np.testing.assert_allclose(statistics.std, pixels[:, trained].std(axis=1), rtol=1e-9)
 
 
 def test_dates_may_be_kept_aside(tmp_path):
-    """All windows of such a date are judged, none is learnt; the blocks for testing are learnt on the others."""
+    """All windows of such a date are evaluated, none is trained on; test blocks are trained on at the other dates."""
     cube = make_cube(tmp_path / "c.zarr", masked=False)
     spec, index = cube.spec(COLLECTION), cube.index(COLLECTION)
     config = DataConfig(
@@ -174,7 +174,7 @@ def test_dates_may_be_kept_aside(tmp_path):
         plan_windows(config, spec, index, classes, dates=["2023"])
 
 
-def test_a_buffer_keeps_training_windows_away_from_judged_ones(tmp_path):
+def test_a_buffer_keeps_training_windows_away_from_held_out_ones(tmp_path):
     cube = make_cube(tmp_path / "c.zarr", masked=False)
     spec, index = cube.spec(COLLECTION), cube.index(COLLECTION)
 
@@ -183,8 +183,8 @@ def test_a_buffer_keeps_training_windows_away_from_judged_ones(tmp_path):
         return config, plan_windows(config, spec, index, Classes.of(config))
 
     def nearest(plan):
-        train, judged = plan.parts["train"].rows[:, 1:], [plan.parts[p].rows[:, 1:] for p in ("validation", "test")]
-        apart = np.abs(train[:, None] - np.concatenate(judged)[None]).max(axis=-1) - 32
+        train, held_out = plan.parts["train"].rows[:, 1:], [plan.parts[p].rows[:, 1:] for p in ("validation", "test")]
+        apart = np.abs(train[:, None] - np.concatenate(held_out)[None]).max(axis=-1) - 32
         return int(apart.min())
 
     _, plain = plan_of(test=0.05, validation=0.05)

@@ -14,7 +14,7 @@ import pytest
 
 from jaxtrain import evaluate, train
 from jaxtrain.data.batches import BatchStream
-from jaxtrain.data.splits import PARTS
+from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.evaluation.scores import restore_model
 from jaxtrain.learn.step import make_predict_step
 from jaxtrain.runs.checkpoint import CheckpointStore
@@ -34,6 +34,7 @@ def run(tmp_path: Path) -> Path:
 def count_by_hand(run: Path, part: str) -> tuple[np.ndarray, int, float]:
     """Confusion matrix, windows and mean -log p by walking over every patch of the grid, one at a time."""
     card = load_card(run)
+    assert isinstance(card.split, Split)
     program, state, _, _ = restore_model(run, card)
     predict = make_predict_step(program)
     cube = open_cube(card.cube)
@@ -85,7 +86,7 @@ def test_the_result_keeps_the_contract_and_is_written(run: Path) -> None:
     assert f"{result['accuracy']:.3f}" in html
 
 
-def test_another_cube_is_judged_as_a_whole(run: Path, tmp_path: Path) -> None:
+def test_another_cube_is_scored_as_a_whole(run: Path, tmp_path: Path) -> None:
     other = make_cube(tmp_path / "other.zarr", shape=(1, 96, 96), seed=5, masked=False)
     result = evaluate(run, data=other.url).to_dict()
     assert (result["split"], result["samples"], result["pixels"]) == ("all", 9, 96 * 96)
@@ -93,7 +94,7 @@ def test_another_cube_is_judged_as_a_whole(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shuffle", ["windows", "chunks"])
-def test_test_ground_was_never_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: str) -> None:
+def test_test_blocks_were_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: str) -> None:
     """Every sample that the order hands to a step, over whole epochs, lies in a training block; and all of those do."""
     seen: list[np.ndarray] = []
     real = BatchStream._begin
@@ -107,6 +108,7 @@ def test_test_ground_was_never_learnt(tmp_path: Path, monkeypatch: pytest.Monkey
     steps = 16
     train(tiny_config(shared_cube(), run={"steps": steps, "shuffle": shuffle}), tmp_path / "run")
     card = load_card(tmp_path / "run")
+    assert isinstance(card.split, Split)
     assert card.split.counts()["test"] > 0
     assert card.windows["train"] + card.windows["validation"] + card.windows["test"] == 60
     rows = np.concatenate(seen)
@@ -137,7 +139,7 @@ def test_damage_and_absence_are_said(run: Path, tmp_path: Path) -> None:
         evaluate(run)
 
 
-def test_a_run_of_many_devices_is_judged_on_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_many_devices_is_scored_on_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mesh of the run does not fit this machine: the numbers are the same."""
     expected = evaluate(run).to_dict()["confusion_matrix"]
     data = json.loads((run / "model.json").read_bytes())
@@ -172,7 +174,12 @@ def test_a_run_that_names_a_bucket_opens_none(run: Path, monkeypatch: pytest.Mon
         return open_cube(there)
 
     monkeypatch.setattr("jaxtrain.data.opening.open_cube", open_instead)
-    monkeypatch.setattr("jaxtrain.data.opening.is_sample_store", lambda url: asked.append(str(url)) or False)
+
+    def ask(url: str) -> bool:
+        asked.append(str(url))
+        return False
+
+    monkeypatch.setattr("jaxtrain.data.opening.is_sample_store", ask)
     with pytest.raises(InvalidInput, match="--data s3://of-a-stranger/cube"):
         evaluate(run)
     assert opened == asked == []

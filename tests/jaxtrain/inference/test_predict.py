@@ -198,7 +198,7 @@ def test_masked_dates_have_a_say_only_where_no_date_is_clear(tmp_path: Path) -> 
         tmp_path / "c.zarr",
         data={"classes": clouds, "learn_masked": True},
         model={"dropout": 0.0},
-        run={"steps": 40, "evaluate_every": 40, "checkpoint_every": 40},  # until the cloud is learnt
+        run={"steps": 40, "evaluate_every": 40, "checkpoint_every": 40},  # until the cloud is learned
     )
     train(config, tmp_path / "run")
     cloud = np.zeros((192, 160), bool)
@@ -249,7 +249,7 @@ def test_xarray_and_rioxarray_open_the_map(made: Path) -> None:
     assert {"class", "confidence", "probability"} <= set(dataset.data_vars)
     array = zarr.open_array(str(made), path="class", mode="r")
     assert array.shards is None
-    assert array.metadata.to_dict()["codecs"][1]["configuration"]["checksum"] is True  # type: ignore[index]
+    assert array.metadata.to_dict()["codecs"][1]["configuration"]["checksum"] is True  # type: ignore[index,call-overload]
     # what GDAL looks for in a Zarr array, read as GDAL reads it, whatever GDAL is here
     reference = zarr.open_group(str(made), mode="r")["spatial_ref"].attrs
     assert rasterio.CRS.from_wkt(str(reference["crs_wkt"])).to_epsg() == 32633

@@ -48,7 +48,7 @@ def test_equals_a_loop_over_pixels(pixels, smoothing, weights):
     assert float(got) == pytest.approx(expected, rel=1e-5)
 
 
-def test_unlearnt_pixels_have_no_gradient(pixels):
+def test_unlabelled_pixels_have_no_gradient(pixels):
     logits, label = pixels
     gradient = jax.grad(lambda x: cross_entropy(x, jnp.asarray(label)))(jnp.asarray(logits))
     assert not np.asarray(gradient)[label > 3].any()

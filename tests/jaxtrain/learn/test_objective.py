@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import OptimConfig
+from jaxtrain.data.task import Task
 from jaxtrain.learn.losses import binary_terms, cross_entropy_terms, dice_terms, huber_terms, square_terms
 from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors
-from jaxtrain.learn.objective import BINS, Objective, Task
+from jaxtrain.learn.objective import BINS, Objective
 from zarr_store.errors import InvalidInput
 
 
@@ -41,10 +42,10 @@ def test_focal_loss_is_its_formula_and_cross_entropy_at_zero(scores):
 
 def test_dice_loss_is_one_minus_the_mean_overlap(scores):
     logits, label = scores
-    learnt = label < 255
-    p, overlaps = softmax(logits)[learnt], []
+    labelled = label < 255
+    p, overlaps = softmax(logits)[labelled], []
     for k in range(3):
-        t = label[learnt] == k
+        t = label[labelled] == k
         overlaps.append(2 * p[t, k].sum() / (p[:, k].sum() + t.sum()))
     assert float(dice_terms(jnp.asarray(logits), jnp.asarray(label)).mean()) == pytest.approx(
         1 - np.mean(overlaps), rel=1e-5
@@ -64,7 +65,7 @@ def test_several_classes_cost_the_binary_cross_entropy_of_each():
     terms = binary_terms(jnp.asarray(logits), jnp.asarray(label))
     assert float(terms.mean()) == pytest.approx(losses[known].mean(), rel=1e-6)
     assert int(terms.labelled) == 5
-    weighted = binary_terms(jnp.asarray(logits), jnp.asarray(label), class_weights=np.float32([4, 1, 1]))
+    weighted = binary_terms(jnp.asarray(logits), jnp.asarray(label), class_weights=np.array([4, 1, 1], np.float32))
     factor = np.where((label == 1) & (np.arange(3) == 0), 4, 1)
     assert float(weighted.mean()) == pytest.approx((losses * factor)[known].sum() / factor[known].sum(), rel=1e-6)
     sums = Objective(Task(per_image=True, several=True), OptimConfig()).sums(jnp.asarray(logits), jnp.asarray(label))
@@ -87,15 +88,15 @@ def test_the_binary_loss_is_its_formula(gamma: float, smoothing: float) -> None:
     rng = np.random.default_rng(4)
     logits = rng.normal(0, 2, (6, 3))
     label = rng.choice(np.array([0, 1, 255], np.uint8), (6, 3))
-    p, learnt = 1 / (1 + np.exp(-logits)), label <= 1
+    p, labelled = 1 / (1 + np.exp(-logits)), label <= 1
     target = np.where(label == 1, 1 - smoothing / 2, smoothing / 2)
     entropy = -(target * np.log(p) + (1 - target) * np.log(1 - p))
     missed = np.where(label == 1, 1 - p, p)
     terms = binary_terms(jnp.asarray(logits, jnp.float32), jnp.asarray(label), label_smoothing=smoothing,
                          focal_gamma=gamma)  # fmt: skip
-    assert 0 < learnt.sum() < learnt.size
-    assert float(terms.loss) == pytest.approx((entropy * missed**gamma)[learnt].sum(), rel=1e-5)
-    assert int(terms.labelled) == learnt.sum()
+    assert 0 < labelled.sum() < labelled.size
+    assert float(terms.loss) == pytest.approx((entropy * missed**gamma)[labelled].sum(), rel=1e-5)
+    assert int(terms.labelled) == labelled.sum()
 
 
 def test_a_class_that_does_not_occur_has_no_share_in_the_dice_loss() -> None:
@@ -146,8 +147,8 @@ def test_calibration_error_against_a_loop(scores):
     logits, label = scores
     sums = Objective(Task(), OptimConfig()).sums(jnp.asarray(logits), jnp.asarray(label))
     matrix = ConfusionMatrix(["a", "b", "c"]).add_sums(jax.device_get(sums))
-    p, learnt = softmax(logits), label < 255
-    confidence, hit = p.max(axis=-1)[learnt], (p.argmax(axis=-1) == label)[learnt]
+    p, labelled = softmax(logits), label < 255
+    confidence, hit = p.max(axis=-1)[labelled], (p.argmax(axis=-1) == label)[labelled]
     expected = 0.0
     for i in range(BINS):
         inside = np.minimum((confidence * BINS).astype(int), BINS - 1) == i
@@ -159,6 +160,7 @@ def test_calibration_error_against_a_loop(scores):
     for value, right in zip(confidence, hit, strict=True):
         counted[min(int(value * BINS), BINS - 1)] += (1, value, right)
     assert np.count_nonzero(counted[:, 0]) > 5
+    assert matrix.calibration is not None
     np.testing.assert_allclose(matrix.calibration, counted, rtol=1e-4)
     recall = [(p.argmax(-1) == k)[label == k].mean() for k in range(3)]
     assert matrix.average_accuracy == pytest.approx(np.mean(recall))

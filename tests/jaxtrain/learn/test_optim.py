@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxtrain.config import OptimConfig
-from jaxtrain.learn.optim import build_optimizer, build_schedule, decays, judged_params
+from jaxtrain.learn.optim import build_optimizer, build_schedule, decays, evaluation_params
 
 PARAMS = {"conv1": {"kernel": jnp.full((1, 1, 2, 2), 3.0)}, "norm1": {"scale": jnp.full((2,), 3.0)}}
 
@@ -63,7 +63,10 @@ def test_adamw_and_sgd_follow_their_formulas():
 
 def test_muon_makes_steps_of_kernels_orthogonal_and_leaves_the_rest_to_adamw():
     rng = np.random.default_rng(0)
-    shapes = {"conv1": {"kernel": (3, 3, 4, 16), "bias": (16,)}, "head": {"kernel": (16, 5)}}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "conv1": {"kernel": (3, 3, 4, 16), "bias": (16,)},
+        "head": {"kernel": (16, 5)},
+    }
     params = {layer: {name: jnp.ones(shape) for name, shape in of.items()} for layer, of in shapes.items()}
     gradient = {
         layer: {name: jnp.asarray(rng.normal(0, 3, leaf.shape), jnp.float32) for name, leaf in of.items()}
@@ -113,18 +116,18 @@ def test_a_line_goes_down_to_zero():
     assert [round(float(schedule(s)), 3) for s in (0, 5, 10)] == [1.0, 0.5, 0.0]
 
 
-def test_the_moving_average_is_judged():
+def test_the_moving_average_is_evaluated():
     config = OptimConfig(name="sgd", learning_rate=1.0, momentum=0.0, weight_decay=0.0, warmup_steps=0,
                          schedule="constant", clip_norm=None, ema=0.5)  # fmt: skip
     optimizer = build_optimizer(config, 100)
     params, state, expected = PARAMS, optimizer.init(PARAMS), 3.0
-    assert judged_params(PARAMS, build_optimizer(OptimConfig(), 100).init(PARAMS)) is PARAMS
+    assert evaluation_params(PARAMS, build_optimizer(OptimConfig(), 100).init(PARAMS)) is PARAMS
     for update in range(3):
         updates, state = optimizer.update(gradients(1.0), state, params)
         params = optax.apply_updates(params, updates)
         share = min(0.5, (1 + update) / (10 + update))
         expected = share * expected + (1 - share) * (3.0 - (update + 1))
-        average = judged_params(params, state)["conv1"]["kernel"]
+        average = evaluation_params(params, state)["conv1"]["kernel"]
         np.testing.assert_allclose(average, expected, rtol=1e-6)
 
 

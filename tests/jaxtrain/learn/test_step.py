@@ -143,10 +143,10 @@ def test_evaluation_and_prediction_agree_on_every_mesh(run_of, batch):
         # evaluation counts what prediction says
         counted = ConfusionMatrix("abcd").update(batch["label"], probabilities.argmax(axis=-1)).counts
         np.testing.assert_array_equal(sums["confusion"], counted)
-        learnt = batch["label"] != 255
-        p = np.take_along_axis(probabilities, np.where(learnt, batch["label"], 0)[..., None], axis=-1)[..., 0]
-        assert float(sums["loss_sum"]) == pytest.approx(-np.log(p[learnt]).sum(), rel=1e-4)
-        assert int(sums["labelled"]) == learnt.sum()
+        labelled = batch["label"] != 255
+        p = np.take_along_axis(probabilities, np.where(labelled, batch["label"], 0)[..., None], axis=-1)[..., 0]
+        assert float(sums["loss_sum"]) == pytest.approx(-np.log(p[labelled]).sum(), rel=1e-4)
+        assert int(sums["labelled"]) == labelled.sum()
         reference = reference if reference is not None else probabilities
         np.testing.assert_allclose(probabilities, reference, atol=1e-5)
 

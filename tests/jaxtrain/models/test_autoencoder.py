@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from jaxtrain import embed, evaluate, predict, train
 from jaxtrain.config import TrainConfig
+from jaxtrain.data.task import Task
 from jaxtrain.inference.maps import open_map
-from jaxtrain.learn.objective import Task
 from jaxtrain.learn.state import Program, build_program
 from jaxtrain.learn.step import make_train_step
 from jaxtrain.parallel.hlo import activation_all_gathers
@@ -65,7 +65,7 @@ def test_what_is_unusual_is_given_back_worst(tmp_path: Path) -> None:
     assert inside > 3 * np.nanmean(error)
 
 
-def test_it_learns_from_a_store_of_samples_and_judges_another(tmp_path: Path) -> None:
+def test_it_learns_from_a_store_of_samples_and_scores_another(tmp_path: Path) -> None:
     make_samples(tmp_path / "a.zarr")
     make_samples(tmp_path / "b.zarr", seed=1)
     train(config_of(tmp_path / "a.zarr", run={"steps": 2, "evaluate_every": 2}), tmp_path / "run")
@@ -76,14 +76,14 @@ def test_it_learns_from_a_store_of_samples_and_judges_another(tmp_path: Path) ->
 
 
 def program_of(**sections: dict[str, Any]) -> Program:
-    config = config_of(**sections)
+    config = config_of("none", **sections)
     return build_program(config, channels=3, classes=1, mesh=make_mesh(config.mesh), mean=[900] * 3, std=[300] * 3,
                          task=Task(rebuild=True))  # fmt: skip
 
 
 def test_every_mesh_gives_the_same_step_and_gathers_no_activation() -> None:
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(1, 2000, (4, 3, 16, 16)).astype(np.uint16),
+    batch: dict[str, np.ndarray] = {"image": rng.integers(1, 2000, (4, 3, 16, 16)).astype(np.uint16),
              "observed": (rng.random((4, 16, 16)) < 0.9).astype(np.uint8)}  # fmt: skip
     found: dict[str, tuple[float, float]] = {}
     meshes: dict[str, dict[str, int]] = {"one": {}, "split": {"data": 2, "space": 2}}

@@ -213,10 +213,10 @@ def test_bfloat16_is_near_float32_and_remat_is_equal(name):
     np.testing.assert_allclose(rough, exact, atol=0.05 * np.abs(exact).max())
 
     def slope(remat):
-        graph, params, rest = nnx.split(build(name, norm="batch", remat=remat), nnx.Param, ...)
+        graph, params, *rest = nnx.split(build(name, norm="batch", remat=remat), nnx.Param, ...)
 
         def loss(params):
-            return (nnx.merge(graph, params, rest, copy=True)(x, train=True) ** 2).mean()
+            return (nnx.merge(graph, params, *rest, copy=True)(x, train=True) ** 2).mean()
 
         return jax.jit(jax.grad(loss))(params)
 

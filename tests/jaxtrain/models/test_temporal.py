@@ -61,13 +61,13 @@ def make_series(url: Path, *, never_seen: int = 0) -> Cube:
                     Layout("tiny", (1, 32, 32), (1, 96, 96)))  # fmt: skip
     create_cube(url, [spec], items={COLLECTION: [{"id": t, "datetime": t} for t in times]}, provenance={})
     scl = np.where(status == 1, crop[None] + 4, 9).astype(np.uint8)
-    arrays = {"reflectance": main.clip(0, 65535).astype(np.uint16), "scl": scl, "status": status,
+    arrays: dict[str, np.ndarray] = {"reflectance": main.clip(0, 65535).astype(np.uint16), "scl": scl, "status": status,
               "source_item": np.zeros(status.shape, np.int16)}  # fmt: skip
     for index, region in spec.shards().items():
         if index[0] == 3:
             continue  # a date that was never written
-        t, y, x = region.slices
-        cut = {name: a[t, :, y, x] if a.ndim == 4 else a[t, y, x] for name, a in arrays.items()}
+        dates, rows, columns = region.slices
+        cut = {name: a[dates, ..., rows, columns] for name, a in arrays.items()}
         ShardWriter(url, COLLECTION).write(region, cut, key="k", sources=())
     opened = open_cube(url)
     named = LabelSpec("crop", "classes", ((0, "winter"), (1, "summer")), {"file": "made here"})
@@ -104,7 +104,7 @@ def test_a_batch_is_the_cube(cube: Cube) -> None:
     assert not batch["observed"][:, 3].any(), "the date that was never written reads as not observed"
 
 
-def test_what_was_never_seen_is_not_learnt(tmp_path: Path) -> None:
+def test_what_was_never_seen_is_not_trained_on(tmp_path: Path) -> None:
     cube = make_series(tmp_path / "c.zarr", never_seen=8)
     config = config_of(cube)
     target = resolve_target(cube, config.data)
@@ -149,7 +149,7 @@ def test_it_learns_what_one_date_does_not_show_and_maps_it(cube: Cube, tmp_path:
 
 
 def program_of(**sections: dict[str, Any]) -> Program:
-    config = config_of(**sections)
+    config = config_of(None, **sections)
     return build_program(config, channels=2, classes=2, mesh=make_mesh(config.mesh), mean=[700, 2400], std=[300, 900])
 
 

@@ -146,7 +146,7 @@ def whole(tree: Any) -> dict[str, np.ndarray]:
 def assert_same(got: Outcome, one: Outcome, *, complete: bool = True) -> None:
     """Loss within 1e-5, gradients within 1e-4 of their norm, parameters after ten steps within rounding."""
     np.testing.assert_allclose(got.losses, one.losses, rtol=0, atol=1e-5)
-    assert one.losses[-1] < 0.9 * one.losses[0], "nothing was learnt, so nothing was compared"
+    assert one.losses[-1] < 0.9 * one.losses[0], "nothing was learned, so nothing was compared"
     assert got.gradient.keys() == one.gradient.keys()
     for name, expected in one.gradient.items():
         seen = ~np.isnan(got.gradient[name])
@@ -169,8 +169,8 @@ def run_cases(cases: list[tuple[str, str]], out: Path) -> None:
         outcome = train(program)
         arrays = {f"{kind}:{name}": leaf for kind in names for name, leaf in getattr(outcome, kind).items()}
         if program.layout is not None:  # its stages meet in evaluation too
-            judged = make_eval_step(program)(outcome.state, put(program))
-            arrays |= {f"sums:{name}": np.asarray(value) for name, value in judged.items()}
+            sums = make_eval_step(program)(outcome.state, put(program))
+            arrays |= {f"sums:{name}": np.asarray(value) for name, value in sums.items()}
         np.savez(out / f"{number}-{jax.process_index()}.npz", losses=outcome.losses, **arrays)
 
 

@@ -94,7 +94,7 @@ def test_each_group_holds_its_own_part():
     assert jax.tree.map(lambda leaf: leaf.sharding, run.state) == run.program.shardings
 
 
-def test_it_judges_and_predicts_as_one_device_does():
+def test_it_scores_and_predicts_as_one_device_does():
     batch = make_batch()
     sums = [make_eval_step(run.program)(run.state, batch) for run in (piped(), of_one_device("unet"))]
     np.testing.assert_allclose(sums[0]["loss_sum"], sums[1]["loss_sum"], rtol=1e-4)
@@ -103,7 +103,7 @@ def test_it_judges_and_predicts_as_one_device_does():
         np.asarray(make_predict_step(run.program)(run.state, batch["image"]))
         for run in (piped(), of_one_device("unet"))
     ]
-    np.testing.assert_allclose(*answers, atol=1e-4)
+    np.testing.assert_allclose(answers[0], answers[1], atol=1e-4)
 
 
 def test_a_checkpoint_of_a_pipeline_continues_on_one_device_and_back(tmp_path):
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_a_pipeline_continues_on_one_device_and_back(tmp_path):
 
 @pytest.mark.parametrize("config", [{"name": "unet", "depth": 2}, {"name": "cnn"}, {"name": "resnet", "depth": 10}])
 def test_the_units_of_a_network_are_the_network(config):
-    model = build_model(ModelConfig(width=4, **config), channels=3, classes=4, rngs=nnx.Rngs(0))
+    model: Any = build_model(ModelConfig(width=4, **config), channels=3, classes=4, rngs=nnx.Rngs(0))
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_the_bubble_is_what_theory_says(order, chunks_per_group, groups, microba
 def test_everything_is_done_once_and_after_what_it_needs(order, chunks):
     orders = order_of(order, groups=3, chunks=chunks, microbatches=6)
     walk = [interval.work for interval in trace(orders, chunks=chunks)]
-    kinds = ("forward", "backward")
+    kinds: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
     assert sorted(walk) == sorted(Work(k, c, m) for k, c, m in itertools.product(kinds, range(chunks), range(6)))
     at = {work: position for position, work in enumerate(walk)}
     for work in walk:

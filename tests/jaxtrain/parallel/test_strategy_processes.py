@@ -102,7 +102,10 @@ def test_the_answer_of_several_processes_is_that_of_one_device(outcomes, process
             for kind in ("gradient", "params", "statistics", "sums")
         }
         found = expected._replace(
-            losses=got["losses"].tolist(), **{kind: trees[kind] for kind in ("gradient", "params", "statistics")}
+            losses=got["losses"].tolist(),
+            gradient=trees["gradient"],
+            params=trees["params"],
+            statistics=trees["statistics"],
         )
         parity.assert_same(found, expected, complete=False)
         if trees["sums"]:

@@ -1,4 +1,4 @@
-"""Early stopping: the best checkpoint is kept, judged and used; a run that was killed stops where it would have."""
+"""Early stopping: the best checkpoint is kept, scored and used; a run that was killed stops where it would have."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_a_run_stops_early_and_keeps_its_best(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "run/checkpoints")
     assert result.best_step in store.steps()
     assert len(store.steps()) == 3, "the newest two, and the best"
-    judged = evaluate(tmp_path / "run", split="validation").to_dict()
-    assert judged["step"] == result.best_step
-    assert judged["loss"] == pytest.approx(losses[result.best_step], rel=1e-5)
+    scores = evaluate(tmp_path / "run", split="validation").to_dict()
+    assert scores["step"] == result.best_step
+    assert scores["loss"] == pytest.approx(losses[result.best_step], rel=1e-5)
     # the same command finds it ended
     again = train(config, tmp_path / "run")
     assert (again.steps, again.resumed_from, again.best_step) == (result.steps, result.steps, result.best_step)
