@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.arrays import Rows
@@ -54,7 +55,7 @@ def resume_run(config: TrainConfig, out: Path, program: Program, incidents: Inci
     store.protected = best.step
     incidents.begin(extra.get("incidents", {}))
     if restored is None:
-        return Resumed(store, best, program.init(jax.random.key(run.seed)), 0)
+        return Resumed(store, best, program.init(jax.random.key(np.uint32(run.seed % (1 << 32)))), 0)
     for line in restored.passed_over:
         tell("warning", restored.step, line)
     tell("resume", restored.step, f"continuing {out} from step {restored.step} of {run.steps}")
