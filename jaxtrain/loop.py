@@ -117,7 +117,8 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
     train_step, eval_step = make_train_step(program), make_eval_step(program)
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(program.shapes.params))
     check_monitor(config, program.objective.task, ready.plan.counts())
-    rehearse(program, train_step, eval_step, ready)
+    if earlier is None:
+        rehearse(program, train_step, eval_step, ready)
     lead = jax.process_index() == 0
     trackers = check_trackers(run.track) if lead else {}
     lock = CubeLock(out, "train", key=LOCK_KEY) if lead else contextlib.nullcontext()

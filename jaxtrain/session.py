@@ -22,6 +22,7 @@ from jaxtrain.data.training_data import TrainingSet
 from jaxtrain.evaluation.scores import judge
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import EvalStep, TrainStep
+from jaxtrain.parallel.links import shape_of
 from jaxtrain.parallel.processes import Agreement
 from jaxtrain.runs.best import Best
 from jaxtrain.runs.checkpoint import CheckpointStore, target_of
@@ -106,7 +107,7 @@ def rehearse(program: Program, train_step: TrainStep, eval_step: EvalStep, ready
     except IntegrityError:  # a damaged chunk is met again in training, where the run's policy holds
         return
     size = program.config.run.batch_size
-    batch = {name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype) for name, array in sample.items()}
+    batch = {name: shape_of((size, *array.shape[1:]), array.dtype) for name, array in sample.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     jax.eval_shape(lambda state, batch, key: train_step(state, batch, key=key), program.shapes, batch, key)
     jax.eval_shape(eval_step, program.shapes, batch)

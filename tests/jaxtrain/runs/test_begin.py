@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxtrain import train
+from jaxtrain.config import TrainConfig
 from jaxtrain.data.task import Task
 from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.runs.log import read_metrics
@@ -18,8 +20,11 @@ from ..cube_factory import shared_cube, tiny_config
 from ..sample_factory import make_samples
 
 
-def tiny_samples(store: Path, **sections: dict) -> object:
-    base = {"data": {"split": {"kind": "random"}, "classes": {}}, "model": {"name": "cnn", "width": 4, "depth": 1}}
+def tiny_samples(store: Path, **sections: Any) -> TrainConfig:
+    base: dict[str, dict[str, Any]] = {
+        "data": {"split": {"kind": "random"}, "classes": {}},
+        "model": {"name": "cnn", "width": 4, "depth": 1},
+    }
     merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}
     return tiny_config(store, **merged)
 
