@@ -186,7 +186,7 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
                     session.leave(step)
 
         # ---- What came out.
-        if lead and (session.judged or not (out / "report.html").exists()):
+        if lead and (session.validation or not (out / "report.html").exists()):
             _write_report(session, state)
         result = _result(session, first, parameters, time.monotonic() - began)
         early = f" of {run.steps}, as {run.monitor} did not improve further" if result.stopped_early else ""
@@ -215,7 +215,7 @@ def _write_report(session: TrainingSession, state: TrainState) -> None:
     predict, names = make_predict_step(program), session.card.classes.names
     examples = collect_examples(program, predict, state, session.ready.reader, aside, names)
     write_report(
-        session.out, session.card, examples=examples, evaluation=session.judged,
+        session.out, session.card, examples=examples, evaluation=session.validation,
         evaluations=read_evaluations(session.out),
     )  # fmt: skip
 

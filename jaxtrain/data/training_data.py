@@ -26,7 +26,7 @@ from jaxtrain.data.windows import Counted, WindowPlan, Windows
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.grid import Grid
 
-__all__ = ["JudgedSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_digest", "no_rows"]
+__all__ = ["EvaluationSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_digest", "no_rows"]
 
 
 class LearnedFrom(Protocol):
@@ -114,7 +114,7 @@ class TrainingSet:
 
 
 @dataclass(frozen=True)
-class JudgedSet:
+class EvaluationSet:
     """Windows or samples of an evaluation, their reader, warnings about the scores, and the dates of each cube."""
 
     url: str
@@ -153,7 +153,7 @@ class TrainingData(Protocol):
             NothingFound: No window or sample has anything to learn.
         """
 
-    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
+    def select_part(self, card: LearnedFrom, part: Part) -> EvaluationSet:
         """Return one part of the run's own data, with the split of the run.
 
         Raises:
@@ -161,7 +161,7 @@ class TrainingData(Protocol):
             NothingFound: The part is empty.
         """
 
-    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
+    def select_all(self, card: LearnedFrom) -> EvaluationSet:
         """Return all of the data, which are other data than those of the run.
 
         Raises:

@@ -16,7 +16,7 @@ from jaxtrain.data.arrays import Reader, put_batch
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.splits import Part
-from jaxtrain.data.training_data import JudgedSet, TrainingData
+from jaxtrain.data.training_data import EvaluationSet, TrainingData
 from jaxtrain.data.windows import Windows
 from jaxtrain.display import result_table, scores_text
 from jaxtrain.evaluation.gallery import Shown
@@ -32,7 +32,7 @@ from jaxtrain.runs.evaluations import own_evaluation, read_evaluations, write_ev
 from jaxtrain.runs.rundir import ModelCard, inference_program, load_card
 from zarr_store.errors import InvalidInput, NothingFound, TerrashardError, UnknownName
 
-__all__ = ["EvaluationReport", "evaluate", "judge", "judged_data", "restore_model"]
+__all__ = ["EvaluationReport", "evaluate", "score_windows", "select_data", "restore_model"]
 
 Progress = Callable[[int, int], None]
 
@@ -146,7 +146,7 @@ class EvaluationReport:
         return {name: getattr(self, name) for name in ("accuracy", "macro_f1", "miou", "rmse", "r2")}
 
 
-def judge(
+def score_windows(
     program: Program,
     step: EvalStep,
     state: TrainState,
@@ -265,29 +265,29 @@ def evaluate(
     # the split of the run holds for its own data, whatever their path
     own = card if data is None or str(data).split(",") == _urls(card) else match_own(card, opened)
     part = None if own is None else cast(Part, split)
-    judged = judged_data(own or card, opened, part=part, name=data)
+    chosen = select_data(own or card, opened, part=part, name=data)
     program, state, step, passed_over = restore_model(run, card)
-    counts, loss = judge(
-        program, make_eval_step(program, turned=card.config.model.turns), state, judged.reader, judged.windows,
+    counts, loss = score_windows(
+        program, make_eval_step(program, turned=card.config.model.turns), state, chosen.reader, chosen.windows,
         card.classes.names, on_batch=on_batch,
     )  # fmt: skip
     result = EvaluationReport(
         run=str(run),
         scores=counts.to_dict(),
         loss=loss if math.isfinite(loss) else None,
-        samples=len(judged.windows),
+        samples=len(chosen.windows),
         seconds=round(time.monotonic() - began, 3),
         split="all" if own is None else split,
         step=step,
-        data=judged.url,
-        warnings=(*judged.warnings, *passed_over),
+        data=chosen.url,
+        warnings=(*chosen.warnings, *passed_over),
         leakage=None if own is None else card.statistics.get("leakage"),
         unit=card.unit,
         own_data=own is card,
     )
     write_evaluation(run, result.to_dict(), own=result.own_data)
     predict = make_predict_step(program)
-    examples = collect_examples(program, predict, state, judged.reader, judged.windows, card.classes.names)
+    examples = collect_examples(program, predict, state, chosen.reader, chosen.windows, card.classes.names)
     evaluations = read_evaluations(run)
     main = own_evaluation(evaluations)
     if result.own_data and main is not None and main["split"] == split:
@@ -295,9 +295,9 @@ def evaluate(
         return result
     # the run's own scores and pictures stay in its report, those of other data and parts follow them
     ours = _own_examples(card, run, program, predict, state, "test" if main is None else main["split"])
-    name = f"part “{split}” of {judged.url}" if result.own_data else judged.url
+    name = f"part “{split}” of {chosen.url}" if result.own_data else chosen.url
     write_report(run, card, examples=ours, evaluation=main, evaluations=evaluations,
-                 other=OtherExamples(name, examples, judged.dates))  # fmt: skip
+                 other=OtherExamples(name, examples, chosen.dates))  # fmt: skip
     return result
 
 
@@ -330,13 +330,13 @@ def _own_examples(
 ) -> Sequence[Tile] | Sequence[Shown]:
     """Collect the examples of the run's own data; none where those cannot be read or have no such part."""
     try:
-        judged = judged_data(card, _open(card, run, None), part=part)
+        chosen = select_data(card, _open(card, run, None), part=part)
     except (TerrashardError, OSError):
         return []
-    return collect_examples(program, predict, state, judged.reader, judged.windows, card.classes.names)
+    return collect_examples(program, predict, state, chosen.reader, chosen.windows, card.classes.names)
 
 
-def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name: str | Path | None = None) -> JudgedSet:
+def select_data(card: ModelCard, data: TrainingData, *, part: Part | None, name: str | Path | None = None) -> EvaluationSet:
     """Return the data of an evaluation: a part of the run's own data, or all of other data.
 
     Args:
@@ -354,4 +354,4 @@ def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name:
         raise InvalidInput(
             f"{name or data.url} is a {data.kind}, but the run was trained on a {learned}; give a {learned}"
         )
-    return data.judged_whole(card) if part is None else data.judged_part(card, part)
+    return data.select_all(card) if part is None else data.select_part(card, part)

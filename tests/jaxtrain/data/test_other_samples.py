@@ -24,8 +24,8 @@ def card_of(store: Path) -> ModelCard:
 
 
 def labels(card: ModelCard, store: Path) -> np.ndarray:
-    judged = open_training_data(str(store)).judged_whole(card)
-    return judged.reader.read(judged.windows.rows)["label"]
+    judged = open_training_data(str(store)).select_all(card)
+    return chosen.reader.read(chosen.windows.rows)["label"]
 
 
 def test_labels_of_single_names_fit_a_run_of_single_classes(tmp_path: Path) -> None:
