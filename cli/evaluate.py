@@ -16,10 +16,7 @@ def table(scores: dict[str, Any]) -> list[str]:
     """Return the scores as lines: totals, then a row for each class."""
     known = ("accuracy", "macro_f1", "miou", "r2", "rmse", "mae", "bias")
     totals = [f"{name} {scores[name]:.4f}" for name in known if scores.get(name) is not None]
-    lines = [
-        f"{', '.join(totals)} on {scores['pixels']:,} pixels of {scores['samples']:,} windows, split {scores['split']} "
-        f"({scores['seconds']:.1f} s)"
-    ]
+    lines = [f"{', '.join(totals) or 'no score'} on {_counted(scores)}, {_named(scores)} ({scores['seconds']:.1f} s)"]
     per_class = scores.get("per_class") or {}
     rows = per_class.items() if isinstance(per_class, dict) else ((row.get("name", "?"), row) for row in per_class)
     for name, row in rows:
@@ -30,6 +27,19 @@ def table(scores: dict[str, Any]) -> list[str]:
         )
         lines.append(f"  {name:24} {values}")
     return lines
+
+
+def _counted(scores: dict[str, Any]) -> str:
+    unit, samples, pixels = scores.get("unit", "windows"), scores["samples"], scores["pixels"]
+    if unit != "windows" and pixels == samples:
+        return f"{samples:,} {unit}"
+    return f"{pixels:,} pixels of {samples:,} {unit}"
+
+
+def _named(scores: dict[str, Any]) -> str:
+    if scores.get("own_data", True):
+        return f"split {scores['split']}"
+    return f"other data {scores['cube']}, split {scores['split']}"
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +55,10 @@ def register(app: typer.Typer) -> None:
         ] = None,
         split: Annotated[str, typer.Option(help="Split to score: train, validation or test.")] = "test",
     ) -> None:
-        """Score a run on the blocks that were held out of training."""
+        """Score a run on the data that were held out of training.
+
+        Scores of other data (--data) stand beside those of the run, in a file and a table row of their own.
+        """
         from cli.progress import Reporter
         from jaxtrain import evaluate as evaluate_run
 

@@ -106,7 +106,8 @@ def _lines(name: str, facts: dict[str, Any]) -> list[str]:
     resampled = "unknown" if facts["resampled_share"] is None else f"{facts['resampled_share']:.1%}"
     return [
         f"{name}: {t} times × {b} bands × {y} × {x} px {facts['dtype']} at {a:g} ({crs})",
-        f"  bands      {', '.join(facts['bands'])}; layers {', '.join(facts['class_layers']) or 'none'}",
+        f"  bands      {', '.join(facts['bands'])}; layers {', '.join(facts['class_layers']) or 'none'}"
+        + (f"; indices {', '.join(facts['indices'])}" if facts["indices"] else ""),
         f"  times      {', '.join(facts['times'][:8])}{' …' if t > 8 else ''}",
         f"  bounds     {', '.join(f'{v:.10g}' for v in facts['bounds'])}",
         f"  chunks     {tuple(facts['chunks'])} in shards {tuple(facts['shards'])}, layout {facts['layout']}",
@@ -118,14 +119,69 @@ def _lines(name: str, facts: dict[str, Any]) -> list[str]:
     ]
 
 
+def _show_samples(session: Session, url: str) -> None:
+    """Show what a sample store holds: samples, classes, bands and places."""
+    import numpy as np
+
+    from zarr_store.samples import open_samples
+
+    store = open_samples(url)
+    spec, label = store.spec, store.label
+    if spec.labelled == "several":
+        counts = label.sum(axis=0, dtype=np.int64).tolist()
+    else:
+        first = 1 if spec.labelled == "pixels" else 0
+        counts = np.bincount(label.ravel(), minlength=len(spec.classes) + first)[first:].tolist()
+    classes = dict(zip(spec.classes, counts, strict=False))
+    placed = int((np.isfinite(store.longitude) & np.isfinite(store.latitude)).sum())
+    height, width = spec.size
+    what = {"one": "one class each", "several": "several classes each", "pixels": "a class for each pixel"}
+    session.say(store.url)
+    session.say(
+        f"sample store: {spec.count:,} samples × {len(spec.bands)} bands × {height} × {width} px {spec.dtype}, "
+        f"{what[spec.labelled]}"
+    )
+    session.say(f"  bands      {', '.join(spec.bands)}")
+    session.say(f"  places     {placed:,} of {spec.count:,} samples have coordinates")
+    for name, count in classes.items():
+        session.say(f"  {name:24} {count:,}")
+    session.emit({
+        "url": store.url, "kind": "sample store", "samples": spec.count, "bands": list(spec.bands),
+        "dtype": spec.dtype, "size": list(spec.size), "labelled": spec.labelled, "classes": classes,
+        "placed": placed, "digest": store.digest,
+    })  # fmt: skip
+
+
+def _refuse_others(url: str) -> None:
+    """Refuse a map or a run by name, with the command that shows it."""
+    from pathlib import Path
+
+    from zarr_store.errors import NotACube
+
+    folder = Path(url)
+    if "://" not in url and (folder / "model.json").is_file():
+        raise NotACube(f"{url} is a training run, not a cube: its scores and settings are in {folder / 'report.html'}")
+    if "://" not in url and (folder / "zarr.json").is_file():
+        from jaxtrain.inference.maps import is_map
+
+        if is_map(url):
+            raise NotACube(f"{url} is a map, not a cube: show it with `terrashard quicklook {url} OUT.png`")
+
+
 def register(app: typer.Typer) -> None:
     @command(app, examples=("terrashard info zagreb.zarr", "terrashard info zagreb.zarr --json | jq '.collections'"))
     def info(
-        session: Session, cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")]
+        session: Session,
+        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube or sample store.")],
     ) -> None:
-        """Show what is in a cube: grid, bands, dates, chunks, items and completeness."""
+        """Show what is in a cube: grid, bands, dates, chunks, items and completeness; or what a sample store holds."""
         from zarr_store import open_cube
+        from zarr_store.samples import is_sample_store
 
+        if is_sample_store(cube):
+            _show_samples(session, cube)
+            return
+        _refuse_others(cube)
         opened = open_cube(cube)
         collections = {name: describe(opened, name) for name in opened.collections}
         session.say(opened.url)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.config import build, merge, read_toml
+from cli.config import build, merge, override, read_toml
 from cli.session import Session
 from zarr_store.errors import AccessError, CubeMismatch, InvalidInput, NotACube, UnknownName
 
@@ -190,7 +190,13 @@ def _training_config(session: Session, cube: Path) -> TrainConfig:
     from jaxtrain.config import TrainConfig
 
     file = demo_config()
-    settings = merge(merge(read_toml(file), {"data": {"cube": str(cube.resolve())}}), _table(session, "train"))
+    _table(session, "train")  # refuses what is no table of the demo
+    settings: dict[str, Any] = {"train": merge(read_toml(file), {"data": {"cube": str(cube.resolve())}})}
+    if session.config:
+        settings["train"] = merge(settings["train"], read_toml(session.config).get("train", {}), TrainConfig)
+    for text in session.overrides:
+        settings = override(settings, text)
+    settings = merge({"data": {"cube": str(cube.resolve())}}, settings["train"])
     return build(TrainConfig, settings, where=str(file))
 
 

@@ -47,5 +47,6 @@ def register(app: typer.Typer) -> None:
         if result["values"] is not None:
             session.say("  " + ", ".join(f"{word} {value:.6g}" for word, value in result["values"].items()))
         if cog is not None:
-            session.say(f"{cog}: cloud-optimised GeoTIFF with colours and class names")
+            held = "values, in their unit" if result["values"] is not None else "classes, with colours and class names"
+            session.say(f"{cog}: cloud-optimised GeoTIFF of {held}")
         session.emit(result)

@@ -55,7 +55,11 @@ def register(app: typer.Typer) -> None:
             if labels or named:
                 raise InvalidInput("--labels and --names belong to a scene; a folder names its classes itself")
             with Reporter(session, "samples", unit="images") as progress:
-                report = import_patches(source, store, bands=banded, skip_bad=skip_bad, on_progress=progress.update)
+                report = import_patches(
+                    source, store, bands=banded, skip_bad=skip_bad,
+                    # the import counts an image when it is checked and again when it is written
+                    on_progress=lambda done, total: progress.update(done // 2, total // 2),
+                )  # fmt: skip
         elif labels is None:
             raise InvalidInput(f"{source} is not a folder: expected a folder of classes, or a scene with --labels FILE")
         else:

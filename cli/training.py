@@ -53,7 +53,7 @@ def summary(result: TrainingResult) -> list[str]:
         for name, value in result.validation.items()
         if name in ("accuracy", "macro_f1", "miou", "r2", "rmse", "mae") and value is not None
     )
-    rate = "" if result.samples_per_second is None else f", {result.samples_per_second:.1f} windows/s"
+    rate = "" if result.samples_per_second is None else f", {result.samples_per_second:.1f} {result.unit}/s"
     began = f" (continued at step {result.resumed_from})" if result.resumed_from else ""
     return [
         f"{result.run}: {result.steps} steps{began}, {result.parameters:,} parameters, {result.seconds:.0f} s{rate}",

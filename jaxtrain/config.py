@@ -160,7 +160,7 @@ class OptimConfig(_Strict):
     nesterov: bool = Field(True, description="for sgd")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(20, ge=0)
-    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; none for no clipping")
+    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; none (or inf) for no clipping")
     loss: Literal["cross_entropy", "focal", "dice", "huber", "mse"] = Field(
         "cross_entropy", description="dice is added to cross-entropy; huber and mse are for values"
     )
@@ -170,6 +170,14 @@ class OptimConfig(_Strict):
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged parameters that are evaluated; 0 for none")
     accumulate: Positive = Field(1, description="batches whose gradients are averaged for one update")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: inverse square root of frequency")
+
+    @field_validator("clip_norm", mode="before")
+    @classmethod
+    def _without_clipping(cls, norm: Any) -> Any:
+        # TOML has no null, so a word stands for it; a norm without end never clips
+        if isinstance(norm, str) and norm.strip().lower() in ("none", "inf"):
+            return None
+        return None if isinstance(norm, float) and norm == math.inf else norm
 
 
 class MeshConfig(_Strict):
@@ -276,7 +284,7 @@ class RunConfig(_Strict):
 
     steps: Positive = 400
     batch_size: Positive = Field(16, description="windows per step over all devices")
-    seed: int = 0
+    seed: int = Field(0, description="any whole number; order, augmentation and first weights follow from it")
     log_every: Positive = 10
     evaluate_every: Positive = Field(100, description="steps between validations")
     checkpoint_every: Positive = Field(100, description="steps between checkpoints")

@@ -22,23 +22,26 @@ import numpy as np
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
-from jaxtrain.data.training_data import TrainingSet
+from jaxtrain.data.training_data import TrainingData, TrainingSet
+from jaxtrain.evaluation.own_data import find_moved
 from jaxtrain.evaluation.report import collect_examples, write_report
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import make_eval_step, make_predict_step, make_train_step
 from jaxtrain.parallel.mesh import batch_sharding
-from jaxtrain.parallel.processes import Agreement, abandon
+from jaxtrain.parallel.processes import Agreement, abandon, peer_lost
 from jaxtrain.prepare import check_same_run, prepare
+from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.runs.clock import Clock
+from jaxtrain.runs.evaluations import read_evaluations
 from jaxtrain.runs.events import OnEvent, Teller, TrainingResult
 from jaxtrain.runs.incidents import Incidents
 from jaxtrain.runs.log import RunLog, read_metrics
 from jaxtrain.runs.repeat import programs_kept
-from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, find_card, program_of, write_run
+from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, clear_run, find_card, load_card, program_of, write_run
 from jaxtrain.runs.track import check_trackers, start_trackers
 from jaxtrain.runs.watchdog import Watchdog
-from jaxtrain.session import Dispatched, TrainingSession, resume_run, show_score
-from zarr_store.errors import Preempted
+from jaxtrain.session import Dispatched, TrainingSession, check_monitor, rehearse, resume_run, show_score
+from zarr_store.errors import NotACube, Preempted
 from zarr_store.lock import CubeLock
 
 __all__ = ["train"]
@@ -68,6 +71,7 @@ def train(
         Preempted: SIGTERM came; the state is saved and the same call continues.
         IntegrityError: All checkpoints are damaged, or a shard of the cube is.
         NoSpace: A checkpoint could not be saved; the one before is as it was.
+        AccessError: Another process of the run has ended.
 
     Example:
         >>> data = {"cube": "zagreb.zarr", "patch": 32, "classes": {"4": "vegetation", "6": "water"}}
@@ -78,7 +82,13 @@ def train(
         (2, True)
     """
     try:
-        return _train(config, Path(out), resume, on_event)
+        try:
+            return _train(config, Path(out), resume, on_event)
+        except jax.errors.JaxRuntimeError as error:
+            lost = peer_lost(error, Path(out))
+            if lost is None:
+                raise
+            raise lost from error
     except Preempted:
         raise
     except BaseException as error:
@@ -92,11 +102,13 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
 
     # ---- The folder: new, or of this very run. Nothing is written before everything is known to fit.
     earlier = find_card(out)
+    if earlier is not None and not CheckpointStore(out / "checkpoints").steps():
+        earlier = None  # nothing was learned, so nothing is lost: the run begins anew, with what is asked for now
     if earlier is not None:
         check_same_run(out, earlier, config, resume)
 
     # ---- Data: windows and statistics, all from the training index where that is possible.
-    data = open_training_data(config.data.cube)
+    data = _open_data(config, earlier, out)
     incidents = Incidents(out, run, process=jax.process_index(), on_warning=lambda line: tell("warning", 0, line))
     card, ready = prepare(config, data, earlier, on_unreadable=incidents.unreadable)
 
@@ -104,12 +116,18 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
     program = program_of(card, config)
     train_step, eval_step = make_train_step(program), make_eval_step(program)
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(program.shapes.params))
+    check_monitor(config, program.objective.task, ready.plan.counts())
+    if earlier is None:
+        rehearse(program, train_step, eval_step, ready)
     lead = jax.process_index() == 0
     trackers = check_trackers(run.track) if lead else {}
     lock = CubeLock(out, "train", key=LOCK_KEY) if lead else contextlib.nullcontext()
 
     with lock, programs_kept(card.key), _watch_for_sigterm() as told_to_stop:
         if lead and earlier is None:
+            if CheckpointStore(out / "checkpoints").steps():  # another process trained here in the meantime
+                check_same_run(out, load_card(out), config, resume)
+            clear_run(out)
             write_run(out, card)
         tell("start", 0, _describe(card, ready, parameters, program), windows=ready.plan.counts(),
              parameters=parameters)  # fmt: skip
@@ -179,13 +197,27 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
         return result
 
 
+def _open_data(config: TrainConfig, earlier: ModelCard | None, out: Path) -> TrainingData:
+    """Open the data of the configuration; those of a run that continues also where they were moved together with it."""
+    try:
+        return open_training_data(config.data.cube)
+    except NotACube:
+        moved = None if earlier is None else find_moved(earlier, out)
+        if moved is None:
+            raise
+        return moved
+
+
 def _write_report(session: TrainingSession, state: TrainState) -> None:
     """Write RUN/report.html with examples of the test part, or of the validation part if there is no test part."""
     parts, program = session.ready.plan.parts, session.program
     aside = parts["test"] if len(parts["test"]) else parts["validation"]
     predict, names = make_predict_step(program), session.card.classes.names
     examples = collect_examples(program, predict, state, session.ready.reader, aside, names)
-    write_report(session.out, session.card, examples=examples, evaluation=session.validation)
+    write_report(
+        session.out, session.card, examples=examples, evaluation=session.validation,
+        evaluations=read_evaluations(session.out),
+    )  # fmt: skip
 
 
 def _result(session: TrainingSession, first: int, parameters: int, seconds: float) -> TrainingResult:
@@ -211,6 +243,7 @@ def _result(session: TrainingSession, first: int, parameters: int, seconds: floa
         best_step=best.step,
         best_score=best.value,
         stopped_early=best.ended and reached < session.config.run.steps,
+        unit=session.card.unit,
     )
 
 
@@ -239,7 +272,7 @@ def _describe(card: ModelCard, ready: TrainingSet, parameters: int, program: Pro
     axes = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     return (
         f"{card.config.model.name} with {parameters:,} parameters learns {_learned(card)} from "
-        f"{len(card.bands)} bands; windows: {windows}; blocks: {blocks}; mesh: {axes}"
+        f"{len(card.bands)} bands; {card.unit}: {windows}; blocks: {blocks}; mesh: {axes}"
     )
 
 

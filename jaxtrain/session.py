@@ -7,18 +7,22 @@ last validation, and whether the run is to stop.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
+import numpy as np
 
-from jaxtrain.config import TrainConfig
+from jaxtrain.config import RunConfig, TrainConfig
 from jaxtrain.data.arrays import Rows
+from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import TrainingSet
 from jaxtrain.evaluation.scores import score_windows
 from jaxtrain.learn.state import Program, TrainState
-from jaxtrain.learn.step import EvalStep
+from jaxtrain.learn.step import EvalStep, TrainStep
+from jaxtrain.parallel.links import shape_of
 from jaxtrain.parallel.processes import Agreement
 from jaxtrain.runs.best import Best
 from jaxtrain.runs.checkpoint import CheckpointStore, target_of
@@ -28,9 +32,12 @@ from jaxtrain.runs.incidents import Incidents
 from jaxtrain.runs.log import RunLog
 from jaxtrain.runs.rundir import ModelCard
 from jaxtrain.runs.watchdog import Watchdog
-from zarr_store.errors import Preempted
+from zarr_store.errors import IntegrityError, InvalidInput, Preempted
 
-__all__ = ["Dispatched", "Resumed", "TrainingSession", "resume_run", "show_score"]
+__all__ = ["Dispatched", "Resumed", "TrainingSession", "check_monitor", "rehearse", "resume_run", "show_score"]
+
+_MONITORED = get_args(RunConfig.model_fields["monitor"].annotation)
+"""Scores that `run.monitor` may name."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,56 @@ def resume_run(config: TrainConfig, out: Path, program: Program, incidents: Inci
     store.protected = best.step
     incidents.begin(extra.get("incidents", {}))
     if restored is None:
-        return Resumed(store, best, program.init(jax.random.key(run.seed)), 0)
+        return Resumed(store, best, program.init(jax.random.key(np.uint32(run.seed % (1 << 32)))), 0)
     for line in restored.passed_over:
         tell("warning", restored.step, line)
     tell("resume", restored.step, f"continuing {out} from step {restored.step} of {run.steps}")
     return Resumed(store, best, program.of_saved(restored.state), restored.step)
+
+
+def check_monitor(config: TrainConfig, task: Task, windows: Mapping[str, int]) -> None:
+    """Refuse a `run.monitor` that no validation of this run can have, before the run begins.
+
+    Args:
+        config: The run.
+        task: Task of the network.
+        windows: Number of windows or samples of each part.
+
+    Raises:
+        InvalidInput: The task has no such score, or nothing is validated.
+    """
+    monitor = config.run.monitor
+    if monitor == "none":
+        return
+    known = ("loss", *(name for name in _score_names(task.values) if name in _MONITORED))
+    if monitor not in known:
+        kind = "values" if task.values else "classes"
+        raise InvalidInput(f"run.monitor = {monitor!r}, but {kind} are learned: choose one of {', '.join(known)}")
+    if not windows["validation"]:
+        raise InvalidInput(
+            f"run.monitor = {monitor!r} is a score of the validation, but the split keeps nothing for it: raise "
+            "data.split.validation, or use run.monitor = 'none'"
+        )
+
+
+def rehearse(program: Program, train_step: TrainStep, eval_step: EvalStep, ready: TrainingSet) -> None:
+    """Trace the steps of a run with the shapes of its batches; nothing is computed, and nothing was written yet.
+
+    Raises:
+        InvalidInput: The network or the augmentation cannot take images of this size.
+    """
+    if program.layout is not None:  # the cuts of a pipeline were traced when they were made
+        return
+    rows = ready.plan.parts["train"].rows[:1]
+    try:
+        sample = ready.reader.read(rows)
+    except IntegrityError:  # a damaged chunk is met again in training, where the run's policy holds
+        return
+    size = program.config.run.batch_size
+    batch = {name: shape_of((size, *array.shape[1:]), array.dtype) for name, array in sample.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jax.eval_shape(lambda state, batch, key: train_step(state, batch, key=key), program.shapes, batch, key)
+    jax.eval_shape(eval_step, program.shapes, batch)
 
 
 @dataclass(frozen=True)
@@ -141,7 +193,7 @@ class TrainingSession:
 
     def _tell_of_step(self, step: int) -> None:
         rate, score = self.clock.rate(), self.program.objective.score
-        speed = f", {rate:.0f} windows/s" if rate else ""
+        speed = f", {rate:.0f} {self.card.unit}/s" if rate else ""
         self.tell(
             "step",
             step,
@@ -210,8 +262,12 @@ class TrainingSession:
         )
 
 
+def _score_names(values: bool) -> tuple[str, ...]:
+    return ("r2", "rmse", "mae", "bias") if values else ("accuracy", "macro_f1", "miou")
+
+
 def _scores(result: dict[str, Any], loss: float) -> dict[str, float | None]:
-    names = ("r2", "rmse", "mae", "bias") if "rmse" in result else ("accuracy", "macro_f1", "miou")
+    names = _score_names("rmse" in result)
     scores: dict[str, float | None] = {"loss": loss if math.isfinite(loss) else None}
     return scores | {name: result[name] for name in names} | {"pixels": result["pixels"]}
 

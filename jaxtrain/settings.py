@@ -19,7 +19,7 @@ from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import check_regular
 
-__all__ = ["build", "merge", "parse_override", "read_settings", "read_toml", "read_train_config"]
+__all__ = ["build", "merge", "override", "parse_override", "read_settings", "read_toml", "read_train_config"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -53,21 +53,50 @@ def parse_override(text: str) -> dict[str, Any]:
     >>> parse_override("data.cube=demo/cube.zarr")
     {'data': {'cube': 'demo/cube.zarr'}}
     """
+    names, value = _split_override(text)
+    for name in reversed(names):
+        value = {name: value}
+    return dict(value)
+
+
+def _split_override(text: str) -> tuple[list[str], Any]:
+    """Return the names of the key of `a.b=c`, and the value."""
     key, equals, value = text.partition("=")
     names = [part.strip() for part in key.split(".")]
     if not equals or not all(names):
         raise InvalidInput(f"--set expects KEY=VALUE such as run.steps=50, got {text!r}")
     try:
-        parsed: Any = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    for name in reversed(names):
-        parsed = {name: parsed}
-    return dict(parsed)
+        return names, tomllib.loads(f"value = {value.strip()}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return names, value.strip()
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def override(settings: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Return the settings with the one of `a.b=c` set: its value takes the place of the old one, also of a table.
+
+    >>> override({"data": {"classes": {"4": "land"}, "patch": 32}}, 'data.classes={6 = "water"}')
+    {'data': {'classes': {'6': 'water'}, 'patch': 32}}
+    >>> override({"data": {"classes": {"4": "land"}}}, "data.classes.6=water")
+    {'data': {'classes': {'4': 'land', '6': 'water'}}}
+    """
+    names, value = _split_override(text)
+    changed = inner = dict(settings)
+    for name in names[:-1]:
+        table = inner.get(name)
+        inner[name] = dict(table) if isinstance(table, Mapping) else {}
+        inner = inner[name]
+    inner[names[-1]] = value
+    return changed
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], model: type[BaseModel] | None = None) -> dict[str, Any]:
     """Return `base` with the tables of `over` laid over it; a value of `over` wins.
+
+    Args:
+        base: Nested settings.
+        over: Nested settings that win.
+        model: The model of the settings. A table that is the value of one setting, such as `data.classes`, is then
+            replaced as a whole; without a model, all tables are joined.
 
     >>> merge({"run": {"steps": 1, "seed": 2}}, {"run": {"steps": 3}})
     {'run': {'steps': 3, 'seed': 2}}
@@ -75,15 +104,18 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        info = model.model_fields.get(key) if model else None
+        inner = _model_of(info.annotation) if info else None
+        joined = isinstance(old, Mapping) and isinstance(value, Mapping) and (model is None or inner is not None)
+        merged[key] = merge(old, value, inner) if joined else value  # type: ignore[arg-type]
     return merged
 
 
 def read_settings(path: Path | None, overrides: Iterable[str]) -> dict[str, Any]:
-    """Return the settings file with each override laid over it, in order."""
+    """Return the settings file with the setting of each override in place of the file's, in order."""
     settings = read_toml(path) if path else {}
     for text in overrides:
-        settings = merge(settings, parse_override(text))
+        settings = override(settings, text)
     return settings
 
 
@@ -113,13 +145,16 @@ def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"(known: {', '.join(sorted(known))})"
         return f"unknown key {key!r}: {hint}"
+    if problem["type"] == "missing" and path and isinstance(problem["loc"][-1], int):
+        # of a tuple the value that would come next is absent
+        return f"{'.'.join(path[:-1])}: expected more than {problem['loc'][-1]} values, got {problem['input']!r}"
     if problem["type"] == "missing":
         return f"key {key!r} is needed and absent"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not key:
         return message
-    came = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    came = "" if isinstance(problem["input"], dict) or " got " in message else f", got {problem['input']!r}"
     return f"{key}: {message}{came}"
 
 
@@ -159,9 +194,9 @@ def read_train_config(paths: Sequence[Path], overrides: Iterable[str] = ()) -> T
     """
     settings: dict[str, Any] = {}
     for path in paths:
-        settings = merge(settings, _located(read_toml(path), path.parent))
+        settings = merge(settings, _located(read_toml(path), path.parent), TrainConfig)
     for text in overrides:
-        settings = merge(settings, parse_override(text))
+        settings = override(settings, text)
     return build(TrainConfig, settings, where=str(paths[0]) if paths else "options")
 
 

@@ -31,6 +31,8 @@ __all__ = ["FORMAT_VERSION", "create_cube", "describe", "lay_out", "list_differe
 FORMAT_VERSION = 1
 """Version of the layout of groups, attributes and ledger; readers refuse a newer one."""
 
+_READABLE = 120
+"""Largest length of a value in a message about differences."""
 _TIME_CHUNK = 1024
 """Number of dates in one object of the time coordinate; appending a date rewrites one small object, or adds one."""
 
@@ -173,7 +175,7 @@ def _check_existing(store: Store, described: Mapping[str, Any]) -> None:
         shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if len(differences) > 6 else "")
         raise CubeMismatch(
             f"{store.url} holds another cube (there → asked for): {shown}. Nothing was changed: write to another "
-            "path, or repeat with the options the cube was made with"
+            "path, repeat with the options the cube was made with, or replace the cube with --overwrite"
         )
 
 
@@ -198,11 +200,24 @@ def list_differences(there: Any, asked: Any, path: str = "") -> list[str]:
     if there == asked:
         return []
 
-    def short(value: Any) -> str:
-        text = json.dumps(value)
-        return text if len(text) <= 120 else f"{text[:117]}…"
+    return [f"{path}: {_in_words(there)} → {_in_words(asked)}"]
 
-    return [f"{path}: {short(there)} → {short(asked)}"]
+
+def _in_words(value: Any) -> str:
+    """Return a JSON value in the words of a person, cut to a readable length."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        name = value.get("name") or value.get("id") or value.get("collection")
+        return str(name) if isinstance(name, str) else f"{len(value)} entries"
+    if isinstance(value, list):
+        text = ", ".join(map(_in_words, value)) or "none"
+        # of many values their number and the first and last say more than a piece of the list
+        return text if len(text) <= _READABLE else f"{len(value)} ({_in_words(value[0])} … {_in_words(value[-1])})"
+    text = str(value)
+    return text if len(text) <= _READABLE else f"{text[: _READABLE - 1]}…"
 
 
 def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec, coordinates: str) -> None:

@@ -36,7 +36,21 @@ BAND_CODES: dict[str, tuple[str, ...]] = {
 """Other names of each band, in lower case. They lead from the code to the name and not back: a store that calls its
 bands B1, B2 … may hold another sensor's."""
 
-_TRUE_COLOUR = ("red", "green", "blue")
+_COLOURS = (
+    ("red", "green", "blue"),
+    ("nir", "red", "green"),
+    ("nir08", "red", "green"),
+    ("swir16", "nir", "red"),
+    ("swir16", "nir08", "red"),
+    ("swir22", "nir", "red"),
+    ("swir22", "nir08", "red"),
+)
+"""Bands shown as red, green and blue, the best first: true colour, then colour infrared, then shortwave infrared."""
+_OPTICAL = ("coastal", "blue", "green", "red", "rededge1", "rededge2", "rededge3", "nir", "nir08", "nir09", "swir16",
+            "swir22")  # fmt: skip
+"""Optical bands by wavelength, the shortest first."""
+_FEW = 16
+"""Number of bands above which bands without a known name are those of a spectrometer."""
 _DATE = re.compile(r"\d{4}[-\d]*(T[\d:]*)?")
 _SHOWN = 8
 
@@ -119,15 +133,39 @@ def find_time(asked: str, times: Sequence[str], where: str = "") -> int:
 
 
 def picture_bands(known: Sequence[str]) -> tuple[int, int, int]:
-    """Return the positions of the bands that a picture shows as red, green and blue: true colour where there is one.
+    """Return the positions of the bands that a picture shows as red, green and blue.
 
-    >>> picture_bands(["blue", "green", "red", "nir"]), picture_bands(["vv", "vh"])
-    ((2, 1, 0), (0, 1, 0))
+    True colour where there is one, else the usual false colours of `_COLOURS`, which show vegetation red or green. Of
+    other optical bands the longest wavelength is red; other bands keep their order, and of many the picture takes three
+    that are far apart.
+
+    >>> picture_bands(["blue", "green", "red", "nir"]), picture_bands(["green", "red", "nir"])
+    ((2, 1, 0), (2, 1, 0))
+    >>> picture_bands(["vv", "vh"]), picture_bands(["red", "nir"])
+    ((0, 1, 0), (1, 0, 0))
     """
-    red, green, blue = (find_band(name, known) for name in _TRUE_COLOUR)
-    if red is not None and green is not None and blue is not None:
-        return known.index(red), known.index(green), known.index(blue)
+    names = [_common_name(name) for name in known]
+    for wanted in _COLOURS:
+        if all(name in names for name in wanted):
+            red, green, blue = map(names.index, wanted)
+            return red, green, blue
+    place = {names.index(name): order for order, name in enumerate(_OPTICAL) if name in names}
+    if len(place) >= 2:
+        longest = sorted(place, key=lambda position: -place[position])
+        return longest[0], longest[1], longest[min(2, len(longest) - 1)]
+    if len(known) > _FEW:
+        far, middle, near = (int(part * (len(known) - 1)) for part in (0.6, 0.3, 0.1))
+        return far, middle, near
     return (0, 1, 2) if len(known) >= 3 else (0, len(known) - 1, 0)
+
+
+def _common_name(name: str) -> str:
+    """Return the name of a band in lower case, of a code such as B08 the name that it has for Sentinel-2."""
+    text = name.casefold()
+    # two digits or B8A: no other sensor writes its bands so, and only a picture's colours depend on it
+    if not re.fullmatch(r"b(\d\d|8a)", text):
+        return text
+    return next((common for common, codes in BAND_CODES.items() if text in codes), text)
 
 
 def _texts(asked: str | Iterable[str]) -> list[str]:

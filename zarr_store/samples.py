@@ -75,8 +75,8 @@ class SampleSpec:
             raise InvalidInput(f"a sample store needs samples with bands and pixels, got {self}")
         if len(set(self.bands)) != len(self.bands):
             raise InvalidInput(f"bands must have unique names, got {', '.join(self.bands)}")
-        if not 2 <= len(self.classes) <= 254 or len(set(self.classes)) != len(self.classes):
-            raise InvalidInput(f"expected 2 to 254 different classes, got {len(self.classes)}: {self.classes[:12]}")
+        if not 1 <= len(self.classes) <= 254 or len(set(self.classes)) != len(self.classes):
+            raise InvalidInput(f"expected 1 to 254 different classes, got {len(self.classes)}: {self.classes[:12]}")
         if self.labelled not in get_args(Labelled):
             raise InvalidInput(f"labelled {self.labelled!r}: expected one of {', '.join(get_args(Labelled))}")
 

@@ -234,6 +234,7 @@ def import_patches(
         NothingFound: The folder holds no image.
     """
     classes, listed, several = list_patches(folder)
+    several = several and any(len(item.classes) != 1 for item in listed)  # a table of single names is one class each
     total = 2 * len(listed)
     forms: dict[tuple[tuple[int, ...], str], int] = {}
     bad: list[str] = []

@@ -165,5 +165,9 @@ def _describe(problem: Mapping[str, Any]) -> str:
     message = message[:1].lower() + message[1:]
     if not key:
         return message
-    came = "" if isinstance(problem["input"], dict) or "got " in message else f", got {problem['input']!r}"
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
+        # of a tuple the value that would come next is absent
+        key = ".".join(str(part) for part in problem["loc"][1:-1])
+        return f"{key}: expected more than {problem['loc'][-1]} values, got {problem['input']!r}"
+    came = "" if isinstance(problem["input"], dict) or " got " in message else f", got {problem['input']!r}"
     return f"{key}: {message}{came}"

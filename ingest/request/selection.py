@@ -41,7 +41,10 @@ class Selection(BaseModel):
     @field_validator("bbox", mode="before")
     @classmethod
     def _parse_bbox(cls, value: Any) -> Any:
-        return tuple(value.split(",")) if isinstance(value, str) else value
+        parts = tuple(value.split(",")) if isinstance(value, str) else value
+        if isinstance(parts, tuple | list) and len(parts) != 4:
+            raise ValueError(f"expected four numbers in degrees, west,south,east,north, got {len(parts)}: {value!r}")
+        return parts
 
     @field_validator("bbox")
     @classmethod

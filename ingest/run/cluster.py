@@ -22,7 +22,7 @@ from ingest.request.config import IngestConfig
 from ingest.run.start import list_exposed, start_cluster
 from ingest.trust.hosts import guard_application, machine_names
 from ingest.worker.guard import WORKER_SETTINGS, check_workers
-from ingest.worker.spawn import main_module_left_alone
+from ingest.worker.spawn import main_module_left_alone, refuse_unguarded_script
 from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = ["choose_client", "count_in_flight", "open_cluster", "prepare", "resolve_dashboard"]
@@ -73,6 +73,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
             least = min(config.running.workers_least or workers, workers)
             try:
                 if config.running.cluster == "local":
+                    refuse_unguarded_script()
                     stack.enter_context(main_module_left_alone())
                     cluster = stack.enter_context(_local(config, least, dashboard, security))
                 else:

@@ -18,6 +18,7 @@ from ingest.trust.hrefs import is_url, resolve_href
 from ingest.trust.redact import redact_url
 from ingest.trust.waits import crew
 from zarr_store.errors import InvalidInput
+from zarr_store.regular import open_regular
 
 __all__ = ["CatalogueItem", "iterate_items", "open_source"]
 
@@ -27,6 +28,15 @@ MAX_DEPTH = 16
 """Largest number of levels of a static catalogue."""
 _READERS = 8
 """Number of item documents read at once; each is one small request, and servers of static files can bear that."""
+
+
+_RASTERS = {
+    b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"II+\0": "a TIFF", b"MM\0+": "a TIFF",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 file", b"\xff\x4f\xff\x51": "a JPEG 2000 file", b"\xff\xd8\xff": "a JPEG file",
+    b"\x89PNG": "a PNG file", b"\x89HDF": "an HDF5 or NetCDF file", b"CDF\x01": "a NetCDF file",
+    b"CDF\x02": "a NetCDF file", b"PK\x03\x04": "a ZIP archive", b"%PDF": "a PDF file",
+}  # fmt: skip
+"""First bytes of files that people give in place of a catalogue."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,26 @@ def open_source(documents: Documents) -> tuple[str, Any]:
     if not path.exists():
         raise InvalidInput(f"{source}: no such file; expected a STAC API URL, a catalogue, an item file or geoparquet")
     path = path.resolve()
-    return str(path), None if is_parquet(path) else documents.read(str(path))
+    if is_parquet(path):
+        return str(path), None
+    _refuse_image(path, source)
+    return str(path), documents.read(str(path))
+
+
+def _refuse_image(path: Path, source: str) -> None:
+    """Refuse a raster in place of a catalogue by its first bytes, before they are read as text."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(16)
+    except OSError:
+        return  # the reader of documents says why
+    kind = next((kind for mark, kind in _RASTERS.items() if head.startswith(mark)), None)
+    if kind is not None:
+        raise InvalidInput(
+            f"{source} is {kind}, not a catalogue: expected a STAC API URL, catalog.json or collection.json, an item "
+            "file or geoparquet that names such files as assets. Labels go into a cube with `terrashard labels`, "
+            "labelled images into a sample store with `terrashard samples`"
+        )
 
 
 def iterate_items(

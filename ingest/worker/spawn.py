@@ -10,10 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import spawn
+from multiprocessing import current_process, spawn
 from typing import Any
 
-__all__ = ["main_module_left_alone"]
+from zarr_store.errors import InvalidInput
+
+__all__ = ["main_module_left_alone", "refuse_unguarded_script"]
 
 _DASK_WORKER = "Dask Worker"
 """Prefix of the names that `distributed.Nanny` gives to the processes of its workers."""
@@ -29,6 +31,19 @@ def _without_main(name: str) -> dict[str, Any]:
         data.pop("init_main_from_path", None)
         data.pop("init_main_from_name", None)
     return data
+
+
+def refuse_unguarded_script() -> None:
+    """Refuse to start workers while a process that multiprocessing has started is still importing the user's script.
+
+    Raises:
+        InvalidInput: A script without `if __name__ == "__main__":` runs again in each process that it starts.
+    """
+    if getattr(current_process(), "_inheriting", False):
+        raise InvalidInput(
+            "a process that this script started is running the script again, and cannot start workers: put what the "
+            'script does, from the Dask client on, into a function and call it under `if __name__ == "__main__":`'
+        )
 
 
 @contextmanager

@@ -94,9 +94,10 @@ class Classes:
             by_name.setdefault(name, []).append(int(text))
         if len(by_name) > 254:
             raise InvalidInput(f"data.classes: {len(by_name)} classes, at most 254 fit a uint8 map with nodata")
+        unknown = [name for name in config.colours if name not in by_name]
+        if unknown:
+            raise UnknownName.of("class", unknown, by_name, "data.colours")
         for name, colour in config.colours.items():
-            if name not in by_name:
-                raise UnknownName.of("class", name, by_name, "data.colours")
             if not _HEX.fullmatch(colour):
                 raise InvalidInput(f"data.colours: {name!r} has colour {colour!r}, expected e.g. '#2ca02c'")
         names = tuple(by_name)

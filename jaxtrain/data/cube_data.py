@@ -16,9 +16,9 @@ from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.statistics import Statistics, training_statistics
 from jaxtrain.data.targets import ITSELF, label_classes, match_classes, resolve_target
 from jaxtrain.data.task import Task
-from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, check_digest
+from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, check_digest, no_rows
 from jaxtrain.data.windows import WindowPlan, Windows, plan_windows, window_leakage
-from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.errors import InvalidInput
 from zarr_store.index import TrainingIndex
 from zarr_store.read import Cube
 from zarr_store.spec import CubeSpec
@@ -41,6 +41,15 @@ class CubeData:
     def url(self) -> str:
         """URL of the cube."""
         return self.cube.url
+
+    def digest(self, card: LearnedFrom) -> str | None:
+        """Return the digest of collection and label; see `TrainingData.digest`."""
+        config = card.config.data
+        try:
+            target = ITSELF if card.task.rebuild else resolve_target(self.cube, config)
+            return cube_digest(self.cube, config.collection, target.layer)
+        except InvalidInput:
+            return None
 
     def prepare(
         self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
@@ -177,8 +186,6 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
     # all of another cube was put into its test part
     windows = plan.parts[part or "test"]
     if not len(windows) and not may_be_empty:
-        raise NothingFound(
-            f"{cube.url} has no window of part {part or 'test'} with enough to learn from; see data.min_labelled"
-        )
+        raise no_rows(cube.url, card, part, "window")
     reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target, index)
-    return EvaluationSet(cube.url, windows, reader, tuple(warnings))
+    return EvaluationSet(cube.url, windows, reader, tuple(warnings), (spec.times,))

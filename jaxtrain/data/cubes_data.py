@@ -18,9 +18,9 @@ from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.splits import PARTS, Part
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.task import Task
-from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet
+from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, no_rows
 from jaxtrain.data.windows import WindowPlan, Windows
-from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.errors import InvalidInput
 from zarr_store.read import Cube
 
 __all__ = ["CubesData"]
@@ -42,6 +42,11 @@ class CubesData:
         """URLs of the cubes, separated by commas."""
         return ", ".join(cube.url for cube in self.cubes)
 
+    def digest(self, card: LearnedFrom) -> str | None:
+        """Return the digest of all cubes in their order; see `TrainingData.digest`."""
+        each = [CubeData(cube).digest(card) for cube in self.cubes]
+        return None if None in each else _joined_digest([str(one) for one in each])
+
     def prepare(
         self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
     ) -> TrainingSet:
@@ -57,7 +62,7 @@ class CubesData:
             parts.append(prepare_cube(config, cube, before, numbered(number, on_unreadable), first))
             _check_alike(parts[0], parts[-1])
         return TrainingSet(
-            digest=hashlib.sha256("".join(part.ground.digest for part in parts).encode()).hexdigest(),
+            digest=_joined_digest([part.ground.digest for part in parts]),
             bands=parts[0].bands,
             classes=parts[0].classes,
             task=Task(rebuild=config.model.name == "autoencoder"),
@@ -84,12 +89,12 @@ class CubesData:
                 for other in card.grounds[:number]
                 if overlap(ground.grid, other.grid)
             ]
-        return self._joined(chosen, warnings, part)
+        return self._joined(card, chosen, warnings, part)
 
     def select_all(self, card: LearnedFrom) -> EvaluationSet:
         """Return all windows of several other cubes; see `TrainingData.select_all`."""
         chosen = [CubeData(cube).select_all(card) for cube in self.cubes]
-        return self._joined(chosen, [line for one in chosen for line in one.warnings], "test")
+        return self._joined(card, chosen, [line for one in chosen for line in one.warnings], None)
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
         """Return cube, date and centre of each window, in the CRS of its cube."""
@@ -102,13 +107,20 @@ class CubesData:
                 found.setdefault(name, np.empty(len(windows), values.dtype))[chosen] = values
         return found
 
-    def _joined(self, chosen: Sequence[EvaluationSet], warnings: Sequence[str], part: Part) -> EvaluationSet:
+    def _joined(
+        self, card: LearnedFrom, chosen: Sequence[EvaluationSet], warnings: Sequence[str], part: Part | None
+    ) -> EvaluationSet:
         windows = join_windows([one.windows for one in chosen])
         if not len(windows):
-            raise NothingFound(
-                f"{self.url} have no window of part {part} with enough to learn from; see data.min_labelled"
-            )
-        return EvaluationSet(self.url, windows, CubesReader(tuple(one.reader for one in chosen)), tuple(warnings))
+            raise no_rows(self.url, card, part, "window")
+        return EvaluationSet(
+            self.url, windows, CubesReader(tuple(one.reader for one in chosen)), tuple(warnings),
+            tuple(times for one in chosen for times in one.dates),
+        )  # fmt: skip
+
+
+def _joined_digest(digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _statistics(parts: Sequence[PreparedCube]) -> Statistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,9 +18,9 @@ from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.task import Task
-from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, check_digest
+from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, check_digest, no_rows
 from jaxtrain.data.windows import Windows
-from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.errors import InvalidInput
 from zarr_store.samples import SampleStore, is_sample_store, open_samples
 
 __all__ = ["SampleData"]
@@ -41,6 +42,11 @@ class SampleData:
         """URL of the store."""
         return self.store.url
 
+    def digest(self, card: LearnedFrom) -> str | None:
+        """Return the digest of the store; see `TrainingData.digest`."""
+        del card
+        return self.store.digest
+
     def prepare(
         self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
     ) -> TrainingSet:
@@ -49,6 +55,11 @@ class SampleData:
         store = self.store
         check_digest(store.url, store.digest, earlier)
         rebuild = config.model.name == "autoencoder"
+        if not rebuild and len(store.spec.classes) < 2 and store.spec.labelled != "several":
+            raise InvalidInput(
+                f"{store.url} holds one class, {store.spec.classes[0]}: a network needs at least two to tell apart; "
+                "such a store can be evaluated (`terrashard evaluate RUN --data STORE`), not trained on"
+            )
         classes = sample_classes(config.data, store)
         reader = SampleReader.of(store, config.data, classes)
         plan, leak = plan_samples(config.data, store, classes, split=None if earlier is None else _split(earlier))
@@ -82,12 +93,12 @@ class SampleData:
             near = f"nearer than {leak['near_m']:g} m" if "near_m" in leak else "inside its own patch"
             figure = "" if share is None else f": {share:.1%} of the test samples have a training sample {near}"
             warnings.append(f"the split is random and leaks, so these scores are too good{figure}")
-        return _evaluation_set(store, plan.parts[part], reader, warnings, part)
+        return _evaluation_set(store, card, plan.parts[part], reader, warnings, part)
 
     def select_all(self, card: LearnedFrom) -> EvaluationSet:
         """Return all samples of another store; see `TrainingData.select_all`."""
         reader, windows, warnings = _other_samples(card, _config(card), self.store)
-        return _evaluation_set(self.store, windows, reader, warnings, "test")
+        return _evaluation_set(self.store, card, windows, reader, warnings, None)
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
         """Return the name of each sample, which is its origin."""
@@ -106,10 +117,15 @@ def _split(card: LearnedFrom) -> Split | SampleSplit | None:
 
 
 def _evaluation_set(
-    store: SampleStore, windows: Windows, reader: SampleReader, warnings: list[str], part: Part
+    store: SampleStore,
+    card: LearnedFrom,
+    windows: Windows,
+    reader: SampleReader,
+    warnings: list[str],
+    part: Part | None,
 ) -> EvaluationSet:
     if not len(windows):
-        raise NothingFound(f"{store.url} has no sample of part {part}")
+        raise no_rows(store.url, card, part, "sample")
     return EvaluationSet(store.url, windows, reader, tuple(warnings))
 
 
@@ -125,15 +141,22 @@ def _other_samples(
     unknown = [name for name in store.spec.classes if name not in known]
     for value, name in enumerate(store.spec.classes):
         table[value + first] = known.get(name, UNLABELLED)
-    if len(unknown) == len(store.spec.classes) or (store.spec.labelled == "several") != card.task.several:
+    if len(unknown) == len(store.spec.classes):
         raise InvalidInput(
             f"{store.url} has the classes {', '.join(store.spec.classes[:8])}, the model knows "
             f"{', '.join(card.classes.names[:8])}: none is the same, so it cannot be evaluated there"
         )
+    if store.spec.labelled == "several" and not card.task.several:
+        store = _single_labels(store)
+    elif card.task.several and store.spec.labelled != "several":
+        store = _several_labels(store)
     warnings = [f"samples of {', '.join(unknown)} are not evaluated: the model does not know them"] if unknown else []
     absent = [name for name in known if name not in store.spec.classes]
     if card.task.several and (unknown or absent):
-        raise InvalidInput(f"{store.url} must have the classes {', '.join(card.classes.names)}; it lacks or adds some")
+        raise InvalidInput(
+            f"{store.url} has the classes {', '.join(store.spec.classes)}, the model knows "
+            f"{', '.join(card.classes.names)}: where images have several classes, both must have the same ones"
+        )
     reader = replace(SampleReader.of(store, config, card.classes), table=table)
     rows = np.zeros((store.spec.count, 3), np.int32)
     rows[:, 0] = np.arange(store.spec.count)
@@ -143,6 +166,38 @@ def _other_samples(
         rows = np.argwhere(table[store.label] != UNLABELLED).astype(np.int32)
     warnings += _near_training(card, store)
     return reader, Windows(reader.patch, rows), warnings
+
+
+def _single_labels(store: SampleStore) -> SampleStore:
+    """Return a store of several classes for each sample as one of a single class, where each sample has exactly one.
+
+    Raises:
+        InvalidInput: Some samples have several classes or none.
+    """
+    others = int((store.label.sum(axis=1, dtype=np.int64) != 1).sum())
+    if others:
+        raise InvalidInput(
+            f"{others} of {store.spec.count} samples of {store.url} have several classes or none, but the model "
+            "predicts one class for each image: evaluate it on samples of one class each"
+        )
+    return _relabelled(store, store.label.argmax(axis=1).astype(np.uint8), "one")
+
+
+def _several_labels(store: SampleStore) -> SampleStore:
+    """Return a store of a single class for each sample as one of several classes.
+
+    Raises:
+        InvalidInput: The store is a labelled scene.
+    """
+    if store.spec.labelled == "pixels":
+        raise InvalidInput(f"{store.url} is a labelled scene, but the model predicts several classes for each image")
+    return _relabelled(store, np.eye(len(store.spec.classes), dtype=np.uint8)[store.label], "several")
+
+
+def _relabelled(store: SampleStore, label: npt.NDArray[np.uint8], labelled: Literal["one", "several"]) -> SampleStore:
+    copied = copy(store)
+    copied.spec, copied.label = replace(store.spec, labelled=labelled), label
+    return copied
 
 
 def _every_sample(config: DataConfig, card: LearnedFrom, store: SampleStore) -> tuple[SampleReader, Windows, list[str]]:

@@ -155,12 +155,12 @@ def sample_classes(config: DataConfig, store: SampleStore) -> Classes:
     """
     first = 1 if store.spec.labelled == "pixels" else 0
     known = {str(i + first): name for i, name in enumerate(store.spec.classes)}
-    for value in config.classes:
-        if value not in known:
-            raise InvalidInput(
-                f"data.classes: {store.url} has no label {value}; it has "
-                f"{', '.join(f'{v} = {n}' for v, n in list(known.items())[:12])}"
-            )
+    wrong = [value for value in config.classes if value not in known]
+    if wrong:
+        raise InvalidInput(
+            f"data.classes: {store.url} has no label {', '.join(wrong)}; it has "
+            f"{', '.join(f'{v} = {n}' for v, n in list(known.items())[:12])}"
+        )
     return Classes.of(config.model_copy(update={"classes": config.classes or known}))
 
 

@@ -23,10 +23,10 @@ from jaxtrain.data.splits import Part
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.task import Task
 from jaxtrain.data.windows import Counted, WindowPlan, Windows
-from zarr_store.errors import InvalidInput
+from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.grid import Grid
 
-__all__ = ["EvaluationSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_digest"]
+__all__ = ["EvaluationSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_digest", "no_rows"]
 
 
 class LearnedFrom(Protocol):
@@ -115,12 +115,13 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Windows or samples of an evaluation, their reader, and warnings about what the scores mean."""
+    """Windows or samples of an evaluation, their reader, warnings about the scores, and the dates of each cube."""
 
     url: str
     windows: Windows
     reader: Reader
     warnings: tuple[str, ...]
+    dates: tuple[tuple[str, ...], ...] = ()
 
 
 class TrainingData(Protocol):
@@ -133,6 +134,9 @@ class TrainingData(Protocol):
     @property
     def url(self) -> str:
         """URL of the data; of several cubes all, separated by commas."""
+
+    def digest(self, card: LearnedFrom) -> str | None:
+        """Return the digest of the data as a run with this card takes it; None where they lack what the run reads."""
 
     def prepare(
         self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
@@ -167,6 +171,29 @@ class TrainingData(Protocol):
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
         """Return place and time of each window, or the name of each sample, as arrays with one value for each row."""
+
+
+def no_rows(url: str, card: LearnedFrom, part: Part | None, rows: str) -> NothingFound:
+    """Return the error of an evaluation without windows or samples, which says why there are none.
+
+    Args:
+        url: The data.
+        card: Card of the run.
+        part: The part of the run's own data; None for other data.
+        rows: "window" or "sample".
+    """
+    split = card.config.data.split
+    share = 1.0 if part in (None, "train") else split.test if part == "test" else split.validation
+    if not share and not (part == "test" and split.test_dates):
+        return NothingFound(
+            f"the run keeps nothing of {url} for the {part} part (data.split.{part} = 0): evaluate another part with "
+            "--split, or other data with --data"
+        )
+    if rows == "sample":
+        return NothingFound(f"{url} has no sample of part {part or 'test'}")
+    return NothingFound(
+        f"{url} has no window of part {part or 'test'} with enough to learn from; see data.min_labelled"
+    )
 
 
 def check_digest(url: str, digest: str, earlier: LearnedFrom | None) -> None:

@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 
 from jaxtrain.data.arrays import Reader, as_images, put_batch
 from jaxtrain.data.windows import Windows
+from jaxtrain.evaluation.tiles import name_shown
 from jaxtrain.parallel.mesh import batch_sharding
+from zarr_store.lookup import picture_bands
 
 if TYPE_CHECKING:
     from jaxtrain.learn.state import Program, TrainState
@@ -87,15 +89,12 @@ def draw_shown(shown: Sequence[Shown], bands: Sequence[str]) -> Figure:
     for axes, one in zip(grid.ravel(), shown, strict=False):
         axes.imshow(_picture(one.image, bands), interpolation="nearest")
         axes.set_title(one.caption, fontsize=7, color="#c4281b" if one.wrong else "#222222")
+    figure.suptitle(name_shown(bands), fontsize=8)
     return figure
 
 
 def _picture(image: npt.NDArray[Any], bands: Sequence[str]) -> npt.NDArray[np.uint8]:
-    wanted = [bands.index(name) for name in ("red", "green", "blue") if name in bands]
-    count = image.shape[-1]
-    # without true colour: bands from the far end to the near one, which gives hyperspectral scenes some colour
-    chosen = wanted if len(wanted) == 3 else [int(p * (count - 1)) for p in (0.6, 0.3, 0.1)]
-    values = image[..., chosen].astype(np.float64)
+    values = image[..., list(picture_bands(bands))].astype(np.float64)
     low, high = np.percentile(values, [1, 99])
     stretched = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
     return np.asarray(stretched.astype(np.uint8))

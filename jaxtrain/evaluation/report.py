@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from jaxtrain.data.arrays import Reader
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.windows import Windows
 from jaxtrain.evaluation.gallery import Shown, collect_shown, draw_shown
-from jaxtrain.evaluation.tiles import Tile, collect_tiles, draw_tiles
+from jaxtrain.evaluation.tiles import Tile, collect_tiles, draw_tiles, name_shown
 from jaxtrain.runs.log import read_metrics
 from jaxtrain.runs.rundir import ModelCard
 from zarr_store.folder import FolderStore
@@ -29,11 +30,26 @@ from zarr_store.folder import FolderStore
 if TYPE_CHECKING:
     from jaxtrain.learn.state import Program, TrainState
 
-__all__ = ["collect_examples", "write_report"]
+__all__ = ["OtherExamples", "collect_examples", "write_report"]
 
 _MAPS = 6
 _PART_COLOURS = ("#4c78a8", "#f58518", "#54a24b")
 _NOTHING = "#ececec"
+
+
+@dataclass(frozen=True)
+class OtherExamples:
+    """Tiles of other data than the part of the run that a report is about.
+
+    Attributes:
+        name: Name of the data.
+        examples: Tiles to show.
+        dates: Dates of each cube; none of images.
+    """
+
+    name: str
+    examples: Sequence[Tile] | Sequence[Shown]
+    dates: tuple[tuple[str, ...], ...] = ()
 
 
 def collect_examples(
@@ -69,14 +85,18 @@ def write_report(
     *,
     examples: Sequence[Tile] | Sequence[Shown],
     evaluation: Mapping[str, Any] | None = None,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    other: OtherExamples | None = None,
 ) -> Path:
     """Write RUN/report.html.
 
     Args:
         run: The run directory.
         card: Model card of the run.
-        examples: Tiles to show.
-        evaluation: Scores as `evaluate` returns them.
+        examples: Tiles of the run's own data to show.
+        evaluation: Scores of the run's own data, as `evaluate` returns them.
+        evaluations: All scores of the run; those that are not `evaluation` are shown in a table, by data and part.
+        other: Tiles of other data or of another part.
     """
     history = read_metrics(run)
     steps = [line for line in history if line["kind"] == "train"]
@@ -111,6 +131,11 @@ def write_report(
         values=card.task.values,
         confusion=_png(_confusion(evaluation)) if evaluation and evaluation["confusion_matrix"] else None,
         tiles=_draw_examples(examples, card),
+        others=[scores for scores in evaluations if scores != evaluation],
+        other_name=None if other is None else other.name,
+        other_tiles=None if other is None else _draw_examples(other.examples, card, other.dates),
+        unit=card.unit,
+        shown_bands=name_shown(card.bands).removeprefix("image: "),
         split_maps=[_png(_split_map(split)) for split in splits[:_MAPS]],
         cubes=[ground.cube for ground in card.grounds] or [card.cube],
         block=splits[0].block if splits else None,
@@ -121,14 +146,16 @@ def write_report(
     return run / "report.html"
 
 
-def _draw_examples(examples: Sequence[Tile] | Sequence[Shown], card: ModelCard) -> str | None:
+def _draw_examples(
+    examples: Sequence[Tile] | Sequence[Shown], card: ModelCard, dates: Sequence[Sequence[str]] = ()
+) -> str | None:
     tiles = [example for example in examples if isinstance(example, Tile)]
     shown = [example for example in examples if isinstance(example, Shown)]
     if tiles:
         values = card.task.values
         truth = "" if card.task.rebuild else card.classes.names[0] if values else "label"
-        return _png(draw_tiles(tiles, classes=None if values else card.classes, bands=card.bands, times=card.dates,
-                               truth=truth))  # fmt: skip
+        return _png(draw_tiles(tiles, classes=None if values else card.classes, bands=card.bands,
+                               times=dates or card.dates, truth=truth))  # fmt: skip
     return _png(draw_shown(shown, card.bands)) if shown else None
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -20,15 +19,18 @@ from jaxtrain.data.splits import Part
 from jaxtrain.data.training_data import EvaluationSet, TrainingData
 from jaxtrain.data.windows import Windows
 from jaxtrain.display import result_table, scores_text
-from jaxtrain.evaluation.report import collect_examples, write_report
+from jaxtrain.evaluation.gallery import Shown
+from jaxtrain.evaluation.own_data import match_own, open_own
+from jaxtrain.evaluation.report import OtherExamples, collect_examples, write_report
+from jaxtrain.evaluation.tiles import Tile
 from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors, counts_for
 from jaxtrain.learn.state import Program, TrainState
-from jaxtrain.learn.step import EvalStep, make_eval_step, make_predict_step
+from jaxtrain.learn.step import EvalStep, PredictStep, make_eval_step, make_predict_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.runs.checkpoint import CheckpointStore, target_of
-from jaxtrain.runs.rundir import EVALUATION, ModelCard, inference_program, load_card
-from zarr_store.errors import InvalidInput, NothingFound, UnknownName
-from zarr_store.folder import FolderStore
+from jaxtrain.runs.evaluations import own_evaluation, read_evaluations, write_evaluation
+from jaxtrain.runs.rundir import ModelCard, inference_program, load_card
+from zarr_store.errors import InvalidInput, NothingFound, TerrashardError, UnknownName
 
 __all__ = ["EvaluationReport", "evaluate", "restore_model", "score_windows", "select_data"]
 
@@ -50,6 +52,8 @@ class EvaluationReport:
         scores: All scores by name, as `to_dict` has them.
         warnings: Limits of the scores: overlapping ground, leaking splits, damaged checkpoints.
         leakage: Distance of the test data from the training data, if the split does not rule out leakage.
+        unit: Name of what `samples` counts: "windows" of a cube, "images" of a sample store, or "pixels" of a scene.
+        own_data: Whether these are the data of the run, not other data.
 
     Example:
         >>> report = evaluate("runs/zagreb", split="validation")
@@ -67,6 +71,8 @@ class EvaluationReport:
     scores: Mapping[str, Any] = field(repr=False)
     warnings: tuple[str, ...] = ()
     leakage: Mapping[str, Any] | None = None
+    unit: str = "windows"
+    own_data: bool = True
 
     @property
     def accuracy(self) -> float | None:
@@ -118,7 +124,8 @@ class EvaluationReport:
         leak = {} if self.leakage is None else {"leakage": self.leakage}
         return {
             **self.scores, "loss": self.loss, "samples": self.samples, "seconds": self.seconds, "split": self.split,
-            "step": self.step, "cube": self.data, "warnings": list(self.warnings), **leak,
+            "step": self.step, "cube": self.data, "unit": self.unit, "own_data": self.own_data,
+            "warnings": list(self.warnings), **leak,
         }  # fmt: skip
 
     def __repr__(self) -> str:
@@ -224,13 +231,15 @@ def evaluate(
 ) -> EvaluationReport:
     """Evaluate the best or newest checkpoint of a run on one part of its data, or on all of other data.
 
-    The scores are also written to RUN/evaluation.json, and RUN/report.html is written again.
+    The scores of the run's own data are also written to RUN/evaluation.json; those of another part than the test, and
+    of other data, to a file of their own beside it. RUN/report.html is made anew and shows all of them.
 
     Args:
         run: The run directory.
         data: Another cube with the same bands and label layer, or another sample store with the same bands and classes
-            (matched by name); all of it is evaluated. None: the run's own data; data in a bucket must be named, with
-            commas between several.
+            (matched by name); all of it is chosen. Data with the digest of the run's own are the run's own, wherever
+            they lie. None: the run's own, which are looked for near the run if they were moved; where those are in a
+            bucket they must be named, with commas between several.
         split: "test", "validation" or "train"; of the run's own data only.
         on_batch: Called with (batches done, batches in all).
 
@@ -252,10 +261,11 @@ def evaluate(
     if split not in get_args(Part):
         raise UnknownName.of("split", split, get_args(Part))
     card = load_card(run)
-    data = _typed_data(card, data)
-    part = cast(Part, split) if data is None else None
-    own = [ground.cube for ground in card.grounds] or card.cube
-    chosen = select_data(card, open_training_data(own if data is None else data), part=part, name=data)
+    opened = _open(card, run, data)
+    # the split of the run holds for its own data, whatever their path
+    own = card if data is None or str(data).split(",") == _urls(card) else match_own(card, opened)
+    part = None if own is None else cast(Part, split)
+    chosen = select_data(own or card, opened, part=part, name=data)
     program, state, step, passed_over = restore_model(run, card)
     counts, loss = score_windows(
         program, make_eval_step(program, turned=card.config.model.turns), state, chosen.reader, chosen.windows,
@@ -267,37 +277,63 @@ def evaluate(
         loss=loss if math.isfinite(loss) else None,
         samples=len(chosen.windows),
         seconds=round(time.monotonic() - began, 3),
-        split=split if data is None else "all",
+        split="all" if own is None else split,
         step=step,
         data=chosen.url,
         warnings=(*chosen.warnings, *passed_over),
-        leakage=card.statistics.get("leakage") if data is None else None,
+        leakage=None if own is None else card.statistics.get("leakage"),
+        unit=card.unit,
+        own_data=own is card,
     )
-    written = result.to_dict()
-    FolderStore(run.absolute()).write(EVALUATION, json.dumps(written, indent=1, ensure_ascii=False).encode())
+    write_evaluation(run, result.to_dict(), own=result.own_data)
     predict = make_predict_step(program)
     examples = collect_examples(program, predict, state, chosen.reader, chosen.windows, card.classes.names)
-    write_report(run, card, examples=examples, evaluation=written)
+    evaluations = read_evaluations(run)
+    main = own_evaluation(evaluations)
+    if result.own_data and main is not None and main["split"] == split:
+        write_report(run, card, examples=examples, evaluation=main, evaluations=evaluations)
+        return result
+    # the run's own scores and pictures stay in its report, those of other data and parts follow them
+    ours = _own_examples(card, run, program, predict, state, "test" if main is None else main["split"])
+    name = f"part “{split}” of {chosen.url}" if result.own_data else chosen.url
+    write_report(run, card, examples=ours, evaluation=main, evaluations=evaluations,
+                 other=OtherExamples(name, examples, chosen.dates))  # fmt: skip
     return result
 
 
-def _typed_data(card: ModelCard, data: str | Path | None) -> str | Path | None:
-    """Return the data to evaluate on; None for the run's own, which must be given if they are in a bucket.
+def _open(card: ModelCard, run: Path, data: str | Path | None) -> TrainingData:
+    """Open the data to evaluate on: those that were given, or the run's own, which must be given if in a bucket.
 
     A run may come from somebody else, so its card alone never makes this program contact a server or use a key.
 
     Raises:
         InvalidInput: The training data are in a bucket, and `data` was not given.
     """
-    urls = [ground.cube for ground in card.grounds] or [card.cube]
-    if not any("://" in url for url in urls):
-        return data
-    if data is None:
+    urls = _urls(card)
+    if data is not None:
+        several = str(data).split(",")
+        return open_training_data(data if len(several) == 1 or Path(data).exists() else several)
+    if any("://" in url for url in urls):
         raise InvalidInput(
             f"the training data of the run are {', '.join(urls)}. A run may come from somebody else, so a URL in it is "
             f"never opened by itself; if you trust that place, name it: --data {','.join(urls)}"
         )
-    return None if str(data).split(",") == urls else data
+    return open_own(card, run)
+
+
+def _urls(card: ModelCard) -> list[str]:
+    return [ground.cube for ground in card.grounds] or [card.cube]
+
+
+def _own_examples(
+    card: ModelCard, run: Path, program: Program, predict: PredictStep, state: TrainState, part: Part
+) -> Sequence[Tile] | Sequence[Shown]:
+    """Collect the examples of the run's own data; none where those cannot be read or have no such part."""
+    try:
+        chosen = select_data(card, _open(card, run, None), part=part)
+    except (TerrashardError, OSError):
+        return []
+    return collect_examples(program, predict, state, chosen.reader, chosen.windows, card.classes.names)
 
 
 def select_data(

@@ -24,7 +24,7 @@ from zarr_store.lookup import picture_bands
 if TYPE_CHECKING:
     from jaxtrain.learn.state import Program, TrainState
 
-__all__ = ["Tile", "collect_tiles", "draw_tiles", "picture"]
+__all__ = ["Tile", "collect_tiles", "draw_tiles", "name_shown", "picture"]
 
 Image = npt.NDArray[np.uint8]
 
@@ -140,7 +140,7 @@ def draw_tiles(
         times: Dates of each cube.
         truth: Name of the label; empty if there is none.
     """
-    columns = ["image", *([truth] if truth else []), "prediction" if truth else "reconstruction error"]
+    columns = [name_shown(bands), *([truth] if truth else []), "prediction" if truth else "reconstruction error"]
     figure = Figure(figsize=(2.53 * len(columns), 2.45 * len(tiles) + 0.6), layout="constrained")
     grid = figure.subplots(len(tiles), len(columns), squeeze=False)
     for row, tile in zip(grid, tiles, strict=True):
@@ -187,8 +187,18 @@ def _palette(classes: Classes) -> Image:
     return palette
 
 
+def name_shown(bands: Sequence[str]) -> str:
+    """Return the title of a picture: the bands that it shows as red, green and blue.
+
+    >>> name_shown(["green", "red", "nir"])
+    'image: nir, red, green'
+    """
+    names = list(dict.fromkeys(bands[position] for position in picture_bands(bands)))
+    return f"image: {', '.join(names)}"
+
+
 def picture(image: npt.NDArray[Any], observed: npt.NDArray[np.uint8], bands: Sequence[str]) -> Image:
-    """Return the image in true colour if the bands allow it, stretched from percentile 2 to 98."""
+    """Return the image in the colours of `picture_bands`, stretched from percentile 2 to 98."""
     values = image[..., list(picture_bands(bands))].astype(np.float64)
     seen = values[observed == 1]
     if not seen.size:

@@ -26,6 +26,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -363,6 +364,31 @@ class Agreement:
     def answer(self, asked: Any) -> bool:
         """Return whether any process wished it."""
         return bool(asked)
+
+
+def peer_lost(error: Exception, out: Path) -> AccessError | None:
+    """Return the error of a run that another process has left, in place of that of the library which noticed it.
+
+    Args:
+        error: Error of JAX.
+        out: The run directory.
+
+    Returns:
+        The error; None where this process is alone, or the error is about something else.
+    """
+    text = str(error)
+    if jax.process_count() == 1 or not any(mark in text.lower() for mark in _LOST_MARKS):
+        return None
+    return AccessError(
+        f"process {jax.process_index()} of {jax.process_count()} lost another process of {out}, which ended or can no "
+        "longer be reached; the same command continues from the newest checkpoint, and `terrashard launch` repeats it "
+        "by itself"
+    )
+
+
+_LOST_MARKS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "heartbeat", "coordination",
+               "unavailable", "deadline_exceeded", "socket closed")  # fmt: skip
+"""Words by which the libraries under JAX say that a peer is gone."""
 
 
 def abandon(code: int) -> None:

@@ -67,6 +67,7 @@ class TrainingResult:
             a monitor.
         best_score: Score of that validation.
         stopped_early: Whether `run.patience` ended the run before its last step.
+        unit: Name of what `windows` counts: "windows" of a cube, "images" of a sample store, or "pixels" of a scene.
 
     Example:
         >>> from jaxtrain import load_run, train
@@ -93,6 +94,7 @@ class TrainingResult:
     best_step: int | None = None
     best_score: float | None = None
     stopped_early: bool = False
+    unit: str = "windows"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -107,7 +109,7 @@ class TrainingResult:
         """Return a table for notebooks."""
         scores = {f"validation {name}": value for name, value in self.validation.items()}
         parts = ", ".join(f"{part} {count}" for part, count in self.windows.items())
-        rows = {"steps": self.steps, "parameters": self.parameters, "windows": parts, **scores, "report": self.report}
+        rows = {"steps": self.steps, "parameters": self.parameters, self.unit: parts, **scores, "report": self.report}
         return result_table(f"Training {self.run}", rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from jaxtrain.config import TrainConfig
 from jaxtrain.display import result_table
 from jaxtrain.runs.checkpoint import CheckpointStore
+from jaxtrain.runs.evaluations import own_evaluation, read_evaluations
 from jaxtrain.runs.log import read_metrics
-from jaxtrain.runs.rundir import EVALUATION, ModelCard, load_card
+from jaxtrain.runs.rundir import ModelCard, load_card
 
 __all__ = ["Run", "load_run"]
 
@@ -72,9 +72,12 @@ class Run:
         return CheckpointStore(self.path / "checkpoints").steps()
 
     def evaluation(self) -> dict[str, Any] | None:
-        """Return the scores that `evaluate` wrote last; None if it has not run."""
-        path = self.path / EVALUATION
-        return dict(json.loads(path.read_bytes())) if path.exists() else None
+        """Return the scores on the run's own data: of the test part, else of another part; None without any."""
+        return own_evaluation(self.evaluations())
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Return all scores that `evaluate` wrote, each with its `split` and `cube`: the run's own, then other data."""
+        return read_evaluations(self.path)
 
     def __fspath__(self) -> str:
         return str(self.path)

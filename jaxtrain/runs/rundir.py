@@ -4,7 +4,7 @@
 - `model.json`: the model card: bands, classes, colours, mean and std, grid, split, digest of the cube
 - `metrics.jsonl`: history; `tensorboard/`: the same as events
 - `checkpoints/`: states; `report.html`: what came out
-- `evaluation.json`: the scores of the last `evaluate`
+- `evaluation.json`: the scores on the test part; those of other parts and data beside it (see `evaluations`)
 - `incidents.jsonl`: what went wrong without ending the run; `hang-0.txt`: where process 0 hung
 - `run.lock`: the process that trains now
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,11 +40,10 @@ from zarr_store.grid import Grid
 from zarr_store.keys import refuse_links
 from zarr_store.temporary import is_temporary
 
-__all__ = ["CARD", "EVALUATION", "LOCK_KEY", "ModelCard", "config_differences", "find_card",
+__all__ = ["CARD", "LOCK_KEY", "ModelCard", "clear_run", "config_differences", "find_card",
            "inference_program", "load_card", "program_of", "write_run"]  # fmt: skip
 
 CARD, LOCK_KEY = "model.json", "run.lock"
-EVALUATION = "evaluation.json"
 _FORMAT = 1
 _LEFTOVERS = (LOCK_KEY, "config.toml")
 """Names that a run leaves if it is killed before it writes its card."""
@@ -95,6 +95,13 @@ class ModelCard:
     def dates(self) -> tuple[tuple[str, ...], ...]:
         """Dates of each cube."""
         return tuple(ground.times for ground in self.grounds) or (self.times,)
+
+    @property
+    def unit(self) -> str:
+        """Name of what a batch counts: windows of a cube, images of a sample store, or pixels of a labelled scene."""
+        if self.grid is not None:
+            return "windows"
+        return "images" if isinstance(self.split, SampleSplit) else "pixels"
 
     @property
     def key(self) -> str:
@@ -214,6 +221,13 @@ def _differences(there: Any, asked: Any, at: str) -> list[str]:
         keys = [*there, *(key for key in asked if key not in there)]
         return [d for k in keys for d in _differences(there.get(k), asked.get(k), f"{at}.{k}" if at else k)]
     return [f"{at}: {json.dumps(there, ensure_ascii=False)} → {json.dumps(asked, ensure_ascii=False)}"]
+
+
+def clear_run(run: Path) -> None:
+    """Remove the history of an earlier attempt that never reached a checkpoint; the caller holds the run's lock."""
+    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    for path in run.glob("incidents*.jsonl"):
+        path.unlink()
 
 
 def write_run(run: Path, card: ModelCard) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cli.config import apply_to_options, build, merge, parse_override, read_settings, read_toml
 from jaxtrain.config import TrainConfig
+from jaxtrain.settings import read_train_config
 from zarr_store.errors import InvalidInput, UnknownName
 
 
@@ -115,3 +116,40 @@ def test_settings_fill_options_that_were_not_given() -> None:
         apply_to_options({"shar": 1}, options, frozenset(), "verify")
     with pytest.raises(InvalidInput, match="got 'x'"):
         apply_to_options({"seed": "x"}, options, frozenset(), "verify")
+
+
+def test_a_table_that_is_set_replaces_the_one_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(
+        '[data]\ncube = "c.zarr"\npatch = 32\n[data.classes]\n4 = "land"\n6 = "water"\n[data.split]\ntest = 0.3\n'
+    )
+    over = tmp_path / "b.toml"
+    over.write_text('[data.classes]\n5 = "bare"\n[data.split]\nvalidation = 0.1\n')
+
+    def read(*overrides: str, files: tuple[Path, ...] = (path,)) -> TrainConfig:
+        return read_train_config(files, overrides)
+
+    assert read('data.classes={5 = "bare"}').data.classes == {"5": "bare"}, "set as a whole"
+    assert read("data.classes={}").data.classes == {}, "cleared"
+    assert read("data.classes.5=bare").data.classes == {"4": "land", "6": "water", "5": "bare"}, "one entry"
+    assert read("data.split={validation = 0.1}").data.split.test == 0.15, "a section that is set has its defaults"
+    assert read("data.split.validation=0.1").data.split.test == 0.3
+    both = read(files=(path, over))
+    assert both.data.classes == {"5": "bare"}, "a setting of a later file"
+    assert both.data.split.test == 0.3, "sections of files are joined"
+    assert read_settings(path, ['data.classes={5 = "bare"}'])["data"]["classes"] == {"5": "bare"}
+
+
+@pytest.mark.parametrize("word", ["none", '"none"', "None", "inf"])
+def test_no_clipping_is_written_as_the_help_says(word: str) -> None:
+    assert read_train_config([], ["data.cube=c", f"optim.clip_norm={word}"]).optim.clip_norm is None
+
+
+def test_a_value_is_named_once() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        read_train_config([], ["data.cube=c", "data.split.test=0.9", "data.split.validation=0.2", "run.steps=-1"])
+    message = str(caught.value)
+    assert message.count("got 0.2 + 0.9") == 1
+    assert message.count(" got ") == 2, "one value for each problem"
+    with pytest.raises(InvalidInput, match=r"run\.steps: .*, got 'abc'"):
+        read_train_config([], ["data.cube=c", "run.steps=abc"])

@@ -116,7 +116,14 @@ def test_one_time_must_be_one() -> None:
 
 def test_a_picture_is_true_colour_where_it_can_be() -> None:
     assert picture_bands(BANDS) == (2, 1, 0)
-    assert picture_bands(("nir", "green", "red")) == (0, 1, 2)
+    assert picture_bands(("nir", "green", "red")) == (0, 2, 1), "colour infrared: vegetation is red, not blue"
+    assert picture_bands(("green", "red", "nir")) == (2, 1, 0)
+    assert picture_bands(("B03", "B04", "B8A")) == (2, 1, 0)
+    assert picture_bands(("B3", "B4", "B5")) == (0, 1, 2), "another sensor's names keep their order"
+    assert picture_bands(("red", "nir08", "swir16")) == (2, 1, 0)
+    assert picture_bands(("green", "nir")) == (1, 0, 0)
+    assert picture_bands(("rededge1", "blue", "swir22")) == (2, 0, 1)
+    assert picture_bands([f"band{i}" for i in range(101)]) == (60, 30, 10), "of a spectrometer, bands far apart"
     assert picture_bands(("vv", "vh")) == (0, 1, 0)
     assert picture_bands(("vv",)) == (0, 0, 0)
 

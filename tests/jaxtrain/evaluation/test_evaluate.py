@@ -12,12 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import evaluate, train
+from jaxtrain import evaluate, load_run, train
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.splits import PARTS, Split
+from jaxtrain.evaluation.own_data import open_own
 from jaxtrain.evaluation.scores import restore_model
 from jaxtrain.learn.step import make_predict_step
 from jaxtrain.runs.checkpoint import CheckpointStore
+from jaxtrain.runs.evaluations import write_evaluation
 from jaxtrain.runs.rundir import load_card
 from zarr_store.errors import IntegrityError, InvalidInput, NothingFound, UnknownName
 from zarr_store.read import open_cube
@@ -156,7 +158,74 @@ def test_the_cube_of_the_run_is_needed(run: Path, tmp_path: Path) -> None:
     (run / "model.json").write_text(json.dumps(data))
     with pytest.raises(InvalidInput, match=r"gone\.zarr does not exist"):
         evaluate(run)
-    assert evaluate(run, data=shared_cube()).samples == 60
+    assert evaluate(run, data=shared_cube()).split == "test", "the same digest: the split of the run holds"
+
+
+def test_data_that_moved_with_the_run_are_found_by_their_digest(tmp_path: Path) -> None:
+    before = evaluate(shared_run()).to_dict()
+    old, run, cube = tmp_path / "old/data/cube.zarr", tmp_path / "new/runs/a", tmp_path / "new/data/cube.zarr"
+    shutil.copytree(shared_run(), run)
+    shutil.copytree(shared_cube(), cube)
+    card = run / "model.json"
+    card.write_text(card.read_text().replace(str(shared_cube()), str(old)))
+    config = load_card(run).config
+    assert config.data.cube == load_card(run).cube == str(old), "as if run and cube had been made there"
+
+    moved = evaluate(run, data=cube).to_dict()
+    kept = ("split", "samples", "pixels", "confusion_matrix", "own_data")
+    assert {name: moved[name] for name in kept} == {name: before[name] for name in kept}
+    assert moved["warnings"] == [], "held-out ground is still held out"
+    assert open_own(load_card(run), run).url == str(cube), "without --data, too"
+    assert train(config, run).steps == 12, "the configuration of the run still names the old place"
+
+    make_cube(old, shape=(1, 96, 96), seed=5, masked=False)
+    assert open_own(load_card(run), run).url == str(cube), "another cube at the old place is not the run's own"
+    shutil.rmtree(cube)
+    shutil.rmtree(old)
+    with pytest.raises(InvalidInput, match=r"cube\.zarr does not exist.*say where they are: --data PATH"):
+        evaluate(run)
+
+
+def test_other_data_stand_beside_the_scores_of_the_run(run: Path, tmp_path: Path) -> None:
+    own = evaluate(run).to_dict()
+    other = make_cube(tmp_path / "other.zarr", shape=(3, 96, 96), seed=5, masked=False)
+    report = evaluate(run, data=other.url)
+    assert not report.own_data
+    assert json.loads((run / "evaluation.json").read_bytes()) == json.loads(json.dumps(own)), "as it was"
+    html = (run / "report.html").read_text()
+    assert f"<b>{own['accuracy']:.3f}</b>" in html, "the run's own score heads the report"
+    assert f"<td>{other.url}</td><td>all</td>" in html
+    assert f"<td>{report.accuracy:.4f}</td>" in html
+    assert f"Examples of {other.url}" in html
+    assert "Worst tiles" in html
+    assert "model of step 12.\nNone of this ground was in training.</p>" in html
+
+    write_evaluation(run, {**own, "split": "validation"}, own=True)
+    write_evaluation(run, report.to_dict(), own=False)
+    loaded = load_run(run)
+    assert loaded.evaluation() == own
+    assert [(one["split"], one["cube"]) for one in loaded.evaluations()] == [
+        ("test", str(shared_cube())), ("validation", str(shared_cube())), ("all", other.url),
+    ], "each once"  # fmt: skip
+
+    # an earlier release wrote all scores to one file
+    for path in run.glob("evaluation*.json"):
+        path.unlink()
+    before = {name: value for name, value in report.to_dict().items() if name not in ("own_data", "unit")}
+    (run / "evaluation.json").write_text(json.dumps(before))
+    assert loaded.evaluation() is None, "other data are no score of the run"
+    write_evaluation(run, own, own=True)
+    assert [one["split"] for one in loaded.evaluations()] == ["test", "all"]
+
+
+def test_a_part_that_the_split_lacks_is_named(run: Path) -> None:
+    card = run / "model.json"
+    document = json.loads(card.read_text())
+    document["config"]["data"]["split"]["test"] = 0.0
+    document["split"] = json.loads(json.dumps(document["split"]).replace("2", "0"))
+    card.write_text(json.dumps(document))
+    with pytest.raises(NothingFound, match=r"data\.split\.test = 0\): evaluate another part with --split"):
+        evaluate(run)
 
 
 def test_a_run_that_names_a_bucket_opens_none(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
