@@ -57,11 +57,12 @@ Probes = Mapping[Any, "SceneProbe"]
 
 @dataclass(frozen=True)
 class Drop:
-    """A scene that the search returned and the plan does not use, with the reason."""
+    """A scene that a plan does not use, with the reason; `copy_of` is the scene that is used in its place."""
 
     collection: str
     item_id: str
     reason: str
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from ingest.pixels.clip import clip_text
 from ingest.pixels.indices import refuse_indices_without_reflectance
 from ingest.plan.candidates import (
+    Drop,
     ProbedScene,
     Probes,
     make_collection_spec,
@@ -30,6 +31,7 @@ from ingest.plan.target import TargetGrid, choose_grid
 from ingest.plan.task import Recipe, ShardTask
 from ingest.request.config import IngestConfig
 from ingest.request.products import choose_bands
+from ingest.scenes.dedupe import Duplicate
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import Unusable
 from ingest.trust.redact import redact_text, redact_url
@@ -51,11 +53,16 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
     from ingest.scenes.search import find_scenes
 
     result = find_scenes(source, config)
-    return probe_and_plan(result.scenes, config, source, unusable=result.unusable)
+    return probe_and_plan(result.scenes, config, source, unusable=result.unusable, duplicates=result.duplicates)
 
 
 def probe_and_plan(
-    scenes: Sequence[Scene], config: IngestConfig, source: str, *, unusable: Sequence[Unusable] = ()
+    scenes: Sequence[Scene],
+    config: IngestConfig,
+    source: str,
+    *,
+    unusable: Sequence[Unusable] = (),
+    duplicates: Sequence[Duplicate] = (),
 ) -> Plan:
     """Probe the files of scenes and plan; errors are those of `make_plan`.
 
@@ -64,13 +71,22 @@ def probe_and_plan(
         config: Settings of the request.
         source: SOURCE as the user typed it.
         unusable: Items that the search left out; the plan names them in its warnings.
+        duplicates: Copies that the search left out; the plan lists them among its drops.
     """
     from ingest.trust.hrefs import is_url
 
     shown = redact_url(source) if is_url(source) else str(Path(source).expanduser().resolve())
     plan = plan_scenes(scenes, check_hosts_and_probe(scenes, config, source), config, source=shown)
     left_out = tuple(f"{one.collection}: item {one.item_id!r} is left out: {one.reason}" for one in unusable)
-    return replace(plan, warnings=(*left_out, *plan.warnings), origin=Origin(source, config))
+    drops = (*copies_of(duplicates), *plan.drops)
+    return replace(plan, drops=drops, warnings=(*left_out, *plan.warnings), origin=Origin(source, config))
+
+
+def copies_of(duplicates: Sequence[Duplicate]) -> tuple[Drop, ...]:
+    """The drops of a plan for copies that a search left out."""
+    return tuple(
+        Drop(one.dropped.collection, one.dropped.id, redact_text(one.reason), copy_of=one.kept.id) for one in duplicates
+    )
 
 
 def check_hosts_and_probe(scenes: Sequence[Scene], config: IngestConfig, source: str) -> Probes:

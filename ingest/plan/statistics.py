@@ -30,6 +30,7 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
     Returns:
         resampled_share: Share of the data pixels that is not a plain copy of source pixels.
         offset_verdicts: Item id → verdict, offset and evidence.
+        datastrips, catalogue_ids: Item id → start of its datastrip, and its id in the catalogue if that is another.
         scenes, steps, shards, lacking, unopened_assets: Counts.
         bytes_to_read, bytes_to_write, requests: Estimates.
     """
@@ -61,6 +62,8 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
             one.scene.id: {"verdict": one.verdict, "dn_offset": one.dn_offset, "evidence": one.scene.offset_evidence}
             for one in members
         },
+        "datastrips": {one.scene.id: one.scene.datastrip for one in members if one.scene.datastrip},
+        "catalogue_ids": {one.scene.id: one.scene.catalogue_id for one in members if one.scene.catalogue_id},
         "scenes": len(members),
         "steps": times,
         "shards": len(tasks),

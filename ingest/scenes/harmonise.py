@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ingest.request.config import IngestConfig
-from ingest.request.products import BandRule, ProductRule, asset_key, choose_bands, find_product, refuse_unsupported
+from ingest.request.asset_choice import choose_asset
+from ingest.request.products import BandRule, ProductRule, choose_bands, find_product, refuse_unsupported
 from ingest.scenes.footprint import footprint_of, to_geojson
 from ingest.scenes.identity import (
     acquisition_time,
     baseline_of,
+    datastrip_of,
     datatake_of,
     first_of,
     number_of,
@@ -115,6 +117,8 @@ def harmonise(
         relative_orbit=relative_orbit_of(properties, names),
         orbit_direction=text_of(first_of(properties, "sat:orbit_state", "sentinel2:orbit_direction"), lower=True),
         datatake=datatake_of(properties, names, product),
+        datastrip=datastrip_of(properties, names),
+        nodata_percent=_percent(first_of(properties, "s2:nodata_pixel_percentage", "sentinel2:nodata_pixel_percentage")),
         cloud_cover=_percent(properties.get("eo:cloud_cover")),
         created=text_of(created),
         updated=text_of(properties.get("updated")),
@@ -155,11 +159,13 @@ def _assets(
     lacking: list[str] = []
     choice = choose_bands(product, config.selection.bands, config.pixels.mask)
     for band in choice.all:
-        key = asset_key(band, item["assets"])
-        asset = item["assets"].get(key) if key is not None else None
-        if key is None or not isinstance(asset, Mapping):
+        chosen = choose_asset(band, item["assets"])
+        if chosen is None:
             lacking.append(band.name)
             continue
+        key, asset = chosen.key, item["assets"][chosen.key]
+        if chosen.others:
+            notes.append(f"{band.name}: asset {key!r} is read; {', '.join(map(repr, chosen.others[:6]))} also name it")
         try:
             href = strip_signature(resolve_href(asset.get("href"), base=base, policy=policy))
         except InvalidInput as refusal:

@@ -203,7 +203,10 @@ def _merged_facts(old: Mapping[str, Any], fresh: Mapping[str, Any], merged: _Col
     return {
         **old,
         **{name: old.get(name, 0) + fresh.get(name, 0) for name in added},
-        "offset_verdicts": {**old.get("offset_verdicts", {}), **fresh.get("offset_verdicts", {})},
+        **{
+            name: {**old.get(name, {}), **fresh.get(name, {})}
+            for name in ("offset_verdicts", "datastrips", "catalogue_ids")
+        },
         "resampled_share": resampled_share(merged.scenes.values(), merged.recipe.spec.grid),
         "scenes": len(merged.scenes),
         "steps": len(merged.recipe.spec.times),

@@ -21,6 +21,7 @@ from ingest.request.config import IngestConfig
 from ingest.request.selection import parse_interval
 from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.record import RunRecord
+from ingest.scenes.dedupe import name_apart
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import SearchResult, find_scenes
 from ingest.trust.hrefs import is_url
@@ -112,7 +113,8 @@ def plan_extension(
     news = compare(
         old, found, replaced_files(cube_url, old, found, config, source=source) if refresh and cube_url else None
     )
-    scenes: list[Scene] = list(news.missing) if append else []
+    taken = [(name, str(row["id"])) for name, rows in old.items.items() for row in rows]
+    scenes: list[Scene] = name_apart(news.missing, taken) if append else []
     replaces: dict[tuple[str, str], int] = {}
     if refresh:
         for key, (scene, row) in news.superseded.items():
