@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import shapely
-from pyproj import CRS, Transformer
+from pyproj import Transformer
 from shapely.affinity import translate
 from shapely.geometry import box, shape
 from shapely.geometry.base import BaseGeometry
 
 from zarr_store.grid import Grid
+from zarr_store.ground import turn_of
 
 __all__ = ["area_of", "clip_text", "inside_of", "is_outside"]
 
@@ -94,9 +95,9 @@ def _area_on(clip: str, crs: str) -> BaseGeometry:
         return np.column_stack(to_crs.transform(xy[:, 0], xy[:, 1]))
 
     moved: BaseGeometry = shapely.transform(shapely.segmentize(area, _STEP_DEG), project)
-    if CRS(crs).is_geographic:
-        # a grid across the antimeridian may count degrees beyond 180
-        moved = shapely.union_all([translate(moved, xoff=by) for by in (-360.0, 0.0, 360.0)])
+    if turn := turn_of(crs):
+        # a grid across the antimeridian counts on, beyond 180 degrees
+        moved = shapely.union_all([translate(moved, xoff=by) for by in (-turn, 0.0, turn)])
     if not moved.is_valid:
         moved = shapely.make_valid(moved)
     shapely.prepare(moved)

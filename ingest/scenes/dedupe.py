@@ -101,7 +101,11 @@ def name_apart(scenes: Sequence[Scene], taken: Collection[tuple[str, str]] = ())
 
 
 def are_other_strips(
-    left: str | None, right: str | None, *, same_baseline: bool, nodata: tuple[float | None, float | None] = (None, None)
+    left: str | None,
+    right: str | None,
+    *,
+    same_baseline: bool,
+    nodata: tuple[float | None, float | None] = (None, None),
 ) -> bool:
     """Whether two scenes of one tile are parts that two stations received of a datatake.
 

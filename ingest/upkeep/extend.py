@@ -27,6 +27,7 @@ from ingest.scenes.search import SearchResult, find_scenes
 from ingest.trust.hrefs import is_url
 from ingest.upkeep.append import merge_plans
 from ingest.upkeep.audit import compare, replaced_files
+from ingest.upkeep.contradictions import refuse_contradictions
 from zarr_store.errors import NothingFound
 from zarr_store.lock import CubeLock
 
@@ -105,7 +106,11 @@ def plan_extension(
         refresh: Replace scenes that have a newer copy, or whose files were replaced under their old names.
         found: Result of a search that was made already.
         cube_url: The cube, whose ledger names the files that were read; None does not check for replaced files.
+
+    Raises:
+        CubeMismatch: The settings contradict the cube, also where nothing is new.
     """
+    refuse_contradictions(old, config)
     try:
         found = found or find_scenes(source, config)
     except NothingFound:

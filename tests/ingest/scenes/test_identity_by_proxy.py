@@ -1,4 +1,4 @@
-"""What makes two items one scene, and which of several assets is a band: no stand-in decides alone, no loss is silent."""
+"""What makes two items one scene, and which of several assets is a band; what is dropped is listed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def test_a_half_that_comes_later_is_added_and_replaces_nothing(tmp_path: Path) -
 
 def test_a_copy_of_a_datastrip_is_left_out_and_listed(tmp_path: Path) -> None:
     path = write_tif(tmp_path / "B02.tif", land())
-    old = make_scene("old", {"B02": path}, s2__processing_baseline="02.14", s2__datastrip_id="A_S20230810T100559_N02.14")
+    old = make_scene(
+        "old", {"B02": path}, s2__processing_baseline="02.14", s2__datastrip_id="A_S20230810T100559_N02.14"
+    )
     new = make_scene("new", {"B02": path}, s2__datastrip_id="B_S20230810T100600_N05.09")
     source = write_items(tmp_path, old, new)
     plan = plan_of(source)
