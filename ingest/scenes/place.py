@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import shapely
 from pyproj.exceptions import ProjError
 from shapely.errors import ShapelyError
@@ -113,7 +114,8 @@ def _tile_cell(tile: str) -> BaseGeometry:
 def _turned(item: Mapping[str, Any], where: str) -> BaseGeometry | None:
     """The footprint of an item whose geometry names latitude first; None where that is no footprint either."""
     try:
-        flipped = shapely.transform(shapely.force_2d(shape(item["geometry"])), lambda xy: xy[:, ::-1])
+        with np.errstate(all="ignore"):  # values that are no numbers are refused below
+            flipped = shapely.transform(shapely.force_2d(shape(item["geometry"])), lambda xy: xy[:, ::-1])
         turned, _ = footprint_of({"geometry": shapely.geometry.mapping(flipped)}, where)
     except (InvalidInput, ShapelyError, KeyError, TypeError, ValueError, AttributeError, IndexError):
         return None

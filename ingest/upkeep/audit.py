@@ -192,12 +192,13 @@ def compare(plan: Plan, found: SearchResult, replaced: Mapping[tuple[str, str], 
             row = None
         if row is None:
             row = next((n for n, item in rows.items() if _has_new_name(scene, item, facts)), None)
-        if row is None:
+        if row is not None:
+            seen.add((scene.collection, str(rows[row]["id"])))
+        else:
             row = next((n for n, item in rows.items() if _same_acquisition(scene, item, facts)), None)
             if row is None:
                 missing.append(scene)
                 continue
-        seen.add((scene.collection, str(rows[row]["id"])))
         if _age(vars(scene)) > _age(rows[row]):
             superseded[scene.key] = (scene, row)
         elif scene.key in changed:
