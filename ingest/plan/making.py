@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from ingest.pixels.clip import clip_text
+from ingest.pixels.clip import clip_on, clip_text, reduced
 from ingest.pixels.indices import refuse_indices_without_reflectance
 from ingest.plan.candidates import (
     Drop,
@@ -35,7 +36,7 @@ from ingest.scenes.dedupe import Duplicate
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import Unusable
 from ingest.trust.redact import redact_text, redact_url
-from zarr_store.errors import AccessError, NothingFound
+from zarr_store.errors import AccessError, InvalidInput, NothingFound
 from zarr_store.grid import Grid
 from zarr_store.spec import LAYOUTS, Layout
 
@@ -116,6 +117,7 @@ def plan_scenes(
     source: str = "",
     layout: Layout | None = None,
     grid: Grid | None = None,
+    clip: str | None = None,
 ) -> Plan:
     """Plan the ingest of `scenes`, without opening a file.
 
@@ -126,6 +128,7 @@ def plan_scenes(
         source: SOURCE as the plan shows it.
         layout: Sizes of chunks and shards; None for those of the profile in `config`.
         grid: Grid of a cube that the scenes are added to; None to choose one from the files.
+        clip: Area of that cube, as its recipe keeps it; None for that of `config`.
 
     Raises:
         NothingFound: No scene touches the region.
@@ -146,6 +149,7 @@ def plan_scenes(
     kept, drops = select_scenes(probed, target.grid, config)
     west, _, east, _ = target.grid.lonlat_bounds()
     longitude = (west + (east + 360.0 if east < west else east)) / 2.0
+    clip = _clip(config, target.grid, clip) if config.pixels.clip else None
     recipes, items, tasks, warnings, statistics = [], {}, [], [], {}
     for collection in dict.fromkeys(f.scene.collection for f in kept):
         members = [f for f in kept if f.scene.collection == collection]
@@ -168,7 +172,7 @@ def plan_scenes(
             choice.mask.name if choice.mask else None,
             tuple(sorted(config.pixels.mask_classes)) if choice.mask else (),
             config.pixels.mask_dilate_m if choice.mask else 0.0,
-            clip_text(config.selection.geometry) if config.pixels.clip else None,
+            clip,
         )
         table, planned = place_scenes(recipe, steps, by_id, config)
         recipes.append(recipe)
@@ -192,6 +196,30 @@ def plan_scenes(
         warnings=tuple(redact_text(text) for text in warnings),
         reasons=target.reasons,
         statistics=statistics,
-        config=config.plan_settings(),
+        config=_kept_settings(config),
         source=source,
     )
+
+
+def _clip(config: IngestConfig, grid: Grid, kept: str | None) -> str | None:
+    """The text of the area that a plan is clipped to.
+
+    Raises:
+        InvalidInput: `config` has only the reduced form of an area, and there is no cube that keeps the whole one.
+    """
+    geometry = config.selection.geometry
+    if kept is not None:
+        return kept
+    if geometry is not None and "sha256" in geometry:
+        raise InvalidInput(
+            "geometry is the reduced form in which a plan keeps a region of very many vertices; give the file of the "
+            "whole region with --geometry"
+        )
+    return clip_on(clip_text(geometry), grid)
+
+
+def _kept_settings(config: IngestConfig) -> dict[str, Any]:
+    settings = config.plan_settings()
+    if settings.get("geometry") is not None:
+        settings["geometry"] = reduced(settings["geometry"])
+    return settings

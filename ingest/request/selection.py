@@ -76,7 +76,11 @@ class Selection(BaseModel):
                 f"expected a GeoJSON geometry, got {str(value)!r}; read a file with "
                 "ingest.request.geometry.load_geometry, or give its path to find_scenes or make_plan"
             )
-        return bare_geometry(value, "geometry") if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping):
+            return value
+        bare = bare_geometry(value, "geometry")
+        # the reduced form of a plan names what it stands for
+        return bare | {"sha256": value["sha256"]} if isinstance(value.get("sha256"), str) else bare
 
     @field_validator("datetime")
     @classmethod

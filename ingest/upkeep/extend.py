@@ -13,6 +13,8 @@ from typing import Any
 
 from distributed import Client
 
+from ingest.pixels.clip import clip_text
+from ingest.pixels.grid_area import is_grid_area, sha_of
 from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
 from ingest.plan.probe import probe_scenes
@@ -140,10 +142,20 @@ def plan_extension(
             source=old.source,
             layout=recipe.spec.layout,
             grid=recipe.spec.grid,
+            clip=_kept_clip(recipe.clip, config),
         )
     except NothingFound as error:
         raise NothingFound(f"{error} (the region is the cube's)") from error
     return merge_plans(old, fresh, replaces=replaces, config=_joined(old.config, config))
+
+
+def _kept_clip(clip: str | None, config: IngestConfig) -> str | None:
+    """The area of a cube where it is the one that the settings ask for and the cube keeps it in pixels."""
+    geometry = config.selection.geometry
+    if not is_grid_area(clip) or clip is None or geometry is None or not config.pixels.clip:
+        return None
+    asked = geometry.get("sha256") or sha_of(clip_text(geometry) or "")
+    return clip if asked == sha_of(clip) else None
 
 
 def _joined(old: Mapping[str, Any], config: IngestConfig) -> dict[str, Any]:
