@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from ingest.plan.plan import Plan
     from ingest.run.outcome import IngestEvent, IngestReport
+    from ingest.scenes.dedupe import Duplicate
+    from ingest.scenes.search import Unusable
 
 __all__ = ["find_scenes", "make_plan", "run_plan"]
 
@@ -99,7 +101,8 @@ def make_plan(
 
     if isinstance(source, str | os.PathLike):
         return plan_source(os.fspath(source), make_config(config, settings))
-    unusable, duplicates = (), ()
+    unusable: tuple[Unusable, ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
     if isinstance(source, Scenes):
         place, config = source.source, config or source.config
         unusable, duplicates = source.unusable, source.duplicates

@@ -79,11 +79,11 @@ def probe_and_plan(
     shown = redact_url(source) if is_url(source) else str(Path(source).expanduser().resolve())
     plan = plan_scenes(scenes, check_hosts_and_probe(scenes, config, source), config, source=shown)
     left_out = tuple(f"{one.collection}: item {one.item_id!r} is left out: {one.reason}" for one in unusable)
-    drops = (*copies_of(duplicates), *plan.drops)
+    drops = (*_copies_of(duplicates), *plan.drops)
     return replace(plan, drops=drops, warnings=(*left_out, *plan.warnings), origin=Origin(source, config))
 
 
-def copies_of(duplicates: Sequence[Duplicate]) -> tuple[Drop, ...]:
+def _copies_of(duplicates: Sequence[Duplicate]) -> tuple[Drop, ...]:
     """The drops of a plan for copies that a search left out."""
     return tuple(
         Drop(one.dropped.collection, one.dropped.id, redact_text(one.reason), copy_of=one.kept.id) for one in duplicates
