@@ -147,7 +147,7 @@ def cut_uncut(geometry: dict[str, Any]) -> dict[str, Any]:
     such an edge in one part. A part that reaches from -180° to 180° is left as it is: it is all around the Earth.
     """
     whole = shape(geometry)
-    if not isinstance(whole, BaseGeometry) or whole.is_empty:
+    if whole.is_empty:
         return geometry
     parts = list(getattr(whole, "geoms", [whole]))
     crossing = [_longest_edge(part) > 180 and part.bounds[::2] != (-180.0, 180.0) for part in parts]
