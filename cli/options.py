@@ -31,6 +31,12 @@ SELECTION: dict[str, Any] = {
     "geometry": _option(
         Path, "--geometry", panel=_WHAT, metavar="FILE", text="Region: GeoJSON, WKT, GeoParquet or GeoPackage, any CRS."
     ),
+    "wrap": _option(
+        bool,
+        "--wrap",
+        panel=_WHAT,
+        text="The region is wider than 180 degrees, as it is written.",
+    ),
     "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range; both ends are included."),
     "query": _option(
         list[str], "--query", panel=_WHAT, metavar="COND", text="Condition, such as 'eo:cloud_cover<40'; repeatable."

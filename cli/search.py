@@ -51,6 +51,8 @@ def register(app: typer.Typer) -> None:
             f"{len(found.scenes)} scenes"
             + (f", {len(found.duplicates)} older copies left out" if found.duplicates else "")
         )
+        for copy in found.duplicates:
+            session.say(f"left out: {copy.dropped.id}: {copy.reason}")
         for one in found.unusable:
             session.warn(f"item {one.item_id!r} is left out: {one.reason}")
         if out is not None:

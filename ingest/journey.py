@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from ingest.plan.plan import Plan
     from ingest.run.outcome import IngestEvent, IngestReport
+    from ingest.scenes.dedupe import Duplicate
+    from ingest.scenes.search import Unusable
 
 __all__ = ["find_scenes", "make_plan", "run_plan"]
 
@@ -59,7 +61,8 @@ def find_scenes(
 
     asked = make_config(config, settings)
     text = os.fspath(source)
-    return Scenes(tuple(find_scenes(text, asked, headers=headers).scenes), text, asked)
+    found = find_scenes(text, asked, headers=headers)
+    return Scenes(tuple(found.scenes), text, asked, found.unusable, found.duplicates)
 
 
 @spell_out(PlanSettings)
@@ -98,8 +101,11 @@ def make_plan(
 
     if isinstance(source, str | os.PathLike):
         return plan_source(os.fspath(source), make_config(config, settings))
+    unusable: tuple[Unusable, ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
     if isinstance(source, Scenes):
         place, config = source.source, config or source.config
+        unusable, duplicates = source.unusable, source.duplicates
     elif found_in is not None:
         place = os.fspath(found_in)
     else:
@@ -107,7 +113,8 @@ def make_plan(
             "a plain list of scenes needs its source, which decides which hosts may be opened: "
             "make_plan(scenes, found_in=SOURCE); the result of find_scenes, its slices and `where` keep their source"
         )
-    return probe_and_plan(list(source), make_config(config, settings), place)
+    asked = make_config(config, settings)
+    return probe_and_plan(list(source), asked, place, unusable=unusable, duplicates=duplicates)
 
 
 @spell_out(RunSettings)

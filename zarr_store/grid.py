@@ -22,7 +22,7 @@ from zarr_store.errors import InvalidInput
 if TYPE_CHECKING:
     from odc.geo.geobox import GeoBox
 
-__all__ = ["Bounds", "Grid", "check_on_earth", "normal_crs"]
+__all__ = ["Bounds", "Grid", "check_on_earth", "check_pixel_size", "normal_crs"]
 
 Transform = tuple[float, float, float, float, float, float]
 Bounds = tuple[float, float, float, float]
@@ -198,6 +198,33 @@ class Grid:
         return f"{self.crs.partition(chr(10))[0][:40]} {self.height}×{self.width} px at {res}"
 
 
+def check_pixel_size(crs: str, size: float) -> None:
+    """Refuse a pixel size that was meant in other units than those of the CRS: 10 in degrees, 0.0001 in metres.
+
+    Args:
+        crs: CRS as `normal_crs` gives it.
+        size: Pixel size in units of the CRS.
+
+    Raises:
+        InvalidInput: The pixel would be smaller than 1 mm or larger than 100 km.
+
+    >>> check_pixel_size("EPSG:4326", 0.0001)
+    """
+    metres = _metres_per_unit(crs)
+    if not math.isfinite(metres) or _ASKED_M[0] <= size * metres <= _ASKED_M[1]:
+        return
+    unit = _crs(crs).axis_info[0].unit_name
+    ground = f"{size * metres / 1000:g} km" if size * metres >= 1000 else f"{size * metres:g} m"
+    near = f"{10 / metres:.2g}"
+    raise InvalidInput(
+        f"resolution {size:g} is in units of {_short(crs)}, which are {unit}s: a pixel would be {ground} wide; "
+        f"expected {_ASKED_M[0]:g} m to {_ASKED_M[1] / 1000:g} km. 10 m are about {near} there: give --resolution in "
+        f"{unit}s, or another --crs"
+    )
+
+
+_ASKED_M = (1e-3, 1e5)
+"""Smallest and largest pixel that may be asked for, metres."""
 _PIXEL_M = (1e-3, 1e6)
 _REACH_M = 1e8
 """Largest distance from the origin of a CRS, metres; the equator is 4e7 m long."""

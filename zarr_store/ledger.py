@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 
 from zarr_store.bounded import load_json
 from zarr_store.chunk_stats import ChunkStats
+from zarr_store.empty import drop_empty, read_empty
 from zarr_store.errors import IntegrityError
 from zarr_store.regions import Region
 from zarr_store.store import Store
@@ -128,6 +129,7 @@ class Ledger:
 
     def __init__(self, store: Store, collection: str) -> None:
         self._store = store
+        self._collection = collection
         self._folder = f"_terrashard/ledger/{collection}"
 
     def _key(self, index: ShardIndex) -> str:
@@ -136,7 +138,7 @@ class Ledger:
     def get(self, index: ShardIndex) -> LedgerRow | None:
         """Return the row of one shard, or None if none was written."""
         data = self._store.read(self._key(index))
-        return None if data is None else self._parse(self._key(index), data)
+        return self._empty().get(index) if data is None else self._parse(self._key(index), data)
 
     def put(self, row: LedgerRow) -> None:
         """Write or replace a row, durably."""
@@ -147,7 +149,23 @@ class Ledger:
         self._store.delete(self._key(index))
 
     def rows(self) -> dict[ShardIndex, LedgerRow]:
-        """Return all rows by shard index, in order.
+        """Return all rows by shard index, in order; empty shards are among them.
+
+        Raises:
+            IntegrityError: A row cannot be read.
+        """
+        return dict(sorted({**self._empty(), **self.stored_rows()}.items()))
+
+    def _empty(self) -> dict[ShardIndex, LedgerRow]:
+        """The rows of the empty shards, which have no objects: done, of no source."""
+        empty = read_empty(self._store, self._collection)
+        return {
+            index: LedgerRow(index, region, key, "done", (), {}, empty.stats(region))
+            for index, (region, key) in empty.shards.items()
+        }
+
+    def stored_rows(self) -> dict[ShardIndex, LedgerRow]:
+        """Return the rows of the shards that have objects of their own, or failed.
 
         Raises:
             IntegrityError: A row cannot be read.
@@ -162,7 +180,7 @@ class Ledger:
 
     def drop_unreadable(self) -> list[str]:
         """Remove rows that cannot be read, so that their shards count as never written, and return their keys."""
-        dropped = []
+        dropped = [key] if (key := drop_empty(self._store, self._collection)) else []
         for key in self._store.list(self._folder, ".json"):
             data = self._store.read(key)
             try:

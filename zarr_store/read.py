@@ -14,6 +14,7 @@ import tensorstore as ts
 
 from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
+from zarr_store.empty import fill_empty, read_empty
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, TerrashardError, UnknownName
 from zarr_store.group import ArrayCheck, axis_checks, open_group
 from zarr_store.index import TrainingIndex
@@ -263,10 +264,12 @@ class Cube:
         return lambda document, where: check_promises(document, spec, array, where, any_length=True)
 
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
-        """Open one array, read-only; reading a chunk that was never written raises."""
+        """Open one array, read-only; reading a chunk that was never written raises, unless its shard is empty."""
         self._check_array(collection, array)
         with self._believing(f"{collection}/{array}/zarr.json"):
-            return self._store.open_array(f"{collection}/{array}", _CONTEXT)
+            handle = self._store.open_array(f"{collection}/{array}", _CONTEXT)
+        empty = [region for region, _ in read_empty(self._store, collection).shards.values()]
+        return fill_empty(handle, self.spec(collection).array(array).fill, empty)
 
     def read(self, collection: str, array: str, region: Region, bands: Sequence[int] | None = None) -> np.ndarray:
         """Read one box.

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import shapely
-from pyproj import CRS, Transformer
+from pyproj import Transformer
 from shapely.affinity import translate
-from shapely.geometry import box, shape
+from shapely.geometry import box, mapping, shape
 from shapely.geometry.base import BaseGeometry
 
+from ingest.pixels.grid_area import MANY_VERTICES, GridArea, is_grid_area, sha_of
 from zarr_store.grid import Grid
+from zarr_store.ground import turn_of
 
-__all__ = ["area_of", "clip_text", "inside_of", "is_outside"]
+__all__ = ["area_of", "clip_on", "clip_text", "inside_of", "is_outside", "reduced"]
 
 _STEP_DEG = 0.01
 """Longest edge of a polygon before it is projected, degrees.
@@ -29,6 +31,8 @@ _STEP_DEG = 0.01
 A straight line in degrees is a curve in metres. Cut every kilometre, it is within 3 cm of that curve at latitudes below
 50°.
 """
+_FEW_VERTICES = 1_000
+"""Number of vertices that a reduced geometry may have."""
 _ROWS = 256
 """Rows that are tested at once."""
 
@@ -44,6 +48,36 @@ def clip_text(geometry: Mapping[str, Any] | None) -> str | None:
     return json.dumps(geometry, sort_keys=True, separators=(",", ":"))
 
 
+def clip_on(clip: str | None, grid: Grid) -> str | None:
+    """The text in which the tasks of a cube keep an area: short also where it has very many vertices.
+
+    Args:
+        clip: The area, from `clip_text`.
+        grid: Grid of the cube.
+    """
+    if clip is None or is_grid_area(clip) or shapely.get_num_coordinates(shape(json.loads(clip))) <= MANY_VERTICES:
+        return clip
+    return GridArea.of(clip, _area_on(clip, grid.crs), grid).to_text()
+
+
+def reduced(geometry: Mapping[str, Any]) -> dict[str, Any]:
+    """The geometry that a plan keeps among its settings: of very many vertices, only what a later search needs.
+
+    It covers the whole geometry and a little more, and names its digest, so that it is never taken for the whole.
+    """
+    whole = shape(dict(geometry))
+    if "sha256" in geometry or shapely.get_num_coordinates(whole) <= MANY_VERTICES or not whole.area:
+        return dict(geometry)
+    tolerance = 1e-4
+    rough = whole
+    while shapely.get_num_coordinates(rough) > _FEW_VERTICES and tolerance < 10:
+        rough = shapely.simplify(whole, tolerance).buffer(2 * tolerance, quad_segs=1, join_style="mitre")
+        rough = shapely.intersection(shapely.simplify(rough, tolerance / 2), box(-180, -90, 180, 90))
+        tolerance *= 2
+    result: dict[str, Any] = json.loads(json.dumps(mapping(shapely.set_precision(rough, 1e-6))))
+    return result | {"sha256": sha_of(clip_text(geometry) or "")}
+
+
 def inside_of(clip: str | None, grid: Grid) -> npt.NDArray[np.bool_] | None:
     """The pixels of `grid` whose centre lies in the area; None where all of them do.
 
@@ -56,6 +90,8 @@ def inside_of(clip: str | None, grid: Grid) -> npt.NDArray[np.bool_] | None:
     """
     if clip is None:
         return None
+    if is_grid_area(clip):
+        return GridArea.from_text(clip).inside(grid)
     area = _area_on(clip, grid.crs)
     left, bottom, right, top = grid.bounds
     window = box(left, bottom, right, top)
@@ -75,6 +111,8 @@ def inside_of(clip: str | None, grid: Grid) -> npt.NDArray[np.bool_] | None:
 
 def is_outside(clip: str | None, grid: Grid) -> bool:
     """Whether `grid` and the area have nothing in common."""
+    if is_grid_area(clip):
+        return GridArea.from_text(clip or "").is_outside(grid)
     return clip is not None and not _area_on(clip, grid.crs).intersects(box(*grid.bounds))
 
 
@@ -94,9 +132,9 @@ def _area_on(clip: str, crs: str) -> BaseGeometry:
         return np.column_stack(to_crs.transform(xy[:, 0], xy[:, 1]))
 
     moved: BaseGeometry = shapely.transform(shapely.segmentize(area, _STEP_DEG), project)
-    if CRS(crs).is_geographic:
-        # a grid across the antimeridian may count degrees beyond 180
-        moved = shapely.union_all([translate(moved, xoff=by) for by in (-360.0, 0.0, 360.0)])
+    if turn := turn_of(crs):
+        # a grid across the antimeridian counts on, beyond 180 degrees
+        moved = shapely.union_all([translate(moved, xoff=by) for by in (-turn, 0.0, turn)])
     if not moved.is_valid:
         moved = shapely.make_valid(moved)
     shapely.prepare(moved)

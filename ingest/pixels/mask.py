@@ -18,6 +18,8 @@ from zarr_store.grid import Grid
 __all__ = ["disc", "halo_pixels", "mask_classes", "observed"]
 
 Bool = npt.NDArray[np.bool_]
+Scale = tuple[float, float]
+"""Metres on the ground in one unit of a CRS, along x and y."""
 NO_DATA_CLASS = 0
 """Class value of pixels without data."""
 _STRIP_PIXELS = 1 << 18
@@ -46,21 +48,27 @@ def _has_value(band: npt.NDArray[np.generic]) -> Bool:
     return np.asarray(np.isfinite(band) if band.dtype.kind == "f" else band != 0, bool)
 
 
-def halo_pixels(grid: Grid, dilate_m: float) -> tuple[int, int]:
+def halo_pixels(grid: Grid, dilate_m: float, scale: Scale | None = None) -> tuple[int, int]:
     """Rows and columns of the halo: pixels this far outside a window reach into it when masked areas grow."""
-    rx, ry = grid.resolution
-    reach = dilate_m * grid.units_per_metre
-    return (math.floor(reach / ry + 1e-9), math.floor(reach / rx + 1e-9))
+    width, height = _pixel_m(grid, scale)
+    return (math.floor(dilate_m / height + 1e-9), math.floor(dilate_m / width + 1e-9))
 
 
-def disc(grid: Grid, dilate_m: float) -> Bool:
+def disc(grid: Grid, dilate_m: float, scale: Scale | None = None) -> Bool:
     """The pixels whose centre lies within `dilate_m` metres of the middle pixel, as an array with odd sides."""
-    rows, cols = halo_pixels(grid, dilate_m)
-    rx, ry = grid.resolution
-    reach = dilate_m * grid.units_per_metre
+    rows, cols = halo_pixels(grid, dilate_m, scale)
+    width, height = _pixel_m(grid, scale)
     y, x = np.mgrid[-rows : rows + 1, -cols : cols + 1]
-    inside: Bool = (x * rx) ** 2 + (y * ry) ** 2 <= reach**2 * (1 + 1e-9)
+    inside: Bool = (x * width) ** 2 + (y * height) ** 2 <= dilate_m**2 * (1 + 1e-9)
     return inside
+
+
+def _pixel_m(grid: Grid, scale: Scale | None) -> tuple[float, float]:
+    """Width and height of a pixel on the ground, in metres."""
+    rx, ry = grid.resolution
+    if scale is None:
+        return rx / grid.units_per_metre, ry / grid.units_per_metre
+    return rx * scale[0], ry * scale[1]
 
 
 def _among(classes: npt.NDArray[np.uint8], values: Sequence[int]) -> Bool:
@@ -74,7 +82,14 @@ def _among(classes: npt.NDArray[np.uint8], values: Sequence[int]) -> Bool:
     return matches
 
 
-def mask_classes(classes: npt.NDArray[np.uint8], masked: Iterable[int], *, grid: Grid, dilate_m: float = 0.0) -> Bool:
+def mask_classes(
+    classes: npt.NDArray[np.uint8],
+    masked: Iterable[int],
+    *,
+    grid: Grid,
+    dilate_m: float = 0.0,
+    scale: Scale | None = None,
+) -> Bool:
     """The pixels that are masked.
 
     Class 0 (no data) is masked but not grown, as the edge of a swath is not a cloud.
@@ -84,6 +99,8 @@ def mask_classes(classes: npt.NDArray[np.uint8], masked: Iterable[int], *, grid:
         masked: Class values that are masked.
         grid: Grid of the pixels; only its resolution and unit matter.
         dilate_m: Distance by which masked areas grow, metres, measured between pixel centres.
+        scale: Metres on the ground in a unit of the CRS along (x, y), the same for all windows of a cube, as
+            `zarr_store.ground.ground_scale` gives it; None for the nominal length of the unit.
 
     Returns:
         (y, x) without the halo.
@@ -94,7 +111,7 @@ def mask_classes(classes: npt.NDArray[np.uint8], masked: Iterable[int], *, grid:
     """
     values = sorted(set(masked))
     plain = _among(classes, values)
-    rows, cols = halo_pixels(grid, dilate_m)
+    rows, cols = halo_pixels(grid, dilate_m, scale)
     inner = (slice(rows, classes.shape[0] - rows), slice(cols, classes.shape[1] - cols))
     if not rows and not cols:
         return plain
@@ -102,8 +119,7 @@ def mask_classes(classes: npt.NDArray[np.uint8], masked: Iterable[int], *, grid:
     if not core.any():
         return plain[inner]
     # The time of a distance transform grows linearly with the pixels; that of a large structuring element does not.
-    rx, ry = grid.resolution
-    distance = ndimage.distance_transform_edt(~core, sampling=(ry, rx))
-    reach = dilate_m * grid.units_per_metre
-    grown: Bool = np.asarray(distance) <= reach * (1 + 1e-9)
+    width, height = _pixel_m(grid, scale)
+    distance = ndimage.distance_transform_edt(~core, sampling=(height, width))
+    grown: Bool = np.asarray(distance) <= dilate_m * (1 + 1e-9)
     return plain[inner] | grown[inner]

@@ -24,6 +24,7 @@ from ingest.plan.task import PlannedScene, Recipe, SourceAsset
 from ingest.raster.read import Stored
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS, BandChoice, ProductRule
+from ingest.scenes.footprint import box_region, meets
 from ingest.scenes.scene import AssetRef, Scene
 from ingest.trust.redact import redact_url
 from zarr_store.errors import AssetUnreadable, InvalidInput, NothingFound
@@ -57,11 +58,12 @@ Probes = Mapping[Any, "SceneProbe"]
 
 @dataclass(frozen=True)
 class Drop:
-    """A scene that the search returned and the plan does not use, with the reason."""
+    """A scene that a plan does not use, with the reason; `copy_of` is the scene that is used in its place."""
 
     collection: str
     item_id: str
     reason: str
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,14 @@ class ProbedScene:
             if (header := self.header(band)) is not None
         ]
 
+    def shows_footprint(self) -> bool:
+        """Whether a file of the scene lies where its footprint does; a footprint that is elsewhere says nothing."""
+        headers = [c.grid for c in self.candidates()]
+        footprint = shape(dict(self.scene.footprint)) if self.scene.footprint else None
+        if not headers or footprint is None:
+            return True
+        return meets(footprint, box_region(headers[0].lonlat_bounds()))
+
     def stated_place(self) -> Grid | Bounds:
         """Where the catalogue places the scene: the grid of its largest asset, else the lon/lat box."""
         stated = [a.grid for a in self.scene.assets.values() if a.grid is not None and _is_on_earth(a.grid)]
@@ -125,7 +135,7 @@ class ProbedScene:
         place = self.stated_place()
         if isinstance(place, Grid):
             return place
-        return Grid.from_bounds(target.crs, project_bounds(place, target.crs), resolution=max(target.resolution))
+        return Grid.from_bounds(target.crs, project_bounds(place, target.crs), resolution=target.resolution)
 
     def rank(self, target: Grid) -> int:
         """The scene's `lattice_rank`, from the headers of its files."""
@@ -186,7 +196,7 @@ def select_scenes(
                 Drop(scene.collection, scene.id, f"{valid:.4%} of what it could show of the region has data: a sliver")
             )
             continue
-        share = _covered_share(scene, region)
+        share = _covered_share(scene, region) if one.shows_footprint() else 1.0
         if share < _SLIVER:
             drops.append(Drop(scene.collection, scene.id, f"it sees {share:.4%} of what its tile could: a sliver"))
             continue

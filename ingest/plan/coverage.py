@@ -26,6 +26,7 @@ from ingest.request.config import IngestConfig
 from ingest.scenes.scene import AssetRef
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
+from zarr_store.ground import turn_of
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -123,7 +124,10 @@ def _window(grid: Grid, config: IngestConfig) -> tuple[tuple[int, int, int, int]
         left, bottom, right, top = project_bounds(region, grid.crs)
     except InvalidInput:  # the region has no place in this zone
         return None
-    (rx, ry), (x0, _, _, y1) = grid.resolution, grid.bounds
+    (rx, ry), (x0, _, x1, y1) = grid.resolution, grid.bounds
+    if turn := turn_of(grid.crs):
+        turns = round(((x0 + x1) - (left + right)) / 2.0 / turn) * turn
+        left, right = left + turns, right + turns
     row0, row1 = max(0, math.floor((y1 - top) / ry + 1e-6)), min(grid.height, math.ceil((y1 - bottom) / ry - 1e-6))
     col0, col1 = max(0, math.floor((left - x0) / rx + 1e-6)), min(grid.width, math.ceil((right - x0) / rx - 1e-6))
     if row1 <= row0 or col1 <= col0:

@@ -110,7 +110,7 @@ def _collection(plan: Described, recipe: Recipe) -> list[str]:
         *(f"            {time}" for time in shown[1:]),
         f"  shards    {len(tasks)} of up to {'×'.join(map(str, spec.layout.shard))} (time×y×x), chunks "
         f"{'×'.join(map(str, spec.layout.chunk))}; {min(per_shard)}…{max(per_shard)} scenes each"
-        + (f", {empty} without any" if empty else ""),
+        + (f"; {empty} of them hold nothing and cost no file" if empty else ""),
         f"  sources   {len(rows)} scenes; resampled pixels {statistics.get('resampled_share', 0.0):.1%}",
     ]
     if recipe.dtype == "uint16":

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from ingest.pixels.clip import clip_text
+from ingest.pixels.clip import clip_on, clip_text, reduced
 from ingest.pixels.indices import refuse_indices_without_reflectance
 from ingest.plan.candidates import (
+    Drop,
     ProbedScene,
     Probes,
     make_collection_spec,
@@ -30,10 +32,11 @@ from ingest.plan.target import TargetGrid, choose_grid
 from ingest.plan.task import Recipe, ShardTask
 from ingest.request.config import IngestConfig
 from ingest.request.products import choose_bands
+from ingest.scenes.dedupe import Duplicate
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import Unusable
 from ingest.trust.redact import redact_text, redact_url
-from zarr_store.errors import AccessError, NothingFound
+from zarr_store.errors import AccessError, InvalidInput, NothingFound
 from zarr_store.grid import Grid
 from zarr_store.spec import LAYOUTS, Layout
 
@@ -51,11 +54,16 @@ def make_plan(source: str, config: IngestConfig) -> Plan:
     from ingest.scenes.search import find_scenes
 
     result = find_scenes(source, config)
-    return probe_and_plan(result.scenes, config, source, unusable=result.unusable)
+    return probe_and_plan(result.scenes, config, source, unusable=result.unusable, duplicates=result.duplicates)
 
 
 def probe_and_plan(
-    scenes: Sequence[Scene], config: IngestConfig, source: str, *, unusable: Sequence[Unusable] = ()
+    scenes: Sequence[Scene],
+    config: IngestConfig,
+    source: str,
+    *,
+    unusable: Sequence[Unusable] = (),
+    duplicates: Sequence[Duplicate] = (),
 ) -> Plan:
     """Probe the files of scenes and plan; errors are those of `make_plan`.
 
@@ -64,13 +72,22 @@ def probe_and_plan(
         config: Settings of the request.
         source: SOURCE as the user typed it.
         unusable: Items that the search left out; the plan names them in its warnings.
+        duplicates: Copies that the search left out; the plan lists them among its drops.
     """
     from ingest.trust.hrefs import is_url
 
     shown = redact_url(source) if is_url(source) else str(Path(source).expanduser().resolve())
     plan = plan_scenes(scenes, check_hosts_and_probe(scenes, config, source), config, source=shown)
     left_out = tuple(f"{one.collection}: item {one.item_id!r} is left out: {one.reason}" for one in unusable)
-    return replace(plan, warnings=(*left_out, *plan.warnings), origin=Origin(source, config))
+    drops = (*_copies_of(duplicates), *plan.drops)
+    return replace(plan, drops=drops, warnings=(*left_out, *plan.warnings), origin=Origin(source, config))
+
+
+def _copies_of(duplicates: Sequence[Duplicate]) -> tuple[Drop, ...]:
+    """The drops of a plan for copies that a search left out."""
+    return tuple(
+        Drop(one.dropped.collection, one.dropped.id, redact_text(one.reason), copy_of=one.kept.id) for one in duplicates
+    )
 
 
 def check_hosts_and_probe(scenes: Sequence[Scene], config: IngestConfig, source: str) -> Probes:
@@ -100,6 +117,7 @@ def plan_scenes(
     source: str = "",
     layout: Layout | None = None,
     grid: Grid | None = None,
+    clip: str | None = None,
 ) -> Plan:
     """Plan the ingest of `scenes`, without opening a file.
 
@@ -110,6 +128,7 @@ def plan_scenes(
         source: SOURCE as the plan shows it.
         layout: Sizes of chunks and shards; None for those of the profile in `config`.
         grid: Grid of a cube that the scenes are added to; None to choose one from the files.
+        clip: Area of that cube, as its recipe keeps it; None for that of `config`.
 
     Raises:
         NothingFound: No scene touches the region.
@@ -130,6 +149,7 @@ def plan_scenes(
     kept, drops = select_scenes(probed, target.grid, config)
     west, _, east, _ = target.grid.lonlat_bounds()
     longitude = (west + (east + 360.0 if east < west else east)) / 2.0
+    clip = _clip(config, target.grid, clip) if config.pixels.clip else None
     recipes, items, tasks, warnings, statistics = [], {}, [], [], {}
     for collection in dict.fromkeys(f.scene.collection for f in kept):
         members = [f for f in kept if f.scene.collection == collection]
@@ -152,7 +172,7 @@ def plan_scenes(
             choice.mask.name if choice.mask else None,
             tuple(sorted(config.pixels.mask_classes)) if choice.mask else (),
             config.pixels.mask_dilate_m if choice.mask else 0.0,
-            clip_text(config.selection.geometry) if config.pixels.clip else None,
+            clip,
         )
         table, planned = place_scenes(recipe, steps, by_id, config)
         recipes.append(recipe)
@@ -176,6 +196,30 @@ def plan_scenes(
         warnings=tuple(redact_text(text) for text in warnings),
         reasons=target.reasons,
         statistics=statistics,
-        config=config.plan_settings(),
+        config=_kept_settings(config),
         source=source,
     )
+
+
+def _clip(config: IngestConfig, grid: Grid, kept: str | None) -> str | None:
+    """The text of the area that a plan is clipped to.
+
+    Raises:
+        InvalidInput: `config` has only the reduced form of an area, and there is no cube that keeps the whole one.
+    """
+    geometry = config.selection.geometry
+    if kept is not None:
+        return kept
+    if geometry is not None and "sha256" in geometry:
+        raise InvalidInput(
+            "geometry is the reduced form in which a plan keeps a region of very many vertices; give the file of the "
+            "whole region with --geometry"
+        )
+    return clip_on(clip_text(geometry), grid)
+
+
+def _kept_settings(config: IngestConfig) -> dict[str, Any]:
+    settings = config.plan_settings()
+    if settings.get("geometry") is not None:
+        settings["geometry"] = reduced(settings["geometry"])
+    return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
     Returns:
         resampled_share: Share of the data pixels that is not a plain copy of source pixels.
         offset_verdicts: Item id → verdict, offset and evidence.
-        scenes, steps, shards, lacking, unopened_assets: Counts.
+        datastrips, catalogue_ids: Item id → start of its datastrip, and its id in the catalogue if that is another.
+        scenes, steps, shards, empty_shards, lacking, unopened_assets: Counts.
         bytes_to_read, bytes_to_write, requests: Estimates.
     """
     grid = recipe.spec.grid
@@ -50,7 +52,7 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
             itemsize = np.dtype(asset.stored).itemsize
             bytes_read += round((size or whole_px * itemsize) * source_px / whole_px)
             requests += 2 + source_px // _SOURCE_BLOCK**2
-    times, height, width = recipe.spec.shape
+    written = sum(math.prod(task.region.shape) for task in tasks if task.sources)  # empty shards cost no file
     itemsizes = [
         np.dtype(array.dtype).itemsize * (len(recipe.spec.bands) if "band" in array.dims else 1)
         for array in recipe.spec.arrays()
@@ -61,13 +63,16 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
             one.scene.id: {"verdict": one.verdict, "dn_offset": one.dn_offset, "evidence": one.scene.offset_evidence}
             for one in members
         },
+        "datastrips": {one.scene.id: one.scene.datastrip for one in members if one.scene.datastrip},
+        "catalogue_ids": {one.scene.id: one.scene.catalogue_id for one in members if one.scene.catalogue_id},
         "scenes": len(members),
-        "steps": times,
+        "steps": len(recipe.spec.times),
         "shards": len(tasks),
+        "empty_shards": sum(not task.sources for task in tasks),
         "lacking": sum(len(scene.lacking) for scene in planned.values()),
         "unopened_assets": sum(asset.header is None for scene in planned.values() for asset in scene.assets),
         "bytes_to_read": bytes_read,
-        "bytes_to_write": round(times * height * width * sum(itemsizes) * _PACKED),
+        "bytes_to_write": round(written * sum(itemsizes) * _PACKED),
         "requests": requests,
     }
 

@@ -20,10 +20,13 @@ from ingest.raster.resample import nesting_factor
 from ingest.request.config import IngestConfig
 from ingest.scenes.footprint import lonlat_box
 from zarr_store.errors import InvalidInput
-from zarr_store.grid import Bounds, Grid, normal_crs
+from zarr_store.grid import Bounds, Grid, check_pixel_size, normal_crs
+from zarr_store.ground import ground_scale, turn_of, turned_near
 
 __all__ = ["Candidate", "TargetGrid", "choose_grid", "pixel_box", "project_bounds", "region_lonlat", "transform_box"]
 
+Size = tuple[float, float]
+"""Size of a pixel (x, y), in units of the CRS."""
 _MAX_SIDE_PX = 2_000_000
 """Longest side of a grid, in pixels."""
 _EDGE_POINTS = 33
@@ -75,16 +78,16 @@ def choose_grid(
         boxes += [box for one in unseen if (box := _place_in(one, crs)) is not None]
         if not boxes:
             raise InvalidInput(f"none of {len(candidates)} rasters has a place in {crs}; give another --crs")
-        bounds = _union(boxes)
+        bounds = _union(_gathered(boxes, turn_of(crs)))
         why_bounds = f"bounds: union of {len(candidates)} rasters"
         why_bounds += f" and {len(unseen)} scenes without a readable file" if unseen else ""
     else:
         bounds = project_bounds(region, crs)
         why_bounds = f"bounds: {'bbox' if config.selection.bbox else 'geometry'} {_show(region)}"
-    sides = ((bounds[2] - bounds[0]) / resolution, (bounds[3] - bounds[1]) / resolution)
+    sides = ((bounds[2] - bounds[0]) / resolution[0], (bounds[3] - bounds[1]) / resolution[1])
     if not all(math.isfinite(side) and side <= _MAX_SIDE_PX for side in sides):
         raise InvalidInput(
-            f"the region {_show(region or bounds)} at {resolution:g} per pixel in {crs} is "
+            f"the region {_show(region or bounds)} at {_size(resolution)} per pixel in {crs} is "
             f"{sides[1]:.0f} × {sides[0]:.0f} pixels, more than {_MAX_SIDE_PX} on a side; "
             "give a smaller region, a coarser --resolution or another --crs"
         )
@@ -115,17 +118,19 @@ def region_lonlat(config: IngestConfig) -> Bounds | None:
 def project_bounds(lonlat: Bounds, crs: str) -> Bounds:
     """The box in `crs` around a lon/lat box; many points along its edges are transformed, as edges are curved there."""
     west, south, east, north = lonlat
-    return _transformed_box(Transformer.from_crs("EPSG:4326", crs, always_xy=True), (west, south, east, north), lonlat)
+    to_crs = Transformer.from_crs("EPSG:4326", crs, always_xy=True)
+    return _transformed_box(to_crs, (west, south, east, north), lonlat, turn_of(crs))
 
 
 def transform_box(grid: Grid, crs: str) -> Bounds:
     """The box in `crs` around a grid."""
     if grid.crs == crs:
         return grid.bounds
-    return _transformed_box(Transformer.from_crs(grid.crs, crs, always_xy=True), grid.bounds, grid.bounds)
+    to_crs = Transformer.from_crs(grid.crs, crs, always_xy=True)
+    return _transformed_box(to_crs, grid.bounds, grid.bounds, turn_of(crs))
 
 
-def _transformed_box(transformer: Transformer, box: Bounds, shown: Bounds) -> Bounds:
+def _transformed_box(transformer: Transformer, box: Bounds, shown: Bounds, turn: float) -> Bounds:
     left, bottom, right, top = box
     x, y = np.linspace(left, right, _EDGE_POINTS), np.linspace(bottom, top, _EDGE_POINTS)
     xs = np.concatenate([x, x, np.full_like(y, left), np.full_like(y, right)])
@@ -134,7 +139,12 @@ def _transformed_box(transformer: Transformer, box: Bounds, shown: Bounds) -> Bo
     good = np.isfinite(tx) & np.isfinite(ty)
     if not good.any():
         raise InvalidInput(f"the box {_show(shown)} has no place in the target CRS; give another --crs")
-    return (float(tx[good].min()), float(ty[good].min()), float(tx[good].max()), float(ty[good].max()))
+    tx, ty = tx[good], ty[good]
+    if turn and np.ptp(tx) > turn / 2:  # a box across the antimeridian is not all around the Earth
+        middle = transformer.transform((left + right) / 2.0, (bottom + top) / 2.0)[0]
+        moved = turned_near(tx, float(middle), turn) if math.isfinite(middle) else tx
+        tx = moved if np.ptp(moved) <= turn / 2 else tx
+    return (float(tx.min()), float(ty.min()), float(tx.max()), float(ty.max()))
 
 
 def _choose_crs(voters: Sequence[Candidate], config: IngestConfig) -> tuple[str, str]:
@@ -152,27 +162,29 @@ def _choose_crs(voters: Sequence[Candidate], config: IngestConfig) -> tuple[str,
 
 def _choose_resolution(
     inside: Sequence[Candidate], voters: Sequence[Candidate], crs: str, config: IngestConfig
-) -> tuple[float, str]:
+) -> tuple[Size, str]:
     if config.grid.resolution is not None:
-        return config.grid.resolution, f"resolution {config.grid.resolution:g}: as asked"
+        check_pixel_size(crs, config.grid.resolution)
+        asked = config.grid.resolution
+        return (asked, asked), f"resolution {asked:g}: as asked"
     if inside:
-        finest = min(max(c.grid.resolution) for c in inside)
-        return finest, f"resolution {finest:g}: the finest in the file headers"
-    metres = min(max(c.grid.resolution) / c.grid.units_per_metre for c in voters)
+        finest = _finest(inside)
+        return finest, f"resolution {_size(finest)}: the finest in the file headers"
+    metres = min(_pixel_m(c.grid) for c in voters)
     per_metre = Grid(crs, (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), (1, 1)).units_per_metre
     # two significant digits: a degree is no whole number of metres anyway
     value = float(f"{metres * per_metre:.2g}") if per_metre != 1.0 else metres
-    return value, f"resolution {value:g}: {metres:g} m, the finest in the file headers, in units of {crs}"
+    return (value, value), f"resolution {value:g}: {metres:g} m, the finest in the file headers, in units of {crs}"
 
 
 def _choose_anchor(inside: Sequence[Candidate]) -> tuple[tuple[float, float], str]:
     if not inside:
         return (0.0, 0.0), "lattice: origin of the CRS, as no source is in it"
-    finest = min(max(c.grid.resolution) for c in inside)
+    finest = _finest(inside)
     votes: dict[tuple[float, float], int] = defaultdict(int)
     corners: dict[tuple[float, float], list[tuple[str, float, float]]] = defaultdict(list)
     for candidate in inside:
-        if max(candidate.grid.resolution) != finest:
+        if candidate.grid.resolution != finest:
             continue
         rx, ry = candidate.grid.resolution
         left, _, _, top = candidate.grid.bounds
@@ -186,20 +198,52 @@ def _choose_anchor(inside: Sequence[Candidate]) -> tuple[tuple[float, float], st
     return (
         left,
         top,
-    ), f"lattice: corner ({left:.10g}, {top:.10g}), shared by {share:.0%} of the pixels at {finest:g}{others}"
+    ), f"lattice: corner ({left:.10g}, {top:.10g}), shared by {share:.0%} of the pixels at {_size(finest)}{others}"
 
 
-def _coarsest_nest(candidates: Sequence[Candidate], crs: str, resolution: float, anchor: tuple[float, float]) -> float:
+def _finest(inside: Sequence[Candidate]) -> Size:
+    """The pixel size of the finest rasters, by the area of a pixel; pixels need not be square."""
+    return min((c.grid.resolution for c in inside), key=lambda size: (size[0] * size[1], max(size), size))
+
+
+def _pixel_m(grid: Grid) -> float:
+    """The longer side of a pixel on the ground, in metres."""
+    (rx, ry), (mx, my) = grid.resolution, ground_scale(grid)
+    metres = max(rx * mx, ry * my)
+    # where units shrink with the latitude the length is no round number, and means one
+    return metres if mx == my == 1.0 / grid.units_per_metre else float(f"{metres:.2g}")
+
+
+def _size(size: Size) -> str:
+    return f"{size[0]:g}" if size[0] == size[1] else f"{size[0]:g}×{size[1]:g}"
+
+
+def _coarsest_nest(candidates: Sequence[Candidate], crs: str, resolution: Size, anchor: tuple[float, float]) -> Size:
     """The largest pixel size that holds whole target pixels, so that coarse bands begin and end at the grid's edge."""
-    target = Grid(crs, (resolution, 0.0, anchor[0], 0.0, -resolution, anchor[1]), (1, 1))
+    target = Grid(crs, (resolution[0], 0.0, anchor[0], 0.0, -resolution[1], anchor[1]), (1, 1))
     snap = resolution
     for candidate in candidates:
         factor = nesting_factor(candidate.grid, target)
         if 1 < factor <= _MAX_NEST and candidate.grid.crs == crs:
-            size = candidate.grid.resolution[0]
-            on_anchor = nesting_factor(candidate.grid, Grid(crs, (size, 0.0, anchor[0], 0.0, -size, anchor[1]), (1, 1)))
+            size = candidate.grid.resolution
+            coarse = Grid(crs, (size[0], 0.0, anchor[0], 0.0, -size[1], anchor[1]), (1, 1))
+            on_anchor = nesting_factor(candidate.grid, coarse)
             snap = max(snap, size) if on_anchor else snap
     return snap
+
+
+def _gathered(boxes: Sequence[Bounds], turn: float) -> Sequence[Bounds]:
+    """The boxes, moved by whole turns to one side of the widest gap between them, if that brings them together."""
+    array = np.array(boxes)
+    if not turn or array[:, 2].max() - array[:, 0].min() <= turn / 2:
+        return boxes
+    order = sorted(boxes, key=lambda one: one[0])
+    reach = list(np.maximum.accumulate([one[2] for one in order]))
+    gaps = [order[n][0] - reach[n - 1] for n in range(1, len(order))]
+    if not gaps or max(gaps) <= order[0][0] + turn - reach[-1]:
+        return boxes
+    first = gaps.index(max(gaps)) + 1  # the boxes west of the gap come after those east of it
+    return [*order[first:], *((left + turn, low, right + turn, high) for left, low, right, high in order[:first])]
 
 
 def _union(boxes: Iterable[Bounds]) -> Bounds:
@@ -220,7 +264,10 @@ def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
         left, bottom, right, top = transform_box(source, target.crs)
     except (InvalidInput, ProjError):  # the source has no place in the CRS of the target
         return None
-    (rx, ry), (x0, _, _, y1) = target.resolution, target.bounds
+    (rx, ry), (x0, _, x1, y1) = target.resolution, target.bounds
+    if turn := turn_of(target.crs):
+        turns = round(((x0 + x1) - (left + right)) / 2.0 / turn) * turn
+        left, right = left + turns, right + turns
     slack = 0.0 if source.crs == target.crs else 2.0  # edges are curves between the points that were transformed
     rows = (math.floor((y1 - top) / ry - slack + 1e-6), math.ceil((y1 - bottom) / ry + slack - 1e-6))
     cols = (math.floor((left - x0) / rx - slack + 1e-6), math.ceil((right - x0) / rx + slack - 1e-6))

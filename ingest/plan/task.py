@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
 
+from ingest.pixels.grid_area import is_grid_area, sha_of
 from ingest.raster.read import Stored
 from zarr_store.grid import Grid
 from zarr_store.regions import Region
@@ -178,7 +179,10 @@ class Recipe:
             "spec": spec,
             "mask": [self.mask_layer, sorted(self.mask_classes), self.mask_dilate_m],
         }
-        return rules if self.clip is None else rules | {"clip": self.clip}
+        if self.clip is None:
+            return rules
+        # of an area that is kept in pixels, what it stands for: how it is packed changes no pixel
+        return rules | {"clip": {"sha256": sha_of(self.clip)} if is_grid_area(self.clip) else self.clip}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -24,8 +24,9 @@ from ingest.raster.drivers import limit_raster_drivers
 from ingest.worker.meters import stage
 from ingest.worker.slots import computing
 from zarr_store.grid import Grid
+from zarr_store.ground import ground_scale, ground_scale_at, turn_of, turn_towards, turned_near
 
-__all__ = ["WindowReader", "nesting_factor", "pick_resampling", "place", "scale_ratio"]
+__all__ = ["WindowReader", "axis_ratios", "nesting_factor", "pick_resampling", "place", "scale_ratio"]
 
 Array = npt.NDArray[np.generic]
 
@@ -52,8 +53,20 @@ _OUTLINE_POINTS = 33
 
 
 def scale_ratio(source: Grid, target: Grid) -> float:
-    """Target pixel size over source pixel size, both in metres; above 1 the target is coarser."""
-    return _pixel_m(target) / _pixel_m(source)
+    """Target pixel size over source pixel size, both on the ground; above 1 the target is coarser."""
+    return math.sqrt(math.prod(axis_ratios(source, target)))
+
+
+def axis_ratios(source: Grid, target: Grid) -> tuple[float, float]:
+    """`scale_ratio` along (x, y).
+
+    Both are measured in the middle of the source, so they are the same for every window of the target.
+    """
+    (sx, sy), (tx, ty) = source.resolution, target.resolution
+    if source.crs == target.crs:
+        return tx / sx, ty / sy
+    at_source, at_target = _scales(source, target.crs)
+    return tx * at_target[0] / (sx * at_source[0]), ty * at_target[1] / (sy * at_source[1])
 
 
 def pick_resampling(kind: Literal["data", "class"], source: Grid, target: Grid, wanted: str) -> str:
@@ -63,7 +76,7 @@ def pick_resampling(kind: Literal["data", "class"], source: Grid, target: Grid, 
     >>> pick_resampling("data", fine, coarse, "bilinear"), pick_resampling("class", fine, coarse, "bilinear")
     ('average', 'mode')
     """
-    ratio = scale_ratio(source, target)
+    ratio = max(axis_ratios(source, target))
     if kind == "class":
         return "mode" if ratio > 1.01 else "nearest"
     return "average" if ratio >= 1.99 and wanted != "nearest" else wanted
@@ -108,6 +121,7 @@ def place(
     """
     if out is None:
         out = np.empty(target.shape, dtype)
+    source = turn_towards(source, target)
     offset = source.offset_of(target)
     if offset is not None:
         _copy(read, source.shape, offset, nodata, out)
@@ -156,7 +170,8 @@ def _warp(read: WindowReader, source: Grid, target: Grid, resampling: str, nodat
     """Warp a raster to the target, canonical block by canonical block."""
     dtype = out.dtype
     out[...] = nodata
-    ratio = scale_ratio(source, target)
+    ratios = axis_ratios(source, target)
+    ratio = max(ratios)
     side = _BLOCK_PX
     while side > 16 and side * ratio > _MAX_SOURCE_PX:
         side //= 2
@@ -172,11 +187,13 @@ def _warp(read: WindowReader, source: Grid, target: Grid, resampling: str, nodat
         row, col, height, width = window
         pixels = read_part(row, col, height, width)
         with computing(), stage("warp", math.prod(block.shape) * np.dtype(dtype).itemsize):
-            result = _warp_block(pixels, source.window(row, col, height, width), block, resampling, ratio, nodata)
+            result = _warp_block(pixels, source.window(row, col, height, width), block, resampling, ratios, nodata)
         out[inside] = result[cut]
 
 
-def _warp_block(pixels: Array, source: Grid, block: Grid, resampling: str, ratio: float, nodata: float) -> Array:
+def _warp_block(
+    pixels: Array, source: Grid, block: Grid, resampling: str, ratios: tuple[float, float], nodata: float
+) -> Array:
     """Warp one block with GDAL, through a VRT because `rasterio.warp.reproject` ignores `tolerance` before 1.5."""
     profile = {
         "driver": "GTiff",
@@ -205,8 +222,8 @@ def _warp_block(pixels: Array, source: Grid, block: Grid, resampling: str, ratio
                 # in pixels; the default of 0.125 would approximate each row of the window by its own chord
                 tolerance=_TOLERANCE_PX,
                 # otherwise GDAL derives the kernel's width from the shape of each window
-                XSCALE=min(1.0, 1.0 / ratio),
-                YSCALE=min(1.0, 1.0 / ratio),
+                XSCALE=min(1.0, 1.0 / ratios[0]),
+                YSCALE=min(1.0, 1.0 / ratios[1]),
                 SOURCE_EXTRA=_MARGIN_PX,
             ) as warped,
         ):
@@ -256,6 +273,7 @@ def _source_window(source: Grid, block: Grid, ratio: float) -> tuple[int, int, i
         if not finite.any():
             return None
         xs, ys = xs[finite], ys[finite]
+        xs = turned_near(xs, (source.bounds[0] + source.bounds[2]) / 2.0, turn_of(source.crs))
     rx, ry = source.resolution
     cols, rows = (xs - source.transform[2]) / rx, (source.transform[5] - ys) / ry
     margin = math.ceil(_MARGIN_PX * max(1.0, min(ratio, 2.0)))
@@ -278,14 +296,12 @@ def _read_once(read: WindowReader, windows: list[tuple[int, int, int, int]]) -> 
     return part
 
 
-def _pixel_m(grid: Grid) -> float:
-    rx, ry = grid.resolution
-    return math.sqrt(rx * ry) / _units_per_metre(grid.crs)
-
-
-@functools.lru_cache(maxsize=64)
-def _units_per_metre(crs: str) -> float:
-    return Grid(crs, (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), (1, 1)).units_per_metre
+@functools.lru_cache(maxsize=4096)
+def _scales(source: Grid, crs: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The ground scale of the source's CRS and of another one, in the middle of the source."""
+    left, bottom, right, top = source.bounds
+    x, y = _transformer(source.crs, crs).transform((left + right) / 2.0, (bottom + top) / 2.0)
+    return ground_scale(source), ground_scale_at(crs, float(x), float(y))
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ crosses the antimeridian is cut there.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,9 @@ from zarr_store.crs import parse_crs
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import open_regular
 
-__all__ = ["bare_geometry", "load_geometry", "to_lonlat"]
+log = logging.getLogger(__name__)
+
+__all__ = ["bare_geometry", "cut_uncut", "load_geometry", "to_lonlat"]
 
 _GEOMETRIES = {"Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection"}
 _MAX_BYTES = 16 * 2**20
@@ -135,6 +138,44 @@ def to_lonlat(geometry: BaseGeometry, crs: str | None, where: str) -> BaseGeomet
     valid = geometry if geometry.is_valid else shapely.make_valid(geometry)
     parts = [shapely.intersection(affinity.translate(valid, shift), _WORLD) for shift in (-360.0, 0.0, 360.0)]
     return shapely.union_all([part for part in parts if not part.is_empty])
+
+
+def cut_uncut(geometry: dict[str, Any]) -> dict[str, Any]:
+    """Cut the parts of a lon/lat geometry that cross the antimeridian although they were written without a cut.
+
+    An edge from 179° to -179° is taken to go the short way, over the antimeridian, as GeoJSON (RFC 7946) cannot write
+    such an edge in one part. A part that reaches from -180° to 180° is left as it is: it is all around the Earth.
+    """
+    whole = shape(geometry)
+    if whole.is_empty:
+        return geometry
+    parts = list(getattr(whole, "geoms", [whole]))
+    crossing = [_longest_edge(part) > 180 and part.bounds[::2] != (-180.0, 180.0) for part in parts]
+    if not any(crossing):
+        return geometry
+    moved = [shapely.transform(part, _go_on) if over else part for part, over in zip(parts, crossing, strict=True)]
+    cut = to_lonlat(shapely.union_all([shapely.make_valid(part) for part in moved]), None, "geometry")
+    west, _, east, _ = whole.bounds
+    log.warning(
+        "geometry: an edge between longitudes %g and %g is taken to go the short way, over the antimeridian; add "
+        "--wrap (wrap=True) if it goes the long way", west, east,
+    )  # fmt: skip
+    result: dict[str, Any] = json.loads(json.dumps(mapping(cut)))
+    return result
+
+
+def _longest_edge(part: BaseGeometry) -> float:
+    """The longest edge of a part along the longitude, in degrees."""
+    rings = [part.exterior, *part.interiors] if isinstance(part, shapely.Polygon) else [part]
+    steps = [np.abs(np.diff(shapely.get_coordinates(ring)[:, 0])) for ring in rings]
+    return max((float(step.max()) for step in steps if len(step)), default=0.0)
+
+
+def _go_on(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Count western longitudes beyond 180°, so that a ring across the antimeridian is whole."""
+    moved = xy.copy()
+    moved[moved[:, 0] < 0, 0] += 360.0
+    return moved
 
 
 def _unwrapped(transformer: pyproj.Transformer, xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -36,6 +36,7 @@ class SearchSettings(TrustSettings, total=False):
     collections: Names
     bbox: str | Sequence[float] | None
     geometry: str | os.PathLike[str] | Mapping[str, Any] | None
+    wrap: bool
     datetime: str | None
     query: Names
     bands: Names

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ingest.request.names import UniqueNames
-from zarr_store.grid import normal_crs
+from zarr_store.grid import check_pixel_size, normal_crs
 
 __all__ = ["GridSettings", "Pixels"]
 
@@ -33,6 +33,12 @@ class GridSettings(BaseModel):
     @classmethod
     def _check_crs(cls, value: str | None) -> str | None:
         return None if value is None else normal_crs(value)
+
+    @model_validator(mode="after")
+    def _check_units(self) -> GridSettings:
+        if self.crs is not None and self.resolution is not None:
+            check_pixel_size(self.crs, self.resolution)
+        return self
 
 
 def _lower(value: Any) -> Any:

@@ -18,7 +18,6 @@ __all__ = [
     "BandChoice",
     "BandRule",
     "ProductRule",
-    "asset_key",
     "choose_bands",
     "find_product",
     "refuse_unsupported",
@@ -258,29 +257,6 @@ def choose_bands(product: ProductRule, bands: Iterable[str], mask: str = "scl") 
             f"choose from {', '.join(band.name for band in product.bands)}"
         )
     return BandChoice(data, tuple(rule for rule in chosen if rule in product.classes), layer)
-
-
-def asset_key(band: BandRule, assets: Mapping[str, Any]) -> str | None:
-    """Find the key of the asset that holds a band, by key, else by band names inside the assets, finest first."""
-    key = next((key for key in band.keys if key in assets), None)
-    if key is not None:
-        return key
-    wanted = {band.name, *band.aliases}
-    matches = []
-    for name, asset in assets.items():
-        if not isinstance(asset, Mapping):
-            continue
-        # the list has two spellings; an asset of several bands, such as a picture, is not a band
-        listed = asset.get("eo:bands") or asset.get("bands")
-        if isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], Mapping):
-            gsd = asset.get("gsd") or listed[0].get("gsd")
-            if wanted.intersection(_names_in(listed[0])):
-                matches.append((float(gsd) if isinstance(gsd, int | float) else band.resolution_m, name))
-    return min(matches)[1] if matches else None
-
-
-def _names_in(band: Mapping[str, Any]) -> set[str]:
-    return {str(band.get(name)).lower() for name in ("name", "common_name", "eo:common_name") if band.get(name)}
 
 
 def _spellings(product: ProductRule) -> list[str]:

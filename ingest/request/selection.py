@@ -12,11 +12,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ingest.request.geometry import bare_geometry
+from ingest.request.geometry import bare_geometry, cut_uncut
 from ingest.request.names import UniqueNames
 from ingest.request.query import Comparison, Condition, parse_condition, split_conditions
 
 __all__ = ["Selection", "parse_interval"]
+
+_HALF_WAY_ROUND = 180.0
+"""Widest region across the antimeridian, in degrees, that needs no `wrap`."""
 
 
 class Selection(BaseModel):
@@ -31,6 +34,7 @@ class Selection(BaseModel):
     geometry: dict[str, Any] | None = Field(
         None, description="GeoJSON geometry in lon/lat, or (command line, TOML, keywords) the path of a file"
     )
+    wrap: bool = Field(False, description="the region is wider than 180 degrees, as it is written")
     datetime: str | None = Field(None, description="day, month, year or RFC 3339 instant, or a range A/B, A/.., ../B")
     query: tuple[str, ...] = Field(
         (), description='conditions on item properties, e.g. "eo:cloud_cover<40", or CQL2 text'
@@ -75,7 +79,11 @@ class Selection(BaseModel):
                 f"expected a GeoJSON geometry, got {str(value)!r}; read a file with "
                 "ingest.request.geometry.load_geometry, or give its path to find_scenes or make_plan"
             )
-        return bare_geometry(value, "geometry") if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping):
+            return value
+        bare = bare_geometry(value, "geometry")
+        # the reduced form of a plan names what it stands for
+        return bare | {"sha256": value["sha256"]} if isinstance(value.get("sha256"), str) else bare
 
     @field_validator("datetime")
     @classmethod
@@ -100,6 +108,25 @@ class Selection(BaseModel):
     def _one_region(self) -> Selection:
         if self.bbox and self.geometry:
             raise ValueError("give bbox or geometry, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _right_way_round(self) -> Selection:
+        """Refuse a bbox that crosses the antimeridian the long way, and cut a geometry that crosses it uncut."""
+        if self.wrap:
+            return self
+        if self.bbox and self.bbox[0] > self.bbox[2]:
+            west, south, east, north = self.bbox
+            degrees = east + 360.0 - west
+            if degrees > _HALF_WAY_ROUND:
+                raise ValueError(
+                    f"bbox {west:g},{south:g},{east:g},{north:g} begins at longitude {west:g} and goes east, over the "
+                    f"antimeridian, to {east:g}: that is {degrees:g} degrees of the Earth's 360. Write "
+                    f"{east:g},{south:g},{west:g},{north:g} for the {360 - degrees:g} degrees between them, or add "
+                    "--wrap (wrap=True) if the large region is meant"
+                )
+        if self.geometry is not None:
+            object.__setattr__(self, "geometry", cut_uncut(self.geometry))
         return self
 
     @property

@@ -40,6 +40,7 @@ from ingest.trust.redact import redact_text
 from ingest.worker.guard import memory_note
 from zarr_store.backends import open_store
 from zarr_store.create import create_cube, record_provenance
+from zarr_store.empty import keep_empty
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, TerrashardError
 from zarr_store.grow import grow_cube
 from zarr_store.ledger import LedgerRow, ShardIndex
@@ -67,8 +68,9 @@ class _Tally:
     """The shards of a run that have ended so far."""
 
     rows: dict[str, list[LedgerRow]] = field(
-        default_factory=lambda: {"done": [], "partial": [], "failed": [], "skipped": [], "kept": []}
+        default_factory=lambda: {"done": [], "partial": [], "failed": [], "skipped": [], "kept": [], "empty": []}
     )
+    listed: set[tuple[str, ShardIndex]] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
     pixels_read: int = 0
 
@@ -85,7 +87,7 @@ class _Tally:
         return IngestReport(
             cube=job.url,
             plan=job.plan.digest,
-            written=rows("done"),
+            written=rows("done", "empty"),
             partial=rows("partial", "kept"),
             skipped=rows("skipped"),
             failed=rows("failed"),
@@ -213,6 +215,7 @@ def run_job(
         keep_plan(job.url, job.plan)
         if job.grow:
             grow_cube(job.url, job.plan.specs, items=job.plan.item_tables(), provenance=job.plan.provenance())
+        _list_empty(job, tally)
         todo = _what_is_left(job, tally)
         now = todo[: job.config.running.limit] if job.config.running.limit else todo
         done = len(job.plan.tasks) - len(todo)
@@ -284,6 +287,29 @@ def _check_same_plan(url: str, plan: Plan) -> None:
     )
 
 
+def _list_empty(job: Job, tally: _Tally) -> None:
+    """List the shards that no scene reaches, which makes them complete; they have no objects and need no worker.
+
+    The list is written before any shard is made: one that a new scene reaches is no longer in it when it is written.
+    """
+    if job.which == "unfinished":
+        return
+    cube, store = open_cube(job.url), open_store(job.url)
+    for spec in job.plan.specs:
+        ledger = cube.ledger(spec.collection)
+        stored, before = ledger.stored_rows(), ledger.rows()
+        empty = [
+            task
+            for task in job.plan.tasks
+            if task.collection == spec.collection and not task.sources and task.index not in stored
+        ]
+        keep_empty(store, spec, [(task.index, task.region, task.key) for task in empty])
+        rows = ledger.rows()
+        new = [task for task in empty if task.index not in before or before[task.index].key != task.key]
+        tally.rows["empty"] += [rows[task.index] for task in new]
+        tally.listed |= {(spec.collection, task.index) for task in new}
+
+
 def _what_is_left(job: Job, tally: _Tally) -> list[ShardTask]:
     """List the tasks that a job has to run; the ledger rows of the others go into the tally."""
     cube = open_cube(job.url)
@@ -297,7 +323,8 @@ def _what_is_left(job: Job, tally: _Tally) -> list[ShardTask]:
             if job.which != "unfinished":
                 left.append(task)
         elif row.state == "done":
-            tally.rows["skipped"].append(row)
+            if (task.collection, task.index) not in tally.listed:
+                tally.rows["skipped"].append(row)
         elif job.which == "absent" or (row.state == "partial" and job.config.running.on_error == "skip"):
             tally.rows["failed" if row.state == "failed" else "kept"].append(row)
         else:

@@ -107,6 +107,11 @@ class IngestReport:
         )
 
     @property
+    def empty(self) -> int:
+        """Number of shards made now that no scene reaches; they are complete and have no file."""
+        return sum(not row.sources and not row.checksums for row in self.written)
+
+    @property
     def missing(self) -> dict[str, str]:
         """Each scene and asset that could not be read, with the cause."""
         return {
@@ -156,7 +161,7 @@ class IngestReport:
         if not made and not self.partial and not self.failed and not self.pending:
             return f"{self.cube}: nothing to do, all {len(self.skipped)} shards are done (0 written)"
         counts = [
-            f"{made} shards written",
+            f"{made} shards written" + (f" ({self.empty} of them empty, without a file)" if self.empty else ""),
             f"{len(self.partial)} with missing scenes",
             f"{len(self.skipped)} were done before",
             f"{len(self.failed)} failed",

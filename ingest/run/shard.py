@@ -31,6 +31,7 @@ from ingest.trust.hrefs import is_url
 from ingest.worker.slots import computing
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
+from zarr_store.ground import ground_scale, turn_of, turn_towards, turned_near
 from zarr_store.ledger import SourceOutcome
 from zarr_store.regions import Region
 from zarr_store.spec import STATUS_MISSING, STATUS_NODATA, STATUS_OBSERVED
@@ -135,7 +136,9 @@ class _Shard:
         self.read = read
         self.grid = recipe.spec.grid.window(region.y0, region.x0, region.shape[1], region.shape[2])
         dilate = recipe.mask_dilate_m if recipe.mask_layer else 0.0
-        self.halo = halo_pixels(self.grid, dilate)
+        # that of the whole cube, so that the same pixel has the same reach in every shard
+        self.scale = ground_scale(recipe.spec.grid)
+        self.halo = halo_pixels(self.grid, dilate, self.scale)
         self.pixels_read = 0
         self.inside = inside_of(recipe.clip, self.grid)
         self.tally: Tally | None = None
@@ -264,7 +267,9 @@ class _Shard:
             whole = read[name].astype(np.uint8, copy=False)
             layers[name] = whole[rows : rows + target.height, cols : cols + target.width]
             if name == recipe.mask_layer:
-                masked = mask_classes(whole, recipe.mask_classes, grid=target, dilate_m=recipe.mask_dilate_m)
+                masked = mask_classes(
+                    whole, recipe.mask_classes, grid=target, dilate_m=recipe.mask_dilate_m, scale=self.scale
+                )
         return layers, masked
 
 
@@ -289,15 +294,18 @@ def _empty(shape: tuple[int, ...], dtype: str) -> Pixels:
 
 def _covered(extent: Grid, target: Grid) -> npt.NDArray[np.bool_]:
     """Find the target pixels whose centre lies in the rectangle of `extent`."""
+    extent = turn_towards(extent, target)
     left, bottom, right, top = extent.bounds
     if extent.crs == target.crs:
         x, y = target.x(), target.y()
         inside = ((y > bottom) & (y <= top))[:, None] & ((x >= left) & (x < right))[None, :]
         return np.asarray(inside, bool)
     transformer = Transformer.from_crs(target.crs, extent.crs, always_xy=True)
+    turn = turn_of(extent.crs)
     covered = np.zeros(target.shape, bool)
     x = target.x()
     for row, y in enumerate(target.y()):  # row by row: four float arrays of a whole shard would be its largest memory
         sx, sy = transformer.transform(x, np.full_like(x, y))
+        sx = turned_near(sx, (left + right) / 2.0, turn)
         covered[row] = (sx >= left) & (sx < right) & (sy > bottom) & (sy <= top)
     return covered

@@ -127,9 +127,9 @@ def iterate_items(
             f"{redact_url(location)}: expected a STAC catalogue, ItemCollection or item with assets, got {came}"
         )
     items = document["features"] if kind == "FeatureCollection" else [document]
-    for item in items:
+    for number, item in enumerate(items, 1):
         if not isinstance(item, Mapping):
-            raise InvalidInput(f"{redact_url(location)}: a feature is not an object; expected STAC items")
+            item = {"id": f"feature {number}, which is not an object"}  # the search names it among what it leaves out
         if item.get("collection"):
             collection_ids.add(str(item["collection"]))
         yield CatalogueItem(item, location)
@@ -185,8 +185,8 @@ def _walk(
         if count > MAX_DOCUMENTS:
             raise InvalidInput(f"{redact_url(place)}: more than {MAX_DOCUMENTS} documents; name a part or use its API")
         for href, item in _read_all(documents, links["item"]):
-            if _kind(item) != "Feature":
-                raise InvalidInput(f"{redact_url(href)}: linked as an item, but it is none; repair the catalogue")
+            if not isinstance(item, Mapping):
+                item = {"id": redact_url(href)}  # the search names it among what it leaves out
             if item.get("collection"):
                 collection_ids.add(str(item["collection"]))
             yield CatalogueItem(item, href, item_assets if isinstance(item_assets, Mapping) else {})

@@ -16,7 +16,7 @@ from shapely.geometry.base import BaseGeometry
 
 from zarr_store.errors import InvalidInput
 
-__all__ = ["LonLatBox", "box_region", "footprint_of", "lonlat_box", "meets", "overlap_share", "to_geojson"]
+__all__ = ["LonLatBox", "box_region", "flat_box", "footprint_of", "lonlat_box", "meets", "overlap_share", "to_geojson"]
 
 LonLatBox = tuple[float, float, float, float]
 """Box as (west, south, east, north) in degrees; a box with west > east crosses the antimeridian."""
@@ -38,7 +38,7 @@ def footprint_of(item: Mapping[str, Any], where: str) -> tuple[BaseGeometry, Lon
     raw, bounds = item.get("geometry"), item.get("bbox")
     try:
         with np.errstate(all="ignore"):  # values that are no numbers are refused below
-            geometry = shape(raw) if raw else box_region(_flat_box(bounds))
+            geometry = shape(raw) if raw else box_region(flat_box(bounds))
             parts = [_cut(part) for part in _polygons(geometry)]
             result = shapely.union_all(parts) if parts else geometry
     except (ShapelyError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -79,7 +79,12 @@ def to_geojson(geometry: BaseGeometry) -> dict[str, Any]:
     return result
 
 
-def _flat_box(bounds: object) -> LonLatBox:
+def flat_box(bounds: object) -> LonLatBox:
+    """The bbox of an item as (west, south, east, north); heights are left out.
+
+    Raises:
+        ValueError: It is no list of four or six numbers.
+    """
     if not isinstance(bounds, Sequence) or len(bounds) not in (4, 6):
         raise ValueError(f"expected a bbox of four or six numbers, got {bounds!r}")
     half = len(bounds) // 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,8 @@ from zarr_store.errors import InvalidInput
 from zarr_store.regular import check_regular, open_regular
 
 __all__ = ["decoded_batches", "is_parquet", "read_items", "write_items"]
+
+log = logging.getLogger(__name__)
 
 _TOP = ("type", "stac_version", "stac_extensions", "id", "geometry", "bbox", "links", "assets", "collection")
 _MAX_ROWS = 1_000_000
@@ -57,7 +60,7 @@ def read_items(path: str | Path) -> list[dict[str, Any]]:
         rows = [row for batch in decoded_batches(file, path) for row in batch.to_pylist()]
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(f"{path}: unreadable Parquet file ({error}); write or fetch it again") from error
-    return [_item(row, f"{path}, row {number}") for number, row in enumerate(rows)]
+    return [_item_or_name(row, f"{path}, row {number}") for number, row in enumerate(rows)]
 
 
 def write_items(items: Iterable[Mapping[str, Any]], path: str | Path | BinaryIO) -> None:
@@ -97,6 +100,15 @@ def _struct_box(bounds: Any) -> dict[str, float] | None:
     half = len(bounds) // 2
     names = ("xmin", "ymin", "xmax", "ymax")
     return dict(zip(names, (float(bounds[i]) for i in (0, 1, half, half + 1)), strict=True))
+
+
+def _item_or_name(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The item of a row; of a row that is none, what the search needs to name it among what it leaves out."""
+    try:
+        return _item(row, where)
+    except InvalidInput as error:
+        log.warning("%s", error)
+        return {"id": str(row.get("id") or where), "collection": row.get("collection")}
 
 
 def _item(row: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ingest.request.asset_choice import choose_asset
 from ingest.request.config import IngestConfig
-from ingest.request.products import BandRule, ProductRule, asset_key, choose_bands, find_product, refuse_unsupported
-from ingest.scenes.footprint import footprint_of, to_geojson
+from ingest.request.products import BandRule, ProductRule, choose_bands, find_product, refuse_unsupported
+from ingest.scenes.footprint import to_geojson
 from ingest.scenes.identity import (
     acquisition_time,
     baseline_of,
+    datastrip_of,
     datatake_of,
     first_of,
     number_of,
@@ -28,17 +30,15 @@ from ingest.scenes.identity import (
     whole_of,
 )
 from ingest.scenes.offsets import decide_offset
+from ingest.scenes.place import place_of
 from ingest.scenes.scene import AssetRef, Scene
+from ingest.scenes.stated_grid import first_band, stated_grid
 from ingest.trust.hrefs import HrefPolicy, resolve_href
 from ingest.trust.providers import find_provider, trusted_hosts
 from ingest.trust.redact import strip_signature
 from zarr_store.errors import InvalidInput
-from zarr_store.grid import Grid, normal_crs
 
 __all__ = ["harmonise"]
-
-_MAX_SIDE = 1 << 20
-"""Longest side of a raster that metadata may state, in pixels."""
 
 
 def harmonise(
@@ -84,7 +84,8 @@ def harmonise(
     policy = config.trust.href_policy(source or base, trusted_hosts(provider, source or base, config.trust.providers))
     notes: list[str] = []
     assets, lacking = _assets(item, product, config, base=base, policy=policy, notes=notes)
-    footprint, bounds = footprint_of(item, where)
+    place = place_of(item, where)
+    notes += [place.note] if place.note else []
     names = product_names(item)
     baseline = baseline_of(properties, names)
     dn_offset, evidence = decide_offset(
@@ -107,14 +108,18 @@ def harmonise(
         datetime=moment,
         assets=assets,
         lacking=lacking,
-        footprint=to_geojson(footprint),
-        bbox=bounds,
+        footprint=to_geojson(place.footprint),
+        bbox=place.bounds,
         platform=text_of(properties.get("platform"), lower=True) or platform_of(names),
         baseline=baseline,
         tile=tile_of(properties, names),
         relative_orbit=relative_orbit_of(properties, names),
         orbit_direction=text_of(first_of(properties, "sat:orbit_state", "sentinel2:orbit_direction"), lower=True),
         datatake=datatake_of(properties, names, product),
+        datastrip=datastrip_of(properties, names),
+        nodata_percent=_percent(
+            first_of(properties, "s2:nodata_pixel_percentage", "sentinel2:nodata_pixel_percentage")
+        ),
         cloud_cover=_percent(properties.get("eo:cloud_cover")),
         created=text_of(created),
         updated=text_of(properties.get("updated")),
@@ -155,11 +160,13 @@ def _assets(
     lacking: list[str] = []
     choice = choose_bands(product, config.selection.bands, config.pixels.mask)
     for band in choice.all:
-        key = asset_key(band, item["assets"])
-        asset = item["assets"].get(key) if key is not None else None
-        if key is None or not isinstance(asset, Mapping):
+        chosen = choose_asset(band, item["assets"])
+        if chosen is None:
             lacking.append(band.name)
             continue
+        key, asset = chosen.key, item["assets"][chosen.key]
+        if chosen.others:
+            notes.append(f"{band.name}: asset {key!r} is read; {', '.join(map(repr, chosen.others[:6]))} also name it")
         try:
             href = strip_signature(resolve_href(asset.get("href"), base=base, policy=policy))
         except InvalidInput as refusal:
@@ -191,7 +198,7 @@ def _asset_ref(
         band=band.name,
         key=key,
         href=href,
-        grid=_grid(asset, properties, f"asset {key!r}", notes),
+        grid=stated_grid(asset, properties, f"asset {key!r}", notes),
         dtype=str(dtype),
         nodata=nodata if nodata is not None else (0.0 if is_class else float(product.nodata)),
         scale=1.0 if is_class else (product.scale if scale is None else scale),
@@ -219,15 +226,11 @@ def _finite(number: float | None) -> float | None:
 
 def _raster(asset: Mapping[str, Any], name: str) -> Any:
     """A raster field of a one-band asset, from `bands` (1.1), `raster:bands` (1.0) or the asset itself (1.1)."""
-    for holder in (_first_band(asset.get("bands")), _first_band(asset.get("raster:bands")), asset):
+    for holder in (first_band(asset.get("bands")), first_band(asset.get("raster:bands")), asset):
         for spelling in (f"raster:{name}", name):
             if holder.get(spelling) is not None:
                 return holder[spelling]
     return None
-
-
-def _first_band(bands: object) -> Mapping[str, Any]:
-    return bands[0] if isinstance(bands, list) and len(bands) >= 1 and isinstance(bands[0], Mapping) else {}
 
 
 def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef]) -> dict[str, float]:
@@ -240,51 +243,3 @@ def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef]) -> d
             if offset is not None and scale != 0:
                 stated[band] = round(offset / (scale if scale is not None else ref.scale), 3)
     return stated
-
-
-def _grid(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, notes: list[str]) -> Grid | None:
-    """The grid that the projection extension states; None if there is none, or an unusable one, which gives a note."""
-    crs = _crs(asset, properties, where, notes)
-    shape, transform, bounds = (
-        _numbers(asset.get(name) or properties.get(name)) for name in ("proj:shape", "proj:transform", "proj:bbox")
-    )
-    if crs is None or len(shape) < 2:
-        return None
-    height, width = int(shape[0]), int(shape[1])
-    if not (0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE):
-        notes.append(f"{where}: proj:shape {shape} is impossible and ignored")
-        return None
-    if len(transform) >= 6:
-        a, b, c, d, e, f = transform[:6]
-    elif len(bounds) == 4:  # in the CRS of the file, so it is exact
-        left, bottom, right, top = bounds
-        a, b, c, d, e, f = (right - left) / width, 0.0, left, 0.0, (bottom - top) / height, top
-    else:
-        return None
-    try:
-        return Grid(crs, (a, b, c, d, e, f), (height, width))
-    except InvalidInput as error:
-        notes.append(f"{where}: {error}")
-        return None
-
-
-def _crs(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, notes: list[str]) -> str | None:
-    for holder in (_first_band(asset.get("bands")), asset, properties):
-        for name in ("proj:code", "proj:epsg", "proj:wkt2", "proj:projjson"):
-            value = holder.get(name)
-            if value is None or value == "":
-                continue
-            try:
-                return normal_crs(f"EPSG:{int(value)}" if name == "proj:epsg" else value)
-            except (InvalidInput, TypeError, ValueError, OverflowError):
-                notes.append(f"{where}: {name} {str(value)[:60]!r} is no known CRS and is ignored")
-    return None
-
-
-def _numbers(values: object) -> list[float]:
-    """The values as a list of finite numbers; empty if they are anything else."""
-    if not isinstance(values, list | tuple):
-        return []
-    numbers = [number_of(v) for v in values if isinstance(v, int | float)]
-    finite = [v for v in numbers if v is not None and math.isfinite(v)]
-    return finite if len(finite) == len(values) else []

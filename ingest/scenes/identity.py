@@ -13,6 +13,7 @@ from zarr_store.errors import InvalidInput
 __all__ = [
     "acquisition_time",
     "baseline_of",
+    "datastrip_of",
     "datatake_of",
     "first_of",
     "number_of",
@@ -123,6 +124,17 @@ def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: Pr
         if match:
             return f"G{match[1]}_{match[2]}"
     return None
+
+
+def datastrip_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """The sensing start of the datastrip, "20230810T100559": that of the part of a datatake which one station received.
+
+    A datatake may come down to two stations, and then each has its own part of a tile. The name of a granule ends in
+    the same time.
+    """
+    stated = text_of(first_of(properties, "s2:datastrip_id", "eopf:datastrip_id", "sentinel2:datastrip_id"))
+    found = search_in(r"_S(\d{8}T\d{6})(?:_|\.|$)", [stated]) if stated else None
+    return found or search_in(r"^L[12][AC]_T\d{2}[C-X][A-Z]{2}_A\d{6}_(\d{8}T\d{6})(?:_|\.|$)", names)
 
 
 def relative_orbit_of(properties: Mapping[str, Any], names: Iterable[str]) -> int | None:

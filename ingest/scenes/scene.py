@@ -96,6 +96,9 @@ class Scene:
         offset_evidence: Reason for `dn_offset`.
         notes: Remarks for the person who reads the plan: refused hrefs, ignored metadata, an unknown CRS.
         product: Name of the product rule in `ingest.request.products`, e.g. "sentinel-2-l2a".
+        datastrip: Sensing start of the datastrip, "20230810T100559"; parts of a split datatake differ in it.
+        nodata_percent: Share of the tile without data in percent, as the item states it.
+        catalogue_id: Id in the catalogue, where other scenes of the search have the same one; else empty.
 
     Example:
         >>> import ingest
@@ -125,6 +128,9 @@ class Scene:
     offset_evidence: str = ""
     notes: tuple[str, ...] = ()
     product: str = ""
+    datastrip: str | None = None
+    nodata_percent: float | None = None
+    catalogue_id: str = ""
 
     @property
     def key(self) -> tuple[str, str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from ingest.request.config import IngestConfig
 from ingest.scenes.scene import Scene
 from ingest.trust.redact import redact_url
 from zarr_store.notebook import rows_table
+
+if TYPE_CHECKING:
+    from ingest.scenes.dedupe import Duplicate
+    from ingest.scenes.search import Unusable
 
 __all__ = ["Scenes"]
 
@@ -25,6 +29,8 @@ class Scenes(Sequence[Scene]):
         scenes: The scenes.
         source: SOURCE of the search; it decides which hosts plans and workers may open.
         config: Settings of the search.
+        unusable: Items that the search left out because they cannot be understood.
+        duplicates: Copies of scenes that the search left out.
 
     Example:
         >>> import ingest
@@ -37,6 +43,8 @@ class Scenes(Sequence[Scene]):
     scenes: tuple[Scene, ...]
     source: str
     config: IngestConfig
+    unusable: tuple[Unusable, ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
 
     def __len__(self) -> int:
         return len(self.scenes)

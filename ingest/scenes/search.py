@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS, choose_bands, find_product, refuse_unsupported
 from ingest.scenes.api import api_root, ask_api
 from ingest.scenes.catalogue import CatalogueItem, iterate_items, open_source
-from ingest.scenes.dedupe import Duplicate, dedupe
+from ingest.scenes.dedupe import Duplicate, dedupe, name_apart
 from ingest.scenes.documents import Documents
 from ingest.scenes.harmonise import harmonise
 from ingest.scenes.scene import Scene
@@ -106,7 +107,8 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     for drop in drops:
         log.info("%s left out: %s", drop.dropped.id, drop.reason)
     # the items of this very answer: an API may answer the same question differently a moment later
-    return SearchResult(tuple(kept), tuple(drops), tuple(items[id(scene)] for scene in kept), tuple(unusable))
+    found = tuple(items[id(scene)] for scene in kept)
+    return SearchResult(tuple(name_apart(kept)), tuple(drops), found, tuple(unusable))
 
 
 def _unusable(item: Mapping[str, Any], error: Exception) -> Unusable:
@@ -156,7 +158,7 @@ def find_items(
                 documents, location, document, wanted=config.selection.collections, collection_ids=collection_ids
             )
         items: list[CatalogueItem] = []
-        ids: set[tuple[str, str]] = set()
+        listed: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
         for entry in candidates:
             key = (str(entry.item.get("collection")), str(entry.item.get("id")))
             try:
@@ -166,9 +168,9 @@ def find_items(
                     raise
                 undecided.append((entry, error))
                 continue
-            if not wanted or key in ids:
+            if not wanted or entry.item in listed[key]:  # some APIs list an item on two pages
                 continue
-            ids.add(key)
+            listed[key].append(entry.item)
             items.append(entry)
             if config.selection.max_items and len(items) >= config.selection.max_items:
                 break

@@ -11,7 +11,8 @@ from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
 from ingest.request.config import IngestConfig
-from ingest.scenes.footprint import LonLatBox, box_region, footprint_of, meets
+from ingest.scenes.footprint import LonLatBox, box_region, meets
+from ingest.scenes.place import place_of
 from zarr_store.errors import InvalidInput
 
 __all__ = ["Selection"]
@@ -61,9 +62,9 @@ class Selection:
         if self.config.selection.datetime and not self._in_time(properties, where):
             return self._turn_away("datetime")
         if self.region is not None:
-            footprint, bounds = footprint_of(item, where)
-            self._extents.append(bounds)
-            if not meets(footprint, self.region):
+            place = place_of(item, where)
+            self._extents.append(place.bounds)
+            if not meets(place.reach, self.region):
                 return self._turn_away("region")
         values = {"id": item.get("id"), "collection": collection, **properties}
         if not all(condition.holds(values) for condition in self._conditions):

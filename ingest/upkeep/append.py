@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -54,8 +54,9 @@ def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], in
         merged.add(fresh, {scene: row for (collection, scene), row in replaces.items() if collection == name})
         recipes[place] = merged.recipe
         items[name] = tuple(merged.rows)
-        tasks = [task for task in tasks if task.collection != name] + merged.tasks()
-        facts[name] = _merged_facts(facts[name], fresh.statistics.get(name, {}), merged)
+        made = merged.tasks()
+        tasks = [task for task in tasks if task.collection != name] + made
+        facts[name] = _merged_facts(facts[name], fresh.statistics.get(name, {}), merged, made)
     return Plan(
         recipes=tuple(recipes),
         items=items,
@@ -197,15 +198,21 @@ class _Row:
         return lattice_rank(headers or [self.planned.extent], target)
 
 
-def _merged_facts(old: Mapping[str, Any], fresh: Mapping[str, Any], merged: _Collection) -> dict[str, Any]:
+def _merged_facts(
+    old: Mapping[str, Any], fresh: Mapping[str, Any], merged: _Collection, tasks: Sequence[ShardTask]
+) -> dict[str, Any]:
     """Add up the counts; the resampled share is computed again over all scenes."""
     added = ("lacking", "unopened_assets", "bytes_to_read", "bytes_to_write", "requests")
     return {
         **old,
         **{name: old.get(name, 0) + fresh.get(name, 0) for name in added},
-        "offset_verdicts": {**old.get("offset_verdicts", {}), **fresh.get("offset_verdicts", {})},
+        **{
+            name: {**old.get(name, {}), **fresh.get(name, {})}
+            for name in ("offset_verdicts", "datastrips", "catalogue_ids")
+        },
         "resampled_share": resampled_share(merged.scenes.values(), merged.recipe.spec.grid),
         "scenes": len(merged.scenes),
         "steps": len(merged.recipe.spec.times),
         "shards": len(merged.recipe.spec.shards()),
+        "empty_shards": sum(not task.sources for task in tasks),
     }

@@ -16,6 +16,7 @@ from ingest.plan.stored import check_kept_source, kept_plan, require_providers
 from ingest.raster.asset_file import file_version
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
+from ingest.scenes.dedupe import are_other_strips
 from ingest.scenes.footprint import overlap_share
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import SearchResult, find_scenes
@@ -29,6 +30,8 @@ _AT_ONCE = 8
 
 _SAME_MOMENT_S = 90
 """Largest difference in seconds between copies of a granule, as in `ingest.scenes.dedupe`."""
+_OTHER_DATE_S = 12 * 3600
+"""Smallest difference in seconds that makes a scene of the same id another one, and no item whose time was mended."""
 _SAME_GROUND = 0.6
 """Smallest overlap of the footprints of copies, as in `ingest.scenes.dedupe`; halves of a datatake share less."""
 
@@ -174,17 +177,25 @@ def compare(plan: Plan, found: SearchResult, replaced: Mapping[tuple[str, str], 
         for name, rows in plan.items.items()
     }
     known = {(name, str(item["id"])): row for name, rows in current.items() for row, item in rows.items()}
-    left_out = {(drop.collection, drop.item_id) for drop in plan.drops}
+    left_out = {(drop.collection, drop.item_id) for drop in plan.drops if drop.copy_of is None}
     missing = []
+    seen: set[tuple[str, str]] = set()
     stale: dict[tuple[str, str], tuple[str, ...]] = {}
     superseded: dict[tuple[str, str], tuple[Scene, int]] = {}
     for scene in found.scenes:
         rows = current.get(scene.collection)
         if rows is None or scene.key in left_out:
             continue
+        facts = plan.statistics.get(scene.collection, {})
         row = known.get(scene.key)
+        if row is not None and _is_namesake(scene, rows[row]):
+            row = None
         if row is None:
-            row = next((number for number, item in rows.items() if _same_acquisition(scene, item)), None)
+            row = next((n for n, item in rows.items() if _has_new_name(scene, item, facts)), None)
+        if row is not None:
+            seen.add((scene.collection, str(rows[row]["id"])))
+        else:
+            row = next((n for n, item in rows.items() if _same_acquisition(scene, item, facts)), None)
             if row is None:
                 missing.append(scene)
                 continue
@@ -193,7 +204,7 @@ def compare(plan: Plan, found: SearchResult, replaced: Mapping[tuple[str, str], 
         elif scene.key in changed:
             superseded[scene.key] = (scene, row)
             stale[scene.key] = changed[scene.key]
-    listed = {scene.key for scene in found.scenes} | {drop.dropped.key for drop in found.duplicates}
+    listed = seen | {scene.key for scene in found.scenes} | {drop.dropped.key for drop in found.duplicates}
     listed |= {(one.collection, one.item_id) for one in found.unusable}  # still listed, although not usable
     removed = tuple(sorted(key for key in known if key not in listed))
     return News(tuple(missing), superseded, removed, stale)
@@ -223,15 +234,37 @@ def _restated(plan: Plan, found: SearchResult) -> dict[tuple[str, str], tuple[st
     return changed
 
 
-def _same_acquisition(scene: Scene, row: Mapping[str, Any]) -> bool:
+def _is_namesake(scene: Scene, row: Mapping[str, Any]) -> bool:
+    """Whether a scene only shares its id with a row: some catalogues give each tile, or each date, the same id."""
+    if scene.tile and row.get("tile") and scene.tile != row["tile"]:
+        return True
+    return _seconds_apart(scene, row) > _OTHER_DATE_S or not _box(scene.bbox).intersects(_box(row["bbox"]))
+
+
+def _has_new_name(scene: Scene, row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether a scene is that of a row under another name, which it got because others share its id in a catalogue."""
+    named = facts.get("catalogue_ids", {}).get(str(row["id"]), str(row["id"]))
+    if (scene.catalogue_id or scene.id) != named or (scene.id == named and str(row["id"]) == named):
+        return False
+    return not _is_namesake(scene, row) and _seconds_apart(scene, row) <= _SAME_MOMENT_S
+
+
+def _seconds_apart(scene: Scene, row: Mapping[str, Any]) -> float:
+    apart = dt.datetime.fromisoformat(scene.datetime) - dt.datetime.fromisoformat(str(row["datetime"]))
+    return abs(apart.total_seconds())
+
+
+def _same_acquisition(scene: Scene, row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     """Whether a scene and a row of the item table are copies of one granule, by the rules of `ingest.scenes.dedupe`."""
+    strip = facts.get("datastrips", {}).get(str(row["id"]))
+    if are_other_strips(scene.datastrip, strip, same_baseline=scene.baseline == row.get("baseline")):
+        return False
     for name in ("platform", "tile", "relative_orbit"):
         if getattr(scene, name) != row.get(name):
             return False
     if _datatake(scene.datatake) != _datatake(row.get("datatake")):
         return False
-    apart = dt.datetime.fromisoformat(scene.datetime) - dt.datetime.fromisoformat(str(row["datetime"]))
-    if abs(apart.total_seconds()) > _SAME_MOMENT_S:
+    if _seconds_apart(scene, row) > _SAME_MOMENT_S:
         return False
     return overlap_share(_box(scene.bbox), _box(row["bbox"])) >= _SAME_GROUND
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from distributed import Client
 
+from ingest.pixels.clip import clip_text
+from ingest.pixels.grid_area import is_grid_area, sha_of
 from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
 from ingest.plan.probe import probe_scenes
@@ -21,11 +23,13 @@ from ingest.request.config import IngestConfig
 from ingest.request.selection import parse_interval
 from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.record import RunRecord
+from ingest.scenes.dedupe import name_apart
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import SearchResult, find_scenes
 from ingest.trust.hrefs import is_url
 from ingest.upkeep.append import merge_plans
 from ingest.upkeep.audit import compare, replaced_files
+from ingest.upkeep.contradictions import refuse_contradictions
 from zarr_store.errors import NothingFound
 from zarr_store.lock import CubeLock
 
@@ -104,7 +108,11 @@ def plan_extension(
         refresh: Replace scenes that have a newer copy, or whose files were replaced under their old names.
         found: Result of a search that was made already.
         cube_url: The cube, whose ledger names the files that were read; None does not check for replaced files.
+
+    Raises:
+        CubeMismatch: The settings contradict the cube, also where nothing is new.
     """
+    refuse_contradictions(old, config)
     try:
         found = found or find_scenes(source, config)
     except NothingFound:
@@ -112,7 +120,8 @@ def plan_extension(
     news = compare(
         old, found, replaced_files(cube_url, old, found, config, source=source) if refresh and cube_url else None
     )
-    scenes: list[Scene] = list(news.missing) if append else []
+    taken = [(name, str(row["id"])) for name, rows in old.items.items() for row in rows]
+    scenes: list[Scene] = name_apart(news.missing, taken) if append else []
     replaces: dict[tuple[str, str], int] = {}
     if refresh:
         for key, (scene, row) in news.superseded.items():
@@ -133,10 +142,20 @@ def plan_extension(
             source=old.source,
             layout=recipe.spec.layout,
             grid=recipe.spec.grid,
+            clip=_kept_clip(recipe.clip, config),
         )
     except NothingFound as error:
         raise NothingFound(f"{error} (the region is the cube's)") from error
     return merge_plans(old, fresh, replaces=replaces, config=_joined(old.config, config))
+
+
+def _kept_clip(clip: str | None, config: IngestConfig) -> str | None:
+    """The area of a cube where it is the one that the settings ask for and the cube keeps it in pixels."""
+    geometry = config.selection.geometry
+    if not is_grid_area(clip) or clip is None or geometry is None or not config.pixels.clip:
+        return None
+    asked = geometry.get("sha256") or sha_of(clip_text(geometry) or "")
+    return clip if asked == sha_of(clip) else None
 
 
 def _joined(old: Mapping[str, Any], config: IngestConfig) -> dict[str, Any]:

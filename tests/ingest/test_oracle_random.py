@@ -1,13 +1,15 @@
 """Shards against an oracle that shares no code with the ingest: numpy over whole scenes, in exact fractions.
 
 Worlds are made up by hypothesis: several days of scenes with mixed baselines, zones, lattices, resolutions and
-overlaps, with duplicates, lacking bands and files that fail, with masks that grow, clipping, groups and reducers.
+overlaps, with duplicates, split datatakes, lacking bands and files that fail, with masks that grow, clipping, groups
+and reducers; some lie on both sides of 180° and are brought to longitude and latitude.
 Pixels are multiples of 64, so that no interpolation ends in exactly one half, where the last bit of a float would
 decide; and where zones differ the kernel is nearest, because only there can numpy say exactly what is right.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 import os
 from dataclasses import dataclass, replace
@@ -27,6 +29,7 @@ from ingest.raster.resample import pick_resampling, place
 from ingest.request.config import IngestConfig
 from ingest.run.shard import fill_shard
 from ingest.scenes.dedupe import dedupe
+from ingest.scenes.footprint import box_region, to_geojson
 from ingest.scenes.scene import AssetRef, Scene
 from zarr_store.errors import AssetUnreadable, NothingFound
 from zarr_store.grid import Grid
@@ -35,6 +38,10 @@ from zarr_store.spec import Layout
 CASES = int(os.environ.get("TERRASHARD_ORACLE_CASES", "10000"))
 HERE, NEXT = "EPSG:32633", "EPSG:32634"
 X0, Y0 = 700_000.0, 5_000_040.0
+WEST, EAST = "EPSG:32660", "EPSG:32601"
+NEAR_180 = (736_280.0, 4_987_320.0)
+"""A corner in zone 60 that is a little west of 180°, so that scenes lie on both sides."""
+DEGREES = 0.00015
 LAYOUT = Layout("test", (1, 8, 8), (1, 16, 16))
 MASKED = (0, 3, 9)
 BANDS = ("red", "nir")
@@ -61,13 +68,14 @@ class Made:
 
 @st.composite
 def worlds(draw: st.DrawFn) -> dict[str, Any]:
-    zone = draw(st.sampled_from(["same", "same", "same", "mixed"]))
+    zone = draw(st.sampled_from(["same", "same", "same", "same", "mixed", "across"]))
     scenes = []
     for _ in range(draw(st.integers(1, 5))):
-        other = zone == "mixed" and draw(st.booleans())
+        other = zone != "same" and draw(st.booleans())
+        here, there = (WEST, EAST) if zone == "across" else (HERE, NEXT)
         scenes.append(
             {
-                "zone": NEXT if other else HERE,
+                "zone": there if other else here,
                 "day": draw(st.integers(1, 3)),
                 # pixels of 20 m; a quarter is another lattice, a half would leave nearest undecided
                 "shift": tuple(draw(st.integers(-8, 8)) + draw(st.sampled_from([0.0, 0.0, 0.25])) for _ in "yx"),
@@ -76,29 +84,34 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
                 "baseline": draw(st.sampled_from(["02.14", "04.00", "05.09"])),
                 "cloud_cover": float(draw(st.sampled_from([0, 10, 90]))),
                 "looked": draw(st.booleans()),
-                "fault": draw(st.sampled_from(["", "", "", "", "red", "scl", "lacking", "copy"])),
+                "fault": draw(st.sampled_from(["", "", "", "", "red", "scl", "lacking", "copy", "split"])),
             }
         )
     return {
         "scenes": scenes,
         "seed": draw(st.integers(0, 2**31)),
-        "kernel": "nearest" if zone == "mixed" else draw(st.sampled_from(["nearest", "bilinear"])),
+        "crs": "EPSG:4326" if zone == "across" else HERE,
+        "kernel": "nearest" if zone != "same" else draw(st.sampled_from(["nearest", "bilinear"])),
         "dilate_m": draw(st.sampled_from([0.0, 20.0, 45.0])),
         "mask": draw(st.sampled_from(["scl", "scl", "none"])),
         "group": draw(st.sampled_from(["solar-day", "item", "month"])),
         "reduce": draw(st.sampled_from(["first", "median", "mean"])),
-        "clip": draw(st.booleans()),
+        "clip": zone != "across" and draw(st.booleans()),
     }
 
 
 def build(world: dict[str, Any]) -> list[Made]:
     rng = np.random.default_rng(world["seed"])
     to_next = Transformer.from_crs(HERE, NEXT, always_xy=True)
+    to_east = Transformer.from_crs(WEST, EAST, always_xy=True)
     made = []
     for number, spec in enumerate(world["scenes"]):
         x, y = X0, Y0
         if spec["zone"] == NEXT:
             x, y = (20 * math.floor(v / 20) for v in to_next.transform(X0, Y0))
+        elif spec["zone"] != HERE:
+            x, y = NEAR_180 if spec["zone"] == WEST else to_east.transform(*NEAR_180)
+            x, y = (20 * math.floor(v / 20) for v in (x, y))
         metres = spec["metres"]
         if spec["zone"] == HERE and metres == 40:
             down, right = (math.floor(v) for v in spec["shift"])  # so that 40 m nests in 20 m
@@ -118,15 +131,23 @@ def build(world: dict[str, Any]) -> list[Made]:
             if band not in lacking
         }
         west, south, east, north = grid.lonlat_bounds()
-        ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+        footprint = to_geojson(box_region((west, south, east, north)))
         scene = Scene(
             id=item, collection="sentinel-2-l2a", provider="terrashard", assets=assets, lacking=lacking,
             datetime=f"2023-08-{spec['day']:02d}T10:00:{number:02d}Z", bbox=(west, south, east, north),
-            footprint={"type": "Polygon", "coordinates": [ring]}, product="sentinel-2-l2a", dn_offset=spec["dn_offset"],
+            footprint=footprint, product="sentinel-2-l2a", dn_offset=spec["dn_offset"],
             baseline=spec["baseline"], cloud_cover=spec["cloud_cover"], platform="sentinel-2a", tile=f"T{number}",
             relative_orbit=79, datatake=f"GS2A_202308{spec['day']:02d}T100000_0_N", created="2023-09-01T00:00:00Z",
         )  # fmt: skip
         broken = spec["fault"] if spec["fault"] in ("red", "scl") else None
+        if spec["fault"] == "split":  # two stations: each has some rows of the tile, and states the whole of it
+            rest = {band: values.copy() for band, values in pixels.items()}
+            for band in pixels:
+                pixels[band][size[0] // 2 + 1 :], rest[band][: size[0] // 2 - 1] = 0, 0
+            later = scene.datetime.replace("T10:00:", "T10:01:")
+            half = replace(scene, id=f"{item}_south", datetime=later, datastrip="20230801T100012")
+            scene = replace(scene, datastrip="20230801T095958")
+            made.append(Made(half, rest, None, looked=spec["looked"]))
         made.append(Made(scene, pixels, broken, looked=spec["looked"] and broken != "scl"))
         if spec["fault"] == "copy":  # an older processing of the same granule: it must not give a single pixel
             older = replace(scene, id=f"{item}_old", baseline="01.00", cloud_cover=0.0)
@@ -151,7 +172,8 @@ def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.
     }  # fmt: skip
     config = IngestConfig(
         bands=(*BANDS, "scl"), resampling=world["kernel"], mask=world["mask"], mask_classes=MASKED,
-        mask_dilate_m=world["dilate_m"], group=world["group"], reduce=world["reduce"], crs=HERE, resolution=20,
+        mask_dilate_m=world["dilate_m"], group=world["group"], reduce=world["reduce"], crs=world["crs"],
+        resolution=DEGREES if world["crs"] == "EPSG:4326" else 20,
         indices=("ndvi",), geometry=CLIP if world["clip"] else None,
     )  # fmt: skip
     try:
@@ -247,10 +269,33 @@ def oracle(made: list[Made], world: dict[str, Any], target: Grid, kept: set[str]
     label = {"solar-day": 10, "month": 7, "item": None}[world["group"]]
     groups: dict[str, list[Made]] = {}
     for one in sorted(used, key=lambda m: m.scene.datetime):
-        groups.setdefault(one.scene.datetime[:label], []).append(one)
+        groups.setdefault(solar_time(one, target)[:label], []).append(one)
     outside = outside_clip(target) if world["clip"] else np.zeros(target.shape, bool)
     steps = [compose(members, world, target, rows, outside) for members in groups.values()]
     return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+
+
+def solar_time(one: Made, target: Grid) -> str:
+    """The scene's time as the sun has it in the middle of the grid; worlds near 17° E never change their date."""
+    if target.crs == HERE:
+        return one.scene.datetime
+    middle = (target.bounds[0] + target.bounds[2]) / 2
+    hours = (middle - 360 if middle >= 180 else middle) / 15
+    return (dt.datetime.fromisoformat(one.scene.datetime) + dt.timedelta(hours=hours)).isoformat()
+
+
+def pixel_m(target: Grid) -> tuple[float, float]:
+    """Height and width of a pixel on the ground in the middle of the grid, in metres."""
+    if target.crs == HERE:
+        return 20.0, 20.0
+    _, south, _, north = target.bounds
+    radians = math.radians((south + north) / 2)
+    # lengths of a degree on the WGS 84 ellipsoid (Snyder, Map Projections, 1987, eq. 4-18, 4-19)
+    bulge = 1 - 0.00669438 * math.sin(radians) ** 2
+    return (
+        target.resolution[1] * math.radians(6_378_137 * (1 - 0.00669438) / bulge**1.5),
+        target.resolution[0] * math.radians(6_378_137 * math.cos(radians) / bulge**0.5),
+    )
 
 
 def outside_clip(target: Grid) -> np.ndarray:
@@ -276,6 +321,7 @@ def compose(
     status, winner, count = np.zeros(shape, int), np.full(shape, -1), np.zeros(shape, int)
     stack, clears, lost = [], [], np.zeros(shape, bool)
     wide = target.window(-4, -4, shape[0] + 8, shape[1] + 8)
+    height_m, width_m = pixel_m(target)
     for one in sorted(members, key=order):
         grid = next(iter(one.scene.assets.values())).grid
         assert grid is not None
@@ -292,9 +338,9 @@ def compose(
         if world["mask"] == "scl":
             masked = np.isin(near, MASKED)
             cloud = np.isin(scl, [m for m in MASKED if m])
-            for dy in range(-2, 3):
-                for dx in range(-2, 3):
-                    if math.hypot(dy, dx) * 20 <= world["dilate_m"]:
+            for dy in range(-3, 4):
+                for dx in range(-4, 5):
+                    if math.hypot(dy * height_m, dx * width_m) <= world["dilate_m"]:
                         masked |= cloud[4 + dy : 4 + dy + shape[0], 4 + dx : 4 + dx + shape[1]]
         moved = np.clip(dn + one.scene.dn_offset, 1, 65535)
         clear = seen & ~masked

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from ingest.request.products import PRODUCTS, asset_key, choose_bands, find_product, refuse_unsupported
+from ingest.request.asset_choice import choose_asset
+from ingest.request.products import PRODUCTS, BandRule, choose_bands, find_product, refuse_unsupported
 from ingest.trust.providers import PROVIDERS, find_provider
 from zarr_store.errors import InvalidInput, UnknownName
 
@@ -52,20 +54,26 @@ def test_the_mask_layer_is_read_without_being_kept() -> None:
         choose_bands(L2A, ["scl"])
 
 
+def _key(band: BandRule | None, assets: Mapping[str, Any]) -> str | None:
+    assert band is not None
+    chosen = choose_asset(band, assets)
+    return chosen.key if chosen else None
+
+
 def test_asset_keys_differ_per_provider() -> None:
     blue, nir08 = L2A.band("blue"), L2A.band("nir08")
     assert blue is not None
     assert nir08 is not None
-    assert asset_key(blue, {"blue": {}, "blue-jp2": {}, "blue_20m": {}}) == "blue"
-    assert asset_key(blue, {"B02_20m": {}, "B02_10m": {}}) == "B02_10m"
-    assert asset_key(nir08, {"B08": {}, "B8A": {}}) == "B8A"
+    assert _key(blue, {"blue": {}, "blue-jp2": {}, "blue_20m": {}}) == "blue"
+    assert _key(blue, {"B02_20m": {}, "B02_10m": {}}) == "B02_10m"
+    assert _key(nir08, {"B08": {}, "B8A": {}}) == "B8A"
     strange = {
         "thumb": {"eo:bands": [{"name": "B02"}, {"name": "B03"}]},
         "coarse": {"gsd": 60, "eo:bands": [{"name": "B02", "common_name": "blue"}]},
         "fine": {"gsd": 10, "bands": [{"name": "x", "eo:common_name": "blue"}]},
     }
-    assert asset_key(blue, strange) == "fine"
-    assert asset_key(nir08, strange) is None
+    assert _key(blue, strange) == "fine"
+    assert choose_asset(nir08, strange) is None
 
 
 @pytest.mark.parametrize("collection", ["sentinel-1-grd", "sentinel1-grd", "sentinel-1-slc", "S1_GRD"])
