@@ -300,7 +300,9 @@ def _item_row(one: ProbedScene, step: int) -> dict[str, Any]:
 
 def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: IngestConfig) -> SourceAsset:
     layer = asset.kind == "class"
-    stored: Stored = "uint8" if layer else "float32" if recipe.spec.kind == "backscatter" else "uint16"
+    radar = recipe.spec.kind == "backscatter"
+    stored: Stored = "uint8" if layer else "float32" if radar else "uint16"
+    probe = one.probe.assets.get(asset.band) if one.probe else None
     return SourceAsset(
         scene=one.scene.id,
         band=asset.band,
@@ -314,6 +316,11 @@ def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: Ing
         dn_offset=one.dn_offset if stored == "uint16" else 0,
         size_bytes=asset.size_bytes,
         checksum=asset.checksum,
+        scale=None if layer or asset.scale in (1.0, product_of(one.scene).scale) else asset.scale,
+        unit=asset.unit if radar and asset.unit and not layer else None,
+        file_offset=probe.offset_dn or None if probe and stored == "uint16" else None,
+        presigned=asset.presigned,
+        refusal=probe.refusal if probe else None,
     )
 
 

@@ -20,6 +20,7 @@ from ingest.raster.ranges import HEAD_BYTES, MAX_REQUESTS, Head, HeadCache, Span
 from ingest.trust.answers import TooLongError, read_answer, read_start
 from ingest.trust.buckets import bucket_url
 from ingest.trust.connections import PatientRetry, PrivatePeerError, check_peers
+from ingest.trust.presigned import find_signed
 from ingest.trust.redact import redact_logs
 from ingest.trust.sign import STORAGE_HOSTS, signed
 from ingest.trust.waits import pause
@@ -91,7 +92,7 @@ def fetch_head(href: str, access: Access) -> tuple[str, Head]:
                 continue
             if reply.status not in (200, 206):
                 kind = TransientError if reply.status in _RETRIED_STATUS else PermanentError
-                advice = _advice(url, access) if reply.status in (401, 403, 404, 409) else ""
+                advice = _advice(url, href, access) if reply.status in (401, 403, 404, 409) else ""
                 raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip() + advice)
             ranges = reply.status == 206
             data = read_start(reply, HEAD_BYTES if ranges else 64)
@@ -282,7 +283,11 @@ def _was_busy(reply: urllib3.BaseHTTPResponse) -> bool:
     return any(status in _BUSY for status in (reply.status, *(one.status for one in history)))
 
 
-def _advice(url: str, access: Access) -> str:
+def _advice(url: str, href: str, access: Access) -> str:
+    if find_signed(href, access.signed_hrefs) != href:
+        return (
+            " (the catalogue signed this address, and its signature is not accepted now: repeat the command on SOURCE)"
+        )
     if access.sign == "none" and (urlsplit(url).hostname or "").endswith(STORAGE_HOSTS):
         return " (files of Planetary Computer need --sign planetary-computer)"
     return ""
@@ -292,6 +297,9 @@ def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool
     try:
         if href.startswith("s3://"):
             return bucket_url(href, access.bucket_rules, pool, pay=access.requester_pays)
+        given = find_signed(href, access.signed_hrefs)
+        if given != href and not renew:
+            return given
         return signed(href, access.sign, pool, renew=renew, rules=access.sign_rules)
     except InvalidInput as error:
         raise PermanentError(str(error)) from error

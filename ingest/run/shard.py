@@ -28,6 +28,7 @@ from ingest.plan.task import PlannedScene, Recipe, ShardTask, SourceAsset
 from ingest.raster.limits import Access
 from ingest.raster.read import NODATA, Pixels, read_on_grid
 from ingest.trust.hrefs import is_url
+from ingest.trust.redact import redact_url
 from ingest.worker.slots import computing
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
@@ -78,6 +79,8 @@ def fill_shard(
     """
 
     def read(asset: SourceAsset, window: Grid, out: Pixels | None) -> Pixels:
+        if asset.refusal is not None:
+            raise AssetUnreadable.of(asset.scene, asset.key, asset.refusal, redact_url(asset.href))
         if reader is not None:
             pixels = reader(asset, window)
             if out is None:
