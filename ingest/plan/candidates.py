@@ -25,7 +25,6 @@ from ingest.raster.read import Stored
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS, BandChoice, ProductRule
 from ingest.scenes.scene import AssetRef, Scene
-from ingest.trust.redact import redact_url
 from zarr_store.errors import AssetUnreadable, InvalidInput, NothingFound
 from zarr_store.grid import Bounds, Grid, check_on_earth
 from zarr_store.regions import Region
@@ -151,8 +150,11 @@ def refuse_unopened(probed: Sequence[ProbedScene]) -> None:
         for band, asset_probe in (one.probe.assets if one.probe else {}).items():
             asset = one.scene.assets.get(band)
             if asset is not None and asset_probe.error:
-                reason = f"{asset_probe.error} (and no other file of {len(probed)} scenes could be opened)"
-                raise AssetUnreadable.of(one.scene.id, asset.key, reason, redact_url(asset.href))
+                unreadable = AssetUnreadable(
+                    f"{asset_probe.error} (and no other file of {len(probed)} scenes could be opened)"
+                )
+                unreadable.asset = asset.key
+                raise unreadable
     raise InvalidInput(
         f"none of the {len(probed)} scenes has a readable band (first: {probed[0].scene.id}, "
         f"lacking {', '.join(probed[0].scene.lacking) or 'nothing'}); check --bands and the access rules of the source"

@@ -21,7 +21,7 @@ from pyproj.exceptions import ProjError
 from shapely.geometry import shape
 
 from ingest.plan.coverage import Coverage, choose_coverage_band, measure_coverage
-from ingest.plan.tags import describe_conversion, follow_offset_of_files, refuse_decibel, stored_type
+from ingest.plan.tags import describe_conversion, find_refusals, follow_offset_of_files, stored_type
 from ingest.raster.gdal_read import read_window
 from ingest.raster.ranges import find_range_file
 from ingest.request.config import IngestConfig
@@ -332,13 +332,12 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
     """Decide the offset and the coverage of a scene, and list where its files and its metadata disagree."""
     covered = headers.get(_coverage_band(scene) or "")
     coverage = covered.coverage if covered else None
-    probes = refuse_decibel(
-        scene,
-        {band: header.probe for band, header in headers.items()},
-        coverage.negative if coverage else None,
-        strict=config.running.strict,
-    )
-    scene, remarks = follow_offset_of_files(scene, probes)
+    probes = {band: header.probe for band, header in headers.items()}
+    units = {band: probe.unit for band, probe in probes.items() if probe.error is None}
+    negative = coverage.negative if coverage else None
+    for refused, reason in find_refusals(scene, units, negative, strict=config.running.strict).items():
+        probes[refused] = replace(probes[refused], refusal=reason)
+    scene, remarks = follow_offset_of_files(scene, {band: probe.offset_dn for band, probe in probes.items()})
     sentences = remarks + _mismatches(scene, probes)
     band = _offset_band(scene)
     header = headers.get(band) if band else None
@@ -382,7 +381,7 @@ def _mismatches(scene: Scene, probes: Mapping[str, AssetProbe]) -> list[str]:
             ].append(band)
         if probe.refusal:
             bands_with[probe.refusal].append(band)
-        if asset.kind == "data" and (text := describe_conversion(scene, asset, probe)):
+        if asset.kind == "data" and (text := describe_conversion(scene, asset, probe.scale, probe.unit)):
             bands_with[text].append(band)
         if probe.nodata is not None and asset.nodata is not None and not _same(asset.nodata, probe.nodata):
             text = f"item says nodata {asset.nodata:g}, file declares {probe.nodata:g}; both are masked"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ingest.raster.asset_file import find_mask_beside
 from ingest.raster.values import DECIBEL
 from ingest.request.products import PRODUCTS
 from ingest.scenes.offsets import OFFSET_DN, UNKNOWN_OFFSET
@@ -17,10 +18,9 @@ from ingest.scenes.scene import AssetRef, Scene
 from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from ingest.plan.probe import AssetProbe
     from ingest.raster.read import Stored
 
-__all__ = ["describe_conversion", "follow_offset_of_files", "refuse_decibel", "stored_type"]
+__all__ = ["describe_conversion", "find_refusals", "follow_offset_of_files", "stored_type"]
 
 _MOST_NEGATIVE = 0.5
 """Largest share of negative pixels of a scene in linear power; noise that was subtracted leaves few."""
@@ -33,45 +33,59 @@ def stored_type(scene: Scene, asset: AssetRef) -> Stored:
     return "float32" if _is_radar(scene) else "uint16"
 
 
-def refuse_decibel(
-    scene: Scene, probes: Mapping[str, AssetProbe], negative: float | None, *, strict: bool
-) -> dict[str, AssetProbe]:
-    """Refuse the bands of a radar scene whose pixels are negative although nothing states that they are in decibel.
+def find_refusals(scene: Scene, units: Mapping[str, str], negative: float | None, *, strict: bool) -> dict[str, str]:
+    """Find the bands that can be read and are not used, because what they hold would be misread.
+
+    These are bands of a radar scene whose pixels are negative although nothing states that they are in decibel, and
+    local files beside which a mask lies: only the files themselves are read, and the mask would be lost.
 
     Args:
         scene: The scene.
-        probes: The header of each file, by band.
+        units: Unit that the file states, by band, for the bands whose files could be opened.
         negative: Share of negative pixels of one of its bands; None where it was not measured.
         strict: Whether a refusal is an error.
+
+    Returns:
+        Band → reason.
 
     Raises:
         InvalidInput: A band is refused, and `strict`.
     """
-    refused = dict(probes)
-    if not _is_radar(scene) or negative is None or negative <= _MOST_NEGATIVE:
-        return refused
-    reason = (
-        f"expected linear power, {negative:.0%} of the pixels are negative: they seem to be in decibel; state the unit "
-        "dB in the item's raster:bands or in the file, or convert the file"
-    )
-    for band, probe in probes.items():
-        if probe.error is None and scene.assets[band].kind == "data" and not _in_decibel(scene.assets[band], probe):
-            if strict:
-                raise InvalidInput(f"scene {scene.id}: {band}: {reason}")
-            refused[band] = replace(probe, refusal=reason)
-    return refused
+    refusals = {}
+    most_negative = _is_radar(scene) and negative is not None and negative > _MOST_NEGATIVE
+    for band, unit in units.items():
+        asset = scene.assets[band]
+        name = find_mask_beside(asset.href)
+        if name is not None:
+            refusals[band] = (
+                f"a mask lies beside the file ({name}), and only the file itself is read: write the mask into the "
+                "file, or take the mask away"
+            )
+        elif most_negative and asset.kind == "data" and not _in_decibel(asset, unit):
+            refusals[band] = (
+                f"expected linear power, {negative:.0%} of the pixels are negative: they seem to be in decibel; state "
+                "the unit dB in the item's raster:bands or in the file, or convert the file"
+            )
+    if refusals and strict:
+        band, reason = next(iter(refusals.items()))
+        raise InvalidInput(f"scene {scene.id}: {band}: {reason}")
+    return refusals
 
 
-def follow_offset_of_files(scene: Scene, probes: Mapping[str, AssetProbe]) -> tuple[Scene, list[str]]:
+def follow_offset_of_files(scene: Scene, offsets: Mapping[str, float]) -> tuple[Scene, list[str]]:
     """Take the offset that the files of a scene state where nothing else states one.
+
+    Args:
+        scene: The scene.
+        offsets: Offset in digital numbers that the file of each band states.
 
     Returns:
         The scene, and the sentences for the plan. Where the metadata state another offset, the pixels decide.
     """
     bands = [
         band
-        for band, probe in probes.items()
-        if scene.assets[band].kind == "data" and probe.offset_dn == OFFSET_DN and not _is_radar(scene)
+        for band, offset in offsets.items()
+        if scene.assets[band].kind == "data" and offset == OFFSET_DN and not _is_radar(scene)
     ]
     if not bands or scene.dn_offset == OFFSET_DN:
         return scene, []
@@ -82,20 +96,20 @@ def follow_offset_of_files(scene: Scene, probes: Mapping[str, AssetProbe]) -> tu
     return replace(scene, dn_offset=OFFSET_DN, offset_evidence=evidence), [f"{tags}; nothing else does: it is followed"]
 
 
-def describe_conversion(scene: Scene, asset: AssetRef, probe: AssetProbe) -> str | None:
+def describe_conversion(scene: Scene, asset: AssetRef, stated_scale: float, unit: str) -> str | None:
     """Describe how the numbers of a file are converted because of what it states; None where they are not."""
     if _is_radar(scene):
-        in_decibel = _in_decibel(asset, probe)
+        in_decibel = _in_decibel(asset, unit)
         return "the unit is stated as dB: the numbers are converted to linear power" if in_decibel else None
     scale = next(rule.scale for rule in PRODUCTS if rule.name == scene.product)
-    if probe.scale == 1.0 or abs(probe.scale / scale - 1.0) < 1e-5:
+    if stated_scale == 1.0 or abs(stated_scale / scale - 1.0) < 1e-5:
         return None
-    return f"the file states a scale of {probe.scale:g}: its numbers are converted to {scale:g}"
+    return f"the file states a scale of {stated_scale:g}: its numbers are converted to {scale:g}"
 
 
 def _is_radar(scene: Scene) -> bool:
     return any(rule.name == scene.product and rule.kind == "backscatter" for rule in PRODUCTS)
 
 
-def _in_decibel(asset: AssetRef, probe: AssetProbe) -> bool:
-    return (probe.unit or asset.unit or "").strip().lower() in DECIBEL
+def _in_decibel(asset: AssetRef, unit: str) -> bool:
+    return (unit or asset.unit or "").strip().lower() in DECIBEL

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
-from ingest.raster.drivers import DRIVERS_BY_MAGIC
-from ingest.raster.faults import PermanentError, TransientError, describe_fault
+from ingest.raster.drivers import DRIVERS_BY_MAGIC, OTHER_MAGIC
+from ingest.raster.faults import PermanentError, TransientError, UnsupportedError, describe_fault
 from ingest.raster.ranges import HEAD_BYTES, MAX_REQUESTS, Head, HeadCache, Span
 from ingest.trust.answers import TooLongError, read_answer, read_start
 from ingest.trust.buckets import bucket_url
@@ -36,6 +37,7 @@ __all__ = [
     "fetch_head",
     "fetch_whole",
     "head_cache",
+    "is_same_version",
     "read_remote_sidecar",
     "stream_whole",
 ]
@@ -44,6 +46,12 @@ _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which a request is sent again."""
 _BUSY = (429, 503)
 """HTTP statuses by which a host asks for fewer requests."""
+_MOST_ASKED = 32
+"""How often a span is asked for where servers state different versions of the file."""
+_SURE = 12
+"""How often one other version must answer before the file counts as replaced: of two servers, one in 4,096 reads."""
+_TELLING_VERSIONS = 3
+"""Largest number of other versions of equal bytes that a server may state; with more, versions tell nothing."""
 _crowd = Crowd()
 MAX_SPAN_BYTES = 1 << 30
 """Largest number of bytes of one request; blocks of a window that lie beside each other are one request."""
@@ -53,8 +61,13 @@ _MAX_STREAMED_BYTES = 64 << 30
 """Largest number of bytes that are streamed of a file of unknown size; ten times the largest scene."""
 
 
-def fetch_head(href: str, access: Access) -> tuple[str, Head]:
+def fetch_head(href: str, access: Access, *, apart: bool = False) -> tuple[str, Head]:
     """Fetch the first bytes of a file.
+
+    Args:
+        href: Absolute URL.
+        access: Limits and retries.
+        apart: Whether to leave the connection afterwards, so that the next request may reach another server.
 
     Returns:
         The signed address that answered, and the head.
@@ -68,13 +81,12 @@ def fetch_head(href: str, access: Access) -> tuple[str, Head]:
     # a bucket's refusal is final: its requests are signed anew each time
     renewed = href.startswith("s3://") or (access.sign == "none" and not access.sign_rules)
     url = _signed(href, access, pool)
+    headers = {"Range": f"bytes=0-{HEAD_BYTES - 1}"} | ({"Connection": "close"} if apart else {})
     for _ in range(4):
         wait_for_turn(plain, access.rates)
         try:
             with _crowd.place(url) as report_busy:
-                reply = pool.request(
-                    "GET", url, headers={"Range": f"bytes=0-{HEAD_BYTES - 1}"}, redirect=False, preload_content=False
-                )
+                reply = pool.request("GET", url, headers=headers, redirect=False, preload_content=False)
                 report_busy(_was_busy(reply))
         except PrivatePeerError as error:
             raise PermanentError(str(error)) from error
@@ -100,7 +112,8 @@ def fetch_head(href: str, access: Access) -> tuple[str, Head]:
             whole = reply.headers.get("Content-Range", "").rpartition("/")[2] or reply.headers.get("Content-Length", "")
             if not any(magic.startswith(start) for start, _ in DRIVERS_BY_MAGIC):
                 kind_text = reply.headers.get("Content-Type", "an unnamed type").partition(";")[0]
-                raise PermanentError(f"not a TIFF or JPEG 2000 file (got {kind_text}, it begins with {magic[:24]!r})")
+                kind = UnsupportedError if magic.startswith(OTHER_MAGIC) else PermanentError
+                raise kind(f"not a TIFF or JPEG 2000 file (got {kind_text}, it begins with {magic[:24]!r})")
             size = int(whole) if whole.isdigit() else None
             return url, Head(plain, data, size, _version(reply), ranges, HeadCache.deadline())
         except urllib3.exceptions.HTTPError as error:
@@ -124,7 +137,7 @@ def fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
     headers = {"Range": f"bytes={start}-{stop - 1}"}
     for attempt in range(max(1, access.attempts)):
         try:
-            return _fetch_once(href, head, access, pool, span, headers)
+            return _fetch_of_version(href, head, access, pool, span, headers)
         except _BrokenOffError as error:
             if attempt + 1 >= access.attempts:
                 raise TransientError(str(error)) from error
@@ -136,9 +149,53 @@ class _BrokenOffError(Exception):
     """An answer that was good until it broke off."""
 
 
-def _fetch_once(
+def _fetch_of_version(
     href: str, head: Head, access: Access, pool: urllib3.PoolManager, span: Span, headers: dict[str, str]
 ) -> bytes:
+    """Fetch a span of the version of a file whose head is known.
+
+    Servers behind one name may state different versions of the same file. Then the version that is known answers again,
+    and all answers are equal. A file that was replaced has another version from then on.
+
+    Raises:
+        TransientError: The file was replaced.
+    """
+    others: Counter[str] = Counter()
+    before: bytes | None = None
+    for _ in range(_MOST_ASKED):
+        # another connection may lead to another server
+        asked = headers | {"Connection": "close"} if others else headers
+        version, data = _fetch_once(href, head, access, pool, span, asked)
+        if before is not None and data != before:
+            break
+        if is_same_version(version, head.etag):
+            return data
+        before = data
+        others[version or ""] += 1
+        if len(others) > _TELLING_VERSIONS:  # each answer has another version, so that they tell nothing
+            again = fetch_head(href, access)[1]
+            if (again.data, again.size) == (head.data, head.size):
+                return data
+            break
+        if max(others.values()) >= _SURE:
+            break
+    head_cache(os.getpid()).drop(href)
+    raise TransientError("the file was replaced while it was read")
+
+
+def is_same_version(one: str | None, other: str | None) -> bool:
+    """Whether two stated versions may be one; a server that states none, or marks a version as weak, does not differ.
+
+    >>> is_same_version('W/"a"', '"a"'), is_same_version(None, '"a"'), is_same_version('"b"', '"a"')
+    (True, True, False)
+    """
+    return one is None or other is None or one.removeprefix("W/") == other.removeprefix("W/")
+
+
+def _fetch_once(
+    href: str, head: Head, access: Access, pool: urllib3.PoolManager, span: Span, headers: dict[str, str]
+) -> tuple[str | None, bytes]:
+    """Fetch a span once; returns the version that the server states, and the bytes."""
     start, stop = span
     for renew in (False, True):
         url = _signed(head.url, access, pool, renew=renew)
@@ -155,11 +212,8 @@ def _fetch_once(
     try:
         if reply.status != 206:
             raise _refused(reply)
-        etag, content_range = _version(reply), reply.headers.get("Content-Range", "")
-        if (etag != head.etag and None not in (etag, head.etag)) or content_range not in (
-            f"bytes {start}-{stop - 1}/{head.size}",
-            f"bytes {start}-{stop - 1}/*",
-        ):
+        version, content_range = _version(reply), reply.headers.get("Content-Range", "")
+        if content_range not in (f"bytes {start}-{stop - 1}/{head.size}", f"bytes {start}-{stop - 1}/*"):
             head_cache(os.getpid()).drop(href)
             raise TransientError("the file was replaced while it was read")
         data = read_answer(reply, stop - start)
@@ -173,7 +227,7 @@ def _fetch_once(
         reply.close()
     if len(data) != stop - start:
         raise TransientError(f"the answer broke off after {len(data)} of {stop - start} bytes")
-    return data
+    return version, data
 
 
 def _refused(reply: urllib3.BaseHTTPResponse) -> PermanentError | TransientError:
@@ -196,7 +250,7 @@ def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]
         finally:
             reply.close()
     except TooLongError as error:
-        raise PermanentError(
+        raise UnsupportedError(
             f"the server answers no range requests, and the file is larger than the {_MAX_WHOLE_BYTES >> 20} MiB that "
             "are read as a whole"
         ) from error
@@ -217,13 +271,12 @@ def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> Non
     """
     _, head = fetch_head(href, access)
     pool = _pool(os.getpid(), access)
-    wait_for_turn(head.url, access.rates)
     try:
-        reply = pool.request("GET", _signed(head.url, access, pool), redirect=False, preload_content=False)
+        reply = _ask_for_whole(head, access, pool)
         try:
             if reply.status != 200:
                 raise TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
-            if _version(reply) != head.etag:
+            if not is_same_version(_version(reply), head.etag):
                 raise TransientError("the file was replaced while it was read")
             received, limit = 0, _MAX_STREAMED_BYTES if head.size is None else head.size
             for piece in reply.stream(1 << 20, decode_content=False):
@@ -237,6 +290,19 @@ def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> Non
         raise TransientError(describe_fault(error)) from error
     if head.size is not None and received != head.size:
         raise TransientError(f"the answer broke off after {received} of {head.size} bytes")
+
+
+def _ask_for_whole(head: Head, access: Access, pool: urllib3.PoolManager) -> urllib3.BaseHTTPResponse:
+    """Ask for a whole file until the version whose head is known answers, at most `_SURE` times."""
+    for attempt in range(_SURE):
+        wait_for_turn(head.url, access.rates)
+        more = {"Connection": "close"} if attempt else {}
+        url = _signed(head.url, access, pool)
+        reply = pool.request("GET", url, headers=more, redirect=False, preload_content=False)
+        if reply.status != 200 or is_same_version(_version(reply), head.etag) or attempt == _SURE - 1:
+            return reply
+        reply.close()
+    raise AssertionError("unreachable")
 
 
 def read_remote_sidecar(href: str, access: Access, limit: int) -> bytes | None:

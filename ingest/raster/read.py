@@ -107,7 +107,7 @@ def read_on_grid(
         check_type(stated.dtype, stored, scene, asset)
         if asset.kind == "data" and stated.palette:
             reason = "expected a data band, the file has a palette: its numbers are colours"
-            raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
+            raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href), final=True)
         empty = {value for value in (asset.nodata, stated.nodata) if value is not None}
         values = values_of(stated.stated, stored, asset)
         if on_version is not None and file is not None:
@@ -157,7 +157,7 @@ def check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> 
     if (stored == "float32") == whole:
         expected = "a float band of linear backscatter" if stored == "float32" else "a band of whole numbers"
         raise AssetUnreadable.of(
-            scene, asset.key, f"expected {expected}, the file holds {dtype}", redact_url(asset.href)
+            scene, asset.key, f"expected {expected}, the file holds {dtype}", redact_url(asset.href), final=True
         )
 
 

@@ -80,7 +80,7 @@ def fill_shard(
 
     def read(asset: SourceAsset, window: Grid, out: Pixels | None) -> Pixels:
         if asset.refusal is not None:
-            raise AssetUnreadable.of(asset.scene, asset.key, asset.refusal, redact_url(asset.href))
+            raise AssetUnreadable.of(asset.scene, asset.key, asset.refusal, redact_url(asset.href), final=True)
         if reader is not None:
             pixels = reader(asset, window)
             if out is None:
@@ -161,7 +161,9 @@ class _Shard:
                 self._add(scene, window, views)
             except AssetUnreadable as error:
                 unread.append(scene)
-                outcomes.append(SourceOutcome(scene.item, scene.item_id, "missing", error.asset, error.reason))
+                outcomes.append(
+                    SourceOutcome(scene.item, scene.item_id, "missing", error.asset, error.reason, final=error.final)
+                )
             else:
                 outcomes.append(SourceOutcome(scene.item, scene.item_id, "read"))
         for scene in unread:
@@ -240,7 +242,7 @@ class _Shard:
         lacking = next((name for name in windows if scene.asset(name) is None), None)
         if lacking is not None:
             text = f"the item has no usable asset for {lacking}"
-            raise AssetUnreadable.of(scene.item_id, lacking, text, "no href")
+            raise AssetUnreadable.of(scene.item_id, lacking, text, "no href", final=True)
         self.pixels_read += sum(window.height * window.width for window in windows.values())
 
         def read(name: str) -> Pixels:
