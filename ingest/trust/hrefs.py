@@ -187,12 +187,12 @@ def _checked_path(text: str, base: str, policy: HrefPolicy, resolved: bool) -> s
     roots = [*([policy.source_root] if policy.source_root else []), *policy.roots]
     names = [text]
     if not resolved:
-        plain = re.split(r"[?#]", text, maxsplit=1)[0]  # what a web server would be asked for
+        plain = re.split(r"[?#]", text, maxsplit=1)[0]
         names = [_unescaped(text), text, *([_unescaped(plain), plain] if plain else [])]
     # links are followed first, so that no link leads out of the folder
     paths = [(folder / name).resolve() for name in dict.fromkeys(names)]
     allowed = [path for path in paths if any(path.is_relative_to(root) for root in roots)]
-    if not allowed:
+    if paths[0] not in allowed:  # what a web server would be asked for
         raise _refused(
             text, "it lies outside the catalogue's own folder; if you trust its folder, add --allow-local FOLDER"
         )
