@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_SPAN_BYTES",
+    "ReplacedError",
     "fetch",
     "fetch_head",
     "fetch_whole",
@@ -263,8 +264,18 @@ def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]
     return Head(url, data, len(data), _version(reply), False, 0.0), beyond
 
 
-def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> None:
+class ReplacedError(TransientError):
+    """A file that has another version than a moment ago."""
+
+
+def stream_whole(href: str, access: Access, take: Callable[[bytes], Any], *, any_version: bool = False) -> None:
     """Pass all bytes of a file to `take`, piece by piece, and keep none.
+
+    Args:
+        href: Absolute URL.
+        access: Limits and retries.
+        take: Function that gets each piece.
+        any_version: Whether the version may be another one than that of the head; all bytes come in one answer.
 
     Raises:
         PermanentError, TransientError: An error of `fetch_head`, or the file broke off or was replaced meanwhile.
@@ -272,12 +283,13 @@ def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> Non
     _, head = fetch_head(href, access)
     pool = _pool(os.getpid(), access)
     try:
-        reply = _ask_for_whole(head, access, pool)
+        wait_for_turn(head.url, access.rates)
+        reply = pool.request("GET", _signed(head.url, access, pool), redirect=False, preload_content=False)
         try:
             if reply.status != 200:
                 raise TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
-            if not is_same_version(_version(reply), head.etag):
-                raise TransientError("the file was replaced while it was read")
+            if not any_version and not is_same_version(_version(reply), head.etag):
+                raise ReplacedError("the file was replaced while it was read")
             received, limit = 0, _MAX_STREAMED_BYTES if head.size is None else head.size
             for piece in reply.stream(1 << 20, decode_content=False):
                 received += len(piece)
@@ -290,19 +302,6 @@ def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> Non
         raise TransientError(describe_fault(error)) from error
     if head.size is not None and received != head.size:
         raise TransientError(f"the answer broke off after {received} of {head.size} bytes")
-
-
-def _ask_for_whole(head: Head, access: Access, pool: urllib3.PoolManager) -> urllib3.BaseHTTPResponse:
-    """Ask for a whole file until the version whose head is known answers, at most `_SURE` times."""
-    for attempt in range(_SURE):
-        wait_for_turn(head.url, access.rates)
-        more = {"Connection": "close"} if attempt else {}
-        url = _signed(head.url, access, pool)
-        reply = pool.request("GET", url, headers=more, redirect=False, preload_content=False)
-        if reply.status != 200 or is_same_version(_version(reply), head.etag) or attempt == _SURE - 1:
-            return reply
-        reply.close()
-    raise AssertionError("unreachable")
 
 
 def read_remote_sidecar(href: str, access: Access, limit: int) -> bytes | None:
