@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_plus
@@ -181,7 +182,7 @@ def strip_signature(url: str) -> str:
     return address + ("?" if kept else "") + "&".join(kept) + mark + fragment
 
 
-def _signs(key: str, value: str, keys: Collection[str]) -> bool:
+def _signs(key: str, value: str, keys: AbstractSet[str]) -> bool:
     """Whether a parameter of a query with these keys (in lower case) is part of a signature."""
     if _SECRET_KEYS.fullmatch(key):
         return True

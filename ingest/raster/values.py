@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from zarr_store.errors import InvalidInput
 
 __all__ = ["DECIBEL", "PLAIN", "Stated", "Values"]
 
-Pixels = npt.NDArray[np.generic]
+Pixels = npt.NDArray[Any]
 
 DN_SCALE = 1e-4
 """Reflectance of one digital number in a cube."""

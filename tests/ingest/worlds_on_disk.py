@@ -52,7 +52,8 @@ def write_scene(scene: Scene, pixels: dict[str, np.ndarray], lost: str | None, f
 
 def _write(path: Path, grid: Any, values: np.ndarray, rng: np.random.Generator, *, is_class: bool) -> dict[str, Any]:
     """Write one file; gives what its item has to state."""
-    numbers, stated, tag = values, {}, 1.0
+    stated: dict[str, Any] = {}
+    numbers, tag = values, 1.0
     if not is_class:
         way = rng.choice(["plain", "tag", "item"])
         if way != "plain":

@@ -103,7 +103,9 @@ def test_other_bytes_under_another_version_are_never_mixed(
         got = farm.read()
     except AssetUnreadable as error:
         said = error.reason
-    assert "replaced while it was read" in said or any(np.array_equal(got, pixels(seed)) for seed in (1, 2))
+    assert "replaced while it was read" in said or any(
+        got is not None and np.array_equal(got, pixels(seed)) for seed in (1, 2)
+    )
     farm = Farm(server, lambda n: (old if n == 0 else new, {"ETag": f'"{n}"'}))
     np.testing.assert_array_equal(farm.read(), pixels(2))
 
@@ -113,7 +115,7 @@ def test_an_audit_knows_a_farm_from_a_replacement(server: Any, tmp_path: Path) -
     farm = Farm(server, lambda n: (data, {"ETag": f'"inode{n % 2}"'}))
     size = len(data)
     both = {f'{size} "inode0"', f'{size} "inode1"'}
-    assert file_versions(farm.href, QUICK, both) == both
+    assert set(file_versions(farm.href, QUICK, both) or ()) == both
     assert file_version(farm.href, QUICK) in both
     gone = {f'{size} "before"'}
     assert not (file_versions(farm.href, QUICK, gone) or set()).issuperset(gone)
