@@ -105,8 +105,14 @@ def _conclude(session: Session, found: FilesReport | SourcesReport, *, wrong: st
     """Show what was compared, differences first, and return the exit code."""
     for text in found.unread:
         session.say(f"not compared: {text}")
-    for one in found.different:
+    doubted = getattr(found, "doubted", ())
+    for one in (*found.different, *doubted):
         session.say(str(one))
+    if doubted and not found.different:
+        session.fail(
+            f"{len(doubted)} files were not read as they state themselves; first: {doubted[0]}; ingest them anew"
+        )
+        return 6
     if found.different:
         session.fail(f"{len(found.different)} {wrong}; first: {found.different[0]}")
         return 6

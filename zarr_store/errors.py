@@ -139,15 +139,26 @@ class AssetUnreadable(AccessError):
 
     asset: str = ""
     reason: str = ""
+    final: bool = False
 
     @classmethod
-    def of(cls, scene: str, asset: str, reason: str, href: str) -> Self:
-        """Build the message that names the scene and the asset; `href` and `reason` must hold no secrets."""
-        error = cls(
-            f"scene {scene or '?'}, asset {asset or '?'} ({href}) could not be read: {reason}; "
-            "its pixels count as missing until a repeated run can read it"
+    def of(cls, scene: str, asset: str, reason: str, href: str, *, final: bool = False) -> Self:
+        """Build the message that names the scene and the asset; `href` and `reason` must hold no secrets.
+
+        Args:
+            scene: Item id.
+            asset: Asset key.
+            reason: The cause alone.
+            href: Address of the file.
+            final: Whether the file as it is will never be read, so that to repeat the command changes nothing.
+        """
+        until = (
+            "its pixels count as missing: no repeated run can read the file as it is"
+            if final
+            else "its pixels count as missing until a repeated run can read it"
         )
-        error.asset, error.reason = asset, reason
+        error = cls(f"scene {scene or '?'}, asset {asset or '?'} ({href}) could not be read: {reason}; {until}")
+        error.asset, error.reason, error.final = asset, reason, final
         return error
 
 

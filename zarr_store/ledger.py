@@ -40,6 +40,7 @@ class SourceOutcome:
         asset: The asset that failed.
         reason: The cause, without secrets.
         versions: (asset, version of its file when it was read: size, and ETag or date).
+        final: Whether the asset is of a form that is never read, so that to try again changes nothing.
 
     Example:
         >>> SourceOutcome(3, "S2A_33TWM_20230815_0_L2A", "missing", asset="B04", reason="HTTP 404").state
@@ -52,6 +53,7 @@ class SourceOutcome:
     asset: str | None = None
     reason: str | None = None
     versions: tuple[tuple[str, str], ...] = ()
+    final: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import unquote_plus
 
 __all__ = ["HIDDEN", "redact_text", "redact_url", "redact_value", "strip_signature"]
 
@@ -77,13 +78,22 @@ _LEAST_SECRET = 6
 """Smallest length of a secret from the environment that is hidden; hiding every "x" would hide the message."""
 _NO_SECRETS = ("None", "null", "True", "False", "true", "false", HIDDEN)
 
-# Query keys that carry a credential: SAS, SigV4, CloudFront, and the usual names of tokens.
-_SIGNING_KEYS = re.compile(
-    r"(sig|se|sp|sv|sr|st|ske|skoid|sks|skt|sktid|skv|spr|exp|expires|policy|signature|key-pair-id|auth|jwt|"
-    r"awsaccesskeyid|googleaccessid|x-(amz|goog)-.*|"
+# Query keys that carry a credential by themselves: SigV4 and the usual names of signatures and tokens.
+_SECRET_KEYS = re.compile(
+    r"(sig|signature|hmac|auth|jwt|hdnea|hdntl|hdnts|awsaccesskeyid|googleaccessid|key-pair-id|x-(amz|goog)-.*|"
     r".*(token|secret|password|credential|api[-_]?key|access[-_]?key|subscription[-_]?key).*)",
     re.IGNORECASE,
 )
+# Short names that belong to a signature only beside it: alone they are a service's own (`sr` may be a resolution).
+_AZURE_KEYS = frozenset(
+    ("se", "sp", "sv", "sr", "st", "ske", "skoid", "sks", "skt", "sktid", "skv", "spr", "si", "sip", "srt", "ss",
+     "saoid", "suoid", "scid", "sdd", "ses")
+)  # fmt: skip
+_AZURE_RESOURCE = re.compile(r"[a-z]{0,2}")
+"""Values of `sr` in a signature of Azure: b, c, d, f, bs, bv."""
+_LIFE_KEYS = frozenset({"exp", "expires", "policy"})
+_MOMENT = re.compile(r"\d{9,}|\d{4}-?\d{2}-?\d{2}.*")
+"""A time as seconds or as a date, which an expiry is."""
 
 
 def redact_text(message: object) -> str:
@@ -149,20 +159,39 @@ def redact_value(value: Any) -> Any:
 
 
 def strip_signature(url: str) -> str:
-    """Return `url` without query parameters that carry a credential; other parameters stay.
+    """Return `url` without the query parameters that sign it; all others stay as they are, byte for byte.
+
+    Which names sign depends on what stands beside them: `sr`, `exp` and the like are a service's own words in a query
+    that holds no signature.
 
     >>> strip_signature("https://host/a.tif?layer=2&sig=abc&se=2024")
     'https://host/a.tif?layer=2'
+    >>> strip_signature("https://host/get?band=B02&sr=2&name=a%20b+c")
+    'https://host/get?band=B02&sr=2&name=a%20b+c'
     """
     if "?" not in url or not _SCHEME.match(url):
         return url
-    parts = urlsplit(url)
-    kept = [
-        (key, value)
-        for key, value in parse_qsl(parts.query, keep_blank_values=True)
-        if not _SIGNING_KEYS.fullmatch(key)
-    ]
-    return urlunsplit(parts._replace(query=urlencode(kept)))
+    address, _, rest = url.partition("?")
+    query, mark, fragment = rest.partition("#")
+    parts = query.split("&")
+    pairs = [(unquote_plus(key).lower(), value) for key, _, value in (part.partition("=") for part in parts)]
+    keys = {key for key, _ in pairs}
+    kept = [part for part, (key, value) in zip(parts, pairs, strict=True) if not _signs(key, value, keys)]
+    if len(kept) == len(parts):
+        return url
+    return address + ("?" if kept else "") + "&".join(kept) + mark + fragment
+
+
+def _signs(key: str, value: str, keys: AbstractSet[str]) -> bool:
+    """Whether a parameter of a query with these keys (in lower case) is part of a signature."""
+    if _SECRET_KEYS.fullmatch(key):
+        return True
+    if key in _AZURE_KEYS and "sig" in keys and not keys.isdisjoint({"se", "si", "sv"}):
+        return key != "sr" or _AZURE_RESOURCE.fullmatch(value) is not None
+    if key in _LIFE_KEYS and any(_SECRET_KEYS.fullmatch(other) for other in keys):
+        named = not keys.isdisjoint({"awsaccesskeyid", "googleaccessid", "key-pair-id"})
+        return named or _MOMENT.fullmatch(value) is not None
+    return False
 
 
 def _is_secret_name(key: object) -> bool:

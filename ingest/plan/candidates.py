@@ -26,7 +26,6 @@ from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS, BandChoice, ProductRule
 from ingest.scenes.footprint import box_region, meets
 from ingest.scenes.scene import AssetRef, Scene
-from ingest.trust.redact import redact_url
 from zarr_store.errors import AssetUnreadable, InvalidInput, NothingFound
 from zarr_store.grid import Bounds, Grid, check_on_earth
 from zarr_store.regions import Region
@@ -161,8 +160,11 @@ def refuse_unopened(probed: Sequence[ProbedScene]) -> None:
         for band, asset_probe in (one.probe.assets if one.probe else {}).items():
             asset = one.scene.assets.get(band)
             if asset is not None and asset_probe.error:
-                reason = f"{asset_probe.error} (and no other file of {len(probed)} scenes could be opened)"
-                raise AssetUnreadable.of(one.scene.id, asset.key, reason, redact_url(asset.href))
+                unreadable = AssetUnreadable(
+                    f"{asset_probe.error} (and no other file of {len(probed)} scenes could be opened)"
+                )
+                unreadable.asset = asset.key
+                raise unreadable
     raise InvalidInput(
         f"none of the {len(probed)} scenes has a readable band (first: {probed[0].scene.id}, "
         f"lacking {', '.join(probed[0].scene.lacking) or 'nothing'}); check --bands and the access rules of the source"
@@ -310,7 +312,9 @@ def _item_row(one: ProbedScene, step: int) -> dict[str, Any]:
 
 def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: IngestConfig) -> SourceAsset:
     layer = asset.kind == "class"
-    stored: Stored = "uint8" if layer else "float32" if recipe.spec.kind == "backscatter" else "uint16"
+    radar = recipe.spec.kind == "backscatter"
+    stored: Stored = "uint8" if layer else "float32" if radar else "uint16"
+    probe = one.probe.assets.get(asset.band) if one.probe else None
     return SourceAsset(
         scene=one.scene.id,
         band=asset.band,
@@ -324,6 +328,11 @@ def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: Ing
         dn_offset=one.dn_offset if stored == "uint16" else 0,
         size_bytes=asset.size_bytes,
         checksum=asset.checksum,
+        scale=None if layer or asset.scale in (1.0, product_of(one.scene).scale) else asset.scale,
+        unit=asset.unit if radar and asset.unit and not layer else None,
+        file_offset=probe.offset_dn or None if probe and stored == "uint16" else None,
+        presigned=asset.presigned,
+        refusal=probe.refusal if probe else None,
     )
 
 

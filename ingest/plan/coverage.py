@@ -52,10 +52,12 @@ class Coverage:
             of the raster were read.
         hidden: Share of the pixels with data in the region that are of masked classes; None without a class layer or
             without data.
+        negative: Share of the pixels with data that are below 0; None for a class layer or without data.
     """
 
     valid: float | None
     hidden: float | None
+    negative: float | None = None
 
 
 def choose_coverage_band(assets: Mapping[str, AssetRef], mask_layer: str | None) -> str | None:
@@ -96,7 +98,7 @@ def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config
     complete = len(parts) == 1
     clip = clip_text(config.selection.geometry) if config.pixels.clip else None
     empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
-    counted = with_data = hidden = 0
+    counted = with_data = hidden = negative = 0
     for part, pixels in parts:
         inside = inside_of(clip, part)
         valid = _has_data(pixels, is_class, empty)
@@ -105,6 +107,8 @@ def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config
         with_data += int(valid.sum())
         if is_class:
             hidden += int((valid & np.isin(pixels, config.pixels.mask_classes)).sum())
+        else:
+            negative += int((valid & (pixels < 0)).sum())
     if clip is not None:
         region_px = area_of(clip, grid.crs) / math.prod(grid.resolution)
     # share of the region, or of the whole raster where the region is larger
@@ -112,6 +116,7 @@ def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config
     return Coverage(
         valid=round(min(1.0, with_data / counted * reach), 6) if complete and counted else None,
         hidden=round(hidden / with_data, 4) if is_class and with_data else None,
+        negative=round(negative / with_data, 4) if not is_class and with_data else None,
     )
 
 

@@ -21,6 +21,7 @@ from pyproj.exceptions import ProjError
 from shapely.geometry import shape
 
 from ingest.plan.coverage import Coverage, choose_coverage_band, measure_coverage
+from ingest.plan.tags import describe_conversion, find_refusals, follow_offset_of_files, stored_type
 from ingest.raster.gdal_read import read_window
 from ingest.raster.ranges import find_range_file
 from ingest.request.config import IngestConfig
@@ -65,6 +66,10 @@ class AssetProbe:
         block: (height, width) of a block, in pixels.
         size_bytes: Size of the file, where it is known without another request.
         error: Why the file cannot be used, redacted.
+        scale: Scale that the file states; 1.0 where it states none.
+        offset_dn: Offset that the file states, in digital numbers of a cube; 0.0 where it states none.
+        unit: Unit that the file states, in lower case; empty where it states none.
+        refusal: Why the pixels are not used although the file can be read.
     """
 
     grid: Grid | None = None
@@ -74,6 +79,10 @@ class AssetProbe:
     block: tuple[int, int] | None = None
     size_bytes: int | None = None
     error: str | None = None
+    scale: float = 1.0
+    offset_dn: float = 0.0
+    unit: str = ""
+    refusal: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -209,10 +218,14 @@ def _coverage_band(scene: Scene) -> str | None:
 def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access: Access) -> _Header:
     from ingest.raster.access import with_asset
     from ingest.raster.header import grid_of
+    from ingest.raster.read import values_of
+    from ingest.raster.values import Stated
 
     with_pixels = asset.band == _offset_band(scene)
 
     def use(dataset: DatasetReader) -> _Header:
+        stated = Stated.of(dataset)
+        values = values_of(stated, stored_type(scene, asset), asset)
         probe = AssetProbe(
             grid=_placed(grid_of(dataset)),
             dtype=str(dataset.dtypes[0]),
@@ -220,8 +233,14 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
             overviews=tuple(int(factor) for factor in dataset.overviews(1)),
             block=(int(dataset.block_shapes[0][0]), int(dataset.block_shapes[0][1])),
             size_bytes=file.size if (file := find_range_file(dataset)) is not None else None,
+            scale=stated.scale,
+            offset_dn=stated.offset_dn,
+            unit=stated.unit,
         )
-        return _Header(probe, _sample(dataset) if with_pixels else None)
+        if not with_pixels:
+            return _Header(probe)
+        sample = _sample(dataset)
+        return _Header(probe, sample if values.factor == 1.0 else values.store(sample, "uint16", set()))
 
     try:
         header = with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access)
@@ -311,7 +330,15 @@ def _sample(dataset: DatasetReader) -> npt.NDArray[Any]:
 
 def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig) -> SceneProbe:
     """Decide the offset and the coverage of a scene, and list where its files and its metadata disagree."""
-    sentences = _mismatches(scene, {band: header.probe for band, header in headers.items()})
+    covered = headers.get(_coverage_band(scene) or "")
+    coverage = covered.coverage if covered else None
+    probes = {band: header.probe for band, header in headers.items()}
+    units = {band: probe.unit for band, probe in probes.items() if probe.error is None}
+    negative = coverage.negative if coverage else None
+    for refused, reason in find_refusals(scene, units, negative, strict=config.running.strict).items():
+        probes[refused] = replace(probes[refused], refusal=reason)
+    scene, remarks = follow_offset_of_files(scene, {band: probe.offset_dn for band, probe in probes.items()})
+    sentences = remarks + _mismatches(scene, probes)
     band = _offset_band(scene)
     header = headers.get(band) if band else None
     reading = read_offset(header.sample) if header is not None and header.sample is not None else None
@@ -322,10 +349,8 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
             raise InvalidInput(f"scene {scene.id}: {band}: {odd}; leave it out, or go on without --strict")
         sentences += [f"{band}: {odd}"] if odd else []
     dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.pixels.offset_policy)
-    covered = headers.get(_coverage_band(scene) or "")
-    coverage = covered.coverage if covered else None
     return SceneProbe(
-        assets={band: header.probe for band, header in headers.items()},
+        assets=probes,
         dn_offset=dn_offset,
         verdict=verdict,
         share_below_1000=round(reading.share_below_1000, 6)
@@ -354,6 +379,10 @@ def _mismatches(scene: Scene, probes: Mapping[str, AssetProbe]) -> list[str]:
             bands_with[
                 f"item says {asset.size_bytes} bytes, file has {probe.size_bytes}: it was replaced or cut short"
             ].append(band)
+        if probe.refusal:
+            bands_with[probe.refusal].append(band)
+        if asset.kind == "data" and (text := describe_conversion(scene, asset, probe.scale, probe.unit)):
+            bands_with[text].append(band)
         if probe.nodata is not None and asset.nodata is not None and not _same(asset.nodata, probe.nodata):
             text = f"item says nodata {asset.nodata:g}, file declares {probe.nodata:g}; both are masked"
             bands_with[text].append(band)

@@ -129,7 +129,7 @@ def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Ite
         _refuse_signature(asset)
         where = f"scene {asset.scene!r}, asset {asset.key!r} of the plan"
         try:
-            resolved = resolve_href(asset.href, base="/", policy=policy)
+            resolved = resolve_href(asset.href, base="/", policy=policy, resolved=True)
         except InvalidInput as refusal:
             refused[asset.href] = where, refusal
             continue
@@ -154,7 +154,7 @@ def check_kept_source(plan: Plan, config: IngestConfig, url: str) -> str:
     policy = config.trust.href_policy("", hosts)
     try:
         if not is_url(plan.source):
-            return resolve_href(plan.source, base="/", policy=policy)
+            return resolve_href(plan.source, base="/", policy=policy, resolved=True)
         resolve_href(plan.source, base=plan.source, policy=policy)
         with suppress(AccessError):
             refuse_private_address(plan.source, policy)
@@ -193,7 +193,7 @@ def needed_options(plan: Plan, typed: str) -> list[str]:
     refused = []
     for href in dict.fromkeys(asset.href for asset in _assets(plan.tasks)):
         try:
-            resolve_href(href, base="/", policy=policy)
+            resolve_href(href, base="/", policy=policy, resolved=True)
         except InvalidInput:
             refused.append(href)
     return _options(plan, refused, named - {rule.name for rule in (*PROVIDERS, GENERIC)})

@@ -51,6 +51,11 @@ class SourceAsset:
         dn_offset: Number that is added to digital numbers: 0 or -1000.
         size_bytes: Size of the file, as the item states it.
         checksum: Multihash of the file, as the item states it.
+        scale: Scale that the item states, where it is not that of the product; the file's own wins.
+        unit: Unit that the item states, where it matters; the file's own wins.
+        file_offset: Offset that the file stated when it was planned, in digital numbers; None for none.
+        presigned: True where the catalogue signed the href, which is kept without its signature.
+        refusal: Why the file is not read although it can be opened.
     """
 
     scene: str
@@ -65,6 +70,17 @@ class SourceAsset:
     dn_offset: int
     size_bytes: int | None = None
     checksum: str | None = None
+    scale: float | None = None
+    unit: str | None = None
+    file_offset: float | None = None
+    presigned: bool | None = None
+    refusal: str | None = None
+
+
+_OPTIONAL = ("scale", "unit", "file_offset", "presigned", "refusal")
+"""Fields of an asset that a plan leaves out where they have no value."""
+_OF_FILES = ("header", "file_offset", "presigned", "refusal")
+"""Fields of an asset that do not belong to the key of a shard: they come from files, or affect no pixel."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ class PlannedScene:
                 {
                     name: value.to_dict() if isinstance(value, Grid) else value
                     for name, value in vars(asset).items()
-                    if name not in shared and name != "scene"
+                    if name not in shared and name != "scene" and (value is not None or name not in _OPTIONAL)
                 }
                 for asset in self.assets
             ],
@@ -245,7 +261,7 @@ def _identity(scene: PlannedScene) -> dict[str, Any]:
         {
             name: value
             for name, value in asset.items()
-            if name != "header" and (value is not None or name not in unstated)
+            if name not in _OF_FILES and (value is not None or name not in unstated)
         }
         for asset in whole["assets"]
     ]

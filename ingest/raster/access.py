@@ -23,10 +23,11 @@ from rasterio.enums import ColorInterp
 from ingest.raster.asset_file import AssetFile, find_asset_file, open_asset_file, read_local_sidecar
 from ingest.raster.codestream import check_tiles
 from ingest.raster.download import read_remote_sidecar
-from ingest.raster.drivers import DRIVERS_BY_MAGIC
+from ingest.raster.drivers import DRIVERS_BY_MAGIC, OTHER_MAGIC
 from ingest.raster.faults import (
     PermanentError,
     TransientError,
+    UnsupportedError,
     cause_of,
     describe_fault,
     is_file_fault,
@@ -143,7 +144,8 @@ def _with_retries(
         return retrying(once)
     except (PermanentError, TransientError) as error:
         tried = f" after {attempt} attempts" if attempt > 1 else ""
-        raise AssetUnreadable.of(scene, asset, cause_of(error, href) + tried, redact_url(href)) from error
+        final = isinstance(error, UnsupportedError)
+        raise AssetUnreadable.of(scene, asset, cause_of(error, href) + tried, redact_url(href), final=final) from error
 
 
 @contextmanager
@@ -160,7 +162,8 @@ def open_asset(
         with _opened_dataset(href, access or Access(), fresh=True) as dataset:
             yield dataset
     except (PermanentError, TransientError) as error:
-        raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact_url(href)) from error
+        final = isinstance(error, UnsupportedError)
+        raise AssetUnreadable.of(scene, asset, cause_of(error, href), redact_url(href), final=final) from error
 
 
 def forbid_gdal_threads() -> None:
@@ -227,7 +230,8 @@ def _classified_faults(asset_file: AssetFile) -> Iterator[None]:
         # a local file does not heal between attempts, and neither does a header that was read whole; the bytes of a
         # remote file may have been cut off on the way
         retry = asset_file.remote and not isinstance(error, InvalidInput)
-        raise (TransientError if retry else PermanentError)(describe_fault(error)) from error
+        kind = UnsupportedError if isinstance(error, InvalidInput) else TransientError if retry else PermanentError
+        raise kind(describe_fault(error)) from error
 
 
 def _find_file(href: str, access: Access, fresh: bool) -> AssetFile:
@@ -246,7 +250,8 @@ def _gdal_dataset(asset_file: AssetFile, href: str, access: Access) -> Iterator[
     magic, file = asset_file.magic, asset_file.content
     driver = next((name for start, name in DRIVERS_BY_MAGIC if magic.startswith(start)), None)
     if driver is None:
-        raise PermanentError(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
+        kind = UnsupportedError if magic.startswith(OTHER_MAGIC) else PermanentError
+        raise kind(f"not a TIFF or JPEG 2000 file (it begins with {magic[:24]!r})")
     if driver == "JP2OpenJPEG" and file is not None:
         check_tiles(file.take(0, min(file.size, HEAD_BYTES)), asset_file.size)
     georeference = None
@@ -274,30 +279,33 @@ def _check_header(dataset: rasterio.io.DatasetReader, size: int | None, access: 
     """Refuse a file that is not one plain band of sane size, before anything is decoded.
 
     Raises:
-        PermanentError: The file has another form, or its pixels or blocks are too many or too large.
+        UnsupportedError: The file has another form, or its pixels or blocks are too many or too large.
     """
     if dataset.count != 1:
-        raise PermanentError(f"expected one band, the file has {dataset.count}")
+        alpha = [str(n) for n, colour in enumerate(dataset.colorinterp, 1) if colour == ColorInterp.alpha]
+        what = f", of which band {', '.join(alpha)} is alpha (transparency)" if alpha else ""
+        remedy = "; write the data band alone, with a mask or a nodata value" if alpha else ""
+        raise UnsupportedError(f"expected one band, the file has {dataset.count}{what}{remedy}")
     if dataset.crs is not None:
         try:
             parse_crs(dataset.crs.to_wkt())
         except InvalidInput as error:
-            raise PermanentError(str(error)) from error
+            raise UnsupportedError(str(error)) from error
     dtype = dataset.dtypes[0]
     if dtype.startswith("complex") or dtype not in np.sctypeDict:
-        raise PermanentError(f"expected an integer or float band, the file has {dtype}")
+        raise UnsupportedError(f"expected an integer or float band, the file has {dtype}")
     if dataset.colorinterp[0] == ColorInterp.alpha:
-        raise PermanentError("expected a data band, the file has an alpha band")
+        raise UnsupportedError("expected a data band, the file has an alpha band")
     pixels = dataset.width * dataset.height
     if pixels > access.max_pixels:
-        raise PermanentError(f"{dataset.height}×{dataset.width} pixels are more than the {access.max_pixels} allowed")
+        raise UnsupportedError(f"{dataset.height}×{dataset.width} pixels are more than the {access.max_pixels} allowed")
     height, width = dataset.block_shapes[0]
     block_bytes = height * width * np.dtype(dtype).itemsize
     too_small = size is not None and block_bytes > (16 << 20) and block_bytes > 1000 * size
     if block_bytes > access.max_block_bytes or too_small:
-        raise PermanentError(
+        raise UnsupportedError(
             f"blocks of {height}×{width} pixels decode to {block_bytes >> 20} MiB from a file of {size} bytes: refused"
         )
     bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
     if bits is not None and (not bits.isascii() or not bits.isdigit() or int(bits[:9]) < 8):
-        raise PermanentError(f"expected a band of 8 bits or more, the file has {bits}")
+        raise UnsupportedError(f"expected a band of 8 bits or more, the file has {bits}")

@@ -10,7 +10,7 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -28,13 +28,23 @@ from zarr_store.regular import open_regular
 if TYPE_CHECKING:
     from ingest.raster.limits import Access
 
-__all__ = ["AssetFile", "file_version", "find_asset_file", "open_asset_file", "read_local_sidecar"]
+__all__ = [
+    "AssetFile",
+    "file_version",
+    "file_versions",
+    "find_asset_file",
+    "find_mask_beside",
+    "open_asset_file",
+    "read_local_sidecar",
+]
 
 log = logging.getLogger(__name__)
 
 _MAGIC_BYTES = 64
 """Number of first bytes that choose the driver."""
 _SCHEMES = ("http", "https", "s3")
+_MOST_ASKED = 12
+"""How often a file is asked for its version before it counts as replaced."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +88,41 @@ def find_asset_file(href: str, access: Access, *, fresh: bool) -> AssetFile:
 
 
 def file_version(href: str, access: Access) -> str | None:
-    """The version of the file at `href` now, comparable to the `RangeFile.version` of a file that was read.
+    """The version of the file at `href` now, as one server states it; None where it is unknown."""
+    versions = file_versions(href, access)
+    return None if versions is None else next(iter(versions))
+
+
+def file_versions(href: str, access: Access, known: Collection[str] = ()) -> frozenset[str] | None:
+    """The versions of the file at `href` now, comparable to the `RangeFile.version` of a file that was read.
+
+    Args:
+        href: Absolute URL or local path.
+        access: Limits and retries.
+        known: Versions that were seen before. Servers behind one name may state different ones of the same file, so
+            the file is asked for until all of them have come again, or another one comes again and again.
 
     Returns:
         None where the version is unknown: the file is absent or was refused.
     """
     if urlsplit(href).scheme in _SCHEMES:
+        seen: set[str] = set()
         try:
-            return fetch_head(href, access)[1].version
+            for _ in range(_MOST_ASKED):
+                seen.add(fetch_head(href, access, apart=bool(seen))[1].version)
+                if seen.issuperset(known):
+                    break
         except (PermanentError, TransientError, OSError, ValueError) as error:  # also where the host is no valid name
             log.info("%s: %s", redact_url(href), cause_of(error, href))
             return None
+        return frozenset(seen)
     if "://" in href or href.startswith("/vsi"):
         return None
     try:
         identity = _identity(os.stat(href))
     except OSError:
         return None
-    return _local_head(href, b"", identity).version
+    return frozenset({_local_head(href, b"", identity).version})
 
 
 def open_asset_file(asset_file: AssetFile) -> io.RawIOBase | BinaryIO:
@@ -130,6 +157,12 @@ def read_local_sidecar(path: str, limit: int) -> bytes | None:
         raise PermanentError(str(error)) from error
     except OSError as error:
         raise PermanentError(f"NAME.aux.xml beside the file: {error.strerror or error}") from error
+
+
+def find_mask_beside(href: str) -> str | None:
+    """The name of a mask that lies beside a local file, which no reader here opens; None where there is none."""
+    path = Path(f"{href}.msk")
+    return path.name if "://" not in href and path.is_file() else None
 
 
 def _find_remote(href: str, access: Access, fresh: bool) -> AssetFile:

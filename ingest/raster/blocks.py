@@ -21,7 +21,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from ingest.raster.directory import Directory
-from ingest.raster.gdal_read import read_window
+from ingest.raster.gdal_read import hide_masked, read_window
 from ingest.raster.ranges import RangeFile, Span, block_span, blocks_of
 from ingest.worker.slots import computing
 
@@ -122,7 +122,8 @@ class BlockReader:
         packing: Packing of the blocks.
         file: Bytes of the file.
         spans: Array (rows, columns, 2) of the first byte of each block and the first after it; None asks `dataset`.
-        dataset: The open file, which gives the places of blocks and reads left-out blocks; not needed with `spans`.
+        dataset: The open file, which gives the places of blocks, left-out blocks and the mask; not needed for a file
+            without a mask where there are `spans`.
     """
 
     def __init__(
@@ -160,6 +161,8 @@ class BlockReader:
         self._file.fetch(span for span in spans.values() if span is not None)
         with computing():
             self._decode_all(spans, (row, col, height, width), out)
+        if self._dataset is not None:
+            hide_masked(self._dataset, out, window=Window(col, row, width, height))
         self._file.forget()
         return out
 

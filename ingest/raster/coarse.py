@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from rasterio.windows import Window
 
 from ingest.raster.access import with_asset
+from ingest.raster.gdal_read import read_window
 from ingest.raster.header import grid_of
 from ingest.raster.limits import Access
 from ingest.raster.ranges import find_range_file
-from ingest.raster.read import NODATA, Pixels, ReadableAsset, Stored, as_stored, check_type, read_on_grid
+from ingest.raster.read import NODATA, Pixels, ReadableAsset, Stored, check_type, read_on_grid, values_of
 from ingest.raster.resample import pick_resampling, place, scale_ratio
+from ingest.raster.values import Stated
 from ingest.trust.redact import redact_url
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
@@ -55,6 +57,7 @@ def read_coarse(
         factor = int(max(factors))
         coarse = grid.coarsen(factor)
         empty = {float(value) for value in (asset.nodata, dataset.nodata) if value is not None}
+        values = values_of(Stated.of(dataset), stored, asset)
         file = find_range_file(dataset)
 
         def window(row: int, col: int, height: int, width: int, into: Pixels | None = None) -> Pixels:
@@ -62,10 +65,10 @@ def read_coarse(
             cut = Window(
                 left, top, min(width * factor, grid.width - left), min(height * factor, grid.height - top)
             )  # fmt: skip
-            raw = dataset.read(1, window=cut, out_shape=(height, width))
+            raw = read_window(dataset, window=cut, out_shape=(height, width))
             if file is not None:
                 file.forget()
-            return as_stored(raw, stored, empty)
+            return values.store(raw, stored, empty)
 
         kernel = pick_resampling(asset.kind, coarse, target, resampling)
         return place(window, coarse, target, kernel, dtype=stored, nodata=NODATA[stored])

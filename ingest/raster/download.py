@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
 
-from ingest.raster.drivers import DRIVERS_BY_MAGIC
-from ingest.raster.faults import PermanentError, TransientError, describe_fault
+from ingest.raster.drivers import DRIVERS_BY_MAGIC, OTHER_MAGIC
+from ingest.raster.faults import PermanentError, TransientError, UnsupportedError, describe_fault
 from ingest.raster.ranges import HEAD_BYTES, MAX_REQUESTS, Head, HeadCache, Span
 from ingest.trust.answers import TooLongError, read_answer, read_start
 from ingest.trust.buckets import bucket_url
 from ingest.trust.connections import PatientRetry, PrivatePeerError, check_peers
+from ingest.trust.presigned import find_signed
 from ingest.trust.redact import redact_logs
 from ingest.trust.sign import STORAGE_HOSTS, signed
 from ingest.trust.waits import pause
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_SPAN_BYTES",
+    "ReplacedError",
     "fetch",
     "fetch_head",
     "fetch_whole",
     "head_cache",
+    "is_same_version",
     "read_remote_sidecar",
     "stream_whole",
 ]
@@ -43,6 +47,12 @@ _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which a request is sent again."""
 _BUSY = (429, 503)
 """HTTP statuses by which a host asks for fewer requests."""
+_MOST_ASKED = 32
+"""How often a span is asked for where servers state different versions of the file."""
+_SURE = 12
+"""How often one other version must answer before the file counts as replaced: of two servers, one in 4,096 reads."""
+_TELLING_VERSIONS = 3
+"""Largest number of other versions of equal bytes that a server may state; with more, versions tell nothing."""
 _crowd = Crowd()
 MAX_SPAN_BYTES = 1 << 30
 """Largest number of bytes of one request; blocks of a window that lie beside each other are one request."""
@@ -52,8 +62,13 @@ _MAX_STREAMED_BYTES = 64 << 30
 """Largest number of bytes that are streamed of a file of unknown size; ten times the largest scene."""
 
 
-def fetch_head(href: str, access: Access) -> tuple[str, Head]:
+def fetch_head(href: str, access: Access, *, apart: bool = False) -> tuple[str, Head]:
     """Fetch the first bytes of a file.
+
+    Args:
+        href: Absolute URL.
+        access: Limits and retries.
+        apart: Whether to leave the connection afterwards, so that the next request may reach another server.
 
     Returns:
         The signed address that answered, and the head.
@@ -67,13 +82,12 @@ def fetch_head(href: str, access: Access) -> tuple[str, Head]:
     # a bucket's refusal is final: each of its requests is signed again
     renewed = href.startswith("s3://") or (access.sign == "none" and not access.sign_rules)
     url = _signed(href, access, pool)
+    headers = {"Range": f"bytes=0-{HEAD_BYTES - 1}"} | ({"Connection": "close"} if apart else {})
     for _ in range(4):
         wait_for_turn(plain, access.rates)
         try:
             with _crowd.place(url) as report_busy:
-                reply = pool.request(
-                    "GET", url, headers={"Range": f"bytes=0-{HEAD_BYTES - 1}"}, redirect=False, preload_content=False
-                )
+                reply = pool.request("GET", url, headers=headers, redirect=False, preload_content=False)
                 report_busy(_was_busy(reply))
         except PrivatePeerError as error:
             raise PermanentError(str(error)) from error
@@ -91,7 +105,7 @@ def fetch_head(href: str, access: Access) -> tuple[str, Head]:
                 continue
             if reply.status not in (200, 206):
                 kind = TransientError if reply.status in _RETRIED_STATUS else PermanentError
-                advice = _advice(url, access) if reply.status in (401, 403, 404, 409) else ""
+                advice = _advice(url, href, access) if reply.status in (401, 403, 404, 409) else ""
                 raise kind(f"HTTP {reply.status} {reply.reason or ''}".strip() + advice)
             ranges = reply.status == 206
             data = read_start(reply, HEAD_BYTES if ranges else 64)
@@ -99,7 +113,8 @@ def fetch_head(href: str, access: Access) -> tuple[str, Head]:
             whole = reply.headers.get("Content-Range", "").rpartition("/")[2] or reply.headers.get("Content-Length", "")
             if not any(magic.startswith(start) for start, _ in DRIVERS_BY_MAGIC):
                 kind_text = reply.headers.get("Content-Type", "an unnamed type").partition(";")[0]
-                raise PermanentError(f"not a TIFF or JPEG 2000 file (got {kind_text}, it begins with {magic[:24]!r})")
+                kind = UnsupportedError if magic.startswith(OTHER_MAGIC) else PermanentError
+                raise kind(f"not a TIFF or JPEG 2000 file (got {kind_text}, it begins with {magic[:24]!r})")
             size = int(whole) if whole.isdigit() else None
             return url, Head(plain, data, size, _version(reply), ranges, HeadCache.deadline())
         except urllib3.exceptions.HTTPError as error:
@@ -123,7 +138,7 @@ def fetch(href: str, head: Head, access: Access, span: Span) -> bytes:
     headers = {"Range": f"bytes={start}-{stop - 1}"}
     for attempt in range(max(1, access.attempts)):
         try:
-            return _fetch_once(href, head, access, pool, span, headers)
+            return _fetch_of_version(href, head, access, pool, span, headers)
         except _BrokenOffError as error:
             if attempt + 1 >= access.attempts:
                 raise TransientError(str(error)) from error
@@ -135,9 +150,53 @@ class _BrokenOffError(Exception):
     """An answer that was good until it broke off."""
 
 
-def _fetch_once(
+def _fetch_of_version(
     href: str, head: Head, access: Access, pool: urllib3.PoolManager, span: Span, headers: dict[str, str]
 ) -> bytes:
+    """Fetch a span of the version of a file whose head is known.
+
+    Servers behind one name may state different versions of the same file. Then the version that is known answers again,
+    and all answers are equal. A file that was replaced has another version from then on.
+
+    Raises:
+        TransientError: The file was replaced.
+    """
+    others: Counter[str] = Counter()
+    before: bytes | None = None
+    for _ in range(_MOST_ASKED):
+        # another connection may lead to another server
+        asked = headers | {"Connection": "close"} if others else headers
+        version, data = _fetch_once(href, head, access, pool, span, asked)
+        if before is not None and data != before:
+            break
+        if is_same_version(version, head.etag):
+            return data
+        before = data
+        others[version or ""] += 1
+        if len(others) > _TELLING_VERSIONS:  # each answer has another version, so that they tell nothing
+            again = fetch_head(href, access)[1]
+            if (again.data, again.size) == (head.data, head.size):
+                return data
+            break
+        if max(others.values()) >= _SURE:
+            break
+    head_cache(os.getpid()).drop(href)
+    raise TransientError("the file was replaced while it was read")
+
+
+def is_same_version(one: str | None, other: str | None) -> bool:
+    """Whether two stated versions may be one; a server that states none, or marks a version as weak, does not differ.
+
+    >>> is_same_version('W/"a"', '"a"'), is_same_version(None, '"a"'), is_same_version('"b"', '"a"')
+    (True, True, False)
+    """
+    return one is None or other is None or one.removeprefix("W/") == other.removeprefix("W/")
+
+
+def _fetch_once(
+    href: str, head: Head, access: Access, pool: urllib3.PoolManager, span: Span, headers: dict[str, str]
+) -> tuple[str | None, bytes]:
+    """Fetch a span once; returns the version that the server states, and the bytes."""
     start, stop = span
     for renew in (False, True):
         url = _signed(head.url, access, pool, renew=renew)
@@ -154,11 +213,8 @@ def _fetch_once(
     try:
         if reply.status != 206:
             raise _refused(reply)
-        etag, content_range = _version(reply), reply.headers.get("Content-Range", "")
-        if (etag != head.etag and None not in (etag, head.etag)) or content_range not in (
-            f"bytes {start}-{stop - 1}/{head.size}",
-            f"bytes {start}-{stop - 1}/*",
-        ):
+        version, content_range = _version(reply), reply.headers.get("Content-Range", "")
+        if content_range not in (f"bytes {start}-{stop - 1}/{head.size}", f"bytes {start}-{stop - 1}/*"):
             head_cache(os.getpid()).drop(href)
             raise TransientError("the file was replaced while it was read")
         data = read_answer(reply, stop - start)
@@ -172,7 +228,7 @@ def _fetch_once(
         reply.close()
     if len(data) != stop - start:
         raise TransientError(f"the answer broke off after {len(data)} of {stop - start} bytes")
-    return data
+    return version, data
 
 
 def _refused(reply: urllib3.BaseHTTPResponse) -> PermanentError | TransientError:
@@ -195,7 +251,7 @@ def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]
         finally:
             reply.close()
     except TooLongError as error:
-        raise PermanentError(
+        raise UnsupportedError(
             f"the server answers no range requests, and the file is larger than the {_MAX_WHOLE_BYTES >> 20} MiB that "
             "are read as a whole"
         ) from error
@@ -208,22 +264,32 @@ def fetch_whole(url: str, access: Access) -> tuple[Head, Callable[[Span], bytes]
     return Head(url, data, len(data), _version(reply), False, 0.0), beyond
 
 
-def stream_whole(href: str, access: Access, take: Callable[[bytes], Any]) -> None:
+class ReplacedError(TransientError):
+    """A file that has another version than a moment ago."""
+
+
+def stream_whole(href: str, access: Access, take: Callable[[bytes], Any], *, any_version: bool = False) -> None:
     """Pass all bytes of a file to `take`, piece by piece, and keep none.
+
+    Args:
+        href: Absolute URL.
+        access: Limits and retries.
+        take: Function that gets each piece.
+        any_version: Whether the version may be another one than that of the head; all bytes come in one answer.
 
     Raises:
         PermanentError, TransientError: An error of `fetch_head`, or the file broke off or was replaced meanwhile.
     """
     _, head = fetch_head(href, access)
     pool = _pool(os.getpid(), access)
-    wait_for_turn(head.url, access.rates)
     try:
+        wait_for_turn(head.url, access.rates)
         reply = pool.request("GET", _signed(head.url, access, pool), redirect=False, preload_content=False)
         try:
             if reply.status != 200:
                 raise TransientError(f"HTTP {reply.status} {reply.reason or ''}".strip())
-            if _version(reply) != head.etag:
-                raise TransientError("the file was replaced while it was read")
+            if not any_version and not is_same_version(_version(reply), head.etag):
+                raise ReplacedError("the file was replaced while it was read")
             received, limit = 0, _MAX_STREAMED_BYTES if head.size is None else head.size
             for piece in reply.stream(1 << 20, decode_content=False):
                 received += len(piece)
@@ -282,7 +348,11 @@ def _was_busy(reply: urllib3.BaseHTTPResponse) -> bool:
     return any(status in _BUSY for status in (reply.status, *(one.status for one in history)))
 
 
-def _advice(url: str, access: Access) -> str:
+def _advice(url: str, href: str, access: Access) -> str:
+    if find_signed(href, access.signed_hrefs) != href:
+        return (
+            " (the catalogue signed this address, and its signature is not accepted now: repeat the command on SOURCE)"
+        )
     if access.sign == "none" and (urlsplit(url).hostname or "").endswith(STORAGE_HOSTS):
         return " (files of Planetary Computer need --sign planetary-computer)"
     return ""
@@ -292,6 +362,9 @@ def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool
     try:
         if href.startswith("s3://"):
             return bucket_url(href, access.bucket_rules, pool, pay=access.requester_pays)
+        given = find_signed(href, access.signed_hrefs)
+        if given != href and not renew:
+            return given
         return signed(href, access.sign, pool, renew=renew, rules=access.sign_rules)
     except InvalidInput as error:
         raise PermanentError(str(error)) from error

@@ -22,6 +22,7 @@ from typing import Any
 
 __all__ = [
     "DRIVERS_BY_MAGIC",
+    "OTHER_MAGIC",
     "RASTER_DRIVERS",
     "TIFF_MAGIC",
     "VECTOR_DRIVERS",
@@ -39,6 +40,18 @@ DRIVERS_BY_MAGIC = (
     (b"\xff\x4f\xff\x51", "JP2OpenJPEG"),  # raw codestream: files named .tif in the wild hold one
 )
 """(first bytes of a file, the one GDAL driver that may read it)."""
+OTHER_MAGIC = (
+    b"\x89HDF",
+    b"CDF\x01",
+    b"CDF\x02",
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"PK\x03\x04",
+    b"GRIB",
+    b"RIFF",
+    b"SIMPLE  =",
+)
+"""First bytes of other formats of pixels: such a file is whole, and is never read."""
 TIFF_MAGIC = tuple(start for start, name in DRIVERS_BY_MAGIC if name == "GTiff")
 """First bytes of a TIFF: classic or BigTIFF, of either byte order."""
 

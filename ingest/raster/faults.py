@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError
 from ingest.trust.redact import redact_text
 from zarr_store.errors import AccessError, InvalidInput, TerrashardError
 
-__all__ = ["PermanentError", "TransientError", "cause_of", "describe_fault", "is_file_fault"]
+__all__ = ["PermanentError", "TransientError", "UnsupportedError", "cause_of", "describe_fault", "is_file_fault"]
 
 _KINDS = (
     RasterioError, CPLE_BaseError, CRSError, ProjError, ShapelyError, InvalidInput, UnicodeError, EOFError,
@@ -36,6 +36,10 @@ _PLAIN = (RasterioError, CPLE_BaseError, TerrashardError, HTTPError, http.client
 
 class PermanentError(Exception):
     """A fault that the next attempt would meet again, too."""
+
+
+class UnsupportedError(PermanentError):
+    """A fault of a file that is whole, but of a form that is never read; to try again changes nothing."""
 
 
 class TransientError(Exception):

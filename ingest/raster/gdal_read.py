@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
+from rasterio.enums import MaskFlags
 from rasterio.errors import RasterioError
 
-__all__ = ["WarnedError", "read_window"]
+__all__ = ["WarnedError", "has_mask", "hide_masked", "read_window"]
 
 
 class WarnedError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
@@ -26,7 +27,7 @@ class WarnedError(RasterioError):  # type: ignore[misc]  # rasterio is untyped
 
 
 def read_window(dataset: rasterio.io.DatasetReader, band: int = 1, **options: Any) -> npt.NDArray[np.generic]:
-    """Read pixels of one band of an open file.
+    """Read pixels of one band of an open file; those that its mask hides are 0, or NaN in a file of floats.
 
     Args:
         dataset: The open file.
@@ -42,7 +43,33 @@ def read_window(dataset: rasterio.io.DatasetReader, band: int = 1, **options: An
         pixels: npt.NDArray[np.generic] = dataset.read(band, **options)
     if messages:
         raise WarnedError(f"GDAL warned while it decoded: {messages[0]}")
+    hide_masked(dataset, pixels, **options)
     return pixels
+
+
+def has_mask(dataset: rasterio.io.DatasetReader) -> bool:
+    """Whether a file holds a mask of its own, beside any nodata value."""
+    return dataset.driver == "GTiff" and MaskFlags.per_dataset in dataset.mask_flag_enums[0]
+
+
+def hide_masked(dataset: rasterio.io.DatasetReader, pixels: npt.NDArray[np.generic], **options: Any) -> None:
+    """Overwrite pixels that the mask of an open file hides with 0, or with NaN in an array of floats.
+
+    Args:
+        dataset: The open file.
+        pixels: Pixels of one band, which are changed in place.
+        **options: Options of rasterio's `read` that `pixels` were read with.
+
+    Raises:
+        WarnedError: GDAL warned while it decoded the mask.
+    """
+    if not has_mask(dataset):
+        return
+    with _caught_warnings() as messages:
+        mask = dataset.read_masks(1, **options)
+    if messages:
+        raise WarnedError(f"GDAL warned while it decoded the mask: {messages[0]}")
+    pixels[mask == 0] = np.nan if pixels.dtype.kind == "f" else 0
 
 
 @contextmanager

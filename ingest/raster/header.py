@@ -19,7 +19,9 @@ from rasterio.enums import ColorInterp
 
 from ingest.raster.blocks import ContradictionError, Packing
 from ingest.raster.directory import Directory
+from ingest.raster.gdal_read import has_mask
 from ingest.raster.ranges import RangeFile, block_span
+from ingest.raster.values import Stated
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid, check_on_earth, normal_crs
 
@@ -46,6 +48,8 @@ class RasterHeader:
         packing: Packing of its blocks; None where only GDAL can decode them.
         spans: Array (rows, columns, 2) of the first byte of each block and the first after it; None where a block is
             left out, or there are too many.
+        stated: Scale, offset and unit that the file states.
+        masked: Whether the file has a mask, which GDAL reads.
     """
 
     grid: Grid
@@ -54,6 +58,8 @@ class RasterHeader:
     palette: bool
     packing: Packing | None
     spans: npt.NDArray[np.int64] | None = field(compare=False)
+    stated: Stated = field(default_factory=Stated)
+    masked: bool = False
 
     @classmethod
     def of(cls, dataset: rasterio.io.DatasetReader, file: RangeFile | None) -> Self:
@@ -71,12 +77,14 @@ class RasterHeader:
             dataset.colorinterp[0] == ColorInterp.palette,
             packing,
             _spans(dataset, file, packing) if packing is not None and file is not None else None,
+            Stated.of(dataset),
+            has_mask(dataset),
         )
 
     @property
     def suffices(self) -> bool:
         """Whether every pixel can be read without GDAL."""
-        return self.packing is not None and self.spans is not None
+        return self.packing is not None and self.spans is not None and not self.masked
 
 
 def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -33,6 +34,8 @@ class Access:
         rates: (host, requests per second) in addition to the providers' rules; all workers share one count.
         private_names: Host names that may lead to a private address; None for any.
         requester_pays: Whether buckets may be read that bill the reader.
+        signed_hrefs: Href → the form that the catalogue signed, for files that nobody else can sign. It is neither
+            shown nor compared.
     """
 
     attempts: int = 4
@@ -48,6 +51,7 @@ class Access:
     rates: tuple[tuple[str, float], ...] = ()
     private_names: tuple[str, ...] | None = ()
     requester_pays: bool = False
+    signed_hrefs: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, config: IngestConfig, source: str = "") -> Self:

@@ -21,6 +21,7 @@ from ingest.raster.gdal_read import read_window
 from ingest.raster.limits import Access
 from ingest.raster.ranges import blocks_of
 from ingest.raster.resample import pick_resampling, place
+from ingest.raster.values import Stated, Values
 from ingest.trust.redact import redact_url
 from ingest.worker.meters import count_stage
 from zarr_store.errors import AssetUnreadable, InvalidInput
@@ -30,9 +31,9 @@ __all__ = [
     "Access",
     "ReadableAsset",
     "SceneReader",
-    "as_stored",
     "check_type",
     "read_on_grid",
+    "values_of",
 ]
 
 Stored = Literal["uint16", "uint8", "float32"]
@@ -40,6 +41,9 @@ Pixels = npt.NDArray[np.generic]
 
 NODATA: Mapping[str, float] = {"uint16": 0, "uint8": 0, "float32": float("nan")}
 """Value of a pixel without data, by stored type."""
+
+
+_AGAIN = "repeat the `terrashard ingest` command on SOURCE, which finds new ones"
 
 
 class ReadableAsset(Protocol):
@@ -56,6 +60,10 @@ class ReadableAsset(Protocol):
     def nodata(self) -> float | None: ...
     @property
     def kind(self) -> Literal["data", "class"]: ...
+    @property
+    def scale(self) -> float | None: ...
+    @property
+    def unit(self) -> str | None: ...
 
 
 def read_on_grid(
@@ -99,8 +107,9 @@ def read_on_grid(
         check_type(stated.dtype, stored, scene, asset)
         if asset.kind == "data" and stated.palette:
             reason = "expected a data band, the file has a palette: its numbers are colours"
-            raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
+            raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href), final=True)
         empty = {value for value in (asset.nodata, stated.nodata) if value is not None}
+        values = values_of(stated.stated, stored, asset)
         if on_version is not None and file is not None:
             on_version(file.version)
         blocks = None
@@ -123,12 +132,19 @@ def read_on_grid(
                 if file is not None:
                     file.forget()
             count_stage("read", time.perf_counter() - begun, raw.nbytes)
-            return as_stored(raw, stored, empty)
+            return values.store(raw, stored, empty)
 
         kernel = pick_resampling(asset.kind, stated.grid, target, resampling)
         return place(window, stated.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
 
-    return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access)
+    try:
+        return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access)
+    except AssetUnreadable as error:
+        lost = getattr(asset, "presigned", None) and error.reason.startswith(("HTTP 401", "HTTP 403"))
+        if not lost or "signature" in error.reason:
+            raise
+        reason = f"{error.reason} (the catalogue signed this address, and signatures are never stored: {_AGAIN})"
+        raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href)) from error
 
 
 def check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> None:
@@ -141,26 +157,18 @@ def check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> 
     if (stored == "float32") == whole:
         expected = "a float band of linear backscatter" if stored == "float32" else "a band of whole numbers"
         raise AssetUnreadable.of(
-            scene, asset.key, f"expected {expected}, the file holds {dtype}", redact_url(asset.href)
+            scene, asset.key, f"expected {expected}, the file holds {dtype}", redact_url(asset.href), final=True
         )
 
 
-def as_stored(raw: Pixels, stored: Stored, empty: set[float]) -> Pixels:
-    """Convert pixels to the stored type, with one value for every pixel without data."""
-    if stored == "float32":
-        power = raw.astype(np.float32)
-        # exact zeros are the borders of scenes before 2018 and never a measured power
-        power[~np.isfinite(power) | (power == 0)] = np.nan
-        for value in empty:
-            if abs(value) <= np.finfo(np.float32).max:  # a pixel of this type cannot have a larger value
-                power[power == np.float32(value)] = np.nan
-        return power
-    top = np.iinfo(stored).max
-    whole = raw.astype(stored, copy=False) if raw.dtype == stored else np.clip(raw, 0, top).astype(stored)
-    for value in empty:
-        if np.isfinite(value) and value != 0 and (hits := raw == value).any():
-            whole[hits] = 0
-    return whole
+def values_of(stated: Stated, stored: Stored, asset: ReadableAsset) -> Values:
+    """Find how the numbers of a file become those of a cube.
+
+    Raises:
+        InvalidInput: The file or its item states something that cannot be applied.
+    """
+    scale = asset.scale if asset.scale != 1.0 else None  # 1 is what items state that leave the numbers as they are
+    return Values.of(stated, stored, asset.kind, item_scale=scale, item_unit=asset.unit)
 
 
 class SceneReader:
@@ -238,7 +246,7 @@ class SceneReader:
 class _UrlAsset:
     """An asset of which only the URL is known."""
 
-    nodata = None
+    nodata = scale = unit = None
     kind: Literal["data", "class"] = "data"
 
     def __init__(self, href: str) -> None:

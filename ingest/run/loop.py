@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from ingest.run.outcome import IngestEvent, IngestReport
 from ingest.run.record import RunRecord
 from ingest.run.stopping import handle_stop_signals
 from ingest.run.task import ingest_shard, settle
+from ingest.trust.presigned import signed_hrefs
 from ingest.trust.redact import redact_text
 from ingest.worker.guard import memory_note
 from zarr_store.backends import open_store
@@ -174,13 +175,14 @@ class Job:
 
     def submit(self, client: Client, task: ShardTask, access: Access, key: str) -> Any:
         """Hand one shard to the cluster and return the future of its ledger row."""
+        signed = signed_hrefs(asset.href for source in task.sources for asset in source.assets)
         return client.submit(
             ingest_shard,
             task,
             self.plan.recipe(task.collection),
             # a worker has another working directory
             self.url if "://" in self.url else str(Path(self.url).absolute()),
-            access,
+            replace(access, signed_hrefs=signed) if signed else access,
             fence=self.lock.token,
             again=(task.collection, task.index) in self.again,
             key=key,

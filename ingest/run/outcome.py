@@ -122,6 +122,18 @@ class IngestReport:
         }
 
     @property
+    def unsupported(self) -> tuple[str, ...]:
+        """The scenes and assets of `missing` that no repeated run can read: their files are of an unsupported form."""
+        return tuple(
+            dict.fromkeys(
+                f"{source.item_id}, asset {source.asset}"
+                for row in (*self.partial, *self.failed)
+                for source in row.sources
+                if source.state == "missing" and source.final
+            )
+        )
+
+    @property
     def exit_code(self) -> int:
         """0 when every shard that was asked for is complete, 3 when something is missing and can be tried again."""
         return 3 if self.partial or self.failed else 0
@@ -148,6 +160,7 @@ class IngestReport:
             "failed": rows(self.failed),
             "errors": list(self.errors),
             "missing": self.missing,
+            "unsupported": list(self.unsupported),
             "pending": self.pending,
             "pixels_read": self.pixels_read,
             "seconds": round(self.seconds, 3),
@@ -173,6 +186,12 @@ class IngestReport:
         lines += named[:_MOST_LISTED]
         if len(named) > _MOST_LISTED:
             lines.append(f"… and {len(named) - _MOST_LISTED} more")
-        if self.exit_code:
-            lines.append("repeat the same command to try these again")
+        never = len(self.unsupported)
+        if never:
+            lines.append(
+                f"{never} of these cannot be read as they are, and to repeat the command does not change that: convert "
+                "the files, or leave their scenes out"
+            )
+        if self.exit_code and (self.errors or len(self.missing) > never):
+            lines.append(f"repeat the same command to try {'the others' if never else 'these'} again")
         return "\n".join(one_line(line) for line in lines)

@@ -28,6 +28,7 @@ from ingest.plan.task import PlannedScene, Recipe, ShardTask, SourceAsset
 from ingest.raster.limits import Access
 from ingest.raster.read import NODATA, Pixels, read_on_grid
 from ingest.trust.hrefs import is_url
+from ingest.trust.redact import redact_url
 from ingest.worker.slots import computing
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
@@ -79,6 +80,8 @@ def fill_shard(
     """
 
     def read(asset: SourceAsset, window: Grid, out: Pixels | None) -> Pixels:
+        if asset.refusal is not None:
+            raise AssetUnreadable.of(asset.scene, asset.key, asset.refusal, redact_url(asset.href), final=True)
         if reader is not None:
             pixels = reader(asset, window)
             if out is None:
@@ -161,7 +164,9 @@ class _Shard:
                 self._add(scene, window, views)
             except AssetUnreadable as error:
                 unread.append(scene)
-                outcomes.append(SourceOutcome(scene.item, scene.item_id, "missing", error.asset, error.reason))
+                outcomes.append(
+                    SourceOutcome(scene.item, scene.item_id, "missing", error.asset, error.reason, final=error.final)
+                )
             else:
                 outcomes.append(SourceOutcome(scene.item, scene.item_id, "read"))
         for scene in unread:
@@ -240,7 +245,7 @@ class _Shard:
         lacking = next((name for name in windows if scene.asset(name) is None), None)
         if lacking is not None:
             text = f"the item has no usable asset for {lacking}"
-            raise AssetUnreadable.of(scene.item_id, lacking, text, "no href")
+            raise AssetUnreadable.of(scene.item_id, lacking, text, "no href", final=True)
         self.pixels_read += sum(window.height * window.width for window in windows.values())
 
         def read(name: str) -> Pixels:

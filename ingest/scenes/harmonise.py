@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ingest.request.asset_choice import choose_asset
@@ -34,8 +35,9 @@ from ingest.scenes.place import place_of
 from ingest.scenes.scene import AssetRef, Scene
 from ingest.scenes.stated_grid import first_band, stated_grid
 from ingest.trust.hrefs import HrefPolicy, resolve_href
+from ingest.trust.presigned import set_signature_aside
 from ingest.trust.providers import find_provider, trusted_hosts
-from ingest.trust.redact import strip_signature
+from ingest.trust.redact import redact_url
 from zarr_store.errors import InvalidInput
 
 __all__ = ["harmonise"]
@@ -158,6 +160,7 @@ def _assets(
     """The requested bands that can be read, and the names of those that cannot."""
     usable: dict[str, AssetRef] = {}
     lacking: list[str] = []
+    taken: dict[str, str] = {}
     choice = choose_bands(product, config.selection.bands, config.pixels.mask)
     for band in choice.all:
         chosen = choose_asset(band, item["assets"])
@@ -168,12 +171,20 @@ def _assets(
         if chosen.others:
             notes.append(f"{band.name}: asset {key!r} is read; {', '.join(map(repr, chosen.others[:6]))} also name it")
         try:
-            href = strip_signature(resolve_href(asset.get("href"), base=base, policy=policy))
+            whole = resolve_href(asset.get("href"), base=base, policy=policy)
+            href = set_signature_aside(whole)
+            if taken.setdefault(href, whole) != whole:
+                raise InvalidInput(
+                    f"its href {redact_url(href)!r} differs from that of another band only in what looks like a "
+                    "signature, which is never stored; they would be read as one file"
+                )
         except InvalidInput as refusal:
             lacking.append(band.name)
             notes.append(f"asset {key!r}: {refusal}")
             continue
         usable[band.name] = _asset_ref(band, key, asset, href, item["properties"], product, notes)
+        if whole != href:
+            usable[band.name] = replace(usable[band.name], presigned=True)
     return usable, tuple(lacking)
 
 
@@ -190,9 +201,13 @@ def _asset_ref(
     dtype = _raster(asset, "data_type") or ("uint8" if is_class else product.dtype)
     nodata = number_of(_raster(asset, "nodata"))
     scale, offset = (_finite(number_of(_raster(asset, name))) for name in ("scale", "offset"))
-    if not is_class and scale is not None and product.kind == "reflectance" and not 0.99 < scale / product.scale < 1.01:
+    if scale is not None and scale <= 0:
+        notes.append(f"asset {key!r}: scale {scale:g} is stated, which no number has: it is ignored")
+        scale = None
+    if not is_class and scale not in (None, 1.0, product.scale) and product.kind == "reflectance":
         notes.append(
-            f"scale {scale:g} is stated, {product.name} has {product.scale:g}: the numbers are kept as they are"
+            f"scale {scale:g} is stated, {product.name} has {product.scale:g}: numbers are converted, unless the file "
+            "states a scale of its own"
         )
     return AssetRef(
         band=band.name,
@@ -207,6 +222,7 @@ def _asset_ref(
         media_type=text_of(asset.get("type")),
         size_bytes=_size(asset),
         checksum=text_of(asset.get("file:checksum"), lower=True),
+        unit=text_of(_raster(asset, "unit")),
     )
 
 

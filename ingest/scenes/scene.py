@@ -37,6 +37,8 @@ class AssetRef:
         media_type: Media type as the item states it.
         size_bytes: Size of the file in bytes as the item states it (`file:size`).
         checksum: Multihash of the file in hexadecimal, as the item states it (`file:checksum`).
+        presigned: True where the catalogue gave the href with a signature, which is kept out of `href`.
+        unit: Unit of the pixels as the item states it, such as "dB".
 
     Example:
         >>> import ingest
@@ -57,6 +59,8 @@ class AssetRef:
     media_type: str | None = None
     size_bytes: int | None = None
     checksum: str | None = None
+    presigned: bool | None = None
+    unit: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

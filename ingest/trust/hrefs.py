@@ -99,13 +99,17 @@ class HrefPolicy:
         return bool(self.source_host) and is_loopback(self.source_host or "") and is_loopback(host)
 
 
-def resolve_href(href: object, *, base: str, policy: HrefPolicy) -> str:
+def resolve_href(href: object, *, base: str, policy: HrefPolicy, resolved: bool = False) -> str:
     """Resolve an href to an absolute URL or local path, or refuse it.
+
+    A percent escape in the href of a local file means what it means to a web server that hands out the same folder:
+    the file `a b.tif` for `a%20b.tif`. A file that has the escape in its name is found too, where there is no other.
 
     Args:
         href: The href as the catalogue has it.
         base: URL or path of the document that holds the href.
         policy: The hosts and folders that are allowed.
+        resolved: Whether the href comes from a plan, so that a local path is taken letter for letter.
 
     Raises:
         InvalidInput: The href is malformed or not allowed; the message never shows its query or userinfo.
@@ -123,11 +127,12 @@ def resolve_href(href: object, *, base: str, policy: HrefPolicy) -> str:
         if text.startswith("/") and base.startswith("s3://"):
             raise _refused(text, "an absolute path has no meaning in a bucket")
         if base.startswith("s3://"):  # urljoin does not know the scheme
-            joined = "s3" + urljoin("https" + base[2:], quote(text, safe="/%?=&+,;@!$'()*~"))[5:]
+            # a key of a bucket has no escapes, so those of the href are undone, as a web server does it
+            joined = "s3" + _unescaped(urljoin("https" + _escaped(base[2:]), _escaped(_unescaped(text))))[5:]
         else:
             joined = urljoin(base, text)
         return _checked_url(joined, policy)
-    return _checked_path(text, base, policy)
+    return _checked_path(text, base, policy, resolved)
 
 
 def _checked_text(href: object) -> str:
@@ -175,17 +180,38 @@ def _checked_url(url: str, policy: HrefPolicy) -> str:
     return urlunsplit(SplitResult(parts.scheme.lower(), netloc, parts.path, parts.query, ""))
 
 
-def _checked_path(text: str, base: str, policy: HrefPolicy) -> str:
-    if "://" in unquote(text) or "/vsi" in text.lower():
+def _checked_path(text: str, base: str, policy: HrefPolicy, resolved: bool) -> str:
+    if "://" in unquote(text) or "/vsi" in unquote(text).lower():
         raise _refused(text, "it hides a URL or a /vsi path")
     folder = Path(base) if Path(base).is_dir() else Path(base).parent
-    path = (folder / text).resolve()  # follows links, so that no link leads out of the folder
     roots = [*([policy.source_root] if policy.source_root else []), *policy.roots]
-    if not any(path.is_relative_to(root) for root in roots):
+    names = [text]
+    if not resolved:
+        plain = re.split(r"[?#]", text, maxsplit=1)[0]
+        names = [_unescaped(text), text, *([_unescaped(plain), plain] if plain else [])]
+    # links are followed first, so that no link leads out of the folder
+    paths = [(folder / name).resolve() for name in dict.fromkeys(names)]
+    allowed = [path for path in paths if any(path.is_relative_to(root) for root in roots)]
+    if paths[0] not in allowed:  # what a web server would be asked for
         raise _refused(
             text, "it lies outside the catalogue's own folder; if you trust its folder, add --allow-local FOLDER"
         )
-    return str(path)
+    return str(next((path for path in allowed if path.exists()), allowed[0]))
+
+
+def _unescaped(text: str) -> str:
+    """Undo percent escapes; a text stays as it is where a "%" begins none, or where an escape hides a control."""
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        return text
+    try:
+        plain = unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        return text
+    return text if any(ord(char) < 32 or ord(char) == 127 or char == "\\" for char in plain) else plain
+
+
+def _escaped(text: str) -> str:
+    return quote(text, safe="/:?=&+,;@!$'()*~")
 
 
 def _refused(href: str, why: str) -> InvalidInput:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qsl
 
 from shapely.geometry import box
 
 from ingest.plan.plan import Plan
 from ingest.plan.stored import check_kept_source, kept_plan, require_providers
-from ingest.raster.asset_file import file_version
+from ingest.raster.asset_file import file_versions
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.scenes.dedupe import are_other_strips
@@ -153,13 +154,27 @@ def replaced_files(
         if (task.collection, scene.item, asset.key) in read
         and hrefs.get(((task.collection, scene.item_id), asset.key)) == asset.href
     }
-    changed: dict[tuple[str, str], list[str]] = defaultdict(list)
+    changed: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for task in plan.tasks:
+        for scene in task.sources:
+            for asset in scene.assets:
+                scene_key = (task.collection, scene.item_id)
+                if _asks_for_another(asset.href, hrefs.get((scene_key, asset.key))):
+                    changed[scene_key].add(asset.key)
     with crew(_AT_ONCE) as pool:
-        present = pool.map(lambda one: file_version(one[1], access), asked.values())
+        present = pool.map(lambda one: file_versions(one[1][1], access, read[one[0]]), asked.items())
         for (place, (scene_key, _)), now in zip(asked.items(), present, strict=True):
-            if now is not None and read[place] != {now}:
-                changed[scene_key].append(place[2])
+            if now is not None and not now.issuperset(read[place]):
+                changed[scene_key].add(place[2])
     return {key: tuple(sorted(assets)) for key, assets in sorted(changed.items())}
+
+
+def _asks_for_another(kept: str, now: str | None) -> bool:
+    """Whether the catalogue asks an address for more than was kept of it: cubes of before left out parts of queries."""
+    if now is None or kept == now or kept.partition("?")[0] != now.partition("?")[0]:
+        return False
+    before, after = (Counter(parse_qsl(href.partition("?")[2], keep_blank_values=True)) for href in (kept, now))
+    return before < after
 
 
 def compare(plan: Plan, found: SearchResult, replaced: Mapping[tuple[str, str], tuple[str, ...]] | None = None) -> News:

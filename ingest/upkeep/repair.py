@@ -14,11 +14,14 @@ import numpy as np
 from distributed import Client
 
 from ingest.plan.stored import check_hrefs, kept_plan
+from ingest.plan.task import SourceAsset
+from ingest.raster.access import with_raster
+from ingest.raster.asset_file import find_mask_beside
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.shard import fill_shard
-from zarr_store.errors import IntegrityError
+from zarr_store.errors import AssetUnreadable, IntegrityError
 from zarr_store.ledger import LedgerRow
 from zarr_store.lock import CubeLock
 from zarr_store.read import Cube, open_cube
@@ -114,6 +117,8 @@ class SourcesReport:
         checked: Number of shards whose sources were all read again.
         different: Arrays of shards that differ.
         unread: Shards whose sources could not be read now, with the cause.
+        doubted: What the files state of their numbers and the plan of the cube did not know, one sentence for each
+            file; the pixels that were made of it are wrong.
 
     Example:
         >>> import ingest
@@ -125,11 +130,13 @@ class SourcesReport:
     checked: int
     different: tuple[Difference, ...]
     unread: tuple[str, ...]
+    doubted: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to values that can be written as JSON."""
         different = [{**vars(one), "index": list(one.index)} for one in self.different]
-        return {"checked": self.checked, "different": different, "unread": list(self.unread)}
+        return {"checked": self.checked, "different": different, "unread": list(self.unread),
+                "doubted": list(self.doubted)}  # fmt: skip
 
 
 def verify_sources(
@@ -161,18 +168,43 @@ def verify_sources(
     check_hrefs(plan, config, tasks=[task for task, _ in drawn])
     different: list[Difference] = []
     unread = []
+    doubts: dict[str, str | None] = {}
     for done, (task, row) in enumerate(drawn, 1):
         filled = fill_shard(task, plan.recipe(task.collection), access=access)
         lost = next((source for source in filled.outcomes if source.state == "missing"), None)
         if lost is None:
             different += _differences(cube, task.collection, row, filled.arrays)
         else:
-            unread.append(
-                f"{task.collection} shard {task.index}: scene {lost.item_id}, asset {lost.asset}: {lost.reason}"
-            )
+            text = f"{task.collection} shard {task.index}: scene {lost.item_id}, asset {lost.asset}: {lost.reason}"
+            if lost.final:  # the shard was made of a file that is refused now
+                doubts[text] = text
+            unread.append(text)
+        used = {outcome.item for outcome in filled.outcomes if outcome.state == "read"}
+        for asset in (asset for scene in task.sources if scene.item in used for asset in scene.assets):
+            if asset.href not in doubts:
+                doubts[asset.href] = _doubt(asset, access)
         if on_shard:
             on_shard(done, len(drawn))
-    return SourcesReport(len(drawn) - len(unread), tuple(different), tuple(unread))
+    doubted = tuple(text for text in doubts.values() if text)
+    return SourcesReport(len(drawn) - len(unread), tuple(different), tuple(unread), doubted)
+
+
+def _doubt(asset: SourceAsset, access: Access) -> str | None:
+    """Say what a file states of its numbers that the plan did not know; None where there is nothing."""
+    where = f"scene {asset.scene}, asset {asset.key}"
+    if (name := find_mask_beside(asset.href)) is not None:
+        return f"{where}: a mask lies beside the file ({name}), which was not applied"
+    if asset.stored != "uint16" or asset.kind != "data" or asset.file_offset is not None:
+        return None
+    try:
+        offset = with_raster(
+            asset.href, lambda file: file.header.stated.offset_dn, scene=asset.scene, asset=asset.key, access=access
+        )
+    except AssetUnreadable:  # it could be read a moment ago; the next check will tell
+        return None
+    if offset in (0, asset.dn_offset):
+        return None
+    return f"{where}: the file states an offset of {offset:g} (OFFSET tag), {asset.dn_offset:+d} was added"
 
 
 def _differences(cube: Cube, collection: str, row: LedgerRow, arrays: dict[str, Any]) -> list[Difference]:

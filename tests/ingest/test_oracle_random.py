@@ -12,7 +12,9 @@ from __future__ import annotations
 import datetime as dt
 import math
 import os
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,8 @@ from ingest.scenes.scene import AssetRef, Scene
 from zarr_store.errors import AssetUnreadable, NothingFound
 from zarr_store.grid import Grid
 from zarr_store.spec import Layout
+
+from .worlds_on_disk import write_scene
 
 CASES = int(os.environ.get("TERRASHARD_ORACLE_CASES", "10000"))
 HERE, NEXT = "EPSG:32633", "EPSG:32634"
@@ -97,6 +101,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         "group": draw(st.sampled_from(["solar-day", "item", "month"])),
         "reduce": draw(st.sampled_from(["first", "median", "mean"])),
         "clip": zone != "across" and draw(st.booleans()),
+        "files": draw(st.sampled_from([False] * 9 + [True])),
     }
 
 
@@ -157,8 +162,13 @@ def build(world: dict[str, Any]) -> list[Made]:
     return made
 
 
-def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.ndarray]]:
-    """The way of a real ingest, but for files: duplicates, plan, shards."""
+def ingest(made: list[Made], world: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, np.ndarray]]:
+    """The way of a real ingest, in some worlds but for files: duplicates, plan, shards."""
+    if world["files"]:
+        made = [
+            replace(m, scene=write_scene(m.scene, m.pixels, m.broken, folder, world["seed"] + number))
+            for number, m in enumerate(made)
+        ]
     table = {(m.scene.id, band): m for m in made for band in m.pixels}
     scenes, drops = dedupe([m.scene for m in made])
     assert {d.dropped.id for d in drops} == {m.scene.id for m in made if m.copy_of}
@@ -198,7 +208,7 @@ def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.
 
     got = {a.name: np.zeros(recipe.spec.array_shape(a.name), a.dtype) for a in recipe.spec.arrays()}
     for task in plan.tasks:
-        for name, part in fill_shard(task, recipe, reader=read).arrays.items():
+        for name, part in fill_shard(task, recipe, reader=None if world["files"] else read).arrays.items():
             t, y, x = task.region.slices
             got[name][(t, slice(None), y, x) if part.ndim == 4 else (t, y, x)] = part
     return plan, got
@@ -367,7 +377,8 @@ def compose(
 def check(world: dict[str, Any]) -> int:
     """How many voxels were compared; a wrong one is an error."""
     made = build(world)
-    plan, got = ingest(made, world)
+    with tempfile.TemporaryDirectory() as folder:
+        plan, got = ingest(made, world, Path(folder))
     expected = oracle(made, world, plan.grid, {row["id"] for row in plan.items["sentinel-2-l2a"]})
     assert set(got) == set(expected)
     for name, array in expected.items():
