@@ -77,7 +77,7 @@ class Classes:
         """Read `data.classes` and `data.colours`; the order of classes is that of their first value.
 
         Raises:
-            InvalidInput: No class, a value outside 0…255, more than 254 classes or a colour that is not #rrggbb,
+            InvalidInput: No class, a value outside 0…255, more than 254 classes, a colour that is not #rrggbb
                 or that two classes have.
             UnknownName: A colour for a class that is not there.
 
