@@ -64,6 +64,8 @@ def register(app: typer.Typer) -> None:
             session.warn(f"left out: {line}")
         for line in report.passed_over:
             session.warn(f"passed over: {line}")
+        for line in report.warnings:
+            session.warn(line)
         if report.without_place and labels is None:
             session.warn(
                 f"{report.without_place} of {report.samples} samples have no coordinates: they cannot be split by "

@@ -43,7 +43,7 @@ class ImportReport:
     """The result of an import: samples by class, samples without a place, files left out, and the form of the store.
 
     `left_out` names images that could not be used, `passed_over` what was no image of a class in the first place;
-    `invalid_pixels` counts the pixels that the files mark as without data, by one reason or another.
+    `invalid_pixels` counts the pixels that the files mark as without data; `warnings` is what a person should look at.
     """
 
     store: str
@@ -56,6 +56,7 @@ class ImportReport:
     digest: str
     passed_over: tuple[str, ...] = ()
     invalid_pixels: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def import_patches(

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from jaxtrain.config import DataConfig, TrainConfig
 from jaxtrain.data.classes import NOT_LEARNT
 from jaxtrain.data.cubes import Splits
+from jaxtrain.data.numbers import convert_to, sample_numbers
 from jaxtrain.data.places import SampleSplit, nearest_m
 from jaxtrain.data.reader import OnUnreadable
-from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
+from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics, scene_rows
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import JudgedSet, LearnedFrom, TrainingSet, check_digest
@@ -67,6 +68,7 @@ class SampleData:
             reader=reader,
             statistics=partial(sample_statistics, plan, reader, classes),
             leakage=leak,
+            numbers=sample_numbers(store.spec, reader.bands),
         )
 
     def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
@@ -87,7 +89,9 @@ class SampleData:
     def judged_whole(self, card: LearnedFrom) -> JudgedSet:
         """Return all samples of another store; see `TrainingData.judged_whole`."""
         reader, windows, warnings = _other_samples(card, _config(card), self.store)
-        return _judged(self.store, windows, reader, warnings, "test")
+        there = sample_numbers(self.store.spec, reader.bands)
+        conversion, notes = convert_to(card.numbers, there, self.store.url)
+        return _judged(self.store, windows, replace(reader, conversion=conversion), [*warnings, *notes], "test")
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
         """Return the name of each sample, which is its origin."""
@@ -138,7 +142,7 @@ def _other_samples(
     if store.spec.labelled == "one":
         rows = rows[table[store.label] != NOT_LEARNT]
     elif store.spec.labelled == "pixels":
-        rows = np.argwhere(table[store.label] != NOT_LEARNT).astype(np.int32)
+        rows = scene_rows(store, table)
     warnings += _near_training(card, store)
     return reader, Windows(reader.patch, rows), warnings
 
@@ -148,7 +152,7 @@ def _every_sample(config: DataConfig, card: LearnedFrom, store: SampleStore) -> 
     rows = np.zeros((store.spec.count, 3), np.int32)
     rows[:, 0] = np.arange(store.spec.count)
     if store.spec.labelled == "pixels":
-        rows = np.argwhere(store.label >= 0).astype(np.int32)
+        rows = scene_rows(store, None)
     reader = SampleReader.of(store, config, card.classes)
     return reader, Windows(reader.patch, rows), _near_training(card, store)
 
