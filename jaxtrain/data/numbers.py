@@ -119,7 +119,7 @@ def convert_to(
         shift.append((theirs.offset - ours.offset) / ours.scale)
     if all(g == 1 for g in gain) and all(s == 0 for s in shift):
         return None, []
-    first = next(i for i, pair in enumerate(zip(gain, shift, strict=True)) if pair != (1, 0))
+    first = next(i for i in range(len(gain)) if gain[i] != 1 or shift[i] != 0)
     note = f"numbers of {url} are converted: band {there[first].band} holds {there[first]}, trained on {trained[first]}"
     return Conversion(tuple(gain), tuple(shift)), [note]
 

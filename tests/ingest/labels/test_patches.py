@@ -171,7 +171,7 @@ def tiff(path, values, *, mask=None, scale=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.open(
         path, "w", driver="GTiff", width=values.shape[2], height=values.shape[1], count=len(values),
-        dtype=values.dtype, crs="EPSG:32633", transform=from_origin(5e5, 5e6, 10, 10), **options,
+        dtype=values.dtype, **({"crs": "EPSG:32633", "transform": from_origin(5e5, 5e6, 10, 10)} | options),
     ) as file:  # fmt: skip
         file.write(values)
         if mask is not None:
@@ -323,3 +323,94 @@ def test_a_row_of_places_means_one_image(tmp_path, rows, message):
     (tmp_path / "coordinates.csv").write_text("file,latitude,longitude\nForest/x.png,1,2\nRiver/x.png,3,4\n")
     import_patches(tmp_path, tmp_path / "s.zarr")
     np.testing.assert_array_equal(open_samples(tmp_path / "s.zarr").longitude, [2, 4])
+
+
+AT = from_origin(5e5, 5e6, 10, 10)
+
+
+def scene(folder):
+    """An image of two bands and its labels, as GeoTIFFs on one grid."""
+    rng = np.random.default_rng(1)
+    truth = rng.integers(1, 4, (1, 20, 30)).astype(np.uint8)
+    tiff(folder / "x.tif", rng.integers(1, 9000, (2, 20, 30)).astype(np.uint16), transform=AT)
+    tiff(folder / "y.tif", truth, transform=AT)
+    return folder / "x.tif", truth
+
+
+def test_labels_of_a_scene_are_placed_by_their_transform(tmp_path):
+    image, truth = scene(tmp_path)
+    import_scene(image, tmp_path / "y.tif", tmp_path / "same.zarr")
+    np.testing.assert_array_equal(open_samples(tmp_path / "same.zarr").label, truth)
+    # the same labels on a larger grid that begins elsewhere, and some rows only
+    wide = np.zeros((1, 30, 40), np.uint8)
+    wide[0, 4:24, 7:37] = truth[0]
+    tiff(tmp_path / "wide.tif", wide, transform=from_origin(5e5 - 70, 5e6 + 40, 10, 10))
+    tiff(tmp_path / "part.tif", truth[:, 5:], transform=from_origin(5e5, 5e6 - 50, 10, 10))
+    for name, expected in (("wide", truth), ("part", np.where(np.arange(20)[:, None] < 5, 0, truth))):
+        report = import_scene(image, tmp_path / f"{name}.tif", tmp_path / f"{name}.zarr")
+        np.testing.assert_array_equal(open_samples(tmp_path / f"{name}.zarr").label, expected)
+        assert "were placed by its transform" in report.warnings[0]
+    # the same shape, shifted by two pixels
+    tiff(tmp_path / "moved.tif", truth, transform=from_origin(5e5 + 20, 5e6, 10, 10))
+    import_scene(image, tmp_path / "moved.tif", tmp_path / "moved.zarr")
+    label = open_samples(tmp_path / "moved.zarr").label[0]
+    np.testing.assert_array_equal(label[:, 2:], truth[0, :, :-2])
+    assert not label[:, :2].any()
+
+
+def test_labels_of_a_scene_that_do_not_fit_are_refused(tmp_path):
+    image, truth = scene(tmp_path)
+    south = rasterio.Affine(10, 0, 5e5, 0, 10, 5e6 - 200)
+    tiff(tmp_path / "south.tif", truth[:, ::-1], transform=south)
+    tiff(tmp_path / "half.tif", truth, transform=from_origin(5e5 + 5, 5e6, 10, 10))
+    tiff(tmp_path / "far.tif", truth, transform=from_origin(6e5, 5e6, 10, 10))
+    Image.fromarray(truth[0]).save(tmp_path / "nowhere.tif")
+    marked = truth.copy()
+    marked[0, 0, :5], marked[0, 1, :5] = 0, 255
+    tiff(tmp_path / "zero.tif", marked, nodata=255)
+    tiff(tmp_path / "scaled.tif", truth, scale=(2.0, 0.0, ""))
+    for name, message in (
+        ("south", "mirrored|north-up|south-up"), ("half", "0.50 right"), ("far", "outside the cube|no pixel"),
+        ("nowhere", "states where it lies, .*nowhere.tif does not"), ("zero", "0 would be a class"),
+        ("scaled", "classes cannot have"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=message):
+            import_scene(image, tmp_path / f"{name}.tif", tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
+    # rows and columns are meant where a file cannot say where it lies
+    np.save(tmp_path / "y.npy", truth[0])
+    import_scene(image, tmp_path / "y.npy", tmp_path / "s.zarr")
+    # an image and labels that are both south-up fit
+    tiff(tmp_path / "image.tif", np.ones((2, 20, 30), np.uint16), transform=south)
+    import_scene(tmp_path / "image.tif", tmp_path / "south.tif", tmp_path / "t.zarr")
+    np.testing.assert_array_equal(open_samples(tmp_path / "t.zarr").label, truth[:, ::-1])
+    with pytest.raises(InvalidInput, match="warp the image to a north-up grid"):
+        import_scene(tmp_path / "image.tif", tmp_path / "y.tif", tmp_path / "u.zarr")
+
+
+def test_pixels_of_a_scene_without_a_number_are_marked(tmp_path):
+    image = np.random.default_rng(0).normal(size=(12, 10, 3))
+    image[2, 3, 1], image[4, 5, 0] = np.nan, np.inf
+    np.save(tmp_path / "x.npy", image)
+    np.save(tmp_path / "y.npy", np.full((12, 10), 2, np.uint8))
+    report = import_scene(tmp_path / "x.npy", tmp_path / "y.npy", tmp_path / "s.zarr", names=("a", "b"))
+    assert report.invalid_pixels == 2
+    assert report.classes == {"a": 0, "b": 118}
+    store = open_samples(tmp_path / "s.zarr")
+    assert np.argwhere(store.valid([0])[0] == 0).tolist() == [[2, 3], [4, 5]]
+    assert np.isfinite(store.images([0])).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.full((4, 4, 2), (1 << 24) + 1), "do not fit uint16 or, without rounding, float32"),
+        (np.full((4, 4, 2), 1e300), "fit float32"),
+        (np.full((4, 4, 2), 1 + 2j), "expected real numbers"),
+    ],
+)
+def test_a_scene_whose_numbers_would_change_is_refused(tmp_path, image, message):
+    np.save(tmp_path / "x.npy", image)
+    np.save(tmp_path / "y.npy", np.array([[1, 2, 1, 2]] * 4, np.uint8))
+    with pytest.raises(InvalidInput, match=message):
+        import_scene(tmp_path / "x.npy", tmp_path / "y.npy", tmp_path / "s.zarr")
