@@ -97,6 +97,9 @@ def test_the_reader_sees_and_labels_nothing_there(said: Cube, learn_masked: bool
     assert len(lost) == 3
     for name, nothing in (("observed", 0), ("label", 255)):
         assert set(map(tuple, np.argwhere(batch[name] == nothing).tolist())) == lost
+    shown = said.dataset(NAME, masked=True).backscatter.values
+    assert not np.isinf(shown).any()
+    assert np.isnan(shown).any(axis=1).sum() == len(LOST)
     unlabelled = replace(reader, target=None).read(rows)
     assert set(map(tuple, np.argwhere(unlabelled["clear"] == 0).tolist())) == lost
 
