@@ -137,8 +137,8 @@ def _incomparable(ours: BandNumbers, theirs: BandNumbers) -> str:
 
 
 def unlike_training(
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: npt.ArrayLike,
+    std: npt.ArrayLike,
     index: TrainingIndex,
     bands: Sequence[int],
     conversion: Conversion | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.jaxtrain.cube_factory import COLLECTION, make_cube, shared_cube, shar
 from zarr_store.labels import LabelSpec, label_boxes, write_label
 from zarr_store.read import open_cube
 
-STORED = {"plain": {}, "both": {"scale": 0.5, "offset": -300.0}}
+STORED: dict[str, dict[str, Any]] = {"plain": {}, "both": {"scale": 0.5, "offset": -300.0}}
 
 
 @pytest.fixture(scope="module")

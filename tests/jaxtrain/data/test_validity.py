@@ -26,7 +26,7 @@ from zarr_store.grid import Grid
 from zarr_store.labels import LabelSpec, label_boxes, write_label
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
-from zarr_store.samples import Sample, SampleSpec, open_samples, write_samples
+from zarr_store.samples import Labelled, Sample, SampleSpec, open_samples, write_samples
 from zarr_store.spec import BandSpec, CubeSpec, Layout
 from zarr_store.write import ShardWriter
 
@@ -51,8 +51,10 @@ def radar(url: Path, *, lost: bool = True) -> Cube:
     create_cube(url, [spec], items={NAME: [{"id": "i", "datetime": "2023-08-10T10:00:00Z"}]}, provenance={})
     status = np.ones((1, SIDE, SIDE), np.uint8)
     status[0, 70, 80] = 2
-    arrays = {"backscatter": image, "lc": np.where(water, 6, 4).astype(np.uint8)[None], "status": status,
-              "source_item": np.zeros((1, SIDE, SIDE), np.int16)}  # fmt: skip
+    arrays: dict[str, np.ndarray] = {
+        "backscatter": image, "lc": np.where(water, 6, 4).astype(np.uint8)[None], "status": status,
+        "source_item": np.zeros((1, SIDE, SIDE), np.int16),
+    }  # fmt: skip
     ShardWriter(url, NAME).write(Region(0, 1, 0, SIDE, 0, SIDE), arrays, key="k", sources=())
     return open_cube(url)
 
@@ -175,7 +177,7 @@ def test_values_that_are_not_finite_are_no_labels(tmp_path: Path) -> None:
     assert np.isfinite(target.decode(values, None)).sum() == SIDE * SIDE // 4
 
 
-def marked(url: Path, dtype: str, *, labelled: str = "one") -> tuple[Path, np.ndarray]:
+def marked(url: Path, dtype: str, *, labelled: Labelled = "one") -> tuple[Path, np.ndarray]:
     """Write a store in which some pixels hold no data; of floats they are nan, and no array says so."""
     rng = np.random.default_rng(0)
     count, side = (24, 8) if labelled == "one" else (1, 24)
