@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from jaxtrain.config import DataConfig, SplitConfig
 from jaxtrain.data.arrays import as_images
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.memory import empty_array
 from jaxtrain.data.numbers import Conversion
 from jaxtrain.data.order import SampleOrder
@@ -116,15 +116,15 @@ class SampleReader:
             label = self.table[label]
         else:
             kept = self.table[: label.shape[1]]
-            chosen = np.zeros((len(label), int((kept != NOT_LEARNT).sum())), np.uint8)
-            chosen[:, kept[kept != NOT_LEARNT]] = label[:, kept != NOT_LEARNT]
+            chosen = np.zeros((len(label), int((kept != UNLABELLED).sum())), np.uint8)
+            chosen[:, kept[kept != UNLABELLED]] = label[:, kept != UNLABELLED]
             label = chosen
         observed = valid.astype(bool)
         if image.dtype.kind == "f":
             observed &= np.isfinite(image).all(axis=1)
         middle = self.patch // 2
         seen = observed[:, middle, middle] if self._scene else observed.any(axis=(1, 2))
-        label[~seen] = NOT_LEARNT
+        label[~seen] = UNLABELLED
         if self.conversion is not None:
             image = self.conversion.apply(image)
         return {"image": image, "label": label, "observed": observed.view(np.uint8)}
@@ -211,7 +211,7 @@ def plan_samples(
         return _plan_scene(config, store, classes, split)
     learned = np.ones(store.spec.count, bool)
     if store.spec.labelled == "one":
-        learned = classes.table()[store.label] != NOT_LEARNT
+        learned = classes.table()[store.label] != UNLABELLED
     if not learned.any():
         raise NothingFound(f"no sample of {store.url} has one of the classes {', '.join(classes.names)}")
     if split is None:
@@ -232,7 +232,7 @@ def _plan_scene(
 ) -> tuple[WindowPlan, dict[str, Any]]:
     if config.patch % 2 == 0:
         raise InvalidInput(f"data.patch {config.patch} has no middle pixel: take an odd side for a labelled scene")
-    learned = (classes.table()[store.label] != NOT_LEARNT) & _with_data(store)
+    learned = (classes.table()[store.label] != UNLABELLED) & _with_data(store)
     rows = np.argwhere(learned).astype(np.int32)
     if not len(rows):
         raise NothingFound(f"no pixel of {store.url} has one of the classes {', '.join(classes.names)}")
@@ -259,7 +259,7 @@ def scene_rows(store: SampleStore, table: npt.NDArray[np.uint8] | None) -> npt.N
     """Return (sample, y, x) of the pixels of labelled scenes that hold data and, with a table, have a class of it."""
     chosen = _with_data(store)
     if table is not None:
-        chosen &= table[store.label] != NOT_LEARNT
+        chosen &= table[store.label] != UNLABELLED
     return np.argwhere(chosen).astype(np.int32)
 
 
@@ -307,7 +307,7 @@ def sample_statistics(plan: WindowPlan, reader: SampleReader, classes: Classes) 
     counted = np.zeros(len(classes), np.int64)
     if reader.store.spec.labelled == "several":
         kept = reader.table[: reader.store.label.shape[1]]
-        counted[kept[kept != NOT_LEARNT]] = reader.store.label[rows[:, 0]].sum(axis=0)[kept != NOT_LEARNT]
+        counted[kept[kept != UNLABELLED]] = reader.store.label[rows[:, 0]].sum(axis=0)[kept != UNLABELLED]
     else:
         at = tuple(rows.T) if reader.store.spec.labelled == "pixels" else rows[:, 0]
         counted += np.bincount(reader.table[reader.store.label[at]], minlength=256)[: len(classes)]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.data.arrays import as_images
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.splits import PARTS, Split
@@ -146,7 +146,7 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
         m2 += np.square(values - here).sum(axis=0) + np.square(delta) * (count * len(values) / total)
         mean = mean + delta * (len(values) / total)
         count = total
-    by_class[NOT_LEARNT] = 0
+    by_class[UNLABELLED] = 0
     std = np.sqrt(m2 / max(count, 1))
     value = _value_moments(learned, reader) if learned else None
     return Statistics(mean, np.where(std > 0, std, 1.0), by_class[:classes], count, "windows", value)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tensorstore as ts
 
 from jaxtrain.config import DataConfig
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.labels import NOT_LABELLED, LabelLayer, find_labels, open_label
 from zarr_store.read import Cube
@@ -60,7 +60,7 @@ class Target:
     @property
     def nothing(self) -> Any:
         """Value of a pixel without a label."""
-        return np.float32(np.nan) if self.values else np.uint8(NOT_LEARNT)
+        return np.float32(np.nan) if self.values else np.uint8(UNLABELLED)
 
     def array(self, cube: Cube, collection: str) -> ts.TensorStore:
         """Open the array of stored numbers: (time, y, x), or (y, x) of a label layer."""

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import DataConfig
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.splits import PARTS, UNUSED, Part, Split, block_shape, make_split
 from jaxtrain.data.targets import Target, window_labels
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
@@ -228,7 +228,7 @@ def _series(usable: npt.NDArray[np.bool_], dates: int) -> npt.NDArray[np.bool_]:
 def _labelled_shares(target: Target, classes: Classes, patch: int) -> npt.NDArray[np.float64]:
     """Return the share of each window's pixels that a label layer labels, (rows, columns) of windows."""
     parts = [
-        (np.isfinite(labels) if target.values else labels != NOT_LEARNT).mean(axis=-1)
+        (np.isfinite(labels) if target.values else labels != UNLABELLED).mean(axis=-1)
         for _, labels in window_labels(target, classes, patch)
     ]
     return np.concatenate(parts)

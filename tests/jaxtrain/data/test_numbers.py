@@ -14,7 +14,7 @@ from jaxtrain import predict
 from jaxtrain.data.numbers import BandNumbers, convert_to, unlike_training
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.task import Task
-from jaxtrain.evaluation.scores import judged_data
+from jaxtrain.evaluation.scores import select_data
 from jaxtrain.inference.maps import open_map
 from jaxtrain.runs.rundir import CARD, load_card
 from tests.jaxtrain.cube_factory import COLLECTION, make_cube, shared_cube, shared_run
@@ -45,7 +45,7 @@ def test_a_map_of_the_same_ground_does_not_depend_on_scale_and_offset(alike: dic
 
 def test_windows_of_several_cubes_do_not_depend_on_their_scales(alike: dict[str, Path]) -> None:
     card = load_card(shared_run())
-    both = judged_data(card, open_training_data([str(alike["plain"]), str(alike["both"])]), part=None)
+    both = select_data(card, open_training_data([str(alike["plain"]), str(alike["both"])]), part=None)
     rows = both.windows.rows
     half = len(rows) // 2
     got = both.reader.read(rows[[0, half, 3, half + 3]])
@@ -124,4 +124,4 @@ def test_values_in_another_unit_are_refused(tmp_path: Path) -> None:
     assert Task.from_dict(task.to_dict()) == task
     learned = replace(card, task=task, config=card.config.model_copy(update={"data": data}))
     with pytest.raises(ValueError, match="holds values in cm, the model learned values in m"):
-        judged_data(learned, open_training_data(cube.url), part=None)
+        select_data(learned, open_training_data(cube.url), part=None)
