@@ -66,6 +66,10 @@ def register(app: typer.Typer) -> None:
             report = import_scene(source, labels, store, bands=banded, names=named)
         for line in report.left_out:
             session.warn(f"left out: {line}")
+        for line in report.passed_over:
+            session.warn(f"passed over: {line}")
+        for line in report.warnings:
+            session.warn(line)
         if report.without_place and labels is None:
             session.warn(
                 f"{report.without_place} of {report.samples} samples have no coordinates: they cannot be split by "
@@ -76,6 +80,8 @@ def register(app: typer.Typer) -> None:
             f"{report.store}: {report.samples:,} samples of {len(report.classes)} classes, {len(report.bands)} bands, "
             f"{height} × {width} pixels"
         )
+        if report.invalid_pixels:
+            session.say(f"  {report.invalid_pixels:,} pixels hold no data by nodata value, mask, alpha or nan")
         for name, count in report.classes.items():
             session.say(f"  {name:32} {count:,}")
         session.emit(asdict(report))

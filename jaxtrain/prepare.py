@@ -78,6 +78,7 @@ def _card(config: TrainConfig, data: TrainingData, ready: TrainingSet) -> ModelC
         statistics={"source": statistics.source, "pixels": statistics.pixels, **leak, "class_pixels": counted},
         task=replace(ready.task, value=statistics.value),
         grounds=ready.grounds if len(ready.grounds) > 1 else (),
+        numbers=ready.numbers,
     )
 
 

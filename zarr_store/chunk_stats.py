@@ -21,7 +21,7 @@ class ChunkStats:
     """Counts and moments of one chunk.
 
     Attributes:
-        observed, masked, missing: Pixels of each status.
+        observed, masked, missing: Pixels of each status; a pixel with a number that is not finite is not observed.
         mean, m2: Per band, mean and sum of squared deviations over observed pixels.
         classes: Per class layer, value → pixels among those observed or masked.
     """
@@ -44,6 +44,8 @@ class ChunkStats:
         """
         status = np.ascontiguousarray(status)  # rows of a shard lie far apart, and each is looked at several times
         clear = status == STATUS_OBSERVED
+        if main.dtype.kind == "f":
+            clear &= np.isfinite(main).all(axis=1)
         observed = int(np.count_nonzero(clear))
         masked = status == STATUS_MASKED
         counted = observed + int(np.count_nonzero(masked))

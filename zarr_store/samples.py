@@ -3,6 +3,7 @@
     image      (sample, band, y, x)   stored numbers: uint8, uint16 or float32
     label      (sample,)              class index; (sample, class) 0/1 where a sample has several classes;
                                       (sample, y, x) where pixels are labelled, 0 = not labelled
+    valid      (sample, y, x)         1 where a pixel holds data, else 0 and the image is 0; only where some do not
     longitude, latitude (sample,)     degrees, centre of the sample; nan where unknown
     name       (sample,)              where the sample came from
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +42,8 @@ __all__ = ["Labelled", "Sample", "SampleSpec", "SampleStore", "is_sample_store",
 Labelled = Literal["one", "several", "pixels"]
 """A sample has one class, several classes, or a class for each of its pixels."""
 
-_FORMAT = 1
+_FORMAT, _MASKED = 1, 2
+"""Format of a store whose pixels all hold data, and of one with `valid`, which older releases refuse."""
 _SHARD_BYTES = 64 << 20
 _MOST_WHOLE = 4 << 30
 """Bytes of an array that is read at once: labels, places and names of all samples."""
@@ -59,6 +62,8 @@ class SampleSpec:
         dtype: Type of the image: uint8, uint16 or float32.
         classes: Names, by class index; for labelled pixels the name of label value i + 1.
         labelled: Kind of the label of a sample.
+        masked: Whether some pixels hold no data, which the array `valid` marks.
+        scales: (scale, offset, unit) of each band: physical = stored · scale + offset; none where nothing is stated.
     """
 
     count: int
@@ -67,6 +72,8 @@ class SampleSpec:
     dtype: str
     classes: tuple[str, ...]
     labelled: Labelled = "one"
+    masked: bool = False
+    scales: tuple[tuple[float, float, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -79,6 +86,11 @@ class SampleSpec:
             raise InvalidInput(f"expected 1 to 254 different classes, got {len(self.classes)}: {self.classes[:12]}")
         if self.labelled not in get_args(Labelled):
             raise InvalidInput(f"labelled {self.labelled!r}: expected one of {', '.join(get_args(Labelled))}")
+        if self.scales and len(self.scales) != len(self.bands):
+            raise InvalidInput(f"expected a scale for each of {len(self.bands)} bands, got {len(self.scales)}")
+        for scale, offset, _ in self.scales:
+            if not (math.isfinite(scale) and math.isfinite(offset) and scale != 0):
+                raise InvalidInput(f"expected finite scales other than 0 and finite offsets, got {scale}, {offset}")
 
     @property
     def label_shape(self) -> tuple[int, ...]:
@@ -87,9 +99,9 @@ class SampleSpec:
         return (self.count, *more)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
+        """Return the JSON form without later fields at their defaults, so that it equals that of older stores."""
         data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return data
+        return {name: value for name, value in data.items() if value or name not in ("masked", "scales")}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -102,17 +114,23 @@ class SampleSpec:
             dtype=data["dtype"],
             classes=tuple(data["classes"]),
             labelled=data["labelled"],
+            masked=bool(data.get("masked", False)),
+            scales=tuple((float(scale), float(offset), str(unit)) for scale, offset, unit in data.get("scales", ())),
         )
 
 
 class Sample(NamedTuple):
-    """One sample: image (band, y, x), label as in the spec, degrees (nan if unknown), and its origin."""
+    """One sample: image (band, y, x), label as in the spec, degrees (nan if unknown), its origin, and valid pixels.
+
+    `valid` is bool (y, x); None where every pixel holds data.
+    """
 
     image: npt.NDArray[Any]
     label: npt.NDArray[np.uint8]
     longitude: float
     latitude: float
     name: str
+    valid: npt.NDArray[np.bool_] | None = None
 
 
 def write_samples(url: str | Path, spec: SampleSpec, samples: Iterable[Sample]) -> str:
@@ -140,26 +158,25 @@ def write_samples(url: str | Path, spec: SampleSpec, samples: Iterable[Sample]) 
     label = np.zeros(spec.label_shape, np.uint8)
     with store.beside() as fresh:
         root = zarr.create_group(fresh.zarr())
-        image = root.create_array(
-            "image",
-            shape=(spec.count, len(spec.bands), *spec.size),
-            chunks=(1, len(spec.bands), *spec.size),
-            shards=(together, len(spec.bands), *spec.size),
-            dtype=spec.dtype,
-            compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()],
-            dimension_names=("sample", "band", "y", "x"),
-            config={"write_empty_chunks": True},  # so that a chunk that is absent is damage, not a black image
-        )
+        image = _pixels(root, "image", (len(spec.bands), *spec.size), spec, together)
+        valid = _pixels(root, "valid", spec.size, spec, together) if spec.masked else None
         block: list[npt.NDArray[Any]] = []
+        valid_block: list[npt.NDArray[np.uint8]] = []
         for number, sample in enumerate(samples):
             _check(spec, number, sample)
             label[number], places[number] = sample.label, (sample.longitude, sample.latitude)
             names.append(sample.name)
             digest.update(np.ascontiguousarray(sample.image).tobytes())
             block.append(sample.image)
+            if valid is not None:
+                valid_block.append(np.ones(spec.size, np.uint8) if sample.valid is None else sample.valid.astype("u1"))
+                digest.update(valid_block[-1].tobytes())
             if len(block) == together or number + 1 == spec.count:
-                image[number + 1 - len(block) : number + 1] = np.stack(block)
-                block = []
+                rows = slice(number + 1 - len(block), number + 1)
+                image[rows] = np.stack(block)
+                if valid is not None:
+                    valid[rows] = np.stack(valid_block)
+                block, valid_block = [], []
         if len(names) != spec.count:
             raise InvalidInput(f"{store.url}: expected {spec.count} samples, got {len(names)}")
         dims = {"one": (), "several": ("class",), "pixels": ("y", "x")}[spec.labelled]
@@ -169,7 +186,8 @@ def write_samples(url: str | Path, spec: SampleSpec, samples: Iterable[Sample]) 
         _small(root, "band", np.array(spec.bands, object), ("band",))
         _small(root, "name", np.array(names, object), ("sample",))
         digest.update(label.tobytes() + places.tobytes())
-        root.attrs["terrashard"] = {"samples": _FORMAT, "spec": spec.to_dict(), "digest": digest.hexdigest()}
+        form = _MASKED if spec.masked else _FORMAT
+        root.attrs["terrashard"] = {"samples": form, "spec": spec.to_dict(), "digest": digest.hexdigest()}
     return digest.hexdigest()
 
 
@@ -182,12 +200,31 @@ def _check(spec: SampleSpec, number: int, sample: Sample) -> None:
             f"{sample.name}: expected {spec.dtype} of shape {expected} (band, y, x), "
             f"got {sample.image.dtype} of {sample.image.shape}"
         )
+    if sample.valid is not None and (not spec.masked or sample.valid.shape != spec.size):
+        raise InvalidInput(
+            f"{sample.name}: expected valid pixels of shape {spec.size} and a spec that is masked, got "
+            f"{sample.valid.shape}"
+        )
     label = np.asarray(sample.label)
     if label.shape != spec.label_shape[1:]:
         raise InvalidInput(f"{sample.name}: expected a label of shape {spec.label_shape[1:]}, got {label.shape}")
     most = {"one": len(spec.classes) - 1, "several": 1, "pixels": len(spec.classes)}[spec.labelled]
     if label.size and int(label.max()) > most:
         raise InvalidInput(f"{sample.name}: label {int(label.max())}, but there are {len(spec.classes)} classes")
+
+
+def _pixels(root: zarr.Group, name: str, shape: tuple[int, ...], spec: SampleSpec, together: int) -> Any:
+    """Create an array of pixels whose chunk is one sample."""
+    return root.create_array(
+        name,
+        shape=(spec.count, *shape),
+        chunks=(1, *shape),
+        shards=(together, *shape),
+        dtype=spec.dtype if name == "image" else "uint8",
+        compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()],
+        dimension_names=("sample", "band", "y", "x") if name == "image" else ("sample", "y", "x"),
+        config={"write_empty_chunks": True},  # so that a chunk that is absent is damage, not a black image
+    )
 
 
 def _small(
@@ -223,8 +260,8 @@ def open_samples(url: str | os.PathLike[str]) -> SampleStore:
     found = _attributes(store)
     if "samples" not in found:
         raise NotACube(f"{store.url} is not a sample store; make one with `terrashard samples`")
-    if found["samples"] != _FORMAT:
-        raise NotACube(f"{store.url} has sample format {found['samples']}, this release reads {_FORMAT}")
+    if found["samples"] not in (_FORMAT, _MASKED):
+        raise NotACube(f"{store.url} has sample format {found['samples']}, this release reads {_FORMAT} and {_MASKED}")
     return SampleStore(store, found)
 
 
@@ -256,6 +293,8 @@ class SampleStore:
         self.latitude: npt.NDArray[np.float64] = self._whole("latitude", (self.spec.count,), "float64")
         shape = (self.spec.count, len(self.spec.bands), *self.spec.size)
         self._image = self._open("image", shape, self.spec.dtype)
+        masked = self.spec.masked
+        self._valid = self._open("valid", (self.spec.count, *self.spec.size), "uint8") if masked else None
 
     @property
     def has_places(self) -> bool:
@@ -282,11 +321,22 @@ class SampleStore:
         self.begin(numbers, found, bands)()
         return found
 
+    def valid(self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
+        """Read which pixels of some samples hold data, uint8 (samples, y, x) of 0 and 1.
+
+        Raises:
+            CorruptShard, MissingShard: As `images` does.
+        """
+        found = np.ones((len(numbers), *self.spec.size), np.uint8)
+        self._begin(self._valid, numbers, found)()
+        return found
+
     def begin(
         self,
         numbers: Sequence[int] | npt.NDArray[np.integer[Any]],
         into: npt.NDArray[Any],
         bands: Sequence[int] | None = None,
+        valid: npt.NDArray[np.uint8] | None = None,
     ) -> Callable[[], None]:
         """Start to decode the images of some samples into an array, and return a function that waits for them.
 
@@ -294,15 +344,34 @@ class SampleStore:
             numbers: Numbers of the samples.
             into: (samples, band, y, x) in the type of the store.
             bands: Their positions; all of them, in order, where none are given.
+            valid: (samples, y, x), which gets 1 where a pixel holds data and 0 elsewhere; None where it is not wanted.
 
         The returned function raises `CorruptShard` and `MissingShard` as `images` does.
         """
-        if not len(numbers):
+        image = self._begin(self._image if bands is None else self._image[:, list(bands)], numbers, into)
+        if valid is None:
+            return image
+        valid[...] = 1
+        mask = self._begin(self._valid, numbers, valid)
+
+        def wait() -> None:
+            image()
+            mask()
+
+        return wait
+
+    def _begin(
+        self,
+        array: ts.TensorStore | None,
+        numbers: Sequence[int] | npt.NDArray[np.integer[Any]],
+        into: npt.NDArray[Any],
+    ) -> Callable[[], None]:
+        """Start to decode some samples of one array; nothing happens where there is none, or no sample is asked for."""
+        if array is None or not len(numbers):
             return lambda: None
         chosen = [int(i) for i in numbers]
-        image = self._image if bands is None else self._image[:, list(bands)]
         # one operation for all of them, straight into the batch: many small ones cost more than decoding
-        together = ts.stack([image[i] for i in chosen])
+        together = ts.stack([array[i] for i in chosen])
         with ts.Batch() as batch:
             pending = ts.array(into).write(together, batch=batch)
 
@@ -311,7 +380,7 @@ class SampleStore:
                 await_read(pending, f"{self.url} samples")
             except IntegrityError:
                 for i in chosen:  # which of them it is
-                    await_read(image[i].read(), f"{self.url} sample {i}")
+                    await_read(array[i].read(), f"{self.url} sample {i}")
                 raise
 
         return wait
@@ -324,7 +393,7 @@ class SampleStore:
         spec = {
             "driver": "zarr3",
             "kvstore": self._store.tensorstore(name),
-            "fill_missing_data_reads": name != "image",  # a chunk of zeros alone is not written
+            "fill_missing_data_reads": name not in ("image", "valid"),  # a chunk of zeros alone is not written
             "recheck_cached_data": "open",
         }
         try:

@@ -22,7 +22,14 @@ from zarr_store.lock import read_token
 from zarr_store.pack import pack_chunk, pack_shard
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
-from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec, overview_positions
+from zarr_store.spec import (
+    OVERVIEW_FACTOR,
+    STATUS_MASKED,
+    STATUS_NODATA,
+    STATUS_OBSERVED,
+    CubeSpec,
+    overview_positions,
+)
 from zarr_store.store import Pending, translate_os_errors
 
 __all__ = ["PackedShard", "ShardWriter", "shard_key"]
@@ -82,7 +89,8 @@ class ShardWriter:
         Args:
             region: Exactly one shard (cut at the grid's edge).
             arrays: Every array of the collection, in the spec's dtype: the main one (time, band, y, x), the others
-                (time, y, x). They are no longer needed once this returns.
+                (time, y, x). They are no longer needed once this returns. A pixel of which a number is not finite gets
+                the status of no data.
             key: Digest of all that determined the content.
             sources: Outcome of each scene.
 
@@ -94,6 +102,7 @@ class ShardWriter:
         spec = cube.spec(self.collection)
         index = self._check(spec, region, arrays)
         store = open_store(self.url)
+        arrays = _finite(spec, arrays)
         stats: list[ChunkStats] = []
         pending: dict[str, Pending] = {}
         try:
@@ -195,6 +204,17 @@ class ShardWriter:
         array = spec.array(spec.kind)
         chunk = spec.box(array.name, (t, y // step, x // step))
         return pack_chunk(main[:, :, rows[:, np.newaxis], cols], chunk, array.fill)
+
+
+def _finite(spec: CubeSpec, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Return the arrays of a shard with the status of no data wherever a number is not finite."""
+    main, status = arrays[spec.kind], arrays["status"]
+    if main.dtype.kind != "f":
+        return arrays
+    lost = ~np.isfinite(main).all(axis=1) & np.isin(status, (STATUS_OBSERVED, STATUS_MASKED))
+    if not lost.any():
+        return arrays
+    return {**arrays, "status": np.where(lost, np.uint8(STATUS_NODATA), status)}
 
 
 @dataclass(frozen=True)

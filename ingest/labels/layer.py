@@ -1,8 +1,9 @@
 """`import_labels` puts a class raster, a value raster or polygons onto the grid of a cube, as one of its label layers.
 
-A raster may have any CRS and resolution. Classes come from the nearest pixel or, where the cube is coarser, are the
-most frequent one; values come from the nearest pixel, or are a mean. A polygon gets the pixels whose centre it holds;
-with `all_touched`, all pixels that it touches. Where polygons overlap, the smaller one counts.
+A raster may have any CRS and resolution. Its nodata value, mask and alpha channel are honoured, and so are scale and
+offset of values. Classes come from the nearest pixel or, where the cube is coarser, are the most frequent one; values
+come from the nearest pixel, or are a mean. A polygon gets the pixels whose centre it holds; with `all_touched`, all
+pixels that it touches. Where polygons overlap, the smaller one counts.
 
 Shifted or mirrored labels teach a network nonsense that no loss shows, so the signs of it are checked here. A raster
 without a georeference, or whose transform turns or mirrors it, is refused, and so is one whose pixels lie half a pixel
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import shapely
+from rasterio.enums import MaskFlags
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
@@ -38,7 +40,7 @@ from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.regular import open_regular
 
-__all__ = ["LabelReport", "LabelResampling", "import_labels"]
+__all__ = ["LabelReport", "LabelResampling", "import_labels", "place_classes"]
 
 Box = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 Draw = Callable[[Region], Box]
@@ -149,8 +151,9 @@ def import_labels(
                 f"--attribute, --layer, --background and --all-touched apply to polygons, but {source} is a raster; "
                 "leave them out"
             )
-        draw, classes = _warp(source, grid, _RasterRules(kind, band, names, resampling, shifted), warnings)
-        origin |= {"band": band, "names": [list(c) for c in (names or {}).items()], "resampling": resampling}
+        rules = _RasterRules(kind, band, names, resampling, shifted)
+        draw, classes, stated = _warp(source, grid, rules, warnings)
+        origin |= {"band": band, "names": [list(c) for c in (names or {}).items()], "resampling": resampling, **stated}
     spec = LabelSpec(name, kind, classes, origin)
     boxes = label_boxes(opened)
 
@@ -248,8 +251,11 @@ class _RasterRules:
 
 def _warp(
     source: Path, grid: Grid, rules: _RasterRules, warnings: list[str]
-) -> tuple[Draw, tuple[tuple[int, str], ...]]:
-    """Make the function that puts the raster's pixels onto a box of the cube's grid, and list the classes."""
+) -> tuple[Draw, tuple[tuple[int, str], ...], dict[str, Any]]:
+    """Make the function that puts the raster's pixels onto a box of the cube's grid, and list the classes.
+
+    The third value is what the file states of its numbers; it belongs to the origin of the layer.
+    """
     kind, band = rules.kind, rules.band
     with open_regular(source) as file:
         if file.read(4) not in TIFF_MAGIC:
@@ -268,9 +274,18 @@ def _warp(
             )
         if not 1 <= band <= dataset.count:
             raise InvalidInput(f"{source} has {dataset.count} bands, so there is no band {band}; choose another --band")
-        dtype, nodata = np.dtype(dataset.dtypes[band - 1]), dataset.nodatavals[band - 1]
+        dtype = np.dtype(dataset.dtypes[band - 1])
+        flags = dataset.mask_flag_enums[band - 1]
+        masked = MaskFlags.all_valid not in flags
+        unit = str(dataset.units[band - 1] or "")
+        scale, offset = float(dataset.scales[band - 1]), float(dataset.offsets[band - 1])
     if kind == "classes" and not np.issubdtype(dtype, np.integer):
         raise InvalidInput(f"{source}: expected whole numbers as classes, got {dtype}; for other numbers give --values")
+    if not (np.isfinite(scale) and np.isfinite(offset)) or (kind == "classes" and (scale, offset) != (1.0, 0.0)):
+        raise InvalidInput(
+            f"{source} states scale {scale:g} and offset {offset:g}, which classes cannot have; set them to 1 and 0, "
+            "e.g. with gdal_edit -scale 1 -offset 0, or give --values"
+        )
     _check_place(source, theirs, grid, rules.shifted, warnings)
     values, classes = _mapping(rules.names)
     method = rules.resampling
@@ -286,15 +301,22 @@ def _warp(
     def read(row: int, col: int, height: int, width: int, into: Any = None) -> Any:
         with open_geotiff(source) as dataset:
             try:
-                pixels = read_window(dataset, band, window=Window(col, row, width, height))
+                window = Window(col, row, width, height)
+                pixels = read_window(dataset, band, window=window)
+                hidden = dataset.read_masks(band, window=window) == 0 if masked else None
             except Exception as error:
                 if not is_file_fault(error):
                     raise
                 cause = describe_fault(error)
                 raise InvalidInput(f"{source} cannot be read at row {row}, column {col}: {cause}") from error
-        converted = pixels.astype(work)
-        if nodata is not None:
-            converted[pixels == nodata] = empty
+        with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, and has no value
+            converted = pixels.astype(work)
+        if kind == "values":
+            if (scale, offset) != (1.0, 0.0):
+                converted = (pixels.astype(np.float64) * scale + offset).astype(work)
+            converted[~np.isfinite(converted)] = empty
+        if hidden is not None:
+            converted[hidden] = empty
         if kind == "classes" and pixels.size and int(pixels.max()) > np.iinfo(np.int32).max:
             raise InvalidInput(
                 f"{source} has class values above {np.iinfo(np.int32).max}, the largest that can be read"
@@ -306,7 +328,23 @@ def _warp(
         placed = place(read, theirs, window, method, dtype=work, nodata=empty)
         return _encoded(placed, values, source) if kind == "classes" else placed.astype(np.float32)
 
-    return draw, classes
+    stated: dict[str, Any] = {"scale": scale, "offset": offset} if (scale, offset) != (1.0, 0.0) else {}
+    stated |= {"unit": unit} if unit and kind == "values" else {}
+    return draw, classes, stated | ({"masked": True} if masked and MaskFlags.nodata not in flags else {})
+
+
+def place_classes(source: Path, grid: Grid) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """Put a class raster onto a grid by its transform, as `import_labels` does.
+
+    Returns:
+        (y, x) of class values, 255 where there is no label; and what a person should look at.
+
+    Raises:
+        InvalidInput: The raster cannot be read, or does not lie as labels would.
+    """
+    warnings: list[str] = []
+    draw, _, _ = _warp(source, grid, _RasterRules("classes", 1, None, "auto", False), warnings)
+    return draw(Region(0, 1, 0, grid.height, 0, grid.width)).astype(np.uint8), warnings
 
 
 def _mapping(names: Mapping[int, str] | None) -> tuple[dict[int, int] | None, tuple[tuple[int, str], ...]]:
@@ -326,11 +364,11 @@ def _encoded(placed: npt.NDArray[Any], values: Mapping[int, int] | None, source:
     if values is None:
         there = placed != _NONE
         found = placed[there]
-        if found.size and (int(found.min()) < 0 or int(found.max()) > NOT_LABELLED):
+        if found.size and (int(found.min()) < 0 or int(found.max()) >= NOT_LABELLED):
             raise InvalidInput(
-                f"{source} has class values {int(found.min())} … {int(found.max())}, but 0 … 254 can be stored; name "
-                "the "
-                "values that you need with --names, and they are renumbered"
+                f"{source} has class values {int(found.min())} … {int(found.max())}, but 0 … 254 can be stored, as "
+                f"{NOT_LABELLED} stands for 'no label'; name the values that you need with --names, and they are "
+                f"renumbered; or state {NOT_LABELLED} as the nodata value of the file, if it is none of the classes"
             )
         return np.where(there, placed, NOT_LABELLED).astype(np.uint8)
     encoded = np.full(placed.shape, NOT_LABELLED, np.uint8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import colorsys
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -75,7 +77,8 @@ class Classes:
         """Read `data.classes` and `data.colours`; the order of classes is that of their first value.
 
         Raises:
-            InvalidInput: No class, a value outside 0…255, more than 254 classes or a colour that is not #rrggbb.
+            InvalidInput: No class, a value outside 0…255, more than 254 classes, a colour that is not #rrggbb
+                or that two classes have.
             UnknownName: A colour for a class that is not there.
 
         >>> Classes.of(DataConfig(cube="c", classes={"4": "green", "8": "cloud", "9": "cloud"})).values
@@ -100,6 +103,12 @@ class Classes:
         for name, colour in config.colours.items():
             if not _HEX.fullmatch(colour):
                 raise InvalidInput(f"data.colours: {name!r} has colour {colour!r}, expected e.g. '#2ca02c'")
+            alike = [other for other, its in config.colours.items() if its.lower() == colour.lower() and other != name]
+            if alike:
+                raise InvalidInput(
+                    f"data.colours: {name!r} and {alike[0]!r} both have {colour}, so a map could not tell them apart; "
+                    "give each class its own colour"
+                )
         names = tuple(by_name)
         return cls(names, tuple(tuple(by_name[n]) for n in names), _pick_colours(names, config.colours))
 
@@ -135,7 +144,23 @@ class Classes:
 
 
 def _pick_colours(names: Sequence[str], given: Mapping[str, str]) -> tuple[str, ...]:
-    picked = {name: given.get(name) or _KNOWN_COLOURS.get(name.lower().replace("_", " ")) for name in names}
-    free = [colour for colour in _OTHER_COLOURS if colour not in picked.values()] or list(_OTHER_COLOURS)
-    rest = iter(free * (1 + len(names) // len(free)))
-    return tuple(picked[name] or next(rest) for name in names)
+    """Give each class a colour of its own: the one that is given, else the one its name is known for, else a free one.
+
+    Several names may be known for one colour; the first of them in `names` gets it.
+    """
+    picked = dict(given)
+    taken = {colour.lower() for colour in given.values()}
+    for name in names:
+        known = _KNOWN_COLOURS.get(name.lower().replace("_", " "))
+        if name not in picked and known is not None and known not in taken:
+            picked[name] = known
+            taken.add(known)
+    free = (colour for colour in itertools.chain(_OTHER_COLOURS, _further_colours()) if colour not in taken)
+    return tuple(picked[name] if name in picked else next(free) for name in names)
+
+
+def _further_colours() -> Iterator[str]:
+    """Yield colours beyond the tables: hues a golden angle apart, each round of 32 darker than the one before."""
+    for number in range(1 << 12):
+        hue, value = number * 0.618034 % 1, 0.95 - 0.055 * (number // 32 % 12)
+        yield "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hsv_to_rgb(hue, 0.65, value))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.ground import Ground, cube_digest, overlap
+from jaxtrain.data.numbers import BandNumbers, convert_to, cube_numbers, unlike_training
 from jaxtrain.data.reader import OnUnreadable, WindowReader
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.statistics import Statistics, training_statistics
@@ -60,13 +61,14 @@ class CubeData:
             digest=ready.ground.digest,
             bands=ready.bands,
             classes=ready.classes,
-            task=Task(rebuild=config.model.name == "autoencoder"),
+            task=Task(rebuild=config.model.name == "autoencoder", unit=ready.unit),
             plan=ready.plan,
             reader=ready.reader,
             statistics=ready.statistics,
             grounds=(ready.ground,),
             leakage=window_leakage(config.data, ready.plan),
             chunk=ready.spec.layout.chunk,
+            numbers=ready.numbers,
         )
 
     def select_part(self, card: LearnedFrom, part: Part) -> EvaluationSet:
@@ -111,6 +113,16 @@ class PreparedCube:
     def bands(self) -> tuple[str, ...]:
         """Names of the bands that are read."""
         return tuple(self.spec.band_names[i] for i in self.reader.bands)
+
+    @property
+    def numbers(self) -> tuple[BandNumbers, ...]:
+        """Meaning of the stored numbers of the bands that are read."""
+        return cube_numbers(self.spec, self.reader.bands)
+
+    @property
+    def unit(self) -> str:
+        """Unit of the values that are learned; empty for classes."""
+        return "" if self.reader.target is None else self.reader.target.unit
 
     def statistics(self) -> Statistics:
         """Mean, spread and class counts of the training part."""
@@ -160,10 +172,15 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
     if card.grid is None or not isinstance(card.split, Split):
         raise InvalidInput(f"{cube.url} is a cube, but the run was trained on a sample store")
     own = part is not None
-    warnings = []
+    warnings: list[str] = []
     target = ITSELF if card.task.rebuild else resolve_target(cube, config)
     if target.values != card.task.values:
         raise InvalidInput(f"{cube.url}: {config.label!r} does not hold the labels of the run (classes or values)")
+    if card.task.unit and target.unit and card.task.unit != target.unit:
+        raise InvalidInput(
+            f"{cube.url}: {config.label!r} holds values in {target.unit}, the model learned values in "
+            f"{card.task.unit}; make the layer again in that unit"
+        )
     if own and cube_digest(cube, config.collection, target.layer) != card.cube_digest:
         warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")
     if own and spec.grid != card.grid:
@@ -188,4 +205,9 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
     if not len(windows) and not may_be_empty:
         raise no_rows(cube.url, card, part, "window")
     reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target, index)
+    conversion, notes = convert_to(card.numbers, cube_numbers(spec, reader.bands), cube.url)
+    warnings += notes
+    if not own:
+        warnings += unlike_training(card.mean, card.std, index, reader.bands, conversion, cube.url)
+    reader = replace(reader, conversion=conversion)
     return EvaluationSet(cube.url, windows, reader, tuple(warnings), (spec.times,))

@@ -78,6 +78,8 @@ class CubesReader:
                 for name, array in wait().items():
                     if name not in result:
                         result[name] = empty_array((len(rows), *array.shape[1:]), array.dtype)
+                    elif array.dtype != result[name].dtype:  # numbers of one of the cubes were converted
+                        result[name] = result[name].astype(np.result_type(array, result[name]))
                     result[name][chosen] = array
             return result
 

@@ -65,7 +65,7 @@ class CubesData:
             digest=_joined_digest([part.ground.digest for part in parts]),
             bands=parts[0].bands,
             classes=parts[0].classes,
-            task=Task(rebuild=config.model.name == "autoencoder"),
+            task=Task(rebuild=config.model.name == "autoencoder", unit=parts[0].unit),
             plan=WindowPlan(
                 Splits(tuple(part.plan.blocks for part in parts)),
                 {name: join_windows([part.plan.parts[name] for part in parts]) for name in PARTS},
@@ -74,6 +74,7 @@ class CubesData:
             statistics=lambda: _statistics(parts),
             grounds=tuple(part.ground for part in parts),
             chunk=parts[0].spec.layout.chunk,
+            numbers=parts[0].numbers,
         )
 
     def select_part(self, card: LearnedFrom, part: Part) -> EvaluationSet:
@@ -134,6 +135,8 @@ def _check_alike(first: PreparedCube, other: PreparedCube) -> None:
         ("arrays", ours.kind, theirs.kind),
         ("bands", *([[(s.band_names[i], s.bands[i].scale, s.bands[i].offset) for i in p.reader.bands]
                      for s, p in ((ours, first), (theirs, other))])),
+        ("values in", first.unit, other.unit),
+        ("units", *([band.unit for band in one.numbers] for one in (first, other))),
         ("dates of a series", first.reader.dates, other.reader.dates),
     ):  # fmt: skip
         if a != b:

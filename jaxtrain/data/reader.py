@@ -19,6 +19,7 @@ from jaxtrain.config import DataConfig
 from jaxtrain.data.arrays import HostBatch, Rows
 from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.memory import empty_array
+from jaxtrain.data.numbers import Conversion
 from jaxtrain.data.targets import Target, resolve_target
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.index import TrainingIndex
@@ -62,6 +63,7 @@ class WindowReader:
         index: Counts of the chunks; the status of chunks that are observed throughout is not read.
         lenient: Chunks that, by the index, were never written read as not observed; else they raise.
         dates: Dates of a window that follow each other; its row has the first.
+        conversion: Turns the stored numbers into those of the model; None where they are.
         on_unreadable: Called for each window whose chunk is damaged or gone: it raises, or the window counts as not
             observed and not labelled. None raises.
     """
@@ -76,6 +78,7 @@ class WindowReader:
     index: TrainingIndex | None = None
     lenient: bool = False
     dates: int = 1
+    conversion: Conversion | None = None
     on_unreadable: OnUnreadable | None = None
 
     @classmethod
@@ -153,15 +156,20 @@ class WindowReader:
 
         def finish() -> HostBatch:
             fetched()
-            observed = parts["status"] == STATUS_OBSERVED
-            if self.learn_masked:
-                observed |= parts["status"] == STATUS_MASKED
-            result = {"image": image_BCHW, "observed": observed.view(np.uint8)}
+            clear = parts["status"] == STATUS_OBSERVED
+            observed = clear | (parts["status"] == STATUS_MASKED) if self.learn_masked else clear
+            whole = bool(known.all())
+            if image_BCHW.dtype.kind == "f":  # one number that is not finite would spread over the whole window
+                finite = np.isfinite(image_BCHW).all(axis=1)
+                whole = whole and bool(finite.all())
+                observed, clear = observed & finite, clear & finite
+            image = image_BCHW if self.conversion is None else self.conversion.apply(image_BCHW)
+            result = {"image": image, "observed": observed.view(np.uint8)}
             if target is None:
-                result["clear"] = (parts["status"] == STATUS_OBSERVED).astype(np.uint8)
+                result["clear"] = clear.astype(np.uint8)
             else:
                 label = target.decode(parts[target.name], self.table)
-                if not known.all():
+                if not whole:
                     target.hide(label, observed)
                 result["label"] = label
             return result

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from jaxtrain.config import DataConfig, TrainConfig
 from jaxtrain.data.classes import UNLABELLED
 from jaxtrain.data.cubes import Splits
+from jaxtrain.data.numbers import convert_to, sample_numbers
 from jaxtrain.data.places import SampleSplit, nearest_m
 from jaxtrain.data.reader import OnUnreadable
-from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
+from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics, scene_rows
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, check_digest, no_rows
@@ -78,6 +79,7 @@ class SampleData:
             reader=reader,
             statistics=partial(sample_statistics, plan, reader, classes),
             leakage=leak,
+            numbers=sample_numbers(store.spec, reader.bands),
         )
 
     def select_part(self, card: LearnedFrom, part: Part) -> EvaluationSet:
@@ -98,7 +100,11 @@ class SampleData:
     def select_all(self, card: LearnedFrom) -> EvaluationSet:
         """Return all samples of another store; see `TrainingData.select_all`."""
         reader, windows, warnings = _other_samples(card, _config(card), self.store)
-        return _evaluation_set(self.store, card, windows, reader, warnings, None)
+        there = sample_numbers(self.store.spec, reader.bands)
+        conversion, notes = convert_to(card.numbers, there, self.store.url)
+        return _evaluation_set(
+            self.store, card, windows, replace(reader, conversion=conversion), [*warnings, *notes], None
+        )
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
         """Return the name of each sample, which is its origin."""
@@ -163,7 +169,7 @@ def _other_samples(
     if store.spec.labelled == "one":
         rows = rows[table[store.label] != UNLABELLED]
     elif store.spec.labelled == "pixels":
-        rows = np.argwhere(table[store.label] != UNLABELLED).astype(np.int32)
+        rows = scene_rows(store, table)
     warnings += _near_training(card, store)
     return reader, Windows(reader.patch, rows), warnings
 
@@ -205,7 +211,7 @@ def _every_sample(config: DataConfig, card: LearnedFrom, store: SampleStore) -> 
     rows = np.zeros((store.spec.count, 3), np.int32)
     rows[:, 0] = np.arange(store.spec.count)
     if store.spec.labelled == "pixels":
-        rows = np.argwhere(store.label >= 0).astype(np.int32)
+        rows = scene_rows(store, None)
     reader = SampleReader.of(store, config, card.classes)
     return reader, Windows(reader.patch, rows), _near_training(card, store)
 

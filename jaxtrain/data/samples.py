@@ -20,6 +20,7 @@ from jaxtrain.config import DataConfig, SplitConfig
 from jaxtrain.data.arrays import as_images
 from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.memory import empty_array
+from jaxtrain.data.numbers import Conversion
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.places import SampleSplit, leakage, split_samples
 from jaxtrain.data.splits import PARTS, Split, make_split
@@ -29,7 +30,7 @@ from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.lookup import find_bands
 from zarr_store.samples import SampleStore
 
-__all__ = ["SampleReader", "plan_samples", "sample_classes", "sample_statistics"]
+__all__ = ["SampleReader", "plan_samples", "sample_classes", "sample_statistics", "scene_rows"]
 
 _HELD_BYTES = 512 << 20
 """Largest store that is decoded once and held in memory, bytes; a larger one is read as it is needed."""
@@ -45,12 +46,14 @@ class SampleReader:
         bands: Positions of the bands, in the order of the network's channels.
         patch: Side of the image around a pixel of a scene; of patches, their own side.
         table: uint8 (256,) stored label → class index, 255 where it is not trained on.
+        conversion: Turns the stored numbers into those of the model; None where they are.
     """
 
     store: SampleStore
     bands: tuple[int, ...]
     patch: int
     table: npt.NDArray[np.uint8]
+    conversion: Conversion | None = None
 
     @classmethod
     def of(cls, store: SampleStore, config: DataConfig, classes: Classes) -> SampleReader:
@@ -76,7 +79,8 @@ class SampleReader:
 
         Returns:
             image (B, C, H, W) as stored, label uint8 (B,) class index or (B, K) of 0 and 1 (255 is unlabelled), and
-            observed uint8 (B, H, W), all 1.
+            observed uint8 (B, H, W): 1 where a pixel holds data, all of whose numbers are finite. Where no pixel of a
+            patch is observed, or the labelled pixel of a scene is not, there is no label.
 
         Raises:
             CorruptShard: A sample is damaged; the message names it.
@@ -89,11 +93,12 @@ class SampleReader:
             return partial(self._gather, rows)
         spec, numbers = self.store.spec, rows[:, 0]
         image = empty_array((len(rows), len(self.bands), *spec.size), np.dtype(spec.dtype))
-        wait = self.store.begin(numbers, image, self._chosen)
+        valid = np.empty((len(rows), *spec.size), np.uint8)
+        wait = self.store.begin(numbers, image, self._chosen, valid)
 
         def finish() -> dict[str, np.ndarray]:
             wait()
-            return self._batch(image, self.store.label[numbers])
+            return self._batch(image, valid, self.store.label[numbers])
 
         return finish
 
@@ -101,9 +106,12 @@ class SampleReader:
         if self.store.spec.labelled == "pixels":
             return self._batch(*self._around(rows))
         assert self._held is not None
-        return self._batch(self._held[rows[:, 0]], self.store.label[rows[:, 0]])
+        image, valid = self._held
+        return self._batch(image[rows[:, 0]], valid[rows[:, 0]], self.store.label[rows[:, 0]])
 
-    def _batch(self, image: npt.NDArray[Any], label: npt.NDArray[np.uint8]) -> dict[str, np.ndarray]:
+    def _batch(
+        self, image: npt.NDArray[Any], valid: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8]
+    ) -> dict[str, np.ndarray]:
         if self.store.spec.labelled != "several":
             label = self.table[label]
         else:
@@ -111,7 +119,20 @@ class SampleReader:
             chosen = np.zeros((len(label), int((kept != UNLABELLED).sum())), np.uint8)
             chosen[:, kept[kept != UNLABELLED]] = label[:, kept != UNLABELLED]
             label = chosen
-        return {"image": image, "label": label, "observed": np.ones((len(image), *image.shape[-2:]), np.uint8)}
+        observed = valid.astype(bool)
+        if image.dtype.kind == "f":
+            observed &= np.isfinite(image).all(axis=1)
+        middle = self.patch // 2
+        seen = observed[:, middle, middle] if self._scene else observed.any(axis=(1, 2))
+        label[~seen] = UNLABELLED
+        if self.conversion is not None:
+            image = self.conversion.apply(image)
+        return {"image": image, "label": label, "observed": observed.view(np.uint8)}
+
+    @property
+    def _scene(self) -> bool:
+        """Whether the store holds labelled scenes, of which a row is one pixel with its surroundings."""
+        return self.store.spec.labelled == "pixels"
 
     @property
     def _chosen(self) -> tuple[int, ...] | None:
@@ -119,32 +140,39 @@ class SampleReader:
         return None if self.bands == tuple(range(len(self.store.spec.bands))) else self.bands
 
     @cached_property
-    def _held(self) -> npt.NDArray[Any] | None:
+    def _held(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]] | None:
         spec = self.store.spec
         size = spec.count * len(self.bands) * spec.size[0] * spec.size[1] * np.dtype(spec.dtype).itemsize
         if size > _HELD_BYTES:
             return None
-        return np.concatenate(
-            [self.store.images(range(i, min(i + 256, spec.count)), self._chosen) for i in range(0, spec.count, 256)]
-        )
+        parts = [range(i, min(i + 256, spec.count)) for i in range(0, spec.count, 256)]
+        images = np.concatenate([self.store.images(part, self._chosen) for part in parts])
+        return images, np.concatenate([self.store.valid(part) for part in parts])
 
     @cached_property
-    def _scenes(self) -> npt.NDArray[Any]:
-        """Return all scenes (N, H, W, C) with a mirrored rim of half a patch."""
+    def _scenes(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
+        """Return all scenes (N, H, W, C), and their valid pixels (N, H, W), with a mirrored rim of half a patch."""
         rim = self.patch // 2
         if rim >= min(self.store.spec.size):
             raise InvalidInput(
                 f"data.patch {self.patch} is too large for a scene of {self.store.spec.size[0]} × "
                 f"{self.store.spec.size[1]} pixels"
             )
-        scenes = np.moveaxis(self.store.images(range(self.store.spec.count), self._chosen), 1, -1)
-        return np.pad(scenes, ((0, 0), (rim, rim), (rim, rim), (0, 0)), mode="reflect")
+        every = range(self.store.spec.count)
+        scenes = np.moveaxis(self.store.images(every, self._chosen), 1, -1)
+        around = ((0, 0), (rim, rim), (rim, rim))
+        valid = np.pad(self.store.valid(every), around, mode="reflect")
+        return np.pad(scenes, (*around, (0, 0)), mode="reflect"), valid
 
-    def _around(self, rows: npt.NDArray[np.int32]) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
+    def _around(
+        self, rows: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         n, y, x = (rows[:, i].astype(np.int64) for i in range(3))
         offsets = np.arange(self.patch)
         at_y, at_x = y[:, None, None] + offsets[:, None], x[:, None, None] + offsets
-        return np.moveaxis(self._scenes[n[:, None, None], at_y, at_x], -1, 1), self.store.label[n, y, x]
+        scenes, valid = self._scenes
+        at = (n[:, None, None], at_y, at_x)
+        return np.moveaxis(scenes[at], -1, 1), valid[at], self.store.label[n, y, x]
 
 
 def sample_classes(config: DataConfig, store: SampleStore) -> Classes:
@@ -204,7 +232,7 @@ def _plan_scene(
 ) -> tuple[WindowPlan, dict[str, Any]]:
     if config.patch % 2 == 0:
         raise InvalidInput(f"data.patch {config.patch} has no middle pixel: take an odd side for a labelled scene")
-    learned = classes.table()[store.label] != UNLABELLED
+    learned = (classes.table()[store.label] != UNLABELLED) & _with_data(store)
     rows = np.argwhere(learned).astype(np.int32)
     if not len(rows):
         raise NothingFound(f"no pixel of {store.url} has one of the classes {', '.join(classes.names)}")
@@ -225,6 +253,24 @@ def _plan_scene(
         "patch": config.patch,
     }
     return WindowPlan(split, {part: Windows(config.patch, rows[code == i]) for i, part in enumerate(PARTS)}), leak
+
+
+def scene_rows(store: SampleStore, table: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.int32]:
+    """Return (sample, y, x) of the pixels of labelled scenes that hold data and, with a table, have a class of it."""
+    chosen = _with_data(store)
+    if table is not None:
+        chosen &= table[store.label] != UNLABELLED
+    return np.argwhere(chosen).astype(np.int32)
+
+
+def _with_data(store: SampleStore) -> npt.NDArray[np.bool_]:
+    """Return which pixels of labelled scenes hold data, (N, H, W)."""
+    every = range(store.spec.count)
+    found = store.valid(every).astype(bool)
+    if store.spec.dtype.startswith("float"):
+        for number in every:  # one at a time, as a scene may have hundreds of bands
+            found[number] &= np.isfinite(store.images([number])[0]).all(axis=0)
+    return found
 
 
 def _near(
@@ -270,10 +316,11 @@ def sample_statistics(plan: WindowPlan, reader: SampleReader, classes: Classes) 
     if reader.store.spec.labelled == "pixels":
         # a pixel for each sample: patches would count the middle of the ground many times
         chosen_reader = SampleReader(reader.store, reader.bands, 1, reader.table)
-        values = chosen_reader.read(chosen)["image"].reshape(len(chosen), -1).astype(np.float64)
+        batch = chosen_reader.read(chosen)
     else:
-        values = as_images(reader.read(chosen)["image"]).reshape(-1, len(reader.bands)).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise InvalidInput(f"{reader.store.url} holds nan or infinite numbers; import it without them")
+        batch = reader.read(chosen)
+    values = as_images(batch["image"])[batch["observed"] == 1].astype(np.float64)
+    if not len(values):
+        raise NothingFound(f"{reader.store.url}: no pixel of the training samples holds data; look at the import")
     std = values.std(axis=0)
     return Statistics(values.mean(axis=0), np.where(std > 0, std, 1.0), counted, len(values), "windows")

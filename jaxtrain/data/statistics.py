@@ -74,8 +74,11 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
         and not reader.learn_masked
         and pixels >= _ENOUGH_SHARE * len(windows) * reader.dates * windows.patch**2
     ):
-        mean, std = index.statistics(select)
         chosen = list(reader.bands)
+        mean, std = (moments[chosen] for moments in index.statistics(select))
+        # cubes of earlier releases counted numbers that are not finite
+        if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+            return _from_windows(plan, reader, len(classes))
         if target is None:
             by_class = np.array([pixels], np.int64)
         elif target.place == "label":
@@ -83,7 +86,7 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
         else:
             counts = index.class_counts[target.name][select].sum(axis=0)
             by_class = np.array([counts[list(values)].sum() for values in classes.values], np.int64)
-        return Statistics(mean[chosen], std[chosen], by_class, pixels, "index")
+        return Statistics(mean, std, by_class, pixels, "index")
     return _from_windows(plan, reader, len(classes))
 
 

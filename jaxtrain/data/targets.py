@@ -17,7 +17,7 @@ import tensorstore as ts
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import UNLABELLED, Classes
 from zarr_store.errors import InvalidInput, UnknownName
-from zarr_store.labels import LabelLayer, find_labels, open_label
+from zarr_store.labels import NOT_LABELLED, LabelLayer, find_labels, open_label
 from zarr_store.read import Cube
 from zarr_store.spec import CubeSpec
 
@@ -53,6 +53,11 @@ class Target:
         return "float32" if self.values else "uint8"
 
     @property
+    def unit(self) -> str:
+        """Unit of the values of a label layer; empty where it is not stated."""
+        return "" if self.layer is None else str(self.layer.spec.origin.get("unit", ""))
+
+    @property
     def nothing(self) -> Any:
         """Value of a pixel without a label."""
         return np.float32(np.nan) if self.values else np.uint8(UNLABELLED)
@@ -75,6 +80,8 @@ class Target:
         found = stored.astype(np.float32) * np.float32(self.scale)
         if self.nodata is not None:
             found[stored == self.nodata] = np.nan
+        if stored.dtype.kind == "f":
+            np.copyto(found, np.float32(np.nan), where=~np.isfinite(found))
         return found
 
     def hide(self, label: npt.NDArray[Any], seen: npt.NDArray[np.bool_]) -> None:
@@ -108,6 +115,11 @@ def resolve_target(cube: Cube, config: DataConfig) -> Target:
         raise UnknownName.of("class layer", name, every, f"collection {spec.collection} (data.label)")
     if target.values and config.classes:
         raise InvalidInput(f"data.label = {name!r} holds values, so data.classes must be empty")
+    if target.place == "label" and str(NOT_LABELLED) in config.classes:
+        raise InvalidInput(
+            f"data.classes: {NOT_LABELLED} stands for 'no label' in label layers such as {name!r}, so it cannot be a "
+            "class; make the layer again with --names, which gives the class another value"
+        )
     return target
 
 

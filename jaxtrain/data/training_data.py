@@ -16,6 +16,7 @@ from jaxtrain.config import RunConfig, TrainConfig
 from jaxtrain.data.arrays import Reader
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.ground import Ground
+from jaxtrain.data.numbers import BandNumbers
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.shuffle import ChunkOrder, chunk_numbers
@@ -47,6 +48,18 @@ class LearnedFrom(Protocol):
     @property
     def bands(self) -> tuple[str, ...]:
         """Names, in the order of the network's channels."""
+
+    @property
+    def numbers(self) -> tuple[BandNumbers, ...]:
+        """Meaning of the stored numbers of each band; none of runs that did not keep it."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each band, in stored numbers."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Spread of each band, in stored numbers."""
 
     @property
     def classes(self) -> Classes:
@@ -91,6 +104,7 @@ class TrainingSet:
         grounds: The cubes; none of a sample store.
         leakage: Distance of test from training data, if the split does not rule out leakage.
         chunk: (time, y, x) pixels that are decoded together; None where an order by chunks gains nothing.
+        numbers: Meaning of the stored numbers of each band.
     """
 
     digest: str
@@ -103,6 +117,7 @@ class TrainingSet:
     grounds: tuple[Ground, ...] = ()
     leakage: Mapping[str, Any] | None = None
     chunk: tuple[int, int, int] | None = None
+    numbers: tuple[BandNumbers, ...] = ()
 
     def order(self, run: RunConfig) -> SampleOrder | ChunkOrder:
         """Return the order of the training part: `run.shuffle`, seeded by `run.seed`."""

@@ -67,7 +67,11 @@ class Strips:
         across = slice(low - self._x0, high - self._x0)
         down = y - self._top
         weight = (self._window * seen_HW)[: self._patch - down, inside]
-        self._sum[down:, across] += weight[..., None] * probability_HWK[: self._patch - down, inside]
+        answer = probability_HWK[: self._patch - down, inside]
+        finite = np.asarray(np.isfinite(answer).all(axis=-1))
+        if not finite.all():  # an answer that is no number is none: it must not become class 0
+            weight, answer = weight * finite, np.where(finite[..., None], answer, np.float32(0))
+        self._sum[down:, across] += weight[..., None] * answer
         self._weight[down:, across] += weight
 
     def advance(self, y: int | None) -> Iterator[Block]:

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
+from jaxtrain.data.numbers import convert_to, cube_numbers, unlike_training
 from jaxtrain.data.reader import WindowReader, series_dates
 from jaxtrain.data.windows import Windows
 from jaxtrain.display import result_table
@@ -163,10 +164,11 @@ def predict(
         dates = tuple(range(0, len(spec.times) - series + 1, series))
     index = opened.index(config.collection)
     bands = spec.find_bands(card.bands)
+    conversion, notes = convert_to(card.numbers, cube_numbers(spec, bands), opened.url)
     reader = WindowReader(opened, config.collection, bands, patch, config.learn_masked, index=index, lenient=True,
-                          dates=series)  # fmt: skip
+                          dates=series, conversion=conversion)  # fmt: skip
     program, state, step, passed_over = restore_model(run, card)
-    warnings = list(passed_over)
+    warnings = [*passed_over, *notes, *unlike_training(card.mean, card.std, index, bands, conversion, opened.url)]
     if spec.grid.resolution != card.grid.resolution:
         warnings.append(
             f"pixels of {opened.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"

@@ -87,7 +87,7 @@ class PredictStep:
     def __call__(self, state: TrainState, image: Any, *, observed: Any = None, day: Any = None) -> jax.Array:
         if observed is None:
             # the cube stores 0 (or nan) in every band where nothing was observed
-            observed = ((image == image) & (image != 0)).any(axis=-3)
+            observed = jnp.isfinite(image).all(axis=-3) & (image != 0).any(axis=-3)
         params = evaluation_params(state.params, state.opt_state)
         result: jax.Array = self.jitted(params, state.model_state, image, observed, *(() if day is None else (day,)))
         return result
@@ -182,7 +182,8 @@ def make_predict_step(program: Program) -> PredictStep:
     With `model.turns` they are means over the turns of each image; of values, the values themselves; of reconstructed
     images the error (B, H, W, 1): the root of the mean square over bands, in standard deviations of each band.
 
-    `observed` (B, H, W) marks the pixels with data; without it, a pixel that is 0 in every band holds none.
+    `observed` (B, H, W) marks the pixels with data; without it, a pixel holds none that is 0 in every band or not
+    finite in one.
     """
     if program.layout is not None:
         return PredictStep(_pipeline(program).predict)

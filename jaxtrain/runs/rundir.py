@@ -26,6 +26,7 @@ from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.cubes import Splits
 from jaxtrain.data.ground import Ground
+from jaxtrain.data.numbers import BandNumbers
 from jaxtrain.data.places import SampleSplit
 from jaxtrain.data.splits import Split
 from jaxtrain.data.targets import ITSELF, label_classes
@@ -90,6 +91,8 @@ class ModelCard:
     """Task of the network."""
     grounds: tuple[Ground, ...] = ()
     """The cubes, if there are several."""
+    numbers: tuple[BandNumbers, ...] = ()
+    """Meaning of the stored numbers of each band; none of runs that did not keep it."""
 
     @property
     def dates(self) -> tuple[tuple[str, ...], ...]:
@@ -140,6 +143,7 @@ class ModelCard:
             "statistics": dict(self.statistics),
             "task": self.task.to_dict(),
             "cubes": [ground.to_dict() for ground in self.grounds],
+            **({"numbers": [band.to_dict() for band in self.numbers]} if self.numbers else {}),
         }
 
     @classmethod
@@ -162,6 +166,7 @@ class ModelCard:
             statistics=data["statistics"],
             task=Task.from_dict(data["task"]) if "task" in data else Task(),
             grounds=tuple(Ground.from_dict(ground) for ground in data.get("cubes", ())),
+            numbers=tuple(BandNumbers.from_dict(band) for band in data.get("numbers", ())),
         )
 
 

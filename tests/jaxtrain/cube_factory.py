@@ -48,9 +48,12 @@ def make_cube(
     skip_shards: Sequence[tuple[int, int, int]] = (),
     noise: float = 60.0,
     odd: tuple[slice, slice] | None = None,
+    scale: float = 1.0,
+    offset: float = 0.0,
 ) -> Cube:
     """Write a cube: `masked` puts a cloud (scl 9) on date 0, `hole` leaves a corner of it without data, `odd`
-    is a box of a spectrum that occurs nowhere else.
+    is a box of a spectrum that occurs nowhere else. The ground does not depend on `scale` and `offset`, in which it is
+    stored.
     """
     times, height, width = shape
     rng = np.random.default_rng(seed + 1)
@@ -68,12 +71,13 @@ def make_cube(
         scl[0, -30:, -30:] = 0
         status[0, -30:, -30:] = 0
         main[0, :, -30:, -30:] = 0
+    main = (np.rint(main) - offset) / scale
     reflectance = np.clip(main, 1, 65535).astype(np.uint16)[:, : len(bands)]
     reflectance[np.repeat((status == 0)[:, None], len(bands), axis=1)] = 0
     spec = CubeSpec(
         COLLECTION,
         "reflectance",
-        tuple(BandSpec(name) for name in bands),
+        tuple(BandSpec(name, scale=scale, offset=offset) for name in bands),
         Grid("EPSG:32633", (resolution, 0.0, 500_000.0, 0.0, -resolution, 5_000_000.0), (height, width)),
         tuple(f"2023-08-{10 + t:02d}T10:00:00" for t in range(times)),
         ("scl",),

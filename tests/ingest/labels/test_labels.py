@@ -347,3 +347,57 @@ def test_dying_at_every_step_leaves_a_cube_that_the_same_command_mends(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) >= 12, "fewer durable steps than there were: is a crash point gone?"
+
+
+def stating(path: Path, pixels: np.ndarray, **stated: Any) -> Path:
+    """Write a raster on the grid of the cube that states scale, offset, unit or a mask."""
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(
+        path, "w", driver="GTiff", height=SHAPE[0], width=SHAPE[1], count=1, dtype=pixels.dtype, crs="EPSG:32633",
+        transform=from_origin(500_000, 5_000_000, 10, 10), nodata=stated.get("nodata"),
+    ) as file:  # fmt: skip
+        file.write(pixels, 1)
+        file.scales, file.offsets = (stated.get("scale", 1.0),), (stated.get("offset", 0.0),)
+        file.units = (stated.get("unit", ""),)
+        if "mask" in stated:
+            file.write_mask(np.where(stated["mask"], 0, 255).astype(np.uint8))
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_values_are_those_that_scale_and_offset_of_the_file_mean(cube: Cube, tmp_path: Path, dtype: str) -> None:
+    pixels = (truth().astype(int) * 500 + 12).astype(dtype)
+    pixels[:3] = -9999
+    tif = stating(tmp_path / "h.tif", pixels, scale=0.01, offset=2.0, unit="m", nodata=-9999)
+    import_labels(cube.url, tif, name="h", kind="values")
+    expected = np.where(pixels == -9999, np.nan, pixels.astype(float) * 0.01 + 2)
+    np.testing.assert_allclose(stored(cube, "h"), expected, rtol=1e-6)
+    assert open_label(cube, "h").spec.origin["unit"] == "m"
+    with pytest.raises(InvalidInput, match=r"states scale 0\.01 and offset 2, which classes cannot have"):
+        import_labels(cube.url, stating(tmp_path / "c.tif", truth(), scale=0.01, offset=2.0), name="c")
+
+
+def test_what_a_file_masks_and_what_is_no_number_gets_no_label(cube: Cube, tmp_path: Path) -> None:
+    hole = np.zeros(SHAPE, bool)
+    hole[5:9, 3:30] = True
+    import_labels(cube.url, stating(tmp_path / "c.tif", truth(), mask=hole), name="c")
+    np.testing.assert_array_equal(stored(cube, "c"), np.where(hole, NOT_LABELLED, truth()))
+    values = truth().astype(np.float64)
+    values[0, :3] = np.inf, -np.inf, 1e300
+    values[hole] = -5
+    report = import_labels(cube.url, stating(tmp_path / "v.tif", values, mask=hole), name="v", kind="values")
+    assert report.labelled == hole.size - hole.sum() - 3
+    assert np.isnan(stored(cube, "v")[0, :3]).all()
+
+
+def test_a_class_of_255_is_not_taken_for_no_label(cube: Cube, tmp_path: Path) -> None:
+    water = np.where(truth() == 1, 255, 0).astype(np.uint8)
+    tif = stating(tmp_path / "w.tif", water)
+    with pytest.raises(InvalidInput, match="class values 0 … 255, but 0 … 254 can be stored, as 255 stands for"):
+        import_labels(cube.url, tif, name="w")
+    assert find_labels(cube) == ()
+    report = import_labels(cube.url, tif, name="w", names={0: "land", 255: "water"})
+    assert {name: one["pixels"] for name, one in report.classes.items()} == {
+        "land": int((water == 0).sum()), "water": int((water == 255).sum())
+    }  # fmt: skip
+    stated = import_labels(cube.url, stating(tmp_path / "n.tif", water, nodata=255), name="n")
+    assert stated.labelled == (water == 0).sum()

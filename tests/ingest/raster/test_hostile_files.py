@@ -363,7 +363,8 @@ def _doors_of_paths(path: Path) -> dict[str, Callable[[], Any]]:
     from ingest.labels.features import read_features
     from ingest.labels.labelled_scene import import_scene
     from ingest.labels.layer import _digest
-    from ingest.labels.patches import _read_table, read_patch
+    from ingest.labels.patch_files import read_csv
+    from ingest.labels.patches import read_patch
     from ingest.plan.plan import Plan
     from ingest.raster.opening import open_geotiff
     from ingest.request.config import IngestConfig
@@ -391,7 +392,7 @@ def _doors_of_paths(path: Path) -> dict[str, Callable[[], Any]]:
         "patch.tif": lambda: read_patch(path.with_suffix(".tif")),
         "patch.png": lambda: read_patch(path.with_suffix(".png")),
         "scene.npy": lambda: import_scene(path.with_suffix(".npy"), path.with_suffix(".npy"), path / "store"),
-        "labels.csv": lambda: _read_table(path.with_suffix(".csv"), ("file",)),
+        "labels.csv": lambda: read_csv(path.with_suffix(".csv"), ("file",)),
         "p.geojson": lambda: read_features(path.with_suffix(".geojson"), grid, attribute=None),
         "p.gpkg": lambda: read_features(path.with_suffix(".gpkg"), grid, attribute=None),
         "p.parquet": lambda: read_features(path.with_suffix(".parquet"), grid, attribute=None),

@@ -106,16 +106,33 @@ def test_classes_merge_values_and_refuse_nonsense() -> None:
     assert classes.colours == ("#00ff00", "#d9d9d9")
     assert Classes.from_list(classes.to_list()) == classes
     many = Classes.of(data_config(classes={str(i): f"class {i}" for i in range(60)}))
-    assert len(set(many.colours)) == 20
+    assert len(set(many.colours)) == 60
     for bad, message in (
         ({"classes": {}}, "data.classes is empty"),
         ({"classes": {"256": "x"}}, "whole number 0…255"),
         ({"classes": {"four": "x"}}, "whole number 0…255"),
         ({"colours": {"watre": "#000000"}}, "did you mean 'water'"),
         ({"colours": {"water": "blue"}}, "expected e.g. '#2ca02c'"),
+        ({"colours": {"water": "#0000FF", "vegetation": "#0000ff"}}, "both have #0000"),
     ):
         with pytest.raises(InvalidInput, match=message):
             Classes.of(data_config(**bad))
+
+
+@pytest.mark.parametrize(
+    ("names", "colours"),
+    [
+        (("grassland", "pasture", "bare", "bare soil", "urban", "town"), {}),
+        (("Water", "water", "WATER"), {}),
+        (("river", "lake", "x"), {"x": "#4FA8E0"}),
+        (("x", "water"), {"x": "#1f5fbf"}),
+        (tuple(f"k{i}" for i in range(254)), {"k7": "#e69f00", "k8": "#F25555"}),
+    ],
+)
+def test_two_classes_never_get_one_colour(names: tuple[str, ...], colours: dict[str, str]) -> None:
+    classes = Classes.of(data_config(classes={str(i): name for i, name in enumerate(names)}, colours=colours))
+    assert len({colour.lower() for colour in classes.colours}) == len(names)
+    assert {name: dict(zip(names, classes.colours, strict=True))[name] for name in colours} == colours
 
 
 @pytest.mark.parametrize(("block_m", "chunk", "source"), [(640.0, 32, "index"), (160.0, 64, "windows")])

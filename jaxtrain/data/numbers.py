@@ -1,0 +1,167 @@
+"""`BandNumbers` is the meaning of the stored numbers of a band; `convert_to` turns other data into the model's numbers.
+
+A network is trained on stored numbers. The same ground may be stored with another scale or offset, and then the same
+number means something else. So the model card keeps the meaning of each band, and whatever is evaluated or mapped later
+is converted to it, or refused where no conversion is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from zarr_store.errors import InvalidInput
+from zarr_store.index import TrainingIndex
+from zarr_store.samples import SampleSpec
+from zarr_store.spec import CubeSpec
+
+__all__ = ["BandNumbers", "Conversion", "convert_to", "cube_numbers", "sample_numbers", "unlike_training"]
+
+_FAR_STD, _OTHER_SPREAD = 6.0, 20.0
+"""Standard deviations between means, and ratio of spreads, beyond which numbers can hardly have the same unit."""
+
+
+@dataclass(frozen=True)
+class BandNumbers:
+    """The meaning of the stored numbers of one band: physical = stored · scale + offset.
+
+    Attributes:
+        band: Name of the band.
+        kind: "reflectance" or "backscatter" of a cube, "image" of a sample store.
+        dtype: Type of the stored numbers.
+        unit: Unit of the physical numbers; empty where it is not stated.
+        scale, offset: The factors.
+    """
+
+    band: str
+    kind: str
+    dtype: str
+    unit: str = ""
+    scale: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def stated(self) -> bool:
+        """Whether physical numbers are known: a cube states them, floats are, whole numbers need a scale."""
+        return self.kind != "image" or self.dtype.startswith("float") or (self.scale, self.offset) != (1.0, 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(data["band"], data["kind"], data["dtype"], data["unit"], float(data["scale"]), float(data["offset"]))
+
+    def __str__(self) -> str:
+        unit = f" {self.unit}" if self.unit not in ("", "1") else ""
+        return f"{self.kind} as {self.dtype} · {self.scale:g} {self.offset:+g}{unit}"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Turns stored numbers of other data into those that a model was trained on: stored · gain + shift, by band."""
+
+    gain: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def apply(self, image: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Convert images whose last axes are (band, y, x) to float32."""
+        gain, shift = (np.array(values, np.float32)[:, None, None] for values in (self.gain, self.shift))
+        converted: npt.NDArray[np.float32] = image.astype(np.float32) * gain + shift
+        return converted
+
+
+def cube_numbers(spec: CubeSpec, positions: Sequence[int]) -> tuple[BandNumbers, ...]:
+    """Describe bands of a cube by their positions."""
+    dtype = spec.array(spec.kind).dtype
+    bands = [spec.bands[position] for position in positions]
+    return tuple(BandNumbers(b.name, spec.kind, dtype, b.unit, b.scale, b.offset) for b in bands)
+
+
+def sample_numbers(spec: SampleSpec, positions: Sequence[int]) -> tuple[BandNumbers, ...]:
+    """Describe bands of a sample store by their positions."""
+    scales = spec.scales or ((1.0, 0.0, ""),) * len(spec.bands)
+    return tuple(
+        BandNumbers(spec.bands[i], "image", spec.dtype, scales[i][2], scales[i][0], scales[i][1]) for i in positions
+    )
+
+
+def convert_to(
+    trained: Sequence[BandNumbers], there: Sequence[BandNumbers], url: str
+) -> tuple[Conversion | None, list[str]]:
+    """Return how other data become numbers of the training data, with a line for the user; None where they are alike.
+
+    Args:
+        trained: Bands of the model card; none of runs that did not keep them, which are used as they are.
+        there: The same bands of the other data.
+        url: The other data, for the message.
+
+    Raises:
+        InvalidInput: No conversion is known, as between units or between types without a stated scale.
+    """
+    if not trained:
+        return None, []
+    gain, shift = [], []
+    for ours, theirs in zip(trained, there, strict=True):
+        why = _incomparable(ours, theirs)
+        if why:
+            raise InvalidInput(
+                f"{url}: band {theirs.band} holds {theirs}, the model was trained on {ours}; {why}, so the numbers "
+                "cannot be converted: give data of the same kind, or train on these"
+            )
+        gain.append(theirs.scale / ours.scale)
+        shift.append((theirs.offset - ours.offset) / ours.scale)
+    if all(g == 1 for g in gain) and all(s == 0 for s in shift):
+        return None, []
+    first = next(i for i in range(len(gain)) if gain[i] != 1 or shift[i] != 0)
+    note = f"numbers of {url} are converted: band {there[first].band} holds {there[first]}, trained on {trained[first]}"
+    return Conversion(tuple(gain), tuple(shift)), [note]
+
+
+def _incomparable(ours: BandNumbers, theirs: BandNumbers) -> str:
+    """Return why numbers cannot be converted; empty where they can."""
+    if ours.kind != theirs.kind:
+        return "these are different quantities"
+    if ours.unit and theirs.unit and ours.unit != theirs.unit:
+        return f"the units are {theirs.unit} and {ours.unit}"
+    alike = (ours.dtype, ours.scale, ours.offset) == (theirs.dtype, theirs.scale, theirs.offset)
+    if not alike and not (ours.stated and theirs.stated):
+        return "one of them states no scale"
+    return ""
+
+
+def unlike_training(
+    mean: npt.ArrayLike,
+    std: npt.ArrayLike,
+    index: TrainingIndex,
+    bands: Sequence[int],
+    conversion: Conversion | None,
+    url: str,
+) -> list[str]:
+    """Warn where the numbers of a cube are so unlike those of training that they can hardly have the same unit.
+
+    No pixel is read: the counts of the chunks have the moments.
+    """  # fmt: skip
+    if not index.observed.any():
+        return []
+    there, spread = (values[list(bands)] for values in index.statistics())
+    if conversion is not None:
+        gain, shift = np.array(conversion.gain), np.array(conversion.shift)
+        there, spread = there * gain + shift, spread * np.abs(gain)
+    trained, ours = np.asarray(mean), np.asarray(std)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        far = np.abs(there - trained) > _FAR_STD * np.maximum(ours, spread)
+        other = np.maximum(spread / ours, ours / spread) > _OTHER_SPREAD
+    if not (far | other).any():
+        return []
+    band = int(np.argmax(far | other))
+    return [
+        f"the numbers of {url} are unlike those of training: mean {there[band]:.4g} and spread {spread[band]:.4g} in "
+        f"the network's channel {band}, trained on {trained[band]:.4g} and {ours[band]:.4g}; compare their units"
+    ]
