@@ -126,7 +126,10 @@ def prepare_cube(
     """
     data = config.data
     target = ITSELF if config.model.name == "autoencoder" else resolve_target(cube, data)
-    classes = label_classes(data, target) if classes is None else match_classes(classes, data, target)
+    if earlier is not None:  # the order of classes is that of the answers of the network, which the card has fixed
+        classes = match_classes(earlier.classes, data, target)
+    else:
+        classes = label_classes(data, target) if classes is None else match_classes(classes, data, target)
     spec = cube.spec(data.collection)
     index = cube.index(data.collection)
     reader = replace(WindowReader.of(cube, data, classes, target, index), on_unreadable=on_unreadable)

@@ -49,7 +49,7 @@ class SampleData:
         store = self.store
         check_digest(store.url, store.digest, earlier)
         rebuild = config.model.name == "autoencoder"
-        classes = sample_classes(config.data, store)
+        classes = sample_classes(config.data, store) if earlier is None else earlier.classes
         reader = SampleReader.of(store, config.data, classes)
         plan, leak = plan_samples(config.data, store, classes, split=None if earlier is None else _split(earlier))
         for part in ("train", "test"):
