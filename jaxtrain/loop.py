@@ -28,7 +28,7 @@ from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import make_eval_step, make_predict_step, make_train_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.parallel.processes import Agreement, abandon
-from jaxtrain.prepare import check_same_run, prepare
+from jaxtrain.prepare import absent_classes, check_same_run, prepare
 from jaxtrain.runs.clock import Clock
 from jaxtrain.runs.events import OnEvent, Teller, TrainingResult
 from jaxtrain.runs.incidents import Incidents
@@ -113,6 +113,8 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
             write_run(out, card)
         tell("start", 0, _describe(card, ready, parameters, program), windows=ready.plan.counts(),
              parameters=parameters)  # fmt: skip
+        for line in absent_classes(card) if lead and earlier is None else ():
+            tell("warning", 0, line)
 
         # ---- Resume.
         resumed = resume_run(config, out, program, incidents, tell)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.classes import Classes
+from jaxtrain.data.counting import count_classes
 from jaxtrain.data.ground import Ground, cube_digest, overlap
 from jaxtrain.data.reader import OnUnreadable, WindowReader
 from jaxtrain.data.splits import Part, Split
@@ -55,6 +56,7 @@ class CubeData:
             plan=ready.plan,
             reader=ready.reader,
             statistics=ready.statistics,
+            count=ready.count if ready.counts else None,
             grounds=(ready.ground,),
             leakage=window_leakage(config.data, ready.plan),
             chunk=ready.spec.layout.chunk,
@@ -107,6 +109,15 @@ class PreparedCube:
         """Mean, spread and class counts of the training part."""
         return training_statistics(self.index, self.plan, self.reader, self.classes)
 
+    @property
+    def counts(self) -> bool:
+        """Whether classes are learned, which can be counted."""
+        return self.reader.target is not None and not self.reader.target.values
+
+    def count(self, part: Part) -> npt.NDArray[np.int64]:
+        """Count the pixels of each class in the windows of a part."""
+        return count_classes(self.reader, self.plan.parts[part], self.classes)
+
 
 def prepare_cube(
     config: TrainConfig,
@@ -122,7 +133,7 @@ def prepare_cube(
         cube: The open cube.
         earlier: Card of the run that is continued.
         on_unreadable: As of `WindowReader`.
-        classes: Classes of an earlier cube, if there are several.
+        classes: Classes of all cubes, if there are several.
     """
     data = config.data
     target = ITSELF if config.model.name == "autoencoder" else resolve_target(cube, data)
@@ -136,7 +147,8 @@ def prepare_cube(
     digest = cube_digest(cube, data.collection, target.layer)
     check_digest(cube.url, digest, earlier)
     split = earlier.split if earlier is not None and isinstance(earlier.split, Split) else None
-    plan = plan_windows(data, spec, index, classes, split=split, dates=data.split.test_dates, target=target)
+    plan = plan_windows(data, spec, index, classes, split=split, dates=data.split.test_dates, target=target,
+                        edges=earlier is None or earlier.edges)  # fmt: skip
     return PreparedCube(Ground(cube.url, digest, spec.grid, spec.times), spec, classes, index, plan, reader)
 
 
@@ -169,10 +181,14 @@ def judge_cube(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty
     if not own and overlap(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     classes = match_classes(card.classes, config, target)
+    named = dict(target.layer.spec.classes) if target.layer is not None and not config.classes else {}
+    unknown = [name for name in named.values() if name not in classes.names and target.count_of(name)]
+    if unknown and not target.values:
+        warnings.append(f"pixels of {', '.join(unknown)} in {cube.url} are not judged: the model does not know them")
     index = cube.index(config.collection)
     plan = plan_windows(config, spec, index, classes,
                         split=card.split if own else Split.whole(card.split.block, spec.shape[1:]),
-                        dates=config.split.test_dates if own else (), target=target)  # fmt: skip
+                        dates=config.split.test_dates if own else (), target=target, judging=True)  # fmt: skip
     if own and config.split.kind == "random":
         share = (card.statistics.get("leakage") or {}).get("beside")
         figure = "" if share is None else f": {share:.1%} of the test windows lie beside a training window"
@@ -180,8 +196,6 @@ def judge_cube(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty
     # all of another cube was put into its test part
     windows = plan.parts[part or "test"]
     if not len(windows) and not may_be_empty:
-        raise NothingFound(
-            f"{cube.url} has no window of part {part or 'test'} with enough to learn from; see data.min_labelled"
-        )
+        raise NothingFound(f"{cube.url} has no labelled pixel in part {part or 'test'}; see data.split")
     reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target, index)
     return JudgedSet(cube.url, windows, reader, tuple(warnings))

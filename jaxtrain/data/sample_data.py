@@ -14,7 +14,7 @@ from jaxtrain.data.classes import NOT_LEARNT
 from jaxtrain.data.cubes import Splits
 from jaxtrain.data.places import SampleSplit, nearest_m
 from jaxtrain.data.reader import OnUnreadable
-from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics
+from jaxtrain.data.samples import SampleReader, count_samples, plan_samples, sample_classes, sample_statistics
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import JudgedSet, LearnedFrom, TrainingSet, check_digest
@@ -66,6 +66,7 @@ class SampleData:
             plan=plan,
             reader=reader,
             statistics=partial(sample_statistics, plan, reader, classes),
+            count=None if rebuild else lambda part: count_samples(plan.parts[part], reader, classes),
             leakage=leak,
         )
 

@@ -90,6 +90,8 @@ class ModelCard:
     """Task of the network."""
     grounds: tuple[Ground, ...] = ()
     """The cubes, if there are several."""
+    edges: bool = True
+    """Whether windows reach over the edge of a grid, and only training needs `min_labelled`; not in release 0.1.0."""
 
     @property
     def dates(self) -> tuple[tuple[str, ...], ...]:
@@ -133,6 +135,7 @@ class ModelCard:
             "statistics": dict(self.statistics),
             "task": self.task.to_dict(),
             "cubes": [ground.to_dict() for ground in self.grounds],
+            **({"edges": True} if self.edges else {}),
         }
 
     @classmethod
@@ -155,6 +158,7 @@ class ModelCard:
             statistics=data["statistics"],
             task=Task.from_dict(data["task"]) if "task" in data else Task(),
             grounds=tuple(Ground.from_dict(ground) for ground in data.get("cubes", ())),
+            edges=bool(data.get("edges", False)),
         )
 
 
@@ -212,11 +216,13 @@ def config_differences(there: TrainConfig, asked: TrainConfig) -> list[str]:
 
 
 def _differences(there: Any, asked: Any, at: str) -> list[str]:
-    if at in _MAY_CHANGE or (there == asked and (at != "data.classes" or _by_name(there) == _by_name(asked))):
+    if at in _MAY_CHANGE:
         return []
     if at != "data.classes" and isinstance(there, dict) and isinstance(asked, dict):
         keys = [*there, *(key for key in asked if key not in there)]
         return [d for k in keys for d in _differences(there.get(k), asked.get(k), f"{at}.{k}" if at else k)]
+    if there == asked and (at != "data.classes" or _by_name(there) == _by_name(asked)):
+        return []
     order = " (the order of the classes)" if there == asked else ""
     return [f"{at}{order}: {json.dumps(there, ensure_ascii=False)} → {json.dumps(asked, ensure_ascii=False)}"]
 

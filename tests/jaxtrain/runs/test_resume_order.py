@@ -11,10 +11,10 @@ from jaxtrain import train
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.prepare import prepare
-from jaxtrain.runs.rundir import config_differences
+from jaxtrain.runs.rundir import config_differences, write_run
 from zarr_store.errors import InvalidInput
 
-from ..cube_factory import CLASSES, make_cube, shared_cube, shared_run, tiny_config
+from ..cube_factory import CLASSES, make_cube, shared_cube, tiny_config
 from ..sample_factory import make_samples
 
 TURNED = dict(reversed(CLASSES.items()))
@@ -24,15 +24,17 @@ def with_classes(config: TrainConfig, classes: dict[str, str]) -> TrainConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
 
 
-def test_classes_in_another_order_are_another_configuration() -> None:
+def test_classes_in_another_order_are_another_configuration(tmp_path: Path) -> None:
     config = tiny_config(shared_cube())
     turned = with_classes(config, TURNED)
     assert config.data.classes == turned.data.classes, "as mappings the two are equal"
     (line,) = config_differences(config, turned)
     assert line.startswith("data.classes (the order of the classes): ")
     assert line.index('"4"') < line.index('"6"') < line.rindex('"6"') < line.rindex('"4"')
+    card, _ = prepare(config, open_training_data(config.data.cube), None)
+    write_run(tmp_path / "run", card)
     with pytest.raises(InvalidInput, match=r"another configuration.*data\.classes \(the order"):
-        train(turned, shared_run())
+        train(turned, tmp_path / "run")
 
 
 def test_values_of_one_class_have_no_order() -> None:
@@ -67,7 +69,8 @@ def test_labels_of_a_continued_run_are_those_of_its_card(kind: str, tmp_path: Pa
         if kind == "cubes":
             make_cube(far, shape=(1, 192, 160), seed=3)
         names = CLASSES
-        config = tiny_config("", data={"cube": [str(shared_cube()), str(far)] if kind == "cubes" else shared_cube()})
+        cube = str(shared_cube())
+        config = tiny_config("", data={"cube": [cube, str(far)] if kind == "cubes" else cube})
     config = with_classes(config, names)
     turned = with_classes(config, dict(reversed(names.items())))
     data = open_training_data(config.data.cube)
