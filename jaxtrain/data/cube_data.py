@@ -81,12 +81,9 @@ class CubeData:
         """Return date and centre of each window, in the cube's CRS."""
         spec, rows = self.cube.spec(collection), windows.rows
         a, _, left, _, e, top = spec.grid.transform
-        middle = windows.patch / 2
-        return {
-            "time": np.array(spec.times, object)[rows[:, 0]],
-            "y": top + e * (rows[:, 1] + middle),
-            "x": left + a * (rows[:, 2] + middle),
-        }
+        # the middle of what lies on the grid
+        y, x = ((rows[:, i] + np.minimum(rows[:, i] + windows.patch, spec.shape[i])) / 2 for i in (1, 2))
+        return {"time": np.array(spec.times, object)[rows[:, 0]], "y": top + e * y, "x": left + a * x}
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
             by_class = np.array([pixels], np.int64)
         else:
             by_class = count_classes(reader, windows, classes)
-        stands_for = len(windows) * reader.dates * windows.patch**2 * pixels / max(int(index.pixels[select].sum()), 1)
+        stands_for = pixels * _training_ground(index, plan.blocks) / max(int(index.pixels[select].sum()), 1)
         return Statistics(mean[chosen], std[chosen], by_class, pixels, "index", stands_for=stands_for)
     found = _from_windows(plan, reader)
     if target is None or target.values:
@@ -99,6 +99,19 @@ def _training_chunks(index: TrainingIndex, split: Split) -> npt.NDArray[np.bool_
     touch_x = _touching(index.present.shape[2], cx, elsewhere.shape[1], split.block[1])
     inside: npt.NDArray[np.bool_] = touch_y @ elsewhere @ touch_x.T == 0
     return index.present & inside
+
+
+def _training_ground(index: TrainingIndex, split: Split) -> float:
+    """Return the number of pixels in written chunks of training blocks, over all dates."""
+    inside = (split.parts == PARTS.index("train")).astype(np.float64)
+    shared = [
+        np.minimum(low + chunk, edge + block) - np.maximum(low, edge)
+        for axis, (chunk, block) in enumerate(zip(index.chunk[1:], split.block, strict=True))
+        for low in [np.arange(index.present.shape[axis + 1])[:, None] * chunk]
+        for edge in [np.arange(split.parts.shape[axis])[None, :] * block]
+    ]
+    y, x = (part.clip(min=0) / chunk for part, chunk in zip(shared, index.chunk[1:], strict=True))
+    return float((index.pixels * (y @ inside @ x.T)).sum())
 
 
 def _touching(chunks: int, chunk: int, blocks: int, block: int) -> npt.NDArray[np.int64]:

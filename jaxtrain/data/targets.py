@@ -163,12 +163,12 @@ def joined_classes(config: DataConfig, targets: Sequence[Target]) -> Classes:
         return label_classes(config, first)
     values: dict[str, int] = {}
     for of in names:
-        for value, name in of.items():
-            values.setdefault(name, value)
+        for number, name in of.items():
+            values.setdefault(name, number)
     if not values:
         return label_classes(config, first)
     # one number for each, as the layers may use a number for different classes
-    numbered = {str(number): name for number, name in enumerate(values)}
+    numbered = {str(i): name for i, name in enumerate(values)}
     joined = Classes.of(config.model_copy(update={"classes": numbered}))
     return replace(joined, values=tuple((value,) for value in values.values()))
 

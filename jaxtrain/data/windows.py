@@ -256,7 +256,8 @@ def _labelled_shares(target: Target, classes: Classes, patch: int, edges: bool) 
         known = np.isfinite(labels.pixels) if target.values else labels.pixels != NOT_LEARNT
         labelled.append((known & labels.inside).sum(axis=-1))
         inside.append(labels.inside.sum(axis=-1))
-    return np.concatenate(labelled) / np.concatenate(inside)
+    shares: npt.NDArray[np.float64] = np.concatenate(labelled) / np.concatenate(inside)
+    return shares
 
 
 def _split(config: DataConfig, spec: CubeSpec, usable: npt.NDArray[np.bool_], labelled: npt.NDArray[np.bool_]) -> Split:

@@ -13,7 +13,8 @@ from jaxtrain import TrainEvent, evaluate, train
 from jaxtrain.data import statistics
 from jaxtrain.data.counting import count_classes
 from jaxtrain.data.opening import open_training_data
-from jaxtrain.data.splits import PARTS
+from jaxtrain.data.reader import WindowReader
+from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.windows import Windows
 from jaxtrain.evaluation.scores import judged_data
 from jaxtrain.prepare import absent_classes, prepare
@@ -84,6 +85,7 @@ def test_the_parts_hold_every_labelled_pixel_once(rimmed: Path) -> None:
 def test_an_evaluation_says_what_it_covers(rimmed: Path) -> None:
     card = load_card(rimmed / "run")
     scl, split = ground()[0], card.split
+    assert isinstance(split, Split)
     of_block = split.parts.repeat(split.block[0], axis=0).repeat(split.block[1], axis=1)[:100, :90]
     report = evaluate(rimmed / "run").to_dict()
     expected = {name: int(((scl == int(v)) & (of_block == 2)).sum()) for v, name in NAMES.items()}
@@ -177,6 +179,7 @@ def test_classes_are_counted_pixel_by_pixel(
     config = config_of(cube.url, {} if label == "cover" else NAMES, label=label, patch=patch,
                        learn_masked=learn_masked, split={"block_m": 10 * patch})  # fmt: skip
     _, ready = prepare(config, open_training_data(config.data.cube), None)
+    assert isinstance(ready.reader, WindowReader)
     for part in PARTS:
         windows = ready.plan.parts[part]
         assert count_classes(ready.reader, windows, ready.classes).tolist() == (
@@ -202,8 +205,8 @@ def test_weights_count_all_training_windows(tmp_path: Path, monkeypatch: pytest.
     counted = np.array([(scl[0][learned] == value).sum() for value in (4, 5, 6)])
     assert list(card.statistics["class_pixels"].values()) == counted.tolist()
     share = counted / counted.sum()
-    np.testing.assert_allclose(card.class_weights, (1 / np.sqrt(share)) / np.sqrt(share).sum(), rtol=1e-6)
     assert card.class_weights is not None
+    np.testing.assert_allclose(card.class_weights, (1 / np.sqrt(share)) / np.sqrt(share).sum(), rtol=1e-6)
     assert int(np.argmax(card.class_weights)) == 2
 
 
