@@ -106,12 +106,11 @@ def absent_classes(card: ModelCard) -> list[str]:
     counted = {"training": card.statistics["class_pixels"], **held_out}
     what = "pixel" if card.grid is not None or not card.task.per_image else "sample"
     used = [part for part in counted if any(counted[part].values())]
-    lines = []
+    lines, nowhere = [], []
     for name, values in zip(card.classes.names, card.classes.values, strict=True):
         without = [part for part in used if not counted[part][name]]
         if without == used:
-            of = f" (value {', '.join(map(str, values))})" if values else ""
-            lines.append(f"class {name!r}{of} occurs nowhere in the data: check data.classes, or leave it out")
+            nowhere.append(f"{name!r}" + (f" (value {', '.join(map(str, values))})" if values else ""))
         elif "training" in without:
             seen = " and ".join(f"{counted[part][name]:,} in {part}" for part in used if part not in without)
             lines.append(
@@ -123,6 +122,9 @@ def absent_classes(card: ModelCard) -> list[str]:
                 f"class {name!r} has no {what} in {' and '.join(without)}, so nothing is known there of how well it is "
                 "learned: take smaller blocks or another data.split.seed"
             )
+    if nowhere:
+        which = f"class {nowhere[0]} occurs" if len(nowhere) == 1 else f"classes {', '.join(nowhere)} occur"
+        lines.append(f"{which} nowhere in the data: check data.classes, or leave them out")
     return lines
 
 

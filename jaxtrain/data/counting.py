@@ -48,7 +48,8 @@ def count_classes(reader: WindowReader, windows: Windows, classes: Classes) -> C
         else:
             known = _add_chunks(counted, reader, reader.index, classes, chosen)
         rows = rows[~known[tuple((rows // sides).T)]]
-    labels = replace(reader, images=False)
+    # a damaged chunk is reported where it is learned or judged; here its windows count as nothing
+    labels = replace(reader, images=False, on_unreadable=lambda row, error: None)
     at_once = max(1, _READ_AT_ONCE // reader.dates)
     for start in range(0, len(rows), at_once):
         counted += np.bincount(labels.read(rows[start : start + at_once])["label"].ravel(), minlength=256)

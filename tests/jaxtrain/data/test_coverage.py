@@ -102,7 +102,7 @@ def test_an_evaluation_says_what_it_covers(rimmed: Path) -> None:
 
 def test_classes_that_nobody_has_are_named_when_a_run_begins(rimmed: Path) -> None:
     heard = json.loads((rimmed / "heard.json").read_text())
-    assert "class 'crop' (value 60) occurs nowhere in the data: check data.classes, or leave it out" in heard
+    assert "class 'crop' (value 60) occurs nowhere in the data: check data.classes, or leave them out" in heard
 
 
 def test_thresholds_are_for_training_alone(tmp_path: Path) -> None:
