@@ -142,3 +142,13 @@ def test_a_checkpoint_of_before_goes_on_in_the_middle_of_an_update(program_of, t
     np.testing.assert_allclose(jax.tree.leaves(updates)[0], -1.5, rtol=1e-6)
     assert float(new.weight) == 0
     assert int(new.gradient_step) == 1
+
+
+def test_microbatches_weigh_classes_and_mixtures_as_one_batch_does(program_of) -> None:
+    table = {**sections(1, BATCH, 1, mix="mixup", mix_alpha=2.0), "model": {"name": "cnn", "width": 8, "depth": 1}}
+    weights = [1.0, 5.0, 0.2, 2.0]
+    whole = moved(program_of(class_weights=weights, **table), [uneven()])
+    piped = program_of(class_weights=weights, **{**table, "mesh": {"pipe": 2, "microbatches": 4}})
+    np.testing.assert_allclose(moved(piped, [uneven()]), whole, rtol=1e-3, atol=1e-5)
+    plain = moved(program_of(**{**table, "data": {"augment": False}}), [uneven()])
+    assert np.abs(plain - whole).max() > 1e-3, "weights and mixtures matter"
