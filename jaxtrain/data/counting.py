@@ -21,7 +21,7 @@ __all__ = ["count_classes"]
 Counts = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-_READ_AT_ONCE = 64
+_READ_AT_ONCE = 256
 """Windows of one date that are read together."""
 
 

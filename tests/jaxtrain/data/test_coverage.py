@@ -210,6 +210,25 @@ def test_weights_count_all_training_windows(tmp_path: Path, monkeypatch: pytest.
     assert int(np.argmax(card.class_weights)) == 2
 
 
+def test_cubes_weigh_by_their_ground_and_not_by_what_was_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "_SAMPLED_WINDOWS", 4)
+    urls = []
+    for value, side, top in ((4, 256, 5e6), (6, 128, 4e6)):
+        scl = np.full((1, side, side), value, np.uint8)
+        urls.append(labelled_cube(tmp_path / f"{value}.zarr", scl, chunk=128, shard=256, top=top).url)
+    config = config_of(urls, patch=16, split={"block_m": 160})
+    card, ready = prepare(config, open_training_data(urls), None)
+    assert card.statistics["source"] == "windows"
+    number = np.bincount(ready.plan.parts["train"].rows[:, 0])
+    assert number[0] > 3 * number[1] > 12
+    # the band shows 100 + 300 · class
+    share = number[0] / number.sum()
+    np.testing.assert_allclose(card.mean, share * 1300 + (1 - share) * 1900, rtol=1e-6)
+    np.testing.assert_allclose(card.std, 600 * np.sqrt(share * (1 - share)), rtol=1e-6)
+
+
 def test_classes_of_samples_that_nobody_has_are_named(tmp_path: Path) -> None:
     url = str(make_samples(tmp_path / "s.zarr", count=40, classes=("field", "lake")))
     document = json.loads((Path(url) / "zarr.json").read_text())
