@@ -170,7 +170,7 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
                     session.leave(step)
 
         # ---- What came out.
-        if lead and (session.judged or not (out / "report.html").exists()):
+        if lead and (session.validation or not (out / "report.html").exists()):
             _write_report(session, state)
         result = _result(session, first, parameters, time.monotonic() - began)
         early = f" of {run.steps}, as {run.monitor} did not improve further" if result.stopped_early else ""
@@ -187,7 +187,7 @@ def _write_report(session: TrainingSession, state: TrainState) -> None:
     aside = parts["test"] if len(parts["test"]) else parts["validation"]
     predict, names = make_predict_step(program), session.card.classes.names
     examples = collect_examples(program, predict, state, session.ready.reader, aside, names)
-    write_report(session.out, session.card, examples=examples, evaluation=session.judged)
+    write_report(session.out, session.card, examples=examples, evaluation=session.validation)
 
 
 def _result(session: TrainingSession, first: int, parameters: int, seconds: float) -> TrainingResult:

@@ -16,7 +16,7 @@ import jax
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.arrays import Rows
 from jaxtrain.data.training_data import TrainingSet
-from jaxtrain.evaluation.scores import judge
+from jaxtrain.evaluation.scores import score_windows
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import EvalStep
 from jaxtrain.parallel.processes import Agreement
@@ -162,12 +162,12 @@ class TrainingSession:
         windows = self.ready.plan.parts["validation"]
         self.clock.pause()
         self.watchdog.beat(f"validation at step {step}")
-        matrix, loss = judge(
+        matrix, loss = score_windows(
             self.program, self.eval_step, state, self.ready.reader, windows, self.card.classes.names,
             on_batch=lambda done, _: self.watchdog.beat(f"validation batch {done}"),
         )  # fmt: skip
-        self.judged = {**matrix.to_dict(), "split": "validation", "step": step, "samples": len(windows)}
-        scores = _scores(self.judged, loss)
+        self.validation = {**matrix.to_dict(), "split": "validation", "step": step, "samples": len(windows)}
+        scores = _scores(self.validation, loss)
         if self.log:
             self.log.write("validation", step, scores)
         improved = self.best.see(step, scores)

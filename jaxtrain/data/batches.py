@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxtrain.data.arrays import HostBatch, Reader, Rows, local_rows, put_batch
-from jaxtrain.data.classes import NOT_LEARNT
+from jaxtrain.data.classes import UNLABELLED
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.shuffle import ChunkOrder
 from jaxtrain.data.windows import Windows
@@ -111,5 +111,5 @@ class BatchStream:
             batch["observed"][extra] = 0
             if "label" in batch:
                 label = batch["label"]
-                label[extra] = np.nan if np.issubdtype(label.dtype, np.floating) else NOT_LEARNT
+                label[extra] = np.nan if np.issubdtype(label.dtype, np.floating) else UNLABELLED
         return put_batch(batch, self._sharding, self._size) if self._place else batch

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from jaxtrain.config import DataConfig
 from zarr_store.errors import InvalidInput, UnknownName
 
-__all__ = ["NOT_LEARNT", "Classes"]
+__all__ = ["UNLABELLED", "Classes"]
 
-NOT_LEARNT = 255
+UNLABELLED = 255
 """Class index of a pixel that is not learned; also the nodata value of maps."""
 
 # Colours people know from Sentinel-2 scene classification (Sen2Cor) and from CORINE-like land-cover maps.
@@ -107,7 +107,7 @@ class Classes:
 
     def table(self) -> npt.NDArray[np.uint8]:
         """Return the look-up table, uint8 (256,): layer value → class index, 255 where not learned."""
-        table = np.full(256, NOT_LEARNT, np.uint8)
+        table = np.full(256, UNLABELLED, np.uint8)
         for index, values in enumerate(self.values):
             table[list(values)] = index
         return table

@@ -17,14 +17,14 @@ from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.statistics import Statistics, training_statistics
 from jaxtrain.data.targets import ITSELF, label_classes, match_classes, resolve_target
 from jaxtrain.data.task import Task
-from jaxtrain.data.training_data import JudgedSet, LearnedFrom, TrainingSet, check_digest
+from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, check_digest
 from jaxtrain.data.windows import WindowPlan, Windows, plan_windows, window_leakage
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.index import TrainingIndex
 from zarr_store.read import Cube
 from zarr_store.spec import CubeSpec
 
-__all__ = ["CubeData", "PreparedCube", "judge_cube", "prepare_cube"]
+__all__ = ["CubeData", "PreparedCube", "select_windows", "prepare_cube"]
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,20 @@ class CubeData:
             chunk=ready.spec.layout.chunk,
         )
 
-    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
-        """Return one part of the run's own cube; see `TrainingData.judged_part`."""
-        return judge_cube(self.cube, card, part)
+    def select_part(self, card: LearnedFrom, part: Part) -> EvaluationSet:
+        """Return one part of the run's own cube; see `TrainingData.select_part`."""
+        return select_windows(self.cube, card, part)
 
-    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
-        """Return all windows of another cube; see `TrainingData.judged_whole`."""
-        judged = judge_cube(self.cube, card.of(0), None)
+    def select_all(self, card: LearnedFrom) -> EvaluationSet:
+        """Return all windows of another cube; see `TrainingData.select_all`."""
+        chosen = select_windows(self.cube, card.of(0), None)
         grid = self.cube.spec(card.config.data.collection).grid
         overlapping = [
             f"{self.url} overlaps the ground of {ground.cube}, a training cube: its scores are too good"
             for ground in card.grounds[1:]
             if overlap(ground.grid, grid)
         ]
-        return replace(judged, warnings=(*judged.warnings, *overlapping))
+        return replace(judged, warnings=(*chosen.warnings, *overlapping))
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
         """Return date and centre of each window, in the cube's CRS."""
@@ -149,7 +149,7 @@ def prepare_cube(
     return PreparedCube(Ground(cube.url, digest, spec.grid, spec.times), spec, classes, index, plan, reader)
 
 
-def judge_cube(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty: bool = False) -> JudgedSet:
+def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty: bool = False) -> EvaluationSet:
     """Choose the windows of one cube for an evaluation.
 
     Args:
@@ -195,4 +195,4 @@ def judge_cube(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty
     if not len(windows) and not may_be_empty:
         raise NothingFound(f"{cube.url} has no labelled pixel in part {part or 'test'}; see data.split")
     reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target, index)
-    return JudgedSet(cube.url, windows, reader, tuple(warnings))
+    return EvaluationSet(cube.url, windows, reader, tuple(warnings))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.data.cube_data import CubeData, PreparedCube, judge_cube, prepare_cube
+from jaxtrain.data.cube_data import CubeData, PreparedCube, select_windows, prepare_cube
 from jaxtrain.data.cubes import CubesReader, Splits, join_statistics, join_windows, numbered
 from jaxtrain.data.ground import Ground, overlap
 from jaxtrain.data.reader import OnUnreadable
@@ -19,7 +19,7 @@ from jaxtrain.data.splits import PARTS, Part
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.targets import joined_classes, resolve_target
 from jaxtrain.data.task import Task
-from jaxtrain.data.training_data import JudgedSet, LearnedFrom, TrainingSet
+from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet
 from jaxtrain.data.windows import WindowPlan, Windows
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.read import Cube
@@ -77,12 +77,12 @@ class CubesData:
             chunk=parts[0].spec.layout.chunk,
         )
 
-    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
-        """Return one part of all cubes of the run, each with its own split; see `TrainingData.judged_part`."""
-        judged: list[JudgedSet] = []
+    def select_part(self, card: LearnedFrom, part: Part) -> EvaluationSet:
+        """Return one part of all cubes of the run, each with its own split; see `TrainingData.select_part`."""
+        judged: list[EvaluationSet] = []
         warnings: list[str] = []
         for number, (ground, cube) in enumerate(zip(card.grounds, self.cubes, strict=True)):
-            judged.append(judge_cube(cube, card.of(number), part, may_be_empty=True))
+            judged.append(select_windows(cube, card.of(number), part, may_be_empty=True))
             warnings += judged[-1].warnings
             warnings += [
                 f"{ground.cube} overlaps the ground of {other.cube}: held-out windows of one may be training windows "
@@ -92,10 +92,10 @@ class CubesData:
             ]
         return self._joined(judged, warnings, part)
 
-    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
-        """Return all windows of several other cubes; see `TrainingData.judged_whole`."""
-        judged = [CubeData(cube).judged_whole(card) for cube in self.cubes]
-        return self._joined(judged, [line for one in judged for line in one.warnings], "test")
+    def select_all(self, card: LearnedFrom) -> EvaluationSet:
+        """Return all windows of several other cubes; see `TrainingData.select_all`."""
+        chosen = [CubeData(cube).select_all(card) for cube in self.cubes]
+        return self._joined(judged, [line for one in chosen for line in one.warnings], "test")
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
         """Return cube, date and centre of each window, in the CRS of its cube."""
@@ -108,11 +108,11 @@ class CubesData:
                 found.setdefault(name, np.empty(len(windows), values.dtype))[chosen] = values
         return found
 
-    def _joined(self, judged: Sequence[JudgedSet], warnings: Sequence[str], part: Part) -> JudgedSet:
-        windows = join_windows([one.windows for one in judged])
+    def _joined(self, chosen: Sequence[EvaluationSet], warnings: Sequence[str], part: Part) -> EvaluationSet:
+        windows = join_windows([one.windows for one in chosen])
         if not len(windows):
             raise NothingFound(f"{self.url} have no labelled pixel in part {part}; see data.split")
-        return JudgedSet(self.url, windows, CubesReader(tuple(one.reader for one in judged)), tuple(warnings))
+        return EvaluationSet(self.url, windows, CubesReader(tuple(one.reader for one in chosen)), tuple(warnings))
 
 
 def _statistics(parts: Sequence[PreparedCube]) -> Statistics:

@@ -17,7 +17,7 @@ import tensorstore as ts
 
 from jaxtrain.config import DataConfig
 from jaxtrain.data.arrays import HostBatch, Rows
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.memory import empty_array
 from jaxtrain.data.targets import Target, resolve_target
 from zarr_store.errors import IntegrityError, InvalidInput
@@ -293,7 +293,7 @@ class WindowReader:
         assert self.target is not None
         label = np.full((len(dated), *dated.shape[2:]), self.target.nothing)
         for t in range(self.dates):
-            known = np.isfinite(dated[:, t]) if self.target.values else dated[:, t] != NOT_LEARNT
+            known = np.isfinite(dated[:, t]) if self.target.values else dated[:, t] != UNLABELLED
             label = np.where(known & (observed[:, t] == 1), dated[:, t], label)
         return label
 

@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import DataConfig, TrainConfig
-from jaxtrain.data.classes import NOT_LEARNT
+from jaxtrain.data.classes import UNLABELLED
 from jaxtrain.data.cubes import Splits
 from jaxtrain.data.places import SampleSplit, nearest_m
 from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.samples import SampleReader, count_samples, plan_samples, sample_classes, sample_statistics
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.task import Task
-from jaxtrain.data.training_data import JudgedSet, LearnedFrom, TrainingSet, check_digest
+from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, check_digest
 from jaxtrain.data.windows import Windows
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.samples import SampleStore, is_sample_store, open_samples
@@ -70,8 +70,8 @@ class SampleData:
             leakage=leak,
         )
 
-    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
-        """Return one part of the run's own store; see `TrainingData.judged_part`."""
+    def select_part(self, card: LearnedFrom, part: Part) -> EvaluationSet:
+        """Return one part of the run's own store; see `TrainingData.select_part`."""
         store, config = self.store, _config(card)
         if store.digest != card.cube_digest:
             raise InvalidInput(f"{store.url} is not the store that the run was trained on; pass it as other data")
@@ -83,12 +83,12 @@ class SampleData:
             near = f"nearer than {leak['near_m']:g} m" if "near_m" in leak else "inside its own patch"
             figure = "" if share is None else f": {share:.1%} of the test samples have a training sample {near}"
             warnings.append(f"the split is random and leaks, so these scores are too good{figure}")
-        return _judged(store, plan.parts[part], reader, warnings, part)
+        return _evaluation_set(store, plan.parts[part], reader, warnings, part)
 
-    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
-        """Return all samples of another store; see `TrainingData.judged_whole`."""
+    def select_all(self, card: LearnedFrom) -> EvaluationSet:
+        """Return all samples of another store; see `TrainingData.select_all`."""
         reader, windows, warnings = _other_samples(card, _config(card), self.store)
-        return _judged(self.store, windows, reader, warnings, "test")
+        return _evaluation_set(self.store, windows, reader, warnings, "test")
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:
         """Return the name of each sample, which is its origin."""
@@ -106,10 +106,10 @@ def _split(card: LearnedFrom) -> Split | SampleSplit | None:
     return None if isinstance(card.split, Splits) else card.split
 
 
-def _judged(store: SampleStore, windows: Windows, reader: SampleReader, warnings: list[str], part: Part) -> JudgedSet:
+def _evaluation_set(store: SampleStore, windows: Windows, reader: SampleReader, warnings: list[str], part: Part) -> EvaluationSet:
     if not len(windows):
         raise NothingFound(f"{store.url} has no sample of part {part}")
-    return JudgedSet(store.url, windows, reader, tuple(warnings))
+    return EvaluationSet(store.url, windows, reader, tuple(warnings))
 
 
 def _other_samples(
@@ -120,10 +120,10 @@ def _other_samples(
         return _every_sample(config, card, store)
     known = {name: index for index, name in enumerate(card.classes.names)}
     first = 1 if store.spec.labelled == "pixels" else 0
-    table = np.full(256, NOT_LEARNT, np.uint8)
+    table = np.full(256, UNLABELLED, np.uint8)
     unknown = [name for name in store.spec.classes if name not in known]
     for value, name in enumerate(store.spec.classes):
-        table[value + first] = known.get(name, NOT_LEARNT)
+        table[value + first] = known.get(name, UNLABELLED)
     if len(unknown) == len(store.spec.classes) or (store.spec.labelled == "several") != card.task.several:
         raise InvalidInput(
             f"{store.url} has the classes {', '.join(store.spec.classes[:8])}, the model knows "
@@ -137,9 +137,9 @@ def _other_samples(
     rows = np.zeros((store.spec.count, 3), np.int32)
     rows[:, 0] = np.arange(store.spec.count)
     if store.spec.labelled == "one":
-        rows = rows[table[store.label] != NOT_LEARNT]
+        rows = rows[table[store.label] != UNLABELLED]
     elif store.spec.labelled == "pixels":
-        rows = np.argwhere(table[store.label] != NOT_LEARNT).astype(np.int32)
+        rows = np.argwhere(table[store.label] != UNLABELLED).astype(np.int32)
     warnings += _near_training(card, store)
     return reader, Windows(reader.patch, rows), warnings
 

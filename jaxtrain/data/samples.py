@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from jaxtrain.config import DataConfig, SplitConfig
 from jaxtrain.data.arrays import as_images
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.memory import empty_array
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.places import SampleSplit, leakage, split_samples
@@ -108,8 +108,8 @@ class SampleReader:
             label = self.table[label]
         else:
             kept = self.table[: label.shape[1]]
-            chosen = np.zeros((len(label), int((kept != NOT_LEARNT).sum())), np.uint8)
-            chosen[:, kept[kept != NOT_LEARNT]] = label[:, kept != NOT_LEARNT]
+            chosen = np.zeros((len(label), int((kept != UNLABELLED).sum())), np.uint8)
+            chosen[:, kept[kept != UNLABELLED]] = label[:, kept != UNLABELLED]
             label = chosen
         return {"image": image, "label": label, "observed": np.ones((len(image), *image.shape[-2:]), np.uint8)}
 
@@ -183,7 +183,7 @@ def plan_samples(
         return _plan_scene(config, store, classes, split)
     learned = np.ones(store.spec.count, bool)
     if store.spec.labelled == "one":
-        learned = classes.table()[store.label] != NOT_LEARNT
+        learned = classes.table()[store.label] != UNLABELLED
     if not learned.any():
         raise NothingFound(f"no sample of {store.url} has one of the classes {', '.join(classes.names)}")
     if split is None:
@@ -204,7 +204,7 @@ def _plan_scene(
 ) -> tuple[WindowPlan, dict[str, Any]]:
     if config.patch % 2 == 0:
         raise InvalidInput(f"data.patch {config.patch} has no middle pixel: take an odd side for a labelled scene")
-    learned = classes.table()[store.label] != NOT_LEARNT
+    learned = classes.table()[store.label] != UNLABELLED
     rows = np.argwhere(learned).astype(np.int32)
     if not len(rows):
         raise NothingFound(f"no pixel of {store.url} has one of the classes {', '.join(classes.names)}")
@@ -261,7 +261,7 @@ def count_samples(windows: Windows, reader: SampleReader, classes: Classes) -> n
     if reader.store.spec.labelled == "several":
         counted = np.zeros(len(classes), np.int64)
         kept = reader.table[: label.shape[1]]
-        counted[kept[kept != NOT_LEARNT]] = (label[rows[:, 0]] == 1).sum(axis=0)[kept != NOT_LEARNT]
+        counted[kept[kept != UNLABELLED]] = (label[rows[:, 0]] == 1).sum(axis=0)[kept != UNLABELLED]
         return counted
     at = tuple(rows.T) if reader.store.spec.labelled == "pixels" else rows[:, 0]
     found: npt.NDArray[np.int64] = np.bincount(reader.table[label[at]], minlength=256)[: len(classes)]

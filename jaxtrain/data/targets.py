@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tensorstore as ts
 
 from jaxtrain.config import DataConfig
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.labels import LabelLayer, find_labels, open_label
 from zarr_store.read import Cube
@@ -64,7 +64,7 @@ class Target:
     @property
     def nothing(self) -> Any:
         """Value of a pixel without a label."""
-        return np.float32(np.nan) if self.values else np.uint8(NOT_LEARNT)
+        return np.float32(np.nan) if self.values else np.uint8(UNLABELLED)
 
     def count_of(self, name: str) -> int:
         """Return the number of pixels of a class of a label layer."""

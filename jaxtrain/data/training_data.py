@@ -27,7 +27,7 @@ from jaxtrain.data.windows import Counted, WindowPlan, Windows
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 
-__all__ = ["JudgedSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_digest"]
+__all__ = ["EvaluationSet", "LearnedFrom", "TrainingData", "TrainingSet", "check_digest"]
 
 
 class LearnedFrom(Protocol):
@@ -121,7 +121,7 @@ class TrainingSet:
 
 
 @dataclass(frozen=True)
-class JudgedSet:
+class EvaluationSet:
     """Windows or samples of an evaluation, their reader, and warnings about what the scores mean."""
 
     url: str
@@ -156,7 +156,7 @@ class TrainingData(Protocol):
             NothingFound: No window or sample has anything to learn.
         """
 
-    def judged_part(self, card: LearnedFrom, part: Part) -> JudgedSet:
+    def select_part(self, card: LearnedFrom, part: Part) -> EvaluationSet:
         """Return one part of the run's own data, with the split of the run.
 
         Raises:
@@ -164,7 +164,7 @@ class TrainingData(Protocol):
             NothingFound: The part is empty.
         """
 
-    def judged_whole(self, card: LearnedFrom) -> JudgedSet:
+    def select_all(self, card: LearnedFrom) -> EvaluationSet:
         """Return all of the data, which are other data than those of the run.
 
         Raises:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import DataConfig
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.splits import PARTS, UNUSED, Part, Split, add_blocks, block_shape, make_split
 from jaxtrain.data.targets import Target, window_labels
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
@@ -253,7 +253,7 @@ def _labelled_shares(target: Target, classes: Classes, patch: int, edges: bool) 
     """Return the share of each window's pixels that a label layer labels, (rows, columns) of windows."""
     inside, labelled = [], []
     for _, labels in window_labels(target, classes, patch, edges=edges):
-        known = np.isfinite(labels.pixels) if target.values else labels.pixels != NOT_LEARNT
+        known = np.isfinite(labels.pixels) if target.values else labels.pixels != UNLABELLED
         labelled.append((known & labels.inside).sum(axis=-1))
         inside.append(labels.inside.sum(axis=-1))
     shares: npt.NDArray[np.float64] = np.concatenate(labelled) / np.concatenate(inside)

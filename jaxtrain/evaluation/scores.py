@@ -17,7 +17,7 @@ from jaxtrain.data.arrays import Reader, put_batch
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.splits import Part
-from jaxtrain.data.training_data import JudgedSet, TrainingData
+from jaxtrain.data.training_data import EvaluationSet, TrainingData
 from jaxtrain.data.windows import Windows
 from jaxtrain.display import result_table, scores_text
 from jaxtrain.evaluation.report import collect_examples, write_report
@@ -30,7 +30,7 @@ from jaxtrain.runs.rundir import EVALUATION, ModelCard, inference_program, load_
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.folder import FolderStore
 
-__all__ = ["EvaluationReport", "evaluate", "judge", "judged_data", "restore_model"]
+__all__ = ["EvaluationReport", "evaluate", "score_windows", "select_data", "restore_model"]
 
 Progress = Callable[[int, int], None]
 
@@ -143,7 +143,7 @@ class EvaluationReport:
         return {name: getattr(self, name) for name in ("accuracy", "macro_f1", "miou", "rmse", "r2")}
 
 
-def judge(
+def score_windows(
     program: Program,
     step: EvalStep,
     state: TrainState,
@@ -259,10 +259,10 @@ def evaluate(
     data = _typed_data(card, data)
     part = cast(Part, split) if data is None else None
     own = [ground.cube for ground in card.grounds] or card.cube
-    judged = judged_data(card, open_training_data(own if data is None else data), part=part, name=data)
+    chosen = select_data(card, open_training_data(own if data is None else data), part=part, name=data)
     program, state, step, passed_over = restore_model(run, card)
-    counts, loss = judge(
-        program, make_eval_step(program, turned=card.config.model.turns), state, judged.reader, judged.windows,
+    counts, loss = score_windows(
+        program, make_eval_step(program, turned=card.config.model.turns), state, chosen.reader, chosen.windows,
         card.classes.names, on_batch=on_batch,
     )  # fmt: skip
     scores = counts.to_dict()
@@ -271,19 +271,19 @@ def evaluate(
         run=str(run),
         scores=scores,
         loss=loss if math.isfinite(loss) else None,
-        samples=len(judged.windows),
+        samples=len(chosen.windows),
         seconds=round(time.monotonic() - began, 3),
         split=split if data is None else "all",
         step=step,
-        data=judged.url,
-        warnings=(*judged.warnings, *_without_score(coverage, split if data is None else judged.url), *passed_over),
+        data=chosen.url,
+        warnings=(*chosen.warnings, *_without_score(coverage, split if data is None else chosen.url), *passed_over),
         leakage=card.statistics.get("leakage") if data is None else None,
         coverage=coverage,
     )
     written = result.to_dict()
     FolderStore(run.absolute()).write(EVALUATION, json.dumps(written, indent=1, ensure_ascii=False).encode())
     predict = make_predict_step(program)
-    examples = collect_examples(program, predict, state, judged.reader, judged.windows, card.classes.names)
+    examples = collect_examples(program, predict, state, chosen.reader, chosen.windows, card.classes.names)
     write_report(run, card, examples=examples, evaluation=written)
     return result
 
@@ -337,7 +337,7 @@ def _typed_data(card: ModelCard, data: str | Path | None) -> str | Path | None:
     return None if str(data).split(",") == urls else data
 
 
-def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name: str | Path | None = None) -> JudgedSet:
+def select_data(card: ModelCard, data: TrainingData, *, part: Part | None, name: str | Path | None = None) -> EvaluationSet:
     """Return the data of an evaluation: a part of the run's own data, or all of other data.
 
     Args:
@@ -355,4 +355,4 @@ def judged_data(card: ModelCard, data: TrainingData, *, part: Part | None, name:
         raise InvalidInput(
             f"{name or data.url} is a {data.kind}, but the run was trained on a {learned}; give a {learned}"
         )
-    return data.judged_whole(card) if part is None else data.judged_part(card, part)
+    return data.select_all(card) if part is None else data.select_part(card, part)

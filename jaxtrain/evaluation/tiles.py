@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from jaxtrain.data.arrays import Reader, as_images, put_batch
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.windows import Window, Windows
 from jaxtrain.parallel.mesh import batch_sharding
 from zarr_store.lookup import picture_bands
@@ -103,7 +103,7 @@ def _judge(
         error = float(np.sqrt(np.square(prediction[known] - label[known]).mean())) if known.any() else 0.0
         wrong, caption = error, f"RMSE {error:.4g}"
     elif label is not None:
-        known = label != NOT_LEARNT
+        known = label != UNLABELLED
         prediction = answer.argmax(axis=-1).astype(np.uint8)
         right = float((prediction[known] == label[known]).mean()) if known.any() else 1.0
         wrong, caption = 1 - right, f"{right:.1%} right"
@@ -146,7 +146,7 @@ def draw_tiles(
         answers = [*([] if tile.label is None else [tile.label]), tile.prediction]
         if classes is not None:
             palette = _palette(classes)
-            seen = np.where(tile.observed == 1, answers[-1], np.uint8(NOT_LEARNT))
+            seen = np.where(tile.observed == 1, answers[-1], np.uint8(UNLABELLED))
             for axes, values in zip(row[1:], (answers[0], seen), strict=True):
                 axes.imshow(palette[values], interpolation="nearest")
         else:

@@ -24,7 +24,7 @@ from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.windows import Windows
 from jaxtrain.display import result_table
-from jaxtrain.evaluation.scores import judged_data, restore_model
+from jaxtrain.evaluation.scores import select_data, restore_model
 from jaxtrain.learn.step import make_embed_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.runs.rundir import load_card
@@ -103,7 +103,7 @@ def embed(
     if store.exists():
         raise InvalidInput(f"{store.url} exists; give another path, or remove it first")
     opened = open_training_data(data)
-    judged = judged_data(card, opened, part=None, name=data)
+    judged = select_data(card, opened, part=None, name=data)
     windows = judged.windows
     program, state, step, passed_over = restore_model(run, card)
     encode = make_embed_step(program)

@@ -24,7 +24,7 @@ from jaxtrain.config import OptimConfig
 from jaxtrain.learn.accumulate import accumulate
 from jaxtrain.parallel.sharding import path_name
 
-__all__ = ["build_optimizer", "build_schedule", "decays", "judged_params"]
+__all__ = ["build_optimizer", "build_schedule", "decays", "evaluation_params"]
 
 _ADAM_RMS = 0.2
 """Spread of a step of AdamW in learning rates, by experience (Liu et al. 2025, arXiv:2502.16982)."""
@@ -151,7 +151,7 @@ def _average(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def judged_params(params: Any, opt_state: Any) -> Any:
+def evaluation_params(params: Any, opt_state: Any) -> Any:
     """Return the parameters for evaluation and prediction: their moving average if one is kept, else themselves."""
     found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_average) if _is_average(leaf)]
     return found[0].average if found else params

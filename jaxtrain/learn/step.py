@@ -35,7 +35,7 @@ from jax.sharding import Mesh
 from jaxtrain.data.arrays import as_images
 from jaxtrain.data.augment import augment, disturb, mix, turns
 from jaxtrain.learn.losses import LossTerms
-from jaxtrain.learn.optim import build_optimizer, judged_params
+from jaxtrain.learn.optim import build_optimizer, evaluation_params
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored_sharding
@@ -70,7 +70,7 @@ class EvalStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
         result: dict[str, jax.Array] = self.jitted(
-            judged_params(state.params, state.opt_state), state.model_state, _chosen(batch, self.names)
+            evaluation_params(state.params, state.opt_state), state.model_state, _chosen(batch, self.names)
         )
         return result
 
@@ -89,7 +89,7 @@ class PredictStep:
         if observed is None:
             # the cube stores 0 (or nan) in every band where nothing was observed
             observed = ((image == image) & (image != 0)).any(axis=-3)
-        params = judged_params(state.params, state.opt_state)
+        params = evaluation_params(state.params, state.opt_state)
         result: jax.Array = self.jitted(params, state.model_state, image, observed, *(() if day is None else (day,)))
         return result
 
@@ -188,7 +188,7 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
         label = _itself(x_BHWC, observed) if program.objective.task.rebuild else batch["label"]
         return program.objective.sums(_look(program, params, model_state, x_BHWC, turned), label)
 
-    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    judged = evaluation_params(program.shardings.params, program.shardings.opt_state)
     shardings = (judged, program.shardings.model_state, _batch_shardings(program))
     jitted = jax.jit(evaluate, in_shardings=shardings, out_shardings=replicated(program.mesh))
     return EvalStep(jitted, tuple(_batch_shardings(program)))
@@ -215,7 +215,7 @@ def make_predict_step(program: Program) -> PredictStep:
         return program.objective.answer(logits)
 
     lies = _batch_shardings(program)
-    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    judged = evaluation_params(program.shardings.params, program.shardings.opt_state)
     days = (lies["day"],) if "day" in lies else ()
     shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"], *days)
     answers = batch_sharding(program.mesh, image=not program.objective.task.per_image)
@@ -229,12 +229,12 @@ def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array
     def run(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:
         return program.embed(params, model_state, present(program, image, observed)).mean(axis=(1, 2))
 
-    judged = judged_params(program.shardings.params, program.shardings.opt_state)
+    judged = evaluation_params(program.shardings.params, program.shardings.opt_state)
     shardings = (judged, program.shardings.model_state, lies["image"], lies["observed"])
     jitted = jax.jit(run, in_shardings=shardings, out_shardings=batch_sharding(program.mesh))
 
     def embed(state: TrainState, batch: Batch) -> jax.Array:
-        params = judged_params(state.params, state.opt_state)
+        params = evaluation_params(state.params, state.opt_state)
         vectors: jax.Array = jitted(params, state.model_state, batch["image"], batch["observed"])
         return vectors
 

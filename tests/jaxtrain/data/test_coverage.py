@@ -16,7 +16,7 @@ from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.windows import Windows
-from jaxtrain.evaluation.scores import judged_data
+from jaxtrain.evaluation.scores import select_data
 from jaxtrain.prepare import absent_classes, prepare
 from jaxtrain.runs.rundir import CARD, load_card
 from zarr_store.errors import InvalidInput, NothingFound
@@ -122,8 +122,8 @@ def test_thresholds_are_for_training_alone(tmp_path: Path) -> None:
     counts = ready.plan.split.counts()
     assert sum(counts.values()) == 64, "a block of labels that are too few to be learned has a part, too"
     assert any(line.startswith("class 'spots' has no pixel in training (") for line in absent_classes(card))
-    judged = judged_data(card, open_training_data(config.data.cube), part="test")
-    assert len(judged.windows) == counts["test"]
+    chosen = select_data(card, open_training_data(config.data.cube), part="test")
+    assert len(chosen.windows) == counts["test"]
     # and the blocks that can be learned have the parts that they have without the spots
     scl[scl == 6] = 0
     labelled_cube(tmp_path / "plain.zarr", scl)
@@ -158,8 +158,8 @@ def test_a_run_of_before_keeps_its_windows(rimmed: Path) -> None:
         assert (windows.rows[:, 2] + 32 <= 90).all()
     assert "edges" not in old.to_dict()
     # but all of its test ground is judged
-    judged = judged_data(old, open_training_data(config.data.cube), part="test")
-    assert len(judged.windows) >= len(ready.plan.parts["test"])
+    chosen = select_data(old, open_training_data(config.data.cube), part="test")
+    assert len(chosen.windows) >= len(ready.plan.parts["test"])
 
 
 @pytest.mark.parametrize("learn_masked", [False, True])
@@ -294,8 +294,8 @@ def test_labels_that_a_model_does_not_know_are_named(tmp_path: Path) -> None:
     urls = two_cubes(tmp_path, {10: "tree", 40: "grass"}, {10: "grass", 40: "tree", 80: "water"})
     config = config_of(urls[0], {}, label="cover")
     card, _ = prepare(config, open_training_data(urls[0]), None)
-    judged = judged_data(card, open_training_data(urls[1]), part=None)
-    assert any(line.startswith("pixels of water in ") and "not judged" in line for line in judged.warnings)
+    chosen = select_data(card, open_training_data(urls[1]), part=None)
+    assert any(line.startswith("pixels of water in ") and "not judged" in line for line in chosen.warnings)
 
 
 def test_a_part_without_a_label_is_told(tmp_path: Path) -> None:
@@ -304,4 +304,4 @@ def test_a_part_without_a_label_is_told(tmp_path: Path) -> None:
     card, _ = prepare(config, open_training_data(cube), None)
     labelled_cube(tmp_path / "none.zarr", np.zeros((1, 64, 64), np.uint8), top=4e6)
     with pytest.raises(NothingFound, match=r"no window of 32×32 pixels .* has any pixels that can be learned"):
-        judged_data(card, open_training_data(str(tmp_path / "none.zarr")), part=None)
+        select_data(card, open_training_data(str(tmp_path / "none.zarr")), part=None)

@@ -14,7 +14,7 @@ from jaxtrain import TrainEvent, evaluate, train
 from jaxtrain.data.cubes import CubesReader, Splits
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.shuffle import ChunkOrder, chunk_numbers
-from jaxtrain.evaluation.scores import judged_data
+from jaxtrain.evaluation.scores import select_data
 from jaxtrain.prepare import prepare
 from jaxtrain.runs.log import read_metrics
 from jaxtrain.runs.rundir import load_card
@@ -101,7 +101,7 @@ def test_a_run_on_two_cubes_resumes_exactly_and_is_judged_on_both(cubes: list[st
 
 def evaluate_alone(card: Any, number: int) -> int:
     one = card.of(number)
-    return len(judged_data(one, open_training_data(one.cube), part="test").windows)
+    return len(select_data(one, open_training_data(one.cube), part="test").windows)
 
 
 def test_cubes_that_are_not_alike_are_refused(cubes: list[str], tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ def test_a_list_in_a_file_is_relative_to_it(
 def test_all_windows_of_several_other_cubes_are_judged_each_at_its_place(cubes: list[str], tmp_path: Path) -> None:
     config = config_of(cubes[:1])
     card, _ = prepare(config, open_training_data(cubes[0]), None)
-    every = judged_data(card, open_training_data(cubes), part=None)
-    alone = [judged_data(card, open_training_data(url), part=None) for url in cubes]
+    every = select_data(card, open_training_data(cubes), part=None)
+    alone = [select_data(card, open_training_data(url), part=None) for url in cubes]
     assert every.url == ", ".join(cubes)
     assert every.windows.rows.tolist() == [
         [number, *row] for number, one in enumerate(alone) for row in one.windows.rows.tolist()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import DataConfig, SplitConfig
-from jaxtrain.data.classes import NOT_LEARNT, Classes
+from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.splits import PARTS, Part
 from jaxtrain.data.statistics import training_statistics
@@ -111,7 +111,7 @@ def test_classes_merge_values_and_refuse_nonsense() -> None:
     table = classes.table()
     assert classes.names == ("green", "cloud")
     assert table[[4, 8, 9]].tolist() == [0, 1, 1]
-    assert (np.delete(table, [4, 8, 9]) == NOT_LEARNT).all()
+    assert (np.delete(table, [4, 8, 9]) == UNLABELLED).all()
     assert classes.colours == ("#00ff00", "#d9d9d9")
     assert Classes.from_list(classes.to_list()) == classes
     many = Classes.of(data_config(classes={str(i): f"class {i}" for i in range(60)}))

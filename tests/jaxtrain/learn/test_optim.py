@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxtrain.config import OptimConfig
-from jaxtrain.learn.optim import build_optimizer, build_schedule, decays, judged_params
+from jaxtrain.learn.optim import build_optimizer, build_schedule, decays, evaluation_params
 
 PARAMS = {"conv1": {"kernel": jnp.full((1, 1, 2, 2), 3.0)}, "norm1": {"scale": jnp.full((2,), 3.0)}}
 
@@ -118,13 +118,13 @@ def test_the_moving_average_is_judged():
                          schedule="constant", clip_norm=None, ema=0.5)  # fmt: skip
     optimizer = build_optimizer(config, 100)
     params, state, expected = PARAMS, optimizer.init(PARAMS), 3.0
-    assert judged_params(PARAMS, build_optimizer(OptimConfig(), 100).init(PARAMS)) is PARAMS
+    assert evaluation_params(PARAMS, build_optimizer(OptimConfig(), 100).init(PARAMS)) is PARAMS
     for update in range(3):
         updates, state = optimizer.update(gradients(1.0), state, params)
         params = optax.apply_updates(params, updates)
         share = min(0.5, (1 + update) / (10 + update))
         expected = share * expected + (1 - share) * (3.0 - (update + 1))
-        average = judged_params(params, state)["conv1"]["kernel"]
+        average = evaluation_params(params, state)["conv1"]["kernel"]
         np.testing.assert_allclose(average, expected, rtol=1e-6)
 
 
