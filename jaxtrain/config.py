@@ -93,7 +93,10 @@ class DataConfig(_Strict):
         1,
         description="dates in a window: 1; for model temporal also a number of consecutive dates, or all",
     )
-    min_labelled: Share = Field(0.25, description="smallest share of labelled pixels for a window to be used")
+    min_labelled: Share = Field(
+        0.25,
+        description="smallest share of labelled pixels for a window to be learned; validation and test use every label",
+    )
     split: SplitConfig = SplitConfig()
     augment: bool = Field(True, description="random flips and quarter turns, on the device")
     zoom: float = Field(0.0, ge=0, le=1, description="random zoom by up to this share, in or out")
@@ -168,7 +171,7 @@ class OptimConfig(_Strict):
     huber_delta: float = Field(1.0, gt=0, description="error where huber becomes linear, standard deviations")
     label_smoothing: Share = 0.0
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged parameters that are evaluated; 0 for none")
-    accumulate: Positive = Field(1, description="batches whose gradients are averaged for one update")
+    accumulate: Positive = Field(1, description="batches that make one update, as one large batch would")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: inverse square root of frequency")
 
     @field_validator("clip_norm", mode="before")

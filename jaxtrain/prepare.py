@@ -9,12 +9,13 @@ import numpy as np
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.reader import OnUnreadable
+from jaxtrain.data.splits import PARTS
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.training_data import TrainingData, TrainingSet
 from jaxtrain.runs.rundir import ModelCard, config_differences
 from zarr_store.errors import InvalidInput
 
-__all__ = ["check_same_run", "prepare"]
+__all__ = ["absent_classes", "check_same_run", "prepare"]
 
 
 def check_same_run(out: Path, earlier: ModelCard, config: TrainConfig, resume: bool) -> None:
@@ -53,6 +54,11 @@ def prepare(
         InvalidInput: The data are not those the run began with, or nothing fits.
         NothingFound: No window has anything to learn.
     """
+    if earlier is None and config.optim.loss == "dice" and config.optim.accumulate > 1:
+        raise InvalidInput(
+            "optim.loss = 'dice' is a quotient over the whole batch, which optim.accumulate never has at once: raise "
+            "run.batch_size in place of optim.accumulate, or use another loss"
+        )
     ready = data.prepare(config, earlier, on_unreadable)
     return earlier or _card(config, data, ready), ready
 
@@ -61,6 +67,11 @@ def _card(config: TrainConfig, data: TrainingData, ready: TrainingSet) -> ModelC
     statistics = ready.statistics()
     first = ready.grounds[0] if ready.grounds else None
     counted = dict(zip(ready.classes.names, statistics.class_pixels.tolist(), strict=True))
+    elsewhere = (
+        {}
+        if ready.count is None
+        else {part: dict(zip(ready.classes.names, ready.count(part).tolist(), strict=True)) for part in PARTS[1:]}
+    )
     leak = {} if ready.leakage is None else {"leakage": ready.leakage}
     return ModelCard(
         config=config,
@@ -75,11 +86,47 @@ def _card(config: TrainConfig, data: TrainingData, ready: TrainingSet) -> ModelC
         times=() if first is None else first.times,
         split=ready.plan.split,
         windows=ready.plan.counts(),
-        statistics={"source": statistics.source, "pixels": statistics.pixels, **leak, "class_pixels": counted},
+        statistics={
+            "source": statistics.source,
+            "pixels": statistics.pixels,
+            **leak,
+            "class_pixels": counted,
+            **({"held_out": elsewhere} if elsewhere else {}),
+        },
         task=replace(ready.task, value=statistics.value),
         grounds=ready.grounds if len(ready.grounds) > 1 else (),
         numbers=ready.numbers,
     )
+
+
+def absent_classes(card: ModelCard) -> list[str]:
+    """Return a line for each class that a part of the data lacks, and for each that none has."""
+    held_out = card.statistics.get("held_out")
+    if held_out is None:  # values, an image that is given back, or a card of release 0.1.0
+        return []
+    counted = {"training": card.statistics["class_pixels"], **held_out}
+    what = "pixel" if card.grid is not None or not card.task.per_image else "sample"
+    used = [part for part in counted if any(counted[part].values())]
+    lines, nowhere = [], []
+    for name, values in zip(card.classes.names, card.classes.values, strict=True):
+        without = [part for part in used if not counted[part][name]]
+        if without == used:
+            nowhere.append(f"{name!r}" + (f" (value {', '.join(map(str, values))})" if values else ""))
+        elif "training" in without:
+            seen = " and ".join(f"{counted[part][name]:,} in {part}" for part in used if part not in without)
+            lines.append(
+                f"class {name!r} has no {what} in training ({seen}), so it cannot be learned: take smaller blocks, "
+                "another data.split.seed or a lower data.min_labelled"
+            )
+        elif without:
+            lines.append(
+                f"class {name!r} has no {what} in {' and '.join(without)}, so nothing is known there of how well it is "
+                "learned: take smaller blocks or another data.split.seed"
+            )
+    if nowhere:
+        which = f"class {nowhere[0]} occurs" if len(nowhere) == 1 else f"classes {', '.join(nowhere)} occur"
+        lines.append(f"{which} nowhere in the data: check data.classes, or leave them out")
+    return lines
 
 
 def _class_weights(config: TrainConfig, statistics: Statistics) -> tuple[float, ...] | None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.classes import Classes
+from jaxtrain.data.counting import count_classes
 from jaxtrain.data.ground import Ground, cube_digest, overlap
 from jaxtrain.data.numbers import BandNumbers, convert_to, cube_numbers, unlike_training
 from jaxtrain.data.reader import OnUnreadable, WindowReader
@@ -65,6 +66,7 @@ class CubeData:
             plan=ready.plan,
             reader=ready.reader,
             statistics=ready.statistics,
+            count=ready.count if ready.counts else None,
             grounds=(ready.ground,),
             leakage=window_leakage(config.data, ready.plan),
             chunk=ready.spec.layout.chunk,
@@ -90,12 +92,9 @@ class CubeData:
         """Return date and centre of each window, in the cube's CRS."""
         spec, rows = self.cube.spec(collection), windows.rows
         a, _, left, _, e, top = spec.grid.transform
-        middle = windows.patch / 2
-        return {
-            "time": np.array(spec.times, object)[rows[:, 0]],
-            "y": top + e * (rows[:, 1] + middle),
-            "x": left + a * (rows[:, 2] + middle),
-        }
+        # the middle of what lies on the grid
+        y, x = ((rows[:, i] + np.minimum(rows[:, i] + windows.patch, spec.shape[i])) / 2 for i in (1, 2))
+        return {"time": np.array(spec.times, object)[rows[:, 0]], "y": top + e * y, "x": left + a * x}
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,15 @@ class PreparedCube:
         """Mean, spread and class counts of the training part."""
         return training_statistics(self.index, self.plan, self.reader, self.classes)
 
+    @property
+    def counts(self) -> bool:
+        """Whether classes are learned, which can be counted."""
+        return self.reader.target is not None and not self.reader.target.values
+
+    def count(self, part: Part) -> npt.NDArray[np.int64]:
+        """Count the pixels of each class in the windows of a part."""
+        return count_classes(self.reader, self.plan.parts[part], self.classes)
+
 
 def prepare_cube(
     config: TrainConfig,
@@ -143,18 +151,22 @@ def prepare_cube(
         cube: The open cube.
         earlier: Card of the run that is continued.
         on_unreadable: As of `WindowReader`.
-        classes: Classes of an earlier cube, if there are several.
+        classes: Classes of all cubes, if there are several.
     """
     data = config.data
     target = ITSELF if config.model.name == "autoencoder" else resolve_target(cube, data)
-    classes = label_classes(data, target) if classes is None else match_classes(classes, data, target)
+    if earlier is not None:  # the order of classes is that of the answers of the network, which the card has fixed
+        classes = match_classes(earlier.classes, data, target)
+    else:
+        classes = label_classes(data, target) if classes is None else match_classes(classes, data, target)
     spec = cube.spec(data.collection)
     index = cube.index(data.collection)
     reader = replace(WindowReader.of(cube, data, classes, target, index), on_unreadable=on_unreadable)
     digest = cube_digest(cube, data.collection, target.layer)
     check_digest(cube.url, digest, earlier)
     split = earlier.split if earlier is not None and isinstance(earlier.split, Split) else None
-    plan = plan_windows(data, spec, index, classes, split=split, dates=data.split.test_dates, target=target)
+    plan = plan_windows(data, spec, index, classes, split=split, dates=data.split.test_dates, target=target,
+                        edges=earlier is None or earlier.edges)  # fmt: skip
     return PreparedCube(Ground(cube.url, digest, spec.grid, spec.times), spec, classes, index, plan, reader)
 
 
@@ -192,10 +204,14 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
     if not own and overlap(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     classes = match_classes(card.classes, config, target)
+    named = dict(target.layer.spec.classes) if target.layer is not None and not config.classes else {}
+    unknown = [name for name in named.values() if name not in classes.names and target.count_of(name)]
+    if unknown and not target.values:
+        warnings.append(f"pixels of {', '.join(unknown)} in {cube.url} are not judged: the model does not know them")
     index = cube.index(config.collection)
     plan = plan_windows(config, spec, index, classes,
                         split=card.split if own else Split.whole(card.split.block, spec.shape[1:]),
-                        dates=config.split.test_dates if own else (), target=target)  # fmt: skip
+                        dates=config.split.test_dates if own else (), target=target, judging=True)  # fmt: skip
     if own and config.split.kind == "random":
         share = (card.statistics.get("leakage") or {}).get("beside")
         figure = "" if share is None else f": {share:.1%} of the test windows lie beside a training window"

@@ -108,9 +108,12 @@ def join_windows(each: Sequence[Windows]) -> Windows:
 
 
 def join_statistics(each: Sequence[Statistics]) -> Statistics:
-    """Join statistics over all pixels of several cubes; moments after Chan, Golub & LeVeque (1979)."""
-    pixels = np.array([one.pixels for one in each], np.float64)
-    learned = np.array([one.class_pixels.sum() for one in each], np.float64)
+    """Join statistics over all pixels of several cubes; moments after Chan, Golub & LeVeque (1979).
+
+    A cube weighs as its training windows do, not as the sample of them that was read.
+    """
+    pixels = np.array([one.stands_for for one in each], np.float64)
+    learned = np.array([one.class_pixels.sum() * one.stands_for / max(one.pixels, 1) for one in each], np.float64)
     mean, std = _join(pixels, np.stack([one.mean for one in each]), np.stack([one.std for one in each]))
     values = [one.value for one in each]
     value = None
@@ -120,7 +123,8 @@ def join_statistics(each: Sequence[Statistics]) -> Statistics:
         value = (float(middle[0]), float(spread[0]))
     source = "index" if all(one.source == "index" for one in each) else "windows"
     counted = np.sum([one.class_pixels for one in each], axis=0)
-    return Statistics(mean, std, counted, int(pixels.sum()), source, value)  # type: ignore[arg-type]
+    number = sum(one.pixels for one in each)
+    return Statistics(mean, std, counted, number, source, value, float(pixels.sum()))  # type: ignore[arg-type]
 
 
 def _join(

@@ -13,10 +13,11 @@ import numpy.typing as npt
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.cube_data import CubeData, PreparedCube, prepare_cube, select_windows
 from jaxtrain.data.cubes import CubesReader, Splits, join_statistics, join_windows, numbered
-from jaxtrain.data.ground import overlap
+from jaxtrain.data.ground import Ground, overlap
 from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.splits import PARTS, Part
 from jaxtrain.data.statistics import Statistics
+from jaxtrain.data.targets import joined_classes, resolve_target
 from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, no_rows
 from jaxtrain.data.windows import WindowPlan, Windows
@@ -56,15 +57,19 @@ class CubesData:
                 f"the run began with {max(1, len(earlier.grounds))} cubes, data.cube names {len(self.cubes)}"
             )
         parts: list[PreparedCube] = []
+        joined = None
+        if earlier is None and config.model.name != "autoencoder":
+            joined = joined_classes(config.data, [resolve_target(cube, config.data) for cube in self.cubes])
         for number, cube in enumerate(self.cubes):
             before = None if earlier is None else earlier.of(number)
-            first = parts[0].classes if parts else None
-            parts.append(prepare_cube(config, cube, before, numbered(number, on_unreadable), first))
+            parts.append(prepare_cube(config, cube, before, numbered(number, on_unreadable), joined))
             _check_alike(parts[0], parts[-1])
+            if earlier is None:
+                _check_pixels(parts[0].ground, parts[-1].ground)
         return TrainingSet(
             digest=_joined_digest([part.ground.digest for part in parts]),
             bands=parts[0].bands,
-            classes=parts[0].classes,
+            classes=joined or parts[0].classes,
             task=Task(rebuild=config.model.name == "autoencoder", unit=parts[0].unit),
             plan=WindowPlan(
                 Splits(tuple(part.plan.blocks for part in parts)),
@@ -72,6 +77,7 @@ class CubesData:
             ),
             reader=CubesReader(tuple(part.reader for part in parts)),
             statistics=lambda: _statistics(parts),
+            count=(lambda part: _count(parts, part)) if parts[0].counts else None,
             grounds=tuple(part.ground for part in parts),
             chunk=parts[0].spec.layout.chunk,
             numbers=parts[0].numbers,
@@ -126,6 +132,22 @@ def _joined_digest(digests: Sequence[str]) -> str:
 
 def _statistics(parts: Sequence[PreparedCube]) -> Statistics:
     return join_statistics([part.statistics() for part in parts if len(part.plan.parts["train"])])
+
+
+def _count(parts: Sequence[PreparedCube], part: Part) -> npt.NDArray[np.int64]:
+    total: npt.NDArray[np.int64] = np.sum([one.count(part) for one in parts], axis=0)
+    return total
+
+
+def _check_pixels(first: Ground, other: Ground) -> None:
+    """Refuse cubes whose pixels differ in size by more than a tenth; one network learns one size of things."""
+    sizes = [[side / ground.grid.units_per_metre for side in ground.grid.resolution] for ground in (first, other)]
+    if any(abs(a - b) > 0.1 * min(a, b) for a, b in zip(*sizes, strict=True)):
+        ours, theirs = (" × ".join(f"{side:g}" for side in size) for size in sizes)
+        raise InvalidInput(
+            f"{other.cube} has pixels of {theirs} m, {first.cube} of {ours} m: the cubes of a list must be alike; "
+            "ingest them at one --resolution, or train a network for each"
+        )
 
 
 def _check_alike(first: PreparedCube, other: PreparedCube) -> None:

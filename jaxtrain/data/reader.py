@@ -62,6 +62,7 @@ class WindowReader:
         table: uint8 (256,) layer value → class index, of classes.
         index: Counts of the chunks; the status of chunks that are observed throughout is not read.
         lenient: Chunks that, by the index, were never written read as not observed; else they raise.
+        images: False reads labels and what was observed, without images.
         dates: Dates of a window that follow each other; its row has the first.
         conversion: Turns the stored numbers into those of the model; None where they are.
         on_unreadable: Called for each window whose chunk is damaged or gone: it raises, or the window counts as not
@@ -79,6 +80,7 @@ class WindowReader:
     lenient: bool = False
     dates: int = 1
     conversion: Conversion | None = None
+    images: bool = True
     on_unreadable: OnUnreadable | None = None
 
     @classmethod
@@ -86,7 +88,7 @@ class WindowReader:
         cls, cube: Cube, config: DataConfig, classes: Classes, target: Target | None = None,
         index: TrainingIndex | None = None,
     ) -> WindowReader:  # fmt: skip
-        """Make the reader of a training run; the target defaults to `data.label`. Series may have gaps."""
+        """Make the reader of a training run; the target defaults to `data.label`."""
         spec = cube.spec(config.collection)
         bands = spec.find_bands(config.bands, option="data.bands")
         target = target or resolve_target(cube, config)
@@ -95,7 +97,7 @@ class WindowReader:
         learned = None if target.place == "image" else target
         index = index or cube.index(config.collection)
         return cls(cube, config.collection, bands, config.patch, config.learn_masked, learned, table, index,
-                   lenient=dates > 1, dates=dates)  # fmt: skip
+                   lenient=True, dates=dates)  # fmt: skip
 
     @property
     def shows(self) -> Literal["windows", "images"]:
@@ -145,11 +147,12 @@ class WindowReader:
         spec = self.cube.spec(self.collection)
         side, count = self.patch, len(rows)
         target = self.target
-        parts: dict[str, np.ndarray] = {"status": self._array((count, side, side), np.uint8)}
+        gaps = self._with_gaps(rows)
+        parts: dict[str, np.ndarray] = {"status": self._array((count, side, side), np.uint8, gaps)}
         if target is not None:
-            parts[target.name] = self._array((count, side, side), target.dtype)
-        image_BCHW = self._array((count, len(self.bands), side, side), spec.array(spec.kind).dtype)
-        parts[spec.kind] = image_BCHW
+            parts[target.name] = self._array((count, side, side), target.dtype, gaps)
+        if self.images:
+            parts[spec.kind] = self._array((count, len(self.bands), side, side), spec.array(spec.kind).dtype, gaps)
         known = self._observed_throughout(rows)
         parts["status"][known] = STATUS_OBSERVED
         fetched = self._fetch(rows, parts, known)
@@ -159,12 +162,15 @@ class WindowReader:
             clear = parts["status"] == STATUS_OBSERVED
             observed = clear | (parts["status"] == STATUS_MASKED) if self.learn_masked else clear
             whole = bool(known.all())
-            if image_BCHW.dtype.kind == "f":  # one number that is not finite would spread over the whole window
-                finite = np.isfinite(image_BCHW).all(axis=1)
-                whole = whole and bool(finite.all())
-                observed, clear = observed & finite, clear & finite
-            image = image_BCHW if self.conversion is None else self.conversion.apply(image_BCHW)
-            result = {"image": image, "observed": observed.view(np.uint8)}
+            result = {}
+            if self.images:
+                image_BCHW = parts[spec.kind]
+                if image_BCHW.dtype.kind == "f":  # one number that is not finite would spread over the whole window
+                    finite = np.isfinite(image_BCHW).all(axis=1)
+                    whole = whole and bool(finite.all())
+                    observed, clear = observed & finite, clear & finite
+                result["image"] = image_BCHW if self.conversion is None else self.conversion.apply(image_BCHW)
+            result["observed"] = observed.view(np.uint8)
             if target is None:
                 result["clear"] = clear.astype(np.uint8)
             else:
@@ -176,12 +182,23 @@ class WindowReader:
 
         return finish
 
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Return an array to fill; if chunks may be absent it is zeroed, so that parts without a box hold no data."""
+    def _array(self, shape: tuple[int, ...], dtype: Any, gaps: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+        """Return an array to fill; windows that are not read whole are zeroed, so that the rest holds no data."""
         made = empty_array(shape, dtype)
-        if self.lenient:
-            made[...] = 0
+        made[gaps] = 0
         return made
+
+    def _with_gaps(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Return which windows (B,) reach over the edge of the grid, or hold chunks that were never written."""
+        _, height, width = self.cube.spec(self.collection).shape
+        found = np.asarray((rows[:, 1] + self.patch > height) | (rows[:, 2] + self.patch > width))
+        if self.index is not None and self.lenient and not self.index.present.all():
+            ct, cy, cx = self.index.chunk
+            last = self.patch - 1
+            for i, (t, y, x) in enumerate(rows.tolist()):
+                under = self.index.present[t // ct, y // cy : (y + last) // cy + 1, x // cx : (x + last) // cx + 1]
+                found[i] |= not under.all()
+        return found
 
     def _observed_throughout(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Return which windows (B,) have chunks that the index knows to be observed in every pixel."""
@@ -189,8 +206,12 @@ class WindowReader:
         if self.index is not None:
             ct, cy, cx = self.index.chunk
             whole, last = self.index.whole, self.patch - 1
+            _, height, width = self.cube.spec(self.collection).shape
             for i, (t, y, x) in enumerate(rows.tolist()):
-                found[i] = whole[t // ct, y // cy : (y + last) // cy + 1, x // cx : (x + last) // cx + 1].all()
+                inside = y + last < height and x + last < width
+                found[i] = (
+                    inside and whole[t // ct, y // cy : (y + last) // cy + 1, x // cx : (x + last) // cx + 1].all()
+                )
         return found
 
     def _fetch(
@@ -263,9 +284,9 @@ class WindowReader:
 
         def finish() -> HostBatch:
             flat = images()
-            image = flat["image"].reshape(count, times, -1, side, side)
             observed = flat["observed"].reshape(count, times, side, side)
-            result = {"image": image, "observed": observed, "day": self._days(every[:, 0])}
+            result = {"image": flat["image"].reshape(count, times, -1, side, side)} if self.images else {}
+            result |= {"observed": observed, "day": self._days(every[:, 0])}
             if target is None or labels is None:
                 return result | {"clear": flat["clear"].reshape(observed.shape).max(axis=1)}
             labels()
@@ -301,13 +322,17 @@ class WindowReader:
         empty = np.zeros((1, *side), np.uint8)
         image = np.zeros((*many, len(self.bands), *side), spec.array(spec.kind).dtype)
         last = {"clear": empty} if self.target is None else {"label": np.full(empty.shape, self.target.nothing)}
-        nothing = {"image": image, "observed": np.zeros((*many, *side), np.uint8), **last}
+        nothing = {"image": image} if self.images else {}
+        nothing |= {"observed": np.zeros((*many, *side), np.uint8), **last}
         return nothing if self.dates == 1 else nothing | {"day": np.ones((1, self.dates), np.uint16)}
 
     def _boxes(self, row: npt.NDArray[np.int32]) -> list[Region]:
-        """Return the boxes that are read of a window: all of it, or its present chunks if absent ones are allowed."""
+        """Return the boxes that are read of a window: all of it on the grid, or its present chunks if absent ones are
+        allowed.
+        """
         t, y, x = (int(v) for v in row)
-        whole = Region(t, t + 1, y, y + self.patch, x, x + self.patch)
+        _, height, width = self.cube.spec(self.collection).shape
+        whole = Region(t, t + 1, y, min(y + self.patch, height), x, min(x + self.patch, width))
         if self.index is None or not self.lenient:
             return [whole]
         ct, cy, cx = self.index.chunk

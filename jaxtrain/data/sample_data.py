@@ -16,7 +16,14 @@ from jaxtrain.data.cubes import Splits
 from jaxtrain.data.numbers import convert_to, sample_numbers
 from jaxtrain.data.places import SampleSplit, nearest_m
 from jaxtrain.data.reader import OnUnreadable
-from jaxtrain.data.samples import SampleReader, plan_samples, sample_classes, sample_statistics, scene_rows
+from jaxtrain.data.samples import (
+    SampleReader,
+    count_samples,
+    plan_samples,
+    sample_classes,
+    sample_statistics,
+    scene_rows,
+)
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, check_digest, no_rows
@@ -61,7 +68,7 @@ class SampleData:
                 f"{store.url} holds one class, {store.spec.classes[0]}: a network needs at least two to tell apart; "
                 "such a store can be evaluated (`terrashard evaluate RUN --data STORE`), not trained on"
             )
-        classes = sample_classes(config.data, store)
+        classes = sample_classes(config.data, store) if earlier is None else earlier.classes
         reader = SampleReader.of(store, config.data, classes)
         plan, leak = plan_samples(config.data, store, classes, split=None if earlier is None else _split(earlier))
         for part in ("train", "test"):
@@ -78,6 +85,7 @@ class SampleData:
             plan=plan,
             reader=reader,
             statistics=partial(sample_statistics, plan, reader, classes),
+            count=None if rebuild else lambda part: count_samples(plan.parts[part], reader, classes),
             leakage=leak,
             numbers=sample_numbers(store.spec, reader.bands),
         )

@@ -30,7 +30,7 @@ from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.lookup import find_bands
 from zarr_store.samples import SampleStore
 
-__all__ = ["SampleReader", "plan_samples", "sample_classes", "sample_statistics", "scene_rows"]
+__all__ = ["SampleReader", "count_samples", "plan_samples", "sample_classes", "sample_statistics", "scene_rows"]
 
 _HELD_BYTES = 512 << 20
 """Largest store that is decoded once and held in memory, bytes; a larger one is read as it is needed."""
@@ -301,16 +301,23 @@ def _split_scene(config: SplitConfig, store: SampleStore, learned: npt.NDArray[n
     return Split(inner.block, np.where(test & usable, PARTS.index("test"), inner.parts).astype(np.int8))
 
 
+def count_samples(windows: Windows, reader: SampleReader, classes: Classes) -> npt.NDArray[np.int64]:
+    """Count the samples, or the pixels of a scene, of each class in a part, int64 (classes,)."""
+    rows, label = windows.rows, reader.store.label
+    if reader.store.spec.labelled == "several":
+        counted = np.zeros(len(classes), np.int64)
+        kept = reader.table[: label.shape[1]]
+        counted[kept[kept != UNLABELLED]] = (label[rows[:, 0]] == 1).sum(axis=0)[kept != UNLABELLED]
+        return counted
+    at = tuple(rows.T) if reader.store.spec.labelled == "pixels" else rows[:, 0]
+    found: npt.NDArray[np.int64] = np.bincount(reader.table[label[at]], minlength=256)[: len(classes)]
+    return found
+
+
 def sample_statistics(plan: WindowPlan, reader: SampleReader, classes: Classes) -> Statistics:
     """Return mean and spread of each band and the count of each class, over the training part only."""
     rows = plan.parts["train"].rows
-    counted = np.zeros(len(classes), np.int64)
-    if reader.store.spec.labelled == "several":
-        kept = reader.table[: reader.store.label.shape[1]]
-        counted[kept[kept != UNLABELLED]] = reader.store.label[rows[:, 0]].sum(axis=0)[kept != UNLABELLED]
-    else:
-        at = tuple(rows.T) if reader.store.spec.labelled == "pixels" else rows[:, 0]
-        counted += np.bincount(reader.table[reader.store.label[at]], minlength=256)[: len(classes)]
+    counted = count_samples(plan.parts["train"], reader, classes)
     order = SampleOrder(seed=0, count=len(rows))
     chosen = rows[np.sort(order.indices(0, min(_SAMPLED, len(rows))))]
     if reader.store.spec.labelled == "pixels":

@@ -20,7 +20,7 @@ from jaxtrain.data.order import mix
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 
-__all__ = ["PARTS", "UNUSED", "Part", "Split", "block_shape", "make_split"]
+__all__ = ["PARTS", "UNUSED", "Part", "Split", "add_blocks", "block_shape", "make_split"]
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -106,11 +106,35 @@ def make_split(config: SplitConfig, block: tuple[int, int], usable: npt.NDArray[
             f"training plus validation {config.validation:g} plus test {config.test:g}; lower data.split.block_m "
             f"(now {config.block_m:g} m), data.patch or data.min_labelled"
         )
-    names = rows.astype(np.uint64) << np.uint64(32) | columns.astype(np.uint64)
-    ranked = np.argsort(mix(mix(np.array([config.seed % (1 << 64)], np.uint64)) ^ names), kind="stable")
+    ranked = np.argsort(_draws(config.seed, rows, columns), kind="stable")
     codes = np.full(total, PARTS.index("train"), np.int8)
     codes[ranked[:test]] = PARTS.index("test")
     codes[ranked[test : test + validation]] = PARTS.index("validation")
     parts = np.full(usable.shape, UNUSED, np.int8)
     parts[rows, columns] = codes
     return Split(block, parts)
+
+
+def add_blocks(split: Split, config: SplitConfig, more: npt.NDArray[np.bool_]) -> Split:
+    """Give each further block a part by its own draw, so that the parts of the other blocks stay as they are.
+
+    Args:
+        split: Result of `make_split`.
+        config: Shares and seed.
+        more: bool (rows, columns): blocks that hold labels but no usable window.
+    """
+    rows, columns = np.nonzero(more)
+    drawn = _draws(config.seed, rows, columns).astype(np.float64) / 2.0**64
+    codes = np.where(drawn < config.test, PARTS.index("test"), PARTS.index("train"))
+    codes = np.where(
+        (drawn >= config.test) & (drawn < config.test + config.validation), PARTS.index("validation"), codes
+    )
+    parts = split.parts.copy()
+    parts[rows, columns] = codes.astype(np.int8)
+    return Split(split.block, parts)
+
+
+def _draws(seed: int, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Return a hash of (seed, block) for each block."""
+    names = rows.astype(np.uint64) << np.uint64(32) | columns.astype(np.uint64)
+    return mix(mix(np.array([seed % (1 << 64)], np.uint64)) ^ names)

@@ -7,19 +7,19 @@ windows is read instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.data.arrays import as_images
-from jaxtrain.data.classes import UNLABELLED, Classes
+from jaxtrain.data.classes import Classes
+from jaxtrain.data.counting import count_classes
 from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.splits import PARTS, Split
-from jaxtrain.data.targets import Target, window_labels
-from jaxtrain.data.windows import WindowPlan, Windows
+from jaxtrain.data.windows import WindowPlan
 from zarr_store.errors import NothingFound
 from zarr_store.index import TrainingIndex
 
@@ -42,10 +42,11 @@ class Statistics:
 
     Attributes:
         mean, std: float64 (bands,) in stored numbers, over pixels that the network sees; std is at least tiny.
-        class_pixels: int64 (classes,) labelled pixels among those that were counted.
-        pixels: Pixels that were counted.
-        value: (mean, std) of the values to learn; None for classes.
+        class_pixels: int64 (classes,) pixels of each class in all training windows; of values, those of the sample.
+        pixels: Pixels from which mean and spread come.
+        value: (mean, std) of learned values; None for classes.
         source: "index" for chunk counts, "windows" for a sample of windows.
+        stands_for: Estimate of the observed pixels of all training windows, which weighs one cube against another.
     """
 
     mean: Moments
@@ -54,6 +55,7 @@ class Statistics:
     pixels: int
     source: Literal["index", "windows"]
     value: tuple[float, float] | None = None
+    stands_for: float = 0.0
 
 
 def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowReader, classes: Classes) -> Statistics:
@@ -77,29 +79,18 @@ def training_statistics(index: TrainingIndex, plan: WindowPlan, reader: WindowRe
         chosen = list(reader.bands)
         mean, std = (moments[chosen] for moments in index.statistics(select))
         # cubes of earlier releases counted numbers that are not finite
-        if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-            return _from_windows(plan, reader, len(classes))
-        if target is None:
-            by_class = np.array([pixels], np.int64)
-        elif target.place == "label":
-            by_class = _count_labels(target, classes, windows)
-        else:
-            counts = index.class_counts[target.name][select].sum(axis=0)
-            by_class = np.array([counts[list(values)].sum() for values in classes.values], np.int64)
-        return Statistics(mean, std, by_class, pixels, "index")
-    return _from_windows(plan, reader, len(classes))
-
-
-def _count_labels(target: Target, classes: Classes, windows: Windows) -> npt.NDArray[np.int64]:
-    """Count the pixels of each class of a label layer in some windows, once for each of their dates."""
-    dates = np.zeros(tuple(windows.rows[:, 1:].max(axis=0) // windows.patch + 1), np.int64)
-    np.add.at(dates, tuple((windows.rows[:, 1:] // windows.patch).T), 1)
-    counted = np.zeros(256, np.int64)
-    for first, labels in window_labels(target, classes, windows.patch):
-        for row, column in np.argwhere(dates[first : first + len(labels)]):
-            if column < labels.shape[1]:
-                counted += dates[first + row, column] * np.bincount(labels[row, column], minlength=256)
-    return counted[: len(classes)]
+        if np.isfinite(mean).all() and np.isfinite(std).all():
+            if target is None:
+                by_class = np.array([pixels], np.int64)
+            else:
+                by_class = count_classes(reader, windows, classes)
+            stands_for = pixels * _training_ground(index, plan.blocks) / max(int(index.pixels[select].sum()), 1)
+            return Statistics(mean, std, by_class, pixels, "index", stands_for=stands_for)
+    found = _from_windows(plan, reader)
+    if target is None or target.values:
+        return found
+    # moments of a sample are near those of all, but a rare class may lie in no window of a sample
+    return replace(found, class_pixels=count_classes(reader, windows, classes))
 
 
 def _training_chunks(index: TrainingIndex, split: Split) -> npt.NDArray[np.bool_]:
@@ -112,32 +103,43 @@ def _training_chunks(index: TrainingIndex, split: Split) -> npt.NDArray[np.bool_
     return index.present & inside
 
 
+def _training_ground(index: TrainingIndex, split: Split) -> float:
+    """Return the number of pixels in written chunks of training blocks, over all dates."""
+    inside = (split.parts == PARTS.index("train")).astype(np.float64)
+    shared = [
+        np.minimum(low + chunk, edge + block) - np.maximum(low, edge)
+        for axis, (chunk, block) in enumerate(zip(index.chunk[1:], split.block, strict=True))
+        for low in [np.arange(index.present.shape[axis + 1])[:, None] * chunk]
+        for edge in [np.arange(split.parts.shape[axis])[None, :] * block]
+    ]
+    y, x = (part.clip(min=0) / chunk for part, chunk in zip(shared, index.chunk[1:], strict=True))
+    return float((index.pixels * (y @ inside @ x.T)).sum())
+
+
 def _touching(chunks: int, chunk: int, blocks: int, block: int) -> npt.NDArray[np.int64]:
     low, edge = np.arange(chunks)[:, None] * chunk, np.arange(blocks)[None, :] * block
     # the last chunk may reach beyond the last block; there is no ground there
     return ((low < edge + block) & (edge < low + chunk)).astype(np.int64)
 
 
-def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Statistics:
+def _from_windows(plan: WindowPlan, reader: WindowReader) -> Statistics:
     windows = plan.parts["train"]
     most = _SAMPLED_WINDOWS if reader.dates == 1 else max(16, _SAMPLED_DATES // reader.dates)
     numbers = SampleOrder(seed=0, count=len(windows)).indices(0, min(most, len(windows)))
     rows = windows.rows[np.sort(numbers)]
     at_once = max(1, _READ_AT_ONCE // reader.dates)
     count, mean, m2 = 0, np.zeros(len(reader.bands)), np.zeros(len(reader.bands))
-    by_class = np.zeros(256, np.int64)
+    counted = 0
     learned: list[npt.NDArray[np.float64]] = []
     for start in range(0, len(rows), at_once):
         batch = reader.read(rows[start : start + at_once])
         values = as_images(batch["image"])[as_images(batch["observed"]) == 1].astype(np.float64)
         values = values[np.isfinite(values).all(axis=1)]
         if reader.target is None:
-            by_class[0] += len(values)
+            counted += len(values)
         elif reader.target.values:
             learned.append(batch["label"][np.isfinite(batch["label"])].astype(np.float64))
-            by_class[0] += len(learned[-1])
-        else:
-            by_class += np.bincount(batch["label"].ravel(), minlength=256)
+            counted += len(learned[-1])
         if not len(values):
             continue
         # joining of moments after Chan, Golub & LeVeque (1979)
@@ -146,10 +148,11 @@ def _from_windows(plan: WindowPlan, reader: WindowReader, classes: int) -> Stati
         m2 += np.square(values - here).sum(axis=0) + np.square(delta) * (count * len(values) / total)
         mean = mean + delta * (len(values) / total)
         count = total
-    by_class[UNLABELLED] = 0
     std = np.sqrt(m2 / max(count, 1))
     value = _value_moments(learned, reader) if learned else None
-    return Statistics(mean, np.where(std > 0, std, 1.0), by_class[:classes], count, "windows", value)
+    std, by_class = np.where(std > 0, std, 1.0), np.array([counted], np.int64)
+    stands_for = count * len(windows) / max(len(rows), 1)
+    return Statistics(mean, std, by_class, count, "windows", value, stands_for)
 
 
 def _value_moments(learned: list[npt.NDArray[np.float64]], reader: WindowReader) -> tuple[float, float]:

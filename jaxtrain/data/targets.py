@@ -6,9 +6,9 @@ collection (values), or a label layer from outside (`terrashard labels`; classes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,16 @@ from zarr_store.labels import NOT_LABELLED, LabelLayer, find_labels, open_label
 from zarr_store.read import Cube
 from zarr_store.spec import CubeSpec
 
-__all__ = ["ITSELF", "Target", "label_classes", "match_classes", "resolve_target", "window_labels"]
+__all__ = [
+    "ITSELF",
+    "LabelRows",
+    "Target",
+    "joined_classes",
+    "label_classes",
+    "match_classes",
+    "resolve_target",
+    "window_labels",
+]
 
 _ROWS = 2048
 
@@ -61,6 +70,10 @@ class Target:
     def nothing(self) -> Any:
         """Value of a pixel without a label."""
         return np.float32(np.nan) if self.values else np.uint8(UNLABELLED)
+
+    def count_of(self, name: str) -> int:
+        """Return the number of pixels of a class of a label layer."""
+        return 0 if self.layer is None else int(self.layer.counts.get(name, 0))
 
     def array(self, cube: Cube, collection: str) -> ts.TensorStore:
         """Open the array of stored numbers: (time, y, x), or (y, x) of a label layer."""
@@ -140,6 +153,38 @@ def label_classes(config: DataConfig, target: Target) -> Classes:
     return Classes.of(config.model_copy(update={"classes": {str(value): name for value, name in named}}))
 
 
+def joined_classes(config: DataConfig, targets: Sequence[Target]) -> Classes:
+    """Return the classes of several cubes: all that a layer of any of them has, in the order of the cubes.
+
+    Raises:
+        InvalidInput: Some labels are classes and some are values, or `data.classes` names by number what the layers
+            number differently.
+    """
+    first = targets[0]
+    if any(target.values != first.values for target in targets):
+        raise InvalidInput(f"data.label = {first.name!r} holds classes in some of the cubes and values in others")
+    names = [dict(target.layer.spec.classes) if target.layer is not None else {} for target in targets]
+    if config.classes or first.values:
+        for value in config.classes:
+            called = {of[int(value)]: None for of in names if value.isdecimal() and int(value) in of}
+            if len(called) > 1:
+                raise InvalidInput(
+                    f"value {value} of label layer {first.name!r} means {' in one cube and '.join(called)} in another: "
+                    "leave data.classes empty, so that classes are matched by name"
+                )
+        return label_classes(config, first)
+    values: dict[str, int] = {}
+    for of in names:
+        for number, name in of.items():
+            values.setdefault(name, number)
+    if not values:
+        return label_classes(config, first)
+    # one number for each, as the layers may use a number for different classes
+    numbered = {str(i): name for i, name in enumerate(values)}
+    joined = Classes.of(config.model_copy(update={"classes": numbered}))
+    return replace(joined, values=tuple((value,) for value in values.values()))
+
+
 def match_classes(classes: Classes, config: DataConfig, target: Target) -> Classes:
     """Return the classes of a run with the numbers of another cube's label layer, which may number them differently.
 
@@ -158,20 +203,41 @@ def match_classes(classes: Classes, config: DataConfig, target: Target) -> Class
     return Classes(classes.names, values, classes.colours)
 
 
-def window_labels(target: Target, classes: Classes, patch: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Yield labels of a label layer, window by window: (first row of windows, labels (rows, columns, patch · patch)).
+class LabelRows(NamedTuple):
+    """Labels of some rows of windows, each (rows, columns, patch · patch)."""
 
-    Only the labels are read, a byte or four a pixel, once for all dates.
+    pixels: npt.NDArray[Any]
+    """Class indices or values."""
+    inside: npt.NDArray[np.bool_]
+    """Which pixels lie on the grid."""
+
+
+def window_labels(
+    target: Target, classes: Classes, patch: int, *, edges: bool = False
+) -> Iterator[tuple[int, LabelRows]]:
+    """Yield labels of a label layer, window by window: the first row of windows, and what is in the next rows.
+
+    Only the labels are read, a byte or four a pixel, once for all dates. With `edges`, windows that reach over the edge
+    of the grid come too.
     """
     layer = target.layer
     if layer is None:
         raise InvalidInput(f"{target.name} is no label layer")
     height, width = layer.array().shape
-    columns, rows = width // patch, height // patch
+    rows, columns = (-(-size // patch) if edges else size // patch for size in (height, width))
     table = None if target.values else classes.table()
     step = max(1, _ROWS // patch)
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        stored = layer.read(slice(first * patch, last * patch), slice(0, columns * patch))
-        labels = target.decode(stored, table).reshape(last - first, patch, columns, patch)
-        yield first, labels.transpose(0, 2, 1, 3).reshape(last - first, columns, patch * patch)
+        stored = layer.read(slice(first * patch, min(last * patch, height)), slice(0, min(columns * patch, width)))
+        shape = ((last - first) * patch, columns * patch)
+        labels, inside = np.full(shape, target.nothing), np.zeros(shape, bool)
+        labels[: stored.shape[0], : stored.shape[1]] = target.decode(stored, table)
+        inside[: stored.shape[0], : stored.shape[1]] = True
+        cut = (
+            array.reshape(last - first, patch, columns, patch)
+            .transpose(0, 2, 1, 3)
+            .reshape(last - first, columns, patch * patch)
+            for array in (labels, inside)
+        )
+        yield first, LabelRows(*cut)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.config import RunConfig, TrainConfig
@@ -85,6 +86,10 @@ class LearnedFrom(Protocol):
     def grounds(self) -> tuple[Ground, ...]:
         """The cubes, if there are several."""
 
+    @property
+    def edges(self) -> bool:
+        """Whether windows reach over the edge of a grid, and only training needs `min_labelled`."""
+
     def of(self, number: int) -> LearnedFrom:
         """Return the card as if cube `number` of several were the only one."""
 
@@ -101,6 +106,7 @@ class TrainingSet:
         plan: The windows or samples of each part.
         reader: Reads them.
         statistics: Computes mean, spread and class counts of the training part; may read pixels.
+        count: Counts the labels of each class in a part; may read labels. None where no classes are learned.
         grounds: The cubes; none of a sample store.
         leakage: Distance of test from training data, if the split does not rule out leakage.
         chunk: (time, y, x) pixels that are decoded together; None where an order by chunks gains nothing.
@@ -114,6 +120,7 @@ class TrainingSet:
     plan: WindowPlan
     reader: Reader
     statistics: Callable[[], Statistics]
+    count: Callable[[Part], npt.NDArray[np.int64]] | None = None
     grounds: tuple[Ground, ...] = ()
     leakage: Mapping[str, Any] | None = None
     chunk: tuple[int, int, int] | None = None

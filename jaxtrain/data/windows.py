@@ -1,10 +1,11 @@
 """`Windows` are the patches that a run reads; they are chosen from the training index, and no pixel is read.
 
 The grid is tiled by patch × patch windows (aligned with the blocks of the split), once for each date, or for each
-series of dates. A window is used where its chunks were written (in a series, on one date at least) and enough of its
-pixels are labelled; both follow from the chunk counts made at ingest. A chunk is usually larger than a patch, so the
-share of a window is that of the chunks under it: an estimate, and a window without any label only costs its time, as
-it weighs nothing in the loss.
+series of dates; the last ones reach over the edge of a grid that the patch does not divide. A window is learned where
+its chunks were written (in a series, on one date at least) and enough of its pixels can be learned; both follow from
+the chunk counts made at ingest. A chunk is usually larger than a patch, so the share of a window is that of the chunks
+under it: an estimate, and a window without any label only costs its time, as it weighs nothing in the loss. Validation
+and test take every window with a label, so that no labelled pixel of their blocks is left out of a score.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import UNLABELLED, Classes
-from jaxtrain.data.splits import PARTS, UNUSED, Part, Split, block_shape, make_split
+from jaxtrain.data.splits import PARTS, UNUSED, Part, Split, add_blocks, block_shape, make_split
 from jaxtrain.data.targets import Target, window_labels
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.index import TrainingIndex
@@ -99,7 +100,12 @@ class WindowPlan:
 
 
 def window_shares(
-    index: TrainingIndex, shape: tuple[int, int, int], patch: int, quantity: npt.NDArray[np.floating | np.bool_]
+    index: TrainingIndex,
+    shape: tuple[int, int, int],
+    patch: int,
+    quantity: npt.NDArray[np.floating | np.bool_],
+    *,
+    edges: bool = False,
 ) -> npt.NDArray[np.float64]:
     """Return the mean of a per-chunk `quantity` under each window, weighted by the area of each chunk in the window.
 
@@ -108,23 +114,25 @@ def window_shares(
         shape: (times, height, width) of the cube, pixels.
         patch: Side of a window; window (i, j) starts at pixel (i·patch, j·patch).
         quantity: (T, CY, CX), per chunk.
+        edges: Also windows that reach over the edge of the grid; their mean is that of the part inside.
 
     Returns:
-        float64 (times, height // patch, width // patch).
+        float64 (times, height // patch, width // patch), or with `edges` the quotients rounded up.
     """
     times, height, width = shape
-    over_y = _overlap(height // patch, patch, index.chunk[1], quantity.shape[1])
-    over_x = _overlap(width // patch, patch, index.chunk[2], quantity.shape[2])
+    over_y = _overlap(height, patch, index.chunk[1], quantity.shape[1], edges)
+    over_x = _overlap(width, patch, index.chunk[2], quantity.shape[2], edges)
     by_chunk: npt.NDArray[np.float64] = over_y @ quantity.astype(np.float64) @ over_x.T
     return by_chunk[np.arange(times) // index.chunk[0]]
 
 
-def _overlap(windows: int, patch: int, chunk: int, chunks: int) -> npt.NDArray[np.float64]:
+def _overlap(size: int, patch: int, chunk: int, chunks: int, edges: bool) -> npt.NDArray[np.float64]:
     """Return the part of each window's side that lies in each chunk, (windows, chunks)."""
-    start = np.arange(windows)[:, None] * patch
+    start = np.arange(-(-size // patch) if edges else size // patch)[:, None] * patch
+    end = np.minimum(start + patch, size)
     low = np.arange(chunks)[None, :] * chunk
-    shared: npt.NDArray[np.float64] = np.minimum(start + patch, low + chunk) - np.maximum(start, low)
-    return shared.clip(min=0) / patch
+    shared: npt.NDArray[np.float64] = np.minimum(end, low + chunk) - np.maximum(start, low)
+    return shared.clip(min=0) / (end - start)
 
 
 def plan_windows(
@@ -136,6 +144,8 @@ def plan_windows(
     split: Split | None = None,
     dates: Sequence[str] = (),
     target: Target | None = None,
+    edges: bool = True,
+    judging: bool = False,
 ) -> WindowPlan:
     """Choose the windows of every part.
 
@@ -147,6 +157,9 @@ def plan_windows(
         split: The split of an earlier run, so that ground keeps its part; None makes it.
         dates: Beginnings of dates whose windows are all test, wherever they lie (`data.split.test_dates`).
         target: The label; None for the class layer that `config.label` names.
+        edges: False chooses as release 0.1.0 did, for its runs: no window reaches over the edge of the grid, and
+            `min_labelled` holds for every part.
+        judging: Take all windows with a label in every part, as nothing is learned.
 
     Raises:
         UnknownName: The label layer is none of the collection's, or a date none of the cube's.
@@ -158,27 +171,32 @@ def plan_windows(
         raise UnknownName.of("class layer", config.label, spec.class_layers, where)
     _, height, width = spec.shape
     patch = config.patch
-    if patch > min(height, width):
+    if patch > min(height, width) and not judging:
         raise InvalidInput(f"data.patch {patch} does not fit the grid of {height}×{width} pixels; take a smaller patch")
     target = target or Target(config.label)
-    usable = _usable(config, spec.shape, index, classes, target)
+    labelled, usable = _usable(config, spec.shape, index, classes, target, edges)
+    if judging or not edges:
+        labelled = usable = labelled if judging else usable
     if config.dates != 1:
-        usable = _series(usable, len(spec.times) if config.dates == "all" else config.dates)
+        held = len(spec.times) if config.dates == "all" else config.dates
+        labelled, usable = _series(labelled, held), _series(usable, held)
     if not usable.any():
         found = _found(index, target)
+        share = "any" if judging else f"a share of {config.min_labelled:g} of"
         raise NothingFound(
-            f"no window of {patch}×{patch} pixels of {spec.collection} has a share of {config.min_labelled:g} of "
+            f"no window of {patch}×{patch} pixels of {spec.collection} has {share} "
             f"pixels that can be learned from layer {config.label!r} (its values and pixels: {found}; observed "
             f"{int(index.observed.sum())}, masked {int(index.masked.sum())}); name other values in data.classes, set "
             "data.learn_masked = true to learn masked pixels, or lower data.min_labelled"
         )
     if split is None:
-        split = _split(config, spec, usable)
-    numbers = np.argwhere(usable).astype(np.int32)
+        split = _split(config, spec, usable, labelled)
+    numbers = np.argwhere(labelled).astype(np.int32)
     rows = np.ascontiguousarray(numbers * np.array([1, patch, patch], np.int32))
     code = split.part_at(rows[:, 1].astype(np.int64), rows[:, 2].astype(np.int64))
     if dates:
         code = np.where(np.isin(rows[:, 0], _held_dates(spec, dates)), np.int8(PARTS.index("test")), code)
+    code = np.where((code == 0) & ~usable[tuple(numbers.T)], np.int8(UNUSED), code)
     if config.split.buffer_m:
         pixels = config.split.buffer_m * spec.grid.units_per_metre / min(spec.grid.resolution)
         near = _beside(numbers, code > 0, usable.shape[1:], math.ceil(pixels / patch))
@@ -197,8 +215,14 @@ def _found(index: TrainingIndex, target: Target) -> dict[Any, int]:
 
 
 def _usable(
-    config: DataConfig, shape: tuple[int, int, int], index: TrainingIndex, classes: Classes, target: Target
-) -> npt.NDArray[np.bool_]:
+    config: DataConfig,
+    shape: tuple[int, int, int],
+    index: TrainingIndex,
+    classes: Classes,
+    target: Target,
+    edges: bool,
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Return which windows may hold a label, and which of them hold enough for training."""
     seen = index.observed + index.masked if config.learn_masked else index.observed
     share = seen / np.maximum(index.pixels, 1)
     if target.place == "layer":
@@ -208,13 +232,13 @@ def _usable(
         share = np.minimum(labelled / np.maximum(index.pixels, 1), share)
     # of a series an absent date is one that was not observed
     there = index.present if config.dates == 1 else np.broadcast_to(index.present.any(axis=0), index.present.shape)
-    absent = window_shares(index, shape, config.patch, ~there)
-    shares = window_shares(index, shape, config.patch, share)
+    absent = window_shares(index, shape, config.patch, ~there, edges=edges)
+    shares = window_shares(index, shape, config.patch, share, edges=edges)
     if target.place == "label":
         # of a label layer each window is known to the pixel; what was seen of it is the estimate
-        shares = shares * _labelled_shares(target, classes, config.patch)
-    usable: npt.NDArray[np.bool_] = (absent == 0) & (shares >= config.min_labelled) & (shares > 0)
-    return usable
+        shares = shares * _labelled_shares(target, classes, config.patch, edges)
+    some: npt.NDArray[np.bool_] = shares > 0
+    return some, some & (absent == 0) & (shares >= config.min_labelled)
 
 
 def _series(usable: npt.NDArray[np.bool_], dates: int) -> npt.NDArray[np.bool_]:
@@ -225,16 +249,19 @@ def _series(usable: npt.NDArray[np.bool_], dates: int) -> npt.NDArray[np.bool_]:
     return first
 
 
-def _labelled_shares(target: Target, classes: Classes, patch: int) -> npt.NDArray[np.float64]:
+def _labelled_shares(target: Target, classes: Classes, patch: int, edges: bool) -> npt.NDArray[np.float64]:
     """Return the share of each window's pixels that a label layer labels, (rows, columns) of windows."""
-    parts = [
-        (np.isfinite(labels) if target.values else labels != UNLABELLED).mean(axis=-1)
-        for _, labels in window_labels(target, classes, patch)
-    ]
-    return np.concatenate(parts)
+    inside, labelled = [], []
+    for _, labels in window_labels(target, classes, patch, edges=edges):
+        known = np.isfinite(labels.pixels) if target.values else labels.pixels != UNLABELLED
+        labelled.append((known & labels.inside).sum(axis=-1))
+        inside.append(labels.inside.sum(axis=-1))
+    shares: npt.NDArray[np.float64] = np.concatenate(labelled) / np.concatenate(inside)
+    return shares
 
 
-def _split(config: DataConfig, spec: CubeSpec, usable: npt.NDArray[np.bool_]) -> Split:
+def _split(config: DataConfig, spec: CubeSpec, usable: npt.NDArray[np.bool_], labelled: npt.NDArray[np.bool_]) -> Split:
+    """Split the blocks with a usable window, then those that hold labels but not enough to be learned."""
     shares = config.split
     if shares.test_dates:
         shares = shares.model_copy(update={"test": 0.0})
@@ -242,16 +269,22 @@ def _split(config: DataConfig, spec: CubeSpec, usable: npt.NDArray[np.bool_]) ->
     if shares.kind == "random":
         block = (config.patch, config.patch)
     rows, columns = (-(-size // side) for size, side in zip(spec.shape[1:], block, strict=True))
-    ground = np.asarray(usable.any(axis=0))
     steps = (block[0] // config.patch, block[1] // config.patch)
-    padded = np.zeros((rows * steps[0], columns * steps[1]), bool)
-    padded[: ground.shape[0], : ground.shape[1]] = ground
-    blocks = np.asarray(padded.reshape(rows, steps[0], columns, steps[1]).any(axis=(1, 3)))
+
+    def of_blocks(windows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        ground = np.asarray(windows.any(axis=0))
+        padded = np.zeros((rows * steps[0], columns * steps[1]), bool)
+        padded[: ground.shape[0], : ground.shape[1]] = ground
+        return np.asarray(padded.reshape(rows, steps[0], columns, steps[1]).any(axis=(1, 3)))
+
+    blocks = of_blocks(usable)
+    rest = of_blocks(labelled) & ~blocks
     if shares.kind != "checkerboard" or shares.test_dates:
-        return make_split(shares, block, blocks)
+        return add_blocks(make_split(shares, block, blocks), shares, rest)
     test = np.add.outer(np.arange(rows), np.arange(columns)) % 2 == 1
-    inner = make_split(shares.model_copy(update={"test": 0.0}), block, blocks & ~test)
-    return Split(block, np.where(test & blocks, PARTS.index("test"), inner.parts).astype(np.int8))
+    shares = shares.model_copy(update={"test": 0.0})
+    inner = add_blocks(make_split(shares, block, blocks & ~test), shares, rest & ~test)
+    return Split(block, np.where(test & (blocks | rest), PARTS.index("test"), inner.parts).astype(np.int8))
 
 
 def _held_dates(spec: CubeSpec, dates: Sequence[str]) -> tuple[int, ...]:

@@ -127,6 +127,7 @@ def write_report(
         bands=list(zip(card.bands, card.mean, card.std, strict=True)),
         classes=[(n, c, v, counted[n], counted[n] / total) for n, c, v in
                  zip(card.classes.names, card.classes.colours, card.classes.values, strict=True)],
+        held_out=card.statistics.get("held_out", {}),
         curves=_png(_curves(steps, validations)) if steps else None,
         values=card.task.values,
         confusion=_png(_confusion(evaluation)) if evaluation and evaluation["confusion_matrix"] else None,

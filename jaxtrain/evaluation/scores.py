@@ -73,6 +73,9 @@ class EvaluationReport:
     leakage: Mapping[str, Any] | None = None
     unit: str = "windows"
     own_data: bool = True
+    coverage: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict, repr=False)
+    """By class name: `judged` pixels or samples, those that the split has (`labelled`), and those of `training`; None
+    where the run or other data do not know them."""
 
     @property
     def accuracy(self) -> float | None:
@@ -126,6 +129,7 @@ class EvaluationReport:
             **self.scores, "loss": self.loss, "samples": self.samples, "seconds": self.seconds, "split": self.split,
             "step": self.step, "cube": self.data, "unit": self.unit, "own_data": self.own_data,
             "warnings": list(self.warnings), **leak,
+            "coverage": {name: dict(row) for name, row in self.coverage.items()},
         }  # fmt: skip
 
     def __repr__(self) -> str:
@@ -271,19 +275,22 @@ def evaluate(
         program, make_eval_step(program, turned=card.config.model.turns), state, chosen.reader, chosen.windows,
         card.classes.names, on_batch=on_batch,
     )  # fmt: skip
+    scores = counts.to_dict()
+    coverage = _coverage(card, scores["per_class"], part)
     result = EvaluationReport(
         run=str(run),
-        scores=counts.to_dict(),
+        scores=scores,
         loss=loss if math.isfinite(loss) else None,
         samples=len(chosen.windows),
         seconds=round(time.monotonic() - began, 3),
         split="all" if own is None else split,
         step=step,
         data=chosen.url,
-        warnings=(*chosen.warnings, *passed_over),
+        warnings=(*chosen.warnings, *_without_score(coverage, split if own is not None else chosen.url), *passed_over),
         leakage=None if own is None else card.statistics.get("leakage"),
         unit=card.unit,
         own_data=own is card,
+        coverage=coverage,
     )
     write_evaluation(run, result.to_dict(), own=result.own_data)
     predict = make_predict_step(program)
@@ -299,6 +306,36 @@ def evaluate(
     write_report(run, card, examples=ours, evaluation=main, evaluations=evaluations,
                  other=OtherExamples(name, examples, chosen.dates))  # fmt: skip
     return result
+
+
+def _coverage(
+    card: ModelCard, per_class: Mapping[str, Mapping[str, Any]], part: Part | None
+) -> dict[str, dict[str, int | None]]:
+    """Return how many pixels or samples of each class were judged, and how many there are in the split and in training.
+
+    Those of the split are of all pixels that the network sees; a card of release 0.1.0 does not have them.
+    """
+    held_out = card.statistics.get("held_out")
+    training = card.statistics["class_pixels"] if held_out is not None else {}
+    of_part = {} if part is None else training if part == "train" else (held_out or {}).get(part, {})
+    return {
+        name: {"judged": int(row["support"]), "labelled": of_part.get(name), "training": training.get(name)}
+        for name, row in per_class.items()
+    }
+
+
+def _without_score(coverage: Mapping[str, Mapping[str, int | None]], where: str) -> list[str]:
+    """Return a line for each class that is not judged, or judged and never learned."""
+    lines = []
+    absent = [name for name, row in coverage.items() if not row["judged"]]
+    if absent:
+        lines.append(f"nothing in {where} is labelled {', '.join(absent)}: no score says how well that is learned")
+    lines += [
+        f"class {name!r} has no label in training, so it cannot be predicted; {row['judged']:,} are judged in {where}"
+        for name, row in coverage.items()
+        if row["judged"] and row["training"] == 0
+    ]
+    return lines
 
 
 def _open(card: ModelCard, run: Path, data: str | Path | None) -> TrainingData:

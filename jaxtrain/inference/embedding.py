@@ -22,12 +22,13 @@ from zarr.codecs import ZstdCodec
 from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
+from jaxtrain.data.windows import Windows
 from jaxtrain.display import result_table
 from jaxtrain.evaluation.scores import restore_model, select_data
 from jaxtrain.learn.step import make_embed_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.runs.rundir import load_card
-from zarr_store.errors import InvalidInput
+from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.folder import FolderStore
 
 __all__ = ["EmbeddingResult", "embed"]
@@ -87,6 +88,7 @@ def embed(
 
     Raises:
         InvalidInput: The run is of another model, the data are of another kind, or something is at `out`.
+        NothingFound: No window has enough observed pixels (`data.min_labelled` of the run).
 
     Example:
         >>> made = embed("runs/autoencoder", "zagreb.zarr", "vectors.zarr")
@@ -110,13 +112,28 @@ def embed(
     sharding = batch_sharding(program.mesh)
     total = -(-len(windows) // size)
     found: list[npt.NDArray[np.float32]] = []
+    enough: list[npt.NDArray[np.bool_]] = []
     with BatchStream(chosen.reader, windows, size=size, sharding=sharding) as batches:
         for number, rows, batch in batches:
             there = put_batch({name: batch[name] for name in ("image", "observed")}, sharding, size)
             found.append(np.asarray(jax.device_get(encode(state, there)))[: len(rows)])
+            seen = batch["observed"][: len(rows)].mean(axis=(1, 2))
+            enough.append(np.asarray(seen >= card.config.data.min_labelled))
             if on_batch:
                 on_batch(number + 1, total)
-    vectors = np.concatenate(found)
+    # a vector is a mean over the whole window, so one of hardly any pixels says nothing
+    kept, warnings = np.concatenate(enough), [*chosen.warnings, *passed_over]
+    if not kept.any():
+        raise NothingFound(
+            f"{chosen.url} has no window of which a share of {card.config.data.min_labelled:g} was observed "
+            "(data.min_labelled of the run)"
+        )
+    if not kept.all():
+        warnings.append(
+            f"{int((~kept).sum()):,} of {len(kept):,} windows have no vector: less than a share of "
+            f"{card.config.data.min_labelled:g} of them was observed (data.min_labelled of the run)"
+        )
+    vectors, windows = np.concatenate(found)[kept], Windows(windows.patch, windows.rows[kept])
     with store.beside() as fresh:
         root = zarr.create_group(fresh.zarr(), attributes={
             "terrashard_embedding": {"run": str(run.absolute()), "step": step, "data": chosen.url,
@@ -125,7 +142,7 @@ def embed(
         _write(root, "embedding", vectors, ("sample", "code"))
         for name, values in opened.places(card.config.data.collection, windows).items():
             _write(root, name, values, ("sample",))
-    return EmbeddingResult(store.url, len(vectors), int(vectors.shape[1]), (*chosen.warnings, *passed_over))
+    return EmbeddingResult(store.url, len(vectors), int(vectors.shape[1]), tuple(warnings))
 
 
 def _write(root: zarr.Group, name: str, values: npt.NDArray[Any], dims: tuple[str, ...]) -> None:

@@ -36,6 +36,14 @@ class LossTerms(NamedTuple):
         """The mean loss; zero, with zero gradient, where no pixel is labelled."""
         return self.loss / jnp.where(self.weight > 0, self.weight, jnp.float32(1))
 
+    def mixed(self, other: LossTerms, share: jax.Array) -> LossTerms:
+        """Blend with the sums for other labels of the same samples, which get `share` of the loss."""
+        return LossTerms(
+            (1 - share) * self.loss + share * other.loss,
+            (1 - share) * self.weight + share * other.weight,
+            self.labelled,
+        )
+
 
 def cross_entropy_terms(
     logits_BHWK: jax.Array,

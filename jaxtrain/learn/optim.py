@@ -1,7 +1,7 @@
 """The optax chain and its schedule, from `OptimConfig`.
 
-Order: average the gradients of `accumulate` batches → clip the global gradient norm → optimiser with weight decay →
-learning rate → moving average of the parameters. Every optimiser honours
+Order: join the gradients of `accumulate` batches (`accumulate.py`) → clip the global gradient norm → optimiser with
+weight decay → learning rate → moving average of the parameters. Every optimiser honours
 `weight_decay`: `adamw`, `lamb` and `muon` decay the weights beside the gradient step (Loshchilov & Hutter 2019,
 arXiv:1711.05101), `adam` and `sgd` add it to the gradient (L2). Norms and biases never decay.
 
@@ -21,6 +21,7 @@ import optax
 import optax.contrib
 
 from jaxtrain.config import OptimConfig
+from jaxtrain.learn.accumulate import accumulate
 from jaxtrain.parallel.sharding import path_name
 
 __all__ = ["build_optimizer", "build_schedule", "decays", "evaluation_params"]
@@ -62,13 +63,14 @@ def decays(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Build the chain for a run of `steps` steps."""
+def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Build the chain for a run of `steps` steps; with `accumulate`, `update` takes what `accumulate.py` states."""
     every = config.accumulate
     of_batch = build_schedule(config, steps)
 
     def rate(update: Any) -> jax.Array:
-        now: jax.Array = of_batch(update * every + every - 1)
+        # the last update of a run may be of fewer batches
+        now: jax.Array = of_batch(jnp.minimum(update * every + every - 1, steps - 1))
         return now
 
     chain: list[optax.GradientTransformation] = []
@@ -100,15 +102,15 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
         chain.append(_average(config.ema))
     transform: Any = optax.chain(*chain)
     if every > 1:
-        transform = optax.MultiSteps(transform, every_k_schedule=every).gradient_transformation()
+        transform = accumulate(transform, every)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         # optax mixes Python floats with int32 counters, which strict dtype promotion refuses; only here it is relaxed
         with jax.numpy_dtype_promotion("standard"):
-            new: tuple[Any, Any] = transform.update(updates, state, params)
+            new: tuple[Any, Any] = transform.update(updates, state, params, **(extra if every > 1 else {}))
         return new
 
-    return optax.GradientTransformation(transform.init, update)
+    return optax.GradientTransformationExtraArgs(transform.init, update)
 
 
 def _matrices(params: Any) -> Any:

@@ -72,7 +72,7 @@ class Program:
     class_weights: NDArray[np.float32] | None
     objective: Objective
     """Task, loss and counts of the evaluation."""
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
     graphdef: Any
     templates: tuple[Any, Any, Any]

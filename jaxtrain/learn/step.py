@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 
 from jaxtrain.data.arrays import as_images
 from jaxtrain.data.augment import augment, disturb, mix, turns
+from jaxtrain.learn.losses import LossTerms
 from jaxtrain.learn.optim import build_optimizer, evaluation_params
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.models.temporal import series_of
@@ -110,29 +111,46 @@ def make_train_step(program: Program) -> TrainStep:
     """
     if program.layout is not None:
         return TrainStep(_pipeline(program).train)
-    objective = program.objective
+    objective, accumulating, steps = program.objective, program.config.optim.accumulate > 1, program.config.run.steps
 
     def step(state: TrainState, batch: dict[str, Any], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         augment_key, dropout_key = jax.random.split(key)
         x_BHWC, ((label, _), *others) = prepare_batch(program, batch, augment_key, program.mesh)
 
-        def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
+        def loss_of(params: Any) -> tuple[jax.Array, tuple[LossTerms, jax.Array, Any]]:
             logits, model_state = program.apply(params, state.model_state, x_BHWC, train=True, key=dropout_key)
             terms = objective.terms(logits, label)
-            loss = terms.mean()
+            labelled = terms.labelled
             for other, share in others:
-                loss = (1 - share) * loss + share * objective.terms(logits, other).mean()
-            return loss, (terms.labelled, logits, model_state)
+                terms = terms.mixed(objective.terms(logits, other), share)
+            # where batches are accumulated, the sum is divided once, by the weight of all of them
+            return terms.loss if accumulating else terms.mean(), (
+                terms._replace(labelled=labelled),
+                logits,
+                model_state,
+            )
 
-        (loss, (labelled, logits, model_state)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (_, (terms, logits, model_state)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        loss, labelled = terms.mean(), terms.labelled
         gradient_norm = optax.tree.norm(gradient)
+        if accumulating:
+            gradient_norm = gradient_norm / jnp.where(terms.weight > 0, terms.weight, jnp.float32(1))
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        gradient = program.share(gradient)
-        updates, opt_state = program.optimizer.update(gradient, state.opt_state, state.params)
+        gradient, used, extra = program.share(gradient), finite, {}
+        if accumulating:
+            # a last batch that is left out must not take those before it along
+            last = state.step == steps - 1
+            used = finite | (last & (state.opt_state.mini_step > 0))
+            gradient = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), gradient)
+            extra = {"weight": jnp.where(finite, terms.weight, jnp.float32(0)), "last": last}
+        updates, opt_state = program.optimizer.update(gradient, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
-        changed = (params, model_state, opt_state)
-        kept = (state.params, state.model_state, state.opt_state)
-        params, model_state, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+
+        def chosen(when: jax.Array, new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
+
+        params, opt_state = chosen(used, (params, opt_state), (state.params, state.opt_state))
+        model_state = chosen(finite, model_state, state.model_state)
         metrics = {
             "loss": loss,
             objective.score: objective.right(logits, label) / jnp.maximum(labelled, 1).astype(jnp.float32),

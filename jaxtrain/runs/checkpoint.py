@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxtrain.learn.accumulate import UNKNOWN
 from zarr_store.bounded import MOST_JSON_BYTES, load_json, read_file
 from zarr_store.crash import crashpoint
 from zarr_store.errors import IntegrityError, InvalidInput, NoSpace, TerrashardError
@@ -44,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MANIFEST, _CONTENTS, _STATE = "manifest.json", "contents.json", "state"
+_LATER = {"opt_state.weight": UNKNOWN}
+"""Arrays that checkpoints of release 0.1.0 lack, and the number that stands for that."""
 
 
 @dataclass(frozen=True)
@@ -298,9 +301,12 @@ class CheckpointStore:
             return None
         named = name_leaves(target)
         contents = self.contents(step)
-        _check_same(contents["arrays"], _describe(named), self.path(step))
+        later = {name: _LATER[name] for name in _LATER if name in named and name not in contents["arrays"]}
+        saved = {name: leaf for name, leaf in named.items() if name not in later}
+        _check_same(contents["arrays"], _describe(saved), self.path(step))
         with ocp.StandardCheckpointer() as reader:
-            values = reader.restore(self.path(step) / _STATE, named)
+            values = reader.restore(self.path(step) / _STATE, saved)
+        values |= {name: _filled(named[name], value) for name, value in later.items()}
         leaves = [values[name] for name in named]
         state = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(target), leaves)
         return Restored(step, state, contents["extra"], tuple(passed_over))
@@ -320,6 +326,12 @@ class CheckpointStore:
             # those of this process are hashed again too: damage since then must not count as good
             elif not self.problems(step):
                 kept += 1
+
+
+def _filled(like: jax.ShapeDtypeStruct, value: float) -> Any:
+    """Return an array of one number where the target wants it."""
+    make: Callable[..., Any] = jax.make_array_from_callback
+    return make(like.shape, like.sharding, lambda index: np.full(like.shape, value, like.dtype)[index])
 
 
 def _describe(named: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -93,6 +93,8 @@ class ModelCard:
     """The cubes, if there are several."""
     numbers: tuple[BandNumbers, ...] = ()
     """Meaning of the stored numbers of each band; none of runs that did not keep it."""
+    edges: bool = True
+    """Whether windows reach over the edge of a grid, and only training needs `min_labelled`; not in release 0.1.0."""
 
     @property
     def dates(self) -> tuple[tuple[str, ...], ...]:
@@ -144,6 +146,7 @@ class ModelCard:
             "task": self.task.to_dict(),
             "cubes": [ground.to_dict() for ground in self.grounds],
             **({"numbers": [band.to_dict() for band in self.numbers]} if self.numbers else {}),
+            **({"edges": True} if self.edges else {}),
         }
 
     @classmethod
@@ -167,6 +170,7 @@ class ModelCard:
             task=Task.from_dict(data["task"]) if "task" in data else Task(),
             grounds=tuple(Ground.from_dict(ground) for ground in data.get("cubes", ())),
             numbers=tuple(BandNumbers.from_dict(band) for band in data.get("numbers", ())),
+            edges=bool(data.get("edges", False)),
         )
 
 
@@ -216,16 +220,29 @@ def load_card(run: Path) -> ModelCard:
 
 def config_differences(there: TrainConfig, asked: TrainConfig) -> list[str]:
     """List the keys at which two configurations would train differently, each as "key: there → asked"."""
-    return _differences(there.model_dump(mode="json"), asked.model_dump(mode="json"), "")
+    one, other = (config.model_dump(mode="json") for config in (there, asked))
+    for values in (one, other):
+        if values["optim"]["clip_norm"] is None:  # as config.toml has it
+            values["optim"]["clip_norm"] = float("inf")
+    return _differences(one, other, "")
 
 
 def _differences(there: Any, asked: Any, at: str) -> list[str]:
-    if at in _MAY_CHANGE or there == asked:
+    if at in _MAY_CHANGE:
         return []
     if at != "data.classes" and isinstance(there, dict) and isinstance(asked, dict):
         keys = [*there, *(key for key in asked if key not in there)]
         return [d for k in keys for d in _differences(there.get(k), asked.get(k), f"{at}.{k}" if at else k)]
-    return [f"{at}: {json.dumps(there, ensure_ascii=False)} → {json.dumps(asked, ensure_ascii=False)}"]
+    if there == asked and (at != "data.classes" or _by_name(there) == _by_name(asked)):
+        return []
+    order = " (the order of the classes)" if there == asked else ""
+    return [f"{at}{order}: {json.dumps(there, ensure_ascii=False)} → {json.dumps(asked, ensure_ascii=False)}"]
+
+
+def _by_name(classes: Mapping[str, str]) -> list[tuple[str, set[str]]]:
+    """Return the values of each class in the order of class indices, in which two equal mappings may differ."""
+    names = dict.fromkeys(classes.values())
+    return [(name, {value for value in classes if classes[value] == name}) for name in names]
 
 
 def clear_run(run: Path) -> None:

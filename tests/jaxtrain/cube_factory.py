@@ -14,6 +14,7 @@ from jaxtrain import train
 from jaxtrain.config import TrainConfig
 from zarr_store.create import create_cube
 from zarr_store.grid import Grid
+from zarr_store.labels import LabelSpec, label_boxes, write_label
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import BandSpec, CubeSpec, Layout
@@ -93,6 +94,47 @@ def make_cube(
         t, y, x = region.slices
         cut = {name: a[t, :, y, x] if a.ndim == 4 else a[t, y, x] for name, a in arrays.items()}
         writer.write(Region(*region.to_list()), cut, key="k", sources=())
+    return open_cube(url)
+
+
+def labelled_cube(
+    url: Path,
+    scl: np.ndarray,
+    *,
+    status: np.ndarray | None = None,
+    layer: tuple[np.ndarray, dict[int, str]] | None = None,
+    chunk: int = 32,
+    shard: int = 64,
+    resolution: float = 10.0,
+    top: float = 5_000_000.0,
+    skip_shards: Sequence[tuple[int, int, int]] = (),
+) -> Cube:
+    """Write a cube whose class layer is `scl` (time, y, x); one band shows it. `layer` adds a label layer `cover`."""
+    times, height, width = scl.shape
+    status = np.ones(scl.shape, np.uint8) if status is None else status
+    image = np.where(status[:, None] == 0, 0, 100 + 300 * scl[:, None].astype(np.uint16)).astype(np.uint16)
+    spec = CubeSpec(
+        COLLECTION,
+        "reflectance",
+        (BandSpec("red"),),
+        Grid("EPSG:32633", (resolution, 0.0, 500_000.0, 0.0, -resolution, top), (height, width)),
+        tuple(f"2023-08-{10 + t:02d}T10:00:00" for t in range(times)),
+        ("scl",),
+        Layout("tiny", (1, chunk, chunk), (1, shard, shard)),
+    )
+    items = [{"id": f"item-{t}", "datetime": f"2023-08-{10 + t:02d}T10:00:00Z"} for t in range(times)]
+    create_cube(url, [spec], items={COLLECTION: items}, provenance={"made_by": "cube_factory"})
+    writer = ShardWriter(url, COLLECTION)
+    arrays = {"reflectance": image, "scl": scl, "status": status, "source_item": np.zeros(scl.shape, np.int16)}
+    for index, region in spec.shards().items():
+        if index not in set(skip_shards):
+            t, y, x = region.slices
+            cut = {name: a[t, :, y, x] if a.ndim == 4 else a[t, y, x] for name, a in arrays.items()}
+            writer.write(Region(*region.to_list()), cut, key="k", sources=())
+    if layer is not None:
+        pixels, names = layer
+        boxes = [(box, pixels[box.y0 : box.y1, box.x0 : box.x1]) for box in label_boxes(open_cube(url))]
+        write_label(str(url), LabelSpec("cover", "classes", tuple(names.items()), {"made": "here"}), lambda: boxes)
     return open_cube(url)
 
 

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import TrainConfig
+from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.statistics import Statistics
-from jaxtrain.prepare import _class_weights
+from jaxtrain.prepare import _class_weights, prepare
 from zarr_store.errors import InvalidInput
+
+from .cube_factory import shared_cube
 
 
 def config_of(**optim: object) -> TrainConfig:
@@ -34,3 +37,9 @@ def test_without_balance_there_are_no_weights_and_values_have_none() -> None:
     assert _class_weights(config_of(class_weights="none"), statistics_of(1, 2)) is None
     with pytest.raises(InvalidInput, match="values are learned: use 'none'"):
         _class_weights(config_of(class_weights="balanced"), statistics_of(1, value=(0.0, 1.0)))
+
+
+def test_a_loss_that_cannot_be_added_up_is_not_accumulated() -> None:
+    config = config_of(loss="dice", accumulate=2)
+    with pytest.raises(InvalidInput, match=r"'dice' is a quotient over the whole batch.*raise run\.batch_size"):
+        prepare(config, open_training_data(str(shared_cube())), None)

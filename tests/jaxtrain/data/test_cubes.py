@@ -25,10 +25,10 @@ from ..cube_factory import CLASSES, COLLECTION, make_cube, tiny_config
 
 @pytest.fixture(scope="module")
 def cubes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two cubes of other grids, dates and brightness, far from each other in number and place."""
+    """Two cubes of other grids, dates and brightness; pixels of a list have one size."""
     folder = tmp_path_factory.mktemp("cubes")
     make_cube(folder / "a.zarr", shape=(2, 192, 160))
-    make_cube(folder / "b.zarr", shape=(1, 128, 192), seed=5, masked=False, resolution=20.0)
+    make_cube(folder / "b.zarr", shape=(1, 128, 192), seed=5, masked=False)
     return [str(folder / "a.zarr"), str(folder / "b.zarr")]
 
 

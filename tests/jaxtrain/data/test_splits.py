@@ -76,11 +76,16 @@ def test_parts_never_share_ground(
         assert len(plan.parts[part]) > 0, part
         for t, y, x in plan.parts[part].rows.tolist():
             assert 0 <= t < times
-            assert y + patch <= height
-            assert x + patch <= width
+            assert 0 <= y < height
+            assert 0 <= x < width
             here = owner[y : y + patch, x : x + patch]
             assert np.isin(here, [-1, code]).all(), f"ground at {(y, x)} is in two parts"
             here[:] = code
+    # a pixel with a label is in a window of its block, up to the last row and column
+    labelled = index.class_counts["scl"][..., 1].any(axis=0).repeat(chunk, axis=0).repeat(chunk, axis=1)
+    of_block = plan.blocks.parts.repeat(plan.blocks.block[0], axis=0).repeat(plan.blocks.block[1], axis=1)
+    held_out = (of_block[:height, :width] > 0) & labelled[:height, :width]
+    assert (owner[held_out] == of_block[:height, :width][held_out]).all()
     # and every window lies within one block, so that a neighbour across a block's edge shares no pixel
     assert isinstance(plan.split, Split)
     for windows in plan.parts.values():

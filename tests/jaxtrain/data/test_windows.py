@@ -10,6 +10,7 @@ import pytest
 from jaxtrain.config import DataConfig, SplitConfig
 from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.reader import WindowReader
+from jaxtrain.data.splits import PARTS, Part
 from jaxtrain.data.statistics import training_statistics
 from jaxtrain.data.windows import Window, _series, plan_windows, window_leakage, window_shares
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
@@ -18,19 +19,22 @@ from zarr_store.regions import Region
 
 from ..cube_factory import CLASSES, COLLECTION, make_cube, shared_cube
 
+NO_TEST = SplitConfig(block_m=320, validation=0, test=0)
+
 
 def data_config(**values: object) -> DataConfig:
     base = {"cube": "c", "classes": CLASSES, "patch": 32, "split": SplitConfig(block_m=320)}
     return DataConfig.model_validate({**base, **values})
 
 
-def rows_of(cube: Cube, config: DataConfig) -> list[Window]:
+def rows_of(cube: Cube, config: DataConfig, parts: tuple[Part, ...] = PARTS) -> list[Window]:
     plan = plan_windows(config, cube.spec(COLLECTION), cube.index(COLLECTION), Classes.of(config))
-    return sorted(windows[i] for windows in plan.parts.values() for i in range(len(windows)))
+    return sorted(plan.parts[part][i] for part in parts for i in range(len(plan.parts[part])))
 
 
-def brute_force(cube: Cube, config: DataConfig) -> list[Window]:
+def brute_force(cube: Cube, config: DataConfig, parts: tuple[Part, ...]) -> list[Window]:
     """Windows by reading every pixel; the same as from chunks where patches are chunks."""
+    blocks = plan_windows(config, cube.spec(COLLECTION), cube.index(COLLECTION), Classes.of(config)).blocks
     times, height, width = cube.spec(COLLECTION).shape
     learnable = [int(v) for v in config.classes]
     found = []
@@ -41,7 +45,9 @@ def brute_force(cube: Cube, config: DataConfig) -> list[Window]:
                 status = cube.read(COLLECTION, "status", box)
                 allowed = (1, 2) if config.learn_masked else (1,)
                 good = np.isin(cube.read(COLLECTION, "scl", box), learnable) & np.isin(status, allowed)
-                if good.mean() >= config.min_labelled:
+                part = PARTS[blocks.parts[y // blocks.block[0], x // blocks.block[1]]]
+                # a threshold is for training; any label is judged
+                if part in parts and (good.mean() >= config.min_labelled if part == "train" else good.any()):
                     found.append(Window(t, y, x))
     return found
 
@@ -49,7 +55,8 @@ def brute_force(cube: Cube, config: DataConfig) -> list[Window]:
 @pytest.mark.parametrize("values", [{"min_labelled": 0.5}, {"min_labelled": 1.0}, {"min_labelled": 0.01}])
 def test_the_same_windows_as_from_every_pixel(values: dict[str, float]) -> None:
     cube, config = open_cube(shared_cube()), data_config(**values)
-    assert rows_of(cube, config) == brute_force(cube, config)
+    for parts in (("train",), ("validation", "test")):
+        assert rows_of(cube, config, parts) == brute_force(cube, config, parts)
 
 
 def test_masked_pixels_count_only_where_they_are_trained_on(tmp_path: Path) -> None:
@@ -58,7 +65,9 @@ def test_masked_pixels_count_only_where_they_are_trained_on(tmp_path: Path) -> N
     assert rows_of(cube, data_config(min_labelled=1.0, classes=clouds, learn_masked=True)) == [
         Window(0, y, x) for y in range(0, 128, 32) for x in range(0, 160, 32)
     ]
-    assert Window(0, 32, 96) not in rows_of(cube, data_config(min_labelled=1.0, classes=clouds))
+    learned = rows_of(cube, data_config(min_labelled=1.0, classes=clouds, split=NO_TEST))
+    assert Window(0, 32, 96) not in learned
+    assert Window(0, 0, 0) in learned
 
 
 def test_absent_shards_and_empty_ground_give_no_window(tmp_path: Path) -> None:
