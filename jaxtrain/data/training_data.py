@@ -214,7 +214,7 @@ def no_rows(url: str, card: LearnedFrom, part: Part | None, rows: str) -> Nothin
     if rows == "sample":
         return NothingFound(f"{url} has no sample of part {part or 'test'}")
     return NothingFound(
-        f"{url} has no window of part {part or 'test'} with enough to learn from; see data.min_labelled"
+        f"{url} has no labelled pixel in part {part or 'test'}; see data.split"
     )
 
 
