@@ -29,7 +29,7 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
 
     Returns:
         resampled_share: Share of the data pixels that is not a plain copy of source pixels.
-        offset_verdicts: Item id → verdict, offset and evidence.
+        offset_verdicts: Item id → verdict, offset and evidence, and all that was weighed: witnesses and pixels.
         scenes, steps, shards, lacking, unopened_assets: Counts.
         bytes_to_read, bytes_to_write, requests: Estimates.
     """
@@ -58,7 +58,13 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
     return {
         "resampled_share": resampled_share(planned.values(), grid),
         "offset_verdicts": {
-            one.scene.id: {"verdict": one.verdict, "dn_offset": one.dn_offset, "evidence": one.scene.offset_evidence}
+            one.scene.id: {
+                "verdict": one.verdict,
+                "dn_offset": one.dn_offset,
+                "evidence": one.scene.offset_evidence,
+                "witnesses": [witness.to_dict() for witness in one.scene.witnesses],
+                "pixels": one.probe.reading.to_dict() if one.probe and one.probe.reading else None,
+            }
             for one in members
         },
         "scenes": len(members),

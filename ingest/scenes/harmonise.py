@@ -17,6 +17,7 @@ from ingest.scenes.footprint import footprint_of, to_geojson
 from ingest.scenes.identity import (
     acquisition_time,
     baseline_of,
+    baselines_of,
     datatake_of,
     first_of,
     number_of,
@@ -27,7 +28,7 @@ from ingest.scenes.identity import (
     tile_of,
     whole_of,
 )
-from ingest.scenes.offsets import decide_offset
+from ingest.scenes.offsets import decide_offset, hear_witnesses
 from ingest.scenes.scene import AssetRef, Scene
 from ingest.trust.hrefs import HrefPolicy, resolve_href
 from ingest.trust.providers import find_provider, trusted_hosts
@@ -86,16 +87,14 @@ def harmonise(
     assets, lacking = _assets(item, product, config, base=base, policy=policy, notes=notes)
     footprint, bounds = footprint_of(item, where)
     names = product_names(item)
-    baseline = baseline_of(properties, names)
-    dn_offset, evidence = decide_offset(
-        product,
-        provider,
-        collection or product.name,
-        properties,
-        baseline,
-        stated=_stated_offsets(item["assets"], assets),
-        promised=_stated_offsets(item_assets or {}, assets),
-    )
+    baselines = baselines_of(properties, names, [asset.href for asset in assets.values()])
+    baseline = baseline_of(baselines)
+    offsets = {
+        "stated": _stated_offsets(item["assets"], assets),
+        "promised": _stated_offsets(item_assets or {}, assets),
+    }
+    about = (product, provider, collection or product.name, properties)
+    dn_offset, evidence = decide_offset(*about, baseline, **offsets)
     moment, created = (
         acquisition_time(properties, where, notes),
         first_of(properties, "created", "s2:generation_time", "sentinel2:generation_time"),
@@ -122,6 +121,7 @@ def harmonise(
         offset_evidence=evidence,
         notes=tuple(notes),
         product=product.name,
+        witnesses=hear_witnesses(*about, baselines, **offsets),
     )
     _refuse_half_characters(scene, where)
     return scene
@@ -133,7 +133,8 @@ def _refuse_half_characters(scene: Scene, where: str) -> None:
     Raises:
         InvalidInput: A name or text of the scene has one.
     """
-    texts = [value for value in vars(scene).values() if isinstance(value, str)]
+    texts = [str(one) for one in scene.witnesses]
+    texts += [value for value in vars(scene).values() if isinstance(value, str)]
     texts += [text for ref in scene.assets.values() for text in vars(ref).values() if isinstance(text, str)]
     try:
         "".join((*texts, *scene.notes)).encode()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from ingest.scenes.witnesses import Witness
 from zarr_store.grid import Grid
 from zarr_store.notebook import facts_table
 
@@ -95,6 +96,7 @@ class Scene:
         dn_offset: Number that must be ADDED to a digital number by the metadata: 0 or -1000.
         offset_evidence: Reason for `dn_offset`.
         notes: Remarks for the person who reads the plan: refused hrefs, ignored metadata, an unknown CRS.
+        witnesses: All that the metadata say about the offset; empty for scenes of older releases.
         product: Name of the product rule in `ingest.request.products`, e.g. "sentinel-2-l2a".
 
     Example:
@@ -125,6 +127,7 @@ class Scene:
     offset_evidence: str = ""
     notes: tuple[str, ...] = ()
     product: str = ""
+    witnesses: tuple[Witness, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -160,6 +163,7 @@ class Scene:
             "footprint": dict(self.footprint),
             "bbox": list(self.bbox),
             "notes": list(self.notes),
+            "witnesses": [one.to_dict() for one in self.witnesses],
         }
 
     @classmethod
@@ -173,5 +177,6 @@ class Scene:
                 "lacking": tuple(data["lacking"]),
                 "bbox": (west, south, east, north),
                 "notes": tuple(data.get("notes", ())),
+                "witnesses": tuple(Witness.from_dict(one) for one in data.get("witnesses", ())),
             }
         )
