@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from ingest.raster.limits import Access
 
-__all__ = ["AssetProbe", "SceneProbe", "probe_scenes"]
+__all__ = ["AssetProbe", "SceneProbe", "measure_offset", "probe_scenes"]
 
 log = logging.getLogger(__name__)
 
@@ -352,22 +352,28 @@ def _sample(dataset: DatasetReader, *, closely: bool = False) -> Sample:
     return Sample(tuple(read_window(dataset, window=window) for window in windows), full_resolution=True)
 
 
-def _look_closely(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig, access: Access) -> OffsetReading:
-    """Read windows at full resolution of all visible bands of a scene whose first pixels contradict its metadata.
+def measure_offset(
+    scene: Scene, access: Access, known: Mapping[str, OffsetReading] | None = None
+) -> OffsetReading | None:
+    """Read windows at full resolution of all visible bands of a scene, and decide what they say about its offset.
 
-    A band that cannot be read now tells nothing, and leaves what the first pixels said.
+    A band that cannot be read now tells nothing.
+
+    Args:
+        scene: The scene; only its readable assets may be given.
+        access: Limits and retries.
+        known: Band → reading of pixels that were read before, which is replaced unless it is of the file's own pixels.
+
+    Returns:
+        The reading; None for a product or bands that cannot tell, or if nothing could be read.
     """
     from ingest.raster.access import with_asset
 
-    band = _offset_band(scene)
-    assert band is not None, "a scene that is in doubt has a band that shows the offset"
-    first = headers[band].sample
-    assert first is not None, "its pixels were read"
-    readings = {band: first.reading}
-    for name in _VISIBLE:
-        asset = scene.assets.get(name)
-        header = headers.get(name)
-        if asset is None or header is None or header.probe.error or (name == band and first.full_resolution):
+    bluest = _offset_band(scene)
+    readings = dict(known or {})
+    for band in _VISIBLE if bluest else ():
+        asset = scene.assets.get(band)
+        if asset is None or asset.kind != "data" or (band in readings and readings[band].windows):
             continue
         try:
             sample = with_asset(
@@ -376,8 +382,10 @@ def _look_closely(scene: Scene, headers: Mapping[str, _Header], config: IngestCo
         except (AssetUnreadable, InvalidInput) as error:
             log.warning("%s", error)
             continue
-        readings[name] = sample.reading
-    return combine_bands(readings[band], [reading for name, reading in readings.items() if name != band])
+        readings[band] = sample.reading
+    if bluest is None or bluest not in readings:
+        return None
+    return combine_bands(readings[bluest], [reading for band, reading in readings.items() if band != bluest])
 
 
 def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig, access: Access) -> SceneProbe:
@@ -387,7 +395,8 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
     header = headers.get(band) if band else None
     reading = header.sample.reading if header is not None and header.sample is not None else None
     if reading is not None and needs_closer_look(scene, reading):
-        reading = _look_closely(scene, headers, config, access)
+        readable = {name: asset for name, asset in scene.assets.items() if not headers[name].probe.error}
+        reading = measure_offset(replace(scene, assets=readable), access, {band: reading} if band else None)
     if header is not None and header.sample is not None:
         scale = next(rule.scale for rule in PRODUCTS if rule.name == scene.product)
         odd = explain_wrong_scale(np.concatenate([part.ravel() for part in header.sample.windows]), scale)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ from rasterio.enums import Resampling
 from ingest.plan.making import make_plan
 from ingest.plan.plan import Plan
 from ingest.plan.probe import probe_scenes
+from ingest.plan.task import PlannedScene, ShardTask
 from ingest.request.config import IngestConfig
+from ingest.run.loop import run
 from ingest.run.shard import fill_shard
 from ingest.scenes.identity import baseline_of, baselines_of
 from ingest.scenes.offsets import read_offset
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import find_scenes
 from ingest.testing import write_raster
+from ingest.upkeep.repair import verify_sources
 from zarr_store.grid import Grid
 
 Dn = npt.NDArray[np.uint16]
@@ -186,3 +191,44 @@ def test_a_contradiction_is_looked_at_again_in_windows_of_the_file(
     assert probe.reading is not None
     assert probe.reading.windows == 9
     assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
+
+
+def older(plan: Plan, *, offset: int, **entry: Any) -> Plan:
+    """The plan as an earlier release made it: another offset, and none of what was weighed."""
+    document = json.loads(plan.to_json())
+    (verdict,) = document["facts"]["sentinel-2-l2a"]["offset_verdicts"].values()
+    del verdict["witnesses"], verdict["pixels"]
+    verdict.update(dn_offset=offset, **entry)
+    (row,) = document["items"]["sentinel-2-l2a"]
+    row["dn_offset"] = offset
+    row["baseline"] = "02.11" if entry["verdict"] == "inconclusive" else row["baseline"]
+    for scene in document["scenes"]["sentinel-2-l2a"]:
+        scene["dn_offset"] = offset
+    recipe = plan.recipes[0]
+    sources = tuple(PlannedScene.from_dict(one) for one in document["scenes"]["sentinel-2-l2a"])
+    (task,) = plan.tasks
+    made = replace(plan, items={"sentinel-2-l2a": (row,)}, statistics=document["facts"],
+                   tasks=(ShardTask.of(recipe, task.index, task.region, sources),))  # fmt: skip
+    return Plan.from_json(made.to_json())
+
+
+@pytest.mark.parametrize(
+    ("dn", "wrong", "entry", "right"),
+    [
+        (with_water(0.1), 0, {"verdict": "repaired", "evidence": "raster metadata of the item state -1000"}, "-1000"),
+        (ground(1050, 3500), 0, {"verdict": "inconclusive", "evidence": "baseline 02.11"}, "-1000"),
+        (ground(50, 2500), -1000, {"verdict": "unchecked", "evidence": "baseline 05.09"}, r"\+0"),
+    ],
+)
+def test_verify_sources_finds_a_cube_that_was_made_with_the_wrong_offset(
+    plan_of: Callable[..., Plan], tmp_path: Path, local_client: Any, dn: Dn, wrong: int, entry: Any, right: str
+) -> None:
+    plan = plan_of(dn)
+    trust = IngestConfig(allow_local=(str(tmp_path),))
+    run(older(plan, offset=wrong, **entry), tmp_path / "wrong.zarr", client=local_client)
+    (found,) = verify_sources(tmp_path / "wrong.zarr", trust).different
+    assert found.pixels == SIDE**2
+    assert re.search(f"stored with an offset of {wrong:+d}, right is {right}".replace("of +", r"of \+"), str(found))
+    run(plan, tmp_path / "right.zarr", client=local_client)
+    sound = verify_sources(tmp_path / "right.zarr", trust)
+    assert (sound.checked, sound.different, sound.unread) == (1, (), ())
