@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorstore as ts
 
+from zarr_store.attributes import flatten_attributes, unpack_attribute
 from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, TerrashardError, UnknownName
@@ -151,7 +152,10 @@ class Cube:
         data = self._store.read(key)
         if data is None:
             raise IntegrityError(f"{self._store.where(key)} is absent, but the cube lists {collection}; restore it")
-        found = _attributes(self._store, key, data).get("terrashard")
+        try:
+            found = unpack_attribute(_attributes(self._store, key, data).get("terrashard"))
+        except ValueError as error:
+            raise IntegrityError(f"{self._store.where(key)}: {error}; restore the file") from error
         if not isinstance(found, dict):
             raise IntegrityError(f"{self._store.where(key)} has no terrashard attributes; restore the file")
         return found
@@ -219,7 +223,7 @@ class Cube:
             judges = axis_judges(spec.grid.height, spec.grid.width, bands=len(spec.bands))
             for array in spec.arrays():
                 judges[array.name] = self._pixel_judge(spec, array.name)
-            opened = open_group(self._store, collection, judges)
+            opened = flatten_attributes(open_group(self._store, collection, judges))
         if chunks is None and not (scaled or masked):
             return opened
         from zarr_store.blocks import cut_into_blocks, decode
