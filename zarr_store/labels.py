@@ -3,8 +3,8 @@
     CUBE/labels/NAME/label (y, x)   uint8 class value, 255 = not labelled; or float32 value, nan = not labelled
     CUBE/labels/index.json          name → digest of every layer
 
-A layer holds for all dates and all collections of the cube. It is a Zarr group of its own with coordinates, so xarray,
-GDAL and QGIS open it, and it appears whole or not at all: the index names it last, so that a run that dies in between
+A layer holds for all dates and all collections of the cube. It is a Zarr group of its own with coordinates, so xarray
+opens it by its path, and it appears whole or not at all: the index names it last, so that a run that dies in between
 leaves at most a layer that the index does not list, which the same command then finds.
 """
 
