@@ -30,9 +30,15 @@ def unpack_attribute(value: Any) -> Any:
 
 def flatten_attributes(dataset: xr.Dataset) -> xr.Dataset:
     """Give a dataset attributes that any format can hold, netCDF 3 too: numbers, texts, and lists of numbers."""
-    for holder in (dataset, *dataset.variables.values()):
-        holder.attrs = {name: _flat(value) for name, value in holder.attrs.items() if _flat(value) is not None}
+    dataset.attrs = _all_flat(dataset.attrs)
+    for variable in dataset.variables.values():
+        variable.attrs = _all_flat(variable.attrs)
     return dataset
+
+
+def _all_flat(attributes: Mapping[Any, Any]) -> dict[Any, Any]:
+    flat = {name: _flat(value) for name, value in attributes.items()}
+    return {name: value for name, value in flat.items() if value is not None}
 
 
 def _flat(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from zarr_store.bounded import load_json
 from zarr_store.store import Store
@@ -42,7 +43,7 @@ def with_labels(store: Store, root: bytes, names: Iterable[str]) -> bytes:
     copy = document.get("consolidated_metadata")
     if not isinstance(copy, dict) or not isinstance(copy.get("metadata"), dict):
         return root
-    labels = {}
+    labels: dict[str, Any] = {}
     for name in sorted(names):
         keys = [f"{LABELS}/{name}", *(f"{LABELS}/{name}/{array}" for array in _ARRAYS)]
         parts = {key: store.read(f"{key}/zarr.json") for key in keys}

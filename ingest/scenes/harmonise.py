@@ -89,12 +89,9 @@ def harmonise(
     names = product_names(item)
     baselines = baselines_of(properties, names, [asset.href for asset in assets.values()])
     baseline = baseline_of(baselines)
-    offsets = {
-        "stated": _stated_offsets(item["assets"], assets),
-        "promised": _stated_offsets(item_assets or {}, assets),
-    }
+    stated, promised = (_stated_offsets(raw, assets) for raw in (item["assets"], item_assets or {}))
     about = (product, provider, collection or product.name, properties)
-    dn_offset, evidence = decide_offset(*about, baseline, **offsets)
+    dn_offset, evidence = decide_offset(*about, baseline, stated=stated, promised=promised)
     moment, created = (
         acquisition_time(properties, where, notes),
         first_of(properties, "created", "s2:generation_time", "sentinel2:generation_time"),
@@ -121,7 +118,7 @@ def harmonise(
         offset_evidence=evidence,
         notes=tuple(notes),
         product=product.name,
-        witnesses=hear_witnesses(*about, baselines, **offsets),
+        witnesses=hear_witnesses(*about, baselines, stated=stated, promised=promised),
     )
     _refuse_half_characters(scene, where)
     return scene

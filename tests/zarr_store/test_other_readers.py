@@ -67,7 +67,7 @@ def test_indices_and_backscatter_name_their_nodata(tmp_path: Path, spec: CubeSpe
 
 
 @pytest.mark.parametrize("how", [{}, {"scaled": True, "masked": True}])
-def test_a_dataset_goes_into_netcdf_and_back(cube_path: Path, tmp_path: Path, how: dict[str, bool]) -> None:
+def test_a_dataset_goes_into_netcdf_and_back(cube_path: Path, tmp_path: Path, how: dict[str, Any]) -> None:
     dataset = open_cube(cube_path).dataset(NAME, **how)
     dataset.to_netcdf(tmp_path / "copy.nc")
     with xr.open_dataset(tmp_path / "copy.nc") as copy:

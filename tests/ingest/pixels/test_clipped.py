@@ -63,7 +63,7 @@ def test_dark_water_that_was_clipped_is_observed(tmp_path: Path, reduce: str, ma
 
 
 def test_without_classes_the_other_bands_decide(tmp_path: Path) -> None:
-    only = {"bands": ("blue", "red", "nir"), "mask": "none"}
+    only: dict[str, Any] = {"bands": ("blue", "red", "nir"), "mask": "none"}
     made = pixels()
     made["red"][EDGE] = 3  # what a lossy overview smears over the edge of a swath
     values, status = filled(plan_of(tmp_path / "dark", made, **only))
