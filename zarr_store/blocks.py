@@ -25,8 +25,10 @@ __all__ = ["Blocks", "cut_into_blocks", "decode"]
 Blocks = Literal["shards", "chunks"]
 """One block of a Dask array is a whole shard (one file) or a chunk (the unit of compression)."""
 
-_HOW_STORED = ("reflectance_scale", "reflectance_offset", "index_scale", "index_nodata")
+_HOW_STORED = ("reflectance_scale", "reflectance_offset", "index_scale", "index_nodata", "comment")
 """Attributes with the factors of stored numbers; they are dropped from arrays that hold physical numbers."""
+_OF_INTEGERS = ("_FillValue",)
+"""Attributes that are wrong for floats, in which NaN is no data."""
 
 
 def cut_into_blocks(dataset: xr.Dataset, spec: CubeSpec, blocks: Blocks) -> xr.Dataset:
@@ -76,7 +78,8 @@ def decode(dataset: xr.Dataset, spec: CubeSpec, *, scaled: bool, masked: bool) -
     for name, rule in rules.items():
         stored = dataset[name].variable
         lazy = indexing.LazilyIndexedArray(_Decoded(stored, status, rule if scaled else None))
-        attributes = {key: value for key, value in stored.attrs.items() if not (scaled and key in _HOW_STORED)}
+        dropped = (*_OF_INTEGERS, *(_HOW_STORED if scaled else ()))
+        attributes = {key: value for key, value in stored.attrs.items() if key not in dropped}
         # the encoding is that of whole numbers: floats written with it would be cut to integers
         encoding = {key: value for key, value in stored.encoding.items() if key in ("grid_mapping", "coordinates")}
         arrays[name] = xr.Variable(stored.dims, lazy, {**attributes, **({"units": "1"} if scaled else {})}, encoding)

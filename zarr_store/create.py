@@ -16,6 +16,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from zarr_store.attributes import pack_attribute
 from zarr_store.backends import open_store, store_for
 from zarr_store.errors import CubeMismatch, InvalidInput
 from zarr_store.georeference import georeference
@@ -125,7 +126,7 @@ def lay_out(
             spec.collection,
             attributes={
                 **georeference(spec.grid.to_dict(), spec.grid.bounds, spec.grid.wkt),
-                "terrashard": described[spec.collection],
+                "terrashard": pack_attribute(described[spec.collection]),
             },
         )
         time_chunk = (time_chunks or {}).get(spec.collection, _TIME_CHUNK)
@@ -312,12 +313,13 @@ def _write_coordinates(group: zarr.Group, spec: CubeSpec, grid: Any, time_chunk:
             attributes=attributes,
         )
         array[...] = data
+    wavelengths = [b.wavelength_um for b in spec.bands]
     band = group.create_array(
         "band",
         shape=(len(spec.bands),),
         dtype="str",
         dimension_names=("band",),
-        attributes={"wavelength_um": [b.wavelength_um for b in spec.bands]},
+        attributes={} if None in wavelengths else {"wavelength_um": wavelengths},
     )
     band[...] = np.array(spec.band_names, dtype=object)
     a, _, c, _, e, f = grid.transform
@@ -335,7 +337,7 @@ def _write_coordinates(group: zarr.Group, spec: CubeSpec, grid: Any, time_chunk:
 
 
 def _consolidate(target: Any, groups: Sequence[str]) -> None:
-    # Only `create_cube` and `grow_cube` change metadata, and both come through here: the copy cannot go stale.
+    # `create_cube` and `grow_cube` change metadata and come through here; label layers are added by `list_labels`.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         for group in sorted(groups, key=len, reverse=True):

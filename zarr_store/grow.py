@@ -16,6 +16,7 @@ from typing import Any
 from zarr.storage import MemoryStore
 
 from zarr_store.backends import open_store
+from zarr_store.consolidated import LABELS, with_labels
 from zarr_store.create import Items, describe, lay_out, list_differences
 from zarr_store.errors import CubeMismatch, IntegrityError
 from zarr_store.read import Cube, open_cube
@@ -55,6 +56,8 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
         time_chunks={spec.collection: _time_chunk(store, spec.collection) for spec in specs},
     )
     documents = {key: bytes(buffer.to_bytes()) for key, buffer in fresh.items()}
+    if layers := _label_layers(store):
+        documents["zarr.json"] = with_labels(store, documents["zarr.json"], layers)
     changed = [key for key in sorted(documents, key=_order) if store.read(key) != documents[key]]
     for key in changed:
         if key.endswith("zarr.json"):
@@ -62,6 +65,12 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
     for key in changed:
         store.write(key, documents[key])
     return len(changed)
+
+
+def _label_layers(store: Store) -> list[str]:
+    """Names of the label layers that the cube lists."""
+    listed = store.read(f"{LABELS}/index.json")
+    return sorted(_parsed(store, f"{LABELS}/index.json", listed)) if listed is not None else []
 
 
 def _order(key: str) -> tuple[int, str]:

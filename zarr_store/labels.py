@@ -3,8 +3,8 @@
     CUBE/labels/NAME/label (y, x)   uint8 class value, 255 = not labelled; or float32 value, nan = not labelled
     CUBE/labels/index.json          name → digest of every layer
 
-A layer holds for all dates and all collections of the cube. It is a Zarr group of its own with coordinates, so xarray,
-GDAL and QGIS open it, and it appears whole or not at all: the index names it last, so that a run that dies in between
+A layer holds for all dates and all collections of the cube. It is a Zarr group of its own with coordinates, so xarray
+opens it by its path, and it appears whole or not at all: the index names it last, so that a run that dies in between
 leaves at most a layer that the index does not list, which the same command then finds.
 """
 
@@ -23,8 +23,10 @@ import tensorstore as ts
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from zarr_store.attributes import pack_attribute, unpack_attribute
 from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
+from zarr_store.consolidated import LABELS, list_labels
 from zarr_store.crash import crashpoint
 from zarr_store.errors import CubeMismatch, IntegrityError, InvalidInput, UnknownName
 from zarr_store.folder import FolderStore
@@ -56,7 +58,7 @@ LabelKind = Literal["classes", "values"]
 Box = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 _FORMAT = 1
-_FOLDER, _INDEX, _ARRAY = "labels", "index.json", "label"
+_FOLDER, _INDEX, _ARRAY = LABELS, "index.json", "label"
 _DTYPES: dict[LabelKind, str] = {"classes": "uint8", "values": "float32"}
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
 
@@ -206,6 +208,7 @@ def write_label(
         if there is not None:
             if _same(there.spec.origin, spec.origin):
                 _list(folder, spec.name, there.digest)
+                list_labels(open_store(cube.url), _read_index(folder))
                 return there, False
             if not replace:
                 raise CubeMismatch(
@@ -222,6 +225,8 @@ def write_label(
         layer = _open(cube.url, spec.name)
         assert layer is not None
         _list(folder, spec.name, layer.digest)
+        crashpoint("before a label layer is in the root's metadata")
+        list_labels(open_store(cube.url), _read_index(folder))
     return layer, True
 
 
@@ -289,15 +294,17 @@ def _fill(
     if spec.kind == "classes":
         array.attrs.update({"flag_values": [v for v, _ in spec.classes],
                             "flag_meanings": " ".join(name.replace(" ", "_") for _, name in spec.classes)})  # fmt: skip
-    root.attrs["terrashard"] = {
-        "labels": _FORMAT,
-        "spec": spec.to_dict(),
-        "grid": grid.to_dict(),
-        "digest": digest.hexdigest(),
-        "labelled": labelled,
-        "counts": {name: int(tally[value]) for value, name in spec.classes},
-        "shards": {key: fresh.digest(key) for key in written},
-    }
+    root.attrs["terrashard"] = pack_attribute(
+        {
+            "labels": _FORMAT,
+            "spec": spec.to_dict(),
+            "grid": grid.to_dict(),
+            "digest": digest.hexdigest(),
+            "labelled": labelled,
+            "counts": {name: int(tally[value]) for value, name in spec.classes},
+            "shards": {key: fresh.digest(key) for key in written},
+        }
+    )
 
 
 def _open(url: str, name: str) -> LabelLayer | None:
@@ -306,7 +313,7 @@ def _open(url: str, name: str) -> LabelLayer | None:
     if data is None:
         return None
     try:
-        about = load_json(data, store.where("zarr.json"))["attributes"]["terrashard"]
+        about = unpack_attribute(load_json(data, store.where("zarr.json"))["attributes"]["terrashard"])
         if about["labels"] != _FORMAT:
             raise InvalidInput(f"{store.url} has label format {about['labels']}, this release reads {_FORMAT}")
         grid = Grid.from_dict(about["grid"])

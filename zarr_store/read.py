@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorstore as ts
 
+from zarr_store.attributes import flatten_attributes, unpack_attribute
 from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.empty import fill_empty, read_empty
@@ -152,7 +153,10 @@ class Cube:
         data = self._store.read(key)
         if data is None:
             raise IntegrityError(f"{self._store.where(key)} is absent, but the cube lists {collection}; restore it")
-        found = _attributes(self._store, key, data).get("terrashard")
+        try:
+            found = unpack_attribute(_attributes(self._store, key, data).get("terrashard"))
+        except ValueError as error:
+            raise IntegrityError(f"{self._store.where(key)}: {error}; restore the file") from error
         if not isinstance(found, dict):
             raise IntegrityError(f"{self._store.where(key)} has no terrashard attributes; restore the file")
         return found
@@ -220,7 +224,7 @@ class Cube:
             checks = axis_checks(spec.grid.height, spec.grid.width, bands=len(spec.bands))
             for array in spec.arrays():
                 checks[array.name] = self._pixel_check(spec, array.name)
-            opened = open_group(self._store, collection, checks)
+            opened = flatten_attributes(open_group(self._store, collection, checks))
         if chunks is None and not (scaled or masked):
             return opened
         from zarr_store.blocks import cut_into_blocks, decode

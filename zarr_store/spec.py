@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import math
+import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
@@ -45,6 +48,13 @@ def overview_positions(size: int) -> np.ndarray:
     [4, 12, 17]
     """
     return np.minimum(np.arange(0, size, OVERVIEW_FACTOR) + OVERVIEW_FACTOR // 2, size - 1)
+
+
+def _fill_attribute(dtype: str, nodata: float) -> int | str:
+    """The attribute `_FillValue` as xarray has it in Zarr 3: a whole number, or for floats a double in base64."""
+    if np.dtype(dtype).kind == "f":
+        return base64.standard_b64encode(struct.pack("<d", math.nan)).decode()
+    return int(nodata)
 
 
 Kind = Literal["reflectance", "backscatter"]
@@ -260,9 +270,15 @@ class CubeSpec:
         main: dict[str, Any] = {"long_name": self.kind}
         scales = {(b.scale, b.offset) for b in self.bands}
         if scales != {(1.0, 0.0)} and len(scales) == 1:
-            # named so that xarray's CF decoding leaves the integers alone: floats are made on the device
-            main |= {"reflectance_scale": self.bands[0].scale, "reflectance_offset": self.bands[0].offset}
+            # named so that xarray's CF decoding does not scale the numbers: reflectance is made on the device
+            scale, offset = self.bands[0].scale, self.bands[0].offset
+            main |= {
+                "reflectance_scale": scale,
+                "reflectance_offset": offset,
+                "comment": f"reflectance = stored * {scale:g} + {offset:g}; 0 is no data, 65535 is saturated",
+            }
         nodata = self.bands[0].nodata
+        main["_FillValue"] = _fill_attribute(MAIN_ARRAYS[self.kind], nodata or 0)
         return (
             ArraySpec(
                 self.kind,
@@ -311,9 +327,11 @@ class CubeSpec:
                         "formula": index.formula,
                         "bands": list(index.bands),
                         "references": index.source,
-                        # named so that xarray's CF decoding leaves the integers alone, as it does with reflectance
+                        # named so that xarray's CF decoding does not scale the numbers, as with reflectance
                         "index_scale": index.scale,
                         "index_nodata": index.nodata,
+                        "comment": f"value = stored * {index.scale:g}; {index.nodata} is no data",
+                        "_FillValue": index.nodata,
                     },
                 )
                 for index in self.derived

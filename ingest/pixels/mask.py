@@ -1,11 +1,13 @@
 """Masking: which pixels of one source's window are observed, and which of them are masked.
 
-A pixel is observed where every band has a value. It is masked where its class is among the masked ones: cloud, shadow
+A pixel is observed where every band has a value; 0 is one where the other bands and the class show that a provider
+clipped a dark pixel there. It is masked where its class is among the masked ones: cloud, shadow
 and so on. Growing the mask needs pixels beyond the window, so classes are read with a halo, and shards have no seams.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -15,13 +17,15 @@ from scipy import ndimage
 
 from zarr_store.grid import Grid
 
-__all__ = ["disc", "halo_pixels", "mask_classes", "observed"]
+__all__ = ["clipped_pixels", "disc", "halo_pixels", "mask_classes", "observed"]
 
 Bool = npt.NDArray[np.bool_]
 Scale = tuple[float, float]
 """Metres on the ground in one unit of a CRS, along x and y."""
 NO_DATA_CLASS = 0
 """Class value of pixels without data."""
+_NEVER = 100
+"""Count of zero bands of a pixel that is no clipped one; more than any product has bands."""
 _STRIP_PIXELS = 1 << 18
 """Pixels that are compared at once, so that they stay in the processor's cache."""
 
@@ -42,6 +46,52 @@ def observed(bands: Sequence[npt.NDArray[np.generic]], classes: npt.NDArray[np.u
     if classes is not None:
         seen &= classes != NO_DATA_CLASS
     return seen
+
+
+_DARK_DN = (50, 2000)
+"""Range of the brightest other band of a pixel that is dark ground, and no smeared edge of a swath and no hole."""
+
+
+def clipped_pixels(
+    bands: Sequence[npt.NDArray[np.uint16]],
+    classes: npt.NDArray[np.uint8] | None,
+    *,
+    may_be_zero: Sequence[bool],
+    finest: Sequence[bool],
+) -> Bool:
+    """The pixels of which some bands hold 0 as a number: reflectance that a provider clipped, and not "no data".
+
+    Such a pixel has a value in another band of the finest pixels, and a class that is not 0: classes are made of all
+    bands together. Without classes the other bands decide: at least half of them have a value, and it is dark.
+
+    Args:
+        bands: Numbers (y, x), 0 where there is no data or a clipped value.
+        classes: Class layer (y, x), or None.
+        may_be_zero: Whether 0 may be a number of the band: not where its file has a mask or another nodata value.
+        finest: Whether the band has the smallest pixels: at the edge of a swath larger pixels reach beyond it.
+
+    Returns:
+        (y, x).
+
+    >>> nir, blue = np.array([[0, 0, 900]], np.uint16), np.array([[0, 250, 250]], np.uint16)
+    >>> clipped_pixels([blue, nir], None, may_be_zero=[True, True], finest=[True, True]).tolist()
+    [[False, True, False]]
+    """
+    count = np.zeros(bands[0].shape, np.uint8)
+    some = np.zeros(bands[0].shape, bool)
+    for band, fine, may in zip(bands, finest, may_be_zero, strict=True):
+        zero = band == 0
+        count += zero
+        count[zero & (not may)] = _NEVER
+        if fine:
+            some |= ~zero
+    clipped: Bool = some & (count > 0) & (count < _NEVER)
+    if classes is not None:
+        clipped &= classes != NO_DATA_CLASS
+    elif clipped.any():
+        brightest = functools.reduce(np.maximum, bands)
+        clipped &= (2 * count <= len(bands)) & (brightest >= _DARK_DN[0]) & (brightest <= _DARK_DN[1])
+    return clipped
 
 
 def _has_value(band: npt.NDArray[np.generic]) -> Bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ingest.pixels.mask import observed
+from ingest.pixels.mask import clipped_pixels, observed
 from zarr_store.spec import STATUS_MASKED, STATUS_NODATA, STATUS_OBSERVED
 
 __all__ = ["harmonise_dn", "lay_source"]
@@ -37,6 +37,8 @@ def lay_source(
     inside: Bool | None = None,
     nodata: float = 0,
     harmonised: Pixels | None = None,
+    told: Sequence[bool] | None = None,
+    finest: Sequence[bool] | None = None,
 ) -> Bool:
     """Put one source into the arrays of a shard.
 
@@ -54,6 +56,8 @@ def lay_source(
         inside: Pixels (y, x) of the area that is wanted; None for all.
         nodata: No-data value of the main array.
         harmonised: Array (band, y, x) that also gets the harmonised numbers of all pixels; None to keep none.
+        told: Whether the file of each band says by a mask or another value than 0 where it has no data; None for none.
+        finest: Whether each band has the finest pixels of the source; None for all.
 
     Returns:
         (y, x): the pixels that this source sees clear.
@@ -72,7 +76,18 @@ def lay_source(
             harmonise_dn(band, offset, out) if band.dtype == np.uint16 else _copied(band, out)
             for band, offset, out in zip(raw, dn_offsets, outs, strict=True)
         ]
-        seen = observed(values, seen_classes.get(mask_layer))
+        scl = seen_classes.get(mask_layer)
+        seen = observed(values, scl)
+        if len(values) > 1 and values[0].dtype == np.uint16 and not seen.all():
+            # without classes, 0 is no number of a band that still carries the offset: it would be far below black
+            may = [not t and (scl is not None or o == 0) for t, o in zip(told or [False] * len(values), dn_offsets,
+                                                                         strict=True)]  # fmt: skip
+            clipped = clipped_pixels(values, scl, may_be_zero=may, finest=finest or [True] * len(values))
+            if clipped.any():
+                own = fresh or harmonised is not None
+                values = [_raised(band, clipped, in_place=own or o != 0) for band, o in zip(values, dn_offsets,
+                                                                                          strict=True)]  # fmt: skip
+                seen |= clipped
         if inside is not None:
             seen &= inside[strip]
         here = np.greater(seen, masked[strip], out=clear[strip])  # seen and not masked
@@ -142,6 +157,16 @@ def _paste(view: Pixels, pixels: Pixels | np.generic, wins: Bool, whole: bool) -
         view[...] = pixels
     else:
         np.copyto(view, pixels, where=wins)
+
+
+def _raised(band: Pixels, clipped: Bool, *, in_place: bool) -> Pixels:
+    """The band with 1, its smallest number, in place of 0 at clipped pixels: a stored 0 always means "no data"."""
+    zero = clipped & (band == 0)
+    if not zero.any():
+        return band
+    raised = band if in_place else band.copy()
+    raised[zero] = 1
+    return raised
 
 
 def _copied(band: Pixels, out: Pixels | None) -> Pixels:

@@ -26,6 +26,7 @@ from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS, BandChoice, ProductRule
 from ingest.scenes.footprint import box_region, meets
 from ingest.scenes.scene import AssetRef, Scene
+from ingest.trust.redact import redact_url
 from zarr_store.errors import AssetUnreadable, InvalidInput, NothingFound
 from zarr_store.grid import Bounds, Grid, check_on_earth
 from zarr_store.regions import Region
@@ -160,8 +161,10 @@ def refuse_unopened(probed: Sequence[ProbedScene]) -> None:
         for band, asset_probe in (one.probe.assets if one.probe else {}).items():
             asset = one.scene.assets.get(band)
             if asset is not None and asset_probe.error:
+                named = asset_probe.error.startswith("scene ")  # as errors of reading are
+                where = "" if named else f"scene {one.scene.id}, asset {asset.key} ({redact_url(asset.href)}): "
                 unreadable = AssetUnreadable(
-                    f"{asset_probe.error} (and no other file of {len(probed)} scenes could be opened)"
+                    f"{where}{asset_probe.error} (and no other file of {len(probed)} scenes could be opened)"
                 )
                 unreadable.asset = asset.key
                 raise unreadable

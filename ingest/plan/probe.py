@@ -27,7 +27,15 @@ from ingest.raster.ranges import find_range_file
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS
 from ingest.scenes.footprint import box_region, meets
-from ingest.scenes.offsets import Verdict, explain_wrong_scale, read_offset, settle_offset
+from ingest.scenes.offsets import (
+    OffsetReading,
+    Verdict,
+    combine_bands,
+    explain_wrong_scale,
+    needs_closer_look,
+    read_offset,
+    settle_offset,
+)
 from ingest.scenes.scene import AssetRef, Scene
 from ingest.trust.waits import crew
 from zarr_store.errors import AssetUnreadable, InvalidInput, TerrashardError
@@ -37,8 +45,9 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
     from ingest.raster.limits import Access
+    from ingest.raster.values import Values
 
-__all__ = ["AssetProbe", "SceneProbe", "probe_scenes"]
+__all__ = ["AssetProbe", "SceneProbe", "measure_offset", "probe_scenes"]
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +60,9 @@ _VISIBLE = ("coastal", "blue", "green", "red")
 _SAMPLE_SIDE = 512
 """Longest side of a sample, in pixels."""
 _FULL_READ_PIXELS = 2048 * 2048
-"""Largest raster that is read whole for a sample, in pixels."""
+"""Largest raster without overviews that is read whole for a sample, in pixels."""
+_SMALL_PIXELS = 1024 * 1024
+"""Largest raster that is read whole although it has overviews, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,7 @@ class SceneProbe:
         verdict: "confirmed" and "repaired": the pixels decided; "contradicted": they disagree and the policy keeps the
             metadata; "inconclusive": clouds, snow or too few pixels; "unchecked": no band that could tell.
         share_below_1000: Share of valid DN in 1…999 of the bluest band.
+        reading: What the pixels say about the offset; None if none were read.
         valid_share: Share of the region, or of the scene's raster where that is smaller, that has data; None where
             unknown.
         cloud_share: Share of the pixels with data in the region that are of masked classes; None without a class layer.
@@ -130,6 +142,7 @@ class SceneProbe:
     discrepancies: tuple[str, ...] = ()
     valid_share: float | None = None
     cloud_share: float | None = None
+    reading: OffsetReading | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -140,6 +153,7 @@ class SceneProbe:
             "share_below_1000": self.share_below_1000,
             "valid_share": self.valid_share,
             "cloud_share": self.cloud_share,
+            "reading": self.reading.to_dict() if self.reading else None,
             "discrepancies": list(self.discrepancies),
         }
 
@@ -147,7 +161,32 @@ class SceneProbe:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
         assets = {band: AssetProbe.from_dict(asset) for band, asset in data["assets"].items()}
-        return cls(**{**data, "assets": assets, "discrepancies": tuple(data["discrepancies"])})
+        reading = OffsetReading(**data["reading"]) if data.get("reading") else None
+        return cls(**{**data, "assets": assets, "discrepancies": tuple(data["discrepancies"]), "reading": reading})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pixels of one band.
+
+    Attributes:
+        windows: Parts of the raster.
+        full_resolution: Whether they are pixels of the file, and not of an overview.
+    """
+
+    windows: tuple[npt.NDArray[Any], ...]
+    full_resolution: bool
+
+    @property
+    def reading(self) -> OffsetReading:
+        """What they say about the offset."""
+        return read_offset(*self.windows, full_resolution=self.full_resolution)
+
+    def in_numbers_of_the_cube(self, values: Values) -> Sample:
+        """Return the sample in digital numbers of 1e-4, whatever scale the file has."""
+        if values.factor == 1.0:
+            return self
+        return replace(self, windows=tuple(values.store(window, "uint16", set()) for window in self.windows))
 
 
 @dataclass
@@ -155,7 +194,7 @@ class _Header:
     """The header of one asset, with the sample and the coverage that were read from its pixels."""
 
     probe: AssetProbe
-    sample: npt.NDArray[Any] | None = field(default=None)
+    sample: Sample | None = field(default=None)
     coverage: Coverage | None = None
 
 
@@ -184,16 +223,17 @@ def probe_scenes(
     access = Access.of(config, source)
     with crew(_THREADS) as pool:
         headers = list(pool.map(lambda job: _probe_asset(*job, config=config, access=access), jobs))
-    by_scene: dict[tuple[str, str], dict[str, _Header]] = defaultdict(dict)
-    for (scene, asset), header in zip(jobs, headers, strict=True):
-        by_scene[scene.key][asset.band] = header
-    return {scene.key: _conclude_or_not(scene, by_scene[scene.key], config) for scene in scenes}
+        by_scene: dict[tuple[str, str], dict[str, _Header]] = defaultdict(dict)
+        for (scene, asset), header in zip(jobs, headers, strict=True):
+            by_scene[scene.key][asset.band] = header
+        probes = pool.map(lambda scene: _conclude_or_not(scene, by_scene[scene.key], config, access), scenes)
+        return {scene.key: probe for scene, probe in zip(scenes, probes, strict=True)}
 
 
-def _conclude_or_not(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig) -> SceneProbe:
+def _conclude_or_not(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig, access: Access) -> SceneProbe:
     """The result of `_conclude`, or the headers alone where it fails for a reason that nobody foresaw."""
     try:
-        return _conclude(scene, headers, config)
+        return _conclude(scene, headers, config, access)
     except InvalidInput:  # what --strict and --offset-policy fail ask for
         raise
     except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
@@ -239,8 +279,7 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
         )
         if not with_pixels:
             return _Header(probe)
-        sample = _sample(dataset)
-        return _Header(probe, sample if values.factor == 1.0 else values.store(sample, "uint16", set()))
+        return _Header(probe, _sample(dataset).in_numbers_of_the_cube(values))
 
     try:
         header = with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access)
@@ -310,25 +349,81 @@ def _defect(error: Exception, where: str, config: IngestConfig) -> str:
     return f"{where} cannot be used ({text})"
 
 
-def _sample(dataset: DatasetReader) -> npt.NDArray[Any]:
-    """Read about 512² pixels of the raster: from an overview, or as nine windows where there is none."""
+def _sample(dataset: DatasetReader, *, closely: bool = False) -> Sample:
+    """Read about 512² pixels of the raster, from an overview or as nine windows; of a small raster all pixels.
+
+    Args:
+        dataset: The open file.
+        closely: Never from an overview.
+    """
     from rasterio.windows import Window
 
     height, width = int(dataset.height), int(dataset.width)
-    if dataset.overviews(1) or height * width <= _FULL_READ_PIXELS:
+    overviews = bool(dataset.overviews(1))
+    if height * width <= (_SMALL_PIXELS if overviews else _FULL_READ_PIXELS):
+        whole = read_window(dataset)
+        rows, cols = -(-height // 3), -(-width // 3)
+        parts = [whole[y : y + rows, x : x + cols] for y in range(0, height, rows) for x in range(0, width, cols)]
+        return Sample(tuple(parts), full_resolution=True)
+    if overviews and not closely:
         step = max(1, -(-max(height, width) // _SAMPLE_SIDE))
-        decimated: npt.NDArray[Any] = read_window(dataset, out_shape=(-(-height // step), -(-width // step)))
-        return decimated
-    side = _SAMPLE_SIDE // 3
-    parts = [
-        [read_window(dataset, window=Window(round(x * (width - side)), round(y * (height - side)), side, side))
-         for x in (0.1, 0.5, 0.9)]
+        return Sample((read_window(dataset, out_shape=(-(-height // step), -(-width // step))),), full_resolution=False)
+    rows, cols = min(_SAMPLE_SIDE // 3, height), min(_SAMPLE_SIDE // 3, width)
+    windows = [
+        Window(round(x * (width - cols)), round(y * (height - rows)), cols, rows)
         for y in (0.1, 0.5, 0.9)
-    ]  # fmt: skip
-    return np.block(parts)
+        for x in (0.1, 0.5, 0.9)
+    ]
+    return Sample(tuple(read_window(dataset, window=window) for window in windows), full_resolution=True)
 
 
-def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig) -> SceneProbe:
+def measure_offset(
+    scene: Scene, access: Access, known: Mapping[str, OffsetReading] | None = None
+) -> OffsetReading | None:
+    """Read windows at full resolution of all visible bands of a scene, and decide what they say about its offset.
+
+    A band that cannot be read now tells nothing.
+
+    Args:
+        scene: The scene; only its readable assets may be given.
+        access: Limits and retries.
+        known: Band → reading of pixels that were read before, which is replaced unless it is of the file's own pixels.
+
+    Returns:
+        The reading; None for a product or bands that cannot tell, or if nothing could be read.
+    """
+    from ingest.raster.access import with_asset
+    from ingest.raster.read import values_of
+    from ingest.raster.values import Stated
+
+    def sample_of(file: DatasetReader, asset: AssetRef) -> Sample:
+        values = values_of(Stated.of(file), stored_type(scene, asset), asset)
+        return _sample(file, closely=True).in_numbers_of_the_cube(values)
+
+    bluest = _offset_band(scene)
+    readings = dict(known or {})
+    for band in _VISIBLE if bluest else ():
+        asset = scene.assets.get(band)
+        if asset is None or asset.kind != "data" or (band in readings and readings[band].windows):
+            continue
+        try:
+            sample = with_asset(
+                asset.href,
+                lambda file, asset=asset: sample_of(file, asset),  # type: ignore[misc]  # bound in turn
+                scene=scene.id,
+                asset=asset.key,
+                access=access,
+            )
+        except (AssetUnreadable, InvalidInput) as error:
+            log.warning("%s", error)
+            continue
+        readings[band] = sample.reading
+    if bluest is None or bluest not in readings:
+        return None
+    return combine_bands(readings[bluest], [reading for band, reading in readings.items() if band != bluest])
+
+
+def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig, access: Access) -> SceneProbe:
     """Decide the offset and the coverage of a scene, and list where its files and its metadata disagree."""
     covered = headers.get(_coverage_band(scene) or "")
     coverage = covered.coverage if covered else None
@@ -341,10 +436,13 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
     sentences = remarks + _mismatches(scene, probes)
     band = _offset_band(scene)
     header = headers.get(band) if band else None
-    reading = read_offset(header.sample) if header is not None and header.sample is not None else None
+    reading = header.sample.reading if header is not None and header.sample is not None else None
+    if reading is not None and needs_closer_look(scene, reading):
+        readable = {name: asset for name, asset in scene.assets.items() if not headers[name].probe.error}
+        reading = measure_offset(replace(scene, assets=readable), access, {band: reading} if band else None)
     if header is not None and header.sample is not None:
         scale = next(rule.scale for rule in PRODUCTS if rule.name == scene.product)
-        odd = explain_wrong_scale(header.sample, scale)
+        odd = explain_wrong_scale(np.concatenate([part.ravel() for part in header.sample.windows]), scale)
         if odd and config.running.strict:
             raise InvalidInput(f"scene {scene.id}: {band}: {odd}; leave it out, or go on without --strict")
         sentences += [f"{band}: {odd}"] if odd else []
@@ -359,6 +457,7 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
         discrepancies=(*sentences, *([sentence] if sentence else [])),
         valid_share=coverage.valid if coverage else None,
         cloud_share=coverage.hidden if coverage else None,
+        reading=reading,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,18 +12,16 @@ import numpy as np
 
 from ingest.plan.target import pixel_box
 from ingest.plan.task import PlannedScene, Recipe, ShardTask
-from ingest.raster.resample import nesting_factor
+from ingest.raster.resample import MARGIN_PX, nesting_factor
 from zarr_store.grid import Grid
 
 if TYPE_CHECKING:
     from ingest.plan.candidates import ProbedScene
 
-__all__ = ["collect_statistics", "list_discrepancies", "resampled_share"]
+__all__ = ["collect_statistics", "fetched_pixels", "list_discrepancies", "resampled_share"]
 
 _PACKED = 0.55
 """Stored bytes over decoded bytes of real 10 m reflectance with blosc zstd-3 bitshuffle; an estimate for people."""
-_SOURCE_BLOCK = 512
-"""Side of a source block that the number of requests is estimated with, in pixels."""
 
 
 def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Sequence[ShardTask]) -> dict[str, Any]:
@@ -30,28 +29,31 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
 
     Returns:
         resampled_share: Share of the data pixels that is not a plain copy of source pixels.
-        offset_verdicts: Item id → verdict, offset and evidence.
+        offset_verdicts: Item id → verdict, offset and evidence, and all that was weighed: witnesses and pixels.
         datastrips, catalogue_ids: Item id → start of its datastrip, and its id in the catalogue if that is another.
         scenes, steps, shards, empty_shards, lacking, unopened_assets: Counts.
-        bytes_to_read, bytes_to_write, requests: Estimates.
+        bytes_to_read, bytes_to_write, requests: Estimates; reading counts the whole blocks that each shard fetches.
     """
     grid = recipe.spec.grid
     planned: dict[int, PlannedScene] = {scene.item: scene for task in tasks for scene in task.sources}
     probes = {one.scene.id: one.probe for one in members}
     bytes_read = requests = 0
-    for scene in planned.values():
-        reach = pixel_box(scene.extent, grid)
-        for asset in scene.assets:
-            if reach is None or asset.header is None:
-                continue
+    for task in tasks:
+        _, height, width = task.region.shape
+        window = grid.window(task.region.y0, task.region.x0, height, width)
+        for scene in task.sources:
             probe = probes[scene.item_id]
-            size = probe.assets[asset.band].size_bytes if probe and asset.band in probe.assets else None
-            back = pixel_box(grid, asset.header)
-            source_px = (back[1] - back[0]) * (back[3] - back[2]) if back else 0
-            whole_px = asset.header.height * asset.header.width
-            itemsize = np.dtype(asset.stored).itemsize
-            bytes_read += round((size or whole_px * itemsize) * source_px / whole_px)
-            requests += 2 + source_px // _SOURCE_BLOCK**2
+            for asset in scene.assets:
+                if asset.header is None:
+                    continue
+                about = probe.assets.get(asset.band) if probe else None
+                touched, blocks = fetched_pixels(asset.header, about.block if about else None, window)
+                whole = asset.header.height * asset.header.width
+                size = (about.size_bytes if about else None) or whole * np.dtype(asset.stored).itemsize
+                bytes_read += round(size * touched / whole)
+                requests += blocks
+    # the header of each file is one more request
+    requests += sum(asset.header is not None for scene in planned.values() for asset in scene.assets)
     written = sum(math.prod(task.region.shape) for task in tasks if task.sources)  # empty shards cost no file
     itemsizes = [
         np.dtype(array.dtype).itemsize * (len(recipe.spec.bands) if "band" in array.dims else 1)
@@ -60,7 +62,13 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
     return {
         "resampled_share": resampled_share(planned.values(), grid),
         "offset_verdicts": {
-            one.scene.id: {"verdict": one.verdict, "dn_offset": one.dn_offset, "evidence": one.scene.offset_evidence}
+            one.scene.id: {
+                "verdict": one.verdict,
+                "dn_offset": one.dn_offset,
+                "evidence": one.scene.offset_evidence,
+                "witnesses": [witness.to_dict() for witness in one.scene.witnesses],
+                "pixels": one.probe.reading.to_dict() if one.probe and one.probe.reading else None,
+            }
             for one in members
         },
         "datastrips": {one.scene.id: one.scene.datastrip for one in members if one.scene.datastrip},
@@ -75,6 +83,34 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
         "bytes_to_write": round(written * sum(itemsizes) * _PACKED),
         "requests": requests,
     }
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def fetched_pixels(header: Grid, block: tuple[int, int] | None, window: Grid) -> tuple[int, int]:
+    """Count the pixels of a file that are fetched for a window of the cube, and the requests.
+
+    Files are fetched in whole blocks. The result is cached because the same tiles and shards meet on every date.
+
+    Args:
+        header: Grid of the file.
+        block: (height, width) of its blocks; None where that is unknown, for single pixels.
+        window: Part of the cube's grid.
+    """
+    reach = pixel_box(window, header)
+    if reach is None:
+        return 0, 0
+    margin = 0 if header.offset_of(window) is not None else MARGIN_PX
+    tall, wide = block or (1, 1)
+    row0, row1 = _in_blocks(reach[0] - margin, reach[1] + margin, tall, header.height)
+    col0, col1 = _in_blocks(reach[2] - margin, reach[3] + margin, wide, header.width)
+    # blocks of one row that lie side by side are fetched by one request
+    rows = -(-(row1 - row0) // tall) if block else 1
+    return (row1 - row0) * (col1 - col0), rows
+
+
+def _in_blocks(first: int, end: int, block: int, size: int) -> tuple[int, int]:
+    """The pixels of all blocks along one axis that a range touches, within the file."""
+    return max(0, first) // block * block, min(size, -(-min(end, size) // block) * block)
 
 
 def resampled_share(scenes: Iterable[PlannedScene], grid: Grid) -> float:

@@ -77,6 +77,7 @@ def read_on_grid(
     access: Access | None = None,
     out: Pixels | None = None,
     on_version: Callable[[str], None] | None = None,
+    on_read: Callable[[int, bool], None] | None = None,
 ) -> Pixels:
     """Read one band of one scene onto `target`, as raw numbers before any offset.
 
@@ -90,6 +91,8 @@ def read_on_grid(
         access: Limits and retries.
         out: Array (height, width) of type `stored` that takes the result; its content is undefined if this raises.
         on_version: Function that is called with the version of the file that is read.
+        on_read: Function that is called at the end with the number of pixels that were read from the file, and whether
+            the file says by a mask or by another value than 0 which pixels have no data.
 
     Returns:
         `out`, or a fresh array: (height, width) of `target`, with 0 (or NaN for float32) where the file has no data or
@@ -110,6 +113,8 @@ def read_on_grid(
             raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href), final=True)
         empty = {value for value in (asset.nodata, stated.nodata) if value is not None}
         values = values_of(stated.stated, stored, asset)
+        told = any(value != 0 and np.isfinite(value) for value in empty) or stated.masked
+        pixels_read = 0
         if on_version is not None and file is not None:
             on_version(file.version)
         blocks = None
@@ -117,6 +122,8 @@ def read_on_grid(
             blocks = BlockReader(stated.packing, file, spans=stated.spans, dataset=dataset)
 
         def window(row: int, col: int, height: int, width: int, into: Pixels | None = None) -> Pixels:
+            nonlocal pixels_read
+            pixels_read += height * width
             if blocks is None and file is not None:
                 file.fetch(blocks_of(dataset, (row, col, height, width)))
             begun = time.perf_counter()
@@ -135,7 +142,10 @@ def read_on_grid(
             return values.store(raw, stored, empty)
 
         kernel = pick_resampling(asset.kind, stated.grid, target, resampling)
-        return place(window, stated.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
+        placed = place(window, stated.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
+        if on_read is not None:
+            on_read(pixels_read, told)
+        return placed
 
     try:
         return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access)

@@ -26,7 +26,7 @@ from ingest.worker.slots import computing
 from zarr_store.grid import Grid
 from zarr_store.ground import ground_scale, ground_scale_at, turn_of, turn_towards, turned_near
 
-__all__ = ["WindowReader", "axis_ratios", "nesting_factor", "pick_resampling", "place", "scale_ratio"]
+__all__ = ["MARGIN_PX", "WindowReader", "axis_ratios", "nesting_factor", "pick_resampling", "place", "scale_ratio"]
 
 Array = npt.NDArray[np.generic]
 
@@ -42,7 +42,7 @@ _BLOCK_PX = 256
 """Side of a canonical block, in pixels of the target."""
 _MAX_SOURCE_PX = 4096
 """Longest side of the source window of a block, in pixels; blocks are halved to stay below it."""
-_MARGIN_PX = 6
+MARGIN_PX = 6
 """Margin around a block in the source: cubic at pinned scale ≥ 1/2 reaches 4 pixels; the rest is for curvature."""
 _WHOLE_READ_PX = 1 << 25
 """Largest window that is read in one go for several blocks, in pixels."""
@@ -224,7 +224,7 @@ def _warp_block(
                 # otherwise GDAL derives the kernel's width from the shape of each window
                 XSCALE=min(1.0, 1.0 / ratios[0]),
                 YSCALE=min(1.0, 1.0 / ratios[1]),
-                SOURCE_EXTRA=_MARGIN_PX,
+                SOURCE_EXTRA=MARGIN_PX,
             ) as warped,
         ):
             return np.asarray(warped.read(1))
@@ -276,7 +276,7 @@ def _source_window(source: Grid, block: Grid, ratio: float) -> tuple[int, int, i
         xs = turned_near(xs, (source.bounds[0] + source.bounds[2]) / 2.0, turn_of(source.crs))
     rx, ry = source.resolution
     cols, rows = (xs - source.transform[2]) / rx, (source.transform[5] - ys) / ry
-    margin = math.ceil(_MARGIN_PX * max(1.0, min(ratio, 2.0)))
+    margin = math.ceil(MARGIN_PX * max(1.0, min(ratio, 2.0)))
     row0, col0 = max(0, math.floor(rows.min()) - margin), max(0, math.floor(cols.min()) - margin)
     row1, col1 = min(source.height, math.ceil(rows.max()) + margin), min(source.width, math.ceil(cols.max()) + margin)
     return (row0, col0, row1 - row0, col1 - col0) if row1 > row0 and col1 > col0 else None

@@ -57,7 +57,7 @@ class IngestReport:
         failed: Rows of shards that could not be made, with nothing written.
         errors: Why shards failed, one line each.
         pending: Number of shards that were not tried because of a limit.
-        pixels_read: Number of source pixels that were asked for, over all bands.
+        pixels_read: Number of pixels that were read from files, over all bands and classes.
         seconds: Wall time of the run.
         snapshot: Id of the snapshot that the run committed, in a store that has snapshots.
 

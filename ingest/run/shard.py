@@ -8,7 +8,9 @@ bands are a mean or median of all clear sources (`ingest.pixels.composite`), who
 from __future__ import annotations
 
 import functools
+import math
 import os
+import threading
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
@@ -56,7 +58,7 @@ class FilledShard:
     Attributes:
         arrays: Arrays by name, in the form that `ShardWriter.write` takes.
         outcomes: One outcome per source that was needed; a source below clear ones everywhere is not read.
-        pixels_read: Number of source pixels that were asked for, over all bands.
+        pixels_read: Number of pixels that were read from files, over all bands and classes.
     """
 
     arrays: dict[str, Pixels]
@@ -84,6 +86,7 @@ def fill_shard(
             raise AssetUnreadable.of(asset.scene, asset.key, asset.refusal, redact_url(asset.href), final=True)
         if reader is not None:
             pixels = reader(asset, window)
+            notes.pixels += pixels.size
             if out is None:
                 return pixels
             out[...] = pixels
@@ -92,6 +95,7 @@ def fill_shard(
             asset, asset.header, window, asset.resampling,
             stored=asset.stored, scene=asset.scene, access=access, out=out,
             on_version=lambda version: versions.__setitem__((asset.scene, asset.key), version),
+            on_read=lambda pixels, told: notes.add(asset, pixels, told),
         )  # fmt: skip
 
     times, height, width = task.region.shape
@@ -108,9 +112,9 @@ def fill_shard(
         arrays["observations"] = np.zeros((times, height, width), np.uint16)
     outcomes: dict[int, SourceOutcome] = {}
     versions: dict[tuple[str, str], str] = {}
-    pixels_read = 0
+    notes = _Notes()
     for part in strips(task.region, spec, max(map(len, by_step), default=0)):
-        shard = _Shard(recipe, part, read)
+        shard = _Shard(recipe, part, read, notes)
         _, rows, cols = part.within(task.region)
         for step, sources in enumerate(by_step):
             views = {name: array[step][..., rows, cols] for name, array in arrays.items()}
@@ -119,9 +123,8 @@ def fill_shard(
             for outcome in shard.fill_step(sources, views, failed):
                 if outcome.item not in failed:
                     outcomes[outcome.item] = outcome
-        pixels_read += shard.pixels_read
     add_indices(arrays, spec)
-    return FilledShard(arrays, tuple(_with_versions(one, versions) for one in outcomes.values()), pixels_read)
+    return FilledShard(arrays, tuple(_with_versions(one, versions) for one in outcomes.values()), notes.pixels)
 
 
 def _with_versions(outcome: SourceOutcome, versions: Mapping[tuple[str, str], str]) -> SourceOutcome:
@@ -131,10 +134,30 @@ def _with_versions(outcome: SourceOutcome, versions: Mapping[tuple[str, str], st
     return replace(outcome, versions=tuple(of_scene))
 
 
+class _Notes:
+    """What reading has shown of the files of a shard; bands are read by several threads.
+
+    Attributes:
+        pixels: Number of pixels that were read from files.
+        told: (scene, asset key) of files that say by a mask or another value than 0 where they have no data.
+    """
+
+    def __init__(self) -> None:
+        self.pixels = 0
+        self.told: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    def add(self, asset: SourceAsset, pixels: int, told: bool) -> None:
+        with self._lock:
+            self.pixels += pixels
+            if told:
+                self.told.add((asset.scene, asset.key))
+
+
 class _Shard:
     """The work on one part of a shard, time step by time step."""
 
-    def __init__(self, recipe: Recipe, region: Region, read: _PlacedReader) -> None:
+    def __init__(self, recipe: Recipe, region: Region, read: _PlacedReader, notes: _Notes) -> None:
         self.recipe = recipe
         self.read = read
         self.grid = recipe.spec.grid.window(region.y0, region.x0, region.shape[1], region.shape[2])
@@ -142,7 +165,7 @@ class _Shard:
         # that of the whole cube, so that the same pixel has the same reach in every shard
         self.scale = ground_scale(recipe.spec.grid)
         self.halo = halo_pixels(self.grid, dilate, self.scale)
-        self.pixels_read = 0
+        self.notes = notes
         self.inside = inside_of(recipe.clip, self.grid)
         self.tally: Tally | None = None
 
@@ -217,6 +240,8 @@ class _Shard:
             raise
         classes, masked = self._classes(read, target)
         harmonised = np.empty((len(bands), *target.shape), recipe.dtype) if self.tally is not None else None
+        assets = [_asset(scene, band) for band in spec.band_names]
+        sizes = [_pixel_m(asset) for asset in assets]
         with computing():
             clear = lay_source(
                 here,
@@ -224,12 +249,14 @@ class _Shard:
                 [read[band] for band in spec.band_names],
                 classes,
                 item=scene.item,
-                dn_offsets=[_asset(scene, band).dn_offset for band in spec.band_names],
+                dn_offsets=[asset.dn_offset for asset in assets],
                 mask_layer=recipe.mask_layer or "scl",
                 masked=masked,
                 inside=None if self.inside is None else self.inside[place],
                 nodata=NODATA[recipe.dtype],
                 harmonised=harmonised,
+                told=[(asset.scene, asset.key) in self.notes.told for asset in assets],
+                finest=[size <= min(sizes) * 1.01 for size in sizes],
             )
         if self.tally is not None and harmonised is not None:
             self.tally.add(harmonised, clear, place)
@@ -246,7 +273,6 @@ class _Shard:
         if lacking is not None:
             text = f"the item has no usable asset for {lacking}"
             raise AssetUnreadable.of(scene.item_id, lacking, text, "no href", final=True)
-        self.pixels_read += sum(window.height * window.width for window in windows.values())
 
         def read(name: str) -> Pixels:
             asset, window, out = _asset(scene, name), windows[name], into.get(name)
@@ -289,6 +315,11 @@ def _asset(scene: PlannedScene, name: str) -> SourceAsset:
     if asset is None:
         raise KeyError(name)
     return asset
+
+
+def _pixel_m(asset: SourceAsset) -> float:
+    """Side of a pixel of the file in metres; infinite where the file could not be opened when the plan was made."""
+    return math.inf if asset.header is None else max(asset.header.resolution) / asset.header.units_per_metre
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Pixels:

@@ -44,7 +44,7 @@ def ingest_shard(
         again: Make the shard although its row is "done".
 
     Returns:
-        The shard's row, and how many source pixels were asked for.
+        The shard's row, and how many pixels were read from files.
     """
     remote = any(is_url(asset.href) for source in task.sources for asset in source.assets)
 

@@ -19,6 +19,7 @@ from ingest.scenes.footprint import to_geojson
 from ingest.scenes.identity import (
     acquisition_time,
     baseline_of,
+    baselines_of,
     datastrip_of,
     datatake_of,
     first_of,
@@ -30,7 +31,7 @@ from ingest.scenes.identity import (
     tile_of,
     whole_of,
 )
-from ingest.scenes.offsets import decide_offset
+from ingest.scenes.offsets import decide_offset, hear_witnesses
 from ingest.scenes.place import place_of
 from ingest.scenes.scene import AssetRef, Scene
 from ingest.scenes.stated_grid import first_band, stated_grid
@@ -89,16 +90,11 @@ def harmonise(
     place = place_of(item, where)
     notes += [place.note] if place.note else []
     names = product_names(item)
-    baseline = baseline_of(properties, names)
-    dn_offset, evidence = decide_offset(
-        product,
-        provider,
-        collection or product.name,
-        properties,
-        baseline,
-        stated=_stated_offsets(item["assets"], assets),
-        promised=_stated_offsets(item_assets or {}, assets),
-    )
+    baselines = baselines_of(properties, names, [asset.href for asset in assets.values()])
+    baseline = baseline_of(baselines)
+    stated, promised = (_stated_offsets(raw, assets) for raw in (item["assets"], item_assets or {}))
+    about = (product, provider, collection or product.name, properties)
+    dn_offset, evidence = decide_offset(*about, baseline, stated=stated, promised=promised)
     moment, created = (
         acquisition_time(properties, where, notes),
         first_of(properties, "created", "s2:generation_time", "sentinel2:generation_time"),
@@ -129,6 +125,7 @@ def harmonise(
         offset_evidence=evidence,
         notes=tuple(notes),
         product=product.name,
+        witnesses=hear_witnesses(*about, baselines, stated=stated, promised=promised),
     )
     _refuse_half_characters(scene, where)
     return scene
@@ -140,7 +137,8 @@ def _refuse_half_characters(scene: Scene, where: str) -> None:
     Raises:
         InvalidInput: A name or text of the scene has one.
     """
-    texts = [value for value in vars(scene).values() if isinstance(value, str)]
+    texts = [str(one) for one in scene.witnesses]
+    texts += [value for value in vars(scene).values() if isinstance(value, str)]
     texts += [text for ref in scene.assets.values() for text in vars(ref).values() if isinstance(text, str)]
     try:
         "".join((*texts, *scene.notes)).encode()

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ingest.request.products import ProductRule
+from ingest.scenes.witnesses import baseline_has_offset
 from zarr_store.errors import InvalidInput
 
 __all__ = [
+    "BASELINE_WEIGHTS",
     "acquisition_time",
     "baseline_of",
+    "baselines_of",
     "datastrip_of",
     "datatake_of",
     "first_of",
@@ -28,6 +31,14 @@ __all__ = [
 
 _YEARS = (1970, 2200)
 """First and last year that a satellite image may have."""
+_OFFICIAL = 3
+BASELINE_WEIGHTS = {"asset href": 2, "datatake id": 1, "processing:version": 2, "processing:version (short)": 1}
+"""Weight of a baseline by the place that names it, where it is not a field or name that ESA gives the product (3).
+
+The datatake may name the baseline of the L1C product, and `processing:version` the version of a processor.
+"""
+_FIRST_RAISED_DAY = "2022-01-26"
+"""First day whose scenes cannot have a baseline before 04.00: later processing only raises the baseline."""
 _MAX_WHOLE_NUMBER = 2**53
 """Smallest whole number that a float may no longer hold exactly."""
 
@@ -70,22 +81,64 @@ def acquisition_time(properties: Mapping[str, Any], where: str, notes: list[str]
     return moment.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def baseline_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The processing baseline, for example "05.09"."""
-    raw = first_of(
-        properties,
-        "s2:processing_baseline",
-        "sentinel2:processing_baseline",
-        "sentinel:processing_baseline",
-        "processing:version",
-    )
+def baselines_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Iterable[str] = ()) -> dict[str, str]:
+    """Every baseline that an item names: where it stands → the baseline, the most reliable place first.
+
+    `processing:version` may be the version of a processor (Sen2Cor 2.11). It is believed last, and not at all where it
+    would be a baseline that was out of use when the scene was taken.
+
+    Args:
+        properties: Properties of the item.
+        names: Values that may hold the name of the product (`product_names`).
+        hrefs: Hrefs of its assets, which often hold that name too.
+
+    >>> baselines_of({"processing:version": "2.11"}, ["S2A_MSIL2A_20230810T100601_N0509_R122_T33TWM_20230810T141122"])
+    {'product name': '05.09', 'processing:version (short)': '02.11'}
+    """
+    found = {
+        "s2:processing_baseline": _as_baseline(properties.get("s2:processing_baseline")),
+        "sentinel2:processing_baseline": _as_baseline(properties.get("sentinel2:processing_baseline")),
+        "sentinel:processing_baseline": _as_baseline(properties.get("sentinel:processing_baseline")),
+        "product name": _named_baseline(names),
+        "asset href": _named_baseline(part for href in hrefs for part in href.split("/")),
+        "datatake id": _named_baseline(
+            str(properties.get(name) or "") for name in ("s2:datatake_id", "eopf:datatake_id", "sentinel2:datatake_id")
+        ),
+    }
+    version = _as_baseline(properties.get("processing:version"))
+    taken = str(first_of(properties, "datetime", "start_datetime") or "")[:10]
+    if version is not None and (any(found.values()) or version >= "04.00" or taken < _FIRST_RAISED_DAY):
+        # a baseline has two digits on both sides of its point, versions of processors have not
+        padded = re.fullmatch(r"\d\d\.\d\d", str(properties["processing:version"]).strip())
+        found["processing:version" if padded else "processing:version (short)"] = version
+    return {place: baseline for place, baseline in found.items() if baseline is not None}
+
+
+def baseline_of(baselines: Mapping[str, str]) -> str | None:
+    """The processing baseline, for example "05.09", from all that an item names.
+
+    Where the places disagree on whether there is an offset, the side with more weight is followed, then the order.
+    """
+    sides: dict[bool | None, int] = {}
+    for place, baseline in baselines.items():
+        side = baseline_has_offset(baseline)
+        sides[side] = sides.get(side, 0) + BASELINE_WEIGHTS.get(place, _OFFICIAL)
+    best = max(sides.values(), default=0)
+    return next((b for b in baselines.values() if sides[baseline_has_offset(b)] == best), None)
+
+
+def _as_baseline(raw: object) -> str | None:
     match = (
         re.fullmatch(r"[Nn]?(\d{1,2})\.(\d{1,2})|[Nn]?(\d{2})(\d{2})", str(raw).strip()) if raw is not None else None
     )
-    if match:
-        major, minor = (g for g in match.groups() if g is not None)
-        # the number 5.1 is the text "05.10" without its zero; every baseline has two digits after the point
-        return f"{int(major):02d}.{minor.ljust(2, '0')}"
+    if match is None:
+        return None
+    major, minor = (g for g in match.groups() if g is not None)
+    # the number 5.1 is the text "05.10" without its zero; every baseline has two digits after the point
+    return f"{int(major):02d}.{minor.ljust(2, '0')}"
+
+
+def _named_baseline(names: Iterable[str]) -> str | None:
     text = search_in(r"_N(\d{2}\.?\d{2})(?:_|\.|$)", names)
     return f"{text[:2]}.{text[-2:]}" if text else None
 

@@ -7,15 +7,17 @@ baseline, never on its date: reprocessed scenes of 2015 have baseline 05.xx. The
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ingest.request.products import ProductRule
+from ingest.scenes.identity import BASELINE_WEIGHTS
 from ingest.scenes.scene import Scene
+from ingest.scenes.witnesses import OFFSET_DN, Witness, baseline_has_offset, support_of
 from ingest.trust.providers import ProviderRule
 from zarr_store.errors import InvalidInput
 
@@ -25,16 +27,17 @@ __all__ = [
     "OffsetReading",
     "Verdict",
     "baseline_has_offset",
+    "combine_bands",
     "decide_offset",
     "explain_wrong_scale",
+    "hear_witnesses",
+    "needs_closer_look",
     "read_offset",
     "settle_offset",
 ]
 
 Verdict = Literal["confirmed", "repaired", "contradicted", "inconclusive", "unchecked"]
 
-OFFSET_DN = -1000
-"""Number that is added to digital numbers which still carry the offset."""
 UNKNOWN_OFFSET = "nothing states the offset"
 """Beginning of the evidence when neither flag, metadata nor baseline state the offset."""
 
@@ -43,31 +46,102 @@ _MIN_PIXELS = 256
 """Smallest number of pixels that decide."""
 _RAISED_SHARE, _RAISED_LOW = 0.005, (1000, 1600)
 """Largest share of DN below 1000, and range of the first percentile, of pixels that carry the +1000."""
-_SUBTRACTED_SHARE = 0.05
-"""Smallest share of DN below 1000 of pixels that do not carry it."""
+_DEEP_DN = 750
+"""Pixels that carry the +1000 are darker than this only where reflectance is below -0.025."""
+_DEEP_SHARE, _DEEP_LOW, _MANY_DEEP = 0.05, 500, 0.25
+"""Share of deep pixels and largest first percentile of pixels that do not carry it; or the share that is enough alone.
+
+Reflectance below -0.05 on a hundredth of a scene, or below -0.025 on a quarter of it, is no dark water.
+"""
+_SHALLOW_LOW, _SHALLOW_SHARE = 850, 0.005
+"""Smallest first percentile, and largest share of deep pixels, of pixels that carry it and are partly below 1000."""
+_DOUBTED_SHARE = 0.05
+"""Share of DN below 1000 from which on a scene that keeps its offset of -1000 is reported."""
+_SURE, _LIKELY, _HINT = 100, 2, 1
+"""Weights of pixels: too deep to carry the +1000; just above 1000 in all bands; in part just below 1000."""
+_OFFICIAL, _STATED = 3, 1
 _DARKEST, _BRIGHTEST = 0.001, 1.6
 """Limits of reflectance: no whole scene is darker than black water or brighter than fresh snow in low sun."""
 
 
 @dataclass(frozen=True)
 class OffsetReading:
-    """State of the pixels: "raised" by 1000, "subtracted" (or never raised), or "unclear"."""
+    """What the pixels of the bluest band say.
+
+    Attributes:
+        state: "raised" by 1000, "subtracted" (or never raised), or "unclear".
+        share_below_1000: Share of the valid DN in 1…999.
+        low: First percentile of the valid DN.
+        pixels: Number of valid pixels.
+        share_deep: Share of the valid DN in 1…749.
+        weight: How much the state counts against witnesses.
+        windows: Number of windows at full resolution; 0 for pixels of an overview.
+    """
 
     state: Literal["raised", "subtracted", "unclear"]
     share_below_1000: float | None = None
     low: float | None = None
     pixels: int = 0
+    share_deep: float | None = None
+    weight: int = _LIKELY
+    windows: int = 0
+
+    @property
+    def dn_offset(self) -> int | None:
+        """The offset that follows: 0 or -1000; None if the pixels do not tell."""
+        return {"raised": OFFSET_DN, "subtracted": 0}.get(self.state)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
 
 
-def baseline_has_offset(baseline: str | None) -> bool | None:
-    """Whether products of this baseline carry the offset; None if it is unknown, or the 99.99 of special runs.
+def hear_witnesses(
+    product: ProductRule,
+    provider: ProviderRule,
+    collection: str,
+    properties: Mapping[str, Any],
+    baselines: Mapping[str, str],
+    *,
+    stated: Mapping[str, float],
+    promised: Mapping[str, float],
+) -> tuple[Witness, ...]:
+    """List all that the metadata say about the offset; arguments as for `decide_offset`.
 
-    >>> [baseline_has_offset(b) for b in ("03.01", "04.00", "05.11", "99.99", None)]
-    [False, True, True, None, None]
+    Args:
+        product: Rules of the product.
+        provider: Rules of the provider.
+        collection: Collection id.
+        properties: Properties of the item.
+        baselines: Place → baseline that it names (`ingest.scenes.identity.baselines_of`).
+        stated: Band → offset in DN from the item's raster metadata.
+        promised: Band → offset in DN from the collection's `item_assets`.
     """
-    if baseline is None or baseline.startswith("99"):
-        return None
-    return baseline >= "04.00"
+    if not product.offsets:
+        return ()
+    flagged = provider.flag if provider.offset_rule(collection) == "flag" else None
+    flag = _truth(properties.get(flagged)) if flagged else None
+    heard = []
+    if flagged and flag is not None:
+        heard.append(Witness(flagged, str(flag).lower(), 0 if flag else None, _STATED))
+    for values, place, weight in (
+        (stated, "raster metadata of the item", _STATED),
+        (promised, "raster metadata of the collection", 0),  # a collection holds items of all baselines
+    ):
+        if values:
+            offset = next(iter(values.values()))
+            known = len(set(values.values())) == 1 and offset in (0, OFFSET_DN)
+            # catalogues keep -1000 after the subtraction that their flag reports
+            believed = 0 if flag and offset == OFFSET_DN else weight
+            shown = f"{offset:g}" if known else ", ".join(f"{band} {v:g}" for band, v in values.items())
+            heard.append(Witness(place, shown, int(offset) if known else None, believed if known else 0))
+    subtracted = bool(flag) or any(one.dn_offset == 0 and one.weight for one in heard)
+    for place, baseline in baselines.items():
+        raised = baseline_has_offset(baseline)
+        # what the product carried once says nothing against a provider that reports its subtraction
+        says = None if raised is None or (raised and subtracted) else OFFSET_DN if raised else 0
+        heard.append(Witness(place, baseline, says, BASELINE_WEIGHTS.get(place, _OFFICIAL)))
+    return tuple(heard)
 
 
 def decide_offset(
@@ -133,29 +207,41 @@ def _truth(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def read_offset(dn: npt.NDArray[Any]) -> OffsetReading:
+def read_offset(*windows: npt.NDArray[Any], full_resolution: bool = False) -> OffsetReading:
     """Decide whether digital numbers of the bluest band still carry the +1000 of baseline 04.00.
 
-    Land that carries it has almost no valid DN in 1…999, and its darkest percent is just above 1000. Subtracted land
-    has many DN in 1…999. Clouds and snow alone decide nothing. Pixels beside nodata are left out, as lossy compression
-    smears them.
+    Land that carries it has almost no valid DN in 1…999, and its darkest percent is just above 1000. Dark water that
+    carries it reaches a little below 1000, as its reflectance is slightly negative, but not deeper. Subtracted land has
+    many DN far below 1000. Clouds and snow alone decide nothing. Pixels beside nodata are left out, as lossy
+    compression smears them.
+
+    Args:
+        windows: Parts of the band.
+        full_resolution: Whether they are pixels of the file itself, and not of an overview.
 
     >>> read_offset(np.full((64, 64), 300, np.uint16)).state
     'subtracted'
+    >>> read_offset(np.full((64, 64), 950, np.uint16)).state
+    'raised'
     """
-    valid = (dn > 0) & (dn < 65535)
-    values = dn[_inside(valid)]
+    valid = [(dn > 0) & (dn < 65535) for dn in windows]
+    values = np.concatenate([dn[_inside(there)] for dn, there in zip(windows, valid, strict=True)])
     if values.size < _MIN_PIXELS:
-        values = dn[valid]
+        values = np.concatenate([dn[there] for dn, there in zip(windows, valid, strict=True)])
+    count = len(windows) if full_resolution else 0
     if values.size < _MIN_PIXELS:
-        return OffsetReading("unclear", pixels=int(values.size))
-    share = float(np.mean(values < -OFFSET_DN))
+        return OffsetReading("unclear", pixels=int(values.size), windows=count)
+    share, deep = float(np.mean(values < -OFFSET_DN)), float(np.mean(values < _DEEP_DN))
     low = float(np.percentile(values, 1))
-    if share > _SUBTRACTED_SHARE:
-        return OffsetReading("subtracted", share, low, int(values.size))
-    if share < _RAISED_SHARE and _RAISED_LOW[0] <= low <= _RAISED_LOW[1]:
-        return OffsetReading("raised", share, low, int(values.size))
-    return OffsetReading("unclear", share, low, int(values.size))
+    state: Literal["raised", "subtracted", "unclear"] = "unclear"
+    weight = 0
+    if (deep > _DEEP_SHARE and low < _DEEP_LOW) or deep > _MANY_DEEP:
+        state, weight = "subtracted", _SURE
+    elif share < _RAISED_SHARE and _RAISED_LOW[0] <= low <= _RAISED_LOW[1]:
+        state, weight = "raised", _LIKELY
+    elif deep < _SHALLOW_SHARE and _SHALLOW_LOW <= low < _RAISED_LOW[0]:
+        state, weight = "raised", _HINT
+    return OffsetReading(state, round(share, 6), low, int(values.size), round(deep, 6), weight, count)
 
 
 def explain_wrong_scale(dn: npt.NDArray[Any], scale: float) -> str | None:
@@ -192,8 +278,27 @@ def _inside(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return inside
 
 
+def needs_closer_look(scene: Scene, reading: OffsetReading) -> bool:
+    """Whether more pixels must be read: those at hand contradict the metadata, or the metadata are in dispute."""
+    if reading.dn_offset is not None and reading.dn_offset != scene.dn_offset:
+        return True
+    return _is_disputed(scene) and not reading.windows
+
+
+def combine_bands(bluest: OffsetReading, others: Sequence[OffsetReading]) -> OffsetReading:
+    """The reading of the bluest band, which counts as "raised" only if no other visible band denies it.
+
+    Bright ground without the offset is as bright in blue as dark ground with it, and much brighter in red.
+    """
+    if bluest.state == "raised" and any(other.state != "raised" for other in others):
+        return replace(bluest, state="unclear", weight=0)
+    return bluest
+
+
 def settle_offset(scene: Scene, reading: OffsetReading | None, *, policy: str) -> tuple[int, Verdict, str | None]:
     """Decide the offset of a scene from its metadata, its pixels and the policy.
+
+    The pixels overrule the metadata where they weigh more than all witnesses together.
 
     Returns:
         The offset, the verdict of the pixels, and a sentence for the plan, if there is something to state.
@@ -203,26 +308,69 @@ def settle_offset(scene: Scene, reading: OffsetReading | None, *, policy: str) -
     """
     by_metadata = scene.dn_offset
     unknown = scene.offset_evidence.startswith(UNKNOWN_OFFSET)
-    by_pixels = None if reading is None else {"raised": OFFSET_DN, "subtracted": 0}.get(reading.state)
-    if by_pixels == OFFSET_DN and by_metadata == 0 and baseline_has_offset(scene.baseline) is False:
-        by_pixels = None  # nothing was added before baseline 04.00: the ground is bright
+    by_pixels = reading.dn_offset if reading is not None else None
+    disputed = f"offset: {_dispute(scene)}; {by_metadata:+d} is taken" if _is_disputed(scene) else None
     if reading is None or by_pixels is None:
         verdict: Verdict = "unchecked" if reading is None else "inconclusive"
-        if not unknown:
-            return by_metadata, verdict, None
-        text = f"offset: {scene.offset_evidence}, and the pixels do not tell"
-        if policy == "fail":
-            raise InvalidInput(f"scene {scene.id}: {text}; use --offset-policy warn to take it as 0")
-        return by_metadata, verdict, text
+        if unknown:
+            disputed = f"offset: {scene.offset_evidence}, and the pixels do not tell"
+        if (unknown or disputed) and policy == "fail":
+            raise InvalidInput(f"scene {scene.id}: {disputed}; use --offset-policy warn to take it as {by_metadata}")
+        return by_metadata, verdict, disputed or _doubt(scene, reading)
     if by_pixels == by_metadata:
-        return by_metadata, "confirmed", None
+        return by_metadata, "confirmed", f"{disputed}, as the pixels confirm" if disputed else _doubt(scene, reading)
     seen = (
         f"{reading.share_below_1000:.1%} of the pixels are in 1…999 and the darkest percent ends at {reading.low:.0f}: "
         f"{'1000 is still in them' if by_pixels else 'nothing is to be subtracted'}"
     )
     text = f"offset: metadata say {by_metadata:+d} ({scene.offset_evidence}), but {seen}"
+    if reading.weight <= _support(scene):
+        return by_metadata, "inconclusive", None if _is_old(scene) else f"{text}; the metadata weigh more and are kept"
     if policy == "fail":
         raise InvalidInput(f"scene {scene.id}: {text}; --offset-policy repair follows the pixels, warn the metadata")
     if policy == "warn":
         return by_metadata, "contradicted", f"{text}; the metadata are followed"
     return by_pixels, "repaired", f"{text}; the pixels are followed ({by_pixels:+d})"
+
+
+def _support(scene: Scene) -> int:
+    """Weight of the metadata of a scene for its offset; scenes of older plans have no witnesses."""
+    if scene.offset_evidence.startswith(UNKNOWN_OFFSET):
+        return 0
+    if scene.witnesses:
+        return max(0 if _is_disputed(scene) else _STATED, support_of(scene.witnesses, scene.dn_offset))
+    return _OFFICIAL if _is_old(scene) else _STATED
+
+
+def _is_old(scene: Scene) -> bool:
+    """Whether the scene is of a time when nothing was added: bright ground is no offset then."""
+    return baseline_has_offset(scene.baseline) is False and scene.dn_offset == 0 and not _is_disputed(scene)
+
+
+def _sides(scene: Scene) -> tuple[list[Witness], list[Witness]]:
+    """The witnesses that are believed, for the offset of the metadata and against it."""
+    heard = [one for one in scene.witnesses if one.weight and one.dn_offset is not None]
+    return (
+        [one for one in heard if one.dn_offset == scene.dn_offset],
+        [one for one in heard if one.dn_offset != scene.dn_offset],
+    )
+
+
+def _is_disputed(scene: Scene) -> bool:
+    return bool(_sides(scene)[1])
+
+
+def _dispute(scene: Scene) -> str:
+    agreed, against = (", ".join(map(str, side)) or "nothing" for side in _sides(scene))
+    return f"the metadata contradict themselves ({agreed} against {against})"
+
+
+def _doubt(scene: Scene, reading: OffsetReading | None) -> str | None:
+    """A sentence for a scene that keeps its -1000 although many pixels are below 1000."""
+    if reading is None or scene.dn_offset != OFFSET_DN or (reading.share_below_1000 or 0.0) <= _DOUBTED_SHARE:
+        return None
+    return (
+        f"offset: {reading.share_below_1000:.1%} of the pixels are in 1…999, {reading.share_deep or 0.0:.1%} below "
+        f"{_DEEP_DN}: slightly negative reflectance, as over dark water; the metadata ({scene.offset_evidence}) are "
+        "followed"
+    )

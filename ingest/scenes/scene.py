@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from ingest.scenes.witnesses import Witness
 from zarr_store.grid import Grid
 from zarr_store.notebook import facts_table
 
@@ -99,6 +100,7 @@ class Scene:
         dn_offset: Number that must be ADDED to a digital number by the metadata: 0 or -1000.
         offset_evidence: Reason for `dn_offset`.
         notes: Remarks for the person who reads the plan: refused hrefs, ignored metadata, an unknown CRS.
+        witnesses: All that the metadata say about the offset; empty for scenes of older releases.
         product: Name of the product rule in `ingest.request.products`, e.g. "sentinel-2-l2a".
         datastrip: Sensing start of the datastrip, "20230810T100559"; parts of a split datatake differ in it.
         nodata_percent: Share of the tile without data in percent, as the item states it.
@@ -135,6 +137,7 @@ class Scene:
     datastrip: str | None = None
     nodata_percent: float | None = None
     catalogue_id: str = ""
+    witnesses: tuple[Witness, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -170,6 +173,7 @@ class Scene:
             "footprint": dict(self.footprint),
             "bbox": list(self.bbox),
             "notes": list(self.notes),
+            "witnesses": [one.to_dict() for one in self.witnesses],
         }
 
     @classmethod
@@ -183,5 +187,6 @@ class Scene:
                 "lacking": tuple(data["lacking"]),
                 "bbox": (west, south, east, north),
                 "notes": tuple(data.get("notes", ())),
+                "witnesses": tuple(Witness.from_dict(one) for one in data.get("witnesses", ())),
             }
         )

@@ -21,6 +21,7 @@ from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.shard import fill_shard
+from ingest.upkeep.offsets import recheck_offset
 from zarr_store.errors import AssetUnreadable, IntegrityError
 from zarr_store.ledger import LedgerRow
 from zarr_store.lock import CubeLock
@@ -98,14 +99,25 @@ def retry_failed(
 
 @dataclass(frozen=True)
 class Difference:
-    """An array of a shard whose stored values differ from what its sources give now."""
+    """An array of a shard whose stored values differ from what its sources give now.
+
+    Attributes:
+        collection: Group of the cube.
+        array: Array of the group.
+        index: The shard.
+        pixels: Number of values that differ.
+        why: The cause, where it is known.
+    """
 
     collection: str
     array: str
     index: tuple[int, int, int]
     pixels: int
+    why: str = ""
 
     def __str__(self) -> str:
+        if self.why:
+            return f"{self.collection}/{self.array} shard {self.index}, {self.pixels} values: {self.why}"
         return f"{self.collection}/{self.array} shard {self.index} differs from its sources in {self.pixels} values"
 
 
@@ -149,6 +161,8 @@ def verify_sources(
 ) -> SourcesReport:
     """Read the sources of shards again and compare each value with the stored one, one shard in memory at a time.
 
+    The offset of each scene is decided again too, from its files and from what the cube keeps of its metadata.
+
     Args:
         url: The cube.
         config: Trust, timeouts and retries.
@@ -169,11 +183,19 @@ def verify_sources(
     different: list[Difference] = []
     unread = []
     doubts: dict[str, str | None] = {}
+    offsets: dict[tuple[str, int], str | None] = {}
     for done, (task, row) in enumerate(drawn, 1):
         filled = fill_shard(task, plan.recipe(task.collection), access=access)
         lost = next((source for source in filled.outcomes if source.state == "missing"), None)
         if lost is None:
             different += _differences(cube, task.collection, row, filled.arrays)
+            read = {outcome.item for outcome in filled.outcomes}
+            for scene in (one for one in task.sources if one.item in read):
+                if (task.collection, scene.item) not in offsets:
+                    why = recheck_offset(plan, task.collection, scene, access)
+                    offsets[task.collection, scene.item] = why
+                if why := offsets[task.collection, scene.item]:
+                    different.append(_of_scene(cube, task.collection, row, scene.item, why))
         else:
             text = f"{task.collection} shard {task.index}: scene {lost.item_id}, asset {lost.asset}: {lost.reason}"
             if lost.final:  # the shard was made of a file that is refused now
@@ -205,6 +227,15 @@ def _doubt(asset: SourceAsset, access: Access) -> str | None:
     if offset in (0, asset.dn_offset):
         return None
     return f"{where}: the file states an offset of {offset:g} (OFFSET tag), {asset.dn_offset:+d} was added"
+
+
+def _of_scene(cube: Cube, collection: str, row: LedgerRow, item: int, why: str) -> Difference:
+    """The difference of all values that a scene has given to a shard."""
+    spec = cube.spec(collection)
+    source = "source_item" if spec.reduce == "first" else "observations"
+    given = cube.read(collection, source, row.region)
+    pixels = int((given == item).sum() if spec.reduce == "first" else (given > 0).sum())
+    return Difference(collection, spec.kind, row.index, pixels * len(spec.bands), why)
 
 
 def _differences(cube: Cube, collection: str, row: LedgerRow, arrays: dict[str, Any]) -> list[Difference]:

@@ -213,9 +213,7 @@ def no_rows(url: str, card: LearnedFrom, part: Part | None, rows: str) -> Nothin
         )
     if rows == "sample":
         return NothingFound(f"{url} has no sample of part {part or 'test'}")
-    return NothingFound(
-        f"{url} has no labelled pixel in part {part or 'test'}; see data.split"
-    )
+    return NothingFound(f"{url} has no labelled pixel in part {part or 'test'}; see data.split")
 
 
 def check_digest(url: str, digest: str, earlier: LearnedFrom | None) -> None:

@@ -341,7 +341,8 @@ def compose(
         dn = np.stack([sample(one.pixels[band], grid, target, world["kernel"]) for band in BANDS])
         scl = sample(one.pixels["scl"], grid, wide, "nearest")
         near = scl[4:-4, 4:-4]
-        seen = (dn > 0).all(axis=0) & ~outside
+        # a band of 0 beside one with a value, where the class has seen the ground, is a clipped number
+        seen = (dn > 0).any(axis=0) & ~outside
         masked = np.zeros(shape, bool)
         # the class layer is kept even where nothing is masked, but then it does not decide what is seen
         seen &= near > 0

@@ -74,7 +74,7 @@ def observations_of(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray, np.nda
                 raw.append(dataset.read(1).astype(np.int64))
         dn, scl = np.stack(raw[:3]), raw[3]
         moved = np.where(dn == 65535, dn, np.clip(dn + scene.dn_offset, 1, 65535))
-        there = (dn != 0).all(axis=0) & (scl != 0)
+        there = (dn != 0).any(axis=0) & (scl != 0)  # 0 in some bands of what the class has seen is a clipped number
         values.append(moved)
         seen.append(there)
         clear.append(there & ~np.isin(scl, MASKED))

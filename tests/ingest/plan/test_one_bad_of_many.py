@@ -298,8 +298,8 @@ def save(folder: Path, items: list[dict[str, Any]]) -> str:
 def test_one_damaged_patch_is_named(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "patches"
     for number in range(3):
-        write_raster(folder / "a" / f"{number}.tif", GRID, np.full(GRID.shape, number, np.uint8))
-    write_raster(folder / "b" / "3.tif", GRID, np.full(GRID.shape, 3, np.uint8))
+        write_raster(folder / "a" / f"{number}.tif", GRID, np.full(GRID.shape, number + 1, np.uint8))
+    write_raster(folder / "b" / "3.tif", GRID, np.full(GRID.shape, 4, np.uint8))
     bad = folder / "a" / "1.tif"
     with_tags(bad, bad, WILD[name])
     code = main(["samples", str(folder), str(tmp_path / "s.zarr"), "--skip-bad", "--json"])

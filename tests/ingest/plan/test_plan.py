@@ -342,3 +342,36 @@ def test_estimates_are_positive() -> None:
     assert facts["bytes_to_write"] > 0
     assert facts["requests"] > 0
     assert np.isfinite(facts["resampled_share"])
+
+
+def test_the_effort_counts_the_blocks_that_are_fetched() -> None:
+    from ingest.plan.statistics import fetched_pixels
+
+    file = Grid("EPSG:32633", (10, 0, 500_000, 0, -10, 5_200_000), (1000, 1000))
+    window = file.window(100, 300, 20, 30)
+    assert fetched_pixels(file, None, window) == (20 * 30, 1)
+    assert fetched_pixels(file, (256, 256), window) == (256 * 256, 1)  # columns 300…330 lie in one block
+    assert fetched_pixels(file, (256, 256), file.window(250, 250, 20, 20)) == (512 * 512, 2)
+    assert fetched_pixels(file, (16, 1000), window) == (32 * 1000, 2)  # strips are as wide as the file
+    assert fetched_pixels(file, (256, 256), file.window(990, 990, 10, 10)) == ((1000 - 768) ** 2, 1)  # cut at its edge
+    assert fetched_pixels(file, (256, 256), file.window(2000, 2000, 10, 10)) == (0, 0)
+    shifted = Grid("EPSG:32633", (10, 0, 500_005, 0, -10, 5_200_000), (20, 20))
+    assert fetched_pixels(file, None, shifted)[0] > 20 * 20  # interpolation reads a margin
+
+
+def test_the_plan_states_what_the_read_fetches(tmp_path: Path) -> None:
+    """A small region of a file in strips: the bytes that are read are those of whole strips."""
+    from ingest.plan.probe import probe_scenes
+    from ingest.testing import make_scene, write_raster
+
+    grid = Grid("EPSG:32633", (10, 0, 500_000, 0, -10, 5_200_000), (512, 512))
+    pixels = np.random.default_rng(1).integers(1, 999, grid.shape).astype(np.uint16)
+    scene = make_scene(tmp_path, "A", grid, {"blue": pixels})
+    strips = {"tiled": False, "blockxsize": None, "blockysize": 16, "compress": None}
+    path = write_raster(tmp_path / "A" / "blue.tif", grid, pixels, **strips)
+    west, south, east, north = grid.window(200, 200, 32, 32).lonlat_bounds()
+    config = IngestConfig(bands=("blue",), mask="none", bbox=(west, south, east, north))
+    plan = plan_scenes([scene], probe_scenes([scene], config), config)
+    told = plan.statistics["sentinel-2-l2a"]["bytes_to_read"]
+    rows = {row // 16 for row in range(200, 200 + plan.grid.height)}
+    assert path.stat().st_size * 32 / 512 < told < path.stat().st_size * (len(rows) + 2) * 16 / 512

@@ -226,9 +226,9 @@ def test_a_large_raster_without_overviews_is_sampled_in_windows(tmp_path: Path) 
     with rasterio.open(path, "w", **profile) as dataset:
         dataset.write(land(side=3000), 1)
     with rasterio.open(path) as dataset:
-        sample = probe._sample(dataset)
-        assert sample.shape == (510, 510)
-        assert read_offset(sample).state == "subtracted"
+        sample = probe._sample(dataset, closely=True)
+        assert [part.shape for part in sample.windows] == [(170, 170)] * 9
+        assert sample.reading.state == "subtracted"
 
 
 def test_class_layers_and_radar_are_never_asked(lying: Callable[..., list[Scene]]) -> None:

@@ -89,7 +89,7 @@ def oracle(scenes: list[Scene], broken: set[str], grid: Grid, dilate_m: float) -
                 if scene.id not in read:
                     continue
                 red, nir, scl = (int(read[scene.id][band][y + 4, x + 4]) for band in ("red", "nir", "scl"))
-                if not (red and nir and scl):
+                if not ((red or nir) and scl):  # 0 beside a band with a value is a clipped number
                     continue
                 masked = scl in MASKED or any(
                     int(read[scene.id]["scl"][y + 4 + dy, x + 4 + dx]) in set(MASKED) - {0}

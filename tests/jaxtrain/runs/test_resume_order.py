@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtrain import train
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.opening import open_training_data
-from jaxtrain.prepare import prepare
-from jaxtrain.runs.rundir import config_differences, write_run
+from jaxtrain.prepare import check_same_run, prepare
+from jaxtrain.runs.rundir import config_differences
 from zarr_store.errors import InvalidInput
 
 from ..cube_factory import CLASSES, make_cube, shared_cube, tiny_config
@@ -32,9 +31,8 @@ def test_classes_in_another_order_are_another_configuration(tmp_path: Path) -> N
     assert line.startswith("data.classes (the order of the classes): ")
     assert line.index('"4"') < line.index('"6"') < line.rindex('"6"') < line.rindex('"4"')
     card, _ = prepare(config, open_training_data(config.data.cube), None)
-    write_run(tmp_path / "run", card)
     with pytest.raises(InvalidInput, match=r"another configuration.*data\.classes \(the order"):
-        train(turned, tmp_path / "run")
+        check_same_run(tmp_path / "run", card, turned, True)
 
 
 def test_values_of_one_class_have_no_order() -> None:
