@@ -24,6 +24,8 @@ _ARRAYS = ("label", "y", "x", "spatial_ref")
 
 def list_labels(store: Store, names: Iterable[str]) -> None:
     """Add the label layers of these names to the metadata in the root of a cube; only under the cube's lock."""
+    if store.kind == "icechunk":  # label layers lie beside the repository, and its readers do not look there
+        return
     if store.read(f"{LABELS}/zarr.json") is None:
         store.write(f"{LABELS}/zarr.json", json.dumps(_GROUP, indent=2).encode())
     root = store.read("zarr.json")

@@ -68,7 +68,9 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
 
 
 def _label_layers(store: Store) -> list[str]:
-    """Names of the label layers that the cube lists."""
+    """Names of the label layers that the root's metadata must list; an Icechunk repository has them beside itself."""
+    if store.kind == "icechunk":
+        return []
     listed = store.read(f"{LABELS}/index.json")
     return sorted(_parsed(store, f"{LABELS}/index.json", listed)) if listed is not None else []
 

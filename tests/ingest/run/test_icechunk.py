@@ -20,6 +20,7 @@ from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.loop import run
 from ingest.run.shard import fill_shard
+from zarr_store.attributes import flatten_attributes
 from zarr_store.backends import open_store
 from zarr_store.errors import CorruptShard, InvalidInput, Locked, MissingShard
 from zarr_store.lock import CubeLock
@@ -76,7 +77,8 @@ def published(cube: Path) -> Any:
     import xarray as xr
 
     store = repository_of(cube).readonly_session("main").store
-    return xr.open_zarr(store, group=NAME, chunks=None, mask_and_scale=False).load()
+    # attributes as `Cube.dataset` has them: flat, for programs that know no others
+    return flatten_attributes(xr.open_zarr(store, group=NAME, chunks=None, mask_and_scale=False).load())
 
 
 def rows(cube: Path) -> dict[Any, bytes]:
