@@ -28,7 +28,7 @@ from ingest.plan.candidates import (
 from ingest.plan.grouping import group_scenes, overlap_order
 from ingest.plan.plan import Origin, Plan
 from ingest.plan.statistics import collect_statistics, list_discrepancies
-from ingest.plan.target import TargetGrid, choose_grid
+from ingest.plan.target import TargetGrid, choose_grid, doubt_resolution
 from ingest.plan.task import Recipe, ShardTask
 from ingest.request.config import IngestConfig
 from ingest.request.products import choose_bands
@@ -150,7 +150,8 @@ def plan_scenes(
     west, _, east, _ = target.grid.lonlat_bounds()
     longitude = (west + (east + 360.0 if east < west else east)) / 2.0
     clip = _clip(config, target.grid, clip) if config.pixels.clip else None
-    recipes, items, tasks, warnings, statistics = [], {}, [], [], {}
+    recipes, items, tasks, statistics = [], {}, [], {}
+    warnings = [] if grid else doubt_resolution(target.grid, candidates, config)
     for collection in dict.fromkeys(f.scene.collection for f in kept):
         members = [f for f in kept if f.scene.collection == collection]
         by_id = {f.scene.id: f for f in members}

@@ -23,7 +23,16 @@ from zarr_store.errors import InvalidInput
 from zarr_store.grid import Bounds, Grid, check_pixel_size, normal_crs
 from zarr_store.ground import ground_scale, turn_of, turned_near
 
-__all__ = ["Candidate", "TargetGrid", "choose_grid", "pixel_box", "project_bounds", "region_lonlat", "transform_box"]
+__all__ = [
+    "Candidate",
+    "TargetGrid",
+    "choose_grid",
+    "doubt_resolution",
+    "pixel_box",
+    "project_bounds",
+    "region_lonlat",
+    "transform_box",
+]
 
 Size = tuple[float, float]
 """Size of a pixel (x, y), in units of the CRS."""
@@ -94,6 +103,10 @@ def choose_grid(
     outer = Grid.from_bounds(crs, bounds, resolution=snap, anchor=anchor)
     grid = Grid.from_bounds(crs, outer.bounds, resolution=resolution, anchor=anchor)
     return TargetGrid(grid, (why_crs, why_resolution, why_lattice, why_bounds))
+
+
+_ODD_RATIO = 50.0
+"""Ratio of the pixels that were asked for to the finest of the files from which on the plan reports it."""
 
 
 def _place_in(one: Grid | Bounds, crs: str) -> Bounds | None:
@@ -175,6 +188,19 @@ def _choose_resolution(
     # two significant digits: a degree is no whole number of metres anyway
     value = float(f"{metres * per_metre:.2g}") if per_metre != 1.0 else metres
     return (value, value), f"resolution {value:g}: {metres:g} m, the finest in the file headers, in units of {crs}"
+
+
+def doubt_resolution(grid: Grid, candidates: Sequence[Candidate], config: IngestConfig) -> list[str]:
+    """A sentence for the plan where the pixels that were asked for are very much larger or smaller than the files'."""
+    if config.grid.resolution is None or not candidates:
+        return []
+    asked, finest = _pixel_m(grid), min(_pixel_m(c.grid) for c in candidates)
+    if 1.0 / _ODD_RATIO < asked / finest < _ODD_RATIO:
+        return []
+    return [
+        f"resolution {config.grid.resolution:g} is in units of {grid.crs[:40]}: a pixel is {asked:g} m wide on the "
+        f"ground, and {finest:g} m in the files; the grid has {grid.height}×{grid.width} pixels"
+    ]
 
 
 def _choose_anchor(inside: Sequence[Candidate]) -> tuple[tuple[float, float], str]:

@@ -1,7 +1,8 @@
 """`choose_asset` finds the asset of an item that holds a band, where several may say that they do.
 
-What an asset is for decides before how it is spelled: its roles, then its media type, then the size of its pixels, then
-whether it names the band by its code ("B02") or by its common name ("blue"). The alphabet decides only between equals.
+What an asset is for decides before how it is spelled. Pictures come last, then files of a type that is never read, such
+as PNG. Among the others its roles decide, then its media type, then the size of its pixels, then whether it names the
+band by its code ("B02") or by its common name ("blue"). The alphabet decides only between equals.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ __all__ = ["AssetChoice", "choose_asset"]
 
 _FOR_PEOPLE = {"overview", "thumbnail", "visual", "preview", "browse", "metadata", "date", "quicklook"}
 """Roles of files that show a scene, or describe it; their numbers are no measurements."""
+_PICTURE, _NO_RASTER = 3, 3
+"""The last ranks of what an asset is for, and of its media type."""
 
 
 class AssetChoice(NamedTuple):
@@ -34,20 +37,27 @@ def choose_asset(band: BandRule, assets: Mapping[str, Any]) -> AssetChoice | Non
     AssetChoice(key='x', others=('blue',))
     """
     ranked = sorted(
-        (_for_people(asset), _media(asset), _gsd(asset, band), spelling, key)
+        (*_purpose(asset), _gsd(asset, band), spelling, key)
         for key, asset in assets.items()
         if isinstance(asset, Mapping) and (spelling := _spelling(band, key, asset)) is not None
     )
     return AssetChoice(ranked[0][-1], tuple(entry[-1] for entry in ranked[1:])) if ranked else None
 
 
-def _for_people(asset: Mapping[str, Any]) -> int:
-    """0 for an asset of data, 1 where nothing is stated, 2 for a picture or metadata."""
+def _purpose(asset: Mapping[str, Any]) -> tuple[bool, bool, int, int]:
+    """Rank of what an asset is for: pictures last, before them what is no raster; the others by role and media type."""
+    use, media = _use(asset), _media(asset)
+    return (use == _PICTURE, media == _NO_RASTER, use, media)
+
+
+def _use(asset: Mapping[str, Any]) -> int:
+    """0 for an asset of data alone, 1 where nothing is stated, 2 for data that are a picture too, 3 for a picture."""
     stated = asset.get("roles")
-    roles = {str(role).lower() for role in stated} if isinstance(stated, list | tuple) else set()
+    listed = [stated] if isinstance(stated, str) else stated if isinstance(stated, list | tuple) else []
+    roles = {str(role).lower() for role in listed}
     if "data" in roles or "reflectance" in roles:
-        return 0
-    return 2 if roles & _FOR_PEOPLE else 1
+        return 2 if roles & _FOR_PEOPLE else 0
+    return _PICTURE if roles & _FOR_PEOPLE else 1
 
 
 def _media(asset: Mapping[str, Any]) -> int:
@@ -55,7 +65,7 @@ def _media(asset: Mapping[str, Any]) -> int:
     stated = str(asset.get("type") or "").lower()
     if not stated:
         return 2
-    return 0 if "tiff" in stated else 1 if "jp2" in stated else 3
+    return 0 if "tiff" in stated else 1 if "jp2" in stated else _NO_RASTER
 
 
 def _spelling(band: BandRule, key: str, asset: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -92,7 +92,7 @@ def harmonise(
     names = product_names(item)
     baselines = baselines_of(properties, names, [asset.href for asset in assets.values()])
     baseline = baseline_of(baselines)
-    stated, promised = (_stated_offsets(raw, assets) for raw in (item["assets"], item_assets or {}))
+    stated, promised = (_stated_offsets(raw, assets, product) for raw in (item["assets"], item_assets or {}))
     about = (product, provider, collection or product.name, properties)
     dn_offset, evidence = decide_offset(*about, baseline, stated=stated, promised=promised)
     moment, created = (
@@ -247,7 +247,16 @@ def _raster(asset: Mapping[str, Any], name: str) -> Any:
     return None
 
 
-def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef]) -> dict[str, float]:
+def _unit_of_offset(offset: float, scale: float | None, product_scale: float) -> float:
+    """What an offset is divided by to be one in digital numbers of a cube.
+
+    It is a reflectance, also where the numbers of the file have another scale than the product; without a scale, or
+    beside one of 1, it is a digital number already, unless it is smaller than one.
+    """
+    return 1.0 if scale in (None, 1.0) and abs(offset) >= 1.0 else product_scale
+
+
+def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef], product: ProductRule) -> dict[str, float]:
     """Band → offset in digital numbers that `raw` (assets, or item_assets) states for the chosen data assets."""
     stated = {}
     for band, ref in assets.items():
@@ -255,5 +264,5 @@ def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef]) -> d
         if ref.kind == "data" and isinstance(asset, Mapping):
             offset, scale = (_finite(number_of(_raster(asset, name))) for name in ("offset", "scale"))
             if offset is not None and scale != 0:
-                stated[band] = round(offset / (scale if scale is not None else ref.scale), 3)
+                stated[band] = round(offset / _unit_of_offset(offset, scale, product.scale), 3)
     return stated

@@ -83,6 +83,8 @@ def find_scenes(source: str, config: IngestConfig, *, headers: Mapping[str, str]
     for entry in find_items(source, config, headers=headers, undecided=None if config.running.strict else undecided):
         if not config.selection.collections and (reason := _unsupported(entry.item)):
             unsupported = unsupported or reason
+            if not entry.item.get("collection"):  # items of other collections are passed over, this may be one of ours
+                unusable.append(_unusable(entry.item, reason))
             continue
         try:
             scene = harmonise(entry.item, base=entry.base, config=config, source=source, item_assets=entry.item_assets)

@@ -174,6 +174,23 @@ def test_a_resolution_in_other_units_is_refused_where_the_files_choose_the_crs(t
         plan_of(source, resolution=0.0001)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"crs": "EPSG:4326", "resolution": 0.5}, "resolution 0.5 is in units of EPSG:4326"),
+        ({"crs": "EPSG:32633", "resolution": 0.05}, "resolution 0.05 is in units of EPSG:32633"),
+        ({"crs": "EPSG:4326", "resolution": 0.0001}, None),
+        ({"resolution": 60}, None),
+    ],
+)
+def test_pixels_of_quite_another_size_than_those_of_the_files_are_reported(
+    tmp_path: Path, settings: dict[str, Any], words: str | None
+) -> None:
+    source = write_items(tmp_path, make_scene("A", {"B02": write_tif(tmp_path / "B02.tif", land(8, 8))}))
+    said = [text for text in plan_of(source, **settings).warnings if "in units of" in text]
+    assert [text.startswith(words or "") for text in said] == ([True] if words else [])
+
+
 @pytest.mark.parametrize("box", ["17,45,16,46", "1,-10,-1,10", "170,-20,160,20"])
 def test_a_box_the_long_way_round_needs_a_word(box: str) -> None:
     west, _, east, _ = (float(number) for number in box.split(","))

@@ -176,6 +176,27 @@ def test_stac_1_1_bands_come_before_raster_bands(make_item: Make) -> None:
 
 
 @pytest.mark.parametrize(
+    ("scale", "offset", "expected"),
+    [
+        (1e-4, -0.1, -1000),
+        (2e-5, -0.1, -1000),
+        (None, -0.1, -1000),
+        (1, -1000, -1000),
+        (None, -1000, -1000),
+        (2e-5, 0, 0),
+    ],
+)
+def test_an_offset_that_an_item_states_is_of_reflectance_whatever_the_scale(
+    make_item: Make, scale: float | None, offset: float, expected: int
+) -> None:
+    item = make_item(s2__processing_baseline=None, s2__product_uri=None)
+    for key in ("blue", "green", "red", "nir"):
+        item["assets"][key] = {"href": "b.tif", "raster:bands": [{"scale": scale, "offset": offset}]}
+    scene = harmonised(item)
+    assert (scene.dn_offset, "raster metadata of the item" in scene.offset_evidence) == (expected, True)
+
+
+@pytest.mark.parametrize(
     ("flag", "baseline", "stated", "promised", "expected", "evidence"),
     [
         (True, "05.09", -1000, None, 0, "subtracted already"),

@@ -135,3 +135,17 @@ def test_a_footprint_that_is_right_is_kept_as_it_is(tmp_path: Path) -> None:
     scene = find_scenes(str(write_items(tmp_path, item)), IngestConfig(bands="blue")).scenes[0]
     assert scene.footprint == item["geometry"]
     assert not any("swapped" in note or "apart" in note for note in scene.notes)
+
+
+def test_an_item_that_names_no_collection_is_used_or_reported(tmp_path: Path) -> None:
+    path = write_tif(tmp_path / "B02.tif", land())
+    good, nameless = make_scene("good", {"B02": path}), make_scene("nameless", {"B02": path}, platform="sentinel-2a")
+    nameless["collection"] = None
+    source = str(write_items(tmp_path, good, nameless))
+    found = find_scenes(source, IngestConfig(bands="blue"))
+    assert [scene.id for scene in found.scenes] == ["good"]
+    (left_out,) = found.unusable
+    assert left_out.item_id == "nameless"
+    assert "name another one with --collection" in left_out.reason
+    named = find_scenes(source, IngestConfig(bands="blue", collections="sentinel-2-l2a"))
+    assert {scene.id for scene in (*named.scenes, *(drop.dropped for drop in named.duplicates))} == {"good", "nameless"}
