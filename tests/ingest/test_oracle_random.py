@@ -63,6 +63,8 @@ class Made:
     copy_of: str | None = None
     looked: bool = False
     """Whether the share of clouds was measured; else the catalogue's word counts."""
+    masked: frozenset[str] = frozenset()
+    """Bands whose files have a mask, which says where there is no data: 0 is never a clipped number there."""
 
     @property
     def cloud_share(self) -> float | None:
@@ -162,13 +164,14 @@ def build(world: dict[str, Any]) -> list[Made]:
     return made
 
 
-def ingest(made: list[Made], world: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, np.ndarray]]:
+def write_files(made: list[Made], world: dict[str, Any], folder: Path) -> list[Made]:
+    """The scenes of a world as files, with what the files say of their pixels."""
+    written = [write_scene(m.scene, m.pixels, m.broken, folder, world["seed"] + n) for n, m in enumerate(made)]
+    return [replace(m, scene=scene, masked=masked) for m, (scene, masked) in zip(made, written, strict=True)]
+
+
+def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.ndarray]]:
     """The way of a real ingest, in some worlds but for files: duplicates, plan, shards."""
-    if world["files"]:
-        made = [
-            replace(m, scene=write_scene(m.scene, m.pixels, m.broken, folder, world["seed"] + number))
-            for number, m in enumerate(made)
-        ]
     table = {(m.scene.id, band): m for m in made for band in m.pixels}
     scenes, drops = dedupe([m.scene for m in made])
     assert {d.dropped.id for d in drops} == {m.scene.id for m in made if m.copy_of}
@@ -343,6 +346,8 @@ def compose(
         near = scl[4:-4, 4:-4]
         # a band of 0 beside one with a value, where the class has seen the ground, is a clipped number
         seen = (dn > 0).any(axis=0) & ~outside
+        for band, numbers in zip(BANDS, dn, strict=True):
+            seen &= (numbers > 0) | (band not in one.masked)
         masked = np.zeros(shape, bool)
         # the class layer is kept even where nothing is masked, but then it does not decide what is seen
         seen &= near > 0
@@ -379,7 +384,9 @@ def check(world: dict[str, Any]) -> int:
     """How many voxels were compared; a wrong one is an error."""
     made = build(world)
     with tempfile.TemporaryDirectory() as folder:
-        plan, got = ingest(made, world, Path(folder))
+        if world["files"]:
+            made = write_files(made, world, Path(folder))
+        plan, got = ingest(made, world)
     expected = oracle(made, world, plan.grid, {row["id"] for row in plan.items["sentinel-2-l2a"]})
     assert set(got) == set(expected)
     for name, array in expected.items():

@@ -23,8 +23,10 @@ _JUNK = 2752
 _NAMES = ("{}_{}.tif", "{} {}.tif", "{}%20{}.tif", "{}#{}.tif", "{}+{}%.tif", "{}?band={}")
 
 
-def write_scene(scene: Scene, pixels: dict[str, np.ndarray], lost: str | None, folder: Path, seed: int) -> Scene:
-    """Write the files of a scene, each in a way that `seed` draws, and give the scene that names them.
+def write_scene(
+    scene: Scene, pixels: dict[str, np.ndarray], lost: str | None, folder: Path, seed: int
+) -> tuple[Scene, frozenset[str]]:
+    """Write the files of a scene, each in a way that `seed` draws.
 
     Args:
         scene: The scene as its catalogue has it.
@@ -32,26 +34,32 @@ def write_scene(scene: Scene, pixels: dict[str, np.ndarray], lost: str | None, f
         lost: Band whose file is not there.
         folder: Folder of the catalogue.
         seed: What is drawn.
+
+    Returns:
+        The scene that names the files, and the bands whose files have a mask: there 0 is never a number.
     """
     rng = np.random.default_rng(seed)
     (folder / "items.json").touch()
     policy = HrefPolicy.around(str(folder / "items.json"))
-    assets = {}
+    assets, masked = {}, set()
     for band, ref in scene.assets.items():
         name = str(rng.choice(_NAMES)).format(scene.id, band)
         path = folder / name
         changes: dict[str, Any] = {}
         if band != lost:
-            changes = _write(path, ref.grid, pixels[band], rng, is_class=ref.kind == "class")
+            changes, hidden = _write(path, ref.grid, pixels[band], rng, is_class=ref.kind == "class")
+            masked |= {band} if hidden else set()
         href = quote(name) if rng.random() < 0.5 else name
         if not path.exists() or "%" in name:  # an escape that is meant as such has no other file beside it here
             href = name
         assets[band] = replace(ref, href=resolve_href(href, base=str(folder / "items.json"), policy=policy), **changes)
-    return replace(scene, assets=assets)
+    return replace(scene, assets=assets), frozenset(masked)
 
 
-def _write(path: Path, grid: Any, values: np.ndarray, rng: np.random.Generator, *, is_class: bool) -> dict[str, Any]:
-    """Write one file; gives what its item has to state."""
+def _write(
+    path: Path, grid: Any, values: np.ndarray, rng: np.random.Generator, *, is_class: bool
+) -> tuple[dict[str, Any], bool]:
+    """Write one file; gives what its item has to state, and whether the file has a mask."""
     stated: dict[str, Any] = {}
     numbers, tag = values, 1.0
     if not is_class:
@@ -74,4 +82,4 @@ def _write(path: Path, grid: Any, values: np.ndarray, rng: np.random.Generator, 
                 file.write_mask(np.where(values == 0, 0, 255).astype(np.uint8))
             if tag != 1.0:
                 file.scales = (tag,)
-    return stated
+    return stated, hidden
