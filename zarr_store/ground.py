@@ -71,8 +71,8 @@ def turn_of(crs: str) -> float:
     if operation is None or parsed.ellipsoid is None or not parsed.is_projected:
         return 0.0
     words = operation.method_name.lower()
-    if "mercator" not in words or "transverse" in words or "oblique" in words:
-        return 0.0
+    if not ("mercator" in words or "cylindrical" in words) or "transverse" in words or "oblique" in words:
+        return 0.0  # x is no multiple of the longitude
     x, _ = Transformer.from_crs("EPSG:4326", parsed, always_xy=True).transform([-1.0, 1.0], [0.0, 0.0])
     return float(abs(x[1] - x[0])) * 180.0
 

@@ -64,6 +64,8 @@ def _by_rasterio(paths: list[Path], plan: Plan) -> np.ndarray:
         ("EPSG:4326", 1e-4, None),
         ("EPSG:3857", 10.0, (179.985, -16.915, -179.985, -16.905)),
         ("EPSG:4258", 1e-4, (179.985, -16.915, -179.985, -16.905)),
+        ("EPSG:6933", 10.0, None),
+        ("EPSG:4087", 10.0, (179.985, -16.915, -179.985, -16.905)),
     ],
 )
 def test_a_target_across_the_antimeridian_has_the_pixels_of_both_sides(
@@ -149,7 +151,8 @@ def test_a_kernel_is_chosen_by_what_pixels_measure_on_the_ground() -> None:
 
 def test_units_and_turns_of_crs() -> None:
     assert turn_of("EPSG:3395") == pytest.approx(40_075_016.7, abs=0.1)
-    assert turn_of("EPSG:3035") == 0.0
+    assert turn_of("EPSG:6933") == pytest.approx(2 * 17_367_530.445, abs=0.1)
+    assert turn_of("EPSG:3035") == turn_of("EPSG:8857") == 0.0
     polar = Grid("EPSG:32661", (10, 0, 2_000_000, 0, -10, 2_000_000), (9, 9))
     assert ground_scale(polar) == (1.0, 1.0)
 
