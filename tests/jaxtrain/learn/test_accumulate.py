@@ -12,12 +12,14 @@ import optax
 import pytest
 
 from jaxtrain.config import OptimConfig
+from jaxtrain.data.windows import Windows
+from jaxtrain.evaluation.scores import score_windows
 from jaxtrain.learn.accumulate import UNKNOWN
 from jaxtrain.learn.optim import build_optimizer
-from jaxtrain.learn.step import make_train_step
+from jaxtrain.learn.step import make_eval_step, make_predict_step, make_train_step
 from jaxtrain.runs.checkpoint import CheckpointStore, target_of
 
-from ..conftest import BATCH, make_batch
+from ..conftest import BATCH, SIDE, make_batch
 
 PLAIN: dict[str, Any] = {"name": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "clip_norm": None,
                          "learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0}  # fmt: skip
@@ -152,3 +154,46 @@ def test_microbatches_weigh_classes_and_mixtures_as_one_batch_does(program_of) -
     np.testing.assert_allclose(moved(piped, [uneven()]), whole, rtol=1e-3, atol=1e-5)
     plain = moved(program_of(**{**table, "data": {"augment": False}}), [uneven()])
     assert np.abs(plain - whole).max() > 1e-3, "weights and mixtures matter"
+
+
+class Samples:
+    """Reads the samples of one batch as if each were a window of its own."""
+
+    shows = "windows"
+
+    def __init__(self, batch: dict[str, np.ndarray]) -> None:
+        self.batch = batch
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: array[rows[:, 0]] for name, array in self.batch.items()}
+
+    def begin(self, rows: np.ndarray) -> Any:
+        return lambda: self.read(rows)
+
+
+def test_scores_of_a_validation_do_not_depend_on_how_it_is_cut(program_of) -> None:
+    """Loss and scores of windows of 1024, 32 and no labels are those of all pixels, not means of the windows'."""
+    batch = uneven()
+    rows = np.zeros((BATCH, 3), np.int32)
+    rows[:, 0] = np.arange(BATCH)
+    found = {}
+    for size in (1, 3, BATCH):
+        program = program_of(**sections(1, size, 1))
+        state = program.init(jax.random.key(0))
+        counts, loss = score_windows(
+            program, make_eval_step(program), state, Samples(batch), Windows(SIDE, rows), tuple("abcd")
+        )
+        found[size] = {**counts.to_dict(), "loss": loss}
+    answer = np.asarray(make_predict_step(program)(state, batch["image"], observed=batch["observed"]))
+    labelled = batch["label"] != 255
+    truth, p = batch["label"][labelled].astype(int), answer[labelled]
+    right = p.argmax(-1) == truth
+    each = [right[truth == c].mean() for c in np.unique(truth)]
+    by_window = [right[np.repeat(np.arange(BATCH), labelled.sum(axis=(1, 2))) == n].mean() for n in range(BATCH - 1)]
+    for scores in found.values():
+        assert scores["pixels"] == labelled.sum()
+        assert scores["loss"] == pytest.approx(-np.log(p[np.arange(len(truth)), truth]).mean(), rel=1e-4)
+        assert scores["accuracy"] == pytest.approx(right.mean())
+        assert scores["average_accuracy"] == pytest.approx(np.mean(each))
+        assert scores["confusion_matrix"] == found[1]["confusion_matrix"]
+    assert abs(np.mean(by_window) - right.mean()) > 0.01, "a mean of the windows' means is another number"
