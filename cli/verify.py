@@ -69,6 +69,13 @@ def register(app: typer.Typer) -> None:
             session.fail(f"{len(report.damage)} of {report.checked_shards} shards damaged; first: {report.damage[0]}")
             return 6
         session.say(f"{report.checked_shards} shards ({megabytes:.1f} MB) are what was written")
+        for name, pixels in report.not_finite.items():
+            session.warn(
+                f"{pixels:,} {'pixel' if pixels == 1 else 'pixels'} of {name} "
+                f"{'is' if pixels == 1 else 'are'} marked as observed without a finite number, as earlier releases "
+                "wrote them: training, maps and `Cube.dataset(masked=True)` take them as not observed; ingest the cube "
+                "anew to have that in its status, too"
+            )
         codes = [_compare(session, cube, share, seed, document)] if sources else []
         codes += [_hash(session, cube, share, seed, document)] if checksums else []
         session.emit(document)

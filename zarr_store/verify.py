@@ -1,8 +1,13 @@
-"""Verify a cube: compare the hashes of stored bytes with those in the ledger."""
+"""Verify a cube: compare the hashes of stored bytes with those in the ledger, and look for status that is not true.
+
+A cube of an earlier release may call a pixel observed whose number is NaN or infinite. Readers leave such pixels out,
+so they are no damage, but they are counted.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +18,8 @@ from zarr_store.backends import open_store
 from zarr_store.labels import verify_labels
 from zarr_store.ledger import LedgerRow
 from zarr_store.read import Cube, open_cube
-from zarr_store.write import shard_key
+from zarr_store.spec import CubeSpec
+from zarr_store.write import not_finite, shard_key
 
 __all__ = ["Damage", "VerifyReport", "draw_shards", "verify_cube"]
 
@@ -46,6 +52,8 @@ class VerifyReport:
     damage: tuple[Damage, ...] = field(default_factory=tuple)
     damaged_labels: tuple[str, ...] = ()
     """One line for each object of a label layer that is missing or corrupt; they are made again, not repaired."""
+    not_finite: dict[str, int] = field(default_factory=dict)
+    """Pixels, by collection, that are marked as observed though a number of theirs is not finite; 0 is left out."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -53,6 +61,7 @@ class VerifyReport:
             "checked_bytes": self.checked_bytes,
             "damage": [{**vars(d), "index": list(d.index)} for d in self.damage],
             "damaged_labels": list(self.damaged_labels),
+            "not_finite": dict(self.not_finite),
         }
 
 
@@ -89,9 +98,10 @@ def verify_cube(
     store = open_store(url)
     written = draw_shards(cube, share, seed)
     size = 0
-    damage = []
+    damage: list[Damage] = []
+    lost: dict[str, int] = {}
     for done, (name, row) in enumerate(written, 1):
-        spec = cube.spec(name)
+        spec, whole = cube.spec(name), len(damage)
         for array, expected in (row.checksums or {}).items():
             key = shard_key(spec, array, row.index)
             data = store.read(key)
@@ -99,8 +109,21 @@ def verify_cube(
             if data is None or hashlib.sha256(data).hexdigest() != expected:
                 state = "missing" if data is None else "corrupt"
                 damage.append(Damage(name, array, row.index, state, store.where(key)))
+        if row.checksums and len(damage) == whole and (pixels := _not_finite(cube, spec, row)):
+            lost[name] = lost.get(name, 0) + pixels
         if on_shard:
             on_shard(done, len(written))
     label_bytes, labels = verify_labels(cube)
     lines = tuple(f"label layer {name} is {state}: {place}" for name, state, place in labels)
-    return VerifyReport(len(written), size + label_bytes, tuple(damage), lines)
+    return VerifyReport(len(written), size + label_bytes, tuple(damage), lines, lost)
+
+
+def _not_finite(cube: Cube, spec: CubeSpec, row: LedgerRow) -> int:
+    """Count the pixels of a shard of floats that are marked as observed though a number of theirs is not finite.
+
+    Earlier releases took such numbers into the means of the chunks, so only a shard with such a mean is decoded.
+    """
+    if all(math.isfinite(mean) for stats in row.stats for mean in stats.mean):
+        return 0
+    main, status = (cube.read(spec.collection, name, row.region) for name in (spec.kind, "status"))
+    return int(not_finite(main, status).sum())

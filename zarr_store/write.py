@@ -32,7 +32,7 @@ from zarr_store.spec import (
 )
 from zarr_store.store import Pending, translate_os_errors
 
-__all__ = ["PackedShard", "ShardWriter", "shard_key"]
+__all__ = ["PackedShard", "ShardWriter", "not_finite", "shard_key"]
 
 
 class ShardWriter:
@@ -211,10 +211,15 @@ def _finite(spec: CubeSpec, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np
     main, status = arrays[spec.kind], arrays["status"]
     if main.dtype.kind != "f":
         return arrays
-    lost = ~np.isfinite(main).all(axis=1) & np.isin(status, (STATUS_OBSERVED, STATUS_MASKED))
+    lost = not_finite(main, status)
     if not lost.any():
         return arrays
     return {**arrays, "status": np.where(lost, np.uint8(STATUS_NODATA), status)}
+
+
+def not_finite(main: np.ndarray, status: np.ndarray) -> np.ndarray:
+    """Return which pixels (time, y, x) are marked as observed or masked though a number of theirs is not finite."""
+    return ~np.isfinite(main).all(axis=1) & np.isin(status, (STATUS_OBSERVED, STATUS_MASKED))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtrain.data.numbers import BandNumbers, convert_to, cube_numbers, unlike_
 from jaxtrain.data.reader import OnUnreadable, WindowReader
 from jaxtrain.data.splits import Part, Split
 from jaxtrain.data.statistics import Statistics, training_statistics
-from jaxtrain.data.targets import ITSELF, label_classes, match_classes, resolve_target
+from jaxtrain.data.targets import ITSELF, compare_numbers, label_classes, match_classes, resolve_target
 from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import EvaluationSet, LearnedFrom, TrainingSet, check_digest, no_rows
 from jaxtrain.data.windows import WindowPlan, Windows, plan_windows, window_leakage
@@ -204,6 +204,8 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
     if not own and overlap(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     classes = match_classes(card.classes, config, target)
+    if not own:
+        warnings += compare_numbers(classes, config, target, cube.url)
     named = dict(target.layer.spec.classes) if target.layer is not None and not config.classes else {}
     unknown = [name for name in named.values() if name not in classes.names and target.count_of(name)]
     if unknown and not target.values:

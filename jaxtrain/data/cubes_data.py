@@ -14,6 +14,7 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.data.cube_data import CubeData, PreparedCube, prepare_cube, select_windows
 from jaxtrain.data.cubes import CubesReader, Splits, join_statistics, join_windows, numbered
 from jaxtrain.data.ground import Ground, overlap
+from jaxtrain.data.numbers import BandNumbers
 from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.splits import PARTS, Part
 from jaxtrain.data.statistics import Statistics
@@ -155,13 +156,21 @@ def _check_alike(first: PreparedCube, other: PreparedCube) -> None:
     ours, theirs = first.spec, other.spec
     for what, a, b in (
         ("arrays", ours.kind, theirs.kind),
-        ("bands", *([[(s.band_names[i], s.bands[i].scale, s.bands[i].offset) for i in p.reader.bands]
-                     for s, p in ((ours, first), (theirs, other))])),
-        ("values in", first.unit, other.unit),
-        ("units", *([band.unit for band in one.numbers] for one in (first, other))),
+        ("bands", ", ".join(first.bands), ", ".join(other.bands)),
+        *((f"band {a.band} stored", a, b) for a, b in zip(first.numbers, other.numbers, strict=False)),
+        ("values in", first.unit or "no unit", other.unit or "no unit"),
         ("dates of a series", first.reader.dates, other.reader.dates),
-    ):  # fmt: skip
+    ):
         if a != b:
             raise InvalidInput(
-                f"{other.ground.cube} has {what} {b}, {first.ground.cube} has {a}: the cubes of a list must be alike"
+                f"{other.ground.cube} has {what} {_as_stated(b)}, {first.ground.cube} has {what} {_as_stated(a)}: "
+                "the cubes of a list must be alike; ingest them with the same settings, or train a network for each"
             )
+
+
+def _as_stated(what: object) -> str:
+    """Describe the numbers of a band by type, scale, offset and unit; anything else as it is."""
+    if not isinstance(what, BandNumbers):
+        return str(what)
+    unit = f" in {what.unit}" if what.unit not in ("", "1") else ""
+    return f"as {what.kind} in {what.dtype} with scale {what.scale:g} and offset {what.offset:g}{unit}"

@@ -25,6 +25,7 @@ __all__ = [
     "ITSELF",
     "LabelRows",
     "Target",
+    "compare_numbers",
     "joined_classes",
     "label_classes",
     "match_classes",
@@ -201,6 +202,36 @@ def match_classes(classes: Classes, config: DataConfig, target: Target) -> Class
         )
     values = tuple((value_of[name],) if name in value_of else () for name in classes.names)
     return Classes(classes.names, values, classes.colours)
+
+
+def compare_numbers(classes: Classes, config: DataConfig, target: Target, url: str) -> list[str]:
+    """Compare the numbers of `data.classes` with the names that the label layer of another cube gives them.
+
+    Returns:
+        A line where a number has a name that the model does not know.
+
+    Raises:
+        InvalidInput: A number means another class of the model there.
+    """
+    if not config.classes or target.layer is None or target.values:
+        return []
+    named = dict(target.layer.spec.classes)
+    other = [
+        (value, named[value], name)
+        for name, values in zip(classes.names, classes.values, strict=True)
+        for value in values
+        if named.get(value, name) != name
+    ]
+    for value, there, ours in other:
+        if there in classes.names:
+            raise InvalidInput(
+                f"value {value} of label layer {target.name!r} means {there} in {url}, and {ours} in data.classes of "
+                "the run: make the layer again with `terrashard labels … --names`, numbered as the run has it"
+            )
+    if not other:
+        return []
+    each = ", ".join(f"{value} is {there} there and counts as {ours}" for value, there, ours in other[:8])
+    return [f"label layer {target.name!r} of {url} has other names than data.classes of the run: {each}"]
 
 
 class LabelRows(NamedTuple):

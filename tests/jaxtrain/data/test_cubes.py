@@ -106,8 +106,14 @@ def evaluate_alone(card: Any, number: int) -> int:
 
 def test_cubes_that_are_not_alike_are_refused(cubes: list[str], tmp_path: Path) -> None:
     make_cube(tmp_path / "c.zarr", bands=("blue", "green", "red"))
-    with pytest.raises(InvalidInput, match="must be alike"):
-        train(config_of([cubes[0], str(tmp_path / "c.zarr")]), tmp_path / "run")
+    make_cube(tmp_path / "d.zarr", scale=0.5, offset=-300.0)
+    for name, what in (
+        ("c", "bands blue, green, red, .* has bands blue, green, red, nir"),
+        ("d", "band blue stored as reflectance in uint16 with scale 0.5 and offset -300, .* scale 1 and offset 0"),
+    ):
+        with pytest.raises(InvalidInput, match=f"{what}: the cubes of a list must be alike; ingest"):
+            train(config_of([cubes[0], str(tmp_path / f"{name}.zarr")]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_list_in_a_file_is_relative_to_it(

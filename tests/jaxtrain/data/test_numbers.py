@@ -17,7 +17,7 @@ from jaxtrain.data.task import Task
 from jaxtrain.evaluation.scores import select_data
 from jaxtrain.inference.maps import open_map
 from jaxtrain.runs.rundir import CARD, load_card
-from tests.jaxtrain.cube_factory import COLLECTION, make_cube, shared_cube, shared_run
+from tests.jaxtrain.cube_factory import COLLECTION, labelled_cube, make_cube, shared_cube, shared_run
 from zarr_store.labels import LabelSpec, label_boxes, write_label
 from zarr_store.read import open_cube
 
@@ -125,3 +125,31 @@ def test_values_in_another_unit_are_refused(tmp_path: Path) -> None:
     learned = replace(card, task=task, config=card.config.model_copy(update={"data": data}))
     with pytest.raises(ValueError, match="holds values in cm, the model learned values in m"):
         select_data(learned, open_training_data(cube.url), part=None)
+
+
+def test_a_number_of_a_class_means_the_same_class_in_another_cube(tmp_path: Path) -> None:
+    """`data.classes` names numbers; a label layer elsewhere may give a number another name."""
+    lc = np.full((1, 64, 64), 4, np.uint8)
+    cover = np.full((64, 64), 5, np.uint8)
+    card = load_card(shared_run())
+    named = {"4": "vegetation", "5": "not vegetated", "6": "water"}
+    data = card.config.data.model_copy(update={"label": "cover", "classes": named, "bands": ()})
+    learned = replace(card, config=card.config.model_copy(update={"data": data}), bands=("red",), numbers=())
+    found = {}
+    for name, names in {
+        "same": {5: "not vegetated", 6: "water"},
+        "other": {5: "rock", 6: "water"},
+        "swapped": {5: "water", 6: "not vegetated"},
+    }.items():
+        cube = labelled_cube(tmp_path / f"{name}.zarr", lc, layer=(cover, names), top=4_000_000.0)
+        opened = open_training_data(cube.url)
+        if name == "swapped":
+            with pytest.raises(
+                ValueError, match=r"value 5 of label layer 'cover' means water in .*, and not vegetated"
+            ):
+                select_data(learned, opened, part=None)
+            continue
+        found[name] = [line for line in select_data(learned, opened, part=None).warnings if "other names" in line]
+    assert found["same"] == []
+    assert len(found["other"]) == 1
+    assert "5 is rock there and counts as not vegetated" in found["other"][0]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from cli.main import main
 from jaxtrain import predict, train
 from jaxtrain.config import DataConfig, TrainConfig
 from jaxtrain.data.classes import Classes
@@ -28,6 +29,7 @@ from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.samples import Labelled, Sample, SampleSpec, open_samples, write_samples
 from zarr_store.spec import BandSpec, CubeSpec, Layout
+from zarr_store.verify import verify_cube
 from zarr_store.write import ShardWriter
 
 SIDE, NAME = 96, "sentinel-1-rtc"
@@ -138,6 +140,20 @@ def test_a_map_has_no_data_there_and_its_neighbours_keep_their_class(said: Cube,
     seen = maps["clean"]["class"] != NODATA
     np.testing.assert_array_equal(maps["said"]["class"] == NODATA, lost | ~seen)
     assert maps["said"]["confidence"][seen & ~lost].min() >= 50
+
+
+def test_verify_counts_them_in_a_cube_of_before(said: Cube, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_cube(said.url).not_finite == {}
+    ledger = said.ledger(NAME)
+    row = ledger.get((0, 0, 0))
+    assert row is not None
+    # earlier releases took them into the mean
+    ledger.put(replace(row, stats=(replace(row.stats[0], mean=(float("nan"), -13.0)), *row.stats[1:])))
+    report = verify_cube(said.url)
+    assert (report.damage, report.not_finite) == ((), {NAME: len(LOST)})
+    assert report.to_dict()["not_finite"] == {NAME: len(LOST)}
+    assert main(["verify", said.url]) == 0
+    assert f"3 pixels of {NAME} are marked as observed without a finite number" in capsys.readouterr().err
 
 
 def test_an_answer_that_is_no_number_is_no_class() -> None:
