@@ -37,7 +37,16 @@ from zarr_store.promises import check_array, read_document
 from zarr_store.read import await_read, read_tensorstore
 from zarr_store.store import Store
 
-__all__ = ["Labelled", "Sample", "SampleSpec", "SampleStore", "is_sample_store", "open_samples", "write_samples"]
+__all__ = [
+    "SAMPLE_DTYPES",
+    "Labelled",
+    "Sample",
+    "SampleSpec",
+    "SampleStore",
+    "is_sample_store",
+    "open_samples",
+    "write_samples",
+]
 
 Labelled = Literal["one", "several", "pixels"]
 """A sample has one class, several classes, or a class for each of its pixels."""
@@ -47,7 +56,8 @@ _FORMAT, _MASKED = 1, 2
 _SHARD_BYTES = 64 << 20
 _MOST_WHOLE = 4 << 30
 """Bytes of an array that is read at once: labels, places and names of all samples."""
-_DTYPES = ("uint8", "uint16", "float32")
+SAMPLE_DTYPES = ("uint8", "uint16", "float32")
+"""Types of the numbers that a store holds."""
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
 
 
@@ -76,8 +86,8 @@ class SampleSpec:
     scales: tuple[tuple[float, float, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise InvalidInput(f"samples of type {self.dtype}: expected one of {', '.join(_DTYPES)}")
+        if self.dtype not in SAMPLE_DTYPES:
+            raise InvalidInput(f"samples of type {self.dtype}: expected one of {', '.join(SAMPLE_DTYPES)}")
         if self.count < 1 or not self.bands or min(self.size) < 1:
             raise InvalidInput(f"a sample store needs samples with bands and pixels, got {self}")
         if len(set(self.bands)) != len(self.bands):

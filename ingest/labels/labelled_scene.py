@@ -120,7 +120,7 @@ def _read_labels(labels: Path, image: Path, shape: tuple[int, int]) -> tuple[npt
                 f"{labels} lies elsewhere than {image}, whose transform is turned, mirrored or without a CRS, so "
                 "labels cannot be placed on it; warp the image to a north-up grid"
             )
-        placed, warnings = place_classes(labels, ours.grid)
+        placed, warnings = place_classes(labels, ours.grid, onto=image.name)
         if (placed == 0).any() and (placed == NOT_LABELLED).any():
             _check_nothing(_read(labels), labels)
         if not (placed != NOT_LABELLED).any():

@@ -240,13 +240,14 @@ def _burn(
 
 @dataclass(frozen=True)
 class _RasterRules:
-    """How a raster becomes labels; the fields are the arguments of `import_labels`."""
+    """How a raster becomes labels: arguments of `import_labels`, and the name of what has the grid."""
 
     kind: LabelKind
     band: int
     names: Mapping[int, str] | None
     resampling: LabelResampling
     shifted: bool
+    onto: str = "the cube"
 
 
 def _warp(
@@ -270,7 +271,8 @@ def _warp(
             raise InvalidInput(f"{source}: {error}") from error
         if dataset.transform.is_identity:
             raise InvalidInput(
-                f"{source} has no georeference, so it cannot be put onto the cube's grid; add one, e.g. with gdal_edit"
+                f"{source} has no georeference, so it cannot be put onto the grid of {rules.onto}; add one, e.g. with "
+                "gdal_edit"
             )
         if not 1 <= band <= dataset.count:
             raise InvalidInput(f"{source} has {dataset.count} bands, so there is no band {band}; choose another --band")
@@ -286,7 +288,7 @@ def _warp(
             f"{source} states scale {scale:g} and offset {offset:g}, which classes cannot have; set them to 1 and 0, "
             "e.g. with gdal_edit -scale 1 -offset 0, or give --values"
         )
-    _check_place(source, theirs, grid, rules.shifted, warnings)
+    _check_place(source, theirs, grid, rules, warnings)
     values, classes = _mapping(rules.names)
     method = rules.resampling
     if method == "auto":
@@ -333,8 +335,13 @@ def _warp(
     return draw, classes, stated | ({"masked": True} if masked and MaskFlags.nodata not in flags else {})
 
 
-def place_classes(source: Path, grid: Grid) -> tuple[npt.NDArray[np.uint8], list[str]]:
+def place_classes(source: Path, grid: Grid, *, onto: str) -> tuple[npt.NDArray[np.uint8], list[str]]:
     """Put a class raster onto a grid by its transform, as `import_labels` does.
+
+    Args:
+        source: A GeoTIFF of whole numbers.
+        grid: The grid.
+        onto: Name of what has the grid, for messages.
 
     Returns:
         (y, x) of class values, 255 where there is no label; and what a person should look at.
@@ -343,7 +350,7 @@ def place_classes(source: Path, grid: Grid) -> tuple[npt.NDArray[np.uint8], list
         InvalidInput: The raster cannot be read, or does not lie as labels would.
     """
     warnings: list[str] = []
-    draw, _, _ = _warp(source, grid, _RasterRules("classes", 1, None, "auto", False), warnings)
+    draw, _, _ = _warp(source, grid, _RasterRules("classes", 1, None, "auto", False, onto), warnings)
     return draw(Region(0, 1, 0, grid.height, 0, grid.width)).astype(np.uint8), warnings
 
 
@@ -377,13 +384,14 @@ def _encoded(placed: npt.NDArray[Any], values: Mapping[int, int] | None, source:
     return encoded
 
 
-def _check_place(source: Path, theirs: Grid, grid: Grid, shifted: bool, warnings: list[str]) -> None:
+def _check_place(source: Path, theirs: Grid, grid: Grid, rules: _RasterRules, warnings: list[str]) -> None:
     """Refuse a raster that lies elsewhere or half a pixel off the cube's pixels; warn of other shifts below a pixel."""
+    onto = rules.onto
     ours, other = grid.lonlat_bounds(), theirs.lonlat_bounds()
     if not (ours[0] < other[2] and other[0] < ours[2] and ours[1] < other[3] and other[1] < ours[3]):
         raise InvalidInput(
-            f"{source} lies at {tuple(round(v, 4) for v in other)} (west, south, east, north), outside the cube at "
-            f"{tuple(round(v, 4) for v in ours)}; choose a raster of the cube's area"
+            f"{source} lies at {tuple(round(v, 4) for v in other)} (west, south, east, north), outside {onto} at "
+            f"{tuple(round(v, 4) for v in ours)}; choose a raster of the same area"
         )
     if theirs.crs != grid.crs or theirs.resolution != grid.resolution:
         return
@@ -393,18 +401,14 @@ def _check_place(source: Path, theirs: Grid, grid: Grid, shifted: bool, warnings
     off = tuple(value - np.floor(value + 1e-6) for value in (row, col))
     if max(off) < 1e-3:
         return
-    if any(abs(value - 0.5) < _HALF_PX for value in off) and not shifted:
+    shift = f"{off[0]:.2f} pixels down and {off[1]:.2f} right of those of {onto}"
+    if any(abs(value - 0.5) < _HALF_PX for value in off) and not rules.shifted:
+        anyway = ", or give --shifted to take the nearest pixels anyway" if onto == "the cube" else ""
         raise InvalidInput(
-            f"{source} has the CRS and pixel size of the cube, but its pixels lie {off[0]:.2f} pixels down and "
-            f"{off[1]:.2f} right of the cube's: usually pixel centres were taken for corners. Correct its transform, "
-            "or "
-            "give --shifted to take the nearest pixels anyway"
+            f"{source} has the CRS and pixel size of {onto}, but its pixels lie {shift}: usually pixel centres were "
+            f"taken for corners. Correct its transform{anyway}"
         )
-    warnings.append(
-        f"pixels of {source.name} lie {off[0]:.2f} pixels down and {off[1]:.2f} right of the cube's, so the labels "
-        "move "
-        "by as much"
-    )
+    warnings.append(f"pixels of {source.name} lie {shift}, so the labels move by as much")
 
 
 def _check_fit(cube: Cube, layer: LabelLayer) -> list[str]:

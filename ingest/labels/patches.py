@@ -22,7 +22,7 @@ import numpy as np
 from ingest.labels.patch import Patch, read_patch
 from ingest.labels.patch_files import Listed, list_patches
 from zarr_store.errors import InvalidInput
-from zarr_store.samples import Sample, SampleSpec, write_samples
+from zarr_store.samples import SAMPLE_DTYPES, Sample, SampleSpec, write_samples
 
 __all__ = ["EUROSAT_BANDS", "ImportReport", "import_patches", "read_patch"]
 
@@ -112,6 +112,11 @@ def import_patches(
         raise InvalidInput(
             f"{len(bad)} of {len(listed)} images cannot be used: {'; '.join(bad[:_NAMED])}{more}. Nothing was written; "
             "repair or remove them, or leave them out with --skip-bad"
+        )
+    if common.dtype not in SAMPLE_DTYPES:
+        raise InvalidInput(
+            f"{folder}: its images hold {common.dtype}, and a sample store holds {', '.join(SAMPLE_DTYPES)}: convert "
+            "them to the one that keeps all numbers, e.g. with gdal_translate -ot Float32. Nothing was written"
         )
     count, height, width = common.shape
     spec = SampleSpec(

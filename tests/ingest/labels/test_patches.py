@@ -370,7 +370,8 @@ def test_labels_of_a_scene_that_do_not_fit_are_refused(tmp_path):
     tiff(tmp_path / "zero.tif", marked, nodata=255)
     tiff(tmp_path / "scaled.tif", truth, scale=(2.0, 0.0, ""))
     for name, message in (
-        ("south", "mirrored|north-up|south-up"), ("half", "0.50 right"), ("far", "outside the cube|no pixel"),
+        ("south", "mirrored|north-up|south-up"),
+        ("half", r"0.50 right of those of x.tif: .* Correct its transform$"), ("far", "outside x.tif at"),
         ("nowhere", "states where it lies, .*nowhere.tif does not"), ("zero", "0 would be a class"),
         ("scaled", "classes cannot have"),
     ):  # fmt: skip
@@ -414,3 +415,13 @@ def test_a_scene_whose_numbers_would_change_is_refused(tmp_path, image, message)
     np.save(tmp_path / "y.npy", np.array([[1, 2, 1, 2]] * 4, np.uint8))
     with pytest.raises(InvalidInput, match=message):
         import_scene(tmp_path / "x.npy", tmp_path / "y.npy", tmp_path / "s.zarr")
+
+
+def test_images_of_another_type_are_refused_in_words(tmp_path):
+    for name in "AB":
+        tiff(tmp_path / "p" / name / "0.tif", np.full((1, 8, 8), -5, np.int16))
+    with pytest.raises(
+        InvalidInput, match=r"p: its images hold int16, and a sample store holds .*float32: convert them"
+    ):
+        import_patches(tmp_path / "p", tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
