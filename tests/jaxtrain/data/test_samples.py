@@ -182,7 +182,9 @@ def test_a_run_from_store_to_report(tmp_path):
     assert 0 <= scores["calibration_error"] <= 1
     assert scores["warnings"] == []
     assert scores["leakage"]["share"] == 0
-    assert "Samples kept aside" in (tmp_path / "run/report.html").read_text()
+    report = (tmp_path / "run/report.html").read_text()
+    assert "Samples kept aside" in report
+    assert "from a sample of training images" in report
     # another store, with the classes in another order
     other = make_samples(tmp_path / "o.zarr", seed=5, classes=CLASSES[::-1])
     scores = evaluate(tmp_path / "run", data=other).to_dict()
