@@ -43,6 +43,7 @@ def examine(folder: Path, *, devices: bool = True) -> dict[str, Any]:
         "extras": {extra: _version(package) is not None for extra, package in _EXTRAS.items()},
         "devices": _devices() if devices else None,
         "interpreters": _interpreters(),
+        "measured": _measured(),
         "cpu": {"cores": os.cpu_count(), "usable": _usable_cores()},
         "memory": {"total_bytes": psutil.virtual_memory().total, "available_bytes": psutil.virtual_memory().available},
         "disk": {
@@ -114,6 +115,13 @@ def _devices() -> list[dict[str, Any]] | dict[str, str]:
         return {"error": str(error).splitlines()[0]}
 
 
+def _measured() -> list[dict[str, Any]]:
+    """Return what `terrashard survey` has measured of this machine, the newest first."""
+    from jaxtrain.planner.machine import kept_profiles
+
+    return [profile.model_dump(mode="json") for profile in kept_profiles()]
+
+
 def _interpreters() -> list[dict[str, str]]:
     """Return the interpreters on PATH that run: a name may be a shim that leads nowhere."""
     found = []
@@ -167,6 +175,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"gdal          {found['gdal'] or 'absent'}",
         f"extras        {', '.join(extras)}",
         f"devices       {kinds}",
+        *(
+            f"measured      {one['title']}: {one['device']['peak']['float32'] / 1e9:.0f} GFLOP/s in float32, "
+            f"{one['device']['bandwidth'] / 1e9:.1f} GB/s ({one['sources']['all']})"
+            for one in found["measured"][:1]
+        ),
         f"interpreters  {', '.join(i['name'] + ' = ' + i['version'] for i in found['interpreters']) or 'none on PATH'}",
         f"cpu           {found['cpu']['usable']} of {found['cpu']['cores']} cores usable",
         f"memory        {size(found['memory']['available_bytes'])} of {size(found['memory']['total_bytes'])} available",

@@ -44,6 +44,7 @@ from cli import (
     search,
     simulate,
     status,
+    survey,
     train,
     verify,
 )
@@ -99,6 +100,7 @@ for module in (
     gc,
     samples,
     labels,
+    survey,
     train,
     launch,
     evaluate,

@@ -32,6 +32,10 @@ def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bo
     keep_freed_memory()
     if config.run.deterministic:
         repeat_exactly()
+    if config.mesh.auto:
+        from jaxtrain.planner.choose import choose_mesh
+
+        config = choose_mesh(config, session.note)
     config = spread_mesh(config)
     with Reporter(session, "train", unit="steps") as progress:
 

@@ -191,6 +191,7 @@ class MeshConfig(_Strict):
         {'data': 2, 'space': 2, 'space_w': 2, 'model': 1}
     """
 
+    auto: bool = Field(False, description='the planner chooses the mesh, as `mesh = "auto"` says')
     data: Positive = Field(1, description="batch is split over this axis")
     model: Positive = Field(1, description="filters are split over this axis")
     space: Positive | tuple[Positive, Positive] = Field(
@@ -247,6 +248,16 @@ class MeshConfig(_Strict):
     def parts(self) -> int:
         """Number of parts into which a pipeline cuts the network."""
         return self.pipe * (self.chunks if self.schedule == "interleaved" else 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chosen_by_the_planner(cls, values: Any) -> Any:
+        if values == "auto":
+            return {"auto": True}
+        if isinstance(values, dict) and values.get("auto") and len(values) > 1:
+            named = ", ".join(f"mesh.{name}" for name in values if name != "auto")
+            raise ValueError(f"mesh = 'auto' chooses the mesh, and {named} is named too: leave one of the two out")
+        return values
 
     @model_validator(mode="after")
     def _makes_sense(self) -> MeshConfig:

@@ -43,6 +43,10 @@ def _run(parsed: argparse.Namespace) -> int:
             repeat_exactly()
         if not start_distributed().is_first:
             logging.getLogger("jaxtrain").setLevel(logging.WARNING)
+        if config.mesh.auto:
+            from jaxtrain.planner.choose import choose_mesh
+
+            config = choose_mesh(config, logging.getLogger("jaxtrain").info)
         train(spread_mesh(config), parsed.out)
     except TerrashardError as error:
         sys.stderr.write(f"{one_line(redact_text(f'error: {error}'))}\n")

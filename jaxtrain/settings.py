@@ -83,6 +83,10 @@ def override(settings: Mapping[str, Any], text: str) -> dict[str, Any]:
     changed = inner = dict(settings)
     for name in names[:-1]:
         table = inner.get(name)
+        if table is not None and not isinstance(table, Mapping):
+            raise InvalidInput(
+                f"--set {text}: {name} is already {table!r}, which has no {names[-1]}: leave one of them out"
+            )
         inner[name] = dict(table) if isinstance(table, Mapping) else {}
         inner = inner[name]
     inner[names[-1]] = value

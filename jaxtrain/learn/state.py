@@ -187,9 +187,10 @@ class Program:
         """
         if train and key is None and self.config.model.dropout:
             raise InvalidInput("a training step with model.dropout needs a key")
-        streams = _reseed(self.templates[2], jax.random.key(0) if key is None else key)
+        start = jax.random.key(0) if key is None else key
 
         def run(params: Any, model_state: Any, x_BHWC: jax.Array) -> tuple[jax.Array, Any]:
+            streams = _reseed(self.templates[2], start)  # made in here: `zero = 3` computes this function again
             model = nnx.merge(
                 self.graphdef, _like(self.templates[0], params), _like(self.templates[1], model_state), streams
             )

@@ -41,8 +41,8 @@ from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored_sharding
 from jaxtrain.parallel.pipeline import Pipeline
 
-__all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "make_embed_step", "make_eval_step", "make_predict_step",
-           "make_train_step"]  # fmt: skip
+__all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "make_embed_step", "make_eval_step", "make_pipeline",
+           "make_predict_step", "make_train_step"]  # fmt: skip
 
 Batch = Mapping[str, Any]
 
@@ -110,7 +110,7 @@ def make_train_step(program: Program) -> TrainStep:
       parameters nor moments nor statistics, so the state stays fit to be saved while the caller decides to stop.
     """
     if program.layout is not None:
-        return TrainStep(_pipeline(program).train)
+        return TrainStep(make_pipeline(program).train)
     objective, accumulating, steps = program.objective, program.config.optim.accumulate > 1, program.config.run.steps
 
     def step(state: TrainState, batch: dict[str, Any], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -132,11 +132,13 @@ def make_train_step(program: Program) -> TrainStep:
 
         (_, (terms, logits, model_state)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         loss, labelled = terms.mean(), terms.labelled
+        # the norm of the parts of each replica: where all of a gradient is needed nowhere, it is never all on a device
+        gradient = program.share(gradient)
         gradient_norm = optax.tree.norm(gradient)
         if accumulating:
             gradient_norm = gradient_norm / jnp.where(terms.weight > 0, terms.weight, jnp.float32(1))
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        gradient, used, extra = program.share(gradient), finite, {}
+        used, extra = finite, {}
         if accumulating:
             # a last batch that is left out must not take those before it along
             last = state.step == steps - 1
@@ -180,7 +182,7 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
     turns and mirrors (`model.turns`) and the logarithms of the answers are averaged.
     """
     if program.layout is not None:
-        return EvalStep(_pipeline(program).evaluate)
+        return EvalStep(make_pipeline(program).evaluate)
 
     def evaluate(params: Any, model_state: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
         x_BHWC = present(program, batch["image"], batch["observed"], batch.get("day"))
@@ -204,7 +206,7 @@ def make_predict_step(program: Program) -> PredictStep:
     finite in one.
     """
     if program.layout is not None:
-        return PredictStep(_pipeline(program).predict)
+        return PredictStep(make_pipeline(program).predict)
 
     def predict(
         params: Any, model_state: Any, image: jax.Array, observed: jax.Array, day: jax.Array | None = None
@@ -301,7 +303,8 @@ def _look(program: Program, params: Any, model_state: Any, x_BHWC: jax.Array, tu
     return logits.mean(axis=1)
 
 
-def _pipeline(program: Program) -> Pipeline:
+def make_pipeline(program: Program) -> Pipeline:
+    """Make the parts of a program with a layout, and the walk through their schedule."""
     optim = program.config.optim
     # its own clipping is switched off, not left out, so that its state is that of every other strategy
     unclipped = optim if optim.clip_norm is None else optim.model_copy(update={"clip_norm": float("inf")})

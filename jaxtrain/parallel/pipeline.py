@@ -80,14 +80,14 @@ class Pipeline:
         self._here = [is_here(layout.mesh(k)) for k in chunks]
         self._links, self._known = Links(layout.groups), dict[Any, list[Any]]()
         self._rehearsed = False
-        self._parts = Parts(program, layout, optimizer)
-        self._stages = [make_stage(program, layout, self._parts, optimizer, k=k) for k in chunks]
-        self._shared = make_shared(program, layout, prepare, normalise)
+        self.parts = Parts(program, layout, optimizer)
+        self.stages = [make_stage(program, layout, self.parts, optimizer, k=k) for k in chunks]
+        self.shared = make_shared(program, layout, prepare, normalise)
 
     def compilations(self) -> dict[str, list[int]]:
         """Count the compilations of each part, by its purpose."""
         names = ("forward", "backward", "update")
-        return {name: [getattr(stage, name)._cache_size() for stage in self._stages] for name in names}
+        return {name: [getattr(stage, name)._cache_size() for stage in self.stages] for name in names}
 
     # ---- A training step
 
@@ -95,9 +95,9 @@ class Pipeline:
         """Run one optimiser step; see `jaxtrain.learn.step.make_train_step`."""
         last, here = self._last, [k for k in range(self.layout.chunks) if self._here[k]]
         augment_key, dropout_key = jax.random.split(key)
-        held = {k: self._parts.held(state, k) for k in here}
+        held = {k: self.parts.held(state, k) for k in here}
         made = self._carries(_shape(batch["image"]), self.microbatches, train=True)
-        blank = {k: self._stages[k].blank(held[k]) for k in here}
+        blank = {k: self.stages[k].blank(held[k]) for k in here}
         gradient, summed = ({k: trees[i] for k, trees in blank.items()} for i in range(2))
         arrived: dict[tuple[int, int], Any] = {}
         returned: dict[tuple[int, int], Any] = {}
@@ -105,10 +105,10 @@ class Pipeline:
         labels: Any = ()
         counts: list[Counted] = []
         if self._here[0]:
-            images = self._shared.images(self._batch_on(batch, 0), self._on(augment_key, 0))
+            images = self.shared.images(self._batch_on(batch, 0), self._on(augment_key, 0))
             arrived = {(0, m): (image,) for m, image in enumerate(images)}
         if self._here[last]:
-            labels = self._shared.labels(self._batch_on(batch, last), self._on(augment_key, last))
+            labels = self.shared.labels(self._batch_on(batch, last), self._on(augment_key, last))
         if not all(self._here) and not self._rehearsed:
             image = _shape(batch["image"])
             first = (shape_of((image[0] // self.microbatches, *image[1:]), jnp.float32),)
@@ -124,7 +124,7 @@ class Pipeline:
                 if self._here[k]:
                     answers = self._answers(labels, m) if k == last else ()
                     entry = self._entry(entered, k, key=jax.random.fold_in(dropout_key, m), answers=answers)
-                    out, summed[k], pulls[k, m] = self._stages[k].forward(held[k], summed[k], entry)
+                    out, summed[k], pulls[k, m] = self.stages[k].forward(held[k], summed[k], entry)
                 if k != last:
                     arrived[k + 1, m] = self._pass_on(out, k, k + 1)
                 elif self._here[k]:
@@ -132,7 +132,7 @@ class Pipeline:
             else:
                 back: Any = made[k - 1] if k else None
                 if self._here[k]:
-                    back, gradient[k] = self._stages[k].backward(pulls.pop((k, m)), given, gradient[k])
+                    back, gradient[k] = self.stages[k].backward(pulls.pop((k, m)), given, gradient[k])
                 if k:
                     returned[k - 1, m] = self._pass_on(back, k, k - 1)
             if self._here[k]:
@@ -140,11 +140,11 @@ class Pipeline:
         known = self._settle(gradient, counts, state.step)
         changed = {}
         for k in here:
-            moments, counters = self._parts.opt_of(state.opt_state, k)
+            moments, counters = self.parts.opt_of(state.opt_state, k)
             on = partial(self._on, k=k)
             verdict = Verdict([on(leaf) for leaf in counters], on(known["scale"]), on(known["finite"]))
-            changed[k] = self._stages[k].update(held[k], moments, gradient[k], Settled(summed[k], verdict))
-        return self._parts.whole(state, changed, known["step"]), known["metrics"]
+            changed[k] = self.stages[k].update(held[k], moments, gradient[k], Settled(summed[k], verdict))
+        return self.parts.whole(state, changed, known["step"]), known["metrics"]
 
     def _entry(self, carry: Carry, k: int, *, key: jax.Array, answers: Any) -> Entry:
         return Entry(carry, self._on(key, k), answers if k == self._last else ())
@@ -164,7 +164,7 @@ class Pipeline:
             return tuple(zeros_on(self.layout.mesh(k), leaf) for leaf in carry)
 
         for k, (gradient, summed) in blank.items():
-            stage = self._stages[k]
+            stage = self.stages[k]
             _, _, pull = stage.forward(held[k], summed, entry(zeros(carries[k], k), k))
             back = () if k == self._last else zeros(carries[k + 1], k)
             stage.backward(pull, back, jax.tree.map(jnp.zeros_like, gradient))
@@ -179,11 +179,11 @@ class Pipeline:
             if not self._here[g]:
                 continue
             mine = [tree for k, tree in gradient.items() if k % len(groups) == g]
-            found = self._shared.partial(mine, counts if group is self.layout.mesh(self._last) else [])
+            found = self.shared.partial(mine, counts if group is self.layout.mesh(self._last) else [])
             numbers.append(found[0])
             labelled.append(found[1])
         across = NamedSharding(mesh, spec("pipe"))
-        known: dict[str, Any] = self._shared.finish(
+        known: dict[str, Any] = self.shared.finish(
             join(numbers, across, (len(groups), 3)), join(labelled, across, (len(groups),)), step
         )
         return known
@@ -195,27 +195,27 @@ class Pipeline:
         groups, at = self.layout.groups, self.layout.chunks - 1
         carry, found = self._through(params, statistics, batch["image"], batch["observed"]), None
         if self._here[at]:
-            found = self._shared.sums(carry[0], self._batch_on({"label": batch["label"]}, at)["label"])
+            found = self.shared.sums(carry[0], self._batch_on({"label": batch["label"]}, at)["label"])
         label = batch["label"]
         shapes = jax.eval_shape(
-            self._shared.sums, shape_of(carry[0].shape, carry[0].dtype), shape_of(label.shape, label.dtype)
+            self.shared.sums, shape_of(carry[0].shape, carry[0].dtype), shape_of(label.shape, label.dtype)
         )
 
         def part(group: Mesh) -> Any:
             if group is self.layout.mesh(at):
-                return self._shared.row(found)
+                return self.shared.row(found)
             blank = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), shapes)
             return jax.tree.map(lambda leaf: part_of(leaf, group, spec()), blank)
 
         across = NamedSharding(self.program.mesh, spec("pipe"))
         parts = [part(group) for group in groups if is_here(group)]
         rows = jax.tree.map(lambda leaf, *some: join(some, across, (len(groups), *leaf.shape)), shapes, *parts)
-        known: dict[str, Any] = self._shared.add(rows)
+        known: dict[str, Any] = self.shared.add(rows)
         return known
 
     def predict(self, params: Any, statistics: Any, image: Any, observed: Any) -> jax.Array:
         """Predict for a batch of images, on the last group."""
-        answer: jax.Array = self._shared.answer(self._through(params, statistics, image, observed)[0])
+        answer: jax.Array = self.shared.answer(self._through(params, statistics, image, observed)[0])
         return answer
 
     def _through(self, params: Any, statistics: Any, image: Any, observed: Any) -> Carry:
@@ -223,10 +223,10 @@ class Pipeline:
         carry: Carry = ()
         if self._here[0]:
             there = self._batch_on({"image": image, "observed": observed}, 0)
-            carry = (self._shared.enter(there["image"], there["observed"]),)
+            carry = (self.shared.enter(there["image"], there["observed"]),)
         for k in range(self.layout.chunks):
-            held = Held(self._parts.of(params, k), self._parts.of(statistics, k))
-            carry = self._stages[k].look(held, carry) if self._here[k] else made[k]
+            held = Held(self.parts.of(params, k), self.parts.of(statistics, k))
+            carry = self.stages[k].look(held, carry) if self._here[k] else made[k]
             carry = self._pass_on(carry, k, k + 1) if k < self._last else carry
         return carry
 
@@ -246,7 +246,7 @@ class Pipeline:
             found = []
             for k in range(self.layout.chunks):
                 run = partial(make_units(self.program, self.layout, k), train=train, key=jax.random.key(0))
-                carry = jax.eval_shape(run, *self._parts.shapes[k], carry)[0]
+                carry = jax.eval_shape(run, *self.parts.shapes[k], carry)[0]
                 found.append(carry)
             self._known[known] = found
         return self._known[known]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zarr_store.errors import AccessError
 
-__all__ = ["MOST_BYTES", "program_folder"]
+__all__ = ["MOST_BYTES", "private_folder", "program_folder"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,20 +31,32 @@ def program_folder(key: str, environment: Mapping[str, str] | None = None) -> Pa
         key: Identity of the run, letters and digits.
         environment: Environment variables; None for those of the process.
     """
-    if not key.isalnum():
-        raise ValueError(f"expected letters and digits, got {key!r}")
+    folder = private_folder("programs", key, environment=environment)
+    if folder is None:
+        return None
+    os.utime(folder)
+    _prune(folder)
+    return folder
+
+
+def private_folder(*parts: str, environment: Mapping[str, str] | None = None) -> Path | None:
+    """Return a folder of the user's cache to which nobody else can write; None, with a warning, if there can be none.
+
+    Args:
+        parts: names of folders below `terrashard`, letters and digits.
+        environment: Environment variables; None for those of the process.
+    """
+    if not all(part.isalnum() for part in parts):
+        raise ValueError(f"expected letters and digits, got {parts!r}")
     try:
-        home = _cache_home(os.environ if environment is None else environment)
-        home.mkdir(parents=True, exist_ok=True)
-        folder = home
-        for part in ("terrashard", "programs", key):
+        folder = _cache_home(os.environ if environment is None else environment)
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in ("terrashard", *parts):
             folder = folder / part
             folder.mkdir(mode=0o700, exist_ok=True)
             _check_private(folder)
-        os.utime(folder)
-        _prune(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        _log.warning("compiled programs are not kept: %s; a continued run compiles them again", error)
+        _log.warning("compiled programs are not kept: %s; the next run compiles them again", error)
         return None
     return folder
 

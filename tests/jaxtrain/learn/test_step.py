@@ -196,3 +196,17 @@ def test_the_cnn_learns(weighted, batch):
     program, step = weighted
     _, metrics = learn(program, step, program.init(jax.random.key(0)), batch)
     assert metrics["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("mesh", "remat"), [((2, {"zero": 3}), False), ((1, {}), True), ((2, {"zero": 3}), True), ((4, {"zero": 1}), True)]
+)
+def test_dropout_draws_the_same_where_the_forward_pass_is_computed_again(program_of, batch, mesh, remat):
+    data, more = mesh
+    model = {"width": 8, "depth": 1, "dropout": 0.3}
+    found = []
+    for program in (program_of(model=model), program_of(model=model | {"remat": remat}, mesh={"data": data, **more})):
+        _, row = make_train_step(program)(program.init(jax.random.key(0)), batch, key=jax.random.key(1))
+        found.append((float(row["loss"]), float(row["gradient_norm"])))
+        assert bool(row["finite"])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -17,8 +17,8 @@ from jaxtrain.data.task import Task
 from jaxtrain.inference.maps import open_map
 from jaxtrain.learn.state import Program, build_program
 from jaxtrain.learn.step import make_train_step
-from jaxtrain.parallel.hlo import activation_all_gathers
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.planner.collectives import activation_gathers
 from zarr_store.errors import InvalidInput
 
 from ..cube_factory import make_cube
@@ -92,7 +92,7 @@ def test_every_mesh_gives_the_same_step_and_gathers_no_activation() -> None:
         step, state = make_train_step(program), program.init(jax.random.key(0))
         if name == "split":
             compiled = step.jitted.lower(state, batch, jax.random.key(1)).compile()
-            assert activation_all_gathers(compiled) == ()
+            assert activation_gathers(compiled) == ()
         state, metrics = step(state, batch, key=jax.random.key(1))
         assert int(metrics["labelled"]) == 3 * int(batch["observed"].sum()), "the loss is over what was observed"
         found[name] = (float(metrics["loss"]), float(metrics["gradient_norm"]))

@@ -13,8 +13,8 @@ from jaxtrain.models import PER_PIXEL, PER_SAMPLE, build_model
 from jaxtrain.models.blocks import GroupNorm, RunningNorm, conv, halve, make_norm, repeat_nearest
 from jaxtrain.models.precision import run_model
 from jaxtrain.models.temporal import series_of
-from jaxtrain.parallel.hlo import bytes_by_kind
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
+from jaxtrain.planner.collectives import result_bytes
 from zarr_store.errors import InvalidInput, UnknownName
 
 
@@ -128,7 +128,7 @@ def test_split_batches_have_the_statistics_that_the_name_says(kind):
 
     split = jax.jit(normalised, in_shardings=batch_sharding(mesh), out_shardings=batch_sharding(mesh))
     np.testing.assert_allclose(split(x), normalised(x), atol=1e-5)
-    travelled = bytes_by_kind(split.lower(x).compile())
+    travelled = result_bytes(split.lower(x).compile())
     assert travelled == ({} if kind == "local" else {"all-reduce": 2 * 3 * 4})
 
 

@@ -20,8 +20,8 @@ from jaxtrain.inference.maps import open_map
 from jaxtrain.learn.state import Program, build_program
 from jaxtrain.learn.step import make_predict_step, make_train_step
 from jaxtrain.models.temporal import neighbours, series_of
-from jaxtrain.parallel.hlo import activation_all_gathers
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.planner.collectives import activation_gathers
 from zarr_store import BandSpec, Cube, CubeSpec, Grid, Layout, ShardWriter, create_cube, open_cube
 from zarr_store.errors import InvalidInput
 from zarr_store.labels import LabelSpec, label_boxes, write_label
@@ -173,7 +173,7 @@ def test_every_mesh_gives_the_same_step_and_gathers_no_activation() -> None:
         if name == "split":
             compiled = step.jitted.lower(state, batch, jax.random.key(1)).compile()
             local = [leaf.shape for leaf in jax.tree.leaves(program.shapes.params)]
-            assert activation_all_gathers(compiled, local) == ()
+            assert activation_gathers(compiled, local) == ()
         state, metrics = step(state, batch, key=jax.random.key(1))
         assert bool(metrics["finite"])
         found[name] = (float(metrics["loss"]), float(metrics["gradient_norm"]))

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MeshConfig
-from jaxtrain.parallel.hlo import activation_all_gathers, bytes_by_kind, collectives
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh, replicated
 from jaxtrain.parallel.sharding import partition_specs
+from jaxtrain.planner.collectives import activation_gathers, result_bytes
 from zarr_store.errors import InvalidInput
 
 TREE = {
@@ -118,9 +118,9 @@ def compiled_step(run, batch):
 def test_data_parallel_step_gathers_no_activation_and_sums_each_gradient_once(run_of, batch):
     run = run_of(8, 1)
     compiled = compiled_step(run, batch)
-    assert activation_all_gathers(compiled) == ()
+    assert activation_gathers(compiled) == ()
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(run.state.params))
-    moved = bytes_by_kind(compiled)
+    moved = result_bytes(compiled)
     assert set(moved) == {"all-reduce"}
     assert parameters <= moved["all-reduce"] <= parameters + 256  # and the scalars of loss and metrics
 
@@ -128,8 +128,8 @@ def test_data_parallel_step_gathers_no_activation_and_sums_each_gradient_once(ru
 @pytest.mark.parametrize(("data", "model"), [(4, 2), (2, 4), (1, 8)])
 def test_filter_parallel_step_gathers_nothing(run_of, batch, data, model):
     compiled = compiled_step(run_of(data, model), batch)
-    assert activation_all_gathers(compiled) == ()
-    assert set(bytes_by_kind(compiled)) == {"all-reduce"}
+    assert activation_gathers(compiled) == ()
+    assert set(result_bytes(compiled)) == {"all-reduce"}
 
 
 def test_an_activation_all_gather_is_found():
@@ -141,19 +141,6 @@ def test_an_activation_all_gather_is_found():
         return jax.lax.with_sharding_constraint(jnp.sin(x), replicated(mesh)) * 2
 
     compiled = jax.jit(program, in_shardings=batch_sharding(mesh), out_shardings=replicated(mesh)).lower(x).compile()
-    (found,) = activation_all_gathers(compiled)
+    (found,) = activation_gathers(compiled)
     assert found.bytes == 8 * 16 * 16 * 4 * 4
-    assert activation_all_gathers(compiled, parameters=[(16, 16, 32)]) == ()  # as many elements as a parameter has
-
-
-def test_collectives_are_read_from_text():
-    text = """
-      %ar = (f32[8]{0}, /*index=1*/bf16[2,3]{1,0:T(8,128)}) all-reduce(%a, %b), replica_groups={}
-      %ag = (f32[1,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%c), dimensions={0}
-      %done = f32[8,4]{1,0} all-gather-done(%ag)
-      %use = f32[8] add(f32[8] %all-reduce.1, f32[8] %x)
-      ROOT %p = pred[7]{0} collective-permute(%d), source_target_pairs={{0,1}}
-    """
-    found = collectives(text)
-    assert [(c.kind, c.bytes) for c in found] == [("all-reduce", 44), ("all-gather", 128), ("collective-permute", 7)]
-    assert found[1].shapes == ((8, 4),)
+    assert activation_gathers(compiled, parameters=[(16, 16, 32)]) == ()  # as many elements as a parameter has

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.learn.step import make_predict_step
-from jaxtrain.parallel.hlo import activation_all_gathers, bytes_by_kind, collectives
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.zero import share_out
+from jaxtrain.planner.collectives import activation_gathers, find_collectives, result_bytes
 from zarr_store.errors import InvalidInput
 
 from .parity import (
@@ -75,7 +75,7 @@ def test_one_compilation_and_no_activation_is_gathered(mesh, model):
     compiled = compile_again(run)
     shapes = [leaf.shape for leaf in jax.tree.leaves(run.program.shapes.params)]
     local = [where.shard_shape(shape) for shape, where in zip(shapes, jax.tree.leaves(run.program.whole), strict=True)]
-    assert activation_all_gathers(compiled, local) == ()
+    assert activation_gathers(compiled, local) == ()
 
 
 def compile_again(run: Outcome) -> Any:
@@ -142,9 +142,9 @@ def test_zero_moves_each_parameter_once_and_fully_sharded_kernels_twice():
     parameters = {tuple(leaf.shape): leaf for leaf in jax.tree.leaves(run_of("data=4 zero=1").program.shapes.params)}
     size = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(run_of("data=4 zero=1").program.shapes.params))
     undivided = 4 * sum(math.prod(shape) for shape in parameters if not any(extent % 4 == 0 for extent in shape))
-    once = bytes_by_kind(compile_again(run_of("data=4 zero=1")))["all-gather"]
+    once = result_bytes(compile_again(run_of("data=4 zero=1")))["all-gather"]
     assert once == size - undivided
-    twice = bytes_by_kind(compile_again(run_of("data=4 zero=3")))["all-gather"]
+    twice = result_bytes(compile_again(run_of("data=4 zero=3")))["all-gather"]
     assert 1.9 * size < twice <= 2 * size
 
 
@@ -201,11 +201,14 @@ def test_halo_bytes_are_what_theory_says(mesh, model, convolutions):
         if columns > 1:  # the corners travel with the columns
             borrowed += lines * (side // rows + lines)
         expected += 4 * samples * channels * borrowed * (2 if number else 1)
-    halos = [c for c in collectives(compiled) if c.kind == "collective-permute" and "shard_map" in c.line]
-    assert sum(c.bytes for c in halos) == expected
+    found = find_collectives(compiled, run.program.config.mesh.axes)
+    moves = [c for c in found if c.kind in ("collective-permute", "all-to-all")]
+    halos = [c for c in moves if c.kind == "collective-permute" and "shard_map" in c.source]
+    assert sum(c.result_bytes for c in halos) == expected
+    assert sum(c.wire_bytes for c in halos) == expected
+    assert {axis for c in halos for axis in c.axes} == {"space", "space_w"} & set(run.program.config.mesh.axes)
     # beside them only the turns of the stored image move pixels, and those are of two bytes or one
-    others = [c for c in collectives(compiled) if c.kind in ("collective-permute", "all-to-all") and c not in halos]
-    assert all("f32" not in c.line.split("(")[0] for c in others)
+    assert all("f32" not in c.types for c in moves if c not in halos)
 
 
 def test_a_device_holds_its_part_of_a_scene():

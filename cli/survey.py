@@ -1,0 +1,106 @@
+"""`terrashard survey` says what every way of spreading a network costs, and which to take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.session import Session, command
+
+if TYPE_CHECKING:
+    from jaxtrain.planner.scaling import Curve
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(
+        app,
+        settings="own",
+        examples=(
+            "terrashard survey examples/zagreb_scl.toml",
+            "terrashard survey examples/zagreb_scl.toml --devices 64 --profile h100-ib",
+        ),
+    )
+    def survey(
+        session: Session,
+        configuration: Annotated[
+            Path, typer.Argument(metavar="CONFIG.toml", help="Settings: data, model, optim, mesh, run.")
+        ],
+        devices: Annotated[
+            str | None,
+            typer.Option("--devices", metavar="N,…", help="Numbers of devices; all of this machine if not given."),
+        ] = None,
+        profile: Annotated[
+            str, typer.Option("--profile", metavar="NAME|FILE.toml", help="Machine; this-machine is measured once.")
+        ] = "this-machine",
+        calibrate: Annotated[
+            bool, typer.Option("--calibrate", help="Measure this machine again, in less than 30 s.")
+        ] = False,
+        measure: Annotated[
+            bool, typer.Option("--measure", help="Run the quickest strategies on this machine, and compare.")
+        ] = False,
+        scaling: Annotated[
+            bool, typer.Option("--scaling", help="Curves over --devices: each replica keeps its windows.")
+        ] = False,
+        html: Annotated[
+            Path | None, typer.Option("--html", metavar="FILE.html", help="A page with figures, in one file.")
+        ] = None,
+    ) -> None:
+        """Compare all parallel strategies for a network: bytes, operations, memory, time; and choose one.
+
+        Programs are compiled for devices that need not be there; nothing is trained.
+        """
+        from cli.progress import Reporter
+        from cli.training import train_config
+        from jaxtrain.planner.machine import device_count, this_machine
+        from jaxtrain.planner.measure import measure_rows
+        from jaxtrain.planner.page import write_page
+        from jaxtrain.planner.profile import read_profile
+        from jaxtrain.planner.scaling import grown, scaling_curves
+        from jaxtrain.planner.survey import describe_network, survey_run
+        from jaxtrain.planner.words import curve_table, sensitivity, table, verdict
+
+        config = train_config(configuration, session)
+        numbers = [device_count()] if devices is None else _numbers(devices)
+        machine = this_machine(max(numbers), again=calibrate) if profile == "this-machine" else read_profile(profile)
+        network = describe_network(config)
+        curves: tuple[Curve, ...] = ()
+        if scaling:
+            with Reporter(session, "scaling", unit="programs") as progress:
+                curves = scaling_curves(network, numbers, machine, on_progress=progress.update)
+        surveys = []
+        for number in [max(numbers)] if scaling else numbers:
+            with Reporter(session, "survey", unit="strategies") as progress:
+                looked_at = grown(network, number) if scaling else network
+                surveys.append(survey_run(looked_at, number, machine, on_progress=progress.update))
+        if measure:
+            session.note("measuring the quickest strategies in turns")
+            surveys = [measure_rows(one) for one in surveys]
+        for one in surveys:
+            session.say_lines(table(one))
+            session.say(verdict(one))
+        if curves:
+            session.say_lines(curve_table(curves))
+        if html is not None:
+            session.say(f"page: {write_page(html, surveys, curves)}")
+        documents = [one.to_dict() | {"verdict": verdict(one), "sensitivity": sensitivity(one)} for one in surveys]
+        more: dict[str, Any] = {"surveys": documents} if len(documents) > 1 else {}
+        if curves:
+            more["scaling"] = [asdict(curve) for curve in curves]
+        session.emit(documents[0] | more)
+
+
+def _numbers(text: str) -> list[int]:
+    from zarr_store.errors import InvalidInput
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InvalidInput(f"--devices must be whole numbers from 1, separated by commas, got {text!r}")
+    return numbers

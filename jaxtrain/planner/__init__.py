@@ -1,0 +1,1 @@
+"""What every way of spreading a network costs, and which to take."""

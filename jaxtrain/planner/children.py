@@ -1,0 +1,146 @@
+"""Processes that compile strategies side by side, each with as many fake devices as the largest of them needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryFile
+from threading import local
+from typing import Any
+
+from jaxtrain.runs.programs import private_folder
+from zarr_store.errors import TerrashardError
+
+__all__ = ["Answer", "compile_all"]
+
+Answer = Mapping[str, Any]
+FLAG = "--xla_force_host_platform_device_count"
+# fewer seconds of the compiler; what it exchanges, keeps and computes is decided before this level matters
+QUICK = "--xla_backend_optimization_level=0"
+KINDS = ("hlo.py", "operations.py", "collectives.py", "facts.py", "scale.py", "compiler.py")
+
+
+class CompilerDied(TerrashardError):
+    """A process that compiled strategies ended without an answer."""
+
+    exit_code = 1
+
+
+def compile_all(
+    requests: Sequence[dict[str, Any]], devices: int, *, processes: int, on_answer: Callable[[int], None]
+) -> list[Answer]:
+    """Compile many strategies; what was compiled before is read from the user's cache, also after an interruption.
+
+    Args:
+        requests: as of `jaxtrain.planner.compiler.answer`.
+        devices: Fake devices of each process.
+        processes: Processes that compile at the same time.
+        on_answer: called with the number of each request that has its answer.
+
+    Raises:
+        CompilerDied: a process ended without an answer.
+    """
+    folder = private_folder("survey")
+    places = [None if folder is None else folder / f"{_key(request)}.json" for request in requests]
+    answers: list[Answer | None] = [_kept(place) for place in places]
+    missing = [number for number, found in enumerate(answers) if found is None]
+    for number in sorted(set(range(len(requests))) - set(missing)):
+        on_answer(number)
+    if missing:
+        with _Compilers(devices) as compilers, ThreadPoolExecutor(min(processes, len(missing))) as pool:
+
+            def work(number: int) -> None:
+                found = compilers.ask(requests[number])
+                place = places[number]
+                if place is not None:
+                    partial = place.with_suffix(f".{os.getpid()}.partial")
+                    partial.write_text(json.dumps(found), encoding="utf-8")
+                    partial.replace(place)
+                answers[number] = found
+                on_answer(number)
+
+            for done in [pool.submit(work, number) for number in missing]:
+                done.result()
+    return [found for found in answers if found is not None]
+
+
+class _Compilers:
+    """One process for each thread that asks."""
+
+    def __init__(self, devices: int) -> None:
+        flags = [part for part in os.environ.get("XLA_FLAGS", "").split() if not part.startswith(FLAG)]
+        self._environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": " ".join([*flags, f"{FLAG}={devices}", QUICK]),
+        }
+        self._mine = local()
+        self._all: list[subprocess.Popen[str]] = []
+        self._said = TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed with the processes
+
+    def __enter__(self) -> _Compilers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._all:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+        self._said.close()
+
+    def _last_line(self) -> str:
+        self._said.seek(0)
+        return next((line.strip() for line in reversed(self._said.readlines()) if line.strip()), "it said nothing")
+
+    def ask(self, request: dict[str, Any]) -> Answer:
+        if not hasattr(self._mine, "process"):
+            self._mine.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "jaxtrain.planner.compiler"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=self._environment,
+            )  # fmt: skip
+            self._all.append(self._mine.process)
+        process = self._mine.process
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            code, last = process.wait(), self._last_line()
+            raise CompilerDied(f"a process that compiled strategies ended with {code}: {last}; run the survey again")
+        found: Answer = json.loads(line)
+        return found
+
+
+def _key(request: dict[str, Any]) -> str:
+    """Return a name for the answer to a request: by all that decides it, and by the code that counts."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
+    for name in ("jax", "jaxlib", "flax", "optax", "terrashard"):
+        digest.update(version(name).encode())
+    for path in sorted(_code(here)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:40]
+
+
+def _code(here: Path) -> Iterable[Path]:
+    yield from (here / name for name in KINDS)
+    for room in ("learn", "models", "parallel"):
+        yield from (here.parent / room).glob("*.py")
+
+
+def _kept(place: Path | None) -> Answer | None:
+    if place is None:
+        return None
+    try:
+        found: Answer = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if "facts" in found or "why_not" in found else None

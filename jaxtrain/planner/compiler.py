@@ -1,0 +1,91 @@
+"""The process that compiles strategies for devices that are not there: `python -m jaxtrain.planner.compiler`.
+
+It reads one request from each line of its standard input and answers each with a line: the facts of the strategy, or
+why it cannot be. Devices of a processor stand for the real ones; the parent sets their number in `XLA_FLAGS`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.learn.state import Program
+from jaxtrain.parallel.zero import share_out
+from jaxtrain.planner.collectives import Dialect
+from jaxtrain.planner.facts import compile_facts
+from jaxtrain.planner.scale import State, extend, smallest_mesh
+from jaxtrain.runs.rundir import ModelCard, program_of
+from zarr_store.errors import TerrashardError
+
+__all__ = ["answer", "serve"]
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Compile one strategy.
+
+    Args:
+        request: `config` of the run, `card` of its data, `dtypes` of its batches, `dialect` of the machine.
+
+    Returns:
+        `facts`, or `why_not`.
+    """
+    try:
+        config = TrainConfig.model_validate(request["config"])
+        card = ModelCard.from_dict(request["card"])
+        data, least = config.mesh.data, smallest_mesh(config.mesh.data)
+        size = config.run.batch_size * least // data
+        update = {
+            "mesh": config.mesh.model_copy(update={"data": least}),
+            "run": config.run.model_copy(update={"batch_size": size}),
+        }
+        program = program_of(card, config.model_copy(update=update))
+        facts = compile_facts(program, request["dtypes"], Dialect(**request["dialect"]))
+        if least != data:
+            facts = extend(facts, data, _state(program, data, facts.parameter_bytes, facts.optimizer_bytes))
+        return {"facts": facts.to_dict()}
+    except TerrashardError as error:
+        return {"why_not": str(error)}
+
+
+def _state(program: Program, data: int, parameters: int, optimizer: int) -> State:
+    """Return the bytes of the fullest device with another number of replicas."""
+    if not program.config.mesh.zero:
+        return State(parameters, optimizer)
+    before, after = (_parts(program, size) for size in (program.mesh.shape["data"], data))
+    return State(after if program.config.mesh.zero == 3 else parameters, round(optimizer * after / max(before, 1)))
+
+
+def _parts(program: Program, data: int) -> int:
+    """Return the bytes of the parameters on a device where each of `data` replicas updates a part."""
+    sizes = {**program.mesh.shape, "data": data}
+    mesh: Any = SimpleNamespace(shape=sizes)
+    lies = share_out(program.shapes.params, jax.tree.map(lambda at: at.spec, program.whole), mesh)
+    leaves = jax.tree.leaves(program.shapes.params)
+    places = jax.tree.leaves(lies, is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))
+    total = 0
+    for leaf, at in zip(leaves, places, strict=True):
+        parts = math.prod(sizes[axis] for axis in at if axis is not None)
+        total += int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize // parts
+    return total
+
+
+def serve() -> None:
+    """Answer requests until the input ends."""
+    # whatever a library prints must not stand between the answers
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

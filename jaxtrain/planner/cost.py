@@ -1,0 +1,230 @@
+"""Predict the seconds of a step from what its programs do and what a machine can do.
+
+An instruction takes as long as the slower of its arithmetic and its memory traffic (the roofline of Williams, Waterman
+& Patterson 2009, doi:10.1145/1498765.1498785), and the machine's cost of starting it. A collective takes the latency of
+its messages and its bytes on the wire over the bandwidth of the narrowest link that it crosses. Stages of a pipeline
+follow their schedule, and wait for each other where it says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtrain.parallel.schedule import Work, bubble, order_of, trace
+from jaxtrain.planner.collectives import Collective
+from jaxtrain.planner.facts import Compiled, Facts
+from jaxtrain.planner.profile import Profile
+from zarr_store.errors import InvalidInput
+
+__all__ = ["Prediction", "collective_seconds", "exchange_seconds", "peak_bytes", "predict", "program_seconds"]
+
+BACKWARD = 2 / 3
+"""Share of the computing time in which gradients can travel: the backward pass costs twice the forward pass."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one step, and their parts. The parts add up to the step."""
+
+    step_s: float
+    compute_s: float
+    """Instructions that arithmetic limits, and starting instructions."""
+    memory_s: float
+    """Instructions that memory traffic limits."""
+    collective_s: float
+    """Exchanges that nothing hides."""
+    idle_s: float
+    """Waiting of the stages of a pipeline."""
+    hidden_s: float
+    """Exchanges that pass while devices compute; no part of the step."""
+    bubble: float
+    """Share of the idle time of a pipeline's schedule, as predicted."""
+
+
+def predict(facts: Facts, profile: Profile, precision: str) -> Prediction:
+    """Predict the seconds of one step.
+
+    Args:
+        facts: what the programs of the strategy do.
+        profile: the machine.
+        precision: number type of the convolutions, `model.precision`.
+
+    Raises:
+        InvalidInput: the profile joins fewer devices than the strategy needs.
+    """
+    devices = math.prod(facts.mesh.values())
+    if profile.link(devices) is None:
+        most = profile.links[-1].devices
+        raise InvalidInput(f"profile {profile.name} joins at most {most} devices, the mesh needs {devices}")
+    if facts.schedule:
+        return _piped(facts, profile, precision)
+    (program,) = facts.programs
+    computed, moved = program_seconds(program, profile, precision, devices)
+    total = exchange_seconds(program.collectives, facts.mesh, profile)
+    # only what nobody waits for can be hidden: gradients on their way, and parameters gathered ahead of their layer
+    data = [one for one in program.collectives if "data" in one.axes]
+    along_data = exchange_seconds(data, facts.mesh, profile)
+    hidden = min(profile.overlap * along_data, BACKWARD * (computed + moved))
+    return Prediction(computed + moved + total - hidden, computed, moved, total - hidden, 0.0, hidden, 0.0)
+
+
+def program_seconds(program: Compiled, profile: Profile, precision: str, devices: int) -> tuple[float, float]:
+    """Return the seconds of one execution that arithmetic and that memory traffic take, without exchanges.
+
+    Args:
+        program: what a device runs.
+        profile: the machine.
+        precision: number type of the convolutions.
+        devices: Devices that work at the same time; those of a processor share its cores.
+    """
+    device = profile.device
+    peak = device.peak.get(precision, device.peak.get("float32", 0.0)) * device.reached  # type: ignore[call-overload]  # any text
+    computed = moved = 0.0
+    for flops, elements, size, count in program.work:
+        arithmetic = flops / peak + elements / device.elementwise
+        traffic = size / (device.bandwidth * device.reached_bandwidth)
+        if arithmetic >= traffic:
+            computed += count * (arithmetic + device.launch)
+        else:
+            moved += count * traffic
+            computed += count * device.launch
+    slower = device.slowed(devices)
+    return computed * slower, moved * slower
+
+
+def exchange_seconds(collectives: Sequence[Collective], mesh: Mapping[str, int], profile: Profile) -> float:
+    """Return the seconds of all exchanges of one execution, one after the other.
+
+    Compilers for accelerators join small exchanges of one kind along one axis into one message (`Profile.combined`), so
+    these pay the latency once for as many bytes; exchanges inside a network's layers wait for each other and are not.
+    """
+    total = 0.0
+    joined: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
+    for one in collectives:
+        if profile.combined and "data" in one.axes and one.kind != "collective-permute":
+            joined.setdefault((one.kind, one.axes), []).append(one)
+        else:
+            total += collective_seconds(one, mesh, profile)
+    for (kind, axes), several in joined.items():
+        size = sum(one.wire_bytes for one in several)
+        if size:
+            bandwidth, latency = path_of(axes, mesh, profile)
+            messages = math.ceil(size / profile.combined)
+            total += messages * _hops(kind, several[0].group, profile) * latency + size / bandwidth
+    return total
+
+
+def _hops(kind: str, group: int, profile: Profile) -> int:
+    """Return how many messages follow each other in one exchange; on GPUs small ones take a tree."""
+    if kind == "collective-permute":
+        return 1
+    along = math.ceil(math.log2(group)) if profile.device.kind == "gpu" else group - 1
+    return 2 * along if kind == "all-reduce" else along
+
+
+def collective_seconds(one: Collective, mesh: Mapping[str, int], profile: Profile) -> float:
+    """Return the seconds of a collective in one execution, alone on its links."""
+    if not one.wire_bytes:
+        return 0.0
+    bandwidth, latency = path_of(one.axes, mesh, profile)
+    return one.count * _hops(one.kind, one.group, profile) * latency + one.wire_bytes / bandwidth
+
+
+def path_of(axes: Sequence[str], mesh: Mapping[str, int], profile: Profile) -> tuple[float, float]:
+    """Return bandwidth and latency of the narrowest link between devices that differ along some axes.
+
+    Devices that share a node use its ways out together, so a group with k devices in each node has k times the
+    bandwidth of one between nodes, and at most that inside.
+    """
+    names = list(mesh)
+    strides = {name: math.prod([*mesh.values()][names.index(name) + 1 :]) for name in names}
+    span = 1 + sum(strides[name] * (mesh[name] - 1) for name in axes)
+    group = math.prod(mesh[name] for name in axes)
+    nearest = min((strides[name] for name in axes if mesh[name] > 1), default=1)
+    bandwidth, latency, reached = math.inf, 0.0, 1
+    for link in profile.links:
+        # devices of the group within the level inside: all of them share its ways out
+        bandwidth = min(bandwidth, link.bandwidth * max(1, min(reached // nearest, group)))
+        latency = link.latency
+        reached = link.devices or span
+        if span <= reached:
+            break
+        bandwidth = math.inf if link.devices is not None and nearest >= link.devices else bandwidth
+    return bandwidth, latency
+
+
+def peak_bytes(facts: Facts) -> int:
+    """Return the bytes that the fullest device needs at once.
+
+    A stage of a pipeline keeps its state, its gradient and the activations of the microbatches under way, beside what
+    its largest program needs for itself.
+    """
+    if not facts.schedule:
+        return facts.programs[0].peak_bytes
+    flying = _in_flight(facts)
+    most = 0
+    for stage in range(facts.mesh["pipe"]):
+        mine = [one for one in facts.programs if one.stage == stage]
+        kept = sum(flying[one.part] * _kept(one) for one in mine if one.name == "forward")
+        state = sum(one.argument_bytes for one in mine if one.name == "update")
+        work = max((one.temporary_bytes + one.output_bytes - one.alias_bytes for one in mine), default=0)
+        most = max(most, state + kept + work)
+    return most
+
+
+def _kept(forward: Compiled) -> int:
+    """Return the bytes that a forward pass leaves for its backward pass."""
+    return forward.output_bytes
+
+
+def _orders(facts: Facts) -> list[list[Work]]:
+    schedule: str = facts.schedule
+    return order_of(schedule, groups=facts.mesh["pipe"], chunks=facts.parts, microbatches=facts.microbatches)  # type: ignore[arg-type]  # one of three
+
+
+def _in_flight(facts: Facts) -> dict[int, int]:
+    """Return the most microbatches of each part whose forward pass is done and whose backward pass is not."""
+    most = dict.fromkeys(range(facts.parts), 0)
+    for order in _orders(facts):
+        now = dict.fromkeys(range(facts.parts), 0)
+        for work in order:
+            now[work.chunk] += 1 if work.kind == "forward" else -1
+            most[work.chunk] = max(most[work.chunk], now[work.chunk])
+    return most
+
+
+def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
+    inside = {name: size for name, size in facts.mesh.items() if name != "pipe"}
+    devices = math.prod(facts.mesh.values())
+    # of devices that share a processor, those of waiting stages leave it to the others
+    busy = devices if profile.device.together is None else math.prod(inside.values())
+    seconds: dict[tuple[str, int], tuple[float, float, float]] = {}
+    for one in facts.programs:
+        exchange = exchange_seconds(one.collectives, inside, profile)
+        seconds[one.name, one.part] = (*program_seconds(one, profile, precision, busy), exchange)
+    bandwidth, latency = path_of(("pipe",), facts.mesh, profile)
+    given = {(one.source, one.target): latency + one.bytes / bandwidth for one in facts.handovers}
+    stages = facts.mesh["pipe"]
+
+    def cost(work: Work) -> float:
+        back = work.kind == "backward"
+        target = (work.chunk - 1 if back else work.chunk + 1) % stages
+        pair = (target, work.chunk % stages) if back else (work.chunk % stages, target)
+        sends = given.get(pair, 0.0) if 0 <= (work.chunk - 1 if back else work.chunk + 1) < facts.parts else 0.0
+        return sum(seconds[work.kind, work.chunk]) + sends
+
+    intervals = trace(_orders(facts), chunks=facts.parts, seconds=cost)
+    span = max(interval.end for interval in intervals)
+    work = sum(interval.end - interval.start for interval in intervals)
+    if profile.device.together is not None:  # what all stages do must pass through the cores they share
+        span = max(span, work * max(1, math.prod(inside.values())) / profile.device.together)
+    edges = [sum(seconds[name, part]) for name, part in seconds if name == "images"]
+    updates = [sum(value) for (name, _), value in seconds.items() if name == "update"]
+    step = span + sum(edges) + max(updates, default=0.0)
+    runs = {(one.name, one.part): one.runs for one in facts.programs}
+    share = [sum(runs[at] * value[i] for at, value in seconds.items()) / stages for i in range(3)]
+    handed = 2 * facts.microbatches * sum(given.values()) / stages
+    busy_s = min(step, sum(share) + handed)
+    return Prediction(step, share[0], share[1], share[2] + handed, max(0.0, step - busy_s), 0.0, bubble(intervals))

@@ -1,0 +1,249 @@
+"""Compile the step of one strategy, without data and without its machine, and keep what the compiled programs say.
+
+A strategy without a pipeline is one program. A pipeline is a forward, a backward and an update program for each part;
+each runs on the devices of its stage, and what one part hands to the next is a copy between stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.learn.state import Program
+from jaxtrain.learn.step import make_pipeline, make_train_step
+from jaxtrain.parallel.links import shape_of
+from jaxtrain.parallel.rehearsal import compile_parts
+from jaxtrain.planner.collectives import Collective, Dialect, activation_gathers, find_collectives, result_bytes
+from jaxtrain.planner.hlo import read_module
+from jaxtrain.planner.operations import Operation, find_operations
+
+__all__ = ["Compiled", "Facts", "HandOver", "batch_shapes", "compile_facts"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program, as one of its devices runs it."""
+
+    name: str
+    """step, or forward, backward or update of a part."""
+    stage: int
+    """Stage whose devices run it; 0 without a pipeline."""
+    part: int
+    """Part of the network; 0 without a pipeline."""
+    runs: int
+    """Executions in one step of training."""
+    work: tuple[tuple[float, float, float, int], ...]
+    """Of each instruction: operations of convolutions and products, of the rest, bytes, turns."""
+    collectives: tuple[Collective, ...]
+    result_bytes: Mapping[str, int]
+    """Bytes of collectives as the compiler printed them, by kind, each execution."""
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    gathers: tuple[str, ...]
+    """Gathers of activations, with the operation that each comes from; a sound program has none."""
+
+    @property
+    def flops(self) -> float:
+        """Operations of convolutions and products in one execution."""
+        return sum(flops * count for flops, _, _, count in self.work)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes that one execution needs at once."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """What one part of a pipeline gives to another for one microbatch."""
+
+    source: int
+    target: int
+    """Stages."""
+    bytes: int
+    """Bytes that each device sends."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one strategy without a machine."""
+
+    mesh: Mapping[str, int]
+    """Axes and their sizes, outermost first."""
+    programs: tuple[Compiled, ...]
+    handovers: tuple[HandOver, ...]
+    """Of one microbatch, forward; the same travels back."""
+    parameter_bytes: int
+    """Of the fullest device."""
+    optimizer_bytes: int
+    """Of the fullest device."""
+    parameters: int
+    """Bytes of all parameters together."""
+    batch: int
+    microbatches: int
+    parts: int
+    schedule: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Facts:
+        """Read what `to_dict` gave."""
+        programs = tuple(
+            Compiled(
+                **{
+                    **one,
+                    "work": tuple(map(tuple, one["work"])),
+                    "gathers": tuple(one["gathers"]),
+                    "collectives": tuple(
+                        Collective(
+                            **{
+                                **c,
+                                "shapes": tuple(map(tuple, c["shapes"])),
+                                "axes": tuple(c["axes"]),
+                                "types": tuple(c["types"]),
+                            }
+                        )
+                        for c in one["collectives"]
+                    ),
+                }
+            )
+            for one in facts["programs"]
+        )
+        handovers = tuple(HandOver(**one) for one in facts["handovers"])
+        return cls(**{**facts, "programs": programs, "handovers": handovers})
+
+
+def batch_shapes(program: Program, dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the shapes of a batch of the program, by name.
+
+    Args:
+        program: the network on its mesh.
+        dtypes: number type of `image`, `label` and `observed`, as the data have them.
+    """
+    data, size = program.config.data, program.config.run.batch_size
+    task, side = program.objective.task, (program.config.data.patch,) * 2
+    dates = () if data.dates == 1 else (int(data.dates),)
+    shapes = {"image": (size, *dates, program.channels, *side), "observed": (size, *dates, *side)}
+    if not task.rebuild:
+        shapes["label"] = (size, *((program.classes,) if task.several else () if task.per_image else side))
+    if dates:
+        shapes["day"] = (size, *dates)
+    return {name: shape_of(shape, np.dtype(dtypes.get(name, "uint8"))) for name, shape in shapes.items()}
+
+
+def compile_facts(program: Program, dtypes: Mapping[str, str], dialect: Dialect) -> Facts:
+    """Compile what a step of the program runs, and keep the counts.
+
+    Args:
+        program: the network on its mesh; fake devices of a processor do.
+        dtypes: number types of the arrays of a batch.
+        dialect: how the machine that is planned for treats collectives.
+    """
+    config, axes = program.config, config_axes(program.config)
+    batch = batch_shapes(program, dtypes)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    if program.layout is None:
+        lowered = make_train_step(program).jitted.lower(program.shapes, batch, key)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(program.shapes.params)] if config.mesh.zero else []
+        programs: tuple[Compiled, ...] = (_facts("step", 0, 0, 1, lowered.compile(), axes, dialect, shapes),)
+        handovers: tuple[HandOver, ...] = ()
+    else:
+        programs, handovers = _pipeline_facts(program, batch, key, dialect)
+    return Facts(
+        mesh=axes,
+        programs=programs,
+        handovers=handovers,
+        parameter_bytes=_fullest(program.shapes.params, program.shardings.params),
+        optimizer_bytes=_fullest(program.shapes.opt_state, program.shardings.opt_state),
+        parameters=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.shapes.params)),
+        batch=config.run.batch_size,
+        microbatches=config.mesh.microbatches if program.layout is not None else 1,
+        parts=1 if program.layout is None else program.layout.chunks,
+        schedule=config.mesh.schedule if program.layout is not None else "",
+    )
+
+
+def config_axes(config: TrainConfig) -> dict[str, int]:
+    """Return the axes of the mesh and their sizes, outermost first, as devices are numbered."""
+    return dict(config.mesh.axes)
+
+
+def _facts(
+    name: str,
+    stage: int,
+    part: int,
+    runs: int,
+    compiled: Any,
+    axes: Mapping[str, int],
+    dialect: Dialect,
+    parameters: list[tuple[int, ...]],
+) -> Compiled:
+    module = read_module(compiled)
+    memory = compiled.memory_analysis()
+    return Compiled(
+        name=name,
+        stage=stage,
+        part=part,
+        runs=runs,
+        work=_joined(find_operations(module)),
+        collectives=find_collectives(module, axes, dialect),
+        result_bytes=result_bytes(module),
+        argument_bytes=int(memory.argument_size_in_bytes),
+        output_bytes=int(memory.output_size_in_bytes),
+        alias_bytes=int(memory.alias_size_in_bytes),
+        temporary_bytes=int(memory.temp_size_in_bytes),
+        gathers=tuple(one.source or one.name for one in activation_gathers(module, parameters)),
+    )
+
+
+def _joined(operations: tuple[Operation, ...]) -> tuple[tuple[float, float, float, int], ...]:
+    """Join instructions of the same work, as a network repeats its layers."""
+    found: dict[tuple[float, float, float], int] = {}
+    for one in operations:
+        if one.opcode not in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
+            key = (one.flops, one.elements, one.bytes)
+            found[key] = found.get(key, 0) + one.count
+    return tuple((*key, count) for key, count in found.items())
+
+
+def _fullest(shapes: Any, shardings: Any) -> int:
+    """Return the bytes of a tree on the device that holds most of it."""
+    held: dict[Any, int] = {}
+    for leaf, at in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+        size = int(np.prod(at.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+        for device in at.device_set:
+            held[device] = held.get(device, 0) + size
+    return max(held.values(), default=0)
+
+
+def _pipeline_facts(
+    program: Program, batch: Mapping[str, Any], key: Any, dialect: Dialect
+) -> tuple[tuple[Compiled, ...], tuple[HandOver, ...]]:
+    pipeline = make_pipeline(program)
+    mesh, layout = program.config.mesh, pipeline.layout
+    axes = {name: size for name, size in config_axes(program.config).items() if name != "pipe"}
+    stages = len(layout.groups)
+    programs, handovers = [], []
+    for piece in compile_parts(pipeline, batch, key):
+        stage = piece.part % stages
+        parameters = [leaf.shape for leaf in piece.parameters] if mesh.zero else []
+        runs = mesh.microbatches if piece.name in ("forward", "backward") else 1
+        programs.append(_facts(piece.name, stage, piece.part, runs, piece.compiled, axes, dialect, parameters))
+        if piece.gives:
+            handovers.append(HandOver(stage, (piece.part + 1) % stages, sum(map(_bytes_of_part, piece.gives))))
+    return tuple(programs), tuple(handovers)
+
+
+def _bytes_of_part(leaf: Any) -> int:
+    """Return the bytes of the part of an array on each of its devices."""
+    return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * int(leaf.dtype.itemsize)

@@ -1,0 +1,185 @@
+"""Say in plain words what a survey found: a table for a terminal, and a verdict."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxtrain.planner.cost import predict
+from jaxtrain.planner.profile import Profile
+from jaxtrain.planner.scaling import Curve
+from jaxtrain.planner.survey import Row, Survey, bytes_on_wire
+
+__all__ = ["curve_table", "mesh_text", "sensitivity", "table", "verdict"]
+
+WIDTH = 118
+MOVED = 0.2
+"""Share by which each number of a profile is moved to see how much depends on it."""
+
+
+def mesh_text(row: Row) -> str:
+    """Return the mesh as `--set` would have it, such as `data=4 zero=3`."""
+    if row.candidate.config is None:
+        return "–"
+    mesh = row.candidate.config.mesh
+    parts = [f"{name}={size}" for name, size in mesh.axes.items() if size > 1]
+    parts += [f"zero={mesh.zero}"] if mesh.zero else []
+    parts += [f"schedule={mesh.schedule}"] if mesh.pipe > 1 else []
+    parts += ["remat"] if row.candidate.config.model.remat else []
+    return " ".join(parts) or "data=1"
+
+
+def table(survey: Survey) -> str:
+    """Return all strategies as a table for a terminal: the quickest first, then those that do not fit."""
+    config = survey.network.config
+    title = (
+        f"{config.model.name}, batch {config.run.batch_size} of {config.data.patch} × {config.data.patch} px, "
+        f"{survey.devices} devices of {survey.profile.name}"
+    )
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    measured = [("measured", "error")] if survey.mean_error is not None else []
+    for name in (
+        "mesh",
+        "step ms",
+        *(name for pair in measured for name in pair),
+        "compute",
+        "memory",
+        "exchange",
+        "idle",
+        "images/s",
+        "peak GB",
+        "sent MB",
+    ):
+        made.add_column(name, justify="left" if name == "mesh" else "right", no_wrap=name != "mesh")
+    for row in sorted(survey.rows, key=lambda one: (not one.fits, one.seconds)):
+        if row.facts is None or row.prediction is None:
+            continue
+        values, p = row.to_dict(), row.prediction
+        sent = sum(size for kinds in bytes_on_wire(row.facts).values() for size in kinds.values())
+        mark = "" if row.fits else " (does not fit)"
+        times = [p.step_s, p.compute_s, p.memory_s, p.collective_s, p.idle_s]
+        seen = (
+            [f"{1e3 * row.measured_s:.2f}", f"{row.seconds / row.measured_s - 1:+.0%}"] if row.measured_s else ["", ""]
+        )
+        made.add_row(
+            mesh_text(row) + mark, f"{1e3 * times[0]:.2f}", *(seen if measured else []),
+            *(f"{1e3 * t:.2f}" for t in times[1:]), f"{values['images_per_s']:.0f}",
+            f"{values['peak_bytes_per_device'] / 1e9:.2f}", f"{sent / 1e6:.2f}",
+        )  # fmt: skip
+    lines = _drawn(made).splitlines()
+    if survey.mean_error is not None:
+        lines.append(f"predictions miss the measured steps by {survey.mean_error:.1%} on average")
+    lines += [f"cannot be: {row.candidate.strategy}: {row.why_not}" for row in survey.rows if not row.fits]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def curve_table(curves: Sequence[Curve]) -> str:
+    """Return scaling curves as a table for a terminal."""
+    made = Table(title="each replica keeps its windows", title_justify="left", box=None, pad_edge=False)
+    for name in ("strategy", "devices", "batch", "step ms", "images/s", "efficiency", "sent MB", "peak GB", "epoch"):
+        made.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    for curve in curves:
+        for point in curve.points:
+            epoch = f"{point.epoch_s:.1f} s" if point.epoch_cost is None else f"{point.epoch_cost:.2f}"
+            made.add_row(
+                curve.strategy + ("" if point.fits else " (does not fit)"), str(point.devices), str(point.batch),
+                f"{1e3 * point.step_s:.2f}", f"{point.images_per_s:.0f}", f"{point.efficiency:.1%}",
+                f"{point.sent_bytes / 1e6:.2f}", f"{point.peak_bytes / 1e9:.2f}", epoch,
+            )  # fmt: skip
+    return "\n".join([_drawn(made), *(f"cannot be: {one.strategy}: {one.why_not}" for one in curves if not one.points)])
+
+
+def _drawn(made: Table) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=WIDTH, no_color=True, highlight=False, legacy_windows=False).print(made)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def verdict(survey: Survey) -> str:
+    """Return what to take, why, what limits it, and what would change the answer."""
+    choice = survey.choice
+    if choice is None or choice.prediction is None or choice.facts is None:
+        reasons = "; ".join(dict.fromkeys(f"{row.candidate.strategy} {row.why_not}" for row in survey.rows))
+        return f"no strategy fits {survey.devices} devices of {survey.profile.name}: {reasons}"
+    p = choice.prediction
+    said = [f"Take {mesh_text(choice)} ({choice.candidate.strategy}): {1e3 * p.step_s:.2f} ms a step are predicted."]
+    others = sorted(
+        (row for row in survey.rows if row.fits and row.candidate.strategy != choice.candidate.strategy),
+        key=lambda row: row.seconds,
+    )
+    if others:
+        second = others[0]
+        said.append(
+            f"The quickest other strategy, {second.candidate.strategy} ({mesh_text(second)}), takes "
+            f"{second.seconds / p.step_s:.2f} times as long."
+        )
+    parts = {"arithmetic": p.compute_s, "memory traffic": p.memory_s, "exchange between devices": p.collective_s,
+             "waiting of stages": p.idle_s}  # fmt: skip
+    name, seconds = max(parts.items(), key=lambda part: part[1])
+    said.append(f"What limits it is {name}: {seconds / max(p.step_s, 1e-12):.0%} of the step.")
+    said += _changes(survey)
+    return " ".join(said)
+
+
+def sensitivity(survey: Survey) -> dict[str, float]:
+    """Return by how much the choice's step changes, as a share, when each number of the profile is 20 % lower."""
+    choice = survey.choice
+    if choice is None or choice.facts is None:
+        return {}
+    precision = survey.network.config.model.precision
+    found = {}
+    for name, lower in _lowered(survey.profile, 1 - MOVED).items():
+        found[name] = predict(choice.facts, lower, precision).step_s / choice.seconds - 1
+    return found
+
+
+def _lowered(profile: Profile, factor: float) -> dict[str, Profile]:
+    device = profile.device
+
+    def with_device(**values: object) -> Profile:
+        return profile.model_copy(update={"device": device.model_copy(update=values)})
+
+    links = [link.model_copy(update={"bandwidth": link.bandwidth * factor}) for link in profile.links]
+    late = [link.model_copy(update={"latency": link.latency * factor}) for link in profile.links]
+    return {
+        "peak": with_device(peak={name: value * factor for name, value in device.peak.items()}),
+        "bandwidth": with_device(bandwidth=device.bandwidth * factor),
+        "elementwise": with_device(elementwise=device.elementwise * factor),
+        "launch": with_device(launch=device.launch * factor),
+        "links": profile.model_copy(update={"links": tuple(links)}),
+        "latency": profile.model_copy(update={"links": tuple(late)}),
+    }
+
+
+def _changes(survey: Survey) -> list[str]:
+    """Return the sentences on what would change the answer."""
+    now = survey.choice
+    assert now is not None
+    profile, precision = survey.profile, survey.network.config.model.precision
+    links = {
+        factor: tuple(link.model_copy(update={"bandwidth": link.bandwidth * factor}) for link in profile.links)
+        for factor in (0.1, 10.0)
+    }
+    said = []
+    for factor, word in ((0.1, "a tenth of"), (10.0, "ten times")):
+        other = profile.model_copy(update={"links": links[factor]})
+        rows = [
+            replace(row, prediction=predict(row.facts, other, precision)) if row.facts is not None else row
+            for row in survey.rows
+        ]
+        changed = replace(survey, profile=other, rows=tuple(rows)).choice
+        if changed is not None and mesh_text(changed) != mesh_text(now):
+            said.append(f"With {word} the bandwidth between devices it would be {mesh_text(changed)}.")
+    large = [row for row in survey.rows if row.facts is not None and not row.fits and row.seconds < now.seconds]
+    if large:
+        quickest = min(large, key=lambda row: row.seconds)
+        need = quickest.to_dict()["peak_bytes_per_device"] / 1e9
+        said.append(f"With {need:.1f} GB of usable memory on each device it would be {mesh_text(quickest)}.")
+    batch = survey.network.config.run.batch_size
+    if batch % survey.devices:
+        said.append(f"With a batch that {survey.devices} divides (now {batch}), mesh.data = {survey.devices} could be.")
+    return said or ["Neither links of a tenth or of ten times the bandwidth nor more memory would change this."]

@@ -1,0 +1,175 @@
+"""Bytes on the wire, operations and memory of compiled steps beside what theory says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtrain.planner.collectives import Dialect, activation_gathers, find_collectives, wire_bytes
+from jaxtrain.planner.facts import Facts, batch_shapes, compile_facts
+from jaxtrain.planner.operations import find_operations
+from jaxtrain.planner.scale import State, extend
+
+GPU = Dialect(scatters=True, half=True)
+SMALL = {"width": 8, "depth": 1}
+
+
+@pytest.fixture(scope="module")
+def facts_of(program_of: Any) -> Any:
+    known: dict[str, Facts] = {}
+
+    def facts(dialect: Dialect = GPU, /, batch: int = 8, **mesh: Any) -> Facts:
+        name = repr((dialect, batch, sorted(mesh.items())))
+        if name not in known:
+            program = program_of(model=SMALL, data={"augment": False}, mesh=mesh, run={"batch_size": batch})
+            known[name] = compile_facts(program, {"image": "uint16"}, dialect)
+        return known[name]
+
+    return facts
+
+
+def sent(facts: Facts) -> dict[str, dict[str, float]]:
+    (program,) = facts.programs
+    return wire_bytes(program.collectives)
+
+
+def test_a_ring_sends_what_the_textbook_says(device_mesh):
+    """Each kind alone, for eight devices and a result of known size."""
+    mesh, split, whole = device_mesh
+    x = jax.ShapeDtypeStruct((64, 128), np.float32, sharding=split)
+    size = 64 * 128 * 4
+
+    def wire(function: Any, out: NamedSharding, argument: Any = x) -> dict[str, dict[str, float]]:
+        compiled = jax.jit(function, out_shardings=out).lower(argument).compile()
+        return wire_bytes(find_collectives(compiled, dict(mesh.shape)))
+
+    assert wire(lambda x: x * 2, whole) == {"data": {"all-gather": size * 7 / 8}}
+    assert wire(lambda x: x.sum(axis=0), whole) == {"data": {"all-reduce": 128 * 4 * 2 * 7 / 8}}
+    turned = NamedSharding(mesh, PartitionSpec(None, "data"))
+    assert wire(lambda x: x * 2, turned) == {"data": {"all-to-all": size / 8 * 7 / 8}}
+
+
+def test_data_parallel_sends_the_gradient_and_zero_sends_it_in_parts(facts_of):
+    """Of R bytes of parameters 2 (n-1)/n R, summed at once or scattered and gathered; ZeRO-3 half as much more."""
+    data, first, third = (facts_of(data=4, zero=zero) for zero in (0, 1, 3))
+    gradient, share = data.parameters, 3 / 4
+    scalars = 64  # of loss and metrics
+    assert sent(data)["data"].keys() == {"all-reduce"}
+    assert 2 * share * gradient <= sent(data)["data"]["all-reduce"] <= 2 * share * (gradient + scalars)
+    split = sum(
+        4 * np.prod(shape)
+        for one in first.programs[0].collectives
+        if one.kind == "reduce-scatter"
+        for shape in one.shapes
+    )
+    assert split > 0.95 * gradient  # all but what four does not divide
+    assert sent(first)["data"]["reduce-scatter"] == share * split
+    assert sent(first)["data"]["all-gather"] == share * split
+    assert sent(third)["data"]["reduce-scatter"] == share * split
+    assert 1.9 * share * split < sent(third)["data"]["all-gather"] <= 2 * share * split
+    assert {one.corrected for one in first.programs[0].collectives} == {"", "all-reduce whose parts are kept"}
+
+
+def test_what_a_processor_prints_is_kept_beside(facts_of):
+    raw = facts_of(Dialect(), data=4, zero=1)
+    assert "reduce-scatter" not in sent(raw)["data"]
+    assert raw.programs[0].result_bytes == facts_of(data=4, zero=1).programs[0].result_bytes
+
+
+def test_memory_of_the_state_is_that_of_its_shards(facts_of):
+    whole, first, third = facts_of(data=4), facts_of(data=4, zero=1), facts_of(data=4, zero=3)
+    assert whole.parameter_bytes == whole.parameters
+    assert first.parameter_bytes == whole.parameter_bytes
+    assert whole.parameters / 4 <= third.parameter_bytes < 0.3 * whole.parameters
+    assert first.optimizer_bytes == third.optimizer_bytes < 0.3 * whole.optimizer_bytes
+
+
+def test_arguments_of_the_compiled_program_are_state_and_batch(facts_of, program_of):
+    facts = facts_of(data=4)
+    program = program_of(model=SMALL, data={"augment": False}, mesh={"data": 4}, run={"batch_size": 8})
+    batch = sum(leaf.size * leaf.dtype.itemsize for leaf in batch_shapes(program, {"image": "uint16"}).values()) / 4
+    state = facts.parameter_bytes + facts.optimizer_bytes
+    assert facts.programs[0].argument_bytes == pytest.approx(state + batch, rel=0.01)
+
+
+def test_more_replicas_need_no_other_program(facts_of, program_of):
+    """Four replicas stand for eight, with as many windows each: what is counted for eight is the same."""
+    for zero in (0, 1, 3):
+        few, many = facts_of(batch=8, data=4, zero=zero), facts_of(batch=16, data=8, zero=zero)
+        got = extend(few, 8, State(many.parameter_bytes, many.optimizer_bytes))
+        assert got.mesh == many.mesh
+        assert got.batch == many.batch
+        for kind, size in sent(many)["data"].items():
+            assert sent(got)["data"][kind] == pytest.approx(size, rel=0.01, abs=64), (zero, kind)
+        assert got.programs[0].flops == pytest.approx(many.programs[0].flops, rel=0.01)
+        assert got.programs[0].peak_bytes == pytest.approx(many.programs[0].peak_bytes, rel=0.05)
+
+
+def test_a_pipeline_hands_over_the_activations_at_its_cut(facts_of):
+    facts = facts_of(pipe=2, microbatches=4)
+    assert [(one.name, one.stage) for one in facts.programs] == [
+        ("images", 0), ("forward", 0), ("backward", 0), ("update", 0), ("forward", 1), ("backward", 1), ("update", 1),
+    ]  # fmt: skip
+    (handed,) = facts.handovers
+    assert (handed.source, handed.target) == (0, 1)
+    # two windows of 32 × 32, and whatever levels of eight channels at that size the cut goes through
+    assert handed.bytes % (2 * 32 * 32 * 4) == 0
+    assert handed.bytes > 0
+    alone = facts_of()
+    work = sum(one.flops * one.runs for one in facts.programs)
+    assert work == pytest.approx(alone.programs[0].flops, rel=0.02)
+
+
+def test_facts_survive_a_file(facts_of):
+    facts = facts_of(data=4, zero=1)
+    assert Facts.from_dict(json.loads(json.dumps(facts.to_dict()))) == facts
+
+
+def test_operations_are_the_compilers_own_where_it_counts_right():
+    def convolution(stride: int = 1, *, spread: int = 1, stretch: int = 1, groups: int = 1) -> Any:
+        def run(x: Any, k: Any) -> Any:
+            return jax.lax.conv_general_dilated(
+                x, k, (stride, stride), ((1, 1), (1, 1)), lhs_dilation=(stretch,) * 2, rhs_dilation=(spread,) * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups,
+            )  # fmt: skip
+
+        return run
+
+    x = jax.ShapeDtypeStruct((2, 12, 12, 8), np.float32)
+    for groups, more in ((1, {}), (1, {"stride": 2}), (1, {"spread": 2}), (1, {"stretch": 2}), (2, {})):
+        k = jax.ShapeDtypeStruct((3, 3, 8 // groups, 16), np.float32)
+        compiled = jax.jit(convolution(groups=groups, **more)).lower(x, k).compile()
+        (one,) = [operation for operation in find_operations(compiled) if operation.flops]
+        assert one.flops == (compiled.cost_analysis() or {})["flops"], more
+    a, b = jax.ShapeDtypeStruct((64, 32), np.float32), jax.ShapeDtypeStruct((32, 16), np.float32)
+    (one,) = [
+        operation for operation in find_operations(jax.jit(lambda a, b: a @ b).lower(a, b).compile()) if operation.flops
+    ]
+    assert one.flops == 2 * 64 * 32 * 16
+
+
+def test_operations_of_a_loop_count_each_turn():
+    def program(x: Any, k: Any) -> Any:
+        return jax.lax.scan(lambda x, _: (x @ k, None), x, None, length=9)[0]
+
+    square = jax.ShapeDtypeStruct((16, 16), np.float32)
+    found = find_operations(jax.jit(program).lower(square, square).compile())
+    assert sum(one.flops * one.count for one in found) == 9 * 2 * 16**3
+
+
+def test_an_activation_that_is_gathered_is_named(device_mesh):
+    _, split, whole = device_mesh
+
+    def program(x: Any) -> Any:
+        return jax.lax.with_sharding_constraint(jax.numpy.sin(x), whole) * 2
+
+    compiled = (
+        jax.jit(program, in_shardings=split, out_shardings=whole).lower(np.ones((8, 16, 16, 4), np.float32)).compile()
+    )
+    (found,) = activation_gathers(compiled)
+    assert "sharding_constraint" in found.source or "sin" in found.source
