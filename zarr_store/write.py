@@ -219,7 +219,8 @@ def _finite(spec: CubeSpec, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np
 
 def not_finite(main: np.ndarray, status: np.ndarray) -> np.ndarray:
     """Return which pixels (time, y, x) are marked as observed or masked though a number of theirs is not finite."""
-    return ~np.isfinite(main).all(axis=1) & np.isin(status, (STATUS_OBSERVED, STATUS_MASKED))
+    lost: np.ndarray = ~np.isfinite(main).all(axis=1) & np.isin(status, (STATUS_OBSERVED, STATUS_MASKED))
+    return lost
 
 
 @dataclass(frozen=True)

@@ -369,11 +369,11 @@ def compose(
     status[(status == 0) & lost & ~outside] = 3
     if world["reduce"] != "first" and stack:
         for y, x in zip(*np.nonzero(count), strict=True):
-            for band in range(2):
-                chosen = sorted(int(v[band, y, x]) for v, clear in zip(stack, clears, strict=True) if clear[y, x])
+            for number in range(2):
+                chosen = sorted(int(v[number, y, x]) for v, clear in zip(stack, clears, strict=True) if clear[y, x])
                 n = len(chosen)
                 pair = (chosen[(n - 1) // 2] + chosen[n // 2], 2) if world["reduce"] == "median" else (sum(chosen), n)
-                value[band, y, x] = (2 * pair[0] + pair[1]) // (2 * pair[1])  # nearest, halves up
+                value[number, y, x] = (2 * pair[0] + pair[1]) // (2 * pair[1])  # nearest, halves up
     red, nir = value
     index = np.where(red > 0, np.rint(10_000 * (nir - red) / np.maximum(nir + red, 1)), -32768)
     out = {"reflectance": value, "scl": layer, "status": status, "ndvi": index}

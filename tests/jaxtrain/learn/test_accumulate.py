@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +159,7 @@ def test_microbatches_weigh_classes_and_mixtures_as_one_batch_does(program_of) -
 class Samples:
     """Reads the samples of one batch as if each were a window of its own."""
 
-    shows = "windows"
+    shows: Literal["windows", "images"] = "windows"
 
     def __init__(self, batch: dict[str, np.ndarray]) -> None:
         self.batch = batch
