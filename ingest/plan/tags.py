@@ -90,6 +90,8 @@ def follow_offset_of_files(scene: Scene, offsets: Mapping[str, float]) -> tuple[
     if not bands or scene.dn_offset == OFFSET_DN:
         return scene, []
     tags = f"{', '.join(bands)}: the file states an offset of {OFFSET_DN} (OFFSET tag)"
+    silent = [band for band in offsets if scene.assets[band].kind == "data" and band not in bands]
+    tags += f", those of {', '.join(silent)} none, and a scene has one offset for all" if silent else ""
     if not scene.offset_evidence.startswith(UNKNOWN_OFFSET):
         return scene, [f"{tags}, the metadata {scene.dn_offset:+d} ({scene.offset_evidence}); the pixels decide"]
     evidence = f"the tags of the files state {OFFSET_DN}, and nothing else states an offset"

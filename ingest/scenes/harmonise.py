@@ -31,7 +31,7 @@ from ingest.scenes.identity import (
     tile_of,
     whole_of,
 )
-from ingest.scenes.offsets import decide_offset, hear_witnesses
+from ingest.scenes.offsets import OFFSET_DN, decide_offset, hear_witnesses
 from ingest.scenes.place import place_of
 from ingest.scenes.scene import AssetRef, Scene
 from ingest.scenes.stated_grid import first_band, stated_grid
@@ -93,6 +93,11 @@ def harmonise(
     baselines = baselines_of(properties, names, [asset.href for asset in assets.values()])
     baseline = baseline_of(baselines)
     stated, promised = (_stated_offsets(raw, assets, product) for raw in (item["assets"], item_assets or {}))
+    if product.offsets and (len(set(stated.values())) > 1 or not set(stated.values()) <= {0, OFFSET_DN}):
+        shown = ", ".join(f"{band} {value:g}" for band, value in stated.items())
+        notes.append(
+            f"the offsets that its raster metadata state are ignored, as they are no 0 or -1000 for all: {shown}"
+        )
     about = (product, provider, collection or product.name, properties)
     dn_offset, evidence = decide_offset(*about, baseline, stated=stated, promised=promised)
     moment, created = (
@@ -114,7 +119,7 @@ def harmonise(
         relative_orbit=relative_orbit_of(properties, names),
         orbit_direction=text_of(first_of(properties, "sat:orbit_state", "sentinel2:orbit_direction"), lower=True),
         datatake=datatake_of(properties, names, product),
-        datastrip=datastrip_of(properties, names),
+        datastrip=datastrip_of(properties, names, _hrefs(item["assets"])),
         nodata_percent=_percent(
             first_of(properties, "s2:nodata_pixel_percentage", "sentinel2:nodata_pixel_percentage")
         ),
@@ -245,6 +250,12 @@ def _raster(asset: Mapping[str, Any], name: str) -> Any:
             if holder.get(spelling) is not None:
                 return holder[spelling]
     return None
+
+
+def _hrefs(assets: Mapping[str, Any]) -> list[str]:
+    """Hrefs of all assets, also of those that are not read, such as the metadata of a datastrip."""
+    found = (asset.get("href") for asset in assets.values() if isinstance(asset, Mapping))
+    return [href for href in found if isinstance(href, str)]
 
 
 def _unit_of_offset(offset: float, scale: float | None, product_scale: float) -> float:

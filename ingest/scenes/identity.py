@@ -179,15 +179,22 @@ def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: Pr
     return None
 
 
-def datastrip_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
+def datastrip_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Iterable[str] = ()) -> str | None:
     """The sensing start of the datastrip, "20230810T100559": that of the part of a datatake which one station received.
 
     A datatake may come down to two stations, and then each has its own part of a tile. The name of a granule ends in
-    the same time.
+    the same time. Hrefs of assets hold both names, as folders of the product.
+
+    >>> datastrip_of({}, [], ["X.SAFE/GRANULE/L2A_T33TWM_A042485_20230810T100559/IMG_DATA/B02.jp2"])
+    '20230810T100559'
     """
     stated = text_of(first_of(properties, "s2:datastrip_id", "eopf:datastrip_id", "sentinel2:datastrip_id"))
-    found = search_in(r"_S(\d{8}T\d{6})(?:_|\.|$)", [stated]) if stated else None
-    return found or search_in(r"^L[12][AC]_T\d{2}[C-X][A-Z]{2}_A\d{6}_(\d{8}T\d{6})(?:_|\.|$)", names)
+    strip, granule = r"_S(\d{8}T\d{6})(?:_|\.|$)", r"^L[12][AC]_T\d{2}[C-X][A-Z]{2}_A\d{6}_(\d{8}T\d{6})(?:_|\.|$)"
+    found = (search_in(strip, [stated]) if stated else None) or search_in(granule, names)
+    if found:
+        return found
+    folders = [part for href in hrefs for part in href.split("/")]
+    return search_in(granule, folders) or search_in(r"(?:^|_)DS_.*" + strip, folders)
 
 
 def relative_orbit_of(properties: Mapping[str, Any], names: Iterable[str]) -> int | None:

@@ -197,6 +197,15 @@ def test_an_offset_that_an_item_states_is_of_reflectance_whatever_the_scale(
     assert scene.offset_evidence.startswith(f"raster metadata of the item state {expected} ")
 
 
+def test_stated_offsets_that_differ_between_bands_are_reported(make_item: Make) -> None:
+    item = make_item()
+    for key, offset in (("blue", -0.1), ("green", 0), ("red", 0), ("nir", 0)):
+        item["assets"][key]["raster:bands"] = [{"scale": 1e-4, "offset": offset}]
+    (note,) = [note for note in harmonised(item).notes if "offsets" in note]
+    assert "blue -1000" in note
+    assert "green 0" in note
+
+
 @pytest.mark.parametrize(
     ("flag", "baseline", "stated", "promised", "expected", "evidence"),
     [

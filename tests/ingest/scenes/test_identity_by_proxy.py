@@ -56,6 +56,16 @@ def test_both_halves_stay_although_both_state_the_whole_square(
     assert (arrays["status"] == 1).all()
 
 
+def test_a_datastrip_is_also_found_in_the_folders_of_hrefs(tmp_path: Path) -> None:
+    paths = [write_tif(tmp_path / f"{time}/B02.tif", land(seed=n)) for n, time in enumerate(("a", "b"))]
+    for folder in ("GRANULE/L2A_T33TWM_A042547_{}", "DATASTRIP/DS_2APS_20230810T141122_S{}"):
+        items = [make_scene(name, {"B02": path}) for name, path in zip("NS", paths, strict=True)]
+        for item, time in zip(items, ("20230810T100559", "20230810T101212"), strict=True):
+            item["assets"]["metadata"] = {"href": f"{folder.format(time)}/MTD.xml", "type": "application/xml"}
+        found = find_scenes(str(write_items(tmp_path, *items)), IngestConfig(bands="blue"))
+        assert [scene.datastrip for scene in found.scenes] == ["20230810T100559", "20230810T101212"]
+
+
 def test_a_half_that_comes_later_is_added_and_replaces_nothing(tmp_path: Path) -> None:
     source, _ = _halves(
         tmp_path,
