@@ -346,8 +346,8 @@ def compose(
         near = scl[4:-4, 4:-4]
         # a band of 0 beside one with a value, where the class has seen the ground, is a clipped number
         seen = (dn > 0).any(axis=0) & ~outside
-        for band, numbers in zip(BANDS, dn, strict=True):
-            seen &= (numbers > 0) | (band not in one.masked)
+        for name, numbers in zip(BANDS, dn, strict=True):
+            seen &= (numbers > 0) | (name not in one.masked)
         masked = np.zeros(shape, bool)
         # the class layer is kept even where nothing is masked, but then it does not decide what is seen
         seen &= near > 0
