@@ -167,7 +167,7 @@ def test_adding_to_a_cube_opens_its_unfinished_files_only_where_todays_command_s
     mine.mkdir()
     shutil.move(save(make_item()), mine / "items.json")
     before = tree(cube)
-    config = IngestConfig(bbox=(1.0, 1.0, 2.0, 2.0), bands=("red", "scl"))
+    config = IngestConfig(bands=("red", "scl"), datetime="2020-01-01/2020-01-31")  # the source has nothing new then
     for append, refresh in ((True, False), (False, True)):
         with pytest.raises(InvalidInput, match=f"--allow-local {cube.parent}"):
             extend(str(mine / "items.json"), cube, config, append=append, refresh=refresh, client=local_client)
@@ -192,8 +192,8 @@ def test_scenes_of_a_provider_that_is_not_known_need_its_file(cube: Path, monkey
         extend("catalog.json", cube, IngestConfig())
     with pytest.raises(InvalidInput, match="--provider-file FILE"):
         audit(cube, IngestConfig(), source="catalog.json")
-    mine = ProviderRule(name="mine")
-    assert plan_extension(plan, str(cube.parent / "nothing"), IngestConfig(providers=(mine,)), append=True,
+    config = IngestConfig(bands=("red", "scl"), providers=(ProviderRule(name="mine"),))
+    assert plan_extension(plan, str(cube.parent / "nothing"), config, append=True,
                           refresh=False, found=find_nothing()) is plan  # fmt: skip
 
 
