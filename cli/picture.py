@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cli.mapping import class_colours
 from jaxtrain.inference.maps import CHUNK, Map, is_map, open_map
 from zarr_store import Cube, open_cube
+from zarr_store.decoding import decoding
 from zarr_store.durable import write_file
 from zarr_store.errors import InvalidInput, NotACube
 from zarr_store.lookup import picture_bands
@@ -149,9 +150,10 @@ def _draw_cube(
     step = max(1, -(-spec.grid.width // panel))
     if step > OVERVIEW_FACTOR:  # the overview has no other steps, and a smaller one makes the picture too wide
         step = -(-step // OVERVIEW_FACTOR) * OVERVIEW_FACTOR
-    dataset = _coarse(cube, name, step)
-    values = dataset[spec.kind].isel(time=steps, band=list(chosen)).to_numpy()
-    status = dataset["status"].isel(time=steps).to_numpy()
+    with decoding(f"{cube.url} {name}"):  # no pixel is decoded before it is asked for
+        dataset = _coarse(cube, name, step)
+        values = dataset[spec.kind].isel(time=steps, band=list(chosen)).to_numpy()
+        status = dataset["status"].isel(time=steps).to_numpy()
     pixels = _stretch(values.astype(np.float32), status, logarithmic=spec.kind == "backscatter")
     pixels[status == STATUS_NODATA] = _NODATA_COLOUR
     pixels[status == STATUS_MISSING] = _MISSING_COLOUR

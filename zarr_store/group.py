@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from zarr_store.decoding import decoding
 from zarr_store.errors import IntegrityError
 from zarr_store.promises import check_array
 from zarr_store.store import Store
 
 if TYPE_CHECKING:
+    import numpy as np
     import xarray as xr
-    import zarr
 
-__all__ = ["ArrayCheck", "axis_checks", "open_array", "open_group"]
+__all__ = ["ArrayCheck", "axis_checks", "open_group", "read_array"]
 
 ArrayCheck = Callable[[Any, str], None]
 """Called with the metadata of one array and its place; raises IntegrityError where they promise what they must not."""
@@ -52,9 +53,13 @@ def open_group(store: Store, group: str, checks: Mapping[str, ArrayCheck]) -> xr
         checks: Checks by name of array. Arrays with other names are not read.
 
     Raises:
-        IntegrityError: An array promises what it must not.
-        ValueError, KeyError, TypeError: The metadata cannot be used.
+        IntegrityError: An array promises what it must not, its metadata cannot be used, or an axis cannot be decoded.
     """
+    with decoding(store.where(group)):
+        return _opened(store, group, checks)
+
+
+def _opened(store: Store, group: str, checks: Mapping[str, ArrayCheck]) -> xr.Dataset:
     import xarray as xr
     import zarr
 
@@ -80,21 +85,25 @@ def open_group(store: Store, group: str, checks: Mapping[str, ArrayCheck]) -> xr
     return found
 
 
-def open_array(store: Store, path: str, check: ArrayCheck) -> zarr.Array[Any]:
-    """Open one array.
+def read_array(store: Store, path: str, check: ArrayCheck, at: Any = ...) -> np.ndarray:
+    """Read one array.
+
+    Args:
+        store: The map or store of samples.
+        path: Path of the array.
+        check: Check of its metadata.
+        at: Index of what is read, as numpy has it; all of it by default.
 
     Raises:
-        IntegrityError: The array promises what it must not, or its metadata cannot be used.
+        IntegrityError: The array promises what it must not, its metadata cannot be used, or it cannot be decoded.
     """
+    import numpy as np
     import zarr
 
-    where = store.where(path)
-    try:
+    with decoding(store.where(path)):
         array = zarr.open_array(store.zarr(), path=path, mode="r", zarr_format=3)
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise IntegrityError(f"{where}: unusable metadata ({type(error).__name__}: {str(error)[:300]})") from error
-    check(_document(array), where)
-    return array
+        check(_document(array), store.where(path))
+        return np.asarray(array[at])
 
 
 def _document(array: Any) -> Any:

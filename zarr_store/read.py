@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +14,9 @@ import tensorstore as ts
 from zarr_store.attributes import flatten_attributes, unpack_attribute
 from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
+from zarr_store.decoding import decoding
 from zarr_store.empty import fill_empty, read_empty
-from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, TerrashardError, UnknownName
+from zarr_store.errors import CorruptShard, IntegrityError, MissingShard, NotACube, UnknownName
 from zarr_store.group import ArrayCheck, axis_checks, open_group
 from zarr_store.index import TrainingIndex
 from zarr_store.keys import RESERVED_NAMES, check_name
@@ -178,7 +178,7 @@ class Cube:
 
     def items(self, collection: str) -> list[dict[str, Any]]:
         """Return the item table, whose row numbers `source_item` holds."""
-        with self._believing(f"{collection}/zarr.json"):
+        with decoding(self._store.where(f"{collection}/zarr.json")):
             return list(self._describe(collection)["items"])
 
     def ledger(self, collection: str) -> Ledger:
@@ -220,7 +220,7 @@ class Cube:
         for array in spec.arrays():
             self._check_array(collection, array.name)
         self._store.check_inside(collection)
-        with self._believing(f"{collection}/zarr.json"):
+        with decoding(self._store.where(f"{collection}/zarr.json")):
             checks = axis_checks(spec.grid.height, spec.grid.width, bands=len(spec.bands))
             for array in spec.arrays():
                 checks[array.name] = self._pixel_check(spec, array.name)
@@ -232,19 +232,6 @@ class Cube:
         if scaled or masked:
             opened = decode(opened, spec, scaled=scaled, masked=masked)
         return cut_into_blocks(opened, spec, chunks) if chunks is not None else opened
-
-    @contextlib.contextmanager
-    def _believing(self, key: str) -> Iterator[None]:
-        """Turn the error of a library about metadata into an error of the cube."""
-        try:
-            yield
-        except TerrashardError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, FileNotFoundError) as error:
-            raise IntegrityError(
-                f"{self._store.where(key)}: unusable metadata ({type(error).__name__}: {str(error)[:300]}); restore "
-                "the file, or make the cube again"
-            ) from error
 
     def _check_array(self, collection: str, array: str) -> None:
         spec = self.spec(collection)
@@ -258,7 +245,7 @@ class Cube:
         key = f"overview/{collection}/{spec.kind}/zarr.json"
         check_overview(self._store.read(key), spec, self._store.where(key))
         self._store.check_inside(f"overview/{collection}")
-        with self._believing(f"overview/{collection}/zarr.json"):
+        with decoding(self._store.where(f"overview/{collection}/zarr.json")):
             coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
             checks = axis_checks(coarse.height, coarse.width, bands=len(spec.bands))
             checks[spec.kind] = lambda document, where: check_overview(document, spec, where, any_length=True)
@@ -270,7 +257,7 @@ class Cube:
     def _tensorstore_uncached(self, collection: str, array: str) -> ts.TensorStore:
         """Open one array, read-only; reading a chunk that was never written raises, unless its shard is empty."""
         self._check_array(collection, array)
-        with self._believing(f"{collection}/{array}/zarr.json"):
+        with decoding(self._store.where(f"{collection}/{array}/zarr.json")):
             handle = self._store.open_array(f"{collection}/{array}", _CONTEXT)
         empty = [region for region, _ in read_empty(self._store, collection).shards.values()]
         return fill_empty(handle, self.spec(collection).array(array).fill, empty)

@@ -32,7 +32,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr_store.backends import open_store
 from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError, InvalidInput, NotACube
-from zarr_store.group import open_array
+from zarr_store.group import read_array
 from zarr_store.promises import check_array, read_document
 from zarr_store.read import await_read, read_tensorstore
 from zarr_store.store import Store
@@ -315,7 +315,7 @@ class SampleStore:
         """Origin of each sample."""
         self._store.check_inside("name")
         check = partial(check_array, shape=(self.spec.count,), dtype="string", most=_MOST_WHOLE)
-        return [str(name) for name in np.asarray(open_array(self._store, "name", check)[...])]
+        return [str(name) for name in read_array(self._store, "name", check)]
 
     def images(
         self, numbers: Sequence[int] | npt.NDArray[np.integer[Any]], bands: Sequence[int] | None = None

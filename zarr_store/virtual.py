@@ -12,6 +12,8 @@ import numpy as np
 import tensorstore as ts
 import zarr
 
+from zarr_store.decoding import DECODING_FAULTS
+
 __all__ = ["open_virtual"]
 
 
@@ -40,7 +42,7 @@ def open_virtual(store: Any, path: str, context: ts.Context, *, exists: Callable
             there.add(key)
         try:
             chunk[...] = array[domain.index_exp]
-        except (ValueError, RuntimeError) as error:
+        except DECODING_FAULTS as error:
             raise ValueError(f"DATA_LOSS: {key}: {error}") from error
 
     return ts.virtual_chunked(

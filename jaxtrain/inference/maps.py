@@ -33,7 +33,7 @@ from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.folder import FolderStore
 from zarr_store.georeference import georeference, write_axes
 from zarr_store.grid import Grid
-from zarr_store.group import ArrayCheck, axis_checks, open_array, open_group
+from zarr_store.group import ArrayCheck, axis_checks, open_group, read_array
 from zarr_store.promises import check_array
 from zarr_store.store import translate_os_errors
 from zarr_store.temporary import remove_folder
@@ -82,8 +82,7 @@ class Map:
 
     def read(self, layer: str = "class", rows: slice = slice(None)) -> npt.NDArray[Any]:
         """Read rows of one layer: uint8 (rows, x), or (class, rows, x) for probability; float32 (rows, x) for value."""
-        array = open_array(FolderStore.at(self.url), layer, self._layer_check(layer))
-        return np.asarray(array[(..., rows, slice(None))])
+        return read_array(FolderStore.at(self.url), layer, self._layer_check(layer), (..., rows, slice(None)))
 
     def _layer_check(self, layer: str) -> ArrayCheck:
         shape = (len(self.classes.names), *self.grid.shape) if layer == "probability" else self.grid.shape

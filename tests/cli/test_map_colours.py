@@ -12,10 +12,14 @@ import rasterio
 from PIL import Image
 
 from cli.mapping import export_cog
+from cli.picture import draw
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import Classes
 from jaxtrain.inference.maps import create_map, open_map
 from zarr_store import Grid
+from zarr_store.errors import IntegrityError
+
+from ..jaxtrain.cube_factory import COLLECTION, make_cube
 
 Run = Callable[..., Any]
 NAMES = {"0": "water", "1": "forest", "2": "odd", "3": "town"}
@@ -54,3 +58,22 @@ def test_a_picture_has_the_colour_of_each_class_and_names_it(run: Run, stripes: 
     legend = pixels[8 + 128 + 8 :].reshape(-1, 3)
     for colour in COLOURS:
         assert (legend == colour).all(axis=1).sum() > 100, "the legend has a box of each colour"
+
+
+def test_pictures_and_geotiffs_of_what_cannot_be_decoded_are_errors(stripes: Path, tmp_path: Path) -> None:
+    for path in (stripes / "class" / "c").rglob("0"):
+        if path.is_file():
+            path.write_bytes(bytes(40))
+    with pytest.raises(IntegrityError, match=r"class: unusable metadata or damaged bytes .RuntimeError"):
+        draw(str(stripes), str(tmp_path / "map.png"))
+    with pytest.raises(IntegrityError, match=r"class: unusable metadata or damaged bytes .RuntimeError"):
+        export_cog(open_map(stripes), tmp_path / "map.tif")
+    assert not [path for path in tmp_path.iterdir() if path != stripes], "nothing of a picture is left"
+    cube = make_cube(tmp_path / "cube.zarr", shape=(1, 64, 64))
+    draw(cube.url, str(tmp_path / "cube.png"))
+    for path in (tmp_path / "cube.zarr" / COLLECTION / "status" / "c").rglob("0"):
+        if path.is_file():
+            data = path.read_bytes()
+            path.write_bytes(bytes(len(data) - 100) + data[-100:])  # the index of the shard is whole
+    with pytest.raises(IntegrityError, match=f"{COLLECTION}: unusable metadata or damaged bytes"):
+        draw(cube.url, str(tmp_path / "again.png"))
