@@ -68,7 +68,10 @@ def oracle_day(scenes: list[dict[str, Any]], row_of: dict[str, int]) -> dict[str
     for scene in scenes:
         bands = np.stack([on_grid(scene["folder"] / name, Resampling.bilinear) for name in FILES.values()])
         scl = on_grid(scene["folder"] / "SCL.tif", Resampling.nearest)
-        read.append((row_of[scene["id"]], bands, scl, (bands.min(axis=0) > 0) & (scl > 0)))
+        # the files have no mask and nodata 0, and all bands pixels of one size: a 0 beside a band with a value, where
+        # the class layer has seen the ground, is a number that the provider clipped, and is stored as 1
+        seen = (bands.max(axis=0) > 0) & (scl > 0)
+        read.append((row_of[scene["id"]], np.maximum(bands, 1), scl, seen))
     for wanted_status in (1, 2):  # first all clear pixels of all scenes, then what is left among masked ones
         for row, bands, scl, seen in read:
             state = np.where(np.isin(scl, MASKED), 2, 1)

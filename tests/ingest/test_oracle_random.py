@@ -63,8 +63,8 @@ class Made:
     copy_of: str | None = None
     looked: bool = False
     """Whether the share of clouds was measured; else the catalogue's word counts."""
-    masked: frozenset[str] = frozenset()
-    """Bands whose files have a mask, which says where there is no data: 0 is never a clipped number there."""
+    told: frozenset[str] = frozenset()
+    """Bands whose files say by a mask or by another nodata value than 0 where they have no data."""
 
     @property
     def cloud_share(self) -> float | None:
@@ -164,14 +164,17 @@ def build(world: dict[str, Any]) -> list[Made]:
     return made
 
 
-def write_files(made: list[Made], world: dict[str, Any], folder: Path) -> list[Made]:
-    """The scenes of a world as files, with what the files say of their pixels."""
-    written = [write_scene(m.scene, m.pixels, m.broken, folder, world["seed"] + n) for n, m in enumerate(made)]
-    return [replace(m, scene=scene, masked=masked) for m, (scene, masked) in zip(made, written, strict=True)]
+def write(made: list[Made], world: dict[str, Any], folder: Path) -> list[Made]:
+    """Write the files of a world, and note what they tell."""
+    written = []
+    for number, one in enumerate(made):
+        scene, told = write_scene(one.scene, one.pixels, one.broken, folder, world["seed"] + number)
+        written.append(replace(one, scene=scene, told=told))
+    return written
 
 
 def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.ndarray]]:
-    """The way of a real ingest, in some worlds but for files: duplicates, plan, shards."""
+    """The way of a real ingest, in most worlds but for files: duplicates, plan, shards."""
     table = {(m.scene.id, band): m for m in made for band in m.pixels}
     scenes, drops = dedupe([m.scene for m in made])
     assert {d.dropped.id for d in drops} == {m.scene.id for m in made if m.copy_of}
@@ -344,10 +347,12 @@ def compose(
         dn = np.stack([sample(one.pixels[band], grid, target, world["kernel"]) for band in BANDS])
         scl = sample(one.pixels["scl"], grid, wide, "nearest")
         near = scl[4:-4, 4:-4]
-        # a band of 0 beside one with a value, where the class has seen the ground, is a clipped number
+        # a band of 0 beside one with a value, where the class has seen the ground, is a clipped number, unless its file
+        # tells in another way where it has no data
         seen = (dn > 0).any(axis=0) & ~outside
-        for name, numbers in zip(BANDS, dn, strict=True):
-            seen &= (numbers > 0) | (name not in one.masked)
+        for band, values in zip(BANDS, dn, strict=True):
+            if band in one.told:
+                seen &= values > 0
         masked = np.zeros(shape, bool)
         # the class layer is kept even where nothing is masked, but then it does not decide what is seen
         seen &= near > 0
@@ -385,7 +390,7 @@ def check(world: dict[str, Any]) -> int:
     made = build(world)
     with tempfile.TemporaryDirectory() as folder:
         if world["files"]:
-            made = write_files(made, world, Path(folder))
+            made = write(made, world, Path(folder))
         plan, got = ingest(made, world)
     expected = oracle(made, world, plan.grid, {row["id"] for row in plan.items["sentinel-2-l2a"]})
     assert set(got) == set(expected)

@@ -12,6 +12,7 @@ import pytest
 
 from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
+from ingest.raster.read import read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.run.shard import fill_shard
 from ingest.stack import stack
@@ -49,16 +50,27 @@ def mixed_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return plan_scenes(scenes, probe_headers(scenes), config, layout=Layout("t", (1, 64, 64), (1, 64, 64)))
 
 
-def compare(array: Any, cube: dict[str, np.ndarray], bands: int) -> int:
-    """Compare every pixel that has a source; returns how many there were."""
-    compared = 0
+def compare(array: Any, cube: dict[str, np.ndarray], plan: Plan, first: int = 0) -> tuple[int, int]:
+    """Compare every pixel that has a source; returns how many there were, and how many numbers of them were clipped.
+
+    The view of one band does not know the others, so it has 0 where the file has 0. In the cube such a pixel has a
+    source only if another band shows that a provider clipped the number, which is then stored as 1.
+    """
+    scenes = {scene.item: scene for task in plan.tasks for scene in task.sources}
+    names = plan.recipes[0].spec.band_names
+    compared = clipped = 0
     for row in range(array.sizes["time"]):
         view = array[row].values
         steps, ys, xs = np.nonzero(cube["source_item"] == row)
-        np.testing.assert_array_equal(view[:bands, ys, xs], cube["reflectance"][steps, :, ys, xs].T)
-        np.testing.assert_array_equal(view[bands, ys, xs], cube["scl"][steps, ys, xs])
-        compared += len(steps)
-    return compared
+        expected = cube["reflectance"][steps, :, ys, xs].T
+        assets = [scenes[first + row].asset(name) for name in names]
+        raw = np.stack([read_on_grid(a, a.header, plan.grid, a.resampling, stored=a.stored) for a in assets if a])
+        zero = raw[:, ys, xs] == 0
+        assert (expected[zero] == 1).all()
+        np.testing.assert_array_equal(view[: len(names), ys, xs], np.where(zero, 0, expected))
+        np.testing.assert_array_equal(view[len(names), ys, xs], cube["scl"][steps, ys, xs])
+        compared, clipped = compared + len(steps), clipped + int(zero.sum())
+    return compared, clipped
 
 
 def test_the_lazy_view_equals_shards_over_lattices_zones_and_offsets(mixed_plan: Plan) -> None:
@@ -81,7 +93,9 @@ def test_the_lazy_view_equals_shards_over_lattices_zones_and_offsets(mixed_plan:
     assert (lazy.sizes["y"], lazy.sizes["x"]) == (height, width)
     np.testing.assert_array_equal(lazy.x, mixed_plan.grid.x())
     with dask.config.set(scheduler="synchronous"):
-        assert compare(lazy.compute(), cube, 2) == (cube["source_item"] >= 0).sum()
+        compared, clipped = compare(lazy.compute(), cube, mixed_plan)
+    assert compared == (cube["source_item"] >= 0).sum()
+    assert clipped > 0, "no number was clipped, so the rule for them was not compared"
 
 
 @pytest.mark.real_data
@@ -94,7 +108,9 @@ def test_the_lazy_view_equals_the_cube_of_the_real_scenes(zagreb_plan: Plan, zag
         array = lazy.compute()
     cube = {name: dataset[name][1:2].values for name in ("reflectance", "scl", "source_item")}
     cube["source_item"] = np.where(cube["source_item"] >= 0, cube["source_item"] - 2, -1)
-    assert compare(array, cube, 4) > 1_400_000
+    compared, clipped = compare(array, cube, zagreb_plan, first=2)
+    assert compared > 1_400_000
+    assert clipped > 0
 
 
 def test_an_unreadable_asset_raises_instead_of_filling(mixed_plan: Plan) -> None:
