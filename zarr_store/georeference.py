@@ -15,14 +15,11 @@ __all__ = ["georeference", "write_axes"]
 
 
 def georeference(grid: Mapping[str, Any], bounds: Sequence[float], wkt: str) -> dict[str, Any]:
-    """Return the GeoZarr attributes `proj:` and `spatial:` of a group on `grid` (crs, transform, shape).
-
-    `spatial:dimensions` is left out: the arrays name their dimensions, and xarray cannot write a list of texts into a
-    netCDF file of version 3.
-    """
+    """Return the GeoZarr attributes `proj:` and `spatial:` of a group on `grid` (crs, transform, shape)."""
     crs = str(grid["crs"])
     return {
         ("proj:code" if crs.startswith("EPSG:") else "proj:wkt2"): crs if crs.startswith("EPSG:") else wkt,
+        "spatial:dimensions": ["y", "x"],
         "spatial:transform": list(grid["transform"]),
         "spatial:shape": list(grid["shape"]),
         "spatial:bbox": list(bounds),
