@@ -22,12 +22,12 @@ from .growing import plan_of, scene, tree
 ROWS = [
     *(f"R{n:02}" for n in range(1, 39)),
     *(f"S{n:02}" for n in range(1, 19)),
-    *(f"P{n:02}" for n in range(1, 44)),
+    *(f"P{n:02}" for n in range(1, 50)),
     *(f"Z{n:02}" for n in range(1, 24)),
     *(f"D{n:02}" for n in range(1, 16)),
     *(f"X{n:02}" for n in range(1, 9)),
     *(f"C{n:02}" for n in range(1, 15)),
-    *(f"Y{n:02}" for n in range(1, 50)),
+    *(f"Y{n:02}" for n in range(1, 55)),
     *(f"L{n:02}" for n in range(1, 11)),
 ]
 FIRST = {
