@@ -64,7 +64,8 @@ def open_stack(
 
     Returns:
         Array (time, band, y, x) of harmonised stored values; 0, or NaN for backscatter, where there is no data. The
-        coordinates `id` and `cloud` (share of clouds over the region) lie along time.
+        coordinates `id` and `cloud` (share of clouds over the region) lie along time. Each band is read alone, so a
+        number that a provider clipped is 0 here too, where the cube has 1.
 
     Raises:
         NothingFound: No scene matches, or none lies in the region.

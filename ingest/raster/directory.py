@@ -10,14 +10,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ingest.raster.ranges import RangeFile
 
-__all__ = ["COMPRESSIONS", "Directory"]
+__all__ = ["COMPRESSIONS", "Directory", "tables_inside"]
 
 COMPRESSIONS: Mapping[int, str] = {1: "", 5: "LZW", 8: "DEFLATE", 32946: "DEFLATE", 50000: "ZSTD"}
 """TIFF's number of a compression → GDAL's name of the compression, empty for none."""
@@ -60,6 +60,10 @@ _IGNORED = frozenset(
 
 _SHORT, _LONG, _LONG8 = 3, 4, 16
 _NUMBERS: Mapping[int, str] = {_SHORT: "<u2", _LONG: "<u4", _LONG8: "<u8"}
+_SIZES: Mapping[int, int] = {_SHORT: 2, _LONG: 4, 8: 2, 9: 4, 11: 4, 13: 4, **dict.fromkeys((5, 10, 12, 16, 17, 18), 8)}
+"""Type of a tag → bytes of one value, where it is not one byte."""
+_TABLES = frozenset({273, 279, _TILE_OFFSETS, _TILE_SIZES})
+"""Tags that hold the places and sizes of strips or tiles."""
 _KINDS = {1: "uint", 2: "int", 3: "float"}
 _MAX_TAGS = 512
 """Largest number of tags of a directory that is read."""
@@ -142,31 +146,68 @@ class Directory:
         return np.stack([begin, begin + sizes.astype(np.int64)], axis=-1).reshape(rows, columns, 2)
 
 
-def _entries(file: RangeFile) -> dict[int, _Entry] | None:
-    """Tags of the first directory; None unless they are in order, each once, and lie inside the file."""
+def tables_inside(file: RangeFile) -> bool:
+    """Whether the tables of the places and sizes of blocks, which the first directory names, lie inside the file.
+
+    GDAL finds no block in a table that it cannot read, and may then give zeros, as for a block that is left out.
+
+    Raises:
+        Exception: The error of fetching the bytes.
+    """
+    table = _table(file)
+    if table is None:
+        return True  # GDAL refuses what is no directory
+    for tag, kind, values, inline, _ in table.rows:
+        size = values * _SIZES.get(kind, 1)
+        if tag in _TABLES and size > len(inline) and int.from_bytes(inline, table.order) + size > file.size:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rows (tag, type, count, value field, byte where the value field begins) of a directory, as they stand."""
+
+    order: Literal["little", "big"]
+    rows: tuple[tuple[int, int, int, bytes, int], ...]
+
+
+def _table(file: RangeFile) -> _Table | None:
+    """The first directory of a TIFF or BigTIFF; None where there is none, or the file ends before it."""
     head = file.head
-    if head[:4] == b"II*\x00" and len(head) >= 8:
-        (start,), step, counted, form = struct.unpack_from("<I", head, 4), 12, 2, "<HHI4s"
-    elif head[:8] == b"II+\x00\x08\x00\x00\x00" and len(head) >= 16:
-        (start,), step, counted, form = struct.unpack_from("<Q", head, 8), 20, 8, "<HHQ8s"
+    order: Literal["little", "big"] = "big" if head[:2] == b"MM" else "little"
+    mark = ">" if order == "big" else "<"
+    if head[:4] in (b"II*\x00", b"MM\x00*") and len(head) >= 8:
+        (start,), step, counted, form = struct.unpack_from(f"{mark}I", head, 4), 12, 2, f"{mark}HHI4s"
+    elif head[:8] in (b"II+\x00\x08\x00\x00\x00", b"MM\x00+\x00\x08\x00\x00") and len(head) >= 16:
+        (start,), step, counted, form = struct.unpack_from(f"{mark}Q", head, 8), 20, 8, f"{mark}HHQ8s"
     else:
         return None
     first = _bytes(file, start, counted)
-    count = 0 if first is None else int.from_bytes(first, "little")
+    count = 0 if first is None else int.from_bytes(first, order)
     table = _bytes(file, start + counted, count * step) if 0 < count <= _MAX_TAGS else None
     if table is None:
         return None
-    entries: dict[int, _Entry] = {}
-    before = -1
+    rows = []
     for number in range(count):
         tag, kind, values, inline = struct.unpack_from(form, table, number * step)
+        rows.append((tag, kind, values, inline, start + counted + (number + 1) * step - len(inline)))
+    return _Table(order, tuple(rows))
+
+
+def _entries(file: RangeFile) -> dict[int, _Entry] | None:
+    """Tags of the first directory; None unless they are little-endian, in order, each once, and lie inside the file."""
+    table = _table(file)
+    if table is None or table.order == "big":
+        return None
+    entries: dict[int, _Entry] = {}
+    before = -1
+    for tag, kind, values, inline, field in table.rows:
         if tag <= before:
             return None
         before = tag
-        at = start + counted + (number + 1) * step - len(inline)
         size = np.dtype(_NUMBERS[kind]).itemsize if kind in _NUMBERS else 0
-        if size * values > len(inline):
-            at = int.from_bytes(inline, "little")
+        at = int.from_bytes(inline, "little") if size * values > len(inline) else field
         entries[tag] = _Entry(kind, values, at, inline)
     return entries
 

@@ -59,6 +59,8 @@ _FEW_BYTES = 1 << 20
 """Number of bytes that any block may have, whatever it decodes to."""
 _MAX_GROWTH = 4
 """Largest ratio of packed to decoded bytes of larger blocks; LZW of noise has 1.5."""
+_SIGNATURE_BYTES = 8
+"""Number of first bytes that no block has: they say that the file is a TIFF, and where its directory is."""
 _FARTHEST = 1 << 60
 """Largest place of a byte in a file that is believed."""
 _HEADS = 1024
@@ -257,6 +259,10 @@ def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | Non
     count = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
     if start is None or count is None:
         return None
+    if int(start) < _SIGNATURE_BYTES:
+        raise BlockPlaceError(
+            f"block {y}, {x}: the file states that it begins at byte {start}, in its header: it is damaged"
+        )
     if int(start) + int(count) > _FARTHEST:
         raise BlockPlaceError(f"block {y}, {x}: the file states that it begins at byte {start}: it is damaged")
     if int(count) > _FEW_BYTES:

@@ -223,7 +223,8 @@ def check_raster(path: Path, url: str | None = None) -> str:
         kind = np.dtype(told.dtype).kind
         stored: Any = "float32" if kind == "f" else "uint8" if told.dtype == "uint8" else "uint16"
         windows = _windows(told.grid.height, told.grid.width)
-        asset = AssetRef(key="a", href=place, band="a", kind="class")
+        kind_of_band: Any = "class" if stored == "uint8" or told.palette else "data"
+        asset = AssetRef(key="a", href=place, band="a", kind=kind_of_band)
         ours = [
             read_on_grid(asset, told.grid, told.grid.window(*window), "nearest", stored=stored, access=access)
             for window in windows
@@ -236,7 +237,7 @@ def check_raster(path: Path, url: str | None = None) -> str:
             differ = int((one != other).sum()) if one.shape == other.shape else -1
             raise Finding(f"{differ} of {one.size} pixels of {window} are not GDAL's")
     if url is not None:
-        asset = AssetRef(key="a", href=url, band="a", kind="class")
+        asset = AssetRef(key="a", href=url, band="a", kind=kind_of_band)
         try:
             far = read_on_grid(asset, None, told.grid.window(*windows[0]), "nearest", stored=stored, access=access)
         except TerrashardError as error:
@@ -259,6 +260,7 @@ def _gdal(path: Path, windows: list[tuple[int, int, int, int]], stored: str) -> 
     import numpy as np
     import rasterio
     from rasterio._err import CPLE_BaseError
+    from rasterio.enums import MaskFlags
     from rasterio.errors import RasterioError
     from rasterio.windows import Window
 
@@ -270,20 +272,43 @@ def _gdal(path: Path, windows: list[tuple[int, int, int, int]], stored: str) -> 
     try:
         with rasterio.Env(**options), rasterio.open(path, driver=driver, sharing=False) as dataset:
             for row, col, height, width in windows:
-                raw = dataset.read(1, window=Window(col, row, width, height))
-                if stored == "float32":
-                    made = raw.astype(np.float32)
-                    made[~np.isfinite(made) | (made == 0)] = np.nan
-                    void = np.nan
-                else:
-                    made = raw.clip(0, np.iinfo(stored).max).astype(stored)
-                    void = 0
+                window = Window(col, row, width, height)
+                raw = dataset.read(1, window=window)
+                empty = ~np.isfinite(raw) if stored == "float32" else np.zeros(raw.shape, bool)
+                if dataset.driver == "GTiff" and MaskFlags.per_dataset in dataset.mask_flag_enums[0]:
+                    empty |= dataset.read_masks(1, window=window) == 0
                 if dataset.nodata is not None and np.isfinite(dataset.nodata):
-                    made[raw == dataset.nodata] = void
-                pixels.append(made)
+                    empty |= raw == dataset.nodata
+                raw[empty] = np.nan if stored == "float32" else 0
+                pixels.append(_as_in_a_cube(raw, stored, dataset.scales[0], dataset.offsets[0], dataset.units[0]))
     except (RasterioError, CPLE_BaseError) as error:
         raise Finding(f"it is read, and GDAL refuses it: {error}") from error
     return pixels
+
+
+def _as_in_a_cube(raw: Any, stored: str, scale: float, offset: float, unit: str | None) -> Any:
+    """GDAL's numbers by the rules of docs/ingest.md, "What a file states"; NaN or 0 where a number is no data."""
+    import numpy as np
+
+    if stored == "float32":
+        with np.errstate(all="ignore"):
+            power = (raw.astype(np.float32).astype(np.float64) * scale + offset).astype(np.float32)
+            if (unit or "").strip().lower() in ("db", "decibel", "decibels"):
+                power = np.power(np.float32(10), power / np.float32(10), dtype=np.float32)
+            elif (power < 0).mean() > 0.5:
+                raise Finding(f"it is read, and {(power < 0).mean():.0%} of its numbers are negative")
+            return np.where(np.isfinite(power) & (power > 0), power, np.float32(np.nan))
+    top = np.iinfo(stored).max
+    numbers = raw.astype(np.float64)
+    factor = scale / 1e-4 if scale != 1.0 and stored == "uint16" else 1.0
+    if abs(factor - 1.0) > 1e-5:
+        made = np.where((raw == 65535) & (raw.dtype == np.uint16), top, np.clip(np.rint(numbers * factor), 1, top))
+        made[(raw == 0) | (numbers * factor < -1000)] = 0
+    else:
+        made = np.clip(numbers, 0, top)
+        if stored == "uint16":
+            made[(numbers < 0) & (numbers >= -1000)] = 1
+    return made.astype(stored)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import pytest
 from ingest.raster import blocks
 
 from ..fuzz import AUX, Finding, campaign, check_raster
-from ..fuzz_files import good_files, hostile_files, mutated
+from ..fuzz_files import good_files, hostile_files, moved_table, mutated, scene, tiff, tiles
 
 RASTERS = 1500
 DOCUMENTS = 1500
@@ -22,7 +22,7 @@ READ_AS_GDAL_DOES = (
     "bits-reversed", "deep-tiles", "upside-down", "predictor-unpacked", "predictor-twice", "predictor-behind-all",
     "predictor-of-one-byte", "predictor-of-two-values", "predictor-signed", "signed", "void", "half-floats",
     "metadata-compression", "metadata-predictor", "metadata-bits", "next-is-itself", "sub-directory-is-itself",
-    "strips-and-tiles", "tile-of-100", "offsets-all-one", "offsets-signed", "planar-2",
+    "strips-and-tiles", "tile-of-100", "offsets-all-one", "planar-2",
 )  # fmt: skip
 """Odd files that GDAL reads; it may."""
 
@@ -46,6 +46,27 @@ def test_files_that_lie_are_errors_or_read_as_gdal_reads_them(tmp_path: Path, na
         assert outcome == "read"
     if name.endswith("-cut") or "-cut-" in name or name.startswith("predictor-0"):
         assert outcome == "error", "what is cut short, or refused by GDAL, has no pixels"
+    if name in ("offsets-0", "offsets-signed", "offsets-on-the-header"):
+        assert outcome == "error", "GDAL gives the first bytes of the file as pixels"
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_blocks_on_the_header_are_errors(tmp_path: Path, start: int) -> None:
+    """GDAL gives the signature of the file as pixels."""
+    packed = tiles(scene("uint16"))
+    assert check_raster(put(tmp_path, tiff(packed, {324: [start] * len(packed)}))) == "error"
+
+
+@pytest.mark.parametrize("what", [(273, 324), (279, 325)], ids=["places", "sizes"])
+@pytest.mark.parametrize(
+    "name", ["strips-none", "strips-deflate", "tiles-packbits-uint16", "big-zstd", "mm-zstd", "cog-deflate", "nodata"]
+)
+def test_tables_of_blocks_beyond_the_file_are_errors(tmp_path: Path, name: str, what: tuple[int, int]) -> None:
+    """Whoever has asked GDAL for the places of blocks then gets zeros, or other bytes of the file, as pixels."""
+    data = good_files()[name]
+    assert check_raster(put(tmp_path, data)) == "read"
+    for place in (len(data) - 4, len(data) + 100, 0x7FFFFFFF):
+        assert check_raster(put(tmp_path, moved_table(data, what, place))) == "error"
 
 
 def test_damaged_rasters() -> None:
