@@ -48,6 +48,11 @@ class Selection(BaseModel):
         parts = tuple(value.split(",")) if isinstance(value, str) else value
         if isinstance(parts, tuple | list) and len(parts) != 4:
             raise ValueError(f"expected four numbers in degrees, west,south,east,north, got {len(parts)}: {value!r}")
+        odd = [part.strip() for part in parts if isinstance(part, str) and not _is_number(part)] if parts else []
+        if odd:
+            raise ValueError(
+                f"expected four numbers in degrees, west,south,east,north, got {', '.join(odd)} in {value!r}"
+            )
         return parts
 
     @field_validator("bbox")
@@ -180,3 +185,11 @@ def _bound(text: str, *, end: bool) -> dt.datetime | None:
             f"datetime {text!r} is not a date: expected e.g. 2023, 2023-08, 2023-08-10 or "
             f"2023-08-10T09:57:57Z ({error})"
         ) from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -170,7 +170,10 @@ def fold(x_BHWC: jax.Array) -> jax.Array:
     """
     b, h, w, c = x_BHWC.shape
     if h % 2 or w % 2:
-        raise InvalidInput(f"an image of {h} × {w} pixels cannot be folded by 2 × 2: take an even data.patch")
+        raise InvalidInput(
+            f"an image of {h} × {w} pixels cannot be folded by 2 × 2: it needs an even side (data.patch of a "
+            "cube), or another model.stem"
+        )
     return x_BHWC.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)
 
 

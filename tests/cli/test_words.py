@@ -98,6 +98,12 @@ def test_a_box_of_other_than_four_numbers(run: Callable[..., Any], tmp_path: Pat
     assert line.count(" got ") == 1
 
 
+def test_a_box_with_a_word_in_it(run: Callable[..., Any], tmp_path: Path) -> None:
+    line = run("search", tmp_path / "none.json", "--bbox", "16,45.9,x,north").error_line()
+    assert "bbox: expected four numbers in degrees, west,south,east,north, got x, north in '16,45.9,x,north'" in line
+    assert "bbox.2" not in line
+
+
 def test_a_raster_in_place_of_a_catalogue(run: Callable[..., Any], tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "scene.tif")
     Image.new("RGB", (4, 4)).save(tmp_path / "scene.png")
