@@ -17,8 +17,8 @@ DECODING_FAULTS: tuple[type[Exception], ...] = (
     ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, MemoryError,
     SystemError,
 )  # fmt: skip
-_CAUGHT: tuple[type[Exception], ...] = (*DECODING_FAULTS, FileNotFoundError)
 """What zarr-python and its codecs raise about metadata and bytes that do not fit together."""
+_FAULTS: tuple[type[Exception], ...] = (*DECODING_FAULTS, FileNotFoundError)
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def decoding(where: str) -> Iterator[None]:
         yield
     except TerrashardError:
         raise
-    except _CAUGHT as error:
+    except _FAULTS as error:
         raise IntegrityError(
             f"{where}: unusable metadata or damaged bytes ({type(error).__name__}: {str(error)[:300]}); restore it "
             "from a copy, or make it again"
