@@ -23,7 +23,7 @@ ROWS = [
     *(f"R{n:02}" for n in range(1, 39)),
     *(f"S{n:02}" for n in range(1, 19)),
     *(f"P{n:02}" for n in range(1, 50)),
-    *(f"Z{n:02}" for n in range(1, 24)),
+    *(f"Z{n:02}" for n in range(1, 25)),
     *(f"D{n:02}" for n in range(1, 16)),
     *(f"X{n:02}" for n in range(1, 9)),
     *(f"C{n:02}" for n in range(1, 15)),
