@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ingest.raster.ranges import RangeFile
 
-__all__ = ["COMPRESSIONS", "Directory", "tables_inside"]
+__all__ = ["COMPRESSIONS", "Directory", "tables_readable"]
 
 COMPRESSIONS: Mapping[int, str] = {1: "", 5: "LZW", 8: "DEFLATE", 32946: "DEFLATE", 50000: "ZSTD"}
 """TIFF's number of a compression → GDAL's name of the compression, empty for none."""
@@ -146,8 +146,8 @@ class Directory:
         return np.stack([begin, begin + sizes.astype(np.int64)], axis=-1).reshape(rows, columns, 2)
 
 
-def tables_inside(file: RangeFile) -> bool:
-    """Whether the tables of the places and sizes of blocks, which the first directory names, lie inside the file.
+def tables_readable(file: RangeFile) -> bool:
+    """Whether GDAL can read the tables of the places and sizes of blocks: they lie inside the file, as whole numbers.
 
     GDAL finds no block in a table that it cannot read, and may then give zeros, as for a block that is left out.
 
@@ -159,7 +159,9 @@ def tables_inside(file: RangeFile) -> bool:
         return True  # GDAL refuses what is no directory
     for tag, kind, values, inline, _ in table.rows:
         size = values * _SIZES.get(kind, 1)
-        if tag in _TABLES and size > len(inline) and int.from_bytes(inline, table.order) + size > file.size:
+        if tag not in _TABLES or size <= len(inline):
+            continue
+        if kind not in _NUMBERS or int.from_bytes(inline, table.order) + size > file.size:
             return False
     return True
 

@@ -18,7 +18,7 @@ import rasterio
 from rasterio.enums import ColorInterp
 
 from ingest.raster.blocks import ContradictionError, Packing
-from ingest.raster.directory import Directory, tables_inside
+from ingest.raster.directory import Directory, tables_readable
 from ingest.raster.gdal_read import has_mask
 from ingest.raster.ranges import RangeFile, block_span
 from ingest.raster.values import Stated
@@ -70,8 +70,8 @@ class RasterHeader:
             ContradictionError: GDAL reads something else than the tags of the file state, or they name places that the
                 file does not have.
         """
-        if dataset.driver == "GTiff" and file is not None and not tables_inside(file):
-            raise ContradictionError("the file ends before the table of its blocks: it is damaged or cut short")
+        if dataset.driver == "GTiff" and file is not None and not tables_readable(file):
+            raise ContradictionError("the table of its blocks cannot be read: the file is damaged or cut short")
         packing = Packing.of(dataset, file) if file is not None else None
         return cls(
             grid_of(dataset),

@@ -302,8 +302,8 @@ def cut_blocks(data: bytes) -> bytes:
     return bytes(changed)
 
 
-def moved_table(data: bytes, tags: tuple[int, ...], place: int) -> bytes:
-    """A TIFF of either byte order whose first directory states another place for the values of some tags."""
+def moved_table(data: bytes, tags: tuple[int, ...], place: int | None = None, *, kind: int | None = None) -> bytes:
+    """A TIFF of either byte order whose first directory states another place or type for the values of some tags."""
     order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
     (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
@@ -311,7 +311,10 @@ def moved_table(data: bytes, tags: tuple[int, ...], place: int) -> bytes:
     for number in range(count):
         entry = at + (8 + 20 * number if big else 2 + 12 * number)
         if struct.unpack_from(f"{order}H", data, entry)[0] in tags:
-            struct.pack_into(order + ("Q" if big else "I"), changed, entry + (12 if big else 8), place)
+            if place is not None:
+                struct.pack_into(order + ("Q" if big else "I"), changed, entry + (12 if big else 8), place)
+            if kind is not None:
+                struct.pack_into(f"{order}H", changed, entry + 2, kind)
     assert changed != data
     return bytes(changed)
 

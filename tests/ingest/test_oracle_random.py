@@ -350,8 +350,8 @@ def compose(
         # a band of 0 beside one with a value, where the class has seen the ground, is a clipped number, unless its file
         # tells in another way where it has no data
         seen = (dn > 0).any(axis=0) & ~outside
-        for band, values in zip(BANDS, dn, strict=True):
-            if band in one.told:
+        for name, values in zip(BANDS, dn, strict=True):
+            if name in one.told:
                 seen &= values > 0
         masked = np.zeros(shape, bool)
         # the class layer is kept even where nothing is masked, but then it does not decide what is seen

@@ -61,12 +61,14 @@ def test_blocks_on_the_header_are_errors(tmp_path: Path, start: int) -> None:
 @pytest.mark.parametrize(
     "name", ["strips-none", "strips-deflate", "tiles-packbits-uint16", "big-zstd", "mm-zstd", "cog-deflate", "nodata"]
 )
-def test_tables_of_blocks_beyond_the_file_are_errors(tmp_path: Path, name: str, what: tuple[int, int]) -> None:
+def test_tables_of_blocks_that_cannot_be_read_are_errors(tmp_path: Path, name: str, what: tuple[int, int]) -> None:
     """Whoever has asked GDAL for the places of blocks then gets zeros, or other bytes of the file, as pixels."""
     data = good_files()[name]
     assert check_raster(put(tmp_path, data)) == "read"
     for place in (len(data) - 4, len(data) + 100, 0x7FFFFFFF):
         assert check_raster(put(tmp_path, moved_table(data, what, place))) == "error"
+    for kind in (0, 2, 5, 6, 8, 10, 12, 13, 255):
+        assert check_raster(put(tmp_path, moved_table(data, what, kind=kind))) == "error"
 
 
 def test_damaged_rasters() -> None:
