@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxtrain.runs.programs import private_folder
 from zarr_store.errors import TerrashardError
+from zarr_store.temporary import PARTIAL
 
 __all__ = ["Answer", "compile_all"]
 
@@ -60,7 +61,7 @@ def compile_all(
                 found = compilers.ask(requests[number])
                 place = places[number]
                 if place is not None:
-                    partial = place.with_suffix(f".{os.getpid()}.partial")
+                    partial = place.with_suffix(f".{os.getpid()}{PARTIAL}")
                     partial.write_text(json.dumps(found), encoding="utf-8")
                     partial.replace(place)
                 answers[number] = found

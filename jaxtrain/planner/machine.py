@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from jaxtrain.planner.profile import Profile
 from jaxtrain.runs.programs import private_folder
 from zarr_store.errors import TerrashardError
+from zarr_store.temporary import PARTIAL
 
 __all__ = ["device_count", "kept_profiles", "this_machine"]
 
@@ -57,7 +58,7 @@ def this_machine(devices: int, *, again: bool = False) -> Profile:
         raise TerrashardError(f"this machine could not be measured: {last[0]}; name a profile with --profile")
     profile = Profile.model_validate(json.loads(done.stdout))
     if place is not None:
-        partial = place.with_suffix(".partial")
+        partial = place.with_suffix(f".{os.getpid()}{PARTIAL}")
         partial.write_text(json.dumps(profile.model_dump(mode="json")), encoding="utf-8")
         partial.replace(place)
     return profile
