@@ -22,7 +22,8 @@ def test_dying_at_every_step_of_making_and_growing_a_cube(tmp_path: Path, reposi
     script = Path(__file__).parents[1] / "die_everywhere.py"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path), kind],
-        env={**os.environ, "PYTHONPATH": str(repository)},
+        # Arrow's allocator would start a thread of its own, and a process with threads must not fork
+        env={**os.environ, "PYTHONPATH": str(repository), "JE_ARROW_MALLOC_CONF": "background_thread:false"},
         capture_output=True,
         text=True,
         timeout=200,
