@@ -29,7 +29,7 @@ from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import make_eval_step, make_predict_step, make_train_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.parallel.processes import Agreement, abandon, peer_lost
-from jaxtrain.prepare import absent_classes, check_same_run, prepare
+from jaxtrain.prepare import absent_classes, check_same_run, dates_left_out, prepare
 from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.runs.clock import Clock
 from jaxtrain.runs.evaluations import read_evaluations
@@ -131,7 +131,7 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
             write_run(out, card)
         tell("start", 0, _describe(card, ready, parameters, program), windows=ready.plan.counts(),
              parameters=parameters)  # fmt: skip
-        for line in absent_classes(card) if lead and earlier is None else ():
+        for line in (*absent_classes(card), *dates_left_out(card)) if lead and earlier is None else ():
             tell("warning", 0, line)
 
         # ---- Resume.

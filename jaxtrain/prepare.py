@@ -15,7 +15,7 @@ from jaxtrain.data.training_data import TrainingData, TrainingSet
 from jaxtrain.runs.rundir import ModelCard, config_differences
 from zarr_store.errors import InvalidInput
 
-__all__ = ["absent_classes", "check_same_run", "prepare"]
+__all__ = ["absent_classes", "check_same_run", "dates_left_out", "prepare"]
 
 
 def check_same_run(out: Path, earlier: ModelCard, config: TrainConfig, resume: bool) -> None:
@@ -97,6 +97,23 @@ def _card(config: TrainConfig, data: TrainingData, ready: TrainingSet) -> ModelC
         grounds=ready.grounds if len(ready.grounds) > 1 else (),
         numbers=ready.numbers,
     )
+
+
+def dates_left_out(card: ModelCard) -> list[str]:
+    """Return a line for each cube whose last dates make no whole series of `data.dates`."""
+    dates = card.config.data.dates
+    if dates in (1, "all"):
+        return []
+    lines = []
+    for number, times in enumerate(card.dates):
+        rest = len(times) % int(dates)
+        if rest:
+            where = f" of {card.grounds[number].cube}" if card.grounds else ""
+            lines.append(
+                f"the last {rest} of {len(times)} dates{where} make no whole series of data.dates = {dates}: no part "
+                "has them; take a number that divides the dates, or 'all'"
+            )
+    return lines
 
 
 def absent_classes(card: ModelCard) -> list[str]:

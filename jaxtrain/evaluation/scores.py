@@ -27,6 +27,7 @@ from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors, 
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import EvalStep, PredictStep, make_eval_step, make_predict_step
 from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.prepare import dates_left_out
 from jaxtrain.runs.checkpoint import CheckpointStore, target_of
 from jaxtrain.runs.evaluations import own_evaluation, read_evaluations, write_evaluation
 from jaxtrain.runs.rundir import ModelCard, inference_program, load_card
@@ -286,7 +287,12 @@ def evaluate(
         split="all" if own is None else split,
         step=step,
         data=chosen.url,
-        warnings=(*chosen.warnings, *_without_score(coverage, split if own is not None else chosen.url), *passed_over),
+        warnings=(
+            *chosen.warnings,
+            *_without_score(coverage, split if own is not None else chosen.url),
+            *(dates_left_out(card) if own is not None else ()),
+            *passed_over,
+        ),
         leakage=None if own is None else card.statistics.get("leakage"),
         unit=card.unit,
         own_data=own is card,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.statistics import Statistics
-from jaxtrain.prepare import _class_weights, prepare
+from jaxtrain.prepare import _class_weights, dates_left_out, prepare
 from zarr_store.errors import InvalidInput
 
 from .cube_factory import shared_cube
@@ -43,3 +45,21 @@ def test_a_loss_that_cannot_be_added_up_is_not_accumulated() -> None:
     config = config_of(loss="dice", accumulate=2)
     with pytest.raises(InvalidInput, match=r"'dice' is a quotient over the whole batch.*raise run\.batch_size"):
         prepare(config, open_training_data(str(shared_cube())), None)
+
+
+def test_dates_that_make_no_whole_series_are_named() -> None:
+    config = TrainConfig.model_validate(
+        {"data": {"cube": str(shared_cube()), "patch": 32, "classes": {"4": "a", "6": "b"}, "split": {"block_m": 320}}}
+    )
+    card, _ = prepare(config, open_training_data(config.data.cube), None)
+    assert dates_left_out(card) == []
+
+    def of(dates: int, times: int) -> list[str]:
+        data = config.data.model_copy(update={"dates": dates})
+        return dates_left_out(
+            replace(card, config=config.model_copy(update={"data": data}), times=tuple(map(str, range(times))))
+        )
+
+    assert of(2, 4) == []
+    (line,) = of(3, 5)
+    assert line.startswith("the last 2 of 5 dates make no whole series of data.dates = 3: no part has them")
