@@ -38,7 +38,7 @@ class Compiled:
     runs: int
     """Executions in one step of training."""
     work: tuple[tuple[float, float, float, int], ...]
-    """Of each instruction: operations of convolutions and products, of the rest, bytes, turns."""
+    """Each instruction's operations of convolutions and products, operations of the rest, bytes, and turns."""
     collectives: tuple[Collective, ...]
     result_bytes: Mapping[str, int]
     """Bytes of collectives as the compiler printed them, by kind, each execution."""
@@ -79,11 +79,11 @@ class Facts:
     """Axes and their sizes, outermost first."""
     programs: tuple[Compiled, ...]
     handovers: tuple[HandOver, ...]
-    """Of one microbatch, forward; the same travels back."""
+    """What travels forward for one microbatch; as much travels back."""
     parameter_bytes: int
-    """Of the fullest device."""
+    """Bytes of parameters on the fullest device."""
     optimizer_bytes: int
-    """Of the fullest device."""
+    """Bytes of the optimiser's state on the fullest device."""
     parameters: int
     """Bytes of all parameters together."""
     batch: int

@@ -90,7 +90,7 @@ class Device(_Strict):
     launch: Seconds = 0.0
     """Seconds that each instruction costs besides its work."""
     together: float | None = Field(None, ge=1)
-    """Of a processor: the rate of all its devices together, in rates of one alone; None where they share nothing."""
+    """Rate of all devices of one processor together, in rates of one alone; None where devices share nothing."""
 
     def slowed(self, devices: int) -> float:
         """Return how much longer work takes on each of several devices that work at once."""
