@@ -134,7 +134,7 @@ def test_every_problem_is_listed_under_the_name_that_was_typed() -> None:
     assert message.startswith("my.toml: geometry: cannot read geometry file /no/such.geojson")
     for words in (
         "unknown setting 'bandz': did you mean 'bands'?",
-        "bbox.3: input should be a valid number",
+        "bbox: expected four numbers in degrees, west,south,east,north, got x in '1,2,3,x'",
         "workers: input should be greater than 0, got 0",
         "query: ",
     ):
