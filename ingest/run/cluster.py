@@ -37,7 +37,7 @@ is still restarting the worker, and the cluster has one worker less from then on
 _START_S = 120
 """Seconds to wait for the first workers of a cluster."""
 _PER_THREAD = 3
-"""Tasks in flight per thread: one decodes, one writes, one waits. Workers never idle; an early stop wastes no more."""
+"""Tasks in flight per thread: one decodes, one writes, one waits, so that workers never idle."""
 _TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 
 
@@ -47,7 +47,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
 
     Args:
         config: `cluster`, `workers`, `threads_per_worker`, `memory`, `dashboard`, `tls`, or `scheduler`.
-        most: Number of tasks; no more workers than that are started.
+        most: Number of tasks; at most as many workers are started.
 
     Raises:
         AccessError: No scheduler answers at `config.running.scheduler`.
