@@ -7,14 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import local
 from typing import Any
 
+from jaxtrain.planner.scale import representative
 from jaxtrain.runs.programs import private_folder
 from zarr_store.errors import TerrashardError
 from zarr_store.temporary import PARTIAL
@@ -55,21 +57,35 @@ def compile_all(
     for number in sorted(set(range(len(requests))) - set(missing)):
         on_answer(number)
     if missing:
-        with _Compilers(devices) as compilers, ThreadPoolExecutor(min(processes, len(missing))) as pool:
+        groups: dict[str, list[int]] = {}  # requests that one program answers go to the process that compiled it
+        for number in missing:
+            groups.setdefault(json.dumps(representative(requests[number]), sort_keys=True), []).append(number)
+        with _Compilers(devices) as compilers, _workers(min(processes, len(groups))) as pool:
 
-            def work(number: int) -> None:
-                found = compilers.ask(requests[number])
-                place = places[number]
-                if place is not None:
-                    partial = place.with_suffix(f".{os.getpid()}{PARTIAL}")
-                    partial.write_text(json.dumps(found), encoding="utf-8")
-                    partial.replace(place)
-                answers[number] = found
-                on_answer(number)
+            def work(numbers: Sequence[int]) -> None:
+                for number in numbers:
+                    found = compilers.ask(requests[number])
+                    place = places[number]
+                    if place is not None:
+                        partial = place.with_suffix(f".{os.getpid()}{PARTIAL}")
+                        partial.write_text(json.dumps(found), encoding="utf-8")
+                        partial.replace(place)
+                    answers[number] = found
+                    on_answer(number)
 
-            for done in [pool.submit(work, number) for number in missing]:
+            for done in [pool.submit(work, numbers) for numbers in groups.values()]:
                 done.result()
     return [found for found in answers if found is not None]
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that begin nothing new once the caller is interrupted."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Compilers:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +21,8 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.learn.state import Program
 from jaxtrain.parallel.zero import share_out
 from jaxtrain.planner.collectives import Dialect
-from jaxtrain.planner.facts import compile_facts
-from jaxtrain.planner.scale import State, extend, smallest_mesh
+from jaxtrain.planner.facts import Facts, compile_facts
+from jaxtrain.planner.scale import State, extend, representative, smallest_mesh
 from jaxtrain.runs.rundir import ModelCard, program_of
 from zarr_store.errors import TerrashardError
 
@@ -38,21 +39,22 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         `facts`, or `why_not`.
     """
     try:
-        config = TrainConfig.model_validate(request["config"])
-        card = ModelCard.from_dict(request["card"])
-        data, least = config.mesh.data, smallest_mesh(config.mesh.data)
-        size = config.run.batch_size * least // data
-        update = {
-            "mesh": config.mesh.model_copy(update={"data": least}),
-            "run": config.run.model_copy(update={"batch_size": size}),
-        }
-        program = program_of(card, config.model_copy(update=update))
-        facts = compile_facts(program, request["dtypes"], Dialect(**request["dialect"]))
-        if least != data:
+        data = TrainConfig.model_validate(request["config"]).mesh.data
+        program, facts = _compiled(json.dumps(representative(request), sort_keys=True))
+        if smallest_mesh(data) != data:
             facts = extend(facts, data, _state(program, data, facts.parameter_bytes, facts.optimizer_bytes))
         return {"facts": facts.to_dict()}
     except TerrashardError as error:
         return {"why_not": str(error)}
+
+
+@lru_cache(maxsize=1)
+def _compiled(text: str) -> tuple[Program, Facts]:
+    """Compile the representative of a request; the next request often has the same one."""
+    request = json.loads(text)
+    card = ModelCard.from_dict(request["card"])
+    program = program_of(card, TrainConfig.model_validate(request["config"]))
+    return program, compile_facts(program, request["dtypes"], Dialect(**request["dialect"]))
 
 
 def _state(program: Program, data: int, parameters: int, optimizer: int) -> State:

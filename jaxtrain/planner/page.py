@@ -162,12 +162,15 @@ def draw_pareto(rows: Sequence[Row]) -> Figure:
 
 
 def draw_scaling(curves: Sequence[Curve]) -> Figure:
-    """Draw images a second, efficiency, bytes and memory over the number of devices."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    panels = figure.subplots(2, 2)
+    """Draw step time, rate, efficiency, bytes, memory and the cost of an epoch over the number of devices."""
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    panels = figure.subplots(3, 2)
+    priced = any(point.epoch_cost is not None for curve in curves for point in curve.points)
+    cost = ("epoch_cost", "cost of an epoch") if priced else ("epoch_device_hours", "device hours of an epoch")
     wanted = (
-        ("images_per_s", "images a second", 1.0, "log"), ("efficiency", "efficiency", 1.0, "linear"),
-        ("sent_bytes", "megabytes sent in a step", 1e-6, "log"), ("peak_bytes", "gigabytes of memory", 1e-9, "log"),
+        ("step_s", "milliseconds of a step", 1e3, "log"), ("images_per_s", "images a second", 1.0, "log"),
+        ("efficiency", "efficiency", 1.0, "linear"), ("sent_bytes", "megabytes sent in a step", 1e-6, "log"),
+        ("peak_bytes", "gigabytes of memory", 1e-9, "log"), (*cost, 1.0, "log"),
     )  # fmt: skip
     for axes, (name, label, factor, scale) in zip(panels.flat, wanted, strict=True):
         for number, curve in enumerate(curves):
@@ -180,7 +183,7 @@ def draw_scaling(curves: Sequence[Curve]) -> Figure:
         axes.set(xlabel="devices", ylabel=label)
         axes.grid(alpha=0.3)
     panels[0, 0].legend(frameon=False, fontsize=8)
-    panels[0, 1].set_ylim(0, 1.05)
+    panels[1, 0].set_ylim(0, 1.05)
     return figure
 
 

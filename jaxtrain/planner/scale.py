@@ -6,13 +6,14 @@ changes, and with ZeRO the part of the state that each holds. So a thousand devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtrain.planner.collectives import Collective, wire_factor
 from jaxtrain.planner.facts import Compiled, Facts
 
-__all__ = ["State", "extend", "smallest_mesh"]
+__all__ = ["State", "extend", "representative", "smallest_mesh"]
 
 FEWEST = 4
 """Replicas that are compiled for: two would hide the difference between n and n - 1."""
@@ -33,6 +34,19 @@ def smallest_mesh(data: int) -> int:
     (3, 8, 4)
     """
     return data if data <= 2 * FEWEST else FEWEST
+
+
+def representative(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the request whose program stands for that of a request: the same one on the smallest mesh.
+
+    Args:
+        request: for `jaxtrain.planner.compiler.answer`; numbers of replicas with one representative share a program.
+    """
+    config = request["config"]
+    mesh, run = config["mesh"], config["run"]
+    least = smallest_mesh(mesh["data"])
+    smaller = {"mesh": {**mesh, "data": least}, "run": {**run, "batch_size": run["batch_size"] * least // mesh["data"]}}
+    return {**request, "config": {**config, **smaller}}
 
 
 def extend(facts: Facts, data: int, state: State) -> Facts:

@@ -69,6 +69,7 @@ def scaling_curves(
     *,
     processes: int = 2,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+    families: Sequence[dict[str, Any]] = FAMILIES,
 ) -> tuple[Curve, ...]:
     """Return the curves of the strategies for some numbers of devices.
 
@@ -77,6 +78,7 @@ def scaling_curves(
         devices: Numbers of devices, in any order.
         profile: the machine that is planned for.
         processes: Processes that compile at the same time.
+        families: Strategies to draw: what each names of the mesh besides `data`.
         on_progress: called with the programs that are compiled, and all.
 
     Raises:
@@ -89,7 +91,7 @@ def scaling_curves(
     per_device = max(1, config.run.batch_size // max(config.mesh.data, 1))
     wanted: dict[tuple[int, int], Candidate] = {(-1, 1): _candidate(network, {"data": 1}, per_device)}
     reasons: dict[int, str] = {}
-    for family, values in enumerate(FAMILIES):
+    for family, values in enumerate(families):
         size = _inner(values)
         for n in sorted(set(devices)):
             data = n // size
@@ -106,7 +108,7 @@ def scaling_curves(
         raise InvalidInput(f"one device cannot run this configuration: {alone}")
     rate = per_device / predict(alone, profile, config.model.precision).step_s
     curves = []
-    for family, values in enumerate(FAMILIES):
+    for family, values in enumerate(families):
         points = []
         for (number, n), candidate in wanted.items():
             facts = known.get(id(candidate))

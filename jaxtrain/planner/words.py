@@ -78,19 +78,31 @@ def table(survey: Survey) -> str:
 
 
 def curve_table(curves: Sequence[Curve]) -> str:
-    """Return scaling curves as a table for a terminal."""
+    """Return scaling curves as a table for a terminal; an epoch's cost is in the currency of the profile."""
+    every = [point for curve in curves for point in curve.points]
+    priced = any(point.epoch_cost is not None for point in every)
     made = Table(title="each replica keeps its windows", title_justify="left", box=None, pad_edge=False)
-    for name in ("strategy", "devices", "batch", "step ms", "images/s", "efficiency", "sent MB", "peak GB", "epoch"):
+    columns = ("strategy", "devices", "batch", "step ms", "images/s", "efficiency", "sent MB", "peak GB", "epoch s")
+    for name in (*columns, "device hours", *(["cost"] if priced else [])):
         made.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
     for curve in curves:
         for point in curve.points:
-            epoch = f"{point.epoch_s:.1f} s" if point.epoch_cost is None else f"{point.epoch_cost:.2f}"
+            cost = "" if point.epoch_cost is None else f"{point.epoch_cost:.2f}"
             made.add_row(
                 curve.strategy + ("" if point.fits else " (does not fit)"), str(point.devices), str(point.batch),
                 f"{1e3 * point.step_s:.2f}", f"{point.images_per_s:.0f}", f"{point.efficiency:.1%}",
-                f"{point.sent_bytes / 1e6:.2f}", f"{point.peak_bytes / 1e9:.2f}", epoch,
+                f"{point.sent_bytes / 1e6:.2f}", f"{point.peak_bytes / 1e9:.2f}", f"{point.epoch_s:.3g}",
+                f"{point.epoch_device_hours:.3g}", *([cost] if priced else []),
             )  # fmt: skip
-    return "\n".join([_drawn(made), *(f"cannot be: {one.strategy}: {one.why_not}" for one in curves if not one.points)])
+    lines = [_drawn(made), *(f"cannot be: {one.strategy}: {one.why_not}" for one in curves if not one.points)]
+    large = [point for point in every if point.batch > round(point.epoch_s * point.images_per_s)]
+    if large:
+        first = min(large, key=lambda point: point.batch)
+        lines.append(
+            f"an epoch has {first.epoch_s * first.images_per_s:.0f} windows, fewer than the batch of {first.devices} "
+            "devices: from there on an epoch is a part of a step"
+        )
+    return "\n".join(lines)
 
 
 def _drawn(made: Table) -> str:
