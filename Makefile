@@ -72,6 +72,11 @@ docs: $(STAMP)  ## documentation pages in docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+.PHONY: docs-figures
+docs-figures: $(STAMP)  ## docs/survey.md, its numbers and its figures (what was compiled before is kept)
+	@$(BIN)/python benchmarks/planner_scaling.py
+	@$(BIN)/python benchmarks/survey_page.py
+
 .PHONY: requirements
 requirements: $(BIN)/uv  ## pin the newest releases anew (needs the package index)
 	@$(pip_index); \

@@ -7,6 +7,8 @@ al. (2017, arXiv 1706.02677) train the same network on ImageNet and do give numb
 and steps 12 % longer on 352 GPUs than on 8. Every input is published, or is listed as assumed.
 """
 
+# ruff: noqa: E501  # each input with its source
+
 from __future__ import annotations
 
 import sys
@@ -123,15 +125,12 @@ def rows_of(one: Published) -> list[Row]:
             f"{one.efficiency:.2f}{' (near linear)' if one.efficiency == 1 else ''}; {assumed}"),
         Row(f"{one.name}: the same, from above", predicted / one.efficiency, 1 + TOLERANCE, at_most=True),
     ]  # fmt: skip
-    for point in found:
-        rows.append(
-            Row(
-                f"{one.name}: efficiency on {point.devices} GPUs",
-                efficiency(found, one.first, point.devices),
-                note=f"step {1e3 * point.step_s:.1f} ms, batch {point.batch}, {point.images_per_s:.0f} images/s, "
-                f"{point.sent_bytes / 1e6:.0f} MB sent, {point.peak_bytes / 1e9:.2f} GB",
-            )
-        )
+    rows += [
+        Row(f"{one.name}: efficiency on {point.devices} GPUs", efficiency(found, one.first, point.devices),
+            note=f"step {1e3 * point.step_s:.1f} ms, batch {point.batch}, {point.images_per_s:.0f} images/s, "
+            f"{point.sent_bytes / 1e6:.0f} MB sent, {point.peak_bytes / 1e9:.2f} GB")
+        for point in found
+    ]  # fmt: skip
     for name, other in variants(profile).items():
         rows.append(Row(f"{one.name}: efficiency if {name}", efficiency(points(one, other), one.first, one.last)))
     if one.first == 8:

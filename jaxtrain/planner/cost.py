@@ -110,26 +110,38 @@ def exchange_seconds(collectives: Sequence[Collective], mesh: Mapping[str, int],
     for (kind, axes), several in joined.items():
         size = sum(one.wire_bytes for one in several)
         if size:
-            bandwidth, latency = path_of(axes, mesh, profile)
+            bandwidth, _ = path_of(axes, mesh, profile)
             messages = math.ceil(size / profile.combined)
-            total += messages * _hops(kind, several[0].group, profile) * latency + size / bandwidth
+            total += messages * _delay(kind, axes, mesh, profile) + size / bandwidth
     return total
 
 
-def _hops(kind: str, group: int, profile: Profile) -> int:
-    """Return how many messages follow each other in one exchange; on GPUs small ones take a tree."""
+def _delay(kind: str, axes: Sequence[str], mesh: Mapping[str, int], profile: Profile) -> float:
+    """Return the seconds for which the messages of one exchange follow each other, level by level of the links.
+
+    Members of a node exchange first, then one of each node with those of other nodes, so a thousand devices wait for
+    the slow links as often as there are nodes, not as often as there are devices.
+    """
     if kind == "collective-permute":
-        return 1
-    along = math.ceil(math.log2(group)) if profile.device.kind == "gpu" else group - 1
-    return 2 * along if kind == "all-reduce" else along
+        return path_of(axes, mesh, profile)[1]
+    nearest, group, span = _extent(axes, mesh)
+    seconds, joined = 0.0, 1
+    for link in profile.links:
+        reached = min(group, max(1, (link.devices or span) // nearest))
+        if reached > joined:
+            parts = math.ceil(reached / joined)
+            # on GPUs small messages take a tree, elsewhere they go round a ring
+            seconds += link.latency * (math.ceil(math.log2(parts)) if profile.device.kind == "gpu" else parts - 1)
+            joined = reached
+    return 2 * seconds if kind == "all-reduce" else seconds
 
 
 def collective_seconds(one: Collective, mesh: Mapping[str, int], profile: Profile) -> float:
     """Return the seconds of a collective in one execution, alone on its links."""
     if not one.wire_bytes:
         return 0.0
-    bandwidth, latency = path_of(one.axes, mesh, profile)
-    return one.count * _hops(one.kind, one.group, profile) * latency + one.wire_bytes / bandwidth
+    bandwidth, _ = path_of(one.axes, mesh, profile)
+    return one.count * _delay(one.kind, one.axes, mesh, profile) + one.wire_bytes / bandwidth
 
 
 def path_of(axes: Sequence[str], mesh: Mapping[str, int], profile: Profile) -> tuple[float, float]:
@@ -138,11 +150,7 @@ def path_of(axes: Sequence[str], mesh: Mapping[str, int], profile: Profile) -> t
     Devices that share a node use its ways out together, so a group with k devices in each node has k times the
     bandwidth of one between nodes, and at most that inside.
     """
-    names = list(mesh)
-    strides = {name: math.prod([*mesh.values()][names.index(name) + 1 :]) for name in names}
-    span = 1 + sum(strides[name] * (mesh[name] - 1) for name in axes)
-    group = math.prod(mesh[name] for name in axes)
-    nearest = min((strides[name] for name in axes if mesh[name] > 1), default=1)
+    nearest, group, span = _extent(axes, mesh)
     bandwidth, latency, reached = math.inf, 0.0, 1
     for link in profile.links:
         # devices of the group within the level inside: all of them share its ways out
@@ -153,6 +161,15 @@ def path_of(axes: Sequence[str], mesh: Mapping[str, int], profile: Profile) -> t
             break
         bandwidth = math.inf if link.devices is not None and nearest >= link.devices else bandwidth
     return bandwidth, latency
+
+
+def _extent(axes: Sequence[str], mesh: Mapping[str, int]) -> tuple[int, int, int]:
+    """Return the distance of the nearest members of a group along some axes, their number, and what they span."""
+    names = list(mesh)
+    strides = {name: math.prod([*mesh.values()][names.index(name) + 1 :]) for name in names}
+    span = 1 + sum(strides[name] * (mesh[name] - 1) for name in axes)
+    group = math.prod(mesh[name] for name in axes)
+    return min((strides[name] for name in axes if mesh[name] > 1), default=1), group, span
 
 
 def peak_bytes(facts: Facts) -> int:
