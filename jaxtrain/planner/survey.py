@@ -97,6 +97,7 @@ class Row:
             "idle_s": prediction.idle_s,
             "hidden_s": prediction.hidden_s,
             "images_per_s": facts.batch / prediction.step_s,
+            "busy_share": (prediction.compute_s + prediction.memory_s) / prediction.step_s,
             "measured_step_s": self.measured_s,
             "measured_every_s": list(self.every),
             "error": self.seconds / self.measured_s - 1 if self.measured_s else None,

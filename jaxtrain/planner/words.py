@@ -50,6 +50,7 @@ def table(survey: Survey) -> str:
         "memory",
         "exchange",
         "idle",
+        "busy",
         "images/s",
         "peak GB",
         "sent MB",
@@ -67,7 +68,7 @@ def table(survey: Survey) -> str:
         )
         made.add_row(
             mesh_text(row) + mark, f"{1e3 * times[0]:.2f}", *(seen if measured else []),
-            *(f"{1e3 * t:.2f}" for t in times[1:]), f"{values['images_per_s']:.0f}",
+            *(f"{1e3 * t:.2f}" for t in times[1:]), f"{values['busy_share']:.0%}", f"{values['images_per_s']:.0f}",
             f"{values['peak_bytes_per_device'] / 1e9:.2f}", f"{sent / 1e6:.2f}",
         )  # fmt: skip
     lines = _drawn(made).splitlines()
