@@ -25,7 +25,7 @@ def imagine(
         dates: Dates of a window; 0 for one image.
         sections: `data`, `model`, `optim` and `run` of the configuration.
     """
-    data = {"cube": "imagined", **({"dates": dates} if dates else {}), **sections.pop("data", {})}
+    data: dict[str, Any] = {"cube": "imagined", **({"dates": dates} if dates else {}), **sections.pop("data", {})}
     config = TrainConfig.model_validate({"data": data, **sections})
     names = [{"name": f"class {number}", "colour": "#808080", "values": [number]} for number in range(classes)]
     card = ModelCard(

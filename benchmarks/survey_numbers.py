@@ -139,11 +139,12 @@ def compute() -> dict[str, Any]:
     plain = networks()["unet"]
     again = [costs(one, [{"data": 1}], profiles)[0] for one in (plain, with_remat(plain))]
     memory = {p.name: p.device.memory for p in profiles}
-    return rounded({
+    numbers: dict[str, Any] = rounded({
         "devices": list(DEVICES), "families": [name_of({**values, "data": 2}) for values in FAMILIES],
         "memory": memory, "networks": about, "curves": curves, "links": links, "tile": tiles, "wide": large,
         "remat": again,
-    })  # type: ignore[no-any-return]  # fmt: skip
+    })  # fmt: skip
+    return numbers
 
 
 def _meshes(network: Network, values: dict[str, Any]) -> tuple[Network, list[dict[str, Any]]]:
@@ -157,7 +158,8 @@ def write() -> dict[str, Any]:
 
 
 def read() -> dict[str, Any]:
-    return json.loads(NUMBERS.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    numbers: dict[str, Any] = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    return numbers
 
 
 if __name__ == "__main__":
