@@ -1,13 +1,15 @@
 """Measure this machine, so that a survey speaks of it: `python -m jaxtrain.planner.calibrate` prints a profile.
 
-It measures convolutions as networks for Earth observation have them, memory traffic, arithmetic in the cache, the cost
-of starting an instruction, how much several devices of one processor get done together, and an exchange between them.
-Each number is the median of several, in turns. It takes less than thirty seconds.
+Convolutions, gradients of kernels, products, transpositions, sums and simple arithmetic are timed at several sizes, on
+one device alone and on all at once, because devices of one processor share its cores and caches. Then each kind of
+exchange, at several sizes. Each number is the median of several, and together they take less than thirty seconds. The
+processes of one run measure themselves together, so exchanges between processes are those of that run.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,155 +24,240 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.planner.profile import Device, Link, Profile
+from jaxtrain.parallel.heap import keep_freed_memory
+from jaxtrain.parallel.processes import start_distributed, wait_for_all
+from jaxtrain.planner.profile import Curve, Device, Link, Profile
 
 __all__ = ["calibrate"]
 
-REPEATS = 5
-CHANNELS = (16, 32, 64)
-SIDE, BATCH = 64, 8
-FLOATS = 1 << 24
-"""Numbers of an array that no cache holds: 64 MiB."""
-CHAIN = 64
+REPEATS = 7
+CHANNELS = 32
+SIDES = {"convolution": (4, 16, 64), "gradient": (8, 16, 64)}
+"""Rows of the images of 32 channels, eight of each on a device."""
+BATCH = 8
+ROWS = (1 << 12, 1 << 15, 1 << 18)
+"""Rows of 32 numbers of arrays for simple arithmetic, transpositions and sums: a cache's, the last one's, none's."""
+LEAST_BYTES = 1 << 13
+"""Bytes up to which such an instruction costs no more than its start."""
+MESSAGES = (1 << 6, 1 << 16, 1 << 21)
+"""Bytes of the results of an exchange."""
+CHAIN = 8
+"""Exchanges one after the other; each waits for the one before."""
+TURNS = 4
+"""Convolutions one after the other."""
+TINY = 64
 """Instructions one after the other that do nearly nothing."""
 
-
-def calibrate() -> Profile:
-    """Measure the devices that JAX sees, and return their profile."""
-    devices = jax.local_devices()
-    first = devices[0]
-    kind = {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}.get(first.platform, "gpu")
-    alone, together = _convolutions(devices)
-    memory = _memory(first, len(devices))
-    device: dict[str, Any] = {
-        "kind": kind,
-        "memory": memory,
-        "bandwidth": _traffic(first),
-        "peak": {"float32": _convolution(first, jnp.float32), "bfloat16": _convolution(first, jnp.bfloat16)},
-        "elementwise": _elementwise(first),
-        "reached": 1.0,
-        "reached_bandwidth": 1.0,
-        "launch": _launch(first),
-        "together": together if kind == "cpu" else None,
-    }
-    device["peak"]["float32"] = max(device["peak"]["float32"], alone)
-    bandwidth, latency = _exchange(devices)
-    link = Link(name="between devices", devices=None, bandwidth=bandwidth, latency=latency)
-    return Profile(
-        name="this-machine",
-        title=f"{platform.node()}: {len(devices)} × {first.device_kind}, measured",
-        device=Device.model_validate(device),
-        links=(link,),
-        scatters=kind != "cpu",
-        half=kind != "cpu",
-        sources={"all": f"measured {time.strftime('%Y-%m-%d')}, JAX {jax.__version__}"},
-    )
-
-
+Function = Callable[..., Any]
 _wait: Callable[..., Any] = jax.block_until_ready
 _spec: Callable[..., PartitionSpec] = PartitionSpec
 
 
-def _median(run: Callable[[], Any]) -> float:
-    run()
+def calibrate() -> Profile:
+    """Measure the devices of all processes of this run, and return their profile; each process must call it."""
+    devices = jax.devices()
+    first, processes = devices[0], jax.process_count()
+    kind = {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}.get(first.platform, "gpu")
+    every = Mesh(np.array(devices), ("data",))
+    alone: dict[str, Curve] = {}
+    if first.process_index == jax.process_index():
+        mesh = Mesh(np.array([first]), ("data",))
+        alone = _work(mesh)
+        half = _median(*_convolution(mesh, 16, jnp.bfloat16)) / _median(*_convolution(mesh, 16, jnp.float32))
+    wait_for_all("one device is measured")
+    busy = _work(every) if len(devices) > 1 else {}
+    exchanges = _exchanges(every) if len(devices) > 1 else {}
+    if not alone:  # another process prints the profile
+        alone, half = busy, 1.0
+    rate = alone["convolution"].sizes[-1] / alone["convolution"].seconds[-1]
+    largest = alone["elementwise"]
+    device: dict[str, Any] = {
+        "kind": kind,
+        "memory": _memory(first, len(devices)),
+        "bandwidth": largest.sizes[-1] / largest.seconds[-1],
+        "peak": {"float32": rate, "bfloat16": rate / half},
+        "elementwise": max(a / 12 / b for a, b in zip(largest.sizes, largest.seconds, strict=True)),
+        "reached": 1.0,
+        "reached_bandwidth": 1.0,
+        "launch": largest.seconds[0],
+        "together": _together(alone, busy, len(devices)) if kind == "cpu" else None,
+        "measured": alone,
+        "busy": busy,
+        "sharing": len(devices),
+    }
+    bandwidth, latency = _link(exchanges, len(devices))
+    return Profile(
+        name="this-machine",
+        title=f"{platform.node()}: {len(devices)} × {first.device_kind}, measured",
+        device=Device.model_validate(device),
+        links=(Link(name="between devices", devices=None, bandwidth=bandwidth, latency=latency),),
+        scatters=kind != "cpu",
+        half=kind != "cpu",
+        exchanges=exchanges,
+        processes=processes,
+        sources={"all": f"measured {time.strftime('%Y-%m-%d')}, JAX {jax.__version__}"},
+    )
+
+
+def _together(alone: dict[str, Curve], busy: dict[str, Curve], devices: int) -> float:
+    """Return what all devices together do in the time of one, over all kinds of work."""
+    if not busy:
+        return 1.0
+    slower = [busy[kind].seconds[-1] / alone[kind].seconds[-1] for kind in alone]
+    return max(1.0, devices / max(statistics.geometric_mean(slower), 1e-9))
+
+
+def _link(exchanges: dict[str, Curve], devices: int) -> tuple[float, float]:
+    """Return bandwidth on the wire and latency of a message, as the all-reduce shows them."""
+    if not exchanges:
+        return 1e12, 0.0
+    curve = exchanges["all-reduce"]
+    wire = 2 * (devices - 1) / devices * (curve.sizes[-1] - curve.sizes[0])
+    seconds = curve.seconds[-1] - curve.seconds[0]
+    return wire / max(seconds, 1e-6), curve.seconds[0] / (2 * (devices - 1))
+
+
+# ---- Work on each device
+
+
+def _work(mesh: Mesh) -> dict[str, Curve]:
+    """Return the curve of each kind of work while all devices of a mesh do it at once."""
+    idle = _median(*_on(mesh, lambda x: x + 1, [(64,)]))
+    launch = max(1e-7, (_median(*_on(mesh, _tiny, [(8, 8)])) - idle) / (3 * TINY))
+
+    def curve(points: list[tuple[float, float, int]]) -> Curve:
+        kept: list[tuple[float, float]] = []
+        for size, seconds, turns in points:
+            least = kept[-1][1] if kept else launch
+            kept.append((size, max((seconds - idle) / turns, least)))
+        return Curve(sizes=tuple(size for size, _ in kept), seconds=tuple(seconds for _, seconds in kept))
+
+    found = {}
+    for kind, sides in SIDES.items():
+        make, turns = (_convolution, TURNS) if kind == "convolution" else (_gradient, 1)
+        found[kind] = curve([
+            (2.0 * BATCH * side * side * 9 * CHANNELS * CHANNELS, _median(*make(mesh, side, jnp.float32)), turns)
+            for side in sides
+        ])  # fmt: skip
+    rows = (1 << 8, 1 << 12, 1 << 16)
+    found["product"] = curve([
+        (2.0 * n * CHANNELS**2, _median(*_on(mesh, jnp.matmul, [(n, CHANNELS), (CHANNELS, CHANNELS)])), 1)
+        for n in rows
+    ])  # fmt: skip
+    for kind, run, arrays, parts in (
+        ("elementwise", lambda x, y: x * 1.5 + y, 2, 3),
+        ("transpose", lambda x: jnp.transpose(x, (2, 1, 0)), 1, 2),  # as for the gradient of a kernel
+        ("reduce", lambda x: jnp.square(x).sum((0, 1)), 1, 1),
+    ):
+        points = [(float(LEAST_BYTES), 0.0, 1)]
+        for n in ROWS:
+            shape = (16, n // 16, 32)
+            points.append((4.0 * parts * math.prod(shape), _median(*_on(mesh, run, [shape] * arrays)), 1))
+        found[kind] = curve(points)
+    return found
+
+
+def _on(mesh: Mesh, run: Function, shapes: list[tuple[int, ...]], dtype: Any = jnp.float32) -> tuple[Function, Any]:
+    """Compile a function that each device of a mesh runs on arrays of its own; return it and the arrays."""
+    across = NamedSharding(mesh, _spec("data"))
+
+    def mine(*arrays: Any) -> Any:
+        return jax.tree.map(lambda y: y[None], run(*(x[0] for x in arrays)))
+
+    over: Any = jax.shard_map(mine, mesh=mesh, in_specs=_spec("data"), out_specs=_spec("data"), check_vma=False)
+    arrays = [_ones((mesh.size, *shape), dtype, across) for shape in shapes]
+    return jax.jit(over), arrays
+
+
+def _ones(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    return jax.jit(lambda: jnp.full(shape, 0.01, dtype), out_shardings=sharding)()
+
+
+def _convolve(x: Any, k: Any) -> Any:
+    return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _convolution(mesh: Mesh, side: int, dtype: Any) -> tuple[Function, Any]:
+    def run(x: Any, k: Any) -> Any:
+        for _ in range(TURNS):
+            x = _convolve(x, k)
+        return x
+
+    return _on(mesh, run, [(BATCH, side, side, CHANNELS), (3, 3, CHANNELS, CHANNELS)], dtype)
+
+
+def _gradient(mesh: Mesh, side: int, dtype: Any) -> tuple[Function, Any]:
+    def run(x: Any, dy: Any) -> Any:
+        kernel = jnp.zeros((3, 3, CHANNELS, CHANNELS), dtype)
+        return jax.vjp(partial(_convolve, x), kernel)[1](dy)[0]
+
+    return _on(mesh, run, [(BATCH, side, side, CHANNELS)] * 2, dtype)
+
+
+def _tiny(x: Any) -> Any:
+    for _ in range(TINY):
+        x = jax.lax.sort(x + x.sum())  # a sum and a sort are never joined
+    return x
+
+
+# ---- Exchanges
+
+
+def _exchanges(mesh: Mesh) -> dict[str, Curve]:
+    """Return the seconds of each kind of exchange over all devices of a mesh, by the bytes of its results."""
+    n = mesh.size
+    ring = [(i, (i + 1) % n) for i in range(n)]
+    psum: Any = jax.lax.psum
+    gather: Any = jax.lax.all_gather
+    permute: Any = jax.lax.ppermute
+    swap: Any = jax.lax.all_to_all
+    kinds: dict[str, Function] = {
+        "all-reduce": lambda x: psum(x, "data") * (1 / n),
+        "all-gather": lambda x: gather(x[: x.shape[0] // n], "data", tiled=True) * 0.5,
+        "collective-permute": lambda x: permute(x, "data", ring) * 0.5,
+        "all-to-all": lambda x: swap(x, "data", 0, 0, tiled=True) * 0.5,
+    }
+    found = {}
+    for kind, run in kinds.items():
+
+        def chain(x: Any, run: Function = run) -> Any:
+            for _ in range(CHAIN):
+                x = run(x)
+            return x
+
+        def still(x: Any) -> Any:
+            return x * 0.5
+
+        seconds: list[float] = []
+        for size in MESSAGES:
+            shape = [(max(size // 4 // n, 1) * n,)]
+            spent = _median(*_on(mesh, chain, shape)) - _median(*_on(mesh, still, shape))
+            seconds.append(max(spent / CHAIN, *seconds, 1e-7))
+        found[kind] = Curve(sizes=tuple(map(float, MESSAGES)), seconds=tuple(seconds))
+    return found
+
+
+def _median(run: Function, arguments: Any) -> float:
+    for _ in range(2):
+        _wait(run(*arguments))
     seconds = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        run()
+        _wait(run(*arguments))
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
 
-def _network(width: int, dtype: Any) -> tuple[Callable[..., Any], tuple[Any, Any], float]:
-    """Return the gradient of two convolutions, its arguments, and its operations."""
-    x = np.ones((BATCH, SIDE, SIDE, width), np.float32)
-    k = np.full((3, 3, width, width), 0.01, np.float32)
-
-    def loss(k: Any, x: Any) -> Any:
-        for _ in range(2):
-            x = jax.lax.conv_general_dilated(
-                x.astype(dtype), k.astype(dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-        return jnp.square(x.astype(jnp.float32)).mean()
-
-    operations = 2.0 * BATCH * SIDE * SIDE * 9 * width * width * 6  # two forward, each twice as much backward
-    return jax.jit(jax.grad(loss, argnums=(0, 1))), (k, x), operations
-
-
-def _convolution(device: Any, dtype: Any) -> float:
-    rates = []
-    for width in CHANNELS:
-        run, arguments, operations = _network(width, dtype)
-        placed = jax.device_put(arguments, device)
-        rates.append(operations / _median(partial(_run, run, placed)))
-    return statistics.geometric_mean(rates)
-
-
-def _run(run: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    _wait(run(*arguments))
-
-
-def _convolutions(devices: list[Any]) -> tuple[float, float]:
-    """Return the rate of one device alone, and of all together in units of it."""
-    run, arguments, operations = _network(CHANNELS[1], jnp.float32)
-    places = [jax.device_put(arguments, device) for device in devices]
-    alone = _median(lambda: _wait(run(*places[0])))
-    every = _median(lambda: _wait([run(*place) for place in places]))
-    return operations / alone, max(1.0, len(devices) * alone / every)
-
-
-def _traffic(device: Any) -> float:
-    x = jax.device_put(np.ones(FLOATS, np.float32), device)
-    run = jax.jit(lambda x: x * 1.5 + 2.0)
-    return 8.0 * FLOATS / _median(lambda: _wait(run(x)))
-
-
-def _elementwise(device: Any) -> float:
-    x = jax.device_put(np.ones(1 << 14, np.float32), device)
-
-    def many(x: Any) -> Any:
-        return jax.lax.fori_loop(0, 1000, lambda _, y: y * 0.999 + 0.001, x)
-
-    run = jax.jit(many)
-    return 2000.0 * (1 << 14) / _median(lambda: _wait(run(x)))
-
-
-def _launch(device: Any) -> float:
-    x = jax.device_put(np.ones((8, 8), np.float32), device)
-
-    def chain(x: Any) -> Any:
-        for _ in range(CHAIN):
-            x = jax.lax.sort(x + x.sum())  # a sum and a sort are never joined
-        return x
-
-    run, empty = jax.jit(chain), jax.jit(lambda x: x + 1)
-    spent = _median(lambda: _wait(run(x))) - _median(lambda: _wait(empty(x)))
-    return max(spent, 0.0) / (3 * CHAIN)
-
-
-def _exchange(devices: list[Any]) -> tuple[float, float]:
-    """Return bandwidth on the wire and latency of a message of an all-reduce over all devices."""
-    n = len(devices)
-    if n == 1:
-        return 1e12, 0.0
-    mesh = Mesh(np.array(devices), ("data",))
-
-    def time_of(count: int) -> float:
-        x = jax.device_put(np.ones((n, count), np.float32), NamedSharding(mesh, _spec("data")))
-        run = jax.jit(lambda x: x.sum(axis=0), out_shardings=NamedSharding(mesh, _spec()))
-        return _median(lambda: _wait(run(x)))
-
-    small, large = time_of(8), time_of(1 << 20)
-    wire = 2 * (n - 1) / n * 4 * (1 << 20)
-    return wire / max(large - small, 1e-6), small / (2 * (n - 1))
-
-
 def _memory(device: Any, devices: int) -> float:
-    found = device.memory_stats() or {}
+    found = device.memory_stats() or {} if device.process_index == jax.process_index() else {}
     if "bytes_limit" in found:
         return float(found["bytes_limit"])
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / devices
 
 
 if __name__ == "__main__":
-    json.dump(calibrate().model_dump(mode="json"), sys.stdout)
+    keep_freed_memory()
+    joined = start_distributed()
+    measured = calibrate()
+    if joined.is_first:
+        json.dump(measured.model_dump(mode="json"), sys.stdout)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from jaxtrain.parallel.schedule import Work, bubble, order_of, trace
 from jaxtrain.planner.collectives import Collective
 from jaxtrain.planner.facts import Compiled, Facts
+from jaxtrain.planner.hlo import Array
 from jaxtrain.planner.profile import Profile
 from zarr_store.errors import InvalidInput
 
@@ -80,6 +81,8 @@ def program_seconds(program: Compiled, profile: Profile, precision: str, devices
         devices: Devices that work at the same time; those of a processor share its cores.
     """
     device = profile.device
+    if device.measured and program.kinds:
+        return _measured_seconds(program, profile, precision, devices)
     peak = device.peak.get(precision, device.peak.get("float32", 0.0)) * device.reached  # type: ignore[call-overload]  # any text
     computed = moved = 0.0
     for flops, elements, size, count in program.work:
@@ -92,6 +95,20 @@ def program_seconds(program: Compiled, profile: Profile, precision: str, devices
             computed += count * device.launch
     slower = device.slowed(devices)
     return computed * slower, moved * slower
+
+
+def _measured_seconds(program: Compiled, profile: Profile, precision: str, devices: int) -> tuple[float, float]:
+    """Return what `program_seconds` returns, from the curves of a machine that was measured."""
+    device = profile.device
+    slower = device.peak["float32"] / device.peak.get(precision, device.peak["float32"])  # type: ignore[call-overload]  # any text
+    computed = moved = 0.0
+    for (flops, _, size, count), kind in zip(program.work, program.kinds, strict=True):
+        seconds = count * device.seconds(kind, flops or size, devices)
+        if flops:
+            computed += slower * seconds
+        else:
+            moved += seconds
+    return computed, moved
 
 
 def exchange_seconds(collectives: Sequence[Collective], mesh: Mapping[str, int], profile: Profile) -> float:
@@ -140,6 +157,10 @@ def collective_seconds(one: Collective, mesh: Mapping[str, int], profile: Profil
     """Return the seconds of a collective in one execution, alone on its links."""
     if not one.wire_bytes:
         return 0.0
+    if curve := profile.exchanges.get(one.kind):
+        # a processor exchanges the arrays of one instruction one after the other
+        arrays = (Array(kind, shape).bytes for kind, shape in zip(one.types, one.shapes, strict=True))
+        return one.count * sum(map(curve.at, arrays))
     bandwidth, _ = path_of(one.axes, mesh, profile)
     return one.count * _delay(one.kind, one.axes, mesh, profile) + one.wire_bytes / bandwidth
 
@@ -175,8 +196,8 @@ def _extent(axes: Sequence[str], mesh: Mapping[str, int]) -> tuple[int, int, int
 def peak_bytes(facts: Facts) -> int:
     """Return the bytes that the fullest device needs at once.
 
-    A stage of a pipeline keeps its state, its gradient and the activations of the microbatches under way, beside what
-    its largest program needs for itself.
+    A stage of a pipeline keeps its state, its gradient, the images of its microbatches and the activations of those
+    under way, beside what its largest program needs for itself.
     """
     if not facts.schedule:
         return facts.programs[0].peak_bytes
@@ -184,16 +205,27 @@ def peak_bytes(facts: Facts) -> int:
     most = 0
     for stage in range(facts.mesh["pipe"]):
         mine = [one for one in facts.programs if one.stage == stage]
-        kept = sum(flying[one.part] * _kept(one) for one in mine if one.name == "forward")
-        state = sum(one.argument_bytes for one in mine if one.name == "update")
-        work = max((one.temporary_bytes + one.output_bytes - one.alias_bytes for one in mine), default=0)
-        most = max(most, state + kept + work)
+        passes = [one for one in mine if one.name in ("forward", "backward")]
+        # what a stage holds throughout: its state and the gradient; with ZeRO-1 each replica sums a whole one apart
+        totals = {one.part: one.argument_bytes - one.output_bytes for one in mine if one.name == "total"}
+        state = sum(one.argument_bytes + max(0, totals.get(one.part, 0)) for one in mine if one.name == "update")
+        images = sum(one.output_bytes for one in mine if one.name == "images")
+        under_way = sum(flying[one.part] * _kept(one) for one in mine if one.name == "forward")
+        work = max((_needs(one) for one in passes), default=0)
+        last = max((_needs(one) for one in mine if one not in passes), default=0)
+        most = max(most, state + images + under_way + work, state + last)
     return most
 
 
 def _kept(forward: Compiled) -> int:
     """Return the bytes that a forward pass leaves for its backward pass."""
-    return forward.output_bytes
+    kept = forward.output_bytes if forward.kept_bytes is None else forward.kept_bytes
+    return kept + forward.borrowed_bytes
+
+
+def _needs(program: Compiled) -> int:
+    """Return the bytes that a program needs besides its arguments, and besides what is counted as under way."""
+    return program.temporary_bytes + program.output_bytes - program.alias_bytes - (program.kept_bytes or 0)
 
 
 def _orders(facts: Facts) -> list[list[Work]]:
@@ -223,6 +255,8 @@ def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
         seconds[one.name, one.part] = (*program_seconds(one, profile, precision, busy), exchange)
     bandwidth, latency = path_of(("pipe",), facts.mesh, profile)
     given = {(one.source, one.target): latency + one.bytes / bandwidth for one in facts.handovers}
+    if profile.processes > 1 and (permute := profile.exchanges.get("collective-permute")):
+        given = {(one.source, one.target): permute.at(one.bytes) for one in facts.handovers}
     stages = facts.mesh["pipe"]
 
     def cost(work: Work) -> float:
@@ -238,7 +272,11 @@ def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
     if profile.device.together is not None:  # what all stages do must pass through the cores they share
         span = max(span, work * max(1, math.prod(inside.values())) / profile.device.together)
     edges = [sum(seconds[name, part]) for name, part in seconds if name == "images"]
-    updates = [sum(value) for (name, _), value in seconds.items() if name == "update"]
+    ends: dict[int, float] = {}
+    for (name, part), value in seconds.items():
+        if name in ("total", "update"):
+            ends[part] = ends.get(part, 0.0) + sum(value)
+    updates = [*ends.values()]
     step = span + sum(edges) + max(updates, default=0.0)
     runs = {(one.name, one.part): one.runs for one in facts.programs}
     share = [sum(runs[at] * value[i] for at, value in seconds.items()) / stages for i in range(3)]

@@ -48,6 +48,8 @@ class Compiled:
     temporary_bytes: int
     gathers: tuple[str, ...]
     """Gathers of activations, with the operation that each comes from; a sound program has none."""
+    kinds: tuple[str, ...] = ()
+    """Kind of each instruction of `work`, one of `operations.KINDS`; none where it is not known."""
 
     @property
     def flops(self) -> float:
@@ -104,6 +106,7 @@ class Facts:
                     **one,
                     "work": tuple(map(tuple, one["work"])),
                     "gathers": tuple(one["gathers"]),
+                    "kinds": tuple(one.get("kinds", ())),
                     "collectives": tuple(
                         Collective(
                             **{
@@ -190,12 +193,14 @@ def _facts(
 ) -> Compiled:
     module = read_module(compiled)
     memory = compiled.memory_analysis()
+    work, kinds = _joined(find_operations(module))
     return Compiled(
         name=name,
         stage=stage,
         part=part,
         runs=runs,
-        work=_joined(find_operations(module)),
+        work=work,
+        kinds=kinds,
         collectives=find_collectives(module, axes, dialect),
         result_bytes=result_bytes(module),
         argument_bytes=int(memory.argument_size_in_bytes),
@@ -206,14 +211,16 @@ def _facts(
     )
 
 
-def _joined(operations: tuple[Operation, ...]) -> tuple[tuple[float, float, float, int], ...]:
-    """Join instructions of the same work, as a network repeats its layers."""
-    found: dict[tuple[float, float, float], int] = {}
+def _joined(
+    operations: tuple[Operation, ...],
+) -> tuple[tuple[tuple[float, float, float, int], ...], tuple[str, ...]]:
+    """Join instructions of the same kind and work, as a network repeats its layers; return the work and the kinds."""
+    found: dict[tuple[str, float, float, float], int] = {}
     for one in operations:
         if one.opcode not in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
-            key = (one.flops, one.elements, one.bytes)
+            key = (one.kind, one.flops, one.elements, one.bytes)
             found[key] = found.get(key, 0) + one.count
-    return tuple((*key, count) for key, count in found.items())
+    return tuple((*key[1:], count) for key, count in found.items()), tuple(key[0] for key in found)
 
 
 def _fullest(shapes: Any, shardings: Any) -> int:

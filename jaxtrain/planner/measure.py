@@ -1,32 +1,42 @@
-"""Put measured steps beside predicted ones, and correct the predictions by what one device showed."""
+"""Put measured steps beside predicted ones, and correct the predictions by what computing alone showed."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxtrain.config import TrainConfig
 from jaxtrain.planner.candidates import Candidate, with_mesh
-from jaxtrain.planner.cost import Prediction, predict
-from jaxtrain.planner.survey import Row, Survey, compile_candidates
+from jaxtrain.planner.cost import Prediction, program_seconds
+from jaxtrain.planner.facts import Facts
+from jaxtrain.planner.machine import run_here
+from jaxtrain.planner.profile import Profile
+from jaxtrain.planner.survey import Network, Row, Survey, compile_candidates
 from zarr_store.errors import InvalidInput, TerrashardError
 
-__all__ = ["MOST_MEASURED", "corrected", "measure_rows", "run_measurer"]
+__all__ = [
+    "MOST_MEASURED",
+    "Probe",
+    "compute_probes",
+    "compute_ratio",
+    "corrected",
+    "measure_rows",
+    "request_of",
+    "run_measurer",
+]
 
 MOST_MEASURED = 8
 SECONDS = 1800
-FLAG = "--xla_force_host_platform_device_count"
 
 
 def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
     """Run the quickest strategies that fit on this machine, in turns; return the survey with what was measured.
 
-    One device is measured with them. The ratio of its step to its prediction is what the profile does not know of this
-    network, and corrects the computing time of all strategies.
+    With them, `compute_ratio` measures what computing costs without exchange. The ratio of that to its prediction is
+    what the profile does not know of this network, and corrects the computing time of all strategies.
 
     Args:
         survey: of this machine's profile.
@@ -39,54 +49,95 @@ def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
     if survey.profile.name != "this-machine":
         raise InvalidInput(f"--measure runs on this machine, and the profile is {survey.profile.name}: leave one out")
     network, profile = survey.network, survey.profile
-    alone = with_mesh(network.config, {"data": 1})
-    if isinstance(alone, str):
-        raise InvalidInput(f"one device cannot run this configuration: {alone}")
-    single = Candidate("one device", 1, alone)
-    facts = compile_candidates(network, [single], profile, 1, lambda _done, _all: None)[id(single)]
-    if isinstance(facts, str):
-        raise InvalidInput(f"one device cannot run this configuration: {facts}")
+    compute = compute_probes(network, survey.devices, profile)
     chosen = sorted((row for row in survey.rows if row.fits), key=lambda row: row.seconds)[:most]
-    configs = [alone, *(row.candidate.config for row in chosen)]
-    requests = [
-        {"config": config.model_dump(mode="json"), "card": network.card, "dtypes": network.dtypes}
-        for config in configs
-        if config is not None
-    ]
-    first, *others = run_measurer(requests, survey.devices)
-    ratio = first["seconds"] / predict(facts, profile, network.config.model.precision).step_s
+    requests = [request_of(network, row.candidate.config) for row in chosen if row.candidate.config is not None]
+    answers = run_measurer([*(probe.request for probe in compute), *requests], survey.devices, profile.processes)
+    first, others = answers[: len(compute)], answers[len(compute) :]
+    ratio = compute_ratio(compute, [one["seconds"] for one in first], profile)
     found = {id(row): answer for row, answer in zip(chosen, others, strict=True)}
     rows = tuple(_measured(row, found.get(id(row), {}), ratio) for row in survey.rows)
-    return replace(survey, rows=rows, ratio=ratio, alone_s=first["seconds"])
+    return replace(survey, rows=rows, ratio=ratio, alone_s=first[0]["seconds"])
 
 
-def run_measurer(requests: Sequence[Mapping[str, Any]], devices: int) -> list[dict[str, Any]]:
-    """Return the answers of `jaxtrain.planner.measurer`, run in a process of its own.
+@dataclass(frozen=True)
+class Probe:
+    """The program of one device, run by some devices at once, each on its part of the batch and without exchange."""
+
+    request: dict[str, Any]
+    facts: Facts
+    copies: int
+    devices: int
+    """Devices that a strategy keeps busy, for which the copies stand."""
+
+    def predicted(self, profile: Profile) -> float:
+        """Return the seconds that the profile predicts for a step."""
+        (program,) = self.facts.programs
+        return sum(program_seconds(program, profile, self.request["config"]["model"]["precision"], self.devices))
+
+
+def compute_probes(network: Network, devices: int, profile: Profile) -> list[Probe]:
+    """Return what measures the computing of a network: one device alone, and all that a processor runs at once.
 
     Raises:
-        TerrashardError: it ended without an answer.
+        InvalidInput: one device cannot run this configuration.
     """
-    flags = [part for part in os.environ.get("XLA_FLAGS", "").split() if not part.startswith(FLAG)]
-    environment = {**os.environ, "XLA_FLAGS": " ".join([*flags, f"{FLAG}={devices}"])}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "jaxtrain.planner.measurer"],
-        input=json.dumps(list(requests)), capture_output=True, text=True, env=environment, timeout=SECONDS,
-    )  # fmt: skip
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise TerrashardError(f"the strategies could not be measured: {last[0]}")
-    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    size = network.config.run.batch_size
+    wanted = [(1, 1, size)]
+    if devices > 1 and profile.device.together is not None and size % devices == 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted.append((devices if profile.processes > 1 else min(devices, cores), devices, size // devices))
+    made = []
+    for copies, standing, windows in wanted:
+        run = network.config.run.model_copy(update={"batch_size": windows})
+        config = with_mesh(network.config.model_copy(update={"run": run}), {"data": 1})
+        if isinstance(config, str):
+            raise InvalidInput(f"one device cannot run this configuration: {config}")
+        made.append((copies, standing, Candidate("one device", 1, config)))
+    facts = compile_candidates(network, [one for *_, one in made], profile, 2, lambda _done, _all: None)
+    probes = []
+    for copies, standing, one in made:
+        known = facts[id(one)]
+        if isinstance(known, str) or one.config is None:
+            raise InvalidInput(f"one device cannot run this configuration: {known}")
+        probes.append(Probe({**request_of(network, one.config), "copies": copies}, known, copies, standing))
+    return probes
+
+
+def compute_ratio(probes: Sequence[Probe], seconds: Sequence[float], profile: Profile) -> float:
+    """Return measured seconds of computing in predicted ones, where as many devices work as in a strategy.
+
+    Devices that share cores take turns on them, so few copies on all cores stand for many.
+    """
+    probe, measured = probes[-1], seconds[-1]
+    return measured * probe.devices / probe.copies / probe.predicted(profile)
+
+
+def request_of(network: Network, config: TrainConfig) -> dict[str, Any]:
+    """Return what `jaxtrain.planner.measurer` must know to run a configuration."""
+    return {"config": config.model_dump(mode="json"), "card": network.card, "dtypes": network.dtypes}
+
+
+def run_measurer(requests: Sequence[Mapping[str, Any]], devices: int, processes: int = 1) -> list[dict[str, Any]]:
+    """Return the answers of `jaxtrain.planner.measurer`, run in processes of their own.
+
+    Raises:
+        TerrashardError: one of them ended without an answer.
+    """
+    try:
+        text = run_here("jaxtrain.planner.measurer", devices, processes, given=json.dumps(list(requests)),
+                        seconds=SECONDS)  # fmt: skip
+    except TerrashardError as error:
+        raise TerrashardError(f"the strategies could not be measured: {str(error).splitlines()[0]}") from error
+    answers: list[dict[str, Any]] = json.loads(text)
     return answers
 
 
 def corrected(prediction: Prediction, ratio: float) -> Prediction:
     """Return the prediction with its computing time times a ratio; exchanges stay as they are."""
-    parts = {
-        "compute_s": prediction.compute_s * ratio,
-        "memory_s": prediction.memory_s * ratio,
-        "idle_s": prediction.idle_s * ratio,
-    }
-    return replace(prediction, **parts, step_s=sum(parts.values()) + prediction.collective_s)
+    parts = {name: getattr(prediction, name) * ratio for name in ("compute_s", "memory_s", "idle_s")}
+    step = (prediction.step_s - prediction.collective_s) * ratio + prediction.collective_s
+    return replace(prediction, **parts, step_s=step)
 
 
 def _measured(row: Row, answer: Mapping[str, Any], ratio: float) -> Row:

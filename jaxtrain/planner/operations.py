@@ -16,7 +16,15 @@ from typing import Any
 
 from jaxtrain.planner.hlo import Array, Instruction, Module, read_module
 
-__all__ = ["Operation", "convolution_flops", "find_operations", "touched_bytes"]
+__all__ = ["KINDS", "Operation", "convolution_flops", "find_operations", "touched_bytes"]
+
+KINDS = ("convolution", "gradient", "product", "transpose", "reduce", "elementwise")
+"""Kinds of instruction that a machine runs at rates of their own; a fusion is of the first kind that is in it.
+
+`gradient` is a convolution whose window is the image, as that of a kernel's gradient is.
+"""
+LARGE_WINDOW = 8
+"""Pixels from which a window is an image, and not a kernel."""
 
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
         "partition-id", "replica-id"}  # fmt: skip
@@ -41,6 +49,8 @@ class Operation:
     """Bytes that it reads and writes, each turn."""
     source: str
     """Operation of JAX that it comes from."""
+    kind: str = "elementwise"
+    """One of `KINDS`."""
 
 
 def find_operations(compiled: Any) -> tuple[Operation, ...]:
@@ -60,11 +70,32 @@ def find_operations(compiled: Any) -> tuple[Operation, ...]:
         read = sum(operands[name].bytes for name in dict.fromkeys(instruction.operands) if name in operands)
         if instruction.opcode in ("dynamic-slice", "gather", "slice"):
             read = instruction.bytes  # it reads what it takes, not all it could take from
-        source = instruction.source
+        size, kind = read + instruction.bytes, _kind(module, instruction)
         found.append(
-            Operation(instruction.name, instruction.opcode, count, flops, elements, read + instruction.bytes, source)
+            Operation(instruction.name, instruction.opcode, count, flops, elements, size, instruction.source, kind)
         )
     return tuple(found)
+
+
+def _kind(module: Module, instruction: Instruction) -> str:
+    parts = [instruction]
+    if instruction.opcode == "fusion":
+        parts = [inner for name in instruction.called("calls") for inner in module.computations[name].values()]
+    return min((_kind_alone(part) for part in parts), key=KINDS.index, default="elementwise")
+
+
+def _kind_alone(instruction: Instruction) -> str:
+    match instruction.opcode:
+        case "convolution":
+            sizes = _window(instruction.attributes).get("size", ["1"])
+            return "gradient" if max(map(int, sizes)) >= LARGE_WINDOW else "convolution"
+        case "dot":
+            return "product"
+        case "transpose":
+            return "transpose"
+        case "reduce" | "reduce-window" | "sort" | "scatter":
+            return "reduce"
+    return "elementwise"
 
 
 def touched_bytes(operations: tuple[Operation, ...]) -> float:

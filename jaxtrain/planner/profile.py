@@ -7,6 +7,7 @@ quantity carries its unit (`"3.35 TB/s"`), because a factor of eight between bit
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput
 
-__all__ = ["Device", "Link", "Profile", "profile_names", "quantity", "read_profile"]
+__all__ = ["Curve", "Device", "Link", "Profile", "profile_names", "quantity", "read_profile"]
 
 MOST_BYTES = 1 << 20
 PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -71,6 +72,39 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Curve(_Strict):
+    """Seconds of one instruction by its size, as measured at some sizes."""
+
+    sizes: tuple[float, ...] = Field(min_length=1)
+    """Operations of convolutions and products, bytes of everything else; ascending."""
+    seconds: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> Curve:
+        ascending = all(a < b for a, b in pairwise(self.sizes))
+        if len(self.sizes) != len(self.seconds) or not ascending or min(*self.sizes, *self.seconds) <= 0:
+            raise ValueError("a curve needs ascending sizes, and seconds above 0 for each of them")
+        return self
+
+    def at(self, size: float) -> float:
+        """Return the seconds at a size: in proportion between two measured sizes and above, the least below.
+
+        >>> Curve(sizes=(1e3, 1e5), seconds=(1e-5, 1e-4)).at(1e4), Curve(sizes=(1e3,), seconds=(1e-5,)).at(10)
+        (3.1622776601683795e-05, 1e-05)
+        """
+        if size <= self.sizes[0]:
+            return self.seconds[0]
+        if size >= self.sizes[-1]:
+            return self.seconds[-1] * size / self.sizes[-1]
+        above = next(i for i, one in enumerate(self.sizes) if one > size)
+        (x, y), (u, v) = ((self.sizes[i], self.seconds[i]) for i in (above - 1, above))
+        return y * (v / y) ** (math.log(size / x) / math.log(u / x))
+
+    def times(self, factor: float) -> Curve:
+        """Return the curve of a machine that takes `factor` times as long."""
+        return Curve(sizes=self.sizes, seconds=tuple(factor * one for one in self.seconds))
+
+
 class Device(_Strict):
     """One device: an accelerator, or a processor as JAX sees it."""
 
@@ -91,6 +125,20 @@ class Device(_Strict):
     """Seconds that each instruction costs besides its work."""
     together: float | None = Field(None, ge=1)
     """Rate of all devices of one processor together, in rates of one alone; None where devices share nothing."""
+    measured: dict[str, Curve] = {}
+    """Seconds of an instruction by its kind (`operations.KINDS`), where one device works alone; none of a datasheet."""
+    busy: dict[str, Curve] = {}
+    """The same while all devices work."""
+    sharing: int = Field(1, ge=1)
+    """Devices that worked at once when `busy` was measured."""
+
+    def seconds(self, kind: str, size: float, devices: int) -> float:
+        """Return the measured seconds of one instruction while so many devices work."""
+        alone = self.measured[kind].at(size)
+        if self.sharing == 1 or devices == 1:
+            return alone
+        share = min(1.0, (devices - 1) / (self.sharing - 1))
+        return alone + share * (self.busy[kind].at(size) - alone)
 
     def slowed(self, devices: int) -> float:
         """Return how much longer work takes on each of several devices that work at once."""
@@ -125,6 +173,10 @@ class Profile(_Strict):
     """It reduces bfloat16 as bfloat16."""
     combined: Bytes = 0.0
     """Bytes of small exchanges that its compiler joins into one message; 0 for none."""
+    exchanges: dict[str, Curve] = {}
+    """Seconds of one collective by its kind and the bytes of its results, as measured; none of a datasheet."""
+    processes: int = Field(1, ge=1)
+    """Processes among which the devices were divided when it was measured."""
     cost_an_hour: float | None = Field(None, gt=0)
     """Price of one device for an hour, in the user's currency; None where it is not known."""
     sources: dict[str, str] = {}

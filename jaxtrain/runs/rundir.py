@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -263,13 +263,13 @@ def write_run(run: Path, card: ModelCard) -> None:
     store.write(CARD, json.dumps(card.to_dict(), indent=1, ensure_ascii=False).encode())
 
 
-def program_of(card: ModelCard, config: TrainConfig) -> Program:
-    """Build the program of a card on the mesh of `config`."""
+def program_of(card: ModelCard, config: TrainConfig, devices: Sequence[Any] | None = None) -> Program:
+    """Build the program of a card on the mesh of `config`, over the first of all devices or of those given."""
     return build_program(
         config,
         channels=len(card.bands),
         classes=len(card.classes),
-        mesh=make_mesh(config.mesh),
+        mesh=make_mesh(config.mesh, devices),
         mean=card.mean,
         std=card.std,
         class_weights=card.class_weights,
