@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,10 +38,12 @@ ROWS = (1 << 12, 1 << 15, 1 << 18)
 """Rows of 32 numbers of arrays for simple arithmetic, transpositions and sums: a cache's, the last one's, none's."""
 LEAST_BYTES = 1 << 13
 """Bytes up to which such an instruction costs no more than its start."""
-MESSAGES = (1 << 6, 1 << 16, 1 << 21)
+MESSAGES = (1 << 6, 1 << 16, 1 << 20, 1 << 23)
 """Bytes of the results of an exchange."""
+LEAST_S = 1e-6
+"""Least seconds of an exchange; less cannot be told from what else happens."""
 CHAIN = 8
-"""Exchanges one after the other; each waits for the one before."""
+"""Exchanges one after the other; each waits for the work before it."""
 TURNS = 4
 """Convolutions one after the other."""
 TINY = 64
@@ -139,6 +140,8 @@ def _work(mesh: Mesh) -> dict[str, Curve]:
             (2.0 * BATCH * side * side * 9 * CHANNELS * CHANNELS, _median(*make(mesh, side, jnp.float32)), turns)
             for side in sides
         ])  # fmt: skip
+    size = 2.0 * BATCH * (3 * 2 - 2) * (3 * 3 - 2) * CHANNELS**2  # places of a window that meet a pixel of 2 × 3
+    found["swapped"] = curve([(size, _median(*_small(mesh)), 1)])
     rows = (1 << 8, 1 << 12, 1 << 16)
     found["product"] = curve([
         (2.0 * n * CHANNELS**2, _median(*_on(mesh, jnp.matmul, [(n, CHANNELS), (CHANNELS, CHANNELS)])), 1)
@@ -146,12 +149,12 @@ def _work(mesh: Mesh) -> dict[str, Curve]:
     ])  # fmt: skip
     for kind, run, arrays, parts in (
         ("elementwise", lambda x, y: x * 1.5 + y, 2, 3),
-        ("transpose", lambda x: jnp.transpose(x, (2, 1, 0)), 1, 2),  # as for the gradient of a kernel
+        ("transpose", _turn, 1, 2),
         ("reduce", lambda x: jnp.square(x).sum((0, 1)), 1, 1),
     ):
         points = [(float(LEAST_BYTES), 0.0, 1)]
         for n in ROWS:
-            shape = (16, n // 16, 32)
+            shape = (32, n // 32, 32)
             points.append((4.0 * parts * math.prod(shape), _median(*_on(mesh, run, [shape] * arrays)), 1))
         found[kind] = curve(points)
     return found
@@ -186,12 +189,22 @@ def _convolution(mesh: Mesh, side: int, dtype: Any) -> tuple[Function, Any]:
     return _on(mesh, run, [(BATCH, side, side, CHANNELS), (3, 3, CHANNELS, CHANNELS)], dtype)
 
 
+def _small(mesh: Mesh) -> tuple[Function, Any]:
+    """Return a convolution whose kernel is larger than its image."""
+    return _on(mesh, _convolve, [(BATCH, 2, 3, CHANNELS), (3, 3, CHANNELS, CHANNELS)])
+
+
 def _gradient(mesh: Mesh, side: int, dtype: Any) -> tuple[Function, Any]:
     def run(x: Any, dy: Any) -> Any:
         kernel = jnp.zeros((3, 3, CHANNELS, CHANNELS), dtype)
         return jax.vjp(partial(_convolve, x), kernel)[1](dy)[0]
 
     return _on(mesh, run, [(BATCH, side, side, CHANNELS)] * 2, dtype)
+
+
+def _turn(x: Any) -> Any:
+    """Normalise and turn images, as the gradient of a kernel needs them: the sum over all samples comes last."""
+    return jnp.transpose(jnp.maximum((x - x[:, :1, :1]) * 1.5, 0.0), (2, 1, 0))
 
 
 def _tiny(x: Any) -> Any:
@@ -217,35 +230,49 @@ def _exchanges(mesh: Mesh) -> dict[str, Curve]:
         "collective-permute": lambda x: permute(x, "data", ring) * 0.5,
         "all-to-all": lambda x: swap(x, "data", 0, 0, tiled=True) * 0.5,
     }
+    runs = [_between(mesh, lambda x: x, MESSAGES[0])]
+    runs += [_between(mesh, run, size) for run in kinds.values() for size in MESSAGES]
+    still, *spent = _medians(runs)
     found = {}
-    for kind, run in kinds.items():
-
-        def chain(x: Any, run: Function = run) -> Any:
-            for _ in range(CHAIN):
-                x = run(x)
-            return x
-
-        def still(x: Any) -> Any:
-            return x * 0.5
-
+    for number, kind in enumerate(kinds):
         seconds: list[float] = []
-        for size in MESSAGES:
-            shape = [(max(size // 4 // n, 1) * n,)]
-            spent = _median(*_on(mesh, chain, shape)) - _median(*_on(mesh, still, shape))
-            seconds.append(max(spent / CHAIN, *seconds, 1e-7))
+        for one in spent[number * len(MESSAGES) :][: len(MESSAGES)]:
+            seconds.append(max((one - still) / CHAIN, *seconds, LEAST_S))
         found[kind] = Curve(sizes=tuple(map(float, MESSAGES)), seconds=tuple(seconds))
     return found
 
 
+def _between(mesh: Mesh, exchange: Function, size: int) -> tuple[Function, Any]:
+    """Return exchanges with a convolution between each two, as a network has them.
+
+    Devices never work at quite the same speed. An exchange costs also that all wait for the last one.
+    """
+    n = mesh.size
+
+    def chain(x: Any, image: Any, kernel: Any) -> Any:
+        for _ in range(CHAIN):
+            image = _convolve(image, kernel)
+            x = exchange(x + image[0, 0, 0, 0])
+            image = image + x[0]
+        return x, image
+
+    return _on(mesh, chain, [(max(size // 4 // n, 1) * n,), (BATCH, 16, 16, CHANNELS), (3, 3, CHANNELS, CHANNELS)])
+
+
 def _median(run: Function, arguments: Any) -> float:
-    for _ in range(2):
-        _wait(run(*arguments))
-    seconds = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        _wait(run(*arguments))
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return _medians([(run, arguments)])[0]
+
+
+def _medians(runs: list[tuple[Function, Any]]) -> list[float]:
+    """Return the median seconds of each function, which take turns."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for turn in range(REPEATS + 2):
+        for number, (run, arguments) in enumerate(runs):
+            began = time.perf_counter()
+            _wait(run(*arguments))
+            if turn > 1:  # compiled, and warm
+                seconds[number].append(time.perf_counter() - began)
+    return [statistics.median(several) for several in seconds]
 
 
 def _memory(device: Any, devices: int) -> float:
@@ -256,8 +283,12 @@ def _memory(device: Any, devices: int) -> float:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
+    keep_freed_memory()  # as a run of training does
+    # whatever a library prints must not stand before the profile
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     joined = start_distributed()
     measured = calibrate()
     if joined.is_first:
-        json.dump(measured.model_dump(mode="json"), sys.stdout)
+        json.dump(measured.model_dump(mode="json"), answer)
+        answer.flush()

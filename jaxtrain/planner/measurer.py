@@ -11,10 +11,12 @@ of its own, and none waits for another. That is what computing costs where devic
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -35,6 +37,8 @@ __all__ = ["measure", "random_batch"]
 ROUNDS, STEPS = 5, 3
 TURN_S = 0.6
 """Seconds of the steps of one turn, if a step is long."""
+COMPILERS = 2
+"""Programs that are compiled at once."""
 
 
 class _Runner:
@@ -42,18 +46,30 @@ class _Runner:
 
     def __init__(self, request: Mapping[str, Any], devices: list[Any] | None) -> None:
         config = TrainConfig.model_validate(request["config"])
-        program = program_of(ModelCard.from_dict(request["card"]), config, devices)
-        batch = random_batch(batch_shapes(program, request["dtypes"]), program.classes)
-        sharding, size = batch_sharding(program.mesh), config.run.batch_size
+        self._program = program_of(ModelCard.from_dict(request["card"]), config, devices)
+        self._shapes = batch_shapes(self._program, request["dtypes"])
+        self._step: Any = make_train_step(self._program)
+        self._key = jax.random.key(1)
+
+    def compile(self) -> None:
+        """Compile the step; several may do so at once, because nothing runs."""
+        if self._program.layout is None:
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            self._step = self._step.jitted.lower(self._program.shapes, self._shapes, key).compile()
+
+    def prepare(self) -> None:
+        """Make the state and the batch."""
+        batch = random_batch(self._shapes, self._program.classes)
+        sharding, size = batch_sharding(self._program.mesh), self._program.config.run.batch_size
         rows = local_rows(sharding, size)
         self._batch = put_batch({name: array[rows] for name, array in batch.items()}, sharding, size)
-        self._step = make_train_step(program)
-        self._state = program.init(jax.random.key(0))
-        self._key = jax.random.key(1)
+        self._state = self._program.init(jax.random.key(0))
 
     def begin(self) -> Any:
         """Start a step, and return what is there when it has ended."""
-        self._state, metrics = self._step(self._state, self._batch, key=self._key)
+        # a compiled step takes its arguments by their places
+        key = {"key": self._key} if self._program.layout is not None else {}
+        self._state, metrics = self._step(self._state, self._batch, *(() if key else (self._key,)), **key)
         return self._state.params, metrics
 
 
@@ -61,26 +77,34 @@ class _Together:
     """What one request runs: a strategy, or copies of the program of one device."""
 
     def __init__(self, request: Mapping[str, Any]) -> None:
-        copies, mine = request.get("copies"), jax.local_devices()
-        if copies is None:
-            self._runners = [_Runner(request, None)]
-        elif copies == 1:
-            self._runners = [_Runner(request, mine[:1])] if jax.process_index() == 0 else []
+        self._copies = request.get("copies")
+        mine: list[Any] = jax.local_devices()
+        if self._copies is None:
+            self.runners = [_Runner(request, None)]
+        elif self._copies == 1:
+            self.runners = [_Runner(request, mine[:1])] if jax.process_index() == 0 else []
         else:
-            here = mine[: max(1, copies // jax.process_count())]
-            self._runners = [_Runner(request, [device]) for device in here]
+            here = mine[: max(1, self._copies // jax.process_count())]
+            self.runners = [_Runner(request, [device]) for device in here]
         self.steps = STEPS
+
+    def prepare(self) -> None:
+        """Make states and batches, and run the first steps."""
+        for runner in self.runners:
+            runner.prepare()
         for _ in range(2):
-            self.steps = max(1, min(STEPS, round(TURN_S / max(self.run(1), 1e-3))))
+            spent = self.run(1)
+        if jax.process_count() == 1:  # several processes must take as many steps
+            self.steps = max(1, min(STEPS, round(TURN_S / max(spent, 1e-3))))
 
     def run(self, steps: int) -> float:
-        """Return the seconds of a step."""
+        """Return the seconds of a step; copies wait for each other after each, as the devices of a strategy do."""
         wait: Callable[..., Any] = jax.block_until_ready
         began = time.perf_counter()
-        for _ in range(steps):
-            under_way = [runner.begin() for runner in self._runners]
-        if self._runners:
-            wait(under_way)
+        for number in range(steps):
+            under_way = [runner.begin() for runner in self.runners]
+            if self.runners and (self._copies or number == steps - 1):
+                wait(under_way)
         return (time.perf_counter() - began) / steps
 
 
@@ -113,12 +137,16 @@ def measure(requests: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
             runners[number] = _Together(request)
         except TerrashardError as error:
             found[number] = {"why_not": str(error)}
-        wait_for_all("a strategy is compiled")
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        list(pool.map(_Runner.compile, [runner for one in runners.values() for runner in one.runners]))
+    for runner in runners.values():
+        wait_for_all("a strategy is prepared")
+        runner.prepare()
     seconds: dict[int, list[float]] = {number: [] for number in runners}
     for _ in range(ROUNDS):
         for number, runner in runners.items():
             wait_for_all("a strategy takes its turn")
-            seconds[number].append(runner.run(STEPS if jax.process_count() > 1 else runner.steps))
+            seconds[number].append(runner.run(runner.steps))
     for number, values in seconds.items():
         found[number] = {"seconds": statistics.median(values), "every": values}
     return found
@@ -127,7 +155,11 @@ def measure(requests: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     keep_freed_memory()  # as a run of training does
     asked = json.load(sys.stdin)
+    # whatever a library prints must not stand before the answers
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     process = start_distributed()
     answers = measure(asked)
     if process.is_first:
-        json.dump(answers, sys.stdout)
+        json.dump(answers, answer)
+        answer.flush()

@@ -18,10 +18,12 @@ from jaxtrain.planner.hlo import Array, Instruction, Module, read_module
 
 __all__ = ["KINDS", "Operation", "convolution_flops", "find_operations", "touched_bytes"]
 
-KINDS = ("convolution", "gradient", "product", "transpose", "reduce", "elementwise")
+KINDS = ("swapped", "convolution", "gradient", "product", "transpose", "reduce", "elementwise")
 """Kinds of instruction that a machine runs at rates of their own; a fusion is of the first kind that is in it.
 
-`gradient` is a convolution whose window is the image, as that of a kernel's gradient is.
+`gradient` is a convolution whose window is the image, as that of a kernel's gradient is. `swapped` is one whose image
+is smaller than its kernel, so that the compiler has exchanged the two, which few libraries are quick at. `transpose`
+moves the last dimension; any other order of dimensions is as quick as a copy.
 """
 LARGE_WINDOW = 8
 """Pixels from which a window is an image, and not a kernel."""
@@ -87,12 +89,17 @@ def _kind(module: Module, instruction: Instruction) -> str:
 def _kind_alone(instruction: Instruction) -> str:
     match instruction.opcode:
         case "convolution":
-            sizes = _window(instruction.attributes).get("size", ["1"])
+            window = _window(instruction.attributes)
+            if "1" in window.get("rhs_reversal", ()):
+                return "swapped"
+            sizes = window.get("size", ["1"])
             return "gradient" if max(map(int, sizes)) >= LARGE_WINDOW else "convolution"
         case "dot":
             return "product"
         case "transpose":
-            return "transpose"
+            found = re.search(r"dimensions=\{[\d,]*?(\d+)\}", instruction.attributes)
+            last = len(instruction.results[0].dims) - 1
+            return "elementwise" if found is None or int(found[1]) == last else "transpose"
         case "reduce" | "reduce-window" | "sort" | "scatter":
             return "reduce"
     return "elementwise"
