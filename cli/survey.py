@@ -62,7 +62,7 @@ def register(app: typer.Typer) -> None:
         from jaxtrain.planner.profile import read_profile
         from jaxtrain.planner.scaling import grown, scaling_curves
         from jaxtrain.planner.survey import describe_network, survey_run
-        from jaxtrain.planner.words import curve_table, sensitivity, table, verdict
+        from jaxtrain.planner.words import curve_table, sensitivity, sensitivity_line, table, verdict
 
         config = train_config(configuration, session)
         numbers = [device_count()] if devices is None else _numbers(devices)
@@ -83,6 +83,8 @@ def register(app: typer.Typer) -> None:
         for one in surveys:
             session.say_lines(table(one))
             session.say(verdict(one))
+            if line := sensitivity_line(one):
+                session.say(line)
         if curves:
             session.say_lines(curve_table(curves))
         if html is not None:

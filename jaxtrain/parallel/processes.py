@@ -39,8 +39,8 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.parallel.mesh import share_cores
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["Agreement", "ProcessInfo", "Rendezvous", "abandon", "find_rendezvous", "spread_mesh", "start_distributed",
-           "wait_for_all"]  # fmt: skip
+__all__ = ["Agreement", "ProcessInfo", "Rendezvous", "abandon", "find_rendezvous", "from_first", "spread_mesh",
+           "start_distributed", "wait_for_all"]  # fmt: skip
 
 COORDINATOR = "TERRASHARD_COORDINATOR"
 BIND = "TERRASHARD_COORDINATOR_BIND"
@@ -333,6 +333,35 @@ def wait_for_all(what: str, timeout_s: int = 3600) -> None:
     if client is not None:
         _WAITS[what] += 1
         client.wait_at_barrier(f"terrashard: {what}, {_WAITS[what]}", timeout_s * 1000)
+
+
+def from_first(what: str, make: Callable[[], str], timeout_s: int = 3600) -> str:
+    """Return a text that the first process makes and the others wait for, through the coordinator.
+
+    Args:
+        what: Name of the text, used once in a run.
+        make: Called by the first process alone; an error is raised there, and the others report it.
+        timeout_s: Seconds to wait.
+
+    Raises:
+        InvalidInput: the first process could not make it.
+    """
+    client = global_state.client
+    if client is None:
+        return make()
+    name = f"terrashard: {what}"
+    if global_state.process_id == 0:
+        try:
+            text = make()
+        except BaseException as error:
+            client.key_value_set(name, f"-{error}")
+            raise
+        client.key_value_set(name, f"+{text}")
+        return text
+    answer: str = client.blocking_key_value_get(name, timeout_s * 1000)
+    if not answer.startswith("+"):
+        raise InvalidInput(f"process 0 has no {what}: {answer[1:]}")
+    return answer[1:]
 
 
 _WAITS: Counter[str] = Counter()

@@ -14,7 +14,7 @@ from jaxtrain.planner.profile import Profile
 from jaxtrain.planner.scaling import Curve
 from jaxtrain.planner.survey import Row, Survey, bytes_on_wire
 
-__all__ = ["curve_table", "mesh_text", "sensitivity", "table", "verdict"]
+__all__ = ["curve_table", "mesh_text", "sensitivity", "sensitivity_line", "table", "verdict"]
 
 WIDTH = 118
 MOVED = 0.2
@@ -139,15 +139,29 @@ def verdict(survey: Survey) -> str:
 
 
 def sensitivity(survey: Survey) -> dict[str, float]:
-    """Return by how much the choice's step changes, as a share, when each number of the profile is 20 % lower."""
+    """Return by how much the choice's step changes, as a share, when each number of the profile is 20 % lower.
+
+    A machine that was measured has seconds in place of rates; they are as much longer.
+    """
     choice = survey.choice
     if choice is None or choice.facts is None:
         return {}
     precision = survey.network.config.model.precision
+    before = predict(choice.facts, survey.profile, precision).step_s
     found = {}
     for name, lower in _lowered(survey.profile, 1 - MOVED).items():
-        found[name] = predict(choice.facts, lower, precision).step_s / choice.seconds - 1
+        found[name] = predict(choice.facts, lower, precision).step_s / before - 1
     return found
+
+
+def sensitivity_line(survey: Survey) -> str:
+    """Return the sensitivity in one line, the largest first; empty where no strategy fits."""
+    moved = sorted(sensitivity(survey).items(), key=lambda one: -abs(one[1]))
+    if not moved:
+        return ""
+    parts = [f"{name} {share:+.1%}" for name, share in moved if abs(share) >= 0.0005]
+    rest = "" if len(parts) == len(moved) else "; the others nothing"
+    return f"with one number of the machine 20 % lower, the step changes by: {', '.join(parts)}{rest}"
 
 
 def _lowered(profile: Profile, factor: float) -> dict[str, Profile]:
@@ -156,6 +170,19 @@ def _lowered(profile: Profile, factor: float) -> dict[str, Profile]:
     def with_device(**values: object) -> Profile:
         return profile.model_copy(update={"device": device.model_copy(update=values)})
 
+    if device.measured:
+        kinds = {
+            kind: with_device(**{
+                name: {**curves, kind: curves[kind].times(1 / factor)} if kind in curves else curves
+                for name, curves in (("measured", device.measured), ("busy", device.busy))
+            })
+            for kind in device.measured
+        }  # fmt: skip
+        exchanges = {
+            kind: profile.model_copy(update={"exchanges": {**profile.exchanges, kind: curve.times(1 / factor)}})
+            for kind, curve in profile.exchanges.items()
+        }
+        return kinds | exchanges
     links = [link.model_copy(update={"bandwidth": link.bandwidth * factor}) for link in profile.links]
     late = [link.model_copy(update={"latency": link.latency * factor}) for link in profile.links]
     return {

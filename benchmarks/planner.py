@@ -1,0 +1,208 @@
+"""Predicted and measured steps of the planner: U-Net, ResNet and temporal network, every strategy, two devices.
+
+Two devices are two parts of the processor in one process, or two processes that exchange over the loopback interface.
+`terrashard survey --measure` takes the same way: a machine that is measured once, one device and copies of it that
+exchange nothing for each network, then every strategy in turns. The profile knows none of these networks.
+
+Slices of a few minutes are measured one by one and kept (`--only unet-1`: the U-Net in one process); the table is made
+of all that are kept. Measure on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from harness import RESULTS, machine
+
+DEVICES = 2
+WHERE = RESULTS / "planner-time.json"
+AIM, AIM_DATA, AIM_CHOICE = 0.13, 0.05, 0.05
+NETWORKS: dict[str, dict[str, Any]] = {
+    "unet": {"bands": 7, "classes": 7, "config": {
+        "data": {"patch": 64}, "model": {"name": "unet", "width": 16, "depth": 3}, "run": {"batch_size": 16}}},
+    "resnet": {"bands": 13, "classes": 10, "task": {"per_image": True}, "config": {
+        "data": {"patch": 64, "jitter": 0.25, "zoom": 0.15}, "run": {"batch_size": 64},
+        "model": {"name": "resnet", "width": 16, "blocks": [1, 1, 1, 1], "stem": "patch"}}},
+    "temporal": {"bands": 4, "classes": 6, "config": {
+        "data": {"patch": 32, "dates": 8}, "run": {"batch_size": 16},
+        "model": {"name": "temporal", "width": 32, "depth": 3, "taps": 3}}},
+}  # fmt: skip
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "data": {"data": 2},
+    "zero-1": {"data": 2, "zero": 1},
+    "zero-3": {"data": 2, "zero": 3},
+    "filter": {"data": 1, "model": 2},
+    "spatial": {"data": 1, "space": 2},
+    "pipeline": {"data": 1, "pipe": 2, "schedule": "1f1b"},
+    "data+remat": {"data": 2},
+}
+SLICES = [f"{name}-{processes}" for name in NETWORKS for processes in (1, 2)]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One configuration: what was predicted, and every measured step."""
+
+    slice: str
+    strategy: str
+    predicted_s: float
+    corrected_s: float
+    turns: tuple[float, ...]
+
+    @property
+    def measured_s(self) -> float:
+        return statistics.median(self.turns)
+
+    @property
+    def spread(self) -> float:
+        """Mean distance of a measured step from their median, as a share: no error can be told to be below it."""
+        return statistics.mean(abs(one / self.measured_s - 1) for one in self.turns)
+
+    @property
+    def error(self) -> float:
+        return self.corrected_s / self.measured_s - 1
+
+    @property
+    def raw_error(self) -> float:
+        return self.predicted_s / self.measured_s - 1
+
+
+def network(name: str) -> Any:
+    """The network as a survey knows it, without a cube: nothing that costs time depends on the pixels."""
+    from jaxtrain.config import TrainConfig
+    from jaxtrain.planner.survey import Network
+
+    wanted = NETWORKS[name]
+    config = TrainConfig.model_validate({**wanted["config"], "data": {"cube": "none", **wanted["config"]["data"]}})
+    card = {
+        "format": 1, "config": config.model_dump(mode="json"), "cube": {"path": "none", "digest": ""},
+        "bands": [f"band {i}" for i in range(wanted["bands"])],
+        "classes": [{"index": i, "name": f"class {i}", "colour": "#808080", "values": [i]}
+                    for i in range(wanted["classes"])],
+        "mean": [2000.0] * wanted["bands"], "std": [900.0] * wanted["bands"], "class_weights": None, "grid": None,
+        "times": [], "split": {"block": [1, 1], "parts": [[0]]}, "windows": {}, "statistics": {},
+        "task": {"per_image": False, "several": False, "value": None, "rebuild": False, **wanted.get("task", {})},
+        "edges": True,
+    }  # fmt: skip
+    dtypes = {"image": "uint16", "label": "uint8", "observed": "uint8", "day": "uint16"}
+    return Network(config, card, dtypes, 1000)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """Predict and run all strategies of one slice; those that cannot be have a reason."""
+    from jaxtrain.planner.candidates import Candidate, with_mesh
+    from jaxtrain.planner.cost import predict
+    from jaxtrain.planner.machine import this_machine
+    from jaxtrain.planner.measure import compute_probes, compute_ratio, corrected, request_of, run_measurer
+    from jaxtrain.planner.survey import Row, Survey, compile_candidates
+    from jaxtrain.planner.words import sensitivity
+
+    which, _, processes = name.rpartition("-")
+    net, began = network(which), time.perf_counter()
+    profile = this_machine(DEVICES, processes=int(processes))
+    calibrated = time.perf_counter() - began
+    wanted, refused = [], {}
+    for strategy, mesh in STRATEGIES.items():
+        config = with_mesh(net.config, mesh)
+        if not isinstance(config, str) and strategy.endswith("remat"):
+            config = config.model_copy(update={"model": config.model.model_copy(update={"remat": True})})
+        if isinstance(config, str):
+            refused[strategy] = config
+        else:
+            wanted.append(Candidate(strategy, DEVICES, config))
+    known = compile_candidates(net, wanted, profile, 2, lambda _done, _all: None)
+    refused |= {one.strategy: known[id(one)] for one in wanted if isinstance(known[id(one)], str)}
+    wanted = [one for one in wanted if one.strategy not in refused]
+    probes = compute_probes(net, DEVICES, profile)
+    requests = [*(probe.request for probe in probes), *(request_of(net, one.config) for one in wanted)]
+    answers = run_measurer(requests, DEVICES, int(processes))
+    compute = [one["seconds"] for one in answers[: len(probes)]]
+    ratio = compute_ratio(probes, compute, profile)
+    rows, figures = [], []
+    for one, answer in zip(wanted, answers[len(probes) :], strict=True):
+        prediction = predict(known[id(one)], profile, net.config.model.precision)
+        rows.append(Row(one, known[id(one)], prediction, True))
+        if "every" in answer:
+            figures.append({"strategy": one.strategy, "predicted_s": prediction.step_s,
+                            "corrected_s": corrected(prediction, ratio).step_s, "turns": answer["every"]})  # fmt: skip
+        else:
+            refused[one.strategy] = answer["why_not"]
+    moved = {}
+    for row in rows:
+        for number, share in sensitivity(Survey(net, DEVICES, profile, (row,))).items():
+            moved[number] = max(moved.get(number, 0.0), share, key=abs)
+    return {"figures": figures, "refused": refused, "ratio": ratio, "sensitivity": moved, "calibration_s": calibrated,
+            "one_device_s": compute[0], "one_device_predicted_s": probes[0].predicted(profile),
+            "machine": machine()}  # fmt: skip
+
+
+def figures_of(kept: dict[str, Any]) -> list[Figure]:
+    return [Figure(name, one["strategy"], one["predicted_s"], one["corrected_s"], tuple(one["turns"]))
+            for name in SLICES if name in kept for one in kept[name]["figures"]]  # fmt: skip
+
+
+def summary(figures: list[Figure]) -> list[dict[str, Any]]:
+    """What is asked of the planner, beside the spread of the measurement itself."""
+    data = [one for one in figures if one.strategy == "data"]
+    rows = []
+    for text, some, limit in (
+        ("mean error over strategies", figures, AIM), ("mean error of data parallel", data, AIM_DATA)
+    ):  # fmt: skip
+        rows.append({"name": text, "value": statistics.mean(abs(one.error) for one in some), "aim": limit,
+                     "by the profile alone": statistics.mean(abs(one.raw_error) for one in some),
+                     "spread": statistics.mean(one.spread for one in some), "configurations": len(some)})  # fmt: skip
+    lost = []
+    for name in dict.fromkeys(one.slice for one in figures):
+        mine = [one for one in figures if one.slice == name]
+        chosen = min(mine, key=lambda one: one.corrected_s)
+        lost.append(chosen.measured_s / min(one.measured_s for one in mine) - 1)
+    rows.append({"name": "the choice behind the best measured, at worst", "value": max(lost), "aim": AIM_CHOICE,
+                 "spread": statistics.mean(one.spread for one in figures), "configurations": len(lost)})  # fmt: skip
+    return rows
+
+
+def show(kept: dict[str, Any]) -> bool:
+    figures = figures_of(kept)
+    print(f"{'':12} {'strategy':12} {'profile':>9} {'error':>6} {'corrected':>10} {'error':>6} {'measured':>9} spread")
+    for one in figures:
+        print(f"{one.slice:12} {one.strategy:12} {1e3 * one.predicted_s:6.1f} ms {one.raw_error:+6.0%} "
+              f"{1e3 * one.corrected_s:7.1f} ms {one.error:+6.0%} {1e3 * one.measured_s:6.1f} ms {one.spread:5.1%}")  # fmt: skip
+    for name in kept:
+        refused = "; ".join(f"{strategy}: {why}" for strategy, why in kept[name]["refused"].items())
+        moves = ", ".join(f"{number} {share:+.1%}" for number, share in kept[name]["sensitivity"].items())
+        print(f"{name}: ratio {kept[name]['ratio']:.2f}; 20 % slower moves the step at most: {moves}"
+              f"{'; cannot be: ' + refused if refused else ''}")  # fmt: skip
+    rows = summary(figures)
+    for row in rows:
+        passed = row["value"] <= row["aim"]
+        print(f"  {row['name']:48} {row['value']:6.1%}  ≤ {row['aim']:.0%} {'pass' if passed else 'FAIL'}  "
+              f"(measurements spread by {row['spread']:.1%})")  # fmt: skip
+    document = {"topic": "planner-time", "machine": machine(), "devices": DEVICES, "summary": rows, "slices": kept}
+    RESULTS.mkdir(exist_ok=True)
+    WHERE.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    return all(row["value"] <= row["aim"] for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", action="append", choices=SLICES, help="measure this slice; all if not given")
+    parser.add_argument("--show", action="store_true", help="only the table of what is kept")
+    parser.add_argument("--full", action="store_true", help="the sizes are the same")
+    wanted = parser.parse_args()
+    kept = json.loads(WHERE.read_text())["slices"] if WHERE.exists() else {}
+    for name in [] if wanted.show else wanted.only or SLICES:
+        print(f"  {name}", flush=True)
+        kept[name] = measured(name)
+        kept = {one: kept[one] for one in SLICES if one in kept}
+        show(kept)
+    return 0 if show(kept) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
