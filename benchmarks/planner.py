@@ -99,7 +99,7 @@ def measured(name: str) -> dict[str, Any]:
     from jaxtrain.planner.candidates import Candidate, with_mesh
     from jaxtrain.planner.cost import predict
     from jaxtrain.planner.machine import this_machine
-    from jaxtrain.planner.measure import compute_probes, compute_ratio, corrected, request_of, run_measurer
+    from jaxtrain.planner.measure import compute_probes, compute_ratios, corrected, request_of, run_measurer
     from jaxtrain.planner.survey import Row, Survey, compile_candidates
     from jaxtrain.planner.words import sensitivity
 
@@ -123,23 +123,26 @@ def measured(name: str) -> dict[str, Any]:
     requests = [*(probe.request for probe in probes), *(request_of(net, one.config) for one in wanted)]
     answers = run_measurer(requests, DEVICES, int(processes))
     compute = [one["seconds"] for one in answers[: len(probes)]]
-    ratio = compute_ratio(probes, compute, profile)
+    ratios = compute_ratios(probes, compute, profile)
     rows, figures = [], []
     for one, answer in zip(wanted, answers[len(probes) :], strict=True):
         prediction = predict(known[id(one)], profile, net.config.model.precision)
         rows.append(Row(one, known[id(one)], prediction, True))
         if "every" in answer:
+            after = corrected(prediction, ratios.of(one.mesh))
             figures.append({"strategy": one.strategy, "predicted_s": prediction.step_s,
-                            "corrected_s": corrected(prediction, ratio).step_s, "turns": answer["every"]})  # fmt: skip
+                            "corrected_s": after.step_s, "turns": answer["every"]})  # fmt: skip
         else:
             refused[one.strategy] = answer["why_not"]
     moved = {}
     for row in rows:
         for number, share in sensitivity(Survey(net, DEVICES, profile, (row,))).items():
             moved[number] = max(moved.get(number, 0.0), share, key=abs)
-    return {"figures": figures, "refused": refused, "ratio": ratio, "sensitivity": moved, "calibration_s": calibrated,
-            "one_device_s": compute[0], "one_device_predicted_s": probes[0].predicted(profile),
-            "machine": machine()}  # fmt: skip
+    return {
+        "figures": figures, "refused": refused, "ratios": [ratios.alone, ratios.shared], "sensitivity": moved,
+        "calibration_s": calibrated, "one_device_s": compute[0],
+        "one_device_predicted_s": probes[0].predicted(profile), "machine": machine(),
+    }  # fmt: skip
 
 
 def figures_of(kept: dict[str, Any]) -> list[Figure]:
@@ -171,12 +174,15 @@ def show(kept: dict[str, Any]) -> bool:
     figures = figures_of(kept)
     print(f"{'':12} {'strategy':12} {'profile':>9} {'error':>6} {'corrected':>10} {'error':>6} {'measured':>9} spread")
     for one in figures:
-        print(f"{one.slice:12} {one.strategy:12} {1e3 * one.predicted_s:6.1f} ms {one.raw_error:+6.0%} "
-              f"{1e3 * one.corrected_s:7.1f} ms {one.error:+6.0%} {1e3 * one.measured_s:6.1f} ms {one.spread:5.1%}")  # fmt: skip
+        print(
+            f"{one.slice:12} {one.strategy:12} {1e3 * one.predicted_s:6.1f} ms {one.raw_error:+6.0%} "
+            f"{1e3 * one.corrected_s:7.1f} ms {one.error:+6.0%} {1e3 * one.measured_s:6.1f} ms {one.spread:5.1%}"
+        )
     for name in kept:
         refused = "; ".join(f"{strategy}: {why}" for strategy, why in kept[name]["refused"].items())
         moves = ", ".join(f"{number} {share:+.1%}" for number, share in kept[name]["sensitivity"].items())
-        print(f"{name}: ratio {kept[name]['ratio']:.2f}; 20 % slower moves the step at most: {moves}"
+        print(f"{name}: computing in predictions {kept[name]['ratios'][0]:.2f} alone, "
+              f"{kept[name]['ratios'][1]:.2f} together; 20 % slower moves the step at most: {moves}"
               f"{'; cannot be: ' + refused if refused else ''}")  # fmt: skip
     rows = summary(figures)
     for row in rows:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxtrain.config import TrainConfig
+from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.planner.candidates import Candidate, with_mesh
 from jaxtrain.planner.cost import Prediction, program_seconds
 from jaxtrain.planner.facts import Facts
@@ -20,8 +21,9 @@ from zarr_store.errors import InvalidInput, TerrashardError
 __all__ = [
     "MOST_MEASURED",
     "Probe",
+    "Ratios",
     "compute_probes",
-    "compute_ratio",
+    "compute_ratios",
     "corrected",
     "measure_rows",
     "request_of",
@@ -35,8 +37,8 @@ SECONDS = 1800
 def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
     """Run the quickest strategies that fit on this machine, in turns; return the survey with what was measured.
 
-    With them, `compute_ratio` measures what computing costs without exchange. The ratio of that to its prediction is
-    what the profile does not know of this network, and corrects the computing time of all strategies.
+    With them, probes measure what computing costs without exchange. The ratio of that to its prediction is what the
+    profile does not know of this network, and corrects the computing time of all strategies.
 
     Args:
         survey: of this machine's profile.
@@ -54,10 +56,10 @@ def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
     requests = [request_of(network, row.candidate.config) for row in chosen if row.candidate.config is not None]
     answers = run_measurer([*(probe.request for probe in compute), *requests], survey.devices, profile.processes)
     first, others = answers[: len(compute)], answers[len(compute) :]
-    ratio = compute_ratio(compute, [one["seconds"] for one in first], profile)
+    ratios = compute_ratios(compute, [one["seconds"] for one in first], profile)
     found = {id(row): answer for row, answer in zip(chosen, others, strict=True)}
-    rows = tuple(_measured(row, found.get(id(row), {}), ratio) for row in survey.rows)
-    return replace(survey, rows=rows, ratio=ratio, alone_s=first[0]["seconds"])
+    rows = tuple(_measured(row, found.get(id(row), {}), ratios) for row in survey.rows)
+    return replace(survey, rows=rows, ratio=ratios.shared, alone_s=first[0]["seconds"])
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,35 @@ def compute_probes(network: Network, devices: int, profile: Profile) -> list[Pro
     return probes
 
 
-def compute_ratio(probes: Sequence[Probe], seconds: Sequence[float], profile: Profile) -> float:
-    """Return measured seconds of computing in predicted ones, where as many devices work as in a strategy.
+@dataclass(frozen=True)
+class Ratios:
+    """Measured seconds of computing in predicted ones."""
+
+    alone: float
+    """Of one device with the whole batch, while the others rest."""
+    shared: float
+    """Of devices that each have their part of the batch, and work at once."""
+
+    def of(self, mesh: MeshConfig) -> float:
+        """Return the ratio for a strategy.
+
+        One that splits the batch alone runs the instructions of the copies. One that cuts images, filters or the
+        network runs instructions whose shapes lie between those of both measurements.
+        """
+        split = mesh.size > mesh.data
+        return math.sqrt(self.alone * self.shared) if split else self.shared
+
+
+def compute_ratios(probes: Sequence[Probe], seconds: Sequence[float], profile: Profile) -> Ratios:
+    """Return the ratios that the probes show.
 
     Devices that share cores take turns on them, so few copies on all cores stand for many.
     """
-    probe, measured = probes[-1], seconds[-1]
-    return measured * probe.devices / probe.copies / probe.predicted(profile)
+    found = [
+        measured * probe.devices / probe.copies / probe.predicted(profile)
+        for probe, measured in zip(probes, seconds, strict=True)
+    ]
+    return Ratios(found[0], found[-1])
 
 
 def request_of(network: Network, config: TrainConfig) -> dict[str, Any]:
@@ -140,8 +164,9 @@ def corrected(prediction: Prediction, ratio: float) -> Prediction:
     return replace(prediction, **parts, step_s=step)
 
 
-def _measured(row: Row, answer: Mapping[str, Any], ratio: float) -> Row:
-    prediction = None if row.prediction is None else corrected(row.prediction, ratio)
+def _measured(row: Row, answer: Mapping[str, Any], ratios: Ratios) -> Row:
+    known = row.candidate.config is not None and row.prediction is not None
+    prediction = corrected(row.prediction, ratios.of(row.candidate.mesh)) if known else None  # type: ignore[arg-type]  # known
     if "why_not" in answer:
         return replace(row, prediction=prediction, fits=False, why_not=answer["why_not"])
     return replace(row, prediction=prediction, measured_s=answer.get("seconds"), every=tuple(answer.get("every", ())))
