@@ -95,59 +95,70 @@ def network(name: str) -> Any:
 
 
 def measured(name: str) -> dict[str, Any]:
-    """Predict and run all strategies of one slice; those that cannot be have a reason."""
+    """Run all strategies of one slice, and what is measured beside them; those that cannot be have a reason."""
+    from jaxtrain.planner.measure import request_of, run_measurer
+
+    began = time.perf_counter()
+    net, profile, wanted, _known, probes, _refused = prepared(name)
+    spent = time.perf_counter() - began
+    requests = [*(probe.request for probe in probes), *(request_of(net, one.config) for one in wanted)]
+    answers = run_measurer(requests, DEVICES, profile.processes)
+    turns = {one.strategy: answer.get("every", []) for one, answer in zip(wanted, answers[len(probes) :], strict=True)}
+    compute = [one["seconds"] for one in answers[: len(probes)]]
+    return {"turns": turns, "compute_s": compute, "prepared_s": spent, "machine": machine()} | predicted(name, compute)
+
+
+def prepared(name: str) -> tuple[Any, ...]:
+    """The network, the machine, strategies with what their programs do, what is measured beside them, and reasons."""
     from jaxtrain.planner.candidates import Candidate, with_mesh
-    from jaxtrain.planner.cost import predict
     from jaxtrain.planner.machine import this_machine
-    from jaxtrain.planner.measure import compute_probes, compute_ratios, corrected, request_of, run_measurer
-    from jaxtrain.planner.survey import Row, Survey, compile_candidates
-    from jaxtrain.planner.words import sensitivity
+    from jaxtrain.planner.measure import compute_probes
+    from jaxtrain.planner.survey import compile_candidates
 
     which, _, processes = name.rpartition("-")
-    net, began = network(which), time.perf_counter()
-    profile = this_machine(DEVICES, processes=int(processes))
-    calibrated = time.perf_counter() - began
+    net, profile = network(which), this_machine(DEVICES, processes=int(processes))
     wanted, refused = [], {}
     for strategy, mesh in STRATEGIES.items():
         config = with_mesh(net.config, mesh)
-        if not isinstance(config, str) and strategy.endswith("remat"):
-            config = config.model_copy(update={"model": config.model.model_copy(update={"remat": True})})
         if isinstance(config, str):
             refused[strategy] = config
-        else:
-            wanted.append(Candidate(strategy, DEVICES, config))
-    known = compile_candidates(net, wanted, profile, 2, lambda _done, _all: None)
-    refused |= {one.strategy: known[id(one)] for one in wanted if isinstance(known[id(one)], str)}
+            continue
+        if strategy.endswith("remat"):
+            config = config.model_copy(update={"model": config.model.model_copy(update={"remat": True})})
+        wanted.append(Candidate(strategy, DEVICES, config))
+    found = compile_candidates(net, wanted, profile, 2, lambda _done, _all: None)
+    known = {one.strategy: found[id(one)] for one in wanted}
+    refused |= {strategy: facts for strategy, facts in known.items() if isinstance(facts, str)}
     wanted = [one for one in wanted if one.strategy not in refused]
-    probes = compute_probes(net, DEVICES, profile)
-    requests = [*(probe.request for probe in probes), *(request_of(net, one.config) for one in wanted)]
-    answers = run_measurer(requests, DEVICES, int(processes))
-    compute = [one["seconds"] for one in answers[: len(probes)]]
+    return net, profile, wanted, known, compute_probes(net, DEVICES, profile), refused
+
+
+def predicted(name: str, compute: list[float]) -> dict[str, Any]:
+    """What the planner predicts for one slice, from the profile alone and corrected by the measured computing."""
+    from jaxtrain.planner.cost import predict
+    from jaxtrain.planner.measure import compute_ratios, corrected
+    from jaxtrain.planner.survey import Row, Survey
+    from jaxtrain.planner.words import sensitivity
+
+    net, profile, wanted, known, probes, refused = prepared(name)
     ratios = compute_ratios(probes, compute, profile)
-    rows, figures = [], []
-    for one, answer in zip(wanted, answers[len(probes) :], strict=True):
-        prediction = predict(known[id(one)], profile, net.config.model.precision)
-        rows.append(Row(one, known[id(one)], prediction, True))
-        if "every" in answer:
-            after = corrected(prediction, ratios.of(one.mesh))
-            figures.append({"strategy": one.strategy, "predicted_s": prediction.step_s,
-                            "corrected_s": after.step_s, "turns": answer["every"]})  # fmt: skip
-        else:
-            refused[one.strategy] = answer["why_not"]
-    moved = {}
-    for row in rows:
+    before, after, moved = {}, {}, {}
+    for one in wanted:
+        prediction = predict(known[one.strategy], profile, net.config.model.precision)
+        before[one.strategy] = prediction.step_s
+        after[one.strategy] = corrected(prediction, ratios.of(one.mesh)).step_s
+        row = Row(one, known[one.strategy], prediction, True)
         for number, share in sensitivity(Survey(net, DEVICES, profile, (row,))).items():
             moved[number] = max(moved.get(number, 0.0), share, key=abs)
     return {
-        "figures": figures, "refused": refused, "ratios": [ratios.alone, ratios.shared], "sensitivity": moved,
-        "calibration_s": calibrated, "one_device_s": compute[0],
-        "one_device_predicted_s": probes[0].predicted(profile), "machine": machine(),
+        "predicted_s": before, "corrected_s": after, "ratios": [ratios.alone, ratios.shared], "sensitivity": moved,
+        "refused": refused, "profile": profile.model_dump(mode="json"),
     }  # fmt: skip
 
 
 def figures_of(kept: dict[str, Any]) -> list[Figure]:
-    return [Figure(name, one["strategy"], one["predicted_s"], one["corrected_s"], tuple(one["turns"]))
-            for name in SLICES if name in kept for one in kept[name]["figures"]]  # fmt: skip
+    return [Figure(name, strategy, one["predicted_s"][strategy], one["corrected_s"][strategy], tuple(turns))
+            for name, one in kept.items() for strategy, turns in one["turns"].items() if turns]  # fmt: skip
 
 
 def summary(figures: list[Figure]) -> list[dict[str, Any]]:
@@ -189,6 +200,8 @@ def show(kept: dict[str, Any]) -> bool:
         passed = row["value"] <= row["aim"]
         print(f"  {row['name']:48} {row['value']:6.1%}  ≤ {row['aim']:.0%} {'pass' if passed else 'FAIL'}  "
               f"(measurements spread by {row['spread']:.1%})")  # fmt: skip
+    for name in kept:
+        print(f"{name}: prepared in {kept[name]['prepared_s']:.0f} s")
     document = {"topic": "planner-time", "machine": machine(), "devices": DEVICES, "summary": rows, "slices": kept}
     RESULTS.mkdir(exist_ok=True)
     WHERE.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
@@ -198,15 +211,18 @@ def show(kept: dict[str, Any]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", choices=SLICES, help="measure this slice; all if not given")
-    parser.add_argument("--show", action="store_true", help="only the table of what is kept")
+    parser.add_argument("--predict", action="store_true", help="measure nothing, and predict what was measured again")
     parser.add_argument("--full", action="store_true", help="the sizes are the same")
     wanted = parser.parse_args()
     kept = json.loads(WHERE.read_text())["slices"] if WHERE.exists() else {}
-    for name in [] if wanted.show else wanted.only or SLICES:
+    for name in wanted.only or SLICES:
+        if wanted.predict:
+            kept |= {name: kept[name] | predicted(name, kept[name]["compute_s"])} if name in kept else {}
+            continue
         print(f"  {name}", flush=True)
         kept[name] = measured(name)
         kept = {one: kept[one] for one in SLICES if one in kept}
-        show(kept)
+        WHERE.write_text(json.dumps({"slices": kept}))
     return 0 if show(kept) else 1
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ import tomli_w
 
 from cli.main import main
 from jaxtrain.config import TrainConfig
+from jaxtrain.parallel import processes
 from jaxtrain.planner import children, choose
 from jaxtrain.planner.candidates import candidates, name_of, with_mesh
-from jaxtrain.planner.profile import read_profile
+from jaxtrain.planner.profile import Profile, read_profile
 from jaxtrain.planner.survey import describe_network, survey_run
 from jaxtrain.settings import read_train_config
 from zarr_store.errors import InvalidInput
@@ -137,6 +140,64 @@ def test_auto_takes_the_choice_and_says_why(typed: Any, monkeypatch: pytest.Monk
     assert line.startswith("mesh data=2")
     with pytest.raises(InvalidInput, match=r"mesh = 'auto' chooses the mesh, and mesh\.data is named too"):
         read_train_config([typed.folder / "run.toml"], ["mesh={auto = true, data = 2}"])
+
+
+class _Coordinator:
+    """What processes of a run leave for each other."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, str] = {}
+
+    def key_value_set(self, name: str, value: str) -> None:
+        assert name not in self.kept, "a name can be used once"
+        self.kept[name] = value
+
+    def blocking_key_value_get(self, name: str, _timeout_ms: int) -> str:
+        return self.kept[name]
+
+
+def test_of_several_processes_the_first_chooses_and_the_others_take_its_choice(
+    typed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(typed.folder / "cache"))
+    for name in [name for name in os.environ if name.startswith("TERRASHARD_PROCESS")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    asked: list[tuple[int, int]] = []
+
+    def measured(devices: int, *, processes: int = 1) -> Profile:
+        asked.append((devices, processes))
+        return read_profile("a100")
+
+    monkeypatch.setattr(choose, "this_machine", measured)
+    monkeypatch.setattr(choose, "local_gpus", lambda *_: None)
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    config = read_train_config([typed.folder / "run.toml"], ["mesh=auto"])
+
+    def process(number: int, coordinator: _Coordinator, config: TrainConfig) -> tuple[TrainConfig, str]:
+        state = SimpleNamespace(client=coordinator, process_id=number, num_processes=2)
+        monkeypatch.setattr(choose, "global_state", state)
+        monkeypatch.setattr(processes, "global_state", state)
+        told: list[str] = []
+        return choose.choose_mesh(config, told.append), told[0]
+
+    meeting = _Coordinator()
+    first, line = process(0, meeting, config)
+    assert asked == [(2, 2)], "two devices, each in a process of its own"
+    assert first.mesh.size == 2
+    assert line.startswith("mesh data=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(choose, "survey_run", lambda *_: pytest.fail("only the first process compares strategies"))
+        assert process(1, meeting, config) == (first, line)
+
+    # what is wrong for the first is wrong for all
+    odd = config.model_copy(update={"run": config.run.model_copy(update={"batch_size": 3})})
+    meeting = _Coordinator()
+    monkeypatch.setattr(choose, "survey_run", lambda *_: (_ for _ in ()).throw(InvalidInput("no strategy fits")))
+    with pytest.raises(InvalidInput, match="no strategy fits"):
+        process(0, meeting, odd)
+    with pytest.raises(InvalidInput, match="process 0 has no choice of a mesh: no strategy fits"):
+        process(1, meeting, odd)
 
 
 def test_a_network_that_fits_no_device_names_what_is_missing(typed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
