@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtrain.planner.hlo import Array, Instruction, Module, read_module
@@ -23,7 +23,7 @@ KINDS = ("swapped", "convolution", "gradient", "product", "transpose", "reduce",
 
 `gradient` is a convolution whose window is the image, as that of a kernel's gradient is. `swapped` is one whose image
 is smaller than its kernel, so that the compiler has exchanged the two, which few libraries are quick at. `transpose`
-moves the last dimension; any other order of dimensions is as quick as a copy.
+moves the last dimension, or joins arrays while it computes them; any other order of dimensions is as quick as a copy.
 """
 LARGE_WINDOW = 8
 """Pixels from which a window is an image, and not a kernel."""
@@ -83,6 +83,8 @@ def _kind(module: Module, instruction: Instruction) -> str:
     parts = [instruction]
     if instruction.opcode == "fusion":
         parts = [inner for name in instruction.called("calls") for inner in module.computations[name].values()]
+        if any(part.opcode == "concatenate" for part in parts):
+            parts.append(replace(instruction, opcode="transpose", attributes=""))
     return min((_kind_alone(part) for part in parts), key=KINDS.index, default="elementwise")
 
 
@@ -99,7 +101,7 @@ def _kind_alone(instruction: Instruction) -> str:
         case "transpose":
             found = re.search(r"dimensions=\{[\d,]*?(\d+)\}", instruction.attributes)
             last = len(instruction.results[0].dims) - 1
-            return "elementwise" if found is None or int(found[1]) == last else "transpose"
+            return "elementwise" if found is not None and int(found[1]) == last else "transpose"
         case "reduce" | "reduce-window" | "sort" | "scatter":
             return "reduce"
     return "elementwise"

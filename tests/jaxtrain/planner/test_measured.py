@@ -56,8 +56,10 @@ def test_a_measured_machine_takes_what_was_measured_alone_or_while_all_work():
 
 
 def test_a_measured_exchange_costs_what_was_measured_of_its_kind():
-    one = exchange(("data",), 64e3, 2)
+    one = replace(exchange(("data",), 64e3, 2), shapes=((16000,),))
     assert collective_seconds(one, {"data": 2}, MEASURED) == pytest.approx(1e-2)
+    several = replace(one, shapes=((4,), (16000,), (2, 8)), types=("f32", "f32", "bf16"))
+    assert collective_seconds(several, {"data": 2}, MEASURED) == pytest.approx(1e-2 + 2e-4), "one after the other"
     other = replace(one, kind="all-to-all")
     assert collective_seconds(other, {"data": 2}, MEASURED) == pytest.approx(64e3 / 1e9), "links, where none was"
 
@@ -67,6 +69,10 @@ HloModule m
 %turned (p: f32[4,8]) -> f32[8,4] {
   %p = f32[4,8]{1,0} parameter(0)
   ROOT %t = f32[8,4]{1,0} transpose(f32[4,8]{1,0} %p), dimensions={1,0}
+}
+%joined (q: f32[4,8]) -> f32[8,8] {
+  %q = f32[4,8]{1,0} parameter(0)
+  ROOT %c = f32[8,8]{1,0} concatenate(f32[4,8]{1,0} %q, f32[4,8]{1,0} %q), dimensions={0}
 }
 ENTRY %main (x: f32[2,4,4,3], k: f32[3,3,3,5], y: f32[4,8]) -> f32[8,4] {
   %x = f32[2,4,4,3]{3,2,1,0} parameter(0)
@@ -78,6 +84,7 @@ ENTRY %main (x: f32[2,4,4,3], k: f32[3,3,3,5], y: f32[4,8]) -> f32[8,4] {
   %d = f32[4,4]{1,0} dot(f32[4,8]{1,0} %y, f32[4,8]{1,0} %y), lhs_contracting_dims={1}, rhs_contracting_dims={1}
   %e = f32[2,4,4,3]{3,2,1,0} transpose(f32[2,4,4,3]{3,2,1,0} %x), dimensions={0,2,1,3}
   %f = f32[4,8]{1,0} add(f32[4,8]{1,0} %y, f32[4,8]{1,0} %y)
+  %h = f32[8,8]{1,0} fusion(f32[4,8]{1,0} %y), kind=kLoop, calls=%joined
   ROOT %g = f32[8,4]{1,0} fusion(f32[4,8]{1,0} %y), kind=kLoop, calls=%turned
 }
 """  # noqa: E501  # as the compiler prints it
@@ -86,7 +93,7 @@ ENTRY %main (x: f32[2,4,4,3], k: f32[3,3,3,5], y: f32[4,8]) -> f32[8,4] {
 def test_instructions_are_of_the_kinds_that_machines_run_at_rates_of_their_own():
     found = {one.name: one.kind for one in find_operations(HLO)}
     assert found == {"a": "convolution", "b": "swapped", "c": "gradient", "d": "product", "e": "elementwise",
-                     "f": "elementwise", "g": "transpose"}  # fmt: skip
+                     "f": "elementwise", "g": "transpose", "h": "transpose"}  # fmt: skip
 
 
 def test_copies_of_one_device_correct_the_computing_of_all_strategies():
@@ -107,7 +114,7 @@ def test_copies_of_one_device_correct_the_computing_of_all_strategies():
 
 def test_sensitivity_of_a_measured_machine_names_its_kinds() -> None:
     config = TrainConfig.model_validate({"data": {"cube": "none"}})
-    known = facts({"data": 2}, replace(ONE, collectives=(exchange(("data",), 64e3, 2),)))
+    known = facts({"data": 2}, replace(ONE, collectives=(replace(exchange(("data",), 64e3, 2), shapes=((16000,),)),)))
     row = Row(Candidate("data", 2, config), known, predict(known, MEASURED, "float32"), True)
     survey = Survey(Network(config, {}, {}, 10), 2, MEASURED, (row,))
     moved = sensitivity(survey)
