@@ -210,12 +210,12 @@ def show(kept: dict[str, Any]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", choices=SLICES, help="measure this slice; all if not given")
+    parser.add_argument("--only", action="append", choices=SLICES, help="measure this slice; may be repeated")
     parser.add_argument("--predict", action="store_true", help="measure nothing, and predict what was measured again")
-    parser.add_argument("--full", action="store_true", help="the sizes are the same")
+    parser.add_argument("--full", action="store_true", help="all slices; only the first if not given")
     wanted = parser.parse_args()
     kept = json.loads(WHERE.read_text())["slices"] if WHERE.exists() else {}
-    for name in wanted.only or SLICES:
+    for name in wanted.only or (SLICES if wanted.full or wanted.predict else SLICES[:1]):
         if wanted.predict:
             kept |= {name: kept[name] | predicted(name, kept[name]["compute_s"])} if name in kept else {}
             continue

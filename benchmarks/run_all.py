@@ -20,6 +20,7 @@ TOPICS = (
     "train_step",
     "train_gpu",
     "train_parallel",
+    "planner",
     "accuracy",
     "series",
 )

@@ -98,7 +98,7 @@ class Curve(_Strict):
             return self.seconds[-1] * size / self.sizes[-1]
         above = next(i for i, one in enumerate(self.sizes) if one > size)
         (x, y), (u, v) = ((self.sizes[i], self.seconds[i]) for i in (above - 1, above))
-        return y * (v / y) ** (math.log(size / x) / math.log(u / x))
+        return y * math.pow(v / y, math.log(size / x) / math.log(u / x))
 
     def times(self, factor: float) -> Curve:
         """Return the curve of a machine that takes `factor` times as long."""
