@@ -124,7 +124,8 @@ class Pipeline:
                 if self._here[k]:
                     answers = self._answers(labels, m) if k == last else ()
                     entry = self._entry(entered, k, key=jax.random.fold_in(dropout_key, m), answers=answers)
-                    out, summed[k], pulls[k, m] = self.stages[k].forward(held[k], summed[k], entry)
+                    out, summed[k], pull = self.stages[k].forward(held[k], summed[k], entry)
+                    pulls[k, m] = (pull, pull.borrow(held[k], entry))
                 if k != last:
                     arrived[k + 1, m] = self._pass_on(out, k, k + 1)
                 elif self._here[k]:
@@ -132,7 +133,7 @@ class Pipeline:
             else:
                 back: Any = made[k - 1] if k else None
                 if self._here[k]:
-                    back, gradient[k] = self.stages[k].backward(pulls.pop((k, m)), given, gradient[k])
+                    back, gradient[k] = self.stages[k].backward(*pulls.pop((k, m)), given, gradient[k])
                 if k:
                     returned[k - 1, m] = self._pass_on(back, k, k - 1)
             if self._here[k]:
@@ -165,9 +166,10 @@ class Pipeline:
 
         for k, (gradient, summed) in blank.items():
             stage = self.stages[k]
-            _, _, pull = stage.forward(held[k], summed, entry(zeros(carries[k], k), k))
+            given = entry(zeros(carries[k], k), k)
+            _, _, pull = stage.forward(held[k], summed, given)
             back = () if k == self._last else zeros(carries[k + 1], k)
-            stage.backward(pull, back, jax.tree.map(jnp.zeros_like, gradient))
+            stage.backward(pull, pull.borrow(held[k], given), back, jax.tree.map(jnp.zeros_like, gradient))
         wait_for_all("the parts of the pipeline are compiled")
         self._rehearsed = True
 

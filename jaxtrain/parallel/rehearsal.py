@@ -61,13 +61,14 @@ def compile_parts(pipeline: Pipeline, batch: Mapping[str, Any], key: Any) -> Ite
         gradient, summed = _given(blank.out_info, blank.compile())
         answers = ([found[0] for found, _ in labels], [share for _, share in labels]) if k == last else ()
         entered = tuple(_at(leaf, lies_of(leaf, mesh)) for leaf in carry)
-        forward = stage.forward.lower(held, summed, Entry(entered, _at(key, whole), answers))
+        entry = Entry(entered, _at(key, whole), answers)
+        forward = stage.forward.lower(held, summed, entry)
         compiled = forward.compile()
         out, summed, pull = _given(forward.out_info, compiled)
         mine = tuple(jax.tree.leaves(held.params))
         gives = tuple(out) if k != last else ()
         yield Piece("forward", k, compiled, mine, gives)
-        backward = stage.backward.lower(pull, () if k == last else gives, gradient)
+        backward = stage.backward.lower(pull, pull.borrow(held, entry), () if k == last else gives, gradient)
         yield Piece("backward", k, backward.compile(), mine, ())
         moments, counters = (
             [_at(leaf, at) for leaf, at in zip(shapes, places, strict=True)]

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.models.units import Carry
 from jaxtrain.parallel.links import lies_of
-from jaxtrain.parallel.mesh import constrain, replicated
+from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, spec, stored_sharding
 from jaxtrain.parallel.parts import Changed, Held, Parts, PipelinedProgram, Tree
+from jaxtrain.parallel.residuals import Pull, vjp_apart
 from jaxtrain.parallel.spatial import over_space
 from jaxtrain.parallel.stages import Layout
 from jaxtrain.parallel.zero import gather_for_use
@@ -71,7 +73,8 @@ class StagePrograms:
 
     Attributes:
         forward: (held, summed, entry) → (carry or Counted, summed statistics, what pulls gradients back).
-        backward: (pull, returned, gradient) → (gradient of the carry, summed gradient); the gradient is donated.
+        backward: (pull, what it borrows, returned, gradient) → (gradient of the carry, summed gradient); the gradient
+            is donated.
         blank: (held) → gradient and statistics of zeros.
         update: (held, moments, gradient, settled) → Changed; moments and gradient are donated.
         look: (held, carry) → carry, without training.
@@ -108,7 +111,7 @@ def make_stage(
     spent = (1,) if zero == 1 else (1, 2)
     return StagePrograms(
         forward=jax.jit(_forward(program, layout, parts, k), out_shardings=(None, summed, None)),
-        backward=jax.jit(_backward(layout, k), donate_argnums=2, out_shardings=(None, gradient)),
+        backward=jax.jit(_backward(layout, k), donate_argnums=3, out_shardings=(None, gradient)),
         blank=jax.jit(_blank, out_shardings=(gradient, summed)),
         update=jax.jit(_update(program, parts, optimizer, k), donate_argnums=spent, out_shardings=parts.homes(k)),
         look=jax.jit(_look(program, layout, parts, k)),
@@ -119,7 +122,7 @@ def _forward(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) ->
     units, last, objective = make_units(program, layout, k), layout.chunks - 1, program.objective
     microbatches = program.config.mesh.microbatches
 
-    def forward(held: Held, summed: Tree, entry: Entry) -> tuple[Any, Tree, Any]:
+    def passed(held: Held, entry: Entry) -> Any:
         def run(params: Tree, carry: Carry) -> Any:
             carry, new = units(params, held.statistics, carry, train=True, key=entry.key)
             if k != last:
@@ -133,20 +136,37 @@ def _forward(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) ->
         if program.config.mesh.zero == 3:
             run = gather_for_use(run, parts.of(program.whole, k))
         if k:
-            out, pull, (new, counted) = jax.vjp(run, held.params, entry.carry, has_aux=True)
+            out, pull, aux = jax.vjp(run, held.params, entry.carry, has_aux=True)
         else:  # nobody learns from the gradient of an image
-            out, pull, (new, counted) = jax.vjp(lambda params: run(params, entry.carry), held.params, has_aux=True)
+            out, pull, aux = jax.vjp(lambda params: run(params, entry.carry), held.params, has_aux=True)
+        return (out, *aux), pull
+
+    def forward(held: Held, summed: Tree, entry: Entry) -> tuple[Any, Tree, Pull]:
+        (out, new, counted), pull = vjp_apart(passed, held, entry)
+        pull = _by_samples(pull, entry.carry[0].shape[0], layout.mesh(k))
         total = jax.tree.map(lambda total, now: total + now / microbatches, summed, new)
         return (out if counted is None else Counted(out, *counted)), total, pull
 
     return forward
 
 
+def _by_samples(pull: Pull, samples: int, mesh: Mesh) -> Pull:
+    """Split what is kept as the batch is; the compiler would put whole on every device what it finds to be constant."""
+    rest: Any = PartitionSpec.UNCONSTRAINED
+
+    def place(leaf: Any) -> Any:
+        if not leaf.ndim or leaf.shape[0] != samples:
+            return leaf
+        return constrain(leaf, NamedSharding(mesh, spec("data", *[rest] * (leaf.ndim - 1))))
+
+    return Pull(tuple(map(place, pull.kept)), pull.recipe)
+
+
 def _backward(layout: Layout, k: int) -> Callable[..., Any]:
     last = layout.chunks - 1
 
-    def backward(pull: Any, returned: Any, gradient: Tree) -> tuple[Any, Tree]:
-        found, *carry = pull(jnp.float32(1) if k == last else returned)
+    def backward(pull: Pull, borrowed: tuple[Any, ...], returned: Any, gradient: Tree) -> tuple[Any, Tree]:
+        found, *carry = pull.whole(borrowed)(jnp.float32(1) if k == last else returned)
         back = tuple(constrain(leaf, lies_of(leaf, layout.mesh(k))) for leaf in carry[0]) if k else None
         return back, jax.tree.map(jnp.add, gradient, found)
 
@@ -235,28 +255,35 @@ def make_shared(
 
 def _images(program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any]) -> Callable[..., Any]:
     def images(batch: Tree, key: jax.Array) -> tuple[jax.Array, ...]:
-        return _cut(program, prepare(batch, key, layout.mesh(0))[0])
+        mesh = layout.mesh(0)
+        return _cut(program, prepare(batch, key, mesh)[0], batch_sharding(mesh, image=True))
 
     return images
 
 
 def _labels(program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any]) -> Callable[..., Any]:
     def labels(batch: Tree, key: jax.Array) -> list[tuple[tuple[jax.Array, ...], jax.Array]]:
-        objective, found = program.objective, []
-        for label, share in prepare(batch, key, layout.mesh(layout.chunks - 1))[1]:
+        objective, mesh, found = program.objective, layout.mesh(layout.chunks - 1), []
+        for label, share in prepare(batch, key, mesh)[1]:
             size = label.shape if objective.task.several else (*label.shape, program.classes)
             weight = objective.terms(jnp.zeros(size, jnp.float32), label).weight
-            found.append((_cut(program, label), share / jnp.where(weight > 0, weight, jnp.float32(1))))
+            found.append(
+                (
+                    _cut(program, label, stored_sharding(mesh, label.ndim)),
+                    share / jnp.where(weight > 0, weight, jnp.float32(1)),
+                )
+            )
         return found
 
     return labels
 
 
-def _cut(program: PipelinedProgram, array: jax.Array) -> tuple[jax.Array, ...]:
+def _cut(program: PipelinedProgram, array: jax.Array, lies: NamedSharding) -> tuple[jax.Array, ...]:
     """Cut an array into microbatches; each device cuts its own samples, so none travel."""
     parts, m = program.config.mesh.data, program.config.mesh.microbatches
     split = array.reshape(parts, m, array.shape[0] // (parts * m), *array.shape[1:])
-    return tuple(split[:, i].reshape(array.shape[0] // m, *array.shape[1:]) for i in range(m))
+    # without a constraint the compiler may put each microbatch whole on every device
+    return tuple(constrain(split[:, i].reshape(array.shape[0] // m, *array.shape[1:]), lies) for i in range(m))
 
 
 def _partial(gradients: list[Tree], counts: list[Counted]) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,285 @@
+"""Bytes that two real processes send, and memory of a device, beside what the planner says before anything runs.
+
+Bytes: two processes on 127.0.0.1 train with every strategy, and the counters of the loopback interface are read before
+and after. Where the system allows it, both live in a network namespace of their own, so nothing else uses that
+interface. The bytes of a step are the difference between a long and a short run, divided by the steps between them,
+less what the interface carries in the same seconds without training; so the start and the meeting of the processes
+cancel. The interface counts each byte once on its way out, with the headers of TCP and IP and those of Gloo.
+
+Memory: the peak that the planner names, beside the compiled program's own analysis and, where a device reports one, the
+most that it held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, machine
+
+PROCESSES, SHORT, LONG, IDLE_S = 2, 2, 8, 4.0
+HEADERS = 52
+"""Bytes of the headers of IPv4 and of TCP with time stamps, as the interface counts them."""
+BANDS, CLASSES = 4, 6
+UNET: dict[str, Any] = {"name": "unet", "width": 16, "depth": 3}
+RESNET: dict[str, Any] = {"name": "resnet", "width": 16, "blocks": [2, 2, 2, 2]}
+SENDING: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("data", UNET, {"data": 2}),
+    ("ZeRO-1", UNET, {"data": 2, "zero": 1}),
+    ("ZeRO-3", UNET, {"data": 2, "zero": 3}),
+    ("filter", UNET, {"model": 2}),
+    ("spatial", UNET, {"space": 2}),
+    ("pipeline", UNET, {"pipe": 2}),
+    ("pipeline, interleaved", UNET, {"pipe": 2, "schedule": "interleaved"}),
+    ("data", RESNET, {"data": 2}),
+    ("ZeRO-3", RESNET, {"data": 2, "zero": 3}),
+    ("filter", RESNET, {"model": 2}),
+    ("pipeline", RESNET, {"pipe": 2}),
+)
+AIM = 0.05
+
+
+def make_program(model: Mapping[str, Any], mesh: Mapping[str, Any], *, patch: int = 64, batch: int = 8) -> Any:
+    import numpy as np
+
+    from jaxtrain.config import TrainConfig
+    from jaxtrain.learn.state import build_program
+    from jaxtrain.parallel.mesh import make_mesh
+
+    config = TrainConfig.model_validate(
+        {"data": {"cube": "none", "patch": patch, "augment": False}, "model": dict(model), "mesh": dict(mesh),
+         "run": {"batch_size": batch}}
+    )  # fmt: skip
+    return build_program(config, channels=BANDS, classes=CLASSES, mesh=make_mesh(config.mesh),
+                         mean=np.full(BANDS, 2000.0), std=np.full(BANDS, 900.0))  # fmt: skip
+
+
+def facts_of(model: Mapping[str, Any], mesh: Mapping[str, Any], **sizes: int) -> Any:
+    """What the planner knows of a step, for processors: their way of collectives, nothing corrected."""
+    from jaxtrain.planner.collectives import Dialect
+    from jaxtrain.planner.facts import compile_facts
+
+    return compile_facts(make_program(model, mesh, **sizes), {"image": "uint16"}, Dialect())
+
+
+# ---- The processes that train
+
+
+def counters() -> tuple[int, int]:
+    """Bytes and packets that the loopback interface sent."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, values = line.partition(":")
+        if name.strip() == "lo":
+            numbers = values.split()
+            return int(numbers[8]), int(numbers[9])
+    raise SystemExit("/proc/net/dev lists no loopback interface")
+
+
+class Meter:
+    """Counters of the interface at moments when all processes stand still."""
+
+    def __init__(self) -> None:
+        from jaxtrain.parallel.processes import wait_for_all
+
+        self._wait, self._last = wait_for_all, (0, 0, 0.0)
+
+    def start(self) -> None:
+        self._wait("before the count")
+        self._last = (*counters(), time.perf_counter())
+        self._wait("counted")
+
+    def read(self) -> tuple[int, int, float]:
+        """Bytes, packets and seconds since the last reading."""
+        before = self._last
+        self._wait("before the count")
+        now = (*counters(), time.perf_counter())
+        self._wait("counted")
+        self._last = (*counters(), time.perf_counter())
+        return now[0] - before[0], now[1] - before[1], now[2] - before[2]
+
+
+def work(number: int) -> None:
+    """Train with one strategy and print what the interface carried; one of the processes."""
+    import jax
+
+    from jaxtrain.learn.step import make_train_step
+    from jaxtrain.parallel.processes import start_distributed
+
+    info = start_distributed(timeout_s=300)
+    meter = Meter()
+    _, model, mesh = SENDING[number]
+    program = make_program(model, mesh)
+    step, state, batch = make_train_step(program), program.init(jax.random.key(0)), batch_of(program)
+
+    def train(steps: int, state: Any) -> Any:
+        for index in range(steps):
+            state, metrics = step(state, batch, key=jax.random.key(index))
+        jax.block_until_ready(jax.tree.leaves((state, metrics)))
+        return state
+
+    state = train(2, state)
+    meter.start()
+    time.sleep(IDLE_S)
+    size, packets, seconds = meter.read()
+    idle = (size / seconds, packets / seconds)
+    found = []
+    for steps in (SHORT, LONG):
+        state = train(steps, state)
+        found.append(meter.read())
+    one, many = found
+    seconds = many[2] - one[2]
+    sent = [(many[i] - one[i] - idle[i] * seconds) / (LONG - SHORT) for i in range(2)]
+    if info.is_first:
+        print(json.dumps({"bytes": sent[0], "packets": sent[1], "idle_bytes_per_s": idle[0]}), flush=True)
+
+
+def batch_of(program: Any) -> dict[str, Any]:
+    from jaxtrain.data.arrays import local_rows, put_batch
+    from jaxtrain.parallel.mesh import batch_sharding
+    from jaxtrain.planner.facts import batch_shapes
+    from jaxtrain.planner.measurer import random_batch
+
+    lies, size = batch_sharding(program.mesh), program.config.run.batch_size
+    whole = random_batch(batch_shapes(program, {"image": "uint16"}), program.classes)
+    rows = local_rows(lies, size)
+    return put_batch({name: array[rows] for name, array in whole.items()}, lies, size)
+
+
+def run_processes(number: int) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # machine code is made quickly: what is exchanged was decided before that
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    base = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TERRASHARD_HEARTBEAT_S": "600",
+            "TERRASHARD_COORDINATOR": f"127.0.0.1:{port}", "TERRASHARD_PROCESSES": str(PROCESSES)}  # fmt: skip
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--part", "work", "--number", str(number)],
+            env={**base, "TERRASHARD_PROCESS": str(i)}, stdout=subprocess.PIPE, text=True,
+        )
+        for i in range(PROCESSES)
+    ]  # fmt: skip
+    try:
+        outputs = [worker.communicate(timeout=1500)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    if any(worker.returncode for worker in workers):
+        raise SystemExit(f"the processes ended with {[worker.returncode for worker in workers]}")
+    (line,) = [line for line in outputs[0].splitlines() if line.startswith("{")]
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+# ---- An interface of their own
+
+
+def alone() -> list[str]:
+    """The words that start a command in a network namespace of its own; none where the system does not allow it."""
+    words = ["unshare", "--map-root-user", "--net"]
+    if shutil.which("unshare") is None or subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
+        return []
+    return words
+
+
+def lift_loopback() -> None:
+    """Switch the loopback interface of a new namespace on."""
+    get, put, is_up = 0x8913, 0x8914, 1  # SIOCGIFFLAGS, SIOCSIFFLAGS and IFF_UP of linux/sockios.h and linux/if.h
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        flags = struct.unpack("16sh14x", fcntl.ioctl(control, get, struct.pack("16sh14x", b"lo", 0)))[1]
+        fcntl.ioctl(control, put, struct.pack("16sh14x", b"lo", flags | is_up))
+
+
+# ---- What the planner says
+
+
+def sent_by_all(facts: Any) -> dict[str, float]:
+    """Bytes that all devices send in a step, by kind, from the planner's facts."""
+    total: dict[str, float] = {}
+    for one in facts.programs:
+        for collective in one.collectives:
+            total[collective.kind] = total.get(collective.kind, 0.0) + one.runs * collective.total_bytes
+    inside = [size for name, size in facts.mesh.items() if name != "pipe"]
+    devices = 1
+    for size in inside:
+        devices *= size
+    handed = sum(one.bytes for one in facts.handovers if one.source != one.target)
+    if handed:
+        total["copy"] = 2.0 * devices * facts.microbatches * handed
+    return {kind: size for kind, size in total.items() if size}
+
+
+def compare_bytes(rows: list[dict[str, Any]], wanted: str | None) -> None:
+    """Measure each strategy beside its prediction; rows that exist are replaced."""
+    words = alone()
+    print(f"  {'a network namespace of their own' if words else 'the loopback interface that all programs share'}")
+    for number, (name, model, mesh) in enumerate(SENDING):
+        if wanted is not None and wanted != name:
+            continue
+        expected = sent_by_all(facts_of(model, mesh))
+        command = [*words, sys.executable, __file__, "--part", "lifted" if words else "processes"]
+        seen = json.loads(
+            subprocess.run([*command, "--number", str(number)], stdout=subprocess.PIPE, text=True, check=True).stdout
+        )
+        total = sum(expected.values())
+        row = {"network": model["name"], "strategy": name, "mesh": mesh, "predicted": total, "by_kind": expected,
+               "measured": seen["bytes"], "packets": seen["packets"],
+               "measured_without_headers": seen["bytes"] - HEADERS * seen["packets"],
+               "idle_bytes_per_s": seen["idle_bytes_per_s"], "own_interface": bool(words),
+               "error": total / seen["bytes"] - 1}  # fmt: skip
+        rows[:] = [one for one in rows if (one["network"], one["mesh"]) != (row["network"], row["mesh"])] + [row]
+        print(f"  {model['name']:9} {name:22} predicted {total / 1e6:9.3f} MB, carried {seen['bytes'] / 1e6:9.3f} MB "
+              f"({seen['packets']:.0f} packets), {row['error']:+.1%}", flush=True)  # fmt: skip
+        keep_rows(rows)
+
+
+PLACE = RESULTS / "planner-bytes.json"
+
+
+def keep_rows(rows: list[dict[str, Any]], part: str = "bytes") -> None:
+    """Keep what is known so far, so that an interruption loses one strategy."""
+    document = json.loads(PLACE.read_text()) if PLACE.exists() else {}
+    document |= {"topic": "planner-bytes", "machine": machine(), part: rows}
+    PLACE.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("bytes", "memory", "lifted", "processes", "work"))
+    parser.add_argument("--only", help="this strategy alone")
+    parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part == "work":
+        work(args.number)
+        return 0
+    if args.part in ("lifted", "processes"):
+        if args.part == "lifted":
+            lift_loopback()
+        json.dump(run_processes(args.number), sys.stdout)
+        return 0
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    known = json.loads(PLACE.read_text()) if PLACE.exists() else {}
+    if args.part in (None, "bytes"):
+        compare_bytes(known.get("bytes", []), args.only)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
