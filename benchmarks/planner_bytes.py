@@ -50,17 +50,19 @@ SENDING: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 AIM = 0.05
 
 
-def make_program(model: Mapping[str, Any], mesh: Mapping[str, Any], *, patch: int = 64, batch: int = 8) -> Any:
+def make_program(
+    model: Mapping[str, Any], mesh: Mapping[str, Any], *, patch: int = 64, batch: int = 8, dates: int = 1
+) -> Any:
     import numpy as np
 
     from jaxtrain.config import TrainConfig
     from jaxtrain.learn.state import build_program
     from jaxtrain.parallel.mesh import make_mesh
 
+    data = {"cube": "none", "patch": 64, "augment": False, "dates": dates}
     config = TrainConfig.model_validate(
-        {"data": {"cube": "none", "patch": patch, "augment": False}, "model": dict(model), "mesh": dict(mesh),
-         "run": {"batch_size": batch}}
-    )  # fmt: skip
+        {"data": data, "model": dict(model), "mesh": dict(mesh), "run": {"batch_size": 8}}
+    )
     return build_program(config, channels=BANDS, classes=CLASSES, mesh=make_mesh(config.mesh),
                          mean=np.full(BANDS, 2000.0), std=np.full(BANDS, 900.0))  # fmt: skip
 
@@ -246,6 +248,95 @@ def compare_bytes(rows: list[dict[str, Any]], wanted: str | None) -> None:
         keep_rows(rows)
 
 
+# ---- Memory
+
+
+HOLDING: tuple[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]], ...] = (
+    ("one device", UNET, {}, {}),
+    ("one device, remat", UNET | {"remat": True}, {}, {}),
+    ("one device", RESNET, {}, {}),
+    ("one device", {"name": "temporal"}, {}, {"dates": 4}),
+    ("data", UNET, {"data": 2}, {}),
+    ("ZeRO-1", UNET, {"data": 2, "zero": 1}, {}),
+    ("ZeRO-3", UNET, {"data": 2, "zero": 3}, {}),
+    ("filter", UNET, {"model": 2}, {}),
+    ("spatial", UNET, {"space": 2}, {}),
+    ("pipeline", UNET, {"pipe": 2}, {}),
+    ("pipeline of replicas", UNET, {"pipe": 2, "data": 2}, {}),
+    ("pipeline, gpipe", UNET, {"pipe": 2, "data": 2, "schedule": "gpipe"}, {}),
+)
+
+
+def held_bytes() -> dict[Any, int]:
+    """Bytes of all arrays that exist now, by device; two arrays that share their memory count once."""
+    import jax
+
+    held: dict[Any, dict[int, int]] = {}
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            place = held.setdefault(shard.device, {})
+            place[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    return {device: sum(sizes.values()) for device, sizes in held.items()}
+
+
+def measured_peak(program: Any) -> int:
+    """The most that a device holds in a step: arrays that exist, and what the program that runs needs besides."""
+    import jax
+
+    from jaxtrain.learn.step import make_train_step
+
+    step, state, batch = make_train_step(program), program.init(jax.random.key(0)), batch_of(program)
+    key, most = jax.random.key(1), 0
+    before = held_bytes()
+    if program.layout is None:
+        memory = step.jitted.lower(state, batch, key).compile().memory_analysis()
+        new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return max(before.values()) + new
+    pipeline = step.jitted.__self__
+
+    def watched(function: Any, devices: Any) -> Any:
+        def run(*args: Any) -> Any:
+            nonlocal most
+            memory = function.lower(*args).compile().memory_analysis()
+            results = function(*args)
+            jax.block_until_ready(results)
+            held = held_bytes()  # with the results of this program
+            most = max([most, *(held.get(device, 0) + memory.temp_size_in_bytes for device in devices)])
+            return results
+
+        return run
+
+    from dataclasses import replace
+
+    for k, stage in enumerate(pipeline.stages):
+        devices = list(pipeline.layout.mesh(k).devices.flat)
+        names = ("forward", "backward", "update", *(("total",) if stage.total is not None else ()))
+        pipeline.stages[k] = replace(stage, **{name: watched(getattr(stage, name), devices) for name in names})
+    step(state, batch, key=key)
+    return most
+
+
+def compare_memory(rows: list[dict[str, Any]], wanted: str | None) -> None:
+    import gc
+
+    import jax
+
+    from jaxtrain.planner.cost import peak_bytes
+
+    for name, model, mesh, data in HOLDING:
+        if wanted is not None and wanted != name:
+            continue
+        predicted = peak_bytes(facts_of(model, mesh, **data))
+        gc.collect()
+        measured = measured_peak(make_program(model, mesh, **data))
+        row = {"network": model["name"], "strategy": name, "mesh": mesh, "predicted": predicted, "measured": measured,
+               "device_reports": jax.devices()[0].memory_stats(), "error": predicted / measured - 1}  # fmt: skip
+        rows[:] = [one for one in rows if (one["network"], one["strategy"]) != (row["network"], name)] + [row]
+        print(f"  {model['name']:9} {name:22} predicted {predicted / 1e6:9.3f} MB, held {measured / 1e6:9.3f} MB, "
+              f"{row['error']:+.1%}", flush=True)  # fmt: skip
+        keep_rows(rows, "memory")
+
+
 PLACE = RESULTS / "planner-bytes.json"
 
 
@@ -278,6 +369,8 @@ def main() -> int:
     known = json.loads(PLACE.read_text()) if PLACE.exists() else {}
     if args.part in (None, "bytes"):
         compare_bytes(known.get("bytes", []), args.only)
+    if args.part in (None, "memory"):
+        compare_memory(known.get("memory", []), args.only)
     return 0
 
 

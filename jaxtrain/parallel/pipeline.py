@@ -138,6 +138,7 @@ class Pipeline:
                     returned[k - 1, m] = self._pass_on(back, k, k - 1)
             if self._here[k]:
                 self.log.append(work)
+        gradient = {k: self.stages[k].total(own) if self.stages[k].total else own for k, own in gradient.items()}
         known = self._settle(gradient, counts, state.step)
         changed = {}
         for k in here:

@@ -22,13 +22,17 @@ class Piece(NamedTuple):
     """One compiled program of one part."""
 
     name: str
-    """images (the batch becomes microbatches), forward, backward or update."""
+    """images (the batch becomes microbatches), forward, backward, total (of the gradient) or update."""
     part: int
     compiled: Any
     parameters: tuple[Any, ...]
     """Shapes of the parameters that the part holds."""
     gives: tuple[Any, ...]
     """Shapes and places of what the part hands to the next one for a microbatch; () of other programs."""
+    keeps: tuple[Any, ...] = ()
+    """Results of a forward pass that stay until its backward pass."""
+    borrows: tuple[Any, ...] = ()
+    """Inputs of a forward pass, besides the state, that stay until its backward pass."""
 
 
 def compile_parts(pipeline: Pipeline, batch: Mapping[str, Any], key: Any) -> Iterator[Piece]:
@@ -67,9 +71,18 @@ def compile_parts(pipeline: Pipeline, batch: Mapping[str, Any], key: Any) -> Ite
         out, summed, pull = _given(forward.out_info, compiled)
         mine = tuple(jax.tree.leaves(held.params))
         gives = tuple(out) if k != last else ()
-        yield Piece("forward", k, compiled, mine, gives)
-        backward = stage.backward.lower(pull, pull.borrow(held, entry), () if k == last else gives, gradient)
+        borrowed = pull.borrow(held, entry)
+        # the first part's images exist as long as the step
+        moving = set(map(id, jax.tree.leaves((entry.carry if k else (), entry.answers))))
+        borrows = tuple(leaf for leaf in borrowed if id(leaf) in moving)
+        yield Piece("forward", k, compiled, mine, gives, tuple(pull.kept), borrows)
+        backward = stage.backward.lower(pull, borrowed, () if k == last else gives, gradient)
         yield Piece("backward", k, backward.compile(), mine, ())
+        if stage.total is not None:
+            total = stage.total.lower(gradient)
+            compiled = total.compile()
+            yield Piece("total", k, compiled, mine, ())
+            gradient = _given(total.out_info, compiled)
         moments, counters = (
             [_at(leaf, at) for leaf, at in zip(shapes, places, strict=True)]
             for shapes, places in zip(

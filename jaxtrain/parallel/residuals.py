@@ -32,6 +32,8 @@ class _Recipe:
     """For each leaf: kept, borrowed or made, and its number there."""
     borrowed: tuple[int, ...]
     """Numbers of the inputs that are borrowed."""
+    lies: tuple[Any, ...]
+    """How each borrowed input is split, if the caller said so."""
     scalars: tuple[int, ...]
     """Numbers of the borrowed inputs of which residuals are made."""
     maker: Any
@@ -75,12 +77,13 @@ class Pull:
         return cls(tuple(kept), recipe)
 
 
-def vjp_apart(run: Callable[..., tuple[Any, Callable[[Any], Any]]], *inputs: Any) -> tuple[Any, Pull]:
+def vjp_apart(run: Callable[..., tuple[Any, Callable[[Any], Any]]], *inputs: Any, lies: Any = None) -> tuple[Any, Pull]:
     """Run a function that returns results and what pulls gradients back, and keep of the latter only what is needed.
 
     Args:
         run: function of `inputs` → (results, a function from `jax.vjp`).
         inputs: trees of arrays, inside a jitted function.
+        lies: how each leaf of the inputs is split, for a backward pass inside `shard_map`.
     """
     structures: list[Any] = []
 
@@ -113,7 +116,8 @@ def vjp_apart(run: Callable[..., tuple[Any, Callable[[Any], Any]]], *inputs: Any
     values = jaxpr_as_fun(closed)(*leaves)
     maker, needed = _only(closed, tuple(made))
     scalars = tuple(borrowed.setdefault(number, len(borrowed)) for number in needed)
-    recipe = _Recipe(structures[0], tuple(sources), tuple(borrowed), scalars, maker)
+    places = () if lies is None else tuple(lies[number] for number in borrowed)
+    recipe = _Recipe(structures[0], tuple(sources), tuple(borrowed), places, scalars, maker)
     found = jax.tree.unflatten(jax.tree.structure(shapes[0]), values[:results])
     return found, Pull(tuple(values[first[var]] for var in kept), recipe)
 

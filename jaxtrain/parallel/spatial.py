@@ -32,9 +32,14 @@ __all__ = ["halo_widths", "over_space"]
 
 
 @contextlib.contextmanager
-def over_space(mesh: Mesh) -> Iterator[None]:
-    """Let convolutions that are traced inside work on images on `mesh`, split if it has space axes."""
-    with convolving_with(partial(_convolve, mesh)):
+def over_space(mesh: Mesh, *, apart: bool = False) -> Iterator[None]:
+    """Let convolutions that are traced inside work on images on `mesh`, split if it has space axes.
+
+    Args:
+        mesh: all axes and devices.
+        apart: the program is that of one replica, inside a `shard_map` along `data`.
+    """
+    with convolving_with(partial(_convolve, mesh, apart)):
         yield
 
 
@@ -53,7 +58,13 @@ def halo_widths(window: int, stride: int) -> tuple[int, int]:
 
 
 def _convolve(
-    mesh: Mesh, x_BHWI: jax.Array, kernel_HWIO: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
+    mesh: Mesh,
+    apart: bool,
+    x_BHWI: jax.Array,
+    kernel_HWIO: jax.Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    **settings: Any,
 ) -> jax.Array:
     """Convolve whole images, or split ones if `mesh` has space axes, as `jax.lax.conv_general_dilated`.
 
@@ -80,7 +91,8 @@ def _convolve(
         _plan(int(size), n, int(window), int(stride))
         for size, n, window, stride in zip(sizes, parts, windows, window_strides, strict=True)
     ]
-    image = image_spec(mesh)
+    _, *space = image_spec(mesh)
+    image = spec(None if apart else "data", *space)
 
     def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
         pads = []
@@ -92,10 +104,10 @@ def _convolve(
 
     split: Any = jax.shard_map(
         local,
-        mesh=mesh,
+        mesh=None if apart else mesh,  # inside another shard_map that one's mesh counts
         in_specs=(image, spec()),
         out_specs=image,
-        axis_names={axis for axis in ("data", *SPACE_AXES) if axis in mesh.shape},
+        axis_names={axis for axis in ("data", *SPACE_AXES) if axis in mesh.shape and not (apart and axis == "data")},
     )
     result: jax.Array = split(x_BHWI, kernel_HWIO)
     return result

@@ -76,6 +76,7 @@ class StagePrograms:
         backward: (pull, what it borrows, returned, gradient) → (gradient of the carry, summed gradient); the gradient
             is donated.
         blank: (held) → gradient and statistics of zeros.
+        total: (gradient) → the gradient of all replicas, which they summed apart until here; donated.
         update: (held, moments, gradient, settled) → Changed; moments and gradient are donated.
         look: (held, carry) → carry, without training.
     """
@@ -83,15 +84,33 @@ class StagePrograms:
     forward: Any
     backward: Any
     blank: Any
+    total: Any
     update: Any
     look: Any
 
 
-def make_units(program: PipelinedProgram, layout: Layout, k: int) -> Units:
-    """Return the units of one part as a function of (params, statistics, carry, train=, key=)."""
+def sums_apart(program: PipelinedProgram) -> bool:
+    """Return whether each replica sums its own gradient over the microbatches, so that it travels once a step.
+
+    With `zero = 3` no device has room for a whole gradient. Norms over the batch need all replicas.
+    """
+    config = program.config
+    mesh = config.mesh
+    return mesh.data > 1 and mesh.zero < 3 and mesh.microbatches > 1 and config.model.norm == "group"
+
+
+def make_units(program: PipelinedProgram, layout: Layout, k: int, *, apart: bool = False) -> Units:
+    """Return the units of one part as a function of (params, statistics, carry, train=, key=).
+
+    Args:
+        program: the whole network.
+        layout: its parts.
+        k: the part.
+        apart: the program is that of one replica, inside a `shard_map` along `data`.
+    """
 
     def units(params: Tree, statistics: Tree, carry: Carry, *, train: bool, key: jax.Array) -> tuple[Carry, Tree]:
-        with over_space(layout.mesh(k)):
+        with over_space(layout.mesh(k), apart=apart):
             return program.apply_units(params, statistics, carry, span=layout.span(k), train=train, key=key)
 
     return units
@@ -107,26 +126,36 @@ def make_stage(
     zero = program.config.mesh.zero
     summed = parts.of(program.shardings.model_state, k)
     gradient = parts.of(program.parts if zero else program.whole, k)
+    apart = sums_apart(program)
+    mine = jax.tree.map(lambda at: NamedSharding(at.mesh, spec("data", *at.spec)), parts.of(program.whole, k))
+    own = mine if apart else gradient
     # the new parameters take the gradient's place, where they lie as it does
     spent = (1,) if zero == 1 else (1, 2)
     return StagePrograms(
         forward=jax.jit(_forward(program, layout, parts, k), out_shardings=(None, summed, None)),
-        backward=jax.jit(_backward(layout, k), donate_argnums=3, out_shardings=(None, gradient)),
-        blank=jax.jit(_blank, out_shardings=(gradient, summed)),
+        backward=jax.jit(_backward(layout, k, apart=apart), donate_argnums=3, out_shardings=(None, own)),
+        blank=jax.jit(partial(_blank, program.config.mesh.data if apart else 0), out_shardings=(own, summed)),
+        # with zero = 1 a part of the sum cannot take the place of the whole
+        total=jax.jit(_total, donate_argnums=() if zero else 0, out_shardings=gradient) if apart else None,
         update=jax.jit(_update(program, parts, optimizer, k), donate_argnums=spent, out_shardings=parts.homes(k)),
         look=jax.jit(_look(program, layout, parts, k)),
     )
 
 
 def _forward(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) -> Callable[..., Any]:
-    units, last, objective = make_units(program, layout, k), layout.chunks - 1, program.objective
+    apart, mesh = sums_apart(program), layout.mesh(k)
+    units, last, objective = make_units(program, layout, k, apart=apart), layout.chunks - 1, program.objective
     microbatches = program.config.mesh.microbatches
 
     def passed(held: Held, entry: Entry) -> Any:
+        key = entry.key
+        if apart and program.config.model.dropout:  # replicas drop other features
+            key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+
         def run(params: Tree, carry: Carry) -> Any:
-            carry, new = units(params, held.statistics, carry, train=True, key=entry.key)
+            carry, new = units(params, held.statistics, carry, train=True, key=key)
             if k != last:
-                return tuple(constrain(leaf, lies_of(leaf, layout.mesh(k))) for leaf in carry), (new, None)
+                return (carry if apart else _placed(carry, mesh)), (new, None)
             labels, shares = entry.answers
             found = [objective.terms(carry[0], label) for label in labels]
             loss = sum((share * terms.loss for share, terms in zip(shares, found, strict=True)), jnp.float32(0))
@@ -141,13 +170,46 @@ def _forward(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) ->
             out, pull, aux = jax.vjp(lambda params: run(params, entry.carry), held.params, has_aux=True)
         return (out, *aux), pull
 
+    def of_all(held: Held, entry: Entry) -> tuple[Any, Pull]:
+        results, pull = vjp_apart(passed, held, entry)
+        return results, _by_samples(pull, entry.carry[0].shape[0], mesh)
+
+    def of_each(held: Held, entry: Entry) -> tuple[Any, Pull]:
+        whole, split = spec(), spec("data")
+        lies = (whole, Entry(split, whole, (split, whole) if k == last else ()))  # type: ignore[arg-type]  # places
+
+        def local(held: Held, entry: Entry) -> tuple[Any, Pull]:
+            labels, shares = entry.answers or ((), ())
+            trees = ((held, whole), (entry.carry, split), (entry.key, whole), (labels, split), (shares, whole))
+            every = [jax.tree.map(lambda _, at=at: at, tree) for tree, at in trees]
+            (out, new, counted), pull = vjp_apart(passed, held, entry, lies=jax.tree.leaves(every))
+            if k == last:
+                out, counted = jax.lax.psum((out, counted), "data")
+            return (out, new, counted), Pull(tuple(leaf[None] for leaf in pull.kept), pull.recipe)
+
+        outs = ((whole if k == last else split, whole, whole), split)
+        return _each(local, mesh, lies, outs)(held, entry)
+
     def forward(held: Held, summed: Tree, entry: Entry) -> tuple[Any, Tree, Pull]:
-        (out, new, counted), pull = vjp_apart(passed, held, entry)
-        pull = _by_samples(pull, entry.carry[0].shape[0], layout.mesh(k))
+        (out, new, counted), pull = (of_each if apart else of_all)(held, entry)
         total = jax.tree.map(lambda total, now: total + now / microbatches, summed, new)
-        return (out if counted is None else Counted(out, *counted)), total, pull
+        return (_placed(out, mesh) if counted is None else Counted(out, *counted)), total, pull
 
     return forward
+
+
+def _each(local: Callable[..., Any], mesh: Mesh, given: Any, found: Any) -> Callable[..., Any]:
+    """Run a function on each replica, with its samples; the other axes are left to the compiler."""
+    over: Any = jax.shard_map
+    # what is not split is used by each replica for itself: its gradient must not be summed here
+    result: Callable[..., Any] = over(
+        local, mesh=mesh, in_specs=given, out_specs=found, axis_names={"data"}, check_vma=False
+    )
+    return result
+
+
+def _placed(carry: Carry, mesh: Mesh) -> Carry:
+    return tuple(constrain(leaf, lies_of(leaf, mesh)) for leaf in carry)
 
 
 def _by_samples(pull: Pull, samples: int, mesh: Mesh) -> Pull:
@@ -162,19 +224,40 @@ def _by_samples(pull: Pull, samples: int, mesh: Mesh) -> Pull:
     return Pull(tuple(map(place, pull.kept)), pull.recipe)
 
 
-def _backward(layout: Layout, k: int) -> Callable[..., Any]:
-    last = layout.chunks - 1
+def _backward(layout: Layout, k: int, *, apart: bool) -> Callable[..., Any]:
+    last, mesh = layout.chunks - 1, layout.mesh(k)
+
+    def of_all(pull: Pull, borrowed: tuple[Any, ...], returned: Any) -> tuple[Any, Any]:
+        found, *carry = pull.whole(borrowed)(jnp.float32(1) if k == last else returned)
+        return found, carry[0] if k else ()
+
+    def of_each(pull: Pull, borrowed: tuple[Any, ...], returned: Any) -> tuple[Any, Any]:
+        def local(pull: Pull, borrowed: tuple[Any, ...], returned: Any) -> tuple[Any, Any]:
+            mine = Pull(tuple(leaf[0] for leaf in pull.kept), pull.recipe)
+            found, back = of_all(mine, borrowed, returned)
+            return jax.tree.map(lambda leaf: leaf[None], found), back
+
+        split = spec("data")
+        given = (split, pull.recipe.lies, split)
+        result: tuple[Any, Any] = _each(local, mesh, given, (split, split))(pull, borrowed, returned)
+        return result
 
     def backward(pull: Pull, borrowed: tuple[Any, ...], returned: Any, gradient: Tree) -> tuple[Any, Tree]:
-        found, *carry = pull.whole(borrowed)(jnp.float32(1) if k == last else returned)
-        back = tuple(constrain(leaf, lies_of(leaf, layout.mesh(k))) for leaf in carry[0]) if k else None
-        return back, jax.tree.map(jnp.add, gradient, found)
+        found, carry = (of_each if apart else of_all)(pull, borrowed, returned)
+        return (_placed(carry, mesh) if k else None), jax.tree.map(jnp.add, gradient, found)
 
     return backward
 
 
-def _blank(held: Held) -> tuple[Tree, Tree]:
-    return jax.tree.map(jnp.zeros_like, held.params), jax.tree.map(jnp.zeros_like, held.statistics)
+def _blank(replicas: int, held: Held) -> tuple[Tree, Tree]:
+    """Return zeros for the gradient, of each replica if they sum theirs apart, and for the statistics."""
+    several = (replicas,) if replicas else ()
+    gradient = jax.tree.map(lambda leaf: jnp.zeros((*several, *leaf.shape), leaf.dtype), held.params)
+    return gradient, jax.tree.map(jnp.zeros_like, held.statistics)
+
+
+def _total(own: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.sum(axis=0), own)
 
 
 def _update(

@@ -7,7 +7,7 @@ each runs on the devices of its stage, and what one part hands to the next is a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -50,6 +50,10 @@ class Compiled:
     """Gathers of activations, with the operation that each comes from; a sound program has none."""
     kinds: tuple[str, ...] = ()
     """Kind of each instruction of `work`, one of `operations.KINDS`; none where it is not known."""
+    kept_bytes: int | None = None
+    """Bytes of the results of a forward pass that stay until its backward pass; None where all of them do."""
+    borrowed_bytes: int = 0
+    """Bytes of the inputs of a forward pass, besides the state, that stay until its backward pass."""
 
     @property
     def flops(self) -> float:
@@ -245,7 +249,11 @@ def _pipeline_facts(
         stage = piece.part % stages
         parameters = [leaf.shape for leaf in piece.parameters] if mesh.zero else []
         runs = mesh.microbatches if piece.name in ("forward", "backward") else 1
-        programs.append(_facts(piece.name, stage, piece.part, runs, piece.compiled, axes, dialect, parameters))
+        found = _facts(piece.name, stage, piece.part, runs, piece.compiled, axes, dialect, parameters)
+        if piece.name == "forward":
+            kept, borrowed = (sum(map(_bytes_of_part, leaves)) for leaves in (piece.keeps, piece.borrows))
+            found = replace(found, kept_bytes=kept, borrowed_bytes=borrowed)
+        programs.append(found)
         if piece.gives:
             handovers.append(HandOver(stage, (piece.part + 1) % stages, sum(map(_bytes_of_part, piece.gives))))
     return tuple(programs), tuple(handovers)

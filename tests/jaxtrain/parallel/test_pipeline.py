@@ -60,6 +60,7 @@ def test_filters_may_be_split_within_the_stages_of_gpipe():
     ("mesh", "model"),
     [
         ("pipe=2 data=2 zero=1", "resnet"),
+        ("pipe=2 data=2 space=2", "resnet"),
         ("pipe=3 schedule=gpipe microbatches=1", "resnet batch"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.planner.collectives import Dialect, activation_gathers, find_collectives, wire_bytes
+from jaxtrain.planner.cost import peak_bytes
 from jaxtrain.planner.facts import Facts, batch_shapes, compile_facts
 from jaxtrain.planner.operations import find_operations
 from jaxtrain.planner.scale import State, extend
@@ -123,6 +124,27 @@ def test_a_pipeline_hands_over_the_activations_at_its_cut(facts_of):
     alone = facts_of()
     work = sum(one.flops * one.runs for one in facts.programs)
     assert work == pytest.approx(alone.programs[0].flops, rel=0.02)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_the_gradient_of_a_pipeline_travels_once_a_step(facts_of, zero):
+    """Replicas sum it apart over the microbatches, so their number plays no part."""
+    facts = facts_of(Dialect(), pipe=2, data=2, zero=zero, microbatches=4)
+    sent: dict[str, float] = {}
+    for one in facts.programs:
+        for collective in one.collectives:
+            if collective.kind == "all-reduce":
+                sent[one.name] = sent.get(one.name, 0.0) + one.runs * collective.wire_bytes
+    assert sent.pop("total") == pytest.approx(facts.parameters, rel=0.01)  # 2 (n - 1) / n is 1
+    assert sum(sent.values()) < 0.01 * facts.parameters, sent
+
+
+def test_the_memory_of_a_stage_does_not_grow_with_its_replicas(facts_of):
+    """Nothing of a microbatch lies whole on a device, and no parameter is copied for it."""
+    one, four = facts_of(batch=8, pipe=2, microbatches=2), facts_of(batch=32, pipe=2, data=4, microbatches=2)
+    kept = [{one.part: one.kept_bytes for one in facts.programs if one.name == "forward"} for facts in (one, four)]
+    assert kept[0] == kept[1]
+    assert peak_bytes(four) <= 1.02 * peak_bytes(one)
 
 
 def test_facts_survive_a_file(facts_of):
