@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
@@ -124,9 +125,9 @@ def vjp_apart(run: Callable[..., tuple[Any, Callable[[Any], Any]]], *inputs: Any
 
 def _independent(jaxpr: Jaxpr) -> set[Any]:
     """Return the variables that depend on no input but scalars; random numbers are not drawn twice."""
-    key: Any = jax.dtypes.prng_key
-    avals = {var: var.aval for var in jaxpr.invars}
-    free = {var for var, aval in avals.items() if not aval.shape and not jax.dtypes.issubdtype(aval.dtype, key)}
+    key = jax.dtypes.prng_key
+    avals: dict[Any, Any] = {var: var.aval for var in jaxpr.invars}
+    free = {var for var, aval in avals.items() if not aval.shape and not jnp.issubdtype(aval.dtype, key)}
     depends = set(jaxpr.invars) - free
     inputs = set(free)
     free |= set(jaxpr.constvars)

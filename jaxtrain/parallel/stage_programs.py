@@ -184,11 +184,12 @@ def _forward(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) ->
             every = [jax.tree.map(lambda _, at=at: at, tree) for tree, at in trees]
             (out, new, counted), pull = vjp_apart(passed, held, entry, lies=jax.tree.leaves(every))
             if k == last:
-                out, counted = jax.lax.psum((out, counted), "data")
+                out, counted = jax.lax.psum((out, counted), "data")  # type: ignore[no-untyped-call]  # of jax
             return (out, new, counted), Pull(tuple(leaf[None] for leaf in pull.kept), pull.recipe)
 
         outs = ((whole if k == last else split, whole, whole), split)
-        return _each(local, mesh, lies, outs)(held, entry)
+        found: tuple[Any, Pull] = _each(local, mesh, lies, outs)(held, entry)
+        return found
 
     def forward(held: Held, summed: Tree, entry: Entry) -> tuple[Any, Tree, Pull]:
         (out, new, counted), pull = (of_each if apart else of_all)(held, entry)
@@ -257,7 +258,7 @@ def _blank(replicas: int, held: Held) -> tuple[Tree, Tree]:
 
 
 def _total(own: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: leaf.sum(axis=0), own)
+    return {name: leaf.sum(axis=0) for name, leaf in own.items()}
 
 
 def _update(
