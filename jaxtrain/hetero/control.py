@@ -6,6 +6,8 @@ Signs of life are sent by a thread of their own, so that a long compilation is n
 from __future__ import annotations
 
 import contextlib
+import math
+import select
 import socket
 import threading
 import time
@@ -21,6 +23,7 @@ from zarr_store.errors import AccessError
 __all__ = ["Control"]
 
 _AGAIN_S = 0.3
+_LOOK_S = 0.5
 _FEWEST_SILENCE_S = 5.0
 
 
@@ -58,11 +61,24 @@ class Control:
     def _read(self) -> None:
         try:
             while True:
+                self._await_message()
                 message, _ = receive(self._socket, header_most=CONTROL_BYTES)
                 if message["kind"] != "beat":
                     self._put(message)
         except OSError as error:
             self._put({"kind": "lost", "reason": str(error) or type(error).__name__})
+
+    def _await_message(self) -> None:
+        """Wait for a sign of life. Silence is counted in short waits, so that time in which this process stood still
+        does not count: the coordinator's signs may only be about to arrive.
+        """
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        most = max(2 * self._silence_s, _FEWEST_SILENCE_S)
+        for _ in range(math.ceil(most / _LOOK_S)):
+            if poll.poll(_LOOK_S * 1000):
+                return
+        raise TimeoutError(f"silent for {most:.1f} s")
 
     def _put(self, message: dict[str, Any]) -> None:
         with self.wake:

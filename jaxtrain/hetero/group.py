@@ -399,7 +399,7 @@ class Group:
     def _open_attempt(self, active: list[Seat], kind: str, more: Mapping[str, Any]) -> None:
         self._order = [seat.number for seat in active]
         self._complaints = []
-        roll = self._roll()
+        roll = {**self._roll(), "idle": [seat.number for seat in active if not seat.assigned]}
         for seat in active:
             seat.contributed, seat.have = None, False
             chunks = list(seat.assigned)

@@ -53,7 +53,7 @@ class Bulk:
     @property
     def intact(self) -> bool:
         """Whether all bytes are there, with the checksum that was announced."""
-        return self.complete and self.data is not None and self._crc == zlib.crc32(self.data)
+        return self.complete and self.data is not None and self._crc == zlib.crc32(self.data.data)
 
 
 class Landing:

@@ -66,6 +66,7 @@ class Member:
         self._parts: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
         self._order: tuple[Peer, ...] = ()
         self._chunks: tuple[int, ...] = ()
+        self._idle: frozenset[int] = frozenset()
         self._step = self._attempt = self._epoch = 0
         self._leader = ""
         self._closed = False
@@ -341,7 +342,9 @@ class Member:
             self._parts = np.empty((rows, longest), np.float32)
         if rows and (self._attempt or self._total.size != self._size):
             self._total = np.empty(self._size, np.float32)
-        summing = Round((self._step, self._attempt), numbers, self._number, self._total, self._parts)
+        summing = Round(
+            (self._step, self._attempt), numbers, self._number, idle=self._idle, total=self._total, parts=self._parts
+        )
         self._landing.expect_round(summing)
         return summing
 
@@ -365,7 +368,7 @@ class Member:
     def _take_attempt(self, message: Mapping[str, Any]) -> None:
         assert self._peers is not None
         self._step, self._attempt = int(message["step"]), int(message["attempt"])
-        self._chunks = tuple(message["chunks"])
+        self._chunks, self._idle = tuple(message["chunks"]), frozenset(message["idle"])
         self._peers.keep(peer.number for peer in self._order)
         self._peers.purge((self._step, self._attempt))
         if self._size is not None:
@@ -379,7 +382,9 @@ class Member:
         Raises:
             GroupChanged: A member was lost meanwhile. Nobody got a result; all may repeat the call.
         """
+        crashpoint("before gathering")
         self._control.tell({"kind": "gather", "name": name, "epoch": self._epoch, "values": dict(values)})
+        crashpoint("after gathering")
         while True:
             message = self._wait()
             if message["kind"] == "gathered" and message["name"] == name:

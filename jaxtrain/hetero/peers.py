@@ -248,6 +248,7 @@ class Peers:
                     continue
                 receive_into(sock, target)
                 self._arrived(number, header, length)
+                crashpoint("a block was received")
             except SHAPE_ERRORS as error:
                 logger.warning("member %d sent %s something that was not understood: %s", number, self.name, error)
                 return

@@ -7,7 +7,7 @@ the same contributions. Slices travel in blocks: while one is received, the one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,21 @@ class Round:
         key: (step, attempt).
         numbers: Numbers of all members, in their order.
         own: Number of this member.
+        idle: Members without a chunk: nothing is sent or added of them, but they receive the sum and add their slice.
         total: Memory for the sum, float32 (R,).
         parts: Memory for what the others send of this member's slice: float32 (members - 1, at least its length).
     """
 
-    def __init__(self, key: tuple[int, int], numbers: Sequence[int], own: int, total: Vector, parts: Vector) -> None:
+    def __init__(
+        self,
+        key: tuple[int, int],
+        numbers: Sequence[int],
+        own: int,
+        *,
+        idle: Collection[int] = (),
+        total: Vector,
+        parts: Vector,
+    ) -> None:
         self.key = key
         self._numbers, self._own = list(numbers), own
         self._total = total
@@ -51,8 +61,11 @@ class Round:
         start, stop = self._bounds[own]
         self._length = stop - start
         self._others = [number for number in numbers if number != own]
-        self._parts = {number: parts[row, : self._length] for row, number in enumerate(self._others)}
-        self._got_part = dict.fromkeys(self._others, 0)
+        self._adding = [number for number in numbers if number not in idle]
+        self._parts = {
+            number: parts[row, : self._length] for row, number in enumerate(self._others) if number not in idle
+        }
+        self._got_part = dict.fromkeys(self._parts, 0)
         self._got_sum = dict.fromkeys(self._others, 0)
         self._added = 0
         self._vector: Vector | None = None
@@ -68,6 +81,8 @@ class Round:
         The first block of each comes first, from the next member on, so that not all send to the same one.
         """
         self._vector = vector
+        if self._own not in self._adding:
+            return []
         at = self._numbers.index(self._own)
         turn = [*self._numbers[at + 1 :], *self._numbers[:at]]
         longest = max((self._bounds[number][1] - self._bounds[number][0] for number in turn), default=0)
@@ -84,9 +99,10 @@ class Round:
 
     def place(self, number: int, header: Mapping[str, Any], length: int) -> memoryview | None:
         """Return where a block of another member goes; None if it is no block of this round."""
-        if number not in self._got_part or length % 4:
+        is_part = header["kind"] == "part"
+        if number not in (self._got_part if is_part else self._got_sum) or length % 4:
             return None
-        if header["kind"] == "part":
+        if is_part:
             target, got = self._parts[number], self._got_part[number]
         else:
             target, got = self._total[slice(*self._bounds[number])], self._got_sum[number]
@@ -127,10 +143,13 @@ class Round:
         until = self._ready()
         while self._added < until:
             block = slice(self._added, min(self._added + _BLOCK, until))
-            terms = [(own if number == self._own else self._parts[number])[block] for number in self._numbers]
+            terms = [(own if number == self._own else self._parts[number])[block] for number in self._adding]
             out = total[block]
             with np.errstate(all="ignore"):  # what is not finite is the loop's matter
-                np.add(terms[0], terms[1], out=out)
+                if len(terms) > 1:
+                    np.add(terms[0], terms[1], out=out)
+                else:
+                    np.copyto(out, terms[0])
                 for term in terms[2:]:
                     np.add(out, term, out=out)
             for number in self._others:
