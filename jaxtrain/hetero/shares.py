@@ -20,7 +20,7 @@ from zarr_store.errors import InvalidInput
 
 __all__ = ["Decision", "RateFilter", "ShareController", "apportion", "longest"]
 
-_SHORT, _LONG = 5, 15
+_SHORT, _LONG = 5, 31
 _CHANGED, _CERTAIN = 0.12, 0.5
 """Relative difference of the two medians from which on a change of speed counts as lasting: it grows with the spread of
 the measurements, from the first to the second."""
@@ -87,9 +87,9 @@ def apportion(
 class RateFilter:
     """Seconds per chunk of one member, robust to hiccups.
 
-    The rate is the median of the last 15 steps, which is steady. Once the median of the last 5 differs from it by more
+    The rate is the median of the last 31 steps, which is steady. Once the median of the last 5 differs from it by more
     than 12 % (more where measurements spread more), the change is a lasting one: the older steps are forgotten. So two
-    slow steps in five change nothing, a clear change counts after three steps, and a small one after eight.
+    slow steps in five change nothing, a clear change counts after three steps, and a small one after sixteen.
     """
 
     def __init__(self) -> None:

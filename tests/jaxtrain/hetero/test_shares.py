@@ -90,8 +90,8 @@ def test_a_lasting_change_counts_within_twenty_steps(factor: float) -> None:
     while abs(rate.seconds / factor - 1) > 0.05:
         rate.add(factor * (1.0 + 0.02 * random.standard_normal()))
         needed += 1
-    assert needed <= 10
-    before = rate.seconds
+    assert needed <= 20
+    before, needed = rate.seconds, 0
     while abs(rate.seconds - 1) > 0.05:
         rate.add(1.0 + 0.02 * random.standard_normal())
         needed += 1
@@ -136,7 +136,7 @@ def test_shares_find_the_speeds_and_stay(speeds: tuple[float, ...]) -> None:
     efficiency = rig.run(500)
     assert statistics.mean(efficiency[4:]) > 0.97
     assert min(efficiency[4:]) > 0.85
-    assert rig.moves <= 3
+    assert rig.moves <= 5
 
 
 def test_shares_follow_a_change_both_ways() -> None:
