@@ -174,6 +174,8 @@ class Coordinator:
                 number = self._seat(application, writer)
             if number:
                 await self._listen_to(number, reader)
+        except asyncio.CancelledError:  # the server ends; before Python 3.12 a cancelled handler is logged as a fault
+            return
         finally:
             self._tasks.discard(task)
             self._writers.pop(number, None)

@@ -419,18 +419,18 @@ class Group:
         if not self._is_current(message):
             return
         chunks, size = tuple(map(int, message["chunks"])), int(message["size"])
-        if self._size is None:
-            self._size = size
-        if chunks != seat.assigned or size != self._size:
-            what = f"chunks {chunks} in {size} numbers, expected {seat.assigned} in {self._size}"
-            self.drop(seat.number, f"contributed {what}", now)
-            return
         part = {
             "chunks": list(chunks),
             "weight": float(message["weight"]),
             "sums": {str(name): float(value) for name, value in message["sums"].items()},
             "seconds": [float(value) for value in message["seconds"]],
         }
+        if self._size is None:
+            self._size = size
+        if chunks != seat.assigned or size != self._size:
+            what = f"chunks {chunks} in {size} numbers, expected {seat.assigned} in {self._size}"
+            self.drop(seat.number, f"contributed {what}", now)
+            return
         seat.contributed = part
         self._parts[seat.number] = (seat.name, part)
 
