@@ -280,9 +280,17 @@ class Group:
                 self._first_join = None
             return
         self._hear_complaints(now)
-        if now - self._progress > self._stall_s:
-            for seat in self._awaited():
-                self.drop(seat.number, f"kept the others waiting for {now - self._progress:.0f} s", now)
+        waited = now - self._progress
+        if waited > self._stall_s:
+            awaited = self._awaited()
+            for seat in awaited:
+                self.drop(seat.number, f"kept the others waiting for {waited:.0f} s", now)
+            if not awaited and self._phase == "step" and all(seat.contributed is not None for seat in self._active()):
+                self._event(
+                    "retry", "", f"the exchange stood still for {waited:.0f} s; it is repeated by new connections"
+                )
+                self._progress = now
+                self._attempt_again()
 
     def forgive(self, seconds: float) -> None:
         """Move all times on: this process itself stood still for so long, and heard nobody meanwhile."""
@@ -315,6 +323,9 @@ class Group:
         for pair in dict.fromkeys(due):
             seats = [self._seats[number] for number in pair if number in self._seats]
             if len(seats) < 2:
+                continue
+            if any(now - seat.heard > seat.application.silence_s / 2 for seat in seats):
+                self._complaints.append((pair, now))  # silence will tell which of the two is at fault
                 continue
             self._retries[pair] += 1
             newer = max(seats, key=lambda seat: seat.number)

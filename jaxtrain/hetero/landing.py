@@ -132,6 +132,11 @@ class Landing:
             if header["kind"] == "bulk":
                 if self._bulk is not None and (self._bulk.source, self._bulk.key) == (number, header["k"]):
                     self._bulk.arrived(length)
+                news = self.bulk_complete
             elif self._round is not None and self._round.key == (header["s"], header["a"]):
                 self._round.arrived(number, header, length)
-            self._wake.notify_all()
+                news = self._round.can_add or self._round.complete
+            else:
+                news = False
+            if news:  # waking the member costs more than receiving a block
+                self._wake.notify_all()

@@ -268,7 +268,9 @@ class Member:
     def _hear(self, message: Mapping[str, Any]) -> None:
         """Take in that the current step is attempted again with other members."""
         if message["kind"] == "again" and message["step"] == self._step:
+            assert self._peers is not None
             self._take_roll(message)
+            self._peers.reconnect()
             self._take_attempt(message)
 
     def _attempt_to_sum(self, contribution: Contribution) -> Total | None:

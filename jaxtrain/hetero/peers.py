@@ -10,6 +10,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ from zarr_store.crash import crashpoint
 
 __all__ = ["Peer", "Peers"]
 
-_STRANGERS = 16
+_STRANGERS = 256
+"""Most connections at a time that have not yet said whose they are; in a large group many peers come at once."""
 _CONNECT_S = 5.0
+_AGAIN_S = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,17 @@ class _Sender:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=_CONNECT_S + 1)
 
+    def _connect(self) -> socket.socket:
+        """Connect; a peer that is too busy to answer gets as long as one that is silent."""
+        until = time.monotonic() + self._peers.silence_s
+        while True:
+            try:
+                return self._peers.connect(self._peer)
+            except OSError:
+                if self.closed or time.monotonic() > until:
+                    raise
+            time.sleep(_AGAIN_S)
+
     def _next(self) -> _Message | None:
         with self._wake:
             while not self._queue and not self.closed:
@@ -94,7 +108,9 @@ class _Sender:
 
     def _run(self) -> None:
         try:
-            self._socket = self._peers.connect(self._peer)
+            self._socket = self._connect()
+            if self.closed:
+                _end(self._socket)
             while (message := self._next()) is not None:
                 send(self._socket, message.head, message.body)
                 crashpoint("a block was sent")
@@ -139,7 +155,7 @@ class Peers:
     ) -> None:
         self.name = name
         self._listener, self._key, self._purpose = listener, key, f"peer of {group}"
-        self._number, self._silence_s = number, silence_s
+        self._number, self.silence_s = number, silence_s
         self._place, self._arrived, self._lost = place, arrived, lost
         self._lock = threading.Lock()
         self._senders: dict[int, _Sender] = {}
@@ -179,6 +195,14 @@ class Peers:
         for sender in senders:
             sender.purge(token)
 
+    def reconnect(self) -> None:
+        """Send on new connections from now on: one of those that are there may be broken unnoticed."""
+        with self._lock:
+            senders = list(self._senders.values())
+            self._senders.clear()
+        for sender in senders:
+            sender.close()
+
     def keep(self, numbers: Iterable[int]) -> None:
         """End the connections with all members but these."""
         kept = set(numbers)  # a connection of number 0 has not yet said whose it is
@@ -192,7 +216,7 @@ class Peers:
 
     def connect(self, peer: Peer) -> socket.socket:
         """Connect to a peer and say who we are."""
-        sock = connect(peer.address, self._key, self._purpose, silence_s=self._silence_s, wait_s=_CONNECT_S)
+        sock = connect(peer.address, self._key, self._purpose, silence_s=self.silence_s, wait_s=_CONNECT_S)
         sock.sendall(pack({"kind": "peer", "number": self._number}))
         return sock
 
@@ -208,7 +232,10 @@ class Peers:
             try:
                 sock, source = self._listener.accept()
             except OSError:
-                return
+                if self._closed:
+                    return
+                time.sleep(_AGAIN_S)  # for example no free file descriptor at the moment
+                continue
             with self._lock:
                 if self._closed or sum(number == 0 for number in self._incoming.values()) >= _STRANGERS:
                     sock.close()
@@ -220,7 +247,7 @@ class Peers:
         """Serve one connection from its proof to its end."""
         try:
             try:
-                greet(sock, self._key, self._purpose, silence_s=self._silence_s)
+                greet(sock, self._key, self._purpose, silence_s=self.silence_s)
                 header, _ = receive(sock, header_most=BULK_HEADER_BYTES)
                 number = int(header["number"])
             except (OSError, *SHAPE_ERRORS) as error:

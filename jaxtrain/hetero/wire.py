@@ -157,14 +157,16 @@ def parse_header(data: bytes | bytearray) -> dict[str, Any]:
 
 
 def tune(sock: socket.socket, silence_s: float) -> None:
-    """Send small messages at once, and let the kernel give up a connection whose other end no longer acknowledges."""
+    """Send small messages at once, and let the kernel find idle connections whose other end is gone.
+
+    TCP_USER_TIMEOUT is not set: it also ends the connection with a member that computes for long and lets data wait.
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", max(1, round(silence_s))),
         ("TCP_KEEPINTVL", max(1, round(silence_s / 4))),
         ("TCP_KEEPCNT", 4),
-        ("TCP_USER_TIMEOUT", round(silence_s * 2000)),
     ):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

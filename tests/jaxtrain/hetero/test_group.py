@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -250,3 +251,23 @@ def test_replayed_shares_rule_while_the_members_are_the_same() -> None:
     world.run_to(3)
     for step, shares in recorded.items():
         assert {name: len(part["chunks"]) for name, part in world.commits[step]} == shares
+
+
+def test_an_exchange_that_stands_still_is_repeated() -> None:
+    """As when data between two members get lost, though both reach the coordinator."""
+    world = World(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "may_have", lambda number: False)
+        while world.step_on(0):
+            pass
+    world.outbox.clear()
+    for _ in range(62):
+        world.now += 1
+        for number in world.toys:
+            world.group.receive(number, {"kind": "beat"}, world.now)
+        world.group.tick(world.now)
+    assert [str(event) for event in world.events if event.kind != "shares"] == [
+        "step 0: the exchange stood still for 61 s; it is repeated by new connections"
+    ]
+    world.run_to(2)
+    assert max(world.commits) == 2
