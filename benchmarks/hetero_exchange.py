@@ -16,6 +16,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -58,7 +59,7 @@ def plain_tcp(pipe: Connection, number: int, members: int, size: int, repeats: i
     data, into = np.ones(share, np.uint8), [np.empty(share, np.uint8) for _ in incoming]
 
     def receive(sock: socket.socket, target: np.ndarray) -> None:
-        view, done = memoryview(target), 0
+        view, done = target.data, 0
         while done < share:
             done += sock.recv_into(view[done : done + (1 << 19)], 0, socket.MSG_WAITALL)
 
@@ -114,11 +115,11 @@ def together(target: object, members: int, size: int, repeats: int) -> float:
     return finish(pipes, processes)
 
 
-def finish(pipes: list[Connection], processes: list[multiprocessing.process.BaseProcess]) -> float:
+def finish(pipes: list[Connection], processes: Sequence[multiprocessing.process.BaseProcess]) -> float:
     found = [pipe.recv() for pipe in pipes]
     for process in processes:
         process.join()
-    return statistics.median(max(turn) for turn in zip(*found, strict=True))
+    return float(statistics.median(max(turn) for turn in zip(*found, strict=True)))
 
 
 def members_exchange(members: int, size: int, repeats: int) -> float:
@@ -133,7 +134,7 @@ def members_exchange(members: int, size: int, repeats: int) -> float:
             process.start()
             pipes.append(here)
             processes.append(process)
-        return finish(pipes, processes)  # type: ignore[arg-type]
+        return finish(pipes, processes)
 
 
 def main() -> int:

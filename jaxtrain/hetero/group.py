@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxtrain.hetero.membership import Event, EventKind
-from jaxtrain.hetero.seats import Application, Seat, difference
+from jaxtrain.hetero.seats import Application, Replay, Seat, difference, recorded_chunks
 from jaxtrain.hetero.shares import ShareController
 from zarr_store.errors import InvalidInput
 
@@ -72,9 +72,10 @@ class Group:
         self._phase: Literal["forming", "boundary", "step"] = "forming"
         self._first_join: float | None = None
         self._shares: ShareController | None = None
-        self._replay: Mapping[int, Mapping[str, int]] = {}
+        self._replay: Replay = {}
         self._leader = 0
         self._step = self._attempt = self._epoch = 0
+        self._chunks = 0
         self._size: int | None = None
         self._order: list[int] = []
         self._parts: dict[int, tuple[str, dict[str, Any]]] = {}
@@ -153,7 +154,8 @@ class Group:
             seat.active = seat.application.state_step == self._step
         first = self._active()[0]
         self._leader, self._epoch = first.number, 1
-        self._shares = ShareController(first.application.chunks)
+        self._chunks = first.application.chunks
+        self._shares = ShareController(self._chunks)
         self._replay = next((seat.application.replay for seat in self._active() if seat.application.replay), {})
         for seat in list(self._seats.values()):
             self._tell_formed(seat)
@@ -386,8 +388,10 @@ class Group:
     def _begin(self, active: list[Seat]) -> None:
         assert self._shares is not None
         limits = {seat.name: seat.application.limit for seat in active}
+        recorded = recorded_chunks(self._replay.get(self._step, {}), list(limits), self._chunks)
+        counts = None if recorded is None else {name: len(own) for name, own in recorded.items()}
         try:
-            decision = self._shares.decide(self._step, limits, self._replay.get(self._step))
+            decision = self._shares.decide(self._step, limits, counts)
         except InvalidInput as error:
             self._end(f"the members that are left cannot hold a step: {error}")
             return
@@ -400,6 +404,8 @@ class Group:
         for seat in active:
             share = decision.shares[seat.name]
             seat.assigned, seat.ready = tuple(range(offset, offset + share)), None
+            if recorded is not None:
+                seat.assigned = recorded[seat.name]
             offset += share
         events = [[event.kind, event.step, event.member, event.reason] for event in self._events]
         self._events.clear()

@@ -42,7 +42,7 @@ from jaxtrain.hetero.membership import (
 )
 from jaxtrain.hetero.peers import Peer, Peers
 from jaxtrain.hetero.rounds import Round, slice_bounds
-from jaxtrain.hetero.seats import Application
+from jaxtrain.hetero.seats import Application, Replay
 from jaxtrain.hetero.wire import BLOCK_BYTES, check_secret, format_address, parse_address
 from zarr_store.crash import crashpoint
 from zarr_store.errors import InvalidInput
@@ -83,7 +83,7 @@ class Member:
         limit: int | None = None,
         state_step: int | None = None,
         silence_s: float = 8.0,
-        replay: Mapping[int, Mapping[str, int]] | None = None,
+        replay: Replay | None = None,
         announce: str | None = None,
         wait_s: float = 60.0,
     ) -> Self:
@@ -99,7 +99,8 @@ class Member:
             state_step: The step before which this process's state stands; None if it has none. The group begins at the
                 newest state of those that form it; all others receive it.
             silence_s: Seconds without a sign of life after which this process, or the coordinator, counts as dead.
-            replay: Recorded shares by step, to be used where the members are the same.
+            replay: Recorded chunks of each member by step (their numbers, or how many), of a run that is repeated. A
+                step is repeated where all its members are there again; others that are there get no chunk in it.
             announce: Host, or host:port, at which other members reach this process, where that is not the address from
                 which it reaches the coordinator.
             wait_s: Seconds to wait for the coordinator.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtrain.hetero.membership import Identity
 
-__all__ = ["Application", "Seat", "difference", "pack_replay", "unpack_replay"]
+__all__ = ["Application", "Replay", "Seat", "difference", "pack_replay", "recorded_chunks", "unpack_replay"]
+
+Recorded = Mapping[str, int | Sequence[int]]
+"""The chunks of each member in a step: their numbers, or how many."""
+Replay = Mapping[int, Recorded]
+"""Recorded chunks by step."""
 
 _NAME_MOST = 128
 _SILENCE_S = (0.2, 3600.0)
@@ -27,7 +32,7 @@ class Application:
         limit: Most chunks that its memory allows; None is no limit.
         state_step: The step before which its state stands; None if it has none.
         silence_s: Seconds without a sign of life after which it counts as dead.
-        replay: Recorded shares by step.
+        replay: Recorded chunks of a run that is repeated, by step.
     """
 
     name: str
@@ -37,7 +42,7 @@ class Application:
     limit: int | None
     state_step: int | None
     silence_s: float
-    replay: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    replay: Replay = field(default_factory=dict)
 
     def to_message(self) -> dict[str, Any]:
         """Return the message that asks to join."""
@@ -133,15 +138,37 @@ def difference(own: Application, group: Application) -> str | None:
     return None
 
 
-def pack_replay(replay: Mapping[int, Mapping[str, int]]) -> list[list[Any]]:
-    """Write recorded shares as runs of steps with equal shares.
+def recorded_chunks(recorded: Recorded, members: Sequence[str], chunks: int) -> dict[str, tuple[int, ...]] | None:
+    """Return the chunks of each member as they were recorded; None if these members cannot repeat that step.
 
-    >>> pack_replay({0: {"a": 2}, 1: {"a": 2}, 3: {"a": 2}})
-    [[0, 1, {'a': 2}], [3, 3, {'a': 2}]]
+    Members that were not there get no chunk, so that the sum has the same terms in the same order.
+
+    >>> recorded_chunks({"a": [0, 3], "b": [1, 2]}, ["a", "b", "c"], 4)
+    {'a': (0, 3), 'b': (1, 2), 'c': ()}
+    >>> recorded_chunks({"a": 3, "b": 1}, ["a", "b"], 4)
+    {'a': (0, 1, 2), 'b': (3,)}
+    >>> recorded_chunks({"a": 3, "z": 1}, ["a", "b"], 4) is None
+    True
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    offset = 0
+    for name in members:
+        own = recorded.get(name, 0)
+        found[name] = tuple(range(offset, offset + own)) if isinstance(own, int) else tuple(sorted(own))
+        offset += len(found[name])
+    complete = sorted(chunk for some in found.values() for chunk in some) == list(range(chunks))
+    return found if complete and set(recorded) <= set(members) else None
+
+
+def pack_replay(replay: Replay) -> list[list[Any]]:
+    """Write recorded chunks as runs of steps in which they are equal.
+
+    >>> pack_replay({0: {"a": 2}, 1: {"a": 2}, 3: {"a": (0, 1)}})
+    [[0, 1, {'a': 2}], [3, 3, {'a': [0, 1]}]]
     """
     runs: list[list[Any]] = []
     for step in sorted(replay):
-        shares = dict(replay[step])
+        shares = {name: own if isinstance(own, int) else list(own) for name, own in replay[step].items()}
         if runs and runs[-1][1] == step - 1 and runs[-1][2] == shares:
             runs[-1][1] = step
         else:
@@ -149,13 +176,13 @@ def pack_replay(replay: Mapping[int, Mapping[str, int]]) -> list[list[Any]]:
     return runs
 
 
-class _Replay(Mapping[int, Mapping[str, int]]):
-    """Recorded shares, looked up by step in a list of runs."""
+class _Runs(Mapping[int, Recorded]):
+    """Recorded chunks, looked up by step in a list of runs."""
 
-    def __init__(self, runs: list[tuple[int, int, dict[str, int]]]) -> None:
+    def __init__(self, runs: list[tuple[int, int, Recorded]]) -> None:
         self._runs = runs
 
-    def __getitem__(self, step: int) -> Mapping[str, int]:
+    def __getitem__(self, step: int) -> Recorded:
         at = bisect_right(self._runs, step, key=lambda run: run[0]) - 1
         if at < 0 or step > self._runs[at][1]:
             raise KeyError(step)
@@ -168,13 +195,18 @@ class _Replay(Mapping[int, Mapping[str, int]]):
         return sum(last - first + 1 for first, last, _ in self._runs)
 
 
-def unpack_replay(runs: Any) -> Mapping[int, Mapping[str, int]]:
+def unpack_replay(runs: Any) -> Replay:
     """Read what `pack_replay` wrote.
 
     >>> unpack_replay([[0, 1, {"a": 2}], [3, 3, {"a": 2}]]).get(2) is None
     True
     """
-    read = [
-        (int(first), int(last), {str(n): int(share) for n, share in shares.items()}) for first, last, shares in runs
+    read: list[tuple[int, int, Recorded]] = [
+        (
+            int(first),
+            int(last),
+            {str(name): own if isinstance(own, int) else tuple(map(int, own)) for name, own in shares.items()},
+        )
+        for first, last, shares in runs
     ]
-    return _Replay(sorted(read, key=lambda run: run[0]))
+    return _Runs(sorted(read, key=lambda run: run[0]))

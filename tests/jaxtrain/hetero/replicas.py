@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,14 @@ def chunk_vector(step: int, chunk: int, size: int = SIZE) -> np.ndarray:
 
 
 def whole_vector(step: int, chunks: int = CHUNKS, size: int = SIZE) -> np.ndarray:
-    return np.sum([chunk_vector(step, chunk, size) for chunk in range(chunks)], axis=0, dtype=np.float32)
+    return add(chunk_vector(step, chunk, size) for chunk in range(chunks))
+
+
+def add(vectors: Iterable[np.ndarray]) -> np.ndarray:
+    total = np.zeros(SIZE, np.float32)
+    for vector in vectors:
+        total = total + vector
+    return total
 
 
 class Killed(ConnectionError):
@@ -103,7 +110,7 @@ class Replica(threading.Thread):
         assert self.member is not None
         chunks = work.chunks
         while True:
-            vector = np.sum([np.zeros(SIZE), *(chunk_vector(work.step, c) for c in chunks)], axis=0, dtype=np.float32)
+            vector = add(chunk_vector(work.step, chunk) for chunk in chunks)
             result = self.member.exchange(
                 Contribution(work.step, chunks, vector, float(len(chunks)), {"n": 1.0}, (self.seconds,) * len(chunks))
             )

@@ -12,7 +12,7 @@ import pytest
 from jaxtrain.hetero import member, peers, rounds
 from jaxtrain.hetero.membership import CoordinatorLost, Dropped, RunFinished, TooFewMembers
 
-from .replicas import CHUNKS, Killed, Listener, Replica, check_steps, coordinator, finish, whole_vector
+from .replicas import CHUNKS, Killed, Listener, Replica, add, check_steps, coordinator, finish, whole_vector
 
 STEPS = 4
 PLACES = (
@@ -222,7 +222,7 @@ def test_too_few_members_end_the_run_with_their_parameters_unchanged(crash: Cras
 
 
 def whole(steps: int) -> np.ndarray:
-    return np.sum([whole_vector(step) for step in range(steps)], axis=0, dtype=np.float32)
+    return add(whole_vector(step) for step in range(steps))
 
 
 def test_a_coordinator_that_goes_is_reported(crash: Crash) -> None:
