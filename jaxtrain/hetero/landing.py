@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtrain.hetero.rounds import Round
 __all__ = ["Bulk", "Landing"]
 
 _BULK_MOST = 64 << 30
+_REMEMBERED = 64
 
 
 class Bulk:
@@ -68,6 +70,8 @@ class Landing:
         self._round: Round | None = None
         self._reached = (-1, 0)
         self._bulk: Bulk | None = None
+        self._passed: deque[str] = deque(maxlen=_REMEMBERED)
+        """Values that are no longer waited for, complete or not: what still comes of them is thrown away."""
         self._closed = False
 
     @property
@@ -89,8 +93,10 @@ class Landing:
             self._wake.notify_all()
 
     def expect_bulk(self, bulk: Bulk | None) -> None:
-        """Let blocks of this value in."""
+        """Let blocks of this value in; None if none is waited for any more."""
         with self._wake:
+            if self._bulk is not None:
+                self._passed.append(self._bulk.key)
             self._bulk = bulk
             self._wake.notify_all()
 
@@ -117,13 +123,16 @@ class Landing:
             if self._closed or not stands():
                 return None
             if header["kind"] == "bulk":
-                return None if self._bulk is None or self._bulk.source != number else self._bulk.place(header, length)
+                bulk = self._bulk
+                wanted = bulk is not None and (bulk.source, bulk.key) == (number, header["k"])
+                return bulk.place(header, length) if bulk is not None and wanted else None
             key = header["s"], header["a"]
             return None if self._round is None or self._round.key != key else self._round.place(number, header, length)
 
     def _is_early(self, number: int, header: Mapping[str, Any]) -> bool:
         if header["kind"] == "bulk":
-            return self._bulk is None or self._bulk.key != header["k"]
+            expected = self._bulk is not None and self._bulk.key == header["k"]
+            return not expected and header["k"] not in self._passed
         return (int(header["s"]), int(header["a"])) > self._reached
 
     def arrived(self, number: int, header: Mapping[str, Any], length: int) -> None:

@@ -192,6 +192,7 @@ class Member:
                 step = int(message["step"])
                 bulk = Bulk(int(message["from"]), f"state {step}")
                 self._landing.expect_bulk(bulk)
+        self._landing.expect_bulk(None)
         if bulk.data is None or not bulk.intact:
             raise GroupError("the state from another member arrived damaged: join again")
         crashpoint("the state was received")
@@ -374,6 +375,7 @@ class Member:
         self._chunks, self._idle = tuple(message["chunks"]), frozenset(message["idle"])
         self._peers.keep(peer.number for peer in self._order)
         self._peers.purge((self._step, self._attempt))
+        self._landing.expect_bulk(None)
         if self._size is not None:
             self._post_round()
 
@@ -435,6 +437,7 @@ class Member:
         while (message := self._control.next(lambda: self._landing.bulk_complete)) is not None:
             if message["kind"] == "gone" and message["number"] == source.number:
                 break
+        self._landing.expect_bulk(None)
         found = self.gather(f"received {name}", {"intact": bulk.complete and bulk.intact})
         if not all(values.get("intact") for values in found.values()):
             raise GroupError(f"{name} from {self._leader} arrived damaged at a member: join again")

@@ -209,6 +209,8 @@ class Peers:
         with self._lock:
             gone = [self._senders.pop(number) for number in set(self._senders) - kept]
             ended = [sock for sock, number in self._incoming.items() if number and number not in kept]
+            for sock in ended:  # whoever waits for a place for its block waits no longer
+                del self._incoming[sock]
         for sender in gone:
             sender.close()
         for sock in ended:

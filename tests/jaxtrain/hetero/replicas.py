@@ -63,6 +63,7 @@ class Replica(threading.Thread):
         self.join_options: dict[str, Any] = {"chunks": CHUNKS, "silence_s": 8.0, **join}
         self.secret = self.join_options.pop("secret", SECRET)
         self.identity = self.join_options.pop("identity", IDENTITY)
+        self.finishes = True
         self.member: Member | None = None
         self.params = np.zeros(SIZE, np.float32)
         self.totals: dict[int, Total] = {}
@@ -104,7 +105,7 @@ class Replica(threading.Thread):
             self.params = self.params + total.vector
             step += 1
         self.sums = self.validate()
-        member.leave(finished=True)
+        member.leave(finished=self.finishes)
 
     def exchange(self, work: Assignment) -> Total:
         assert self.member is not None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.hetero import member, peers, rounds
-from jaxtrain.hetero.membership import CoordinatorLost, Dropped, RunFinished, TooFewMembers
+from jaxtrain.hetero.membership import CoordinatorLost, Dropped, GroupChanged, RunFinished, TooFewMembers
 
 from .replicas import CHUNKS, Killed, Listener, Replica, add, check_steps, coordinator, finish, whole_vector
 
@@ -292,3 +292,69 @@ def test_a_member_that_was_silent_is_dropped_and_comes_back() -> None:
         np.testing.assert_array_equal(replica.params, back.params)
     assert back.received is not None
     check_steps(back, back.received, 60)
+
+
+def test_one_that_is_called_away_leaves_and_the_others_go_on() -> None:
+    server, listener, replicas = group(6)
+    away = replicas[0]
+    away.steps, away.finishes = 2, False
+    away.validate = dict  # type: ignore[method-assign]
+    with server:
+        for replica in replicas:
+            replica.start()
+        finish(*replicas)
+    check_steps(away, 0, 2)
+    for replica in replicas[1:]:
+        check_steps(replica, 0, 6)
+        assert not replica.more
+        assert replica.member.leader == replicas[1].member.leader != "r0"
+    assert str(listener.of("left")[0]) == "step 1: r0: has left"
+    assert not listener.of("dropped")
+
+
+class Broadcasting(Replica):
+    """Gets the leader's value at the end of its steps; again under another name if a member is lost."""
+
+    on_value = staticmethod(lambda _replica: None)
+    value = b""
+
+    def validate(self) -> dict[str, float]:
+        assert self.member is not None
+        while True:
+            if not self.changed:
+                self.on_value(self)
+            try:
+                name = f"value {self.changed}"
+                self.value = bytes(self.member.broadcast(name, self.name.encode() * 20_000))
+                return {}
+            except GroupChanged:
+                self.changed += 1
+
+
+@pytest.mark.parametrize(
+    ("victim", "place", "at"),
+    [(None, "", 1), (0, "a block was sent", 5), (2, "a block was received", 5), (2, "after gathering", 1)],
+    ids=["nobody", "leader", "receiver", "receiver at the end"],
+)
+def test_a_value_reaches_all_or_nobody(crash: Crash, victim: int | None, place: str, at: int) -> None:
+    server, _, _ = group()
+    replicas = [Broadcasting(f"r{n}", server.address, steps=2) for n in range(3)]
+    left = [replica for n, replica in enumerate(replicas) if n != victim]
+
+    def arm(replica: Replica) -> None:
+        if replica is crash.victim:
+            crash.place, crash.at = place, at
+
+    for replica in replicas:
+        replica.on_value = arm  # type: ignore[method-assign, assignment]
+    crash.victim = None if victim is None else replicas[victim]
+    with server:
+        for replica in replicas:
+            replica.start()
+        finish(*replicas)
+    assert (crash.fired_at is None) == (victim is None)
+    values = {replica.value for replica in left}
+    assert values == {left[0].name.encode() * 20_000}
+    assert len({replica.changed for replica in left}) == 1
+    for replica in left:
+        check_steps(replica, 0, 2)
