@@ -21,6 +21,7 @@ TOPICS = (
     "train_gpu",
     "train_parallel",
     "planner",
+    "hetero_exchange",
     "accuracy",
     "series",
 )

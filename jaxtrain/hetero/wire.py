@@ -50,7 +50,7 @@ __all__ = [
     "tune",
 ]
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 21
 """Most bytes of one body: small enough that receiving, adding and sending overlap, and to throw away a late one."""
 CONTROL_BYTES = 8 << 20
 """Most bytes of a header from a member whose secret is proved; a recorded history of shares is the largest."""

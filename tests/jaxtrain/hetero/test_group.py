@@ -59,6 +59,8 @@ class Toy:
             self.say(kind="have", step=self.key[0], attempt=self.key[1])
         elif kind == "commit":
             assert (message["step"], message["attempt"]) == self.key
+            waiting = [number for number, said in self.world.outbox if said["kind"] == "have"]
+            assert self.number not in waiting, "committed before this member had the sum"
             done = sorted(chunk for _, part in message["parts"] for chunk in part["chunks"])
             assert done == list(range(CHUNKS)), f"step {self.step}: {message['parts']}"
             assert self.world.commits.setdefault(self.step, message["parts"]) == message["parts"]
