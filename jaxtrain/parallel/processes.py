@@ -1,31 +1,23 @@
 """Join the processes of one run: their numbers, their meeting point, and the exit of one of them.
 
-`start_distributed` comes before anything that touches a device. It finds the others, in this order:
-
-1. what it is given, and the variables TERRASHARD_COORDINATOR, _PROCESSES and _PROCESS (`terrashard launch` sets them)
-2. Open MPI and MPICH: `mpirun -n 2 terrashard train …`
-3. SLURM: `srun -n 2 terrashard train …`
-4. Cloud TPU, or TERRASHARD_COORDINATOR=auto: JAX finds them itself
-
-A run in which nothing of this is there has one process, and nothing is started.
+`start_distributed` comes before anything that touches a device. It finds the others by what it is given, then by the
+environment (`rendezvous`). A run in which nothing of this is there has one process, and nothing is started.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
-import glob
 import logging
 import os
-import re
 import signal
+import socket
 import sys
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +29,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.parallel.mesh import share_cores
+from jaxtrain.parallel.rendezvous import (
+    COORDINATOR,
+    PROCESS,
+    PROCESSES,
+    Rendezvous,
+    find_rendezvous,
+    first_host,
+    local_gpus,
+    read_number,
+)
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["Agreement", "ProcessInfo", "Rendezvous", "abandon", "find_rendezvous", "from_first", "spread_mesh",
-           "start_distributed", "wait_for_all"]  # fmt: skip
+__all__ = ["Agreement", "ProcessInfo", "Rendezvous", "abandon", "await_name", "find_rendezvous", "first_host",
+           "from_first", "local_gpus", "spread_mesh", "start_distributed", "wait_for_all"]  # fmt: skip
 
-COORDINATOR = "TERRASHARD_COORDINATOR"
 BIND = "TERRASHARD_COORDINATOR_BIND"
-PROCESSES = "TERRASHARD_PROCESSES"
-PROCESS = "TERRASHARD_PROCESS"
-LOCAL = "TERRASHARD_LOCAL_PROCESS"
-LOCAL_COUNT = "TERRASHARD_LOCAL_PROCESSES"
 PARENT = "TERRASHARD_PARENT"
 HEARTBEAT = "TERRASHARD_HEARTBEAT_S"
 
 _HEARTBEAT_S = 30
 """Seconds of silence after which a process counts as dead and all others end. Beats come from a thread of C++, which
 neither compilation nor the interpreter's lock holds up."""
-_FIRST_PORT, _PORTS = 61440, 4096
-"""Ports above those that Linux assigns (32768-60999), so that one computed from a job's name is free."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,140 +66,6 @@ class ProcessInfo:
     def is_first(self) -> bool:
         """Whether this process writes logs and reports."""
         return self.index == 0
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """The meeting point of the processes of a run.
-
-    Attributes:
-        coordinator: host:port of process 0; None lets JAX find it.
-        processes: Number of processes; None lets JAX find it.
-        process: This one, from 0.
-        source: Origin of these values, for messages.
-        local: (this one, how many) among those of this machine, where that is known: each takes its share of the GPUs.
-    """
-
-    coordinator: str | None
-    processes: int | None
-    process: int | None
-    source: str
-    local: tuple[int, int] | None = None
-
-
-def find_rendezvous(environment: Mapping[str, str]) -> Rendezvous | None:
-    """Read from the environment where the processes meet; None if this one is alone.
-
-    Raises:
-        InvalidInput: Variables contradict each other, or some are absent.
-    """
-    env = environment
-    coordinator = env.get(COORDINATOR)
-    if coordinator == "auto":
-        return Rendezvous(None, None, None, f"{COORDINATOR}=auto")
-    processes, process = _number(PROCESSES, env), _number(PROCESS, env)
-    if processes is not None or process is not None:
-        own = _number(LOCAL, env), _number(LOCAL_COUNT, env)
-        local = None if own[0] is None or own[1] is None else (own[0], own[1])
-        return Rendezvous(coordinator, processes, process, f"{COORDINATOR}, {PROCESSES} and {PROCESS}", local)
-    for ask in (_of_open_mpi, _of_mpich, _of_slurm, _of_tpu):
-        found = ask(env)
-        if found is not None:
-            return replace(found, coordinator=coordinator or found.coordinator)
-    return None if coordinator is None else Rendezvous(coordinator, None, None, COORDINATOR)
-
-
-def _of_open_mpi(env: Mapping[str, str]) -> Rendezvous | None:
-    return _of_mpi(
-        env, "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE", ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri"),
-    )  # fmt: skip
-
-
-def _of_mpich(env: Mapping[str, str]) -> Rendezvous | None:
-    if "SLURM_STEP_NODELIST" in env:  # srun sets PMI_RANK as well, and knows the hosts
-        return None
-    return _of_mpi(env, "MPICH", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ("PMI_PORT", "PMI_ID"))
-
-
-def _of_mpi(
-    env: Mapping[str, str], name: str, size: str, rank: str, local_rank: str, local_size: str, job: tuple[str, ...]
-) -> Rendezvous | None:
-    processes, process = _number(size, env), _number(rank, env)
-    if processes is None or process is None or processes == 1:
-        return None
-    own, here = _number(local_rank, env), _number(local_size, env)
-    local = None if own is None or here is None else (own, here)
-    if here is None or here == processes:  # all of one machine: its name need not be known
-        # PMI_PORT is the same for all processes of an mpirun, PMI_ID is not: without a job's name its parent names it
-        named = next((env[key] for key in job if key in env and key != "PMI_ID"), str(os.getppid()))
-        return Rendezvous(f"127.0.0.1:{_port(named)}", processes, process, name, local)
-    return Rendezvous(None if COORDINATOR in env else _ask_mpi(name), processes, process, name, local)
-
-
-def _ask_mpi(name: str) -> str:
-    """Let process 0 choose a port and send it to the others through MPI."""
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise InvalidInput(
-            f"{name} has started processes on several machines; to find process 0 this needs mpi4py (pip install "
-            f"'terrashard[mpi]'), or {COORDINATOR}=host:port of the first one"
-        ) from error
-    import socket
-
-    world = MPI.COMM_WORLD
-    mine = None
-    if world.Get_rank() == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            mine = f"{socket.gethostname()}:{probe.getsockname()[1]}"
-    return str(world.bcast(mine, root=0))
-
-
-def _of_slurm(env: Mapping[str, str]) -> Rendezvous | None:
-    """Read the variables of a step of `srun`; the batch script has SLURM_NTASKS too, but runs alone."""
-    processes, process = _number("SLURM_STEP_NUM_TASKS", env), _number("SLURM_PROCID", env)
-    nodes = env.get("SLURM_STEP_NODELIST")
-    if processes is None or process is None or nodes is None or processes == 1:
-        return None
-    host, port = first_host(nodes), _port(f"{env.get('SLURM_JOB_ID', '')}.{env.get('SLURM_STEP_ID', '')}")
-    own, here = _number("SLURM_LOCALID", env), _tasks_here(env)
-    return Rendezvous(f"{host}:{port}", processes, process, "SLURM", None if own is None or not here else (own, here))
-
-
-def _tasks_here(env: Mapping[str, str]) -> int | None:
-    """Return the number of tasks of this node; SLURM_STEP_TASKS_PER_NODE is like "2(x3),1" for nodes 0, 1, 2 and 3."""
-    counts: list[int] = []
-    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
-            counts += [int(found[1])] * int(found[2] or 1)
-    node = _number("SLURM_NODEID", env) or 0
-    return counts[node] if node < len(counts) else None
-
-
-def first_host(nodes: str) -> str:
-    """Return the first name of a SLURM node list.
-
-    >>> first_host("gpu[007-010,012],login1"), first_host("node-1,node-2"), first_host("a[3,5]-ib")
-    ('gpu007', 'node-1', 'a3-ib')
-    """
-    found = re.match(r"([^,\[]+)(?:\[([^\]]+)\]([^,]*))?", nodes.strip())
-    if not found:
-        raise InvalidInput(f"SLURM_STEP_NODELIST is {nodes!r}, expected names such as gpu[007-010]")
-    head, numbers, tail = found[1], found[2], found[3] or ""
-    return head if numbers is None else head + re.split(r"[-,]", numbers)[0] + tail
-
-
-def _of_tpu(env: Mapping[str, str]) -> Rendezvous | None:
-    hosts = [name for name in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    if len(hosts) < 2 and "MEGASCALE_COORDINATOR_ADDRESS" not in env:
-        return None
-    return Rendezvous(None, None, None, "Cloud TPU")
-
-
-def _port(name: str) -> int:
-    return _FIRST_PORT + zlib.crc32(name.encode()) % _PORTS
 
 
 def start_distributed(
@@ -230,7 +91,7 @@ def start_distributed(
     """
     env = os.environ if environment is None else environment
     if PARENT in env:
-        die_with_parent(_number(PARENT, env) or 0)
+        die_with_parent(read_number(PARENT, env) or 0)
     found = find_rendezvous(env) or Rendezvous(None, None, None, "the call")
     coordinator = coordinator or found.coordinator
     processes = found.processes if processes is None else processes
@@ -250,6 +111,8 @@ def start_distributed(
         raise InvalidInput(f"the coordinator must be host:port, such as 10.0.0.1:1234, got {coordinator!r}")
     if not 0 <= process < processes:
         raise InvalidInput(f"process must be one of 0 … {processes - 1}, got {process}")
+    if found.late:
+        await_name(host, timeout_s)
     arguments = {
         "coordinator_address": coordinator,
         "num_processes": processes,
@@ -263,8 +126,29 @@ def start_distributed(
     return _join(arguments, f"{coordinator}, where {found.source} expects {processes} processes", timeout_s, env)
 
 
+def await_name(host: str, timeout_s: float) -> None:
+    """Wait until the name of a host is known: that of a pod is published some seconds after the pod has started.
+
+    Raises:
+        AccessError: It did not become known in time.
+    """
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            if time.monotonic() > until:
+                raise AccessError(
+                    f"no name server knows {host} within {timeout_s:g} s ({error}). Check that the first pod was "
+                    "started, and that its headless service exists"
+                ) from error
+            time.sleep(min(1.0, timeout_s / 10))
+        else:
+            return
+
+
 def _join(arguments: Mapping[str, Any], where: str, timeout_s: int, env: Mapping[str, str]) -> ProcessInfo:
-    beat = _number(HEARTBEAT, env) or _HEARTBEAT_S
+    beat = read_number(HEARTBEAT, env) or _HEARTBEAT_S
     who = f"process {arguments['process_id']}" if "process_id" in arguments else "this process"
     try:
         jax.distributed.initialize(
@@ -283,19 +167,6 @@ def _join(arguments: Mapping[str, Any], where: str, timeout_s: int, env: Mapping
     info = ProcessInfo(jax.process_index(), jax.process_count())
     logger.info("process %d of %d joined %s", info.index, info.count, where)
     return info
-
-
-def local_gpus(process: int, count: int, environment: Mapping[str, str]) -> list[int] | None:
-    """Return the GPUs of this machine for one of its `count` processes; None if there are too few to share.
-
-    >>> local_gpus(1, 2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
-    [2, 3]
-    """
-    named = environment.get("CUDA_VISIBLE_DEVICES")
-    gpus = len(glob.glob("/dev/nvidia[0-9]*")) if named is None else len([n for n in named.split(",") if n.strip()])
-    if gpus < count:
-        return None
-    return list(range(process * gpus // count, (process + 1) * gpus // count))
 
 
 def spread_mesh(config: TrainConfig) -> TrainConfig:
@@ -454,13 +325,3 @@ def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-def _number(name: str, env: Mapping[str, str]) -> int | None:
-    text = env.get(name)
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError as error:
-        raise InvalidInput(f"{name} must be a whole number, got {text!r}") from error

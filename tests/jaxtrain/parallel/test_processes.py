@@ -15,8 +15,9 @@ import pytest
 
 from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.parallel.processes import Agreement, find_rendezvous, first_host, local_gpus, spread_mesh
-from zarr_store.errors import InvalidInput
+from jaxtrain.parallel.processes import Agreement, await_name, find_rendezvous, first_host, local_gpus, spread_mesh
+from jaxtrain.parallel.rendezvous import find_group
+from zarr_store.errors import AccessError, InvalidInput
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
@@ -64,6 +65,147 @@ def test_slurm_meets_at_the_first_host_of_the_step() -> None:
     assert first_host("a1") == "a1"
     with pytest.raises(InvalidInput, match="SLURM_STEP_NODELIST"):
         first_host("")
+
+
+@pytest.mark.parametrize(
+    ("variables", "own"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_PER_TASK": "1"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "a100:2"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_TRES_PER_TASK": "cpu=4,gres/gpu:a100=2"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_ON_NODE": "4", "SLURM_GPU_BIND": "per_task:2"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "2", "SLURM_GPU_BIND": "none"}, False),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}, False),
+        ({"SLURM_GPUS_PER_TASK": "1"}, False),
+    ],
+)
+def test_gpus_that_slurm_gave_to_a_task_are_not_divided_again(variables: dict[str, str], own: bool) -> None:
+    """Its number on the machine would name a GPU that it does not see, or leave half of its own idle."""
+    found = find_rendezvous(SLURM | variables)
+    assert found is not None
+    assert found.local == (None if own else (1, 2))
+
+
+TRAINER = {
+    "JAX_NUM_PROCESSES": "16", "JAX_PROCESS_ID": "3", "JAX_COORDINATOR_ADDRESS": "zagreb-node-0-0.zagreb:29500",
+    "JAX_COORDINATOR_PORT": "29500", "JAX_DISTRIBUTED_BACKEND": "gloo",
+}  # fmt: skip
+JAXJOB = {
+    "COORDINATOR_ADDRESS": "zagreb-worker-0", "COORDINATOR_PORT": "6666", "NUM_PROCESSES": "4", "PROCESS_ID": "1",
+}  # fmt: skip
+TORCH = {
+    "PET_NNODES": "4", "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "zagreb-node-0-0.zagreb",
+    "PET_MASTER_PORT": "29500",
+}  # fmt: skip
+JOBSET = {
+    "JOB_COMPLETION_INDEX": "5", "JOBSET_NAME": "zagreb", "REPLICATED_JOB_NAME": "process", "JAX_NUM_PROCESSES": "8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "coordinator", "processes", "process", "source"),
+    [
+        (TRAINER, "zagreb-node-0-0.zagreb:29500", 16, 3, "Kubeflow Trainer"),
+        (JAXJOB, "zagreb-worker-0:6666", 4, 1, "Kubeflow JAXJob"),
+        (TORCH, "zagreb-node-0-0.zagreb:29500", 4, 2, "Kubeflow's torch runtime"),
+        (JOBSET, "zagreb-process-0-0.zagreb:", 8, 5, "JobSet"),
+        (
+            {
+                "JOB_COMPLETION_INDEX": "1",
+                "JOBSET_NAME": "z",
+                "HOSTNAME": "z-my-job-0-1",
+                "JAX_PROCESS_COUNT": "2",
+            },
+            "z-my-job-0-0.z:",
+            2,
+            1,
+            "JobSet",
+        ),
+        (  # as manifests for JobSet often have it: the index is that of Kubernetes
+            {"JOB_COMPLETION_INDEX": "1", "JAX_COORDINATOR_ADDRESS": "a-0-0.a", "JAX_COORDINATOR_PORT": "1234",
+             "JAX_PROCESS_COUNT": "2"},
+            "a-0-0.a:1234", 2, 1, "Kubeflow Trainer",
+        ),
+    ],
+)  # fmt: skip
+def test_what_kubernetes_injects_is_understood(
+    variables: dict[str, str], coordinator: str, processes: int, process: int, source: str
+) -> None:
+    found = find_rendezvous(variables)
+    assert found is not None
+    assert (found.coordinator or "").startswith(coordinator)
+    assert (found.processes, found.process, found.source) == (processes, process, source)
+    assert found.local is None  # a pod has its own GPUs
+    assert found.late
+    host, _, port = (found.coordinator or "").rpartition(":")
+    assert host
+    assert port.isdecimal()
+
+
+def test_a_pod_alone_and_a_pod_that_knows_too_little() -> None:
+    for variables in (
+        TRAINER | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+        TORCH | {"PET_NNODES": "1", "PET_NODE_RANK": "0"},
+        JOBSET | {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"},
+        {"JOB_COMPLETION_INDEX": "1"},  # an indexed Job whose pods have nothing to do with each other
+        {"NUM_PROCESSES": "4", "PROCESS_ID": "1"},  # names that anything may have
+    ):
+        assert find_rendezvous(variables) is None
+    with pytest.raises(InvalidInput, match="zagreb needs JAX_NUM_PROCESSES, which JobSet does not set by itself"):
+        find_rendezvous({name: value for name, value in JOBSET.items() if name != "JAX_NUM_PROCESSES"})
+    with pytest.raises(InvalidInput, match="pod 5 of Job 0 is none of 4 processes"):
+        find_rendezvous(JOBSET | {"JAX_NUM_PROCESSES": "4"})
+    with pytest.raises(InvalidInput, match="pod 1 of Job 1 is none"):
+        find_rendezvous(JOBSET | {"JOB_INDEX": "1", "JOB_COMPLETION_INDEX": "1"})
+    with pytest.raises(InvalidInput, match="PET_NNODES must be a whole number, got '1:4'"):
+        find_rendezvous(TORCH | {"PET_NNODES": "1:4"})
+    # the address alone leaves the numbers to the starter that has them
+    both = find_rendezvous(SLURM | {"JAX_COORDINATOR_ADDRESS": "h:1"})
+    assert both is not None
+    assert both.source == "SLURM"
+
+
+def test_the_name_of_the_first_pod_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([OSError("unknown"), OSError("unknown"), []])
+
+    def lookup(host: str, port: None) -> list[Any]:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("socket.getaddrinfo", lookup)
+    await_name("zagreb-node-0-0.zagreb", 0.5)
+    assert next(answers, None) is None
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("unknown")))
+    with pytest.raises(AccessError, match=r"no name server knows zagreb-0 within 0\.05 s .*headless service"):
+        await_name("zagreb-0", 0.05)
+
+
+def test_replicas_meet_at_the_launcher_or_at_process_0() -> None:
+    launched = {"TERRASHARD_HETERO_COORDINATOR": "10.0.0.1:7000", "TERRASHARD_HETERO_SECRET": "s3cret",
+                "TERRASHARD_HETERO_NAME": "gpu-a"}  # fmt: skip
+    group = find_group(launched)
+    assert group is not None
+    assert (group.address, group.name, group.leads) == ("10.0.0.1:7000", "gpu-a", False)
+    assert "s3cret" not in repr(group)
+    # in a batch job nobody else is there: process 0 leads, and all work out the same address
+    variables = {"TERRASHARD_HETERO_SECRET": "s", "TERRASHARD_HETERO_MIN": "2", "TERRASHARD_HETERO_MAX": "6"}
+    own, first = find_group(SLURM | variables), find_group(SLURM | variables | {"SLURM_PROCID": "0"})
+    assert own is not None
+    assert first is not None
+    assert (own.leads, first.leads, own.expected, own.least, own.most) == (False, True, 5, 2, 6)
+    assert own.address == first.address
+    assert own.name != first.name
+    distributed = find_rendezvous(SLURM)
+    assert distributed is not None
+    assert own.address != distributed.coordinator
+    assert find_group(SLURM) is None
+    assert find_group(variables) is None
+    with pytest.raises(InvalidInput, match="TERRASHARD_HETERO_SECRET is not"):
+        find_group({"TERRASHARD_HETERO_COORDINATOR": "10.0.0.1:7000"})
+    with pytest.raises(InvalidInput, match="must be host:port"):
+        find_group(launched | {"TERRASHARD_HETERO_COORDINATOR": "10.0.0.1"})
 
 
 def test_what_is_named_wins_and_tpu_is_left_to_jax() -> None:
