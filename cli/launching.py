@@ -1,74 +1,174 @@
-"""Start the processes of a run, here or on Dask workers; `ingest.run.cluster` and `jaxtrain.launch` meet here."""
+"""Start the processes of a run: here, over SSH or on Dask workers; or write the job file by which others start them."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import socket
 import sys
 import threading
-import time
-import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from cli.session import Session, speak
-from jaxtrain.launch import LaunchConfig, OnLine, Outcome, Process, describe, first_cause, launch, restart_wanted
-from zarr_store.errors import AccessError, InvalidInput
+from jaxtrain.launch import LaunchConfig, OnLine, Outcome, describe, launch_at
+from jaxtrain.launching.places import Places, ThisMachine
+from zarr_store.errors import InvalidInput
 
-__all__ = ["run_launch"]
-
-_POLL_S = 0.2
-_GRACE_S = 30.0
-_LAST_LINES_S = 10.0
-_FORWARDED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "TERRASHARD_HEARTBEAT_S")
-"""Variables of the caller that decide how JAX computes; for all else a worker keeps its own environment."""
+__all__ = ["LaunchOptions", "TrainWords", "run_launch"]
 
 
-def run_launch(
-    session: Session,
-    words: Sequence[str],
-    *,
-    processes: int | None,
-    dask: str | None,
-    restarts: int,
-    grace_s: float,
-) -> int:
+@dataclass(frozen=True)
+class LaunchOptions:
+    """The options of `terrashard launch`, as they were typed.
+
+    Attributes:
+        processes: Number of processes, or None.
+        dask: Address of a Dask scheduler.
+        hosts: Hosts of SSH, separated by commas.
+        emit: Kind of job file to write instead of starting anything.
+        to: File to write; "-" is standard output.
+        join: Address of a group that another launcher holds.
+        listen: HOST or HOST:PORT at which the coordinator of a group listens.
+        least, most: Fewest and largest number of processes.
+        replace: Whether a replica that dies is replaced.
+        restarts: How often all processes, or one replica, start again.
+        grace_s: Seconds to save and end.
+        cluster_options: KEY=VALUE.
+    """
+
+    processes: int | None = None
+    dask: str | None = None
+    hosts: str | None = None
+    emit: Literal["sbatch", "jobset", "trainjob"] | None = None
+    to: Path | None = None
+    join: str | None = None
+    listen: str | None = None
+    least: int | None = None
+    most: int | None = None
+    replace: bool = True
+    restarts: int = 3
+    grace_s: float = 60.0
+    cluster_options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        ways = [f"--{name}" for name in ("hosts", "dask", "emit") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise InvalidInput(f"{' and '.join(ways)} are different ways to start one run; give one of them")
+        if self.join is not None and (self.emit is not None or self.listen is not None):
+            other = "--emit" if self.emit is not None else "--listen"
+            raise InvalidInput(f"--join adds processes to a group that has its coordinator; leave {other} out")
+        if self.to is not None and self.emit is None:
+            raise InvalidInput("--to names the job file of --emit; add --emit sbatch, jobset or trainjob")
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise InvalidInput(
+                f"--min-processes {self.least} is more than --max-processes {self.most}; expected 1 ≤ min ≤ max"
+            )
+        if self.cluster_options and self.hosts is None and self.emit is None:
+            raise InvalidInput("--cluster-option is for --hosts and --emit; leave it out, or give one of these")
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The KEY=VALUE options."""
+        pairs = [text.partition("=") for text in self.cluster_options]
+        for name, equals, _ in pairs:
+            if not equals or not name.strip():
+                raise InvalidInput(f"--cluster-option expects KEY=VALUE, e.g. queue=short, got {name!r}")
+        return {name.strip().replace("-", "_"): value.strip() for name, _, value in pairs}
+
+
+@dataclass(frozen=True)
+class TrainWords:
+    """The command that each process runs: train CONFIG.toml --out RUN …
+
+    Attributes:
+        words: All words, beginning with train.
+        files: Configuration files in the order in which they are read.
+        out: The run directory, or None.
+        overrides: The texts of --set.
+    """
+
+    words: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    out: str | None = None
+    overrides: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> TrainWords:
+        """Find the parts of a training command.
+
+        Raises:
+            InvalidInput: It is another command.
+        """
+        words = list(words[1:] if words and words[0] == "terrashard" else words)
+        if not words or words[0] != "train":
+            raise InvalidInput(
+                f"launch starts training runs, got {' '.join(words) or 'nothing'!r}: terrashard launch -n 2 -- train "
+                "CONFIG.toml --out RUN"
+            )
+        values: dict[str, list[str]] = defaultdict(list)
+        rest = iter(words[1:])
+        for word in rest:
+            name, equals, value = word.partition("=")
+            if name in ("--out", "--set", "--config"):
+                values[name].append(value if equals else next(rest, ""))
+            elif not word.startswith("-"):
+                values["CONFIG"].append(word)
+        out = values["--out"][-1] if values["--out"] else None
+        return cls(tuple(words), (*values["CONFIG"][:1], *values["--config"][-1:]), out or None, tuple(values["--set"]))
+
+    def has_replicas(self) -> bool:
+        """Return whether the run may change its machines, by its configuration as far as it can be read here."""
+        from jaxtrain.settings import merge, override, read_toml
+
+        settings: dict[str, Any] = {}
+        for name in self.files:
+            try:
+                settings = merge(settings, read_toml(Path(name)))
+            except InvalidInput:
+                continue  # training will report it, or the file is on other machines only
+        for text in self.overrides:
+            settings = override(settings, text)
+        table = settings.get("hetero")
+        return bool(isinstance(table, Mapping) and table.get("enabled"))
+
+
+def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -> int:
     """Run `terrashard WORDS` as several processes and return the exit code.
 
     Raises:
-        InvalidInput: WORDS is not a training command, or neither a number nor a cluster is given.
-        AccessError: The Dask cluster does not answer, or has too few workers.
+        InvalidInput: WORDS is not a training command, or the options contradict each other.
+        AccessError: A host or the Dask cluster does not answer, or has too few workers.
+        Locked: Another launcher holds the group of the run.
     """
-    words = list(words[1:] if words and words[0] == "terrashard" else words)
-    if not words or words[0] != "train":
-        raise InvalidInput(
-            f"launch starts training runs, got {' '.join(words) or 'nothing'!r}: terrashard launch -n 2 -- train "
-            "CONFIG.toml --out RUN"
-        )
-    if session.json and "--json" not in words:
-        words.append("--json")
-    said: list[str] = []
-    show = _printer(session, raw="--json" in words, said=said)
-
-    def on_restart(number: int, why: str) -> None:
-        session.warn(f"{why}; all start again from the newest checkpoint (restart {number} of {restarts})")
-
-    if dask is None:
-        if processes is None:
-            raise InvalidInput("give the number of processes with -n 2, or --dask ADDRESS for one on each worker")
-        command = [sys.executable, "-P", "-m", "cli.main", *words]
-        config = LaunchConfig(processes, restarts, grace_s)
-        outcome = launch(command, config, on_line=show, on_restart=on_restart)
-    else:
-        outcome = _launch_on_dask(dask, words, processes, restarts, show, on_restart)
+    typed = list(words)
+    if session.json and "--json" not in typed and options.emit is None:
+        typed.append("--json")
+    train = TrainWords.parse(typed)
+    replicas = train.has_replicas()
+    for name, given in (("--min-processes", options.least), ("--max-processes", options.most),
+                        ("--join", options.join), ("--listen", options.listen)):  # fmt: skip
+        if given is not None and not replicas:
+            raise InvalidInput(
+                f"{name} is for runs whose processes may come and go: add --set hetero.enabled=true to the train command"
+            )
+    if options.emit is not None:
+        return _write_job(session, train, options, replicas=replicas)
+    said: dict[int, list[str]] = defaultdict(list)
+    with _places(train, options) as (places, address):
+        show = _printer(session, places.names, raw="--json" in train.words, replicas=replicas, said=said)
+        if replicas:
+            outcome = _launch_replicas(session, places, address, train, options, show)
+        else:
+            outcome = _launch_together(session, places, options, show)
+        names = list(places.names)
     if outcome.exit_code:
         session.fail(
-            f"{describe(outcome.codes)}, after {outcome.restarts} restart(s); the same command continues from the "
-            "newest checkpoint"
+            f"{describe(outcome.codes, names)}, after {outcome.restarts} restart(s); the same command continues from "
+            "the newest checkpoint"
         )
     session.emit(
         {
@@ -81,8 +181,139 @@ def run_launch(
     return outcome.exit_code
 
 
-def _printer(session: Session, *, raw: bool, said: list[str]) -> OnLine:
-    """Return a function that shows lines with their process number; with --json, the first document is kept."""
+@contextmanager
+def _places(train: TrainWords, options: LaunchOptions) -> Iterator[tuple[Places, str]]:
+    """Open the places of a run; yields them and this machine's address towards them."""
+    from jaxtrain.launching.group import address_towards
+
+    if options.hosts is not None:
+        from cli.dask_workers import FORWARDED
+        from jaxtrain.launching.hosts import HostOptions, parse_hosts
+        from jaxtrain.launching.remote import RemoteHosts
+
+        hosts = parse_hosts(options.hosts)
+        if options.processes not in (None, len(hosts)):
+            raise InvalidInput(
+                f"-n {options.processes} with {len(hosts)} hosts: one process runs on each host; leave -n out, or name "
+                f"{options.processes} hosts"
+            )
+        with RemoteHosts(
+            hosts, ["-P", "-m", "cli.main", *train.words], paths=train.files,
+            options=HostOptions.from_options(options.settings, grace_s=options.grace_s),
+            environment={name: os.environ[name] for name in FORWARDED if name in os.environ},
+        ) as remote:  # fmt: skip
+            yield remote, remote.our_address
+    elif options.dask is not None:
+        from urllib.parse import urlsplit
+
+        from cli.dask_workers import dask_workers
+
+        with dask_workers(options.dask, train.words, options.processes) as workers:
+            scheduler = urlsplit(options.dask)
+            yield workers, address_towards(scheduler.hostname or "127.0.0.1", scheduler.port or 8786)
+    else:
+        processes = 1 if options.processes is None and options.join is not None else options.processes
+        if processes is None:
+            raise InvalidInput(
+                "give the number of processes with -n 2, or --dask ADDRESS for one on each worker, or --hosts A,B for "
+                "one on each host"
+            )
+        yield ThisMachine([sys.executable, "-P", "-m", "cli.main", *train.words], processes), "127.0.0.1"
+
+
+def _launch_together(session: Session, places: Places, options: LaunchOptions, show: OnLine) -> Outcome:
+    def on_restart(number: int, why: str) -> None:
+        session.warn(f"{why}; all start again from the newest checkpoint (restart {number} of {options.restarts})")
+
+    config = LaunchConfig(len(places.names), options.restarts, options.grace_s)
+    return launch_at(places, config, on_line=show, on_restart=on_restart)
+
+
+def _launch_replicas(
+    session: Session, places: Places, address: str, train: TrainWords, options: LaunchOptions, show: OnLine
+) -> Outcome:
+    """Launch replicas with the coordinator of their group, or into the group of another launcher."""
+    from jaxtrain.launching.group import find_group_point, hold_group
+    from jaxtrain.launching.replicas import ReplicaConfig, launch_replicas
+
+    processes, least = len(places.names), options.least or 1
+    config = ReplicaConfig(
+        processes, 1 if options.join else least, options.most, options.replace, options.restarts, options.grace_s
+    )
+    run = None if train.out is None else Path(train.out)
+    variables: dict[str, Any] = {"expected": processes, "least": least, "most": options.most}
+    if options.join is not None:
+        point = find_group_point(options.join, run)
+        return launch_replicas(places, config, point.environment(**variables), on_line=show, on_event=session.warn)
+    if least > processes:
+        raise InvalidInput(
+            f"--min-processes {least} is more than the {processes} processes that are started; start more, or need fewer"
+        )
+    with hold_group(run, _bind(options.listen, address), **variables, on_event=session.warn) as point:
+        session.note(
+            f"group of {processes} processes at {point.address}; more are added with: terrashard launch --join "
+            f"{point.address} -- {' '.join(train.words)}"
+        )
+        return launch_replicas(
+            places, config, point.environment(**variables), on_line=show, on_event=session.warn, members=point.members
+        )
+
+
+def _bind(listen: str | None, address: str) -> str:
+    """Return host:port for the coordinator: as asked, else this machine's address towards the processes.
+
+    >>> _bind(None, "127.0.0.1"), _bind("10.0.0.5", ""), _bind("10.0.0.5:7000", ""), _bind("[::1]:7000", "")
+    ('127.0.0.1:0', '10.0.0.5:0', '10.0.0.5:7000', '[::1]:7000')
+    """
+    host = listen or address
+    if ":" in host and not host.startswith("[") and host.count(":") > 1:
+        host = f"[{host}]"
+    port = host.rpartition("]")[2].rpartition(":")
+    if port[1] and not (port[2].isdecimal() and int(port[2]) < 65536):
+        raise InvalidInput(f"--listen {listen}: expected HOST or HOST:PORT, such as 10.0.0.5:7000")
+    return host if port[1] else f"{host}:0"
+
+
+def _write_job(session: Session, train: TrainWords, options: LaunchOptions, *, replicas: bool) -> int:
+    """Write the job file of --emit; nothing is started."""
+    from jaxtrain.launching.job import Job, job_name, write_job_file
+    from jaxtrain.launching.kubernetes import jobset, resource_text, train_job
+    from jaxtrain.launching.replicas import ReplicaConfig
+    from jaxtrain.launching.sbatch import sbatch_script
+
+    if options.processes is None:
+        raise InvalidInput(f"--emit {options.emit} needs the number of processes: -n 16")
+    if train.out is None or not train.files:
+        raise InvalidInput(
+            f"--emit {options.emit} needs the whole command, as the job runs it: -- train CONFIG.toml --out RUN"
+        )
+    least = options.least or 1
+    if replicas:
+        ReplicaConfig(options.processes, least, options.most)  # checks the limits
+    job = Job(
+        train.words, job_name(train.out), options.processes, replicas=replicas, least=least, most=options.most,
+        restarts=options.restarts, options=options.settings,
+    )  # fmt: skip
+    if options.emit == "sbatch":
+        text, command, suffix = sbatch_script(job), "sbatch", "sbatch"
+    else:
+        make = jobset if options.emit == "jobset" else train_job
+        text, command, suffix = resource_text(job, make(job)), "kubectl create -f", "yaml"
+    if options.to is not None and str(options.to) == "-":
+        session.say_lines(text.rstrip("\n"))
+        session.emit({"exit_code": 0, "restarts": 0, "codes": [], "result": None, "file": None})
+        return 0
+    path = options.to or Path(f"{job.name}.{suffix}")
+    write_job_file(path, text)
+    session.say(f"wrote {path}; start it with: {command} {path}")
+    session.emit({"exit_code": 0, "restarts": 0, "codes": [], "result": None, "file": str(path)})
+    return 0
+
+
+def _printer(
+    session: Session, names: Sequence[str], *, raw: bool, replicas: bool, said: dict[int, list[str]]
+) -> OnLine:
+    """Return a function that shows lines with the name of their process; with --json, documents are kept."""
     from zarr_store.printable import printable_json
 
     whole_lines = threading.Lock()
@@ -90,173 +321,23 @@ def _printer(session: Session, *, raw: bool, said: list[str]) -> OnLine:
     def show(number: int, stream: str, line: str) -> None:
         with whole_lines:
             if raw and stream == "stdout":
-                if number == 0:
-                    said.append(line)
-                    if not session.json:
-                        sys.stdout.write(f"{printable_json(line)}\n")  # the first one's JSON, as it came
+                said[number].append(line)
+                if (number == 0 or replicas) and not session.json:
+                    sys.stdout.write(f"{printable_json(line)}\n")  # the JSON of the process that writes it, as it came
                 return
             out = sys.stdout if stream == "stdout" and not session.json else sys.stderr
-            speak(f"[{number}] {line}", out)
+            speak(f"[{names[number]}] {line}", out)
 
     return show
 
 
-def _document(said: Sequence[str]) -> Any:
+def _document(said: Mapping[int, Sequence[str]]) -> Any:
     """Return the JSON that a process wrote; Gloo, which connects processes, writes lines of its own before it."""
-    try:
-        return json.loads("\n".join(itertools.dropwhile(lambda line: line != "{", said)))
-    except ValueError:
-        return None
-
-
-# ---- On the workers of a Dask cluster: one task holds one process.
-
-
-def _launch_on_dask(
-    address: str,
-    words: Sequence[str],
-    processes: int | None,
-    restarts: int,
-    show: OnLine,
-    on_restart: Callable[[int, str], None],
-) -> Outcome:
-    from ingest.request.config import IngestConfig
-    from ingest.run.cluster import open_cluster
-
-    done = 0
-    with open_cluster(IngestConfig(scheduler=address)) as client:
-        while True:
-            codes = _attempt_on_dask(client, words, processes, show)
-            cause = first_cause(codes)
-            if not restart_wanted(cause) or done == restarts:
-                return Outcome(cause if cause >= 0 else 1, done, codes)
-            done += 1
-            on_restart(done, describe(codes))
-            time.sleep(1.0)
-
-
-def _attempt_on_dask(client: Any, words: Sequence[str], processes: int | None, show: OnLine) -> tuple[int, ...]:
-    """Start all processes once; the first that fails ends the others. One worker holds one process."""
-    import distributed
-
-    wait: Callable[..., Any] = distributed.wait
-
-    workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
-    wanted = len(workers) if processes is None else processes
-    if not workers or wanted > len(workers):
-        raise AccessError(
-            f"{wanted or 'some'} processes need as many Dask workers, the cluster has {len(workers)}; start more, or "
-            "give a smaller -n"
-        )
-    chosen = workers[:wanted]
-    topic = f"terrashard-launch-{uuid.uuid4().hex[:12]}"
-    coordinator = client.submit(_rendezvous, workers=[chosen[0]], allow_other_workers=False, pure=False).result()
-    environment = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
-    environment |= {"TERRASHARD_COORDINATOR": coordinator, "TERRASHARD_PROCESSES": str(wanted)}
-    with _lines_of(client, topic, show) as heard:
-        futures = [
-            client.submit(
-                _hold_process, list(words), number, environment, topic, key=f"{topic}-{number}", workers=[worker],
-                allow_other_workers=False, pure=False, retries=0, priority=100,
-            )
-            for number, worker in enumerate(chosen)
-        ]  # fmt: skip
-        codes: dict[int, int] = {}
-        pending = set(futures)
-        try:
-            while pending and not any(codes.values()):
-                ended, pending = wait(pending, return_when="FIRST_COMPLETED")
-                for future in ended:
-                    codes[futures.index(future)] = _code_of(future)
-            # processes that report the cause themselves get a moment for it
-            if pending:
-                wait(pending, timeout=3.0)
-        except TimeoutError:
-            pass
-        finally:
-            client.cancel([future for future in futures if not future.done()])
-        for number, future in enumerate(futures):
-            if number not in codes:
-                codes[number] = _code_of(future) if future.done() and not future.cancelled() else -15
-        _hear_out(futures, heard)
-    return tuple(codes[number] for number in range(wanted))
-
-
-def _code_of(future: Any) -> int:
-    """Return the exit code of the task; 1 where its worker died with it."""
-    return int(future.result()[0]) if future.status == "finished" else 1
-
-
-def _hear_out(futures: Sequence[Any], heard: Counter[int]) -> None:
-    """Wait for the last lines of ended processes: they arrive separately from the result, and later."""
-    told = {number: int(f.result()[1]) for number, f in enumerate(futures) if f.status == "finished"}
-    until = time.monotonic() + _LAST_LINES_S
-    while any(heard[number] < lines for number, lines in told.items()) and time.monotonic() < until:
-        time.sleep(_POLL_S)
-
-
-@contextmanager
-def _lines_of(client: Any, topic: str, show: OnLine) -> Iterator[Counter[int]]:
-    """Show the lines of the processes; yields how many lines of each have arrived."""
-    heard: Counter[int] = Counter()
-
-    def receive(event: tuple[float, Mapping[str, Any]]) -> None:
-        _, line = event
-        show(int(line["process"]), str(line["stream"]), str(line["text"]))
-        heard[int(line["process"])] += 1
-
-    client.subscribe_topic(topic, receive)
-    try:
-        yield heard
-    finally:
-        client.unsubscribe_topic(topic)
-
-
-def _rendezvous() -> str:
-    """Return the address of this worker, as the others see it, and a free port. Runs on the first worker."""
-    from distributed import get_worker
-
-    host = get_worker().address.rpartition("://")[2].rpartition(":")[0].strip("[]")
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return f"{host}:{probe.getsockname()[1]}"
-
-
-def _hold_process(words: list[str], number: int, environment: dict[str, str], topic: str) -> tuple[int, int]:
-    """Run one process to its end on a worker; return its exit code and how many lines it wrote.
-
-    The process ends with the worker, and when the client cancels the task.
-    """
-    import distributed
-
-    worker = distributed.get_worker()
-    key = f"{topic}-{number}"
-    leave_pool: Callable[[], None] = distributed.secede
-    leave_pool()  # a task of hours is no measure of other tasks, and must not keep a thread of the pool from them
-
-    counting = threading.Lock()
-    lines = 0
-
-    def on_line(process: int, stream: str, text: str) -> None:
-        nonlocal lines
-        with counting:
-            lines += 1
-        worker.log_event(topic, {"process": process, "stream": stream, "text": text})
-
-    command = [sys.executable, "-P", "-m", "cli.main", *words]
-    process = Process(command, number, environment | {"TERRASHARD_PROCESS": str(number)}, on_line)
-    try:
-        while process.code() is None:
-            task = worker.state.tasks.get(key)
-            if task is None or task.state not in ("executing", "long-running"):
-                break
-            time.sleep(_POLL_S)
-        if process.code() is None:  # cancelled: it saves first, as after any SIGTERM
-            process.stop()
-            until = time.monotonic() + _GRACE_S
-            while process.code() is None and time.monotonic() < until:
-                time.sleep(_POLL_S)
-    finally:
-        process.stop(at_once=True)
-        code = process.finish()
-    return code, lines
+    for number in sorted(said):
+        lines = said[number]
+        for start in reversed([index for index, line in enumerate(lines) if line == "{"]):
+            try:
+                return json.loads("\n".join(lines[start:]))
+            except ValueError:
+                continue
+    return None
