@@ -33,12 +33,12 @@ _KILLED_S = 10.0
 
 
 @contextmanager
-def dask_workers(address: str, words: Sequence[str], processes: int | None) -> Iterator[DaskWorkers]:
+def dask_workers(address: str, command: Sequence[str], processes: int | None) -> Iterator[DaskWorkers]:
     """Open the workers of the cluster at `address` as places of a run.
 
     Args:
         address: Address of the scheduler, such as tcp://10.0.0.1:8786.
-        words: The command without `terrashard`.
+        command: Arguments of the Python of each worker.
         processes: Number of processes; None starts one on each worker.
 
     Raises:
@@ -60,7 +60,7 @@ def dask_workers(address: str, words: Sequence[str], processes: int | None) -> I
                 f"{wanted or 'some'} processes need as many Dask workers, the cluster has {len(workers)}; start more, "
                 "or give a smaller -n"
             )
-        places = DaskWorkers(client, words, wanted)
+        places = DaskWorkers(client, command, wanted)
         with places.listening():
             yield places
 
@@ -70,17 +70,17 @@ class DaskWorkers:
 
     Args:
         client: Connected to the cluster.
-        words: The command without `terrashard`.
+        command: Arguments of the Python of each worker.
         processes: Number of places.
     """
 
-    def __init__(self, client: Any, words: Sequence[str], processes: int) -> None:
+    def __init__(self, client: Any, command: Sequence[str], processes: int) -> None:
         self.client = client
         self.names = [str(number) for number in range(processes)]
         self.topic = f"terrashard-launch-{uuid.uuid4().hex[:12]}"
         self.heard: Counter[str] = Counter()
         """Number of lines that have come from each process, by the key of its task."""
-        self._words = list(words)
+        self._command = list(command)
         self._chosen: dict[int, str] = {}
         self._listeners: dict[str, tuple[int, OnLine]] = {}
         self._count = 0
@@ -103,7 +103,7 @@ class DaskWorkers:
         self._listeners[key] = (number, on_line)
         values = {name: os.environ[name] for name in FORWARDED if name in os.environ} | dict(environment)
         future = self.client.submit(
-            _hold_process, self._words, number, values, self.topic, key, key=key, workers=[where],
+            _hold_process, self._command, number, values, self.topic, key, key=key, workers=[where],
             allow_other_workers=False, pure=False, retries=0, priority=100,
         )  # fmt: skip
         return DaskProcess(self, future, key, where)
@@ -118,7 +118,6 @@ class DaskWorkers:
         mine = self._chosen.get(number)
         if mine not in there:
             taken = {where for other, where in self._chosen.items() if other != number}
-            # the others keep the workers that they are about to get
             idle = [where for where in there if where not in taken]
             if not idle:
                 raise AccessError(
@@ -219,7 +218,9 @@ def _stop_process(key: str, at_once: bool) -> None:
         process.stop(at_once=at_once)
 
 
-def _hold_process(words: list[str], number: int, environment: dict[str, str], topic: str, key: str) -> tuple[int, int]:
+def _hold_process(
+    arguments: list[str], number: int, environment: dict[str, str], topic: str, key: str
+) -> tuple[int, int]:
     """Run one process to its end on a worker; return its exit code and how many lines it wrote.
 
     The process ends with the worker, and when the client cancels the task or is gone.
@@ -239,8 +240,7 @@ def _hold_process(words: list[str], number: int, environment: dict[str, str], to
             lines += 1
         worker.log_event(topic, {"key": key, "stream": stream, "text": text})
 
-    command = [sys.executable, "-P", "-m", "cli.main", *words]
-    process = _held[key] = Process(command, number, environment, on_line)
+    process = _held[key] = Process([sys.executable, *arguments], number, environment, on_line)
     try:
         while process.code() is None:
             task = worker.state.tasks.get(key)

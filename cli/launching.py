@@ -153,7 +153,8 @@ def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -
                         ("--join", options.join), ("--listen", options.listen)):  # fmt: skip
         if given is not None and not replicas:
             raise InvalidInput(
-                f"{name} is for runs whose processes may come and go: add --set hetero.enabled=true to the train command"
+                f"{name} is for runs whose processes may come and go: add --set hetero.enabled=true to the train "
+                "command"
             )
     if options.emit is not None:
         return _write_job(session, train, options, replicas=replicas)
@@ -186,6 +187,7 @@ def _places(train: TrainWords, options: LaunchOptions) -> Iterator[tuple[Places,
     """Open the places of a run; yields them and this machine's address towards them."""
     from jaxtrain.launching.group import address_towards
 
+    arguments = ["-P", "-m", "cli.main", *train.words]
     if options.hosts is not None:
         from cli.dask_workers import FORWARDED
         from jaxtrain.launching.hosts import HostOptions, parse_hosts
@@ -198,7 +200,7 @@ def _places(train: TrainWords, options: LaunchOptions) -> Iterator[tuple[Places,
                 f"{options.processes} hosts"
             )
         with RemoteHosts(
-            hosts, ["-P", "-m", "cli.main", *train.words], paths=train.files,
+            hosts, arguments, paths=train.files,
             options=HostOptions.from_options(options.settings, grace_s=options.grace_s),
             environment={name: os.environ[name] for name in FORWARDED if name in os.environ},
         ) as remote:  # fmt: skip
@@ -208,7 +210,7 @@ def _places(train: TrainWords, options: LaunchOptions) -> Iterator[tuple[Places,
 
         from cli.dask_workers import dask_workers
 
-        with dask_workers(options.dask, train.words, options.processes) as workers:
+        with dask_workers(options.dask, arguments, options.processes) as workers:
             scheduler = urlsplit(options.dask)
             yield workers, address_towards(scheduler.hostname or "127.0.0.1", scheduler.port or 8786)
     else:
@@ -218,7 +220,7 @@ def _places(train: TrainWords, options: LaunchOptions) -> Iterator[tuple[Places,
                 "give the number of processes with -n 2, or --dask ADDRESS for one on each worker, or --hosts A,B for "
                 "one on each host"
             )
-        yield ThisMachine([sys.executable, "-P", "-m", "cli.main", *train.words], processes), "127.0.0.1"
+        yield ThisMachine([sys.executable, *arguments], processes), "127.0.0.1"
 
 
 def _launch_together(session: Session, places: Places, options: LaunchOptions, show: OnLine) -> Outcome:
@@ -247,7 +249,8 @@ def _launch_replicas(
         return launch_replicas(places, config, point.environment(**variables), on_line=show, on_event=session.warn)
     if least > processes:
         raise InvalidInput(
-            f"--min-processes {least} is more than the {processes} processes that are started; start more, or need fewer"
+            f"--min-processes {least} is more than the {processes} processes that are started; start more, or need "
+            "fewer"
         )
     with hold_group(run, _bind(options.listen, address), **variables, on_event=session.warn) as point:
         session.note(

@@ -6,9 +6,11 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["FINAL", "INTERRUPTED", "PREEMPTED", "Outcome", "describe", "first_cause", "restart_wanted"]
+__all__ = ["FINAL", "INTERRUPTED", "LOST", "PREEMPTED", "Outcome", "describe", "first_cause", "restart_wanted"]
 
 PREEMPTED, INTERRUPTED = 75, 130
+LOST = 255
+"""Exit code of a process whose machine cannot be reached, as `ssh` itself gives it."""
 FINAL = (2, 4, 5, 6, 7, PREEMPTED, INTERRUPTED)
 """Exit codes after which a restart is useless: the cause stays, or the user has asked for the end."""
 

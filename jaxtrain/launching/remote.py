@@ -23,13 +23,11 @@ from typing import Any, TypeVar
 
 from jaxtrain.launching import bootstrap
 from jaxtrain.launching.hosts import Host, HostOptions
+from jaxtrain.launching.outcome import LOST
 from jaxtrain.launching.process import OnLine
 from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = ["RemoteHosts", "RemoteProcess"]
-
-LOST = 255
-"""Exit code of a process whose connection was lost, as `ssh` itself gives it."""
 
 _KEEPALIVE_S, _SILENT = 15, 4
 """A host that leaves this many questions unanswered, one each so many seconds, is lost."""

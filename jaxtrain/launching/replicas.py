@@ -1,7 +1,8 @@
 """`launch_replicas` keeps the replicas of a run going that may change its machines: one that dies ends nobody else.
 
 Each place has at most one process at a time. A process that dies is replaced after a pause that grows, a bounded number
-of times; one that had worked for a minute starts the count anew. The run ends when a process reports that it is done,
+of times; one that had worked for a minute starts the count anew. A place that cannot be reached is tried again for as
+long as others work: a host may come back hours later. The run ends when a process reports that it is done,
 when it is asked to, or when fewer processes are left than it needs.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from jaxtrain.launching.outcome import (
     INTERRUPTED,
+    LOST,
     PREEMPTED,
     Outcome,
     describe,
@@ -84,13 +86,13 @@ class _Slot:
     due: float | None = 0.0
     code: int = 0
 
-    def wait(self, config: ReplicaConfig, now: float) -> float | None:
+    def wait(self, config: ReplicaConfig, now: float, *, bounded: bool) -> float | None:
         """Return the pause before the next process, None if there will be none."""
         if now - self.started >= config.steady_s:
             self.failures = 0
-        if not config.replace or self.failures >= config.restarts:
+        if not config.replace or (bounded and self.failures >= config.restarts):
             return None
-        pause = min(config.pause_s * 2.0**self.failures, _LONGEST_PAUSE_S)
+        pause = min(config.pause_s * 2.0 ** min(self.failures, 16), _LONGEST_PAUSE_S)
         self.failures += 1
         return pause
 
@@ -184,7 +186,7 @@ class _Replicas:
         try:
             slot.running = self.places.start(slot.number, {**self.environment, NAME: name}, self.on_line)
         except AccessError as error:
-            slot.code = error.exit_code
+            slot.code = LOST
             self._replace(slot, now, str(error))
 
     def _look_at(self, slot: _Slot, now: float) -> None:
@@ -208,17 +210,16 @@ class _Replicas:
             self.on_event(f"{how}: a new process would end the same way, so none takes its place")
 
     def _replace(self, slot: _Slot, now: float, why: str) -> None:
-        pause = slot.wait(self.config, now)
+        others_work = any(other.running is not None for other in self.slots if other is not slot)
+        pause = slot.wait(self.config, now, bounded=not (slot.code == LOST and others_work))
         if pause is None:
             tried = f" after {slot.failures} new ones" if slot.failures else ""
             self.on_event(f"{why}; no process takes its place{tried}, the others go on")
             return
         slot.due = now + pause
         self.restarts += 1
-        self.on_event(
-            f"{why}; the others go on, and a new process starts in {pause:g} s "
-            f"({slot.failures} of {self.config.restarts})"
-        )
+        count = f" ({slot.failures} of {self.config.restarts})" if slot.failures <= self.config.restarts else ""
+        self.on_event(f"{why}; the others go on, and a new process starts in {pause:g} s{count}")
 
     def _give_up(self, alive: list[_Slot]) -> None:
         self.cause = first_cause([slot.code for slot in self.slots])

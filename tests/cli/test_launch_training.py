@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,20 +250,99 @@ def test_mpirun(folder: Path, together: Path) -> None:
     assert_same(folder, together.name)
 
 
-@pytest.mark.slow
-def test_workers_of_a_dask_cluster_train(folder: Path) -> None:
-    """One process for each of two workers; the document of the first one comes back."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two workers that are processes, as a cluster has them."""
     from distributed import LocalCluster
 
     with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
-        words = command(f"launch --dask {cluster.scheduler_address} --json", folder, "dask")
-        done = subprocess.run(words, env=environment(folder), capture_output=True, text=True, timeout=200, check=False)
+        yield cluster
+
+
+@pytest.mark.slow
+def test_workers_of_a_dask_cluster_train(folder: Path, cluster: Any) -> None:
+    """One process for each of two workers; the document of the first one comes back."""
+    words = command(f"launch --dask {cluster.scheduler_address} --json", folder, "dask")
+    done = subprocess.run(words, env=environment(folder), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     document: dict[str, Any] = json.loads(done.stdout)
     assert (document["exit_code"], document["restarts"], document["codes"]) == (0, 0, [0, 0])
     assert document["result"]["steps"] == STEPS
     assert "[0] " in done.stderr
     assert_same(folder, "dask")
+
+
+REPLICA = """if True:
+    import os, signal, sys, time
+    from pathlib import Path
+    marks, name = Path(os.environ["MARKS"]), os.environ["TERRASHARD_HETERO_NAME"]
+    def save(*_):
+        print("saved", flush=True)
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    (marks / name).touch()
+    print("hello from", name, flush=True)
+    until = time.monotonic() + 60
+    while not (marks / "done").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.slow
+def test_a_dask_worker_that_dies_is_a_replica_that_dies_and_is_replaced(cluster: Any, tmp_path: Path) -> None:
+    """Its nanny starts another worker, whose new process takes the place; the other replica is not touched."""
+    from cli.dask_workers import dask_workers
+    from jaxtrain.launching.replicas import ReplicaConfig, launch_replicas
+
+    lines: list[str] = []
+    said: list[str] = []
+    killed: list[int] = []
+
+    def watch(places: Any) -> None:
+        wait_for(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+        victim = places._chosen[1]
+        pid = places.client.run(os.getpid, workers=[victim])[victim]
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+        wait_for(lambda: any(path.name.startswith("1.") for path in tmp_path.iterdir()))
+        (tmp_path / "done").touch()
+
+    with dask_workers(cluster.scheduler_address, ["-c", REPLICA], None) as places:
+        watcher = threading.Thread(target=watch, args=(places,))
+        watcher.start()
+        outcome = launch_replicas(
+            places, ReplicaConfig(2, pause_s=0.2), {"MARKS": str(tmp_path)},
+            on_line=lambda number, _, text: lines.append(f"{number} {text}"), on_event=said.append,
+        )  # fmt: skip
+        watcher.join()
+        # and one that is asked to stop: it saves, and its exit code comes back
+        heard: list[str] = []
+        held = places.start(
+            0, {"MARKS": str(tmp_path / "x"), "TERRASHARD_HETERO_NAME": "../asked"}, on_line=lambda *_: None
+        )
+        assert held.finish() != 0  # no such folder
+        (tmp_path / "done").unlink()
+        held = places.start(
+            0, {"MARKS": str(tmp_path), "TERRASHARD_HETERO_NAME": "asked"}, lambda _n, _s, text: heard.append(text)
+        )
+        wait_for(lambda: bool(heard))
+        held.stop()
+        assert held.finish() == 75
+    assert killed
+    assert outcome.exit_code == 0, said
+    assert outcome.codes == (0, 0)
+    assert outcome.restarts >= 1
+    assert said[0].startswith("process 1 ended with code 1; the others go on, and a new process starts")
+    assert lines[:2] == ["0 hello from 0", "1 hello from 1"] or lines[:2] == ["1 hello from 1", "0 hello from 0"]
+    assert lines[2].startswith("1 hello from 1.")
+    assert heard == ["hello from asked", "saved"]
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_bad_words_are_refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 from jaxtrain.launch import LaunchConfig, launch_at
 from jaxtrain.launching import remote
 from jaxtrain.launching.hosts import HostOptions, parse_hosts
+from jaxtrain.launching.outcome import LOST
 from jaxtrain.launching.remote import RemoteHosts
 from zarr_store.errors import AccessError, InvalidInput
 
@@ -137,7 +138,7 @@ def test_a_host_that_is_cut_off_saves_by_itself_and_the_others_learn_of_it(
         running = [hosts.start(number, {"TERRASHARD_PROCESS": str(number)}, heard) for number in range(2)]
         heard.wait_for("ready", 2)
         machines[1].cut()
-        assert running[1].finish() == remote.LOST
+        assert running[1].finish() == LOST
         heard.wait_for("lost")
         wait_for_text(tmp_path / "1", "saved")
         assert running[0].code() is None

@@ -181,6 +181,13 @@ def test_a_place_that_cannot_be_reached_is_tried_again() -> None:
     outcome, said = run(Plans(["away", 0]))
     assert outcome == Outcome(0, 1, (0,))
     assert said[0].startswith("host-0 cannot be reached; the others go on, and a new process starts")
+    outcome, said = run(Plans(["away", "away"]), restarts=1)
+    assert outcome == Outcome(255, 1, (255,))  # not without end where nobody works
+    # while others work, a host may come back at any time
+    places = Plans(["waits"], ["away", "away", "away", 255, 255, "waits"])
+    end_soon(places, 7)
+    outcome, said = run(places, restarts=2)
+    assert outcome == Outcome(0, 5, (0, 0))
 
 
 def test_the_launcher_stays_while_members_that_others_started_are_at_work() -> None:
