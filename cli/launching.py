@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -246,6 +247,7 @@ def _launch_replicas(
     variables: dict[str, Any] = {"expected": processes, "least": least, "most": options.most}
     if options.join is not None:
         point = find_group_point(options.join, run)
+        config = replace(config, prefix=f"{socket.gethostname()}-{os.getpid()}-")  # the first launcher has a 0, too
         return launch_replicas(places, config, point.environment(**variables), on_line=show, on_event=session.warn)
     if least > processes:
         raise InvalidInput(

@@ -47,6 +47,7 @@ class ReplicaConfig:
         grace_s: Seconds that processes get to save and end after SIGTERM.
         pause_s: Seconds before the first replacement; twice as long each time after.
         steady_s: Seconds of work after which the next death counts as the first one.
+        prefix: Beginning of the names of its processes, which no other launcher of the group has.
     """
 
     processes: int
@@ -57,6 +58,7 @@ class ReplicaConfig:
     grace_s: float = 60.0
     pause_s: float = 1.0
     steady_s: float = 60.0
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.processes < 1 or self.restarts < 0 or self.grace_s < 0:
@@ -180,7 +182,7 @@ class _Replicas:
             running.finish()
 
     def _start(self, slot: _Slot, now: float) -> None:
-        name = slot.name if slot.count == 0 else f"{slot.name}.{slot.count}"
+        name = self.config.prefix + (slot.name if slot.count == 0 else f"{slot.name}.{slot.count}")
         slot.started, slot.due = now, None
         slot.count += 1
         try:

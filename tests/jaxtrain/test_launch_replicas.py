@@ -113,6 +113,9 @@ def test_replacements_are_bounded_and_the_rest_goes_on_until_it_is_done() -> Non
     end_soon(places, 4)
     outcome, said = run(places, restarts=2)
     assert outcome == Outcome(0, 2, (0, 1))  # the run is done, by those that were left
+    joined = Plans([0])
+    run(joined, prefix="laptop-17-")
+    assert joined.started[0][0] == "laptop-17-host-0"  # the names of two launchers of a group differ
     assert said[-1] == "process host-1 ended with code 1; no process takes its place after 2 new ones, the others go on"
 
 
