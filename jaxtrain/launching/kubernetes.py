@@ -157,7 +157,8 @@ def resource_text(job: Job, resource: dict[str, Any]) -> str:
             f"kubectl create secret generic {_secret_name(job)} --from-file=secret=/dev/stdin",
         ]
     plain = json.loads(json.dumps(resource))  # or YAML writes an anchor for what occurs twice
-    return "\n".join(lines) + "\n" + yaml.safe_dump(plain, sort_keys=False)
+    body: str = yaml.safe_dump(plain, sort_keys=False)
+    return "\n".join(lines) + "\n" + body
 
 
 def _command(job: Job) -> list[str]:
