@@ -121,8 +121,8 @@ def test_replacements_are_bounded_and_the_rest_goes_on_until_it_is_done() -> Non
 
 def test_the_pause_grows_and_steady_work_starts_the_count_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(replicas.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(replicas.time, "sleep", lambda _s: now.__setitem__(0, now[0] + 0.5))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda _s: now.__setitem__(0, now[0] + 0.5))
     began: list[float] = []
 
     class Lives(Plans):
@@ -213,11 +213,12 @@ def test_signals_reach_all_and_the_second_one_ends_them(monkeypatch: pytest.Monk
 
 
 def test_numbers_that_make_no_sense() -> None:
-    for settings, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"least": 3, "most": 2}, "--min-processes 3 --max-processes 2: expected 1 ≤ min ≤ max"),
         ({"most": 1}, "2 processes are more than --max-processes 1"),
         ({"least": 0}, "expected 1 ≤ min ≤ max"),
-    ):
+    ]
+    for settings, message in cases:
         with pytest.raises(InvalidInput, match=message):
             ReplicaConfig(2, **settings)
 

@@ -172,7 +172,7 @@ def test_the_name_of_the_first_pod_is_waited_for(monkeypatch: pytest.MonkeyPatch
         answer = next(answers)
         if isinstance(answer, OSError):
             raise answer
-        return answer
+        return []
 
     monkeypatch.setattr("socket.getaddrinfo", lookup)
     await_name("zagreb-node-0-0.zagreb", 0.5)
