@@ -8,15 +8,16 @@ database knows is not touched.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
-from pyproj import CRS
+from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
 
 from zarr_store.errors import InvalidInput
 
-__all__ = ["parse_crs", "refuse_file_names"]
+__all__ = ["parse_crs", "refuse_file_names", "transformer_between"]
 
 _TEXT = re.compile(
     r"grids\s*=\s*(?!@null(?:[\s\"']|$))|PARAMETERFILE|PROJ4_GRIDS|\b(?:init|file|model)\s*=", re.IGNORECASE
@@ -50,6 +51,12 @@ def refuse_file_names(text: str) -> None:
     """
     if _TEXT.search(text) and not _INIT.fullmatch(text.strip()):
         raise _named(text)
+
+
+@functools.lru_cache(maxsize=128)
+def transformer_between(source: str, target: str) -> Transformer:
+    """Return the transformer of (x, y) from one CRS to another; it is kept, as PROJ needs a millisecond to make one."""
+    return Transformer.from_crs(source, target, always_xy=True)
 
 
 def _named(text: str) -> InvalidInput:

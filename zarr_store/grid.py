@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 from affine import Affine
-from pyproj import CRS, Transformer
+from pyproj import CRS
 
-from zarr_store.crs import parse_crs, refuse_file_names
+from zarr_store.crs import parse_crs, refuse_file_names, transformer_between
 from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Grid:
 
     def lonlat_bounds(self) -> Bounds:
         """(west, south, east, north) in degrees; edges are densified, as projected edges are curved."""
-        to_lonlat = Transformer.from_crs(self.crs, "EPSG:4326", always_xy=True)
+        to_lonlat = transformer_between(self.crs, "EPSG:4326")
         west, south, east, north = to_lonlat.transform_bounds(*self.bounds, densify_pts=21)
         return (west, south, east, north)
 

@@ -19,6 +19,7 @@ from shapely.geometry import shape
 from ingest.raster.resample import nesting_factor
 from ingest.request.config import IngestConfig
 from ingest.scenes.footprint import lonlat_box
+from zarr_store.crs import transformer_between
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Bounds, Grid, check_pixel_size, normal_crs
 from zarr_store.ground import ground_scale, turn_of, turned_near
@@ -131,7 +132,7 @@ def region_lonlat(config: IngestConfig) -> Bounds | None:
 def project_bounds(lonlat: Bounds, crs: str) -> Bounds:
     """The box in `crs` around a lon/lat box; many points along its edges are transformed, as edges are curved there."""
     west, south, east, north = lonlat
-    to_crs = Transformer.from_crs("EPSG:4326", crs, always_xy=True)
+    to_crs = transformer_between("EPSG:4326", crs)
     return _transformed_box(to_crs, (west, south, east, north), lonlat, turn_of(crs))
 
 
@@ -139,7 +140,7 @@ def transform_box(grid: Grid, crs: str) -> Bounds:
     """The box in `crs` around a grid."""
     if grid.crs == crs:
         return grid.bounds
-    to_crs = Transformer.from_crs(grid.crs, crs, always_xy=True)
+    to_crs = transformer_between(grid.crs, crs)
     return _transformed_box(to_crs, grid.bounds, grid.bounds, turn_of(crs))
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from pyproj import Transformer
 
 from ingest.pixels.clip import inside_of
 from ingest.pixels.composite import Tally, make_tally, strips
@@ -32,6 +31,7 @@ from ingest.raster.read import NODATA, Pixels, read_on_grid
 from ingest.trust.hrefs import is_url
 from ingest.trust.redact import redact_url
 from ingest.worker.slots import computing
+from zarr_store.crs import transformer_between
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
 from zarr_store.ground import ground_scale, turn_of, turn_towards, turned_near
@@ -336,7 +336,7 @@ def _covered(extent: Grid, target: Grid) -> npt.NDArray[np.bool_]:
         x, y = target.x(), target.y()
         inside = ((y > bottom) & (y <= top))[:, None] & ((x >= left) & (x < right))[None, :]
         return np.asarray(inside, bool)
-    transformer = Transformer.from_crs(target.crs, extent.crs, always_xy=True)
+    transformer = transformer_between(target.crs, extent.crs)
     turn = turn_of(extent.crs)
     covered = np.zeros(target.shape, bool)
     x = target.x()
