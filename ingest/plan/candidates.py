@@ -118,6 +118,11 @@ class ProbedScene:
         return self.probe.dn_offset if self.probe else self.scene.dn_offset
 
     @property
+    def band_offsets(self) -> Mapping[str, int]:
+        """Band → what must be added to its digital numbers, for the bands that differ from `dn_offset`."""
+        return self.probe.band_offsets if self.probe else self.scene.band_offsets
+
+    @property
     def verdict(self) -> str:
         """Verdict of the pixels on the offset; "unchecked" where they were not probed."""
         return self.probe.verdict if self.probe else "unchecked"
@@ -310,7 +315,8 @@ def _item_row(one: ProbedScene, step: int) -> dict[str, Any]:
     )  # fmt: skip
     row = {name: getattr(scene, name) for name in names}
     measured = {} if one.cloud_share is None else {"cloud_share": one.cloud_share}
-    return row | {"step": step, "bbox": list(scene.bbox), "dn_offset": one.dn_offset} | measured
+    own = {"band_offsets": dict(one.band_offsets)} if one.band_offsets else {}
+    return row | {"step": step, "bbox": list(scene.bbox), "dn_offset": one.dn_offset} | own | measured
 
 
 def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: IngestConfig) -> SourceAsset:
@@ -328,7 +334,7 @@ def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: Ing
         kind=asset.kind,
         stored=stored,
         resampling=config.grid.resampling,
-        dn_offset=one.dn_offset if stored == "uint16" else 0,
+        dn_offset=one.band_offsets.get(asset.band, one.dn_offset) if stored == "uint16" else 0,
         size_bytes=asset.size_bytes,
         checksum=asset.checksum,
         scale=None if layer or asset.scale in (1.0, product_of(one.scene).scale) else asset.scale,

@@ -26,6 +26,7 @@ from ingest.raster.gdal_read import read_window
 from ingest.raster.ranges import find_range_file
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS
+from ingest.scenes.band_offsets import settle_bands
 from ingest.scenes.footprint import box_region, meets
 from ingest.scenes.offsets import (
     OffsetReading,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from ingest.raster.limits import Access
     from ingest.raster.values import Values
 
-__all__ = ["AssetProbe", "SceneProbe", "measure_offset", "probe_scenes"]
+__all__ = ["AssetProbe", "SceneProbe", "measure_offset", "probe_scenes", "read_band"]
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class SceneProbe:
             unknown.
         cloud_share: Share of the pixels with data in the region that are of masked classes; None without a class layer.
         discrepancies: Sentences on files that disagree with the metadata or cannot be read.
+        band_offsets: Band → what must be added to its numbers, for the bands that differ from `dn_offset`.
     """
 
     assets: Mapping[str, AssetProbe]
@@ -143,6 +145,7 @@ class SceneProbe:
     valid_share: float | None = None
     cloud_share: float | None = None
     reading: OffsetReading | None = None
+    band_offsets: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -155,6 +158,7 @@ class SceneProbe:
             "cloud_share": self.cloud_share,
             "reading": self.reading.to_dict() if self.reading else None,
             "discrepancies": list(self.discrepancies),
+            "band_offsets": dict(self.band_offsets),
         }
 
     @classmethod
@@ -392,35 +396,35 @@ def measure_offset(
     Returns:
         The reading; None for a product or bands that cannot tell, or if nothing could be read.
     """
-    from ingest.raster.access import with_asset
-    from ingest.raster.read import values_of
-    from ingest.raster.values import Stated
-
-    def sample_of(file: DatasetReader, asset: AssetRef) -> Sample:
-        values = values_of(Stated.of(file), stored_type(scene, asset), asset)
-        return _sample(file, closely=True).in_numbers_of_the_cube(values)
-
     bluest = _offset_band(scene)
     readings = dict(known or {})
     for band in _VISIBLE if bluest else ():
         asset = scene.assets.get(band)
         if asset is None or asset.kind != "data" or (band in readings and readings[band].windows):
             continue
-        try:
-            sample = with_asset(
-                asset.href,
-                lambda file, asset=asset: sample_of(file, asset),  # type: ignore[misc]  # bound in turn
-                scene=scene.id,
-                asset=asset.key,
-                access=access,
-            )
-        except (AssetUnreadable, InvalidInput) as error:
-            log.warning("%s", error)
-            continue
-        readings[band] = sample.reading
+        reading = read_band(scene, asset, access)
+        if reading is not None:
+            readings[band] = reading
     if bluest is None or bluest not in readings:
         return None
     return combine_bands(readings[bluest], [reading for band, reading in readings.items() if band != bluest])
+
+
+def read_band(scene: Scene, asset: AssetRef, access: Access) -> OffsetReading | None:
+    """Read windows of one band at full resolution; None if it cannot be read now."""
+    from ingest.raster.access import with_asset
+    from ingest.raster.read import values_of
+    from ingest.raster.values import Stated
+
+    def sample_of(file: DatasetReader) -> Sample:
+        values = values_of(Stated.of(file), stored_type(scene, asset), asset)
+        return _sample(file, closely=True).in_numbers_of_the_cube(values)
+
+    try:
+        return with_asset(asset.href, sample_of, scene=scene.id, asset=asset.key, access=access).reading
+    except (AssetUnreadable, InvalidInput) as error:
+        log.warning("%s", error)
+        return None
 
 
 def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig, access: Access) -> SceneProbe:
@@ -432,7 +436,11 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
     negative = coverage.negative if coverage else None
     for refused, reason in find_refusals(scene, units, negative, strict=config.running.strict).items():
         probes[refused] = replace(probes[refused], refusal=reason)
-    scene, remarks = follow_offset_of_files(scene, {band: probe.offset_dn for band, probe in probes.items()})
+    scene, remarks, unknown = follow_offset_of_files(
+        scene,
+        {band: probe.offset_dn for band, probe in probes.items()},
+        [band for band, probe in probes.items() if probe.scale != 1.0 or probe.offset_dn != 0.0],
+    )
     sentences = remarks + _mismatches(scene, probes)
     band = _offset_band(scene)
     header = headers.get(band) if band else None
@@ -446,7 +454,26 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
         if odd and config.running.strict:
             raise InvalidInput(f"scene {scene.id}: {band}: {odd}; leave it out, or go on without --strict")
         sentences += [f"{band}: {odd}"] if odd else []
-    dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.pixels.offset_policy)
+    band_offsets: dict[str, int] = {}
+    if scene.band_offsets or unknown:
+        readings = {
+            name: own
+            for name, asset in scene.assets.items()
+            if asset.kind == "data"
+            and scene.product == "sentinel-2-l2a"
+            and not probes[name].error
+            and (own := read_band(scene, asset, access)) is not None
+        }
+        bands = settle_bands(scene, readings, unknown, policy=config.pixels.offset_policy)
+        for name, reason in bands.refusals.items():
+            probes[name] = replace(probes[name], refusal=probes[name].refusal or reason)
+            sentences.append(f"{name}: {reason}")
+        first = band if band in bands.offsets else next(iter(bands.offsets))
+        reading, dn_offset, verdict, sentence = readings.get(first), bands.offsets[first], bands.verdicts[first], None
+        band_offsets = {name: value for name, value in bands.offsets.items() if value != dn_offset}
+        sentences += bands.sentences
+    else:
+        dn_offset, verdict, sentence = settle_offset(scene, reading, policy=config.pixels.offset_policy)
     return SceneProbe(
         assets=probes,
         dn_offset=dn_offset,
@@ -458,6 +485,7 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
         valid_share=coverage.valid if coverage else None,
         cloud_share=coverage.hidden if coverage else None,
         reading=reading,
+        band_offsets=band_offsets,
     )
 
 

@@ -65,6 +65,7 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
             one.scene.id: {
                 "verdict": one.verdict,
                 "dn_offset": one.dn_offset,
+                **({"band_offsets": dict(one.band_offsets)} if one.band_offsets else {}),
                 "evidence": one.scene.offset_evidence,
                 "witnesses": [witness.to_dict() for witness in one.scene.witnesses],
                 "pixels": one.probe.reading.to_dict() if one.probe and one.probe.reading else None,

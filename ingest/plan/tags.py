@@ -6,7 +6,7 @@ scene as a whole, and the sentences for the person who reads the plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -72,30 +72,46 @@ def find_refusals(scene: Scene, units: Mapping[str, str], negative: float | None
     return refusals
 
 
-def follow_offset_of_files(scene: Scene, offsets: Mapping[str, float]) -> tuple[Scene, list[str]]:
-    """Take the offset that the files of a scene state where nothing else states one.
+def follow_offset_of_files(
+    scene: Scene, offsets: Mapping[str, float], tagged: Collection[str]
+) -> tuple[Scene, list[str], frozenset[str]]:
+    """Take the offset that the files of a scene state where nothing else states one, band by band where they differ.
 
     Args:
         scene: The scene.
-        offsets: Offset in digital numbers that the file of each band states.
+        offsets: Offset in digital numbers that the file of each band states; 0.0 where it states none.
+        tagged: Bands whose files state a scale or an offset, so that an offset of 0 is stated too.
 
     Returns:
-        The scene, and the sentences for the plan. Where the metadata state another offset, the pixels decide.
+        The scene, the sentences for the plan, and the bands whose offset nothing states while those of others differ.
+        Where the metadata state another offset, the pixels decide.
     """
-    bands = [
-        band
-        for band, offset in offsets.items()
-        if scene.assets[band].kind == "data" and offset == OFFSET_DN and not _is_radar(scene)
-    ]
-    if not bands or scene.dn_offset == OFFSET_DN:
-        return scene, []
-    tags = f"{', '.join(bands)}: the file states an offset of {OFFSET_DN} (OFFSET tag)"
-    silent = [band for band in offsets if scene.assets[band].kind == "data" and band not in bands]
-    tags += f", those of {', '.join(silent)} none, and a scene has one offset for all" if silent else ""
-    if not scene.offset_evidence.startswith(UNKNOWN_OFFSET):
-        return scene, [f"{tags}, the metadata {scene.dn_offset:+d} ({scene.offset_evidence}); the pixels decide"]
+    data = [band for band in offsets if scene.assets[band].kind == "data" and not _is_radar(scene)]
+    raised = [band for band in data if offsets[band] == OFFSET_DN]
+    plain = [band for band in data if offsets[band] == 0 and band in tagged]
+    silent = [band for band in data if band not in raised and band not in plain]
+    if not raised:
+        return scene, [], frozenset()
+    tags = f"{', '.join(raised)}: the file states an offset of {OFFSET_DN} (OFFSET tag)"
+    tags += f", {', '.join(plain)}: of 0" if plain else ""
+    tags += f", {', '.join(silent)}: none" if silent else ""
+    unknown = scene.offset_evidence.startswith(UNKNOWN_OFFSET)
+    if plain or (unknown and silent):
+        # a tag of -1000 that is older than the subtraction is frequent; one of 0 beside it is meant as it stands
+        own = {band: OFFSET_DN if unknown else scene.offset_of(band) for band in raised} | dict.fromkeys(plain, 0)
+        return (
+            replace(scene, band_offsets={**scene.band_offsets, **own}),
+            [f"{tags}; each band is decided by itself"],
+            frozenset(silent) if unknown else frozenset(),
+        )
+    if scene.dn_offset == OFFSET_DN:
+        return scene, [], frozenset()
+    if not unknown:
+        text = f"{tags}, the metadata {scene.dn_offset:+d} ({scene.offset_evidence}); the pixels decide"
+        return scene, [text], frozenset()
     evidence = f"the tags of the files state {OFFSET_DN}, and nothing else states an offset"
-    return replace(scene, dn_offset=OFFSET_DN, offset_evidence=evidence), [f"{tags}; nothing else does: it is followed"]
+    followed = replace(scene, dn_offset=OFFSET_DN, offset_evidence=evidence)
+    return followed, [f"{tags}; nothing else does: it is followed"], frozenset()
 
 
 def describe_conversion(scene: Scene, asset: AssetRef, stated_scale: float, unit: str) -> str | None:

@@ -116,6 +116,7 @@ class PlannedScene:
         """JSON form."""
         shared = ("resampling", "dn_offset")
         first = self.assets[0] if self.assets else None
+        dn_offset = next((a.dn_offset for a in self.assets if a.kind == "data"), 0)
         return {
             "item": self.item,
             "item_id": self.item_id,
@@ -123,13 +124,14 @@ class PlannedScene:
             "extent": self.extent.to_dict(),
             "lacking": list(self.lacking),
             "resampling": first.resampling if first else "nearest",
-            "dn_offset": next((a.dn_offset for a in self.assets if a.kind == "data"), 0),
+            "dn_offset": dn_offset,
             "assets": [
                 {
                     name: value.to_dict() if isinstance(value, Grid) else value
                     for name, value in vars(asset).items()
                     if name not in shared and name != "scene" and (value is not None or name not in _OPTIONAL)
                 }
+                | ({"dn_offset": asset.dn_offset} if asset.kind == "data" and asset.dn_offset != dn_offset else {})
                 for asset in self.assets
             ],
         }
@@ -144,7 +146,7 @@ class PlannedScene:
                     "scene": data["item_id"],
                     "header": Grid.from_dict(asset["header"]) if asset["header"] else None,
                     "resampling": data["resampling"],
-                    "dn_offset": data["dn_offset"] if asset["kind"] == "data" else 0,
+                    "dn_offset": asset.get("dn_offset", data["dn_offset"]) if asset["kind"] == "data" else 0,
                 }
             )
             for asset in data["assets"]

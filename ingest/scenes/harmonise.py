@@ -15,6 +15,7 @@ from typing import Any
 from ingest.request.asset_choice import choose_asset
 from ingest.request.config import IngestConfig
 from ingest.request.products import BandRule, ProductRule, choose_bands, find_product, refuse_unsupported
+from ingest.scenes.band_offsets import own_offsets
 from ingest.scenes.footprint import to_geojson
 from ingest.scenes.identity import (
     acquisition_time,
@@ -31,7 +32,7 @@ from ingest.scenes.identity import (
     tile_of,
     whole_of,
 )
-from ingest.scenes.offsets import OFFSET_DN, decide_offset, hear_witnesses
+from ingest.scenes.offsets import OFFSET_DN, UNKNOWN_OFFSET, decide_offset, hear_witnesses, hears_raster_metadata
 from ingest.scenes.place import place_of
 from ingest.scenes.scene import AssetRef, Scene
 from ingest.scenes.stated_grid import first_band, stated_grid
@@ -93,13 +94,28 @@ def harmonise(
     baselines = baselines_of(properties, names, [asset.href for asset in assets.values()])
     baseline = baseline_of(baselines)
     stated, promised = (_stated_offsets(raw, assets, product) for raw in (item["assets"], item_assets or {}))
-    if product.offsets and (len(set(stated.values())) > 1 or not set(stated.values()) <= {0, OFFSET_DN}):
-        shown = ", ".join(f"{band} {value:g}" for band, value in stated.items())
-        notes.append(
-            f"the offsets that its raster metadata state are ignored, as they are no 0 or -1000 for all: {shown}"
-        )
     about = (product, provider, collection or product.name, properties)
     dn_offset, evidence = decide_offset(*about, baseline, stated=stated, promised=promised)
+    own: dict[str, int] = {}
+    if product.offsets and (len(set(stated.values())) > 1 or not set(stated.values()) <= {0, OFFSET_DN}):
+        shown = ", ".join(f"{band} {value:g}" for band, value in stated.items())
+        if hears_raster_metadata(*about, baseline):
+            data = [band for band, ref in assets.items() if ref.kind == "data"]
+            own, refused = own_offsets(stated, data, known=not evidence.startswith(UNKNOWN_OFFSET))
+            lacking = (*lacking, *(band for band in data if band in refused))
+            assets = {band: ref for band, ref in assets.items() if band not in refused}
+            notes += [
+                f"{band}: refused, as its offset is "
+                + (f"stated as {stated[band]:g}, expected 0 or {OFFSET_DN}" if band in stated else "not stated")
+                + ", and those of the other bands differ"
+                for band in data
+                if band in refused
+            ]
+        notes.append(
+            f"the offsets that its raster metadata state differ between bands, each band's own is used: {shown}"
+            if own
+            else f"the offsets that its raster metadata state are ignored, as they are no 0 or -1000 for all: {shown}"
+        )
     moment, created = (
         acquisition_time(properties, where, notes),
         first_of(properties, "created", "s2:generation_time", "sentinel2:generation_time"),
@@ -131,6 +147,7 @@ def harmonise(
         notes=tuple(notes),
         product=product.name,
         witnesses=hear_witnesses(*about, baselines, stated=stated, promised=promised),
+        band_offsets={band: value for band, value in own.items() if value != dn_offset},
     )
     _refuse_half_characters(scene, where)
     return scene

@@ -31,6 +31,7 @@ __all__ = [
     "decide_offset",
     "explain_wrong_scale",
     "hear_witnesses",
+    "hears_raster_metadata",
     "needs_closer_look",
     "read_offset",
     "settle_offset",
@@ -48,17 +49,23 @@ _RAISED_SHARE, _RAISED_LOW = 0.005, (1000, 1600)
 """Largest share of DN below 1000, and range of the first percentile, of pixels that carry the +1000."""
 _DEEP_DN = 750
 """Pixels that carry the +1000 are darker than this only where reflectance is below -0.025."""
-_DEEP_SHARE, _DEEP_LOW, _MANY_DEEP = 0.05, 500, 0.25
-"""Share of deep pixels and largest first percentile of pixels that do not carry it; or the share that is enough alone.
+_DEEP_SHARE, _DEEP_LOW = 0.05, 500
+"""Share of deep pixels and largest first percentile of pixels that probably do not carry it.
 
-Reflectance below -0.05 on a hundredth of a scene, or below -0.025 on a quarter of it, is no dark water.
+Reflectance below -0.05 on a hundredth of a scene is no dark water, but an atmospheric correction that subtracts too
+much leaves as little in the shadows of mountains. So metadata that agree weigh more.
+"""
+_MANY_DEEP, _MANY_ABYSSAL = 0.25, 0.05
+"""Share of pixels below `_DEEP_DN`, or of those below `_DEEP_LOW`, that no metadata can explain.
+
+That is reflectance below -0.025 on a quarter of a scene, or below -0.05 on a twentieth of it.
 """
 _SHALLOW_LOW, _SHALLOW_SHARE = 850, 0.005
 """Smallest first percentile, and largest share of deep pixels, of pixels that carry it and are partly below 1000."""
-_DOUBTED_SHARE = 0.05
-"""Share of DN below 1000 from which on a scene that keeps its offset of -1000 is reported."""
+_DOUBTED_SHARE, _DOUBTED_DEEP = 0.05, 0.01
+"""Share of DN below 1000, and of deep ones, from which on a scene that keeps its offset of -1000 is reported."""
 _SURE, _LIKELY, _HINT = 100, 2, 1
-"""Weights of pixels: too deep to carry the +1000; just above 1000 in all bands; in part just below 1000."""
+"""Weights of pixels: too many too deep; some too deep, or all just above 1000; in part just below 1000."""
 _OFFICIAL, _STATED = 3, 1
 _DARKEST, _BRIGHTEST = 0.001, 1.6
 """Limits of reflectance: no whole scene is darker than black water or brighter than fresh snow in low sun."""
@@ -76,6 +83,7 @@ class OffsetReading:
         share_deep: Share of the valid DN in 1…749.
         weight: How much the state counts against witnesses.
         windows: Number of windows at full resolution; 0 for pixels of an overview.
+        share_abyssal: Share of the valid DN in 1…499.
     """
 
     state: Literal["raised", "subtracted", "unclear"]
@@ -85,6 +93,7 @@ class OffsetReading:
     share_deep: float | None = None
     weight: int = _LIKELY
     windows: int = 0
+    share_abyssal: float | None = None
 
     @property
     def dn_offset(self) -> int | None:
@@ -201,6 +210,16 @@ def decide_offset(
     return 0, f"{UNKNOWN_OFFSET} ({named}): taken as 0 unless the pixels say otherwise{remark}"
 
 
+def hears_raster_metadata(
+    product: ProductRule, provider: ProviderRule, collection: str, properties: Mapping[str, Any], baseline: str | None
+) -> bool:
+    """Whether the raster metadata of an item count in `decide_offset`: no rule of its provider comes before them."""
+    known = baseline_has_offset(baseline) is not None
+    rule = provider.offset_rule(collection)
+    flag = _truth(properties.get(provider.flag)) if rule == "flag" and provider.flag else None
+    return product.offsets and flag is not True and not (known and (flag is False or rule == "baseline"))
+
+
 def _truth(value: object) -> bool | None:
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.lower())
@@ -212,8 +231,8 @@ def read_offset(*windows: npt.NDArray[Any], full_resolution: bool = False) -> Of
 
     Land that carries it has almost no valid DN in 1…999, and its darkest percent is just above 1000. Dark water that
     carries it reaches a little below 1000, as its reflectance is slightly negative, but not deeper. Subtracted land has
-    many DN far below 1000. Clouds and snow alone decide nothing. Pixels beside nodata are left out, as lossy
-    compression smears them.
+    many DN far below 1000. A few of them may be shadows of mountains, and weigh less than metadata that agree. Clouds
+    and snow alone decide nothing. Pixels beside nodata are left out, as lossy compression smears them.
 
     Args:
         windows: Parts of the band.
@@ -232,16 +251,21 @@ def read_offset(*windows: npt.NDArray[Any], full_resolution: bool = False) -> Of
     if values.size < _MIN_PIXELS:
         return OffsetReading("unclear", pixels=int(values.size), windows=count)
     share, deep = float(np.mean(values < -OFFSET_DN)), float(np.mean(values < _DEEP_DN))
+    abyssal = float(np.mean(values < _DEEP_LOW))
     low = float(np.percentile(values, 1))
     state: Literal["raised", "subtracted", "unclear"] = "unclear"
     weight = 0
-    if (deep > _DEEP_SHARE and low < _DEEP_LOW) or deep > _MANY_DEEP:
+    if deep > _MANY_DEEP or abyssal > _MANY_ABYSSAL:
         state, weight = "subtracted", _SURE
+    elif deep > _DEEP_SHARE and low < _DEEP_LOW:
+        state, weight = "subtracted", _LIKELY
     elif share < _RAISED_SHARE and _RAISED_LOW[0] <= low <= _RAISED_LOW[1]:
         state, weight = "raised", _LIKELY
     elif deep < _SHALLOW_SHARE and _SHALLOW_LOW <= low < _RAISED_LOW[0]:
         state, weight = "raised", _HINT
-    return OffsetReading(state, round(share, 6), low, int(values.size), round(deep, 6), weight, count)
+    return OffsetReading(
+        state, round(share, 6), low, int(values.size), round(deep, 6), weight, count, round(abyssal, 6)
+    )
 
 
 def explain_wrong_scale(dn: npt.NDArray[Any], scale: float) -> str | None:
@@ -367,10 +391,15 @@ def _dispute(scene: Scene) -> str:
 
 def _doubt(scene: Scene, reading: OffsetReading | None) -> str | None:
     """A sentence for a scene that keeps its -1000 although many pixels are below 1000."""
-    if reading is None or scene.dn_offset != OFFSET_DN or (reading.share_below_1000 or 0.0) <= _DOUBTED_SHARE:
+    if reading is None or scene.dn_offset != OFFSET_DN:
         return None
+    if (reading.share_below_1000 or 0.0) <= _DOUBTED_SHARE and (reading.share_deep or 0.0) <= _DOUBTED_DEEP:
+        return None
+    deep = (reading.share_deep or 0.0) > _DOUBTED_DEEP
+    cause = (
+        "deep shadows, or 1000 is subtracted already" if deep else "slightly negative reflectance, as over dark water"
+    )
     return (
         f"offset: {reading.share_below_1000:.1%} of the pixels are in 1…999, {reading.share_deep or 0.0:.1%} below "
-        f"{_DEEP_DN}: slightly negative reflectance, as over dark water; the metadata ({scene.offset_evidence}) are "
-        "followed"
+        f"{_DEEP_DN}: {cause}; the metadata ({scene.offset_evidence}) are followed"
     )

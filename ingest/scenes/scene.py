@@ -7,7 +7,7 @@ what the files state, and where the two disagree, the file wins. Hrefs are absol
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from ingest.scenes.witnesses import Witness
@@ -104,6 +104,7 @@ class Scene:
         product: Name of the product rule in `ingest.request.products`, e.g. "sentinel-2-l2a".
         datastrip: Sensing start of the datastrip, "20230810T100559"; parts of a split datatake differ in it.
         nodata_percent: Share of the tile without data in percent, as the item states it.
+        band_offsets: Band → offset that it states itself, for the bands that differ from `dn_offset`.
         catalogue_id: Id in the catalogue, where other scenes of the search have the same one; else empty.
 
     Example:
@@ -138,6 +139,11 @@ class Scene:
     nodata_percent: float | None = None
     catalogue_id: str = ""
     witnesses: tuple[Witness, ...] = ()
+    band_offsets: Mapping[str, int] = field(default_factory=dict)
+
+    def offset_of(self, band: str) -> int:
+        """What must be added to a digital number of a band by the metadata: 0 or -1000."""
+        return self.band_offsets.get(band, self.dn_offset)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -174,6 +180,7 @@ class Scene:
             "bbox": list(self.bbox),
             "notes": list(self.notes),
             "witnesses": [one.to_dict() for one in self.witnesses],
+            "band_offsets": dict(self.band_offsets),
         }
 
     @classmethod

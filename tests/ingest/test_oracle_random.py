@@ -95,6 +95,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
                 "shift": tuple(draw(st.integers(-8, 8)) + draw(st.sampled_from([0.0, 0.0, 0.25])) for _ in "yx"),
                 "metres": draw(st.sampled_from([20, 20, 20, 40])),
                 "dn_offset": draw(st.sampled_from([0, -1000])),
+                "nir_offset": draw(st.sampled_from([None, None, None, 0, -1000])),
                 "baseline": draw(st.sampled_from(["02.14", "04.00", "05.09"])),
                 "cloud_cover": float(draw(st.sampled_from([0, 10, 90]))),
                 "looked": draw(st.booleans()),
@@ -159,6 +160,7 @@ def build(world: dict[str, Any]) -> list[Made]:
             datetime=f"2023-08-{spec['day']:02d}T10:00:{number:02d}Z", bbox=(west, south, east, north),
             footprint=footprint, product="sentinel-2-l2a", dn_offset=spec["dn_offset"],
             baseline=spec["baseline"], cloud_cover=spec["cloud_cover"], platform="sentinel-2a", tile=f"T{number}",
+            band_offsets={} if spec["nir_offset"] in (None, spec["dn_offset"]) else {"nir": spec["nir_offset"]},
             relative_orbit=79, datatake=f"GS2A_202308{spec['day']:02d}T100000_0_N", created="2023-09-01T00:00:00Z",
         )  # fmt: skip
         broken = spec["fault"] if spec["fault"] in ("red", "scl") else None
@@ -197,7 +199,7 @@ def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.
     probes = {
         s.id: SceneProbe(
             {b: AssetProbe(a.grid, str(a.dtype), 0) for b, a in s.assets.items()}, s.dn_offset, "unchecked",
-            cloud_share=shares[s.id],
+            cloud_share=shares[s.id], band_offsets=s.band_offsets,
         )
         for s in scenes
     }  # fmt: skip
@@ -211,6 +213,8 @@ def ingest(made: list[Made], world: dict[str, Any]) -> tuple[Plan, dict[str, np.
         plan = plan_scenes(scenes, probes, config, layout=LAYOUT)
     except NothingFound:
         reject()
+    if world["seed"] % 4 == 0:  # as a worker of another process or a later run has it
+        plan = Plan.from_json(plan.to_json())
     recipe = plan.recipes[0]
 
     def read(asset: SourceAsset, window: Grid) -> np.ndarray:
@@ -378,7 +382,8 @@ def compose(
                 for dx in range(-4, 5):
                     if math.hypot(dy * height_m, dx * width_m) <= world["dilate_m"]:
                         masked |= cloud[4 + dy : 4 + dy + shape[0], 4 + dx : 4 + dx + shape[1]]
-        moved = np.clip(dn + one.scene.dn_offset, 1, 65535)
+        added = np.array([one.scene.offset_of(band) for band in BANDS])
+        moved = np.clip(dn + added[:, None, None], 1, 65535)
         clear = seen & ~masked
         wins = (clear & (status != 1)) | (seen & (status == 0))
         value[:, wins], layer[wins], winner[wins] = moved[:, wins], near[wins], rows[one.scene.id]
