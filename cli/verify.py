@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
     ) -> int:
         """Read shards again and compare them with the ledger and with their sources.
 
-        Exit code 6: a shard is damaged.
+        Exit code 6: a shard, an axis or a label layer is damaged.
         """
         from cli.progress import Reporter
         from zarr_store import verify_cube
@@ -57,6 +57,16 @@ def register(app: typer.Typer) -> None:
         megabytes = report.checked_bytes / 1e6
         for line in report.damaged_labels:
             session.say(line)
+        for line in report.damaged_axes:
+            session.say(line)
+        if report.damaged_axes and not report.damage:
+            session.emit(document)
+            session.say(f"`terrashard repair {cube}` writes the axes again")
+            session.fail(
+                f"{report.damaged_axes[0]}; `terrashard repair {cube}` writes it again, and where that fails, "
+                "`terrashard ingest … --overwrite` makes the cube anew; the pixels are intact"
+            )
+            return 6
         if report.damaged_labels and not report.damage:
             session.emit(document)
             session.fail(

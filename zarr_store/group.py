@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from zarr_store.bounded_codecs import bounded_codecs
 from zarr_store.decoding import decoding
 from zarr_store.errors import IntegrityError
 from zarr_store.promises import check_array
@@ -55,7 +56,7 @@ def open_group(store: Store, group: str, checks: Mapping[str, ArrayCheck]) -> xr
     Raises:
         IntegrityError: An array promises what it must not, its metadata cannot be used, or an axis cannot be decoded.
     """
-    with decoding(store.where(group)):
+    with decoding(store.where(group)), bounded_codecs():
         return _opened(store, group, checks)
 
 
@@ -100,7 +101,7 @@ def read_array(store: Store, path: str, check: ArrayCheck, at: Any = ...) -> np.
     import numpy as np
     import zarr
 
-    with decoding(store.where(path)):
+    with decoding(store.where(path)), bounded_codecs():
         array = zarr.open_array(store.zarr(), path=path, mode="r", zarr_format=3)
         check(_document(array), store.where(path))
         return np.asarray(array[at])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zarr_store.axes import find_damaged_axes
 from zarr_store.backends import open_store
 from zarr_store.labels import verify_labels
 from zarr_store.ledger import LedgerRow
@@ -55,6 +56,9 @@ class VerifyReport:
     not_finite: dict[str, int] = field(default_factory=dict)
     """Pixels, by collection, that are marked as observed though a number of theirs is not finite; 0 is left out."""
 
+    damaged_axes: tuple[str, ...] = ()
+    """One line for each axis (time, band, y, x) that is missing, unreadable or wrong; `repair` writes it again."""
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "checked_shards": self.checked_shards,
@@ -62,6 +66,7 @@ class VerifyReport:
             "damage": [{**vars(d), "index": list(d.index)} for d in self.damage],
             "damaged_labels": list(self.damaged_labels),
             "not_finite": dict(self.not_finite),
+            "damaged_axes": list(self.damaged_axes),
         }
 
 
@@ -88,7 +93,7 @@ def verify_cube(
         on_shard: Called with (checked, total) after each shard.
 
     Returns:
-        The report; `damage` names each missing or corrupt object. Label layers are always checked whole.
+        The report; `damage` names each missing or corrupt object. Axes and label layers are always checked whole.
 
     Example:
         >>> verify_cube("cube.zarr").damage
@@ -115,7 +120,8 @@ def verify_cube(
             on_shard(done, len(written))
     label_bytes, labels = verify_labels(cube)
     lines = tuple(f"label layer {name} is {state}: {place}" for name, state, place in labels)
-    return VerifyReport(len(written), size + label_bytes, tuple(damage), lines, lost)
+    axes = tuple(find_damaged_axes(cube, store))
+    return VerifyReport(len(written), size + label_bytes, tuple(damage), lines, lost, axes)
 
 
 def _not_finite(cube: Cube, spec: CubeSpec, row: LedgerRow) -> int:

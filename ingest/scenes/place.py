@@ -24,10 +24,12 @@ from ingest.scenes.stated_grid import stated_grid
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid, check_on_earth
 
-__all__ = ["Place", "place_of"]
+__all__ = ["Place", "mirrored_footprint", "place_of"]
 
 _BANDS = "CDEFGHJKLMNPQRSTUVWX"
 """Latitude bands of MGRS, from 80° south, each 8° high but for the last."""
+_BBOX = "its bbox"
+"""Name of the weakest witness, which is often made of the geometry."""
 _TILE_MARGIN = 2.0
 """Distance in degrees that a tile may reach out of the zone and band that it is named after."""
 
@@ -75,6 +77,16 @@ def place_of(item: Mapping[str, Any], where: str) -> Place:
     return Place(footprint, bounds, shapely.union_all([footprint, area]), note)
 
 
+def mirrored_footprint(item: Mapping[str, Any], where: str) -> BaseGeometry | None:
+    """The footprint of an item if its geometry names latitude first, where only its files can tell whether it does.
+
+    Returns:
+        The footprint; None where the item states a grid or a tile, or where the swapped geometry lies nowhere.
+    """
+    witness = _witness(item)
+    return _turned(item, where) if witness is None or witness[1] == _BBOX else None
+
+
 def _witness(item: Mapping[str, Any]) -> tuple[BaseGeometry, str] | None:
     """The area that something else than the geometry states, the most reliable first, and its name; None for none."""
     properties = item.get("properties")
@@ -91,7 +103,7 @@ def _witness(item: Mapping[str, Any]) -> tuple[BaseGeometry, str] | None:
         stated = box_region(flat_box(item.get("bbox")))
     except (ValueError, TypeError):
         return None
-    return (stated, "its bbox") if stated.area else None
+    return (stated, _BBOX) if stated.area else None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ from shapely.geometry.base import BaseGeometry
 
 from ingest.request.config import IngestConfig
 from ingest.scenes.footprint import LonLatBox, box_region, meets
-from ingest.scenes.place import place_of
+from ingest.scenes.place import mirrored_footprint, place_of
 from zarr_store.errors import InvalidInput
 
 __all__ = ["Selection"]
@@ -64,7 +64,7 @@ class Selection:
         if self.region is not None:
             place = place_of(item, where)
             self._extents.append(place.bounds)
-            if not meets(place.reach, self.region):
+            if not meets(place.reach, self.region) and not self._mirrored(item, where):
                 return self._turn_away("region")
         values = {"id": item.get("id"), "collection": collection, **properties}
         if not all(condition.holds(values) for condition in self._conditions):
@@ -102,6 +102,11 @@ class Selection:
         if self._turned_away["datetime"] and self._times:
             text += f"; they were taken {min(self._times)[:10]} to {max(self._times)[:10]}"
         return text
+
+    def _mirrored(self, item: Mapping[str, Any], where: str) -> bool:
+        """Whether an item would lie in the region if its latitude and longitude are swapped; its files decide later."""
+        mirrored = mirrored_footprint(item, where)
+        return mirrored is not None and meets(mirrored, self.region)
 
     def _turn_away(self, reason: str) -> bool:
         self._turned_away[reason] += 1

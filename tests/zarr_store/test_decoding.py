@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import pytest
 
@@ -59,6 +61,53 @@ def test_names_of_samples_whose_bytes_are_damaged(tmp_path: Path) -> None:
     write_samples(store, spec, [Sample(image, np.array(n, np.uint8), 15.0, 45.0, f"n{n}") for n in range(2)])
     (store / "name" / "c" / "0").write_bytes(bytes(40))
     with pytest.raises(IntegrityError, match=r"name: unusable metadata or damaged bytes .RuntimeError"):
+        open_samples(store).names()
+
+
+_MANY = 60_000_000
+"""Texts, or bytes, that a chunk claims to hold: half a gigabyte that could still be allocated."""
+BOMBS: dict[str, tuple[list[dict[str, Any]], bytes]] = {
+    "texts": ([{"name": "vlen-utf8"}], _MANY.to_bytes(4, "little") + bytes(40)),
+    "zstd": (
+        [{"name": "vlen-utf8"}, _ZSTD],
+        b"\x28\xb5\x2f\xfd\xe0" + (_MANY * 8).to_bytes(8, "little") + b"\x01\x00\x00",
+    ),
+    "blosc": (
+        [{"name": "vlen-utf8"}, _BLOSC],
+        b"\x02\x01\x01\x08" + b"".join(n.to_bytes(4, "little") for n in (_MANY * 8, _MANY * 8, 16)),
+    ),
+}
+"""Codecs of an array of texts, and a chunk whose head claims gigabytes."""
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_chunk_that_claims_gigabytes_is_not_decoded(cube_path: Path, bomb: str) -> None:
+    chain, chunk = BOMBS[bomb]
+    for path, *keys in ((cube_path / "zarr.json", "consolidated_metadata", "metadata", f"{NAME}/band"),
+                        (cube_path / NAME / "band" / "zarr.json",)):  # fmt: skip
+        document = json.loads(path.read_text())
+        inside = document
+        for key in keys:
+            inside = inside[key]
+        inside["codecs"] = chain
+        path.write_text(json.dumps(document))
+    (cube_path / NAME / "band" / "c" / "0").write_bytes(chunk)
+    tracemalloc.start()
+    try:
+        with pytest.raises(IntegrityError, match=f"{NAME}: unusable metadata or damaged bytes .*says that it holds"):
+            open_cube(cube_path).dataset(NAME)
+        assert tracemalloc.get_traced_memory()[1] < 400e6  # a document is read into a buffer of 256 MiB
+    finally:
+        tracemalloc.stop()
+
+
+def test_names_of_samples_that_claim_gigabytes_are_not_decoded(tmp_path: Path) -> None:
+    spec, image = SampleSpec(2, ("red",), (4, 4), "uint8", ("a", "b")), np.zeros((1, 4, 4), np.uint8)
+    store = tmp_path / "samples.zarr"
+    write_samples(store, spec, [Sample(image, np.array(n, np.uint8), 15.0, 45.0, f"n{n}") for n in range(2)])
+    assert open_samples(store).names() == ["n0", "n1"]
+    (store / "name" / "c" / "0").write_bytes(numcodecs.Zstd().encode(_MANY.to_bytes(4, "little") + bytes(40)))
+    with pytest.raises(IntegrityError, match=f"a chunk of 2 texts says that it holds {_MANY}"):
         open_samples(store).names()
 
 

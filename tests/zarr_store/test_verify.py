@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numcodecs
 import pytest
 
 from zarr_store import CubeSpec, open_cube, verify_cube
@@ -49,3 +50,33 @@ def test_unknown_name_reads_like_a_sentence() -> None:
     error = UnknownName.of("band", "bleu", ["blue", "red"], "collection x")
     assert str(error) == "unknown band 'bleu' in collection x: did you mean 'blue'? (known: blue, red)"
     assert error.exit_code == 2
+
+
+AXES = {"overwritten": bytes(range(64)), "cut short": b"\x28\xb5\x2f\xfd", "empty": b"", "missing": None}
+
+
+@pytest.mark.parametrize("group", [NAME, f"overview/{NAME}"])
+@pytest.mark.parametrize("axis", ["time", "band", "y", "x"])
+@pytest.mark.parametrize("damage", AXES)
+def test_a_damaged_axis_is_named(cube_path: Path, group: str, axis: str, damage: str) -> None:
+    assert verify_cube(cube_path).damaged_axes == ()
+    path, data = cube_path / group / axis / "c" / "0", AXES[damage]
+    path.unlink() if data is None else path.write_bytes(data)
+    (line,) = verify_cube(cube_path).damaged_axes
+    assert line.startswith(f"axis {group}/{axis} ")
+    assert str(cube_path / group / axis) in line
+
+
+def test_an_axis_with_other_values_is_named_and_another_packing_is_none(cube_path: Path) -> None:
+    import zarr
+
+    group = zarr.open_group(cube_path, mode="r+", use_consolidated=False)
+    group[f"{NAME}/y"][3] += 10.0
+    (line,) = verify_cube(cube_path).damaged_axes
+    assert f"axis {NAME}/y holds 1 other values" in line
+    group[f"{NAME}/y"][3] -= 10.0
+    chunk = cube_path / NAME / "y" / "c" / "0"
+    before = chunk.read_bytes()
+    chunk.write_bytes(numcodecs.Zstd(level=9, checksum=False).encode(numcodecs.Zstd().decode(before)))
+    assert chunk.read_bytes() != before
+    assert verify_cube(cube_path).damaged_axes == ()

@@ -92,16 +92,16 @@ def _swap(item: Item, *, bbox: bool = True) -> Item:
 
 
 @pytest.mark.parametrize(
-    ("proj", "bbox", "tile", "region"),
+    ("proj", "bbox", "tile", "said"),
     [
-        pytest.param(True, True, "33TWM", True, id="the stated grid tells"),
-        pytest.param(False, False, None, True, id="the bbox tells"),
-        pytest.param(False, True, "33TWM", True, id="the tile tells"),
-        pytest.param(False, True, None, False, id="only the file tells"),
+        pytest.param(True, True, "33TWM", "swapped", id="the stated grid tells"),
+        pytest.param(False, False, None, "swapped", id="the bbox tells"),
+        pytest.param(False, True, "33TWM", "swapped", id="the tile tells"),
+        pytest.param(False, True, None, "outside the item's footprint", id="only the file tells"),
     ],
 )
 def test_swapped_latitude_and_longitude_lose_no_scene(
-    tmp_path: Path, proj: bool, bbox: bool, tile: str | None, region: bool
+    tmp_path: Path, proj: bool, bbox: bool, tile: str | None, said: str
 ) -> None:
     """Near 15° E and 46° N, so that the swapped numbers are degrees, too."""
     pixels = land(seed=17)
@@ -111,14 +111,29 @@ def test_swapped_latitude_and_longitude_lose_no_scene(
         make_scene("OK", {"B02": good}, datetime="2023-08-05T10:06:49Z"),
         _swap(make_scene("SWAPPED", {"B02": swapped}, proj=proj, s2__mgrs_tile=tile), bbox=bbox),
     ]
-    for settings in ({}, {"bbox": (14.99, 46.04, 15.02, 46.06)}) if region else ({},):
+    for settings in ({}, {"bbox": (14.99, 46.04, 15.02, 46.06)}):
         plan = plan_of(write_items(tmp_path, *items), **settings)
         assert plan.drops == ()
         assert len(plan.recipes[0].spec.times) == 2
     plan = plan_of(write_items(tmp_path, items[1], name="one.json"))
     assert np.array_equal(cube_of(plan)["reflectance"][0, 0], pixels - 1000)
-    said = "swapped" if region else "outside the item's footprint"
     assert any(said in text for text in plan.warnings)
+
+
+def test_an_item_that_only_looks_swapped_is_left_out_by_its_file(tmp_path: Path) -> None:
+    """It lies at 15° E and 46° N; the region is its mirror image, and no file lies there."""
+    path = write_tif(tmp_path / "B02.tif", land())
+    mirrored = write_tif(tmp_path / "m/B02.tif", land(), crs="EPSG:32638", corner=(612_650, 1_659_480))
+    items = [
+        make_scene("REAL", {"B02": path}, proj=False, s2__mgrs_tile=None),
+        make_scene("THERE", {"B02": mirrored}, s2__mgrs_tile="38PPB"),
+    ]
+    west, south, east, north = items[1]["bbox"]
+    assert find_scenes(str(write_items(tmp_path, *items)), IngestConfig(bands="blue")).scenes
+    plan = plan_of(write_items(tmp_path, *items), bbox=(west, south, east, north))
+    assert [row["id"] for row in plan.items["sentinel-2-l2a"]] == ["THERE"]
+    (drop,) = [drop for drop in plan.drops if drop.item_id == "REAL"]
+    assert "does not reach the region" in drop.reason
 
 
 def test_a_geometry_beyond_the_poles_is_turned_where_the_files_confirm_it(tmp_path: Path) -> None:

@@ -106,6 +106,33 @@ def test_land_that_was_subtracted_is_not_subtracted_again(plan_of: Callable[...,
     assert (verdict_of(plan)["verdict"], len(plan.warnings)) == ("repaired", 2)  # that, and the stated grid
 
 
+def with_shadows(share: float, low: int, high: int) -> Dn:
+    """Land that carries the +1000, with shadows of mountains from which too much was subtracted."""
+    return with_water(share, low, high)
+
+
+@pytest.mark.parametrize(
+    "dn", [with_shadows(0.08, 450, 740), with_shadows(0.2, 480, 745), with_shadows(0.03, 300, 700)]
+)
+def test_metadata_that_agree_are_kept_where_shadows_explain_the_pixels(plan_of: Callable[..., Plan], dn: Dn) -> None:
+    plan = plan_of(dn)
+    assert np.percentile(dn, 1) < 500
+    assert np.array_equal(values(plan), np.maximum(dn.astype(int) - 1000, 1))
+    assert any("metadata weigh more" in text or "deep shadows" in text for text in plan.warnings), plan.warnings
+    # a statement that stands alone is overruled by as many
+    if np.mean(dn < 750) > 0.05:
+        alone = plan_of(dn, s2__processing_baseline=None, s2__product_uri=None, s2__datatake_id=None)
+        assert verdict_of(alone)["verdict"] == "repaired"
+        assert np.array_equal(values(alone), dn)
+
+
+@pytest.mark.parametrize("dn", [with_shadows(0.3, 600, 740), with_shadows(0.1, 200, 480)])
+def test_metadata_that_agree_are_overruled_by_what_they_cannot_explain(plan_of: Callable[..., Plan], dn: Dn) -> None:
+    plan = plan_of(dn)
+    assert np.array_equal(values(plan), dn)
+    assert verdict_of(plan)["verdict"] == "repaired"
+
+
 @pytest.mark.parametrize(
     "named",
     [
