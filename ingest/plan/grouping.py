@@ -81,8 +81,11 @@ def solar_day(moment: dt.datetime, longitude: float) -> dt.date:
 
     >>> solar_day(parse_time("2023-08-10T23:30:00Z"), 175.0).isoformat()
     '2023-08-11'
+    >>> {solar_day(parse_time("2023-08-10T10:00:00Z"), x).isoformat() for x in (180.0, 180 - 3e-14, -180.0)}
+    {'2023-08-09'}
     """
-    wrapped = (longitude + 180.0) % 360.0 - 180.0
+    # rounded, so that the last bit of a sum does not decide on which side of the date line a region lies
+    wrapped = (round(longitude, 9) + 180.0) % 360.0 - 180.0
     return (moment + dt.timedelta(minutes=4.0 * wrapped)).date()
 
 

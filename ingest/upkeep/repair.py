@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from distributed import Client
+from shapely.geometry import shape
 
 from ingest.plan.stored import check_hrefs, kept_plan
 from ingest.plan.task import SourceAsset
@@ -21,11 +22,16 @@ from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
 from ingest.run.shard import fill_shard
+from ingest.scenes.footprint import box_region, meets
+from ingest.scenes.scene import Scene
+from ingest.upkeep.disagreement import name_disagreement
+from ingest.upkeep.lost_parts import find_lost_parts
 from ingest.upkeep.offsets import recheck_offset
 from zarr_store.errors import AssetUnreadable, IntegrityError
 from zarr_store.ledger import LedgerRow
 from zarr_store.lock import CubeLock
 from zarr_store.read import Cube, open_cube
+from zarr_store.spec import STATUS_NODATA
 from zarr_store.verify import Damage, draw_shards, verify_cube
 
 __all__ = ["Difference", "RepairReport", "SourcesReport", "repair", "retry_failed", "verify_sources"]
@@ -161,7 +167,8 @@ def verify_sources(
 ) -> SourcesReport:
     """Read the sources of shards again and compare each value with the stored one, one shard in memory at a time.
 
-    The offset of each scene is decided again too, from its files and from what the cube keeps of its metadata.
+    The offset of each scene is decided again too, from its files and from what the cube keeps of its metadata. And the
+    catalogue is searched for parts of its datatakes that the cube lacks, where it is trusted and can be reached.
 
     Args:
         url: The cube.
@@ -184,7 +191,9 @@ def verify_sources(
     unread = []
     doubts: dict[str, str | None] = {}
     offsets: dict[tuple[str, int], str | None] = {}
+    lost_parts = find_lost_parts(os.fspath(url), plan, config)
     for done, (task, row) in enumerate(drawn, 1):
+        different += _parts_absent(cube, task.collection, row, lost_parts)
         filled = fill_shard(task, plan.recipe(task.collection), access=access)
         lost = next((source for source in filled.outcomes if source.state == "missing"), None)
         if lost is None:
@@ -229,6 +238,26 @@ def _doubt(asset: SourceAsset, access: Access) -> str | None:
     return f"{where}: the file states an offset of {offset:g} (OFFSET tag), {asset.dn_offset:+d} was added"
 
 
+def _parts_absent(cube: Cube, collection: str, row: LedgerRow, lost: Sequence[tuple[Scene, int]]) -> list[Difference]:
+    """The pixels without data of a shard which a part of a datatake that the cube does not have may show."""
+    spec = cube.spec(collection)
+    window = spec.grid.window(row.region.y0, row.region.x0, row.region.shape[1], row.region.shape[2])
+    area = box_region(window.lonlat_bounds())
+    differences = []
+    for scene, step in lost:
+        inside = scene.collection == collection and row.region.t0 <= step < row.region.t1
+        if not (inside and meets(shape(dict(scene.footprint)), area)):
+            continue
+        empty = int((cube.read(collection, "status", row.region)[step - row.region.t0] == STATUS_NODATA).sum())
+        if empty:
+            why = (
+                f"scene {scene.id}, another part of datatake {scene.datatake}, is in the catalogue and not in the "
+                "cube: add it with `terrashard ingest … --append`"
+            )
+            differences.append(Difference(collection, spec.kind, row.index, empty * len(spec.bands), why))
+    return differences
+
+
 def _of_scene(cube: Cube, collection: str, row: LedgerRow, item: int, why: str) -> Difference:
     """The difference of all values that a scene has given to a shard."""
     spec = cube.spec(collection)
@@ -250,5 +279,6 @@ def _differences(cube: Cube, collection: str, row: LedgerRow, arrays: dict[str, 
         if expected.dtype.kind == "f":
             equal |= np.isnan(stored) & np.isnan(expected)
         if not equal.all():
-            differences.append(Difference(collection, name, row.index, int((~equal).sum())))
+            why = name_disagreement(stored, expected) if name == cube.spec(collection).kind else ""
+            differences.append(Difference(collection, name, row.index, int((~equal).sum()), why))
     return differences

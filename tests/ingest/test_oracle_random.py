@@ -314,7 +314,7 @@ def solar_time(one: Made, target: Grid) -> str:
     """The scene's time as the sun has it in the middle of the grid; worlds near 17° E never change their date."""
     if target.crs == HERE:
         return one.scene.datetime
-    middle = (target.bounds[0] + target.bounds[2]) / 2
+    middle = round((target.bounds[0] + target.bounds[2]) / 2, 9)
     hours = (middle - 360 if middle >= 180 else middle) / 15
     return (dt.datetime.fromisoformat(one.scene.datetime) + dt.timedelta(hours=hours)).isoformat()
 

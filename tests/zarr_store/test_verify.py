@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numcodecs
@@ -55,16 +56,17 @@ def test_unknown_name_reads_like_a_sentence() -> None:
 AXES = {"overwritten": bytes(range(64)), "cut short": b"\x28\xb5\x2f\xfd", "empty": b"", "missing": None}
 
 
-@pytest.mark.parametrize("group", [NAME, f"overview/{NAME}"])
-@pytest.mark.parametrize("axis", ["time", "band", "y", "x"])
 @pytest.mark.parametrize("damage", AXES)
-def test_a_damaged_axis_is_named(cube_path: Path, group: str, axis: str, damage: str) -> None:
+def test_a_damaged_axis_is_named(cube_path: Path, damage: str) -> None:
     assert verify_cube(cube_path).damaged_axes == ()
-    path, data = cube_path / group / axis / "c" / "0", AXES[damage]
-    path.unlink() if data is None else path.write_bytes(data)
-    (line,) = verify_cube(cube_path).damaged_axes
-    assert line.startswith(f"axis {group}/{axis} ")
-    assert str(cube_path / group / axis) in line
+    for group, axis in product((NAME, f"overview/{NAME}"), ("time", "band", "y", "x")):
+        path, data = cube_path / group / axis / "c" / "0", AXES[damage]
+        right = path.read_bytes()
+        path.unlink() if data is None else path.write_bytes(data)
+        (line,) = verify_cube(cube_path).damaged_axes
+        assert line.startswith(f"axis {group}/{axis} ")
+        assert str(cube_path / group / axis) in line
+        path.write_bytes(right)
 
 
 def test_an_axis_with_other_values_is_named_and_another_packing_is_none(cube_path: Path) -> None:
