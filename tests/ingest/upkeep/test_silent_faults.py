@@ -99,12 +99,9 @@ def test_a_half_of_a_datatake_that_was_dropped_is_named(tmp_path: Path) -> None:
     whole = land(seed=5)
     upper, lower = whole.copy(), whole.copy()
     upper[34:], lower[:30] = 0, 0
-    north, south = (
-        make_scene(
-            name, {"B02": write_tif(tmp_path / f"{name}.tif", pixels)}, s2__granule_id=f"L2A_T33TWM_A042547_{time}"
-        )
-        for name, pixels, time in (("N", upper, "20230810T100559"), ("S", lower, "20230810T101212"))
-    )
+    paths = [write_tif(tmp_path / f"{name}.tif", pixels) for name, pixels in (("N", upper), ("S", lower))]
+    north = make_scene("N", {"B02": paths[0]}, s2__granule_id="L2A_T33TWM_A042547_20230810T100559")
+    south = make_scene("S", {"B02": paths[1]}, s2__granule_id="L2A_T33TWM_A042547_20230810T101212")
     source = write_items(tmp_path, north, name="all.json")
     plan = plan_of(source)  # as an earlier release made it: the other half is not in the plan
     store(plan, tmp_path / "cube.zarr")
