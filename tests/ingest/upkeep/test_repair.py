@@ -79,6 +79,16 @@ def test_only_the_broken_shard_is_made_again(
     assert made == [index]
 
 
+def test_a_damaged_axis_is_written_again(cube: Path, local_client: Any, trust: IngestConfig) -> None:
+    before = tree(cube)
+    for path in (f"{NAME}/x", f"overview/{NAME}/band", f"{NAME}/time"):
+        (cube / path / "c" / "0").write_bytes(b"odd")
+    assert len(verify_cube(cube).damaged_axes) == 3, "the fault fired"
+    assert repair(cube, trust, client=local_client).ingest.exit_code == 0
+    assert tree(cube) == before
+    assert verify_cube(cube).damaged_axes == ()
+
+
 def test_an_unreadable_ledger_row_is_made_again(cube: Path, local_client: Any, trust: IngestConfig) -> None:
     before = tree(cube)
     row = cube / "_terrashard" / "ledger" / NAME / "0-1-1.json"

@@ -40,6 +40,11 @@ def _wiped(arrays: Arrays) -> None:
     arrays["source_item"][0, dark] = -1
 
 
+def _subtracted_again(arrays: Arrays) -> None:
+    main = arrays["reflectance"]
+    main[...] = np.where(main > 0, np.maximum(main.astype(int) - 1000, 1), 0)
+
+
 def _unmasked(arrays: Arrays) -> None:
     hidden = arrays["status"][0] == 0
     arrays["reflectance"][0, :, hidden] = 2777
@@ -50,8 +55,7 @@ def _unmasked(arrays: Arrays) -> None:
 KINDS: dict[str, tuple[Callable[[Arrays], object], str]] = {
     "offset dropped": (lambda arrays: np.add(arrays["reflectance"], 1000, out=arrays["reflectance"],
                                              where=arrays["reflectance"] > 0), "1000 too high: an offset was not"),
-    "offset twice": (lambda arrays: arrays["reflectance"].__isub__(
-        np.minimum(arrays["reflectance"], 1000) - (arrays["reflectance"] > 0)), "1000 too low: an offset was"),
+    "offset twice": (_subtracted_again, "1000 too low: an offset was"),
     "scale ignored": (lambda arrays: arrays["reflectance"].__imul__(5), "5 times as large: a scale was ignored"),
     "mask ignored": (_unmasked, "a mask or nodata value was ignored"),
     "one nodata for all": (_wiped, "they were taken for no data"),
