@@ -455,6 +455,7 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
             raise InvalidInput(f"scene {scene.id}: {band}: {odd}; leave it out, or go on without --strict")
         sentences += [f"{band}: {odd}"] if odd else []
     band_offsets: dict[str, int] = {}
+    sentence: str | None = None
     if scene.band_offsets or unknown:
         readings = {
             name: own
@@ -468,8 +469,8 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
         for name, reason in bands.refusals.items():
             probes[name] = replace(probes[name], refusal=probes[name].refusal or reason)
             sentences.append(f"{name}: {reason}")
-        first = band if band in bands.offsets else next(iter(bands.offsets))
-        reading, dn_offset, verdict, sentence = readings.get(first), bands.offsets[first], bands.verdicts[first], None
+        first = band if band is not None and band in bands.offsets else next(iter(bands.offsets))
+        reading, dn_offset, verdict = readings.get(first), bands.offsets[first], bands.verdicts[first]
         band_offsets = {name: value for name, value in bands.offsets.items() if value != dn_offset}
         sentences += bands.sentences
     else:
