@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 
 from jaxtrain.data.arrays import Reader, as_images, put_batch
 from jaxtrain.data.windows import Windows
@@ -18,6 +17,8 @@ from jaxtrain.parallel.mesh import batch_sharding
 from zarr_store.lookup import picture_bands
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from jaxtrain.learn.state import Program, TrainState
 
 __all__ = ["Shown", "collect_shown", "draw_shown"]
@@ -82,6 +83,8 @@ def draw_shown(shown: Sequence[Shown], bands: Sequence[str]) -> Figure:
         shown: Result of `collect_shown`.
         bands: Names of the image's bands.
     """
+    from matplotlib.figure import Figure
+
     rows = -(-len(shown) // _COLUMNS)
     figure = Figure(figsize=(1.7 * _COLUMNS, 2.1 * rows), layout="constrained")
     for axes in (grid := figure.subplots(rows, _COLUMNS, squeeze=False)).ravel():

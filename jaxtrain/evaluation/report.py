@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jinja2
 import numpy as np
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from jaxtrain.data.arrays import Reader
 from jaxtrain.data.splits import PARTS, Split
@@ -27,7 +23,9 @@ from jaxtrain.runs.log import read_metrics
 from jaxtrain.runs.rundir import ModelCard
 from zarr_store.folder import FolderStore
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # matplotlib is imported by what draws: training starts without it
+    from matplotlib.figure import Figure
+
     from jaxtrain.learn.state import Program, TrainState
 
 __all__ = ["OtherExamples", "collect_examples", "write_report"]
@@ -98,6 +96,8 @@ def write_report(
         evaluations: All scores of the run; those that are not `evaluation` are shown in a table, by data and part.
         other: Tiles of other data or of another part.
     """
+    import jinja2
+
     history = read_metrics(run)
     steps = [line for line in history if line["kind"] == "train"]
     validations = [line for line in history if line["kind"] == "validation"]
@@ -185,6 +185,8 @@ def _png(figure: Figure) -> str:
 
 
 def _curves(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> Figure:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     second = "r2" if any("r2" in line for line in steps) else "accuracy"
     for axes, name in zip(figure.subplots(1, 2), ("loss", second), strict=True):
@@ -204,6 +206,8 @@ def _curves(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[st
 
 
 def _confusion(evaluation: Mapping[str, Any]) -> Figure:
+    from matplotlib.figure import Figure
+
     names = evaluation["classes"]
     counts = np.array(evaluation["confusion_matrix"], float)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -223,6 +227,10 @@ def _confusion(evaluation: Mapping[str, Any]) -> Figure:
 
 
 def _split_map(split: Split) -> Figure:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     rows, columns = split.parts.shape
     width = 5.0
     height = min(9.0, max(2.0, width * rows * split.block[0] / (columns * split.block[1])))

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from jaxtrain.data.arrays import Reader, as_images, put_batch
 from jaxtrain.data.classes import UNLABELLED, Classes
@@ -22,6 +20,8 @@ from jaxtrain.parallel.mesh import batch_sharding
 from zarr_store.lookup import picture_bands
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from jaxtrain.learn.state import Program, TrainState
 
 __all__ = ["Tile", "collect_tiles", "draw_tiles", "name_shown", "picture"]
@@ -140,6 +140,9 @@ def draw_tiles(
         times: Dates of each cube.
         truth: Name of the label; empty if there is none.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     columns = [name_shown(bands), *([truth] if truth else []), "prediction" if truth else "reconstruction error"]
     figure = Figure(figsize=(2.53 * len(columns), 2.45 * len(tiles) + 0.6), layout="constrained")
     grid = figure.subplots(len(tiles), len(columns), squeeze=False)
