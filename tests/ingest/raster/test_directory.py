@@ -112,9 +112,9 @@ def test_pixels_that_gdal_makes_up_with_a_warning_are_an_error(tmp_path: Path) -
     (tmp_path / "a.tif").write_bytes(cut_blocks(whole))
     with rasterio.open(tmp_path / "a.tif") as dataset:
         assert dataset.read(1).shape == SHAPE, "GDAL reads it"
-    with rasterio.open(tmp_path / "a.tif") as dataset, pytest.raises(WarnedError, match="Premature end"):
+    with rasterio.open(tmp_path / "a.tif") as dataset, pytest.raises(WarnedError, match=r"(?i)premature end"):
         read_window(dataset, window=((64, 128), (64, 128)))
-    with pytest.raises(AssetUnreadable, match="Premature end"):
+    with pytest.raises(AssetUnreadable, match=r"(?i)premature end"):
         read(tmp_path / "a.tif")
     (tmp_path / "b.tif").write_bytes(whole)
     assert read(tmp_path / "b.tif").any()

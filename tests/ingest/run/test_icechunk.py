@@ -265,7 +265,8 @@ def test_chunks_that_lie_in_a_file_elsewhere_are_not_read(plan: Plan, tmp_path: 
         icechunk.VirtualChunkContainer(prefix, icechunk.local_filesystem_store(str(elsewhere)))
     )
     storage = icechunk.local_filesystem_storage(str(cube))
-    repository = icechunk.Repository.open(storage, config=config, authorize_virtual_chunk_access={prefix: None})
+    access = getattr(icechunk.credentials, "LocalFileSystemAccess", None)  # releases before 2 take None for it
+    repository = icechunk.Repository.open(storage, config=config, authorize_virtual_chunk_access={prefix: access})
     repository.save_config()
     session = repository.writable_session("main")
     session.store.set_virtual_ref(f"{NAME}/x/c/0", f"{prefix}secret", offset=0, length=4096)
