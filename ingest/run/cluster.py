@@ -203,7 +203,19 @@ def _tls(folder: str) -> dict[str, Any]:
     }
 
 
+def _silence_dask() -> None:
+    """Keep what Dask logs of its own course out of notebooks and of programs that log; its errors stay.
+
+    `silence_logs` reaches only the handler that Dask adds where the program has none. A level that the program itself
+    has set is left alone.
+    """
+    logger = logging.getLogger("distributed")
+    if not logger.handlers and logger.level == logging.INFO:  # Dask's default
+        logger.setLevel(logging.ERROR)
+
+
 def _local(config: IngestConfig, workers: int, dashboard: str, security: Security | None) -> LocalCluster:
+    _silence_dask()
     cluster = LocalCluster(
         n_workers=workers,
         threads_per_worker=config.running.threads_per_worker,

@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from ingest.raster.access import with_asset
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
-from ingest.run.cluster import count_in_flight, open_cluster, prepare
+from ingest.run.cluster import _silence_dask, count_in_flight, open_cluster, prepare
 from ingest.run.loop import run
 from ingest.run.start import describe, start_cluster
 from ingest.testing import write_raster
@@ -429,3 +429,26 @@ def test_workers_do_not_profile_where_that_can_stop_them() -> None:
         open_cluster(IngestConfig(workers=1)) as client,
     ):
         assert list(client.run(profiles).values()) == [False]
+
+
+def test_dask_keeps_its_course_out_of_a_program_that_logs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook has a handler of its own before Dask is imported, so Dask adds none, which it could make silent."""
+    dask_log, scheduler = logging.getLogger("distributed"), logging.getLogger("distributed.scheduler")
+    monkeypatch.setattr(dask_log, "handlers", [])
+    monkeypatch.setattr(dask_log, "propagate", True)
+    level = dask_log.level
+    try:
+        dask_log.setLevel(logging.INFO)
+        scheduler.info("State start")
+        assert caplog.messages == ["State start"]
+        _silence_dask()
+        scheduler.info("State start")
+        scheduler.error("lost")
+        assert caplog.messages == ["State start", "lost"]
+        dask_log.setLevel(logging.DEBUG)  # by the program itself
+        _silence_dask()
+        assert dask_log.level == logging.DEBUG
+    finally:
+        dask_log.setLevel(level)
