@@ -25,7 +25,7 @@ import pytest
 # of training. Those of launched processes and of the mesh that is chosen unasked leave the compiler as it is.
 QUICK_COMPILER = ["--xla_backend_optimization_level=1"]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # a compiler that lacks a flag ends the process
-    QUICK_COMPILER += ["--xla_cpu_use_fusion_emitters=false"]
+    QUICK_COMPILER += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *QUICK_COMPILER]
 ).strip()

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from jaxtrain import train
+from jaxtrain import loop, train
 from jaxtrain.config import TrainConfig
+from jaxtrain.evaluation import report
+from jaxtrain.runs.rundir import ModelCard
 from zarr_store.create import create_cube
 from zarr_store.grid import Grid
 from zarr_store.labels import LabelSpec, label_boxes, write_label
@@ -22,6 +25,8 @@ from zarr_store.write import ShardWriter
 
 COLLECTION = "sentinel-2-l2a"
 CLASSES = {"4": "vegetation", "5": "not vegetated", "6": "water"}
+PAINTERS = {name: getattr(report, name) for name in
+            ("_png", "_curves", "_confusion", "_split_map", "draw_tiles", "draw_shown")}  # fmt: skip
 SPECTRA = np.array([[400, 700, 500, 3200], [1100, 1400, 1800, 2500], [300, 350, 200, 120]], float)
 
 
@@ -150,6 +155,33 @@ def tiny_config(cube: Path | str, **sections: dict[str, Any]) -> TrainConfig:
                                        {**base, **sections}})  # fmt: skip
 
 
+_PROGRAMS: dict[Any, Any] = {}
+
+
+def share_programs(patch: pytest.MonkeyPatch) -> None:
+    """Let trainings with the same settings and statistics share their program and its compiled steps.
+
+    Only for tests of what befalls a run between its steps; nothing inside a step may be patched.
+    """
+    names = ("program_of", "make_train_step", "make_eval_step", "make_predict_step")
+    make = {name: getattr(loop, name) for name in names}
+
+    def program_of(card: ModelCard, config: TrainConfig) -> Any:
+        key = (config.model_dump_json(), repr((card.mean, card.std, card.class_weights, card.classes, card.task)))
+        if key not in _PROGRAMS:
+            _PROGRAMS[key] = make["program_of"](card, config)
+        return _PROGRAMS[key]
+
+    def step_of(name: str, program: Any) -> Any:
+        if (name, id(program)) not in _PROGRAMS:
+            _PROGRAMS[name, id(program)] = (make[name](program), program)  # a program that is kept keeps its id
+        return _PROGRAMS[name, id(program)][0]
+
+    patch.setattr(loop, "program_of", program_of)
+    for name in names[1:]:
+        patch.setattr(loop, name, functools.partial(step_of, name))
+
+
 @functools.cache
 def shared_cube() -> Path:
     """One cube for all tests of a process; they only read it."""
@@ -162,5 +194,8 @@ def shared_cube() -> Path:
 def shared_run() -> Path:
     """One finished run of twelve steps on the shared cube; tests that change it work on a copy."""
     out = shared_cube().parent / "run"
-    train(tiny_config(shared_cube()), out)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, painter in PAINTERS.items():  # also where the test that asks first has no use for figures
+            patch.setattr(report, name, painter)
+        train(tiny_config(shared_cube()), out)
     return out

@@ -64,6 +64,7 @@ assert not {"jax", "flax", "orbax"} & set(sys.modules), "importing the package i
 from jaxtrain import TrainConfig, read_train_config
 assert "jax" not in sys.modules, "reading a configuration imports JAX"
 import jaxtrain.loop, jaxtrain.evaluation.scores, jaxtrain.inference.scene
+assert not {"matplotlib", "jinja2"} & set(sys.modules), "what draws a report is imported when it is drawn"
 try:
     import jaxtrain.train
 except ImportError as error:

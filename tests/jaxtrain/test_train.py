@@ -35,6 +35,7 @@ from zarr_store.write import ShardWriter
 from .cube_factory import COLLECTION, make_cube, shared_cube, shared_run, tiny_config
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 class Stop(Exception):
@@ -207,15 +208,14 @@ def test_sigkill_and_the_same_command_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("data", "model"), [(2, 1)])
 def test_a_run_goes_on_on_another_mesh(tmp_path: Path, data: int, model: int) -> None:
     """Same samples, same model up to rounding, and nothing is doubled or skipped."""
-    config = tiny_config(shared_cube(), model={"width": 8})
-    train(config, tmp_path / "whole")
-    with pytest.raises(Stop):
-        train(config, tmp_path / "moved", on_event=stop_at(8))
-    wide = tiny_config(shared_cube(), model={"width": 8}, mesh={"data": data, "model": model})
+    shutil.copytree(shared_run(), tmp_path / "moved")
+    for step in (10, 12):
+        shutil.rmtree(tmp_path / "moved" / "checkpoints" / f"{step:08d}")
+    wide = tiny_config(shared_cube(), mesh={"data": data, "model": model})
     result = train(wide, tmp_path / "moved")
     assert result.resumed_from == 5
     # Adam divides by the root of tiny squares, so rounding shows in parameters sooner than in what they do
-    alone, moved = history(tmp_path / "whole"), history(tmp_path / "moved")
+    alone, moved = history(shared_run()), history(tmp_path / "moved")
     assert [(line["kind"], line["step"]) for line in alone] == [(line["kind"], line["step"]) for line in moved]
     for a, b in zip(alone, moved, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), a

@@ -35,6 +35,7 @@ from .cube_factory import COLLECTION, shared_cube, shared_run, tiny_config
 from .test_train import assert_same_run, params_of
 
 TrainStep = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def change_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> None:

@@ -68,6 +68,7 @@ def test_every_window_of_all_cubes_is_seen_once_an_epoch(cubes: list[str]) -> No
     assert card.statistics["class_pixels"]["water"] == sum(counted)
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_a_run_on_two_cubes_resumes_exactly_and_is_scored_on_both(cubes: list[str], tmp_path: Path) -> None:
     config = config_of(cubes)
     train(config, tmp_path / "whole")

@@ -19,6 +19,8 @@ from zarr_store.errors import InvalidInput
 from ..cube_factory import shared_cube, tiny_config
 from ..sample_factory import make_samples
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def tiny_samples(store: Path, **sections: Any) -> TrainConfig:
     base: dict[str, dict[str, Any]] = {

@@ -18,6 +18,8 @@ from zarr_store.errors import InvalidInput
 
 from ..cube_factory import shared_cube, tiny_config
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def test_a_lower_loss_and_a_higher_score_are_better() -> None:
     loss = Best(RunConfig(monitor="loss", patience=2))
