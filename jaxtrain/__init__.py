@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtrain.config import (
     DataConfig,
+    HeteroConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "DataConfig",
     "EmbeddingResult",
     "EvaluationReport",
+    "HeteroConfig",
     "MapResult",
     "MeshConfig",
     "ModelConfig",

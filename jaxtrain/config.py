@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "RunConfig", "SplitConfig", "TrainConfig"]
+__all__ = ["DataConfig", "HeteroConfig", "MeshConfig", "ModelConfig", "OptimConfig", "RunConfig", "SplitConfig",
+           "TrainConfig"]  # fmt: skip
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -337,6 +338,29 @@ class RunConfig(_Strict):
     hang_s: float = Field(1200.0, gt=0, description="seconds without progress until a run writes its stacks and ends")
 
 
+class HeteroConfig(_Strict):
+    """Replicas of unequal speed: each process trains by itself and does as many chunks of a batch as it is fast.
+
+    Example:
+        >>> HeteroConfig(enabled=True, chunk=4).silence_s
+        20.0
+    """
+
+    enabled: bool = Field(
+        False, description="each process of the run is a replica; `terrashard launch` starts them and hands out shares"
+    )
+    chunk: int = Field(
+        0,
+        ge=0,
+        description="windows of a chunk, the smallest part of a batch that a replica takes; it divides the batch. "
+        "0: the largest that leaves 16 chunks or more",
+    )
+    silence_s: float = Field(20.0, gt=0, description="seconds without a sign of life until a replica is dropped")
+    compare_every: Positive = Field(
+        100, description="steps between comparisons of the parameters; where they differ, those of the leader are sent"
+    )
+
+
 class TrainConfig(_Strict):
     """All settings of a training run.
 
@@ -351,6 +375,20 @@ class TrainConfig(_Strict):
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
+    hetero: HeteroConfig = HeteroConfig()
+
+    @property
+    def chunk(self) -> int:
+        """Windows of a chunk: those of `hetero.chunk`, or of the largest that divides the batch into 16 or more."""
+        batch = self.run.batch_size
+        return self.hetero.chunk or max(
+            n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or batch >= 16 * n)
+        )
+
+    @property
+    def unit(self) -> int:
+        """Windows that the devices of one process compute at once: a batch, or a chunk where replicas are unequal."""
+        return self.chunk if self.hetero.enabled else self.run.batch_size
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
@@ -458,4 +496,44 @@ class TrainConfig(_Strict):
                     f"{self.model.name} has {self.data.patch / divisor:g} rows, which must be a multiple of {n}; "
                     f"data.patch must be a multiple of {divisor * n}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_shared_out(self) -> TrainConfig:
+        """Refuse what unequal replicas cannot compute exactly, or only together."""
+        if not self.hetero.enabled:
+            return self
+        batch, chunk, mesh = self.run.batch_size, self.chunk, self.mesh
+        if chunk > batch or batch % chunk:
+            fits = [n for n in range(1, batch + 1) if batch % n == 0]
+            raise ValueError(
+                f"hetero.chunk {chunk} must divide run.batch_size {batch} into whole chunks: choose one of "
+                f"{', '.join(map(str, fits))}, or 0 to have it chosen"
+            )
+        if self.model.norm == "batch":
+            raise ValueError(
+                "model.norm = 'batch' needs the whole batch at once, and unequal replicas each see some chunks of it: "
+                "use model.norm = 'group', or 'local' (the statistics of each chunk)"
+            )
+        if self.optim.loss == "dice":
+            raise ValueError(
+                "optim.loss = 'dice' is a quotient over the whole batch, which no replica has at once: use "
+                "cross_entropy or focal, or hetero.enabled = false"
+            )
+        if mesh.auto:
+            raise ValueError(
+                "mesh = 'auto' plans for equal devices, hetero.enabled is for unequal ones: leave one of the two out"
+            )
+        wrong = [name for name in ("pipe", "model", "space") if getattr(mesh, name) not in (1, (1, 1))]
+        if wrong:
+            named = ", ".join(f"mesh.{name} = {getattr(mesh, name)}" for name in wrong)
+            raise ValueError(
+                f"{named} with hetero.enabled: a replica splits its chunks over its own devices by mesh.data and "
+                "mesh.zero only; leave the others at 1, or set hetero.enabled = false"
+            )
+        if chunk % mesh.data:
+            raise ValueError(
+                f"a chunk of {chunk} windows must be a multiple of mesh.data {mesh.data}, so that each device of a "
+                "replica gets whole windows: change hetero.chunk or mesh.data"
+            )
         return self

@@ -41,8 +41,8 @@ from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored_sharding
 from jaxtrain.parallel.pipeline import Pipeline
 
-__all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "make_embed_step", "make_eval_step", "make_pipeline",
-           "make_predict_step", "make_train_step"]  # fmt: skip
+__all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "batch_shardings", "differentiate", "make_embed_step",
+           "make_eval_step", "make_pipeline", "make_predict_step", "make_train_step", "update_state"]  # fmt: skip
 
 Batch = Mapping[str, Any]
 
@@ -111,68 +111,99 @@ def make_train_step(program: Program) -> TrainStep:
     """
     if program.layout is not None:
         return TrainStep(make_pipeline(program).train)
-    objective, accumulating, steps = program.objective, program.config.optim.accumulate > 1, program.config.run.steps
+    accumulating = program.config.optim.accumulate > 1
 
     def step(state: TrainState, batch: dict[str, Any], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        augment_key, dropout_key = jax.random.split(key)
-        x_BHWC, ((label, _), *others) = prepare_batch(program, batch, augment_key, program.mesh)
-
-        def loss_of(params: Any) -> tuple[jax.Array, tuple[LossTerms, jax.Array, Any]]:
-            logits, model_state = program.apply(params, state.model_state, x_BHWC, train=True, key=dropout_key)
-            terms = objective.terms(logits, label)
-            labelled = terms.labelled
-            for other, share in others:
-                terms = terms.mixed(objective.terms(logits, other), share)
-            # where batches are accumulated, the sum is divided once, by the weight of all of them
-            return terms.loss if accumulating else terms.mean(), (
-                terms._replace(labelled=labelled),
-                logits,
-                model_state,
-            )
-
-        (_, (terms, logits, model_state)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        loss, labelled = terms.mean(), terms.labelled
-        # the norm of the parts of each replica: where all of a gradient is needed nowhere, it is never all on a device
-        gradient = program.share(gradient)
-        gradient_norm = optax.tree.norm(gradient)
-        if accumulating:
-            gradient_norm = gradient_norm / jnp.where(terms.weight > 0, terms.weight, jnp.float32(1))
-        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        used, extra = finite, {}
-        if accumulating:
-            # a last batch that is left out must not take those before it along
-            last = state.step == steps - 1
-            used = finite | (last & (state.opt_state.mini_step > 0))
-            gradient = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), gradient)
-            extra = {"weight": jnp.where(finite, terms.weight, jnp.float32(0)), "last": last}
-        updates, opt_state = program.optimizer.update(gradient, state.opt_state, state.params, **extra)
-        params = optax.apply_updates(state.params, updates)
-
-        def chosen(when: jax.Array, new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
-
-        params, opt_state = chosen(used, (params, opt_state), (state.params, state.opt_state))
-        model_state = chosen(finite, model_state, state.model_state)
-        metrics = {
-            "loss": loss,
-            objective.score: objective.right(logits, label) / jnp.maximum(labelled, 1).astype(jnp.float32),
-            "gradient_norm": gradient_norm,
-            "learning_rate": program.schedule(state.step),
-            "labelled": labelled,
-            "finite": finite,
-        }
-        return TrainState(state.step + 1, params, model_state, opt_state), metrics
+        # where batches are accumulated, the sum is divided once, by the weight of all of them
+        gradient, *found = differentiate(program, state.params, state.model_state, batch, key, of_sum=accumulating)
+        return update_state(program, state, gradient, *found)
 
     whole = replicated(program.mesh)
     return TrainStep(
         jax.jit(
             step,
-            in_shardings=(program.shardings, _batch_shardings(program), whole),
+            in_shardings=(program.shardings, batch_shardings(program), whole),
             out_shardings=(program.shardings, whole),
             donate_argnums=0,
         ),
-        tuple(_batch_shardings(program)),
+        tuple(batch_shardings(program)),
     )
+
+
+def differentiate(
+    program: Program, params: Any, model_state: Any, batch: Batch, key: jax.Array, *, of_sum: bool
+) -> tuple[Any, LossTerms, jax.Array, Any]:
+    """Return gradient, sums of the loss, `Objective.right` and batch statistics of a batch, inside a jitted function.
+
+    Args:
+        program: The fixed parts.
+        params: Parameters.
+        model_state: Batch statistics before the step.
+        batch: As the module describes it.
+        key: Random key of augmentation and dropout.
+        of_sum: Whether the gradient is that of the sum of the losses, which adds up over batches, or of their mean.
+    """
+    objective = program.objective
+    augment_key, dropout_key = jax.random.split(key)
+    x_BHWC, ((label, _), *others) = prepare_batch(program, batch, augment_key, program.mesh)
+
+    def loss_of(params: Any) -> tuple[jax.Array, tuple[LossTerms, jax.Array, Any]]:
+        logits, after = program.apply(params, model_state, x_BHWC, train=True, key=dropout_key)
+        terms = objective.terms(logits, label)
+        labelled = terms.labelled
+        for other, share in others:
+            terms = terms.mixed(objective.terms(logits, other), share)
+        return terms.loss if of_sum else terms.mean(), (terms._replace(labelled=labelled), logits, after)
+
+    (_, (terms, logits, after)), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return gradient, terms, objective.right(logits, label), after
+
+
+def update_state(
+    program: Program, state: TrainState, gradient: Any, terms: LossTerms, right: jax.Array, model_state: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Update the state by the gradient of a whole batch, inside a jitted function; return metrics of the step too.
+
+    Args:
+        program: The fixed parts.
+        state: The state before the step.
+        gradient: That of the mean loss; of its sum where `optim.accumulate` is above 1.
+        terms: Sums of the loss over the batch.
+        right: Result of `Objective.right` for the batch.
+        model_state: Batch statistics after the step.
+    """
+    accumulating, steps = program.config.optim.accumulate > 1, program.config.run.steps
+    loss, labelled = terms.mean(), terms.labelled
+    # the norm of the parts of each replica: where all of a gradient is needed nowhere, it is never all on a device
+    gradient = program.share(gradient)
+    gradient_norm = optax.tree.norm(gradient)
+    if accumulating:
+        gradient_norm = gradient_norm / jnp.where(terms.weight > 0, terms.weight, jnp.float32(1))
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    used, extra = finite, {}
+    if accumulating:
+        # a last batch that is left out must not take those before it along
+        last = state.step == steps - 1
+        used = finite | (last & (state.opt_state.mini_step > 0))
+        gradient = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.zeros_like(leaf)), gradient)
+        extra = {"weight": jnp.where(finite, terms.weight, jnp.float32(0)), "last": last}
+    updates, opt_state = program.optimizer.update(gradient, state.opt_state, state.params, **extra)
+    params = optax.apply_updates(state.params, updates)
+
+    def chosen(when: jax.Array, new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
+
+    params, opt_state = chosen(used, (params, opt_state), (state.params, state.opt_state))
+    model_state = chosen(finite, model_state, state.model_state)
+    metrics = {
+        "loss": loss,
+        program.objective.score: right / jnp.maximum(labelled, 1).astype(jnp.float32),
+        "gradient_norm": gradient_norm,
+        "learning_rate": program.schedule(state.step),
+        "labelled": labelled,
+        "finite": finite,
+    }
+    return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
 
 def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
@@ -191,9 +222,9 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
         return program.objective.sums(_look(program, params, model_state, x_BHWC, turned), label)
 
     param_shardings = evaluation_params(program.shardings.params, program.shardings.opt_state)
-    shardings = (param_shardings, program.shardings.model_state, _batch_shardings(program))
+    shardings = (param_shardings, program.shardings.model_state, batch_shardings(program))
     jitted = jax.jit(evaluate, in_shardings=shardings, out_shardings=replicated(program.mesh))
-    return EvalStep(jitted, tuple(_batch_shardings(program)))
+    return EvalStep(jitted, tuple(batch_shardings(program)))
 
 
 def make_predict_step(program: Program) -> PredictStep:
@@ -217,7 +248,7 @@ def make_predict_step(program: Program) -> PredictStep:
             return jnp.sqrt(jnp.square(logits - x_BHWC).mean(axis=-1, keepdims=True))
         return program.objective.answer(logits)
 
-    lies = _batch_shardings(program)
+    lies = batch_shardings(program)
     param_shardings = evaluation_params(program.shardings.params, program.shardings.opt_state)
     days = (lies["day"],) if "day" in lies else ()
     shardings = (param_shardings, program.shardings.model_state, lies["image"], lies["observed"], *days)
@@ -227,7 +258,7 @@ def make_predict_step(program: Program) -> PredictStep:
 
 def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array]:
     """`embed(state, batch) -> vectors (B, Z)`: the code of each image, its mean over rows and columns."""
-    lies = _batch_shardings(program)
+    lies = batch_shardings(program)
 
     def run(params: Any, model_state: Any, image: jax.Array, observed: jax.Array) -> jax.Array:
         return program.embed(params, model_state, present(program, image, observed)).mean(axis=(1, 2))
@@ -316,7 +347,8 @@ def make_pipeline(program: Program) -> Pipeline:
     )
 
 
-def _batch_shardings(program: Program) -> dict[str, Any]:
+def batch_shardings(program: Program) -> dict[str, Any]:
+    """Return the sharding of each array of a batch that a program uses."""
     mesh, task = program.mesh, program.objective.task
     series = program.config.data.dates != 1
     lies = {"image": stored_sharding(mesh, 5 if series else 4), "observed": stored_sharding(mesh, 4 if series else 3)}

@@ -19,12 +19,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import MeshConfig, TrainConfig
 from zarr_store.errors import InvalidInput
 
-__all__ = ["SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "replicated", "share_cores", "spec",
-           "stored_sharding"]  # fmt: skip
+__all__ = ["LOCAL_COUNT", "SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "replicated",
+           "share_cores", "spec", "stored_sharding"]  # fmt: skip
 
 SPACE_AXES = ("space", "space_w")
 """Axes that split rows and columns."""
 
+LOCAL_COUNT = "TERRASHARD_LOCAL_PROCESSES"
+"""Variable with the number of processes of the run on this machine."""
 MOST_PARTS = 8
 """Largest number of parts into which a processor is split by default; with more, each gets few windows of a batch."""
 
@@ -86,7 +88,9 @@ def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = Non
     if named or config.model.norm == "local" or jax.distributed.is_initialized():
         return config
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = max(n for n in range(1, min(cores, MOST_PARTS) + 1) if config.run.batch_size % n == 0)
+    if config.hetero.enabled:  # replicas of one machine share its cores
+        cores = max(1, cores // int(env.get(LOCAL_COUNT) or 1))
+    parts = max(n for n in range(1, min(cores, MOST_PARTS) + 1) if config.unit % n == 0)
     if parts == 1:
         return config
     try:

@@ -31,6 +31,8 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.parallel.mesh import share_cores
 from jaxtrain.parallel.rendezvous import (
     COORDINATOR,
+    LOCAL,
+    LOCAL_COUNT,
     PROCESS,
     PROCESSES,
     Rendezvous,
@@ -42,7 +44,7 @@ from jaxtrain.parallel.rendezvous import (
 from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = ["Agreement", "ProcessInfo", "Rendezvous", "abandon", "await_name", "find_rendezvous", "first_host",
-           "from_first", "local_gpus", "spread_mesh", "start_distributed", "wait_for_all"]  # fmt: skip
+           "from_first", "local_gpus", "spread_mesh", "start_distributed", "start_replica", "wait_for_all"]  # fmt: skip
 
 BIND = "TERRASHARD_COORDINATOR_BIND"
 PARENT = "TERRASHARD_PARENT"
@@ -126,6 +128,24 @@ def start_distributed(
     return _join(arguments, f"{coordinator}, where {found.source} expects {processes} processes", timeout_s, env)
 
 
+def start_replica(environment: Mapping[str, str] | None = None) -> ProcessInfo:
+    """Prepare a process that trains as a replica of its own: it has its share of the GPUs, and JAX knows no others.
+
+    Call it before anything touches a device.
+
+    Args:
+        environment: Replaces `os.environ`.
+    """
+    env = os.environ if environment is None else environment
+    if PARENT in env:
+        die_with_parent(read_number(PARENT, env) or 0)
+    process, count = read_number(LOCAL, env), read_number(LOCAL_COUNT, env)
+    gpus = None if process is None or count is None else local_gpus(process, count, env)
+    if gpus is not None:
+        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, gpus)))  # type: ignore[no-untyped-call]
+    return ProcessInfo(0, 1)
+
+
 def await_name(host: str, timeout_s: float) -> None:
     """Wait until the name of a host is known: that of a pod is published some seconds after the pod has started.
 
@@ -182,7 +202,7 @@ def spread_mesh(config: TrainConfig) -> TrainConfig:
     if jax.process_count() == 1:
         if jax.default_backend() == "cpu" or config.model.norm == "local":
             return config
-        rows = config.run.batch_size // (config.mesh.microbatches if config.mesh.pipe > 1 else 1)
+        rows = config.unit // (config.mesh.microbatches if config.mesh.pipe > 1 else 1)
         parts = max((n for n in range(1, parts + 1) if rows % n == 0), default=1)
         if parts == 1:
             return config
