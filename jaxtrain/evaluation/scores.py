@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 from jaxtrain.data.arrays import Reader, put_batch
 from jaxtrain.data.batches import BatchStream
@@ -33,7 +35,8 @@ from jaxtrain.runs.evaluations import own_evaluation, read_evaluations, write_ev
 from jaxtrain.runs.rundir import ModelCard, inference_program, load_card
 from zarr_store.errors import InvalidInput, NothingFound, TerrashardError, UnknownName
 
-__all__ = ["EvaluationReport", "evaluate", "restore_model", "score_windows", "select_data"]
+__all__ = ["EvaluationReport", "evaluate", "restore_model", "score_windows", "scores_of",
+           "select_data", "sum_windows"]  # fmt: skip
 
 Progress = Callable[[int, int], None]
 
@@ -172,18 +175,57 @@ def score_windows(
         names: Class names.
         on_batch: Called with (batches done, batches in all).
     """
-    run = program.config.run
-    axis = program.mesh.shape["data"]
-    size = -(-run.batch_size // axis) * axis
-    sharding = batch_sharding(program.mesh)
+    return scores_of(program, sum_windows(program, step, state, reader, windows, on_batch=on_batch), names)
+
+
+def scores_of(
+    program: Program, sums: Mapping[str, NDArray[np.float64]], names: tuple[str, ...]
+) -> tuple[ConfusionMatrix | SeveralCounts | ValueErrors, float]:
+    """Return counts and mean loss of the sums of an evaluation; the loss is nan where nothing was labelled."""
     task = program.objective.task
-    matrix, loss, labelled = counts_for(names, several=task.several, values=task.values), 0.0, 0
+    counts = counts_for(names, several=task.several, values=task.values)
+    if not sums:
+        return counts, math.nan
+    counts.add_sums(
+        {name: np.rint(array).astype(np.int64) if name in _COUNTS else array for name, array in sums.items()}
+    )
+    labelled = float(sums["labelled"])
+    return counts, float(sums["loss_sum"]) / labelled if labelled else math.nan
+
+
+_COUNTS = ("confusion", "counts")
+"""Sums of an evaluation that are whole numbers."""
+
+
+def sum_windows(
+    program: Program,
+    step: EvalStep,
+    state: TrainState,
+    reader: Reader,
+    windows: Windows,
+    *,
+    size: int | None = None,
+    on_batch: Progress | None = None,
+) -> dict[str, NDArray[np.float64]]:
+    """Return the sums of an evaluation of windows or samples, by name; nothing where there are none.
+
+    Args:
+        program: Gives mesh and batch size.
+        step: Result of `make_eval_step(program)`.
+        state: The model.
+        reader: Reads windows with labels.
+        windows: Windows or samples of the evaluation.
+        size: Windows of a batch; None for those of the run, rounded up to the devices of the axis `data`.
+        on_batch: Called with (batches done, batches in all).
+    """
+    run, sharding = program.config.run, batch_sharding(program.mesh)
+    axis = program.mesh.shape["data"]
+    size = size or -(-run.batch_size // axis) * axis
+    added: dict[str, NDArray[np.float64]] = {}
 
     def count(sums: dict[str, jax.Array]) -> None:
-        nonlocal loss, labelled
-        matrix.add_sums(jax.device_get(sums))
-        loss += float(sums["loss_sum"])
-        labelled += int(sums["labelled"])
+        for name, value in jax.device_get(sums).items():
+            added[name] = added.get(name, np.float64(0)) + np.asarray(value, np.float64)
 
     total = -(-len(windows) // size)
     previous: dict[str, jax.Array] | None = None
@@ -199,7 +241,7 @@ def score_windows(
                 on_batch(number + 1, total)
     if previous is not None:
         count(previous)
-    return matrix, loss / labelled if labelled else math.nan
+    return added
 
 
 def restore_model(run: Path, card: ModelCard) -> tuple[Program, TrainState, int, tuple[str, ...]]:

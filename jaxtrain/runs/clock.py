@@ -37,6 +37,10 @@ class Clock:
             self._wait += time.monotonic() - began
             yield batch
 
+    def waited(self, seconds: float) -> None:
+        """Count seconds of the step under way that were spent waiting for its input."""
+        self._wait += seconds
+
     def tick(self) -> tuple[float | None, float | None]:
         """Return the seconds since the previous step and the part spent waiting for input; None after a pause."""
         before, self._since = self._since, time.monotonic()

@@ -13,7 +13,7 @@ __all__ = ["OnEvent", "Teller", "TrainEvent", "TrainingResult"]
 
 _log = logging.getLogger("jaxtrain.train")
 
-Event = Literal["start", "resume", "step", "validation", "checkpoint", "warning", "done"]
+Event = Literal["start", "resume", "group", "step", "validation", "checkpoint", "warning", "done"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class TrainEvent:
     """One event of a run; `train(…, on_event=…)` calls a function with each.
 
     Attributes:
-        kind: start (data and network are known) · resume · step · validation · checkpoint · warning · done.
+        kind: start (data and network are known) · resume · group (unequal replicas come and go) · step · validation ·
+            checkpoint · warning · done.
         step: Steps done.
         steps: Steps in all.
         message: One line of text.
@@ -68,6 +69,10 @@ class TrainingResult:
         best_score: Score of that validation.
         stopped_early: Whether `run.patience` ended the run before its last step.
         unit: Name of what `windows` counts: "windows" of a cube, "images" of a sample store, or "pixels" of a scene.
+        shares: Chunks of a step that each replica computed last; None without `hetero.enabled`, as are the next two.
+        efficiency: Rate of this call divided by the sum of the rates at which its replicas computed.
+        recompiles: How often this replica compiled its programs again after the first step.
+        leads: Whether this process has written history, checkpoints and report.
 
     Example:
         >>> from jaxtrain import load_run, train
@@ -95,10 +100,19 @@ class TrainingResult:
     best_score: float | None = None
     stopped_early: bool = False
     unit: str = "windows"
+    shares: dict[str, int] | None = None
+    efficiency: float | None = None
+    recompiles: int | None = None
+    leads: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return asdict(self)
+        """Return the JSON form; what only unequal replicas have is left out of other runs."""
+        values = asdict(self)
+        del values["leads"]
+        if self.shares is None:
+            for name in ("shares", "efficiency", "recompiles"):
+                del values[name]
+        return values
 
     def __repr__(self) -> str:
         names = ("loss", "accuracy", "miou", "r2", "rmse")
@@ -113,15 +127,24 @@ class TrainingResult:
         return result_table(f"Training {self.run}", rows)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Teller:
-    """Reports the progress of a run: one line to the log, and a `TrainEvent` to `on_event`."""
+    """Reports the progress of a run: one line to the log, and a `TrainEvent` to `on_event`.
+
+    Attributes:
+        steps: Steps in all.
+        on_event: Called with each event; None for nobody.
+        quiet: Whether only warnings are reported, because another process reports all else.
+    """
 
     steps: int
     on_event: OnEvent | None
+    quiet: bool = False
 
     def __call__(self, kind: Event, step: int, message: str, **metrics: Any) -> None:
         """Report one event of `step`."""
+        if self.quiet and kind != "warning":
+            return
         _log.info("%s", message)
         if self.on_event:
             self.on_event(TrainEvent(kind, step, self.steps, message, metrics))

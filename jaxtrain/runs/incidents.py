@@ -4,12 +4,14 @@
 - a window whose chunk is damaged, and which is left out of training (`run.on_corrupt = "quarantine"`)
 - a batch without one labelled pixel, which teaches nothing
 
-`incidents.jsonl` of the run has a line for each, of process 0; the n-th other process writes `incidents-n.jsonl`.
+`incidents.jsonl` of the run has a line for each, of process 0; the n-th other process, and replica n of a run with
+unequal replicas, writes `incidents-n.jsonl`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from zarr_store.errors import CorruptShard, IntegrityError, InvalidInput, Missin
 from zarr_store.redact import redact_text
 from zarr_store.store import translate_os_errors
 
-__all__ = ["INCIDENTS", "Incidents", "name_windows"]
+__all__ = ["INCIDENTS", "Incidents", "file_part", "name_windows"]
 
 INCIDENTS = "incidents.jsonl"
 
@@ -35,7 +37,7 @@ class Incidents:
     Args:
         run: Folder of the run.
         config: Policies and limits.
-        process: Number of this process.
+        process: Number of this process, or name of this replica.
         on_warning: Called with one line for each incident; from any thread.
     """
 
@@ -44,10 +46,10 @@ class Incidents:
         run: Path,
         config: RunConfig,
         *,
-        process: int = 0,
+        process: int | str = 0,
         on_warning: Callable[[str], None] = lambda _line: None,
     ) -> None:
-        self._path = run / (INCIDENTS if process == 0 else f"incidents-{process}.jsonl")
+        self._path = run / (INCIDENTS if process in (0, "0") else f"incidents-{file_part(str(process))}.jsonl")
         self._config, self._warn = config, on_warning
         self._lock = threading.Lock()
         self._windows: set[tuple[int, ...]] = set()
@@ -134,6 +136,15 @@ class Incidents:
             return
         with translate_os_errors(str(self._path)), self._path.open("a", encoding="utf-8") as file:
             file.write(text)
+
+
+def file_part(name: str) -> str:
+    """Return a name as a part of the name of a file.
+
+    >>> file_part("gpu-a:0"), file_part("../x")
+    ('gpu-a-0', '..-x')
+    """
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)
 
 
 def name_windows(rows: Rows) -> str:

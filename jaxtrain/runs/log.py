@@ -7,7 +7,7 @@ lines after n, so that the history has each step once, however often the run was
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -74,14 +74,22 @@ class RunLog:
             if error is None:  # else the disk was full before, and that error is raised already
                 raise
 
-    def write(self, kind: Kind, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Add one line: kind, step and the metrics."""
+    def write(self, kind: Kind, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add one line: kind, step and the metrics, which are numbers, None, or numbers by name."""
         with translate_os_errors(self._file.name):
             self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
             self._file.flush()
         if kind == "validation" or step % self._every == 0:
-            known = {f"{kind}/{name}": float(value) for name, value in metrics.items() if value is not None}
+            known = {f"{kind}/{name}": number for name, number in _numbers(metrics)}
             for name, number in known.items():
                 self._board.add_scalar(name, number, step)
             for tracker in self._trackers:
                 tracker.log(known, step)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{of}", number) for of, number in _numbers(value))
+        elif value is not None:
+            yield name, float(value)
