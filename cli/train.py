@@ -34,14 +34,17 @@ def register(app: typer.Typer) -> None:
 
         Under mpirun, srun or `terrashard launch`, all processes train one network together.
         """
-        from cli.training import run_training, summary, train_config
-        from jaxtrain.parallel.processes import start_distributed
+        from cli.training import run_training, show, train_config
+        from jaxtrain.parallel.processes import start_distributed, start_replica
 
         config = train_config(configuration, session)
+        if config.hetero.enabled:
+            start_replica()
+            result = run_training(session, config, out, resume=resume)
+            if result.leads:
+                show(session, result)
+            return
         if not start_distributed().is_first:
             run_training(replace(session, verbosity=-1), config, out, resume=resume)
             return
-        result = run_training(session, config, out, resume=resume)
-        for line in summary(result):
-            session.say(line)
-        session.emit(result.to_dict())
+        show(session, run_training(session, config, out, resume=resume))

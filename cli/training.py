@@ -11,7 +11,7 @@ from cli.session import Session
 if TYPE_CHECKING:
     from jaxtrain import TrainConfig, TrainEvent, TrainingResult
 
-__all__ = ["run_training", "summary", "train_config"]
+__all__ = ["run_training", "show", "summary", "train_config"]
 
 
 def train_config(path: Path, session: Session) -> TrainConfig:
@@ -64,3 +64,10 @@ def summary(result: TrainingResult) -> list[str]:
         f"validation    {scores or 'none'}",
         f"report        {result.report}",
     ]
+
+
+def show(session: Session, result: TrainingResult) -> None:
+    """Print the result of a run, as lines or as JSON."""
+    for line in summary(result):
+        session.say(line)
+    session.emit(result.to_dict())

@@ -8,10 +8,11 @@ functions of (seed, step). How a step is settled, validated and saved is in `ses
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ import jax
 import numpy as np
 
 from jaxtrain.config import TrainConfig
+from jaxtrain.data.arrays import Rows
 from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.training_data import TrainingData, TrainingSet
 from jaxtrain.evaluation.own_data import find_moved
 from jaxtrain.evaluation.report import collect_examples, write_report
+from jaxtrain.hetero.replica import Replica, expect_group, join_group
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import make_eval_step, make_predict_step, make_train_step
 from jaxtrain.parallel.mesh import batch_sharding
@@ -34,13 +37,13 @@ from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.runs.clock import Clock
 from jaxtrain.runs.evaluations import read_evaluations
 from jaxtrain.runs.events import OnEvent, Teller, TrainingResult
-from jaxtrain.runs.incidents import Incidents
-from jaxtrain.runs.log import RunLog, read_metrics
+from jaxtrain.runs.incidents import Incidents, file_part
+from jaxtrain.runs.log import read_metrics
 from jaxtrain.runs.repeat import programs_kept
 from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, clear_run, find_card, load_card, program_of, write_run
-from jaxtrain.runs.track import check_trackers, start_trackers
+from jaxtrain.runs.track import check_trackers
 from jaxtrain.runs.watchdog import Watchdog
-from jaxtrain.session import Dispatched, TrainingSession, check_monitor, rehearse, resume_run, show_score
+from jaxtrain.session import Dispatched, TrainingSession, check_monitor, newest_step, rehearse, resume_run, show_score
 from zarr_store.errors import NotACube, Preempted
 from zarr_store.lock import CubeLock
 
@@ -48,7 +51,12 @@ __all__ = ["train"]
 
 
 def train(
-    config: TrainConfig, out: str | PathLike[str], *, resume: bool = True, on_event: OnEvent | None = None
+    config: TrainConfig,
+    out: str | PathLike[str],
+    *,
+    resume: bool = True,
+    on_event: OnEvent | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> TrainingResult:
     """Train a network, or continue where an earlier call stopped.
 
@@ -60,6 +68,7 @@ def train(
         out: The run directory: new, empty, or of the same run.
         resume: False refuses a folder that already holds a run.
         on_event: Called with each `TrainEvent`, in the thread of the caller; warnings also from threads that read.
+        environment: Replaces `os.environ`, in which unequal replicas (`hetero.enabled`) find their group.
 
     Returns:
         Steps, metrics, validation scores, rates and the path of the report.
@@ -83,7 +92,7 @@ def train(
     """
     try:
         try:
-            return _train(config, Path(out), resume, on_event)
+            return _train(config, Path(out), resume, on_event, os.environ if environment is None else environment)
         except jax.errors.JaxRuntimeError as error:
             lost = peer_lost(error, Path(out))
             if lost is None:
@@ -96,9 +105,12 @@ def train(
         raise
 
 
-def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | None) -> TrainingResult:
+def _train(
+    config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | None, environment: Mapping[str, str]
+) -> TrainingResult:
     began = time.monotonic()
     run, tell = config.run, Teller(config.run.steps, on_event)
+    group = expect_group(environment) if config.hetero.enabled else None
 
     # ---- The folder: new, or of this very run. Nothing is written before everything is known to fit.
     earlier = find_card(out)
@@ -109,7 +121,8 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
 
     # ---- Data: windows and statistics, all from the training index where that is possible.
     data = _open_data(config, earlier, out)
-    incidents = Incidents(out, run, process=jax.process_index(), on_warning=lambda line: tell("warning", 0, line))
+    own_name = jax.process_index() if group is None else group.name
+    incidents = Incidents(out, run, process=own_name, on_warning=lambda line: tell("warning", 0, line))
     card, ready = prepare(config, data, earlier, on_unreadable=incidents.unreadable)
 
     # ---- The network on the mesh.
@@ -119,11 +132,19 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
     check_monitor(config, program.objective.task, ready.plan.counts())
     if earlier is None:
         rehearse(program, train_step, eval_step, ready)
-    lead = jax.process_index() == 0
-    trackers = check_trackers(run.track) if lead else {}
-    lock = CubeLock(out, "train", key=LOCK_KEY) if lead else contextlib.nullcontext()
+    if jax.process_index() == 0:
+        check_trackers(run.track)
 
-    with lock, programs_kept(card.key), _watch_for_sigterm() as told_to_stop:
+    with contextlib.ExitStack() as held, programs_kept(card.key), _watch_for_sigterm() as told_to_stop:
+        # ---- Unequal replicas wait here for each other; the one that leads writes for all.
+        replica = None
+        if group is not None:
+            newest = newest_step(out, tell)
+            replica = held.enter_context(join_group(group, config, ready, program, out, state_step=newest))
+        lead = jax.process_index() == 0 if replica is None else replica.leads
+        tell.quiet = replica is not None and not lead
+        if lead:
+            held.enter_context(CubeLock(out, "train", key=LOCK_KEY))
         if lead and earlier is None:
             if CheckpointStore(out / "checkpoints").steps():  # another process trained here in the meantime
                 check_same_run(out, load_card(out), config, resume)
@@ -135,60 +156,68 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
             tell("warning", 0, line)
 
         # ---- Resume.
-        resumed = resume_run(config, out, program, incidents, tell)
+        resumed = resume_run(config, out, program, incidents, tell, replica)
         state, first = resumed.state, resumed.step
+        last = first if resumed.best.ended else run.steps
 
         # ---- Steps: dispatch one, then read the numbers of the one before, so that the device never waits for Python.
         key = jax.random.key(np.uint32(run.seed % (1 << 32)) ^ np.uint32(0x5EED))
         pending: Dispatched | None = None
         with (
-            (_log_of(config, out, first, trackers) if lead else contextlib.nullcontext()) as log,
-            Watchdog(run.hang_s, out / f"hang-{jax.process_index()}.txt") as watchdog,
+            Watchdog(run.hang_s, out / f"hang-{file_part(str(own_name))}.txt") as watchdog,
             resumed.store.saving(),
-            BatchStream(
-                ready.reader, ready.plan.parts["train"], size=run.batch_size, sharding=batch_sharding(program.mesh),
-                order=ready.order(run), first=first, last=first if resumed.best.ended else run.steps,
-                threads=run.read_threads, prefetch=run.prefetch, place=True,
-            ) as batches,
-        ):  # fmt: skip
+            _steps_of(config, ready, program, replica, state, first, last) as steps,
+        ):
             session = TrainingSession(
                 config=config, out=out, card=card, ready=ready, program=program, eval_step=eval_step,
                 store=resumed.store, best=resumed.best, incidents=incidents, tell=tell,
-                clock=Clock(run.batch_size), agreement=Agreement(program.mesh), log=log, watchdog=watchdog,
-                reached=first,
+                clock=Clock(run.batch_size), agreement=Agreement(program.mesh), log=None, watchdog=watchdog,
+                reached=first, replica=replica, held=held,
             )  # fmt: skip
-            for number, rows, batch in session.clock.waiting(iter(batches)):
-                step = session.reached = number + 1
-                watchdog.beat(f"step {step}")
-                session.store.check()
-                state, metrics = train_step(state, batch, key=jax.random.fold_in(key, number))
-                wish = session.agreement.ask(told_to_stop.is_set())
-                if pending is not None:
-                    session.settle(pending)
-                pending = Dispatched(step, rows, metrics, wish)
-                final = step == run.steps
-                # a single process knows its own request to stop, without the others' answer a step later
-                session.stopping = session.stopping or (session.agreement.alone and told_to_stop.is_set())
-                validating = final or step % run.evaluate_every == 0
-                saving = final or session.stopping or step % run.checkpoint_every == 0
-                if validating or saving:
-                    session.settle_before_use(pending)
-                    pending = None
+            if lead:
+                session.lead(first)
+            if replica is not None:
+                replica.position = lambda: session.position(session.reached)
+                replica.wishes_to_stop = told_to_stop.is_set
+            with session.kept():
+                for number, rows, batch in steps if replica is not None else session.clock.waiting(steps):
+                    step = number + 1
+                    watchdog.beat(f"step {step}")
+                    session.store.check()
+                    if replica is None:
+                        session.reached = step
+                        state, metrics = train_step(state, batch, key=jax.random.fold_in(key, number))
+                        wish = session.agreement.ask(told_to_stop.is_set())
+                        if pending is not None:
+                            session.settle(pending)
+                        pending = Dispatched(step, rows, metrics, wish)
+                    else:
+                        state = session.train_step(state, batch, rows, key=jax.random.fold_in(key, number))
+                    final = step == run.steps
+                    # a single process knows its own request to stop, without the others' answer a step later
+                    session.stopping = session.stopping or (session.agreement.alone and told_to_stop.is_set())
+                    validating = final or step % run.evaluate_every == 0
+                    saving = final or session.stopping or step % run.checkpoint_every == 0
+                    if pending is not None and (validating or saving):
+                        session.settle_before_use(pending)
+                        pending = None
 
-                # ---- Validation, on held-out blocks.
-                if validating and len(ready.plan.parts["validation"]):
-                    saving = session.validate(step, state) or saving
+                    # ---- Validation, on held-out blocks.
+                    if validating and len(ready.plan.parts["validation"]):
+                        saving = session.validate(step, state) or saving
 
-                # ---- Checkpoint: after the numbers were seen to be finite, never before.
-                if saving or session.stopping:
-                    session.save(step, state)
-                if session.best.ended:
-                    break
-                if session.stopping and not final:
-                    session.leave(step)
+                    # ---- Checkpoint: after the numbers were seen to be finite, never before.
+                    if saving or session.stopping:
+                        session.save(step, state)
+                    if session.best.ended:
+                        break
+                    if session.stopping and not final:
+                        session.leave(step)
+                if replica is not None:
+                    replica.finish(lambda: session.save_last(state))
 
         # ---- What came out.
-        if lead and (session.validation or not (out / "report.html").exists()):
+        if session.leads and (session.validation or not (out / "report.html").exists()):
             _write_report(session, state)
         result = _result(session, first, parameters, time.monotonic() - began)
         early = f" of {run.steps}, as {run.monitor} did not improve further" if result.stopped_early else ""
@@ -197,6 +226,21 @@ def _train(config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | Non
         tell("done", result.steps, f"{out}: {result.steps} steps{early}{kept}; report: {result.report}",
              **result.validation)  # fmt: skip
         return result
+
+
+def _steps_of(
+    config: TrainConfig, ready: TrainingSet, program: Program, replica: Replica | None, state: TrainState, first: int,
+    last: int,
+) -> contextlib.AbstractContextManager[Iterator[tuple[int, Rows, Any]]]:  # fmt: skip
+    """Return the steps of a run: whole batches, or the assignments of a replica, whose state newcomers may need."""
+    if replica is not None:
+        return contextlib.closing(replica.steps(state, first, last))
+    run = config.run
+    stream = BatchStream(
+        ready.reader, ready.plan.parts["train"], size=run.batch_size, sharding=batch_sharding(program.mesh),
+        order=ready.order(run), first=first, last=last, threads=run.read_threads, prefetch=run.prefetch, place=True,
+    )  # fmt: skip
+    return stream.iterated()
 
 
 def _open_data(config: TrainConfig, earlier: ModelCard | None, out: Path) -> TrainingData:
@@ -246,12 +290,8 @@ def _result(session: TrainingSession, first: int, parameters: int, seconds: floa
         best_score=best.value,
         stopped_early=best.ended and reached < session.config.run.steps,
         unit=session.card.unit,
+        **session.shared_out(),
     )
-
-
-def _log_of(config: TrainConfig, out: Path, first: int, trackers: dict[str, Any]) -> RunLog:
-    started = start_trackers(trackers, out, config.model_dump(mode="json"))
-    return RunLog(out, step=first, tensorboard_every=config.run.log_every, trackers=started)
 
 
 @contextlib.contextmanager
@@ -285,4 +325,5 @@ def _learned(card: ModelCard) -> str:
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name not in ("kind", "step", "seconds", "input_wait_s")}
+    others = ("kind", "step", "seconds", "input_wait_s", "shares", "rates", "waiting", "efficiency")
+    return {name: value for name, value in line.items() if name not in others}

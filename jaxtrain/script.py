@@ -34,14 +34,16 @@ def _run(parsed: argparse.Namespace) -> int:
     try:
         from jaxtrain.loop import train
         from jaxtrain.parallel.heap import keep_freed_memory
-        from jaxtrain.parallel.processes import spread_mesh, start_distributed
+        from jaxtrain.parallel.processes import spread_mesh, start_distributed, start_replica
         from jaxtrain.runs.repeat import repeat_exactly
 
         config = read_train_config([parsed.config])
         keep_freed_memory()
         if config.run.deterministic:
             repeat_exactly()
-        if not start_distributed().is_first:
+        if config.hetero.enabled:
+            start_replica()
+        elif not start_distributed().is_first:
             logging.getLogger("jaxtrain").setLevel(logging.WARNING)
         if config.mesh.auto:
             from jaxtrain.planner.choose import choose_mesh

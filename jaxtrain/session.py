@@ -6,20 +6,28 @@ last validation, and whether the run is to stop.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxtrain.config import RunConfig, TrainConfig
 from jaxtrain.data.arrays import Rows
 from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import TrainingSet
-from jaxtrain.evaluation.scores import score_windows
+from jaxtrain.data.windows import Windows
+from jaxtrain.evaluation.scores import score_windows, scores_of, sum_windows
+from jaxtrain.hetero.history import ShareHistory
+from jaxtrain.hetero.membership import Assignment, GroupError
+from jaxtrain.hetero.replica import Replica, Work
+from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import EvalStep, TrainStep
 from jaxtrain.parallel.links import shape_of
@@ -29,15 +37,29 @@ from jaxtrain.runs.checkpoint import CheckpointStore, target_of
 from jaxtrain.runs.clock import Clock
 from jaxtrain.runs.events import Teller
 from jaxtrain.runs.incidents import Incidents
-from jaxtrain.runs.log import RunLog
-from jaxtrain.runs.rundir import ModelCard
+from jaxtrain.runs.log import Kind, RunLog, read_metrics
+from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, find_card, write_run
+from jaxtrain.runs.track import check_trackers, start_trackers
 from jaxtrain.runs.watchdog import Watchdog
-from zarr_store.errors import IntegrityError, InvalidInput, Preempted
+from zarr_store.backends import open_store
+from zarr_store.errors import IntegrityError, InvalidInput, Locked, Preempted, TerrashardError
+from zarr_store.lock import CubeLock
 
-__all__ = ["Dispatched", "Resumed", "TrainingSession", "check_monitor", "rehearse", "resume_run", "show_score"]
+__all__ = [
+    "Dispatched",
+    "Resumed",
+    "TrainingSession",
+    "check_monitor",
+    "newest_step",
+    "rehearse",
+    "resume_run",
+    "show_score",
+]
 
 _MONITORED = get_args(RunConfig.model_fields["monitor"].annotation)
 """Scores that `run.monitor` may name."""
+_LOCK_S = 10.0
+"""Seconds in which a replica that no longer leads should have given the lock of the run back."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +72,25 @@ class Resumed:
     step: int
 
 
-def resume_run(config: TrainConfig, out: Path, program: Program, incidents: Incidents, tell: Teller) -> Resumed:
-    """Restore the newest checkpoint that is whole, whatever mesh it was made on; or begin with a new state."""
+def resume_run(
+    config: TrainConfig, out: Path, program: Program, incidents: Incidents, tell: Teller, replica: Replica | None = None
+) -> Resumed:
+    """Restore the newest checkpoint that is whole, whatever mesh it was made on; or begin with a new state.
+
+    A replica takes the state that another one sent, if it has received one.
+    """
     run = config.run
     store = CheckpointStore(out / "checkpoints", keep=run.keep_checkpoints)
-    store.clear_partial()
-    restored = store.restore(target_of(program))
+    if replica is None or replica.leads:
+        store.clear_partial()
+    if replica is not None and replica.received is not None:
+        state, extra = replica.received
+        replica.received = None
+        best = Best(run, extra["best"])
+        incidents.begin(extra["incidents"])
+        return Resumed(store, best, state, replica.first)
+    known = None if replica is None else replica.first
+    restored = None if known == 0 else store.restore(target_of(program), step=known)
     extra = {} if restored is None else restored.extra
     best = Best(run, extra.get("best"))
     store.protected = best.step
@@ -66,6 +101,23 @@ def resume_run(config: TrainConfig, out: Path, program: Program, incidents: Inci
         tell("warning", restored.step, line)
     tell("resume", restored.step, f"continuing {out} from step {restored.step} of {run.steps}")
     return Resumed(store, best, program.of_saved(restored.state), restored.step)
+
+
+def newest_step(out: Path, tell: Teller) -> int | None:
+    """Return the step of the newest checkpoint that is whole, 0 where there is none; None where it cannot be read now.
+
+    A replica that comes to a running group may look while another one writes; it needs none, as it gets the state.
+
+    Raises:
+        IntegrityError: All checkpoints are damaged.
+    """
+    try:
+        step, passed_over = CheckpointStore(out / "checkpoints").newest()
+    except OSError:
+        return None
+    for line in passed_over:
+        tell("warning", step or 0, line)
+    return step or 0
 
 
 def check_monitor(config: TrainConfig, task: Task, windows: Mapping[str, int]) -> None:
@@ -122,6 +174,8 @@ class Dispatched:
     metrics: dict[str, jax.Array]
     wish: Any
     """From `Agreement.ask`: whether a process wishes to stop."""
+    work: Work | None = None
+    """Who did what, in a run of unequal replicas."""
 
 
 @dataclass(kw_only=True)
@@ -141,12 +195,16 @@ class TrainingSession:
         tell: Reports its progress.
         clock: Rate of this call.
         agreement: Whether any process wishes to stop.
-        log: History of the run; None in all processes but the first.
+        log: History of the run; None in all processes but the first, or the replica that leads.
         watchdog: Notices a step that hangs.
         reached: Steps done.
         last: Metrics of the last finite step of this call.
         validation: The last validation of this call.
         stopping: Whether the run ends after this step, to be continued later.
+        replica: This process in a group of unequal replicas.
+        held: Closed at the end: what the process that writes holds.
+        shares: Who computed which chunks, written by the replica that leads.
+        work: Who did what in the last step.
     """
 
     config: TrainConfig
@@ -167,6 +225,86 @@ class TrainingSession:
     last: dict[str, float] = field(default_factory=dict)
     validation: dict[str, Any] | None = None
     stopping: bool = False
+    replica: Replica | None = None
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    shares: ShareHistory | None = None
+    work: Work | None = None
+    _done: float = 0.0
+    """Windows of the steps whose speed is known."""
+    _possible: float = 0.0
+    """Windows that the replicas would have done in the same time, had none of them waited."""
+    _recent: list[tuple[Kind, int, dict[str, Any]]] = field(default_factory=list)
+    """Lines of the last step, for a replica that comes to lead."""
+    _recent_work: tuple[int, Work] | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes."""
+        return self.log is not None
+
+    @property
+    def efficiency(self) -> float | None:
+        """Rate of this call divided by the sum of the rates at which the replicas computed; None if not known."""
+        return round(self._done / self._possible, 4) if self._possible else None
+
+    def lead(self, step: int, *, inherited: bool = False) -> None:
+        """Begin to write for the run, from the line after `step` on.
+
+        Args:
+            step: Steps done.
+            inherited: Whether another replica wrote so far, which the group has lost. Its lock is waited for, and taken
+                if it stays: a process that stands still holds it, but no longer takes part.
+
+        Raises:
+            Locked: Another run trains in this folder.
+        """
+        run = self.config.run
+        trackers = check_trackers(run.track)
+        if self.replica is not None:
+            if inherited:
+                _take_lock(self.held, self.out, patience_s=_LOCK_S)
+            if find_card(self.out) is None:
+                write_run(self.out, self.card)
+        if inherited:
+            self.store.clear_partial()
+            self.store.protected = self.best.step
+        started = start_trackers(trackers, self.out, self.config.model_dump(mode="json"))
+        known = {(line["kind"], line["step"]) for line in read_metrics(self.out)}
+        self.log = self.held.enter_context(
+            RunLog(self.out, step=step, tensorboard_every=run.log_every, trackers=started)
+        )
+        if self.replica is None:
+            return
+        self.shares = self.held.enter_context(ShareHistory(self.out))
+        self.tell.quiet = False
+        if inherited:
+            for kind, at, values in self._recent:
+                if at <= step and (kind, at) not in known:
+                    self.log.write(kind, at, values)
+            if self._recent_work is not None:
+                self._record(*self._recent_work)
+            self.tell("group", step, f"step {step}: {self.replica.name} leads the run from here on")
+
+    def follow(self, step: int) -> None:
+        """Begin to lead if the replica that led is gone; `step` is the number of steps done."""
+        if self.replica is not None and self.replica.leads and not self.leads:
+            self.lead(step, inherited=True)
+
+    def _write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+        if self.replica is not None:
+            self._recent = [line for line in self._recent if line[1] == step] + [(kind, step, values)]
+        if self.log:
+            self.log.write(kind, step, values)
+
+    def _record(self, step: int, work: Work) -> None:
+        """Record who computed which chunks, and report how the group has changed."""
+        if self.shares is None:
+            return
+        for event in work.events:
+            self.shares.write_event(event)
+            if event.kind != "shares":
+                self.tell("group", step, str(event))
+        self.shares.write(step - 1, work.chunks, work.leader)
 
     def settle(self, done: Dispatched) -> None:
         """Read the numbers of a step: count what went wrong, write them to the history, and report them.
@@ -176,7 +314,8 @@ class TrainingSession:
         """
         run, step = self.config.run, done.step
         numbers = {name: float(value) for name, value in done.metrics.items() if name != "finite"}
-        self.stopping = self.agreement.answer(done.wish)
+        if done.work is None:
+            self.stopping = self.agreement.answer(done.wish)
         seconds, waited = self.clock.tick()
         finite = math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])
         if finite:
@@ -185,11 +324,60 @@ class TrainingSession:
             self.incidents.not_finite(step, done.rows, numbers, self.store.steps())
         if not numbers["labelled"]:
             self.incidents.no_labels(step, done.rows)
-        if self.log:
-            shown = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-            self.log.write("train", step, {**shown, "seconds": seconds, "input_wait_s": waited})
+        shown = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        line: dict[str, Any] = {**shown, "seconds": seconds, "input_wait_s": waited}
+        if done.work is not None:
+            line |= self._see(step, done.work, seconds)
+        self._write("train", step, line)
         if finite and (step % run.log_every == 0 or step == run.steps):
             self._tell_of_step(step)
+
+    def train_step(self, state: TrainState, assignment: Assignment, rows: Rows, *, key: jax.Array) -> TrainState:
+        """Take one step as a replica, settle its numbers, and compare the new state with the others now and then."""
+        assert self.replica is not None
+        step = assignment.step + 1
+        state, metrics, work = self.replica.train_step(state, assignment, key=key)
+        self.clock.waited(self.replica.input_wait)
+        self.follow(assignment.step)
+        self.reached = step
+        self.settle(Dispatched(step, rows, metrics, False, work))
+        state, line = self.replica.compare(state, step)
+        if line is not None and self.leads:
+            self.tell("warning", step, line)
+        return state
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Run a block; where the group of replicas ends in it, the leader saves the last state."""
+        try:
+            yield
+        except GroupError:
+            state = None if self.replica is None else self.replica.state
+            if state is not None and self.leads and self.reached not in self.store.steps():
+                with contextlib.suppress(TerrashardError):  # the end of the group is what is reported
+                    self.save(self.reached, state)
+                    self.store.wait()
+            raise
+
+    def shared_out(self) -> dict[str, Any]:
+        """Return the results that only a run of unequal replicas has."""
+        if self.replica is None:
+            return {}
+        shares = {} if self.work is None else dict(self.work.shares)
+        return {
+            "shares": shares, "efficiency": self.efficiency, "recompiles": self.replica.recompiles(),
+            "leads": self.leads,
+        }  # fmt: skip
+
+    def _see(self, step: int, work: Work, seconds: float | None) -> dict[str, Any]:
+        """Take in who did what in a step; return it for the history."""
+        self.work, self._recent_work = work, (step, work)
+        self._record(step, work)
+        rates = sum(work.rates.values())
+        if seconds and rates:
+            self._done += self.config.run.batch_size
+            self._possible += seconds * rates
+        return {**work.to_log(), "efficiency": self.efficiency}
 
     def _tell_of_step(self, step: int) -> None:
         rate, score = self.clock.rate(), self.program.objective.score
@@ -197,11 +385,19 @@ class TrainingSession:
         self.tell(
             "step",
             step,
-            f"step {step}/{self.config.run.steps}: loss {self.last['loss']:.4f}, {score} {self.last[score]:.3f}{speed}",
+            f"step {step}/{self.config.run.steps}: loss {self.last['loss']:.4f}, {score} {self.last[score]:.3f}{speed}"
+            f"{self._shown_shares()}",
             **self.last,
             samples_per_second=rate,
             input_wait=self.clock.input_wait(),
         )
+
+    def _shown_shares(self) -> str:
+        if self.work is None:
+            return ""
+        shares = " ".join(f"{name}:{share}" for name, share in self.work.shares.items())
+        known = "" if self.efficiency is None else f", {self.efficiency:.0%} of the replicas' speed"
+        return f", shares {shares}{known}"
 
     def settle_before_use(self, done: Dispatched) -> None:
         """Settle a step whose state is validated or saved next; a wish to stop that is already known stays."""
@@ -214,14 +410,11 @@ class TrainingSession:
         windows = self.ready.plan.parts["validation"]
         self.clock.pause()
         self.watchdog.beat(f"validation at step {step}")
-        matrix, loss = score_windows(
-            self.program, self.eval_step, state, self.ready.reader, windows, self.card.classes.names,
-            on_batch=lambda done, _: self.watchdog.beat(f"validation batch {done}"),
-        )  # fmt: skip
+        matrix, loss = self._score(step, state, windows)
         self.validation = {**matrix.to_dict(), "split": "validation", "step": step, "samples": len(windows)}
         scores = _scores(self.validation, loss)
-        if self.log:
-            self.log.write("validation", step, scores)
+        self.follow(step)
+        self._write("validation", step, scores)
         improved = self.best.see(step, scores)
         shown = ", ".join(f"{name} {show_score(scores[name])}" for name in scores if name != "pixels")
         best = " (best)" if improved else ""
@@ -231,14 +424,46 @@ class TrainingSession:
         # the best is saved at once; so is what a run ends with, for the next call to find it ended
         return improved or self.best.ended
 
+    def _score(
+        self, step: int, state: TrainState, windows: Windows
+    ) -> tuple[ConfusionMatrix | SeveralCounts | ValueErrors, float]:
+        """Count the predictions for the validation part; of unequal replicas, each takes its share of the windows."""
+        replica, names = self.replica, self.card.classes.names
+
+        def beat(done: int, _: int) -> None:
+            self.watchdog.beat(f"validation batch {done}")
+
+        if replica is None:
+            return score_windows(self.program, self.eval_step, state, self.ready.reader, windows, names, on_batch=beat)
+        size = self.config.chunk
+
+        def own_part() -> dict[str, NDArray[np.float64]]:
+            first, last = replica.share_of(-(-len(windows) // size))
+            part = Windows(windows.patch, windows.rows[first * size : last * size])
+            reader = self.ready.reader
+            return sum_windows(self.program, self.eval_step, state, reader, part, size=size, on_batch=beat)
+
+        return scores_of(self.program, replica.add_up(f"validation at step {step}", own_part), names)
+
     def save(self, step: int, state: TrainState) -> None:
-        """Begin a checkpoint; it is written in the background while training continues."""
+        """Begin a checkpoint, written in the background while training continues; of replicas, the leader's."""
+        self.follow(step)
+        if self.replica is not None and not self.leads:
+            return
         self.clock.pause()
         self.watchdog.beat(f"checkpoint at step {step}")
-        self.store.begin(step, self.program.to_save(state), self._position(step))
+        self.store.begin(step, self.program.to_save(state), self.position(step))
         self.tell("checkpoint", step, f"checkpoint at step {step}")
 
-    def _position(self, step: int) -> dict[str, Any]:
+    def save_last(self, state: TrainState) -> None:
+        """Save the state with which the run ends, unless it is saved, and wait until it is on disk."""
+        self.follow(self.reached)
+        self.store.wait()
+        if self.reached not in self.store.steps():
+            self.save(self.reached, state)
+            self.store.wait()
+
+    def position(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint holds beside the state: the next sample of the global order, and the counts."""
         return {
             "next_sample": step * self.config.run.batch_size,
@@ -257,6 +482,14 @@ class TrainingSession:
             Preempted: Always; the same call continues the run.
         """
         self.store.wait()
+        if self.replica is not None:
+            others = [name for name in self.replica.member.members if name != self.replica.name]
+            self.replica.leave()
+            if others and not (self.work is not None and self.work.stop):
+                raise Preempted(
+                    f"stopped: {self.replica.name} has left {self.out} after step {step} of {self.config.run.steps}; "
+                    f"{', '.join(others)} go on"
+                )
         raise Preempted(
             f"stopped: {self.out} is saved at step {step} of {self.config.run.steps}; the same command continues"
         )
@@ -279,3 +512,22 @@ def show_score(value: float | None) -> str:
     ('0.5000', 'none')
     """
     return "none" if value is None else f"{value:.4f}"
+
+
+def _take_lock(held: contextlib.ExitStack, out: Path, *, patience_s: float) -> None:
+    """Hold the lock of a run; after `patience_s` it is taken from who has it, if that is above 0.
+
+    Raises:
+        Locked: Another process has it, and there is no patience.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            held.enter_context(CubeLock(out, "train", key=LOCK_KEY))
+            return
+        except Locked:
+            if not patience_s:
+                raise
+        if time.monotonic() > until:
+            open_store(out).delete(LOCK_KEY)
+        time.sleep(0.1)

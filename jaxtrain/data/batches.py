@@ -6,6 +6,7 @@ tensorstore never wait for the loop that trains.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -74,6 +75,12 @@ class BatchStream:
         self._stopped.set()
         for pool in (self._pool, self._starter):
             pool.shutdown(wait=True, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def iterated(self) -> Iterator[Iterator[tuple[int, Rows, Any]]]:
+        """Yield the iterator of the batches, and stop reading at the end of the block."""
+        with self:
+            yield iter(self)
 
     def rows(self, number: int) -> Rows:
         """Return the windows of batch `number` over all processes, int32 (size, 3) or fewer at the end of one pass."""

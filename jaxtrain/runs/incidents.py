@@ -134,6 +134,7 @@ class Incidents:
     def _append(self, text: str) -> None:
         if not text:
             return
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # a replica may be here before the one that writes the run
         with translate_os_errors(str(self._path)), self._path.open("a", encoding="utf-8") as file:
             file.write(text)
 

@@ -2,7 +2,7 @@
 
 - `config.toml`: the resolved configuration, for people and for starting such a run again
 - `model.json`: the model card: bands, classes, colours, mean and std, grid, split, digest of the cube
-- `metrics.jsonl`: history; `tensorboard/`: the same as events
+- `metrics.jsonl`: history; `tensorboard/`: the same as events; `shares.jsonl`: which replica computed what, if unequal
 - `checkpoints/`: states; `report.html`: what came out
 - `evaluation.json`: the scores on the test part; those of other parts and data beside it (see `evaluations`)
 - `incidents.jsonl`: what went wrong without ending the run; `hang-0.txt`: where process 0 hung
@@ -249,7 +249,7 @@ def _by_name(classes: Mapping[str, str]) -> list[tuple[str, set[str]]]:
 def clear_run(run: Path) -> None:
     """Remove the history of an earlier attempt that never reached a checkpoint; the caller holds the run's lock."""
     shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    for path in run.glob("incidents*.jsonl"):
+    for path in (*run.glob("incidents*.jsonl"), *run.glob("shares.jsonl")):
         path.unlink()
 
 
