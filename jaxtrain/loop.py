@@ -27,6 +27,7 @@ from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.training_data import TrainingData, TrainingSet
 from jaxtrain.evaluation.own_data import find_moved
 from jaxtrain.evaluation.report import collect_examples, write_report
+from jaxtrain.hetero.chunks import make_chunk_programs
 from jaxtrain.hetero.replica import Replica, expect_group, join_group
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import make_eval_step, make_predict_step, make_train_step
@@ -140,7 +141,8 @@ def _train(
         replica = None
         if group is not None:
             newest = newest_step(out, tell)
-            replica = held.enter_context(join_group(group, config, ready, program, out, state_step=newest))
+            programs = make_chunk_programs(program)
+            replica = held.enter_context(join_group(group, config, ready, programs, out, state_step=newest))
         lead = jax.process_index() == 0 if replica is None else replica.leads
         tell.quiet = replica is not None and not lead
         if lead:

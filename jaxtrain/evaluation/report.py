@@ -18,6 +18,7 @@ from jaxtrain.data.arrays import Reader
 from jaxtrain.data.splits import PARTS, Split
 from jaxtrain.data.windows import Windows
 from jaxtrain.evaluation.gallery import Shown, collect_shown, draw_shown
+from jaxtrain.evaluation.replicas import draw_shares, list_changes, list_replicas
 from jaxtrain.evaluation.tiles import Tile, collect_tiles, draw_tiles, name_shown
 from jaxtrain.runs.log import read_metrics
 from jaxtrain.runs.rundir import ModelCard
@@ -129,6 +130,10 @@ def write_report(
                  zip(card.classes.names, card.classes.colours, card.classes.values, strict=True)],
         held_out=card.statistics.get("held_out", {}),
         curves=_png(_curves(steps, validations)) if steps else None,
+        replicas=(replicas := list_replicas(steps)),
+        shares=_png(draw_shares(steps)) if replicas else None,
+        changes=list_changes(run) if replicas else [],
+        efficiency=steps[-1].get("efficiency") if steps else None,
         values=card.task.values,
         confusion=_png(_confusion(evaluation)) if evaluation and evaluation["confusion_matrix"] else None,
         tiles=_draw_examples(examples, card),

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.arrays import Rows, put_batch
 from jaxtrain.data.training_data import TrainingSet
-from jaxtrain.hetero.chunks import SUMS, ChunkPrograms, make_chunk_programs, pack_state, unpack_state
+from jaxtrain.hetero.chunks import SUMS, ChunkPrograms, pack_state, unpack_state
 from jaxtrain.hetero.coordinator import Coordinator
 from jaxtrain.hetero.history import read_shares
 from jaxtrain.hetero.identity import identify
@@ -44,7 +44,7 @@ from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.parallel.rendezvous import Group, find_group
 from zarr_store.errors import IntegrityError, InvalidInput
 
-__all__ = ["Replica", "Work", "expect_group", "join_group"]
+__all__ = ["Replica", "Work", "expect_group", "join_group", "warm_up"]
 
 _HEAD = 8
 """Bytes in which the length of the JSON before a state is written."""
@@ -364,7 +364,7 @@ def _unflatten(flat: Mapping[str, float]) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def join_group(
-    group: Group, config: TrainConfig, ready: TrainingSet, program: Program, out: Path, *, state_step: int | None
+    group: Group, config: TrainConfig, ready: TrainingSet, programs: ChunkPrograms, out: Path, *, state_step: int | None
 ) -> Iterator[Replica]:
     """Compile the programs of a replica and join the group; the block runs once the group is formed.
 
@@ -372,7 +372,7 @@ def join_group(
         group: Where the replicas meet.
         config: The run.
         ready: Its training data.
-        program: The network on the devices of this process.
+        programs: Result of `make_chunk_programs`; compiled before the joining, so that nobody waits for a compiler.
         out: The run directory, for recorded shares.
         state_step: Step of the newest checkpoint, 0 for none; None if it cannot be read now.
 
@@ -380,8 +380,7 @@ def join_group(
         Refused: The group does not take this process.
         AccessError: There is no coordinator.
     """
-    programs = make_chunk_programs(program)
-    limit = _warm_up(programs, config, ready)  # before the joining: nobody waits for a compiler
+    limit = warm_up(programs, config, ready)
     with contextlib.ExitStack() as held:
         if group.leads:
             held.enter_context(
@@ -405,7 +404,7 @@ def join_group(
         replica = Replica(member=member, programs=programs, ready=ready, config=config, first=state_step or 0)
         if member.needs_state():
             replica.first, data = member.receive_state()
-            replica.received = _unpack(program, data)
+            replica.received = _unpack(programs.program, data)
         held.enter_context(replica)
         yield replica
 
@@ -421,7 +420,7 @@ def _are_contiguous(shares: Mapping[str, tuple[int, ...]]) -> bool:
     return every == list(range(len(every)))
 
 
-def _warm_up(programs: ChunkPrograms, config: TrainConfig, ready: TrainingSet) -> int | None:
+def warm_up(programs: ChunkPrograms, config: TrainConfig, ready: TrainingSet) -> int | None:
     """Run both programs once on a throw-away state; return the most chunks for which the memory of this host is."""
     program = programs.program
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -119,3 +120,63 @@ def test_each_sample_is_seen_once(trained: tuple[Path, dict[str, TrainingResult]
     assert sorted(recorded) == list(range(STEPS))
     for shares in recorded.values():
         assert Counter(chunk for chunks in shares.values() for chunk in chunks) == Counter(range(CHUNKS))
+
+
+def test_nothing_is_compiled_after_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares that move at every step: JAX compiles no program from the first step to the last."""
+    moving = {step: {"a": (0, 1, 2, 3)[: step % 5], "b": (0, 1, 2, 3)[step % 5 :]} for step in range(8)}
+    monkeypatch.setattr("jaxtrain.hetero.replica.read_shares", lambda _out, first: moving)
+    compiled: list[tuple[int, str]] = []
+    reached = [0]
+
+    def listen(event: str, _seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append((reached[0], event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        config = hetero_config(run={"steps": 8, "evaluate_every": 8, "checkpoint_every": 8})
+
+        def on_event(_name: str, event: TrainEvent) -> None:
+            if event.kind == "step":
+                reached[0] = event.step
+
+        found = results(run_group(config, tmp_path / "run", on_event=on_event))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert [line["shares"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"] == [
+        {name: len(chunks) for name, chunks in moving[step].items()} for step in range(8)
+    ]
+    assert any(step == 0 for step, _ in compiled)  # the listener hears
+    assert [step for step, _ in compiled if 1 <= step < 8] == []
+    assert {result.recompiles for result in found.values()} == {0}
+
+
+def test_recorded_shares_are_repeated_bit_by_bit(
+    trained: tuple[Path, dict[str, TrainingResult], list[Any]], tmp_path: Path
+) -> None:
+    """A run that lost its last checkpoints repeats the steps after them with the shares that it had."""
+    out, _, _ = trained
+    copy = tmp_path / "run"
+    shutil.copytree(out, copy)
+    for step in CheckpointStore(copy / "checkpoints").steps():
+        if step > 5:
+            shutil.rmtree(copy / "checkpoints" / f"{step:08d}")
+    lines = (copy / "shares.jsonl").read_text().splitlines()
+    uneven = {5: ([0, 1, 2], [3]), 6: ([0], [1, 2, 3]), 7: ([], [0, 1, 2, 3])}
+    for step, (a, b) in uneven.items():
+        lines.append(json.dumps({"step": step, "shares": {"a": a, "b": b}, "leader": "a"}))
+    (copy / "shares.jsonl").write_text("\n".join(lines) + "\n")
+    twin = tmp_path / "twin"
+    shutil.copytree(copy, twin)
+    for run in (copy, twin):
+        found = results(run_group(hetero_config(), run))
+        assert {result.resumed_from for result in found.values()} == {5}
+    assert read_shares(copy) == read_shares(twin)
+    assert read_shares(copy)[6] == {"a": (0,), "b": (1, 2, 3)}
+    one, other, first = params_of(copy), params_of(twin), params_of(out)
+    for name, leaf in one.items():
+        assert leaf.tobytes() == other[name].tobytes(), name
+        np.testing.assert_allclose(leaf, first[name], rtol=1e-3, atol=1e-4, err_msg=name)
