@@ -193,11 +193,11 @@ def _train(
                         if pending is not None:
                             session.settle(pending)
                         pending = Dispatched(step, rows, metrics, wish)
+                        # a single process knows its own request to stop, without the others' answer a step later
+                        session.stopping = session.stopping or (session.agreement.alone and told_to_stop.is_set())
                     else:
                         state = session.train_step(state, batch, rows, key=jax.random.fold_in(key, number))
                     final = step == run.steps
-                    # a single process knows its own request to stop, without the others' answer a step later
-                    session.stopping = session.stopping or (session.agreement.alone and told_to_stop.is_set())
                     validating = final or step % run.evaluate_every == 0
                     saving = final or session.stopping or step % run.checkpoint_every == 0
                     if pending is not None and (validating or saving):

@@ -25,7 +25,7 @@ from jaxtrain.data.training_data import TrainingSet
 from jaxtrain.data.windows import Windows
 from jaxtrain.evaluation.scores import score_windows, scores_of, sum_windows
 from jaxtrain.hetero.history import ShareHistory
-from jaxtrain.hetero.membership import Assignment, GroupError
+from jaxtrain.hetero.membership import Assignment, Dropped, GroupError
 from jaxtrain.hetero.replica import Replica, Work
 from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors
 from jaxtrain.learn.state import Program, TrainState
@@ -247,13 +247,14 @@ class TrainingSession:
         """Rate of this call divided by the sum of the rates at which the replicas computed; None if not known."""
         return round(self._done / self._possible, 4) if self._possible else None
 
-    def lead(self, step: int, *, inherited: bool = False) -> None:
+    def lead(self, step: int, *, inherited: bool = False, patience_s: float = _LOCK_S) -> None:
         """Begin to write for the run, from the line after `step` on.
 
         Args:
             step: Steps done.
             inherited: Whether another replica wrote so far, which the group has lost. Its lock is waited for, and taken
                 if it stays: a process that stands still holds it, but no longer takes part.
+            patience_s: Seconds to wait for it; with 0 it is not taken from a process that lives.
 
         Raises:
             Locked: Another run trains in this folder.
@@ -262,7 +263,7 @@ class TrainingSession:
         trackers = check_trackers(run.track)
         if self.replica is not None:
             if inherited:
-                _take_lock(self.held, self.out, patience_s=_LOCK_S)
+                _take_lock(self.held, self.out, patience_s=patience_s)
             if find_card(self.out) is None:
                 write_run(self.out, self.card)
         if inherited:
@@ -341,6 +342,7 @@ class TrainingSession:
         self.follow(assignment.step)
         self.reached = step
         self.settle(Dispatched(step, rows, metrics, False, work))
+        self.stopping = work.asked
         state, line = self.replica.compare(state, step)
         if line is not None and self.leads:
             self.tell("warning", step, line)
@@ -348,16 +350,33 @@ class TrainingSession:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Run a block; where the group of replicas ends in it, the leader saves the last state."""
+        """Run a block; where the group of replicas ends in it, one of those that are left saves the last state.
+
+        A replica that the group has dropped saves nothing: the others go on, and write.
+        """
         try:
             yield
-        except GroupError:
-            state = None if self.replica is None else self.replica.state
-            if state is not None and self.leads and self.reached not in self.store.steps():
-                with contextlib.suppress(TerrashardError):  # the end of the group is what is reported
-                    self.save(self.reached, state)
-                    self.store.wait()
+        except Dropped:
             raise
+        except GroupError:
+            with contextlib.suppress(TerrashardError):  # the end of the group is what is reported
+                self._save_what_is_left()
+            raise
+
+    def _save_what_is_left(self) -> None:
+        """Save the newest state; who has the lock of the run does it.
+
+        Raises:
+            Locked: Another replica does.
+        """
+        state = None if self.replica is None else self.replica.state
+        if state is None or self.reached in self.store.steps():
+            return
+        if not self.leads:
+            self.lead(self.reached, inherited=True, patience_s=0.0)
+        self.store.wait()
+        self.store.begin(self.reached, self.program.to_save(state), self.position(self.reached))
+        self.store.wait()
 
     def shared_out(self) -> dict[str, Any]:
         """Return the results that only a run of unequal replicas has."""
@@ -488,7 +507,7 @@ class TrainingSession:
             if others and not (self.work is not None and self.work.stop):
                 raise Preempted(
                     f"stopped: {self.replica.name} has left {self.out} after step {step} of {self.config.run.steps}; "
-                    f"{', '.join(others)} go on"
+                    f"going on without it: {', '.join(others)}"
                 )
         raise Preempted(
             f"stopped: {self.out} is saved at step {step} of {self.config.run.steps}; the same command continues"

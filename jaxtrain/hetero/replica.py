@@ -76,7 +76,8 @@ class Work:
         events: Changes of the group before this step.
         chunks: Numbers of the chunks of each replica, in the order in which their sums were added.
         leader: The replica that writes.
-        stop: Whether all replicas were asked to stop.
+        asked: Whether this replica was asked to stop before it contributed to this step.
+        stop: Whether all replicas were.
     """
 
     shares: dict[str, int]
@@ -85,6 +86,7 @@ class Work:
     events: tuple[Event, ...]
     chunks: dict[str, tuple[int, ...]]
     leader: str
+    asked: bool
     stop: bool
 
     def to_log(self) -> dict[str, dict[str, float | int]]:
@@ -182,7 +184,9 @@ class Replica:
         self.input_wait = 0.0
         sums = dict.fromkeys(SUMS, 0.0)
         seconds = self._compute(state, number, chunks, key, sums, first=True)
-        told = {f"waited/{self.name}": self._waited, "stop": float(self.wishes_to_stop())}
+        # who is asked later stops a step later, so that all who were asked at once stop together
+        asked = self.wishes_to_stop()
+        told = {f"waited/{self.name}": self._waited, "stop": float(asked)}
         self._waited = 0.0
         while True:
             vector = self._sum_on_host(anything=bool(chunks))
@@ -199,7 +203,7 @@ class Replica:
         whole = self.config.run.batch_size // self.config.chunk
         state, metrics = self.programs.apply(state, answer.vector, answer.sums, whole)
         self.state = state
-        return state, metrics, self._work_of(answer, assignment)
+        return state, metrics, self._work_of(answer, assignment, asked=asked)
 
     def _compute(
         self,
@@ -246,7 +250,7 @@ class Replica:
         """Return a copy of the sum: the device's own memory is used again by the next chunk."""
         return np.array(self._vector) if anything else np.zeros(self.programs.size, np.float32)
 
-    def _work_of(self, total: Total, assignment: Assignment) -> Work:
+    def _work_of(self, total: Total, assignment: Assignment, *, asked: bool) -> Work:
         chunk = self.config.chunk
         shares = {name: len(chunks) for name, chunks in total.shares.items()}
         self._shares = shares
@@ -258,6 +262,7 @@ class Replica:
             events=events,
             chunks=dict(total.shares),
             leader=self.member.leader,
+            asked=asked,
             stop=total.sums.get("stop", 0.0) >= len(shares),
         )
 

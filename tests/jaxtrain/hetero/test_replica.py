@@ -19,6 +19,7 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.hetero.coordinator import Coordinator
 from jaxtrain.hetero.history import read_events, read_shares
 from jaxtrain.hetero.member import Member
+from jaxtrain.hetero.membership import TooFewMembers
 from jaxtrain.hetero.replica import Replica
 from jaxtrain.runs.checkpoint import CheckpointStore, name_leaves, target_of
 from jaxtrain.runs.events import TrainingResult
@@ -51,11 +52,11 @@ def hetero_config(**sections: Any) -> TrainConfig:
 class Crew:
     """Threads that train in one group, each under the name of its replica."""
 
-    def __init__(self, out: Path, expected: int, on_event: Callable[[str, TrainEvent], None]) -> None:
+    def __init__(self, out: Path, expected: int, on_event: Callable[[str, TrainEvent], None], least: int = 1) -> None:
         self.out, self.on_event = out, on_event
         self.found: Found = {}
         self.threads: list[threading.Thread] = []
-        self.coordinator = Coordinator("127.0.0.1:0", SECRET, min_members=1, max_members=4, expected=expected)
+        self.coordinator = Coordinator("127.0.0.1:0", SECRET, min_members=least, max_members=4, expected=expected)
 
     def start(self, name: str, config: TrainConfig) -> None:
         self.threads.append(threading.Thread(target=self._train, args=(name, config), name=name))
@@ -76,9 +77,9 @@ class Crew:
             self.found[name] = error
 
     def finish(self) -> Found:
-        for thread in list(self.threads):
+        for thread in self.threads:  # which grows while replicas come
             thread.join(timeout=220)
-        assert not any(thread.is_alive() for thread in self.threads)
+            assert not thread.is_alive()
         self.coordinator.close()
         return self.found
 
@@ -88,8 +89,9 @@ def run_group(
     out: Path,
     names: tuple[str, ...] = ("a", "b"),
     on_event: Callable[[str, TrainEvent], None] = lambda _name, _event: None,
+    least: int = 1,
 ) -> Found:
-    crew = Crew(out, len(names), on_event)
+    crew = Crew(out, len(names), on_event, least)
     for name in names:
         crew.start(name, config)
     return crew.finish()
@@ -291,11 +293,9 @@ def test_one_may_leave_and_all_may_stop(tmp_path: Path, monkeypatch: pytest.Monk
     found = run_group(hetero_config(), out, ("a", "b", "c"), on_event)
     assert all(isinstance(error, Preempted) for error in found.values()), found
     assert "c has left" in str(found["c"])
-    assert "go on" in str(found["c"])
-    saved = CheckpointStore(out / "checkpoints").steps()
-    assert saved
-    assert saved[-1] in (4, 5)
-    assert f"saved at step {saved[-1]}" in " ".join(map(str, found.values()))
+    assert "going on without it: a, b" in str(found["c"])
+    assert CheckpointStore(out / "checkpoints").steps() == [5]
+    assert [f"saved at step 5 of {STEPS}" in str(found[name]) for name in ("a", "b")] == [True, True]
     assert ("left", "c") in [(event["event"], event["member"]) for event in read_events(out)]
 
 
@@ -323,3 +323,23 @@ def test_what_replicas_cannot_compute_is_refused(sections: dict[str, Any], messa
         values[name] = {**({} if name == "mesh" else values.get(name, {})), **section}
     with pytest.raises(ValueError, match=message):
         TrainConfig.model_validate(values)
+
+
+def test_too_few_replicas_save_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leader dies, and the run needs two: the other one saves what both had reached, and ends with 8."""
+    compute = Replica._compute
+
+    def dying(self: Replica, state: Any, step: int, *rest: Any, **more: Any) -> Any:
+        if self.name == "a" and step == 3:
+            raise Stop
+        return compute(self, state, step, *rest, **more)
+
+    monkeypatch.setattr(Replica, "_compute", dying)
+    out = tmp_path / "run"
+    found = run_group(hetero_config(), out, least=2)
+    assert isinstance(found["a"], Stop)
+    error = found["b"]
+    assert isinstance(error, TooFewMembers), error
+    assert error.exit_code == 8
+    assert CheckpointStore(out / "checkpoints").steps() == [3]
+    assert sorted(losses(out)) == [1, 2, 3]
