@@ -53,7 +53,8 @@ class ChunkPrograms:
 
     def zeros(self) -> jax.Array:
         """Return the first buffer of the sum; a step that begins anew overwrites it."""
-        return jax.device_put(np.zeros(self.size, np.float32), replicated(self.program.mesh))
+        made: jax.Array = jax.device_put(np.zeros(self.size, np.float32), replicated(self.program.mesh))
+        return made
 
     def add_chunk(
         self, vector: jax.Array, state: TrainState, batch: Batch, *, key: jax.Array, number: int, first: bool
@@ -85,7 +86,7 @@ class ChunkPrograms:
             sums: Sums of `SUMS` over all chunks.
             chunks: Number of chunks in the batch.
         """
-        numbers = {name: np.float32(sums[name]) for name in ("loss", "weight", "right")}
+        numbers: dict[str, Any] = {name: np.float32(sums[name]) for name in ("loss", "weight", "right")}
         labelled = sums["labelled"]
         numbers["labelled"] = np.int32(labelled) if math.isfinite(labelled) else np.int32(0)
         result: tuple[TrainState, dict[str, jax.Array]] = self.jitted_apply(state, vector, numbers, np.float32(chunks))

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -151,7 +151,7 @@ class Replica:
 
     # ---- Steps.
 
-    def steps(self, state: TrainState, first: int, last: int) -> Iterator[tuple[int, Rows, Assignment]]:
+    def steps(self, state: TrainState, first: int, last: int) -> Generator[tuple[int, Rows, Assignment], None, None]:
         """Yield number, windows of the whole batch and own chunks of each step, once all replicas are ready for it."""
         run, program = self.config.run, self.programs.program
         self.state = state
@@ -236,6 +236,7 @@ class Replica:
             asked = time.perf_counter()
             batch = self._stream.take(step, chunk)
             self.input_wait += time.perf_counter() - asked
+            assert self._vector is not None
             self._vector, found = self.programs.add_chunk(
                 self._vector, state, batch, key=key, number=chunk, first=first and position == 0
             )
@@ -438,5 +439,5 @@ def warm_up(programs: ChunkPrograms, config: TrainConfig, ready: TrainingSet) ->
     key = jax.random.fold_in(jax.random.key(0), 0)
     vector, sums = programs.add_chunk(programs.zeros(), state, chunk, key=key, number=0, first=True)
     numbers = {name: float(value) for name, value in jax.device_get(sums).items()}
-    jax.block_until_ready(programs.apply(state, np.array(vector), numbers, 1))
+    jax.device_get(programs.apply(state, np.array(vector), numbers, 1)[1])
     return most_chunks(sum(array.nbytes for array in chunk.values()), steps=1 + config.run.prefetch)

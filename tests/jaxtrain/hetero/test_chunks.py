@@ -193,7 +193,7 @@ def test_a_state_travels_as_bytes(many_kinds: Callable[[str], tuple[ChunkProgram
     programs, state = many_kinds("random")
     data = pack_state(state)
     again = unpack_state(programs.program, memoryview(data))
-    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert str(jax.tree.structure(again)) == str(jax.tree.structure(state))
     assert pack_state(again) == data
     assert jax.tree.map(lambda leaf: leaf.sharding, again) == programs.program.shardings
     with pytest.raises(ValueError, match=f"has {len(data)} bytes, got 3"):

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -26,7 +26,8 @@ def test_a_later_line_of_a_step_counts_and_a_cut_line_does_not(tmp_path: Path) -
         history.write(0, {"a": (0, 1), "b": (2,)}, "a")
         history.write_event(Event("dropped", 1, "b", "was silent for 9.0 s"))
         history.write(1, {"a": (0, 1, 2)}, "a")
-    (tmp_path / "shares.jsonl").open("a").write('{"step": 2, "sha')
+    with (tmp_path / "shares.jsonl").open("a") as file:
+        file.write('{"step": 2, "sha')
     with ShareHistory(tmp_path) as history:  # the run continues from step 1
         history.write(1, {"a": (0,), "c": (1, 2)}, "c")
     assert read_shares(tmp_path) == {0: {"a": (0, 1), "b": (2,)}, 1: {"a": (0,), "c": (1, 2)}}
@@ -46,7 +47,7 @@ def test_a_run_without_replicas_has_no_history(tmp_path: Path) -> None:
 class Reader:
     """Windows whose image is their number; counts what is read."""
 
-    shows = "windows"
+    shows: Literal["windows"] = "windows"
 
     def __init__(self) -> None:
         self.read_rows: list[int] = []
