@@ -22,6 +22,7 @@ TOPICS = (
     "train_parallel",
     "planner",
     "hetero_exchange",
+    "hetero",
     "accuracy",
     "series",
 )

@@ -38,7 +38,7 @@ from jaxtrain.runs.clock import Clock
 from jaxtrain.runs.events import Teller
 from jaxtrain.runs.incidents import Incidents
 from jaxtrain.runs.log import Kind, RunLog, read_metrics
-from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, find_card, write_run
+from jaxtrain.runs.rundir import CARD, LOCK_KEY, ModelCard, write_run
 from jaxtrain.runs.track import check_trackers, start_trackers
 from jaxtrain.runs.watchdog import Watchdog
 from zarr_store.backends import open_store
@@ -264,7 +264,7 @@ class TrainingSession:
         if self.replica is not None:
             if inherited:
                 _take_lock(self.held, self.out, patience_s=patience_s)
-            if find_card(self.out) is None:
+            if not (self.out / CARD).exists():  # a replica with a disk of its own, to which the writing has come
                 write_run(self.out, self.card)
         if inherited:
             self.store.clear_partial()
