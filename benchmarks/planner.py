@@ -142,7 +142,9 @@ def predicted(name: str, compute: list[float]) -> dict[str, Any]:
 
     net, profile, wanted, known, probes, refused = prepared(name)
     ratios = compute_ratios(probes, compute, profile)
-    before, after, moved = {}, {}, {}
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
+    moved: dict[str, Any] = {}
     for one in wanted:
         prediction = predict(known[one.strategy], profile, net.config.model.precision)
         before[one.strategy] = prediction.step_s

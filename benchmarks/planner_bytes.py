@@ -291,7 +291,7 @@ def measured_peak(program: Any) -> int:
     if program.layout is None:
         memory = step.jitted.lower(state, batch, key).compile().memory_analysis()
         new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return max(before.values()) + new
+        return int(max(before.values()) + new)
     pipeline = step.jitted.__self__
 
     def watched(function: Any, devices: Any) -> Any:

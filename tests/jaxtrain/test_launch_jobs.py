@@ -147,7 +147,7 @@ def test_a_signal_reaches_the_script_and_it_still_decides(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("replicas", [False, True])
 def test_a_jobset_keeps_to_its_type_and_its_pods_find_each_other(replicas: bool) -> None:
-    made = job(replicas=replicas, folder="/work", **KUBERNETES)
+    made = job(replicas=replicas, folder="/work", **dict[str, Any](KUBERNETES))
     text = resource_text(made, jobset(made))
     resource = yaml.safe_load(text)
     jsonschema.validate(resource, JOBSET)
@@ -196,7 +196,7 @@ def environment_of(container: dict[str, Any], index: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("replicas", [False, True])
 def test_a_trainjob_keeps_to_its_type(replicas: bool) -> None:
-    made = job(replicas=replicas, **KUBERNETES)
+    made = job(replicas=replicas, **dict[str, Any](KUBERNETES))
     resource = yaml.safe_load(resource_text(made, train_job(made)))
     jsonschema.validate(resource, TRAINJOB)
     spec = resource["spec"]
@@ -237,7 +237,7 @@ def test_options_that_make_no_sense() -> None:
         (train_job, {"image": "x", "folder": "/"}, "--emit trainjob has no option folder"),
     ):
         with pytest.raises(InvalidInput, match=message):
-            make(job(**options))
+            make(job(**dict[str, Any](options)))
 
 
 def test_a_job_file_takes_no_other_file_s_place(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numcodecs
 import pytest
@@ -72,7 +73,7 @@ def test_a_damaged_axis_is_named(cube_path: Path, damage: str) -> None:
 def test_an_axis_with_other_values_is_named_and_another_packing_is_none(cube_path: Path) -> None:
     import zarr
 
-    group = zarr.open_group(cube_path, mode="r+", use_consolidated=False)
+    group: Any = zarr.open_group(cube_path, mode="r+", use_consolidated=False)
     group[f"{NAME}/y"][3] += 10.0
     (line,) = verify_cube(cube_path).damaged_axes
     assert f"axis {NAME}/y holds 1 other values" in line
