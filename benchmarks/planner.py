@@ -18,10 +18,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from harness import RESULTS, machine
+from harness import OUT, Row, machine, publish
 
 DEVICES = 2
-WHERE = RESULTS / "planner-time.json"
+WHERE = OUT / "planner-time.json"
+"""Turns of all slices measured so far, so that one slice can be measured alone."""
 AIM, AIM_DATA, AIM_CHOICE = 0.13, 0.05, 0.05
 NETWORKS: dict[str, dict[str, Any]] = {
     "unet": {"bands": 7, "classes": 7, "config": {
@@ -137,19 +138,19 @@ def predicted(name: str, compute: list[float]) -> dict[str, Any]:
     """What the planner predicts for one slice, from the profile alone and corrected by the measured computing."""
     from jaxtrain.planner.cost import predict
     from jaxtrain.planner.measure import compute_ratios, corrected
-    from jaxtrain.planner.survey import Row, Survey
+    from jaxtrain.planner.survey import Row as Strategy
+    from jaxtrain.planner.survey import Survey
     from jaxtrain.planner.words import sensitivity
 
     net, profile, wanted, known, probes, refused = prepared(name)
     ratios = compute_ratios(probes, compute, profile)
-    before: dict[str, float] = {}
-    after: dict[str, float] = {}
-    moved: dict[str, Any] = {}
+    before, after = {}, {}
+    moved: dict[str, float] = {}
     for one in wanted:
         prediction = predict(known[one.strategy], profile, net.config.model.precision)
         before[one.strategy] = prediction.step_s
         after[one.strategy] = corrected(prediction, ratios.of(one.mesh)).step_s
-        row = Row(one, known[one.strategy], prediction, True)
+        row = Strategy(one, known[one.strategy], prediction, True)
         for number, share in sensitivity(Survey(net, DEVICES, profile, (row,))).items():
             moved[number] = max(moved.get(number, 0.0), share, key=abs)
     return {
@@ -197,17 +198,24 @@ def show(kept: dict[str, Any]) -> bool:
         print(f"{name}: computing in predictions {kept[name]['ratios'][0]:.2f} alone, "
               f"{kept[name]['ratios'][1]:.2f} together; 20 % slower moves the step at most: {moves}"
               f"{'; cannot be: ' + refused if refused else ''}")  # fmt: skip
-    rows = summary(figures)
-    for row in rows:
-        passed = row["value"] <= row["aim"]
-        print(f"  {row['name']:48} {row['value']:6.1%}  ≤ {row['aim']:.0%} {'pass' if passed else 'FAIL'}  "
-              f"(measurements spread by {row['spread']:.1%})")  # fmt: skip
     for name in kept:
         print(f"{name}: prepared in {kept[name]['prepared_s']:.0f} s")
-    document = {"topic": "planner-time", "machine": machine(), "devices": DEVICES, "summary": rows, "slices": kept}
-    RESULTS.mkdir(exist_ok=True)
-    WHERE.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    return all(row["value"] <= row["aim"] for row in rows)
+    rows = [
+        Row(row["name"], row["value"], row["aim"], at_most=True,
+            note=f"{row['configurations']} of them; measurements spread by {row['spread']:.1%}")
+        for row in summary(figures)
+    ]  # fmt: skip
+    rows += [
+        Row(f"error, {one.slice}, {one.strategy}", one.error,
+            note=f"predicted {1e3 * one.corrected_s:.1f} ms, measured {1e3 * one.measured_s:.1f} ms, spread {one.spread:.1%}; "
+            f"{one.raw_error:+.1%} by the profile alone")
+        for one in figures
+    ]  # fmt: skip
+    rows += [
+        Row(f"sensitivity, {name}, {number} 20 % slower", share)
+        for name in kept for number, share in kept[name]["sensitivity"].items()
+    ]  # fmt: skip
+    return publish("planner-time", rows, full=all(name in kept for name in SLICES))
 
 
 def main() -> int:
@@ -224,6 +232,7 @@ def main() -> int:
         print(f"  {name}", flush=True)
         kept[name] = measured(name)
         kept = {one: kept[one] for one in SLICES if one in kept}
+        OUT.mkdir(exist_ok=True)
         WHERE.write_text(json.dumps({"slices": kept}))
     return 0 if show(kept) else 1
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import astuple, replace
+from typing import Any
 
 import pytest
 
@@ -13,7 +13,7 @@ from jaxtrain.planner import machine, measure
 from jaxtrain.planner.candidates import Candidate
 from jaxtrain.planner.cost import Prediction, collective_seconds, predict
 from jaxtrain.planner.machine import run_here, this_machine
-from jaxtrain.planner.measure import Probe, Ratios, compute_ratios, corrected
+from jaxtrain.planner.measure import Probe, compute_ratios, corrected
 from jaxtrain.planner.operations import KINDS, find_operations
 from jaxtrain.planner.profile import Curve, Device, Link, Profile
 from jaxtrain.planner.survey import Network, Row, Survey
@@ -96,17 +96,13 @@ def test_instructions_are_of_the_kinds_that_machines_run_at_rates_of_their_own()
                      "f": "elementwise", "g": "transpose", "h": "transpose"}  # fmt: skip
 
 
-def approximately(alone: float, copies: float) -> Any:
-    return Ratios(*(cast(float, pytest.approx(one)) for one in (alone, copies)))
-
-
 def test_copies_of_one_device_correct_the_computing_of_all_strategies():
     request = {"config": {"model": {"precision": "float32"}}}
     alone, two = (Probe(request, facts({"data": 1}, ONE), copies, devices) for copies, devices in ((1, 1), (2, 8)))
-    assert compute_ratios([alone], [0.01], MEASURED) == approximately(2.0, 2.0)
+    assert astuple(compute_ratios([alone], [0.01], MEASURED)) == pytest.approx((2.0, 2.0))
     # two copies that take 5 ms on two cores stand for eight devices that take 20 ms; 10 ms were predicted
     ratios = compute_ratios([alone, two], [5e-3, 5e-3], MEASURED)
-    assert ratios == approximately(1.0, 2.0)
+    assert astuple(ratios) == pytest.approx((1.0, 2.0))
     assert ratios.of(MeshConfig(data=8, zero=3)) == pytest.approx(2.0)
     for mesh in (MeshConfig(model=2), MeshConfig(data=4, space=2), MeshConfig(data=1, pipe=2)):
         assert ratios.of(mesh) == pytest.approx(math.sqrt(2.0))
