@@ -207,7 +207,8 @@ def show(kept: dict[str, Any]) -> bool:
     ]  # fmt: skip
     rows += [
         Row(f"error, {one.slice}, {one.strategy}", one.error,
-            note=f"predicted {1e3 * one.corrected_s:.1f} ms, measured {1e3 * one.measured_s:.1f} ms, spread {one.spread:.1%}; "
+            note=f"predicted {1e3 * one.corrected_s:.1f} ms, measured {1e3 * one.measured_s:.1f} ms, "
+            f"spread {one.spread:.1%}; "
             f"{one.raw_error:+.1%} by the profile alone")
         for one in figures
     ]  # fmt: skip

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, machine
+from harness import OUT, Row, publish
 
 PROCESSES, SHORT, LONG, IDLE_S = 2, 2, 8, 4.0
 HEADERS = 52
@@ -337,14 +337,31 @@ def compare_memory(rows: list[dict[str, Any]], wanted: str | None) -> None:
         keep_rows(rows, "memory")
 
 
-PLACE = RESULTS / "planner-bytes.json"
+PLACE = OUT / "planner-bytes.json"
+"""What was measured so far, so that an interruption loses one strategy."""
 
 
 def keep_rows(rows: list[dict[str, Any]], part: str = "bytes") -> None:
-    """Keep what is known so far, so that an interruption loses one strategy."""
     document = json.loads(PLACE.read_text()) if PLACE.exists() else {}
-    document |= {"topic": "planner-bytes", "machine": machine(), part: rows}
-    PLACE.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    PLACE.parent.mkdir(exist_ok=True)
+    PLACE.write_text(json.dumps(document | {part: rows}, indent=1, ensure_ascii=False) + "\n")
+
+
+def publish_kept() -> bool:
+    """Publish all that is kept: errors of the bytes with and without headers, and of the memory."""
+    known = json.loads(PLACE.read_text())
+    rows = []
+    for one in known.get("bytes", []):
+        name = f"{one['network']}, {one['strategy']}"
+        bare = one["predicted"] / one["measured_without_headers"] - 1
+        note = f"predicted {one['predicted']:.0f}, carried {one['measured']:.0f} bytes in {one['packets']:.0f} packets"
+        rows.append(Row(f"bytes of a step, {name}", abs(one["error"]), 0.05, at_most=True, note=note))
+        rows.append(Row(f"bytes without headers of TCP and IP, {name}", abs(bare), note=f"{bare:+.2%}"))
+    for one in known.get("memory", []):
+        note = f"predicted {one['predicted']:.0f}, held {one['measured']:.0f} bytes"
+        name = f"memory, {one['network']}, {one['strategy']}"
+        rows.append(Row(name, abs(one["error"]), 0.05, at_most=True, note=note))
+    return publish("planner-bytes", rows, full=True)
 
 
 def main() -> int:
@@ -371,7 +388,7 @@ def main() -> int:
         compare_bytes(known.get("bytes", []), args.only)
     if args.part in (None, "memory"):
         compare_memory(known.get("memory", []), args.only)
-    return 0
+    return 0 if publish_kept() else 1
 
 
 if __name__ == "__main__":
