@@ -35,7 +35,7 @@ from harness import OUT, Row, publish
 
 PARTS = ("unet", "resnet", "change", "kills", "ordinary")
 RATIOS: tuple[tuple[float, ...], ...] = ((1, 1), (2, 1), (3, 1), (5, 1), (4, 2, 1, 1))
-BATCH, CHUNK, SIDE, BANDS, CLASSES = 48, 2, 32, 4, 6
+BATCH, CHUNK, SIDE, BANDS, CLASSES = 192, 8, 48, 4, 6
 PERIOD_US = 10_000
 """Period of a quota: short beside a chunk."""
 HEADROOM = 0.9
@@ -98,7 +98,9 @@ def make_program(network: str, config: Any) -> Any:
     )  # fmt: skip
 
 
-def replica(network: str) -> None:
+def replica(network: str, core: int) -> None:
+    os.sched_setaffinity(0, {core})
+
     import jax
     import numpy as np
 
@@ -174,13 +176,14 @@ class Process:
             **os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(OUT / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }  # fmt: skip
-        command = [sys.executable, __file__, "--replica", network]
+        # the first one has a core, the others share the next: each is one thread, as a device of a processor is
+        core = min(number, (os.cpu_count() or 1) - 1)
+        command = [sys.executable, __file__, "--replica", network, "--number", str(core)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         self.quota = Quota(f"{number}-{secrets.token_hex(2)}")
         self.quota.hold(self._process.pid)
-        self.core = number % (os.cpu_count() or 1)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -206,10 +209,6 @@ class Process:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-
-    def pin(self, cores: Sequence[int]) -> None:
-        for task in Path(f"/proc/{self._process.pid}/task").iterdir():
-            os.sched_setaffinity(int(task.name), cores)
 
     def kill(self) -> None:
         self._process.kill()
@@ -282,14 +281,14 @@ def rate(steps: Sequence[Mapping[str, Any]], skip: int) -> float:
 
 def efficiency(network: str, *, full: bool) -> list[Row]:
     chunks, rows = BATCH // CHUNK, []
-    steps, warm = (60, 25) if full else (30, 14)
+    steps, warm = (60, 25) if full else (24, 12)
     with Crew(network, 4) as crew:
         for ratio in RATIOS:
             unit = HEADROOM * min((os.cpu_count() or 2) / sum(ratio), 1 / max(ratio))
             quotas = [unit * part for part in ratio]
-            alone = [crew.alone(number, quota, 5) for number, quota in enumerate(quotas)]
+            alone = [crew.alone(number, quota, 4) for number, quota in enumerate(quotas)]
             mine = crew.run(quotas, steps)
-            equal = crew.run(quotas, 6, shares=[chunks // len(ratio)] * len(ratio))
+            equal = crew.run(quotas, 5, shares=[chunks // len(ratio)] * len(ratio))
             together, same = rate(mine, warm), rate(equal, 2)
             name = f"{network} {':'.join(f'{part:g}' for part in ratio)}"
             least = {"3:1": 1.84, "5:1": 2.76}.get(name.split()[1])
@@ -451,7 +450,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.replica:
-        replica(args.replica)
+        replica(args.replica, args.number)
         return 0
     if args.member_of:
         data_parallel(args.member_of, args.number, args.steps)
