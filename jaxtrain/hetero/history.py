@@ -6,7 +6,8 @@ and ends with the same bits. A line is
     {"step": 12, "shares": {"0": [0, 1, 2, 3, 4, 5], "1": [6, 7]}, "leader": "0"}
 
 with members in the order in which their sums were added, or `{"step": 12, "event": "dropped", …}`. A later line of a
-step replaces an earlier one; `metrics.jsonl` loses the steps after a checkpoint when a run continues, this file does not.
+step replaces an earlier one. When a run continues from a checkpoint, `metrics.jsonl` loses the steps after it; this
+file does not.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class ShareHistory:
 
     def write(self, step: int, shares: Mapping[str, Iterable[int]], leader: str) -> None:
         """Record the chunks that each member has computed in a step."""
-        self._append({"step": step, "shares": {name: list(chunks) for name, chunks in shares.items()}, "leader": leader})
+        self._append(
+            {"step": step, "shares": {name: list(chunks) for name, chunks in shares.items()}, "leader": leader}
+        )
 
     def write_event(self, event: Event) -> None:
         """Record a change of the group."""

@@ -395,16 +395,11 @@ def join_group(
                     expected=group.expected,
                 )
             )  # fmt: skip
-        replay = {
-            step: {name: len(chunks) for name, chunks in shares.items()}
-            for step, shares in read_shares(out, first=state_step or 0).items()
-            if _are_contiguous(shares)
-        }
         member = held.enter_context(
             Member.join(
                 group.address, group.secret, group.name, identify(config, ready),
                 chunks=config.run.batch_size // config.chunk, limit=limit, state_step=state_step,
-                silence_s=config.hetero.silence_s, replay=replay,
+                silence_s=config.hetero.silence_s, replay=read_shares(out, first=state_step or 0),
             )
         )  # fmt: skip
         replica = Replica(member=member, programs=programs, ready=ready, config=config, first=state_step or 0)
@@ -418,12 +413,6 @@ def join_group(
 def _unpack(program: Program, data: memoryview) -> tuple[TrainState, dict[str, Any]]:
     end = _HEAD + int.from_bytes(data[:_HEAD], "little")
     return unpack_state(program, data[end:]), json.loads(bytes(data[_HEAD:end]))
-
-
-def _are_contiguous(shares: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether members had their chunks in one run each, as a group hands them out when nobody is lost."""
-    every = [chunk for chunks in shares.values() for chunk in chunks]
-    return every == list(range(len(every)))
 
 
 def warm_up(programs: ChunkPrograms, config: TrainConfig, ready: TrainingSet) -> int | None:

@@ -17,16 +17,15 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import MeshConfig, TrainConfig
+from jaxtrain.parallel.rendezvous import LOCAL_COUNT, read_number
 from zarr_store.errors import InvalidInput
 
-__all__ = ["LOCAL_COUNT", "SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "replicated",
+__all__ = ["SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "replicated",
            "share_cores", "spec", "stored_sharding"]  # fmt: skip
 
 SPACE_AXES = ("space", "space_w")
 """Axes that split rows and columns."""
 
-LOCAL_COUNT = "TERRASHARD_LOCAL_PROCESSES"
-"""Variable with the number of processes of the run on this machine."""
 MOST_PARTS = 8
 """Largest number of parts into which a processor is split by default; with more, each gets few windows of a batch."""
 
@@ -89,7 +88,7 @@ def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = Non
         return config
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if config.hetero.enabled:  # replicas of one machine share its cores
-        cores = max(1, cores // int(env.get(LOCAL_COUNT) or 1))
+        cores = max(1, cores // (read_number(LOCAL_COUNT, env) or 1))
     parts = max(n for n in range(1, min(cores, MOST_PARTS) + 1) if config.unit % n == 0)
     if parts == 1:
         return config
