@@ -25,7 +25,7 @@ _CHANGED, _CERTAIN = 0.12, 0.5
 """Relative difference of the two medians from which on a change of speed counts as lasting: it grows with the spread of
 the measurements, from the first to the second."""
 _GAIN = 0.03
-"""Shares move only if the step gets shorter by this part: below it, noise would move them to and fro."""
+"""Shares move only if the step gets shorter by this part: below it, noise would move them back and forth."""
 _TRIAL_COST = 0.02
 """Part of the running time that trials of a member that is set aside may cost."""
 _TRIALS = (20, 1000)
