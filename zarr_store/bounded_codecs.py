@@ -116,7 +116,7 @@ def _zstd_size(head: bytes) -> int | None:
 
 def _check_size(codec: str, size: int | None, chunk_spec: Any) -> None:
     dtype = chunk_spec.dtype.to_native_dtype()
-    texts = dtype.kind in "OTU"
+    texts = dtype.kind in {"O", "T", "U"}
     most = MOST_CHUNK_BYTES if texts else math.prod(chunk_spec.shape) * dtype.itemsize + _SPARE_BYTES
     if size is None or size > most:
         claim = "does not say how much it holds" if size is None else f"says that it holds {size} bytes"
