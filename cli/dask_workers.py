@@ -108,6 +108,13 @@ class DaskWorkers:
         )  # fmt: skip
         return DaskProcess(self, future, key, where)
 
+    def has(self, where: str) -> bool:
+        """Return whether the cluster has this worker; it counts as there while the scheduler does not answer."""
+        try:
+            return where in self.client.scheduler_info(n_workers=-1)["workers"]
+        except (OSError, TimeoutError):
+            return True
+
     def _key(self, what: str) -> str:
         self._count += 1
         return f"{self.topic}-{what}-{self._count}"
@@ -156,16 +163,23 @@ class DaskProcess:
 
     def __init__(self, places: DaskWorkers, future: Any, key: str, where: str) -> None:
         self._places, self._future, self._key, self._where = places, future, key, where
-        self._killed = False
+        self._killed = self._lost = False
 
     def code(self) -> int | None:
         """Exit code of the process; None while it runs, 1 where its worker died with it."""
         status = self._future.status
-        if status == "pending":
+        if status == "pending" and not self._is_lost():
             return None
         if status == "finished":
             return int(self._future.result()[0])
         return -15 if self._killed else 1
+
+    def _is_lost(self) -> bool:
+        """Return whether its worker is gone: the scheduler would keep its task waiting for that worker."""
+        if not self._lost and not self._places.has(self._where):
+            self._lost = True
+            self._future.cancel()
+        return self._lost
 
     def stop(self, *, at_once: bool = False) -> None:
         """Ask the process to end (SIGTERM: it saves first), or kill it."""
