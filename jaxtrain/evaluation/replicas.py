@@ -6,12 +6,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxtrain.hetero.history import read_events
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["ReplicaRow", "draw_shares", "list_changes", "list_replicas"]
 
@@ -70,6 +72,8 @@ def draw_shares(steps: Sequence[Mapping[str, Any]]) -> Figure:
     names = sorted({name for line in shared for name in line["shares"]})
     x = np.array([line["step"] for line in shared])
     y = np.array([[line["shares"].get(name, 0) for line in shared] for name in names], float)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.subplots()
     axes.stackplot(x, y, labels=names, step="post", alpha=0.85)

@@ -146,11 +146,18 @@ def test_a_signature_is_used_when_a_file_is_read_and_stored_nowhere(
     # a plan that was kept has no signature, and the error says what helps
     monkeypatch.setattr(presigned, "_signed", {})
     head_cache.cache_clear()
+    service.items, items = [], service.items
     found = verify_sources(tmp_path / "c.zarr", IngestConfig(allow_private_hosts=True, retries=0))
     (text,) = found.unread
     assert "HTTP 403" in text
     assert "repeat the `terrashard ingest` command on SOURCE" in text
+    # verification searches the catalogue for what a cube lacks, and signatures that it finds there are used
+    service.items = items
+    head_cache.cache_clear()
+    found = verify_sources(tmp_path / "c.zarr", IngestConfig(allow_private_hosts=True, retries=0))
+    assert (found.unread, found.different) == ((), ())
     # the same command finds a signature again, and nothing is to be done
+    monkeypatch.setattr(presigned, "_signed", {})
     again = run(make_plan(service.source, CONFIG), tmp_path / "c.zarr", client=local_client, typed=service.source)
     assert (len(again.skipped), again.exit_code) == (1, 0)
 

@@ -130,6 +130,22 @@ class Replica(threading.Thread):
                 self.changed += 1
 
 
+def wait_until(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def start_in_order(replicas: Iterable[Replica]) -> None:
+    """Start one after the other: the one that joined first leads, whatever else the machine does."""
+    for replica in replicas:
+        replica.start()
+        until = time.monotonic() + PATIENCE_S
+        while replica.member is None and replica.is_alive() and time.monotonic() < until:
+            time.sleep(0.001)
+
+
 def finish(*replicas: Replica) -> None:
     """Wait for all, but not for ever; then nobody is left."""
     until = time.monotonic() + PATIENCE_S

@@ -33,7 +33,7 @@ from jaxtrain.hetero.wire import (
 )
 from zarr_store.errors import AccessError, InvalidInput
 
-from .replicas import CHUNKS, IDENTITY, SECRET, Listener, Replica, check_steps, coordinator, finish
+from .replicas import CHUNKS, IDENTITY, SECRET, Listener, Replica, check_steps, coordinator, finish, wait_until
 
 
 @pytest.fixture
@@ -86,6 +86,7 @@ def test_the_wrong_secret(one: Any, caplog: pytest.LogCaptureFixture) -> None:
             join(server, secret="another secret of some length")
         with pytest.raises(AccessError):
             join(server, secret="another secret of some length")
+        wait_until(lambda: len(caplog.records) > 0)
     said = [record.getMessage() for record in caplog.records]
     assert said == [
         "a connection from 127.0.0.1 to the group's coordinator was refused: it does not know the secret of this "
@@ -131,7 +132,8 @@ def test_a_member_of_another_group_is_refused(one: Any, caplog: pytest.LogCaptur
         address = format_address(*member._listener.getsockname()[:2])
         with pytest.raises(WrongSecret, match="is of another group"):
             wire.connect(address, check_secret(SECRET), "peer of another group", silence_s=5)
-    assert "it does not know the secret of this group, or means another group" in caplog.text
+        # the member writes its line in a thread of its own
+        wait_until(lambda: "it does not know the secret of this group, or means another group" in caplog.text)
 
 
 def strange(address: str, *parts: bytes, pause_s: float = 0.0) -> bytes:

@@ -12,7 +12,18 @@ import pytest
 from jaxtrain.hetero import member, peers, rounds
 from jaxtrain.hetero.membership import CoordinatorLost, Dropped, GroupChanged, RunFinished, TooFewMembers
 
-from .replicas import CHUNKS, Killed, Listener, Replica, add, check_steps, coordinator, finish, whole_vector
+from .replicas import (
+    CHUNKS,
+    Killed,
+    Listener,
+    Replica,
+    add,
+    check_steps,
+    coordinator,
+    finish,
+    start_in_order,
+    whole_vector,
+)
 
 STEPS = 4
 PLACES = (
@@ -76,8 +87,7 @@ def group(steps: int = STEPS, **options: Any) -> tuple[Any, Listener, list[Repli
 def test_every_place_is_tried(crash: Crash) -> None:
     server, _, replicas = group(2)
     with server:
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         finish(*replicas)
     assert {place for name, place in crash.passed if name == "r0"} == set(PLACES)
 
@@ -90,8 +100,7 @@ def test_a_member_dies(crash: Crash, place: str, victim: int) -> None:
     crash.victim, crash.place = dead, place
     crash.at = {"a block was sent": 31, "a block was received": 31, "before adding": 2, "before ready": 2}.get(place, 1)
     with server:
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         finish(*replicas)
     assert crash.fired_at is not None, "the fault never came"
     assert [event.member for event in listener.of("dropped")] == [dead.name]
@@ -124,8 +133,7 @@ def test_the_sum_of_a_member_that_dies_once_all_have_it_counts(crash: Crash) -> 
     with server, pytest.MonkeyPatch.context() as patch:
         for module in (member, peers):
             patch.setattr(module, "crashpoint", note)
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         finish(*replicas)
     assert crash.fired_at is not None
     for replica in (replicas[0], replicas[2]):
@@ -162,8 +170,7 @@ def test_a_newcomer_gets_the_state(crash: Crash, who: str, place: str, at: int) 
     for replica in replicas:
         replica.on_step = slow
     with server:
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         while 1 not in replicas[0].work:
             time.sleep(0.01)
         # the first in order sends the state
@@ -200,8 +207,7 @@ def test_too_few_members_end_the_run_with_their_parameters_unchanged(crash: Cras
     server, listener, replicas = group(min_members=3)
     crash.victim, crash.place, crash.at = replicas[0], "after contributing", 2
     with server:
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         finish(*replicas)
         assert crash.fired_at is not None
         for replica in replicas[1:]:
@@ -228,8 +234,7 @@ def whole(steps: int) -> np.ndarray:
 def test_a_coordinator_that_goes_is_reported(crash: Crash) -> None:
     server, _, replicas = group(1000)
     with server:
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         while 2 not in replicas[0].work:
             time.sleep(0.01)
         server.close()
@@ -243,8 +248,7 @@ def test_a_coordinator_that_goes_is_reported(crash: Crash) -> None:
 def test_one_that_comes_after_the_end_is_sent_away() -> None:
     server, _, replicas = group(2)
     with server:
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         finish(*replicas)
         assert server.finished
         late = newcomer(server.address)
@@ -270,8 +274,7 @@ def test_a_member_that_was_silent_is_dropped_and_comes_back() -> None:
     for replica in replicas:
         replica.on_step = freeze
     with server:
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         until = time.monotonic() + 10
         while not listener.of("dropped") and time.monotonic() < until:
             time.sleep(0.02)
@@ -300,8 +303,7 @@ def test_one_that_is_called_away_leaves_and_the_others_go_on() -> None:
     away.steps, away.finishes = 2, False
     away.validate = dict  # type: ignore[method-assign]
     with server:
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         finish(*replicas)
     check_steps(away, 0, 2)
     for replica in replicas[1:]:
@@ -349,8 +351,7 @@ def test_a_value_reaches_all_or_nobody(crash: Crash, victim: int | None, place: 
         replica.on_value = arm  # type: ignore[assignment]
     crash.victim = None if victim is None else replicas[victim]
     with server:
-        for replica in replicas:
-            replica.start()
+        start_in_order(replicas)
         finish(*replicas)
     assert (crash.fired_at is None) == (victim is None)
     values = {replica.value for replica in left}
