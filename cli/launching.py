@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -86,20 +87,31 @@ class TrainWords:
     """The command that each process runs: train CONFIG.toml --out RUN …
 
     Attributes:
-        words: All words, beginning with train.
+        words: All words as they were typed, beginning with train.
         files: Configuration files in the order in which they are read.
         out: The run directory, or None.
         overrides: The texts of --set.
+        json: Whether the launcher wants the JSON of the processes.
     """
 
     words: tuple[str, ...]
     files: tuple[str, ...] = ()
     out: str | None = None
     overrides: tuple[str, ...] = field(default=())
+    json: bool = False
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The words that each process gets."""
+        return (*self.words, "--json") if self.json and "--json" not in self.words else self.words
 
     @classmethod
-    def parse(cls, words: Sequence[str]) -> TrainWords:
+    def parse(cls, words: Sequence[str], *, json: bool = False) -> TrainWords:
         """Find the parts of a training command.
+
+        Args:
+            words: The command as it was typed.
+            json: Whether the launcher wants the JSON of its processes.
 
         Raises:
             InvalidInput: It is another command.
@@ -119,7 +131,9 @@ class TrainWords:
             elif not word.startswith("-"):
                 values["CONFIG"].append(word)
         out = values["--out"][-1] if values["--out"] else None
-        return cls(tuple(words), (*values["CONFIG"][:1], *values["--config"][-1:]), out or None, tuple(values["--set"]))
+        return cls(
+            tuple(words), (*values["CONFIG"][:1], *values["--config"][-1:]), out or None, tuple(values["--set"]), json
+        )
 
     def has_replicas(self) -> bool:
         """Return whether the run may change its machines, by its configuration as far as it can be read here."""
@@ -145,10 +159,7 @@ def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -
         AccessError: A host or the Dask cluster does not answer, or has too few workers.
         Locked: Another launcher holds the group of the run.
     """
-    typed = list(words)
-    if session.json and "--json" not in typed and options.emit is None:
-        typed.append("--json")
-    train = TrainWords.parse(typed)
+    train = TrainWords.parse(words, json=session.json and options.emit is None)
     replicas = train.has_replicas()
     for name, given in (("--min-processes", options.least), ("--max-processes", options.most),
                         ("--join", options.join), ("--listen", options.listen)):  # fmt: skip
@@ -161,7 +172,7 @@ def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -
         return _write_job(session, train, options, replicas=replicas)
     said: dict[int, list[str]] = defaultdict(list)
     with _places(train, options) as (places, address):
-        show = _printer(session, places.names, raw="--json" in train.words, replicas=replicas, said=said)
+        show = _printer(session, places.names, raw="--json" in train.arguments, replicas=replicas, said=said)
         if replicas:
             outcome = _launch_replicas(session, places, address, train, options, show)
         else:
@@ -188,7 +199,7 @@ def _places(train: TrainWords, options: LaunchOptions) -> Iterator[tuple[Places,
     """Open the places of a run; yields them and this machine's address towards them."""
     from jaxtrain.launching.group import address_towards
 
-    arguments = ["-P", "-m", "cli.main", *train.words]
+    arguments = ["-P", "-m", "cli.main", *train.arguments]
     if options.hosts is not None:
         from cli.dask_workers import FORWARDED
         from jaxtrain.launching.hosts import HostOptions, parse_hosts
@@ -257,7 +268,7 @@ def _launch_replicas(
     with hold_group(run, _bind(options.listen, address), **variables, on_event=session.warn) as point:
         session.note(
             f"group of {processes} processes at {point.address}; more are added with: terrashard launch --join "
-            f"{point.address} -- {' '.join(train.words)}"
+            f"{point.address} -- {shlex.join(train.words)}"
         )
         return launch_replicas(
             places, config, point.environment(**variables), on_line=show, on_event=session.warn, members=point.members

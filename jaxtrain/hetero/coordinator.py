@@ -190,11 +190,14 @@ class Coordinator:
         if self._strangers >= _STRANGERS:
             return None
         self._strangers += 1
+        spoke = False
         try:
             async with asyncio.timeout(HANDSHAKE_S):
                 proof = ServerProof(self._key, "member")
                 writer.write(proof.challenge)
-                writer.write(proof.check(await read_message(reader, header_most=GREETING_BYTES)))
+                answer = await read_message(reader, header_most=GREETING_BYTES)
+                spoke = True
+                writer.write(proof.check(answer))
                 message = await read_message(reader, header_most=CONTROL_BYTES)
             if message["kind"] != "join":
                 raise ValueError(f"expected a request to join, got {message['kind'][:40]!r}")
@@ -204,8 +207,10 @@ class Coordinator:
             self._report(host, str(error))
         except TimeoutError:
             self._report(host, f"it did not prove the secret within {HANDSHAKE_S:g} s")
-        except asyncio.IncompleteReadError:
-            self._report(host, "it closed the connection before it proved the secret")
+        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
+            # who looks whether the port is open, as another launcher does, sends nothing
+            if spoke or getattr(error, "partial", b""):
+                self._report(host, "it closed the connection before it proved the secret")
         except (OSError, *SHAPE_ERRORS) as error:
             self._report(host, str(error))
         finally:

@@ -13,6 +13,7 @@ import pytest
 
 from cli.launching import TrainWords, _bind, _document, _printer
 from cli.session import Session
+from jaxtrain.launching.outcome import Outcome
 from zarr_store.errors import InvalidInput
 
 TRAIN = ("--", "train", "run.toml", "--out", "runs/zagreb")
@@ -90,6 +91,29 @@ def test_the_parts_of_a_training_command_are_found(tmp_path: Path) -> None:
         with pytest.raises(InvalidInput, match="launch starts training runs"):
             TrainWords.parse(bad)
     assert _bind("fe80::1", "") == "[fe80::1]:0"
+
+
+def test_the_line_for_further_machines_is_the_command_as_it_was_typed(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher's own --json is not in it, and a name with a space stays one word."""
+    started: list[list[str]] = []
+
+    def launched(places: Any, *_: Any, **__: Any) -> Outcome:
+        started.append(places._command)
+        return Outcome(0, 0, (0,))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jaxtrain.launching.replicas.launch_replicas", launched)
+    words = ("--", "train", "my run.toml", "--out", "runs/zagreb", "--set", "hetero.enabled=true")
+    outcome = run("launch", "-n", "1", "--json", *words)
+    assert outcome.code == 0, outcome.err
+    assert started[0][-1] == "--json"
+    hint = outcome.err.partition("more are added with: ")[2].splitlines()[0]
+    assert re.fullmatch(
+        r"terrashard launch --join 127\.0\.0\.1:\d+ -- train 'my run\.toml' --out runs/zagreb --set "
+        r"hetero\.enabled=true", hint
+    )  # fmt: skip
 
 
 def test_lines_have_the_name_of_their_host_and_the_document_is_that_of_the_writer(

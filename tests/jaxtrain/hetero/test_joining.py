@@ -188,6 +188,29 @@ def test_strangers_do_no_harm(
     assert not any(record.exc_info for record in caplog.records)
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_who_only_looks_whether_the_port_is_open_gets_no_line(
+    reads: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `launch --join` does, and the health check of a cluster; one that has begun to speak is reported."""
+    monkeypatch.setattr(coordinator_module, "HANDSHAKE_S", 5.0)
+    with coordinator(expected=1) as server, caplog.at_level(logging.WARNING):
+        for part in (b"", b"", b"TSg") if reads else (b"", b""):  # what is left unread turns the end into a reset
+            with socket.create_connection(parse_address(server.address), timeout=5) as sock:
+                if reads:
+                    assert sock.recv(4096).startswith(b"TSg1")
+                if part:
+                    assert not caplog.records
+                    sock.sendall(part)
+        until = time.monotonic() + 5
+        while reads and not caplog.records and time.monotonic() < until:
+            time.sleep(0.01)
+        with join(server) as member:  # all that came before has been dealt with
+            assert not member.needs_state()
+    said = [record.getMessage().partition("refused: ")[2] for record in caplog.records]
+    assert said == (["it closed the connection before it proved the secret"] if reads else [])
+
+
 def test_one_that_drips_is_cut_off_and_many_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (wire, coordinator_module):
         monkeypatch.setattr(module, "HANDSHAKE_S", 0.3)
