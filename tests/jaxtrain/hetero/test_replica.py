@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 
 from jaxtrain import TrainEvent, train
 from jaxtrain.config import TrainConfig
+from jaxtrain.hetero.chunks import ChunkPrograms, pack_state
 from jaxtrain.hetero.coordinator import Coordinator
 from jaxtrain.hetero.history import read_events, read_shares
 from jaxtrain.hetero.member import Member
@@ -297,6 +299,52 @@ def test_one_may_leave_and_all_may_stop(tmp_path: Path, monkeypatch: pytest.Monk
     assert CheckpointStore(out / "checkpoints").steps() == [5]
     assert [f"saved at step 5 of {STEPS}" in str(found[name]) for name in ("a", "b")] == [True, True]
     assert ("left", "c") in [(event["event"], event["member"]) for event in read_events(out)]
+
+
+def test_states_that_drift_apart_are_found_and_the_leaders_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kinds of device round differently: here the parameters of the one that follows move by a last bit or two."""
+    apply, compare = ChunkPrograms.apply, Replica.compare
+    drifted: list[str] = []
+    before: dict[int, dict[str, bytes]] = {}
+    after: dict[int, dict[str, bytes]] = {}
+    roles: dict[str, bool] = {}
+
+    def rounding(self: ChunkPrograms, state: Any, *rest: Any) -> Any:
+        state, metrics = apply(self, state, *rest)
+        name = threading.current_thread().name
+        if int(state.step) == 2 and not roles[name]:
+            drifted.append(name)
+            moved = jax.tree.map(lambda leaf: leaf * np.float32(1 + 2**-22), state.params)
+            state = dataclasses.replace(state, params=moved)
+        return state, metrics
+
+    def comparing(self: Replica, state: Any, step: int) -> Any:
+        roles[self.name] = self.leads
+        before.setdefault(step, {})[self.name] = bytes(pack_state(state))
+        state, line = compare(self, state, step)
+        after.setdefault(step, {})[self.name] = bytes(pack_state(state))
+        return state, line
+
+    monkeypatch.setattr(ChunkPrograms, "apply", rounding)
+    monkeypatch.setattr(Replica, "compare", comparing)
+    told: list[TrainEvent] = []
+    config = hetero_config(hetero={"compare_every": 3}, run={"steps": 6, "evaluate_every": 6, "checkpoint_every": 6})
+    found = results(run_group(config, tmp_path / "run", on_event=lambda _name, event: told.append(event)))
+    (leader,) = [name for name, result in found.items() if result.leads]
+    assert drifted == [name for name in found if name != leader]
+    kinds = {step: len(set(states.values())) for step, states in before.items()}
+    assert kinds == {1: 1, 2: 2, 3: 2, 4: 1, 5: 1, 6: 1}
+    assert set(after[3].values()) == {before[3][leader]}
+    warnings = [
+        event.message for event in told if event.kind == "warning" and "states of the replicas differ" in event.message
+    ]
+    assert warnings == [
+        "step 3: the states of the replicas differ, as different kinds of device round differently; all go on with "
+        f"that of {leader}"
+    ]
+    assert found[leader].steps == 6
 
 
 def test_a_process_without_a_group_says_how_to_start_one(tmp_path: Path) -> None:
