@@ -162,6 +162,9 @@ def _run(args: list[str]) -> int:
             # errors of libraries show the URLs they were given; set in, so that no line looks like one of ours
             sys.stderr.write(textwrap.indent(shown(traceback.format_exc()), "  "))
         code, message = _explain(error)
+        if code == 0:  # nothing is wrong: there was nothing left to do, such as for a replica that comes too late
+            speak(message)
+            return 0
         speak(f"error: {message}")
         if "--json" in args:
             write_document({"error": message, "exit_code": code}, indent=None)

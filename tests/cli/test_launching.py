@@ -13,6 +13,7 @@ import pytest
 
 from cli.launching import TrainWords, _bind, _document, _printer
 from cli.session import Session
+from jaxtrain.hetero.membership import RunFinished
 from jaxtrain.launching.outcome import Outcome
 from zarr_store.errors import InvalidInput
 
@@ -153,3 +154,18 @@ def test_a_run_on_another_host_fails_there_with_its_line_and_code(
         "exit_code": 2, "restarts": 0, "codes": [2]
     }  # fmt: skip
     assert "error" in json.dumps(outcome.json["result"]) or outcome.json["result"] is None
+
+
+def test_a_replica_that_comes_after_the_end_has_no_error(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with 0 and one plain line, and writes no document beside that of the replica that leads."""
+
+    def finished(*_: Any, **__: Any) -> None:
+        raise RunFinished("the run has reached its end")
+
+    monkeypatch.setattr("cli.training.run_training", finished)
+    monkeypatch.setattr("jaxtrain.parallel.processes.start_replica", lambda: None)
+    (tmp_path / "run.toml").write_text("[data]\ncube = 'c.zarr'\npatch = 32\n[hetero]\nenabled = true\n")
+    outcome = run("train", tmp_path / "run.toml", "--out", tmp_path / "run", "--json")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "the run has reached its end\n")
