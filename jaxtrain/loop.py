@@ -45,6 +45,7 @@ from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, clear_run, find_card, load
 from jaxtrain.runs.track import check_trackers
 from jaxtrain.runs.watchdog import Watchdog
 from jaxtrain.session import Dispatched, TrainingSession, check_monitor, newest_step, rehearse, resume_run, show_score
+from jaxtrain.writer import RunWriter
 from zarr_store.errors import NotACube, Preempted
 from zarr_store.lock import CubeLock
 
@@ -170,14 +171,16 @@ def _train(
             resumed.store.saving(),
             _steps_of(config, ready, program, replica, state, first, last) as steps,
         ):
+            writer = RunWriter(config=config, out=out, card=card, store=resumed.store, best=resumed.best, tell=tell,
+                               replica=replica, held=held)  # fmt: skip
             session = TrainingSession(
                 config=config, out=out, card=card, ready=ready, program=program, eval_step=eval_step,
                 store=resumed.store, best=resumed.best, incidents=incidents, tell=tell,
-                clock=Clock(run.batch_size), agreement=Agreement(program.mesh), log=None, watchdog=watchdog,
-                reached=first, replica=replica, held=held,
+                clock=Clock(run.batch_size), agreement=Agreement(program.mesh), writer=writer, watchdog=watchdog,
+                reached=first, replica=replica,
             )  # fmt: skip
             if lead:
-                session.lead(first)
+                writer.lead(first)
             if replica is not None:
                 replica.position = lambda: session.position(session.reached)
                 replica.wishes_to_stop = told_to_stop.is_set
@@ -219,7 +222,7 @@ def _train(
                     replica.finish(lambda: session.save_last(state))
 
         # ---- What came out.
-        if session.leads and (session.validation or not (out / "report.html").exists()):
+        if writer.leads and (session.validation or not (out / "report.html").exists()):
             _write_report(session, state)
         result = _result(session, first, parameters, time.monotonic() - began)
         early = f" of {run.steps}, as {run.monitor} did not improve further" if result.stopped_early else ""

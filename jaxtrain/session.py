@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import TrainingSet
 from jaxtrain.data.windows import Windows
 from jaxtrain.evaluation.scores import score_windows, scores_of, sum_windows
-from jaxtrain.hetero.history import ShareHistory
 from jaxtrain.hetero.membership import Assignment, Dropped, GroupError
 from jaxtrain.hetero.replica import Replica, Work
 from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors
@@ -37,13 +35,10 @@ from jaxtrain.runs.checkpoint import CheckpointStore, target_of
 from jaxtrain.runs.clock import Clock
 from jaxtrain.runs.events import Teller
 from jaxtrain.runs.incidents import Incidents
-from jaxtrain.runs.log import Kind, RunLog, read_metrics
-from jaxtrain.runs.rundir import CARD, LOCK_KEY, ModelCard, write_run
-from jaxtrain.runs.track import check_trackers, start_trackers
+from jaxtrain.runs.rundir import ModelCard
 from jaxtrain.runs.watchdog import Watchdog
-from zarr_store.backends import open_store
-from zarr_store.errors import IntegrityError, InvalidInput, Locked, Preempted, TerrashardError
-from zarr_store.lock import CubeLock
+from jaxtrain.writer import RunWriter
+from zarr_store.errors import IntegrityError, InvalidInput, Preempted, TerrashardError
 
 __all__ = [
     "Dispatched",
@@ -58,8 +53,6 @@ __all__ = [
 
 _MONITORED = get_args(RunConfig.model_fields["monitor"].annotation)
 """Scores that `run.monitor` may name."""
-_LOCK_S = 10.0
-"""Seconds in which a replica that no longer leads should have given the lock of the run back."""
 
 
 @dataclass(frozen=True)
@@ -195,15 +188,13 @@ class TrainingSession:
         tell: Reports its progress.
         clock: Rate of this call.
         agreement: Whether any process wishes to stop.
-        log: History of the run; None in all processes but the first, or the replica that leads.
+        writer: Writes for the run, where this process is the first, or the replica that leads.
         watchdog: Notices a step that hangs.
         reached: Steps done.
         last: Metrics of the last finite step of this call.
         validation: The last validation of this call.
         stopping: Whether the run ends after this step, to be continued later.
         replica: This process in a group of unequal replicas.
-        held: Closed at the end: what the process that writes holds.
-        shares: Who computed which chunks, written by the replica that leads.
         work: Who did what in the last step.
     """
 
@@ -219,93 +210,23 @@ class TrainingSession:
     tell: Teller
     clock: Clock
     agreement: Agreement
-    log: RunLog | None
+    writer: RunWriter
     watchdog: Watchdog
     reached: int
     last: dict[str, float] = field(default_factory=dict)
     validation: dict[str, Any] | None = None
     stopping: bool = False
     replica: Replica | None = None
-    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    shares: ShareHistory | None = None
     work: Work | None = None
     _done: float = 0.0
     """Windows of the steps whose speed is known."""
     _possible: float = 0.0
     """Windows that the replicas would have done in the same time, had none of them waited."""
-    _recent: list[tuple[Kind, int, dict[str, Any]]] = field(default_factory=list)
-    """Lines of the last step, for a replica that comes to lead."""
-    _recent_work: tuple[int, Work] | None = None
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process writes."""
-        return self.log is not None
 
     @property
     def efficiency(self) -> float | None:
         """Rate of this call divided by the sum of the rates at which the replicas computed; None if not known."""
         return round(self._done / self._possible, 4) if self._possible else None
-
-    def lead(self, step: int, *, inherited: bool = False, patience_s: float = _LOCK_S) -> None:
-        """Begin to write for the run, from the line after `step` on.
-
-        Args:
-            step: Steps done.
-            inherited: Whether another replica wrote so far, which the group has lost. Its lock is waited for, and taken
-                if it stays: a process that stands still holds it, but no longer takes part.
-            patience_s: Seconds to wait for it; with 0 it is not taken from a process that lives.
-
-        Raises:
-            Locked: Another run trains in this folder.
-        """
-        run = self.config.run
-        trackers = check_trackers(run.track)
-        if self.replica is not None:
-            if inherited:
-                _take_lock(self.held, self.out, patience_s=patience_s)
-            if not (self.out / CARD).exists():  # a replica with a disk of its own, to which the writing has come
-                write_run(self.out, self.card)
-        if inherited:
-            self.store.clear_partial()
-            self.store.protected = self.best.step
-        started = start_trackers(trackers, self.out, self.config.model_dump(mode="json"))
-        known = {(line["kind"], line["step"]) for line in read_metrics(self.out)}
-        self.log = self.held.enter_context(
-            RunLog(self.out, step=step, tensorboard_every=run.log_every, trackers=started)
-        )
-        if self.replica is None:
-            return
-        self.shares = self.held.enter_context(ShareHistory(self.out))
-        self.tell.quiet = False
-        if inherited:
-            for kind, at, values in self._recent:
-                if at <= step and (kind, at) not in known:
-                    self.log.write(kind, at, values)
-            if self._recent_work is not None:
-                self._record(*self._recent_work)
-            self.tell("group", step, f"step {step}: {self.replica.name} leads the run from here on")
-
-    def follow(self, step: int) -> None:
-        """Begin to lead if the replica that led is gone; `step` is the number of steps done."""
-        if self.replica is not None and self.replica.leads and not self.leads:
-            self.lead(step, inherited=True)
-
-    def _write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
-        if self.replica is not None:
-            self._recent = [line for line in self._recent if line[1] == step] + [(kind, step, values)]
-        if self.log:
-            self.log.write(kind, step, values)
-
-    def _record(self, step: int, work: Work) -> None:
-        """Record who computed which chunks, and report how the group has changed."""
-        if self.shares is None:
-            return
-        for event in work.events:
-            self.shares.write_event(event)
-            if event.kind != "shares":
-                self.tell("group", step, str(event))
-        self.shares.write(step - 1, work.chunks, work.leader)
 
     def settle(self, done: Dispatched) -> None:
         """Read the numbers of a step: count what went wrong, write them to the history, and report them.
@@ -329,7 +250,7 @@ class TrainingSession:
         line: dict[str, Any] = {**shown, "seconds": seconds, "input_wait_s": waited}
         if done.work is not None:
             line |= self._see(step, done.work, seconds)
-        self._write("train", step, line)
+        self.writer.write("train", step, line)
         if finite and (step % run.log_every == 0 or step == run.steps):
             self._tell_of_step(step)
 
@@ -339,12 +260,12 @@ class TrainingSession:
         step = assignment.step + 1
         state, metrics, work = self.replica.train_step(state, assignment, key=key)
         self.clock.waited(self.replica.input_wait)
-        self.follow(assignment.step)
+        self.writer.follow(assignment.step)
         self.reached = step
         self.settle(Dispatched(step, rows, metrics, False, work))
         self.stopping = work.asked
         state, line = self.replica.compare(state, step)
-        if line is not None and self.leads:
+        if line is not None and self.writer.leads:
             self.tell("warning", step, line)
         return state
 
@@ -372,8 +293,8 @@ class TrainingSession:
         state = None if self.replica is None else self.replica.state
         if state is None or self.reached in self.store.steps():
             return
-        if not self.leads:
-            self.lead(self.reached, inherited=True, patience_s=0.0)
+        if not self.writer.leads:
+            self.writer.lead(self.reached, inherited=True, patience_s=0.0)
         self.store.wait()
         self.store.begin(self.reached, self.program.to_save(state), self.position(self.reached))
         self.store.wait()
@@ -385,13 +306,13 @@ class TrainingSession:
         shares = {} if self.work is None else dict(self.work.shares)
         return {
             "shares": shares, "efficiency": self.efficiency, "recompiles": self.replica.recompiles(),
-            "leads": self.leads,
+            "leads": self.writer.leads,
         }  # fmt: skip
 
     def _see(self, step: int, work: Work, seconds: float | None) -> dict[str, Any]:
         """Take in who did what in a step; return it for the history."""
-        self.work, self._recent_work = work, (step, work)
-        self._record(step, work)
+        self.work = work
+        self.writer.record(step, work)
         rates = sum(work.rates.values())
         if seconds and rates:
             self._done += self.config.run.batch_size
@@ -432,8 +353,8 @@ class TrainingSession:
         matrix, loss = self._score(step, state, windows)
         self.validation = {**matrix.to_dict(), "split": "validation", "step": step, "samples": len(windows)}
         scores = _scores(self.validation, loss)
-        self.follow(step)
-        self._write("validation", step, scores)
+        self.writer.follow(step)
+        self.writer.write("validation", step, scores)
         improved = self.best.see(step, scores)
         shown = ", ".join(f"{name} {show_score(scores[name])}" for name in scores if name != "pixels")
         best = " (best)" if improved else ""
@@ -466,8 +387,8 @@ class TrainingSession:
 
     def save(self, step: int, state: TrainState) -> None:
         """Begin a checkpoint, written in the background while training continues; of replicas, the leader's."""
-        self.follow(step)
-        if self.replica is not None and not self.leads:
+        self.writer.follow(step)
+        if self.replica is not None and not self.writer.leads:
             return
         self.clock.pause()
         self.watchdog.beat(f"checkpoint at step {step}")
@@ -476,7 +397,7 @@ class TrainingSession:
 
     def save_last(self, state: TrainState) -> None:
         """Save the state with which the run ends, unless it is saved, and wait until it is on disk."""
-        self.follow(self.reached)
+        self.writer.follow(self.reached)
         self.store.wait()
         if self.reached not in self.store.steps():
             self.save(self.reached, state)
@@ -531,22 +452,3 @@ def show_score(value: float | None) -> str:
     ('0.5000', 'none')
     """
     return "none" if value is None else f"{value:.4f}"
-
-
-def _take_lock(held: contextlib.ExitStack, out: Path, *, patience_s: float) -> None:
-    """Hold the lock of a run; after `patience_s` it is taken from who has it, if that is above 0.
-
-    Raises:
-        Locked: Another process has it, and there is no patience.
-    """
-    until = time.monotonic() + patience_s
-    while True:
-        try:
-            held.enter_context(CubeLock(out, "train", key=LOCK_KEY))
-            return
-        except Locked:
-            if not patience_s:
-                raise
-        if time.monotonic() > until:
-            open_store(out).delete(LOCK_KEY)
-        time.sleep(0.1)
