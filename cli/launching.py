@@ -179,10 +179,9 @@ def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -
             outcome = _launch_together(session, places, options, show)
         names = list(places.names)
     if outcome.exit_code:
-        session.fail(
-            f"{describe(outcome.codes, names)}, after {outcome.restarts} restart(s); the same command continues from "
-            "the newest checkpoint"
-        )
+        wrong = outcome.exit_code == InvalidInput.exit_code
+        next_step = "correct what it reports" if wrong else "the same command continues from the newest checkpoint"
+        session.fail(f"{describe(outcome.codes, names)}, after {outcome.restarts} restart(s); {next_step}")
     session.emit(
         {
             "exit_code": outcome.exit_code,
@@ -267,8 +266,8 @@ def _launch_replicas(
         )
     with hold_group(run, _bind(options.listen, address), **variables, on_event=session.warn) as point:
         session.note(
-            f"group of {processes} processes at {point.address}; more are added with: terrashard launch --join "
-            f"{point.address} -- {shlex.join(train.words)}"
+            f"group of {processes} process{'es' if processes > 1 else ''} at {point.address}; more are added with: "
+            f"terrashard launch --join {point.address} -- {shlex.join(train.words)}"
         )
         return launch_replicas(
             places, config, point.environment(**variables), on_line=show, on_event=session.warn, members=point.members

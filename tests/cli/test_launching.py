@@ -110,6 +110,7 @@ def test_the_line_for_further_machines_is_the_command_as_it_was_typed(
     outcome = run("launch", "-n", "1", "--json", *words)
     assert outcome.code == 0, outcome.err
     assert started[0][-1] == "--json"
+    assert outcome.err.startswith("group of 1 process at 127.0.0.1:")
     hint = outcome.err.partition("more are added with: ")[2].splitlines()[0]
     assert re.fullmatch(
         r"terrashard launch --join 127\.0\.0\.1:\d+ -- train 'my run\.toml' --out runs/zagreb --set "
@@ -149,7 +150,7 @@ def test_a_run_on_another_host_fails_there_with_its_line_and_code(
         outcome = run("launch", "--hosts", name, *options, "--json", *TRAIN)
     assert outcome.code == 2, outcome.err
     assert re.search(rf"^\[{name}\] error: .*ptach", outcome.err, re.MULTILINE), outcome.err
-    assert f"process {name} ended with code 2, after 0 restart(s)" in outcome.err
+    assert f"process {name} ended with code 2, after 0 restart(s); correct what it reports" in outcome.err
     assert {key: outcome.json[key] for key in ("exit_code", "restarts", "codes")} == {
         "exit_code": 2, "restarts": 0, "codes": [2]
     }  # fmt: skip
