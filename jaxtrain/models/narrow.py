@@ -15,14 +15,16 @@ Letters in shapes: B sample, H row, W column, I input channel, O output channel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["FEW", "convolve_pairs", "is_narrow"]
+__all__ = ["FEW", "convolve_pairs", "is_narrow", "without_pairs"]
 
 FEW = 16
 """Largest number of filters for which pairs of columns are faster; with 32 they take half as long again."""
@@ -36,6 +38,17 @@ _PLAIN = {
     "dimension_numbers": (_LAYOUT, lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))),
 }
 """Settings of a plain convolution of images with channels last; every other setting is None in it."""
+_PAIRS: ContextVar[bool] = ContextVar("pairs", default=True)
+
+
+@contextlib.contextmanager
+def without_pairs() -> Iterator[None]:
+    """Trace networks inside as for an accelerator: no convolution is narrow, also where the devices are a processor."""
+    token = _PAIRS.set(False)
+    try:
+        yield
+    finally:
+        _PAIRS.reset(token)
 
 
 def is_narrow(
@@ -43,7 +56,8 @@ def is_narrow(
 ) -> bool:
     """Return whether `convolve_pairs` can compute this convolution faster: a plain one of 3 × 3 with few filters."""
     return (
-        kernel_HWIO.shape[:2] == (3, 3)
+        _PAIRS.get()
+        and kernel_HWIO.shape[:2] == (3, 3)
         and kernel_HWIO.shape[3] <= FEW
         and x_BHWI.shape[2] % 2 == 0
         and tuple(window_strides) == (1, 1)

@@ -27,7 +27,7 @@ Answer = Mapping[str, Any]
 FLAG = "--xla_force_host_platform_device_count"
 # fewer seconds of the compiler; what it exchanges, keeps and computes is decided before this level matters
 QUICK = "--xla_backend_optimization_level=0"
-KINDS = ("hlo.py", "operations.py", "collectives.py", "facts.py", "scale.py", "compiler.py")
+KINDS = ("hlo.py", "operations.py", "collectives.py", "facts.py", "layers.py", "scale.py", "compiler.py")
 
 
 class CompilerDied(TerrashardError):

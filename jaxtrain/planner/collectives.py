@@ -35,6 +35,7 @@ __all__ = [
     "Dialect",
     "activation_gathers",
     "find_collectives",
+    "raw_bytes",
     "result_bytes",
     "wire_bytes",
     "wire_factor",
@@ -76,6 +77,13 @@ class Collective:
     """Operation of JAX that it comes from."""
     corrected: str = ""
     """What was changed to the target's way of doing it; empty where nothing was."""
+    printed_bytes: float | None = None
+    """`wire_bytes` of the program as it was compiled; None where nothing was corrected."""
+
+    @property
+    def raw_bytes(self) -> float:
+        """Bytes that the busiest device would send if the program ran as it was compiled."""
+        return self.wire_bytes if self.printed_bytes is None else self.printed_bytes
 
     @property
     def axis(self) -> str:
@@ -91,6 +99,8 @@ class Dialect:
     """It has reduce-scatter, and its compiler makes one of an all-reduce whose parts are kept."""
     half: bool = False
     """It reduces bfloat16 as bfloat16."""
+    pairs: bool = True
+    """It takes two columns at once where filters are few (`jaxtrain.models.narrow`), as processors do."""
 
 
 PRINTED = Dialect()
@@ -134,6 +144,15 @@ def wire_bytes(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]
         if one.wire_bytes:
             kinds = total.setdefault(one.axis, {})
             kinds[one.kind] = kinds.get(one.kind, 0.0) + one.wire_bytes
+    return total
+
+
+def raw_bytes(collectives: Sequence[Collective]) -> dict[str, float]:
+    """Sum the bytes that a device would send if the program ran as it was compiled, by axis."""
+    total: dict[str, float] = {}
+    for one in collectives:
+        if one.raw_bytes:
+            total[one.axis] = total.get(one.axis, 0.0) + one.raw_bytes
     return total
 
 
@@ -187,6 +206,7 @@ def _collective(
 ) -> Collective:
     size = sum(array.bytes for array in arrays)
     sent = size / 2 if half else float(size)
+    printed = None
     if kind == "collective-permute":
         groups = [[a, b] for a, b in _pairs(instruction.attributes) if a != b]
         n = 2 if groups else 1
@@ -199,6 +219,8 @@ def _collective(
             sent / (size_of if folded else 1) * wire_factor(kind, size_of) * many
             for size_of, many in ((n, 1), (n, n * len(groups)))
         )
+        if half or folded:
+            printed = count * size * wire_factor(instruction.opcode.removesuffix("-start"), n)
     said = [
         *(["bfloat16 is reduced as it is"] if half else []),
         *(["all-reduce whose parts are kept"] if folded else []),
@@ -215,6 +237,7 @@ def _collective(
         total_bytes=count * total,
         source=instruction.source,
         corrected=", ".join(said),
+        printed_bytes=printed,
     )
 
 

@@ -7,6 +7,7 @@ each runs on the devices of its stage, and what one part hands to the next is a 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,10 +17,12 @@ import numpy as np
 from jaxtrain.config import TrainConfig
 from jaxtrain.learn.state import Program
 from jaxtrain.learn.step import make_pipeline, make_train_step
+from jaxtrain.models.narrow import without_pairs
 from jaxtrain.parallel.links import shape_of
 from jaxtrain.parallel.rehearsal import compile_parts
 from jaxtrain.planner.collectives import Collective, Dialect, activation_gathers, find_collectives, result_bytes
-from jaxtrain.planner.hlo import read_module
+from jaxtrain.planner.hlo import Instruction, Module, read_module
+from jaxtrain.planner.layers import layer_of
 from jaxtrain.planner.operations import Operation, find_operations
 
 __all__ = ["Compiled", "Facts", "HandOver", "batch_shapes", "compile_facts"]
@@ -47,7 +50,7 @@ class Compiled:
     alias_bytes: int
     temporary_bytes: int
     gathers: tuple[str, ...]
-    """Gathers of activations, with the operation that each comes from; a sound program has none."""
+    """Gathers of activations, each with the layer that causes it; a sound program has none."""
     kinds: tuple[str, ...] = ()
     """Kind of each instruction of `work`, one of `operations.KINDS`; none where it is not known."""
     kept_bytes: int | None = None
@@ -156,6 +159,11 @@ def compile_facts(program: Program, dtypes: Mapping[str, str], dialect: Dialect)
         dtypes: number types of the arrays of a batch.
         dialect: how the machine that is planned for treats collectives.
     """
+    with nullcontext() if dialect.pairs else without_pairs():
+        return _compile_facts(program, dtypes, dialect)
+
+
+def _compile_facts(program: Program, dtypes: Mapping[str, str], dialect: Dialect) -> Facts:
     config, axes = program.config, config_axes(program.config)
     batch = batch_shapes(program, dtypes)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -211,8 +219,18 @@ def _facts(
         output_bytes=int(memory.output_size_in_bytes),
         alias_bytes=int(memory.alias_size_in_bytes),
         temporary_bytes=int(memory.temp_size_in_bytes),
-        gathers=tuple(one.source or one.name for one in activation_gathers(module, parameters)),
+        gathers=tuple(
+            _gather_text(module, one, "" if name == "step" else f"{name} pass of part {part}")
+            for one in activation_gathers(module, parameters)
+        ),
     )
+
+
+def _gather_text(module: Module, gather: Instruction, otherwise: str) -> str:
+    """Return the layer that causes a gather, what is gathered, and the operation of JAX that it comes from."""
+    layer = layer_of(module, gather) or otherwise or "no layer"
+    arrays = " and ".join(f"{one.type}[{','.join(map(str, one.dims))}]" for one in gather.results)
+    return f"{layer}: {arrays} ({gather.source or gather.name})"
 
 
 def _joined(

@@ -58,8 +58,9 @@ def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
     first, others = answers[: len(compute)], answers[len(compute) :]
     ratios = compute_ratios(compute, [one["seconds"] for one in first], profile)
     found = {id(row): answer for row, answer in zip(chosen, others, strict=True)}
-    rows = tuple(_measured(row, found.get(id(row), {}), ratios) for row in survey.rows)
-    return replace(survey, rows=rows, ratio=ratios.shared, alone_s=first[0]["seconds"])
+    alone_s = first[0]["seconds"]
+    rows = tuple(replace(_measured(row, found.get(id(row), {}), ratios), alone_s=alone_s) for row in survey.rows)
+    return replace(survey, rows=rows, ratio=ratios.shared, alone_s=alone_s)
 
 
 @dataclass(frozen=True)

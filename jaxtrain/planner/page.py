@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from jaxtrain.planner.scaling import Curve
 from jaxtrain.planner.survey import Row, Survey, bytes_on_wire
-from jaxtrain.planner.words import mesh_text, sensitivity, verdict
+from jaxtrain.planner.words import corrections, gather_lines, mesh_text, sensitivity, verdict
 from zarr_store.folder import FolderStore
 
 __all__ = ["draw_memory", "draw_pareto", "draw_scaling", "draw_times", "draw_traffic", "write_page"]
@@ -62,6 +62,8 @@ def _section(survey: Survey) -> dict[str, Any]:
         "rows": [(mesh_text(row), row, row.to_dict(), _sent(row)) for row in rows],
         "refused": [row for row in survey.rows if not row.fits],
         "mean_error": survey.mean_error,
+        "corrections": corrections(survey.rows, survey.profile),
+        "gathers": gather_lines(survey.rows),
         "sensitivity": sensitivity(survey),
         "figures": [
             ("Predicted time of a step, and its parts", _png(draw_times(rows))),

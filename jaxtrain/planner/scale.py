@@ -101,9 +101,13 @@ def _collective(one: Collective, before: int, data: int) -> Collective:
     if kind == "all-gather" and not any(_splits(shape, data) for shape in one.shapes):
         ratio = 0.0
     devices = data / before
+    printed = one.printed_bytes
+    if printed is not None:  # an all-reduce before it was corrected
+        printed *= wire_factor("all-reduce", group) / wire_factor("all-reduce", one.group)
     return replace(
-        one, kind=kind, group=group, wire_bytes=one.wire_bytes * ratio, total_bytes=one.total_bytes * ratio * devices
-    )
+        one, kind=kind, group=group, wire_bytes=one.wire_bytes * ratio, total_bytes=one.total_bytes * ratio * devices,
+        printed_bytes=printed,
+    )  # fmt: skip
 
 
 def _splits(shape: Sequence[int], parts: int) -> bool:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.opening import open_training_data
-from jaxtrain.planner.candidates import Candidate, candidates
+from jaxtrain.planner.candidates import Candidate, candidates, with_mesh
 from jaxtrain.planner.children import compile_all
-from jaxtrain.planner.collectives import Dialect, wire_bytes
+from jaxtrain.planner.collectives import Dialect, raw_bytes, wire_bytes
 from jaxtrain.planner.cost import Prediction, peak_bytes, predict
 from jaxtrain.planner.facts import Facts
 from jaxtrain.planner.profile import Profile
@@ -57,11 +57,32 @@ class Row:
     """Median of measured steps, seconds; None where none was measured."""
     every: tuple[float, ...] = ()
     """All measured steps, seconds."""
+    alone_s: float | None = None
+    """Predicted seconds of a step of one device with the whole batch; None where one device cannot run it."""
 
     @property
     def seconds(self) -> float:
         """Predicted seconds of a step; infinite where there is no prediction."""
         return self.prediction.step_s if self.prediction is not None else math.inf
+
+    @property
+    def efficiency(self) -> float | None:
+        """Rate of each device, as a share of that of one device alone with the same batch; None where not known."""
+        if self.alone_s is None or self.prediction is None:
+            return None
+        return self.alone_s / self.prediction.step_s / self.candidate.devices
+
+    @property
+    def gathers(self) -> tuple[str, ...]:
+        """Gathers of activations, each with the layer that causes it; a sound program has none."""
+        programs = () if self.facts is None else self.facts.programs
+        return tuple(sorted({name for one in programs for name in one.gathers}))
+
+    @property
+    def corrected(self) -> tuple[str, ...]:
+        """What was changed from the program of a processor to the target's way of doing it, each once."""
+        programs = () if self.facts is None else self.facts.programs
+        return tuple(sorted({c.corrected for one in programs for c in one.collectives if c.corrected}))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON."""
@@ -77,7 +98,6 @@ class Row:
             return found
         peak = peak_bytes(facts)
         per_stage = flops_by_stage(facts)
-        gathers = sorted({name for one in facts.programs for name in one.gathers})
         return found | {
             "params_bytes_per_device": facts.parameter_bytes,
             "optimizer_bytes_per_device": facts.optimizer_bytes,
@@ -86,9 +106,10 @@ class Row:
             "flops_per_device": max(per_stage),
             "flops_balance": max(per_stage) / max(sum(per_stage) / len(per_stage), 1e-9),
             "collective_bytes": bytes_on_wire(facts),
+            "raw_bytes": bytes_as_compiled(facts),
             "result_bytes": bytes_printed(facts),
-            "corrected": sorted({c.corrected for one in facts.programs for c in one.collectives if c.corrected}),
-            "accidental_gathers": gathers,
+            "corrected": list(self.corrected),
+            "accidental_gathers": list(self.gathers),
             "bubble": prediction.bubble,
             "predicted_step_s": prediction.step_s,
             "compute_s": prediction.compute_s,
@@ -97,6 +118,7 @@ class Row:
             "idle_s": prediction.idle_s,
             "hidden_s": prediction.hidden_s,
             "images_per_s": facts.batch / prediction.step_s,
+            "efficiency": self.efficiency,
             "busy_share": (prediction.compute_s + prediction.memory_s) / prediction.step_s,
             "measured_step_s": self.measured_s,
             "measured_every_s": list(self.every),
@@ -188,12 +210,17 @@ def survey_run(
     possible = [one for one in found if one.config is not None]
     if not possible:
         raise InvalidInput(nothing_fits(devices, found))
-    facts = compile_candidates(network, possible, profile, processes, on_progress)
-    rows = [_row(one, facts.get(id(one), one.why_not), network, profile) for one in found]
+    # efficiency is the rate beside that of one device, which need not be one of the strategies
+    single = with_mesh(network.config, {"data": 1})
+    alone = [] if isinstance(single, str) else [Candidate("one device", 1, single)]
+    facts = compile_candidates(network, [*possible, *alone], profile, processes, on_progress)
+    known = next((facts[id(one)] for one in alone), "")
+    seconds = None if isinstance(known, str) else predict(known, profile, network.config.model.precision).step_s
+    rows = [_row(one, facts.get(id(one), one.why_not), network, profile, seconds) for one in found]
     if not any(row.fits for row in rows):  # what a stage computes again it need not keep
         thrifty = [remade for one in possible if (remade := _rematerialised(one)) is not None]
         more = compile_candidates(network, thrifty, profile, processes, on_progress)
-        rows += [_row(one, more.get(id(one), one.why_not), network, profile) for one in thrifty]
+        rows += [_row(one, more.get(id(one), one.why_not), network, profile, seconds) for one in thrifty]
     return Survey(network, devices, profile, tuple(rows))
 
 
@@ -207,7 +234,7 @@ def compile_candidates(
     """Return the facts of candidates, or why they cannot be, by the identity of each."""
     if not wanted:
         return {}
-    dialect = Dialect(profile.scatters, profile.half)
+    dialect = Dialect(profile.scatters, profile.half, pairs=profile.device.kind == "cpu")
     requests, programs = [], []
     for one in wanted:
         assert one.config is not None
@@ -216,7 +243,7 @@ def compile_candidates(
         alike = mesh.model_copy(update={"schedule": "1f1b"}) if mesh.schedule == "gpipe" else mesh
         config = one.config.model_copy(update={"mesh": alike})
         request = {"config": config.model_dump(mode="json"), "card": network.card, "dtypes": network.dtypes,
-                   "dialect": {"scatters": dialect.scatters, "half": dialect.half}}  # fmt: skip
+                   "dialect": asdict(dialect)}  # fmt: skip
         if request not in requests:
             requests.append(request)
         programs.append(requests.index(request))
@@ -250,14 +277,14 @@ def _rematerialised(one: Candidate) -> Candidate | None:
     return Candidate(f"{one.strategy}+remat", one.devices, one.config.model_copy(update={"model": model}))
 
 
-def _row(one: Candidate, facts: Facts | str, network: Network, profile: Profile) -> Row:
+def _row(one: Candidate, facts: Facts | str, network: Network, profile: Profile, alone_s: float | None = None) -> Row:
     if isinstance(facts, str):
         return Row(one, None, None, False, facts)
     prediction = predict(facts, profile, network.config.model.precision)
     need, have = peak_bytes(facts), USABLE * profile.device.memory
     if need <= have:
-        return Row(one, facts, prediction, True)
-    return Row(one, facts, prediction, False, _too_large(need, have, facts))
+        return Row(one, facts, prediction, True, alone_s=alone_s)
+    return Row(one, facts, prediction, False, _too_large(need, have, facts), alone_s=alone_s)
 
 
 def _too_large(need: float, have: float, facts: Facts) -> str:
@@ -299,6 +326,22 @@ def bytes_on_wire(facts: Facts) -> dict[str, dict[str, float]]:
                 place = total.setdefault(axis, {})
                 place[kind] = max(place.get(kind, 0.0), size)
     return total
+
+
+def bytes_as_compiled(facts: Facts) -> dict[str, float]:
+    """Return what `bytes_on_wire` would be, by axis, if the programs ran as a processor's compiler made them."""
+    stages = facts.mesh.get("pipe", 1)
+    total: dict[str, float] = {}
+    for stage in range(stages):
+        mine: dict[str, float] = {}
+        for one in facts.programs:
+            if one.stage == stage:
+                for axis, size in raw_bytes(one.collectives).items():
+                    mine[axis] = mine.get(axis, 0.0) + size * one.runs
+        for axis, size in mine.items():
+            total[axis] = max(total.get(axis, 0.0), size)
+    copies = bytes_on_wire(facts).get("pipe", {}).get("copy")
+    return total | ({"pipe": copies} if copies else {})
 
 
 def bytes_printed(facts: Facts) -> dict[str, int]:

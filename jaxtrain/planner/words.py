@@ -12,11 +12,22 @@ from rich.table import Table
 from jaxtrain.planner.cost import predict
 from jaxtrain.planner.profile import Profile
 from jaxtrain.planner.scaling import Curve
-from jaxtrain.planner.survey import Row, Survey, bytes_on_wire
+from jaxtrain.planner.survey import Row, Survey, bytes_as_compiled, bytes_on_wire
 
-__all__ = ["curve_table", "mesh_text", "sensitivity", "sensitivity_line", "table", "verdict"]
+__all__ = [
+    "corrections",
+    "curve_table",
+    "gather_lines",
+    "mesh_text",
+    "sensitivity",
+    "sensitivity_line",
+    "table",
+    "verdict",
+]
 
 WIDTH = 118
+MOST_GATHERS = 3
+"""Gathers of one strategy that are named in a line; `--json` has all."""
 MOVED = 0.2
 """Share by which each number of a profile is moved to see how much depends on it."""
 
@@ -42,6 +53,7 @@ def table(survey: Survey) -> str:
     )
     made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     measured = [("measured", "error")] if survey.mean_error is not None else []
+    raw = ["raw MB"] if any(row.corrected for row in survey.rows) else []
     for name in (
         "mesh",
         "step ms",
@@ -52,8 +64,10 @@ def table(survey: Survey) -> str:
         "idle",
         "busy",
         "images/s",
+        "efficiency",
         "peak GB",
         "sent MB",
+        *raw,
     ):
         made.add_column(name, justify="left" if name == "mesh" else "right", no_wrap=name != "mesh")
     for row in sorted(survey.rows, key=lambda one: (not one.fits, one.seconds)):
@@ -69,13 +83,37 @@ def table(survey: Survey) -> str:
         made.add_row(
             mesh_text(row) + mark, f"{1e3 * times[0]:.2f}", *(seen if measured else []),
             *(f"{1e3 * t:.2f}" for t in times[1:]), f"{values['busy_share']:.0%}", f"{values['images_per_s']:.0f}",
-            f"{values['peak_bytes_per_device'] / 1e9:.2f}", f"{sent / 1e6:.2f}",
+            "" if row.efficiency is None else f"{row.efficiency:.0%}",
+            f"{values['peak_bytes_per_device'] / 1e9:.2f}", f"{sent / 1e6:.2f}" + ("*" if row.corrected else ""),
+            *([f"{sum(bytes_as_compiled(row.facts).values()) / 1e6:.2f}"] if raw else []),
         )  # fmt: skip
     lines = _drawn(made).splitlines()
     if survey.mean_error is not None:
         lines.append(f"predictions miss the measured steps by {survey.mean_error:.1%} on average")
+    lines += corrections(survey.rows, survey.profile)
+    lines += gather_lines(survey.rows)
     lines += [f"cannot be: {row.candidate.strategy}: {row.why_not}" for row in survey.rows if not row.fits]
     return "\n".join(dict.fromkeys(lines))
+
+
+def corrections(rows: Sequence[Row], profile: Profile) -> list[str]:
+    """Return what was corrected to the target's way of doing it, in one line; none where nothing was."""
+    found = list(dict.fromkeys(text for row in rows for text in row.corrected))
+    if not found:
+        return []
+    return [
+        f"* as {profile.name} sends it, not as the programs were compiled here (raw MB): {'; '.join(found)}"
+    ]  # fmt: skip
+
+
+def gather_lines(rows: Sequence[Row]) -> list[str]:
+    """Return one line for each strategy that gathers activations: how many, and the layers that cause it."""
+    lines = []
+    for row in rows:
+        if row.gathers:
+            more = f" and {len(row.gathers) - MOST_GATHERS} more" if len(row.gathers) > MOST_GATHERS else ""
+            lines.append(f"accidental gathers of {mesh_text(row)}: {'; '.join(row.gathers[:MOST_GATHERS])}{more}")
+    return lines
 
 
 def curve_table(curves: Sequence[Curve]) -> str:
@@ -134,8 +172,21 @@ def verdict(survey: Survey) -> str:
              "waiting of stages": p.idle_s}  # fmt: skip
     name, seconds = max(parts.items(), key=lambda part: part[1])
     said.append(f"What limits it is {name}: {seconds / max(p.step_s, 1e-12):.0%} of the step.")
+    if choice.corrected:
+        raw, sent = (sum(one.values()) for one in (bytes_as_compiled(choice.facts), _sent(choice)))
+        said.append(
+            f"It sends {sent / 1e6:.2f} MB a step as {survey.profile.name} does it, and {raw / 1e6:.2f} MB as compiled "
+            f"here ({'; '.join(choice.corrected)})."
+        )
+    if choice.gathers:
+        said.append(f"It gathers activations, which no sound strategy does: {gather_lines([choice])[0]}.")
     said += _changes(survey)
     return " ".join(said)
+
+
+def _sent(row: Row) -> dict[str, float]:
+    traffic = {} if row.facts is None else bytes_on_wire(row.facts)
+    return {axis: sum(kinds.values()) for axis, kinds in traffic.items()}
 
 
 def sensitivity(survey: Survey) -> dict[str, float]:

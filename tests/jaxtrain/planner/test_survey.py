@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +19,10 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.parallel import processes
 from jaxtrain.planner import children, choose
 from jaxtrain.planner.candidates import candidates, name_of, with_mesh
+from jaxtrain.planner.page import write_page
 from jaxtrain.planner.profile import Profile, read_profile
 from jaxtrain.planner.survey import describe_network, survey_run
+from jaxtrain.planner.words import gather_lines, table, verdict
 from jaxtrain.settings import read_train_config
 from zarr_store.errors import InvalidInput
 
@@ -71,6 +76,12 @@ def test_a_survey_says_what_every_strategy_costs_and_which_to_take(
     assert "reduce-scatter" in rows["zero-1"]["collective_bytes"]["data"]
     assert "copy" in rows["pipeline"]["collective_bytes"]["pipe"]
     assert rows["filter"]["collective_bytes"]["model"]["all-reduce"] > gradient
+    # what a processor's compiler made is beside what the target sends
+    raw, zero = rows["zero-1"]["raw_bytes"]["data"], rows["zero-1"]["collective_bytes"]["data"]
+    assert raw == pytest.approx(zero["all-gather"] + 2 * zero["reduce-scatter"] + zero.get("all-reduce", 0.0))
+    assert rows["zero-1"]["corrected"] == ["all-reduce whose parts are kept"]
+    assert rows["data"]["raw_bytes"]["data"] == rows["data"]["collective_bytes"]["data"]["all-reduce"]
+    assert all(0 < row["efficiency"] < 1 for row in rows.values())
     best = min((row for row in rows.values() if row["fits"]), key=lambda row: row["predicted_step_s"])
     chosen = next(row for row in told["strategies"] if row["mesh"] == told["choice"])
     assert chosen["predicted_step_s"] <= best["predicted_step_s"] * 1.02
@@ -86,6 +97,34 @@ def test_a_survey_says_what_every_strategy_costs_and_which_to_take(
     again = typed(capfd, "--devices", "2", "--profile", "a100")
     assert again[0] == 0, again[2]
     assert "step ms" in again[1]
+    assert "raw MB" in again[1]
+    assert "not as the programs were compiled here (raw MB): all-reduce whose parts are kept" in again[1]
+    for word in ("raw, MB", "all-reduce whose parts are kept", "efficiency"):
+        assert word in text
+
+
+def test_a_gather_and_a_correction_are_named_in_the_table_the_verdict_the_page_and_the_document(
+    typed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(typed.folder / "cache"))
+    monkeypatch.setattr("jaxtrain.planner.survey.candidates", lambda config, devices: candidates(config, devices)[:2])
+    network = describe_network(read_train_config([typed.folder / "run.toml"]))
+    sound = survey_run(network, 2, read_profile("a100"))
+    assert not any(gather_lines([row]) for row in sound.rows)
+    assert "accidental" not in table(sound) + verdict(sound)
+    row = next(row for row in sound.rows if row.corrected)
+    assert row.facts is not None
+    (program,) = row.facts.programs
+    named = tuple(f"decoder/level{i}/conv1: f32[4,8,8,4] (jit(step)/sin)" for i in range(4))
+    facts = replace(row.facts, programs=(replace(program, gathers=named),))
+    bad = replace(sound, rows=(replace(row, facts=facts),))
+    line = f"accidental gathers of data=2 zero=1: {'; '.join(named[:3])} and 1 more"
+    assert line in table(bad).splitlines()
+    assert line in verdict(bad)
+    assert "MB as compiled here (all-reduce whose parts are kept)" in verdict(bad)
+    assert line in html.unescape(write_page(tmp_path / "s.html", [bad]).read_text())
+    (shown,) = bad.to_dict()["strategies"]
+    assert shown["accidental_gathers"] == list(named)
 
 
 def test_curves_reach_to_machines_that_are_not_there(typed: Any, capfd: pytest.CaptureFixture[str]) -> None:
