@@ -209,7 +209,7 @@ class Coordinator:
             self._report(host, f"it did not prove the secret within {HANDSHAKE_S:g} s")
         except (asyncio.IncompleteReadError, ConnectionResetError) as error:
             # who looks whether the port is open, as another launcher does, sends nothing
-            if spoke or getattr(error, "partial", b""):
+            if spoke or (isinstance(error, asyncio.IncompleteReadError) and error.partial):
                 self._report(host, "it closed the connection before it proved the secret")
         except (OSError, *SHAPE_ERRORS) as error:
             self._report(host, str(error))
