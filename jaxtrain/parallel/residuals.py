@@ -28,7 +28,7 @@ class _Recipe:
     """Where each residual comes from; compared by identity, as it belongs to one trace."""
 
     structure: Any
-    """Of the function that pulls gradients back."""
+    """Structure of the function that pulls gradients back."""
     sources: tuple[tuple[str, int], ...]
     """For each leaf: kept, borrowed or made, and its number there."""
     borrowed: tuple[int, ...]

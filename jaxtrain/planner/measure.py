@@ -112,9 +112,9 @@ class Ratios:
     """Measured seconds of computing in predicted ones."""
 
     alone: float
-    """Of one device with the whole batch, while the others rest."""
+    """Ratio for one device with the whole batch, while the others rest."""
     shared: float
-    """Of devices that each have their part of the batch, and work at once."""
+    """Ratio for devices that each have their part of the batch, and work at once."""
 
     def of(self, mesh: MeshConfig) -> float:
         """Return the ratio for a strategy.
