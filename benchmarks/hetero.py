@@ -272,6 +272,22 @@ class Crew:
         finally:
             self.processes = order
 
+    def apart(self, quotas: Sequence[float], steps: int) -> float:
+        """Return the summed windows a second of replicas that compute at once, each in a group of its own.
+
+        Nobody waits for anybody here. What is lost beside the rates alone is lost to the machine, whose cores are
+        slower when all of them are busy.
+        """
+        order = self.processes
+        with contextlib.ExitStack() as held:
+            for number, quota in enumerate(quotas):
+                order[number].quota.give(quota)
+                self.processes = [order[number]]
+                held.enter_context(self.group(1, max(4, round(steps * quota / max(quotas)))))
+            self.processes = order
+            seen = [process.wait_for("done") for process in order[: len(quotas)]]
+        return sum(rate([line for line in lines if line["kind"] == "step"], 2) for lines in seen)
+
 
 def rate(steps: Sequence[Mapping[str, Any]], skip: int) -> float:
     """Return windows a second from the median interval between steps, without the first ones."""
@@ -289,6 +305,7 @@ def efficiency(network: str, *, full: bool) -> list[Row]:
             alone = [crew.alone(number, quota, 4) for number, quota in enumerate(quotas)]
             mine = crew.run(quotas, steps)
             equal = crew.run(quotas, 5, shares=[chunks // len(ratio)] * len(ratio))
+            apart = crew.apart(quotas, 8) if len(set(ratio)) == 1 else None
             together, same = rate(mine, warm), rate(equal, 2)
             name = f"{network} {':'.join(f'{part:g}' for part in ratio)}"
             least = {"3:1": 1.84, "5:1": 2.76}.get(name.split()[1])
@@ -298,7 +315,10 @@ def efficiency(network: str, *, full: bool) -> list[Row]:
             rows.append(
                 Row(f"{name}: rate beside the equal split", together / same, least, note=f"{same:.0f} windows/s")
             )
-            for row in rows[-2:]:
+            if apart is not None:
+                lost = f"{name}: both at once without a group, beside the sum alone"
+                rows.append(Row(lost, apart / sum(alone), note=f"{apart:.0f} windows/s"))
+            for row in rows[-2 if apart is None else -3 :]:
                 print(f"  {row.name}: {row.value:.3f} ({row.note})", flush=True)
     return rows
 
