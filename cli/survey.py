@@ -65,8 +65,9 @@ def register(app: typer.Typer) -> None:
         from jaxtrain.planner.words import curve_table, sensitivity, sensitivity_line, table, verdict
 
         config = train_config(configuration, session)
+        known = None if profile == "this-machine" else read_profile(profile)  # a wrong name costs no search for devices
         numbers = [device_count()] if devices is None else _numbers(devices)
-        machine = this_machine(max(numbers), again=calibrate) if profile == "this-machine" else read_profile(profile)
+        machine = known or this_machine(max(numbers), again=calibrate)
         network = describe_network(config)
         curves: tuple[Curve, ...] = ()
         if scaling:

@@ -32,9 +32,19 @@ JOINING = ("TERRASHARD_COORDINATOR", "TERRASHARD_COORDINATOR_BIND", "TERRASHARD_
 
 
 def device_count() -> int:
-    """Return the accelerators of this machine; without one, the cores, as a run that names no mesh would use them."""
+    """Return the accelerators of this machine; without one, the cores, as a run that names no mesh would use them.
+
+    Raises:
+        TerrashardError: JAX does not name its devices in time.
+    """
     script = "import jax; d = jax.local_devices(); print(0 if d[0].platform == 'cpu' else len(d))"
-    found = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=SECONDS)
+    command = [sys.executable, "-P", "-c", script]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise TerrashardError(
+            f"JAX has named no devices of this machine after {SECONDS} s: give --devices, or name the mesh of the run"
+        ) from error
     count = int(found.stdout.split()[-1]) if found.returncode == 0 and found.stdout.strip() else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return count or min(cores, 8)

@@ -209,7 +209,14 @@ def read_profile(name: str) -> Profile:
         InvalidInput: there is no such profile, or a value is missing, has no unit or cannot be.
     """
     if name.endswith(".toml") or "/" in name:
-        return _parse(read_file(Path(name), MOST_BYTES, f"profile {name}").decode("utf-8"), name)
+        if not Path(name).is_file():
+            raise InvalidInput(
+                f"there is no profile at {name}: give the path of a TOML file, or one of {', '.join(profile_names())}"
+            )
+        try:
+            return _parse(read_file(Path(name), MOST_BYTES, f"profile {name}").decode("utf-8"), name)
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"profile {name} must be TOML in UTF-8: {error}") from error
     known: dict[str, Profile] = {}
     for one in profile_names():
         text = files(__package__).joinpath("profiles", f"{one}.toml").read_text(encoding="utf-8")
@@ -237,4 +244,7 @@ def _parse(text: str, where: str) -> Profile:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the profile"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise InvalidInput(f"profile {where}: {place} {first['msg'].removeprefix('Value error, ')}{more}") from error
+        plain = {"missing": "is missing; the profiles that come with terrashard show what a machine needs",
+                 "extra_forbidden": "is no number of a machine: leave it out"}  # fmt: skip
+        said = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise InvalidInput(f"profile {where}: {place} {said}{more}") from error

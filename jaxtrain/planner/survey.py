@@ -58,7 +58,7 @@ class Row:
     every: tuple[float, ...] = ()
     """All measured steps, seconds."""
     alone_s: float | None = None
-    """Predicted seconds of a step of one device with the whole batch; None where one device cannot run it."""
+    """Seconds that one device alone needs for the windows of a step; None where one device cannot run the network."""
 
     @property
     def seconds(self) -> float:
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def efficiency(self) -> float | None:
-        """Rate of each device, as a share of that of one device alone with the same batch; None where not known."""
+        """Images a second of each device, beside those of one device alone; None where not known."""
         if self.alone_s is None or self.prediction is None:
             return None
         return self.alone_s / self.prediction.step_s / self.candidate.devices
@@ -210,18 +210,31 @@ def survey_run(
     possible = [one for one in found if one.config is not None]
     if not possible:
         raise InvalidInput(nothing_fits(devices, found))
-    # efficiency is the rate beside that of one device, which need not be one of the strategies
-    single = with_mesh(network.config, {"data": 1})
-    alone = [] if isinstance(single, str) else [Candidate("one device", 1, single)]
+    alone = _alone(network, devices)
     facts = compile_candidates(network, [*possible, *alone], profile, processes, on_progress)
-    known = next((facts[id(one)] for one in alone), "")
-    seconds = None if isinstance(known, str) else predict(known, profile, network.config.model.precision).step_s
+    seconds = _alone_seconds(network, next((facts[id(one)] for one in alone), ""), profile)
     rows = [_row(one, facts.get(id(one), one.why_not), network, profile, seconds) for one in found]
     if not any(row.fits for row in rows):  # what a stage computes again it need not keep
         thrifty = [remade for one in possible if (remade := _rematerialised(one)) is not None]
         more = compile_candidates(network, thrifty, profile, processes, on_progress)
         rows += [_row(one, more.get(id(one), one.why_not), network, profile, seconds) for one in thrifty]
     return Survey(network, devices, profile, tuple(rows))
+
+
+def _alone(network: Network, devices: int) -> list[Candidate]:
+    """Return one device with its share of the windows, whose rate efficiency is beside; none where it cannot be."""
+    size = network.config.run.batch_size
+    run = network.config.run.model_copy(update={"batch_size": max(1, size // devices)})
+    made = with_mesh(network.config.model_copy(update={"run": run}), {"data": 1})
+    return [] if isinstance(made, str) else [Candidate("one device", 1, made)]
+
+
+def _alone_seconds(network: Network, facts: Facts | str, profile: Profile) -> float | None:
+    """Return the seconds that one device alone needs for all windows of a step."""
+    if isinstance(facts, str):
+        return None
+    step = predict(facts, profile, network.config.model.precision).step_s
+    return step * network.config.run.batch_size / facts.batch
 
 
 def compile_candidates(

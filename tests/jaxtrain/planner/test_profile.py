@@ -84,8 +84,8 @@ def test_a_profile_of_ones_own_is_a_file(tmp_path: Path):
     ("old", "new", "message"),
     [
         ('bandwidth = "1 TB/s"', "bandwidth = 1000", r"device\.bandwidth must be a number with its unit"),
-        ('memory = "10 GB"', "", r"device\.memory Field required"),
-        ("devices = 4", "devices = 4\nspeed = 3", r"links\.0\.speed Extra inputs"),
+        ('memory = "10 GB"', "", r"device\.memory is missing; the profiles that come"),
+        ("devices = 4", "devices = 4\nspeed = 3", r"links\.0\.speed is no number of a machine: leave"),
         ("devices = 4\n", "", "links go from the inside out"),
         ("name", "name = ", "is not TOML"),
     ],
@@ -97,6 +97,15 @@ def test_what_is_wrong_with_a_profile_is_one_line(tmp_path: Path, old: str, new:
         read_profile(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_path_without_a_profile_names_what_may_stand_there(tmp_path: Path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(InvalidInput, match=r"no profile at .*: give the path of a TOML file, or one of a100"):
+            read_profile(str(path))
+    (tmp_path / "picture.toml").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(InvalidInput, match=r"picture\.toml must be TOML in UTF-8"):
+        read_profile(str(tmp_path / "picture.toml"))
 
 
 def test_an_unknown_name_gets_the_nearest():

@@ -17,14 +17,14 @@ import tomli_w
 from cli.main import main
 from jaxtrain.config import TrainConfig
 from jaxtrain.parallel import processes
-from jaxtrain.planner import children, choose
+from jaxtrain.planner import children, choose, machine
 from jaxtrain.planner.candidates import candidates, name_of, with_mesh
 from jaxtrain.planner.page import write_page
 from jaxtrain.planner.profile import Profile, read_profile
 from jaxtrain.planner.survey import describe_network, survey_run
 from jaxtrain.planner.words import gather_lines, table, verdict
 from jaxtrain.settings import read_train_config
-from zarr_store.errors import InvalidInput
+from zarr_store.errors import InvalidInput, TerrashardError
 
 from ..cube_factory import make_cube, tiny_config
 
@@ -82,6 +82,11 @@ def test_a_survey_says_what_every_strategy_costs_and_which_to_take(
     assert rows["zero-1"]["corrected"] == ["all-reduce whose parts are kept"]
     assert rows["data"]["raw_bytes"]["data"] == rows["data"]["collective_bytes"]["data"]["all-reduce"]
     assert all(0 < row["efficiency"] < 1 for row in rows.values())
+    for row in rows.values():  # all of them beside the same device
+        alone = row["efficiency"] * row["predicted_step_s"]
+        assert alone == pytest.approx(rows["data"]["efficiency"] * rows["data"]["predicted_step_s"])
+    computing = rows["data"]["compute_s"] + rows["data"]["memory_s"]
+    assert alone == pytest.approx(computing, rel=0.05), "a replica computes what one device alone would"
     best = min((row for row in rows.values() if row["fits"]), key=lambda row: row["predicted_step_s"])
     chosen = next(row for row in told["strategies"] if row["mesh"] == told["choice"])
     assert chosen["predicted_step_s"] <= best["predicted_step_s"] * 1.02
@@ -162,6 +167,12 @@ def test_what_cannot_be_is_one_line(
     assert code == 2, out + err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert re.search(message, line), line
+
+
+def test_devices_that_do_not_answer_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SECONDS", 0.01)
+    with pytest.raises(TerrashardError, match=r"no devices of this machine after 0\.01 s: give --devices"):
+        machine.device_count()
 
 
 def test_auto_takes_the_choice_and_says_why(typed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
