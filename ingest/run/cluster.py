@@ -21,8 +21,8 @@ from distributed.security import Security
 from ingest.request.config import IngestConfig
 from ingest.run.start import list_exposed, start_cluster
 from ingest.trust.hosts import guard_application, machine_names
-from ingest.worker.guard import WORKER_SETTINGS, check_workers
-from ingest.worker.spawn import main_module_left_alone, refuse_unguarded_script
+from ingest.worker.guard import WORKER_ENVIRONMENT, WORKER_SETTINGS, check_workers
+from ingest.worker.spawn import environment_lent, main_module_left_alone, refuse_unguarded_script
 from zarr_store.errors import AccessError, InvalidInput
 
 __all__ = ["choose_client", "count_in_flight", "open_cluster", "prepare", "resolve_dashboard"]
@@ -75,6 +75,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
                 if config.running.cluster == "local":
                     refuse_unguarded_script()
                     stack.enter_context(main_module_left_alone())
+                    stack.enter_context(environment_lent(WORKER_ENVIRONMENT))
                     cluster = stack.enter_context(_local(config, least, dashboard, security))
                 else:
                     cluster = start_cluster(config, dashboard, security, stack)

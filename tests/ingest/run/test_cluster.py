@@ -243,7 +243,11 @@ def listening() -> set[tuple[str, int]]:
     return found
 
 
-def test_workers_follow_the_work_and_listen_on_loopback_only() -> None:
+def test_workers_follow_the_work_and_listen_on_loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")  # as another cluster of Dask leaves it in this process
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    environment = dict(os.environ)
     config = IngestConfig(workers="1..2")
     assert (config.running.workers, config.running.workers_least) == (2, 1)
     before = listening()
@@ -270,6 +274,8 @@ def test_workers_follow_the_work_and_listen_on_loopback_only() -> None:
             assert time.monotonic() < deadline, "the second worker did not go when there was nothing to do"
             time.sleep(0.1)
         assert client.submit(int, "7", pure=False).result(timeout=20) == 7, "the one that stays works on"
+        assert os.environ["MALLOC_ARENA_MAX"] == "1", "the nanny has set it, which is what is undone"
+    assert dict(os.environ) == environment
 
 
 def test_slurm_and_pbs_show_their_job_script() -> None:
