@@ -47,7 +47,7 @@ def run_training(session: Session, config: TrainConfig, out: Path, *, resume: bo
             elif event.kind != "checkpoint" or session.verbosity > 0:
                 progress.line(event.message)
 
-        return train(config, out, resume=resume, on_event=show)
+        return train(config, out, resume=resume, on_event=show, progress=False)
 
 
 def summary(result: TrainingResult) -> list[str]:

@@ -40,6 +40,7 @@ from jaxtrain.runs.evaluations import read_evaluations
 from jaxtrain.runs.events import OnEvent, Teller, TrainingResult
 from jaxtrain.runs.incidents import Incidents, file_part
 from jaxtrain.runs.log import read_metrics
+from jaxtrain.runs.progress import show_steps
 from jaxtrain.runs.repeat import programs_kept
 from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, clear_run, find_card, load_card, program_of, write_run
 from jaxtrain.runs.track import check_trackers
@@ -59,6 +60,7 @@ def train(
     resume: bool = True,
     on_event: OnEvent | None = None,
     environment: Mapping[str, str] | None = None,
+    progress: bool | None = None,
 ) -> TrainingResult:
     """Train a network, or continue where an earlier call stopped.
 
@@ -71,6 +73,7 @@ def train(
         resume: False refuses a folder that already holds a run.
         on_event: Called with each `TrainEvent`, in the thread of the caller; warnings also from threads that read.
         environment: Replaces `os.environ`, in which unequal replicas (`hetero.enabled`) find their group.
+        progress: Whether to show a bar; None shows it in a terminal and in a notebook.
 
     Returns:
         Steps, metrics, validation scores, rates and the path of the report.
@@ -92,9 +95,11 @@ def train(
         >>> result.steps, result.windows["train"] > 0
         (2, True)
     """
+    environment = os.environ if environment is None else environment
     try:
         try:
-            return _train(config, Path(out), resume, on_event, os.environ if environment is None else environment)
+            with show_steps(progress, on_event) as tell:
+                return _train(config, Path(out), resume, tell, environment)
         except jax.errors.JaxRuntimeError as error:
             lost = peer_lost(error, Path(out))
             if lost is None:

@@ -49,7 +49,7 @@ def _run(parsed: argparse.Namespace) -> int:
             from jaxtrain.planner.choose import choose_mesh
 
             config = choose_mesh(config, logging.getLogger("jaxtrain").info)
-        train(spread_mesh(config), parsed.out)
+        train(spread_mesh(config), parsed.out, progress=False)
     except TerrashardError as error:
         sys.stderr.write(f"{one_line(redact_text(f'error: {error}'))}\n")
         return error.exit_code

@@ -1,14 +1,26 @@
-"""Tables that show objects in a notebook; every text is escaped."""
+"""Tables that show objects in a notebook, with every text escaped, and whether this process is one and shows bars."""
 
 from __future__ import annotations
 
 import html
+import importlib.util
+import sys
 from collections.abc import Iterable, Sequence
 
-__all__ = ["facts_table", "rows_table"]
+__all__ = ["facts_table", "is_notebook", "rows_table", "shows_bars"]
 
 _HEAD = "text-align: left; padding: 0.1em 0.8em 0.1em 0; vertical-align: top"
 _CELL = "text-align: left; padding: 0.1em 0.8em 0.1em 0; white-space: pre-wrap"
+
+
+def is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "ipykernel" in sys.modules
+
+
+def shows_bars() -> bool:
+    """Whether a live bar can be drawn: in a terminal, and in a notebook that has widgets."""
+    return sys.stderr.isatty() or (is_notebook() and importlib.util.find_spec("ipywidgets") is not None)
 
 
 def facts_table(title: str, facts: Iterable[tuple[str, object]]) -> str:

@@ -5,27 +5,23 @@ The command line has its own (`cli.progress`), which shares stderr with its warn
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from zarr_store.notebook import is_notebook, shows_bars
+
 if TYPE_CHECKING:
     from ingest.run.outcome import IngestEvent
 
-__all__ = ["is_notebook", "show_progress"]
+__all__ = ["show_progress"]
 
 _LINE_EVERY_S = 10.0
 """Shortest time between two lines of progress, in seconds."""
 
 Tell = Callable[["IngestEvent"], None]
-
-
-def is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
-    return "ipykernel" in sys.modules
 
 
 @contextmanager
@@ -40,8 +36,7 @@ def show_progress(title: str, wanted: bool | None, on_event: Tell | None = None)
     if not (sys.stderr.isatty() or is_notebook() if wanted is None else wanted):
         yield on_event
         return
-    shown = _bar if sys.stderr.isatty() or (is_notebook() and importlib.util.find_spec("ipywidgets")) else _lines
-    with shown(title) as show:
+    with (_bar if shows_bars() else _lines)(title) as show:
 
         def tell(event: IngestEvent) -> None:
             show(event)

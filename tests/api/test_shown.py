@@ -15,7 +15,16 @@ import pytest
 import ingest
 from ingest.run.outcome import IngestEvent, IngestReport
 from ingest.run.progress import show_progress
-from jaxtrain import EmbeddingResult, EvaluationReport, MapResult, Run, TrainConfig, TrainingResult
+from jaxtrain import (
+    EmbeddingResult,
+    EvaluationReport,
+    MapResult,
+    Run,
+    TrainConfig,
+    TrainEvent,
+    TrainingResult,
+    train,
+)
 from zarr_store import LedgerRow, Region, SourceOutcome, open_cube
 
 from .conftest import SELECTION
@@ -180,3 +189,53 @@ def test_progress_in_a_notebook_without_widgets_is_lines(
     assert capsys.readouterr().err == "ingest: 2/2 shards\n"
     with show_progress("ingest", False) as tell:
         assert tell is None
+
+
+def told(config: Any, out: Any, resume: bool, tell: Any, environment: Any) -> str:
+    """Stands for a run of two steps; it returns what it was given to tell."""
+    if tell is not None:
+        tell(TrainEvent("start", 0, 2, "unet, 4321 parameters", {}))
+        tell(TrainEvent("warning", 1, 2, "a date is left out\x1b[2J", {}))
+        tell(TrainEvent("step", 1, 2, "step 1/2: loss 0.7500", {"loss": 0.75}))
+        tell(TrainEvent("checkpoint", 2, 2, "checkpoint at step 2", {}))
+        tell(TrainEvent("step", 2, 2, "step 2/2: loss 0.5000", {"loss": 0.5}))
+        tell(TrainEvent("done", 2, 2, "report: report.html", {}))
+    return "nobody" if tell is None else "somebody"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_training_shows_its_steps_where_somebody_looks(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stream = Stream()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("jaxtrain.loop._train", told)
+    heard: list[TrainEvent] = []
+    config: Any = None
+    train(config, "runs/a", on_event=heard.append)
+    assert [event.kind for event in heard] == ["start", "warning", "step", "checkpoint", "step", "done"]
+    shown = stream.getvalue()
+    assert ("2/2" in shown) == ("loss 0.5000" in shown) == ("report: report.html" in shown) == terminal
+    assert ("warning: a date is left out" in shown) == terminal
+    assert "\x1b[2J" not in shown
+    assert "checkpoint" not in shown
+
+
+def test_a_training_in_a_notebook_without_widgets_shows_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jaxtrain.loop._train", told)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    config: Any = None
+    assert str(train(config, "runs/a")) == "somebody"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "unet, 4321 parameters"
+    assert lines[1].startswith("warning: a date is left out")
+    assert lines[2:] == ["train: 2/2 steps", "report: report.html"]
+    assert str(train(config, "runs/a", progress=False)) == "nobody"
+    assert capsys.readouterr().err == ""
