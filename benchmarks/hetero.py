@@ -1,336 +1,97 @@
 """Unequal replicas: their rate beside the sum of the rates alone, shares that follow a change of speed, and kills.
 
-Each replica is a process of its own. The system slows it down by a quota of processor time (a control group), as a
-smaller or busier machine would be slow; nothing in the program waits. It needs the right to make control groups, which
-root has. Replicas are compiled at full speed; quotas begin after that.
+Each replica is a process of its own, which a quota of processor time slows down (`hetero_crew.py`). This needs the
+right to make control groups, which root has. Replicas are compiled at full speed; quotas begin after that.
 
-    python benchmarks/hetero.py --part unet          # 1:1, 2:1, 3:1, 5:1, 4:2:1:1
+    python benchmarks/hetero.py --part unet          # 1:1, 2:1, 3:1, 5:1, 4:2:1:1; --ratio 3:1 for one of them
     python benchmarks/hetero.py --part resnet
     python benchmarks/hetero.py --part change        # one of two replicas slows down to a third, and recovers
     python benchmarks/hetero.py --part kills         # one of three is killed, twenty times
+    python benchmarks/hetero.py --part restart       # one of two is killed where both are needed: from a checkpoint
     python benchmarks/hetero.py --part ordinary      # 1:1 beside ordinary data parallelism
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import itertools
 import json
 import os
 import random
-import secrets
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from queue import Queue
-from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
-from harness import OUT, Row, publish
+from harness import OUT, RESULTS, Row, publish
+from hetero_crew import CHUNK, Crew, Process, Quota, make_config, make_program, make_ready, rate
 
-PARTS = ("unet", "resnet", "change", "kills", "ordinary")
-RATIOS: tuple[tuple[float, ...], ...] = ((1, 1), (2, 1), (3, 1), (5, 1), (4, 2, 1, 1))
-BATCH, CHUNK, SIDE, BANDS, CLASSES = 192, 8, 48, 4, 6
-PERIOD_US = 10_000
-"""Period of a quota: short beside a chunk."""
-HEADROOM = 0.9
-"""Part of the cores that all quotas together use: the system and the coordinator need some time too."""
-
-
-# ---- A replica: it waits for jobs on its standard input and writes a line for each step.
+PARTS = ("unet", "resnet", "change", "kills", "restart", "ordinary")
+RATIOS: dict[str, tuple[float, ...]] = {
+    "1:1": (1, 1), "2:1": (2, 1), "3:1": (3, 1), "5:1": (5, 1), "4:2:1:1": (4, 2, 1, 1),
+}  # fmt: skip
+SMALL, BATCH = 192, 384
+"""Windows of 48 × 48 pixels of a step, quick and full: 384 have the pixels of 13 windows of 256 × 256."""
+HEADROOM = 0.85
+"""Part of a core that the fastest replica gets: the system, the coordinator and the measurement need some time too."""
 
 
-def make_config(network: str) -> Any:
-    from jaxtrain.config import TrainConfig
-
-    model = {"name": "unet", "width": 8, "depth": 2} if network == "unet" else {
-        "name": "resnet", "depth": 10, "width": 16}  # fmt: skip
-    return TrainConfig.model_validate(
-        {
-            "data": {"cube": "none", "patch": SIDE}, "model": model, "mesh": {"data": 1},
-            "run": {"batch_size": BATCH, "steps": 1000, "shuffle": "windows", "prefetch": 1},
-            "hetero": {"enabled": True, "chunk": CHUNK, "silence_s": 5.0},
-        }
-    )  # fmt: skip
-
-
-def make_ready(network: str) -> Any:
-    """Training data in memory, with what a replica asks of them."""
-    import numpy as np
-
-    from jaxtrain.data.classes import Classes
-    from jaxtrain.data.order import SampleOrder
-    from jaxtrain.data.windows import Windows
-
-    rng, count = np.random.default_rng(0), 240
-    image = rng.integers(300, 4000, (count, BANDS, SIDE, SIDE)).astype(np.uint16)
-    label = rng.integers(0, CLASSES, (count, SIDE, SIDE) if network == "unet" else (count,)).astype(np.uint8)
-    observed = np.ones((count, SIDE, SIDE), np.uint8)
-
-    def begin(rows: Any) -> Any:
-        at = rows[:, 0]
-        return lambda: {"image": image[at], "label": label[at], "observed": observed[at]}
-
-    rows = np.zeros((count, 3), np.int32)
-    rows[:, 0] = np.arange(count)
-    names = [f"class {i}" for i in range(CLASSES)]
-    return SimpleNamespace(
-        reader=SimpleNamespace(begin=begin, read=lambda rows: begin(rows)()), digest="benchmark", bands=("a", "b"),
-        plan=SimpleNamespace(parts={"train": Windows(SIDE, rows)}), order=lambda _run: SampleOrder(0, count),
-        classes=SimpleNamespace(to_list=lambda: names), make=Classes,
-    )  # fmt: skip
+def efficiency(network: str, ratios: Sequence[str], *, full: bool) -> Iterator[list[Row]]:
+    """Yield the rates of each ratio; each side is the median of its steps."""
+    batch = BATCH if full else SMALL
+    warm, steps = (8, 24) if full else (8, 10)
+    with Crew(network, max(len(RATIOS[name]) for name in ratios), batch) as crew:
+        for ratio in ratios:
+            parts = RATIOS[ratio]
+            everybody = range(len(parts))
+            # those beside the first share a core: where there are three, the first is slowed down with them
+            crew.calibrate(parts, HEADROOM if len(parts) == 2 else 0.7)
+            alone = [rate(crew.run([number], 5 if full else 4), batch, 1) for number in everybody]
+            mine = crew.run(everybody, warm + steps)
+            apart = crew.apart([max(4, round(3 * own / min(alone)) + 2) for own in alone])
+            equal = rate(crew.run(everybody, 5, shares=[crew.chunks // len(parts)] * len(parts)), batch, 1)
+            together, total = rate(mine, batch, warm), sum(alone)
+            name, seen = f"{network} {ratio}", ", ".join(f"{own:.0f}" for own in alone)
+            shares = " ".join(str(share) for share in mine[-1]["shares"].values())
+            best = total / (len(parts) * min(alone))
+            moves = sum(a["shares"] != b["shares"] for a, b in itertools.pairwise(mine[warm:]))
+            least = {"3:1": 1.84, "5:1": 2.76}.get(ratio)
+            rows = [
+                Row(f"{name}: efficiency", together / total, 0.92,
+                    note=f"{together:.0f} of {total:.0f} windows/s, alone {seen}; shares {shares}; {moves} moves"),
+                Row(f"{name}: limit, all at once without any exchange", apart / total, note=f"{apart:.0f} windows/s"),
+                Row(f"{name}: efficiency beside the limit", together / apart),
+                Row(f"{name}: rate beside the equal split", together / equal, least,
+                    note=f"{equal:.0f} windows/s; ideal {best:.2f}"),
+            ]  # fmt: skip
+            yield rows
 
 
-def make_program(network: str, config: Any) -> Any:
-    import numpy as np
-
-    from jaxtrain.learn.state import build_program
-    from jaxtrain.parallel.mesh import make_mesh
-
-    return build_program(
-        config, channels=BANDS, classes=CLASSES, mesh=make_mesh(config.mesh), mean=np.full(BANDS, 2000.0),
-        std=np.full(BANDS, 900.0),
-    )  # fmt: skip
-
-
-def replica(network: str, core: int) -> None:
-    os.sched_setaffinity(0, {core})
-
-    import jax
-    import numpy as np
-
-    from jaxtrain.hetero.chunks import make_chunk_programs
-    from jaxtrain.hetero.replica import join_group, warm_up
-    from jaxtrain.parallel.rendezvous import Group
-
-    def say(**values: Any) -> None:
-        sys.stdout.write(json.dumps(values) + "\n")
-        sys.stdout.flush()
-
-    config, ready = make_config(network), make_ready(network)
-    program = make_program(network, config)
-    programs = make_chunk_programs(program)
-    warm_up(programs, config, ready)
-    key = jax.random.key(0)
-    fresh = program.init(key)
-    say(kind="ready")
-    for text in sys.stdin:
-        job = json.loads(text)
-        group = Group(job["address"], job["secret"], job["name"], False, job["count"])
-        with join_group(group, config, ready, programs, Path(job["out"]), state_step=job["state_step"]) as member:
-            state = member.received[0] if member.received else jax.tree.map(lambda leaf: leaf.copy(), fresh)
-            say(kind="joined", at=time.time(), step=member.first)
-            for number, _, assignment in member.steps(state, member.first, job["steps"]):
-                state, metrics, work = member.train_step(state, assignment, key=jax.random.fold_in(key, number))
-                say(kind="step", step=number, at=time.time(), shares=work.shares, loss=float(metrics["loss"]),
-                    chunks=work.chunks, leads=member.leads)  # fmt: skip
-            member.finish(lambda: None)
-            total = float(sum(np.abs(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(state.params)))
-            say(kind="done", params=total, recompiles=member.recompiles())
-
-
-# ---- The side that starts them.
-
-
-class Quota:
-    """A control group that gives a process part of the time of one core."""
-
-    def __init__(self, name: str) -> None:
-        first, second = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
-        self._second = not first.is_dir()
-        self._folder = (second if self._second else first) / f"terrashard-bench-{os.getpid()}-{name}"
-        self._folder.mkdir()
-
-    def give(self, cores: float | None) -> None:
-        """Set the quota in cores; None for no limit."""
-        quota = None if cores is None else max(1000, round(cores * PERIOD_US))
-        if self._second:
-            (self._folder / "cpu.max").write_text(f"{'max' if quota is None else quota} {PERIOD_US}")
-        else:
-            (self._folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
-            (self._folder / "cpu.cfs_quota_us").write_text(str(-1 if quota is None else quota))
-
-    def hold(self, pid: int) -> None:
-        (self._folder / "cgroup.procs").write_text(str(pid))
-
-    def close(self) -> None:
-        for _ in range(50):
-            try:
-                self._folder.rmdir()
-                return
-            except OSError:  # its process is still ending
-                time.sleep(0.1)
-
-
-class Process:
-    """One replica's process, compiled and waiting for a job."""
-
-    def __init__(self, network: str, number: int) -> None:
-        self.lines: Queue[dict[str, Any]] = Queue()
-        environment = {
-            **os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(OUT / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        }  # fmt: skip
-        # the first one has a core, the others share the next: each is one thread, as a device of a processor is
-        core = min(number, (os.cpu_count() or 1) - 1)
-        command = [sys.executable, __file__, "--replica", network, "--number", str(core)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.quota = Quota(f"{number}-{secrets.token_hex(2)}")
-        self.quota.hold(self._process.pid)
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                self.lines.put(json.loads(line))
-        self.lines.put({"kind": "end"})
-
-    def wait_for(self, kind: str, timeout_s: float = 300.0) -> list[dict[str, Any]]:
-        """Return all lines up to the first of a kind."""
-        lines = []
-        until = time.monotonic() + timeout_s
-        while True:
-            line = self.lines.get(timeout=max(0.1, until - time.monotonic()))
-            lines.append(line)
-            if line["kind"] == kind:
-                return lines
-            if line["kind"] == "end":
-                raise RuntimeError(f"a replica has ended before it said {kind!r}")
-
-    def ask(self, job: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self.quota.close()
-
-
-class Crew:
-    """Replicas that are compiled once and serve many groups."""
-
-    def __init__(self, network: str, count: int) -> None:
-        self.network = network
-        self.processes = [Process(network, number) for number in range(count)]
-        for process in self.processes:
-            process.wait_for("ready")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-
-    @contextlib.contextmanager
-    def group(self, count: int, steps: int, *, shares: Sequence[int] | None = None) -> Iterator[Any]:
-        """Let the first `count` replicas join a group, with fixed shares or their own."""
-        from jaxtrain.hetero.coordinator import Coordinator
-
-        secret = secrets.token_hex(16)
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Coordinator("127.0.0.1:0", secret, min_members=1, max_members=8, expected=count) as coordinator,
-        ):
-            if shares is not None:
-                ends = [sum(shares[: i + 1]) for i in range(count)]
-                line = {f"r{i}": list(range(ends[i] - shares[i], ends[i])) for i in range(count)}
-                (Path(folder) / "shares.jsonl").write_text(
-                    "".join(json.dumps({"step": step, "shares": line}) + "\n" for step in range(steps))
-                )
-            job = {"address": coordinator.address, "secret": secret, "count": count, "steps": steps, "out": folder,
-                   "state_step": 0}  # fmt: skip
-            for number, process in enumerate(self.processes[:count]):
-                process.ask({**job, "name": f"r{number}"})
-            yield job
-
-    def run(self, quotas: Sequence[float | None], steps: int, *, shares: Sequence[int] | None = None) -> list[Any]:
-        """Return the steps of a group, as its first member saw them."""
-        for process, quota in zip(self.processes, quotas, strict=False):
-            process.quota.give(quota)
-        with self.group(len(quotas), steps, shares=shares):
-            seen = [process.wait_for("done") for process in self.processes[: len(quotas)]]
-        assert all(lines[-1]["recompiles"] == 0 for lines in seen)
-        return [line for line in seen[0] if line["kind"] == "step"]
-
-    def alone(self, number: int, quota: float, steps: int) -> float:
-        """Return the windows a second of one replica alone, in a group of one."""
-        order = self.processes
-        self.processes = [order[number], *(p for p in order if p is not order[number])]
-        try:
-            return rate(self.run([quota], steps), 2)
-        finally:
-            self.processes = order
-
-    def apart(self, quotas: Sequence[float], steps: int) -> float:
-        """Return the summed windows a second of replicas that compute at once, each in a group of its own.
-
-        Nobody waits for anybody here. What is lost beside the rates alone is lost to the machine, whose cores are
-        slower when all of them are busy.
-        """
-        order = self.processes
-        with contextlib.ExitStack() as held:
-            for number, quota in enumerate(quotas):
-                order[number].quota.give(quota)
-                self.processes = [order[number]]
-                held.enter_context(self.group(1, max(4, round(steps * quota / max(quotas)))))
-            self.processes = order
-            seen = [process.wait_for("done") for process in order[: len(quotas)]]
-        return sum(rate([line for line in lines if line["kind"] == "step"], 2) for lines in seen)
-
-
-def rate(steps: Sequence[Mapping[str, Any]], skip: int) -> float:
-    """Return windows a second from the median interval between steps, without the first ones."""
-    times = [line["at"] for line in steps][skip:]
-    return float(BATCH * (len(times) - 1) / (times[-1] - times[0]))
-
-
-def efficiency(network: str, *, full: bool) -> list[Row]:
-    chunks, rows = BATCH // CHUNK, []
-    steps, warm = (60, 25) if full else (24, 12)
-    with Crew(network, 4) as crew:
-        for ratio in RATIOS:
-            unit = HEADROOM * min((os.cpu_count() or 2) / sum(ratio), 1 / max(ratio))
-            quotas = [unit * part for part in ratio]
-            alone = [crew.alone(number, quota, 4) for number, quota in enumerate(quotas)]
-            mine = crew.run(quotas, steps)
-            equal = crew.run(quotas, 5, shares=[chunks // len(ratio)] * len(ratio))
-            apart = crew.apart(quotas, 8) if len(set(ratio)) == 1 else None
-            together, same = rate(mine, warm), rate(equal, 2)
-            name = f"{network} {':'.join(f'{part:g}' for part in ratio)}"
-            least = {"3:1": 1.84, "5:1": 2.76}.get(name.split()[1])
-            found = " ".join(f"{share}" for share in mine[-1]["shares"].values())
-            note = f"{together:.0f} of {sum(alone):.0f} windows/s, alone {', '.join(f'{r:.0f}' for r in alone)}"
-            rows.append(Row(f"{name}: efficiency", together / sum(alone), 0.92, note=f"{note}; shares {found}"))
-            rows.append(
-                Row(f"{name}: rate beside the equal split", together / same, least, note=f"{same:.0f} windows/s")
-            )
-            if apart is not None:
-                lost = f"{name}: both at once without a group, beside the sum alone"
-                rows.append(Row(lost, apart / sum(alone), note=f"{apart:.0f} windows/s"))
-            for row in rows[-2 if apart is None else -3 :]:
-                print(f"  {row.name}: {row.value:.3f} ({row.note})", flush=True)
-    return rows
+def merge(topic: str, rows: Sequence[Row], *, full: bool) -> list[Row]:
+    """Return the rows of all ratios: those just measured, and of the other ratios those in the result file."""
+    path, found = RESULTS / f"{topic}-{'full' if full else 'quick'}.json", {row.name: row for row in rows}
+    measured = {row.name.rsplit(": ", 1)[0] for row in rows}
+    if path.exists():
+        for old in json.loads(path.read_text())["rows"]:
+            if old["name"].rsplit(": ", 1)[0] not in measured:
+                old.pop("passed")
+                found[old["name"]] = Row(**old)
+    order = {f"{network} {ratio}": place for place, ratio in enumerate(RATIOS) for network in ("unet", "resnet")}
+    return sorted(found.values(), key=lambda row: order.get(row.name.rsplit(": ", 1)[0], 0))
 
 
 def change(*, full: bool) -> list[Row]:
     """One of two replicas gets a third of its time in the middle of a run, and all of it again later."""
     third = 40 if full else 30
-    with Crew("unet", 2) as crew:
-        for process in crew.processes:
-            process.quota.give(HEADROOM)
+    with Crew("unet", 2, SMALL) as crew:
+        crew.give([HEADROOM] * 2)
         seen: list[dict[str, Any]] = []
-        with crew.group(2, 3 * third):
+        with crew.group([0, 1], 3 * third):
             while len(seen) < 3 * third:
                 line = crew.processes[0].lines.get(timeout=120)
                 if line["kind"] != "step":
@@ -363,16 +124,14 @@ def change(*, full: bool) -> list[Row]:
 def kills(*, full: bool) -> list[Row]:
     """Kill one of three replicas at a random moment, twenty times; a new one takes its place."""
     rng, steps, trials = random.Random(0), 12, 20 if full else 5
-    chunks = BATCH // CHUNK
-    with Crew("unet", 3) as crew:
-        for process in crew.processes:
-            process.quota.give(None)
-        whole = crew.run([None] * 3, steps)
-        expected, step_s = whole[-1]["loss"], BATCH / rate(whole, 2)
+    chunks = SMALL // CHUNK
+    with Crew("unet", 3, SMALL) as crew:
+        whole = crew.run(range(3), steps)
+        expected, step_s = whole[-1]["loss"], SMALL / rate(whole, SMALL, 2)
         gaps, losses, right, hits = [], [], 0, 0
         for trial in range(trials):
             victim = rng.randrange(3)
-            with crew.group(3, steps):
+            with crew.group(range(3), steps):
                 for process in crew.processes:
                     process.wait_for("joined")
                 time.sleep(rng.uniform(0, (steps - 2) * step_s))
@@ -401,25 +160,115 @@ def kills(*, full: bool) -> list[Row]:
     ]  # fmt: skip
 
 
-def ordinary(*, full: bool) -> list[Row]:
-    """1:1 beside the ordinary data-parallel run of two processes, in turns."""
-    turns, steps = 5 if full else 3, 30
-    rates: dict[str, list[float]] = {"replicas": [], "ordinary": []}
-    with Crew("unet", 2) as crew:
-        for _ in range(turns):
-            rates["replicas"].append(rate(crew.run([None, None], steps), 8))
-            rates["ordinary"].append(_data_parallel(steps))
-    mine, theirs = (statistics.median(rates[name]) for name in ("replicas", "ordinary"))
+def restart(*, full: bool) -> list[Row]:
+    """Kill one of two replicas of a run that needs both: all start again from the newest checkpoint."""
+    rng, trials, gaps, exact = random.Random(0), 5 if full else 2, [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        config = _small_run(Path(folder))
+        for trial in range(trials):
+            run = Path(folder) / f"run{trial}"
+            command = [sys.executable, "-m", "cli.main", "launch", "-n", "2", "--min-processes", "2", "--",
+                       "train", str(config), "--out", str(run)]  # fmt: skip
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+                try:
+                    _wait_for_steps(run, rng.randrange(25, 35), launcher)
+                    before = len(_steps(run))
+                    victims = _children(launcher.pid)
+                    os.kill(rng.choice(victims), signal.SIGKILL)
+                    killed = time.monotonic()
+                    _wait_for_steps(run, before + 3, launcher)  # two that were under way may still be written
+                    gaps.append(time.monotonic() - killed)
+                    code = launcher.wait(timeout=300)
+                finally:
+                    launcher.terminate()
+            last = {line["step"]: line for line in _steps(run)}
+            exact += code == 0 and sorted(last) == list(range(RESTART_STEPS))
+            print(f"  restart {trial + 1}: next step after {gaps[-1]:.1f} s, exit code {code}", flush=True)
     return [
-        Row("1:1: rate beside ordinary data parallelism", mine / theirs, 0.99, note=f"{mine:.0f} of {theirs:.0f}/s")
+        Row("restarted runs that ended with every step", exact, trials),
+        Row("seconds from the kill to the next step, from a checkpoint, longest", max(gaps), 40, at_most=True,
+            note=f"median {statistics.median(gaps):.1f} s"),
+    ]  # fmt: skip
+
+
+RESTART_STEPS = 60
+
+
+def _small_run(folder: Path) -> Path:
+    """Make a store of random patches, and the configuration of a run of two replicas."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("bright", "dark"):
+        (folder / "patches" / name).mkdir(parents=True)
+        for number in range(200):
+            pixels = rng.integers(0, 128, (64, 64, 3), np.uint8) + np.uint8(127 if name == "bright" else 0)
+            Image.fromarray(pixels).save(folder / "patches" / name / f"{number}.png")
+    store, config = folder / "store.zarr", folder / "run.toml"
+    subprocess.run(
+        [sys.executable, "-m", "cli.main", "samples", str(folder / "patches"), str(store)], check=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    config.write_text(
+        f'[data]\ncube = "{store}"\n[model]\nname = "resnet"\nwidth = 16\nblocks = [1, 1, 1, 1]\nnorm = "group"\n'
+        f"[run]\nsteps = {RESTART_STEPS}\nbatch_size = 64\ncheckpoint_every = 20\nevaluate_every = {RESTART_STEPS}\n"
+        "[hetero]\nenabled = true\nchunk = 8\n"
+    )
+    return config
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of the steps that a run has recorded."""
+    try:
+        lines = [json.loads(text) for text in (run / "shares.jsonl").read_text().splitlines() if text.endswith("}")]
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if "shares" in line]
+
+
+def _wait_for_steps(run: Path, count: int, launcher: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 240
+    while len(_steps(run)) < count:
+        if launcher.poll() is not None or time.monotonic() > until:
+            raise RuntimeError(f"the run has ended or stands still after {len(_steps(run))} of {count} steps")
+        time.sleep(0.02)
+
+
+def _children(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
 
 
-def _data_parallel(steps: int) -> float:
-    from jaxtrain.launch import free_port
+def ordinary(*, full: bool) -> list[Row]:
+    """1:1 beside the ordinary data-parallel run of two processes, in turns."""
+    turns, steps, batch = 5 if full else 3, 24, BATCH if full else SMALL
+    rates: dict[str, list[float]] = {"replicas": [], "ordinary": []}
+    with Crew("unet", 2, batch) as crew:
+        for _ in range(turns):
+            rates["replicas"].append(rate(crew.run([0, 1], steps), batch, 8))
+            rates["ordinary"].append(_data_parallel(steps, batch))
+            print(f"  {', '.join(f'{name} {own[-1]:.0f}' for name, own in rates.items())} windows/s", flush=True)
+    mine, theirs = (statistics.median(rates[name]) for name in ("replicas", "ordinary"))
+    each = "; ".join(f"{name} {', '.join(f'{r:.0f}' for r in own)}" for name, own in rates.items())
+    return [Row("1:1: rate beside ordinary data parallelism", mine / theirs, 0.99, note=f"windows/s: {each}")]
 
-    port = free_port()
-    command = [sys.executable, __file__, "--member-of", f"127.0.0.1:{port}", "--steps", str(steps)]
+
+def _data_parallel(steps: int, batch: int) -> float:
+    from jaxtrain.launching.places import free_port
+
+    command = [
+        sys.executable,
+        __file__,
+        "--member-of",
+        f"127.0.0.1:{free_port()}",
+        "--steps",
+        str(steps),
+        "--batch",
+        str(batch),
+    ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
                    "JAX_COMPILATION_CACHE_DIR": str(OUT / "compiled")}  # fmt: skip
     started = [
@@ -430,10 +279,11 @@ def _data_parallel(steps: int) -> float:
     return float(next(line for line in text.splitlines() if line.startswith("rate ")).split()[1])
 
 
-def data_parallel(address: str, number: int, steps: int) -> None:
-    """One process of an ordinary run, with the same batches from memory."""
+def data_parallel(address: str, number: int, steps: int, batch: int) -> None:
+    """One process of an ordinary run, with the same batches from memory, on a core of its own."""
+    os.sched_setaffinity(0, {min(number, (os.cpu_count() or 1) - 1)})
+
     import jax
-    import numpy as np
 
     from jaxtrain.config import TrainConfig
     from jaxtrain.data.arrays import put_batch
@@ -442,38 +292,32 @@ def data_parallel(address: str, number: int, steps: int) -> None:
     from jaxtrain.parallel.processes import start_distributed
 
     start_distributed(address, processes=2, process=number)
-    config = make_config("unet")
-    config = TrainConfig.model_validate({**config.model_dump(exclude_unset=True), "mesh": {"data": 2},
-                                         "hetero": {"enabled": False}})  # fmt: skip
-    program, ready = make_program("unet", config), make_ready("unet")
+    values = make_config("unet", batch).model_dump(exclude_unset=True)
+    config = TrainConfig.model_validate({**values, "mesh": {"data": 2}, "hetero": {"enabled": False}})
+    program, ready = make_program(config), make_ready("unet")
     step, state, order = make_train_step(program), program.init(jax.random.key(0)), ready.order(None)
     sharding, times = batch_sharding(program.mesh), []
     for index in range(steps):
-        rows = ready.plan.parts["train"].rows[order.indices(index * BATCH, BATCH)]
-        own = rows[number * BATCH // 2 : (number + 1) * BATCH // 2]
-        batch = put_batch(ready.reader.read(own), sharding, BATCH)
-        state, metrics = step(state, batch, key=jax.random.fold_in(jax.random.key(0), index))
+        rows = ready.plan.parts["train"].rows[order.indices(index * batch, batch)]
+        own = rows[number * batch // 2 : (number + 1) * batch // 2]
+        arrays = put_batch(ready.reader.read(own), sharding, batch)
+        state, metrics = step(state, arrays, key=jax.random.fold_in(jax.random.key(0), index))
         float(metrics["loss"])
-        times.append(time.time())
+        times.append({"at": time.time()})
     if number == 0:
-        print(f"rate {BATCH * (len(times) - 9) / (times[-1] - times[8])}", flush=True)
-    np.asarray(times)
+        print(f"rate {rate(times, batch, 8)}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the sizes of the published figures; takes long")
     parser.add_argument("--part", choices=PARTS, help="only this part")
-    parser.add_argument("--replica", help=argparse.SUPPRESS)
-    parser.add_argument("--member-of", help=argparse.SUPPRESS)
-    parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ratio", choices=RATIOS, action="append", help="only this ratio of unet or resnet")
+    for name, kind in {"--member-of": str, "--number": int, "--steps": int, "--batch": int}.items():
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.replica:
-        replica(args.replica, args.number)
-        return 0
     if args.member_of:
-        data_parallel(args.member_of, args.number, args.steps)
+        data_parallel(args.member_of, args.number, args.steps, args.batch)
         return 0
     try:
         Quota("try").close()
@@ -484,11 +328,18 @@ def main() -> int:
     for part in [args.part] if args.part else PARTS:
         match part:
             case "unet" | "resnet":
-                rows = efficiency(part, full=args.full)
+                rows = []
+                for found in efficiency(part, args.ratio or list(RATIOS), full=args.full):
+                    rows = merge(f"hetero-{part}", found, full=args.full)
+                    publish(f"hetero-{part}", rows, full=args.full)
+                passed &= all(row.passed is not False for row in rows)
+                continue
             case "change":
                 rows = change(full=args.full)
             case "kills":
                 rows = kills(full=args.full)
+            case "restart":
+                rows = restart(full=args.full)
             case _:
                 rows = ordinary(full=args.full)
         passed &= publish(f"hetero-{part}", rows, full=args.full)

@@ -12,7 +12,7 @@ import heapq
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtrain.hetero.membership import Event
@@ -24,12 +24,18 @@ _SHORT, _LONG = 5, 31
 _CHANGED, _CERTAIN = 0.12, 0.5
 """Relative difference of the two medians from which on a change of speed counts as lasting: it grows with the spread of
 the measurements, from the first to the second."""
-_GAIN = 0.03
-"""Shares move only if the step gets shorter by this part: below it, noise would move them back and forth."""
+_GAIN, _ERRORS = 0.01, 2.0
+"""Shares move only if the step gets shorter by the first part, and by so many standard errors of the rates: below that,
+noise would move them back and forth."""
+_ASIDE, _DOUBT, _TRUSTED = 0.1, 2.0, 3
+"""Who takes part changes only if the step gets shorter by the first part. A member whose speed was measured n times is
+set aside only for a gain of the second ÷ n, and is tried again the sooner the fewer than the third they were."""
 _TRIAL_COST = 0.02
 """Part of the running time that trials of a member that is set aside may cost."""
 _TRIALS = (20, 1000)
-"""Fewest and most steps between two trials."""
+"""Fewest and most steps between two trials; each trial in vain doubles them."""
+_TRIAL_STEPS, _HOPELESS = 3, 2.0
+"""Steps of a trial, of which the median counts; it ends at once if a chunk takes so many times a step of the others."""
 
 
 def longest(shares: Mapping[str, int], seconds: Mapping[str, float]) -> float:
@@ -100,6 +106,20 @@ class RateFilter:
         """The rate; None before anything was measured."""
         return statistics.median(self._seconds) if self._seconds else None
 
+    @property
+    def count(self) -> int:
+        """Number of measurements on which the rate rests."""
+        return len(self._seconds)
+
+    @property
+    def error(self) -> float:
+        """Relative standard error of the rate, from the spread of the measurements; 0 for fewer than three."""
+        steady = self.seconds
+        if steady is None or self.count < 3:
+            return 0.0
+        deviation = 1.48 * statistics.median(abs(value / steady - 1) for value in self._seconds)
+        return 1.25 * deviation / math.sqrt(self.count)
+
     def add(self, seconds: float) -> None:
         """Take in the mean seconds per chunk of one step; what is not above 0 and finite is left out."""
         if not (math.isfinite(seconds) and seconds > 0):
@@ -138,9 +158,24 @@ class _Pace:
 
     rate: RateFilter = field(default_factory=RateFilter)
     warm: bool = False
+    aside: bool = False
     trial_at: int | None = None
     """Step of the next trial of a member that is set aside."""
-    on_trial: bool = False
+    trial: int = 0
+    """Measurements that are left of the trial under way."""
+    failed: int = 0
+    """Trials in vain, one after the other."""
+
+    def observe(self, seconds: float) -> None:
+        """Take in a measurement; the first of a trial replaces all older ones."""
+        if not self.warm:
+            self.warm = True
+        elif self.trial == _TRIAL_STEPS:
+            self.rate.restart(seconds)
+            self.trial -= 1
+        else:
+            self.rate.add(seconds)
+            self.trial = max(0, self.trial - 1)
 
 
 class ShareController:
@@ -161,14 +196,7 @@ class ShareController:
 
         The first measurement of a member is left out: programs are compiled and caches are filled in it.
         """
-        pace = self._paces.setdefault(member, _Pace())
-        if not pace.warm:
-            pace.warm = True
-        elif pace.on_trial:
-            pace.on_trial = False
-            pace.rate.restart(seconds)
-        else:
-            pace.rate.add(seconds)
+        self._paces.setdefault(member, _Pace()).observe(seconds)
 
     def seconds(self, member: str) -> float | None:
         """Seconds per chunk of a member as far as they are known."""
@@ -230,53 +258,93 @@ class ShareController:
     def _by_speed(self, step: int, known: Mapping[str, float], limits: Mapping[str, int | None]) -> Decision:
         """Shares where the speed of some members is known: one chunk for each of the others, to measure it."""
         new = [name for name in limits if name not in known]
-        trials = [name for name in limits if self._trial_due(name, step)]
+        begun = [name for name in limits if self._begins_trial(name, step)]
+        trials = [name for name in limits if self._goes_on_trying(name, known)]
         probes = [name for name in (*new, *trials) if limits[name] is None or (limits[name] or 0) >= 1]
         rest = {name: known[name] for name in limits if name in known and name not in trials}
-        rest_room = sum(self._chunks if limits[name] is None else limits[name] or 0 for name in rest)
-        probes = probes[: max(0, self._chunks - 1)] if rest else probes
-        left = self._chunks - len(probes)
-        if not rest or rest_room < left:  # everybody is needed, whatever their speed
-            usual = statistics.median(known.values())
-            guess = {name: known.get(name, usual) for name in limits}
-            best = apportion(self._chunks, guess, limits)
-        else:
-            split = apportion(left, rest, limits)
-            best = {name: split.get(name, 1 if name in probes else 0) for name in limits}
+        best = self._split(rest, limits, probes, known)
         same = set(self._shares) == set(limits) and self._limits == dict(limits)
-        trying = [name for name in trials if best[name]]
-        for name in trying:
-            self._paces[name].on_trial, self._paces[name].trial_at = True, None
-        if trying:
-            events = tuple(Event("retried", step, name, "is tried again with one chunk") for name in trying)
+        if any(best[name] for name in trials):
             decision = self._adopt(step, best, limits, "a member is tried again")
+            events = (Event("retried", step, name, "is tried again with one chunk") for name in begun if best[name])
             return Decision(decision.shares, (*events, *decision.events))
         if same and not new:
+            best = self._steady(best, known, limits)
             now, then = longest(self._shares, known), longest(best, known)
-            if now <= then * (1 + _GAIN):
+            # a trial is over: whoever was tried is in the shares of the last step, but is not taken back by that alone
+            ended = any(self._shares[name] and not best[name] and self._paces[name].aside for name in limits)
+            if now <= then * (1 + self._least_gain(known)) and not ended:
                 return Decision(dict(self._shares))
             why = f"{now:.3g} s → {then:.3g} s a step"
         else:
             why = "the members changed" if not same else "the speed of a member is not known yet"
         return self._adopt(step, best, limits, why)
 
-    def _trial_due(self, name: str, step: int) -> bool:
-        at = self._paces[name].trial_at
-        return at is not None and step >= at
+    def _split(
+        self,
+        rest: Mapping[str, float],
+        limits: Mapping[str, int | None],
+        probes: Sequence[str],
+        known: Mapping[str, float],
+    ) -> dict[str, int]:
+        """Give one chunk to each of `probes`, and split the others among `rest`; among all if they cannot hold them."""
+        room = sum(self._chunks if limits[name] is None else limits[name] or 0 for name in rest)
+        probes = probes[: max(0, self._chunks - 1)] if rest else probes
+        left = self._chunks - len(probes)
+        if not rest or room < left:
+            usual = statistics.median(known.values())
+            return apportion(self._chunks, {name: known.get(name, usual) for name in limits}, limits)
+        split = apportion(left, rest, limits)
+        return {name: split.get(name, 1 if name in probes else 0) for name in limits}
+
+    def _steady(
+        self, best: dict[str, int], known: Mapping[str, float], limits: Mapping[str, int | None]
+    ) -> dict[str, int]:
+        """Return `best` if it is clearly shorter than the best split among those who take part now; else that one.
+
+        A member that is hardly worth its chunk would otherwise come and go with the noise.
+        """
+        leaving = [name for name in limits if not best[name] and not self._paces[name].aside and limits[name] != 0]
+        coming = [name for name in limits if best[name] and self._paces[name].aside]
+        if not leaving and not coming:
+            return best
+        within = {name: known[name] for name in limits if not self._paces[name].aside and name not in leaving}
+        held = self._split(within, limits, leaving, known)
+        needed = max(_ASIDE, self._least_gain(known), *(_DOUBT / self._paces[name].rate.count for name in leaving))
+        return best if longest(held, known) > longest(best, known) * (1 + needed) else held
+
+    def _least_gain(self, known: Mapping[str, float]) -> float:
+        """Return by which part a step must get shorter for shares to move: more where rates are less certain."""
+        return max(_GAIN, _ERRORS * max(self._paces[name].rate.error for name in known))
+
+    def _begins_trial(self, name: str, step: int) -> bool:
+        pace = self._paces[name]
+        if pace.trial_at is None or step < pace.trial_at:
+            return False
+        pace.trial_at, pace.trial = None, _TRIAL_STEPS
+        return True
+
+    def _goes_on_trying(self, name: str, known: Mapping[str, float]) -> bool:
+        """Return whether a member is on trial; one that shows to be far too slow is not for longer."""
+        pace = self._paces[name]
+        if 0 < pace.trial < _TRIAL_STEPS:
+            others = {other: rate for other, rate in known.items() if other != name}
+            usual = longest({other: self._shares.get(other, 0) for other in others}, others)
+            if known[name] > _HOPELESS * usual > 0:
+                pace.trial = 0
+        return pace.trial > 0
 
     def _adopt(self, step: int, shares: dict[str, int], limits: Mapping[str, int | None], why: str) -> Decision:
         if shares == self._shares:
             self._keep(shares, limits)
             return Decision(dict(shares))
-        events = []
-        before = self._shares
         text = ", ".join(f"{name} {share}" for name, share in shares.items())
-        events.append(Event("shares", step, "", f"shares are {text} ({why})"))
+        events = [Event("shares", step, "", f"shares are {text} ({why})")]
         for name, share in shares.items():
             pace = self._paces[name]
-            if share:
-                pace.trial_at = None
-            elif before.get(name, 1) or pace.trial_at is None:
+            if share and not pace.trial:
+                pace.aside, pace.trial_at, pace.failed = False, None, 0
+            elif not share and (self._shares.get(name, 1) or pace.trial_at is None):
                 events.append(self._set_aside(step, name, shares, limits[name]))
         self._keep(shares, limits)
         return Decision(dict(shares), tuple(events))
@@ -290,8 +358,11 @@ class ShareController:
         others = {other: rate for other in shares if (rate := self.seconds(other)) is not None}
         usual = longest({other: shares[other] for other in others}, others)
         ratio = own / usual if own and usual else 2.0
-        wait = min(max(math.ceil((ratio - 1) / _TRIAL_COST), _TRIALS[0]), _TRIALS[1])
-        pace.trial_at = step + wait
+        pace.failed += pace.aside
+        pace.aside = True
+        wait = math.ceil((ratio - 1) / _TRIAL_COST * min(1.0, (pace.failed + pace.rate.count) / _TRUSTED))
+        wait = max(wait, _TRIALS[0]) * 2 ** min(pace.failed, 10)
+        pace.trial_at = step + min(wait, _TRIALS[1])
         took = (
             f"one chunk takes it {own:.3g} s, a whole step takes the others {usual:.3g} s" if own else "it has no share"
         )

@@ -102,10 +102,12 @@ def test_a_lasting_change_counts_within_twenty_steps(factor: float) -> None:
 class Rig:
     """Steps of members with given speeds, as a group would see them."""
 
-    def __init__(self, chunks: int, seconds: dict[str, float], *, noise: float = 0.0, hiccups: float = 0.0) -> None:
+    def __init__(
+        self, chunks: int, seconds: dict[str, float], *, noise: float = 0.0, hiccups: float = 0.0, seed: int = 0
+    ) -> None:
         self.control, self.chunks, self.seconds = ShareController(chunks), chunks, dict(seconds)
         self.limits: dict[str, int | None] = dict.fromkeys(seconds)
-        self.noise, self.hiccups, self.random = noise, hiccups, np.random.default_rng(0)
+        self.noise, self.hiccups, self.random = noise, hiccups, np.random.default_rng(seed)
         self.step, self.moves = 0, 0
         self.shares: dict[str, int] = {}
         self.events: list[str] = []
@@ -171,6 +173,27 @@ def test_trials_are_cheap() -> None:
         rig.run(1)
         times.append(longest(rig.shares, rig.seconds))
     assert statistics.mean(times[10:]) < 16 * 1.03
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("chunks", [2, 4, 8])
+def test_a_member_hardly_worth_its_chunk_does_not_come_and_go_with_the_noise(chunks: int, seed: int) -> None:
+    """With it or without it a step takes as long: noise decides nothing, and trials in vain become rare."""
+    rig = Rig(chunks, {"a": 1.0, "b": float(chunks)}, noise=0.2, hiccups=0.05, seed=seed)
+    efficiency = rig.run(1000)
+    assert rig.events.count("set_aside b") <= 15
+    assert statistics.mean(efficiency[10:]) > 0.95 / (1 + 1 / chunks)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_hiccup_at_the_beginning_sets_nobody_aside_for_long(seed: int) -> None:
+    rig = Rig(2, {"a": 1.0, "b": 1.0}, noise=0.2, seed=seed)
+    rig.run(1)
+    rig.seconds["b"] = 8.0
+    rig.run(1)
+    rig.seconds["b"] = 1.0
+    rig.run(90)
+    assert rig.shares == {"a": 1, "b": 1}
 
 
 def test_memory_bounds_shares_as_speed_does() -> None:

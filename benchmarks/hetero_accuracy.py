@@ -1,0 +1,195 @@
+"""EuroSAT with two replicas of the speeds 3:1 beside two equal ones: accuracy of three seeds, and the time it takes.
+
+Both sides are `terrashard train` in two processes of one core each, with the recipe of `examples/eurosat.toml` at 600
+steps and norm = "group" (no replica holds the statistics of a whole batch). Quotas of processor time make 3:1.
+
+    python benchmarks/hetero_accuracy.py --part accuracy     # six runs; how busy the machine is does not matter
+    python benchmarks/hetero_accuracy.py --part time         # seconds of a step with three ways to split the batch
+
+The data are in `../shared/data`, or in `TERRASHARD_SHARED_DATA`; without them this says so and passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import HERE, OUT, Row, arguments, publish
+from hetero_crew import Quota
+
+SHARED = Path(os.environ.get("TERRASHARD_SHARED_DATA", HERE.parent.parent / "shared" / "data"))
+PATCHES, STORE = SHARED / "patches" / "eurosat_rgb", OUT / "eurosat.zarr"
+CHUNKS, STEPS = 16, 600
+EQUAL_SPLIT = [CHUNKS // 2] * 2
+FAST, SLOW = 0.9, 0.3
+"""Cores of the two replicas at 3:1."""
+
+
+class Run:
+    """A run of two replicas, each in a control group and on a core of its own."""
+
+    def __init__(self, out: Path, *, seed: int, steps: int, quotas: Sequence[float | None]) -> None:
+        from jaxtrain.hetero.coordinator import Coordinator
+
+        self.out, self.steps = out, steps
+        secret = secrets.token_hex(16)
+        self.coordinator = Coordinator("127.0.0.1:0", secret, min_members=2, max_members=2, expected=2)
+        settings = (f"data.cube={STORE}", "model.norm=group", f"run.seed={seed}", f"run.steps={STEPS}",
+                    f"run.evaluate_every={STEPS}", f"run.checkpoint_every={STEPS}", "hetero.enabled=true",
+                    f"hetero.chunk={64 // CHUNKS}", "hetero.silence_s=900")  # fmt: skip
+        words = [sys.executable, "-m", "cli.main", "train", str(HERE.parent / "examples" / "eurosat.toml"),
+                 "--out", str(out), *(word for setting in settings for word in ("--set", setting))]  # fmt: skip
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.quotas = [Quota(f"{name}-{secrets.token_hex(2)}") for name in ("0", "1")]
+        for number, quota in enumerate(self.quotas):
+            environment = {
+                **os.environ, "TERRASHARD_HETERO_COORDINATOR": self.coordinator.address, "JAX_PLATFORMS": "cpu",
+                "TERRASHARD_HETERO_SECRET": secret, "TERRASHARD_HETERO_NAME": str(number),
+                "TERRASHARD_LOCAL_PROCESSES": "2", "TERRASHARD_LOCAL_PROCESS": str(number),
+                "JAX_COMPILATION_CACHE_DIR": str(OUT / "compiled"),
+            }  # fmt: skip
+            with (out.parent / f"{out.name}-{number}.log").open("wb") as log:
+                process = subprocess.Popen(
+                    ["taskset", "-c", str(min(number, (os.cpu_count() or 1) - 1)), *words], env=environment,
+                    stdout=subprocess.DEVNULL, stderr=log,
+                )  # fmt: skip
+            quota.hold(process.pid)
+            quota.give(quotas[number])
+            self.processes.append(process)
+
+    def lines(self) -> list[dict[str, object]]:
+        """Return the steps that are recorded so far."""
+        with contextlib.suppress(FileNotFoundError):
+            texts = (self.out / "metrics.jsonl").read_text().splitlines()
+            return [line for text in texts if text.endswith("}") and (line := json.loads(text))["kind"] == "train"]
+        return []
+
+    def wait_for(self, step: int) -> float:
+        """Wait until a step is recorded; return the time."""
+        while len(self.lines()) < step:
+            if any(process.poll() for process in self.processes):
+                raise RuntimeError(f"a replica has ended early: see {self.out}-*.log")
+            time.sleep(0.05)
+        return time.monotonic()
+
+    def finish(self, *, wait: bool) -> None:
+        """Wait for the end of both replicas, or end them."""
+        for process in self.processes:
+            code = process.wait() if wait else (process.kill(), process.wait())
+            if wait and code:
+                raise RuntimeError(f"a replica has ended with code {code}: see {self.out}-*.log")
+        for quota in self.quotas:
+            quota.close()
+        self.coordinator.close()
+
+
+def make_store() -> None:
+    if not STORE.exists():
+        subprocess.run([sys.executable, "-m", "cli.main", "samples", str(PATCHES), str(STORE)], check=True)
+
+
+def accuracy_of(run: Path) -> float:
+    command = [sys.executable, "-m", "cli.main", "evaluate", str(run), "--json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout)["accuracy"])
+
+
+def accuracy(seeds: int) -> list[Row]:
+    """Return accuracies on the test split; a run that has been done stays where it is."""
+    found: dict[str, list[float]] = {"3:1": [], "1:1": []}
+    shares: list[str] = []
+    for seed in range(seeds):
+        for side, quotas in {"3:1": (FAST, SLOW), "1:1": (None, None)}.items():
+            out = OUT / f"hetero-eurosat-{side.replace(':', '-')}-{seed}"
+            if not (out / "report.html").exists():
+                Run(out, seed=seed, steps=STEPS, quotas=quotas).finish(wait=True)
+            found[side].append(100 * accuracy_of(out))
+            if side == "3:1":
+                last = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
+                split = [line["shares"] for line in last if line["kind"] == "train"]
+                half = split[len(split) // 2 :]
+                shares.append(f"{statistics.mean(line['0'] for line in half):.1f} of {CHUNKS}")
+            print(f"  seed {seed}, {side}: {found[side][-1]:.2f} %", flush=True)
+    mean = {side: statistics.mean(values) for side, values in found.items()}
+    each = {side: ", ".join(f"{value:.2f}" for value in values) for side, values in found.items()}
+    return [
+        Row("accuracy at 1:1, %", mean["1:1"], 97, note=f"seeds: {each['1:1']}; {STEPS} steps of 64"),
+        Row("accuracy at 3:1, %", mean["3:1"], 97, note=f"seeds: {each['3:1']}; mean share of 0: {', '.join(shares)}"),
+        Row("distance of the means, points", abs(mean["3:1"] - mean["1:1"]), 0.2, at_most=True),
+    ]
+
+
+def seconds_of_step(
+    shares: Sequence[int] | None, quotas: Sequence[float], warm: int, steps: int
+) -> tuple[float, list[int]]:
+    """Return the median seconds of a step, and the last shares."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        if shares is not None:
+            out.mkdir()
+            split = {"0": list(range(shares[0])), "1": list(range(shares[0], CHUNKS))}
+            lines = (json.dumps({"step": step, "shares": split}) + "\n" for step in range(STEPS))
+            (out / "shares.jsonl").write_text("".join(lines))
+        run = Run(out, seed=0, steps=STEPS, quotas=(None, None))
+        try:
+            run.wait_for(2)
+            for quota, cores in zip(run.quotas, quotas, strict=True):
+                quota.give(cores)
+            began = run.wait_for(2 + warm)
+            spent = (run.wait_for(2 + warm + steps) - began) / steps
+            return spent, list(run.lines()[-1]["shares"].values())  # type: ignore[attr-defined]
+        finally:
+            run.finish(wait=False)
+
+
+def step_times() -> list[Row]:
+    """Return the time of the recipe by the seconds of a step with each way to split the batch."""
+    own, shares = seconds_of_step(None, (FAST, SLOW), 15, 30)
+    equal, _ = seconds_of_step(EQUAL_SPLIT, (FAST, SLOW), 3, 15)
+    static, _ = seconds_of_step(shares, (FAST, SLOW), 3, 30)
+    changed, after = seconds_of_step(None, (SLOW, FAST), 15, 30)
+    lost, _ = seconds_of_step(shares, (SLOW, FAST), 3, 12)
+    rows = []
+    for name, spent, note in (
+        ("shares that follow", own, f"shares {shares}"), ("split measured at the start", static, f"shares {shares}"),
+        ("equal split", equal, ""), ("speeds exchanged, shares that follow", changed, f"shares {after}"),
+        ("speeds exchanged, split measured at the start", lost, f"shares {shares}"),
+    ):  # fmt: skip
+        rows.append(
+            Row(f"{name}: seconds to the accuracy", STEPS * spent, note=f"{1000 * spent:.0f} ms a step; {note}")
+        )
+    rows.append(Row("equal split ÷ shares that follow", equal / own, 1.84))
+    rows.append(Row("split measured at the start ÷ shares that follow, speeds exchanged", lost / changed, 1))
+    return rows
+
+
+def main() -> int:
+    options = arguments(__doc__ or "", parts=("accuracy", "time"))
+    if not PATCHES.exists():
+        print(f"  skipped: no {PATCHES}; set TERRASHARD_SHARED_DATA")
+        return 0
+    try:
+        Quota("try").close()
+    except OSError as error:
+        print(f"  skipped: quotas of processor time cannot be set here ({error}); run it as root")
+        return 0
+    make_store()
+    passed = True
+    if options.part in (None, "accuracy"):
+        passed &= publish("hetero-accuracy", accuracy(3 if options.full else 1), full=options.full)
+    if options.part in (None, "time"):
+        passed &= publish("hetero-time", step_times(), full=options.full)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
