@@ -221,9 +221,10 @@ def _rendezvous() -> str:
     from distributed import get_worker
 
     host = get_worker().address.rpartition("://")[2].rpartition(":")[0].strip("[]")
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
-        return f"{host}:{probe.getsockname()[1]}"
+        port = probe.getsockname()[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _stop_process(key: str, at_once: bool) -> None:

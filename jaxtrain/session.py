@@ -260,7 +260,7 @@ class TrainingSession:
         step = assignment.step + 1
         state, metrics, work = self.replica.train_step(state, assignment, key=key)
         self.clock.waited(self.replica.input_wait)
-        self.writer.follow(assignment.step)
+        self.writer.follow(assignment.step, assignment.leader)
         self.reached = step
         self.settle(Dispatched(step, rows, metrics, False, work))
         self.stopping = work.asked

@@ -61,6 +61,8 @@ class RunWriter:
     _recent: list[tuple[Kind, int, dict[str, Any]]] = field(default_factory=list)
     """Lines of the last step, for a replica that comes to lead."""
     _recent_work: tuple[int, Work] | None = None
+    _followed: bool = False
+    """Whether another replica led a step that this one took part in."""
 
     @property
     def leads(self) -> bool:
@@ -106,10 +108,22 @@ class RunWriter:
                 self._record(*self._recent_work)
             self.tell("group", step, f"step {step}: {self.replica.name} leads the run from here on")
 
-    def follow(self, step: int) -> None:
-        """Begin to lead if the replica that led is gone; `step` is the number of steps done."""
-        if self.replica is not None and self.replica.leads and not self.leads:
-            self.lead(step, inherited=True)
+    def follow(self, step: int, led_by: str | None = None) -> None:
+        """Begin to lead if the replica that led is gone.
+
+        Args:
+            step: Steps done.
+            led_by: The replica that led at the beginning of the last step, after a step: it held the lock of the run.
+                Where there never was one, whoever holds the lock is of another group.
+
+        Raises:
+            Locked: Another group trains in this folder.
+        """
+        if self.replica is None:
+            return
+        self._followed |= led_by not in (None, self.replica.name)
+        if self.replica.leads and not self.leads:
+            self.lead(step, inherited=True, patience_s=_LOCK_S if self._followed else 0.0)
 
     def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
         """Write one line of the history, or keep it for the case that this process comes to lead."""

@@ -147,7 +147,8 @@ def find_group_point(address: str, run: Path | None, environment: Mapping[str, s
     """
     env = os.environ if environment is None else environment
     bare = address.removeprefix("tcp://")
-    if not re.fullmatch(r"(?:\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):\d{1,5}", bare):
+    found = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+(?:%[\w.-]+)?\]|[^\s:/\[\]]+):(\d{1,5})", bare, re.ASCII)
+    if found is None or int(found[1]) not in range(1, 65536):
         raise InvalidInput(f"--join {address}: expected HOST:PORT, the address that the first launcher has printed")
     known = None if run is None else _read(group_file(run))
     secret = env.get(SECRET) or (known["secret"] if known is not None and known["address"] == bare else None)

@@ -93,10 +93,14 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
     hosts = []
     for part in (part.strip() for part in text.split(",")):
         found = re.fullmatch(
-            r"(?:([^@\s]+)@)?(?:\[([0-9a-fA-F:.%]+)\]|([^\s:@\[\]/-][^\s:@\[\]/]*))(?::(\d{1,5}))?", part
+            r"(?:([^@\s]+)@)?(?:\[([0-9a-fA-F:.]+(?:%[\w.-]+)?)\]|([^\s:@\[\]/-][^\s:@\[\]/]*))(?::(\d{1,5}))?",
+            part,
+            re.ASCII,
         )
         if not found or int(found[4] or 1) not in range(1, 65536):
-            raise InvalidInput(f"--hosts {text}: {part!r} is no host; expected names such as gpu-a,user@gpu-b:2222")
+            bare = part.count(":") > 1 and not part.startswith("[")
+            expected = f"an IPv6 address stands in brackets, [{part}]" if bare else "expected gpu-a,user@gpu-b:2222"
+            raise InvalidInput(f"--hosts {text}: {part!r} is no host; {expected}")
         hosts.append(Host(part, found[2] or found[3], found[1], int(found[4]) if found[4] else None))
     twice = sorted({host.text for host in hosts if hosts.count(host) > 1})
     if twice:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,3 +173,35 @@ def test_a_replica_that_comes_after_the_end_has_no_error(
     (tmp_path / "run.toml").write_text("[data]\ncube = 'c.zarr'\npatch = 32\n[hetero]\nenabled = true\n")
     outcome = run("train", tmp_path / "run.toml", "--out", tmp_path / "run", "--json")
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "the run has reached its end\n")
+
+
+@pytest.mark.parametrize(
+    ("worker", "family", "meeting"),
+    [
+        ("tcp://10.0.0.5:40123", socket.AF_INET, "10.0.0.5:7"),
+        ("tls://[2001:db8::7]:40123", socket.AF_INET6, "[2001:db8::7]:7"),
+    ],
+)
+def test_workers_of_dask_meet_at_an_address_of_either_kind(
+    worker: str, family: int, meeting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX reads host:port from the end, so an IPv6 address needs its brackets."""
+    from cli.dask_workers import _rendezvous
+
+    bound: list[tuple[int, str]] = []
+
+    class Probe(contextlib.nullcontext[Any]):
+        def __init__(self, kind: int = socket.AF_INET) -> None:
+            super().__init__(self)
+            self.kind = kind
+
+        def bind(self, address: tuple[str, int]) -> None:
+            bound.append((self.kind, address[0]))
+
+        def getsockname(self) -> tuple[str, int]:
+            return bound[0][1], 7
+
+    monkeypatch.setattr("distributed.get_worker", lambda: SimpleNamespace(address=worker))
+    monkeypatch.setattr("socket.socket", Probe)
+    assert _rendezvous() == meeting
+    assert bound == [(family, meeting.rpartition(":")[0].strip("[]"))]

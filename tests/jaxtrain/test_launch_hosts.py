@@ -15,7 +15,7 @@ import pytest
 
 from jaxtrain.launch import LaunchConfig, launch_at
 from jaxtrain.launching import remote
-from jaxtrain.launching.hosts import HostOptions, parse_hosts
+from jaxtrain.launching.hosts import Host, HostOptions, parse_hosts
 from jaxtrain.launching.outcome import LOST
 from jaxtrain.launching.remote import RemoteHosts
 from zarr_store.errors import AccessError, InvalidInput
@@ -229,11 +229,28 @@ def test_a_host_that_cannot_be_reached_is_named(machines: list[SshHost], tmp_pat
         ("-oProxyCommand=x", "is no host"),
         ("ssh://gpu-a", "is no host"),
         ("gpu-a:99999", "is no host"),
+        ("fe80::1", r"is no host; an IPv6 address stands in brackets, \[fe80::1\]"),
+        ("[gpu-a]", "is no host"),
+        ("[fe80::1%]", "is no host"),
     ],
 )
 def test_hosts_that_make_no_sense(text: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         parse_hosts(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("[::1]", Host("[::1]", "::1")),
+        ("me@[2001:db8::7]:2222", Host("me@[2001:db8::7]:2222", "2001:db8::7", "me", 2222)),
+        ("[fe80::1%eth0]:22", Host("[fe80::1%eth0]:22", "fe80::1%eth0", None, 22)),
+        ("[::ffff:10.0.0.5]", Host("[::ffff:10.0.0.5]", "::ffff:10.0.0.5")),
+        ("10.0.0.5:22", Host("10.0.0.5:22", "10.0.0.5", None, 22)),
+    ],
+)
+def test_forms_of_an_address(text: str, host: Host) -> None:
+    assert parse_hosts(f"gpu-a,{text}") == (Host("gpu-a", "gpu-a"), host)
 
 
 def test_options_that_make_no_sense() -> None:

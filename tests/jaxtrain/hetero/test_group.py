@@ -265,6 +265,16 @@ def test_replayed_chunks_rule_where_their_members_are_there() -> None:
     assert all(done[step]["m3"] for step in (2, 3, 4)), "no record of these members, or a wrong one: by speed"
 
 
+def test_the_memory_of_a_member_bounds_its_chunks() -> None:
+    world = World(0)
+    world.group._expected = 2
+    world.come(0, limit=1)
+    world.come(0)
+    world.run_to(8)
+    shares = [{name: len(part["chunks"]) for name, part in parts} for parts in world.commits.values()]
+    assert shares == [{"m1": 1, "m2": 6}] * 9
+
+
 def test_an_exchange_that_stands_still_is_repeated() -> None:
     """As when data between two members get lost, though both reach the coordinator."""
     world = World(2)

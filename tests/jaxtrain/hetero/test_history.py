@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import jax
@@ -17,6 +18,7 @@ from jaxtrain.data.windows import Windows
 from jaxtrain.hetero.history import ShareHistory, read_events, read_shares
 from jaxtrain.hetero.membership import Event
 from jaxtrain.hetero.memory import free_bytes, most_chunks
+from jaxtrain.hetero.replica import join_group
 from jaxtrain.hetero.stream import ChunkStream
 from jaxtrain.parallel.mesh import batch_sharding
 
@@ -116,6 +118,38 @@ def test_memory_bounds_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "memory.max").write_text("max")
     assert free_bytes(tmp_path / "meminfo", tmp_path) == 2_048_000
     assert free_bytes(tmp_path / "absent", tmp_path) is None
+    monkeypatch.setattr("jaxtrain.hetero.memory.free_bytes", lambda: 30_000)
+    assert most_chunks(1000, steps=3, environment={}) == 5
     two = {"TERRASHARD_LOCAL_PROCESSES": "2"}
     assert most_chunks(1000, steps=3, free=600_000, environment=two) == 50
     assert most_chunks(10**9, steps=3, free=600_000, environment=two) == 1
+
+
+def test_a_replica_joins_with_the_bound_of_its_memory_and_what_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        """Ends the joining."""
+
+    given: dict[str, Any] = {}
+
+    def join(*_: Any, **options: Any) -> None:
+        given.update(options)
+        raise Asked
+
+    monkeypatch.setattr("jaxtrain.hetero.replica.warm_up", lambda *_: 3)
+    monkeypatch.setattr("jaxtrain.hetero.replica.identify", lambda *_: None)
+    monkeypatch.setattr("jaxtrain.hetero.member.Member.join", join)
+    with ShareHistory(tmp_path) as history:
+        for step in range(3):
+            history.write(step, {"a": (0, 1), "b": (2, 3)}, "a")
+    config = SimpleNamespace(
+        run=SimpleNamespace(batch_size=8), chunk=2, hetero=SimpleNamespace(silence_s=7.0)
+    )  # fmt: skip
+    group: Any = SimpleNamespace(leads=False, address="127.0.0.1:1", secret="s", name="a")
+    joining: Any = join_group(group, config, None, None, tmp_path, state_step=2)  # type: ignore[arg-type]
+    with pytest.raises(Asked), joining:
+        pass
+    assert given == {
+        "chunks": 4, "limit": 3, "state_step": 2, "silence_s": 7.0, "replay": {2: {"a": (0, 1), "b": (2, 3)}}
+    }  # fmt: skip

@@ -26,8 +26,9 @@ from jaxtrain.hetero.replica import Replica
 from jaxtrain.runs.checkpoint import CheckpointStore, name_leaves, target_of
 from jaxtrain.runs.events import TrainingResult
 from jaxtrain.runs.log import read_metrics
-from jaxtrain.runs.rundir import load_card, program_of
-from zarr_store.errors import InvalidInput, Preempted
+from jaxtrain.runs.rundir import LOCK_KEY, load_card, program_of
+from zarr_store.errors import InvalidInput, Locked, Preempted
+from zarr_store.lock import CubeLock
 
 from ..cube_factory import shared_cube, tiny_config
 
@@ -345,6 +346,18 @@ def test_states_that_drift_apart_are_found_and_the_leaders_is_sent(
         f"that of {leader}"
     ]
     assert found[leader].steps == 6
+
+
+def test_a_second_group_does_not_take_the_run_of_the_first(tmp_path: Path) -> None:
+    """Two coordinators at two addresses: every replica of the second group ends, and the lock stays where it is."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with CubeLock(out, "train", key=LOCK_KEY):
+        held = (out / LOCK_KEY).read_bytes()
+        found = run_group(hetero_config(), out)
+        assert [type(error) for error in found.values()] == [Locked, Locked], found
+        assert (out / LOCK_KEY).read_bytes() == held
+    assert not (out / "metrics.jsonl").exists()
 
 
 def test_a_process_without_a_group_says_how_to_start_one(tmp_path: Path) -> None:
