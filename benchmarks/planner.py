@@ -144,17 +144,19 @@ def predicted(name: str, compute: list[float]) -> dict[str, Any]:
 
     net, profile, wanted, known, probes, refused = prepared(name)
     ratios = compute_ratios(probes, compute, profile)
-    before, after = {}, {}
+    before, after, parts = {}, {}, {}
     moved: dict[str, float] = {}
     for one in wanted:
         prediction = predict(known[one.strategy], profile, net.config.model.precision)
         before[one.strategy] = prediction.step_s
-        after[one.strategy] = corrected(prediction, ratios.of(one.mesh)).step_s
+        after[one.strategy] = corrected(prediction, ratios.of(one.mesh), ratios.exchange).step_s
+        parts[one.strategy] = [prediction.compute_s, prediction.memory_s, prediction.collective_s, prediction.idle_s]
         row = Strategy(one, known[one.strategy], prediction, True)
         for number, share in sensitivity(Survey(net, DEVICES, profile, (row,))).items():
             moved[number] = max(moved.get(number, 0.0), share, key=abs)
     return {
-        "predicted_s": before, "corrected_s": after, "ratios": [ratios.alone, ratios.shared], "sensitivity": moved,
+        "predicted_s": before, "corrected_s": after, "parts_s": parts,
+        "ratios": [ratios.alone, ratios.shared, ratios.exchange], "sensitivity": moved,
         "refused": refused, "profile": profile.model_dump(mode="json"),
     }  # fmt: skip
 
@@ -196,7 +198,8 @@ def show(kept: dict[str, Any]) -> bool:
         refused = "; ".join(f"{strategy}: {why}" for strategy, why in kept[name]["refused"].items())
         moves = ", ".join(f"{number} {share:+.1%}" for number, share in kept[name]["sensitivity"].items())
         print(f"{name}: computing in predictions {kept[name]['ratios'][0]:.2f} alone, "
-              f"{kept[name]['ratios'][1]:.2f} together; 20 % slower moves the step at most: {moves}"
+              f"{kept[name]['ratios'][1]:.2f} together, exchanges {kept[name]['ratios'][2]:.2f}; "
+              f"20 % slower moves the step at most: {moves}"
               f"{'; cannot be: ' + refused if refused else ''}")  # fmt: skip
     for name in kept:
         print(f"{name}: prepared in {kept[name]['prepared_s']:.0f} s")

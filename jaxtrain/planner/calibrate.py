@@ -25,14 +25,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.parallel.heap import keep_freed_memory
 from jaxtrain.parallel.processes import start_distributed, wait_for_all
+from jaxtrain.planner.operations import KINDS
 from jaxtrain.planner.profile import Curve, Device, Link, Profile
 
 __all__ = ["calibrate"]
 
 REPEATS = 7
 CHANNELS = 32
-SIDES = {"convolution": (4, 16, 64), "gradient": (8, 16, 64)}
-"""Rows of the images of 32 channels, eight of each on a device."""
+SIDES = {8: (16, 64), 16: (16, 64), 32: (8, 16, 64), 64: (8, 32)}
+"""Rows of the images by their channels, eight images of each on a device; few channels reach fewer operations."""
 BATCH = 8
 ROWS = (1 << 12, 1 << 15, 1 << 18)
 """Rows of 32 numbers of arrays for simple arithmetic, transpositions and sums: a cache's, the last one's, none's."""
@@ -104,7 +105,7 @@ def _together(alone: dict[str, Curve], busy: dict[str, Curve], devices: int) -> 
     """Return what all devices together do in the time of one, over all kinds of work."""
     if not busy:
         return 1.0
-    slower = [busy[kind].seconds[-1] / alone[kind].seconds[-1] for kind in alone]
+    slower = [busy[kind].seconds[-1] / alone[kind].seconds[-1] for kind in KINDS]
     return max(1.0, devices / max(statistics.geometric_mean(slower), 1e-9))
 
 
@@ -134,12 +135,15 @@ def _work(mesh: Mesh) -> dict[str, Curve]:
         return Curve(sizes=tuple(size for size, _ in kept), seconds=tuple(seconds for _, seconds in kept))
 
     found = {}
-    for kind, sides in SIDES.items():
-        make, turns = (_convolution, TURNS) if kind == "convolution" else (_gradient, 1)
-        found[kind] = curve([
-            (2.0 * BATCH * side * side * 9 * CHANNELS * CHANNELS, _median(*make(mesh, side, jnp.float32)), turns)
-            for side in sides
-        ])  # fmt: skip
+    for kind, make, turns in (("convolution", _convolution, TURNS), ("gradient", _gradient, 1)):
+        for channels, sides in SIDES.items():
+            operations = 2.0 * BATCH * 9 * channels**2
+            made = curve([(operations * side**2, _median(*make(mesh, side, jnp.float32, channels)), turns)
+                          for side in sides])  # fmt: skip
+            moved = 4.0 * (2 * BATCH * channels * sides[-1] ** 2 + 9 * channels**2)
+            intensity = operations * sides[-1] ** 2 / moved
+            name = kind if channels == CHANNELS else f"{kind}-{channels}"
+            found[name] = made.model_copy(update={"intensity": intensity})
     size = 2.0 * BATCH * (3 * 2 - 2) * (3 * 3 - 2) * CHANNELS**2  # places of a window that meet a pixel of 2 × 3
     found["swapped"] = curve([(size, _median(*_small(mesh)), 1)])
     rows = (1 << 8, 1 << 12, 1 << 16)
@@ -180,13 +184,13 @@ def _convolve(x: Any, k: Any) -> Any:
     return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _convolution(mesh: Mesh, side: int, dtype: Any) -> tuple[Function, Any]:
+def _convolution(mesh: Mesh, side: int, dtype: Any, channels: int = CHANNELS) -> tuple[Function, Any]:
     def run(x: Any, k: Any) -> Any:
         for _ in range(TURNS):
             x = _convolve(x, k)
         return x
 
-    return _on(mesh, run, [(BATCH, side, side, CHANNELS), (3, 3, CHANNELS, CHANNELS)], dtype)
+    return _on(mesh, run, [(BATCH, side, side, channels), (3, 3, channels, channels)], dtype)
 
 
 def _small(mesh: Mesh) -> tuple[Function, Any]:
@@ -194,12 +198,12 @@ def _small(mesh: Mesh) -> tuple[Function, Any]:
     return _on(mesh, _convolve, [(BATCH, 2, 3, CHANNELS), (3, 3, CHANNELS, CHANNELS)])
 
 
-def _gradient(mesh: Mesh, side: int, dtype: Any) -> tuple[Function, Any]:
+def _gradient(mesh: Mesh, side: int, dtype: Any, channels: int = CHANNELS) -> tuple[Function, Any]:
     def run(x: Any, dy: Any) -> Any:
-        kernel = jnp.zeros((3, 3, CHANNELS, CHANNELS), dtype)
+        kernel = jnp.zeros((3, 3, channels, channels), dtype)
         return jax.vjp(partial(_convolve, x), kernel)[1](dy)[0]
 
-    return _on(mesh, run, [(BATCH, side, side, CHANNELS)] * 2, dtype)
+    return _on(mesh, run, [(BATCH, side, side, channels)] * 2, dtype)
 
 
 def _turn(x: Any) -> Any:
@@ -230,16 +234,30 @@ def _exchanges(mesh: Mesh) -> dict[str, Curve]:
         "collective-permute": lambda x: permute(x, "data", ring) * 0.5,
         "all-to-all": lambda x: swap(x, "data", 0, 0, tiled=True) * 0.5,
     }
-    runs = [_between(mesh, lambda x: x, MESSAGES[0])]
-    runs += [_between(mesh, run, size) for run in kinds.values() for size in MESSAGES]
+    wanted = [(run, size) for run in kinds.values() for size in MESSAGES]
+    runs = [_between(mesh, lambda x: x, MESSAGES[0]), *(_between(mesh, run, size) for run, size in wanted)]
     still, *spent = _medians(runs)
+    # beside convolutions a few microseconds cannot be told from noise; alone they can, and no exchange costs less
+    idle, *least = _medians([_chain(mesh, lambda x: x, MESSAGES[0]), *(_chain(mesh, *one) for one in wanted)])
     found = {}
     for number, kind in enumerate(kinds):
         seconds: list[float] = []
-        for one in spent[number * len(MESSAGES) :][: len(MESSAGES)]:
-            seconds.append(max((one - still) / CHAIN, *seconds, LEAST_S))
+        for at in range(number * len(MESSAGES), (number + 1) * len(MESSAGES)):
+            seconds.append(max((spent[at] - still) / CHAIN, (least[at] - idle) / CHAIN, *seconds, LEAST_S))
         found[kind] = Curve(sizes=tuple(map(float, MESSAGES)), seconds=tuple(seconds))
     return found
+
+
+def _chain(mesh: Mesh, exchange: Function, size: int) -> tuple[Function, Any]:
+    """Return exchanges one after the other, with nothing between them."""
+    n = mesh.size
+
+    def chain(x: Any) -> Any:
+        for _ in range(CHAIN):
+            x = exchange(x + 1.0)
+        return x
+
+    return _on(mesh, chain, [(max(size // 4 // n, 1) * n,)])
 
 
 def _between(mesh: Mesh, exchange: Function, size: int) -> tuple[Function, Any]:

@@ -31,7 +31,7 @@ class Prediction:
 
     step_s: float
     compute_s: float
-    """Instructions that arithmetic limits, and starting instructions."""
+    """Instructions that arithmetic limits, and starting instructions (`launch_s`)."""
     memory_s: float
     """Instructions that memory traffic limits."""
     collective_s: float
@@ -42,6 +42,8 @@ class Prediction:
     """Exchanges that pass while devices compute; no part of the step."""
     bubble: float
     """Share of the idle time of a pipeline's schedule, as predicted."""
+    launch_s: float = 0.0
+    """Part of `compute_s` that is the starting of instructions."""
 
 
 def predict(facts: Facts, profile: Profile, precision: str) -> Prediction:
@@ -68,7 +70,8 @@ def predict(facts: Facts, profile: Profile, precision: str) -> Prediction:
     data = [one for one in program.collectives if "data" in one.axes]
     along_data = exchange_seconds(data, facts.mesh, profile)
     hidden = min(profile.overlap * along_data, BACKWARD * (computed + moved))
-    return Prediction(computed + moved + total - hidden, computed, moved, total - hidden, 0.0, hidden, 0.0)
+    started = launch_seconds(program, profile, devices)
+    return Prediction(computed + moved + total - hidden, computed, moved, total - hidden, 0.0, hidden, 0.0, started)
 
 
 def program_seconds(program: Compiled, profile: Profile, precision: str, devices: int) -> tuple[float, float]:
@@ -97,13 +100,24 @@ def program_seconds(program: Compiled, profile: Profile, precision: str, devices
     return computed * slower, moved * slower
 
 
+def launch_seconds(program: Compiled, profile: Profile, devices: int) -> float:
+    """Return the part of `program_seconds` that is the starting of instructions.
+
+    It is 0 where instructions were measured, because each of those seconds has its start in it.
+    """
+    if profile.device.measured and program.kinds:
+        return 0.0
+    return sum(count for *_, count in program.work) * profile.device.launch * profile.device.slowed(devices)
+
+
 def _measured_seconds(program: Compiled, profile: Profile, precision: str, devices: int) -> tuple[float, float]:
     """Return what `program_seconds` returns, from the curves of a machine that was measured."""
     device = profile.device
     slower = device.peak["float32"] / device.peak.get(precision, device.peak["float32"])  # type: ignore[call-overload]  # any text
     computed = moved = 0.0
     for (flops, _, size, count), kind in zip(program.work, program.kinds, strict=True):
-        seconds = count * device.seconds(kind, flops or size, devices)
+        intensity = flops / size if flops and size else math.inf
+        seconds = count * device.seconds(kind, flops or size, devices, intensity=intensity)
         if flops:
             computed += slower * seconds
         else:
@@ -282,4 +296,6 @@ def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
     share = [sum(runs[at] * value[i] for at, value in seconds.items()) / stages for i in range(3)]
     handed = 2 * facts.microbatches * sum(given.values()) / stages
     busy_s = min(step, sum(share) + handed)
-    return Prediction(step, share[0], share[1], share[2] + handed, max(0.0, step - busy_s), 0.0, bubble(intervals))
+    started = sum(one.runs * launch_seconds(one, profile, busy) for one in facts.programs) / stages
+    idle = max(0.0, step - busy_s)
+    return Prediction(step, share[0], share[1], share[2] + handed, idle, 0.0, bubble(intervals), started)

@@ -169,7 +169,7 @@ def _compile_facts(program: Program, dtypes: Mapping[str, str], dialect: Dialect
     key = jax.eval_shape(lambda: jax.random.key(0))
     if program.layout is None:
         lowered = make_train_step(program).jitted.lower(program.shapes, batch, key)
-        shapes = [leaf.shape for leaf in jax.tree.leaves(program.shapes.params)] if config.mesh.zero else []
+        shapes = _gathered_shapes(program) if config.mesh.zero else []
         programs: tuple[Compiled, ...] = (_facts("step", 0, 0, 1, lowered.compile(), axes, dialect, shapes),)
         handovers: tuple[HandOver, ...] = ()
     else:
@@ -186,6 +186,15 @@ def _compile_facts(program: Program, dtypes: Mapping[str, str], dialect: Dialect
         parts=1 if program.layout is None else program.layout.chunks,
         schedule=config.mesh.schedule if program.layout is not None else "",
     )
+
+
+def _gathered_shapes(program: Program) -> list[tuple[int, ...]]:
+    """Return the shapes that parameters have where ZeRO has gathered them: whole, or the part of a split of filters."""
+    leaves = jax.tree.leaves(program.shapes.params)
+    places = jax.tree.leaves(program.whole)
+    return [leaf.shape for leaf in leaves] + [
+        place.shard_shape(leaf.shape) for leaf, place in zip(leaves, places, strict=True)
+    ]
 
 
 def config_axes(config: TrainConfig) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.planner.candidates import Candidate, with_mesh
-from jaxtrain.planner.cost import Prediction, program_seconds
+from jaxtrain.planner.cost import Prediction, exchange_seconds, program_seconds
 from jaxtrain.planner.facts import Facts
 from jaxtrain.planner.machine import run_here
 from jaxtrain.planner.profile import Profile
@@ -37,8 +37,8 @@ SECONDS = 1800
 def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
     """Run the quickest strategies that fit on this machine, in turns; return the survey with what was measured.
 
-    With them, probes measure what computing costs without exchange. The ratio of that to its prediction is what the
-    profile does not know of this network, and corrects the computing time of all strategies.
+    With them, probes measure what computing costs without exchange, and what the exchange of the gradient costs after
+    it. The ratios to their predictions are what the profile does not know, and correct all strategies.
 
     Args:
         survey: of this machine's profile.
@@ -65,7 +65,11 @@ def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
 
 @dataclass(frozen=True)
 class Probe:
-    """The program of one device, run by some devices at once, each on its part of the batch and without exchange."""
+    """What is measured beside the strategies.
+
+    It is the program of one device, run by some devices at once, each on its part of the batch and without exchange; or
+    the exchange of the gradient after it.
+    """
 
     request: dict[str, Any]
     facts: Facts
@@ -73,14 +77,23 @@ class Probe:
     devices: int
     """Devices that a strategy keeps busy, for which the copies stand."""
 
+    @property
+    def is_exchange(self) -> bool:
+        """Whether the exchange is measured, and not the computing."""
+        return "exchange" in self.request
+
     def predicted(self, profile: Profile) -> float:
         """Return the seconds that the profile predicts for a step."""
         (program,) = self.facts.programs
+        if self.is_exchange:
+            return exchange_seconds(program.collectives, self.facts.mesh, profile)
         return sum(program_seconds(program, profile, self.request["config"]["model"]["precision"], self.devices))
 
 
 def compute_probes(network: Network, devices: int, profile: Profile) -> list[Probe]:
-    """Return what measures the computing of a network: one device alone, and all that a processor runs at once.
+    """Return what measures a network without its strategies.
+
+    These are one device alone, all devices that a processor runs at once, and the exchange of their gradient.
 
     Raises:
         InvalidInput: one device cannot run this configuration.
@@ -97,24 +110,51 @@ def compute_probes(network: Network, devices: int, profile: Profile) -> list[Pro
         if isinstance(config, str):
             raise InvalidInput(f"one device cannot run this configuration: {config}")
         made.append((copies, standing, Candidate("one device", 1, config)))
-    facts = compile_candidates(network, [one for *_, one in made], profile, 2, lambda _done, _all: None)
+    both = _data_parallel(network, devices) if len(wanted) > 1 and wanted[-1][0] == devices else []
+    every = [*(one for *_, one in made), *both]
+    facts = compile_candidates(network, every, profile, 2, lambda _done, _all: None)
     probes = []
     for copies, standing, one in made:
         known = facts[id(one)]
         if isinstance(known, str) or one.config is None:
             raise InvalidInput(f"one device cannot run this configuration: {known}")
         probes.append(Probe({**request_of(network, one.config), "copies": copies}, known, copies, standing))
+    for one in both:
+        known = facts[id(one)]
+        if not isinstance(known, str) and (arrays := _summed(known)):
+            request = {**probes[-1].request, "exchange": arrays}
+            probes.append(Probe(request, known, devices, devices))
     return probes
+
+
+def _data_parallel(network: Network, devices: int) -> list[Candidate]:
+    config = with_mesh(network.config, {"data": devices})
+    return [] if isinstance(config, str) else [Candidate("data", devices, config)]
+
+
+def _summed(facts: Facts) -> list[tuple[tuple[int, ...], str]]:
+    """Return shape and type of each array that data-parallel devices sum in a step, in order."""
+    types = {"f32": "float32", "bf16": "bfloat16", "s32": "int32", "u32": "uint32"}
+    return [
+        (shape, types.get(dtype, "float32"))
+        for program in facts.programs
+        for one in program.collectives
+        if one.kind == "all-reduce" and "data" in one.axes
+        for _ in range(one.count)
+        for shape, dtype in zip(one.shapes, one.types, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class Ratios:
-    """Measured seconds of computing in predicted ones."""
+    """Measured seconds of computing and of exchanges, in predicted ones."""
 
     alone: float
     """Ratio for one device with the whole batch, while the others rest."""
     shared: float
     """Ratio for devices that each have their part of the batch, and work at once."""
+    exchange: float = 1.0
+    """Ratio for the exchange of the gradient."""
 
     def of(self, mesh: MeshConfig) -> float:
         """Return the ratio for a strategy.
@@ -131,11 +171,11 @@ def compute_ratios(probes: Sequence[Probe], seconds: Sequence[float], profile: P
 
     Devices that share cores take turns on them, so few copies on all cores stand for many.
     """
-    found = [
-        measured * probe.devices / probe.copies / probe.predicted(profile)
-        for probe, measured in zip(probes, seconds, strict=True)
-    ]
-    return Ratios(found[0], found[-1])
+    found: dict[bool, list[float]] = {False: [], True: [1.0]}
+    for probe, measured in zip(probes, seconds, strict=True):
+        found[probe.is_exchange].append(measured * probe.devices / probe.copies / probe.predicted(profile))
+    computing = found[False]
+    return Ratios(computing[0], computing[-1], found[True][-1])
 
 
 def request_of(network: Network, config: TrainConfig) -> dict[str, Any]:
@@ -158,16 +198,18 @@ def run_measurer(requests: Sequence[Mapping[str, Any]], devices: int, processes:
     return answers
 
 
-def corrected(prediction: Prediction, ratio: float) -> Prediction:
-    """Return the prediction with its computing time times a ratio; exchanges stay as they are."""
-    parts = {name: getattr(prediction, name) * ratio for name in ("compute_s", "memory_s", "idle_s")}
-    step = (prediction.step_s - prediction.collective_s) * ratio + prediction.collective_s
-    return replace(prediction, **parts, step_s=step)
+def corrected(prediction: Prediction, computing: float, exchange: float = 1.0) -> Prediction:
+    """Return the prediction with its computing time times a ratio, and its exchanges times another one."""
+    parts = {name: getattr(prediction, name) * computing for name in ("compute_s", "memory_s", "idle_s", "launch_s")}
+    exchanged = prediction.collective_s * exchange
+    step = (prediction.step_s - prediction.collective_s) * computing + exchanged
+    return replace(prediction, **parts, collective_s=exchanged, step_s=step)
 
 
 def _measured(row: Row, answer: Mapping[str, Any], ratios: Ratios) -> Row:
     known = row.candidate.config is not None and row.prediction is not None
-    prediction = corrected(row.prediction, ratios.of(row.candidate.mesh)) if known else None  # type: ignore[arg-type]  # known
+    ratio = ratios.of(row.candidate.mesh) if known else 1.0
+    prediction = corrected(row.prediction, ratio, ratios.exchange) if known else None  # type: ignore[arg-type]  # known
     if "why_not" in answer:
         return replace(row, prediction=prediction, fits=False, why_not=answer["why_not"])
     return replace(row, prediction=prediction, measured_s=answer.get("seconds"), every=tuple(answer.get("every", ())))

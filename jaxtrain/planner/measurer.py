@@ -6,6 +6,8 @@ it together where the run has several; the first prints the answers.
 
 A request with `copies` does not run a strategy: several devices run the program of one device at once, each on windows
 of its own, and none waits for another. That is what computing costs where devices share cores, without any exchange.
+With `exchange` it is the exchange that is timed: after each step of the copies all devices sum arrays of these shapes,
+one after the other, as they sum gradients.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.arrays import local_rows, put_batch
@@ -73,6 +76,19 @@ class _Runner:
         return self._state.params, metrics
 
 
+class _Turn(Protocol):
+    """What one request runs when it is its turn."""
+
+    runners: list[_Runner]
+    steps: int
+
+    def prepare(self) -> None:
+        """Make what it needs, and run the first steps."""
+
+    def run(self, steps: int) -> float:
+        """Return the seconds of a step."""
+
+
 class _Together:
     """What one request runs: a strategy, or copies of the program of one device."""
 
@@ -108,6 +124,44 @@ class _Together:
         return (time.perf_counter() - began) / steps
 
 
+class _Exchange:
+    """Sums of arrays over all devices, each time after a step of copies, as gradients are summed."""
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        self._copies = _Together(request)
+        self.runners, self.steps = self._copies.runners, STEPS
+        self._shapes = [(tuple(shape), dtype) for shape, dtype in request["exchange"]]
+
+    def prepare(self) -> None:
+        """Make states and arrays, and sum once."""
+        devices: list[Any] = jax.devices()
+        mesh = Mesh(np.array(devices), ("data",))
+        spec: Callable[..., PartitionSpec] = PartitionSpec
+        psum: Any = jax.lax.psum
+        added: Any = jax.shard_map(
+            lambda *arrays: tuple(psum(x, "data") for x in arrays),
+            mesh=mesh, in_specs=spec(), out_specs=spec(), check_vma=False,
+        )  # fmt: skip
+        self._sum = jax.jit(added)
+        self._arrays = [
+            jax.device_put(np.zeros(shape, dtype), NamedSharding(mesh, spec())) for shape, dtype in self._shapes
+        ]
+        self._copies.prepare()
+        self.steps = self._copies.steps
+        self.run(1)
+
+    def run(self, steps: int) -> float:
+        """Return the seconds from the end of the own copies to the end of the exchange: others may be later."""
+        wait: Callable[..., Any] = jax.block_until_ready
+        spent = 0.0
+        for _ in range(steps):
+            wait([runner.begin() for runner in self.runners])
+            began = time.perf_counter()
+            wait(self._sum(*self._arrays))
+            spent += time.perf_counter() - began
+        return spent / steps
+
+
 def random_batch(shapes: Mapping[str, Any], classes: int) -> dict[str, np.ndarray]:
     """Return a batch of random numbers: stored values, class indices, all observed."""
     rng = np.random.default_rng(0)
@@ -128,13 +182,13 @@ def measure(requests: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Args:
         requests: `config` of the run, `card` of its data, `dtypes` of its batches; `copies` of the program of one
-            device, where no strategy is asked for.
+            device, where no strategy is asked for, and with them `exchange`, shapes and types of arrays to sum.
     """
-    runners: dict[int, _Together] = {}
+    runners: dict[int, _Turn] = {}
     found: list[dict[str, Any]] = [{} for _ in requests]
     for number, request in enumerate(requests):
         try:
-            runners[number] = _Together(request)
+            runners[number] = _Exchange(request) if "exchange" in request else _Together(request)
         except TerrashardError as error:
             found[number] = {"why_not": str(error)}
     with ThreadPoolExecutor(COMPILERS) as pool:

@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput
 
-__all__ = ["Curve", "Device", "Link", "Profile", "profile_names", "quantity", "read_profile"]
+__all__ = ["Curve", "Device", "Link", "Profile", "kind_of", "profile_names", "quantity", "read_profile"]
 
 MOST_BYTES = 1 << 20
 PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -78,6 +78,8 @@ class Curve(_Strict):
     sizes: tuple[float, ...] = Field(min_length=1)
     """Operations of convolutions and products, bytes of everything else; ascending."""
     seconds: tuple[float, ...]
+    intensity: float | None = Field(None, gt=0)
+    """Operations for each byte that was read or written; None where the rate does not depend on it."""
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> Curve:
@@ -102,7 +104,7 @@ class Curve(_Strict):
 
     def times(self, factor: float) -> Curve:
         """Return the curve of a machine that takes `factor` times as long."""
-        return Curve(sizes=self.sizes, seconds=tuple(factor * one for one in self.seconds))
+        return self.model_copy(update={"seconds": tuple(factor * one for one in self.seconds)})
 
 
 class Device(_Strict):
@@ -126,23 +128,58 @@ class Device(_Strict):
     together: float | None = Field(None, ge=1)
     """Rate of all devices of one processor together, in rates of one alone; None where devices share nothing."""
     measured: dict[str, Curve] = {}
-    """Seconds of an instruction by its kind (`operations.KINDS`), where one device works alone; none of a datasheet."""
+    """Seconds of an instruction by its kind (`operations.KINDS`), where one device works alone; none of a datasheet.
+
+    `convolution-8` is the curve of convolutions of 8 filters: the fewer filters, the fewer operations a second.
+    """
     busy: dict[str, Curve] = {}
     """The same while all devices work."""
     sharing: int = Field(1, ge=1)
     """Devices that worked at once when `busy` was measured."""
 
-    def seconds(self, kind: str, size: float, devices: int) -> float:
-        """Return the measured seconds of one instruction while so many devices work."""
-        alone = self.measured[kind].at(size)
+    def seconds(self, kind: str, size: float, devices: int, *, intensity: float = math.inf) -> float:
+        """Return the measured seconds of one instruction while so many devices work.
+
+        Args:
+            kind: one of `operations.KINDS`.
+            size: operations of convolutions and products, bytes of everything else.
+            devices: Devices that work at the same time.
+            intensity: Operations of a convolution or product for each byte that it reads or writes.
+        """
+        alone = _between(self.measured, kind, size, intensity)
         if self.sharing == 1 or devices == 1:
             return alone
         share = min(1.0, (devices - 1) / (self.sharing - 1))
-        return alone + share * (self.busy[kind].at(size) - alone)
+        return alone + share * (_between(self.busy, kind, size, intensity) - alone)
 
     def slowed(self, devices: int) -> float:
         """Return how much longer work takes on each of several devices that work at once."""
         return 1.0 if self.together is None else max(1.0, devices / self.together)
+
+
+def _between(curves: Mapping[str, Curve], kind: str, size: float, intensity: float) -> float:
+    """Return the seconds at a size from the two curves of a kind whose intensities lie around that of an instruction.
+
+    >>> few, many = (Curve(sizes=(1e3,), seconds=(one,), intensity=i) for one, i in ((4e-5, 10.0), (1e-5, 40.0)))
+    >>> curves = {"convolution": many, "convolution-8": few}
+    >>> [_between(curves, "convolution", 1e3, intensity) for intensity in (5.0, 20.0, 80.0)]
+    [4e-05, 2e-05, 1e-05]
+    """
+    alike = [curve for name, curve in curves.items() if kind_of(name) == kind and curve.intensity is not None]
+    if not alike:
+        return curves[kind].at(size)
+    alike.sort(key=lambda curve: curve.intensity or 0.0)
+    above = next((i for i, curve in enumerate(alike) if (curve.intensity or 0.0) >= intensity), len(alike) - 1)
+    high, low = alike[above], alike[max(above - 1, 0)]
+    x, y, (a, b) = low.at(size), high.at(size), (low.intensity or 1.0, high.intensity or 1.0)
+    if a == b or intensity <= a or intensity >= b:
+        return x if intensity <= a else y
+    return x * math.pow(y / x, math.log(intensity / a) / math.log(b / a))
+
+
+def kind_of(curve: str) -> str:
+    """Return the kind of instruction that a curve is of: `convolution-8` is a curve of `convolution`."""
+    return curve.partition("-")[0]
 
 
 class Link(_Strict):

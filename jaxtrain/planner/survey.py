@@ -113,6 +113,7 @@ class Row:
             "bubble": prediction.bubble,
             "predicted_step_s": prediction.step_s,
             "compute_s": prediction.compute_s,
+            "launch_s": prediction.launch_s,
             "memory_s": prediction.memory_s,
             "collective_s": prediction.collective_s,
             "idle_s": prediction.idle_s,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtrain.planner.cost import predict
-from jaxtrain.planner.profile import Profile
+from jaxtrain.planner.profile import Profile, kind_of
 from jaxtrain.planner.scaling import Curve
 from jaxtrain.planner.survey import Row, Survey, bytes_as_compiled, bytes_on_wire
 
@@ -168,8 +168,8 @@ def verdict(survey: Survey) -> str:
             f"The quickest other strategy, {second.candidate.strategy} ({mesh_text(second)}), takes "
             f"{second.seconds / p.step_s:.2f} times as long."
         )
-    parts = {"arithmetic": p.compute_s, "memory traffic": p.memory_s, "exchange between devices": p.collective_s,
-             "waiting of stages": p.idle_s}  # fmt: skip
+    parts = {"arithmetic": p.compute_s - p.launch_s, "starting instructions": p.launch_s, "memory traffic": p.memory_s,
+             "exchange between devices": p.collective_s, "waiting of stages": p.idle_s}  # fmt: skip
     name, seconds = max(parts.items(), key=lambda part: part[1])
     said.append(f"What limits it is {name}: {seconds / max(p.step_s, 1e-12):.0%} of the step.")
     if choice.corrected:
@@ -224,10 +224,10 @@ def _lowered(profile: Profile, factor: float) -> dict[str, Profile]:
     if device.measured:
         kinds = {
             kind: with_device(**{
-                name: {**curves, kind: curves[kind].times(1 / factor)} if kind in curves else curves
-                for name, curves in (("measured", device.measured), ("busy", device.busy))
+                field: {name: one.times(1 / factor) if kind_of(name) == kind else one for name, one in curves.items()}
+                for field, curves in (("measured", device.measured), ("busy", device.busy))
             })
-            for kind in device.measured
+            for kind in dict.fromkeys(map(kind_of, device.measured))
         }  # fmt: skip
         exchanges = {
             kind: profile.model_copy(update={"exchanges": {**profile.exchanges, kind: curve.times(1 / factor)}})

@@ -46,7 +46,8 @@ def test_each_instruction_takes_the_longer_of_arithmetic_and_memory():
     assert found.memory_s == pytest.approx(1.0)  # twice 5e8 bytes
     assert found.step_s == pytest.approx(2.0)
     slower = MACHINE.model_copy(update={"device": MACHINE.device.model_copy(update={"launch": 0.25})})
-    assert predict(facts({"data": 1}, program()), slower, "float32").step_s == pytest.approx(2.75)
+    late = predict(facts({"data": 1}, program()), slower, "float32")
+    assert (late.step_s, late.compute_s, late.launch_s) == pytest.approx((2.75, 1.75, 0.75))
 
 
 def test_the_narrowest_link_that_a_group_crosses_counts():

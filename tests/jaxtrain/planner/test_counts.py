@@ -283,6 +283,13 @@ def test_operations_of_a_loop_count_each_turn():
     assert sum(one.flops * one.count for one in found) == 9 * 2 * 16**3
 
 
+def test_a_kernel_that_zero_gathers_is_no_activation_where_filters_are_split_too(facts_of):
+    """Each device gathers its part of the filters, which has fewer elements than the kernel."""
+    program = facts_of(data=2, model=2, zero=3).programs[0]
+    assert any(one.kind == "all-gather" and one.axes == ("data",) for one in program.collectives)
+    assert program.gathers == ()
+
+
 def test_an_activation_that_is_gathered_is_named(device_mesh):
     _, split, whole = device_mesh
 

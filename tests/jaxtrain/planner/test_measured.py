@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jaxtrain.config import MeshConfig, TrainConfig
-from jaxtrain.planner import machine, measure
+from jaxtrain.planner import machine, measure, measurer
 from jaxtrain.planner.candidates import Candidate
 from jaxtrain.planner.cost import Prediction, collective_seconds, predict
 from jaxtrain.planner.machine import run_here, this_machine
@@ -99,10 +99,10 @@ def test_instructions_are_of_the_kinds_that_machines_run_at_rates_of_their_own()
 def test_copies_of_one_device_correct_the_computing_of_all_strategies():
     request = {"config": {"model": {"precision": "float32"}}}
     alone, two = (Probe(request, facts({"data": 1}, ONE), copies, devices) for copies, devices in ((1, 1), (2, 8)))
-    assert astuple(compute_ratios([alone], [0.01], MEASURED)) == pytest.approx((2.0, 2.0))
+    assert astuple(compute_ratios([alone], [0.01], MEASURED)) == pytest.approx((2.0, 2.0, 1.0))
     # two copies that take 5 ms on two cores stand for eight devices that take 20 ms; 10 ms were predicted
     ratios = compute_ratios([alone, two], [5e-3, 5e-3], MEASURED)
-    assert astuple(ratios) == pytest.approx((1.0, 2.0))
+    assert astuple(ratios) == pytest.approx((1.0, 2.0, 1.0))
     assert ratios.of(MeshConfig(data=8, zero=3)) == pytest.approx(2.0)
     for mesh in (MeshConfig(model=2), MeshConfig(data=4, space=2), MeshConfig(data=1, pipe=2)):
         assert ratios.of(mesh) == pytest.approx(math.sqrt(2.0))
@@ -110,6 +110,69 @@ def test_copies_of_one_device_correct_the_computing_of_all_strategies():
     after = corrected(before, 2.0)
     assert after.step_s == pytest.approx(0.2 + 2 * 0.8)
     assert after.step_s == pytest.approx(after.compute_s + after.memory_s + after.collective_s + after.idle_s)
+
+
+def test_few_filters_are_as_slow_as_they_were_measured():
+    few = Curve(sizes=(1e6,), seconds=(8e-3,), intensity=10.0)
+    many = Curve(sizes=(1e6,), seconds=(1e-3,), intensity=40.0)
+    curves = {**ALONE, "convolution": many, "convolution-8": few}
+    device = MEASURED.device.model_copy(
+        update={"measured": curves, "busy": {name: curve.times(2.0) for name, curve in curves.items()}}
+    )
+    machine_of_both = MEASURED.model_copy(update={"device": device})
+
+    def seconds(size: float, devices: int = 1) -> float:
+        one = program(work=((1e6, 0.0, size, 1),), kinds=("convolution",))
+        return predict(facts({"data": devices}, one), machine_of_both, "float32").compute_s
+
+    assert [seconds(size) for size in (1e6, 1e5, 5e4, 2.5e4, 1e3)] == pytest.approx([8e-3, 8e-3, 8e-3**0.5 * 1e-3**0.5,
+                                                                                  1e-3, 1e-3])  # fmt: skip
+    assert seconds(1e5, devices=2) == pytest.approx(16e-3)
+    half = {name: curve.times(2.0) if name.startswith("convolution") else curve for name, curve in curves.items()}
+    known = facts({"data": 1}, program(work=((1e6, 0.0, 5e4, 1),), kinds=("convolution",)))
+    slower = machine_of_both.model_copy(update={"device": device.model_copy(update={"measured": half})})
+    assert predict(known, slower, "float32").step_s == pytest.approx(
+        2 * predict(known, machine_of_both, "float32").step_s
+    )
+
+
+def test_the_exchange_of_the_gradient_corrects_exchanges_and_nothing_else():
+    arrays = replace(exchange(("data",), 64e3, 2), shapes=((16000,), (4,)), types=("f32", "s32"))
+    other = replace(exchange(("model",), 64e3, 2), shapes=((7,),))
+    known = facts({"data": 2}, replace(ONE, collectives=(arrays, other)))
+    assert measure._summed(known) == [((16000,), "float32"), ((4,), "int32")]
+    alone = replace(known, mesh={"data": 1}, programs=(ONE,))
+    request = {"config": {"model": {"precision": "float32"}}}
+    summed = replace(known, programs=(replace(ONE, collectives=(arrays,)),))
+    probes = [Probe(request, alone, 1, 1), Probe(request, alone, 2, 2),
+              Probe({**request, "exchange": []}, summed, 2, 2)]  # fmt: skip
+    ratios = compute_ratios(probes, [5e-3, 2e-2, 3 * 1.01e-2], MEASURED)
+    assert astuple(ratios) == pytest.approx((1.0, 2.0, 3 * 1.01e-2 / (1e-2 + 1e-4)))
+    before = Prediction(1.0, 0.5, 0.2, 0.2, 0.1, 0.0, 0.0, 0.3)
+    after = corrected(before, 2.0, 3.0)
+    assert after == Prediction(2 * 0.8 + 3 * 0.2, 1.0, 0.4, pytest.approx(0.6), 0.2, 0.0, 0.0, 0.6)
+
+
+def test_an_exchange_is_timed_after_copies_and_on_arrays_of_its_shapes() -> None:
+    runs = []
+
+    class Copies:
+        runners: tuple[Any, ...] = ()
+        steps = 2
+
+        def __init__(self, request: Any) -> None:
+            runs.append(request["copies"])
+
+        def prepare(self) -> None:
+            runs.append("prepared")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxtrain.planner.measurer._Together", Copies)
+        one = measurer._Exchange({"copies": 2, "exchange": [((3, 5), "float32"), ((), "int32")]})
+        one.prepare()
+    assert runs == [2, "prepared"]
+    assert one.run(2) > 0
+    assert [array.shape for array in one._sum(*one._arrays)] == [(3, 5), ()]
 
 
 def test_sensitivity_of_a_measured_machine_names_its_kinds() -> None:
