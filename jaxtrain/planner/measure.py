@@ -159,11 +159,13 @@ class Ratios:
     def of(self, mesh: MeshConfig) -> float:
         """Return the ratio for a strategy.
 
-        One that splits the batch alone runs the instructions of the copies. One that cuts images, filters or the
-        network runs instructions whose shapes lie between those of both measurements.
+        One that splits the batch alone runs the instructions of the copies. The stages of a pipeline are predicted at
+        the rates of one device alone, where each is one device. One that cuts images or filters runs instructions
+        whose shapes lie between those of both measurements.
         """
-        split = mesh.size > mesh.data
-        return math.sqrt(self.alone * self.shared) if split else self.shared
+        if mesh.size == mesh.data:
+            return self.shared
+        return self.alone if mesh.size == mesh.pipe else math.sqrt(self.alone * self.shared)
 
 
 def compute_ratios(probes: Sequence[Probe], seconds: Sequence[float], profile: Profile) -> Ratios:

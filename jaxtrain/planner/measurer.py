@@ -37,7 +37,7 @@ from zarr_store.errors import TerrashardError
 
 __all__ = ["measure", "random_batch"]
 
-ROUNDS, STEPS = 5, 3
+ROUNDS, STEPS = 9, 3
 TURN_S = 0.6
 """Seconds of the steps of one turn, if a step is long."""
 COMPILERS = 2

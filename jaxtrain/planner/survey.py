@@ -20,6 +20,7 @@ from jaxtrain.planner.children import compile_all
 from jaxtrain.planner.collectives import Dialect, raw_bytes, wire_bytes
 from jaxtrain.planner.cost import Prediction, peak_bytes, predict
 from jaxtrain.planner.facts import Facts
+from jaxtrain.planner.framing import header_bytes
 from jaxtrain.planner.profile import Profile
 from jaxtrain.planner.scale import smallest_mesh
 from jaxtrain.prepare import prepare
@@ -108,6 +109,7 @@ class Row:
             "collective_bytes": bytes_on_wire(facts),
             "raw_bytes": bytes_as_compiled(facts),
             "result_bytes": bytes_printed(facts),
+            "header_bytes": header_bytes(facts),
             "corrected": list(self.corrected),
             "accidental_gathers": list(self.gathers),
             "bubble": prediction.bubble,

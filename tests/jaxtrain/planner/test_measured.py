@@ -104,8 +104,9 @@ def test_copies_of_one_device_correct_the_computing_of_all_strategies():
     ratios = compute_ratios([alone, two], [5e-3, 5e-3], MEASURED)
     assert astuple(ratios) == pytest.approx((1.0, 2.0, 1.0))
     assert ratios.of(MeshConfig(data=8, zero=3)) == pytest.approx(2.0)
-    for mesh in (MeshConfig(model=2), MeshConfig(data=4, space=2), MeshConfig(data=1, pipe=2)):
+    for mesh in (MeshConfig(model=2), MeshConfig(data=4, space=2), MeshConfig(data=2, pipe=2)):
         assert ratios.of(mesh) == pytest.approx(math.sqrt(2.0))
+    assert ratios.of(MeshConfig(data=1, pipe=2)) == pytest.approx(1.0), "its stages are predicted one by one"
     before = Prediction(1.0, 0.5, 0.2, 0.2, 0.1, 0.0, 0.0)
     after = corrected(before, 2.0)
     assert after.step_s == pytest.approx(0.2 + 2 * 0.8)
