@@ -82,6 +82,12 @@ GRID: dict[str, Any] = {
         str, "--resampling", panel=_HOW, metavar="NAME", text="Kernel: nearest, bilinear, cubic or average."
     ),
     "profile": _option(str, "--profile", panel=_HOW, metavar="NAME", text="Layout: train, timeseries or archive."),
+    "native": _option(
+        bool,
+        "--native",
+        panel=_HOW,
+        text="Keep each band at its own pixel size: groups NAME_10m, NAME_20m, NAME_60m on nested grids.",
+    ),
 }
 COMPOSING: dict[str, Any] = {
     "mask": _option(str, "--mask", panel=_MASK, metavar="NAME", text="Mask of clouds and shadows: scl or none."),

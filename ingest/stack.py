@@ -122,7 +122,8 @@ def stack(
     name = collection or names[0]
     if name not in names:
         raise UnknownName.of("collection", name, names, "the plan")
-    recipe, grid = plan.recipe(name), plan.grid
+    recipe = plan.recipe(name)
+    grid = recipe.spec.grid
     if grid.epsg is None:
         raise InvalidInput(
             f"stackstac needs a CRS with an EPSG code, and the grid has {grid.crs[:80]!r}; plan with crs='EPSG:…'"

@@ -102,7 +102,7 @@ def draw_thumbnails(
     coarse = max(
         max(fine.resolution), max(f * n for f, n in zip(fine.resolution, fine.shape[::-1], strict=True)) / side_px
     )
-    asked = config.model_copy(update={"resolution": coarse, "crs": fine.crs})
+    asked = config.model_copy(update={"native": False, "resolution": coarse, "crs": fine.crs})
     plan = plan_scenes(near, probes, asked, source=source)
     access = replace(Access.of(config, source), sign=config.trust.sign)
     thumbnails: list[Thumbnail] = []

@@ -21,6 +21,7 @@ from zarr_store.backends import open_store, store_for
 from zarr_store.errors import CubeMismatch, InvalidInput
 from zarr_store.georeference import georeference
 from zarr_store.keys import RESERVED_NAMES
+from zarr_store.nesting import check_nesting
 from zarr_store.pack import BLOSC_BLOCK_BYTES, OVERVIEW_LEVEL
 from zarr_store.read import is_cube, open_cube
 from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
@@ -52,7 +53,7 @@ def create_cube(
 
     Args:
         url: URL of the cube. It appears complete, or not at all.
-        specs: One per collection, all on one grid.
+        specs: One per collection; all on one grid, or on grids that nest in that of the first.
         items: Collection → item table; `source_item` counts its rows. Each row has at least "id" and "datetime".
         provenance: Origin of the cube (plan digest, configuration, version); JSON.
         kind: Plain files or objects, or an Icechunk repository; None for files, or the kind of an existing cube.
@@ -155,12 +156,7 @@ def _check_specs(specs: Sequence[CubeSpec]) -> None:
         raise InvalidInput(
             f"a cube needs collections of different names, none called overview, labels or _terrashard; got {names}"
         )
-    for spec in specs[1:]:
-        if spec.grid != specs[0].grid:
-            raise InvalidInput(
-                f"all collections of a cube share one grid: {specs[0].collection} has {specs[0].grid}, "
-                f"{spec.collection} has {spec.grid}"
-            )
+    check_nesting(specs)
 
 
 def _check_existing(store: Store, described: Mapping[str, Any]) -> None:

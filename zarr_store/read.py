@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from zarr_store.blocks import Blocks
+    from zarr_store.grid import Grid
 
 __all__ = ["Cube", "await_read", "is_cube", "open_cube", "read_tensorstore"]
 
@@ -175,6 +176,12 @@ class Cube:
                 f"{self._store.where(key)}: its description of the collection cannot be used ({type(error).__name__}: "
                 f"{error}); restore the file, or make the cube again"
             ) from error
+
+    @property
+    def grid(self) -> Grid:
+        """The finest grid of the cube, which is that of its first collection, of labels and of static layers."""
+        grid: Grid = self.spec(self.collections[0]).grid
+        return grid
 
     def items(self, collection: str) -> list[dict[str, Any]]:
         """Return the item table, whose row numbers `source_item` holds."""

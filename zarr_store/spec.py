@@ -146,7 +146,7 @@ class CubeSpec:
         collection: Group name in the cube, e.g. "sentinel-2-l2a".
         kind: "reflectance" (uint16) or "backscatter" (float32); the name of the main array.
         bands: Bands of the main array, in order.
-        grid: The georeference shared by all collections of the cube.
+        grid: The georeference; other collections of the cube share it, or have one that nests (`zarr_store.nesting`).
         times: Acquisition time of each step, ISO 8601 UTC ("2023-08-15T09:57:57"), strictly ascending.
         class_layers: Extra uint8 layers (time, y, x), e.g. ("scl",).
         layout: Chunks and shards.

@@ -26,6 +26,7 @@ from ingest.plan.candidates import (
     sources_of,
 )
 from ingest.plan.grouping import group_scenes, overlap_order
+from ingest.plan.native import groups_of, measure_sizes, nest_target, share_indices
 from ingest.plan.plan import Origin, Plan
 from ingest.plan.statistics import collect_statistics, list_discrepancies
 from ingest.plan.target import TargetGrid, choose_grid, doubt_resolution
@@ -118,6 +119,7 @@ def plan_scenes(
     layout: Layout | None = None,
     grid: Grid | None = None,
     clip: str | None = None,
+    kept: Sequence[Recipe] = (),
 ) -> Plan:
     """Plan the ingest of `scenes`, without opening a file.
 
@@ -129,9 +131,11 @@ def plan_scenes(
         layout: Sizes of chunks and shards; None for those of the profile in `config`.
         grid: Grid of a cube that the scenes are added to; None to choose one from the files.
         clip: Area of that cube, as its recipe keeps it; None for that of `config`.
+        kept: Recipes of that cube; groups of native grids stay as they are.
 
     Raises:
         NothingFound: No scene touches the region.
+        InvalidInput: Native grids are asked for, and those of the files do not nest.
         AssetUnreadable: Not one file could be opened.
     """
     if not scenes:
@@ -146,14 +150,16 @@ def plan_scenes(
         if grid
         else choose_grid(candidates, config, unseen=unseen)
     )
-    kept, drops = select_scenes(probed, target.grid, config)
+    sizes = measure_sizes(probed, config) if config.grid.native and not grid else None
+    if sizes:
+        target = nest_target(target, probed, sizes, config)
+    used, drops = select_scenes(probed, target.grid, config)
     west, _, east, _ = target.grid.lonlat_bounds()
     longitude = (west + (east + 360.0 if east < west else east)) / 2.0
-    clip = _clip(config, target.grid, clip) if config.pixels.clip else None
     recipes, items, tasks, statistics = [], {}, [], {}
     warnings = [] if grid else doubt_resolution(target.grid, candidates, config)
-    for collection in dict.fromkeys(f.scene.collection for f in kept):
-        members = [f for f in kept if f.scene.collection == collection]
+    for collection in dict.fromkeys(f.scene.collection for f in used):
+        members = [f for f in used if f.scene.collection == collection]
         by_id = {f.scene.id: f for f in members}
         product = product_of(members[0].scene)
         choice = choose_bands(product, config.selection.bands, config.pixels.mask)
@@ -166,28 +172,34 @@ def plan_scenes(
                 lambda scene, by=by_id: by[scene.id].cloud_share,  # type: ignore[misc]
             ),
         )
-        recipe = Recipe(
-            make_collection_spec(
-                collection, product, choice, target.grid, steps, layout or LAYOUTS[config.grid.profile], config
-            ),
-            choice.mask.name if choice.mask else None,
-            tuple(sorted(config.pixels.mask_classes)) if choice.mask else (),
-            config.pixels.mask_dilate_m if choice.mask else 0.0,
-            clip,
-        )
-        table, planned = place_scenes(recipe, steps, by_id, config)
-        recipes.append(recipe)
-        items[collection] = table
-        spans = {(region.t0, region.t1) for region in recipe.spec.shards().values()}
-        of_step = {(t0, t1): [scene for scene in planned if t0 <= scene.step < t1] for t0, t1 in spans}
-        tasks += [
-            ShardTask.of(
-                recipe, index, region, sources_of(region, of_step[region.t0, region.t1], target.grid, recipe.clip)
-            )
-            for index, region in recipe.spec.shards().items()
-        ]
         warnings += [f"{collection}: {text}" for text in (*remarks, *list_discrepancies(members))]
-        statistics[collection] = collect_statistics(recipe, members, [t for t in tasks if t.collection == collection])
+        groups = groups_of(collection, choice, target.grid, layout or LAYOUTS[config.grid.profile], sizes, kept)
+        for group, indices in zip(groups, share_indices(groups, config.pixels.indices), strict=True):
+            own = next((recipe.clip for recipe in kept if recipe.spec.collection == group.name), clip) if clip else None
+            recipe = Recipe(
+                make_collection_spec(group.name, product, group.choice, group.grid, steps, group.layout,
+                                     config.model_copy(update={"indices": indices})),
+                choice.mask.name if choice.mask else None,
+                tuple(sorted(config.pixels.mask_classes)) if choice.mask else (),
+                config.pixels.mask_dilate_m if choice.mask else 0.0,
+                _clip(config, group.grid, own) if config.pixels.clip else None,
+                group.scenes,
+            )  # fmt: skip
+            table, planned = place_scenes(recipe, steps, by_id, config)
+            recipes.append(recipe)
+            items[group.name] = table
+            spans = {(region.t0, region.t1) for region in recipe.spec.shards().values()}
+            of_step = {(t0, t1): [scene for scene in planned if t0 <= scene.step < t1] for t0, t1 in spans}
+            made = [
+                ShardTask.of(
+                    recipe, index, region, sources_of(region, of_step[region.t0, region.t1], group.grid, recipe.clip)
+                )
+                for index, region in recipe.spec.shards().items()
+            ]
+            tasks += made
+            statistics[group.name] = collect_statistics(recipe, members, made)
+    # the finest grid comes first: it is that of the cube
+    recipes.sort(key=lambda recipe: recipe.spec.grid.resolution if sizes else (0.0, 0.0))
     refuse_indices_without_reflectance(config.pixels.indices, [recipe.spec.kind for recipe in recipes])
     return Plan(
         recipes=tuple(recipes),

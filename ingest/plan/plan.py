@@ -92,8 +92,20 @@ class Plan:
 
     @property
     def grid(self) -> Grid:
-        """The grid of all collections."""
+        """The grid of all collections; the finest one where grids are native."""
         return self.recipes[0].spec.grid
+
+    def catalogue(self, group: str) -> str:
+        """The collection of the catalogue whose scenes a group of the cube holds."""
+        return self.recipe(group).catalogue
+
+    @property
+    def catalogue_items(self) -> dict[str, tuple[Mapping[str, Any], ...]]:
+        """Collection of the catalogue → item table; all groups of a collection have the same rows."""
+        found: dict[str, tuple[Mapping[str, Any], ...]] = {}
+        for recipe in self.recipes:
+            found.setdefault(recipe.catalogue, self.items[recipe.spec.collection])
+        return found
 
     def recipe(self, collection: str) -> Recipe:
         """The recipe of a collection."""
@@ -130,7 +142,7 @@ class Plan:
             f"{recipe.spec.collection}, {len(recipe.spec.times)} dates, {' '.join(recipe.spec.band_names)}"
             for recipe in self.recipes
         ]
-        scenes = sum(len(rows) for rows in self.items.values())
+        scenes = sum(len(rows) for rows in self.catalogue_items.values())
         return f"<Plan of {scenes} scenes: {'; '.join(parts)}; {self.grid}; {len(self.tasks)} shards>"
 
     def _repr_html_(self) -> str:

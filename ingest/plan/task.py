@@ -165,6 +165,8 @@ class Recipe:
         mask_classes: Class values that are masked.
         mask_dilate_m: Distance by which masked areas grow, in metres.
         clip: GeoJSON text of an area in lon/lat; pixels outside it have no data. None for the whole grid.
+        scenes: Collection of the catalogue whose scenes the group holds, where it has several groups, one for each
+            pixel size (`ingest.plan.native`); empty where the group has the collection's name.
     """
 
     spec: CubeSpec
@@ -172,6 +174,17 @@ class Recipe:
     mask_classes: tuple[int, ...] = ()
     mask_dilate_m: float = 0.0
     clip: str | None = None
+    scenes: str = ""
+
+    @property
+    def catalogue(self) -> str:
+        """Collection of the catalogue whose scenes the group holds."""
+        return self.scenes or self.spec.collection
+
+    @property
+    def native(self) -> bool:
+        """Whether the group holds only the bands of one pixel size of its collection."""
+        return bool(self.scenes)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -210,6 +223,7 @@ class Recipe:
             "mask_classes": list(self.mask_classes),
             "mask_dilate_m": self.mask_dilate_m,
             "clip": self.clip,
+            **({"scenes": self.scenes} if self.scenes else {}),
         }
 
     @classmethod
@@ -221,6 +235,7 @@ class Recipe:
             tuple(data["mask_classes"]),
             data["mask_dilate_m"],
             data.get("clip"),
+            data.get("scenes", ""),
         )
 
 

@@ -51,6 +51,7 @@ class PlanSettings(SearchSettings, total=False):
     resolution: float | None
     resampling: Literal["nearest", "bilinear", "cubic", "average"]
     profile: Literal["train", "timeseries", "archive"]
+    native: bool
     mask: Literal["scl", "none"]
     mask_classes: Sequence[int]
     mask_dilate_m: float

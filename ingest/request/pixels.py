@@ -29,10 +29,24 @@ class GridSettings(BaseModel):
         "train", description="layout of chunks and shards: for training patches, time series, or small storage"
     )
 
+    native: bool = Field(
+        False,
+        description="keep each band at its own pixel size, as groups such as NAME_10m and NAME_20m on nested grids",
+    )
+
     @field_validator("crs")
     @classmethod
     def _check_crs(cls, value: str | None) -> str | None:
         return None if value is None else normal_crs(value)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> GridSettings:
+        if self.native and self.resolution is not None:
+            raise ValueError(
+                f"--native keeps the pixel size of each band, --resolution {self.resolution:g} asks for one of all; "
+                "leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_units(self) -> GridSettings:

@@ -51,7 +51,9 @@ def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], in
             )
         _refuse_other_rules(recipes[place], recipe)
         merged = _Collection.of(old, recipes[place], str(config.get("group", "solar-day")))
-        merged.add(fresh, {scene: row for (collection, scene), row in replaces.items() if collection == name})
+        merged.add(
+            fresh, {scene: row for (collection, scene), row in replaces.items() if collection == recipe.catalogue}
+        )
         recipes[place] = merged.recipe
         items[name] = tuple(merged.rows)
         made = merged.tasks()
@@ -92,12 +94,13 @@ class _Collection:
     old_tasks: dict[tuple[int, int, int], ShardTask]
     label_of: Callable[[Mapping[str, Any]], tuple[str, ...]]
     touched: set[int]
+    finest: Grid
 
     @classmethod
     def of(cls, plan: Plan, recipe: Recipe, group: str) -> _Collection:
         name = recipe.spec.collection
         tasks = {task.index: task for task in plan.tasks if task.collection == name}
-        west, _, east, _ = recipe.spec.grid.lonlat_bounds()
+        west, _, east, _ = plan.grid.lonlat_bounds()
         longitude = (west + (east + 360.0 if east < west else east)) / 2.0
         return cls(
             recipe,
@@ -106,6 +109,7 @@ class _Collection:
             tasks,
             lambda row: step_label(_Row.of(row), cast(Any, group), longitude),
             set(),
+            plan.grid,
         )
 
     def add(self, fresh: Plan, replaces: Mapping[str, int]) -> None:
@@ -153,7 +157,7 @@ class _Collection:
         for scene in self.scenes.values():
             by_step[scene.step].append(scene)
         order: Callable[[_Row], tuple[object, ...]] = overlap_order(
-            lambda row: row.rank(grid), lambda row: row.cloud_share
+            lambda row: row.rank(self.finest), lambda row: row.cloud_share
         )
         ordered: set[int] = set()
         tasks = []

@@ -108,10 +108,10 @@ def audit(
     return AuditReport(
         cube=str(url),
         source=plan.source if source is None else source,
-        scenes=sum(len(rows) for rows in plan.items.values()),
+        scenes=sum(len(rows) for rows in plan.catalogue_items.values()),
         missing=tuple({"collection": s.collection, "id": s.id, "datetime": s.datetime} for s in news.missing),
         superseded=tuple(
-            {"collection": s.collection, "id": str(plan.items[s.collection][row]["id"]), "by": s.id,
+            {"collection": s.collection, "id": str(plan.catalogue_items[s.collection][row]["id"]), "by": s.id,
              "baseline": s.baseline, "created": s.created}
             for s, row in news.superseded.values() if s.key not in news.replaced
         ),
@@ -147,18 +147,18 @@ def replaced_files(
                     read[name, outcome.item, key].add(version)
     hrefs = {(scene.key, ref.key): ref.href for scene in found.scenes for ref in scene.assets.values()}
     asked = {
-        (task.collection, scene.item, asset.key): ((task.collection, scene.item_id), asset.href)
+        (task.collection, scene.item, asset.key): ((plan.catalogue(task.collection), scene.item_id), asset.href)
         for task in plan.tasks
         for scene in task.sources
         for asset in scene.assets
         if (task.collection, scene.item, asset.key) in read
-        and hrefs.get(((task.collection, scene.item_id), asset.key)) == asset.href
+        and hrefs.get(((plan.catalogue(task.collection), scene.item_id), asset.key)) == asset.href
     }
     changed: dict[tuple[str, str], set[str]] = defaultdict(set)
     for task in plan.tasks:
         for scene in task.sources:
             for asset in scene.assets:
-                scene_key = (task.collection, scene.item_id)
+                scene_key = (plan.catalogue(task.collection), scene.item_id)
                 if _asks_for_another(asset.href, hrefs.get((scene_key, asset.key))):
                     changed[scene_key].add(asset.key)
     with crew(_AT_ONCE) as pool:
@@ -189,9 +189,11 @@ def compare(plan: Plan, found: SearchResult, replaced: Mapping[tuple[str, str], 
     changed = {**_restated(plan, found), **(replaced or {})}
     current = {
         name: {row: dict(item) for row, item in enumerate(rows) if "superseded_by" not in item}
-        for name, rows in plan.items.items()
+        for name, rows in plan.catalogue_items.items()
     }
     known = {(name, str(item["id"])): row for name, rows in current.items() for row, item in rows.items()}
+    # all groups of a collection have the same facts of its scenes
+    facts_of = {recipe.catalogue: plan.statistics.get(recipe.spec.collection, {}) for recipe in plan.recipes}
     left_out = {(drop.collection, drop.item_id) for drop in plan.drops if drop.copy_of is None}
     missing = []
     seen: set[tuple[str, str]] = set()
@@ -201,7 +203,7 @@ def compare(plan: Plan, found: SearchResult, replaced: Mapping[tuple[str, str], 
         rows = current.get(scene.collection)
         if rows is None or scene.key in left_out:
             continue
-        facts = plan.statistics.get(scene.collection, {})
+        facts = facts_of.get(scene.collection, {})
         row = known.get(scene.key)
         if row is not None and _is_namesake(scene, rows[row]):
             row = None
@@ -231,7 +233,7 @@ def _restated(plan: Plan, found: SearchResult) -> dict[tuple[str, str], tuple[st
     for task in plan.tasks:
         for scene in task.sources:
             for asset in scene.assets:
-                stated[task.collection, scene.item_id][asset.key] = (asset.size_bytes, asset.checksum)
+                stated[plan.catalogue(task.collection), scene.item_id][asset.key] = (asset.size_bytes, asset.checksum)
     changed = {}
     for fresh in found.scenes:
         before = stated.get(fresh.key, {})

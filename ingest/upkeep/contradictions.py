@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyproj.exceptions import ProjError
@@ -32,16 +32,17 @@ def refuse_contradictions(old: Plan, config: IngestConfig) -> None:
             region where the cube is not.
     """
     _refuse_collections(old, config)
-    _refuse(old.config, config, ("group", "resampling", "profile"), "the cube")
-    for recipe in old.recipes:
-        product = _product_of(recipe)
+    _refuse(old.config, config, ("group", "resampling", "profile", "native"), "the cube")
+    for name in dict.fromkeys(recipe.catalogue for recipe in old.recipes):
+        groups = [recipe for recipe in old.recipes if recipe.catalogue == name]
+        product = _product_of(groups)
         if product is not None:
-            _refuse_rules(recipe, product, config)
+            _refuse_rules(groups, product, config)
     _refuse_grid(old.grid, config)
 
 
 def _refuse_collections(old: Plan, config: IngestConfig) -> None:
-    has = [recipe.spec.collection for recipe in old.recipes]
+    has = list(dict.fromkeys(recipe.catalogue for recipe in old.recipes))
     new = set(config.selection.collections) - set(has) - set(old.config.get("collections", ()))
     if new:
         raise CubeMismatch(
@@ -57,13 +58,20 @@ def _refuse(kept: Mapping[str, Any], config: IngestConfig, names: tuple[str, ...
     _refuse_differences(there, {name: asked.get(name, defaults[name]) for name in names}, what)
 
 
-def _refuse_rules(recipe: Recipe, product: ProductRule, config: IngestConfig) -> None:
+def _refuse_rules(groups: Sequence[Recipe], product: ProductRule, config: IngestConfig) -> None:
+    """Compare the rules of one collection; it has several groups where grids are native."""
+    recipe = groups[0]
     spec, pixels = recipe.spec, config.pixels
     choice = choose_bands(product, config.selection.bands, pixels.mask)
+    bands = [band for one in groups for band in one.spec.band_names]
+    indices = [index.name for one in groups for index in one.spec.derived]
+    if recipe.native:  # bands and indices are sorted by group, not as they were asked for
+        bands = sorted(bands, key=[*(band.name for band in choice.data), *bands].index)
+        indices = sorted(indices, key=[*pixels.indices, *indices].index)
     there = {
-        "bands": list(spec.band_names),
+        "bands": bands,
         "class layers": list(spec.class_layers),
-        "indices": [index.name for index in spec.derived],
+        "indices": indices,
         "reduce": spec.reduce,
         "mask": recipe.mask_layer,
         "mask classes": sorted(recipe.mask_classes),
@@ -80,7 +88,7 @@ def _refuse_rules(recipe: Recipe, product: ProductRule, config: IngestConfig) ->
         "mask dilation": pixels.mask_dilate_m if choice.mask else 0.0,
         "clipped": pixels.clip and clip_text(config.selection.geometry) is not None,
     }
-    _refuse_differences(there, asked, f"collection {spec.collection} of the cube")
+    _refuse_differences(there, asked, f"collection {recipe.catalogue} of the cube")
 
 
 def _refuse_differences(there: Mapping[str, Any], asked: Mapping[str, Any], what: str) -> None:
@@ -122,12 +130,12 @@ def _other_grid(difference: str) -> CubeMismatch:
     )
 
 
-def _product_of(recipe: Recipe) -> ProductRule | None:
+def _product_of(groups: Sequence[Recipe]) -> ProductRule | None:
     """The product of a collection, by its name, else the only one whose bands and kind fit; None where that is open."""
-    spec = recipe.spec
-    named = next((rule for rule in PRODUCTS if spec.collection in (rule.name, *rule.collections)), None)
+    named = next((rule for rule in PRODUCTS if groups[0].catalogue in (rule.name, *rule.collections)), None)
     if named is not None:
         return named
-    layers = {*spec.class_layers, *([recipe.mask_layer] if recipe.mask_layer else [])}
-    fits = [r for r in PRODUCTS if r.kind == spec.kind and {*spec.band_names, *layers} <= set(r.names)]
+    kind = groups[0].spec.kind
+    names = {name for one in groups for name in (*one.spec.band_names, *one.classes)}
+    fits = [r for r in PRODUCTS if r.kind == kind and names <= set(r.names)]
     return fits[0] if len(fits) == 1 else None

@@ -120,7 +120,7 @@ def plan_extension(
     news = compare(
         old, found, replaced_files(cube_url, old, found, config, source=source) if refresh and cube_url else None
     )
-    taken = [(name, str(row["id"])) for name, rows in old.items.items() for row in rows]
+    taken = [(name, str(row["id"])) for name, rows in old.catalogue_items.items() for row in rows]
     scenes: list[Scene] = name_apart(news.missing, taken) if append else []
     replaces: dict[tuple[str, str], int] = {}
     if refresh:
@@ -143,6 +143,7 @@ def plan_extension(
             layout=recipe.spec.layout,
             grid=recipe.spec.grid,
             clip=_kept_clip(recipe.clip, config),
+            kept=old.recipes,
         )
     except NothingFound as error:
         raise NothingFound(f"{error} (the region is the cube's)") from error

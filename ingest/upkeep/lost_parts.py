@@ -40,7 +40,7 @@ def find_lost_parts(url: str, plan: Plan, config: IngestConfig) -> list[tuple[Sc
         return []
     lost = []
     for scene in compare(plan, found).missing:
-        row = next((row for row in plan.items[scene.collection] if _is_part(scene, row)), None)
+        row = next((row for row in plan.catalogue_items[scene.collection] if _is_part(scene, row)), None)
         if row is not None:
             lost.append((scene, int(row["step"])))
     return lost

@@ -58,7 +58,8 @@ def _scene_of(plan: Plan, collection: str, planned: PlannedScene) -> Scene | Non
     """The scene as its metadata described it, as far as the cube keeps that; None for products without an offset."""
     row = next((row for row in plan.items.get(collection, ()) if row["id"] == planned.item_id), None)
     entry = plan.statistics.get(collection, {}).get("offset_verdicts", {}).get(planned.item_id)
-    product = find_product({"id": planned.item_id, "properties": row or {}}, collection)
+    named = plan.catalogue(collection)
+    product = find_product({"id": planned.item_id, "properties": row or {}}, named)
     if row is None or entry is None or product is None or not product.offsets:
         return None
     decided = int(entry["dn_offset"])
@@ -76,7 +77,7 @@ def _scene_of(plan: Plan, collection: str, planned: PlannedScene) -> Scene | Non
         witnesses = _kept_witnesses(row, [asset.href for asset in assets.values()], by_metadata)
     return Scene(
         id=planned.item_id,
-        collection=collection,
+        collection=named,
         provider=str(row.get("provider") or ""),
         datetime=str(row["datetime"]),
         assets=assets,

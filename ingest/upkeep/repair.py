@@ -193,7 +193,8 @@ def verify_sources(
     offsets: dict[tuple[str, int], str | None] = {}
     lost_parts = find_lost_parts(os.fspath(url), plan, config)
     for done, (task, row) in enumerate(drawn, 1):
-        different += _parts_absent(cube, task.collection, row, lost_parts)
+        of_group = [(scene, step) for scene, step in lost_parts if scene.collection == plan.catalogue(task.collection)]
+        different += _parts_absent(cube, task.collection, row, of_group)
         filled = fill_shard(task, plan.recipe(task.collection), access=access)
         lost = next((source for source in filled.outcomes if source.state == "missing"), None)
         if lost is None:
@@ -245,7 +246,7 @@ def _parts_absent(cube: Cube, collection: str, row: LedgerRow, lost: Sequence[tu
     area = box_region(window.lonlat_bounds())
     differences = []
     for scene, step in lost:
-        inside = scene.collection == collection and row.region.t0 <= step < row.region.t1
+        inside = row.region.t0 <= step < row.region.t1
         if not (inside and meets(shape(dict(scene.footprint)), area)):
             continue
         empty = int((cube.read(collection, "status", row.region)[step - row.region.t0] == STATUS_NODATA).sum())
