@@ -59,10 +59,13 @@ def describe(cube: Cube, collection: str) -> dict[str, Any]:
 def label_layers(cube: Cube) -> dict[str, dict[str, Any]]:
     """Return what each label layer holds and where it comes from."""
     from zarr_store.labels import find_labels, open_label
+    from zarr_store.layers import is_static
 
     found = {}
     for name in find_labels(cube):
         layer = open_label(cube, name)
+        if is_static(layer):
+            continue
         height, width = layer.array().shape
         found[name] = {
             "kind": layer.spec.kind,
@@ -71,6 +74,28 @@ def label_layers(cube: Cube) -> dict[str, dict[str, Any]]:
             "labelled_share": layer.labelled / (height * width),
             "digest": layer.digest,
             "origin": dict(layer.spec.origin),
+        }
+    return found
+
+
+def static_layers(cube: Cube) -> dict[str, dict[str, Any]]:
+    """Return what each static layer holds and where it comes from."""
+    from dataclasses import asdict
+
+    from zarr_store.layers import find_layers, open_layer
+
+    found = {}
+    for name in find_layers(cube):
+        layer = open_layer(cube, name)
+        height, width = layer.shape
+        found[name] = {
+            "kind": layer.kind,
+            "unit": layer.unit,
+            "classes": {label: value for value, label in layer.classes},
+            "statistics": None if layer.statistics is None else asdict(layer.statistics),
+            "data_share": layer.stored.labelled / (height * width),
+            "digest": layer.digest,
+            "origin": dict(layer.origin),
         }
     return found
 
@@ -192,6 +217,16 @@ def register(app: typer.Typer) -> None:
         for name, layer in layers.items():
             held = ", ".join(layer["classes"]) or "values"
             session.say(f"label layer {name}: {layer['labelled_share']:.1%} labelled; {held}")
+        static = static_layers(opened)
+        for name, layer in static.items():
+            known = layer["statistics"]
+            held = (
+                f"values {known['least']:.6g} … {known['most']:.6g} {layer['unit']}".rstrip()
+                if known
+                else f"{len(layer['classes'])} classes"
+            )
+            source = layer["origin"].get("file", "an array")
+            session.say(f"static layer {name}: {layer['data_share']:.1%} with data; {held}; from {source}")
         pairs = pairings(opened)
         for pair in pairs:
             widest = max(map(abs, pair["gap_days"]))
@@ -199,6 +234,6 @@ def register(app: typer.Typer) -> None:
                 f"{pair['of']} with {pair['with']}: nearest steps {', '.join(map(str, pair['steps'][:12]))}"
                 f"{' …' if len(pair['steps']) > 12 else ''}; at most {widest:.1f} days apart"
             )
-        document = {"url": opened.url, "collections": collections, "labels": layers, "pairings": pairs,
-                    "provenance": opened.provenance}  # fmt: skip
+        document = {"url": opened.url, "collections": collections, "labels": layers, "layers": static,
+                    "pairings": pairs, "provenance": opened.provenance}  # fmt: skip
         session.emit(document)

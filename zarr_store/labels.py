@@ -3,9 +3,10 @@
     CUBE/labels/NAME/label (y, x)   uint8 class value, 255 = not labelled; or float32 value, nan = not labelled
     CUBE/labels/index.json          name → digest of every layer
 
-A layer holds for all dates and all collections of the cube. It is a Zarr group of its own with coordinates, so xarray
-opens it by its path, and it appears whole or not at all: the index names it last, so that a run that dies in between
-leaves at most a layer that the index does not list, which the same command then finds.
+A layer holds for all dates and all collections of the cube, and lies on the cube's grid, the finest one. Static layers,
+which are inputs and no labels (`zarr_store.layers`), are kept in the same way. A layer is a Zarr group of its own with
+coordinates, so xarray opens it by its path, and it appears whole or not at all: the index names it last, so that a run
+that dies in between leaves at most a layer that the index does not list, which the same command then finds.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ class LabelLayer:
         counts: Class name → pixels; of values empty.
         shards: Key of each object of the array → its SHA-256, None where all pixels of it are without a label.
         shape: (height, width) of the cube's grid.
+        moments: Of values: count, mean, std, least and most over the pixels that have one; None in layers of before.
     """
 
     store: Store
@@ -120,6 +122,7 @@ class LabelLayer:
     counts: Mapping[str, int]
     shards: Mapping[str, str | None]
     shape: tuple[int, int]
+    moments: Mapping[str, float] | None = None
 
     def array(self) -> ts.TensorStore:
         """The array of pixels (y, x), read-only."""
@@ -272,6 +275,7 @@ def _fill(
         attributes={"grid_mapping": "spatial_ref", "coordinates": "spatial_ref", "long_name": spec.name},
     )  # fmt: skip
     digest, labelled = hashlib.sha256(), 0
+    moments = _Moments()
     tally = np.zeros(256, np.int64)
     expected = label_boxes(cube)
     written = []
@@ -280,6 +284,7 @@ def _fill(
             raise InvalidInput(f"label layer {spec.name}: expected {dtype} of {at}, got {pixels.dtype} of {box}")
         if np.issubdtype(pixels.dtype, np.floating):
             labelled += int(np.isfinite(pixels).sum())
+            moments.add(pixels)
         else:
             tally += np.bincount(pixels.ravel(), minlength=256)
         digest.update(np.ascontiguousarray(pixels).tobytes())
@@ -303,8 +308,35 @@ def _fill(
             "labelled": labelled,
             "counts": {name: int(tally[value]) for value, name in spec.classes},
             "shards": {key: fresh.digest(key) for key in written},
+            **({"moments": moments.to_dict()} if moments.count else {}),
         }
     )
+
+
+class _Moments:
+    """Count, mean, spread and range of values, box by box (Chan, Golub & LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = 0.0
+        self.least, self.most = np.inf, -np.inf
+
+    def add(self, pixels: Box) -> None:
+        """Add the finite values of a box."""
+        values = pixels[np.isfinite(pixels)].astype(np.float64)
+        if not values.size:
+            return
+        mean = float(values.mean())
+        total, apart = self.count + values.size, mean - self.mean
+        self.squares += float(np.square(values - mean).sum()) + apart**2 * self.count * values.size / total
+        self.mean += apart * values.size / total
+        self.count = total
+        self.least, self.most = min(self.least, float(values.min())), max(self.most, float(values.max()))
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the JSON form."""
+        std = float(np.sqrt(self.squares / self.count))
+        return {"count": self.count, "mean": self.mean, "std": std, "least": self.least, "most": self.most}
 
 
 def _open(url: str, name: str) -> LabelLayer | None:
@@ -318,7 +350,7 @@ def _open(url: str, name: str) -> LabelLayer | None:
             raise InvalidInput(f"{store.url} has label format {about['labels']}, this release reads {_FORMAT}")
         grid = Grid.from_dict(about["grid"])
         layer = LabelLayer(store, LabelSpec.from_dict(about["spec"]), str(about["digest"]), int(about["labelled"]),
-                           about["counts"], about["shards"], grid.shape)  # fmt: skip
+                           about["counts"], about["shards"], grid.shape, about.get("moments"))  # fmt: skip
         if layer.spec.name != name or not all(str(key).startswith(f"{_ARRAY}/c/") for key in layer.shards):
             raise ValueError("it describes another layer")
     except (ValueError, KeyError, TypeError) as error:

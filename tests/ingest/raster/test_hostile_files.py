@@ -362,9 +362,9 @@ def _doors_of_paths(path: Path) -> dict[str, Callable[[], Any]]:
     """Everything that opens a file which a user or a catalogue named, by the name that the file should have."""
     from ingest.labels.features import read_features
     from ingest.labels.labelled_scene import import_scene
-    from ingest.labels.layer import _digest
     from ingest.labels.patch_files import read_csv
     from ingest.labels.patches import read_patch
+    from ingest.labels.source_file import digest_of
     from ingest.plan.plan import Plan
     from ingest.raster.opening import open_geotiff
     from ingest.request.config import IngestConfig
@@ -388,7 +388,7 @@ def _doors_of_paths(path: Path) -> dict[str, Callable[[], Any]]:
     return {
         "asset.tif": lambda: with_asset(str(path.with_suffix(".tif")), lambda d: d, scene="s", asset="a"),
         "label.tif": geotiff,
-        "digest.tif": lambda: _digest(path.with_suffix(".tif")),
+        "digest.tif": lambda: digest_of(path.with_suffix(".tif")),
         "patch.tif": lambda: read_patch(path.with_suffix(".tif")),
         "patch.png": lambda: read_patch(path.with_suffix(".png")),
         "scene.npy": lambda: import_scene(path.with_suffix(".npy"), path.with_suffix(".npy"), path / "store"),
