@@ -6,12 +6,13 @@ Functions take this object; `settings.py` makes it from TOML and `--set`. All mo
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["DataConfig", "HeteroConfig", "MeshConfig", "ModelConfig", "OptimConfig", "RunConfig", "SplitConfig",
-           "TrainConfig"]  # fmt: skip
+__all__ = ["BranchConfig", "DataConfig", "HeteroConfig", "MeshConfig", "ModalityConfig", "ModelConfig", "OptimConfig",
+           "RunConfig", "SplitConfig", "TrainConfig"]  # fmt: skip
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -63,6 +64,38 @@ class SplitConfig(_Strict):
         return self
 
 
+class ModalityConfig(_Strict):
+    """The data of one modality of the network multimodal: where they are read, and which dates.
+
+    Example:
+        >>> ModalityConfig(collection="sentinel-1-rtc", bands=("vv", "vh")).most_days
+        6.0
+    """
+
+    collection: str = Field("", description="group of the cube; empty for data.collection, or for a layer")
+    layer: str = Field("", description="static layer of the cube (`terrashard stack`) in place of a collection")
+    cube: str = Field("", description="path or URL of another cube with the modality; empty for data.cube")
+    bands: tuple[str, ...] = Field((), description="bands, in order; empty means all")
+    dates: int | Literal["all"] = Field(
+        0,
+        ge=0,
+        description="dates of a window: 1: the nearest in time, without a time axis · a number: so many of the "
+        "nearest, as a series · all · 0: as data.dates",
+    )
+    most_days: float = Field(
+        6.0, ge=0, description="a date further than this from that of the window counts as missing, days"
+    )
+    decibel: bool = Field(False, description="turn stored power into decibels, 10 log10, before anything else")
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> ModalityConfig:
+        if self.layer and (self.collection or self.dates):
+            raise ValueError(
+                f"layer = {self.layer!r} has no dates and lies in no collection: leave out collection and dates"
+            )
+        return self
+
+
 class DataConfig(_Strict):
     """The data that are read, and what the model learns from them.
 
@@ -92,7 +125,17 @@ class DataConfig(_Strict):
     patch: Positive = Field(128, description="side of a square window, pixels")
     dates: Positive | Literal["all"] = Field(
         1,
-        description="dates in a window: 1; for model temporal also a number of consecutive dates, or all",
+        description="dates in a window: 1; for model temporal also a number of consecutive dates, or all; for model "
+        "multimodal 1: a window for each date of the collection, or all: one window for all dates",
+    )
+    modalities: dict[str, ModalityConfig] = Field(
+        default_factory=dict, description="for multimodal: name of each modality → where its data are"
+    )
+    modality_dropout: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="for multimodal: probability in training that a modality of a sample is hidden; one always stays",
     )
     min_labelled: Share = Field(
         0.25,
@@ -107,6 +150,20 @@ class DataConfig(_Strict):
     band_dropout: Share = Field(0.0, description="probability that a band of a sample is hidden")
     mix: Literal["none", "mixup", "cutmix"] = Field("none", description="blend pairs of samples, or paste parts")
     mix_alpha: float = Field(0.2, gt=0, description="parameter of the beta distribution of the shares")
+
+
+class BranchConfig(_Strict):
+    """The size of one branch of the network multimodal.
+
+    Example:
+        >>> BranchConfig(width=8).depth
+        0
+    """
+
+    width: int = Field(0, ge=0, description="channels of the first level; 0: model.width")
+    depth: int = Field(
+        0, ge=0, description="number of times the image is halved; 0: down to the coarsest level of model.depth"
+    )
 
 
 class ModelConfig(_Strict):
@@ -143,6 +200,14 @@ class ModelConfig(_Strict):
         0,
         ge=0,
         description="for temporal: 3 × 3 blocks over pixels after the dates; 0 classifies each pixel by its own series",
+    )
+    fusion: Literal["late", "middle", "early"] = Field(
+        "late",
+        description="for multimodal: where the modalities meet: late, after an encoder and decoder of each; middle, "
+        "between the encoders and one decoder, at every level; early, after the first block of each",
+    )
+    modalities: dict[str, BranchConfig] = Field(
+        default_factory=dict, description="for multimodal: name of a modality → size of its branch, where it differs"
     )
     turns: bool = Field(
         False, description="evaluate and predict by the mean over the eight turns and mirrors of each image"
@@ -425,6 +490,8 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _dates_make_sense(self) -> TrainConfig:
+        if self.model.name == "multimodal":
+            return self
         series = self.model.name == "temporal"
         if series != (self.data.dates != 1):
             raise ValueError(
@@ -439,6 +506,43 @@ class TrainConfig(_Strict):
             raise ValueError("data.mix = 'mixup' blends what was observed on different days: use cutmix or none")
         if self.data.split.test_dates:
             raise ValueError("data.split.test_dates keeps single dates aside, a series holds several: split by blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _modalities_make_sense(self) -> TrainConfig:
+        data, model = self.data, self.model
+        if model.name != "multimodal":
+            if data.modalities or model.modalities:
+                raise ValueError(
+                    f"data.modalities and model.modalities are for model.name = 'multimodal', not {model.name!r}"
+                )
+            return self
+        if len(data.modalities) < 1:
+            raise ValueError("model.name = 'multimodal' needs modalities: a table [data.modalities.NAME] for each")
+        wrong = [name for name in data.modalities if not re.fullmatch("[a-z][a-z0-9_]*", name)]
+        if wrong:
+            raise ValueError(
+                f"data.modalities.{wrong[0]}: a name has small letters, digits and _ and begins with a letter"
+            )
+        unknown = [name for name in model.modalities if name not in data.modalities]
+        if unknown:
+            raise ValueError(
+                f"model.modalities.{unknown[0]} is no modality of the data: choose among {', '.join(data.modalities)}"
+            )
+        if data.dates not in (1, "all"):
+            raise ValueError(f"data.dates = {data.dates} with model.name = 'multimodal': take 1 or 'all'")
+        for name, one in data.modalities.items():
+            if data.dates == "all" and one.dates not in (0, "all"):
+                raise ValueError(
+                    f"data.modalities.{name}.dates = {one.dates} with data.dates = 'all': a window of all dates has no "
+                    "date of its own to be near to; take 'all', or data.dates = 1"
+                )
+        if data.bands:
+            raise ValueError("data.bands with model.name = 'multimodal': name bands in data.modalities.NAME.bands")
+        if data.mix != "none":
+            raise ValueError("data.mix mixes images of one grid: use data.mix = 'none' with model.name = 'multimodal'")
+        if data.patch % (1 << model.depth):
+            raise ValueError(f"data.patch {data.patch} must be a multiple of 2^model.depth = {1 << model.depth}")
         return self
 
     @model_validator(mode="after")

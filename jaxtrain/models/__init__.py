@@ -2,12 +2,14 @@
 
 A builder takes `(config, *, channels, classes, rngs, data_shards)` and returns a Flax NNX module whose call is
 `model(x_BHWC, *, train)` in float32: logits_BHWK of a network per pixel, logits_BK of one per image. `temporal` takes
-`x_BHWTC`, the dates of one place as `temporal.series_of` puts them together.
+`x_BHWTC`, the dates of one place as `temporal.series_of` puts them together; `multimodal` takes one such array for each
+of its modalities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from flax import nnx
 
@@ -15,6 +17,8 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.models.autoencoder import build_autoencoder
 from jaxtrain.models.cnn import build_cnn, build_lenet
 from jaxtrain.models.mlp import build_image_mlp, build_pixel_mlp
+from jaxtrain.models.modality import Modality
+from jaxtrain.models.multimodal import build_multimodal
 from jaxtrain.models.resnet import build_resnet
 from jaxtrain.models.temporal import build_temporal
 from jaxtrain.models.unet import build_unet
@@ -25,11 +29,14 @@ __all__ = ["MODELS", "PER_PIXEL", "PER_SAMPLE", "build_model"]
 Builder = Callable[..., nnx.Module]
 
 PER_PIXEL: dict[str, Builder] = {
-    "autoencoder": build_autoencoder, "cnn": build_cnn, "mlp": build_pixel_mlp, "temporal": build_temporal,
-    "unet": build_unet,
+    "autoencoder": build_autoencoder, "cnn": build_cnn, "mlp": build_pixel_mlp, "multimodal": build_multimodal,
+    "temporal": build_temporal, "unet": build_unet,
 }  # fmt: skip
 """Networks with a prediction for each pixel: (B, H, W, K)."""
-PER_SAMPLE: dict[str, Builder] = {"cnn": build_lenet, "mlp": build_image_mlp, "resnet": build_resnet}
+PER_SAMPLE: dict[str, Builder] = {
+    "cnn": build_lenet, "mlp": build_image_mlp, "multimodal": partial(build_multimodal, per_image=True),
+    "resnet": build_resnet,
+}  # fmt: skip
 """Networks with one prediction for each image: (B, K)."""
 MODELS: dict[str, Builder] = {**PER_SAMPLE, **PER_PIXEL}
 """All networks by name; a name in both tables means the network for pixels."""
@@ -44,6 +51,7 @@ def build_model(
     data_shards: int = 1,
     per_image: bool | None = None,
     values: bool = False,
+    modalities: Sequence[Modality] = (),
 ) -> nnx.Module:
     """Build the network that the configuration names.
 
@@ -55,6 +63,7 @@ def build_model(
         data_shards: size of the mesh axis `data`; only the norm `local` depends on it.
         per_image: Whether the output is one prediction for each image; None for the first meaning of the name.
         values: Whether the output is a value in place of classes; one channel is then enough.
+        modalities: What each branch of the network multimodal gets; other networks have none.
 
     Raises:
         UnknownName: no such network.
@@ -74,4 +83,7 @@ def build_model(
             f"model.name = {config.name!r} predicts for each {given}, the data need one prediction per {asked}: choose "
             f"one of {', '.join(known)}"
         )
-    return known[config.name](config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards)
+    branches = {"modalities": modalities} if config.name == "multimodal" else {}
+    return known[config.name](
+        config, channels=channels, classes=classes, rngs=rngs, data_shards=data_shards, **branches
+    )

@@ -19,9 +19,9 @@ from flax import nnx
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import HE, SMALL, ConvBlock, run_block
 
-__all__ = ["Temporal", "build_temporal", "neighbours", "series_of"]
+__all__ = ["BESIDE", "Temporal", "attend", "build_temporal", "mean_max", "neighbours", "series_of"]
 
-_BESIDE = 3
+BESIDE = 3
 """Channels beside the bands: observed, sine and cosine of the day of the year."""
 _YEAR = 365.25
 
@@ -52,7 +52,7 @@ class Temporal(nnx.Module):
         width = config.width
         self.depth, self.taps, self.pooling, self.context = config.depth, config.taps, config.pooling, config.context
         self.remat = config.remat
-        inputs = [channels + _BESIDE, *[width] * (config.depth - 1)]
+        inputs = [channels + BESIDE, *[width] * (config.depth - 1)]
         self.dates = nnx.Dict(
             {
                 f"linear{i + 1}": nnx.Linear(config.taps * size, width, kernel_init=HE, rngs=rngs)
@@ -79,7 +79,7 @@ class Temporal(nnx.Module):
         self.head = nnx.Linear(width, classes, kernel_init=SMALL, rngs=rngs)
 
     def __call__(self, x_BHWTC: jax.Array, *, train: bool) -> jax.Array:
-        seen_BHWT = x_BHWTC[..., -_BESIDE] > 0
+        seen_BHWT = x_BHWTC[..., -BESIDE] > 0
         for i in range(1, self.depth + 1):
             y = self.dates[f"linear{i}"](neighbours(x_BHWTC, self.taps))
             y = nnx.relu(self.norms[f"norm{i}"](y.astype(jnp.float32))).astype(x_BHWTC.dtype)
@@ -87,25 +87,26 @@ class Temporal(nnx.Module):
             x_BHWTC = jnp.where(seen_BHWT[..., None], y, jnp.zeros((), y.dtype))
             if self.dropout is not None:
                 x_BHWTC = self.dropout(x_BHWTC, deterministic=not train)
-        pooled = self._attend(x_BHWTC, seen_BHWT) if self.pooling == "attention" else _mean_max(x_BHWTC, seen_BHWT)
+        if self.pooling == "attention":
+            pooled = attend(x_BHWTC, self.score(x_BHWTC), seen_BHWT)
+        else:
+            pooled = mean_max(x_BHWTC, seen_BHWT)
         x_BHWF = nnx.relu(self.mix(pooled))
         for i in range(self.context):
             x_BHWF = run_block(self.blocks[f"block{i}"], x_BHWF, train=train, remat=self.remat)
         logits_BHWK: jax.Array = self.head(x_BHWF)
         return logits_BHWK
 
-    def _attend(self, x_BHWTF: jax.Array, seen_BHWT: jax.Array) -> jax.Array:
-        """Return each head's weighted mean over dates, with all features side by side."""
-        score = self.score(x_BHWTF).astype(jnp.float32)
-        # not minus infinity: a pixel that was never observed must not be nan
-        weight = jax.nn.softmax(jnp.where(seen_BHWT[..., None], score, jnp.float32(-1e9)), axis=-2).astype(
-            x_BHWTF.dtype
-        )
-        each = x_BHWTF.shape[-1] // self.heads
-        parts = [
-            (weight[..., a, None] * x_BHWTF[..., a * each : (a + 1) * each]).sum(axis=-2) for a in range(self.heads)
-        ]
-        return jnp.concatenate(parts, axis=-1)
+
+def attend(x_BHWTF: jax.Array, score_BHWTA: jax.Array, seen_BHWT: jax.Array) -> jax.Array:
+    """Return the weighted mean over dates of each head A, with the features of all heads side by side."""
+    heads = score_BHWTA.shape[-1]
+    score = score_BHWTA.astype(jnp.float32)
+    # not minus infinity: a pixel that was never observed must not be nan
+    weight = jax.nn.softmax(jnp.where(seen_BHWT[..., None], score, jnp.float32(-1e9)), axis=-2).astype(x_BHWTF.dtype)
+    each = x_BHWTF.shape[-1] // heads
+    parts = [(weight[..., a, None] * x_BHWTF[..., a * each : (a + 1) * each]).sum(axis=-2) for a in range(heads)]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def neighbours(x_BHWTC: jax.Array, taps: int) -> jax.Array:
@@ -118,7 +119,7 @@ def neighbours(x_BHWTC: jax.Array, taps: int) -> jax.Array:
     return jnp.concatenate([padded[..., i : i + dates, :] for i in range(taps)], axis=-1)
 
 
-def _mean_max(x_BHWTF: jax.Array, seen_BHWT: jax.Array) -> jax.Array:
+def mean_max(x_BHWTF: jax.Array, seen_BHWT: jax.Array) -> jax.Array:
     """Return mean and maximum over the observed dates; features are not negative, and 0 elsewhere."""
     count = jnp.maximum(seen_BHWT.sum(axis=-1, dtype=jnp.int32), 1).astype(x_BHWTF.dtype)
     return jnp.concatenate([x_BHWTF.sum(axis=-2) / count[..., None], x_BHWTF.max(axis=-2)], axis=-1)

@@ -1,0 +1,50 @@
+"""`Modality` describes the data that one branch of the network `multimodal` gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+__all__ = ["Modality", "powers_of_two"]
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One modality of a run, once the data are known.
+
+    Attributes:
+        name: As `data.modalities` has it.
+        bands: Names of the bands, in the order of the channels.
+        ratio: Side of its pixels in pixels of the finest grid: 2 for 20 m where that has 10 m.
+        dates: Length of the time axis; 0 where there is none.
+    """
+
+    name: str
+    bands: tuple[str, ...]
+    ratio: int = 1
+    dates: int = 0
+
+    @property
+    def inputs(self) -> int:
+        """Channels of its array: the bands, one that says what was observed, and of series two for the day."""
+        return len(self.bands) + (3 if self.dates else 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(str(data["name"]), tuple(data["bands"]), int(data["ratio"]), int(data["dates"]))
+
+
+def powers_of_two(ratio: int) -> tuple[int, int]:
+    """Return how often 2 divides a ratio of pixels, and what is left.
+
+    >>> powers_of_two(1), powers_of_two(6), powers_of_two(4)
+    ((0, 1), (1, 3), (2, 1))
+    """
+    halvings = (ratio & -ratio).bit_length() - 1
+    return halvings, ratio >> halvings
