@@ -1,12 +1,14 @@
-"""`Modality` describes the data that one branch of the network `multimodal` gets."""
+"""`Modality` describes what one branch of the network `multimodal` gets, and `Encoded` what the branch returns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-__all__ = ["Modality", "powers_of_two"]
+import jax
+
+__all__ = ["Encoded", "Modality", "powers_of_two"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class Modality:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
         return cls(str(data["name"]), tuple(data["bands"]), int(data["ratio"]), int(data["dates"]))
+
+
+class Encoded(NamedTuple):
+    """The result of a branch."""
+
+    features: tuple[jax.Array, ...]
+    """Features (B, h, w, F) of each level, finest first; one level for late and early fusion."""
+    seen: jax.Array
+    """Share of each pixel that was observed, (B, H, W, 1) on the grid of the modality, in the type of the features."""
 
 
 def powers_of_two(ratio: int) -> tuple[int, int]:

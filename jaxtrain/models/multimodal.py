@@ -22,7 +22,7 @@ Letters in shapes: B sample, H row, W column, T date, C channel, F feature, M mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,23 +30,16 @@ from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import HE, SMALL, ConvBlock, conv, halve, repeat_nearest, run_block
-from jaxtrain.models.modality import Modality, powers_of_two
+from jaxtrain.models.modality import Encoded, Modality, powers_of_two
+from jaxtrain.models.multimodal_units import branch_units, fusion_units
 from jaxtrain.models.temporal import BESIDE, attend, mean_max, neighbours
+from jaxtrain.models.units import Unit
 from zarr_store.errors import InvalidInput
 
 __all__ = ["Ascent", "Branch", "Decoder", "Descent", "Encoded", "Fusion", "Multimodal", "build_multimodal"]
 
 _LEAST = 1e-6
 """Smallest share that counts as present."""
-
-
-class Encoded(NamedTuple):
-    """The result of a branch."""
-
-    features: tuple[jax.Array, ...]
-    """Features (B, h, w, F) of each level, finest first; one level for late and early fusion."""
-    seen: jax.Array
-    """Share of each pixel that was observed, (B, H, W, 1) on the grid of the modality, in the type of the features."""
 
 
 class Descent(nnx.Module):
@@ -128,12 +121,13 @@ class Branch(nnx.Module):
         climbs = config.fusion == "late" and not per_image
         self.climb = Ascent(width, depth, config, **made) if climbs else None
 
+    @property
+    def levels(self) -> int:
+        """Number of levels whose features it returns."""
+        return self.down.depth + 1 if self.down is not None and self.climb is None and not self.pooled else 1
+
     def __call__(self, x: jax.Array, *, train: bool) -> Encoded:
-        if self.series is None:
-            seen_BHW1 = x[..., -1:]
-        else:
-            seen_BHW1 = x[..., -BESIDE].max(axis=-1)[..., None]
-            x = self.series(x)
+        x, seen_BHW1 = self.enter(x)
         if self.block is not None:
             return Encoded((run_block(self.block, x, train=train, remat=self.remat),), seen_BHW1)
         assert self.down is not None
@@ -141,11 +135,22 @@ class Branch(nnx.Module):
         if self.climb is not None:
             return Encoded((self.climb(levels, train=train),), seen_BHW1)
         if self.pooled:
-            share = _pool(seen_BHW1, seen_BHW1.shape[1] // levels[-1].shape[1])
-            total = share.sum(axis=(1, 2), keepdims=True)
-            mean = (levels[-1] * share).sum(axis=(1, 2), keepdims=True) / _positive(total)
-            return Encoded((mean,), seen_BHW1.mean(axis=(1, 2), keepdims=True))
+            mean, share = self.pool(levels[-1], seen_BHW1)
+            return Encoded((mean,), share)
         return Encoded(levels, seen_BHW1)
+
+    def enter(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the input of the first block, and what was observed (B, H, W, 1)."""
+        if self.series is None:
+            return x, x[..., -1:]
+        return self.series(x), x[..., -BESIDE].max(axis=-1)[..., None]
+
+    def pool(self, x_BHWF: jax.Array, seen_BHW1: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the mean over what was observed of an image, and the share of it, both (B, 1, 1, …)."""
+        share = _pool(seen_BHW1, seen_BHW1.shape[1] // x_BHWF.shape[1])
+        total = share.sum(axis=(1, 2), keepdims=True)
+        mean = (x_BHWF * share).sum(axis=(1, 2), keepdims=True) / _positive(total)
+        return mean, seen_BHW1.mean(axis=(1, 2), keepdims=True)
 
 
 def branch_size(modality: Modality, config: ModelConfig) -> tuple[int, int]:
@@ -284,6 +289,14 @@ class Multimodal(nnx.Module):
         encoded = {name: self.encode(name, x[name], train=train) for name in self.names}
         logits: jax.Array = self.head(self.decoder(self.fusion(encoded), train=train))
         return logits
+
+    def branches(self) -> dict[str, list[Unit]]:
+        """Return the units of each branch, by the name of its modality (`multimodal_units`)."""
+        return branch_units(self)
+
+    def joined(self) -> list[Unit]:
+        """Return the units from the fusion to the logits (`multimodal_units`)."""
+        return fusion_units(self)
 
     def encode(self, name: str, x: jax.Array, *, train: bool) -> Encoded:
         """Run the branch of one modality, which needs nothing of the others."""
