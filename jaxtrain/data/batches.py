@@ -115,7 +115,9 @@ class BatchStream:
         batch = wait()
         extra = np.arange(self._size)[self._local] >= len(rows)
         if extra.any():
-            batch["observed"][extra] = 0
+            for name, array in batch.items():
+                if name.startswith("observed"):
+                    array[extra] = 0
             if "label" in batch:
                 label = batch["label"]
                 label[extra] = np.nan if np.issubdtype(label.dtype, np.floating) else UNLABELLED

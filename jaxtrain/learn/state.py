@@ -10,7 +10,7 @@ Randomness is not state: dropout draws from the key that a step is given, so a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from jaxtrain.data.task import Task
 from jaxtrain.learn.objective import Objective
 from jaxtrain.learn.optim import build_optimizer, build_schedule
 from jaxtrain.models import PER_PIXEL, build_model
+from jaxtrain.models.modality import Modality
 from jaxtrain.models.precision import run_model, set_precision
 from jaxtrain.models.units import Carry, Unit, is_owned
 from jaxtrain.parallel.links import absent, everywhere, init_by_group, is_here, part_of, shape_of
@@ -87,6 +88,8 @@ class Program:
     """Shardings of the parameters that the optimiser updates: split over `data` with `mesh.zero`."""
     layout: Layout | None
     """Cuts of the pipeline; None without a pipeline."""
+    modalities: tuple[Modality, ...]
+    """What each branch of the network multimodal gets; none of other networks."""
     _init: Callable[[jax.Array], TrainState]
 
     def init(self, key: jax.Array) -> TrainState:
@@ -171,14 +174,14 @@ class Program:
         return carry, {name: found[name] for name in statistics}
 
     def apply(
-        self, params: Any, model_state: Any, x_BHWC: jax.Array, *, train: bool, key: jax.Array | None = None
+        self, params: Any, model_state: Any, x_BHWC: Any, *, train: bool, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         """Run the network inside a jitted function.
 
         Args:
             params: Parameters, as in the state.
             model_state: Batch statistics, as in the state.
-            x_BHWC: normalised float32 image.
+            x_BHWC: normalised float32 image; of several modalities a dict of one for each.
             train: use and update batch statistics, drop out.
             key: Random key for dropout; needed if `train` and `model.dropout` are set.
 
@@ -189,7 +192,7 @@ class Program:
             raise InvalidInput("a training step with model.dropout needs a key")
         start = jax.random.key(0) if key is None else key
 
-        def run(params: Any, model_state: Any, x_BHWC: jax.Array) -> tuple[jax.Array, Any]:
+        def run(params: Any, model_state: Any, x_BHWC: Any) -> tuple[jax.Array, Any]:
             streams = _reseed(self.templates[2], start)  # made in here: `zero = 3` computes this function again
             model = nnx.merge(
                 self.graphdef, _like(self.templates[0], params), _like(self.templates[1], model_state), streams
@@ -228,6 +231,7 @@ def build_program(
     std: ArrayLike,
     class_weights: ArrayLike | None = None,
     task: Task | None = None,
+    modalities: Sequence[Modality] = (),
 ) -> Program:
     """Fix shapes, shardings and optimiser of a run; no array is made on a device.
 
@@ -239,6 +243,8 @@ def build_program(
         mean: per band (C,), in stored units.
         std: per band (C,), in stored units; 0 (a constant band) counts as 1.
         class_weights: per class (K,), positive; only their ratios matter.
+        modalities: What each branch of the network multimodal gets; `mean` and `std` have the bands of one after the
+            other.
         task: what is answered; one class per pixel where none is given, per image by a network that knows nothing else.
 
     Raises:
@@ -266,6 +272,7 @@ def build_program(
             data_shards=mesh.shape["data"],
             per_image=task.per_image,
             values=task.values,
+            modalities=modalities,
         )
 
     optimizer = build_optimizer(config.optim, config.run.steps)
@@ -298,6 +305,7 @@ def build_program(
         whole=None,
         parts=None,
         layout=None,
+        modalities=tuple(modalities),
         _init=init,
     )
     layout = None if config.mesh.pipe == 1 else _cut(program, abstract)

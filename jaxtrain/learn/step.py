@@ -35,6 +35,12 @@ from jax.sharding import Mesh
 from jaxtrain.data.arrays import as_images
 from jaxtrain.data.augment import augment, disturb, mix, turns
 from jaxtrain.learn.losses import LossTerms
+from jaxtrain.learn.modalities import (
+    modality_shardings,
+    prepare_modalities,
+    present_modalities,
+    seen_shares,
+)  # fmt: skip
 from jaxtrain.learn.optim import build_optimizer, evaluation_params
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.models.temporal import series_of
@@ -84,6 +90,16 @@ class PredictStep:
     """`predict(state, image, observed=None, day=None) -> probabilities_BHWK`; `day` (B, T) of series."""
 
     jitted: Any
+    names: tuple[str, ...] | None = None
+    """Names of the arrays of a batch of several modalities; None of one image."""
+
+    def of_batch(self, state: TrainState, batch: Batch) -> jax.Array:
+        """Predict for a batch, whatever arrays it has; a label in it is not used."""
+        if self.names is None:
+            return self(state, batch["image"], observed=batch["observed"], day=batch.get("day"))
+        params = evaluation_params(state.params, state.opt_state)
+        result: jax.Array = self.jitted(params, state.model_state, _chosen(batch, self.names))
+        return result
 
     def __call__(self, state: TrainState, image: Any, *, observed: Any = None, day: Any = None) -> jax.Array:
         if observed is None:
@@ -216,6 +232,10 @@ def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
         return EvalStep(make_pipeline(program).evaluate)
 
     def evaluate(params: Any, model_state: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        if program.modalities:
+            x = present_modalities(program, batch)
+            sums = program.objective.sums(_look(program, params, model_state, x, turned), batch["label"])
+            return sums | {"seen": seen_shares(program, batch)}
         x_BHWC = present(program, batch["image"], batch["observed"], batch.get("day"))
         observed = as_images(batch["observed"])
         label = _itself(x_BHWC, observed) if program.objective.task.rebuild else batch["label"]
@@ -250,9 +270,22 @@ def make_predict_step(program: Program) -> PredictStep:
 
     lies = batch_shardings(program)
     param_shardings = evaluation_params(program.shardings.params, program.shardings.opt_state)
+    answers = batch_sharding(program.mesh, image=not program.objective.task.per_image)
+    if program.modalities:
+
+        def predict_several(params: Any, model_state: Any, batch: dict[str, Any]) -> jax.Array:
+            x = present_modalities(program, batch)
+            return program.objective.answer(_look(program, params, model_state, x, program.config.model.turns))
+
+        inputs = {name: at for name, at in lies.items() if name != "label"}
+        jitted = jax.jit(
+            predict_several,
+            in_shardings=(param_shardings, program.shardings.model_state, inputs),
+            out_shardings=answers,
+        )
+        return PredictStep(jitted, tuple(inputs))
     days = (lies["day"],) if "day" in lies else ()
     shardings = (param_shardings, program.shardings.model_state, lies["image"], lies["observed"], *days)
-    answers = batch_sharding(program.mesh, image=not program.objective.task.per_image)
     return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=answers))
 
 
@@ -277,8 +310,11 @@ def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array
 
 def prepare_batch(
     program: Program, batch: Batch, key: jax.Array, mesh: Mesh
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-    """Return augmented and normalised images, and each label with its share of the loss: one, or two if mixed."""
+) -> tuple[Any, list[tuple[jax.Array, jax.Array]]]:
+    """Return augmented and normalised images (of several modalities a dict), and each label with its share of the loss: one, or two if mixed."""
+    if program.modalities:
+        x, label = prepare_modalities(program, batch, key, mesh)
+        return x, [(label, jnp.float32(1))]
     data = program.config.data
     rebuild = program.objective.task.rebuild
     names = ["image", *([] if rebuild else ["label"]), "observed"]
@@ -320,14 +356,17 @@ def _itself(x_BHWC: jax.Array, observed_BHW: jax.Array) -> jax.Array:
     return jnp.where(observed_BHW.astype(bool)[..., None], x_BHWC, jnp.float32(jnp.nan))
 
 
-def _look(program: Program, params: Any, model_state: Any, x_BHWC: jax.Array, turned: bool) -> jax.Array:
+def _look(program: Program, params: Any, model_state: Any, x: Any, turned: bool) -> jax.Array:
     """Return logits, or their mean over the eight turns; images that are not square are seen once."""
-    if not turned or x_BHWC.shape[1] != x_BHWC.shape[2]:
-        return program.apply(params, model_state, x_BHWC, train=False)[0]
-    b = x_BHWC.shape[0]
-    # the turns of a sample follow each other, so that a batch that is split over devices stays where it is
-    every = jnp.stack([turn(x_BHWC) for turn, _ in turns()], axis=1)
-    logits, _ = program.apply(params, model_state, every.reshape(8 * b, *x_BHWC.shape[1:]), train=False)
+    b, height, width = jax.tree.leaves(x)[0].shape[:3]
+    if not turned or height != width:
+        return program.apply(params, model_state, x, train=False)[0]
+
+    def every(x_BHWC: jax.Array) -> jax.Array:
+        # the turns of a sample follow each other, so that a batch that is split over devices stays where it is
+        return jnp.stack([turn(x_BHWC) for turn, _ in turns()], axis=1).reshape(8 * b, *x_BHWC.shape[1:])
+
+    logits, _ = program.apply(params, model_state, jax.tree.map(every, x), train=False)
     logits = logits.reshape(b, 8, *logits.shape[1:])
     if not program.objective.task.per_image:
         logits = jnp.stack([back(logits[:, i]) for i, (_, back) in enumerate(turns())], axis=1)
@@ -349,6 +388,8 @@ def make_pipeline(program: Program) -> Pipeline:
 
 def batch_shardings(program: Program) -> dict[str, Any]:
     """Return the sharding of each array of a batch that a program uses."""
+    if program.modalities:
+        return modality_shardings(program)
     mesh, task = program.mesh, program.objective.task
     series = program.config.data.dates != 1
     lies = {"image": stored_sharding(mesh, 5 if series else 4), "observed": stored_sharding(mesh, 4 if series else 3)}

@@ -18,12 +18,12 @@ from jaxtrain.config import ModelConfig
 __all__ = ["run_model", "set_precision"]
 
 
-def run_model(model: Any, x: jax.Array, *, train: bool, config: ModelConfig) -> jax.Array:
+def run_model(model: Any, x: Any, *, train: bool, config: ModelConfig) -> jax.Array:
     """Return the network's logits, float32; called where its state is traced.
 
     Args:
         model: A merged module, whose parameters are float32.
-        x: Normalised float32 input.
+        x: Normalised float32 input; of several modalities a dict.
         train: As of the network.
         config: Gives `precision`.
     """
@@ -31,12 +31,12 @@ def run_model(model: Any, x: jax.Array, *, train: bool, config: ModelConfig) -> 
     return logits.astype(jnp.float32)
 
 
-def set_precision(model: Any, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """Set a merged module's layers to the precision of the configuration, and return the image in it."""
+def set_precision(model: Any, x: Any, config: ModelConfig) -> Any:
+    """Set a merged module's layers to the precision of the configuration; return the image, or all of a dict, in it."""
     if config.precision == "bfloat16":
         for _, layer in nnx.iter_modules(model):
             # convolutions and dense layers cast their own input, kernel and bias; norms keep float32 parameters
             if isinstance(layer, nnx.Conv | nnx.Linear):
                 layer.dtype = jnp.bfloat16
-        x = x.astype(jnp.bfloat16)
+        x = jax.tree.map(lambda array: array.astype(jnp.bfloat16), x)
     return x

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxtrain.config import TrainConfig
+from jaxtrain.learn.modalities import modality_shapes
 from jaxtrain.learn.state import Program
 from jaxtrain.learn.step import make_pipeline, make_train_step
 from jaxtrain.models.narrow import without_pairs
@@ -142,8 +143,11 @@ def batch_shapes(program: Program, dtypes: Mapping[str, str]) -> dict[str, Any]:
     """
     data, size = program.config.data, program.config.run.batch_size
     task, side = program.objective.task, (program.config.data.patch,) * 2
-    dates = () if data.dates == 1 else (int(data.dates),)
-    shapes = {"image": (size, *dates, program.channels, *side), "observed": (size, *dates, *side)}
+    dates = () if data.dates == 1 or program.modalities else (int(data.dates),)
+    if program.modalities:
+        shapes = modality_shapes(program, size)
+    else:
+        shapes = {"image": (size, *dates, program.channels, *side), "observed": (size, *dates, *side)}
     if not task.rebuild:
         shapes["label"] = (size, *((program.classes,) if task.several else () if task.per_image else side))
     if dates:

@@ -167,12 +167,12 @@ def random_batch(shapes: Mapping[str, Any], classes: int) -> dict[str, np.ndarra
     rng = np.random.default_rng(0)
     made = {}
     for name, leaf in shapes.items():
-        if name == "observed":
+        if name.startswith("observed"):
             made[name] = np.ones(leaf.shape, leaf.dtype)
         elif np.issubdtype(leaf.dtype, np.floating):
             made[name] = rng.normal(size=leaf.shape).astype(leaf.dtype)
         else:
-            most = {"label": 2 if leaf.ndim == 2 else classes, "day": 365}.get(name, 4000)
+            most = {"label": 2 if leaf.ndim == 2 else classes, "day": 365}.get(name.partition("_")[0], 4000)
             made[name] = rng.integers(0, most, leaf.shape).astype(leaf.dtype)
     return made
 
