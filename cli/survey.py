@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
         examples=(
             "terrashard survey examples/zagreb_scl.toml",
             "terrashard survey examples/zagreb_scl.toml --devices 64 --profile h100-ib",
+            "terrashard survey examples/multimodal.toml --measure",
         ),
     )
     def survey(
@@ -49,26 +50,45 @@ def register(app: typer.Typer) -> None:
         html: Annotated[
             Path | None, typer.Option("--html", metavar="FILE.html", help="A page with figures, in one file.")
         ] = None,
+        dask: Annotated[
+            str | None,
+            typer.Option("--dask", metavar="ADDRESS", help="Measure placements on the workers of this Dask cluster."),
+        ] = None,
+        epochs: Annotated[
+            float, typer.Option("--epochs", metavar="N", help="Epochs that each measured placement trains.")
+        ] = 1.0,
     ) -> None:
         """Compare all parallel strategies for a network: bytes, operations, memory, time; and choose one.
 
-        Programs are compiled for devices that need not be there; nothing is trained.
+        Programs are compiled for devices that need not be there; nothing is trained. For a network of several
+        modalities the placements of its branches are compared; with --devices, its meshes.
         """
+        from cli.placing import survey_branches
         from cli.progress import Reporter
         from cli.training import train_config
         from jaxtrain.planner.machine import device_count, this_machine
         from jaxtrain.planner.measure import measure_rows
         from jaxtrain.planner.page import write_page
+        from jaxtrain.planner.placements import branches_of
         from jaxtrain.planner.profile import read_profile
         from jaxtrain.planner.scaling import grown, scaling_curves
         from jaxtrain.planner.survey import describe_network, survey_run
         from jaxtrain.planner.words import curve_table, sensitivity, sensitivity_line, table, verdict
+        from zarr_store.errors import InvalidInput
 
         config = train_config(configuration, session)
         known = None if profile == "this-machine" else read_profile(profile)  # a wrong name costs no search for devices
         numbers = [device_count()] if devices is None else _numbers(devices)
         machine = known or this_machine(max(numbers), again=calibrate)
         network = describe_network(config)
+        if len(branches_of(config)) > 1 and devices is None and not scaling:
+            survey_branches(session, network, machine, measure=measure or dask is not None, dask=dask, epochs=epochs)
+            return
+        if dask is not None:
+            raise InvalidInput(
+                "--dask measures the placements of a network with two modalities or more; leave it out, or take "
+                "model.name = 'multimodal' without --devices and --scaling"
+            )
         curves: tuple[Curve, ...] = ()
         if scaling:
             with Reporter(session, "scaling", unit="programs") as progress:

@@ -9,10 +9,12 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from jaxtrain.placement import PlacementConfig, mesh_of_placement
 
 __all__ = ["BranchConfig", "DataConfig", "HeteroConfig", "MeshConfig", "ModalityConfig", "ModelConfig", "OptimConfig",
-           "RunConfig", "SplitConfig", "TrainConfig"]  # fmt: skip
+           "PlacementConfig", "RunConfig", "SplitConfig", "TrainConfig"]  # fmt: skip
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -439,8 +441,24 @@ class TrainConfig(_Strict):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
+    placement: PlacementConfig = PlacementConfig()
     run: RunConfig = RunConfig()
     hetero: HeteroConfig = HeteroConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mesh_follows_from_placement(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("placement"), (dict, PlacementConfig)):
+            return values
+        try:
+            placement = PlacementConfig.model_validate(values["placement"])
+        except ValidationError:  # its own field tells what is wrong with it
+            return values
+        mesh = values.get("mesh", {})
+        if placement.kind == "mesh" or not isinstance(mesh, (dict, str, MeshConfig)):
+            return values
+        table = mesh.model_dump(exclude_unset=True) if isinstance(mesh, MeshConfig) else mesh
+        return {**values, "mesh": mesh_of_placement(placement, table)}
 
     @property
     def chunk(self) -> int:

@@ -30,9 +30,10 @@ from jaxtrain.learn.optim import build_optimizer, build_schedule
 from jaxtrain.models import PER_PIXEL, build_model
 from jaxtrain.models.modality import Modality
 from jaxtrain.models.precision import run_model, set_precision
-from jaxtrain.models.units import Carry, Unit, is_owned
+from jaxtrain.models.units import Carry, Unit, is_owned, units_of
 from jaxtrain.parallel.links import absent, everywhere, init_by_group, is_here, part_of, shape_of
 from jaxtrain.parallel.mesh import constrain, replicated
+from jaxtrain.parallel.placement import FUSION, Streams, check_groups, place_branches, place_stages
 from jaxtrain.parallel.schedule import balance_cuts
 from jaxtrain.parallel.sharding import check_split, partition_specs, path_name
 from jaxtrain.parallel.spatial import over_space
@@ -165,7 +166,7 @@ class Program:
         ]
         model = nnx.merge(self.graphdef, *states, _reseed(self.templates[2], key))
         carry = (set_precision(model, carry[0], self.config.model), *carry[1:])
-        units = model.units()
+        units = units_of(model)
         for unit in units[slice(*span)]:
             carry = unit.run(carry, train)
         if span[1] == len(units):
@@ -213,6 +214,10 @@ class Program:
         with over_space(self.mesh):
             code: jax.Array = model.embed(set_precision(model, x_BHWC, self.config.model))
         return code.astype(jnp.float32)
+
+    def entry(self, branch: str) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the inputs of a branch, without the samples."""
+        raise NotImplementedError
 
     def share(self, gradient: Any) -> Any:
         """Return the gradient for the optimiser, inside a jitted function; `mesh.zero` splits it over replicas."""
@@ -314,29 +319,83 @@ def build_program(
 
 
 def _cut(program: Program, abstract: Any) -> Layout:
-    """Choose the cuts of the pipeline from the costs of the network's units."""
+    """Choose the parts of the network and their groups, from the costs of its units or as the placement says."""
     config = program.config
+    if hasattr(abstract, "streams"):
+        return _place(program, abstract.streams())
+    if config.placement.kind == "branches":
+        raise InvalidInput(
+            f"placement.kind = 'branches', but model.name = {config.model.name!r} has no branches: use 'replicated', "
+            "'stages' or 'filters', or model.name = 'multimodal'"
+        )
     if not hasattr(abstract, "units"):
         raise InvalidInput(f"mesh.pipe cuts cnn per pixel, resnet and unet, not {config.model.name}: use mesh.pipe = 1")
     units: list[Unit] = abstract.units()
-    params, statistics = _by_path(program.shapes.params), _by_path(program.shapes.model_state)
     balance_cuts([1.0] * len(units), config.mesh.parts)  # refused before anything is measured
-    side, size = config.data.patch, config.run.batch_size // config.mesh.microbatches
-    carry: Any = (shape_of((size, side, side, program.channels), jnp.float32),)
+    side = config.data.patch
+    costs, _ = _costs(program, units, 0, (_image(program, (side, side, program.channels)),))
+    names = [*_by_path(program.shapes.params), *_by_path(program.shapes.model_state)]
+    return lay_out(program.mesh, units, names, _agreed(config, costs), chunks=config.mesh.parts)
+
+
+def _place(program: Program, units: Mapping[str, list[Unit]]) -> Layout:
+    """Lay a network with branches on groups of devices."""
+    config, mesh = program.config, program.mesh
+    if config.mesh.schedule == "interleaved":
+        raise InvalidInput(
+            "mesh.schedule = 'interleaved' is for a network without branches: use '1f1b' with this one, or more parts "
+            "in placement.groups"
+        )
+    groups = config.placement.groups if config.placement.kind == "branches" else ()
+    branches = [name for name in units if name != FUSION]
+    if groups:
+        check_groups(groups, branches)  # refused before anything is measured
+    costs: dict[str, list[float]] = {}
+    joined: tuple[Any, ...] = ()
+    position = 0
+    for name, several in units.items():
+        entered = joined if name == FUSION else tuple(_image(program, leaf) for leaf in program.entry(name))
+        costs[name], out = _costs(program, several, position, entered)
+        joined += out
+        position += len(several)
+    flat = _agreed(config, [cost for several in costs.values() for cost in several])
+    agreed = {name: [flat.pop(0) for _ in several] for name, several in costs.items()}
+    names = [*_by_path(program.shapes.params), *_by_path(program.shapes.model_state)]
+    streams = Streams(units, agreed)
+    if groups:
+        return place_branches(mesh, streams, names, groups)
+    return place_stages(mesh, streams, names, config.mesh.pipe)
+
+
+def _image(program: Program, shape: Sequence[int]) -> Any:
+    """Return the shape of an input of a microbatch."""
+    config = program.config
+    return shape_of((config.run.batch_size // config.mesh.microbatches, *shape), jnp.float32)
+
+
+def _costs(program: Program, units: Sequence[Unit], first: int, carry: Any) -> tuple[list[float], Any]:
+    """Return the cost of each of some units that follow each other, and the shapes of what the last one gives."""
+    params, statistics = _by_path(program.shapes.params), _by_path(program.shapes.model_state)
     costs = []
-    for position, unit in enumerate(units):
+    for position, unit in enumerate(units, start=first):
         mine = [{n: leaf for n, leaf in tree.items() if is_owned(n, unit)} for tree in (params, statistics)]
 
         def run(params: Any, carry: Any, at: int = position, statistics: Any = mine[1]) -> Carry:
             kept = jax.tree.map(jnp.ones_like, statistics)
             return program.apply_units(params, kept, carry, span=(at, at + 1), train=True, key=jax.random.key(0))[0]
 
-        cost_of = measure if config.mesh.balance == "measured" else estimate
+        cost_of = measure if program.config.mesh.balance == "measured" else estimate
         costs.append(cost_of(run, mine[0], carry))
         carry = jax.eval_shape(run, mine[0], carry)
+    return costs, carry
+
+
+def _agreed(config: TrainConfig, costs: list[float]) -> list[float]:
+    """Return costs that all processes share, as all must cut alike."""
     if config.mesh.balance == "measured" and jax.process_count() > 1:
-        costs = multihost_utils.broadcast_one_to_all(np.asarray(costs, np.float32)).tolist()  # all must cut alike
-    return lay_out(program.mesh, units, [*params, *statistics], costs, chunks=config.mesh.parts)
+        found: list[float] = multihost_utils.broadcast_one_to_all(np.asarray(costs, np.float32)).tolist()
+        return found
+    return costs
 
 
 def _shardings(

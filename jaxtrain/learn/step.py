@@ -381,7 +381,7 @@ def make_pipeline(program: Program) -> Pipeline:
     return Pipeline(
         program,
         prepare=partial(prepare_batch, program),
-        normalise=partial(present, program),
+        normalise=lambda batch: present(program, batch["image"], batch["observed"]),
         optimizer=build_optimizer(unclipped, program.config.run.steps),
     )
 

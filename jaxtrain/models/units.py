@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["Carry", "Unit", "halves", "is_owned"]
+__all__ = ["Carry", "Unit", "halves", "is_owned", "units_of"]
 
 Carry = tuple[jax.Array, ...]
 
@@ -58,3 +58,11 @@ def halves(path: str, block: Any, enter: Callable[[Carry], Carry] = tuple, owns:
 def is_owned(name: str, unit: Unit) -> bool:
     """Return whether the path of a parameter lies in one of the unit's modules."""
     return any(name == path or name.startswith(f"{path}/") for path in unit.owns)
+
+
+def units_of(model: Any) -> list[Unit]:
+    """Return all units of a network; those of branches one branch after the other, then those of what joins them."""
+    if hasattr(model, "streams"):
+        return [unit for units in model.streams().values() for unit in units]
+    found: list[Unit] = model.units()
+    return found

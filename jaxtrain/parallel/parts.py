@@ -196,7 +196,7 @@ class Parts:
             found |= {f"model_state/{name}": leaf for name, leaf in part.statistics.items()}
             for name, leaf in zip(self.opt_names[k], part.opt, strict=True):
                 if name in self._counters:
-                    copies.setdefault(name, {})[k % len(self._layout.groups)] = leaf
+                    copies.setdefault(name, {})[self._layout.homes[k]] = leaf
                 else:
                     found[f"opt_state/{name}"] = leaf
         for name, by_group in copies.items():

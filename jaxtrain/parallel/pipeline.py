@@ -5,6 +5,9 @@ are. The host walks through the schedule (`schedule.trace`) and hands work to th
 what one part hands to the next is copied from group to group. Nothing is looped on the device: XLA:CPU runs
 convolutions inside a loop forty times slower.
 
+Where a network has branches, the parts are a tree (`parallel/placement.py`): each branch takes its own image on its own
+group, and the part that joins them takes the results of all, so branches on different groups compute at the same time.
+
 Groups may lie in different processes. All walk through the one schedule, so copies and sums between processes come in
 the same order everywhere; each works for its own groups and passes over the rest, of which it knows the shapes.
 
@@ -19,7 +22,7 @@ lie on their groups. Batch statistics (norm `local`) are those of each microbatc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,18 +36,21 @@ from jaxtrain.parallel.links import Links, is_here, join, part_of, shape_of, zer
 from jaxtrain.parallel.mesh import spec, stored_sharding
 from jaxtrain.parallel.parts import Held, Parts, PipelinedProgram, Tree
 from jaxtrain.parallel.processes import wait_for_all
-from jaxtrain.parallel.schedule import Work, order_of, trace
+from jaxtrain.parallel.schedule import Order, Work, order_of, order_of_tree, trace
 from jaxtrain.parallel.stage_programs import Counted, Entry, Settled, Verdict, make_shared, make_stage, make_units
+from jaxtrain.parallel.stages import Layout
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "orders_of"]
 
 Batch = Mapping[str, Any]
 
 
-def _shape(stored_BCHW: Any) -> tuple[int, ...]:
-    """Return the shape (B, H, W, C) of the images that a stored batch becomes."""
-    b, c, h, w = stored_BCHW.shape
-    return (b, h, w, c)
+def orders_of(layout: Layout, schedule: Order, microbatches: int) -> list[list[Work]]:
+    """Return the work of each group of a layout, in order; a network with branches has one order for all schedules."""
+    if layout.is_chain:
+        groups = len(layout.groups)
+        return order_of(schedule, groups=groups, chunks=layout.chunks, microbatches=microbatches)
+    return order_of_tree(layout.after, layout.homes, microbatches=microbatches)
 
 
 class Pipeline:
@@ -54,7 +60,7 @@ class Pipeline:
         program: Program with a layout.
         prepare: (batch, key, mesh) → normalised images and a list of (label, share of the loss), as a step of one
             device makes them; traced on the first and on the last group, each of which uses its part.
-        normalise: (image, observed) of a batch → normalised images (B, H, W, C).
+        normalise: batch → the inputs of the network without training: normalised images (B, H, W, C).
         optimizer: Optimiser of the program without clipping, as the norm of the whole gradient is known only here.
     """
 
@@ -71,14 +77,18 @@ class Pipeline:
             raise ValueError("this program has no pipeline")
         self.program, self.layout = program, layout
         self.microbatches = mesh.microbatches
-        self.orders = order_of(mesh.schedule, groups=mesh.pipe, chunks=layout.chunks, microbatches=self.microbatches)
-        self.walk = [interval.work for interval in trace(self.orders, chunks=layout.chunks)]
+        self.orders = orders_of(layout, mesh.schedule, self.microbatches)
+        traced = trace(self.orders, chunks=layout.chunks, after=layout.after)
+        self.walk = [interval.work for interval in traced]
         self.log: list[Work] = []
         """Work of this process in the last step, in order."""
         chunks = range(layout.chunks)
         self._last = layout.chunks - 1
         self._here = [is_here(layout.mesh(k)) for k in chunks]
-        self._links, self._known = Links(layout.groups), dict[Any, list[Any]]()
+        self._needs = [layout.needs(k) for k in chunks]
+        self._sizes: dict[int, int] = {}
+        """Number of arrays that each part gives to the one that takes them."""
+        self._links, self._known = Links(layout.groups), dict[Any, tuple[list[Carry], list[Carry]]]()
         self._rehearsed = False
         self.parts = Parts(program, layout, optimizer)
         self.stages = [make_stage(program, layout, self.parts, optimizer, k=k) for k in chunks]
@@ -96,7 +106,7 @@ class Pipeline:
         last, here = self._last, [k for k in range(self.layout.chunks) if self._here[k]]
         augment_key, dropout_key = jax.random.split(key)
         held = {k: self.parts.held(state, k) for k in here}
-        made = self._carries(_shape(batch["image"]), self.microbatches, train=True)
+        given, made = self._carries(batch, train=True)
         blank = {k: self.stages[k].blank(held[k]) for k in here}
         gradient, summed = ({k: trees[i] for k, trees in blank.items()} for i in range(2))
         arrived: dict[tuple[int, int], Any] = {}
@@ -104,38 +114,43 @@ class Pipeline:
         pulls: dict[tuple[int, int], Any] = {}
         labels: Any = ()
         counts: list[Counted] = []
-        if self._here[0]:
-            images = self.shared.images(self._batch_on(batch, 0), self._on(augment_key, 0))
-            arrived = {(0, m): (image,) for m, image in enumerate(images)}
+        for k in self.shared.images:
+            if self._here[k]:
+                entries = self.shared.images[k](self._batch_on(batch, k), self._on(augment_key, k))
+                arrived |= {(k, m): entry for m, entry in enumerate(entries)}
         if self._here[last]:
             labels = self.shared.labels(self._batch_on(batch, last), self._on(augment_key, last))
         if not all(self._here) and not self._rehearsed:
-            image = _shape(batch["image"])
-            first = (shape_of((image[0] // self.microbatches, *image[1:]), jnp.float32),)
             answers = self._answers(labels, 0) if self._here[last] else ()
-            self._rehearse(held, blank, [first, *made], partial(self._entry, key=augment_key, answers=answers))
+            self._rehearse(held, blank, given, made, partial(self._entry, key=augment_key, answers=answers))
         self.log = []
         for work in self.walk:
             k, m = work.chunk, work.microbatch
-            entered = arrived.pop((k, m), ())
-            given = returned.pop((k, m), ())
             if work.kind == "forward":
+                entered = arrived.pop((k, m), ())
+                for source in self._needs[k]:
+                    entered += arrived.pop((source, m))
                 out: Any = made[k]
                 if self._here[k]:
                     answers = self._answers(labels, m) if k == last else ()
                     entry = self._entry(entered, k, key=jax.random.fold_in(dropout_key, m), answers=answers)
                     out, summed[k], pull = self.stages[k].forward(held[k], summed[k], entry)
                     pulls[k, m] = (pull, pull.borrow(held[k], entry))
-                if k != last:
-                    arrived[k + 1, m] = self._pass_on(out, k, k + 1)
+                taker = self.layout.parts[k].after
+                if taker is not None:
+                    self._sizes[k] = len(out)
+                    arrived[k, m] = self._pass_on(out, k, taker)
                 elif self._here[k]:
                     counts.append(out)
             else:
-                back: Any = made[k - 1] if k else None
+                back: Any = None
                 if self._here[k]:
-                    back, gradient[k] = self.stages[k].backward(*pulls.pop((k, m)), given, gradient[k])
-                if k:
-                    returned[k - 1, m] = self._pass_on(back, k, k - 1)
+                    back, gradient[k] = self.stages[k].backward(
+                        *pulls.pop((k, m)), returned.pop((k, m), ()), gradient[k]
+                    )
+                returned.pop((k, m), None)
+                for source, part in self._returned(k, made, back):
+                    returned[source, m] = self._pass_on(part, k, source)
             if self._here[k]:
                 self.log.append(work)
         gradient = {k: self.stages[k].total(own) if self.stages[k].total else own for k, own in gradient.items()}
@@ -148,6 +163,14 @@ class Pipeline:
             changed[k] = self.stages[k].update(held[k], moments, gradient[k], Settled(summed[k], verdict))
         return self.parts.whole(state, changed, known["step"]), known["metrics"]
 
+    def _returned(self, k: int, made: list[Carry], back: Any) -> Iterator[tuple[int, Carry]]:
+        """Yield for each part that gave to part k what it gets back: gradients, or shapes in another process."""
+        at = 0
+        for source in self._needs[k]:
+            size = self._sizes[source]
+            yield source, made[source] if back is None else back[at : at + size]
+            at += size
+
     def _entry(self, carry: Carry, k: int, *, key: jax.Array, answers: Any) -> Entry:
         return Entry(carry, self._on(key, k), answers if k == self._last else ())
 
@@ -155,8 +178,9 @@ class Pipeline:
         return [label[m] for label, _ in labels], [share for _, share in labels]
 
     def _rehearse(
-        self, held: Mapping[int, Held], blank: Mapping[int, Any], carries: Any, entry: Callable[..., Entry]
-    ) -> None:
+        self, held: Mapping[int, Held], blank: Mapping[int, Any], given: list[Carry], made: list[Carry],
+        entry: Callable[..., Entry],
+    ) -> None:  # fmt: skip
         """Compile the passes of the parts of this process on zeros, and wait until all processes have done so.
 
         One part may take minutes longer to compile than another, and the link between processes (Gloo: 30 s) gives up.
@@ -167,10 +191,10 @@ class Pipeline:
 
         for k, (gradient, summed) in blank.items():
             stage = self.stages[k]
-            given = entry(zeros(carries[k], k), k)
-            _, _, pull = stage.forward(held[k], summed, given)
-            back = () if k == self._last else zeros(carries[k + 1], k)
-            stage.backward(pull, pull.borrow(held[k], given), back, jax.tree.map(jnp.zeros_like, gradient))
+            entered = entry(zeros(given[k], k), k)
+            _, _, pull = stage.forward(held[k], summed, entered)
+            back = () if k == self._last else zeros(made[k], k)
+            stage.backward(pull, pull.borrow(held[k], entered), back, jax.tree.map(jnp.zeros_like, gradient))
         wait_for_all("the parts of the pipeline are compiled")
         self._rehearsed = True
 
@@ -179,9 +203,9 @@ class Pipeline:
         groups, mesh = self.layout.groups, self.program.mesh
         numbers, labelled = [], []
         for g, group in enumerate(groups):
-            if not self._here[g]:
+            if not is_here(group):
                 continue
-            mine = [tree for k, tree in gradient.items() if k % len(groups) == g]
+            mine = [tree for k, tree in gradient.items() if self.layout.homes[k] == g]
             found = self.shared.partial(mine, counts if group is self.layout.mesh(self._last) else [])
             numbers.append(found[0])
             labelled.append(found[1])
@@ -196,7 +220,7 @@ class Pipeline:
     def evaluate(self, params: Any, statistics: Any, batch: Batch) -> dict[str, Any]:
         """Compute sums over a batch, known to all groups; see `jaxtrain.learn.step.make_eval_step`."""
         groups, at = self.layout.groups, self.layout.chunks - 1
-        carry, found = self._through(params, statistics, batch["image"], batch["observed"]), None
+        carry, found = self._through(params, statistics, batch), None
         if self._here[at]:
             found = self.shared.sums(carry[0], self._batch_on({"label": batch["label"]}, at)["label"])
         label = batch["label"]
@@ -218,40 +242,57 @@ class Pipeline:
 
     def predict(self, params: Any, statistics: Any, image: Any, observed: Any) -> jax.Array:
         """Predict for a batch of images, on the last group."""
-        answer: jax.Array = self.shared.answer(self._through(params, statistics, image, observed)[0])
+        batch = {"image": image, "observed": observed}
+        answer: jax.Array = self.shared.answer(self._through(params, statistics, batch)[0])
         return answer
 
-    def _through(self, params: Any, statistics: Any, image: Any, observed: Any) -> Carry:
-        made = self._carries(_shape(image), 1, train=False)
-        carry: Carry = ()
-        if self._here[0]:
-            there = self._batch_on({"image": image, "observed": observed}, 0)
-            carry = (self.shared.enter(there["image"], there["observed"]),)
-        for k in range(self.layout.chunks):
-            held = Held(self.parts.of(params, k), self.parts.of(statistics, k))
-            carry = self.stages[k].look(held, carry) if self._here[k] else made[k]
-            carry = self._pass_on(carry, k, k + 1) if k < self._last else carry
-        return carry
+    def _through(self, params: Any, statistics: Any, batch: Batch) -> Carry:
+        images = {name: array for name, array in batch.items() if name != "label"}
+        _, made = self._carries(images, train=False)
+        out: list[Carry] = []
+        for k, part in enumerate(self.layout.parts):
+            carry: Carry = tuple(leaf for source in self._needs[k] for leaf in out[source])
+            if self._here[k]:
+                carry = carry if self._needs[k] else self.shared.enter[k](self._batch_on(images, k))
+                held = Held(self.parts.of(params, k), self.parts.of(statistics, k))
+                carry = self.stages[k].look(held, carry)
+            else:
+                carry = made[k]
+            out.append(carry if part.after is None else self._pass_on(carry, k, part.after))
+        return out[-1]
 
     # ---- Between groups
 
     def _pass_on(self, carry: Carry, source: int, target: int) -> Carry:
-        groups = len(self.layout.groups)
-        return self._links.send(carry, source % groups, target % groups)
+        homes = self.layout.homes
+        return carry if homes[source] == homes[target] else self._links.send(carry, homes[source], homes[target])
 
-    def _carries(self, image: tuple[int, ...], microbatches: int, *, train: bool) -> list[Carry]:
-        """Return the shapes of the output of each part, for processes that do not hold it."""
+    def _carries(self, batch: Batch, *, train: bool) -> tuple[list[Carry], list[Carry]]:
+        """Return the shapes of what each part is given and of its output, for processes that do not hold it.
+
+        Args:
+            batch: The arrays of a batch that the parts take, without labels unless `train`.
+            train: Whether the batch is cut into microbatches.
+        """
+        count = self.layout.chunks
         if all(self._here):
-            return [()] * self.layout.chunks
-        known = (image, microbatches)
+            return [()] * count, [()] * count
+        shapes = {name: shape_of(array.shape, array.dtype) for name, array in batch.items()}
+        known = (train, *((name, leaf.shape) for name, leaf in sorted(shapes.items())))
         if known not in self._known:
-            carry: Any = (shape_of((image[0] // microbatches, *image[1:]), jnp.float32),)
-            found = []
-            for k in range(self.layout.chunks):
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            given: list[Carry] = []
+            made: list[Carry] = []
+            for k in range(count):
+                entered: Carry = tuple(leaf for source in self._needs[k] for leaf in made[source])
+                if not self._needs[k] and train:
+                    entered = jax.eval_shape(self.shared.images[k], shapes, key)[0]
+                elif not self._needs[k]:
+                    entered = jax.eval_shape(self.shared.enter[k], shapes)
+                given.append(tuple(shape_of(leaf.shape, leaf.dtype) for leaf in entered))
                 run = partial(make_units(self.program, self.layout, k), train=train, key=jax.random.key(0))
-                carry = jax.eval_shape(run, *self.parts.shapes[k], carry)[0]
-                found.append(carry)
-            self._known[known] = found
+                made.append(jax.eval_shape(run, *self.parts.shapes[k], given[k])[0])
+            self._known[known] = (given, made)
         return self._known[known]
 
     def _on(self, array: Any, k: int) -> jax.Array:

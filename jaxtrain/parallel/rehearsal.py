@@ -50,10 +50,13 @@ def compile_parts(pipeline: Pipeline, batch: Mapping[str, Any], key: Any) -> Ite
         mesh = layout.mesh(k)
         return {name: _at(leaf, stored_sharding(mesh, leaf.ndim)) for name, leaf in batch.items()}
 
-    images = pipeline.shared.images.lower(batch_on(0), _at(key, replicated(layout.mesh(0))))
-    compiled = images.compile()
-    yield Piece("images", 0, compiled, (), ())
-    carry: Any = (_given(images.out_info, compiled)[0],)
+    entries: dict[int, Any] = {}
+    for k, program_of_images in pipeline.shared.images.items():
+        images = program_of_images.lower(batch_on(k), _at(key, replicated(layout.mesh(k))))
+        compiled = images.compile()
+        yield Piece("images", k, compiled, (), ())
+        entries[k] = _given(images.out_info, compiled)[0]
+    made: list[Any] = []
     labels = pipeline.shared.labels.lower(batch_on(last), _at(key, replicated(layout.mesh(last))))
     labels = _given(labels.out_info, labels.compile())
     for k in range(layout.chunks):
@@ -64,6 +67,7 @@ def compile_parts(pipeline: Pipeline, batch: Mapping[str, Any], key: Any) -> Ite
         blank = stage.blank.lower(held)
         gradient, summed = _given(blank.out_info, blank.compile())
         answers = ([found[0] for found, _ in labels], [share for _, share in labels]) if k == last else ()
+        carry = entries.get(k) or tuple(leaf for source in layout.needs(k) for leaf in made[source])
         entered = tuple(_at(leaf, lies_of(leaf, mesh)) for leaf in carry)
         entry = Entry(entered, _at(key, whole), answers)
         forward = stage.forward.lower(held, summed, entry)
@@ -72,8 +76,8 @@ def compile_parts(pipeline: Pipeline, batch: Mapping[str, Any], key: Any) -> Ite
         mine = tuple(jax.tree.leaves(held.params))
         gives = tuple(out) if k != last else ()
         borrowed = pull.borrow(held, entry)
-        # the first part's images exist as long as the step
-        moving = set(map(id, jax.tree.leaves((entry.carry if k else (), entry.answers))))
+        # the images of a part that takes them exist as long as the step
+        moving = set(map(id, jax.tree.leaves((entry.carry if layout.needs(k) else (), entry.answers))))
         borrows = tuple(leaf for leaf in borrowed if id(leaf) in moving)
         yield Piece("forward", k, compiled, mine, gives, tuple(pull.kept), borrows)
         backward = stage.backward.lower(pull, borrowed, () if k == last else gives, gradient)
@@ -93,7 +97,7 @@ def compile_parts(pipeline: Pipeline, batch: Mapping[str, Any], key: Any) -> Ite
         verdict = Verdict([_at(leaf, whole) for leaf in counters], scalar, finite)
         update = stage.update.lower(held, moments, gradient, Settled(summed, verdict))
         yield Piece("update", k, update.compile(), mine, ())
-        carry = out
+        made.append(out)
 
 
 def _at(leaf: Any, sharding: NamedSharding) -> Any:

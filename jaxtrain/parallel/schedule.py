@@ -11,6 +11,9 @@ chunk k lies on group k mod G. A batch is cut into M microbatches. Three orders 
 
 With equal stages the share of idle time, the bubble, is (G-1) / (M+G-1) for the first two and (G-1) / (V·M+G-1) for V
 chunks a group.
+
+Where a network has branches, its parts are a tree and not a chain: several give their results to one. `after` then
+names for each part the one that takes its results, and `order_of_tree` gives the order of work.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Literal
 
 from zarr_store.errors import InvalidInput
 
-__all__ = ["Interval", "Order", "Work", "balance_cuts", "bubble", "in_flight", "order_of", "trace"]
+__all__ = ["Interval", "Order", "Work", "balance_cuts", "bubble", "in_flight", "order_of", "order_of_tree", "trace"]
 
 Order = Literal["gpipe", "1f1b", "interleaved"]
 
@@ -90,8 +93,56 @@ def order_of(order: Order, *, groups: int, chunks: int, microbatches: int) -> li
     return result
 
 
+def order_of_tree(after: Sequence[int | None], homes: Sequence[int], *, microbatches: int) -> list[list[Work]]:
+    """Return the work of each group, in order, where several parts may give their results to one.
+
+    Each group takes what can begin first: backward passes before forward passes, and of these the oldest microbatch. A
+    part keeps at most as many activations as there are parts from it to the last one.
+
+    Args:
+        after: For each part the one that takes its results; None of the last part. A part comes before its taker.
+        homes: Group of each part.
+        microbatches: M.
+
+    >>> order_of_tree([2, 2, None], [0, 1, 0], microbatches=1)[1]
+    [Work(kind='forward', chunk=1, microbatch=0), Work(kind='backward', chunk=1, microbatch=0)]
+    """
+    chunks = len(after)
+    depth = [1] * chunks
+    for part in reversed(range(chunks)):
+        taker = after[part]
+        depth[part] = 1 if taker is None else depth[taker] + 1
+    cost = {"forward": 1.0, "backward": 2.0}
+    clock, done = [0.0] * (max(homes) + 1), dict[Work, float]()
+    result: list[list[Work]] = [[] for _ in clock]
+    passed = {kind: [0] * chunks for kind in cost}
+    while len(done) < 2 * chunks * microbatches:
+        ready: list[tuple[float, str, int, int]] = []
+        for part in range(chunks):
+            for kind in ("backward", "forward"):
+                number = passed[kind][part]
+                flying = passed["forward"][part] - passed["backward"][part]
+                if number == microbatches or (kind == "forward" and flying == depth[part]):
+                    continue
+                work = Work(kind, part, number)  # type: ignore[arg-type]  # one of two
+                needed = _needs(work, after)
+                if all(other in done for other in needed):
+                    start = max([clock[homes[part]], *(done[other] for other in needed)])
+                    ready.append((start, kind, number, part))
+        start, kind, number, part = min(ready)  # the word "backward" comes before "forward"
+        work = Work(kind, part, number)  # type: ignore[arg-type]  # one of two
+        clock[homes[part]] = done[work] = start + cost[kind]
+        passed[kind][part] += 1
+        result[homes[part]].append(work)
+    return result
+
+
 def trace(
-    orders: Sequence[Sequence[Work]], *, chunks: int, seconds: Callable[[Work], float] | None = None
+    orders: Sequence[Sequence[Work]],
+    *,
+    chunks: int,
+    seconds: Callable[[Work], float] | None = None,
+    after: Sequence[int | None] | None = None,
 ) -> list[Interval]:
     """Simulate groups that follow their order and wait for their inputs; return the intervals, sorted by start.
 
@@ -101,11 +152,13 @@ def trace(
         orders: Work of each group, in order.
         chunks: parts of the network.
         seconds: Duration of some work; None for 1 forward and 2 backward, divided by the chunks of a group.
+        after: For each part the one that takes its results; None for a chain.
 
     Raises:
         InvalidInput: the orders wait for each other.
     """
     scale = len(orders) / chunks
+    takers = [*range(1, chunks), None] if after is None else after
     cost = seconds or (lambda work: scale * (1.0 if work.kind == "forward" else 2.0))
     done: dict[Work, float] = {}
     clock, position = [0.0] * len(orders), [0] * len(orders)
@@ -115,7 +168,7 @@ def trace(
         for group, order in enumerate(orders):
             while position[group] < len(order):
                 work = order[position[group]]
-                needed = _needs(work, chunks)
+                needed = _needs(work, takers)
                 if any(other not in done for other in needed):
                     break
                 start = max([clock[group], *(done[other] for other in needed)])
@@ -173,10 +226,8 @@ def balance_cuts(costs: Sequence[float], parts: int) -> list[int]:
     return best[-1][1]
 
 
-def _needs(work: Work, chunks: int) -> list[Work]:
+def _needs(work: Work, after: Sequence[int | None]) -> list[Work]:
     if work.kind == "forward":
-        return [Work("forward", work.chunk - 1, work.microbatch)] if work.chunk else []
-    own = Work("forward", work.chunk, work.microbatch)
-    if work.chunk == chunks - 1:
-        return [own]
-    return [own, Work("backward", work.chunk + 1, work.microbatch)]
+        return [Work("forward", part, work.microbatch) for part, taker in enumerate(after) if taker == work.chunk]
+    own, taker = Work("forward", work.chunk, work.microbatch), after[work.chunk]
+    return [own] if taker is None else [own, Work("backward", taker, work.microbatch)]

@@ -6,7 +6,7 @@ the program is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.models.units import Carry
 from jaxtrain.parallel.links import lies_of
-from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, spec, stored_sharding
+from jaxtrain.parallel.mesh import constrain, replicated, spec, stored_sharding
 from jaxtrain.parallel.parts import Changed, Held, Parts, PipelinedProgram, Tree
 from jaxtrain.parallel.residuals import Pull, vjp_apart
 from jaxtrain.parallel.spatial import over_space
@@ -164,7 +164,7 @@ def _forward(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) ->
 
         if program.config.mesh.zero == 3:
             run = gather_for_use(run, parts.of(program.whole, k))
-        if k:
+        if layout.needs(k):
             out, pull, aux = jax.vjp(run, held.params, entry.carry, has_aux=True)
         else:  # nobody learns from the gradient of an image
             out, pull, aux = jax.vjp(lambda params: run(params, entry.carry), held.params, has_aux=True)
@@ -226,11 +226,11 @@ def _by_samples(pull: Pull, samples: int, mesh: Mesh) -> Pull:
 
 
 def _backward(layout: Layout, k: int, *, apart: bool) -> Callable[..., Any]:
-    last, mesh = layout.chunks - 1, layout.mesh(k)
+    last, mesh, taking = layout.chunks - 1, layout.mesh(k), bool(layout.needs(k))
 
     def of_all(pull: Pull, borrowed: tuple[Any, ...], returned: Any) -> tuple[Any, Any]:
         found, *carry = pull.whole(borrowed)(jnp.float32(1) if k == last else returned)
-        return found, carry[0] if k else ()
+        return found, carry[0] if taking else ()
 
     def of_each(pull: Pull, borrowed: tuple[Any, ...], returned: Any) -> tuple[Any, Any]:
         def local(pull: Pull, borrowed: tuple[Any, ...], returned: Any) -> tuple[Any, Any]:
@@ -245,7 +245,7 @@ def _backward(layout: Layout, k: int, *, apart: bool) -> Callable[..., Any]:
 
     def backward(pull: Pull, borrowed: tuple[Any, ...], returned: Any, gradient: Tree) -> tuple[Any, Tree]:
         found, carry = (of_each if apart else of_all)(pull, borrowed, returned)
-        return (_placed(carry, mesh) if k else None), jax.tree.map(jnp.add, gradient, found)
+        return (_placed(carry, mesh) if taking else None), jax.tree.map(jnp.add, gradient, found)
 
     return backward
 
@@ -298,9 +298,9 @@ class SharedPrograms:
     """The compiled programs that all parts share.
 
     Attributes:
-        images: (batch, key) → a tuple of microbatches of normalised images; on the first group.
+        images: For each part that takes an image: (batch, key) → its carry for each microbatch, from normalised images.
         labels: (batch, key) → for each label its microbatches, and its share of the loss; on the last group.
-        enter: (image, observed) → normalised images, without training.
+        enter: For each part that takes an image: (batch) → its carry, without training.
         sums, answer: Of the objective, on the last group.
         partial: (gradients, counts of a group) → its row of the numbers that all must know.
         finish: (numbers of all groups, labelled, step) → metrics, scale, finite, step.
@@ -308,9 +308,9 @@ class SharedPrograms:
         add: Sums over the leading axis, known to all groups.
     """
 
-    images: Any
+    images: Mapping[int, Any]
     labels: Any
-    enter: Any
+    enter: Mapping[int, Any]
     sums: Any
     answer: Any
     partial: Any
@@ -324,10 +324,11 @@ def make_shared(
 ) -> SharedPrograms:
     """Make the programs that all parts share; arguments are those of `Pipeline`."""
     everywhere = replicated(program.mesh)
+    entries = [k for k in range(layout.chunks) if not layout.needs(k)]
     return SharedPrograms(
-        images=jax.jit(_images(program, layout, prepare)),
+        images={k: jax.jit(_images(program, layout, prepare, k)) for k in entries},
         labels=jax.jit(_labels(program, layout, prepare)),
-        enter=jax.jit(normalise),
+        enter={k: jax.jit(_enter(layout, normalise, k)) for k in entries},
         sums=jax.jit(program.objective.sums),
         answer=jax.jit(program.objective.answer),
         partial=jax.jit(_partial),
@@ -337,12 +338,27 @@ def make_shared(
     )
 
 
-def _images(program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any]) -> Callable[..., Any]:
-    def images(batch: Tree, key: jax.Array) -> tuple[jax.Array, ...]:
-        mesh = layout.mesh(0)
-        return _cut(program, prepare(batch, key, mesh)[0], batch_sharding(mesh, image=True))
+def _images(program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any], k: int) -> Callable[..., Any]:
+    def images(batch: Tree, key: jax.Array) -> tuple[Carry, ...]:
+        mesh = layout.mesh(k)
+        entered = _entered(prepare(batch, key, mesh)[0], layout.parts[k].source)
+        cut = [_cut(program, leaf, lies_of(leaf, mesh)) for leaf in entered]
+        return tuple(zip(*cut, strict=True))
 
     return images
+
+
+def _enter(layout: Layout, normalise: Callable[..., Any], k: int) -> Callable[..., Carry]:
+    def enter(batch: Tree) -> Carry:
+        return _entered(normalise(batch), layout.parts[k].source)
+
+    return enter
+
+
+def _entered(inputs: Any, source: str) -> Carry:
+    """Return what a part takes of the inputs of the network: the one image, or what a branch has of its own."""
+    mine = inputs[source] if source else inputs
+    return tuple(mine) if isinstance(mine, (tuple, list)) else (mine,)
 
 
 def _labels(program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from jaxtrain.parallel.links import groups_of
 from jaxtrain.parallel.schedule import balance_cuts
 from zarr_store.errors import InvalidInput
 
-__all__ = ["Layout", "estimate", "lay_out", "measure"]
+__all__ = ["Layout", "Part", "estimate", "lay_out", "measure", "owners"]
 
 FLOPS_PER_BYTE = 8.0
 """Number of operations in the time of moving one byte, for processors and for accelerators in float32."""
@@ -31,13 +31,27 @@ Pass = Callable[[Mapping[str, Any], Carry], Carry]
 
 
 @dataclass(frozen=True)
+class Part:
+    """A run of units that one group of devices computes as one program."""
+
+    name: str
+    span: tuple[int, int]
+    """First unit, and the first unit after it."""
+    group: int
+    after: int | None
+    """The part that takes the results; None of the last one."""
+    source: str = ""
+    """Name of the input that the part takes, where it is the first of a branch; empty for the one image."""
+
+
+@dataclass(frozen=True)
 class Layout:
-    """The parts of a network on the groups of a mesh."""
+    """The parts of a network on the groups of a mesh: a chain, or a tree where the network has branches."""
 
     groups: tuple[Mesh, ...]
-    """One mesh per group; part k lies on group k mod G."""
-    starts: tuple[int, ...]
-    """First unit of each part."""
+    """One mesh per group."""
+    parts: tuple[Part, ...]
+    """The parts; each comes before the one that takes its results."""
     units: tuple[str, ...]
     """Names of all units."""
     owner: Mapping[str, int]
@@ -46,15 +60,34 @@ class Layout:
     @property
     def chunks(self) -> int:
         """Number of parts."""
-        return len(self.starts)
+        return len(self.parts)
+
+    @property
+    def homes(self) -> tuple[int, ...]:
+        """Group of each part."""
+        return tuple(part.group for part in self.parts)
+
+    @property
+    def after(self) -> tuple[int | None, ...]:
+        """For each part the one that takes its results."""
+        return tuple(part.after for part in self.parts)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each part gives its results to the next one."""
+        return self.after == (*range(1, self.chunks), None)
+
+    def needs(self, chunk: int) -> tuple[int, ...]:
+        """Return the parts whose results a part takes; none for one that takes an image."""
+        return tuple(k for k, part in enumerate(self.parts) if part.after == chunk)
 
     def mesh(self, chunk: int) -> Mesh:
         """Return the group of a part."""
-        return self.groups[chunk % len(self.groups)]
+        return self.groups[self.parts[chunk].group]
 
     def span(self, chunk: int) -> tuple[int, int]:
         """Return the first unit of a part, and the first unit after it."""
-        return self.starts[chunk], (*self.starts, len(self.units))[chunk + 1]
+        return self.parts[chunk].span
 
 
 def lay_out(mesh: Mesh, units: Sequence[Unit], names: Sequence[str], costs: Sequence[float], *, chunks: int) -> Layout:
@@ -76,16 +109,27 @@ def lay_out(mesh: Mesh, units: Sequence[Unit], names: Sequence[str], costs: Sequ
     ends = [*first[1:], len(units)]
     cuts = balance_cuts([sum(costs[a:b]) for a, b in zip(first, ends, strict=True)], chunks)
     starts = tuple(first[cut] for cut in cuts)
+    groups = groups_of(mesh)
+    ends = [*starts[1:], len(units)]
+    parts = tuple(
+        Part(f"part {k}", span, k % len(groups), k + 1 if k + 1 < chunks else None)
+        for k, span in enumerate(zip(starts, ends, strict=True))
+    )
+    return Layout(groups, parts, tuple(unit.name for unit in units), owners(parts, units, names))
+
+
+def owners(parts: Sequence[Part], units: Sequence[Unit], names: Sequence[str]) -> dict[str, int]:
+    """Return the part of each parameter and batch statistic.
+
+    Raises:
+        InvalidInput: no unit owns one of them.
+    """
     unit_of = {name: next((i for i, unit in enumerate(units) if is_owned(name, unit)), None) for name in names}
     lost = [name for name, position in unit_of.items() if position is None]
     if lost:
         raise InvalidInput(f"no unit of this network owns {', '.join(lost[:4])}: it cannot be cut, use mesh.pipe = 1")
-    owner = {
-        name: sum(position >= start for start in starts) - 1
-        for name, position in unit_of.items()
-        if position is not None
-    }
-    return Layout(groups_of(mesh), starts, tuple(unit.name for unit in units), owner)
+    part_of = {i: k for k, part in enumerate(parts) for i in range(*part.span)}
+    return {name: part_of[position] for name, position in unit_of.items() if position is not None}
 
 
 def estimate(run: Pass, params: Mapping[str, Any], carry: Any) -> float:

@@ -58,7 +58,7 @@ def with_mesh(config: TrainConfig, values: dict[str, Any]) -> TrainConfig | str:
     kept = {name: getattr(config.mesh, name) for name in ("rules", "balance", "chunks", "microbatches")}
     try:
         mesh = MeshConfig.model_validate({**kept, **values})
-        return TrainConfig.model_validate({**config.model_dump(), "mesh": mesh.model_dump()})
+        return TrainConfig.model_validate({**config.model_dump(), "mesh": mesh.model_dump(), "placement": {}})
     except ValidationError as error:
         return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxtrain.parallel.schedule import Work, bubble, order_of, trace
+from jaxtrain.parallel.schedule import Work, bubble, order_of, order_of_tree, trace
 from jaxtrain.planner.collectives import Collective
 from jaxtrain.planner.facts import Compiled, Facts
 from jaxtrain.planner.hlo import Array
@@ -243,6 +243,8 @@ def _needs(program: Compiled) -> int:
 
 
 def _orders(facts: Facts) -> list[list[Work]]:
+    if facts.takers != (*range(1, facts.parts), None):
+        return order_of_tree(facts.takers, facts.homes, microbatches=facts.microbatches)
     schedule: str = facts.schedule
     return order_of(schedule, groups=facts.mesh["pipe"], chunks=facts.parts, microbatches=facts.microbatches)  # type: ignore[arg-type]  # one of three
 
@@ -268,19 +270,17 @@ def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
         exchange = exchange_seconds(one.collectives, inside, profile)
         seconds[one.name, one.part] = (*program_seconds(one, profile, precision, busy), exchange)
     bandwidth, latency = path_of(("pipe",), facts.mesh, profile)
-    given = {(one.source, one.target): latency + one.bytes / bandwidth for one in facts.handovers}
+    given = {one.giver: latency + one.bytes / bandwidth for one in facts.handovers}
     if profile.processes > 1 and (permute := profile.exchanges.get("collective-permute")):
-        given = {(one.source, one.target): permute.at(one.bytes) for one in facts.handovers}
+        given = {one.giver: permute.at(one.bytes) for one in facts.handovers}
     stages = facts.mesh["pipe"]
+    givers = [[part for part, taker in enumerate(facts.takers) if taker == k] for k in range(facts.parts)]
 
     def cost(work: Work) -> float:
-        back = work.kind == "backward"
-        target = (work.chunk - 1 if back else work.chunk + 1) % stages
-        pair = (target, work.chunk % stages) if back else (work.chunk % stages, target)
-        sends = given.get(pair, 0.0) if 0 <= (work.chunk - 1 if back else work.chunk + 1) < facts.parts else 0.0
-        return sum(seconds[work.kind, work.chunk]) + sends
+        sends = [work.chunk] if work.kind == "forward" else givers[work.chunk]
+        return sum(seconds[work.kind, work.chunk]) + sum(given.get(part, 0.0) for part in sends)
 
-    intervals = trace(_orders(facts), chunks=facts.parts, seconds=cost)
+    intervals = trace(_orders(facts), chunks=facts.parts, seconds=cost, after=facts.takers)
     span = max(interval.end for interval in intervals)
     work = sum(interval.end - interval.start for interval in intervals)
     if profile.device.together is not None:  # what all stages do must pass through the cores they share

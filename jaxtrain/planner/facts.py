@@ -79,6 +79,13 @@ class HandOver:
     """Stages."""
     bytes: int
     """Bytes that each device sends."""
+    part: int | None = None
+    """Part of the network that gives; None in a chain with one part for each stage."""
+
+    @property
+    def giver(self) -> int:
+        """Part of the network that gives."""
+        return self.source if self.part is None else self.part
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,15 @@ class Facts:
     microbatches: int
     parts: int
     schedule: str
+    homes: tuple[int, ...] = ()
+    """Stage of each part."""
+    after: tuple[int | None, ...] = ()
+    """For each part the one that takes its results; empty for a chain."""
+
+    @property
+    def takers(self) -> tuple[int | None, ...]:
+        """For each part the one that takes its results."""
+        return self.after or (*range(1, self.parts), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as JSON."""
@@ -131,7 +147,8 @@ class Facts:
             for one in facts["programs"]
         )
         handovers = tuple(HandOver(**one) for one in facts["handovers"])
-        return cls(**{**facts, "programs": programs, "handovers": handovers})
+        tree = {name: tuple(facts.get(name, ())) for name in ("homes", "after")}
+        return cls(**{**facts, **tree, "programs": programs, "handovers": handovers})
 
 
 def batch_shapes(program: Program, dtypes: Mapping[str, str]) -> dict[str, Any]:
@@ -189,6 +206,8 @@ def _compile_facts(program: Program, dtypes: Mapping[str, str], dialect: Dialect
         microbatches=config.mesh.microbatches if program.layout is not None else 1,
         parts=1 if program.layout is None else program.layout.chunks,
         schedule=config.mesh.schedule if program.layout is not None else "",
+        homes=() if program.layout is None else program.layout.homes,
+        after=() if program.layout is None else program.layout.after,
     )
 
 
@@ -274,10 +293,9 @@ def _pipeline_facts(
     pipeline = make_pipeline(program)
     mesh, layout = program.config.mesh, pipeline.layout
     axes = {name: size for name, size in config_axes(program.config).items() if name != "pipe"}
-    stages = len(layout.groups)
     programs, handovers = [], []
     for piece in compile_parts(pipeline, batch, key):
-        stage = piece.part % stages
+        stage = layout.homes[piece.part]
         parameters = [leaf.shape for leaf in piece.parameters] if mesh.zero else []
         runs = mesh.microbatches if piece.name in ("forward", "backward") else 1
         found = _facts(piece.name, stage, piece.part, runs, piece.compiled, axes, dialect, parameters)
@@ -285,8 +303,10 @@ def _pipeline_facts(
             kept, borrowed = (sum(map(_bytes_of_part, leaves)) for leaves in (piece.keeps, piece.borrows))
             found = replace(found, kept_bytes=kept, borrowed_bytes=borrowed)
         programs.append(found)
-        if piece.gives:
-            handovers.append(HandOver(stage, (piece.part + 1) % stages, sum(map(_bytes_of_part, piece.gives))))
+        taker = layout.after[piece.part]
+        if piece.gives and taker is not None and layout.homes[taker] != stage:
+            size = sum(map(_bytes_of_part, piece.gives))
+            handovers.append(HandOver(stage, layout.homes[taker], size, piece.part))
     return tuple(programs), tuple(handovers)
 
 
