@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from jaxtrain.placement import PlacementConfig, mesh_of_placement
+from jaxtrain.placement import PlacementConfig, fill_groups, mesh_of_placement
 
 __all__ = ["BranchConfig", "DataConfig", "HeteroConfig", "MeshConfig", "ModalityConfig", "ModelConfig", "OptimConfig",
            "PlacementConfig", "RunConfig", "SplitConfig", "TrainConfig"]  # fmt: skip
@@ -457,8 +457,11 @@ class TrainConfig(_Strict):
         mesh = values.get("mesh", {})
         if placement.kind == "mesh" or not isinstance(mesh, (dict, str, MeshConfig)):
             return values
+        data = values.get("data")
+        known = data.get("modalities") if isinstance(data, dict) else getattr(data, "modalities", None)
+        placement = fill_groups(placement, list(known) if isinstance(known, dict) else [])
         table = mesh.model_dump(exclude_unset=True) if isinstance(mesh, MeshConfig) else mesh
-        return {**values, "mesh": mesh_of_placement(placement, table)}
+        return {**values, "placement": placement, "mesh": mesh_of_placement(placement, table)}
 
     @property
     def chunk(self) -> int:

@@ -5,12 +5,12 @@ Everything else reads the mesh. A placement is a shorter way to say it, and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["PlacementConfig", "mesh_of_placement"]
+__all__ = ["PlacementConfig", "fill_groups", "mesh_of_placement"]
 
 _AXES = {"replicated": "data", "stages": "pipe", "filters": "model"}
 """Axis of the mesh that a kind of placement splits."""
@@ -58,6 +58,30 @@ class PlacementConfig(BaseModel):
                 + ("; the number of groups is that of placement.groups" if self.kind == "branches" else "")
             )
         return self
+
+
+def fill_groups(placement: PlacementConfig, branches: Sequence[str]) -> PlacementConfig:
+    """Return a placement of branches with its groups: without any, each branch has its own.
+
+    Args:
+        placement: Where the parts of the network live.
+        branches: Names of the branches.
+
+    Raises:
+        ValueError: The network has no branches.
+
+    >>> fill_groups(PlacementConfig(kind="branches"), ["s2", "s1"]).groups
+    (('s2', 'fusion'), ('s1',))
+    """
+    if placement.kind != "branches" or placement.groups:
+        return placement
+    if not branches:
+        raise ValueError(
+            "placement.kind = 'branches' is for a network with branches, model.name = 'multimodal': use 'replicated', "
+            "'stages' or 'filters' for another"
+        )
+    first, *others = branches
+    return placement.model_copy(update={"groups": ((first, "fusion"), *((name,) for name in others))})
 
 
 def mesh_of_placement(placement: PlacementConfig, mesh: Mapping[str, Any] | str) -> dict[str, Any]:

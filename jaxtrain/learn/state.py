@@ -30,10 +30,10 @@ from jaxtrain.learn.optim import build_optimizer, build_schedule
 from jaxtrain.models import PER_PIXEL, build_model
 from jaxtrain.models.modality import Modality
 from jaxtrain.models.precision import run_model, set_precision
-from jaxtrain.models.units import Carry, Unit, is_owned, units_of
+from jaxtrain.models.units import FUSION, Carry, Unit, is_owned, streams_of, units_of
 from jaxtrain.parallel.links import absent, everywhere, init_by_group, is_here, part_of, shape_of
 from jaxtrain.parallel.mesh import constrain, replicated
-from jaxtrain.parallel.placement import FUSION, Streams, check_groups, place_branches, place_stages
+from jaxtrain.parallel.placement import Streams, check_groups, place_branches, place_stages
 from jaxtrain.parallel.schedule import balance_cuts
 from jaxtrain.parallel.sharding import check_split, partition_specs, path_name
 from jaxtrain.parallel.spatial import over_space
@@ -215,9 +215,11 @@ class Program:
             code: jax.Array = model.embed(set_precision(model, x_BHWC, self.config.model))
         return code.astype(jnp.float32)
 
-    def entry(self, branch: str) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of the inputs of a branch, without the samples."""
-        raise NotImplementedError
+    def entry(self, branch: str) -> tuple[int, ...]:
+        """Return the shape of the input of a branch, without the samples."""
+        one = next(one for one in self.modalities if one.name == branch)
+        side = self.config.data.patch // one.ratio
+        return (side, side, *((one.dates,) if one.dates else ()), one.inputs)
 
     def share(self, gradient: Any) -> Any:
         """Return the gradient for the optimiser, inside a jitted function; `mesh.zero` splits it over replicas."""
@@ -321,8 +323,8 @@ def build_program(
 def _cut(program: Program, abstract: Any) -> Layout:
     """Choose the parts of the network and their groups, from the costs of its units or as the placement says."""
     config = program.config
-    if hasattr(abstract, "streams"):
-        return _place(program, abstract.streams())
+    if streams := streams_of(abstract):
+        return _place(program, streams)
     if config.placement.kind == "branches":
         raise InvalidInput(
             f"placement.kind = 'branches', but model.name = {config.model.name!r} has no branches: use 'replicated', "
@@ -354,7 +356,7 @@ def _place(program: Program, units: Mapping[str, list[Unit]]) -> Layout:
     joined: tuple[Any, ...] = ()
     position = 0
     for name, several in units.items():
-        entered = joined if name == FUSION else tuple(_image(program, leaf) for leaf in program.entry(name))
+        entered = joined if name == FUSION else (_image(program, program.entry(name)),)
         costs[name], out = _costs(program, several, position, entered)
         joined += out
         position += len(several)

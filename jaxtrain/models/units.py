@@ -12,7 +12,10 @@ from typing import Any
 
 import jax
 
-__all__ = ["Carry", "Unit", "halves", "is_owned", "units_of"]
+__all__ = ["FUSION", "Carry", "Unit", "halves", "is_owned", "streams_of", "units_of"]
+
+FUSION = "fusion"
+"""Name of what joins the branches of a network, with all that follows."""
 
 Carry = tuple[jax.Array, ...]
 
@@ -60,9 +63,13 @@ def is_owned(name: str, unit: Unit) -> bool:
     return any(name == path or name.startswith(f"{path}/") for path in unit.owns)
 
 
+def streams_of(model: Any) -> dict[str, list[Unit]]:
+    """Return the units of each branch of a network by its name, and of what joins them; nothing without branches."""
+    return {**model.branches(), FUSION: model.joined()} if hasattr(model, "branches") else {}
+
+
 def units_of(model: Any) -> list[Unit]:
     """Return all units of a network; those of branches one branch after the other, then those of what joins them."""
-    if hasattr(model, "streams"):
-        return [unit for units in model.streams().values() for unit in units]
-    found: list[Unit] = model.units()
+    streams = streams_of(model)
+    found: list[Unit] = [unit for units in streams.values() for unit in units] if streams else model.units()
     return found

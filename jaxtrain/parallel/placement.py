@@ -20,16 +20,13 @@ from dataclasses import dataclass
 
 from jax.sharding import Mesh
 
-from jaxtrain.models.units import Unit
+from jaxtrain.models.units import FUSION, Unit
 from jaxtrain.parallel.links import groups_of
 from jaxtrain.parallel.schedule import balance_cuts
 from jaxtrain.parallel.stages import Layout, Part, owners
 from zarr_store.errors import InvalidInput
 
-__all__ = ["FUSION", "Streams", "check_groups", "place_branches", "place_stages", "split_name"]
-
-FUSION = "fusion"
-"""Name of what joins the branches, with all that follows."""
+__all__ = ["Streams", "check_groups", "place_branches", "place_stages", "split_name"]
 
 
 @dataclass(frozen=True)

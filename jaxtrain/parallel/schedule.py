@@ -124,7 +124,7 @@ def order_of_tree(after: Sequence[int | None], homes: Sequence[int], *, microbat
                 flying = passed["forward"][part] - passed["backward"][part]
                 if number == microbatches or (kind == "forward" and flying == depth[part]):
                     continue
-                work = Work(kind, part, number)  # type: ignore[arg-type]  # one of two
+                work = Work(kind, part, number)
                 needed = _needs(work, after)
                 if all(other in done for other in needed):
                     start = max([clock[homes[part]], *(done[other] for other in needed)])

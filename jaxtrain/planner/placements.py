@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jaxtrain.config import TrainConfig
-from jaxtrain.parallel.placement import FUSION
+from jaxtrain.models.units import FUSION
 from jaxtrain.planner.candidates import Candidate
 from jaxtrain.planner.cost import peak_bytes, predict, program_seconds
 from jaxtrain.planner.facts import Facts

@@ -20,6 +20,7 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.data.arrays import local_rows, put_batch
 from jaxtrain.learn.state import Program, TrainState, build_program
 from jaxtrain.learn.step import TrainStep, make_eval_step, make_train_step
+from jaxtrain.models.modality import Modality
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
 
 CHANNELS, CLASSES, SIDE, BATCH, STEPS = 3, 4, 16, 8, 10
@@ -27,7 +28,11 @@ UNET: dict[str, Any] = {"name": "unet", "width": 8, "depth": 1}
 CNN: dict[str, Any] = {"name": "cnn", "width": 8, "depth": 2}
 RESNET: dict[str, Any] = {"name": "resnet", "width": 8, "blocks": [1, 1]}
 """The blocks of a ResNet-18, one that keeps the size and one that halves it."""
-MODELS = {"unet": UNET, "cnn": CNN, "resnet": RESNET}
+MULTIMODAL: dict[str, Any] = {"name": "multimodal", "width": 8, "depth": 1}
+"""A branch of two bands and one of one band."""
+MODALITIES = {"s2": 2, "s1": 1}
+"""Bands of each branch."""
+MODELS = {"unet": UNET, "cnn": CNN, "resnet": RESNET, "multimodal": MULTIMODAL}
 
 
 class Outcome(NamedTuple):
@@ -45,18 +50,20 @@ class Outcome(NamedTuple):
 
 
 def mesh_of(text: str) -> dict[str, Any]:
-    """The table `mesh` of "data=2 space=2,2 schedule=gpipe"."""
+    """The table `mesh` of "data=2 space=2,2 schedule=gpipe", with `groups` of "groups=s2,fusion/s1"."""
 
     def value(text: str) -> Any:
+        if "/" in text:
+            return [group.split(",") for group in text.split("/")]
         return [int(v) for v in text.split(",")] if "," in text else int(text) if text.isdecimal() else text
 
     return {name: value(text) for name, text in (part.split("=") for part in text.split())}
 
 
 def model_of(text: str) -> dict[str, Any]:
-    """The table `model` of "unet" or "resnet batch"."""
-    name, *norm = text.split()
-    return MODELS[name] | {"norm": norm[0] if norm else "group"}
+    """The table `model` of "unet", "resnet batch" or "multimodal group middle"."""
+    name, *more = text.split()
+    return MODELS[name] | dict(zip(("norm", "fusion"), more or ["group"], strict=False))
 
 
 @cache
@@ -88,19 +95,31 @@ def make_batch(*, per_image: bool = False) -> dict[str, np.ndarray]:
 
 
 def make_program(mesh: dict[str, Any], model: dict[str, Any], **optim: Any) -> Program:
-    """The program of a small configuration; plain momentum, because Adam turns rounding into signs."""
+    """The program of a small configuration; plain momentum, because Adam turns rounding into signs.
+
+    `groups` in `mesh` are those of a placement.
+    """
+    mesh = dict(mesh)
+    groups = mesh.pop("groups", None)
+    branches = model["name"] == "multimodal"
+    named = {name: {"bands": [f"{name}{i}" for i in range(count)]} for name, count in MODALITIES.items()}
     config = TrainConfig.model_validate(
         {
-            "data": {"cube": "none.zarr", "patch": SIDE},
+            "data": {"cube": "none.zarr", "patch": SIDE, "modalities": named if branches else {}},
             "model": model,
             "mesh": mesh,
+            "placement": {} if groups is None else {"kind": "branches", "groups": groups},
             "optim": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 0, "warmup_steps": 0, "clip_norm": 0.5}
             | optim,
             "run": {"batch_size": BATCH, "steps": STEPS},
         }
     )
     mean, std = np.full(CHANNELS, 2500.0), np.full(CHANNELS, 1400.0)
-    return build_program(config, channels=CHANNELS, classes=CLASSES, mesh=make_mesh(config.mesh), mean=mean, std=std)
+    modalities = [Modality(name, tuple(one["bands"])) for name, one in named.items()] if branches else []
+    return build_program(
+        config, channels=CHANNELS, classes=CLASSES, mesh=make_mesh(config.mesh), mean=mean, std=std,
+        modalities=modalities,
+    )  # fmt: skip
 
 
 def train(program: Program) -> Outcome:
@@ -127,7 +146,19 @@ def put(program: Program) -> dict[str, jax.Array]:
     """The batch as arrays of the mesh, from the rows of this process."""
     sharding = batch_sharding(program.mesh)
     mine, batch = local_rows(sharding, BATCH), make_batch(per_image=program.objective.task.per_image)
+    if program.modalities:
+        batch = by_modality(batch)
     return put_batch({name: array[mine] for name, array in batch.items()}, sharding, BATCH)
+
+
+def by_modality(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The bands of the batch, divided among the modalities."""
+    found, first = {"label": batch["label"]}, 0
+    for name, count in MODALITIES.items():
+        found[f"image_{name}"] = batch["image"][:, first : first + count]
+        found[f"observed_{name}"] = batch["observed"].astype(np.uint8)
+        first += count
+    return found
 
 
 def whole(tree: Any) -> dict[str, np.ndarray]:

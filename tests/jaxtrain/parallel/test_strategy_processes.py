@@ -23,6 +23,7 @@ TWO = [
     ("data=4 zero=1", "resnet batch"),
     ("space=4", "unet"),
     ("pipe=2 data=2 zero=3", "unet"),
+    ("groups=s2,fusion/s1 data=2", "multimodal"),
 ]
 """Of two processes with two devices each."""
 FOUR = [
