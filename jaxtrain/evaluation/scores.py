@@ -244,15 +244,22 @@ def sum_windows(
     return added
 
 
-def restore_model(run: Path, card: ModelCard) -> tuple[Program, TrainState, int, tuple[str, ...]]:
+def restore_model(
+    run: Path, card: ModelCard, program: Program | None = None
+) -> tuple[Program, TrainState, int, tuple[str, ...]]:
     """Restore program, state and step of a run's best or newest undamaged checkpoint; list damaged newer ones.
 
     The best is that of `run.monitor`, where one is named.
 
+    Args:
+        run: The run directory.
+        card: Its model.
+        program: The network on its devices; None for those of the run, if they are here.
+
     Raises:
         NothingFound: The run has no checkpoint yet.
     """
-    program = inference_program(card)
+    program = program or inference_program(card)
     store = CheckpointStore(run / "checkpoints")
     newest, passed_over = store.newest()
     if newest is None:

@@ -1,23 +1,28 @@
-"""Blends overlapping windows: weights fall to zero at the edge of a window; sums are kept for one row of windows.
+"""Windows become pixels: overlapping windows are blended, middles of windows are put side by side, dates are joined.
+
+In a blend the weights fall to zero at the edge of a window, and sums are kept for one row of windows.
 
 Letters: H, W pixels of a block, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxtrain.inference.maps import CHUNK, NODATA, MapWriter
-
-__all__ = ["Sink", "Strips", "taper", "window_starts"]
+__all__ = ["Box", "BoxBlock", "Cores", "Strips", "Votes", "taper", "window_starts"]
 
 Weights = npt.NDArray[np.float32]
-Block = tuple[int, npt.NDArray[np.float32], npt.NDArray[np.bool_]]
-"""Finished rows: first row, mean probability (H, W, K), seen (H, W)."""
+Block = tuple[int, Weights, Weights]
+"""Finished rows: first row, mean probability (H, W, K), how well a pixel was seen on its best date (H, W)."""
+BoxBlock = tuple[int, int, Weights, Weights]
+"""A finished box: first row, first column, mean probability (H, W, K), how well each pixel was seen (H, W)."""
+Box = tuple[int, int, int, int]
+"""First row, the one after the last, first column, the one after the last."""
+_TIE = 2.0**-12
+"""Weight of a probability beside a vote: small enough that a thousand dates cannot outvote one."""
 
 
 def window_starts(size: int, patch: int, overlap: int) -> npt.NDArray[np.int64]:
@@ -50,13 +55,24 @@ class Strips:
     Per pixel there are Σ weight·seen·p and Σ weight·seen over windows and dates: their quotient is the mean over dates
     of the blended probability, because a pixel's weights are the same on each date on which it was seen. `seen` is 0
     where nothing was seen on a date and 1 where the pixel was seen; a number in between makes a date count less.
+
+    Args:
+        height: Row at which the last block ends.
+        x0, x1: First column, and the one after the last.
+        patch: Side of a window.
+        overlap: Pixels that neighbouring windows share.
+        classes: Number of probabilities of a pixel.
+        first: Row of the first window.
     """
 
-    def __init__(self, height: int, x0: int, x1: int, patch: int, overlap: int, classes: int) -> None:
+    def __init__(
+        self, height: int, x0: int, x1: int, patch: int, overlap: int, classes: int, *, first: int = 0
+    ) -> None:
         self._height, self._x0, self._x1, self._patch = height, x0, x1, patch
-        self._top = 0
+        self._top = first
         self._sum = np.zeros((patch, x1 - x0, classes), np.float32)
         self._weight = np.zeros((patch, x1 - x0), np.float32)
+        self._seen = np.zeros((patch, x1 - x0), np.float32)
         side = np.maximum(taper(patch, overlap), np.float32(1e-4))  # at the scene's edge no other window adds weight
         self._window = side[:, None] * side[None, :]
 
@@ -66,66 +82,99 @@ class Strips:
         inside = slice(low - x, high - x)
         across = slice(low - self._x0, high - self._x0)
         down = y - self._top
-        weight = (self._window * seen_HW)[: self._patch - down, inside]
+        seen = np.asarray(seen_HW[: self._patch - down, inside], np.float32)
+        weight = self._window[: self._patch - down, inside] * seen
         answer = probability_HWK[: self._patch - down, inside]
         finite = np.asarray(np.isfinite(answer).all(axis=-1))
         if not finite.all():  # an answer that is no number is none: it must not become class 0
             weight, answer = weight * finite, np.where(finite[..., None], answer, np.float32(0))
+            seen = seen * finite
         self._sum[down:, across] += weight[..., None] * answer
         self._weight[down:, across] += weight
+        np.maximum(self._seen[down:, across], seen, out=self._seen[down:, across])
 
     def advance(self, y: int | None) -> Iterator[Block]:
-        """Hand out (first row, mean probability, seen) of all rows above `y`; None for all remaining rows."""
+        """Hand out (first row, mean probability, how well seen) of all rows above `y`; None for all remaining rows."""
         target = self._height if y is None else y
         while self._top < target:
             rows = min(target - self._top, self._patch)
             weight = self._weight[:rows]
             mean = self._sum[:rows] / np.maximum(weight, np.float32(1e-30))[..., None]
-            yield self._top, mean.astype(np.float32, copy=False), weight > 0
-            self._sum = np.concatenate([self._sum[rows:], np.zeros_like(self._sum[:rows])])
-            self._weight = np.concatenate([self._weight[rows:], np.zeros_like(self._weight[:rows])])
+            yield self._top, mean.astype(np.float32, copy=False), self._seen[:rows]
+            self._sum, self._weight, self._seen = (_moved_up(a, rows) for a in (self._sum, self._weight, self._seen))
             self._top += rows
 
 
-class Sink:
-    """Collects finished rows into whole chunk rows of the map, so that no chunk is compressed twice."""
+def _moved_up(array: Weights, rows: int) -> Weights:
+    return np.concatenate([array[rows:], np.zeros_like(array[:rows])])
 
-    def __init__(self, writer: MapWriter, x0: int, counts: npt.NDArray[np.int64], *, values: bool = False) -> None:
-        self._writer, self._x0, self._counts, self._values = writer, x0, counts, values
-        self._first = 0
-        self._rows: list[npt.NDArray[Any]] = []
 
-    def put(self, blocks: Iterable[Block]) -> None:
-        """Take the next rows, top to bottom."""
-        for y, probability_HWK, seen_HW in blocks:
-            layers = self._layers(probability_HWK, seen_HW)
-            while layers.shape[1]:
-                room = CHUNK - (y - self._first)
-                self._rows.append(layers[:, :room])
-                y += min(room, layers.shape[1])
-                layers = layers[:, room:]
-                if y - self._first == CHUNK:
-                    self.flush()
+class Cores:
+    """Sums over the dates of one box after the other, without overlap: the middle of each window, which is exact.
 
-    def _layers(self, probability_HWK: npt.NDArray[np.float32], seen_HW: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-        if self._values:
-            self._counts[[0, NODATA]] += (int(seen_HW.sum()), int((~seen_HW).sum()))
-            return np.where(seen_HW, probability_HWK[..., 0], np.float32(np.nan))[None]
-        percent = np.rint(np.clip(probability_HWK, 0, 1) * 100).astype(np.uint8)
-        layers = [probability_HWK.argmax(axis=-1).astype(np.uint8), percent.max(axis=-1)]
-        if self._writer.probabilities:
-            layers += list(np.moveaxis(percent, -1, 0))
-        stacked = np.where(seen_HW, np.stack(layers), np.uint8(NODATA))
-        self._counts += np.bincount(stacked[0].ravel(), minlength=256)
-        return stacked
+    Args:
+        classes: Number of probabilities of a pixel.
+    """
 
-    def flush(self) -> None:
-        """Write the remaining rows."""
-        if self._rows:
-            block = np.concatenate(self._rows, axis=1)
-            if self._values:
-                self._writer.write_values(self._first, self._x0, block[0])
-            else:
-                self._writer.write(self._first, self._x0, block[0], block[1], block[2:] if len(block) > 2 else None)
-            self._first += block.shape[1]
-            self._rows = []
+    def __init__(self, classes: int) -> None:
+        self._classes = classes
+        self._box: Box | None = None
+        self._sum, self._weight = np.empty((0, 0, classes), np.float32), np.empty((0, 0), np.float32)
+        self._seen = self._weight
+
+    def add(self, box: Box, y: int, x: int, probability_HWK: Weights, seen_HW: Weights) -> Iterator[BoxBlock]:
+        """Add one window of one date, first pixel (y, x); hand out the box before, if this is the first of another."""
+        if box != self._box:
+            yield from self.finish()
+            shape = (box[1] - box[0], box[3] - box[2])
+            self._box, self._sum = box, np.zeros((*shape, self._classes), np.float32)
+            self._weight, self._seen = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        cut = (slice(box[0] - y, box[1] - y), slice(box[2] - x, box[3] - x))
+        answer, weight = probability_HWK[cut], np.asarray(seen_HW[cut], np.float32)
+        finite = np.asarray(np.isfinite(answer).all(axis=-1))
+        if not finite.all():
+            weight, answer = weight * finite, np.where(finite[..., None], answer, np.float32(0))
+        self._sum += weight[..., None] * answer
+        self._weight += weight
+        np.maximum(self._seen, weight, out=self._seen)
+
+    def finish(self) -> Iterator[BoxBlock]:
+        """Hand out the last box: (first row, first column, mean probability, how well seen)."""
+        if self._box is not None:
+            mean = self._sum / np.maximum(self._weight, np.float32(1e-30))[..., None]
+            yield self._box[0], self._box[2], mean, self._seen
+        self._box = None
+
+
+class Votes:
+    """Votes of dates: on each date a pixel votes for its most probable class.
+
+    Of two classes with as many votes the one with the larger probabilities wins.
+
+    Args:
+        box: (first row, last row + 1, first column, last column + 1) of what is voted on.
+        classes: Number of classes.
+    """
+
+    def __init__(self, box: Box, classes: int) -> None:
+        self._box = box
+        self._votes = np.zeros((box[1] - box[0], box[3] - box[2], classes), np.float32)
+        self._seen = np.zeros(self._votes.shape[:2], np.float32)
+
+    def add(self, y: int, x: int, probability_HWK: Weights, seen_HW: Weights) -> None:
+        """Add a block of one date, first pixel (y, x)."""
+        height, width = seen_HW.shape
+        at = (slice(y - self._box[0], y - self._box[0] + height), slice(x - self._box[2], x - self._box[2] + width))
+        choice = probability_HWK.argmax(axis=-1)[..., None]
+        votes = self._votes[at]
+        vote = seen_HW[..., None] * (1 + np.take_along_axis(probability_HWK, choice, -1) * np.float32(_TIE))
+        np.put_along_axis(votes, choice, np.take_along_axis(votes, choice, -1) + vote, -1)
+        np.maximum(self._seen[at], seen_HW, out=self._seen[at])
+
+    def blocks(self, rows: int) -> Iterator[BoxBlock]:
+        """Hand out the shares of the votes, some rows at a time."""
+        y0, y1, x0, _ = self._box
+        for y in range(0, y1 - y0, rows):
+            votes = self._votes[y : y + rows]
+            share = votes / np.maximum(votes.sum(axis=-1, keepdims=True), np.float32(1e-30))
+            yield y0 + y, x0, share, self._seen[y : y + rows]

@@ -1,13 +1,16 @@
 """Maps are classes or values on the cube's grid, as Zarr v3 that xarray, rioxarray and GDAL read.
 
-    MAP.zarr/class         (y, x) uint8         class index, 255 = no data
+    MAP.zarr/class         (y, x) uint8         class index, 255 = no data; uint16 and 65535 with more classes
     MAP.zarr/confidence    (y, x) uint8         probability of that class in per cent, 255 = no data
     MAP.zarr/probability   (class, y, x) uint8  per cent, 255 = no data; only where asked for
-    MAP.zarr/value         (y, x) float32       in place of these: the predicted value, nan = no data
+    MAP.zarr/entropy       (y, x) uint8         of the probabilities, per cent of its largest; only where asked for
+    MAP.zarr/value         (y, x) float32       in place of these: the predicted value, nan = no data; or scaled int16
     MAP.zarr/{y,x,spatial_ref}                  pixel centres and CRS
+    MAP.zarr/_terrashard/ledger/map/            one row for each box of the map: what it was made of, and its digests
 
-Class names, colours and the model's run are attributes. Chunks are not sharded and carry zstd's own checksum, because
-GDAL reads neither shards nor crc32c. A map appears when it is complete, or not at all.
+A map of each date has an axis `time` before the others. Class names, colours and the model's run are attributes.
+Chunks are not sharded and carry zstd's own checksum, because GDAL before 3.13 reads neither shards nor crc32c. A map
+appears when it is complete, or not at all.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +31,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from jaxtrain.data.classes import Classes
+from jaxtrain.inference.layers import NODATA, MapLayers
 from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.folder import FolderStore
@@ -38,11 +42,11 @@ from zarr_store.promises import check_array
 from zarr_store.store import translate_os_errors
 from zarr_store.temporary import remove_folder
 
-__all__ = ["NODATA", "Map", "MapWriter", "create_map", "is_map", "open_map"]
+__all__ = ["CHUNK", "NODATA", "Map", "MapWriter", "create_map", "is_map", "make_arrays", "open_map", "refuse_other"]
 
-NODATA = 255
-"""Value of every layer where the cube has no data."""
 CHUNK = 512
+_CLASSES_OF_CHUNK = 16
+"""Largest number of classes in a chunk of probabilities: a reader of one class decodes no hundreds of others."""
 _FORMAT = 1
 
 Bytes = npt.NDArray[np.uint8]
@@ -57,7 +61,8 @@ class Map:
         grid: Grid of the map, which is that of the cube.
         classes: Names and colours by value of `class`.
         attributes: Origin of the map: run, step, cube, dates.
-        layers: Names of its arrays: class, confidence and perhaps probability; or value.
+        layers: Names of its arrays: class, confidence and perhaps probability and entropy; or value.
+        times: Dates along the axis `time` of a map of each date; none of a map without that axis.
     """
 
     url: str
@@ -65,11 +70,14 @@ class Map:
     classes: Classes
     attributes: Mapping[str, Any]
     layers: tuple[str, ...]
+    times: tuple[str, ...] = ()
 
     def dataset(self) -> xr.Dataset:
         """Open the map as a lazy xarray dataset of integers; `class` and `confidence` are data variables."""
         # a variable with the name of a dimension is taken for a coordinate; here it is the map itself
         checks = axis_checks(self.grid.height, self.grid.width)
+        if self.times:
+            checks["time"] = partial(check_array, shape=(len(self.times),), dtype="int64")
         opened = open_group(
             FolderStore.at(self.url), "", checks | {name: self._layer_check(name) for name in self.layers}
         )
@@ -80,18 +88,54 @@ class Map:
         """Whether the map holds values, not classes."""
         return "value" in self.layers
 
-    def read(self, layer: str = "class", rows: slice = slice(None)) -> npt.NDArray[Any]:
-        """Read rows of one layer: uint8 (rows, x), or (class, rows, x) for probability; float32 (rows, x) for value."""
-        return read_array(FolderStore.at(self.url), layer, self._layer_check(layer), (..., rows, slice(None)))
+    @property
+    def kind(self) -> MapLayers:
+        """What the layers hold: types, values of no data, scale."""
+        scale = self.attributes.get("scale")
+        return MapLayers(
+            len(self.classes),
+            values=self.values,
+            probabilities="probability" in self.layers,
+            entropy="entropy" in self.layers,
+            scale=None if scale is None else (float(scale[0]), float(scale[1])),
+        )
+
+    def read(self, layer: str = "class", rows: slice = slice(None), *, time: int = -1) -> npt.NDArray[Any]:
+        """Read rows of one layer as they are stored: (rows, x), or (class, rows, x) for probability.
+
+        Args:
+            layer: Its name.
+            rows: Rows of the grid.
+            time: Position of the date in a map of each date; by default the last one.
+        """
+        at: tuple[Any, ...] = (..., rows, slice(None))
+        if self.times:
+            at = (range(len(self.times))[time], *at)
+        return read_array(FolderStore.at(self.url), layer, self._layer_check(layer), at)
+
+    def read_values(self, rows: slice = slice(None), *, time: int = -1) -> npt.NDArray[np.float32]:
+        """Read rows of a map of values in their own unit, float32 (rows, x); nan where there is none."""
+        stored, kind = self.read("value", rows, time=time), self.kind
+        if kind.scale is None:
+            return stored
+        scale, offset = kind.scale
+        value = (stored * scale + offset).astype(np.float32)
+        return np.where(stored == kind.nodata("value"), np.float32(np.nan), value)
 
     def _layer_check(self, layer: str) -> ArrayCheck:
-        shape = (len(self.classes.names), *self.grid.shape) if layer == "probability" else self.grid.shape
-        return partial(check_array, shape=shape, dtype="float32" if layer == "value" else "uint8")
+        return partial(
+            check_array, shape=_layer_shape(layer, self.kind, self.grid, self.times), dtype=self.kind.dtype(layer)
+        )
+
+
+def _layer_shape(layer: str, kind: MapLayers, grid: Grid, times: Sequence[str]) -> tuple[int, ...]:
+    classes = (kind.classes,) if layer == "probability" else ()
+    return (*((len(times),) if times else ()), *classes, *grid.shape)
 
 
 @dataclass(frozen=True)
 class MapWriter:
-    """Writes the pixels of a new map; rows may come in any order, best in whole chunks."""
+    """Writes the pixels of a new map; boxes may come in any order, best in whole chunks."""
 
     group: zarr.Group
     probabilities: bool
@@ -106,18 +150,18 @@ class MapWriter:
             confidence: Per cent (rows, columns).
             probability: Per cent (class, rows, columns), where the map keeps it.
         """
-        box = (slice(y, y + chosen.shape[0]), slice(x, x + chosen.shape[1]))
-        self._array("class")[box] = chosen
-        self._array("confidence")[box] = confidence
+        layers = {"class": chosen, "confidence": confidence}
         if self.probabilities and probability is not None:
-            self._array("probability")[(slice(None), *box)] = probability
+            layers["probability"] = probability
+        self.put(y, x, layers)
 
-    def write_values(self, y: int, x: int, value: npt.NDArray[np.float32]) -> None:
-        """Write one box of values whose first pixel is (y, x)."""
-        self._array("value")[y : y + value.shape[0], x : x + value.shape[1]] = value
-
-    def _array(self, name: str) -> Any:
-        return self.group[name]
+    def put(self, y: int, x: int, layers: Mapping[str, npt.NDArray[Any]], *, time: int | None = None) -> None:
+        """Write one box of some layers, whose first pixel is (y, x); with `time` into a map of each date."""
+        for name, pixels in layers.items():
+            height, width = pixels.shape[-2:]
+            at: tuple[Any, ...] = (..., slice(y, y + height), slice(x, x + width))
+            array: Any = self.group[name]
+            array[at if time is None else (time, *at)] = pixels
 
 
 @contextlib.contextmanager
@@ -144,71 +188,107 @@ def create_map(
         InvalidInput: Something that is no map is at `url`.
     """
     store = FolderStore.at(url)
-    if store.exists() and not is_map(url):
-        raise InvalidInput(
-            f"{store.url} exists and is not a terrashard map; nothing was changed: choose another path or remove it"
-        )
+    refuse_other(store)
+    kind = MapLayers(len(classes), values=values, probabilities=probabilities)
     with store.beside() as fresh, translate_os_errors(store.url):
-        about = {"format": _FORMAT, "grid": grid.to_dict(), "classes": classes.to_list(), **attributes}
-        group = zarr.create_group(str(fresh.root), attributes={
-            "Conventions": "CF-1.11",
-            **georeference(grid.to_dict(), grid.bounds, grid.wkt),
-            "terrashard_map": json.loads(json.dumps(about)),
-        })  # fmt: skip
-        if values:
-            _create_value(group, grid, classes.names[0])
-        else:
-            _create_layers(group, grid, classes, probabilities)
-        write_axes(group, grid)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-            zarr.consolidate_metadata(str(fresh.root))
+        make_arrays(fresh, grid, classes, kind, attributes=attributes)
         yield MapWriter(zarr.open_group(str(fresh.root), mode="r+", use_consolidated=False), probabilities)
         if store.exists():
             remove_folder(store.root)
 
 
-def _create_layers(group: zarr.Group, grid: Grid, classes: Classes, probabilities: bool) -> None:
-    flags = {
-        "long_name": "class",
-        "flag_values": list(range(len(classes))),
-        "flag_meanings": " ".join(name.replace(" ", "_") for name in classes.names),
-        "flag_colors": " ".join(classes.colours),
-        "class_names": list(classes.names),
-    }
-    percent = {"units": "percent", "valid_range": [0, 100]}
-    layers: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-        "class": (grid.shape, flags),
-        "confidence": (grid.shape, {"long_name": "probability of the class", **percent}),
-    }
-    if probabilities:
-        layers["probability"] = ((len(classes), *grid.shape), {
-            "long_name": "probability of each class", "class_names": list(classes.names), **percent})  # fmt: skip
-    for name, (shape, attributes) in layers.items():
-        group.create_array(
-            name,
-            shape=shape,
-            chunks=tuple(min(CHUNK, side) for side in shape),
-            dtype="uint8",
-            fill_value=NODATA,
-            compressors=[ZstdCodec(level=3, checksum=True)],
-            dimension_names=("class", "y", "x")[-len(shape) :],
-            # `nodata` and not `_FillValue`: xarray would turn integers with a fill value into floats
-            attributes={**attributes, "nodata": NODATA, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
+def refuse_other(store: FolderStore) -> None:
+    """Refuse to write a map where something else is.
+
+    Raises:
+        InvalidInput: Something that is no map is there.
+    """
+    if store.exists() and not is_map(store.url):
+        raise InvalidInput(
+            f"{store.url} exists and is not a terrashard map; nothing was changed: choose another path or remove it"
         )
 
 
-def _create_value(group: zarr.Group, grid: Grid, name: str) -> None:
-    group.create_array(
-        "value",
-        shape=grid.shape,
-        chunks=tuple(min(CHUNK, side) for side in grid.shape),
-        dtype="float32",
-        fill_value=np.nan,
-        compressors=[ZstdCodec(level=3, checksum=True)],
-        dimension_names=("y", "x"),
-        attributes={"long_name": name, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
-    )
+def make_arrays(
+    store: FolderStore,
+    grid: Grid,
+    classes: Classes,
+    kind: MapLayers,
+    *,
+    attributes: Mapping[str, Any],
+    times: Sequence[str] = (),
+) -> None:
+    """Write the metadata and axes of a map; its pixels hold no data yet.
+
+    Args:
+        store: Where; nothing is there yet.
+        grid: Grid of the cube.
+        classes: Names and colours.
+        kind: Its layers.
+        attributes: JSON: what made it.
+        times: Dates of a map of each date.
+    """
+    about = {"format": _FORMAT, "grid": grid.to_dict(), "classes": classes.to_list(), **attributes}
+    about |= {"times": list(times)} if times else {}
+    about |= {"scale": list(kind.scale)} if kind.scale is not None else {}
+    group = zarr.create_group(str(store.root), attributes={
+        "Conventions": "CF-1.11",
+        **georeference(grid.to_dict(), grid.bounds, grid.wkt),
+        "terrashard_map": json.loads(json.dumps(about)),
+    })  # fmt: skip
+    for name in kind.names:
+        shape = _layer_shape(name, kind, grid, times)
+        chunks = tuple(min(CHUNK, side) for side in shape)
+        if name == "probability":
+            chunks = (*chunks[:-3], min(_CLASSES_OF_CHUNK, kind.classes), *chunks[-2:])
+        if times:
+            chunks = (1, *chunks[1:])
+        dims = ("class", "y", "x") if name == "probability" else ("y", "x")
+        group.create_array(
+            name,
+            shape=shape,
+            chunks=chunks,
+            dtype=kind.dtype(name),
+            fill_value=kind.nodata(name),
+            compressors=[ZstdCodec(level=3, checksum=True)],
+            dimension_names=("time", *dims) if times else dims,
+            attributes={**_layer_attributes(name, kind, classes), "grid_mapping": "spatial_ref",
+                        "coordinates": "spatial_ref"},
+        )  # fmt: skip
+    write_axes(group, grid)
+    if times:
+        seconds = np.array(times, "datetime64[s]").astype(np.int64)
+        group.create_array(
+            "time", shape=seconds.shape, dtype="int64", dimension_names=("time",),
+            compressors=[ZstdCodec(level=3, checksum=True)],
+            attributes={"standard_name": "time", "units": "seconds since 1970-01-01",
+                        "calendar": "proleptic_gregorian"},
+        )[...] = seconds  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        zarr.consolidate_metadata(str(store.root))
+
+
+def _layer_attributes(name: str, kind: MapLayers, classes: Classes) -> dict[str, Any]:
+    if name == "value":
+        scaled = {} if kind.scale is None else {
+            "scale_factor": kind.scale[0], "add_offset": kind.scale[1], "nodata": kind.nodata(name)}  # fmt: skip
+        return {"long_name": classes.names[0], **scaled}
+    percent = {"units": "percent", "valid_range": [0, 100]}
+    attributes: dict[str, dict[str, Any]] = {
+        "class": {
+            "long_name": "class",
+            "flag_values": list(range(len(classes))),
+            "flag_meanings": " ".join(name.replace(" ", "_") for name in classes.names),
+            "flag_colors": " ".join(classes.colours),
+            "class_names": list(classes.names),
+        },
+        "confidence": {"long_name": "probability of the class", **percent},
+        "probability": {"long_name": "probability of each class", "class_names": list(classes.names), **percent},
+        "entropy": {"long_name": "entropy of the probabilities, of its largest value", **percent},
+    }
+    # `nodata` and not `_FillValue`: xarray would turn integers with a fill value into floats
+    return {**attributes[name], "nodata": kind.nodata(name)}
 
 
 def is_map(url: str | Path) -> bool:
@@ -231,15 +311,16 @@ def open_map(url: str | Path) -> Map:
     store.check_inside()
     try:
         grid, classes = Grid.from_dict(about["grid"]), Classes.from_list(about["classes"])
-        rest = {key: value for key, value in about.items() if key not in ("grid", "classes", "format")}
+        rest = {key: value for key, value in about.items() if key not in ("grid", "classes", "format", "times")}
+        times = tuple(str(time) for time in about.get("times", ()))
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
             f"{store.root / 'zarr.json'}: the map's description is damaged ({error!r}); make it again"
         ) from error
     layers = tuple(
-        name for name in ("class", "confidence", "probability", "value") if store.exists(f"{name}/zarr.json")
+        name for name in ("class", "confidence", "probability", "entropy", "value") if store.exists(f"{name}/zarr.json")
     )
-    return Map(store.url, grid, classes, rest, layers)
+    return Map(store.url, grid, classes, rest, layers, times)
 
 
 def _about(store: FolderStore) -> dict[str, Any] | None:

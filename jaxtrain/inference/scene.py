@@ -1,58 +1,34 @@
-"""Predict a map of a whole cube in strips, so that memory does not grow with the scene.
-
-The network looks at windows of the size that it was trained on. Windows overlap, and each pixel gets the weighted mean
-of the probabilities of all windows over it; a window's weight falls to zero towards its edge along a raised cosine, so
-no window edge shows. Where several dates are used, the probabilities of the dates on which a pixel was seen are
-averaged: an ensemble over time that also fills clouds. A model that was trained on masked pixels sees those too; they
-count only where no date is clear, so that a map shows a cloud only where there was never anything else.
-
-Windows lie on one lattice of the whole grid, so the result does not depend on how it is cut for the work. Work goes
-along vertical bands of at most `_BAND` columns, and down each band one row of windows at a time: what is held is one
-row of windows × classes in float32, whatever the height, width or number of dates.
-
-Letters: B windows, H = W = patch, K classes.
-"""
+"""`predict` makes a map of a cube with a trained model, shard by shard; `help_making` fills a part of its shards."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time as clock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import numpy.typing as npt
 
-from jaxtrain.data.arrays import put_batch
-from jaxtrain.data.batches import BatchStream
-from jaxtrain.data.numbers import convert_to, cube_numbers, unlike_training
-from jaxtrain.data.reader import WindowReader, series_dates
-from jaxtrain.data.windows import Windows
 from jaxtrain.display import result_table
-from jaxtrain.evaluation.scores import restore_model
-from jaxtrain.inference.blend import Sink, Strips, window_starts
-from jaxtrain.inference.maps import CHUNK, NODATA, Map, MapWriter, create_map, open_map
-from jaxtrain.learn.state import Program, TrainState
-from jaxtrain.learn.step import PredictStep, make_predict_step
-from jaxtrain.parallel.mesh import batch_sharding
-from jaxtrain.runs.rundir import ModelCard, load_card
-from zarr_store.errors import InvalidInput, NothingFound
-from zarr_store.index import TrainingIndex
-from zarr_store.read import open_cube
-from zarr_store.spec import CubeSpec
+from jaxtrain.inference.area import Area
+from jaxtrain.inference.filling import Filled, Progress
+from jaxtrain.inference.making import Making, finish, hold_making, open_making, refuse_append
+from jaxtrain.inference.maps import CHUNK, Map, is_map, make_arrays, open_map, refuse_other
+from jaxtrain.inference.opening import OpenScene, open_scene
+from jaxtrain.inference.options import Dates, MapOptions, Method
+from zarr_store.errors import InvalidInput
+from zarr_store.folder import FolderStore
+from zarr_store.ledger import ShardIndex
 
-__all__ = ["MapResult", "predict"]
+__all__ = ["Elsewhere", "MapResult", "help_making", "predict"]
 
-_BAND = 4096
-"""Width of a band, pixels: at patch 256 and 10 classes one row of windows is 42 MB; neighbours share an overlap."""
-
-_MASKED_SAY = np.float32(1e-3)
-"""Weight of a masked date beside a clear one."""
-
-Progress = Callable[[int, int], None]
+Elsewhere = Callable[[Path], None]
+"""Fills the shards of the map in a folder by other processes, each of which calls `help_making`."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,9 +42,15 @@ class MapResult:
         pixels: Number of pixels of each class, by class name.
         nodata: Number of pixels without a class or value.
         values: Mean, minimum and maximum of a map of values; None for a map of classes.
-        windows: Number of windows that were predicted, over all dates.
+        windows: Number of windows that this call predicted, over all dates.
         seconds: Wall time.
         warnings: What may limit the map: damaged checkpoints, another resolution, absent chunks.
+        shards_done: Number of shards of the map that are complete.
+        shards_total: Number of its shards.
+        shards_made: Number of shards that this call made; the others were there.
+        peak_host_bytes: Largest memory of this process so far.
+        pixels_per_second: Pixels that this call mapped, over all dates, in a second.
+        forward_share: Share of the seconds in which the devices ran the network.
 
     Example:
         >>> made = predict("runs/zagreb", "zagreb.zarr", "one_day.zarr", time="2023-08-11")
@@ -87,6 +69,12 @@ class MapResult:
     windows: int
     seconds: float
     warnings: tuple[str, ...]
+    shards_done: int = 0
+    shards_total: int = 0
+    shards_made: int = 0
+    peak_host_bytes: int = 0
+    pixels_per_second: float = 0.0
+    forward_share: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -113,28 +101,49 @@ def predict(
     time: str | None = None,
     probabilities: bool = False,
     overlap: int | None = None,
+    method: Method = "blend",
+    dates: Dates = "mean",
+    entropy: bool = False,
+    scaled: bool = False,
+    area: Area | None = None,
+    append: bool = False,
+    devices: int | None = None,
+    elsewhere: Elsewhere | None = None,
     on_batch: Progress | None = None,
 ) -> MapResult:
     """Map a whole cube.
+
+    The map is made shard by shard beside its place. A call that was interrupted leaves what is complete, and the same
+    call does the rest; the bytes of the map are those of a call that was never interrupted.
 
     Args:
         run: The run directory; its best checkpoint is used where `run.monitor` names a score, else its newest
             undamaged one.
         cube: A cube with the bands of the model; it need not be the training cube.
         out: Path of the new map (Zarr). An existing map is replaced when the new one is complete.
-        time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: the mean over all dates
-            on which a pixel was clear; if it never was and the model was trained on masked pixels, over all dates.
+        time: One date, as in the cube ("2023-08-15" is enough where it is unambiguous); None: all dates, joined as
+            `dates` says; if a pixel never was clear and the model was trained on masked pixels, those count.
         probabilities: Also keep the probability of every class.
         overlap: Pixels that neighbouring windows share, at most half a patch; None: a quarter of it.
+        method: "blend" overlaps windows of the size of training; "exact" gives what one pass over the scene would.
+        dates: "mean": the mean probability over the dates on which a pixel was clear. "majority": the class of most
+            dates; the confidence is its share. "each": a map of each date, along an axis `time`.
+        entropy: Also keep the entropy of the probabilities, in per cent of its largest value.
+        scaled: Store values as int16 with a scale, not as float32.
+        area: Map these polygons only.
+        append: Add the new dates of a cube that has grown to a map of each date.
+        devices: Devices over which batches are split; None for those of the run.
+        elsewhere: Fills the map by other processes; None fills it in this one.
         on_batch: Called with (batches done, batches in all).
 
     Returns:
         Where the map is, its shape in pixels, and how many pixels each class has.
 
     Raises:
-        InvalidInput: The run or the target is something else; the overlap does not fit.
+        InvalidInput: The run or the target is something else; the options do not fit each other or the model.
         UnknownName: The cube lacks the collection, a band or the date.
         CorruptShard: A shard is damaged.
+        Locked: Another run makes this map.
 
     Example:
         >>> made = predict("runs/zagreb", "zagreb.zarr", "zagreb_map.zarr")
@@ -142,179 +151,123 @@ def predict(
         ((192, 160), ['vegetation', 'not vegetated', 'water'])
     """
     began = clock.monotonic()
-    run = Path(run)
-    card = load_card(run)
-    if card.grid is None:
+    options = MapOptions(time, method, overlap, dates, probabilities, entropy, scaled, area, devices)
+    target = FolderStore.at(out)
+    refuse_other(target)
+    opened = open_scene(Path(run), cube, options)
+    old = None
+    if append:
+        old = open_map(out)
+        refuse_append(old, opened.identity, opened.times)
+    whole = _already_made(target, opened)
+    if whole is not None:
+        return _result(opened, whole, out, Filled(), began)
+    make = partial(
+        make_arrays, grid=opened.spec.grid, classes=opened.card.answers, kind=opened.kind,
+        attributes=opened.attributes, times=opened.times,
+    )  # fmt: skip
+    with hold_making(
+        out, opened.plan, opened.kind.names, dated=bool(opened.times), make=make, carry=old, dates=opened.times
+    ) as making:
+        missing = making.missing(opened.keys)
+        if elsewhere is not None and missing:
+            elsewhere(making.folder)
+            filled = Filled(seconds=clock.monotonic() - began, shards=len(missing))
+        else:
+            filled = _fill(opened, making, missing, on_batch)
+        left = making.missing(opened.keys) if elsewhere is not None else []
+        if left:
+            raise InvalidInput(
+                f"{len(left)} of {len(opened.keys)} shards of {target.url} were not made; repeat the command, which "
+                "makes them alone"
+            )
+        finish(making, out)
+        made = Making(target.root, opened.kind.names, bool(opened.times))
+        return _result(opened, made, out, filled, began)
+
+
+def help_making(folder: Path, part: tuple[int, int], on_batch: Progress | None = None) -> Filled:
+    """Fill a part of the missing shards of a map that another process holds.
+
+    Args:
+        folder: The folder in which it is made (`Elsewhere`).
+        part: (number, count): of the missing shards every count-th, from this one on.
+        on_batch: Called with (batches done, batches in all).
+    """
+    making, plan = open_making(folder)
+    opened = open_scene(Path(plan["run"]), plan["cube"], MapOptions.from_dict(plan["options"]))
+    if opened.plan["digest"] != plan["digest"]:
         raise InvalidInput(
-            f"{run} was trained on a sample store and predicts for whole images, so it makes no map; "
-            "evaluate it on another store with `terrashard evaluate --data STORE`"
+            f"{plan['run']} or {plan['cube']} is not here what it is where the map was begun, or has changed since; "
+            "repeat the command"
         )
-    opened = open_cube(cube)
-    config = card.config.data
-    spec = opened.spec(config.collection)
-    patch = config.patch
-    overlap = patch // 4 if overlap is None else overlap
-    if not 0 <= overlap <= patch // 2:
-        raise InvalidInput(f"overlap {overlap} must be between 0 and half a patch ({patch // 2} pixels)")
-    series = series_dates(config, spec)
-    dates = tuple(range(len(spec.times))) if time is None else (spec.find_time(time),)
-    if series > 1:
-        if time is not None:
-            raise InvalidInput(f"{run} looks at {series} dates at once, so --time does not apply: leave it out")
-        dates = tuple(range(0, len(spec.times) - series + 1, series))
-    index = opened.index(config.collection)
-    bands = spec.find_bands(card.bands)
-    conversion, notes = convert_to(card.numbers, cube_numbers(spec, bands), opened.url)
-    reader = WindowReader(opened, config.collection, bands, patch, config.learn_masked, index=index, lenient=True,
-                          dates=series, conversion=conversion)  # fmt: skip
-    program, state, step, passed_over = restore_model(run, card)
-    warnings = [*passed_over, *notes, *unlike_training(card.mean, card.std, index, bands, conversion, opened.url)]
-    if spec.grid.resolution != card.grid.resolution:
-        warnings.append(
-            f"pixels of {opened.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"
-        )
-    absent = int((~index.present).sum())
-    if absent:
-        warnings.append(f"{absent} of {index.present.size} chunks of {opened.url} were never written: no data there")
-    names = tuple(spec.times[t + i] for t in dates for i in range(series))
-    attributes = {
-        "run": str(run.absolute()),
-        "step": step,
-        "cube": opened.url,
-        "collection": config.collection,
-        "dates": names,
-        "bands": card.bands,
+    number, count = part
+    # every process gets the same list, whatever the others have finished by now
+    mine = list(opened.keys)[number::count]
+    missing = set(making.missing({index: opened.keys[index] for index in mine}))
+    return _fill(opened, making, [index for index in mine if index in missing], on_batch)
+
+
+def _fill(opened: OpenScene, making: Making, missing: list[ShardIndex], on_batch: Progress | None) -> Filled:
+    shards = {index: (opened.shards[index], opened.keys[index]) for index in missing}
+    return opened.scene().fill(making, shards, on_batch) if shards else Filled()
+
+
+def _already_made(target: FolderStore, opened: OpenScene) -> Making | None:
+    """Return the map at the target if it is the one that is asked for, and whole."""
+    if not target.exists() or not is_map(target.url):
+        return None
+    there = open_map(target.url)
+    made = Making(target.root, opened.kind.names, bool(opened.times))
+    same = there.layers == opened.kind.names and dict(there.attributes) == {
+        name: value for name, value in opened.stated.items() if name != "times"
     }
-    scene = _Scene(card, spec, index, reader, program, make_predict_step(program), state, dates, overlap)
-    counts = np.zeros(256, np.int64)
-    values = card.task.values
-    if values and probabilities:
-        raise InvalidInput(f"{run} predicts values, which have no probabilities: leave --probabilities out")
-    with create_map(
-        out, spec.grid, card.answers, attributes=attributes, probabilities=probabilities, values=values
-    ) as writer:
-        looked_at = scene.fill(writer, counts, on_batch)
+    rows = made.ledger.rows() if same and there.times == opened.times else {}
+    if {index: row.key for index, row in rows.items()} != dict(opened.keys) or made.missing(opened.keys):
+        return None
+    return made
+
+
+def _result(opened: OpenScene, made: Making, out: str | Path, filled: Filled, began: float) -> MapResult:
+    seconds = clock.monotonic() - began
+    counts, _, nothing = made.counts(max(opened.kind.classes, 1))
+    names = opened.card.answers.names
+    values = opened.kind.values
+    pixels = {} if values else {name: int(counts[i]) for i, name in enumerate(names)}
+    if values:
+        pixels = {name: made.counts(1)[1] if i == 0 else 0 for i, name in enumerate(names)}
     return MapResult(
         map=str(out),
-        shape=spec.grid.shape,
-        dates=names,
-        pixels={name: int(counts[i]) for i, name in enumerate(card.answers.names)},
-        nodata=int(counts[NODATA]),
+        shape=opened.spec.grid.shape,
+        dates=opened.dates,
+        pixels=pixels,
+        nodata=nothing,
         values=_summarise(open_map(out)) if values else None,
-        windows=looked_at,
-        seconds=round(clock.monotonic() - began, 3),
-        warnings=tuple(warnings),
+        windows=filled.windows,
+        seconds=round(seconds, 3),
+        warnings=opened.warnings,
+        shards_done=len(opened.keys),
+        shards_total=len(opened.keys),
+        shards_made=filled.shards,
+        peak_host_bytes=peak_bytes(),
+        pixels_per_second=round(filled.pixels / filled.seconds, 1) if filled.seconds else 0.0,
+        forward_share=round(filled.forward_s / filled.seconds, 4) if filled.seconds else 0.0,
     )
+
+
+def peak_bytes() -> int:
+    """Return the largest memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _summarise(made: Map) -> dict[str, float]:
     total, count, low, high = 0.0, 0, np.inf, -np.inf
-    for row in range(0, made.grid.height, CHUNK):
-        values = made.read("value", slice(row, min(row + CHUNK, made.grid.height)))
-        values = values[np.isfinite(values)].astype(np.float64)
-        if values.size:
-            total, count = total + values.sum(), count + values.size
-            low, high = min(low, values.min()), max(high, values.max())
+    for time in range(len(made.times) or 1):
+        for row in range(0, made.grid.height, CHUNK):
+            values = made.read_values(slice(row, min(row + CHUNK, made.grid.height)), time=time)
+            values = values[np.isfinite(values)].astype(np.float64)
+            if values.size:
+                total, count = total + values.sum(), count + values.size
+                low, high = min(low, values.min()), max(high, values.max())
     return {"mean": total / count, "minimum": float(low), "maximum": float(high)} if count else {}
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """The parts of a prediction that stay the same while the map is filled."""
-
-    card: ModelCard
-    spec: CubeSpec
-    index: TrainingIndex
-    reader: WindowReader
-    program: Program
-    step: PredictStep
-    state: TrainState
-    dates: tuple[int, ...]
-    overlap: int
-
-    def fill(self, writer: MapWriter, counts: npt.NDArray[np.int64], on_batch: Progress | None) -> int:
-        """Fill the map, add the pixels of each class to `counts`, and return the number of windows."""
-        height, width = self.spec.grid.shape
-        patch = self.reader.patch
-        if patch > min(height, width):
-            raise InvalidInput(
-                f"the cube's grid of {height}×{width} pixels is smaller than the model's patch {patch}; train with a "
-                "smaller data.patch"
-            )
-        bands = [(x0, min(x0 + _BAND, width)) for x0 in range(0, width, _BAND)]
-        work = [(band, self._rows(*band)) for band in bands]
-        size = self._batch_size()
-        total = sum(-(-len(rows) // size) for _, rows in work)
-        if not total:
-            raise NothingFound(
-                f"{self.reader.cube.url} has nothing observed on {len(self.dates)} dates; is the ingest complete?"
-            )
-        done = 0
-        for (x0, x1), rows in work:
-            strips = Strips(height, x0, x1, patch, self.overlap, len(self.card.classes))
-            sink = Sink(writer, x0, counts, values=self.card.task.values)
-            with BatchStream(
-                self.reader, Windows(patch, rows), size=size, sharding=batch_sharding(self.program.mesh),
-                threads=self.card.config.run.read_threads, prefetch=self.card.config.run.prefetch,
-            ) as stream:  # fmt: skip
-                for windows, probability_BHWK, seen_BHW in self._look(stream, size):
-                    # the last batch is filled up: only the first rows are windows
-                    for row, probability_HWK, seen_HW in zip(windows, probability_BHWK, seen_BHW, strict=False):
-                        sink.put(strips.advance(int(row[1])))
-                        strips.add(int(row[1]), int(row[2]), probability_HWK, seen_HW)
-                    done += 1
-                    if on_batch:
-                        on_batch(done, total)
-            sink.put(strips.advance(None))
-            sink.flush()
-        return sum(len(rows) for _, rows in work)
-
-    def _starts(self, size: int) -> npt.NDArray[np.int64]:
-        return window_starts(size, self.reader.patch, self.overlap)
-
-    def _batch_size(self) -> int:
-        axis = int(self.program.mesh.shape["data"])
-        return -(-self.card.config.run.batch_size // axis) * axis
-
-    def _rows(self, x0: int, x1: int) -> npt.NDArray[np.int32]:
-        """Return the windows of one band as (time, y, x), sorted by y, x, date, where a chunk was seen."""
-        height, width = self.spec.grid.shape
-        patch = self.reader.patch
-        ys = self._starts(height)
-        xs = self._starts(width)
-        xs = xs[(xs < x1) & (xs + patch > x0)]
-        y, x, t = np.meshgrid(ys, xs, np.array(self.dates), indexing="ij")
-        rows = np.stack([t, y, x], axis=-1).reshape(-1, 3)
-        index = self.index
-        seen = (index.observed + index.masked > 0) if self.reader.learn_masked else index.observed > 0
-        by_date = (seen & index.present)[np.arange(len(self.spec.times)) // index.chunk[0]]
-        if self.reader.dates > 1:
-            by_date = np.stack([by_date[t : t + self.reader.dates].any(axis=0) for t in range(len(by_date))])
-        return rows[self._touches(rows, by_date)].astype(np.int32)
-
-    def _touches(self, rows: npt.NDArray[np.int64], chunks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Return which windows touch one of `chunks` (times, rows, columns)."""
-        _, cy, cx = self.index.chunk
-        sums = np.pad(chunks.astype(np.int64).cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
-        t, y, x = rows[:, 0], rows[:, 1], rows[:, 2]
-        last = self.reader.patch - 1
-        y0, y1, x0, x1 = y // cy, (y + last) // cy + 1, x // cx, (x + last) // cx + 1
-        found: npt.NDArray[np.bool_] = sums[t, y1, x1] - sums[t, y0, x1] - sums[t, y1, x0] + sums[t, y0, x0] > 0
-        return found
-
-    def _look(
-        self, stream: BatchStream, size: int
-    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-        """Yield (windows, probability_BHWK, seen_BHW) of each batch, one late so that the device always has work."""
-        sharding = batch_sharding(self.program.mesh)
-        before: tuple[npt.NDArray[np.int32], jax.Array, npt.NDArray[np.float32]] | None = None
-        for _, windows, batch in stream:
-            there = put_batch({n: batch[n] for n in ("image", "observed", "day") if n in batch}, sharding, size)
-            observed = batch["observed"] if self.reader.dates == 1 else batch["observed"].max(axis=1)
-            seen = np.where(batch["clear"] == 1, np.float32(1), _MASKED_SAY) * observed
-            now = (windows, self.step(self.state, there.pop("image"), **there), seen)
-            if before is not None:
-                yield before[0], np.asarray(before[1]), before[2]
-            before = now
-        if before is not None:
-            yield before[0], np.asarray(before[1]), before[2]

@@ -280,6 +280,10 @@ class CheckpointStore:
         contents: dict[str, Any] = load_json(read_file(self.path(step) / _CONTENTS, MOST_JSON_BYTES), _CONTENTS)
         return contents
 
+    def digest(self, step: int) -> str:
+        """Return the SHA-256 of the manifest of a checkpoint, which has the SHA-256 of each of its files."""
+        return hashlib.sha256(read_file(self.path(step) / _MANIFEST, MOST_JSON_BYTES)).hexdigest()
+
     def restore(self, target: Any, *, step: int | None = None) -> Restored | None:
         """Read the newest undamaged checkpoint, or that of a step, onto the target's mesh.
 

@@ -22,7 +22,6 @@ from jaxtrain import predict, train
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import Classes
 from jaxtrain.evaluation.scores import restore_model
-from jaxtrain.inference import scene as module
 from jaxtrain.inference.blend import Strips, taper, window_starts
 from jaxtrain.inference.maps import NODATA, create_map, is_map, open_map
 from jaxtrain.learn.step import make_predict_step
@@ -123,11 +122,14 @@ def test_strips_equal_a_sum_over_the_whole_scene(
 def test_the_map_does_not_depend_on_how_the_work_is_cut(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BAND", 50)
-    monkeypatch.setattr("jaxtrain.inference.blend.CHUNK", 40)
+    monkeypatch.setattr("jaxtrain.inference.lattice.CHUNK", 40)
+    monkeypatch.setattr("jaxtrain.inference.lattice._PATCHES_OF_SHARD", 1)
+    monkeypatch.setattr("jaxtrain.inference.maps.CHUNK", 40)
+    monkeypatch.setattr("jaxtrain.inference.making.CHUNK", 40)
     progress: list[tuple[int, int]] = []
     result = predict(shared_run(), shared_cube(), tmp_path / "m.zarr", on_batch=lambda *p: progress.append(p))
     assert progress[-1][0] == progress[-1][1] == len(progress)
+    assert (result.shards_made, open_map(made).grid.shape) == (20, (192, 160))
     one, other = open_map(made), open_map(tmp_path / "m.zarr")
     assert (one.read("class") == other.read("class")).mean() > 0.9999  # rounding may turn a tie
     assert np.abs(one.read("confidence").astype(int) - other.read("confidence")).max() <= 1

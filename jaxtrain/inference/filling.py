@@ -1,0 +1,300 @@
+"""`Scene` predicts the shards of a map, so that memory does not grow with the scene.
+
+The network looks at windows. In a blend they have the size of training and overlap, and each pixel gets the weighted
+mean of the probabilities of all windows over it; a window's weight falls to zero towards its edge along a raised
+cosine, so no window edge shows. An exact map takes the middle of each window only, which has as much around it as the
+network looks at: that is what one pass over the whole scene would give.
+
+Where several dates are joined by their mean, the probabilities of the dates on which a pixel was seen are averaged: an
+ensemble over time that also fills clouds. A model that was trained on masked pixels sees those too; they count only
+where no date is clear, so that a map shows a cloud only where there was never anything else.
+
+What is held is one shard of the map, one row of windows × classes and some batches, whatever the height, width or
+number of dates.
+
+Letters: B windows, H, W pixels of a window, K classes.
+"""
+
+from __future__ import annotations
+
+import time as clock
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.data.arrays import put_batch
+from jaxtrain.data.batches import BatchStream
+from jaxtrain.data.reader import WindowReader
+from jaxtrain.data.windows import Windows
+from jaxtrain.inference.blend import Box, BoxBlock, Cores, Strips, Votes
+from jaxtrain.inference.lattice import Lattice
+from jaxtrain.inference.layers import MapLayers
+from jaxtrain.inference.making import Making
+from jaxtrain.inference.maps import CHUNK
+from jaxtrain.inference.options import MapOptions
+from jaxtrain.learn.state import Program, TrainState
+from jaxtrain.learn.step import PredictStep
+from jaxtrain.parallel.mesh import batch_sharding
+from jaxtrain.runs.rundir import ModelCard
+from zarr_store.index import TrainingIndex
+from zarr_store.ledger import ShardIndex
+from zarr_store.regions import Region
+from zarr_store.spec import CubeSpec
+
+__all__ = ["Filled", "Progress", "Scene"]
+
+Progress = Callable[[int, int], None]
+Answers = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""A window of one date: its row (time, y, x), probabilities (H, W, K), how well each pixel was seen (H, W)."""
+
+_MASKED_SAY = np.float32(1e-3)
+"""Weight of a masked date beside a clear one."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a process has done for a map.
+
+    Attributes:
+        windows: Number of windows that were predicted, over all dates.
+        forward_s: Seconds in which the devices ran the network.
+        seconds: Seconds in all.
+        shards: Number of shards.
+        pixels: Pixels of these shards, over all dates.
+    """
+
+    windows: int = 0
+    forward_s: float = 0.0
+    seconds: float = 0.0
+    shards: int = 0
+    pixels: int = 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The parts of a prediction that stay the same while the map is filled."""
+
+    card: ModelCard
+    spec: CubeSpec
+    index: TrainingIndex
+    reader: WindowReader
+    program: Program
+    step: PredictStep
+    state: TrainState
+    options: MapOptions
+    kind: MapLayers
+    lattice: Lattice
+    groups: tuple[tuple[int, ...], ...]
+    """Dates of each map: one group of all, or a group for each date."""
+
+    @property
+    def dated(self) -> bool:
+        """Whether the map has an axis `time`."""
+        return self.options.dates == "each"
+
+    def fill(
+        self, making: Making, shards: Mapping[ShardIndex, tuple[Region, str]], on_batch: Progress | None = None
+    ) -> Filled:
+        """Fill shards, each with its region and key, and write their rows."""
+        began = clock.monotonic()
+        plan = {index: self._rows(index, region) for index, (region, _) in shards.items()}
+        size = self.lattice.batch
+        padded = [_filled_up(rows, size) for rows, _ in plan.values() if len(rows)]
+        total, done, busy = sum(len(rows) for rows in padded) // size, 0, 0.0
+        every = np.concatenate(padded) if padded else np.zeros((0, 3), np.int32)
+        writer = making.writer()
+        run = self.card.config.run
+        with (
+            BatchStream(
+                self.reader, Windows(self.reader.patch, every), size=size, sharding=batch_sharding(self.program.mesh),
+                threads=run.read_threads, prefetch=run.prefetch,
+            ) as stream,
+            ThreadPoolExecutor(1, thread_name_prefix="map") as later,
+        ):  # fmt: skip
+            batches = self._look(stream)
+            written: Future[None] | None = None
+
+            def windows_of(count: int) -> Iterator[Answers]:
+                nonlocal done, busy
+                for rows, probability_BHWK, seen_BHW, seconds in islice(batches, -(-count // size)):
+                    # the last batch of a shard is filled up: only the first rows are windows
+                    yield from zip(rows[:count], probability_BHWK, seen_BHW, strict=False)
+                    count, done, busy = count - size, done + 1, busy + seconds
+                    if on_batch:
+                        on_batch(done, total)
+
+            for index, (region, key) in shards.items():
+                rows, boxes = plan[index]
+                layers, counts, seen = self._shard(region, zip(windows_of(len(rows)), boxes, strict=True))
+                if written is not None:
+                    written.result()
+
+                def write(
+                    index: ShardIndex = index, region: Region = region, key: str = key, layers: Any = layers,
+                    counts: Any = counts, seen: int = seen,
+                ) -> None:  # fmt: skip
+                    making.begin(index, region)
+                    writer.put(region.y0, region.x0, layers, time=region.t0 if self.dated else None)
+                    making.complete(index, region, key, counts, seen)
+
+                written = later.submit(write)  # the devices go on with the next shard meanwhile
+            if written is not None:
+                written.result()
+        pixels = sum(int(np.prod(region.shape)) for region, _ in shards.values())
+        windows = sum(len(rows) for rows, _ in plan.values())
+        return Filled(windows, busy, clock.monotonic() - began, len(shards), pixels)
+
+    def _shard(
+        self, region: Region, windows: Iterable[tuple[Answers, Box]]
+    ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64], int]:
+        """Return the layers of a shard, its pixels of each class, and those with data."""
+        shape = region.shape[1:]
+        layers = {
+            name: np.full((self.kind.classes, *shape) if name == "probability" else shape,
+                          self.kind.nodata(name), self.kind.dtype(name))
+            for name in self.kind.names
+        }  # fmt: skip
+        inside = self._inside(region)
+        seen, counts = 0, np.zeros(max(self.kind.classes, 1), np.int64)
+        for y, x, mean, strength in self._blocks(region, windows):
+            known = strength > 0
+            top, left = y - region.y0, x - region.x0
+            at = (slice(top, top + known.shape[0]), slice(left, left + known.shape[1]))
+            if inside is not None:
+                known &= inside[at]
+            made = self.kind.of(mean, known)
+            for name, pixels in made.items():
+                layers[name][(..., *at)] = pixels
+            seen += int(known.sum())
+            if not self.kind.values:
+                counts += np.bincount(made["class"][known], minlength=len(counts))
+        return layers, counts, seen
+
+    def _blocks(self, region: Region, windows: Iterable[tuple[Answers, Box]]) -> Iterator[BoxBlock]:
+        """Yield finished blocks inside a region."""
+        if self.options.dates != "majority":
+            yield from self._joined(region, windows)
+            return
+        votes = Votes((region.y0, region.y1, region.x0, region.x1), self.kind.classes)
+        for _, of_date in groupby(windows, key=lambda window: int(window[0][0][0])):
+            for block in self._joined(region, of_date):
+                votes.add(*block)
+        yield from votes.blocks(CHUNK)
+
+    def _joined(self, region: Region, windows: Iterable[tuple[Answers, Box]]) -> Iterator[BoxBlock]:
+        """Yield finished blocks inside a region: the mean over the dates of the windows."""
+        if self.lattice.core:
+            cores = Cores(self.kind.classes)
+            for (row, probability_HWK, seen_HW), box in windows:
+                yield from cores.add(box, int(row[1]), int(row[2]), probability_HWK, seen_HW)
+            yield from cores.finish()
+            return
+        strips: Strips | None = None
+        for (row, probability_HWK, seen_HW), _ in windows:
+            y = int(row[1])
+            if strips is None:
+                patch, overlap = self.lattice.window[0], self.lattice.overlap
+                strips = Strips(region.y1, region.x0, region.x1, patch, overlap, self.kind.classes, first=y)
+            yield from _cut(strips.advance(y), region)
+            strips.add(y, int(row[2]), probability_HWK, seen_HW)
+        if strips is not None:
+            yield from _cut(strips.advance(None), region)
+
+    def _inside(self, region: Region) -> npt.NDArray[np.bool_] | None:
+        area = self.options.area
+        return None if area is None else area.mask(region.y0, region.y1, region.x0, region.x1)
+
+    def _rows(self, index: ShardIndex, region: Region) -> tuple[npt.NDArray[np.int32], list[Box]]:
+        """Return the windows of one shard as (time, y, x), where a chunk was seen, each with the box it is needed for.
+
+        They are sorted by place and then date; by date first where dates vote.
+        """
+        places = self.lattice.windows(region, self._inside(region))
+        dates = self.groups[index[0]]
+        every = [(t, place) for place in range(len(places)) for t in dates]
+        if self.options.dates == "majority":
+            every.sort()
+        if not every:
+            return np.zeros((0, 3), np.int32), []
+        rows = np.array([(t, *places[place][:2]) for t, place in every], np.int64)
+        kept = self._touches(rows)
+        boxes = [places[place][2] for (_, place), keep in zip(every, kept, strict=True) if keep]
+        return rows[kept].astype(np.int32), boxes
+
+    def _touches(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return which windows touch a chunk in which something was seen."""
+        index = self.index
+        seen = (index.observed + index.masked > 0) if self.reader.learn_masked else index.observed > 0
+        _, cy, cx = index.chunk
+        times = np.arange(len(self.spec.times)) // index.chunk[0]
+        height, width = self.lattice.window
+        found = np.zeros(len(rows), bool)
+        last_y, last_x = seen.shape[1] - 1, seen.shape[2] - 1
+        for date in np.unique(rows[:, 0]).tolist():
+            dates = times[date : date + self.reader.dates]
+            chunks = (seen & index.present)[dates].any(axis=0)
+            sums = np.pad(chunks.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+            mine = rows[:, 0] == date
+            y, x = rows[mine, 1], rows[mine, 2]
+            y0, y1 = y // cy, np.minimum((y + height - 1) // cy, last_y) + 1
+            x0, x1 = x // cx, np.minimum((x + width - 1) // cx, last_x) + 1
+            found[mine] = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0] > 0
+        return found
+
+    def _look(
+        self, stream: BatchStream
+    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32], float]]:
+        """Yield (windows, probability_BHWK, seen_BHW, seconds of the devices) of each batch.
+
+        A batch comes one late, so that the devices always have work.
+        """
+        free = 0.0  # when the devices were done with the batch before
+
+        def fetch(answer: jax.Array, given: float) -> tuple[npt.NDArray[np.float32], float]:
+            nonlocal free
+            answer.block_until_ready()
+            now = clock.monotonic()
+            seconds, free = now - max(given, free), now
+            return np.asarray(answer), seconds
+
+        with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
+            before: tuple[npt.NDArray[np.int32], Future[Any], npt.NDArray[np.float32]] | None = None
+            for _, windows, batch in stream:
+                inputs, seen = self._inputs(batch)
+                given = clock.monotonic()
+                now = (windows, pool.submit(fetch, self.step(self.state, inputs.pop("image"), **inputs), given), seen)
+                if before is not None:
+                    answer, seconds = before[1].result()
+                    yield before[0], answer, before[2], seconds
+                before = now
+            if before is not None:
+                answer, seconds = before[1].result()
+                yield before[0], answer, before[2], seconds
+
+    def _inputs(self, batch: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], npt.NDArray[np.float32]]:
+        """Return what the network takes of a batch, on its devices, and how well each pixel was seen (B, H, W)."""
+        height, width = self.lattice.window
+        cut = {name: a[..., :height, :width] if a.ndim > 2 else a for name, a in batch.items()}
+        names = [name for name in ("image", "observed", "day") if name in cut]
+        there = put_batch({name: cut[name] for name in names}, batch_sharding(self.program.mesh), self.lattice.batch)
+        observed = cut["observed"] if self.reader.dates == 1 else cut["observed"].max(axis=1)
+        return there, np.where(cut["clear"] == 1, np.float32(1), _MASKED_SAY) * observed
+
+
+def _filled_up(rows: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:
+    """Repeat the last window until the batches are whole."""
+    return np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])
+
+
+def _cut(blocks: Iterable[tuple[int, Any, Any]], region: Region) -> Iterator[BoxBlock]:
+    """Keep the rows of blocks that lie in a region."""
+    for y, mean, seen in blocks:
+        low, high = max(y, region.y0), min(y + len(mean), region.y1)
+        if low < high:
+            yield low, region.x0, mean[low - y : high - y], seen[low - y : high - y]

@@ -1,0 +1,294 @@
+"""`open_scene` opens a run and a cube together: what a map of them will be, what its shards are, and from what.
+
+The network is only read where shards are missing (`OpenScene.scene`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.config import MeshConfig
+from jaxtrain.data.numbers import convert_to, cube_numbers, unlike_training
+from jaxtrain.data.reader import WindowReader, series_dates
+from jaxtrain.evaluation.scores import restore_model
+from jaxtrain.inference.field import image_stride, receptive_radius
+from jaxtrain.inference.filling import Scene
+from jaxtrain.inference.lattice import Lattice
+from jaxtrain.inference.layers import MapLayers
+from jaxtrain.inference.making import digest_of
+from jaxtrain.inference.options import MapOptions
+from jaxtrain.learn.state import Program, TrainState
+from jaxtrain.learn.step import make_predict_step
+from jaxtrain.runs.checkpoint import CheckpointStore
+from jaxtrain.runs.rundir import ModelCard, inference_program, load_card, program_of
+from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.index import TrainingIndex
+from zarr_store.ledger import LedgerRow, ShardIndex
+from zarr_store.read import Cube, open_cube
+from zarr_store.regions import Region
+from zarr_store.spec import CubeSpec
+
+__all__ = ["OpenScene", "open_scene"]
+
+
+@dataclass(frozen=True)
+class OpenScene:
+    """A run and a cube, and the map that they give.
+
+    Attributes:
+        run: The run directory.
+        card: Its model.
+        cube: The open cube.
+        spec: The collection that is mapped.
+        index: Counts of its chunks.
+        reader: Reads windows.
+        program, state, step: The network and the step of its checkpoint.
+        options: What is asked for.
+        kind: Layers of the map.
+        lattice: Places of windows and shards.
+        groups: Dates of each map: one group of all, or a group for each date.
+        model: Digest of the checkpoint.
+        warnings: What may limit the map.
+    """
+
+    run: Path
+    card: ModelCard
+    cube: Cube
+    spec: CubeSpec
+    index: TrainingIndex
+    reader: WindowReader
+    program: Program
+    state: TrainState
+    step: int
+    options: MapOptions
+    kind: MapLayers
+    lattice: Lattice
+    groups: tuple[tuple[int, ...], ...]
+    model: str
+    warnings: tuple[str, ...]
+
+    def scene(self) -> Scene:
+        """Return what fills shards."""
+        return Scene(
+            self.card, self.spec, self.index, self.reader, self.program, make_predict_step(self.program), self.state,
+            self.options, self.kind, self.lattice, self.groups,
+        )  # fmt: skip
+
+    @property
+    def dates(self) -> tuple[str, ...]:
+        """Dates that the map is made of."""
+        series = self.reader.dates
+        return tuple(self.spec.times[t + i] for group in self.groups for t in group for i in range(series))
+
+    @property
+    def times(self) -> tuple[str, ...]:
+        """Dates along the axis `time`, of a series its last one; none without that axis."""
+        if self.options.dates != "each":
+            return ()
+        return tuple(self.spec.times[group[0] + self.reader.dates - 1] for group in self.groups)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of all that determines the map except its dates and what the cube holds."""
+        options = {name: value for name, value in self.options.to_dict().items() if name not in ("time", "devices")}
+        conversion = self.reader.conversion
+        return digest_of({
+            "model": self.model, "options": options, "grid": self.spec.grid.to_dict(), "bands": list(self.card.bands),
+            "collection": self.card.config.data.collection, "shard": self.lattice.shard,
+            "conversion": None if conversion is None else [conversion.gain, conversion.shift],
+        })  # fmt: skip
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Origin of the map."""
+        return {
+            "run": str(self.run.absolute()),
+            "step": self.step,
+            "cube": self.cube.url,
+            "collection": self.card.config.data.collection,
+            "dates": self.dates,
+            "bands": self.card.bands,
+            "method": self.options.method,
+            "joined": self.options.dates,
+            "made_with": self.identity,
+        }
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """Attributes as an opened map has them."""
+        scale = {} if self.kind.scale is None else {"scale": list(self.kind.scale)}
+        stated: dict[str, Any] = json.loads(json.dumps({**self.attributes, **scale}))
+        return stated
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """What is made, as JSON, for the processes that help and for a run that goes on."""
+        plan = {
+            "run": str(self.run.absolute()), "cube": self.cube.url, "options": self.options.to_dict(),
+            "layers": list(self.kind.names), "dated": bool(self.times), "shards": len(self.shards),
+            "attributes": self.stated, "times": list(self.times),
+        }  # fmt: skip
+        return {**plan, "digest": digest_of(plan)}
+
+    @cached_property
+    def shards(self) -> dict[ShardIndex, Region]:
+        """Region of each shard of the map."""
+        return self.lattice.shards(len(self.groups))
+
+    @cached_property
+    def keys(self) -> dict[ShardIndex, str]:
+        """Digest of all that determines the pixels of each shard: model, options, and the shards of the cube."""
+        times = self.spec.layout.shard[0]
+        by_time: dict[int, list[tuple[Region, str]]] = {}
+        for row in self.cube.ledger(self.card.config.data.collection).rows().values():
+            by_time.setdefault(row.index[0], []).append((row.region, _made_of(row)))
+        height, width = self.lattice.window
+        keys = {}
+        for index, region in self.shards.items():
+            group = self.groups[index[0]]
+            dates = [t + i for t in group for i in range(self.reader.dates)]
+            sources = [
+                made
+                for time in sorted({t // times for t in dates})
+                for there, made in by_time.get(time, ())
+                if there.y0 < region.y1 + height and there.y1 > region.y0 - height
+                and there.x0 < region.x1 + width and there.x1 > region.x0 - width
+            ]  # fmt: skip
+            keys[index] = digest_of([self.identity, [self.spec.times[t] for t in dates], region.to_list()[2:], sources])
+        return keys
+
+
+def _made_of(row: LedgerRow) -> str:
+    return digest_of([list(row.index), row.key, row.state, row.checksums or {}])
+
+
+def open_scene(run: Path, cube: str | Path, options: MapOptions) -> OpenScene:
+    """Open a run and a cube for a map.
+
+    Raises:
+        InvalidInput: The run makes no maps, or the options do not fit it or the cube.
+        NothingFound: Nothing was observed on the dates.
+        UnknownName: The cube lacks the collection, a band or the date.
+    """
+    card = load_card(run)
+    if card.grid is None:
+        raise InvalidInput(
+            f"{run} was trained on a sample store and predicts for whole images, so it makes no map; "
+            "evaluate it on another store with `terrashard evaluate --data STORE`"
+        )
+    opened = open_cube(cube)
+    config = card.config.data
+    spec = opened.spec(config.collection)
+    patch = config.patch
+    overlap = patch // 4 if options.overlap is None else options.overlap
+    if not 0 <= overlap <= patch // 2:
+        raise InvalidInput(f"overlap {overlap} must be between 0 and half a patch ({patch // 2} pixels)")
+    series = series_dates(config, spec)
+    groups = _groups(run, spec, series, options)
+    index = opened.index(config.collection)
+    bands = spec.find_bands(card.bands)
+    conversion, notes = convert_to(card.numbers, cube_numbers(spec, bands), opened.url)
+    kind = _layers(card, options)
+    height, width = spec.grid.shape
+    if options.method == "blend" and patch > min(height, width):
+        raise InvalidInput(
+            f"the cube's grid of {height}×{width} pixels is smaller than the model's patch {patch}; train with a "
+            "smaller data.patch, or use --exact"
+        )
+    program, state, step, passed_over = restore_model(run, card, _program(card, options))
+    lattice = _lattice(run, card, spec, options, overlap, kind, program, state)
+    reader = WindowReader(opened, config.collection, bands, max(lattice.window), config.learn_masked, index=index,
+                          lenient=True, dates=series, conversion=conversion)  # fmt: skip
+    warnings = [*passed_over, *notes, *unlike_training(card.mean, card.std, index, bands, conversion, opened.url)]
+    if spec.grid.resolution != card.grid.resolution:
+        warnings.append(
+            f"pixels of {opened.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"
+        )
+    absent = int((~index.present).sum())
+    if absent:
+        warnings.append(f"{absent} of {index.present.size} chunks of {opened.url} were never written: no data there")
+    found = OpenScene(
+        run, card, opened, spec, index, reader, program, state, step, options, kind, lattice, groups,
+        CheckpointStore(run / "checkpoints").digest(step), tuple(warnings),
+    )  # fmt: skip
+    counted = index.observed + index.masked if config.learn_masked else index.observed
+    times = sorted({(t + i) // index.chunk[0] for group in groups for t in group for i in range(series)})
+    if not (counted[times] > 0).any():
+        raise NothingFound(f"{opened.url} has nothing observed on {len(found.dates)} dates; is the ingest complete?")
+    return replace(found, options=replace(options, overlap=overlap if options.method == "blend" else None))
+
+
+def _groups(run: Path, spec: CubeSpec, series: int, options: MapOptions) -> tuple[tuple[int, ...], ...]:
+    """Return the dates, or first dates of series, that each map is made of."""
+    if series > 1:
+        if options.time is not None:
+            raise InvalidInput(f"{run} looks at {series} dates at once, so --time does not apply: leave it out")
+        dates: Sequence[int] = range(0, len(spec.times) - series + 1, series)
+    else:
+        dates = range(len(spec.times)) if options.time is None else (spec.find_time(options.time),)
+    return tuple((date,) for date in dates) if options.dates == "each" else (tuple(dates),)
+
+
+def _layers(card: ModelCard, options: MapOptions) -> MapLayers:
+    task = card.task
+    if task.values and options.dates == "majority":
+        raise InvalidInput("values have no majority: map their mean over dates, or each date")
+    scale = None
+    if options.scaled:
+        mean, std = task.value or (0.0, 1.0)
+        scale = MapLayers.scale_for(mean, std)
+    return MapLayers(len(card.classes), task.values, options.probabilities, options.entropy, scale)
+
+
+def _program(card: ModelCard, options: MapOptions) -> Program:
+    """Return the network on its devices: those of the run, if they are here, or as many as were asked for."""
+    if options.devices is not None:
+        return program_of(card, _on_mesh(card, options.devices))
+    program = inference_program(card)
+    if options.method == "exact" and set(program.mesh.shape.values()) != {1, int(program.mesh.shape["data"])}:
+        # where images or the network are split, windows must have the size of training
+        return program_of(card, _on_mesh(card, 1))
+    return program
+
+
+def _on_mesh(card: ModelCard, devices: int) -> Any:
+    return card.config.model_copy(update={"mesh": MeshConfig(data=devices, model=1)})
+
+
+def _lattice(
+    run: Path,
+    card: ModelCard,
+    spec: CubeSpec,
+    options: MapOptions,
+    overlap: int,
+    kind: MapLayers,
+    program: Program,
+    state: TrainState,
+) -> Lattice:
+    patch, devices = card.config.data.patch, int(program.mesh.shape["data"])
+    batch = -(-card.config.run.batch_size // devices) * devices
+    votes = options.dates == "majority"
+    if options.method == "blend":
+        return Lattice.blended(spec.grid.shape, patch, overlap, batch, kind, votes=votes)
+    stride = image_stride(program)
+    radius = receptive_radius(program, state, stride)
+    if radius is None:
+        norm = card.config.model.norm
+        raise InvalidInput(
+            f"--exact: each answer of {run} depends on the whole window"
+            + (f", because its norms (model.norm = {norm!r}) take their mean over it" if norm == "group" else "")
+            + ", so no window gives what the whole scene would: use --blend, or train with model.norm = 'batch'"
+        )
+    lattice = Lattice.exact(spec.grid.shape, radius, stride, patch, batch, devices, kind, votes=votes)
+    if card.config.model.turns and lattice.window[0] != lattice.window[1]:
+        raise InvalidInput(
+            f"--exact: {run} turns its images (model.turns), which must be squares, and the scene of "
+            f"{spec.grid.shape[0]}×{spec.grid.shape[1]} pixels is narrower than a window of {max(lattice.window)}; use "
+            "--blend"
+        )
+    return lattice
