@@ -1,0 +1,218 @@
+"""k-means of a table: seeds on a sample, then Lloyd's algorithm or mini-batches over all rows, from block to block.
+
+Lloyd (1982, doi:10.1109/TIT.1982.1056489); mini-batches after Sculley (2010, doi:10.1145/1772690.1772862).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.tasks.assign import Assigned, assign_rows
+from jaxtrain.tasks.moments import Moments
+from jaxtrain.tasks.sampling import sample_rows
+from jaxtrain.tasks.scaling import Scaling
+from jaxtrain.tasks.seeding import SampleFit, fit_sample, plus_plus, seed_parallel
+from jaxtrain.tasks.table import Table
+from jaxtrain.tasks.work import TableRef, Workers
+from zarr_store.errors import InvalidInput
+
+__all__ = ["MOST_CLUSTERS", "Fit", "Progress", "Seeding", "fit_kmeans", "seed_centres"]
+
+F64 = npt.NDArray[np.float64]
+Seeding = Literal["k-means++", "k-means||"]
+MOST_CLUSTERS = 254
+_STARTS = 4
+"""Number of draws of k-means++ on the sample; the best one starts."""
+_GROUP = 4
+"""Blocks of a mini-batch: a fixed number, so that the answer does not depend on who computes."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The state of a fit, which is enough to continue it.
+
+    Attributes:
+        centres: float64 (k, scaled).
+        iterations: Passes done.
+        inertia: Sum of squared scaled distances in the last pass, to the centres before it.
+        count: int64 (k,) rows of each centre in the last pass; of mini-batches, in all of them.
+        done: Whether the centres no longer move by more than the tolerance.
+    """
+
+    centres: F64
+    iterations: int = 0
+    inertia: float = float("nan")
+    count: npt.NDArray[np.int64] | None = None
+    done: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        count = None if self.count is None else self.count.tolist()
+        inertia = self.inertia if np.isfinite(self.inertia) else None
+        return {"centres": self.centres.tolist(), "iterations": self.iterations, "inertia": inertia,
+                "count": count, "done": self.done}  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Fit:
+        """Inverse of `to_dict`."""
+        count = None if data["count"] is None else np.array(data["count"], np.int64)
+        inertia = float("nan") if data["inertia"] is None else float(data["inertia"])
+        return cls(np.array(data["centres"], np.float64), int(data["iterations"]), inertia, count, bool(data["done"]))
+
+
+Progress = Callable[[Fit], None]
+
+
+@dataclass(frozen=True)
+class _StepJob:
+    ref: TableRef
+    scaling: Scaling
+    centres: F64
+    final: bool = False
+
+    def __call__(self, number: int) -> Assigned:
+        block = self.ref.block(number)
+        found = assign_rows(block.values, self.scaling, self.centres, device=number, final=self.final)
+        # iterations need no labels, and those of a whole cube would fill the memory
+        return found._replace(labels=found.labels[:0], nearness=found.nearness[:0])
+
+
+def seed_centres(
+    table: Table, scaling: Scaling, sample: F64, k: int, *, rows: int, seed: int, seeding: Seeding, workers: Workers
+) -> F64:
+    """Return the first centres.
+
+    Args:
+        table: The rows.
+        scaling: How they are scaled.
+        sample: Scaled rows of the table (row, scaled).
+        k: Number of centres.
+        rows: Number of rows of the table.
+        seed: Seed of the draws.
+        seeding: The rule.
+        workers: Who reads the blocks, for k-means‖.
+
+    Raises:
+        InvalidInput: There are fewer than k distinct rows.
+    """
+    check_distinct(sample, k, rows, table.url)
+    rng = np.random.default_rng(seed)
+    if seeding == "k-means||":
+        first = sample[rng.integers(len(sample))][None]
+        centres = seed_parallel(table, scaling, k, first, seed, workers)
+        if len(centres) == k:
+            return centres
+    fits = [fit_sample(sample, plus_plus(sample, k, rng), iterations=5) for _ in range(_STARTS)]
+    best = min(fits, key=lambda fit: fit.inertia)
+    return fit_sample(sample, best.centres).centres
+
+
+def check_distinct(sample: F64, k: int, rows: int, url: str) -> None:
+    """Refuse more centres than there are distinct rows."""
+    distinct = len(np.unique(sample, axis=0))
+    if distinct < k:
+        where = "" if rows == len(sample) else f" in a sample of {len(sample):,}; a larger --sample may hold more"
+        raise InvalidInput(
+            f"-k {k}: {url} has {distinct} distinct row{'' if distinct == 1 else 's'} of {rows:,}{where}, and each "
+            "cluster needs one; give a smaller -k"
+        )
+
+
+def fit_kmeans(
+    table: Table,
+    scaling: Scaling,
+    start: Fit,
+    moments: Moments,
+    workers: Workers,
+    *,
+    iterations: int = 300,
+    tolerance: float = 1e-4,
+    mini_batch: bool = False,
+    seed: int = 0,
+    on_iteration: Progress | None = None,
+) -> Fit:
+    """Improve centres on all rows until they no longer move.
+
+    Args:
+        table: The rows.
+        scaling: How they are scaled.
+        start: First centres, or the state of a fit that was stopped.
+        moments: Of the rows, for the scale of the tolerance.
+        workers: Who computes the blocks.
+        iterations: Most passes.
+        tolerance: Squared shift of all centres at which the fit ends, in mean variances of the scaled features.
+        mini_batch: Move the centres after every few blocks, not once in each pass.
+        seed: Seed of the order of mini-batches.
+        on_iteration: Called after each pass.
+    """
+    enough = tolerance * float(np.trace(scaling.matrix @ moments.scatter @ scaling.matrix.T)) / max(moments.count, 1)
+    enough /= len(scaling.matrix)
+    fit, ref = start, TableRef.of(table)
+    while not fit.done and fit.iterations < iterations:
+        if mini_batch:
+            fit = _batches(ref, len(table), scaling, fit, workers, seed)
+        else:
+            fit = _lloyd(ref, len(table), scaling, fit, workers)
+        moved = fit.centres
+        shift = float(np.square(moved - start.centres).sum())
+        start = fit
+        fit = replace(fit, done=shift <= enough)
+        if on_iteration:
+            on_iteration(fit)
+    return fit
+
+
+def _lloyd(ref: TableRef, blocks: int, scaling: Scaling, fit: Fit, workers: Workers) -> Fit:
+    count, total, inertia = _pass(ref, range(blocks), scaling, fit.centres, workers)
+    centres = np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], fit.centres)
+    if not count.all():
+        centres = _fill_empty(ref, blocks, scaling, centres, count, workers)
+    return Fit(centres, fit.iterations + 1, inertia, count)
+
+
+def _batches(ref: TableRef, blocks: int, scaling: Scaling, fit: Fit, workers: Workers, seed: int) -> Fit:
+    """Do one pass in mini-batches: each centre moves to the mean of all rows that it has ever been given."""
+    order = np.random.default_rng([seed, fit.iterations]).permutation(blocks).tolist()
+    centres, inertia = fit.centres.copy(), 0.0
+    seen = np.zeros(len(centres), np.int64) if fit.count is None else fit.count
+    for at in range(0, blocks, _GROUP):
+        count, total, part = _pass(ref, order[at : at + _GROUP], scaling, centres, workers)
+        seen, inertia = seen + count, inertia + part
+        centres = centres + (total - count[:, None] * centres) / np.maximum(seen, 1)[:, None]
+    return Fit(centres, fit.iterations + 1, inertia, seen)
+
+
+def _pass(
+    ref: TableRef, numbers: range | list[int], scaling: Scaling, centres: F64, workers: Workers
+) -> tuple[npt.NDArray[np.int64], F64, float]:
+    count, total, inertia = np.zeros(len(centres), np.int64), np.zeros_like(centres), 0.0
+    for part in workers.map(_StepJob(ref, scaling, centres), numbers):
+        count, total, inertia = count + part.members, total + part.total, inertia + part.inertia
+    return count, total, inertia
+
+
+def _fill_empty(
+    ref: TableRef, blocks: int, scaling: Scaling, centres: F64, count: npt.NDArray[np.int64], workers: Workers
+) -> F64:
+    """Move each empty centre to the row that is farthest from its own, at most one of each block."""
+    parts = workers.map(_StepJob(ref, scaling, centres, final=True), range(blocks))
+    far = sorted((part.farthest for part in parts), key=lambda one: -one[0])
+    centres = centres.copy()
+    for at, (_, row) in zip(np.flatnonzero(count == 0), far, strict=False):
+        centres[at] = row
+    return centres
+
+
+def sample_of(table: Table, scaling: Scaling, count: int, seed: int, workers: Workers) -> F64:
+    """Draw rows of a table and scale them: float64 (row, scaled)."""
+    return np.ascontiguousarray(scaling.apply(sample_rows(table, count, seed, workers).T).T)
+
+
+def fit_of(fit: SampleFit) -> Fit:
+    """Return the fit of a sample as one that is finished."""
+    return Fit(fit.centres, 1, fit.inertia, np.bincount(fit.labels, minlength=len(fit.centres)), True)

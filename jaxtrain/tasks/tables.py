@@ -1,0 +1,269 @@
+"""Open a cube, a sample store or the vectors of `terrashard embed` as a `Table`; only this module looks at the kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.data.ground import cube_digest
+from jaxtrain.tasks.cube_reader import CubeReader
+from jaxtrain.tasks.table import Block, Feature, Kind, Table
+from zarr_store.bounded import load_json
+from zarr_store.errors import IntegrityError, InvalidInput
+from zarr_store.folder import FolderStore
+from zarr_store.group import read_array
+from zarr_store.promises import check_array
+from zarr_store.read import open_cube
+from zarr_store.samples import SampleStore, is_sample_store, open_samples
+
+__all__ = ["CubeTable", "Dates", "SampleTable", "VectorTable", "is_embedding", "open_table"]
+
+Dates = Literal["mean", "stack"]
+"""Rule by which the dates of a cube become features: their mean, or each date as features of its own."""
+_ROWS = 1 << 18
+"""Largest number of rows of a block of samples or vectors."""
+_LEAST_SHARE = 0.5
+"""Share of the dates that a pixel must have been seen on before its gaps are filled in time."""
+
+
+class CubeTable:
+    """The pixels of a cube.
+
+    Args:
+        reader: Reads the chosen bands and dates.
+        dates: "mean" has the bands as features, each the mean over the clear observations of a pixel. "stack" has each
+            band of each date; gaps are filled linearly in time, in pixels that were seen on at least half of the dates.
+    """
+
+    kind: Kind = "cube"
+
+    def __init__(self, reader: CubeReader, dates: Dates = "mean") -> None:
+        self.reader = reader
+        self.dates = dates
+        self.url = reader.cube.url
+        plain = reader.features
+        self.features: tuple[Feature, ...] = plain if dates == "mean" or len(reader.times) == 1 else tuple(
+            replace(one, time=time) for time in reader.times for one in plain
+        )  # fmt: skip
+        chosen = [reader.spec.collection, reader.names, reader.times, dates]
+        self.digest = _digest(cube_digest(reader.cube, reader.spec.collection), chosen)
+        self.description: dict[str, Any] = {
+            "url": self.url, "collection": reader.spec.collection, "bands": reader.names,
+            "time": ",".join(map(str, reader.dates)), "dates": dates,
+        }  # fmt: skip
+        self.warnings = (
+            (f"{reader.absent} of {len(reader.spec.shards())} shards of {self.url} were never written: no data there",)
+            if reader.absent
+            else ()
+        )
+
+    def __len__(self) -> int:
+        return len(self.reader.boxes)
+
+    def read(self, number: int) -> Block:
+        box = self.reader.boxes[number]
+        values, clear = self.reader.read(box)
+        if self.dates == "mean" and len(values) > 1:
+            seen = np.isfinite(values)
+            count = seen.sum(axis=0, dtype=np.float32)
+            total = np.where(seen, values, np.float32(0)).sum(axis=0, dtype=np.float64)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                rows = (total / count).astype(np.float32).reshape(len(values[0]), -1)
+            observed = clear.any(axis=0).ravel()
+        elif self.dates == "stack" and len(values) > 1:
+            values = fill_in_time(values, self.reader.spec.time_values[list(self.reader.dates)])
+            rows = values.reshape(-1, box.shape[0] * box.shape[1])
+            observed = clear.any(axis=0).ravel()
+        else:
+            rows, observed = values.reshape(len(values[0]), -1), clear[0].ravel()
+        at, kept = _whole_rows(rows, observed)
+        y, x = np.divmod(at, box.shape[1])
+        ids = ((y + box.y0) * self.reader.spec.grid.width + x + box.x0).astype(np.uint64)
+        return Block(kept, at, ids, box.shape, np.isfinite(rows[:, observed]).sum(axis=1), int(observed.sum()))
+
+
+class SampleTable:
+    """The pixels of a sample store, whole samples in each block."""
+
+    kind: Kind = "samples"
+
+    def __init__(self, store: SampleStore, bands: str | tuple[str, ...] = ()) -> None:
+        from zarr_store.lookup import find_bands
+
+        self.store, self.url = store, store.url
+        self._bands = find_bands(bands, store.spec.bands, f"store {store.url} (--bands)")
+        units = [unit for _, _, unit in store.spec.scales] or [""] * len(store.spec.bands)
+        self.features = tuple(Feature(store.spec.bands[at], units[at] or "stored") for at in self._bands)
+        self.digest = _digest(store.digest, [self._bands])
+        self.description: dict[str, Any] = {"url": self.url, "bands": tuple(one.name for one in self.features)}
+        self.warnings: tuple[str, ...] = ()
+        height, width = store.spec.size
+        self.samples_in_block = max(1, _ROWS // (height * width))
+
+    def __len__(self) -> int:
+        return math.ceil(self.store.spec.count / self.samples_in_block)
+
+    def read(self, number: int) -> Block:
+        first = number * self.samples_in_block
+        numbers = np.arange(first, min(first + self.samples_in_block, self.store.spec.count))
+        images = self.store.images(numbers, self._bands).astype(np.float32)
+        for column, position in enumerate(self._bands):
+            if self.store.spec.scales:
+                scale, offset, _ = self.store.spec.scales[position]
+                images[:, column] = images[:, column] * np.float32(scale) + np.float32(offset)
+        valid = self.store.valid(numbers).astype(bool)
+        rows = images.transpose(1, 0, 2, 3).reshape(len(self._bands), -1)
+        observed = valid.ravel()
+        at, kept = _whole_rows(rows, observed)
+        pixels = valid[0].size
+        return Block(
+            kept, at, (at + first * pixels).astype(np.uint64), valid.shape,
+            np.isfinite(rows[:, observed]).sum(axis=1), int(observed.sum()),
+        )  # fmt: skip
+
+
+class VectorTable:
+    """The vectors of `terrashard embed`."""
+
+    kind: Kind = "vectors"
+
+    def __init__(self, url: str) -> None:
+        store = FolderStore.at(url)
+        about = _embedding(store)
+        if about is None:
+            raise InvalidInput(f"{store.url}: expected vectors as `terrashard embed` makes them")
+        shape = _shape(store, "embedding")
+        self.url, self.about = store.url, about
+        self.vectors: npt.NDArray[np.float32] = read_array(
+            store, "embedding", lambda document, where: check_array(document, where, shape=shape, dtype="float32")
+        )
+        self.places = {
+            name: _column(store, name, shape[0])
+            for name in ("time", "y", "x", "name", "longitude", "latitude")
+            if store.exists(f"{name}/zarr.json")
+        }
+        self.features = tuple(Feature(f"v{at}", "") for at in range(shape[1]))
+        self.digest = _digest(hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest(), [about])
+        self.description: dict[str, Any] = {"url": self.url}
+        self.warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.vectors) / _ROWS)
+
+    def read(self, number: int) -> Block:
+        rows = np.ascontiguousarray(self.vectors[number * _ROWS : (number + 1) * _ROWS].T)
+        at, kept = _whole_rows(rows, np.ones(rows.shape[1], bool))
+        return Block(
+            kept, at, (at + number * _ROWS).astype(np.uint64), (rows.shape[1],),
+            np.isfinite(rows).sum(axis=1), rows.shape[1],
+        )  # fmt: skip
+
+
+def open_table(
+    url: str,
+    *,
+    collection: str | None = None,
+    bands: str | tuple[str, ...] = (),
+    time: str | None = None,
+    dates: Dates = "mean",
+) -> Table:
+    """Open data as rows of features.
+
+    Args:
+        url: A cube, a sample store, or vectors of `terrashard embed`.
+        collection: Collection of a cube; None for its first.
+        bands: Names of bands, and of indices that the cube holds; none for all bands.
+        time: Dates of a cube; None for all.
+        dates: How the dates of a cube become features.
+
+    Raises:
+        NotACube: It is none of them.
+        InvalidInput: A choice does not apply to this kind of data.
+    """
+    if is_embedding(url) or is_sample_store(url):
+        for option, given in (("--collection", collection), ("--time", time)):
+            if given is not None:
+                raise InvalidInput(f"{url} is no cube: {option} does not apply to it; leave it out")
+        if is_sample_store(url):
+            return SampleTable(open_samples(url), bands)
+        if bands:
+            raise InvalidInput(f"{url} holds vectors, which have no bands: leave --bands out")
+        return VectorTable(url)
+    return CubeTable(CubeReader(open_cube(url), collection=collection, bands=bands, time=time), dates)
+
+
+def is_embedding(url: str) -> bool:
+    """Return whether vectors of `terrashard embed` are at `url`."""
+    return "://" not in url and _embedding(FolderStore.at(url)) is not None
+
+
+def fill_in_time(values: npt.NDArray[np.float32], times: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Fill gaps of (time, band, y, x) linearly in time, with the nearest value before the first and after the last.
+
+    Pixels with fewer than half of the dates keep their gaps.
+
+    >>> series = np.array([1, np.nan, np.nan, 4], np.float32)[:, None, None, None]
+    >>> fill_in_time(series, np.array(["2023-08-01", "2023-08-11", "2023-08-21", "2023-08-31"], "M8[s]")).ravel()
+    array([1., 2., 3., 4.], dtype=float32)
+    """
+    seen = np.isfinite(values)
+    if seen.all():
+        return values
+    day = (times - times[0]).astype("timedelta64[s]").astype(np.float64) / 86_400
+    step = np.arange(len(values)).reshape(-1, 1, 1, 1)
+    before = np.maximum.accumulate(np.where(seen, step, -1), axis=0)
+    after = np.minimum.accumulate(np.where(seen, step, len(values))[::-1], axis=0)[::-1]
+    low = np.where(before < 0, np.minimum(after, len(values) - 1), before)
+    high = np.where(after >= len(values), np.maximum(before, 0), after)
+    start, end = np.take_along_axis(values, low, 0), np.take_along_axis(values, high, 0)
+    span = day[high] - day[low]
+    share = np.where(span > 0, (day.reshape(-1, 1, 1, 1) - day[low]) / np.where(span > 0, span, 1.0), 0.0)
+    filled = np.where(seen, values, start + (end - start) * share.astype(np.float32))
+    filled[:, seen.mean(axis=0) < _LEAST_SHARE] = np.nan
+    return filled.astype(np.float32)
+
+
+def _whole_rows(
+    rows: npt.NDArray[np.float32], observed: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    whole = observed & np.isfinite(rows).all(axis=0)
+    at = np.flatnonzero(whole)
+    return at, np.ascontiguousarray(rows if len(at) == rows.shape[1] else rows[:, at])
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def _embedding(store: FolderStore) -> dict[str, Any] | None:
+    try:
+        about = load_json(store.read("zarr.json") or b"{}", store.where("zarr.json"))["attributes"]
+        found = about["terrashard_embedding"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _shape(store: FolderStore, name: str) -> tuple[int, int]:
+    try:
+        rows, columns = load_json(store.read(f"{name}/zarr.json") or b"{}", store.where(name))["shape"]
+        return int(rows), int(columns)
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{store.where(name)}: the vectors' description is damaged ({error!r})") from error
+
+
+def _column(store: FolderStore, name: str, rows: int) -> npt.NDArray[Any]:
+    document = load_json(store.read(f"{name}/zarr.json") or b"{}", store.where(name))
+    dtype = str(document.get("data_type"))
+    if dtype not in ("string", "float64", "int64", "float32", "int32"):
+        raise IntegrityError(f"{store.where(name)}: expected text or numbers, got {dtype}")
+    found: npt.NDArray[Any] = read_array(
+        store, name, lambda about, where: check_array(about, where, shape=(rows,), dtype=dtype)
+    )
+    return found
