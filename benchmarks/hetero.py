@@ -44,17 +44,20 @@ HEADROOM = 0.85
 def efficiency(network: str, ratios: Sequence[str], *, full: bool) -> Iterator[list[Row]]:
     """Yield the rates of each ratio; each side is the median of its steps."""
     batch = BATCH if full else SMALL
-    warm, steps = (8, 24) if full else (8, 10)
+    warm, steps = (7, 17) if full else (7, 9)
     with Crew(network, max(len(RATIOS[name]) for name in ratios), batch) as crew:
         for ratio in ratios:
             parts = RATIOS[ratio]
             everybody = range(len(parts))
             # those beside the first share a core: where there are three, the first is slowed down with them
             crew.calibrate(parts, HEADROOM if len(parts) == 2 else 0.7)
-            alone = [rate(crew.run([number], 5 if full else 4), batch, 1) for number in everybody]
+            before = [crew.run([number], 3) for number in everybody]
             mine = crew.run(everybody, warm + steps)
-            apart = crew.apart([max(4, round(3 * own / min(alone)) + 2) for own in alone])
-            equal = rate(crew.run(everybody, 5, shares=[crew.chunks // len(parts)] * len(parts)), batch, 1)
+            first = [rate(steps_alone, batch, 1) for steps_alone in before]
+            apart = crew.apart([max(4, round(3 * own / min(first)) + 2) for own in first])
+            after = [crew.run([number], 3) for number in everybody]
+            alone = [rate(one, batch, 1, other) for one, other in zip(before, after, strict=True)]
+            equal = rate(crew.run(everybody, 4, shares=[crew.chunks // len(parts)] * len(parts)), batch, 1)
             together, total = rate(mine, batch, warm), sum(alone)
             name, seen = f"{network} {ratio}", ", ".join(f"{own:.0f}" for own in alone)
             shares = " ".join(str(share) for share in mine[-1]["shares"].values())
@@ -319,6 +322,7 @@ def main() -> int:
     if args.member_of:
         data_parallel(args.member_of, args.number, args.steps, args.batch)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the control groups are removed on the way out
     try:
         Quota("try").close()
     except OSError as error:

@@ -301,11 +301,11 @@ class Crew:
         """Return quotas with which the rates alone have the given ratio; the fastest replica gets `most` of a core."""
         quotas = [most * part / max(parts) for part in parts]
         self.give(quotas)
-        batch = 8 * CHUNK
+        batch = 4 * CHUNK
         fastest = max(range(len(parts)), key=lambda number: parts[number])
         goal = rate(self.run([fastest], 12, batch=batch), batch, 3)
         for number, part in enumerate(parts):
-            for _ in range(4 if part != max(parts) else 0):
+            for _ in range(3 if part != max(parts) else 0):
                 found = rate(self.run([number], 10, batch=batch), batch, 3)
                 wanted = goal * part / max(parts)
                 if abs(found / wanted - 1) < 0.02:
@@ -315,10 +315,10 @@ class Crew:
         return quotas
 
 
-def rate(steps: Sequence[Mapping[str, Any]], batch: int, skip: int) -> float:
-    """Return windows a second by the median interval between steps, without the first ones."""
-    times = [line["at"] for line in steps][skip:]
-    return batch / statistics.median(b - a for a, b in itertools.pairwise(times))
+def rate(steps: Sequence[Mapping[str, Any]], batch: int, skip: int, *again: Sequence[Mapping[str, Any]]) -> float:
+    """Return windows a second by the median interval between the steps of one or several runs, without the first."""
+    times = [[line["at"] for line in run][skip:] for run in (steps, *again)]
+    return batch / statistics.median(b - a for own in times for a, b in itertools.pairwise(own))
 
 
 if __name__ == "__main__":
