@@ -6,7 +6,9 @@ docs/api/zarr_store.md lists all names with examples.
 
 from zarr_store.create import create_cube
 from zarr_store.grid import Grid
+from zarr_store.imported import from_xarray
 from zarr_store.index import TrainingIndex
+from zarr_store.layers import StaticLayer, find_layers, open_layer
 from zarr_store.ledger import Ledger, LedgerRow, SourceOutcome
 from zarr_store.lock import CubeLock
 from zarr_store.read import Cube, open_cube
@@ -28,9 +30,13 @@ __all__ = [
     "Region",
     "ShardWriter",
     "SourceOutcome",
+    "StaticLayer",
     "TrainingIndex",
     "VerifyReport",
     "create_cube",
+    "find_layers",
+    "from_xarray",
     "open_cube",
+    "open_layer",
     "verify_cube",
 ]

@@ -25,7 +25,7 @@ from zarr_store.nesting import check_nesting
 from zarr_store.pack import BLOSC_BLOCK_BYTES, OVERVIEW_LEVEL
 from zarr_store.read import is_cube, open_cube
 from zarr_store.spec import OVERVIEW_FACTOR, ArraySpec, CubeSpec
-from zarr_store.steps import step_coordinates
+from zarr_store.steps import is_imported, step_coordinates
 from zarr_store.store import Kind, Store
 
 __all__ = ["FORMAT_VERSION", "create_cube", "describe", "lay_out", "list_differences", "record_provenance"]
@@ -165,7 +165,11 @@ def _check_existing(store: Store, described: Mapping[str, Any]) -> None:
             f"{store.url} exists and is not a terrashard cube; nothing was changed: choose another path or remove it"
         )
     cube = open_cube(store.url)
-    there = {name: {"spec": cube.spec(name).to_dict(), "items": cube.items(name)} for name in cube.collections}
+    there = {
+        name: {"spec": cube.spec(name).to_dict(), "items": cube.items(name)}
+        for name in cube.collections
+        if name in described or not is_imported(cube.items(name))
+    }
     there = json.loads(json.dumps(there))
     differences = list_differences(there, dict(described))
     if differences:

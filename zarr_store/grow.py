@@ -19,8 +19,10 @@ from zarr_store.backends import open_store
 from zarr_store.consolidated import LABELS, with_labels
 from zarr_store.create import Items, describe, lay_out, list_differences
 from zarr_store.errors import CubeMismatch, IntegrityError
+from zarr_store.nesting import check_nesting
 from zarr_store.read import Cube, open_cube
 from zarr_store.spec import CubeSpec
+from zarr_store.steps import is_imported
 from zarr_store.store import Store
 
 __all__ = ["grow_cube"]
@@ -33,7 +35,8 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
 
     Args:
         url: The cube.
-        specs: All its collections; each as it is, or with more times after the present ones.
+        specs: Its collections; each as it is, or with more times after the present ones. Imported collections may be
+            left out, and stay as they are; new ones come last.
         items: Collection → item table; each as it is, or with more rows after the present ones, and with further
             properties of rows that are there.
         provenance: Origin of the grown cube.
@@ -46,6 +49,7 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
     """
     store = open_store(url)
     cube = open_cube(url)
+    specs, items = _with_imported(cube, specs, items)
     _check_growth(cube, specs, items)
     fresh: dict[str, Any] = {}
     lay_out(
@@ -53,7 +57,7 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
         specs,
         describe(specs, items),
         provenance,
-        time_chunks={spec.collection: _time_chunk(store, spec.collection) for spec in specs},
+        time_chunks={name: _time_chunk(store, name) for name in cube.collections},
     )
     documents = {key: bytes(buffer.to_bytes()) for key, buffer in fresh.items()}
     if layers := _label_layers(store):
@@ -65,6 +69,17 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
     for key in changed:
         store.write(key, documents[key])
     return len(changed)
+
+
+def _with_imported(cube: Cube, specs: Sequence[CubeSpec], items: Items) -> tuple[list[CubeSpec], dict[str, Any]]:
+    """All collections in the order of the cube, with imported ones that a plan does not name; new ones come last."""
+    asked = {spec.collection: spec for spec in specs}
+    tables: dict[str, Any] = dict(items)
+    for name in cube.collections:
+        if name not in asked and is_imported(cube.items(name)):
+            asked[name], tables[name] = cube.spec(name), cube.items(name)
+    order = [*cube.collections, *(name for name in asked if name not in cube.collections)]
+    return [asked[name] for name in order if name in asked], tables
 
 
 def _label_layers(store: Store) -> list[str]:
@@ -91,10 +106,12 @@ def _order(key: str) -> tuple[int, str]:
 def _check_growth(cube: Cube, specs: Sequence[CubeSpec], items: Items) -> None:
     names = [spec.collection for spec in specs]
     differences = []
-    if list(cube.collections) != names:
+    added = names[len(cube.collections) :]
+    if list(cube.collections) != names[: len(cube.collections)] or not all(is_imported(items[n]) for n in added):
         differences.append(f"collections: {list(cube.collections)} → {names}")
     else:
-        for spec in specs:
+        check_nesting(specs)
+        for spec in specs[: len(cube.collections)]:
             there, asked = cube.spec(spec.collection), spec.to_dict()
             kept = asked["times"][: len(there.times)]
             differences += list_differences(

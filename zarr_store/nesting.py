@@ -15,7 +15,7 @@ from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec, Layout
 
-__all__ = ["check_nesting", "nested_layouts", "nesting_factor"]
+__all__ = ["check_nesting", "nested_layouts", "nested_part", "nesting_factor"]
 
 _SAME_PX = 1e-6
 """Largest distance of two edges that coincide, in pixels of the fine grid."""
@@ -81,6 +81,22 @@ def nested_layouts(layout: Layout, factors: Sequence[int]) -> dict[int, Layout]:
             layout, chunk=(layout.chunk[0], chunk[0], chunk[1]), shard=(layout.shard[0], shard[0], shard[1])
         )
     return found
+
+
+def nested_part(layout: Layout, finest: Layout, factor: int) -> Layout:
+    """Return a layout whose shards cover the ground of those of the finest grid, where a factor allows that.
+
+    Args:
+        layout: Sizes to take otherwise.
+        finest: Layout of the first collection of the cube.
+        factor: Pixels of the finest grid along one pixel.
+    """
+    sides = finest.shard[1:]
+    if any(side % (factor * OVERVIEW_FACTOR) for side in sides):
+        return layout
+    shard = [side // factor for side in sides]
+    chunk = [_largest_part(side, most) for side, most in zip(shard, layout.chunk[1:], strict=True)]
+    return replace(layout, chunk=(layout.chunk[0], *chunk), shard=(layout.shard[0], *shard))  # type: ignore[arg-type]
 
 
 def check_nesting(specs: Sequence[CubeSpec]) -> None:

@@ -275,7 +275,12 @@ class CubeSpec:
             main |= {
                 "reflectance_scale": scale,
                 "reflectance_offset": offset,
-                "comment": f"reflectance = stored * {scale:g} + {offset:g}; 0 is no data, 65535 is saturated",
+                "comment": f"reflectance = stored * {scale:g} + {offset:g}; "
+                + (
+                    "0 is no data, 65535 is saturated"
+                    if not self.bands[0].nodata
+                    else f"{self.bands[0].nodata:g} is no data"
+                ),
             }
         nodata = self.bands[0].nodata
         main["_FillValue"] = _fill_attribute(MAIN_ARRAYS[self.kind], nodata or 0)

@@ -18,7 +18,7 @@ from zarr_store.errors import InvalidInput
 if TYPE_CHECKING:
     from zarr_store.read import Cube
 
-__all__ = ["Pairing", "nearest_times", "pair_collections", "step_coordinates"]
+__all__ = ["Pairing", "is_imported", "nearest_times", "pair_collections", "step_coordinates"]
 
 MIXED_ORBIT = -1
 
@@ -108,3 +108,8 @@ def step_coordinates(
         ),
         "platform": (words("platform"), {"long_name": "satellites, separated by commas"}),
     }
+
+
+def is_imported(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an item table is that of an imported collection (`zarr_store.imported`), which no plan knows."""
+    return bool(rows) and all(row.get("provider") == "import" for row in rows)
