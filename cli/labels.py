@@ -9,7 +9,7 @@ import typer
 
 from cli.session import Session, command
 
-__all__ = ["register"]
+__all__ = ["read_names", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
         with Reporter(session, "labels", unit="boxes") as progress:
             report = import_labels(
                 cube, source, name=name, kind="values" if values else "classes", attribute=attribute, layer=layer,
-                band=band, names=_names(names), background=background, all_touched=all_touched,
+                band=band, names=read_names(names), background=background, all_touched=all_touched,
                 resampling=cast(LabelResampling, resampling), shifted=shifted, replace=replace,
                 on_box=progress.update,
             )  # fmt: skip
@@ -94,7 +94,12 @@ def register(app: typer.Typer) -> None:
         session.emit(report.to_dict())
 
 
-def _names(text: str) -> dict[int, str]:
+def read_names(text: str) -> dict[int, str]:
+    """Return the names of --names by value: "10=tree,30=grass".
+
+    Raises:
+        InvalidInput: A part of it is no VALUE=NAME.
+    """
     from zarr_store.errors import InvalidInput
 
     found = {}

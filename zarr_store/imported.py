@@ -158,9 +158,10 @@ def from_xarray(
         1
     """
     options = Options(tuple(bands), variable, time, band_dim, x, y, crs, nodata, scale, offset, unit)
-    found = recognise(dataset, options)
+    where = (source or {}).get("file", "the dataset")
+    found = recognise(dataset, options, where)
     if not found.times:
-        raise InvalidInput("the dataset has no time; give that of its pixels with --time, such as --time 2021-05-01")
+        raise InvalidInput(f"{where} has no time; give that of its pixels with --time, such as --time 2021-05-01")
     classes = _mask_band(dataset, mask, options, found) if mask is not None else None
     chosen: ImportKind = _kind(found.bands, kind, decibel)
     place = os.fspath(url)
@@ -249,7 +250,7 @@ def layer_from_xarray(
     """
     asked = options or Options()
     asked = replace(asked, bands=(band,)) if band is not None else asked
-    found = recognise(dataset, asked)
+    found = recognise(dataset, asked, (source or {}).get("file", "the dataset"))
     if len(found.bands) != 1:
         raise InvalidInput(
             f"a layer is one band, and the dataset has {', '.join(b.name for b in found.bands)}; name one with --bands"

@@ -210,16 +210,16 @@ def test_an_imported_collection_stays_when_the_cube_grows(tmp_path: Path) -> Non
     [
         (lambda d: d, {}, r"no coordinate reference system; give it with --crs EPSG:N"),
         (lambda d: d.assign_attrs(crs="EPSG:32632"), {"nodata": 0}, None),
-        (lambda d: d.assign(red=d.red.assign_attrs(_FillValue=None)), {"crs": CRS}, r"red holds uint16 and states no number .*--nodata N"),
-        (lambda d: d.drop_vars("t"), {"crs": CRS}, r"dimensions of red \(t, y, x\) are ambiguous.*--time NAME or --band-dim"),
+        (lambda d: d.assign(red=d.red.assign_attrs(_FillValue=None)), {"crs": CRS}, r"holds uint16 and .*--nodata N"),
+        (lambda d: d.drop_vars("t"), {"crs": CRS}, r"red \(t, y, x\) are ambiguous.*--time NAME or --band-dim"),
         (lambda d: d.drop_vars("x"), {"crs": CRS}, r"one coordinate of columns, found none .* name it with --x NAME"),
         (lambda d: d.isel(t=0, drop=True), {"crs": CRS}, r"has no time; give that of its pixels with --time"),
         (lambda d: d, {"crs": CRS, "bands": ("rad",)}, r"rad.*red"),
         (lambda d: d, {"crs": CRS, "time": "when"}, r"when.*--time"),
-        (lambda d: d.assign_coords(x=d.x + 0.2 * (d.x > 664_100)), {"crs": CRS}, r"coordinates of x are not evenly spaced"),
+        (lambda d: d.assign_coords(x=d.x + 0.2 * (d.x > 664_100)), {"crs": CRS}, r"x are not evenly spaced"),
         (lambda d: d, {"crs": "EPSG:4326"}, r"--crs"),
         (lambda d: d.isel(t=[0, 0]), {"crs": CRS}, r"the time .* is there twice"),
-        (lambda d: d.assign_coords(u=("u", [0, 1], {"units": "days since 1990-01-01"})), {"crs": CRS}, r"several dimensions of time"),
+        (lambda d: d.assign_coords(u=("u", [0, 1], d.t.attrs)), {"crs": CRS}, r"several dimensions of time"),
         (lambda d: d, {"crs": CRS, "kind": "reflectance", "decibel": (20, -83)}, r"--decibel gives values as float32"),
     ],
 )  # fmt: skip
@@ -282,5 +282,5 @@ def test_a_file_that_is_no_netcdf_or_is_cut_short_is_refused(tmp_path: Path) -> 
     path.write_text("<html>")
     with pytest.raises(InvalidInput, match="is no netCDF file"), open_netcdf(path):
         pass
-    with pytest.raises(InvalidInput, match="cannot read .*No such file"), open_netcdf(tmp_path / "none.nc"):
+    with pytest.raises(InvalidInput, match=r"cannot read .*No such file"), open_netcdf(tmp_path / "none.nc"):
         pass
