@@ -37,7 +37,7 @@ def load_area(run: Path, cube: str, *, aoi: Path | None, bbox: str | None) -> Ar
     from shapely.geometry import box, shape
 
     from ingest.request.geometry import load_geometry
-    from ingest.request.selection import parse_bbox
+    from ingest.request.settings import make_config
     from jaxtrain.inference.area import Area
     from jaxtrain.runs.rundir import load_card
     from zarr_store.crs import transformer_between
@@ -46,7 +46,10 @@ def load_area(run: Path, cube: str, *, aoi: Path | None, bbox: str | None) -> Ar
     if aoi is not None:
         name, geometry = f"--aoi {aoi}", shape(load_geometry(aoi))
     else:
-        name, geometry = f"--bbox {bbox}", box(*parse_bbox(str(bbox)))
+        west, south, east, north = make_config(None, {"bbox": bbox}).selection.bbox or (0.0, 0.0, 0.0, 0.0)
+        if west > east:
+            raise InvalidInput(f"--bbox {bbox} crosses the antimeridian: give --aoi with polygons on both sides of it")
+        name, geometry = f"--bbox {bbox}", box(west, south, east, north)
     grid = open_cube(cube).spec(load_card(run).config.data.collection).grid
     west, south, east, north = geometry.bounds
     # a straight edge in degrees is a curve in metres

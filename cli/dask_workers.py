@@ -16,12 +16,15 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtrain.launching.process import OnLine, Process
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["FORWARDED", "DaskProcess", "DaskWorkers", "dask_workers"]
+if TYPE_CHECKING:
+    from ingest.request.config import IngestConfig
+
+__all__ = ["FORWARDED", "DaskProcess", "DaskWorkers", "cluster_places", "dask_workers"]
 
 FORWARDED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "TERRASHARD_HEARTBEAT_S")
 """Variables of the caller that decide how JAX computes; for all else a worker keeps its own environment."""
@@ -50,9 +53,22 @@ def dask_workers(address: str, command: Sequence[str], processes: int | None) ->
             f"--dask {address}: expected the address of a scheduler with its scheme, such as tcp://10.0.0.1:8786"
         )
     from ingest.request.config import IngestConfig
+
+    with cluster_places(IngestConfig(scheduler=address), command, processes) as places:
+        yield places
+
+
+@contextmanager
+def cluster_places(config: IngestConfig, command: Sequence[str], processes: int | None) -> Iterator[DaskWorkers]:
+    """Open the workers of the cluster that a configuration asks for as places of processes; it may be started here.
+
+    Raises:
+        AccessError: The cluster does not answer, or has too few workers.
+        InvalidInput: The configuration cannot be used.
+    """
     from ingest.run.cluster import open_cluster
 
-    with open_cluster(IngestConfig(scheduler=address)) as client:
+    with open_cluster(config) as client:
         workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
         wanted = len(workers) if processes is None else processes
         if not workers or wanted > len(workers):

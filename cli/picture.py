@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,8 +230,8 @@ def _draw_map(made: Map, width: int) -> tuple[Image.Image, str]:
     step = max(1, -(-width_px // max(64, width - 2 * _GAP)))
     # strip by strip: a map may be larger than memory, its picture is not
     strip = max(step, CHUNK // step * step)
-    layer = "value" if made.values else "class"
-    values = np.concatenate([made.read(layer, slice(y, y + strip))[::step, ::step] for y in range(0, height_px, strip)])
+    read = made.read_values if made.values else partial(made.read, "class")
+    values = np.concatenate([read(slice(y, y + strip))[::step, ::step] for y in range(0, height_px, strip)])
     if made.values:
         return _draw_values(values, made, width)
     pixels = np.full((*values.shape, 3), _NODATA_COLOUR, np.uint8)

@@ -7,17 +7,24 @@ from typing import Annotated
 
 import typer
 
+from cli.options import RUNNING
 from cli.session import Session, command
 
 __all__ = ["register"]
+
+_HELPERS = {name: RUNNING[name] for name in ("cluster", "hosts", "cluster_options", "tls", "expose")}
+_WHAT, _WHERE = "What is mapped", "Processes"
 
 
 def register(app: typer.Typer) -> None:
     @command(
         app,
+        extra=_HELPERS,
         examples=(
             "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --cog zagreb_map.tif",
-            "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --probabilities",
+            "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --exact --aoi city.geojson",
+            "terrashard predict runs/zagreb zagreb.zarr days.zarr --each-date --append",
+            "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --dask tcp://127.0.0.1:8786",
         ),
     )
     def predict(
@@ -29,19 +36,96 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(metavar="MAP.tif", help="Also write a cloud-optimised GeoTIFF.")
         ] = None,
         time: Annotated[
-            str | None, typer.Option(metavar="DATE", help="Date to map; default: the mean over all dates.")
+            str | None,
+            typer.Option(metavar="DATE", help="Date to map; default: the mean over all.", rich_help_panel=_WHAT),
+        ] = None,
+        majority: Annotated[
+            bool,
+            typer.Option("--majority", help="The class of most dates, not of their mean.", rich_help_panel=_WHAT),
+        ] = False,
+        each_date: Annotated[
+            bool, typer.Option("--each-date", help="A map of each date, along an axis time.", rich_help_panel=_WHAT)
+        ] = False,
+        append: Annotated[
+            bool,
+            typer.Option(
+                "--append", help="Add the new dates of a cube that has grown (--each-date).", rich_help_panel=_WHAT
+            ),
+        ] = False,
+        aoi: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Map inside the polygons of this file only.", rich_help_panel=_WHAT),
+        ] = None,
+        bbox: Annotated[
+            str | None,
+            typer.Option(metavar="W,S,E,N", help="Map inside this box only, degrees.", rich_help_panel=_WHAT),
+        ] = None,
+        exact: Annotated[
+            bool,
+            typer.Option(
+                "--exact/--blend",
+                help="What one pass over the whole scene gives, or overlapping windows that are blended (default).",
+                rich_help_panel=_WHAT,
+            ),
+        ] = False,
+        overlap: Annotated[
+            int | None,
+            typer.Option(
+                min=0, metavar="PX", help="Overlap of blended windows; default: a quarter of one.",
+                rich_help_panel=_WHAT,
+            ),
         ] = None,
         probabilities: Annotated[
-            bool, typer.Option("--probabilities", help="Keep the probability of each class.")
+            bool,
+            typer.Option("--probabilities", help="Keep the probability of each class.", rich_help_panel=_WHAT),
         ] = False,
-    ) -> None:
-        """Map a whole cube with a trained network; windows overlap and are blended, so there are no seams."""
-        from cli.mapping import run_prediction
+        entropy: Annotated[
+            bool, typer.Option("--entropy", help="Keep the entropy of the probabilities.", rich_help_panel=_WHAT)
+        ] = False,
+        scaled: Annotated[
+            bool,
+            typer.Option("--scaled", help="Store values as int16 with a scale, not float32.", rich_help_panel=_WHAT),
+        ] = False,
+        devices: Annotated[
+            int | None,
+            typer.Option(min=1, metavar="N", help="Devices of a process; default: as the run.", rich_help_panel=_WHERE),
+        ] = None,
+        workers: Annotated[
+            int | None,
+            typer.Option(
+                min=1, metavar="N", help="Processes that fill the map; default: this one.", rich_help_panel=_WHERE
+            ),
+        ] = None,
+        dask: Annotated[
+            str | None,
+            typer.Option(
+                metavar="ADDRESS", help="One process on each worker of this Dask scheduler.", rich_help_panel=_WHERE
+            ),
+        ] = None,
+    ) -> None:  # fmt: skip
+        """Map a whole cube with a trained network.
 
-        result = run_prediction(session, run, cube, map_, cog=cog, time=time, probabilities=probabilities)
+        Windows overlap and are blended, or are padded by all that the network looks at (--exact): there are no seams.
+        A command that was interrupted is continued by the same command.
+        """
+        from cli.mapping import run_prediction
+        from zarr_store.errors import InvalidInput
+
+        if majority and each_date:
+            raise InvalidInput("--majority makes one map of all dates and --each-date many; give one of them")
+        if append and not each_date:
+            raise InvalidInput("--append adds dates to a map of each date; add --each-date")
+        helpers = {"workers": workers, "dask": dask, **session.options}
+        result = run_prediction(
+            session, run, cube, map_, cog=cog, time=time, probabilities=probabilities, aoi=aoi, bbox=bbox,
+            helpers=helpers, method="exact" if exact else "blend", overlap=overlap, entropy=entropy, scaled=scaled,
+            dates="majority" if majority else "each" if each_date else "mean", append=append, devices=devices,
+        )  # fmt: skip
         height, width = result["shape"]
         total = max(sum(result["pixels"].values()), 1)
         session.say(f"{map_}: {height}×{width} px from {len(result['dates'])} date(s), {result['seconds']:.1f} s")
+        if not result.get("shards_made", 1):
+            session.say("  nothing had changed: the map that was there is the one that was asked for")
         for name, count in result["pixels"].items():
             session.say(f"  {name:24} {count / total:6.1%}")
         if result["values"] is not None:

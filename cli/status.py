@@ -52,14 +52,16 @@ def register(app: typer.Typer) -> None:
     )
     def status(
         session: Session,
-        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")],
+        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube, or a map.")],
         watch: Annotated[
             bool, typer.Option("--watch", "-w", help="Update every second until no shard is pending.")
         ] = False,
     ) -> None:
-        """Show which shards are done, partial, failed or pending, and which scenes were unreadable."""
+        """Show which shards are done, partial, failed or pending, and why; of a map, how many are done."""
         from zarr_store import open_cube
 
+        if _show_map(session, cube, watch=watch):
+            return
         if watch:
             follow(session, cube)
         opened = open_cube(cube)
@@ -77,6 +79,30 @@ def register(app: typer.Typer) -> None:
         if not complete:
             session.say("the same `terrashard ingest` command writes the shards that are not done")
         session.emit({"url": opened.url, "complete": complete, "collections": collections})
+
+
+def _show_map(session: Session, url: str, *, watch: bool) -> bool:
+    """Show how far a map is, and return whether there is one, or one in the making."""
+    import time
+
+    if "://" in url:
+        return False
+    from jaxtrain.inference.making import map_progress
+
+    found = map_progress(url)
+    while watch and found is not None and found["running"]:
+        session.note(f"map: {found['done']}/{found['total']} shards")
+        time.sleep(1.0)
+        found = map_progress(url)
+    if found is None:
+        return False
+    session.say(f"map: {found['done']} done, {found['pending']} pending of {found['total']} shards")
+    if not found["complete"]:
+        session.say(
+            "a run is making it" if found["running"] else "the same `terrashard predict` command makes the rest"
+        )
+    session.emit({"url": url, "kind": "map", **found})
+    return True
 
 
 def follow(session: Session, url: str, *, pause_s: float = 1.0) -> None:

@@ -59,6 +59,8 @@ def receptive_radius(program: Program, state: TrainState, stride: int) -> int | 
         radius = max(_radius(program, state, stride, reach, across) for across in (True, False))
         if radius < reach - stride:
             return radius
+        if program.config.model.norm == "group":
+            break
     return None
 
 

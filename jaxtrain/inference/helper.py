@@ -1,4 +1,4 @@
-"""`python -m jaxtrain.inference.helper FOLDER --part I/N` fills a part of a map that another process holds.
+"""`python -m jaxtrain.inference.helper FOLDER` fills a part of a map that another process holds.
 
 It writes one line of JSON for each batch to stdout; an error is one line on stderr, and its kind the exit code.
 """
@@ -25,21 +25,20 @@ _LINE_S = 0.5
 """Seconds between two lines of progress."""
 
 
-def helper_command(folder: Path, count: int) -> list[str]:
-    """Return the arguments of Python that start a helper; its number is in the environment of a launch."""
-    return ["-P", "-m", "jaxtrain.inference.helper", str(folder), "--of", str(count)]
+def helper_command(folder: Path) -> list[str]:
+    """Return the arguments of Python that start a helper; a launch tells it which of how many it is."""
+    return ["-P", "-m", "jaxtrain.inference.helper", str(folder)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the helper; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jaxtrain.inference.helper", description="Fill a part of a map.")
     parser.add_argument("folder", type=Path, help="folder in which the map is made")
-    parser.add_argument("--of", type=int, required=True, help="number of helpers")
-    parser.add_argument("--number", type=int, default=None, help="which of them this is, from 0")
     parsed = parser.parse_args(arguments)
-    number = parsed.number if parsed.number is not None else int(os.environ.get("TERRASHARD_PROCESS", "0"))
+    number, count = (int(os.environ.get(name, default)) for name, default in (
+        ("TERRASHARD_PROCESS", "0"), ("TERRASHARD_PROCESSES", "1")))  # fmt: skip
     with safe_output():
-        return _run(parsed.folder, number, parsed.of)
+        return _run(parsed.folder, number, count)
 
 
 def _run(folder: Path, number: int, count: int) -> int:
