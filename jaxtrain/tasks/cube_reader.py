@@ -129,9 +129,24 @@ class CubeReader:
             self._fill(region, values[there[0], :, there[1], there[2]], clear[there])
         return values, clear
 
+    def bands_without_numbers(self) -> tuple[str, ...]:
+        """Return the bands and indices that hold no number anywhere, whatever is known of their pixels."""
+        lacking = set(self.names)
+        for region in (self.spec.shards()[index] for index in sorted(self._there)):
+            if not lacking or not set(range(region.t0, region.t1)) & set(self.dates):
+                continue
+            values = np.empty((region.t1 - region.t0, len(self.names), *region.shape[1:]), np.float32)
+            self._read_values(region, values)
+            lacking -= {name for at, name in enumerate(self.names) if np.isfinite(values[:, at]).any()}
+        return tuple(name for name in self.names if name in lacking)
+
     def _fill(self, region: Region, values: Values, clear: npt.NDArray[np.bool_]) -> None:
+        clear[...] = self.cube.read(self.spec.collection, "status", region) == STATUS_OBSERVED
+        self._read_values(region, values)
+        values[~np.broadcast_to(clear[:, None], values.shape)] = np.nan
+
+    def _read_values(self, region: Region, values: Values) -> None:
         spec, name = self.spec, self.spec.collection
-        clear[...] = self.cube.read(name, "status", region) == STATUS_OBSERVED
         if self._positions:
             stored = self.cube.read(name, spec.kind, region, bands=[p for p, _ in self._positions])
             for number, (position, at) in enumerate(self._positions):
@@ -140,7 +155,6 @@ class CubeReader:
         for index, at in self._indices:
             derived = next(one for one in spec.derived if one.name == index)
             values[:, at] = _physical(self.cube.read(name, index, region), derived.nodata, derived.scale, 0.0)
-        values[~np.broadcast_to(clear[:, None], values.shape)] = np.nan
 
     def _parts(self, box: Box, wanted: tuple[int, ...]) -> list[tuple[Box, tuple[int, ...]]]:
         """Cut a box at the edges of shards that were written; dates that follow each other stay together."""
@@ -181,7 +195,7 @@ def _choose(
     known = (*spec.band_names, *(one.name for one in spec.derived))
     found = {text: find_band(text, known) for text in asked}
     if wrong := [text for text, name in found.items() if name is None]:
-        raise UnknownName.of("band or index", wrong, known, f"collection {spec.collection} (--bands)")
+        raise UnknownName.of("band", wrong, known, f"collection {spec.collection} (--bands)")
     names = tuple(str(found[text]) for text in asked)
     if len(set(names)) != len(names):
         raise InvalidInput(f"--bands names one band twice: {', '.join(asked)}; name each once")

@@ -98,6 +98,9 @@ class Table(Protocol):
     def read(self, number: int) -> Block:
         """Read one block."""
 
+    def features_without_numbers(self) -> tuple[str, ...]:
+        """Return the features that hold no number anywhere; it reads everything, to explain why there is no row."""
+
 
 def check_features(table: Table, rows: int, finite: npt.NDArray[np.int64], observed: int) -> None:
     """Refuse a table without rows, and name the features that hold no number.
@@ -112,16 +115,19 @@ def check_features(table: Table, rows: int, finite: npt.NDArray[np.int64], obser
         InvalidInput: A feature holds no number anywhere.
         NothingFound: Nothing was observed, or no row is whole.
     """
+    if rows:
+        return
+    empty = tuple(feature.label for feature, count in zip(table.features, finite, strict=True) if not count)
+    # a cube counts a pixel as observed only where all its bands hold numbers
+    empty = empty if observed else table.features_without_numbers()
+    if empty and len(empty) < len(table.features):
+        raise InvalidInput(
+            f"{table.url}: {', '.join(empty[:8])} {'holds' if len(empty) == 1 else 'hold'} no number anywhere; leave "
+            f"{'it' if len(empty) == 1 else 'them'} out with --bands or --time"
+        )
     if not observed:
         raise NothingFound(f"{table.url} has no observed pixel in what was chosen: all is masked or without data")
-    empty = [feature.label for feature, count in zip(table.features, finite, strict=True) if not count]
-    if empty:
-        raise InvalidInput(
-            f"{table.url}: {', '.join(empty[:8])} {'holds' if len(empty) == 1 else 'hold'} no number in any of "
-            f"{observed:,} observed rows; leave {'it' if len(empty) == 1 else 'them'} out with --bands or --time"
-        )
-    if not rows:
-        raise NothingFound(
-            f"{table.url}: none of {observed:,} observed rows has a number in all of {len(table.features)} features; "
-            "choose fewer bands or dates"
-        )
+    raise NothingFound(
+        f"{table.url}: none of {observed:,} observed rows has a number in all of {len(table.features)} features; "
+        "choose fewer bands or dates"
+    )

@@ -87,6 +87,9 @@ class CubeTable:
         ids = ((y + box.y0) * self.reader.spec.grid.width + x + box.x0).astype(np.uint64)
         return Block(kept, at, ids, box.shape, np.isfinite(rows[:, observed]).sum(axis=1), int(observed.sum()))
 
+    def features_without_numbers(self) -> tuple[str, ...]:
+        return self.reader.bands_without_numbers()
+
 
 class SampleTable:
     """The pixels of a sample store, whole samples in each block."""
@@ -127,6 +130,9 @@ class SampleTable:
             np.isfinite(rows[:, observed]).sum(axis=1), int(observed.sum()),
         )  # fmt: skip
 
+    def features_without_numbers(self) -> tuple[str, ...]:
+        return ()
+
 
 class VectorTable:
     """The vectors of `terrashard embed`."""
@@ -163,6 +169,9 @@ class VectorTable:
             kept, at, (at + number * _ROWS).astype(np.uint64), (rows.shape[1],),
             np.isfinite(rows).sum(axis=1), rows.shape[1],
         )  # fmt: skip
+
+    def features_without_numbers(self) -> tuple[str, ...]:
+        return ()
 
 
 def open_table(
