@@ -242,7 +242,7 @@ class Pipeline:
 
     def predict(self, params: Any, statistics: Any, image: Any, observed: Any) -> jax.Array:
         """Predict for a batch of images, on the last group."""
-        batch = {"image": image, "observed": observed}
+        batch = dict(image) if isinstance(image, Mapping) else {"image": image, "observed": observed}
         answer: jax.Array = self.shared.answer(self._through(params, statistics, batch)[0])
         return answer
 
