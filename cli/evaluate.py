@@ -44,7 +44,12 @@ def _named(scores: dict[str, Any]) -> str:
 
 def register(app: typer.Typer) -> None:
     @command(
-        app, examples=("terrashard evaluate runs/zagreb", "terrashard evaluate runs/zagreb --data other.zarr --json")
+        app,
+        examples=(
+            "terrashard evaluate runs/zagreb",
+            "terrashard evaluate runs/zagreb --data other.zarr --json",
+            "terrashard evaluate runs/fused --without s2",
+        ),
     )
     def evaluate(
         session: Session,
@@ -54,6 +59,10 @@ def register(app: typer.Typer) -> None:
             typer.Option(metavar="STORE", help="Cube or sample store to score instead of the run's own."),
         ] = None,
         split: Annotated[str, typer.Option(help="Split to score: train, validation or test.")] = "test",
+        without: Annotated[
+            list[str] | None,
+            typer.Option(metavar="MODALITY", help="Score as if this modality were missing; may be repeated."),
+        ] = None,
     ) -> None:
         """Score a run on the data that were held out of training.
 
@@ -63,10 +72,12 @@ def register(app: typer.Typer) -> None:
         from jaxtrain import evaluate as evaluate_run
 
         with Reporter(session, "evaluate", unit="batches") as progress:
-            report = evaluate_run(run, data=data, split=split, on_batch=progress.update)
+            report = evaluate_run(run, data=data, split=split, without=tuple(without or ()), on_batch=progress.update)
         for text in report.warnings:
             session.warn(text)
         scores = report.to_dict()
         for line in table(scores):
             session.say(line)
+        if report.seen:
+            session.say("  used: " + ", ".join(f"{name} on {share:.1%}" for name, share in report.seen.items()))
         session.emit(scores)

@@ -86,6 +86,13 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option("--scaled", help="Store values as int16 with a scale, not float32.", rich_help_panel=_WHAT),
         ] = False,
+        without: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="MODALITY", help="Map as if this modality were missing; may be repeated.",
+                rich_help_panel=_WHAT,
+            ),
+        ] = None,
         devices: Annotated[
             int | None,
             typer.Option(min=1, metavar="N", help="Devices of a process; default: as the run.", rich_help_panel=_WHERE),
@@ -120,6 +127,7 @@ def register(app: typer.Typer) -> None:
             session, run, cube, map_, cog=cog, time=time, probabilities=probabilities, aoi=aoi, bbox=bbox,
             helpers=helpers, method="exact" if exact else "blend", overlap=overlap, entropy=entropy, scaled=scaled,
             dates="majority" if majority else "each" if each_date else "mean", append=append, devices=devices,
+            without=tuple(without or ()),
         )  # fmt: skip
         height, width = result["shape"]
         total = max(sum(result["pixels"].values()), 1)
@@ -130,6 +138,8 @@ def register(app: typer.Typer) -> None:
             session.say(f"  {name:24} {count / total:6.1%}")
         if result["values"] is not None:
             session.say("  " + ", ".join(f"{word} {value:.6g}" for word, value in result["values"].items()))
+        for name, count in result["modalities"].items():
+            session.say(f"  used: {name:18} {count / (height * width):6.1%}")
         if cog is not None:
             held = "values, in their unit" if result["values"] is not None else "classes, with colours and class names"
             session.say(f"{cog}: cloud-optimised GeoTIFF of {held}")

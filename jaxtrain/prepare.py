@@ -96,6 +96,7 @@ def _card(config: TrainConfig, data: TrainingData, ready: TrainingSet) -> ModelC
         task=replace(ready.task, value=statistics.value),
         grounds=ready.grounds if len(ready.grounds) > 1 else (),
         numbers=ready.numbers,
+        modalities=ready.modalities,
     )
 
 

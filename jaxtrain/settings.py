@@ -206,7 +206,12 @@ def read_train_config(paths: Sequence[Path], overrides: Iterable[str] = ()) -> T
 
 def _located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     data = settings.get("data")
-    cube = data.get("cube") if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return settings
+    cube, modalities = data.get("cube"), data.get("modalities")
+    if isinstance(modalities, dict):
+        placed = {name: _located({"data": one}, folder)["data"] for name, one in modalities.items()}
+        settings = {**settings, "data": {**data, "modalities": placed}}
     if isinstance(cube, str) and cube:
         return merge(settings, {"data": {"cube": _locate(cube, folder)}})
     if isinstance(cube, list) and cube and all(isinstance(one, str) for one in cube):

@@ -12,6 +12,9 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.counting import count_classes
 from jaxtrain.data.ground import Ground, cube_digest, overlap
+from jaxtrain.data.modality_reader import ModalityReader
+from jaxtrain.data.modality_source import ModalitySource, open_sources, seen_by_window, sources_digest
+from jaxtrain.data.multimodal_data import prepare_modalities
 from jaxtrain.data.numbers import BandNumbers, convert_to, cube_numbers, unlike_training
 from jaxtrain.data.reader import OnUnreadable, WindowReader
 from jaxtrain.data.splits import Part, Split
@@ -49,6 +52,8 @@ class CubeData:
         config = card.config.data
         try:
             target = ITSELF if card.task.rebuild else resolve_target(self.cube, config)
+            if card.modalities:
+                return sources_digest(_sources(self.cube, card)[0], target.layer)
             return cube_digest(self.cube, config.collection, target.layer)
         except InvalidInput:
             return None
@@ -57,6 +62,8 @@ class CubeData:
         self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
     ) -> TrainingSet:
         """Choose the windows of each part; see `TrainingData.prepare`."""
+        if config.model.name == "multimodal":
+            return prepare_modalities(config, self.cube, earlier, on_unreadable)
         ready = prepare_cube(config, self.cube, earlier, on_unreadable)
         return TrainingSet(
             digest=ready.ground.digest,
@@ -170,6 +177,11 @@ def prepare_cube(
     return PreparedCube(Ground(cube.url, digest, spec.grid, spec.times), spec, classes, index, plan, reader)
 
 
+def _sources(cube: Cube, card: LearnedFrom) -> tuple[tuple[ModalitySource, ...], list[str]]:
+    """Open the modalities of a trained model in a cube."""
+    return open_sources(card.config.data, cube, trained=card.modalities, numbers=card.numbers)
+
+
 def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty: bool = False) -> EvaluationSet:
     """Choose the windows of one cube for an evaluation.
 
@@ -193,7 +205,9 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
             f"{cube.url}: {config.label!r} holds values in {target.unit}, the model learned values in "
             f"{card.task.unit}; make the layer again in that unit"
         )
-    if own and cube_digest(cube, config.collection, target.layer) != card.cube_digest:
+    sources, notes = _sources(cube, card) if card.modalities else ((), [])
+    digest = sources_digest(sources, target.layer) if sources else cube_digest(cube, config.collection, target.layer)
+    if own and digest != card.cube_digest:
         warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")
     if own and spec.grid != card.grid:
         raise InvalidInput(f"{cube.url} has grid {spec.grid}, trained on {card.grid}; pass it as other data")
@@ -213,7 +227,9 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
     index = cube.index(config.collection)
     plan = plan_windows(config, spec, index, classes,
                         split=card.split if own else Split.whole(card.split.block, spec.shape[1:]),
-                        dates=config.split.test_dates if own else (), target=target, judging=True)  # fmt: skip
+                        dates=config.split.test_dates if own else (), target=target, judging=True,
+                        seen=seen_by_window(sources, spec, config.patch, config.learn_masked) if sources else None,
+                        )  # fmt: skip
     if own and config.split.kind == "random":
         share = (card.statistics.get("leakage") or {}).get("beside")
         figure = "" if share is None else f": {share:.1%} of the test windows lie beside a training window"
@@ -222,6 +238,10 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
     windows = plan.parts[part or "test"]
     if not len(windows) and not may_be_empty:
         raise no_rows(cube.url, card, part, "window")
+    if sources:
+        labels = WindowReader.of(cube, config, classes, target, index)
+        several = ModalityReader(sources, config.patch, labels)
+        return EvaluationSet(cube.url, windows, several, (*warnings, *notes), (spec.times,))
     reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target, index)
     conversion, notes = convert_to(card.numbers, cube_numbers(spec, reader.bands), cube.url)
     warnings += notes

@@ -53,6 +53,11 @@ class CubesData:
         self, config: TrainConfig, earlier: LearnedFrom | None, on_unreadable: OnUnreadable | None
     ) -> TrainingSet:
         """Choose the windows of each cube by itself, then join them; see `TrainingData.prepare`."""
+        if config.model.name == "multimodal":
+            raise InvalidInput(
+                f"data.cube names {len(self.cubes)} cubes, and model.name = 'multimodal' takes its windows from one: name "
+                "one, and the cube of another modality in data.modalities.NAME.cube"
+            )
         if earlier is not None and len(earlier.grounds) != len(self.cubes):
             raise InvalidInput(
                 f"the run began with {max(1, len(earlier.grounds))} cubes, data.cube names {len(self.cubes)}"

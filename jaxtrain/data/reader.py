@@ -143,6 +143,20 @@ class WindowReader:
 
         return finish
 
+    def begin_labels(self, rows: Rows) -> Callable[[], npt.NDArray[Any]]:
+        """Start to read labels of a label layer, (B, patch, patch), also where nothing was observed."""
+        target = self.target
+        if target is None or target.place != "label":
+            raise InvalidInput(f"{self.cube.url}: {target} is no label layer")
+        stored = np.zeros((len(rows), self.patch, self.patch), target.dtype)
+        wait = replace(self, lenient=False)._fetch(rows, {target.name: stored})
+
+        def finish() -> npt.NDArray[Any]:
+            wait()
+            return target.decode(stored, self.table)
+
+        return finish
+
     def _begin(self, rows: Rows) -> Callable[[], HostBatch]:
         spec = self.cube.spec(self.collection)
         side, count = self.patch, len(rows)

@@ -25,6 +25,7 @@ from jaxtrain.data.splits import Part
 from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.task import Task
 from jaxtrain.data.windows import Counted, WindowPlan, Windows
+from jaxtrain.models.modality import Modality
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.grid import Grid
 
@@ -90,6 +91,10 @@ class LearnedFrom(Protocol):
     def edges(self) -> bool:
         """Whether windows reach over the edge of a grid, and only training needs `min_labelled`."""
 
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """The modalities of the network multimodal; none of other networks."""
+
     def of(self, number: int) -> LearnedFrom:
         """Return the card as if cube `number` of several were the only one."""
 
@@ -111,6 +116,7 @@ class TrainingSet:
         leakage: Distance of test from training data, if the split does not rule out leakage.
         chunk: (time, y, x) pixels that are decoded together; None where an order by chunks gains nothing.
         numbers: Meaning of the stored numbers of each band.
+        modalities: What each branch of the network multimodal gets.
     """
 
     digest: str
@@ -125,6 +131,7 @@ class TrainingSet:
     leakage: Mapping[str, Any] | None = None
     chunk: tuple[int, int, int] | None = None
     numbers: tuple[BandNumbers, ...] = ()
+    modalities: tuple[Modality, ...] = ()
 
     def order(self, run: RunConfig) -> SampleOrder | ChunkOrder:
         """Return the order of the training part: `run.shuffle`, seeded by `run.seed`."""

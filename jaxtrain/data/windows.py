@@ -146,6 +146,7 @@ def plan_windows(
     target: Target | None = None,
     edges: bool = True,
     judging: bool = False,
+    seen: npt.NDArray[np.float64] | None = None,
 ) -> WindowPlan:
     """Choose the windows of every part.
 
@@ -160,6 +161,8 @@ def plan_windows(
         edges: False chooses as release 0.1.0 did, for its runs: no window reaches over the edge of the grid, and
             `min_labelled` holds for every part.
         judging: Take all windows with a label in every part, as nothing is learned.
+        seen: (times, rows, columns) share of each window that any of several modalities saw; None for that of the
+            collection alone. A class layer of the collection has labels only where the collection saw the ground.
 
     Raises:
         UnknownName: The label layer is none of the collection's, or a date none of the cube's.
@@ -174,7 +177,7 @@ def plan_windows(
     if patch > min(height, width) and not judging:
         raise InvalidInput(f"data.patch {patch} does not fit the grid of {height}×{width} pixels; take a smaller patch")
     target = target or Target(config.label)
-    labelled, usable = _usable(config, spec.shape, index, classes, target, edges)
+    labelled, usable = _usable(config, spec.shape, index, classes, target, edges, seen)
     if judging or not edges:
         labelled = usable = labelled if judging else usable
     if config.dates != 1:
@@ -221,8 +224,12 @@ def _usable(
     classes: Classes,
     target: Target,
     edges: bool,
+    seen_by_any: npt.NDArray[np.float64] | None = None,
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Return which windows may hold a label, and which of them hold enough for training."""
+    if seen_by_any is not None and target.place == "label":
+        known = seen_by_any * _labelled_shares(target, classes, config.patch, edges)
+        return known > 0, (known > 0) & (known >= config.min_labelled)
     seen = index.observed + index.masked if config.learn_masked else index.observed
     share = seen / np.maximum(index.pixels, 1)
     if target.place == "layer":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from jaxtrain.data.arrays import Reader, as_images, put_batch
 from jaxtrain.data.windows import Windows
 from jaxtrain.evaluation.tiles import name_shown
+from jaxtrain.models.modality import finest
 from jaxtrain.parallel.mesh import batch_sharding
 from zarr_store.lookup import picture_bands
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from jaxtrain.learn.state import Program, TrainState
+    from jaxtrain.learn.step import PredictStep
 
 __all__ = ["Shown", "collect_shown", "draw_shown"]
 
@@ -37,7 +39,7 @@ class Shown:
 
 def collect_shown(
     program: Program,
-    predict: Callable[..., jax.Array],
+    predict: PredictStep,
     state: TrainState,
     reader: Reader,
     windows: Windows,
@@ -59,11 +61,13 @@ def collect_shown(
     axis = program.mesh.shape["data"]
     size = -(-len(rows) // axis) * axis
     batch = reader.read(np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)]))
-    there = put_batch({name: batch[name] for name in ("image", "observed")}, batch_sharding(program.mesh), size)
-    answer_BK = np.asarray(predict(state, there["image"], observed=there["observed"]))[: len(rows)]
+    inputs = {name: array for name, array in batch.items() if name.startswith(("image", "observed"))}
+    there = put_batch(inputs, batch_sharding(program.mesh), size)
+    answer_BK = np.asarray(predict.of_batch(state, there))[: len(rows)]
     label = batch["label"][: len(rows)]
     several = label.ndim == 2
-    images = as_images(batch["image"])
+    shown = f"image_{finest(program.modalities).name}" if program.modalities else "image"
+    images = as_images(batch[shown])
     predicted = answer_BK > 0.5 if several else answer_BK.argmax(axis=-1)
     wrong = (predicted != label).any(axis=-1) if several else predicted != label
     sure = np.abs(answer_BK - 0.5).max(axis=-1) if several else answer_BK.max(axis=-1)

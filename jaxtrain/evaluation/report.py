@@ -6,12 +6,11 @@ import base64
 import io
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from jaxtrain.data.arrays import Reader
@@ -28,6 +27,7 @@ if TYPE_CHECKING:  # matplotlib is imported by what draws: training starts witho
     from matplotlib.figure import Figure
 
     from jaxtrain.learn.state import Program, TrainState
+    from jaxtrain.learn.step import PredictStep
 
 __all__ = ["OtherExamples", "collect_examples", "write_report"]
 
@@ -53,7 +53,7 @@ class OtherExamples:
 
 def collect_examples(
     program: Program,
-    predict: Callable[..., jax.Array],
+    predict: PredictStep,
     state: TrainState,
     reader: Reader,
     windows: Windows,
@@ -141,7 +141,7 @@ def write_report(
         other_name=None if other is None else other.name,
         other_tiles=None if other is None else _draw_examples(other.examples, card, other.dates),
         unit=card.unit,
-        shown_bands=name_shown(card.bands).removeprefix("image: "),
+        shown_bands=name_shown(card.shown_bands).removeprefix("image: "),
         split_maps=[_png(_split_map(split)) for split in splits[:_MAPS]],
         cubes=[ground.cube for ground in card.grounds] or [card.cube],
         block=splits[0].block if splits else None,
@@ -160,9 +160,9 @@ def _draw_examples(
     if tiles:
         values = card.task.values
         truth = "" if card.task.rebuild else card.classes.names[0] if values else "label"
-        return _png(draw_tiles(tiles, classes=None if values else card.classes, bands=card.bands,
+        return _png(draw_tiles(tiles, classes=None if values else card.classes, bands=card.shown_bands,
                                times=dates or card.dates, truth=truth))  # fmt: skip
-    return _png(draw_shown(shown, card.bands)) if shown else None
+    return _png(draw_shown(shown, card.shown_bands)) if shown else None
 
 
 def _describe_leakage(card: ModelCard) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from jaxtrain.data.arrays import Reader, put_batch
 from jaxtrain.data.batches import BatchStream
+from jaxtrain.data.modality_reader import hide
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.splits import Part
 from jaxtrain.data.training_data import EvaluationSet, TrainingData
@@ -80,6 +81,10 @@ class EvaluationReport:
     coverage: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict, repr=False)
     """By class name: `judged` pixels or samples, those that the split has (`labelled`), and those of `training`; None
     where the run or other data do not know them."""
+    without: tuple[str, ...] = ()
+    """Modalities that the network did not get."""
+    seen: Mapping[str, float] = field(default_factory=dict, repr=False)
+    """By modality: share of the windows' pixels that it observed and the network got; none of other networks."""
 
     @property
     def accuracy(self) -> float | None:
@@ -134,6 +139,7 @@ class EvaluationReport:
             "step": self.step, "cube": self.data, "unit": self.unit, "own_data": self.own_data,
             "warnings": list(self.warnings), **leak,
             "coverage": {name: dict(row) for name, row in self.coverage.items()},
+            **({"modalities": dict(self.seen), "without": list(self.without)} if self.seen else {}),
         }  # fmt: skip
 
     def __repr__(self) -> str:
@@ -186,9 +192,11 @@ def scores_of(
     counts = counts_for(names, several=task.several, values=task.values)
     if not sums:
         return counts, math.nan
-    counts.add_sums(
-        {name: np.rint(array).astype(np.int64) if name in _COUNTS else array for name, array in sums.items()}
-    )
+    counts.add_sums({
+        name: np.rint(array).astype(np.int64) if name in _COUNTS else array
+        for name, array in sums.items()
+        if name != "seen"  # says what modalities were there, not how good the answers are
+    })  # fmt: skip
     labelled = float(sums["labelled"])
     return counts, float(sums["loss_sum"]) / labelled if labelled else math.nan
 
@@ -281,6 +289,7 @@ def evaluate(
     *,
     data: str | Path | None = None,
     split: Part | str = "test",
+    without: Sequence[str] = (),
     on_batch: Progress | None = None,
 ) -> EvaluationReport:
     """Evaluate the best or newest checkpoint of a run on one part of its data, or on all of other data.
@@ -295,6 +304,8 @@ def evaluate(
             they lie. None: the run's own, which are looked for near the run if they were moved; where those are in a
             bucket they must be named, with commas between several.
         split: "test", "validation" or "train"; of the run's own data only.
+        without: Modalities that the network does not get, as if they were missing everywhere; the same pixels are
+            scored as with them. Such scores stand in a file of their own.
         on_batch: Called with (batches done, batches in all).
 
     Returns:
@@ -320,11 +331,13 @@ def evaluate(
     own = card if data is None or str(data).split(",") == _urls(card) else match_own(card, opened)
     part = None if own is None else cast(Part, split)
     chosen = select_data(own or card, opened, part=part, name=data)
+    chosen = replace(chosen, reader=hide(chosen.reader, without))
     program, state, step, passed_over = restore_model(run, card)
-    counts, loss = score_windows(
+    sums = sum_windows(
         program, make_eval_step(program, turned=card.config.model.turns), state, chosen.reader, chosen.windows,
-        card.classes.names, on_batch=on_batch,
+        on_batch=on_batch,
     )  # fmt: skip
+    counts, loss = scores_of(program, sums, card.classes.names)
     scores = counts.to_dict()
     coverage = _coverage(card, scores["per_class"], part)
     result = EvaluationReport(
@@ -346,21 +359,33 @@ def evaluate(
         unit=card.unit,
         own_data=own is card,
         coverage=coverage,
+        without=tuple(without),
+        seen=_seen(card, sums),
     )
     write_evaluation(run, result.to_dict(), own=result.own_data)
     predict = make_predict_step(program)
     examples = collect_examples(program, predict, state, chosen.reader, chosen.windows, card.classes.names)
     evaluations = read_evaluations(run)
     main = own_evaluation(evaluations)
-    if result.own_data and main is not None and main["split"] == split:
+    if result.own_data and not without and main is not None and main["split"] == split:
         write_report(run, card, examples=examples, evaluation=main, evaluations=evaluations)
         return result
     # the run's own scores and pictures stay in its report, those of other data and parts follow them
     ours = _own_examples(card, run, program, predict, state, "test" if main is None else main["split"])
     name = f"part “{split}” of {chosen.url}" if result.own_data else chosen.url
+    name += f" without {', '.join(without)}" if without else ""
     write_report(run, card, examples=ours, evaluation=main, evaluations=evaluations,
                  other=OtherExamples(name, examples, chosen.dates))  # fmt: skip
     return result
+
+
+def _seen(card: ModelCard, sums: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+    """Return the share of the pixels of labelled windows that each modality observed."""
+    if "seen" not in sums:
+        return {}
+    *seen, windows = sums["seen"].tolist()
+    shares = [round(share / max(windows, 1), 4) for share in seen]
+    return dict(zip((one.name for one in card.modalities), shares, strict=True))
 
 
 def _coverage(

@@ -5,7 +5,7 @@ Letters: H row, W column, C band.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from jaxtrain.data.arrays import Reader, as_images, put_batch
 from jaxtrain.data.classes import UNLABELLED, Classes
 from jaxtrain.data.windows import Window, Windows
+from jaxtrain.models.modality import finest
 from jaxtrain.parallel.mesh import batch_sharding
 from zarr_store.lookup import picture_bands
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from jaxtrain.learn.state import Program, TrainState
+    from jaxtrain.learn.step import PredictStep
 
 __all__ = ["Tile", "collect_tiles", "draw_tiles", "name_shown", "picture"]
 
@@ -55,7 +57,7 @@ class Tile:
 
 
 def collect_tiles(
-    program: Program, predict: Callable[..., jax.Array], state: TrainState, reader: Reader, windows: Windows
+    program: Program, predict: PredictStep, state: TrainState, reader: Reader, windows: Windows
 ) -> list[Tile]:
     """Collect the windows with the most errors among evenly spread ones, the worst first.
 
@@ -77,18 +79,28 @@ def collect_tiles(
     for first in range(0, len(rows), size):
         chosen = rows[first : first + size]
         batch = reader.read(np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen), axis=0)]))
-        inputs: dict[str, npt.NDArray[Any]] = {
-            name: batch[name] for name in ("image", "observed", "day") if name in batch
-        }
-        there = put_batch(inputs, sharding, size)
-        image = there.pop("image")
-        answer = np.asarray(predict(state, image, **there))
+        inputs = {name: array for name, array in batch.items() if name.startswith(("image", "observed", "day"))}
+        answer = np.asarray(predict.of_batch(state, put_batch(inputs, sharding, size)))
+        if program.modalities:
+            batch |= _shown(program, batch)
         host = {name: as_images(array) for name, array in batch.items()}
         found += [
             _score_tile(program, row, {n: a[i] for n, a in host.items()}, answer[i]) for i, row in enumerate(chosen)
         ]
     worst = sorted((pair for pair in found if pair[0] >= 0), key=lambda pair: -pair[0])[:_SHOWN]
     return [tile for _, tile in worst]
+
+
+def _shown(program: Program, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Return the image of the modality of the finest grid, for the picture, and what any modality saw."""
+    one = finest(program.modalities)
+    image = batch[f"image_{one.name}"].repeat(one.ratio, axis=-2).repeat(one.ratio, axis=-1)
+    seen = np.zeros((len(image), *image.shape[-2:]), np.uint8)
+    for other in program.modalities:
+        observed = batch[f"observed_{other.name}"]
+        any_date = observed.max(axis=1) if other.dates else observed
+        seen |= any_date.repeat(other.ratio, axis=-2).repeat(other.ratio, axis=-1)
+    return {"image": image, "observed": np.repeat(seen[:, None], one.dates, axis=1) if one.dates else seen}
 
 
 def _score_tile(

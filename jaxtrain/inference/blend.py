@@ -154,10 +154,12 @@ class Votes:
     Args:
         box: (first row, last row + 1, first column, last column + 1) of what is voted on.
         classes: Number of classes.
+        further: Number of further channels, of which the largest of all dates is kept.
     """
 
-    def __init__(self, box: Box, classes: int) -> None:
-        self._box = box
+    def __init__(self, box: Box, classes: int, further: int = 0) -> None:
+        self._box, self._classes = box, classes
+        self._further = np.zeros((box[1] - box[0], box[3] - box[2], further), np.float32)
         self._votes = np.zeros((box[1] - box[0], box[3] - box[2], classes), np.float32)
         self._seen = np.zeros(self._votes.shape[:2], np.float32)
 
@@ -165,6 +167,8 @@ class Votes:
         """Add a block of one date, first pixel (y, x)."""
         height, width = seen_HW.shape
         at = (slice(y - self._box[0], y - self._box[0] + height), slice(x - self._box[2], x - self._box[2] + width))
+        probability_HWK, further = probability_HWK[..., : self._classes], probability_HWK[..., self._classes :]
+        np.maximum(self._further[at], further, out=self._further[at])
         choice = probability_HWK.argmax(axis=-1)[..., None]
         votes = self._votes[at]
         vote = seen_HW[..., None] * (1 + np.take_along_axis(probability_HWK, choice, -1) * np.float32(_TIE))
@@ -177,4 +181,5 @@ class Votes:
         for y in range(0, y1 - y0, rows):
             votes = self._votes[y : y + rows]
             share = votes / np.maximum(votes.sum(axis=-1, keepdims=True), np.float32(1e-30))
-            yield y0 + y, x0, share, self._seen[y : y + rows]
+            both = np.concatenate([share, self._further[y : y + rows]], axis=-1)
+            yield y0 + y, x0, both, self._seen[y : y + rows]

@@ -5,6 +5,7 @@
     MAP.zarr/probability   (class, y, x) uint8  per cent, 255 = no data; only where asked for
     MAP.zarr/entropy       (y, x) uint8         of the probabilities, per cent of its largest; only where asked for
     MAP.zarr/value         (y, x) float32       in place of these: the predicted value, nan = no data; or scaled int16
+    MAP.zarr/modalities    (y, x) uint16        of a network of several: bit i is set where modality i was there
     MAP.zarr/{y,x,spatial_ref}                  pixel centres and CRS
     MAP.zarr/_terrashard/ledger/map/            one row for each box of the map: what it was made of, and its digests
 
@@ -61,7 +62,8 @@ class Map:
         grid: Grid of the map, which is that of the cube.
         classes: Names and colours by value of `class`.
         attributes: Origin of the map: run, step, cube, dates.
-        layers: Names of its arrays: class, confidence and perhaps probability and entropy; or value.
+        layers: Names of its arrays: class, confidence and perhaps probability and entropy; or value; perhaps
+            modalities.
         times: Dates along the axis `time` of a map of each date; none of a map without that axis.
     """
 
@@ -98,6 +100,7 @@ class Map:
             probabilities="probability" in self.layers,
             entropy="entropy" in self.layers,
             scale=None if scale is None else (float(scale[0]), float(scale[1])),
+            modalities=tuple(self.attributes.get("modalities", ())) if "modalities" in self.layers else (),
         )
 
     def read(self, layer: str = "class", rows: slice = slice(None), *, time: int = -1) -> npt.NDArray[Any]:
@@ -274,6 +277,12 @@ def _layer_attributes(name: str, kind: MapLayers, classes: Classes) -> dict[str,
         scaled = {} if kind.scale is None else {
             "scale_factor": kind.scale[0], "add_offset": kind.scale[1], "nodata": kind.nodata(name)}  # fmt: skip
         return {"long_name": classes.names[0], **scaled}
+    if name == "modalities":
+        return {
+            "long_name": "modalities that were there",
+            "flag_masks": [1 << bit for bit in range(len(kind.modalities))],
+            "flag_meanings": " ".join(kind.modalities),
+        }
     percent = {"units": "percent", "valid_range": [0, 100]}
     attributes: dict[str, dict[str, Any]] = {
         "class": {
@@ -318,7 +327,9 @@ def open_map(url: str | Path) -> Map:
             f"{store.root / 'zarr.json'}: the map's description is damaged ({error!r}); make it again"
         ) from error
     layers = tuple(
-        name for name in ("class", "confidence", "probability", "entropy", "value") if store.exists(f"{name}/zarr.json")
+        name
+        for name in ("class", "confidence", "probability", "entropy", "value", "modalities")
+        if store.exists(f"{name}/zarr.json")
     )
     return Map(store.url, grid, classes, rest, layers, times)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time as clock
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -51,6 +51,7 @@ class MapResult:
         peak_host_bytes: Largest memory of this process so far.
         pixels_per_second: Pixels that this call mapped, over all dates, in a second.
         forward_share: Share of the seconds in which the devices ran the network.
+        modalities: Number of pixels by the modalities that were there, such as s1+s2; none of other networks.
 
     Example:
         >>> made = predict("runs/zagreb", "zagreb.zarr", "one_day.zarr", time="2023-08-11")
@@ -75,6 +76,7 @@ class MapResult:
     peak_host_bytes: int = 0
     pixels_per_second: float = 0.0
     forward_share: float = 0.0
+    modalities: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -107,6 +109,7 @@ def predict(
     scaled: bool = False,
     area: Area | None = None,
     append: bool = False,
+    without: Sequence[str] = (),
     devices: int | None = None,
     elsewhere: Elsewhere | None = None,
     on_batch: Progress | None = None,
@@ -132,6 +135,7 @@ def predict(
         scaled: Store values as int16 with a scale, not as float32.
         area: Map these polygons only.
         append: Add the new dates of a cube that has grown to a map of each date.
+        without: Modalities that the network does not get, as if they were missing everywhere.
         devices: Devices over which batches are split; None for those of the run.
         elsewhere: Fills the map by other processes; None fills it in this one.
         on_batch: Called with (batches done, batches in all).
@@ -151,7 +155,7 @@ def predict(
         ((192, 160), ['vegetation', 'not vegetated', 'water'])
     """
     began = clock.monotonic()
-    options = MapOptions(time, method, overlap, dates, probabilities, entropy, scaled, area, devices)
+    options = MapOptions(time, method, overlap, dates, probabilities, entropy, scaled, area, tuple(without), devices)
     target = FolderStore.at(out)
     refuse_other(target)
     opened = open_scene(Path(run), cube, options)
@@ -252,7 +256,13 @@ def _result(opened: OpenScene, made: Making, out: str | Path, filled: Filled, be
         peak_host_bytes=peak_bytes(),
         pixels_per_second=round(filled.pixels / filled.seconds, 1) if filled.seconds else 0.0,
         forward_share=round(filled.forward_s / filled.seconds, 4) if filled.seconds else 0.0,
+        modalities={_combined(opened.kind.modalities, bits): n for bits, n in sorted(made.used().items()) if bits},
     )
+
+
+def _combined(names: tuple[str, ...], bits: int) -> str:
+    """Return a name such as s1+s2 for a combination of modalities."""
+    return "+".join(name for i, name in enumerate(names) if bits >> i & 1)
 
 
 def peak_bytes() -> int:

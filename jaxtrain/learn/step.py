@@ -311,7 +311,10 @@ def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array
 def prepare_batch(
     program: Program, batch: Batch, key: jax.Array, mesh: Mesh
 ) -> tuple[Any, list[tuple[jax.Array, jax.Array]]]:
-    """Return augmented and normalised images (of several modalities a dict), and each label with its share of the loss: one, or two if mixed."""
+    """Return augmented and normalised images, and each label with its share of the loss: one, or two if mixed.
+
+    Images of several modalities come as a dict, one array for each.
+    """
     if program.modalities:
         x, label = prepare_modalities(program, batch, key, mesh)
         return x, [(label, jnp.float32(1))]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
 import jax
 
-__all__ = ["Encoded", "Modality", "powers_of_two"]
+__all__ = ["Encoded", "Modality", "finest", "powers_of_two"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Encoded(NamedTuple):
     """Features (B, h, w, F) of each level, finest first; one level for late and early fusion."""
     seen: jax.Array
     """Share of each pixel that was observed, (B, H, W, 1) on the grid of the modality, in the type of the features."""
+
+
+def finest(modalities: Sequence[Modality]) -> Modality:
+    """Return the first modality of the finest grid, whose image stands for all in pictures."""
+    return min(modalities, key=lambda one: one.ratio)
 
 
 def powers_of_two(ratio: int) -> tuple[int, int]:

@@ -196,8 +196,8 @@ class Fusion(nnx.Module):
                 "give one of model.modalities a greater depth, or take a smaller model.depth"
             )
         for level in range(self.depth + 1):
-            setattr(self, f"present_level{level}",
-                    conv(len(self.modalities), config.width << level, 1, bias=False, init=SMALL, rngs=rngs))  # fmt: skip
+            adding = conv(len(self.modalities), config.width << level, 1, bias=False, init=SMALL, rngs=rngs)
+            setattr(self, f"present_level{level}", adding)
 
     def _add(self, name: str, level: int, inputs: int, outputs: int, rngs: nnx.Rngs) -> None:
         setattr(self, f"{name}_level{level}", conv(inputs, outputs, 1, rngs=rngs))
@@ -211,7 +211,7 @@ class Fusion(nnx.Module):
         for name, own in self.sources[level]:
             one = next(one for one in self.modalities if one.name == name)
             y = getattr(self, f"{name}_level{level}")(encoded[name].features[own])
-            halvings, rest = powers_of_two(one.ratio)
+            rest = powers_of_two(one.ratio)[1]
             y = y if self.pooled else _repeat(y, rest if self.kind == "middle" else one.ratio)
             share = shares[name]
             merged = y * share if merged is None else merged + y * share

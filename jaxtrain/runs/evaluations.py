@@ -2,6 +2,7 @@
 
 - `evaluation.json`: the test part of the run's own data
 - `evaluation-validation.json`, `evaluation-train.json`: other parts of them
+- `evaluation-test-without-s2.json`: a part of them, without some modalities
 - `evaluation-NAME-DIGEST.json`: other data, by the name of their folder and a digest of their path
 
 So an evaluation replaces an earlier one of the same part or data, and no other.
@@ -56,20 +57,25 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
 
 def own_evaluation(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the scores of the test part, else of another part of the run's own data; None without any."""
-    return next((scores for scores in evaluations if scores.get("own_data", scores["split"] in _PARTS)), None)
+    own = (scores for scores in evaluations if scores.get("own_data", scores["split"] in _PARTS))
+    return next((scores for scores in own if not scores.get("without")), None)
 
 
 def _name_of(scores: Mapping[str, Any], *, own: bool) -> str:
     split = scores["split"]
+    without = scores.get("without") or ()
+    if own and without:
+        return f"evaluation-{split}-without-{'-'.join(sorted(without))}.json"
     if own:
         return EVALUATION if split == "test" else f"evaluation-{split}.json"
     data = str(scores.get("cube", ""))
     stem = re.sub(r"[^\w.-]+", "-", data.rstrip("/").rpartition("/")[2])[:40].strip("-.") or "data"
-    return f"evaluation-{stem}-{hashlib.sha256(f'{data} {split}'.encode()).hexdigest()[:8]}.json"
+    which = " ".join([data, split, *without])
+    return f"evaluation-{stem}-{hashlib.sha256(which.encode()).hexdigest()[:8]}.json"
 
 
 def _is_of_test(scores: Mapping[str, Any]) -> bool:
-    return scores.get("split") == "test"
+    return scores.get("split") == "test" and not scores.get("without")
 
 
 def _write(store: FolderStore, name: str, scores: Mapping[str, Any]) -> None:

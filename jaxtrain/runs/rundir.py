@@ -33,6 +33,7 @@ from jaxtrain.data.targets import ITSELF, label_classes
 from jaxtrain.data.task import Task
 from jaxtrain.data.windows import Counted
 from jaxtrain.learn.state import Program, build_program
+from jaxtrain.models.modality import Modality, finest
 from jaxtrain.parallel.mesh import make_mesh
 from zarr_store.bounded import MOST_JSON_BYTES, load_json, read_file
 from zarr_store.errors import IntegrityError, InvalidInput
@@ -94,6 +95,8 @@ class ModelCard:
     """The cubes, if there are several."""
     numbers: tuple[BandNumbers, ...] = ()
     """Meaning of the stored numbers of each band; none of runs that did not keep it."""
+    modalities: tuple[Modality, ...] = ()
+    """What each branch of the network multimodal gets; none of other networks."""
     edges: bool = True
     """Whether windows reach over the edge of a grid, and only training needs `min_labelled`; not in release 0.1.0."""
 
@@ -101,6 +104,11 @@ class ModelCard:
     def dates(self) -> tuple[tuple[str, ...], ...]:
         """Dates of each cube."""
         return tuple(ground.times for ground in self.grounds) or (self.times,)
+
+    @property
+    def shown_bands(self) -> tuple[str, ...]:
+        """Names of the bands of the image that reports show."""
+        return finest(self.modalities).bands if self.modalities else self.bands
 
     @property
     def unit(self) -> str:
@@ -147,6 +155,7 @@ class ModelCard:
             "task": self.task.to_dict(),
             "cubes": [ground.to_dict() for ground in self.grounds],
             **({"numbers": [band.to_dict() for band in self.numbers]} if self.numbers else {}),
+            **({"modalities": [one.to_dict() for one in self.modalities]} if self.modalities else {}),
             **({"edges": True} if self.edges else {}),
         }
 
@@ -171,6 +180,7 @@ class ModelCard:
             task=Task.from_dict(data["task"]) if "task" in data else Task(),
             grounds=tuple(Ground.from_dict(ground) for ground in data.get("cubes", ())),
             numbers=tuple(BandNumbers.from_dict(band) for band in data.get("numbers", ())),
+            modalities=tuple(Modality.from_dict(one) for one in data.get("modalities", ())),
             edges=bool(data.get("edges", False)),
         )
 
@@ -275,6 +285,7 @@ def program_of(card: ModelCard, config: TrainConfig, devices: Sequence[Any] | No
         std=card.std,
         class_weights=card.class_weights,
         task=card.task,
+        modalities=card.modalities,
     )
 
 
