@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard, get_args
 
 from pydantic import BaseModel
 
@@ -60,8 +61,16 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings_of(field.annotation, f"{prefix}{name}.")
             continue
+        inner = next((part for part in get_args(field.annotation) if _is_model(part)), None)
+        if inner is not None:  # a table for each name
+            yield from settings_of(inner, f"{prefix}{name}.NAME.")
+            continue
         default = "needed" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`"
         yield f"{prefix}{name}", default, (field.description or _from_docstring(model, name)).replace("|", "\\|")
+
+
+def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _shown(value: object) -> str:

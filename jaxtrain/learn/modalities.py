@@ -118,13 +118,13 @@ def seen_shares(program: Program, batch: Mapping[str, Any]) -> jax.Array:
     """
     label = batch["label"]
     known = jnp.isfinite(label) if jnp.issubdtype(label.dtype, jnp.floating) else label <= 254
-    real_B = known.any(axis=tuple(range(1, label.ndim))) if label.ndim > 1 else known
+    real_B = (known.any(axis=tuple(range(1, label.ndim))) if label.ndim > 1 else known).astype(jnp.float32)
     sums = []
     for one in program.modalities:
         seen = batch[f"observed_{one.name}"]
         seen = seen.max(axis=1) if one.dates else seen
         sums.append((seen.astype(jnp.float32).mean(axis=(1, 2)) * real_B).sum())
-    return jnp.stack([*sums, real_B.sum(dtype=jnp.float32)])
+    return jnp.stack([*sums, real_B.sum()])
 
 
 def _arrays(batch: Mapping[str, Any], one: Modality) -> tuple[jax.Array, jax.Array]:

@@ -87,9 +87,9 @@ def modal_config(cube: Path | str, **sections: dict[str, Any]) -> TrainConfig:
     base: dict[str, dict[str, Any]] = {
         "data": {"cube": str(cube), "collection": "s2", "label": "truth", "patch": 16, "modalities": MODALITIES,
                  "split": {"block_m": 160, "test": 0.25, "validation": 0.15}},
-        "model": {"name": "multimodal", "width": 4, "depth": 2},
+        "model": {"name": "multimodal", "width": 4, "depth": 1},
         "optim": {"warmup_steps": 2, "learning_rate": 1e-2},
-        "run": {"steps": 40, "batch_size": 8, "evaluate_every": 40, "checkpoint_every": 40, "log_every": 10},
+        "run": {"steps": 60, "batch_size": 8, "evaluate_every": 60, "checkpoint_every": 60, "log_every": 10},
     }  # fmt: skip
     return TrainConfig.model_validate({name: {**base.get(name, {}), **sections.get(name, {})} for name in
                                        {**base, **sections}})  # fmt: skip
