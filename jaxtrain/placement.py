@@ -6,7 +6,7 @@ Everything else reads the mesh. A placement is a shorter way to say it, and the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,9 +31,7 @@ class PlacementConfig(BaseModel):
         description="mesh: as [mesh] says · replicated: all of the network on each device · branches: each branch on "
         "its own group of devices · stages: layers in stages · filters: the filters of each layer are split",
     )
-    parts: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="replicas, stages, or parts of the filters; 2 if not given"
-    )
+    parts: int = Field(0, ge=0, description="replicas, stages, or parts of the filters; 0: two")
     groups: tuple[tuple[str, ...], ...] = Field(
         (),
         description='for branches: what each group of devices holds, e.g. [["s2", "fusion"], ["s1"]]; NAME.1, NAME.2 '
@@ -52,7 +50,7 @@ class PlacementConfig(BaseModel):
                 f"placement.groups says where branches live, and placement.kind = {self.kind!r} places none: use "
                 "kind = 'branches', or leave the groups out"
             )
-        if self.parts is not None and self.kind in ("mesh", "branches"):
+        if self.parts and self.kind in ("mesh", "branches"):
             raise ValueError(
                 f"placement.parts = {self.parts} has no meaning for placement.kind = {self.kind!r}: leave it out"
                 + ("; the number of groups is that of placement.groups" if self.kind == "branches" else "")
