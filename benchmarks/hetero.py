@@ -202,19 +202,23 @@ def _small_run(folder: Path) -> Path:
     import numpy as np
     from PIL import Image
 
-    rng = np.random.default_rng(0)
+    rng, places = np.random.default_rng(0), ["file,latitude,longitude"]
     for name in ("bright", "dark"):
         (folder / "patches" / name).mkdir(parents=True)
         for number in range(200):
             pixels = rng.integers(0, 128, (64, 64, 3), np.uint8) + np.uint8(127 if name == "bright" else 0)
-            Image.fromarray(pixels).save(folder / "patches" / name / f"{number}.png")
+            Image.fromarray(pixels).save(folder / "patches" / name / f"{name}-{number}.png")
+            latitude, longitude = rng.uniform(40, 50), rng.uniform(0, 20)
+            places.append(f"{name}/{name}-{number}.png,{latitude:.4f},{longitude:.4f}")
+    (folder / "patches" / "coordinates.csv").write_text("\n".join(places) + "\n")
     store, config = folder / "store.zarr", folder / "run.toml"
     subprocess.run(
         [sys.executable, "-m", "cli.main", "samples", str(folder / "patches"), str(store)], check=True,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     config.write_text(
-        f'[data]\ncube = "{store}"\n[model]\nname = "resnet"\nwidth = 16\nblocks = [1, 1, 1, 1]\nnorm = "group"\n'
+        f'[data]\ncube = "{store}"\n[data.split]\ncell_deg = 0.5\n'
+        '[model]\nname = "resnet"\nwidth = 16\nblocks = [1, 1, 1, 1]\nnorm = "group"\n'
         f"[run]\nsteps = {RESTART_STEPS}\nbatch_size = 64\ncheckpoint_every = 20\nevaluate_every = {RESTART_STEPS}\n"
         "[hetero]\nenabled = true\nchunk = 8\n"
     )
