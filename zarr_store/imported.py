@@ -271,6 +271,7 @@ def layer_from_xarray(
         "kind": kind, "resampling": "nearest", "nodata": one.nodata,
     }  # fmt: skip
     classes: tuple[tuple[int, str], ...] = ()
+    pixels: npt.NDArray[Any]
     if kind == "classes":
         pixels, classes = _classes(one, numbers, names)
         origin |= {"names": [list(one) for one in (names or {}).items()]}

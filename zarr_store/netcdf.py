@@ -37,7 +37,7 @@ def open_netcdf(path: Path) -> Iterator[xr.Dataset]:
         raise InvalidInput(f"{path} is no netCDF file (it begins with {head!r}); expected netCDF-3 or netCDF-4")
     engine = "h5netcdf" if head == _HDF5 else "scipy"
     try:
-        dataset = xr.open_dataset(path, engine=engine, decode_cf=False, chunks=None, cache=False)  # type: ignore[arg-type]
+        dataset = xr.open_dataset(path, engine=engine, decode_cf=False, chunks=None, cache=False)
     except Exception as error:  # libraries of formats raise errors of every kind on a damaged file
         why = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise InvalidInput(f"{path} cannot be read as netCDF ({why})") from error

@@ -117,12 +117,19 @@ def stack_layer(
         raise InvalidInput("--scale, --offset and --unit apply to values, not to classes; leave them out")
     warnings: list[str] = []
     with open_source_file(str(source), config or IngestConfig(), asset=asset) as file:
-        given = {"nodata": nodata, "scale": scale, "offset": offset, "unit": unit}
         stated = _complete(file.path, band, file.stated) if kind == "values" else {}
         rules = RasterRules(
-            kind, band, None, resampling, shifted, static=True,
-            **{key: value if value is not None else stated.get(key) for key, value in given.items()},
-        )  # fmt: skip
+            kind,
+            band,
+            None,
+            resampling,
+            shifted,
+            nodata=stated.get("nodata") if nodata is None else nodata,
+            scale=stated.get("scale") if scale is None else scale,
+            offset=stated.get("offset") if offset is None else offset,
+            unit=stated.get("unit") if unit is None else unit,
+            static=True,
+        )
         draw, classes, facts = place_raster(file.path, grid, rules, warnings, name=file.name)
         origin = {**file.where, "sha256": file.sha256, "kind": kind, "band": band, **facts}
         boxes = label_boxes(opened)

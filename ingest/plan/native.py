@@ -91,15 +91,15 @@ def measure_sizes(probed: Sequence[ProbedScene], config: IngestConfig) -> Native
     finest = min(sizes.values())
     finest_band = min(key for key, size in sizes.items() if size == finest)
     factors: dict[str, dict[str, int]] = defaultdict(dict)
-    for (collection, band), size in sizes.items():
+    for (collection, name), size in sizes.items():
         factor = round(size / finest)
         if abs(size / finest - factor) > _SAME_SIZE * factor:
             raise _not_nested(
-                f"{collection}: pixels of {band} are {size:g} m wide, which is {size / finest:.3g} times the "
+                f"{collection}: pixels of {name} are {size:g} m wide, which is {size / finest:.3g} times the "
                 f"{finest:g} m of {finest_band[1]}",
-                band,
+                name,
             )
-        factors[collection][band] = factor
+        factors[collection][name] = factor
     return NativeSizes(factors, finest)
 
 

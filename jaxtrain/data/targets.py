@@ -123,6 +123,11 @@ def resolve_target(cube: Cube, config: DataConfig) -> Target:
     target = _of_collection(spec, name)
     if target is None and name in known:
         layer = open_label(cube, name)
+        if layer.shape != spec.grid.shape:
+            raise InvalidInput(
+                f"label layer {name!r} lies on the finest grid of {cube.url} ({cube.grid}), and collection "
+                f"{spec.collection} has {spec.grid}: train on {cube.collections[0]}, or on several groups at once"
+            )
         target = Target(name, "label", layer.spec.kind == "values", layer=layer)
     if target is None:
         every = [*spec.class_layers, *(index.name for index in spec.derived), *known]

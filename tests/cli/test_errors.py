@@ -19,7 +19,7 @@ from zarr_store import errors
 Run = Callable[..., Any]
 
 COMMANDS = (
-    "demo", "simulate", "search", "plan", "ingest", "status", "info", "verify",
+    "demo", "simulate", "search", "plan", "ingest", "status", "info", "verify", "stack", "import",
     "train", "evaluate", "predict", "quicklook", "export", "doctor",
 )  # fmt: skip
 
