@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 OURS = ("cli", "ingest", "jaxtrain", "zarr_store")
-BY_OTHERS = {"bokeh"}
-"""Distributions that another library imports: Dask's dashboard needs bokeh."""
+BY_OTHERS = {"bokeh", "h5netcdf", "h5py"}
+"""Distributions that another library imports: bokeh for Dask's dashboard, h5netcdf and its h5py for xarray's netCDF."""
 PARTS = {"distributed": "dask"}
 """Distributions that come with an extra of another: dask[distributed]."""
 

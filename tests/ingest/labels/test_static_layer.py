@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(cube: Path, tmp_path: 
         (good, {"kind": "classes", "unit": "m"}, InvalidInput, "apply to values"),
         (good, {"scale": float("nan")}, InvalidInput, "--scale must be a finite number"),
     ):  # fmt: skip
-        options: dict[str, Any] = {"name": "dem", **asked}  # type: ignore[dict-item]
+        options: dict[str, Any] = {"name": "dem", **asked}
         with pytest.raises(kind, match=message) as caught:
             stack_layer(cube, source, **options)
         assert "\n" not in str(caught.value)
