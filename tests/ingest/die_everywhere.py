@@ -176,12 +176,6 @@ def main(folder: Path, kind: Literal["folder", "icechunk"]) -> None:
         growing.extend_with(cube, [scenes[0], newer, scenes[2]], CLIENT, refresh=True)
 
     found["grow"] = die_everywhere("grow", grow, made, folder, kind)
-    if kind == "folder":
-        native = growing.native_plan(folder / "native")
-        found["native"] = die_everywhere(
-            "native", lambda c: run(native, c, client=CLIENT, config=config), None, folder, kind
-        )
-        found["import"] = die_everywhere("import", growing.import_two, None, folder, kind)
     json.dump(found, sys.stdout)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
@@ -80,36 +79,6 @@ def extend_with(
             cube_url=str(cube),
         )
         return run_job(Job(merged, str(cube), lock, config, grow=True), client=client)
-
-
-def native_plan(folder: Path) -> Plan:
-    """The plan of one scene with bands of 10 and 60 m, each a group of its own."""
-    rng = np.random.default_rng(7)
-    grids = {size: Grid(GRID.crs, (size, 0.0, 500_000.0, 0.0, -size, 5_000_040.0), (n, n)) for size, n in
-             ((10.0, 48), (60.0, 8))}  # fmt: skip
-    pixels = {name: rng.integers(1, 9000, grids[size].shape).astype(np.uint16) for name, size in
-              (("red", 10.0), ("coastal", 60.0))}  # fmt: skip
-    one = make_scene(folder, "NATIVE", grids[10.0], pixels, grids={"coastal": grids[60.0]})
-    return plan_of([one], config=IngestConfig(bands=("red", "coastal"), mask="none", native=True))
-
-
-def import_two(cube: Path) -> None:
-    """Import two collections, the second of twice the pixel size, with a layer."""
-    from zarr_store import from_xarray
-    from zarr_store.cf import Options
-    from zarr_store.imported import layer_from_xarray
-
-    source = {"file": "a.nc", "sha256": "0" * 64}
-    for name, size, side in (("fine", 10.0, 8), ("coarse", 20.0, 4)):
-        days = np.array(["2023-08-10", "2023-08-12"], "datetime64[ns]")
-        numbers = np.arange(2 * side * side, dtype=np.uint16).reshape(2, side, side)
-        data = xr.Dataset(
-            {"red": (("time", "y", "x"), numbers)},
-            {"time": days, "y": 5_000_000.0 - size * (np.arange(side) + 0.5),
-             "x": 600_000.0 + size * (np.arange(side) + 0.5)},
-        )  # fmt: skip
-        from_xarray(data, cube, collection=name, crs="EPSG:32633", nodata=0, source=source)
-    layer_from_xarray(data.isel(time=0), cube, name="dem", options=Options(crs="EPSG:32633", nodata=0), source=source)
 
 
 def tree(path: Path, *, under: str = "") -> dict[str, str]:
