@@ -55,8 +55,8 @@ class CubesData:
         """Choose the windows of each cube by itself, then join them; see `TrainingData.prepare`."""
         if config.model.name == "multimodal":
             raise InvalidInput(
-                f"data.cube names {len(self.cubes)} cubes, and model.name = 'multimodal' takes its windows from one: name "
-                "one, and the cube of another modality in data.modalities.NAME.cube"
+                f"data.cube names {len(self.cubes)} cubes, and model.name = 'multimodal' takes its windows from one: "
+                "name one, and the cube of another modality in data.modalities.NAME.cube"
             )
         if earlier is not None and len(earlier.grounds) != len(self.cubes):
             raise InvalidInput(

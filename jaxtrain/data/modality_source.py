@@ -170,8 +170,8 @@ def open_sources(
     spec = cube.spec(config.collection)
     if spec.grid != cube.grid:
         raise InvalidInput(
-            f"data.collection {config.collection} of {cube.url} has pixels of {spec.grid.resolution[0]:g} m, and labels "
-            f"lie on the finest grid: name {cube.collections[0]}, and {config.collection} in data.modalities"
+            f"data.collection {config.collection} of {cube.url} has pixels of {spec.grid.resolution[0]:g} m, and "
+            f"labels lie on the finest grid: name {cube.collections[0]}, and {config.collection} in data.modalities"
         )
     known = {one.name: one for one in trained}
     found: list[ModalitySource] = []
@@ -204,8 +204,8 @@ def _described(one: Modality) -> str:
 def _open_other(name: str, url: str, trained: bool) -> Cube:
     if trained and "://" in url:
         raise InvalidInput(
-            f"the run reads modality {name} from {url}. A run may come from somebody else, so a URL in it is never opened "
-            f"by itself: put the modality into the cube, or leave it out with --without {name}"
+            f"the run reads modality {name} from {url}. A run may come from somebody else, so a URL in it is never "
+            f"opened by itself: put the modality into the cube, or leave it out with --without {name}"
         )
     return open_cube(url)
 
@@ -239,8 +239,8 @@ def _open_collection(
     ratio = nesting_factor(main.grid, spec.grid)
     if config.patch % ratio:
         raise InvalidInput(
-            f"data.patch {config.patch} must be a multiple of {ratio}: one pixel of {collection} (data.modalities.{name}) "
-            f"is {ratio} pixels of {config.collection}"
+            f"data.patch {config.patch} must be a multiple of {ratio}: one pixel of {collection} (data.modalities."
+            f"{name}) is {ratio} pixels of {config.collection}"
         )
     positions = spec.find_bands(one.bands, option=f"data.modalities.{name}.bands")
     wanted = config.dates if one.dates == 0 else one.dates
@@ -285,7 +285,7 @@ def pair_steps(ours: CubeSpec, theirs: CubeSpec, dates: int | str, most_days: fl
 def seen_by_window(
     sources: Sequence[ModalitySource], spec: CubeSpec, patch: int, learn_masked: bool
 ) -> npt.NDArray[np.float64]:
-    """Return the share of each window of the finest grid that some modality saw, (times, rows, columns); an estimate."""
+    """Return the share of each window of the finest grid that any modality saw, (times, rows, columns), as estimate."""
     rows, columns = (-(-size // patch) for size in spec.shape[1:])
     best = np.zeros((len(spec.times), rows, columns))
     dated = [source for source in sources if source.reader is not None]

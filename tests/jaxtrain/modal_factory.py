@@ -1,4 +1,4 @@
-"""A tiny cube of several modalities over one ground of three classes: Sentinel-2 on two grids, Sentinel-1, elevation."""
+"""A tiny cube of several modalities over one ground: Sentinel-2 on two grids, Sentinel-1, elevation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_modal_cube(url: Path, *, only: tuple[str, ...] = ("s2", "s2_20", "s1"),
     create_cube(url, specs, items=items, provenance={"made_by": "modal_factory"})
     for spec in specs:
         writer = ShardWriter(url, spec.collection)
-        for _, region in spec.shards().items():
+        for region in spec.shards().values():
             t, y, x = region.slices
             cut = {n: a[t, :, y, x] if a.ndim == 4 else a[t, y, x] for n, a in arrays[spec.collection].items()}
             writer.write(Region(*region.to_list()), cut, key="k", sources=())

@@ -45,10 +45,14 @@ def test_windows_of_all_modalities_are_the_same_ground(cube: Path) -> None:
     assert np.array_equal(batch["image_s2"][1], fine[1, :, 16:32, 48:64])
     assert np.array_equal(batch["image_s2_20"][1], coarse[1, :, 8:16, 24:32])
     # Sentinel-1 of the next day, in decibels; the last date has none within three days
-    assert batch["image_s1"].mean() < -5 and not batch["observed_s1"][2].any() and batch["observed_s1"][:2].all()
+    assert batch["image_s1"].mean() < -5
+    assert not batch["observed_s1"][2].any()
+    assert batch["observed_s1"][:2].all()
     # the first date is masked in Sentinel-2 and labelled all the same, as radar saw it
-    assert not batch["observed_s2"][0].any() and (batch["label"][0] != 255).all()
-    assert batch["observed_dem"].all() and 90 < batch["image_dem"].mean() < 260
+    assert not batch["observed_s2"][0].any()
+    assert (batch["label"][0] != 255).all()
+    assert batch["observed_dem"].all()
+    assert 90 < batch["image_dem"].mean() < 260
     truth = opened.tensorstore("s2", "status").read().result()
     assert truth[0][CLOUD].max() == 2
 
@@ -71,10 +75,14 @@ def test_statistics_are_those_of_the_pixels_that_the_network_sees(cube: Path) ->
 
 def test_a_run_learns_and_scores_the_same_pixels_without_a_modality(run: Path) -> None:
     every, without = evaluate(run), evaluate(run, without=["s2", "s2_20"])
-    assert every.accuracy is not None and every.accuracy > 0.8
-    assert without.accuracy is not None and without.accuracy > 0.6
+    assert every.accuracy is not None
+    assert without.accuracy is not None
+    assert every.accuracy > 0.8
+    assert without.accuracy > 0.6
     assert without.pixels == every.pixels
-    assert without.seen["s2"] == 0 and every.seen["s2"] > 0.5 and without.seen["s1"] == every.seen["s1"]
+    assert without.seen["s2"] == 0
+    assert every.seen["s2"] > 0.5
+    assert without.seen["s1"] == every.seen["s1"]
     # its scores stand beside those of the run
     assert json.loads((run / "evaluation.json").read_text())["without"] == []
     assert (run / "evaluation-test-without-s2-s2_20.json").exists()
@@ -84,8 +92,10 @@ def test_a_map_says_which_modalities_were_used_where(run: Path, cube: Path, tmp_
     made = predict(run, cube, tmp_path / "map.zarr", time="2023-08-10")
     layer = open_map(tmp_path / "map.zarr").read("modalities")
     # bits in the order of the configuration: s2 1, s2_20 2, s1 4, dem 8
-    assert (layer[CLOUD] == 12).all() and (layer[48:] == 15).all()
-    assert made.modalities == {"s1+dem": 48 * 96, "s2+s2_20+s1+dem": 48 * 96} and made.nodata == 0
+    assert (layer[CLOUD] == 12).all()
+    assert (layer[48:] == 15).all()
+    assert made.modalities == {"s1+dem": 48 * 96, "s2+s2_20+s1+dem": 48 * 96}
+    assert made.nodata == 0
     alone = predict(run, cube, tmp_path / "alone.zarr", time="2023-08-10", without=["s1", "dem"])
     assert alone.nodata == 48 * 96  # nothing that is left saw the clouded half
     assert (open_map(tmp_path / "alone.zarr").read("modalities")[48:] == 3).all()
@@ -93,8 +103,8 @@ def test_a_map_says_which_modalities_were_used_where(run: Path, cube: Path, tmp_
 
 def test_series_of_a_modality_take_the_nearest_dates(cube: Path) -> None:
     modalities = {**MODALITIES, "s1": {"collection": "s1", "dates": 2, "most_days": 10}}
-    sources, _ = open_sources(modal_config(cube, data={"modalities": modalities, "cube": str(cube), "collection": "s2",
-                                                       "label": "truth", "patch": 16}).data, open_cube(cube))  # fmt: skip
+    data = modal_config(cube).data.model_dump() | {"modalities": modalities}
+    sources, _ = open_sources(modal_config(cube, data=data).data, open_cube(cube))
     assert sources[2].modality.dates == 2
     assert sources[2].steps.tolist() == [[0, 1], [0, 1], [0, 1]]
 
@@ -102,7 +112,7 @@ def test_series_of_a_modality_take_the_nearest_dates(cube: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"s9": {"collection": "s9"}}, r"unknown collection 's9' .*data\.modalities\.s9\.collection.*known: s1, s2, s2_20"),
+        ({"s9": {"collection": "s9"}}, r"unknown collection 's9' .*modalities\.s9\.collection.*known: s1, s2, s2_20"),
         ({"s1": {"collection": "s1", "most_days": 0.1}}, r"no date of s1 lies within most_days = 0.1 .*0\.8 days away"),
         ({"dem": {"layer": "height"}}, r"unknown static layer 'height'"),
         ({"s2": {"collection": "s2", "bands": ["blue"]}}, r"unknown band 'blue'"),
