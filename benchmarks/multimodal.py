@@ -54,7 +54,8 @@ def make_world(folder: Path, side: int) -> Path:
     subprocess.run([command, "ingest", str(world / "catalog.json"), str(cube), "--collection", "sentinel-2-l2a",
                     "--collection", "sentinel-1-rtc", "--bands", "blue,green,red,nir,scl,vv,vh", "--mask", "scl",
                     "--workers", "1"], check=True)  # fmt: skip
-    subprocess.run([command, "labels", str(cube), str(world / "truth.tif"), "--name", "truth"], check=True)
+    subprocess.run([command, "labels", str(cube), str(world / "truth.tif"), "--name", "truth", "--names",
+                    "1=water,2=wetland,3=forest,4=grassland,5=cropland,6=bare,7=built"], check=True)  # fmt: skip
     return cube
 
 
