@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +87,7 @@ class ModalitySource:
         def finish() -> HostBatch:
             found = {} if wait is None else wait()
             side, bands = reader.patch, len(reader.bands)
+            image: npt.NDArray[Any]
             if not images:
                 image = np.zeros((0,))
             elif there.all():
@@ -116,7 +118,7 @@ class ModalitySource:
 
         return finish
 
-    def _numbers(self, image: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def _numbers(self, image: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return stored numbers as the network takes them: converted, and in decibels if asked for."""
         converted = image if self.conversion is None else self.conversion.apply(image)
         if not self.decibel:

@@ -74,13 +74,15 @@ def prepare_modalities(
     arrays = {one.name: _arrays(batch, one) for one in program.modalities}
     if data.augment:
 
-        def turn(several: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def turn(*several: jax.Array) -> list[jax.Array]:
             turned = augment(several, key=key, zoom=data.zoom)
-            return constrain(turned, tuple(batch_sharding(mesh, image=True) for _ in turned))
+            return list(constrain(turned, tuple(batch_sharding(mesh, image=True) for _ in turned)))
 
         # the draws depend on the key alone, so arrays of another size turn alike
-        arrays = {name: turn(several) for name, several in arrays.items()}
-        label = turn((label,))[0] if label.ndim > 2 else label
+        for name, both in arrays.items():
+            image, seen = turn(*both)
+            arrays[name] = (image, seen)
+        label = turn(label)[0] if label.ndim > 2 else label
     observed = hide_modalities({name: seen for name, (_, seen) in arrays.items()}, key, data.modality_dropout)
     found = {}
     for number, one in enumerate(program.modalities):

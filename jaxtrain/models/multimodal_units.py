@@ -8,7 +8,7 @@ the last one gives `(logits,)`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 from flax import nnx
@@ -17,18 +17,15 @@ from jaxtrain.models.blocks import halve, repeat_nearest
 from jaxtrain.models.modality import Encoded
 from jaxtrain.models.units import Carry, Unit, halves
 
-if TYPE_CHECKING:
-    from jaxtrain.models.multimodal import Ascent, Branch, Descent, Multimodal
-
 __all__ = ["branch_units", "fusion_units"]
 
 
-def branch_units(model: Multimodal) -> dict[str, list[Unit]]:
+def branch_units(model: Any) -> dict[str, list[Unit]]:
     """Return the units of each branch, by the name of its modality."""
     return {name: _of_branch(f"encoder_{name}", getattr(model, f"encoder_{name}")) for name in model.names}
 
 
-def fusion_units(model: Multimodal) -> list[Unit]:
+def fusion_units(model: Any) -> list[Unit]:
     """Return the units from the fusion to the logits."""
     decoder, fusion = model.decoder, model.fusion
     levels = fusion.depth + 1
@@ -40,7 +37,8 @@ def fusion_units(model: Multimodal) -> list[Unit]:
             size = getattr(model, f"encoder_{name}").levels
             encoded[name] = Encoded(tuple(reversed(rest[:size])), rest[size])
             rest = rest[size + 1 :]
-        return tuple(reversed(fusion(encoded)))
+        levels_of: Carry = tuple(reversed(fusion(encoded)))
+        return levels_of
 
     found = [Unit("fusion", ("fusion",), merge)]
     if decoder.down is not None:
@@ -62,10 +60,11 @@ def fusion_units(model: Multimodal) -> list[Unit]:
     return [*found, Unit("head", ("decoder/mix", "head"), leave)]
 
 
-def _of_branch(path: str, branch: Branch) -> list[Unit]:
+def _of_branch(path: str, branch: Any) -> list[Unit]:
     def enter(carry: Carry, train: bool) -> Carry:
         del train
-        return branch.enter(carry[0])
+        entered: Carry = branch.enter(carry[0])
+        return entered
 
     found = [Unit(f"{path}, input", (f"{path}/series",), enter)]
     if branch.block is not None:
@@ -79,7 +78,7 @@ def _of_branch(path: str, branch: Branch) -> list[Unit]:
     return found
 
 
-def _down(path: str, down: Descent) -> list[Unit]:
+def _down(path: str, down: Any) -> list[Unit]:
     def further(carry: Carry) -> Carry:
         return (halve(carry[0]), *carry)
 
@@ -89,7 +88,7 @@ def _down(path: str, down: Descent) -> list[Unit]:
     return found
 
 
-def _climb(path: str, climb: Ascent) -> list[Unit]:
+def _climb(path: str, climb: Any) -> list[Unit]:
     def up(level: int) -> Callable[[Carry], Carry]:
         def raised(carry: Carry) -> Carry:
             x, skip, *rest = carry
