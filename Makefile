@@ -52,9 +52,15 @@ test: $(STAMP)  ## the whole test suite (TESTS="tests/cli -k walk" for a part)
 
 .PHONY: check
 check: $(STAMP)  ## format, lint, types, spelling, layers
+	@$(MAKE) -j 2 --output-sync check-types check-rest
+
+.PHONY: check-types check-rest
+check-types: $(STAMP)
+	$(BIN)/mypy
+
+check-rest: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/lint-imports --no-cache
 

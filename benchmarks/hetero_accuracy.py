@@ -84,7 +84,9 @@ class Run:
     def finish(self, *, wait: bool) -> None:
         """Wait for the end of both replicas, or end them."""
         for process in self.processes:
-            code = process.wait() if wait else (process.kill(), process.wait())
+            if not wait:
+                process.kill()
+            code = process.wait()
             if wait and code:
                 raise RuntimeError(f"a replica has ended with code {code}: see {self.out}-*.log")
         for quota in self.quotas:

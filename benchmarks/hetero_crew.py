@@ -318,7 +318,7 @@ class Crew:
 def rate(steps: Sequence[Mapping[str, Any]], batch: int, skip: int, *again: Sequence[Mapping[str, Any]]) -> float:
     """Return windows a second by the median interval between the steps of one or several runs, without the first."""
     times = [[line["at"] for line in run][skip:] for run in (steps, *again)]
-    return batch / statistics.median(b - a for own in times for a, b in itertools.pairwise(own))
+    return float(batch / statistics.median(b - a for own in times for a, b in itertools.pairwise(own)))
 
 
 if __name__ == "__main__":

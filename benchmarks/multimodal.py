@@ -141,10 +141,10 @@ def train_clear(config: TrainConfig, out: Path) -> None:
     from dataclasses import replace
     from unittest.mock import patch
 
-    from jaxtrain.data import cube_data
+    from jaxtrain.data import cube_data, multimodal_data
     from jaxtrain.data.windows import Windows
 
-    plain = cube_data.prepare_modalities
+    plain = multimodal_data.prepare_modalities
 
     def prepare(*given: Any) -> Any:
         ready = plain(*given)

@@ -23,7 +23,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness import OUT, Row, publish
-from planner_bytes import HEADERS, IDLE_S, LONG, SHORT, Meter, alone, lift_loopback
+from planner_bytes import IDLE_S, LONG, SHORT, Meter, alone, lift_loopback
+
+from jaxtrain.planner.framing import HEADERS
 
 PLACE = OUT / "placements.json"
 """What was measured so far, so that an interruption loses one placement."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def load_area(run: Path, cube: str, *, aoi: Path | None, bbox: str | None) -> Ar
     # a straight edge in degrees is a curve in metres
     finer = shapely.segmentize(geometry, max(east - west, north - south, 1e-9) / _PARTS)
     move = transformer_between("EPSG:4326", grid.crs).transform
-    placed = shapely.transform(finer, lambda x, y: move(x, y), interleaved=False)
+    placed = shapely.transform(finer, lambda xy: np.stack(move(xy[:, 0], xy[:, 1]), axis=-1))
     polygons = list(_polygons(placed))
     if not polygons:
         raise InvalidInput(f"{name} holds no polygon, got a {geometry.geom_type}; give the outline of the area")

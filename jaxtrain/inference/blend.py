@@ -141,7 +141,7 @@ class Cores:
     def finish(self) -> Iterator[BoxBlock]:
         """Hand out the last box: (first row, first column, mean probability, how well seen)."""
         if self._box is not None:
-            mean = self._sum / np.maximum(self._weight, np.float32(1e-30))[..., None]
+            mean = (self._sum / np.maximum(self._weight, np.float32(1e-30))[..., None]).astype(np.float32, copy=False)
             yield self._box[0], self._box[2], mean, self._seen
         self._box = None
 

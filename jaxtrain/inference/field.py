@@ -36,7 +36,7 @@ def image_stride(program: Program) -> int:
     stride = 1
     while stride <= _MOST_STRIDE:
         try:
-            image = jax.ShapeDtypeStruct((1, stride, stride, program.channels), jnp.float32)
+            image = jax.ShapeDtypeStruct((1, stride, stride, program.channels), jnp.float32)  # type: ignore[no-untyped-call]
             shape = jax.eval_shape(lambda x: _answers(program, None, x), image).shape
         except TerrashardError:  # an image of that size cannot be halved often enough
             shape = ()

@@ -42,7 +42,7 @@ class Lattice:
         overlap: Pixels that neighbouring windows of a blend share.
         core: Side of the middle of an exact window; 0 in a blend.
         pad: Pixels around it.
-        stride: Pixels by which an exact window may be moved.
+        stride: Pixels by which a window may be moved.
     """
 
     grid: tuple[int, int]
@@ -56,13 +56,21 @@ class Lattice:
 
     @classmethod
     def blended(
-        cls, grid: tuple[int, int], patch: int, overlap: int, batch: int, kind: MapLayers, *, votes: bool
+        cls,
+        grid: tuple[int, int],
+        patch: int,
+        overlap: int,
+        batch: int,
+        kind: MapLayers,
+        *,
+        votes: bool,
+        stride: int = 1,
     ) -> Self:
-        """Place overlapping windows of the size of training."""
+        """Place overlapping windows of the size of training, each of which begins at a multiple of `stride`."""
         side = min(max(-(-_PATCHES_OF_SHARD * patch // CHUNK), 1) * CHUNK, _MOST_SHARD)
-        while side > CHUNK and patch * side * kind.classes * 4 > _SUMS_BYTES:
+        while side > CHUNK and patch * side * kind.channels * 4 > _SUMS_BYTES:
             side -= CHUNK
-        return cls(grid, (patch, patch), _within(side, kind, votes), batch, overlap)
+        return cls(grid, (patch, patch), _within(side, kind, votes), batch, overlap, stride=stride)
 
     @classmethod
     def exact(
@@ -116,13 +124,19 @@ class Lattice:
     def _overlapping(self, region: Region) -> list[tuple[int, int, Box]]:
         found = []
         height, width = self.window
-        for y in window_starts(self.grid[0], height, self.overlap).tolist():
-            for x in window_starts(self.grid[1], width, self.overlap).tolist():
+        for y in self._starts(self.grid[0], height):
+            for x in self._starts(self.grid[1], width):
                 y0, y1 = max(y, region.y0), min(y + height, region.y1)
                 x0, x1 = max(x, region.x0), min(x + width, region.x1)
                 if y0 < y1 and x0 < x1:
                     found.append((y, x, (y0, y1, x0, x1)))
         return found
+
+    def _starts(self, side: int, window: int) -> list[int]:
+        # a window begins with a whole pixel of every modality, so the last one may reach over the edge
+        ceil = -(-np.array([side, self.overlap]) // self.stride)
+        starts = window_starts(int(ceil[0]), window // self.stride, int(ceil[1])) * self.stride
+        return [int(start) for start in starts]
 
     def _cores(self, region: Region) -> list[tuple[int, int, Box]]:
         def start(first: int, side: int, window: int) -> int:

@@ -119,7 +119,8 @@ class MapLayers:
         assert self.scale is not None
         scale, offset = self.scale
         stored = np.rint((value.astype(np.float64) - offset) / scale)
-        return np.nan_to_num(np.clip(stored, _NODATA_SCALED + 1, _MOST_SCALED)).astype(np.int16)
+        held: npt.NDArray[np.int16] = np.nan_to_num(np.clip(stored, _NODATA_SCALED + 1, _MOST_SCALED)).astype(np.int16)
+        return held
 
     @staticmethod
     def scale_for(mean: float, std: float) -> tuple[float, float]:
@@ -136,4 +137,5 @@ def _entropy(share_HWK: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return Shannon's entropy as a share of its largest value: 0 for one sure class, 1 where all are alike."""
     log = np.log(np.maximum(share_HWK, np.float32(1e-30)))
     entropy: npt.NDArray[np.float32] = -(share_HWK * log).sum(axis=-1)
-    return np.clip(entropy / np.float32(np.log(max(share_HWK.shape[-1], 2))), 0, 1)
+    share: npt.NDArray[np.float32] = np.clip(entropy / np.float32(np.log(max(share_HWK.shape[-1], 2))), 0, 1)
+    return share

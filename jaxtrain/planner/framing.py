@@ -44,9 +44,9 @@ def header_bytes(facts: Facts, packet: int = PACKET) -> float:
         for one in program.collectives:
             total += program.runs * (message_count(one) * PARTS * (PREAMBLE + HEADERS) + _packets(one, packet))
     inside = math.prod(size for name, size in facts.mesh.items() if name != "pipe")
-    for one in facts.handovers:
-        if one.source != one.target:  # forward and back, for each microbatch
-            each = PARTS * (PREAMBLE + HEADERS) + one.bytes // packet * HEADERS
+    for given in facts.handovers:
+        if given.source != given.target:  # forward and back, for each microbatch
+            each = PARTS * (PREAMBLE + HEADERS) + given.bytes // packet * HEADERS
             total += 2.0 * facts.microbatches * inside * each
     return total
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def cubes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         create_cube(folder / name, [spec], items={"s2": [{"id": "i"}]}, provenance={})
         image = np.where(np.arange(64) < 20, 500, 3000).astype(np.uint16) * np.ones((1, 2, 64, 1), np.uint16)
         for region in spec.shards().values():
-            arrays = {"reflectance": image, "status": np.full((1, 64, 64), status, np.uint8),
+            arrays: dict[str, Any] = {"reflectance": image, "status": np.full((1, 64, 64), status, np.uint8),
                       "source_item": np.zeros((1, 64, 64), np.int16)}  # fmt: skip
             ShardWriter(folder / name, "s2").write(region, arrays, key="k", sources=())
     spec = CubeSpec("s1", "backscatter", (BandSpec("vv", nodata=None), BandSpec("vh", nodata=None)), grid, times[:1],

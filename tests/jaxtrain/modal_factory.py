@@ -50,7 +50,7 @@ def make_modal_cube(url: Path, *, only: tuple[str, ...] = ("s2", "s2_20", "s1"),
     }
     for name in only:
         kind, bands, grid, dates, main, seen, chunk = known[name]
-        fill = {"nodata": None} if kind == "backscatter" else {}
+        fill: dict[str, Any] = {"nodata": None} if kind == "backscatter" else {}
         specs.append(CubeSpec(name, kind, tuple(BandSpec(band, **fill) for band in bands), grid, dates, (),
                               Layout("tiny", (1, chunk, chunk), (1, 3 * chunk, 3 * chunk))))  # fmt: skip
         stored = np.rint(main).clip(1, 65535).astype(np.uint16) if kind == "reflectance" else main.astype(np.float32)

@@ -126,7 +126,7 @@ def test_several_processes_make_the_bytes_of_one(tmp_path: Path) -> None:
     mapped(tmp_path / "one.zarr", area=SQUARE)
     for count in (2, 4):
         out = tmp_path / f"{count}.zarr"
-        filled = []
+        filled: list[int] = []
 
         def fill(folder: Path, count: int = count, filled: list[int] = filled) -> None:
             filled += [help_making(folder, (number, count)).shards for number in range(count)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ SIDE, BATCH = 24, 2
 KINDS = list(itertools.product(("late", "middle", "early"), (False, True)))
 
 
-def build(fusion: str, per_image: bool, known: tuple[Modality, ...] = MODALITIES, **settings: object) -> nnx.Module:
+def build(fusion: str, per_image: bool, known: tuple[Modality, ...] = MODALITIES, **settings: object) -> Any:
     config = ModelConfig.model_validate({"name": "multimodal", "width": 4, "depth": 2, "fusion": fusion, **settings})
     rngs = nnx.Rngs(params=0, dropout=1)
     return build_model(config, channels=1, classes=3, rngs=rngs, per_image=per_image, modalities=known)

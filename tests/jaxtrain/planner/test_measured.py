@@ -151,7 +151,7 @@ def test_the_exchange_of_the_gradient_corrects_exchanges_and_nothing_else():
     assert astuple(ratios) == pytest.approx((1.0, 2.0, 3 * 1.01e-2 / (1e-2 + 1e-4)))
     before = Prediction(1.0, 0.5, 0.2, 0.2, 0.1, 0.0, 0.0, 0.3)
     after = corrected(before, 2.0, 3.0)
-    assert after == Prediction(2 * 0.8 + 3 * 0.2, 1.0, 0.4, pytest.approx(0.6), 0.2, 0.0, 0.0, 0.6)
+    assert after == Prediction(2 * 0.8 + 3 * 0.2, 1.0, 0.4, pytest.approx(0.6), 0.2, 0.0, 0.0, 0.6)  # type: ignore[arg-type]
 
 
 def test_an_exchange_is_timed_after_copies_and_on_arrays_of_its_shapes() -> None:

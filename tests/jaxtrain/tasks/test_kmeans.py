@@ -136,7 +136,12 @@ def test_labels_are_the_same_on_any_number_of_devices(
     used = set()
     real = jax.device_put
     monkeypatch.setattr(jax, "local_devices", lambda: there)
-    monkeypatch.setattr(jax, "device_put", lambda x, device: (used.add(device), real(x, device))[1])
+
+    def put(x: Any, device: Any) -> Any:
+        used.add(device)
+        return real(x, device)
+
+    monkeypatch.setattr(jax, "device_put", put)
     cluster(holed, tmp_path / "out", OPTIONS, workers=WORKERS)
     assert len(used) == devices  # otherwise this shows nothing
     np.testing.assert_array_equal(labels_of(tmp_path / "out"), labels_of(reference))
