@@ -62,6 +62,11 @@ class SampleData:
         del on_unreadable
         store = self.store
         check_digest(store.url, store.digest, earlier)
+        if config.model.name == "multimodal":
+            raise InvalidInput(
+                f"{store.url} is a sample store, whose images are of one kind, and model.name = 'multimodal' reads the "
+                "modalities of a cube: name a cube in data.cube, or another network"
+            )
         rebuild = config.model.name == "autoencoder"
         if not rebuild and len(store.spec.classes) < 2 and store.spec.labelled != "several":
             raise InvalidInput(
