@@ -132,7 +132,9 @@ def test_how_far_a_network_looks_is_found_by_running_it(unet: Path, temporal: Pa
     for name, run in (("unet", unet), ("temporal", temporal)):
         opened = open_scene(run, cube, options)
         stride = image_stride(opened.program)
-        found[name] = (stride, receptive_radius(opened.program, opened.state, stride))
+        radius = receptive_radius(opened.program, opened.state, stride)
+        assert radius is not None
+        found[name] = (stride, radius)
     # of the U-Net: two 3 × 3 convolutions on the way down and two on the way up of each level, on pixels of 1, 2 and 4,
     # and the pixels that a block is pooled from
     looks = 2 + 2 * 2 + 2 * 4 + 2 * 2 + 2 + 2
