@@ -22,13 +22,13 @@ from .growing import plan_of, scene, tree
 ROWS = [
     *(f"R{n:02}" for n in range(1, 40)),
     *(f"S{n:02}" for n in range(1, 19)),
-    *(f"P{n:02}" for n in range(1, 58)),
-    *(f"Z{n:02}" for n in range(1, 27)),
+    *(f"P{n:02}" for n in range(1, 59)),
+    *(f"Z{n:02}" for n in range(1, 29)),
     *(f"D{n:02}" for n in range(1, 16)),
     *(f"X{n:02}" for n in range(1, 9)),
     *(f"C{n:02}" for n in range(1, 15)),
-    *(f"Y{n:02}" for n in range(1, 55)),
-    *(f"H{n:02}" for n in range(1, 26)),
+    *(f"Y{n:02}" for n in range(1, 61)),
+    *(f"H{n:02}" for n in range(1, 27)),
     *(f"L{n:02}" for n in range(1, 11)),
 ]
 FIRST = {
