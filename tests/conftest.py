@@ -20,8 +20,6 @@ from typing import Any
 
 import pytest
 
-from .leftovers import nothing_is_left_behind  # noqa: F401  # a fixture of every module
-
 # Eight devices on a processor, so that meshes are real; results on CPU, whatever else the machine has. Programs are
 # compiled for a few steps each, so compiling them counts, and how fast they are does not: this halves the time of tests
 # of training. Those of launched processes and of the mesh that is chosen unasked leave the compiler as it is.
