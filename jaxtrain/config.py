@@ -7,154 +7,18 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from jaxtrain.data_config import DataConfig, ModalityConfig, Positive, Share, SplitConfig, Strict
 from jaxtrain.placement import PlacementConfig, fill_groups, mesh_of_placement
 
 __all__ = ["BranchConfig", "DataConfig", "HeteroConfig", "MeshConfig", "ModalityConfig", "ModelConfig", "OptimConfig",
            "PlacementConfig", "RunConfig", "SplitConfig", "TrainConfig"]  # fmt: skip
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class SplitConfig(_Strict):
-    """How the data are split into training, validation and test; a block belongs to one part on every date.
-
-    Example:
-        >>> SplitConfig(block_m=5000, test=0.2).kind
-        'blocks'
-    """
-
-    kind: Literal["blocks", "checkerboard", "random"] = Field(
-        "blocks",
-        description="blocks (for sample stores: cells of degrees) · checkerboard: every other block is test · random: "
-        "leaks, because samples of all parts are neighbours; the report gives the leakage",
-    )
-    block_m: float = Field(10_000.0, gt=0, description="side of a square block, metres; blocks hold whole patches")
-    validation: Share = Field(0.15, description="share of blocks for validation during training")
-    test: Share = Field(0.15, description="share of blocks for the test split, which `terrashard evaluate` scores")
-    seed: int = Field(0, description="seed of the choice of blocks; independent of the training seed")
-    cell_deg: float = Field(0.5, gt=0, le=90, description="side of a cell of a sample store with coordinates, degrees")
-    block_px: Positive = Field(15, description="side of a block of a labelled scene, pixels")
-    buffer_m: float = Field(
-        0.0, ge=0, description="training samples or windows closer than this to held-out ones are left out, metres"
-    )
-    buffer_px: int = Field(
-        0,
-        ge=0,
-        description="for a labelled scene: training pixels this close to held-out ones are left out, pixels",
-    )
-    near_m: float = Field(
-        1000.0, gt=0, description="the leakage figure counts test samples with a training sample nearer than this"
-    )
-    test_dates: tuple[str, ...] = Field(
-        (),
-        description="dates, their beginnings, or ranges for the test split, in place of blocks; not trained on",
-    )
-
-    @model_validator(mode="after")
-    def _leaves_training(self) -> SplitConfig:
-        if self.validation + self.test >= 1:
-            raise ValueError(f"validation + test must leave a share for training, got {self.validation} + {self.test}")
-        return self
-
-
-class ModalityConfig(_Strict):
-    """The data of one modality of the network multimodal: where they are read, and which dates.
-
-    Example:
-        >>> ModalityConfig(collection="sentinel-1-rtc", bands=("vv", "vh")).most_days
-        6.0
-    """
-
-    collection: str = Field("", description="group of the cube; empty for data.collection, or for a layer")
-    layer: str = Field("", description="static layer of the cube (`terrashard stack`) in place of a collection")
-    cube: str = Field("", description="path or URL of another cube with the modality; empty for data.cube")
-    bands: tuple[str, ...] = Field((), description="bands, in order; empty means all")
-    dates: int | Literal["all"] = Field(
-        0,
-        ge=0,
-        description="dates of a window: 1: the nearest in time, without a time axis · a number: so many of the "
-        "nearest, as a series · all · 0: as data.dates",
-    )
-    most_days: float = Field(
-        6.0, ge=0, description="a date further than this from that of the window counts as missing, days"
-    )
-    decibel: bool = Field(False, description="turn stored power into decibels, 10 log10, before anything else")
-
-    @model_validator(mode="after")
-    def _has_one_source(self) -> ModalityConfig:
-        if self.layer and (self.collection or self.dates):
-            raise ValueError(
-                f"layer = {self.layer!r} has no dates and lies in no collection: leave out collection and dates"
-            )
-        return self
-
-
-class DataConfig(_Strict):
-    """The data that are read, and what the model learns from them.
-
-    Example:
-        >>> DataConfig(cube="zagreb.zarr", bands=("red", "nir")).label
-        'scl'
-    """
-
-    cube: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="path or URL of the cube or sample store, or a list of cubes with the same collection and bands; a "
-        "relative path is relative to the configuration file"
-    )
-    collection: str = Field("sentinel-2-l2a", description="group of the cube")
-    bands: tuple[str, ...] = Field((), description="bands of the main array, in order; empty means all")
-    label: str = Field(
-        "scl",
-        description="the label: a class layer or an index of the collection, or a label layer of the cube "
-        "(`terrashard labels`)",
-    )
-    classes: dict[str, str] = Field(
-        default_factory=dict,
-        description='class value → name, e.g. {"4" = "vegetation"}; values without a name are not trained on. '
-        "Empty for all classes of a label layer, or to learn values",
-    )
-    colours: dict[str, str] = Field(default_factory=dict, description='class name → "#rrggbb" for maps and reports')
-    learn_masked: bool = Field(False, description="also train on masked pixels (needed if clouds are classes)")
-    patch: Positive = Field(128, description="side of a square window, pixels")
-    dates: Positive | Literal["all"] = Field(
-        1,
-        description="dates in a window: 1; for model temporal also a number of consecutive dates, or all; for model "
-        "multimodal 1: a window for each date of the collection, or all: one window for all dates",
-    )
-    modalities: dict[str, ModalityConfig] = Field(
-        default_factory=dict, description="for multimodal: name of each modality → where its data are"
-    )
-    modality_dropout: float = Field(
-        0.3,
-        ge=0,
-        lt=1,
-        description="for multimodal: probability in training that a modality of a sample is hidden; one always stays",
-    )
-    min_labelled: Share = Field(
-        0.25,
-        description="smallest share of labelled pixels for a window to be learned; validation and test use every label",
-    )
-    split: SplitConfig = SplitConfig()
-    augment: bool = Field(True, description="random flips and quarter turns, on the device")
-    zoom: float = Field(0.0, ge=0, le=1, description="random zoom by up to this share, in or out")
-    jitter: float = Field(
-        0.0, ge=0, le=1, description="random gain of a sample and offset of each band, in standard deviations"
-    )
-    band_dropout: Share = Field(0.0, description="probability that a band of a sample is hidden")
-    mix: Literal["none", "mixup", "cutmix"] = Field("none", description="blend pairs of samples, or paste parts")
-    mix_alpha: float = Field(0.2, gt=0, description="parameter of the beta distribution of the shares")
-
-
-class BranchConfig(_Strict):
+class BranchConfig(Strict):
     """The size of one branch of the network multimodal.
 
     Example:
@@ -168,7 +32,7 @@ class BranchConfig(_Strict):
     )
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """The network: its kind, its size and its precision.
 
     Example:
@@ -216,7 +80,7 @@ class ModelConfig(_Strict):
     )
 
 
-class OptimConfig(_Strict):
+class OptimConfig(Strict):
     """The loss and the optimiser, a chain of optax.
 
     Example:
@@ -251,7 +115,7 @@ class OptimConfig(_Strict):
         return None if isinstance(norm, float) and norm == math.inf else norm
 
 
-class MeshConfig(_Strict):
+class MeshConfig(Strict):
     """Sizes of the mesh axes; their product must equal the number of devices used.
 
     Example:
@@ -356,7 +220,7 @@ def image_divisor(model: ModelConfig) -> int | None:
     return None
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """Length, intervals and randomness of the run.
 
     Example:
@@ -405,7 +269,7 @@ class RunConfig(_Strict):
     hang_s: float = Field(1200.0, gt=0, description="seconds without progress until a run writes its stacks and ends")
 
 
-class HeteroConfig(_Strict):
+class HeteroConfig(Strict):
     """Replicas of unequal speed: each process trains by itself and does as many chunks of a batch as it is fast.
 
     Example:
@@ -428,7 +292,7 @@ class HeteroConfig(_Strict):
     )
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """All settings of a training run.
 
     Example:
