@@ -138,7 +138,7 @@ def register(app: typer.Typer) -> None:
             session.say(f"  {name:24} {count / total:6.1%}")
         if result["values"] is not None:
             session.say("  " + ", ".join(f"{word} {value:.6g}" for word, value in result["values"].items()))
-        for name, count in result["modalities"].items():
+        for name, count in result.get("modalities", {}).items():
             session.say(f"  used: {name:18} {count / (height * width):6.1%}")
         if cog is not None:
             held = "values, in their unit" if result["values"] is not None else "classes, with colours and class names"

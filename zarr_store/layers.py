@@ -51,6 +51,13 @@ class StaticLayer:
 
     Attributes:
         stored: The layer as it is kept.
+
+    Example:
+        After `terrashard stack cube.zarr dem.tif --name dem --unit m`::
+
+            layer = open_layer(open_cube("cube.zarr"), "dem")
+            layer.unit, layer.shape, layer.statistics.mean
+            heights = layer.read(slice(0, 256), slice(0, 256))    # float32, NaN without data
     """
 
     stored: LabelLayer
@@ -117,7 +124,13 @@ class StaticLayer:
 
 
 def find_layers(cube: Cube) -> tuple[str, ...]:
-    """Return the names of the static layers of a cube, sorted."""
+    """Return the names of the static layers of a cube, sorted.
+
+    Example:
+        >>> from zarr_store import open_cube
+        >>> find_layers(open_cube("cube.zarr"))
+        ()
+    """
     return tuple(name for name in find_labels(cube) if is_static(open_label(cube, name)))
 
 
@@ -132,6 +145,11 @@ def open_layer(cube: Cube, name: str) -> StaticLayer:
     Raises:
         UnknownName: The cube has no such layer.
         IntegrityError: It is listed, and is absent, damaged or of another grid.
+
+    Example:
+        A picture of the elevations of a cube::
+
+            matplotlib.pyplot.imshow(open_layer(open_cube("cube.zarr"), "dem").read())
     """
     if name in find_labels(cube):
         layer = open_label(cube, name)

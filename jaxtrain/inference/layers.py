@@ -55,7 +55,7 @@ class MapLayers:
     def __post_init__(self) -> None:
         for option, given in (("--probabilities", self.probabilities), ("--entropy", self.entropy)):
             if self.values and given:
-                raise InvalidInput(f"a map of values has no probabilities: leave {option} out")
+                raise InvalidInput(f"values have no probabilities: leave {option} out")
         if self.scale is not None and not self.values:
             raise InvalidInput("a map of classes has no values to scale: leave --scaled out")
         if self.classes > MOST_CLASSES:

@@ -78,10 +78,12 @@ def build_model(
         )
     known = MODELS if per_image is None else PER_SAMPLE if per_image else PER_PIXEL
     if config.name not in known:
+        # a network of several modalities is for data of several modalities, so it is no way out for others
+        others = [name for name in known if name != "multimodal"]
         given, asked = ("pixel", "image") if per_image else ("image", "pixel")
         raise InvalidInput(
             f"model.name = {config.name!r} predicts for each {given}, the data need one prediction per {asked}: choose "
-            f"one of {', '.join(known)}"
+            f"one of {', '.join(others)}"
         )
     branches = {"modalities": modalities} if config.name == "multimodal" else {}
     return known[config.name](
