@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from jaxtrain.data.arrays import put_batch
 from jaxtrain.data.batches import BatchStream
+from jaxtrain.data.modality_reader import ModalityReader, enlarge
 from jaxtrain.data.reader import WindowReader
 from jaxtrain.data.windows import Windows
 from jaxtrain.inference.blend import Box, BoxBlock, Cores, Strips, Votes
@@ -38,6 +39,7 @@ from jaxtrain.inference.layers import MapLayers
 from jaxtrain.inference.making import Making
 from jaxtrain.inference.maps import CHUNK
 from jaxtrain.inference.options import MapOptions
+from jaxtrain.inference.seen import windows_seen
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import PredictStep
 from jaxtrain.parallel.mesh import batch_sharding
@@ -83,7 +85,7 @@ class Scene:
     card: ModelCard
     spec: CubeSpec
     index: TrainingIndex
-    reader: WindowReader
+    reader: WindowReader | ModalityReader
     program: Program
     step: PredictStep
     state: TrainState
@@ -131,17 +133,17 @@ class Scene:
 
             for index, (region, key) in shards.items():
                 rows, boxes = plan[index]
-                layers, counts, seen = self._shard(region, zip(windows_of(len(rows)), boxes, strict=True))
+                layers, *counted = self._shard(region, zip(windows_of(len(rows)), boxes, strict=True))
                 if written is not None:
                     written.result()
 
                 def write(
                     index: ShardIndex = index, region: Region = region, key: str = key, layers: Any = layers,
-                    counts: Any = counts, seen: int = seen,
+                    counted: Any = counted,
                 ) -> None:  # fmt: skip
                     making.begin(index, region)
                     writer.put(region.y0, region.x0, layers, time=region.t0 if self.dated else None)
-                    making.complete(index, region, key, counts, seen)
+                    making.complete(index, region, key, *counted)
 
                 written = later.submit(write)  # the devices go on with the next shard meanwhile
             if written is not None:
@@ -152,8 +154,8 @@ class Scene:
 
     def _shard(
         self, region: Region, windows: Iterable[tuple[Answers, Box]]
-    ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64], int]:
-        """Return the layers of a shard, its pixels of each class, and those with data."""
+    ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64], int, npt.NDArray[np.int64]]:
+        """Return the layers of a shard, its pixels of each class, those with data, and those by modalities."""
         shape = region.shape[1:]
         layers = {
             name: np.full((self.kind.classes, *shape) if name == "probability" else shape,
@@ -162,6 +164,7 @@ class Scene:
         }  # fmt: skip
         inside = self._inside(region)
         seen, counts = 0, np.zeros(max(self.kind.classes, 1), np.int64)
+        used = np.zeros(1 << len(self.kind.modalities), np.int64)
         for y, x, mean, strength in self._blocks(region, windows):
             known = strength > 0
             top, left = y - region.y0, x - region.x0
@@ -174,14 +177,16 @@ class Scene:
             seen += int(known.sum())
             if not self.kind.values:
                 counts += np.bincount(made["class"][known], minlength=len(counts))
-        return layers, counts, seen
+            if self.kind.modalities:
+                used += np.bincount(made["modalities"][known], minlength=len(used))
+        return layers, counts, seen, used
 
     def _blocks(self, region: Region, windows: Iterable[tuple[Answers, Box]]) -> Iterator[BoxBlock]:
         """Yield finished blocks inside a region."""
         if self.options.dates != "majority":
             yield from self._joined(region, windows)
             return
-        votes = Votes((region.y0, region.y1, region.x0, region.x1), self.kind.classes)
+        votes = Votes((region.y0, region.y1, region.x0, region.x1), self.kind.classes, len(self.kind.modalities))
         for _, of_date in groupby(windows, key=lambda window: int(window[0][0][0])):
             for block in self._joined(region, of_date):
                 votes.add(*block)
@@ -190,7 +195,7 @@ class Scene:
     def _joined(self, region: Region, windows: Iterable[tuple[Answers, Box]]) -> Iterator[BoxBlock]:
         """Yield finished blocks inside a region: the mean over the dates of the windows."""
         if self.lattice.core:
-            cores = Cores(self.kind.classes)
+            cores = Cores(self.kind.channels)
             for (row, probability_HWK, seen_HW), box in windows:
                 yield from cores.add(box, int(row[1]), int(row[2]), probability_HWK, seen_HW)
             yield from cores.finish()
@@ -200,7 +205,7 @@ class Scene:
             y = int(row[1])
             if strips is None:
                 patch, overlap = self.lattice.window[0], self.lattice.overlap
-                strips = Strips(region.y1, region.x0, region.x1, patch, overlap, self.kind.classes, first=y)
+                strips = Strips(region.y1, region.x0, region.x1, patch, overlap, self.kind.channels, first=y)
             yield from _cut(strips.advance(y), region)
             strips.add(y, int(row[2]), probability_HWK, seen_HW)
         if strips is not None:
@@ -223,29 +228,9 @@ class Scene:
         if not every:
             return np.zeros((0, 3), np.int32), []
         rows = np.array([(t, *places[place][:2]) for t, place in every], np.int64)
-        kept = self._touches(rows)
+        kept = windows_seen(self.reader, self.index, rows, self.lattice.window)
         boxes = [places[place][2] for (_, place), keep in zip(every, kept, strict=True) if keep]
         return rows[kept].astype(np.int32), boxes
-
-    def _touches(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Return which windows touch a chunk in which something was seen."""
-        index = self.index
-        seen = (index.observed + index.masked > 0) if self.reader.learn_masked else index.observed > 0
-        _, cy, cx = index.chunk
-        times = np.arange(len(self.spec.times)) // index.chunk[0]
-        height, width = self.lattice.window
-        found = np.zeros(len(rows), bool)
-        last_y, last_x = seen.shape[1] - 1, seen.shape[2] - 1
-        for date in np.unique(rows[:, 0]).tolist():
-            dates = times[date : date + self.reader.dates]
-            chunks = (seen & index.present)[dates].any(axis=0)
-            sums = np.pad(chunks.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
-            mine = rows[:, 0] == date
-            y, x = rows[mine, 1], rows[mine, 2]
-            y0, y1 = y // cy, np.minimum((y + height - 1) // cy, last_y) + 1
-            x0, x1 = x // cx, np.minimum((x + width - 1) // cx, last_x) + 1
-            found[mine] = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0] > 0
-        return found
 
     def _look(
         self, stream: BatchStream
@@ -264,27 +249,47 @@ class Scene:
             return np.asarray(answer), seconds
 
         with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
-            before: tuple[npt.NDArray[np.int32], Future[Any], npt.NDArray[np.float32]] | None = None
+            before: tuple[npt.NDArray[np.int32], Future[Any], npt.NDArray[np.float32], Any] | None = None
             for _, windows, batch in stream:
                 inputs, seen = self._inputs(batch)
+                present = self._present(batch)
                 given = clock.monotonic()
-                now = (windows, pool.submit(fetch, self.step(self.state, inputs.pop("image"), **inputs), given), seen)
+                asked = pool.submit(fetch, self.step.of_batch(self.state, inputs), given)
                 if before is not None:
                     answer, seconds = before[1].result()
-                    yield before[0], answer, before[2], seconds
-                before = now
+                    yield before[0], _joined(answer, before[3]), before[2], seconds
+                before = (windows, asked, seen, present)
             if before is not None:
                 answer, seconds = before[1].result()
-                yield before[0], answer, before[2], seconds
+                yield before[0], _joined(answer, before[3]), before[2], seconds
 
     def _inputs(self, batch: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], npt.NDArray[np.float32]]:
         """Return what the network takes of a batch, on its devices, and how well each pixel was seen (B, H, W)."""
         height, width = self.lattice.window
-        cut = {name: a[..., :height, :width] if a.ndim > 2 else a for name, a in batch.items()}
-        names = [name for name in ("image", "observed", "day") if name in cut]
-        there = put_batch({name: cut[name] for name in names}, batch_sharding(self.program.mesh), self.lattice.batch)
-        observed = cut["observed"] if self.reader.dates == 1 else cut["observed"].max(axis=1)
+        if isinstance(self.reader, ModalityReader):
+            cut = dict(batch)
+            observed = cut["seen"]
+        else:
+            cut = {name: a[..., :height, :width] if a.ndim > 2 else a for name, a in batch.items()}
+            observed = cut["observed"] if self.reader.dates == 1 else cut["observed"].max(axis=1)
+        inputs = {name: a for name, a in cut.items() if name.startswith(("image", "observed", "day"))}
+        there = put_batch(inputs, batch_sharding(self.program.mesh), self.lattice.batch)
         return there, np.where(cut["clear"] == 1, np.float32(1), _MASKED_SAY) * observed
+
+    def _present(self, batch: Mapping[str, np.ndarray]) -> npt.NDArray[np.float32] | None:
+        """Return which modalities the network got of each pixel, (B, H, W, modalities); None of other networks."""
+        if not self.kind.modalities:
+            return None
+        found = []
+        for one in self.card.modalities:
+            observed = batch[f"observed_{one.name}"]
+            found.append(enlarge(observed.max(axis=1) if one.dates else observed, one.ratio))
+        return np.stack(found, axis=-1).astype(np.float32)
+
+
+def _joined(probability: npt.NDArray[np.float32], present: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
+    """Return probabilities and, of several modalities, which were there, as further channels."""
+    return probability if present is None else np.concatenate([probability, present], axis=-1)
 
 
 def _filled_up(rows: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:

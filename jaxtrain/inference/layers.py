@@ -37,6 +37,7 @@ class MapLayers:
         values: Whether the map holds values, not classes.
         probabilities: Whether it has the probability of each class.
         entropy: Whether it has the entropy of the probabilities.
+        modalities: Names of the modalities of a network of several; none of other networks.
         scale: (scale, offset) of values that are stored as int16: value = stored · scale + offset; None for float32.
 
     Raises (when made):
@@ -51,6 +52,7 @@ class MapLayers:
     probabilities: bool = False
     entropy: bool = False
     scale: tuple[float, float] | None = None
+    modalities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for option, given in (("--probabilities", self.probabilities), ("--entropy", self.entropy)):
@@ -64,28 +66,47 @@ class MapLayers:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the arrays."""
+        used = ("modalities",) if self.modalities else ()
         if self.values:
-            return ("value",)
+            return ("value", *used)
         more = (("probability", self.probabilities), ("entropy", self.entropy))
-        return ("class", "confidence", *(name for name, given in more if given))
+        return ("class", "confidence", *(name for name, given in more if given), *used)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of what is joined: the answer of each class, and which modalities were there."""
+        return self.classes + len(self.modalities)
 
     def dtype(self, name: str) -> str:
         """Return the type of a layer as Zarr names it."""
         if name == "value":
             return "float32" if self.scale is None else "int16"
+        if name == "modalities":
+            return "uint16"
         return "uint16" if name == "class" and self.classes > NODATA else "uint8"
 
     def nodata(self, name: str) -> float | int:
         """Return the value of a layer where there is nothing to map."""
+        if name == "modalities":
+            return 0
         return {"float32": np.nan, "int16": _NODATA_SCALED, "uint16": _NODATA_16, "uint8": NODATA}[self.dtype(name)]
 
     def of(self, mean_HWK: npt.NDArray[np.float32], seen_HW: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[Any]]:
         """Return the layers of a block by name: (H, W), or (K, H, W) for probability.
 
         Args:
-            mean_HWK: Probabilities, or values (H, W, 1).
+            mean_HWK: Probabilities, or values (H, W, 1); then a channel for each modality, above 0 where it was there.
             seen_HW: Pixels that have data.
         """
+        made = self._answers(mean_HWK[..., : self.classes], seen_HW)
+        if self.modalities:
+            there = (mean_HWK[..., self.classes :] > 0) & seen_HW[..., None]
+            made["modalities"] = (there << np.arange(len(self.modalities))).sum(axis=-1).astype(np.uint16)
+        return made
+
+    def _answers(
+        self, mean_HWK: npt.NDArray[np.float32], seen_HW: npt.NDArray[np.bool_]
+    ) -> dict[str, npt.NDArray[Any]]:
         if self.values:
             value = mean_HWK[..., 0] if self.scale is None else self._scaled(mean_HWK[..., 0])
             return {"value": np.where(seen_HW, value, np.array(self.nodata("value"), self.dtype("value")))}
@@ -94,6 +115,7 @@ class MapLayers:
             name: np.full((classes, height, width) if name == "probability" else (height, width),
                           self.nodata(name), self.dtype(name))
             for name in self.names
+            if name != "modalities"
         }  # fmt: skip
         rows = max(1, _AT_ONCE // max(width * classes, 1))
         for y in range(0, height, rows):

@@ -115,7 +115,15 @@ class Making:
             self.store.delete(key)
         crashpoint(f"map shard begun {index}")
 
-    def complete(self, index: ShardIndex, region: Region, key: str, counts: npt.NDArray[np.int64], seen: int) -> None:
+    def complete(
+        self,
+        index: ShardIndex,
+        region: Region,
+        key: str,
+        counts: npt.NDArray[np.int64],
+        seen: int,
+        used: npt.NDArray[np.int64],
+    ) -> None:
         """Make the chunks of a shard durable and then write its row.
 
         Args:
@@ -124,6 +132,7 @@ class Making:
             key: What it was made of.
             counts: Pixels of each class.
             seen: Pixels with data.
+            used: Pixels by the modalities that were there, as bits.
         """
         crashpoint(f"map shard filled {index}")
         checksums = {}
@@ -133,9 +142,13 @@ class Making:
                 if digest is not None:  # a chunk without data is not stored
                     checksums[chunk] = digest
                     _sync(self.store.root / chunk)
-        classes = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+        held = {
+            name: {int(value): int(of[value]) for value in np.flatnonzero(of)}
+            for name, of in (("class", counts), ("modalities", used))
+            if name == "class" or len(of) > 1
+        }
         nothing = int(np.prod(region.shape)) - seen
-        stats = ChunkStats(seen, 0, nothing, (), (), {"class": classes})
+        stats = ChunkStats(seen, 0, nothing, (), (), held)
         self.ledger.put(LedgerRow(index, region, key, "done", (), checksums, (stats,)))
 
     def counts(self, size: int) -> tuple[npt.NDArray[np.int64], int, int]:
@@ -147,6 +160,14 @@ class Making:
                 counts[value] += count
             seen, nothing = seen + stats.observed, nothing + stats.missing
         return counts, seen, nothing
+
+    def used(self) -> dict[int, int]:
+        """Return the pixels by the modalities that were there, as bits, over all shards."""
+        found: dict[int, int] = {}
+        for row in self.ledger.rows().values():
+            for value, count in row.stats[0].classes.get("modalities", {}).items():
+                found[value] = found.get(value, 0) + count
+        return found
 
     def carry_over(self, old: Map, dates: Sequence[str]) -> None:
         """Take the dates of a finished map over, whose files are linked and not copied where that is possible.

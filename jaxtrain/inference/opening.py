@@ -6,6 +6,7 @@ The network is only read where shards are missing (`OpenScene.scene`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import MeshConfig
+from jaxtrain.data.modality_reader import ModalityReader, hide
+from jaxtrain.data.modality_source import open_sources
 from jaxtrain.data.numbers import convert_to, cube_numbers, unlike_training
 from jaxtrain.data.reader import WindowReader, series_dates
 from jaxtrain.evaluation.scores import restore_model
@@ -22,6 +25,7 @@ from jaxtrain.inference.lattice import Lattice
 from jaxtrain.inference.layers import MapLayers
 from jaxtrain.inference.making import digest_of
 from jaxtrain.inference.options import MapOptions
+from jaxtrain.inference.seen import anything_seen
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import make_predict_step
 from jaxtrain.runs.checkpoint import CheckpointStore
@@ -61,7 +65,7 @@ class OpenScene:
     cube: Cube
     spec: CubeSpec
     index: TrainingIndex
-    reader: WindowReader
+    reader: WindowReader | ModalityReader
     program: Program
     state: TrainState
     step: int
@@ -82,25 +86,28 @@ class OpenScene:
     @property
     def dates(self) -> tuple[str, ...]:
         """Dates that the map is made of."""
-        series = self.reader.dates
-        return tuple(self.spec.times[t + i] for group in self.groups for t in group for i in range(series))
+        return tuple(self.spec.times[t + i] for group in self.groups for t in group for i in range(self.series))
+
+    @property
+    def series(self) -> int:
+        """Dates of the collection that gives the windows at which the network looks at once."""
+        return self.reader.dates if isinstance(self.reader, WindowReader) else 1
 
     @property
     def times(self) -> tuple[str, ...]:
         """Dates along the axis `time`, of a series its last one; none without that axis."""
         if self.options.dates != "each":
             return ()
-        return tuple(self.spec.times[group[0] + self.reader.dates - 1] for group in self.groups)
+        return tuple(self.spec.times[group[0] + self.series - 1] for group in self.groups)
 
     @cached_property
     def identity(self) -> str:
         """Digest of all that determines the map except its dates and what the cube holds."""
         options = {name: value for name, value in self.options.to_dict().items() if name not in ("time", "devices")}
-        conversion = self.reader.conversion
         return digest_of({
             "model": self.model, "options": options, "grid": self.spec.grid.to_dict(), "bands": list(self.card.bands),
             "collection": self.card.config.data.collection, "shard": self.lattice.shard,
-            "conversion": None if conversion is None else [conversion.gain, conversion.shift],
+            "conversion": _converted(self.reader),
         })  # fmt: skip
 
     @property
@@ -116,6 +123,7 @@ class OpenScene:
             "method": self.options.method,
             "joined": self.options.dates,
             "made_with": self.identity,
+            **({"modalities": self.kind.modalities, "without": self.options.without} if self.card.modalities else {}),
         }
 
     @property
@@ -144,6 +152,13 @@ class OpenScene:
     def keys(self) -> dict[ShardIndex, str]:
         """Digest of all that determines the pixels of each shard: model, options, and the shards of the cube."""
         times = self.spec.layout.shard[0]
+        if isinstance(self.reader, ModalityReader):
+            everything = [source.digest for source in self.reader.sources]
+            return {
+                index: digest_of([self.identity, [self.spec.times[t] for t in self.groups[index[0]]],
+                                  region.to_list()[2:], everything])
+                for index, region in self.shards.items()
+            }  # fmt: skip
         by_time: dict[int, list[tuple[Region, str]]] = {}
         for row in self.cube.ledger(self.card.config.data.collection).rows().values():
             by_time.setdefault(row.index[0], []).append((row.region, _made_of(row)))
@@ -151,7 +166,7 @@ class OpenScene:
         keys = {}
         for index, region in self.shards.items():
             group = self.groups[index[0]]
-            dates = [t + i for t in group for i in range(self.reader.dates)]
+            dates = [t + i for t in group for i in range(self.series)]
             sources = [
                 made
                 for time in sorted({t // times for t in dates})
@@ -161,6 +176,14 @@ class OpenScene:
             ]  # fmt: skip
             keys[index] = digest_of([self.identity, [self.spec.times[t] for t in dates], region.to_list()[2:], sources])
         return keys
+
+
+def _converted(reader: WindowReader | ModalityReader) -> Any:
+    """Return how stored numbers are converted, as JSON."""
+    if isinstance(reader, ModalityReader):
+        return [None if one.conversion is None else [one.conversion.gain, one.conversion.shift]
+                for one in reader.sources]  # fmt: skip
+    return None if reader.conversion is None else [reader.conversion.gain, reader.conversion.shift]
 
 
 def _made_of(row: LedgerRow) -> str:
@@ -191,8 +214,6 @@ def open_scene(run: Path, cube: str | Path, options: MapOptions) -> OpenScene:
     series = series_dates(config, spec)
     groups = _groups(run, spec, series, options)
     index = opened.index(config.collection)
-    bands = spec.find_bands(card.bands)
-    conversion, notes = convert_to(card.numbers, cube_numbers(spec, bands), opened.url)
     kind = _layers(card, options)
     height, width = spec.grid.shape
     if options.method == "blend" and patch > min(height, width):
@@ -202,25 +223,45 @@ def open_scene(run: Path, cube: str | Path, options: MapOptions) -> OpenScene:
         )
     program, state, step, passed_over = restore_model(run, card, _program(card, options))
     lattice = _lattice(run, card, spec, options, overlap, kind, program, state)
-    reader = WindowReader(opened, config.collection, bands, max(lattice.window), config.learn_masked, index=index,
-                          lenient=True, dates=series, conversion=conversion)  # fmt: skip
-    warnings = [*passed_over, *notes, *unlike_training(card.mean, card.std, index, bands, conversion, opened.url)]
+    reader, notes = _open_reader(card, opened, spec, index, lattice, series, options)
+    warnings = [*passed_over, *notes]
     if spec.grid.resolution != card.grid.resolution:
         warnings.append(
             f"pixels of {opened.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"
         )
     absent = int((~index.present).sum())
-    if absent:
+    if absent and not card.modalities:
         warnings.append(f"{absent} of {index.present.size} chunks of {opened.url} were never written: no data there")
     found = OpenScene(
         run, card, opened, spec, index, reader, program, state, step, options, kind, lattice, groups,
         CheckpointStore(run / "checkpoints").digest(step), tuple(warnings),
     )  # fmt: skip
-    counted = index.observed + index.masked if config.learn_masked else index.observed
-    times = sorted({(t + i) // index.chunk[0] for group in groups for t in group for i in range(series)})
-    if not (counted[times] > 0).any():
+    if not anything_seen(reader, index, [t for group in groups for t in group]):
         raise NothingFound(f"{opened.url} has nothing observed on {len(found.dates)} dates; is the ingest complete?")
     return replace(found, options=replace(options, overlap=overlap if options.method == "blend" else None))
+
+
+def _open_reader(
+    card: ModelCard,
+    cube: Cube,
+    spec: CubeSpec,
+    index: TrainingIndex,
+    lattice: Lattice,
+    series: int,
+    options: MapOptions,
+) -> tuple[WindowReader | ModalityReader, list[str]]:
+    """Open what reads the windows, and return it with lines about numbers that are converted or unusual."""
+    config = card.config.data
+    if card.modalities:
+        sources, notes = open_sources(config, cube, trained=card.modalities, numbers=card.numbers)
+        several: ModalityReader = hide(ModalityReader(sources, max(lattice.window)), options.without)
+        return several, notes
+    bands = spec.find_bands(card.bands)
+    conversion, notes = convert_to(card.numbers, cube_numbers(spec, bands), cube.url)
+    reader = WindowReader(cube, config.collection, bands, max(lattice.window), config.learn_masked, index=index,
+                          lenient=True, dates=series, conversion=conversion)  # fmt: skip
+    hide(reader, options.without)
+    return reader, [*notes, *unlike_training(card.mean, card.std, index, bands, conversion, cube.url)]
 
 
 def _groups(run: Path, spec: CubeSpec, series: int, options: MapOptions) -> tuple[tuple[int, ...], ...]:
@@ -242,7 +283,8 @@ def _layers(card: ModelCard, options: MapOptions) -> MapLayers:
     if options.scaled:
         mean, std = task.value or (0.0, 1.0)
         scale = MapLayers.scale_for(mean, std)
-    return MapLayers(len(card.classes), task.values, options.probabilities, options.entropy, scale)
+    return MapLayers(len(card.classes), task.values, options.probabilities, options.entropy, scale,
+                     tuple(one.name for one in card.modalities))  # fmt: skip
 
 
 def _program(card: ModelCard, options: MapOptions) -> Program:
@@ -274,7 +316,12 @@ def _lattice(
     batch = -(-card.config.run.batch_size // devices) * devices
     votes = options.dates == "majority"
     if options.method == "blend":
-        return Lattice.blended(spec.grid.shape, patch, overlap, batch, kind, votes=votes)
+        ratio = math.lcm(*(one.ratio for one in card.modalities))
+        return Lattice.blended(spec.grid.shape, patch, overlap, batch, kind, votes=votes, stride=ratio)
+    if card.modalities:
+        raise InvalidInput(
+            f"--exact: {run} has several modalities, and how far each is looked at is not known: use --blend"
+        )
     stride = image_stride(program)
     radius = receptive_radius(program, state, stride)
     if radius is None:

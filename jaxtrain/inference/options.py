@@ -29,6 +29,7 @@ class MapOptions:
         entropy: Also keep the entropy of the probabilities.
         scaled: Store values as int16 with a scale.
         area: Map these polygons only.
+        without: Modalities that the network does not get, as if they were missing everywhere.
         devices: Devices over which batches are split; None for those of the run.
 
     Raises (when made):
@@ -44,6 +45,7 @@ class MapOptions:
     entropy: bool = False
     scaled: bool = False
     area: Area | None = None
+    without: tuple[str, ...] = ()
     devices: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,10 +64,17 @@ class MapOptions:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         area = None if self.area is None else self.area.to_list()
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"area": area}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
+            "area": area,
+            "without": list(self.without),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
         area = data.get("area")
-        return cls(**{**data, "area": None if area is None else Area.from_list(area)})
+        return cls(**{
+            **data,
+            "area": None if area is None else Area.from_list(area),
+            "without": tuple(data.get("without", ())),
+        })  # fmt: skip

@@ -257,7 +257,8 @@ def make_predict_step(program: Program) -> PredictStep:
     finite in one.
     """
     if program.layout is not None:
-        return PredictStep(make_pipeline(program).predict)
+        names = tuple(name for name in batch_shardings(program) if name != "label")
+        return PredictStep(make_pipeline(program).predict, names if program.modalities else None)
 
     def predict(
         params: Any, model_state: Any, image: jax.Array, observed: jax.Array, day: jax.Array | None = None
@@ -311,9 +312,9 @@ def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array
 def prepare_batch(
     program: Program, batch: Batch, key: jax.Array, mesh: Mesh
 ) -> tuple[Any, list[tuple[jax.Array, jax.Array]]]:
-    """Return augmented and normalised images, and each label with its share of the loss: one, or two if mixed.
+    """Return augmented and normalised images (of several modalities a dict), and each label with its share of the loss.
 
-    Images of several modalities come as a dict, one array for each.
+    There is one label, or two if mixed.
     """
     if program.modalities:
         x, label = prepare_modalities(program, batch, key, mesh)
@@ -376,6 +377,13 @@ def _look(program: Program, params: Any, model_state: Any, x: Any, turned: bool)
     return logits.mean(axis=1)
 
 
+def _inputs(program: Program, batch: Batch) -> Any:
+    """Return the input of the network for a batch without its label: an array, or one for each modality."""
+    if program.modalities:
+        return present_modalities(program, batch)
+    return present(program, batch["image"], batch["observed"])
+
+
 def make_pipeline(program: Program) -> Pipeline:
     """Make the parts of a program with a layout, and the walk through their schedule."""
     optim = program.config.optim
@@ -384,7 +392,8 @@ def make_pipeline(program: Program) -> Pipeline:
     return Pipeline(
         program,
         prepare=partial(prepare_batch, program),
-        normalise=lambda batch: present(program, batch["image"], batch["observed"]),
+        normalise=partial(_inputs, program),
+        seen=partial(seen_shares, program) if program.modalities else None,
         optimizer=build_optimizer(unclipped, program.config.run.steps),
     )
 

@@ -62,6 +62,7 @@ class Pipeline:
             device makes them; traced on the first and on the last group, each of which uses its part.
         normalise: batch → the inputs of the network without training: normalised images (B, H, W, C).
         optimizer: Optimiser of the program without clipping, as the norm of the whole gradient is known only here.
+        seen: batch → what an evaluation counts as `seen`; None for nothing.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Pipeline:
         prepare: Callable[..., Any],
         normalise: Callable[..., Any],
         optimizer: optax.GradientTransformation,
+        seen: Callable[[Batch], jax.Array] | None = None,
     ) -> None:
         layout, mesh = program.layout, program.config.mesh
         if layout is None:
@@ -92,7 +94,7 @@ class Pipeline:
         self._rehearsed = False
         self.parts = Parts(program, layout, optimizer)
         self.stages = [make_stage(program, layout, self.parts, optimizer, k=k) for k in chunks]
-        self.shared = make_shared(program, layout, prepare, normalise)
+        self.shared = make_shared(program, layout, prepare, normalise, seen)
 
     def compilations(self) -> dict[str, list[int]]:
         """Count the compilations of each part, by its purpose."""
@@ -222,10 +224,11 @@ class Pipeline:
         groups, at = self.layout.groups, self.layout.chunks - 1
         carry, found = self._through(params, statistics, batch), None
         if self._here[at]:
-            found = self.shared.sums(carry[0], self._batch_on({"label": batch["label"]}, at)["label"])
-        label = batch["label"]
+            found = self.shared.sums(carry[0], self._batch_on(batch, at))
         shapes = jax.eval_shape(
-            self.shared.sums, shape_of(carry[0].shape, carry[0].dtype), shape_of(label.shape, label.dtype)
+            self.shared.sums,
+            shape_of(carry[0].shape, carry[0].dtype),
+            {name: shape_of(array.shape, array.dtype) for name, array in batch.items()},
         )
 
         def part(group: Mesh) -> Any:
@@ -240,8 +243,8 @@ class Pipeline:
         known: dict[str, Any] = self.shared.add(rows)
         return known
 
-    def predict(self, params: Any, statistics: Any, image: Any, observed: Any) -> jax.Array:
-        """Predict for a batch of images, on the last group."""
+    def predict(self, params: Any, statistics: Any, image: Any, observed: Any = None) -> jax.Array:
+        """Predict for a batch of images, or for the arrays of several modalities, on the last group."""
         batch = dict(image) if isinstance(image, Mapping) else {"image": image, "observed": observed}
         answer: jax.Array = self.shared.answer(self._through(params, statistics, batch)[0])
         return answer

@@ -301,7 +301,8 @@ class SharedPrograms:
         images: For each part that takes an image: (batch, key) → its carry for each microbatch, from normalised images.
         labels: (batch, key) → for each label its microbatches, and its share of the loss; on the last group.
         enter: For each part that takes an image: (batch) → its carry, without training.
-        sums, answer: Of the objective, on the last group.
+        sums: (logits, batch) → the sums of an evaluation, on the last group.
+        answer: Of the objective, on the last group.
         partial: (gradients, counts of a group) → its row of the numbers that all must know.
         finish: (numbers of all groups, labelled, step) → metrics, scale, finite, step.
         row: A tree with a leading axis of one.
@@ -320,16 +321,25 @@ class SharedPrograms:
 
 
 def make_shared(
-    program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any], normalise: Callable[..., Any]
+    program: PipelinedProgram,
+    layout: Layout,
+    prepare: Callable[..., Any],
+    normalise: Callable[..., Any],
+    seen: Callable[..., jax.Array] | None = None,
 ) -> SharedPrograms:
     """Make the programs that all parts share; arguments are those of `Pipeline`."""
     everywhere = replicated(program.mesh)
     entries = [k for k in range(layout.chunks) if not layout.needs(k)]
+
+    def sums(logits: jax.Array, batch: Tree) -> dict[str, jax.Array]:
+        found = program.objective.sums(logits, batch["label"])
+        return found if seen is None else found | {"seen": seen(batch)}
+
     return SharedPrograms(
         images={k: jax.jit(_images(program, layout, prepare, k)) for k in entries},
         labels=jax.jit(_labels(program, layout, prepare)),
         enter={k: jax.jit(_enter(layout, normalise, k)) for k in entries},
-        sums=jax.jit(program.objective.sums),
+        sums=jax.jit(sums),
         answer=jax.jit(program.objective.answer),
         partial=jax.jit(_partial),
         finish=jax.jit(_finish(program), out_shardings=everywhere),
