@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from cli.session import Session
 
-__all__ = ["add_map_files", "open_workers"]
+if TYPE_CHECKING:
+    from zarr_store.grid import Grid
+
+__all__ = ["add_component_files", "add_map_files", "export_layer", "layer_grid", "open_workers", "write_rgb"]
+
+_STRIP = 512
 
 
 @contextlib.contextmanager
@@ -58,3 +66,66 @@ def add_map_files(folder: Path, name: str) -> None:
     if is_map(made):
         export_cog(open_map(made), folder / f"{name}.tif")
         draw(str(made), str(folder / "quicklook.png"))
+
+
+def layer_grid(made: Path) -> Grid | None:
+    """Return the grid of the layers of a result; None where they lie on none."""
+    from zarr_store.grid import Grid
+
+    transform = layers(made).attrs.get("terrashard_grid")
+    return None if transform is None else Grid.from_dict(dict(transform))  # type: ignore[arg-type]
+
+
+def layers(made: Path) -> Any:
+    """Open the layers of a result."""
+    from jaxtrain.tasks.layers import open_layers
+
+    return open_layers(made)
+
+
+def export_layer(
+    array: Any, grid: Grid, path: Path, *, dtype: str, nodata: float, names: Sequence[str], **more: Any
+) -> None:
+    """Write a layer (y, x) or (band, y, x) as a cloud-optimised GeoTIFF, in strips of its chunks."""
+    from ingest.raster.cog import write_cog
+
+    def strips() -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+        for row in range(0, grid.height, _STRIP):
+            yield row, 0, np.asarray(array[..., row : row + _STRIP, :])
+
+    write_cog(path, strips(), grid, dtype=dtype, count=len(names), nodata=nodata, descriptions=names, **more)
+
+
+def write_rgb(path: Path, bands: npt.NDArray[Any]) -> None:
+    """Write three float bands (3, y, x) as a picture, each stretched between its 2nd and 98th percentile."""
+    import io
+
+    from PIL import Image
+
+    from zarr_store.durable import write_file
+
+    colours = np.zeros((*bands.shape[1:], 3), np.uint8)
+    for at, band in enumerate(bands):
+        seen = np.isfinite(band)
+        if seen.any():
+            low, high = np.percentile(band[seen], [2, 98])
+            scaled = np.clip((band - low) / max(float(high - low), 1e-12), 0, 1)
+            colours[..., at] = np.where(seen, 30 + 225 * np.nan_to_num(scaled), 0).astype(np.uint8)
+    made = io.BytesIO()
+    Image.fromarray(colours).save(made, "PNG")
+    write_file(path, made.getvalue())
+
+
+def add_component_files(folder: Path, result: Any) -> None:
+    """Write the components of a cube as GeoTIFF, and the first three as a picture."""
+    made = folder / "components.zarr"
+    grid = layer_grid(made)
+    if grid is None:
+        return
+    array: Any = layers(made)["component"]
+    count = int(array.shape[0])
+    export_layer(array, grid, folder / "components.tif", dtype="float32", nodata=float("nan"),
+                 names=[f"component {at + 1}" for at in range(count)])  # fmt: skip
+    step = max(1, max(grid.shape) // 1500)
+    shown = [0, 1, 2] if count > 2 else [0, 0, 0]
+    write_rgb(folder / "quicklook.png", np.stack([np.asarray(array[at, ::step, ::step]) for at in shown]))

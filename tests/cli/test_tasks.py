@@ -101,3 +101,19 @@ def test_kmeans_replaces_its_own_result_and_nothing_else(
     assert done.code == 2
     assert "is no result of `terrashard kmeans`" in done.error_line()
     assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_pca_writes_components_of_each_pixel(run: Callable[..., Outcome], cubes: Path, tmp_path: Path) -> None:
+    done = run("pca", cubes / "two", tmp_path / "out", "-n", 1, "--json")
+    assert done.code == 0, done.err
+    assert done.json["ratio"] == pytest.approx([1.0])
+    assert done.json["vectors"] == [pytest.approx([0.5**0.5, 0.5**0.5])]
+    with rasterio.open(tmp_path / "out/components.tif") as cog:
+        scores = cog.read(1)
+        assert cog.crs.to_epsg() == 32633
+    np.testing.assert_allclose(scores[0, 30] - scores[0, 10], 0.25 * 2**0.5, rtol=1e-5)
+    assert (tmp_path / "out/quicklook.png").exists()
+    refused = run("pca", cubes / "two", tmp_path / "no", "-n", 3)
+    assert refused.code == 2
+    assert "has 2 features" in refused.error_line()
+    assert not (tmp_path / "no").exists()
