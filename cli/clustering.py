@@ -73,7 +73,7 @@ def layer_grid(made: Path) -> Grid | None:
     from zarr_store.grid import Grid
 
     transform = layers(made).attrs.get("terrashard_grid")
-    return None if transform is None else Grid.from_dict(dict(transform))  # type: ignore[arg-type]
+    return None if transform is None else Grid.from_dict(dict(transform))
 
 
 def layers(made: Path) -> Any:

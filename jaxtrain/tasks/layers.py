@@ -72,7 +72,7 @@ def create_layers(
         )
     if times:
         seconds = np.array([time.removesuffix("Z") for time in times], "datetime64[s]").astype(np.int64)
-        about = {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"}
+        about: dict[str, Any] = {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"}
         array = group.create_array("time", shape=seconds.shape, chunks=seconds.shape, dtype="int64",
                                    dimension_names=("time",), attributes=about)  # fmt: skip
         array[...] = seconds
