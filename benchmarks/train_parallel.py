@@ -93,14 +93,16 @@ def run(mesh: dict[str, Any], patch: int, batch: int, steps: int) -> tuple[float
     import jax
 
     from jaxtrain.learn.step import make_train_step
-    from jaxtrain.planner.collectives import result_bytes
+    from jaxtrain.planner.collectives import find_collectives, wire_bytes
 
     program = make_program(mesh, patch, batch)
     step, state, data = make_train_step(program), program.init(jax.random.key(0)), put(program, patch, batch)
     held = f"state {state_bytes(state) / 2**20:.2f} MiB"
     if program.layout is None:
         compiled = step.jitted.lower(state, data, jax.random.key(0)).compile()
-        moved = result_bytes(compiled)
+        axes = wire_bytes(find_collectives(compiled, dict(program.config.mesh.axes)))
+        moved = {kind: sum(kinds.get(kind, 0.0) for kinds in axes.values())
+                 for kind in {kind for kinds in axes.values() for kind in kinds}}  # fmt: skip
         held += f", temporary {compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB"
     else:
         moved = {"copies between stages, all devices": carried_bytes(program, patch, batch)}
