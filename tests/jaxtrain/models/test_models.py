@@ -196,9 +196,7 @@ def test_one_answer_per_image(name, train):
 def test_names_are_checked_against_what_is_asked():
     with pytest.raises(InvalidInput, match=r"'unet' predicts for each pixel, the data need one prediction per image"):
         build_model(ModelConfig(), channels=3, classes=5, rngs=nnx.Rngs(0), per_image=True)
-    with pytest.raises(
-        InvalidInput, match=r"'resnet' predicts for each image.*autoencoder, cnn, mlp, multimodal, temporal, unet"
-    ):
+    with pytest.raises(InvalidInput, match=r"'resnet' predicts for each image.*autoencoder, cnn, mlp, temporal, unet"):
         build_model(ModelConfig(name="resnet"), channels=3, classes=5, rngs=nnx.Rngs(0), per_image=False)
 
 
