@@ -57,7 +57,7 @@ def register(app: typer.Typer) -> None:
         epochs: Annotated[
             float, typer.Option("--epochs", metavar="N", help="Epochs that each measured placement trains.")
         ] = 1.0,
-    ) -> None:
+    ) -> int:
         """Compare all parallel strategies for a network: bytes, operations, memory, time; and choose one.
 
         Programs are compiled for devices that need not be there; nothing is trained. For a network of several
@@ -83,7 +83,7 @@ def register(app: typer.Typer) -> None:
         network = describe_network(config)
         if len(branches_of(config)) > 1 and devices is None and not scaling:
             survey_branches(session, network, machine, measure=measure or dask is not None, dask=dask, epochs=epochs)
-            return
+            return 0
         if dask is not None:
             raise InvalidInput(
                 "--dask measures the placements of a network with two modalities or more; leave it out, or take "
@@ -100,9 +100,13 @@ def register(app: typer.Typer) -> None:
                 surveys.append(survey_run(looked_at, number, machine, on_progress=progress.update))
         if measure:
             session.note("measuring the quickest strategies in turns")
-            surveys = [measure_rows(one) for one in surveys]
+            surveys = [measure_rows(one) if one.choice is not None else one for one in surveys]
         for one in surveys:
-            session.say_lines(table(one))
+            if any(row.prediction is not None for row in one.rows):
+                session.say_lines(table(one))
+            if one.choice is None:
+                session.fail(verdict(one))
+                continue
             session.say(verdict(one))
             if line := sensitivity_line(one):
                 session.say(line)
@@ -115,6 +119,7 @@ def register(app: typer.Typer) -> None:
         if curves:
             more["scaling"] = [asdict(curve) for curve in curves]
         session.emit(documents[0] | more)
+        return 0 if any(one.choice is not None for one in surveys) else InvalidInput.exit_code
 
 
 def _numbers(text: str) -> list[int]:

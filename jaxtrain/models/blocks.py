@@ -162,7 +162,7 @@ def _moments_backward(axes: tuple[int, ...], kept: tuple[Any, ...], given: tuple
     # gradient of the variance through the mean, a sum over the whole activation that is always zero.
     x, mean = kept
     shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-    count = math.prod(x.shape[axis] for axis in axes)
+    count = float(math.prod(x.shape[axis] for axis in axes))  # a whole number of pixels may not fit in 32 bits
     dmean, dvar = (of.reshape(shape) / count for of in given)
     dx = dmean + 2 * dvar * (x.astype(jnp.float32) - mean.reshape(shape))
     return (dx.astype(x.dtype),)

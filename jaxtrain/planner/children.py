@@ -27,7 +27,10 @@ Answer = Mapping[str, Any]
 FLAG = "--xla_force_host_platform_device_count"
 # fewer seconds of the compiler; what it exchanges, keeps and computes is decided before this level matters
 QUICK = "--xla_backend_optimization_level=0"
-KINDS = ("hlo.py", "operations.py", "collectives.py", "facts.py", "layers.py", "scale.py", "compiler.py")
+# twice as quick again, but a few loops of split images are then joined that a processor's program keeps apart, or the
+# other way round (a few per cent of the memory traffic): only for machines that run another compiler's programs anyway
+PLAINER = "--xla_cpu_use_fusion_emitters=false"
+KINDS = ("hlo.py", "operations.py", "collectives.py", "facts.py", "layers.py", "scale.py", "bound.py", "compiler.py")
 
 
 class CompilerDied(TerrashardError):
@@ -37,7 +40,13 @@ class CompilerDied(TerrashardError):
 
 
 def compile_all(
-    requests: Sequence[dict[str, Any]], devices: int, *, processes: int, on_answer: Callable[[int], None]
+    requests: Sequence[dict[str, Any]],
+    devices: int,
+    *,
+    processes: int,
+    on_answer: Callable[[int], None],
+    exact: bool = True,
+    limit: float | None = None,
 ) -> list[Answer]:
     """Compile many strategies; what was compiled before is read from the user's cache, also after an interruption.
 
@@ -46,13 +55,15 @@ def compile_all(
         devices: Fake devices of each process.
         processes: Processes that compile at the same time.
         on_answer: called with the number of each request that has its answer.
+        exact: Whether the machine that is planned for runs the very programs that are compiled.
+        limit: Bytes of a device; a strategy that needs more in any case is not compiled. None for no limit.
 
     Raises:
         CompilerDied: a process ended without an answer.
     """
-    folder = private_folder("survey")
-    places = [None if folder is None else folder / f"{_key(request)}.json" for request in requests]
-    answers: list[Answer | None] = [_kept(place) for place in places]
+    folder, flags = private_folder("survey"), QUICK if exact else f"{QUICK} {PLAINER}"
+    places = [None if folder is None else folder / f"{_key(request, flags)}.json" for request in requests]
+    answers: list[Answer | None] = [_kept(place, limit) for place in places]
     missing = [number for number, found in enumerate(answers) if found is None]
     for number in sorted(set(range(len(requests))) - set(missing)):
         on_answer(number)
@@ -60,11 +71,12 @@ def compile_all(
         groups: dict[str, list[int]] = {}  # requests that one program answers go to the process that compiled it
         for number in missing:
             groups.setdefault(json.dumps(representative(requests[number]), sort_keys=True), []).append(number)
-        with _Compilers(devices) as compilers, _workers(min(processes, len(groups))) as pool:
+        with _Compilers(devices, flags) as compilers, _workers(min(processes, len(groups))) as pool:
 
             def work(numbers: Sequence[int]) -> None:
                 for number in numbers:
-                    found = compilers.ask(requests[number])
+                    asked = requests[number] if limit is None else {**requests[number], "limit": limit}
+                    found = compilers.ask(asked)
                     place = places[number]
                     if place is not None:
                         partial = place.with_suffix(f".{os.getpid()}{PARTIAL}")
@@ -91,12 +103,12 @@ def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
 class _Compilers:
     """One process for each thread that asks."""
 
-    def __init__(self, devices: int) -> None:
+    def __init__(self, devices: int, quick: str) -> None:
         flags = [part for part in os.environ.get("XLA_FLAGS", "").split() if not part.startswith(FLAG)]
         self._environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": " ".join([*flags, f"{FLAG}={devices}", QUICK]),
+            "XLA_FLAGS": " ".join([*flags, f"{FLAG}={devices}", quick]),
         }
         self._mine = local()
         self._all: list[subprocess.Popen[str]] = []
@@ -136,10 +148,10 @@ class _Compilers:
         return found
 
 
-def _key(request: dict[str, Any]) -> str:
+def _key(request: dict[str, Any], flags: str) -> str:
     """Return a name for the answer to a request: by all that decides it, and by the code that counts."""
     here = Path(__file__).parent
-    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([request, flags], sort_keys=True).encode())
     for name in ("jax", "jaxlib", "flax", "optax", "terrashard"):
         digest.update(version(name).encode())
     for path in sorted(_code(here)):
@@ -153,11 +165,14 @@ def _code(here: Path) -> Iterable[Path]:
         yield from (here.parent / room).glob("*.py")
 
 
-def _kept(place: Path | None) -> Answer | None:
+def _kept(place: Path | None, limit: float | None) -> Answer | None:
+    """Return the answer of before; none where it is a bound, and this limit lets the strategy be compiled."""
     if place is None:
         return None
     try:
         found: Answer = json.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    if least := found.get("least"):
+        return found if limit is not None and sum(least.values()) > limit else None
     return found if "facts" in found or "why_not" in found else None

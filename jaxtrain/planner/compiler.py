@@ -1,7 +1,8 @@
 """The process that compiles strategies for devices that are not there: `python -m jaxtrain.planner.compiler`.
 
 It reads one request from each line of its standard input and answers each with a line: the facts of the strategy, or
-why it cannot be. Devices of a processor stand for the real ones; the parent sets their number in `XLA_FLAGS`.
+why it cannot be; what cannot fit is not compiled. Devices of a processor stand for the real ones; the parent sets their
+number in `XLA_FLAGS`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import asdict
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +22,9 @@ import numpy as np
 from jaxtrain.config import TrainConfig
 from jaxtrain.learn.state import Program
 from jaxtrain.parallel.zero import share_out
+from jaxtrain.planner.bound import least_bytes
 from jaxtrain.planner.collectives import Dialect
-from jaxtrain.planner.facts import Facts, compile_facts
+from jaxtrain.planner.facts import Facts, compile_facts, fullest
 from jaxtrain.planner.scale import State, extend, representative, smallest_mesh
 from jaxtrain.runs.rundir import ModelCard, program_of
 from zarr_store.errors import TerrashardError
@@ -33,14 +36,23 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Compile one strategy.
 
     Args:
-        request: `config` of the run, `card` of its data, `dtypes` of its batches, `dialect` of the machine.
+        request: `config` of the run, `card` of its data, `dtypes` of its batches, `dialect` of the machine; `limit`
+            where a strategy that needs more bytes of a device is not worth compiling.
 
     Returns:
-        `facts`, or `why_not`.
+        `facts`; or `least`, the bytes of `jaxtrain.planner.bound.Least` if they are above the limit; or `why_not`.
     """
+    asked = {name: value for name, value in request.items() if name != "limit"}
     try:
         data = TrainConfig.model_validate(request["config"]).mesh.data
-        program, facts = _compiled(json.dumps(representative(request), sort_keys=True))
+        text = json.dumps(representative(asked), sort_keys=True)
+        program = _built(text)
+        if request.get("limit") is not None:
+            held = _state(program, data, *(fullest(*tree) for tree in _trees(program)))
+            least = least_bytes(asked, held.parameters + held.optimizer)
+            if least.total > request["limit"]:
+                return {"least": asdict(least)}
+        facts = _compiled(text)
         if smallest_mesh(data) != data:
             facts = extend(facts, data, _state(program, data, facts.parameter_bytes, facts.optimizer_bytes))
         return {"facts": facts.to_dict()}
@@ -49,12 +61,23 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _compiled(text: str) -> tuple[Program, Facts]:
-    """Compile the representative of a request; the next request often has the same one."""
+def _built(text: str) -> Program:
+    """Build the network of a request on its mesh; the next request often has the same one."""
     request = json.loads(text)
-    card = ModelCard.from_dict(request["card"])
-    program = program_of(card, TrainConfig.model_validate(request["config"]))
-    return program, compile_facts(program, request["dtypes"], Dialect(**request["dialect"]))
+    return program_of(ModelCard.from_dict(request["card"]), TrainConfig.model_validate(request["config"]))
+
+
+@lru_cache(maxsize=1)
+def _compiled(text: str) -> Facts:
+    """Compile the representative of a request."""
+    request = json.loads(text)
+    return compile_facts(_built(text), request["dtypes"], Dialect(**request["dialect"]))
+
+
+def _trees(program: Program) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Return shapes and shardings of the parameters, and those of the optimiser's state."""
+    shapes, lies = program.shapes, program.shardings
+    return (shapes.params, lies.params), (shapes.opt_state, lies.opt_state)
 
 
 def _state(program: Program, data: int, parameters: int, optimizer: int) -> State:

@@ -26,7 +26,7 @@ from jaxtrain.planner.hlo import Instruction, Module, read_module
 from jaxtrain.planner.layers import layer_of
 from jaxtrain.planner.operations import Operation, find_operations
 
-__all__ = ["Compiled", "Facts", "HandOver", "batch_shapes", "compile_facts"]
+__all__ = ["Compiled", "Facts", "HandOver", "batch_shapes", "compile_facts", "fullest"]
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def _compile_facts(program: Program, dtypes: Mapping[str, str], dialect: Dialect
         mesh=axes,
         programs=programs,
         handovers=handovers,
-        parameter_bytes=_fullest(program.shapes.params, program.shardings.params),
-        optimizer_bytes=_fullest(program.shapes.opt_state, program.shardings.opt_state),
+        parameter_bytes=fullest(program.shapes.params, program.shardings.params),
+        optimizer_bytes=fullest(program.shapes.opt_state, program.shardings.opt_state),
         parameters=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.shapes.params)),
         batch=config.run.batch_size,
         microbatches=config.mesh.microbatches if program.layout is not None else 1,
@@ -277,7 +277,7 @@ def _joined(
     return tuple((*key[1:], count) for key, count in found.items()), tuple(key[0] for key in found)
 
 
-def _fullest(shapes: Any, shardings: Any) -> int:
+def fullest(shapes: Any, shardings: Any) -> int:
     """Return the bytes of a tree on the device that holds most of it."""
     held: dict[Any, int] = {}
     for leaf, at in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.opening import open_training_data
+from jaxtrain.planner.bound import Least
 from jaxtrain.planner.candidates import Candidate, candidates, with_mesh
 from jaxtrain.planner.children import compile_all
 from jaxtrain.planner.collectives import Dialect, raw_bytes, wire_bytes
@@ -24,7 +25,6 @@ from jaxtrain.planner.framing import header_bytes
 from jaxtrain.planner.profile import Profile
 from jaxtrain.planner.scale import smallest_mesh
 from jaxtrain.prepare import prepare
-from zarr_store.errors import InvalidInput
 
 __all__ = ["Network", "Row", "Survey", "describe_network", "survey_run"]
 
@@ -32,6 +32,12 @@ USABLE = 0.9
 """Share of a device's memory that a program can use; the rest is the system's and the libraries'."""
 SAME = 0.02
 """Predictions that differ by less are the same, and the plainer strategy is taken."""
+
+
+TOO_MUCH = "GB too much"
+"""Words of each reason that is the memory of a device."""
+LESS_STATE = "mesh.zero = 3 over more devices, mesh.model or a smaller model.width"
+LESS_WORK = "mesh.space, a smaller run.batch_size or data.patch"
 
 
 @dataclass(frozen=True)
@@ -206,20 +212,20 @@ def survey_run(
         processes: Processes that compile at the same time.
         on_progress: called with the strategies that are compiled, and all.
 
-    Raises:
-        InvalidInput: no strategy is possible; the message has the reason of each.
+    Returns:
+        The survey; where no strategy fits, it has no choice, and each row has its reason.
     """
     found = candidates(network.config, devices)
     possible = [one for one in found if one.config is not None]
-    if not possible:
-        raise InvalidInput(nothing_fits(devices, found))
-    alone = _alone(network, devices)
-    facts = compile_candidates(network, [*possible, *alone], profile, processes, on_progress)
+    alone = _alone(network, devices) if possible else []
+    limit = USABLE * profile.device.memory
+    facts = compile_candidates(network, [*possible, *alone], profile, processes, on_progress, limit=limit)
     seconds = _alone_seconds(network, next((facts[id(one)] for one in alone), ""), profile)
     rows = [_row(one, facts.get(id(one), one.why_not), network, profile, seconds) for one in found]
     if not any(row.fits for row in rows):  # what a stage computes again it need not keep
-        thrifty = [remade for one in possible if (remade := _rematerialised(one)) is not None]
-        more = compile_candidates(network, thrifty, profile, processes, on_progress)
+        large = [row.candidate for row in rows if row.facts is not None or TOO_MUCH in row.why_not]
+        thrifty = [remade for one in large if (remade := _rematerialised(one)) is not None]
+        more = compile_candidates(network, thrifty, profile, processes, on_progress, limit=limit)
         rows += [_row(one, more.get(id(one), one.why_not), network, profile, seconds) for one in thrifty]
     return Survey(network, devices, profile, tuple(rows))
 
@@ -246,8 +252,13 @@ def compile_candidates(
     profile: Profile,
     processes: int,
     on_progress: Callable[[int, int], None],
+    *,
+    limit: float | None = None,
 ) -> dict[int, Facts | str]:
-    """Return the facts of candidates, or why they cannot be, by the identity of each."""
+    """Return the facts of candidates, or why they cannot be, by the identity of each.
+
+    A candidate that needs more than `limit` bytes of a device in any case is not compiled.
+    """
     if not wanted:
         return {}
     dialect = Dialect(profile.scatters, profile.half, pairs=profile.device.kind == "cpu")
@@ -270,12 +281,15 @@ def compile_candidates(
         done.add(number)
         on_progress(len(done), len(requests))
 
-    answers = compile_all(requests, most, processes=processes, on_answer=tell)
+    # the programs of a processor are those that are compiled here
+    answers = compile_all(requests, most, processes=processes, on_answer=tell, exact=dialect.pairs, limit=limit)
     found: dict[int, Facts | str] = {}
     for one, number in zip(wanted, programs, strict=True):
         answer = answers[number]
         if "why_not" in answer:
             found[id(one)] = answer["why_not"]
+        elif "least" in answer:
+            found[id(one)] = _far_too_large(Least(**answer["least"]), limit or 0.0)
         else:
             facts = Facts.from_dict(answer["facts"])
             found[id(one)] = replace(facts, schedule=one.mesh.schedule) if facts.schedule else facts
@@ -305,15 +319,20 @@ def _row(one: Candidate, facts: Facts | str, network: Network, profile: Profile,
 
 def _too_large(need: float, have: float, facts: Facts) -> str:
     state = facts.parameter_bytes + facts.optimizer_bytes
-    way = "mesh.zero = 3 or mesh.model" if state > need / 2 else "model.remat, mesh.space or a smaller run.batch_size"
+    way = LESS_STATE if state > need / 2 else f"model.remat, {LESS_WORK}"
     need, have = need / 1e9, have / 1e9
-    return f"needs {need:.2f} GB of {have:.2f} GB that can be used, {need - have:.2f} GB too much: {way}"
+    return f"needs {need:.2f} GB of {have:.2f} GB that can be used, {need - have:.2f} {TOO_MUCH}: {way}"
 
 
-def nothing_fits(devices: int, found: Sequence[Candidate]) -> str:
-    """Return one line with the reason of each strategy."""
-    reasons = dict.fromkeys(f"{one.strategy}: {one.why_not}" for one in found)
-    return f"no strategy fits {devices} devices. " + " · ".join(reasons)
+def _far_too_large(least: Least, have: float) -> str:
+    """Return why a strategy was not compiled: which part of it alone is too much, and what would make it smaller."""
+    state = least.state > have
+    what = f"{least.state / 1e9:.2f} GB for parameters and moments, {least.layer / 1e9:.2f} GB for its largest layer"
+    way = LESS_STATE if state or least.state > least.layer else LESS_WORK
+    return (
+        f"needs at least {least.total / 1e9:.2f} GB ({what}) of {have / 1e9:.2f} GB that can be used, "
+        f"{(least.total - have) / 1e9:.2f} {TOO_MUCH}: {way}"
+    )
 
 
 def flops_by_stage(facts: Facts) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ __all__ = [
     "curve_table",
     "gather_lines",
     "mesh_text",
+    "nothing_fits",
     "sensitivity",
     "sensitivity_line",
     "table",
@@ -154,8 +156,7 @@ def verdict(survey: Survey) -> str:
     """Return what to take, why, what limits it, and what would change the answer."""
     choice = survey.choice
     if choice is None or choice.prediction is None or choice.facts is None:
-        reasons = "; ".join(dict.fromkeys(f"{row.candidate.strategy} {row.why_not}" for row in survey.rows))
-        return f"no strategy fits {survey.devices} devices of {survey.profile.name}: {reasons}"
+        return nothing_fits(survey)
     p = choice.prediction
     said = [f"Take {mesh_text(choice)} ({choice.candidate.strategy}): {1e3 * p.step_s:.2f} ms a step are predicted."]
     others = sorted(
@@ -182,6 +183,29 @@ def verdict(survey: Survey) -> str:
         said.append(f"It gathers activations, which no sound strategy does: {gather_lines([choice])[0]}.")
     said += _changes(survey)
     return " ".join(said)
+
+
+def nothing_fits(survey: Survey) -> str:
+    """Return one line with the reason of each strategy, and what would fit."""
+    reasons: dict[str, list[str]] = {}
+    for row in survey.rows:
+        names = reasons.setdefault(row.why_not, [])
+        if row.candidate.strategy not in names:
+            names.append(row.candidate.strategy)
+    told = [f"{names[0]}: {why}" + (f" (so {', '.join(names[1:])})" if names[1:] else "")
+            for why, names in reasons.items()]  # fmt: skip
+    return f"no strategy fits {survey.devices} devices. {' · '.join(told)}{_ways_out(survey)}"
+
+
+def _ways_out(survey: Survey) -> str:
+    """Return numbers of devices and a batch that can be divided; nothing where the batch is not what is in the way."""
+    batch, n = survey.network.config.run.batch_size, survey.devices
+    if batch % n == 0:
+        return ""
+    below = max(one for one in range(1, n) if batch % one == 0)
+    above = next((one for one in range(n + 1, batch + 1) if batch % one == 0), None)
+    numbers = f"{below} or {above} devices divide" if above else f"{below} devices divide"
+    return f". The batch of {batch} is what {numbers}; {n} devices divide one of {n * math.ceil(batch / n)}"
 
 
 def _sent(row: Row) -> dict[str, float]:

@@ -34,8 +34,8 @@ class _Fake:
     asked: list[dict[str, Any]] = []
     die_at: int | None = None
 
-    def __init__(self, devices: int) -> None:
-        self.devices = devices
+    def __init__(self, devices: int, flags: str) -> None:
+        self.devices, self.flags = devices, flags
 
     def __enter__(self) -> _Fake:
         return self

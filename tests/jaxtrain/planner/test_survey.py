@@ -169,6 +169,26 @@ def test_what_cannot_be_is_one_line(
     assert re.search(message, line), line
 
 
+def test_a_number_that_nothing_fits_has_each_reason_once_and_what_would_fit(
+    typed: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = typed(capfd, "--devices", "11", "--profile", "h100-ib", "--json")
+    assert code == 2
+    document = json.loads(out)
+    assert document["choice"] is None
+    assert all(not row["fits"] and row["why_not"] for row in document["strategies"])
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert document["verdict"] in line
+    assert line.count("run.batch_size 4 must") == 1
+    assert "(so zero-1, zero-3)" in line
+    assert line.endswith("The batch of 4 is what 4 devices divide; 11 devices divide one of 11")
+    # the other numbers of devices are answered all the same
+    code, out, err = typed(capfd, "--devices", "2,11", "--profile", "h100-ib")
+    assert code == 0
+    assert "step ms" in out
+    assert "error: no strategy fits 11 devices" in err
+
+
 def test_devices_that_do_not_answer_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "SECONDS", 0.01)
     with pytest.raises(TerrashardError, match=r"no devices of this machine after 0\.01 s: give --devices"):
