@@ -22,16 +22,22 @@ WORKERS = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: `value` must be at least (or at most) `limit`; without a limit it is shown for its own sake."""
+    """One figure: `value` must be at least (or at most) `limit`; without a limit it is shown for its own sake.
+
+    One that cannot be right says why in `invalid`, and never passes.
+    """
 
     name: str
     value: float
     limit: float | None = None
     at_most: bool = False
     note: str = ""
+    invalid: str = ""
 
     @property
     def passed(self) -> bool | None:
+        if self.invalid:
+            return False
         if self.limit is None:
             return None
         return self.value <= self.limit if self.at_most else self.value >= self.limit
@@ -88,14 +94,19 @@ def publish(topic: str, rows: Sequence[Row], *, full: bool) -> bool:
     for row in rows:
         sign = "≤" if row.at_most else "≥"
         limit = f"{sign} {row.limit:g}" if row.limit is not None else ""
-        verdict = {True: "pass", False: "FAIL", None: ""}[row.passed]
-        print(f"  {row.name:58} {row.value:9.3g}  {limit:8} {verdict}  {row.note}")
+        verdict = "INVALID" if row.invalid else {True: "pass", False: "FAIL", None: ""}[row.passed]
+        print(f"  {row.name:58} {row.value:9.3g}  {limit:8} {verdict}  {row.invalid or row.note}")
     RESULTS.mkdir(exist_ok=True)
     document = {
         "topic": topic,
         "size": "full" if full else "quick",
         "machine": machine(),
-        "rows": [asdict(row) | {"passed": row.passed} for row in rows],
+        "rows": [_fields(row) | {"passed": row.passed} for row in rows],
     }
     (RESULTS / f"{topic}-{document['size']}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return all(row.passed is not False for row in rows)
+
+
+def _fields(row: Row) -> dict[str, object]:
+    """The fields of a row as they are kept; `invalid` only where it says something."""
+    return {name: value for name, value in asdict(row).items() if name != "invalid" or value}

@@ -14,7 +14,6 @@ right to make control groups, which root has. Replicas are compiled at full spee
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -24,74 +23,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import OUT, RESULTS, Row, publish
-from hetero_crew import CHUNK, Crew, Process, Quota, make_config, make_program, make_ready, rate
+from harness import Row, publish
+from hetero_crew import CHUNK, Crew, Process, Quota, rate
+from hetero_efficiency import HEADROOM, RATIOS, collect, measure
+from hetero_ordinary import measure_ordinary
 
 PARTS = ("unet", "resnet", "change", "kills", "restart", "ordinary")
-RATIOS: dict[str, tuple[float, ...]] = {
-    "1:1": (1, 1), "2:1": (2, 1), "3:1": (3, 1), "5:1": (5, 1), "4:2:1:1": (4, 2, 1, 1),
-}  # fmt: skip
-SMALL, BATCH = 192, 384
+BATCH, BATCH_FULL = 192, 384
 """Windows of 48 × 48 pixels of a step, quick and full: 384 have the pixels of 13 windows of 256 × 256."""
-HEADROOM = 0.85
-"""Part of a core that the fastest replica gets: the system, the coordinator and the measurement need some time too."""
-
-
-def efficiency(network: str, ratios: Sequence[str], *, full: bool) -> Iterator[list[Row]]:
-    """Yield the rates of each ratio; each side is the median of its steps."""
-    batch = BATCH if full else SMALL
-    warm, steps = (7, 17) if full else (7, 9)
-    with Crew(network, max(len(RATIOS[name]) for name in ratios), batch) as crew:
-        for ratio in ratios:
-            parts = RATIOS[ratio]
-            everybody = range(len(parts))
-            # those beside the first share a core: where there are three, the first is slowed down with them
-            crew.calibrate(parts, HEADROOM if len(parts) == 2 else 0.7)
-            before = [crew.run([number], 3) for number in everybody]
-            mine = crew.run(everybody, warm + steps)
-            first = [rate(steps_alone, batch, 1) for steps_alone in before]
-            apart = crew.apart([max(4, round(3 * own / min(first)) + 2) for own in first])
-            after = [crew.run([number], 3) for number in everybody]
-            alone = [rate(one, batch, 1, other) for one, other in zip(before, after, strict=True)]
-            equal = rate(crew.run(everybody, 4, shares=[crew.chunks // len(parts)] * len(parts)), batch, 1)
-            together, total = rate(mine, batch, warm), sum(alone)
-            name, seen = f"{network} {ratio}", ", ".join(f"{own:.0f}" for own in alone)
-            shares = " ".join(str(share) for share in mine[-1]["shares"].values())
-            best = total / (len(parts) * min(alone))
-            moves = sum(a["shares"] != b["shares"] for a, b in itertools.pairwise(mine[warm:]))
-            least = {"3:1": 1.84, "5:1": 2.76}.get(ratio)
-            rows = [
-                Row(f"{name}: efficiency", together / total, 0.92,
-                    note=f"{together:.0f} of {total:.0f} windows/s, alone {seen}; shares {shares}; {moves} moves"),
-                Row(f"{name}: limit, all at once without any exchange", apart / total, note=f"{apart:.0f} windows/s"),
-                Row(f"{name}: efficiency beside the limit", together / apart),
-                Row(f"{name}: rate beside the equal split", together / equal, least,
-                    note=f"{equal:.0f} windows/s; ideal {best:.2f}"),
-            ]  # fmt: skip
-            yield rows
-
-
-def merge(topic: str, rows: Sequence[Row], *, full: bool) -> list[Row]:
-    """Return the rows of all ratios: those just measured, and of the other ratios those in the result file."""
-    path, found = RESULTS / f"{topic}-{'full' if full else 'quick'}.json", {row.name: row for row in rows}
-    measured = {row.name.rsplit(": ", 1)[0] for row in rows}
-    if path.exists():
-        for old in json.loads(path.read_text())["rows"]:
-            if old["name"].rsplit(": ", 1)[0] not in measured:
-                old.pop("passed")
-                found[old["name"]] = Row(**old)
-    order = {f"{network} {ratio}": place for place, ratio in enumerate(RATIOS) for network in ("unet", "resnet")}
-    return sorted(found.values(), key=lambda row: order.get(row.name.rsplit(": ", 1)[0], 0))
 
 
 def change(*, full: bool) -> list[Row]:
     """One of two replicas gets a third of its time in the middle of a run, and all of it again later."""
     third = 40 if full else 30
-    with Crew("unet", 2, SMALL) as crew:
+    with Crew("unet", 2, BATCH) as crew:
         crew.give([HEADROOM] * 2)
         seen: list[dict[str, Any]] = []
         with crew.group([0, 1], 3 * third):
@@ -127,10 +75,10 @@ def change(*, full: bool) -> list[Row]:
 def kills(*, full: bool) -> list[Row]:
     """Kill one of three replicas at a random moment, twenty times; a new one takes its place."""
     rng, steps, trials = random.Random(0), 12, 20 if full else 5
-    chunks = SMALL // CHUNK
-    with Crew("unet", 3, SMALL) as crew:
+    chunks = BATCH // CHUNK
+    with Crew("unet", 3, BATCH) as crew:
         whole = crew.run(range(3), steps)
-        expected, step_s = whole[-1]["loss"], SMALL / rate(whole, SMALL, 2)
+        expected, step_s = whole[-1]["loss"], BATCH / rate(whole, BATCH, 2)
         gaps, losses, right, hits = [], [], 0, 0
         for trial in range(trials):
             victim = rng.randrange(3)
@@ -249,99 +197,26 @@ def _children(pid: int) -> list[int]:
     ]
 
 
-def ordinary(*, full: bool) -> list[Row]:
-    """1:1 beside the ordinary data-parallel run of two processes, in turns."""
-    turns, steps, batch = 5 if full else 3, 24, BATCH if full else SMALL
-    rates: dict[str, list[float]] = {"replicas": [], "ordinary": []}
-    with Crew("unet", 2, batch) as crew:
-        for _ in range(turns):
-            rates["replicas"].append(rate(crew.run([0, 1], steps), batch, 8))
-            rates["ordinary"].append(_data_parallel(steps, batch))
-            print(f"  {', '.join(f'{name} {own[-1]:.0f}' for name, own in rates.items())} windows/s", flush=True)
-    mine, theirs = (statistics.median(rates[name]) for name in ("replicas", "ordinary"))
-    each = "; ".join(f"{name} {', '.join(f'{r:.0f}' for r in own)}" for name, own in rates.items())
-    return [Row("1:1: rate beside ordinary data parallelism", mine / theirs, 0.99, note=f"windows/s: {each}")]
-
-
-def _data_parallel(steps: int, batch: int) -> float:
-    from jaxtrain.launching.places import free_port
-
-    command = [
-        sys.executable,
-        __file__,
-        "--member-of",
-        f"127.0.0.1:{free_port()}",
-        "--steps",
-        str(steps),
-        "--batch",
-        str(batch),
-    ]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
-                   "JAX_COMPILATION_CACHE_DIR": str(OUT / "compiled")}  # fmt: skip
-    started = [
-        subprocess.Popen([*command, "--number", str(n)], stdout=subprocess.PIPE, text=True, env=environment)
-        for n in range(2)
-    ]
-    text, _ = (process.communicate(timeout=300)[0] for process in started)
-    return float(next(line for line in text.splitlines() if line.startswith("rate ")).split()[1])
-
-
-def data_parallel(address: str, number: int, steps: int, batch: int) -> None:
-    """One process of an ordinary run, with the same batches from memory, on a core of its own."""
-    os.sched_setaffinity(0, {min(number, (os.cpu_count() or 1) - 1)})
-
-    import jax
-
-    from jaxtrain.config import TrainConfig
-    from jaxtrain.data.arrays import put_batch
-    from jaxtrain.learn.step import make_train_step
-    from jaxtrain.parallel.mesh import batch_sharding
-    from jaxtrain.parallel.processes import start_distributed
-
-    start_distributed(address, processes=2, process=number)
-    values = make_config("unet", batch).model_dump(exclude_unset=True)
-    config = TrainConfig.model_validate({**values, "mesh": {"data": 2}, "hetero": {"enabled": False}})
-    program, ready = make_program(config), make_ready("unet")
-    step, state, order = make_train_step(program), program.init(jax.random.key(0)), ready.order(None)
-    sharding, times = batch_sharding(program.mesh), []
-    for index in range(steps):
-        rows = ready.plan.parts["train"].rows[order.indices(index * batch, batch)]
-        own = rows[number * batch // 2 : (number + 1) * batch // 2]
-        arrays = put_batch(ready.reader.read(own), sharding, batch)
-        state, metrics = step(state, arrays, key=jax.random.fold_in(jax.random.key(0), index))
-        float(metrics["loss"])
-        times.append({"at": time.time()})
-    if number == 0:
-        print(f"rate {rate(times, batch, 8)}", flush=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the sizes of the published figures; takes long")
     parser.add_argument("--part", choices=PARTS, help="only this part")
     parser.add_argument("--ratio", choices=RATIOS, action="append", help="only this ratio of unet or resnet")
-    for name, kind in {"--member-of": str, "--number": int, "--steps": int, "--batch": int}.items():
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=int, default=4, help="turns of the part ordinary; they add up over calls")
     args = parser.parse_args()
-    if args.member_of:
-        data_parallel(args.member_of, args.number, args.steps, args.batch)
-        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the control groups are removed on the way out
     try:
         Quota("try").close()
     except OSError as error:
         print(f"  skipped: quotas of processor time cannot be set here ({error}); run it as root")
         return 0
-    passed = True
+    passed, batch = True, BATCH_FULL if args.full else BATCH
     for part in [args.part] if args.part else PARTS:
         match part:
             case "unet" | "resnet":
-                rows = []
-                for found in efficiency(part, args.ratio or list(RATIOS), full=args.full):
-                    rows = merge(f"hetero-{part}", found, full=args.full)
-                    publish(f"hetero-{part}", rows, full=args.full)
-                passed &= all(row.passed is not False for row in rows)
-                continue
+                for _ in measure(part, args.ratio or list(RATIOS), batch, full=args.full):
+                    publish(f"hetero-{part}", collect(part, full=args.full), full=args.full)
+                rows = collect(part, full=args.full)
             case "change":
                 rows = change(full=args.full)
             case "kills":
@@ -349,7 +224,7 @@ def main() -> int:
             case "restart":
                 rows = restart(full=args.full)
             case _:
-                rows = ordinary(full=args.full)
+                rows = measure_ordinary(batch, args.turns, full=args.full)
         passed &= publish(f"hetero-{part}", rows, full=args.full)
     return 0 if passed else 1
 

@@ -4,13 +4,15 @@ Both sides are `terrashard train` in two processes of one core each, with the re
 steps and norm = "group" (no replica holds the statistics of a whole batch). Quotas of processor time make 3:1.
 
     python benchmarks/hetero_accuracy.py --part accuracy     # six runs; how busy the machine is does not matter
-    python benchmarks/hetero_accuracy.py --part time         # seconds of a step with three ways to split the batch
+    python benchmarks/hetero_accuracy.py --part time         # seconds of a step with five ways to split the batch
+    python benchmarks/hetero_accuracy.py --part time --way follow     # one of them; the table comes with the last one
 
 The data are in `../shared/data`, or in `TERRASHARD_SHARED_DATA`; without them this says so and passes.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -21,9 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from harness import HERE, OUT, Row, arguments, publish
+from harness import HERE, OUT, Row, publish
 from hetero_crew import Quota
 
 SHARED = Path(os.environ.get("TERRASHARD_SHARED_DATA", HERE.parent.parent / "shared" / "data"))
@@ -66,7 +70,7 @@ class Run:
             quota.give(quotas[number])
             self.processes.append(process)
 
-    def lines(self) -> list[dict[str, object]]:
+    def lines(self) -> list[dict[str, Any]]:
         """Return the steps that are recorded so far."""
         with contextlib.suppress(FileNotFoundError):
             texts = (self.out / "metrics.jsonl").read_text().splitlines()
@@ -148,34 +152,93 @@ def seconds_of_step(
                 quota.give(cores)
             began = run.wait_for(2 + warm)
             spent = (run.wait_for(2 + warm + steps) - began) / steps
-            return spent, list(run.lines()[-1]["shares"].values())  # type: ignore[attr-defined]
+            return spent, list(run.lines()[-1]["shares"].values())
         finally:
             run.finish(wait=False)
 
 
-def step_times() -> list[Row]:
-    """Return the time of the recipe by the seconds of a step with each way to split the batch."""
-    own, shares = seconds_of_step(None, (FAST, SLOW), 15, 30)
-    equal, _ = seconds_of_step(EQUAL_SPLIT, (FAST, SLOW), 3, 15)
-    static, _ = seconds_of_step(shares, (FAST, SLOW), 3, 30)
-    changed, after = seconds_of_step(None, (SLOW, FAST), 15, 30)
-    lost, _ = seconds_of_step(shares, (SLOW, FAST), 3, 12)
-    rows = []
-    for name, spent, note in (
-        ("shares that follow", own, f"shares {shares}"), ("split measured at the start", static, f"shares {shares}"),
-        ("equal split", equal, ""), ("speeds exchanged, shares that follow", changed, f"shares {after}"),
-        ("speeds exchanged, split measured at the start", lost, f"shares {shares}"),
-    ):  # fmt: skip
-        rows.append(
-            Row(f"{name}: seconds to the accuracy", STEPS * spent, note=f"{1000 * spent:.0f} ms a step; {note}")
-        )
-    rows.append(Row("equal split ÷ shares that follow", equal / own, 1.84))
-    rows.append(Row("split measured at the start ÷ shares that follow, speeds exchanged", lost / changed, 1))
-    return rows
+@dataclass(frozen=True)
+class Way:
+    """A way to split the batch, at the speeds of the two replicas.
+
+    Attributes:
+        name: In words.
+        quotas: Cores of the replicas.
+        split: `own` for shares that follow, `equal`, or `start` for those that were found at 3:1.
+        warm: Steps before the measured ones, in which shares settle.
+        steps: Measured steps.
+    """
+
+    name: str
+    quotas: tuple[float, float]
+    split: str
+    warm: int
+    steps: int
+
+
+WAYS = {
+    "follow": Way("shares that follow", (FAST, SLOW), "own", 15, 30),
+    "equal": Way("equal split", (FAST, SLOW), "equal", 3, 15),
+    "static": Way("split measured at the start", (FAST, SLOW), "start", 3, 30),
+    "follow-exchanged": Way("speeds exchanged, shares that follow", (SLOW, FAST), "own", 15, 30),
+    "static-exchanged": Way("speeds exchanged, split measured at the start", (SLOW, FAST), "start", 3, 12),
+}
+"""`follow` comes first: it finds the shares that `static` keeps."""
+KEPT = OUT / "hetero-time.jsonl"
+
+
+def read_times() -> dict[str, dict[str, Any]]:
+    """Return what was measured so far, by way; the newest counts."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = [json.loads(text) for text in KEPT.read_text().splitlines()]
+        return {line["way"]: line for line in lines}
+    return {}
+
+
+def measure_times(ways: Sequence[str]) -> None:
+    """Measure some ways; each is kept at once, since a machine does not stay quiet for all of them."""
+    splits: dict[str, list[int] | None] = {"own": None, "equal": EQUAL_SPLIT}
+    for name in ways:
+        way, known = WAYS[name], read_times()
+        if way.split == "start":
+            splits["start"] = known["follow"]["shares"]
+        seconds, shares = seconds_of_step(splits[way.split], way.quotas, way.warm, way.steps)
+        print(f"  {way.name}: {1000 * seconds:.0f} ms a step, shares {shares}", flush=True)
+        with KEPT.open("a") as file:
+            file.write(json.dumps({"way": name, "seconds": seconds, "shares": shares}) + "\n")
+
+
+def step_times(ways: Sequence[str]) -> list[Row]:
+    """Return the time of the recipe by the seconds of a step with each way to split the batch, once all are there.
+
+    All ways make the same updates, so they reach an accuracy at the same step.
+    """
+    measure_times(ways)
+    found = read_times()
+    if missing := [way for way in WAYS if way not in found]:
+        print(f"  not measured yet: {', '.join(missing)}")
+        return []
+    rows = [
+        Row(f"{way.name}: seconds to the accuracy", STEPS * found[name]["seconds"],
+            note=f"{1000 * found[name]['seconds']:.0f} ms a step; shares {found[name]['shares']}")
+        for name, way in WAYS.items()
+    ]  # fmt: skip
+    spent = {name: line["seconds"] for name, line in found.items()}
+    return [
+        *rows,
+        Row("equal split ÷ shares that follow", spent["equal"] / spent["follow"], 1.84),
+        Row("split measured at the start ÷ shares that follow", spent["static"] / spent["follow"]),
+        Row("split measured at the start ÷ shares that follow, speeds exchanged",
+            spent["static-exchanged"] / spent["follow-exchanged"], 1),
+    ]  # fmt: skip
 
 
 def main() -> int:
-    options = arguments(__doc__ or "", parts=("accuracy", "time"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="three seeds; takes long")
+    parser.add_argument("--part", choices=("accuracy", "time"), help="only this part")
+    parser.add_argument("--way", choices=WAYS, action="append", help="of the part time: only this way to split")
+    options = parser.parse_args()
     if not PATCHES.exists():
         print(f"  skipped: no {PATCHES}; set TERRASHARD_SHARED_DATA")
         return 0
@@ -189,7 +252,8 @@ def main() -> int:
     if options.part in (None, "accuracy"):
         passed &= publish("hetero-accuracy", accuracy(3 if options.full else 1), full=options.full)
     if options.part in (None, "time"):
-        passed &= publish("hetero-time", step_times(), full=options.full)
+        rows = step_times(options.way or list(WAYS))
+        passed &= bool(rows) and publish("hetero-time", rows, full=True)
     return 0 if passed else 1
 
 

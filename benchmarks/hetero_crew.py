@@ -77,14 +77,15 @@ def make_ready(network: str) -> Any:
     )  # fmt: skip
 
 
-def make_program(config: Any) -> Any:
+def make_program(config: Any, mesh: Any = None) -> Any:
+    """Build the network of a configuration; on the configuration's mesh if none is given."""
     import numpy as np
 
     from jaxtrain.learn.state import build_program
     from jaxtrain.parallel.mesh import make_mesh
 
     return build_program(
-        config, channels=BANDS, classes=CLASSES, mesh=make_mesh(config.mesh), mean=np.full(BANDS, 2000.0),
+        config, channels=BANDS, classes=CLASSES, mesh=mesh or make_mesh(config.mesh), mean=np.full(BANDS, 2000.0),
         std=np.full(BANDS, 900.0),
     )  # fmt: skip
 

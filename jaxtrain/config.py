@@ -516,6 +516,8 @@ class TrainConfig(Strict):
         wrong = [name for name in ("pipe", "model", "space") if getattr(mesh, name) not in (1, (1, 1))]
         if wrong:
             named = ", ".join(f"mesh.{name} = {getattr(mesh, name)}" for name in wrong)
+            if self.placement.kind != "mesh":
+                named = f"placement.kind = {self.placement.kind!r} ({named})"
             raise ValueError(
                 f"{named} with hetero.enabled: a replica splits its chunks over its own devices by mesh.data and "
                 "mesh.zero only; leave the others at 1, or set hetero.enabled = false"

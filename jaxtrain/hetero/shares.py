@@ -353,7 +353,8 @@ class ShareController:
         """Plan the next trial of a member that gets no chunk: the slower it is, the later."""
         pace = self._paces[name]
         if limit == 0:
-            return Event("set_aside", step, name, "is set aside: its memory holds no chunk")
+            why = "its memory holds no chunk, and smaller ones (hetero.chunk) may fit"
+            return Event("set_aside", step, name, f"is set aside: {why}")
         own = pace.rate.seconds
         others = {other: rate for other in shares if (rate := self.seconds(other)) is not None}
         usual = longest({other: shares[other] for other in others}, others)
@@ -363,10 +364,14 @@ class ShareController:
         wait = math.ceil((ratio - 1) / _TRIAL_COST * min(1.0, (pace.failed + pace.rate.count) / _TRUSTED))
         wait = max(wait, _TRIALS[0]) * 2 ** min(pace.failed, 10)
         pace.trial_at = step + min(wait, _TRIALS[1])
-        took = (
-            f"one chunk takes it {own:.3g} s, a whole step takes the others {usual:.3g} s" if own else "it has no share"
-        )
-        return Event("set_aside", step, name, f"is set aside: {took}; it is tried again at step {pace.trial_at}")
+        if len(shares) > self._chunks:
+            why = f"a step has {self._chunks} chunks for {len(shares)} members"
+        elif own:
+            why = f"one chunk takes it {own:.3g} s, a whole step takes the others {usual:.3g} s"
+        else:
+            why = "it has no share"
+        hope = f"it is tried again at step {pace.trial_at}, and smaller chunks (hetero.chunk) would let it do more"
+        return Event("set_aside", step, name, f"is set aside: {why}; {hope}")
 
     def _keep(self, shares: Mapping[str, int], limits: Mapping[str, int | None]) -> None:
         self._shares, self._limits = dict(shares), dict(limits)

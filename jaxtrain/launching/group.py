@@ -152,6 +152,12 @@ def find_group_point(address: str, run: Path | None, environment: Mapping[str, s
         raise InvalidInput(f"--join {address}: expected HOST:PORT, the address that the first launcher has printed")
     known = None if run is None else _read(group_file(run))
     secret = env.get(SECRET) or (known["secret"] if known is not None and known["address"] == bare else None)
+    gone = (
+        f"no coordinator answers at {bare}; the run has ended (the same command without --join continues it), or a "
+        "firewall is between"
+    )
+    if secret is None and known is None and not _answers(bare):  # a launcher takes the file with it when it ends
+        raise AccessError(gone)
     if secret is None:
         place = f"{group_file(run)} has none for this address" if run is not None else "no run directory is named"
         raise InvalidInput(
@@ -159,7 +165,7 @@ def find_group_point(address: str, run: Path | None, environment: Mapping[str, s
             f"machines see, or set {SECRET} to the same text for both launchers"
         )
     if not _answers(bare):
-        raise AccessError(f"no coordinator answers at {bare}; the run has ended, or a firewall is between")
+        raise AccessError(gone)
     return GroupPoint(bare, secret)
 
 

@@ -309,6 +309,9 @@ def test_a_group_is_found_by_the_file_beside_its_run_and_held_once(tmp_path: Pat
     assert not group_file(folder).exists()
     with pytest.raises(AccessError, match=f"no coordinator answers at {point.address}"):
         find_group_point(point.address, None, {"TERRASHARD_HETERO_SECRET": "s"})
+    # after the end its file is gone, so no secret is known either: what has ended comes first
+    with pytest.raises(AccessError, match=r"the run has ended \(the same command without --join continues it\)"):
+        find_group_point(point.address, folder, {})
     for address in ("somewhere", "host:port", "http://h:1", "a b:1", "h:0", "h:99999", "::1:7000", "[::1]", "[g::1]:7"):
         with pytest.raises(InvalidInput, match="expected HOST:PORT"):
             find_group_point(address, folder, {"TERRASHARD_HETERO_SECRET": "s"})

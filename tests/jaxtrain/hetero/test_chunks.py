@@ -9,9 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+from jaxtrain.config import TrainConfig
 from jaxtrain.hetero.chunks import ChunkPrograms, make_chunk_programs, pack_state, unpack_state
-from jaxtrain.learn.state import Program, TrainState
+from jaxtrain.learn.modalities import modality_shapes
+from jaxtrain.learn.state import Program, TrainState, build_program
 from jaxtrain.learn.step import make_train_step
+from jaxtrain.models.modality import Modality
+from jaxtrain.parallel.mesh import make_mesh
 
 CHUNK, CHUNKS = 2, 4
 KEY = jax.random.key(3)
@@ -60,6 +64,39 @@ def difference(a: Any, b: Any) -> float:
     return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
 
+MODALITIES = (Modality("s2", ("red", "nir")), Modality("s1", ("vv",), ratio=2, dates=3))
+SIDE = 32
+
+
+def build_multimodal(**sections: dict[str, Any]) -> Program:
+    """A tiny network of an image and a coarser series."""
+    named = {one.name: {"bands": one.bands} for one in MODALITIES}
+    base: dict[str, dict[str, Any]] = {
+        "data": {"cube": "none.zarr", "patch": SIDE, "modalities": named},
+        "model": {"name": "multimodal", "width": 4, "depth": 1, "dropout": 0.2},
+        "run": {"batch_size": CHUNK * CHUNKS, "steps": 40},
+    }
+    values = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}
+    config = TrainConfig.model_validate(values)
+    return build_program(
+        config, channels=3, classes=4, mesh=make_mesh(config.mesh), mean=np.full(3, 2500.0), std=np.full(3, 1400.0),
+        modalities=MODALITIES,
+    )  # fmt: skip
+
+
+def batch_of(program: Program, batch: Batch) -> Batch:
+    """The labels of the shared batch, with arrays of each modality in which a third was not observed."""
+    if not program.modalities:
+        return batch
+    rng, made = np.random.default_rng(5), {"label": batch["label"]}
+    for name, shape in modality_shapes(program, CHUNK * CHUNKS).items():
+        if name.startswith("image"):
+            made[name] = rng.integers(300, 4000, shape).astype(np.uint16)
+        else:
+            made[name] = rng.integers(1, 366, shape).astype(np.uint16) if "day" in name else rng.random(shape) < 2 / 3
+    return made
+
+
 @pytest.fixture(scope="module")
 def many_kinds(program_of: Callable[..., Program]) -> Callable[[str], tuple[ChunkPrograms, TrainState]]:
     """Programs of several configurations, with a state in which nothing is zero any more; each compiled once."""
@@ -76,24 +113,30 @@ def many_kinds(program_of: Callable[..., Program]) -> Callable[[str], tuple[Chun
             "model": {"width": 8, "depth": 1, "norm": "local"},
             "optim": optim | {"label_smoothing": 0.1},
         },
+        "several modalities": {
+            "data": {"zoom": 0.2, "jitter": 0.1, "modality_dropout": 0.4},
+            "optim": optim | {"name": "adamw", "accumulate": 2},
+        },
     }
     made: dict[str, tuple[ChunkPrograms, TrainState]] = {}
 
     def make(kind: str) -> tuple[ChunkPrograms, TrainState]:
         if kind not in made:
-            program = program_of(hetero={"enabled": True, "chunk": CHUNK}, **kinds[kind])
+            build = build_multimodal if kind == "several modalities" else program_of
+            program = build(hetero={"enabled": True, "chunk": CHUNK}, **kinds[kind])
             made[kind] = make_chunk_programs(program), program.init(jax.random.key(0))
         return made[kind]
 
     return make
 
 
-@pytest.mark.parametrize("kind", ["masked", "random", "cutmix"])
+@pytest.mark.parametrize("kind", ["masked", "random", "cutmix", "several modalities"])
 def test_any_shares_give_the_update_of_the_equal_split(
     many_kinds: Callable[[str], tuple[ChunkPrograms, TrainState]], batch: Batch, kind: str
 ) -> None:
     """Labels lie very unevenly over the samples of this batch: 1024 pixels of the first, none of the last."""
     programs, state = many_kinds(kind)
+    batch = batch_of(programs.program, batch)
     for number in range(2):  # the second step begins with moments, averages and half an accumulation
         key = jax.random.fold_in(KEY, number)
         wanted, expected, reference = step_of(programs, state, batch, SHARES["equal"], key)

@@ -30,7 +30,7 @@ from jaxtrain.runs.rundir import LOCK_KEY, load_card, program_of
 from zarr_store.errors import InvalidInput, Locked, Preempted
 from zarr_store.lock import CubeLock
 
-from ..cube_factory import shared_cube, tiny_config
+from ..cube_factory import make_cube, shared_cube, tiny_config
 
 SECRET = "a secret of this test, long enough"
 STEPS, CHUNKS = 12, 4
@@ -242,11 +242,12 @@ def test_replicas_come_and_die_and_the_run_ends_as_if_nothing_had_happened(
     def on_event(name: str, event: TrainEvent) -> None:
         if event.kind == "step" and event.step == 4:
             crew.start("c", config)
-            other = hetero_config(run={"seed": 1})
-            crew.start("d", other)
+            crew.start("d", hetero_config(run={"seed": 1}))
+            crew.start("e", hetero_config(data={"cube": str(elsewhere)}))
             assert joined.wait(timeout=100)
 
-    config, out = hetero_config(), tmp_path / "run"
+    config, out, elsewhere = hetero_config(), tmp_path / "run", tmp_path / "other.zarr"
+    make_cube(elsewhere, seed=1)
     crew = Crew(out, 2, on_event)
     for name in ("a", "b"):
         crew.start(name, config)
@@ -257,6 +258,10 @@ def test_replicas_come_and_die_and_the_run_ends_as_if_nothing_had_happened(
     # another seed is another run: it is refused, in one line, and nobody minds
     assert isinstance(found["d"], InvalidInput)
     assert "configuration differs" in str(found["d"])
+    # so are other data behind the same configuration
+    assert isinstance(found["e"], InvalidInput), found["e"]
+    assert "its data differs from that of the group" in str(found["e"])
+    assert "let it read the same cube or store, and the same split" in str(found["e"])
     last = found["c"]
     assert isinstance(last, TrainingResult), last
     assert (last.steps, last.leads) == (STEPS, True)
@@ -375,13 +380,16 @@ def test_a_process_without_a_group_says_how_to_start_one(tmp_path: Path) -> None
         ({"optim": {"loss": "dice"}}, r"'dice' is a quotient over the whole batch"),
         ({"mesh": {"data": 1, "pipe": 2}}, r"mesh\.pipe = 2 .*mesh\.data and mesh\.zero only"),
         ({"mesh": {"data": 1, "space": 2, "model": 2}}, r"mesh\.model = 2, mesh\.space = 2"),
+        ({"mesh": {"data": 1}, "placement": {"kind": "stages"}}, r"placement\.kind = 'stages' \(mesh\.pipe = 2\)"),
+        ({"mesh": "auto"}, r"mesh = 'auto' plans for equal devices"),
         ({"mesh": {"data": 4}}, r"a chunk of 2 windows must be a multiple of mesh\.data 4"),
     ],
 )
 def test_what_replicas_cannot_compute_is_refused(sections: dict[str, Any], message: str) -> None:
     values = hetero_config().model_dump(exclude_unset=True)
     for name, section in sections.items():
-        values[name] = {**({} if name == "mesh" else values.get(name, {})), **section}
+        own = {} if name == "mesh" else values.get(name, {})
+        values[name] = {**own, **section} if isinstance(section, dict) else section
     with pytest.raises(ValueError, match=message):
         TrainConfig.model_validate(values)
 

@@ -167,6 +167,40 @@ def test_a_member_below_one_chunk_is_set_aside_and_tried_again() -> None:
     assert rig.shares == {"a": 6, "b": 2} or rig.shares == {"a": 5, "b": 3}
 
 
+def test_what_is_set_aside_says_why_and_what_helps() -> None:
+    """One line each: too slow for one chunk, and more members than chunks."""
+    control, limits = ShareController(8), dict[str, int | None](a=None, b=None)
+    for _ in range(6):
+        control.observe("a", 1.0)
+        control.observe("b", 100.0)
+    said = [str(event) for event in control.decide(3, limits).events if event.kind == "set_aside"]
+    assert said == [
+        "step 3: b: is set aside: one chunk takes it 100 s, a whole step takes the others 8 s; it is tried again at "
+        "step 578, and smaller chunks (hetero.chunk) would let it do more"
+    ]
+    few = ShareController(2)
+    said = [str(event) for event in few.decide(0, dict.fromkeys("abc")).events if event.kind == "set_aside"]
+    assert len(said) == 1
+    assert said[0].startswith("step 0: c: is set aside: a step has 2 chunks for 3 members; it is tried again at step ")
+    assert "smaller chunks (hetero.chunk)" in said[0]
+    held = ShareController(4).decide(0, {"a": None, "b": 0})
+    assert held.shares == {"a": 4, "b": 0}
+    assert [event.reason for event in held.events if event.kind == "set_aside"] == [
+        "is set aside: its memory holds no chunk, and smaller ones (hetero.chunk) may fit"
+    ]
+
+
+def test_the_first_measurement_of_a_member_does_not_count() -> None:
+    """Caches are cold in it, and files are opened."""
+    control, limits = ShareController(8), dict[str, int | None](a=None, b=None)
+    control.observe("a", 50.0)
+    assert control.seconds("a") is None
+    control.observe("a", 1.0)
+    control.observe("b", 1.0)
+    control.observe("b", 1.0)
+    assert control.decide(1, limits).shares == {"a": 4, "b": 4}
+
+
 def test_trials_are_cheap() -> None:
     """What a member that is set aside costs stays below three in a hundred."""
     rig = Rig(16, {"a": 1.0, "b": 18.0})
