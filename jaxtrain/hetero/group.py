@@ -16,21 +16,18 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from jaxtrain.hetero.complaints import Complaints
+from jaxtrain.hetero.gathering import Gathering
 from jaxtrain.hetero.membership import Event, EventKind
 from jaxtrain.hetero.seats import Application, Replay, Seat, difference, recorded_chunks
 from jaxtrain.hetero.shares import ShareController
+from jaxtrain.hetero.step_sum import StepSum
 from zarr_store.errors import InvalidInput
 
 __all__ = ["Group"]
-
-_COMPLAINT_S = 1.0
-"""Seconds after a broken connection in which the one at the other end may turn out to be dead."""
-_MOST_RETRIES = 3
-"""Attempts of a step after which of two members that cannot reach each other one is dropped."""
 
 
 class Group:
@@ -74,16 +71,13 @@ class Group:
         self._shares: ShareController | None = None
         self._replay: Replay = {}
         self._leader = 0
-        self._step = self._attempt = self._epoch = 0
+        self._step = self._epoch = 0
         self._chunks = 0
-        self._size: int | None = None
-        self._order: list[int] = []
-        self._parts: dict[int, tuple[str, dict[str, Any]]] = {}
+        self._sum = StepSum()
         self._events: list[Event] = []
-        self._gathering: str | None = None
+        self._gathering = Gathering(self._send)
         self._progress = 0.0
-        self._complaints: list[tuple[frozenset[int], float]] = []
-        self._retries: Counter[frozenset[int]] = Counter()
+        self._complaints = Complaints()
 
     # ── what is there ──
 
@@ -181,7 +175,7 @@ class Group:
             self._send(number, {"kind": "dropped", "reason": reason})
         self._close(number)
         self._event("left" if left else "dropped", seat.name, reason)
-        self._complaints = [found for found in self._complaints if number not in found[0]]
+        self._complaints.forget(number)
         for other in self._seats.values():
             if other.donor == number:
                 other.donor = None
@@ -197,7 +191,7 @@ class Group:
         left = self._active()
         if seat.number == self._leader and left:
             self._leader = min(left, key=lambda one: one.number).number
-        self._change_gathering()
+        self._gathering.change(left, self._roll())
         if self._phase == "step" and left and not self._committed(now):
             if len(left) < self._min and not self.finished:
                 self._end_too_few(seat)
@@ -259,7 +253,7 @@ class Group:
         elif kind == "lost":
             other = int(message["number"])
             if other in self._seats:
-                self._complaints.append((frozenset({number, other}), now))
+                self._complaints.add(number, other, now)
         elif kind == "leave":
             self._leave(seat, now, finished=bool(message["finished"]))
         else:
@@ -310,7 +304,7 @@ class Group:
             flags = [
                 (seat, seat.have if any(s.have for s in active) else seat.contributed is not None) for seat in active
             ]
-        elif self._gathering is not None:
+        elif self._gathering.name is not None:
             flags = [(seat, seat.values is not None) for seat in active]
         else:
             flags = [*((seat, seat.ready is not None) for seat in active), *((seat, False) for seat in givers)]
@@ -318,25 +312,12 @@ class Group:
 
     def _hear_complaints(self, now: float) -> None:
         """Deal with pairs of members whose connection broke, though both are alive."""
-        due = [pair for pair, at in self._complaints if now - at > _COMPLAINT_S]
-        if not due:
-            return
-        self._complaints = []
-        for pair in dict.fromkeys(due):
-            seats = [self._seats[number] for number in pair if number in self._seats]
-            if len(seats) < 2:
-                continue
-            if any(now - seat.heard > seat.application.silence_s / 2 for seat in seats):
-                self._complaints.append((pair, now))  # silence will tell which of the two is at fault
-                continue
-            self._retries[pair] += 1
-            newer = max(seats, key=lambda seat: seat.number)
-            other = min(seats, key=lambda seat: seat.number)
-            if newer.active and self._phase == "step" and self._retries[pair] < _MOST_RETRIES:
-                self._event("retry", newer.name, f"the connection with {other.name} broke; the exchange is repeated")
+        for older, newer, again in self._complaints.due(self._seats, now):
+            if newer.active and self._phase == "step" and again:
+                self._event("retry", newer.name, f"the connection with {older.name} broke; the exchange is repeated")
                 self._attempt_again()
             else:
-                why = f"{other.name} cannot exchange data with it at {newer.address}"
+                why = f"{older.name} cannot exchange data with it at {newer.address}"
                 self.drop(newer.number, f"{why}: open this address, or announce another", now)
 
     def _leave(self, seat: Seat, now: float, *, finished: bool) -> None:
@@ -398,8 +379,9 @@ class Group:
         for event in decision.events:
             self._events.append(event)
             self._on_event(event)
-        self._phase, self._attempt, self._parts = "step", 0, {}
-        self._retries.clear()
+        self._phase = "step"
+        self._sum.begin(self._step)
+        self._complaints.forget_retries()
         offset = 0
         for seat in active:
             share = decision.shares[seat.name]
@@ -414,55 +396,38 @@ class Group:
     # ── a step ──
 
     def _open_attempt(self, active: list[Seat], kind: str, more: Mapping[str, Any]) -> None:
-        self._order = [seat.number for seat in active]
-        self._complaints = []
+        self._sum.open(active)
+        self._complaints.clear()
         roll = {**self._roll(), "idle": [seat.number for seat in active if not seat.assigned]}
         for seat in active:
             seat.contributed, seat.have = None, False
-            chunks = list(seat.assigned)
-            step = {"kind": kind, "step": self._step, "attempt": self._attempt, "chunks": chunks}
+            step = {"kind": kind, **self._sum.key, "chunks": list(seat.assigned)}
             self._send(seat.number, {**step, **roll, **more})
 
     def _attempt_again(self) -> None:
-        self._attempt += 1
-        self._parts = {}
+        self._sum.try_again()
         self._open_attempt(self._active(), "again", {})
 
     def _is_current(self, message: Mapping[str, Any]) -> bool:
-        current = (self._step, self._attempt)
-        return self._phase == "step" and (message["step"], message["attempt"]) == current
+        return self._phase == "step" and self._sum.is_of(message)
 
     def _contribute(self, seat: Seat, message: Mapping[str, Any], now: float) -> None:
-        if not self._is_current(message):
-            return
-        chunks, size = tuple(map(int, message["chunks"])), int(message["size"])
-        part = {
-            "chunks": list(chunks),
-            "weight": float(message["weight"]),
-            "sums": {str(name): float(value) for name, value in message["sums"].items()},
-            "seconds": [float(value) for value in message["seconds"]],
-        }
-        if self._size is None:
-            self._size = size
-        if chunks != seat.assigned or size != self._size:
-            what = f"chunks {chunks} in {size} numbers, expected {seat.assigned} in {self._size}"
-            self.drop(seat.number, f"contributed {what}", now)
-            return
-        seat.contributed = part
-        self._parts[seat.number] = (seat.name, part)
+        if self._is_current(message):
+            wrong = self._sum.take(seat, message)
+            if wrong is not None:
+                self.drop(seat.number, wrong, now)
 
     def _committed(self, now: float) -> bool:
         """Commit the step if all members that are left hold its sum; return whether it was."""
         active = self._active()
-        complete = all(seat.have for seat in active) and all(number in self._parts for number in self._order)
-        if self._phase != "step" or not active or not complete:
+        if self._phase != "step" or not active or not self._sum.is_held_by(active):
             return False
-        parts = [self._parts[number] for number in self._order]
+        parts = self._sum.parts()
         self._phase, self._progress = "boundary", now
         for name, part in parts:
             if part["seconds"] and self._shares is not None and name in self.members:
                 self._shares.observe(name, sum(part["seconds"]) / len(part["seconds"]))
-        message = {"kind": "commit", "step": self._step, "attempt": self._attempt, "parts": parts, **self._roll()}
+        message = {"kind": "commit", **self._sum.key, "parts": parts, **self._roll()}
         for seat in active:
             self._send(seat.number, message)
         return True
@@ -484,22 +449,5 @@ class Group:
             raise ValueError("a newcomer gathers nothing")
         if epoch != self._epoch:
             self._send(seat.number, {"kind": "changed", "name": name, **self._roll()})
-            return
-        if self._gathering not in (None, name):
-            raise ValueError(f"it gathers {name[:40]!r}, the others {self._gathering!r}")
-        self._gathering, seat.values = name, values
-        active = self._active()
-        if all(one.values is not None for one in active):
-            found = [[one.name, one.values] for one in active]
-            for one in active:
-                one.values = None
-                self._send(one.number, {"kind": "gathered", "name": name, "values": found})
-            self._gathering = None
-
-    def _change_gathering(self) -> None:
-        """Tell all that wait in a gathering that the members changed, so that none of them gets a result."""
-        for seat in self._active():
-            if seat.values is not None:
-                seat.values = None
-                self._send(seat.number, {"kind": "changed", "name": self._gathering, **self._roll()})
-        self._gathering = None
+        else:
+            self._gathering.give(seat, name, values, self._active())

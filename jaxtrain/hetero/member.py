@@ -25,10 +25,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from jaxtrain.hetero.control import Control, ask_to_join
+from jaxtrain.hetero.exchange import Exchange
 from jaxtrain.hetero.landing import Bulk, Landing
 from jaxtrain.hetero.membership import (
     Assignment,
@@ -41,7 +39,7 @@ from jaxtrain.hetero.membership import (
     Total,
 )
 from jaxtrain.hetero.peers import Peer, Peers
-from jaxtrain.hetero.rounds import Round, slice_bounds
+from jaxtrain.hetero.roll import Roll
 from jaxtrain.hetero.seats import Application, Replay
 from jaxtrain.hetero.wire import BLOCK_BYTES, check_secret, format_address, parse_address
 from zarr_store.crash import crashpoint
@@ -55,20 +53,27 @@ Buffer = bytes | bytearray | memoryview
 class Member:
     """One replica's place in its group. Made by `join`."""
 
-    def __init__(self, control: Control, application: Application, number: int, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        control: Control,
+        application: Application,
+        number: int,
+        listener: socket.socket,
+        *,
+        key: bytes,
+        group: str,
+    ) -> None:
         self._control, self._application, self._number = control, application, number
         self._listener = listener
-        self._peers: Peers | None = None
         self._make_state: Callable[[], Buffer] | None = None
         self._landing = Landing(control.wake)
-        self._size: int | None = None
-        self._total: npt.NDArray[np.float32] = np.empty(0, np.float32)
-        self._parts: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
-        self._order: tuple[Peer, ...] = ()
-        self._chunks: tuple[int, ...] = ()
-        self._idle: frozenset[int] = frozenset()
-        self._step = self._attempt = self._epoch = 0
-        self._leader = ""
+        self._peers = Peers(
+            application.name, listener, key=key, group=group, number=number, silence_s=application.silence_s,
+            place=self._landing.place, arrived=self._landing.arrived,
+            lost=lambda number, why: control.tell({"kind": "lost", "number": number, "why": why}),
+        )  # fmt: skip
+        self._roll = Roll()
+        self._exchange = Exchange(number, self._roll, control, self._peers, self._landing)
         self._closed = False
 
     @classmethod
@@ -130,11 +135,8 @@ class Member:
             raise
         control = Control(sock, address, name, silence_s)
         application = Application(name, "", identity, chunks, limit, state_step, silence_s)
-        member = cls(control, application, int(answer["number"]), listeners[0])
-        member._peers = Peers(
-            name, listeners[0], key=key, group=str(answer["group"]), number=member._number, silence_s=silence_s,
-            place=member._landing.place, arrived=member._landing.arrived,
-            lost=lambda number, why: control.tell({"kind": "lost", "number": number, "why": why}),
+        member = cls(
+            control, application, int(answer["number"]), listeners[0], key=key, group=str(answer["group"])
         )  # fmt: skip
         control.start()
         return member
@@ -155,12 +157,12 @@ class Member:
     @property
     def members(self) -> tuple[str, ...]:
         """Names of all members, in the order in which contributions are added."""
-        return tuple(peer.name for peer in self._order)
+        return tuple(peer.name for peer in self._roll.order)
 
     @property
     def leader(self) -> str:
         """Name of the member that writes logs and checkpoints."""
-        return self._leader
+        return self._roll.leader
 
     # ── state ──
 
@@ -169,7 +171,7 @@ class Member:
         while True:
             message = self._wait()
             if message["kind"] == "formed":
-                self._take_roll(message)
+                self._roll.take(message)
                 return bool(message["state"])
 
     def offer_state(self, make: Callable[[], Buffer]) -> None:
@@ -221,16 +223,15 @@ class Member:
                 self._give_state(message)
             elif message["kind"] == "begin":
                 break
-        self._take_roll(message)
-        self._take_attempt(message)
+        self._exchange.begin(message)
         return Assignment(
-            step=self._step,
-            chunks=self._chunks,
+            step=self._exchange.step,
+            chunks=self._exchange.chunks,
             members=self.members,
-            leader=self._leader,
+            leader=self._roll.leader,
             shares={str(name): int(share) for name, share in message["shares"].items()},
             events=tuple(Event(kind, at, member, reason) for kind, at, member, reason in message["events"]),
-            epoch=self._epoch,
+            epoch=self._roll.epoch,
         )
 
     def exchange(self, contribution: Contribution) -> Total | MoreWork:
@@ -246,138 +247,7 @@ class Member:
             GroupError: The membership has ended. No member has got the total, unless its step was complete.
             InvalidInput: The contribution is not of this step, or has other chunks.
         """
-        self._check(contribution)
-        while (message := self._control.next(wait=False)) is not None:  # another member may be lost already
-            self._hear(message)
-        while True:
-            more = tuple(sorted(set(self._chunks) - set(contribution.chunks)))
-            if more:
-                return MoreWork(self._step, more)
-            total = self._attempt_to_sum(contribution)
-            if total is not None:
-                return total
-
-    def _check(self, contribution: Contribution) -> None:
-        vector = contribution.vector
-        if vector.dtype != np.float32 or vector.ndim != 1 or not vector.flags.c_contiguous or not vector.size:
-            raise InvalidInput(f"expected a contiguous float32 vector, got {vector.dtype} of shape {vector.shape}")
-        if contribution.step != self._step:
-            raise InvalidInput(f"expected a contribution to step {self._step}, got one to step {contribution.step}")
-        other = set(contribution.chunks) - set(self._chunks)
-        if other or len(set(contribution.chunks)) != len(contribution.chunks):
-            raise InvalidInput(f"expected chunks {self._chunks}, each once, got {contribution.chunks}")
-
-    def _hear(self, message: Mapping[str, Any]) -> None:
-        """Take in that the current step is attempted again with other members."""
-        if message["kind"] == "again" and message["step"] == self._step:
-            assert self._peers is not None
-            self._take_roll(message)
-            self._peers.reconnect()
-            self._take_attempt(message)
-
-    def _attempt_to_sum(self, contribution: Contribution) -> Total | None:
-        """Exchange slices in the current attempt; None if there is another one."""
-        assert self._peers is not None
-        crashpoint("before contributing")
-        summing = self._open_round(contribution.vector)
-        self._report(contribution)
-        peers = {peer.number: peer for peer in self._order}
-        for number, header, block in summing.contribute(contribution.vector):
-            self._peers.send(peers[number], summing.key, header, block)
-        crashpoint("after contributing")
-        vector, told = self._total, False
-        if not summing.others:
-            vector = contribution.vector
-
-        def send(number: int, header: dict[str, Any], block: memoryview) -> None:
-            assert self._peers is not None
-            self._peers.send(peers[number], summing.key, header, block)
-
-        while True:
-            if not told and (summing.complete or not summing.others):
-                crashpoint("before it has the sum")
-                self._control.tell({"kind": "have", "step": self._step, "attempt": self._attempt})
-                crashpoint("after it has the sum")
-                told = True
-            # once the sum is there, only a message can change anything
-            message = self._control.next() if told else self._control.next(lambda: summing.can_add or summing.complete)
-            if message is None:
-                if summing.can_add:
-                    crashpoint("before adding")
-                    summing.add(send)
-            elif message["kind"] == "commit" and message["step"] == self._step:
-                self._take_roll(message)
-                self._landing.expect_round(None)
-                return self._total_of(message, vector)
-            elif message["kind"] == "again":
-                self._hear(message)
-                return None
-
-    def _report(self, contribution: Contribution) -> None:
-        """Tell the coordinator what this member contributes."""
-        message = {
-            "kind": "contributed",
-            "step": self._step,
-            "attempt": self._attempt,
-            "chunks": sorted(contribution.chunks),
-            "size": contribution.vector.size,
-            "weight": float(contribution.weight),
-            "sums": {str(name): float(value) for name, value in contribution.sums.items()},
-            "seconds": [float(value) for value in contribution.chunk_seconds],
-        }
-        self._control.tell(message)
-
-    def _open_round(self, vector: npt.NDArray[np.float32]) -> Round:
-        """Return the round of this attempt; it may have received blocks already."""
-        self._size = vector.size
-        summing = self._landing.round
-        if summing is None or summing.key != (self._step, self._attempt):
-            summing = self._post_round()
-        return summing
-
-    def _post_round(self) -> Round:
-        """Make memory for the blocks of this attempt and let them in."""
-        assert self._size is not None
-        numbers = [peer.number for peer in self._order]
-        longest = max(stop - start for start, stop in slice_bounds(self._size, len(numbers)))
-        rows = len(numbers) - 1
-        # A late block of an attempt that failed may still be received into its memory: another attempt gets new memory.
-        if self._attempt or self._parts.shape != (rows, longest):
-            self._parts = np.empty((rows, longest), np.float32)
-        if rows and (self._attempt or self._total.size != self._size):
-            self._total = np.empty(self._size, np.float32)
-        summing = Round(
-            (self._step, self._attempt), numbers, self._number, idle=self._idle, total=self._total, parts=self._parts
-        )
-        self._landing.expect_round(summing)
-        return summing
-
-    def _total_of(self, message: Mapping[str, Any], vector: npt.NDArray[np.float32]) -> Total:
-        weight, sums = 0.0, dict[str, float]()
-        shares, seconds = dict[str, tuple[int, ...]](), dict[str, float]()
-        for name, part in message["parts"]:
-            weight += part["weight"]
-            shares[name] = tuple(part["chunks"])
-            for key, value in part["sums"].items():
-                sums[key] = sums.get(key, 0.0) + value
-            if part["seconds"]:
-                seconds[name] = sum(part["seconds"]) / len(part["seconds"])
-        crashpoint("committed")
-        return Total(self._step, vector, weight, sums, shares, seconds)
-
-    def _take_roll(self, message: Mapping[str, Any]) -> None:
-        self._epoch, self._leader = int(message["epoch"]), str(message["leader"])
-        self._order = tuple(Peer(int(number), str(name), str(address)) for number, name, address in message["members"])
-
-    def _take_attempt(self, message: Mapping[str, Any]) -> None:
-        assert self._peers is not None
-        self._step, self._attempt = int(message["step"]), int(message["attempt"])
-        self._chunks, self._idle = tuple(message["chunks"]), frozenset(message["idle"])
-        self._peers.keep(peer.number for peer in self._order)
-        self._peers.purge((self._step, self._attempt))
-        self._landing.expect_bulk(None)
-        if self._size is not None:
-            self._post_round()
+        return self._exchange.run(contribution)
 
     # ── small and large values of all ──
 
@@ -388,18 +258,18 @@ class Member:
             GroupChanged: A member was lost meanwhile. Nobody got a result; all may repeat the call.
         """
         crashpoint("before gathering")
-        self._control.tell({"kind": "gather", "name": name, "epoch": self._epoch, "values": dict(values)})
+        self._control.tell({"kind": "gather", "name": name, "epoch": self._roll.epoch, "values": dict(values)})
         crashpoint("after gathering")
         while True:
             message = self._wait()
             if message["kind"] == "gathered" and message["name"] == name:
                 return {str(member): dict(found) for member, found in message["values"]}
             if message["kind"] == "changed" and message["name"] == name:
-                self._take_roll(message)
+                self._roll.take(message)
                 error = GroupChanged(
                     f"the members changed while {name} was gathered; now they are {', '.join(self.members)}"
                 )
-                error.members, error.leader = self.members, self._leader
+                error.members, error.leader = self.members, self._roll.leader
                 raise error
 
     def exchange_sums(self, name: str, sums: Mapping[str, float]) -> dict[str, float]:
@@ -424,11 +294,11 @@ class Member:
         Raises:
             GroupChanged: A member was lost meanwhile. Nobody got the value; all may repeat the call under another name.
         """
-        source = next(peer for peer in self._order if peer.name == self._leader)
+        source = next(peer for peer in self._roll.order if peer.name == self._roll.leader)
         if source.number == self._number:
             if value is None:
                 raise InvalidInput(f"expected a value for {name} from {self.name}, which is the leader")
-            others = [peer for peer in self._order if peer.number != self._number]
+            others = [peer for peer in self._roll.order if peer.number != self._number]
             self._send_bulk(others, f"value {name}", value)
             self.gather(f"received {name}", {"intact": True})
             return memoryview(value).cast("B")
@@ -440,12 +310,11 @@ class Member:
         self._landing.expect_bulk(None)
         found = self.gather(f"received {name}", {"intact": bulk.complete and bulk.intact})
         if not all(values.get("intact") for values in found.values()):
-            raise GroupError(f"{name} from {self._leader} arrived damaged at a member: join again")
+            raise GroupError(f"{name} from {self._roll.leader} arrived damaged at a member: join again")
         assert bulk.data is not None
         return bulk.data.data
 
     def _send_bulk(self, peers: list[Peer], key: str, value: Buffer) -> None:
-        assert self._peers is not None
         data = memoryview(value).cast("B")
         crc = zlib.crc32(data)
         for offset in range(0, len(data), BLOCK_BYTES):
@@ -478,7 +347,6 @@ class Member:
     def _close(self, *, politely: bool) -> None:
         self._closed = True
         self._landing.close()
-        assert self._peers is not None
         self._peers.close()
         self._control.close(politely=politely)
         self._peers.join()

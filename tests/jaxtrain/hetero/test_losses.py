@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxtrain.hetero import member, peers, rounds
+from jaxtrain.hetero import exchange, member, peers, rounds
 from jaxtrain.hetero.membership import CoordinatorLost, Dropped, GroupChanged, RunFinished, TooFewMembers
 
 from .replicas import (
@@ -71,7 +71,7 @@ class Crash:
 def crash(monkeypatch: pytest.MonkeyPatch) -> Crash:
     """Small blocks, so that each slice has several, and a switch that ends a replica."""
     armed = Crash()
-    for module in (member, peers):
+    for module in (exchange, member, peers):
         monkeypatch.setattr(module, "crashpoint", armed)
     monkeypatch.setattr(rounds, "_BLOCK", 1024)
     monkeypatch.setattr(member, "BLOCK_BYTES", 4096)
@@ -131,7 +131,7 @@ def test_the_sum_of_a_member_that_dies_once_all_have_it_counts(crash: Crash) -> 
         crash(place)
 
     with server, pytest.MonkeyPatch.context() as patch:
-        for module in (member, peers):
+        for module in (exchange, member, peers):
             patch.setattr(module, "crashpoint", note)
         start_in_order(replicas)
         finish(*replicas)
