@@ -51,26 +51,26 @@ def measure(network: str, ratios: Sequence[str], batch: int, *, full: bool) -> I
 
 
 def measure_once(crew: Crew, ratio: str, *, full: bool) -> Record:
-    """Return the rates of one ratio in windows a second; each is the median of its steps."""
+    """Return the rates of one ratio in windows a second; each is the median of its steps but the first."""
     batch, parts = crew.batch, RATIOS[ratio]
     everybody, begun = range(len(parts)), dt.datetime.now(dt.UTC)
     warm, steps = (7, 17) if full else (7, 9)
     # those beside the first share a core: where there are three, the first is slowed down with them
     crew.calibrate(parts, HEADROOM if len(parts) == 2 else 0.7)
-    lengths = [max(3, round(4 * part / max(parts)) + 1) for part in parts]
+    lengths = [max(2, round(4 * part / max(parts)) + 1) for part in parts]
     before = [crew.run([number], lengths[number]) for number in everybody]
     mine = crew.run(everybody, warm + steps)
-    first = [rate(alone, batch, 1) for alone in before]
+    first = [rate(alone, batch, 0) for alone in before]
     apart = crew.apart([max(4, round(3 * own / min(first)) + 2) for own in first])
     after = [crew.run([number], lengths[number]) for number in everybody]
-    equal = crew.run(everybody, 5, shares=[crew.chunks // len(parts)] * len(parts))
+    equal = crew.run(everybody, 4, shares=[crew.chunks // len(parts)] * len(parts))
     used = mine[warm:]
     least = [min(line["waiting"].values()) for line in used]
     return {
         "ratio": ratio, "begun": f"{begun:%Y-%m-%d %H:%M} UTC", "load": os.getloadavg()[0],
-        "before": first, "after": [rate(alone, batch, 1) for alone in after],
-        "alone": [rate(one, batch, 1, other) for one, other in zip(before, after, strict=True)],
-        "together": rate(mine, batch, warm), "apart": apart, "equal": rate(equal, batch, 1),
+        "before": first, "after": [rate(alone, batch, 0) for alone in after],
+        "alone": [rate(one, batch, 0, other) for one, other in zip(before, after, strict=True)],
+        "together": rate(mine, batch, warm), "apart": apart, "equal": rate(equal, batch, 0),
         "shares": list(mine[-1]["shares"].values()),
         "moves": sum(a["shares"] != b["shares"] for a, b in itertools.pairwise(used)),
         "least_waiting_s": statistics.median(least),
@@ -97,14 +97,13 @@ def faults(found: Record) -> str:
     return "; ".join(said)
 
 
-def make_rows(network: str, found: Record, count: int, invalid: int) -> list[Row]:
+def make_rows(network: str, found: Record, note: str) -> list[Row]:
     """Return the rows of one measurement.
 
     Args:
         network: `unet` or `resnet`.
         found: Result of `measure_once`.
-        count: How many measurements of this ratio there are.
-        invalid: How many of them are invalid.
+        note: Which measurement it is.
     """
     alone, together, why = found["alone"], found["together"], faults(found)
     total, name = sum(alone), f"{network} {found['ratio']}"
@@ -114,10 +113,9 @@ def make_rows(network: str, found: Record, count: int, invalid: int) -> list[Row
     waits_s = found["least_waiting_s"]
     ideal, step_s = total / (len(alone) * min(alone)), sum(found["shares"]) * CHUNK / together
     moves = f"{found['moves']} moves"
-    times = f"{count} measurement{'s' if count > 1 else ''}, {invalid} invalid; this one begun {found['begun']}"
     return [
         Row(f"{name}: efficiency", together / total, AIM, invalid=why,
-            note=f"{together:.0f} of {total:.0f} windows/s, alone {seen}; shares {shares}; {moves}; {times}"),
+            note=f"{together:.0f} of {total:.0f} windows/s, alone {seen}; shares {shares}; {moves}; {note}"),
         Row(f"{name}: limit, all at once without any exchange", found["apart"] / total, invalid=why,
             note=f"{found['apart']:.0f} windows/s"),
         Row(f"{name}: efficiency beside the limit", together / found["apart"], invalid=why),
@@ -129,7 +127,10 @@ def make_rows(network: str, found: Record, count: int, invalid: int) -> list[Row
 
 
 def collect(network: str, *, full: bool) -> list[Row]:
-    """Return the table: of each ratio the newest valid measurement; the newest of all where none is valid."""
+    """Return the table: of each ratio the valid measurement of median efficiency; the newest where none is valid.
+
+    Of two, the lower one is shown.
+    """
     by_ratio: dict[str, list[Record]] = {}
     for text in _path(network, full=full).read_text().splitlines():
         found = json.loads(text)
@@ -137,9 +138,16 @@ def collect(network: str, *, full: bool) -> list[Row]:
     rows = []
     for ratio in (name for name in RATIOS if name in by_ratio):
         records = by_ratio[ratio]
-        valid = [found for found in records if not faults(found)]
-        rows += make_rows(network, (valid or records)[-1], len(records), len(records) - len(valid))
+        valid = sorted((found for found in records if not faults(found)), key=_efficiency)
+        shown = valid[(len(valid) - 1) // 2] if valid else records[-1]
+        known = ", ".join(f"{_efficiency(found):.3f}" for found in valid) or "none"
+        note = f"begun {shown['begun']}; valid measurements: {known}; invalid: {len(records) - len(valid)}"
+        rows += make_rows(network, shown, note)
     return rows
+
+
+def _efficiency(found: Record) -> float:
+    return float(found["together"] / sum(found["alone"]))
 
 
 def _path(network: str, *, full: bool) -> Path:

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxtrain.hetero import control, wire
 from jaxtrain.hetero import coordinator as coordinator_module
-from jaxtrain.hetero import wire
 from jaxtrain.hetero.coordinator import Coordinator
 from jaxtrain.hetero.member import Member
-from jaxtrain.hetero.membership import Identity, Refused
+from jaxtrain.hetero.membership import CoordinatorLost, Identity, Refused
 from jaxtrain.hetero.rounds import Round
 from jaxtrain.hetero.wire import (
     BadMessage,
@@ -117,6 +117,15 @@ def test_somebody_else_there() -> None:
         with pytest.raises(AccessError, match=r"is not the coordinator of a group: .*HTTP/1\.1"):
             Member.join(f"127.0.0.1:{web.getsockname()[1]}", SECRET, "a", IDENTITY, chunks=1, wait_s=1.0)
         thread.join(5)
+
+
+def test_a_coordinator_that_stands_still_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection stays open, and no sign of life comes; the member says so and does not wait any longer."""
+    monkeypatch.setattr(control, "_FEWEST_SILENCE_S", 0.5)
+    with coordinator(expected=2) as server, join(server, silence_s=0.6) as member:
+        monkeypatch.setattr(server, "_send", lambda _number, _message: None)
+        with pytest.raises(CoordinatorLost, match=r"does not answer any more \(silent for 1\.2 s\): the state is kept"):
+            member.needs_state()
 
 
 def test_a_second_coordinator_at_the_same_place(one: Any) -> None:
