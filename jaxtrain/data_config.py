@@ -82,6 +82,11 @@ class ModalityConfig(Strict):
         6.0, ge=0, description="a date further than this from that of the window counts as missing, days"
     )
     decibel: bool = Field(False, description="turn stored power into decibels, 10 log10, before anything else")
+    min_observed: Share = Field(
+        0.0,
+        description="smallest share of a training window's pixels that the modality observed; windows below are not "
+        "trained on, validation and test keep them",
+    )
 
     @model_validator(mode="after")
     def _has_one_source(self) -> ModalityConfig:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from jaxtrain.config import TrainConfig
+from jaxtrain.config import DataConfig, TrainConfig
 from jaxtrain.data.arrays import as_images
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.ground import Ground
@@ -23,7 +23,7 @@ from jaxtrain.data.statistics import Statistics
 from jaxtrain.data.targets import label_classes, match_classes, resolve_target
 from jaxtrain.data.task import Task
 from jaxtrain.data.training_data import LearnedFrom, TrainingSet, check_digest
-from jaxtrain.data.windows import WindowPlan, plan_windows, window_leakage
+from jaxtrain.data.windows import WindowPlan, Windows, plan_windows, window_leakage
 from zarr_store.errors import NothingFound
 from zarr_store.read import Cube
 
@@ -53,6 +53,7 @@ def prepare_modalities(
     )  # fmt: skip
     labels = replace(WindowReader.of(cube, data, classes, target, index), on_unreadable=on_unreadable)
     reader = ModalityReader(sources, data.patch, labels)
+    plan = _observed_enough(plan, data, sources)
     return TrainingSet(
         digest=digest,
         bands=modality_bands(sources),
@@ -68,6 +69,32 @@ def prepare_modalities(
         numbers=modality_numbers(sources),
         modalities=tuple(source.modality for source in sources),
     )
+
+
+def _observed_enough(plan: WindowPlan, data: DataConfig, sources: Sequence[ModalitySource]) -> WindowPlan:
+    """Leave out the training windows of which a modality observed less than its `min_observed`.
+
+    Raises:
+        NothingFound: None is left.
+    """
+    windows = plan.parts["train"]
+    rows = windows.rows
+    for source in sources:
+        name = source.modality.name
+        least, before, kept = data.modalities[name].min_observed, len(rows), []
+        if not least:
+            continue
+        for start in range(0, len(rows), _COUNTED_AT_ONCE):
+            observed = source.begin(rows[start : start + _COUNTED_AT_ONCE], data.patch, images=False)()["observed"]
+            of_any_date = observed.max(axis=1) if source.modality.dates else observed
+            kept.append(of_any_date.mean(axis=(1, 2)) >= least)
+        rows = rows[np.concatenate(kept)] if kept else rows
+        if not len(rows):
+            raise NothingFound(
+                f"modality {name} observed a share of {least:g} in none of {before} training windows: lower "
+                f"data.modalities.{name}.min_observed"
+            )
+    return replace(plan, parts={**plan.parts, "train": Windows(windows.patch, rows)})
 
 
 def modality_bands(sources: Sequence[ModalitySource]) -> tuple[str, ...]:

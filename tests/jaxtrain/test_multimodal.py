@@ -13,7 +13,7 @@ from jaxtrain.data.modality_source import open_sources
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.inference.maps import open_map
 from jaxtrain.runs.rundir import load_card
-from zarr_store.errors import InvalidInput, UnknownName
+from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.read import open_cube
 
 from .modal_factory import CLOUD, MODALITIES, RADAR_DB, make_modal_cube, modal_config
@@ -107,6 +107,31 @@ def test_series_of_a_modality_take_the_nearest_dates(cube: Path) -> None:
     sources, _ = open_sources(modal_config(cube, data=data).data, open_cube(cube))
     assert sources[2].modality.dates == 2
     assert sources[2].steps.tolist() == [[0, 1], [0, 1], [0, 1]]
+
+
+def test_training_windows_that_a_modality_saw_too_little_of_are_left_out(cube: Path) -> None:
+    def rows_with(least: float) -> dict[str, list[list[int]]]:
+        modalities = {**MODALITIES, "s2": {"collection": "s2", "min_observed": least}}
+        data = modal_config(cube).data.model_dump() | {"modalities": modalities}
+        plan = open_training_data(str(cube)).prepare(modal_config(cube, data=data), None, None).plan
+        return {part: windows.rows.tolist() for part, windows in plan.parts.items()}
+
+    every, clear = rows_with(0.0), rows_with(1.0)
+    # cloud hides the upper half of the first date
+    wanted = [row for row in every["train"] if row[0] > 0 or row[1] >= 48]
+    assert clear["train"] == wanted
+    assert len(wanted) < len(every["train"])
+    assert (clear["validation"], clear["test"]) == (every["validation"], every["test"])
+
+
+def test_no_training_window_that_a_modality_saw_enough_of_is_one_line(cube: Path) -> None:
+    # the third date, which alone is left for training, has no partner in Sentinel-1
+    modalities = {**MODALITIES, "s1": {"collection": "s1", "most_days": 0.9, "min_observed": 1.0}}
+    data = modal_config(cube).data.model_dump() | {"modalities": modalities}
+    split = {"block_m": 160, "test": 0.25, "validation": 0.15, "test_dates": ("2023-08-10", "2023-08-15")}
+    with pytest.raises(NothingFound, match=r"modality s1 observed a share of 1 in none of \d+ training windows: lower"):
+        config = modal_config(cube, data=data | {"split": split})
+        open_training_data(str(cube)).prepare(config, None, None)
 
 
 @pytest.mark.parametrize(
