@@ -74,7 +74,7 @@ class Size:
     side: int = 512
 
 
-QUICK, FULL = Size(1, 120), Size(3, 600)
+QUICK, FULL = Size(1, 120), Size(3, 1200)
 
 
 # ---- The world

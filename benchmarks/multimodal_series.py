@@ -1,9 +1,9 @@
 """Cropland of a real series: several modalities beside each of them, and a random forest on the same pixels.
 
-Twelve monthly composites of Sentinel-2 and Sentinel-1 of one square kilometre (WorldCereal, in the shared data) become a
-cube by the commands that a user types; `examples/multimodal_series.toml` is trained on it, with both modalities and with
-each alone. The forest of scikit-learn gets the series of each pixel as features, of the same training windows, and is
-scored on the same test blocks. Seeds choose the blocks, too. Without the data it reports that and passes.
+Twelve monthly composites of Sentinel-2 and Sentinel-1 of one square kilometre (WorldCereal, in the shared data) become
+a cube by the commands that a user types; `examples/multimodal_series.toml` is trained on it, with both modalities and
+with each alone. The forest of scikit-learn gets the series of each pixel as features, of the same training windows, and
+is scored on the same test blocks. Seeds choose the blocks, too. Without the data it reports that and passes.
 """
 
 from __future__ import annotations

@@ -18,14 +18,11 @@ import socket
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from harness import OUT, Row, publish
-from planner_bytes import IDLE_S, LONG, SHORT, Meter, alone, lift_loopback
-
-from jaxtrain.planner.framing import HEADERS
+from planner_bytes import alone, lift_loopback
 
 PLACE = OUT / "placements.json"
 """What was measured so far, so that an interruption loses one placement."""
@@ -111,39 +108,22 @@ def work(request: Mapping[str, Any]) -> None:
 
     from jaxtrain.learn.step import make_train_step
     from jaxtrain.parallel.processes import start_distributed, wait_for_all
+    from jaxtrain.planner.placement_measurer import count_traffic, time_steps
 
     info = start_distributed(timeout_s=300)
     program = make_program(request["placement"], request["mesh"], batch=request["batch"], patch=request["patch"],
                            equal=request["equal"], model=request.get("model"))  # fmt: skip
     radar = S2 if request["equal"] else S1
     batch = put(program, make_data(request["batch"], request["patch"], radar=radar))
-    step, state = make_train_step(program), program.init(jax.random.key(0))
-
-    wait: Callable[..., Any] = jax.block_until_ready
+    step, state, key = make_train_step(program), program.init(jax.random.key(0)), jax.random.key(1)
 
     def train(steps: int) -> float:
         nonlocal state
-        began = time.perf_counter()
-        for index in range(steps):
-            state, metrics = step(state, batch, key=jax.random.key(index))
-        wait((jax.tree.leaves(state.params), metrics))
-        return time.perf_counter() - began
+        state, seconds = time_steps(step, state, batch, key, steps)
+        return seconds
 
     train(2)
-    found: dict[str, Any] = {}
-    if request["count"]:
-        meter = Meter()
-        meter.start()
-        time.sleep(IDLE_S)
-        idle = meter.read()
-        seen = []
-        for steps in (SHORT, LONG):
-            train(steps)
-            seen.append(meter.read())
-        one, many = seen
-        seconds = many[2] - one[2]
-        found = {name: (many[i] - one[i] - idle[i] / idle[2] * seconds) / (LONG - SHORT)
-                 for i, name in enumerate(("bytes", "packets"))}  # fmt: skip
+    found = count_traffic(train) if request["count"] else {}
     turns = []
     for _ in range(request["turns"]):
         wait_for_all("a turn begins")
@@ -188,6 +168,7 @@ def run_processes(processes: int, request: Mapping[str, Any], *, bound: bool = F
 def compare_bytes(kept: dict[str, Any], wanted: str | None) -> None:
     from jaxtrain.planner.collectives import Dialect
     from jaxtrain.planner.facts import compile_facts
+    from jaxtrain.planner.framing import header_bytes
     from jaxtrain.planner.placements import sent_by_all
 
     words = alone()
@@ -196,19 +177,19 @@ def compare_bytes(kept: dict[str, Any], wanted: str | None) -> None:
         if wanted is not None and wanted != name:
             continue
         program = make_program(placement, mesh)
-        told = sent_by_all(compile_facts(program, {}, Dialect()))
+        facts = compile_facts(program, {}, Dialect())
+        told = sent_by_all(facts) | {"headers": header_bytes(facts)}
         request = {"placement": placement, "mesh": mesh, "batch": 8, "patch": 64, "equal": False, "count": True,
                    "turns": 0, "steps": 1}  # fmt: skip
         command = [*words, sys.executable, __file__, "--part", "lifted" if words else "processes"]
         command += ["--request", json.dumps(request | {"processes": program.mesh.size})]
         seen = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-        total = sum(told.values())
-        net = seen["bytes"] - HEADERS * seen["packets"]
-        kept.setdefault("bytes", {})[name] = {"predicted": total, "by_kind": told, "measured": seen["bytes"],
-                                              "without_headers": net, "own_interface": bool(words)}  # fmt: skip
+        total, sent = sum(told.values()), seen["bytes_step"]
+        row = {"predicted": total, "by_kind": told, "measured": sent, "payload": total - told["headers"]}
+        kept.setdefault("bytes", {})[name] = row | {"own_interface": bool(words)}
         print(
-            f"  {name:26} predicted {total / 1e6:8.3f} MB, carried {seen['bytes'] / 1e6:8.3f} MB, "
-            f"{total / seen['bytes'] - 1:+.1%}; without TCP and IP headers {total / net - 1:+.1%}",
+            f"  {name:26} predicted {total / 1e6:8.3f} MB, carried {sent / 1e6:8.3f} MB, {total / sent - 1:+.1%}; "
+            f"payload alone {(total - told['headers']) / sent - 1:+.1%}",
             flush=True,
         )
         keep(kept)
@@ -304,7 +285,8 @@ def keep(kept: Mapping[str, Any]) -> None:
 def figures(kept: Mapping[str, Any]) -> list[Row]:
     rows = [
         Row(f"bytes of {name}: prediction off by", abs(one["predicted"] / one["measured"] - 1), AIM_BYTES, at_most=True,
-            note=f"{abs(one['predicted'] / one['without_headers'] - 1):.1%} without TCP and IP headers")
+            note=f"predicted {one['predicted']:.0f}, carried {one['measured']:.0f} bytes; the payload alone "
+                 f"{one['payload'] / one['measured'] - 1:+.1%}")
         for name, one in kept.get("bytes", {}).items()
     ]  # fmt: skip
     rows += [

@@ -9,13 +9,15 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.progress import Reporter
 from cli.session import Session
-from zarr_store.errors import TerrashardError
+from zarr_store.errors import AccessError, TerrashardError
 
 if TYPE_CHECKING:
+    from jaxtrain.config import TrainConfig
     from jaxtrain.launching.places import Places
     from jaxtrain.launching.process import OnLine, Running
     from jaxtrain.planner.placements import Placed, PlacementRow
@@ -26,8 +28,6 @@ __all__ = ["measure_placements", "measured_table", "placement_table", "placement
 
 WIDTH = 132
 _FLAG = "--xla_force_host_platform_device_count"
-HEADERS = 52
-"""Bytes of the headers of IPv4 and of TCP with time stamps, in every packet."""
 
 
 def survey_branches(
@@ -75,7 +75,8 @@ def measure_placements(
 
     Raises:
         TerrashardError: The processes of a number of devices failed; the message is the last line that they wrote.
-        AccessError: The Dask cluster does not answer, or has fewer workers than a placement has devices.
+        AccessError: The Dask cluster does not answer. Placements for which it has too few workers have a reason in
+            place of measurements.
     """
     by_size: dict[int, list[Placed]] = defaultdict(list)
     for one in placed:
@@ -84,7 +85,13 @@ def measure_placements(
     found: dict[str, dict[str, Any]] = {}
     for devices, several in sorted(by_size.items()):
         session.note(f"measuring {len(several)} placement(s) in {devices} process(es)")
-        found |= _measure(devices, several, dask, epochs)
+        try:
+            found |= _measure(devices, several, dask, epochs)
+        except AccessError as error:
+            if not found:
+                raise
+            # the cluster has workers for the smaller placements only
+            found |= {one.name: {"why_not": str(error)} for one in several}
     return found
 
 
@@ -94,7 +101,7 @@ def _measure(devices: int, several: Sequence[Placed], dask: str | None, epochs: 
     request = {
         "epochs": epochs,
         "placements": [
-            {"name": one.name, "config": one.candidate.config.model_dump(mode="json", exclude_unset=True)}
+            {"name": one.name, "config": _wherever(one.candidate.config).model_dump(mode="json", exclude_unset=True)}
             for one in several
             if one.candidate.config is not None
         ],
@@ -117,6 +124,21 @@ def _measure(devices: int, several: Sequence[Placed], dask: str | None, epochs: 
         raise TerrashardError(f"placements on {devices} processes could not be measured: {said}")
     return {one.name: _together([line for mine in lines.values() for line in mine if line["placement"] == one.name])
             for one in several}  # fmt: skip
+
+
+def _wherever(config: TrainConfig) -> TrainConfig:
+    """Return the run with whole paths, as processes may start in another folder."""
+
+    def whole(url: str) -> str:
+        return url if not url or "://" in url else str(Path(url).absolute())
+
+    cube, data = config.data.cube, config.data
+    modalities = {
+        name: one.model_copy(update={"cube": whole(one.cube)}) if one.cube else one
+        for name, one in data.modalities.items()
+    }
+    cubes = whole(cube) if isinstance(cube, str) else tuple(whole(one) for one in cube)
+    return config.model_copy(update={"data": data.model_copy(update={"cube": cubes, "modalities": modalities})})
 
 
 @contextmanager
@@ -207,16 +229,15 @@ def measured_table(rows: Sequence[PlacementRow], measured: Mapping[str, Mapping[
             if seen is not None:
                 wrong.append(f"not measured: {row.placed.name}: {seen['why_not']}")
             continue
-        told = row.to_dict().get("bytes_step", 0.0)
-        sent = seen.get("bytes_step")
-        net = None if sent is None else sent - HEADERS * seen["packets_step"]
+        values = row.to_dict()
+        told, sent = values["bytes_step"] + values["header_bytes"], seen.get("bytes_step")
         lines.append([
-            row.placed.name, _mega(told), "" if sent is None else _mega(sent), _off(told, sent), _off(told, net),
+            row.placed.name, _mega(told), "" if sent is None else _mega(sent), _off(told, sent),
             f"{1e3 * seen['step_s']:.1f}", " ".join(f"{share:.0%}" for share in seen["busy"]),
             f"{1e3 * seen['inference_s']:.1f}", f"{seen['train_s']:.1f}" if "train_s" in seen else "",
             _score(seen), f"{seen['train_loss']:.5f}" if "train_loss" in seen else "",
         ])  # fmt: skip
-    names = ("placement", "MB/step", "carried", "off", "less TCP/IP", "step ms", "processor", "inference ms",
+    names = ("placement", "with headers", "carried", "off", "step ms", "processor", "inference ms",
              "epochs s", "accuracy", "last loss")  # fmt: skip
     return "\n".join([_drawn("placements, measured", names, lines), *wrong])
 

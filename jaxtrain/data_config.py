@@ -82,6 +82,10 @@ class ModalityConfig(Strict):
         6.0, ge=0, description="a date further than this from that of the window counts as missing, days"
     )
     decibel: bool = Field(False, description="turn stored power into decibels, 10 log10, before anything else")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["common"] = Field(
+        "common",
+        description="probability in training that the modality of a sample is hidden; common: data.modality_dropout",
+    )
     min_observed: Share = Field(
         0.0,
         description="smallest share of a training window's pixels that the modality observed; windows below are not "

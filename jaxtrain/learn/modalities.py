@@ -5,7 +5,7 @@
     day_NAME       (B, T), of series                         day of the year, from 1
     label          (B, H, W) on the finest grid, or (B,) of images with one answer each
 
-Letters: B sample, T date, C band, H = h · ratio and W = w · ratio pixels of the finest grid.
+Letters: B sample, M modality, T date, C band, H = h · ratio and W = w · ratio pixels of the finest grid.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def prepare_modalities(
             image, seen = turn(*both)
             arrays[name] = (image, seen)
         label = turn(label)[0] if label.ndim > 2 else label
-    observed = hide_modalities({name: seen for name, (_, seen) in arrays.items()}, key, data.modality_dropout)
+    own = {name: one.dropout for name, one in data.modalities.items()}
+    chances = {name: data.modality_dropout if own[name] == "common" else float(own[name]) for name in arrays}
+    observed = hide_modalities({name: seen for name, (_, seen) in arrays.items()}, key, chances)
     found = {}
     for number, one in enumerate(program.modalities):
         image = arrays[one.name][0]
@@ -92,21 +94,24 @@ def prepare_modalities(
     return found, label
 
 
-def hide_modalities(observed: Mapping[str, jax.Array], key: jax.Array, chance: float) -> dict[str, jax.Array]:
+def hide_modalities(
+    observed: Mapping[str, jax.Array], key: jax.Array, chances: float | Mapping[str, float]
+) -> dict[str, jax.Array]:
     """Hide whole modalities of samples at random; of those that a sample has, at least one stays.
 
     Args:
         observed: modality → (B, h, w, …), 1 where observed.
         key: Random key of this step.
-        chance: Probability of each modality of each sample.
+        chances: Probability of each modality of each sample, one for all or for each by its name.
     """
-    if not chance or len(observed) < 2:
+    chance_M = np.array([chances if isinstance(chances, float) else chances[name] for name in observed], np.float32)
+    if not chance_M.any() or len(observed) < 2:
         return dict(observed)
     there = jnp.stack([seen.astype(bool).any(axis=tuple(range(1, seen.ndim))) for seen in observed.values()], axis=-1)
     draw_BM = jax.random.uniform(jax.random.fold_in(key, _HIDDEN), there.shape)
     # of the modalities that are there, the one with the largest number always stays
     best = jnp.where(there, draw_BM, -1).max(axis=-1, keepdims=True)
-    kept_BM = (draw_BM >= chance) | (draw_BM >= best)
+    kept_BM = (draw_BM >= chance_M) | (draw_BM >= best)
     return {
         name: seen * kept_BM[:, i].reshape(-1, *(1,) * (seen.ndim - 1)).astype(seen.dtype)
         for i, (name, seen) in enumerate(observed.items())

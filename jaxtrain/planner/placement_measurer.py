@@ -6,7 +6,7 @@ epochs, score the held-out part and predict. Each prints one line of JSON for ea
 
 What an interface carried in a step is the difference between a long and a short run divided by the steps between them,
 less what it carries in the same time without training; so meeting and start cancel. The counters include the headers of
-TCP and IP, and whatever else uses the interface.
+messages and packets (`framing`), and whatever else uses the interface.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from jaxtrain.prepare import prepare
 from jaxtrain.runs.rundir import ModelCard, program_of
 from zarr_store.errors import TerrashardError
 
-__all__ = ["measure_placement"]
+__all__ = ["count_traffic", "measure_placement", "time_steps"]
 
 SHORT, LONG, IDLE_S, WARM = 2, 8, 2.0, 2
 
@@ -95,15 +95,12 @@ def measure_placement(
 
     def train(steps: int) -> float:
         nonlocal state
-        began = time.perf_counter()
-        for number in range(steps):
-            state, metrics = step(state, batch, key=jax.random.fold_in(key, number))
-        _wait((jax.tree.leaves(state.params), metrics))
-        return time.perf_counter() - began
+        state, seconds = time_steps(step, state, batch, key, steps)
+        return seconds
 
     train(WARM)
     if traffic:
-        found |= _traffic(train)
+        found |= count_traffic(train)
     wait_for_all("steps are timed")
     before = time.process_time()
     seconds = train(LONG)
@@ -114,12 +111,28 @@ def measure_placement(
     return found
 
 
+def time_steps(
+    step: Any, state: TrainState, batch: Mapping[str, Any], key: jax.Array, steps: int
+) -> tuple[TrainState, float]:
+    """Take steps on one batch; return the state after them and the seconds that they took."""
+    began = time.perf_counter()
+    for number in range(steps):
+        state, metrics = step(state, batch, key=jax.random.fold_in(key, number))
+    _wait((jax.tree.leaves(state.params), metrics))
+    return state, time.perf_counter() - began
+
+
 def _wait(arrays: Any) -> None:
     wait: Callable[..., Any] = jax.block_until_ready
     wait(arrays)
 
 
-def _traffic(train: Callable[[int], float]) -> dict[str, Any]:
+def count_traffic(train: Callable[[int], float]) -> dict[str, Any]:
+    """Return what all interfaces of this machine carry in a step, beyond what they carry without training.
+
+    Args:
+        train: Takes so many steps, together with the other processes of the run.
+    """
     meter = Meter()
     meter.start()
     time.sleep(IDLE_S)

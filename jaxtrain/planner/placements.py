@@ -19,6 +19,7 @@ from jaxtrain.models.units import FUSION
 from jaxtrain.planner.candidates import Candidate
 from jaxtrain.planner.cost import peak_bytes, predict, program_seconds
 from jaxtrain.planner.facts import Facts
+from jaxtrain.planner.framing import header_bytes
 from jaxtrain.planner.profile import Profile
 from jaxtrain.planner.survey import Network, compile_candidates, flops_by_stage
 from zarr_store.errors import InvalidInput
@@ -66,8 +67,9 @@ class PlacementRow:
                                  "mesh": config.mesh.model_dump(mode="json", exclude_unset=True)}  # fmt: skip
         if self.facts is None:
             return found | {"why_not": self.why_not}
+        sent = sent_by_all(self.facts)
         return found | {
-            "bytes_step": sum(sent_by_all(self.facts).values()), "bytes_by_kind": sent_by_all(self.facts),
+            "bytes_step": sum(sent.values()), "bytes_by_kind": sent, "header_bytes": header_bytes(self.facts),
             "bytes_fixed": self.fixed_bytes, "bytes_window": self.window_bytes,
             "flops_devices": flops_by_stage(self.facts), "busy_devices": list(self.busy),
             "peak_bytes_device": peak_bytes(self.facts), "predicted_step_s": self.step_s,
@@ -143,8 +145,8 @@ def survey_placements(
 ) -> tuple[PlacementRow, ...]:
     """Say what each placement costs; programs are compiled in other processes, and nothing is trained.
 
-    Every placement is compiled for its batch and for twice that, so what travels for each window is known apart from
-    what travels once a step.
+    A placement whose devices exchange within a group is compiled for its batch and for twice that, so what travels for
+    each window is known apart from what travels once a step. Groups of one device send each other windows alone.
 
     Args:
         network: The run and its data.
@@ -153,28 +155,37 @@ def survey_placements(
         on_progress: Called with the programs that are compiled, and all.
     """
     placed = list_placements(network.config)
-    pairs: list[tuple[Placed, Candidate, Candidate]] = []
+    wanted, doubles = [], {}
     for one in placed:
-        if one.candidate.config is not None:
-            double = _of_batch(one.candidate.config, 2 * network.config.run.batch_size)
-            pairs.append((one, one.candidate, Candidate(one.name, one.devices, double)))
-    wanted = [made for _, *both in pairs for made in both]
-    facts = compile_candidates(network, wanted, profile, processes, on_progress)
-    doubled = {one.name: facts[id(double)] for one, _, double in pairs}
-    return tuple(_row(one, facts.get(id(one.candidate), one.candidate.why_not), doubled.get(one.name, ""), network,
-                      profile) for one in placed)  # fmt: skip
+        config = one.candidate.config
+        if config is None:
+            continue
+        wanted.append(one.candidate)
+        if _inside(config.mesh.axes) > 1:
+            double = _of_batch(config, 2 * network.config.run.batch_size)
+            doubles[one.name] = Candidate(one.name, one.devices, double)
+    facts = compile_candidates(network, [*wanted, *doubles.values()], profile, processes, on_progress)
+    return tuple(
+        _row(one, facts.get(id(one.candidate), one.candidate.why_not), facts.get(id(doubles.get(one.name))), network,
+             profile)
+        for one in placed
+    )  # fmt: skip
+
+
+def _inside(axes: Mapping[str, int]) -> int:
+    """Return the number of devices of each group."""
+    return math.prod(size for name, size in axes.items() if name != "pipe")
 
 
 def sent_by_all(facts: Facts) -> dict[str, float]:
     """Return the bytes that all devices send in a step, by kind of exchange."""
     total: dict[str, float] = {}
-    inside = math.prod(size for name, size in facts.mesh.items() if name != "pipe")
     for one in facts.programs:
         for collective in one.collectives:
             total[collective.kind] = total.get(collective.kind, 0.0) + one.runs * collective.total_bytes
     handed = sum(one.bytes for one in facts.handovers)
     if handed:
-        total["copy"] = 2.0 * inside * facts.microbatches * handed
+        total["copy"] = 2.0 * _inside(facts.mesh) * facts.microbatches * handed
     return {kind: size for kind, size in total.items() if size}
 
 
@@ -195,14 +206,18 @@ def _of_batch(config: TrainConfig, batch: int) -> TrainConfig:
     return config.model_copy(update={"run": run})
 
 
-def _row(one: Placed, facts: Facts | str, doubled: Facts | str, network: Network, profile: Profile) -> PlacementRow:
+def _row(
+    one: Placed, facts: Facts | str, doubled: Facts | str | None, network: Network, profile: Profile
+) -> PlacementRow:
     if isinstance(facts, str):
         return PlacementRow(one, None, facts)
     precision = network.config.model.precision
     step = predict(facts, profile, precision).step_s
     sent = sum(sent_by_all(facts).values())
     fixed, window = math.nan, math.nan
-    if isinstance(doubled, Facts):
+    if doubled is None:
+        fixed, window = 0.0, sent / facts.batch
+    elif isinstance(doubled, Facts):
         more = sum(sent_by_all(doubled).values()) - sent
         window = more / facts.batch
         fixed = sent - more

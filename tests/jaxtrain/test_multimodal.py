@@ -129,8 +129,8 @@ def test_no_training_window_that_a_modality_saw_enough_of_is_one_line(cube: Path
     modalities = {**MODALITIES, "s1": {"collection": "s1", "most_days": 0.9, "min_observed": 1.0}}
     data = modal_config(cube).data.model_dump() | {"modalities": modalities}
     split = {"block_m": 160, "test": 0.25, "validation": 0.15, "test_dates": ("2023-08-10", "2023-08-15")}
+    config = modal_config(cube, data=data | {"split": split})
     with pytest.raises(NothingFound, match=r"modality s1 observed a share of 1 in none of \d+ training windows: lower"):
-        config = modal_config(cube, data=data | {"split": split})
         open_training_data(str(cube)).prepare(config, None, None)
 
 

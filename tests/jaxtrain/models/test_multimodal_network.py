@@ -92,6 +92,16 @@ def test_a_modality_of_each_sample_always_stays() -> None:
     assert hide_modalities(observed, jax.random.key(0), 0.0) == observed
 
 
+def test_each_modality_may_have_its_own_chance_to_be_hidden() -> None:
+    observed = {name: jnp.ones((512, 2, 2), jnp.uint8) for name in ("a", "b")}
+    hidden = hide_modalities(observed, jax.random.key(0), {"a": 0.0, "b": 0.5})
+    there = {name: float(np.asarray(seen).any(axis=(1, 2)).mean()) for name, seen in hidden.items()}
+    assert there["a"] == 1
+    assert 0.4 < there["b"] < 0.7
+    same = [hide_modalities(observed, jax.random.key(1), chances) for chances in (0.3, {"a": 0.3, "b": 0.3})]
+    assert all((same[0][name] == same[1][name]).all() for name in observed)
+
+
 def test_a_branch_has_its_own_width_and_a_level_without_a_branch_is_refused() -> None:
     shapes = jax.eval_shape(
         lambda: nnx.state(build("middle", False, MODALITIES, modalities={"s1": {"width": 12}}), nnx.Param)
