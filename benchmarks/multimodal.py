@@ -36,7 +36,7 @@ from jaxtrain.learn.step import make_predict_step
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.runs.rundir import load_card
 
-KEPT = OUT / "multimodal.json"
+KEPT = OUT / "multimodal"
 SHARES = (0, 25, 50, 75, 100)
 S2 = {"s2": {"bands": ["blue", "green", "red", "nir"]}}
 S1 = {"s1": {"collection": "sentinel-1-rtc", "bands": ["vv", "vh"], "decibel": True, "most_days": 3}}
@@ -55,8 +55,8 @@ class Variant:
 
 
 VARIANTS = {
-    "S2 alone": Variant(S2),
-    "S1 alone": Variant(S1),
+    "S2 alone": Variant(S2, dropout=0.0),
+    "S1 alone": Variant(S1, dropout=0.0),
     **{fusion: Variant(S2 | S1, fusion) for fusion in FUSIONS},
     CLEAR_ONLY: Variant(CLEAR | S1, dropout=0.0),
 }
@@ -232,13 +232,13 @@ def rows_of(scores: Mapping[str, Sequence[Any]], windows: int) -> list[Row]:
 
 
 def kept() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    return found
+    return {file.stem: json.loads(file.read_text()) for file in KEPT.glob("*.json")}
 
 
 def keep(place: str, found: Mapping[str, Any]) -> None:
-    KEPT.parent.mkdir(exist_ok=True)
-    KEPT.write_text(json.dumps(kept() | {place: found}, indent=1, ensure_ascii=False) + "\n")
+    """Keep what was measured in a file of its own, so that two calls may measure at the same time."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    (KEPT / f"{place}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> int:

@@ -5,6 +5,10 @@ The oracle is plain numpy on the arrays that were written: no pixel of a native 
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +36,9 @@ from zarr_store.read import open_cube
 from zarr_store.spec import LAYOUTS, Layout
 from zarr_store.verify import verify_cube
 
+from .growing import tree
+
+ROOT = Path(__file__).parents[2]
 CRS = "EPSG:32633"
 EAST, NORTH = 500_000.0, 5_100_000.0
 SIZES = {"red": 10, "nir": 10, "rededge1": 20, "swir16": 20, "coastal": 60}
@@ -284,3 +291,31 @@ def test_grids_nest_or_say_why_not() -> None:
     ):
         with pytest.raises(InvalidInput, match=why):
             nesting_factor(fine, coarse)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.ingest import die_everywhere
+from ingest.plan.plan import Plan
+from zarr_store import crash
+os._exit = lambda _code: os.kill(os.getpid(), signal.SIGKILL)
+crash.arm(int(sys.argv[3]))
+die_everywhere.run(Plan.from_json(Path(sys.argv[1]).read_text()), sys.argv[2], client=die_everywhere.CLIENT)
+"""
+
+
+def test_a_native_ingest_that_is_killed_goes_on_with_the_same_bytes(
+    plan: Plan, cube: Path, local_client: Any, tmp_path: Path
+) -> None:
+    path, file = tmp_path / "cube.zarr", tmp_path / "plan.json"
+    file.write_text(plan.to_json())
+    command = [sys.executable, "-c", KILLED, str(file), str(path), "40"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = open_cube(path)
+    before = sum(len(killed.ledger(name).rows()) for name in killed.collections)
+    assert 0 < before < len(plan.tasks)
+    assert run(plan, path, client=local_client).exit_code == 0
+    assert tree(path) == tree(cube)

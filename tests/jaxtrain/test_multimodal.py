@@ -12,6 +12,8 @@ from jaxtrain import evaluate, predict, train
 from jaxtrain.data.modality_source import open_sources
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.inference.maps import open_map
+from jaxtrain.runs.events import TrainEvent
+from jaxtrain.runs.log import read_metrics
 from jaxtrain.runs.rundir import load_card
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.read import open_cube
@@ -172,3 +174,35 @@ def test_the_card_keeps_the_modalities(run: Path) -> None:
     card = load_card(run)
     assert card.bands == ("s2:green", "s2:red", "s2:nir", "s2_20:swir", "s1:vv", "s1:vh", "dem:dem")
     assert [one.ratio for one in card.modalities] == [1, 2, 1, 1]
+
+
+def test_a_run_under_a_placement_that_is_killed_goes_on(cube: Path, tmp_path: Path) -> None:
+    """The branches lie on two groups, the fusion on one of them and two replicas of each."""
+    placed = {"placement": {"kind": "branches", "groups": [["s2", "fusion"], ["s1"]]}, "mesh": {"data": 2}}
+    only = {name: MODALITIES[name] for name in ("s2", "s1")}
+    data = modal_config(cube).data.model_dump() | {"modalities": only}
+    steps = {"steps": 9, "batch_size": 8, "evaluate_every": 9, "checkpoint_every": 4, "log_every": 1}
+    config = modal_config(cube, data=data, run=steps, **placed)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(event: TrainEvent) -> None:
+        if event.kind == "step" and event.step == 6:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(config, tmp_path / "killed", on_event=kill)
+    assert train(config, tmp_path / "killed").resumed_from == 4
+    train(config, tmp_path / "whole")
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / name) if line["kind"] == "train"]
+        for name in ("whole", "killed")
+    ]
+    assert len(losses[0]) == 9
+    assert losses[0] == losses[1]
+    # the run of one device, continued by nobody, has the same losses up to rounding
+    alone = modal_config(cube, data=data, run=steps)
+    train(alone, tmp_path / "alone")
+    told = [line["loss"] for line in read_metrics(tmp_path / "alone") if line["kind"] == "train"]
+    np.testing.assert_allclose(losses[1], told, rtol=1e-3)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from zarr_store.imported import layer_from_xarray
 from zarr_store.labels import open_label
 from zarr_store.netcdf import digest_file, open_netcdf
 
+ROOT = Path(__file__).resolve().parents[2]
 SERIES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "series"
 CRS = "EPSG:32631"
 MONTHLY = SERIES / "monthly_s1s2"
@@ -179,6 +184,38 @@ def test_an_import_that_was_killed_continues_and_a_complete_one_writes_nothing(
     assert from_xarray(data, killed, collection="s", crs=CRS, source=source).done_before == 5
     with pytest.raises(CubeMismatch, match=r"has a collection s of other data .*sha256"):
         from_xarray(data, killed, collection="s", crs=CRS, source={"file": "a.nc", "sha256": "1" * 64})
+    assert tree(killed) == tree(whole)
+
+
+KILLED = """
+import os, signal, sys
+import xarray as xr
+from zarr_store import crash, from_xarray
+os._exit = lambda _code: os.kill(os.getpid(), signal.SIGKILL)
+crash.arm(int(sys.argv[3]))
+with xr.open_dataset(sys.argv[1], decode_cf=False) as data:
+    from_xarray(data, sys.argv[2], collection="s", crs="%s", source={"file": "a.nc", "sha256": "0" * 64})
+"""
+
+
+def test_an_import_whose_process_is_killed_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
+    from tests.ingest.growing import tree
+
+    source = {"file": "a.nc", "sha256": "0" * 64}
+    file, whole, killed = tmp_path / "a.nc", tmp_path / "a" / "cube.zarr", tmp_path / "b" / "cube.zarr"
+    for path in (whole, killed):
+        path.parent.mkdir()
+    world(times=5).to_netcdf(file, engine="h5netcdf")
+    command = [sys.executable, "-c", KILLED % CRS, str(file), str(killed), "30"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    before = len(open_cube(killed).ledger("s").rows())
+    assert 0 < before < 5
+    with xr.open_dataset(file, decode_cf=False) as data:
+        again = from_xarray(data, killed, collection="s", crs=CRS, source=source)
+        from_xarray(data, whole, collection="s", crs=CRS, source=source)
+    assert (again.written, again.done_before) == (5 - before, before)
     assert tree(killed) == tree(whole)
 
 

@@ -33,10 +33,12 @@ def test_a_placement_trains_as_one_device_does():
     [
         ("groups=s2,fusion/s1 model=2", "multimodal batch"),
         ("pipe=2 microbatches=2", MIDDLE),
+        ("data=2 zero=3", LATE),
+        ("groups=s2,fusion/s1 data=2 zero=1", LATE),
     ],
 )
 def test_hybrids_and_stages_train_as_one_device_does(mesh, model):
-    """The first also with a norm over the whole batch; the second hands over all levels of the encoders."""
+    """Also with a norm over the whole batch, with all levels of encoders handed over, and with ZeRO."""
     assert_same(train(make_program(mesh_of(mesh), model_of(model))), of_one_device(model))
 
 
