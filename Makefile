@@ -79,9 +79,10 @@ docs: $(STAMP)  ## documentation pages in docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 .PHONY: docs-figures
-docs-figures: $(STAMP)  ## docs/survey.md, its numbers and its figures (what was compiled before is kept)
+docs-figures: $(STAMP)  ## tables and figures of docs/survey.md, multimodal.md and placements.md (what was compiled before is kept)
 	@$(BIN)/python benchmarks/planner_scaling.py
 	@$(BIN)/python benchmarks/survey_page.py
+	@$(BIN)/python benchmarks/multimodal_page.py
 
 .PHONY: requirements
 requirements: $(BIN)/uv  ## pin the newest releases anew (needs the package index)

@@ -295,7 +295,11 @@ def figures(kept: Mapping[str, Any]) -> list[Row]:
         for where, one in kept.get("speed", {}).items()
     ]  # fmt: skip
     rows += [
-        Row(f"accuracy: {name}", statistics.mean(one["accuracy"]), note=f"{one['updates']} updates")
+        Row(
+            f"accuracy: {name}",
+            statistics.mean(one["accuracy"]),
+            note=f"{one['updates']} updates; " + ", ".join(f"{score:.4f}" for score in one["accuracy"]),
+        )
         for name, one in kept.get("accuracy", {}).items()
     ]
     return rows
