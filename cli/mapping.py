@@ -55,9 +55,11 @@ def run_prediction(
     """
     from cli.area import load_area
     from jaxtrain import predict
+    from jaxtrain.inference.opening import share_processor
 
     if cog is not None:
         _check_target(cog)
+    share_processor(run, options.get("devices"))
     with Reporter(session, "predict", unit="batches") as progress:
         result = predict(
             run, cube, out, time=time, probabilities=probabilities, on_batch=progress.update,

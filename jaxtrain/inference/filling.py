@@ -25,6 +25,7 @@ from itertools import groupby, islice
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -239,22 +240,20 @@ class Scene:
 
         A batch comes one late, so that the devices always have work.
         """
-        free = 0.0  # when the devices were done with the batch before
 
-        def fetch(answer: jax.Array, given: float) -> tuple[npt.NDArray[np.float32], float]:
-            nonlocal free
-            answer.block_until_ready()
-            now = clock.monotonic()
-            seconds, free = now - max(given, free), now
-            return np.asarray(answer), seconds
+        def look(inputs: dict[str, Any]) -> tuple[npt.NDArray[np.float32], float]:
+            began = clock.monotonic()
+            answer = _by_class(self.step.of_batch(self.state, inputs)).block_until_ready()
+            seconds = clock.monotonic() - began
+            return np.moveaxis(np.asarray(answer), 1, -1), seconds
 
-        with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
+        # in a thread of its own: on a processor the call itself computes, and this thread has windows to join
+        with ThreadPoolExecutor(1, thread_name_prefix="look") as pool:
             before: tuple[npt.NDArray[np.int32], Future[Any], npt.NDArray[np.float32], Any] | None = None
             for _, windows, batch in stream:
                 inputs, seen = self._inputs(batch)
                 present = self._present(batch)
-                given = clock.monotonic()
-                asked = pool.submit(fetch, self.step.of_batch(self.state, inputs), given)
+                asked = pool.submit(look, inputs)
                 if before is not None:
                     answer, seconds = before[1].result()
                     yield before[0], _joined(answer, before[3]), before[2], seconds
@@ -285,6 +284,12 @@ class Scene:
             observed = batch[f"observed_{one.name}"]
             found.append(enlarge(observed.max(axis=1) if one.dates else observed, one.ratio))
         return np.stack(found, axis=-1).astype(np.float32)
+
+
+@jax.jit
+def _by_class(answer_BHWK: jax.Array) -> jax.Array:
+    """Return answers (B, K, H, W), as they are joined."""
+    return jnp.moveaxis(answer_BHWK, -1, 1)
 
 
 def _joined(probability: npt.NDArray[np.float32], present: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:

@@ -52,10 +52,14 @@ def _run(folder: Path, number: int, count: int) -> int:
             _write({"done": done, "total": total})
 
     try:
+        from jaxtrain.inference.making import open_making
+        from jaxtrain.inference.opening import share_processor
         from jaxtrain.inference.scene import help_making, peak_bytes
         from jaxtrain.parallel.processes import start_replica
 
         start_replica()
+        _, plan = open_making(folder)
+        share_processor(Path(plan["run"]), plan["options"]["devices"])
         filled = help_making(folder, (number, count), on_batch)
         _write({**asdict(filled), "peak_host_bytes": peak_bytes()})
     except TerrashardError as error:

@@ -19,7 +19,10 @@ from zarr_store.regions import Region, iterate_boxes
 __all__ = ["Lattice"]
 
 _PATCHES_OF_SHARD = 12
-"""Side of a shard in windows of a blend: those across its edge are predicted twice, which costs a sixth."""
+"""Least side of a shard in windows of a blend: those across its edge are predicted twice, which costs a sixth."""
+_SHARDS_ACROSS = 4
+"""Shards that a large scene has across: fewer edges, and still enough shards for several processes."""
+_MOST_PATCHES = 24
 _MOST_SHARD = 4096
 _EXACT_SHARD = 2048
 _SUMS_BYTES = 64 << 20
@@ -67,7 +70,8 @@ class Lattice:
         stride: int = 1,
     ) -> Self:
         """Place overlapping windows of the size of training, each of which begins at a multiple of `stride`."""
-        side = min(max(-(-_PATCHES_OF_SHARD * patch // CHUNK), 1) * CHUNK, _MOST_SHARD)
+        wanted = min(max(_PATCHES_OF_SHARD * patch, max(grid) // _SHARDS_ACROSS), _MOST_PATCHES * patch)
+        side = min(max(-(-wanted // CHUNK), 1) * CHUNK, _MOST_SHARD)
         while side > CHUNK and patch * side * kind.channels * 4 > _SUMS_BYTES:
             side -= CHUNK
         return cls(grid, (patch, patch), _within(side, kind, votes), batch, overlap, stride=stride)

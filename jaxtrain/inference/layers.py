@@ -24,8 +24,8 @@ MOST_CLASSES = _NODATA_16
 """Largest number of classes of a map."""
 _SPREAD = 10.0
 """Standard deviations of the training values on either side of their mean that a scaled value can hold."""
-_AT_ONCE = 1 << 22
-"""Numbers that are worked on at once, so that temporary arrays do not grow with the number of classes."""
+_AT_ONCE = 1 << 18
+"""Numbers that are worked on at once: temporary arrays stay in the processor's cache, with many classes, too."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,12 @@ class MapLayers:
         mean_HWK: npt.NDArray[np.float32],
         seen_HW: npt.NDArray[np.bool_],
     ) -> None:
+        chosen, largest = _largest(mean_HWK, made["class"].dtype)
+        np.copyto(made["class"][rows], chosen, where=seen_HW)
+        np.copyto(made["confidence"][rows], _percent(np.clip(largest, 0, 1)), where=seen_HW)
+        if not (self.probabilities or self.entropy):
+            return
         share = np.clip(mean_HWK, 0, 1)
-        np.copyto(made["class"][rows], mean_HWK.argmax(axis=-1).astype(made["class"].dtype), where=seen_HW)
-        np.copyto(made["confidence"][rows], _percent(share.max(axis=-1)), where=seen_HW)
         if self.probabilities:
             np.copyto(made["probability"][:, rows], np.moveaxis(_percent(share), -1, 0), where=seen_HW[None])
         if self.entropy:
@@ -148,6 +151,17 @@ class MapLayers:
     def scale_for(mean: float, std: float) -> tuple[float, float]:
         """Return (scale, offset) that hold values up to ten standard deviations from the mean of training."""
         return (_SPREAD * (std or 1.0) / _MOST_SCALED, mean)
+
+
+def _largest(mean_HWK: npt.NDArray[np.float32], dtype: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+    """Return the first class with the largest probability and that probability; plane by plane, not pixel by pixel."""
+    largest = mean_HWK[..., 0].copy()
+    chosen = np.zeros(largest.shape, dtype)
+    for number in range(1, mean_HWK.shape[-1]):
+        plane = mean_HWK[..., number]
+        np.copyto(chosen, dtype.type(number), where=plane > largest)
+        np.maximum(largest, plane, out=largest)
+    return chosen, largest
 
 
 def _percent(share: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

@@ -28,6 +28,8 @@ from jaxtrain.inference.options import MapOptions
 from jaxtrain.inference.seen import anything_seen
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import make_predict_step
+from jaxtrain.parallel.heap import keep_freed_memory
+from jaxtrain.parallel.mesh import processor_parts, share_cores, split_processor
 from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.runs.rundir import ModelCard, inference_program, load_card, program_of
 from zarr_store.errors import InvalidInput, NothingFound
@@ -37,7 +39,7 @@ from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import CubeSpec
 
-__all__ = ["OpenScene", "open_scene"]
+__all__ = ["OpenScene", "open_scene", "share_processor"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class OpenScene:
             "run": str(self.run.absolute()), "cube": self.cube.url, "options": self.options.to_dict(),
             "layers": list(self.kind.names), "dated": bool(self.times), "shards": len(self.shards),
             "attributes": self.stated, "times": list(self.times),
+            "grid": self.spec.grid.to_dict(), "side": self.lattice.shard,
         }  # fmt: skip
         return {**plan, "digest": digest_of(plan)}
 
@@ -291,11 +294,38 @@ def _program(card: ModelCard, options: MapOptions) -> Program:
     """Return the network on its devices: those of the run, if they are here, or as many as were asked for."""
     if options.devices is not None:
         return program_of(card, _on_mesh(card, options.devices))
+    parts = processor_parts()
+    if parts > 1 and may_share(card):
+        return program_of(card, _on_mesh(card, parts))
     program = inference_program(card)
     if options.method == "exact" and set(program.mesh.shape.values()) != {1, int(program.mesh.shape["data"])}:
         # where images or the network are split, windows must have the size of training
         return program_of(card, _on_mesh(card, 1))
     return program
+
+
+def share_processor(run: Path, devices: int | None) -> None:
+    """Split the processor into a device for each core, or into as many as were asked for; nothing on accelerators.
+
+    XLA leaves a part of the cores idle where it computes on one device. Call it before anything touches a device, in
+    each process that makes a part of a map.
+
+    Args:
+        run: The run directory.
+        devices: Number of devices that was asked for.
+    """
+    keep_freed_memory()
+    card = load_card(run)
+    if devices is not None:
+        split_processor(devices)
+    elif may_share(card):
+        share_cores(card.config.model_copy(update={"mesh": MeshConfig()}))
+
+
+def may_share(card: ModelCard) -> bool:
+    """Return whether a network may be placed on another number of devices: neither it nor its images are split."""
+    mesh = card.config.mesh
+    return mesh.size == mesh.data and card.config.model.norm != "local"
 
 
 def _on_mesh(card: ModelCard, devices: int) -> Any:

@@ -20,8 +20,8 @@ from jaxtrain.config import MeshConfig, TrainConfig
 from jaxtrain.parallel.rendezvous import LOCAL_COUNT, read_number
 from zarr_store.errors import InvalidInput
 
-__all__ = ["SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "replicated",
-           "share_cores", "spec", "stored_sharding"]  # fmt: skip
+__all__ = ["SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh", "processor_parts",
+           "replicated", "share_cores", "spec", "split_processor", "stored_sharding"]  # fmt: skip
 
 SPACE_AXES = ("space", "space_w")
 """Axes that split rows and columns."""
@@ -92,14 +92,25 @@ def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = Non
     parts = max(n for n in range(1, min(cores, MOST_PARTS) + 1) if config.unit % n == 0)
     if parts == 1:
         return config
-    try:
-        jax.config.update("jax_num_cpu_devices", parts)  # type: ignore[no-untyped-call]  # of jax
-    except RuntimeError:  # devices were looked for already
-        return config
-    if jax.default_backend() != "cpu":
+    if not split_processor(parts) or jax.default_backend() != "cpu":
         return config
     spread = {**mesh.model_dump(exclude_unset=True), "data": parts}
     return TrainConfig.model_validate(config.model_dump(exclude_unset=True) | {"mesh": spread})
+
+
+def split_processor(parts: int) -> bool:
+    """Make the processor so many devices; returns False, and changes nothing, where JAX has its devices already."""
+    try:
+        jax.config.update("jax_num_cpu_devices", parts)  # type: ignore[no-untyped-call]  # of jax
+    except RuntimeError:
+        return False
+    return True
+
+
+def processor_parts() -> int:
+    """Return the number of devices into which `share_cores` has split the processor; 1 on accelerators."""
+    parts = int(getattr(jax.config, "jax_num_cpu_devices", 1))
+    return parts if parts > 1 and jax.default_backend() == "cpu" else 1
 
 
 def spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
