@@ -27,9 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["HelperOptions", "fill_elsewhere"]
 
 HelperOptions = Mapping[str, Any]
-"""`workers`, `dask`, `cluster`, `hosts`, `cluster_options`, `tls`, `expose` as they were typed."""
+"""`workers`, `dask`, `cluster` and its options (`_OF_CLUSTER`) as they were typed."""
 
 _RESTARTS = 3
+_LOOK_S = 1.0
+"""Seconds between two looks at the ledger of a map, for the page."""
+_OF_CLUSTER = ("hosts", "cluster_options", "tls", "expose", "memory", "dashboard")
+"""Options of a cluster that is started; `tls` is for a running one, too."""
 
 
 def fill_elsewhere(
@@ -51,16 +55,17 @@ def fill_elsewhere(
     if "dask" in given and "cluster" in given:
         raise InvalidInput("--dask uses a running cluster and --cluster starts one; give one of them")
     if "cluster" not in given:
-        lost = [name for name in ("hosts", "cluster_options", "tls", "expose") if name in given]
+        lost = [name for name in _OF_CLUSTER if name in given]
         if lost and not (lost == ["tls"] and "dask" in given):
-            raise InvalidInput(f"--{lost[0].replace('_', '-').rstrip('s')} is for --cluster; leave it out, or name one")
+            option = lost[0].replace("_options", "-option")
+            raise InvalidInput(f"--{option} is for --cluster; leave it out, or name one")
     count = _count(given.get("workers"))
 
     def fill(folder: Path) -> None:
         from jaxtrain.launch import LaunchConfig, describe, launch_at
 
         state = _State(on_progress)
-        with _places(folder, given, count) as places:
+        with _places(folder, given, count) as places, _page(session, places, folder):
             state.count = len(places.names)
             config = LaunchConfig(len(places.names), _RESTARTS)
             outcome = launch_at(
@@ -108,6 +113,46 @@ def _places(folder: Path, given: HelperOptions, count: int | None) -> Iterator[P
     from jaxtrain.launching.places import ThisMachine
 
     yield ThisMachine([sys.executable, *_command(folder)], count or 1)
+
+
+@contextmanager
+def _page(session: Session, places: Places, folder: Path) -> Iterator[None]:
+    """Show the shards on the page of a Dask cluster while its workers make them; nothing without a cluster."""
+    client = getattr(places, "client", None)
+    if client is None:
+        yield
+        return
+    from ingest.run.map_page import publish_map
+    from jaxtrain.inference.making import open_making
+    from zarr_store.grid import Grid
+
+    making, plan = open_making(folder)
+    told = set(making.ledger.rows())
+    times = plan["times"] or plan["attributes"]["dates"][-1:]
+    name = folder.name.removeprefix(".").split(".making")[0]
+    page, tell = publish_map(
+        client, str(folder.with_name(name)), plan["digest"], Grid.from_dict(plan["grid"]), plan["side"], times, told
+    )
+    session.note(f"dashboard: {page}")
+    over = threading.Event()
+
+    def follow() -> None:
+        while True:
+            last = over.wait(_LOOK_S)
+            for index in sorted(set(making.ledger.rows()) - told):
+                told.add(index)
+                tell(index)
+            if last:
+                tell(None)
+                return
+
+    follower = threading.Thread(target=follow, name="map-page", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        over.set()
+        follower.join(_LOOK_S * 10)
 
 
 def _command(folder: Path) -> list[str]:

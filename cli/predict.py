@@ -12,7 +12,9 @@ from cli.session import Session, command
 
 __all__ = ["register"]
 
-_HELPERS = {name: RUNNING[name] for name in ("cluster", "hosts", "cluster_options", "tls", "expose")}
+_HELPERS = {
+    name: RUNNING[name] for name in ("cluster", "hosts", "cluster_options", "memory", "dashboard", "tls", "expose")
+}
 _WHAT, _WHERE = "What is mapped", "Processes"
 
 

@@ -26,6 +26,7 @@ from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.dashboard import PAGE, ShardPage, page_url
 from ingest.run.loop import IngestEvent, run
+from ingest.run.map_page import publish_map
 from ingest.run.shard import fill_shard
 from ingest.testing import make_scene, probe_headers
 from zarr_store.grid import Grid
@@ -125,6 +126,28 @@ def test_the_page_follows_a_run(tmp_path: Path, client: Client, monkeypatch: pyt
     assert again["collections"][0]["states"][-1] == "d"
     assert again["ended"] < last["ended"]
     assert {f["state"] for f in again["failures"]} == {"partial"}
+
+
+def test_the_page_shows_a_map_in_the_making(client: Client) -> None:
+    page, tell = publish_map(client, "/maps/<b>.zarr", "0123456789abcdef", GRID, 32, ("2023-08-10",), [(0, 0, 0)])
+    assert page == page_url(client.dashboard_link)
+    tell((0, 2, 1))
+
+    def document() -> Any:
+        return json.loads(fetch(f"{page}/data.json")[0])
+
+    until = time.monotonic() + 10
+    while document()["ended"] < 1:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    found = document()
+    assert found["collections"][0]["shards"] == [1, 3, 3]
+    assert found["collections"][0]["states"] == "d......d."
+    assert (found["cube"], found["plan"], found["finished"]) == ("/maps/<b>.zarr", "0123456789ab", None)
+    tell(None)
+    while document()["finished"] is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_prometheus_counts_shards_and_bytes(tmp_path: Path, client: Client) -> None:
