@@ -1,0 +1,163 @@
+"""SIGKILL of `predict` at random moments: the repeated command makes what is missing, and the bytes are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jaxtrain import predict
+from jaxtrain.inference.making import making_folder
+from jaxtrain.inference.opening import open_scene
+from jaxtrain.inference.options import MapOptions
+
+from ..cube_factory import make_cube, shared_run
+
+SIDE, SHARDS = 1536, 9
+LONG = pytest.mark.skipif(not os.environ.get("TERRASHARD_LONG"), reason="minutes of killing; set TERRASHARD_LONG=1")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    url = tmp_path_factory.mktemp("kills") / "cube.zarr"
+    make_cube(url, shape=(1, SIDE, SIDE), chunk=256, shard=512)
+    assert len(open_scene(shared_run(), url, MapOptions()).shards) == SHARDS
+    return url
+
+
+@pytest.fixture(scope="module")
+def expected(scene: Path) -> dict[str, bytes]:
+    """The map of a command that is not disturbed."""
+    out = scene.parent / "whole.zarr"
+    assert finish(start(scene, out))["shards_made"] == SHARDS
+    return tree(out)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def start(scene: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    """Start the command; tests have eight devices, and the command as a user types it has those of the cores."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    words = [sys.executable, "-m", "cli.main", "predict", str(shared_run()), str(scene), str(out), "--json", *more]
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-3000:]
+    document: dict[str, Any] = json.loads(out)
+    return document
+
+
+def rows(out: Path) -> int:
+    """Shards that are complete."""
+    return len(list(making_folder(out).glob("map/_terrashard/ledger/map/*.json")))
+
+
+def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+    """Wait until something is true, as long as the process runs; returns whether it is."""
+    until = time.monotonic() + 300
+    while not true():
+        assert time.monotonic() < until
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """Kill the command alone: what it has started must end with it."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+def test_a_command_that_is_killed_is_continued_by_the_same_command(
+    scene: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "m.zarr"
+    process = start(scene, out)
+    assert wait_for(lambda: rows(out) >= 2, process)
+    kill_tree(process)
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    left = rows(out)
+    assert 2 <= left < SHARDS
+    assert finish(start(scene, out))["shards_made"] == SHARDS - left
+    assert tree(out) == expected
+
+
+@LONG
+@pytest.mark.parametrize(("more", "kills"), [((), 12), (("--workers", "2"), 10)])
+def test_many_kills(scene: Path, expected: dict[str, bytes], tmp_path: Path, more: tuple[str, ...], kills: int) -> None:
+    """Each kill comes a random time after a random number of complete shards, to a command or to its helper."""
+    draw, out, killed, shards = random.Random(20), tmp_path / "m.zarr", 0, []
+    while killed < kills:
+        process = start(scene, out, *more)
+        wanted = draw.randrange(rows(out), SHARDS)
+        there = wait_for(lambda wanted=wanted: rows(out) >= wanted, process)  # type: ignore[misc]
+        time.sleep(draw.uniform(0, 3.0 if wanted == 0 else 0.3))
+        if not there or process.poll() is not None:  # it was faster: the map is whole
+            finish(process)
+            assert tree(out) == expected
+            shutil.rmtree(out)
+            continue
+        children = [child for child in psutil.Process(process.pid).children() if "helper" in " ".join(child.cmdline())]
+        if children and draw.random() < 0.5:
+            draw.choice(children).kill()  # it is started again
+            finish(process)
+            assert tree(out) == expected
+            shutil.rmtree(out)
+        else:
+            kill_tree(process)
+        killed += 1
+        shards.append(wanted)
+    finish(start(scene, out, *more))
+    assert tree(out) == expected
+    assert len(set(shards)) > 3
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Two workers that are processes, as a cluster has them."""
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
+        yield cluster
+
+
+@LONG
+def test_a_dask_worker_that_is_killed(scene: Path, expected: dict[str, bytes], tmp_path: Path, cluster: Any) -> None:
+    out = tmp_path / "m.zarr"
+    process = start(scene, out, "--dask", cluster.scheduler_address)
+    assert wait_for(lambda: rows(out) >= 1, process)
+    victim = cluster.workers[0].process.pid
+    os.kill(victim, signal.SIGKILL)
+    finish(process)
+    assert tree(out) == expected
+
+
+def test_the_number_of_devices_does_not_change_the_bytes(
+    scene: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The command has one for each core."""
+    predict(shared_run(), scene, tmp_path / "m.zarr", devices=1)
+    assert tree(tmp_path / "m.zarr") == expected
