@@ -29,6 +29,24 @@ def table(scores: dict[str, Any]) -> list[str]:
     return lines
 
 
+def error_lines(errors: dict[str, Any] | None) -> list[str]:
+    """Return the accuracies of each class with their 95 % intervals, as lines."""
+    if errors is None or errors["overall_accuracy_se"] is None:
+        return []
+    lines = [f"overall accuracy {_interval(errors, 'overall_accuracy')} (95 %, if pixels are independent)"]
+    for name, row in errors["classes"].items():
+        users, producers = _interval(row, "users_accuracy"), _interval(row, "producers_accuracy")
+        lines.append(f"  {name:24} user's {users}  producer's {producers}")
+    return lines
+
+
+def _interval(row: dict[str, Any], key: str) -> str:
+    value, error = row[key], row[f"{key}_se"]
+    if value is None:
+        return "unknown"
+    return f"{value:.3f}" + ("" if error is None else f" ± {1.96 * error:.3f}")
+
+
 def _counted(scores: dict[str, Any]) -> str:
     unit, samples, pixels = scores.get("unit", "windows"), scores["samples"], scores["pixels"]
     if unit != "windows" and pixels == samples:
@@ -77,6 +95,8 @@ def register(app: typer.Typer) -> None:
             session.warn(text)
         scores = report.to_dict()
         for line in table(scores):
+            session.say(line)
+        for line in error_lines(report.accuracy_errors):
             session.say(line)
         if report.seen:
             session.say("  used: " + ", ".join(f"{name} on {share:.1%}" for name, share in report.seen.items()))

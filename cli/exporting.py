@@ -72,6 +72,7 @@ def export_slice(
         overviews=("average" if main else "mode" if chosen.dtype == "uint8" else "nearest"),
         tags={"terrashard_collection": name, "terrashard_array": chosen.name, "terrashard_time": spec.times[t]},
         scales=_scales(picked, chosen),
+        statistics=True,
     )
     return {
         "path": str(out),

@@ -51,7 +51,7 @@ def run_prediction(
         options: Further options of `jaxtrain.predict`.
 
     Returns:
-        The result of `jaxtrain.predict` as JSON, with `cog`.
+        The result of `jaxtrain.predict` as JSON, with `cog` and `areas`.
     """
     from cli.area import load_area
     from jaxtrain import predict
@@ -68,11 +68,14 @@ def run_prediction(
         )  # fmt: skip
     for text in result.warnings:
         session.warn(text)
-    if cog is not None:
-        from jaxtrain.inference.maps import open_map
+    from cli.products import estimate_map
+    from jaxtrain.inference.maps import open_map
 
-        export_cog(open_map(out), cog)
-    return {**result.to_dict(), "cog": None if cog is None else str(cog)}
+    made = open_map(out)
+    if cog is not None:
+        export_cog(made, cog)
+    areas = estimate_map(made, run)
+    return {**result.to_dict(), "cog": None if cog is None else str(cog), "areas": areas}
 
 
 def _check_target(cog: Path) -> None:
@@ -117,6 +120,7 @@ def export_cog(made: Map, path: Path) -> None:
         overviews=None if made.values else "mode",
         tags=tags,
         scales=[kind.scale] * count if kind.scale is not None else (),
+        statistics=True,
     )
 
 

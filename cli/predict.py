@@ -118,6 +118,7 @@ def register(app: typer.Typer) -> None:
         A command that was interrupted is continued by the same command.
         """
         from cli.mapping import run_prediction
+        from cli.products import say_areas
         from zarr_store.errors import InvalidInput
 
         if majority and each_date:
@@ -142,6 +143,7 @@ def register(app: typer.Typer) -> None:
             session.say("  " + ", ".join(f"{word} {value:.6g}" for word, value in result["values"].items()))
         for name, count in result.get("modalities", {}).items():
             session.say(f"  used: {name:18} {count / (height * width):6.1%}")
+        say_areas(session, result["areas"])
         if cog is not None:
             held = "values, in their unit" if result["values"] is not None else "classes, with colours and class names"
             session.say(f"{cog}: cloud-optimised GeoTIFF of {held}")

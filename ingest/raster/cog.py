@@ -56,12 +56,15 @@ class CogWriter:
         nodata: Value recorded as nodata.
         colours: Class value → colour; stored as the colour table. Single-band uint8 only.
         class_names: Class value → name; stored in the file as band metadata `class_<value>`, and beside it in an
-            `.aux.xml` as the GDAL category names that `gdalinfo` and QGIS list.
+            `.aux.xml` as the GDAL category names that `gdalinfo` lists and, with `colours`, as the raster attribute
+            table from which QGIS makes its legend.
         descriptions: One name per band.
         overviews: Resampling of the internal overviews; "mode" for classes and "average" for data by default.
         block_px: Side of the internal tiles, a multiple of 16 and at least 128, which is GDAL's limit for COGs.
         tags: Dataset metadata.
         scales: (scale, offset) per band: physical = stored · scale + offset.
+        statistics: Store minimum, maximum, mean, standard deviation and the share of valid pixels of each band
+            (`STATISTICS_*`), of all pixels.
 
     Raises:
         InvalidInput: An argument that a COG cannot hold.
@@ -83,12 +86,15 @@ class CogWriter:
         block_px: int = _DEFAULT_BLOCK_PX,
         tags: Mapping[str, str] | None = None,
         scales: Sequence[tuple[float, float]] = (),
+        statistics: bool = False,
     ) -> None:
         self.path = Path(path)
         self.grid = grid
         self.dtype = np.dtype(dtype)
         self.count = count
         self._class_names = dict(class_names or {})
+        self._colours = dict(colours or {})
+        self._statistics = statistics
         is_class = bool(colours or class_names)
         if is_class and (self.dtype != np.uint8 or count != 1):
             raise InvalidInput(
@@ -160,6 +166,8 @@ class CogWriter:
         try:
             with _disk_errors(self.path):
                 self._dataset.close()
+                if self._statistics:
+                    _add_statistics(self._raw, self._block_px)
                 rasterio.shutil.copy(
                     self._raw,
                     self._part,
@@ -171,12 +179,12 @@ class CogWriter:
                     OVERVIEW_RESAMPLING=self._overviews.upper(),
                     OVERVIEWS="IGNORE_EXISTING",
                     BIGTIFF="IF_SAFER",
-                    STATISTICS="NO",
+                    STATISTICS="AUTO" if self._statistics else "NO",  # AUTO keeps those of the source
                 )
                 sidecar = self.path.with_name(self.path.name + ".aux.xml")
                 if self._class_names:
                     side_part = self._folder / "made.tif.aux.xml"
-                    side_part.write_text(_category_xml(self._class_names), encoding="utf-8")
+                    side_part.write_text(_category_xml(self._class_names, self._colours), encoding="utf-8")
                     os.replace(side_part, sidecar)
                 else:
                     sidecar.unlink(missing_ok=True)  # names of an earlier file under this path
@@ -217,6 +225,7 @@ def write_cog(
     block_px: int = _DEFAULT_BLOCK_PX,
     tags: Mapping[str, str] | None = None,
     scales: Sequence[tuple[float, float]] = (),
+    statistics: bool = False,
 ) -> Path:
     """Write an array, or blocks that arrive one by one, as one COG.
 
@@ -234,6 +243,7 @@ def write_cog(
         block_px: Side of internal tiles.
         tags: Dataset metadata.
         scales: (scale, offset) per band.
+        statistics: Store the statistics of each band.
 
     Returns:
         The path written.
@@ -265,6 +275,7 @@ def write_cog(
         block_px=block_px,
         tags=tags,
         scales=scales,
+        statistics=statistics,
     )
     with writer:
         for row, col, block in blocks:
@@ -272,13 +283,55 @@ def write_cog(
     return writer.path
 
 
-def _category_xml(names: Mapping[int, str]) -> str:
-    """Class names as GDAL's sidecar holds them: one entry per value from 0 up, empty where a value has no name."""
+def _add_statistics(path: Path, rows: int) -> None:
+    """Store the statistics of each band, strip by strip; GDAL's own need its driver VRT, which is switched off."""
+    with rasterio.open(path, "r+") as dataset:
+        for band in range(1, dataset.count + 1):
+            total, low, high, mean, squares = 0, np.inf, -np.inf, 0.0, 0.0
+            for row in range(0, dataset.height, rows):
+                window = Window(0, row, dataset.width, min(rows, dataset.height - row))
+                strip = dataset.read(band, window=window, masked=True).compressed()
+                values = strip[np.isfinite(strip)].astype(np.float64)
+                if not values.size:
+                    continue
+                low, high = min(low, values.min()), max(high, values.max())
+                # means of two parts are joined without cancellation (Chan, Golub & LeVeque 1983)
+                apart, both = values.mean() - mean, total + values.size
+                squares += ((values - values.mean()) ** 2).sum() + apart**2 * total * values.size / both
+                mean, total = mean + apart * values.size / both, both
+            if total:
+                spread = float(np.sqrt(squares / total))
+                found = {"MINIMUM": low, "MAXIMUM": high, "MEAN": mean, "STDDEV": spread,
+                         "VALID_PERCENT": 100 * total / (dataset.width * dataset.height)}  # fmt: skip
+                dataset.update_tags(band, **{f"STATISTICS_{name}": f"{value:.10g}" for name, value in found.items()})
+
+
+def _category_xml(names: Mapping[int, str], colours: Mapping[int, Colour]) -> str:
+    """Return class names as GDAL's sidecar holds them: an entry for each value from 0 up, and a table with colours."""
     entries = "\n".join(f"      <Category>{escape(names.get(v, ''))}</Category>" for v in range(max(names) + 1))
     return (
         '<PAMDataset>\n  <PAMRasterBand band="1">\n    <CategoryNames>\n'
-        f"{entries}\n    </CategoryNames>\n  </PAMRasterBand>\n</PAMDataset>\n"
+        f"{entries}\n    </CategoryNames>\n{_attribute_table(names, colours) if colours else ''}"
+        "  </PAMRasterBand>\n</PAMDataset>\n"
     )
+
+
+_COLUMNS = (("Value", 0, 5), ("Class", 2, 2), ("Red", 0, 6), ("Green", 0, 7), ("Blue", 0, 8))
+"""Columns of the raster attribute table: name, GDALRATFieldType, GDALRATFieldUsage."""
+
+
+def _attribute_table(names: Mapping[int, str], colours: Mapping[int, Colour]) -> str:
+    fields = "".join(
+        f'      <FieldDefn index="{at}"><Name>{name}</Name><Type>{kind}</Type><Usage>{usage}</Usage></FieldDefn>\n'
+        for at, (name, kind, usage) in enumerate(_COLUMNS)
+    )
+    rows = "".join(
+        f'      <Row index="{at}">'
+        + "".join(f"<F>{escape(str(cell))}</F>" for cell in (value, names[value], *colours.get(value, (0, 0, 0))))
+        + "</Row>\n"
+        for at, value in enumerate(sorted(names))
+    )
+    return f'    <GDALRasterAttributeTable tableType="thematic">\n{fields}{rows}    </GDALRasterAttributeTable>\n'
 
 
 class _disk_errors:

@@ -22,6 +22,7 @@ from jaxtrain.data.splits import Part
 from jaxtrain.data.training_data import EvaluationSet, TrainingData
 from jaxtrain.data.windows import Windows
 from jaxtrain.display import result_table, scores_text
+from jaxtrain.evaluation.areas import estimate_areas
 from jaxtrain.evaluation.gallery import Shown
 from jaxtrain.evaluation.own_data import match_own, open_own
 from jaxtrain.evaluation.report import OtherExamples, collect_examples, write_report
@@ -131,6 +132,24 @@ class EvaluationReport:
         """Labelled pixels or samples, which the scores count."""
         return int(self.scores["pixels"])
 
+    @property
+    def accuracy_errors(self) -> dict[str, Any] | None:
+        """Overall, user's and producer's accuracies with standard errors, as if the pixels were independent.
+
+        Classes weigh as they are predicted in these data. None for values, for samples of several classes and where
+        nothing is labelled.
+        """
+        matrix = np.asarray(self.confusion_matrix or [[0]], np.int64)
+        if self.scores.get("rmse") is not None or not matrix.sum():
+            return None
+        made = estimate_areas(matrix, matrix.sum(axis=0), self.classes).to_dict(unit="samples")
+        keys = ("users_accuracy", "users_accuracy_se", "producers_accuracy", "producers_accuracy_se")
+        return {
+            "overall_accuracy": made["overall_accuracy"], "overall_accuracy_se": made["overall_accuracy_se"],
+            "classes": {name: {key: row[key] for key in keys} for name, row in made["classes"].items()},
+            "assumes": made["assumes"],
+        }  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, as in RUN/evaluation.json."""
         leak = {} if self.leakage is None else {"leakage": self.leakage}
@@ -140,6 +159,7 @@ class EvaluationReport:
             "warnings": list(self.warnings), **leak,
             "coverage": {name: dict(row) for name, row in self.coverage.items()},
             **({"modalities": dict(self.seen), "without": list(self.without)} if self.seen else {}),
+            **({} if self.accuracy_errors is None else {"accuracy_errors": self.accuracy_errors}),
         }  # fmt: skip
 
     def __repr__(self) -> str:

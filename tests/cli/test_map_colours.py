@@ -77,3 +77,24 @@ def test_pictures_and_geotiffs_of_what_cannot_be_decoded_are_errors(stripes: Pat
             path.write_bytes(bytes(len(data) - 100) + data[-100:])  # the index of the shard is whole
     with pytest.raises(IntegrityError, match=f"{COLLECTION}: unusable metadata or damaged bytes"):
         draw(cube.url, str(tmp_path / "again.png"))
+
+
+def test_a_geotiff_has_overviews_statistics_and_a_table_of_classes(stripes: Path, tmp_path: Path) -> None:
+    """A second reader, GDAL's driver VRT, finds the names in the sidecar and the statistics in the file."""
+    import xml.etree.ElementTree as ElementTree
+
+    import rasterio.shutil
+
+    export_cog(open_map(stripes), tmp_path / "map.tif")
+    with rasterio.open(tmp_path / "map.tif") as made:
+        tags = made.tags(1)
+        assert made.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+    found = {name: float(tags[f"STATISTICS_{name}"]) for name in ("MINIMUM", "MAXIMUM", "MEAN", "STDDEV")}
+    assert found == pytest.approx({"MINIMUM": 0, "MAXIMUM": 3, "MEAN": 1.5, "STDDEV": 1.25**0.5})
+    assert float(tags["STATISTICS_VALID_PERCENT"]) == 80
+    rasterio.shutil.copy(tmp_path / "map.tif", tmp_path / "map.vrt", driver="VRT")
+    seen = ElementTree.parse(tmp_path / "map.vrt").getroot()
+    assert [entry.text for entry in seen.iter("Category")] == list(NAMES.values())
+    table = ElementTree.parse(tmp_path / "map.tif.aux.xml").getroot().find(".//GDALRasterAttributeTable")
+    rows = [[cell.text for cell in row] for row in table.iter("Row")]
+    assert rows == [[str(v), NAMES[str(v)], *map(str, COLOURS[v])] for v in range(4)]

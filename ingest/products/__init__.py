@@ -1,0 +1,1 @@
+"""What a finished map becomes in other programs: polygons, tiles of web maps, descriptions for catalogues."""
