@@ -1,4 +1,4 @@
-"""`terrashard export` writes one date of a cube, or one of its layers, as a GeoTIFF for other programs."""
+"""`terrashard export` writes one date of a cube, or the files of a finished map, for other programs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from cli.session import Session, command
 
 __all__ = ["register"]
 
+_MAP = "Files of a map"
+
 
 def register(app: typer.Typer) -> None:
     @command(
@@ -18,12 +20,16 @@ def register(app: typer.Typer) -> None:
         examples=(
             "terrashard export zagreb.zarr zagreb.tif --time 2023-08-18 --bands red,green,blue",
             "terrashard export zagreb.zarr status.tif --time 2023-08-18 --array status",
+            "terrashard export zagreb_map.zarr zagreb_map.tif",
+            "terrashard export zagreb_map.zarr --polygons zagreb.gpkg --min-area 5000 --simplify 15",
         ),
     )
     def export(
         session: Session,
-        cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube.")],
-        out: Annotated[Path, typer.Argument(metavar="OUT.tif", help="The GeoTIFF; replaced if it exists.")],
+        cube: Annotated[str, typer.Argument(metavar="CUBE|MAP", help="Path or URL of a cube, or a map.")],
+        out: Annotated[
+            Path | None, typer.Argument(metavar="OUT.tif", help="The GeoTIFF; replaced if it exists.")
+        ] = None,
         collection: Annotated[str | None, typer.Option(help="Collection of the cube; default: its first.")] = None,
         time: Annotated[
             str | None,
@@ -34,10 +40,50 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(metavar="NAME", help="Array to write in place of the bands: status, scl, …"),
         ] = None,
-    ) -> None:
-        """Write one date of a cube as a cloud-optimised GeoTIFF: stored values, with nodata, scale and band names."""
-        from cli.exporting import export_slice
+        polygons: Annotated[
+            Path | None,
+            typer.Option(metavar="OUT", help="Polygons: .parquet, .geojson or .gpkg.", rich_help_panel=_MAP),
+        ] = None,
+        min_area: Annotated[
+            float | None,
+            typer.Option(metavar="M2", help="Smaller patches go into a neighbour, m².", rich_help_panel=_MAP),
+        ] = None,
+        simplify: Annotated[
+            float | None,
+            typer.Option(metavar="UNITS", help="Simplify borders, neighbours together.", rich_help_panel=_MAP),
+        ] = None,
+        pmtiles: Annotated[
+            Path | None, typer.Option(metavar="OUT.pmtiles", help="Tiles of a web map.", rich_help_panel=_MAP)
+        ] = None,
+        run: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="RUN", help="Run whose scores correct the areas; default: the one that made the map.",
+                rich_help_panel=_MAP,
+            ),
+        ] = None,
+    ) -> None:  # fmt: skip
+        """Write one date of a cube as a cloud-optimised GeoTIFF: stored values, with nodata, scale and band names.
 
+        Of a map: a GeoTIFF, polygons or tiles of a web map, and the area of each class with its error.
+        """
+        from cli.exporting import export_slice
+        from cli.products import Products, export_map
+        from jaxtrain.inference.maps import is_map
+        from zarr_store.errors import InvalidInput
+
+        products = Products(out, polygons, min_area or 0.0, simplify or 0.0, pmtiles)
+        if "://" not in cube and is_map(cube):
+            if collection or bands or array:
+                raise InvalidInput(f"{cube} is a map: --collection, --bands and --array are for cubes")
+            session.emit(export_map(session, cube, products, run=run, time=time))
+            return
+        if polygons or min_area or simplify or pmtiles or run:
+            raise InvalidInput(
+                f"{cube} is no map: --polygons, --pmtiles and --run are for maps of `terrashard predict`"
+            )
+        if out is None:
+            raise InvalidInput("name the GeoTIFF: terrashard export CUBE OUT.tif")
         written = export_slice(cube, out, collection=collection, time=time, bands=bands, array=array)
         height, width = written["shape"]
         session.say(

@@ -62,8 +62,9 @@ def run_demo(session: Session, out: Path) -> int:
         scores = evaluate(run).to_dict()
     with step("predict", "a map of both tiles, as Zarr and as GeoTIFF"):
         from cli.mapping import run_prediction
+        from cli.products import Products
 
-        run_prediction(session, run, str(cube), str(map_), cog=cog)
+        run_prediction(session, run, str(cube), str(map_), products=Products(cog=cog))
     with step("draw", "pictures of the cube and of the map"):
         from cli.picture import draw
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cli.map_helpers import HelperOptions, fill_elsewhere
+from cli.products import Products, estimate_map, say_areas
 from cli.progress import Reporter
 from cli.session import Session
-from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,7 +27,7 @@ def run_prediction(
     cube: str,
     out: str,
     *,
-    cog: Path | None = None,
+    products: Products | None = None,
     time: str | None = None,
     probabilities: bool = False,
     aoi: Path | None = None,
@@ -35,14 +35,14 @@ def run_prediction(
     helpers: HelperOptions | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Predict with progress on stderr, then write the GeoTIFF if `cog` names one.
+    """Predict with progress on stderr, say what was mapped, and write the files that are made of the map.
 
     Args:
         session: The running command.
         run: The run directory.
         cube: The cube.
         out: The map.
-        cog: GeoTIFF of it.
+        products: Files that are made of it.
         time: One date.
         probabilities: Keep the probability of each class.
         aoi: File with polygons that are mapped.
@@ -51,14 +51,14 @@ def run_prediction(
         options: Further options of `jaxtrain.predict`.
 
     Returns:
-        The result of `jaxtrain.predict` as JSON, with `cog` and `areas`.
+        The result of `jaxtrain.predict` as JSON, with `areas` and the files.
     """
     from cli.area import load_area
     from jaxtrain import predict
     from jaxtrain.inference.opening import share_processor
 
-    if cog is not None:
-        _check_target(cog)
+    products = products or Products()
+    products.check()
     share_processor(run, options.get("devices"))
     with Reporter(session, "predict", unit="batches") as progress:
         result = predict(
@@ -68,22 +68,27 @@ def run_prediction(
         )  # fmt: skip
     for text in result.warnings:
         session.warn(text)
-    from cli.products import estimate_map
     from jaxtrain.inference.maps import open_map
 
     made = open_map(out)
-    if cog is not None:
-        export_cog(made, cog)
-    areas = estimate_map(made, run)
-    return {**result.to_dict(), "cog": None if cog is None else str(cog), "areas": areas}
+    document = {**result.to_dict(), "areas": estimate_map(made, run)}
+    _say_map(session, out, document)
+    say_areas(session, document["areas"])
+    return {**document, **products.make(session, made)}
 
 
-def _check_target(cog: Path) -> None:
-    """Refuse a GeoTIFF that could not be written, before minutes of prediction."""
-    if cog.suffix.lower() not in (".tif", ".tiff"):
-        raise InvalidInput(f"--cog needs a .tif file, got {cog}")
-    if cog.is_dir():
-        raise InvalidInput(f"--cog {cog} is a folder; name a .tif file in it")
+def _say_map(session: Session, out: str, result: dict[str, Any]) -> None:
+    height, width = result["shape"]
+    total = max(sum(result["pixels"].values()), 1)
+    session.say(f"{out}: {height}×{width} px from {len(result['dates'])} date(s), {result['seconds']:.1f} s")
+    if not result.get("shards_made", 1):
+        session.say("  nothing had changed: the map that was there is the one that was asked for")
+    for name, count in result["pixels"].items():
+        session.say(f"  {name:24} {count / total:6.1%}")
+    if result["values"] is not None:
+        session.say("  " + ", ".join(f"{word} {value:.6g}" for word, value in result["values"].items()))
+    for name, count in result.get("modalities", {}).items():
+        session.say(f"  used: {name:18} {count / (height * width):6.1%}")
 
 
 def export_cog(made: Map, path: Path) -> None:

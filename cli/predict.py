@@ -15,7 +15,7 @@ __all__ = ["register"]
 _HELPERS = {
     name: RUNNING[name] for name in ("cluster", "hosts", "cluster_options", "memory", "dashboard", "tls", "expose")
 }
-_WHAT, _WHERE = "What is mapped", "Processes"
+_WHAT, _WHERE, _MADE = "What is mapped", "Processes", "Files of the map"
 
 
 def register(app: typer.Typer) -> None:
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
         examples=(
             "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --cog zagreb_map.tif",
             "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --exact --aoi city.geojson",
+            "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --polygons zagreb.parquet --min-area 5000",
             "terrashard predict runs/zagreb zagreb.zarr days.zarr --each-date --append",
             "terrashard predict runs/zagreb zagreb.zarr zagreb_map.zarr --dask tcp://127.0.0.1:8786",
         ),
@@ -36,6 +37,22 @@ def register(app: typer.Typer) -> None:
         map_: Annotated[str, typer.Argument(metavar="MAP.zarr", help="Where the map goes.")],
         cog: Annotated[
             Path | None, typer.Option(metavar="MAP.tif", help="Also write a cloud-optimised GeoTIFF.")
+        ] = None,
+        polygons: Annotated[
+            Path | None,
+            typer.Option(metavar="OUT", help="Polygons: .parquet, .geojson or .gpkg.", rich_help_panel=_MADE),
+        ] = None,
+        min_area: Annotated[
+            float | None,
+            typer.Option(metavar="M2", help="Smaller patches go into a neighbour, m².", rich_help_panel=_MADE),
+        ] = None,
+        simplify: Annotated[
+            float | None,
+            typer.Option(metavar="UNITS", help="Simplify borders, neighbours together.", rich_help_panel=_MADE),
+        ] = None,
+        pmtiles: Annotated[
+            Path | None,
+            typer.Option(metavar="OUT.pmtiles", help="Tiles of a web map.", rich_help_panel=_MADE),
         ] = None,
         time: Annotated[
             str | None,
@@ -118,33 +135,19 @@ def register(app: typer.Typer) -> None:
         A command that was interrupted is continued by the same command.
         """
         from cli.mapping import run_prediction
-        from cli.products import say_areas
+        from cli.products import Products
         from zarr_store.errors import InvalidInput
 
         if majority and each_date:
             raise InvalidInput("--majority makes one map of all dates and --each-date many; give one of them")
         if append and not each_date:
             raise InvalidInput("--append adds dates to a map of each date; add --each-date")
+        products = Products(cog, polygons, min_area or 0.0, simplify or 0.0, pmtiles)
         helpers = {"workers": workers, "dask": dask, **session.options}
         result = run_prediction(
-            session, run, cube, map_, cog=cog, time=time, probabilities=probabilities, aoi=aoi, bbox=bbox,
+            session, run, cube, map_, products=products, time=time, probabilities=probabilities, aoi=aoi, bbox=bbox,
             helpers=helpers, method="exact" if exact else "blend", overlap=overlap, entropy=entropy, scaled=scaled,
             dates="majority" if majority else "each" if each_date else "mean", append=append, devices=devices,
             without=tuple(without or ()),
         )  # fmt: skip
-        height, width = result["shape"]
-        total = max(sum(result["pixels"].values()), 1)
-        session.say(f"{map_}: {height}×{width} px from {len(result['dates'])} date(s), {result['seconds']:.1f} s")
-        if not result.get("shards_made", 1):
-            session.say("  nothing had changed: the map that was there is the one that was asked for")
-        for name, count in result["pixels"].items():
-            session.say(f"  {name:24} {count / total:6.1%}")
-        if result["values"] is not None:
-            session.say("  " + ", ".join(f"{word} {value:.6g}" for word, value in result["values"].items()))
-        for name, count in result.get("modalities", {}).items():
-            session.say(f"  used: {name:18} {count / (height * width):6.1%}")
-        say_areas(session, result["areas"])
-        if cog is not None:
-            held = "values, in their unit" if result["values"] is not None else "classes, with colours and class names"
-            session.say(f"{cog}: cloud-optimised GeoTIFF of {held}")
         session.emit(result)

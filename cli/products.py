@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,81 @@ if TYPE_CHECKING:
     from ingest.products.layer import ClassLayer
     from jaxtrain.inference.maps import Map
 
-__all__ = ["class_layer", "estimate_map", "say_areas"]
+__all__ = ["Products", "class_layer", "estimate_map", "export_map", "say_areas"]
+
+
+@dataclass(frozen=True)
+class Products:
+    """Files that are made of a map.
+
+    Attributes:
+        cog: GeoTIFF.
+        polygons: GeoParquet, GeoJSON or GeoPackage, by its suffix.
+        min_area: Patches below this area, m², go into a neighbour.
+        simplify: How far borders of polygons may move, in units of the CRS.
+        pmtiles: Tiles of a web map.
+    """
+
+    cog: Path | None = None
+    polygons: Path | None = None
+    min_area: float = 0.0
+    simplify: float = 0.0
+    pmtiles: Path | None = None
+
+    def check(self) -> None:
+        """Refuse files that could not be written, before minutes of work.
+
+        Raises:
+            InvalidInput: One of them, or an option without the file that it is for.
+        """
+        for option, path, suffixes in (("--cog", self.cog, (".tif", ".tiff")),
+                                       ("--pmtiles", self.pmtiles, (".pmtiles",))):  # fmt: skip
+            if path is not None and path.suffix.lower() not in suffixes:
+                raise InvalidInput(f"{option} needs a {suffixes[0]} file, got {path}")
+            if path is not None and path.is_dir():
+                raise InvalidInput(f"{option} {path} is a folder; name a {suffixes[0]} file in it")
+        for option, number in (("--min-area", self.min_area), ("--simplify", self.simplify)):
+            if number and self.polygons is None:
+                raise InvalidInput(f"{option} is for polygons; add --polygons FILE")
+        if self.polygons is not None:
+            from ingest.products.vector_file import check_vector_target
+
+            check_vector_target(self.polygons)
+        if self.pmtiles is not None:
+            from ingest.products.web_tiles import check_pmtiles
+
+            check_pmtiles()
+
+    def make(self, session: Session, made: Map, *, time: int = -1) -> dict[str, Any]:
+        """Write the files of a finished map and say what they hold; returns them as JSON.
+
+        Args:
+            session: The running command.
+            made: The map.
+            time: Position of the date in a map of each date; the GeoTIFF holds all dates.
+        """
+        written: dict[str, Any] = {"cog": None if self.cog is None else str(self.cog)}
+        if self.cog is not None:
+            from cli.mapping import export_cog
+
+            export_cog(made, self.cog)
+            held = "values, in their unit" if made.values else "classes, with colours and class names"
+            session.say(f"{self.cog}: cloud-optimised GeoTIFF of {held}")
+        if self.polygons is not None:
+            from ingest.products.vector_file import write_polygons
+
+            done = write_polygons(class_layer(made, time), self.polygons, min_area=self.min_area,
+                                  tolerance=self.simplify)  # fmt: skip
+            small = f"; {done['merged']:,} smaller patches went into a neighbour" if self.min_area else ""
+            session.say(f"{self.polygons}: {done['polygons']:,} polygons{small}")
+            written["polygons"] = done
+        if self.pmtiles is not None:
+            from ingest.products.web_tiles import write_pmtiles
+
+            tiles = write_pmtiles(class_layer(made, time), self.pmtiles)
+            session.say(f"{self.pmtiles}: {tiles['tiles']:,} tiles, zoom {tiles['zooms'][0]} to {tiles['zooms'][1]}")
+            written["pmtiles"] = tiles
+        return written
 
 
 def class_layer(made: Map, time: int = -1) -> ClassLayer:
@@ -83,3 +158,43 @@ def say_areas(session: Session, areas: dict[str, Any] | None) -> None:
         session.say(f"  no estimate: {areas['why_not']}")
     elif areas["untested"]:
         session.say(f"  no estimate: no test sample lies in {', '.join(areas['untested'])}")
+
+
+def export_map(session: Session, url: str, products: Products, *, run: Path | None, time: str | None) -> dict[str, Any]:
+    """Write the files of a finished map, and say the areas of its classes.
+
+    Args:
+        session: The running command.
+        url: The map.
+        products: The files.
+        run: The run whose scores correct the areas; None for the one that made the map, if it is still there.
+        time: Date of a map of each date, or its position; None for the last.
+
+    Returns:
+        map, areas and the files, as JSON.
+    """
+    from jaxtrain.inference.maps import open_map
+
+    products.check()
+    made = open_map(url)
+    at = _find_date(made, time)
+    if products.cog is not None and products.cog.suffix.lower() not in (".tif", ".tiff"):
+        raise InvalidInput(f"the target must be a .tif file, got {products.cog}")
+    origin = made.attributes.get("run")
+    if run is None and isinstance(origin, str) and Path(origin).is_dir():
+        run = Path(origin)
+    areas = estimate_map(made, run, time=at)
+    session.say(f"{url}: {made.grid.height}×{made.grid.width} px" + (f", {made.times[at]}" if made.times else ""))
+    say_areas(session, areas)
+    return {"map": url, "areas": areas, **products.make(session, made, time=at)}
+
+
+def _find_date(made: Map, asked: str | None) -> int:
+    if asked is None:
+        return -1
+    if not made.times:
+        raise InvalidInput(f"--time: {made.url} is one map of {len(made.attributes.get('dates', ()))} dates")
+    found = [at for at, date in enumerate(made.times) if date.startswith(asked) or str(at) == asked]
+    if len(found) != 1:
+        raise InvalidInput(f"--time {asked}: expected one of {', '.join(made.times[:8])}")
+    return found[0]

@@ -1,4 +1,4 @@
-"""`draw_patches` turns the patches of a map into polygons, strip by strip; one that spans strips is joined to one polygon."""
+"""`draw_patches` turns the patches of a map into polygons, strip by strip; one that spans strips is joined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`find_patches` finds the connected areas of one class on a map, joined over strips, and merges those that are too small.
+"""`find_patches` finds the connected areas of one class on a map, joined over strips, and merges the small ones.
 
 A map is read twice in strips: here its patches are counted, and afterwards `outlines` draws them. Memory holds a strip
 and some numbers for each patch, whatever the size of the map.

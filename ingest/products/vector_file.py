@@ -1,4 +1,4 @@
-"""`write_polygons` writes the patches of a map as GeoParquet, GeoJSON or GeoPackage; a file appears complete or not at all.
+"""`write_polygons` writes the patches of a map as GeoParquet, GeoJSON or GeoPackage; a file appears whole or never.
 
 Specs: GeoParquet 1.1.0 (geoparquet.org), RFC 7946 for GeoJSON: longitude and latitude of WGS 84, exterior rings
 counterclockwise.
@@ -27,7 +27,7 @@ from zarr_store.crs import transformer_between
 from zarr_store.errors import InvalidInput, NothingFound
 from zarr_store.store import translate_os_errors
 
-__all__ = ["SUFFIXES", "check_vector_target", "write_polygons"]
+__all__ = ["SUFFIXES", "beside", "check_vector_target", "write_polygons"]
 
 SUFFIXES = (".parquet", ".geojson", ".gpkg")
 _DIGITS = 7
@@ -49,9 +49,7 @@ def check_vector_target(path: Path) -> None:
         raise InvalidInput(f"--polygons {path} is a folder; name a file in it")
 
 
-def write_polygons(
-    layer: ClassLayer, path: Path, *, min_area: float = 0.0, tolerance: float = 0.0
-) -> dict[str, Any]:
+def write_polygons(layer: ClassLayer, path: Path, *, min_area: float = 0.0, tolerance: float = 0.0) -> dict[str, Any]:
     """Write the patches of a map as polygons with class, name, area (m²) and mean confidence (per cent).
 
     Args:
@@ -79,7 +77,7 @@ def write_polygons(
     if tolerance:
         drawn = iter(simplify(list(drawn), tolerance, min(layer.grid.resolution)))
     write = {".parquet": _write_parquet, ".geojson": _write_geojson, ".gpkg": _write_geopackage}[path.suffix.lower()]
-    with translate_os_errors(str(path)), _beside(path) as part:
+    with translate_os_errors(str(path)), beside(path) as part:
         write(layer, patches, drawn, part)
     return {"path": str(path), "polygons": len(patches), "merged": patches.merged}
 
@@ -179,7 +177,7 @@ def _write_geopackage(layer: ClassLayer, patches: Patches, drawn: Iterator[Drawn
 
 
 @contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """Yield a file in a folder of its own beside the target, which takes its place when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))

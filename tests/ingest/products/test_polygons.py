@@ -84,7 +84,7 @@ def test_small_patches_go_into_a_neighbour() -> None:
         sizes = 100.0 * np.bincount(labels.ravel(), minlength=count + 1)
         large = (sizes >= least)[labels] & (labels > 0)
         assert (burnt[large] == k).all(), "a patch that is large enough keeps its class"
-        again, count = ndimage.label(burnt == k)
+        _, count = ndimage.label(burnt == k)
         assert count == (patches.value == k).sum(), "patches of one class that touch are one"
 
 
