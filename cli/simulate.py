@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,11 +16,19 @@ def register(app: typer.Typer) -> None:
     @command(
         app,
         settings="own",
-        examples=("terrashard simulate world", "terrashard simulate world --set seed=7 --set tiles=2 --serve"),
+        examples=(
+            "terrashard simulate world",
+            "terrashard simulate world --set seed=7 --set tiles=2 --serve",
+            "terrashard simulate world --anomalies planted.toml",
+        ),
     )
     def simulate(
         session: Session,
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the simulated scenes.")],
+        anomalies: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="TOML file of what to plant, with its truth: tables [[anomaly]]."),
+        ] = None,
         serve: Annotated[
             bool, typer.Option("--serve", help="Afterwards, serve a STAC API and the files until Ctrl-C.")
         ] = False,
@@ -28,13 +36,16 @@ def register(app: typer.Typer) -> None:
         port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 picks a free one.")] = 0,
     ) -> None:
         """Simulate Sentinel-2 and Sentinel-1 scenes over ground whose classes are known; same seed, same bytes."""
-        from cli.config import build
+        from cli.config import build, read_toml
         from cli.progress import Reporter
         from ingest.simulate import SimulateConfig
         from ingest.simulate import serve as start
         from ingest.simulate import simulate as make
 
-        config = build(SimulateConfig, session.settings(), where=str(session.config or "--set"))
+        settings, where = session.settings(), str(session.config or "--set")
+        if anomalies is not None:
+            settings, where = {**settings, "anomalies": read_anomalies(read_toml(anomalies), anomalies)}, str(anomalies)
+        config = build(SimulateConfig, settings, where=where)
         with Reporter(session, "simulate", unit="%") as progress:
             world = make(out, config, on_progress=lambda share: progress.update(round(100 * share), 100))
         session.say(
@@ -42,9 +53,12 @@ def register(app: typer.Typer) -> None:
             + ("" if world.created else " (was there already)")
         )
         session.say(f"{world.truth}: the ground they show, classes in {world.legend.name}")
+        if world.anomalies is not None:
+            session.say(f"{world.anomalies}: {sum(one.count for one in config.anomalies)} planted anomalies")
         document = {
             "out": world.path, "catalog": world.catalog, "truth": world.truth, "legend": world.legend,
             "collections": world.collections, "items": world.items, "bytes": world.bytes, "created": world.created,
+            "anomalies": world.anomalies,
         }  # fmt: skip
         if not serve:
             session.emit(document)
@@ -55,6 +69,16 @@ def register(app: typer.Typer) -> None:
             session.say("stop with Ctrl-C")
             session.emit(document | {"stac_url": server.stac_url, "url": server.url})
             wait_for_interrupt()
+
+
+def read_anomalies(document: dict[str, Any], path: Path) -> Any:
+    """Return the tables [[anomaly]] of a file, which holds nothing else."""
+    from zarr_store.errors import InvalidInput
+
+    if list(document) != ["anomaly"]:
+        held = ", ".join(document) or "nothing"
+        raise InvalidInput(f"{path}: expected tables [[anomaly]] with kind and date, and nothing else; it holds {held}")
+    return document["anomaly"]
 
 
 def wait_for_interrupt() -> None:

@@ -1,22 +1,27 @@
-"""Rows of Parquet files, a few at a time and within bounds of memory; `GeoParquet`: features in such a file."""
+"""Rows of Parquet files, a few at a time and within bounds of memory; features are read and written as GeoParquet."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from shapely.geometry.base import BaseGeometry
 
 from zarr_store.bounded import load_json
+from zarr_store.crs import parse_crs
+from zarr_store.durable import write_file
 from zarr_store.errors import InvalidInput
 
-__all__ = ["GeoParquet", "decoded_batches", "open_geoparquet"]
+__all__ = ["GeoParquet", "decoded_batches", "open_geoparquet", "write_geoparquet"]
 
 _MOST_DECODED = 1 << 30
 """Largest size of all decoded rows, bytes; those of 100,000 scenes take about 800 MB."""
@@ -129,6 +134,27 @@ def open_geoparquet(path: str | Path) -> Iterator[GeoParquet]:
         if isinstance(error, InvalidInput):
             raise
         raise InvalidInput(f"{path}: unreadable GeoParquet ({error})") from error
+
+
+def write_geoparquet(
+    path: str | Path, geometries: Sequence[BaseGeometry], columns: Mapping[str, Sequence[Any]], *, crs: str
+) -> None:
+    """Write features as GeoParquet 1.1, with geometries as WKB; the file appears whole.
+
+    Args:
+        path: The file.
+        geometries: One for each feature.
+        columns: The attributes by name, each with one value for each feature.
+        crs: CRS of the geometries.
+    """
+    about = {"encoding": "WKB", "geometry_types": sorted({one.geom_type for one in geometries}),
+             "crs": parse_crs(crs).to_json_dict()}  # fmt: skip
+    geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": about}}
+    table = pa.table({name: pa.array(list(values)) for name, values in columns.items()}
+                     | {"geometry": pa.array([one.wkb for one in geometries], pa.binary())})  # fmt: skip
+    made = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"geo": json.dumps(geo)}), made)
+    write_file(Path(path), made.getvalue())
 
 
 def _objects(items: list[object] | list[bytes | None]) -> npt.NDArray[np.object_]:

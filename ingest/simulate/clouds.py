@@ -18,7 +18,7 @@ from ingest.simulate.noise import F32, fractal, key_of
 from ingest.simulate.spectra import Surface
 from zarr_store.grid import Grid
 
-__all__ = ["SCL_CLASSES", "SCL_CLOUD", "Sky", "scene_classes", "sky"]
+__all__ = ["SCL_CLASSES", "SCL_CLOUD", "Sky", "cover", "scene_classes", "sky"]
 
 SCL_CLASSES: tuple[tuple[int, str, str, str], ...] = (
     (0, "no_data", "No data", "000000"),
@@ -70,6 +70,12 @@ class Sky:
         seen += (_CIRRUS[band] - seen) * self.cirrus
         out: F32 = seen
         return out
+
+
+def cover(reflectance: F32, opacity: F32, band: int) -> F32:
+    """Compute the reflectance under thick cloud of an opacity."""
+    covered: F32 = reflectance + (_CLOUD[band] - reflectance) * opacity
+    return covered
 
 
 def shadow_offset(config: SimulateConfig, acquisition: Acquisition, scale: float) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from zarr_store.grid import Bounds, Grid
 
-__all__ = ["CRS", "Acquisition", "Radiometry", "SimulateConfig", "Tile"]
+__all__ = ["CRS", "Acquisition", "Anomaly", "AnomalyKind", "Radiometry", "SimulateConfig", "Tile"]
 
 CRS = "EPSG:32633"
 
@@ -87,6 +87,45 @@ class Acquisition:
         return 1000 if self.radiometry in ("offset", "mislabelled") else 0
 
 
+AnomalyKind = Literal["building", "clear-cut", "flood", "burn", "ship", "cloud"]
+"""What may be planted: cloud is one that the scene classification misses."""
+
+
+class Anomaly(BaseModel):
+    """Anomalies of one kind that are planted in a world.
+
+    Attributes:
+        kind: What they are.
+        date: First day on which they are there; a cloud is there on this day alone.
+        until: Last day; None for no end.
+        count: Number of them.
+        size_m: Length or diameter; None for the usual size of the kind.
+        x, y: Centre in the CRS of the world; None draws a place on ground of the right kind.
+        seed: Number from which drawn places follow, beside the seed of the world.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: AnomalyKind
+    date: dt.date
+    until: dt.date | None = None
+    count: int = Field(default=1, ge=1, le=200)
+    size_m: float | None = Field(default=None, ge=10.0, le=20_000.0)
+    x: float | None = None
+    y: float | None = None
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.x is None) != (self.y is None):
+            raise ValueError("x and y belong together: give both or neither")
+        if self.x is not None and self.count > 1:
+            raise ValueError(f"count is {self.count} at one place x, y: give it once")
+        if self.until is not None and self.until < self.date:
+            raise ValueError(f"until {self.until} lies before date {self.date}")
+        return self
+
+
 class SimulateConfig(BaseModel):
     """A simulated world; equal configs give equal bytes.
 
@@ -101,6 +140,7 @@ class SimulateConfig(BaseModel):
         clouds: Mean share of the sky under cloud; each date has its own share around it. 0 for clear skies.
         radar_dates: Days of the Sentinel-1 passes, ascending and descending in turn.
         block_px: Side of the internal tiles of the COGs.
+        anomalies: What is planted in it, with its truth.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -119,6 +159,7 @@ class SimulateConfig(BaseModel):
     clouds: float = Field(default=0.15, ge=0.0, le=0.9)
     radar_dates: tuple[dt.date, ...] = Field(default=(dt.date(2022, 4, 18), dt.date(2022, 7, 23)), max_length=40)
     block_px: int = Field(default=256, ge=128, multiple_of=16)
+    anomalies: tuple[Anomaly, ...] = Field(default=(), max_length=1000)
 
     @field_validator("dates", "radar_dates")
     @classmethod
@@ -135,6 +176,13 @@ class SimulateConfig(BaseModel):
             raise ValueError(f"overlap_px must be less than tile_px, got {self.overlap_px} of {self.tile_px}")
         if self.resolution_m % 10:
             raise ValueError(f"resolution_m must be a multiple of 10, got {self.resolution_m:g}")
+        for one in self.anomalies:
+            if one.kind == "cloud" and one.date not in self.dates:
+                raise ValueError(
+                    f"anomaly cloud: {one.date} is none of the dates {[d.isoformat() for d in self.dates]}"
+                )
+            if one.date > max((*self.dates, *self.radar_dates)):
+                raise ValueError(f"anomaly {one.kind}: {one.date} is after the last date, so no scene would show it")
         return self
 
     def tile_list(self) -> tuple[Tile, ...]:
@@ -190,8 +238,11 @@ class SimulateConfig(BaseModel):
         return tuple(out)
 
     def to_dict(self) -> dict[str, Any]:
-        """Make the JSON form, for the world's manifest."""
-        return self.model_dump(mode="json")
+        """Make the JSON form, for the world's manifest; without anomalies it is that of releases before them."""
+        document = self.model_dump(mode="json")
+        if not self.anomalies:
+            del document["anomalies"]
+        return document
 
 
 def _sun(time: dt.datetime, lon: float = 16.3, lat: float = 45.2) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -79,16 +80,26 @@ def mean_backscatter(ground: Ground, surface: Surface, overpass: RadarPass, pola
     return power
 
 
+class Change(Protocol):
+    """Whatever changes the mean backscatter of a window on a day."""
+
+    def change_backscatter(self, power: F32, ground: Ground, day: dt.date, polarisation: str) -> None: ...
+
+
 def backscatter(
-    config: SimulateConfig, world: Grid, ground: Ground, surface: Surface, overpass: RadarPass, polarisation: str
-) -> F32:
-    """Compute gamma0 with speckle, as float32 of linear power."""
+    config: SimulateConfig, world: Grid, ground: Ground, surface: Surface, overpass: RadarPass, polarisation: str,
+    change: Change | None = None,
+) -> F32:  # fmt: skip
+    """Compute gamma0 with speckle, as float32 of linear power; what is planted scatters in its own way."""
     key = key_of(config.seed, "speckle", overpass.index, polarisation)
 
     def draw(rng: np.random.Generator, shape: tuple[int, int]) -> F32:
         return rng.standard_gamma(ENL, shape, dtype=np.float32) * np.float32(1.0 / ENL)
 
-    power = mean_backscatter(ground, surface, overpass, polarisation) * white(key, world, ground.grid, draw)
+    mean = mean_backscatter(ground, surface, overpass, polarisation)
+    if change is not None:
+        change.change_backscatter(mean, ground, overpass.time.date(), polarisation)
+    power = mean * white(key, world, ground.grid, draw)
     return _round_mantissa(power)
 
 

@@ -19,8 +19,12 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import shapely
+import shapely.geometry
 
 from ingest.raster.cog import CogWriter
+from ingest.request.parquet import write_geoparquet
+from ingest.simulate.anomalies import Planting, plant
 from ingest.simulate.config import Acquisition, SimulateConfig, Tile
 from ingest.simulate.ground import CLASSES, Landscape
 from ingest.simulate.items import (
@@ -38,6 +42,7 @@ from ingest.simulate.radar import NODATA, POLARISATIONS, RadarPass, radar_passes
 from ingest.simulate.spectra import BANDS
 from ingest.simulate.strips import radar_strip, scene_strip
 from ingest.simulate.swath import radar_swath, scene_swath
+from zarr_store.crs import transformer_between
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 
@@ -63,6 +68,7 @@ class SimulatedWorld:
         items: Number of STAC items.
         bytes: Size of all files together.
         created: False if the folder already held this world.
+        anomalies: Table of what was planted, as GeoParquet, with the same as GeoJSON and COG beside; None if nothing was.
     """
 
     path: Path
@@ -73,6 +79,7 @@ class SimulatedWorld:
     items: int
     bytes: int
     created: bool
+    anomalies: Path | None = None
 
 
 def simulate(
@@ -142,12 +149,14 @@ def _describe(path: Path) -> SimulatedWorld:
         items=sum(manifest["items"].values()),
         bytes=sum(about["bytes"] for about in manifest["files"].values()),
         created=False,
+        anomalies=path / "anomalies.parquet" if "anomalies.parquet" in manifest["files"] else None,
     )
 
 
 def _write_world(out: Path, config: SimulateConfig, progress: Callable[[float], None]) -> None:
     landscape = Landscape(config)
     world = landscape.world
+    planting = plant(landscape)
     passes = radar_passes(config)
     members: dict[str, list[dict[str, Any]]] = {S2_COLLECTION: []}
     colours = {c.value: c.colour for c in CLASSES}
@@ -164,6 +173,18 @@ def _write_world(out: Path, config: SimulateConfig, progress: Callable[[float], 
                 block_px=config.block_px,
             )
         )
+        numbers: CogWriter | None = None
+        if planting:
+            numbers = stack.enter_context(
+                CogWriter(
+                    out / "anomalies.tif",
+                    world,
+                    dtype="uint16",
+                    nodata=None,
+                    overviews="mode",
+                    block_px=config.block_px,
+                )
+            )
         radar: list[tuple[RadarPass, dict[str, CogWriter]]] = []
         for overpass in passes:
             folder = out / S1_COLLECTION / radar_item_id(overpass)
@@ -186,11 +207,15 @@ def _write_world(out: Path, config: SimulateConfig, progress: Callable[[float], 
             def tile_progress(share: float, done: int = index) -> None:
                 progress((done + share) / len(tiles))
 
-            members[S2_COLLECTION] += _write_tile(out, landscape, index, tile, truth, radar, tile_progress)
+            members[S2_COLLECTION] += _write_tile(
+                out, landscape, planting, index, tile, (truth, numbers), radar, tile_progress
+            )
     if passes:
         members[S1_COLLECTION] = [
             radar_item(overpass, world, Extent(radar_swath(overpass, world).polygon(world))) for overpass in passes
         ]
+    if planting:
+        _write_anomalies(out, planting)
     _write_documents(out, config, world, members)
     progress(1.0)
 
@@ -198,9 +223,10 @@ def _write_world(out: Path, config: SimulateConfig, progress: Callable[[float], 
 def _write_tile(
     out: Path,
     landscape: Landscape,
+    planting: Planting,
     tile_index: int,
     tile: Tile,
-    truth: CogWriter,
+    truths: tuple[CogWriter, CogWriter | None],
     radar: list[tuple[RadarPass, dict[str, CogWriter]]],
     progress: Callable[[float], None],
 ) -> list[dict[str, Any]]:
@@ -219,15 +245,17 @@ def _write_tile(
             height = min(_STRIP_PX, grid.height - row)
             strip = grid.window(row, 0, height, grid.width)
             ground = landscape.ground(strip.window(-1, -1, height + 2, grid.width + 2))
-            truth.write(offset[0] + row, offset[1], ground.classes[1:-1, 1:-1])
+            truths[0].write(offset[0] + row, offset[1], ground.classes[1:-1, 1:-1])
+            if truths[1] is not None:
+                truths[1].write(offset[0] + row, offset[1], planting.numbers(ground)[1:-1, 1:-1])
             for acquisition, _ in acquisitions:
-                layers, scl = scene_strip(landscape, acquisition, ground, strip)
+                layers, scl = scene_strip(landscape, acquisition, ground, strip, planting)
                 for key, pixels in layers.items():
                     scale = strip.height // pixels.shape[0]
                     writers[acquisition.index][key].write(row // scale, 0, pixels)
                 counts[acquisition.index] += np.bincount(scl.ravel(), minlength=12)
             for overpass, outputs in radar:
-                radar_strip(landscape, overpass, outputs, ground, strip, (offset[0] + row, offset[1]))
+                radar_strip(landscape, overpass, outputs, ground, strip, (offset[0] + row, offset[1]), planting)
             progress((row + height) / grid.height * 0.8)
     progress(1.0)
     grids = (grid, grid.coarsen(2))
@@ -295,6 +323,21 @@ def _write_documents(out: Path, config: SimulateConfig, world: Grid, members: di
         "files": files,
     }
     (out / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+
+
+def _write_anomalies(out: Path, planting: Planting) -> None:
+    """Write what was planted as a table: GeoParquet in the CRS of the world, GeoJSON in degrees."""
+    world, table = planting.landscape.world, planting.table()
+    outlines = [planting.outline(one) for one in planting.planted]
+    write_geoparquet(out / "anomalies.parquet", outlines, table, crs=world.crs)
+    degrees = transformer_between(world.crs, "OGC:CRS84")
+    features = []
+    for at, outline in enumerate(outlines):
+        geometry = shapely.transform(outline, degrees.transform, interleaved=False)
+        features.append({"type": "Feature", "geometry": shapely.geometry.mapping(geometry),
+                         "properties": {name: values[at] for name, values in table.items()}})  # fmt: skip
+    document = {"type": "FeatureCollection", "features": features}
+    (out / "anomalies.geojson").write_text(to_json(document), encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:

@@ -21,7 +21,7 @@ from ingest.simulate.config import Acquisition
 from ingest.simulate.ground import BARE, BUILT, CROP, FOREST, GRASS, WATER, WETLAND, Ground
 from ingest.simulate.noise import F32
 
-__all__ = ["BANDS", "Band", "Surface", "surface"]
+__all__ = ["BANDS", "Band", "Surface", "material", "surface"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ _MATERIALS: dict[str, tuple[float, ...]] = {
     "tile roof": (0.078, 0.098, 0.165, 0.190, 0.205, 0.215, 0.228, 0.238, 0.275, 0.245),
     "asphalt": (0.098, 0.106, 0.114, 0.120, 0.126, 0.131, 0.138, 0.146, 0.166, 0.158),
     "metal roof": (0.205, 0.212, 0.218, 0.222, 0.226, 0.228, 0.232, 0.238, 0.245, 0.228),
+    "char": (0.036, 0.042, 0.050, 0.055, 0.061, 0.066, 0.072, 0.080, 0.138, 0.142),
 }
 _NAMES = tuple(_MATERIALS)
 _TABLE = np.array([_MATERIALS[name] for name in _NAMES], np.float32)
@@ -162,6 +163,11 @@ def surface(ground: Ground, acquisition: Acquisition) -> Surface:
     vegetated |= (cls == WETLAND) & (share > 0.75)
     margin = np.where(crop | (cls == GRASS), ground.margin, np.float32(0))
     return Surface(first, second, share, _light(ground, acquisition), margin, vegetated)
+
+
+def material(name: str) -> int:
+    """Return the index of a material."""
+    return _NAMES.index(name)
 
 
 # Number of steps in which sowing dates and vigour differ.

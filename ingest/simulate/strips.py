@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ingest.raster.cog import CogWriter
-from ingest.simulate.clouds import scene_classes, sky
+from ingest.simulate.anomalies import Planting
+from ingest.simulate.clouds import cover, scene_classes, sky
 from ingest.simulate.config import Acquisition
 from ingest.simulate.ground import Ground, Landscape
 from ingest.simulate.noise import F32, key_of, white
 from ingest.simulate.radar import NODATA, RadarPass, backscatter
-from ingest.simulate.spectra import BANDS, Surface, surface
+from ingest.simulate.spectra import BANDS, surface
 from ingest.simulate.swath import radar_swath, scene_swath
 from zarr_store.grid import Grid
 
@@ -32,18 +33,22 @@ def dn(reflectance: F32, offset: int) -> U16:
 
 
 def scene_strip(
-    landscape: Landscape, acquisition: Acquisition, ground: Ground, strip: Grid
+    landscape: Landscape, acquisition: Acquisition, ground: Ground, strip: Grid, planting: Planting | None = None
 ) -> tuple[dict[str, npt.NDArray[Any]], U8]:
     """Make all layers of one date in one strip by asset key, and the SCL; `ground` is one pixel wider on each side."""
     config, world = landscape.config, landscape.world
-    face: Surface = surface(ground, acquisition)
+    face, seen_ground, hidden = surface(ground, acquisition), ground, None
+    if planting:
+        face, seen_ground = planting.change_surface(face, ground, acquisition.time.date())
+        hidden = planting.cloud(ground.grid, acquisition)
     above = sky(config, acquisition, ground.grid, landscape.scale)
     half = strip.coarsen(2)
     swath = scene_swath(acquisition, world)
     seen = {10: swath.sees(strip), 20: swath.sees(half)}
     layers: dict[str, npt.NDArray[Any]] = {}
     for number, band in enumerate(BANDS):
-        value = _blur(above.over(face.reflectance(number), number))
+        light = above.over(face.reflectance(number), number)
+        value = _blur(light if hidden is None else cover(light, hidden, number))
         if band.gsd_m == 20:
             value = _halve(value)
         window = strip if band.gsd_m == 10 else half
@@ -54,7 +59,7 @@ def scene_strip(
         pixels = dn(value, acquisition.dn_offset)
         pixels[~seen[band.gsd_m]] = 0
         layers[band.key] = pixels
-    scl = _majority(scene_classes(ground, face, above)[1:-1, 1:-1])
+    scl = _majority(scene_classes(seen_ground, face, above)[1:-1, 1:-1])
     scl[~seen[20]] = 0
     layers["scl"] = scl
     layers["landcover"] = np.where(seen[10], ground.classes[1:-1, 1:-1], np.uint8(0))
@@ -68,6 +73,7 @@ def radar_strip(
     ground: Ground,
     strip: Grid,
     corner: tuple[int, int],
+    planting: Planting | None = None,
 ) -> None:
     """Write one radar pass in one strip, whose first pixel is at `corner` (row, column) of the world."""
     config, world = landscape.config, landscape.world
@@ -77,7 +83,7 @@ def radar_strip(
     face = surface(inner, season)
     unseen = ~radar_swath(overpass, world).sees(strip)
     for name, writer in outputs.items():
-        power = backscatter(config, world, inner, face, overpass, name)
+        power = backscatter(config, world, inner, face, overpass, name, planting)
         power[unseen] = NODATA
         writer.write(*corner, power)
 
