@@ -68,7 +68,7 @@ class SimulatedWorld:
         items: Number of STAC items.
         bytes: Size of all files together.
         created: False if the folder already held this world.
-        anomalies: Table of what was planted, as GeoParquet, with the same as GeoJSON and COG beside; None if nothing was.
+        anomalies: Table of what was planted, as GeoParquet, with GeoJSON and COG beside; None if nothing was.
     """
 
     path: Path
