@@ -15,7 +15,15 @@ from cli.session import Session
 if TYPE_CHECKING:
     from zarr_store.grid import Grid
 
-__all__ = ["add_component_files", "add_map_files", "export_layer", "layer_grid", "open_workers", "write_rgb"]
+__all__ = [
+    "add_anomaly_files",
+    "add_component_files",
+    "add_map_files",
+    "export_layer",
+    "layer_grid",
+    "open_workers",
+    "write_rgb",
+]
 
 _STRIP = 512
 
@@ -129,3 +137,58 @@ def add_component_files(folder: Path, result: Any) -> None:
     step = max(1, max(grid.shape) // 1500)
     shown = [0, 1, 2] if count > 2 else [0, 0, 0]
     write_rgb(folder / "quicklook.png", np.stack([np.asarray(array[at, ::step, ::step]) for at in shown]))
+
+
+def add_anomaly_files(folder: Path, result: Any) -> None:
+    """Write the ranked places as GeoParquet and, of a cube, scores and mask as GeoTIFF and picture."""
+    made = folder / "anomalies.zarr"
+    grid = layer_grid(made)
+    write_places(folder / "places.parquet", folder / "thumbnails", result.places, None if grid is None else grid.crs)
+    if grid is None:
+        return
+    arrays = layers(made)
+    score: Any = arrays["score"]
+    export_layer(score, grid, folder / "score.tif", dtype="float32", nodata=float("nan"), names=["score"])
+    export_layer(arrays["mask"], grid, folder / "mask.tif", dtype="uint8", nodata=255, names=["anomaly"],
+                 overviews="mode")  # fmt: skip
+    step = max(1, max(grid.shape) // 1500)
+    seen = np.asarray(score[::step, ::step])
+    with np.errstate(invalid="ignore"):
+        shade = np.log1p(seen)
+        flagged = seen > result.threshold
+    # flagged pixels stay red beside the grey of the others
+    write_rgb(folder / "quicklook.png", np.stack([shade, *(np.where(flagged, np.nanmin(shade), shade),) * 2]))
+
+
+def write_places(path: Path, thumbnails: Path, places: Sequence[Any], crs: str | None) -> None:
+    """Write places as GeoParquet: boxes in the CRS of the cube, or points in degrees; thumbnails as PNG in a column."""
+    import math
+
+    from shapely.geometry import Point, box
+
+    from ingest.request.parquet import write_geoparquet
+
+    names = (
+        "rank",
+        "score",
+        "mean_score",
+        "pixels",
+        "area_m2",
+        "x",
+        "y",
+        "lon",
+        "lat",
+        "date",
+        "name",
+        "row",
+        "column",
+    )
+    pictures = [thumbnails / f"{place.rank:03}.png" for place in places]
+    columns: dict[str, list[Any]] = {name: [getattr(place, name) for place in places] for name in names}
+    columns["thumbnail"] = [picture.read_bytes() if picture.is_file() else None for picture in pictures]
+    outlines = [
+        box(*place.box) if crs is not None
+        else Point() if math.isnan(place.lon) else Point(place.lon, place.lat)
+        for place in places
+    ]  # fmt: skip
+    write_geoparquet(path, outlines, columns, crs=crs or "OGC:CRS84")

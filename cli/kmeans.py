@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from cli.reading import Bands, Collection, Dask, DateRule, Dates, Memory, Standardise
 from cli.session import Session, command
 
 __all__ = ["register"]
@@ -34,20 +35,11 @@ def register(app: typer.Typer) -> None:
         model: Annotated[
             Path | None, typer.Option(metavar="OUT", help="Label with the clusters of this result; fit nothing.")
         ] = None,
-        collection: Annotated[str | None, typer.Option(help="Collection of the cube; default: its first.")] = None,
-        bands: Annotated[
-            str | None, typer.Option(metavar="A,B,…", help="Bands and stored indices; default: all bands.")
-        ] = None,
-        time: Annotated[
-            str | None, typer.Option(metavar="DATES", help="Dates, such as 2023-08 or 2023-04/2023-09; default: all.")
-        ] = None,
-        dates: Annotated[
-            Literal["mean", "stack"],
-            typer.Option(help="mean: bands are averaged over the dates. stack: each date has its own features."),
-        ] = "mean",
-        standardise: Annotated[
-            bool, typer.Option("--standardise", help="Divide each feature by its standard deviation.")
-        ] = False,
+        collection: Collection = None,
+        bands: Bands = None,
+        time: Dates = None,
+        dates: DateRule = "mean",
+        standardise: Standardise = False,
         pca: Annotated[
             int | None, typer.Option(min=1, metavar="N", help="Cluster this number of principal components.")
         ] = None,
@@ -66,12 +58,8 @@ def register(app: typer.Typer) -> None:
             float, typer.Option(min=0.0, help="End when the centres move by less, in mean variances.")
         ] = 1e-4,
         seed: Annotated[int, typer.Option(min=0, help="Seed of all random draws.")] = 0,
-        dask: Annotated[
-            str | None, typer.Option(metavar="ADDRESS", help="Compute on the workers of this Dask scheduler.")
-        ] = None,
-        memory: Annotated[
-            str | None, typer.Option(metavar="SIZE", help="Data that a process keeps between passes; default 2GiB.")
-        ] = None,
+        dask: Dask = None,
+        memory: Memory = None,
     ) -> None:
         """Group pixels by their spectra, without labels: a map, a table of the clusters, and a model for other cubes.
 

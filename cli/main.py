@@ -25,6 +25,7 @@ import typer
 from typer.main import get_command
 
 from cli import (
+    anomaly,
     audit,
     demo,
     doctor,
@@ -114,6 +115,7 @@ for module in (
     embed,
     kmeans,
     pca,
+    anomaly,
     quicklook,
     export,
     doctor,

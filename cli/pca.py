@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from cli.reading import Bands, Collection, Dask, DateRule, Dates, Memory, Standardise
 from cli.session import Session, command
 
 __all__ = ["register"]
@@ -19,24 +20,13 @@ def register(app: typer.Typer) -> None:
         data: Annotated[str, typer.Argument(metavar="CUBE|STORE|EMBEDDING", help="What to reduce.")],
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results.")],
         components: Annotated[int, typer.Option("-n", "--components", min=1, help="Number of components.")] = 3,
-        collection: Annotated[str | None, typer.Option(help="Collection of the cube; default: its first.")] = None,
-        bands: Annotated[
-            str | None, typer.Option(metavar="A,B,…", help="Bands and stored indices; default: all bands.")
-        ] = None,
-        time: Annotated[str | None, typer.Option(metavar="DATES", help="Dates of the cube; default: all.")] = None,
-        dates: Annotated[
-            Literal["mean", "stack"],
-            typer.Option(help="mean: bands are averaged over the dates. stack: each date has its own features."),
-        ] = "mean",
-        standardise: Annotated[
-            bool, typer.Option("--standardise", help="Divide each feature by its standard deviation.")
-        ] = False,
-        dask: Annotated[
-            str | None, typer.Option(metavar="ADDRESS", help="Compute on the workers of this Dask scheduler.")
-        ] = None,
-        memory: Annotated[
-            str | None, typer.Option(metavar="SIZE", help="Data that a process keeps between passes; default 2GiB.")
-        ] = None,
+        collection: Collection = None,
+        bands: Bands = None,
+        time: Dates = None,
+        dates: DateRule = "mean",
+        standardise: Standardise = False,
+        dask: Dask = None,
+        memory: Memory = None,
     ) -> None:
         """Compute principal components in two passes over the data, and write them as Zarr, GeoTIFF and picture."""
         from cli.clustering import add_component_files, open_workers

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.data.ground import cube_digest
-from jaxtrain.tasks.cube_reader import CubeReader
+from jaxtrain.tasks.cube_reader import Box, CubeReader
 from jaxtrain.tasks.table import Block, Feature, Kind, Table
 from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError, InvalidInput
@@ -22,11 +22,12 @@ from zarr_store.promises import check_array
 from zarr_store.read import open_cube
 from zarr_store.samples import SampleStore, is_sample_store, open_samples
 
-__all__ = ["CubeTable", "Dates", "SampleTable", "VectorTable", "is_embedding", "open_table"]
+__all__ = ["VECTORS_IN_BLOCK", "CubeTable", "Dates", "SampleTable", "VectorTable", "is_embedding", "open_table"]
 
-Dates = Literal["mean", "stack"]
-"""Rule by which the dates of a cube become features: their mean, or each date as features of its own."""
-_ROWS = 1 << 18
+Dates = Literal["mean", "stack", "change"]
+"""Rule by which the dates of a cube become features: their mean, each date as features of its own, or how far the last
+date is from the mean of those before it."""
+VECTORS_IN_BLOCK = 1 << 18
 """Largest number of rows of a block of samples or vectors."""
 _LEAST_SHARE = 0.5
 """Share of the dates that a pixel must have been seen on before its gaps are filled in time."""
@@ -39,6 +40,7 @@ class CubeTable:
         reader: Reads the chosen bands and dates.
         dates: "mean" has the bands as features, each the mean over the clear observations of a pixel. "stack" has each
             band of each date; gaps are filled linearly in time, in pixels that were seen on at least half of the dates.
+            "change" has the last date less the mean of those before it; of radar it is the ratio of intensities, in dB.
     """
 
     kind: Kind = "cube"
@@ -48,9 +50,14 @@ class CubeTable:
         self.dates = dates
         self.url = reader.cube.url
         plain = reader.features
-        self.features: tuple[Feature, ...] = plain if dates == "mean" or len(reader.times) == 1 else tuple(
+        if dates == "change" and len(reader.times) < 2:
+            raise InvalidInput(
+                f"--dates change compares the last date with those before it, and {self.url} has "
+                f"{len(reader.times)} of the chosen; choose more with --time, or another rule"
+            )
+        self.features: tuple[Feature, ...] = tuple(
             replace(one, time=time) for time in reader.times for one in plain
-        )  # fmt: skip
+        ) if dates == "stack" and len(reader.times) > 1 else plain  # fmt: skip
         chosen = [reader.spec.collection, reader.names, reader.times, dates]
         self.digest = _digest(cube_digest(reader.cube, reader.spec.collection), chosen)
         self.description: dict[str, Any] = {
@@ -67,9 +74,15 @@ class CubeTable:
         return len(self.reader.boxes)
 
     def read(self, number: int) -> Block:
-        box = self.reader.boxes[number]
+        return self.read_box(self.reader.boxes[number])
+
+    def read_box(self, box: Box) -> Block:
+        """Read the pixels of any box."""
         values, clear = self.reader.read(box)
-        if self.dates == "mean" and len(values) > 1:
+        if self.dates == "change":
+            rows = change_from_before(values, radar=self.reader.radar).reshape(len(values[0]), -1)
+            observed = (clear[-1] & clear[:-1].any(axis=0)).ravel()
+        elif self.dates == "mean" and len(values) > 1:
             seen = np.isfinite(values)
             count = seen.sum(axis=0, dtype=np.float32)
             total = np.where(seen, values, np.float32(0)).sum(axis=0, dtype=np.float64)
@@ -100,14 +113,14 @@ class SampleTable:
         from zarr_store.lookup import find_bands
 
         self.store, self.url = store, store.url
-        self._bands = find_bands(bands, store.spec.bands, f"store {store.url} (--bands)")
+        self.bands = find_bands(bands, store.spec.bands, f"store {store.url} (--bands)")
         units = [unit for _, _, unit in store.spec.scales] or [""] * len(store.spec.bands)
-        self.features = tuple(Feature(store.spec.bands[at], units[at] or "stored") for at in self._bands)
-        self.digest = _digest(store.digest, [self._bands])
+        self.features = tuple(Feature(store.spec.bands[at], units[at] or "stored") for at in self.bands)
+        self.digest = _digest(store.digest, [self.bands])
         self.description: dict[str, Any] = {"url": self.url, "bands": tuple(one.name for one in self.features)}
         self.warnings: tuple[str, ...] = ()
         height, width = store.spec.size
-        self.samples_in_block = max(1, _ROWS // (height * width))
+        self.samples_in_block = max(1, VECTORS_IN_BLOCK // (height * width))
 
     def __len__(self) -> int:
         return math.ceil(self.store.spec.count / self.samples_in_block)
@@ -115,13 +128,13 @@ class SampleTable:
     def read(self, number: int) -> Block:
         first = number * self.samples_in_block
         numbers = np.arange(first, min(first + self.samples_in_block, self.store.spec.count))
-        images = self.store.images(numbers, self._bands).astype(np.float32)
-        for column, position in enumerate(self._bands):
+        images = self.store.images(numbers, self.bands).astype(np.float32)
+        for column, position in enumerate(self.bands):
             if self.store.spec.scales:
                 scale, offset, _ = self.store.spec.scales[position]
                 images[:, column] = images[:, column] * np.float32(scale) + np.float32(offset)
         valid = self.store.valid(numbers).astype(bool)
-        rows = images.transpose(1, 0, 2, 3).reshape(len(self._bands), -1)
+        rows = images.transpose(1, 0, 2, 3).reshape(len(self.bands), -1)
         observed = valid.ravel()
         at, kept = _whole_rows(rows, observed)
         pixels = valid[0].size
@@ -160,13 +173,13 @@ class VectorTable:
         self.warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return math.ceil(len(self.vectors) / _ROWS)
+        return math.ceil(len(self.vectors) / VECTORS_IN_BLOCK)
 
     def read(self, number: int) -> Block:
-        rows = np.ascontiguousarray(self.vectors[number * _ROWS : (number + 1) * _ROWS].T)
+        rows = np.ascontiguousarray(self.vectors[number * VECTORS_IN_BLOCK : (number + 1) * VECTORS_IN_BLOCK].T)
         at, kept = _whole_rows(rows, np.ones(rows.shape[1], bool))
         return Block(
-            kept, at, (at + number * _ROWS).astype(np.uint64), (rows.shape[1],),
+            kept, at, (at + number * VECTORS_IN_BLOCK).astype(np.uint64), (rows.shape[1],),
             np.isfinite(rows).sum(axis=1), rows.shape[1],
         )  # fmt: skip
 
@@ -236,6 +249,19 @@ def fill_in_time(values: npt.NDArray[np.float32], times: npt.NDArray[Any]) -> np
     filled = np.where(seen, values, start + (end - start) * share.astype(np.float32))
     filled[:, seen.mean(axis=0) < _LEAST_SHARE] = np.nan
     return filled.astype(np.float32)
+
+
+def change_from_before(values: npt.NDArray[np.float32], *, radar: bool) -> npt.NDArray[np.float32]:
+    """Return how far the last date of (time, band, y, x) is from the mean of the clear dates before it.
+
+    Decibels are averaged as intensities, so that of radar it is the ratio of an intensity to the mean of those before,
+    which speckle of L looks spreads as an F distribution of 2 L and 2 L times as many degrees of freedom as dates.
+    """
+    before = np.power(10.0, 0.1 * values[:-1].astype(np.float64)) if radar else values[:-1].astype(np.float64)
+    seen = np.isfinite(before)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(seen, before, 0.0).sum(axis=0) / seen.sum(axis=0)
+        return (values[-1] - (10.0 * np.log10(mean) if radar else mean)).astype(np.float32)
 
 
 def _whole_rows(

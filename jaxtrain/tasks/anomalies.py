@@ -1,0 +1,385 @@
+"""`find_anomalies` scores every pixel, sample or vector by how unusual it is, and writes scores, mask and places.
+
+OUT/anomalies.zarr   scores and mask
+OUT/anomalies.json   ranked places, threshold, and how it was found
+OUT/gallery.html     the places as pictures
+
+Scores are written block by block; a run that is stopped or killed continues with the next block, and the bytes are
+those of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time as clock
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.display import result_table
+from jaxtrain.tasks.background import Background, make_background
+from jaxtrain.tasks.detectors import Detector, Forest, LocalRx, Method, Neighbours, Reconstruction, Rx, grow_forest
+from jaxtrain.tasks.folder import TaskFolder
+from jaxtrain.tasks.held_out import HELD_OUT, ScoreCounts, held_out
+from jaxtrain.tasks.local_rx import check_windows
+from jaxtrain.tasks.moments import Moments
+from jaxtrain.tasks.place_gallery import write_gallery
+from jaxtrain.tasks.places import Place, find_places
+from jaxtrain.tasks.row_places import place_rows
+from jaxtrain.tasks.sampling import sample_rows
+from jaxtrain.tasks.score_store import ScoreStore
+from jaxtrain.tasks.table import Table, check_features
+from jaxtrain.tasks.tables import CubeTable, Dates, VectorTable, open_table
+from jaxtrain.tasks.work import LocalWorkers, TableRef, Workers
+from zarr_store.crash import crashpoint
+from zarr_store.errors import InvalidInput
+
+__all__ = ["AnomalyOptions", "AnomalyResult", "find_anomalies"]
+
+_SAMPLE = {"isolation": 65_536, "embedding": 2048}
+"""Rows that a method keeps or learns from."""
+
+
+@dataclass(frozen=True)
+class AnomalyOptions:
+    """What determines anomalies, beside the data.
+
+    Attributes:
+        method: How rows are scored.
+        collection, bands, time, dates: What to read; see `open_table`.
+        rate: Share of usual rows that may be flagged.
+        threshold: "empirical" takes the quantile of the scores of held-out ground; "chi2" that of the χ² distribution,
+            for methods of RX alone.
+        shrinkage: Share of the diagonal in the covariance; None estimates it.
+        inner, outer: Sides of the squares of local RX, pixels.
+        most: Most places that are listed.
+        least_pixels: Smallest place.
+        seed: Seed of all draws.
+    """
+
+    method: Method = "rx"
+    collection: str | None = None
+    bands: str | tuple[str, ...] = ()
+    time: str | None = None
+    dates: Dates = "mean"
+    rate: float = 1e-3
+    threshold: Literal["empirical", "chi2"] = "empirical"
+    shrinkage: float | None = 0.0
+    inner: int = 5
+    outer: int = 21
+    most: int = 100
+    least_pixels: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 0.5:
+            raise InvalidInput(f"--false-alarms {self.rate:g}: expected a share above 0 and below 0.5, such as 0.001")
+        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
+            raise InvalidInput(f"--shrinkage {self.shrinkage:g}: expected 0 to 1, or auto")
+        if self.threshold == "chi2" and self.method not in ("rx", "local-rx"):
+            raise InvalidInput(
+                f"--threshold chi2 is for scores of RX, which follow χ²; those of {self.method} follow no known "
+                "distribution: leave it out"
+            )
+
+
+@dataclass(frozen=True, repr=False)
+class AnomalyResult:
+    """What `find_anomalies` has written.
+
+    Attributes:
+        out: Folder of the results.
+        method: How rows were scored.
+        threshold: Score above which a row is flagged.
+        rule: How the threshold was found.
+        false_alarms: The stated rate.
+        flagged: Number of flagged rows.
+        pixels: Number of scored rows.
+        held_out: Number of rows that were held out of the fit.
+        places: The places, the most unusual first.
+        places_total: Number of all places, listed or not.
+        features: The features.
+        dates: Dates that were looked at.
+        shrinkage: Share of the diagonal in the covariance; nan of a method without one.
+        seconds: Time that it took.
+        warnings: What may limit the result.
+    """
+
+    out: str
+    method: str
+    threshold: float
+    rule: str
+    false_alarms: float
+    flagged: int
+    pixels: int
+    held_out: int
+    places: tuple[Place, ...]
+    places_total: int
+    features: tuple[str, ...]
+    dates: str
+    shrinkage: float
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {**asdict(self), "places": [one.to_dict() for one in self.places]}
+
+    def __repr__(self) -> str:
+        return f"<AnomalyResult {self.out}: {self.places_total} places, {self.flagged:,} of {self.pixels:,} rows>"
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        rows = {f"#{one.rank}": f"score {one.score:.4g}, {one.pixels} px" for one in self.places[:10]}
+        return result_table(f"Anomalies {self.out}", rows)
+
+
+Report = Callable[[str, int, int], None]
+
+
+def find_anomalies(
+    data: str | PathLike[str],
+    out: str | PathLike[str],
+    options: AnomalyOptions | None = None,
+    *,
+    run: str | PathLike[str] | None = None,
+    workers: Workers | None = None,
+    leads: bool = True,
+    finish: Callable[[Path, AnomalyResult], None] | None = None,
+    on_progress: Report | None = None,
+) -> AnomalyResult:
+    """Find what is unusual in a cube, a sample store, or vectors.
+
+    Args:
+        data: The data.
+        out: Folder of the results; it appears when they are complete. An earlier result of this task is replaced.
+        options: How to look.
+        run: Run directory of an autoencoder, for the methods "autoencoder" and, of a cube or store, "embedding".
+        workers: Who computes; None takes all cores and devices of this process.
+        leads: Whether this process writes the results; only one process of a run does.
+        finish: Adds files to the folder before it appears; called with the folder and the result.
+        on_progress: Called with (step, done, in all).
+
+    Raises:
+        InvalidInput: The data cannot be scored so, or something else is at `out`.
+        NothingFound: Nothing was observed.
+
+    Example:
+        >>> found = find_anomalies("zagreb.zarr", "zagreb_odd", AnomalyOptions(threshold="chi2"))
+        >>> found.method
+        'rx'
+    """
+    began = clock.monotonic()
+    options, workers = options or AnomalyOptions(), workers or LocalWorkers()
+    report = on_progress or (lambda step, done, total: None)
+    url = str(data)
+    _check_run(options, url, run)
+    if options.method == "embedding" and run is not None:
+        digest, table = f"{url} {Path(run).absolute()}", None
+    else:
+        table = _open(url, options)
+        digest = table.digest
+    request = {"data": digest, "options": asdict(options), "run": None if run is None else str(Path(run).absolute())}
+    folder = TaskFolder(str(out), "anomaly", request) if leads else None
+    with folder if folder is not None else nullcontext():
+        if table is None:
+            assert folder is not None
+            assert run is not None
+            table = _embed(run, url, folder.path / "vectors.zarr", report)
+        state: dict[str, Any] = workers.share(folder.state if folder else {})
+        detector, fitted = _fit(table, options, workers, folder, state, run, report)
+        done = int(state.get("done", 0))
+        blocks = workers.map(detector, range(done, len(table)))
+        if folder is None:
+            for _ in blocks:
+                pass
+            return _empty(str(out), options)
+        made = ScoreStore(folder.path / "anomalies.zarr", table, {"data": table.url, "method": options.method})
+        for number, scores in zip(range(done, len(table)), blocks, strict=True):
+            made.write(number, scores)
+            crashpoint(f"anomaly block written {number}")
+            folder.keep({"fit": fitted, "done": number + 1})
+            crashpoint(f"anomaly block kept {number}")
+            report("score", number + 1, len(table))
+        result = replace(_result(str(out), table, made, options, fitted),
+                         seconds=round(clock.monotonic() - began, 3))  # fmt: skip
+        # without path and time, so that the same request gives the same bytes
+        about = {name: value for name, value in result.to_dict().items() if name not in ("out", "seconds")}
+        text = json.dumps(_finite(about), indent=1) + "\n"
+        (folder.path / "anomalies.json").write_text(text, encoding="utf-8")
+        write_gallery(folder.path, table, result.places, f"{options.method} on {table.url}")
+        if finish:
+            finish(folder.path, result)
+        folder.publish({"method": options.method, "data": table.url, "flagged": result.flagged})
+    return result
+
+
+def _check_run(options: AnomalyOptions, url: str, run: str | PathLike[str] | None) -> None:
+    from jaxtrain.tasks.tables import is_embedding
+
+    if options.method == "autoencoder" and run is None:
+        raise InvalidInput("--method autoencoder needs --run RUN, the run directory of a trained autoencoder")
+    if options.method == "embedding" and run is None and not is_embedding(url):
+        raise InvalidInput(
+            f"--method embedding scores vectors, and {url} holds none: give vectors of `terrashard embed`, or "
+            "--run RUN to make them with an autoencoder"
+        )
+    if run is not None and options.method not in ("autoencoder", "embedding"):
+        raise InvalidInput(f"--run is for the methods autoencoder and embedding, not for {options.method}")
+
+
+def _open(url: str, options: AnomalyOptions) -> Table:
+    table = open_table(url, collection=options.collection, bands=options.bands, time=options.time, dates=options.dates)
+    if options.method == "local-rx":
+        if isinstance(table, VectorTable):
+            raise InvalidInput(f"{url} holds vectors, which have no neighbours in space: use --method rx or embedding")
+        check_windows(options.inner, options.outer, len(table.features))
+    if options.method == "autoencoder" and not isinstance(table, CubeTable):
+        raise InvalidInput(f"--method autoencoder maps a cube, and {url} is none: use --method embedding with --run")
+    return table
+
+
+def _embed(run: str | PathLike[str], url: str, made: Path, report: Report) -> Table:
+    from jaxtrain.inference.embedding import embed
+
+    if not made.exists():
+        embed(run, url, made, on_batch=lambda done, total: report("embed", done, total))
+    return open_table(str(made))
+
+
+@dataclass(frozen=True)
+class _FitJob:
+    """Moments of the rows of a block that are not held out."""
+
+    ref: TableRef
+    holds: bool
+    seed: int
+
+    def __call__(self, number: int) -> tuple[Moments, npt.NDArray[np.int64], int, int]:
+        block = self.ref.block(number)
+        if not self.holds:
+            return Moments.of(block.values), block.finite, block.observed, 0
+        kept = ~held_out(self.ref.table, block.ids, self.seed)
+        return Moments.of(block.values[:, kept]), block.finite, block.observed, int((~kept).sum())
+
+
+def _fit(
+    table: Table, options: AnomalyOptions, workers: Workers, folder: TaskFolder | None, state: dict[str, Any],
+    run: str | PathLike[str] | None, report: Report,
+) -> tuple[Detector, dict[str, Any]]:  # fmt: skip
+    """Fit the detector, or take it from what an earlier run has left."""
+    ref = TableRef.of(table)
+    labels = [one.label for one in table.features]
+    if options.method == "autoencoder":
+        assert run is not None
+        made = _map_errors(run, table, options, folder, report)
+        about: dict[str, Any] = state.get("fit") or {"held_out": 0}
+        return Reconstruction(ref, str(made)), about
+    about = state.get("fit") or {}
+    if not about:
+        moments, held = _moments(table, options, workers, report)
+        background = make_background(moments, labels, shrinkage=options.shrinkage, where=table.url)
+        about = {"background": background.to_dict(), "held_out": held}
+    background = Background.from_dict(about["background"])
+    if options.method == "rx":
+        return Rx(ref, background), about
+    if options.method == "local-rx":
+        share = options.shrinkage or None
+        return LocalRx(ref, background, options.inner, options.outer, share), about
+    sample = sample_rows(table, _SAMPLE[options.method], options.seed, workers)
+    if options.method == "isolation":
+        return Forest(ref, grow_forest(sample, options.seed)), about
+    return Neighbours(ref, background, np.ascontiguousarray(background.whiten(sample.T).T)), about
+
+
+def _moments(table: Table, options: AnomalyOptions, workers: Workers, report: Report) -> tuple[Moments, int]:
+    found = Moments.of(np.zeros((len(table.features), 0), np.float32))
+    finite, observed, held = np.zeros(len(table.features), np.int64), 0, 0
+    job = _FitJob(TableRef.of(table), options.threshold == "empirical", options.seed)
+    for number, (moments, numbers, seen, out) in enumerate(workers.map(job, range(len(table)))):
+        found, finite, observed, held = found.join(moments), finite + numbers, observed + seen, held + out
+        report("read", number + 1, len(table))
+    check_features(table, found.count + held, finite, observed)
+    if not found.count:
+        raise InvalidInput(
+            f"{table.url}: all {held:,} rows lie on held-out ground, so nothing is left to fit; give --threshold chi2, "
+            "another --seed, or more ground"
+        )
+    return found, held
+
+
+def _map_errors(
+    run: str | PathLike[str], table: Table, options: AnomalyOptions, folder: TaskFolder | None, report: Report
+) -> Path:
+    from jaxtrain.inference.scene import predict
+    from jaxtrain.runs.rundir import load_card
+
+    if not load_card(Path(run)).task.rebuild:
+        raise InvalidInput(f"{run} is no run of an autoencoder; train one (model.name = 'autoencoder')")
+    if folder is None:
+        raise InvalidInput("--method autoencoder runs in one process; start it without others")
+    made = folder.path / "error.zarr"
+    predict(run, table.url, made, time=options.time, on_batch=lambda done, total: report("map", done, total))
+    return made
+
+
+def _result(
+    out: str, table: Table, made: ScoreStore, options: AnomalyOptions, about: dict[str, Any]
+) -> AnomalyResult:  # fmt: skip
+    threshold, rule, held = _threshold(table, made, options)
+    flagged, scored = made.flag(threshold)
+    date = _dates(table)
+    if isinstance(table, CubeTable):
+        places, total = find_places(
+            table.reader.spec.grid, made.read, date=date, most=options.most, least_pixels=options.least_pixels
+        )
+    else:
+        places, total = place_rows(table, made, most=options.most, least_pixels=options.least_pixels)
+    return AnomalyResult(
+        out=out, method=options.method, threshold=threshold, rule=rule, false_alarms=options.rate, flagged=flagged,
+        pixels=scored, held_out=held, places=places, places_total=total,
+        features=tuple(one.label for one in table.features), dates=date,
+        shrinkage=float(about["background"]["shrinkage"]) if "background" in about else float("nan"),
+        seconds=0.0, warnings=table.warnings,
+    )  # fmt: skip
+
+
+def _threshold(table: Table, made: ScoreStore, options: AnomalyOptions) -> tuple[float, str, int]:
+    if options.threshold == "chi2":
+        from scipy.stats import chi2
+
+        degrees = len(table.features)
+        return float(chi2.isf(options.rate, degrees)), f"χ² with {degrees} degrees of freedom", 0
+    counts = ScoreCounts()
+    for _, scores, ids in made.strips():
+        counts.add(scores[held_out(table, ids.ravel(), options.seed).reshape(ids.shape)])
+    share = f"{HELD_OUT:.0%} of the ground" if isinstance(table, CubeTable) else f"{HELD_OUT:.0%} of the data"
+    return counts.threshold(options.rate, where=table.url), f"quantile of held-out scores ({share})", counts.total
+
+
+def _dates(table: Table) -> str:
+    if not isinstance(table, CubeTable):
+        return ""
+    times = [time[:10] for time in table.reader.times]
+    return times[-1] if table.dates == "change" or len(times) == 1 else f"{times[0]}/{times[-1]}"
+
+
+def _empty(out: str, options: AnomalyOptions) -> AnomalyResult:
+    """Return the result of a process that only helps: it has no numbers of its own."""
+    return AnomalyResult(out, options.method, float("nan"), "", options.rate, 0, 0, 0, (), 0, (), "", float("nan"),
+                         0.0, ())  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON with null in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

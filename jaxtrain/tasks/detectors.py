@@ -1,0 +1,170 @@
+"""Detectors give each row of a table a score; the larger it is, the more unusual the row.
+
+A detector can be sent to another process. It scores a block in the block's own shape, with NaN where there is no row.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from jaxtrain.tasks.background import Background, score_rows
+from jaxtrain.tasks.local_rx import score_locally
+from jaxtrain.tasks.table import Block
+from jaxtrain.tasks.tables import CubeTable, SampleTable
+from jaxtrain.tasks.work import TableRef
+from zarr_store.errors import InvalidInput
+
+__all__ = ["Detector", "Forest", "LocalRx", "Method", "Neighbours", "Reconstruction", "Rx", "grow_forest"]
+
+F32 = npt.NDArray[np.float32]
+Method = Literal["rx", "local-rx", "autoencoder", "isolation", "embedding"]
+_NEAREST = 5
+_PIECE = 4096
+"""Rows whose distances to all reference rows are held at once."""
+
+
+class Detector(Protocol):
+    """Scores one block."""
+
+    def __call__(self, number: int) -> F32: ...
+
+
+@dataclass(frozen=True)
+class Rx:
+    """Squared Mahalanobis distance from the background."""
+
+    ref: TableRef
+    background: Background
+
+    def __call__(self, number: int) -> F32:
+        block = self.ref.block(number)
+        return _spread(block, score_rows(block.values, self.background, device=number))
+
+
+@dataclass(frozen=True)
+class LocalRx:
+    """Squared Mahalanobis distance from the ring around a pixel."""
+
+    ref: TableRef
+    background: Background
+    inner: int
+    outer: int
+    shrinkage: float | None
+
+    def __call__(self, number: int) -> F32:
+        table = self.ref.table
+        chosen: dict[str, Any] = {"inner": self.inner, "outer": self.outer, "shrinkage": self.shrinkage,
+                                  "device": number}  # fmt: skip
+        if isinstance(table, CubeTable):
+            box = table.reader.boxes[number]
+            wide = box.grown(self.outer // 2, table.reader.spec.grid.shape)
+            return score_locally(_image(table.read_box(wide)), self.background, **chosen)[box.inside(wide)]
+        images = _image(self.ref.block(number))
+        return np.stack([score_locally(images[:, at], self.background, **chosen) for at in range(images.shape[1])])
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Mean distance to the nearest reference rows, in units of the background's spread."""
+
+    ref: TableRef
+    background: Background
+    reference: npt.NDArray[np.float64]
+
+    def __call__(self, number: int) -> F32:
+        block = self.ref.block(number)
+        rows = self.background.whiten(block.values).T
+        devices = jax.local_devices()
+        place = devices[number % len(devices)]
+        found = np.empty(len(rows), np.float32)
+        with jax.enable_x64(True):
+            reference = jax.device_put(self.reference, place)
+            for start in range(0, len(rows), _PIECE):
+                piece = rows[start : start + _PIECE]
+                padded = np.pad(piece, ((0, _PIECE - len(piece)), (0, 0)))
+                found[start : start + len(piece)] = np.asarray(
+                    _neighbours(jax.device_put(padded, place), reference)
+                )[: len(piece)]  # fmt: skip
+        return _spread(block, found)
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Isolation forest (Liu, Ting & Zhou 2008, doi:10.1109/ICDM.2008.17)."""
+
+    ref: TableRef
+    forest: Any
+
+    def __call__(self, number: int) -> F32:
+        block = self.ref.block(number)
+        if not block.values.shape[1]:
+            return _spread(block, np.zeros(0, np.float32))
+        return _spread(block, (-self.forest.score_samples(block.values.T)).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The error of an autoencoder, from the map of its errors."""
+
+    ref: TableRef
+    made: str
+
+    def __call__(self, number: int) -> F32:
+        from jaxtrain.inference.maps import open_map
+
+        table = self.ref.table
+        assert isinstance(table, CubeTable)
+        box = table.reader.boxes[number]
+        return open_map(self.made).read_values(slice(box.y0, box.y1))[:, box.x0 : box.x1]
+
+
+def grow_forest(rows: F32, seed: int) -> Any:
+    """Grow an isolation forest on (row, feature) with scikit-learn.
+
+    Raises:
+        InvalidInput: scikit-learn is not installed.
+    """
+    try:
+        ensemble = importlib.import_module("sklearn.ensemble")
+    except ImportError as error:
+        raise InvalidInput(
+            "--method isolation needs scikit-learn, which is not installed: pip install 'terrashard[anomaly]', or "
+            "choose another method"
+        ) from error
+    return ensemble.IsolationForest(n_estimators=200, random_state=seed % (1 << 32)).fit(rows)
+
+
+@jax.jit
+def _neighbours(row_ND: jax.Array, reference_RD: jax.Array) -> jax.Array:
+    products_NR = jnp.dot(row_ND, reference_RD.T, precision=jax.lax.Precision.HIGHEST)
+    square_NR = jnp.square(row_ND).sum(1)[:, None] + jnp.square(reference_RD).sum(1)[None] - 2.0 * products_NR
+    nearest_NK = -jax.lax.top_k(-square_NR, min(_NEAREST + 1, reference_RD.shape[0]))[0]
+    distance_NK = jnp.sqrt(jnp.maximum(nearest_NK, 0.0))
+    # a reference row is its own nearest neighbour, which says nothing of it
+    itself_N = nearest_NK[:, 0] < 1e-9 * row_ND.shape[1]
+    mean_N = jnp.where(itself_N, distance_NK[:, 1:].mean(axis=1), distance_NK[:, :-1].mean(axis=1))
+    return mean_N.astype(jnp.float32)
+
+
+def _spread(block: Block, scores: F32) -> F32:
+    found = np.full(block.shape, np.nan, np.float32)
+    found.ravel()[block.at] = scores
+    return found
+
+
+def _image(block: Block) -> F32:
+    values = np.full((len(block.values), *block.shape), np.nan, np.float32)
+    values.reshape(len(values), -1)[:, block.at] = block.values
+    return values
+
+
+def is_image(table: Any) -> bool:
+    """Return whether the rows of a table lie in images."""
+    return isinstance(table, CubeTable | SampleTable)
