@@ -46,6 +46,7 @@ from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, clear_run, find_card, load
 from jaxtrain.runs.track import check_trackers
 from jaxtrain.runs.watchdog import Watchdog
 from jaxtrain.session import Dispatched, TrainingSession, check_monitor, newest_step, rehearse, resume_run, show_score
+from jaxtrain.shared import SharedParts
 from jaxtrain.writer import RunWriter
 from zarr_store.errors import NotACube, Preempted
 from zarr_store.lock import CubeLock
@@ -61,6 +62,8 @@ def train(
     on_event: OnEvent | None = None,
     environment: Mapping[str, str] | None = None,
     progress: bool | None = None,
+    shared: SharedParts | None = None,
+    report: bool = True,
 ) -> TrainingResult:
     """Train a network, or continue where an earlier call stopped.
 
@@ -74,6 +77,8 @@ def train(
         on_event: Called with each `TrainEvent`, in the thread of the caller; warnings also from threads that read.
         environment: Replaces `os.environ`, in which unequal replicas (`hetero.enabled`) find their group.
         progress: Whether to show a bar; None shows it in a terminal and in a notebook.
+        shared: Data and compiled steps that this run shares with others of this process.
+        report: Whether to write RUN/report.html.
 
     Returns:
         Steps, metrics, validation scores, rates and the path of the report.
@@ -99,7 +104,7 @@ def train(
     try:
         try:
             with show_steps(progress, on_event) as tell:
-                return _train(config, Path(out), resume, tell, environment)
+                return _train(config, Path(out), resume, tell, environment, shared, report)
         except jax.errors.JaxRuntimeError as error:
             lost = peer_lost(error, Path(out))
             if lost is None:
@@ -113,8 +118,9 @@ def train(
 
 
 def _train(
-    config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | None, environment: Mapping[str, str]
-) -> TrainingResult:
+    config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | None, environment: Mapping[str, str],
+    shared: SharedParts | None, report: bool,
+) -> TrainingResult:  # fmt: skip
     began = time.monotonic()
     run, tell = config.run, Teller(config.run.steps, on_event)
     group = expect_group(environment) if config.hetero.enabled else None
@@ -127,17 +133,21 @@ def _train(
         check_same_run(out, earlier, config, resume)
 
     # ---- Data: windows and statistics, all from the training index where that is possible.
-    data = _open_data(config, earlier, out)
+    data = _open_data(config, earlier, out) if shared is None else shared.open(config.data.cube)
     own_name = jax.process_index() if group is None else group.name
     incidents = Incidents(out, run, process=own_name, on_warning=lambda line: tell("warning", 0, line))
     card, ready = prepare(config, data, earlier, on_unreadable=incidents.unreadable)
 
     # ---- The network on the mesh.
-    program = program_of(card, config)
-    train_step, eval_step = make_train_step(program), make_eval_step(program)
+    if shared is None:
+        program = program_of(card, config)
+        train_step, eval_step, new = make_train_step(program), make_eval_step(program), True
+    else:
+        parts = shared.parts_of(card, config)
+        program, train_step, eval_step, new = parts.program, parts.train, parts.evaluate, parts.new
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(program.shapes.params))
     check_monitor(config, program.objective.task, ready.plan.counts())
-    if earlier is None:
+    if earlier is None and new:
         rehearse(program, train_step, eval_step, ready)
     if jax.process_index() == 0:
         check_trackers(run.track)
@@ -227,13 +237,14 @@ def _train(
                     replica.finish(lambda: session.save_last(state))
 
         # ---- What came out.
-        if writer.leads and (session.validation or not (out / "report.html").exists()):
+        if report and writer.leads and (session.validation or not (out / "report.html").exists()):
             _write_report(session, state)
         result = _result(session, first, parameters, time.monotonic() - began)
         early = f" of {run.steps}, as {run.monitor} did not improve further" if result.stopped_early else ""
         best = session.best
         kept = "" if best.step is None else f"; best {run.monitor} {show_score(best.value)} at step {best.step}"
-        tell("done", result.steps, f"{out}: {result.steps} steps{early}{kept}; report: {result.report}",
+        written = f"; report: {result.report}" if report else ""
+        tell("done", result.steps, f"{out}: {result.steps} steps{early}{kept}{written}",
              **result.validation)  # fmt: skip
         return result
 

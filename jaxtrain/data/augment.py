@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.traced import is_on
 from zarr_store.errors import InvalidInput
 
 __all__ = ["Mixed", "augment", "disturb", "mix", "turns"]
@@ -47,7 +48,7 @@ def augment(arrays: Sequence[jax.Array], *, key: jax.Array, zoom: float = 0.0) -
     # transposing and two mirrors, each on or off, make all eight symmetries with equal chance
     swap, mirror_y, mirror_x = jax.random.bernoulli(key, 0.5, (3, b))
     turned = [_turn(a, swap, mirror_y, mirror_x) if a.ndim > 2 else a for a in arrays]
-    if zoom:
+    if is_on(zoom):
         drawn = jax.random.uniform(jax.random.fold_in(key, _ZOOM), (b,), minval=-1.0, maxval=1.0)
         turned = [_zoom(a, jnp.float32(1 + zoom) ** drawn) if a.ndim > 2 else a for a in turned]
     return tuple(turned)
@@ -120,10 +121,10 @@ def disturb(x_BHWC: jax.Array, *, key: jax.Array, jitter: float = 0.0, band_drop
     """
     b, c = x_BHWC.shape[0], x_BHWC.shape[-1]
     inner = (1,) * (x_BHWC.ndim - 2)
-    if jitter:
+    if is_on(jitter):
         gain = 1 + jitter * jax.random.normal(jax.random.fold_in(key, _GAIN), (b, *inner, 1))
         x_BHWC = x_BHWC * gain + jitter * jax.random.normal(jax.random.fold_in(key, _OFFSET), (b, *inner, c))
-    if band_dropout:
+    if is_on(band_dropout):
         kept = jax.random.bernoulli(jax.random.fold_in(key, _BANDS), 1 - band_dropout, (b, *inner, c))
         x_BHWC = jnp.where(kept, x_BHWC, jnp.float32(0))
     return x_BHWC

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxtrain.traced import is_on
+
 __all__ = ["IGNORE", "LossTerms", "binary_terms", "cross_entropy", "cross_entropy_terms", "dice_terms", "huber_terms",
            "square_terms"]  # fmt: skip
 
@@ -70,10 +72,10 @@ def cross_entropy_terms(
     truth_BHWK = label_BHW[..., None] == jnp.arange(classes, dtype=jnp.int32)
     log_p_BHWK = jax.nn.log_softmax(logits_BHWK, axis=-1)
     loss_BHW = -jnp.where(truth_BHWK, log_p_BHWK, 0).sum(axis=-1)
-    if focal_gamma:
+    if is_on(focal_gamma):
         # not below a rounding of 1 - p, where the power has no gradient
         loss_BHW = loss_BHW * jnp.maximum(-jnp.expm1(-loss_BHW), 1e-6) ** focal_gamma
-    if label_smoothing:
+    if is_on(label_smoothing):
         loss_BHW = (1 - label_smoothing) * loss_BHW - label_smoothing * log_p_BHWK.mean(axis=-1)
     if class_weights is None:
         weight_BHW = learned_BHW.astype(jnp.float32)
@@ -142,7 +144,7 @@ def binary_terms(
     truth = label_BK.astype(jnp.int32) == 1
     target = jnp.where(truth, 1 - label_smoothing / 2, label_smoothing / 2)
     loss = jax.nn.softplus(logits_BK) - logits_BK * target
-    if focal_gamma:
+    if is_on(focal_gamma):
         p = jax.nn.sigmoid(logits_BK)
         loss = loss * jnp.maximum(jnp.where(truth, 1 - p, p), 1e-6) ** focal_gamma
     weight = jnp.where(

@@ -23,6 +23,7 @@ from jaxtrain.data.augment import augment, disturb
 from jaxtrain.models.modality import Modality
 from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.mesh import batch_sharding, constrain, stored_sharding
+from jaxtrain.traced import is_on
 
 if TYPE_CHECKING:
     from jaxtrain.learn.state import Program
@@ -104,9 +105,10 @@ def hide_modalities(
         key: Random key of this step.
         chances: Probability of each modality of each sample, one for all or for each by its name.
     """
-    chance_M = np.array([chances if isinstance(chances, float) else chances[name] for name in observed], np.float32)
-    if not chance_M.any() or len(observed) < 2:
+    each = [chances[name] if isinstance(chances, Mapping) else chances for name in observed]
+    if not any(map(is_on, each)) or len(observed) < 2:
         return dict(observed)
+    chance_M = jnp.stack([jnp.asarray(chance, jnp.float32) for chance in each])
     there = jnp.stack([seen.astype(bool).any(axis=tuple(range(1, seen.ndim))) for seen in observed.values()], axis=-1)
     draw_BM = jax.random.uniform(jax.random.fold_in(key, _HIDDEN), there.shape)
     # of the modalities that are there, the one with the largest number always stays
@@ -147,7 +149,7 @@ def _input(
     mean, std = (values[first : first + len(one.bands)] for values in (program.mean, program.std))
     x = (image.astype(jnp.float32) - mean) * (np.float32(1) / std)
     data = program.config.data
-    if key is not None and (data.jitter or data.band_dropout):
+    if key is not None and (is_on(data.jitter) or is_on(data.band_dropout)):
         x = disturb(x, key=key, jitter=data.jitter, band_dropout=data.band_dropout)
     seen = observed.astype(bool)
     x = jnp.where(seen[..., None], x, jnp.float32(0))

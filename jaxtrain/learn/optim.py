@@ -23,6 +23,7 @@ import optax.contrib
 from jaxtrain.config import OptimConfig
 from jaxtrain.learn.accumulate import accumulate
 from jaxtrain.parallel.sharding import path_name
+from jaxtrain.traced import is_on
 
 __all__ = ["build_optimizer", "build_schedule", "decays", "evaluation_params"]
 
@@ -76,17 +77,16 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
     chain: list[optax.GradientTransformation] = []
     if config.clip_norm is not None:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.name in ("adam", "sgd") and config.weight_decay:
+    if config.name in ("adam", "sgd") and is_on(config.weight_decay):
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
+    momentum = config.momentum if is_on(config.momentum) else None
     match config.name:
         case "adamw":
             chain.append(optax.adamw(rate, weight_decay=config.weight_decay, mask=decays))
         case "adam":
             chain.append(optax.adam(rate))
         case "sgd":
-            chain.append(
-                optax.sgd(rate, momentum=config.momentum or None, nesterov=config.nesterov and config.momentum > 0)
-            )
+            chain.append(optax.sgd(rate, momentum=momentum, nesterov=config.nesterov and momentum is not None))
         case "lamb":
             chain.append(optax.lamb(rate, weight_decay=config.weight_decay, mask=decays))
         case "muon":
@@ -98,7 +98,7 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
                     consistent_rms=_ADAM_RMS,
                 )
             )
-    if config.ema:
+    if is_on(config.ema):
         chain.append(_average(config.ema))
     transform: Any = optax.chain(*chain)
     if every > 1:

@@ -28,6 +28,7 @@ from jaxtrain.data.task import Task
 from jaxtrain.learn.objective import Objective
 from jaxtrain.learn.optim import build_optimizer, build_schedule
 from jaxtrain.models import PER_PIXEL, build_model
+from jaxtrain.models.dropout import dropout_rate
 from jaxtrain.models.modality import Modality
 from jaxtrain.models.precision import run_model, set_precision
 from jaxtrain.models.units import FUSION, Carry, Unit, is_owned, streams_of, units_of
@@ -39,9 +40,10 @@ from jaxtrain.parallel.sharding import check_split, partition_specs, path_name
 from jaxtrain.parallel.spatial import over_space
 from jaxtrain.parallel.stages import Layout, estimate, lay_out, measure
 from jaxtrain.parallel.zero import gather_for_use, share_out
+from jaxtrain.traced import NUMBERS, numbers_of, with_numbers
 from zarr_store.errors import InvalidInput
 
-__all__ = ["Program", "TrainState", "build_program"]
+__all__ = ["Program", "TrainState", "build_program", "data_numbers"]
 
 
 @jax.tree_util.register_dataclass
@@ -198,7 +200,7 @@ class Program:
             model = nnx.merge(
                 self.graphdef, _like(self.templates[0], params), _like(self.templates[1], model_state), streams
             )
-            with over_space(self.mesh):
+            with over_space(self.mesh), dropout_rate(self.config.model.dropout):
                 logits = run_model(model, x_BHWC, train=train, config=self.config.model)
             return logits, _plain(nnx.state(model, nnx.BatchStat))
 
@@ -214,6 +216,26 @@ class Program:
         with over_space(self.mesh):
             code: jax.Array = model.embed(set_precision(model, x_BHWC, self.config.model))
         return code.astype(jnp.float32)
+
+    def values(self) -> dict[str, Any]:
+        """Return what a step can take as arguments (`with_values`): numbers of the configuration, and of the data."""
+        weights = {} if self.class_weights is None else {"class_weights": self.class_weights}
+        return {**numbers_of(self.config), "mean": self.mean, "std": self.std, **weights}
+
+    def with_values(self, values: Mapping[str, Any]) -> Program:
+        """Return the program with other values, which may be arguments of the function that is traced.
+
+        Args:
+            values: As `values` returns them, of a run whose configuration differs in its numbers alone.
+        """
+        numbers = {name: value for name, value in values.items() if name in NUMBERS}
+        config, weights = with_numbers(self.config, numbers), values.get("class_weights")
+        return replace(
+            self, config=config, mean=values["mean"], std=values["std"], class_weights=weights,
+            objective=replace(self.objective, optim=config.optim, class_weights=weights),
+            optimizer=build_optimizer(config.optim, config.run.steps),
+            schedule=build_schedule(config.optim, config.run.steps),
+        )  # fmt: skip
 
     def entry(self, branch: str) -> tuple[int, ...]:
         """Return the shape of the input of a branch, without the samples."""
@@ -257,14 +279,8 @@ def build_program(
     Raises:
         InvalidInput: shapes or values do not fit, or a sharding rule cannot be applied.
     """
-    mean_C = _vector("mean", mean, channels)
-    std_C = _vector("std", std, channels)
-    if (std_C < 0).any():
-        raise InvalidInput(f"std must not be negative, got {std_C.tolist()}")
-    weights_K = None if class_weights is None else _vector("class_weights", class_weights, classes)
-    if weights_K is not None and ((weights_K < 0).any() or not weights_K.any()):
-        raise InvalidInput(f"class weights must be positive, got {weights_K.tolist()}")
-
+    numbers = data_numbers(mean, std, class_weights, channels=channels, classes=classes)
+    weights_K = numbers.get("class_weights")
     if task is None:
         task = Task(per_image=config.model.name not in PER_PIXEL)
     objective = Objective(task, config.optim, weights_K)
@@ -299,8 +315,8 @@ def build_program(
         channels=channels,
         classes=classes,
         mesh=mesh,
-        mean=mean_C,
-        std=np.where(std_C > 0, std_C, np.float32(1)),
+        mean=numbers["mean"],
+        std=numbers["std"],
         class_weights=weights_K,
         objective=objective,
         optimizer=optimizer,
@@ -318,6 +334,22 @@ def build_program(
     layout = None if config.mesh.pipe == 1 else _cut(program, abstract)
     shardings, whole, parts = _shardings(config, mesh, optimizer, shapes, layout)
     return replace(program, shardings=shardings, whole=whole, parts=parts, layout=layout)
+
+
+def data_numbers(
+    mean: ArrayLike, std: ArrayLike, class_weights: ArrayLike | None, *, channels: int, classes: int
+) -> dict[str, NDArray[np.float32]]:
+    """Return mean, spread and class weights as a program keeps them; arguments and errors as of `build_program`."""
+    mean_C, std_C = _vector("mean", mean, channels), _vector("std", std, channels)
+    if (std_C < 0).any():
+        raise InvalidInput(f"std must not be negative, got {std_C.tolist()}")
+    numbers = {"mean": mean_C, "std": np.where(std_C > 0, std_C, np.float32(1))}
+    if class_weights is not None:
+        weights_K = _vector("class_weights", class_weights, classes)
+        if (weights_K < 0).any() or not weights_K.any():
+            raise InvalidInput(f"class weights must be positive, got {weights_K.tolist()}")
+        numbers["class_weights"] = weights_K
+    return numbers
 
 
 def _cut(program: Program, abstract: Any) -> Layout:

@@ -46,6 +46,7 @@ from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored_sharding
 from jaxtrain.parallel.pipeline import Pipeline
+from jaxtrain.traced import is_on
 
 __all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "batch_shardings", "differentiate", "make_embed_step",
            "make_eval_step", "make_pipeline", "make_predict_step", "make_train_step", "update_state"]  # fmt: skip
@@ -61,9 +62,13 @@ class TrainStep:
     """The compiled function of (state, batch, key), for `lower` and for counting compilations."""
     names: tuple[str, ...] | None = None
     """Names of the arrays of a batch that are used; None for all."""
+    values: tuple[Mapping[str, Any], ...] = ()
+    """`Program.values` of the run, where runs share the compiled function."""
 
     def __call__(self, state: TrainState, batch: Batch, *, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        result: tuple[TrainState, dict[str, jax.Array]] = self.jitted(state, _chosen(batch, self.names), key)
+        result: tuple[TrainState, dict[str, jax.Array]] = self.jitted(
+            state, _chosen(batch, self.names), key, *self.values
+        )
         return result
 
 
@@ -73,11 +78,12 @@ class EvalStep:
 
     jitted: Any
     names: tuple[str, ...] | None = None
+    values: tuple[Mapping[str, Any], ...] = ()
+    """As of `TrainStep`."""
 
     def __call__(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        result: dict[str, jax.Array] = self.jitted(
-            evaluation_params(state.params, state.opt_state), state.model_state, _chosen(batch, self.names)
-        )
+        params = evaluation_params(state.params, state.opt_state)
+        result: dict[str, jax.Array] = self.jitted(params, state.model_state, _chosen(batch, self.names), *self.values)
         return result
 
 
@@ -110,8 +116,11 @@ class PredictStep:
         return result
 
 
-def make_train_step(program: Program) -> TrainStep:
+def make_train_step(program: Program, *, shared: bool = False) -> TrainStep:
     """Make the train step: one update by the optimiser.
+
+    With `shared`, the compiled function takes `Program.values` as its last argument, so that runs which differ in
+    nothing else use it, each by `replace(step, values=(program.values(),))`; a pipeline shares nothing.
 
     `key` must be the same on all processes and different for each step (fold the step into the seed's key). Metrics
     are replicated scalars:
@@ -129,20 +138,24 @@ def make_train_step(program: Program) -> TrainStep:
         return TrainStep(make_pipeline(program).train)
     accumulating = program.config.optim.accumulate > 1
 
-    def step(state: TrainState, batch: dict[str, Any], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: dict[str, Any], key: jax.Array, *values: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        own = program.with_values(*values) if values else program
         # where batches are accumulated, the sum is divided once, by the weight of all of them
-        gradient, *found = differentiate(program, state.params, state.model_state, batch, key, of_sum=accumulating)
-        return update_state(program, state, gradient, *found)
+        gradient, *found = differentiate(own, state.params, state.model_state, batch, key, of_sum=accumulating)
+        return update_state(own, state, gradient, *found)
 
     whole = replicated(program.mesh)
     return TrainStep(
         jax.jit(
             step,
-            in_shardings=(program.shardings, batch_shardings(program), whole),
+            in_shardings=(program.shardings, batch_shardings(program), whole, *([whole] if shared else [])),
             out_shardings=(program.shardings, whole),
             donate_argnums=0,
         ),
         tuple(batch_shardings(program)),
+        (program.values(),) if shared else (),
     )
 
 
@@ -222,29 +235,34 @@ def update_state(
     return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
 
-def make_eval_step(program: Program, *, turned: bool = False) -> EvalStep:
+def make_eval_step(program: Program, *, turned: bool = False, shared: bool = False) -> EvalStep:
     """Make the evaluation step: sums over one batch without augmentation, dropout, smoothing or class weights.
 
     `loss_sum` divided by `labelled` is comparable between runs. With `turned`, each image is looked at in all its eight
-    turns and mirrors (`model.turns`) and the logarithms of the answers are averaged.
+    turns and mirrors (`model.turns`) and the logarithms of the answers are averaged. `shared` is as of
+    `make_train_step`.
     """
     if program.layout is not None:
         return EvalStep(make_pipeline(program).evaluate)
 
-    def evaluate(params: Any, model_state: Any, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        if program.modalities:
-            x = present_modalities(program, batch)
-            sums = program.objective.sums(_look(program, params, model_state, x, turned), batch["label"])
-            return sums | {"seen": seen_shares(program, batch)}
-        x_BHWC = present(program, batch["image"], batch["observed"], batch.get("day"))
+    def evaluate(
+        params: Any, model_state: Any, batch: dict[str, Any], *values: Mapping[str, Any]
+    ) -> dict[str, jax.Array]:
+        own = program.with_values(*values) if values else program
+        if own.modalities:
+            x = present_modalities(own, batch)
+            sums = own.objective.sums(_look(own, params, model_state, x, turned), batch["label"])
+            return sums | {"seen": seen_shares(own, batch)}
+        x_BHWC = present(own, batch["image"], batch["observed"], batch.get("day"))
         observed = as_images(batch["observed"])
-        label = _itself(x_BHWC, observed) if program.objective.task.rebuild else batch["label"]
-        return program.objective.sums(_look(program, params, model_state, x_BHWC, turned), label)
+        label = _itself(x_BHWC, observed) if own.objective.task.rebuild else batch["label"]
+        return own.objective.sums(_look(own, params, model_state, x_BHWC, turned), label)
 
     param_shardings = evaluation_params(program.shardings.params, program.shardings.opt_state)
-    shardings = (param_shardings, program.shardings.model_state, batch_shardings(program))
-    jitted = jax.jit(evaluate, in_shardings=shardings, out_shardings=replicated(program.mesh))
-    return EvalStep(jitted, tuple(batch_shardings(program)))
+    whole = replicated(program.mesh)
+    lies = (param_shardings, program.shardings.model_state, batch_shardings(program), *([whole] if shared else []))
+    jitted = jax.jit(evaluate, in_shardings=lies, out_shardings=whole)
+    return EvalStep(jitted, tuple(batch_shardings(program)), (program.values(),) if shared else ())
 
 
 def make_predict_step(program: Program) -> PredictStep:
@@ -331,7 +349,7 @@ def prepare_batch(
     x_BHWC = normalise(program, image, observed)
     # the target is the image before `disturb` changes it
     label = _itself(x_BHWC, observed) if rebuild else arrays[1]
-    if data.jitter or data.band_dropout:
+    if is_on(data.jitter) or is_on(data.band_dropout):
         x_BHWC = disturb(x_BHWC, key=key, jitter=data.jitter, band_dropout=data.band_dropout)
     if "day" in batch:
         x_BHWC = series_of(jnp.where(observed.astype(bool)[..., None], x_BHWC, 0), observed, batch["day"])

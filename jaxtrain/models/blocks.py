@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtrain.models.convolution import convolve
+from jaxtrain.models.dropout import Dropout
 from zarr_store.errors import InvalidInput
 
 __all__ = ["ConvBlock", "GroupNorm", "RunningNorm", "conv", "halve", "make_norm", "repeat_nearest", "run_block"]
@@ -208,7 +209,7 @@ class ConvBlock(nnx.Module):
         self.conv1 = conv(inputs, outputs, 3, bias=False, rngs=rngs)
         self.norm1 = make_norm(norm, outputs, data_shards=data_shards)
         # whole channels are dropped: neighbouring pixels are so similar that dropping single pixels would hide nothing
-        self.dropout = nnx.Dropout(dropout, broadcast_dims=(1, 2), rngs=rngs) if dropout else None
+        self.dropout = Dropout(dropout, broadcast_dims=(1, 2), rngs=rngs) if dropout else None
         self.conv2 = conv(outputs, outputs, 3, bias=False, rngs=rngs)
         self.norm2 = make_norm(norm, outputs, data_shards=data_shards)
         self.skip = conv(inputs, outputs, 1, rngs=rngs) if residual and inputs != outputs else None

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import HE, SMALL, ConvBlock, conv, halve, run_block
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.units import Carry, Unit, halves
 
 __all__ = ["CNN", "LeNet", "build_cnn", "build_lenet"]
@@ -78,7 +79,7 @@ class LeNet(nnx.Module):
             {f"conv{i + 1}": conv(widths[i], widths[i + 1], 5, rngs=rngs) for i in range(config.depth)}
         )
         self.dense = nnx.Linear(widths[-1], 2 * widths[-1], kernel_init=HE, rngs=rngs)
-        self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
+        self.dropout = Dropout(config.dropout, rngs=rngs) if config.dropout else None
         self.head = nnx.Linear(2 * widths[-1], classes, kernel_init=SMALL, rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:

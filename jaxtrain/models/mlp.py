@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import HE, SMALL
+from jaxtrain.models.dropout import Dropout
 
 __all__ = ["MLP", "ImageMLP", "build_image_mlp", "build_pixel_mlp"]
 
@@ -32,7 +33,7 @@ class MLP(nnx.Module):
                 for i in range(config.depth)
             }
         )
-        self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
+        self.dropout = Dropout(config.dropout, rngs=rngs) if config.dropout else None
         self.head = nnx.Linear(config.width, classes, kernel_init=SMALL, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import SMALL, conv, halve, make_norm, run_block
+from jaxtrain.models.dropout import Dropout
 from jaxtrain.models.units import Unit, halves
 from zarr_store.errors import InvalidInput
 
@@ -52,7 +53,7 @@ class BasicBlock(nnx.Module):
         self.stride = stride
         self.conv1 = conv(inputs, outputs, 3, bias=False, stride=stride, rngs=rngs)
         self.norm1 = make_norm(config.norm, outputs, data_shards=data_shards)
-        self.dropout = nnx.Dropout(config.dropout, broadcast_dims=(1, 2), rngs=rngs) if config.dropout else None
+        self.dropout = Dropout(config.dropout, broadcast_dims=(1, 2), rngs=rngs) if config.dropout else None
         self.conv2 = conv(outputs, outputs, 3, bias=False, rngs=rngs)
         self.norm2 = make_norm(config.norm, outputs, data_shards=data_shards)
         self.skip = _skip(inputs, outputs, stride, rngs)
@@ -83,7 +84,7 @@ class Bottleneck(nnx.Module):
         self.norm1 = make_norm(config.norm, inner, data_shards=data_shards)
         self.conv2 = conv(inner, inner, 3, bias=False, stride=stride, rngs=rngs)
         self.norm2 = make_norm(config.norm, inner, data_shards=data_shards)
-        self.dropout = nnx.Dropout(config.dropout, broadcast_dims=(1, 2), rngs=rngs) if config.dropout else None
+        self.dropout = Dropout(config.dropout, broadcast_dims=(1, 2), rngs=rngs) if config.dropout else None
         self.conv3 = conv(inner, outputs, 1, bias=False, rngs=rngs)
         self.norm3 = make_norm(config.norm, outputs, data_shards=data_shards)
         self.skip = _skip(inputs, outputs, stride, rngs)

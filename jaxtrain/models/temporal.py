@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import HE, SMALL, ConvBlock, run_block
+from jaxtrain.models.dropout import Dropout
 
 __all__ = ["BESIDE", "Temporal", "attend", "build_temporal", "mean_max", "neighbours", "series_of"]
 
@@ -65,7 +66,7 @@ class Temporal(nnx.Module):
         if config.pooling == "attention":
             self.score = nnx.Linear(width, self.heads, kernel_init=SMALL, rngs=rngs)
             pooled = width - width % self.heads
-        self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
+        self.dropout = Dropout(config.dropout, rngs=rngs) if config.dropout else None
         self.mix = nnx.Linear(pooled, width, kernel_init=HE, rngs=rngs)
         self.blocks = nnx.Dict(
             {
