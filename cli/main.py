@@ -51,6 +51,7 @@ from cli import (
     status,
     survey,
     train,
+    tune,
     verify,
 )
 from cli import ingest as ingest_command
@@ -109,6 +110,7 @@ for module in (
     import_file,
     survey,
     train,
+    tune,
     launch,
     evaluate,
     predict,

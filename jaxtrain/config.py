@@ -357,7 +357,7 @@ class TrainConfig(Strict):
     def _has_what_is_monitored(self) -> TrainConfig:
         if self.run.patience and self.run.monitor == "none":
             raise ValueError("run.patience waits for a better score: name it in run.monitor, e.g. 'loss' or 'macro_f1'")
-        if self.run.monitor != "none" and not self.data.split.validation:
+        if self.run.monitor != "none" and not (self.data.split.validation or self.data.split.folds):
             raise ValueError("run.monitor needs validations, and data.split.validation is 0: give it a share")
         return self
 

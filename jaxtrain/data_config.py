@@ -48,6 +48,10 @@ class SplitConfig(Strict):
     near_m: float = Field(
         1000.0, gt=0, description="the leakage figure counts test samples with a training sample nearer than this"
     )
+    folds: int = Field(
+        0, ge=0, description="cross-validation: all but the test part is cut into so many folds; 0: by validation"
+    )
+    fold: int = Field(0, ge=0, description="number of the fold that is validated on, from 0; the others are trained on")
     test_dates: tuple[str, ...] = Field(
         (),
         description="dates, their beginnings, or ranges for the test split, in place of blocks; not trained on",
@@ -57,7 +61,37 @@ class SplitConfig(Strict):
     def _leaves_training(self) -> SplitConfig:
         if self.validation + self.test >= 1:
             raise ValueError(f"validation + test must leave a share for training, got {self.validation} + {self.test}")
+        if self.folds == 1:
+            raise ValueError("folds = 1 leaves nothing to train on: take 2 or more, or 0 for no folds")
+        if self.fold and self.fold >= self.folds:
+            raise ValueError(f"fold = {self.fold}, but there are folds = {self.folds}, numbered from 0")
         return self
+
+    @property
+    def validation_range(self) -> tuple[float, float]:
+        """Part of all ground, by rank, that is validated on; the test part comes first.
+
+        >>> SplitConfig(test=0.2, folds=4, fold=1).validation_range
+        (0.4, 0.6)
+        """
+        if not self.folds:
+            return (self.test, self.test + self.validation)
+        rest = 1 - self.test
+        ends = (self.test + rest * number / self.folds for number in (self.fold, self.fold + 1))
+        first, last = (round(end, 12) for end in ends)
+        return (first, last)
+
+    def count_parts(self, total: int) -> tuple[int, int, int]:
+        """Return how many of `total` blocks, by rank, are for the test, and the first and last that are validated on.
+
+        Each part whose share is not 0 gets one at least.
+        """
+        test = max(1, round(self.test * total)) if self.test else 0
+        if self.folds:
+            rest = total - test
+            return (test, test + rest * self.fold // self.folds, test + rest * (self.fold + 1) // self.folds)
+        validation = max(1, round(self.validation * total)) if self.validation else 0
+        return (test, test, test + validation)
 
 
 class ModalityConfig(Strict):

@@ -105,17 +105,17 @@ def split_samples(config: SplitConfig, longitude: Degrees, latitude: Degrees) ->
 
 def _fill(config: SplitConfig, names: npt.NDArray[np.uint64], what: str) -> Codes:
     total = len(names)
-    test = max(1, round(config.test * total)) if config.test else 0
-    validation = max(1, round(config.validation * total)) if config.validation else 0
-    if total - test - validation < 1:
+    test, first, last = config.count_parts(total)
+    if total - test - (last - first) < 1 or (config.folds and last == first):
+        validated = f"{config.folds} folds" if config.folds else f"validation {config.validation:g}"
         raise InvalidInput(
-            f"split: {total} {what}, too few for training plus validation {config.validation:g} plus test "
+            f"split: {total} {what}, too few for training plus {validated} plus test "
             f"{config.test:g}; lower data.split.cell_deg or these shares"
         )
     ranked = np.argsort(mix(mix(np.array([config.seed % (1 << 64)], np.uint64)) ^ names), kind="stable")
     codes = np.full(total, PARTS.index("train"), np.int8)
     codes[ranked[:test]] = PARTS.index("test")
-    codes[ranked[test : test + validation]] = PARTS.index("validation")
+    codes[ranked[first:last]] = PARTS.index("validation")
     return codes
 
 

@@ -98,18 +98,17 @@ def make_split(config: SplitConfig, block: tuple[int, int], usable: npt.NDArray[
     """
     rows, columns = np.nonzero(usable)
     total = len(rows)
-    test = max(1, round(config.test * total)) if config.test else 0
-    validation = max(1, round(config.validation * total)) if config.validation else 0
-    if total - test - validation < 1:
+    test, first, last = config.count_parts(total)
+    if total - test - (last - first) < 1 or (config.folds and last == first):
         raise InvalidInput(
             f"spatial split: {total} blocks of {block[0]}×{block[1]} pixels have something to learn, too few for "
-            f"training plus validation {config.validation:g} plus test {config.test:g}; lower data.split.block_m "
+            f"training plus {_validated(config)} plus test {config.test:g}; lower data.split.block_m "
             f"(now {config.block_m:g} m), data.patch or data.min_labelled"
         )
     ranked = np.argsort(_draws(config.seed, rows, columns), kind="stable")
     codes = np.full(total, PARTS.index("train"), np.int8)
     codes[ranked[:test]] = PARTS.index("test")
-    codes[ranked[test : test + validation]] = PARTS.index("validation")
+    codes[ranked[first:last]] = PARTS.index("validation")
     parts = np.full(usable.shape, UNUSED, np.int8)
     parts[rows, columns] = codes
     return Split(block, parts)
@@ -126,12 +125,15 @@ def add_blocks(split: Split, config: SplitConfig, more: npt.NDArray[np.bool_]) -
     rows, columns = np.nonzero(more)
     drawn = _draws(config.seed, rows, columns).astype(np.float64) / 2.0**64
     codes = np.where(drawn < config.test, PARTS.index("test"), PARTS.index("train"))
-    codes = np.where(
-        (drawn >= config.test) & (drawn < config.test + config.validation), PARTS.index("validation"), codes
-    )
+    first, last = config.validation_range
+    codes = np.where((drawn >= first) & (drawn < last), PARTS.index("validation"), codes)
     parts = split.parts.copy()
     parts[rows, columns] = codes.astype(np.int8)
     return Split(split.block, parts)
+
+
+def _validated(config: SplitConfig) -> str:
+    return f"{config.folds} folds" if config.folds else f"validation {config.validation:g}"
 
 
 def _draws(seed: int, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

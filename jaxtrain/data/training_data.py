@@ -212,7 +212,7 @@ def no_rows(url: str, card: LearnedFrom, part: Part | None, rows: str) -> Nothin
         rows: "window" or "sample".
     """
     split = card.config.data.split
-    share = 1.0 if part in (None, "train") else split.test if part == "test" else split.validation
+    share = 1.0 if part in (None, "train") else split.test if part == "test" else split.validation or split.folds
     if not share and not (part == "test" and split.test_dates):
         return NothingFound(
             f"the run keeps nothing of {url} for the {part} part (data.split.{part} = 0): evaluate another part with "

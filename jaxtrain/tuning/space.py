@@ -28,7 +28,17 @@ from zarr_store.errors import InvalidInput
 __all__ = ["Parameter", "Space", "parse_space", "read_space", "trial_config"]
 
 _SPEC = ("low", "high", "log", "step", "choices", "when")
-_FIXED = ("data.cube", "data.label", "data.classes", "data.split", "run.monitor", "run.track", "mesh", "placement", "hetero")
+_FIXED = (
+    "data.cube",
+    "data.label",
+    "data.classes",
+    "data.split",
+    "run.monitor",
+    "run.track",
+    "mesh",
+    "placement",
+    "hetero",
+)
 """Settings whose change would make trials incomparable, or that say where a trial runs."""
 
 
@@ -59,7 +69,8 @@ class Parameter:
         """Return the value that the sampler gives a trial."""
         if self.choices:
             return json.loads(trial.suggest_categorical(self.name, [_text(choice) for choice in self.choices]))
-        assert self.low is not None and self.high is not None
+        assert self.low is not None
+        assert self.high is not None
         if self.whole:
             return trial.suggest_int(self.name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
@@ -133,8 +144,10 @@ def parse_space(source: Mapping[str, Any], base: TrainConfig, *, where: str = "s
     """Make a space of tables, as `read_space` does of a file."""
     flat = _flatten(source)
     if not flat:
-        raise InvalidInput(f"{where} names no setting: give lines such as \"optim.learning_rate\" = {{ low = 1e-4, high = "
-                           "1e-2, log = true }")  # fmt: skip
+        raise InvalidInput(
+            f"{where} names no setting: give lines such as "
+            '"optim.learning_rate" = { low = 1e-4, high = 1e-2, log = true }'
+        )
     known = {name: _parameter(name, spec, where) for name, spec in flat.items()}
     ordered: list[Parameter] = []
     for one in known.values():
@@ -185,16 +198,20 @@ def _parameter(name: str, spec: Any, where: str) -> Parameter:
     if isinstance(spec, list):
         spec = {"choices": spec}
     if not isinstance(spec, Mapping):
-        raise InvalidInput(f"{where}: {name} = {spec!r} is one value: expected a list of choices, or {{ low = …, high = "
-                           "… }; a fixed value belongs into the configuration")  # fmt: skip
+        raise InvalidInput(
+            f"{where}: {name} = {spec!r} is one value: expected a list of choices, or {{ low = …, high = … }}; a fixed "
+            "value belongs into the configuration"
+        )
     for key in spec:
         if key not in _SPEC:
             near = difflib.get_close_matches(key, _SPEC, n=1)
-            raise InvalidInput(f"{where}: {name}.{key} is unknown: "
-                               + (f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_SPEC)}"))  # fmt: skip
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_SPEC)}"
+            raise InvalidInput(f"{where}: {name}.{key} is unknown: {hint}")
     when = spec.get("when")
     if when is not None and (not isinstance(when, Mapping) or not when):
-        raise InvalidInput(f"{where}: {name}.when expects settings and their values, such as {{ \"optim.name\" = \"sgd\" }}")
+        raise InvalidInput(
+            f'{where}: {name}.when expects settings and their values, such as {{ "optim.name" = "sgd" }}'
+        )
     when = None if when is None else _flatten(when)
     if "choices" in spec:
         return _choices(name, spec, when, field, where)
@@ -219,7 +236,9 @@ def _range(name: str, spec: Mapping[str, Any], when: Any, field: Any, where: str
     for end in ("low", "high"):
         value = spec.get(end)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidInput(f"{where}: {name}.{end} expects a number, got {'nothing' if value is None else repr(value)}")
+            raise InvalidInput(
+                f"{where}: {name}.{end} expects a number, got {'nothing' if value is None else repr(value)}"
+            )
     low, high, log, step = spec["low"], spec["high"], spec.get("log", False), spec.get("step")
     if low >= high:
         raise InvalidInput(f"{where}: {name}: low {low:g} must be below high {high:g}")
@@ -231,11 +250,11 @@ def _range(name: str, spec: Mapping[str, Any], when: Any, field: Any, where: str
         raise InvalidInput(f"{where}: {name}.step expects a number above 0 and at most {high - low:g}, got {step!r}")
     if log and step is not None:
         raise InvalidInput(f"{where}: {name} has log and step: leave one of them out")
-    whole = all(_takes(field, value) is None for value in (low, high)) and _takes(field, low + 0.5) is not None
-    if whole and not all(isinstance(value, int) for value in (low, high, 1 if step is None else step)):
-        raise InvalidInput(f"{where}: {name} is a whole number: low, high and step must be whole, too")
     for value in (low, high):
         _check_value(field, value, f"{where}: {name} =")
+    whole = _takes(field, low + 0.3719 * (high - low)) is not None  # a setting that takes no fraction
+    if whole and not all(isinstance(value, int) for value in (low, high, 1 if step is None else step)):
+        raise InvalidInput(f"{where}: {name} is a whole number: low, high and step must be whole, too")
     return Parameter(name, low=low, high=high, log=log, step=step, whole=whole, when=when)
 
 
@@ -316,4 +335,3 @@ def trial_config(settings: Mapping[str, Any], values: Mapping[str, Any], *, wher
             inner = inner.setdefault(part, {})
         inner[last] = value
     return build(TrainConfig, tables, where=where)
-

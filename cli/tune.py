@@ -1,0 +1,91 @@
+"""`terrashard tune` searches for the settings of a training with the best validation score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cli.session import Session, command
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    @command(
+        app,
+        settings="own",
+        examples=(
+            "terrashard tune CONFIG.toml --space space.toml --trials 50 --out studies/first",
+            "terrashard tune studies/first --show",
+            "terrashard tune studies/first --extend 50 --jobs 2",
+        ),
+    )
+    def tune(
+        session: Session,
+        what: Annotated[
+            Path, typer.Argument(metavar="CONFIG.toml|STUDY", help="Settings of all trials; or a search to continue.")
+        ],
+        space: Annotated[
+            Path | None, typer.Option("--space", metavar="SPACE.toml", help="Settings that trials change, and how.")
+        ] = None,
+        out: Annotated[Path | None, typer.Option("--out", metavar="STUDY", help="Folder of the search.")] = None,
+        trials: Annotated[int | None, typer.Option("--trials", min=1, metavar="N", help="Trials in all.")] = None,
+        hours: Annotated[
+            float | None, typer.Option("--hours", min=0.0, metavar="H", help="Begin no trial after so many hours.")
+        ] = None,
+        steps: Annotated[
+            int | None, typer.Option("--steps", min=1, metavar="N", help="Begin no trial after so many training steps.")
+        ] = None,
+        extend: Annotated[
+            int | None, typer.Option("--extend", min=1, metavar="N", help="Run N more trials than there are.")
+        ] = None,
+        show: Annotated[bool, typer.Option("--show", help="Print the trials of STUDY; run nothing.")] = False,
+        score: Annotated[
+            str | None, typer.Option("--score", metavar="NAME", help="Validation score; default: of run.monitor.")
+        ] = None,
+        sampler: Annotated[
+            Literal["tpe", "random", "cmaes", "gp"], typer.Option("--sampler", help="What chooses the values.")
+        ] = "tpe",
+        pruner: Annotated[
+            Literal["asha", "hyperband", "median", "wilcoxon", "none"],
+            typer.Option("--pruner", help="What stops trials early."),
+        ] = "asha",
+        folds: Annotated[
+            int, typer.Option("--folds", min=0, metavar="N", help="Spatial folds of a cross-validation.")
+        ] = 0,
+        seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampler.")] = 0,
+        storage: Annotated[
+            str, typer.Option("--storage", metavar="URL", help="Database of the study; default: a journal in STUDY.")
+        ] = "",
+        jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, metavar="N", help="Trials at the same time.")] = 1,
+        dask: Annotated[
+            str | None,
+            typer.Option("--dask", metavar="ADDRESS", help="Run trials on the workers of this cluster."),
+        ] = None,
+        seeds: Annotated[
+            int, typer.Option("--seeds", min=0, metavar="N", help="Then train best and defaults with N seeds; 0: not.")
+        ] = 3,
+    ) -> None:
+        """Search for the best settings of a training. The same command again continues the search.
+
+        Trials that differ only in numbers share data and compiled programs. The score is of the validation part; the
+        test part is used once, to compare the best with the defaults.
+        """
+        from cli.tuning import open_search, run_search, show_search
+        from jaxtrain.tuning.worker import Budget
+
+        folder = open_search(
+            session, what, space=space, out=out, score=score, sampler=sampler, pruner=pruner, folds=folds, seed=seed,
+            storage=storage,
+        )  # fmt: skip
+        if show:
+            show_search(session, folder)
+            return
+        if extend is not None:
+            trials = len(folder.trials()) + extend
+        limits = Budget(trials, None if hours is None else 3600 * hours, steps)
+        if trials is None and hours is None and steps is None:
+            limits = Budget(len(folder.trials()) or 50, None, None)
+        run_search(session, folder, limits, jobs=jobs, dask=dask, seeds=seeds)

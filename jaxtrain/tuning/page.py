@@ -1,0 +1,124 @@
+"""Write `tune.html`, one file with the trials of a search and its figures; it loads nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from jaxtrain.tuning.space import Space
+from jaxtrain.tuning.study import FINISHED, StudyFolder
+from jaxtrain.tuning.verdict import read_verdict
+
+__all__ = ["importances", "per_worker", "trial_rows", "write_page"]
+
+
+def trial_rows(folder: StudyFolder, space: Space) -> list[dict[str, Any]]:
+    """Return a row for each trial, in the order in which they began."""
+    return [
+        {
+            "number": trial.number,
+            "state": trial.state.name.lower().replace("fail", "failed"),
+            "value": trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
+            "values": space.values_of(trial.params),
+            "folds": trial.user_attrs.get("folds", []),
+            "steps": trial.user_attrs.get("steps", 0),
+            "seconds": trial.user_attrs.get("seconds", 0.0),
+            "worker": trial.user_attrs.get("worker", ""),
+            "reason": trial.user_attrs.get("reason", ""),
+        }
+        for trial in folder.trials()
+    ]
+
+
+def per_worker(trials: list[FrozenTrial]) -> list[dict[str, Any]]:
+    """Return for each worker its trials, their seconds, and trials and steps an hour: unequal workers show here."""
+    found: dict[str, dict[str, Any]] = {}
+    for trial in trials:
+        if trial.state not in FINISHED:
+            continue
+        about = trial.user_attrs
+        name = f"{about.get('host', '')} {about.get('worker', '')}".strip()
+        row = found.setdefault(name, {"worker": name, "trials": 0, "seconds": 0.0, "steps": 0})
+        row["trials"] += 1
+        row["seconds"] += float(about.get("seconds", 0.0))
+        row["steps"] += int(about.get("steps", 0))
+    for row in found.values():
+        hours = row["seconds"] / 3600
+        row["trials_per_hour"] = round(row["trials"] / hours, 2) if hours else None
+        row["steps_per_hour"] = round(row["steps"] / hours) if hours else None
+    return [found[name] for name in sorted(found)]
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """Return the share of the spread of scores that each setting explains (PED-ANOVA, Watanabe et al. 2023)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+        except (ValueError, RuntimeError):  # too few trials, or all alike
+            return {}
+
+
+def write_page(folder: StudyFolder) -> Path:
+    """Write tune.html of a search, whatever of it is finished."""
+    study, space = folder.study(), folder.plan.read_space()
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    ).get_template("tune.html.j2")  # fmt: skip
+    best = folder.best()
+    html = template.render(
+        title=f"Search of {folder.path.name}", plan=folder.plan, space=space.parameters, best=best,
+        best_values={} if best is None else space.values_of(best.params), verdict=read_verdict(folder),
+        rows=trial_rows(folder, space), workers=per_worker(study.get_trials(deepcopy=False)),
+        importances=importances(study), figures=_figures(study),
+    )  # fmt: skip
+    return folder.write("tune.html", html.encode())
+
+
+def _figures(study: optuna.Study) -> list[tuple[str, str]]:
+    """Return title and PNG of each figure that the trials allow."""
+    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+    if not complete:
+        return []
+    import optuna.visualization.matplotlib as drawn
+
+    made: Mapping[str, Callable[[optuna.Study], Any]] = {
+        "Score of each trial, and the best so far": drawn.plot_optimization_history,
+        "Validations of each trial; lines that end early were stopped": drawn.plot_intermediate_values,
+        "Importance of each setting": lambda study: drawn.plot_param_importances(
+            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+        ),
+        "Settings of each trial and its score": drawn.plot_parallel_coordinate,
+        "Score over each setting": drawn.plot_slice,
+    }
+    figures = []
+    for title, draw in made.items():
+        try:
+            figures.append((title, _png(draw, study)))
+        except (ValueError, RuntimeError, IndexError):  # too few trials for this figure
+            continue
+    return figures
+
+
+def _png(draw: Callable[[optuna.Study], Any], study: optuna.Study) -> str:
+    with mpl.rc_context({"backend": "agg"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from matplotlib import pyplot
+
+        axes = draw(study)
+        figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+        pyplot.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()

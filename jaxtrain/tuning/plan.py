@@ -1,0 +1,179 @@
+"""`SearchPlan` is all that determines a search: configuration, space, score, sampler and pruner. It never changes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, get_args
+
+import optuna
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.data.task import Task
+from jaxtrain.settings import build
+from jaxtrain.tuning.space import Space, parse_space, trial_config
+from zarr_store.errors import InvalidInput
+
+__all__ = ["Pruner", "Sampler", "SearchPlan", "check_search", "default_score"]
+
+Sampler = Literal["tpe", "random", "cmaes", "gp"]
+Pruner = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
+_LOWER = ("loss", "rmse")
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search, fixed when it begins.
+
+    Attributes:
+        settings: Tables of the configuration of all trials.
+        space: Tables of the space.
+        digest: Digest of the training data.
+        score: Name of the validation score.
+        sampler: What chooses the values of a trial.
+        pruner: What stops trials early.
+        folds: Folds of a cross-validation; 0 for one validation part.
+        seed: Seed of the sampler; a trial is trained with the seed of its configuration.
+        storage: URL of the database with the study; empty for a journal in the folder.
+        name: Name of the study.
+    """
+
+    settings: Mapping[str, Any]
+    space: Mapping[str, Any]
+    digest: str
+    score: str
+    sampler: Sampler = "tpe"
+    pruner: Pruner = "asha"
+    folds: int = 0
+    seed: int = 0
+    storage: str = ""
+    name: str = "search"
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        """Whether a larger or a smaller score is better."""
+        return "minimize" if self.score in _LOWER else "maximize"
+
+    @property
+    def base(self) -> TrainConfig:
+        """The configuration without a value of the space: the defaults that the best trial is compared with."""
+        return build(TrainConfig, self.settings, where="configuration of the search")
+
+    def read_space(self) -> Space:
+        """Return the space."""
+        return parse_space(self.space, self.base)
+
+    def config_of(self, values: Mapping[str, Any], *, fold: int | None = None, where: str = "trial") -> TrainConfig:
+        """Return the configuration of a trial, or of one of its folds.
+
+        Raises:
+            InvalidInput: The values do not fit together.
+        """
+        more = {} if fold is None else {"data.split.folds": self.folds, "data.split.fold": fold}
+        return trial_config(self.settings, {**values, **more, "run.monitor": self.score}, where=where)
+
+    def make_sampler(self, offset: int = 0) -> optuna.samplers.BaseSampler:
+        """Return the sampler; `offset` gives each worker, and each start, draws of its own."""
+        seed = (self.seed + offset) % (1 << 32)
+        match self.sampler:
+            case "random":
+                return optuna.samplers.RandomSampler(seed=seed)
+            case "cmaes":
+                return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+            case "gp":
+                return optuna.samplers.GPSampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+
+    def make_pruner(self) -> optuna.pruners.BasePruner:
+        """Return the pruner; a trial reports after each validation, or after each fold."""
+        match self.pruner:
+            case "asha":
+                return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+            case "hyperband":
+                run = self.base.run
+                most = self.folds or -(-run.steps // run.evaluate_every)
+                return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max(most, 1))
+            case "median":
+                return optuna.pruners.MedianPruner(n_startup_trials=5)
+            case "wilcoxon":
+                return optuna.pruners.WilcoxonPruner()
+        return optuna.pruners.NopPruner()
+
+    def key(self) -> str:
+        """Return the identity of the search."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+
+    def differences(self, other: SearchPlan) -> list[str]:
+        """List in words what differs in another search."""
+        found = []
+        names = {"settings": "configuration", "space": "space", "digest": "training data"}
+        for name, mine in asdict(self).items():
+            yours = getattr(other, name)
+            if mine == yours or name == "storage":
+                continue
+            if name in ("settings", "space"):
+                found += _differing(mine, yours, "" if name == "settings" else "space")
+            elif name == "digest":
+                found.append(f"{names[name]}: {mine[:12]} → {yours[:12]}")
+            else:
+                found.append(f"{name}: {mine} → {yours}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+
+
+def _differing(mine: Any, yours: Any, at: str) -> list[str]:
+    if isinstance(mine, Mapping) and isinstance(yours, Mapping):
+        names = [*mine, *(name for name in yours if name not in mine)]
+        return [line for name in names for line in
+                _differing(mine.get(name), yours.get(name), f"{at}.{name}" if at else name)]  # fmt: skip
+    return [] if mine == yours else [f"{at}: {json.dumps(mine)} → {json.dumps(yours)}"]
+
+
+def default_score(config: TrainConfig, task: Task) -> str:
+    """Return the score of a search that names none: that of `run.monitor`, else accuracy, or R² for values."""
+    if config.run.monitor != "none":
+        return config.run.monitor
+    return "r2" if task.values else "accuracy"
+
+
+def check_search(sampler: Sampler, pruner: Pruner, folds: int, space: Space, config: TrainConfig) -> None:
+    """Refuse a sampler or pruner that cannot serve a search.
+
+    Raises:
+        InvalidInput: The space has what the sampler cannot draw, a package that it needs is not installed, or the
+            pruner has nothing to look at.
+    """
+    if sampler not in get_args(Sampler):
+        raise InvalidInput(f"--sampler {sampler}: expected one of {', '.join(get_args(Sampler))}")
+    if sampler == "cmaes" and (space.chosen or space.conditional):
+        name = (*space.chosen, *space.conditional)[0]
+        kind = "choices" if name in space.chosen else "a condition"
+        raise InvalidInput(
+            f"--sampler cmaes draws numbers from ranges, and {name} has {kind}: use --sampler tpe, or leave it "
+            "out of the space"
+        )
+    needed = {"cmaes": "cmaes", "gp": "torch"}.get(sampler)
+    if needed is not None:
+        try:
+            importlib.import_module(needed)
+        except ImportError as error:
+            raise InvalidInput(f"--sampler {sampler} needs the package {needed}: pip install {needed}") from error
+    if pruner == "wilcoxon" and not folds:
+        raise InvalidInput("--pruner wilcoxon compares trials fold by fold: add --folds 5, or use --pruner asha")
+    validations = -(-config.run.steps // config.run.evaluate_every)
+    if pruner not in ("none", "wilcoxon") and not folds and validations < 2:
+        raise InvalidInput(
+            f"--pruner {pruner} looks at validations, and a trial of run.steps = {config.run.steps} has one "
+            f"(run.evaluate_every = {config.run.evaluate_every}): validate more often, or use --pruner none"
+        )

@@ -1,0 +1,120 @@
+"""`run_trial` trains one trial, reports each validation to the study, and stops where the pruner says so."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.loop import train
+from jaxtrain.runs.events import TrainEvent, TrainingResult
+from jaxtrain.shared import SharedParts
+from jaxtrain.tuning.space import Space
+from jaxtrain.tuning.study import StudyFolder
+from zarr_store.errors import InvalidInput
+
+__all__ = ["TrialResult", "run_trial"]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What came of a trial.
+
+    Attributes:
+        value: Best validation score, or its mean over the folds.
+        folds: Best score of each fold; one without a cross-validation.
+    """
+
+    value: float
+    folds: tuple[float, ...]
+
+
+@dataclass
+class _Watch:
+    """Follows the trainings of one trial."""
+
+    trial: optuna.Trial
+    score: str
+    every: int
+    prune_validations: bool
+    steps: int = 0
+    """Steps of the folds that are done, and of the one under way."""
+    before: int = 0
+
+    def __call__(self, event: TrainEvent) -> None:
+        if event.kind in ("step", "validation"):
+            self.steps = self.before + event.step
+        if event.kind != "validation" or not self.prune_validations:
+            return
+        value = event.metrics.get(self.score)
+        if value is not None:
+            report(self.trial, float(value), -(-event.step // self.every))
+            if self.trial.should_prune():
+                raise optuna.TrialPruned(f"step {event.step}")
+
+
+def report(trial: optuna.Trial, value: float, step: int) -> None:
+    """Report a value; one that is known, from before the trial was interrupted, stays."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trial.report(value, step)
+
+
+def run_trial(
+    folder: StudyFolder, space: Space, trial: optuna.Trial, shared: SharedParts, *,
+    on_begin: Callable[[TrainConfig], None] | None = None,
+) -> TrialResult:  # fmt: skip
+    """Train one trial, from its newest checkpoint if an earlier process began it.
+
+    Args:
+        folder: The search.
+        space: Its space.
+        trial: The trial, which this process holds.
+        shared: What the trials of this process have in common.
+        on_begin: Called with the configuration of the trial (of its first fold).
+
+    Raises:
+        optuna.TrialPruned: The pruner stopped it.
+        InvalidInput: The values do not fit together, or the training failed.
+        Preempted: The process was told to stop; another one continues the trial.
+    """
+    plan = folder.plan
+    values = space.suggest(trial, plan.base)
+    began = time.monotonic()
+    folds: list[float] = []
+    watch = _Watch(trial, plan.score, plan.base.run.evaluate_every, prune_validations=not plan.folds)
+    earlier = float(trial.user_attrs.get("seconds", 0.0))
+    try:
+        for fold in range(plan.folds) if plan.folds else (None,):
+            config = plan.config_of(values, fold=fold, where=f"trial {trial.number}")
+            watch.every = config.run.evaluate_every
+            if not folds and on_begin is not None:
+                on_begin(config)
+            out = folder.run_of(trial.number) / (f"fold-{fold}" if plan.folds else "")
+            result = train(config, out, on_event=watch, progress=False, shared=shared, report=False)
+            watch.before += result.steps
+            folds.append(_score(result, plan.score, f"trial {trial.number}"))
+            if fold is not None:
+                pruned_by_fold = plan.pruner == "wilcoxon"
+                report(trial, folds[-1] if pruned_by_fold else sum(folds) / len(folds), fold + 1)
+                if trial.should_prune() and fold + 1 < plan.folds:
+                    raise optuna.TrialPruned(f"fold {fold}")
+    finally:
+        trial.set_user_attr("steps", watch.steps)
+        trial.set_user_attr("seconds", round(earlier + time.monotonic() - began, 3))
+        if plan.folds:
+            trial.set_user_attr("folds", folds)
+    return TrialResult(sum(folds) / len(folds), tuple(folds))
+
+
+def _score(result: TrainingResult, name: str, what: str) -> float:
+    value: Any = result.best_score if result.best_score is not None else result.validation.get(name)
+    if value is None:
+        raise InvalidInput(f"{what}: no validation has a {name}: {json.dumps(result.validation)[:200]}")
+    return float(value)

@@ -1,0 +1,229 @@
+"""`work` runs the trials of a search in one process, one after the other, until its budget is used up.
+
+Several processes may work on one search. A trial whose process has died, or was told to stop, is continued from its
+checkpoint by whoever looks for work next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from jaxtrain.runs.rundir import load_card
+from jaxtrain.shared import SharedParts, group_of
+from jaxtrain.tuning.study import FINISHED, StudyFolder
+from jaxtrain.tuning.trial import run_trial
+from zarr_store.errors import InvalidInput, Locked, Preempted, TerrashardError
+
+__all__ = ["ORDER", "Budget", "OnTrial", "TrialNews", "main", "work"]
+
+ORDER = "TERRASHARD_TUNE"
+"""Variable with the order of a worker, as JSON."""
+SAME_FAILURES = 5
+"""A search whose first trials all fail for one reason ends after so many."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a search begins no more trials; each limit may be None.
+
+    Attributes:
+        trials: Trials in all.
+        seconds: Time of this call.
+        steps: Training steps of all trials together.
+    """
+
+    trials: int | None = None
+    seconds: float | None = None
+    steps: int | None = None
+
+    def is_left(self, trials: list[FrozenTrial], seconds: float) -> bool:
+        """Return whether another trial may begin."""
+        if self.seconds is not None and seconds >= self.seconds:
+            return False
+        if self.steps is not None and sum(trial.user_attrs.get("steps", 0) for trial in trials) >= self.steps:
+            return False
+        return self.trials is None or len(trials) < self.trials
+
+
+@dataclass(frozen=True)
+class TrialNews:
+    """One trial has begun, ended or failed.
+
+    Attributes:
+        number: Of the trial.
+        state: "begun", "complete", "pruned" or "failed".
+        value: Its score; None if there is none.
+        message: One line.
+        worker: Name of the process.
+        finished: Trials that have ended so far.
+    """
+
+    number: int
+    state: str
+    value: float | None
+    message: str
+    worker: str
+    finished: int
+
+
+OnTrial = Callable[[TrialNews], None]
+
+
+def work(
+    folder: StudyFolder, budget: Budget, *, name: str = "0", number: int = 0, on_trial: OnTrial | None = None,
+    shared: SharedParts | None = None,
+) -> SharedParts:  # fmt: skip
+    """Run trials until the budget is used up.
+
+    Args:
+        folder: The search.
+        budget: When to end.
+        name: Name of this process.
+        number: Number of this process among the workers, for draws of its own.
+        on_trial: Called when a trial begins and ends.
+        shared: What the trials of this process have in common, from an earlier call.
+
+    Returns:
+        What the trials had in common, for the count of compilations.
+
+    Raises:
+        InvalidInput: The first trials all failed for the same reason.
+        Preempted: The process was told to stop; the same call continues.
+    """
+    shared = SharedParts() if shared is None else shared
+    space, began = folder.plan.read_space(), time.monotonic()
+    study = folder.study(offset=1000 * number + len(folder.trials()))
+    while True:
+        with _next_trial(folder, study, budget, began) as trial:
+            if trial is None:
+                return shared
+            _run_one(folder, study, space, trial, shared, name, on_trial)
+        _stop_if_all_fail_alike(study)
+
+
+@contextlib.contextmanager
+def _next_trial(
+    folder: StudyFolder, study: optuna.Study, budget: Budget, began: float
+) -> Iterator[optuna.Trial | None]:
+    """Yield a trial that this process holds: one that was interrupted, else a new one; None if there is no work."""
+    with contextlib.ExitStack() as held:
+        trial = None
+        with folder.asking():
+            trials = study.get_trials(deepcopy=False)
+            for known in trials:
+                if known.state == TrialState.RUNNING and _take(folder, known, held):
+                    trial = optuna.Trial(study, known._trial_id)
+                    break
+            if trial is None and budget.is_left(trials, time.monotonic() - began):
+                trial = study.ask()
+                held.enter_context(folder.holding(trial.number))
+        yield trial
+
+
+def _take(folder: StudyFolder, known: FrozenTrial, held: contextlib.ExitStack) -> bool:
+    """Take over a trial that nobody runs any more."""
+    try:
+        held.enter_context(folder.holding(known.number))
+    except Locked:
+        return False
+    return True
+
+
+def _run_one(
+    folder: StudyFolder, study: optuna.Study, space: Any, trial: optuna.Trial, shared: SharedParts, name: str,
+    on_trial: OnTrial | None,
+) -> None:  # fmt: skip
+    def tell(state: str, value: float | None, message: str) -> None:
+        if on_trial is not None:
+            ended = sum(known.state in FINISHED for known in study.get_trials(deepcopy=False))
+            on_trial(TrialNews(trial.number, state, value, message, name, ended))
+
+    trial.set_user_attr("worker", name)
+    trial.set_user_attr("host", socket.gethostname())
+    score = folder.plan.score
+
+    def end(value: float | None, state: TrialState | None = None) -> None:
+        first = folder.run_of(trial.number) / ("fold-0" if folder.plan.folds else "")
+        with contextlib.suppress(TerrashardError, OSError):  # a trial may fail before its run begins
+            card = load_card(first)
+            trial.set_user_attr("group", group_of(card, card.config))
+        study.tell(trial, value, state=state)
+
+    try:
+        result = run_trial(folder, space, trial, shared, on_begin=lambda _: tell("begun", None, _values(trial)))
+    except optuna.TrialPruned as pruned:
+        end(None, TrialState.PRUNED)
+        value = study.get_trials(deepcopy=False)[trial.number].value
+        tell("pruned", value, f"stopped early after {pruned}" + ("" if value is None else f": {score} {value:.4f}"))
+    except Preempted:
+        raise
+    except (TerrashardError, ValueError, ArithmeticError, MemoryError) as error:
+        trial.set_user_attr("reason", str(error).splitlines()[0][:1000] if str(error) else type(error).__name__)
+        end(None, TrialState.FAIL)
+        tell("failed", None, trial.user_attrs["reason"])
+    else:
+        end(result.value)
+        spread = f" (folds {', '.join(f'{value:.4f}' for value in result.folds)})" if len(result.folds) > 1 else ""
+        tell("complete", result.value, f"{score} {result.value:.4f}{spread}")
+    best = folder.best()
+    folder.free_space(trial.number, keep=best is not None and best.number == trial.number)
+
+
+def _values(trial: optuna.Trial) -> str:
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in trial.params.items())  # fmt: skip
+
+
+def _stop_if_all_fail_alike(study: optuna.Study) -> None:
+    ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state in FINISHED][:SAME_FAILURES]
+    reasons = Counter(_kind(trial) for trial in ended if trial.state == TrialState.FAIL)
+    if len(ended) == SAME_FAILURES and reasons and reasons.most_common(1)[0][1] == SAME_FAILURES:
+        raise InvalidInput(
+            f"the first {SAME_FAILURES} trials failed alike, so the search ends: {ended[0].user_attrs.get('reason')}"
+        )
+
+
+def _kind(trial: FrozenTrial) -> str:
+    """Return a reason without its numbers, which differ from trial to trial."""
+    return "".join(letter for letter in str(trial.user_attrs.get("reason")) if not letter.isdigit())
+
+
+def main() -> None:
+    """Work on a search as one of several processes: `python -m jaxtrain.tuning.worker`, which `run_workers` starts."""
+    order = json.loads(os.environ[ORDER])
+    folder = StudyFolder.open(Path(order["study"]))
+    from jaxtrain.parallel.processes import die_with_parent
+
+    if "TERRASHARD_PARENT" in os.environ:
+        die_with_parent(int(os.environ["TERRASHARD_PARENT"]))
+
+    def say(line: dict[str, Any]) -> None:
+        sys.stdout.write(f"{json.dumps(line)}\n")
+        sys.stdout.flush()
+
+    def tell(news: TrialNews) -> None:
+        say(asdict(news))
+
+    try:
+        shared = work(folder, Budget(**order["budget"]), name=order["name"], number=order["number"], on_trial=tell)
+    except TerrashardError as error:
+        say({"error": str(error), "code": error.exit_code})
+        sys.exit(error.exit_code)
+    say({"compiled": shared.compiled()})
+
+
+if __name__ == "__main__":
+    main()
