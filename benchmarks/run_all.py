@@ -25,6 +25,7 @@ TOPICS = (
     "hetero",
     "accuracy",
     "series",
+    "tune",
 )
 
 

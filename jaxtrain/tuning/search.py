@@ -10,7 +10,7 @@ from jaxtrain.prepare import prepare
 from jaxtrain.session import check_monitor
 from jaxtrain.settings import read_toml
 from jaxtrain.tuning.plan import Pruner, Sampler, SearchPlan, check_search, default_score
-from jaxtrain.tuning.space import parse_space
+from jaxtrain.tuning.space import parse_space, trial_config
 from jaxtrain.tuning.study import StudyFolder
 
 __all__ = ["begin_search"]
@@ -41,12 +41,14 @@ def begin_search(
     tables = config.model_dump(mode="json", exclude_unset=True)
     known = parse_space(read_toml(space), config, where=str(space))
     check_search(sampler, pruner, folds, known, config)
-    card, ready = prepare(config, open_training_data(config.data.cube), None)
+    first = {"data.split.folds": folds, "data.split.fold": 0} if folds else {}
+    looked_at = trial_config(tables, first, where="configuration of the search")
+    card, ready = prepare(looked_at, open_training_data(config.data.cube), None)
     name = score or default_score(config, card.task)
     plan = SearchPlan(
         settings=tables, space=known.source, digest=card.cube_digest, score=name, sampler=sampler, pruner=pruner,
         folds=folds, seed=seed, storage=storage, name=out.absolute().name,
     )  # fmt: skip
-    one_fold = plan.config_of({}, fold=0 if folds else None, where="configuration of the search")
-    check_monitor(one_fold, card.task, ready.plan.counts() | ({"validation": 1} if folds else {}))
+    monitored = plan.config_of({}, fold=0 if folds else None, where="configuration of the search")
+    check_monitor(monitored, card.task, ready.plan.counts())
     return StudyFolder.create(out, plan)
