@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from harness import OUT, Row, arguments, publish
 
-CONFIG = {
+CONFIG: dict[str, dict[str, Any]] = {
     "data": {
         "label": "landcover", "patch": 64, "bands": ["blue", "green", "red", "rededge2", "nir", "swir16", "swir22"],
         "classes": {"1": "water", "2": "wetland", "3": "forest", "4": "grassland", "5": "cropland", "6": "bare",
@@ -58,7 +59,7 @@ def write(name: str, steps: int, every: int) -> tuple[Path, Path]:
     return config, space
 
 
-def search(name: str, config: Path, space: Path, trials: int, pruner: str) -> tuple[dict, float, Path]:
+def search(name: str, config: Path, space: Path, trials: int, pruner: str) -> tuple[dict[str, Any], float, Path]:
     """Run a search from its command; return its document, its seconds and its folder."""
     folder = OUT / f"tune-{name}"
     subprocess.run(["rm", "-rf", str(folder)], check=True)

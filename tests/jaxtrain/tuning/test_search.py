@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 import optuna
@@ -17,25 +18,28 @@ from optuna.trial import TrialState
 
 from jaxtrain.launching.places import ThisMachine
 from jaxtrain.loop import train
+from jaxtrain.runs.events import TrainingResult
 from jaxtrain.settings import read_train_config
 from jaxtrain.shared import SharedParts
 from jaxtrain.tuning.page import per_worker, trial_rows, write_page
 from jaxtrain.tuning.search import begin_search
 from jaxtrain.tuning.study import StudyFolder
 from jaxtrain.tuning.verdict import Contender, Verdict, settle, write_best
-from jaxtrain.tuning.worker import Budget, work
+from jaxtrain.tuning.worker import Budget, TrialNews, work
 from jaxtrain.tuning.workers import WORKER, run_workers
 from zarr_store.errors import InvalidInput, Preempted
 
 from ..cube_factory import shared_cube, tiny_config
 
-SPACE = {
+SPACE: dict[str, Any] = {
     "optim.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
     "model.dropout": {"low": 0.05, "high": 0.3},
     "model.width": [4, 6],
 }
-SHORT = {"run": {"steps": 4, "batch_size": 8, "evaluate_every": 1, "checkpoint_every": 1, "log_every": 1}}
-OPTIONS = {"sampler": "random", "pruner": "median"}
+SHORT: dict[str, dict[str, Any]] = {
+    "run": {"steps": 4, "batch_size": 8, "evaluate_every": 1, "checkpoint_every": 1, "log_every": 1}
+}
+OPTIONS: dict[str, Any] = {"sampler": "random", "pruner": "median"}
 
 
 def write_space(folder, space=None):
@@ -58,7 +62,7 @@ def shared():
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory, config, shared):
     """Nine trials in this process."""
-    folder, news = tmp_path_factory.mktemp("search"), []
+    folder, news = tmp_path_factory.mktemp("search"), list[TrialNews]()
     study = begin_search(config, write_space(folder), folder / "study", **OPTIONS)
     with jax.numpy_dtype_promotion("strict"):  # as in every test, so that these share what is compiled here
         work(study, Budget(trials=9), on_trial=news.append, shared=shared)
@@ -127,7 +131,7 @@ def test_the_best_is_trained_by_one_command_and_compared_with_the_defaults(searc
     config = read_train_config([study.path / "best.toml"])
     assert config.optim.learning_rate == study.best().params["optim.learning_rate"]
     assert config.run.monitor == "accuracy"
-    notes = []
+    notes: list[str] = []
     verdict = settle(study, 1, shared, notes.append)
     assert len(notes) == 2
     assert len(verdict.best.test) == len(verdict.defaults.test) == 1
@@ -208,8 +212,13 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(config, shared, tmp_pa
         with pytest.raises(Preempted):
             work(study, Budget(trials=2), shared=shared)
     assert [trial.state for trial in study.trials()] == [TrialState.RUNNING]
-    began = []
-    monkeypatch.setattr(module, "train", lambda *args, **more: began.append(train(*args, **more)) or began[-1])
+    began: list[TrainingResult] = []
+
+    def watched(*args: Any, **more: Any) -> TrainingResult:
+        began.append(train(*args, **more))
+        return began[-1]
+
+    monkeypatch.setattr(module, "train", watched)
     work(study, Budget(trials=2), shared=shared)
     assert began[0].resumed_from >= 1
     assert [trial.state for trial in study.trials()] == [TrialState.COMPLETE] * 2
@@ -235,7 +244,8 @@ def test_a_killed_worker_loses_no_trial(config, tmp_path):
     space = {"optim.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True}}
     longer = tiny_config(shared_cube(), run=SHORT["run"] | {"steps": 200, "evaluate_every": 50, "checkpoint_every": 5})
     study = begin_search(longer, write_space(tmp_path, space), tmp_path / "study", sampler="random", pruner="none")
-    notes, killed = [], []
+    notes: list[str] = []
+    killed: list[int] = []
 
     def kill():
         until = time.monotonic() + 120
