@@ -186,7 +186,7 @@ def summary(figures: list[Figure]) -> list[dict[str, Any]]:
     return rows
 
 
-def show(kept: dict[str, Any]) -> bool:
+def show(kept: dict[str, Any], topic: str) -> bool:
     figures = figures_of(kept)
     print(f"{'':12} {'strategy':12} {'profile':>9} {'error':>6} {'corrected':>10} {'error':>6} {'measured':>9} spread")
     for one in figures:
@@ -219,7 +219,7 @@ def show(kept: dict[str, Any]) -> bool:
         Row(f"sensitivity, {name}, {number} 20 % slower", share)
         for name in kept for number, share in kept[name]["sensitivity"].items()
     ]  # fmt: skip
-    return publish("planner-time", rows, full=all(name in kept for name in SLICES))
+    return publish(topic, rows, full=all(name in kept for name in SLICES))
 
 
 def main() -> int:
@@ -227,6 +227,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=SLICES, help="measure this slice; may be repeated")
     parser.add_argument("--predict", action="store_true", help="measure nothing, and predict what was measured again")
     parser.add_argument("--full", action="store_true", help="all slices; only the first if not given")
+    parser.add_argument("--topic", default="planner-time", help="name of the result file; another one for few slices")
     wanted = parser.parse_args()
     kept = json.loads(WHERE.read_text())["slices"] if WHERE.exists() else {}
     for name in wanted.only or (SLICES if wanted.full or wanted.predict else SLICES[:1]):
@@ -238,7 +239,7 @@ def main() -> int:
         kept = {one: kept[one] for one in SLICES if one in kept}
         OUT.mkdir(exist_ok=True)
         WHERE.write_text(json.dumps({"slices": kept}))
-    return 0 if show(kept) else 1
+    return 0 if show(kept, wanted.topic) else 1
 
 
 if __name__ == "__main__":

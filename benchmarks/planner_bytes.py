@@ -25,10 +25,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from harness import OUT, Row, publish
+from harness import OUT, RESULTS, Row, publish
 
 PROCESSES, SHORT, LONG, IDLE_S = 2, 2, 8, 4.0
 BANDS, CLASSES = 4, 6
@@ -351,16 +352,28 @@ def keep_rows(rows: list[dict[str, Any]], part: str = "bytes") -> None:
     PLACE.write_text(json.dumps(document | {part: rows}, indent=1, ensure_ascii=False) + "\n")
 
 
+def published(*starts: str) -> list[Row]:
+    """The rows of the result file whose names start with one of some words."""
+    place = RESULTS / "planner-bytes-full.json"
+    rows = json.loads(place.read_text())["rows"] if place.exists() else []
+    names = [one.name for one in fields(Row)]
+    return [Row(**{name: row[name] for name in names if name in row}) for row in rows if row["name"].startswith(starts)]
+
+
 def publish_kept() -> bool:
-    """Publish all that is kept: errors of the bytes with headers and of the payload alone, and of the memory."""
+    """Publish all that is kept: errors of the bytes with headers and of the payload alone, and of the memory.
+
+    Rows of a part that is not kept here stay as they were published.
+    """
     known = json.loads(PLACE.read_text())
-    rows = []
+    rows = [] if known.get("bytes") else published("bytes of a step", "payload alone")
     for one in known.get("bytes", []):
         name = f"{one['network']}, {one['strategy']}"
         bare = one["payload"] / one["measured"] - 1
         note = f"predicted {one['predicted']:.0f}, carried {one['measured']:.0f} bytes in {one['packets']:.0f} packets"
         rows.append(Row(f"bytes of a step, {name}", abs(one["error"]), 0.05, at_most=True, note=note))
         rows.append(Row(f"payload alone beside what was carried, {name}", abs(bare), note=f"{bare:+.2%}"))
+    rows += [] if known.get("memory") else published("memory, ")
     for one in known.get("memory", []):
         note = f"predicted {one['predicted']:.0f}, held {one['measured']:.0f} bytes"
         name = f"memory, {one['network']}, {one['strategy']}"

@@ -30,6 +30,9 @@ __all__ = [
 WIDTH = 118
 MOST_GATHERS = 3
 """Gathers of one strategy that are named in a line; `--json` has all."""
+FIXED = 0.25
+"""Share of a step that does not grow with the batch, above which a larger batch is named."""
+UNCHANGED = "Neither links of a tenth or of ten times the bandwidth nor more memory would change this."
 MOVED = 0.2
 """Share by which each number of a profile is moved to see how much depends on it."""
 
@@ -89,13 +92,13 @@ def table(survey: Survey) -> str:
             f"{values['peak_bytes_per_device'] / 1e9:.2f}", f"{sent / 1e6:.2f}" + ("*" if row.corrected else ""),
             *([f"{sum(bytes_as_compiled(row.facts).values()) / 1e6:.2f}"] if raw else []),
         )  # fmt: skip
-    lines = _drawn(made).splitlines()
+    drawn, lines = _drawn(made), []
     if survey.mean_error is not None:
         lines.append(f"predictions miss the measured steps by {survey.mean_error:.1%} on average")
     lines += corrections(survey.rows, survey.profile)
     lines += gather_lines(survey.rows)
     lines += [f"cannot be: {row.candidate.strategy}: {row.why_not}" for row in survey.rows if not row.fits]
-    return "\n".join(dict.fromkeys(lines))
+    return "\n".join([drawn, *dict.fromkeys(lines)])  # lines of the table may be alike, and each belongs to its row
 
 
 def corrections(rows: Sequence[Row], profile: Profile) -> list[str]:
@@ -297,4 +300,9 @@ def _changes(survey: Survey) -> list[str]:
     batch = survey.network.config.run.batch_size
     if batch % survey.devices:
         said.append(f"With a batch that {survey.devices} divides (now {batch}), mesh.data = {survey.devices} could be.")
-    return said or ["Neither links of a tenth or of ten times the bandwidth nor more memory would change this."]
+    p, alone = now.prediction, now.candidate.mesh.size == now.candidate.mesh.data
+    fixed = 0.0 if p is None else (p.launch_s + (p.collective_s if alone else 0.0)) / max(p.step_s, 1e-12)
+    if fixed > FIXED:
+        more = f"A larger run.batch_size would use the devices better: {fixed:.0%} of the step does not grow with it."
+        return [*(said or [UNCHANGED]), more]
+    return said or [UNCHANGED]

@@ -130,6 +130,13 @@ def test_a_gather_and_a_correction_are_named_in_the_table_the_verdict_the_page_a
     assert line in html.unescape(write_page(tmp_path / "s.html", [bad]).read_text())
     (shown,) = bad.to_dict()["strategies"]
     assert shown["accidental_gathers"] == list(named)
+    # of two rows whose names take two lines each, both keep the second line, though it is the same
+    mesh = row.candidate.mesh.model_copy(update={"pipe": 2, "schedule": "interleaved"})
+    config = row.candidate.config.model_copy(update={"mesh": mesh}) if row.candidate.config else None
+    long = replace(row, candidate=replace(row.candidate, config=config))
+    assert table(replace(sound, rows=(long, long))).count("schedule=interleaved") == 2
+    # starting instructions costs the same for any number of windows
+    assert "A larger run.batch_size would use the devices better: " in verdict(sound)
 
 
 def test_curves_reach_to_machines_that_are_not_there(typed: Any, capfd: pytest.CaptureFixture[str]) -> None:
