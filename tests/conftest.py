@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import logging
 import os
@@ -26,11 +27,16 @@ import pytest
 QUICK_COMPILER = ["--xla_backend_optimization_level=1"]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # a compiler that lacks a flag ends the process
     QUICK_COMPILER += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *QUICK_COMPILER]
-).strip()
+# A command that trains asks for the last of these. JAX keeps a program under the flags of the moment: with the same
+# ones all the time, what one test or child has compiled serves all.
+FLAGS = ["--xla_force_host_platform_device_count=8", *QUICK_COMPILER, "--xla_gpu_exclude_nondeterministic_ops=true"]
+given = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in FLAGS if flag not in given)])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
+# JAX and tensorboardX set these when they are imported.
+for name, value in ("TF_CPP_MIN_LOG_LEVEL", "1"), ("TPU_SKIP_MDS_QUERY", "1"), ("CRC32C_SW_MODE", "auto"):
+    os.environ.setdefault(name, value)
 os.environ.pop("GDAL_NUM_THREADS", None)
 # Two test processes share two cores: nested thread pools would only fight.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -122,6 +128,59 @@ def write_to_memory() -> None:
 
 keep_compiled()
 write_to_memory()
+# As the command does for its own process: tracing makes many objects that stay, and Python looks through them again
+# and again for circular garbage.
+gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    """What importing the tests has made stays: it is no longer searched for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+SHARED = "of all tests"
+"""Part of the name of a cluster that lives until the session ends."""
+
+
+def state_of_process() -> dict[str, Any]:
+    """What a module of tests could leave to the next one in this process."""
+    state: dict[str, Any] = {
+        f"environment variable {name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"
+    }
+    state["working directory"] = os.getcwd()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        state[f"handler of {number.name}"] = signal.getsignal(number)
+    if "distributed" in sys.modules:
+        from distributed.client import _get_global_client
+        from distributed.deploy.spec import SpecCluster
+
+        state["current Dask client"] = _get_global_client()
+        for cluster in SpecCluster._instances:
+            if SHARED not in str(cluster.name) and cluster.status.name == "running":
+                state[f"Dask cluster {cluster.name}"] = "running"
+    return {name: value for name, value in state.items() if value is not None}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_is_left_as_it_was() -> Iterator[None]:
+    """A module of tests leaves nothing in this process that could decide how another one ends."""
+    before = state_of_process()
+    yield
+    after = state_of_process()
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    left = [f"{name}: {before.get(name)!r} → {after.get(name)!r}" for name in names]
+    assert not left, "this module changed the process that other tests use: " + "; ".join(left)
+
+
+@pytest.fixture
+def environment_given_back() -> Iterator[None]:
+    """What a test or a library in it changes in the environment is undone."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

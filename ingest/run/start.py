@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -131,7 +132,7 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
             )
         return stack.enter_context(started)
     if config.running.cluster in ("slurm", "pbs"):
-        jobqueue = importlib.import_module("dask_jobqueue")
+        jobqueue = _load("dask_jobqueue")
         kind = jobqueue.SLURMCluster if config.running.cluster == "slurm" else jobqueue.PBSCluster
         scheduler = {"dashboard_address": dashboard}
         settings = {**_job_settings(config, options), "scheduler_options": scheduler, "protocol": protocol}
@@ -140,14 +141,14 @@ def start_cluster(config: IngestConfig, dashboard: str, security: Any, stack: Ex
             return kind(security=security, **settings) if security is not None else kind(**settings)
 
     elif config.running.cluster == "k8s":
-        operator = importlib.import_module("dask_kubernetes.operator")
+        operator = _load("dask_kubernetes.operator")
         namespace = options.get("namespace")
 
         def make() -> Any:
             return operator.KubeCluster(custom_cluster_spec=make_manifest(config, options), namespace=namespace)
 
     else:
-        gateway = stack.enter_context(importlib.import_module("dask_gateway").Gateway(_gateway_address(options)))
+        gateway = stack.enter_context(_load("dask_gateway").Gateway(_gateway_address(options)))
         further = {name: value for name, value in options.items() if name != "address"}
 
         def make() -> Any:
@@ -264,10 +265,23 @@ def _options(config: IngestConfig) -> dict[str, Any]:
     return options
 
 
+def _load(module: str) -> Any:
+    """Import a library of a kind of cluster, and keep what this process does on Ctrl-C.
+
+    dask_jobqueue replaces that when it is imported: the process would end with code 0 in the middle of a run.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return importlib.import_module(module)
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
+
+
 def _needs(kind: str) -> None:
     module, extra = _EXTRAS[kind]
     try:
-        importlib.import_module(module)
+        _load(module)
     except ImportError as error:
         raise InvalidInput(
             f"--cluster {kind} needs the package {module.replace('_', '-')}, which is not installed; "
@@ -322,7 +336,7 @@ def _job_settings(config: IngestConfig, options: dict[str, Any]) -> dict[str, An
 def _job(config: IngestConfig, options: dict[str, Any]) -> str:
     """Make the script of one job; the scheduler's address is filled in when the cluster starts."""
     _needs(config.running.cluster)
-    module = importlib.import_module(f"dask_jobqueue.{config.running.cluster}")
+    module = _load(f"dask_jobqueue.{config.running.cluster}")
     kind = module.SLURMJob if config.running.cluster == "slurm" else module.PBSJob
     job = kind("tcp://SCHEDULER:PORT", name="terrashard", **_job_settings(config, options))
     script: str = job.job_script()

@@ -24,6 +24,9 @@ __all__ = ["environment_lent", "main_module_left_alone", "refuse_unguarded_scrip
 _DASK_WORKER = "Dask Worker"
 """Prefix of the names that `distributed.Nanny` gives to the processes of its workers."""
 
+_BY_DASK = ("PYTHONHASHSEED", "__DASK_PARENT_PID")
+"""Variables that Dask sets for its workers, besides the settings."""
+
 _lock = threading.Lock()
 _open = 0
 _preparation_data = spawn.get_preparation_data
@@ -81,7 +84,7 @@ def environment_lent(settings: Mapping[str, str]) -> Iterator[None]:
     global _borrowers  # several runs may be open at once
     with _lock:
         if not _borrowers:
-            _before.update({name: os.environ.get(name) for name in (*settings, "PYTHONHASHSEED")})
+            _before.update({name: os.environ.get(name) for name in (*settings, *_BY_DASK)})
         _borrowers += 1
         os.environ.update(settings)
     try:

@@ -23,6 +23,7 @@ def client() -> Iterator[Any]:
 
     with (
         LocalCluster(
+            name="of all tests of the API",
             n_workers=1,
             threads_per_worker=2,
             processes=False,

@@ -52,6 +52,7 @@ def test_the_journey_of_the_readme_runs_as_a_script(tmp_path: Path, repository: 
     assert (tmp_path / "runs" / "land" / "report.html").exists()
 
 
+@pytest.mark.usefixtures("environment_given_back")  # Dask puts that of its workers into this process
 @pytest.mark.parametrize("page", ["xarray.md", "api/ingest.md", "api/zarr_store.md"])
 def test_the_code_of_a_page_runs(page: str, workplace: Path, repository: Path, client: Any) -> None:
     place: dict[str, Any] = {"__name__": "__notebook__"}

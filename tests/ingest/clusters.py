@@ -9,10 +9,11 @@ from distributed import Client, LocalCluster
 
 
 @contextmanager
-def worker_here(threads: int, *, set_as_default: bool = True) -> Iterator[Client]:
+def worker_here(threads: int, *, set_as_default: bool = True, name: str | None = None) -> Iterator[Client]:
     """A client of one worker, on 127.0.0.1 only."""
     with (
         LocalCluster(
+            name=name,
             n_workers=1,
             threads_per_worker=threads,
             processes=False,

@@ -158,7 +158,7 @@ def local_client() -> Iterator[Any]:
     """A Dask cluster inside this process: quick to start, and pixels come out the same."""
     from .clusters import worker_here
 
-    with worker_here(2) as client:
+    with worker_here(2, set_as_default=False, name="of all tests of ingest") as client:
         yield client
 
 

@@ -149,6 +149,7 @@ def test_a_dataset_goes_to_workers(cube_path: Path, pixels: dict[str, np.ndarray
     np.testing.assert_array_equal(again.reflectance, expected(pixels, scaled=True, masked=True))
 
 
+@pytest.mark.usefixtures("environment_given_back")  # Dask puts that of its workers into this process
 def test_composites_on_a_cluster_equal_numpy(cube_path: Path, pixels: dict[str, np.ndarray]) -> None:
     """NDVI over time on a Dask cluster: another process reads the blocks."""
     from distributed import Client, LocalCluster

@@ -7,6 +7,7 @@ import getpass
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -291,6 +292,20 @@ def test_slurm_and_pbs_show_their_job_script() -> None:
     assert "#PBS -q short" in text
     assert "opens: a scheduler in this process" in text
     assert listening() == before, "nothing is started to show a script"
+
+
+def test_a_library_of_clusters_does_not_take_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dask_jobqueue lets the process end with code 0 from its import on; the run would no longer hear the signal."""
+    pytest.importorskip("dask_jobqueue")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dask_jobqueue"]:
+        monkeypatch.delitem(sys.modules, name)  # as in a process that has not imported it yet
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        describe(IngestConfig(cluster="slurm", memory="8GB"))
+        assert "dask_jobqueue.runner" in sys.modules
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_kubernetes_shows_its_manifest() -> None:
