@@ -253,8 +253,11 @@ def cluster() -> Iterator[Any]:
     """Two workers that are processes, as a cluster has them."""
     from distributed import LocalCluster
 
+    before = dict(os.environ)
     with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
         yield cluster
+    for name in os.environ.keys() - before.keys():  # Dask puts what its workers need into this process
+        del os.environ[name]
 
 
 @pytest.mark.slow
