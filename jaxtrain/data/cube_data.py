@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ class CubeData:
         try:
             target = ITSELF if card.task.rebuild else resolve_target(self.cube, config)
             if card.modalities:
-                return sources_digest(_sources(self.cube, card)[0], target.layer)
+                return sources_digest(_sources(self.cube, card, True, ())[0], target.layer)
             return cube_digest(self.cube, config.collection, target.layer)
         except InvalidInput:
             return None
@@ -84,9 +85,9 @@ class CubeData:
         """Return one part of the run's own cube; see `TrainingData.select_part`."""
         return select_windows(self.cube, card, part)
 
-    def select_all(self, card: LearnedFrom) -> EvaluationSet:
+    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = ()) -> EvaluationSet:
         """Return all windows of another cube; see `TrainingData.select_all`."""
-        chosen = select_windows(self.cube, card.of(0), None)
+        chosen = select_windows(self.cube, card.of(0), None, without=without)
         grid = self.cube.spec(card.config.data.collection).grid
         overlapping = [
             f"{self.url} overlaps the ground of {ground.cube}, a training cube: its scores are too good"
@@ -177,12 +178,19 @@ def prepare_cube(
     return PreparedCube(Ground(cube.url, digest, spec.grid, spec.times), spec, classes, index, plan, reader)
 
 
-def _sources(cube: Cube, card: LearnedFrom) -> tuple[tuple[ModalitySource, ...], list[str]]:
-    """Open the modalities of a trained model in a cube."""
-    return open_sources(card.config.data, cube, trained=card.modalities, numbers=card.numbers)
+def _sources(
+    cube: Cube, card: LearnedFrom, own: bool, without: Sequence[str]
+) -> tuple[tuple[ModalitySource, ...], list[str]]:
+    """Open the modalities of a trained model in a cube; numbers of other data are compared with those of training."""
+    usual = None if own else (card.mean, card.std)
+    return open_sources(
+        card.config.data, cube, trained=card.modalities, numbers=card.numbers, usual=usual, without=without
+    )
 
 
-def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty: bool = False) -> EvaluationSet:
+def select_windows(
+    cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty: bool = False, without: Sequence[str] = ()
+) -> EvaluationSet:
     """Choose the windows of one cube for an evaluation.
 
     Args:
@@ -190,6 +198,7 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
         card: Card of the run, as if this cube were its only one.
         part: A part of the run's own cube; None for all of another cube.
         may_be_empty: No window at all is no error, as in one of several cubes.
+        without: Modalities that the network does not get; another cube may lack them.
     """
     config = card.config.data
     spec = cube.spec(config.collection)
@@ -205,7 +214,7 @@ def select_windows(cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_e
             f"{cube.url}: {config.label!r} holds values in {target.unit}, the model learned values in "
             f"{card.task.unit}; make the layer again in that unit"
         )
-    sources, notes = _sources(cube, card) if card.modalities else ((), [])
+    sources, notes = _sources(cube, card, own, without) if card.modalities else ((), [])
     digest = sources_digest(sources, target.layer) if sources else cube_digest(cube, config.collection, target.layer)
     if own and digest != card.cube_digest:
         warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")

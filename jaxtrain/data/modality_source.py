@@ -7,8 +7,10 @@ the nearest, or all (`data.modalities.NAME.dates`). A date that is further away 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,11 @@ import numpy.typing as npt
 from jaxtrain.config import DataConfig, ModalityConfig
 from jaxtrain.data.arrays import HostBatch, Rows
 from jaxtrain.data.ground import cube_digest
-from jaxtrain.data.numbers import BandNumbers, Conversion, convert_to, cube_numbers
+from jaxtrain.data.numbers import BandNumbers, Conversion, convert_to, cube_numbers, unlike_moments
 from jaxtrain.data.reader import OnUnreadable, WindowReader
 from jaxtrain.data.windows import window_shares
 from jaxtrain.models.modality import Modality
-from zarr_store.errors import IntegrityError, InvalidInput, UnknownName
+from zarr_store.errors import IntegrityError, InvalidInput, NotACube, UnknownName
 from zarr_store.labels import LabelLayer
 from zarr_store.layers import StaticLayer, open_layer
 from zarr_store.nesting import nesting_factor
@@ -44,7 +46,7 @@ class ModalitySource:
         steps: int32 (times, dates): time steps of the modality for each one of the windows' collection, -1 for none.
         numbers: Meaning of the stored numbers of each band.
         digest: SHA-256 over all bytes of it.
-        reader: Reads its bands, on its own grid; None of a layer.
+        reader: Reads its bands, on its own grid; None of a layer, and of a modality that the cube lacks.
         layer: The static layer.
         decibel: Whether numbers become decibels.
         conversion: Turns numbers of other data into those of training.
@@ -76,8 +78,10 @@ class ModalitySource:
         Returns:
             A function that waits: image (B, [T,] C, h, w), observed (B, [T,] h, w), clear (B, h, w), of series day.
         """
-        if self.reader is None:
+        if self.layer is not None:
             return lambda: self._read_layer(rows, patch)
+        if self.reader is None:
+            return lambda: self._read_nothing(len(rows), patch // self.modality.ratio)
         ratio, reader, chosen = self.modality.ratio, replace(self.reader, images=images), self.steps[rows[:, 0]]
         count, times = chosen.shape
         flat = np.stack([chosen.ravel(), *(np.repeat(rows[:, i] // ratio, times) for i in (1, 2))], axis=1)
@@ -132,6 +136,74 @@ class ModalitySource:
         since = (moments - moments.astype("datetime64[Y]")).astype(np.int64) + 1
         return np.asarray(np.where(chosen >= 0, since[chosen], 1).astype(np.uint16))
 
+    def moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+        """Return mean and spread of each band as they are stored, without reading a pixel; None where none is known."""
+        if self.layer is not None:
+            known = self.layer.statistics
+            return None if known is None else (np.array([known.mean]), np.array([known.std or 1.0]))
+        if self.reader is None or self.reader.index is None or not self.reader.index.observed.any():
+            return None
+        mean, spread = self.reader.index.statistics()
+        chosen = list(self.reader.bands)
+        return mean[chosen], spread[chosen]
+
+    def unlike(self, mean: npt.ArrayLike, std: npt.ArrayLike, url: str) -> list[str]:
+        """Return a line where the numbers can hardly have the unit of those that a model was trained on.
+
+        Args:
+            mean: Mean of each band in training.
+            std: Its spread there.
+            url: The cube, for the message.
+        """
+        known = self.moments()
+        if known is None:
+            return []
+        there, spread = known
+        if self.conversion is not None:
+            gain, shift = np.array(self.conversion.gain), np.array(self.conversion.shift)
+            there, spread = there * gain + shift, spread * np.abs(gain)
+        if self.decibel:  # the mean in decibels is near that of the mean power; the spread is not known
+            there, spread = 10 * np.log10(np.maximum(there, float(_LEAST_POWER))), np.asarray(std)
+        return unlike_moments(mean, std, there, spread, f"modality {self.modality.name} of {url}")
+
+    def check_power(self, where: str) -> None:
+        """Refuse to turn numbers into decibels that cannot be power.
+
+        Raises:
+            InvalidInput: They are decibels already, by their unit or because their mean is not above 0.
+        """
+        if not self.decibel:
+            return
+        name = self.modality.name
+        stated = [one for one in self.numbers if one.unit.strip().lower() in ("db", "decibel", "decibels")]
+        if stated:
+            raise InvalidInput(
+                f"data.modalities.{name}.decibel: band {stated[0].band} of {where} is in {stated[0].unit} already: "
+                "leave decibel out"
+            )
+        known = self.moments()
+        if known is None:
+            return
+        conversion = self.conversion or Conversion((1.0,) * len(self.numbers), (0.0,) * len(self.numbers))
+        power = known[0] * np.array(conversion.gain) + np.array(conversion.shift)
+        if (power <= 0).any():
+            band = int(np.argmax(power <= 0))
+            raise InvalidInput(
+                f"data.modalities.{name}.decibel turns power into decibels, but band {self.modality.bands[band]} of "
+                f"{where} has the mean {power[band]:.4g}, and power is above 0: leave decibel out if the numbers are "
+                "decibels already, or give power"
+            )
+
+    def _read_nothing(self, count: int, side: int) -> HostBatch:
+        series = (self.modality.dates,) if self.modality.dates else ()
+        days = {"day": np.ones((count, *series), np.uint16)} if series else {}
+        return {
+            "image": np.zeros((count, *series, len(self.modality.bands), side, side), np.float32),
+            "observed": np.zeros((count, *series, side, side), np.uint8),
+            "clear": np.zeros((count, side, side), np.uint8),
+            **days,
+        }
+
     def _read_layer(self, rows: Rows, patch: int) -> HostBatch:
         assert self.layer is not None
         image = np.zeros((len(rows), 1, patch, patch), np.float32)
@@ -151,6 +223,8 @@ def open_sources(
     *,
     trained: Sequence[Modality] = (),
     numbers: Sequence[BandNumbers] = (),
+    usual: tuple[Sequence[float], Sequence[float]] | None = None,
+    without: Sequence[str] = (),
     on_unreadable: OnUnreadable | None = None,
 ) -> tuple[tuple[ModalitySource, ...], list[str]]:
     """Open all modalities of a configuration.
@@ -160,10 +234,12 @@ def open_sources(
         cube: The cube that gives the windows.
         trained: Modalities of a trained model, whose bands are read; none for a new run.
         numbers: Meaning of the numbers of that model, of all bands of all modalities one after the other.
+        usual: Mean and spread of each of these bands in training; data that are unlike them give a line.
+        without: Modalities that the network does not get; the cube may lack them.
         on_unreadable: As of `WindowReader`.
 
     Returns:
-        The modalities, and lines about numbers that are converted.
+        The modalities, and lines about numbers that are converted or unlike those of training.
 
     Raises:
         UnknownName: A cube lacks a collection, a layer or a band.
@@ -181,21 +257,36 @@ def open_sources(
     first = 0
     for name, one in config.modalities.items():
         bands = known[name].bands if name in known else one.bands
-        there = cube if not one.cube else _open_other(name, one.cube, bool(trained))
         opener = _open_layer if one.layer else _open_collection
-        source = opener(name, one.model_copy(update={"bands": bands}), config, cube, there, on_unreadable)
-        if numbers:
-            ours = numbers[first : first + len(source.numbers)]
-            conversion, notes = convert_to(ours, source.numbers, there.url)
-            source, lines = replace(source, conversion=conversion), lines + notes
-        first += len(source.numbers)
-        if name in known and source.modality != known[name]:
-            raise InvalidInput(
-                f"modality {name} of {there.url} has {_described(source.modality)}, the model was trained on "
-                f"{_described(known[name])}; give data on such a grid with such dates"
-            )
+        last = first + len(bands)
+        try:
+            there = cube if not one.cube else _open_other(name, one.cube, config, cube, bool(trained))
+            source = opener(name, one.model_copy(update={"bands": bands}), config, cube, there, on_unreadable)
+            if numbers:
+                last = first + len(source.numbers)
+                conversion, notes = convert_to(numbers[first:last], source.numbers, there.url)
+                source = replace(source, conversion=conversion)
+                lines += notes
+            source.check_power(there.url)
+            if name in known and source.modality != known[name]:
+                raise InvalidInput(
+                    f"modality {name} of {there.url} has {_described(source.modality)}, the model was trained on "
+                    f"{_described(known[name])}; give data on such a grid with such dates"
+                )
+            if usual is not None and name not in without:
+                lines += source.unlike(usual[0][first:last], usual[1][first:last], there.url)
+        except (InvalidInput, NotACube):
+            if name not in without or name not in known:
+                raise
+            source = _absent(known[name], len(spec.times))
         found.append(source)
+        first = last
     return tuple(found), lines
+
+
+def _absent(one: Modality, times: int) -> ModalitySource:
+    """Return a modality that is nowhere, for a model that does without it."""
+    return ModalitySource(one, np.full((times, max(one.dates, 1)), -1, np.int32), (), "")
 
 
 def _described(one: Modality) -> str:
@@ -203,13 +294,20 @@ def _described(one: Modality) -> str:
     return f"pixels of {one.ratio} × the finest and {dates}"
 
 
-def _open_other(name: str, url: str, trained: bool) -> Cube:
+def _open_other(name: str, url: str, config: DataConfig, cube: Cube, trained: bool) -> Cube:
     if trained and "://" in url:
         raise InvalidInput(
             f"the run reads modality {name} from {url}. A run may come from somebody else, so a URL in it is never "
             f"opened by itself: put the modality into the cube, or leave it out with --without {name}"
         )
-    return open_cube(url)
+    try:
+        return open_cube(url)
+    except NotACube:
+        # moved together with the cube of the windows, whose place is known
+        beside = Path(cube.url).parent / os.path.relpath(url, Path(str(config.cube)).parent)
+        if "://" in f"{url} {cube.url} {config.cube}" or not beside.is_dir():
+            raise
+        return open_cube(beside)
 
 
 def _open_layer(

@@ -19,7 +19,15 @@ from zarr_store.index import TrainingIndex
 from zarr_store.samples import SampleSpec
 from zarr_store.spec import CubeSpec
 
-__all__ = ["BandNumbers", "Conversion", "convert_to", "cube_numbers", "sample_numbers", "unlike_training"]
+__all__ = [
+    "BandNumbers",
+    "Conversion",
+    "convert_to",
+    "cube_numbers",
+    "sample_numbers",
+    "unlike_moments",
+    "unlike_training",
+]
 
 _FAR_STD, _OTHER_SPREAD = 6.0, 20.0
 """Standard deviations between means, and ratio of spreads, beyond which numbers can hardly have the same unit."""
@@ -31,7 +39,7 @@ class BandNumbers:
 
     Attributes:
         band: Name of the band.
-        kind: "reflectance" or "backscatter" of a cube, "image" of a sample store.
+        kind: "reflectance" or "backscatter" of a cube, "layer" of a static layer, "image" of a sample store.
         dtype: Type of the stored numbers.
         unit: Unit of the physical numbers; empty where it is not stated.
         scale, offset: The factors.
@@ -130,6 +138,9 @@ def _incomparable(ours: BandNumbers, theirs: BandNumbers) -> str:
         return "these are different quantities"
     if ours.unit and theirs.unit and ours.unit != theirs.unit:
         return f"the units are {theirs.unit} and {ours.unit}"
+    if ours.kind == "layer" and ours.dtype != theirs.dtype:
+        # a layer of values is float32, one of classes uint8
+        return "one holds numbers, the other codes of classes"
     alike = (ours.dtype, ours.scale, ours.offset) == (theirs.dtype, theirs.scale, theirs.offset)
     if not alike and not (ours.stated and theirs.stated):
         return "one of them states no scale"
@@ -154,7 +165,23 @@ def unlike_training(
     if conversion is not None:
         gain, shift = np.array(conversion.gain), np.array(conversion.shift)
         there, spread = there * gain + shift, spread * np.abs(gain)
+    return unlike_moments(mean, std, there, spread, url)
+
+
+def unlike_moments(
+    mean: npt.ArrayLike, std: npt.ArrayLike, there: npt.ArrayLike, spread: npt.ArrayLike, url: str
+) -> list[str]:
+    """Warn where means and spreads of bands are so unlike those of training that they can hardly have the same unit.
+
+    Args:
+        mean: Mean of each band in training.
+        std: Its spread there.
+        there: Mean of each band of the other data.
+        spread: Its spread there.
+        url: The other data, for the message.
+    """
     trained, ours = np.asarray(mean), np.asarray(std)
+    there, spread = np.asarray(there), np.asarray(spread)
     with np.errstate(invalid="ignore", divide="ignore"):
         far = np.abs(there - trained) > _FAR_STD * np.maximum(ours, spread)
         other = np.maximum(spread / ours, ours / spread) > _OTHER_SPREAD

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,7 +111,7 @@ class SampleData:
             warnings.append(f"the split is random and leaks, so these scores are too good{figure}")
         return _evaluation_set(store, card, plan.parts[part], reader, warnings, part)
 
-    def select_all(self, card: LearnedFrom) -> EvaluationSet:
+    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = ()) -> EvaluationSet:
         """Return all samples of another store; see `TrainingData.select_all`."""
         reader, windows, warnings = _other_samples(card, _config(card), self.store)
         there = sample_numbers(self.store.spec, reader.bands)

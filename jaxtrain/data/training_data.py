@@ -6,7 +6,7 @@ There are three kinds: one cube (`CubeData`), several cubes (`CubesData`) and a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -190,8 +190,12 @@ class TrainingData(Protocol):
             NothingFound: The part is empty.
         """
 
-    def select_all(self, card: LearnedFrom) -> EvaluationSet:
+    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = ()) -> EvaluationSet:
         """Return all of the data, which are other data than those of the run.
+
+        Args:
+            card: Card of the run.
+            without: Modalities that the network does not get; the data may lack them.
 
         Raises:
             InvalidInput: Bands, labels or classes do not fit the model.

@@ -350,7 +350,7 @@ def evaluate(
     # the split of the run holds for its own data, whatever their path
     own = card if data is None or str(data).split(",") == _urls(card) else match_own(card, opened)
     part = None if own is None else cast(Part, split)
-    chosen = select_data(own or card, opened, part=part, name=data)
+    chosen = select_data(own or card, opened, part=part, name=data, without=without)
     chosen = replace(chosen, reader=hide(chosen.reader, without))
     program, state, step, passed_over = restore_model(run, card)
     sums = sum_windows(
@@ -474,7 +474,12 @@ def _own_examples(
 
 
 def select_data(
-    card: ModelCard, data: TrainingData, *, part: Part | None, name: str | Path | None = None
+    card: ModelCard,
+    data: TrainingData,
+    *,
+    part: Part | None,
+    name: str | Path | None = None,
+    without: Sequence[str] = (),
 ) -> EvaluationSet:
     """Return the data of an evaluation: a part of the run's own data, or all of other data.
 
@@ -483,6 +488,7 @@ def select_data(
         data: The open data.
         part: A part of the run's own data; None for all of other data.
         name: Name of the data in the message, as the user gave it.
+        without: Modalities that the network does not get; other data may lack them.
 
     Raises:
         InvalidInput: The model was trained on another kind of data.
@@ -493,4 +499,4 @@ def select_data(
         raise InvalidInput(
             f"{name or data.url} is a {data.kind}, but the run was trained on a {learned}; give a {learned}"
         )
-    return data.select_all(card) if part is None else data.select_part(card, part)
+    return data.select_all(card, without=without) if part is None else data.select_part(card, part)

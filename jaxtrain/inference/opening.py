@@ -256,7 +256,10 @@ def _open_reader(
     """Open what reads the windows, and return it with lines about numbers that are converted or unusual."""
     config = card.config.data
     if card.modalities:
-        sources, notes = open_sources(config, cube, trained=card.modalities, numbers=card.numbers)
+        sources, notes = open_sources(
+            config, cube, trained=card.modalities, numbers=card.numbers, usual=(card.mean, card.std),
+            without=options.without,
+        )  # fmt: skip
         several: ModalityReader = hide(ModalityReader(sources, max(lattice.window)), options.without)
         return several, notes
     bands = spec.find_bands(card.bands)

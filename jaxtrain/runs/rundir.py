@@ -239,8 +239,11 @@ def config_differences(there: TrainConfig, asked: TrainConfig) -> list[str]:
 
 
 def _differences(there: Any, asked: Any, at: str) -> list[str]:
-    if at in _MAY_CHANGE:
+    if at in _MAY_CHANGE or (at.startswith("data.modalities.") and at.endswith(".cube")):
         return []
+    if at == "data.modalities" and list(there) != list(asked) and there.keys() == asked.keys():
+        # channels and bits of maps follow this order
+        return [f"{at} (their order): {', '.join(there)} → {', '.join(asked)}"]
     if at != "data.classes" and isinstance(there, dict) and isinstance(asked, dict):
         keys = [*there, *(key for key in asked if key not in there)]
         return [d for k in keys for d in _differences(there.get(k), asked.get(k), f"{at}.{k}" if at else k)]

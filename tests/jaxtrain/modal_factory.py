@@ -31,8 +31,12 @@ OPTICAL = np.array([[900, 1200, 2000], [400, 300, 3000], [300, 200, 150]], float
 RADAR_DB = np.array([[-12.0, -19.0], [-8.0, -13.0], [-19.0, -26.0]])
 
 
-def make_modal_cube(url: Path, *, only: tuple[str, ...] = ("s2", "s2_20", "s1"), layers: bool = True) -> Cube:
-    """Write the cube, with collections of these names, a label layer `truth` and a static layer `dem`."""
+def make_modal_cube(url: Path, *, only: tuple[str, ...] = ("s2", "s2_20", "s1"), layers: bool = True,
+                    decibels: str | None = None) -> Cube:  # fmt: skip
+    """Write the cube, with collections of these names, a label layer `truth` and a static layer `dem`.
+
+    With `decibels` the radar is stored in decibels, with this unit.
+    """
     rng = np.random.default_rng(3)
     truth = ground(SIDE, SIDE) - 4
     coarse = truth[::2, ::2]
@@ -43,14 +47,15 @@ def make_modal_cube(url: Path, *, only: tuple[str, ...] = ("s2", "s2_20", "s1"),
     optical[0, :, *CLOUD] = 7000
     swir = np.array([2500, 1500, 80.0])[coarse] + rng.normal(0, 40, (TIMES, 1, SIDE // 2, SIDE // 2))
     decibel = RADAR_DB[truth].transpose(2, 0, 1) + rng.normal(0, 0.8, (TIMES, 2, SIDE, SIDE))
+    radar = 10 ** (decibel / 10) if decibels is None else decibel
     known: dict[str, tuple[Any, ...]] = {
         "s2": ("reflectance", ("green", "red", "nir"), FINE, S2_DATES, optical, status, 32),
         "s2_20": ("reflectance", ("swir",), FINE.coarsen(2), S2_DATES, swir, status[:, ::2, ::2], 16),
-        "s1": ("backscatter", ("vv", "vh"), FINE, S1_DATES, 10 ** (decibel / 10), np.ones_like(status), 32),
+        "s1": ("backscatter", ("vv", "vh"), FINE, S1_DATES, radar, np.ones_like(status), 32),
     }
     for name in only:
         kind, bands, grid, dates, main, seen, chunk = known[name]
-        fill: dict[str, Any] = {"nodata": None} if kind == "backscatter" else {}
+        fill: dict[str, Any] = {"nodata": None, "unit": decibels or "1"} if kind == "backscatter" else {}
         specs.append(CubeSpec(name, kind, tuple(BandSpec(band, **fill) for band in bands), grid, dates, (),
                               Layout("tiny", (1, chunk, chunk), (1, 3 * chunk, 3 * chunk))))  # fmt: skip
         stored = np.rint(main).clip(1, 65535).astype(np.uint16) if kind == "reflectance" else main.astype(np.float32)
