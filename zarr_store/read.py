@@ -64,7 +64,7 @@ def open_cube(url: str | os.PathLike[str]) -> Cube:
     store = open_store(url)
     attributes = _root_attributes(store)
     if "terrashard" not in attributes or "collections" not in attributes["terrashard"]:
-        raise NotACube(f"{store.url} is a Zarr group, but not a terrashard cube; make one with `terrashard ingest`")
+        raise NotACube(f"{store.url} is {_other_kind(store.url, attributes)}")
     found = attributes["terrashard"].get("format")
     if found != _FORMAT:
         newer = isinstance(found, int) and found > _FORMAT
@@ -75,9 +75,23 @@ def open_cube(url: str | os.PathLike[str]) -> Cube:
     return Cube(store, attributes["terrashard"])
 
 
+def _other_kind(url: str, attributes: dict[str, Any]) -> str:
+    """Say what a Zarr group that is no cube holds, and what to do with it."""
+    if "samples" in attributes.get("terrashard", {}):
+        return (
+            f"a sample store, not a cube: `terrashard info {url}` shows it, and `terrashard train` and `terrashard "
+            "evaluate --data` take it"
+        )
+    if "terrashard_map" in attributes:
+        return f"a map, not a cube: show it with `terrashard quicklook {url} OUT.png`"
+    return "a Zarr group, but not a terrashard cube; make one with `terrashard ingest`"
+
+
 def _root_attributes(store: Store) -> dict[str, Any]:
     data = store.read("zarr.json")
     if data is None:
+        if store.read("model.json") is not None:
+            raise NotACube(f"{store.url} is a training run, not a cube: its scores and settings are in its report.html")
         kind = "holds no zarr.json" if store.exists() else "does not exist"
         raise NotACube(f"{store.url} {kind}: expected a cube made by `terrashard ingest`")
     return _attributes(store, "zarr.json", data)

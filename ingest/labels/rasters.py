@@ -162,7 +162,7 @@ def place_raster(
     def draw(box: Region) -> Box:
         window = grid.window(box.y0, box.x0, box.y1 - box.y0, box.x1 - box.x0)
         placed = place(read, theirs, window, method, dtype=work, nodata=empty)
-        return _encoded(placed, values, shown) if kind == "classes" else placed.astype(np.float32)
+        return _encoded(placed, values, shown, rules.static) if kind == "classes" else placed.astype(np.float32)
 
     stated: dict[str, Any] = {"scale": scale, "offset": offset} if (scale, offset) != (1.0, 0.0) else {}
     stated |= {"unit": unit} if unit and kind == "values" else {}
@@ -187,15 +187,24 @@ def _mapping(names: Mapping[int, str] | None) -> tuple[dict[int, int] | None, tu
     return {value: i for i, value in enumerate(ordered)}, numbered([names[value] for value in ordered])
 
 
-def _encoded(placed: npt.NDArray[Any], values: Mapping[int, int] | None, source: str) -> npt.NDArray[np.uint8]:
+def _encoded(
+    placed: npt.NDArray[Any], values: Mapping[int, int] | None, source: str, static: bool
+) -> npt.NDArray[np.uint8]:
     if values is None:
         there = placed != _NONE
         found = placed[there]
         if found.size and (int(found.min()) < 0 or int(found.max()) >= NOT_LABELLED):
+            least, most = int(found.min()), int(found.max())
+            came = f"{source} has class {f'value {least}' if least == most else f'values {least} … {most}'}"
+            if static:
+                raise InvalidInput(
+                    f"{came}, but a layer holds 0 … 254, as {NOT_LABELLED} stands for no data; give --nodata "
+                    f"{NOT_LABELLED} if it is none of the classes, or renumber the values of the file"
+                )
             raise InvalidInput(
-                f"{source} has class values {int(found.min())} … {int(found.max())}, but 0 … 254 can be stored, as "
-                f"{NOT_LABELLED} stands for 'no label'; name the values that you need with --names, and they are "
-                f"renumbered; or state {NOT_LABELLED} as the nodata value of the file, if it is none of the classes"
+                f"{came}, but 0 … 254 can be stored, as {NOT_LABELLED} stands for 'no label'; name the values that you "
+                f"need with --names, and they are renumbered; or state {NOT_LABELLED} as the nodata value of the file, "
+                "if it is none of the classes"
             )
         return np.where(there, placed, NOT_LABELLED).astype(np.uint8)
     encoded = np.full(placed.shape, NOT_LABELLED, np.uint8)

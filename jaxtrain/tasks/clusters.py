@@ -42,7 +42,7 @@ from jaxtrain.tasks.seeding import fit_sample
 from jaxtrain.tasks.table import Table
 from jaxtrain.tasks.tables import CubeTable, Dates, open_table
 from jaxtrain.tasks.work import LocalWorkers, Workers
-from zarr_store.errors import InvalidInput
+from zarr_store.errors import InvalidInput, NothingFound
 
 __all__ = ["ClusterOptions", "ClusterResult", "cluster", "parse_k"]
 
@@ -221,6 +221,11 @@ def cluster(
             _remove(path)
         labelled = label_table(table, found, classes, path, workers, attributes=attributes,
                                on_block=lambda done, total: report("label", done, total))  # fmt: skip
+        if not labelled.count.any():
+            raise NothingFound(
+                f"{table.url} has no row with a number in each of {len(table.features)} features, so none gets a "
+                "cluster: see its dates and masks; nothing was replaced"
+            )
         result = _result(str(out), table, found, labelled, classes, iterations, choice)
         result = replace(result, seconds=round(clock.monotonic() - began, 3))
         if folder:

@@ -18,7 +18,7 @@ from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.lookup import find_band
 from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
-from zarr_store.spec import STATUS_OBSERVED, CubeSpec
+from zarr_store.spec import STATUS_OBSERVED, BandSpec, CubeSpec
 
 __all__ = ["Box", "CubeReader", "open_reader"]
 
@@ -62,6 +62,7 @@ class CubeReader:
 
     Raises:
         UnknownName: A name means no collection, band, index or date.
+        InvalidInput: Backscatter is not above 0, so it is no power, and its unit does not say decibels.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class CubeReader:
         )
         self._positions, self._indices, self.names = _choose(self.spec, bands)
         self.radar = self.spec.kind == "backscatter"
+        if self.radar:
+            _check_power(cube, self.spec)
         rows = cube.ledger(self.spec.collection).rows()
         self._there = {index for index, row in rows.items() if row.state != "failed"}
         self.absent = sum(index not in self._there for index in self.spec.shards())
@@ -151,7 +154,8 @@ class CubeReader:
             stored = self.cube.read(name, spec.kind, region, bands=[p for p, _ in self._positions])
             for number, (position, at) in enumerate(self._positions):
                 band = spec.bands[position]
-                values[:, at] = _physical(stored[:, number], band.nodata, band.scale, band.offset, radar=self.radar)
+                linear = self.radar and not _in_decibels(band)
+                values[:, at] = _physical(stored[:, number], band.nodata, band.scale, band.offset, radar=linear)
         for index, at in self._indices:
             derived = next(one for one in spec.derived if one.name == index)
             values[:, at] = _physical(self.cube.read(name, index, region), derived.nodata, derived.scale, 0.0)
@@ -201,6 +205,24 @@ def _choose(
         raise InvalidInput(f"--bands names one band twice: {', '.join(asked)}; name each once")
     positions = [(spec.band_names.index(name), at) for at, name in enumerate(names) if name in spec.band_names]
     return positions, [(name, at) for at, name in enumerate(names) if name not in spec.band_names], names
+
+
+def _in_decibels(band: BandSpec) -> bool:
+    return band.unit.strip().lower() in ("db", "decibel", "decibels")
+
+
+def _check_power(cube: Cube, spec: CubeSpec) -> None:
+    """Refuse backscatter whose mean is not above 0 and whose unit does not say decibels; no pixel is read."""
+    index = cube.index(spec.collection)
+    if not index.observed.any():
+        return
+    for band, mean in zip(spec.bands, index.statistics()[0], strict=True):
+        physical = float(mean) * band.scale + band.offset
+        if not _in_decibels(band) and physical <= 0:
+            raise InvalidInput(
+                f"{cube.url}: band {band.name} of {spec.collection} has the mean {physical:.4g}, and power is above 0: "
+                "if the numbers are decibels, the cube must state the unit dB"
+            )
 
 
 def _physical(

@@ -84,6 +84,19 @@ def test_what_is_no_cube_is_said(tmp_path: Path, cube_path: Path) -> None:
     (tmp_path / "folder/zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
     with pytest.raises(NotACube, match="not a terrashard cube"):
         open_cube(tmp_path / "folder")
+    for attributes, words in (
+        ('{"terrashard": {"samples": 1}}', r"is a sample store, not a cube: `terrashard info .*folder` shows it"),
+        ('{"terrashard_map": {}}', "is a map, not a cube: show it with `terrashard quicklook"),
+    ):
+        (tmp_path / "folder/zarr.json").write_text(
+            f'{{"zarr_format": 3, "node_type": "group", "attributes": {attributes}}}'
+        )
+        with pytest.raises(NotACube, match=words):
+            open_cube(tmp_path / "folder")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model.json").write_text("{}")
+    with pytest.raises(NotACube, match="is a training run, not a cube"):
+        open_cube(tmp_path / "run")
     root = cube_path / "zarr.json"
     whole = root.read_text()
     root.write_text(whole[:50])

@@ -111,6 +111,8 @@ def test_classes_keep_their_codes(cube: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(layer(cube, "soil"), pixels)
     opened = open_layer(open_cube(cube), "soil")
     assert (opened.classes, opened.statistics) == (((3, "class 3"), (7, "class 7")), None)
+    with pytest.raises(InvalidInput, match=r"has class values? [\d … ]*255, but a layer holds 0 … 254.*--nodata 255"):
+        stack_layer(cube, raster(tmp_path / "all.tif", GRID, pixels, None), name="all", kind="classes")
 
 
 def test_an_item_names_the_raster_and_says_what_its_numbers_mean(cube: Path, tmp_path: Path) -> None:

@@ -24,10 +24,11 @@ from jaxtrain.tasks.seeding import nearest_centres, seed_parallel
 from jaxtrain.tasks.table import Table
 from jaxtrain.tasks.tables import open_table
 from jaxtrain.tasks.work import LocalWorkers, ProcessWorkers, keep_blocks
-from zarr_store.errors import InvalidInput, Preempted
+from zarr_store.errors import InvalidInput, NothingFound, Preempted
 from zarr_store.samples import Sample, SampleSpec, write_samples
 
 from ..cube_factory import make_cube, shared_cube
+from ..modal_factory import make_modal_cube
 
 WORKERS = LocalWorkers(2)
 
@@ -320,3 +321,31 @@ def test_vectors_have_a_cluster_each_and_keep_their_places(tmp_path: Path) -> No
     made: Any = zarr.open_group(tmp_path / "out/clusters.zarr", mode="r")
     np.testing.assert_array_equal(made["cluster"][...], np.repeat([2, 0, 1], [5, 9, 7]))
     np.testing.assert_array_equal(made["x"][...], np.arange(21.0))
+
+
+def test_decibels_stay_decibels_and_what_is_no_power_is_refused(tmp_path: Path) -> None:
+    for name, decibels in (("power", None), ("db", "dB"), ("unstated", "1")):
+        make_modal_cube(tmp_path / f"{name}.zarr", only=("s1",), layers=False, decibels=decibels)
+    power, stated = (open_table(str(tmp_path / f"{name}.zarr"), collection="s1") for name in ("power", "db"))
+    assert [one.unit for one in stated.features] == ["dB", "dB"]
+    np.testing.assert_allclose(all_rows(stated), all_rows(power), atol=1e-3)
+    with pytest.raises(InvalidInput, match=r"band vv of s1 has the mean -1.*must state the unit dB"):
+        open_table(str(tmp_path / "unstated.zarr"), collection="s1")
+
+
+def test_data_that_give_no_row_to_a_model_replace_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cube = shared_cube()
+    found = cluster(cube, tmp_path / "out", ClusterOptions(k=(2,)))
+    kept = (tmp_path / "out" / "clusters.json").read_bytes()
+    read = cube_reader.CubeReader.read
+
+    def nothing(self: Any, *arguments: Any) -> Any:
+        values, clear = read(self, *arguments)
+        return np.full_like(values, np.nan), clear
+
+    monkeypatch.setattr(cube_reader.CubeReader, "read", nothing)
+    keep_blocks(0)
+    with pytest.raises(NothingFound, match=r"no row with a number .*nothing was replaced"):
+        cluster(cube, tmp_path / "out", model=tmp_path / "out")
+    assert (tmp_path / "out" / "clusters.json").read_bytes() == kept
+    assert found.k == 2
