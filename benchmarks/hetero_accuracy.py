@@ -209,28 +209,29 @@ def measure_times(ways: Sequence[str]) -> None:
 
 
 def step_times(ways: Sequence[str]) -> list[Row]:
-    """Return the time of the recipe by the seconds of a step with each way to split the batch, once all are there.
+    """Return the time of the recipe by the seconds of a step with each way to split the batch, once they are there.
 
     All ways make the same updates, so they reach an accuracy at the same step.
     """
     measure_times(ways)
     found = read_times()
-    if missing := [way for way in WAYS if way not in found]:
+    if missing := [way for way in WAYS if way not in found and not way.endswith("exchanged")]:
         print(f"  not measured yet: {', '.join(missing)}")
         return []
     rows = [
-        Row(f"{way.name}: seconds to the accuracy", STEPS * found[name]["seconds"],
-            note=f"{1000 * found[name]['seconds']:.0f} ms a step; shares {found[name]['shares']}")
-        for name, way in WAYS.items()
+        Row(f"{WAYS[name].name}: seconds to the accuracy", STEPS * line["seconds"],
+            note=f"{1000 * line['seconds']:.0f} ms a step; shares {line['shares']}")
+        for name, line in ((name, found[name]) for name in WAYS if name in found)
     ]  # fmt: skip
     spent = {name: line["seconds"] for name, line in found.items()}
-    return [
-        *rows,
+    rows += [
         Row("equal split ÷ shares that follow", spent["equal"] / spent["follow"], 1.84),
         Row("split measured at the start ÷ shares that follow", spent["static"] / spent["follow"]),
-        Row("split measured at the start ÷ shares that follow, speeds exchanged",
-            spent["static-exchanged"] / spent["follow-exchanged"], 1),
-    ]  # fmt: skip
+    ]
+    if {"follow-exchanged", "static-exchanged"} <= spent.keys():
+        ratio = spent["static-exchanged"] / spent["follow-exchanged"]
+        rows.append(Row("split measured at the start ÷ shares that follow, speeds exchanged", ratio, 1))
+    return rows
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -245,6 +246,9 @@ def test_replicas_come_and_die_and_the_run_ends_as_if_nothing_had_happened(
             crew.start("d", hetero_config(run={"seed": 1}))
             crew.start("e", hetero_config(data={"cube": str(elsewhere)}))
             assert joined.wait(timeout=100)
+            until = time.monotonic() + 100
+            while not {"d", "e"} <= crew.found.keys() and time.monotonic() < until:  # both answers come within the run
+                time.sleep(0.01)
 
     config, out, elsewhere = hetero_config(), tmp_path / "run", tmp_path / "other.zarr"
     make_cube(elsewhere, seed=1)
