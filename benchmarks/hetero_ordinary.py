@@ -166,6 +166,7 @@ class Ordinary:
                     if before is not None:
                         float(before["loss"])
                     before = metrics
+                assert before is not None
                 float(before["loss"])
                 before = None
                 times.append({"at": time.time()})
