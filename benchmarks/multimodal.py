@@ -4,10 +4,10 @@
   both with each fusion, and both without cloudy pairs. Held-out clear windows are then scored with 0, 25, 50, 75 and
   100 % of Sentinel-2 masked; every pixel is scored in all cases. What is masked is a smooth random field cut at its
   quantile, the same for every network of a seed.
-- `series`: twelve monthly composites of Sentinel-2 and Sentinel-1 (`multimodal_series.py`).
 
 What was measured is kept for each network and seed, so that a call continues where the last one stopped; `--network`
-and `--seed` measure one of them. The rows are published when all of them are there.
+and `--seed` measure one of them. The rows are published when all of them are there, or with `--publish` as soon as each
+network has a seed; each row says how many seeds it is of.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def clear_windows(cube: Path) -> tuple[ModalityReader, npt.NDArray[np.int32]]:
     return ready.reader, test[whole][: whole.sum() // BATCH * BATCH]
 
 
-def measure_sim(size: Size, networks: Sequence[str], seeds: Sequence[int]) -> list[Row] | None:
-    """Train and score networks on the simulated world; return the rows once all of them are there."""
+def measure_sim(size: Size, networks: Sequence[str], seeds: Sequence[int], *, some: bool) -> list[Row] | None:
+    """Train and score networks on the simulated world; return the rows once all, or `some`, of the seeds are there."""
     cube = make_world(OUT, size.side)
     reader, rows = clear_windows(cube)
     for seed in seeds:
@@ -192,9 +192,10 @@ def measure_sim(size: Size, networks: Sequence[str], seeds: Sequence[int]) -> li
         name: [kept().get(f"{name}, seed {seed}, {size.steps} steps") for seed in range(size.seeds)]
         for name in VARIANTS
     }
-    if any(one is None for several in scores.values() for one in several):
+    there = {name: [one for one in several if one is not None] for name, several in scores.items()}
+    if not all(there.values()) or (there != scores and not some):
         return None
-    return rows_of(scores, len(rows))
+    return rows_of(there, len(rows))
 
 
 def rows_of(scores: Mapping[str, Sequence[Any]], windows: int) -> list[Row]:
@@ -247,11 +248,14 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="the sizes of the published figures; takes long")
     parser.add_argument("--network", choices=tuple(VARIANTS), help="only this network")
     parser.add_argument("--seed", type=int, help="only this seed")
+    parser.add_argument(
+        "--publish", action="store_true", help="train nothing more, and publish the seeds that are there"
+    )
     options = parser.parse_args()
     size = FULL if options.full else QUICK
     networks = (options.network,) if options.network else tuple(VARIANTS)
     seeds = range(size.seeds) if options.seed is None else (options.seed,)
-    rows = measure_sim(size, networks, seeds)
+    rows = measure_sim(size, networks, () if options.publish else seeds, some=options.publish)
     if rows is None:
         print("  networks or seeds are missing: nothing is published yet")
         return 0
