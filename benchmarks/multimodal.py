@@ -1,9 +1,9 @@
-"""Where fusion pays: accuracy by cloud share of one modality alone and of several, and cropland of a real series.
+"""Where fusion pays: accuracy by cloud share of one modality alone and of several.
 
-- `sim`: the simulated world with Sentinel-2 and Sentinel-1. Networks are trained on Sentinel-2 alone, Sentinel-1 alone,
-  both with each fusion, and both without cloudy pairs. Held-out clear windows are then scored with 0, 25, 50, 75 and
-  100 % of Sentinel-2 masked; every pixel is scored in all cases. What is masked is a smooth random field cut at its
-  quantile, the same for every network of a seed.
+The simulated world has Sentinel-2 and Sentinel-1. Networks are trained on Sentinel-2 alone, Sentinel-1 alone, both with
+each fusion, and both without cloudy pairs. Held-out clear windows are then scored with 0, 25, 50, 75 and 100 % of
+Sentinel-2 masked; every pixel is scored in all cases. What is masked is a smooth random field cut at its quantile, the
+same for every network of a seed.
 
 What was measured is kept for each network and seed, so that a call continues where the last one stopped; `--network`
 and `--seed` measure one of them. The rows are published when all of them are there, or with `--publish` as soon as each
@@ -248,9 +248,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="the sizes of the published figures; takes long")
     parser.add_argument("--network", choices=tuple(VARIANTS), help="only this network")
     parser.add_argument("--seed", type=int, help="only this seed")
-    parser.add_argument(
-        "--publish", action="store_true", help="train nothing more, and publish the seeds that are there"
-    )
+    parser.add_argument("--publish", action="store_true", help="publish the seeds that are there; train nothing")
     options = parser.parse_args()
     size = FULL if options.full else QUICK
     networks = (options.network,) if options.network else tuple(VARIANTS)
