@@ -1,7 +1,7 @@
 """Write the tables and figures of docs/multimodal.md and docs/placements.md from results: `make docs-figures`.
 
-Each table lies between two comments of its page, `<!-- NAME -->` and `<!-- /NAME -->`; what is not measured yet is left
-out of it. Numbers come from `results/` and from docs/placements/, which the benchmarks write.
+Each table lies between two comments of its page, `<!-- NAME -->` and `<!-- /NAME -->`, and stays as it is where there is
+no result of it. Numbers come from `results/` and from docs/placements/, which the benchmarks write.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def put(page: Path, blocks: Mapping[str, str]) -> None:
         if begin not in text or end not in text:
             raise SystemExit(f"{page.name} has no place for {name}: write {begin.strip()} and {end} into it")
         before, _, rest = text.partition(begin)
-        text = before + begin + (f"\n{block}\n\n" if block else "\n") + end + rest.partition(end)[2]
+        if block:
+            text = f"{before}{begin}\n{block}\n\n{end}{rest.partition(end)[2]}"
     page.write_text(text, encoding="utf-8")
 
 
@@ -181,7 +182,10 @@ def measured_table(document: Mapping[str, Any]) -> str:
         ])  # fmt: skip
     head = ("placement", "predicted MB/step", "carried", "carried MB/epoch", "off", "step ms", "processor",
             "inference ms", "epochs s", "accuracy")  # fmt: skip
-    return table(head, lines) if lines else ""
+    where = f"on {document['workers']} workers of a Dask cluster" if "workers" in document else "one for each device"
+    picture = "![Bytes of an epoch over the batch, for each placement](images/placements-batch.png)"
+    words = f"In real processes, {where} ({document['machine']}; {document['seconds']:.0f} s in all):" if lines else ""
+    return f"{words}\n\n{table(head, lines)}" + ("" if "workers" in document else f"\n\n{picture}") if lines else ""
 
 
 def draw_batches(document: Mapping[str, Any]) -> Figure:

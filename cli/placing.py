@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.progress import Reporter
 from cli.session import Session
-from zarr_store.errors import AccessError, TerrashardError
+from zarr_store.errors import TerrashardError
 
 if TYPE_CHECKING:
     from jaxtrain.config import TrainConfig
@@ -74,9 +74,9 @@ def measure_placements(
         What was measured, by the name of the placement.
 
     Raises:
-        TerrashardError: The processes of a number of devices failed; the message is the last line that they wrote.
-        AccessError: The Dask cluster does not answer. Placements for which it has too few workers have a reason in
-            place of measurements.
+        TerrashardError: The first processes failed; the message is the last line that they wrote. Later ones that fail
+            have this reason in place of measurements.
+        AccessError: The Dask cluster does not answer, or has no worker.
     """
     by_size: dict[int, list[Placed]] = defaultdict(list)
     for one in placed:
@@ -87,10 +87,10 @@ def measure_placements(
         session.note(f"measuring {len(several)} placement(s) in {devices} process(es)")
         try:
             found |= _measure(devices, several, dask, epochs)
-        except AccessError as error:
+        except TerrashardError as error:
             if not found:
                 raise
-            # the cluster has workers for the smaller placements only
+            # what was measured is worth its minutes; a cluster may have workers for the smaller placements only
             found |= {one.name: {"why_not": str(error)} for one in several}
     return found
 

@@ -105,6 +105,20 @@ def test_processes_that_fail_are_one_line(launched, monkeypatch):
         measure_placements(QUIET, [placed])
 
 
+def test_processes_that_fail_lose_nothing_of_what_was_measured(launched, monkeypatch):
+    works = placing._measure
+
+    def fails_with_three(devices: int, *others: Any) -> Any:
+        if devices == 3:
+            raise TerrashardError("placements on 3 processes could not be measured: killed")
+        return works(devices, *others)
+
+    monkeypatch.setattr(placing, "_measure", fails_with_three)
+    found = measure_placements(QUIET, list_placements(config_of()))
+    assert found["branches, fusion apart"] == {"why_not": "placements on 3 processes could not be measured: killed"}
+    assert found["branches × filters"]["accuracy"] == found["one device"]["accuracy"] == 0.9
+
+
 def rows() -> list[PlacementRow]:
     made = {one.name: one for one in list_placements(config_of())}
     gradient = facts({"data": 2}, program(collectives=(exchange(("data",), 1e6, 2),)))
