@@ -6,8 +6,8 @@ Sentinel-2 masked; every pixel is scored in all cases. What is masked is a smoot
 same for every network of a seed.
 
 What was measured is kept for each network and seed, so that a call continues where the last one stopped; `--network`
-and `--seed` measure one of them. The rows are published when all of them are there, or with `--publish` as soon as each
-network has a seed; each row says how many seeds it is of.
+and `--seed` measure one of them. The rows are published when all of them are there; `--publish` publishes what is there,
+and each row tells of how many seeds it is.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def measure_sim(size: Size, networks: Sequence[str], seeds: Sequence[int], *, so
         name: [kept().get(f"{name}, seed {seed}, {size.steps} steps") for seed in range(size.seeds)]
         for name in VARIANTS
     }
-    there = {name: [one for one in several if one is not None] for name, several in scores.items()}
-    if not all(there.values()) or (there != scores and not some):
+    there = {name: [one for one in several if one is not None] for name, several in scores.items() if any(several)}
+    if not {"S2 alone", "S1 alone", *FUSIONS} <= set(there) or (there != scores and not some):
         return None
     return rows_of(there, len(rows))
 
@@ -223,7 +223,7 @@ def rows_of(scores: Mapping[str, Sequence[Any]], windows: int) -> list[Row]:
         lost = [100 * (one["by_share"]["0"]["accuracy"] - one["without_s1"]["accuracy"]) for one in scores[name]]
         rows.append(Row(f"{name}: lost without S1 on clear pixels, points", statistics.fmean(lost), at_most=True,
                         limit=1.0 if aimed else None, note=f"{min(lost):.2f} … {max(lost):.2f}"))  # fmt: skip
-    for share in (50, 100):
+    for share in (50, 100) if CLEAR_ONLY in scores else ():
         lost = mean[CLEAR_ONLY, 0] - mean[CLEAR_ONLY, share]  # type: ignore[assignment]
         rows.append(Row(f"{CLEAR_ONLY}: lost from 0 to {share} % cloud, points", lost))  # type: ignore[arg-type]
     return rows

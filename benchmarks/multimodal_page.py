@@ -1,7 +1,7 @@
 """Write the tables and figures of docs/multimodal.md and docs/placements.md from results: `make docs-figures`.
 
-Each table lies between two comments of its page, `<!-- NAME -->` and `<!-- /NAME -->`, and stays as it is where there is
-no result of it. Numbers come from `results/` and from docs/placements/, which the benchmarks write.
+Each table lies between two comments of its page, `<!-- NAME -->` and `<!-- /NAME -->`, and stays as it is without a
+result of it. Numbers come from `results/` and from docs/placements/, which the benchmarks write.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ MIOU = re.compile(r"mIoU (?P<miou>[\d.]+) %; (?P<low>[\d.]+) … (?P<high>[\d.]+
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a result; none where it was not measured."""
-    file = RESULTS / f"{name}.json"
-    found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    """Return the rows of a result, of its full size where that was measured; none where neither was."""
+    files = [RESULTS / f"{name}-{size}.json" for size in ("full", "quick")]
+    found: list[dict[str, Any]] = next((json.loads(file.read_text(encoding="utf-8"))["rows"] for file in files
+                                        if file.exists()), [])  # fmt: skip
     return found
 
 
@@ -209,7 +210,7 @@ def draw_batches(document: Mapping[str, Any]) -> Figure:
 
 def main() -> None:
     """Write both pages."""
-    sim, series, placed = rows_of("multimodal-sim-full"), rows_of("multimodal-series-full"), rows_of("placements-full")
+    sim, series, placed = rows_of("multimodal-sim"), rows_of("multimodal-series"), rows_of("placements")
     table_here, table_dask = document_of("table"), document_of("table-dask")
     put(DOCS / "multimodal.md", {"clouds": cloud_table(sim), "series": series_table(series)})
     put(DOCS / "placements.md", {
