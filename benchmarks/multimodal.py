@@ -6,7 +6,7 @@ Sentinel-2 masked; every pixel is scored in all cases. What is masked is a smoot
 same for every network of a seed.
 
 What was measured is kept for each network and seed, so that a call continues where the last one stopped; `--network`
-and `--seed` measure one of them. The rows are published when all of them are there; `--publish` publishes what is there,
+and `--seed` measure one of them. The rows are published when all of them are there; `--publish` takes what is there,
 and each row tells of how many seeds it is.
 """
 
