@@ -124,6 +124,7 @@ def test_the_map_does_not_depend_on_how_the_work_is_cut(
 ) -> None:
     monkeypatch.setattr("jaxtrain.inference.lattice.CHUNK", 40)
     monkeypatch.setattr("jaxtrain.inference.lattice._PATCHES_OF_SHARD", 1)
+    monkeypatch.setattr("jaxtrain.inference.lattice._SHARDS_ACROSS", 8)
     monkeypatch.setattr("jaxtrain.inference.maps.CHUNK", 40)
     monkeypatch.setattr("jaxtrain.inference.making.CHUNK", 40)
     progress: list[tuple[int, int]] = []

@@ -39,6 +39,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in ("lattice", "maps", "making"):
         monkeypatch.setattr(f"jaxtrain.inference.{place}.CHUNK", 40)
     monkeypatch.setattr("jaxtrain.inference.lattice._PATCHES_OF_SHARD", 1)
+    monkeypatch.setattr("jaxtrain.inference.lattice._SHARDS_ACROSS", 8)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
