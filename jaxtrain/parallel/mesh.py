@@ -99,7 +99,9 @@ def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = Non
 
 
 def split_processor(parts: int) -> bool:
-    """Make the processor so many devices; returns False, and changes nothing, where JAX has its devices already."""
+    """Make the processor so many devices; returns False, and changes nothing, where JAX or XLA_FLAGS has a number."""
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return False
     try:
         jax.config.update("jax_num_cpu_devices", parts)  # type: ignore[no-untyped-call]  # of jax
     except RuntimeError:
