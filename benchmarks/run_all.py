@@ -26,6 +26,7 @@ TOPICS = (
     "accuracy",
     "series",
     "tune",
+    "inference",
 )
 
 
