@@ -24,7 +24,7 @@ from zarr_store.errors import AccessError, InvalidInput
 if TYPE_CHECKING:
     from ingest.request.config import IngestConfig
 
-__all__ = ["FORWARDED", "DaskProcess", "DaskWorkers", "cluster_places", "dask_workers"]
+__all__ = ["FORWARDED", "DaskProcess", "DaskWorkers", "check_address", "cluster_places", "dask_workers"]
 
 FORWARDED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "TERRASHARD_HEARTBEAT_S")
 """Variables of the caller that decide how JAX computes; for all else a worker keeps its own environment."""
@@ -48,14 +48,23 @@ def dask_workers(address: str, command: Sequence[str], processes: int | None) ->
         InvalidInput: The address has no scheme.
         AccessError: The cluster does not answer, or has too few workers.
     """
-    if not re.match(r"[a-z]+://.", address):
-        raise InvalidInput(
-            f"--dask {address}: expected the address of a scheduler with its scheme, such as tcp://10.0.0.1:8786"
-        )
+    check_address(address)
     from ingest.request.config import IngestConfig
 
     with cluster_places(IngestConfig(scheduler=address), command, processes) as places:
         yield places
+
+
+def check_address(address: str) -> None:
+    """Refuse an address of a scheduler without its scheme.
+
+    Raises:
+        InvalidInput: The address has no scheme.
+    """
+    if not re.match(r"[a-z]+://.", address):
+        raise InvalidInput(
+            f"--dask {address}: expected the address of a scheduler with its scheme, such as tcp://10.0.0.1:8786"
+        )
 
 
 @contextmanager

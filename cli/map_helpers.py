@@ -59,6 +59,10 @@ def fill_elsewhere(
         if lost and not (lost == ["tls"] and "dask" in given):
             option = lost[0].replace("_options", "-option")
             raise InvalidInput(f"--{option} is for --cluster; leave it out, or name one")
+    if "dask" in given:
+        from cli.dask_workers import check_address
+
+        check_address(given["dask"])
     count = _count(given.get("workers"))
 
     def fill(folder: Path) -> None:
