@@ -200,8 +200,8 @@ def refuse_taken_port(dashboard: str) -> None:
             probe.bind((host.strip("[]"), int(port)))
         except OSError as error:
             raise InvalidInput(
-                f"the dashboard cannot listen on {dashboard} ({error.strerror}): name another port with --dashboard, or "
-                "leave it out, which takes a free one"
+                f"the dashboard cannot listen on {dashboard} ({error.strerror}): name another port with --dashboard, "
+                "or leave it out, which takes a free one"
             ) from error
 
 
