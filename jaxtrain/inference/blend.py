@@ -123,8 +123,7 @@ def _finite(answer_HWK: Weights) -> npt.NDArray[np.bool_] | None:
     """Return which pixels have numbers in all classes; None where all have."""
     if np.isfinite(answer_HWK.sum()):  # one number that is not finite leaves no finite sum
         return None
-    finite: npt.NDArray[np.bool_] = np.isfinite(answer_HWK).all(axis=-1)
-    return finite
+    return np.asarray(np.isfinite(answer_HWK).all(axis=-1))
 
 
 class Cores:
