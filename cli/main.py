@@ -33,6 +33,7 @@ from cli import (
     embed,
     evaluate,
     export,
+    export_model,
     gc,
     import_file,
     info,
@@ -121,6 +122,7 @@ for module in (
     anomaly,
     quicklook,
     export,
+    export_model,
     doctor,
 ):
     module.register(app)

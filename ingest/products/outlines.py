@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 from affine import Affine
-from rasterio.features import shapes
 
 from ingest.products.layer import ClassLayer
 from ingest.products.patches import Patches, label_strip
@@ -42,14 +41,12 @@ def draw_patches(layer: ClassLayer, patches: Patches) -> Iterator[Drawn]:
         start = int(patches.starts[number])
         if start + count != int(patches.starts[number + 1]):
             raise RuntimeError("the map has changed while its polygons were drawn")
-        # patches of this strip, numbered from 1 on, as GDAL draws areas of 32-bit numbers
+        # patches of this strip, numbered from 1 on
         here, found = np.unique(patches.patch[start : start + count], return_inverse=True)
         table = np.concatenate([[0], found + 1]).astype(np.int32)
         strip = table[labels]
-        moved = Affine.translation(0, rows.start)
-        for shape, value in shapes(strip, mask=strip > 0, connectivity=4, transform=moved):
-            rings = shape["coordinates"]
-            open_pieces.setdefault(int(here[int(value) - 1]), []).append(shapely.Polygon(rings[0], rings[1:]))
+        for shape, value in zip(*_faces(strip, rows.start), strict=True):
+            open_pieces.setdefault(int(here[value - 1]), []).append(shape)
         done = [patch for patch in open_pieces if patches.last_strip[patch] <= number]
         done.sort()
         if done:
@@ -74,12 +71,42 @@ def simplify(drawn: list[Drawn], tolerance: float, pixel: float) -> list[Drawn]:
     return [Drawn(part.patch, shape) for part, shape in zip(drawn, np.split(made, ends), strict=True)]
 
 
+def _faces(strip: npt.NDArray[np.int32], top: int) -> tuple[npt.NDArray[Any], list[int]]:
+    """Return the outlines of the areas of equal numbers above 0, in pixels of the map, and the number of each.
+
+    GDAL could draw them too, but only with its driver Memory, which is switched off in this process.
+    """
+    height, width = strip.shape
+    framed = np.zeros((height + 2, width + 2), np.int32)
+    framed[1:-1, 1:-1] = strip
+    across = framed[:-1, 1:-1] != framed[1:, 1:-1]  # an edge runs along the top of each pixel, (height + 1, width)
+    down = framed[1:-1, :-1] != framed[1:-1, 1:]  # along its left side, (height, width + 1)
+    open_x, open_y = np.pad(across, ((0, 0), (1, 1))), np.pad(down, ((1, 1), (0, 0)))
+    west, east, north, south = open_x[:, :-1], open_x[:, 1:], open_y[:-1], open_y[1:]
+    node_x, node_y = north | south, west | east  # where an edge along a row, or along a column, is cut
+    lines = [_segments(east & (~west | node_x), west & (~east | node_x)),
+             _segments((south & (~north | node_y)).T, (north & (~south | node_y)).T)[..., ::-1]]  # fmt: skip
+    ends = np.concatenate(lines).astype(np.float64)
+    if not len(ends):
+        return np.zeros(0, object), []
+    ends[..., 1] += top
+    made = shapely.get_parts(shapely.polygonize(shapely.linestrings(ends)))
+    inside = shapely.get_coordinates(shapely.point_on_surface(made))
+    value = strip[np.floor(inside[:, 1]).astype(int) - top, np.floor(inside[:, 0]).astype(int)]
+    return made[value > 0], value[value > 0].tolist()
+
+
+def _segments(begins: npt.NDArray[np.bool_], stops: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Return the straight edges along rows as (segments, 2, (x, y)), each from where it begins to where it stops."""
+    (y0, x0), (y1, x1) = np.nonzero(begins), np.nonzero(stops)
+    return np.stack([np.stack([x0, y0], axis=-1), np.stack([x1, y1], axis=-1)], axis=1)
+
+
 def _join(pieces: list[Any]) -> Any:
     """Join the pieces of one patch."""
-    if len(pieces) == 1:
-        whole = pieces[0]
-    else:  # a normal ring begins at a corner; so simplifying by nothing takes all vertices of the seam away
-        whole = shapely.simplify(shapely.normalize(shapely.union_all(pieces)), 0)
+    whole = pieces[0] if len(pieces) == 1 else shapely.union_all(pieces)
+    # a normal ring begins at a corner; so simplifying by nothing takes all vertices of straight edges away
+    whole = shapely.simplify(shapely.normalize(whole), 0)
     return whole if shapely.is_valid(whole) else shapely.make_valid(whole, method="structure", keep_collapsed=False)
 
 

@@ -48,8 +48,9 @@ from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored
 from jaxtrain.parallel.pipeline import Pipeline
 from jaxtrain.traced import is_on
 
-__all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "batch_shardings", "differentiate", "make_embed_step",
-           "make_eval_step", "make_pipeline", "make_predict_step", "make_train_step", "update_state"]  # fmt: skip
+__all__ = ["Batch", "EvalStep", "PredictStep", "TrainStep", "answer_batch", "batch_shardings", "differentiate",
+           "make_embed_step", "make_eval_step", "make_pipeline", "make_predict_step", "make_train_step",
+           "update_state"]  # fmt: skip
 
 Batch = Mapping[str, Any]
 
@@ -281,11 +282,8 @@ def make_predict_step(program: Program) -> PredictStep:
     def predict(
         params: Any, model_state: Any, image: jax.Array, observed: jax.Array, day: jax.Array | None = None
     ) -> jax.Array:
-        x_BHWC = present(program, image, observed, day)
-        logits = _look(program, params, model_state, x_BHWC, program.config.model.turns)
-        if program.objective.task.rebuild:
-            return jnp.sqrt(jnp.square(logits - x_BHWC).mean(axis=-1, keepdims=True))
-        return program.objective.answer(logits)
+        batch = {"image": image, "observed": observed, **({} if day is None else {"day": day})}
+        return answer_batch(program, params, model_state, batch)
 
     lies = batch_shardings(program)
     param_shardings = evaluation_params(program.shardings.params, program.shardings.opt_state)
@@ -293,8 +291,7 @@ def make_predict_step(program: Program) -> PredictStep:
     if program.modalities:
 
         def predict_several(params: Any, model_state: Any, batch: dict[str, Any]) -> jax.Array:
-            x = present_modalities(program, batch)
-            return program.objective.answer(_look(program, params, model_state, x, program.config.model.turns))
+            return answer_batch(program, params, model_state, batch)
 
         inputs = {name: at for name, at in lies.items() if name != "label"}
         jitted = jax.jit(
@@ -306,6 +303,18 @@ def make_predict_step(program: Program) -> PredictStep:
     days = (lies["day"],) if "day" in lies else ()
     shardings = (param_shardings, program.shardings.model_state, lies["image"], lies["observed"], *days)
     return PredictStep(jax.jit(predict, in_shardings=shardings, out_shardings=answers))
+
+
+def answer_batch(program: Program, params: Any, model_state: Any, batch: Batch) -> jax.Array:
+    """Return what the prediction step returns for a batch, as a function without shardings that others may trace."""
+    turned = program.config.model.turns
+    if program.modalities:
+        return program.objective.answer(_look(program, params, model_state, present_modalities(program, batch), turned))
+    x_BHWC = present(program, batch["image"], batch["observed"], batch.get("day"))
+    logits = _look(program, params, model_state, x_BHWC, turned)
+    if program.objective.task.rebuild:
+        return jnp.sqrt(jnp.square(logits - x_BHWC).mean(axis=-1, keepdims=True))
+    return program.objective.answer(logits)
 
 
 def make_embed_step(program: Program) -> Callable[[TrainState, Batch], jax.Array]:

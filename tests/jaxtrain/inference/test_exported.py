@@ -1,0 +1,160 @@
+"""Exported networks answer as `predict` does: StableHLO always, safetensors and ONNX where the extra is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain.data.opening import open_training_data
+from jaxtrain.evaluation.scores import restore_model, select_data
+from jaxtrain.inference import exported
+from jaxtrain.inference.exported import export_model, exported_function
+from jaxtrain.learn.modalities import modality_shapes
+from jaxtrain.learn.state import Program
+from jaxtrain.learn.step import make_predict_step
+from jaxtrain.runs.rundir import load_card
+from zarr_store.errors import InvalidInput
+
+from ..cube_factory import shared_cube, shared_run
+
+CLOSE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def real() -> dict[str, Any]:
+    """Windows of the test part of a trained U-Net, and its answers."""
+    run = shared_run()
+    card = load_card(run)
+    chosen = select_data(card, open_training_data(shared_cube()), part="test")
+    batch = chosen.reader.read(chosen.windows.rows[:4])
+    program, state, _, _ = restore_model(run, card)
+    size = -(-4 // int(program.mesh.shape["data"])) * int(program.mesh.shape["data"])
+    padded = {name: np.concatenate([batch[name]] * -(-size // 4))[:size] for name in ("image", "observed")}
+    answers = make_predict_step(program)(state, padded["image"], observed=padded["observed"])
+    return {"run": run, "image": batch["image"].astype(np.float32), "observed": batch["observed"].astype(np.float32),
+            "answers": np.asarray(answers)[:4]}  # fmt: skip
+
+
+def test_stablehlo_answers_as_predict_on_real_windows(real: dict[str, Any], tmp_path: Path) -> None:
+    made = export_model(real["run"], tmp_path / "model", formats=("stablehlo",), batch=4)
+    again = export_model(real["run"], tmp_path / "again", formats=("stablehlo",), batch=4)
+    assert made.files == ("model.stablehlo", "item.json")
+    function = jax.export.deserialize(bytearray((tmp_path / "model" / "model.stablehlo").read_bytes()))
+    found = np.asarray(function.call(real["image"], real["observed"]))
+    assert np.abs(found - real["answers"]).max() < 1e-5
+    for name in made.files:
+        assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert again.parameters == made.parameters > 1000
+
+
+def test_the_description_has_bands_normalisation_and_classes(real: dict[str, Any], tmp_path: Path) -> None:
+    export_model(real["run"], tmp_path / "model", formats=("stablehlo",))
+    text = (tmp_path / "model" / "item.json").read_text()
+    assert str(real["run"]) not in text
+    item, card = json.loads(text), load_card(real["run"])
+    image = item["properties"]["mlm:input"][0]
+    assert image["bands"] == list(card.bands)
+    assert [row["mean"] for row in image["value_scaling"]] == pytest.approx(list(card.mean))
+    assert image["input"]["shape"] == [-1, len(card.bands), card.config.data.patch, card.config.data.patch]
+    classes = item["properties"]["mlm:output"][0]["classification:classes"]
+    assert [one["description"] for one in classes] == list(card.classes.names)
+    assert item["bbox"] == pytest.approx(list(card.grid.lonlat_bounds()))
+    model = pytest.importorskip("stac_model.schema")
+    fields = {name.removeprefix("mlm:"): value for name, value in item["properties"].items() if name[:4] == "mlm:"}
+    assert model.MLModelProperties(**fields).architecture == "unet"
+
+
+def test_what_is_refused(real: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    for folder, options, words in (
+        ("there", {"formats": ("stablehlo",)}, "exists"),
+        ("new", {"formats": ("keras",)}, "expected some of safetensors, stablehlo, onnx"),
+        ("new", {"formats": ("stablehlo",), "batch": 0}, "at least 1"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            export_model(real["run"], tmp_path / folder, **options)
+    monkeypatch.setattr(exported.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(InvalidInput, match=r"jax2onnx is not installed: pip install 'terrashard\[export\]'"):
+        export_model(real["run"], tmp_path / "new", formats=("onnx",))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "unet": {"model": {"name": "unet"}},
+    "resnet": {"model": {"name": "resnet", "depth": 10}},
+    "temporal": {"model": {"name": "temporal", "context": 2}, "data": {"dates": 2}},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_answers_as_jax(name: str, program_of: Callable[..., Program], tmp_path: Path) -> None:
+    pytest.importorskip("jax2onnx")
+    program = program_of(1, 1, **NETWORKS[name])
+    _compare(program, _shapes(program), tmp_path)
+
+
+def test_onnx_of_several_modalities(tmp_path: Path) -> None:
+    pytest.importorskip("jax2onnx")
+    from jaxtrain.config import MeshConfig
+    from jaxtrain.prepare import prepare
+    from jaxtrain.runs.rundir import program_of as program_of_card
+
+    from ..modal_factory import make_modal_cube, modal_config
+
+    make_modal_cube(tmp_path / "cube.zarr")
+    card = prepare(modal_config(tmp_path / "cube.zarr")).card
+    program = program_of_card(card, card.config.model_copy(update={"mesh": MeshConfig(data=1, model=1)}))
+    _compare(program, modality_shapes(program, 2), tmp_path)
+
+
+def test_onnx_on_real_windows(real: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    made = export_model(real["run"], tmp_path / "model", batch=4)
+    session = runtime.InferenceSession(str(tmp_path / "model" / "model.onnx"))
+    assert [one.name for one in session.get_inputs()] == list(made.inputs) == ["image", "observed"]
+    (found,) = session.run(["probabilities"], {"image": real["image"], "observed": real["observed"]})
+    assert np.abs(found - real["answers"]).max() < CLOSE
+    assert (found.argmax(-1) == real["answers"].argmax(-1)).mean() >= 0.9999
+    weights = safetensors.load_file(tmp_path / "model" / "model.safetensors")
+    assert sum(array.size for name, array in weights.items() if name.startswith("params.")) == made.parameters
+
+
+def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
+    patch, dates = program.config.data.patch, program.config.data.dates
+    if dates == 1:
+        return {"image": (2, program.channels, patch, patch), "observed": (2, patch, patch)}
+    return {"image": (2, dates, program.channels, patch, patch), "observed": (2, dates, patch, patch),
+            "day": (2, dates)}  # fmt: skip
+
+
+def _compare(program: Program, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    import onnxruntime
+
+    rng = np.random.default_rng(0)
+    function, _ = exported_function(program, program.init(jax.random.key(0)))
+    arrays = {}
+    for name, shape in shapes.items():
+        kind = exported._dtype(name)
+        arrays[name] = np.asarray(rng.uniform(0, 5000, shape) if name[:5] == "image" else rng.uniform(size=shape) < 0.9
+                                  if name[:8] == "observed" else rng.integers(1, 365, shape), kind)  # fmt: skip
+    specs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+
+    class Card:
+        class task:
+            values = False
+
+        config = program.config
+
+    exported._write_onnx(folder / "model.onnx", function, specs, {}, Card)  # type: ignore[arg-type]
+    (found,) = onnxruntime.InferenceSession(str(folder / "model.onnx")).run(None, arrays)
+    expected = np.asarray(jax.jit(function)(*arrays.values()))
+    assert np.abs(found - expected).max() < CLOSE
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.9999
