@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -205,8 +206,10 @@ def _write_onnx(path: Path, function: Any, specs: dict[str, Any], weights: Any, 
 
     output = "values" if card.task.values else "probabilities"
     try:
-        made = jax2onnx.to_onnx(function, list(specs.values()), model_name="terrashard", input_names=list(specs),
-                                output_names=[output])  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Flax, in jax2onnx
+            made = jax2onnx.to_onnx(function, list(specs.values()), model_name="terrashard",
+                                    input_names=list(specs), output_names=[output])  # fmt: skip
     except NotImplementedError as error:
         raise InvalidInput(
             f"ONNX has no counterpart of a layer of {card.config.model.name}: {str(error).splitlines()[0][:200]}; "

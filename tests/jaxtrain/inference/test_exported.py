@@ -101,15 +101,17 @@ def test_onnx_answers_as_jax(name: str, program_of: Callable[..., Program], tmp_
 
 def test_onnx_of_several_modalities(tmp_path: Path) -> None:
     pytest.importorskip("jax2onnx")
-    from jaxtrain.config import MeshConfig
-    from jaxtrain.prepare import prepare
-    from jaxtrain.runs.rundir import program_of as program_of_card
+    from jaxtrain.learn.state import build_program
+    from jaxtrain.models.modality import Modality
+    from jaxtrain.parallel.mesh import make_mesh
 
-    from ..modal_factory import make_modal_cube, modal_config
+    from ..modal_factory import modal_config
 
-    make_modal_cube(tmp_path / "cube.zarr")
-    card = prepare(modal_config(tmp_path / "cube.zarr")).card
-    program = program_of_card(card, card.config.model_copy(update={"mesh": MeshConfig(data=1, model=1)}))
+    modalities = (Modality("s2", ("blue", "red", "nir")), Modality("s2_20", ("swir",), ratio=2),
+                  Modality("s1", ("vv", "vh"), dates=2))  # fmt: skip
+    config = modal_config("none.zarr", mesh={"data": 1, "model": 1})
+    program = build_program(config, channels=6, classes=3, mesh=make_mesh(config.mesh), mean=np.full(6, 2500.0),
+                            std=np.full(6, 1400.0), modalities=modalities)  # fmt: skip
     _compare(program, modality_shapes(program, 2), tmp_path)
 
 
