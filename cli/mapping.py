@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from cli.map_helpers import HelperOptions, fill_elsewhere
-from cli.products import Products, estimate_map, say_areas
+from cli.products import Products, class_colours, estimate_map, export_cog, say_areas
 from cli.progress import Reporter
 from cli.session import Session
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from jaxtrain.inference.maps import Map
 
 __all__ = ["class_colours", "export_cog", "run_prediction"]
 
@@ -89,46 +81,3 @@ def _say_map(session: Session, out: str, result: dict[str, Any]) -> None:
         session.say("  " + ", ".join(f"{word} {value:.6g}" for word, value in result["values"].items()))
     for name, count in result.get("modalities", {}).items():
         session.say(f"  used: {name:18} {count / (height * width):6.1%}")
-
-
-def export_cog(made: Map, path: Path) -> None:
-    """Write the classes or values of a map as a COG, in strips of its chunks; a map of each date has a band for each.
-
-    Classes of one date have a colour table and class names, as far as a byte can number them.
-    """
-    from ingest.raster.cog import write_cog
-    from jaxtrain.inference.maps import CHUNK
-
-    layer, kind = ("value" if made.values else "class"), made.kind
-    tags = {"terrashard_run": str(made.attributes.get("run", "")),
-            "terrashard_step": str(made.attributes.get("step", ""))}  # fmt: skip
-    count = len(made.times) or 1
-
-    def strips() -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
-        for row in range(0, made.grid.height, CHUNK):
-            rows = slice(row, min(row + CHUNK, made.grid.height))
-            bands = [made.read(layer, rows, time=time) for time in range(count)]
-            yield row, 0, np.stack(bands) if count > 1 else bands[0]
-
-    named = count == 1 and kind.dtype(layer) == "uint8"
-    names = made.classes.names if made.values else ("class",)
-    write_cog(
-        path,
-        strips(),
-        made.grid,
-        dtype=kind.dtype(layer),
-        count=count,
-        nodata=kind.nodata(layer),
-        colours=class_colours(made) if named else None,
-        class_names=dict(enumerate(made.classes.names)) if named else None,
-        descriptions=made.times or names,
-        overviews=None if made.values else "mode",
-        tags=tags,
-        scales=[kind.scale] * count if kind.scale is not None else (),
-        statistics=True,
-    )
-
-
-def class_colours(made: Map) -> dict[int, tuple[int, int, int]]:
-    """Return class value → (red, green, blue)."""
-    return {value: (red, green, blue) for value, (red, green, blue) in enumerate(made.classes.rgb().tolist())}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cli.session import Session
 from zarr_store.errors import InvalidInput
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from ingest.products.layer import ClassLayer
     from jaxtrain.inference.maps import Map
 
-__all__ = ["Products", "class_layer", "estimate_map", "export_map", "say_areas"]
+__all__ = ["Products", "class_colours", "class_layer", "estimate_map", "export_cog", "export_map", "say_areas"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,6 @@ class Products:
         """
         written: dict[str, Any] = {"cog": None if self.cog is None else str(self.cog)}
         if self.cog is not None:
-            from cli.mapping import export_cog
-
             export_cog(made, self.cog)
             held = "values, in their unit" if made.values else "classes, with colours and class names"
             session.say(f"{self.cog}: cloud-optimised GeoTIFF of {held}")
@@ -122,8 +125,6 @@ def estimate_map(made: Map, run: Path | None, *, time: int = -1) -> dict[str, An
         The mapped and estimated areas in hectares, with standard errors and 95 % confidence intervals; mapped areas
         alone, and `why_not`, where the run has no scores of its test part; None for a map of values or without pixels.
     """
-    import numpy as np
-
     from jaxtrain.evaluation.areas import estimate_areas
     from jaxtrain.runs.evaluations import own_evaluation, read_evaluations
 
@@ -198,3 +199,46 @@ def _find_date(made: Map, asked: str | None) -> int:
     if len(found) != 1:
         raise InvalidInput(f"--time {asked}: expected one of {', '.join(made.times[:8])}")
     return found[0]
+
+
+def export_cog(made: Map, path: Path) -> None:
+    """Write the classes or values of a map as a COG, in strips of its chunks; a map of each date has a band for each.
+
+    Classes of one date have a colour table and class names, as far as a byte can number them.
+    """
+    from ingest.raster.cog import write_cog
+    from jaxtrain.inference.maps import CHUNK
+
+    layer, kind = ("value" if made.values else "class"), made.kind
+    tags = {"terrashard_run": str(made.attributes.get("run", "")),
+            "terrashard_step": str(made.attributes.get("step", ""))}  # fmt: skip
+    count = len(made.times) or 1
+
+    def strips() -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+        for row in range(0, made.grid.height, CHUNK):
+            rows = slice(row, min(row + CHUNK, made.grid.height))
+            bands = [made.read(layer, rows, time=time) for time in range(count)]
+            yield row, 0, np.stack(bands) if count > 1 else bands[0]
+
+    named = count == 1 and kind.dtype(layer) == "uint8"
+    names = made.classes.names if made.values else ("class",)
+    write_cog(
+        path,
+        strips(),
+        made.grid,
+        dtype=kind.dtype(layer),
+        count=count,
+        nodata=kind.nodata(layer),
+        colours=class_colours(made) if named else None,
+        class_names=dict(enumerate(made.classes.names)) if named else None,
+        descriptions=made.times or names,
+        overviews=None if made.values else "mode",
+        tags=tags,
+        scales=[kind.scale] * count if kind.scale is not None else (),
+        statistics=True,
+    )
+
+
+def class_colours(made: Map) -> dict[int, tuple[int, int, int]]:
+    """Return class value → (red, green, blue)."""
+    return {value: (red, green, blue) for value, (red, green, blue) in enumerate(made.classes.rgb().tolist())}
