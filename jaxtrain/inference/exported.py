@@ -102,7 +102,7 @@ def export_model(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise InvalidInput(f"formats: expected some of {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}")
-    lacking = [module for name, module in (("safetensors", "safetensors"), ("onnx", "jax2onnx"))
+    lacking = [module for name, module in (("safetensors", "safetensors"), ("stablehlo", "flatbuffers"), ("onnx", "jax2onnx"))
                if name in formats and importlib.util.find_spec(module) is None]  # fmt: skip
     if lacking:
         raise InvalidInput(f"{', '.join(lacking)} is not installed: pip install 'terrashard[export]', or leave it out "
