@@ -44,6 +44,7 @@ from zarr_store.store import translate_os_errors
 __all__ = ["ExportedModel", "export_model", "exported_function"]
 
 FORMATS = ("safetensors", "stablehlo", "onnx")
+_NEEDS = (("safetensors", "safetensors"), ("stablehlo", "flatbuffers"), ("onnx", "jax2onnx"))
 _MLM = "https://stac-extensions.github.io/mlm/v1.5.0/schema.json"
 _ALWAYS = ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z")
 _KINDS = {"safetensors": "application/octet-stream; application=safetensors",
@@ -102,7 +103,7 @@ def export_model(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise InvalidInput(f"formats: expected some of {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}")
-    lacking = [module for name, module in (("safetensors", "safetensors"), ("stablehlo", "flatbuffers"), ("onnx", "jax2onnx"))
+    lacking = [module for name, module in _NEEDS
                if name in formats and importlib.util.find_spec(module) is None]  # fmt: skip
     if lacking:
         raise InvalidInput(f"{', '.join(lacking)} is not installed: pip install 'terrashard[export]', or leave it out "
