@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_anomaly_files",
+    "add_change_files",
     "add_component_files",
     "add_map_files",
     "export_layer",
@@ -192,3 +193,46 @@ def write_places(path: Path, thumbnails: Path, places: Sequence[Any], crs: str |
         for place in places
     ]  # fmt: skip
     write_geoparquet(path, outlines, columns, crs=crs or "OGC:CRS84")
+
+
+def add_change_files(folder: Path, result: Any) -> None:
+    """Write the first break of each pixel as GeoTIFF (date as YYYYMMDD, magnitude and kind) and its date as picture."""
+    del result
+    made = folder / "change.zarr"
+    grid = layer_grid(made)
+    assert grid is not None
+    arrays = layers(made)
+    dates = _FirstDates(arrays["break_date"])
+    export_layer(dates, grid, folder / "break_date.tif", dtype="int32", nodata=0, names=["first break, YYYYMMDD"],
+                 overviews="mode")  # fmt: skip
+    for name, dtype, nodata in (("magnitude", "float32", float("nan")), ("kind", "uint8", 0)):
+        export_layer(_First(arrays[name]), grid, folder / f"{name}.tif", dtype=dtype, nodata=nodata,
+                     names=[f"{name} of the first break"], overviews="mode")  # fmt: skip
+    step = max(1, max(grid.shape) // 1500)
+    day = np.asarray(arrays["break_date"][0, ::step, ::step]).astype(np.float32)
+    followed = np.asarray(arrays["count"][::step, ::step]) != 255
+    day[day == 0] = np.nan
+    early = np.nan_to_num(day, nan=np.nanmin(day) - 1 if np.isfinite(day).any() else 0.0)
+    write_rgb(folder / "quicklook.png", np.stack([np.where(followed, early, np.nan)] * 3))
+
+
+class _First:
+    """The first break of an array (break, y, x), read as (y, x)."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __getitem__(self, at: Any) -> npt.NDArray[Any]:
+        return np.asarray(self.array[(0, *at[1:])])
+
+
+class _FirstDates(_First):
+    """The same of dates, as numbers YYYYMMDD."""
+
+    def __getitem__(self, at: Any) -> npt.NDArray[Any]:
+        days = super().__getitem__(at)
+        dates = days.astype("datetime64[D]")
+        years = dates.astype("datetime64[Y]").astype(int) + 1970
+        months = dates.astype("datetime64[M]").astype(int) % 12 + 1
+        day = (dates - dates.astype("datetime64[M]")).astype(int) + 1
+        return np.where(days > 0, years * 10_000 + months * 100 + day, 0).astype(np.int32)

@@ -28,6 +28,7 @@ from typer.main import get_command
 from cli import (
     anomaly,
     audit,
+    change,
     demo,
     doctor,
     embed,
@@ -120,6 +121,7 @@ for module in (
     kmeans,
     pca,
     anomaly,
+    change,
     quicklook,
     export,
     export_model,

@@ -33,8 +33,8 @@ def held_out(table: Table, ids: npt.NDArray[np.uint64], seed: int) -> npt.NDArra
     groups = ids
     if isinstance(table, CubeTable):
         width = np.uint64(table.reader.spec.grid.width)
-        y, x = np.divmod(ids, width)
-        groups = y // np.uint64(_CELL) * (width // np.uint64(_CELL) + np.uint64(1)) + x // np.uint64(_CELL)
+        cells = width // np.uint64(_CELL) + np.uint64(1)
+        groups = ids // (width * np.uint64(_CELL)) * cells + ids % width // np.uint64(_CELL)
     elif isinstance(table, SampleTable):
         groups = ids // np.uint64(np.prod(table.store.spec.size))
     chosen: npt.NDArray[np.bool_] = uniform(groups, seed + 1) < HELD_OUT

@@ -82,7 +82,7 @@ class ScoreStore:
 
 def _create(path: Path, table: Table, attributes: dict[str, Any]) -> None:
     about = {"terrashard_anomalies": attributes}
-    notes = {"score": {"long_name": "anomaly score"},
+    notes: dict[str, dict[str, Any]] = {"score": {"long_name": "anomaly score"},
              "mask": {"long_name": "anomaly", "flag_values": [0, 1], "flag_meanings": "usual anomaly"}}  # fmt: skip
     if isinstance(table, CubeTable):
         create_layers(path, table.reader.spec.grid, {

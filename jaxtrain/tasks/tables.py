@@ -261,7 +261,8 @@ def change_from_before(values: npt.NDArray[np.float32], *, radar: bool) -> npt.N
     seen = np.isfinite(before)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(seen, before, 0.0).sum(axis=0) / seen.sum(axis=0)
-        return (values[-1] - (10.0 * np.log10(mean) if radar else mean)).astype(np.float32)
+        change: npt.NDArray[np.float32] = (values[-1] - (10.0 * np.log10(mean) if radar else mean)).astype(np.float32)
+    return change
 
 
 def _whole_rows(

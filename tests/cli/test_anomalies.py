@@ -146,3 +146,32 @@ def test_anomaly_replaces_its_own_result_and_nothing_else(
     assert done.code == 2
     assert "is no result of `terrashard anomaly`" in done.error_line()
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_change_writes_dates_magnitudes_and_kinds(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    days = np.arange(18_000, 18_000 + 40 * 25, 25)
+    times = tuple(str(np.datetime64(int(day), "D").astype("datetime64[s]")) for day in days)
+    grid = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (8, 16))
+    spec = CubeSpec("s2", "reflectance", (BandSpec("red", scale=1e-4), BandSpec("nir", scale=1e-4)), grid, times,
+                    layout=Layout("series", (40, 8, 16), (40, 8, 16)))  # fmt: skip
+    create_cube(tmp_path / "cube", [spec], items={"s2": [{"id": "i"}]}, provenance={})
+    image = np.random.default_rng(0).normal([[[[500]], [[3000]]]], 30, (40, 2, 8, 16))
+    image[27:, :, :, :5] = np.random.default_rng(1).normal([[[[1500]], [[1800]]]], 30, (13, 2, 8, 5))
+    arrays: dict[str, Any] = {"reflectance": image.astype(np.uint16), "status": np.ones((40, 8, 16), np.uint8),
+                              "source_item": np.zeros((40, 8, 16), np.int16)}  # fmt: skip
+    ShardWriter(tmp_path / "cube", "s2").write(spec.shards()[0, 0, 0], arrays, key="k", sources=())
+    done = run("change", tmp_path / "cube", tmp_path / "out", "--harmonics", 1, "--json")
+    assert done.code == 0, done.err
+    assert {"breaks", "seconds"} <= set(done.json)
+    assert done.json["kinds"]["vegetation loss"] == done.json["breaks"] >= 40
+    day = np.datetime64(int(days[27]), "D")
+    with rasterio.open(tmp_path / "out/break_date.tif") as cog:
+        assert (cog.read(1)[:, :5] == int(str(day).replace("-", ""))).all()
+    with rasterio.open(tmp_path / "out/kind.tif") as cog:
+        assert (cog.read(1)[:, :5] == 1).all()
+    assert (tmp_path / "out/quicklook.png").read_bytes().startswith(b"\x89PNG")
+    assert done.json["years"] == {str(day)[:4]: done.json["breaks"]}
+    refused = run("change", tmp_path / "cube", tmp_path / "no", "--time", "0,1,2")
+    assert refused.code == 2
+    assert "has 3 dates; a model of 2 harmonics needs 18 clear ones" in refused.error_line()
+    assert not (tmp_path / "no").exists()

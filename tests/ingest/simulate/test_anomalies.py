@@ -87,6 +87,8 @@ def test_tables_of_truth_agree_with_its_raster(worlds: dict[str, SimulatedWorld]
         wkb, kinds = file.read("kind")
         _, pixels = file.read("pixels")
         crs = file.crs
+    assert kinds is not None
+    assert pixels is not None
     assert list(kinds) == list(KINDS)
     truth = read(world.path / "anomalies.tif")
     assert [int(count) for count in np.bincount(truth.ravel())[1:]] == list(pixels)

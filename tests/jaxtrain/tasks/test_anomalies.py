@@ -217,9 +217,15 @@ def test_a_spectrum_that_occurs_nowhere_else_is_the_first_place(odd: Path, refer
 def test_bytes_are_the_same_on_any_number_of_devices(
     odd: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int
 ) -> None:
-    there, used, real = jax.local_devices()[:devices], set(), jax.device_put
+    used: set[Any] = set()
+    there, real = jax.local_devices()[:devices], jax.device_put
     monkeypatch.setattr(jax, "local_devices", lambda: there)
-    monkeypatch.setattr(jax, "device_put", lambda x, device: (used.add(device), real(x, device))[1])
+
+    def put(x: Any, device: Any) -> Any:
+        used.add(device)
+        return real(x, device)
+
+    monkeypatch.setattr(jax, "device_put", put)
     find_anomalies(odd, tmp_path / "out", CHI2, workers=WORKERS)
     assert len(used) == devices
     assert files(tmp_path / "out") == files(reference)
