@@ -212,7 +212,7 @@ def add_change_files(folder: Path, result: Any) -> None:
     day = np.asarray(arrays["break_date"][0, ::step, ::step]).astype(np.float32)
     followed = np.asarray(arrays["count"][::step, ::step]) != 255
     day[day == 0] = np.nan
-    early = np.nan_to_num(day, nan=np.nanmin(day) - 1 if np.isfinite(day).any() else 0.0)
+    early = np.nan_to_num(day, nan=float(np.nanmin(day)) - 1 if np.isfinite(day).any() else 0.0)
     write_rgb(folder / "quicklook.png", np.stack([np.where(followed, early, np.nan)] * 3))
 
 

@@ -333,7 +333,8 @@ def _write_anomalies(out: Path, planting: Planting) -> None:
     degrees = transformer_between(world.crs, "OGC:CRS84")
     features = []
     for at, outline in enumerate(outlines):
-        geometry = shapely.transform(outline, lambda x, y: degrees.transform(x, y), interleaved=False)
+        to_degrees: Any = degrees.transform
+        geometry = shapely.transform(outline, to_degrees, interleaved=False)
         features.append({"type": "Feature", "geometry": shapely.geometry.mapping(geometry),
                          "properties": {name: values[at] for name, values in table.items()}})  # fmt: skip
     document = {"type": "FeatureCollection", "features": features}

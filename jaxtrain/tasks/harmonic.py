@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ __all__ = ["Breaks", "HarmonicModel", "detect_breaks"]
 
 F32 = npt.NDArray[np.float32]
 YEAR = 365.2425
-_PIECE = 4096
-"""Pixels that one compiled program follows at once."""
+_PIECE = 256
+"""Pixels that one compiled program follows at once: their windows stay in the cache of a core."""
 _WINDOW = 48
 """Most observations of a first fit."""
 _BISQUARE = 4.685
@@ -72,7 +72,8 @@ class HarmonicModel:
         return float(chi2.ppf(self.probability, bands)), float(chi2.ppf(1.0 - 1e-6, bands))
 
 
-class Breaks(NamedTuple):
+@dataclass(frozen=True)
+class Breaks:
     """The breaks of many pixels.
 
     Attributes:
@@ -167,7 +168,8 @@ def _follow(
         y_WBN = jax.lax.dynamic_slice_in_dim(y_TBN, lowest, window)
         at_W = lowest + jnp.arange(window)
         inside_WN = (at_W[:, None] >= state["start"]) & (at_W[:, None] <= i) & (i < count_N)
-        weight_WN = inside_WN.astype(jnp.float32)
+        inside_WN = inside_WN.astype(jnp.float32)
+        weight_WN = inside_WN
 
         def solve(weight_WN: jax.Array) -> tuple[jax.Array, jax.Array]:
             normal = (x_WPN[:, :, None] * x_WPN[:, None] * weight_WN[:, None, None]).sum(axis=0) + _RIDGE * jnp.eye(p)[
@@ -181,7 +183,8 @@ def _follow(
             _, coefficients = solve(weight_WN)
             off_WBN = (y_WBN - _predict(x_WPN, coefficients)) / floor_BN
             far_WN = jnp.sqrt(jnp.square(off_WBN).mean(axis=1)) / _BISQUARE
-            return inside_WN.astype(jnp.float32) * jnp.square(jnp.maximum(1.0 - jnp.square(far_WN), 0.0))
+            found_WN: jax.Array = inside_WN * jnp.square(jnp.maximum(1.0 - jnp.square(far_WN), 0.0))
+            return found_WN
 
         weight_WN = jax.lax.fori_loop(0, 4, again, weight_WN)
         kept_WN = (weight_WN > 0).astype(jnp.float32)

@@ -163,14 +163,15 @@ def test_change_writes_dates_magnitudes_and_kinds(run: Callable[..., Outcome], t
     done = run("change", tmp_path / "cube", tmp_path / "out", "--harmonics", 1, "--json")
     assert done.code == 0, done.err
     assert {"breaks", "seconds"} <= set(done.json)
-    assert done.json["kinds"]["vegetation loss"] == done.json["breaks"] >= 40
+    assert done.json["kinds"]["vegetation loss"] == 40
+    assert done.json["breaks"] < 46  # few of the pixels that did not change
     day = np.datetime64(int(days[27]), "D")
     with rasterio.open(tmp_path / "out/break_date.tif") as cog:
         assert (cog.read(1)[:, :5] == int(str(day).replace("-", ""))).all()
     with rasterio.open(tmp_path / "out/kind.tif") as cog:
         assert (cog.read(1)[:, :5] == 1).all()
     assert (tmp_path / "out/quicklook.png").read_bytes().startswith(b"\x89PNG")
-    assert done.json["years"] == {str(day)[:4]: done.json["breaks"]}
+    assert sum(done.json["years"].values()) == done.json["breaks"]
     refused = run("change", tmp_path / "cube", tmp_path / "no", "--time", "0,1,2")
     assert refused.code == 2
     assert "has 3 dates; a model of 2 harmonics needs 18 clear ones" in refused.error_line()
