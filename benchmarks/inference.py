@@ -147,7 +147,7 @@ def torch_sides(cube: Path, batches: int) -> dict[str, Callable[[], float]]:
         x = ((pixels.float() - 1200.0) / 900.0).contiguous(memory_format=torch.channels_last)
         return torch.softmax(network(x), dim=1)
 
-    class Tiles(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Tiles(torch.utils.data.Dataset):
         def __init__(self) -> None:
             starts = window_starts(side, PATCH, PATCH // 4).tolist()
             self.places = [(y, x) for y in starts for x in starts]

@@ -28,7 +28,7 @@ from harness import OUT, Row, publish
 
 from jaxtrain import TrainConfig, train
 from jaxtrain.data.arrays import put_batch
-from jaxtrain.data.modality_reader import ModalityReader, hide
+from jaxtrain.data.modality_reader import hide
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.evaluation.scores import restore_model
 from jaxtrain.learn.metrics import counts_for
@@ -159,7 +159,7 @@ def score(
     return found
 
 
-def clear_windows(cube: Path) -> tuple[ModalityReader, npt.NDArray[np.int32]]:
+def clear_windows(cube: Path) -> tuple[Any, npt.NDArray[Any]]:
     """Return a reader of both modalities, and the test windows that Sentinel-2 saw whole: their masks are exact."""
     data = open_training_data(str(cube))
     ready, *others = (data.prepare(config_of(cube, name, 0, 1), None, None) for name in ("late", *VARIANTS))

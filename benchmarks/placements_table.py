@@ -35,7 +35,9 @@ def survey_on_dask(epochs: float, workers: int) -> dict[str, Any]:
     """Run the command on the workers of a Dask cluster of this machine."""
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
+    options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1"}
+    opened: Any = LocalCluster
+    with opened(**options, dashboard_address=None) as cluster:
         return survey("--dask", cluster.scheduler_address, epochs=epochs) | {"workers": workers}
 
 

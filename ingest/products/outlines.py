@@ -90,7 +90,7 @@ def _faces(strip: npt.NDArray[np.int32], top: int) -> tuple[npt.NDArray[Any], li
     if not len(ends):
         return np.zeros(0, object), []
     ends[..., 1] += top
-    made = shapely.get_parts(shapely.polygonize(shapely.linestrings(ends)))
+    made = shapely.get_parts(shapely.polygonize(np.asarray(shapely.linestrings(ends))))
     inside = shapely.get_coordinates(shapely.point_on_surface(made))
     value = strip[np.floor(inside[:, 1]).astype(int) - top, np.floor(inside[:, 0]).astype(int)]
     return made[value > 0], value[value > 0].tolist()

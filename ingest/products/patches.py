@@ -114,7 +114,7 @@ def find_patches(layer: ClassLayer, *, min_area: float = 0.0) -> Patches:
     value, reached = np.zeros(made, np.int64), np.zeros(made, np.int64)
     value[patch[::-1]] = np.concatenate(values)[::-1] if values else []
     np.maximum.at(reached, patch, np.concatenate(last) if last else np.zeros(0, np.int64))
-    area = np.bincount(patch, weights=np.concatenate(areas), minlength=made)
+    area: Floats = np.bincount(patch, weights=np.concatenate(areas), minlength=made).astype(np.float64)
     pixels = np.bincount(patch, weights=np.concatenate(counts), minlength=made)
     total_confidence = np.bincount(patch, weights=np.concatenate(sums), minlength=made)
     merged = 0

@@ -78,7 +78,7 @@ def write_pmtiles(layer: ClassLayer, path: Path) -> dict[str, Any]:
         )
         written, zooms = 0, set()
         with part.open("wb") as file:
-            writer = Writer(file)
+            writer: Any = Writer(file)  # type: ignore[no-untyped-call]
             for number, z, x, y in found:
                 array, (x0, y0), _ = levels[z]
                 at = np.s_[(y - y0) * _SIDE : (y - y0 + 1) * _SIDE, (x - x0) * _SIDE : (x - x0 + 1) * _SIDE]
@@ -148,7 +148,7 @@ def _levels(
 
 def _tile_row(layer: ClassLayer, zoom: int, x0: int, y: int, columns: int, kind: type) -> npt.NDArray[Any]:
     """Return the nearest pixels of the map in a row of tiles; no data is the largest number."""
-    made = np.full((_SIDE, columns * _SIDE), np.iinfo(kind).max, kind)
+    made: npt.NDArray[Any] = np.full((_SIDE, columns * _SIDE), np.iinfo(kind).max, kind)
     places = [_pixels_of_tile(layer, zoom, x0 + column, y) for column in range(columns)]
     height, width = layer.grid.shape
     top = min(int(np.floor(row.min())) for row, _ in places)

@@ -34,6 +34,7 @@ from jaxtrain.learn.modalities import modality_shapes
 from jaxtrain.learn.optim import evaluation_params
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import answer_batch
+from jaxtrain.parallel.links import shape_of
 from jaxtrain.parallel.sharding import path_name
 from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.runs.rundir import ModelCard, load_card, program_of
@@ -115,7 +116,7 @@ def export_model(
     program, state, step, passed_over = restore_model(run, card, program_of(card, _whole(card, mesh)))
     shapes = _input_shapes(card, program, batch, side)
     function, weights = exported_function(program, state)
-    specs = {name: jax.ShapeDtypeStruct(shape, _dtype(name)) for name, shape in shapes.items()}
+    specs = {name: shape_of(shape, _dtype(name)) for name, shape in shapes.items()}
     output = jax.eval_shape(function, *specs.values()).shape
     count = sum(int(np.size(leaf)) for name, leaf in weights.items() if name.startswith("params."))
     with translate_os_errors(str(folder)):
@@ -179,7 +180,7 @@ def _input_shapes(card: ModelCard, program: Program, batch: int, side: int | Non
     dates = card.config.data.dates
     if dates == 1:
         return {"image": (batch, len(card.bands), side, side), "observed": (batch, side, side)}
-    series = len(card.times) if dates == 0 else dates
+    series = dates if isinstance(dates, int) else len(card.times)
     return {"image": (batch, series, len(card.bands), side, side), "observed": (batch, series, side, side),
             "day": (batch, series)}  # fmt: skip
 

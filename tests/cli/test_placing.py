@@ -163,7 +163,7 @@ def test_every_process_sees_one_device(monkeypatch, tmp_path: Path):
     started: list[Mapping[str, str]] = []
     inner = SimpleNamespace(names=["0"], meeting=lambda: "127.0.0.1:9",
                             start=lambda _number, environment, _on_line: started.append(environment))  # fmt: skip
-    made = placing._OneDeviceEach(inner)  # type: ignore[arg-type]  # a stand-in
+    made = placing._OneDeviceEach(inner)
     made.start(0, {"TERRASHARD_PROCESS": "0"}, lambda *_: None)
     assert made.meeting() == "127.0.0.1:9"
     assert started[0]["XLA_FLAGS"].split() == ["--xla_dump_to=x", "--xla_force_host_platform_device_count=1"]

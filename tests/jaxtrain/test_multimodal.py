@@ -179,7 +179,10 @@ def test_the_card_keeps_the_modalities(run: Path) -> None:
 @pytest.mark.usefixtures("shared_programs")
 def test_a_run_under_a_placement_that_is_killed_goes_on(cube: Path, tmp_path: Path) -> None:
     """The branches lie on two groups, the fusion on one of them and two replicas of each."""
-    placed = {"placement": {"kind": "branches", "groups": [["s2", "fusion"], ["s1"]]}, "mesh": {"data": 2}}
+    placed: dict[str, dict[str, Any]] = {
+        "placement": {"kind": "branches", "groups": [["s2", "fusion"], ["s1"]]},
+        "mesh": {"data": 2},
+    }
     only = {name: MODALITIES[name] for name in ("s2", "s1")}
     data = modal_config(cube).data.model_dump() | {"modalities": only}
     steps = {"steps": 9, "batch_size": 8, "evaluate_every": 9, "checkpoint_every": 4, "log_every": 1}

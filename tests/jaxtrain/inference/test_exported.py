@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -74,8 +75,8 @@ def test_the_description_has_bands_normalisation_and_classes(real: dict[str, Any
 
 def test_what_is_refused(real: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "there").mkdir()
-    find = exported.importlib.util.find_spec
-    monkeypatch.setattr(exported.importlib.util, "find_spec", lambda name: find(name) or "there")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) or "there")
     for folder, options, words in (
         ("there", {"formats": ("stablehlo",)}, "exists"),
         ("new", {"formats": ("keras",)}, "expected some of safetensors, stablehlo, onnx"),
@@ -83,7 +84,7 @@ def test_what_is_refused(real: dict[str, Any], tmp_path: Path, monkeypatch: pyte
     ):
         with pytest.raises(InvalidInput, match=words):
             export_model(real["run"], tmp_path / folder, **options)
-    monkeypatch.setattr(exported.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(InvalidInput, match=r"jax2onnx is not installed: pip install 'terrashard\[export\]'"):
         export_model(real["run"], tmp_path / "new", formats=("onnx",))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
@@ -135,6 +136,7 @@ def test_onnx_on_real_windows(real: dict[str, Any], tmp_path: Path) -> None:
 
 def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
     patch, dates = program.config.data.patch, program.config.data.dates
+    assert isinstance(dates, int)
     if dates == 1:
         return {"image": (2, program.channels, patch, patch), "observed": (2, patch, patch)}
     return {"image": (2, dates, program.channels, patch, patch), "observed": (2, dates, patch, patch),
