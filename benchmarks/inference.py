@@ -4,7 +4,8 @@
   those of the forward pass alone on batches that lie on the device. Both count the pixels of all windows, of which a
   blend sees each pixel 1.8 times. Beside them PyTorch: the same network and the same windows and weights of overlap, as
   tiled inference is commonly written: a loader of windows, sums of the whole scene in memory, one GeoTIFF at the end.
-  Without torch that row is absent. The forward pass of both is measured in the same run.
+  Without torch that row is absent. The forward pass of both is measured in the same run. JAX has one device here, as in
+  a call from Python; the command has one for each core.
 - `--part memory`: peak of a process that maps a scene, of 10980² beside 2745²; of more dates; and of more classes.
 - `--part scene`: one scene of 10980² × 4 bands by the command, from start to end.
 - `--part workers`: the same map by 1, 2 and 4 processes.
