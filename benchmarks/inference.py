@@ -102,8 +102,6 @@ def make_run(name: str, model: dict[str, Any], classes: int = CLASSES) -> Path:
 
 def forward_alone(run: Path, cube: Path, batches: int) -> Callable[[], float]:
     """A function that returns the seconds of the network on batches that lie on the devices."""
-    import jax
-
     from jaxtrain.inference.opening import open_scene
     from jaxtrain.inference.options import MapOptions
 
@@ -112,11 +110,11 @@ def forward_alone(run: Path, cube: Path, batches: int) -> Callable[[], float]:
     there, _ = scene._inputs(scene.reader.read(rows))
 
     def once() -> float:
-        jax.block_until_ready(scene.step.of_batch(scene.state, there))
+        scene.step.of_batch(scene.state, there).block_until_ready()
         began = time.perf_counter()
         for _ in range(batches):
             answer = scene.step.of_batch(scene.state, there)
-        jax.block_until_ready(answer)
+        answer.block_until_ready()
         return time.perf_counter() - began
 
     return once
@@ -148,7 +146,7 @@ def torch_sides(cube: Path, batches: int) -> dict[str, Callable[[], float]]:
         x = ((pixels.float() - 1200.0) / 900.0).contiguous(memory_format=torch.channels_last)
         return torch.softmax(network(x), dim=1)
 
-    class Tiles(torch.utils.data.Dataset):
+    class Tiles:
         def __init__(self) -> None:
             starts = window_starts(side, PATCH, PATCH // 4).tolist()
             self.places = [(y, x) for y in starts for x in starts]
