@@ -126,7 +126,7 @@ def find_patches(layer: ClassLayer, *, min_area: float = 0.0) -> Patches:
         far = np.zeros(len(kept), np.int64)
         np.maximum.at(far, target, reached)
         area, pixels, total_confidence, reached = (
-            np.bincount(target, weights=area), np.bincount(target, weights=pixels),
+            np.bincount(target, weights=area).astype(np.float64), np.bincount(target, weights=pixels),
             np.bincount(target, weights=total_confidence), far,
         )  # fmt: skip
     return Patches(np.asarray(starts), patch, value, area, total_confidence / np.maximum(pixels, 1), reached, merged)
