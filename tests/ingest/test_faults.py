@@ -26,9 +26,9 @@ ROWS = [
     *(f"Z{n:02}" for n in range(1, 29)),
     *(f"D{n:02}" for n in range(1, 16)),
     *(f"X{n:02}" for n in range(1, 9)),
-    *(f"C{n:02}" for n in range(1, 15)),
-    *(f"Y{n:02}" for n in range(1, 61)),
-    *(f"H{n:02}" for n in range(1, 27)),
+    *(f"C{n:02}" for n in range(1, 16)),
+    *(f"Y{n:02}" for n in range(1, 85)),
+    *(f"H{n:02}" for n in range(1, 33)),
     *(f"L{n:02}" for n in range(1, 11)),
 ]
 FIRST = {
