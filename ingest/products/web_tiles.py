@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +80,25 @@ def write_pmtiles(layer: ClassLayer, path: Path) -> dict[str, Any]:
         written, zooms = 0, set()
         with part.open("wb") as file:
             writer: Any = Writer(file)  # type: ignore[no-untyped-call]
-            for number, z, x, y in found:
-                array, (x0, y0), _ = levels[z]
-                at = np.s_[(y - y0) * _SIDE : (y - y0 + 1) * _SIDE, (x - x0) * _SIDE : (x - x0 + 1) * _SIDE]
-                classes = np.asarray(array[at])
-                if (classes < len(layer.names)).any():
-                    writer.write_tile(number, _png(layer, classes))
-                    written += 1
-                    zooms.add(z)
-            if not written:
-                raise NothingFound(f"no pixel of the map has a class, so {path.name} would hold no tile")
-            corners = {"min_lon_e7": west, "min_lat_e7": south, "max_lon_e7": east, "max_lat_e7": north,
-                       "center_lon_e7": (west + east) / 2, "center_lat_e7": (south + north) / 2}  # fmt: skip
-            writer.finalize(
-                {"tile_type": TileType.PNG, "tile_compression": Compression.NONE, "center_zoom": max(zoom - 2, 0),
-                 **{name: round(value * 1e7) for name, value in corners.items()}},
-                {"name": path.stem, "type": "overlay", "legend": dict(zip(layer.names, map(_hex, layer.colours),
-                                                                          strict=True))},
-            )  # fmt: skip
+            with closing(writer.tile_f):  # its tiles, until they are put in order
+                for number, z, x, y in found:
+                    array, (x0, y0), _ = levels[z]
+                    at = np.s_[(y - y0) * _SIDE : (y - y0 + 1) * _SIDE, (x - x0) * _SIDE : (x - x0 + 1) * _SIDE]
+                    classes = np.asarray(array[at])
+                    if (classes < len(layer.names)).any():
+                        writer.write_tile(number, _png(layer, classes))
+                        written += 1
+                        zooms.add(z)
+                if not written:
+                    raise NothingFound(f"no pixel of the map has a class, so {path.name} would hold no tile")
+                corners = {"min_lon_e7": west, "min_lat_e7": south, "max_lon_e7": east, "max_lat_e7": north,
+                           "center_lon_e7": (west + east) / 2, "center_lat_e7": (south + north) / 2}  # fmt: skip
+                writer.finalize(
+                    {"tile_type": TileType.PNG, "tile_compression": Compression.NONE, "center_zoom": max(zoom - 2, 0),
+                     **{name: round(value * 1e7) for name, value in corners.items()}},
+                    {"name": path.stem, "type": "overlay", "legend": dict(zip(layer.names, map(_hex, layer.colours),
+                                                                              strict=True))},
+                )  # fmt: skip
     return {"path": str(path), "tiles": written, "zooms": [min(zooms), max(zooms)]}
 
 

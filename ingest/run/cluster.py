@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -74,7 +73,6 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
             least = min(config.running.workers_least or workers, workers)
             try:
                 if config.running.cluster == "local":
-                    refuse_taken_port(dashboard)
                     refuse_unguarded_script()
                     stack.enter_context(main_module_left_alone())
                     stack.enter_context(environment_lent(WORKER_ENVIRONMENT))
@@ -183,26 +181,6 @@ def refuse_open_ports(config: IngestConfig, dashboard: str) -> None:
             f"this would open to other machines: {'; '.join(opened)}. Give --tls FOLDER with {', '.join(_TLS_FILES)}, "
             "or --expose if you trust every machine that can reach these ports"
         )
-
-
-def refuse_taken_port(dashboard: str) -> None:
-    """Refuse a port of this machine that another program has; Dask would take another one.
-
-    Raises:
-        InvalidInput: The port is taken.
-    """
-    host, _, port = dashboard.rpartition(":")
-    if port == "0":
-        return
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), int(port)))
-        except OSError as error:
-            raise InvalidInput(
-                f"the dashboard cannot listen on {dashboard} ({error.strerror}): name another port with --dashboard, "
-                "or leave it out, which takes a free one"
-            ) from error
 
 
 def _tls(folder: str) -> dict[str, Any]:

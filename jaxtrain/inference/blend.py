@@ -112,7 +112,8 @@ class Strips:
             rows = min(target - self._top, self._patch)
             weight = self._weight[:rows]
             mean = self._sum[:rows] / np.maximum(weight, np.float32(1e-30))[..., None]
-            yield self._top, mean.astype(np.float32, copy=False), self._seen[:rows]
+            # a copy: the rows move up before a writer in another thread is done with them
+            yield self._top, mean.astype(np.float32, copy=False), self._seen[:rows].copy()
             for sums in (self._sum, self._weight, self._seen):
                 sums[: self._patch - rows] = sums[rows:]
                 sums[self._patch - rows :] = 0

@@ -92,15 +92,16 @@ def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = Non
     parts = max(n for n in range(1, min(cores, MOST_PARTS) + 1) if config.unit % n == 0)
     if parts == 1:
         return config
-    if not split_processor(parts) or jax.default_backend() != "cpu":
+    if not split_processor(parts, env) or jax.default_backend() != "cpu":
         return config
     spread = {**mesh.model_dump(exclude_unset=True), "data": parts}
     return TrainConfig.model_validate(config.model_dump(exclude_unset=True) | {"mesh": spread})
 
 
-def split_processor(parts: int) -> bool:
+def split_processor(parts: int, environment: Mapping[str, str] | None = None) -> bool:
     """Make the processor so many devices; returns False, and changes nothing, where JAX or XLA_FLAGS has a number."""
-    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    env = os.environ if environment is None else environment
+    if "host_platform_device_count" in env.get("XLA_FLAGS", ""):
         return False
     try:
         jax.config.update("jax_num_cpu_devices", parts)  # type: ignore[no-untyped-call]  # of jax

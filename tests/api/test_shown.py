@@ -191,7 +191,7 @@ def test_progress_in_a_notebook_without_widgets_is_lines(
         assert tell is None
 
 
-def told(config: Any, out: Any, resume: bool, tell: Any, environment: Any) -> str:
+def told(config: Any, out: Any, resume: bool, tell: Any, environment: Any, *_: Any) -> str:
     """Stands for a run of two steps; it returns what it was given to tell."""
     if tell is not None:
         tell(TrainEvent("start", 0, 2, "unet, 4321 parameters", {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 
 from cli.evaluate import table
 from cli.info import _lines, describe
+from cli.products import Products
+from cli.session import Session
 from zarr_store import open_cube
 
 
@@ -79,14 +82,16 @@ def test_scores_count_what_was_scored(scores: dict[str, Any], expected: str) -> 
 
 
 def test_a_map_of_values_has_no_classes_to_name(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = {"shape": [4, 4], "dates": ["2023"], "seconds": 1.0, "pixels": {}, "values": None}
-    monkeypatch.setattr("cli.mapping.run_prediction", lambda *_args, **_options: made)
-    say = ("predict", tmp_path, tmp_path, tmp_path / "m.zarr", "--cog", tmp_path / "m.tif")
-    assert "of classes, with colours and class names" in run(*say).out
-    made["values"] = {"mean": 1.0}
-    said = run(*say).out
+    monkeypatch.setattr("cli.products.export_cog", lambda *_: None)
+    made: Any = SimpleNamespace(values=None)
+    products = Products(cog=tmp_path / "m.tif")
+    products.make(Session(), made)
+    assert "of classes, with colours and class names" in capsys.readouterr().out
+    made.values = {"mean": 1.0}
+    products.make(Session(), made)
+    said = capsys.readouterr().out
     assert "of values" in said
     assert "class" not in said
 

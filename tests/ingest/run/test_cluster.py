@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import importlib.util
 import logging
 import os
 import shutil
@@ -279,8 +280,14 @@ def test_workers_follow_the_work_and_listen_on_loopback_only(monkeypatch: pytest
     assert dict(os.environ) == environment
 
 
+def skip_without_jobqueue() -> None:
+    """Skip without importing it: its import takes Ctrl-C, which only the product's own import gives back."""
+    if importlib.util.find_spec("dask_jobqueue") is None:
+        pytest.skip("dask_jobqueue is not installed")
+
+
 def test_slurm_and_pbs_show_their_job_script() -> None:
-    pytest.importorskip("dask_jobqueue")
+    skip_without_jobqueue()
     before = listening()
     options = ["queue=short", "walltime=01:00:00", "account=eo", "directives=--constraint=ssd"]
     text = describe(IngestConfig(cluster="slurm", memory="8GB", threads_per_worker=2, cluster_options=options))  # type: ignore[arg-type]
@@ -296,7 +303,7 @@ def test_slurm_and_pbs_show_their_job_script() -> None:
 
 def test_a_library_of_clusters_does_not_take_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """dask_jobqueue lets the process end with code 0 from its import on; the run would no longer hear the signal."""
-    pytest.importorskip("dask_jobqueue")
+    skip_without_jobqueue()
     for name in [name for name in sys.modules if name.partition(".")[0] == "dask_jobqueue"]:
         monkeypatch.delitem(sys.modules, name)  # as in a process that has not imported it yet
     before = signal.getsignal(signal.SIGINT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,6 @@ def test_options_of_processes_that_contradict_each_other(typed: Typed, tmp_path:
         code, line = typed(shared_cube(), tmp_path / "m.zarr", *what)
         assert (code, message in line) == (2, True), line
         assert not list(tmp_path.iterdir())
-
-
-def test_a_port_that_is_taken(typed: Typed, tmp_path: Path) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        at = "{}:{}".format(*other.getsockname())
-        code, line = typed(shared_cube(), tmp_path / "m.zarr", "--cluster", "local", "--dashboard", at)
-    assert (code, f"cannot listen on {at}" in line) == (2, True), line
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_map_of_another_grid_is_not_added_to(typed: Typed, tmp_path: Path) -> None:
