@@ -53,13 +53,16 @@ def _run(folder: Path, number: int, count: int) -> int:
 
     try:
         from jaxtrain.inference.making import open_making
-        from jaxtrain.inference.opening import share_processor
         from jaxtrain.inference.scene import help_making, peak_bytes
+        from jaxtrain.parallel.heap import keep_freed_memory
+        from jaxtrain.parallel.mesh import split_processor
         from jaxtrain.parallel.processes import start_replica
 
         start_replica()
         _, plan = open_making(folder)
-        share_processor(Path(plan["run"]), plan["options"]["devices"])
+        keep_freed_memory()
+        if plan["parts"] > 1:
+            split_processor(plan["parts"])
         filled = help_making(folder, (number, count), on_batch)
         _write({**asdict(filled), "peak_host_bytes": peak_bytes()})
     except TerrashardError as error:

@@ -238,7 +238,8 @@ def hold_making(
 
     Args:
         url: The map.
-        plan: What is made, as JSON; its `digest` decides whether shards of an earlier run count.
+        plan: What is made, as JSON; its `digest` decides whether shards of an earlier run count, and so does `parts`, the
+            number of devices of the processor, on which the last digit of an answer depends.
         names: Names of the layers.
         dated: Whether the map has an axis `time`.
         make: Writes metadata and axes of the map into an empty folder.
@@ -258,7 +259,9 @@ def hold_making(
     making = Making(folder / _MAP, names, dated)
     try:
         with CubeLock(folder, f"terrashard predict … {target.url}"), translate_os_errors(str(folder)):
-            if _plan_of(folder).get("digest") != plan["digest"] or not making.store.exists("zarr.json"):
+            before = _plan_of(folder)
+            same = all(before.get(name) == plan.get(name) for name in ("digest", "parts"))
+            if not same or not making.store.exists("zarr.json"):
                 (folder / _PLAN).unlink(missing_ok=True)
                 FolderStore(folder).clear(_MAP)
                 make(making.store)

@@ -144,7 +144,8 @@ class OpenScene:
             "attributes": self.stated, "times": list(self.times),
             "grid": self.spec.grid.to_dict(), "side": self.lattice.shard,
         }  # fmt: skip
-        return {**plan, "digest": digest_of(plan)}
+        # not in the digest, which a process with accelerators finds, too
+        return {**plan, "digest": digest_of(plan), "parts": processor_parts()}
 
     @cached_property
     def shards(self) -> dict[ShardIndex, Region]:
@@ -310,8 +311,8 @@ def _program(card: ModelCard, options: MapOptions) -> Program:
 def share_processor(run: Path, devices: int | None) -> None:
     """Split the processor into a device for each core, or into as many as were asked for; nothing on accelerators.
 
-    XLA leaves a part of the cores idle where it computes on one device. Call it before anything touches a device, in
-    each process that makes a part of a map.
+    XLA leaves a part of the cores idle where it computes on one device. Call it before anything touches a device. The
+    last digit of an answer depends on the number, so all processes of a map use that of the first one.
 
     Args:
         run: The run directory.

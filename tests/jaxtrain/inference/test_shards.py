@@ -22,6 +22,7 @@ from jaxtrain.inference.options import MapOptions
 from jaxtrain.inference.scene import MapResult, help_making
 from zarr_store.crash import arm, crashpoint, reached
 from zarr_store.errors import InvalidInput, Locked
+from zarr_store.folder import FolderStore
 from zarr_store.lock import CubeLock
 
 from ..cube_factory import make_cube, shared_cube, shared_run
@@ -112,6 +113,21 @@ def _die_at(name: str) -> Callable[[str], None]:
         crashpoint(here)
 
     return die
+
+
+def test_shards_that_another_number_of_devices_made_are_not_kept(tmp_path: Path) -> None:
+    """The last digit of an answer depends on it, and the bytes must be those of a run that was not interrupted."""
+    made: list[int] = []
+
+    def make(store: FolderStore) -> None:
+        made.append(len(made))
+        store.write("zarr.json", b"{}")
+        store.write("_terrashard/ledger/map/0-0-0.json", b"{}")
+
+    for parts, times in ((2, 1), (2, 1), (1, 2)):
+        plan = {"digest": "d", "parts": parts}
+        with module.hold_making(tmp_path / "m.zarr", plan, ("class",), dated=False, make=make):
+            assert len(made) == times
 
 
 def test_a_second_run_on_a_map_is_refused(tmp_path: Path) -> None:
