@@ -238,8 +238,8 @@ def hold_making(
 
     Args:
         url: The map.
-        plan: What is made, as JSON; its `digest` decides whether shards of an earlier run count, and so does `parts`, the
-            number of devices of the processor, on which the last digit of an answer depends.
+        plan: What is made, as JSON; its `digest` decides whether shards of an earlier run count, and so does `parts`,
+            the number of devices of the processor, on which the last digit of an answer depends.
         names: Names of the layers.
         dated: Whether the map has an axis `time`.
         make: Writes metadata and axes of the map into an empty folder.
