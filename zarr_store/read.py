@@ -47,11 +47,12 @@ def is_cube(store: Store) -> bool:
         return False
 
 
-def open_cube(url: str | os.PathLike[str]) -> Cube:
+def open_cube(url: str | os.PathLike[str], *, cache_bytes: int | None = None) -> Cube:
     """Open a cube for reading.
 
     Args:
         url: A folder, or the URL of a bucket: s3://, gs:// or az://.
+        cache_bytes: Bytes of decoded chunks that are kept for this cube alone; None shares 256 MiB with all others.
 
     Example:
         >>> open_cube("cube.zarr").dataset("sentinel-2-l2a").reflectance.dims
@@ -72,7 +73,8 @@ def open_cube(url: str | os.PathLike[str]) -> Cube:
         raise NotACube(
             f"{store.url} has cube format {found}, this release reads format {_FORMAT}; nothing was changed: {what}"
         )
-    return Cube(store, attributes["terrashard"])
+    context = _CONTEXT if cache_bytes is None else ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    return Cube(store, attributes["terrashard"], context)
 
 
 def _other_kind(url: str, attributes: dict[str, Any]) -> str:
@@ -130,8 +132,9 @@ class Cube:
         ('red', 'nir')
     """
 
-    def __init__(self, store: Store, attributes: dict[str, Any]) -> None:
+    def __init__(self, store: Store, attributes: dict[str, Any], context: ts.Context = _CONTEXT) -> None:
         self._store = store
+        self._context = context
         self.url = store.url
         self.collections: tuple[str, ...] = _checked_names(store, attributes["collections"])
         self.provenance: dict[str, Any] = attributes.get("provenance", {})
@@ -279,7 +282,7 @@ class Cube:
         """Open one array, read-only; reading a chunk that was never written raises, unless its shard is empty."""
         self._check_array(collection, array)
         with decoding(self._store.where(f"{collection}/{array}/zarr.json")):
-            handle = self._store.open_array(f"{collection}/{array}", _CONTEXT)
+            handle = self._store.open_array(f"{collection}/{array}", self._context)
         empty = [region for region, _ in read_empty(self._store, collection).shards.values()]
         return fill_empty(handle, self.spec(collection).array(array).fill, empty)
 

@@ -20,9 +20,9 @@ __all__ = ["Lattice"]
 
 _PATCHES_OF_SHARD = 12
 """Least side of a shard in windows of a blend: those across its edge are predicted twice, which costs a sixth."""
-_SHARDS_ACROSS = 4
+_SHARDS_ACROSS = 3
 """Shards that a large scene has across: fewer edges, and still enough shards for several processes."""
-_MOST_PATCHES = 24
+_MOST_PATCHES = 16
 _MOST_SHARD = 4096
 _EXACT_SHARD = 2048
 _SUMS_BYTES = 64 << 20

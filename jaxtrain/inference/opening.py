@@ -42,6 +42,10 @@ from zarr_store.spec import CubeSpec
 __all__ = ["OpenScene", "open_scene", "share_processor"]
 
 
+_CACHE_BYTES = 32 << 20
+"""Decoded chunks that are kept: two rows of chunks across a shard; a chunk is needed again for the next row only."""
+
+
 @dataclass(frozen=True)
 class OpenScene:
     """A run and a cube, and the map that they give.
@@ -208,7 +212,7 @@ def open_scene(run: Path, cube: str | Path, options: MapOptions) -> OpenScene:
             f"{run} was trained on a sample store and predicts for whole images, so it makes no map; "
             "evaluate it on another store with `terrashard evaluate --data STORE`"
         )
-    opened = open_cube(cube)
+    opened = open_cube(cube, cache_bytes=_CACHE_BYTES)
     config = card.config.data
     spec = opened.spec(config.collection)
     patch = config.patch
