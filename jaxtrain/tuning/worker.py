@@ -37,7 +37,7 @@ SAME_FAILURES = 5
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search begins no more trials; each limit may be None.
+    """Limits after which a search begins no trial; each may be None.
 
     Attributes:
         trials: Trials in all.
