@@ -70,3 +70,9 @@ def test_every_import_of_tests_and_benchmarks_is_declared(project: dict[str, Any
     found = imported(repository / "tests", repository / "benchmarks")
     extras = [requirement for some in project["optional-dependencies"].values() for requirement in some]
     assert undeclared(found, names([*project["dependencies"], *extras])) == []
+
+
+def test_the_readme_has_every_extra(project: dict[str, Any], repository: Path) -> None:
+    table = (repository / "README.md").read_text(encoding="utf-8").partition("| extra | for |")[2].partition("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+    assert named == set(project["optional-dependencies"]) - {"dev", "docs", "bench"}
