@@ -181,6 +181,11 @@ class DataConfig(Strict):
         description="smallest share of labelled pixels for a window to be learned; validation and test use every label",
     )
     split: SplitConfig = SplitConfig()
+    cache: Literal["auto", "device", "host", "none"] = Field(
+        "auto",
+        description="where windows or samples are kept once they were read: device · host (memory) · none · auto: on "
+        "a GPU or TPU if they fill at most 30 % of its free memory, else on the host if at most 25 %",
+    )
     augment: bool = Field(True, description="random flips and quarter turns, on the device")
     zoom: float = Field(0.0, ge=0, le=1, description="random zoom by up to this share, in or out")
     jitter: float = Field(

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import numpy as np
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.arrays import Rows
 from jaxtrain.data.batches import BatchStream
+from jaxtrain.data.keeping import Keeping, choose_keeping, keep_on_host
+from jaxtrain.data.kept import KeptBatches
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.training_data import TrainingData, TrainingSet
 from jaxtrain.evaluation.own_data import find_moved
@@ -149,6 +152,8 @@ def _train(
     check_monitor(config, program.objective.task, ready.plan.counts())
     if earlier is None and new:
         rehearse(program, train_step, eval_step, ready)
+    keeping = choose_keeping(config, ready.reader, ready.plan.parts["train"].rows, program.mesh)
+    ready = replace(ready, reader=keep_on_host(keeping, ready.reader, ready.plan.parts))
     if jax.process_index() == 0:
         check_trackers(run.track)
 
@@ -168,8 +173,8 @@ def _train(
                 check_same_run(out, load_card(out), config, resume)
             clear_run(out)
             write_run(out, card)
-        tell("start", 0, _describe(card, ready, parameters, program), windows=ready.plan.counts(),
-             parameters=parameters)  # fmt: skip
+        tell("start", 0, _describe(card, ready, parameters, program, keeping), windows=ready.plan.counts(),
+             parameters=parameters, cache=keeping.place)  # fmt: skip
         for line in (*absent_classes(card), *dates_left_out(card)) if lead and earlier is None else ():
             tell("warning", 0, line)
 
@@ -177,6 +182,9 @@ def _train(
         resumed = resume_run(config, out, program, incidents, tell, replica)
         state, first = resumed.state, resumed.step
         last = first if resumed.best.ended else run.steps
+        on_devices = None
+        if keeping.place == "device" and first < last:
+            on_devices = KeptBatches(ready.reader, ready.plan.parts["train"].rows, program.mesh)
 
         # ---- Steps: dispatch one, then read the numbers of the one before, so that the device never waits for Python.
         key = jax.random.key(np.uint32(run.seed % (1 << 32)) ^ np.uint32(0x5EED))
@@ -184,7 +192,7 @@ def _train(
         with (
             Watchdog(run.hang_s, out / f"hang-{file_part(str(own_name))}.txt") as watchdog,
             resumed.store.saving(),
-            _steps_of(config, ready, program, replica, state, first, last) as steps,
+            _steps_of(config, ready, program, replica, on_devices, state, first, last) as steps,
         ):
             writer = RunWriter(config=config, out=out, card=card, store=resumed.store, best=resumed.best, tell=tell,
                                replica=replica, held=held)  # fmt: skip
@@ -250,13 +258,15 @@ def _train(
 
 
 def _steps_of(
-    config: TrainConfig, ready: TrainingSet, program: Program, replica: Replica | None, state: TrainState, first: int,
-    last: int,
+    config: TrainConfig, ready: TrainingSet, program: Program, replica: Replica | None, on_devices: KeptBatches | None,
+    state: TrainState, first: int, last: int,
 ) -> contextlib.AbstractContextManager[Iterator[tuple[int, Rows, Any]]]:  # fmt: skip
     """Return the steps of a run: whole batches, or the assignments of a replica, whose state newcomers may need."""
     if replica is not None:
         return contextlib.closing(replica.steps(state, first, last))
     run = config.run
+    if on_devices is not None:
+        return on_devices.iterated(ready.order(run), size=run.batch_size, first=first, last=last)
     stream = BatchStream(
         ready.reader, ready.plan.parts["train"], size=run.batch_size, sharding=batch_sharding(program.mesh),
         order=ready.order(run), first=first, last=last, threads=run.read_threads, prefetch=run.prefetch, place=True,
@@ -329,13 +339,13 @@ def _watch_for_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _describe(card: ModelCard, ready: TrainingSet, parameters: int, program: Program) -> str:
+def _describe(card: ModelCard, ready: TrainingSet, parameters: int, program: Program, keeping: Keeping) -> str:
     windows = ", ".join(f"{count} {part}" for part, count in ready.plan.counts().items())
     blocks = ", ".join(f"{count} {part}" for part, count in ready.plan.split.counts().items())
     axes = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     return (
         f"{card.config.model.name} with {parameters:,} parameters learns {_learned(card)} from "
-        f"{len(card.bands)} bands; {card.unit}: {windows}; blocks: {blocks}; mesh: {axes}"
+        f"{len(card.bands)} bands; {card.unit}: {windows}; blocks: {blocks}; mesh: {axes}{keeping.told}"
     )
 
 

@@ -23,7 +23,18 @@ from jaxtrain.traced import numbers_of, without_numbers
 __all__ = ["RunParts", "SharedParts", "group_of"]
 
 _NOT_COMPILED = {
-    "data": ("cube", "split", "colours", "min_labelled", "label", "learn_masked", "bands", "collection", "classes"),
+    "data": (
+        "cube",
+        "split",
+        "colours",
+        "min_labelled",
+        "label",
+        "learn_masked",
+        "bands",
+        "collection",
+        "classes",
+        "cache",
+    ),
     "run": None,
     "hetero": None,
 }

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
+from jaxtrain.data.room import free_bytes
 from jaxtrain.parallel.rendezvous import LOCAL_COUNT, read_number
 
-__all__ = ["free_bytes", "most_chunks"]
+__all__ = ["most_chunks"]
 
 _SHARE = 0.5
 """Part of the free memory of a host that its replicas may fill with chunks."""
-
-
-def free_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes that this machine, or this container, has left; None where that is not known."""
-    known = []
-    try:
-        found = re.search(r"^MemAvailable: +(\d+) kB", meminfo.read_text(), re.MULTILINE)
-        if found is not None:
-            known.append(int(found[1]) * 1024)
-    except OSError:
-        pass
-    try:
-        limit, used = (cgroup / name for name in ("memory.max", "memory.current"))
-        known.append(max(0, int(limit.read_text()) - int(used.read_text())))
-    except (OSError, ValueError):  # no such limit: "max"
-        pass
-    return min(known, default=None)
 
 
 def most_chunks(

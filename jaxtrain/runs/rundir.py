@@ -50,7 +50,7 @@ _FORMAT = 1
 _LEFTOVERS = (LOCK_KEY, "config.toml")
 """Names that a run leaves if it is killed before it writes its card."""
 
-_MAY_CHANGE = ("mesh", "placement", "data.cube", "data.colours", "run.log_every", "run.evaluate_every",
+_MAY_CHANGE = ("mesh", "placement", "data.cube", "data.colours", "data.cache", "run.log_every", "run.evaluate_every",
                "run.checkpoint_every", "run.keep_checkpoints", "run.read_threads", "run.prefetch", "run.on_nan",
                "run.max_skipped", "run.on_corrupt", "run.max_quarantined", "run.hang_s", "run.track",
                "hetero.silence_s", "hetero.compare_every")  # fmt: skip

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.room import free_bytes
 from jaxtrain.data.windows import Windows
 from jaxtrain.hetero.history import ShareHistory, read_events, read_shares
 from jaxtrain.hetero.membership import Event
-from jaxtrain.hetero.memory import free_bytes, most_chunks
+from jaxtrain.hetero.memory import most_chunks
 from jaxtrain.hetero.replica import join_group
 from jaxtrain.hetero.stream import ChunkStream
 from jaxtrain.parallel.mesh import batch_sharding
