@@ -11,6 +11,9 @@ Patches of 256² and 4 bands in random order on this machine's processors:
 
 These two read the image alone. They are skipped, and say so, where the extra "bench" is not installed. Then the default
 U-Net learns from the cube, and how long its steps waited for their input is read from its metrics.
+
+`--part kept` compares batches that are read with batches of data that are kept in memory or on the devices after the
+first epoch (`data.cache`), from a store of samples and without a network.
 """
 
 from __future__ import annotations
@@ -225,8 +228,81 @@ def input_wait(url: Path, steps: int) -> float:
     return waited
 
 
+def kept_sides(full: bool) -> tuple[dict[str, Callable[[], float]], int, float]:
+    """Two epochs of a store of 64² samples of 13 bands: read each time, kept by the host, kept by the devices.
+
+    Returns:
+        The seconds of two epochs by side, the samples of two epochs, and the megabytes of all samples.
+    """
+    import jax
+
+    from jaxtrain.config import MeshConfig
+    from jaxtrain.data.batches import BatchStream
+    from jaxtrain.data.kept import KeptBatches, KeptReader
+    from jaxtrain.data.order import SampleOrder
+    from jaxtrain.data.samples import SampleReader
+    from jaxtrain.data.windows import Windows
+    from jaxtrain.parallel.mesh import batch_sharding, make_mesh
+    from zarr_store.samples import Sample, SampleSpec, open_samples, write_samples
+
+    count, side, bands, size = 8192 if full else 2048, 64, 13, 64
+    url = OUT / f"input-samples-{count}.zarr"
+    if not url.exists():
+        rng = np.random.default_rng(0)
+        smooth = np.kron(rng.integers(300, 3000, (bands, side // 8, side // 8)), np.ones((8, 8), int))
+        spec = SampleSpec(count, tuple(f"b{i}" for i in range(bands)), (side, side), "uint16", ("a", "b"), "one")
+        write_samples(url, spec, (
+            Sample((smooth + rng.normal(0, 60, smooth.shape)).clip(1, 65535).astype(np.uint16),
+                   np.asarray(np.uint8(number % 2)), 10.0, 45.0, f"sample-{number}")
+            for number in range(count)
+        ))  # fmt: skip
+    store = open_samples(url)
+    rows = np.zeros((count, 3), np.int32)
+    rows[:, 0] = np.arange(count)
+    mesh, order, last = make_mesh(MeshConfig()), SampleOrder(0, count), 2 * count // size
+    reader = SampleReader(store, tuple(range(bands)), side, np.arange(256, dtype=np.uint8))
+    on_host, on_devices = KeptReader(reader, rows), KeptBatches(reader, rows, mesh)
+    on_host.read(rows)
+
+    def streamed(read: Any) -> Callable[[], float]:
+        def epochs() -> float:
+            began = time.perf_counter()
+            with BatchStream(read, Windows(side, rows), size=size, sharding=batch_sharding(mesh), order=order,
+                             last=last, place=True) as batches:  # fmt: skip
+                for _, _, batch in batches:
+                    jax.block_until_ready(batch)
+            return time.perf_counter() - began
+
+        return epochs
+
+    def held() -> float:
+        began = time.perf_counter()
+        with on_devices.iterated(order, size=size, first=0, last=last) as batches:
+            for _, _, batch in batches:
+                jax.block_until_ready(batch)
+        return time.perf_counter() - began
+
+    sides = {"read": streamed(reader), "host": streamed(on_host), "device": held}
+    return sides, last * size, on_devices.nbytes / 1e6
+
+
+def kept(full: bool, repeats: int) -> list[Row]:
+    sides, samples, megabytes = kept_sides(full)
+    rates = {name: samples / seconds for name, seconds in medians(sides, repeats).items()}
+    note = f"{samples // 2} samples of 64² × 13, {megabytes:.0f} MB, batches of 64"
+    return [
+        Row("samples/s, read from the store each time", rates["read"], note=note),
+        Row("samples/s, kept on the host", rates["host"]),
+        Row("samples/s, kept on the device", rates["device"]),
+        Row("kept on the host / read", rates["host"] / rates["read"]),
+        Row("kept on the device / read", rates["device"] / rates["read"]),
+    ]
+
+
 def main() -> int:
-    args = arguments(__doc__ or "")
+    args = arguments(__doc__ or "", parts=("read", "kept"))
+    if args.part == "kept":
+        return 0 if publish("train-input-kept", kept(args.full, args.repeats), full=args.full) else 1
     cube, dask_layout = make_stores(args.full)
     small_cache()
     epoch, patches = ours_side(cube)
