@@ -205,8 +205,19 @@ def run_cases(cases: list[tuple[str, str]], out: Path) -> None:
         np.savez(out / f"{number}-{jax.process_index()}.npz", losses=outcome.losses, **arrays)
 
 
+def compile_once_for_all() -> None:
+    """Let the first process compile each program and the others load it from there: they would all make the same."""
+    from jax._src import cache_key
+
+    # a program's name has the process in it that asks, but for the program itself that is the same everywhere
+    if hasattr(cache_key, "_hash_accelerator_config"):
+        cache_key._hash_accelerator_config = lambda digest, devices: digest.update(devices.flat[0].device_kind.encode())
+        jax.config.update("jax_share_binary_between_hosts", True)
+
+
 if __name__ == "__main__":
     from jaxtrain.parallel.processes import start_distributed
 
     start_distributed(timeout_s=60)
+    compile_once_for_all()
     run_cases(json.loads(sys.argv[1]), Path(sys.argv[2]))
