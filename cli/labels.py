@@ -98,14 +98,15 @@ def read_names(text: str) -> dict[int, str]:
     """Return the names of --names by value: "10=tree,30=grass".
 
     Raises:
-        InvalidInput: A part of it is no VALUE=NAME.
+        InvalidInput: A part of it is no VALUE=NAME, or a value has two names.
     """
     from zarr_store.errors import InvalidInput
 
     found = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         value, given, name = part.partition("=")
-        if not given or not value.strip().isdecimal() or not name.strip():
+        if not given or not value.strip().removeprefix("-").isdecimal() or not name.strip():
             raise InvalidInput(f"--names {part!r}: expected VALUE=NAME, e.g. 10=tree,30=grass")
-        found[int(value)] = name.strip()
+        if found.setdefault(int(value), name.strip()) != name.strip():
+            raise InvalidInput(f"--names gives {int(value)} two names, {found[int(value)]} and {name.strip()}")
     return found

@@ -7,6 +7,7 @@ answers; nothing is guessed.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ _Y = ("projection_y_coordinate", "latitude", "grid_latitude")
 _X_NAMES, _Y_NAMES = ("x", "lon", "longitude", "easting"), ("y", "lat", "latitude", "northing")
 _BAND_NAMES = ("band", "bands")
 _SINCE = re.compile(r"^\s*(seconds?|secs?|s|minutes?|mins?|hours?|hrs?|h|days?|d|milliseconds?|microseconds?) since ")
+_VALID = ("valid_range", "valid_min", "valid_max")
+_DEFAULT_FILL = float(np.float32(9.969209968386869e36))
+"""What the netCDF library leaves in floats that were never written, where no other number is stated."""
 _EVEN_PX = 1e-3
 """Largest distance of a coordinate from its place on an even lattice, pixels."""
 
@@ -72,6 +76,8 @@ class Band:
         nodata: Number that stands for no data; None if every pixel has data. NaN never has data.
         scale, offset: physical = number · scale + offset.
         unit: Unit of the physical numbers; "1" where none is stated.
+        others: Further numbers that stand for no data, as `missing_value` may list.
+        valid: Smallest and largest number that is data; None if all are.
     """
 
     name: str
@@ -81,12 +87,24 @@ class Band:
     scale: float
     offset: float
     unit: str
+    others: tuple[float, ...] = ()
+    valid: tuple[float, float] | None = None
 
     def read(self, times: slice | None = None) -> npt.NDArray[Any]:
         """Read the numbers as they are stored, (time, y, x) or (y, x); rows and columns as the dataset has them."""
         array = self.array if times is None else self.array[times]
         numbers = np.asarray(array.values)
         return numbers.view(self.dtype) if numbers.dtype != self.dtype else numbers
+
+    def lost(self, numbers: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Return which numbers are no data, as the metadata say; NaN and infinity are left to the caller."""
+        lost = np.zeros(numbers.shape, bool)
+        for value in (self.nodata, *self.others):
+            if value is not None:
+                lost |= numbers == value
+        if self.valid is not None:
+            lost |= (numbers < self.valid[0]) | (numbers > self.valid[1])
+        return lost
 
 
 @dataclass(frozen=True)
@@ -384,31 +402,72 @@ def _numbers(name: str, array: xr.DataArray, options: Options, where: str) -> Ba
     if unsigned:
         dtype = np.dtype(f"u{dtype.itemsize}")
     nodata: float | None
+    others: tuple[float, ...] = ()
+    valid: tuple[float, float] | None = None
     if options.nodata == "none":
         nodata = None
     elif options.nodata is not None:
-        nodata = float(options.nodata)
+        nodata = None if np.isnan(options.nodata) else float(options.nodata)
     else:
-        fill = next(
-            (stated[key] for key in ("_FillValue", "missing_value", "nodata", "NoData") if stated.get(key) is not None),
-            None,
-        )
-        if fill is None and dtype.kind != "f":
+        fills = [
+            value
+            for key in ("_FillValue", "missing_value", "nodata", "NoData")
+            for value in _stated_numbers(stated.get(key), dtype, unsigned, f"{where}: {key} of {name}")
+        ]
+        valid = _valid_range(array.rename(name), dtype, unsigned, where)
+        if not fills and valid is None and dtype.kind != "f":
             raise InvalidInput(
                 f"{where}: {name} holds {dtype} and states no number for pixels without data; give it with --nodata N, "
                 "or say --nodata none where every pixel has data"
             )
-        nodata = None if fill is None else float(np.asarray(fill).ravel()[0])
-        if nodata is not None and unsigned and nodata < 0:
-            nodata += 2.0 ** (8 * dtype.itemsize)
-    if nodata is not None and np.isnan(nodata):
-        nodata = None
+        known = [value for value in dict.fromkeys(fills) if not np.isnan(value)]
+        nodata, others = (known[0], tuple(known[1:])) if known else (None, ())
+        if not fills and dtype.kind == "f":
+            others = (_DEFAULT_FILL,)
     scale = float(stated.get("scale_factor", 1.0)) if options.scale is None else options.scale
     offset = float(stated.get("add_offset", 0.0)) if options.offset is None else options.offset
     if not (np.isfinite(scale) and np.isfinite(offset)) or scale == 0:
         raise InvalidInput(f"{where}: {name} has scale {scale:g} and offset {offset:g}, which no number has")
     unit = str(array.attrs.get("units") or "") if options.unit is None else options.unit
-    return Band(name, array, dtype, nodata, scale, offset, unit.strip() or "1")
+    return Band(name, array, dtype, nodata, scale, offset, unit.strip() or "1", others, valid)
+
+
+def _stated_numbers(stated: Any, dtype: np.dtype[Any], unsigned: bool, what: str) -> list[float]:
+    """Numbers of an attribute that has none, one or several, in the range of the band's type."""
+    if stated is None:
+        return []
+    try:
+        numbers = [float(one) for one in np.asarray(stated).ravel().tolist()]
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{what} is {stated!r}, expected a number; give --nodata N or --nodata none") from error
+    return [one + 2.0 ** (8 * dtype.itemsize) if unsigned and one < 0 else one for one in numbers]
+
+
+def _valid_range(array: xr.DataArray, dtype: np.dtype[Any], unsigned: bool, where: str) -> tuple[float, float] | None:
+    """The smallest and largest number that is data, by the attributes of CF; None where nothing is stated.
+
+    Whole numbers of the attributes are of the packed data and floats of the unpacked, whatever xarray has decoded.
+    """
+    stated, what = array.attrs, f"{where}: {array.name}"
+    both = _stated_numbers(stated.get("valid_range"), dtype, unsigned, f"{what}: valid_range")
+    low = _stated_numbers(stated.get("valid_min"), dtype, unsigned, f"{what}: valid_min") or both[:1]
+    high = _stated_numbers(stated.get("valid_max"), dtype, unsigned, f"{what}: valid_max") or both[1:2]
+    if not low and not high:
+        return None
+    least, most = (low or [-math.inf])[0], (high or [math.inf])[0]
+    if least > most:
+        raise InvalidInput(f"{what} says that valid numbers are {least:g} … {most:g}; give --nodata N or --nodata none")
+    packing = stated if {"scale_factor", "add_offset"} & stated.keys() else array.encoding
+    scale, offset = float(packing.get("scale_factor", 1.0)), float(packing.get("add_offset", 0.0))
+    if (scale, offset) == (1.0, 0.0) or scale == 0:
+        return least, most
+    packed = packing is stated
+    of_packed = all(np.asarray(stated[key]).dtype.kind in "iu" for key in _VALID if key in stated)
+    if packed == of_packed:
+        return least, most
+    ends = [(end - offset) / scale if packed else end * scale + offset for end in (least, most)]
+    slack = _EVEN_PX if packed else abs(scale) / 2  # half a step of the packed numbers, for rounding
+    return min(ends) - slack, max(ends) + slack
 
 
 def _listed(names: Any) -> str:

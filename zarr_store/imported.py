@@ -51,6 +51,8 @@ ImportKind = Literal["auto", "reflectance", "backscatter"]
 Progress = Callable[[int, int], None]
 Names = Iterable[str]
 _PROVIDER = "import"
+_EXACT = 1 << 24
+"""Largest whole number up to which float32 holds every one."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ def from_xarray(
         () if classes is None else (classes.name,), _layout(there, collection, found, profile),
     )  # fmt: skip
     rows = _items(spec, found, dict(source or {}), decibel, mask, tuple(masked))
+    if chosen == "backscatter":
+        _check_exact(found.bands, decibel)
     _place_collection(there, place, spec, rows, store)
     filler = _Filler(spec, found, classes, tuple(masked), decibel)
     written = before = 0
@@ -276,6 +280,7 @@ def layer_from_xarray(
         pixels, classes = _classes(one, numbers, names)
         origin |= {"names": [list(one) for one in (names or {}).items()]}
     else:
+        _check_exact([one])
         pixels = _physical(one, numbers, None)
         origin |= {"scale": one.scale, "offset": one.offset}
         origin |= {"unit": one.unit} if one.unit != "1" else {}
@@ -417,8 +422,10 @@ class _Filler:
             lost = ~np.isfinite(main).all(axis=1)
         else:
             for number, band in enumerate(self.found.bands):
-                if band.nodata is not None:
-                    lost |= main[:, number] == band.nodata
+                absent = band.lost(main[:, number])
+                if band.nodata is not None:  # one number stands for no data in the cube
+                    main[:, number][absent] = band.nodata
+                lost |= absent
         status = np.where(lost, np.uint8(STATUS_NODATA), np.uint8(STATUS_OBSERVED))
         arrays = {spec.kind: main, "status": status}
         if self.classes is not None:
@@ -445,12 +452,30 @@ class _Filler:
         return self.found.oriented(np.concatenate(steps))[:, rows, columns]
 
 
+def _check_exact(bands: Iterable[Band], decibel: tuple[float, float] | None = None) -> None:
+    """Refuse whole numbers without a scale of which float32 would lose digits; others are read only then."""
+    for band in bands:
+        if (
+            band.dtype.kind not in "iu"
+            or band.dtype.itemsize <= 2
+            or (band.scale, band.offset) != (1.0, 0.0)
+            or decibel
+        ):
+            continue
+        for step in range(len(band.array) if band.array.ndim == 3 else 1):
+            numbers = band.read(slice(step, step + 1) if band.array.ndim == 3 else None)
+            known = numbers[~band.lost(numbers)]
+            if known.size and max(-int(known.min()), int(known.max())) > _EXACT:
+                raise InvalidInput(
+                    f"{band.name} holds whole numbers {known.min()} … {known.max()}, and float32 holds every one only "
+                    f"up to {_EXACT}: give their --scale and --offset, or other numbers"
+                )
+
+
 def _physical(band: Band, numbers: npt.NDArray[Any], decibel: tuple[float, float] | None) -> npt.NDArray[np.float32]:
     """The physical values of numbers as float32; NaN without data."""
     values = numbers.astype(np.float64)
-    lost = ~np.isfinite(values)
-    if band.nodata is not None:
-        lost |= numbers == band.nodata
+    lost = ~np.isfinite(values) | band.lost(numbers)
     if (band.scale, band.offset) != (1.0, 0.0):
         values = values * band.scale + band.offset
     if decibel is not None:
@@ -467,17 +492,24 @@ def _classes(
     """Class values as bytes, 255 without a class; values that do not fit in a byte are renumbered."""
     if numbers.dtype.kind not in "iu":
         raise InvalidInput(f"{band.name} holds {numbers.dtype}, and classes are whole numbers; give --values")
-    there = np.ones(numbers.shape, bool) if band.nodata is None else numbers != band.nodata
+    if (band.scale, band.offset) != (1.0, 0.0):
+        raise InvalidInput(
+            f"{band.name} has scale {band.scale:g} and offset {band.offset:g}, which classes cannot have; give "
+            "--scale 1 --offset 0 if its numbers are codes, or --values"
+        )
+    there = ~band.lost(numbers)
     known = names or {int(value): f"class {value}" for value in np.unique(numbers[there])}
     if len(known) > NOT_LABELLED:
         raise InvalidInput(
             f"{band.name} has {len(known)} classes, and a layer holds {NOT_LABELLED}; choose with --names"
         )
+    merged = sorted(set(known.values()))
     fits = all(0 <= value < NOT_LABELLED for value in known)
+    if len(merged) < len(known):  # several values of one name are one class
+        stored_of = {value: merged.index(name) for value, name in known.items()}
+    else:
+        stored_of = {value: value if fits else number for number, value in enumerate(sorted(known))}
     pixels = np.full(numbers.shape, NOT_LABELLED, np.uint8)
-    classes = []
-    for number, value in enumerate(sorted(known)):
-        stored = value if fits else number
+    for value, stored in stored_of.items():
         pixels[there & (numbers == value)] = stored
-        classes.append((stored, known[value]))
-    return pixels, tuple(classes)
+    return pixels, tuple(sorted({(stored, known[value]) for value, stored in stored_of.items()}))

@@ -54,6 +54,8 @@ def import_scene(
     pixels, valid = read.image, read.valid
     truth, warnings = _read_labels(labels, image, (int(pixels.shape[1]), int(pixels.shape[2])))
     highest = int(truth.max())
+    if not highest:
+        raise InvalidInput(f"{labels} labels no pixel of {image}: all its values are 0, which means 'not labelled'")
     if names and len(names) < highest:
         raise InvalidInput(
             f"{len(names)} names of classes, but {labels} has labels up to {highest}; give as many names"
@@ -122,7 +124,7 @@ def _read_labels(labels: Path, image: Path, shape: tuple[int, int]) -> tuple[npt
             )
         placed, warnings = place_classes(labels, ours.grid, onto=image.name)
         if (placed == 0).any() and (placed == NOT_LABELLED).any():
-            _check_nothing(_read(labels), labels)
+            _check_nothing(_read(labels, codes=True), labels)
         if not (placed != NOT_LABELLED).any():
             raise InvalidInput(f"{labels} has no pixel on {image}; choose labels of the same area")
         moved = f"{labels.name} has another grid than {image.name}: its labels were placed by its transform"
@@ -133,7 +135,7 @@ def _read_labels(labels: Path, image: Path, shape: tuple[int, int]) -> tuple[npt
             f"{here} states where it lies, {absent} does not, so it is not known whether they fit; give both a "
             "georeference, or save one as .npy to say that rows and columns are the same"
         )
-    read = _read(labels)
+    read = _read(labels, codes=True)
     truth = read.image
     if truth.shape[0] != 1 or truth.shape[1:] != shape:
         raise InvalidInput(
@@ -189,9 +191,9 @@ def _same_place(one: _Place, other: _Place) -> bool:
     return near and (one.crs, one.shape) == (other.crs, other.shape)
 
 
-def _read(path: Path) -> Patch:
+def _read(path: Path, *, codes: bool = False) -> Patch:
     if path.suffix.lower() != ".npy":
-        return read_patch(path)
+        return read_patch(path, codes=codes)
     try:
         check_regular(path)
         values = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -48,6 +48,7 @@ class Patch(NamedTuple):
         longitude, latitude: Degrees of its centre; nan without a georeference.
         valid: (y, x); None where every pixel is valid.
         scales: (scale, offset, unit) of each band: physical = stored · scale + offset.
+        partly: Number of pixels that an alpha channel makes neither opaque nor transparent; they count as valid.
     """
 
     image: Pixels
@@ -55,16 +56,21 @@ class Patch(NamedTuple):
     latitude: float
     valid: Valid | None
     scales: tuple[tuple[float, float, str], ...]
+    partly: int = 0
 
 
-def read_patch(path: Path) -> Patch:
+def read_patch(path: Path, *, codes: bool = False) -> Patch:
     """Decode one image, with its centre in degrees (nan without a georeference).
+
+    Args:
+        path: The file.
+        codes: Whether its numbers are codes of classes, which may have a colour table.
 
     Raises:
         InvalidInput: The file cannot be decoded, or is not of a supported kind; the message names it.
     """
     try:
-        return _read_raster(path) if path.suffix.lower() in RASTERS else _read_picture(path)
+        return _read_raster(path, codes=codes) if path.suffix.lower() in RASTERS else _read_picture(path)
     except InvalidInput:
         raise
     except Exception as error:
@@ -100,15 +106,17 @@ def _of_channels(values: Pixels, clear: Any = None) -> Patch:
     """Make a patch of (y, x) or (y, x, channel); a second or fourth channel is alpha, `clear` a transparent colour."""
     channels = values.reshape(*values.shape[:2], -1)
     valid: Valid | None = None
+    partly: Valid | None = None
     if channels.shape[-1] in (2, 4):
-        channels, valid = channels[..., :-1], channels[..., -1] != 0
+        alpha = channels[..., -1]
+        channels, valid, partly = channels[..., :-1], alpha != 0, ~np.isin(alpha, (0, np.iinfo(alpha.dtype).max))
     elif clear is not None:
         valid = (channels != np.atleast_1d(np.asarray(clear))).any(axis=-1)
     image = np.ascontiguousarray(np.moveaxis(channels, -1, 0))
-    return _checked(image, math.nan, math.nan, valid, ((1.0, 0.0, ""),) * len(image))
+    return _checked(image, math.nan, math.nan, valid, ((1.0, 0.0, ""),) * len(image), partly)
 
 
-def _read_raster(path: Path) -> Patch:
+def _read_raster(path: Path, *, codes: bool) -> Patch:
     with open_geotiff(path) as source:
         if source.width * source.height > _MOST_PIXELS or source.count > _MOST_BANDS:
             raise InvalidInput(
@@ -123,16 +131,25 @@ def _read_raster(path: Path) -> Patch:
             )
         alpha = [number for number, kind in enumerate(source.colorinterp) if kind == ColorInterp.alpha]
         bands = [number for number in range(source.count) if number not in alpha]
+        if not codes and ColorInterp.palette in source.colorinterp and not _is_grey_ramp(source):
+            raise InvalidInput(
+                f"{path}: its numbers are codes of a colour table and not brightness; convert it, e.g. with "
+                "gdal_translate -expand rgb"
+            )
         if not bands:
             raise InvalidInput(f"{path}: expected bands with pixels, got an alpha channel alone")
         every = source.read()
-        valid = np.ones(every.shape[1:], bool)
+        valid, partly = np.ones(every.shape[1:], bool), np.zeros(every.shape[1:], bool)
         for number in alpha:
             valid &= every[number] != 0
+            partly |= ~np.isin(every[number], (0, every[number].max()))
         for number in bands:
             # GDAL takes the alpha channel for the mask of each band, unless the file states a nodata value
-            if MaskFlags.all_valid not in source.mask_flag_enums[number]:
+            flags, nodata = source.mask_flag_enums[number], source.nodatavals[number]
+            if MaskFlags.all_valid not in flags:
                 valid &= source.read_masks(number + 1) != 0
+            if nodata is not None and MaskFlags.nodata not in flags:  # beside a mask, GDAL leaves it to the reader
+                valid &= every[number] != nodata
         scales = tuple(
             (float(source.scales[number]), float(source.offsets[number]), str(source.units[number] or ""))
             for number in bands
@@ -142,16 +159,25 @@ def _read_raster(path: Path) -> Patch:
             x, y = source.transform @ (source.width / 2, source.height / 2)
             (longitude,), (latitude,) = warp_points(source.crs, "EPSG:4326", [x], [y])
     image = every[bands] if alpha else every
-    return _checked(image, float(longitude), float(latitude), valid, scales)
+    return _checked(image, float(longitude), float(latitude), valid, scales, partly)
+
+
+def _is_grey_ramp(source: Any) -> bool:
+    """Whether the colour table of a file only says that larger numbers are brighter, as that of one bit does."""
+    colours = [colour for _, colour in sorted(source.colormap(1).items())]
+    greys = [red for red, *_ in colours]
+    return greys == sorted(greys) and all(len(set(colour[:3])) == 1 for colour in colours)
 
 
 def _checked(
-    image: Pixels, longitude: float, latitude: float, valid: Valid | None, scales: tuple[tuple[float, float, str], ...]
-) -> Patch:
+    image: Pixels, longitude: float, latitude: float, valid: Valid | None,
+    scales: tuple[tuple[float, float, str], ...], partly: Valid | None = None,
+) -> Patch:  # fmt: skip
     """Mark pixels with a number that is not finite as invalid, too, and set all invalid ones to 0."""
     valid = np.ones(image.shape[1:], bool) if valid is None else valid
     if image.dtype.kind in "fc":
         valid = valid & np.isfinite(image).all(axis=0)
+    half = 0 if partly is None else int(partly.sum())
     if valid.all():
-        return Patch(image, longitude, latitude, None, scales)
-    return Patch(np.where(valid, image, image.dtype.type(0)), longitude, latitude, valid, scales)
+        return Patch(image, longitude, latitude, None, scales, half)
+    return Patch(np.where(valid, image, image.dtype.type(0)), longitude, latitude, valid, scales, half)

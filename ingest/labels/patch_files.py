@@ -10,6 +10,7 @@ import csv
 import io
 import math
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ _MOST_TABLE = 64 << 20
 """Largest size of labels.csv or coordinates.csv in bytes; a million files take about 40 MB."""
 _NAMED = 8
 """Largest number of things that a line names."""
+_WITHOUT_COLUMN = "values without a column"
 _LABELS, _PLACES = "labels.csv", "coordinates.csv"
 
 
@@ -79,7 +81,7 @@ def list_patches(folder: Path) -> Listing:
 
 def _from_folders(folder: Path) -> tuple[tuple[str, ...], list[Listed], list[str]]:
     found: list[Listed] = []
-    names: list[str] = []
+    names: dict[str, str] = {}
     empty: list[str] = []
     others: list[str] = []
     inner: list[str] = []
@@ -97,7 +99,13 @@ def _from_folders(folder: Path) -> tuple[tuple[str, ...], list[Listed], list[str
         if not files:
             empty.append(entry.name)
             continue
-        names.append(entry.name)
+        name = _class_name(entry.name)
+        if name in names:
+            raise InvalidInput(
+                f"{folder}: the folders {names[name]!r} and {entry.name!r} are both of class {name!r}; join or rename "
+                "them"
+            )
+        names[name] = entry.name
         found += [Listed(path, f"{entry.name}/{path.name}", (len(names) - 1,)) for path in files]
     lines = [
         _line(others, "file that is no image in the folder of a class", "files that are no images in a class folder"),
@@ -109,8 +117,10 @@ def _from_folders(folder: Path) -> tuple[tuple[str, ...], list[Listed], list[str
 
 def _from_table(table: Path) -> tuple[tuple[str, ...], list[Listed], list[str]]:
     rows = read_csv(table, ("file", "labels"))
-    labels = [[text.strip() for text in row["labels"].split(";") if text.strip()] for _, row in rows]
+    labels = [[_class_name(text) for text in row["labels"].split(";") if text.strip()] for _, row in rows]
     names = tuple(sorted({name for row in labels for name in row}))
+    if not names:
+        raise InvalidInput(f"{table} names no class: expected rows such as a.jpg,Forest or a.jpg,Forest;River")
     found: list[Listed] = []
     lines: dict[Path, int] = {}
     for (line, row), own in zip(rows, labels, strict=True):
@@ -196,14 +206,21 @@ def read_csv(table: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, s
     """
     try:
         with io.StringIO(read_file(table, _MOST_TABLE).decode("utf-8-sig"), newline="") as file:
-            reader = csv.DictReader(file)
-            lacking = [name for name in columns if name not in (reader.fieldnames or ())]
-            if lacking:
+            reader = csv.DictReader(file, restkey=_WITHOUT_COLUMN)
+            header = reader.fieldnames or []
+            if [name for name in columns if header.count(name) != 1]:
                 raise InvalidInput(
-                    f"{table}: expected columns {', '.join(columns)}, got {', '.join(reader.fieldnames or ['nothing'])}"
+                    f"{table}: expected columns {', '.join(columns)}, got {', '.join(header or ['nothing'])}"
                 )
-            rows = [(number, {key: value or "" for key, value in row.items() if isinstance(value, str | None)})
-                    for number, row in enumerate(reader, 2)]  # fmt: skip
+            rows: list[tuple[int, dict[str, str]]] = []
+            for row in reader:
+                more = row.pop(_WITHOUT_COLUMN, None) or []
+                if any(value.strip() for value in more):
+                    raise InvalidInput(
+                        f"{table} line {reader.line_num}: expected {len(header)} values, as the header has columns, "
+                        f"got {len(header) + len(more)}; write numbers with a point, and quote a value with commas"
+                    )
+                rows.append((reader.line_num, {key: value or "" for key, value in row.items()}))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidInput(f"{table} cannot be read as CSV: {error}") from error
     return rows
@@ -224,9 +241,14 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in (*PICTURES, *RASTERS) and not path.is_dir()
 
 
+def _class_name(name: str) -> str:
+    """Return the name of a class as it is compared: without spaces around it, and with composed letters."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
 def _plain(name: str) -> str:
-    """Write a path of a table with slashes and without ./ in front."""
-    return name.strip().replace("\\", "/").removeprefix("./")
+    """Write a path of a table with slashes, without ./ in front, and with composed letters."""
+    return unicodedata.normalize("NFC", name.strip().replace("\\", "/").removeprefix("./"))
 
 
 def _line(names: Sequence[str], one: str, many: str) -> str:

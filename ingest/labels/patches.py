@@ -90,7 +90,7 @@ def import_patches(
     forms: dict[_Form, int] = {}
     bad: list[str] = []
     checked: list[tuple[Listed, _Form]] = []
-    invalid = 0
+    invalid = partly = 0
     for number, (item, found) in enumerate(_decode(listed, threads)):
         if isinstance(found, InvalidInput):
             bad.append(str(found))
@@ -101,6 +101,7 @@ def import_patches(
             forms[form] = forms.get(form, 0) + 1
             checked.append((item, form))
             invalid += 0 if found.valid is None else int((~found.valid).sum())
+            partly += found.partly
         if on_progress and number % 64 == 0:
             on_progress(number, total)
     common = max(forms, key=lambda form: forms[form]) if forms else _Form((0, 0, 0), "none", ())
@@ -145,8 +146,17 @@ def import_patches(
         on_progress(total, total)
     return ImportReport(
         str(store), len(good), dict(zip(classes, by_class.tolist(), strict=True)), spec.bands, spec.size, unplaced,
-        tuple(bad), digest, listing.passed_over, invalid,
+        tuple(bad), digest, listing.passed_over, invalid, _about_alpha(partly),
     )  # fmt: skip
+
+
+def _about_alpha(partly: int) -> tuple[str, ...]:
+    if not partly:
+        return ()
+    return (
+        f"{partly:,} pixels are partly transparent and count as valid; if the last channel of the images is a band and "
+        "no alpha channel, say so in the files, e.g. with gdal_edit -colorinterp_4 undefined",
+    )
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,8 @@ def _band_names(bands: Sequence[str], count: int) -> tuple[str, ...]:
     if bands:
         if len(bands) != count:
             raise InvalidInput(
-                f"{len(bands)} names in --bands, but the images have {count} bands; give one name per band"
+                f"{len(bands)} names in --bands, but the images have {count} bands, without alpha channels; give one "
+                "name per band"
             )
         return tuple(bands)
     if count == 3:

@@ -153,6 +153,8 @@ def place_raster(
             converted[~np.isfinite(converted)] = empty
         if hidden is not None:
             converted[hidden] = empty
+        if masked and own is not None and MaskFlags.nodata not in flags:  # beside a mask, GDAL leaves it to the reader
+            converted[pixels == own] = empty
         if isinstance(rules.nodata, float):
             converted[pixels == rules.nodata] = empty
         if kind == "classes" and pixels.size and int(pixels.max()) > np.iinfo(np.int32).max:

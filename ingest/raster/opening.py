@@ -20,6 +20,7 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from ingest.raster.drivers import TIFF_MAGIC, limit_raster_drivers
 from ingest.raster.faults import describe_fault, is_file_fault
+from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import open_regular
 
@@ -32,6 +33,8 @@ GDAL_OPTIONS: Mapping[str, Any] = {
     "GTIFF_IGNORE_READ_ERRORS": "NO",
 }
 """Options of every open and read. None is about networks: GDAL gets files and bytes, never an address."""
+_MOST_SIDECAR = 16 << 20
+"""Largest size of a file of metadata beside a raster, in bytes."""
 Handle = io.RawIOBase | BinaryIO
 
 
@@ -90,6 +93,7 @@ def open_geotiff(path: Path) -> Iterator[rasterio.io.DatasetReader]:
             if file.read(4) not in TIFF_MAGIC:
                 raise InvalidInput(f"{path} is no GeoTIFF; convert it with gdal_translate")
         with open_raster(lambda: open_regular(path), "GTiff") as dataset:
+            _refuse_sidecars(path, dataset)
             yield dataset
     except Exception as error:
         if is_file_fault(error):
@@ -98,6 +102,35 @@ def open_geotiff(path: Path) -> Iterator[rasterio.io.DatasetReader]:
         if isinstance(error, OSError):
             raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
         raise
+
+
+def _refuse_sidecars(path: Path, dataset: rasterio.io.DatasetReader) -> None:
+    """Refuse a file whose meaning is partly in files beside it, which are not read.
+
+    Raises:
+        InvalidInput: Its mask, or its nodata value, scale or unit, is beside it and not in it.
+    """
+    mask, about = (path.with_name(path.name + suffix) for suffix in (".msk", ".aux.xml"))
+    if mask.is_file():
+        raise InvalidInput(
+            f"{path} has its mask in {mask.name}, and only masks inside a file are read: write it into the file with "
+            "gdal_translate --config GDAL_TIFF_INTERNAL_MASK YES, or remove it if it says nothing"
+        )
+    if not about.is_file():
+        return
+    text = read_file(about, _MOST_SIDECAR)
+    lacking = {
+        b"<NoDataValue": all(value is None for value in dataset.nodatavals),
+        b"<Scale>": all(scale == 1 for scale in dataset.scales),
+        b"<Offset>": all(offset == 0 for offset in dataset.offsets),
+        b"<UnitType>": not any(dataset.units),
+    }
+    stated = [tag.decode().strip("<>") for tag, absent in lacking.items() if absent and tag in text]
+    if stated:
+        raise InvalidInput(
+            f"{about} states {', '.join(stated)}, which {path.name} does not, and only what is inside a file is read: "
+            f"write it into the file with gdal_translate {path.name} OUT.tif, and remove {about.name}"
+        )
 
 
 def _refuse_foreign_overviews(dataset: rasterio.io.DatasetReader) -> None:

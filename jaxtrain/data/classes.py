@@ -89,11 +89,15 @@ class Classes:
                 'data.classes is empty: name the values of the label layer to learn, e.g. {"4" = "vegetation"}'
             )
         by_name: dict[str, list[int]] = {}
+        numbers: dict[int, str] = {}
         for text, name in config.classes.items():
             if not (text.isdecimal() and int(text) <= 255) or not name.strip():
                 raise InvalidInput(
                     f"data.classes: {text!r} = {name!r} must be a whole number 0…255 and a name that is not empty"
                 )
+            if int(text) in numbers:
+                raise InvalidInput(f"data.classes names {int(text)} twice, as {numbers[int(text)]!r} and {name!r}")
+            numbers[int(text)] = name
             by_name.setdefault(name, []).append(int(text))
         if len(by_name) > 254:
             raise InvalidInput(f"data.classes: {len(by_name)} classes, at most 254 fit a uint8 map with nodata")

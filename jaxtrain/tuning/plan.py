@@ -112,7 +112,7 @@ class SearchPlan:
         names = {"settings": "configuration", "space": "space", "digest": "training data"}
         for name, mine in asdict(self).items():
             yours = getattr(other, name)
-            if mine == yours or name == "storage":
+            if name == "storage" or (mine == yours and name != "settings"):
                 continue
             if name in ("settings", "space"):
                 found += _differing(mine, yours, "" if name == "settings" else "space")
@@ -132,8 +132,14 @@ class SearchPlan:
         return cls(**{name: data[name] for name in cls.__dataclass_fields__})
 
 
+_ORDERED = ("data.classes", "data.modalities")
+"""Tables whose order counts: class indices and channels follow it."""
+
+
 def _differing(mine: Any, yours: Any, at: str) -> list[str]:
     if isinstance(mine, Mapping) and isinstance(yours, Mapping):
+        if at in _ORDERED and mine.keys() == yours.keys() and list(mine) != list(yours):
+            return [f"{at} (their order): {', '.join(mine)} → {', '.join(yours)}"]
         names = [*mine, *(name for name in yours if name not in mine)]
         return [line for name in names for line in
                 _differing(mine.get(name), yours.get(name), f"{at}.{name}" if at else name)]  # fmt: skip

@@ -14,8 +14,10 @@ import pytest
 import rasterio
 from rasterio.transform import from_origin
 
+from cli.labels import read_names
 from ingest.labels.alignment import compare_mirrored
 from zarr_store import BandSpec, CubeSpec, Grid, ShardWriter, create_cube, open_cube
+from zarr_store.errors import InvalidInput
 from zarr_store.labels import NOT_LABELLED, open_label
 from zarr_store.spec import DerivedSpec, Layout
 
@@ -235,3 +237,9 @@ def test_t18_cropland_of_a_real_series_is_seen_to_be_upside_down_and_half_a_pixe
     shifted = run("labels", cube, write("centres.tif", x, y, cropland), *names, "--name", "shifted")
     assert shifted.code == 2
     assert "0.50 pixels down and 0.50 right" in shifted.error_line()
+
+
+def test_a_value_has_one_name_and_may_be_negative() -> None:
+    assert read_names("-1=none, 2=a,3=a") == {-1: "none", 2: "a", 3: "a"}
+    with pytest.raises(InvalidInput, match="--names gives 1 two names, a and b"):
+        read_names("1=a,1=b")

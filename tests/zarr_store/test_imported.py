@@ -19,7 +19,7 @@ from zarr_store.cf import Options, recognise
 from zarr_store.errors import CubeMismatch, InvalidInput, UnknownName
 from zarr_store.grow import grow_cube
 from zarr_store.imported import layer_from_xarray
-from zarr_store.labels import open_label
+from zarr_store.labels import LabelLayer, open_label
 from zarr_store.netcdf import digest_file, open_netcdf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,6 +287,83 @@ def test_bands_along_a_dimension_are_named_by_it_or_by_the_user(tmp_path: Path) 
     assert [b.name for b in recognise(data, Options(("p", "q", "r"), crs=CRS, nodata="none")).bands] == ["p", "q", "r"]
     with pytest.raises(InvalidInput, match=r"choose with --variable NAME or --bands"):
         recognise(named.assign(red=base.red), Options(crs=CRS, nodata="none"))
+
+
+def one_band(numbers: np.ndarray, **attributes: Any) -> xr.Dataset:
+    data = world(times=len(numbers), red=numbers)
+    data.red.attrs = attributes
+    return data
+
+
+@pytest.mark.parametrize(
+    ("attributes", "kind"),
+    [
+        ({"_FillValue": np.uint16(0), "missing_value": np.uint16(65535)}, "uint16"),
+        ({"missing_value": np.array([0, 65535], np.uint16)}, "uint16"),
+        ({"_FillValue": np.uint16(0), "valid_max": np.uint16(9000)}, "uint16"),
+        ({"valid_range": np.array([1, 9000], np.uint16)}, "uint16"),
+        # a range of floats is of the values, of which 0.9 is stored as 9000
+        ({"valid_min": 1e-4, "valid_max": 0.9, "scale_factor": 1e-4, "_FillValue": np.uint16(0)}, "uint16"),
+        ({"valid_range": np.array([1, 9000], np.int16)}, "float32"),
+    ],
+)
+def test_all_that_the_metadata_say_is_no_data_is_none(tmp_path: Path, attributes: dict[str, Any], kind: str) -> None:
+    numbers = np.full((3, 20, 20), 9000, kind)
+    numbers[:, :4], numbers[:, 4:7] = 0, 65535
+    from_xarray(one_band(numbers, **attributes), tmp_path / "c", collection="s", crs=CRS)
+    cube = open_cube(tmp_path / "c")
+    observed = cube.dataset("s").status.values == 1
+    np.testing.assert_array_equal(observed, numbers == 9000)
+    plain = cube.dataset("s", scaled=True, masked=True)
+    seen = plain[cube.spec("s").kind].values[:, 0]
+    assert np.isnan(seen[numbers != 9000]).all()
+    np.testing.assert_allclose(seen[numbers == 9000], 9000 * attributes.get("scale_factor", 1.0), rtol=1e-6)
+    stated = one_band(numbers, **attributes)
+    from_xarray(stated, tmp_path / "all", collection="s", crs=CRS, nodata="none")
+    assert (open_cube(tmp_path / "all").dataset("s").status.values == 1).all()
+
+
+def test_a_valid_range_of_packed_numbers_holds_for_a_decoded_dataset(tmp_path: Path) -> None:
+    numbers = np.array([0, 1, 9000, 9001], np.uint16).repeat(300).reshape(3, 20, 20)
+    packed = one_band(numbers, scale_factor=0.01, add_offset=-7.0, valid_range=np.array([1, 9000], np.uint16))
+    packed.to_netcdf(tmp_path / "x.nc")
+    with xr.open_dataset(tmp_path / "x.nc") as decoded:
+        assert decoded.red.dtype.kind == "f"
+        from_xarray(decoded, tmp_path / "c", collection="s", crs=CRS)
+    status = open_cube(tmp_path / "c").dataset("s").status.values
+    np.testing.assert_array_equal(status == 1, (numbers >= 1) & (numbers <= 9000))
+
+
+def test_floats_that_were_never_written_are_no_data(tmp_path: Path) -> None:
+    numbers = np.full((3, 20, 20), 0.5, np.float32)
+    numbers[0, :3] = 9.96921e36
+    from_xarray(one_band(numbers), tmp_path / "c", collection="s", crs=CRS)
+    np.testing.assert_array_equal(open_cube(tmp_path / "c").dataset("s").status.values == 1, numbers == 0.5)
+
+
+def test_numbers_that_float32_would_round_are_refused(tmp_path: Path) -> None:
+    numbers = np.full((3, 20, 20), 7, np.int32)
+    numbers[2, 5, 5], numbers[0] = (1 << 24) + 1, -(1 << 31)
+    with pytest.raises(InvalidInput, match=r"red holds whole numbers 7 … 16777217, and float32 holds every one only"):
+        from_xarray(one_band(numbers, _FillValue=np.int32(-(1 << 31))), tmp_path / "c", collection="s", crs=CRS)
+    assert not (tmp_path / "c").exists()
+    numbers[2, 5, 5] = 1 << 24
+    from_xarray(one_band(numbers, _FillValue=np.int32(-(1 << 31))), tmp_path / "c", collection="s", crs=CRS)
+
+
+def test_classes_with_one_name_are_one_class_and_have_no_scale(tmp_path: Path) -> None:
+    from_xarray(world(), tmp_path / "c", collection="s", crs=CRS)
+    codes = one_band(np.array([1, 2, 255, 7], np.uint8).repeat(100).reshape(1, 20, 20))
+    plain = Options(crs=CRS, nodata="none")
+    names = {1: "crop", 2: "crop", 255: "water"}
+    layer, _ = layer_from_xarray(
+        codes, tmp_path / "c", name="t", role="labels", kind="classes", names=names, options=plain
+    )
+    assert isinstance(layer, LabelLayer)
+    assert dict(layer.counts) == {"crop": 200, "water": 100}
+    with pytest.raises(InvalidInput, match="red has scale 2 and offset 0, which classes cannot have"):
+        layer_from_xarray(codes.assign(red=codes.red.assign_attrs(scale_factor=2.0)), tmp_path / "c", name="u",
+                          role="labels", kind="classes", options=plain)  # fmt: skip
 
 
 def test_a_grid_that_does_not_nest_and_a_layer_that_changes_are_refused(tmp_path: Path) -> None:

@@ -381,6 +381,9 @@ def test_what_a_file_masks_and_what_is_no_number_gets_no_label(cube: Cube, tmp_p
     hole[5:9, 3:30] = True
     import_labels(cube.url, stating(tmp_path / "c.tif", truth(), mask=hole), name="c")
     np.testing.assert_array_equal(stored(cube, "c"), np.where(hole, NOT_LABELLED, truth()))
+    both = np.where(np.arange(SHAPE[0])[:, None] < 3, 77, truth()).astype(np.uint8)
+    import_labels(cube.url, stating(tmp_path / "b.tif", both, mask=hole, nodata=77), name="b")
+    np.testing.assert_array_equal(stored(cube, "b"), np.where(hole | (both == 77), NOT_LABELLED, truth()))
     values = truth().astype(np.float64)
     values[0, :3] = np.inf, -np.inf, 1e300
     values[hole] = -5

@@ -106,6 +106,8 @@ def test_several_classes_of_an_image_come_from_a_table(tmp_path):
         ("file,lat,lon\n", "expected columns file, latitude, longitude, got file, lat, lon"),
         ("file,latitude,longitude\na.png,north,9\n", "line 2: latitude and longitude must be numbers"),
         ("file,latitude,longitude\na.png,50,9\nb.png,100,9\n", "line 3: expected degrees"),
+        ("file,latitude,longitude\na.png,50,5,9,5\n", "line 2: expected 3 values, as the header has columns, got 5"),
+        ("file,latitude,longitude,file\na.png,50,9,b.png\n", "expected columns file, latitude, longitude, got file"),
     ],
 )
 def test_tables_of_places_are_checked(tmp_path, table, message):
@@ -200,6 +202,11 @@ def invalid_of(kind, path):
             tiff(path / "x.tif", values, nodata=-9999)
         elif kind == "mask":
             tiff(path / "x.tif", values, mask=np.where(hole, 0, 255).astype(np.uint8))
+        elif kind == "mask and nodata":  # each hides a part of the hole
+            values[:, :2] = 65535
+            mask = np.full((SIDE, SIDE), 255, np.uint8)
+            mask[2:4] = 0
+            tiff(path / "x.tif", values, mask=mask, nodata=65535)
         elif kind == "rgba tif":
             alpha = np.where(hole, 0, 255).astype(np.uint8)[None]
             tiff(path / "x.tif", np.concatenate([values, alpha]), photometric="RGB", alpha="YES")
@@ -217,8 +224,8 @@ def invalid_of(kind, path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["nodata", "nan", "inf", "65535", "one band", "mask", "rgba tif", "rgba png", "rgba png 16",
-             "transparent png"],
+    "kind", ["nodata", "nan", "inf", "65535", "one band", "mask", "mask and nodata", "rgba tif", "rgba png",
+             "rgba png 16", "transparent png"],
 )  # fmt: skip
 def test_pixels_without_data_are_marked_and_hold_nothing(tmp_path, kind):
     values, hole = invalid_of(kind, tmp_path / "in/A")
@@ -232,6 +239,59 @@ def test_pixels_without_data_are_marked_and_hold_nothing(tmp_path, kind):
     np.testing.assert_array_equal(store.images([0])[0], np.where(hole, 0, values))
     np.testing.assert_array_equal(store.images([1])[0], whole)
     assert json.loads((tmp_path / "s.zarr/zarr.json").read_text())["attributes"]["terrashard"]["samples"] == 2
+
+
+def test_what_lies_beside_a_raster_is_not_lost_in_silence(tmp_path):
+    values = np.full((1, SIDE, SIDE), 7, np.uint8)
+    tiff(tmp_path / "in/A/x.tif", values)
+    tiff(tmp_path / "in/B/y.tif", values, nodata=7)
+    tiff(tmp_path / "in/B/z.tif", values)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(tmp_path / "in/A/x.tif", "r+") as file:
+        file.write_mask(np.zeros((SIDE, SIDE), np.uint8))
+    for name in ("y", "z"):
+        (tmp_path / f"in/B/{name}.tif.aux.xml").write_text("<PAMDataset><NoDataValue>7</NoDataValue></PAMDataset>")
+    with pytest.raises(InvalidInput) as caught:
+        import_patches(tmp_path / "in", tmp_path / "s.zarr")
+    assert "x.tif has its mask in x.tif.msk" in str(caught.value)
+    assert "z.tif.aux.xml states NoDataValue, which z.tif does not" in str(caught.value)
+    assert "y.tif.aux.xml" not in str(caught.value)  # the file itself states it, too
+
+
+def test_numbers_of_a_colour_table_are_no_brightness(tmp_path):
+    values = np.random.default_rng(0).integers(0, 2, (1, SIDE, SIDE)).astype(np.uint8)
+    tiff(tmp_path / "in/A/x.tif", values, nbits=1)  # one bit is black or white
+    assert import_patches(tmp_path / "in", tmp_path / "bits.zarr").samples == 1
+    tiff(tmp_path / "codes/A/x.tif", values, photometric="palette")
+    with rasterio.open(tmp_path / "codes/A/x.tif", "r+") as file:
+        file.write_colormap(1, {0: (200, 30, 10, 255), 1: (10, 200, 30, 255)})
+    with pytest.raises(InvalidInput, match=r"x\.tif: its numbers are codes of a colour table"):
+        import_patches(tmp_path / "codes", tmp_path / "codes.zarr")
+    # of labels they are codes
+    np.save(tmp_path / "scene.npy", np.ones((SIDE, SIDE, 2), np.uint8))
+    import_scene(tmp_path / "scene.npy", tmp_path / "codes/A/x.tif", tmp_path / "scene.zarr")
+    np.testing.assert_array_equal(open_samples(tmp_path / "scene.zarr").label[0], values[0])
+
+
+def test_a_band_that_counts_as_alpha_is_pointed_out(tmp_path):
+    values = np.random.default_rng(0).integers(1, 255, (4, SIDE, SIDE)).astype(np.uint8)
+    tiff(tmp_path / "in/A/x.tif", values)  # GDAL makes the fourth channel of uint8 an alpha channel
+    report = import_patches(tmp_path / "in", tmp_path / "s.zarr")
+    assert report.bands == ("red", "green", "blue")
+    assert "pixels are partly transparent and count as valid; if the last channel" in report.warnings[0]
+    with pytest.raises(InvalidInput, match="the images have 3 bands, without alpha channels"):
+        import_patches(tmp_path / "in", tmp_path / "t.zarr", bands=("red", "green", "blue", "nir"))
+
+
+def test_names_are_compared_in_one_form(tmp_path):
+    apart, whole = "Flu\u0301", "Fl\u00fa"
+    folder_of(tmp_path / "in", (f"{apart}/a.png", "b c/b.png"))
+    places = f"file,latitude,longitude\n{whole}/a.png,50,9\nb c/b.png,51,9\n"
+    (tmp_path / "in/coordinates.csv").write_text(places, encoding="utf-8")
+    report = import_patches(tmp_path / "in", tmp_path / "s.zarr")
+    assert (set(report.classes), report.without_place) == ({whole, "b c"}, 0)
+    folder_of(tmp_path / "twice", (f"{apart}/a.png", f"{whole}/b.png"))
+    with pytest.raises(InvalidInput, match="are both of class"):
+        import_patches(tmp_path / "twice", tmp_path / "t.zarr")
 
 
 def test_a_store_without_invalid_pixels_is_as_it_was(tmp_path):

@@ -120,6 +120,7 @@ def test_classes_merge_values_and_refuse_nonsense() -> None:
         ({"classes": {}}, "data.classes is empty"),
         ({"classes": {"256": "x"}}, "whole number 0…255"),
         ({"classes": {"four": "x"}}, "whole number 0…255"),
+        ({"classes": {"4": "x", "04": "y"}}, "data.classes names 4 twice, as 'x' and 'y'"),
         ({"colours": {"watre": "#000000"}}, "did you mean 'water'"),
         ({"colours": {"water": "blue"}}, "expected e.g. '#2ca02c'"),
         ({"colours": {"water": "#0000FF", "vegetation": "#0000ff"}}, "both have #0000"),

@@ -162,6 +162,10 @@ def test_the_same_search_continues_and_another_is_refused(searched, shared, conf
     other = tiny_config(shared_cube(), **SHORT, optim={"warmup_steps": 1})
     with pytest.raises(InvalidInput, match=r"optim.warmup_steps: 2 → 1"):
         begin_search(other, write_space(tmp_path), study.path, **OPTIONS)
+    swapped = dict(reversed(config.data.classes.items()))
+    other = tiny_config(shared_cube(), **SHORT, data={"classes": swapped})
+    with pytest.raises(InvalidInput, match=r"data.classes \(their order\): 4, 5, 6 → 6, 5, 4"):
+        begin_search(other, write_space(tmp_path), study.path, **OPTIONS)
     with pytest.raises(InvalidInput, match=r"space.model.width: \[4, 6\] → \[4, 8\]"):
         begin_search(config, write_space(tmp_path, SPACE | {"model.width": [4, 8]}), study.path, **OPTIONS)
 
