@@ -10,10 +10,19 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from jaxtrain.settings import build, merge, override, parse_override, read_settings, read_toml
+from jaxtrain.settings import build, check_one_mesh, merge, override, parse_override, read_settings, read_toml
 from zarr_store.errors import InvalidInput, UnknownName
 
-__all__ = ["apply_to_options", "build", "merge", "override", "parse_override", "read_settings", "read_toml"]
+__all__ = [
+    "apply_to_options",
+    "build",
+    "check_one_mesh",
+    "merge",
+    "override",
+    "parse_override",
+    "read_settings",
+    "read_toml",
+]
 
 
 def apply_to_options(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.config import build, merge, override, read_toml
+from cli.config import build, check_one_mesh, merge, override, parse_override, read_toml
 from cli.session import Session
 from zarr_store.errors import AccessError, CubeMismatch, InvalidInput, NotACube, UnknownName
 
@@ -193,10 +193,14 @@ def _training_config(session: Session, cube: Path) -> TrainConfig:
     file = demo_config()
     _table(session, "train")  # refuses what is no table of the demo
     settings: dict[str, Any] = {"train": merge(read_toml(file), {"data": {"cube": str(cube.resolve())}})}
+    given = [(str(file), settings["train"])]
     if session.config:
-        settings["train"] = merge(settings["train"], read_toml(session.config).get("train", {}), TrainConfig)
+        given.append((str(session.config), read_toml(session.config).get("train", {})))
+        settings["train"] = merge(settings["train"], given[-1][1], TrainConfig)
     for text in session.overrides:
+        given.append((f"--set {text}", parse_override(text).get("train", {})))
         settings = override(settings, text)
+    check_one_mesh(given)
     settings = merge({"data": {"cube": str(cube.resolve())}}, settings["train"])
     return build(TrainConfig, settings, where=str(file))
 

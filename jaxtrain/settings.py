@@ -19,7 +19,16 @@ from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput
 from zarr_store.regular import check_regular
 
-__all__ = ["build", "merge", "override", "parse_override", "read_settings", "read_toml", "read_train_config"]
+__all__ = [
+    "build",
+    "check_one_mesh",
+    "merge",
+    "override",
+    "parse_override",
+    "read_settings",
+    "read_toml",
+    "read_train_config",
+]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -197,11 +206,41 @@ def read_train_config(paths: Sequence[Path], overrides: Iterable[str] = ()) -> T
         (50, 'unet')
     """
     settings: dict[str, Any] = {}
+    given: list[tuple[str, Mapping[str, Any]]] = []
     for path in paths:
-        settings = merge(settings, _located(read_toml(path), path.parent), TrainConfig)
+        given.append((str(path), read_toml(path)))
+        settings = merge(settings, _located(given[-1][1], path.parent), TrainConfig)
     for text in overrides:
+        given.append((f"--set {text}", parse_override(text)))
         settings = override(settings, text)
+    check_one_mesh(given)
     return build(TrainConfig, settings, where=str(paths[0]) if paths else "options")
+
+
+def check_one_mesh(given: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuse settings of which one lets the planner choose the mesh and another names it, in whichever order they come.
+
+    Without this the later one would win, and what the user asked for first would be lost without a word.
+
+    Args:
+        given: Where each part of the settings comes from, and its tables; the mesh is the table `mesh`.
+
+    Raises:
+        InvalidInput: Both are there; the message names the places of both.
+
+    >>> check_one_mesh([("run.toml", {"mesh": {"data": 2}}), ("--set mesh.zero=1", {"mesh": {"zero": 1}})])
+    """
+    chosen, named, keys = "", "", ""
+    for where, settings in given:
+        mesh = settings.get("mesh")
+        if mesh == "auto" or (isinstance(mesh, Mapping) and mesh.get("auto")):
+            chosen = where
+        if isinstance(mesh, Mapping) and (names := [f"mesh.{name}" for name in mesh if name != "auto"]):
+            named, keys = where, ", ".join(names)
+    if chosen and named and chosen != named:  # one place with both is refused where the mesh is made
+        raise InvalidInput(
+            f"mesh = 'auto' chooses the mesh ({chosen}), and {keys} is named too ({named}): leave one of the two out"
+        )
 
 
 def _located(settings: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from cli.config import apply_to_options, build, merge, parse_override, read_settings, read_toml
+from cli.journey import _training_config
 from jaxtrain.config import TrainConfig
 from jaxtrain.settings import read_train_config
 from zarr_store.errors import InvalidInput, UnknownName
@@ -153,3 +155,41 @@ def test_a_value_is_named_once() -> None:
     assert message.count(" got ") == 2, "one value for each problem"
     with pytest.raises(InvalidInput, match=r"run\.steps: .*, got 'abc'"):
         read_train_config([], ["data.cube=c", "run.steps=abc"])
+
+
+@pytest.mark.parametrize(
+    ("file", "later", "overrides", "message"),
+    [
+        ("[mesh]\ndata = 2\n", "", ["mesh=auto"], r"\(--set mesh=auto\), and mesh\.data is named too \(.*a\.toml\)"),
+        ("[mesh]\nzero = 1\ndata = 2\n", "", ["mesh={auto = true}"], r"and mesh\.zero, mesh\.data is named too"),
+        ('mesh = "auto"\n', "", ["mesh={data = 2}"], r"\(.*a\.toml\), and mesh\.data is named too \(--set mesh={data"),
+        ("", "", ["mesh.data=2", "mesh=auto"], r"\(--set mesh=auto\), and mesh\.data .*\(--set mesh\.data=2\)"),
+        ("[mesh]\ndata = 2\n", 'mesh = "auto"\n', [], r"\(.*b\.toml\), and mesh\.data is named too \(.*a\.toml\)"),
+        ('mesh = "auto"\n', "[mesh]\nmodel = 2\n", [], r"\(.*a\.toml\), and mesh\.model is named too \(.*b\.toml\)"),
+        ("[mesh]\nauto = true\ndata = 2\n", "", [], r"mesh\.data is named too: leave one of the two out"),
+    ],
+)  # fmt: skip
+def test_a_mesh_is_named_or_chosen_in_whichever_order(
+    tmp_path: Path, file: str, later: str, overrides: list[str], message: str
+) -> None:
+    files = [tmp_path / "a.toml", tmp_path / "b.toml"]
+    for path, text in zip(files, (file, later), strict=True):
+        path.write_text(text)
+    with pytest.raises(InvalidInput, match=message) as caught:
+        read_train_config(files, ["data.cube=c", *overrides])
+    assert str(caught.value).endswith("leave one of the two out")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mesh_that_is_not_named_can_be_chosen(tmp_path: Path) -> None:
+    empty = tmp_path / "a.toml"
+    empty.write_text("[mesh]\n")
+    assert read_train_config([empty], ["data.cube=c", "mesh=auto"]).mesh.auto
+    assert read_train_config([empty], ["data.cube=c", "mesh.auto=false", "mesh.data=2"]).mesh.data == 2
+
+
+def test_the_training_of_the_demo_has_one_mesh_too(tmp_path: Path) -> None:
+    given = SimpleNamespace(config=None, overrides=("train.mesh.data=2", "train.mesh=auto"))
+    given.settings = lambda: read_settings(given.config, given.overrides)
+    with pytest.raises(InvalidInput, match=r"mesh\.data is named too \(--set train\.mesh\.data=2\)"):
+        _training_config(given, tmp_path)  # type: ignore[arg-type]  # what it takes of a session
