@@ -149,7 +149,9 @@ def predicted(name: str, compute: list[float]) -> dict[str, Any]:
     for one in wanted:
         prediction = predict(known[one.strategy], profile, net.config.model.precision)
         before[one.strategy] = prediction.step_s
-        after[one.strategy] = corrected(prediction, ratios.of(one.mesh), ratios.exchange).step_s
+        after[one.strategy] = corrected(
+            prediction, ratios.of(one.mesh, profile.processes), ratios.exchange_of(one.mesh)
+        ).step_s
         parts[one.strategy] = [prediction.compute_s, prediction.memory_s, prediction.collective_s, prediction.idle_s]
         row = Strategy(one, known[one.strategy], prediction, True)
         for number, share in sensitivity(Survey(net, DEVICES, profile, (row,))).items():

@@ -263,16 +263,18 @@ def _in_flight(facts: Facts) -> dict[int, int]:
 def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
     inside = {name: size for name, size in facts.mesh.items() if name != "pipe"}
     devices = math.prod(facts.mesh.values())
-    # of devices that share a processor, those of waiting stages leave it to the others
-    busy = devices if profile.device.together is None else math.prod(inside.values())
+    # of devices that share a processor, those of waiting stages leave it to the others; the threads of another process
+    # do not, and copies between processes take their turns on the same cores
+    apart = profile.processes > 1
+    busy = devices if profile.device.together is None or apart else math.prod(inside.values())
     seconds: dict[tuple[str, int], tuple[float, float, float]] = {}
     for one in facts.programs:
         exchange = exchange_seconds(one.collectives, inside, profile)
         seconds[one.name, one.part] = (*program_seconds(one, profile, precision, busy), exchange)
     bandwidth, latency = path_of(("pipe",), facts.mesh, profile)
     given = {one.giver: latency + one.bytes / bandwidth for one in facts.handovers}
-    if profile.processes > 1 and (permute := profile.exchanges.get("collective-permute")):
-        given = {one.giver: permute.at(one.bytes) for one in facts.handovers}
+    if apart and (handed := profile.exchanges.get("handover")):
+        given = {one.giver: handed.at(one.bytes) for one in facts.handovers}
     stages = facts.mesh["pipe"]
     givers = [[part for part, taker in enumerate(facts.takers) if taker == k] for k in range(facts.parts)]
 
@@ -283,7 +285,7 @@ def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
     intervals = trace(_orders(facts), chunks=facts.parts, seconds=cost, after=facts.takers)
     span = max(interval.end for interval in intervals)
     work = sum(interval.end - interval.start for interval in intervals)
-    if profile.device.together is not None:  # what all stages do must pass through the cores they share
+    if profile.device.together is not None and not apart:  # what all stages do must pass through the cores they share
         span = max(span, work * max(1, math.prod(inside.values())) / profile.device.together)
     edges = [sum(seconds[name, part]) for name, part in seconds if name == "images"]
     ends: dict[int, float] = {}

@@ -59,7 +59,10 @@ def measure_rows(survey: Survey, *, most: int = MOST_MEASURED) -> Survey:
     ratios = compute_ratios(compute, [one["seconds"] for one in first], profile)
     found = {id(row): answer for row, answer in zip(chosen, others, strict=True)}
     alone_s = first[0]["seconds"]
-    rows = tuple(replace(_measured(row, found.get(id(row), {}), ratios), alone_s=alone_s) for row in survey.rows)
+    rows = tuple(
+        replace(_measured(row, found.get(id(row), {}), ratios, profile.processes), alone_s=alone_s)
+        for row in survey.rows
+    )
     return replace(survey, rows=rows, ratio=ratios.shared, alone_s=alone_s)
 
 
@@ -156,16 +159,25 @@ class Ratios:
     exchange: float = 1.0
     """Ratio for the exchange of the gradient."""
 
-    def of(self, mesh: MeshConfig) -> float:
-        """Return the ratio for a strategy.
+    def of(self, mesh: MeshConfig, processes: int = 1) -> float:
+        """Return the ratio for the computing of a strategy.
 
         One that splits the batch alone runs the instructions of the copies. The stages of a pipeline are predicted at
-        the rates of one device alone, where each is one device. One that cuts images or filters runs instructions
-        whose shapes lie between those of both measurements.
+        the rates of one device alone, where each is one device of one process; those of several processes at the rates
+        of all at once, as copies run. One that cuts images or filters runs instructions whose shapes lie between those
+        of both measurements.
         """
-        if mesh.size == mesh.data:
+        if mesh.size == mesh.data or (mesh.size == mesh.pipe and processes > 1):
             return self.shared
         return self.alone if mesh.size == mesh.pipe else math.sqrt(self.alone * self.shared)
+
+    def exchange_of(self, mesh: MeshConfig) -> float:
+        """Return the ratio for the exchanges of a strategy; what stages hand over is no sum, and keeps its prediction.
+
+        >>> Ratios(1.0, 1.0, 0.5).exchange_of(MeshConfig(data=2)), Ratios(1.0, 1.0, 0.5).exchange_of(MeshConfig(pipe=2))
+        (0.5, 1.0)
+        """
+        return self.exchange if mesh.pipe == 1 else 1.0
 
 
 def compute_ratios(probes: Sequence[Probe], seconds: Sequence[float], profile: Profile) -> Ratios:
@@ -208,10 +220,11 @@ def corrected(prediction: Prediction, computing: float, exchange: float = 1.0) -
     return replace(prediction, **parts, collective_s=exchanged, step_s=step)
 
 
-def _measured(row: Row, answer: Mapping[str, Any], ratios: Ratios) -> Row:
-    known = row.candidate.config is not None and row.prediction is not None
-    ratio = ratios.of(row.candidate.mesh) if known else 1.0
-    prediction = corrected(row.prediction, ratio, ratios.exchange) if known else None  # type: ignore[arg-type]  # known
+def _measured(row: Row, answer: Mapping[str, Any], ratios: Ratios, processes: int) -> Row:
+    prediction = row.prediction
+    if row.candidate.config is not None and prediction is not None:
+        mesh = row.candidate.mesh
+        prediction = corrected(prediction, ratios.of(mesh, processes), ratios.exchange_of(mesh))
     if "why_not" in answer:
         return replace(row, prediction=prediction, fits=False, why_not=answer["why_not"])
     return replace(row, prediction=prediction, measured_s=answer.get("seconds"), every=tuple(answer.get("every", ())))

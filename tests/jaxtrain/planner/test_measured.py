@@ -6,12 +6,17 @@ import math
 from dataclasses import astuple, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxtrain.config import MeshConfig, TrainConfig
-from jaxtrain.planner import machine, measure, measurer
+from jaxtrain.planner import calibrate, machine, measure, measurer
 from jaxtrain.planner.candidates import Candidate
 from jaxtrain.planner.cost import Prediction, collective_seconds, predict
+from jaxtrain.planner.facts import HandOver
 from jaxtrain.planner.machine import run_here, this_machine
 from jaxtrain.planner.measure import Probe, compute_ratios, corrected
 from jaxtrain.planner.operations import KINDS, find_operations
@@ -107,6 +112,7 @@ def test_copies_of_one_device_correct_the_computing_of_all_strategies():
     for mesh in (MeshConfig(model=2), MeshConfig(data=4, space=2), MeshConfig(data=2, pipe=2)):
         assert ratios.of(mesh) == pytest.approx(math.sqrt(2.0))
     assert ratios.of(MeshConfig(data=1, pipe=2)) == pytest.approx(1.0), "its stages are predicted one by one"
+    assert ratios.of(MeshConfig(data=1, pipe=2), processes=2) == pytest.approx(2.0), "they run at once, as copies do"
     before = Prediction(1.0, 0.5, 0.2, 0.2, 0.1, 0.0, 0.0)
     after = corrected(before, 2.0)
     assert after.step_s == pytest.approx(0.2 + 2 * 0.8)
@@ -223,3 +229,43 @@ def test_a_survey_of_another_machine_is_not_measured(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(measure, "run_here", lambda *_a, **_k: (_ for _ in ()).throw(TerrashardError("it fell over")))
     with pytest.raises(TerrashardError, match="the strategies could not be measured: it fell over"):
         measure.run_measurer([], 2)
+
+
+def test_stages_in_several_processes_share_the_cores_and_hand_over_while_they_work() -> None:
+    stages = tuple(replace(ONE, name=name, stage=k, part=k, runs=4) for k in (0, 1) for name in ("forward", "backward"))
+    handed = (HandOver(0, 1, 64_000),)
+    known = facts({"pipe": 2, "data": 1}, *stages, handovers=handed, microbatches=4, parts=2, schedule="1f1b")
+    one = predict(known, MEASURED, "float32")
+    curve = Curve(sizes=(64.0, 64e3), seconds=(1e-3, 7e-3))
+    apart = MEASURED.model_copy(update={"processes": 2, "exchanges": {**MEASURED.exchanges, "handover": curve}})
+    several = predict(known, apart, "float32")
+    assert several.compute_s == pytest.approx(2 * one.compute_s), "at the rates of all devices at once"
+    free = predict(replace(known, handovers=()), apart, "float32")
+    assert free.collective_s == 0
+    assert several.collective_s == pytest.approx(4 * 7e-3), "each stage sends one way for each microbatch"
+    # 8 passes of one stage at the busy rates, 1 of the other before it and 1 after it; no bound by the cores besides
+    assert free.step_s == pytest.approx(10 * 1e-2)
+    assert several.step_s > free.step_s
+
+
+def test_handovers_are_timed_while_all_devices_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    work: list[int] = []
+
+    def convolution(*_: Any) -> tuple[Any, Any]:
+        def run() -> Any:
+            work.append(1)
+            return jnp.zeros(2)
+
+        return run, ()
+
+    monkeypatch.setattr(calibrate, "_convolution", convolution)
+    monkeypatch.setattr(calibrate, "MESSAGES", (64, 4096))
+    monkeypatch.setattr(calibrate, "REPEATS", 1)
+    curve = calibrate._handovers(Mesh(np.array(jax.devices()[:2]), ("data",)))
+    assert curve.sizes == (64.0, 4096.0)
+    assert 0 < curve.seconds[0] <= curve.seconds[1]
+    turns, sizes = 3, 2
+    assert len(work) == turns * sizes * calibrate.BESIDE
+    # what a device is handed is what the other one had, there and back
+    run, arrays = calibrate._beside(Mesh(np.array(jax.devices()[:2]), ("data",)), 64)
+    assert np.allclose(np.asarray(run(*arrays)), [[0.01] * 16, [0.0] * 16])
