@@ -22,7 +22,7 @@ from zarr_store.cf import Band, Options, Recognised, recognise
 from zarr_store.create import create_cube, describe, list_differences
 from zarr_store.errors import CubeMismatch, InvalidInput, UnknownName
 from zarr_store.grow import grow_cube
-from zarr_store.labels import NOT_LABELLED, LabelLayer, LabelSpec, label_boxes, write_label
+from zarr_store.labels import NOT_LABELLED, LabelLayer, LabelSpec, label_boxes, write_cube_item, write_label
 from zarr_store.layers import StaticLayer, write_layer
 from zarr_store.ledger import SourceOutcome
 from zarr_store.lock import CubeLock, read_token
@@ -206,6 +206,7 @@ def from_xarray(
                 written += 1
             if on_shard:
                 on_shard(number, len(shards))
+        write_cube_item(place)
         kept = open_store(place)
         kept.commit(f"import of {collection}", still_ours=lambda: read_token(kept) == lock.token)
     return ImportReport(

@@ -37,6 +37,7 @@ from zarr_store.lock import CubeLock
 from zarr_store.promises import check_array, read_document
 from zarr_store.read import Cube, await_read, open_cube
 from zarr_store.regions import Region, iterate_boxes
+from zarr_store.stac_item import LayerClasses, cube_item, write_item
 from zarr_store.store import Store
 from zarr_store.temporary import remove_folder
 
@@ -49,6 +50,7 @@ __all__ = [
     "label_boxes",
     "open_label",
     "verify_labels",
+    "write_cube_item",
     "write_label",
 ]
 
@@ -212,6 +214,7 @@ def write_label(
             if _same(there.spec.origin, spec.origin):
                 _list(folder, spec.name, there.digest)
                 list_labels(open_store(cube.url), _read_index(folder))
+                write_cube_item(cube.url)
                 return there, False
             if not replace:
                 raise CubeMismatch(
@@ -230,7 +233,24 @@ def write_label(
         _list(folder, spec.name, layer.digest)
         crashpoint("before a label layer is in the root's metadata")
         list_labels(open_store(cube.url), _read_index(folder))
+        write_cube_item(cube.url)
     return layer, True
+
+
+def write_cube_item(url: str | os.PathLike[str]) -> None:
+    """Write the STAC item of a cube with its label layers; only under the cube's lock.
+
+    Args:
+        url: The cube.
+    """
+    cube = open_cube(url)
+    layers: list[LayerClasses] = []
+    for name in find_labels(cube):
+        try:
+            layers.append((name, open_label(cube, name).spec.classes))
+        except IntegrityError:  # `verify` reports it, and a damaged layer must not stop a run
+            continue
+    write_item(open_store(url), cube_item(cube, layers))
 
 
 def verify_labels(cube: Cube) -> tuple[int, list[tuple[str, str, str]]]:

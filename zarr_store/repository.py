@@ -35,7 +35,7 @@ from zarr_store.errors import AccessError, IntegrityError, InvalidInput, Locked
 from zarr_store.folder import FolderStore
 from zarr_store.keys import refuse_links
 from zarr_store.overlay import OverlayStore, snapshot_get, snapshot_has
-from zarr_store.store import REPOSITORY_MARKER, Kind, Pending, Store, translate_os_errors
+from zarr_store.store import ITEM_KEY, REPOSITORY_MARKER, Kind, Pending, Store, translate_os_errors
 from zarr_store.temporary import is_temporary
 from zarr_store.virtual import open_virtual
 
@@ -266,7 +266,8 @@ class IcechunkStore(Store):
 
 def _is_own(key: str) -> bool:
     """Return whether a key is of the run and not of the cube; such keys are no Zarr keys, and no commit holds them."""
-    return key.startswith("_terrashard/") and not key.startswith(_LEDGER) and not key.endswith("/zarr.json")
+    own = key.startswith("_terrashard/") and not key.startswith(_LEDGER) and not key.endswith("/zarr.json")
+    return own or key == ITEM_KEY
 
 
 def _zarr_key(key: str) -> str:

@@ -19,8 +19,10 @@ import tensorstore as ts
 
 from zarr_store.errors import AccessError, NoSpace
 
-__all__ = ["REPOSITORY_MARKER", "Kind", "Pending", "Store", "translate_os_errors"]
+__all__ = ["ITEM_KEY", "REPOSITORY_MARKER", "Kind", "Pending", "Store", "translate_os_errors"]
 
+ITEM_KEY = "item.json"
+"""Name of the STAC item of a cube or a map; it is no Zarr key."""
 REPOSITORY_MARKER = "_terrashard/store.json"
 """Name of the file that marks a folder as an Icechunk repository of ours."""
 

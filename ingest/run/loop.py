@@ -44,6 +44,7 @@ from zarr_store.create import create_cube, record_provenance
 from zarr_store.empty import keep_empty
 from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, TerrashardError
 from zarr_store.grow import grow_cube
+from zarr_store.labels import write_cube_item
 from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.lock import CubeLock, read_token
 from zarr_store.read import open_cube
@@ -217,6 +218,7 @@ def run_job(
         keep_plan(job.url, job.plan)
         if job.grow:
             grow_cube(job.url, job.plan.specs, items=job.plan.item_tables(), provenance=job.plan.provenance())
+        write_cube_item(job.url)
         _list_empty(job, tally)
         todo = _what_is_left(job, tally)
         now = todo[: job.config.running.limit] if job.config.running.limit else todo

@@ -11,7 +11,6 @@ probabilities or values as `predict` computes them.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -30,6 +29,7 @@ import numpy as np
 
 from jaxtrain.config import MeshConfig
 from jaxtrain.evaluation.scores import restore_model
+from jaxtrain.inference.model_item import input_shapes, model_bands, network_fields
 from jaxtrain.learn.modalities import modality_shapes
 from jaxtrain.learn.optim import evaluation_params
 from jaxtrain.learn.state import Program, TrainState
@@ -40,6 +40,7 @@ from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.runs.rundir import ModelCard, load_card, program_of
 from zarr_store.errors import InvalidInput
 from zarr_store.samples import is_sample_store, open_samples
+from zarr_store.stac_item import place_of, utc
 from zarr_store.store import translate_os_errors
 
 __all__ = ["ExportedModel", "export_model", "exported_function"]
@@ -170,19 +171,13 @@ def _input_shapes(card: ModelCard, program: Program, batch: int, side: int | Non
     if program.modalities:
         if side is not None and side != card.config.data.patch:
             raise InvalidInput(f"a network of several modalities has windows of data.patch, {card.config.data.patch}")
-        return modality_shapes(program, batch)
-    if side is None:
+    elif side is None:
         side = card.config.data.patch
         if card.unit == "images":
             if "://" in card.cube or not is_sample_store(card.cube):
                 raise InvalidInput(f"{card.cube} is not there, so the size of its images is not known: give --side")
             side = open_samples(card.cube).spec.size[0]
-    dates = card.config.data.dates
-    if dates == 1:
-        return {"image": (batch, len(card.bands), side, side), "observed": (batch, side, side)}
-    series = dates if isinstance(dates, int) else len(card.times)
-    return {"image": (batch, series, len(card.bands), side, side), "observed": (batch, series, side, side),
-            "day": (batch, series)}  # fmt: skip
+    return input_shapes(card, program, batch, side or card.config.data.patch)
 
 
 def _write_safetensors(path: Path, function: Any, specs: Any, weights: dict[str, Any], card: ModelCard) -> None:
@@ -234,116 +229,25 @@ def _describe(
     digest: str,
 ) -> dict[str, Any]:
     """Return the STAC item with the MLM extension; it names no place and no path of the run."""
-    task = _task(card)
     name = card.config.model.name
-    result: dict[str, Any] = {
-        "name": "values" if card.task.values else "probabilities",
-        "tasks": [task],
-        "result": {"shape": [-1, *output[1:]], "dim_order": _dims(output, per_image=card.task.per_image),
-                   "data_type": "float32"},
-    }  # fmt: skip
-    if not card.task.values:
-        result["classification:classes"] = [
-            {"value": value, "name": _slug(text), "description": text, "color_hint": colour.lstrip("#").upper()}
-            for value, (text, colour) in enumerate(zip(card.classes.names, card.classes.colours, strict=True))
-        ]
-    box = card.grid.lonlat_bounds() if card.grid is not None else None
     times = sorted({time for dates in card.dates for time in dates})
-    first, last = (_utc(times[0]), _utc(times[-1])) if times else _ALWAYS
+    first, last = (utc(times[0]), utc(times[-1])) if times else _ALWAYS
     return {
         "type": "Feature",
         "stac_version": "1.1.0",
         "stac_extensions": [_MLM],
         "id": f"{name}-{digest[:12]}",
-        "geometry": None if box is None else _box(box),
-        **({} if box is None else {"bbox": list(box)}),
+        **({"geometry": None} if card.grid is None else place_of(card.grid)),
         "properties": {
             "datetime": None, "start_datetime": first, "end_datetime": last,
             "description": f"A network {name} that terrashard trained on {', '.join(card.bands)}",
-            "mlm:name": f"{name} on {len(card.bands)} bands",
-            "mlm:architecture": name,
-            "mlm:tasks": [task],
-            "mlm:framework": "JAX",
-            "mlm:framework_version": importlib.metadata.version("jax"),
-            "mlm:total_parameters": parameters,
-            "mlm:pretrained": True,
-            "mlm:batch_size_suggestion": card.config.run.batch_size,
-            "mlm:input": _inputs(card, shapes),
-            "mlm:output": [result],
+            "bands": model_bands(card),
+            **network_fields(card, shapes, output, parameters),
         },
         "links": [],
         "assets": {
             form: {"href": f"./model.{form}", "type": _KINDS[form], "roles": ["mlm:model", "data"],
-                   "title": f"The network as {form}", "mlm:artifact_type": form}
+                   "title": f"The network as {form}", "mlm:artifact_type": form, "bands": model_bands(card)}
             for form in formats
         },
     }  # fmt: skip
-
-
-def _inputs(card: ModelCard, shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
-    """Describe each input; the function normalises by itself, by the numbers of `value_scaling`."""
-    made = []
-    for name, shape in shapes.items():
-        bands: tuple[str, ...] = ()
-        scaling: list[dict[str, Any]] = []
-        if name.startswith("image"):
-            first = 0
-            bands = card.bands
-            for one in card.modalities:
-                if name == f"image_{one.name}":
-                    bands = one.bands
-                    break
-                first += len(one.bands)
-            scaling = [{"type": "z-score", "mean": float(mean), "stddev": float(std) or 1.0}
-                       for mean, std in zip(card.mean[first:], card.std[first:], strict=True)]  # fmt: skip
-            scaling = scaling[: len(bands)]
-        letters = {
-            2: ["batch", "time"],
-            3: ["batch", "height", "width"],
-            5: ["batch", "time", "bands", "height", "width"],
-        }
-        four = (
-            ["batch", "bands", "height", "width"] if name.startswith("image") else ["batch", "time", "height", "width"]
-        )
-        made.append({
-            "name": name,
-            "bands": list(bands),
-            "input": {"shape": [-1, *shape[1:]], "dim_order": letters.get(len(shape), four),
-                      "data_type": "int32" if name.startswith("day") else "float32"},
-            **({"value_scaling": scaling} if scaling else {}),
-            "description": _MEANINGS[name.partition("_")[0]],
-        })  # fmt: skip
-    return made
-
-
-_MEANINGS = {
-    "image": "stored numbers of the bands; the function subtracts the mean and divides by the deviation itself",
-    "observed": "1 where a pixel was observed, else 0",
-    "day": "day of the year of each date, from 1",
-}
-
-
-def _task(card: ModelCard) -> str:
-    if card.task.values:
-        return "regression"
-    if card.task.several:
-        return "classification"
-    return "scene-classification" if card.task.per_image else "semantic-segmentation"
-
-
-def _dims(shape: tuple[int, ...], *, per_image: bool) -> list[str]:
-    return ["batch", "class"] if per_image or len(shape) == 2 else ["batch", "height", "width", "class"]
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in name) or "_"
-
-
-def _utc(time: str) -> str:
-    return time if time.endswith("Z") else f"{time}Z"
-
-
-def _box(box: tuple[float, float, float, float]) -> dict[str, Any]:
-    west, south, east, north = box
-    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
-    return {"type": "Polygon", "coordinates": [ring]}

@@ -18,12 +18,14 @@ from jaxtrain.display import result_table
 from jaxtrain.inference.area import Area
 from jaxtrain.inference.filling import Filled, Progress
 from jaxtrain.inference.making import Making, finish, hold_making, open_making, refuse_append
+from jaxtrain.inference.map_item import map_item
 from jaxtrain.inference.maps import CHUNK, Map, is_map, make_arrays, open_map, refuse_other
 from jaxtrain.inference.opening import OpenScene, open_scene
 from jaxtrain.inference.options import Dates, MapOptions, Method
 from zarr_store.errors import InvalidInput
 from zarr_store.folder import FolderStore
 from zarr_store.ledger import ShardIndex
+from zarr_store.stac_item import write_item
 
 __all__ = ["Elsewhere", "MapResult", "help_making", "predict"]
 
@@ -165,6 +167,7 @@ def predict(
         refuse_append(old, opened.identity, opened.times)
     whole = _already_made(target, opened)
     if whole is not None:
+        write_item(whole.store, map_item(opened, target.root))
         return _result(opened, whole, out, Filled(), began)
     make = partial(
         make_arrays, grid=opened.spec.grid, classes=opened.card.answers, kind=opened.kind,
@@ -185,6 +188,7 @@ def predict(
                 f"{len(left)} of {len(opened.keys)} shards of {target.url} were not made; repeat the command, which "
                 "makes them alone"
             )
+        write_item(making.store, map_item(opened, target.root))
         finish(making, out)
         made = Making(target.root, opened.kind.names, bool(opened.times))
         return _result(opened, made, out, filled, began)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pystac.validation
 import pytest
 
 from jaxtrain.data.opening import open_training_data
@@ -67,7 +68,8 @@ def test_the_description_has_bands_normalisation_and_classes(real: dict[str, Any
     assert image["input"]["shape"] == [-1, len(card.bands), card.config.data.patch, card.config.data.patch]
     classes = item["properties"]["mlm:output"][0]["classification:classes"]
     assert [one["description"] for one in classes] == list(card.classes.names)
-    assert item["bbox"] == pytest.approx(list(card.grid.lonlat_bounds()))
+    assert item["bbox"] == pytest.approx(list(card.grid.lonlat_bounds()), abs=1e-6)
+    assert pystac.validation.validate_dict({**item, "stac_extensions": []}, extensions=[])
     model = pytest.importorskip("stac_model.schema")
     fields = {name.removeprefix("mlm:"): value for name, value in item["properties"].items() if name[:4] == "mlm:"}
     assert model.MLModelProperties(**fields).architecture == "unet"

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import pystac
+import pystac.validation
 import pytest
 import rasterio
 import rioxarray  # noqa: F401  (registers .rio)
@@ -17,6 +19,7 @@ import zarr
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pystac.extensions.projection import ProjectionExtension
 
 from jaxtrain import predict, train
 from jaxtrain.config import DataConfig
@@ -279,6 +282,35 @@ def test_an_opened_map_knows_what_made_it(made: Path) -> None:
     assert opened.attributes["step"] == 12
     assert opened.attributes["dates"] == ["2023-08-10T10:00:00", "2023-08-11T10:00:00"]
     np.testing.assert_array_equal(opened.read("class", slice(10, 20)), opened.read("class")[10:20])
+
+
+def test_the_item_of_a_map_has_its_layers_its_network_and_its_cube(made: Path) -> None:
+    document = json.loads((made / "item.json").read_text())
+    item = pystac.Item.from_dict(document)
+    assert pystac.validation.validate_dict({**document, "stac_extensions": []}, extensions=[])
+    assert [url.split("/")[3] for url in item.stac_extensions] == ["projection", "raster", "classification", "mlm"]
+    assert ProjectionExtension.ext(item).shape == [192, 160]
+    classes = item.assets["class"].extra_fields["classification:classes"]
+    assert [(one["value"], one["name"], one["color_hint"]) for one in classes] == [
+        (0, "vegetation", "2CA02C"), (1, "not_vegetated", "E6C35C"), (2, "water", "1F5FBF")]  # fmt: skip
+    assert set(item.assets) == {"class", "confidence", "probability", "model"}
+    layers = [asset.href for name, asset in item.assets.items() if name != "model"]
+    assert all((made / layer / "zarr.json").is_file() for layer in layers)
+    (origin,) = item.links
+    for href in (item.assets["model"].href, origin.target):
+        assert not str(href).startswith("/")
+    assert (made / item.assets["model"].href).samefile(shared_run() / "model.json")
+    assert (made / str(origin.target)).parent.samefile(shared_cube())
+    assert item.properties["mlm:input"][0]["bands"] == [band["name"] for band in item.properties["bands"]]
+    assert item.properties["mlm:output"][0]["classification:classes"] == classes
+    assert item.properties["start_datetime"] == "2023-08-10T10:00:00Z"
+
+
+def test_a_map_of_before_gets_its_item_when_the_command_is_repeated(made: Path) -> None:
+    text = (made / "item.json").read_bytes()
+    (made / "item.json").unlink()
+    assert predict(shared_run(), shared_cube(), made, probabilities=True).shards_made == 0
+    assert (made / "item.json").read_bytes() == text
 
 
 def test_a_map_is_replaced_and_nothing_else_is(made: Path, tmp_path: Path) -> None:
