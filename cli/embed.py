@@ -19,13 +19,19 @@ def register(app: typer.Typer) -> None:
         run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a model `autoencoder`.")],
         data: Annotated[str, typer.Argument(metavar="CUBE|STORE", help="Cube or sample store to embed.")],
         out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="Where the vectors go, each with its place.")],
+        allow_mismatch: Annotated[
+            bool,
+            typer.Option(
+                "--allow-mismatch", help="Use data of another pixel size or unit than those of training, and warn."
+            ),
+        ] = False,
     ) -> None:
         """Turn each window of a cube, or each sample of a store, into a vector to search, cluster and compare."""
         from cli.progress import Reporter
         from jaxtrain import embed as run_embedding
 
         with Reporter(session, "embed", unit="batches") as progress:
-            result = run_embedding(run, data, out, on_batch=progress.update)
+            result = run_embedding(run, data, out, allow_mismatch=allow_mismatch, on_batch=progress.update)
         for text in result.warnings:
             session.warn(text)
         session.say(f"{result.out}: {result.samples:,} vectors of {result.code} numbers")

@@ -81,6 +81,12 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option(metavar="MODALITY", help="Score as if this modality were missing; may be repeated."),
         ] = None,
+        allow_mismatch: Annotated[
+            bool,
+            typer.Option(
+                "--allow-mismatch", help="Use data of another pixel size or unit than those of training, and warn."
+            ),
+        ] = False,
     ) -> None:
         """Score a run on the data that were held out of training.
 
@@ -90,7 +96,10 @@ def register(app: typer.Typer) -> None:
         from jaxtrain import evaluate as evaluate_run
 
         with Reporter(session, "evaluate", unit="batches") as progress:
-            report = evaluate_run(run, data=data, split=split, without=tuple(without or ()), on_batch=progress.update)
+            report = evaluate_run(
+                run, data=data, split=split, without=tuple(without or ()), allow_mismatch=allow_mismatch,
+                on_batch=progress.update,
+            )  # fmt: skip
         for text in report.warnings:
             session.warn(text)
         scores = report.to_dict()

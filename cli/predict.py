@@ -112,6 +112,13 @@ def register(app: typer.Typer) -> None:
                 rich_help_panel=_WHAT,
             ),
         ] = None,
+        allow_mismatch: Annotated[
+            bool,
+            typer.Option(
+                "--allow-mismatch", help="Use data of another pixel size or unit than those of training, and warn.",
+                rich_help_panel=_WHAT,
+            ),
+        ] = False,
         devices: Annotated[
             int | None,
             typer.Option(min=1, metavar="N", help="Devices of a process; default: as the run.", rich_help_panel=_WHERE),
@@ -148,6 +155,6 @@ def register(app: typer.Typer) -> None:
             session, run, cube, map_, products=products, time=time, probabilities=probabilities, aoi=aoi, bbox=bbox,
             helpers=helpers, method="exact" if exact else "blend", overlap=overlap, entropy=entropy, scaled=scaled,
             dates="majority" if majority else "each" if each_date else "mean", append=append, devices=devices,
-            without=tuple(without or ()),
+            without=tuple(without or ()), allow_mismatch=allow_mismatch,
         )  # fmt: skip
         session.emit(result)

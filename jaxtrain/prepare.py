@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.config import TrainConfig
+from jaxtrain.data.places import SampleSplit
 from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.splits import PARTS
 from jaxtrain.data.statistics import Statistics
@@ -92,6 +93,7 @@ def _card(config: TrainConfig, data: TrainingData, ready: TrainingSet) -> ModelC
             **leak,
             "class_pixels": counted,
             **({"held_out": elsewhere} if elsewhere else {}),
+            **({"image_side": ready.plan.parts["train"].patch} if isinstance(ready.plan.split, SampleSplit) else {}),
         },
         task=replace(ready.task, value=statistics.value),
         grounds=ready.grounds if len(ready.grounds) > 1 else (),

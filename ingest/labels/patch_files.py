@@ -19,7 +19,7 @@ from ingest.labels.patch import PICTURES, RASTERS
 from zarr_store.bounded import read_file
 from zarr_store.errors import InvalidInput, NothingFound
 
-__all__ = ["Listed", "Listing", "list_patches", "read_csv"]
+__all__ = ["Listed", "Listing", "list_images", "list_patches", "read_csv"]
 
 _MOST_TABLE = 64 << 20
 """Largest size of labels.csv or coordinates.csv in bytes; a million files take about 40 MB."""
@@ -77,6 +77,22 @@ def list_patches(folder: Path) -> Listing:
         )
     placed, unmatched = _place(folder / _PLACES, found)
     return Listing(classes, tuple(placed), several, (*passed_over, *unmatched))
+
+
+def list_images(folder: Path) -> tuple[tuple[Listed, ...], tuple[str, ...]]:
+    """List all images below a folder without classes, by their paths in it; also what coordinates.csv names in vain.
+
+    Raises:
+        InvalidInput: The path is not a folder, or coordinates.csv is malformed or ambiguous.
+        NothingFound: The folder holds no image.
+    """
+    if not folder.is_dir():
+        raise InvalidInput(f"{folder} is not a folder: expected a folder with images in it")
+    found = [Listed(path, path.relative_to(folder).as_posix(), ()) for path in _images_below(folder)]
+    if not found:
+        raise NothingFound(f"{folder} holds no image: expected {', '.join((*PICTURES, *RASTERS))} files")
+    placed, unmatched = _place(folder / _PLACES, found)
+    return tuple(placed), tuple(unmatched)
 
 
 def _from_folders(folder: Path) -> tuple[tuple[str, ...], list[Listed], list[str]]:

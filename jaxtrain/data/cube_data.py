@@ -13,6 +13,7 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.data.classes import Classes
 from jaxtrain.data.counting import count_classes
 from jaxtrain.data.ground import Ground, cube_digest, overlap
+from jaxtrain.data.mismatch import check_pixels
 from jaxtrain.data.modality_reader import ModalityReader
 from jaxtrain.data.modality_source import ModalitySource, open_sources, seen_by_window, sources_digest
 from jaxtrain.data.multimodal_data import prepare_modalities
@@ -85,9 +86,9 @@ class CubeData:
         """Return one part of the run's own cube; see `TrainingData.select_part`."""
         return select_windows(self.cube, card, part)
 
-    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = ()) -> EvaluationSet:
+    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = (), insist: bool = False) -> EvaluationSet:
         """Return all windows of another cube; see `TrainingData.select_all`."""
-        chosen = select_windows(self.cube, card.of(0), None, without=without)
+        chosen = select_windows(self.cube, card.of(0), None, without=without, insist=insist)
         grid = self.cube.spec(card.config.data.collection).grid
         overlapping = [
             f"{self.url} overlaps the ground of {ground.cube}, a training cube: its scores are too good"
@@ -179,17 +180,24 @@ def prepare_cube(
 
 
 def _sources(
-    cube: Cube, card: LearnedFrom, own: bool, without: Sequence[str]
+    cube: Cube, card: LearnedFrom, own: bool, without: Sequence[str], insist: bool = False
 ) -> tuple[tuple[ModalitySource, ...], list[str]]:
     """Open the modalities of a trained model in a cube; numbers of other data are compared with those of training."""
     usual = None if own else (card.mean, card.std)
     return open_sources(
-        card.config.data, cube, trained=card.modalities, numbers=card.numbers, usual=usual, without=without
-    )
+        card.config.data, cube, trained=card.modalities, numbers=card.numbers, usual=usual, without=without,
+        insist=insist,
+    )  # fmt: skip
 
 
 def select_windows(
-    cube: Cube, card: LearnedFrom, part: Part | None, *, may_be_empty: bool = False, without: Sequence[str] = ()
+    cube: Cube,
+    card: LearnedFrom,
+    part: Part | None,
+    *,
+    may_be_empty: bool = False,
+    without: Sequence[str] = (),
+    insist: bool = False,
 ) -> EvaluationSet:
     """Choose the windows of one cube for an evaluation.
 
@@ -199,6 +207,7 @@ def select_windows(
         part: A part of the run's own cube; None for all of another cube.
         may_be_empty: No window at all is no error, as in one of several cubes.
         without: Modalities that the network does not get; another cube may lack them.
+        insist: Use pixels of another size and numbers that cannot be converted as they are, and warn.
     """
     config = card.config.data
     spec = cube.spec(config.collection)
@@ -214,16 +223,14 @@ def select_windows(
             f"{cube.url}: {config.label!r} holds values in {target.unit}, the model learned values in "
             f"{card.task.unit}; make the layer again in that unit"
         )
-    sources, notes = _sources(cube, card, own, without) if card.modalities else ((), [])
+    sources, notes = _sources(cube, card, own, without, insist) if card.modalities else ((), [])
     digest = sources_digest(sources, target.layer) if sources else cube_digest(cube, config.collection, target.layer)
     if own and digest != card.cube_digest:
         warnings.append(f"{cube.url} has changed since the run began; parts of the ground are those of the run")
     if own and spec.grid != card.grid:
         raise InvalidInput(f"{cube.url} has grid {spec.grid}, trained on {card.grid}; pass it as other data")
-    if not own and spec.grid.resolution != card.grid.resolution:
-        warnings.append(
-            f"pixels of {cube.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"
-        )
+    if not own:
+        warnings += check_pixels(spec.grid, card.grid, cube.url, insist=insist)
     if not own and overlap(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     classes = match_classes(card.classes, config, target)
@@ -252,7 +259,7 @@ def select_windows(
         several = ModalityReader(sources, config.patch, labels)
         return EvaluationSet(cube.url, windows, several, (*warnings, *notes), (spec.times,))
     reader = WindowReader.of(cube, config.model_copy(update={"bands": card.bands}), classes, target, index)
-    conversion, notes = convert_to(card.numbers, cube_numbers(spec, reader.bands), cube.url)
+    conversion, notes = convert_to(card.numbers, cube_numbers(spec, reader.bands), cube.url, insist=insist)
     warnings += notes
     if not own:
         warnings += unlike_training(card.mean, card.std, index, reader.bands, conversion, cube.url)

@@ -104,9 +104,9 @@ class CubesData:
             ]
         return self._joined(card, chosen, warnings, part)
 
-    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = ()) -> EvaluationSet:
+    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = (), insist: bool = False) -> EvaluationSet:
         """Return all windows of several other cubes; see `TrainingData.select_all`."""
-        chosen = [CubeData(cube).select_all(card, without=without) for cube in self.cubes]
+        chosen = [CubeData(cube).select_all(card, without=without, insist=insist) for cube in self.cubes]
         return self._joined(card, chosen, [line for one in chosen for line in one.warnings], None)
 
     def places(self, collection: str, windows: Windows) -> dict[str, npt.NDArray[Any]]:

@@ -225,6 +225,7 @@ def open_sources(
     numbers: Sequence[BandNumbers] = (),
     usual: tuple[Sequence[float], Sequence[float]] | None = None,
     without: Sequence[str] = (),
+    insist: bool = False,
     on_unreadable: OnUnreadable | None = None,
 ) -> tuple[tuple[ModalitySource, ...], list[str]]:
     """Open all modalities of a configuration.
@@ -236,6 +237,7 @@ def open_sources(
         numbers: Meaning of the numbers of that model, of all bands of all modalities one after the other.
         usual: Mean and spread of each of these bands in training; data that are unlike them give a line.
         without: Modalities that the network does not get; the cube may lack them.
+        insist: Use numbers that cannot be converted as they are, and warn.
         on_unreadable: As of `WindowReader`.
 
     Returns:
@@ -264,7 +266,7 @@ def open_sources(
             source = opener(name, one.model_copy(update={"bands": bands}), config, cube, there, on_unreadable)
             if numbers:
                 last = first + len(source.numbers)
-                conversion, notes = convert_to(numbers[first:last], source.numbers, there.url)
+                conversion, notes = convert_to(numbers[first:last], source.numbers, there.url, insist=insist)
                 source = replace(source, conversion=conversion)
                 lines += notes
             source.check_power(there.url)

@@ -14,7 +14,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from zarr_store.errors import InvalidInput
+from jaxtrain.data.mismatch import refuse_mismatch
+from jaxtrain.data.units import unit_factor
 from zarr_store.index import TrainingIndex
 from zarr_store.samples import SampleSpec
 from zarr_store.spec import CubeSpec
@@ -101,42 +102,60 @@ def sample_numbers(spec: SampleSpec, positions: Sequence[int]) -> tuple[BandNumb
 
 
 def convert_to(
-    trained: Sequence[BandNumbers], there: Sequence[BandNumbers], url: str
+    trained: Sequence[BandNumbers], there: Sequence[BandNumbers], url: str, *, insist: bool = False
 ) -> tuple[Conversion | None, list[str]]:
     """Return how other data become numbers of the training data, with a line for the user; None where they are alike.
+
+    Units of one quantity are converted, such as degrees Celsius and kelvin (`jaxtrain.data.units`).
 
     Args:
         trained: Bands of the model card; none of runs that did not keep them, which are used as they are.
         there: The same bands of the other data.
         url: The other data, for the message.
+        insist: Take the stored numbers of a band as they are where no conversion is known, and warn.
 
     Raises:
-        InvalidInput: No conversion is known, as between units or between types without a stated scale.
+        InvalidInput: No conversion is known, as between quantities or between types without a stated scale.
     """
     if not trained:
         return None, []
-    gain, shift = [], []
+    gain, shift, notes = [], [], []
     for ours, theirs in zip(trained, there, strict=True):
-        why = _incomparable(ours, theirs)
+        factor = unit_factor(theirs.unit, ours.unit)
+        why = _incomparable(ours, theirs, factor)
         if why:
-            raise InvalidInput(
+            notes.append(refuse_mismatch(
                 f"{url}: band {theirs.band} holds {theirs}, the model was trained on {ours}; {why}, so the numbers "
-                "cannot be converted: give data of the same kind, or train on these"
-            )
-        gain.append(theirs.scale / ours.scale)
-        shift.append((theirs.offset - ours.offset) / ours.scale)
-    if all(g == 1 for g in gain) and all(s == 0 for s in shift):
-        return None, []
-    first = next(i for i in range(len(gain)) if gain[i] != 1 or shift[i] != 0)
-    note = f"numbers of {url} are converted: band {there[first].band} holds {there[first]}, trained on {trained[first]}"
-    return Conversion(tuple(gain), tuple(shift)), [note]
+                "cannot be converted", "give data of the same kind, or train on these", insist=insist,
+            ))  # fmt: skip
+            gain.append(1.0)
+            shift.append(0.0)
+            continue
+        # nothing where both have the same unit, so that equal data are not touched
+        times, plus = (1.0, 0.0) if factor is None else factor
+        gain.append(theirs.scale * times / ours.scale)
+        shift.append((theirs.offset * times + plus - ours.offset) / ours.scale)
+    changed = [i for i in range(len(gain)) if gain[i] != 1 or shift[i] != 0]
+    if not changed:
+        return None, notes
+    first = changed[0]
+    notes.append(
+        f"numbers of {url} are converted: band {there[first].band} holds {there[first]}, trained on {trained[first]}"
+    )
+    return Conversion(tuple(gain), tuple(shift)), notes
 
 
-def _incomparable(ours: BandNumbers, theirs: BandNumbers) -> str:
-    """Return why numbers cannot be converted; empty where they can."""
+def _incomparable(ours: BandNumbers, theirs: BandNumbers, factor: tuple[float, float] | None) -> str:
+    """Return why numbers cannot be converted; empty where they can.
+
+    Args:
+        ours: The band of the model.
+        theirs: The same band of the other data.
+        factor: Conversion of the units; None where none is known.
+    """
     if ours.kind != theirs.kind:
         return "these are different quantities"
-    if ours.unit and theirs.unit and ours.unit != theirs.unit:
+    if ours.unit and theirs.unit and factor is None:
         return f"the units are {theirs.unit} and {ours.unit}"
     if ours.kind == "layer" and ours.dtype != theirs.dtype:
         # a layer of values is float32, one of classes uint8

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from jaxtrain.config import DataConfig, TrainConfig
 from jaxtrain.data.classes import UNLABELLED
 from jaxtrain.data.cubes import Splits
+from jaxtrain.data.mismatch import check_side
 from jaxtrain.data.numbers import convert_to, sample_numbers
 from jaxtrain.data.places import SampleSplit, nearest_m
 from jaxtrain.data.reader import OnUnreadable
@@ -111,11 +112,14 @@ class SampleData:
             warnings.append(f"the split is random and leaks, so these scores are too good{figure}")
         return _evaluation_set(store, card, plan.parts[part], reader, warnings, part)
 
-    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = ()) -> EvaluationSet:
+    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = (), insist: bool = False) -> EvaluationSet:
         """Return all samples of another store; see `TrainingData.select_all`."""
         reader, windows, warnings = _other_samples(card, _config(card), self.store)
         there = sample_numbers(self.store.spec, reader.bands)
-        conversion, notes = convert_to(card.numbers, there, self.store.url)
+        conversion, notes = convert_to(card.numbers, there, self.store.url, insist=insist)
+        side = card.statistics.get("image_side")  # not in cards of earlier releases
+        if side is not None and self.store.spec.labelled != "pixels":
+            warnings += check_side(self.store.spec.size, side, self.store.url, insist=insist)
         return _evaluation_set(
             self.store, card, windows, replace(reader, conversion=conversion), [*warnings, *notes], None
         )

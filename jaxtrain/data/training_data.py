@@ -190,15 +190,16 @@ class TrainingData(Protocol):
             NothingFound: The part is empty.
         """
 
-    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = ()) -> EvaluationSet:
+    def select_all(self, card: LearnedFrom, *, without: Sequence[str] = (), insist: bool = False) -> EvaluationSet:
         """Return all of the data, which are other data than those of the run.
 
         Args:
             card: Card of the run.
             without: Modalities that the network does not get; the data may lack them.
+            insist: Use pixels of another size and numbers that cannot be converted as they are, and warn.
 
         Raises:
-            InvalidInput: Bands, labels or classes do not fit the model.
+            InvalidInput: Bands, units, pixel size, labels or classes do not fit the model.
             NothingFound: There is nothing to evaluate on.
         """
 

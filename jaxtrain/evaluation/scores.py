@@ -310,6 +310,7 @@ def evaluate(
     data: str | Path | None = None,
     split: Part | str = "test",
     without: Sequence[str] = (),
+    allow_mismatch: bool = False,
     on_batch: Progress | None = None,
 ) -> EvaluationReport:
     """Evaluate the best or newest checkpoint of a run on one part of its data, or on all of other data.
@@ -326,6 +327,8 @@ def evaluate(
         split: "test", "validation" or "train"; of the run's own data only.
         without: Modalities that the network does not get, as if they were missing everywhere; the same pixels are
             scored as with them. Such scores stand in a file of their own.
+        allow_mismatch: Use other data whose pixels or images have another size, or whose numbers have a unit that
+            cannot be converted, and warn.
         on_batch: Called with (batches done, batches in all).
 
     Returns:
@@ -350,7 +353,7 @@ def evaluate(
     # the split of the run holds for its own data, whatever their path
     own = card if data is None or str(data).split(",") == _urls(card) else match_own(card, opened)
     part = None if own is None else cast(Part, split)
-    chosen = select_data(own or card, opened, part=part, name=data, without=without)
+    chosen = select_data(own or card, opened, part=part, name=data, without=without, insist=allow_mismatch)
     chosen = replace(chosen, reader=hide(chosen.reader, without))
     program, state, step, passed_over = restore_model(run, card)
     sums = sum_windows(
@@ -480,6 +483,7 @@ def select_data(
     part: Part | None,
     name: str | Path | None = None,
     without: Sequence[str] = (),
+    insist: bool = False,
 ) -> EvaluationSet:
     """Return the data of an evaluation: a part of the run's own data, or all of other data.
 
@@ -489,6 +493,7 @@ def select_data(
         part: A part of the run's own data; None for all of other data.
         name: Name of the data in the message, as the user gave it.
         without: Modalities that the network does not get; other data may lack them.
+        insist: Use pixels of another size and numbers that cannot be converted as they are, and warn.
 
     Raises:
         InvalidInput: The model was trained on another kind of data.
@@ -499,4 +504,6 @@ def select_data(
         raise InvalidInput(
             f"{name or data.url} is a {data.kind}, but the run was trained on a {learned}; give a {learned}"
         )
-    return data.select_all(card, without=without) if part is None else data.select_part(card, part)
+    if part is None:
+        return data.select_all(card, without=without, insist=insist)
+    return data.select_part(card, part)

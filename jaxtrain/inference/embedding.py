@@ -73,6 +73,7 @@ def embed(
     data: str | Path,
     out: str | Path,
     *,
+    allow_mismatch: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> EmbeddingResult:
     """Embed all windows of a cube, or all samples of a store, with the encoder of a run.
@@ -81,6 +82,7 @@ def embed(
         run: A run of model `autoencoder`.
         data: A cube or sample store with the bands of the model.
         out: Path of the new vectors (Zarr); nothing may exist there.
+        allow_mismatch: Use data of another pixel size or of units that cannot be converted, and warn.
         on_batch: Called with (batches done, batches in all).
 
     Returns:
@@ -103,7 +105,7 @@ def embed(
     if store.exists():
         raise InvalidInput(f"{store.url} exists; give another path, or remove it first")
     opened = open_training_data(data)
-    chosen = select_data(card, opened, part=None, name=data)
+    chosen = select_data(card, opened, part=None, name=data, insist=allow_mismatch)
     windows = chosen.windows
     program, state, step, passed_over = restore_model(run, card)
     encode = make_embed_step(program)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import MeshConfig
+from jaxtrain.data.mismatch import check_pixels
 from jaxtrain.data.modality_reader import ModalityReader, hide
 from jaxtrain.data.modality_source import open_sources
 from jaxtrain.data.numbers import convert_to, cube_numbers, unlike_training
@@ -42,6 +43,8 @@ from zarr_store.spec import CubeSpec
 __all__ = ["OpenScene", "open_scene", "share_processor"]
 
 
+_NOT_IN_PIXELS = ("time", "devices", "allow_mismatch")
+"""Options that do not change the pixels of a date: how numbers are converted is in the identity of a map by itself."""
 _CACHE_BYTES = 32 << 20
 """Decoded chunks that are kept: two rows of chunks across a shard; a chunk is needed again for the next row only."""
 
@@ -109,7 +112,7 @@ class OpenScene:
     @cached_property
     def identity(self) -> str:
         """Digest of all that determines the map except its dates and what the cube holds."""
-        options = {name: value for name, value in self.options.to_dict().items() if name not in ("time", "devices")}
+        options = {name: value for name, value in self.options.to_dict().items() if name not in _NOT_IN_PIXELS}
         return digest_of({
             "model": self.model, "options": options, "grid": self.spec.grid.to_dict(), "bands": list(self.card.bands),
             "collection": self.card.config.data.collection, "shard": self.lattice.shard,
@@ -215,6 +218,7 @@ def open_scene(run: Path, cube: str | Path, options: MapOptions) -> OpenScene:
     opened = open_cube(cube, cache_bytes=_CACHE_BYTES)
     config = card.config.data
     spec = opened.spec(config.collection)
+    other_pixels = check_pixels(spec.grid, card.grid, opened.url, insist=options.allow_mismatch)
     patch = config.patch
     overlap = patch // 4 if options.overlap is None else options.overlap
     if not 0 <= overlap <= patch // 2:
@@ -232,11 +236,7 @@ def open_scene(run: Path, cube: str | Path, options: MapOptions) -> OpenScene:
     program, state, step, passed_over = restore_model(run, card, _program(card, options))
     lattice = _lattice(run, card, spec, options, overlap, kind, program, state)
     reader, notes = _open_reader(card, opened, spec, index, lattice, series, options)
-    warnings = [*passed_over, *notes]
-    if spec.grid.resolution != card.grid.resolution:
-        warnings.append(
-            f"pixels of {opened.url} are {spec.grid.resolution}, the model was trained on {card.grid.resolution}"
-        )
+    warnings = [*passed_over, *notes, *other_pixels]
     absent = int((~index.present).sum())
     if absent and not card.modalities:
         warnings.append(f"{absent} of {index.present.size} chunks of {opened.url} were never written: no data there")
@@ -263,12 +263,13 @@ def _open_reader(
     if card.modalities:
         sources, notes = open_sources(
             config, cube, trained=card.modalities, numbers=card.numbers, usual=(card.mean, card.std),
-            without=options.without,
+            without=options.without, insist=options.allow_mismatch,
         )  # fmt: skip
         several: ModalityReader = hide(ModalityReader(sources, max(lattice.window)), options.without)
         return several, notes
     bands = spec.find_bands(card.bands)
-    conversion, notes = convert_to(card.numbers, cube_numbers(spec, bands), cube.url)
+    conversion, notes = convert_to(card.numbers, cube_numbers(spec, bands), cube.url,
+                                   insist=options.allow_mismatch)  # fmt: skip
     reader = WindowReader(cube, config.collection, bands, max(lattice.window), config.learn_masked, index=index,
                           lenient=True, dates=series, conversion=conversion)  # fmt: skip
     hide(reader, options.without)

@@ -31,6 +31,7 @@ class MapOptions:
         area: Map these polygons only.
         without: Modalities that the network does not get, as if they were missing everywhere.
         devices: Devices over which batches are split; None for those of the run.
+        allow_mismatch: Map a cube of another pixel size or of units that cannot be converted, and warn.
 
     Raises (when made):
         UnknownName: A method or a way to join dates that there is not.
@@ -47,6 +48,7 @@ class MapOptions:
     area: Area | None = None
     without: tuple[str, ...] = ()
     devices: int | None = None
+    allow_mismatch: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):

@@ -113,6 +113,7 @@ def predict(
     append: bool = False,
     without: Sequence[str] = (),
     devices: int | None = None,
+    allow_mismatch: bool = False,
     elsewhere: Elsewhere | None = None,
     on_batch: Progress | None = None,
 ) -> MapResult:
@@ -139,6 +140,8 @@ def predict(
         append: Add the new dates of a cube that has grown to a map of each date.
         without: Modalities that the network does not get, as if they were missing everywhere.
         devices: Devices over which batches are split; None for those of the run.
+        allow_mismatch: Map a cube whose pixels have another size on the ground, or whose numbers have a unit that
+            cannot be converted, and warn.
         elsewhere: Fills the map by other processes; None fills it in this one.
         on_batch: Called with (batches done, batches in all).
 
@@ -157,7 +160,8 @@ def predict(
         ((192, 160), ['vegetation', 'not vegetated', 'water'])
     """
     began = clock.monotonic()
-    options = MapOptions(time, method, overlap, dates, probabilities, entropy, scaled, area, tuple(without), devices)
+    options = MapOptions(time, method, overlap, dates, probabilities, entropy, scaled, area, tuple(without), devices,
+                         allow_mismatch)  # fmt: skip
     target = FolderStore.at(out)
     refuse_other(target)
     opened = open_scene(Path(run), cube, options)

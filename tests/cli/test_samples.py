@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -80,3 +81,10 @@ def test_images_of_several_classes_go_all_the_way(tmp_path, capsys):
         assert scores["confusion_matrix"] is None
     assert scores["samples"] == 48
     assert "field" in (tmp_path / "run/report.html").read_text()
+    assert main(["classify", str(tmp_path / "run"), str(tmp_path / "b"), str(tmp_path / "b.parquet")]) == 0
+    rows = {row["image"]: row for row in pq.read_table(tmp_path / "b.parquet").to_pylist()}
+    listed = dict(line.split(",") for line in (tmp_path / "b/labels.csv").read_text().splitlines()[1:])
+    right = [set(rows[name]["classes"]) == set(text.split(";")) for name, text in listed.items()]
+    assert np.mean(right) > 0.6
+    assert max(len(row["classes"]) for row in rows.values()) > 1
+    assert rows["3.png"]["longitude"] == 41.0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import predict
+from jaxtrain.data.mismatch import check_pixels
 from jaxtrain.data.numbers import BandNumbers, convert_to, unlike_training
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.task import Task
@@ -18,6 +19,7 @@ from jaxtrain.evaluation.scores import select_data
 from jaxtrain.inference.maps import open_map
 from jaxtrain.runs.rundir import CARD, load_card
 from tests.jaxtrain.cube_factory import COLLECTION, labelled_cube, make_cube, shared_cube, shared_run
+from zarr_store.grid import Grid
 from zarr_store.labels import LabelSpec, label_boxes, write_label
 from zarr_store.read import open_cube
 
@@ -86,6 +88,11 @@ PATCH = BandNumbers("red", "image", "uint16")
 def test_numbers_that_cannot_be_converted_are_refused(trained: BandNumbers, there: BandNumbers, message: str) -> None:
     with pytest.raises(ValueError, match=f"OTHER: band {there.band} holds .*{message}.*train on these"):
         convert_to([trained], [there], "OTHER")
+    scaled = replace(PATCH, band="nir", scale=1e-4)
+    conversion, notes = convert_to([trained, scaled], [there, replace(scaled, scale=2e-4)], "OTHER", insist=True)
+    assert conversion is not None
+    assert (conversion.gain, conversion.shift) == ((1.0, 2.0), (0.0, 0.0)), "as they are, and the other band converted"
+    assert "used as they are (--allow-mismatch)" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +102,10 @@ def test_numbers_that_cannot_be_converted_are_refused(trained: BandNumbers, ther
         (replace(PATCH, scale=1e-4), replace(PATCH, scale=1e-4, offset=-0.1), 3500, 2500.0),
         (replace(PATCH, scale=1e-4, unit="sr"), replace(PATCH, scale=2e-5), 12500, 2500.0),
         (replace(BAND, scale=2.0, offset=1.0), BAND, 5.0, 2.0),
+        (replace(BAND, unit="K"), replace(BAND, unit="degC"), 20.0, 293.15),
+        (replace(BAND, unit="celsius", scale=0.5), replace(BAND, unit="K"), 293.15, 40.0),
+        (replace(BAND, unit="m"), replace(BAND, unit="cm"), 250.0, 2.5),
+        (replace(BAND, unit="1"), replace(BAND, unit="%"), 25.0, 0.25),
     ],
 )
 def test_a_conversion_keeps_the_physical_number(
@@ -104,6 +115,26 @@ def test_a_conversion_keeps_the_physical_number(
     assert conversion is not None
     assert "numbers of OTHER are converted" in notes[0]
     np.testing.assert_allclose(conversion.apply(np.full((2, 1, 3, 3), stored, there.dtype)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "crs", "equal"),
+    [(10.0, "EPSG:32633", True), (10.2, "EPSG:32633", True), (20.0, "EPSG:32633", False), (5.0, "EPSG:32633", False),
+     (14.1, "EPSG:3857", True), (10.0, "EPSG:3857", False)],
+)  # fmt: skip
+def test_pixels_of_another_size_on_the_ground_are_refused_or_insisted_on(
+    resolution: float, crs: str, equal: bool
+) -> None:
+    trained = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (64, 64))
+    left, top = (500_000.0, 5_000_000.0) if crs == "EPSG:32633" else (1_669_792.0, 5_635_549.0)  # 15° E, 45° N
+    there = Grid(crs, (resolution, 0.0, left, 0.0, -resolution, top), (64, 64))
+    if equal:
+        assert check_pixels(there, trained, "OTHER", insist=False) == []
+        return
+    with pytest.raises(ValueError, match=r"pixels of OTHER are .* m on the ground, and the model was trained on pixels "
+                                         r"of 10 m: ingest .* --resolution 10 .*--allow-mismatch"):  # fmt: skip
+        check_pixels(there, trained, "OTHER", insist=False)
+    assert "used as they are" in check_pixels(there, trained, "OTHER", insist=True)[0]
 
 
 def test_power_in_place_of_decibels_is_warned_of() -> None:

@@ -360,7 +360,11 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="20×64 pixels is smaller than the model's patch 32"):
         predict(shared_run(), tmp_path / "small.zarr", out)
     make_cube(tmp_path / "coarse.zarr", shape=(1, 64, 64), resolution=20.0, masked=False)
-    assert "trained on (10.0, 10.0)" in predict(shared_run(), tmp_path / "coarse.zarr", out).warnings[0]
+    with pytest.raises(InvalidInput, match=r"are 20 m on the ground, and the model was trained on pixels of 10 m"):
+        predict(shared_run(), tmp_path / "coarse.zarr", out)
+    assert not out.exists()
+    insisted = predict(shared_run(), tmp_path / "coarse.zarr", out, allow_mismatch=True)
+    assert "trained on pixels of 10 m; they are used as they are" in insisted.warnings[0]
     assert json.dumps(predict(shared_run(), tmp_path / "coarse.zarr", out).to_dict())
     assert jax.device_count() == 8
 
