@@ -22,6 +22,8 @@ __all__ = ["Assigned", "assign_rows"]
 
 _PIECE = 1 << 15
 """Rows of a piece: scores of 8 centres take 1 MB, which stays in the cache of a core."""
+_UNROLLED = 256
+"""Most products of centres and features that are written out in the program; with more, it is a product of matrices."""
 _RUN = 512
 """Rows that are summed in float32 before the sums go to float64; so few that no library splits them over threads."""
 
@@ -36,6 +38,8 @@ class Assigned(NamedTuple):
         total: float64 (k, scaled): sum of the scaled rows of each centre.
         inertia: Sum of squared distances.
         farthest: (squared distance, scaled row) of the row that is farthest from its centre.
+        sums, squares: float64 (k, feature): sums of row − mean of the scaling, and of its square, of each centre; empty
+            unless asked for.
     """
 
     labels: npt.NDArray[np.uint8]
@@ -44,6 +48,8 @@ class Assigned(NamedTuple):
     total: npt.NDArray[np.float64]
     inertia: float
     farthest: tuple[float, npt.NDArray[np.float64]]
+    sums: npt.NDArray[np.float64]
+    squares: npt.NDArray[np.float64]
 
 
 def assign_rows(
@@ -57,7 +63,7 @@ def assign_rows(
         scaling: How rows are scaled.
         centres: (k, scaled).
         device: Number of the device; counted around those there are.
-        final: Also give labels, nearness and the farthest row, which iterations do not need.
+        final: Also give labels, nearness, the farthest row, sums and squares, which iterations do not need.
     """
     devices = jax.local_devices()
     place = devices[device % len(devices)]
@@ -77,58 +83,78 @@ def assign_rows(
         here = piece.shape[1]
         if here < _PIECE:
             piece = np.pad(piece, ((0, 0), (0, _PIECE - here)))
-        pending.append((here, _step(jax.device_put(piece, place), np.int32(here), *fixed, final=final)))
-    count, total, inertia = np.zeros(k, np.int64), np.zeros((k, size)), 0.0
+        given = jax.device_put(piece, place)
+        # apart, because one program would compute labels anew in each loop that reads them
+        labelled = _label(given, np.int32(here), *fixed, final=final)
+        pending.append((here, labelled[3:], _sum(*labelled[:3], given, fixed[0], count=padded, final=final)))
+    sums, inertia = np.zeros((k, size + 1 + (2 * len(values) if final else 0))), 0.0
     labels, nearness = np.zeros(rows if final else 0, np.uint8), np.zeros(rows if final else 0, np.uint8)
     farthest = (-1.0, np.zeros(size))
     done = 0
-    for here, results in pending:
-        sums, squares, *more = (np.asarray(one) for one in results)
-        total += sums[:, :k, :size].sum(axis=0, dtype=np.float64)
-        count += np.rint(sums[:, :k, size].sum(axis=0, dtype=np.float64)).astype(np.int64)
-        inertia += float(squares.sum(dtype=np.float64))
+    for here, more, (of_runs, squares, *far) in pending:
+        sums += np.asarray(of_runs)[:, :k].sum(axis=0, dtype=np.float64)
+        inertia += float(np.asarray(squares).sum(dtype=np.float64))
         if final:
-            labels[done : done + here], nearness[done : done + here] = more[0][:here], more[1][:here]
-            if float(more[2]) > farthest[0]:
-                farthest = (float(more[2]), more[3].astype(np.float64))
+            labels[done : done + here], nearness[done : done + here] = (np.asarray(one)[:here] for one in more)
+            if float(far[0]) > farthest[0]:
+                farthest = (float(far[0]), np.asarray(far[1]).astype(np.float64))
         done += here
-    return Assigned(labels, nearness, count, total, inertia, farthest)
+    total, count = sums[:, :size], np.rint(sums[:, size]).astype(np.int64)
+    plain, squared = np.split(sums[:, size + 1 :], 2, axis=1)
+    return Assigned(labels, nearness, count, total, inertia, farthest, plain, squared)
 
 
 @functools.partial(jax.jit, static_argnames="final")
-def _step(
+def _label(
     x_FN: jax.Array, rows: jax.Array, mean_F: jax.Array, matrix: jax.Array, centres_KS: jax.Array, half_K: jax.Array,
     *, final: bool,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Return label (−1 beyond the rows), squared distance and scaled row; of the final pass, label and nearness."""
     highest = jax.lax.Precision.HIGHEST
     x_FN = x_FN - mean_F[:, None]
     s_SN = x_FN * matrix[:, None] if matrix.ndim == 1 else jnp.dot(matrix, x_FN, precision=highest)
-    score_KN = half_K[:, None] - 2.0 * jnp.dot(centres_KS, s_SN, precision=highest)
-    best_N, label_N = score_KN[0], jnp.zeros(score_KN.shape[1], jnp.int32)
-    for at in range(1, score_KN.shape[0]):
+    count, size = centres_KS.shape
+    if count * size <= _UNROLLED:  # one loop over the rows that keeps all scores in registers
+        score_KN = [
+            functools.reduce(lambda left, at: left - 2.0 * centres_KS[k, at] * s_SN[at], range(size), half_K[k])  # noqa: B023
+            for k in range(count)
+        ]
+    else:
+        score_KN = half_K[:, None] - 2.0 * jnp.dot(centres_KS, s_SN, precision=highest)
+    best_N, label_N = score_KN[0], jnp.zeros(x_FN.shape[1], jnp.int32)
+    second_N = jnp.full_like(best_N, jnp.inf)
+    for at in range(1, count):
         nearer_N = score_KN[at] < best_N  # strictly: of two that are as near, the first stays
+        second_N = jnp.where(nearer_N, best_N, jnp.minimum(second_N, score_KN[at]))
         best_N = jnp.where(nearer_N, score_KN[at], best_N)
         label_N = jnp.where(nearer_N, at, label_N)
+    length_N = functools.reduce(lambda left, row: left + row * row, s_SN, jnp.zeros_like(best_N))
     valid_N = jnp.arange(x_FN.shape[1]) < rows
-    square_N = jnp.where(valid_N, jnp.maximum(best_N + jnp.square(s_SN).sum(axis=0), 0.0), 0.0)
-    runs = x_FN.shape[1] // _RUN
-    label_RN = jnp.where(valid_N, label_N, -1).reshape(runs, _RUN)
-    one_RKN = (label_RN[:, None] == jnp.arange(len(half_K))[None, :, None]).astype(jnp.float32)
-    with_one_SN = jnp.concatenate([s_SN, jnp.ones_like(s_SN[:1])])
-    rows_RSN = with_one_SN.reshape(len(with_one_SN), runs, _RUN).transpose(1, 0, 2)
-    sums_RKS = jnp.einsum("rkn,rsn->rks", one_RKN, rows_RSN, precision=highest)
+    square_N = jnp.where(valid_N, jnp.maximum(best_N + length_N, 0.0), 0.0)
+    found = (jnp.where(valid_N, label_N, -1), square_N, s_SN)
+    if not final:
+        return found
+    near_N = 100.0 * (1.0 - jnp.sqrt(jnp.minimum(square_N / jnp.maximum(second_N + length_N, 1e-30), 1.0)))
+    return (*found, label_N.astype(jnp.uint8), jnp.rint(near_N).astype(jnp.uint8))
+
+
+@functools.partial(jax.jit, static_argnames=("count", "final"))
+def _sum(
+    label_N: jax.Array, square_N: jax.Array, s_SN: jax.Array, x_FN: jax.Array, mean_F: jax.Array, *, count: int,
+    final: bool,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Sum scaled rows and ones by centre in each run; of the final pass also rows and their squares, and the farthest."""
+    runs = label_N.shape[0] // _RUN
+    one_RKN = (label_N.reshape(runs, _RUN)[:, None] == jnp.arange(count)[None, :, None]).astype(jnp.float32)
+    columns = [s_SN, jnp.ones_like(s_SN[:1])]
+    if final:
+        x_FN = x_FN - mean_F[:, None]
+        columns += [x_FN, x_FN * x_FN]
+    wide_SN = jnp.concatenate(columns)
+    rows_RSN = wide_SN.reshape(len(wide_SN), runs, _RUN).transpose(1, 0, 2)
+    sums_RKS = jnp.einsum("rkn,rsn->rks", one_RKN, rows_RSN, precision=jax.lax.Precision.HIGHEST)
     squares_R = square_N.reshape(runs, _RUN).sum(axis=1)
     if not final:
         return sums_RKS, squares_R
-    others_KN = jnp.where(jnp.arange(len(half_K))[:, None] == label_N[None], jnp.inf, score_KN)
-    second_N = jnp.maximum(others_KN.min(axis=0) + jnp.square(s_SN).sum(axis=0), 1e-30)
-    near_N = 100.0 * (1.0 - jnp.sqrt(jnp.minimum(square_N / second_N, 1.0)))
     far = jnp.argmax(square_N)
-    return (
-        sums_RKS,
-        squares_R,
-        label_N.astype(jnp.uint8),
-        jnp.rint(near_N).astype(jnp.uint8),
-        square_N[far],
-        s_SN[:, far],
-    )
+    return sums_RKS, squares_R, square_N[far], s_SN[:, far]

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.tasks.assign import Assigned, assign_rows
+from jaxtrain.tasks.cells import assign_cells, make_cells
 from jaxtrain.tasks.moments import Moments
 from jaxtrain.tasks.sampling import sample_rows
 from jaxtrain.tasks.scaling import Scaling
@@ -74,9 +75,14 @@ class _StepJob:
     scaling: Scaling
     centres: F64
     final: bool = False
+    by_cells: bool = False
 
     def __call__(self, number: int) -> Assigned:
         block = self.ref.block(number)
+        if self.by_cells:
+            cells = self.ref.keep("cells", number, lambda: make_cells(block.values, device=number))
+            if cells is not None:
+                return assign_cells(block.values, cells, self.scaling, self.centres, device=number)
         found = assign_rows(block.values, self.scaling, self.centres, device=number, final=self.final)
         # iterations need no labels, and those of a whole cube would fill the memory
         return found._replace(labels=found.labels[:0], nearness=found.nearness[:0])
@@ -168,7 +174,9 @@ def fit_kmeans(
 
 
 def _lloyd(ref: TableRef, blocks: int, scaling: Scaling, fit: Fit, workers: Workers) -> Fit:
-    count, total, inertia = _pass(ref, range(blocks), scaling, fit.centres, workers)
+    # cells cost as much as some passes, and a good start may need one alone; the rule must not depend on what is kept
+    by_cells = fit.iterations > 0
+    count, total, inertia = _pass(ref, range(blocks), scaling, fit.centres, workers, by_cells=by_cells)
     centres = np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], fit.centres)
     if not count.all():
         centres = _fill_empty(ref, blocks, scaling, centres, count, workers)
@@ -181,17 +189,18 @@ def _batches(ref: TableRef, blocks: int, scaling: Scaling, fit: Fit, workers: Wo
     centres, inertia = fit.centres.copy(), 0.0
     seen = np.zeros(len(centres), np.int64) if fit.count is None else fit.count
     for at in range(0, blocks, _GROUP):
-        count, total, part = _pass(ref, order[at : at + _GROUP], scaling, centres, workers)
+        group = order[at : at + _GROUP]
+        count, total, part = _pass(ref, group, scaling, centres, workers, by_cells=fit.iterations > 0)
         seen, inertia = seen + count, inertia + part
         centres = centres + (total - count[:, None] * centres) / np.maximum(seen, 1)[:, None]
     return Fit(centres, fit.iterations + 1, inertia, seen)
 
 
 def _pass(
-    ref: TableRef, numbers: range | list[int], scaling: Scaling, centres: F64, workers: Workers
+    ref: TableRef, numbers: range | list[int], scaling: Scaling, centres: F64, workers: Workers, *, by_cells: bool
 ) -> tuple[npt.NDArray[np.int64], F64, float]:
     count, total, inertia = np.zeros(len(centres), np.int64), np.zeros_like(centres), 0.0
-    for part in workers.map(_StepJob(ref, scaling, centres), numbers):
+    for part in workers.map(_StepJob(ref, scaling, centres, by_cells=by_cells), numbers):
         count, total, inertia = count + part.members, total + part.total, inertia + part.inertia
     return count, total, inertia
 

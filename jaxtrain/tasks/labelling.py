@@ -53,15 +53,12 @@ class _LabelJob:
     def __call__(self, number: int) -> dict[str, Any]:
         block, k = self.ref.block(number), self.model.k
         found = assign_rows(block.values, self.model.scaling, self.model.centres, device=number, final=True)
-        rows = [row.astype(np.float64) for row in block.values]
         labels = np.full(block.shape, NODATA, np.uint8)
         nearness = np.full(block.shape, NODATA, np.uint8)
         labels.ravel()[block.at], nearness.ravel()[block.at] = found.labels, found.nearness
         return {
             "labels": labels, "nearness": nearness, "inertia": found.inertia,
-            "count": np.bincount(found.labels, minlength=k),
-            "total": np.stack([np.bincount(found.labels, row, k) for row in rows], axis=1),
-            "squares": np.stack([np.bincount(found.labels, row * row, k) for row in rows], axis=1),
+            "count": found.members, "total": found.sums, "squares": found.squares,
             "season": _season(self.ref.table, number, labels, k),
         }  # fmt: skip
 
@@ -127,8 +124,9 @@ def label_table(
         _write_rows(out, table, results(), attributes)
     count = sums["count"].astype(np.int64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = sums["total"] / count[:, None]
-        std = np.sqrt(np.maximum(sums["squares"] / count[:, None] - np.square(mean), 0.0))
+        apart = sums["total"] / count[:, None]
+        mean = model.scaling.mean.astype(np.float32) + apart
+        std = np.sqrt(np.maximum(sums["squares"] / count[:, None] - np.square(apart), 0.0))
         season = sums["season"] / sums["seen"]
     return Labelled(count, float(sums["inertia"]), mean, std, season)
 

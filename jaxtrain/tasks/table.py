@@ -47,24 +47,38 @@ class Block:
 
     Attributes:
         values: float32 (feature, row).
-        at: int64 (row,): position of each row in the block, in row-major order of `shape`.
-        ids: uint64 (row,): number of each row in the whole table.
+        kept: int32 (row,): position of each row in the block, in row-major order of `shape`; None where all are there.
         shape: Shape of the block; (height, width) of a cube's.
+        numbering: (first, pitch): number of the first position in the whole table, and from one line of the last axis
+            of `shape` to the next.
         finite: int64 (feature,): rows of the block in which each feature is a number, of `observed` rows.
         observed: Number of observed rows, with or without numbers.
     """
 
     values: npt.NDArray[np.float32]
-    at: npt.NDArray[np.int64]
-    ids: npt.NDArray[np.uint64]
+    kept: npt.NDArray[np.int32] | None
     shape: tuple[int, ...]
+    numbering: tuple[int, int]
     finite: npt.NDArray[np.int64]
     observed: int
 
     @property
+    def at(self) -> npt.NDArray[np.int64]:
+        """int64 (row,): position of each row in the block."""
+        rows = self.values.shape[1]
+        return np.arange(rows, dtype=np.int64) if self.kept is None else self.kept.astype(np.int64)
+
+    @property
+    def ids(self) -> npt.NDArray[np.uint64]:
+        """uint64 (row,): number of each row in the whole table."""
+        line, place = np.divmod(self.at, self.shape[-1])
+        first, pitch = self.numbering
+        return (line * pitch + place + first).astype(np.uint64)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
-        return self.values.nbytes + self.at.nbytes + self.ids.nbytes
+        return self.values.nbytes + (0 if self.kept is None else self.kept.nbytes)
 
 
 class Table(Protocol):

@@ -95,10 +95,8 @@ class CubeTable:
             observed = clear.any(axis=0).ravel()
         else:
             rows, observed = values.reshape(len(values[0]), -1), clear[0].ravel()
-        at, kept = _whole_rows(rows, observed)
-        y, x = np.divmod(at, box.shape[1])
-        ids = ((y + box.y0) * self.reader.spec.grid.width + x + box.x0).astype(np.uint64)
-        return Block(kept, at, ids, box.shape, np.isfinite(rows[:, observed]).sum(axis=1), int(observed.sum()))
+        width = self.reader.spec.grid.width
+        return _block(rows, observed, box.shape, (box.y0 * width + box.x0, width))
 
     def features_without_numbers(self) -> tuple[str, ...]:
         return self.reader.bands_without_numbers()
@@ -135,13 +133,7 @@ class SampleTable:
                 images[:, column] = images[:, column] * np.float32(scale) + np.float32(offset)
         valid = self.store.valid(numbers).astype(bool)
         rows = images.transpose(1, 0, 2, 3).reshape(len(self.bands), -1)
-        observed = valid.ravel()
-        at, kept = _whole_rows(rows, observed)
-        pixels = valid[0].size
-        return Block(
-            kept, at, (at + first * pixels).astype(np.uint64), valid.shape,
-            np.isfinite(rows[:, observed]).sum(axis=1), int(observed.sum()),
-        )  # fmt: skip
+        return _block(rows, valid.ravel(), valid.shape, (first * valid[0].size, valid.shape[-1]))
 
     def features_without_numbers(self) -> tuple[str, ...]:
         return ()
@@ -177,11 +169,8 @@ class VectorTable:
 
     def read(self, number: int) -> Block:
         rows = np.ascontiguousarray(self.vectors[number * VECTORS_IN_BLOCK : (number + 1) * VECTORS_IN_BLOCK].T)
-        at, kept = _whole_rows(rows, np.ones(rows.shape[1], bool))
-        return Block(
-            kept, at, (at + number * VECTORS_IN_BLOCK).astype(np.uint64), (rows.shape[1],),
-            np.isfinite(rows).sum(axis=1), rows.shape[1],
-        )  # fmt: skip
+        there = np.ones(rows.shape[1], bool)
+        return _block(rows, there, there.shape, (number * VECTORS_IN_BLOCK, 0))
 
     def features_without_numbers(self) -> tuple[str, ...]:
         return ()
@@ -265,12 +254,16 @@ def change_from_before(values: npt.NDArray[np.float32], *, radar: bool) -> npt.N
     return change
 
 
-def _whole_rows(
-    rows: npt.NDArray[np.float32], observed: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    whole = observed & np.isfinite(rows).all(axis=0)
-    at = np.flatnonzero(whole)
-    return at, np.ascontiguousarray(rows if len(at) == rows.shape[1] else rows[:, at])
+def _block(
+    rows: npt.NDArray[np.float32], observed: npt.NDArray[np.bool_], shape: tuple[int, ...], numbering: tuple[int, int]
+) -> Block:
+    """Return the block of the observed rows of (feature, row) that hold numbers in every feature."""
+    finite = [np.isfinite(row) & observed for row in rows]
+    whole = np.logical_and.reduce(finite)
+    kept = None if whole.all() else np.flatnonzero(whole).astype(np.int32)
+    counts = np.array([np.count_nonzero(one) for one in finite], np.int64)
+    values = np.ascontiguousarray(rows) if kept is None else np.stack([np.take(row, kept) for row in rows])
+    return Block(values, kept, shape, numbering, counts, int(np.count_nonzero(observed)))
 
 
 def _digest(*parts: Any) -> str:

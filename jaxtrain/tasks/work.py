@@ -25,6 +25,7 @@ from jaxtrain.tasks.tables import open_table
 __all__ = ["MEMORY", "Job", "LocalWorkers", "ProcessWorkers", "TableRef", "Workers", "keep_blocks"]
 
 T = TypeVar("T")
+K = TypeVar("K")
 MEMORY = 2 << 30
 """Bytes of blocks that a process keeps between passes, unless told otherwise; what does not fit is read again."""
 
@@ -83,16 +84,40 @@ class TableRef:
             return found
         block = self.table.read(number)
         with _LOCK:
-            if key not in _BLOCKS and _KEPT[0] + block.nbytes <= _KEPT[1]:
+            # a part is left to what is made from the blocks
+            if key not in _BLOCKS and _KEPT[0] + block.nbytes <= _KEPT[1] * _BLOCKS_SHARE:
                 _BLOCKS[key] = block
                 _KEPT[0] += block.nbytes
         return block
+
+    def keep(self, name: str, number: int, make: Callable[[], K]) -> K:
+        """Return what `make` makes of a block, or take it from what is kept.
+
+        Args:
+            name: Name of what is made, which must depend on the block alone.
+            number: Number of the block.
+            make: Makes it; what has no `nbytes` takes no room.
+        """
+        key = (self.digest, name, number)
+        with _LOCK:
+            if key in _MADE:
+                found: K = _MADE[key]
+                return found
+        made = make()
+        nbytes = int(getattr(made, "nbytes", 0))
+        with _LOCK:
+            if key not in _MADE and _KEPT[0] + nbytes <= _KEPT[1]:
+                _MADE[key] = made
+                _KEPT[0] += nbytes
+        return made
 
 
 _MOST_OPEN = 4
 _LOCK = threading.Lock()
 _OPEN: OrderedDict[str, Table] = OrderedDict()
 _BLOCKS: dict[tuple[str, int], Block] = {}
+_BLOCKS_SHARE = 0.875
+_MADE: dict[tuple[str, str, int], Any] = {}
 _KEPT = [0, MEMORY]
 """Bytes that are kept, and the most that may be. The first blocks stay: passes go through all of them in order, so
 whatever was thrown out would be the next to be read."""
@@ -102,6 +127,7 @@ def keep_blocks(nbytes: int) -> None:
     """Forget all kept blocks, and keep at most this many bytes of them from now on."""
     with _LOCK:
         _BLOCKS.clear()
+        _MADE.clear()
         _KEPT[:] = [0, nbytes]
 
 

@@ -121,8 +121,7 @@ def test_a_vector_is_scored_by_its_nearest_neighbours_and_not_by_itself() -> Non
 def _block(rows: np.ndarray) -> Any:
     from jaxtrain.tasks.table import Block
 
-    at = np.arange(len(rows))
-    return Block(rows.T, at, at.astype(np.uint64), (len(rows),), np.full(rows.shape[1], len(rows)), len(rows))
+    return Block(rows.T, None, (len(rows),), (0, 0), np.full(rows.shape[1], len(rows)), len(rows))
 
 
 def test_an_empirical_threshold_keeps_the_stated_rate() -> None:
@@ -291,7 +290,9 @@ def test_without_scikit_learn_the_isolation_forest_says_what_to_install(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_isolation_forest_finds_it_too(odd: Path, tmp_path: Path) -> None:
+def test_the_isolation_forest_finds_it_too(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"):
+        monkeypatch.setenv(name, "TRUE")  # scikit-learn sets them when it is imported; this takes them back
     pytest.importorskip("sklearn")
     options = AnomalyOptions(method="isolation", time="2023-08-11", rate=0.01)
     found = find_anomalies(odd, tmp_path / "out", options, workers=WORKERS)

@@ -12,8 +12,9 @@ import pytest
 import zarr
 
 from jaxtrain.inference.maps import NODATA, open_map
-from jaxtrain.tasks import clusters, cube_reader, tables, work
+from jaxtrain.tasks import cells, clusters, cube_reader, kmeans, tables, work
 from jaxtrain.tasks.assign import assign_rows
+from jaxtrain.tasks.cells import assign_cells, make_cells
 from jaxtrain.tasks.choice import choose_k
 from jaxtrain.tasks.clusters import ClusterOptions, cluster, parse_k
 from jaxtrain.tasks.kmeans import Fit, fit_kmeans
@@ -35,8 +36,11 @@ WORKERS = LocalWorkers(2)
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Boxes of one chunk, so that a tiny cube has thirty blocks; and no block of one test is kept for the next."""
+    """Boxes of one chunk, so that a tiny cube has thirty blocks, which are cut into cells although they are small; and
+    no block of one test is kept for the next.
+    """
     monkeypatch.setattr(cube_reader, "_MOST_VALUES", 1)
+    monkeypatch.setattr(cells, "_LEAST", 256)
     monkeypatch.setattr(clusters, "draw_clusters", lambda *_: None)  # the test of the command draws
     keep_blocks(1 << 20)
     yield
@@ -97,6 +101,56 @@ def test_lloyd_over_blocks_gives_the_centres_of_plain_numpy(holed: Path) -> None
     assert found.count.sum() == len(rows)
 
 
+@pytest.mark.parametrize(("features", "k"), [(1, 2), (3, 5), (4, 16), (10, 6)])
+def test_every_row_gets_by_cells_the_centre_that_it_gets_alone(
+    features: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(features)
+    mixing = rng.normal(size=(features, features)) * np.logspace(0, -2, features)
+    rows = rng.normal(size=(40_000, features)) @ mixing.T + 3.0
+    rows[::97] *= 30.0  # far rows lie outside the grid
+    rows[5::7] = np.rint(rows[5::7])  # many equal rows
+    values = np.ascontiguousarray(rows.T.astype(np.float32))
+    found = make_cells(values)
+    assert found is not None
+    assert found.count.sum() + (found.codes == 65_535).sum() == len(rows)
+    for matrix in (np.eye(features), np.diag(1 / rows.std(axis=0)), rng.normal(size=(max(1, features - 1), features))):
+        scaling = Scaling(rows.mean(axis=0), matrix)
+        centres = scaling.apply(values[:, rng.integers(0, len(rows), k)]).T
+        centres[1] = centres[0] + 1e-7  # nearly equal centres must not be confused by rounding
+        alone = assign_rows(values, scaling, centres)
+        monkeypatch.setattr(cells, "_WORTH", 1.0)
+        together = assign_cells(values, found, scaling, centres)
+        np.testing.assert_array_equal(together.members, alone.members)
+        np.testing.assert_allclose(together.total, alone.total, rtol=1e-4, atol=1e-5 * np.abs(alone.total).max())
+        assert together.inertia == pytest.approx(alone.inertia, rel=1e-5)
+
+
+def test_most_rows_are_not_looked_at_again(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = open_table(str(holed))
+    moments = table_moments(table, WORKERS)
+    scaling, _ = make_scaling(moments)
+    start = Fit(scaling.apply(all_rows(table)[[5, 9000, 15000]].T).T)
+    looked: list[int] = []
+
+    def count(values: Any, *rest: Any, **more: Any) -> Any:
+        looked.append(values.shape[1])
+        return assign_rows(values, *rest, **more)
+
+    monkeypatch.setattr(cells, "assign_rows", count)
+    monkeypatch.setattr(kmeans, "assign_rows", count)
+    fit = fit_kmeans(table, scaling, start, moments, WORKERS, iterations=1)
+    assert sum(looked) == moments.count  # the first pass looks at all
+    looked.clear()
+    fit_kmeans(table, scaling, fit, moments, WORKERS, iterations=2, tolerance=0.0)
+    assert 0 < sum(looked) < 0.6 * moments.count
+
+
+def test_cells_of_rows_that_are_all_the_same_are_not_made() -> None:
+    assert make_cells(np.full((3, 20_000), 7.0, np.float32)) is None
+    assert make_cells(np.zeros((3, 100), np.float32)) is None
+
+
 def test_of_two_centres_that_are_as_near_the_first_is_taken() -> None:
     values = np.linspace(-3, 3, 41, dtype=np.float32)[None]
     same = np.array([[1.0], [-1.0], [1.0]])
@@ -115,6 +169,7 @@ def reference(holed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reference") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cube_reader, "_MOST_VALUES", 1)
+        patch.setattr(cells, "_LEAST", 256)
         patch.setattr(clusters, "draw_clusters", lambda *_: None)
         first = jax.local_devices()[:1]
         patch.setattr(jax, "local_devices", lambda: first)
