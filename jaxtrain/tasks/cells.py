@@ -1,10 +1,10 @@
 """`Cells` group the rows of a block that lie close together, so that a pass of k-means need not look at each row.
 
 The rows are cut by a grid along the principal axes of the block. Where the same centre is nearest in all of a cell, the
-cell goes to it as one, by its count and its sum; only rows of other cells are compared one by one. This is the filtering
-of Pelleg & Moore (1999, doi:10.1145/312129.312248) and Kanungo et al. (2002, doi:10.1109/TPAMI.2002.1017616) on a grid
-in place of a tree. Every row gets the centre that it would get alone: a cell is decided only where the difference is
-larger than what float32 could round away.
+cell goes to it as one, by its count and its sum; only rows of other cells are compared one by one. This is the
+filtering of Pelleg & Moore (1999, doi:10.1145/312129.312248) and Kanungo et al. (2002, doi:10.1109/TPAMI.2002.1017616)
+on a grid in place of a tree. Every row gets the centre that it would get alone: a cell is decided only where the
+difference is larger than what float32 could round away.
 
 Letters in shapes: A axis, F feature, N row.
 """
