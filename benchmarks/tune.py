@@ -1,22 +1,28 @@
-"""Searches beside separate trainings (part sharing), and beside full trials without early stops (part asha).
+"""Searches beside separate trainings (part sharing), and beside full trials without early stops (demo, eurosat).
 
-The world is that of `terrashard demo`, small. Both sides of a comparison train the same configurations in the same
-order, because the sampler draws at random from one seed.
+The worlds are that of `terrashard demo` and the EuroSAT patches of the shared data, with small networks. Both sides of
+a comparison train the same configurations in the same order, because the sampler draws at random from one seed. What
+was measured is kept in benchmarks/out/tune, so that a call that was cut short goes on with the next measurement.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from harness import OUT, Row, arguments, publish
+from harness import HERE, OUT, Row, arguments, publish
 
-CONFIG: dict[str, dict[str, Any]] = {
+SHARED = Path(os.environ.get("TERRASHARD_SHARED_DATA", HERE.parent.parent / "shared" / "data"))
+KEPT = OUT / "tune"
+DEMO: dict[str, dict[str, Any]] = {
     "data": {
         "label": "landcover", "patch": 64, "bands": ["blue", "green", "red", "rededge2", "nir", "swir16", "swir22"],
         "classes": {"1": "water", "2": "wetland", "3": "forest", "4": "grassland", "5": "cropland", "6": "bare",
@@ -26,6 +32,12 @@ CONFIG: dict[str, dict[str, Any]] = {
     "model": {"name": "unet", "width": 8, "depth": 2, "dropout": 0.1},
     "run": {"batch_size": 16, "log_every": 10},
 }  # fmt: skip
+EUROSAT: dict[str, dict[str, Any]] = {
+    "data": {"jitter": 0.1, "split": {"cell_deg": 0.5, "validation": 0.05, "test": 0.2}},
+    "model": {"name": "resnet", "width": 8, "blocks": [1, 1, 1, 1], "stem": "patch", "norm": "group", "dropout": 0.1},
+    "optim": {"warmup_steps": 10},
+    "run": {"batch_size": 64, "log_every": 10},
+}
 SPACE = {
     "optim.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
     "optim.weight_decay": {"low": 1e-5, "high": 1e-1, "log": True},
@@ -37,8 +49,22 @@ COMMAND = [sys.executable, "-m", "cli.main"]
 
 def call(*arguments_: object) -> str:
     """Run the terrashard command and return what it prints."""
-    done = subprocess.run([*COMMAND, *map(str, arguments_)], check=True, capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, *map(str, arguments_)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments_))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout
+
+
+def kept(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what was measured under a name, or measure it and keep it."""
+    path = KEPT / f"{name}.json"
+    if not path.exists():
+        found = measure()
+        KEPT.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+        print(f"  {name}: {found['seconds']:.1f} s", flush=True)
+    found = json.loads(path.read_text())
+    return dict(found)
 
 
 def demo_cube() -> Path:
@@ -49,66 +75,100 @@ def demo_cube() -> Path:
     return cube
 
 
-def write(name: str, steps: int, every: int) -> tuple[Path, Path]:
+def eurosat_store() -> Path:
+    """The sample store of EuroSAT; made once."""
+    store = OUT / "eurosat.zarr"
+    if not store.exists():
+        call("samples", SHARED / "patches" / "eurosat_rgb", store)
+    return store
+
+
+def write(name: str, settings: dict[str, dict[str, Any]], data: Path, steps: int, every: int) -> tuple[Path, Path]:
     """Write configuration and space of a search."""
-    values = {**CONFIG, "data": {**CONFIG["data"], "cube": str(demo_cube())}}
-    values["run"] = {**CONFIG["run"], "steps": steps, "evaluate_every": every, "checkpoint_every": steps}
-    config, space = OUT / f"tune-{name}.toml", OUT / f"tune-{name}-space.toml"
+    values = {**settings, "data": {**settings["data"], "cube": str(data)}}
+    values["run"] = {**settings["run"], "steps": steps, "evaluate_every": every, "checkpoint_every": steps}
+    KEPT.mkdir(parents=True, exist_ok=True)
+    config, space = KEPT / f"{name}.toml", KEPT / f"{name}-space.toml"
     config.write_text(tomli_w.dumps(values))
     space.write_text(tomli_w.dumps(SPACE))
     return config, space
 
 
-def search(name: str, config: Path, space: Path, trials: int, pruner: str) -> tuple[dict[str, Any], float, Path]:
-    """Run a search from its command; return its document, its seconds and its folder."""
-    folder = OUT / f"tune-{name}"
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
-    began = time.perf_counter()
-    told = call("tune", config, "--space", space, "--out", folder, "--trials", trials, "--sampler", "random",
-                "--pruner", pruner, "--seeds", 0, "--json")  # fmt: skip
-    return json.loads(told), time.perf_counter() - began, folder
+def search(name: str, files: tuple[Path, Path], trials: int, pruner: str) -> dict[str, Any]:
+    """Run a search from its command; return its document with its seconds."""
+
+    def measure() -> dict[str, Any]:
+        folder = KEPT / name
+        shutil.rmtree(folder, ignore_errors=True)
+        began = time.perf_counter()
+        told = call("tune", files[0], "--space", files[1], "--out", folder, "--trials", trials, "--sampler", "random",
+                    "--pruner", pruner, "--seeds", 0, "--json")  # fmt: skip
+        return {**json.loads(told), "seconds": time.perf_counter() - began}
+
+    return kept(name, measure)
 
 
-def sharing(trials: int, steps: int) -> list[Row]:
-    """Trials an hour of one search beside the same configurations as separate commands."""
-    config, space = write("sharing", steps, steps)
-    found, together, folder = search("sharing", config, space, trials, "none")
-    began = time.perf_counter()
-    for trial in found["trials"]:
-        run = folder / "alone" / str(trial["number"])
-        call("train", config, "--out", run, "--quiet",
-             *(f"--set={name}={value}" for name, value in trial["values"].items()))  # fmt: skip
-    apart = time.perf_counter() - began
+def command(name: str, config: Path, trial: dict[str, Any]) -> float:
+    """Return the seconds of a training by itself with the values of a trial."""
+
+    def measure() -> dict[str, Any]:
+        run = KEPT / f"{name}-{trial['number']}"
+        shutil.rmtree(run, ignore_errors=True)
+        began = time.perf_counter()
+        call(
+            "train",
+            config,
+            "--out",
+            run,
+            "--quiet",
+            *(f"--set={key}={value}" for key, value in trial["values"].items()),
+        )
+        return {"seconds": time.perf_counter() - began}
+
+    return float(kept(f"{name}-{trial['number']}", measure)["seconds"])
+
+
+def sharing(size: str, trials: int, steps: int, commands: int) -> list[Row]:
+    """Trials an hour of one search beside those of the same configurations as separate commands."""
+    files = write(f"{size}-sharing", DEMO, demo_cube(), steps, steps)
+    found = search(f"{size}-sharing", files, trials, "none")
+    apart = [command(f"{size}-alone", files[0], trial) for trial in found["trials"][:commands]]
+    rates = [3600 * trials / found["seconds"], 3600 * len(apart) / sum(apart)]
     compiled = max(count for groups in found["compiled"].values() for count in groups.values())
     return [
-        Row(f"trials an hour, search of {trials} beside separate commands", apart / together, 3.0,
-            note=f"{together:.0f} s and {apart:.0f} s, {steps} steps each"),
+        Row("trials an hour of a search, times those of commands", rates[0] / rates[1], 3.0,
+            note=f"{rates[0]:.0f} and {rates[1]:.0f}; {trials} trials and {len(apart)} commands of {steps} steps"),
         Row("compilations of a group of trials", compiled, 1, at_most=True),
     ]  # fmt: skip
 
 
-def asha(trials: int, steps: int, every: int) -> list[Row]:
+def early(size: str, world: str, trials: int, steps: int, every: int) -> list[Row]:
     """Steps and time of a search with early stops beside one of full trials."""
-    config, space = write("asha", steps, every)
-    full, full_s, _ = search("full", config, space, trials, "none")
-    early, early_s, _ = search("asha", config, space, trials, "asha")
-    used = [sum(trial["steps"] for trial in one["trials"]) for one in (early, full)]
+    settings, data = (DEMO, demo_cube()) if world == "demo" else (EUROSAT, eurosat_store())
+    name = f"{size}-{world}"
+    files = write(name, settings, data, steps, every)
+    full = search(f"{name}-full", files, trials, "none")
+    asha = search(f"{name}-asha", files, trials, "asha")
+    used = [sum(trial["steps"] for trial in one["trials"]) for one in (asha, full)]
+    best = [one["best"]["value"] for one in (asha, full)]
     return [
-        Row("score of the early search minus that of full trials", early["best"]["value"] - full["best"]["value"], 0.0,
-            note=f"{early['best']['value']:.4f} and {full['best']['value']:.4f}, {trials} trials"),
-        Row("steps of the early search, of those of full trials", used[0] / used[1], 0.5, at_most=True),
-        Row("time of the early search, of that of full trials", early_s / full_s, 0.5, at_most=True,
-            note=f"{early_s:.0f} s and {full_s:.0f} s"),
+        Row(f"{world}: best score of ASHA minus that of full trials", best[0] - best[1], 0.0,
+            note=f"{best[0]:.4f} and {best[1]:.4f}, {trials} trials of {steps} steps"),
+        Row(f"{world}: steps of ASHA, of those of full trials", used[0] / used[1], note=f"{used[0]} and {used[1]}"),
+        Row(f"{world}: time of ASHA, of that of full trials", asha["seconds"] / full["seconds"], 0.5, at_most=True,
+            note=f"{asha['seconds']:.0f} s and {full['seconds']:.0f} s"),
     ]  # fmt: skip
 
 
 def main() -> int:
-    options = arguments(__doc__ or "", parts=("sharing", "asha"))
+    options = arguments(__doc__ or "", parts=("sharing", "demo", "eurosat"))
+    size = "full" if options.full else "quick"
     rows: list[Row] = []
-    if options.part != "asha":
-        rows += sharing(*((20, 60) if options.full else (6, 20)))
-    if options.part != "sharing":
-        rows += asha(*((24, 120, 10) if options.full else (12, 60, 5)))
+    if options.part in (None, "sharing"):
+        rows += sharing(size, *((20, 60, 20) if options.full else (8, 20, 3)))
+    for world, sizes in (("demo", ((24, 120, 10), (16, 60, 5))), ("eurosat", ((24, 300, 25), (16, 120, 10)))):
+        if options.part in (None, world):
+            rows += early(size, world, *sizes[0 if options.full else 1])
     topic = "tune" if options.part is None else f"tune-{options.part}"
     return 0 if publish(topic, rows, full=options.full) else 1
 

@@ -46,12 +46,16 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option("--score", metavar="NAME", help="Validation score; default: of run.monitor.")
         ] = None,
         sampler: Annotated[
-            Literal["tpe", "random", "cmaes", "gp"], typer.Option("--sampler", help="What chooses the values.")
+            Literal["tpe", "random", "cmaes", "gp", "pbt"],
+            typer.Option("--sampler", help="What chooses the values; pbt: population-based training."),
         ] = "tpe",
+        members: Annotated[
+            int, typer.Option("--members", min=2, metavar="N", help="Networks that --sampler pbt trains side by side.")
+        ] = 8,
         pruner: Annotated[
-            Literal["asha", "hyperband", "median", "wilcoxon", "none"],
-            typer.Option("--pruner", help="What stops trials early."),
-        ] = "asha",
+            Literal["asha", "hyperband", "median", "wilcoxon", "none"] | None,
+            typer.Option("--pruner", help="What stops trials early; default: asha."),
+        ] = None,
         folds: Annotated[
             int, typer.Option("--folds", min=0, metavar="N", help="Spatial folds of a cross-validation.")
         ] = 0,
@@ -64,6 +68,14 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option("--dask", metavar="ADDRESS", help="Run trials on the workers of this cluster."),
         ] = None,
+        population: Annotated[
+            str,
+            typer.Option(
+                "--population",
+                metavar="N|auto|off",
+                help="Run N trials of equal shapes as one program; auto: if that is measured to be faster.",
+            ),
+        ] = "off",
         seeds: Annotated[
             int, typer.Option("--seeds", min=0, metavar="N", help="Then train best and defaults with N seeds; 0: not.")
         ] = 3,
@@ -73,12 +85,13 @@ def register(app: typer.Typer) -> None:
         Trials that differ only in numbers share data and compiled programs. The score is of the validation part; the
         test part is used once, to compare the best with the defaults.
         """
-        from cli.tuning import open_search, run_search, show_search
+        from cli.tuning import open_search, read_population, run_search, show_search
         from jaxtrain.tuning.worker import Budget
 
+        together = read_population(population)
         folder = open_search(
             session, what, space=space, out=out, score=score, sampler=sampler, pruner=pruner, folds=folds, seed=seed,
-            storage=storage,
+            storage=storage, members=members,
         )  # fmt: skip
         if show:
             show_search(session, folder)
@@ -86,6 +99,6 @@ def register(app: typer.Typer) -> None:
         if extend is not None:
             trials = len(folder.trials()) + extend
         limits = Budget(trials, None if hours is None else 3600 * hours, steps)
-        if trials is None and hours is None and steps is None:
+        if trials is None and hours is None and steps is None and not folder.plan.members:
             limits = Budget(len(folder.trials()) or 50, None, None)
-        run_search(session, folder, limits, jobs=jobs, dask=dask, seeds=seeds)
+        run_search(session, folder, limits, jobs=jobs, dask=dask, seeds=seeds, population=together)

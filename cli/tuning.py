@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from jaxtrain.tuning.study import StudyFolder
     from jaxtrain.tuning.worker import Budget, TrialNews
 
-__all__ = ["open_search", "run_search", "show_search"]
+__all__ = ["open_search", "read_population", "run_search", "show_search"]
 
-_OF_PLAN = ("score", "sampler", "pruner", "folds", "seed", "storage", "space", "out")
+_OF_PLAN = ("score", "sampler", "pruner", "folds", "seed", "storage", "space", "out", "members")
 
 
 def open_search(session: Session, what: Path, *, space: Path | None, out: Path | None, **options: Any) -> StudyFolder:
@@ -52,16 +52,32 @@ def open_search(session: Session, what: Path, *, space: Path | None, out: Path |
     return begin_search(config, space, out, **options)
 
 
+def read_population(text: str) -> int | None:
+    """Return the size of a population for the text of `--population`: 1 for off, None for auto.
+
+    Raises:
+        InvalidInput: It is something else.
+    """
+    from zarr_store.errors import InvalidInput
+
+    if text in ("off", "auto"):
+        return 1 if text == "off" else None
+    if text.isascii() and text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise InvalidInput(f"--population {text}: expected a number of trials such as 8, or auto, or off")
+
+
 def run_search(
-    session: Session, folder: StudyFolder, budget: Budget, *, jobs: int, dask: str | None, seeds: int
-) -> None:
+    session: Session, folder: StudyFolder, budget: Budget, *, jobs: int, dask: str | None, seeds: int,
+    population: int | None = 1,
+) -> None:  # fmt: skip
     """Run a search, compare its best trial with the defaults, and print what came out."""
     from jaxtrain.parallel.heap import keep_freed_memory
     from jaxtrain.runs.repeat import repeat_exactly
     from jaxtrain.shared import SharedParts
+    from jaxtrain.tuning.lanes import work_together
     from jaxtrain.tuning.page import write_page
     from jaxtrain.tuning.verdict import settle, write_best
-    from jaxtrain.tuning.worker import work
     from jaxtrain.tuning.workers import run_workers
 
     keep_freed_memory()
@@ -77,11 +93,12 @@ def run_search(
                 progress.line(f"trial {news.number} {news.state}: {news.message}")
 
         if jobs == 1 and dask is None:
-            work(folder, budget, on_trial=hear, shared=shared)
-            compiled = {"0": shared.compiled()}
+            compiled = {"0": work_together(folder, budget, population, on_trial=hear, on_note=progress.line,
+                                           shared=shared)}  # fmt: skip
         else:
             with _places(dask, jobs) as places:
-                compiled = run_workers(folder, places, budget, on_trial=hear, on_note=progress.line)
+                compiled = run_workers(folder, places, budget, on_trial=hear, on_note=progress.line,
+                                       population=population)  # fmt: skip
     write_best(folder)
     if seeds:
         settle(folder, seeds, shared, on_note=session.note)
@@ -114,9 +131,11 @@ def show_search(session: Session, folder: StudyFolder, *, compiled: Any = None) 
     space, trials = folder.plan.read_space(), folder.trials()
     rows, best, verdict = trial_rows(folder, space), folder.best(), read_verdict(folder)
     names = [one.name for one in space.parameters]
-    header = ["trial", "state", folder.plan.score, "steps", "seconds", *names]
-    lines = [header, *([_cell(value) for value in (row["number"], row["state"], row["value"], row["steps"],
-             row["seconds"], *(row["values"].get(name) for name in names))] for row in rows)]  # fmt: skip
+    more = ["generation", "member", "parent"] if folder.plan.members else []
+    header = ["trial", "state", folder.plan.score, "steps", "seconds", *more, *names]
+    kept = ("number", "state", "value", "steps", "seconds", *more)
+    lines = [header, *([_cell(value) for value in (*(row[name] for name in kept),
+             *(row["values"].get(name) for name in names))] for row in rows)]  # fmt: skip
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
         session.say("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

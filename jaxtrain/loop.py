@@ -49,7 +49,7 @@ from jaxtrain.runs.rundir import LOCK_KEY, ModelCard, clear_run, find_card, load
 from jaxtrain.runs.track import check_trackers
 from jaxtrain.runs.watchdog import Watchdog
 from jaxtrain.session import Dispatched, TrainingSession, check_monitor, newest_step, rehearse, resume_run, show_score
-from jaxtrain.shared import SharedParts
+from jaxtrain.shared import Sharing
 from jaxtrain.writer import RunWriter
 from zarr_store.errors import NotACube, Preempted
 from zarr_store.lock import CubeLock
@@ -65,8 +65,9 @@ def train(
     on_event: OnEvent | None = None,
     environment: Mapping[str, str] | None = None,
     progress: bool | None = None,
-    shared: SharedParts | None = None,
+    shared: Sharing | None = None,
     report: bool = True,
+    until: int | None = None,
 ) -> TrainingResult:
     """Train a network, or continue where an earlier call stopped.
 
@@ -82,6 +83,7 @@ def train(
         progress: Whether to show a bar; None shows it in a terminal and in a notebook.
         shared: Data and compiled steps that this run shares with others of this process.
         report: Whether to write RUN/report.html.
+        until: Step after which this call validates, saves and returns; None for the last step of the run.
 
     Returns:
         Steps, metrics, validation scores, rates and the path of the report.
@@ -107,7 +109,7 @@ def train(
     try:
         try:
             with show_steps(progress, on_event) as tell:
-                return _train(config, Path(out), resume, tell, environment, shared, report)
+                return _train(config, Path(out), resume, tell, environment, shared, report, until)
         except jax.errors.JaxRuntimeError as error:
             lost = peer_lost(error, Path(out))
             if lost is None:
@@ -122,7 +124,7 @@ def train(
 
 def _train(
     config: TrainConfig, out: Path, resume: bool, on_event: OnEvent | None, environment: Mapping[str, str],
-    shared: SharedParts | None, report: bool,
+    shared: Sharing | None, report: bool, until: int | None,
 ) -> TrainingResult:  # fmt: skip
     began = time.monotonic()
     run, tell = config.run, Teller(config.run.steps, on_event)
@@ -157,7 +159,7 @@ def _train(
     if jax.process_index() == 0:
         check_trackers(run.track)
 
-    with contextlib.ExitStack() as held, programs_kept(card.key), _watch_for_sigterm() as told_to_stop:
+    with contextlib.ExitStack() as held, programs_kept(card.key), _watch_for_sigterm(shared) as told_to_stop:
         # ---- Unequal replicas wait here for each other; the one that leads writes for all.
         replica = None
         if group is not None:
@@ -181,7 +183,7 @@ def _train(
         # ---- Resume.
         resumed = resume_run(config, out, program, incidents, tell, replica)
         state, first = resumed.state, resumed.step
-        last = first if resumed.best.ended else run.steps
+        last = first if resumed.best.ended else min(run.steps, until or run.steps)
         on_devices = None
         if keeping.place == "device" and first < last:
             on_devices = KeptBatches(ready.reader, ready.plan.parts["train"].rows, program.mesh)
@@ -223,7 +225,7 @@ def _train(
                         session.stopping = session.stopping or (session.agreement.alone and told_to_stop.is_set())
                     else:
                         state = session.train_step(state, batch, rows, key=jax.random.fold_in(key, number))
-                    final = step == run.steps
+                    final = step == last
                     validating = final or step % run.evaluate_every == 0
                     saving = final or session.stopping or step % run.checkpoint_every == 0
                     if pending is not None and (validating or saving):
@@ -326,9 +328,9 @@ def _result(session: TrainingSession, first: int, parameters: int, seconds: floa
 
 
 @contextlib.contextmanager
-def _watch_for_sigterm() -> Iterator[threading.Event]:
+def _watch_for_sigterm(shared: Sharing | None) -> Iterator[threading.Event]:
     """Yield an event that SIGTERM sets, so that the step under way ends first; only the main thread can listen."""
-    stop_asked = threading.Event()
+    stop_asked = threading.Event() if shared is None else shared.stop
     if threading.current_thread() is not threading.main_thread():
         yield stop_asked
         return

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.opening import open_training_data
@@ -20,7 +21,7 @@ from jaxtrain.learn.step import EvalStep, TrainStep, make_eval_step, make_train_
 from jaxtrain.runs.rundir import ModelCard, program_of
 from jaxtrain.traced import numbers_of, without_numbers
 
-__all__ = ["RunParts", "SharedParts", "group_of"]
+__all__ = ["RunParts", "SharedParts", "Sharing", "group_of"]
 
 _NOT_COMPILED = {
     "data": (
@@ -58,9 +59,23 @@ class RunParts:
     new: bool = True
 
 
+class Sharing(Protocol):
+    """What `train` takes from other runs of its process."""
+
+    @property
+    def stop(self) -> threading.Event:
+        """Set when all of these runs are to save and end."""
+
+    def open(self, url: str | Sequence[str]) -> TrainingData:
+        """Open training data, or return those that are open."""
+
+    def parts_of(self, card: ModelCard, config: TrainConfig) -> RunParts:
+        """Return program and steps of a run."""
+
+
 @dataclass
 class SharedParts:
-    """Data and compiled steps that the runs of this process share.
+    """Data and compiled steps that the runs of this process share; several threads may use it.
 
     Example:
         >>> SharedParts().compiled()
@@ -69,6 +84,9 @@ class SharedParts:
 
     _data: dict[str, TrainingData] = field(default_factory=dict)
     _parts: dict[str, RunParts] = field(default_factory=dict)
+    _guard: threading.RLock = field(default_factory=threading.RLock)
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set when the runs are to save and end."""
 
     def open(self, url: str | Sequence[str]) -> TrainingData:
         """Open training data, once for all runs.
@@ -78,9 +96,10 @@ class SharedParts:
             InvalidInput: They cannot be used.
         """
         key = json.dumps(url)
-        if key not in self._data:
-            self._data[key] = open_training_data(url)
-        return self._data[key]
+        with self._guard:
+            if key not in self._data:
+                self._data[key] = open_training_data(url)
+            return self._data[key]
 
     def parts_of(self, card: ModelCard, config: TrainConfig) -> RunParts:
         """Return program and steps of a run; a pipeline, whose stages have programs of their own, shares none.
@@ -89,14 +108,16 @@ class SharedParts:
             InvalidInput: Network, mesh and data do not fit together.
         """
         key = group_of(card, config)
-        known = self._parts.get(key)
-        if known is None:
-            program = program_of(card, config)
-            shared = program.layout is None
-            parts = RunParts(program, make_train_step(program, shared=shared), make_eval_step(program, shared=shared))
-            if shared:
-                self._parts[key] = parts
-            return parts
+        with self._guard:
+            known = self._parts.get(key)
+            if known is None:
+                program = program_of(card, config)
+                shared = program.layout is None
+                parts = RunParts(program, make_train_step(program, shared=shared),
+                                 make_eval_step(program, shared=shared))  # fmt: skip
+                if shared:
+                    self._parts[key] = parts
+                return parts
         channels, classes = len(card.bands), len(card.classes)
         values = ({
             **numbers_of(config),

@@ -14,11 +14,17 @@ import matplotlib as mpl
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from jaxtrain.tuning.handout import worker_of
+from jaxtrain.tuning.lineage import ancestors, draw_generations
+from jaxtrain.tuning.plan import SearchPlan
 from jaxtrain.tuning.space import Space
 from jaxtrain.tuning.study import FINISHED, StudyFolder
 from jaxtrain.tuning.verdict import read_verdict
 
 __all__ = ["importances", "per_worker", "trial_rows", "write_page"]
+
+
+_OF_MEMBERS = ("generation", "member", "parent", "explores")
 
 
 def trial_rows(folder: StudyFolder, space: Space) -> list[dict[str, Any]]:
@@ -34,6 +40,7 @@ def trial_rows(folder: StudyFolder, space: Space) -> list[dict[str, Any]]:
             "seconds": trial.user_attrs.get("seconds", 0.0),
             "worker": trial.user_attrs.get("worker", ""),
             "reason": trial.user_attrs.get("reason", ""),
+            **({name: trial.user_attrs.get(name) for name in _OF_MEMBERS} if folder.plan.members else {}),
         }
         for trial in folder.trials()
     ]
@@ -46,7 +53,7 @@ def per_worker(trials: list[FrozenTrial]) -> list[dict[str, Any]]:
         if trial.state not in FINISHED:
             continue
         about = trial.user_attrs
-        name = f"{about.get('host', '')} {about.get('worker', '')}".strip()
+        name = worker_of(trial)
         row = found.setdefault(name, {"worker": name, "trials": 0, "seconds": 0.0, "steps": 0})
         row["trials"] += 1
         row["seconds"] += float(about.get("seconds", 0.0))
@@ -81,19 +88,28 @@ def write_page(folder: StudyFolder) -> Path:
         title=f"Search of {folder.path.name}", plan=folder.plan, space=space.parameters, best=best,
         best_values={} if best is None else space.values_of(best.params), verdict=read_verdict(folder),
         rows=trial_rows(folder, space), workers=per_worker(study.get_trials(deepcopy=False)),
-        importances=importances(study), figures=_figures(study),
+        importances=importances(study), figures=_figures(study, folder.plan),
+        line=[] if best is None or not folder.plan.members else [
+            {"generation": trial.user_attrs["generation"], "number": trial.number, "value": trial.value,
+             "values": space.values_of(trial.params)} for trial in ancestors(folder.trials(), best.number)],
     )  # fmt: skip
     return folder.write("tune.html", html.encode())
 
 
-def _figures(study: optuna.Study) -> list[tuple[str, str]]:
+def _figures(study: optuna.Study, plan: SearchPlan) -> list[tuple[str, str]]:
     """Return title and PNG of each figure that the trials allow."""
     complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
     if not complete:
         return []
     import optuna.visualization.matplotlib as drawn
 
+    members: Mapping[str, Callable[[optuna.Study], Any]] = {
+        "Members over the generations; dashed: a copy of another member": lambda study: draw_generations(
+            study.get_trials(deepcopy=False), plan.score
+        ),
+    }
     made: Mapping[str, Callable[[optuna.Study], Any]] = {
+        **(members if plan.members else {}),
         "Score of each trial, and the best so far": drawn.plot_optimization_history,
         "Validations of each trial; lines that end early were stopped": drawn.plot_intermediate_values,
         "Importance of each setting": lambda study: drawn.plot_param_importances(

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.task import Task
 from jaxtrain.settings import build
+from jaxtrain.traced import NUMBERS
+from jaxtrain.tuning.generations import GenerationSampler, Turn, turn_of
 from jaxtrain.tuning.space import Space, parse_space, trial_config
 from zarr_store.errors import InvalidInput
 
 __all__ = ["Pruner", "Sampler", "SearchPlan", "check_search", "default_score"]
 
-Sampler = Literal["tpe", "random", "cmaes", "gp"]
+Sampler = Literal["tpe", "random", "cmaes", "gp", "pbt"]
 Pruner = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
 _LOWER = ("loss", "rmse")
 
@@ -39,6 +42,7 @@ class SearchPlan:
         seed: Seed of the sampler; a trial is trained with the seed of its configuration.
         storage: URL of the database with the study; empty for a journal in the folder.
         name: Name of the study.
+        members: Size of the population of the sampler pbt; 0 for others.
     """
 
     settings: Mapping[str, Any]
@@ -51,6 +55,21 @@ class SearchPlan:
     seed: int = 0
     storage: str = ""
     name: str = "search"
+    members: int = 0
+
+    @property
+    def generations(self) -> int:
+        """Intervals between validations of the sampler pbt, each of which is a trial of each member."""
+        run = self.base.run
+        return -(-run.steps // run.evaluate_every)
+
+    def of_generations(self) -> dict[str, Any]:
+        """Return settings of each trial of a population: its state is saved at its end, and it never ends early."""
+        return {"run.checkpoint_every": self.base.run.evaluate_every, "run.patience": 0} if self.members else {}
+
+    def turn(self, trials: Sequence[FrozenTrial], number: int) -> Turn:
+        """Return what a trial of a population is."""
+        return turn_of(number, trials, self.members, self.seed, lower=self.direction == "minimize")
 
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
@@ -85,6 +104,8 @@ class SearchPlan:
                 return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
             case "gp":
                 return optuna.samplers.GPSampler(seed=seed)
+            case "pbt":
+                return GenerationSampler(self.members, self.seed)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
 
     def make_pruner(self) -> optuna.pruners.BasePruner:
@@ -104,7 +125,7 @@ class SearchPlan:
 
     def key(self) -> str:
         """Return the identity of the search."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
     def differences(self, other: SearchPlan) -> list[str]:
         """List in words what differs in another search."""
@@ -123,13 +144,13 @@ class SearchPlan:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return asdict(self)
+        """Return the JSON form; of plans without a population it is that of releases that had none."""
+        return {name: value for name, value in asdict(self).items() if name != "members" or value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name != "members" or name in data})
 
 
 _ORDERED = ("data.classes", "data.modalities")
@@ -153,7 +174,9 @@ def default_score(config: TrainConfig, task: Task) -> str:
     return "r2" if task.values else "accuracy"
 
 
-def check_search(sampler: Sampler, pruner: Pruner, folds: int, space: Space, config: TrainConfig) -> None:
+def check_search(
+    sampler: Sampler, pruner: Pruner, folds: int, space: Space, config: TrainConfig, members: int = 0
+) -> None:
     """Refuse a sampler or pruner that cannot serve a search.
 
     Raises:
@@ -169,6 +192,8 @@ def check_search(sampler: Sampler, pruner: Pruner, folds: int, space: Space, con
             f"--sampler cmaes draws numbers from ranges, and {name} has {kind}: use --sampler tpe, or leave it "
             "out of the space"
         )
+    if sampler == "pbt":
+        _check_generations(pruner, folds, space, config, members)
     needed = {"cmaes": "cmaes", "gp": "torch"}.get(sampler)
     if needed is not None:
         try:
@@ -182,4 +207,29 @@ def check_search(sampler: Sampler, pruner: Pruner, folds: int, space: Space, con
         raise InvalidInput(
             f"--pruner {pruner} looks at validations, and a trial of run.steps = {config.run.steps} has one "
             f"(run.evaluate_every = {config.run.evaluate_every}): validate more often, or use --pruner none"
+        )
+
+
+def _check_generations(pruner: Pruner, folds: int, space: Space, config: TrainConfig, members: int) -> None:
+    """Refuse what population-based training cannot do: a member keeps its network when its settings change."""
+    if members < 2:
+        raise InvalidInput(f"--sampler pbt trains at least two members, got --members {members}")
+    if folds:
+        raise InvalidInput("--sampler pbt changes settings while a member is trained: leave out --folds")
+    if pruner != "none":
+        raise InvalidInput(f"--sampler pbt replaces weak members itself: leave out --pruner {pruner}")
+    for one in space.parameters:
+        if one.name not in NUMBERS:
+            raise InvalidInput(
+                f"--sampler pbt changes settings while a network is trained, and {one.name} belongs to its shape or "
+                f"data: use --sampler tpe, or leave it out of the space; possible: {', '.join(NUMBERS)}"
+            )
+        least = min(one.choices, key=float) if one.choices else one.low
+        if one.when or not least or float(least) <= 0:
+            why = "has a condition" if one.when else "may be 0, which switches its part of the step off"
+            raise InvalidInput(f"--sampler pbt: {one.name} {why}: give values above 0, or use --sampler tpe")
+    if config.run.steps <= config.run.evaluate_every:
+        raise InvalidInput(
+            f"--sampler pbt compares members at validations, and run.steps = {config.run.steps} has one "
+            f"(run.evaluate_every = {config.run.evaluate_every}): validate more often"
         )

@@ -18,7 +18,7 @@ __all__ = ["begin_search"]
 
 def begin_search(
     config: TrainConfig, space: Path, out: Path, *, score: str | None = None, sampler: Sampler = "tpe",
-    pruner: Pruner = "asha", folds: int = 0, seed: int = 0, storage: str = "",
+    pruner: Pruner | None = None, folds: int = 0, seed: int = 0, storage: str = "", members: int = 8,
 ) -> StudyFolder:  # fmt: skip
     """Begin a search, or continue the one of the same plan in this folder.
 
@@ -28,10 +28,11 @@ def begin_search(
         out: Folder of the search.
         score: Validation score; None for that of `run.monitor`, else accuracy or R².
         sampler: What chooses the values of a trial.
-        pruner: What stops trials early.
+        pruner: What stops trials early; None for asha, or for none where the sampler is pbt.
         folds: Folds of a spatial cross-validation; 0 for the validation part.
         seed: Seed of the sampler.
         storage: URL of a database; empty for a journal in the folder.
+        members: Size of the population of the sampler pbt.
 
     Raises:
         InvalidInput: Space, sampler, pruner, score, configuration and data do not fit together, or the folder holds
@@ -40,7 +41,8 @@ def begin_search(
     """
     tables = config.model_dump(mode="json", exclude_unset=True)
     known = parse_space(read_toml(space), config, where=str(space))
-    check_search(sampler, pruner, folds, known, config)
+    pruner = pruner or ("none" if sampler == "pbt" else "asha")
+    check_search(sampler, pruner, folds, known, config, members)
     first = {"data.split.folds": folds, "data.split.fold": 0} if folds else {}
     looked_at = trial_config(tables, first, where="configuration of the search")
     card, ready = prepare(looked_at, open_training_data(config.data.cube), None)
@@ -48,6 +50,7 @@ def begin_search(
     plan = SearchPlan(
         settings=tables, space=known.source, digest=card.cube_digest, score=name, sampler=sampler, pruner=pruner,
         folds=folds, seed=seed, storage=storage, name=out.absolute().name,
+        members=members if sampler == "pbt" else 0,
     )  # fmt: skip
     monitored = plan.config_of({}, fold=0 if folds else None, where="configuration of the search")
     check_monitor(monitored, card.task, ready.plan.counts())

@@ -6,7 +6,8 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
@@ -14,7 +15,8 @@ import optuna
 from jaxtrain.config import TrainConfig
 from jaxtrain.loop import train
 from jaxtrain.runs.events import TrainEvent, TrainingResult
-from jaxtrain.shared import SharedParts
+from jaxtrain.shared import Sharing
+from jaxtrain.tuning.inheritance import inherit
 from jaxtrain.tuning.space import Space
 from jaxtrain.tuning.study import StudyFolder
 from zarr_store.errors import InvalidInput
@@ -67,8 +69,8 @@ def report(trial: optuna.Trial, value: float, step: int) -> None:
 
 
 def run_trial(
-    folder: StudyFolder, space: Space, trial: optuna.Trial, shared: SharedParts, *,
-    on_begin: Callable[[TrainConfig], None] | None = None,
+    folder: StudyFolder, space: Space, trial: optuna.Trial,
+    sharing: Callable[[], AbstractContextManager[Sharing]], *, on_begin: Callable[[TrainConfig], None] | None = None,
 ) -> TrialResult:  # fmt: skip
     """Train one trial, from its newest checkpoint if an earlier process began it.
 
@@ -76,7 +78,7 @@ def run_trial(
         folder: The search.
         space: Its space.
         trial: The trial, which this process holds.
-        shared: What the trials of this process have in common.
+        sharing: Gives what the trials of this process have in common, for one training.
         on_begin: Called with the configuration of the trial (of its first fold).
 
     Raises:
@@ -85,6 +87,10 @@ def run_trial(
         Preempted: The process was told to stop; another one continues the trial.
     """
     plan = folder.plan
+    turn = plan.turn(folder.trials(), trial.number) if plan.members else None
+    if turn is not None:
+        for name, about in asdict(turn).items():
+            trial.set_user_attr(name, about)
     values = space.suggest(trial, plan.base)
     began = time.monotonic()
     folds: list[float] = []
@@ -92,14 +98,21 @@ def run_trial(
     earlier = float(trial.user_attrs.get("seconds", 0.0))
     try:
         for fold in range(plan.folds) if plan.folds else (None,):
-            config = plan.config_of(values, fold=fold, where=f"trial {trial.number}")
+            config = plan.config_of({**values, **plan.of_generations()}, fold=fold, where=f"trial {trial.number}")
             watch.every = config.run.evaluate_every
             if not folds and on_begin is not None:
                 on_begin(config)
             out = folder.run_of(trial.number) / (f"fold-{fold}" if plan.folds else "")
-            result = train(config, out, on_event=watch, progress=False, shared=shared, report=False)
+            with sharing() as shared:
+                until = None
+                if turn is not None:
+                    until = min((turn.generation + 1) * config.run.evaluate_every, config.run.steps)
+                    if turn.parent is not None:
+                        inherit(folder.run_of(turn.parent), out, config, shared)
+                        watch.before = -turn.generation * config.run.evaluate_every  # steps of its parents
+                result = train(config, out, on_event=watch, progress=False, shared=shared, report=False, until=until)
             watch.before += result.steps
-            folds.append(_score(result, plan.score, f"trial {trial.number}"))
+            folds.append(_score(result, plan.score, f"trial {trial.number}", last=turn is not None))
             if fold is not None:
                 pruned_by_fold = plan.pruner == "wilcoxon"
                 report(trial, folds[-1] if pruned_by_fold else sum(folds) / len(folds), fold + 1)
@@ -113,8 +126,10 @@ def run_trial(
     return TrialResult(sum(folds) / len(folds), tuple(folds))
 
 
-def _score(result: TrainingResult, name: str, what: str) -> float:
-    value: Any = result.best_score if result.best_score is not None else result.validation.get(name)
+def _score(result: TrainingResult, name: str, what: str, *, last: bool = False) -> float:
+    """Return the best score of a run, or the last one: a member of a population is compared as it is now."""
+    best = None if last else result.best_score
+    value: Any = best if best is not None else result.validation.get(name)
     if value is None:
         raise InvalidInput(f"{what}: no validation has a {name}: {json.dumps(result.validation)[:200]}")
     return float(value)

@@ -7,30 +7,30 @@ checkpoint by whoever looks for work next.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from jaxtrain.runs.rundir import load_card
-from jaxtrain.shared import SharedParts, group_of
+from jaxtrain.shared import SharedParts, Sharing, group_of
+from jaxtrain.tuning.handout import paces_of, takes_another
+from jaxtrain.tuning.inheritance import free_generations
 from jaxtrain.tuning.study import FINISHED, StudyFolder
 from jaxtrain.tuning.trial import run_trial
 from zarr_store.errors import InvalidInput, Locked, Preempted, TerrashardError
 
-__all__ = ["ORDER", "Budget", "OnTrial", "TrialNews", "main", "work"]
+__all__ = ["Budget", "OnTrial", "TrialNews", "work"]
 
-ORDER = "TERRASHARD_TUNE"
-"""Variable with the order of a worker, as JSON."""
+_NOW, _LATER = object(), object()
+_PAUSE_S = 0.2
 SAME_FAILURES = 5
 """A search whose first trials all fail for one reason ends after so many."""
 
@@ -84,7 +84,7 @@ OnTrial = Callable[[TrialNews], None]
 
 def work(
     folder: StudyFolder, budget: Budget, *, name: str = "0", number: int = 0, on_trial: OnTrial | None = None,
-    shared: SharedParts | None = None,
+    shared: SharedParts | None = None, joined: Callable[[], AbstractContextManager[Sharing]] | None = None,
 ) -> SharedParts:  # fmt: skip
     """Run trials until the budget is used up.
 
@@ -95,6 +95,7 @@ def work(
         number: Number of this process among the workers, for draws of its own.
         on_trial: Called when a trial begins and ends.
         shared: What the trials of this process have in common, from an earlier call.
+        joined: Gives what one training shares, and takes it back; None for `shared` itself.
 
     Returns:
         What the trials had in common, for the count of compilations.
@@ -106,21 +107,31 @@ def work(
     shared = SharedParts() if shared is None else shared
     space, began = folder.plan.read_space(), time.monotonic()
     study = folder.study(offset=1000 * number + len(folder.trials()))
+    sharing: Callable[[], AbstractContextManager[Sharing]] = joined or (lambda: contextlib.nullcontext(shared))
     while True:
-        with _next_trial(folder, study, budget, began) as trial:
+        if shared.stop.is_set():
+            raise Preempted(f"stopped: trials of {folder.path} are saved; the same command continues")
+        with _next_trial(folder, study, budget, began, name) as trial:
             if trial is None:
                 return shared
-            _run_one(folder, study, space, trial, shared, name, on_trial)
+            if isinstance(trial, optuna.Trial):
+                _run_one(folder, study, space, trial, sharing, name, on_trial)
+        if trial is _LATER:
+            time.sleep(_PAUSE_S)
+            continue
         _stop_if_all_fail_alike(study)
 
 
 @contextlib.contextmanager
 def _next_trial(
-    folder: StudyFolder, study: optuna.Study, budget: Budget, began: float
-) -> Iterator[optuna.Trial | None]:
-    """Yield a trial that this process holds: one that was interrupted, else a new one; None if there is no work."""
+    folder: StudyFolder, study: optuna.Study, budget: Budget, began: float, name: str
+) -> Iterator[optuna.Trial | object | None]:
+    """Yield a trial that this process holds: one that was interrupted, else a new one.
+
+    Yields None if there is no work, and `_LATER` while the next one waits for trials that others run.
+    """
     with contextlib.ExitStack() as held:
-        trial = None
+        trial: optuna.Trial | object | None = None
         with folder.asking():
             trials = study.get_trials(deepcopy=False)
             for known in trials:
@@ -128,9 +139,28 @@ def _next_trial(
                     trial = optuna.Trial(study, known._trial_id)
                     break
             if trial is None and budget.is_left(trials, time.monotonic() - began):
-                trial = study.ask()
-                held.enter_context(folder.holding(trial.number))
+                trial = _whether_now(folder, budget, trials, name)
+                if trial is _NOW:
+                    trial = asked = study.ask()
+                    held.enter_context(folder.holding(asked.number))
         yield trial
+
+
+def _whether_now(folder: StudyFolder, budget: Budget, trials: list[FrozenTrial], name: str) -> object | None:
+    """Return `_NOW` if this worker begins a trial, `_LATER` if it waits for others, None if it leaves all to them."""
+    plan = folder.plan
+    if plan.members:
+        generation, member = divmod(len(trials), plan.members)
+        if generation >= plan.generations:
+            return None
+        before = trials[len(trials) - member - plan.members : len(trials) - member] if generation else []
+        return _NOW if all(trial.state in FINISHED for trial in before) else _LATER
+    if budget.trials is None:
+        return _NOW
+    worker = f"{socket.gethostname()} {name}"
+    # Optuna keeps local times without a zone
+    paces = paces_of(trials, worker, datetime.now())
+    return _NOW if takes_another(worker, budget.trials - len(trials), paces) else None
 
 
 def _take(folder: StudyFolder, known: FrozenTrial, held: contextlib.ExitStack) -> bool:
@@ -143,8 +173,8 @@ def _take(folder: StudyFolder, known: FrozenTrial, held: contextlib.ExitStack) -
 
 
 def _run_one(
-    folder: StudyFolder, study: optuna.Study, space: Any, trial: optuna.Trial, shared: SharedParts, name: str,
-    on_trial: OnTrial | None,
+    folder: StudyFolder, study: optuna.Study, space: Any, trial: optuna.Trial,
+    sharing: Callable[[], AbstractContextManager[Sharing]], name: str, on_trial: OnTrial | None,
 ) -> None:  # fmt: skip
     def tell(state: str, value: float | None, message: str) -> None:
         if on_trial is not None:
@@ -163,7 +193,7 @@ def _run_one(
         study.tell(trial, value, state=state)
 
     try:
-        result = run_trial(folder, space, trial, shared, on_begin=lambda _: tell("begun", None, _values(trial)))
+        result = run_trial(folder, space, trial, sharing, on_begin=lambda _: tell("begun", None, _values(trial)))
     except optuna.TrialPruned as pruned:
         end(None, TrialState.PRUNED)
         value = study.get_trials(deepcopy=False)[trial.number].value
@@ -179,6 +209,9 @@ def _run_one(
         spread = f" (folds {', '.join(f'{value:.4f}' for value in result.folds)})" if len(result.folds) > 1 else ""
         tell("complete", result.value, f"{score} {result.value:.4f}{spread}")
     best = folder.best()
+    if folder.plan.members:
+        free_generations(folder, keep=None if best is None else best.number)
+        return
     folder.free_space(trial.number, keep=best is not None and best.number == trial.number)
 
 
@@ -199,31 +232,3 @@ def _stop_if_all_fail_alike(study: optuna.Study) -> None:
 def _kind(trial: FrozenTrial) -> str:
     """Return a reason without its numbers, which differ from trial to trial."""
     return "".join(letter for letter in str(trial.user_attrs.get("reason")) if not letter.isdigit())
-
-
-def main() -> None:
-    """Work on a search as one of several processes: `python -m jaxtrain.tuning.worker`, which `run_workers` starts."""
-    order = json.loads(os.environ[ORDER])
-    folder = StudyFolder.open(Path(order["study"]))
-    from jaxtrain.parallel.processes import die_with_parent
-
-    if "TERRASHARD_PARENT" in os.environ:
-        die_with_parent(int(os.environ["TERRASHARD_PARENT"]))
-
-    def say(line: dict[str, Any]) -> None:
-        sys.stdout.write(f"{json.dumps(line)}\n")
-        sys.stdout.flush()
-
-    def tell(news: TrialNews) -> None:
-        say(asdict(news))
-
-    try:
-        shared = work(folder, Budget(**order["budget"]), name=order["name"], number=order["number"], on_trial=tell)
-    except TerrashardError as error:
-        say({"error": str(error), "code": error.exit_code})
-        sys.exit(error.exit_code)
-    say({"compiled": shared.compiled()})
-
-
-if __name__ == "__main__":
-    main()

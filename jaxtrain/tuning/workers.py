@@ -14,13 +14,14 @@ from optuna.trial import TrialState
 from jaxtrain.launching.places import Places
 from jaxtrain.launching.process import Running
 from jaxtrain.launching.stopping import asked_to_stop
+from jaxtrain.tuning.process import ORDER
 from jaxtrain.tuning.study import StudyFolder
-from jaxtrain.tuning.worker import ORDER, Budget, OnTrial, TrialNews
+from jaxtrain.tuning.worker import Budget, OnTrial, TrialNews
 from zarr_store.errors import AccessError, InvalidInput, Preempted, TerrashardError
 
 __all__ = ["WORKER", "order", "run_workers"]
 
-WORKER = ("-m", "jaxtrain.tuning.worker")
+WORKER = ("-m", "jaxtrain.tuning.process")
 """Arguments of Python for a worker, whose order is in its environment."""
 _POLL_S, _GRACE_S, _MOST_DEATHS = 0.1, 60.0, 5
 
@@ -35,7 +36,7 @@ class _Worker:
     """The last lines of stderr, for the message where it dies."""
 
 
-def order(folder: StudyFolder, budget: Budget, number: int, start: int = 0) -> str:
+def order(folder: StudyFolder, budget: Budget, number: int, start: int = 0, population: int | None = 1) -> str:
     """Return the order of a worker, as the variable `ORDER` of its environment.
 
     Args:
@@ -43,14 +44,15 @@ def order(folder: StudyFolder, budget: Budget, number: int, start: int = 0) -> s
         budget: When to end.
         number: Of the worker.
         start: How many times it was started before.
+        population: Trials that run as one program; None to measure whether that is faster.
     """
     return json.dumps({"study": str(folder.path.absolute()), "budget": asdict(budget), "name": str(number),
-                       "number": number + 100 * start})  # fmt: skip
+                       "number": number + 100 * start, "population": population})  # fmt: skip
 
 
 def run_workers(
     folder: StudyFolder, places: Places, budget: Budget, *, on_trial: OnTrial | None = None,
-    on_note: Callable[[str], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None, population: int | None = 1,
 ) -> dict[str, dict[str, int]]:  # fmt: skip
     """Run a search on several processes until its budget is used up.
 
@@ -60,6 +62,7 @@ def run_workers(
         budget: When to end.
         on_trial: Called when a trial begins and ends.
         on_note: Called with a line about a process that died.
+        population: Trials of each process that run as one program; None to measure whether that is faster.
 
     Returns:
         For each worker, how many times each group of trials was compiled.
@@ -78,7 +81,7 @@ def run_workers(
         left = budget if budget.seconds is None else Budget(
             budget.trials, max(0.0, budget.seconds - (time.monotonic() - began)), budget.steps
         )  # fmt: skip
-        values = {ORDER: order(folder, left, number, times)}
+        values = {ORDER: order(folder, left, number, times, population)}
         return places.start(number, values, lambda at, stream, text: news.put((at, stream, text)))
 
     def hear(crew: Sequence[_Worker]) -> None:
@@ -90,7 +93,7 @@ def run_workers(
             if stream == "stderr":
                 crew[number].lines = [*crew[number].lines[-4:], text]
             else:
-                _take_in(number, text, compiled, failure, on_trial)
+                _take_in(number, text, compiled, failure, on_trial, on_note)
 
     with asked_to_stop() as asked:
         crew: list[_Worker] = []
@@ -130,6 +133,7 @@ def _take_in(
     compiled: dict[str, dict[str, int]],
     failure: list[TerrashardError],
     on_trial: OnTrial | None,
+    on_note: Callable[[str], None],
 ) -> None:
     """Read one line of a worker."""
     try:
@@ -138,6 +142,8 @@ def _take_in(
         return
     if "compiled" in line:
         compiled[str(number)] = line["compiled"]
+    elif "note" in line:
+        on_note(f"worker {number}: {line['note']}")
     elif "error" in line:
         if line["code"] == InvalidInput.exit_code:
             failure.append(InvalidInput(line["error"]))
@@ -147,8 +153,8 @@ def _take_in(
 
 def _forget(folder: StudyFolder, number: int) -> None:
     """Free the trial of a worker that has ended, also where it ran on another machine."""
-    held = [trial.number for trial in folder.trials()
-            if trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == str(number)]  # fmt: skip
+    held = [trial.number for trial in folder.trials() if trial.state == TrialState.RUNNING
+            and str(trial.user_attrs.get("worker")).split(".")[0] == str(number)]  # fmt: skip
     folder.release(held)
 
 
