@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,10 @@ def _train(
     if earlier is None and new:
         rehearse(program, train_step, eval_step, ready)
     keeping = choose_keeping(config, ready.reader, ready.plan.parts["train"].rows, program.mesh)
-    ready = replace(ready, reader=keep_on_host(keeping, ready.reader, ready.plan.parts))
+    keep = partial(keep_on_host, keeping, ready.reader, ready.plan.parts)
+    ready = replace(
+        ready, reader=keep() if shared is None or keeping.place != "host" else shared.kept(ready, config, keep)
+    )
     if jax.process_index() == 0:
         check_trackers(run.track)
 

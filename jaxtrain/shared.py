@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from jaxtrain.config import TrainConfig
+from jaxtrain.data.arrays import Reader
 from jaxtrain.data.opening import open_training_data
-from jaxtrain.data.training_data import TrainingData
+from jaxtrain.data.training_data import TrainingData, TrainingSet
 from jaxtrain.learn.state import Program, data_numbers
 from jaxtrain.learn.step import EvalStep, TrainStep, make_eval_step, make_train_step
 from jaxtrain.runs.rundir import ModelCard, program_of
@@ -40,6 +43,13 @@ _NOT_COMPILED = {
     "hetero": None,
 }
 """Settings that no compiled step depends on; what follows from them (bands, classes) is in the card. None: all."""
+
+
+_NOT_READ = (
+    "split", "colours", "min_labelled", "cache", "augment", "zoom", "jitter", "band_dropout", "mix", "mix_alpha",
+    "modality_dropout",
+)  # fmt: skip
+"""Settings of the data on which the pixels of a row do not depend."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,9 @@ class Sharing(Protocol):
     def parts_of(self, card: ModelCard, config: TrainConfig) -> RunParts:
         """Return program and steps of a run."""
 
+    def kept(self, ready: TrainingSet, config: TrainConfig, make: Callable[[], Reader]) -> Reader:
+        """Return the reader that keeps these rows, made by `make` if no run has made it yet."""
+
 
 @dataclass
 class SharedParts:
@@ -85,6 +98,7 @@ class SharedParts:
     _data: dict[str, TrainingData] = field(default_factory=dict)
     _parts: dict[str, RunParts] = field(default_factory=dict)
     _guard: threading.RLock = field(default_factory=threading.RLock)
+    _kept: dict[str, Reader] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     """Set when the runs are to save and end."""
 
@@ -125,6 +139,24 @@ class SharedParts:
         },)  # fmt: skip
         program = replace(known.program.with_values(values[0]), config=config)
         return RunParts(program, replace(known.train, values=values), replace(known.evaluate, values=values), new=False)
+
+    def kept(self, ready: TrainingSet, config: TrainConfig, make: Callable[[], Reader]) -> Reader:
+        """Return the reader that keeps the rows of a run, shared by all runs that read the same pixels of the same rows.
+
+        Folds differ in what they train on and validate on, and have the same rows in all. Rows of one kind are kept at
+        a time. Where damaged rows are put in quarantine, each run must meet them itself, and nothing is shared.
+        """
+        if config.run.on_corrupt != "stop":
+            return make()
+        settings = config.data.model_dump(mode="json", exclude=set(_NOT_READ))
+        rows = np.concatenate([ready.plan.parts[part].rows for part in ("train", "validation")])
+        about = json.dumps([settings, ready.digest, ready.bands, ready.classes.to_list()], sort_keys=True)
+        key = hashlib.sha256(about.encode() + np.unique(rows, axis=0).tobytes()).hexdigest()
+        with self._guard:
+            if key not in self._kept:
+                self._kept.clear()
+                self._kept[key] = make()
+            return self._kept[key]
 
     def compiled(self) -> dict[str, int]:
         """Return how many times the train step of each group of runs was compiled."""

@@ -180,15 +180,14 @@ def _placed(reader: Reader, rows: Rows, mesh: jax.sharding.Mesh) -> dict[str, ja
         }
 
     written = jax.jit(write, donate_argnums=0, out_shardings=dict.fromkeys(shapes, sharding))
+    place: Callable[..., jax.Array] = jax.make_array_from_process_local_data
     # blocks of one size, so that one program writes them; the last one begins earlier
     starts = [min(start, len(rows) - block) for start in range(0, len(rows), block)]
-    held, waiting = empty(), reader.begin(rows[starts[0] : starts[0] + block])
+    held: dict[str, jax.Array] = empty()
+    waiting = reader.begin(rows[starts[0] : starts[0] + block])
     for start, following in zip(starts, [*starts[1:], None], strict=True):
         ahead = None if following is None else reader.begin(rows[following : following + block])
-        part = {
-            name: jax.make_array_from_process_local_data(sharding, array, array.shape)
-            for name, array in waiting().items()
-        }
+        part = {name: place(sharding, array, array.shape) for name, array in waiting().items()}
         held = written(held, part, np.int32(start))
         if ahead is not None:
             waiting = ahead

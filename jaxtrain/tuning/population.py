@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.config import TrainConfig
+from jaxtrain.data.arrays import Reader
 from jaxtrain.data.training_data import TrainingData, TrainingSet
 from jaxtrain.learn.step import batch_shardings
 from jaxtrain.parallel.mesh import replicated
@@ -183,6 +184,9 @@ class _Member:
 
     def open(self, url: str | Sequence[str]) -> TrainingData:
         return self.population.shared.open(url)
+
+    def kept(self, ready: TrainingSet, config: TrainConfig, make: Callable[[], Reader]) -> Reader:
+        return self.population.shared.kept(ready, config, make)
 
     def parts_of(self, card: ModelCard, config: TrainConfig) -> RunParts:
         parts = self.population.shared.parts_of(card, config)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jaxtrain.data.order import SampleOrder
 from jaxtrain.data.windows import Windows
 from jaxtrain.parallel.mesh import batch_sharding, make_mesh
 from jaxtrain.runs.log import read_metrics
+from jaxtrain.shared import SharedParts
 from zarr_store.errors import IntegrityError, InvalidInput
 
 from ..cube_factory import shared_cube, shared_run, tiny_config
@@ -34,7 +36,7 @@ ROWS = np.array([(c, t, y, x) for c in range(2) for t in range(3) for y in (0, 4
 class Counting:
     """A reader of windows whose pixels follow from their row; it counts the rows that it reads."""
 
-    shows = "windows"
+    shows: Literal["windows", "images"] = "windows"
 
     def __init__(self, damaged: tuple[int, ...] | None = None) -> None:
         self.seen: list[tuple[int, ...]] = []
@@ -225,6 +227,29 @@ def test_the_devices_keep_training_windows_and_the_host_those_of_validation() ->
         assert len(inner.seen) == kept + 2 * (len(ROWS) - kept), place
     plain = Counting()
     assert keep_on_host(choose_keeping(config_of("none", 4), plain, ROWS, one_device()), plain, parts) is plain
+
+
+def test_runs_of_one_process_share_what_is_kept_if_they_read_the_same() -> None:
+    """Trials of a search that differ in augmentation, and folds of one trial, read the same pixels."""
+    shared = SharedParts()
+    classes = SimpleNamespace(to_list=lambda: ["water"])
+
+    def kept(train_rows: Rows, validation_rows: Rows, bands: tuple[str, ...] = ("red",), **sections: Any) -> Any:
+        parts = {"train": Windows(SIDE, train_rows), "validation": Windows(SIDE, validation_rows)}
+        ready: Any = SimpleNamespace(plan=SimpleNamespace(parts=parts), digest="d", bands=bands, classes=classes)
+        return shared.kept(ready, config_of("host", 4, **sections), Counting)
+
+    first = kept(ROWS[:20], ROWS[20:30])
+    other = {"data": {"cube": "none.zarr", "jitter": 0.2, "split": {"folds": 3, "fold": 1}}}
+    assert kept(ROWS[10:30], ROWS[:10], **other) is first
+    for different in (
+        kept(ROWS[:20], ROWS[20:31]),
+        kept(ROWS[:20], ROWS[20:30], bands=("nir",)),
+        kept(ROWS[:20], ROWS[20:30], data={"cube": "none.zarr", "learn_masked": True}),
+        kept(ROWS[:20], ROWS[20:30], run={"on_corrupt": "quarantine"}),
+    ):
+        assert different is not first
+    assert kept(ROWS[:20], ROWS[20:30]) is not first, "rows of one kind are kept at a time"
 
 
 def config_of(cache: str, steps: int, **sections: Any) -> TrainConfig:
