@@ -141,7 +141,7 @@ class SharedParts:
         return RunParts(program, replace(known.train, values=values), replace(known.evaluate, values=values), new=False)
 
     def kept(self, ready: TrainingSet, config: TrainConfig, make: Callable[[], Reader]) -> Reader:
-        """Return the reader that keeps the rows of a run, shared by all runs that read the same pixels of the same rows.
+        """Return the reader that keeps the rows of a run, for all runs that read the same pixels of them.
 
         Folds differ in what they train on and validate on, and have the same rows in all. Rows of one kind are kept at
         a time. Where damaged rows are put in quarantine, each run must meet them itself, and nothing is shared.

@@ -240,7 +240,7 @@ def test_runs_of_one_process_share_what_is_kept_if_they_read_the_same() -> None:
         return shared.kept(ready, config_of("host", 4, **sections), Counting)
 
     first = kept(ROWS[:20], ROWS[20:30])
-    other = {"data": {"cube": "none.zarr", "jitter": 0.2, "split": {"folds": 3, "fold": 1}}}
+    other: Any = {"data": {"cube": "none.zarr", "jitter": 0.2, "split": {"folds": 3, "fold": 1}}}
     assert kept(ROWS[10:30], ROWS[:10], **other) is first
     for different in (
         kept(ROWS[:20], ROWS[20:31]),
