@@ -8,6 +8,7 @@ import logging
 import sys
 import unicodedata
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,19 @@ def test_nothing_unsafe_passes_and_json_stays_the_same_document(text: str) -> No
     assert printable(PLAIN) == PLAIN
 
 
-@pytest.fixture
-def source(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, str]:
-    """An item file with one good scene and one hostile one, whose file is no raster."""
-    name = HOSTILE[request.param]
-    write_raster(tmp_path / "red.tif", GRID, np.full(GRID.shape, 900, np.uint16))
-    (tmp_path / "bad.tif").write_bytes(name.encode("utf-8", "surrogatepass") * 9)
+def hostile_source(folder: Path, names: Sequence[str]) -> str:
+    """Write an item file with one good scene and, for each name, a hostile one, whose file is no raster."""
+    write_raster(folder / "red.tif", GRID, np.full(GRID.shape, 900, np.uint16))
     west, south, east, north = GRID.lonlat_bounds()
     ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
-    items: list[dict[str, Any]] = [
-        {
+    items: list[dict[str, Any]] = []
+    for item_id, day, href, name in [
+        (PLAIN, 10, "red.tif", PLAIN),
+        *((f"odd {name}", 15, f"bad{i}.tif", name) for i, name in enumerate(names)),
+    ]:
+        if href != "red.tif":
+            (folder / href).write_bytes(name.encode("utf-8", "surrogatepass") * 9)
+        items.append({
             "type": "Feature", "stac_version": "1.0.0", "id": item_id, "collection": "sentinel-2-l2a", "links": [],
             "bbox": [west, south, east, north], "geometry": {"type": "Polygon", "coordinates": [ring]},
             "properties": {
@@ -77,59 +81,94 @@ def source(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, str]:
                 "s2:datatake_id": f"GS2A_{day}_0_N05.09", "grid:code": "MGRS-33TWM", "title": name,
             },
             "assets": {"red": {"href": href, "raster:bands": [{"nodata": 0, "data_type": "uint16"}]}},
-        }
-        for item_id, day, href in ((PLAIN, 10, "red.tif"), (f"odd {name}", 15, "bad.tif"))
-    ]  # fmt: skip
-    items.append({**items[0], "id": f"unusable {name}", "properties": {"datetime": name}})
-    path = tmp_path / "items.json"
+        })  # fmt: skip
+    for name in names:
+        items.append({**items[0], "id": f"unusable {name}", "properties": {"datetime": name}})
+    path = folder / "items.json"
     path.write_text(json.dumps({"type": "FeatureCollection", "features": items}))
-    return str(path), name
+    return str(path)
 
 
-@pytest.mark.parametrize("source", HOSTILE, indirect=True)
-def test_hostile_names_do_not_reach_the_terminal(
-    source: tuple[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path, name = source
-    ask = ("--bands", "red", "--set", "mask=none")
-    cube = str(tmp_path / "cube.zarr")
-    printed = {}
+class Screen:
+    """Runs commands, and keeps what each of them printed."""
 
-    def run(*words: str) -> int:
-        capfd.readouterr()
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.capfd = capfd
+        self.printed: dict[tuple[str, bool], str] = {}
+        self.documents: dict[str, Any] = {}
+
+    def run(self, *words: str) -> int:
+        self.capfd.readouterr()
         code = main(list(words))
-        out, err = capfd.readouterr()
-        printed[words[0], "--json" in words] = out + err
+        out, err = self.capfd.readouterr()
+        self.printed[words[0], "--json" in words] = out + err
         if "--json" in words:
-            json.loads(out)
+            self.documents[words[0]] = json.loads(out)
         return code
 
-    quick = ("--retries", "0", "--workers", "1")
-    assert run("search", path, *ask) == 0
-    assert run("search", path, *ask, "--json") == 0
-    assert run("plan", path, *ask, *quick, "-v") == 0
-    assert run("plan", path, *ask, *quick, "--json") == 0
-    whole = name == HOSTILE["half a pair"]  # which no scene may have in its name
-    report = tmp_path / "report.html"
-    assert run("ingest", path, cube, *ask, *quick, "-vv", "--report", str(report)) == (0 if whole else 3)
-    assert run("status", cube) == 0
-    assert run("status", cube, "--json") == 0
-    assert run("info", cube) == 0
-    assert run("info", cube, "--json") == 0
-    assert run("verify", cube) == 0
-    assert run("audit", cube, "--source", path, "--no-files") in (0, 3), printed["audit", False]
-    run("search", f"{path}{name}", *ask, "--debug")
-    run("plan", path, "--bands", f"x{name}", "--json")
-    run("info", name)
-    for words, text in printed.items():
-        assert not unsafe(text), (words, unsafe(text))
-        assert "\nerror: forged" not in text, words
-    assert PLAIN in printed["search", True]
-    assert PLAIN in printed["plan", False] or PLAIN in printed["ingest", False] or PLAIN in printed["info", True]
-    page = report.read_text(encoding="utf-8")
+
+ASK = ("--bands", "red", "--set", "mask=none")
+HALF = "half a pair"
+"""No scene may have it in its name, so a source with it is a case of its own."""
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, Screen, str]]:
+    """`walked(capfd, kind)`: source, what the commands of a whole walk printed, and report; names share one walk."""
+    done: dict[bool, tuple[str, Screen, str]] = {}
+
+    def walk(capfd: pytest.CaptureFixture[str], kind: str) -> tuple[str, Screen, str]:
+        whole = kind == HALF
+        if whole not in done:
+            folder = tmp_path_factory.mktemp("hostile")
+            path = hostile_source(folder, [name for key, name in HOSTILE.items() if (key == HALF) == whole])
+            screen, cube, report = Screen(capfd), str(folder / "cube.zarr"), folder / "report.html"
+            run, quick = screen.run, ("--retries", "0", "--workers", "1")
+            assert run("search", path, *ASK) == 0
+            assert run("search", path, *ASK, "--json") == 0
+            assert run("plan", path, *ASK, *quick, "-v") == 0
+            assert run("plan", path, *ASK, *quick, "--json") == 0
+            assert run("ingest", path, cube, *ASK, *quick, "-vv", "--report", str(report)) == (0 if whole else 3)
+            assert run("status", cube) == 0
+            assert run("status", cube, "--json") == 0
+            assert run("info", cube) == 0
+            assert run("info", cube, "--json") == 0
+            assert run("verify", cube) == 0
+            assert run("audit", cube, "--source", path, "--no-files") in (0, 3), screen.printed["audit", False]
+            done[whole] = (path, screen, report.read_text(encoding="utf-8"))
+        return done[whole]
+
+    return walk
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_names_do_not_reach_the_terminal(kind: str, walked: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    path, shared, page = walked(capfd, kind)
+    name, before = HOSTILE[kind], shared.printed
+    texts = walk_strings(shared.documents["search"])
+    assert kind == HALF or f"odd {name}" in texts, "the scene of this name was not found, so nothing was shown of it"
+    screen = Screen(capfd)
+    screen.run("search", f"{path}{name}", *ASK, "--debug")
+    screen.run("plan", path, "--bands", f"x{name}", "--json")
+    screen.run("info", name)
+    for printed in (before, screen.printed):
+        for words, text in printed.items():
+            assert not unsafe(text), (words, unsafe(text))
+            assert "\nerror: forged" not in text, words
+    assert PLAIN in before["search", True]
+    assert PLAIN in before["plan", False] or PLAIN in before["ingest", False] or PLAIN in before["info", True]
     frame = page.index("srcdoc=")
     body = page[:frame] + page[page.index('"', frame + 8) :]
     assert not unsafe(body), unsafe(body)
+
+
+def walk_strings(value: Any) -> list[str]:
+    """Return all texts in a document."""
+    if isinstance(value, dict):
+        return [text for pair in value.items() for one in pair for text in walk_strings(one)]
+    if isinstance(value, list):
+        return [text for one in value for text in walk_strings(one)]
+    return [value] if isinstance(value, str) else []
 
 
 def test_markup_of_rich_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
