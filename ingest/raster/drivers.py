@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.machinery
+import importlib.util
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -184,7 +186,7 @@ def open_drivers(kind: str) -> frozenset[str]:
 
 def _allowed(drivers: frozenset[str]) -> frozenset[str]:
     """Drivers that a library keeps: both kinds where the two packages share one library, as in conda's builds."""
-    if _address(_raster_gdal()) == _address(_vector_gdal()):
+    if _address(_raster_gdal().library) == _address(_vector_library()):
         return RASTER_DRIVERS | VECTOR_DRIVERS
     return drivers
 
@@ -198,24 +200,34 @@ def _raster_gdal() -> _Gdal:
         with rasterio.Env():  # the first one registers all drivers
             pass
 
-    return _Gdal(_library(rasterio._env), register)
+    return _Gdal(_library(rasterio._env.__file__), register)
 
 
 @functools.cache
 def _vector_gdal() -> _Gdal:
-    import pyogrio  # registers when it is imported
-    import pyogrio._ogr
+    import pyogrio  # noqa: F401  registers when it is imported
 
-    return _Gdal(_library(pyogrio._ogr), lambda: None)
-
-
-def _address(gdal: _Gdal) -> int | None:
-    return ctypes.cast(gdal.library.GDALGetDriverCount, ctypes.c_void_p).value
+    return _Gdal(_vector_library(), lambda: None)
 
 
-def _library(extension: ModuleType) -> ctypes.CDLL:
+@functools.cache
+def _vector_library() -> ctypes.CDLL:
+    """Load the GDAL of pyogrio without an import of pyogrio, which imports pandas: to read rasters takes neither."""
+    package = importlib.util.find_spec("pyogrio")
+    for folder in (package.submodule_search_locations or ()) if package is not None else ():
+        for ending in importlib.machinery.EXTENSION_SUFFIXES:
+            if (extension := Path(folder) / f"_ogr{ending}").exists():
+                return _library(str(extension))
+    raise ImportError("pyogrio is incomplete: its module _ogr was not found; install pyogrio again")
+
+
+def _address(library: ctypes.CDLL) -> int | None:
+    return ctypes.cast(library.GDALGetDriverCount, ctypes.c_void_p).value
+
+
+def _library(extension: str) -> ctypes.CDLL:
     """The GDAL that an extension module is linked to: its symbols are found in the module's own libraries."""
-    library = ctypes.CDLL(extension.__file__)
+    library = ctypes.CDLL(extension)
     handle, text = ctypes.c_void_p, ctypes.c_char_p
     signatures: dict[str, tuple[object, list[object]]] = {
         "GDALGetDriverCount": (ctypes.c_int, []),
