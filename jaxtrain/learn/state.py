@@ -10,6 +10,7 @@ Randomness is not state: dropout draws from the key that a step is given, so a r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,8 +99,9 @@ class Program:
     def init(self, key: jax.Array) -> TrainState:
         """Make a new state on the mesh; the same key gives the same numbers on every mesh."""
         # LLVM spends seconds on random numbers that are drawn once; at level 1 the same bits come seven times sooner
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 1} if on_cpu else None
+        on_cpu, name = self.mesh.devices.flat[0].platform == "cpu", "xla_backend_optimization_level"
+        chosen = name in os.environ.get("XLA_FLAGS", "")  # a level that is asked for holds here, too
+        options = {name: 1} if on_cpu and not chosen else None
         if self.layout is not None:
             placed: TrainState = init_by_group(self._init, self.shapes, self.shardings, key, options)
             return placed

@@ -102,7 +102,7 @@ def test_the_wheel_has_every_file_of_the_packages(wheel: Path, repository: Path)
 
 @pytest.mark.slow
 def test_the_demo_runs_from_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
-    small = dict(text.split("=", 1) for text in SMALL) | {"train.run.steps": "4"}
+    small = dict(text.split("=", 1) for text in SMALL) | {"train.run.steps": "4", "train.model.depth": "1"}
     settings = [part for name, value in small.items() for part in ("--set", f"{name}={value}")]
     code = "import sys; from cli.main import main; sys.exit(main())"
     done = run_python(installed, tmp_path, "-c", code, "demo", "--out", "X", "--json", *settings, timeout=220)

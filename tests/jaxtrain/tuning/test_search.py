@@ -246,7 +246,7 @@ def test_folds_are_scored_one_by_one(config, shared, tmp_path):
 @pytest.mark.slow
 def test_a_killed_worker_loses_no_trial(config, tmp_path):
     space = {"optim.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True}}
-    longer = tiny_config(shared_cube(), run=SHORT["run"] | {"steps": 200, "evaluate_every": 50, "checkpoint_every": 5})
+    longer = tiny_config(shared_cube(), run=SHORT["run"] | {"steps": 80, "evaluate_every": 20, "checkpoint_every": 5})
     study = begin_search(longer, write_space(tmp_path, space), tmp_path / "study", sampler="random", pruner="none")
     notes: list[str] = []
     killed: list[int] = []
@@ -275,5 +275,5 @@ def test_a_killed_worker_loses_no_trial(config, tmp_path):
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
     assert len(trials[killed[0]].intermediate_values) == 4
     lines = [json.loads(line) for line in (study.run_of(killed[0]) / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 201))
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 81))
     assert all(count == 1 for groups in compiled.values() for count in groups.values())
