@@ -211,7 +211,9 @@ def compile_once_for_all() -> None:
 
     # a program's name has the process in it that asks, but for the program itself that is the same everywhere
     if hasattr(cache_key, "_hash_accelerator_config"):
-        cache_key._hash_accelerator_config = lambda digest, devices: digest.update(devices.flat[0].device_kind.encode())
+        cache_key._hash_accelerator_config = lambda hash_obj, accelerators: hash_obj.update(
+            accelerators.flat[0].device_kind.encode()
+        )
         jax.config.update("jax_share_binary_between_hosts", True)
 
 
