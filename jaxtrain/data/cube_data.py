@@ -234,7 +234,7 @@ def select_windows(
     if not own and overlap(card.grid, spec.grid):
         warnings.append(f"{cube.url} overlaps the ground that the model was trained on: its scores are too good")
     classes = match_classes(card.classes, config, target)
-    if not own:
+    if not own or digest != card.cube_digest:  # a layer that was made again may number its classes in another way
         warnings += compare_numbers(classes, config, target, cube.url)
     named = dict(target.layer.spec.classes) if target.layer is not None and not config.classes else {}
     unknown = [name for name in named.values() if name not in classes.names and target.count_of(name)]

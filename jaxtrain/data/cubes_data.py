@@ -13,7 +13,7 @@ import numpy.typing as npt
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.cube_data import CubeData, PreparedCube, prepare_cube, select_windows
 from jaxtrain.data.cubes import CubesReader, Splits, join_statistics, join_windows, numbered
-from jaxtrain.data.ground import Ground, overlap
+from jaxtrain.data.ground import overlap
 from jaxtrain.data.numbers import BandNumbers
 from jaxtrain.data.reader import OnUnreadable
 from jaxtrain.data.splits import PARTS, Part
@@ -62,6 +62,9 @@ class CubesData:
             raise InvalidInput(
                 f"the run began with {max(1, len(earlier.grounds))} cubes, data.cube names {len(self.cubes)}"
             )
+        if earlier is None:  # before windows are chosen, whose number depends on the size of a pixel
+            for cube in self.cubes[1:]:
+                _check_pixels(self.cubes[0], cube, config.data.collection)
         parts: list[PreparedCube] = []
         joined = None
         if earlier is None and config.model.name != "autoencoder":
@@ -70,8 +73,6 @@ class CubesData:
             before = None if earlier is None else earlier.of(number)
             parts.append(prepare_cube(config, cube, before, numbered(number, on_unreadable), joined))
             _check_alike(parts[0], parts[-1])
-            if earlier is None:
-                _check_pixels(parts[0].ground, parts[-1].ground)
         return TrainingSet(
             digest=_joined_digest([part.ground.digest for part in parts]),
             bands=parts[0].bands,
@@ -145,13 +146,14 @@ def _count(parts: Sequence[PreparedCube], part: Part) -> npt.NDArray[np.int64]:
     return total
 
 
-def _check_pixels(first: Ground, other: Ground) -> None:
+def _check_pixels(first: Cube, other: Cube, collection: str) -> None:
     """Refuse cubes whose pixels differ in size by more than a tenth; one network learns one size of things."""
-    sizes = [[side / ground.grid.units_per_metre for side in ground.grid.resolution] for ground in (first, other)]
+    grids = [cube.spec(collection).grid for cube in (first, other)]
+    sizes = [[side / grid.units_per_metre for side in grid.resolution] for grid in grids]
     if any(abs(a - b) > 0.1 * min(a, b) for a, b in zip(*sizes, strict=True)):
         ours, theirs = (" × ".join(f"{side:g}" for side in size) for size in sizes)
         raise InvalidInput(
-            f"{other.cube} has pixels of {theirs} m, {first.cube} of {ours} m: the cubes of a list must be alike; "
+            f"{other.url} has pixels of {theirs} m, {first.url} of {ours} m: the cubes of a list must be alike; "
             "ingest them at one --resolution, or train a network for each"
         )
 

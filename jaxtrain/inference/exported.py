@@ -29,7 +29,7 @@ import numpy as np
 
 from jaxtrain.config import MeshConfig
 from jaxtrain.evaluation.scores import restore_model
-from jaxtrain.inference.model_item import input_shapes, model_bands, network_fields
+from jaxtrain.inference.model_item import input_shapes, list_numbers, model_bands, network_fields
 from jaxtrain.learn.modalities import modality_shapes
 from jaxtrain.learn.optim import evaluation_params
 from jaxtrain.learn.state import Program, TrainState
@@ -187,6 +187,7 @@ def _write_safetensors(path: Path, function: Any, specs: Any, weights: dict[str,
         "architecture": card.config.model.name,
         "bands": ",".join(card.bands),
         "classes": ",".join(card.answers.names),
+        "numbers": json.dumps(list_numbers(card)),
     }
     save_file({name: np.ascontiguousarray(array) for name, array in sorted(weights.items())}, str(path), metadata=about)
 

@@ -286,8 +286,9 @@ def test_cubes_of_a_list_whose_labels_or_pixels_do_not_fit_are_refused(tmp_path:
     with pytest.raises(InvalidInput, match=r"value 10 of label layer 'cover' means tree in one cube and grass in"):
         prepare(config_of(urls, {"10": "tree"}, label="cover"), open_training_data(urls), None)
     urls = two_cubes(tmp_path / "y", {10: "tree", 40: "grass"}, {10: "tree", 40: "grass"}, resolution=60.0)
-    with pytest.raises(InvalidInput, match=r"b\.zarr has pixels of 60 × 60 m, .*a\.zarr of 10 × 10 m.*--resolution"):
-        prepare(config_of(urls, {}, label="cover"), open_training_data(urls), None)
+    for split in ({}, {"block_m": 7680.0}):  # of which one cube has only one block
+        with pytest.raises(InvalidInput, match=r"b\.zarr has pixels of 60 × 60 m, .*a\.zarr of 10 × 10 m.*--resolu"):
+            prepare(config_of(urls, {}, label="cover", split=split), open_training_data(urls), None)
 
 
 def test_labels_that_a_model_does_not_know_are_named(tmp_path: Path) -> None:

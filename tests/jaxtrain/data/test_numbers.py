@@ -14,6 +14,7 @@ from jaxtrain import predict
 from jaxtrain.data.mismatch import check_pixels
 from jaxtrain.data.numbers import BandNumbers, convert_to, unlike_training
 from jaxtrain.data.opening import open_training_data
+from jaxtrain.data.splits import Split
 from jaxtrain.data.task import Task
 from jaxtrain.evaluation.scores import select_data
 from jaxtrain.inference.maps import open_map
@@ -184,3 +185,29 @@ def test_a_number_of_a_class_means_the_same_class_in_another_cube(tmp_path: Path
     assert found["same"] == []
     assert len(found["other"]) == 1
     assert "5 is rock there and counts as not vegetated" in found["other"][0]
+
+
+def test_labels_that_were_made_again_mean_the_classes_of_the_run_or_are_refused(tmp_path: Path) -> None:
+    """The run's own cube, whose label layer was replaced by one that numbers its classes in another way."""
+    cover = np.full((64, 64), 5, np.uint8)
+    cube = labelled_cube(tmp_path / "c.zarr", np.full((1, 64, 64), 4, np.uint8), layer=(cover, {5: "rock", 6: "water"}))
+    card = load_card(shared_run())
+    named = {"5": "not vegetated", "6": "water"}
+    data = card.config.data.model_copy(update={"label": "cover", "classes": named, "bands": (), "cube": cube.url})
+    assert isinstance(card.split, Split)
+    mine = replace(card, config=card.config.model_copy(update={"data": data}), bands=("red",), numbers=(),
+                   grid=cube.spec(COLLECTION).grid, split=Split.whole(card.split.block, (64, 64)))  # fmt: skip
+    mine = replace(mine, cube_digest=str(open_training_data(cube.url).digest(mine)))
+    assert not select_data(mine, open_training_data(cube.url), part="test").warnings  # named so from the beginning
+    for names, refused in (({5: "stone", 6: "water"}, False), ({5: "water", 6: "not vegetated"}, True)):
+        boxes = [(box, cover[box.y0 : box.y1, box.x0 : box.x1]) for box in label_boxes(cube)]
+        spec = LabelSpec("cover", "classes", tuple(names.items()), {"made": str(names)})
+        write_label(cube.url, spec, lambda boxes=boxes: boxes, replace=True)
+        again = open_training_data(cube.url)
+        if refused:
+            with pytest.raises(
+                ValueError, match=r"value 5 of label layer 'cover' means water in .*, and not vegetated"
+            ):
+                select_data(mine, again, part="test")
+        else:
+            assert any("5 is stone there" in line for line in select_data(mine, again, part="test").warnings)

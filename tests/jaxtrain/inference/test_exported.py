@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,19 @@ def test_the_description_has_bands_normalisation_and_classes(real: dict[str, Any
     model = pytest.importorskip("stac_model.schema")
     fields = {name.removeprefix("mlm:"): value for name, value in item["properties"].items() if name[:4] == "mlm:"}
     assert model.MLModelProperties(**fields).architecture == "unet"
+
+
+def test_the_description_says_what_the_stored_numbers_mean() -> None:
+    card = load_card(shared_run())
+    shapes = {"image": (1, len(card.bands), 32, 32), "observed": (1, 32, 32)}
+    item = exported._describe(card, shapes, (1, 32, 32, 3), 1, (), "digest")
+    numbers = item["properties"]["terrashard:numbers"]
+    assert [one["band"] for one in numbers] == list(card.bands)
+    meant = {(one["kind"], one["dtype"], one["unit"], one["scale"], one["offset"]) for one in numbers}
+    assert meant == {("reflectance", "uint16", "1", 1.0, 0.0)}
+    height = replace(card, task=replace(card.task, value=(5.0, 2.0), unit="m"))
+    made = exported._describe(height, shapes, (1, 32, 32, 1), 1, (), "digest")
+    assert made["properties"]["mlm:output"][0]["description"] == "values in m"
 
 
 def test_what_is_refused(real: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
