@@ -49,7 +49,7 @@ def open_search(session: Session, what: Path, *, space: Path | None, out: Path |
     missing = [name for name, value in (("--space SPACE.toml", space), ("--out STUDY", out)) if value is None]
     if missing or space is None or out is None:
         raise InvalidInput(f"a new search needs {' and '.join(missing)}")
-    return begin_search(config, space, out, **options)
+    return begin_search(config, space, out, on_warning=session.warn, **options)
 
 
 def read_population(text: str) -> int | None:

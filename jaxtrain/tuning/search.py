@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.data.opening import open_training_data
-from jaxtrain.prepare import prepare
+from jaxtrain.prepare import absent_classes, dates_left_out, prepare
 from jaxtrain.session import check_monitor
 from jaxtrain.settings import read_toml
 from jaxtrain.tuning.plan import Pruner, Sampler, SearchPlan, check_search, default_score
@@ -19,6 +20,7 @@ __all__ = ["begin_search"]
 def begin_search(
     config: TrainConfig, space: Path, out: Path, *, score: str | None = None, sampler: Sampler = "tpe",
     pruner: Pruner | None = None, folds: int = 0, seed: int = 0, storage: str = "", members: int = 8,
+    on_warning: Callable[[str], None] | None = None,
 ) -> StudyFolder:  # fmt: skip
     """Begin a search, or continue the one of the same plan in this folder.
 
@@ -33,6 +35,7 @@ def begin_search(
         seed: Seed of the sampler.
         storage: URL of a database; empty for a journal in the folder.
         members: Size of the population of the sampler pbt.
+        on_warning: Called with each line about data that limit all trials, such as a class that a part lacks.
 
     Raises:
         InvalidInput: Space, sampler, pruner, score, configuration and data do not fit together, or the folder holds
@@ -54,4 +57,7 @@ def begin_search(
     )  # fmt: skip
     monitored = plan.config_of({}, fold=0 if folds else None, where="configuration of the search")
     check_monitor(monitored, card.task, ready.plan.counts())
-    return StudyFolder.create(out, plan)
+    folder = StudyFolder.create(out, plan)
+    for line in (*absent_classes(card), *dates_left_out(card)) if on_warning is not None else ():
+        on_warning(line)
+    return folder

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -15,13 +17,19 @@ import optuna
 from jaxtrain.config import TrainConfig
 from jaxtrain.loop import train
 from jaxtrain.runs.events import TrainEvent, TrainingResult
+from jaxtrain.runs.rundir import find_card
 from jaxtrain.shared import Sharing
 from jaxtrain.tuning.inheritance import inherit
+from jaxtrain.tuning.plan import SearchPlan
 from jaxtrain.tuning.space import Space
 from jaxtrain.tuning.study import StudyFolder
 from zarr_store.errors import InvalidInput
 
-__all__ = ["TrialResult", "run_trial"]
+__all__ = ["DataChanged", "TrialResult", "run_trial"]
+
+
+class DataChanged(InvalidInput):
+    """The data of a search are no longer those it began with."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,15 @@ class _Watch:
     score: str
     every: int
     prune_validations: bool
+    look: Callable[[], bool] = lambda: True
+    """Looks at the card of the training once it is there, and returns whether it was."""
+    looked: bool = False
     steps: int = 0
     """Steps of the folds that are done, and of the one under way."""
     before: int = 0
 
     def __call__(self, event: TrainEvent) -> None:
+        self.looked = self.looked or self.look()
         if event.kind in ("step", "validation"):
             self.steps = self.before + event.step
         if event.kind != "validation" or not self.prune_validations:
@@ -83,6 +95,7 @@ def run_trial(
 
     Raises:
         optuna.TrialPruned: The pruner stopped it.
+        DataChanged: The data are no longer those of the search.
         InvalidInput: The values do not fit together, or the training failed.
         Preempted: The process was told to stop; another one continues the trial.
     """
@@ -103,6 +116,7 @@ def run_trial(
             if not folds and on_begin is not None:
                 on_begin(config)
             out = folder.run_of(trial.number) / (f"fold-{fold}" if plan.folds else "")
+            watch.look, watch.looked = partial(_check_data, plan, config, out), False
             with sharing() as shared:
                 until = None
                 if turn is not None:
@@ -124,6 +138,26 @@ def run_trial(
         if plan.folds:
             trial.set_user_attr("folds", folds)
     return TrialResult(sum(folds) / len(folds), tuple(folds))
+
+
+def _check_data(plan: SearchPlan, config: TrainConfig, out: Path) -> bool:
+    """Compare the data of a training with those of the search; False where it has no card yet.
+
+    Raises:
+        DataChanged: They are others, so the scores of the search would not be comparable.
+    """
+    card = find_card(out)
+    if card is None:
+        return False
+    base = plan.base
+    chosen = [(one.model.name, one.data.cube, one.data.collection, one.data.label, one.data.modalities)
+              for one in (base, config)]  # fmt: skip
+    if chosen[0] == chosen[1] and card.cube_digest != plan.digest:
+        raise DataChanged(
+            f"{card.cube} has changed since the search began, so further trials could not be compared with the others: "
+            "restore the data, or begin another search in another folder"
+        )
+    return True
 
 
 def _score(result: TrainingResult, name: str, what: str, *, last: bool = False) -> float:

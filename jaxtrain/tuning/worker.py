@@ -24,7 +24,7 @@ from jaxtrain.shared import SharedParts, Sharing, group_of
 from jaxtrain.tuning.handout import paces_of, takes_another
 from jaxtrain.tuning.inheritance import free_generations
 from jaxtrain.tuning.study import FINISHED, StudyFolder
-from jaxtrain.tuning.trial import run_trial
+from jaxtrain.tuning.trial import DataChanged, run_trial
 from zarr_store.errors import InvalidInput, Locked, Preempted, TerrashardError
 
 __all__ = ["Budget", "OnTrial", "TrialNews", "work"]
@@ -101,7 +101,7 @@ def work(
         What the trials had in common, for the count of compilations.
 
     Raises:
-        InvalidInput: The first trials all failed for the same reason.
+        InvalidInput: The first trials all failed for the same reason, or the data are no longer those of the search.
         Preempted: The process was told to stop; the same call continues.
     """
     shared = SharedParts() if shared is None else shared
@@ -199,6 +199,10 @@ def _run_one(
         value = study.get_trials(deepcopy=False)[trial.number].value
         tell("pruned", value, f"stopped early after {pruned}" + ("" if value is None else f": {score} {value:.4f}"))
     except Preempted:
+        raise
+    except DataChanged as error:
+        trial.set_user_attr("reason", str(error))
+        end(None, TrialState.FAIL)
         raise
     except (TerrashardError, ValueError, ArithmeticError, MemoryError) as error:
         trial.set_user_attr("reason", str(error).splitlines()[0][:1000] if str(error) else type(error).__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -29,7 +30,7 @@ from jaxtrain.tuning.worker import Budget, TrialNews, work
 from jaxtrain.tuning.workers import WORKER, run_workers
 from zarr_store.errors import InvalidInput, Preempted
 
-from ..cube_factory import shared_cube, tiny_config
+from ..cube_factory import CLASSES, make_cube, shared_cube, tiny_config
 
 SPACE: dict[str, Any] = {
     "optim.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
@@ -168,6 +169,25 @@ def test_the_same_search_continues_and_another_is_refused(searched, shared, conf
         begin_search(other, write_space(tmp_path), study.path, **OPTIONS)
     with pytest.raises(InvalidInput, match=r"space.model.width: \[4, 6\] → \[4, 8\]"):
         begin_search(config, write_space(tmp_path, SPACE | {"model.width": [4, 8]}), study.path, **OPTIONS)
+
+
+def test_data_that_change_during_a_search_end_it_and_classes_nobody_has_are_named(shared, tmp_path):
+    make_cube(tmp_path / "c.zarr")
+    classes = {**CLASSES, "11": "snow"}
+    config = tiny_config(tmp_path / "c.zarr", **SHORT, data={"classes": classes}, model={"dropout": 0.0})
+    lines: list[str] = []
+    space = write_space(tmp_path, {"optim.learning_rate": {"low": 1e-4, "high": 3e-2}})
+    study = begin_search(config, space, tmp_path / "study", **OPTIONS, on_warning=lines.append)
+    assert lines == ["class 'snow' (value 11) occurs nowhere in the data: check data.classes, or leave them out"]
+    work(study, Budget(trials=1), shared=shared)
+    shutil.rmtree(tmp_path / "c.zarr")
+    make_cube(tmp_path / "c.zarr", seed=5)
+    for _ in range(2):  # each time before a step is made
+        with pytest.raises(InvalidInput, match=r"c\.zarr has changed since the search began"):
+            work(study, Budget(trials=9))
+    states = [trial.state for trial in study.trials()]
+    assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
+    assert study.trials()[1].user_attrs["steps"] == 0
 
 
 def test_what_cannot_be_a_search_is_refused_and_leaves_nothing(config, tmp_path):
