@@ -80,10 +80,16 @@ def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = Non
     part of the batch. The answer is that of one device but for rounding; where it is not (`model.norm = "local"`),
     and where XLA_FLAGS names a number of devices, all stays as it is, as on any accelerator.
 
+    A mesh of `mesh.data` alone, up to eight, gets its devices here: the config.toml of a run that was spread names one.
+
     Call it before anything touches a device.
     """
     mesh, env = config.mesh, os.environ if environment is None else environment
     named = mesh.size > 1 or "data" in mesh.model_fields_set or "host_platform_device_count" in env.get("XLA_FLAGS", "")
+    if mesh.size == mesh.data in range(2, MOST_PARTS + 1) and not (
+        config.hetero.enabled or jax.distributed.is_initialized()
+    ):
+        split_processor(mesh.data, env)
     if named or config.model.norm == "local" or jax.distributed.is_initialized():
         return config
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -80,6 +80,24 @@ def test_a_named_mesh_and_the_local_norm_keep_the_processor_whole(sections, monk
     assert share_cores(free, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}) is free
     kept = tiny_config("c.zarr", **sections)
     assert share_cores(kept, {}) is kept
+    assert len(asked) == 1
+
+
+def test_a_mesh_of_data_alone_gets_its_devices(monkeypatch):
+    """As the config.toml of a run names it that was spread over the cores."""
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda *words: asked.append(words))
+    named = tiny_config("c.zarr", mesh={"data": 2})
+    assert share_cores(named, {}) is named
+    assert asked == [("jax_num_cpu_devices", 2)]
+    for other, environment in (
+        (named, {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}),
+        (tiny_config("c.zarr", mesh={"data": 2, "model": 2}), {}),
+        (tiny_config("c.zarr", mesh={"data": 2, "space": 2}), {}),
+        (tiny_config("c.zarr", mesh={"data": 16}, run={"batch_size": 16}), {}),
+    ):
+        assert share_cores(other, environment) is other
+    assert len(asked) == 1
 
 
 def test_one_process_starts_nothing():
