@@ -41,8 +41,6 @@ LEAST_BYTES = 1 << 13
 """Bytes up to which such an instruction costs no more than its start."""
 MESSAGES = (1 << 6, 1 << 16, 1 << 20, 1 << 23)
 """Bytes of the results of an exchange."""
-HANDED, BESIDE = 4, 4
-"""Handovers one after the other, and programs of convolutions that all devices run meanwhile."""
 LEAST_S = 1e-6
 """Least seconds of an exchange; less cannot be told from what else happens."""
 CHAIN = 8
@@ -247,38 +245,7 @@ def _exchanges(mesh: Mesh) -> dict[str, Curve]:
         for at in range(number * len(MESSAGES), (number + 1) * len(MESSAGES)):
             seconds.append(max((spent[at] - still) / CHAIN, (least[at] - idle) / CHAIN, *seconds, LEAST_S))
         found[kind] = Curve(sizes=tuple(map(float, MESSAGES)), seconds=tuple(seconds))
-    if jax.process_count() > 1:
-        found["handover"] = _handovers(mesh)
     return found
-
-
-def _handovers(mesh: Mesh) -> Curve:
-    """Return the seconds in which a device hands an array to another one in another process while both compute.
-
-    Stages of a pipeline do not wait for each other as devices do that sum a gradient. So what one gives to the next
-    meets cores that are at work, and a message waits for its turn on them.
-    """
-    seconds: list[float] = []
-    for spent in _medians([_beside(mesh, size) for size in MESSAGES]):
-        seconds.append(max(spent / HANDED, *seconds, LEAST_S))
-    return Curve(sizes=tuple(map(float, MESSAGES)), seconds=tuple(seconds))
-
-
-def _beside(mesh: Mesh, size: int) -> tuple[Function, Any]:
-    """Return handovers from the first device to the next and back, while all devices compute."""
-    work, arrays = _convolution(mesh, SIDES[CHANNELS][-1], jnp.float32)
-    permute: Any = jax.lax.ppermute
-    ways = [_on(mesh, lambda x, way=way: permute(x, "data", [way]), [(max(size // 4, 1),)]) for way in ((0, 1), (1, 0))]
-    under_way: list[Any] = []
-
-    def run(x: Any) -> Any:
-        _wait(under_way)  # what is timed is the handovers, not the end of the work beside them
-        under_way[:] = [work(*arrays) for _ in range(BESIDE)]
-        for number in range(HANDED):
-            x = ways[number % 2][0](x)
-        return x
-
-    return run, ways[0][1]
 
 
 def _chain(mesh: Mesh, exchange: Function, size: int) -> tuple[Function, Any]:

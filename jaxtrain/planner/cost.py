@@ -9,7 +9,7 @@ follow their schedule, and wait for each other where it says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxtrain.parallel.schedule import Work, bubble, order_of, order_of_tree, trace
@@ -263,8 +263,7 @@ def _in_flight(facts: Facts) -> dict[int, int]:
 def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
     inside = {name: size for name, size in facts.mesh.items() if name != "pipe"}
     devices = math.prod(facts.mesh.values())
-    # of devices that share a processor, those of waiting stages leave it to the others; the threads of another process
-    # do not, and copies between processes take their turns on the same cores
+    # of devices that share a processor, those of waiting stages leave it to the others; another process does not
     apart = profile.processes > 1
     busy = devices if profile.device.together is None or apart else math.prod(inside.values())
     seconds: dict[tuple[str, int], tuple[float, float, float]] = {}
@@ -273,19 +272,24 @@ def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
         seconds[one.name, one.part] = (*program_seconds(one, profile, precision, busy), exchange)
     bandwidth, latency = path_of(("pipe",), facts.mesh, profile)
     given = {one.giver: latency + one.bytes / bandwidth for one in facts.handovers}
-    if apart and (handed := profile.exchanges.get("handover")):
-        given = {one.giver: handed.at(one.bytes) for one in facts.handovers}
+    if apart and (permute := profile.exchanges.get("collective-permute")):  # each array is a message of its own
+        given = {one.giver: one.arrays * permute.at(one.bytes / one.arrays) for one in facts.handovers}
     stages = facts.mesh["pipe"]
     givers = [[part for part, taker in enumerate(facts.takers) if taker == k] for k in range(facts.parts)]
 
+    def computing(work: Work) -> float:
+        return sum(seconds[work.kind, work.chunk])
+
     def cost(work: Work) -> float:
         sends = [work.chunk] if work.kind == "forward" else givers[work.chunk]
-        return sum(seconds[work.kind, work.chunk]) + sum(given.get(part, 0.0) for part in sends)
+        return computing(work) + sum(given.get(part, 0.0) for part in sends)
 
     intervals = trace(_orders(facts), chunks=facts.parts, seconds=cost, after=facts.takers)
     span = max(interval.end for interval in intervals)
     work = sum(interval.end - interval.start for interval in intervals)
-    if profile.device.together is not None and not apart:  # what all stages do must pass through the cores they share
+    if apart:
+        span = _in_turn(facts, computing, given)
+    elif profile.device.together is not None:  # what all stages do must pass through the cores they share
         span = max(span, work * max(1, math.prod(inside.values())) / profile.device.together)
     edges = [sum(seconds[name, part]) for name, part in seconds if name == "images"]
     ends: dict[int, float] = {}
@@ -301,3 +305,24 @@ def _piped(facts: Facts, profile: Profile, precision: str) -> Prediction:
     started = sum(one.runs * launch_seconds(one, profile, busy) for one in facts.programs) / stages
     idle = max(0.0, step - busy_s)
     return Prediction(step, share[0], share[1], share[2] + handed, idle, 0.0, bubble(intervals), started)
+
+
+def _in_turn(facts: Facts, computing: Callable[[Work], float], given: Mapping[int, float]) -> float:
+    """Return the seconds of the passes of a pipeline whose stages lie in several processes.
+
+    All processes walk through one schedule, and each runs its programs in that order. A copy between two processes is a
+    program of both. So at each copy the earlier process waits for the later one.
+    """
+    homes = facts.homes or tuple(part % facts.mesh["pipe"] for part in range(facts.parts))
+    clock = [0.0] * facts.mesh["pipe"]
+    for interval in trace(_orders(facts), chunks=facts.parts, after=facts.takers):
+        work = interval.work
+        clock[homes[work.chunk]] += computing(work)
+        for giver, taker in enumerate(facts.takers):
+            goes = giver == work.chunk if work.kind == "forward" else taker == work.chunk
+            if goes and taker is not None and homes[giver] != homes[taker]:
+                both = homes[giver], homes[taker]
+                ends = max(clock[k] for k in both) + given.get(giver, 0.0)
+                for k in both:
+                    clock[k] = ends
+    return max(clock)

@@ -81,6 +81,8 @@ class HandOver:
     """Bytes that each device sends."""
     part: int | None = None
     """Part of the network that gives; None in a chain with one part for each stage."""
+    arrays: int = 1
+    """Arrays that the bytes are of; each is a message of its own."""
 
     @property
     def giver(self) -> int:
@@ -306,7 +308,7 @@ def _pipeline_facts(
         taker = layout.after[piece.part]
         if piece.gives and taker is not None and layout.homes[taker] != stage:
             size = sum(map(_bytes_of_part, piece.gives))
-            handovers.append(HandOver(stage, layout.homes[taker], size, piece.part))
+            handovers.append(HandOver(stage, layout.homes[taker], size, piece.part, len(piece.gives)))
     return tuple(programs), tuple(handovers)
 
 
