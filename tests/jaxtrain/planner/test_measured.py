@@ -237,7 +237,7 @@ def test_stages_in_several_processes_share_the_cores_and_wait_for_each_other_at_
     apart = MEASURED.model_copy(update={"processes": 2, "exchanges": {"collective-permute": curve}})
     several = predict(known, apart, "float32")
     assert several.compute_s == pytest.approx(2 * one.compute_s), "at the rates of all devices at once"
-    # a pass takes 10 ms, a copy 2 × 7 ms: the two forward passes of the first stage, each with its copy; the four passes
+    # a pass takes 10 ms, a copy 2 × 7 ms: two forward passes of the first stage, each with its copy; the four passes
     # of the last stage, with two copies back; and the last pass of the first stage
     assert several.step_s == pytest.approx(7 * 10e-3 + 4 * 14e-3)
     assert several.collective_s == pytest.approx(2 * 14e-3), "each stage sends one way for each microbatch"
