@@ -210,12 +210,12 @@ def _extent(axes: Sequence[str], mesh: Mapping[str, int]) -> tuple[int, int, int
 def peak_bytes(facts: Facts) -> int:
     """Return the bytes that the fullest device needs at once.
 
-    A stage of a pipeline keeps its state, its gradient, the images of its microbatches and the activations of those
-    under way, beside what its largest program needs for itself.
+    A stage of a pipeline keeps its state, its gradient, the batch, the images of its microbatches, the activations of
+    those under way, and what arrived before its turn, beside what its largest program needs for itself.
     """
     if not facts.schedule:
         return facts.programs[0].peak_bytes
-    flying = _in_flight(facts)
+    flying, early = _in_flight(facts), _arrived_early(facts)
     most = 0
     for stage in range(facts.mesh["pipe"]):
         mine = [one for one in facts.programs if one.stage == stage]
@@ -227,7 +227,31 @@ def peak_bytes(facts: Facts) -> int:
         under_way = sum(flying[one.part] * _kept(one) for one in mine if one.name == "forward")
         work = max((_needs(one) for one in passes), default=0)
         last = max((_needs(one) for one in mine if one not in passes), default=0)
-        most = max(most, state + images + under_way + work, state + last)
+        most = max(most, state + images + under_way + early[stage] + work, state + last)
+    return most + facts.batch_bytes
+
+
+def _arrived_early(facts: Facts) -> list[int]:
+    """Return for each stage the most bytes that others handed to it and that no pass of it counts as its own.
+
+    These are activations that wait for their forward pass, and gradients until their backward pass has ended.
+    """
+    homes = facts.homes or tuple(part % facts.mesh["pipe"] for part in range(facts.parts))
+    size = {one.giver: one.bytes for one in facts.handovers}
+    now, most = [0] * facts.mesh["pipe"], [0] * facts.mesh["pipe"]
+    for interval in trace(_orders(facts), chunks=facts.parts, after=facts.takers):
+        part, here, forward = interval.work.chunk, homes[interval.work.chunk], interval.work.kind == "forward"
+        givers = [giver for giver, taker in enumerate(facts.takers) if taker == part]
+        taken = givers if forward else [part]  # sizes go by the part that gave forward
+        sent = [part] if forward else givers
+        used = sum(size.get(giver, 0) for giver in taken)
+        now[here] -= used if forward else 0
+        most[here] = max(most[here], now[here])
+        now[here] -= 0 if forward else used
+        for giver in sent:
+            taker = facts.takers[giver]
+            if taker is not None:
+                now[homes[taker if forward else giver]] += size.get(giver, 0)
     return most
 
 

@@ -6,6 +6,7 @@ each runs on the devices of its stage, and what one part hands to the next is a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from jaxtrain.learn.state import Program
 from jaxtrain.learn.step import make_pipeline, make_train_step
 from jaxtrain.models.narrow import without_pairs
 from jaxtrain.parallel.links import shape_of
+from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.parallel.rehearsal import compile_parts
 from jaxtrain.planner.collectives import Collective, Dialect, activation_gathers, find_collectives, result_bytes
 from jaxtrain.planner.hlo import Instruction, Module, read_module
@@ -113,6 +115,8 @@ class Facts:
     """Stage of each part."""
     after: tuple[int | None, ...] = ()
     """For each part the one that takes its results; empty for a chain."""
+    batch_bytes: int = 0
+    """Bytes of a device's part of a batch as it was read, which a pipeline keeps beside what its programs need."""
 
     @property
     def takers(self) -> tuple[int | None, ...]:
@@ -210,7 +214,13 @@ def _compile_facts(program: Program, dtypes: Mapping[str, str], dialect: Dialect
         schedule=config.mesh.schedule if program.layout is not None else "",
         homes=() if program.layout is None else program.layout.homes,
         after=() if program.layout is None else program.layout.after,
+        batch_bytes=0 if program.layout is None else _batch_bytes(program, batch),
     )
+
+
+def _batch_bytes(program: Program, batch: Mapping[str, Any]) -> int:
+    lies = batch_sharding(program.mesh)
+    return sum(math.prod(lies.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in batch.values())
 
 
 def _gathered_shapes(program: Program) -> list[tuple[int, ...]]:

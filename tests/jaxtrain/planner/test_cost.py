@@ -99,6 +99,20 @@ def test_a_stage_keeps_what_is_under_way():
     assert sizes == {"1f1b": 500 + 2 * 1000 + 1050, "gpipe": 500 + 4 * 1000 + 1050}
 
 
+def test_a_stage_keeps_the_batch_and_what_arrived_before_its_turn():
+    forward = [program("forward", stage, 4, argument_bytes=0, output_bytes=1000, alias_bytes=0) for stage in range(2)]
+    update = [program("update", stage, argument_bytes=500, output_bytes=0, alias_bytes=0) for stage in range(2)]
+    backward = [program("backward", stage, 4, output_bytes=0, alias_bytes=0) for stage in range(2)]
+    sizes = {}
+    for name in ("1f1b", "gpipe"):
+        known = facts({"pipe": 2, "data": 1}, *forward, *backward, *update, microbatches=4, parts=2, schedule=name)
+        handed = replace(known, handovers=(HandOver(0, 1, 10_000),), batch_bytes=7)
+        sizes[name] = peak_bytes(handed) - peak_bytes(known) - 7
+    # the second stage uses each activation as it comes, and holds the next one that came meanwhile; the first holds a
+    # gradient while it uses it. Where all forward passes come first, gradients come one by one too
+    assert sizes == {"1f1b": 10_000, "gpipe": 10_000}
+
+
 def test_a_machine_that_is_too_small_is_named():
     with pytest.raises(InvalidInput, match="profile m joins at most 8 devices, the mesh needs 16"):
         predict(facts({"data": 16}, program()), MACHINE, "float32")

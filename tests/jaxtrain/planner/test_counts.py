@@ -125,7 +125,11 @@ def test_a_pipeline_hands_over_the_activations_at_its_cut(facts_of):
     # two windows of 32 × 32, and whatever levels of eight channels at that size the cut goes through
     assert handed.bytes % (2 * 32 * 32 * 4) == 0
     assert handed.bytes > 0
+    assert handed.arrays == 3, "what goes on, and what levels above the cut keep for the way up"
+    # of each pixel two bytes for each of three bands, one for its label, and one that says whether it was observed
+    assert facts.batch_bytes == 8 * 32 * 32 * (2 * 3 + 2)
     alone = facts_of()
+    assert alone.batch_bytes == 0, "the program of a step has it among its arguments"
     work = sum(one.flops * one.runs for one in facts.programs)
     assert work == pytest.approx(alone.programs[0].flops, rel=0.02)
 
