@@ -208,8 +208,9 @@ def read_train_config(paths: Sequence[Path], overrides: Iterable[str] = ()) -> T
     settings: dict[str, Any] = {}
     given: list[tuple[str, Mapping[str, Any]]] = []
     for path in paths:
-        given.append((str(path), read_toml(path)))
-        settings = merge(settings, _located(given[-1][1], path.parent), TrainConfig)
+        tables = read_toml(path)
+        given.append((str(path), tables))
+        settings = merge(settings, _located(tables, path.parent), TrainConfig)
     for text in overrides:
         given.append((f"--set {text}", parse_override(text)))
         settings = override(settings, text)
