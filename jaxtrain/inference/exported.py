@@ -11,13 +11,14 @@ probabilities or values as `predict` computes them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -195,8 +196,20 @@ def _write_safetensors(path: Path, function: Any, specs: Any, weights: dict[str,
 def _write_stablehlo(path: Path, function: Any, specs: dict[str, Any], weights: Any, card: ModelCard) -> None:
     from jax import export
 
-    made = export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(*specs.values())
+    with _no_traceback():
+        made = export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(*specs.values())
     path.write_bytes(made.serialize())
+
+
+@contextlib.contextmanager
+def _no_traceback() -> Iterator[None]:
+    """Leave the lines of code out of what JAX lowers: they name files of this machine, and depend on the caller."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def _write_onnx(path: Path, function: Any, specs: dict[str, Any], weights: Any, card: ModelCard) -> None:

@@ -33,9 +33,11 @@ class Dropout(nnx.Dropout):
     """
 
     def __call__(self, inputs: jax.Array, *, deterministic: bool | None = None, rngs: Any = None) -> jax.Array:
+        if deterministic:  # not by Flax, whose method a translator into ONNX replaces by one of fewer arguments
+            return inputs
         rate = _RATE.get()
         made_with = rate is None or (not isinstance(rate, jax.Array) and rate == self.rate)
-        if made_with or deterministic:
+        if made_with:
             kept: jax.Array = super().__call__(inputs, deterministic=deterministic, rngs=rngs)
             return kept
         shape = [1 if axis in self.broadcast_dims else size for axis, size in enumerate(inputs.shape)]

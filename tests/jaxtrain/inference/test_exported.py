@@ -54,6 +54,7 @@ def test_stablehlo_answers_as_predict_on_real_windows(real: dict[str, Any], tmp_
     assert np.abs(found - real["answers"]).max() < 1e-5
     for name in made.files:
         assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+        assert b"jaxtrain/" not in (tmp_path / "model" / name).read_bytes(), "a path of the machine it was made on"
     assert again.parameters == made.parameters > 1000
 
 
@@ -148,6 +149,11 @@ def test_onnx_on_real_windows(real: dict[str, Any], tmp_path: Path) -> None:
     assert (found.argmax(-1) == real["answers"].argmax(-1)).mean() >= 0.9999
     weights = safetensors.load_file(tmp_path / "model" / "model.safetensors")
     assert sum(array.size for name, array in weights.items() if name.startswith("params.")) == made.parameters
+    program, state, _, _ = restore_model(real["run"], load_card(real["run"]))
+    _, expected = exported_function(program, state)
+    assert weights.keys() == expected.keys()
+    assert all(np.array_equal(weights[name], expected[name]) for name in expected)
+    assert b"jaxtrain/" not in (tmp_path / "model" / "model.onnx").read_bytes()
 
 
 def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
