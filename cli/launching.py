@@ -87,7 +87,7 @@ class TrainWords:
     """The command that each process runs: train CONFIG.toml --out RUN …
 
     Attributes:
-        words: All words as they were typed, beginning with train.
+        words: All words as they were typed, beginning with train; or with predict, and then nothing else is known.
         files: Configuration files in the order in which they are read.
         out: The run directory, or None.
         overrides: The texts of --set.
@@ -117,11 +117,13 @@ class TrainWords:
             InvalidInput: It is another command.
         """
         words = list(words[1:] if words and words[0] == "terrashard" else words)
-        if not words or words[0] != "train":
+        if not words or words[0] not in ("train", "predict"):
             raise InvalidInput(
                 f"launch starts training runs, got {' '.join(words) or 'nothing'!r}: terrashard launch -n 2 -- train "
-                "CONFIG.toml --out RUN"
+                "CONFIG.toml --out RUN; or the processes of a map: -- predict RUN CUBE MAP.zarr"
             )
+        if words[0] == "predict":
+            return cls(tuple(words), json=json)
         values: dict[str, list[str]] = defaultdict(list)
         rest = iter(words[1:])
         for word in rest:
@@ -168,6 +170,10 @@ def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -
                 f"{name} is for runs whose processes may come and go: add --set hetero.enabled=true to the train "
                 "command"
             )
+    if train.words[0] == "predict" and options.emit is not None:
+        raise InvalidInput(
+            "--emit writes jobs of training runs; start the processes of a map with -n, --hosts or --dask"
+        )
     if options.emit is not None:
         return _write_job(session, train, options, replicas=replicas)
     said: dict[int, list[str]] = defaultdict(list)
@@ -176,11 +182,12 @@ def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -
         if replicas:
             outcome = _launch_replicas(session, places, address, train, options, show)
         else:
-            outcome = _launch_together(session, places, options, show)
+            outcome = _launch_together(session, places, options, show, train)
         names = list(places.names)
     if outcome.exit_code:
         wrong = outcome.exit_code == InvalidInput.exit_code
-        next_step = "correct what it reports" if wrong else "the same command continues from the newest checkpoint"
+        kept = "with what is missing" if train.words[0] == "predict" else "from the newest checkpoint"
+        next_step = "correct what it reports" if wrong else f"the same command continues {kept}"
         session.fail(f"{describe(outcome.codes, names)}, after {outcome.restarts} restart(s); {next_step}")
     session.emit(
         {
@@ -234,9 +241,13 @@ def _places(train: TrainWords, options: LaunchOptions) -> Iterator[tuple[Places,
         yield ThisMachine([sys.executable, *arguments], processes), "127.0.0.1"
 
 
-def _launch_together(session: Session, places: Places, options: LaunchOptions, show: OnLine) -> Outcome:
+def _launch_together(
+    session: Session, places: Places, options: LaunchOptions, show: OnLine, train: TrainWords
+) -> Outcome:
+    kept = "with what is missing" if train.words[0] == "predict" else "from the newest checkpoint"
+
     def on_restart(number: int, why: str) -> None:
-        session.warn(f"{why}; all start again from the newest checkpoint (restart {number} of {options.restarts})")
+        session.warn(f"{why}; all start again {kept} (restart {number} of {options.restarts})")
 
     config = LaunchConfig(len(places.names), options.restarts, options.grace_s)
     return launch_at(places, config, on_line=show, on_restart=on_restart)

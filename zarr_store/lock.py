@@ -20,7 +20,7 @@ from zarr_store.bounded import load_json
 from zarr_store.errors import Locked
 from zarr_store.store import Store
 
-__all__ = ["CubeLock", "read_token"]
+__all__ = ["CubeLock", "is_held", "read_token"]
 
 LOCK_KEY = "_terrashard/lock.json"
 
@@ -98,6 +98,12 @@ def read_token(store: Store, key: str = LOCK_KEY) -> str | None:
     held = store.read(key)
     token = _parse(held).get("token") if held else None
     return str(token) if token else None
+
+
+def is_held(store: Store, key: str = LOCK_KEY) -> bool:
+    """Return whether a living run holds the lock of a store; a holder on another machine counts as alive."""
+    held = store.read(key)
+    return held is not None and not _is_dead(_parse(held))
 
 
 def _parse(data: bytes) -> dict[str, Any]:

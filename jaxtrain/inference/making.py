@@ -32,13 +32,13 @@ from zarr_store.durable import sync_folder, sync_tree
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.folder import FolderStore
 from zarr_store.ledger import Ledger, LedgerRow, ShardIndex
-from zarr_store.lock import CubeLock
+from zarr_store.lock import CubeLock, is_held
 from zarr_store.regions import Region
 from zarr_store.store import translate_os_errors
 from zarr_store.temporary import PARTIAL, remove_folder
 
-__all__ = ["Making", "digest_of", "finish", "hold_making", "making_folder", "map_progress", "open_making",
-           "refuse_append"]  # fmt: skip
+__all__ = ["Making", "digest_of", "find_making", "finish", "hold_making", "making_folder", "map_progress",
+           "open_making", "refuse_append"]  # fmt: skip
 
 LEDGER = "map"
 _PLAN = "plan.json"
@@ -323,6 +323,14 @@ def _plan_of(folder: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return plan if isinstance(plan, dict) else {}
+
+
+def find_making(url: str | Path, digest: str) -> Path | None:
+    """Return the folder in which a living run makes the map at `url` from a plan of this digest; None without one."""
+    folder = making_folder(url)
+    if not (folder / _LOCK).exists() or not is_held(FolderStore(folder)):
+        return None
+    return folder if _plan_of(folder).get("digest") == digest else None
 
 
 def map_progress(url: str | Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtrain.display import result_table
 from jaxtrain.inference.area import Area
 from jaxtrain.inference.filling import Filled, Progress
-from jaxtrain.inference.making import Making, finish, hold_making, open_making, refuse_append
+from jaxtrain.inference.making import Making, find_making, finish, hold_making, open_making, refuse_append
 from jaxtrain.inference.map_item import map_item
 from jaxtrain.inference.maps import CHUNK, Map, is_map, make_arrays, open_map, refuse_other
 from jaxtrain.inference.opening import OpenScene, open_scene
@@ -27,7 +27,10 @@ from zarr_store.folder import FolderStore
 from zarr_store.ledger import ShardIndex
 from zarr_store.stac_item import write_item
 
-__all__ = ["Elsewhere", "MapResult", "help_making", "predict"]
+__all__ = ["Elsewhere", "MapResult", "help_making", "join_map", "predict"]
+
+_LOOK_S = 0.5
+"""Seconds between two looks at what the other processes of a map have done."""
 
 Elsewhere = Callable[[Path], None]
 """Fills the shards of the map in a folder by other processes, each of which calls `help_making`."""
@@ -115,6 +118,7 @@ def predict(
     devices: int | None = None,
     allow_mismatch: bool = False,
     elsewhere: Elsewhere | None = None,
+    part: tuple[int, int] | None = None,
     on_batch: Progress | None = None,
 ) -> MapResult:
     """Map a whole cube.
@@ -143,6 +147,7 @@ def predict(
         allow_mismatch: Map a cube whose pixels have another size on the ground, or whose numbers have a unit that
             cannot be converted, and warn.
         elsewhere: Fills the map by other processes; None fills it in this one.
+        part: (0, count): fill the shards of process 0 of `count`, and wait for those of the others (`join_map`).
         on_batch: Called with (batches done, batches in all).
 
     Returns:
@@ -185,8 +190,11 @@ def predict(
             elsewhere(making.folder)
             filled = Filled(seconds=clock.monotonic() - began, shards=len(missing))
         else:
-            filled = _fill(opened, making, missing, on_batch)
-        left = making.missing(opened.keys) if elsewhere is not None else []
+            mine = missing if part is None else [index for index in _part_of(opened, part) if index in set(missing)]
+            filled = _fill(opened, making, mine, on_batch)
+            if part is not None:
+                _await_others(making, opened)
+        left = making.missing(opened.keys) if elsewhere is not None or part is not None else []
         if left:
             raise InvalidInput(
                 f"{len(left)} of {len(opened.keys)} shards of {target.url} were not made; repeat the command, which "
@@ -196,6 +204,36 @@ def predict(
         finish(making, out)
         made = Making(target.root, opened.kind.names, bool(opened.times))
         return _result(opened, made, out, filled, began)
+
+
+def join_map(
+    run: str | PathLike[str],
+    cube: str | Path,
+    out: str | Path,
+    options: MapOptions,
+    part: tuple[int, int],
+    on_batch: Progress | None = None,
+) -> Filled:
+    """Fill the shards of one of several processes, all of which were started with the same arguments.
+
+    Process 0 makes the map by `predict` with `part`; the others wait until it has begun, or has found the map made.
+
+    Args:
+        run: The run directory.
+        cube: The cube.
+        out: Path of the map.
+        options: As those of `predict`.
+        part: (number, count) of this process, from 1.
+        on_batch: Called with (batches done, batches in all).
+    """
+    opened, target = open_scene(Path(run), cube, options), FolderStore.at(out)
+    while True:
+        folder = find_making(out, opened.plan["digest"])
+        if folder is not None:
+            return help_making(folder, part, on_batch)
+        if _already_made(target, opened) is not None:
+            return Filled()
+        clock.sleep(_LOOK_S)
 
 
 def help_making(folder: Path, part: tuple[int, int], on_batch: Progress | None = None) -> Filled:
@@ -213,11 +251,24 @@ def help_making(folder: Path, part: tuple[int, int], on_batch: Progress | None =
             f"{plan['run']} or {plan['cube']} is not here what it is where the map was begun, or has changed since; "
             "repeat the command"
         )
-    number, count = part
-    # every process gets the same list, whatever the others have finished by now
-    mine = list(opened.keys)[number::count]
+    mine = _part_of(opened, part)
     missing = set(making.missing({index: opened.keys[index] for index in mine}))
     return _fill(opened, making, [index for index in mine if index in missing], on_batch)
+
+
+def _part_of(opened: OpenScene, part: tuple[int, int]) -> list[ShardIndex]:
+    """Return the shards of one process; every process gets the same lists, whatever the others have finished by now."""
+    number, count = part
+    return list(opened.keys)[number::count]
+
+
+def _await_others(making: Making, opened: OpenScene) -> None:
+    """Wait until every shard has its row; the starter of the processes ends all of them when one fails."""
+    while True:
+        rows = making.ledger.rows()
+        if all(index in rows and rows[index].key == key for index, key in opened.keys.items()):
+            return
+        clock.sleep(_LOOK_S)
 
 
 def _fill(opened: OpenScene, making: Making, missing: list[ShardIndex], on_batch: Progress | None) -> Filled:

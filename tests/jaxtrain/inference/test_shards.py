@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from jaxtrain.inference.layers import MapLayers
 from jaxtrain.inference.making import making_folder, map_progress
 from jaxtrain.inference.maps import NODATA, open_map
 from jaxtrain.inference.options import MapOptions
-from jaxtrain.inference.scene import MapResult, help_making
+from jaxtrain.inference.scene import MapResult, help_making, join_map
 from zarr_store.crash import arm, crashpoint, reached
 from zarr_store.errors import InvalidInput, Locked
 from zarr_store.folder import FolderStore
@@ -155,6 +158,28 @@ def test_several_processes_make_the_bytes_of_one(tmp_path: Path) -> None:
         assert tree(out) == tree(tmp_path / "one.zarr")
     with pytest.raises(InvalidInput, match=r"20 of 20 shards of .*none.zarr were not made"):
         mapped(tmp_path / "none.zarr", elsewhere=lambda _: None)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_processes_that_were_started_together_make_the_bytes_of_one(tmp_path: Path) -> None:
+    """Process 1 is there first, beside what a killed run has left, and waits until process 0 has begun."""
+    shared_run()
+    whole = mapped(tmp_path / "whole.zarr", time="2023-08-11")
+    out = tmp_path / "both.zarr"
+    left = making_folder(out)
+    (left / "_terrashard").mkdir(parents=True)
+    (left / "_terrashard/lock.json").write_text(json.dumps({"host": socket.gethostname(), "boot": "another"}))
+    options = MapOptions(time="2023-08-11")
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(join_map, shared_run(), shared_cube(), out, options, (1, 2))
+        assert not wait([joined], timeout=1.5).done, "it waits for a living run"
+        result = mapped(out, time="2023-08-11", part=(0, 2))
+        assert (joined.result(60).shards, result.shards_done) == (10, 20)
+    assert result.windows < whole.windows
+    assert tree(out) == tree(tmp_path / "whole.zarr")
+    assert join_map(shared_run(), shared_cube(), out, options, (1, 2)).shards == 0, (
+        "the map is made: nothing to wait for"
+    )
 
 
 def test_a_map_of_each_date_is_the_maps_of_the_dates(tmp_path: Path) -> None:
