@@ -72,9 +72,11 @@ def _ring(grid: Grid) -> npt.NDArray[np.float64] | None:
     """Return the edge from the upper left corner, closed, as (longitude, latitude); None where it leaves the Earth."""
     left, bottom, right, top = grid.bounds
     along = np.arange(_PARTS) / _PARTS
-    x = [left + along * 0, left + along * (right - left), right + along * 0, right - along * (right - left), [left]]
-    y = [top - along * (top - bottom), bottom + along * 0, bottom + along * (top - bottom), top + along * 0, [top]]
-    longitude, latitude = transformer_between(grid.crs, "EPSG:4326").transform(np.concatenate(x), np.concatenate(y))
+    none, whole = along * 0.0, along * 0.0 + 1.0
+    end = np.zeros(1)
+    x = left + (right - left) * np.concatenate([none, along, whole, 1.0 - along, end])
+    y = top - (top - bottom) * np.concatenate([along, whole, 1.0 - along, none, end])
+    longitude, latitude = transformer_between(grid.crs, "EPSG:4326").transform(x, y)
     ring = np.stack([np.asarray(longitude, np.float64), np.asarray(latitude, np.float64)], axis=1)
     return ring if np.isfinite(ring).all() and (np.abs(ring[:, 1]) <= 90.0 + 1e-9).all() else None
 
