@@ -20,7 +20,7 @@ from jaxtrain.tasks.table import Table
 from jaxtrain.tasks.tables import CubeTable, SampleTable, VectorTable
 from jaxtrain.tasks.work import TableRef, Workers
 
-__all__ = ["Labelled", "label_table"]
+__all__ = ["LabelJob", "Labelled", "label_table"]
 
 F64 = npt.NDArray[np.float64]
 
@@ -46,7 +46,9 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class _LabelJob:
+class LabelJob:
+    """Label the rows of a block, and sum what their table and curves need."""
+
     ref: TableRef
     model: ClusterModel
 
@@ -101,7 +103,7 @@ def label_table(
         attributes: JSON: what made the labels.
         on_block: Called with (blocks done, blocks in all).
     """
-    job = _LabelJob(TableRef.of(table), model)
+    job = LabelJob(TableRef.of(table), model)
     sums: dict[str, Any] = {}
 
     def results() -> Any:
