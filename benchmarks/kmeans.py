@@ -121,8 +121,9 @@ def speed(part: str, repeats: int) -> list[Row]:
     ]  # fmt: skip
     if part == "speed":
         off = 100 * abs(mine["inertia"] / exact - 1)
-        rows.append(Row(f"{pixels}: inertia apart from scikit-learn in float64, %", off, 0.1, at_most=True,
-                        note=f"{mine['inertia']:.3f} and {exact:.3f}; in float32 it says {other['inertia']:.3f}"))  # fmt: skip
+        note = f"{mine['inertia']:.3f} and {exact:.3f}; in float32 it says {other['inertia']:.3f}"
+        name = f"{pixels}: inertia apart from scikit-learn in float64, %"
+        rows.append(Row(name, off, 0.1, at_most=True, note=note))
     return rows
 
 
