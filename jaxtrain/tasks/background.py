@@ -8,6 +8,7 @@ Letters in shapes: F feature, G whitened feature, N row.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -25,6 +26,8 @@ __all__ = ["Background", "make_background", "score_rows"]
 F64 = npt.NDArray[np.float64]
 _PIECE = 1 << 16
 """Rows of a piece, which one compiled program scores on one device."""
+_UNROLLED = 24
+"""Most features whose products are written out in the program; with more, it is a product of matrices."""
 _SINGULAR = 1e-10
 """Smallest eigenvalue of a correlation matrix, over its largest, that still counts as not singular."""
 
@@ -35,7 +38,8 @@ class Background:
 
     Attributes:
         mean: float64 (feature,).
-        whitening: float64 (feature, feature); whitened = whitening · (row − mean) has unit covariance.
+        whitening: float64 (feature, feature); whitened = whitening · (row − mean) has unit covariance. Made lower
+            triangular, which changes no distance.
         shrinkage: Share of the diagonal in the covariance.
         count: Number of rows that it was made from.
     """
@@ -44,6 +48,11 @@ class Background:
     whitening: F64
     shrinkage: float
     count: int
+
+    def __post_init__(self) -> None:
+        if np.triu(self.whitening, 1).any():  # as earlier releases kept it
+            lower = np.linalg.qr(self.whitening[::-1, ::-1])[1][::-1, ::-1]
+            object.__setattr__(self, "whitening", np.ascontiguousarray(lower))
 
     def whiten(self, values: npt.NDArray[Any]) -> F64:
         """Whiten (feature, …), in float64."""
@@ -100,7 +109,8 @@ def make_background(
         raise InvalidInput(
             f"the covariance of {where} is singular: {reason}; add --shrinkage auto, or choose fewer with --bands"
         )
-    whitening = (vectors / np.sqrt(variance)).T / spread[None, :]
+    factor = np.linalg.cholesky(shrunk)
+    whitening = np.tril(np.linalg.solve(factor, np.eye(len(spread)))) / spread[None, :]
     return Background(moments.mean, whitening, float(share), moments.count)
 
 
@@ -134,11 +144,16 @@ def score_rows(values: npt.NDArray[np.float32], background: Background, *, devic
 
 @jax.jit
 def _score(x_FN: jax.Array, mean_F: jax.Array, whitening_GF: jax.Array) -> jax.Array:
-    centred_FN = x_FN.astype(jnp.float64) - mean_F[:, None]
+    features = x_FN.shape[0]
+    if features > _UNROLLED:
+        centred_FN = x_FN.astype(jnp.float64) - mean_F[:, None]
+        whitened_GN = jnp.dot(whitening_GF, centred_FN, precision=jax.lax.Precision.HIGHEST)
+        return functools.reduce(lambda total, row: total + row * row, whitened_GN, 0.0).astype(jnp.float32)
+    # written out, it is one loop over the rows that stays in registers, and the zeros of the triangle are left out
+    centred = [x_FN[f].astype(jnp.float64) - mean_F[f] for f in range(features)]
     score_N = jnp.zeros(x_FN.shape[1], jnp.float64)
-    # feature by feature: one loop over the rows that stays in registers, where a product of matrices writes G·N numbers
-    for g in range(whitening_GF.shape[0]):
-        whitened_N = (whitening_GF[g][:, None] * centred_FN).sum(axis=0)
+    for g in range(features):
+        whitened_N = functools.reduce(lambda total, f: total + whitening_GF[g, f] * centred[f], range(g + 1), 0.0)
         score_N = score_N + whitened_N * whitened_N
     return score_N.astype(jnp.float32)
 

@@ -60,12 +60,23 @@ def background_of(rows: np.ndarray, **chosen: Any) -> Any:
     return make_background(Moments.of(rows.T), [f"b{at}" for at in range(rows.shape[1])], **chosen)
 
 
-def test_scores_of_rx_are_squared_mahalanobis_distances_to_six_digits() -> None:
-    rows = correlated(70_000, 10)  # more than one piece
+@pytest.mark.parametrize("features", [1, 10, 40])
+def test_scores_of_rx_are_squared_mahalanobis_distances_to_six_digits(features: int) -> None:
+    rows = correlated(70_000, features)  # more than one piece
     wide = rows.astype(np.float64) - rows.astype(np.float64).mean(axis=0)
-    inverse = np.linalg.inv(np.cov(rows.astype(np.float64).T))
+    inverse = np.linalg.inv(np.atleast_2d(np.cov(rows.astype(np.float64).T)))
     wanted = np.einsum("nf,fg,ng->n", wide, inverse, wide)
     np.testing.assert_allclose(score_rows(rows.T, background_of(rows)), wanted, rtol=1e-6)
+
+
+def test_a_background_of_an_earlier_release_gives_the_same_scores() -> None:
+    rows = correlated(500, 5)
+    found = background_of(rows)
+    turned, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))
+    kept = {**found.to_dict(), "whitening": (turned @ found.whitening).tolist()}
+    np.testing.assert_allclose(
+        score_rows(rows.T, type(found).from_dict(kept)), score_rows(rows.T, found), rtol=1e-5
+    )  # fmt: skip
 
 
 def test_oas_shrinks_few_rows_and_hardly_many() -> None:
