@@ -229,7 +229,10 @@ def _follow(
         off_CBN = y_CBN - predicted_CBN
         model_BN = jnp.sqrt(state["squares"] / jnp.maximum(state["number"] - p, 1.0))
         spread_BN = jnp.maximum(model_BN, floor_BN)
-        scaled_CBN = off_CBN / spread_BN
+        # a prediction is as uncertain as its observation and its coefficients together
+        gain_CPN = (state["inverse"][None] * x_CPN[:, None]).sum(axis=2)
+        widening_CN = jnp.sqrt(1.0 + (x_CPN * gain_CPN).sum(axis=1))
+        scaled_CBN = off_CBN / (spread_BN * widening_CN[:, None])
         far_CN = jnp.square(scaled_CBN).sum(axis=1)
         mean_BN = scaled_CBN.mean(axis=0)
         length_CN = jnp.sqrt(far_CN) * jnp.sqrt(jnp.square(mean_BN).sum(axis=0))

@@ -171,3 +171,12 @@ def test_too_few_dates_and_clouds_everywhere_are_refused_and_leave_nothing(cube:
     with pytest.raises(NothingFound, match="no pixel has enough clear dates"):
         find_changes(tmp_path / "cloudy", tmp_path / "out", OPTIONS, workers=LocalWorkers(1))
     assert [path.name for path in tmp_path.iterdir()] == ["cloudy"]
+
+
+def test_a_young_model_does_not_take_its_own_uncertainty_for_a_break() -> None:
+    """Right after a fit to few dates, predictions in a season that was not seen are far off."""
+    days, values, _ = series(2000, seed=3)
+    quiet = values[:, :, 1000:]
+    breaks = detect_breaks(days, quiet, HarmonicModel(harmonics=3))
+    assert breaks.fitted.mean() > 0.9
+    assert (breaks.count > 0).mean() < 0.01
