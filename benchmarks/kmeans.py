@@ -142,7 +142,7 @@ class Repeated(CubeTable):
 
 
 def memory(full: bool) -> list[Row]:
-    """Peak memory of a process that fits and labels, with 256 MB of blocks kept."""
+    """Peak memory of a process that fits and labels, with 64 MB of blocks kept."""
     pixel_cube(*SIDES["speed"])
     rows, peaks = [], {}
     for millions in (1, 10, 100, 1000) if full else (1, 10, 100):
@@ -158,7 +158,7 @@ def memory(full: bool) -> list[Row]:
 
 
 def child(millions: int) -> None:
-    keep_blocks(256 << 20)
+    keep_blocks(64 << 20)
     url = pixel_cube(1024, 1024) if millions == 1 else pixel_cube(*SIDES["speed"])
     table, workers = Repeated(url, max(1, millions // 10)), LocalWorkers()
     began = time.perf_counter()
