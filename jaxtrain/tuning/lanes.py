@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+import jax
+
 from jaxtrain.launching.stopping import asked_to_stop
 from jaxtrain.prepare import prepare
 from jaxtrain.shared import SharedParts
@@ -18,6 +20,8 @@ __all__ = ["decide_population", "work_together"]
 
 _MOST = 8
 """Size of the population that is measured, unless the search has fewer trials or members."""
+MEASURED = ("gpu", "tpu")
+"""Platforms on which a population may be faster; XLA has no fast code for grouped convolutions on processors."""
 _POLL_S = 0.1
 
 
@@ -32,11 +36,11 @@ def decide_population(folder: StudyFolder, budget: Budget, shared: SharedParts) 
         shared: Data and compiled steps of the process.
 
     Returns:
-        The measurement; None where there is nothing to run together.
+        The measurement; None where there is nothing to run together, or the device is a processor.
     """
     plan = folder.plan
     size = plan.members or min(_MOST, budget.trials or _MOST)
-    if size < 2:
+    if size < 2 or jax.default_backend() not in MEASURED:
         return None
     config = plan.config_of({}, fold=0 if plan.folds else None, where="configuration of the search")
     card, ready = prepare(config, shared.open(config.data.cube), None)

@@ -113,7 +113,8 @@ class StudyFolder:
                 raise InvalidInput(f"--storage: the database cannot be opened ({type(error).__name__}): "
                                    f"{str(error).splitlines()[0]}") from error  # fmt: skip
         self.path.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(self.path / _JOURNAL)))
+        # absolute, as Optuna's lock is a link to this path
+        return JournalStorage(JournalFileBackend(str((self.path / _JOURNAL).absolute())))
 
     def study(self, offset: int = 0) -> optuna.Study:
         """Open the study of Optuna, or make it.
@@ -154,15 +155,16 @@ class StudyFolder:
     def asking(self) -> Iterator[None]:
         """Hold the right to count and to begin trials; waits for others of this search."""
         until = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                with CubeLock(self.path, "tune: asks for a trial", key=_ASK):
-                    yield
-                return
-            except Locked:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(0.05)
+        with contextlib.ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(CubeLock(self.path, "tune: asks for a trial", key=_ASK))
+                    break
+                except Locked:
+                    if time.monotonic() > until:
+                        raise
+                time.sleep(0.05)
+            yield
 
     def holding(self, number: int) -> CubeLock:
         """Return the lock of a trial, which whoever runs it holds.

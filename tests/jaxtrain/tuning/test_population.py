@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from jaxtrain.loop import train
 from jaxtrain.shared import SharedParts
 from jaxtrain.tuning import population as module
-from jaxtrain.tuning.lanes import work_together
+from jaxtrain.tuning.lanes import decide_population, work_together
 from jaxtrain.tuning.population import PopulationSpeed
 from jaxtrain.tuning.search import begin_search
 from jaxtrain.tuning.worker import Budget
@@ -123,6 +123,8 @@ def test_an_interrupted_population_goes_on_from_its_checkpoints(config, shared, 
 def test_the_faster_way_is_measured_once_and_kept_in_the_study(config, shared, tmp_path, monkeypatch):
     study = begin_search(config, write_space(tmp_path, SPACE), tmp_path / "study", sampler="random", pruner="none")
     notes: list[str] = []
+    assert decide_population(study, Budget(trials=2), shared) is None  # nothing is measured on a processor
+    monkeypatch.setattr("jaxtrain.tuning.lanes.MEASURED", ("cpu",))
     work_together(study, Budget(trials=2), None, shared=shared, on_note=notes.append)
     (kept,) = study.study().user_attrs["populations"]
     assert kept["size"] == 2
