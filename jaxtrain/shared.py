@@ -97,6 +97,7 @@ class SharedParts:
 
     _data: dict[str, TrainingData] = field(default_factory=dict)
     _parts: dict[str, RunParts] = field(default_factory=dict)
+    _together: dict[tuple[str, int], Any] = field(default_factory=dict)
     _guard: threading.RLock = field(default_factory=threading.RLock)
     _kept: dict[str, Reader] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
@@ -157,6 +158,13 @@ class SharedParts:
                 self._kept.clear()
                 self._kept[key] = make()
             return self._kept[key]
+
+    def together(self, group: str, size: int, make: Callable[[], Any]) -> Any:
+        """Return the compiled step of several runs of a group at once, made by a function if it is not there yet."""
+        with self._guard:
+            if (group, size) not in self._together:
+                self._together[group, size] = make()
+            return self._together[group, size]
 
     def compiled(self) -> dict[str, int]:
         """Return how many times the train step of each group of runs was compiled."""

@@ -10,8 +10,8 @@ import jax
 
 from jaxtrain.launching.stopping import asked_to_stop
 from jaxtrain.prepare import prepare
-from jaxtrain.shared import SharedParts
-from jaxtrain.tuning.population import Population, PopulationSpeed, measure_population
+from jaxtrain.shared import SharedParts, group_of
+from jaxtrain.tuning.population import Population, PopulationSpeed, make_population_step, measure_population
 from jaxtrain.tuning.study import StudyFolder
 from jaxtrain.tuning.worker import Budget, OnTrial, TrialNews, work
 from zarr_store.errors import Preempted
@@ -52,7 +52,8 @@ def decide_population(folder: StudyFolder, budget: Budget, shared: SharedParts) 
     for known in study.user_attrs.get("populations", []):
         if known["device"] == device and known["size"] == size:
             return PopulationSpeed(device, size, known["alone_s"], known["together_s"])
-    speed = measure_population(parts, ready, size)
+    step = shared.together(group_of(card, config), size, lambda: make_population_step(parts, size))
+    speed = measure_population(parts, ready, size, step)
     study.set_user_attr("populations", [*study.user_attrs.get("populations", []), speed.to_dict()])
     return speed
 

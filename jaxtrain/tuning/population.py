@@ -161,7 +161,7 @@ class Population:
         key = group_of(card, config)
         with self._guard:
             if key not in self._groups:
-                together = make_population_step(parts, self.size)
+                together = self.shared.together(key, self.size, lambda: make_population_step(parts, self.size))
                 self._groups[key] = _Group(parts.train.jitted, together, self.size, self.always_full)
             return self._groups[key]
 
@@ -237,13 +237,14 @@ class PopulationSpeed:
         return {**asdict(self), "is_faster": self.is_faster}
 
 
-def measure_population(parts: RunParts, ready: TrainingSet, size: int) -> PopulationSpeed:
+def measure_population(parts: RunParts, ready: TrainingSet, size: int, together_step: Any) -> PopulationSpeed:
     """Time a step of one trial and a step of a population, on images of the training part.
 
     Args:
         parts: Program and steps of a run.
         ready: Its training data.
         size: Number of trials.
+        together_step: Result of `make_population_step`.
     """
     run = parts.program.config.run
     rows = ready.plan.parts["train"].rows
@@ -257,8 +258,6 @@ def measure_population(parts: RunParts, ready: TrainingSet, size: int) -> Popula
 
     def alone(state: tuple[Any, ...]) -> tuple[Any, ...]:
         return (parts.train.jitted(state[0], batch, key, values)[0],)
-
-    together_step = make_population_step(parts, size)
 
     def together(state: tuple[Any, ...]) -> tuple[Any, ...]:
         found = together_step(state, (batch,) * size, (key,) * size, (values,) * size)
@@ -276,10 +275,12 @@ def measure_population(parts: RunParts, ready: TrainingSet, size: int) -> Popula
 
 def _seconds(step: Callable[[tuple[Any, ...]], tuple[Any, ...]], state: tuple[Any, ...]) -> float:
     """Return the shortest time of a step, after the one that compiles it."""
-    state = jax.block_until_ready(step(state))
+    state = step(state)
+    jax.block_until_ready(state)  # type: ignore[no-untyped-call]  # of jax
     times = []
     for _ in range(_TIMED_STEPS):
         began = time.perf_counter()
-        state = jax.block_until_ready(step(state))
+        state = step(state)
+        jax.block_until_ready(state)  # type: ignore[no-untyped-call]  # of jax
         times.append(time.perf_counter() - began)
     return min(times)

@@ -205,7 +205,8 @@ def _run_one(
         end(None, TrialState.FAIL)
         raise
     except (TerrashardError, ValueError, ArithmeticError, MemoryError) as error:
-        trial.set_user_attr("reason", str(error).splitlines()[0][:1000] if str(error) else type(error).__name__)
+        reason = str(error).splitlines()[0][:1000] if str(error) else type(error).__name__
+        trial.set_user_attr("reason", reason.removeprefix(f"trial {trial.number}: "))
         end(None, TrialState.FAIL)
         tell("failed", None, trial.user_attrs["reason"])
     else:
