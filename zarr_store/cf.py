@@ -407,7 +407,8 @@ def _numbers(name: str, array: xr.DataArray, options: Options, where: str) -> Ba
     if options.nodata == "none":
         nodata = None
     elif options.nodata is not None:
-        nodata = None if np.isnan(options.nodata) else float(options.nodata)
+        given = float(options.nodata)
+        nodata = None if math.isnan(given) else given
     else:
         fills = [
             value
