@@ -76,7 +76,7 @@ def compare(name: str, config: dict[str, Any], most: int) -> list[Row]:
     function, weights = exported_function(program, state)
     ours = jax.jit(function)
     session = onnxruntime.InferenceSession(str(folder / "model" / "model.onnx"))
-    hlo = jax.export.deserialize(bytearray((folder / "model" / "model.stablehlo").read_bytes()))
+    hlo: Any = jax.export.deserialize(bytearray((folder / "model" / "model.stablehlo").read_bytes()))
     types = {one.name: np.int32 if "int32" in one.type else np.float32 for one in session.get_inputs()}
     far, far_hlo, equal, count = 0.0, 0.0, 0, 0
     rows = chosen.windows.rows[:most]

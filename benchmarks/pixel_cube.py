@@ -72,4 +72,5 @@ def _pixels(y0: int, x0: int, shape: tuple[int, int], rng: np.random.Generator) 
     image = SPECTRA[low] * (1 - mixed) + SPECTRA[np.minimum(low + 1, 11)] * mixed
     image *= 1 + 0.08 * rng.standard_normal((*shape, 1), dtype=np.float32)
     image += 60 * rng.standard_normal((*shape, 4), dtype=np.float32)
-    return np.clip(np.rint(image), 1, 65535).astype(np.uint16).transpose(2, 0, 1)
+    pixels: npt.NDArray[np.uint16] = np.clip(np.rint(image), 1, 65535).astype(np.uint16).transpose(2, 0, 1)
+    return pixels

@@ -129,7 +129,7 @@ def _rows(
 ) -> tuple[pa.Table, np.ndarray, int]:
     import pyarrow as pa
 
-    seen = np.isfinite(batch.probability).all(axis=1)
+    seen = np.asarray(np.isfinite(batch.probability).all(axis=1))
     safe = np.where(seen[:, None], batch.probability, 0)
     chosen = (safe >= _LIKELY) if several else np.eye(len(names), dtype=bool)[safe.argmax(axis=1)]
     chosen &= seen[:, None]

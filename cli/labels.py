@@ -102,7 +102,7 @@ def read_names(text: str) -> dict[int, str]:
     """
     from zarr_store.errors import InvalidInput
 
-    found = {}
+    found: dict[int, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         value, given, name = part.partition("=")
         if not given or not value.strip().removeprefix("-").isdecimal() or not name.strip():

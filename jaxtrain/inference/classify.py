@@ -155,7 +155,7 @@ class Classifier:
             "observed": np.concatenate([observed, np.zeros((missing, *observed.shape[1:]), bool)]).view(np.uint8),
         }
         there = put_batch(batch, batch_sharding(self._program.mesh), size)
-        return observed.any(axis=(1, 2)), predict.of_batch(self._state, there)
+        return np.asarray(observed.any(axis=(1, 2))), predict.of_batch(self._state, there)
 
 
 def samples_of(store: SampleStore) -> Iterator[Sample]:

@@ -204,12 +204,13 @@ def _write_stablehlo(path: Path, function: Any, specs: dict[str, Any], weights: 
 @contextlib.contextmanager
 def _no_traceback() -> Iterator[None]:
     """Leave the lines of code out of what JAX lowers: they name files of this machine, and depend on the caller."""
-    before = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", 0)
+    before = jax.config.values["jax_traceback_in_locations_limit"]
+    update: Callable[[str, Any], None] = jax.config.update
+    update("jax_traceback_in_locations_limit", 0)
     try:
         yield
     finally:
-        jax.config.update("jax_traceback_in_locations_limit", before)
+        update("jax_traceback_in_locations_limit", before)
 
 
 def _write_onnx(path: Path, function: Any, specs: dict[str, Any], weights: Any, card: ModelCard) -> None:

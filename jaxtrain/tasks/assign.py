@@ -9,6 +9,7 @@ Letters in shapes: K centre, F feature, S scaled feature, N row, R run of rows.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -115,7 +116,7 @@ def _label(
     s_SN = x_FN * matrix[:, None] if matrix.ndim == 1 else jnp.dot(matrix, x_FN, precision=highest)
     count, size = centres_KS.shape
     if count * size <= _UNROLLED:  # one loop over the rows that keeps all scores in registers
-        score_KN = [
+        score_KN: Sequence[jax.Array] | jax.Array = [
             functools.reduce(lambda left, at: left - 2.0 * centres_KS[k, at] * s_SN[at], range(size), half_K[k])
             for k in range(count)
         ]

@@ -9,6 +9,7 @@ Letters in shapes: F feature, G whitened feature, N row.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -148,12 +149,15 @@ def _score(x_FN: jax.Array, mean_F: jax.Array, whitening_GF: jax.Array) -> jax.A
     if features > _UNROLLED:
         centred_FN = x_FN.astype(jnp.float64) - mean_F[:, None]
         whitened_GN = jnp.dot(whitening_GF, centred_FN, precision=jax.lax.Precision.HIGHEST)
-        return functools.reduce(lambda total, row: total + row * row, whitened_GN, 0.0).astype(jnp.float32)
+        total_N: jax.Array = functools.reduce(lambda total, row: total + row * row, whitened_GN, jnp.float64(0.0))
+        return total_N.astype(jnp.float32)
     # written out, it is one loop over the rows that stays in registers, and the zeros of the triangle are left out
     centred = [x_FN[f].astype(jnp.float64) - mean_F[f] for f in range(features)]
     score_N = jnp.zeros(x_FN.shape[1], jnp.float64)
     for g in range(features):
-        whitened_N = functools.reduce(lambda total, f: total + whitening_GF[g, f] * centred[f], range(g + 1), 0.0)
+        row_F = whitening_GF[g]
+        terms = (row_F[f] * centred[f] for f in range(g + 1))
+        whitened_N = functools.reduce(operator.add, terms)
         score_N = score_N + whitened_N * whitened_N
     return score_N.astype(jnp.float32)
 

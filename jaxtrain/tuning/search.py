@@ -58,6 +58,7 @@ def begin_search(
     monitored = plan.config_of({}, fold=0 if folds else None, where="configuration of the search")
     check_monitor(monitored, card.task, ready.plan.counts())
     folder = StudyFolder.create(out, plan)
-    for line in (*absent_classes(card), *dates_left_out(card)) if on_warning is not None else ():
-        on_warning(line)
+    if on_warning is not None:
+        for line in (*absent_classes(card), *dates_left_out(card)):
+            on_warning(line)
     return folder

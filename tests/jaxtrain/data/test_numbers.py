@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def test_labels_that_were_made_again_mean_the_classes_of_the_run_or_are_refused(
     for names, refused in (({5: "stone", 6: "water"}, False), ({5: "water", 6: "not vegetated"}, True)):
         boxes = [(box, cover[box.y0 : box.y1, box.x0 : box.x1]) for box in label_boxes(cube)]
         spec = LabelSpec("cover", "classes", tuple(names.items()), {"made": str(names)})
-        write_label(cube.url, spec, lambda boxes=boxes: boxes, replace=True)
+        write_label(cube.url, spec, partial(iter, boxes), replace=True)
         again = open_training_data(cube.url)
         if refused:
             with pytest.raises(
