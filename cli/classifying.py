@@ -135,7 +135,7 @@ def _rows(
     chosen &= seen[:, None]
     words: list[Any] = []
     for row, there in zip(chosen, seen, strict=True):
-        own = [names[i] for i in np.flatnonzero(row)]
+        own = [names[i] for i in np.flatnonzero(row).tolist()]
         words.append(None if not there else own if several else own[0])
     arrays = [
         pa.array(batch.names, pa.string()),

@@ -98,8 +98,8 @@ def make_cells(values: npt.NDArray[np.float32], *, device: int = 0) -> Cells | N
     wide = codes.astype(np.int64)
     counts = np.bincount(wide, minlength=_OUTSIDE + 1)
     numbers = np.flatnonzero(counts[:_OUTSIDE])
-    sums: list[npt.NDArray[np.float64]] = [np.bincount(wide, row, _OUTSIDE + 1) for row in values]
-    total = np.stack([row[numbers] for row in sums])
+    sums = [np.bincount(wide, row, _OUTSIDE + 1)[numbers] for row in values]
+    total: npt.NDArray[np.float64] = np.stack(sums, dtype=np.float64)
     step = (grid.high - grid.low) / grid.bins
     cut = int((grid.bins > 1).sum())
     place = np.stack(np.unravel_index(numbers, grid.bins[:cut])) if cut else np.zeros((0, len(numbers)))
