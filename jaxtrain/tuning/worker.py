@@ -31,6 +31,8 @@ __all__ = ["Budget", "OnTrial", "TrialNews", "work"]
 
 _NOW, _LATER = object(), object()
 _PAUSE_S = 0.2
+_HELD_S = 30.0
+"""Time until a worker looks again at a trial that another process still trains."""
 SAME_FAILURES = 5
 """A search whose first trials all fail for one reason ends after so many."""
 
@@ -108,14 +110,19 @@ def work(
     space, began = folder.plan.read_space(), time.monotonic()
     study = folder.study(offset=1000 * number + len(folder.trials()))
     sharing: Callable[[], AbstractContextManager[Sharing]] = joined or (lambda: contextlib.nullcontext(shared))
+    not_before: dict[int, float] = {}
     while True:
         if shared.stop.is_set():
             raise Preempted(f"stopped: trials of {folder.path} are saved; the same command continues")
-        with _next_trial(folder, study, budget, began, name) as trial:
+        with _next_trial(folder, study, budget, began, name, not_before) as trial:
             if trial is None:
                 return shared
             if isinstance(trial, optuna.Trial):
-                _run_one(folder, study, space, trial, sharing, name, on_trial)
+                try:
+                    _run_one(folder, study, space, trial, sharing, name, on_trial)
+                except Locked:  # its worker was taken for dead, and trains it still: it is not lost, and not failed
+                    not_before[trial.number] = time.monotonic() + _HELD_S
+                    continue
         if trial is _LATER:
             time.sleep(_PAUSE_S)
             continue
@@ -124,18 +131,20 @@ def work(
 
 @contextlib.contextmanager
 def _next_trial(
-    folder: StudyFolder, study: optuna.Study, budget: Budget, began: float, name: str
+    folder: StudyFolder, study: optuna.Study, budget: Budget, began: float, name: str, not_before: dict[int, float]
 ) -> Iterator[optuna.Trial | object | None]:
     """Yield a trial that this process holds: one that was interrupted, else a new one.
 
-    Yields None if there is no work, and `_LATER` while the next one waits for trials that others run.
+    Yields None if there is no work, and `_LATER` while the next one waits for trials that others run. Trials in
+    `not_before` are not looked at until that time, of the monotonic clock.
     """
     with contextlib.ExitStack() as held:
         trial: optuna.Trial | object | None = None
         with folder.asking():
             trials = study.get_trials(deepcopy=False)
             for known in trials:
-                if known.state == TrialState.RUNNING and _take(folder, known, held):
+                waits = not_before.get(known.number, 0.0) > time.monotonic()
+                if known.state == TrialState.RUNNING and not waits and _take(folder, known, held):
                     trial = optuna.Trial(study, known._trial_id)
                     break
             if trial is None and budget.is_left(trials, time.monotonic() - began):
@@ -198,7 +207,7 @@ def _run_one(
         end(None, TrialState.PRUNED)
         value = study.get_trials(deepcopy=False)[trial.number].value
         tell("pruned", value, f"stopped early after {pruned}" + ("" if value is None else f": {score} {value:.4f}"))
-    except Preempted:
+    except (Preempted, Locked):
         raise
     except DataChanged as error:
         trial.set_user_attr("reason", str(error))

@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from jaxtrain.launching.places import ThisMachine
 from jaxtrain.loop import train
 from jaxtrain.runs.events import TrainingResult
+from jaxtrain.runs.rundir import LOCK_KEY
 from jaxtrain.settings import read_train_config
 from jaxtrain.shared import SharedParts
 from jaxtrain.tuning.page import per_worker, trial_rows, write_page
@@ -29,6 +30,7 @@ from jaxtrain.tuning.verdict import Contender, Verdict, settle, write_best
 from jaxtrain.tuning.worker import Budget, TrialNews, work
 from jaxtrain.tuning.workers import WORKER, run_workers
 from zarr_store.errors import InvalidInput, Preempted
+from zarr_store.lock import CubeLock
 
 from ..cube_factory import CLASSES, make_cube, shared_cube, tiny_config
 
@@ -247,6 +249,18 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(config, shared, tmp_pa
     assert began[0].resumed_from >= 1
     assert [trial.state for trial in study.trials()] == [TrialState.COMPLETE] * 2
     assert len(study.trials()[0].intermediate_values) == 4
+
+
+def test_a_trial_that_another_process_still_trains_is_not_counted_as_failed(config, shared, tmp_path):
+    """Its worker stood still so long that it was taken for dead; it holds the run, and goes on with it."""
+    study = begin_search(config, write_space(tmp_path), tmp_path / "study", **OPTIONS)
+    run = study.run_of(0)
+    run.mkdir(parents=True)
+    with CubeLock(run, "train", key=LOCK_KEY):
+        work(study, Budget(trials=2), shared=shared)
+        assert [trial.state for trial in study.trials()] == [TrialState.RUNNING, TrialState.COMPLETE]
+    work(study, Budget(trials=2), shared=shared)
+    assert [trial.state for trial in study.trials()] == [TrialState.COMPLETE, TrialState.COMPLETE]
 
 
 def test_folds_are_scored_one_by_one(config, shared, tmp_path):
