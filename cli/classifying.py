@@ -132,7 +132,7 @@ def _rows(
     seen = np.asarray(np.isfinite(batch.probability).all(axis=1))
     safe = np.where(seen[:, None], batch.probability, 0)
     chosen = (safe >= _LIKELY) if several else np.eye(len(names), dtype=bool)[safe.argmax(axis=1)]
-    chosen &= seen[:, None]
+    chosen = np.asarray(chosen & seen[:, None])
     words: list[Any] = []
     for row, there in zip(chosen, seen, strict=True):
         own = [names[i] for i in np.flatnonzero(row).tolist()]
