@@ -86,7 +86,7 @@ def compare(name: str, config: dict[str, Any], most: int) -> list[Row]:
         expected = np.asarray(ours(*arrays.values()))
         (found,) = session.run(None, arrays)
         far = max(far, float(np.abs(found - expected).max()))
-        answered = np.asarray(hlo.call(*arrays.values()))  # type: ignore[no-untyped-call]
+        answered = np.asarray(hlo.call(*arrays.values()))
         far_hlo = max(far_hlo, float(np.abs(answered - expected).max()))
         same = found.argmax(axis=-1) == expected.argmax(axis=-1)
         equal, count = equal + int(same.sum()), count + same.size

@@ -29,11 +29,12 @@ def table(scores: dict[str, Any]) -> list[str]:
     return lines
 
 
-def error_lines(errors: dict[str, Any] | None) -> list[str]:
+def error_lines(errors: dict[str, Any] | None, scores: dict[str, Any]) -> list[str]:
     """Return the accuracies of each class with their 95 % intervals, as lines."""
     if errors is None or errors["overall_accuracy_se"] is None:
         return []
-    lines = [f"overall accuracy {_interval(errors, 'overall_accuracy')} (95 %, if pixels are independent)"]
+    what = scores["unit"] if _whole(scores) else "pixels"
+    lines = [f"overall accuracy {_interval(errors, 'overall_accuracy')} (95 %, if {what} are independent)"]
     for name, row in errors["classes"].items():
         users, producers = _interval(row, "users_accuracy"), _interval(row, "producers_accuracy")
         lines.append(f"  {name:24} user's {users}  producer's {producers}")
@@ -49,9 +50,12 @@ def _interval(row: dict[str, Any], key: str) -> str:
 
 def _counted(scores: dict[str, Any]) -> str:
     unit, samples, pixels = scores.get("unit", "windows"), scores["samples"], scores["pixels"]
-    if unit != "windows" and pixels == samples:
-        return f"{samples:,} {unit}"
-    return f"{pixels:,} pixels of {samples:,} {unit}"
+    return f"{samples:,} {unit}" if _whole(scores) else f"{pixels:,} pixels of {samples:,} {unit}"
+
+
+def _whole(scores: dict[str, Any]) -> bool:
+    """Whether a sample has one answer, for the whole image."""
+    return scores.get("unit", "windows") != "windows" and scores["pixels"] == scores["samples"]
 
 
 def _named(scores: dict[str, Any]) -> str:
@@ -105,7 +109,7 @@ def register(app: typer.Typer) -> None:
         scores = report.to_dict()
         for line in table(scores):
             session.say(line)
-        for line in error_lines(report.accuracy_errors):
+        for line in error_lines(report.accuracy_errors, scores):
             session.say(line)
         if report.seen:
             session.say("  used: " + ", ".join(f"{name} on {share:.1%}" for name, share in report.seen.items()))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli.evaluate import table
+from cli.evaluate import error_lines, table
 from cli.info import _lines, describe
 from cli.products import Products
 from cli.session import Session
@@ -79,6 +79,19 @@ def test_info_names_indices_runs_and_maps(run: Callable[..., Any], cube: Path, t
 )
 def test_scores_count_what_was_scored(scores: dict[str, Any], expected: str) -> None:
     assert expected in table({"accuracy": 0.5, "split": "test", "seconds": 1.0, **scores})[0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "what"),
+    [
+        ({"unit": "images", "pixels": 133, "samples": 133}, "images"),
+        ({"unit": "images", "pixels": 4096, "samples": 4}, "pixels"),
+        ({"unit": "windows", "pixels": 133, "samples": 133}, "pixels"),
+    ],
+)
+def test_intervals_name_what_is_taken_as_independent(scores: dict[str, Any], what: str) -> None:
+    errors = {"overall_accuracy": 0.5, "overall_accuracy_se": 0.1, "classes": {}}
+    assert error_lines(errors, scores) == [f"overall accuracy 0.500 ± 0.196 (95 %, if {what} are independent)"]
 
 
 def test_a_map_of_values_has_no_classes_to_name(
