@@ -289,7 +289,7 @@ def test_one_may_leave_and_all_may_stop(tmp_path: Path, monkeypatch: pytest.Monk
     asked = {name: threading.Event() for name in ("a", "b", "c")}
 
     @contextlib.contextmanager
-    def watch() -> Iterator[threading.Event]:
+    def watch(_shared: object) -> Iterator[threading.Event]:
         yield asked[threading.current_thread().name]
 
     monkeypatch.setattr("jaxtrain.loop._watch_for_sigterm", watch)

@@ -39,11 +39,16 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(scene: Path) -> dict[str, bytes]:
-    """The map of a command that is not disturbed."""
-    out = scene.parent / "whole.zarr"
+def whole(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The map of a command that is not disturbed; its item links to the cube by the way from a folder like a test's."""
+    out = tmp_path_factory.mktemp("whole") / "m.zarr"
     assert finish(start(scene, out))["shards_made"] == SHARDS
-    return tree(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(whole: Path) -> dict[str, bytes]:
+    return tree(whole)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -173,12 +178,12 @@ def test_a_dask_worker_that_is_killed(scene: Path, expected: dict[str, bytes], t
 
 
 def test_the_number_of_devices_changes_the_last_digit_at_most(
-    scene: Path, expected: dict[str, bytes], tmp_path: Path
+    scene: Path, whole: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     """The command has one for each core. Both are commands: the tests' own compiler settings round otherwise."""
     finish(start(scene, tmp_path / "m.zarr", "--devices", "1"))
     assert tree(tmp_path / "m.zarr").keys() == expected.keys()
-    one, many = (open_map(path) for path in (tmp_path / "m.zarr", scene.parent / "whole.zarr"))
+    one, many = (open_map(path) for path in (tmp_path / "m.zarr", whole))
     assert (one.read() == many.read()).mean() > 0.9999
     confidence = [made.read("confidence").astype(int) for made in (one, many)]
     assert np.abs(confidence[0] - confidence[1]).max() <= 1

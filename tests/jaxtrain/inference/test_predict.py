@@ -365,7 +365,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     assert not out.exists()
     insisted = predict(shared_run(), tmp_path / "coarse.zarr", out, allow_mismatch=True)
     assert "trained on pixels of 10 m; they are used as they are" in insisted.warnings[0]
-    assert json.dumps(predict(shared_run(), tmp_path / "coarse.zarr", out).to_dict())
+    assert json.dumps(predict(shared_run(), tmp_path / "coarse.zarr", out, allow_mismatch=True).to_dict())
     assert jax.device_count() == 8
 
 
