@@ -41,14 +41,16 @@ FAST, SLOW = 0.9, 0.3
 class Run:
     """A run of two replicas, each in a control group and on a core of its own."""
 
-    def __init__(self, out: Path, *, seed: int, steps: int, quotas: Sequence[float | None]) -> None:
+    def __init__(
+        self, out: Path, *, seed: int, steps: int, quotas: Sequence[float | None], checkpoint_every: int = STEPS
+    ) -> None:
         from jaxtrain.hetero.coordinator import Coordinator
 
         self.out, self.steps = out, steps
         secret = secrets.token_hex(16)
         self.coordinator = Coordinator("127.0.0.1:0", secret, min_members=2, max_members=2, expected=2)
         settings = (f"data.cube={STORE}", "model.norm=group", f"run.seed={seed}", f"run.steps={STEPS}",
-                    f"run.evaluate_every={STEPS}", f"run.checkpoint_every={STEPS}", "hetero.enabled=true",
+                    f"run.evaluate_every={STEPS}", f"run.checkpoint_every={checkpoint_every}", "hetero.enabled=true",
                     f"hetero.chunk={64 // CHUNKS}", "hetero.silence_s=900")  # fmt: skip
         words = [sys.executable, "-m", "cli.main", "train", str(HERE.parent / "examples" / "eurosat.toml"),
                  "--out", str(out), *(word for setting in settings for word in ("--set", setting))]  # fmt: skip
@@ -139,19 +141,23 @@ def seconds_of_step(
 ) -> tuple[float, list[int]]:
     """Return the median seconds of a step, and the last shares."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        if shares is not None:
-            out.mkdir()
+        out, before = Path(folder) / "run", 0
+        if shares is not None:  # a run that continues repeats the shares that are recorded
+            begun = Run(out, seed=0, steps=STEPS, quotas=(None, None), checkpoint_every=1)
+            try:
+                begun.wait_for(before := 3)
+            finally:
+                begun.finish(wait=False)
             split = {"0": list(range(shares[0])), "1": list(range(shares[0], CHUNKS))}
             lines = (json.dumps({"step": step, "shares": split}) + "\n" for step in range(STEPS))
             (out / "shares.jsonl").write_text("".join(lines))
         run = Run(out, seed=0, steps=STEPS, quotas=(None, None))
         try:
-            run.wait_for(2)
+            run.wait_for(before + 2)
             for quota, cores in zip(run.quotas, quotas, strict=True):
                 quota.give(cores)
-            began = run.wait_for(2 + warm)
-            spent = (run.wait_for(2 + warm + steps) - began) / steps
+            began = run.wait_for(before + 2 + warm)
+            spent = (run.wait_for(before + 2 + warm + steps) - began) / steps
             return spent, list(run.lines()[-1]["shares"].values())
         finally:
             run.finish(wait=False)
@@ -188,11 +194,13 @@ KEPT = OUT / "hetero-time.jsonl"
 
 
 def read_times() -> dict[str, dict[str, Any]]:
-    """Return what was measured so far, by way; the newest counts."""
+    """Return what was measured so far, by way: the median of all measurements, and the newest shares."""
+    found: dict[str, dict[str, Any]] = {}
     with contextlib.suppress(FileNotFoundError):
-        lines = [json.loads(text) for text in KEPT.read_text().splitlines()]
-        return {line["way"]: line for line in lines}
-    return {}
+        for line in map(json.loads, KEPT.read_text().splitlines()):
+            every = [*found.get(line["way"], {}).get("every", []), line["seconds"]]
+            found[line["way"]] = {**line, "seconds": statistics.median(every), "every": every}
+    return found
 
 
 def measure_times(ways: Sequence[str]) -> None:
@@ -220,7 +228,7 @@ def step_times(ways: Sequence[str]) -> list[Row]:
         return []
     rows = [
         Row(f"{WAYS[name].name}: seconds to the accuracy", STEPS * line["seconds"],
-            note=f"{1000 * line['seconds']:.0f} ms a step; shares {line['shares']}")
+            note=f"{', '.join(f'{1000 * one:.0f}' for one in line['every'])} ms a step; shares {line['shares']}")
         for name, line in ((name, found[name]) for name in WAYS if name in found)
     ]  # fmt: skip
     spent = {name: line["seconds"] for name, line in found.items()}
