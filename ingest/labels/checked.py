@@ -58,12 +58,24 @@ class Checked:
         form: The form that most images have.
         bad: A line for each image that cannot be used.
         invalid: Number of pixels that the files mark as without data.
+        partly: Number of pixels that are partly transparent; they count as valid.
     """
 
     images: tuple[Listed, ...]
     form: Form
     bad: tuple[str, ...]
     invalid: int
+    partly: int = 0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line where an alpha channel may be a band."""
+        if not self.partly:
+            return ()
+        return (
+            f"{self.partly:,} pixels are partly transparent and count as valid; if the last channel of the images is a "
+            "band and no alpha channel, say so in the files, e.g. with gdal_edit -colorinterp_4 undefined",
+        )
 
 
 def check_images(
@@ -89,7 +101,7 @@ def check_images(
     forms: dict[Form, int] = {}
     bad: list[str] = []
     checked: list[tuple[Listed, Form]] = []
-    invalid = 0
+    invalid = partly = 0
     for number, (item, found) in enumerate(decode(listed, threads)):
         if isinstance(found, InvalidInput):
             bad.append(str(found))
@@ -100,6 +112,7 @@ def check_images(
             forms[form] = forms.get(form, 0) + 1
             checked.append((item, form))
             invalid += 0 if found.valid is None else int((~found.valid).sum())
+            partly += found.partly
         if on_image:
             on_image(number)
     common = max(forms, key=lambda form: forms[form]) if forms else Form((0, 0, 0), "none", ())
@@ -117,7 +130,7 @@ def check_images(
             f"{where}: its images hold {common.dtype}, and a sample store holds {', '.join(SAMPLE_DTYPES)}: convert "
             "them to the one that keeps all numbers, e.g. with gdal_translate -ot Float32. Nothing was written"
         )
-    return Checked(good, common, tuple(bad), invalid)
+    return Checked(good, common, tuple(bad), invalid, partly)
 
 
 def decode(listed: Sequence[Listed], threads: int) -> Iterator[tuple[Listed, Patch | InvalidInput]]:
@@ -144,7 +157,8 @@ def band_names(bands: Sequence[str], count: int) -> tuple[str, ...]:
     if bands:
         if len(bands) != count:
             raise InvalidInput(
-                f"{len(bands)} names in --bands, but the images have {count} bands; give one name per band"
+                f"{len(bands)} names in --bands, but the images have {count} bands, without alpha channels; give one "
+                "name per band"
             )
         return tuple(bands)
     if count == 3:

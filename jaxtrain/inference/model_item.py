@@ -15,7 +15,7 @@ from jaxtrain.learn.state import Program
 from jaxtrain.runs.rundir import ModelCard
 from zarr_store.stac_item import classes_of
 
-__all__ = ["Shapes", "class_list", "input_shapes", "model_bands", "network_fields"]
+__all__ = ["Shapes", "class_list", "input_shapes", "list_numbers", "model_bands", "network_fields"]
 
 Shapes = dict[str, tuple[int, ...]]
 """Shape of each input of a network, by name."""
@@ -24,10 +24,16 @@ _MOST_CLASSES = 4096
 """Largest number of classes that are listed, so that an item stays small."""
 
 _MEANINGS = {
-    "image": "stored numbers of the bands; the function subtracts the mean and divides by the deviation itself",
+    "image": "stored numbers of the bands, as terrashard:numbers describes them; the function subtracts the mean and "
+    "divides by the deviation itself",
     "observed": "1 where a pixel was observed, else 0",
     "day": "day of the year of each date, from 1",
 }
+
+
+def list_numbers(card: ModelCard) -> list[dict[str, Any]]:
+    """Return kind, type, unit, scale and offset of the stored numbers of each band, in the order of the channels."""
+    return [band.to_dict() for band in card.numbers]
 
 
 def network_fields(card: ModelCard, shapes: Shapes, output: tuple[int, ...], parameters: int) -> dict[str, Any]:
@@ -46,7 +52,9 @@ def network_fields(card: ModelCard, shapes: Shapes, output: tuple[int, ...], par
         "result": {"shape": [-1, *output[1:]], "dim_order": _dims(output, per_image=card.task.per_image),
                    "data_type": "float32"},
     }  # fmt: skip
-    if not card.task.values:
+    if card.task.values:
+        result["description"] = f"values in {card.task.unit}" if card.task.unit else "values without a stated unit"
+    else:
         result |= class_list(card.classes)
     return {
         "mlm:name": f"{name} on {len(card.bands)} bands",
@@ -58,6 +66,8 @@ def network_fields(card: ModelCard, shapes: Shapes, output: tuple[int, ...], par
         "mlm:pretrained": True,
         "mlm:batch_size_suggestion": card.config.run.batch_size,
         "mlm:input": _inputs(card, shapes),
+        # which stored numbers the network takes: the same ground may be stored with another scale
+        **({"terrashard:numbers": list_numbers(card)} if card.numbers else {}),
         "mlm:output": [result],
     }
 
