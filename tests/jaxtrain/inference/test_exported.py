@@ -118,7 +118,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def test_onnx_answers_as_jax(name: str, program_of: Callable[..., Program], tmp_path: Path) -> None:
     pytest.importorskip("jax2onnx")
     program = program_of(1, 1, **NETWORKS[name])
-    _compare(program, _shapes(program), tmp_path)
+    _check_answers(program, _shapes(program), tmp_path)
 
 
 def test_onnx_of_several_modalities(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_onnx_of_several_modalities(tmp_path: Path) -> None:
     config = modal_config("none.zarr", mesh={"data": 1, "model": 1})
     program = build_program(config, channels=6, classes=3, mesh=make_mesh(config.mesh), mean=np.full(6, 2500.0),
                             std=np.full(6, 1400.0), modalities=modalities)  # fmt: skip
-    _compare(program, modality_shapes(program, 2), tmp_path)
+    _check_answers(program, modality_shapes(program, 2), tmp_path)
 
 
 def test_onnx_on_real_windows(real: dict[str, Any], tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
             "day": (2, dates)}  # fmt: skip
 
 
-def _compare(program: Program, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+def _check_answers(program: Program, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
     import onnxruntime
 
     rng = np.random.default_rng(0)
