@@ -55,7 +55,7 @@ def _counted(scores: dict[str, Any]) -> str:
 
 def _whole(scores: dict[str, Any]) -> bool:
     """Whether a sample has one answer, for the whole image."""
-    return scores.get("unit", "windows") != "windows" and scores["pixels"] == scores["samples"]
+    return bool(scores.get("unit", "windows") != "windows" and scores["pixels"] == scores["samples"])
 
 
 def _named(scores: dict[str, Any]) -> str:
