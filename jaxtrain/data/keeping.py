@@ -45,7 +45,9 @@ class Keeping:
     def told(self) -> str:
         """The end of the line that describes a run; empty where nothing is kept."""
         where = {"device": "on each device", "host": "in memory"}.get(self.place)
-        return "" if where is None else f"; {self.nbytes / 1e6:,.0f} MB of training data are kept {where}"
+        megabytes = self.nbytes / 1e6
+        size = f"{megabytes:,.0f}" if megabytes >= 10 else f"{megabytes:.1f}"
+        return "" if where is None else f"; {size} MB of training data are kept {where}"
 
 
 def choose_keeping(
