@@ -31,7 +31,7 @@ class Complaints:
         self._said = [found for found in self._said if number not in found[0]]
 
     def clear(self) -> None:
-        """Forget everything that was said: connections are made anew."""
+        """Forget all reports, as connections are made anew."""
         self._said = []
 
     def forget_retries(self) -> None:
