@@ -45,6 +45,9 @@ _log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _MANIFEST, _CONTENTS, _STATE = "manifest.json", "contents.json", "state"
+_starting = threading.Lock()
+"""Held while orbax starts a save. It numbers saves by a counter of the process and reads that number until `save`
+returns: of two that start at once (trials of a population), one would wait for the signal of the other without end."""
 _LATER = {"opt_state.weight": UNKNOWN}
 """Arrays that checkpoints of release 0.1.0 lack, and the number that stands for that."""
 
@@ -155,7 +158,8 @@ class CheckpointStore:
             _together(f"checkpoint {step} begins")
             crashpoint("checkpoint-begins")
             writer = ocp.StandardCheckpointer()
-            writer.save(partial / _STATE, named)
+            with _starting:
+                writer.save(partial / _STATE, named)
         contents = {"format": _FORMAT, "step": step, "arrays": _describe(named), "extra": dict(extra)}
         self._failure = None
         self._saving = threading.Thread(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxtrain.learn.state import Program
@@ -153,6 +156,28 @@ def test_a_damaged_step_can_be_saved_again(store: CheckpointStore, state: Any) -
     store.save(10, state, {"again": True})
     assert store.problems(10) == []
     assert store.contents(10)["extra"] == {"again": True}
+
+
+def test_runs_of_one_process_start_their_saves_one_after_the_other(
+    tmp_path: Path, state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that started at once mixed up orbax's numbers of saves, and trials of a population waited for ever."""
+    real, inside, most = ocp.StandardCheckpointer.save, [0], []
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        inside[0] += 1
+        most.append(inside[0])
+        time.sleep(0.05)  # long enough for every other thread to come in, if it may
+        real(self, *args, **kwargs)
+        inside[0] -= 1
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", counted)
+    stores = [CheckpointStore(tmp_path / str(n) / "checkpoints", keep=2) for n in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        for step in (1, 2):
+            list(threads.map(lambda store, step=step: store.save(step, state, {}), stores))
+    assert most == [1] * 6
+    assert [store.newest()[0] for store in stores] == [2, 2, 2]
 
 
 def test_what_a_killed_save_leaves_is_no_checkpoint(store: CheckpointStore, program: Program) -> None:
