@@ -1,10 +1,13 @@
 """The rate of unequal replicas beside the sum of their rates alone, beside the equal split and beside the machine.
 
-A whole table takes longer than a machine stays quiet, so it is measured in slices. Each measurement of a ratio is
-appended to `out/hetero-NETWORK-SIZE.jsonl`, also one that cannot be right, and `collect` makes the table of it.
+The speed of a shared machine moves by a tenth within a minute, and what is compared must meet the same speed. So a
+ratio is measured in turns: each replica alone, all together, all at once without exchange, the equal split, and again.
+Each turn compares with the rates alone just before and just after it, and the median of the turns counts.
 
-Several replicas can never be faster together than the sum of their rates alone. A measurement that says so, or in which
-a rate alone moved while it ran, was disturbed: it is **invalid**, counts as failed, and is measured again.
+A whole table takes longer than a machine stays quiet. Each measurement of a ratio is appended to
+`out/hetero-NETWORK-SIZE-turns.jsonl`, also one that cannot be right, and `collect` makes the table of it. Several
+replicas can never be faster together than the sum of their rates alone. A measurement that says so, or whose turns
+differ by too much, was disturbed: it is **invalid**, counts as failed, and is measured again.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ HEADROOM = 0.85
 AIM = 0.92
 GAINS = {"3:1": 1.84, "5:1": 2.76}
 """Least rate beside the equal split."""
-TRIES = 3
+TRIES = 2
 """Measurements of a ratio until one is valid."""
-DRIFT = 0.05
-"""Most by which a rate alone may differ before and after the measurement."""
+TURNS = 4
+ERROR = 0.03
+"""Largest standard error of the efficiency over the turns of a measurement that is valid."""
 
 Record = dict[str, Any]
 
@@ -51,50 +55,73 @@ def measure(network: str, ratios: Sequence[str], batch: int, *, full: bool) -> I
 
 
 def measure_once(crew: Crew, ratio: str, *, full: bool) -> Record:
-    """Return the rates of one ratio in windows a second; each is the median of its steps but the first."""
+    """Return the rates of one ratio in windows a second, turn by turn: medians of all steps but the first."""
     batch, parts = crew.batch, RATIOS[ratio]
     everybody, begun = range(len(parts)), dt.datetime.now(dt.UTC)
-    warm, steps = (7, 17) if full else (7, 9)
+    warm, steps = (7, 9) if full else (7, 5)
     # those beside the first share a core: where there are three, the first is slowed down with them
     crew.calibrate(parts, HEADROOM if len(parts) == 2 else 0.7)
-    lengths = [max(2, round(4 * part / max(parts)) + 1) for part in parts]
-    before = [crew.run([number], lengths[number]) for number in everybody]
-    mine = crew.run(everybody, warm + steps)
-    first = [rate(alone, batch, 0) for alone in before]
-    apart = crew.apart([max(4, round(3 * own / min(first)) + 2) for own in first])
-    after = [crew.run([number], lengths[number]) for number in everybody]
-    equal = crew.run(everybody, 4, shares=[crew.chunks // len(parts)] * len(parts))
-    used = mine[warm:]
-    least = [min(line["waiting"].values()) for line in used]
-    return {
-        "ratio": ratio, "begun": f"{begun:%Y-%m-%d %H:%M} UTC", "load": os.getloadavg()[0],
-        "before": first, "after": [rate(alone, batch, 0) for alone in after],
-        "alone": [rate(one, batch, 0, other) for one, other in zip(before, after, strict=True)],
-        "together": rate(mine, batch, warm), "apart": apart, "equal": rate(equal, batch, 0),
+    lengths = [max(3, round(4 * part / max(parts)) + 1) for part in parts]
+
+    def each_alone() -> list[float]:
+        return [rate(crew.run([number], lengths[number]), batch, 0) for number in everybody]
+
+    found: Record = {"ratio": ratio, "begun": f"{begun:%Y-%m-%d %H:%M} UTC", "load": os.getloadavg()[0],
+                     "alone": [each_alone()], "together": [], "apart": [], "equal": []}  # fmt: skip
+    waiting: list[float] = []
+    for _ in range(TURNS if full else 2):
+        first = found["alone"][-1]
+        mine = crew.run(everybody, warm + steps)
+        found["together"].append(rate(mine, batch, warm))
+        found["apart"].append(crew.apart([max(4, round(3 * own / min(first)) + 1) for own in first]))
+        found["equal"].append(rate(crew.run(everybody, 3, shares=[crew.chunks // len(parts)] * len(parts)), batch, 0))
+        found["alone"].append(each_alone())
+        waiting += [min(line["waiting"].values()) for line in mine[warm:]]
+    return found | {
         "shares": list(mine[-1]["shares"].values()),
-        "moves": sum(a["shares"] != b["shares"] for a, b in itertools.pairwise(used)),
-        "least_waiting_s": statistics.median(least),
+        "moves": sum(a["shares"] != b["shares"] for a, b in itertools.pairwise(mine[warm:])),
+        "least_waiting_s": statistics.median(waiting),
+    }
+
+
+def by_turn(found: Record) -> dict[str, list[float]]:
+    """Return the ratios of each turn, by name; the rates alone of a turn are those before and after it, averaged."""
+    means = [
+        [(one + other) / 2 for one, other in zip(before, after, strict=True)]
+        for before, after in itertools.pairwise(found["alone"])
+    ]
+    together, apart, equal = found["together"], found["apart"], found["equal"]
+    return {
+        "efficiency": [rate / sum(own) for rate, own in zip(together, means, strict=True)],
+        "limit": [rate / sum(own) for rate, own in zip(apart, means, strict=True)],
+        "beside the limit": [rate / most for rate, most in zip(together, apart, strict=True)],
+        "beside the equal split": [rate / other for rate, other in zip(together, equal, strict=True)],
+        "equal split beside its slowest": [
+            rate / (len(own) * min(own)) for rate, own in zip(equal, means, strict=True)
+        ],
+        "ideal": [sum(own) / (len(own) * min(own)) for own in means],
     }  # fmt: skip
 
 
 def faults(found: Record) -> str:
     """Return why a measurement cannot be right; empty if nothing speaks against it."""
-    alone = found["alone"]
-    total, slowest = sum(alone), len(alone) * min(alone)
+    turns = by_turn(found)
     said = [
-        f"{what} {value:.0f} windows/s of at most {most:.0f}"
-        for what, value, most in (
-            ("together", found["together"], total), ("all at once", found["apart"], total),
-            ("equal split", found["equal"], slowest),
+        f"{what} at {statistics.median(turns[name]):.2f} of what is possible"
+        for what, name in (
+            ("together", "efficiency"), ("all at once", "limit"), ("the equal split", "equal split beside its slowest"),
         )
-        if value > most
+        if statistics.median(turns[name]) > 1
     ]  # fmt: skip
-    said += [
-        f"replica {number} alone {one:.0f} windows/s before and {other:.0f} after"
-        for number, (one, other) in enumerate(zip(found["before"], found["after"], strict=True))
-        if abs(other / one - 1) > DRIFT
-    ]
+    error = error_of(turns["efficiency"])
+    if error > ERROR:
+        said.append(f"turns differ: {', '.join(f'{value:.2f}' for value in turns['efficiency'])}")
     return "; ".join(said)
+
+
+def error_of(values: Sequence[float]) -> float:
+    """Return the standard error of the median of values that are spread normally."""
+    return 1.2533 * statistics.stdev(values) / len(values) ** 0.5
 
 
 def make_rows(network: str, found: Record, note: str) -> list[Row]:
@@ -105,23 +132,23 @@ def make_rows(network: str, found: Record, note: str) -> list[Row]:
         found: Result of `measure_once`.
         note: Which measurement it is.
     """
-    alone, together, why = found["alone"], found["together"], faults(found)
-    total, name = sum(alone), f"{network} {found['ratio']}"
-    seen = ", ".join(f"{own:.0f}" for own in alone)
+    why, turns, name = faults(found), by_turn(found), f"{network} {found['ratio']}"
+    middle = {what: statistics.median(values) for what, values in turns.items()}
+    together = statistics.median(found["together"])
+    alone = ", ".join(f"{statistics.median(own):.0f}" for own in zip(*found["alone"], strict=True))
     shares = " ".join(str(share) for share in found["shares"])
-    busiest = "part of a step in which the busiest replica waits"
-    waits_s = found["least_waiting_s"]
-    ideal, step_s = total / (len(alone) * min(alone)), sum(found["shares"]) * CHUNK / together
-    moves = f"{found['moves']} moves"
+    waits_s, step_s = found["least_waiting_s"], sum(found["shares"]) * CHUNK / together
+    seen = ", ".join(f"{value:.3f}" for value in turns["efficiency"])
     return [
-        Row(f"{name}: efficiency", together / total, AIM, invalid=why,
-            note=f"{together:.0f} of {total:.0f} windows/s, alone {seen}; shares {shares}; {moves}; {note}"),
-        Row(f"{name}: limit, all at once without any exchange", found["apart"] / total, invalid=why,
-            note=f"{found['apart']:.0f} windows/s"),
-        Row(f"{name}: efficiency beside the limit", together / found["apart"], invalid=why),
-        Row(f"{name}: rate beside the equal split", together / found["equal"], GAINS.get(found["ratio"]), invalid=why,
-            note=f"{found['equal']:.0f} windows/s; ideal {ideal:.2f}"),
-        Row(f"{name}: {busiest}", waits_s / step_s, invalid=why,
+        Row(f"{name}: efficiency", middle["efficiency"], AIM, invalid=why,
+            note=f"turns {seen}; {together:.0f} windows/s, alone {alone}; shares {shares}; "
+                 f"{found['moves']} moves; {note}"),
+        Row(f"{name}: limit, all at once without any exchange", middle["limit"], invalid=why,
+            note=f"{statistics.median(found['apart']):.0f} windows/s"),
+        Row(f"{name}: efficiency beside the limit", middle["beside the limit"], invalid=why),
+        Row(f"{name}: rate beside the equal split", middle["beside the equal split"], GAINS.get(found["ratio"]),
+            invalid=why, note=f"{statistics.median(found['equal']):.0f} windows/s; ideal {middle['ideal']:.2f}"),
+        Row(f"{name}: part of a step in which the busiest replica waits", waits_s / step_s, invalid=why,
             note=f"{1000 * waits_s:.1f} of {1000 * step_s:.0f} ms: what overlap could save at most"),
     ]  # fmt: skip
 
@@ -147,11 +174,11 @@ def collect(network: str, *, full: bool) -> list[Row]:
 
 
 def _efficiency(found: Record) -> float:
-    return float(found["together"] / sum(found["alone"]))
+    return statistics.median(by_turn(found)["efficiency"])
 
 
 def _path(network: str, *, full: bool) -> Path:
-    return OUT / f"hetero-{network}-{'full' if full else 'quick'}.jsonl"
+    return OUT / f"hetero-{network}-{'full' if full else 'quick'}-turns.jsonl"
 
 
 def _keep(network: str, found: Mapping[str, Any], *, full: bool) -> None:
