@@ -1,4 +1,5 @@
-"""Searches beside separate trainings (part sharing), and beside full trials without early stops (demo, eurosat).
+"""Searches beside separate trainings (part sharing), beside Optuna with PyTorch (part twin), and beside full trials
+without early stops (demo, eurosat); which rule should stop trials (part rules).
 
 The worlds are that of `terrashard demo` and the EuroSAT patches of the shared data, with small networks. Both sides of
 a comparison train the same configurations in the same order, because the sampler draws at random from one seed. What
@@ -7,6 +8,7 @@ was measured is kept in benchmarks/out/tune, so that a call that was cut short g
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from typing import Any
 
 import tomli_w
 from harness import HERE, OUT, Row, arguments, publish
+from tune_replay import compare_rules, curves_of
 
 SHARED = Path(os.environ.get("TERRASHARD_SHARED_DATA", HERE.parent.parent / "shared" / "data"))
 KEPT = OUT / "tune"
@@ -144,6 +147,28 @@ def sharing(size: str, trials: int, steps: int, commands: int) -> list[Row]:
     ]  # fmt: skip
 
 
+def twin(size: str, trials: int, steps: int) -> list[Row]:
+    """Trials an hour of a search beside the same search written with Optuna and PyTorch (`tune_twin.py`)."""
+    if importlib.util.find_spec("torch") is None:
+        print('  skipped: the search in PyTorch (the extra "bench" brings torch)')
+        return []
+    files = write(f"{size}-sharing", DEMO, demo_cube(), steps, steps)
+    found = search(f"{size}-sharing", files, "none", "--trials", trials)
+
+    def measure() -> dict[str, Any]:
+        began = time.perf_counter()
+        words = [sys.executable, str(HERE / "tune_twin.py"), *map(str, files), "--trials", str(trials)]
+        told = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return {**json.loads(told), "seconds": time.perf_counter() - began}
+
+    theirs = kept(f"{size}-twin", measure)
+    return [
+        Row("trials an hour of a search, times those of Optuna and PyTorch", theirs["seconds"] / found["seconds"],
+            note=f"{3600 * trials / found['seconds']:.0f} and {3600 * trials / theirs['seconds']:.0f}; {trials} trials "
+                 f"of {steps} steps; best scores {found['best']['value']:.4f} and {theirs['best']:.4f}"),
+    ]  # fmt: skip
+
+
 def early(size: str, world: str, trials: int, steps: int, every: int) -> list[Row]:
     """The best score of ASHA in half of the time of full trials, and its time for the same trials."""
     settings, data = (DEMO, demo_cube()) if world == "demo" else (EUROSAT, eurosat_store())
@@ -167,12 +192,24 @@ def early(size: str, world: str, trials: int, steps: int, every: int) -> list[Ro
     ]  # fmt: skip
 
 
+def rules(size: str, world: str, trials: int, steps: int, every: int) -> list[Row]:
+    """Rules that stop trials early, replayed on full trials (`tune_replay.py`)."""
+    settings, data = (DEMO, demo_cube()) if world == "demo" else (EUROSAT, eurosat_store())
+    name = f"{size}-rules-{world}"
+    search(name, write(name, settings, data, steps, every), "none", "--trials", trials)
+    return compare_rules(world, curves_of(KEPT / name), SHARE)
+
+
 def main() -> int:
-    options = arguments(__doc__ or "", parts=("sharing", "demo", "eurosat"))
+    options = arguments(__doc__ or "", parts=("sharing", "twin", "rules", "demo", "eurosat"))
     size = "full" if options.full else "quick"
     rows: list[Row] = []
     if options.part in (None, "sharing"):
         rows += sharing(size, *((20, 60, 20) if options.full else (8, 20, 3)))
+    if options.part in (None, "twin"):
+        rows += twin(size, *((20, 60) if options.full else (8, 20)))
+    if options.part in (None, "rules"):
+        rows += rules(size, "demo", 40, 60, 5) + rules(size, "eurosat", 40, 120, 10)
     for world, sizes in (("demo", ((24, 120, 10), (16, 60, 5))), ("eurosat", ((24, 300, 25), (16, 120, 10)))):
         if options.part in (None, world):
             rows += early(size, world, *sizes[0 if options.full else 1])
