@@ -81,7 +81,7 @@ def train(windows: Windows, config: TrainConfig, values: dict[str, float], *, ba
                 x[number], y[number] = x[number].flip(2), y[number].flip(1)
         drawn = torch.from_numpy(rng.uniform(-jitter, jitter, (2, len(x), bands, 1, 1)).astype(np.float32))
         x = (x * (1 + drawn[0]) + drawn[1]).contiguous(memory_format=torch.channels_last)
-        loss = cross_entropy(network(x), y, ignore_index=UNLABELLED)
+        loss: Any = cross_entropy(network(x), y, ignore_index=UNLABELLED)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm or math.inf)
