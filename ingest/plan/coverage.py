@@ -31,7 +31,7 @@ from zarr_store.ground import turn_of
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-__all__ = ["Coverage", "choose_coverage_band", "measure_coverage"]
+__all__ = ["Coverage", "Near", "choose_coverage_band", "find_window", "measure_coverage", "read_blocks"]
 
 Bool = npt.NDArray[np.bool_]
 
@@ -60,6 +60,26 @@ class Coverage:
     negative: float | None = None
 
 
+@dataclass(frozen=True)
+class Near:
+    """Pixels of the blocks of a file that the region touches.
+
+    Attributes:
+        window: (row, col, height, width) of the pixels in the raster.
+        pixels: The pixels, as the file stores them.
+    """
+
+    window: tuple[int, int, int, int]
+    pixels: npt.NDArray[Any]
+
+    def cut(self, window: tuple[int, int, int, int]) -> npt.NDArray[Any] | None:
+        """The pixels of a window of the raster; None where they are not all here."""
+        (row, col, height, width), (top, left, tall, wide) = window, self.window
+        if not (top <= row and left <= col and row + height <= top + tall and col + width <= left + wide):
+            return None
+        return self.pixels[row - top : row - top + height, col - left : col - left + width]
+
+
 def choose_coverage_band(assets: Mapping[str, AssetRef], mask_layer: str | None) -> str | None:
     """Choose the band that coverage is measured on: the layer that masks are made from, else the first data band.
 
@@ -72,7 +92,9 @@ def choose_coverage_band(assets: Mapping[str, AssetRef], mask_layer: str | None)
     return next((band for band, asset in assets.items() if asset.kind == "data"), None)
 
 
-def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestConfig) -> Coverage | None:
+def measure_coverage(
+    dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestConfig, *, near: Near | None = None
+) -> Coverage | None:
     """Measure how the scene of an open file covers the region of `config`, or its own raster where there is no region.
 
     Args:
@@ -80,6 +102,7 @@ def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config
         grid: Grid of the file.
         asset: The asset as the metadata describe it.
         config: Region and masked classes.
+        near: Pixels of the file that were read before.
 
     Returns:
         None where the raster does not reach the region.
@@ -89,12 +112,17 @@ def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config
         return None
     (row, col, height, width), region_px = place
     is_class = asset.kind == "class"
+    if height * width > _WHOLE_PX and (file := find_range_file(dataset)) is not None:
+        file.keep = None  # averages, and windows here and there, are of no use for the ingest
     if height * width <= _WHOLE_PX:
-        parts = [(grid.window(row, col, height, width), _read(dataset, (row, col, height, width)))]
+        known = near.cut((row, col, height, width)) if near is not None else None
+        pixels = known if known is not None else read_blocks(dataset, (row, col, height, width))
+        parts = [(grid.window(row, col, height, width), pixels)]
     elif dataset.overviews(1) and not (is_class and dataset.driver != "GTiff"):
         parts = [_decimated(dataset, grid, (row, col, height, width))]
     else:
-        parts = [(grid.window(*window), _read(dataset, window)) for window in _scattered((row, col, height, width))]
+        windows = _scattered((row, col, height, width))
+        parts = [(grid.window(*window), read_blocks(dataset, window)) for window in windows]
     complete = len(parts) == 1
     clip = clip_text(config.selection.geometry) if config.pixels.clip else None
     empty = {value for value in (asset.nodata, dataset.nodata) if value is not None}
@@ -120,6 +148,14 @@ def measure_coverage(dataset: DatasetReader, grid: Grid, asset: AssetRef, config
     )
 
 
+def find_window(grid: Grid, config: IngestConfig) -> tuple[int, int, int, int] | None:
+    """(row, col, height, width) of the region in a raster, where it is small enough to be read whole; else None."""
+    if region_lonlat(config) is None:
+        return None
+    place = _window(grid, config)
+    return place[0] if place is not None and place[0][2] * place[0][3] <= _WHOLE_PX else None
+
+
 def _window(grid: Grid, config: IngestConfig) -> tuple[tuple[int, int, int, int], float] | None:
     """((row, col, height, width) of the region in the raster, number of pixels of the whole region)."""
     region = region_lonlat(config)
@@ -140,7 +176,8 @@ def _window(grid: Grid, config: IngestConfig) -> tuple[tuple[int, int, int, int]
     return (row0, col0, row1 - row0, col1 - col0), (right - left) * (top - bottom) / (rx * ry)
 
 
-def _read(dataset: DatasetReader, window: tuple[int, int, int, int]) -> npt.NDArray[Any]:
+def read_blocks(dataset: DatasetReader, window: tuple[int, int, int, int]) -> npt.NDArray[Any]:
+    """Read a window (row, col, height, width) of an open file at full resolution."""
     from rasterio.windows import Window
 
     row, col, height, width = window

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 from pyproj.exceptions import ProjError
 from shapely.geometry import shape
 
-from ingest.plan.coverage import Coverage, choose_coverage_band, measure_coverage
+from ingest.plan.coverage import Coverage, Near, choose_coverage_band, find_window, measure_coverage
+from ingest.plan.sample import Sample, is_read_whole, measure_blocks, read_near, read_sample
 from ingest.plan.tags import describe_conversion, find_refusals, follow_offset_of_files, stored_type
-from ingest.raster.gdal_read import read_window
+from ingest.raster.faults import is_file_fault
 from ingest.raster.ranges import find_range_file
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS
@@ -33,8 +33,8 @@ from ingest.scenes.offsets import (
     Verdict,
     combine_bands,
     explain_wrong_scale,
+    is_settled_by,
     needs_closer_look,
-    read_offset,
     settle_offset,
 )
 from ingest.scenes.scene import AssetRef, Scene
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
     from ingest.raster.limits import Access
-    from ingest.raster.values import Values
 
 __all__ = ["AssetProbe", "SceneProbe", "measure_offset", "probe_scenes", "read_band"]
 
@@ -57,13 +56,6 @@ _THREADS = 8
 
 _VISIBLE = ("coastal", "blue", "green", "red")
 """Bands that can show the offset, bluest first: land and water are darkest there."""
-
-_SAMPLE_SIDE = 512
-"""Longest side of a sample, in pixels."""
-_FULL_READ_PIXELS = 2048 * 2048
-"""Largest raster without overviews that is read whole for a sample, in pixels."""
-_SMALL_PIXELS = 1024 * 1024
-"""Largest raster that is read whole although it has overviews, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +74,7 @@ class AssetProbe:
         offset_dn: Offset that the file states, in digital numbers of a cube; 0.0 where it states none.
         unit: Unit that the file states, in lower case; empty where it states none.
         refusal: Why the pixels are not used although the file can be read.
+        block_bytes: Mean stored bytes of the blocks that the region touches, or of all; None where that is unknown.
     """
 
     grid: Grid | None = None
@@ -95,6 +88,7 @@ class AssetProbe:
     offset_dn: float = 0.0
     unit: str = ""
     refusal: str | None = None
+    block_bytes: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -169,30 +163,6 @@ class SceneProbe:
         return cls(**{**data, "assets": assets, "discrepancies": tuple(data["discrepancies"]), "reading": reading})
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Pixels of one band.
-
-    Attributes:
-        windows: Parts of the raster.
-        full_resolution: Whether they are pixels of the file, and not of an overview.
-    """
-
-    windows: tuple[npt.NDArray[Any], ...]
-    full_resolution: bool
-
-    @property
-    def reading(self) -> OffsetReading:
-        """What they say about the offset."""
-        return read_offset(*self.windows, full_resolution=self.full_resolution)
-
-    def in_numbers_of_the_cube(self, values: Values) -> Sample:
-        """Return the sample in digital numbers of 1e-4, whatever scale the file has."""
-        if values.factor == 1.0:
-            return self
-        return replace(self, windows=tuple(values.store(window, "uint16", set()) for window in self.windows))
-
-
 @dataclass
 class _Header:
     """The header of one asset, with the sample and the coverage that were read from its pixels."""
@@ -260,7 +230,7 @@ def _coverage_band(scene: Scene) -> str | None:
 
 
 def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access: Access) -> _Header:
-    from ingest.raster.access import with_asset
+    from ingest.raster.access import remember_header, with_asset
     from ingest.raster.header import grid_of
     from ingest.raster.read import values_of
     from ingest.raster.values import Stated
@@ -270,8 +240,10 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
     def use(dataset: DatasetReader) -> _Header:
         stated = Stated.of(dataset)
         values = values_of(stated, stored_type(scene, asset), asset)
+        grid = _placed(grid_of(dataset))
+        window = find_window(grid, config)
         probe = AssetProbe(
-            grid=_placed(grid_of(dataset)),
+            grid=grid,
             dtype=str(dataset.dtypes[0]),
             nodata=None if dataset.nodata is None else float(dataset.nodata),
             overviews=tuple(int(factor) for factor in dataset.overviews(1)),
@@ -280,20 +252,35 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
             scale=stated.scale,
             offset_dn=stated.offset_dn,
             unit=stated.unit,
+            block_bytes=measure_blocks(dataset, window or (0, 0, grid.height, grid.width)),
         )
+        if window is not None:
+            remember_header(dataset, access)
         if not with_pixels:
             return _Header(probe)
-        return _Header(probe, _sample(dataset).in_numbers_of_the_cube(values))
+        near = _near(dataset, window) if window is not None and not is_read_whole(dataset) else None
+        sample = coverage = None
+        if near is not None:
+            if asset.band == _coverage_band(scene):
+                coverage = measure_coverage(dataset, grid, asset, config, near=near)
+            blocks = Sample.of_blocks(near)
+            if (stated.scale, stated.offset) == (1.0, 0.0) and is_settled_by(scene, blocks.reading):
+                sample = blocks
+        if sample is None:
+            if file is not None and not is_read_whole(dataset):
+                file.keep = None  # an overview is of no use for the ingest
+            sample = read_sample(dataset).in_numbers_of_the_cube(values)
+        return _Header(probe, sample, coverage)
 
     try:
-        header = with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access)
+        header = with_asset(asset.href, use, scene=scene.id, asset=asset.key, access=access, keep=True)
     except (AssetUnreadable, InvalidInput) as error:
         log.warning("%s", error)
         return _Header(AssetProbe(error=str(error)))
     except Exception as error:  # noqa: BLE001  # one file or scene never ends a plan; --strict raises it
         return _Header(AssetProbe(error=_defect(error, f"scene {scene.id}, asset {asset.key}", config)))
     grid = header.probe.grid
-    if grid is None or asset.band != _coverage_band(scene):
+    if grid is None or asset.band != _coverage_band(scene) or header.coverage is not None:
         return header
     try:
         coverage = with_asset(
@@ -302,6 +289,7 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
             scene=scene.id,
             asset=asset.key,
             access=access,
+            keep=True,
         )
     except (AssetUnreadable, InvalidInput) as error:  # its header is good all the same
         log.warning("%s", error)
@@ -310,6 +298,16 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
         _defect(error, f"scene {scene.id}, asset {asset.key}", config)
         return header
     return replace(header, coverage=coverage)
+
+
+def _near(dataset: DatasetReader, window: tuple[int, int, int, int]) -> Near | None:
+    """Pixels of the blocks of the region; None where one is damaged, which the ingest will report."""
+    try:
+        return read_near(dataset, window)
+    except Exception as error:
+        if not is_file_fault(error):
+            raise
+        return None
 
 
 _SENTINEL_PIXEL_M = (1.0, 1e5)
@@ -353,34 +351,6 @@ def _defect(error: Exception, where: str, config: IngestConfig) -> str:
     return f"{where} cannot be used ({text})"
 
 
-def _sample(dataset: DatasetReader, *, closely: bool = False) -> Sample:
-    """Read about 512² pixels of the raster, from an overview or as nine windows; of a small raster all pixels.
-
-    Args:
-        dataset: The open file.
-        closely: Never from an overview.
-    """
-    from rasterio.windows import Window
-
-    height, width = int(dataset.height), int(dataset.width)
-    overviews = bool(dataset.overviews(1))
-    if height * width <= (_SMALL_PIXELS if overviews else _FULL_READ_PIXELS):
-        whole = read_window(dataset)
-        rows, cols = -(-height // 3), -(-width // 3)
-        parts = [whole[y : y + rows, x : x + cols] for y in range(0, height, rows) for x in range(0, width, cols)]
-        return Sample(tuple(parts), full_resolution=True)
-    if overviews and not closely:
-        step = max(1, -(-max(height, width) // _SAMPLE_SIDE))
-        return Sample((read_window(dataset, out_shape=(-(-height // step), -(-width // step))),), full_resolution=False)
-    rows, cols = min(_SAMPLE_SIDE // 3, height), min(_SAMPLE_SIDE // 3, width)
-    windows = [
-        Window(round(x * (width - cols)), round(y * (height - rows)), cols, rows)
-        for y in (0.1, 0.5, 0.9)
-        for x in (0.1, 0.5, 0.9)
-    ]
-    return Sample(tuple(read_window(dataset, window=window) for window in windows), full_resolution=True)
-
-
 def measure_offset(
     scene: Scene, access: Access, known: Mapping[str, OffsetReading] | None = None
 ) -> OffsetReading | None:
@@ -418,7 +388,7 @@ def read_band(scene: Scene, asset: AssetRef, access: Access) -> OffsetReading | 
 
     def sample_of(file: DatasetReader) -> Sample:
         values = values_of(Stated.of(file), stored_type(scene, asset), asset)
-        return _sample(file, closely=True).in_numbers_of_the_cube(values)
+        return read_sample(file, closely=True).in_numbers_of_the_cube(values)
 
     try:
         return with_asset(asset.href, sample_of, scene=scene.id, asset=asset.key, access=access).reading

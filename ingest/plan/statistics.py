@@ -12,13 +12,15 @@ import numpy as np
 
 from ingest.plan.target import pixel_box
 from ingest.plan.task import PlannedScene, Recipe, ShardTask
+from ingest.raster.ranges import HEAD_BYTES
 from ingest.raster.resample import MARGIN_PX, nesting_factor
+from ingest.trust.hrefs import is_url
 from zarr_store.grid import Grid
 
 if TYPE_CHECKING:
     from ingest.plan.candidates import ProbedScene
 
-__all__ = ["collect_statistics", "fetched_pixels", "list_discrepancies", "resampled_share"]
+__all__ = ["collect_statistics", "count_blocks", "fetched_pixels", "list_discrepancies", "resampled_share"]
 
 _PACKED = 0.55
 """Stored bytes over decoded bytes of real 10 m reflectance with blosc zstd-3 bitshuffle; an estimate for people."""
@@ -32,7 +34,8 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
         offset_verdicts: Item id → verdict, offset and evidence, and all that was weighed: witnesses and pixels.
         datastrips, catalogue_ids: Item id → start of its datastrip, and its id in the catalogue if that is another.
         scenes, steps, shards, empty_shards, lacking, unopened_assets: Counts.
-        bytes_to_read, bytes_to_write, requests: Estimates; reading counts the whole blocks that each shard fetches.
+        bytes_to_read, bytes_to_write, requests: Estimates. Reading counts the whole blocks that each shard fetches, and
+            of remote files the header, which planning has fetched.
     """
     grid = recipe.spec.grid
     planned: dict[int, PlannedScene] = {scene.item: scene for task in tasks for scene in task.sources}
@@ -47,13 +50,19 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
                 if asset.header is None:
                     continue
                 about = probe.assets.get(asset.band) if probe else None
-                touched, blocks = fetched_pixels(asset.header, about.block if about else None, window)
-                whole = asset.header.height * asset.header.width
-                size = (about.size_bytes if about else None) or whole * np.dtype(asset.stored).itemsize
-                bytes_read += round(size * touched / whole)
-                requests += blocks
+                block = about.block if about else None
+                touched, rows = fetched_pixels(asset.header, block, window)
+                if about is not None and about.block_bytes is not None and block is not None:
+                    bytes_read += round(about.block_bytes * count_blocks(asset.header, block, window))
+                else:
+                    whole = asset.header.height * asset.header.width
+                    size = (about.size_bytes if about else None) or whole * np.dtype(asset.stored).itemsize
+                    bytes_read += round(size * touched / whole)
+                requests += rows
     # the header of each file is one more request
-    requests += sum(asset.header is not None for scene in planned.values() for asset in scene.assets)
+    opened = [asset for scene in planned.values() for asset in scene.assets if asset.header is not None]
+    requests += len(opened)
+    bytes_read += HEAD_BYTES * sum(is_url(asset.href) for asset in opened)
     written = sum(math.prod(task.region.shape) for task in tasks if task.sources)  # empty shards cost no file
     itemsizes = [
         np.dtype(array.dtype).itemsize * (len(recipe.spec.bands) if "band" in array.dims else 1)
@@ -97,16 +106,30 @@ def fetched_pixels(header: Grid, block: tuple[int, int] | None, window: Grid) ->
         block: (height, width) of its blocks; None where that is unknown, for single pixels.
         window: Part of the cube's grid.
     """
+    tall, wide = block or (1, 1)
+    (row0, row1), (col0, col1) = _touched(header, (tall, wide), window)
+    # blocks of one row that lie side by side are fetched by one request
+    rows = -(-(row1 - row0) // tall) if block else int(row1 > row0)
+    return (row1 - row0) * (col1 - col0), rows
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def count_blocks(header: Grid, block: tuple[int, int], window: Grid) -> int:
+    """Count the blocks of a file that are fetched for a window of the cube; arguments as for `fetched_pixels`."""
+    (row0, row1), (col0, col1) = _touched(header, block, window)
+    return -(-(row1 - row0) // block[0]) * -(-(col1 - col0) // block[1])
+
+
+def _touched(header: Grid, block: tuple[int, int], window: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The rows and the columns of all blocks of a file that a window of the cube touches."""
     reach = pixel_box(window, header)
     if reach is None:
-        return 0, 0
+        return (0, 0), (0, 0)
     margin = 0 if header.offset_of(window) is not None else MARGIN_PX
-    tall, wide = block or (1, 1)
-    row0, row1 = _in_blocks(reach[0] - margin, reach[1] + margin, tall, header.height)
-    col0, col1 = _in_blocks(reach[2] - margin, reach[3] + margin, wide, header.width)
-    # blocks of one row that lie side by side are fetched by one request
-    rows = -(-(row1 - row0) // tall) if block else 1
-    return (row1 - row0) * (col1 - col0), rows
+    return (
+        _in_blocks(reach[0] - margin, reach[1] + margin, block[0], header.height),
+        _in_blocks(reach[2] - margin, reach[3] + margin, block[1], header.width),
+    )
 
 
 def _in_blocks(first: int, end: int, block: int, size: int) -> tuple[int, int]:

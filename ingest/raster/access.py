@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -36,7 +36,7 @@ from ingest.raster.header import RasterHeader
 from ingest.raster.limits import Access
 from ingest.raster.lru import LruCache
 from ingest.raster.opening import open_raster
-from ingest.raster.ranges import HEAD_BYTES, RangeFile, link_range_file
+from ingest.raster.ranges import HEAD_BYTES, RangeFile, find_range_file, link_range_file
 from ingest.raster.sidecar import MAX_SIDECAR_BYTES, georeference_only
 from ingest.trust.redact import redact_url
 from ingest.trust.waits import pause
@@ -48,6 +48,7 @@ __all__ = [
     "forbid_gdal_threads",
     "header_cache",
     "open_asset",
+    "remember_header",
     "with_asset",
     "with_raster",
 ]
@@ -58,8 +59,8 @@ log = logging.getLogger(__name__)
 
 _CODESTREAM = DRIVERS_BY_MAGIC[-1][0]
 """First bytes of a raw JPEG 2000 codestream."""
-_HEADERS = 512
-"""Number of headers that one process keeps; they take at most 16 MB."""
+_HEADERS = 1024
+"""Number of headers that one process keeps; they take at most 32 MB."""
 
 
 def with_asset(
@@ -69,6 +70,7 @@ def with_asset(
     scene: str,
     asset: str,
     access: Access | None = None,
+    keep: bool = False,
 ) -> T:
     """Open an asset and return the result of `use` on it; opening and use are repeated on transient faults.
 
@@ -78,12 +80,13 @@ def with_asset(
         scene: Item id, for the error.
         asset: Asset key, for the error.
         access: Limits of reading; None for the defaults.
+        keep: Whether to keep what is fetched of a remote file, for a later use of the file.
 
     Raises:
         AssetUnreadable: The asset is absent, is no raster, was refused, or failed on every attempt.
         InvalidInput: `GDAL_NUM_THREADS` is set.
     """
-    return _with_retries(_opened_dataset, href, use, scene, asset, access or Access())
+    return _with_retries(functools.partial(_opened_dataset, keep=keep), href, use, scene, asset, access or Access())
 
 
 @dataclass(frozen=True)
@@ -187,9 +190,11 @@ def header_cache(pid: int) -> LruCache[RasterHeader]:
 
 
 @contextmanager
-def _opened_dataset(href: str, access: Access, *, fresh: bool) -> Iterator[rasterio.io.DatasetReader]:
+def _opened_dataset(
+    href: str, access: Access, *, fresh: bool, keep: bool = False
+) -> Iterator[rasterio.io.DatasetReader]:
     """Open a file with the driver for its first bytes; faults inside the block become permanent or transient."""
-    asset_file = _find_file(href, access, fresh)
+    asset_file = _find_file(href, access, fresh, keep=keep)
     with _classified_faults(asset_file), _gdal_dataset(asset_file, href, access) as dataset:
         yield dataset
 
@@ -200,7 +205,7 @@ def _opened_raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster
     asset_file = _find_file(href, access, fresh)
     known = header_cache(os.getpid())
     # the header was checked against these limits when it was read
-    version = None if asset_file.version is None else (asset_file.version, access.max_pixels, access.max_block_bytes)
+    version = _header_key(asset_file.content, access)
     header = None if version is None or fresh else known.get(version)
     with _classified_faults(asset_file):
         if header is not None:
@@ -211,6 +216,34 @@ def _opened_raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster
             if version is not None and header.suffices:
                 known.put(version, header)
             yield Raster(header, asset_file.content, dataset)
+
+
+def _header_key(file: RangeFile | None, access: Access) -> Hashable:
+    """The key of a header in the cache; None for a file whose versions cannot be told apart."""
+    if file is None or file.identity is None:
+        return None
+    return (file.identity, access.max_pixels, access.max_block_bytes)
+
+
+def remember_header(dataset: rasterio.io.DatasetReader, access: Access) -> None:
+    """Keep the header of an open file, so that its pixels are read without opening it in GDAL again.
+
+    Args:
+        dataset: An open file of `with_asset`.
+        access: The limits that it was opened with.
+    """
+    file = find_range_file(dataset)
+    key = _header_key(file, access)
+    if key is None:
+        return
+    try:
+        header = RasterHeader.of(dataset, file)
+    except Exception as error:
+        if not is_file_fault(error):
+            raise
+        return  # reading its pixels will report the fault
+    if header.suffices:
+        header_cache(os.getpid()).put(key, header)
 
 
 @contextmanager
@@ -234,9 +267,9 @@ def _classified_faults(asset_file: AssetFile) -> Iterator[None]:
         raise kind(describe_fault(error)) from error
 
 
-def _find_file(href: str, access: Access, fresh: bool) -> AssetFile:
+def _find_file(href: str, access: Access, fresh: bool, *, keep: bool = False) -> AssetFile:
     try:
-        return find_asset_file(href, access, fresh=fresh)
+        return find_asset_file(href, access, fresh=fresh, keep=keep)
     except (PermanentError, TransientError):
         raise
     except Exception as error:

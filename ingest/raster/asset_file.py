@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from ingest.raster.download import MAX_SPAN_BYTES, fetch, fetch_head, fetch_whole, head_cache
 from ingest.raster.drivers import TIFF_MAGIC
 from ingest.raster.faults import PermanentError, TransientError, cause_of
+from ingest.raster.kept import kept_bytes
 from ingest.raster.ranges import Head, RangeFile, Span
 from ingest.trust.redact import redact_url
 from zarr_store.bounded import read_file
@@ -68,20 +69,21 @@ class AssetFile:
     version: Hashable
 
 
-def find_asset_file(href: str, access: Access, *, fresh: bool) -> AssetFile:
+def find_asset_file(href: str, access: Access, *, fresh: bool, keep: bool = False) -> AssetFile:
     """Find the file behind an href; no redirect to another host is followed.
 
     Args:
         href: Absolute URL (http, https, s3) or absolute local path.
         access: Limits and retries.
         fresh: Whether to ask the server again for a head that is cached.
+        keep: Whether to keep what is fetched of a remote file, for a later use of the file.
 
     Raises:
         PermanentError, TransientError: The file is absent, was refused, or its first bytes are those of no raster.
     """
     scheme = urlsplit(href).scheme if "://" in href else ""
     if scheme in _SCHEMES:
-        return _find_remote(href, access, fresh)
+        return _find_remote(href, access, fresh, keep)
     if scheme or not Path(href).is_absolute() or href.startswith("/vsi"):
         raise PermanentError("expected an http(s) or s3 URL or an absolute local path")
     return _find_local(href)
@@ -165,18 +167,29 @@ def find_mask_beside(href: str) -> str | None:
     return path.name if "://" not in href and path.is_file() else None
 
 
-def _find_remote(href: str, access: Access, fresh: bool) -> AssetFile:
-    known = head_cache(os.getpid())
-    head = None if fresh else known.get(href)
+def _find_remote(href: str, access: Access, fresh: bool, keep: bool) -> AssetFile:
+    known, kept = head_cache(os.getpid()), kept_bytes(os.getpid())
+    if fresh:  # what was read before may be what the last attempt failed on
+        kept.drop(href)
+    head = None if fresh else known.get(href) or kept.head(href)
     url = head.url if head is not None else ""
     if head is None:
         url, head = fetch_head(href, access)
         if head.ranges and head.data.startswith(TIFF_MAGIC):
             known.put(href, head)
+    if keep and head.ranges:
+        kept.keep_head(href, head)
     magic = head.data[:_MAGIC_BYTES]
     if head.ranges and head.size:
-        file = RangeFile(head, functools.partial(fetch, href, head, access))
-        return AssetFile(href, True, magic, head.size, file, (href, head.version) if head.etag else None)
+        version = (href, head.version) if head.etag else None
+        file = RangeFile(
+            head,
+            functools.partial(fetch, href, head, access),
+            parts=kept.parts(href, head),
+            keep=functools.partial(kept.keep_part, href, head.version) if keep else None,
+            identity=version,
+        )
+        return AssetFile(href, True, magic, head.size, file, version)
     return AssetFile(href, True, magic, head.size, RangeFile(*fetch_whole(url, access)), None)
 
 
@@ -189,8 +202,9 @@ def _find_local(path: str) -> AssetFile:
     head = _local_head(path, magic, identity)
     if not head.size:
         return AssetFile(path, False, magic, 0, None, None)
-    file = RangeFile(head, functools.partial(_read_local, path, identity), remote=False)
-    return AssetFile(path, False, magic, head.size, file, (path, *identity))
+    version = (path, *identity)
+    file = RangeFile(head, functools.partial(_read_local, path, identity), remote=False, identity=version)
+    return AssetFile(path, False, magic, head.size, file, version)
 
 
 def _local_head(path: str, magic: bytes, identity: tuple[int, int, int, int]) -> Head:

@@ -203,8 +203,9 @@ class BlockReader:
             view[...] = pixels[inside]
         elif view.shape == self._block:
             self._unpredict(pixels, axis=-1, out=view)
-        else:
-            self._unpredict(pixels, axis=-1, out=scratch[1])
+        else:  # each row is predicted by itself
+            rows = inside[0]
+            self._unpredict(pixels[rows], axis=-1, out=scratch[1][rows])
             view[...] = scratch[1][inside]
 
     def _blocks(self, row: int, col: int, height: int, width: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ __all__ = [
     "BlockPlaceError",
     "Head",
     "HeadCache",
+    "Part",
     "RangeFile",
     "block_span",
     "blocks_of",
@@ -37,6 +38,9 @@ __all__ = [
 
 Span = tuple[int, int]
 """Range of a file as (first byte, first byte after it)."""
+
+Part = tuple[int, bytes]
+"""Bytes of a file as (first byte, bytes)."""
 
 Get = Callable[[Span], bytes]
 """Function that fetches exactly these bytes, or raises."""
@@ -124,14 +128,28 @@ class RangeFile:
         size: Size of the file in bytes.
         version: Version of the file, as its head states it.
         error: Error of the last failed fetch for GDAL, which would only report "read error".
+        keep: Function that gets the first byte and the bytes of each answer, for a later use of the file; or None.
+        identity: Key that only this version of the file has; None where versions cannot be told apart.
 
     Args:
         head: First bytes and size of the file.
         get: Function that fetches a span.
         remote: Whether several spans are worth fetching at once.
+        parts: Bytes of the same version of the file that were fetched before.
+        keep: The attribute `keep`.
+        identity: The attribute `identity`.
     """
 
-    def __init__(self, head: Head, get: Get, *, remote: bool = True) -> None:
+    def __init__(
+        self,
+        head: Head,
+        get: Get,
+        *,
+        remote: bool = True,
+        parts: Sequence[Part] = (),
+        keep: Callable[[int, bytes], None] | None = None,
+        identity: Hashable = None,
+    ) -> None:
         if head.size is None:
             raise ValueError("a file of unknown size cannot be read in ranges")
         self.size = head.size
@@ -139,7 +157,10 @@ class RangeFile:
         self.error: BaseException | None = None
         self._get = get
         self._remote = remote
-        self._parts: list[tuple[int, bytes]] = [(0, head.data[: head.size])]
+        self.keep = keep
+        self.identity = identity
+        self._parts: list[Part] = [(0, head.data[: head.size]), *parts]
+        self._lasting = len(self._parts)
 
     @property
     def head(self) -> bytes:
@@ -156,16 +177,17 @@ class RangeFile:
         Raises:
             Exception: The error of the fetching function.
         """
-        wanted = [span for span in merge(spans, self.size) if self._find(span) is None]
+        wanted = merge((span for span in spans if self._find(span) is None), self.size)
         if not wanted:
             return
         several = self._remote and len(wanted) > 1
         answers = list(_pool(os.getpid()).map(self._get, wanted)) if several else [self._get(span) for span in wanted]
-        self._parts += [(start, data) for (start, _), data in zip(wanted, answers, strict=True)]
+        for (start, _), data in zip(wanted, answers, strict=True):
+            self._add(start, data)
 
     def forget(self) -> None:
-        """Drop all bytes but the head: the blocks of a window are needed once."""
-        del self._parts[1:]
+        """Drop all bytes that were fetched here, except the head: the blocks of a window are needed once."""
+        del self._parts[self._lasting :]
 
     def take(self, start: int, stop: int) -> bytes:
         """Bytes for GDAL, fetched now if they are not here; after an error, kept in `error`, they are empty."""
@@ -176,7 +198,7 @@ class RangeFile:
             except BaseException as error:  # noqa: BLE001 - raised again by the reader; GDAL would swallow an interrupt
                 self.error = error
                 return b""
-            self._parts.append(part)
+            self._add(*part)
         return part[1][start - part[0] : stop - part[0]]
 
     def view(self, start: int, stop: int) -> memoryview:
@@ -187,7 +209,12 @@ class RangeFile:
             part = self._find((start, min(stop, self.size))) or (start, b"")
         return memoryview(part[1])[start - part[0] : stop - part[0]]
 
-    def _find(self, span: Span) -> tuple[int, bytes] | None:
+    def _add(self, start: int, data: bytes) -> None:
+        self._parts.append((start, data))
+        if self.keep is not None:
+            self.keep(start, data)
+
+    def _find(self, span: Span) -> Part | None:
         return next((p for p in self._parts if p[0] <= span[0] and span[1] <= p[0] + len(p[1])), None)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ingest.plan.task import Recipe, ShardTask
+from ingest.raster.kept import KnownFile, kept_bytes
 from ingest.raster.limits import Access
 from ingest.run.shard import fill_shard
 from ingest.trust.hrefs import is_url
@@ -28,7 +30,14 @@ _being_made: set[int] = set()
 
 
 def ingest_shard(
-    task: ShardTask, recipe: Recipe, url: str, access: Access, *, fence: str | None = None, again: bool = False
+    task: ShardTask,
+    recipe: Recipe,
+    url: str,
+    access: Access,
+    *,
+    fence: str | None = None,
+    again: bool = False,
+    known: Sequence[KnownFile] = (),
 ) -> tuple[LedgerRow, int]:
     """Fill one shard, write it and record it in the ledger; a second call leaves the same bytes.
 
@@ -42,6 +51,7 @@ def ingest_shard(
         access: Limits of reading.
         fence: Token of the run's lock; nothing is written once the run has lost the lock.
         again: Make the shard although its row is "done".
+        known: What planning read of the files of the shard.
 
     Returns:
         The shard's row, and how many pixels were read from files.
@@ -49,8 +59,14 @@ def ingest_shard(
     remote = any(is_url(asset.href) for source in task.sources for asset in source.assets)
 
     def make(give_way: Callable[[], None]) -> tuple[LedgerRow, int]:
-        with _making():
-            return _make_shard(task, recipe, url, access, fence, again, give_way)
+        kept = kept_bytes(os.getpid())
+        kept.borrow(known)
+        try:
+            with _making():
+                return _make_shard(task, recipe, url, access, fence, again, give_way)
+        finally:
+            for file in known:
+                kept.drop(file.href)
 
     return run_in_slot(make, remote=remote)
 

@@ -32,6 +32,7 @@ __all__ = [
     "explain_wrong_scale",
     "hear_witnesses",
     "hears_raster_metadata",
+    "is_settled_by",
     "needs_closer_look",
     "read_offset",
     "settle_offset",
@@ -45,6 +46,8 @@ UNKNOWN_OFFSET = "nothing states the offset"
 
 _MIN_PIXELS = 256
 """Smallest number of pixels that decide."""
+_MANY_PIXELS = 1 << 16
+"""Smallest number of pixels of a region that settle the offset of its scene."""
 _RAISED_SHARE, _RAISED_LOW = 0.005, (1000, 1600)
 """Largest share of DN below 1000, and range of the first percentile, of pixels that carry the +1000."""
 _DEEP_DN = 750
@@ -300,6 +303,21 @@ def _inside(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     rows = padded[:-2] & padded[1:-1] & padded[2:]
     inside: npt.NDArray[np.bool_] = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
     return inside
+
+
+def is_settled_by(scene: Scene, reading: OffsetReading) -> bool:
+    """Whether the pixels of a small region suffice: there are many, and they clearly agree with undisputed metadata.
+
+    Pixels that contradict the metadata, or do not tell, never suffice: the rest of the scene may tell more.
+    """
+    return (
+        reading.pixels >= _MANY_PIXELS
+        and reading.weight >= _LIKELY
+        and reading.dn_offset == scene.dn_offset
+        and not _is_disputed(scene)
+        and not scene.band_offsets
+        and not scene.offset_evidence.startswith(UNKNOWN_OFFSET)
+    )
 
 
 def needs_closer_look(scene: Scene, reading: OffsetReading) -> bool:

@@ -218,7 +218,7 @@ def test_other_types_and_nodata_are_said(lying: Callable[..., list[Scene]], tmp_
 
 
 def test_a_large_raster_without_overviews_is_sampled_in_windows(tmp_path: Path) -> None:
-    from ingest.plan import probe
+    from ingest.plan.sample import read_sample
 
     path = tmp_path / "large.tif"
     profile = {"driver": "GTiff", "height": 3000, "width": 3000, "count": 1, "dtype": "uint16", "tiled": True,
@@ -226,7 +226,7 @@ def test_a_large_raster_without_overviews_is_sampled_in_windows(tmp_path: Path) 
     with rasterio.open(path, "w", **profile) as dataset:
         dataset.write(land(side=3000), 1)
     with rasterio.open(path) as dataset:
-        sample = probe._sample(dataset, closely=True)
+        sample = read_sample(dataset, closely=True)
         assert [part.shape for part in sample.windows] == [(170, 170)] * 9
         assert sample.reading.state == "subtracted"
 
