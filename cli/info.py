@@ -200,13 +200,14 @@ def register(app: typer.Typer) -> None:
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube or sample store.")],
     ) -> None:
         """Show what is in a cube: grid, bands, dates, chunks, items and completeness; or what a sample store holds."""
-        from zarr_store import open_cube
-        from zarr_store.samples import is_sample_store
+        from zarr_store.read import kind_of, open_cube
 
-        if is_sample_store(cube):
+        kind = kind_of(cube)
+        if kind == "sample store":
             _show_samples(session, cube)
             return
-        _refuse_others(cube)
+        if kind != "cube":
+            _refuse_others(cube)
         opened = open_cube(cube)
         collections = {name: describe(opened, name) for name in opened.collections}
         session.say(opened.url)

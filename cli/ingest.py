@@ -52,7 +52,6 @@ def register(app: typer.Typer) -> None:
     ) -> int:
         """Read, harmonise and write scenes into a sharded Zarr cube. Exit code 3: some asset could not be read."""
         from cli.ingesting import check_report, cube_config, extend_cube, keep_report, plan_of, run_plan
-        from ingest.run.record import RunRecord
 
         check_report(report)
         if overwrite and (append or refresh):
@@ -61,7 +60,11 @@ def register(app: typer.Typer) -> None:
             raise InvalidInput(
                 "--overwrite makes a new cube, --append and --refresh continue the old one: give one of them"
             )
-        record = RunRecord() if report is not None and report.suffix.lower() == ".html" else None
+        record = None
+        if report is not None and report.suffix.lower() == ".html":
+            from ingest.run.record import RunRecord
+
+            record = RunRecord()
         if dry_run:
             from ingest.run.cluster import resolve_dashboard
             from ingest.run.start import describe

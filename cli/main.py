@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from cli import (
@@ -66,14 +67,32 @@ __all__ = ["app", "main"]
 _STOPPED = (75, 130)
 _LEAVE_S = 3.0
 
+
+class _Commands(TyperGroup):
+    """The list of commands, as plain text: to draw it, Rich would import more than all commands together."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write the help of the command without a command."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        self.format_options(ctx, formatter)
+        self.format_epilog(ctx, formatter)
+
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write the name and the first sentence of each command."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in self.commands.items()])
+
+
 app = typer.Typer(
     name="terrashard",
+    cls=_Commands,
     help="From Sentinel scenes to a trained model and a map.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 

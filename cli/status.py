@@ -58,9 +58,9 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> None:
         """Show which shards are done, partial, failed or pending, and why; of a map, how many are done."""
-        from zarr_store import open_cube
+        from zarr_store.read import kind_of, open_cube
 
-        if _show_map(session, cube, watch=watch):
+        if kind_of(cube) != "cube" and _show_map(session, cube, watch=watch):
             return
         if watch:
             follow(session, cube)

@@ -6,7 +6,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tensorstore as ts
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from zarr_store.blocks import Blocks
     from zarr_store.grid import Grid
 
-__all__ = ["Cube", "await_read", "is_cube", "open_cube", "read_tensorstore"]
+__all__ = ["Cube", "await_read", "is_cube", "kind_of", "open_cube", "read_tensorstore"]
 
 # Decoded chunks shared by all arrays that a process opens: an epoch touches each chunk several times in a row.
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
@@ -45,6 +45,22 @@ def is_cube(store: Store) -> bool:
         return "terrashard" in _root_attributes(store)
     except NotACube:
         return False
+
+
+def kind_of(url: str | os.PathLike[str]) -> Literal["cube", "sample store", "map", "other"]:
+    """Tell what is at `url` by its root metadata alone, without importing what reads it; "other" also for nothing."""
+    try:
+        attributes = _root_attributes(open_store(url))
+    except NotACube:
+        return "other"
+    if not isinstance(attributes, dict):
+        return "other"
+    ours = attributes.get("terrashard")
+    if isinstance(ours, dict) and "samples" in ours:
+        return "sample store"
+    if isinstance(ours, dict) and "collections" in ours:
+        return "cube"
+    return "map" if "terrashard_map" in attributes else "other"
 
 
 def open_cube(url: str | os.PathLike[str], *, cache_bytes: int | None = None) -> Cube:

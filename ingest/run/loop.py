@@ -8,97 +8,35 @@ shard is never replaced by one with gaps, and a task writes only while its run h
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
-import uuid
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
-
-from distributed import Client, as_completed
-from distributed.client import FutureCancelledError
-from distributed.comm.core import CommClosedError
-from distributed.scheduler import KilledWorker
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ingest.plan.plan import Plan
 from ingest.plan.stored import PLAN_KEY, check_hrefs, keep_plan, resume_plan
 from ingest.plan.task import ShardTask
 from ingest.raster.access import forbid_gdal_threads
-from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
-from ingest.run.cluster import count_in_flight, open_cluster, prepare
-from ingest.run.dashboard import publish
-from ingest.run.liveness import watch_workers
+from ingest.run.job import Job, Tally, Which, plain_url
 from ingest.run.outcome import IngestEvent, IngestReport
-from ingest.run.record import RunRecord
 from ingest.run.stopping import handle_stop_signals
-from ingest.run.task import ingest_shard, settle
-from ingest.trust.presigned import signed_hrefs
-from ingest.trust.redact import redact_text
-from ingest.worker.guard import memory_note
 from zarr_store.backends import open_store
 from zarr_store.create import create_cube, record_provenance
 from zarr_store.empty import keep_empty
-from zarr_store.errors import AccessError, AssetUnreadable, CubeMismatch, NoSpace, TerrashardError
+from zarr_store.errors import CubeMismatch
 from zarr_store.grow import grow_cube
 from zarr_store.labels import write_cube_item
-from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.lock import CubeLock, read_token
 from zarr_store.read import open_cube
 from zarr_store.strays import sweep_strays
-from zarr_store.write import ShardWriter
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from ingest.run.record import RunRecord
 
 __all__ = ["IngestEvent", "IngestReport", "Job", "Which", "plain_url", "run", "run_job"]
-
-log = logging.getLogger(__name__)
-
-
-_ANSWER_S = 10.0
-"""Seconds to wait for the scheduler to return the row of a finished task."""
-_SETTLE_S = 5.0
-"""Seconds that shards in progress have to finish, before an error that ends the run is raised."""
-
-Which = Literal["all", "absent", "unfinished"]
-"""Shards that a run makes: all that are not done · those never written · those partial or failed."""
-
-
-@dataclass
-class _Tally:
-    """The shards of a run that have ended so far."""
-
-    rows: dict[str, list[LedgerRow]] = field(
-        default_factory=lambda: {"done": [], "partial": [], "failed": [], "skipped": [], "kept": [], "empty": []}
-    )
-    listed: set[tuple[str, ShardIndex]] = field(default_factory=set)
-    errors: list[str] = field(default_factory=list)
-    pixels_read: int = 0
-
-    @property
-    def ended(self) -> int:
-        return sum(len(self.rows[state]) for state in ("done", "partial", "failed"))
-
-    def report(self, job: Job, *, pending: int, seconds: float, snapshot: str | None) -> IngestReport:
-        """Make the report of a job that has ended."""
-
-        def rows(*states: str) -> tuple[LedgerRow, ...]:
-            return tuple(sorted((row for state in states for row in self.rows[state]), key=lambda row: row.index))
-
-        return IngestReport(
-            cube=job.url,
-            plan=job.plan.digest,
-            written=rows("done", "empty"),
-            partial=rows("partial", "kept"),
-            skipped=rows("skipped"),
-            failed=rows("failed"),
-            errors=tuple(self.errors),
-            pending=pending,
-            pixels_read=self.pixels_read,
-            seconds=seconds,
-            snapshot=snapshot,
-        )
 
 
 def run(
@@ -142,56 +80,6 @@ def run(
         return run_job(job, client=client, on_event=on_event, record=record)
 
 
-@dataclass(frozen=True)
-class Job:
-    """The work of one run on a cube whose lock it holds.
-
-    Attributes:
-        plan: What the cube holds or is to hold.
-        url: The cube.
-        lock: The cube's lock, which the caller holds for as long as the job runs.
-        config: How to run: workers, memory, scheduler, limit, on_error.
-        grow: Whether the plan may have more dates and items than the cube; they are added to the cube first.
-        which: Which of the shards that are not done to make.
-        again: (collection, index) of shards to make although they count as done.
-        typed: SOURCE as the user gave it; its own host may have a private address.
-        judge: Whether the plan comes from the cube. Then `config` and `typed` decide which of its files may be opened,
-            before any is opened and before anything is written.
-    """
-
-    plan: Plan
-    url: str
-    lock: CubeLock
-    config: IngestConfig = field(default_factory=IngestConfig)
-    grow: bool = False
-    which: Which = "all"
-    again: frozenset[tuple[str, ShardIndex]] = frozenset()
-    typed: str = ""
-    judge: bool = False
-
-    @property
-    def name(self) -> str:
-        """Message of the commit that ends the run."""
-        return f"ingest of plan {self.plan.digest[:12]}"
-
-    def submit(self, client: Client, task: ShardTask, access: Access, key: str) -> Any:
-        """Hand one shard to the cluster and return the future of its ledger row."""
-        signed = signed_hrefs(asset.href for source in task.sources for asset in source.assets)
-        return client.submit(
-            ingest_shard,
-            task,
-            self.plan.recipe(task.collection),
-            # a worker has another working directory
-            self.url if "://" in self.url else str(Path(self.url).absolute()),
-            replace(access, signed_hrefs=signed) if signed else access,
-            fence=self.lock.token,
-            again=(task.collection, task.index) in self.again,
-            key=key,
-            pure=False,
-            retries=1,
-        )
-
-
 def run_job(
     job: Job,
     *,
@@ -207,9 +95,9 @@ def run_job(
     started = time.monotonic()
     tell = on_event or (lambda event: None)
     forbid_gdal_threads()
-    tally = _Tally()
+    tally = Tally()
     if job.judge:
-        check_hrefs(job.plan, job.config, typed=job.typed, tasks=_what_is_left(job, _Tally()))
+        check_hrefs(job.plan, job.config, typed=job.typed, tasks=_what_is_left(job, Tally()))
     if record:
         record.plan = job.plan
     with handle_stop_signals():
@@ -225,7 +113,9 @@ def run_job(
         done = len(job.plan.tasks) - len(todo)
         tell(IngestEvent("planned", 0, len(now), message=f"{len(now)} shards to make, {done} done"))
         if now:
-            _make(job, now, tally, client, tell, record)
+            from ingest.run.work import make_shards  # Dask
+
+            make_shards(job, now, tally, client, tell, record)
             sweep_strays(job.url)  # left by workers that ended during this run
             if open_cube(job.url).provenance != json.loads(json.dumps(job.plan.provenance())):
                 # a file that can be read again has a verdict that it did not have when the cube was begun
@@ -235,36 +125,6 @@ def run_job(
     report = tally.report(job, pending=len(todo) - len(now), seconds=time.monotonic() - started, snapshot=snapshot)
     tell(IngestEvent("finished", len(now), len(now), message=report.summary()))
     return report
-
-
-def _make(
-    job: Job,
-    tasks: Sequence[ShardTask],
-    tally: _Tally,
-    client: Client | None,
-    tell: Callable[[IngestEvent], None],
-    record: RunRecord | None,
-) -> None:
-    """Make shards on the given client, or on a cluster that is started for them and ends with them."""
-    with ExitStack() as stack:
-        running = client or stack.enter_context(open_cluster(job.config, most=len(tasks)))
-        if client is not None:  # the cluster of a config is prepared as it is opened
-            prepare(client)
-        cube = open_cube(job.url)
-        known = {name: cube.ledger(name).rows() for name in cube.collections}
-        with suppress(OSError):  # the first task reports a scheduler that is gone
-            for name in sorted({task.collection for task in tasks}):
-                if note := memory_note(running, job.plan.recipe(name).spec):
-                    log.warning("%s: %s", name, note)
-        page, tell = publish(running, job.plan, job.url, known, tell)
-        tell(IngestEvent("dashboard", 0, len(tasks), url=page, message="shards, rates and failures, live"))
-        with record.watching(running) if record else nullcontext():
-            _work(running, job, tasks, tally, tell)
-
-
-def plain_url(url: str | os.PathLike[str]) -> str:
-    """Make a path plain, without redundant parts; a URL stays as it is."""
-    return str(Path(os.fspath(url))) if "://" not in os.fspath(url) else os.fspath(url)
 
 
 def _check_same_plan(url: str, plan: Plan) -> None:
@@ -291,7 +151,7 @@ def _check_same_plan(url: str, plan: Plan) -> None:
     )
 
 
-def _list_empty(job: Job, tally: _Tally) -> None:
+def _list_empty(job: Job, tally: Tally) -> None:
     """List the shards that no scene reaches, which makes them complete; they have no objects and need no worker.
 
     The list is written before any shard is made: one that a new scene reaches is no longer in it when it is written.
@@ -314,7 +174,7 @@ def _list_empty(job: Job, tally: _Tally) -> None:
         tally.listed |= {(spec.collection, task.index) for task in new}
 
 
-def _what_is_left(job: Job, tally: _Tally) -> list[ShardTask]:
+def _what_is_left(job: Job, tally: Tally) -> list[ShardTask]:
     """List the tasks that a job has to run; the ledger rows of the others go into the tally."""
     cube = open_cube(job.url)
     ledgers = {collection: cube.ledger(collection).rows() for collection in cube.collections}
@@ -334,89 +194,3 @@ def _what_is_left(job: Job, tally: _Tally) -> list[ShardTask]:
         else:
             left.append(task)
     return left
-
-
-def _work(
-    client: Client, job: Job, tasks: Sequence[ShardTask], tally: _Tally, tell: Callable[[IngestEvent], None]
-) -> None:
-    """Keep a bounded number of tasks in flight until all have ended."""
-    config = job.config
-    access = Access.of(config, job.typed)
-    waiting = iter(tasks)
-    by_key: dict[str, ShardTask] = {}
-    token = uuid.uuid4().hex[:8]  # a scheduler remembers keys, also those that failed in an earlier run
-
-    def submit(count: int) -> list[Any]:
-        futures = []
-        for task in (task for _, task in zip(range(count), waiting, strict=False)):
-            key = f"shard-{task.collection}-{'-'.join(map(str, task.index))}-{task.key[:8]}-{token}"
-            by_key[key] = task
-            futures.append(job.submit(client, task, access, key))
-        return futures
-
-    queue = as_completed(submit(count_in_flight(client, config)), loop=client.loop)  # type: ignore[no-untyped-call]
-    try:
-        with watch_workers(client, queue, is_local=config.running.cluster == "local" and not config.running.scheduler):
-            for future in queue:
-                row = _take(future, by_key[future.key], job, tally)
-                if row is None:
-                    queue.add(future)  # type: ignore[no-untyped-call]
-                    continue
-                del by_key[future.key]
-                why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
-                tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
-                for fresh in submit(count_in_flight(client, config) - len(by_key)):
-                    queue.add(fresh)  # type: ignore[no-untyped-call]
-    except BaseException as error:
-        with suppress(OSError):  # a scheduler that is gone has nothing to cancel
-            client.cancel(list(queue.futures), force=True)  # type: ignore[no-untyped-call]
-        if isinstance(error, NoSpace | AssetUnreadable):
-            # shards that are being written may finish first: without the lock their rows would not be written
-            client.run(settle, _SETTLE_S)
-        raise
-
-
-def _take(future: Any, task: ShardTask, job: Job, tally: _Tally) -> LedgerRow | None:
-    """Put the outcome of one task into the tally; None where its result is lost and the task runs again."""
-    if not future.done():
-        return None
-    try:
-        error = future.exception(timeout=_ANSWER_S)
-        made = None if error else future.result(timeout=_ANSWER_S)
-    except TimeoutError:
-        return None
-    except (FutureCancelledError, CommClosedError) as gone:
-        raise AccessError(
-            f"the Dask scheduler of the run that writes {job.url} is gone; what was written stays, and the same "
-            "command "
-            "continues from there"
-        ) from gone
-    if made is not None:
-        row: LedgerRow = made[0]
-        pixels: int = made[1]
-        tally.pixels_read += pixels
-        tally.rows[row.state].append(row)
-        if row.state != "done":
-            bad = next(source for source in row.sources if source.state == "missing")
-            if job.config.running.on_error == "fail":
-                raise AssetUnreadable.of(bad.item_id, bad.asset or "?", bad.reason or "unknown", "--on-error fail")
-            if row.state == "failed":
-                tally.errors.append(
-                    f"{task.collection} shard {task.index} stays as it was, because asset {bad.asset} of scene "
-                    f"{bad.item_id} could not be read for its new content"
-                )
-        return row
-    if isinstance(error, TerrashardError) or job.config.running.on_error == "fail":
-        raise error
-    text = redact_text(f"{task.collection} shard {task.index}: {type(error).__name__}: {error}")
-    if isinstance(error, KilledWorker):
-        text = (
-            f"{task.collection} shard {task.index}: {error.allowed_failures + 1} workers died while they made it, so "
-            "the run gave it up; if they ran out of memory, give --memory or plan with a --profile of smaller shards, "
-            "then try it again with `terrashard retry-failed`"
-        )
-    log.warning("%s", text)
-    row = ShardWriter(job.url, task.collection).fail(task.region, key=task.key, sources=())
-    tally.rows["failed"].append(row)
-    tally.errors.append(" ".join(text.split())[:300])
-    return row

@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from distributed import Client
+from typing import TYPE_CHECKING, Any
 
 from ingest.pixels.clip import clip_text
 from ingest.pixels.grid_area import is_grid_area, sha_of
@@ -22,7 +20,6 @@ from ingest.plan.stored import kept_plan, require_providers
 from ingest.request.config import IngestConfig
 from ingest.request.selection import parse_interval
 from ingest.run.loop import IngestEvent, IngestReport, Job, plain_url, run_job
-from ingest.run.record import RunRecord
 from ingest.scenes.dedupe import name_apart
 from ingest.scenes.scene import Scene
 from ingest.scenes.search import SearchResult, find_scenes
@@ -32,6 +29,11 @@ from ingest.upkeep.audit import compare, replaced_files
 from ingest.upkeep.contradictions import refuse_contradictions
 from zarr_store.errors import NothingFound
 from zarr_store.lock import CubeLock
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from ingest.run.record import RunRecord
 
 __all__ = ["extend", "plan_extension", "selection_of"]
 

@@ -13,13 +13,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-from distributed import Client
+from typing import TYPE_CHECKING
 
 from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
 from ingest.run.loop import IngestEvent, IngestReport, run
-from ingest.run.record import RunRecord
 from zarr_store.backends import open_store
 from zarr_store.crash import crashpoint
 from zarr_store.durable import sync_folder
@@ -27,6 +25,11 @@ from zarr_store.errors import InvalidInput
 from zarr_store.lock import CubeLock
 from zarr_store.read import is_cube, open_cube
 from zarr_store.temporary import OVERWRITE
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from ingest.run.record import RunRecord
 
 __all__ = ["overwrite"]
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed import Client
 from shapely.geometry import shape
 
 from ingest.plan.stored import check_hrefs, kept_plan
@@ -33,6 +32,9 @@ from zarr_store.lock import CubeLock
 from zarr_store.read import Cube, open_cube
 from zarr_store.spec import STATUS_NODATA
 from zarr_store.verify import Damage, draw_shards, verify_cube
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["Difference", "RepairReport", "SourcesReport", "repair", "retry_failed", "verify_sources"]
 

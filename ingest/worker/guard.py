@@ -22,8 +22,9 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from ingest.trust.hosts import guard_application, machine_names
 from ingest.trust.waits import end_waits
+from ingest.worker.keeper import RateKeeper
 from ingest.worker.meters import stage_totals
-from ingest.worker.rates import RateKeeper, bind_worker
+from ingest.worker.rates import bind_worker
 from zarr_store.errors import InvalidInput
 from zarr_store.printable import make_output_safe
 from zarr_store.spec import CubeSpec

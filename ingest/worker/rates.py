@@ -16,20 +16,18 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from distributed.diagnostics.plugin import SchedulerPlugin
-from distributed.utils import sync
-
 from ingest.trust.providers import PROVIDERS
 from ingest.trust.waits import check_waits, pause
 
-__all__ = ["Crowd", "RateKeeper", "RateLimiter", "bind_worker", "limit_of", "wait_for_turn"]
+__all__ = ["TURN", "Crowd", "RateLimiter", "bind_worker", "limit_of", "wait_for_turn"]
 
 RateLimits = tuple[tuple[str, float], ...]
 """Limits of the user as (host, requests per second); they win over the provider's rule."""
 
 _LOOK_S = 0.5
 """Seconds between checks whether the process is being stopped, while a request waits for its place."""
-_HANDLER = "terrashard_turn"
+TURN = "terrashard_turn"
+"""Name of the handler of the scheduler that gives turns."""
 _bound: list[Any] = []
 
 
@@ -105,22 +103,6 @@ class Crowd:
 _local = RateLimiter()
 
 
-class RateKeeper(SchedulerPlugin):
-    """A plugin that lets the scheduler keep the rate limits of all workers."""
-
-    name = "terrashard-rates"
-    idempotent = True
-
-    async def start(self, scheduler: Any) -> None:
-        """Let workers ask the scheduler when they may send requests."""
-        limiter = RateLimiter()
-
-        async def take(name: str, rate: float, count: int) -> float:
-            return limiter.take(name, rate, count)
-
-        scheduler.handlers[_HANDLER] = take
-
-
 def bind_worker(worker: Any) -> None:
     """Let the scheduler of `worker` count the requests of this process from now on."""
     _bound[:] = [worker]
@@ -158,8 +140,10 @@ def _ask(name: str, rate: float, count: int) -> float:
     for worker in _bound:
         if worker.status.name != "running":
             continue
+        from distributed.utils import sync  # there is a worker, so Dask is imported already
+
         try:
-            answer = sync(worker.loop, getattr(worker.scheduler, _HANDLER), name=name, rate=rate, count=count)
+            answer = sync(worker.loop, getattr(worker.scheduler, TURN), name=name, rate=rate, count=count)
         except (OSError, RuntimeError, TimeoutError):
             break  # the scheduler is ending: the task will run again elsewhere
         return float(answer)

@@ -12,15 +12,13 @@ database again, which for a shard of five files took as long as a tenth of its d
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from typing import TypeVar
-
-from distributed import get_worker, secede
-from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 __all__ = ["computing", "run_in_slot"]
 
@@ -33,6 +31,8 @@ class _Slots:
     """The slots of this process, and the limit on tasks that compute."""
 
     def __init__(self, threads: int) -> None:
+        from distributed.threadpoolexecutor import ThreadPoolExecutor
+
         # Dask's own kind of pool, whose threads do not keep a worker from ending
         self.pool = ThreadPoolExecutor(  # type: ignore[no-untyped-call]
             threads + 1, thread_name_prefix="terrashard-slot"
@@ -51,6 +51,10 @@ def run_in_slot(work: Callable[[GiveWay], T], *, remote: bool) -> T:
         work: The function to run. It gets a function that it may call to let the next task start.
         remote: Whether `work` mostly waits for a network, so that the next task may start at once.
     """
+    if "distributed" not in sys.modules:  # importing it takes longer than many a shard
+        return work(_do_nothing)
+    from distributed import get_worker, secede
+
     try:
         worker = get_worker()
     except ValueError:  # not on a worker

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import ingest.run.loop as running
+import ingest.run.work as running
 from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
+from ingest.run.job import Job
 from ingest.run.loop import run
 from ingest.run.task import ingest_shard
 from zarr_store import crash
@@ -32,7 +33,7 @@ import growing  # type: ignore[import-not-found]  # mypy knows it as tests.inges
 CLIENT: Any = SimpleNamespace(dashboard_link="")
 
 
-def work_here(_client: Any, job: running.Job, tasks: Any, tally: Any, _tell: Any) -> None:
+def work_here(_client: Any, job: Job, tasks: Any, tally: Any, _tell: Any) -> None:
     for task in tasks:
         again = (task.collection, task.index) in job.again
         recipe = job.plan.recipe(task.collection)

@@ -18,7 +18,6 @@ import numpy as np
 import psutil
 import pytest
 
-import ingest.run.loop as running
 import ingest.run.task as making
 from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
@@ -83,7 +82,7 @@ def test_a_second_run_reads_and_changes_nothing(
     assert [e.done for e in events if e.kind == "shard"] == list(range(1, len(plan.tasks) + 1))
     before = tree(cube), times(cube)
     monkeypatch.setattr(making, "fill_shard", lambda *_, **__: pytest.fail("a pixel was read"))
-    monkeypatch.setattr(running, "open_cluster", lambda *_, **__: pytest.fail("a cluster was started"))
+    monkeypatch.setattr("ingest.run.work.open_cluster", lambda *_, **__: pytest.fail("a cluster was started"))
     second = run(plan, cube)
     assert (len(second.written), len(second.skipped), second.pixels_read, second.exit_code) == (
         0,
