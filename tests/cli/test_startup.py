@@ -1,0 +1,50 @@
+"""What commands import: counted in modules, because seconds depend on what else the machine does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ingest.run.loop import run
+
+from ..ingest.small_scenes import land, make_scene, plan_of, write_items, write_tif
+
+_COUNT = (
+    "import json, sys; from cli.main import main; code = main(sys.argv[1:]); "
+    "sys.stderr.write('\\n' + json.dumps([code, sorted(sys.modules)]))"
+)
+
+
+def imported(*words: str) -> list[str]:
+    """Names of the modules that are there when a command has ended well."""
+    command = [sys.executable, "-c", _COUNT, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    code, names = json.loads(done.stderr.splitlines()[-1])
+    assert code == 0, done.stderr
+    found: list[str] = names
+    return found
+
+
+def check(names: Sequence[str], most: int, absent: set[str]) -> None:
+    there = {name.partition(".")[0] for name in names}
+    assert not there & absent
+    assert len(names) <= most, f"{len(names)} modules are imported"
+
+
+def test_the_list_of_commands() -> None:
+    check(imported("--help"), 240, {"rich", "numpy", "pydantic", "zarr_store", "ingest", "jaxtrain"})
+
+
+def test_info_and_status(cube: Path) -> None:
+    heavy = {"xarray", "pandas", "dask", "distributed", "rasterio", "shapely", "scipy", "jax", "jaxtrain", "ingest"}
+    check(imported("info", str(cube)), 780, heavy)
+
+
+def test_an_ingest_that_finds_nothing_to_do(tmp_path: Path) -> None:
+    source = write_items(tmp_path, make_scene("S1", {"blue": write_tif(tmp_path / "blue.tif", land())}))
+    assert run(plan_of(source), tmp_path / "cube.zarr").exit_code == 0
+    names = imported("ingest", str(source), str(tmp_path / "cube.zarr"), "--bands", "blue", "--mask", "none")
+    check(names, 1500, {"xarray", "pandas", "dask", "distributed", "bokeh", "jax"})
