@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, Worker, default_client
+from distributed import Client, LocalCluster, default_client
 from distributed.security import Security
 
 from ingest.request.config import IngestConfig
@@ -25,7 +25,7 @@ from ingest.worker.guard import WORKER_ENVIRONMENT, WORKER_SETTINGS, check_worke
 from ingest.worker.spawn import environment_lent, main_module_left_alone, refuse_unguarded_script
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["choose_client", "count_in_flight", "open_cluster", "prepare", "resolve_dashboard", "runs_here"]
+__all__ = ["choose_client", "count_in_flight", "open_cluster", "prepare", "resolve_dashboard"]
 
 _CONNECT_S = 20
 """Seconds to wait for a scheduler to answer."""
@@ -41,23 +41,13 @@ _PER_THREAD = 3
 _TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 
 
-_SMALL_BYTES = 1 << 30
-"""Bytes to read and to write of a run that starts no processes: two cores decode them in about ten seconds, and the
-start of two processes takes three."""
-_ASKED = frozenset({"scheduler", "cluster", "workers", "hosts", "memory", "threads_per_worker"})
-"""Settings that ask for a certain cluster."""
-
-
 @contextmanager
-def open_cluster(config: IngestConfig, *, most: int | None = None, work_bytes: int | None = None) -> Iterator[Client]:
+def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[Client]:
     """Open a Dask client on the cluster that `config` asks for; a cluster that was started ends with the context.
-
-    Where the settings ask for no certain cluster and there is little to do, threads of this process do it.
 
     Args:
         config: `cluster`, `workers`, `threads_per_worker`, `memory`, `dashboard`, `tls`, or `scheduler`.
         most: Number of tasks; at most as many workers are started.
-        work_bytes: Bytes that the tasks read and write; None where that is unknown.
 
     Raises:
         AccessError: No scheduler answers at `config.running.scheduler`.
@@ -82,10 +72,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None, work_bytes: i
             workers = min(config.running.workers, most or config.running.workers)
             least = min(config.running.workers_least or workers, workers)
             try:
-                if _is_small(config, work_bytes):
-                    cluster = stack.enter_context(_threads(workers, dashboard))
-                    least = workers = 1
-                elif config.running.cluster == "local":
+                if config.running.cluster == "local":
                     refuse_unguarded_script()
                     stack.enter_context(main_module_left_alone())
                     stack.enter_context(environment_lent(WORKER_ENVIRONMENT))
@@ -115,7 +102,15 @@ def choose_client(client: Client | None, config: IngestConfig) -> Client | None:
     Raises:
         InvalidInput: The client is asynchronous, so this function could not wait for its tasks.
     """
-    if client is None and not _ASKED & config.running.model_fields_set:
+    asked = {
+        "scheduler",
+        "cluster",
+        "workers",
+        "hosts",
+        "memory",
+        "threads_per_worker",
+    } & config.running.model_fields_set
+    if client is None and not asked:
         with suppress(ValueError):  # there is none
             client = default_client()  # type: ignore[no-untyped-call]
             if client.asynchronous:
@@ -127,18 +122,6 @@ def choose_client(client: Client | None, config: IngestConfig) -> Client | None:
             "asynchronous=True (it also works inside a running event loop), or none"
         )
     return client
-
-
-def _is_small(config: IngestConfig, work_bytes: int | None) -> bool:
-    """Whether a run starts no processes: the settings ask for no certain cluster, and it reads and writes little."""
-    asked = config.running.model_fields_set & (_ASKED | {"tls"})
-    return not asked and work_bytes is not None and work_bytes <= _SMALL_BYTES
-
-
-def runs_here(client: Client) -> bool:
-    """Whether the workers of a client are threads of this process."""
-    workers = getattr(client.cluster, "workers", None)
-    return bool(workers) and all(isinstance(worker, Worker) for worker in workers.values())
 
 
 def prepare(client: Client) -> None:
@@ -246,30 +229,9 @@ def _local(config: IngestConfig, workers: int, dashboard: str, security: Securit
         security=security,
         protocol="tls://" if security is not None else "tcp://",
     )  # type: ignore[no-untyped-call]
-    _guard_scheduler(cluster, dashboard)
-    return cluster
-
-
-def _guard_scheduler(cluster: LocalCluster, dashboard: str) -> None:
-    """Let the pages of a scheduler check the Host header; Dask lets every page open its web sockets."""
+    # Dask itself checks no Host header and lets every page open its web sockets
     scheduler: Any = cluster.scheduler
     guard_application(scheduler.http_application, {dashboard.rpartition(":")[0].lower(), *machine_names()})
-
-
-def _threads(threads: int, dashboard: str) -> LocalCluster:
-    """One worker in this process: it starts in a tenth of the time of a process."""
-    _silence_dask()
-    cluster = LocalCluster(
-        n_workers=1,
-        threads_per_worker=threads,
-        processes=False,
-        host="127.0.0.1",
-        protocol="tcp://",  # Dask's way without ports asks for the machine's address on other networks
-        dashboard_address=dashboard,
-        memory_limit=0,  # of this process, Dask could only pause the work
-        silence_logs=logging.ERROR,
-    )  # type: ignore[no-untyped-call]
-    _guard_scheduler(cluster, dashboard)
     return cluster
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ingest.plan.plan import Plan
 from ingest.plan.stored import PLAN_KEY, check_hrefs, keep_plan, resume_plan
 from ingest.plan.task import ShardTask
 from ingest.raster.access import forbid_gdal_threads
+from ingest.raster.kept import kept_bytes
 from ingest.request.config import IngestConfig
+from ingest.run.here import is_small, make_here
 from ingest.run.job import Job, Tally, Which, plain_url
 from ingest.run.outcome import IngestEvent, IngestReport
 from ingest.run.stopping import handle_stop_signals
@@ -113,9 +115,7 @@ def run_job(
         done = len(job.plan.tasks) - len(todo)
         tell(IngestEvent("planned", 0, len(now), message=f"{len(now)} shards to make, {done} done"))
         if now:
-            from ingest.run.work import make_shards  # Dask
-
-            make_shards(job, now, tally, client, tell, record)
+            _make(job, now, tally, client, tell, record)
             sweep_strays(job.url)  # left by workers that ended during this run
             if open_cube(job.url).provenance != json.loads(json.dumps(job.plan.provenance())):
                 # a file that can be read again has a verdict that it did not have when the cube was begun
@@ -125,6 +125,28 @@ def run_job(
     report = tally.report(job, pending=len(todo) - len(now), seconds=time.monotonic() - started, snapshot=snapshot)
     tell(IngestEvent("finished", len(now), len(now), message=report.summary()))
     return report
+
+
+def _make(
+    job: Job,
+    tasks: Sequence[ShardTask],
+    tally: Tally,
+    client: Client | None,
+    tell: Callable[[IngestEvent], None],
+    record: RunRecord | None,
+) -> None:
+    """Make shards in this process where they are few, else on the given client or a cluster."""
+    kept = kept_bytes(os.getpid())
+    try:
+        if client is None and record is None and is_small(job.plan, tasks, job.config):
+            make_here(job, tasks, tally, tell)
+        else:
+            from ingest.run.work import make_shards  # Dask
+
+            make_shards(job, tasks, tally, client, tell, record)
+    finally:  # what planning read of their files
+        for href in {asset.href for task in tasks for source in task.sources for asset in source.assets}:
+            kept.drop(href)
 
 
 def _check_same_plan(url: str, plan: Plan) -> None:

@@ -19,24 +19,22 @@ from distributed.client import FutureCancelledError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from ingest.plan.plan import Plan
 from ingest.plan.task import ShardTask
 from ingest.raster.kept import kept_bytes
 from ingest.raster.limits import Access
-from ingest.run.cluster import count_in_flight, open_cluster, prepare, runs_here
+from ingest.run.cluster import count_in_flight, open_cluster, prepare
 from ingest.run.dashboard import publish
 from ingest.run.job import Job, Tally
 from ingest.run.liveness import watch_workers
 from ingest.run.outcome import IngestEvent
 from ingest.run.record import RunRecord
+from ingest.run.rows import take_error, take_row
 from ingest.run.task import ingest_shard, settle
 from ingest.trust.presigned import signed_hrefs
-from ingest.trust.redact import redact_text
 from ingest.worker.guard import memory_note
-from zarr_store.errors import AccessError, AssetUnreadable, NoSpace, TerrashardError
+from zarr_store.errors import AccessError, AssetUnreadable, NoSpace
 from zarr_store.ledger import LedgerRow
 from zarr_store.read import open_cube
-from zarr_store.write import ShardWriter
 
 __all__ = ["make_shards"]
 
@@ -60,9 +58,7 @@ def make_shards(
 ) -> None:
     """Make shards on the given client, or on a cluster that is started for them and ends with them."""
     with ExitStack() as stack:
-        running = client or stack.enter_context(
-            open_cluster(job.config, most=len(tasks), work_bytes=_work_bytes(job.plan, tasks))
-        )
+        running = client or stack.enter_context(open_cluster(job.config, most=len(tasks)))
         if client is not None:  # the cluster of a config is prepared as it is opened
             prepare(client)
         cube = open_cube(job.url)
@@ -73,41 +69,15 @@ def make_shards(
                     log.warning("%s: %s", name, note)
         page, tell = publish(running, job.plan, job.url, known, tell)
         tell(IngestEvent("dashboard", 0, len(tasks), url=page, message="shards, rates and failures, live"))
-        try:
-            with record.watching(running) if record else nullcontext():
-                _work(running, job, tasks, tally, tell)
-        finally:
-            _forget(tasks)
-
-
-def _forget(tasks: Sequence[ShardTask]) -> None:
-    """Release what planning read of the files of some tasks."""
-    kept = kept_bytes(os.getpid())
-    for href in {asset.href for task in tasks for source in task.sources for asset in source.assets}:
-        kept.drop(href)
-
-
-def _work_bytes(plan: Plan, tasks: Sequence[ShardTask]) -> int | None:
-    """Estimate the bytes that some of the tasks of a plan read and write; None where the plan does not state them."""
-    total = 0.0
-    for name in {task.collection for task in tasks}:
-        stated = plan.statistics.get(name, {})
-        try:
-            whole = int(stated["bytes_to_read"]) + int(stated["bytes_to_write"])
-        except (KeyError, TypeError, ValueError):
-            return None
-        of_all, of_these = (
-            sum(len(task.sources) for task in some if task.collection == name) for some in (plan.tasks, tasks)
-        )
-        total += whole * of_these / max(1, of_all)
-    return round(total)
+        with record.watching(running) if record else nullcontext():
+            _work(running, job, tasks, tally, tell)
 
 
 def _submit(job: Job, client: Client, task: ShardTask, access: Access, key: str) -> Any:
     """Hand one shard to the cluster and return the future of its ledger row."""
     hrefs = [asset.href for source in task.sources for asset in source.assets]
     signed = signed_hrefs(hrefs)
-    known = () if runs_here(client) else kept_bytes(os.getpid()).lend(hrefs, _LENT_BYTES)
+    known = kept_bytes(os.getpid()).lend(hrefs, _LENT_BYTES)
     return client.submit(
         ingest_shard,
         task,
@@ -180,31 +150,12 @@ def _take(future: Any, task: ShardTask, job: Job, tally: Tally) -> LedgerRow | N
             "continues from there"
         ) from gone
     if made is not None:
-        row: LedgerRow = made[0]
-        pixels: int = made[1]
-        tally.pixels_read += pixels
-        tally.rows[row.state].append(row)
-        if row.state != "done":
-            bad = next(source for source in row.sources if source.state == "missing")
-            if job.config.running.on_error == "fail":
-                raise AssetUnreadable.of(bad.item_id, bad.asset or "?", bad.reason or "unknown", "--on-error fail")
-            if row.state == "failed":
-                tally.errors.append(
-                    f"{task.collection} shard {task.index} stays as it was, because asset {bad.asset} of scene "
-                    f"{bad.item_id} could not be read for its new content"
-                )
-        return row
-    if isinstance(error, TerrashardError) or job.config.running.on_error == "fail":
-        raise error
-    text = redact_text(f"{task.collection} shard {task.index}: {type(error).__name__}: {error}")
+        return take_row(*made, task, job, tally)
+    words = ""
     if isinstance(error, KilledWorker):
-        text = (
+        words = (
             f"{task.collection} shard {task.index}: {error.allowed_failures + 1} workers died while they made it, so "
             "the run gave it up; if they ran out of memory, give --memory or plan with a --profile of smaller shards, "
             "then try it again with `terrashard retry-failed`"
         )
-    log.warning("%s", text)
-    row = ShardWriter(job.url, task.collection).fail(task.region, key=task.key, sources=())
-    tally.rows["failed"].append(row)
-    tally.errors.append(" ".join(text.split())[:300])
-    return row
+    return take_error(error, task, job, tally, words=words)

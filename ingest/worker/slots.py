@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from typing import TypeVar
 
-__all__ = ["computing", "run_in_slot"]
+__all__ = ["computing", "run_in_slot", "take_turns"]
 
 T = TypeVar("T")
 GiveWay = Callable[[], None]
@@ -41,6 +41,7 @@ class _Slots:
 
 
 _slots: _Slots | None = None
+_here: threading.Semaphore | None = None
 _making = threading.Lock()
 
 
@@ -77,9 +78,20 @@ def _do_nothing() -> None:
 
 
 @contextmanager
+def take_turns(threads: int) -> Iterator[None]:
+    """Let at most so many threads of this process compute at once, during the `with` block."""
+    global _here
+    before, _here = _here, threading.Semaphore(threads)
+    try:
+        yield
+    finally:
+        _here = before
+
+
+@contextmanager
 def computing() -> Iterator[None]:
     """Wait for a core of this worker, and hold it for the `with` block, which must not wait for the network."""
-    with nullcontext() if _slots is None else _slots.compute:
+    with _here or (nullcontext() if _slots is None else _slots.compute):
         yield
 
 
