@@ -16,6 +16,7 @@ TOPICS = (
     "ingest_plan",
     "ingest_memory",
     "ingest_speed",
+    "small_region",
     "train_input",
     "train_step",
     "train_gpu",

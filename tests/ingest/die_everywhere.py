@@ -163,6 +163,8 @@ def main(folder: Path, kind: Literal["folder", "icechunk"]) -> None:
     if kind == "icechunk":
         # once here, not in every child; but not icechunk itself, whose threads no child would have
         importlib.import_module("zarr_store.repository")
+    for name in ("imagecodecs._blosc", "odc.geo.geobox", "zarr_store.read"):  # what a run imports when it needs it
+        importlib.import_module(name)
     config = IngestConfig(store=kind)
     layout = Layout("t", (1, 16, 16), (1, 64, 64))
     scenes = [growing.scene(folder / "scenes", day) for day in (10, 12, 15)]
