@@ -21,6 +21,7 @@ from ingest.pixels.mask import NO_DATA_CLASS
 from ingest.plan.target import project_bounds, region_lonlat
 from ingest.raster.blocks import BlockReader, check_streams
 from ingest.raster.gdal_read import read_window
+from ingest.raster.kept import KeptPixels
 from ingest.raster.ranges import blocks_of, find_range_file
 from ingest.request.config import IngestConfig
 from ingest.scenes.scene import AssetRef
@@ -31,7 +32,7 @@ from zarr_store.ground import turn_of
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
-__all__ = ["Coverage", "Near", "choose_coverage_band", "find_window", "measure_coverage", "read_blocks"]
+__all__ = ["Coverage", "choose_coverage_band", "find_window", "measure_coverage", "read_blocks"]
 
 Bool = npt.NDArray[np.bool_]
 
@@ -60,26 +61,6 @@ class Coverage:
     negative: float | None = None
 
 
-@dataclass(frozen=True)
-class Near:
-    """Pixels of the blocks of a file that the region touches.
-
-    Attributes:
-        window: (row, col, height, width) of the pixels in the raster.
-        pixels: The pixels, as the file stores them.
-    """
-
-    window: tuple[int, int, int, int]
-    pixels: npt.NDArray[Any]
-
-    def cut(self, window: tuple[int, int, int, int]) -> npt.NDArray[Any] | None:
-        """The pixels of a window of the raster; None where they are not all here."""
-        (row, col, height, width), (top, left, tall, wide) = window, self.window
-        if not (top <= row and left <= col and row + height <= top + tall and col + width <= left + wide):
-            return None
-        return self.pixels[row - top : row - top + height, col - left : col - left + width]
-
-
 def choose_coverage_band(assets: Mapping[str, AssetRef], mask_layer: str | None) -> str | None:
     """Choose the band that coverage is measured on: the layer that masks are made from, else the first data band.
 
@@ -93,7 +74,7 @@ def choose_coverage_band(assets: Mapping[str, AssetRef], mask_layer: str | None)
 
 
 def measure_coverage(
-    dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestConfig, *, near: Near | None = None
+    dataset: DatasetReader, grid: Grid, asset: AssetRef, config: IngestConfig, *, near: KeptPixels | None = None
 ) -> Coverage | None:
     """Measure how the scene of an open file covers the region of `config`, or its own raster where there is no region.
 
@@ -115,7 +96,7 @@ def measure_coverage(
     if height * width > _WHOLE_PX and (file := find_range_file(dataset)) is not None:
         file.keep = None  # averages, and windows here and there, are of no use for the ingest
     if height * width <= _WHOLE_PX:
-        known = near.cut((row, col, height, width)) if near is not None else None
+        known = near.cut(near.identity, (row, col, height, width)) if near is not None else None
         pixels = known if known is not None else read_blocks(dataset, (row, col, height, width))
         parts = [(grid.window(row, col, height, width), pixels)]
     elif dataset.overviews(1) and not (is_class and dataset.driver != "GTiff"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,11 @@ import numpy as np
 from pyproj.exceptions import ProjError
 from shapely.geometry import shape
 
-from ingest.plan.coverage import Coverage, Near, choose_coverage_band, find_window, measure_coverage
-from ingest.plan.sample import Sample, is_read_whole, measure_blocks, read_near, read_sample
+from ingest.plan.coverage import Coverage, choose_coverage_band, find_window, measure_coverage
+from ingest.plan.sample import Sample, is_read_whole, measure_blocks, read_near, read_sample, trim
 from ingest.plan.tags import describe_conversion, find_refusals, follow_offset_of_files, stored_type
 from ingest.raster.faults import is_file_fault
+from ingest.raster.kept import KeptPixels, kept_bytes
 from ingest.raster.ranges import find_range_file
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS
@@ -258,9 +260,13 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
             remember_header(dataset, access)
         if not with_pixels:
             return _Header(probe)
-        near = _near(dataset, window) if window is not None and not is_read_whole(dataset) else None
-        sample = coverage = None
-        if near is not None:
+        sample = coverage = near = None
+        if window is not None and not is_read_whole(dataset):
+            if file is not None:
+                file.keep = None  # of the blocks, only the pixels of the region are kept
+            near = _near(dataset, window)
+        if near is not None and window is not None:
+            kept_bytes(os.getpid()).keep_pixels(asset.href, trim(near, window))
             if asset.band == _coverage_band(scene):
                 coverage = measure_coverage(dataset, grid, asset, config, near=near)
             blocks = Sample.of_blocks(near)
@@ -300,7 +306,7 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
     return replace(header, coverage=coverage)
 
 
-def _near(dataset: DatasetReader, window: tuple[int, int, int, int]) -> Near | None:
+def _near(dataset: DatasetReader, window: tuple[int, int, int, int]) -> KeptPixels | None:
     """Pixels of the blocks of the region; None where one is damaged, which the ingest will report."""
     try:
         return read_near(dataset, window)

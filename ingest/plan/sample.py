@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ingest.plan.coverage import Near, read_blocks
+from ingest.plan.coverage import read_blocks
 from ingest.raster.gdal_read import read_window
-from ingest.raster.ranges import BlockPlaceError, block_span
+from ingest.raster.kept import KeptPixels
+from ingest.raster.ranges import BlockPlaceError, block_span, find_range_file
 from ingest.scenes.offsets import OffsetReading, read_offset
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from ingest.raster.values import Values
 
-__all__ = ["Sample", "is_read_whole", "measure_blocks", "read_near", "read_sample"]
+__all__ = ["Sample", "is_read_whole", "measure_blocks", "read_near", "read_sample", "trim"]
 
 _SIDE_PX = 512
 """Longest side of a sample, in pixels."""
@@ -30,6 +31,8 @@ _FULL_READ_PIXELS = 2048 * 2048
 """Largest raster without overviews that is read whole for a sample, in pixels."""
 _SMALL_PIXELS = 1024 * 1024
 """Largest raster that is read whole although it has overviews, in pixels."""
+_MARGIN_PX = 16
+"""Pixels around a region that are kept."""
 _MEASURED_BLOCKS = 64
 """Largest number of blocks of one file whose stored sizes are looked up."""
 
@@ -58,7 +61,7 @@ class Sample:
         return replace(self, windows=tuple(values.store(window, "uint16", set()) for window in self.windows))
 
     @classmethod
-    def of_blocks(cls, near: Near) -> Sample:
+    def of_blocks(cls, near: KeptPixels) -> Sample:
         """Make a sample of the blocks of a region; every n-th pixel of every n-th row suffices."""
         step = max(1, -(-max(near.pixels.shape) // _SIDE_PX))
         return cls((near.pixels[::step, ::step],), full_resolution=True)
@@ -96,7 +99,7 @@ def read_sample(dataset: DatasetReader, *, closely: bool = False) -> Sample:
     return Sample(tuple(read_window(dataset, window=window) for window in windows), full_resolution=True)
 
 
-def read_near(dataset: DatasetReader, window: tuple[int, int, int, int]) -> Near:
+def read_near(dataset: DatasetReader, window: tuple[int, int, int, int]) -> KeptPixels:
     """Read the whole blocks that a window (row, col, height, width) touches: the ingest needs each of them anyway."""
     row, col, height, width = window
     tall, wide = dataset.block_shapes[0]
@@ -104,7 +107,18 @@ def read_near(dataset: DatasetReader, window: tuple[int, int, int, int]) -> Near
     bottom = min(dataset.height, -(-(row + height) // tall) * tall)
     right = min(dataset.width, -(-(col + width) // wide) * wide)
     around = (top, left, bottom - top, right - left)
-    return Near(around, read_blocks(dataset, around))
+    file = find_range_file(dataset)
+    return KeptPixels(None if file is None else file.identity, around, read_blocks(dataset, around))
+
+
+def trim(near: KeptPixels, window: tuple[int, int, int, int]) -> KeptPixels:
+    """Cut the pixels of blocks to a window and a margin around it, for grids that are a little larger or resampled."""
+    (row, col, height, width), (top, left, tall, wide) = window, near.window
+    row0, col0 = max(top, row - _MARGIN_PX), max(left, col - _MARGIN_PX)
+    row1, col1 = min(top + tall, row + height + _MARGIN_PX), min(left + wide, col + width + _MARGIN_PX)
+    pixels = near.pixels[row0 - top : row1 - top, col0 - left : col1 - left].copy()
+    pixels.flags.writeable = False  # several shards may use them
+    return KeptPixels(near.identity, (row0, col0, row1 - row0, col1 - col0), pixels)
 
 
 def measure_blocks(dataset: DatasetReader, window: tuple[int, int, int, int]) -> float | None:

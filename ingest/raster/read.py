@@ -6,6 +6,7 @@ turns an unreadable file into zeros: it raises.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
@@ -18,6 +19,7 @@ from ingest.pixels.mosaic import harmonise_dn
 from ingest.raster.access import Raster, with_raster
 from ingest.raster.blocks import BlockReader, check_streams
 from ingest.raster.gdal_read import read_window
+from ingest.raster.kept import kept_bytes
 from ingest.raster.limits import Access
 from ingest.raster.ranges import blocks_of
 from ingest.raster.resample import pick_resampling, place
@@ -121,19 +123,27 @@ def read_on_grid(
         if stated.packing is not None and file is not None:
             blocks = BlockReader(stated.packing, file, spans=stated.spans, dataset=dataset)
 
+        def known(row: int, col: int, height: int, width: int) -> Pixels | None:
+            if file is None or stated.masked:
+                return None
+            return kept_bytes(os.getpid()).pixels(asset.href, file.identity, (row, col, height, width))
+
         def window(row: int, col: int, height: int, width: int, into: Pixels | None = None) -> Pixels:
             nonlocal pixels_read
             pixels_read += height * width
-            if blocks is None and file is not None:
-                file.fetch(blocks_of(dataset, (row, col, height, width)))
             begun = time.perf_counter()
-            if blocks is not None:
+            raw = known(row, col, height, width)
+            if raw is not None:
+                pass  # planning has decoded them
+            elif blocks is not None:
                 # pixels of another type cannot be decoded straight into the result
                 fits = into is not None and into.dtype == stated.dtype
                 raw = blocks.read(row, col, height, width, into if fits else None)
             else:
                 assert dataset is not None, "a file that needs GDAL is open"
                 if file is not None:
+                    file.fetch(blocks_of(dataset, (row, col, height, width)))
+                    begun = time.perf_counter()
                     check_streams(dataset, file, (row, col, height, width))
                 raw = read_window(dataset, window=Window(col, row, width, height))
                 if file is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 import time
 
-from ingest.raster.kept import KeptBytes
+import numpy as np
+
+from ingest.raster.kept import KeptBytes, KeptPixels
 from ingest.raster.ranges import Head, HeadCache
 
 
@@ -70,3 +72,30 @@ def test_what_is_known_is_lent_to_another_process() -> None:
     assert abs(found.until - head("a").until) < 5
     assert theirs.parts("a", head("a")) == ((100, bytes(50)),)
     assert ours.head("a") is not None, "they stay here until the run has ended"
+
+
+def test_pixels_of_a_region_are_those_of_one_version_and_place() -> None:
+    kept, image = KeptBytes(), np.arange(100, dtype=np.uint16).reshape(10, 10)
+    kept.keep_pixels("a", KeptPixels(("a", "1"), (20, 30, 10, 10), image))
+    found = kept.pixels("a", ("a", "1"), (22, 33, 4, 5))
+    assert found is not None
+    np.testing.assert_array_equal(found, image[2:6, 3:8])
+    assert kept.pixels("a", ("a", "2"), (22, 33, 4, 5)) is None, "another version"
+    for outside in ((19, 30, 2, 2), (20, 29, 2, 2), (20, 30, 11, 2), (20, 30, 2, 11)):
+        assert kept.pixels("a", ("a", "1"), outside) is None
+    kept.keep_head("a", head("a"))
+    assert kept.nbytes == 10 + image.nbytes
+    (lent,) = kept.lend(["a"], 1000)
+    assert lent.pixels is not None
+    assert kept.lend(["a"], 100)[0].pixels is None, "more than may be sent along"
+    kept.drop("a")
+    assert (kept.nbytes, kept.pixels("a", ("a", "1"), (20, 30, 1, 1))) == (0, None)
+    theirs = KeptBytes()
+    theirs.borrow([lent])
+    assert theirs.pixels("a", ("a", "1"), (20, 30, 1, 1)) is not None
+
+
+def test_a_file_whose_versions_cannot_be_told_apart_gives_no_pixels() -> None:
+    kept = KeptBytes()
+    kept.keep_pixels("a", KeptPixels(None, (0, 0, 2, 2), np.zeros((2, 2), np.uint8)))
+    assert kept.pixels("a", None, (0, 0, 1, 1)) is None
