@@ -136,7 +136,7 @@ def run_plan(
         cube: Place of the cube: a folder, or the URL of a bucket.
         config: How to run; None for the defaults.
         client: A Dask client. None uses the current one of this process, unless settings ask for a cluster; without
-            one, processes of this machine are started and end with the run, or for a small plan threads of this process.
+            one, processes of this machine are started and end with the run; a small plan runs in threads of this one.
         overwrite: Replace the cube that is there when the new one is complete.
         progress: Whether to show a bar; None shows it in a terminal and in a notebook.
         on_event: Called in this thread with every shard that ends.
