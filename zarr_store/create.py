@@ -18,6 +18,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from zarr_store.attributes import pack_attribute
 from zarr_store.backends import open_store, store_for
+from zarr_store.conventions import Level, multiscales
 from zarr_store.errors import CubeMismatch, InvalidInput
 from zarr_store.georeference import georeference
 from zarr_store.keys import RESERVED_NAMES
@@ -117,7 +118,8 @@ def lay_out(
                 "format": FORMAT_VERSION,
                 "collections": [s.collection for s in specs],
                 "provenance": json.loads(json.dumps(dict(provenance))),
-            }
+            },
+            **_pyramids(specs),
         },
     )
     overviews = root.create_group("overview")
@@ -219,6 +221,25 @@ def _in_words(value: Any) -> str:
         return text if len(text) <= _READABLE else f"{len(value)} ({_in_words(value[0])} … {_in_words(value[-1])})"
     text = str(value)
     return text if len(text) <= _READABLE else f"{text[: _READABLE - 1]}…"
+
+
+def _pyramids(specs: Sequence[CubeSpec]) -> dict[str, Any]:
+    """Return the attributes that name each collection and its overview as levels of one pyramid.
+
+    They stand in the root, as a path of `multiscales` never leads out of the group that has it. Readers match arrays of
+    levels by name, so collections whose main arrays have the same name would be taken for overviews of each other: such
+    cubes name none.
+    """
+    if len({spec.kind for spec in specs}) < len(specs):
+        return {}
+    levels = []
+    for spec in specs:
+        coarse = spec.grid.coarsen(OVERVIEW_FACTOR)
+        levels += [
+            Level(spec.collection, spec.grid),
+            Level(f"overview/{spec.collection}", coarse, spec.collection, OVERVIEW_FACTOR),
+        ]
+    return multiscales(levels)
 
 
 def _create_array(group: zarr.Group, spec: CubeSpec, array: ArraySpec, coordinates: str) -> None:

@@ -9,35 +9,46 @@ import zarr
 from pyproj import CRS
 from zarr.codecs import ZstdCodec
 
+from zarr_store.conventions import list_conventions
 from zarr_store.grid import Grid
 
 __all__ = ["georeference", "write_axes"]
 
 
-def georeference(grid: Mapping[str, Any], bounds: Sequence[float], wkt: str) -> dict[str, Any]:
-    """Return the GeoZarr attributes `proj:` and `spatial:` of a group on `grid` (crs, transform, shape)."""
+def georeference(
+    grid: Mapping[str, Any], bounds: Sequence[float], wkt: str, *, dims: tuple[str, str] = ("y", "x")
+) -> dict[str, Any]:
+    """Return the GeoZarr attributes `proj:` and `spatial:` of a group on `grid` (crs, transform, shape).
+
+    Args:
+        grid: JSON form of the grid.
+        bounds: Its left, bottom, right and top.
+        wkt: Its CRS.
+        dims: Names of the dimensions of rows and columns.
+    """
     crs = str(grid["crs"])
     return {
+        "zarr_conventions": list_conventions("proj", "spatial"),
         ("proj:code" if crs.startswith("EPSG:") else "proj:wkt2"): crs if crs.startswith("EPSG:") else wkt,
-        "spatial:dimensions": ["y", "x"],
+        "spatial:dimensions": list(dims),
         "spatial:transform": list(grid["transform"]),
         "spatial:shape": list(grid["shape"]),
         "spatial:bbox": list(bounds),
     }
 
 
-def write_axes(group: zarr.Group, grid: Grid) -> None:
-    """Write pixel centres `y` and `x`, and `spatial_ref` as CF and GDAL define it."""
+def write_axes(group: zarr.Group, grid: Grid, *, dims: tuple[str, str] = ("y", "x")) -> None:
+    """Write pixel centres `y` and `x`, or by the names of `dims`, and `spatial_ref` as CF and GDAL define it."""
     crs = CRS(grid.crs)
     if crs.is_geographic:
         axes = {"x": ("longitude", "degrees_east"), "y": ("latitude", "degrees_north")}
     else:
         axes = {"x": ("projection_x_coordinate", "m"), "y": ("projection_y_coordinate", "m")}
-    for name, values in (("y", grid.y()), ("x", grid.x())):
+    for axis, name, values in (("y", dims[0], grid.y()), ("x", dims[1], grid.x())):
         array = group.create_array(
             name, shape=values.shape, dtype=values.dtype, dimension_names=(name,),
             compressors=[ZstdCodec(checksum=True)],
-            attributes={"standard_name": axes[name][0], "units": axes[name][1]},
+            attributes={"standard_name": axes[axis][0], "units": axes[axis][1]},
         )  # fmt: skip
         array[...] = values
     a, _, c, _, e, f = grid.transform

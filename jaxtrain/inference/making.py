@@ -25,6 +25,7 @@ import numpy.typing as npt
 import zarr
 
 from jaxtrain.inference.maps import CHUNK, Map, MapWriter, is_map, refuse_other
+from jaxtrain.inference.overviews import write_overviews
 from zarr_store.bounded import load_json
 from zarr_store.chunk_stats import ChunkStats
 from zarr_store.crash import crashpoint
@@ -281,6 +282,8 @@ def finish(making: Making, url: str | Path) -> None:
     """
     target = FolderStore.at(url)
     with translate_os_errors(target.url):
+        write_overviews(making.store, making.names, CHUNK)
+        crashpoint("map overviews made")
         sync_tree(making.store.root)
         if target.exists():
             refuse_other(target)

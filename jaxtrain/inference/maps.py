@@ -7,6 +7,7 @@
     MAP.zarr/value         (y, x) float32       in place of these: the predicted value, nan = no data; or scaled int16
     MAP.zarr/modalities    (y, x) uint16        of a network of several: bit i is set where modality i was there
     MAP.zarr/{y,x,spatial_ref}                  pixel centres and CRS
+    MAP.zarr/overview/{4,16,…}/                 coarser copies of the layers of a map that is larger than a chunk
     MAP.zarr/_terrashard/ledger/map/            one row for each box of the map: what it was made of, and its digests
 
 A map of each date has an axis `time` before the others. Class names, colours and the model's run are attributes.
@@ -33,6 +34,7 @@ from zarr.codecs import ZstdCodec
 
 from jaxtrain.data.classes import Classes
 from jaxtrain.inference.layers import NODATA, MapLayers
+from jaxtrain.inference.overviews import write_overviews
 from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.folder import FolderStore
@@ -196,6 +198,7 @@ def create_map(
     with store.beside() as fresh, translate_os_errors(store.url):
         make_arrays(fresh, grid, classes, kind, attributes=attributes)
         yield MapWriter(zarr.open_group(str(fresh.root), mode="r+", use_consolidated=False), probabilities)
+        write_overviews(fresh, kind.names, CHUNK)
         if store.exists():
             remove_folder(store.root)
 
