@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -136,6 +136,19 @@ class Plan:
         tasks = [[t.collection, t.index, t.region.to_list(), sorted(s.identity for s in t.sources)] for t in self.tasks]
         rules = [[recipe.rules(), list(recipe.spec.times)] for recipe in self.recipes]
         return digest({"recipes": rules, "items": bare, "tasks": tasks})
+
+    def under_rules(self, versions: Mapping[str, int]) -> Self:
+        """Return the plan by other versions of the rules for pixels, which change the keys of its shards.
+
+        Args:
+            versions: Version by collection; others keep theirs.
+        """
+        recipes = tuple(replace(r, version=versions.get(r.spec.collection, r.version)) for r in self.recipes)
+        if recipes == self.recipes:
+            return self
+        by_name = {recipe.spec.collection: recipe for recipe in recipes}
+        tasks = tuple(ShardTask.of(by_name[t.collection], t.index, t.region, t.sources) for t in self.tasks)
+        return replace(self, recipes=recipes, tasks=tasks)
 
     def __repr__(self) -> str:
         parts = [

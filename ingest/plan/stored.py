@@ -64,6 +64,9 @@ def kept_plan(url: str | os.PathLike[str]) -> Plan:
 def resume_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = None) -> Plan:
     """Choose the plan that a run continues with: the cube's own if it differs from `plan` only in which scenes win.
 
+    A cube that an earlier release began is continued by the rules of that release for pixels, so its shards keep their
+    keys.
+
     The order in which scenes win depends on pixels that were read when the plan was made. If more of them can be read
     now, the cube is still finished in the order in which it was begun.
 
@@ -73,13 +76,19 @@ def resume_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = Non
         kind: Kind of store, as for `zarr_store.create.create_cube`.
     """
     store = store_for(url, kind)
-    data = store.read(PLAN_KEY) if store.exists() and is_cube(store) else None
-    if data is None or json.loads(data).get("digest") == plan.digest:
+    if not (store.exists() and is_cube(store)):
+        return plan
+    data = store.read(PLAN_KEY)
+    if data is None:
+        first = plan.under_rules({spec.collection: 1 for spec in plan.specs})
+        return first if open_cube(url).provenance.get("plan") == first.digest else plan
+    if json.loads(data).get("digest") == plan.digest:
         return plan
     try:
         kept = Plan.from_json(data, f"{url}/{PLAN_KEY}")
     except InvalidInput:  # a plan of another release; the metadata show whether it is the same cube
         return plan
+    plan = plan.under_rules({recipe.spec.collection: recipe.version for recipe in kept.recipes})
     if kept.unordered_digest != plan.unordered_digest:
         return plan
     log.info("%s: scenes keep the order in which the cube was begun", url)

@@ -15,14 +15,20 @@ from typing import Any, Literal, Self
 
 from ingest.pixels.grid_area import is_grid_area, sha_of
 from ingest.raster.read import Stored
+from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 from zarr_store.regions import Region
 from zarr_store.spec import MAIN_ARRAYS, CubeSpec
 
 __all__ = ["RULES_VERSION", "PlannedScene", "Recipe", "ShardTask", "SourceAsset", "digest"]
 
-RULES_VERSION = 1
-"""Version of the rules that turn source pixels into cube pixels; shards of an earlier version are made again."""
+RULES_VERSION = 2
+"""Version of the rules that turn source pixels into cube pixels. A cube keeps the version that it was begun with.
+
+1. Edges of pixels that coincide may differ by rounding where a raster is resampled within its CRS, so that a coarser
+   target pixel also gets values of pixels beside those under it.
+2. Such edges are equal.
+"""
 
 
 def digest(value: Any) -> str:
@@ -167,6 +173,7 @@ class Recipe:
         clip: GeoJSON text of an area in lon/lat; pixels outside it have no data. None for the whole grid.
         scenes: Collection of the catalogue whose scenes the group holds, where it has several groups, one for each
             pixel size (`ingest.plan.native`); empty where the group has the collection's name.
+        version: Version of the rules (`RULES_VERSION`).
     """
 
     spec: CubeSpec
@@ -175,6 +182,19 @@ class Recipe:
     mask_dilate_m: float = 0.0
     clip: str | None = None
     scenes: str = ""
+    version: int = RULES_VERSION
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.version <= RULES_VERSION:
+            raise InvalidInput(
+                f"{self.spec.collection} was planned by version {self.version} of the rules for pixels; this release "
+                f"knows 1 … {RULES_VERSION}: use a newer one"
+            )
+
+    @property
+    def exact_edges(self) -> bool:
+        """Whether edges of pixels that coincide are equal numbers where a raster is resampled."""
+        return self.version > 1
 
     @property
     def catalogue(self) -> str:
@@ -206,7 +226,7 @@ class Recipe:
         """All settings that determine pixels, besides region and sources; the time axis determines none."""
         spec = {name: value for name, value in self.spec.to_dict().items() if name != "times"}
         rules = {
-            "version": RULES_VERSION,
+            "version": self.version,
             "spec": spec,
             "mask": [self.mask_layer, sorted(self.mask_classes), self.mask_dilate_m],
         }
@@ -224,6 +244,7 @@ class Recipe:
             "mask_dilate_m": self.mask_dilate_m,
             "clip": self.clip,
             **({"scenes": self.scenes} if self.scenes else {}),
+            **({"rules": self.version} if self.version > 1 else {}),
         }
 
     @classmethod
@@ -236,6 +257,7 @@ class Recipe:
             data["mask_dilate_m"],
             data.get("clip"),
             data.get("scenes", ""),
+            int(data.get("rules", 1)),
         )
 
 

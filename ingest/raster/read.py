@@ -78,6 +78,7 @@ def read_on_grid(
     scene: str = "",
     access: Access | None = None,
     out: Pixels | None = None,
+    exact_edges: bool = True,
     on_version: Callable[[str], None] | None = None,
     on_read: Callable[[int, bool], None] | None = None,
 ) -> Pixels:
@@ -92,6 +93,7 @@ def read_on_grid(
         scene: Item id, for error messages.
         access: Limits and retries.
         out: Array (height, width) of type `stored` that takes the result; its content is undefined if this raises.
+        exact_edges: As for `ingest.raster.resample.place`.
         on_version: Function that is called with the version of the file that is read.
         on_read: Function that is called at the end with the number of pixels that were read from the file, and whether
             the file says by a mask or by another value than 0 which pixels have no data.
@@ -152,7 +154,9 @@ def read_on_grid(
             return values.store(raw, stored, empty)
 
         kernel = pick_resampling(asset.kind, stated.grid, target, resampling)
-        placed = place(window, stated.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out)
+        placed = place(
+            window, stated.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out, exact_edges=exact_edges
+        )
         if on_read is not None:
             on_read(pixels_read, told)
         return placed

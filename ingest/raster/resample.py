@@ -48,6 +48,12 @@ _WHOLE_READ_PX = 1 << 25
 """Largest window that is read in one go for several blocks, in pixels."""
 _TOLERANCE_PX = 1e-6
 """Largest error of the approximate transform, in pixels."""
+_ROUNDING_PX = 2e-6
+"""Largest rounding error of the edge of a canonical block, in pixels of the target."""
+_PLANE = "EPSG:3857"
+"""A CRS for grids in pixels; as both grids of a warp have it, nothing is projected."""
+_UNIT = 2.0
+"""Side of a source pixel there: not 1, as GDAL takes the identity for no georeference; a power of two stays exact."""
 _OUTLINE_POINTS = 33
 """Number of points along each side of a block that are transformed to the source."""
 
@@ -104,6 +110,7 @@ def place(
     dtype: npt.DTypeLike,
     nodata: float,
     out: Array | None = None,
+    exact_edges: bool = True,
 ) -> Array:
     """Resample a raster to `target`.
 
@@ -115,6 +122,8 @@ def place(
         dtype: Type of the source pixels and of the result.
         nodata: Value outside the raster and of pixels without data; such pixels have no weight.
         out: Array of type `dtype` that takes the result.
+        exact_edges: Pixel edges that coincide on the ground are equal numbers for GDAL. False only as cubes of an
+            earlier release were made: by rounding, a kernel then may look at pixels beside those under a target pixel.
 
     Returns:
         `out`, or a fresh array: (height, width) of `target`.
@@ -130,7 +139,7 @@ def place(
     if factor > 1 and resampling == "nearest":
         _repeat(read, source, target, factor, nodata, out)
     else:
-        _warp(read, source, target, resampling, nodata, out)
+        _warp(read, source, target, resampling, nodata, out, exact_edges=exact_edges)
     return out
 
 
@@ -166,7 +175,9 @@ def _repeat(read: WindowReader, source: Grid, target: Grid, factor: int, nodata:
         rows[...] = wide[first : first + len(rows)]
 
 
-def _warp(read: WindowReader, source: Grid, target: Grid, resampling: str, nodata: float, out: Array) -> None:
+def _warp(
+    read: WindowReader, source: Grid, target: Grid, resampling: str, nodata: float, out: Array, *, exact_edges: bool
+) -> None:
     """Warp a raster to the target, canonical block by canonical block."""
     dtype = out.dtype
     out[...] = nodata
@@ -187,8 +198,35 @@ def _warp(read: WindowReader, source: Grid, target: Grid, resampling: str, nodat
         row, col, height, width = window
         pixels = read_part(row, col, height, width)
         with computing(), stage("warp", math.prod(block.shape) * np.dtype(dtype).itemsize):
-            result = _warp_block(pixels, source.window(row, col, height, width), block, resampling, ratios, nodata)
+            part = source.window(row, col, height, width)
+            if exact_edges and source.crs == target.crs:
+                part, block = _in_pixels(part, block)
+            result = _warp_block(pixels, part, block, resampling, ratios, nodata)
         out[inside] = result[cut]
+
+
+def _in_pixels(source: Grid, block: Grid) -> tuple[Grid, Grid]:
+    """Return two grids of one CRS in pixels of the source, where edges that coincide are equal numbers.
+
+    In map units an edge may miss the other by a rounding error, and `mode`, `average` and the other statistics of GDAL
+    then take in a whole row or column of pixels beside the target pixel.
+    """
+    (sx, sy), (tx, ty) = source.resolution, block.resolution
+    rx, ry = _snapped(tx / sx, 1e-9), _snapped(ty / sy, 1e-9)
+    x = _snapped((block.transform[2] - source.transform[2]) / sx, _ROUNDING_PX * max(1.0, rx))
+    y = _snapped((source.transform[5] - block.transform[5]) / sy, _ROUNDING_PX * max(1.0, ry))
+    own = Grid(_PLANE, (_UNIT, 0.0, 0.0, 0.0, -_UNIT, 0.0), source.shape)
+    return own, Grid(_PLANE, (rx * _UNIT, 0.0, x * _UNIT, 0.0, -ry * _UNIT, -y * _UNIT), block.shape)
+
+
+def _snapped(pixels: float, error: float) -> float:
+    """Return a number of pixels without its rounding error, where it is one of few decimals.
+
+    >>> _snapped(494.999999, 6e-6), _snapped(0.0003 / 0.0001, 1e-9), _snapped(4 / 3, 1e-9)
+    (495.0, 3.0, 1.3333333333333333)
+    """
+    near = round(pixels, 3)
+    return near if abs(pixels - near) < error else pixels
 
 
 def _warp_block(

@@ -93,7 +93,7 @@ def fill_shard(
             return out
         return read_on_grid(
             asset, asset.header, window, asset.resampling,
-            stored=asset.stored, scene=asset.scene, access=access, out=out,
+            stored=asset.stored, scene=asset.scene, access=access, out=out, exact_edges=recipe.exact_edges,
             on_version=lambda version: versions.__setitem__((asset.scene, asset.key), version),
             on_read=lambda pixels, told: notes.add(asset, pixels, told),
         )  # fmt: skip

@@ -73,7 +73,8 @@ def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], in
 
 
 def _refuse_other_rules(there: Recipe, asked: Recipe) -> None:
-    """Refuse new scenes whose rules differ from those of the cube; the layout may, as the cube's own is used."""
+    """Refuse new scenes by other rules than those of the cube; layout and version are always the cube's own."""
+    asked = replace(asked, version=there.version)
     kept, wanted = ({**r.rules(), "spec": {**r.rules()["spec"], "layout": None}} for r in (there, asked))
     differences = list_differences(kept, wanted)
     if differences:
