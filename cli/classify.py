@@ -40,7 +40,8 @@ def register(app: typer.Typer) -> None:
         """Write the class and the probability of each class of images that have no label.
 
         A row holds the path of the image in the folder, its place where it is known, its class (or classes, where an
-        image may have several), and a probability for each class. The file appears when all images are classified.
+        image may have several), and a probability for each class. The file appears when all images are classified. A
+        command that was stopped leaves no file, and begins again when it is repeated.
         """
         from cli.classifying import classify_images
 

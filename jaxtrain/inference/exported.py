@@ -222,9 +222,10 @@ def _write_onnx(path: Path, function: Any, specs: dict[str, Any], weights: Any, 
             warnings.simplefilter("ignore", DeprecationWarning)  # of Flax, in jax2onnx
             made = jax2onnx.to_onnx(function, list(specs.values()), model_name="terrashard",
                                     input_names=list(specs), output_names=[output])  # fmt: skip
-    except NotImplementedError as error:
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InvalidInput(
-            f"ONNX has no counterpart of a layer of {card.config.model.name}: {str(error).splitlines()[0][:200]}; "
+            f"ONNX has no counterpart of a layer of {card.config.model.name}: {lines[0][:200]}; "
             "leave it out with --formats safetensors,stablehlo"
         ) from error
     path.write_bytes(made.SerializeToString(deterministic=True))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -154,6 +158,54 @@ def test_onnx_on_real_windows(real: dict[str, Any], tmp_path: Path) -> None:
     assert weights.keys() == expected.keys()
     assert all(np.array_equal(weights[name], expected[name]) for name in expected)
     assert b"jaxtrain/" not in (tmp_path / "model" / "model.onnx").read_bytes()
+
+
+LACKING = (
+    NotImplementedError("[converter] No plugins registered for primitive 'svd'\nas of this release"),
+    ValueError("reduce_precision: only float32 is supported"),
+    RuntimeError("Primitive 'cumlogsumexp' left output 0 unbound"),
+)
+
+
+@pytest.mark.parametrize("lacking", LACKING, ids=lambda error: type(error).__name__)
+def test_a_layer_that_onnx_lacks_is_named_and_nothing_is_left(
+    real: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: Exception
+) -> None:
+    """The converter stops after the weights are written, by errors of several types."""
+    monkeypatch.setitem(exported._WRITERS, "safetensors", lambda path, *_: path.write_bytes(b"weights"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) or "there")
+    asked: list[list[str]] = []
+
+    def to_onnx(_function: Any, _inputs: Any, **options: Any) -> None:
+        (part,) = tmp_path.iterdir()
+        asked.append(sorted(path.name for path in part.iterdir()))
+        raise lacking
+
+    stand_in = SimpleNamespace(to_onnx=to_onnx, __spec__=ModuleSpec("jax2onnx", None))
+    monkeypatch.setitem(sys.modules, "jax2onnx", stand_in)
+    line = re.escape(str(lacking).splitlines()[0])
+    with pytest.raises(InvalidInput, match=rf"no counterpart of a layer of unet: {line}; leave it out") as raised:
+        export_model(real["run"], tmp_path / "model", formats=("safetensors", "onnx"))
+    assert "\n" not in str(raised.value)
+    assert asked == [["model.safetensors"]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_that_jax2onnx_lacks_is_named(
+    real: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jax2onnx")
+    answer = exported.answer_batch
+
+    def with_svd(*arguments: Any) -> jax.Array:
+        made = answer(*arguments)
+        return made + jax.numpy.linalg.svd(made[..., :3, :3], compute_uv=False)[..., :1, None]
+
+    monkeypatch.setattr(exported, "answer_batch", with_svd)
+    with pytest.raises(InvalidInput, match=r"no counterpart of a layer of unet: .*svd"):
+        export_model(real["run"], tmp_path / "model", formats=("onnx",))
+    assert not list(tmp_path.iterdir())
 
 
 def _shapes(program: Program) -> dict[str, tuple[int, ...]]:
