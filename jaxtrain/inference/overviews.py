@@ -21,6 +21,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import ZstdCodec
 
+from zarr_store.bounded import load_json
 from zarr_store.conventions import Level, multiscales
 from zarr_store.folder import FolderStore
 from zarr_store.georeference import georeference, write_axes
@@ -65,11 +66,31 @@ def write_overviews(store: FolderStore, names: Sequence[str], side: int) -> None
         if "time" in root:
             _copy_times(root, group)
         before, prefix = group, f"{_GROUP}/{factor}/"
-    root.attrs.update(json.loads(json.dumps(multiscales(levels, dict(root.attrs)))))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        for path in (*(f"{_GROUP}/{factor}" for factor in factors), None):
-            zarr.consolidate_metadata(str(store.root), path=path)
+        for factor in factors:
+            zarr.consolidate_metadata(str(store.root), path=f"{_GROUP}/{factor}")
+    _list_in_root(store, [_GROUP, *(f"{_GROUP}/{key}" for key in _nodes(overviews))], levels)
+
+
+def _nodes(overviews: zarr.Group) -> list[str]:
+    return sorted(path for path, _ in overviews.members(max_depth=None))
+
+
+def _list_in_root(store: FolderStore, nodes: Sequence[str], levels: Sequence[Level]) -> None:
+    """Name the levels in the root of a map, and copy their metadata into the root's copy of all metadata.
+
+    zarr-python could make that copy anew, but it stumbles over the folder of the ledger.
+    """
+    document = load_json(store.read("zarr.json") or b"{}", store.where("zarr.json"))
+    document["attributes"] |= json.loads(json.dumps(multiscales(levels, document["attributes"])))
+    metadata = document["consolidated_metadata"]["metadata"]
+    kept = {key: value for key, value in metadata.items() if key.partition("/")[0] != _GROUP}
+    for node in nodes:
+        own = load_json(store.read(f"{node}/zarr.json") or b"{}", store.where(f"{node}/zarr.json"))
+        kept[node] = {key: value for key, value in own.items() if key != "consolidated_metadata"}
+    document["consolidated_metadata"]["metadata"] = kept
+    store.write("zarr.json", json.dumps(document, indent=2, ensure_ascii=False).encode())
 
 
 def _factors(grid: Grid, side: int) -> list[int]:
