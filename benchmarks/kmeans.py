@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import socket
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ import numpy.typing as npt
 from harness import OUT, Row, publish
 from pixel_cube import COLLECTION, pixel_cube
 
+from jaxtrain.parallel.heap import process_peak_bytes
 from jaxtrain.tasks.cluster_model import ClusterModel
 from jaxtrain.tasks.clusters import ClusterOptions, cluster
 from jaxtrain.tasks.kmeans import Fit, fit_kmeans, sample_of
@@ -167,7 +167,7 @@ def child(millions: int) -> None:
     start = scaling.apply(table.read(0).values[:, :: 1 << 16][:, :K]).T
     fit = fit_kmeans(table, scaling, Fit(start), moments, workers, iterations=2)
     assert fit.count is not None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = process_peak_bytes() / 2**20
     print(json.dumps({"pixels": int(fit.count.sum()), "peak_mb": round(peak), "seconds": time.perf_counter() - began}))
 
 

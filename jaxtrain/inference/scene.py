@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time as clock
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +20,7 @@ from jaxtrain.inference.map_item import map_item
 from jaxtrain.inference.maps import CHUNK, Map, is_map, make_arrays, open_map, refuse_other
 from jaxtrain.inference.opening import OpenScene, open_scene
 from jaxtrain.inference.options import Dates, MapOptions, Method
+from jaxtrain.parallel.heap import process_peak_bytes
 from zarr_store.errors import InvalidInput
 from zarr_store.folder import FolderStore
 from zarr_store.ledger import ShardIndex
@@ -312,7 +311,7 @@ def _result(opened: OpenScene, made: Making, out: str | Path, filled: Filled, be
         shards_done=len(opened.keys),
         shards_total=len(opened.keys),
         shards_made=filled.shards,
-        peak_host_bytes=peak_bytes(),
+        peak_host_bytes=process_peak_bytes(),
         pixels_per_second=round(filled.pixels / filled.seconds, 1) if filled.seconds else 0.0,
         forward_share=round(filled.forward_s / filled.seconds, 4) if filled.seconds else 0.0,
         modalities={_combined(opened.kind.modalities, bits): n for bits, n in sorted(made.used().items()) if bits},
@@ -322,12 +321,6 @@ def _result(opened: OpenScene, made: Making, out: str | Path, filled: Filled, be
 def _combined(names: tuple[str, ...], bits: int) -> str:
     """Return a name such as s1+s2 for a combination of modalities."""
     return "+".join(name for i, name in enumerate(names) if bits >> i & 1)
-
-
-def peak_bytes() -> int:
-    """Return the largest memory of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _summarise(made: Map) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Keep the memory of a step in the process for the next step.
+"""Keep the memory of a step in the process for the next step; read the peak of the process.
 
 On a processor XLA allocates the memory of every step again, some hundred megabytes. The C library takes
 blocks of that size from the system and gives them back, so that each step faults in every page again: a quarter of a
@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "process_peak_bytes"]
 
 # mallopt(3) and malloc.h of glibc
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -35,3 +39,14 @@ def keep_freed_memory(environment: Mapping[str, str] | None = None) -> bool:
         return False
     wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
     return all(set_option(option, value) == 1 for option, value in wanted)
+
+
+def process_peak_bytes() -> int:
+    """Return the largest memory of this process so far, bytes.
+
+    On Linux it is that of the program alone: `getrusage` begins with what the process that started it held.
+    """
+    with suppress(OSError, IndexError, ValueError):
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

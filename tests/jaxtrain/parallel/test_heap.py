@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxtrain.parallel.heap import keep_freed_memory
@@ -50,3 +52,19 @@ def test_a_second_step_faults_no_page_in() -> None:
 def test_settings_of_the_user_stay() -> None:
     assert not keep_freed_memory({"MALLOC_ARENA_MAX": "4"})
     assert not keep_freed_memory({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="another system has no /proc")
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it() -> None:
+    told = """
+import resource
+from jaxtrain.parallel.heap import process_peak_bytes
+own = bytearray(b"1") * (30 << 20)
+print(process_peak_bytes() >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+    held = np.ones(500 << 20, np.uint8)
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, close_fds=False)
+    peak, inherited = map(int, done.stdout.split())
+    assert held.sum() >> 20 == 500
+    assert inherited > 450, "the fault that this is about"
+    assert 30 < peak < 400
