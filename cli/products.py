@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cli.session import Session
-from zarr_store.errors import InvalidInput
+from zarr_store.errors import InvalidInput, TerrashardError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ingest.products.layer import ClassLayer
     from jaxtrain.inference.maps import Map
+
+_ELSEWHERE = "the map errs there as it does where the samples lie"
 
 __all__ = ["Products", "class_colours", "class_layer", "estimate_map", "export_cog", "export_map", "say_areas"]
 
@@ -124,6 +126,7 @@ def estimate_map(made: Map, run: Path | None, *, time: int = -1) -> dict[str, An
     Returns:
         The mapped and estimated areas in hectares, with standard errors and 95 % confidence intervals; mapped areas
         alone, and `why_not`, where the run has no scores of its test part; None for a map of values or without pixels.
+        `other_ground` says whether the test samples lie elsewhere than the map, or elsewhere, too.
     """
     from jaxtrain.evaluation.areas import estimate_areas
     from jaxtrain.runs.evaluations import own_evaluation, read_evaluations
@@ -139,10 +142,25 @@ def estimate_map(made: Map, run: Path | None, *, time: int = -1) -> dict[str, An
     tested = matrix is not None and scores is not None and tuple(scores["classes"]) == names
     counts = np.asarray(matrix, np.int64) if tested else np.zeros((len(names), len(names)), np.int64)
     document = estimate_areas(counts, mapped, names).to_dict(per_unit=10_000)
-    if tested:
+    if tested and run is not None:
+        document["other_ground"] = _is_other_ground(made, run)
+        if document["other_ground"]:
+            document["assumes"] += f"; {_ELSEWHERE}"
         return document
     place = "its run is not known" if run is None else f"{run} has no scores of its test part"
     return {**document, "why_not": f"{place}: `terrashard evaluate RUN` writes them"}
+
+
+def _is_other_ground(made: Map, run: Path) -> bool | None:
+    """Return whether the samples that tested a run lie elsewhere than a map, or elsewhere, too; None if unknown."""
+    from jaxtrain.runs.rundir import load_card
+
+    try:
+        card = load_card(run)
+    except TerrashardError:  # scores without the card of their run
+        return None
+    several = isinstance(card.config.data.cube, (list, tuple)) and len(card.config.data.cube) > 1
+    return several or card.grid != made.grid
 
 
 def say_areas(session: Session, areas: dict[str, Any] | None) -> None:
@@ -159,6 +177,8 @@ def say_areas(session: Session, areas: dict[str, Any] | None) -> None:
         session.say(f"  no estimate: {areas['why_not']}")
     elif areas["untested"]:
         session.say(f"  no estimate: no test sample lies in {', '.join(areas['untested'])}")
+    elif areas.get("other_ground"):
+        session.warn(f"the estimated areas come from test samples on other ground, and hold only if {_ELSEWHERE}")
 
 
 def export_map(session: Session, url: str, products: Products, *, run: Path | None, time: str | None) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from jaxtrain.inference.options import MapOptions
 from jaxtrain.inference.seen import windows_seen
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import PredictStep
+from jaxtrain.parallel.heap import return_freed_memory
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.runs.rundir import ModelCard
 from zarr_store.index import TrainingIndex
@@ -145,6 +146,7 @@ class Scene:
                     making.begin(index, region)
                     writer.put(region.y0, region.x0, layers, time=region.t0 if self.dated else None)
                     making.complete(index, region, key, *counted)
+                    return_freed_memory()
 
                 written = later.submit(write)  # the devices go on with the next shard meanwhile
             if written is not None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["keep_freed_memory", "process_peak_bytes"]
+__all__ = ["keep_freed_memory", "process_peak_bytes", "return_freed_memory"]
 
 # mallopt(3) and malloc.h of glibc
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -39,6 +39,16 @@ def keep_freed_memory(environment: Mapping[str, str] | None = None) -> bool:
         return False
     wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
     return all(set_option(option, value) == 1 for option, value in wanted)
+
+
+def return_freed_memory() -> None:
+    """Return what is free in the middle of the heap to the system, where the C library can.
+
+    After many allocations of many sizes the free blocks lie between others, and the heap grows although less is in use.
+    What the next step needs is faulted in again, so call it between large pieces of work and not between steps.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def process_peak_bytes() -> int:

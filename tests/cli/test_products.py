@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import rasterio
 from jaxtrain.config import DataConfig
 from jaxtrain.data.classes import Classes
 from jaxtrain.inference.maps import create_map
+from jaxtrain.runs.rundir import load_card
 from zarr_store import Grid
+
+from ..jaxtrain.cube_factory import shared_run
 
 Run = Callable[..., Any]
 GRID = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (100, 100))
@@ -54,6 +58,29 @@ def test_a_map_becomes_files_and_areas(run: Run, map_: Path, tmp_path: Path) -> 
     assert water["area_ha"] == pytest.approx(0.9 * 45.01)  # a tenth of what is mapped as water is forest
     assert water["ci95"][0] < water["area_ha"] < water["ci95"][1]
     assert (water["users_accuracy"], water["producers_accuracy"]) == (0.9, 1.0)
+
+
+def test_areas_by_samples_of_other_ground_are_warned_of(run: Run, tmp_path: Path) -> None:
+    card = load_card(shared_run())
+    names = list(card.classes.names)
+    (tmp_path / "run").mkdir()
+    shutil.copyfile(shared_run() / "model.json", tmp_path / "run/model.json")
+    scores = {
+        "split": "test",
+        "own_data": True,
+        "classes": names,
+        "confusion_matrix": [[9, 1, 0], [0, 9, 0], [0, 0, 9]],
+    }
+    (tmp_path / "run/evaluation.json").write_text(json.dumps(scores))
+    assert card.grid is not None
+    for grid, other in ((card.grid, False), (GRID, True)):
+        url = tmp_path / f"{other}.zarr"
+        with create_map(url, grid, card.classes, attributes={"run": str(tmp_path / "run")}) as writer:
+            writer.write(0, 0, np.zeros(grid.shape, np.uint8), np.full(grid.shape, 90, np.uint8))
+        done = run("export", url, "--json")
+        assert (done.code, done.json["areas"]["other_ground"]) == (0, other)
+        assert ("test samples on other ground" in done.err) is other
+        assert ("errs there as it does where the samples lie" in done.json["areas"]["assumes"]) is other
 
 
 def test_without_scores_areas_are_those_of_the_map(run: Run, map_: Path) -> None:
