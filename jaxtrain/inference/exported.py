@@ -109,8 +109,10 @@ def export_model(
     lacking = [module for name, module in _NEEDS
                if name in formats and importlib.util.find_spec(module) is None]  # fmt: skip
     if lacking:
-        raise InvalidInput(f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed: pip install 'terrashard[export]', or leave it out "
-                           "with --formats")  # fmt: skip
+        verb = "is" if len(lacking) == 1 else "are"
+        raise InvalidInput(
+            f"{', '.join(lacking)} {verb} not installed: pip install 'terrashard[export]', or leave it out with --formats"
+        )
     if folder.exists():
         raise InvalidInput(f"{folder} exists; give another folder, or remove it first")
     card = load_card(run)
