@@ -111,7 +111,8 @@ def export_model(
     if lacking:
         verb = "is" if len(lacking) == 1 else "are"
         raise InvalidInput(
-            f"{', '.join(lacking)} {verb} not installed: pip install 'terrashard[export]', or leave it out with --formats"
+            f"{', '.join(lacking)} {verb} not installed: pip install 'terrashard[export]', or leave it out with "
+            "--formats"
         )
     if folder.exists():
         raise InvalidInput(f"{folder} exists; give another folder, or remove it first")
