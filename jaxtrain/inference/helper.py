@@ -53,8 +53,8 @@ def _run(folder: Path, number: int, count: int) -> int:
 
     try:
         from jaxtrain.inference.making import open_making
-        from jaxtrain.inference.scene import help_making, peak_bytes
-        from jaxtrain.parallel.heap import keep_freed_memory
+        from jaxtrain.inference.scene import help_making
+        from jaxtrain.parallel.heap import keep_freed_memory, process_peak_bytes
         from jaxtrain.parallel.mesh import split_processor
         from jaxtrain.parallel.processes import start_replica
 
@@ -64,7 +64,7 @@ def _run(folder: Path, number: int, count: int) -> int:
         if plan["parts"] > 1:
             split_processor(plan["parts"])
         filled = help_making(folder, (number, count), on_batch)
-        _write({**asdict(filled), "peak_host_bytes": peak_bytes()})
+        _write({**asdict(filled), "peak_host_bytes": process_peak_bytes()})
     except TerrashardError as error:
         sys.stderr.write(f"{one_line(redact_text(f'error: {error}'))}\n")
         return error.exit_code
