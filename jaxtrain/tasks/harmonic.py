@@ -234,9 +234,11 @@ def _follow(
         widening_CN = jnp.sqrt(1.0 + (x_CPN * gain_CPN).sum(axis=1))
         scaled_CBN = off_CBN / (spread_BN * widening_CN[:, None])
         far_CN = jnp.square(scaled_CBN).sum(axis=1)
-        mean_BN = scaled_CBN.mean(axis=0)
-        length_CN = jnp.sqrt(far_CN) * jnp.sqrt(jnp.square(mean_BN).sum(axis=0))
-        along_CN = (scaled_CBN * mean_BN).sum(axis=1) / jnp.maximum(length_CN, 1e-12)
+        # directions alone: one missed cloud, many times as far off as the others, must not turn their mean
+        unit_CBN = scaled_CBN / jnp.maximum(jnp.sqrt(far_CN), 1e-12)[:, None]
+        mean_BN = unit_CBN.mean(axis=0)
+        mean_BN = mean_BN / jnp.maximum(jnp.sqrt(jnp.square(mean_BN).sum(axis=0)), 1e-12)
+        along_CN = (unit_CBN * mean_BN).sum(axis=1)
         broken_N = follows_N & (i + consecutive <= count_N) & (far_CN > limits[0]).all(axis=0)
         broken_N = broken_N & (along_CN.mean(axis=0) > _COS_45)
         keep_N = follows_N & ~broken_N & (far_CN[0] <= limits[1])

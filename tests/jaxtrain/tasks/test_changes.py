@@ -180,3 +180,16 @@ def test_a_young_model_does_not_take_its_own_uncertainty_for_a_break() -> None:
     breaks = detect_breaks(days, quiet, HarmonicModel(harmonics=3))
     assert breaks.fitted.mean() > 0.9
     assert (breaks.count > 0).mean() < 0.01
+
+
+def test_one_missed_cloud_among_the_deciding_dates_does_not_move_the_break() -> None:
+    """It is many times as far off as the change, in another direction."""
+    rng = np.random.default_rng(0)
+    days = np.arange(0, 60 * 16, 16.0)
+    values = rng.normal(0.2, 0.01, (60, 3, 120)).astype(np.float32)
+    values[40:] += np.array([0.08, -0.08, -0.06], np.float32)[:, None]
+    for pixel in range(120):
+        values[41 + pixel % 4, :, pixel] = 0.9
+    breaks = detect_breaks(days, values, HarmonicModel(harmonics=1))
+    assert (breaks.day[0] == days[40]).mean() > 0.95
+    assert (breaks.count == 1).mean() > 0.95
