@@ -32,6 +32,13 @@ _STARTS = 4
 _GROUP = 4
 """Blocks of a mini-batch: a fixed number, so that the answer does not depend on who computes."""
 
+_PARTS = (1 << 18, 1 << 22)
+"""Rows of the parts on which centres move first: the rest of the way to the centres of all rows grows shorter."""
+_PART_VALUES = 1 << 24
+"""Most numbers of a part: 64 MB, which are kept between passes beside the blocks."""
+_WORTH = 4
+"""Rows for each row of a part, at least: with fewer, the passes over the part cost what they save."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -76,16 +83,27 @@ class _StepJob:
     centres: F64
     final: bool = False
     by_cells: bool = False
+    every: int = 1
 
     def __call__(self, number: int) -> Assigned:
-        block = self.ref.block(number)
+        values = self._values(number)
         if self.by_cells:
-            cells = self.ref.keep("cells", number, lambda: make_cells(block.values, device=number))
+            name = "cells" if self.every == 1 else f"cells of every {self.every}th"
+            cells = self.ref.keep(name, number, lambda: make_cells(values, device=number))
             if cells is not None:
-                return assign_cells(block.values, cells, self.scaling, self.centres, device=number)
-        found = assign_rows(block.values, self.scaling, self.centres, device=number, final=self.final)
+                return assign_cells(values, cells, self.scaling, self.centres, device=number)
+        found = assign_rows(values, self.scaling, self.centres, device=number, final=self.final)
         # iterations need no labels, and those of a whole cube would fill the memory
         return found._replace(labels=found.labels[:0], nearness=found.nearness[:0])
+
+    def _values(self, number: int) -> npt.NDArray[np.float32]:
+        if self.every == 1:
+            return self.ref.block(number).values
+        # a part of the rows is kept where whole blocks may not be
+        return self.ref.keep(
+            f"every {self.every}th", number,
+            lambda: np.ascontiguousarray(self.ref.block(number).values[:, number % self.every :: self.every]),
+        )  # fmt: skip
 
 
 def seed_centres(
@@ -159,6 +177,10 @@ def fit_kmeans(
     enough = tolerance * float(np.trace(scaling.matrix @ moments.scatter @ scaling.matrix.T)) / max(moments.count, 1)
     enough /= len(scaling.matrix)
     fit, ref = start, TableRef.of(table)
+    if not fit.iterations and not mini_batch:
+        for every in coarse_steps(moments.count, len(scaling.mean)):
+            fit = start = replace(fit, centres=_move_on_part(ref, len(table), scaling, fit.centres, workers,
+                                                             every, enough, iterations))  # fmt: skip
     while not fit.done and fit.iterations < iterations:
         if mini_batch:
             fit = _batches(ref, len(table), scaling, fit, workers, seed)
@@ -173,13 +195,36 @@ def fit_kmeans(
     return fit
 
 
-def _lloyd(ref: TableRef, blocks: int, scaling: Scaling, fit: Fit, workers: Workers) -> Fit:
+def coarse_steps(rows: int, features: int) -> list[int]:
+    """Return the steps of the parts of many rows on which centres move before they move on all: every n-th row.
+
+    >>> coarse_steps(100_000_000, 4), coarse_steps(10_000_000, 4), coarse_steps(100_000, 4)
+    ([381, 23], [38], [])
+    """
+    parts = (min(part, _PART_VALUES // features) for part in _PARTS)
+    return [rows // part for part in parts if rows >= _WORTH * part]
+
+
+def _move_on_part(
+    ref: TableRef, blocks: int, scaling: Scaling, centres: F64, workers: Workers, every: int, enough: float, most: int
+) -> F64:
+    """Move centres by every n-th row until they no longer move, so that few passes over all rows are left."""
+    fit = Fit(centres)
+    for _ in range(most):
+        before = fit.centres
+        fit = _lloyd(ref, blocks, scaling, fit, workers, every)
+        if float(np.square(fit.centres - before).sum()) <= enough:
+            break
+    return fit.centres
+
+
+def _lloyd(ref: TableRef, blocks: int, scaling: Scaling, fit: Fit, workers: Workers, every: int = 1) -> Fit:
     # cells cost as much as some passes, and a good start may need one alone; the rule must not depend on what is kept
     by_cells = fit.iterations > 0
-    count, total, inertia = _pass(ref, range(blocks), scaling, fit.centres, workers, by_cells=by_cells)
+    count, total, inertia = _pass(ref, range(blocks), scaling, fit.centres, workers, by_cells=by_cells, every=every)
     centres = np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], fit.centres)
     if not count.all():
-        centres = _fill_empty(ref, blocks, scaling, centres, count, workers)
+        centres = _fill_empty(ref, blocks, scaling, centres, count, workers, every)
     return Fit(centres, fit.iterations + 1, inertia, count)
 
 
@@ -197,19 +242,27 @@ def _batches(ref: TableRef, blocks: int, scaling: Scaling, fit: Fit, workers: Wo
 
 
 def _pass(
-    ref: TableRef, numbers: range | list[int], scaling: Scaling, centres: F64, workers: Workers, *, by_cells: bool
+    ref: TableRef,
+    numbers: range | list[int],
+    scaling: Scaling,
+    centres: F64,
+    workers: Workers,
+    *,
+    by_cells: bool,
+    every: int = 1,
 ) -> tuple[npt.NDArray[np.int64], F64, float]:
     count, total, inertia = np.zeros(len(centres), np.int64), np.zeros_like(centres), 0.0
-    for part in workers.map(_StepJob(ref, scaling, centres, by_cells=by_cells), numbers):
+    for part in workers.map(_StepJob(ref, scaling, centres, by_cells=by_cells, every=every), numbers):
         count, total, inertia = count + part.members, total + part.total, inertia + part.inertia
     return count, total, inertia
 
 
 def _fill_empty(
-    ref: TableRef, blocks: int, scaling: Scaling, centres: F64, count: npt.NDArray[np.int64], workers: Workers
-) -> F64:
+    ref: TableRef, blocks: int, scaling: Scaling, centres: F64, count: npt.NDArray[np.int64], workers: Workers,
+    every: int = 1,
+) -> F64:  # fmt: skip
     """Move each empty centre to the row that is farthest from its own, at most one of each block."""
-    parts = workers.map(_StepJob(ref, scaling, centres, final=True), range(blocks))
+    parts = workers.map(_StepJob(ref, scaling, centres, final=True, every=every), range(blocks))
     far = sorted((part.farthest for part in parts), key=lambda one: -one[0])
     centres = centres.copy()
     for at, (_, row) in zip(np.flatnonzero(count == 0), far, strict=False):

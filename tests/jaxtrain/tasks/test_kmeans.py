@@ -101,6 +101,40 @@ def test_lloyd_over_blocks_gives_the_centres_of_plain_numpy(holed: Path) -> None
     assert found.count.sum() == len(rows)
 
 
+def test_centres_move_on_a_part_of_many_rows_first_and_few_passes_are_left(
+    holed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = open_table(str(holed))
+    moments = table_moments(table, WORKERS)
+    scaling, _ = make_scaling(moments)
+    start = Fit(scaling.apply(all_rows(table)[[3, 4, 5]].T).T)  # a start far off
+    passes: dict[str, list[int]] = {}
+    fits = {}
+    real = kmeans._pass
+    for name, parts in (("all", ()), ("part", (512, 6000))):
+        monkeypatch.setattr(kmeans, "_PARTS", parts)
+        rows = passes[name] = []
+
+        def looked(*given: Any, rows: list[int] = rows, **chosen: Any) -> Any:
+            found = real(*given, **chosen)
+            rows.append(int(found[0].sum()))
+            return found
+
+        monkeypatch.setattr(kmeans, "_pass", looked)
+        fits[name] = fit_kmeans(table, scaling, start, moments, WORKERS, tolerance=1e-4)
+    whole = moments.count
+    assert set(passes["all"]) == {whole}
+    assert passes["part"].count(whole) == fits["part"].iterations
+    assert min(passes["part"]) < 1024  # the smaller part
+    assert fits["part"].iterations < fits["all"].iterations
+    np.testing.assert_allclose(fits["part"].inertia, fits["all"].inertia, rtol=1e-3)
+    # what was stopped after its first pass over all rows continues without the parts
+    kept: list[Fit] = []
+    fit_kmeans(table, scaling, start, moments, WORKERS, tolerance=1e-4, on_iteration=kept.append)
+    again = fit_kmeans(table, scaling, Fit.from_dict(kept[0].to_dict()), moments, LocalWorkers(1), tolerance=1e-4)
+    np.testing.assert_array_equal(again.centres, fits["part"].centres)
+
+
 @pytest.mark.parametrize(("features", "k"), [(1, 2), (3, 5), (4, 16), (10, 6)])
 def test_every_row_gets_by_cells_the_centre_that_it_gets_alone(
     features: int, k: int, monkeypatch: pytest.MonkeyPatch
