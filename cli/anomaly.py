@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
             "terrashard anomaly zagreb.zarr zagreb_odd",
             "terrashard anomaly zagreb.zarr zagreb_odd --dates change --method local-rx --false-alarms 1e-4",
             "terrashard anomaly zagreb.zarr zagreb_odd --method autoencoder --run runs/autoencoder",
+            "terrashard anomaly zagreb.zarr zagreb_clouds --time 2023-08-10 --usual 2023-08-13,2023-08-18",
             "terrashard anomaly vectors.zarr odd_windows --method embedding --false-alarms 0.01",
         ),
     )
@@ -47,6 +48,15 @@ def register(app: typer.Typer) -> None:
                 "date less the mean of those before it; of radar, the ratio of intensities."
             ),
         ] = "mean",
+        usual: Annotated[
+            str | None,
+            typer.Option(
+                metavar="DATES", help="Dates that show what is usual, to which the method is fitted; default: --time."
+            ),
+        ] = None,
+        looks: Annotated[
+            float, typer.Option(metavar="L", help="Equivalent number of looks of radar, for --dates change.")
+        ] = 4.4,
         false_alarms: Annotated[
             float, typer.Option(metavar="RATE", help="Share of usual pixels that may be flagged.")
         ] = 1e-3,
@@ -76,9 +86,9 @@ def register(app: typer.Typer) -> None:
 
         inner, outer = parse_windows(windows)
         options = AnomalyOptions(
-            method=method, collection=collection, bands=bands or (), time=time, dates=dates, rate=false_alarms,
-            threshold=threshold, shrinkage=parse_shrinkage(shrinkage), inner=inner, outer=outer, most=most,
-            least_pixels=min_pixels, seed=seed,
+            method=method, collection=collection, bands=bands or (), time=time, dates=dates, usual=usual,
+            looks=looks, rate=false_alarms, threshold=threshold, shrinkage=parse_shrinkage(shrinkage), inner=inner,
+            outer=outer, most=most, least_pixels=min_pixels, seed=seed,
         )  # fmt: skip
         with open_workers(session, dask, memory) as (workers, leads), Reporter(session, "anomaly") as progress:
             result = find_anomalies(

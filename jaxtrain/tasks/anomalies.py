@@ -24,21 +24,24 @@ import numpy.typing as npt
 
 from jaxtrain.display import result_table
 from jaxtrain.tasks.background import Background, make_background
-from jaxtrain.tasks.detectors import Detector, Forest, LocalRx, Method, Neighbours, Reconstruction, Rx, grow_forest
+from jaxtrain.tasks.date_change import LOOKS
+from jaxtrain.tasks.detectors import Detector, Forest, LocalRx, Method, Neighbours, Rx, grow_forest
 from jaxtrain.tasks.folder import TaskFolder
-from jaxtrain.tasks.held_out import HELD_OUT, ScoreCounts, held_out
+from jaxtrain.tasks.held_out import HELD_OUT, Fitted, ScoreCounts, held_out
 from jaxtrain.tasks.local_rx import check_windows
 from jaxtrain.tasks.moments import Moments
+from jaxtrain.tasks.network_reader import NetworkReader, Shows
 from jaxtrain.tasks.place_gallery import write_gallery
 from jaxtrain.tasks.places import Place, find_places
 from jaxtrain.tasks.row_places import place_rows
 from jaxtrain.tasks.sampling import sample_rows
 from jaxtrain.tasks.score_store import ScoreStore
 from jaxtrain.tasks.table import Table, check_features
-from jaxtrain.tasks.tables import CubeTable, Dates, VectorTable, open_table
+from jaxtrain.tasks.tables import CubeTable, Dates, VectorTable, is_embedding, open_table
 from jaxtrain.tasks.work import LocalWorkers, TableRef, Workers
 from zarr_store.crash import crashpoint
 from zarr_store.errors import InvalidInput
+from zarr_store.samples import is_sample_store
 
 __all__ = ["AnomalyOptions", "AnomalyResult", "find_anomalies"]
 
@@ -53,6 +56,9 @@ class AnomalyOptions:
     Attributes:
         method: How rows are scored.
         collection, bands, time, dates: What to read; see `open_table`.
+        usual: Dates of the cube that show what is usual; the method is fitted to them, and so is the threshold. None
+            takes those that are scored.
+        looks: Equivalent number of looks of radar, for the change of its last date.
         rate: Share of usual rows that may be flagged.
         threshold: "empirical" takes the quantile of the scores of held-out ground; "chi2" that of the χ² distribution,
             for methods of RX alone.
@@ -68,6 +74,8 @@ class AnomalyOptions:
     bands: str | tuple[str, ...] = ()
     time: str | None = None
     dates: Dates = "mean"
+    usual: str | None = None
+    looks: float = LOOKS
     rate: float = 1e-3
     threshold: Literal["empirical", "chi2"] = "empirical"
     shrinkage: float | None = 0.0
@@ -80,6 +88,8 @@ class AnomalyOptions:
     def __post_init__(self) -> None:
         if not 0 < self.rate < 0.5:
             raise InvalidInput(f"--false-alarms {self.rate:g}: expected a share above 0 and below 0.5, such as 0.001")
+        if not 0.5 <= self.looks <= 1000:
+            raise InvalidInput(f"--looks {self.looks:g}: expected 0.5 to 1000; Sentinel-1 IW GRD has {LOOKS:g}")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             raise InvalidInput(f"--shrinkage {self.shrinkage:g}: expected 0 to 1, or auto")
         if self.threshold == "chi2" and self.method not in ("rx", "local-rx"):
@@ -180,25 +190,30 @@ def find_anomalies(
     report = on_progress or (lambda step, done, total: None)
     url = str(data)
     _check_run(options, url, run)
-    if options.method == "embedding" and run is not None:
-        digest, table = f"{url} {Path(run).absolute()}", None
+    table: Table | None = None
+    if options.method == "embedding" and run is not None and is_sample_store(url):
+        digest = f"{url} {Path(run).absolute()}"
     else:
-        table = _open(url, options)
+        table = _open(url, options, run)
         digest = table.digest
-    request = {"data": digest, "options": asdict(options), "run": None if run is None else str(Path(run).absolute())}
+    usual = table if options.usual is None else _open(url, options, run, time=options.usual)
+    request = {"data": digest, "options": _determining(options), "run": run and str(Path(run).absolute())}
     folder = TaskFolder(str(out), "anomaly", request) if leads else None
     with folder if folder is not None else nullcontext():
         if table is None:
             assert folder is not None
             assert run is not None
-            table = _embed(run, url, folder.path / "vectors.zarr", report)
+            usual = table = _embed(run, url, folder.path / "vectors.zarr", report)
+        assert usual is not None
         state: dict[str, Any] = workers.share(folder.state if folder else {})
-        detector, fitted = _fit(table, options, workers, folder, state, run, report)
+        detector, fitted = _fit(table, usual, options, workers, state, report)
         done = int(state.get("done", 0))
         blocks = workers.map(detector, range(done, len(table)))
         if folder is None:
             for _ in blocks:
                 pass
+            if usual is not table:
+                _usual_counts(usual, detector, options, workers)
             return _empty(str(out), options)
         made = ScoreStore(folder.path / "anomalies.zarr", table, {"data": table.url, "method": options.method})
         for number, scores in zip(range(done, len(table)), blocks, strict=True):
@@ -207,13 +222,14 @@ def find_anomalies(
             folder.keep({"fit": fitted, "done": number + 1})
             crashpoint(f"anomaly block kept {number}")
             report("score", number + 1, len(table))
-        result = replace(_result(str(out), table, made, options, fitted),
+        held = None if usual is table else _usual_counts(usual, detector, options, workers)
+        result = replace(_result(str(out), table, made, options, fitted, held),
                          seconds=round(clock.monotonic() - began, 3))  # fmt: skip
         # without path and time, so that the same request gives the same bytes
         about = {name: value for name, value in result.to_dict().items() if name not in ("out", "seconds")}
         text = json.dumps(_finite(about), indent=1) + "\n"
         (folder.path / "anomalies.json").write_text(text, encoding="utf-8")
-        write_gallery(folder.path, table, result.places, f"{options.method} on {table.url}")
+        write_gallery(folder.path, _pictured(table), result.places, f"{options.method} on {table.url}")
         if finish:
             finish(folder.path, result)
         folder.publish({"method": options.method, "data": table.url, "flagged": result.flagged})
@@ -221,8 +237,6 @@ def find_anomalies(
 
 
 def _check_run(options: AnomalyOptions, url: str, run: str | PathLike[str] | None) -> None:
-    from jaxtrain.tasks.tables import is_embedding
-
     if options.method == "autoencoder" and run is None:
         raise InvalidInput("--method autoencoder needs --run RUN, the run directory of a trained autoencoder")
     if options.method == "embedding" and run is None and not is_embedding(url):
@@ -234,14 +248,41 @@ def _check_run(options: AnomalyOptions, url: str, run: str | PathLike[str] | Non
         raise InvalidInput(f"--run is for the methods autoencoder and embedding, not for {options.method}")
 
 
-def _open(url: str, options: AnomalyOptions) -> Table:
-    table = open_table(url, collection=options.collection, bands=options.bands, time=options.time, dates=options.dates)
+def _determining(options: AnomalyOptions) -> dict[str, Any]:
+    """Return the options as a request names them; one without later options is that of earlier releases."""
+    later = {"usual": None, "looks": LOOKS}
+    found = {name: value for name, value in asdict(options).items() if name not in later or value != later[name]}
+    # scores of these are other numbers than those of earlier releases, whose beginnings are not continued
+    return found if options.method in ("rx", "local-rx") else {**found, "scores": 2}
+
+
+def _open(url: str, options: AnomalyOptions, run: str | PathLike[str] | None, *, time: str | None = None) -> Table:
+    if options.method == "autoencoder" and (is_embedding(url) or is_sample_store(url)):
+        raise InvalidInput(f"--method autoencoder maps a cube, and {url} is none: use --method embedding with --run")
+    if options.usual is not None and (is_embedding(url) or is_sample_store(url)):
+        raise InvalidInput(f"{url} is no cube: --usual, which chooses dates, does not apply to it; leave it out")
+    table = open_table(
+        url, collection=options.collection, bands=options.bands, time=time or options.time, dates=options.dates,
+        looks=options.looks, run=None if run is None else str(Path(run).absolute()),
+        shows=_shown(options),
+    )  # fmt: skip
     if options.method == "local-rx":
         if isinstance(table, VectorTable):
             raise InvalidInput(f"{url} holds vectors, which have no neighbours in space: use --method rx or embedding")
         check_windows(options.inner, options.outer, len(table.features))
-    if options.method == "autoencoder" and not isinstance(table, CubeTable):
-        raise InvalidInput(f"--method autoencoder maps a cube, and {url} is none: use --method embedding with --run")
+    return table
+
+
+def _shown(options: AnomalyOptions) -> Shows:
+    """Return what a network makes of a cube: what it cannot reconstruct is unusual, and what its code says is new."""
+    # of a change, most is reconstructed; the code has it without the noise of single pixels
+    return "residual" if options.method == "autoencoder" and options.dates != "change" else "code"
+
+
+def _pictured(table: Table) -> Table:
+    """Return the table of the bands that a network has looked at; any other as it is."""
+    if isinstance(table, CubeTable) and isinstance(table.reader, NetworkReader):
+        return CubeTable(table.reader.plain, table.dates)
     return table
 
 
@@ -270,32 +311,32 @@ class _FitJob:
 
 
 def _fit(
-    table: Table, options: AnomalyOptions, workers: Workers, folder: TaskFolder | None, state: dict[str, Any],
-    run: str | PathLike[str] | None, report: Report,
-) -> tuple[Detector, dict[str, Any]]:  # fmt: skip
-    """Fit the detector, or take it from what an earlier run has left."""
+    table: Table, usual: Table, options: AnomalyOptions, workers: Workers, state: dict[str, Any], report: Report
+) -> tuple[Detector, dict[str, Any]]:
+    """Fit the detector of a table to what is usual, or take it from what an earlier run has left."""
+    if len(usual.features) != len(table.features):
+        raise InvalidInput(
+            f"--usual has {len(usual.features)} features and --time {len(table.features)}: with --dates stack both "
+            "need as many dates; choose as many, or another rule"
+        )
     ref = TableRef.of(table)
     labels = [one.label for one in table.features]
-    if options.method == "autoencoder":
-        assert run is not None
-        made = _map_errors(run, table, options, folder, report)
-        about: dict[str, Any] = state.get("fit") or {"held_out": 0}
-        return Reconstruction(ref, str(made)), about
-    about = state.get("fit") or {}
+    about: dict[str, Any] = state.get("fit") or {}
     if not about:
-        moments, held = _moments(table, options, workers, report)
+        moments, held = _moments(usual, options, workers, report)
         background = make_background(moments, labels, shrinkage=options.shrinkage, where=table.url)
         about = {"background": background.to_dict(), "held_out": held}
     background = Background.from_dict(about["background"])
-    if options.method == "rx":
+    if options.method in ("rx", "autoencoder"):
         return Rx(ref, background), about
     if options.method == "local-rx":
         share = options.shrinkage or None
         return LocalRx(ref, background, options.inner, options.outer, share), about
-    sample = sample_rows(table, _SAMPLE[options.method], options.seed, workers)
+    sample = sample_rows(usual, _SAMPLE[options.method], options.seed, workers, choose=Fitted(options.seed))
+    rows = np.ascontiguousarray(background.whiten(sample.T).T)
     if options.method == "isolation":
-        return Forest(ref, grow_forest(sample, options.seed)), about
-    return Neighbours(ref, background, np.ascontiguousarray(background.whiten(sample.T).T)), about
+        return Forest(ref, background, grow_forest(rows, options.seed)), about
+    return Neighbours(ref, background, rows), about
 
 
 def _moments(table: Table, options: AnomalyOptions, workers: Workers, report: Report) -> tuple[Moments, int]:
@@ -314,25 +355,32 @@ def _moments(table: Table, options: AnomalyOptions, workers: Workers, report: Re
     return found, held
 
 
-def _map_errors(
-    run: str | PathLike[str], table: Table, options: AnomalyOptions, folder: TaskFolder | None, report: Report
-) -> Path:
-    from jaxtrain.inference.scene import predict
-    from jaxtrain.runs.rundir import load_card
+@dataclass(frozen=True)
+class _HeldOutJob:
+    """Scores of the held-out rows of a block."""
 
-    if not load_card(Path(run)).task.rebuild:
-        raise InvalidInput(f"{run} is no run of an autoencoder; train one (model.name = 'autoencoder')")
-    if folder is None:
-        raise InvalidInput("--method autoencoder runs in one process; start it without others")
-    made = folder.path / "error.zarr"
-    predict(run, table.url, made, time=options.time, on_batch=lambda done, total: report("map", done, total))
-    return made
+    detector: Detector
+    seed: int
+
+    def __call__(self, number: int) -> npt.NDArray[np.float32]:
+        block, scores = self.detector.ref.block(number), self.detector(number)
+        return scores.ravel()[block.at][held_out(self.detector.ref.table, block.ids, self.seed)]
+
+
+def _usual_counts(usual: Table, detector: Detector, options: AnomalyOptions, workers: Workers) -> ScoreCounts:
+    """Count the scores of held-out ground on the usual dates."""
+    counts = ScoreCounts()
+    if options.threshold == "empirical":
+        there: Any = replace(detector, ref=TableRef.of(usual))  # type: ignore[type-var]
+        for scores in workers.map(_HeldOutJob(there, options.seed), range(len(usual))):
+            counts.add(scores)
+    return counts
 
 
 def _result(
-    out: str, table: Table, made: ScoreStore, options: AnomalyOptions, about: dict[str, Any]
+    out: str, table: Table, made: ScoreStore, options: AnomalyOptions, about: dict[str, Any], counts: ScoreCounts | None
 ) -> AnomalyResult:  # fmt: skip
-    threshold, rule, held = _threshold(table, made, options)
+    threshold, rule, held = _threshold(table, made, options, counts)
     flagged, scored = made.flag(threshold)
     date = _dates(table)
     if isinstance(table, CubeTable):
@@ -350,17 +398,22 @@ def _result(
     )  # fmt: skip
 
 
-def _threshold(table: Table, made: ScoreStore, options: AnomalyOptions) -> tuple[float, str, int]:
+def _threshold(
+    table: Table, made: ScoreStore, options: AnomalyOptions, counts: ScoreCounts | None
+) -> tuple[float, str, int]:
     if options.threshold == "chi2":
         from scipy.stats import chi2
 
         degrees = len(table.features)
         return float(chi2.isf(options.rate, degrees)), f"χ² with {degrees} degrees of freedom", 0
-    counts = ScoreCounts()
-    for _, scores, ids in made.strips():
-        counts.add(scores[held_out(table, ids.ravel(), options.seed).reshape(ids.shape)])
     share = f"{HELD_OUT:.0%} of the ground" if isinstance(table, CubeTable) else f"{HELD_OUT:.0%} of the data"
-    return counts.threshold(options.rate, where=table.url), f"quantile of held-out scores ({share})", counts.total
+    when = "" if counts is None else f", on {options.usual}"
+    if counts is None:
+        counts = ScoreCounts()
+        for _, scores, ids in made.strips():
+            counts.add(scores[held_out(table, ids.ravel(), options.seed).reshape(ids.shape)])
+    rule = f"quantile of held-out scores ({share}{when})"
+    return counts.threshold(options.rate, where=table.url), rule, counts.total
 
 
 def _dates(table: Table) -> str:

@@ -80,6 +80,13 @@ class CubeReader:
         rows = cube.ledger(self.spec.collection).rows()
         self._there = {index for index, row in rows.items() if row.state != "failed"}
         self.absent = sum(index not in self._there for index in self.spec.shards())
+        self.asked: dict[str, Any] = {"bands": self.names}
+        self.made_by: dict[str, str] = {}
+        self.warnings: tuple[str, ...] = (
+            (f"{self.absent} of {len(self.spec.shards())} shards of {cube.url} were never written: no data there",)
+            if self.absent
+            else ()
+        )
 
     @property
     def features(self) -> tuple[Feature, ...]:

@@ -21,17 +21,22 @@ from jaxtrain.tasks.tables import CubeTable, SampleTable
 from jaxtrain.tasks.work import TableRef
 from zarr_store.errors import InvalidInput
 
-__all__ = ["Detector", "Forest", "LocalRx", "Method", "Neighbours", "Reconstruction", "Rx", "grow_forest"]
+__all__ = ["Detector", "Forest", "LocalRx", "Method", "Neighbours", "Rx", "grow_forest"]
 
 F32 = npt.NDArray[np.float32]
 Method = Literal["rx", "local-rx", "autoencoder", "isolation", "embedding"]
 _NEAREST = 5
+_NEAREST_SHARE = 0.01
+"""Share of the reference rows that are nearest, at least: more of the same anomaly must not vouch for each other."""
 _PIECE = 4096
 """Rows whose distances to all reference rows are held at once."""
 
 
 class Detector(Protocol):
-    """Scores one block."""
+    """Scores one block of a table."""
+
+    @property
+    def ref(self) -> TableRef: ...
 
     def __call__(self, number: int) -> F32: ...
 
@@ -97,36 +102,26 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Forest:
-    """Isolation forest (Liu, Ting & Zhou 2008, doi:10.1109/ICDM.2008.17)."""
+    """Isolation forest (Liu, Ting & Zhou 2008, doi:10.1109/ICDM.2008.17) on whitened rows.
+
+    A tree cuts along one feature at a time, and bands go together: what is unusual beside the other bands of a pixel
+    lies inside the range of each band.
+    """
 
     ref: TableRef
+    background: Background
     forest: Any
 
     def __call__(self, number: int) -> F32:
         block = self.ref.block(number)
         if not block.values.shape[1]:
             return _spread(block, np.zeros(0, np.float32))
-        return _spread(block, (-self.forest.score_samples(block.values.T)).astype(np.float32))
+        rows = self.background.whiten(block.values).T
+        return _spread(block, (-self.forest.score_samples(rows)).astype(np.float32))
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """The error of an autoencoder, from the map of its errors."""
-
-    ref: TableRef
-    made: str
-
-    def __call__(self, number: int) -> F32:
-        from jaxtrain.inference.maps import open_map
-
-        table = self.ref.table
-        assert isinstance(table, CubeTable)
-        box = table.reader.boxes[number]
-        return open_map(self.made).read_values(slice(box.y0, box.y1))[:, box.x0 : box.x1]
-
-
-def grow_forest(rows: F32, seed: int) -> Any:
-    """Grow an isolation forest on (row, feature) with scikit-learn.
+def grow_forest(rows: npt.NDArray[np.float64], seed: int) -> Any:
+    """Grow an isolation forest on whitened (row, feature) with scikit-learn.
 
     Raises:
         InvalidInput: scikit-learn is not installed.
@@ -145,7 +140,8 @@ def grow_forest(rows: F32, seed: int) -> Any:
 def _neighbours(row_ND: jax.Array, reference_RD: jax.Array) -> jax.Array:
     products_NR = jnp.dot(row_ND, reference_RD.T, precision=jax.lax.Precision.HIGHEST)
     square_NR = jnp.square(row_ND).sum(1)[:, None] + jnp.square(reference_RD).sum(1)[None] - 2.0 * products_NR
-    nearest_NK = -jax.lax.top_k(-square_NR, min(_NEAREST + 1, reference_RD.shape[0]))[0]
+    count = max(_NEAREST, round(_NEAREST_SHARE * reference_RD.shape[0]))
+    nearest_NK = -jax.lax.top_k(-square_NR, min(count + 1, reference_RD.shape[0]))[0]
     distance_NK = jnp.sqrt(jnp.maximum(nearest_NK, 0.0))
     # a reference row is its own nearest neighbour, which says nothing of it
     itself_N = nearest_NK[:, 0] < 1e-9 * row_ND.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,7 +12,7 @@ from jaxtrain.tasks.table import Table
 from jaxtrain.tasks.tables import CubeTable, SampleTable
 from zarr_store.errors import InvalidInput
 
-__all__ = ["HELD_OUT", "ScoreCounts", "held_out"]
+__all__ = ["HELD_OUT", "Fitted", "ScoreCounts", "held_out"]
 
 HELD_OUT = 0.25
 """Share of the ground that is held out."""
@@ -39,6 +41,20 @@ def held_out(table: Table, ids: npt.NDArray[np.uint64], seed: int) -> npt.NDArra
         groups = ids // np.uint64(np.prod(table.store.spec.size))
     chosen: npt.NDArray[np.bool_] = uniform(groups, seed + 1) < HELD_OUT
     return chosen
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Chooses the rows that are not held out.
+
+    Attributes:
+        seed: Seed of the draw of the held-out ground.
+    """
+
+    seed: int
+
+    def __call__(self, table: Table, ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        return ~held_out(table, ids, self.seed)
 
 
 class ScoreCounts:

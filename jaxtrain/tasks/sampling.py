@@ -6,6 +6,7 @@ blocks nor the order in which they are read changes it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxtrain.tasks.work import TableRef, Workers
 __all__ = ["hash_ids", "sample_rows", "uniform"]
 
 U64 = npt.NDArray[np.uint64]
+Choice = Callable[[Table, U64], npt.NDArray[np.bool_]]
 
 
 def hash_ids(ids: U64, seed: int) -> U64:
@@ -40,22 +42,35 @@ class _SampleJob:
     ref: TableRef
     count: int
     seed: int
+    choose: Choice | None
 
     def __call__(self, number: int) -> tuple[U64, U64, npt.NDArray[np.float32]]:
         block = self.ref.block(number)
-        keys = hash_ids(hash_ids(block.ids, self.seed), 1)
-        return _smallest(keys, block.ids, block.values, self.count)
+        ids, values = block.ids, block.values
+        if self.choose is not None:
+            chosen = self.choose(self.ref.table, ids)
+            ids, values = ids[chosen], values[:, chosen]
+        return _smallest(hash_ids(hash_ids(ids, self.seed), 1), ids, values, self.count)
 
 
-def sample_rows(table: Table, count: int, seed: int, workers: Workers) -> npt.NDArray[np.float32]:
+def sample_rows(
+    table: Table, count: int, seed: int, workers: Workers, *, choose: Choice | None = None
+) -> npt.NDArray[np.float32]:
     """Draw rows without replacement.
+
+    Args:
+        table: The rows.
+        count: Number of rows.
+        seed: Seed of the draw.
+        workers: Who reads the blocks.
+        choose: Which rows may be drawn, of a table and the numbers of its rows; None for all. It goes to workers.
 
     Returns:
         float32 (row, feature), ordered by their keys; all rows if there are not more than `count`.
     """
     keys, ids = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
     values = np.zeros((len(table.features), 0), np.float32)
-    for found in workers.map(_SampleJob(TableRef.of(table), count, seed), range(len(table))):
+    for found in workers.map(_SampleJob(TableRef.of(table), count, seed, choose), range(len(table))):
         keys, ids, values = _smallest(
             np.concatenate([keys, found[0]]), np.concatenate([ids, found[1]]),
             np.concatenate([values, found[2]], axis=1), count,

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from jaxtrain.data.ground import cube_digest
 from jaxtrain.tasks.cube_reader import Box, CubeReader
+from jaxtrain.tasks.date_change import LOOKS, change_from_before, normal_ratio
+from jaxtrain.tasks.network_reader import NetworkReader, Shows
 from jaxtrain.tasks.table import Block, Feature, Kind, Table
 from zarr_store.bounded import load_json
 from zarr_store.errors import IntegrityError, InvalidInput
@@ -37,19 +39,23 @@ class CubeTable:
     """The pixels of a cube.
 
     Args:
-        reader: Reads the chosen bands and dates.
+        reader: Reads the chosen bands and dates, or what a network makes of them.
         dates: "mean" has the bands as features, each the mean over the clear observations of a pixel. "stack" has each
             band of each date; gaps are filled linearly in time, in pixels that were seen on at least half of the dates.
-            "change" has the last date less the mean of those before it; of radar it is the ratio of intensities, in dB.
+            "change" has the last date less the mean of those before it; of radar it is the ratio of intensities, as a
+            standard normal number.
+        looks: Equivalent number of looks of radar, for its change.
     """
 
     kind: Kind = "cube"
 
-    def __init__(self, reader: CubeReader, dates: Dates = "mean") -> None:
+    def __init__(self, reader: CubeReader | NetworkReader, dates: Dates = "mean", looks: float = LOOKS) -> None:
         self.reader = reader
-        self.dates = dates
+        self.dates, self.looks = dates, looks
+        # ratios of radar follow from their number of looks
+        self._ratios = dates == "change" and reader.radar
         self.url = reader.cube.url
-        plain = reader.features
+        plain = tuple(replace(one, unit="1") for one in reader.features) if self._ratios else reader.features
         if dates == "change" and len(reader.times) < 2:
             raise InvalidInput(
                 f"--dates change compares the last date with those before it, and {self.url} has "
@@ -58,17 +64,14 @@ class CubeTable:
         self.features: tuple[Feature, ...] = tuple(
             replace(one, time=time) for time in reader.times for one in plain
         ) if dates == "stack" and len(reader.times) > 1 else plain  # fmt: skip
-        chosen = [reader.spec.collection, reader.names, reader.times, dates]
+        chosen = [reader.spec.collection, reader.names, reader.times, dates,
+                  *([reader.made_by] if reader.made_by else []), *([looks] if self._ratios else [])]  # fmt: skip
         self.digest = _digest(cube_digest(reader.cube, reader.spec.collection), chosen)
         self.description: dict[str, Any] = {
-            "url": self.url, "collection": reader.spec.collection, "bands": reader.names,
-            "time": ",".join(map(str, reader.dates)), "dates": dates,
+            "url": self.url, "collection": reader.spec.collection, "time": ",".join(map(str, reader.dates)),
+            "dates": dates, **reader.asked, **({"looks": looks} if self._ratios else {}),
         }  # fmt: skip
-        self.warnings = (
-            (f"{reader.absent} of {len(reader.spec.shards())} shards of {self.url} were never written: no data there",)
-            if reader.absent
-            else ()
-        )
+        self.warnings = reader.warnings
 
     def __len__(self) -> int:
         return len(self.reader.boxes)
@@ -80,7 +83,8 @@ class CubeTable:
         """Read the pixels of any box."""
         values, clear = self.reader.read(box)
         if self.dates == "change":
-            rows = change_from_before(values, radar=self.reader.radar).reshape(len(values[0]), -1)
+            made = normal_ratio(values, self.looks) if self._ratios else change_from_before(values)
+            rows = made.reshape(len(values[0]), -1)
             observed = (clear[-1] & clear[:-1].any(axis=0)).ravel()
         elif self.dates == "mean" and len(values) > 1:
             seen = np.isfinite(values)
@@ -183,6 +187,9 @@ def open_table(
     bands: str | tuple[str, ...] = (),
     time: str | None = None,
     dates: Dates = "mean",
+    looks: float = LOOKS,
+    run: str | None = None,
+    shows: Shows = "residual",
 ) -> Table:
     """Open data as rows of features.
 
@@ -192,6 +199,9 @@ def open_table(
         bands: Names of bands, and of indices that the cube holds; none for all bands.
         time: Dates of a cube; None for all.
         dates: How the dates of a cube become features.
+        looks: Equivalent number of looks of radar, for its change.
+        run: Run directory of an autoencoder; the features are then what it makes of a cube.
+        shows: What it makes: "residual", what its reconstruction of each band lacks, or "code".
 
     Raises:
         NotACube: It is none of them.
@@ -206,7 +216,15 @@ def open_table(
         if bands:
             raise InvalidInput(f"{url} holds vectors, which have no bands: leave --bands out")
         return VectorTable(url)
-    return CubeTable(CubeReader(open_cube(url), collection=collection, bands=bands, time=time), dates)
+    if run is not None:
+        reader = NetworkReader(open_cube(url), run, shows, time=time)
+        if bands or collection not in (None, reader.spec.collection):
+            raise InvalidInput(
+                f"{run} was trained on {reader.spec.collection}, bands {', '.join(reader.plain.names)}: leave out "
+                "--bands and --collection"
+            )
+        return CubeTable(reader, dates)
+    return CubeTable(CubeReader(open_cube(url), collection=collection, bands=bands, time=time), dates, looks)
 
 
 def is_embedding(url: str) -> bool:
@@ -238,20 +256,6 @@ def fill_in_time(values: npt.NDArray[np.float32], times: npt.NDArray[Any]) -> np
     filled = np.where(seen, values, start + (end - start) * share.astype(np.float32))
     filled[:, seen.mean(axis=0) < _LEAST_SHARE] = np.nan
     return filled.astype(np.float32)
-
-
-def change_from_before(values: npt.NDArray[np.float32], *, radar: bool) -> npt.NDArray[np.float32]:
-    """Return how far the last date of (time, band, y, x) is from the mean of the clear dates before it.
-
-    Decibels are averaged as intensities, so that of radar it is the ratio of an intensity to the mean of those before,
-    which speckle of L looks spreads as an F distribution of 2 L and 2 L times as many degrees of freedom as dates.
-    """
-    before = np.power(10.0, 0.1 * values[:-1].astype(np.float64)) if radar else values[:-1].astype(np.float64)
-    seen = np.isfinite(before)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(seen, before, 0.0).sum(axis=0) / seen.sum(axis=0)
-        change: npt.NDArray[np.float32] = (values[-1] - (10.0 * np.log10(mean) if radar else mean)).astype(np.float32)
-    return change
 
 
 def _block(
