@@ -69,7 +69,8 @@ def kinds_of(world: Path) -> npt.NDArray[np.str_]:
     table = pq.read_table(world / "anomalies.parquet", columns=["number", "kind"]).to_pydict()
     names = np.array(["", *(kind for _, kind in sorted(zip(table["number"], table["kind"], strict=True)))])
     with rasterio.open(world / "anomalies.tif") as file:
-        return names[file.read(1)]
+        found: npt.NDArray[np.str_] = names[file.read(1)]
+    return found
 
 
 def train_autoencoder(cube: Path, collection: str, bands: Sequence[str], last: str, seed: int) -> Path:
@@ -98,15 +99,15 @@ def score_map(cube: Path, collection: str, bands: Sequence[str], method: str, ru
     from jaxtrain.tasks.layers import open_layers
 
     trained = method in ("autoencoder", "embedding")
+    chosen: dict[str, Any] = {"method": method, "dates": rule}
     options = AnomalyOptions(
-        method=method,
+        **chosen,
         collection=collection,
         bands=() if trained else tuple(bands),
-        dates=rule,
         rate=1e-2,
         time=times[-1] if rule == "mean" else None,
         usual=",".join(times[:-1]) if rule == "mean" else None,
-    )  # type: ignore[arg-type]
+    )
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         find_anomalies(cube, Path(folder, "out"), options, run=run if trained else None)

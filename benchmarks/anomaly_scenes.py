@@ -53,7 +53,8 @@ def score(url: Path, method: str, run: Path | None, **chosen: Any) -> npt.NDArra
     from jaxtrain.tasks.layers import open_layers
 
     trained = method in ("autoencoder", "embedding")
-    options = AnomalyOptions(method=method, bands=() if trained else BANDS, rate=0.01, **chosen)  # type: ignore[arg-type]
+    chosen |= {"method": method}
+    options = AnomalyOptions(bands=() if trained else BANDS, rate=0.01, **chosen)
     with tempfile.TemporaryDirectory() as folder:
         find_anomalies(url, Path(folder, "out"), options, run=run if trained else None)
         return np.asarray(open_layers(Path(folder, "out/anomalies.zarr"))["score"])
@@ -83,7 +84,7 @@ def clouds() -> list[Row]:
             "optim": {"loss": "mse", "learning_rate": 3e-3},
             "run": {"steps": 300, "batch_size": 16, "evaluate_every": 150, "checkpoint_every": 150},
         }), run)  # fmt: skip
-    rows = []
+    rows: list[Row] = []
     usual = ",".join(times[at] for at in clear)
     for method in METHODS:
         found = []

@@ -97,6 +97,10 @@ def steps_apart(days: npt.NDArray[Any], values: npt.NDArray[Any], one: Any, othe
     return apart
 
 
+def percent(holds: Any) -> float:
+    return 100 * float(np.mean(holds))
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--cold"]:
         cold(Path(sys.argv[2]))
@@ -121,19 +125,19 @@ def main() -> int:
         dates[name] = nearest(breaks[:half], first[:half])
         exact = right[name] = steps_apart(days, values, dates[name], first[:half]) == 0
         rows += [
-            Row(f"{name}: break at the first clear date after the planted one, %", 100 * exact.mean()),
-            Row(f"{name}: pixels without a break that have one, %", 100 * np.mean([len(b) > 0 for b in breaks[half:]])),
+            Row(f"{name}: break at the first clear date after the planted one, %", percent(exact)),
+            Row(f"{name}: pixels without a break that have one, %", percent([len(b) > 0 for b in breaks[half:]])),
             Row(f"{name}: pixels with a break that have more than one, %",
-                100 * np.mean([len(b) > 1 for b in breaks[:half]])),
+                percent([len(b) > 1 for b in breaks[:half]])),
             Row(f"{name}: pixels for a second of the processor", rates[name]),
         ]  # fmt: skip
     if peer is not None:
         apart = steps_apart(days, values, dates["terrashard"], dates["COLD"])
         rows += [
-            Row("same date as COLD, % of planted breaks", 100 * np.mean(apart == 0), 95.0),
-            Row("same date as COLD, % of the breaks that COLD dates right", 100 * np.mean(apart[right["COLD"]] == 0)),
-            Row("largest possible: COLD right, or both wrong, %", 100 * np.mean(right["COLD"] | ~right["terrashard"])),
-            Row(f"within {TOLERANCE} clear dates of COLD, % of planted", 100 * np.mean(apart <= TOLERANCE), 95.0),
+            Row("same date as COLD, % of planted breaks", percent(apart == 0), 95.0),
+            Row("same date as COLD, % of the breaks that COLD dates right", percent(apart[right["COLD"]] == 0)),
+            Row("largest possible: COLD right, or both wrong, %", percent(right["COLD"] | ~right["terrashard"])),
+            Row(f"within {TOLERANCE} clear dates of COLD, % of planted", percent(apart <= TOLERANCE), 95.0),
         ]  # fmt: skip
     note = f"{PIXELS} pixels, {half} with a planted break"
     rows = [Row(row.name, float(row.value), row.limit, note=note) for row in rows]

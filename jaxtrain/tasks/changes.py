@@ -129,6 +129,7 @@ class _ChangeJob:
         table = self.ref.table
         assert isinstance(table, CubeTable)
         reader = table.reader
+        assert isinstance(reader, CubeReader)
         box = reader.boxes[number]
         values, _ = reader.read(box)
         days = _days(reader)

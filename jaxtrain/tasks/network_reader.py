@@ -83,7 +83,9 @@ class NetworkReader:
         """What the network makes, without a date."""
         return tuple(Feature(name, "1") for name in self.names)
 
-    def read(self, box: Box, dates: tuple[int, ...] | None = None) -> tuple[npt.NDArray[np.float32], Any]:
+    def read(
+        self, box: Box, dates: tuple[int, ...] | None = None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:  # fmt: skip
         """Read one box.
 
         Args:
@@ -119,7 +121,7 @@ class NetworkReader:
                 total[there[0], :, there[1], there[2]] += share * made_FHW[:, here[0], here[1]]
                 weight[there] += share
                 clear[there] |= seen_HW[here]
-        values = total / np.maximum(weight, np.float32(1e-30))[:, None]
+        values: npt.NDArray[np.float32] = (total / np.maximum(weight, np.float32(1e-30))[:, None]).astype(np.float32)
         values[~np.broadcast_to(clear[:, None], values.shape)] = np.nan
         return values, clear
 

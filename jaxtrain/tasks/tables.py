@@ -24,7 +24,8 @@ from zarr_store.promises import check_array
 from zarr_store.read import open_cube
 from zarr_store.samples import SampleStore, is_sample_store, open_samples
 
-__all__ = ["VECTORS_IN_BLOCK", "CubeTable", "Dates", "SampleTable", "VectorTable", "is_embedding", "open_table"]
+__all__ = ["VECTORS_IN_BLOCK", "CubeTable", "Dates", "SampleTable", "VectorTable", "change_from_before",
+           "is_embedding", "open_table"]  # fmt: skip
 
 Dates = Literal["mean", "stack", "change"]
 """Rule by which the dates of a cube become features: their mean, each date as features of its own, or how far the last
