@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -71,6 +71,11 @@ class ModelConfig(Strict):
         "late",
         description="for multimodal: where the modalities meet: late, after an encoder and decoder of each; middle, "
         "between the encoders and one decoder, at every level; early, after the first block of each",
+    )
+    alone: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5,
+        description="for multimodal: share of the training loss that is asked of each modality alone, through the same "
+        "fusion and head; 0: none, so that a modality learns alone only where others are missing",
     )
     modalities: dict[str, BranchConfig] = Field(
         default_factory=dict, description="for multimodal: name of a modality → size of its branch, where it differs"

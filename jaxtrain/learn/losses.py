@@ -38,13 +38,13 @@ class LossTerms(NamedTuple):
         """The mean loss; zero, with zero gradient, where no pixel is labelled."""
         return self.loss / jnp.where(self.weight > 0, self.weight, jnp.float32(1))
 
-    def mixed(self, other: LossTerms, share: jax.Array) -> LossTerms:
-        """Blend with the sums for other labels of the same samples, which get `share` of the loss."""
-        return LossTerms(
-            (1 - share) * self.loss + share * other.loss,
-            (1 - share) * self.weight + share * other.weight,
-            self.labelled,
-        )
+    def scaled(self, share: ArrayLike) -> LossTerms:
+        """Return the sums with a share of their loss and weight."""
+        return self._replace(loss=share * self.loss, weight=share * self.weight)
+
+    def added(self, other: LossTerms) -> LossTerms:
+        """Add the loss and the weight of other answers for the same samples, whose labels do not count again."""
+        return self._replace(loss=self.loss + other.loss, weight=self.weight + other.weight)
 
 
 def cross_entropy_terms(

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jaxtrain.data.arrays import as_images
 from jaxtrain.data.augment import augment, disturb
+from jaxtrain.learn.losses import IGNORE
 from jaxtrain.models.modality import Modality
 from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.mesh import batch_sharding, constrain, stored_sharding
@@ -65,11 +66,12 @@ def present_modalities(program: Program, batch: Mapping[str, Any]) -> dict[str, 
 
 def prepare_modalities(
     program: Program, batch: Mapping[str, Any], key: jax.Array, mesh: Mesh
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Return the varied input of the network and the label of a training step, inside a jitted function.
+) -> tuple[dict[str, jax.Array], list[tuple[jax.Array, jax.Array]]]:
+    """Return the varied input of the network, and labels with their shares of the loss, inside a jitted function.
 
     All modalities of a sample get the same turn and zoom; each draws its own gains, offsets and hidden bands. Then
-    whole modalities are hidden (`data.modality_dropout`).
+    whole modalities are hidden (`data.modality_dropout`). The first label is that of all modalities together. The
+    others are of each alone (`model.alone`), and count where it saw the pixel.
     """
     data, label = program.config.data, as_images(batch["label"])
     arrays = {one.name: _arrays(batch, one) for one in program.modalities}
@@ -92,7 +94,23 @@ def prepare_modalities(
         image = arrays[one.name][0]
         drawn = jax.random.fold_in(key, 100 + number)
         found[one.name] = _input(program, one, image, observed[one.name], batch, key=drawn)
-    return found, label
+    alone, count = program.config.model.alone, program.views - 1
+    if not count:
+        return found, [(label, jnp.float32(1))]
+    of_each = [(_where_seen(label, observed[one.name], one), jnp.float32(alone / count)) for one in program.modalities]
+    return found, [(label, jnp.float32(1 - alone)), *of_each]
+
+
+def _where_seen(label: jax.Array, observed: jax.Array, one: Modality) -> jax.Array:
+    """Return the label of a batch, without that of pixels, or of whole images, that the modality did not see."""
+    seen = observed.astype(bool)
+    seen = seen.any(axis=-1) if one.dates else seen
+    if label.ndim < 3:
+        seen = seen.any(axis=(1, 2)).reshape(-1, *(1,) * (label.ndim - 1))
+    else:
+        seen = seen.repeat(one.ratio, axis=1).repeat(one.ratio, axis=2)
+    nothing = jnp.nan if jnp.issubdtype(label.dtype, jnp.floating) else IGNORE
+    return jnp.where(seen, label, jnp.asarray(nothing, label.dtype))
 
 
 def hide_modalities(

@@ -6,7 +6,9 @@ images are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from jaxtrain.config import OptimConfig
 from jaxtrain.data.task import Task
 from jaxtrain.learn.losses import LossTerms, binary_terms, cross_entropy_terms, dice_terms, huber_terms, square_terms
+from jaxtrain.models.modality import views_of
 from zarr_store.errors import InvalidInput
 
 __all__ = ["BINS", "Objective", "confusion"]
@@ -79,6 +82,18 @@ class Objective:
             extra = dice_terms(logits, label).mean()
             return terms._replace(loss=terms.loss + extra * terms.weight)
         return terms
+
+    def blend(self, logits: jax.Array, labels: Sequence[tuple[jax.Array, jax.Array]]) -> LossTerms:
+        """Return the sums of the loss for several labels, each of which gets a share of loss and weight.
+
+        Args:
+            logits: float32 (B, …, K), asked for each label; or (B · L, …, K), where a view of the sample answers for
+                each of L labels (`views_of`).
+            labels: Each label, as in `terms`, with its share.
+        """
+        views = views_of(logits, labels[0][0].shape[0])
+        found = [self.terms(views[i % len(views)], label).scaled(share) for i, (label, share) in enumerate(labels)]
+        return reduce(LossTerms.added, found)
 
     def right(self, logits: jax.Array, label: jax.Array) -> jax.Array:
         """Return how many labels are right, float32; for values, one minus each squared error in standard units."""

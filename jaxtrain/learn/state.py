@@ -30,7 +30,7 @@ from jaxtrain.learn.objective import Objective
 from jaxtrain.learn.optim import build_optimizer, build_schedule
 from jaxtrain.models import PER_PIXEL, build_model
 from jaxtrain.models.dropout import dropout_rate
-from jaxtrain.models.modality import Modality
+from jaxtrain.models.modality import Modality, view_count
 from jaxtrain.models.precision import run_model, set_precision
 from jaxtrain.models.units import FUSION, Carry, Unit, is_owned, streams_of, units_of
 from jaxtrain.parallel.links import absent, everywhere, init_by_group, is_here, part_of, shape_of
@@ -238,6 +238,11 @@ class Program:
             optimizer=build_optimizer(config.optim, config.run.steps),
             schedule=build_schedule(config.optim, config.run.steps),
         )  # fmt: skip
+
+    @property
+    def views(self) -> int:
+        """Return how many answers a training step asks for each sample: for all modalities together, and each alone."""
+        return view_count(self.modalities, self.config.model)
 
     def entry(self, branch: str) -> tuple[int, ...]:
         """Return the shape of the input of a branch, without the samples."""

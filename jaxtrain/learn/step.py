@@ -43,6 +43,7 @@ from jaxtrain.learn.modalities import (
 )  # fmt: skip
 from jaxtrain.learn.optim import build_optimizer, evaluation_params
 from jaxtrain.learn.state import Program, TrainState
+from jaxtrain.models.modality import views_of
 from jaxtrain.models.temporal import series_of
 from jaxtrain.parallel.mesh import batch_sharding, constrain, replicated, stored_sharding
 from jaxtrain.parallel.pipeline import Pipeline
@@ -175,18 +176,16 @@ def differentiate(
     """
     objective = program.objective
     augment_key, dropout_key = jax.random.split(key)
-    x_BHWC, ((label, _), *others) = prepare_batch(program, batch, augment_key, program.mesh)
+    x_BHWC, labels = prepare_batch(program, batch, augment_key, program.mesh)
+    label = labels[0][0]
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[LossTerms, jax.Array, Any]]:
         logits, after = program.apply(params, model_state, x_BHWC, train=True, key=dropout_key)
-        terms = objective.terms(logits, label)
-        labelled = terms.labelled
-        for other, share in others:
-            terms = terms.mixed(objective.terms(logits, other), share)
-        return terms.loss if of_sum else terms.mean(), (terms._replace(labelled=labelled), logits, after)
+        terms = objective.blend(logits, labels)
+        return terms.loss if of_sum else terms.mean(), (terms, logits, after)
 
     (_, (terms, logits, after)), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
-    return gradient, terms, objective.right(logits, label), after
+    return gradient, terms, objective.right(views_of(logits, label.shape[0])[0], label), after
 
 
 def update_state(
@@ -341,11 +340,10 @@ def prepare_batch(
 ) -> tuple[Any, list[tuple[jax.Array, jax.Array]]]:
     """Return augmented and normalised images (of several modalities a dict), and each label with its share of the loss.
 
-    There is one label, or two if mixed.
+    There is one label, or two if mixed; of several modalities one for all together, and one for each alone.
     """
     if program.modalities:
-        x, label = prepare_modalities(program, batch, key, mesh)
-        return x, [(label, jnp.float32(1))]
+        return prepare_modalities(program, batch, key, mesh)
     data = program.config.data
     rebuild = program.objective.task.rebuild
     names = ["image", *([] if rebuild else ["label"]), "observed"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
 
-__all__ = ["Encoded", "Modality", "finest", "powers_of_two"]
+if TYPE_CHECKING:
+    from jaxtrain.config import ModelConfig
+
+__all__ = ["Encoded", "Modality", "finest", "powers_of_two", "view_count", "views_of"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ def finest(modalities: Sequence[Modality]) -> Modality:
     return min(modalities, key=lambda one: one.ratio)
 
 
+def view_count(modalities: Sequence[Modality], config: ModelConfig) -> int:
+    """Return how often a training step merges the branches: all together, and with `model.alone` each by itself."""
+    return 1 + len(modalities) if config.alone and len(modalities) > 1 else 1
+
+
 def powers_of_two(ratio: int) -> tuple[int, int]:
     """Return how often 2 divides a ratio of pixels, and what is left.
 
@@ -64,3 +72,16 @@ def powers_of_two(ratio: int) -> tuple[int, int]:
     """
     halvings = (ratio & -ratio).bit_length() - 1
     return halvings, ratio >> halvings
+
+
+def views_of(logits: jax.Array, samples: int) -> tuple[jax.Array, ...]:
+    """Return the logits (B, …, K) of each view of `samples` samples; the views of a sample follow each other.
+
+    >>> import jax.numpy as jnp
+    >>> [view.shape for view in views_of(jnp.zeros((6, 4, 4, 5)), 2)]
+    [(2, 4, 4, 5), (2, 4, 4, 5), (2, 4, 4, 5)]
+    """
+    if logits.shape[0] == samples:
+        return (logits,)
+    wide = logits.reshape(samples, -1, *logits.shape[1:])
+    return tuple(wide[:, i] for i in range(wide.shape[1]))

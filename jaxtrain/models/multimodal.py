@@ -8,6 +8,10 @@ setting `model.fusion`:
 - `middle`: each branch is an encoder; features are merged at every level, and one decoder goes on
 - `early`: each branch is one block; its features are merged, and one U-Net goes on
 
+In training, the branches run once and are merged several times: all together, and each modality alone (`model.alone`).
+So every step asks each branch for an answer of its own. The views of a sample follow each other along the samples,
+(B · views, …): first all together, then the modalities in their order. Elsewhere there is the first view alone.
+
 The merge is a mean over what is present at a pixel, weighted by the share of the pixel that was observed. So the
 network does with any modalities: with one of them, that one alone decides. Where all are absent, features are 0 and
 the answer is that of the biases, whatever the ground.
@@ -30,7 +34,7 @@ from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.blocks import HE, SMALL, ConvBlock, conv, halve, repeat_nearest, run_block
-from jaxtrain.models.modality import Encoded, Modality, powers_of_two
+from jaxtrain.models.modality import Encoded, Modality, powers_of_two, view_count
 from jaxtrain.models.multimodal_units import branch_units, fusion_units
 from jaxtrain.models.temporal import BESIDE, attend, mean_max, neighbours
 from jaxtrain.models.units import Unit
@@ -167,13 +171,14 @@ class Fusion(nnx.Module):
 
     `fusion({name: Encoded}) -> features` of each level of the decoder, finest first. Features are turned to one width
     by a 1 × 1 convolution on the grid of their modality, repeated to the grid of the level, and averaged. A convolution
-    of the shares adds what is there at all.
+    of the shares adds what is there at all. With `train`, the features of all views.
     """
 
     def __init__(self, modalities: Sequence[Modality], config: ModelConfig, *, per_image: bool, rngs: nnx.Rngs) -> None:
         self.modalities = tuple(modalities)
         self.kind, self.per_image = config.fusion, per_image
         self.pooled = per_image and config.fusion == "late"
+        self.views = view_count(self.modalities, config)
         self.depth = config.depth if config.fusion == "middle" else 0
         sources: dict[int, dict[str, int]] = {level: {} for level in range(self.depth + 1)}
         for one in self.modalities:
@@ -202,18 +207,22 @@ class Fusion(nnx.Module):
     def _add(self, name: str, level: int, inputs: int, outputs: int, rngs: nnx.Rngs) -> None:
         setattr(self, f"{name}_level{level}", conv(inputs, outputs, 1, rngs=rngs))
 
-    def __call__(self, encoded: Mapping[str, Encoded]) -> tuple[jax.Array, ...]:
-        return tuple(self._merge(encoded, level) for level in range(self.depth + 1))
+    def __call__(self, encoded: Mapping[str, Encoded], *, train: bool) -> tuple[jax.Array, ...]:
+        views = self.views if train else 1
+        return tuple(self._merge(encoded, level, views) for level in range(self.depth + 1))
 
-    def _merge(self, encoded: Mapping[str, Encoded], level: int) -> jax.Array:
-        shares = {one.name: self._share(encoded[one.name].seen, one, level) for one in self.modalities}
+    def _merge(self, encoded: Mapping[str, Encoded], level: int, views: int) -> jax.Array:
+        shares = {
+            one.name: _in_views(self._share(encoded[one.name].seen, one, level), views, number + 1)
+            for number, one in enumerate(self.modalities)
+        }
         total = merged = None
         for name, own in self.sources[level]:
             one = next(one for one in self.modalities if one.name == name)
             y = getattr(self, f"{name}_level{level}")(encoded[name].features[own])
             rest = powers_of_two(one.ratio)[1]
             y = y if self.pooled else _repeat(y, rest if self.kind == "middle" else one.ratio)
-            share = shares[name]
+            y, share = _in_views(y, views), shares[name]
             merged = y * share if merged is None else merged + y * share
             total = share if total is None else total + share
         present = getattr(self, f"present_level{level}")(jnp.concatenate(list(shares.values()), axis=-1))
@@ -287,7 +296,7 @@ class Multimodal(nnx.Module):
 
     def __call__(self, x: Mapping[str, jax.Array], *, train: bool) -> jax.Array:
         encoded = {name: self.encode(name, x[name], train=train) for name in self.names}
-        logits: jax.Array = self.head(self.decoder(self.fusion(encoded), train=train))
+        logits: jax.Array = self.head(self.decoder(self.fusion(encoded, train=train), train=train))
         return logits
 
     def branches(self) -> dict[str, list[Unit]]:
@@ -324,6 +333,19 @@ def _pool(x_BHWC: jax.Array, times: int) -> jax.Array:
         return x_BHWC
     b, h, w, c = x_BHWC.shape
     return x_BHWC.reshape(b, h // times, times, w // times, times, c).mean(axis=(2, 4))
+
+
+def _in_views(x_BHWC: jax.Array, views: int, own: int = 0) -> jax.Array:
+    """Repeat each sample for each view; with `own`, only the first view and this one keep it, the others get zeros."""
+    if views == 1:
+        return x_BHWC
+    # the views of a sample follow each other, so that a batch that is split over devices stays where it is
+    samples, *rest = x_BHWC.shape
+    wide = jnp.broadcast_to(x_BHWC[:, None], (samples, views, *rest))
+    if own:
+        kept = jnp.asarray([view in (0, own) for view in range(views)], x_BHWC.dtype)
+        wide = wide * kept.reshape(-1, *(1,) * len(rest))
+    return wide.reshape(samples * views, *rest)
 
 
 def _positive(share: jax.Array) -> jax.Array:

@@ -31,13 +31,12 @@ def fusion_units(model: Any) -> list[Unit]:
     levels = fusion.depth + 1
 
     def merge(carry: Carry, train: bool) -> Carry:
-        del train
         encoded, rest = {}, carry
         for name in model.names:
             size = getattr(model, f"encoder_{name}").levels
             encoded[name] = Encoded(tuple(reversed(rest[:size])), rest[size])
             rest = rest[size + 1 :]
-        levels_of: Carry = tuple(reversed(fusion(encoded)))
+        levels_of: Carry = tuple(reversed(fusion(encoded, train=train)))
         return levels_of
 
     found = [Unit("fusion", ("fusion",), merge)]

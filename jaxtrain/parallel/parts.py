@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -53,8 +53,8 @@ class Objective(Protocol):
     def task(self) -> Any:
         """Task of the network."""
 
-    def terms(self, logits: jax.Array, label: jax.Array) -> Any:
-        """Loss, weight and number of labelled pixels."""
+    def blend(self, logits: jax.Array, labels: Sequence[tuple[jax.Array, jax.Array]]) -> Any:
+        """Loss, weight and number of labelled pixels, of several labels with their shares."""
 
     def right(self, logits: jax.Array, label: jax.Array) -> jax.Array:
         """Number of right predictions."""
@@ -88,6 +88,10 @@ class PipelinedProgram(Protocol):
     @property
     def objective(self) -> Objective:
         """Loss and counts of the task."""
+
+    @property
+    def views(self) -> int:
+        """Answers for each sample of a training step."""
 
     @property
     def schedule(self) -> optax.Schedule:

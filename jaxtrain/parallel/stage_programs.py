@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain.models.modality import views_of
 from jaxtrain.models.units import Carry
 from jaxtrain.parallel.links import lies_of
 from jaxtrain.parallel.mesh import constrain, replicated, spec, stored_sharding
@@ -157,10 +158,9 @@ def _forward(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) ->
             if k != last:
                 return (carry if apart else _placed(carry, mesh)), (new, None)
             labels, shares = entry.answers
-            found = [objective.terms(carry[0], label) for label in labels]
-            loss = sum((share * terms.loss for share, terms in zip(shares, found, strict=True)), jnp.float32(0))
-            right = objective.right(carry[0], labels[0])
-            return loss, (new, (right, found[0].labelled))
+            terms = objective.blend(carry[0], list(zip(labels, shares, strict=True)))
+            right = objective.right(views_of(carry[0], labels[0].shape[0])[0], labels[0])
+            return terms.loss, (new, (right, terms.labelled))
 
         if program.config.mesh.zero == 3:
             run = gather_for_use(run, parts.of(program.whole, k))
@@ -172,7 +172,7 @@ def _forward(program: PipelinedProgram, layout: Layout, parts: Parts, k: int) ->
 
     def of_all(held: Held, entry: Entry) -> tuple[Any, Pull]:
         results, pull = vjp_apart(passed, held, entry)
-        return results, _by_samples(pull, entry.carry[0].shape[0], mesh)
+        return results, _by_samples(pull, entry.carry[0].shape[0], program.views, mesh)
 
     def of_each(held: Held, entry: Entry) -> tuple[Any, Pull]:
         whole, split = spec(), spec("data")
@@ -213,12 +213,13 @@ def _placed(carry: Carry, mesh: Mesh) -> Carry:
     return tuple(constrain(leaf, lies_of(leaf, mesh)) for leaf in carry)
 
 
-def _by_samples(pull: Pull, samples: int, mesh: Mesh) -> Pull:
+def _by_samples(pull: Pull, samples: int, views: int, mesh: Mesh) -> Pull:
     """Split what is kept as the batch is; the compiler would put whole on every device what it finds to be constant."""
     rest: Any = PartitionSpec.UNCONSTRAINED
 
     def place(leaf: Any) -> Any:
-        if not leaf.ndim or leaf.shape[0] != samples:
+        # in training a sample has several views after the merge of its modalities
+        if not leaf.ndim or leaf.shape[0] not in (samples, samples * views):
             return leaf
         return constrain(leaf, NamedSharding(mesh, spec("data", *[rest] * (leaf.ndim - 1))))
 
@@ -373,17 +374,13 @@ def _entered(inputs: Any, source: str) -> Carry:
 
 def _labels(program: PipelinedProgram, layout: Layout, prepare: Callable[..., Any]) -> Callable[..., Any]:
     def labels(batch: Tree, key: jax.Array) -> list[tuple[tuple[jax.Array, ...], jax.Array]]:
-        objective, mesh, found = program.objective, layout.mesh(layout.chunks - 1), []
-        for label, share in prepare(batch, key, mesh)[1]:
-            size = label.shape if objective.task.several else (*label.shape, program.classes)
-            weight = objective.terms(jnp.zeros(size, jnp.float32), label).weight
-            found.append(
-                (
-                    _cut(program, label, stored_sharding(mesh, label.ndim)),
-                    share / jnp.where(weight > 0, weight, jnp.float32(1)),
-                )
-            )
-        return found
+        objective, mesh = program.objective, layout.mesh(layout.chunks - 1)
+        several = prepare(batch, key, mesh)[1]
+        shape = several[0][0].shape
+        size = shape if objective.task.several else (*shape, program.classes)
+        weight = objective.blend(jnp.zeros(size, jnp.float32), several).weight
+        weight = jnp.where(weight > 0, weight, jnp.float32(1))
+        return [(_cut(program, label, stored_sharding(mesh, label.ndim)), share / weight) for label, share in several]
 
     return labels
 

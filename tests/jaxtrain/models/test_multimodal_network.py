@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtrain.config import ModelConfig
 from jaxtrain.learn.modalities import hide_modalities
 from jaxtrain.models import build_model
-from jaxtrain.models.modality import Modality
+from jaxtrain.models.modality import Modality, views_of
 from jaxtrain.models.units import is_owned
 from zarr_store.errors import InvalidInput
 
@@ -55,7 +55,9 @@ def test_units_are_the_network_and_own_each_parameter_once(fusion: str, per_imag
         return carry[0]
 
     shape = (BATCH, 3) if per_image else (BATCH, SIDE, SIDE, 3)
-    assert jax.eval_shape(lambda x: model(x, train=True), x).shape == shape
+    assert jax.eval_shape(lambda x: model(x, train=False), x).shape == shape
+    views = 1 + len(MODALITIES)
+    assert jax.eval_shape(lambda x: model(x, train=True), x).shape == (BATCH * views, *shape[1:])
     assert jax.eval_shape(by_units, x).shape == shape
     names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     every = [unit for units in model.branches().values() for unit in units] + model.joined()
@@ -79,6 +81,29 @@ def test_the_merge_is_the_mean_over_what_is_present() -> None:
     nothing = np.asarray(run({"a": jnp.zeros_like(a), "b": jnp.zeros_like(b)}))
     np.testing.assert_allclose(nothing[0], nothing[1], atol=1e-6)
     assert np.isfinite(nothing).all()
+
+
+@pytest.mark.parametrize("fusion", ["late", "middle", "early"])
+def test_a_training_step_asks_all_modalities_together_and_each_alone(fusion: str) -> None:
+    """Each view is what the network answers where the others are missing."""
+    two = (Modality("a", ("x",)), Modality("b", ("y",), 2))
+    model, silent = build(fusion, False, two, depth=1), build(fusion, False, two, depth=1, alone=0.0)
+    x = {one.name: array(one) for one in two}
+
+    def without(name: str) -> dict[str, jax.Array]:
+        return {other: jnp.zeros_like(own) if other == name else own for other, own in x.items()}
+
+    @jax.jit
+    def answers(x: dict[str, jax.Array]) -> tuple[Any, ...]:
+        asked = [model(one, train=False) for one in (x, without("b"), without("a"))]
+        return views_of(model(x, train=True), BATCH), asked, silent(x, train=True)
+
+    views, asked, one = answers(x)
+    assert [view.shape for view in views] == [(BATCH, SIDE, SIDE, 3)] * 3
+    for view, answer in zip(views, asked, strict=True):
+        np.testing.assert_allclose(view, answer, atol=1e-5)
+    assert float(jnp.abs(views[1] - views[2]).max()) > 1e-4
+    np.testing.assert_allclose(one, views[0], atol=1e-5)
 
 
 def test_a_modality_of_each_sample_always_stays() -> None:
