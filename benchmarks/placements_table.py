@@ -21,24 +21,24 @@ TABLES = HERE.parent / "docs" / "placements"
 EXAMPLE = HERE.parent / "examples" / "multimodal.toml"
 
 
-def survey(*words: str, epochs: float) -> dict[str, Any]:
+def survey(*words: str, epochs: float, side: int) -> dict[str, Any]:
     """Run the command; return its document with the seconds that it took."""
     command = [sys.executable, "-m", "cli.main", "survey", str(EXAMPLE), "--measure", "--json"]
-    command += ["--epochs", f"{epochs:g}", "--set", f"data.cube={make_world(OUT, FULL.side)}", *words]
+    command += ["--epochs", f"{epochs:g}", "--set", f"data.cube={make_world(OUT, side)}", *words]
     began = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
     document: dict[str, Any] = json.loads(done.stdout)
-    return document | {"seconds": time.perf_counter() - began, "epochs": epochs, "machine": machine()}
+    return document | {"seconds": time.perf_counter() - began, "epochs": epochs, "side": side, "machine": machine()}
 
 
-def survey_on_dask(epochs: float, workers: int) -> dict[str, Any]:
+def survey_on_dask(epochs: float, side: int, workers: int) -> dict[str, Any]:
     """Run the command on the workers of a Dask cluster of this machine."""
     from distributed import LocalCluster
 
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1"}
     opened: Any = LocalCluster
     with opened(**options, dashboard_address=None) as cluster:
-        return survey("--dask", cluster.scheduler_address, epochs=epochs) | {"workers": workers}
+        return survey("--dask", cluster.scheduler_address, epochs=epochs, side=side) | {"workers": workers}
 
 
 def main() -> int:
@@ -46,8 +46,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dask", type=int, metavar="WORKERS", help="on a Dask cluster of so many workers")
     parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--side", type=int, default=FULL.side, help="side of the simulated world, pixels")
     options = parser.parse_args()
-    document = survey_on_dask(options.epochs, options.dask) if options.dask else survey(epochs=options.epochs)
+    size = {"epochs": options.epochs, "side": options.side}
+    document = survey_on_dask(workers=options.dask, **size) if options.dask else survey(**size)
     name = "table-dask" if options.dask else "table"
     TABLES.mkdir(exist_ok=True)
     (TABLES / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")

@@ -171,10 +171,11 @@ class DataConfig(Strict):
         default_factory=dict, description="for multimodal: name of each modality → where its data are"
     )
     modality_dropout: float = Field(
-        0.3,
+        0.0,
         ge=0,
         lt=1,
-        description="for multimodal: probability in training that a modality of a sample is hidden; one always stays",
+        description="for multimodal: probability in training that a modality of a sample is hidden; one always stays. "
+        "Beside model.alone, which asks each modality alone in every step, it serves where three or more may be missing",
     )
     min_labelled: Share = Field(
         0.25,
