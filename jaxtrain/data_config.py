@@ -175,7 +175,7 @@ class DataConfig(Strict):
         ge=0,
         lt=1,
         description="for multimodal: probability in training that a modality of a sample is hidden; one always stays. "
-        "Beside model.alone, which asks each modality alone in every step, it serves where three or more may be missing",
+        "model.alone asks each modality alone in every step, so this serves where three or more are often missing",
     )
     min_labelled: Share = Field(
         0.25,
