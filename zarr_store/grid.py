@@ -282,6 +282,16 @@ def normal_crs(crs: object) -> str:
     Raises:
         InvalidInput: The CRS is not known to PROJ, or names a file.
     """
+    return _normal_text(crs) if isinstance(crs, str) else _normal(crs)
+
+
+@lru_cache(256)
+def _normal_text(text: str) -> str:
+    """Catalogues spell the same few systems in every item."""
+    return _normal(text)
+
+
+def _normal(crs: object) -> str:
     parsed = parse_crs(crs)
     epsg = parsed.to_epsg()
     return f"EPSG:{epsg}" if epsg else parsed.to_wkt()

@@ -11,10 +11,10 @@ from typing import Self
 
 from zarr_store.errors import InvalidInput
 
-__all__ = ["Region", "iterate_boxes"]
+__all__ = ["Region", "box_at", "count_boxes", "iterate_boxes"]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Region:
     """A half-open integer box over (time, y, x); all bands belong to it.
 
@@ -88,18 +88,30 @@ def iterate_boxes(
     >>> [index for index, _ in iterate_boxes((1, 3, 2), (1, 2, 2))]
     [(0, 0, 0), (0, 1, 0)]
     """
-    counts = [-(-size // step) for size, step in zip(shape, box, strict=True)]
+    counts = count_boxes(shape, box)
     for t in range(counts[0]):
         for y in range(counts[1]):
             for x in range(counts[2]):
-                yield (
-                    (t, y, x),
-                    Region(
-                        t * box[0],
-                        min((t + 1) * box[0], shape[0]),
-                        y * box[1],
-                        min((y + 1) * box[1], shape[1]),
-                        x * box[2],
-                        min((x + 1) * box[2], shape[2]),
-                    ),
-                )
+                yield (t, y, x), box_at(shape, box, (t, y, x))
+
+
+def count_boxes(shape: tuple[int, int, int], box: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the number of boxes along each axis of `iterate_boxes`.
+
+    >>> count_boxes((1, 3, 2), (1, 2, 2))
+    (1, 2, 1)
+    """
+    return (-(-shape[0] // box[0]), -(-shape[1] // box[1]), -(-shape[2] // box[2]))
+
+
+def box_at(shape: tuple[int, int, int], box: tuple[int, int, int], index: tuple[int, int, int]) -> Region:
+    """Return the region of one box of `iterate_boxes`, cut at the edge."""
+    t, y, x = index
+    return Region(
+        t * box[0],
+        min((t + 1) * box[0], shape[0]),
+        y * box[1],
+        min((y + 1) * box[1], shape[1]),
+        x * box[2],
+        min((x + 1) * box[2], shape[2]),
+    )

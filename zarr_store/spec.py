@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from zarr_store.errors import InvalidInput, UnknownName
 from zarr_store.grid import Grid
 from zarr_store.keys import GROUP_NAME
 from zarr_store.lookup import find_bands, find_time, find_times
-from zarr_store.regions import Region, iterate_boxes
+from zarr_store.regions import Region, box_at, count_boxes, iterate_boxes
 
 __all__ = [
     "LAYOUTS",
@@ -29,8 +29,10 @@ __all__ = [
     "BandSpec",
     "CubeSpec",
     "DerivedSpec",
+    "ItemType",
     "Layout",
     "Reducer",
+    "item_type_for",
     "overview_positions",
 ]
 
@@ -57,9 +59,20 @@ def _fill_attribute(dtype: str, nodata: float) -> int | str:
     return int(nodata)
 
 
+def item_type_for(scenes: int) -> ItemType:
+    """Return the smallest type of `source_item` that can name that many scenes.
+
+    >>> item_type_for(32_767), item_type_for(32_768)
+    ('int16', 'int32')
+    """
+    return "int16" if scenes <= np.iinfo(np.int16).max else "int32"
+
+
 Kind = Literal["reflectance", "backscatter"]
 Reducer = Literal["first", "median", "mean"]
 """Rule by which several observations of one pixel in a time step become one value."""
+ItemType = Literal["int16", "int32"]
+"""Type of the row numbers of the item table in `source_item`."""
 MAIN_ARRAYS: dict[Kind, str] = {"reflectance": "uint16", "backscatter": "float32"}
 """Name of the array that holds the bands, and its dtype."""
 
@@ -153,6 +166,7 @@ class CubeSpec:
         derived: Spectral indices, each an array of its own.
         reduce: "first": every pixel is one observation and `source_item` names it. "median" and "mean": over the
             clear observations of the step; `observations` counts them in place of `source_item`.
+        item_type: Type of `source_item`: "int16", or "int32" for more than 32,767 scenes.
 
     Example:
         >>> grid = Grid.from_bounds("EPSG:32633", (600_000, 5_000_000, 605_120, 5_005_120), resolution=10)
@@ -170,6 +184,7 @@ class CubeSpec:
     layout: Layout = LAYOUTS["train"]
     derived: tuple[DerivedSpec, ...] = ()
     reduce: Reducer = "first"
+    item_type: ItemType = "int16"
 
     def __post_init__(self) -> None:
         if not GROUP_NAME.fullmatch(self.collection):
@@ -179,6 +194,8 @@ class CubeSpec:
             )
         if self.kind not in MAIN_ARRAYS:
             raise UnknownName.of("kind", self.kind, MAIN_ARRAYS)
+        if self.item_type not in get_args(ItemType):
+            raise UnknownName.of("item type", self.item_type, get_args(ItemType))
         names = [band.name for band in self.bands]
         if not names or len(set(names)) != len(names):
             raise InvalidInput(f"{self.collection}: bands must be named once each and not be empty, got {names}")
@@ -306,7 +323,7 @@ class CubeSpec:
             ),
             ArraySpec(
                 "source_item",
-                "int16",
+                self.item_type,
                 tyx,
                 -1,
                 {
@@ -359,8 +376,44 @@ class CubeSpec:
         return (t, len(self.bands), y, x) if "band" in self.array(name).dims else tyx
 
     def shards(self) -> dict[tuple[int, int, int], Region]:
-        """Return the region of every shard by its index (t, y, x), cut at the edge of the grid."""
-        return dict(iterate_boxes(self.shape, self.layout.shard))
+        """Return the region of every shard by its index (t, y, x), cut at the edge of the grid.
+
+        A cube may have millions: `shard_counts`, `shard_at` and `iterate_shards` hold one at a time.
+        """
+        return dict(self.iterate_shards())
+
+    def iterate_shards(self) -> Iterator[tuple[tuple[int, int, int], Region]]:
+        """Yield the index (t, y, x) and the region of every shard, in order."""
+        return iterate_boxes(self.shape, self.layout.shard)
+
+    @property
+    def shard_counts(self) -> tuple[int, int, int]:
+        """Number of shards along (time, y, x)."""
+        return count_boxes(self.shape, self.layout.shard)
+
+    @property
+    def shard_count(self) -> int:
+        """Number of shards in all."""
+        return math.prod(self.shard_counts)
+
+    def shard_at(self, index: tuple[int, int, int]) -> Region | None:
+        """Return the region of one shard; None where the cube has no shard of that index."""
+        if not all(0 <= number < count for number, count in zip(index, self.shard_counts, strict=True)):
+            return None
+        return box_at(self.shape, self.layout.shard, index)
+
+    def check_items(self, count: int) -> None:
+        """Refuse an item table that has more rows than `source_item` can name.
+
+        Raises:
+            InvalidInput: It has.
+        """
+        most = int(np.iinfo(self.item_type).max)
+        if self.reduce == "first" and count > most:
+            raise InvalidInput(
+                f"{self.collection}: {count} scenes are more than the {most} that this cube can name, whose item "
+                f"numbers are {self.item_type}; make a new cube of all scenes, or split --datetime"
+            )
 
     def chunks(self, region: Region) -> dict[tuple[int, int, int], Region]:
         """Return the chunks of one shard `region` by index inside the shard, in cube coordinates."""
@@ -383,6 +436,8 @@ class CubeSpec:
             del data["derived"]
         if self.reduce == "first":
             del data["reduce"]
+        if self.item_type == "int16":
+            del data["item_type"]
         return data
 
     @classmethod
@@ -403,4 +458,5 @@ class CubeSpec:
                 DerivedSpec(**{**index, "bands": tuple(index["bands"])}) for index in data.get("derived", ())
             ),
             reduce=data.get("reduce", "first"),
+            item_type=data.get("item_type", "int16"),
         )

@@ -123,7 +123,7 @@ def _cover(
             if hidden is not None:
                 np.copyto(at[name], np.uint8(0), where=hidden)
     if "source_item" in at:
-        _paste(at["source_item"], np.int16(item), seen, whole)
+        _paste(at["source_item"], at["source_item"].dtype.type(item), seen, whole)
 
 
 def _compete(
@@ -147,7 +147,7 @@ def _compete(
         if name in at:
             _paste(at[name], layer, wins, whole)
     if "source_item" in at:
-        _paste(at["source_item"], np.int16(item), wins, whole)
+        _paste(at["source_item"], at["source_item"].dtype.type(item), wins, whole)
     _paste(status, np.where(clear, np.uint8(STATUS_OBSERVED), np.uint8(STATUS_MASKED)), wins, whole)
 
 

@@ -107,7 +107,7 @@ def fill_shard(
         "status": np.full((times, height, width), STATUS_NODATA, np.uint8),
     }
     if spec.reduce == "first":
-        arrays["source_item"] = np.full((times, height, width), -1, np.int16)
+        arrays["source_item"] = np.full((times, height, width), -1, spec.item_type)
     else:
         arrays["observations"] = np.zeros((times, height, width), np.uint16)
     outcomes: dict[int, SourceOutcome] = {}

@@ -154,7 +154,7 @@ def memory_note(client: Client, spec: CubeSpec) -> str | None:
     pixel = sum(
         np.dtype(array.dtype).itemsize * math.prod(spec.array_shape(array.name)) // pixels for array in spec.arrays()
     )
-    shard = pixel * max((math.prod(region.shape) for region in spec.shards().values()), default=0)
+    shard = pixel * math.prod(min(size, step) for size, step in zip(spec.shape, spec.layout.shard, strict=True))
     for address, worker in sorted(client.scheduler_info(n_workers=-1)["workers"].items()):
         limit, threads = int(worker["memory_limit"] or 0), int(worker["nthreads"])
         needed = IDLE_BYTES + SHARDS_HELD * shard * threads

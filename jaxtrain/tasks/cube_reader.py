@@ -79,11 +79,11 @@ class CubeReader:
             _check_power(cube, self.spec)
         rows = cube.ledger(self.spec.collection).rows()
         self._there = {index for index, row in rows.items() if row.state != "failed"}
-        self.absent = sum(index not in self._there for index in self.spec.shards())
+        self.absent = sum(index not in self._there for index, _ in self.spec.iterate_shards())
         self.asked: dict[str, Any] = {"bands": self.names}
         self.made_by: dict[str, str] = {}
         self.warnings: tuple[str, ...] = (
-            (f"{self.absent} of {len(self.spec.shards())} shards of {cube.url} were never written: no data there",)
+            (f"{self.absent} of {self.spec.shard_count} shards of {cube.url} were never written: no data there",)
             if self.absent
             else ()
         )
@@ -142,8 +142,10 @@ class CubeReader:
     def bands_without_numbers(self) -> tuple[str, ...]:
         """Return the bands and indices that hold no number anywhere, whatever is known of their pixels."""
         lacking = set(self.names)
-        for region in (self.spec.shards()[index] for index in sorted(self._there)):
-            if not lacking or not set(range(region.t0, region.t1)) & set(self.dates):
+        for index, region in self.spec.iterate_shards():
+            if not lacking:
+                break
+            if index not in self._there or not set(range(region.t0, region.t1)) & set(self.dates):
                 continue
             values = np.empty((region.t1 - region.t0, len(self.names), *region.shape[1:]), np.float32)
             self._read_values(region, values)
