@@ -5,7 +5,6 @@ All of this is pure: the headers were read before.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from shapely.affinity import translate
 from shapely.geometry import box, shape
 from shapely.geometry.base import BaseGeometry
 
-from ingest.pixels.clip import is_outside
 from ingest.pixels.indices import choose_indices
 from ingest.plan.grouping import Step, lattice_rank
 from ingest.plan.target import Candidate, pixel_box, project_bounds, region_lonlat
@@ -29,8 +27,7 @@ from ingest.scenes.scene import AssetRef, Scene
 from ingest.trust.redact import redact_url
 from zarr_store.errors import AssetUnreadable, InvalidInput, NothingFound
 from zarr_store.grid import Bounds, Grid, check_on_earth
-from zarr_store.regions import Region
-from zarr_store.spec import BandSpec, CubeSpec, Layout
+from zarr_store.spec import BandSpec, CubeSpec, Layout, item_type_for
 
 if TYPE_CHECKING:
     from ingest.plan.probe import SceneProbe
@@ -44,14 +41,10 @@ __all__ = [
     "product_of",
     "refuse_unopened",
     "select_scenes",
-    "sources_of",
 ]
 
 _SLIVER = 1e-4
 """Smallest share of the region that a scene must show to be used."""
-_MAX_ITEMS = 32_767
-"""Largest number of scenes of a collection; `source_item` is an int16 array."""
-
 Probes = Mapping[Any, "SceneProbe"]
 """(collection, id), or the id alone where it names one scene, → the probe of the scene."""
 
@@ -191,10 +184,14 @@ def select_scenes(
     west, south, east, north = asked or grid.lonlat_bounds()
     region = box(west, south, east + 360.0 if east < west else east, north)
     kept, drops = [], []
+    reached_by: dict[Grid, bool] = {}  # the scenes of a tile share an extent
     for one in probed:
         scene = one.scene
         try:
-            reached = pixel_box(one.extent(grid), grid) is not None
+            extent = one.extent(grid)
+            if extent not in reached_by:
+                reached_by[extent] = pixel_box(extent, grid) is not None
+            reached = reached_by[extent]
         except (InvalidInput, ProjError):  # only its footprint is known, and that has no place in this CRS
             reached = False
         if not reached:
@@ -258,8 +255,10 @@ def make_collection_spec(
     steps: Sequence[Step],
     layout: Layout,
     config: IngestConfig,
+    *,
+    scenes: int = 0,
 ) -> CubeSpec:
-    """Specify the collection of a cube that holds scenes of one product."""
+    """Specify the collection of a cube that holds a number of scenes of one product."""
     radar = product.kind == "backscatter"
     bands = tuple(
         BandSpec(band.name, None if radar else 0, 1.0 if radar else product.scale, 0.0, "1", band.wavelength_um)
@@ -276,6 +275,7 @@ def make_collection_spec(
         layout,
         choose_indices(config.pixels.indices, product.kind, collection),
         config.pixels.reduce,
+        item_type_for(scenes),
     )
 
 
@@ -288,8 +288,7 @@ def place_scenes(
         InvalidInput: There are more scenes than a cube holds.
     """
     ordered = sorted(by_id.values(), key=lambda one: (one.scene.datetime, one.scene.id))
-    if len(ordered) > _MAX_ITEMS:
-        raise InvalidInput(f"{len(ordered)} scenes are more than a cube holds ({_MAX_ITEMS}); split --datetime")
+    recipe.spec.check_items(len(ordered))
     rows = {one.scene.id: row for row, one in enumerate(ordered)}
     step_of = {scene.id: number for number, step in enumerate(steps) for scene in step.scenes}
     table = tuple(_item_row(one, step_of[one.scene.id]) for one in ordered)
@@ -343,19 +342,3 @@ def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: Ing
         presigned=asset.presigned,
         refusal=probe.refusal if probe else None,
     )
-
-
-def sources_of(
-    region: Region, planned: Sequence[PlannedScene], grid: Grid, clip: str | None = None
-) -> tuple[PlannedScene, ...]:
-    """Scenes that may reach into a shard, in the order in which they win; none where the clip leaves nothing of it."""
-    window = grid.window(region.y0, region.x0, region.shape[1], region.shape[2])
-    if is_outside(clip, window):
-        return ()
-    return tuple(scene for scene in planned if region.t0 <= scene.step < region.t1 and _reaches(scene.extent, window))
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _reaches(source: Grid, target: Grid) -> bool:
-    """Whether a raster has pixels on a window; it is cached because the same tiles and shards meet on every date."""
-    return pixel_box(source, target) is not None

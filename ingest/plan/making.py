@@ -23,14 +23,14 @@ from ingest.plan.candidates import (
     product_of,
     refuse_unopened,
     select_scenes,
-    sources_of,
 )
 from ingest.plan.grouping import group_scenes, overlap_order
 from ingest.plan.native import groups_of, measure_sizes, nest_target, share_indices
 from ingest.plan.plan import Origin, Plan
+from ingest.plan.reach import make_tasks
 from ingest.plan.statistics import collect_statistics, list_discrepancies
 from ingest.plan.target import TargetGrid, choose_grid, doubt_resolution
-from ingest.plan.task import Recipe, ShardTask
+from ingest.plan.task import Recipe
 from ingest.request.config import IngestConfig
 from ingest.request.products import choose_bands
 from ingest.scenes.dedupe import Duplicate
@@ -178,7 +178,7 @@ def plan_scenes(
             own = next((recipe.clip for recipe in kept if recipe.spec.collection == group.name), clip) if clip else None
             recipe = Recipe(
                 make_collection_spec(group.name, product, group.choice, group.grid, steps, group.layout,
-                                     config.model_copy(update={"indices": indices})),
+                                     config.model_copy(update={"indices": indices}), scenes=len(members)),
                 choice.mask.name if choice.mask else None,
                 tuple(sorted(config.pixels.mask_classes)) if choice.mask else (),
                 config.pixels.mask_dilate_m if choice.mask else 0.0,
@@ -188,14 +188,7 @@ def plan_scenes(
             table, planned = place_scenes(recipe, steps, by_id, config)
             recipes.append(recipe)
             items[group.name] = table
-            spans = {(region.t0, region.t1) for region in recipe.spec.shards().values()}
-            of_step = {(t0, t1): [scene for scene in planned if t0 <= scene.step < t1] for t0, t1 in spans}
-            made = [
-                ShardTask.of(
-                    recipe, index, region, sources_of(region, of_step[region.t0, region.t1], group.grid, recipe.clip)
-                )
-                for index, region in recipe.spec.shards().items()
-            ]
+            made = make_tasks(recipe, planned)
             tasks += made
             statistics[group.name] = collect_statistics(recipe, members, made)
     # the finest grid comes first: it is that of the cube

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -41,9 +40,9 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
     planned: dict[int, PlannedScene] = {scene.item: scene for task in tasks for scene in task.sources}
     probes = {one.scene.id: one.probe for one in members}
     bytes_read = requests = 0
+    fetched: dict[tuple[Grid, tuple[int, int] | None, tuple[int, int]], tuple[int, int, int]] = {}
     for task in tasks:
-        _, height, width = task.region.shape
-        window = grid.window(task.region.y0, task.region.x0, height, width)
+        place = (task.region.y0, task.region.x0)
         for scene in task.sources:
             probe = probes[scene.item_id]
             for asset in scene.assets:
@@ -51,9 +50,16 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
                     continue
                 about = probe.assets.get(asset.band) if probe else None
                 block = about.block if about else None
-                touched, rows = fetched_pixels(asset.header, block, window)
+                key = (asset.header, block, place)
+                if key not in fetched:  # the same tiles and shards meet on every date
+                    window = grid.window(*place, *task.region.shape[1:])
+                    fetched[key] = (
+                        *fetched_pixels(asset.header, block, window),
+                        count_blocks(asset.header, block, window) if block is not None else 0,
+                    )
+                touched, rows, blocks = fetched[key]
                 if about is not None and about.block_bytes is not None and block is not None:
-                    bytes_read += round(about.block_bytes * count_blocks(asset.header, block, window))
+                    bytes_read += round(about.block_bytes * blocks)
                 else:
                     whole = asset.header.height * asset.header.width
                     size = (about.size_bytes if about else None) or whole * np.dtype(asset.stored).itemsize
@@ -95,11 +101,10 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
     }
 
 
-@functools.lru_cache(maxsize=1 << 16)
 def fetched_pixels(header: Grid, block: tuple[int, int] | None, window: Grid) -> tuple[int, int]:
     """Count the pixels of a file that are fetched for a window of the cube, and the requests.
 
-    Files are fetched in whole blocks. The result is cached because the same tiles and shards meet on every date.
+    Files are fetched in whole blocks.
 
     Args:
         header: Grid of the file.
@@ -113,7 +118,6 @@ def fetched_pixels(header: Grid, block: tuple[int, int] | None, window: Grid) ->
     return (row1 - row0) * (col1 - col0), rows
 
 
-@functools.lru_cache(maxsize=1 << 16)
 def count_blocks(header: Grid, block: tuple[int, int], window: Grid) -> int:
     """Count the blocks of a file that are fetched for a window of the cube; arguments as for `fetched_pixels`."""
     (row0, row1), (col0, col1) = _touched(header, block, window)

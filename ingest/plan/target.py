@@ -27,6 +27,7 @@ from zarr_store.ground import ground_scale, turn_of, turned_near
 __all__ = [
     "Candidate",
     "TargetGrid",
+    "box_of_pixels",
     "choose_grid",
     "doubt_resolution",
     "pixel_box",
@@ -84,8 +85,9 @@ def choose_grid(
     snap = _coarsest_nest(candidates, crs, resolution, anchor)
     region = region_lonlat(config)
     if region is None:
-        boxes = [box for c in candidates if (box := _place_in(c.grid, crs)) is not None]
-        boxes += [box for one in unseen if (box := _place_in(one, crs)) is not None]
+        # the files of a tile share a grid on every date
+        places = dict.fromkeys((*(c.grid for c in candidates), *unseen))
+        boxes = [box for one in places if (box := _place_in(one, crs)) is not None]
         if not boxes:
             raise InvalidInput(f"none of {len(candidates)} rasters has a place in {crs}; give another --crs")
         bounds = _union(_gathered(boxes, turn_of(crs)))
@@ -288,14 +290,26 @@ def _show(box: Bounds) -> str:
 def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
     """(row0, row1, col0, col1) of the target pixels that `source` may reach; None where it reaches none."""
     try:
-        left, bottom, right, top = transform_box(source, target.crs)
+        box = transform_box(source, target.crs)
     except (InvalidInput, ProjError):  # the source has no place in the CRS of the target
         return None
+    return box_of_pixels(box, source.crs, target)
+
+
+def box_of_pixels(box: Bounds, crs: str, target: Grid) -> tuple[int, int, int, int] | None:
+    """(row0, row1, col0, col1) of the target pixels in a box; None where there are none.
+
+    Args:
+        box: (left, bottom, right, top) in the CRS of the target, as `transform_box` gives it.
+        crs: The CRS that the box was transformed from.
+        target: Grid whose pixels are meant; it may lie a whole turn of the Earth away.
+    """
+    left, bottom, right, top = box
     (rx, ry), (x0, _, x1, y1) = target.resolution, target.bounds
     if turn := turn_of(target.crs):
         turns = round(((x0 + x1) - (left + right)) / 2.0 / turn) * turn
         left, right = left + turns, right + turns
-    slack = 0.0 if source.crs == target.crs else 2.0  # edges are curves between the points that were transformed
+    slack = 0.0 if crs == target.crs else 2.0  # edges are curves between the points that were transformed
     rows = (math.floor((y1 - top) / ry - slack + 1e-6), math.ceil((y1 - bottom) / ry + slack - 1e-6))
     cols = (math.floor((left - x0) / rx - slack + 1e-6), math.ceil((right - x0) / rx + slack - 1e-6))
     row0, row1 = max(0, rows[0]), min(target.height, rows[1])

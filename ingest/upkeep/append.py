@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-from ingest.plan.candidates import sources_of
 from ingest.plan.grouping import lattice_rank, overlap_order, parse_time, step_label
 from ingest.plan.plan import Plan
+from ingest.plan.reach import Place, Reach
 from ingest.plan.statistics import resampled_share
 from ingest.plan.task import PlannedScene, Recipe, ShardTask
 from zarr_store.create import list_differences
@@ -73,9 +73,10 @@ def merge_plans(old: Plan, fresh: Plan, *, replaces: Mapping[tuple[str, str], in
 
 
 def _refuse_other_rules(there: Recipe, asked: Recipe) -> None:
-    """Refuse new scenes by other rules than those of the cube; layout and version are always the cube's own."""
+    """Refuse new scenes by other rules; layout, item type and version are always those of the cube."""
+    own = {"layout": None, "item_type": None}
     asked = replace(asked, version=there.version)
-    kept, wanted = ({**r.rules(), "spec": {**r.rules()["spec"], "layout": None}} for r in (there, asked))
+    kept, wanted = ({**r.rules(), "spec": {**r.rules()["spec"], **own}} for r in (there, asked))
     differences = list_differences(kept, wanted)
     if differences:
         raise CubeMismatch(
@@ -137,6 +138,7 @@ class _Collection:
             if item in planned:
                 self.scenes[number] = replace(planned[item], item=number, step=step)
         spec = replace(self.recipe.spec, times=tuple(times))
+        spec.check_items(len(self.rows))
         self.recipe = replace(self.recipe, spec=spec)
 
     def _next_time(self, time: str, last: str, item_id: str) -> str:
@@ -153,26 +155,26 @@ class _Collection:
 
     def tasks(self) -> list[ShardTask]:
         """Make the tasks of all shards; those without new scenes stay as they were."""
-        recipe, grid = self.recipe, self.recipe.spec.grid
+        recipe, reach = self.recipe, Reach.of(self.recipe)
         by_step: dict[int, list[PlannedScene]] = defaultdict(list)
         for scene in self.scenes.values():
             by_step[scene.step].append(scene)
         order: Callable[[_Row], tuple[object, ...]] = overlap_order(
             lambda row: row.rank(self.finest), lambda row: row.cloud_share
         )
-        ordered: set[int] = set()
+        shared: dict[int, Mapping[Place, list[PlannedScene]]] = {}
         tasks = []
-        for index, region in recipe.spec.shards().items():
+        for index, region in recipe.spec.iterate_shards():
             old = self.old_tasks.get(index)
             steps = range(region.t0, region.t1)
             if old is not None and old.region == region and not self.touched.intersection(steps):
                 tasks.append(old)
                 continue
-            for step in set(steps) - ordered:
-                by_step[step].sort(key=lambda scene: order(_Row.of(self.rows[scene.item], scene)))
-            ordered.update(steps)
-            planned = [scene for step in steps for scene in by_step[step]]
-            tasks.append(ShardTask.of(recipe, index, region, sources_of(region, planned, grid, recipe.clip)))
+            if index[0] not in shared:
+                for step in steps:
+                    by_step[step].sort(key=lambda scene: order(_Row.of(self.rows[scene.item], scene)))
+                shared[index[0]] = reach.share_out(scene for step in steps for scene in by_step[step])
+            tasks.append(ShardTask.of(recipe, index, region, tuple(shared[index[0]].get(index[1:], ()))))
         return tasks
 
 
@@ -218,6 +220,6 @@ def _merged_facts(
         "resampled_share": resampled_share(merged.scenes.values(), merged.recipe.spec.grid),
         "scenes": len(merged.scenes),
         "steps": len(merged.recipe.spec.times),
-        "shards": len(merged.recipe.spec.shards()),
+        "shards": merged.recipe.spec.shard_count,
         "empty_shards": sum(not task.sources for task in tasks),
     }
