@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _HEAD_BYTES = 64 << 20
-"""Largest JSON file that is looked at as a plan, bytes."""
+"""Largest JSON file that is read as a whole to see whether it is a plan, bytes; of larger ones the lines are."""
 
 
 def is_plan(source: str) -> bool:
@@ -39,8 +39,13 @@ def is_plan(source: str) -> bool:
     from zarr_store.bounded import load_json, read_file
 
     path = Path(source)
-    if "://" in source or path.suffix.lower() != ".json" or not path.is_file() or path.stat().st_size > _HEAD_BYTES:
+    if "://" in source or path.suffix.lower() != ".json" or not path.is_file():
         return False
+    if path.stat().st_size > _HEAD_BYTES:
+        from ingest.plan.plan_file import is_plan_file
+
+        with path.open("rb") as stream:
+            return is_plan_file(stream)
     try:
         document = load_json(read_file(path, _HEAD_BYTES), source)
     except ValueError:

@@ -11,10 +11,10 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 
 from zarr_store.bounded import MOST_METADATA, read_file
@@ -22,6 +22,7 @@ from zarr_store.crash import crashpoint
 from zarr_store.durable import PendingFile, sync_folder, sync_tree, umask
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.keys import check_key, path_to_read, path_to_write, refuse_links
+from zarr_store.regular import open_regular
 from zarr_store.store import Pending, Store, translate_os_errors
 from zarr_store.temporary import PARTIAL, STALE
 
@@ -92,11 +93,31 @@ class FolderStore(Store):
     def read(self, key: str) -> bytes | None:
         path = self._to_read(key)
         try:
-            return read_file(path, MOST_METADATA) if key.endswith(".json") else path.read_bytes()
+            bounded = key.endswith(".json") or key.startswith("_terrashard/")
+            return read_file(path, MOST_METADATA) if bounded else path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except InvalidInput as error:
             raise IntegrityError(f"{error}; restore it") from error
+
+    def stream(self, key: str) -> BinaryIO:
+        return open_regular(self._to_read(key))
+
+    @property
+    def knows_newer(self) -> bool:
+        return True
+
+    def is_newer(self, key: str, than: Sequence[str]) -> bool:
+        try:
+            written = self._to_read(key).stat().st_mtime_ns
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        changed = []
+        for other in than:
+            # what is not there was not changed; removing a row changes the folder that held it
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                changed.append(self._to_read(other).stat().st_mtime_ns)
+        return all(moment <= written for moment in changed)
 
     def digest(self, key: str) -> str | None:
         try:

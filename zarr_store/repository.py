@@ -23,7 +23,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import tensorstore as ts
 from zarr.core.buffer import default_buffer_prototype
@@ -105,6 +105,9 @@ class IcechunkStore(Store):
             for i, data in zip(absent, kept, strict=True):
                 found[i] = _unframed(keys[i], data)
         return found
+
+    def stream(self, key: str) -> BinaryIO:
+        return self._files.stream(key) if _is_own(key) else super().stream(key)
 
     def write(self, key: str, data: bytes) -> None:
         (self._files if _is_own(key) else self._staged).write(key, data)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import tensorstore as ts
 
@@ -105,10 +106,34 @@ class Store(ABC):
     def read(self, key: str) -> bytes | None:
         """Return the bytes at `key`, or None if there are none."""
 
+    @property
+    def knows_newer(self) -> bool:
+        """Whether `is_newer` can tell."""
+        return False
+
+    def is_newer(self, key: str, than: Sequence[str]) -> bool:
+        """Return whether `key` exists and was written after the last change in any of these folders, or of these files.
+
+        A store that does not know says no.
+        """
+        del key, than
+        return False
+
     def digest(self, key: str) -> str | None:
         """Return the SHA-256 of the bytes at `key`, or None if there are none."""
         data = self.read(key)
         return None if data is None else hashlib.sha256(data).hexdigest()
+
+    def stream(self, key: str) -> BinaryIO:
+        """Open the bytes at `key` for reading, for what is too large to hold.
+
+        Raises:
+            FileNotFoundError: There are none.
+        """
+        data = self.read(key)
+        if data is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.where(key))
+        return io.BytesIO(data)
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """Return the bytes at each key, as `read` does."""

@@ -72,7 +72,7 @@ def plan_table(plan: Described) -> str:
             ("collection", f"{spec.collection}: {len(plan.items[spec.collection])} scenes"),
             ("dates", f"{len(spec.times)}, {first} … {last}"),
             ("bands", ", ".join((*spec.band_names, *spec.class_layers))),
-            ("shards", f"{len(spec.shards())} of up to {'×'.join(map(str, spec.layout.shard))} (time×y×x)"),
+            ("shards", f"{spec.shard_count} of up to {'×'.join(map(str, spec.layout.shard))} (time×y×x)"),
             ("effort", f"read about {human_bytes(statistics.get('bytes_to_read', 0))}, write about "
                        f"{human_bytes(statistics.get('bytes_to_write', 0))}"),
         ]  # fmt: skip

@@ -6,30 +6,30 @@ ask a catalogue. `ingest.plan.making` makes plans.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from ingest.plan.candidates import Drop
-from ingest.plan.task import PlannedScene, Recipe, ShardTask, digest
+from ingest.plan.plan_file import PlanFile, pieces
+from ingest.plan.task import PlannedScene, Recipe, ShardTask, digest, digest_of_parts
 from ingest.request.config import IngestConfig
 from ingest.request.trust import Trust
-from zarr_store.bounded import load_json, read_file
-from zarr_store.durable import write_file
+from zarr_store.durable import PendingFile
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
 from zarr_store.regions import Region
+from zarr_store.regular import open_regular
 from zarr_store.spec import CubeSpec
 
 __all__ = ["Drop", "Origin", "Plan"]
 
 _FORMAT = 1
-_MAX_BYTES = 256 << 20
-"""Largest plan file that is read, in bytes. The plan of 100,000 shards has about 60 MB."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,13 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """Digest of all that determines the cube: specs, rules, items and sources, without remarks and estimates."""
-        return digest(
+        # equal to `digest` of {"items", "recipes", "tasks"}, without holding the text
+        recipes = [[recipe.rules(), list(recipe.spec.times)] for recipe in self.recipes]
+        return digest_of_parts(
             {
-                "recipes": [[recipe.rules(), list(recipe.spec.times)] for recipe in self.recipes],
-                "items": {name: [dict(item) for item in rows] for name, rows in self.items.items()},
-                "tasks": [task.key for task in self.tasks],
+                "items": {name: (dict(item) for item in rows) for name, rows in self.items.items()},
+                "recipes": recipes,
+                "tasks": (task.key for task in self.tasks),
             }
         )
 
@@ -188,38 +190,43 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; scenes are listed once and tasks name them by position."""
-        scenes: dict[str, list[dict[str, Any]]] = {recipe.spec.collection: [] for recipe in self.recipes}
+        return b"".join(self.pieces()).decode()
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the text of `to_json` piece by piece, as the plan of a large region has hundreds of megabytes."""
+        scenes: dict[str, list[PlannedScene]] = {recipe.spec.collection: [] for recipe in self.recipes}
         place: dict[tuple[str, int], int] = {}
         for task in self.tasks:
             for scene in task.sources:
                 if (task.collection, scene.item) not in place:
                     place[task.collection, scene.item] = len(scenes[task.collection])
-                    scenes[task.collection].append(scene.to_dict())
-        document = {
-            "type": "terrashard-plan",
-            "format": _FORMAT,
-            "digest": self.digest,
-            "source": self.source,
-            "config": dict(self.config),
-            "reasons": list(self.reasons),
-            "warnings": list(self.warnings),
-            "drops": [vars(drop) for drop in self.drops],
-            "facts": {name: dict(values) for name, values in self.statistics.items()},
-            "recipes": [recipe.to_dict() for recipe in self.recipes],
-            "items": {name: [dict(item) for item in rows] for name, rows in self.items.items()},
-            "scenes": scenes,
-            "tasks": [
-                {
-                    "collection": task.collection,
-                    "index": list(task.index),
-                    "region": task.region.to_list(),
-                    "key": task.key,
-                    "sources": [place[task.collection, scene.item] for scene in task.sources],
-                }
-                for task in self.tasks
-            ],
-        }
-        return json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
+                    scenes[task.collection].append(scene)
+        return pieces(
+            {
+                "type": "terrashard-plan",
+                "format": _FORMAT,
+                "digest": self.digest,
+                "source": self.source,
+                "config": dict(self.config),
+                "reasons": list(self.reasons),
+                "warnings": list(self.warnings),
+                "drops": [vars(drop) for drop in self.drops],
+                "facts": {name: dict(values) for name, values in self.statistics.items()},
+                "recipes": [recipe.to_dict() for recipe in self.recipes],
+                "items": {name: (dict(item) for item in rows) for name, rows in self.items.items()},
+                "scenes": {name: (scene.to_dict() for scene in rows) for name, rows in scenes.items()},
+                "tasks": (
+                    {
+                        "collection": task.collection,
+                        "index": list(task.index),
+                        "region": task.region.to_list(),
+                        "key": task.key,
+                        "sources": [place[task.collection, scene.item] for scene in task.sources],
+                    }
+                    for task in self.tasks
+                ),
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "plan") -> Self:
@@ -228,8 +235,15 @@ class Plan:
         Raises:
             InvalidInput: The text is no plan, or the plan was edited by hand and no longer has its digest.
         """
+        data = text.encode() if isinstance(text, str) else text
+        return cls.from_file(lambda: io.BytesIO(data), where)
+
+    @classmethod
+    def from_file(cls, opener: Callable[[], BinaryIO], where: str = "plan") -> Self:
+        """Read a plan from a file that `opener` opens, line by line; errors are those of `from_json`."""
         try:
-            data = load_json(text.encode() if isinstance(text, str) else text, where, most=_MAX_BYTES)
+            file = PlanFile(opener, where)
+            data = file.head
             if not isinstance(data, dict) or data.get("type") != "terrashard-plan":
                 raise InvalidInput(
                     f"{where} is no terrashard plan; make one with `terrashard plan SOURCE -o plan.json`"
@@ -239,17 +253,17 @@ class Plan:
                     f"{where} has plan format {data['format']}, this release reads {_FORMAT}; plan again"
                 )
             recipes = tuple(Recipe.from_dict(recipe) for recipe in data["recipes"])
-            scenes = {name: [PlannedScene.from_dict(s) for s in rows] for name, rows in data["scenes"].items()}
+            scenes = file.tables("scenes", PlannedScene.from_dict)
             by_name = {recipe.spec.collection: recipe for recipe in recipes}
             tasks = []
-            for task in data["tasks"]:
+            for task in file.tasks():
                 t, y, x = task["index"]
                 sources = tuple(scenes[task["collection"]][i] for i in task["sources"])
                 region = Region.from_list(task["region"])
                 tasks.append(ShardTask.of(by_name[task["collection"]], (t, y, x), region, sources))
             plan = cls(
                 recipes=recipes,
-                items={name: tuple(rows) for name, rows in data["items"].items()},
+                items={name: tuple(rows) for name, rows in file.tables("items", dict).items()},
                 tasks=tuple(tasks),
                 drops=tuple(Drop(**drop) for drop in data["drops"]),
                 warnings=tuple(data["warnings"]),
@@ -275,7 +289,7 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
         target = Path(path)
-        write_file(target, self.to_json().encode())
+        PendingFile(target, target.name, self.pieces()).finish()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -285,10 +299,9 @@ class Plan:
             InvalidInput: The file cannot be read, or is no plan.
         """
         try:
-            text = read_file(path, _MAX_BYTES)
+            return cls.from_file(lambda: open_regular(path), str(path))
         except OSError as error:
             raise InvalidInput(f"cannot read plan {path}: {error.strerror or error}") from error
-        return cls.from_json(text, str(path))
 
 
 def _sorted_json(value: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ So its hrefs are checked before one is opened, by what the user types today and 
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
 import shlex
@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ingest.plan.plan import Plan
+from ingest.plan.plan_file import stated_digest
 from ingest.plan.task import ShardTask, SourceAsset
 from ingest.request.config import IngestConfig
 from ingest.trust.hrefs import HrefPolicy, is_spelled_address, is_url, refuse_private_address, resolve_href
@@ -25,13 +26,14 @@ from ingest.trust.redact import redact_url, strip_signature
 from zarr_store.backends import open_store, store_for
 from zarr_store.errors import AccessError, InvalidInput
 from zarr_store.read import is_cube, open_cube
-from zarr_store.store import Kind
+from zarr_store.store import Kind, Store
 
 __all__ = [
     "PLAN_KEY",
     "check_hrefs",
     "check_kept_source",
     "keep_plan",
+    "kept_digest",
     "kept_plan",
     "needed_options",
     "require_providers",
@@ -52,13 +54,24 @@ def kept_plan(url: str | os.PathLike[str]) -> Plan:
         InvalidInput: The cube keeps no plan, or the plan was changed.
     """
     open_cube(url)
-    data = open_store(url).read(PLAN_KEY)
-    if data is None:
+    store = open_store(url)
+    if not store.exists(PLAN_KEY):
         raise InvalidInput(
             f"{url} keeps no plan ({PLAN_KEY} is absent): repeat the `terrashard ingest` command that made it once, "
             "which writes it and nothing else"
         )
-    return Plan.from_json(data, f"{url}/{PLAN_KEY}")
+    return Plan.from_file(lambda: store.stream(PLAN_KEY), f"{url}/{PLAN_KEY}")
+
+
+def kept_digest(url: str | os.PathLike[str]) -> str | None:
+    """The digest that the plan of a cube states; None where the cube keeps no plan."""
+    store = open_store(url)
+    return _stated(store) if store.exists(PLAN_KEY) else None
+
+
+def _stated(store: Store) -> str | None:
+    with store.stream(PLAN_KEY) as stream:
+        return stated_digest(stream)
 
 
 def resume_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = None) -> Plan:
@@ -78,14 +91,13 @@ def resume_plan(url: str | os.PathLike[str], plan: Plan, kind: Kind | None = Non
     store = store_for(url, kind)
     if not (store.exists() and is_cube(store)):
         return plan
-    data = store.read(PLAN_KEY)
-    if data is None:
+    if not store.exists(PLAN_KEY):
         first = plan.under_rules({spec.collection: 1 for spec in plan.specs})
         return first if open_cube(url).provenance.get("plan") == first.digest else plan
-    if json.loads(data).get("digest") == plan.digest:
+    if _stated(store) == plan.digest:
         return plan
     try:
-        kept = Plan.from_json(data, f"{url}/{PLAN_KEY}")
+        kept = Plan.from_file(lambda: store.stream(PLAN_KEY), f"{url}/{PLAN_KEY}")
     except InvalidInput:  # a plan of another release; the metadata show whether it is the same cube
         return plan
     plan = plan.under_rules({recipe.spec.collection: recipe.version for recipe in kept.recipes})
@@ -101,12 +113,15 @@ def keep_plan(url: str | os.PathLike[str], plan: Plan) -> None:
     Raises:
         InvalidInput: An href carries a signature, which must not be stored.
     """
-    for asset in _assets(plan.tasks):
-        _refuse_signature(asset)
-    data = plan.to_json().encode()
+    for scene in {id(scene): scene for task in plan.tasks for scene in task.sources}.values():
+        for asset in scene.assets:
+            _refuse_signature(asset)
     store = open_store(url)
-    if store.read(PLAN_KEY) != data:
-        store.write(PLAN_KEY, data)
+    made = hashlib.sha256()
+    for piece in plan.pieces():
+        made.update(piece)
+    if store.digest(PLAN_KEY) != made.hexdigest():
+        store.begin(PLAN_KEY, plan.pieces()).finish()
 
 
 def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Iterable[ShardTask] | None = None) -> None:

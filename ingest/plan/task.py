@@ -6,9 +6,10 @@ determines the shard's pixels: a shard whose ledger row has the same key is done
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -20,7 +21,7 @@ from zarr_store.grid import Grid
 from zarr_store.regions import Region
 from zarr_store.spec import MAIN_ARRAYS, CubeSpec
 
-__all__ = ["RULES_VERSION", "PlannedScene", "Recipe", "ShardTask", "SourceAsset", "digest"]
+__all__ = ["RULES_VERSION", "PlannedScene", "Recipe", "ShardTask", "SourceAsset", "digest", "digest_of_parts"]
 
 RULES_VERSION = 2
 """Version of the rules that turn source pixels into cube pixels. A cube keeps the version that it was begun with.
@@ -34,6 +35,42 @@ RULES_VERSION = 2
 def digest(value: Any) -> str:
     """The first 128 bits of SHA-256 over the canonical JSON of `value`, in hexadecimal."""
     return hashlib.sha256(_canonical(value).encode()).hexdigest()[:32]
+
+
+def digest_of_parts(value: Mapping[str, Any]) -> str:
+    """Compute `digest` of a mapping some of whose values are iterators, or mappings of iterators, piece by piece.
+
+    >>> digest_of_parts({"b": iter([1, 2]), "a": {"x": iter(["y"])}}) == digest({"a": {"x": ["y"]}, "b": [1, 2]})
+    True
+    """
+    hashed = hashlib.sha256()
+    some: list[str] = []
+    for text in _pieces(value):
+        some.append(text)
+        if len(some) == _AT_ONCE:
+            hashed.update("".join(some).encode())
+            some.clear()
+    hashed.update("".join(some).encode())
+    return hashed.hexdigest()[:32]
+
+
+_AT_ONCE = 4096
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """The canonical JSON of a value, in pieces."""
+    if isinstance(value, Mapping) and any(isinstance(one, Iterator | Mapping) for one in value.values()):
+        for number, name in enumerate(sorted(value)):
+            yield f"{',' if number else '{'}{_canonical(name)}:"
+            yield from _pieces(value[name])
+        yield "}"
+    elif isinstance(value, Iterator):
+        yield "["
+        for number, entry in enumerate(value):
+            yield f",{_canonical(entry)}" if number else _canonical(entry)
+        yield "]"
+    else:
+        yield _canonical(value)
 
 
 def _canonical(value: Any) -> str:
@@ -150,15 +187,25 @@ class PlannedScene:
                 **{
                     **asset,
                     "scene": data["item_id"],
-                    "header": Grid.from_dict(asset["header"]) if asset["header"] else None,
+                    "header": _shared_grid(asset["header"]) if asset["header"] else None,
                     "resampling": data["resampling"],
                     "dn_offset": asset.get("dn_offset", data["dn_offset"]) if asset["kind"] == "data" else 0,
                 }
             )
             for asset in data["assets"]
         )
-        extent = Grid.from_dict(data["extent"])
+        extent = _shared_grid(data["extent"])
         return cls(data["item"], data["item_id"], data["step"], extent, assets, tuple(data["lacking"]))
+
+
+def _shared_grid(data: Mapping[str, Any]) -> Grid:
+    """The grid of a JSON form; the files of a tile share one on every date."""
+    return _grid(str(data["crs"]), tuple(map(float, data["transform"])), tuple(map(int, data["shape"])))
+
+
+@functools.lru_cache(maxsize=4096)
+def _grid(crs: str, transform: tuple[float, ...], shape: tuple[int, ...]) -> Grid:
+    return Grid.from_dict({"crs": crs, "transform": transform, "shape": shape})
 
 
 @dataclass(frozen=True)
@@ -261,7 +308,7 @@ class Recipe:
         )
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class ShardTask:
     """One shard to fill.
 

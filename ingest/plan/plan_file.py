@@ -1,0 +1,195 @@
+"""A plan as a file: JSON that is written and read piece by piece, as a plan of a large region has millions of lines.
+
+The file is one JSON document with sorted keys. Its three long parts, item tables, scenes and tasks, have one line for
+each entry. So a writer never holds the text, and a reader holds one line. Documents that are laid out in another way
+(by earlier releases, or by other programs) are read as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from zarr_store.bounded import load_json
+from zarr_store.errors import InvalidInput
+
+__all__ = ["PlanFile", "is_plan_file", "pieces", "stated_digest"]
+
+_TABLES, _TASKS = ("items", "scenes"), "tasks"
+_MOST_BYTES = 256 << 20
+"""Largest document, in bytes, that is read as a whole; of one that is read by lines, all but the three long parts."""
+_MOST_STREAMED = 2 << 30
+"""Largest plan file, in bytes. The plan of a million shards has about 180 MB."""
+_MOST_LINE = 16 << 20
+"""Largest line, in bytes: a scene of a hundred assets has about 50 kB."""
+_PIECE = 1 << 20
+_DIGEST = re.compile(rb'^ "digest": "([0-9a-f]*)",?$')
+
+Opener = Callable[[], BinaryIO]
+
+
+def pieces(document: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the file of a plan in pieces of about a megabyte.
+
+    Args:
+        document: The plan; the values of "items" and "scenes" are name → iterable of entries, that of "tasks" is an
+            iterable of entries, and all other values are JSON.
+    """
+    buffer, size = [], 0
+    for line in _lines(document):
+        data = line.encode()
+        buffer.append(data)
+        size += len(data)
+        if size >= _PIECE:
+            yield b"".join(buffer)
+            buffer, size = [], 0
+    yield b"".join(buffer)
+
+
+def _lines(document: Mapping[str, Any]) -> Iterator[str]:
+    before = "{"
+    for key in sorted(document):
+        yield f'{before}\n "{key}": '
+        before = ","
+        if key in _TABLES:
+            opening = "{"
+            for name in sorted(document[key]):
+                yield f"{opening}\n  {json.dumps(name)}: ["
+                yield from _entries(document[key][name], "   ")
+                yield "\n  ]"
+                opening = ","
+            yield "\n }" if opening == "," else "{}"
+        elif key == _TASKS:
+            yield "["
+            yield from _entries(document[key], "  ")
+            yield "\n ]"
+        else:
+            yield _text(document[key], indent=1).replace("\n", "\n ")
+    yield "\n}"
+
+
+def _entries(entries: Iterable[Any], indent: str) -> Iterator[str]:
+    before = ""
+    for entry in entries:
+        yield f"{before}\n{indent}{_text(entry, separators=(',', ':'))}"
+        before = ","
+
+
+def _text(value: Any, **how: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False, **how)
+
+
+class _OtherLayout(Exception):
+    """The document is not laid out as `pieces` does it."""
+
+
+class PlanFile:
+    """A plan file that is open for reading.
+
+    Args:
+        opener: Opens the file from its beginning; it is read twice.
+        where: Name of the file in messages.
+
+    Attributes:
+        head: All of the document but its three long parts.
+
+    Raises:
+        InvalidInput: The file is too large.
+        ValueError: It is not JSON.
+    """
+
+    def __init__(self, opener: Opener, where: str) -> None:
+        self._opener, self._where = opener, where
+        self._whole: dict[str, Any] | None = None
+        rest: list[bytes] = []
+        try:
+            for part, line in self._scan():
+                if part is None:
+                    rest.append(line)
+            self.head = load_json(b"".join(rest), where, most=_MOST_BYTES)
+        except _OtherLayout:
+            with opener() as stream:
+                data = stream.read(_MOST_BYTES + 1)
+            self.head = self._whole = load_json(data, where, most=_MOST_BYTES)
+
+    def tables(self, part: str, make: Callable[[Any], Any]) -> dict[str, list[Any]]:
+        """Read "items" or "scenes": name → what `make` makes of each entry."""
+        if self._whole is not None:
+            return {name: [make(entry) for entry in entries] for name, entries in self._whole[part].items()}
+        found: dict[str, list[Any]] = {}
+        for at, line in self._scan():
+            if at is not None and at[0] == part:
+                rows = found.setdefault(at[1], [])
+                if line:
+                    rows.append(make(self._entry(line)))
+        return found
+
+    def tasks(self) -> Iterator[Any]:
+        """Yield the entries of "tasks"."""
+        if self._whole is not None:
+            yield from self._whole[_TASKS]
+            return
+        for at, line in self._scan():
+            if at is not None and at[0] == _TASKS and line:
+                yield self._entry(line)
+
+    def _entry(self, line: bytes) -> Any:
+        return load_json(line, self._where, most=_MOST_LINE)
+
+    def _scan(self) -> Iterator[tuple[tuple[str, str] | None, bytes]]:
+        """Yield each line with the part and table that it belongs to, or None; the beginning of a table is empty."""
+        part, name, size = "", "", 0
+        with self._opener() as stream:
+            while line := stream.readline(_MOST_LINE + 1):
+                size += len(line)
+                if size > _MOST_STREAMED:
+                    raise InvalidInput(f"{self._where} has more than the {_MOST_STREAMED} bytes that a plan may have")
+                if len(line) > _MOST_LINE:
+                    raise _OtherLayout
+                bare = line.rstrip(b"\n")
+                if not part:
+                    part = _begun(bare)
+                    if part == _TASKS:
+                        yield (part, name), b""
+                    elif not part:
+                        yield None, line
+                elif part in _TABLES and not name:
+                    if bare.rstrip(b",") == b" }":
+                        part = ""
+                    elif bare.startswith(b'  "') and bare.endswith(b": ["):
+                        name = str(json.loads(bare[: -len(b": [")]))
+                        yield (part, name), b""
+                    else:
+                        raise _OtherLayout
+                elif bare.rstrip(b",") == (b" ]" if part == _TASKS else b"  ]"):
+                    part, name = "" if part == _TASKS else part, ""
+                elif bare.lstrip(b" ")[:1] == b"{" and bare.rstrip(b",")[-1:] == b"}":
+                    yield (part, name), bare.rstrip(b",").strip()
+                else:
+                    raise _OtherLayout
+        if part:
+            raise _OtherLayout  # it ends in the middle, which is reported as an error of the whole
+
+
+def _begun(line: bytes) -> str:
+    """The long part that a line begins; empty for none."""
+    if line == b' "tasks": [':
+        return _TASKS
+    return next((part for part in _TABLES if line == f' "{part}": {{'.encode()), "")
+
+
+def is_plan_file(stream: BinaryIO) -> bool:
+    """Return whether a file is a plan that is laid out as `pieces` does it."""
+    return any(line == b' "type": "terrashard-plan",\n' for line in iter(lambda: stream.readline(_MOST_LINE), b""))
+
+
+def stated_digest(stream: BinaryIO) -> str | None:
+    """Read the digest that a plan file states, which is in one of its first lines; None where there is none."""
+    while line := stream.readline(_MOST_LINE):
+        if found := _DIGEST.match(line.rstrip(b"\n")):
+            return found[1].decode()
+        if _begun(line.rstrip(b"\n")):
+            return None
+    return None
