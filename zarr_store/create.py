@@ -16,7 +16,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from zarr_store.attributes import pack_attribute
+from zarr_store.attributes import pack_attribute, pack_long
 from zarr_store.backends import open_store, store_for
 from zarr_store.conventions import Level, multiscales
 from zarr_store.errors import CubeMismatch, InvalidInput
@@ -117,7 +117,7 @@ def lay_out(
             "terrashard": {
                 "format": FORMAT_VERSION,
                 "collections": [s.collection for s in specs],
-                "provenance": json.loads(json.dumps(dict(provenance))),
+                "provenance": pack_long(dict(provenance)),
             },
             **_pyramids(specs),
         },
@@ -148,7 +148,7 @@ def record_provenance(url: str | Path, provenance: Mapping[str, Any]) -> None:
     """Replace the provenance of a cube after a run that continued it; only under the cube's lock."""
     store = open_store(url)
     document = json.loads(store.read("zarr.json") or b"{}")
-    document["attributes"]["terrashard"]["provenance"] = json.loads(json.dumps(dict(provenance)))
+    document["attributes"]["terrashard"]["provenance"] = pack_long(dict(provenance))
     store.write("zarr.json", json.dumps(document, indent=2, ensure_ascii=False).encode())
 
 
