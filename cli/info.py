@@ -19,7 +19,7 @@ def describe(cube: Cube, collection: str) -> dict[str, Any]:
     """Return the documented keys of `info --json` for one collection, with the shares of pixels by status."""
     spec = cube.spec(collection)
     items = cube.items(collection)
-    counts = cube.ledger(collection).counts(len(spec.shards()), spec.shards())
+    counts = cube.states(collection).count()
     index = cube.index(collection)
     pixels = max(int(index.pixels.sum()), 1)
     times, height, width = spec.shape

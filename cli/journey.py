@@ -154,11 +154,8 @@ def _is_complete(cube: Path) -> bool:
         opened = open_cube(cube)
     except NotACube:
         return False
-    return all(
-        opened.ledger(name).counts(total)["done"] == total
-        for name in opened.collections
-        for total in [len(opened.spec(name).shards())]
-    )
+    counts = [opened.states(name).count() for name in opened.collections]
+    return all(one["done"] == one["total"] for one in counts)
 
 
 @contextmanager

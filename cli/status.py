@@ -13,17 +13,18 @@ if TYPE_CHECKING:
 
 __all__ = ["examine", "register"]
 
+_MOST_LINES = 200
+"""Largest number of unfinished shards that are shown, for each collection; --json lists all."""
+
 
 def examine(cube: Cube, collection: str) -> dict[str, Any]:
     """Return the counts by state, and each shard that is not done with what was missing."""
-    spec = cube.spec(collection)
-    rows = cube.ledger(collection).rows()
+    spec, ledger = cube.spec(collection), cube.ledger(collection)
+    states = cube.states(collection)
+    counts = states.count()
     shards = []
-    for index, region in spec.shards().items():
-        row = rows.get(index)
-        state = row.state if row and row.region == region else "pending"
-        if state == "done":
-            continue
+    for index, state in states.unfinished():
+        row = ledger.get_stored(index) if state != "pending" else None
         missing = [
             {"item": s.item_id, "asset": s.asset, "reason": s.reason}
             for s in (row.sources if row else ())
@@ -37,7 +38,6 @@ def examine(cube: Cube, collection: str) -> dict[str, Any]:
                 "missing": missing,
             }
         )
-    counts = cube.ledger(collection).counts(len(spec.shards()), spec.shards())
     return {**counts, "complete": counts["done"] == counts["total"], "unfinished": shards}
 
 
@@ -69,12 +69,14 @@ def register(app: typer.Typer) -> None:
         for name, found in collections.items():
             counts = ", ".join(f"{found[state]} {state}" for state in ("done", "partial", "failed", "pending"))
             session.say(f"{name}: {counts} of {found['total']} shards")
-            for shard in found["unfinished"]:
+            for shard in found["unfinished"][:_MOST_LINES]:
                 session.say(f"  {shard['state']:8} shard {tuple(shard['index'])} {shard['time']}")
                 for source in shard["missing"]:
                     session.say(
                         f"           {source['item']} {source['asset'] or ''}: {source['reason'] or 'unreadable'}"
                     )
+            if (more := len(found["unfinished"]) - _MOST_LINES) > 0:
+                session.say(f"  … and {more} more; --json lists all")
         complete = all(found["complete"] for found in collections.values())
         if not complete:
             session.say("the same `terrashard ingest` command writes the shards that are not done")
@@ -117,7 +119,6 @@ def follow(session: Session, url: str, *, pause_s: float = 1.0) -> None:
     from zarr_store.printable import one_line
 
     cube = open_cube(url)
-    shards = {name: cube.spec(name).shards() for name in cube.collections}
     live = sys.stderr.isatty() and session.verbosity >= 0
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -127,13 +128,17 @@ def follow(session: Session, url: str, *, pause_s: float = 1.0) -> None:
         TextColumn("{task.fields[detail]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not live) as bars:
-        tasks = {name: bars.add_task(one_line(name), total=len(there), detail="") for name, there in shards.items()}
+        tasks = {
+            name: bars.add_task(one_line(name), total=cube.spec(name).shard_count, detail="")
+            for name in cube.collections
+        }
+        watched = {name: cube.watch_states(name) for name in cube.collections}
         said: dict[str, str] = {}
         while True:
             pending = 0
-            for name, there in shards.items():
-                total = len(there)
-                counts = cube.ledger(name).counts(total, there)
+            for name in cube.collections:
+                counts = watched[name].look().count()
+                total = counts["total"]
                 pending += counts["pending"]
                 ended = total - counts["pending"]
                 words = ", ".join(f"{counts[state]} {state}" for state in ("partial", "failed") if counts[state])

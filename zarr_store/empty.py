@@ -21,7 +21,7 @@ from zarr_store.regions import Region
 from zarr_store.spec import CubeSpec
 from zarr_store.store import Store
 
-__all__ = ["EmptyShards", "drop_empty", "fill_empty", "keep_empty", "read_empty"]
+__all__ = ["EmptyShards", "drop_empty", "empty_key", "fill_empty", "keep_empty", "read_empty"]
 
 _MOST_BYTES = 256 << 20
 """Largest list, bytes; a million shards have about 100 MB."""
@@ -56,7 +56,7 @@ def read_empty(store: Store, collection: str) -> EmptyShards:
     Raises:
         IntegrityError: The list cannot be read.
     """
-    key = _key(collection)
+    key = empty_key(collection)
     data = store.read(key)
     if data is None:
         return EmptyShards({})
@@ -85,7 +85,7 @@ def keep_empty(store: Store, spec: CubeSpec, shards: Iterable[tuple[tuple[int, i
         spec: The collection.
         shards: All its empty shards.
     """
-    key = _key(spec.collection)
+    key = empty_key(spec.collection)
     listed = [[list(index), region.to_list(), row_key] for index, region, row_key in sorted(shards)]
     document: dict[str, Any] = {
         "bands": len(spec.bands),
@@ -106,8 +106,8 @@ def drop_empty(store: Store, collection: str) -> str | None:
     try:
         read_empty(store, collection)
     except IntegrityError:
-        store.delete(_key(collection))
-        return _key(collection)
+        store.delete(empty_key(collection))
+        return empty_key(collection)
     return None
 
 
@@ -154,5 +154,6 @@ def _joined(regions: Iterable[Region]) -> list[Region]:
     return boxes
 
 
-def _key(collection: str) -> str:
+def empty_key(collection: str) -> str:
+    """Return the key of the list of empty shards of a collection."""
     return f"_terrashard/empty/{collection}.json"

@@ -9,13 +9,13 @@ Rows carry no clock time: a run that is killed and repeated leaves the same byte
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
 from zarr_store.bounded import load_json
 from zarr_store.chunk_stats import ChunkStats
-from zarr_store.empty import drop_empty, read_empty
+from zarr_store.empty import drop_empty, empty_key, read_empty
 from zarr_store.errors import IntegrityError
 from zarr_store.regions import Region
 from zarr_store.store import Store
@@ -24,6 +24,9 @@ __all__ = ["Ledger", "LedgerRow", "ShardIndex", "SourceOutcome"]
 
 _MOST_BYTES = 16 << 20
 """Largest row, bytes; a row of 64 chunks of 13 bands has about 100 kB."""
+
+_AT_ONCE = 512
+"""Number of rows that are read together."""
 
 ShardIndex = tuple[int, int, int]
 State = Literal["done", "partial", "failed"]
@@ -137,10 +140,19 @@ class Ledger:
     def _key(self, index: ShardIndex) -> str:
         return f"{self._folder}/{'-'.join(str(i) for i in index)}.json"
 
+    @property
+    def places(self) -> tuple[str, str]:
+        """The folder of the rows, and the list of empty shards: what changes with the state of any shard."""
+        return self._folder, empty_key(self._collection)
+
     def get(self, index: ShardIndex) -> LedgerRow | None:
         """Return the row of one shard, or None if none was written."""
+        return self.get_stored(index) or self._empty().get(index)
+
+    def get_stored(self, index: ShardIndex) -> LedgerRow | None:
+        """Return the row of one shard that has objects of its own, or failed; the list of empty ones is not read."""
         data = self._store.read(self._key(index))
-        return self._empty().get(index) if data is None else self._parse(self._key(index), data)
+        return None if data is None else self._parse(self._key(index), data)
 
     def put(self, row: LedgerRow) -> None:
         """Write or replace a row, durably."""
@@ -166,19 +178,49 @@ class Ledger:
             for index, (region, key) in empty.shards.items()
         }
 
+    def iterate_empty(self) -> Iterator[tuple[ShardIndex, Region, str]]:
+        """Yield index, region and key of each empty shard."""
+        for index, (region, key) in read_empty(self._store, self._collection).shards.items():
+            yield index, region, key
+
     def stored_rows(self) -> dict[ShardIndex, LedgerRow]:
         """Return the rows of the shards that have objects of their own, or failed.
 
         Raises:
             IntegrityError: A row cannot be read.
         """
-        rows = {}
+        return dict(sorted((row.index, row) for row in self.iterate_rows()))
+
+    def iterate_rows(self) -> Iterator[LedgerRow]:
+        """Yield the rows of `stored_rows` one after the other, in any order; few are in memory at a time.
+
+        Raises:
+            IntegrityError: A row cannot be read.
+        """
         keys = self._store.list(self._folder, ".json")
-        for key, data in zip(keys, self._store.read_many(keys), strict=True):
-            if data is not None:
-                row = self._parse(key, data)
-                rows[row.index] = row
-        return dict(sorted(rows.items()))
+        for first in range(0, len(keys), _AT_ONCE):
+            some = keys[first : first + _AT_ONCE]
+            for key, data in zip(some, self._store.read_many(some), strict=True):
+                if data is not None:
+                    yield self._parse(key, data)
+
+    def stored_indices(self) -> set[ShardIndex]:
+        """Return the shards that have a row of their own, from the names of the rows alone.
+
+        Raises:
+            IntegrityError: A row has a name that is not one.
+        """
+        found = set()
+        for key in self._store.list(self._folder, ".json"):
+            name = key.rpartition("/")[2].removesuffix(".json")
+            numbers = name.split("-")
+            if len(numbers) != 3 or not all(number.isascii() and number.isdecimal() for number in numbers):
+                raise IntegrityError(
+                    f"{self._store.where(key)} is not a ledger row (its name is not that of a shard); `terrashard "
+                    "repair` makes the shard again"
+                )
+            found.add((int(numbers[0]), int(numbers[1]), int(numbers[2])))
+        return found
 
     def drop_unreadable(self) -> list[str]:
         """Remove rows that cannot be read, so that their shards count as never written, and return their keys."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +23,7 @@ from zarr_store.ledger import Ledger
 from zarr_store.promises import check_overview, check_promises
 from zarr_store.regions import Region
 from zarr_store.spec import OVERVIEW_FACTOR, CubeSpec
+from zarr_store.states import ShardStates, StatesWatch, read_states
 from zarr_store.store import Store
 
 if TYPE_CHECKING:
@@ -153,10 +153,19 @@ class Cube:
         self._context = context
         self.url = store.url
         self.collections: tuple[str, ...] = _checked_names(store, attributes["collections"])
-        self.provenance: dict[str, Any] = attributes.get("provenance", {})
+        self._provenance: Any = attributes.get("provenance", {})
         self._describe = functools.cache(self._describe_uncached)
         self.spec = functools.cache(self._spec_uncached)
         self.tensorstore = functools.cache(self._tensorstore_uncached)
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Where the cube comes from: plan, source, settings, and statistics of its scenes."""
+        try:
+            found = unpack_attribute(self._provenance)
+        except ValueError as error:
+            raise IntegrityError(f"{self._store.where('zarr.json')}: provenance: {error}; restore the file") from error
+        return found if isinstance(found, dict) else {}
 
     def __repr__(self) -> str:
         return f"<Cube {self.url}: {', '.join(self.collections)}>"
@@ -168,14 +177,14 @@ class Cube:
         for name in self.collections:
             spec = self.spec(name)
             first, last = (spec.times[at].partition("T")[0] for at in (0, -1))
-            states = Counter(row.state for row in self.ledger(name).rows().values())
+            states = self.states(name).count()
             bands = ", ".join((*spec.band_names, *spec.class_layers, *(index.name for index in spec.derived)))
             facts += [
                 ("collection", name),
                 ("grid", spec.grid),
                 ("dates", f"{len(spec.times)}, {first} … {last}"),
                 ("bands", bands),
-                ("shards", f"{states['done']} of {len(spec.shards())} done"
+                ("shards", f"{states['done']} of {states['total']} done"
                  + "".join(f", {states[state]} {state}" for state in ("partial", "failed") if states[state])),
             ]  # fmt: skip
         return facts_table(f"Cube {self.url}", facts)
@@ -224,6 +233,14 @@ class Cube:
     def ledger(self, collection: str) -> Ledger:
         """Return the ledger, which knows the state of each shard."""
         return Ledger(self._store, collection)
+
+    def states(self, collection: str) -> ShardStates:
+        """Return the state of each shard: of a large collection without reading every row of its ledger."""
+        return read_states(self._store, self.spec(collection))
+
+    def watch_states(self, collection: str) -> StatesWatch:
+        """Return what looks at the state of each shard again and again, while a run writes."""
+        return StatesWatch(self._store, self.spec(collection))
 
     def index(self, collection: str) -> TrainingIndex:
         """Return counts and moments of each chunk, from the ledger; no pixel is read."""

@@ -43,6 +43,8 @@ class ShardWriter:
         collection: Group of the cube.
         fence: Token of the lock under which is written; a writer whose run has lost the lock writes nothing more.
             None asks for no lock.
+        spec: The collection, where the caller knows it: then the metadata of the cube, which list all scenes, are not
+            read for each shard. None reads them.
 
     Example:
         A shard that is read and written again under the key that it has:
@@ -56,14 +58,17 @@ class ShardWriter:
         'done'
     """
 
-    def __init__(self, url: str | Path, collection: str, *, fence: str | None = None) -> None:
+    def __init__(
+        self, url: str | Path, collection: str, *, fence: str | None = None, spec: CubeSpec | None = None
+    ) -> None:
         self.url = str(url)
         self.collection = collection
         self.fence = fence
+        self._given = spec
         self._cube: Cube | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "collection": self.collection, "fence": self.fence, "_cube": None}
+        return vars(self) | {"_cube": None}
 
     def write(
         self,
@@ -98,8 +103,7 @@ class ShardWriter:
             MisalignedWrite: The region is not one shard, or an array is absent, superfluous or misshapen.
             NoSpace: The disk is full; what was there before stays.
         """
-        cube = self._open()
-        spec = cube.spec(self.collection)
+        spec = self._spec()
         index = self._check(spec, region, arrays)
         store = open_store(self.url)
         arrays = _finite(spec, arrays)
@@ -130,8 +134,7 @@ class ShardWriter:
 
     def fail(self, region: Region, *, key: str, sources: Sequence[SourceOutcome]) -> LedgerRow:
         """Record that a shard could not be made; its pixels stay absent, and reading them raises."""
-        cube = self._open()
-        row = LedgerRow(self._index(cube.spec(self.collection), region), region, key, "failed", tuple(sources))
+        row = LedgerRow(self._index(self._spec(), region), region, key, "failed", tuple(sources))
         self.ledger().put(row)
         return row
 
@@ -162,7 +165,12 @@ class ShardWriter:
 
     def ledger(self) -> Ledger:
         """Ledger of the collection."""
+        if self._given is not None:
+            return Ledger(open_store(self.url), self.collection)
         return self._open().ledger(self.collection)
+
+    def _spec(self) -> CubeSpec:
+        return self._given or self._open().spec(self.collection)
 
     def _open(self) -> Cube:
         if self._cube is None:
@@ -172,9 +180,9 @@ class ShardWriter:
     def _index(self, spec: CubeSpec, region: Region) -> ShardIndex:
         t, y, x = spec.layout.shard
         index = (region.t0 // t, region.y0 // y, region.x0 // x)
-        if spec.shards().get(index) != region:
+        if spec.shard_at(index) != region:
             raise MisalignedWrite(
-                f"{self.collection}: a write must be exactly one shard, e.g. {spec.shards().get(index)}, got {region}; "
+                f"{self.collection}: a write must be exactly one shard, e.g. {spec.shard_at(index)}, got {region}; "
                 f"cut tasks along shards of {spec.layout.shard} (time, y, x)"
             )
         return index

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ingest.plan.plan import Plan
     from ingest.run.outcome import IngestEvent
     from zarr_store.ledger import LedgerRow
+from zarr_store.states import ShardStates
 
 __all__ = ["PAGE", "ShardPage", "page_url", "publish"]
 
@@ -267,7 +268,7 @@ def publish(
     client: Client,
     plan: Plan,
     url: str,
-    known: Mapping[str, Mapping[tuple[int, int, int], LedgerRow]],
+    known: Mapping[str, ShardStates],
     tell: Callable[[IngestEvent], None],
 ) -> tuple[str, Callable[[IngestEvent], None]]:
     """Put the page on the client's scheduler.
@@ -276,7 +277,7 @@ def publish(
         client: A client of the cluster that does the work.
         plan: The plan of the cube.
         url: The cube, for the heading.
-        known: Rows that the ledger of each collection has already.
+        known: States of the shards of each collection, as they are before the run.
         tell: Function that also gets the events.
 
     Returns:
@@ -330,16 +331,18 @@ def publish(
                 put({"event": "end"})
         tell(event)
 
-    keys = {(task.collection, task.index): task.key for task in plan.tasks}
+    letters: dict[str, bytearray] = {}
+    for spec in plan.specs:
+        letters[spec.collection] = bytearray(STATES["pending"].encode() * spec.shard_count)
+    for task in plan.tasks:
+        there = known.get(task.collection)
+        if there and there.state(task.index) == "done" and there.has_key(task.index, task.key):
+            (t, y, x), (_, tall, wide) = task.index, there.spec.shard_counts
+            letters[task.collection][(t * tall + y) * wide + x] = ord(STATES["done"])
     collections, states = [], {}
     for spec in plan.specs:
-        indices = list(spec.shards())
-        shape = [max(index[axis] for index in indices) + 1 for axis in range(3)]
-        letters = [STATES["pending"]] * (shape[0] * shape[1] * shape[2])
-        for index, row in known.get(spec.collection, {}).items():
-            if keys.get((spec.collection, index)) == row.key and row.state == "done":
-                letters[(index[0] * shape[1] + index[1]) * shape[2] + index[2]] = STATES[row.state]
-        states[spec.collection] = "".join(letters)
+        shape = list(spec.shard_counts)
+        states[spec.collection] = letters[spec.collection].decode()
         _, rows, columns = spec.layout.shard
         collections.append(
             {

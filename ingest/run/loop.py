@@ -11,10 +11,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ingest.plan.plan import Plan
-from ingest.plan.stored import PLAN_KEY, check_hrefs, keep_plan, resume_plan
+from ingest.plan.stored import check_hrefs, keep_plan, kept_digest, resume_plan
 from ingest.plan.task import ShardTask
 from ingest.raster.access import forbid_gdal_threads
 from ingest.raster.kept import kept_bytes
@@ -29,8 +30,10 @@ from zarr_store.empty import keep_empty
 from zarr_store.errors import CubeMismatch
 from zarr_store.grow import grow_cube
 from zarr_store.labels import write_cube_item
+from zarr_store.ledger import Ledger, LedgerRow
 from zarr_store.lock import CubeLock, read_token
 from zarr_store.read import open_cube
+from zarr_store.states import forget_states, keep_states
 from zarr_store.strays import sweep_strays
 
 if TYPE_CHECKING:
@@ -97,9 +100,8 @@ def run_job(
     started = time.monotonic()
     tell = on_event or (lambda event: None)
     forbid_gdal_threads()
-    tally = Tally()
     if job.judge:
-        check_hrefs(job.plan, job.config, typed=job.typed, tasks=_what_is_left(job, Tally()))
+        check_hrefs(job.plan, job.config, typed=job.typed, tasks=_what_is_left(job, _tally_of(job)))
     if record:
         record.plan = job.plan
     with handle_stop_signals():
@@ -109,6 +111,7 @@ def run_job(
         if job.grow:
             grow_cube(job.url, job.plan.specs, items=job.plan.item_tables(), provenance=job.plan.provenance())
         write_cube_item(job.url)
+        tally = _tally_of(job)
         _list_empty(job, tally)
         todo = _what_is_left(job, tally)
         now = todo[: job.config.running.limit] if job.config.running.limit else todo
@@ -121,6 +124,8 @@ def run_job(
                 # a file that can be read again has a verdict that it did not have when the cube was begun
                 record_provenance(job.url, job.plan.provenance())
         store = open_store(job.url)
+        for states in tally.states.values():
+            keep_states(store, states)
         snapshot = store.commit(job.name, still_ours=lambda: read_token(store) == job.lock.token)
     report = tally.report(job, pending=len(todo) - len(now), seconds=time.monotonic() - started, snapshot=snapshot)
     tell(IngestEvent("finished", len(now), len(now), message=report.summary()))
@@ -136,6 +141,8 @@ def _make(
     record: RunRecord | None,
 ) -> None:
     """Make shards in this process where they are few, else on the given client or a cluster."""
+    for name in tally.states:
+        forget_states(open_store(job.url), name)
     kept = kept_bytes(os.getpid())
     try:
         if client is None and record is None and is_small(job.plan, tasks, job.config):
@@ -151,7 +158,7 @@ def _make(
 
 def _check_same_plan(url: str, plan: Plan) -> None:
     made_by = open_cube(url).provenance
-    kept = json.loads(open_store(url).read(PLAN_KEY) or b"{}").get("digest", plan.digest)
+    kept = kept_digest(url) or plan.digest
     if made_by.get("plan") == plan.digest == kept:
         return
     if kept not in (plan.digest, made_by.get("plan")):
@@ -173,6 +180,12 @@ def _check_same_plan(url: str, plan: Plan) -> None:
     )
 
 
+def _tally_of(job: Job) -> Tally:
+    """Begin a tally with the states of all shards as they are now."""
+    cube = open_cube(job.url)
+    return Tally(states={name: cube.states(name) for name in cube.collections})
+
+
 def _list_empty(job: Job, tally: Tally) -> None:
     """List the shards that no scene reaches, which makes them complete; they have no objects and need no worker.
 
@@ -180,39 +193,43 @@ def _list_empty(job: Job, tally: Tally) -> None:
     """
     if job.which == "unfinished":
         return
-    cube, store = open_cube(job.url), open_store(job.url)
+    store = open_store(job.url)
     for spec in job.plan.specs:
-        ledger = cube.ledger(spec.collection)
-        stored, before = ledger.stored_rows(), ledger.rows()
+        states = tally.states[spec.collection]
+        stored = Ledger(store, spec.collection).stored_indices()
         empty = [
             task
             for task in job.plan.tasks
             if task.collection == spec.collection and not task.sources and task.index not in stored
         ]
+        new = [task for task in empty if not states.has_key(task.index, task.key)]
         keep_empty(store, spec, [(task.index, task.region, task.key) for task in empty])
-        rows = ledger.rows()
-        new = [task for task in empty if task.index not in before or before[task.index].key != task.key]
-        tally.rows["empty"] += [rows[task.index] for task in new]
+        tally.rows["empty"] += [LedgerRow(task.index, task.region, task.key, "done", checksums={}) for task in new]
         tally.listed |= {(spec.collection, task.index) for task in new}
+        for task in empty:
+            states.put(task.index, task.region, task.key, "done")
+        states.keep_only([*stored, *(task.index for task in empty)])  # a new scene may reach one that was empty
 
 
 def _what_is_left(job: Job, tally: Tally) -> list[ShardTask]:
-    """List the tasks that a job has to run; the ledger rows of the others go into the tally."""
+    """List the tasks that a job has to run; the others go into the tally, complete ones without their sources."""
     cube = open_cube(job.url)
-    ledgers = {collection: cube.ledger(collection).rows() for collection in cube.collections}
     left = []
     for task in job.plan.tasks:
-        row = ledgers[task.collection].get(task.index)
+        states = tally.states[task.collection]
+        state = states.state(task.index)
         if (task.collection, task.index) in job.again:
             left.append(task)
-        elif row is None or row.key != task.key:
+        elif not states.has_key(task.index, task.key):
             if job.which != "unfinished":
                 left.append(task)
-        elif row.state == "done":
+        elif state == "done":
             if (task.collection, task.index) not in tally.listed:
-                tally.rows["skipped"].append(row)
-        elif job.which == "absent" or (row.state == "partial" and job.config.running.on_error == "skip"):
-            tally.rows["failed" if row.state == "failed" else "kept"].append(row)
+                tally.rows["skipped"].append(LedgerRow(task.index, task.region, task.key, "done"))
+        elif job.which == "absent" or (state == "partial" and job.config.running.on_error == "skip"):
+            row = cube.ledger(task.collection).get_stored(task.index)
+            if row is not None:
+                tally.rows["failed" if state == "failed" else "kept"].append(replace(row, stats=()))
         else:
             left.append(task)
     return left

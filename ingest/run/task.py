@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from ingest.plan.task import Recipe, ShardTask
 from ingest.raster.kept import KnownFile, kept_bytes
@@ -54,7 +56,8 @@ def ingest_shard(
         known: What planning read of the files of the shard.
 
     Returns:
-        The shard's row, and how many pixels were read from files.
+        The shard's row without its statistics, which stay in the ledger (the run keeps all rows in memory), and how
+        many pixels were read from files.
     """
     remote = any(is_url(asset.href) for source in task.sources for asset in source.assets)
 
@@ -80,14 +83,16 @@ def _make_shard(
     again: bool,
     give_way: Callable[[], None],
 ) -> tuple[LedgerRow, int]:
-    before = open_cube(url).ledger(task.collection).get(task.index)
+    _check_cube(url, fence) if fence else open_cube(url)
+    writer = ShardWriter(url, task.collection, fence=fence, spec=recipe.spec)
+    before = writer.ledger().get_stored(task.index)
     if before is not None and before.state == "done" and before.key == task.key and not again:
-        return before, 0
+        return replace(before, stats=()), 0
     filled = fill_shard(task, recipe, access=access)
     if before is not None and before.state == "done" and any(s.state == "missing" for s in filled.outcomes):
         return LedgerRow(task.index, task.region, task.key, "failed", filled.outcomes), filled.pixels_read
     crashpoint(f"filled {task.index}")
-    writer, pixels_read = ShardWriter(url, task.collection, fence=fence), filled.pixels_read
+    pixels_read = filled.pixels_read
     try:
         with stage("write", sum(array.nbytes for array in filled.arrays.values())):
             with computing():
@@ -99,7 +104,13 @@ def _make_shard(
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, NoSpace):
             raise NoSpace(f"no space left for {url}; free some space and repeat the command") from error
         raise
-    return row, pixels_read
+    return replace(row, stats=()), pixels_read
+
+
+@functools.lru_cache(maxsize=16)
+def _check_cube(url: str, fence: str) -> None:
+    """Refuse a place without a cube, as a worker may see other folders than the client; once in a process and run."""
+    open_cube(url)
 
 
 @contextmanager
