@@ -23,6 +23,7 @@ MODES: dict[str, str] = {
     "429first": "the first N requests (default 2) of each file get 429 with Retry-After: 0",
     "503first": "the first N requests (default 2) of each file get 503 with Retry-After: 0",
     "503": "every request gets 503",
+    "503every": "each N-th request (default 20) of all files gets 503 with Retry-After: 0",
     "html200": "a login page with status 200",
     "trunc": "the body ends half way and the connection closes",
     "norange": "Range is ignored, and the answer is 200 with the whole file",
@@ -39,7 +40,7 @@ MODES: dict[str, str] = {
 }
 """Description of each mode."""
 
-_DEFAULT_NUMBER = {"429first": 2.0, "503first": 2.0, "stall": 5.0, "wrongrange": 512.0, "swap": 2.0}
+_DEFAULT_NUMBER = {"429first": 2.0, "503first": 2.0, "503every": 20.0, "stall": 5.0, "wrongrange": 512.0, "swap": 2.0}
 # Longest pause of a stalled answer: no test should wait longer, and the server must be able to end.
 _LONGEST_STALL_S = 60.0
 
@@ -75,6 +76,7 @@ class Counters:
     requests: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     bytes_sent: int = 0
+    turns: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def request(self, path: str) -> int:
@@ -82,6 +84,12 @@ class Counters:
         with self._lock:
             self.requests[path] += 1
             return self.requests[path]
+
+    def turn(self, mode: str) -> int:
+        """Count a request of any file under a mode, and return the number of such requests, this one included."""
+        with self._lock:
+            self.turns[mode] += 1
+            return self.turns[mode]
 
     def fault(self, mode: str) -> None:
         with self._lock:

@@ -97,6 +97,9 @@ class FileServer:
         if mode in ("503first", "429first") and nth <= fault.number:
             self.counters.fault(mode)
             return Response("later\n", status_code=int(mode[:3]), headers={"Retry-After": "0"})
+        if mode == "503every" and self.counters.turn(mode) % max(1, int(fault.number)) == 0:
+            self.counters.fault(mode)
+            return Response("later\n", status_code=503, headers={"Retry-After": "0"})
         if mode == "expiring" and not _still_valid(request.query_params.get("until")):
             self.counters.fault(mode)
             return Response("the signature has expired\n", status_code=403, media_type="text/plain")
