@@ -1,0 +1,260 @@
+"""A long ingest of small shards while workers are killed and the server fails: memory, bytes, and no shard lost.
+
+Scenes of 640² lie on a server of this machine, which answers each 20th request with 503. Two worker processes make
+shards of 64²; one of them is killed with SIGKILL again and again. Scheduler, client and workers are processes of their
+own, and the memory of each is noted every second. Then the same plan runs undisturbed, and both cubes are compared,
+byte by byte. `--shards` and `--kill-every` say how long and how hard; `make bench` runs a short form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import OUT, WORKERS, Row, publish
+
+HERE = Path(__file__).resolve()
+COLLECTION = "sentinel-2-l2a"
+SIDE, SHARD, CHUNK = 640, 64, 32
+PER_DATE = (SIDE // SHARD) ** 2
+_WARM_S = 10.0
+"""Seconds after which a process has imported what it needs."""
+
+
+def make_files(root: Path, dates: int) -> list[Any]:
+    """Scenes of red, nir and classes, with clouds."""
+    import datetime as dt
+
+    from ingest.testing import make_scene
+    from zarr_store.grid import Grid
+
+    grid = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), (SIDE, SIDE))
+    rng, scenes = np.random.default_rng(0), []
+    (root / "catalog.json").parent.mkdir(parents=True, exist_ok=True)
+    (root / "catalog.json").write_text(json.dumps({"type": "Catalog", "id": "soak", "links": []}))
+    for day in range(dates):
+        blocks = rng.integers(0, 9000, (2, SIDE // 8, SIDE // 8)) + 1
+        red, nir = (np.kron(b, np.ones((8, 8), int)).astype(np.uint16) for b in blocks)
+        classes = np.kron(rng.choice([4, 5, 9], (SIDE // 16, SIDE // 16)), np.ones((16, 16), int)).astype(np.uint8)
+        moment = dt.datetime(2020, 1, 1, 10, tzinfo=dt.UTC) + dt.timedelta(days=day)
+        stamp = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+        scenes.append(make_scene(root, f"day{day:04d}", grid, {"red": red, "nir": nir, "scl": classes}, datetime=stamp))
+    return scenes
+
+
+def make_plan(scenes: list[Any], server: str) -> Any:
+    """The plan of scenes whose files the server has."""
+    from ingest.plan.making import plan_scenes
+    from ingest.request.config import IngestConfig
+    from ingest.testing import probe_headers
+    from zarr_store.spec import Layout
+
+    probes = probe_headers(scenes)
+    served = [
+        replace(one, assets={
+            band: replace(asset, href=f"{server}/files/{one.id}/{band}.tif") for band, asset in one.assets.items()
+        })
+        for one in scenes
+    ]  # fmt: skip
+    config = IngestConfig(collections=(COLLECTION,), bands=("red", "nir", "scl"))
+    return plan_scenes(served, probes, config, layout=Layout("train", (1, CHUNK, CHUNK), (1, SHARD, SHARD)))
+
+
+def run_client(plan: str, cube: str, scheduler: str) -> int:
+    """The client of a run, in a process of its own; what ended how goes to stdout."""
+    from ingest.plan.plan import Plan
+    from ingest.request.config import IngestConfig
+    from ingest.run.loop import run
+
+    # a killed worker takes several small shards with it; one that dies four times of kills alone is no fault of its own
+    config = IngestConfig(scheduler=scheduler, allow_private_hosts=True, retries=6)
+    ended: Counter[str] = Counter()
+
+    def note(event: Any) -> None:
+        if event.kind == "shard":
+            ended["-".join(map(str, event.row.index))] += 1
+
+    report = run(Plan.load(plan), cube, config=config, on_event=note)
+    print(json.dumps({"code": report.exit_code, "written": len(report.written), "failed": list(report.errors)[:3],
+                      "shards": len(ended), "twice": sum(count > 1 for count in ended.values())}))  # fmt: skip
+    return report.exit_code
+
+
+class Memory:
+    """Notes the resident memory of processes every second: (seconds, shards on disk, bytes) by process and life."""
+
+    def __init__(self, ledger: Path) -> None:
+        self.notes: dict[str, list[tuple[float, int, int]]] = {}
+        self._ledger, self._pids, self._done = ledger, {}, threading.Event()
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def name(self, pid: int, name: str) -> None:
+        self._pids[pid] = name
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def shards(self) -> int:
+        with suppress(FileNotFoundError):
+            return sum(entry.name.endswith(".json") for entry in os.scandir(self._ledger))
+        return 0
+
+    def _watch(self) -> None:
+        import psutil
+
+        while not self._done.wait(1.0):
+            now, shards = time.monotonic() - self._began, self.shards()
+            for pid, name in list(self._pids.items()):
+                with suppress(psutil.Error):
+                    self.notes.setdefault(f"{name} {pid}", []).append(
+                        (now, shards, psutil.Process(pid).memory_info().rss)
+                    )
+
+    def slope(self, name: str) -> tuple[float, float]:
+        """(kB that a process grows by in 1,000 shards of the run, its largest MB), over all lives of that name."""
+        xs, ys, most = [], [], 0
+        for life, notes in self.notes.items():
+            if life.rpartition(" ")[0] != name:
+                continue
+            warm = [note for note in notes if note[0] - notes[0][0] > _WARM_S]
+            most = max([most, *(rss for _, _, rss in notes)])
+            if len(warm) > 4:
+                shards, rss = (np.array([note[n] for note in warm], float) for n in (1, 2))
+                xs.append(shards - shards.mean())
+                ys.append(rss - rss.mean())
+        if not xs:
+            return float("nan"), most / 1e6
+        x, y = np.concatenate(xs), np.concatenate(ys)
+        return float((x * y).sum() / max((x * x).sum(), 1.0)), most / 1e6
+
+
+def one_run(
+    plan: Path, cube: Path, *, kill_every_s: float | None, seed: int = 0
+) -> tuple[dict[str, Any], Memory, int, float]:
+    """What the client said, the memory, how many workers were killed, and seconds."""
+    import dask
+    from distributed import LocalCluster
+
+    from ingest.worker.guard import WORKER_ENVIRONMENT, WORKER_SETTINGS
+
+    shutil.rmtree(cube, ignore_errors=True)
+    memory, kills, rng = Memory(cube / "_terrashard" / "ledger" / COLLECTION), 0, random.Random(seed)
+    os.environ.update(WORKER_ENVIRONMENT)
+    settings = {**WORKER_SETTINGS, "distributed.scheduler.allowed-failures": 10, "distributed.worker.daemon": True,
+                "distributed.deploy.lost-worker-timeout": "120s"}  # fmt: skip
+    with (
+        dask.config.set(settings),
+        LocalCluster(n_workers=WORKERS, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,
+                     memory_limit=0, silence_logs=50) as cluster,
+    ):  # fmt: skip
+        began = time.monotonic()
+        command = [sys.executable, str(HERE), "--client", str(plan), str(cube), cluster.scheduler_address]
+        client = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        memory.name(client.pid, "client")
+        memory.name(os.getpid(), "scheduler")
+        memory.start()
+        killed_at = time.monotonic()
+        while client.poll() is None:
+            time.sleep(0.25)
+            alive = [one.process.pid for one in cluster.workers.values() if one.process and one.process.pid]
+            for pid in alive:
+                memory.name(pid, "worker")
+            due = kill_every_s is not None and time.monotonic() - killed_at >= kill_every_s
+            if due and alive and memory.shards():
+                with suppress(ProcessLookupError):
+                    os.kill(rng.choice(alive), signal.SIGKILL)
+                    kills += 1
+                killed_at = time.monotonic()
+        said = client.stdout.read() if client.stdout else ""
+        seconds = time.monotonic() - began
+        memory.stop()
+    if not said.strip():
+        raise SystemExit(f"the client ended with {client.returncode} and said nothing")
+    return json.loads(said.splitlines()[-1]), memory, kills, seconds
+
+
+def tree(cube: Path) -> dict[str, str]:
+    return {
+        path.relative_to(cube).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(cube.rglob("*"))
+        if path.is_file()
+    }
+
+
+def soak(shards: int, kill_every_s: float) -> list[Row]:
+    from ingest.simulate.server import serve
+
+    root = OUT / "soak"
+    shutil.rmtree(root, ignore_errors=True)
+    scenes = make_files(root / "files", max(1, round(shards / PER_DATE)))
+    with serve(root / "files", faults={"*": "503every:20"}) as server:
+        plan = make_plan(scenes, server.url)
+        plan.save(root / "plan.json")
+        print(f"{len(plan.tasks)} shards, a worker is killed every {kill_every_s:g} s", flush=True)
+        told, memory, kills, seconds = one_run(root / "plan.json", root / "killed.zarr", kill_every_s=kill_every_s)
+        faults, requests = sum(server.faults.values()), sum(server.requests.values())
+        port = server.port
+    print(f"  {told}, {kills} kills, {faults} faults in {requests} requests, {seconds:.0f} s", flush=True)
+    with serve(root / "files", port=port):
+        calm, calm_memory, _, calm_s = one_run(root / "plan.json", root / "calm.zarr", kill_every_s=None)
+    print(f"  undisturbed: {calm}, {calm_s:.0f} s", flush=True)
+    killed, undisturbed = tree(root / "killed.zarr"), tree(root / "calm.zarr")
+    different = sum(killed.get(name) != digest for name, digest in undisturbed.items()) + len(
+        set(killed) - set(undisturbed)
+    )
+    count = len(plan.tasks)
+    rows = [
+        Row("shards", count, note=f"{seconds:.0f} s with kills and faults, {calm_s:.0f} s undisturbed"),
+        Row("workers killed", kills, 2),
+        Row("share of requests answered with 503", faults / max(1, requests), 0.04),
+        Row("files", len(undisturbed)),
+        Row("files that differ from those of the undisturbed run", different, 0, at_most=True),
+        Row("shards that did not end as done", count - told["written"], 0, at_most=True),
+        Row("shards that ended twice", told["twice"], 0, at_most=True),
+    ]  # fmt: skip
+    for name in ("scheduler", "client", "worker"):
+        (grown, most), (calmly, _) = memory.slope(name), calm_memory.slope(name)
+        limit = 5.0 if name != "worker" else None
+        rows.append(
+            Row(f"growth of the {name}, MB in 1,000 shards", grown / 1000.0, limit, at_most=True,
+                note=f"at most {most:.0f} MB; undisturbed {calmly / 1000.0:.2f}")
+        )  # fmt: skip
+    shutil.rmtree(root)
+    return rows
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--client"]:
+        return run_client(*sys.argv[2:5])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="10,000 shards, a kill every minute")
+    parser.add_argument("--shards", type=int, help="number of shards; a multiple of 100")
+    parser.add_argument("--kill-every", type=float, help="seconds between two kills")
+    asked = parser.parse_args()
+    shards = asked.shards or (10_000 if asked.full else 1_000)
+    rows = soak(shards, asked.kill_every or (60.0 if asked.full else 10.0))
+    return 0 if publish("soak", rows, full=shards >= 10_000) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
