@@ -27,8 +27,8 @@ from jaxtrain.hetero.membership import Assignment, Dropped, GroupError
 from jaxtrain.hetero.replica import Replica, Work
 from jaxtrain.learn.metrics import ConfusionMatrix, SeveralCounts, ValueErrors
 from jaxtrain.learn.state import Program, TrainState
-from jaxtrain.learn.step import EvalStep, TrainStep
-from jaxtrain.parallel.links import shape_of
+from jaxtrain.learn.step import EvalStep, TrainStep, batch_shardings
+from jaxtrain.parallel.links import placed_shape, shape_of
 from jaxtrain.parallel.processes import Agreement
 from jaxtrain.runs.best import Best
 from jaxtrain.runs.checkpoint import CheckpointStore, target_of
@@ -151,10 +151,15 @@ def rehearse(program: Program, train_step: TrainStep, eval_step: EvalStep, ready
         sample = ready.reader.read(rows)
     except IntegrityError:  # a damaged chunk is met again in training, where the run's policy holds
         return
-    size = program.config.run.batch_size
-    batch = {name: shape_of((size, *array.shape[1:]), array.dtype) for name, array in sample.items()}
+    size, lies = program.config.run.batch_size, batch_shardings(program)
+    batch = {
+        name: placed_shape(shape_of((size, *array.shape[1:]), array.dtype), lies.get(name))
+        for name, array in sample.items()
+    }
+    # shapes that lie where the arrays will: then the steps that are compiled later are not traced again
+    state = jax.tree.map(placed_shape, program.shapes, program.shardings)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    jax.eval_shape(lambda state, batch, key: train_step(state, batch, key=key), program.shapes, batch, key)
+    train_step.trace(state, batch, key=key)
     jax.eval_shape(eval_step, program.shapes, batch)
 
 

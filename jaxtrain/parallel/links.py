@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.parallel.mesh import batch_sharding, replicated, spec
 
 __all__ = ["Links", "absent", "everywhere", "groups_of", "init_by_group", "is_here", "join", "lies_of", "part_of",
-           "shape_of", "zeros_on"]  # fmt: skip
+           "placed_shape", "shape_of", "zeros_on"]  # fmt: skip
 
 Arrays = tuple[jax.Array, ...]
 
@@ -231,6 +231,12 @@ def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
     """Return the shape and type of an array that does not exist yet."""
     make: Callable[..., Any] = jax.ShapeDtypeStruct
     return make(shape, dtype)
+
+
+def placed_shape(shape: Any, sharding: Any) -> Any:
+    """Return the shape and type of an array that will lie where `sharding` says; None for anywhere."""
+    make: Callable[..., Any] = jax.ShapeDtypeStruct
+    return make(shape.shape, shape.dtype, sharding=sharding, weak_type=getattr(shape, "weak_type", False))
 
 
 def lies_of(array: Any, mesh: Mesh) -> NamedSharding:

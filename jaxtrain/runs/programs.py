@@ -2,26 +2,41 @@
 
 Whoever can write a compiled program can run any code as the one who loads it. So programs are loaded only from a folder
 that this user made and nobody else can write to: `$XDG_CACHE_HOME/terrashard/programs/KEY`, or `~/.cache/…`. A run that
-comes from another machine, or from somebody else, has none there and is compiled again.
+comes from another machine, or from somebody else, has none there and is compiled again. Programs for processors are
+shared by all runs of the user; those for GPUs belong to one run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import platform
+import re
 import shutil
 import stat
+import zlib
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from zarr_store.errors import AccessError
 
-__all__ = ["MOST_BYTES", "private_folder", "program_folder"]
+__all__ = ["MOST_BYTES", "private_folder", "program_folder", "shared_folder"]
 
 _log = logging.getLogger(__name__)
 
 MOST_BYTES = 4 << 30
 """Largest size of all programs of all runs, bytes; the longest unused ones are removed first."""
+
+MOST_SHARED_BYTES = 1 << 30
+"""Largest size of the programs of processors, bytes; a U-Net has about 5 MB."""
+_PROGRAM = "-cache"
+"""End of the name of a file that JAX keeps a program in."""
+_MARK = "looked"
+_WRITING_S = 60.0
+"""Seconds that a program may take to be written."""
+_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def program_folder(key: str, environment: Mapping[str, str] | None = None) -> Path | None:
@@ -37,6 +52,72 @@ def program_folder(key: str, environment: Mapping[str, str] | None = None) -> Pa
     os.utime(folder)
     _prune(folder)
     return folder
+
+
+def shared_folder(environment: Mapping[str, str] | None = None) -> Path | None:
+    """Return the folder for programs of this kind of processor, which all runs share; None, with a warning, if none.
+
+    Programs are for one compiler and one kind of processor: several machines may see the same home folder.
+    """
+    folder = private_folder("programs", f"processor{_processor()}", environment=environment)
+    if folder is None:
+        return None
+    try:
+        _drop_broken(folder)
+        _prune_files(folder)
+        os.utime(folder)
+        _prune(folder)
+    except OSError as error:  # another process has just removed a program, or may not write here
+        _log.debug("the folder of compiled programs was not tidied: %s", error)
+    return folder
+
+
+def _processor() -> str:
+    """A digest of the compiler's release and of what this kind of processor can do."""
+    try:
+        found = re.findall(r"^(?:flags|Features|model name)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        found = [platform.processor()]
+    kind = [version("jaxlib"), platform.machine(), platform.system(), *sorted(set(found))]
+    return hashlib.sha256(repr(kind).encode()).hexdigest()[:16]
+
+
+def _drop_broken(folder: Path) -> None:
+    """Remove programs that a killed process has not written to their end; JAX finds them broken and keeps them.
+
+    Only those are looked at that were written since the last look.
+    """
+    mark = folder / _MARK
+    looked = mark.stat().st_mtime if mark.exists() else 0.0
+    mark.touch(mode=0o600)
+    for entry in folder.glob(f"*{_PROGRAM}"):
+        if entry.stat().st_mtime >= looked - _WRITING_S and not _is_whole(entry.read_bytes()):
+            entry.unlink(missing_ok=True)
+
+
+def _is_whole(data: bytes) -> bool:
+    if data.startswith(_ZSTD):  # JAX compresses by zstandard where that is installed; its frames check themselves
+        return True
+    unpacked = zlib.decompressobj()
+    try:
+        unpacked.decompress(data)
+    except zlib.error:
+        return False
+    return unpacked.eof
+
+
+def _prune_files(folder: Path) -> None:
+    """Remove the programs that were longest not used, until those that all runs share fit."""
+    kept = []
+    for entry in folder.glob(f"*{_PROGRAM}"):
+        about = entry.stat()
+        kept.append((max(about.st_atime, about.st_mtime), about.st_size, entry))
+    total = sum(size for _, size, _ in kept)
+    for _, size, entry in sorted(kept):
+        if total <= MOST_SHARED_BYTES:
+            return
+        entry.unlink(missing_ok=True)
+        total -= size
 
 
 def private_folder(*parts: str, environment: Mapping[str, str] | None = None) -> Path | None:

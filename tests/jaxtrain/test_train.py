@@ -311,11 +311,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_windows(tmp_path: Pat
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["optim"]["clip_norm"] == float("inf")
 
 
-def test_nothing_is_compiled_twice(tmp_path: Path) -> None:
+def test_nothing_is_traced_or_compiled_twice(tmp_path: Path) -> None:
     from jaxtrain import loop as module
+    from jaxtrain.learn import step as steps_of
 
     steps: list[Any] = []
-    make = make_train_step
+    traced: list[Any] = []
+    make, real = make_train_step, steps_of.differentiate
+
+    def trace(*arguments: Any, **more: Any) -> Any:
+        traced.append(arguments)
+        return real(*arguments, **more)
 
     def remember(program: Any) -> Any:
         steps.append(make(program))
@@ -323,8 +329,10 @@ def test_nothing_is_compiled_twice(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_train_step", remember)
+        patch.setattr(steps_of, "differentiate", trace)
         train(tiny_config(shared_cube(), run={"evaluate_every": 2}), tmp_path / "run")
     assert steps[0].jitted._cache_size() == 1
+    assert len(traced) == 1, "what the rehearsal has traced is what runs"
 
 
 def test_history_has_each_step_once_and_survives_a_cut_line(tmp_path: Path) -> None:

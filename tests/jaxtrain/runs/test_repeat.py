@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxtrain.runs import programs
+from jaxtrain.runs import programs, repeat
 from jaxtrain.runs.programs import program_folder
 from jaxtrain.runs.repeat import programs_kept, repeat_exactly
 
@@ -151,16 +152,77 @@ def test_programs_take_a_bounded_place(cache: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("no_cache")
-@pytest.mark.parametrize("why", ["processor", "own folder"])
-def test_nothing_is_kept_on_a_processor_or_beside_a_folder_of_the_user(
-    why: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = None
-    if why == "own folder":
-        own = str(tmp_path / "own")
-        jax.config.update("jax_compilation_cache_dir", own)
-    else:
-        monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+def test_nothing_is_kept_beside_a_folder_of_the_user(cache: Path, tmp_path: Path) -> None:
+    own = str(tmp_path / "own")
+    jax.config.update("jax_compilation_cache_dir", own)
     with programs_kept("run1"):
         assert jax.config.jax_compilation_cache_dir == own  # type: ignore[attr-defined]  # set when JAX is imported
     assert not cache.exists()
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_nothing_is_kept_for_other_devices(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with programs_kept("run1"):
+        assert jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]  # set when JAX is imported
+    assert not cache.exists()
+
+
+@pytest.fixture
+def shared(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for programs of this processor, with one program of 5 kB in it, and all programs worth keeping."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(repeat, "_WORTH_S", 0.0)
+    with programs_kept("run1"):
+        compute()
+    (folder,) = cache.iterdir()
+    jax.clear_caches()
+    return folder
+
+
+def hits_of(key: str) -> int:
+    """How many programs are taken from the cache by a run."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: object) -> None:
+        if event.endswith("cache_hits"):
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    with programs_kept(key):
+        compute()
+    jax.monitoring.unregister_event_listener(listen)
+    jax.clear_caches()
+    return len(hits)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_programs_for_a_processor_are_shared_by_all_runs(shared: Path) -> None:
+    least = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]  # set by JAX
+    assert shared.name.startswith("processor")
+    assert shared.stat().st_mode & 0o777 == 0o700
+    assert hits_of("run2") >= 1
+    assert jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]  # set when JAX is imported
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == least  # type: ignore[attr-defined]  # as above
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_program_that_was_half_written_is_made_again(shared: Path) -> None:
+    for path in shared.glob("*-cache"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert hits_of("run2") == 0
+    assert hits_of("run3") >= 1
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_shared_programs_take_a_bounded_place(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in shared.glob("*-cache"):
+        path.unlink()
+    for number in range(4):
+        path = shared / f"jit_{number}-cache"
+        path.write_bytes(zlib.compress(os.urandom(1000)))
+        os.utime(path, (number, number))
+    os.utime(shared / "jit_0-cache", (9, 0))  # it was used later than it was made
+    monkeypatch.setattr(programs, "MOST_SHARED_BYTES", 2500)
+    assert programs.shared_folder() == shared
+    assert sorted(path.name for path in shared.glob("*-cache")) == ["jit_0-cache", "jit_3-cache"]
