@@ -197,10 +197,10 @@ def ledger(full: bool) -> list[Row]:
         spent.append(_children_s() - before)
         assert f"{spec.shard_count} done" in said, said
     rows = [
-        Row(f"terrashard status of {shards:,} shards, s", sorted(typed)[2], 2.0, at_most=True, note="the whole command"),
+        Row(f"terrashard status of {shards:,} shards, s", sorted(typed)[2], 2.0, at_most=True, note="whole command"),
         Row("the same, s of processor", sorted(spent)[2]),
         Row("their states, s", sorted(asked)[2], note=f"from {kept.stat().st_size / 1e6:.1f} MB that a run leaves"),
-        Row("their states from every row, s of processor", by_rows, note="while a run works, or after one was killed"),
+        Row("their states from every row, s of processor", by_rows, note="while a run works, or was killed"),
         Row(f"open_cube of {count:,} items, s", sorted(opened)[2], 1.0, at_most=True),
     ]  # fmt: skip
     shutil.rmtree(url)

@@ -13,7 +13,7 @@ These two read the image alone. They are skipped, and say so, where the extra "b
 U-Net learns from the cube, and how long its steps waited for their input is read from its metrics.
 
 `--part kept` compares batches that are read with batches of data that are kept in memory or on the devices after the
-first epoch (`data.cache`), from a store of samples and without a network.
+first epoch (`data.cache`), from a store of samples and without a network; and with raw tensorstore.
 """
 
 from __future__ import annotations
@@ -282,8 +282,35 @@ def kept_sides(full: bool) -> tuple[dict[str, Callable[[], float]], int, float]:
                 jax.block_until_ready(batch)
         return time.perf_counter() - began
 
-    sides = {"read": streamed(reader), "host": streamed(on_host), "device": held}
+    sides = {
+        "read": streamed(reader),
+        "tensorstore": raw_samples(url, [order.indices(n * size, size) for n in range(last)], (bands, side, side)),
+        "host": streamed(on_host),
+        "device": held,
+    }
     return sides, last * size, on_devices.nbytes / 1e6
+
+
+def raw_samples(url: Path, batches: list[Any], shape: tuple[int, ...]) -> Callable[[], float]:
+    """The same images in the same order by tensorstore alone, each batch as one operation into fresh memory."""
+    import tensorstore as ts
+
+    def epochs() -> float:
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{url}/image/"}}
+        images = ts.open(spec, open=True, read=True).result()
+        began = time.perf_counter()
+        ahead: list[Any] = []
+        for numbers in batches:
+            into = np.empty((len(numbers), *shape), np.uint16)
+            with ts.Batch() as batch:
+                ahead.append(ts.array(into).write(ts.stack([images[int(n)] for n in numbers]), batch=batch))
+            if len(ahead) > 4:  # as far ahead as ours
+                ahead.pop(0).result()
+        for pending in ahead:
+            pending.result()
+        return time.perf_counter() - began
+
+    return epochs
 
 
 def kept(full: bool, repeats: int) -> list[Row]:
@@ -292,6 +319,8 @@ def kept(full: bool, repeats: int) -> list[Row]:
     note = f"{samples // 2} samples of 64² × 13, {megabytes:.0f} MB, batches of 64"
     return [
         Row("samples/s, read from the store each time", rates["read"], note=note),
+        Row("samples/s of raw tensorstore, images alone", rates["tensorstore"]),
+        Row("read from the store / raw tensorstore", rates["read"] / rates["tensorstore"], 0.9),
         Row("samples/s, kept on the host", rates["host"]),
         Row("samples/s, kept on the device", rates["device"]),
         Row("kept on the host / read", rates["host"] / rates["read"]),

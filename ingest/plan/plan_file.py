@@ -109,6 +109,8 @@ class PlanFile:
                 if part is None:
                     rest.append(line)
             self.head = load_json(b"".join(rest), where, most=_MOST_BYTES)
+            if isinstance(self.head, dict) and any(part in self.head for part in (*_TABLES, _TASKS)):
+                raise _OtherLayout
         except _OtherLayout:
             with opener() as stream:
                 data = stream.read(_MOST_BYTES + 1)
