@@ -107,6 +107,7 @@ class Counters:
         with self._lock:
             self.requests.clear()
             self.faults.clear()
+            self.turns.clear()
             self.bytes_sent = 0
 
 

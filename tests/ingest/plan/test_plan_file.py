@@ -12,6 +12,7 @@ import pytest
 
 from cli import ingesting
 from ingest.plan import plan_file
+from ingest.plan import task as task_of
 from ingest.plan.plan import Plan
 from ingest.plan.plan_file import stated_digest
 from ingest.plan.reach import make_tasks
@@ -125,6 +126,7 @@ def test_a_file_that_is_too_large_is_refused(plan: Plan, monkeypatch: pytest.Mon
 def test_writing_and_reading_hold_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peaks of Python's memory beyond the plan itself: as much for many shards as for few."""
     monkeypatch.setattr(plan_file, "_PIECE", 1 << 14)
+    monkeypatch.setattr(task_of, "_AT_ONCE", 64)
     extra = []
     for steps in (1, 6):
         plan, path = make(steps), tmp_path / "plan.json"

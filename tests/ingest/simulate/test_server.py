@@ -240,6 +240,10 @@ def test_each_fault_fires_and_is_counted(server: ServerHandle, small_world: Simu
         assert [a[0] for a in answers] == [int(mode[:3])] * 2 + [200] * 2
         assert answers[0][1]["retry-after"] == "0"
         fired[mode.partition(":")[0]] = server.faults[mode.partition(":")[0]]
+    server.reset_counters()
+    others = [ask(server.file_url(path, fault="503every:3"))[0] for path in (blue, blue, "no-such-file", blue)]
+    assert others == [200, 200, 503, 200], "requests are counted over all files"
+    fired["503every"] = server.faults["503every"]
     with pytest.raises(ConnectionResetError):
         through("reset")
     status, headers, body = through("short206", Range="bytes=1000-2999")
