@@ -173,18 +173,21 @@ def one_run(
         memory.name(client.pid, "client")
         memory.name(os.getpid(), "scheduler")
         memory.start()
-        killed_at = time.monotonic()
+        killed_at, born = time.monotonic(), {}
         while client.poll() is None:
             time.sleep(0.25)
+            now = time.monotonic()
             alive = [one.process.pid for one in cluster.workers.values() if one.process and one.process.pid]
             for pid in alive:
                 memory.name(pid, "worker")
-            due = kill_every_s is not None and time.monotonic() - killed_at >= kill_every_s
-            if due and alive and memory.shards():
+                born.setdefault(pid, now)
+            # one that works: on a busy machine it takes seconds until a new one does
+            working = [pid for pid in alive if now - born[pid] >= _WARM_S]
+            if kill_every_s is not None and now - killed_at >= kill_every_s and working and memory.shards():
                 with suppress(ProcessLookupError):
-                    os.kill(rng.choice(alive), signal.SIGKILL)
+                    os.kill(rng.choice(working), signal.SIGKILL)
                     kills += 1
-                killed_at = time.monotonic()
+                killed_at = now
         said = client.stdout.read() if client.stdout else ""
         seconds = time.monotonic() - began
         memory.stop()
