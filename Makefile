@@ -70,8 +70,8 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 .PHONY: bench
-bench: $(STAMP)  ## benchmarks with their peers in the same run (FULL=1 for the published sizes; needs the extra "bench")
-	@$(BIN)/python benchmarks/run_all.py $(if $(FULL),--full)
+bench: $(STAMP)  ## benchmarks with their peers in the same run (FULL=1: published sizes, SHOW=1: published figures; extra "bench")
+	@$(BIN)/python benchmarks/run_all.py $(if $(FULL),--full) $(if $(SHOW),--show)
 
 .PHONY: docs
 docs: $(STAMP)  ## documentation pages in docs/_build/html
