@@ -159,8 +159,8 @@ def rehearse(program: Program, train_step: TrainStep, eval_step: EvalStep, ready
     # shapes that lie where the arrays will: then the steps that are compiled later are not traced again
     state = jax.tree.map(placed_shape, program.shapes, program.shardings)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    train_step.trace(state, batch, key=key)
-    jax.eval_shape(eval_step, program.shapes, batch)
+    jax.eval_shape(lambda state, batch, key: train_step(state, batch, key=key), state, batch, key)
+    jax.eval_shape(eval_step, state, batch)
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,6 @@ class TrainStep:
         )
         return result
 
-    def trace(self, state: Any, batch: Mapping[str, Any], *, key: Any) -> None:
-        """Trace the step for arrays that do not exist yet; a later call with such arrays is not traced again."""
-        self.jitted.trace(state, _chosen(batch, self.names), key, *self.values)
-
 
 @dataclass(frozen=True)
 class EvalStep:
