@@ -1,4 +1,4 @@
-"""The short form of `benchmarks/soak.py`: a worker is killed, the server fails, and nothing is lost, doubled or kept."""
+"""The short form of `benchmarks/soak.py`: a worker is killed, the server fails; nothing is lost, doubled or kept."""
 
 from __future__ import annotations
 
