@@ -200,7 +200,8 @@ def register(app: typer.Typer) -> None:
         cube: Annotated[str, typer.Argument(metavar="CUBE", help="Path or URL of a cube or sample store.")],
     ) -> None:
         """Show what is in a cube: grid, bands, dates, chunks, items and completeness; or what a sample store holds."""
-        from zarr_store.read import kind_of, open_cube
+        from zarr_store import open_cube
+        from zarr_store.read import kind_of
 
         kind = kind_of(cube)
         if kind == "sample store":

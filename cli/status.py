@@ -58,7 +58,8 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> None:
         """Show which shards are done, partial, failed or pending, and why; of a map, how many are done."""
-        from zarr_store.read import kind_of, open_cube
+        from zarr_store import open_cube
+        from zarr_store.read import kind_of
 
         if kind_of(cube) != "cube" and _show_map(session, cube, watch=watch):
             return
