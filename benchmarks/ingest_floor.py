@@ -33,6 +33,8 @@ def decode_and_encode(task: tuple[list[str], int, int]) -> int:
     import imagecodecs
     import rasterio
 
+    inflate: Any = imagecodecs.deflate_decode  # their types know no arrays
+    pack: Any = imagecodecs.blosc_encode
     paths, row, col = task
     pixels = np.empty((len(paths), _SIDE, _SIDE), np.uint16)
     for number, path in enumerate(paths):
@@ -43,9 +45,7 @@ def decode_and_encode(task: tuple[list[str], int, int]) -> int:
                 for x in range(col // wide, (col + _SIDE) // wide):
                     at = int(source.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1))
                     size = int(source.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1))
-                    imagecodecs.deflate_decode(
-                        os.pread(file.fileno(), size, at), out=scratch.reshape(-1).view(np.uint8)
-                    )
+                    inflate(os.pread(file.fileno(), size, at), out=scratch.reshape(-1).view(np.uint8))
                     top, left = y * tall - row, x * wide - col
                     imagecodecs.delta_decode(scratch, axis=-1, out=pixels[number, top : top + tall, left : left + wide])
     packed = 0
@@ -53,9 +53,7 @@ def decode_and_encode(task: tuple[list[str], int, int]) -> int:
         for x in range(0, _SIDE, 256):
             chunk = np.ascontiguousarray(pixels[:, y : y + 256, x : x + 256])
             packed += len(
-                imagecodecs.blosc_encode(
-                    chunk.data, level=1, compressor="zstd", shuffle="bitshuffle", blocksize=1 << 19, numthreads=1
-                )
+                pack(chunk.data, level=1, compressor="zstd", shuffle="bitshuffle", blocksize=1 << 19, numthreads=1)
             )
     return packed
 

@@ -210,13 +210,13 @@ def main() -> int:
                 print(f"  {side:12} {wall:6.2f} s, {cpu:6.2f} s of processors, {sent[side][0] / 1e6:.0f} MB in "
                       f"{sent[side][1]} requests", flush=True)  # fmt: skip
         told = stated_effort(terrashard, server.stac_url, options) if "terrashard" in sides else 0
-    wall = {side: statistics.median(w for w, _ in runs) for side, runs in took.items()}
-    cpu = {side: statistics.median(c for _, c in runs) for side, runs in took.items()}
+    walls = {side: statistics.median(w for w, _ in runs) for side, runs in took.items()}
+    cpus = {side: statistics.median(c for _, c in runs) for side, runs in took.items()}
     rows: list[Row] = [Row("bytes of the blocks needed, MB", needed / 1e6)]
     for side in sides:
         name = side if side == "terrashard" else f"odc-stac, {side}"
         rows += [
-            Row(f"{name}: seconds in all", wall[side], note=f"{cpu[side]:.1f} s of processors"),
+            Row(f"{name}: seconds in all", walls[side], note=f"{cpus[side]:.1f} s of processors"),
             Row(f"{name}: MB sent by the server", sent[side][0] / 1e6, note=f"{sent[side][1]} requests"),
         ]
     if "terrashard" in sides:
@@ -224,7 +224,7 @@ def main() -> int:
         rows.append(Row("terrashard: bytes sent ÷ bytes of the blocks needed", ours / needed, _EXCESS, at_most=True))
         rows.append(Row("terrashard: |stated effort ÷ bytes sent − 1|", abs(told / ours - 1), _EFFORT, at_most=True))
         rows += [
-            Row(f"seconds ÷ those of odc-stac, {side}", wall["terrashard"] / wall[side], _RATIO, at_most=True)
+            Row(f"seconds ÷ those of odc-stac, {side}", walls["terrashard"] / walls[side], _RATIO, at_most=True)
             for side in sides
             if side != "terrashard"
         ]

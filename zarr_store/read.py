@@ -50,7 +50,7 @@ def is_cube(store: Store) -> bool:
 def kind_of(url: str | os.PathLike[str]) -> Literal["cube", "sample store", "map", "other"]:
     """Tell what is at `url` by its root metadata alone, without importing what reads it; "other" also for nothing."""
     try:
-        attributes = _root_attributes(open_store(url))
+        attributes: Any = _root_attributes(open_store(url))  # as it stands in the file
     except NotACube:
         return "other"
     if not isinstance(attributes, dict):

@@ -150,7 +150,8 @@ def _take(future: Any, task: ShardTask, job: Job, tally: Tally) -> LedgerRow | N
             "continues from there"
         ) from gone
     if made is not None:
-        return take_row(*made, task, job, tally)
+        row, pixels = made
+        return take_row(row, pixels, task, job, tally)
     words = ""
     if isinstance(error, KilledWorker):
         words = (

@@ -15,6 +15,7 @@ from ingest.plan.plan import Plan
 from ingest.plan.probe import probe_scenes
 from ingest.request.config import IngestConfig
 from ingest.run.loop import IngestEvent, run
+from ingest.run.task import ingest_shard
 from ingest.testing import make_scene
 from ingest.worker.slots import computing, take_turns
 from zarr_store.errors import AssetUnreadable
@@ -34,7 +35,7 @@ def plan(tmp_path: Path) -> Plan:
     scenes = []
     for day in range(4):
         red = np.random.default_rng(day).integers(300, 3000, TILE.shape).astype(np.uint16)
-        bands = {"red": red, "scl": np.full(TILE.shape, 4, np.uint8)}
+        bands: dict[str, Any] = {"red": red, "scl": np.full(TILE.shape, 4, np.uint8)}
         scenes.append(make_scene(tmp_path / "scenes", f"S{day}", TILE, bands, datetime=f"2023-08-{10 + day}T10:00:00Z"))
     return plan_scenes(scenes, probe_scenes(scenes, CONFIG), CONFIG, layout=LAYOUT)
 
@@ -85,7 +86,7 @@ def test_much_to_do_is_done_by_processes(plan: Plan) -> None:
 def test_a_defect_fails_its_shard_and_no_other(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_cluster: None
 ) -> None:
-    make = here.ingest_shard
+    make = ingest_shard
 
     def broken(task: Any, *args: Any, **more: Any) -> Any:
         if task.index[0] == 1:
