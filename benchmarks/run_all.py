@@ -26,6 +26,7 @@ TOPICS: tuple[tuple[str, ...], ...] = (
     ("ingest_memory",),
     ("ingest_speed",),
     ("small_region",),
+    ("ingest_floor",),
     ("scale",),
     ("soak",),
     ("train_input",),
