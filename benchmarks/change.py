@@ -136,7 +136,7 @@ def main() -> int:
         rows += [
             Row("same date as COLD, % of planted breaks", percent(apart == 0), 95.0),
             Row("same date as COLD, % of the breaks that COLD dates right", percent(apart[right["COLD"]] == 0)),
-            Row("largest possible: COLD right, or both wrong, %", percent(right["COLD"] | ~right["terrashard"])),
+            Row("COLD right, or both wrong, %: no more can agree", percent(right["COLD"] | ~right["terrashard"])),
             Row(f"within {TOLERANCE} clear dates of COLD, % of planted", percent(apart <= TOLERANCE), 95.0),
         ]  # fmt: skip
     note = f"{PIXELS} pixels, {half} with a planted break"
