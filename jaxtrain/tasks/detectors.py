@@ -94,9 +94,8 @@ class Neighbours:
             for start in range(0, len(rows), _PIECE):
                 piece = rows[start : start + _PIECE]
                 padded = np.pad(piece, ((0, _PIECE - len(piece)), (0, 0)))
-                found[start : start + len(piece)] = np.asarray(
-                    _neighbours(jax.device_put(padded, place), reference)
-                )[: len(piece)]  # fmt: skip
+                squares = np.asarray(_squares(jax.device_put(padded, place), reference))[: len(piece)]
+                found[start : start + len(piece)] = _nearness(squares, rows.shape[1])
         return _spread(block, found)
 
 
@@ -137,16 +136,23 @@ def grow_forest(rows: npt.NDArray[np.float64], seed: int) -> Any:
 
 
 @jax.jit
-def _neighbours(row_ND: jax.Array, reference_RD: jax.Array) -> jax.Array:
+def _squares(row_ND: jax.Array, reference_RD: jax.Array) -> jax.Array:
     products_NR = jnp.dot(row_ND, reference_RD.T, precision=jax.lax.Precision.HIGHEST)
-    square_NR = jnp.square(row_ND).sum(1)[:, None] + jnp.square(reference_RD).sum(1)[None] - 2.0 * products_NR
-    count = max(_NEAREST, round(_NEAREST_SHARE * reference_RD.shape[0]))
-    nearest_NK = -jax.lax.top_k(-square_NR, min(count + 1, reference_RD.shape[0]))[0]
-    distance_NK = jnp.sqrt(jnp.maximum(nearest_NK, 0.0))
+    return jnp.square(row_ND).sum(1)[:, None] + jnp.square(reference_RD).sum(1)[None] - 2.0 * products_NR
+
+
+def _nearness(square_NR: npt.NDArray[np.float64], features: int) -> F32:
+    """Return the mean distance of each row to its nearest reference rows."""
+    count = max(_NEAREST, round(_NEAREST_SHARE * square_NR.shape[1]))
+    most = min(count + 1, square_NR.shape[1])
+    # numpy, because XLA sorts numbers of 64 bits ten times as slowly on a processor
+    nearest_NK = np.partition(square_NR, most - 1, axis=1)[:, :most] if most < square_NR.shape[1] else square_NR.copy()
+    nearest_NK.sort(axis=1)
+    distance_NK = np.sqrt(np.maximum(nearest_NK, 0.0))
     # a reference row is its own nearest neighbour, which says nothing of it
-    itself_N = nearest_NK[:, 0] < 1e-9 * row_ND.shape[1]
-    mean_N = jnp.where(itself_N, distance_NK[:, 1:].mean(axis=1), distance_NK[:, :-1].mean(axis=1))
-    return mean_N.astype(jnp.float32)
+    itself_N = nearest_NK[:, 0] < 1e-9 * features
+    mean_N = np.where(itself_N, distance_NK[:, 1:].mean(axis=1), distance_NK[:, :-1].mean(axis=1))
+    return mean_N.astype(np.float32)
 
 
 def _spread(block: Block, scores: F32) -> F32:
