@@ -7,6 +7,7 @@ ones (`--usual`), or what changed on it (`--dates change`). The autoencoder is t
 from __future__ import annotations
 
 import datetime as dt
+import json
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from harness import OUT, Row
 
 COMMAND = str(Path(sys.executable).with_name("terrashard"))
-SIDE, COUNT = 512, 3
+SIDE, COUNT = 288, 2
 OPTICAL, RADAR = "sentinel-2-l2a", "sentinel-1-rtc"
 BANDS = ("blue", "green", "red", "rededge2", "nir", "swir16", "swir22")
 POLARISATIONS = ("vv", "vh")
@@ -86,7 +87,7 @@ def train_autoencoder(cube: Path, collection: str, bands: Sequence[str], last: s
                  "split": {"test_dates": [last], "block_m": 640}},
         "model": {"name": "autoencoder", "width": 16, "depth": 2, "code": 4},
         "optim": {"loss": "mse", "learning_rate": 3e-3},
-        "run": {"steps": 300, "batch_size": 16, "evaluate_every": 150, "checkpoint_every": 150, "seed": seed},
+        "run": {"steps": 150, "batch_size": 16, "evaluate_every": 150, "checkpoint_every": 150, "seed": seed},
     })  # fmt: skip
     train(config, run)
     return run
@@ -126,29 +127,40 @@ def evaluate(scores: npt.NDArray[np.float32], kinds: npt.NDArray[np.str_], wante
         yield kind, float(average_precision_score(truth, found)), float(roc_auc_score(truth, found))
 
 
-def planted(seeds: Sequence[int]) -> list[Row]:
-    """Mean average precision of each method over kinds and seeds; those that are trained beside RX."""
+def one_world(seed: int) -> None:
+    """Print a line of JSON for each collection, rule and method of one world."""
     from zarr_store.read import open_cube
 
+    world, cube = make_world(seed)
+    kinds = kinds_of(world)
+    for collection, bands in ((OPTICAL, BANDS), (RADAR, POLARISATIONS)):
+        times = open_cube(str(cube)).spec(collection).times
+        run = train_autoencoder(cube, collection, bands, times[-1], seed)
+        for rule in ("mean", "change"):
+            for method in METHODS:
+                scores, spent = score_map(cube, collection, bands, method, rule, run, times)
+                found = evaluate(scores, kinds, KINDS if collection == OPTICAL else KINDS[:-1])
+                kept = {"collection": collection, "rule": rule, "method": method, "seconds": spent,
+                        "kinds": {kind: (precision, area) for kind, precision, area in found}}  # fmt: skip
+                print(json.dumps(kept), flush=True)
+
+
+def planted(seeds: Sequence[int]) -> list[Row]:
+    """Mean average precision of each method over kinds and seeds; those that are trained beside RX."""
     figures: dict[tuple[str, str, str], dict[str, list[tuple[float, float]]]] = {}
     seconds: dict[tuple[str, str, str], list[float]] = {}
-    for seed in seeds:
-        world, cube = make_world(seed)
-        kinds = kinds_of(world)
-        for collection, bands in ((OPTICAL, BANDS), (RADAR, POLARISATIONS)):
-            times = open_cube(str(cube)).spec(collection).times
-            run = train_autoencoder(cube, collection, bands, times[-1], seed)
-            for rule in ("mean", "change"):
-                for method in METHODS:
-                    scores, spent = score_map(cube, collection, bands, method, rule, run, times)
-                    key = (collection, rule, method)
-                    seconds.setdefault(key, []).append(spent)
-                    for kind, precision, area in evaluate(
-                        scores, kinds, KINDS if collection == OPTICAL else KINDS[:-1]
-                    ):
-                        figures.setdefault(key, {}).setdefault(kind, []).append((precision, area))
-                    print(seed, *key, f"{spent:.1f} s", {kind: f"{several[-1][0]:.2f}" for kind, several in
-                          figures[key].items()}, flush=True)  # fmt: skip
+    # a process for each world, all at once
+    running = [subprocess.Popen([sys.executable, __file__, str(seed)], stdout=subprocess.PIPE, text=True)
+               for seed in seeds]  # fmt: skip
+    for seed, one in zip(seeds, running, strict=True):
+        lines, _ = one.communicate()
+        if one.returncode:
+            raise SystemExit(f"the world of seed {seed} failed")
+        for found in map(json.loads, filter(lambda line: line.startswith("{"), lines.splitlines())):
+            key = (found["collection"], found["rule"], found["method"])
+            seconds.setdefault(key, []).append(found["seconds"])
+            for kind, pair in found["kinds"].items():
+                figures.setdefault(key, {}).setdefault(kind, []).append(tuple(pair))
     rows = []
     for (collection, rule, method), by_kind in figures.items():
         where = f"{'optical' if collection == OPTICAL else 'radar'}, {'one date' if rule == 'mean' else 'change'}"
@@ -165,3 +177,7 @@ def planted(seeds: Sequence[int]) -> list[Row]:
 
 def _mean(several: Sequence[tuple[float, float]], at: int) -> float:
     return statistics.mean(one[at] for one in several)
+
+
+if __name__ == "__main__":
+    one_world(int(sys.argv[1]))
