@@ -80,7 +80,7 @@ def theirs(url: Path, start: npt.NDArray[np.float64], dtype: type = np.float32) 
 
     began, spent = time.perf_counter(), time.process_time()
     values = open_cube(str(url)).dataset(COLLECTION, scaled=True, masked=True).reflectance.values[0]
-    rows = np.ascontiguousarray(values.reshape(len(values), -1).T, dtype)
+    rows: npt.NDArray[Any] = np.ascontiguousarray(values.reshape(len(values), -1).T, dtype)
     del values
     read = time.perf_counter() - began
     found = KMeans(K, init=start.astype(rows.dtype), n_init=1, algorithm="lloyd", copy_x=False).fit(rows)

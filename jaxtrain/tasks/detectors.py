@@ -152,7 +152,8 @@ def _nearness(square_NR: npt.NDArray[np.float64], features: int) -> F32:
     # a reference row is its own nearest neighbour, which says nothing of it
     itself_N = nearest_NK[:, 0] < 1e-9 * features
     mean_N = np.where(itself_N, distance_NK[:, 1:].mean(axis=1), distance_NK[:, :-1].mean(axis=1))
-    return mean_N.astype(np.float32)
+    found_N: F32 = mean_N.astype(np.float32)
+    return found_N
 
 
 def _spread(block: Block, scores: F32) -> F32:
