@@ -38,7 +38,7 @@ class LossTerms(NamedTuple):
         """The mean loss; zero, with zero gradient, where no pixel is labelled."""
         return self.loss / jnp.where(self.weight > 0, self.weight, jnp.float32(1))
 
-    def scaled(self, share: ArrayLike) -> LossTerms:
+    def scaled(self, share: jax.Array) -> LossTerms:
         """Return the sums with a share of their loss and weight."""
         return self._replace(loss=share * self.loss, weight=share * self.weight)
 

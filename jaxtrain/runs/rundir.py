@@ -35,6 +35,7 @@ from jaxtrain.data.windows import Counted
 from jaxtrain.learn.state import Program, build_program
 from jaxtrain.models.modality import Modality, finest
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.placement import check_groups
 from zarr_store.bounded import MOST_JSON_BYTES, load_json, read_file
 from zarr_store.errors import IntegrityError, InvalidInput
 from zarr_store.folder import FolderStore
@@ -279,6 +280,9 @@ def write_run(run: Path, card: ModelCard) -> None:
 
 def program_of(card: ModelCard, config: TrainConfig, devices: Sequence[Any] | None = None) -> Program:
     """Build the program of a card on the mesh of `config`, over the first of all devices or of those given."""
+    if config.placement.kind == "branches" and card.modalities:
+        # a wrong name is told before a lack of devices, which costs more to mend
+        check_groups(config.placement.groups, [one.name for one in card.modalities])
     return build_program(
         config,
         channels=len(card.bands),

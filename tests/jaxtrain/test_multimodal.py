@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,9 +14,10 @@ from jaxtrain import evaluate, predict, train
 from jaxtrain.data.modality_source import open_sources
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.inference.maps import open_map
+from jaxtrain.prepare import prepare
 from jaxtrain.runs.events import TrainEvent
 from jaxtrain.runs.log import read_metrics
-from jaxtrain.runs.rundir import load_card
+from jaxtrain.runs.rundir import load_card, program_of
 from zarr_store.errors import InvalidInput, NothingFound, UnknownName
 from zarr_store.read import open_cube
 
@@ -175,6 +177,14 @@ def test_the_card_keeps_the_modalities(run: Path) -> None:
     card = load_card(run)
     assert card.bands == ("s2:green", "s2:red", "s2:nir", "s2_20:swir", "s1:vv", "s1:vh", "dem:dem")
     assert [one.ratio for one in card.modalities] == [1, 2, 1, 1]
+
+
+def test_a_wrong_name_in_a_placement_is_told_before_a_lack_of_devices(cube: Path) -> None:
+    groups = [["s2", "fusion"], ["s1", "dem", "s3"], ["s2_20"]]
+    config = modal_config(cube, placement={"kind": "branches", "groups": groups})
+    card, _ = prepare(config, open_training_data(str(cube)), None)
+    with pytest.raises(InvalidInput, match=r"names 's3', which this network does not have: its branches are s2, s2_20"):
+        program_of(card, config, jax.devices()[:1])
 
 
 @pytest.mark.usefixtures("shared_programs")
