@@ -73,7 +73,7 @@ class ModelConfig(Strict):
         "between the encoders and one decoder, at every level; early, after the first block of each",
     )
     alone: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.5,
+        0.0,
         description="for multimodal: share of the training loss that is asked of each modality alone, through the same "
         "fusion and head; 0: none, so that a modality learns alone only where others are missing",
     )

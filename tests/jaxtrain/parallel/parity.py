@@ -61,9 +61,9 @@ def mesh_of(text: str) -> dict[str, Any]:
 
 
 def model_of(text: str) -> dict[str, Any]:
-    """The table `model` of "unet", "resnet batch" or "multimodal group middle"."""
+    """The table `model` of "unet", "resnet batch", "multimodal group middle" or "multimodal group late 0.5"."""
     name, *more = text.split()
-    return MODELS[name] | dict(zip(("norm", "fusion"), more or ["group"], strict=False))
+    return MODELS[name] | dict(zip(("norm", "fusion", "alone"), more or ["group"], strict=False))
 
 
 @cache

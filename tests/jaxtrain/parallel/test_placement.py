@@ -35,10 +35,11 @@ def test_a_placement_trains_as_one_device_does():
         ("pipe=2 microbatches=2", MIDDLE),
         ("data=2 zero=3", LATE),
         ("groups=s2,fusion/s1 data=2 zero=1", LATE),
+        ("groups=s2,fusion/s1 data=2 microbatches=2", "multimodal group late 0.5"),
     ],
 )
 def test_hybrids_and_stages_train_as_one_device_does(mesh, model):
-    """Also with a norm over the whole batch, with all levels of encoders handed over, and with ZeRO."""
+    """Also with a norm over the batch, all levels of encoders handed over, ZeRO, and each modality asked alone."""
     assert_same(train(make_program(mesh_of(mesh), model_of(model))), of_one_device(model))
 
 
