@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def ledger(full: bool) -> list[Row]:
         assert cube.states("s2").count()["done"] == spec.shard_count
         asked.append(time.perf_counter() - began)
         began = time.perf_counter()
-        command, before = [Path(sys.executable).with_name("terrashard"), "status", url], _children_s()
+        command, before = [str(Path(sys.executable).with_name("terrashard")), "status", str(url)], _children_s()
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         typed.append(time.perf_counter() - began)
         spent.append(_children_s() - before)
@@ -233,10 +233,11 @@ def planning(full: bool) -> list[Row]:
     base = found[0]
     sizes = {one["items"]: one["items"] + one["shards"] for one in found}
     # what the smallest size takes is mostly the imports
-    for what, of in (
-        ("time of planning", lambda one: one["seconds"]["plan"]),
-        ("memory", lambda one: one["peak_bytes"]),
-    ):
+    stages: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+        ("time of planning", lambda one: float(one["seconds"]["plan"])),
+        ("memory", lambda one: float(one["peak_bytes"])),
+    )
+    for what, of in stages:
         grown = (of(large) - of(base)) / (of(small) - of(base))
         more = (sizes[large["items"]] - sizes[base["items"]]) / (sizes[small["items"]] - sizes[base["items"]])
         rows.append(

@@ -27,7 +27,7 @@ __all__ = ["KEPT_FROM", "ShardStates", "StatesWatch", "forget_states", "keep_sta
 
 KEPT_FROM = 4096
 """Number of shards from which on their states are kept; the rows of fewer are read in a second."""
-_CODES = ("pending", *get_args(State))
+_CODES: tuple[str, ...] = ("pending", *get_args(State))
 _DONE = _CODES.index("done")
 _KEY_BYTES = 16
 _FORMAT = 1
@@ -71,11 +71,11 @@ class ShardStates:
 
     def state(self, index: ShardIndex) -> str:
         """Return the state of a shard; pending where the cube has no such shard."""
-        return _CODES[self.codes[index]] if self.spec.shard_at(index) is not None else _CODES[0]
+        return str(_CODES[int(self.codes[index])] if self.spec.shard_at(index) is not None else _CODES[0])
 
     def has_key(self, index: ShardIndex, key: str) -> bool:
         """Return whether the shard has a row, and that has this key."""
-        return self.state(index) != _CODES[0] and self.keys[index].tobytes() == _digest(key)
+        return self.state(index) != _CODES[0] and bytes(self.keys[index].tobytes()) == _digest(key)
 
     def count(self) -> dict[str, int]:
         """Return the number of shards by state, and in all."""

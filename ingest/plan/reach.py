@@ -81,7 +81,7 @@ class Reach:
         (rx, ry), (x0, _, _, y1) = self.grid.resolution, self.grid.bounds
         rows = self._range((y1 - top) / ry, (y1 - bottom) / ry, 0)
         turn = turn_of(self.grid.crs)
-        turns = (0.0,)
+        turns: tuple[float, ...] = (0.0,)
         if turn:
             # a shard takes the copy that is nearest to its own middle, which is at most one turn from that of the grid
             middle = round((x0 + self.grid.bounds[2] - left - right) / 2.0 / turn) * turn

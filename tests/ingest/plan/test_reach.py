@@ -11,7 +11,7 @@ import pytest
 from ingest.pixels.clip import clip_text, is_outside
 from ingest.plan import reach
 from ingest.plan.reach import Reach, make_tasks
-from ingest.plan.target import pixel_box
+from ingest.plan.target import box_of_pixels, pixel_box
 from ingest.plan.task import PlannedScene, Recipe
 from zarr_store.errors import InvalidInput
 from zarr_store.grid import Grid
@@ -100,7 +100,7 @@ def test_a_clip_leaves_shards_outside_it_without_sources() -> None:
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many times a raster and a shard are compared."""
     counted = [0]
-    real = reach.box_of_pixels
+    real = box_of_pixels
 
     def count(*arguments: Any) -> Any:
         counted[0] += 1
