@@ -100,7 +100,8 @@ class Memory:
 
     def __init__(self, ledger: Path) -> None:
         self.notes: dict[str, list[tuple[float, int, int]]] = {}
-        self._ledger, self._pids, self._done = ledger, {}, threading.Event()
+        self._pids: dict[int, str] = {}
+        self._ledger, self._done = ledger, threading.Event()
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -164,8 +165,10 @@ def one_run(
                 "distributed.deploy.lost-worker-timeout": "120s"}  # fmt: skip
     with (
         dask.config.set(settings),
-        LocalCluster(n_workers=WORKERS, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,
-                     memory_limit=0, silence_logs=50) as cluster,
+        LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=WORKERS, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, memory_limit=0,
+            silence_logs=50,
+        ) as cluster,
     ):  # fmt: skip
         began = time.monotonic()
         command = [sys.executable, str(HERE), "--client", str(plan), str(cube), cluster.scheduler_address]
@@ -173,7 +176,8 @@ def one_run(
         memory.name(client.pid, "client")
         memory.name(os.getpid(), "scheduler")
         memory.start()
-        killed_at, born = time.monotonic(), {}
+        born: dict[int, float] = {}
+        killed_at = time.monotonic()
         while client.poll() is None:
             time.sleep(0.25)
             now = time.monotonic()

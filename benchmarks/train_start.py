@@ -28,7 +28,7 @@ def first_step(config: Path, run: Path, cache: Path) -> tuple[float, float]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment |= {"XDG_CACHE_HOME": str(cache)}
     before, began, first = _children_s(), time.perf_counter(), None
-    command = [Path(sys.executable).with_name("terrashard"), "train", config, "--out", run]
+    command = [str(Path(sys.executable).with_name("terrashard")), "train", str(config), "--out", str(run)]
     child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = run / "metrics.jsonl"
     while child.poll() is None:

@@ -99,7 +99,7 @@ class ShardStates:
             "keys": int(there.sum()),
             "sha256": hashlib.sha256(body).hexdigest(),
         }
-        return json.dumps(head, sort_keys=True).encode() + b"\n" + body
+        return bytes(json.dumps(head, sort_keys=True).encode() + b"\n" + body)
 
     @classmethod
     def from_bytes(cls, spec: CubeSpec, data: bytes) -> Self | None:

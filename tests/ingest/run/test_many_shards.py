@@ -84,7 +84,7 @@ def test_a_run_leaves_the_states_and_the_next_one_and_status_read_no_row(
         "done": 12, "partial": 0, "failed": 0, "pending": 0, "total": 12, "complete": True, "unfinished": [],
     }  # fmt: skip
     assert reads["row"] == 0
-    assert len(open_cube(url).ledger(NAME).get((0, 0, 0)).stats) == 4  # type: ignore[union-attr]  # it is there
+    assert len(open_cube(url).ledger(NAME).get((0, 0, 0)).stats) == 4
 
 
 def test_kept_states_are_those_of_the_rows_after_faults_limits_and_another_try(
