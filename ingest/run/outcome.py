@@ -51,9 +51,9 @@ class IngestReport:
     Attributes:
         cube: Path or URL of the cube.
         plan: Digest of the plan.
-        written: Rows of shards made now, with every source read.
+        written: Rows of shards made now, with every source read; the statistics of chunks stay in the ledger.
         partial: Rows of shards with a source missing, made now or before.
-        skipped: Rows of shards that were done before.
+        skipped: Rows of shards that were done before, without their sources, checksums and statistics.
         failed: Rows of shards that could not be made, with nothing written.
         errors: Why shards failed, one line each.
         pending: Number of shards that were not tried because of a limit.

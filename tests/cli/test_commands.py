@@ -61,6 +61,19 @@ def test_status_names_the_scene_that_was_unreadable(run: Run, tmp_path: Path, ma
     assert "S2_1 B04: HTTP 404" in outcome.err
 
 
+def test_status_shows_some_of_many_unfinished_shards_and_lists_all_as_json(
+    run: Run, tmp_path: Path, make_cube: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cli import status
+
+    monkeypatch.setattr(status, "_MOST_LINES", 1)
+    make_cube(tmp_path / "c.zarr", skip=(1, 2))
+    outcome = run("status", tmp_path / "c.zarr", "--json")
+    assert len(outcome.json["collections"]["sentinel-2-l2a"]["unfinished"]) == 2
+    assert outcome.err.count("pending  shard") == 1
+    assert "… and 1 more; --json lists all" in outcome.err
+
+
 def test_verify_passes_a_sound_cube(run: Run, cube: Path) -> None:
     outcome = run("verify", cube, "--json")
     assert outcome.code == 0
