@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import pytest
 
 from cli import ingesting
 from ingest.plan import plan_file
-from ingest.plan import task as task_of
 from ingest.plan.plan import Plan
 from ingest.plan.plan_file import stated_digest
 from ingest.plan.reach import make_tasks
@@ -123,29 +122,30 @@ def test_a_file_that_is_too_large_is_refused(plan: Plan, monkeypatch: pytest.Mon
         Plan.from_json(json.dumps(json.loads(plan.to_json())), "plan.json")
 
 
-def test_writing_and_reading_hold_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks of Python's memory beyond the plan itself: as much for many shards as for few."""
+class Lines(io.BytesIO):
+    """A file that is read by lines alone; it notes the longest one."""
+
+    longest = 0
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        Lines.longest = max(Lines.longest, len(line))
+        return line
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        raise AssertionError("the file is read as a whole")
+
+
+def test_writing_and_reading_hold_a_piece_at_a_time(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_file, "_PIECE", 1 << 14)
-    monkeypatch.setattr(task_of, "_AT_ONCE", 64)
-    extra = []
-    for steps in (1, 6):
-        plan, path = make(steps), tmp_path / "plan.json"
-        assert plan.digest
-        tracemalloc.start()
-        plan.save(path)
-        written = tracemalloc.get_traced_memory()[1]
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        again = Plan.load(path)
-        kept, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert len(again.tasks) == len(plan.tasks)
-        assert kept > before
-        extra.append((written, peak - kept, path.stat().st_size))
-    (write_few, read_few, _), (write_many, read_many, size) = extra
-    assert size > 600_000
-    assert write_many < write_few + size / 10
-    assert read_many < read_few + size / 5
+    parts = list(plan.pieces())
+    data = b"".join(parts)
+    assert len(data) > 400_000
+    assert max(map(len, parts)) < (1 << 14) + 2000, "a piece, and the line that fills it"
+    assert Plan.from_file(lambda: Lines(data)) == plan
+    assert 0 < Lines.longest < 2000
+    with pytest.raises(AssertionError, match="as a whole"):
+        Plan.from_file(lambda: Lines(json.dumps(json.loads(data)).encode()))
 
 
 def test_a_plan_too_large_to_be_looked_at_as_a_whole_is_still_a_plan(
