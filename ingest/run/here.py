@@ -17,7 +17,7 @@ from ingest.raster.limits import Access
 from ingest.request.config import IngestConfig
 from ingest.run.job import Job, Tally
 from ingest.run.outcome import IngestEvent
-from ingest.run.rows import take_error, take_row
+from ingest.run.rows import note_state, take_error, take_row
 from ingest.run.task import ingest_shard
 from ingest.trust.presigned import signed_hrefs
 from ingest.trust.waits import crew
@@ -96,6 +96,7 @@ def make_here(job: Job, tasks: Sequence[ShardTask], tally: Tally, tell: Callable
                     task = running.pop(future)
                     error = future.exception()
                     row = take_error(error, task, job, tally) if error else take_row(*future.result(), task, job, tally)
+                    note_state(tally, task, row, job)
                     why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
                     tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
                     submit(1)

@@ -12,6 +12,7 @@ from ingest.request.config import IngestConfig
 from ingest.run.outcome import IngestReport
 from zarr_store.ledger import LedgerRow, ShardIndex
 from zarr_store.lock import CubeLock
+from zarr_store.states import ShardStates
 
 __all__ = ["Job", "Tally", "Which", "plain_url"]
 
@@ -21,11 +22,12 @@ Which = Literal["all", "absent", "unfinished"]
 
 @dataclass
 class Tally:
-    """The shards of a run that have ended so far."""
+    """The shards of a run that have ended so far, by how they ended, and the states of all shards of the cube."""
 
     rows: dict[str, list[LedgerRow]] = field(
         default_factory=lambda: {"done": [], "partial": [], "failed": [], "skipped": [], "kept": [], "empty": []}
     )
+    states: dict[str, ShardStates] = field(default_factory=dict)
     listed: set[tuple[str, ShardIndex]] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
     pixels_read: int = 0

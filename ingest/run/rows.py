@@ -1,4 +1,4 @@
-"""`take_row` and `take_error` put what became of a shard into the tally of a run, whoever made the shard."""
+"""`take_row`, `take_error` and `note_state` put what became of a shard into the tally of a run, whoever made it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import logging
 from ingest.plan.task import ShardTask
 from ingest.run.job import Job, Tally
 from ingest.trust.redact import redact_text
+from zarr_store.backends import open_store
 from zarr_store.errors import AssetUnreadable, TerrashardError
-from zarr_store.ledger import LedgerRow
+from zarr_store.ledger import Ledger, LedgerRow
 from zarr_store.write import ShardWriter
 
-__all__ = ["take_error", "take_row"]
+__all__ = ["note_state", "take_error", "take_row"]
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,16 @@ def take_error(error: BaseException, task: ShardTask, job: Job, tally: Tally, *,
         raise error
     text = words or redact_text(f"{task.collection} shard {task.index}: {type(error).__name__}: {error}")
     log.warning("%s", text)
-    row = ShardWriter(job.url, task.collection).fail(task.region, key=task.key, sources=())
+    writer = ShardWriter(job.url, task.collection, spec=job.plan.recipe(task.collection).spec)
+    row = writer.fail(task.region, key=task.key, sources=())
     tally.rows["failed"].append(row)
     tally.errors.append(" ".join(text.split())[:300])
     return row
+
+
+def note_state(tally: Tally, task: ShardTask, row: LedgerRow, job: Job) -> None:
+    """Bring the state of a shard that has ended into the tally."""
+    # a complete shard that could not be made anew stays complete: then the ledger has another row
+    kept = row if row.state != "failed" else Ledger(open_store(job.url), task.collection).get_stored(task.index)
+    if kept is not None:
+        tally.states[task.collection].put(kept.index, kept.region, kept.key, kept.state)

@@ -28,13 +28,12 @@ from ingest.run.job import Job, Tally
 from ingest.run.liveness import watch_workers
 from ingest.run.outcome import IngestEvent
 from ingest.run.record import RunRecord
-from ingest.run.rows import take_error, take_row
+from ingest.run.rows import note_state, take_error, take_row
 from ingest.run.task import ingest_shard, settle
 from ingest.trust.presigned import signed_hrefs
 from ingest.worker.guard import memory_note
 from zarr_store.errors import AccessError, AssetUnreadable, NoSpace
 from zarr_store.ledger import LedgerRow
-from zarr_store.read import open_cube
 
 __all__ = ["make_shards"]
 
@@ -61,13 +60,11 @@ def make_shards(
         running = client or stack.enter_context(open_cluster(job.config, most=len(tasks)))
         if client is not None:  # the cluster of a config is prepared as it is opened
             prepare(client)
-        cube = open_cube(job.url)
-        known = {name: cube.ledger(name).rows() for name in cube.collections}
         with suppress(OSError):  # the first task reports a scheduler that is gone
             for name in sorted({task.collection for task in tasks}):
                 if note := memory_note(running, job.plan.recipe(name).spec):
                     log.warning("%s: %s", name, note)
-        page, tell = publish(running, job.plan, job.url, known, tell)
+        page, tell = publish(running, job.plan, job.url, tally.states, tell)
         tell(IngestEvent("dashboard", 0, len(tasks), url=page, message="shards, rates and failures, live"))
         with record.watching(running) if record else nullcontext():
             _work(running, job, tasks, tally, tell)
@@ -120,7 +117,7 @@ def _work(
                 if row is None:
                     queue.add(future)  # type: ignore[no-untyped-call]
                     continue
-                del by_key[future.key]
+                note_state(tally, by_key.pop(future.key), row, job)
                 why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
                 tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
                 for fresh in submit(count_in_flight(client, config) - len(by_key)):
