@@ -214,7 +214,9 @@ def _train(
                 replica.position = lambda: session.position(session.reached)
                 replica.wishes_to_stop = told_to_stop.is_set
             with session.kept():
-                for number, rows, batch in steps if replica is not None else session.clock.waiting(steps):
+                # what the devices hold is not waited for: to dispatch it may wait for the step before, on a processor
+                counted = replica is None and on_devices is None
+                for number, rows, batch in session.clock.waiting(steps) if counted else steps:
                     step = number + 1
                     watchdog.beat(f"step {step}")
                     session.store.check()

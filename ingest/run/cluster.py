@@ -217,18 +217,24 @@ def _silence_dask() -> None:
 
 def _local(config: IngestConfig, workers: int, dashboard: str, security: Security | None) -> LocalCluster:
     _silence_dask()
-    cluster = LocalCluster(
-        n_workers=workers,
-        threads_per_worker=config.running.threads_per_worker,
-        processes=True,  # GDAL's caches and locks are per process
-        host="127.0.0.1",
-        dashboard_address=dashboard,
-        memory_limit=int(dask.utils.parse_bytes(config.running.memory)) if config.running.memory else "auto",
-        death_timeout=_DEATH_S,
-        silence_logs=logging.ERROR,
-        security=security,
-        protocol="tls://" if security is not None else "tcp://",
-    )  # type: ignore[no-untyped-call]
+    try:
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=config.running.threads_per_worker,
+            processes=True,  # GDAL's caches and locks are per process
+            host="127.0.0.1",
+            dashboard_address=dashboard,
+            memory_limit=int(dask.utils.parse_bytes(config.running.memory)) if config.running.memory else "auto",
+            death_timeout=_DEATH_S,
+            silence_logs=logging.ERROR,
+            security=security,
+            protocol="tls://" if security is not None else "tcp://",
+        )  # type: ignore[no-untyped-call]
+    except (AssertionError, TimeoutError) as error:  # Dask's nanny stumbles over a process that it gives up
+        raise AccessError(
+            f"the {workers} worker processes of this run did not start within {_DEATH_S} s; repeat the command when "
+            "this machine is less busy, or with fewer --workers"
+        ) from error
     # Dask itself checks no Host header and lets every page open its web sockets
     scheduler: Any = cluster.scheduler
     guard_application(scheduler.http_application, {dashboard.rpartition(":")[0].lower(), *machine_names()})

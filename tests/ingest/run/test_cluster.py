@@ -286,6 +286,20 @@ def skip_without_jobqueue() -> None:
         pytest.skip("dask_jobqueue is not installed")
 
 
+def test_workers_that_do_not_start_in_time_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A starved machine: the nanny gives up a process that has not started, and fails an assertion of its own."""
+
+    def give_up(*_: object, **__: object) -> None:
+        raise AssertionError("Status.starting")
+
+    monkeypatch.setattr("ingest.run.cluster.LocalCluster", give_up)
+    with (
+        pytest.raises(AccessError, match=r"the 2 worker processes of this run did not start within 60 s; repeat"),
+        open_cluster(IngestConfig(workers=2), most=4),
+    ):
+        pass
+
+
 def test_slurm_and_pbs_show_their_job_script() -> None:
     skip_without_jobqueue()
     before = listening()

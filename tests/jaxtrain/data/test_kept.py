@@ -121,7 +121,8 @@ def test_batches_on_devices_have_the_bits_and_the_places_of_those_that_are_read(
 def test_a_run_is_the_same_wherever_its_windows_are_kept(place: str, tmp_path: Path) -> None:
     """Parameters, optimiser and history, bit by bit; the shared run keeps nothing, as it reads no window twice."""
     events: list[Any] = []
-    train(tiny_config(shared_cube(), data={"cache": place}), tmp_path / "run", on_event=events.append)
+    done = train(tiny_config(shared_cube(), data={"cache": place}), tmp_path / "run", on_event=events.append)
+    assert (done.input_wait == 0) == (place == "device")
     start = next(event for event in events if event.kind == "start")
     assert start.metrics["cache"] == place
     assert ("MB of training data are kept" in start.message) == (place != "none")
