@@ -314,6 +314,8 @@ def is_settled_by(scene: Scene, reading: OffsetReading) -> bool:
         reading.pixels >= _MANY_PIXELS
         and reading.weight >= _LIKELY
         and reading.dn_offset == scene.dn_offset
+        # dark pixels show that the 1000 is absent; bright ground without it looks like ground that has it
+        and reading.state == "subtracted"
         and not _is_disputed(scene)
         and not scene.band_offsets
         and not scene.offset_evidence.startswith(UNKNOWN_OFFSET)

@@ -198,3 +198,12 @@ def test_ground_of_the_region_that_contradicts_its_scene_settles_nothing(server:
     plan = planned(scene_at(server, {"blue": blue}, dn_offset=0), config_for(("blue",)))
     told = plan.statistics["sentinel-2-l2a"]["offset_verdicts"]["S"]
     assert (told["verdict"], told["dn_offset"]) == ("confirmed", 0)
+
+
+def test_bright_ground_of_the_region_does_not_confirm_a_stated_offset(server: RangeServer) -> None:
+    """A provider that has subtracted the 1000 and still states it: only dark pixels of the scene show that."""
+    blue = ground()
+    blue[: 2 * BLOCK, : 2 * BLOCK] += 1000
+    plan = planned(scene_at(server, {"blue": blue}, dn_offset=-1000), config_for(("blue",)))
+    told = plan.statistics["sentinel-2-l2a"]["offset_verdicts"]["S"]
+    assert (told["verdict"], told["dn_offset"]) == ("repaired", 0)
