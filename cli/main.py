@@ -175,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         with _environment_given_back():
             code = _run(args)
-    if code in _STOPPED:
+    # a run that failed may leave threads that wait for a slow server
+    busy = any(thread.name.startswith("terrashard-shard") for thread in threading.enumerate())
+    if code in _STOPPED or (code and busy):
         _waits("end_waits")
         if arguments is None:
             _leave_within(_LEAVE_S, code)

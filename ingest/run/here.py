@@ -51,8 +51,8 @@ def is_small(plan: Plan, tasks: Sequence[ShardTask], config: IngestConfig) -> bo
     for name in {task.collection for task in tasks}:
         stated = plan.statistics.get(name, {})
         try:
-            whole = int(stated["bytes_to_read"]) + int(stated["bytes_to_write"])
-        except (KeyError, TypeError, ValueError):
+            whole = max(0, int(stated["bytes_to_read"])) + max(0, int(stated["bytes_to_write"]))
+        except (KeyError, TypeError, ValueError, OverflowError):
             return False
         of_all, of_these = (
             sum(len(task.sources) for task in some if task.collection == name) for some in (plan.tasks, tasks)

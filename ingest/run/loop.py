@@ -145,7 +145,7 @@ def _make(
         forget_states(open_store(job.url), name)
     kept = kept_bytes(os.getpid())
     try:
-        if client is None and record is None and is_small(job.plan, tasks, job.config):
+        if client is None and record is None and not job.lock.took_over and is_small(job.plan, tasks, job.config):
             make_here(job, tasks, tally, tell)
         else:
             from ingest.run.work import make_shards  # Dask

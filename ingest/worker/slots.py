@@ -41,7 +41,8 @@ class _Slots:
 
 
 _slots: _Slots | None = None
-_here: threading.Semaphore | None = None
+_here: list[threading.Semaphore] = []
+"""The limits of runs in threads of this process; where there are several, all keep to the last one's."""
 _making = threading.Lock()
 
 
@@ -80,18 +81,21 @@ def _do_nothing() -> None:
 @contextmanager
 def take_turns(threads: int) -> Iterator[None]:
     """Let at most so many threads of this process compute at once, during the `with` block."""
-    global _here
-    before, _here = _here, threading.Semaphore(threads)
+    mine = threading.Semaphore(threads)
+    with _making:
+        _here.append(mine)
     try:
         yield
     finally:
-        _here = before
+        with _making:
+            _here.remove(mine)
 
 
 @contextmanager
 def computing() -> Iterator[None]:
     """Wait for a core of this worker, and hold it for the `with` block, which must not wait for the network."""
-    with _here or (nullcontext() if _slots is None else _slots.compute):
+    here = _here[-1:]  # another run may end meanwhile
+    with here[0] if here else (nullcontext() if _slots is None else _slots.compute):
         yield
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
 from ingest.plan.probe import probe_scenes
 from ingest.request.config import IngestConfig
+from ingest.run.here import is_small
 from ingest.run.loop import IngestEvent, run
 from ingest.run.task import ingest_shard
 from ingest.testing import make_scene
+from ingest.worker import slots
 from ingest.worker.slots import computing, take_turns
 from zarr_store.errors import AssetUnreadable
 from zarr_store.grid import Grid
+from zarr_store.lock import CubeLock
 from zarr_store.read import open_cube
 from zarr_store.spec import Layout
 from zarr_store.verify import verify_cube
@@ -48,6 +52,44 @@ def content(cube: Path) -> dict[str, bytes]:
 @pytest.fixture
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ingest.run.work.open_cluster", lambda *_, **__: pytest.fail("a cluster was started"))
+
+
+def test_a_run_that_died_is_continued_in_processes_of_its_own(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that ends the process would end the same command again and again, and never be left out."""
+    enter = CubeLock.__enter__
+
+    def after_a_death(lock: CubeLock) -> CubeLock:
+        enter(lock).took_over = True
+        return lock
+
+    monkeypatch.setattr(CubeLock, "__enter__", after_a_death)
+    monkeypatch.setattr("ingest.run.loop.make_here", lambda *_: pytest.fail("it ran in this process"))
+    asked: list[int] = []
+    monkeypatch.setattr("ingest.run.work.make_shards", lambda _, tasks, *__: asked.append(len(tasks)))
+    run(plan, tmp_path / "cube.zarr", config=CONFIG)
+    assert asked == [4]
+
+
+def test_what_a_plan_states_cannot_make_a_large_run_small() -> None:
+    """The statistics of a plan are not in its digest, so somebody may have changed them."""
+    tasks = [SimpleNamespace(collection="s2", sources=[1])]
+    for stated, small in (((-(10**15), 2 << 30), False), ((1e400, 0), False), ((5, 5), True)):
+        numbers = dict(zip(("bytes_to_read", "bytes_to_write"), stated, strict=True))
+        plan: Any = SimpleNamespace(tasks=tasks, statistics={"s2": numbers})
+        assert is_small(plan, cast("Any", tasks), IngestConfig()) is small
+
+
+def test_two_runs_in_threads_of_one_process_keep_a_limit_each_way() -> None:
+    first, second = take_turns(1), take_turns(2)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with computing(), computing():
+        pass
+    second.__exit__(None, None, None)
+    assert slots._here == []
 
 
 def test_the_bytes_are_those_of_a_cluster(
