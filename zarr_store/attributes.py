@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zarr_store.bounded import MOST_METADATA, load_json
+from zarr_store.bounded import load_json
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -22,6 +22,8 @@ __all__ = ["flatten_attributes", "pack_attribute", "pack_long", "unpack_attribut
 _LONG = 4 << 20
 """Length of a text from which on it is compressed; the items of 5,000 scenes are shorter."""
 _PACKED = "zlib,base64:"
+_MOST_UNPACKED = 64 << 20
+"""Bytes of a compressed text: some kilobytes can stand for gigabytes. 100,000 scenes have 40 MB."""
 
 
 def pack_attribute(value: Mapping[str, Any]) -> str:
@@ -50,12 +52,12 @@ def unpack_attribute(value: Any) -> Any:
     try:
         packed = base64.b64decode(value[len(_PACKED) :], validate=True)
         unpacked = zlib.decompressobj()
-        data = unpacked.decompress(packed, MOST_METADATA)
+        data = unpacked.decompress(packed, _MOST_UNPACKED)
     except zlib.error as error:
         raise ValueError(f"its packed text is damaged ({error})") from error
     if unpacked.unconsumed_tail or not unpacked.eof:
-        raise ValueError(f"its packed text is damaged, or longer than {MOST_METADATA} bytes")
-    return load_json(data, "attribute terrashard", most=MOST_METADATA)
+        raise ValueError(f"its packed text is damaged, or longer than {_MOST_UNPACKED} bytes")
+    return load_json(data, "attribute terrashard", most=_MOST_UNPACKED)
 
 
 def flatten_attributes(dataset: xr.Dataset) -> xr.Dataset:

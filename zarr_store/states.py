@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zarr_store.bounded import load_json
+from zarr_store.errors import TerrashardError
 from zarr_store.ledger import Ledger, LedgerRow, ShardIndex, State
 from zarr_store.regions import Region
 from zarr_store.spec import CubeSpec
@@ -31,6 +33,7 @@ _CODES: tuple[str, ...] = ("pending", *get_args(State))
 _DONE = _CODES.index("done")
 _KEY_BYTES = 16
 _FORMAT = 1
+_TICK_S = 0.02
 _MOST_HEAD = 1 << 16
 
 
@@ -118,7 +121,7 @@ class ShardStates:
                 return None
             keys = np.zeros((size, _KEY_BYTES), np.uint8)
             keys[codes != 0] = np.frombuffer(body[len(packed) :], np.uint8).reshape(count, _KEY_BYTES)
-        except (ValueError, KeyError, TypeError, zlib.error):
+        except (ValueError, KeyError, TypeError, OverflowError, zlib.error):
             return None
         return cls(spec, codes.reshape(spec.shard_counts), keys.reshape(*spec.shard_counts, _KEY_BYTES))
 
@@ -139,7 +142,10 @@ def read_states(store: Store, spec: CubeSpec) -> ShardStates:
     """
     ledger = Ledger(store, spec.collection)
     if spec.shard_count >= KEPT_FROM and store.is_newer(_key(spec.collection), ledger.places):
-        data = store.read(_key(spec.collection))
+        try:
+            data = store.read(_key(spec.collection))
+        except (OSError, TerrashardError):  # a folder or a pipe of that name: the rows are the truth
+            data = None
         kept = ShardStates.from_bytes(spec, data) if data is not None else None
         if kept is not None:
             return kept
@@ -188,12 +194,14 @@ def keep_states(store: Store, states: ShardStates) -> None:
     key, data = _key(states.spec.collection), states.to_bytes()
     if store.read(key) != data or not store.is_newer(key, Ledger(store, states.spec.collection).places):
         store.write(key, data)
+        if not store.is_newer(key, Ledger(store, states.spec.collection).places):
+            time.sleep(_TICK_S)  # the last row was written in the same tick of the file system's clock
+            store.write(key, data)
 
 
 def forget_states(store: Store, collection: str) -> None:
     """Remove the states of a collection before a row of it changes; only under the cube's lock."""
-    if store.knows_newer:
-        store.delete(_key(collection))
+    store.delete(_key(collection))  # of a store that keeps none, too: a cube may have been copied there
 
 
 def _key(collection: str) -> str:

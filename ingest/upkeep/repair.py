@@ -26,11 +26,13 @@ from ingest.scenes.scene import Scene
 from ingest.upkeep.disagreement import name_disagreement
 from ingest.upkeep.lost_parts import find_lost_parts
 from ingest.upkeep.offsets import recheck_offset
+from zarr_store.backends import open_store
 from zarr_store.errors import AssetUnreadable, IntegrityError
 from zarr_store.ledger import LedgerRow
 from zarr_store.lock import CubeLock
 from zarr_store.read import Cube, open_cube
 from zarr_store.spec import STATUS_NODATA
+from zarr_store.states import forget_states
 from zarr_store.verify import Damage, draw_shards, verify_cube
 
 if TYPE_CHECKING:
@@ -87,6 +89,8 @@ def repair(
     with CubeLock(url, "repair") as lock:
         plan = kept_plan(url)
         cube = open_cube(url)
+        for name in cube.collections:
+            forget_states(open_store(url), name)
         rows = [key for name in cube.collections for key in cube.ledger(name).drop_unreadable()]
         damage = verify_cube(os.fspath(url)).damage
         again = frozenset((one.collection, one.index) for one in damage)

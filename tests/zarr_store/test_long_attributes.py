@@ -96,6 +96,6 @@ def test_a_damaged_text_is_refused_by_place(packed: Path, spoil: Any) -> None:
 
 
 def test_a_text_that_unpacks_to_too_much_is_refused(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attributes, "MOST_METADATA", 2000)
+    monkeypatch.setattr(attributes, "_MOST_UNPACKED", 2000)
     with pytest.raises(IntegrityError, match="longer than 2000 bytes"):
         open_cube(packed).items("s2")

@@ -121,7 +121,7 @@ def test_kept_states_are_not_believed_after(cube: Cube, reads: list[str], change
     then = time.time_ns() - 10**9  # a clock of files may be coarser than this test
     os.utime(Path(cube.url, KEPT), ns=(then, then))
     for place in (Path(cube.url, "_terrashard/ledger", NAME), Path(cube.url, "_terrashard/empty", f"{NAME}.json")):
-        os.utime(place, ns=(then, then))
+        os.utime(place, ns=(then - 10**8, then - 10**8))
     reads.clear()
     assert cube.states(NAME).count() == COUNTS
     assert row_reads(reads) == []
@@ -130,6 +130,21 @@ def test_kept_states_are_not_believed_after(cube: Cube, reads: list[str], change
     found = cube.states(NAME)
     assert len(row_reads(reads)) >= 12
     assert found.count() == cube.ledger(NAME).counts(18, SPEC.shards())
+
+
+def test_states_whose_age_cannot_be_told_or_that_cannot_be_read_are_not_believed(cube: Cube, reads: list[str]) -> None:
+    """The same tick of the clock as the last row, a clock that was ahead, and a folder of that name."""
+    path, ledger = Path(cube.url, KEPT), Path(cube.url, "_terrashard/ledger", NAME)
+    keep_states(open_store(cube.url), cube.states(NAME))
+    for written in (ledger.stat().st_mtime_ns, time.time_ns() + 10**12):
+        os.utime(path, ns=(written, written))
+        reads.clear()
+        assert cube.states(NAME).count() == COUNTS
+        assert len(row_reads(reads)) >= 12
+    path.unlink()
+    path.mkdir()
+    os.utime(ledger, ns=(0, 0))
+    assert cube.states(NAME).count() == COUNTS
 
 
 def test_states_of_a_cube_that_has_grown_since_are_read_from_the_rows(cube: Cube) -> None:
