@@ -15,10 +15,14 @@ import platform
 import re
 import shutil
 import stat
+import time
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+
+from numcodecs.zstd import Zstd
 
 from zarr_store.errors import AccessError
 
@@ -30,7 +34,7 @@ MOST_BYTES = 4 << 30
 """Largest size of all programs of all runs, bytes; the longest unused ones are removed first."""
 
 MOST_SHARED_BYTES = 1 << 30
-"""Largest size of the programs of processors, bytes; a U-Net has about 5 MB."""
+"""Largest size of the programs of one kind of processor, bytes; the default U-Net has about 1 MB."""
 _PROGRAM = "-cache"
 """End of the name of a file that JAX keeps a program in."""
 _MARK = "looked"
@@ -73,12 +77,22 @@ def shared_folder(environment: Mapping[str, str] | None = None) -> Path | None:
 
 
 def _processor() -> str:
-    """A digest of the compiler's release and of what this kind of processor can do."""
+    """A digest of the compiler's release, of what this kind of processor can do, and of how many cores are used.
+
+    The compiler cuts loops for the cores that this process may use, and sums are rounded by how they are cut. A program
+    for another number would give other bits.
+    """
     try:
-        found = re.findall(r"^(?:flags|Features|model name)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.findall(
+            r"^(?:flags|Features|model name|CPU implementer|CPU part)\s*:.*",
+            Path("/proc/cpuinfo").read_text(),
+            re.MULTILINE,
+        )
     except OSError:  # not Linux
         found = [platform.processor()]
-    kind = [version("jaxlib"), platform.machine(), platform.system(), *sorted(set(found))]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = [str(cores), *(os.environ.get(name, "") for name in ("NPROC", "PJRT_NPROC"))]
+    kind = [version("jaxlib"), platform.machine(), platform.system(), *threads, *sorted(set(found))]
     return hashlib.sha256(repr(kind).encode()).hexdigest()[:16]
 
 
@@ -88,15 +102,21 @@ def _drop_broken(folder: Path) -> None:
     Only those are looked at that were written since the last look.
     """
     mark = folder / _MARK
-    looked = mark.stat().st_mtime if mark.exists() else 0.0
-    mark.touch(mode=0o600)
+    looked, now = mark.stat().st_mtime if mark.exists() else 0.0, time.time()
     for entry in folder.glob(f"*{_PROGRAM}"):
-        if entry.stat().st_mtime >= looked - _WRITING_S and not _is_whole(entry.read_bytes()):
-            entry.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process may remove programs, too
+            if entry.stat().st_mtime >= looked - _WRITING_S and not _is_whole(entry.read_bytes()):
+                entry.unlink()
+    mark.touch(mode=0o600)
+    os.utime(mark, (now, now))
 
 
 def _is_whole(data: bytes) -> bool:
-    if data.startswith(_ZSTD):  # JAX compresses by zstandard where that is installed; its frames check themselves
+    if data.startswith(_ZSTD):  # JAX compresses by zstandard where that is installed
+        try:
+            Zstd().decode(data)
+        except (RuntimeError, ValueError):
+            return False
         return True
     unpacked = zlib.decompressobj()
     try:
@@ -110,8 +130,9 @@ def _prune_files(folder: Path) -> None:
     """Remove the programs that were longest not used, until those that all runs share fit."""
     kept = []
     for entry in folder.glob(f"*{_PROGRAM}"):
-        about = entry.stat()
-        kept.append((max(about.st_atime, about.st_mtime), about.st_size, entry))
+        with suppress(FileNotFoundError):
+            about = entry.stat()
+            kept.append((max(about.st_atime, about.st_mtime), about.st_size, entry))
     total = sum(size for _, size, _ in kept)
     for _, size, entry in sorted(kept):
         if total <= MOST_SHARED_BYTES:
@@ -167,7 +188,10 @@ def _prune(current: Path) -> None:
     kept: list[tuple[float, int, Path]] = []
     for entry in current.parent.iterdir():
         if entry.is_dir() and not entry.is_symlink():
-            size = sum(file.lstat().st_size for file in entry.iterdir())
+            size = 0
+            for file in entry.iterdir():
+                with suppress(FileNotFoundError):  # runs on a processor tidy the programs that they share
+                    size += file.lstat().st_size
             kept.append((entry.stat().st_mtime, size, entry))
     total = sum(size for _, size, _ in kept)
     for _, size, entry in sorted(kept):

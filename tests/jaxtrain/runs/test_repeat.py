@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from numcodecs.zstd import Zstd
 
 from jaxtrain.runs import programs, repeat
 from jaxtrain.runs.programs import program_folder
@@ -212,6 +213,34 @@ def test_a_program_that_was_half_written_is_made_again(shared: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert hits_of("run2") == 0
     assert hits_of("run3") >= 1
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_programs_for_another_number_of_cores_are_other_programs(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler cuts loops for the cores that a process may use, and sums are rounded by how they are cut."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: set(range(97)), raising=False)
+        more = programs.shared_folder()
+    with monkeypatch.context() as patch:
+        patch.setenv("NPROC", "97")
+        named = programs.shared_folder()
+    assert len({shared, more, named, None}) == 4
+    assert programs.shared_folder() == shared
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_what_another_process_removes_meanwhile_ends_nothing(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs tidy the folder side by side: a name that is listed may be gone when it is looked at."""
+    real = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, text: [self / "gone-cache", *real(self, text)])
+    monkeypatch.setattr(Path, "iterdir", lambda self: (self / name for name in ["gone", *os.listdir(self)]))
+    assert programs.program_folder("abc") is not None
+    (shared / "broken-cache").write_bytes(zlib.compress(os.urandom(1000))[:500])
+    (shared / "frame-cache").write_bytes(Zstd().encode(os.urandom(1000))[:500])
+    assert programs.shared_folder() == shared
+    assert not {"broken-cache", "frame-cache"} & set(os.listdir(shared))
 
 
 @pytest.mark.usefixtures("no_cache")
