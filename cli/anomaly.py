@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
             "terrashard anomaly zagreb.zarr zagreb_odd",
             "terrashard anomaly zagreb.zarr zagreb_odd --dates change --method local-rx --false-alarms 1e-4",
             "terrashard anomaly zagreb.zarr zagreb_odd --method autoencoder --run runs/autoencoder",
-            "terrashard anomaly zagreb.zarr zagreb_clouds --time 2023-08-10 --usual 2023-08-13,2023-08-18",
+            "terrashard anomaly zagreb.zarr zagreb_clouds --time 2023-08-10 --usual 2023-08-15,2023-08-20",
             "terrashard anomaly vectors.zarr odd_windows --method embedding --false-alarms 0.01",
         ),
     )

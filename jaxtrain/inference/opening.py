@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxtrain.config import MeshConfig
 from jaxtrain.data.mismatch import check_pixels
 from jaxtrain.data.modality_reader import ModalityReader, hide
@@ -302,7 +304,7 @@ def _layers(card: ModelCard, options: MapOptions) -> MapLayers:
 def _program(card: ModelCard, options: MapOptions) -> Program:
     """Return the network on its devices: those of the run, if they are here, or as many as were asked for."""
     if options.devices is not None:
-        return program_of(card, _on_mesh(card, options.devices))
+        return program_of(card, _on_mesh(card, options.devices), jax.local_devices())
     parts = processor_parts()
     if parts > 1 and may_share(card):
         return program_of(card, _on_mesh(card, parts))

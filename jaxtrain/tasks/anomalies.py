@@ -246,6 +246,10 @@ def _check_run(options: AnomalyOptions, url: str, run: str | PathLike[str] | Non
         )
     if run is not None and options.method not in ("autoencoder", "embedding"):
         raise InvalidInput(f"--run is for the methods autoencoder and embedding, not for {options.method}")
+    if run is not None and is_embedding(url):
+        raise InvalidInput(f"{url} holds vectors already, and --run would make them: leave it out")
+    if options.usual is not None and (is_embedding(url) or is_sample_store(url)):
+        raise InvalidInput(f"{url} is no cube: --usual, which chooses dates, does not apply to it; leave it out")
 
 
 def _determining(options: AnomalyOptions) -> dict[str, Any]:
@@ -259,8 +263,6 @@ def _determining(options: AnomalyOptions) -> dict[str, Any]:
 def _open(url: str, options: AnomalyOptions, run: str | PathLike[str] | None, *, time: str | None = None) -> Table:
     if options.method == "autoencoder" and (is_embedding(url) or is_sample_store(url)):
         raise InvalidInput(f"--method autoencoder maps a cube, and {url} is none: use --method embedding with --run")
-    if options.usual is not None and (is_embedding(url) or is_sample_store(url)):
-        raise InvalidInput(f"{url} is no cube: --usual, which chooses dates, does not apply to it; leave it out")
     table = open_table(
         url, collection=options.collection, bands=options.bands, time=time or options.time, dates=options.dates,
         looks=options.looks, run=None if run is None else str(Path(run).absolute()),

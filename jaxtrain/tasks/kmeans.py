@@ -202,7 +202,7 @@ def coarse_steps(rows: int, features: int) -> list[int]:
     ([381, 23], [38], [])
     """
     parts = (min(part, _PART_VALUES // features) for part in _PARTS)
-    return [rows // part for part in parts if rows >= _WORTH * part]
+    return list(dict.fromkeys(rows // part for part in parts if rows >= _WORTH * part))
 
 
 def _move_on_part(
