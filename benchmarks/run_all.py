@@ -42,9 +42,15 @@ TOPICS: tuple[tuple[str, ...], ...] = (
     ("series",),
     ("tune",),
     ("inference",),
+    ("multimodal",),
+    ("placements",),
+    ("kmeans",),
+    ("anomaly",),
+    ("change",),
+    ("append_date",),
 )
 """Scripts with their arguments, in order."""
-_WITH_PEERS = ("ingest_plan", "ingest_speed")
+_WITH_PEERS = ("ingest_plan", "ingest_speed", "small_region")
 
 
 def figures(newer_than: float = 0.0) -> list[tuple[str, dict[str, Any]]]:

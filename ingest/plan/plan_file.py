@@ -103,12 +103,14 @@ class PlanFile:
     def __init__(self, opener: Opener, where: str) -> None:
         self._opener, self._where = opener, where
         self._whole: dict[str, Any] | None = None
-        rest: list[bytes] = []
+        rest = bytearray()
         try:
             for part, line in self._scan():
                 if part is None:
-                    rest.append(line)
-            self.head = load_json(b"".join(rest), where, most=_MOST_BYTES)
+                    rest += line
+                    if len(rest) > _MOST_BYTES:
+                        raise InvalidInput(f"{where} has more than {_MOST_BYTES} bytes beside its tables")
+            self.head = load_json(bytes(rest), where, most=_MOST_BYTES)
             if isinstance(self.head, dict) and any(part in self.head for part in (*_TABLES, _TASKS)):
                 raise _OtherLayout
         except _OtherLayout:

@@ -17,6 +17,7 @@ import urllib3
 
 from ingest.raster.drivers import DRIVERS_BY_MAGIC, OTHER_MAGIC
 from ingest.raster.faults import PermanentError, TransientError, UnsupportedError, describe_fault
+from ingest.raster.kept import kept_bytes
 from ingest.raster.ranges import HEAD_BYTES, MAX_REQUESTS, Head, HeadCache, Span
 from ingest.trust.answers import TooLongError, read_answer, read_start
 from ingest.trust.buckets import bucket_url
@@ -181,6 +182,7 @@ def _fetch_of_version(
         if max(others.values()) >= _SURE:
             break
     head_cache(os.getpid()).drop(href)
+    kept_bytes(os.getpid()).drop(href)
     raise TransientError("the file was replaced while it was read")
 
 
@@ -216,6 +218,7 @@ def _fetch_once(
         version, content_range = _version(reply), reply.headers.get("Content-Range", "")
         if content_range not in (f"bytes {start}-{stop - 1}/{head.size}", f"bytes {start}-{stop - 1}/*"):
             head_cache(os.getpid()).drop(href)
+            kept_bytes(os.getpid()).drop(href)
             raise TransientError("the file was replaced while it was read")
         data = read_answer(reply, stop - start)
     except TooLongError as error:

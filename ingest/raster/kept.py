@@ -109,7 +109,8 @@ class KeptBytes:
             entry = self._entries.get(href)
             if entry is not None and entry.head.etag is not None and entry.head.version == version:
                 self._pop(href)
-                entry.parts.append((start, data))
+                if (start, len(data)) not in ((at, len(own)) for at, own in entry.parts):
+                    entry.parts.append((start, data))
                 self._put(href, entry)
 
     def keep_pixels(self, href: str, kept: KeptPixels) -> None:
@@ -157,7 +158,7 @@ class KeptBytes:
             self.nbytes = 0
 
     def lend(self, hrefs: Iterable[str], most_bytes: int) -> tuple[KnownFile, ...]:
-        """Give what is known of remote files to another process: all heads, and the rest up to a number of bytes."""
+        """Give what is known of remote files to another process, up to a number of bytes."""
         known = []
         now = time.monotonic()
         with self._lock:
@@ -165,6 +166,9 @@ class KeptBytes:
                 entry = self._entries.get(href)
                 if entry is None:
                     continue
+                most_bytes -= len(entry.head.data)
+                if most_bytes < 0:
+                    break
                 pixels = self._pixels.get(href)
                 size = sum(len(data) for _, data in entry.parts) + (pixels.pixels.nbytes if pixels else 0)
                 fits = size <= most_bytes

@@ -64,8 +64,9 @@ def test_what_is_known_is_lent_to_another_process() -> None:
     for name in "ab":
         ours.keep_head(name, head(name))
         ours.keep_part(name, head(name).version, 100, bytes(50))
-    lent = pickle.loads(pickle.dumps(ours.lend(["a", "b", "a", "absent"], 60)))
+    lent = pickle.loads(pickle.dumps(ours.lend(["a", "b", "a", "absent"], 90)))
     assert [(file.href, len(file.parts)) for file in lent] == [("a", 1), ("b", 0)], "heads, and parts up to a bound"
+    assert [file.href for file in ours.lend(["a", "b"], 15)] == ["a"], "heads, too"
     theirs.borrow(lent)
     found = theirs.head("a")
     assert found is not None

@@ -57,7 +57,9 @@ def forge(cube: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 
 def aim(cube: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the hrefs of a cube's plan lead elsewhere, with digest and keys that fit."""
-    text = (cube / PLAN_KEY).read_text().replace(old, new)
+    text = (cube / PLAN_KEY).read_text()
+    assert old in text
+    text = text.replace(old, new)
     (cube / PLAN_KEY).write_text(text)
     digest = json.loads(text)["digest"]
     monkeypatch.setattr(Plan, "digest", property(lambda self: digest))
@@ -184,7 +186,7 @@ def test_a_plan_file_may_open_its_own_folder_and_no_other(cube: Path, tmp_path: 
 
 
 def test_scenes_of_a_provider_that_is_not_known_need_its_file(cube: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    aim(cube, '"provider": "terrashard"', '"provider": "mine"', monkeypatch)
+    aim(cube, '"provider":"terrashard"', '"provider":"mine"', monkeypatch)
     plan = kept_plan(cube)
     with pytest.raises(InvalidInput, match="--provider-file FILE"):
         check_hrefs(plan, IngestConfig())
