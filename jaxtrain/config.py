@@ -84,6 +84,15 @@ class ModelConfig(Strict):
         False, description="evaluate and predict by the mean over the eight turns and mirrors of each image"
     )
 
+    @model_validator(mode="after")
+    def _views_have_one_norm(self) -> ModelConfig:
+        if self.alone and self.norm != "group":
+            raise ValueError(
+                f"alone = {self.alone} mixes batches of all modalities with those of each alone, and norm = "
+                f"{self.norm!r} keeps statistics of batches, which would fit neither: use norm = 'group', or alone = 0"
+            )
+        return self
+
 
 class OptimConfig(Strict):
     """The loss and the optimiser, a chain of optax.

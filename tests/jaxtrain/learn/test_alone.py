@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from jaxtrain.config import OptimConfig
+from jaxtrain.config import ModelConfig, OptimConfig
 from jaxtrain.data.task import Task
 from jaxtrain.learn.modalities import prepare_modalities
 from jaxtrain.learn.objective import Objective
@@ -66,3 +67,10 @@ def test_the_loss_is_one_mean_over_the_shares_of_all_answers(answers: int) -> No
     assert float(sum(one.loss for one in parts)) == pytest.approx(float(found.loss), rel=1e-5)
     assert float(sum(one.weight for one in parts)) == pytest.approx(float(found.weight), rel=1e-5)
     assert int(found.labelled) == (several[0] < 255).sum()
+
+
+@pytest.mark.parametrize("norm", ["batch", "local"])
+def test_statistics_of_batches_do_not_fit_views_of_one_modality(norm: str) -> None:
+    with pytest.raises(ValidationError, match="use norm = 'group', or alone = 0"):
+        ModelConfig.model_validate({"name": "multimodal", "alone": 0.5, "norm": norm})
+    assert ModelConfig.model_validate({"name": "multimodal", "norm": norm}).alone == 0
