@@ -28,23 +28,24 @@ def imported(*words: str) -> list[str]:
     return found
 
 
-def check(names: Sequence[str], most: int, absent: set[str]) -> None:
+def assert_light(names: Sequence[str], most: int, absent: set[str]) -> None:
     there = {name.partition(".")[0] for name in names}
     assert not there & absent
     assert len(names) <= most, f"{len(names)} modules are imported"
 
 
 def test_the_list_of_commands() -> None:
-    check(imported("--help"), 240, {"rich", "numpy", "pydantic", "zarr_store", "ingest", "jaxtrain"})
+    assert_light(imported("--help"), 240, {"rich", "numpy", "pydantic", "zarr_store", "ingest", "jaxtrain"})
 
 
 def test_info_and_status(cube: Path) -> None:
     heavy = {"xarray", "pandas", "dask", "distributed", "rasterio", "shapely", "scipy", "jax", "jaxtrain", "ingest"}
-    check(imported("info", str(cube)), 780, heavy)
+    assert_light(imported("info", str(cube)), 780, heavy)
+    assert_light(imported("status", str(cube)), 780, heavy)
 
 
 def test_an_ingest_that_finds_nothing_to_do(tmp_path: Path) -> None:
     source = write_items(tmp_path, make_scene("S1", {"blue": write_tif(tmp_path / "blue.tif", land())}))
     assert run(plan_of(source), tmp_path / "cube.zarr").exit_code == 0
     names = imported("ingest", str(source), str(tmp_path / "cube.zarr"), "--bands", "blue", "--mask", "none")
-    check(names, 1500, {"xarray", "pandas", "dask", "distributed", "bokeh", "jax"})
+    assert_light(names, 1500, {"xarray", "pandas", "dask", "distributed", "bokeh", "jax"})
