@@ -137,6 +137,21 @@ class TrainWords:
             tuple(words), (*values["CONFIG"][:1], *values["--config"][-1:]), out or None, tuple(values["--set"]), json
         )
 
+    def check(self, *, here: bool = False) -> None:
+        """Refuse settings by which no process could train, once and before anything starts.
+
+        Args:
+            here: Whether all processes start on this machine. Elsewhere, files may lie that are not here.
+
+        Raises:
+            InvalidInput: A file is absent here or no TOML, or a key or value does not fit.
+        """
+        from jaxtrain.settings import read_train_config
+
+        paths = [Path(name) for name in self.files]
+        if self.words[0] == "train" and paths and (here or all(path.exists() for path in paths)):
+            read_train_config(paths, self.overrides)
+
     def has_replicas(self) -> bool:
         """Return whether the run may change its machines, by its configuration as far as it can be read here."""
         from jaxtrain.settings import merge, override, read_toml
@@ -157,11 +172,12 @@ def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -
     """Run `terrashard WORDS` as several processes and return the exit code.
 
     Raises:
-        InvalidInput: WORDS is not a training command, or the options contradict each other.
+        InvalidInput: WORDS is not a training command, its settings do not fit, or the options contradict each other.
         AccessError: A host or the Dask cluster does not answer, or has too few workers.
         Locked: Another launcher holds the group of the run.
     """
     train = TrainWords.parse(words, json=session.json and options.emit is None)
+    train.check()
     replicas = train.has_replicas()
     for name, given in (("--min-processes", options.least), ("--max-processes", options.most),
                         ("--join", options.join), ("--listen", options.listen)):  # fmt: skip
@@ -249,6 +265,7 @@ def _launch_together(
     def on_restart(number: int, why: str) -> None:
         session.warn(f"{why}; all start again {kept} (restart {number} of {options.restarts})")
 
+    train.check(here=isinstance(places, ThisMachine))
     config = LaunchConfig(len(places.names), options.restarts, options.grace_s)
     return launch_at(places, config, on_line=show, on_restart=on_restart)
 
@@ -275,7 +292,9 @@ def _launch_replicas(
             f"--min-processes {least} is more than the {processes} processes that are started; start more, or need "
             "fewer"
         )
-    with hold_group(run, _bind(options.listen, address), **variables, on_event=session.warn) as point:
+    bind = _bind(options.listen, address)
+    train.check(here=isinstance(places, ThisMachine))
+    with hold_group(run, bind, **variables, on_event=session.warn) as point:
         session.note(
             f"group of {processes} process{'es' if processes > 1 else ''} at {point.address}; more are added with: "
             f"terrashard launch --join {point.address} -- {shlex.join(train.words)}"

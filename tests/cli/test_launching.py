@@ -59,6 +59,40 @@ def test_what_makes_no_sense_is_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []  # nothing was written or started
 
 
+@pytest.mark.parametrize("way", [("-n", "2"), ("--hosts", "a,b"), ("--dask", "tcp://127.0.0.1:1")], ids=str)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("hetero.enabled=true", "hetero.chunk=3"), "hetero.chunk 3 must divide run.batch_size 16 into whole chunks"),
+        (("hetero.enabled=true", "model.norm=batch"), "needs the whole batch at once"),
+        (("hetero.enabled=true", "mesh.pipe=2"), "mesh.pipe = 2 with hetero.enabled"),
+        (("model.widht=8",), "model.width"),
+        (("run.steps=none",), "run.steps"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_process_could_use_start_nothing_and_are_reported_once(
+    way: tuple[str, ...], words: tuple[str, ...], message: str, run: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text("[data]\ncube = 'c.zarr'\npatch = 32\n")
+    outcome = run("launch", *way, *TRAIN, *(word for text in words for word in ("--set", text)))
+    assert outcome.code == 2
+    assert message in outcome.error_line()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_an_absent_file_is_reported_once(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (TRAIN, HETERO):
+        outcome = run("launch", "-n", "2", *words)
+        assert outcome.code == 2
+        assert "run.toml" in outcome.error_line()
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_job_files_are_written_and_nothing_starts(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +102,7 @@ def test_job_files_are_written_and_nothing_starts(
     script = (tmp_path / "zagreb.sbatch").read_text()
     assert "#SBATCH --gpus-per-task=1" in script
     assert f"{sys.executable} -P -m cli.main train run.toml --out runs/zagreb\n" in script
-    (tmp_path / "run.toml").write_text("[hetero]\nenabled = true\n")
+    (tmp_path / "run.toml").write_text("[data]\ncube = 'c.zarr'\n[hetero]\nenabled = true\n")
     words = ("--cluster-option", "image=r/t:1", *TRAIN)
     outcome = run("launch", "--emit", "trainjob", "-n", "4", "--max-processes", "8", "--json", *words)
     assert outcome.json["file"] == "zagreb.yaml"
@@ -109,6 +143,7 @@ def test_the_line_for_further_machines_is_the_command_as_it_was_typed(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jaxtrain.launching.replicas.launch_replicas", launched)
+    (tmp_path / "my run.toml").write_text("[data]\ncube = 'c.zarr'\n")
     words = ("--", "train", "my run.toml", "--out", "runs/zagreb", "--set", "hetero.enabled=true")
     outcome = run("launch", "-n", "1", "--json", *words)
     assert outcome.code == 0, outcome.err
@@ -137,7 +172,7 @@ def test_lines_have_the_name_of_their_host_and_the_document_is_that_of_the_write
 def test_a_run_on_another_host_fails_there_with_its_line_and_code(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command runs as typed, in the folder where it is typed; here its configuration is refused by `train`."""
+    """The command runs as typed, in the folder where it is typed; here `train` refuses the cube, which is not there."""
     pytest.importorskip("asyncssh")
     from ..jaxtrain.ssh_host import ssh_host
 
@@ -149,10 +184,10 @@ def test_a_run_on_another_host_fails_there_with_its_line_and_code(
         absent = run("launch", "--hosts", name, *options, *TRAIN)
         assert (absent.code, len(host.commands)) == (2, 1)
         assert f"{name} has no run.toml" in absent.error_line()
-        (tmp_path / "run.toml").write_text("[data]\ncube = 'c.zarr'\nptach = 32\n")
+        (tmp_path / "run.toml").write_text("[data]\ncube = 'c.zarr'\npatch = 32\n")
         outcome = run("launch", "--hosts", name, *options, "--json", *TRAIN)
     assert outcome.code == 2, outcome.err
-    assert re.search(rf"^\[{name}\] error: .*ptach", outcome.err, re.MULTILINE), outcome.err
+    assert re.search(rf"^\[{name}\] error: .*c\.zarr", outcome.err, re.MULTILINE), outcome.err
     assert f"process {name} ended with code 2, after 0 restart(s); correct what it reports" in outcome.err
     assert {key: outcome.json[key] for key in ("exit_code", "restarts", "codes")} == {
         "exit_code": 2, "restarts": 0, "codes": [2]
