@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
         ] = 8,
         pruner: Annotated[
             Literal["asha", "hyperband", "median", "wilcoxon", "none"] | None,
-            typer.Option("--pruner", help="What stops trials early; default: asha."),
+            typer.Option("--pruner", help="What stops or pauses trials; default: asha."),
         ] = None,
         folds: Annotated[
             int, typer.Option("--folds", min=0, metavar="N", help="Spatial folds of a cross-validation.")
@@ -86,19 +86,21 @@ def register(app: typer.Typer) -> None:
         test part is used once, to compare the best with the defaults.
         """
         from cli.tuning import open_search, read_population, run_search, show_search
-        from jaxtrain.tuning.worker import Budget
 
         together = read_population(population)
         folder = open_search(
             session, what, space=space, out=out, score=score, sampler=sampler, pruner=pruner, folds=folds, seed=seed,
             storage=storage, members=members,
         )  # fmt: skip
+        from jaxtrain.tuning.rungs import count_begun  # open_search has said it if Optuna is not installed
+        from jaxtrain.tuning.worker import Budget
+
         if show:
             show_search(session, folder)
             return
         if extend is not None:
-            trials = len(folder.trials()) + extend
+            trials = count_begun(folder.trials()) + extend
         limits = Budget(trials, None if hours is None else 3600 * hours, steps)
         if trials is None and hours is None and steps is None and not folder.plan.members:
-            limits = Budget(len(folder.trials()) or 50, None, None)
+            limits = Budget(count_begun(folder.trials()) or 50, None, None)
         run_search(session, folder, limits, jobs=jobs, dask=dask, seeds=seeds, population=together)

@@ -84,7 +84,8 @@ def train(
         progress: Whether to show a bar; None shows it in a terminal and in a notebook.
         shared: Data and compiled steps that this run shares with others of this process.
         report: Whether to write RUN/report.html.
-        until: Step after which this call validates, saves and returns; None for the last step of the run.
+        until: Step after which this call validates, saves and returns; None for the last step of the run. A run that
+            has come further returns at once.
 
     Returns:
         Steps, metrics, validation scores, rates and the path of the report.
@@ -187,7 +188,7 @@ def _train(
         # ---- Resume.
         resumed = resume_run(config, out, program, incidents, tell, replica)
         state, first = resumed.state, resumed.step
-        last = first if resumed.best.ended else min(run.steps, until or run.steps)
+        last = first if resumed.best.ended else min(run.steps, max(first, until or run.steps))
         on_devices = None
         if keeping.place == "device" and first < last:
             on_devices = KeptBatches(ready.reader, ready.plan.parts["train"].rows, program.mesh)

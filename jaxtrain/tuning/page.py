@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from jaxtrain.tuning.handout import worker_of
 from jaxtrain.tuning.lineage import ancestors, draw_generations
 from jaxtrain.tuning.plan import SearchPlan
+from jaxtrain.tuning.rungs import CONTINUES, PAUSED, first_of
 from jaxtrain.tuning.space import Space
 from jaxtrain.tuning.study import FINISHED, StudyFolder
 from jaxtrain.tuning.verdict import read_verdict
@@ -29,10 +30,12 @@ _OF_MEMBERS = ("generation", "member", "parent", "explores")
 
 def trial_rows(folder: StudyFolder, space: Space) -> list[dict[str, Any]]:
     """Return a row for each trial, in the order in which they began."""
+    trials = folder.trials()
+    newest = {first_of(trial): trial.number for trial in trials}
     return [
         {
             "number": trial.number,
-            "state": trial.state.name.lower().replace("fail", "failed"),
+            "state": _state(trial, newest),
             "value": trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
             "values": space.values_of(trial.params),
             "folds": trial.user_attrs.get("folds", []),
@@ -41,9 +44,17 @@ def trial_rows(folder: StudyFolder, space: Space) -> list[dict[str, Any]]:
             "worker": trial.user_attrs.get("worker", ""),
             "reason": trial.user_attrs.get("reason", ""),
             **({name: trial.user_attrs.get(name) for name in _OF_MEMBERS} if folder.plan.members else {}),
+            **({CONTINUES: trial.user_attrs.get(CONTINUES)} if folder.plan.pauses else {}),
         }
-        for trial in folder.trials()
+        for trial in trials
     ]
+
+
+def _state(trial: FrozenTrial, newest: Mapping[int, int]) -> str:
+    """Return the state of a trial in words; one that paused went on if its training has a newer trial."""
+    if trial.state == TrialState.PRUNED and PAUSED in trial.user_attrs:
+        return "paused" if newest[first_of(trial)] == trial.number else "went on"
+    return trial.state.name.lower().replace("fail", "failed")
 
 
 def per_worker(trials: list[FrozenTrial]) -> list[dict[str, Any]]:
@@ -55,7 +66,7 @@ def per_worker(trials: list[FrozenTrial]) -> list[dict[str, Any]]:
         about = trial.user_attrs
         name = worker_of(trial)
         row = found.setdefault(name, {"worker": name, "trials": 0, "seconds": 0.0, "steps": 0})
-        row["trials"] += 1
+        row["trials"] += CONTINUES not in about  # a promoted trial was counted when it began
         row["seconds"] += float(about.get("seconds", 0.0))
         row["steps"] += int(about.get("steps", 0))
     for row in found.values():
@@ -111,7 +122,7 @@ def _figures(study: optuna.Study, plan: SearchPlan) -> list[tuple[str, str]]:
     made: Mapping[str, Callable[[optuna.Study], Any]] = {
         **(members if plan.members else {}),
         "Score of each trial, and the best so far": drawn.plot_optimization_history,
-        "Validations of each trial; lines that end early were stopped": drawn.plot_intermediate_values,
+        "Validations of each trial; lines that end early were stopped or paused": drawn.plot_intermediate_values,
         "Importance of each setting": lambda study: drawn.plot_param_importances(
             study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
         ),

@@ -17,6 +17,7 @@ from jaxtrain.data.task import Task
 from jaxtrain.settings import build
 from jaxtrain.traced import NUMBERS
 from jaxtrain.tuning.generations import GenerationSampler, Turn, turn_of
+from jaxtrain.tuning.rungs import RungPruner, Rungs, trainings_of
 from jaxtrain.tuning.space import Space, parse_space, trial_config
 from zarr_store.errors import InvalidInput
 
@@ -62,6 +63,15 @@ class SearchPlan:
         """Intervals between validations of the sampler pbt, each of which is a trial of each member."""
         run = self.base.run
         return -(-run.steps // run.evaluate_every)
+
+    @property
+    def pauses(self) -> bool:
+        """Whether a trial that the pruner ends is paused: it keeps its checkpoint, and may go on later."""
+        return self.pruner == "asha"
+
+    def rungs(self, trials: Sequence[FrozenTrial]) -> Rungs:
+        """Return the trainings of a search that pauses, beside each other."""
+        return Rungs(trainings_of(trials), self.direction == "minimize", best_so_far=not self.folds)
 
     def of_generations(self) -> dict[str, Any]:
         """Return settings of each trial of a population: its state is saved at its end, and it never ends early."""
@@ -112,8 +122,7 @@ class SearchPlan:
         """Return the pruner; a trial reports after each validation, or after each fold."""
         match self.pruner:
             case "asha":
-                # halves, not thirds, which lose the best trial more often where it is slow at first: docs/tuning.md
-                return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+                return RungPruner(best_so_far=not self.folds)
             case "hyperband":
                 run = self.base.run
                 most = self.folds or -(-run.steps // run.evaluate_every)

@@ -21,6 +21,7 @@ from jaxtrain.runs.rundir import find_card
 from jaxtrain.shared import Sharing
 from jaxtrain.tuning.inheritance import inherit
 from jaxtrain.tuning.plan import SearchPlan
+from jaxtrain.tuning.rungs import PASSED, PAUSED, first_of, rungs_below
 from jaxtrain.tuning.space import Space
 from jaxtrain.tuning.study import StudyFolder
 from zarr_store.errors import InvalidInput
@@ -52,7 +53,10 @@ class _Watch:
     trial: optuna.Trial
     score: str
     every: int
-    prune_validations: bool
+    reports: bool
+    """Whether each validation is reported to the study."""
+    prunes: bool
+    """Whether the pruner is asked after each validation."""
     look: Callable[[], bool] = lambda: True
     """Looks at the card of the training once it is there, and returns whether it was."""
     looked: bool = False
@@ -64,12 +68,12 @@ class _Watch:
         self.looked = self.looked or self.look()
         if event.kind in ("step", "validation"):
             self.steps = self.before + event.step
-        if event.kind != "validation" or not self.prune_validations:
+        if event.kind != "validation" or not self.reports:
             return
         value = event.metrics.get(self.score)
         if value is not None:
             report(self.trial, float(value), -(-event.step // self.every))
-            if self.trial.should_prune():
+            if self.prunes and self.trial.should_prune():
                 raise optuna.TrialPruned(f"step {event.step}")
 
 
@@ -84,7 +88,7 @@ def run_trial(
     folder: StudyFolder, space: Space, trial: optuna.Trial,
     sharing: Callable[[], AbstractContextManager[Sharing]], *, on_begin: Callable[[TrainConfig], None] | None = None,
 ) -> TrialResult:  # fmt: skip
-    """Train one trial, from its newest checkpoint if an earlier process began it.
+    """Train one trial, from its newest checkpoint if an earlier process, or an earlier trial, began its training.
 
     Args:
         folder: The search.
@@ -94,7 +98,7 @@ def run_trial(
         on_begin: Called with the configuration of the trial (of its first fold).
 
     Raises:
-        optuna.TrialPruned: The pruner stopped it.
+        optuna.TrialPruned: The pruner stopped or paused it.
         DataChanged: The data are no longer those of the search.
         InvalidInput: The values do not fit together, or the training failed.
         Preempted: The process was told to stop; another one continues the trial.
@@ -107,7 +111,11 @@ def run_trial(
     values = space.suggest(trial, plan.base)
     began = time.monotonic()
     folds: list[float] = []
-    watch = _Watch(trial, plan.score, plan.base.run.evaluate_every, prune_validations=not plan.folds)
+    trials, run = folder.trials(), folder.run_of(first_of(trial))
+    passed = max(int(trial.user_attrs.get(PASSED, 0)), (trials[trial.number].last_step or 0) - 1)
+    before = sum(one.user_attrs.get("steps", 0) for one in trials[: trial.number] if first_of(one) == first_of(trial))
+    watch = _Watch(trial, plan.score, plan.base.run.evaluate_every, reports=not plan.folds,
+                   prunes=not plan.folds and not plan.pauses, steps=before)  # fmt: skip
     earlier = float(trial.user_attrs.get("seconds", 0.0))
     try:
         for fold in range(plan.folds) if plan.folds else (None,):
@@ -115,7 +123,7 @@ def run_trial(
             watch.every = config.run.evaluate_every
             if not folds and on_begin is not None:
                 on_begin(config)
-            out = folder.run_of(trial.number) / (f"fold-{fold}" if plan.folds else "")
+            out = run / (f"fold-{fold}" if plan.folds else "")
             watch.look, watch.looked = partial(_check_data, plan, config, out), False
             with sharing() as shared:
                 until = None
@@ -124,20 +132,59 @@ def run_trial(
                     if turn.parent is not None:
                         inherit(folder.run_of(turn.parent), out, config, shared)
                         watch.before = -turn.generation * config.run.evaluate_every  # steps of its parents
-                result = train(config, out, on_event=watch, progress=False, shared=shared, report=False, until=until)
+                further = partial(train, config, out, on_event=watch, progress=False, shared=shared, report=False)
+                climbs = plan.pauses and fold is None
+                result = _climb(trial, config, further, passed) if climbs else further(until=until)
             watch.before += result.steps
             folds.append(_score(result, plan.score, f"trial {trial.number}", last=turn is not None))
             if fold is not None:
                 pruned_by_fold = plan.pruner == "wilcoxon"
                 report(trial, folds[-1] if pruned_by_fold else sum(folds) / len(folds), fold + 1)
-                if trial.should_prune() and fold + 1 < plan.folds:
+                if plan.pauses:
+                    _pause(trial, fold + 1, plan.folds, passed, f"fold {fold}")
+                elif trial.should_prune() and fold + 1 < plan.folds:
                     raise optuna.TrialPruned(f"fold {fold}")
     finally:
-        trial.set_user_attr("steps", watch.steps)
+        trial.set_user_attr("steps", max(0, watch.steps - before))
         trial.set_user_attr("seconds", round(earlier + time.monotonic() - began, 3))
         if plan.folds:
             trial.set_user_attr("folds", folds)
     return TrialResult(sum(folds) / len(folds), tuple(folds))
+
+
+def _climb(
+    trial: optuna.Trial, config: TrainConfig, further: Callable[..., TrainingResult], passed: int
+) -> TrainingResult:
+    """Train from rung to rung, each of which ends with a checkpoint, until the end or a pause.
+
+    Args:
+        trial: The trial.
+        config: Its configuration.
+        further: Trains until a step.
+        passed: The training is known to go on from this rung.
+
+    Raises:
+        optuna.TrialPruned: It pauses.
+    """
+    every, steps = config.run.evaluate_every, config.run.steps
+    for rung in rungs_below(-(-steps // every)):
+        if rung > passed:
+            result = further(until=rung * every)
+            if result.stopped_early or result.steps >= steps:
+                return result
+            _pause(trial, rung, -(-steps // every), passed, f"step {result.steps}")
+    return further()
+
+
+def _pause(trial: optuna.Trial, done: int, total: int, passed: int, where: str) -> None:
+    """End a trial as a paused one if it is at a rung, has not passed it, and is not in its best quarter.
+
+    Raises:
+        optuna.TrialPruned: It pauses.
+    """
+    if done > passed and done in rungs_below(total) and trial.should_prune():
+        trial.set_user_attr(PAUSED, done)
+        raise optuna.TrialPruned(where)
 
 
 def _check_data(plan: SearchPlan, config: TrainConfig, out: Path) -> bool:

@@ -23,6 +23,7 @@ from jaxtrain.runs.rundir import load_card
 from jaxtrain.shared import SharedParts, Sharing, group_of
 from jaxtrain.tuning.handout import paces_of, takes_another
 from jaxtrain.tuning.inheritance import free_generations
+from jaxtrain.tuning.rungs import FACTOR, PAUSED, Training, count_begun, first_of, promote
 from jaxtrain.tuning.study import FINISHED, StudyFolder
 from jaxtrain.tuning.trial import DataChanged, run_trial
 from zarr_store.errors import InvalidInput, Locked, Preempted, TerrashardError
@@ -31,6 +32,8 @@ __all__ = ["Budget", "OnTrial", "TrialNews", "work"]
 
 _NOW, _LATER = object(), object()
 _PAUSE_S = 0.2
+_BEGINS = 0.75
+"""Share of time or steps in which a search that pauses trials begins new ones."""
 _HELD_S = 30.0
 """Time until a worker looks again at a trial that another process still trains."""
 SAME_FAILURES = 5
@@ -40,6 +43,8 @@ SAME_FAILURES = 5
 @dataclass(frozen=True)
 class Budget:
     """Limits after which a search begins no trial; each may be None.
+
+    A search that pauses trials spends the last quarter of time or steps on those that it began before.
 
     Attributes:
         trials: Trials in all.
@@ -51,13 +56,16 @@ class Budget:
     seconds: float | None = None
     steps: int | None = None
 
-    def is_left(self, trials: list[FrozenTrial], seconds: float) -> bool:
-        """Return whether another trial may begin."""
-        if self.seconds is not None and seconds >= self.seconds:
-            return False
-        if self.steps is not None and sum(trial.user_attrs.get("steps", 0) for trial in trials) >= self.steps:
-            return False
-        return self.trials is None or len(trials) < self.trials
+    def is_over(self, trials: list[FrozenTrial], seconds: float, share: float = 1.0) -> bool:
+        """Return whether a share of time or steps is used up."""
+        if self.seconds is not None and seconds >= share * self.seconds:
+            return True
+        done = sum(trial.user_attrs.get("steps", 0) for trial in trials)
+        return self.steps is not None and done >= share * self.steps
+
+    def left(self, trials: list[FrozenTrial]) -> int | None:
+        """Return how many trials may begin; None for any number. A promoted trial began before."""
+        return None if self.trials is None else max(0, self.trials - count_begun(trials))
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,11 @@ class TrialNews:
 
     Attributes:
         number: Of the trial.
-        state: "begun", "complete", "pruned" or "failed".
+        state: "begun", "complete", "pruned", "paused" or "failed".
         value: Its score; None if there is none.
         message: One line.
         worker: Name of the process.
-        finished: Trials that have ended so far.
+        finished: Trials that have ended so far, or are paused.
     """
 
     number: int
@@ -147,29 +155,47 @@ def _next_trial(
                 if known.state == TrialState.RUNNING and not waits and _take(folder, known, held):
                     trial = optuna.Trial(study, known._trial_id)
                     break
-            if trial is None and budget.is_left(trials, time.monotonic() - began):
-                trial = _whether_now(folder, budget, trials, name)
-                if trial is _NOW:
-                    trial = asked = study.ask()
+            if trial is None:
+                trial = _what_now(folder, budget, trials, time.monotonic() - began, name)
+                if trial is _NOW or isinstance(trial, Training):
+                    trial = asked = promote(study, trial) if isinstance(trial, Training) else study.ask()
                     held.enter_context(folder.holding(asked.number))
         yield trial
 
 
-def _whether_now(folder: StudyFolder, budget: Budget, trials: list[FrozenTrial], name: str) -> object | None:
-    """Return `_NOW` if this worker begins a trial, `_LATER` if it waits for others, None if it leaves all to them."""
+def _what_now(
+    folder: StudyFolder, budget: Budget, trials: list[FrozenTrial], seconds: float, name: str
+) -> object | Training | None:
+    """Return what this worker does next.
+
+    Returns:
+        A paused training to continue, `_NOW` to begin a trial, `_LATER` to wait for others, None to leave all to them.
+    """
     plan = folder.plan
+    left, over = budget.left(trials), budget.is_over(trials, seconds)
+    begins = left != 0 and not over
+    if plan.pauses:
+        rungs = plan.rungs(trials)
+        chosen = None if over else rungs.promoted()
+        if chosen is None and (not begins or budget.is_over(trials, seconds, _BEGINS)):
+            enough = max(1, len(rungs.trainings) // FACTOR) if left == 0 else None
+            chosen = rungs.to_finish(1 if over else enough)
+        if chosen is not None:
+            return chosen
+    if not begins:
+        return None
     if plan.members:
         generation, member = divmod(len(trials), plan.members)
         if generation >= plan.generations:
             return None
         before = trials[len(trials) - member - plan.members : len(trials) - member] if generation else []
         return _NOW if all(trial.state in FINISHED for trial in before) else _LATER
-    if budget.trials is None:
+    if left is None:
         return _NOW
     worker = f"{socket.gethostname()} {name}"
     # Optuna keeps local times without a zone
     paces = paces_of(trials, worker, datetime.now())
-    return _NOW if takes_another(worker, budget.trials - len(trials), paces) else None
+    return _NOW if takes_another(worker, left, paces) else None
 
 
 def _take(folder: StudyFolder, known: FrozenTrial, held: contextlib.ExitStack) -> bool:
@@ -187,7 +213,8 @@ def _run_one(
 ) -> None:  # fmt: skip
     def tell(state: str, value: float | None, message: str) -> None:
         if on_trial is not None:
-            ended = sum(known.state in FINISHED for known in study.get_trials(deepcopy=False))
+            states = {first_of(known): known.state for known in study.get_trials(deepcopy=False)}
+            ended = sum(known in FINISHED for known in states.values())
             on_trial(TrialNews(trial.number, state, value, message, name, ended))
 
     trial.set_user_attr("worker", name)
@@ -195,7 +222,7 @@ def _run_one(
     score = folder.plan.score
 
     def end(value: float | None, state: TrialState | None = None) -> None:
-        first = folder.run_of(trial.number) / ("fold-0" if folder.plan.folds else "")
+        first = folder.run_of(first_of(trial)) / ("fold-0" if folder.plan.folds else "")
         with contextlib.suppress(TerrashardError, OSError):  # a trial may fail before its run begins
             card = load_card(first)
             trial.set_user_attr("group", group_of(card, card.config))
@@ -205,8 +232,12 @@ def _run_one(
         result = run_trial(folder, space, trial, sharing, on_begin=lambda _: tell("begun", None, _values(trial)))
     except optuna.TrialPruned as pruned:
         end(None, TrialState.PRUNED)
-        value = study.get_trials(deepcopy=False)[trial.number].value
-        tell("pruned", value, f"stopped early after {pruned}" + ("" if value is None else f": {score} {value:.4f}"))
+        ended = study.get_trials(deepcopy=False)[trial.number]
+        shown = "" if ended.value is None else f": {score} {ended.value:.4f}"
+        if PAUSED in ended.user_attrs:
+            tell("paused", ended.value, f"paused after {pruned}{shown}")
+            return  # its checkpoint stays
+        tell("pruned", ended.value, f"stopped early after {pruned}{shown}")
     except (Preempted, Locked):
         raise
     except DataChanged as error:
@@ -226,7 +257,7 @@ def _run_one(
     if folder.plan.members:
         free_generations(folder, keep=None if best is None else best.number)
         return
-    folder.free_space(trial.number, keep=best is not None and best.number == trial.number)
+    folder.free_space(first_of(trial), keep=best is not None and best.number == trial.number)
 
 
 def _values(trial: optuna.Trial) -> str:
