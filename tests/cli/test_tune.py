@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,3 +76,15 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
     assert len(errors) == 1
     assert words in errors[0]
     assert sorted(files.iterdir()) == before
+
+
+def test_without_optuna_the_line_says_what_to_install(
+    run: Callable[..., Outcome], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("optuna", "jaxtrain.tuning."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    done = run("tune", files / "c.toml", "--space", files / "space.toml", "--out", tmp_path / "s")
+    assert done.code == 2
+    assert "pip install 'terrashard[tune]'" in done.error_line()
+    assert not (tmp_path / "s").exists()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import datetime, timedelta
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from jaxtrain.tuning import worker as worker_module
 from jaxtrain.tuning.handout import Pace, paces_of, takes_another
+from jaxtrain.tuning.search import begin_search
+from jaxtrain.tuning.worker import Budget
+
+from ..cube_factory import shared_cube, tiny_config
+from .test_search import SHORT, write_space
 
 NOON = datetime(2026, 1, 1, 12)
 
@@ -50,3 +57,22 @@ def test_speeds_come_from_what_was_recorded():
     assert paces_of(trials[:1], "h slow", NOON) == [Pace("h slow", 40.0)]
     # a worker that has ended is not waited for
     assert [pace.worker for pace in paces_of(trials[:3], "h slow", NOON)] == ["h slow"]
+
+
+def test_a_search_asks_who_takes_its_last_trials(tmp_path):
+    """The slow worker of a search leaves its last trials to the fast one, which is busy with a trial that ends soon."""
+    config, space = tiny_config(shared_cube(), **SHORT), {"optim.learning_rate": [1e-3, 1e-2]}
+    study = begin_search(config, write_space(tmp_path, space), tmp_path / "study", sampler="random", pruner="median")
+    ended = [trial(0, "slow", 40.0), trial(1, "fast", 4.0)]
+    for one in ended:
+        one.user_attrs["host"] = socket.gethostname()
+    busy = trial(2, "fast", 0.0, steps=0, began=datetime.now() - timedelta(seconds=3))
+    busy.user_attrs["host"] = socket.gethostname()
+
+    def takes(worker, trials, wanted):
+        return worker_module._what_now(study, Budget(trials=wanted), trials, 0.0, worker) is worker_module._NOW
+
+    assert not takes("slow", [*ended, busy], 5)
+    assert takes("slow", [*ended, busy], 40)
+    assert takes("fast", ended, 5)
+    assert takes("slow", ended, 5)  # nobody is busy: it is not left to a worker that may have ended
