@@ -21,7 +21,7 @@ import time as clock
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ from jaxtrain.inference.making import Making
 from jaxtrain.inference.maps import CHUNK
 from jaxtrain.inference.options import MapOptions
 from jaxtrain.inference.seen import windows_seen
+from jaxtrain.inference.window_order import WindowOrder
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import PredictStep
 from jaxtrain.parallel.heap import return_freed_memory
@@ -107,35 +108,32 @@ class Scene:
     ) -> Filled:
         """Fill shards, each with its region and key, and write their rows."""
         began = clock.monotonic()
-        plan = {index: self._rows(index, region) for index, (region, _) in shards.items()}
-        size = self.lattice.batch
-        padded = [_filled_up(rows, size) for rows, _ in plan.values() if len(rows)]
-        total, done, busy = sum(len(rows) for rows in padded) // size, 0, 0.0
-        every = np.concatenate(padded) if padded else np.zeros((0, 3), np.int32)
+        order, boxes = self._order(shards)
+        numbers = order.batches(shards)
+        done, busy = 0, 0.0
         writer = making.writer()
         run = self.card.config.run
         with (
             BatchStream(
-                self.reader, Windows(self.reader.patch, every), size=size, sharding=batch_sharding(self.program.mesh),
-                threads=run.read_threads, prefetch=run.prefetch,
+                self.reader, Windows(self.reader.patch, order.rows_of(numbers)), size=order.size,
+                sharding=batch_sharding(self.program.mesh), threads=run.read_threads, prefetch=run.prefetch,
             ) as stream,
             ThreadPoolExecutor(1, thread_name_prefix="map") as later,
         ):  # fmt: skip
             batches = self._look(stream)
             written: Future[None] | None = None
 
-            def windows_of(count: int) -> Iterator[Answers]:
+            def answers() -> Iterable[Answers]:
                 nonlocal done, busy
-                for rows, probability_BHWK, seen_BHW, seconds in islice(batches, -(-count // size)):
-                    # the last batch of a shard is filled up: only the first rows are windows
-                    yield from zip(rows[:count], probability_BHWK, seen_BHW, strict=False)
-                    count, done, busy = count - size, done + 1, busy + seconds
-                    if on_batch:
-                        on_batch(done, total)
+                rows, probability_BHWK, seen_BHW, seconds = next(batches)
+                done, busy = done + 1, busy + seconds
+                if on_batch:
+                    on_batch(done, len(numbers))
+                return zip(rows, probability_BHWK, seen_BHW, strict=True)
 
+            windows_of = order.dealt(shards, numbers, answers)
             for index, (region, key) in shards.items():
-                rows, boxes = plan[index]
-                layers, *counted = self._shard(region, zip(windows_of(len(rows)), boxes, strict=True))
+                layers, *counted = self._shard(region, zip(windows_of(index), boxes[index], strict=True))
                 if written is not None:
                     written.result()
 
@@ -152,8 +150,7 @@ class Scene:
             if written is not None:
                 written.result()
         pixels = sum(int(np.prod(region.shape)) for region, _ in shards.values())
-        windows = sum(len(rows) for rows, _ in plan.values())
-        return Filled(windows, busy, clock.monotonic() - began, len(shards), pixels)
+        return Filled(order.count(shards), busy, clock.monotonic() - began, len(shards), pixels)
 
     def _shard(
         self, region: Region, windows: Iterable[tuple[Answers, Box]]
@@ -217,6 +214,23 @@ class Scene:
     def _inside(self, region: Region) -> npt.NDArray[np.bool_] | None:
         area = self.options.area
         return None if area is None else area.mask(region.y0, region.y1, region.x0, region.x1)
+
+    def _order(self, shards: Iterable[ShardIndex]) -> tuple[WindowOrder, dict[ShardIndex, list[Box]]]:
+        """Return the order of all windows of the maps of dates that some shards are of, and the boxes of their windows.
+
+        Each window of a shard is needed for its box.
+        """
+        wanted = set(shards)
+        maps = {index[0] for index in wanted}
+        windows, boxes = {}, {}
+        for index, region in self.lattice.shards(len(self.groups)).items():
+            if index[0] in maps:
+                windows[index], needed = self._rows(index, region)
+                if index in wanted:
+                    boxes[index] = needed
+        most = max((len(self.groups[number]) for number in maps), default=0)
+        shared = self.lattice.shares_edges(self.kind.channels, most)
+        return WindowOrder.of(windows, self.lattice.batch, shared=shared), boxes
 
     def _rows(self, index: ShardIndex, region: Region) -> tuple[npt.NDArray[np.int32], list[Box]]:
         """Return the windows of one shard as (time, y, x), where a chunk was seen, each with the box it is needed for.
@@ -297,11 +311,6 @@ def _by_class(answer_BHWK: jax.Array) -> jax.Array:
 def _joined(probability: npt.NDArray[np.float32], present: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
     """Return probabilities and, of several modalities, which were there, as further channels."""
     return probability if present is None else np.concatenate([probability, present], axis=-1)
-
-
-def _filled_up(rows: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:
-    """Repeat the last window until the batches are whole."""
-    return np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])
 
 
 def _cut(blocks: Iterable[tuple[int, Any, Any]], region: Region) -> Iterator[BoxBlock]:

@@ -29,6 +29,8 @@ _SUMS_BYTES = 64 << 20
 """Largest sum of one row of windows, bytes."""
 _BLOCK_BYTES = 128 << 20
 """Largest array of one shard, bytes: its layers, or its votes."""
+_HELD_BYTES = 32 << 20
+"""Largest size of the answers of the windows across the edge of two shards, bytes, that are held for the second one."""
 _TRAINING_BATCHES = 8
 """Pixels of an exact window, in batches of training: without gradients a network needs this much less memory."""
 
@@ -125,16 +127,29 @@ class Lattice:
                 kept.append((y, x, (y0, y1, x0, x1)))
         return kept
 
-    def _overlapping(self, region: Region) -> list[tuple[int, int, Box]]:
-        found = []
+    def shares_edges(self, channels: int, dates: int) -> bool:
+        """Return whether the answers of windows across the edge of two shards are few enough to be held for both.
+
+        Args:
+            channels: Numbers of an answer for a pixel.
+            dates: Dates of a map.
+        """
+        if self.core:
+            return False
         height, width = self.window
-        for y in self._starts(self.grid[0], height):
-            for x in self._starts(self.grid[1], width):
-                y0, y1 = max(y, region.y0), min(y + height, region.y1)
-                x0, x1 = max(x, region.x0), min(x + width, region.x1)
-                if y0 < y1 and x0 < x1:
-                    found.append((y, x, (y0, y1, x0, x1)))
-        return found
+        rows = -(-min(self.shard, self.grid[0]) // max(height - self.overlap, 1)) + 1
+        across = width / max(width - self.overlap, 1)  # windows of a row that lie across an edge, on average
+        return rows * across * dates * height * width * (channels + 1) * 4 <= _HELD_BYTES
+
+    def _overlapping(self, region: Region) -> list[tuple[int, int, Box]]:
+        height, width = self.window
+        columns = [x for x in self._starts(self.grid[1], width) if region.x0 - width < x < region.x1]
+        return [
+            (y, x, (max(y, region.y0), min(y + height, region.y1), max(x, region.x0), min(x + width, region.x1)))
+            for y in self._starts(self.grid[0], height)
+            if region.y0 - height < y < region.y1
+            for x in columns
+        ]
 
     def _starts(self, side: int, window: int) -> list[int]:
         # a window begins with a whole pixel of every modality, so the last one may reach over the edge

@@ -239,8 +239,9 @@ def hold_making(
 
     Args:
         url: The map.
-        plan: What is made, as JSON; its `digest` decides whether shards of an earlier run count, and so does `parts`,
-            the number of devices of the processor, on which the last digit of an answer depends.
+        plan: What is made, as JSON; its `digest` decides whether shards of an earlier run count, and so do `parts`, the
+            number of devices of the processor, and `batches`, how windows are put into them: the last digit of an
+            answer depends on both.
         names: Names of the layers.
         dated: Whether the map has an axis `time`.
         make: Writes metadata and axes of the map into an empty folder.
@@ -261,7 +262,7 @@ def hold_making(
     try:
         with CubeLock(folder, f"terrashard predict … {target.url}"), translate_os_errors(str(folder)):
             before = _plan_of(folder)
-            same = all(before.get(name) == plan.get(name) for name in ("digest", "parts"))
+            same = all(before.get(name) == plan.get(name) for name in ("digest", "parts", "batches"))
             if not same or not making.store.exists("zarr.json"):
                 (folder / _PLAN).unlink(missing_ok=True)
                 FolderStore(folder).clear(_MAP)

@@ -47,6 +47,8 @@ __all__ = ["OpenScene", "open_scene", "share_processor"]
 
 _NOT_IN_PIXELS = ("time", "devices", "allow_mismatch")
 """Options that do not change the pixels of a date: how numbers are converted is in the identity of a map by itself."""
+_BATCHES = 2
+"""Version of the rule by which windows are put into batches, on which the last digit of an answer may depend."""
 _CACHE_BYTES = 32 << 20
 """Decoded chunks that are kept: two rows of chunks across a shard; a chunk is needed again for the next row only."""
 
@@ -154,7 +156,7 @@ class OpenScene:
             "grid": self.spec.grid.to_dict(), "side": self.lattice.shard,
         }  # fmt: skip
         # not in the digest, which a process with accelerators finds, too
-        return {**plan, "digest": digest_of(plan), "parts": processor_parts()}
+        return {**plan, "digest": digest_of(plan), "parts": processor_parts(), "batches": _BATCHES}
 
     @cached_property
     def shards(self) -> dict[ShardIndex, Region]:

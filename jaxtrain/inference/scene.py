@@ -240,7 +240,7 @@ def help_making(folder: Path, part: tuple[int, int], on_batch: Progress | None =
 
     Args:
         folder: The folder in which it is made (`Elsewhere`).
-        part: (number, count): of the missing shards every count-th, from this one on.
+        part: (number, count): every count-th run of neighbouring shards, from this one on.
         on_batch: Called with (batches done, batches in all).
     """
     making, plan = open_making(folder)
@@ -256,9 +256,19 @@ def help_making(folder: Path, part: tuple[int, int], on_batch: Progress | None =
 
 
 def _part_of(opened: OpenScene, part: tuple[int, int]) -> list[ShardIndex]:
-    """Return the shards of one process; every process gets the same lists, whatever the others have finished by now."""
+    """Return the shards of one process: every count-th run of neighbours, which share windows and batches.
+
+    Every process gets the same lists, whatever the others have finished by now. Runs are dealt like cards, so that the
+    processes have as much to do where the first shards are there already. They are parts of a row of shards, as long as
+    there are two for each process and as many for one as for another.
+    """
     number, count = part
-    return list(opened.keys)[number::count]
+    shards = list(opened.keys)
+    columns = max((index[2] for index in shards), default=0) + 1
+    lengths = [n for n in range(1, columns + 1) if columns % n == 0]
+    even = [n for n in lengths if len(shards) // n >= 2 * count and len(shards) // n % count == 0]
+    length = max(even, default=1)
+    return [index for place, index in enumerate(shards) if place // length % count == number]
 
 
 def _await_others(making: Making, opened: OpenScene) -> None:
