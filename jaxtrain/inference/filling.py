@@ -44,7 +44,7 @@ from jaxtrain.inference.seen import windows_seen
 from jaxtrain.inference.window_order import WindowOrder
 from jaxtrain.learn.state import Program, TrainState
 from jaxtrain.learn.step import PredictStep
-from jaxtrain.parallel.heap import return_freed_memory
+from jaxtrain.parallel.heap import FreedMemory
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.runs.rundir import ModelCard
 from zarr_store.index import TrainingIndex
@@ -110,7 +110,7 @@ class Scene:
         began = clock.monotonic()
         order, boxes = self._order(shards)
         numbers = order.batches(shards)
-        done, busy = 0, 0.0
+        done, busy, freed = 0, 0.0, FreedMemory()
         writer = making.writer()
         run = self.card.config.run
         with (
@@ -127,6 +127,7 @@ class Scene:
                 nonlocal done, busy
                 rows, probability_BHWK, seen_BHW, seconds = next(batches)
                 done, busy = done + 1, busy + seconds
+                freed.after_step()
                 if on_batch:
                     on_batch(done, len(numbers))
                 return zip(rows, probability_BHWK, seen_BHW, strict=True)
@@ -144,7 +145,7 @@ class Scene:
                     making.begin(index, region)
                     writer.put(region.y0, region.x0, layers, time=region.t0 if self.dated else None)
                     making.complete(index, region, key, *counted)
-                    return_freed_memory()
+                    freed.release()
 
                 written = later.submit(write)  # the devices go on with the next shard meanwhile
             if written is not None:

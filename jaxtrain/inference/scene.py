@@ -21,6 +21,7 @@ from jaxtrain.inference.maps import CHUNK, Map, is_map, make_arrays, open_map, r
 from jaxtrain.inference.opening import OpenScene, open_scene
 from jaxtrain.inference.options import Dates, MapOptions, Method
 from jaxtrain.parallel.heap import process_peak_bytes
+from jaxtrain.runs.repeat import programs_kept
 from zarr_store.errors import InvalidInput
 from zarr_store.folder import FolderStore
 from zarr_store.ledger import ShardIndex
@@ -282,7 +283,10 @@ def _await_others(making: Making, opened: OpenScene) -> None:
 
 def _fill(opened: OpenScene, making: Making, missing: list[ShardIndex], on_batch: Progress | None) -> Filled:
     shards = {index: (opened.shards[index], opened.keys[index]) for index in missing}
-    return opened.scene().fill(making, shards, on_batch) if shards else Filled()
+    if not shards:
+        return Filled()
+    with programs_kept(opened.card.key):
+        return opened.scene().fill(making, shards, on_batch)
 
 
 def _already_made(target: FolderStore, opened: OpenScene) -> Making | None:

@@ -15,11 +15,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["keep_freed_memory", "process_peak_bytes", "return_freed_memory"]
+__all__ = ["FreedMemory", "keep_freed_memory", "process_peak_bytes", "return_freed_memory"]
 
 # mallopt(3) and malloc.h of glibc
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1
+_STEPS = 4
+"""Steps after which the heap holds again what steps need."""
+_GROWTH_BYTES = 24 << 20
+"""Growth from which on free memory goes back."""
 _BY_USER = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
@@ -49,6 +53,45 @@ def return_freed_memory() -> None:
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class FreedMemory:
+    """Returns freed memory to the system when a process of many equal steps has grown, so that its peak stays put.
+
+    Blocks of other sizes are cut from the memory that the next step needs, which then needs more: without a bound the
+    heap grows with the number of steps. Only growth is answered, because what is returned must be faulted in again.
+
+    Args:
+        growth_bytes: Growth that is left alone, bytes.
+    """
+
+    def __init__(self, growth_bytes: int = _GROWTH_BYTES) -> None:
+        self._growth = growth_bytes
+        self._steps = 0
+        self._usual = 0
+
+    def after_step(self) -> bool:
+        """Return freed memory if the process has grown since the first steps after the last time; returns whether."""
+        now = resident_bytes()
+        self._steps += 1
+        if self._steps <= _STEPS:
+            self._usual = max(self._usual, now)
+        elif now > self._usual + self._growth:
+            self.release()
+            return True
+        return False
+
+    def release(self) -> None:
+        """Return freed memory; what the process holds after the next steps is what it usually needs."""
+        return_freed_memory()
+        self._steps = self._usual = 0
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds now, bytes; 0 where the system does not tell."""
+    with suppress(OSError, IndexError, ValueError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def process_peak_bytes() -> int:
