@@ -7,7 +7,8 @@
   Without torch that row is absent. The forward pass of both is measured in the same run. JAX has one device here, as in
   a call from Python; the command has one for each core.
 - `--part memory`: peak of a process that maps a scene, of 10980² beside 2745²; of more dates; and of more classes.
-- `--part scene`: one scene of 10980² × 4 bands by the command, from start to end.
+- `--part scene`: one scene of 10980² × 4 bands by the command, from start to end, which has one device for each core;
+  beside it the forward pass alone on as many devices, in a process of its own.
 - `--part workers`: the same map by 1, 2 and 4 processes.
 
 Scenes are simulated: smooth ground of three classes with noise, written shard by shard in the layout of `ingest`.
@@ -258,12 +259,40 @@ def memory(full: bool) -> list[Row]:
     ]
 
 
+def bare_rate(run: Path, cube: Path, batches: int) -> float:
+    """Windows a second of the forward pass alone, in a process with the devices of the command."""
+    told = f"""
+from pathlib import Path
+from jaxtrain.inference.opening import share_processor
+from inference import BATCH, forward_alone
+share_processor(Path({str(run)!r}), None)
+once = forward_alone(Path({str(run)!r}), Path({str(cube)!r}), {batches})
+print({batches} * BATCH / sorted(once() for _ in range(3))[1])
+"""
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=Path(__file__).parent)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stdout)
+
+
 def scene(full: bool) -> list[Row]:
+    from jaxtrain.inference.blend import window_starts
+
     side = 10980 if full else 2745
-    made = command(make_run("default", DEFAULT), make_scene(side), OUT / "scene-map.zarr")
+    run, cube = make_run("default", DEFAULT), make_scene(side)
+    made = command(run, cube, OUT / "scene-map.zarr")
+    bare = bare_rate(run, cube, 30 if full else 10)
+    windows = len(window_starts(side, PATCH, PATCH // 4)) ** 2
     megapixels = side**2 / 1e6
     return [
         Row(f"minutes of {side}² × {len(BANDS)} bands", made["wall_s"] / 60, note="the default U-Net, float32"),
+        Row(
+            "the command, share of the bare forward pass's rate",
+            windows / made["wall_s"] / bare,
+            0.85,
+            note=f"{windows / made['wall_s']:.1f} of {bare:.1f} windows/s, with its start and compiling",
+        ),
+        Row("the map alone, share of that rate", windows / made["seconds"] / bare),
         Row("million pixels a second", megapixels / made["wall_s"]),
         Row("share of the time in which the devices ran the network", made["forward_share"]),
         Row("peak, MiB", made["peak_host_bytes"] / 2**20),
