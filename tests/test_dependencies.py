@@ -18,6 +18,8 @@ BY_OTHERS = {"bokeh", "h5netcdf", "h5py"}
 """Distributions that another library imports: bokeh for Dask's dashboard, h5netcdf and its h5py for xarray's netCDF."""
 PARTS = {"distributed": "dask"}
 """Distributions that come with an extra of another: dask[distributed]."""
+OTHER_NAMES = {"sklearn": "scikit-learn"}
+"""Modules that are not named after their distribution, and may not be installed."""
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +38,17 @@ def normalised(name: str) -> str:
 
 
 def imported(*folders: Path) -> dict[str, set[str]]:
-    """Module → the distributions that have it; modules of this repository are left out."""
+    """Module → the distributions that have it, or would have it if they were installed; without our own modules."""
     there = metadata.packages_distributions()
-    tops = set()
-    for path in (path for folder in folders for path in folder.rglob("*.py")):
+    tops, files = set(), [path for folder in folders for path in folder.rglob("*.py")]
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 modules = [str(node.module)]
             tops |= {module.partition(".")[0] for module in modules}
-    found = {top: {normalised(name) for name in there.get(top, ())} for top in tops - set(sys.stdlib_module_names)}
+    foreign = tops - set(sys.stdlib_module_names) - {*OURS, "tests"} - {path.stem for path in files}
+    found = {top: {normalised(name) for name in there.get(top, [OTHER_NAMES.get(top, top)])} for top in foreign}
     return {top: {PARTS.get(name, name) for name in owners} for top, owners in found.items() if owners - {"terrashard"}}
 
 
