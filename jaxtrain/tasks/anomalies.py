@@ -196,7 +196,7 @@ def find_anomalies(
     else:
         table = _open(url, options, run)
         digest = table.digest
-    usual = table if options.usual is None else _open(url, options, run, time=options.usual)
+    usual = table if options.usual is None else _open_usual(table, url, options, run)
     request = {"data": digest, "options": _determining(options), "run": run and str(Path(run).absolute())}
     folder = TaskFolder(str(out), "anomaly", request) if leads else None
     with folder if folder is not None else nullcontext():
@@ -256,16 +256,20 @@ def _determining(options: AnomalyOptions) -> dict[str, Any]:
     """Return the options as a request names them; one without later options is that of earlier releases."""
     later = {"usual": None, "looks": LOOKS}
     found = {name: value for name, value in asdict(options).items() if name not in later or value != later[name]}
+    if options.usual is not None:
+        found["usual_rows"] = "each"  # earlier releases took the mean of several usual dates
     # scores of these are other numbers than those of earlier releases, whose beginnings are not continued
     return found if options.method in ("rx", "local-rx") else {**found, "scores": 2}
 
 
-def _open(url: str, options: AnomalyOptions, run: str | PathLike[str] | None, *, time: str | None = None) -> Table:
+def _open(
+    url: str, options: AnomalyOptions, run: str | PathLike[str] | None, *, time: str | None = None, each: bool = False
+) -> Table:  # fmt: skip
     if options.method == "autoencoder" and (is_embedding(url) or is_sample_store(url)):
         raise InvalidInput(f"--method autoencoder maps a cube, and {url} is none: use --method embedding with --run")
     table = open_table(
-        url, collection=options.collection, bands=options.bands, time=time or options.time, dates=options.dates,
-        looks=options.looks, run=None if run is None else str(Path(run).absolute()),
+        url, collection=options.collection, bands=options.bands, time=time or options.time,
+        dates="each" if each else options.dates, looks=options.looks, run=None if run is None else str(Path(run).absolute()),
         shows=_shown(options),
     )  # fmt: skip
     if options.method == "local-rx":
@@ -273,6 +277,17 @@ def _open(url: str, options: AnomalyOptions, run: str | PathLike[str] | None, *,
             raise InvalidInput(f"{url} holds vectors, which have no neighbours in space: use --method rx or embedding")
         check_windows(options.inner, options.outer, len(table.features))
     return table
+
+
+def _open_usual(
+    table: Table | None, url: str, options: AnomalyOptions, run: str | PathLike[str] | None
+) -> Table:  # fmt: skip
+    """Open the usual dates as rows that are spread as those of the scored ones are.
+
+    A mean over several dates has less speckle and less weather than one date, which would lie far outside of it.
+    """
+    one = isinstance(table, CubeTable) and len(table.reader.dates) == 1
+    return _open(url, options, run, time=options.usual, each=options.dates == "mean" and one)
 
 
 def _shown(options: AnomalyOptions) -> Shows:
@@ -326,7 +341,9 @@ def _fit(
     about: dict[str, Any] = state.get("fit") or {}
     if not about:
         moments, held = _moments(usual, options, workers, report)
-        background = make_background(moments, labels, shrinkage=options.shrinkage, where=table.url)
+        background = make_background(
+            moments, labels, shrinkage=options.shrinkage, where=table.url, remedy=table.remedy
+        )  # fmt: skip
         about = {"background": background.to_dict(), "held_out": held}
     background = Background.from_dict(about["background"])
     if options.method in ("rx", "autoencoder"):

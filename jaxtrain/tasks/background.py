@@ -74,7 +74,12 @@ class Background:
 
 
 def make_background(
-    moments: Moments, labels: Sequence[str], *, shrinkage: float | None = 0.0, where: str = "the data"
+    moments: Moments,
+    labels: Sequence[str],
+    *,
+    shrinkage: float | None = 0.0,
+    where: str = "the data",
+    remedy: str = "other features",
 ) -> Background:
     """Make the background of rows with these moments.
 
@@ -84,6 +89,7 @@ def make_background(
         shrinkage: Share of the diagonal, 0 to 1, which replaces as much of the covariance; None estimates it by OAS
             (Chen, Wiesel, Eldar & Hero 2010, doi:10.1109/TSP.2010.2053029) on the correlations.
         where: What holds the rows, for errors.
+        remedy: How other features are chosen, for errors.
 
     Raises:
         InvalidInput: The covariance is singular.
@@ -93,8 +99,7 @@ def make_background(
     if constant:
         raise InvalidInput(
             f"the covariance of {where} is singular: {', '.join(constant[:8])} "
-            f"{'has' if len(constant) == 1 else 'have'} one value everywhere; leave "
-            f"{'it' if len(constant) == 1 else 'them'} out with --bands"
+            f"{'has' if len(constant) == 1 else 'have'} one value everywhere; choose {remedy}"
         )
     correlation = moments.covariance / np.outer(spread, spread)
     share = _oas(correlation, moments.count) if shrinkage is None else shrinkage
@@ -108,7 +113,7 @@ def make_background(
             else f"{_combined(vectors[:, 0], labels)} depend on each other"
         )
         raise InvalidInput(
-            f"the covariance of {where} is singular: {reason}; add --shrinkage auto, or choose fewer with --bands"
+            f"the covariance of {where} is singular: {reason}; add --shrinkage auto, or choose {remedy}"
         )
     factor = np.linalg.cholesky(shrunk)
     whitening = np.tril(np.linalg.solve(factor, np.eye(len(spread)))) / spread[None, :]

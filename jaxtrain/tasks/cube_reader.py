@@ -20,9 +20,11 @@ from zarr_store.read import Cube, open_cube
 from zarr_store.regions import Region
 from zarr_store.spec import STATUS_OBSERVED, BandSpec, CubeSpec
 
-__all__ = ["Box", "CubeReader", "open_reader"]
+__all__ = ["BY_BANDS", "Box", "CubeReader", "open_reader"]
 
 Values = npt.NDArray[np.float32]
+BY_BANDS = "others with --bands"
+"""How other bands are chosen, for errors."""
 _MOST_VALUES = 8 << 20
 """Largest number of values of a box over all dates and bands: 32 MB as float32, and about three times that at work."""
 
@@ -64,6 +66,8 @@ class CubeReader:
         UnknownName: A name means no collection, band, index or date.
         InvalidInput: Backscatter is not above 0, so it is no power, and its unit does not say decibels.
     """
+
+    remedy = BY_BANDS
 
     def __init__(
         self, cube: Cube, *, collection: str | None = None, bands: str | tuple[str, ...] = (), time: str | None = None

@@ -70,7 +70,12 @@ class LocalRx:
         if isinstance(table, CubeTable):
             box = table.reader.boxes[number]
             wide = box.grown(self.outer // 2, table.reader.spec.grid.shape)
-            return score_locally(_image(table.read_box(wide)), self.background, **chosen)[box.inside(wide)]
+            block = table.read_box(wide)
+            images, inside = _image(block), box.inside(wide)
+            if block.dates == 1:
+                return score_locally(images, self.background, **chosen)[inside]
+            return np.stack([score_locally(images[:, at], self.background, **chosen)[inside]
+                             for at in range(block.dates)])  # fmt: skip
         images = _image(self.ref.block(number))
         return np.stack([score_locally(images[:, at], self.background, **chosen) for at in range(images.shape[1])])
 

@@ -48,6 +48,7 @@ class NetworkReader:
     """
 
     radar = False
+    remedy = "another --run, of a network with fewer channels (model.code) or other bands"
 
     def __init__(self, cube: Cube, run: str | Path, shows: Shows, *, time: str | None = None) -> None:
         # tasks without a network do not load what trains one

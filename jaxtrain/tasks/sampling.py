@@ -46,11 +46,11 @@ class _SampleJob:
 
     def __call__(self, number: int) -> tuple[U64, U64, npt.NDArray[np.float32]]:
         block = self.ref.block(number)
-        ids, values = block.ids, block.values
+        ids, values, turns = block.ids, block.values, block.turns
         if self.choose is not None:
             chosen = self.choose(self.ref.table, ids)
-            ids, values = ids[chosen], values[:, chosen]
-        return _smallest(hash_ids(hash_ids(ids, self.seed), 1), ids, values, self.count)
+            ids, values, turns = ids[chosen], values[:, chosen], turns[chosen]
+        return _smallest(hash_ids(hash_ids(ids, self.seed) + turns, 1), ids, values, self.count)
 
 
 def sample_rows(

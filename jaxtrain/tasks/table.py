@@ -6,6 +6,7 @@ depends on the data alone, so that whatever is summed over them does not depend 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -53,6 +54,7 @@ class Block:
             of `shape` to the next.
         finite: int64 (feature,): rows of the block in which each feature is a number, of `observed` rows.
         observed: Number of observed rows, with or without numbers.
+        dates: Number of dates that show the same ground; with more than one they are the first axis of `shape`.
     """
 
     values: npt.NDArray[np.float32]
@@ -61,6 +63,7 @@ class Block:
     numbering: tuple[int, int]
     finite: npt.NDArray[np.int64]
     observed: int
+    dates: int = 1
 
     @property
     def at(self) -> npt.NDArray[np.int64]:
@@ -70,10 +73,20 @@ class Block:
 
     @property
     def ids(self) -> npt.NDArray[np.uint64]:
-        """uint64 (row,): number of each row in the whole table."""
-        line, place = np.divmod(self.at, self.shape[-1])
+        """uint64 (row,): number of the ground of each row in the whole table, the same on each of several dates."""
+        at = self.at if self.dates == 1 else self.at % self._ground
+        line, place = np.divmod(at, self.shape[-1])
         first, pitch = self.numbering
         return (line * pitch + place + first).astype(np.uint64)
+
+    @property
+    def turns(self) -> npt.NDArray[np.uint64]:
+        """uint64 (row,): which of the dates each row is of."""
+        return (self.at // self._ground).astype(np.uint64)
+
+    @property
+    def _ground(self) -> int:
+        return math.prod(self.shape) // self.dates
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +103,7 @@ class Table(Protocol):
         features: The columns.
         digest: Digest of the data and of what was selected from it.
         warnings: What may limit results.
+        remedy: How other features are chosen, for errors.
     """
 
     @property
@@ -102,6 +116,8 @@ class Table(Protocol):
     def digest(self) -> str: ...
     @property
     def warnings(self) -> tuple[str, ...]: ...
+    @property
+    def remedy(self) -> str: ...
     @property
     def description(self) -> dict[str, Any]:
         """Arguments of `open_table` that open the same table again, in another process."""
@@ -134,14 +150,15 @@ def check_features(table: Table, rows: int, finite: npt.NDArray[np.int64], obser
     empty = tuple(feature.label for feature, count in zip(table.features, finite, strict=True) if not count)
     # a cube counts a pixel as observed only where all its bands hold numbers
     empty = empty if observed else table.features_without_numbers()
+    others = f"other dates with --time, or {table.remedy}" if table.kind == "cube" else table.remedy
     if empty and len(empty) < len(table.features):
         raise InvalidInput(
-            f"{table.url}: {', '.join(empty[:8])} {'holds' if len(empty) == 1 else 'hold'} no number anywhere; leave "
-            f"{'it' if len(empty) == 1 else 'them'} out with --bands or --time"
+            f"{table.url}: {', '.join(empty[:8])} {'holds' if len(empty) == 1 else 'hold'} no number anywhere; "
+            f"choose {others}"
         )
     if not observed:
         raise NothingFound(f"{table.url} has no observed pixel in what was chosen: all is masked or without data")
     raise NothingFound(
         f"{table.url}: none of {observed:,} observed rows has a number in all of {len(table.features)} features; "
-        "choose fewer bands or dates"
+        f"choose {others}"
     )

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxtrain.data.ground import cube_digest
-from jaxtrain.tasks.cube_reader import Box, CubeReader
+from jaxtrain.tasks.cube_reader import BY_BANDS, Box, CubeReader
 from jaxtrain.tasks.date_change import LOOKS, change_from_before, normal_ratio
 from jaxtrain.tasks.network_reader import NetworkReader, Shows
 from jaxtrain.tasks.table import Block, Feature, Kind, Table
@@ -30,6 +30,8 @@ __all__ = ["VECTORS_IN_BLOCK", "CubeTable", "Dates", "SampleTable", "VectorTable
 Dates = Literal["mean", "stack", "change"]
 """Rule by which the dates of a cube become features: their mean, each date as features of its own, or how far the last
 date is from the mean of those before it."""
+Rule = Literal["mean", "stack", "change", "each"]
+"""`Dates`, and for what shows the usual, each date of a pixel as a row of its own."""
 VECTORS_IN_BLOCK = 1 << 18
 """Largest number of rows of a block of samples or vectors."""
 _LEAST_SHARE = 0.5
@@ -44,13 +46,13 @@ class CubeTable:
         dates: "mean" has the bands as features, each the mean over the clear observations of a pixel. "stack" has each
             band of each date; gaps are filled linearly in time, in pixels that were seen on at least half of the dates.
             "change" has the last date less the mean of those before it; of radar it is the ratio of intensities, as a
-            standard normal number.
+            standard normal number. "each" has the bands as features, and a row for each date of a pixel.
         looks: Equivalent number of looks of radar, for its change.
     """
 
     kind: Kind = "cube"
 
-    def __init__(self, reader: CubeReader | NetworkReader, dates: Dates = "mean", looks: float = LOOKS) -> None:
+    def __init__(self, reader: CubeReader | NetworkReader, dates: Rule = "mean", looks: float = LOOKS) -> None:
         self.reader = reader
         self.dates, self.looks = dates, looks
         # ratios of radar follow from their number of looks
@@ -72,7 +74,7 @@ class CubeTable:
             "url": self.url, "collection": reader.spec.collection, "time": ",".join(map(str, reader.dates)),
             "dates": dates, **reader.asked, **({"looks": looks} if self._ratios else {}),
         }  # fmt: skip
-        self.warnings = reader.warnings
+        self.warnings, self.remedy = reader.warnings, reader.remedy
 
     def __len__(self) -> int:
         return len(self.reader.boxes)
@@ -83,6 +85,7 @@ class CubeTable:
     def read_box(self, box: Box) -> Block:
         """Read the pixels of any box."""
         values, clear = self.reader.read(box)
+        shape: tuple[int, ...] = box.shape
         if self.dates == "change":
             made = normal_ratio(values, self.looks) if self._ratios else change_from_before(values)
             rows = made.reshape(len(values[0]), -1)
@@ -98,10 +101,14 @@ class CubeTable:
             values = fill_in_time(values, self.reader.spec.time_values[list(self.reader.dates)])
             rows = values.reshape(-1, box.shape[0] * box.shape[1])
             observed = clear.any(axis=0).ravel()
+        elif self.dates == "each" and len(values) > 1:
+            rows, observed = np.moveaxis(values, 1, 0).reshape(len(values[0]), -1), clear.ravel()
+            shape = (len(values), *box.shape)
         else:
             rows, observed = values.reshape(len(values[0]), -1), clear[0].ravel()
         width = self.reader.spec.grid.width
-        return _block(rows, observed, box.shape, (box.y0 * width + box.x0, width))
+        block = _block(rows, observed, shape, (box.y0 * width + box.x0, width))
+        return replace(block, dates=shape[0]) if len(shape) > 2 else block
 
     def features_without_numbers(self) -> tuple[str, ...]:
         return self.reader.bands_without_numbers()
@@ -122,6 +129,7 @@ class SampleTable:
         self.digest = _digest(store.digest, [self.bands])
         self.description: dict[str, Any] = {"url": self.url, "bands": tuple(one.name for one in self.features)}
         self.warnings: tuple[str, ...] = ()
+        self.remedy = BY_BANDS
         height, width = store.spec.size
         self.samples_in_block = max(1, VECTORS_IN_BLOCK // (height * width))
 
@@ -168,6 +176,7 @@ class VectorTable:
         self.digest = _digest(hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest(), [about])
         self.description: dict[str, Any] = {"url": self.url}
         self.warnings: tuple[str, ...] = ()
+        self.remedy = "vectors of another run"
 
     def __len__(self) -> int:
         return math.ceil(len(self.vectors) / VECTORS_IN_BLOCK)
@@ -187,7 +196,7 @@ def open_table(
     collection: str | None = None,
     bands: str | tuple[str, ...] = (),
     time: str | None = None,
-    dates: Dates = "mean",
+    dates: Rule = "mean",
     looks: float = LOOKS,
     run: str | None = None,
     shows: Shows = "residual",

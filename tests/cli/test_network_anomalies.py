@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -105,6 +106,28 @@ def test_another_process_opens_the_same_table(places: Path, monkeypatch: pytest.
     again = work._open(ref.description)
     assert again.digest == table.digest
     np.testing.assert_array_equal(again.read(3).values, table.read(3).values)
+
+
+@pytest.mark.parametrize("dead", [(), (0,)])
+def test_a_singular_covariance_of_a_network_is_not_mended_by_bands(
+    run: Callable[..., Outcome], places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: tuple[int, ...]
+) -> None:
+    """--run refuses --bands, so no message may advise it."""
+    real = NetworkReader._code
+
+    def code(self: NetworkReader, *given: Any) -> jax.Array:
+        made = real(self, *given)
+        return made.at[:, dead[0]].set(0.0) if dead else made.at[:, 1].set(made[:, 0])
+
+    monkeypatch.setattr(NetworkReader, "_code", code)
+    done = run("anomaly", places / "odd.zarr", tmp_path / "out", "--method", "embedding", "--run", places / "run",
+               "--time", "2023-08-11", "--false-alarms", "0.02")  # fmt: skip
+    assert done.code == 2, done.err
+    assert "is singular" in done.error_line()
+    assert ("one value everywhere" if dead else "depend on each other") in done.error_line()
+    assert "--bands" not in done.error_line()
+    assert "choose another --run, of a network with fewer channels (model.code)" in done.error_line()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
