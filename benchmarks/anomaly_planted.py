@@ -30,6 +30,8 @@ DATES = tuple(dt.date(2022, *day) for day in ((6, 14), (7, 4), (7, 14), (7, 24))
 PASSES = tuple(dt.date(2022, *day) for day in ((6, 12), (6, 24), (7, 6), (7, 12), (7, 18), (7, 23)))
 APPEARS = dt.date(2022, 7, 20)
 KINDS = ("building", "clear-cut", "flood", "burn", "ship", "cloud")
+AUTOENCODER = {"name": "autoencoder", "width": 16, "depth": 1, "code": 4}
+"""A cell of the code is 2 × 2 pixels: 20 m, as wide as the narrowest of what is planted, a ship of 24 m."""
 METHODS = ("rx", "local-rx", "isolation", "autoencoder", "embedding")
 TRAINED = ("isolation", "autoencoder", "embedding")
 
@@ -85,7 +87,7 @@ def train_autoencoder(cube: Path, collection: str, bands: Sequence[str], last: s
     config = TrainConfig.model_validate({
         "data": {"cube": str(cube), "collection": collection, "bands": bands, "patch": 32,
                  "split": {"test_dates": [last], "block_m": 640}},
-        "model": {"name": "autoencoder", "width": 16, "depth": 2, "code": 4},
+        "model": AUTOENCODER,
         "optim": {"loss": "mse", "learning_rate": 3e-3},
         "run": {"steps": 150, "batch_size": 16, "evaluate_every": 150, "checkpoint_every": 150, "seed": seed},
     })  # fmt: skip

@@ -259,7 +259,8 @@ def _determining(options: AnomalyOptions) -> dict[str, Any]:
     if options.usual is not None:
         found["usual_rows"] = "each"  # earlier releases took the mean of several usual dates
     # scores of these are other numbers than those of earlier releases, whose beginnings are not continued
-    return found if options.method in ("rx", "local-rx") else {**found, "scores": 2}
+    release = {"isolation": 3, "autoencoder": 2, "embedding": 2}
+    return {**found, "scores": release[options.method]} if options.method in release else found
 
 
 def _open(
@@ -269,8 +270,8 @@ def _open(
         raise InvalidInput(f"--method autoencoder maps a cube, and {url} is none: use --method embedding with --run")
     table = open_table(
         url, collection=options.collection, bands=options.bands, time=time or options.time,
-        dates="each" if each else options.dates, looks=options.looks, run=None if run is None else str(Path(run).absolute()),
-        shows=_shown(options),
+        dates="each" if each else options.dates, looks=options.looks,
+        run=None if run is None else str(Path(run).absolute()), shows=_shown(options),
     )  # fmt: skip
     if options.method == "local-rx":
         if isinstance(table, VectorTable):
@@ -354,7 +355,7 @@ def _fit(
     sample = sample_rows(usual, _SAMPLE[options.method], options.seed, workers, choose=Fitted(options.seed))
     rows = np.ascontiguousarray(background.whiten(sample.T).T)
     if options.method == "isolation":
-        return Forest(ref, background, grow_forest(rows, options.seed)), about
+        return Forest(ref, background, *grow_forest(rows, options.seed)), about
     return Neighbours(ref, background, rows), about
 
 

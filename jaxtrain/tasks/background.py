@@ -112,9 +112,7 @@ def make_background(
             if few
             else f"{_combined(vectors[:, 0], labels)} depend on each other"
         )
-        raise InvalidInput(
-            f"the covariance of {where} is singular: {reason}; add --shrinkage auto, or choose {remedy}"
-        )
+        raise InvalidInput(f"the covariance of {where} is singular: {reason}; add --shrinkage auto, or choose {remedy}")
     factor = np.linalg.cholesky(shrunk)
     whitening = np.tril(np.linalg.solve(factor, np.eye(len(spread)))) / spread[None, :]
     return Background(moments.mean, whitening, float(share), moments.count)
