@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,13 +17,14 @@ from jaxtrain.tasks import cells, clusters, cube_reader, kmeans, tables, work
 from jaxtrain.tasks.assign import assign_rows
 from jaxtrain.tasks.cells import assign_cells, make_cells
 from jaxtrain.tasks.choice import choose_k
+from jaxtrain.tasks.cluster_model import ClusterModel
 from jaxtrain.tasks.clusters import ClusterOptions, cluster, parse_k
 from jaxtrain.tasks.kmeans import Fit, fit_kmeans
 from jaxtrain.tasks.moments import principal_components, table_moments
 from jaxtrain.tasks.sampling import sample_rows
 from jaxtrain.tasks.scaling import Scaling, make_scaling
 from jaxtrain.tasks.seeding import nearest_centres, seed_parallel
-from jaxtrain.tasks.table import Table
+from jaxtrain.tasks.table import Feature, Table
 from jaxtrain.tasks.tables import open_table
 from jaxtrain.tasks.work import LocalWorkers, ProcessWorkers, keep_blocks
 from zarr_store.errors import InvalidInput, NothingFound, Preempted
@@ -380,6 +382,16 @@ def test_clusters_of_one_cube_label_another_that_stores_other_numbers(tmp_path: 
     with pytest.raises(InvalidInput, match=r"comes without red, nir"):
         cluster(tmp_path / "fewer.zarr", tmp_path / "no", ClusterOptions(bands="blue,green"), model=tmp_path / "fit")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("vectors", ("--bands", "--time")), ("samples", ("--time",)), ("cube", ())])
+def test_what_does_not_fit_a_model_is_mended_by_options_that_its_kind_has(kind: Any, refused: tuple[str, ...]) -> None:
+    features = (Feature("v0"), Feature("v1"))
+    model = ClusterModel(kind, features, "mean", Scaling(np.zeros(2), np.eye(2)), np.zeros((3, 2)))
+    there: Any = SimpleNamespace(url="other.zarr", kind=kind, features=features[:1])
+    with pytest.raises(InvalidInput, match="fit new clusters") as caught:
+        model.check_table(there, "model.json")
+    assert {name for name in ("--bands", "--time") if name not in str(caught.value)} == set(refused)
 
 
 def test_pixels_of_samples_have_a_cluster_each(tmp_path: Path) -> None:
