@@ -134,9 +134,11 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
         if row["name"].startswith("accuracy: "):
-            updates, _, seeds = row["note"].partition(" updates")
-            lines.append([row["name"].removeprefix("accuracy: "), updates, f"{row['value']:.4f}", seeds.strip("; ")])
-    return table(("run", "updates", "accuracy", "of the seeds"), lines) if lines else ""
+            updates, seeds, loss = row["note"].split("; ")
+            lines.append([row["name"].removeprefix("accuracy: "), updates.removesuffix(" updates"),
+                          f"{row['value']:.4f}", seeds, loss.removeprefix("last loss ")])  # fmt: skip
+    head = ("run", "updates", "accuracy", "of the seeds", "last loss of the first")
+    return table(head, lines) if lines else ""
 
 
 def document_of(name: str) -> dict[str, Any]:
@@ -210,12 +212,13 @@ def draw_batches(document: Mapping[str, Any]) -> Figure:
 
 def main() -> None:
     """Write both pages."""
-    sim, series, placed = rows_of("multimodal-sim"), rows_of("multimodal-series"), rows_of("placements")
+    sim, series = rows_of("multimodal-sim"), rows_of("multimodal-series")
     table_here, table_dask = document_of("table"), document_of("table-dask")
     put(DOCS / "multimodal.md", {"clouds": cloud_table(sim), "series": series_table(series)})
     put(DOCS / "placements.md", {
-        "bytes": bytes_table(placed), "accuracy": accuracy_table(placed), "predicted": predicted_table(table_here),
-        "measured": measured_table(table_here), "dask": measured_table(table_dask),
+        "bytes": bytes_table(rows_of("placements-bytes")), "accuracy": accuracy_table(rows_of("placements-accuracy")),
+        "predicted": predicted_table(table_here), "measured": measured_table(table_here),
+        "dask": measured_table(table_dask),
     })  # fmt: skip
     for name, figure in {
         "multimodal-clouds": draw_clouds(sim) if sim else None,

@@ -26,6 +26,8 @@ from planner_bytes import alone, lift_loopback
 
 PLACE = OUT / "placements.json"
 """What was measured so far, so that an interruption loses one placement."""
+PARTS = ("bytes", "speed", "accuracy")
+"""Each is a result file of its own."""
 S2, S1, CLASSES = 4, 2, 5
 BRANCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "data parallel": ({"kind": "replicated", "parts": 2}, {}),
@@ -282,23 +284,27 @@ def keep(kept: Mapping[str, Any]) -> None:
     PLACE.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 
-def figures(kept: Mapping[str, Any]) -> list[Row]:
-    rows = [
+def figures(kept: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Return the rows of each part."""
+    rows = {}
+    rows["bytes"] = [
         Row(f"bytes of {name}: prediction off by", abs(one["predicted"] / one["measured"] - 1), AIM_BYTES, at_most=True,
             note=f"predicted {one['predicted']:.0f}, carried {one['measured']:.0f} bytes; the payload alone "
                  f"{one['payload'] / one['measured'] - 1:+.1%}")
         for name, one in kept.get("bytes", {}).items()
     ]  # fmt: skip
-    rows += [
+    rows["speed"] = [
         Row(f"two equal branches on two processes, {where}", one["ratio"],
             AIM_SPEED if where == "one core each" else None, note="× one process")
         for where, one in kept.get("speed", {}).items()
     ]  # fmt: skip
-    rows += [
+    rows["accuracy"] = [
         Row(
             f"accuracy: {name}",
             statistics.mean(one["accuracy"]),
-            note=f"{one['updates']} updates; " + ", ".join(f"{score:.4f}" for score in one["accuracy"]),
+            note=f"{one['updates']} updates; "
+            + ", ".join(f"{score:.4f}" for score in one["accuracy"])
+            + f"; last loss {one['loss'][0]:.5f}",
         )
         for name, one in kept.get("accuracy", {}).items()
     ]
@@ -307,11 +313,11 @@ def figures(kept: Mapping[str, Any]) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=("bytes", "speed", "accuracy", "work", "lifted", "processes"))
+    parser.add_argument("--full", action="store_true", help="three seeds of the accuracy; else one")
+    parser.add_argument("--part", choices=(*PARTS, "work", "lifted", "processes"))
     parser.add_argument("--only", help="only this placement")
     parser.add_argument("--request")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--patch", type=int, default=64)
     options = parser.parse_args()
@@ -327,13 +333,15 @@ def main() -> None:
     # devices of one process for the planner's programs and for the accuracy
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     kept = json.loads(PLACE.read_text()) if PLACE.exists() else {}
-    if options.part in (None, "bytes"):
+    parts = PARTS if options.part is None else (options.part,)
+    if "bytes" in parts:
         compare_bytes(kept, options.only)
-    if options.part in (None, "speed"):
+    if "speed" in parts:
         compare_speed(kept, options.batch, options.patch)
-    if options.part in (None, "accuracy"):
-        compare_accuracy(kept, options.epochs, options.seeds)
-    if not publish("placements", figures(kept), full=True):
+    if "accuracy" in parts:
+        compare_accuracy(kept, options.epochs, 3 if options.full else 1)
+    met = [publish(f"placements-{part}", figures(kept)[part], full=options.full) for part in parts]
+    if not all(met):
         raise SystemExit(1)
 
 

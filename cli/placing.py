@@ -1,37 +1,40 @@
-"""Measure placements of a network in real processes, here or on the workers of a Dask cluster, and print the tables."""
+"""Measure placements of a network in real processes, here or on the workers of a Dask cluster."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from cli.placement_tables import batch_table, measured_table, placement_table, placements_document
 from cli.progress import Reporter
 from cli.session import Session
-from zarr_store.errors import TerrashardError
+from zarr_store.errors import AccessError, Preempted, TerrashardError
 
 if TYPE_CHECKING:
     from jaxtrain.config import TrainConfig
     from jaxtrain.launching.places import Places
     from jaxtrain.launching.process import OnLine, Running
-    from jaxtrain.planner.placements import Placed, PlacementRow
+    from jaxtrain.planner.placements import Placed
     from jaxtrain.planner.profile import Profile
     from jaxtrain.planner.survey import Network
 
-__all__ = ["measure_placements", "measured_table", "placement_table", "placements_document", "survey_branches"]
+__all__ = ["measure_placements", "survey_branches"]
 
-WIDTH = 132
+MOST_STEPS = 200
+"""Steps that a measured placement trains at most, where the user names no epochs."""
 _FLAG = "--xla_force_host_platform_device_count"
 
 
 def survey_branches(
-    session: Session, network: Network, profile: Profile, *, measure: bool, dask: str | None, epochs: float
+    session: Session, network: Network, profile: Profile, *, measure: bool, dask: str | None, epochs: float | None
 ) -> None:
     """Compare the placements of a network with branches, and print and emit what was found.
 
@@ -41,21 +44,28 @@ def survey_branches(
         profile: The machine.
         measure: Whether to run each placement in real processes.
         dask: Address of a Dask scheduler on whose workers they run; None for this machine.
-        epochs: Passes over the training part that each measured placement trains.
+        epochs: Passes over the training part that each measured placement trains; None for one, or for `MOST_STEPS`
+            steps where one has more.
     """
     from jaxtrain.planner.placements import survey_placements
 
     with Reporter(session, "survey", unit="programs") as progress:
         rows = survey_placements(network, profile, on_progress=progress.update)
     session.say_lines(placement_table(rows, network.windows))
+    session.say_lines(batch_table(rows, network.windows))
     measured: dict[str, dict[str, Any]] = {}
+    batch = network.config.run.batch_size
+    if epochs is None:
+        epochs = min(1.0, MOST_STEPS * batch / max(1, network.windows))
     if measure:
         placed = [row.placed for row in rows if row.facts is not None]
         measured = measure_placements(session, placed, dask=dask, epochs=epochs)
-        session.say_lines(measured_table(rows, measured))
+        session.say_lines(measured_table(rows, measured, network.windows))
+        session.say(f"trained for {epochs:.3g} epoch(s), {max(1, round(epochs * network.windows / batch))} steps of "
+                    f"{batch} windows, with the same order and first weights")  # fmt: skip
     session.emit({
         "placements": placements_document(rows, network.windows, measured), "windows": network.windows,
-        "batch_size": network.config.run.batch_size, "profile": profile.model_dump(mode="json"),
+        "batch_size": batch, "profile": profile.model_dump(mode="json"), "epochs": epochs if measure else None,
     })  # fmt: skip
 
 
@@ -63,6 +73,9 @@ def measure_placements(
     session: Session, placed: Sequence[Placed], *, dask: str | None = None, epochs: float = 1.0
 ) -> dict[str, dict[str, Any]]:
     """Run placements with a process for each device, those with equally many devices in one start.
+
+    Each row is kept once it is measured. So the same call continues after an interruption, and processes that die lose
+    the placement that they were at; the others are started again without it.
 
     Args:
         session: The command.
@@ -77,53 +90,97 @@ def measure_placements(
         TerrashardError: The first processes failed; the message is the last line that they wrote. Later ones that fail
             have this reason in place of measurements.
         AccessError: The Dask cluster does not answer, or has no worker.
+        Preempted: The command was told to stop.
     """
+    from jaxtrain.planner.measured_rows import MeasuredRows
+
+    kept = MeasuredRows({"epochs": epochs, "dask": dask, "version": version("terrashard")})
+    asked = {one.name: _request(one) for one in placed if one.candidate.config is not None}
     by_size: dict[int, list[Placed]] = defaultdict(list)
-    for one in placed:
-        if one.candidate.config is not None:
-            by_size[one.devices].append(one)
     found: dict[str, dict[str, Any]] = {}
-    for devices, several in sorted(by_size.items()):
-        session.note(f"measuring {len(several)} placement(s) in {devices} process(es)")
-        try:
-            found |= _measure(devices, several, dask, epochs)
-        except TerrashardError as error:
-            if not found:
-                raise
-            # what was measured is worth its minutes; a cluster may have workers for the smaller placements only
-            found |= {one.name: {"why_not": str(error)} for one in several}
+    for one in placed:
+        if one.name not in asked:
+            continue
+        by_size[one.devices].append(one)
+        if (row := kept.take(asked[one.name])) is not None:
+            found[one.name] = row
+    if found:
+        session.note(f"taken up from the measurement that was interrupted: {', '.join(found)}")
+    with Reporter(session, "measure", unit="placements") as progress:
+
+        def tell(name: str, row: dict[str, Any]) -> None:
+            found[name] = row
+            if "why_not" not in row:
+                kept.keep(asked[name], row)
+            progress.update(len(found), len(asked), name)
+
+        for devices, several in sorted(by_size.items()):
+            waiting = [one for one in several if one.name not in found]
+            while waiting:
+                progress.line(f"measuring {len(waiting)} placement(s) in {devices} process(es)")
+                try:
+                    for name, row in _measure(devices, waiting, dask, epochs, tell).items():
+                        found.setdefault(name, row)
+                except Preempted:
+                    raise
+                except TerrashardError as error:
+                    if not any("why_not" not in row for row in found.values()):
+                        raise
+                    # what was measured is worth its minutes; a cluster may have workers for the smaller placements only
+                    left = [one for one in waiting if one.name not in found]
+                    lost = left if isinstance(error, AccessError) else left[:1]
+                    found |= {one.name: {"why_not": str(error)} for one in lost}
+                waiting = [one for one in waiting if one.name not in found]
+    kept.forget()
     return found
 
 
-def _measure(devices: int, several: Sequence[Placed], dask: str | None, epochs: float) -> dict[str, dict[str, Any]]:
-    from jaxtrain.launch import LaunchConfig, launch_at
+def _request(one: Placed) -> dict[str, Any]:
+    """Return what the processes are told of a placement: its name and the run."""
+    assert one.candidate.config is not None
+    config = _wherever(one.candidate.config)
+    return {"name": one.name, "config": config.model_dump(mode="json", exclude_unset=True)}
 
-    request = {
-        "epochs": epochs,
-        "placements": [
-            {"name": one.name, "config": _wherever(one.candidate.config).model_dump(mode="json", exclude_unset=True)}
-            for one in several
-            if one.candidate.config is not None
-        ],
-    }
+
+def _measure(
+    devices: int,
+    several: Sequence[Placed],
+    dask: str | None,
+    epochs: float,
+    tell: Callable[[str, dict[str, Any]], None],
+) -> dict[str, dict[str, Any]]:
+    """Measure placements of one number of devices; `tell` gets each row once all processes have told theirs."""
+    from jaxtrain.launch import LaunchConfig, launch_at
+    from jaxtrain.launching.outcome import INTERRUPTED, PREEMPTED
+
+    request = {"epochs": epochs, "placements": [_request(one) for one in several]}
     arguments = ["-P", "-m", "jaxtrain.planner.placement_measurer", json.dumps(request)]
-    lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    lines: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     last: dict[int, str] = {}
+    telling = Lock()
 
     def on_line(number: int, stream: str, text: str) -> None:
         if stream == "stdout" and text.startswith("{"):
-            lines[number].append(json.loads(text))
+            line = json.loads(text)
+            with telling:
+                mine = lines[line["placement"]]
+                mine[number] = line
+                if len(mine) == devices:
+                    tell(line["placement"], _together(list(mine.values())))
         elif text.strip():
             last[number] = text.strip()
 
     with _places(arguments, devices, dask) as places:
         outcome = launch_at(places, LaunchConfig(devices, restarts=0), on_line=on_line)
+    if outcome.exit_code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if outcome.exit_code == PREEMPTED:
+        raise Preempted("told to stop (SIGTERM); the same command continues with the placements that are missing")
     if outcome.exit_code:
         wrong = next((number for number, code in enumerate(outcome.codes) if code not in (0, None, -15)), 0)
         said = last.get(wrong) or next(iter(last.values()), "they wrote nothing")
         raise TerrashardError(f"placements on {devices} processes could not be measured: {said}")
-    return {one.name: _together([line for mine in lines.values() for line in mine if line["placement"] == one.name])
-            for one in several}  # fmt: skip
+    return {one.name: _together(list(lines[one.name].values())) for one in several}
 
 
 def _wherever(config: TrainConfig) -> TrainConfig:
@@ -189,99 +246,3 @@ def _together(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             found[name] = max(line[name] for line in lines)
     found["busy"] = [line["busy"] for line in ordered]
     return {name: value for name, value in found.items() if name not in ("placement", "process", "host")}
-
-
-# ---- Words
-
-
-def placement_table(rows: Sequence[PlacementRow], windows: int) -> str:
-    """Return what the planner says of each placement as a table.
-
-    Args:
-        rows: The placements.
-        windows: Windows of an epoch.
-    """
-    lines, wrong = [], []
-    for row in rows:
-        values = row.to_dict()
-        if "why_not" in values:
-            wrong.append(f"cannot be: {row.placed.name}: {row.why_not}")
-            continue
-        steps = max(1, round(windows / values["batch"]))
-        lines.append([
-            row.placed.name, str(row.placed.devices), _mega(values["bytes_step"]), _mega(values["bytes_step"] * steps),
-            _mega(values["bytes_fixed"]), _kilo(values["bytes_window"]),
-            " ".join(f"{flops / 1e9:.2f}" for flops in values["flops_devices"]),
-            " ".join(f"{share:.0%}" for share in values["busy_devices"]),
-            f"{values['peak_bytes_device'] / 1e6:.0f}", f"{1e3 * values['predicted_step_s']:.1f}",
-        ])  # fmt: skip
-    names = ("placement", "devices", "MB/step", "MB/epoch", "of it fixed", "kB/window", "GFLOP of each", "busy",
-             "peak MB", "step ms")  # fmt: skip
-    return "\n".join([_drawn("placements, predicted", names, lines), *wrong])
-
-
-def measured_table(rows: Sequence[PlacementRow], measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what was measured of each placement as a table, with the planner's bytes beside it."""
-    lines, wrong = [], []
-    for row in rows:
-        seen = measured.get(row.placed.name)
-        if seen is None or "why_not" in seen:
-            if seen is not None:
-                wrong.append(f"not measured: {row.placed.name}: {seen['why_not']}")
-            continue
-        values = row.to_dict()
-        told, sent = values["bytes_step"] + values["header_bytes"], seen.get("bytes_step")
-        lines.append([
-            row.placed.name, _mega(told), "" if sent is None else _mega(sent), _off(told, sent),
-            f"{1e3 * seen['step_s']:.1f}", " ".join(f"{share:.0%}" for share in seen["busy"]),
-            f"{1e3 * seen['inference_s']:.1f}", f"{seen['train_s']:.1f}" if "train_s" in seen else "",
-            _score(seen), f"{seen['train_loss']:.5f}" if "train_loss" in seen else "",
-        ])  # fmt: skip
-    names = ("placement", "with headers", "carried", "off", "step ms", "processor", "inference ms",
-             "epochs s", "accuracy", "last loss")  # fmt: skip
-    return "\n".join([_drawn("placements, measured", names, lines), *wrong])
-
-
-def placements_document(
-    rows: Sequence[PlacementRow], windows: int, measured: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return predictions and measurements as JSON."""
-    found = []
-    for row in rows:
-        one = row.to_dict()
-        if "batch" in one:
-            one["bytes_epoch"] = one["bytes_step"] * max(1, round(windows / one["batch"]))
-        seen = measured.get(row.placed.name)
-        found.append(one | ({} if seen is None else {"measured": dict(seen)}))
-    return found
-
-
-def _off(told: float, seen: float | None) -> str:
-    return "" if not seen or not told else f"{told / seen - 1:+.1%}"
-
-
-def _score(seen: Mapping[str, Any]) -> str:
-    score = seen.get("accuracy", seen.get("r2"))
-    return "" if score is None else f"{score:.4f}"
-
-
-def _mega(size: float) -> str:
-    return f"{size / 1e6:.3f}"
-
-
-def _kilo(size: float) -> str:
-    return f"{size / 1e3:.1f}"
-
-
-def _drawn(title: str, names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in names:
-        made.add_column(name, justify="left" if name == "placement" else "right", no_wrap=name == "placement")
-    for line in lines:
-        made.add_row(*line)
-    out = io.StringIO()
-    Console(file=out, width=WIDTH, color_system=None).print(made)
-    return out.getvalue().rstrip()

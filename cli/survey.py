@@ -55,8 +55,9 @@ def register(app: typer.Typer) -> None:
             typer.Option("--dask", metavar="ADDRESS", help="Measure placements on the workers of this Dask cluster."),
         ] = None,
         epochs: Annotated[
-            float, typer.Option("--epochs", metavar="N", help="Epochs that each measured placement trains.")
-        ] = 1.0,
+            float | None,
+            typer.Option("--epochs", metavar="N", help="Epochs of each measured placement; one, of 200 steps at most."),
+        ] = None,
     ) -> int:
         """Compare all parallel strategies for a network: bytes, operations, memory, time; and choose one.
 
@@ -76,6 +77,8 @@ def register(app: typer.Typer) -> None:
         from jaxtrain.planner.words import curve_table, sensitivity, sensitivity_line, table, verdict
         from zarr_store.errors import InvalidInput
 
+        if epochs is not None and not 0 <= epochs < float("inf"):
+            raise InvalidInput(f"--epochs must be a number from 0, got {epochs}; 0 measures steps and trains nothing")
         config = train_config(configuration, session)
         known = None if profile == "this-machine" else read_profile(profile)  # a wrong name costs no search for devices
         numbers = [device_count()] if devices is None else _numbers(devices)

@@ -95,7 +95,8 @@ def list_placements(config: TrainConfig) -> list[Placed]:
     """List the placements that are compared, the plainest first.
 
     Args:
-        config: The run; its own mesh plays no part. Where it has a placement of branches, this one is listed, too.
+        config: The run; its own mesh plays no part unless it has a placement. That one is listed, too, with its mesh,
+            such as replicas that divide the optimiser (`mesh.zero`).
 
     Raises:
         InvalidInput: The network has no branches, or a single one.
@@ -123,9 +124,13 @@ def list_placements(config: TrainConfig) -> list[Placed]:
         *((name, {"kind": "branches", "groups": groups}, {"data": 1} | mesh) for name, groups, mesh in branches),
     ]
     own = config.placement
-    if own.kind == "branches" and all([list(g) for g in own.groups] != p.get("groups") for _, p, _ in wanted):
+    if own.kind != "mesh":
         table = own.model_dump(mode="json", exclude_unset=True)
-        wanted.append(("as configured", table, config.mesh.model_dump(mode="json", exclude_unset=True)))
+        configured = ("as configured", table, config.mesh.model_dump(mode="json", exclude_unset=True))
+        made = place_run(config, *configured[1:])
+        listed = [place_run(config, placement, mesh) for _, placement, mesh in wanted]
+        if not any(_alike(made, other) for other in listed):
+            wanted.append(configured)
     found = []
     for name, placement, mesh in wanted:
         made = place_run(config, placement, mesh)
@@ -134,6 +139,17 @@ def list_placements(config: TrainConfig) -> list[Placed]:
         else:
             found.append(Placed(name, Candidate(name, made.mesh.size, made)))
     return found
+
+
+def _alike(one: TrainConfig | str, other: TrainConfig | str) -> bool:
+    """Return whether two runs put the same parts on the same devices."""
+    if isinstance(one, str) or isinstance(other, str):
+        return False
+    return (
+        one.placement.kind == other.placement.kind
+        and one.placement.groups == other.placement.groups
+        and (one.mesh == other.mesh)
+    )
 
 
 def survey_placements(

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from cli import placing
-from cli.placing import measure_placements, measured_table, placement_table, placements_document
+from cli.placement_tables import batch_table, measured_table, placement_table, placements_document
+from cli.placing import measure_placements
 from cli.session import Session
 from jaxtrain.planner.facts import HandOver
 from jaxtrain.planner.placements import Placed, PlacementRow, list_placements
 from tests.jaxtrain.planner.test_cost import exchange, facts, program
 from tests.jaxtrain.planner.test_placements import config_of
-from zarr_store.errors import AccessError, TerrashardError
+from zarr_store.errors import AccessError, Preempted, TerrashardError
 
 QUIET = Session(verbosity=-1)
 
@@ -119,6 +120,70 @@ def test_processes_that_fail_lose_nothing_of_what_was_measured(launched, monkeyp
     assert found["branches × filters"]["accuracy"] == found["one device"]["accuracy"] == 0.9
 
 
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_placement_whose_processes_die_is_left_out_of_the_next_start(launched, own_cache, monkeypatch):
+    asked: list[list[str]] = []
+
+    def dies_at_the_second(made: Any, config: Any, *, on_line: Any) -> Any:
+        request = json.loads(made.arguments[-1])
+        names = [one["name"] for one in request["placements"]]
+        asked.append(names)
+        dies = config.processes == 2 and "layers in stages" in names
+        for number in range(config.processes):
+            for name, text in zip(names, line_of(request, number), strict=True):
+                if dies and name == "layers in stages":
+                    break
+                on_line(number, "stdout", text)
+        on_line(0, "stderr", "killed for its memory")
+        return SimpleNamespace(exit_code=int(dies), codes=[int(dies)] * config.processes)
+
+    monkeypatch.setattr("jaxtrain.launch.launch_at", dies_at_the_second)
+    found = measure_placements(QUIET, list_placements(config_of()))
+    two = [names for names in asked if "filters split" in names]
+    assert [names[0] for names in two] == ["data parallel", "filters split"]
+    assert "layers in stages" not in two[1]
+    assert found["layers in stages"]["why_not"].endswith("could not be measured: killed for its memory")
+    assert sum("why_not" in row for row in found.values()) == 1
+
+
+def test_a_measurement_that_was_interrupted_is_taken_up_once(launched, own_cache, monkeypatch):
+    from jaxtrain import launch
+
+    works = launch.launch_at
+
+    def told_to_stop(made: Any, config: Any, *, on_line: Any) -> Any:
+        request = json.loads(made.arguments[-1])
+        if config.processes == 1:
+            return works(made, config, on_line=on_line)
+        for number in range(config.processes):  # the first of them is complete, of the second one line is missing
+            first, second, *_ = line_of(request, number)
+            on_line(number, "stdout", first)
+            if number == 0:
+                on_line(number, "stdout", second)
+        return SimpleNamespace(exit_code=75, codes=[75] * config.processes)
+
+    placed = list_placements(config_of())
+    monkeypatch.setattr("jaxtrain.launch.launch_at", told_to_stop)
+    with pytest.raises(Preempted, match="the same command continues with the placements that are missing"):
+        measure_placements(QUIET, placed, epochs=0.5)
+    monkeypatch.setattr("jaxtrain.launch.launch_at", works)
+    launched.clear()
+    other = measure_placements(QUIET, placed, epochs=2)
+    assert [(devices, len(request["placements"])) for devices, request in launched] == [(1, 1), (2, 5), (3, 1), (4, 2)]
+    launched.clear()
+    found = measure_placements(QUIET, placed, epochs=0.5)
+    assert [(devices, len(request["placements"])) for devices, request in launched] == [(2, 4), (3, 1), (4, 2)]
+    assert "data parallel" not in [one["name"] for one in launched[0][1]["placements"]]
+    assert found == other
+    # a table that is complete leaves nothing: the next measurement measures
+    assert not list(own_cache.rglob("measured-*"))
+
+
 def rows() -> list[PlacementRow]:
     made = {one.name: one for one in list_placements(config_of())}
     gradient = facts({"data": 2}, program(collectives=(exchange(("data",), 1e6, 2),)))
@@ -146,8 +211,9 @@ def test_the_measured_table_compares_bytes_with_their_headers():
     seen = {"bytes_step": sent / 1.02, "packets_step": 9.0, "step_s": 0.012, "busy": [0.9, 0.8], "inference_s": 0.004,
             "train_s": 3.0, "accuracy": 0.9494, "train_loss": 0.14265}  # fmt: skip
     measured: dict[str, dict[str, Any]] = {"branches, fusion with s2": seen, "data parallel": {"why_not": "too few"}}
-    text = measured_table(several, measured)
+    text = measured_table(several, measured, 64)
     assert "+2.0%" in text
+    assert f"{8 * sent / 1.02 / 1e6:.3f}" in text  # of an epoch of eight steps
     assert "0.9494" in text
     assert "not measured: data parallel: too few" in text
     document = placements_document(several, 64, measured)
@@ -156,6 +222,16 @@ def test_the_measured_table_compares_bytes_with_their_headers():
     assert document[2] == {"placement": "as configured", "devices": 2, "why_not": "needs 16 devices",
                            "settings": document[2]["settings"]}  # fmt: skip
     assert json.loads(json.dumps(document)) == document
+
+
+def test_the_batch_moves_the_bytes_of_data_parallel_and_not_those_of_branches():
+    text = batch_table(rows(), 64)
+    lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines()}
+    assert text.splitlines()[1].split()[1:] == ["batch", "4", "batch", "8", "batch", "16", "batch", "32"]
+    assert lines["data parallel"][2:] == ["32.000", "16.000", "8.000", "4.000"]
+    assert lines["branches, fusion with s2"][4:] == ["8.000"] * 4
+    document = placements_document(rows(), 64, {})
+    assert document[0]["bytes_epoch_of_batch"] == {"4": 32e6, "8": 16e6, "16": 8e6, "32": 4e6}
 
 
 def test_every_process_sees_one_device(monkeypatch, tmp_path: Path):

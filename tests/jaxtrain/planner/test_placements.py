@@ -60,6 +60,14 @@ def test_the_runs_own_placement_is_listed_unless_it_is_there_already():
     assert (last.name, last.devices) == ("as configured", 4)
     known = list_placements(config_of(placement={"kind": "branches", "groups": [["s2", "fusion"], ["s1"]]}))
     assert "as configured" not in [one.name for one in known]
+    # replicas of each part that divide the optimiser are another placement of the same groups
+    groups = {"kind": "branches", "groups": [["s2", "fusion"], ["s1"]]}
+    *_, divided = list_placements(config_of(placement=groups, mesh={"data": 2, "zero": 1}))
+    assert (divided.name, divided.devices, divided.candidate.mesh.zero) == ("as configured", 4, 1)
+    *_, many = list_placements(config_of(placement={"kind": "replicated", "parts": 4}))
+    assert (many.name, many.devices) == ("as configured", 4)
+    *_, last = list_placements(config_of(placement={"kind": "replicated", "parts": 2}))
+    assert last.name != "as configured"
 
 
 def test_a_placement_that_cannot_be_keeps_its_reason():
