@@ -1,13 +1,14 @@
 """Where fusion pays: accuracy by cloud share of one modality alone and of several.
 
 The simulated world has Sentinel-2 and Sentinel-1. Networks are trained on Sentinel-2 alone, Sentinel-1 alone, both with
-each fusion, and both without cloudy pairs. Held-out clear windows are then scored with 0, 25, 50, 75 and 100 % of
-Sentinel-2 masked; every pixel is scored in all cases. What is masked is a smooth random field cut at its quantile, the
-same for every network of a seed.
+each fusion, both without cloudy pairs, and both with each modality asked alone in every step. Held-out clear windows
+are then scored with 0, 25, 50, 75 and 100 % of Sentinel-2 masked; every pixel is scored in all cases. What is masked is
+a smooth random field cut at its quantile, the same for every network of a seed.
 
 What was measured is kept for each network and seed, so that a call continues where the last one stopped; `--network`
-and `--seed` measure one of them. The rows are published when all of them are there; `--publish` takes what is there,
-and each row tells of how many seeds it is.
+and `--seed` measure one of them. The rows of a topic are published when all of them are there; `--publish` takes what
+is there, and each row tells of how many seeds it is. `multimodal-alone` compares the way in which
+examples/multimodal.toml trains with single modalities, `multimodal-sim` compares fusions with hidden modalities.
 """
 
 from __future__ import annotations
@@ -71,6 +72,12 @@ VARIANTS = {
     ASKED: Variant(S2 | S1, alone=0.5, dropout=0.0),
     CLEAR_ONLY: Variant(CLEAR | S1, dropout=0.0),
 }
+SINGLE = ("S2 alone", "S1 alone")
+TOPICS: dict[str, tuple[str, ...]] = {
+    "multimodal-alone": (*SINGLE, ASKED),
+    "multimodal-sim": (*SINGLE, *FUSIONS, CLEAR_ONLY),
+}
+"""Networks of each result."""
 DATES = ("2022-04-20", "2022-06-16", "2022-07-24", "2022-08-08")
 PASSES = ("2022-04-18", "2022-06-15", "2022-07-23", "2022-08-07")
 BATCH = 16
@@ -182,8 +189,8 @@ def clear_windows(cube: Path) -> tuple[Any, npt.NDArray[Any]]:
     return ready.reader, test[whole][: whole.sum() // BATCH * BATCH]
 
 
-def measure_sim(size: Size, networks: Sequence[str], seeds: Sequence[int], *, some: bool) -> list[Row] | None:
-    """Train and score networks on the simulated world; return the rows once all, or `some`, of the seeds are there."""
+def measure_sim(size: Size, networks: Sequence[str], seeds: Sequence[int]) -> int:
+    """Train and score networks on the simulated world, where they were not; return the number of test windows."""
     cube = make_world(OUT, size.side)
     reader, rows = clear_windows(cube)
     for seed in seeds:
@@ -199,14 +206,19 @@ def measure_sim(size: Size, networks: Sequence[str], seeds: Sequence[int], *, so
             keep(place, found)
             shown = ", ".join(f"{share} %: {100 * one['accuracy']:.1f}" for share, one in found["by_share"].items())
             print(f"  {place}: {shown}", flush=True)
+    return len(rows)
+
+
+def collect(topic: str, size: Size, windows: int, *, some: bool) -> list[Row] | None:
+    """Return the rows of a topic once all, or `some`, of its seeds are there."""
     scores = {
         name: [kept().get(f"{name}, seed {seed}, {size.steps} steps") for seed in range(size.seeds)]
-        for name in VARIANTS
+        for name in TOPICS[topic]
     }
     there = {name: [one for one in several if one is not None] for name, several in scores.items() if any(several)}
-    if not {"S2 alone", "S1 alone", FUSIONS[0]} <= set(there) or (there != scores and not some):
+    if not {*SINGLE, TOPICS[topic][2]} <= set(there) or (there != scores and not some):
         return None
-    return rows_of(there, len(rows))
+    return rows_of(there, windows)
 
 
 def rows_of(scores: Mapping[str, Sequence[Any]], windows: int) -> list[Row]:
@@ -222,18 +234,23 @@ def rows_of(scores: Mapping[str, Sequence[Any]], windows: int) -> list[Row]:
             rows.append(Row(f"{name}, {share} % cloud: accuracy, %", mean[name, share],
                             note=note + f"{windows} windows"))  # fmt: skip
     best = {share: max(mean["S2 alone", share], mean["S1 alone", share]) for share in SHARES}
-    for name in (one for one in FUSIONS if one in scores):
-        # the aims are those of the default; the other fusions are beside it for comparison
-        aimed = name == FUSIONS[0]
+    for name in (one for one in (*FUSIONS, ASKED) if one in scores):
+        # the aims are those of late fusion; the other fusions are beside it for comparison
+        aimed = name in (FUSIONS[0], ASKED)
         least = min(SHARES, key=lambda share, name=name: mean[name, share] - best[share])  # type: ignore[misc]
         rows.append(Row(f"{name} beside the best single modality, least, points", mean[name, least] - best[least],
                         limit=-0.2 if aimed else None, note=f"at {least} % cloud"))  # fmt: skip
         for share in (75, 100):
             gain = mean[name, share] - mean["S2 alone", share]
             rows.append(Row(f"{name} beside S2 alone at {share} % cloud, points", gain, limit=10.0 if aimed else None))
+        if aimed:
+            # what the other modality adds under a clear sky cannot stay without it
+            rows.append(Row(f"{name} beside S2 alone at 0 % cloud, points", mean[name, 0] - mean["S2 alone", 0]))
         lost = [100 * (one["by_share"]["0"]["accuracy"] - one["without_s1"]["accuracy"]) for one in scores[name]]
         rows.append(Row(f"{name}: lost without S1 on clear pixels, points", statistics.fmean(lost), at_most=True,
                         limit=1.0 if aimed else None, note=f"{min(lost):.2f} … {max(lost):.2f}"))  # fmt: skip
+        rest = [100 * one["without_s1"]["accuracy"] for one in scores[name]]
+        rows.append(Row(f"{name}, without S1 on clear pixels: accuracy, %", statistics.fmean(rest)))
     for share in (50, 100) if CLEAR_ONLY in scores else ():
         lost = mean[CLEAR_ONLY, 0] - mean[CLEAR_ONLY, share]  # type: ignore[assignment]
         rows.append(Row(f"{CLEAR_ONLY}: lost from 0 to {share} % cloud, points", lost))  # type: ignore[arg-type]
@@ -264,11 +281,15 @@ def main() -> int:
     size = FULL if options.full else QUICK
     networks = (options.network,) if options.network else tuple(VARIANTS)
     seeds = range(size.seeds) if options.seed is None else (options.seed,)
-    rows = measure_sim(size, networks, () if options.publish else seeds, some=options.publish)
-    if rows is None:
-        print("  networks or seeds are missing: nothing is published yet")
-        return 0
-    return 0 if publish("multimodal-sim", rows, full=options.full) else 1
+    windows = measure_sim(size, networks, () if options.publish else seeds)
+    code = 0
+    for topic in TOPICS:
+        rows = collect(topic, size, windows, some=options.publish)
+        if rows is None:
+            print(f"  {topic}: networks or seeds are missing, nothing is published yet")
+        elif not publish(topic, rows, full=options.full):
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

@@ -212,9 +212,12 @@ def draw_batches(document: Mapping[str, Any]) -> Figure:
 
 def main() -> None:
     """Write both pages."""
-    sim, series = rows_of("multimodal-sim"), rows_of("multimodal-series")
+    sim, alone, series = rows_of("multimodal-sim"), rows_of("multimodal-alone"), rows_of("multimodal-series")
     table_here, table_dask = document_of("table"), document_of("table-dask")
-    put(DOCS / "multimodal.md", {"clouds": cloud_table(sim), "series": series_table(series)})
+    put(
+        DOCS / "multimodal.md",
+        {"clouds": cloud_table(sim), "alone": cloud_table(alone), "series": series_table(series)},
+    )
     put(DOCS / "placements.md", {
         "bytes": bytes_table(rows_of("placements-bytes")), "accuracy": accuracy_table(rows_of("placements-accuracy")),
         "predicted": predicted_table(table_here), "measured": measured_table(table_here),
@@ -222,6 +225,7 @@ def main() -> None:
     })  # fmt: skip
     for name, figure in {
         "multimodal-clouds": draw_clouds(sim) if sim else None,
+        "multimodal-alone": draw_clouds(alone) if alone else None,
         "placements-batch": draw_batches(table_here) if table_here else None,
     }.items():
         if figure is not None:
