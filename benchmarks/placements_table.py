@@ -18,13 +18,15 @@ from harness import HERE, OUT, machine
 from multimodal import FULL, make_world
 
 TABLES = HERE.parent / "docs" / "placements"
+HIDDEN = ("--set", "model.alone=0", "--set", "data.modality_dropout=0.3")
+"""Hidden modalities, as of a plain network: one answer a step, whose operations are those of evaluation, too."""
 EXAMPLE = HERE.parent / "examples" / "multimodal.toml"
 
 
 def survey(*words: str, epochs: float, side: int) -> dict[str, Any]:
     """Run the command; return its document with the seconds that it took."""
     command = [sys.executable, "-m", "cli.main", "survey", str(EXAMPLE), "--measure", "--json"]
-    command += ["--epochs", f"{epochs:g}", "--set", f"data.cube={make_world(OUT, side)}", *words]
+    command += ["--epochs", f"{epochs:g}", "--set", f"data.cube={make_world(OUT, side)}", *HIDDEN, *words]
     began = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
     document: dict[str, Any] = json.loads(done.stdout)

@@ -30,6 +30,7 @@ __all__ = ["measure_placements", "survey_branches"]
 
 MOST_STEPS = 200
 """Steps that a measured placement trains at most, where the user names no epochs."""
+_GRACE_S = 5.0
 _FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -171,7 +172,8 @@ def _measure(
             last[number] = text.strip()
 
     with _places(arguments, devices, dask) as places:
-        outcome = launch_at(places, LaunchConfig(devices, restarts=0), on_line=on_line)
+        # they have nothing to save when they are told to stop
+        outcome = launch_at(places, LaunchConfig(devices, restarts=0, grace_s=_GRACE_S), on_line=on_line)
     if outcome.exit_code == INTERRUPTED:
         raise KeyboardInterrupt
     if outcome.exit_code == PREEMPTED:
