@@ -27,6 +27,7 @@ TOPICS: tuple[tuple[str, ...], ...] = (
     ("ingest_speed",),
     ("small_region",),
     ("ingest_floor",),
+    ("coarse",),
     ("scale",),
     ("soak",),
     ("train_input",),
@@ -50,7 +51,7 @@ TOPICS: tuple[tuple[str, ...], ...] = (
     ("append_date",),
 )
 """Scripts with their arguments, in order."""
-_WITH_PEERS = ("ingest_plan", "ingest_speed", "small_region")
+_WITH_PEERS = ("ingest_plan", "ingest_speed", "small_region", "coarse")
 
 
 def figures(newer_than: float = 0.0) -> list[tuple[str, dict[str, Any]]]:

@@ -70,7 +70,9 @@ def register(app: typer.Typer) -> None:
             str,
             typer.Option(help="reflectance (whole numbers as they are), backscatter (float32 values) or auto."),
         ] = "auto",
-        profile: Annotated[str, typer.Option(metavar="NAME", help="Layout: train, timeseries or archive.")] = "train",
+        profile: Annotated[
+            str, typer.Option(metavar="NAME", help="Layout: train, timeseries, archive or fast.")
+        ] = "train",
         classes: Annotated[bool, typer.Option("--classes", help="The static layer holds codes of classes.")] = False,
         values: Annotated[bool, typer.Option("--values", help="The labels are numbers, not classes.")] = False,
         names: Annotated[

@@ -81,7 +81,15 @@ GRID: dict[str, Any] = {
     "resampling": _option(
         str, "--resampling", panel=_HOW, metavar="NAME", text="Kernel: nearest, bilinear, cubic or average."
     ),
-    "profile": _option(str, "--profile", panel=_HOW, metavar="NAME", text="Layout: train, timeseries or archive."),
+    "profile": _option(
+        str, "--profile", panel=_HOW, metavar="NAME", text="Layout: train, timeseries, archive or fast."
+    ),
+    "read_overviews": _option(
+        bool,
+        "--overviews",
+        panel=_HOW,
+        text="Where the grid is at least twice as coarse as a file, read reflectance from its overviews.",
+    ),
     "native": _option(
         bool,
         "--native",

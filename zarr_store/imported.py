@@ -135,7 +135,7 @@ def from_xarray(
         masked: Values of `mask` whose pixels are masked.
         kind: "reflectance" stores whole numbers of up to 16 bits as they are, "backscatter" physical values as float32;
             "auto" takes the first where the numbers allow it.
-        profile: Layout of chunks and shards: train, timeseries or archive.
+        profile: Layout of chunks and shards: train, timeseries, archive or fast.
         store: Kind of a new cube, as for `create_cube`.
         source: Where the data come from: "file" and "sha256", which the item table keeps. Without a digest the numbers
             themselves decide whether a shard is done.

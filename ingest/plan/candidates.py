@@ -19,7 +19,8 @@ from ingest.pixels.indices import choose_indices
 from ingest.plan.grouping import Step, lattice_rank
 from ingest.plan.target import Candidate, pixel_box, project_bounds, region_lonlat
 from ingest.plan.task import PlannedScene, Recipe, SourceAsset
-from ingest.raster.read import Stored
+from ingest.raster.overview import choose_overview
+from ingest.raster.read import Stored, reads_overviews
 from ingest.request.config import IngestConfig
 from ingest.request.products import PRODUCTS, BandChoice, ProductRule
 from ingest.scenes.footprint import box_region, meets
@@ -323,12 +324,16 @@ def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: Ing
     radar = recipe.spec.kind == "backscatter"
     stored: Stored = "uint8" if layer else "float32" if radar else "uint16"
     probe = one.probe.assets.get(asset.band) if one.probe else None
+    header = one.header(asset.band)
+    overview = None
+    if recipe.overviews and probe is not None and header is not None and reads_overviews(asset, stored):
+        overview = choose_overview(probe.reduced, header, recipe.spec.grid)
     return SourceAsset(
         scene=one.scene.id,
         band=asset.band,
         key=asset.key,
         href=asset.href,
-        header=one.header(asset.band),
+        header=header,
         nodata=asset.nodata if asset.nodata is None or math.isfinite(asset.nodata) else None,
         kind=asset.kind,
         stored=stored,
@@ -341,4 +346,5 @@ def _source_asset(one: ProbedScene, asset: AssetRef, recipe: Recipe, config: Ing
         file_offset=probe.offset_dn or None if probe and stored == "uint16" else None,
         presigned=asset.presigned,
         refusal=probe.refusal if probe else None,
+        overview=overview.factor if overview else None,
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ingest.plan.candidates import Drop
+from ingest.plan.reduced import count_overviews
 from ingest.plan.task import Recipe, ShardTask
 from zarr_store.grid import Grid
 from zarr_store.notebook import facts_table
@@ -113,6 +114,8 @@ def _collection(plan: Described, recipe: Recipe) -> list[str]:
         + (f"; {empty} of them hold nothing and cost no file" if empty else ""),
         f"  sources   {len(rows)} scenes; resampled pixels {statistics.get('resampled_share', 0.0):.1%}",
     ]
+    if statistics.get("overviews"):
+        lines.append(f"  overviews {count_overviews(statistics['overviews'])}")
     if recipe.dtype == "uint16":
         applied = ", ".join(f"{offset:+d} on {count}" for offset, count in sorted(offsets.items()))
         judged = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))

@@ -28,6 +28,7 @@ from ingest.plan.grouping import group_scenes, overlap_order
 from ingest.plan.native import groups_of, measure_sizes, nest_target, share_indices
 from ingest.plan.plan import Origin, Plan
 from ingest.plan.reach import make_tasks
+from ingest.plan.reduced import describe_overviews
 from ingest.plan.statistics import collect_statistics, list_discrepancies
 from ingest.plan.target import TargetGrid, choose_grid, doubt_resolution
 from ingest.plan.task import Recipe
@@ -184,8 +185,10 @@ def plan_scenes(
                 config.pixels.mask_dilate_m if choice.mask else 0.0,
                 _clip(config, group.grid, own) if config.pixels.clip else None,
                 group.scenes,
+                overviews=config.grid.read_overviews,
             )  # fmt: skip
             table, planned = place_scenes(recipe, steps, by_id, config)
+            warnings += [f"{group.name}: {text}" for text in describe_overviews(recipe, planned, members)]
             recipes.append(recipe)
             items[group.name] = table
             made = make_tasks(recipe, planned)

@@ -21,6 +21,7 @@ from pyproj.exceptions import ProjError
 from shapely.geometry import shape
 
 from ingest.plan.coverage import Coverage, choose_coverage_band, find_window, measure_coverage
+from ingest.plan.reduced import ReducedProbe
 from ingest.plan.sample import Sample, is_read_whole, measure_blocks, read_near, read_sample, trim
 from ingest.plan.tags import describe_conversion, find_refusals, follow_offset_of_files, stored_type
 from ingest.raster.faults import is_file_fault
@@ -77,6 +78,8 @@ class AssetProbe:
         unit: Unit that the file states, in lower case; empty where it states none.
         refusal: Why the pixels are not used although the file can be read.
         block_bytes: Mean stored bytes of the blocks that the region touches, or of all; None where that is unknown.
+        reduced: Overviews that can be read in place of the full image, where they are asked for.
+        no_overviews: Why others cannot; empty where all can, or none is asked for.
     """
 
     grid: Grid | None = None
@@ -91,6 +94,12 @@ class AssetProbe:
     unit: str = ""
     refusal: str | None = None
     block_bytes: float | None = None
+    reduced: tuple[ReducedProbe, ...] = ()
+    no_overviews: str = ""
+
+    def overview(self, factor: int) -> ReducedProbe | None:
+        """The overview of a factor; None where there is none."""
+        return next((one for one in self.reduced if one.factor == factor), None)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -100,6 +109,7 @@ class AssetProbe:
             "grid": self.grid.to_dict() if self.grid else None,
             "overviews": list(self.overviews),
             "block": list(self.block) if self.block else None,
+            "reduced": [one.to_dict() for one in self.reduced],
         }
 
     @classmethod
@@ -111,6 +121,7 @@ class AssetProbe:
                 "grid": Grid.from_dict(data["grid"]) if data["grid"] else None,
                 "overviews": tuple(data["overviews"]),
                 "block": tuple(data["block"]) if data["block"] else None,
+                "reduced": tuple(ReducedProbe.from_dict(one) for one in data.get("reduced", ())),
             }
         )
 
@@ -232,7 +243,7 @@ def _coverage_band(scene: Scene) -> str | None:
 
 
 def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access: Access) -> _Header:
-    from ingest.raster.access import remember_header, with_asset
+    from ingest.raster.access import remember_header, remember_overviews, with_asset
     from ingest.raster.header import grid_of
     from ingest.raster.read import values_of
     from ingest.raster.values import Stated
@@ -258,10 +269,16 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
         )
         if window is not None:
             remember_header(dataset, access)
+        if config.grid.read_overviews and asset.kind == "data":
+            found = remember_overviews(dataset, access, grid)
+            region = window or (0, 0, grid.height, grid.width)
+            reduced = tuple(ReducedProbe.of(one, region) for one in found.usable)
+            probe = replace(probe, reduced=reduced, no_overviews=found.refusal)
         if not with_pixels:
             return _Header(probe)
         sample = coverage = near = None
-        if window is not None and not is_read_whole(dataset):
+        # where overviews are asked for, the ingest does not need the blocks of the region
+        if window is not None and not is_read_whole(dataset) and not config.grid.read_overviews:
             if file is not None:
                 file.keep = None  # of the blocks, only the pixels of the region are kept
             near = _near(dataset, window)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ingest.plan.reduced import list_overviews
 from ingest.plan.target import pixel_box
 from ingest.plan.task import PlannedScene, Recipe, ShardTask
 from ingest.raster.ranges import HEAD_BYTES
-from ingest.raster.resample import MARGIN_PX, nesting_factor
+from ingest.raster.resample import nesting_factor, reach_margin
 from ingest.trust.hrefs import is_url
 from zarr_store.grid import Grid
 
@@ -32,6 +33,7 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
         resampled_share: Share of the data pixels that is not a plain copy of source pixels.
         offset_verdicts: Item id → verdict, offset and evidence, and all that was weighed: witnesses and pixels.
         datastrips, catalogue_ids: Item id → start of its datastrip, and its id in the catalogue if that is another.
+        overviews: Item id → band → factor and resampling of the overview that is read; absent where none is.
         scenes, steps, shards, empty_shards, lacking, unopened_assets: Counts.
         bytes_to_read, bytes_to_write, requests: Estimates. Reading counts the whole blocks that each shard fetches, and
             of remote files the header, which planning has fetched.
@@ -49,17 +51,20 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
                 if asset.header is None:
                     continue
                 about = probe.assets.get(asset.band) if probe else None
-                block = about.block if about else None
-                key = (asset.header, block, place)
+                reduced = about.overview(asset.overview) if about and asset.overview else None
+                header = reduced.grid if reduced else asset.header
+                block = reduced.block if reduced else about.block if about else None
+                key = (header, block, place)
                 if key not in fetched:  # the same tiles and shards meet on every date
                     window = grid.window(*place, *task.region.shape[1:])
                     fetched[key] = (
-                        *fetched_pixels(asset.header, block, window),
-                        count_blocks(asset.header, block, window) if block is not None else 0,
+                        *fetched_pixels(header, block, window),
+                        count_blocks(header, block, window) if block is not None else 0,
                     )
                 touched, rows, blocks = fetched[key]
-                if about is not None and about.block_bytes is not None and block is not None:
-                    bytes_read += round(about.block_bytes * blocks)
+                block_bytes = reduced.block_bytes if reduced else about.block_bytes if about else None
+                if block_bytes is not None and block is not None:
+                    bytes_read += round(block_bytes * blocks)
                 else:
                     whole = asset.header.height * asset.header.width
                     size = (about.size_bytes if about else None) or whole * np.dtype(asset.stored).itemsize
@@ -74,7 +79,9 @@ def collect_statistics(recipe: Recipe, members: Sequence[ProbedScene], tasks: Se
         np.dtype(array.dtype).itemsize * (len(recipe.spec.bands) if "band" in array.dims else 1)
         for array in recipe.spec.arrays()
     ]
+    overviews = list_overviews(planned.values(), members)
     return {
+        **({"overviews": overviews} if overviews else {}),
         "resampled_share": resampled_share(planned.values(), grid),
         "offset_verdicts": {
             one.scene.id: {
@@ -129,7 +136,7 @@ def _touched(header: Grid, block: tuple[int, int], window: Grid) -> tuple[tuple[
     reach = pixel_box(window, header)
     if reach is None:
         return (0, 0), (0, 0)
-    margin = 0 if header.offset_of(window) is not None else MARGIN_PX
+    margin = reach_margin(header, window)
     return (
         _in_blocks(reach[0] - margin, reach[1] + margin, block[0], header.height),
         _in_blocks(reach[2] - margin, reach[3] + margin, block[1], header.width),

@@ -23,12 +23,13 @@ from zarr_store.spec import MAIN_ARRAYS, CubeSpec
 
 __all__ = ["RULES_VERSION", "PlannedScene", "Recipe", "ShardTask", "SourceAsset", "digest", "digest_of_parts"]
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Version of the rules that turn source pixels into cube pixels. A cube keeps the version that it was begun with.
 
 1. Edges of pixels that coincide may differ by rounding where a raster is resampled within its CRS, so that a coarser
    target pixel also gets values of pixels beside those under it.
 2. Such edges are equal.
+3. Where pixels of the target hold whole pixels of a raster, their average is the exact mean, with halves rounded up.
 """
 
 
@@ -99,6 +100,7 @@ class SourceAsset:
         file_offset: Offset that the file stated when it was planned, in digital numbers; None for none.
         presigned: True where the catalogue signed the href, which is kept without its signature.
         refusal: Why the file is not read although it can be opened.
+        overview: Factor of the overview that is read in place of the full image; None for the full image.
     """
 
     scene: str
@@ -118,11 +120,12 @@ class SourceAsset:
     file_offset: float | None = None
     presigned: bool | None = None
     refusal: str | None = None
+    overview: int | None = None
 
 
-_OPTIONAL = ("scale", "unit", "file_offset", "presigned", "refusal")
+_OPTIONAL = ("scale", "unit", "file_offset", "presigned", "refusal", "overview")
 """Fields of an asset that a plan leaves out where they have no value."""
-_OF_FILES = ("header", "file_offset", "presigned", "refusal")
+_OF_FILES = ("header", "file_offset", "presigned", "refusal", "overview")
 """Fields of an asset that do not belong to the key of a shard: they come from files, or affect no pixel."""
 
 
@@ -221,6 +224,7 @@ class Recipe:
         scenes: Collection of the catalogue whose scenes the group holds, where it has several groups, one for each
             pixel size (`ingest.plan.native`); empty where the group has the collection's name.
         version: Version of the rules (`RULES_VERSION`).
+        overviews: Whether reflectance is read from overviews of the files where the grid is much coarser.
     """
 
     spec: CubeSpec
@@ -230,6 +234,7 @@ class Recipe:
     clip: str | None = None
     scenes: str = ""
     version: int = RULES_VERSION
+    overviews: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RULES_VERSION:
@@ -242,6 +247,11 @@ class Recipe:
     def exact_edges(self) -> bool:
         """Whether edges of pixels that coincide are equal numbers where a raster is resampled."""
         return self.version > 1
+
+    @property
+    def exact_means(self) -> bool:
+        """Whether averages of whole source pixels are exact means."""
+        return self.version > 2
 
     @property
     def catalogue(self) -> str:
@@ -277,6 +287,8 @@ class Recipe:
             "spec": spec,
             "mask": [self.mask_layer, sorted(self.mask_classes), self.mask_dilate_m],
         }
+        if self.overviews:
+            rules["overviews"] = True
         if self.clip is None:
             return rules
         # of an area that is kept in pixels, what it stands for: how it is packed changes no pixel
@@ -292,6 +304,7 @@ class Recipe:
             "clip": self.clip,
             **({"scenes": self.scenes} if self.scenes else {}),
             **({"rules": self.version} if self.version > 1 else {}),
+            **({"overviews": True} if self.overviews else {}),
         }
 
     @classmethod
@@ -305,6 +318,7 @@ class Recipe:
             data.get("clip"),
             data.get("scenes", ""),
             int(data.get("rules", 1)),
+            bool(data.get("overviews", False)),
         )
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -36,12 +36,14 @@ from ingest.raster.header import RasterHeader
 from ingest.raster.limits import Access
 from ingest.raster.lru import LruCache
 from ingest.raster.opening import open_raster
+from ingest.raster.overview import Overviews, find_overviews, overview_cache
 from ingest.raster.ranges import HEAD_BYTES, RangeFile, find_range_file, link_range_file
 from ingest.raster.sidecar import MAX_SIDECAR_BYTES, georeference_only
 from ingest.trust.redact import redact_url
 from ingest.trust.waits import pause
 from zarr_store.crs import parse_crs
 from zarr_store.errors import AssetUnreadable, InvalidInput
+from zarr_store.grid import Grid
 
 __all__ = [
     "Raster",
@@ -49,6 +51,7 @@ __all__ = [
     "header_cache",
     "open_asset",
     "remember_header",
+    "remember_overviews",
     "with_asset",
     "with_raster",
 ]
@@ -97,21 +100,40 @@ class Raster:
         header: Header of the file.
         file: Bytes of the file, for reading without GDAL.
         dataset: The open file; None where `header` suffices to read it.
+        overviews: Its overviews, where they were asked for.
     """
 
     header: RasterHeader
     file: RangeFile | None
     dataset: rasterio.io.DatasetReader | None
+    overviews: Overviews = field(default_factory=Overviews)
 
 
-def with_raster(href: str, use: Callable[[Raster], T], *, scene: str, asset: str, access: Access | None = None) -> T:
+def with_raster(
+    href: str,
+    use: Callable[[Raster], T],
+    *,
+    scene: str,
+    asset: str,
+    access: Access | None = None,
+    overviews: bool = False,
+) -> T:
     """Do what `with_asset` does, without opening a file in GDAL again if this process knows its header.
+
+    Args:
+        href: As for `with_asset`, as are the others.
+        use: Function that reads from the raster.
+        scene: Item id.
+        asset: Asset key.
+        access: Limits of reading.
+        overviews: Whether to find the overviews of the file.
 
     Raises:
         AssetUnreadable: The asset cannot be read, as for `with_asset`, or its header states no usable grid.
         InvalidInput: `GDAL_NUM_THREADS` is set.
     """
-    return _with_retries(_opened_raster, href, use, scene, asset, access or Access())
+    opened = functools.partial(_opened_raster, overviews=overviews)
+    return _with_retries(opened, href, use, scene, asset, access or Access())
 
 
 def _with_retries(
@@ -200,22 +222,28 @@ def _opened_dataset(
 
 
 @contextmanager
-def _opened_raster(href: str, access: Access, *, fresh: bool) -> Iterator[Raster]:
+def _opened_raster(href: str, access: Access, *, fresh: bool, overviews: bool = False) -> Iterator[Raster]:
     """Open a file as a `Raster`, without GDAL if the header that GDAL read before suffices."""
     asset_file = _find_file(href, access, fresh)
     known = header_cache(os.getpid())
     # the header was checked against these limits when it was read
     version = _header_key(asset_file.content, access)
     header = None if version is None or fresh else known.get(version)
+    smaller = overview_cache(os.getpid())
+    found = Overviews() if not overviews else None if version is None or fresh else smaller.get(version)
     with _classified_faults(asset_file):
-        if header is not None:
-            yield Raster(header, asset_file.content, None)
+        if header is not None and found is not None:
+            yield Raster(header, asset_file.content, None, found)
             return
         with _gdal_dataset(asset_file, href, access) as dataset:
             header = RasterHeader.of(dataset, asset_file.content)
             if version is not None and header.suffices:
                 known.put(version, header)
-            yield Raster(header, asset_file.content, dataset)
+            if found is None:
+                found = find_overviews(dataset, asset_file.content, header.grid)
+                if version is not None:
+                    smaller.put(version, found)
+            yield Raster(header, asset_file.content, dataset, found)
 
 
 def _header_key(file: RangeFile | None, access: Access) -> Hashable:
@@ -244,6 +272,27 @@ def remember_header(dataset: rasterio.io.DatasetReader, access: Access) -> None:
         return  # reading its pixels will report the fault
     if header.suffices:
         header_cache(os.getpid()).put(key, header)
+
+
+def remember_overviews(dataset: rasterio.io.DatasetReader, access: Access, grid: Grid) -> Overviews:
+    """Find the overviews of an open file, and keep them for reading its pixels.
+
+    Args:
+        dataset: An open file of `with_asset`.
+        access: The limits that it was opened with.
+        grid: Its grid.
+    """
+    file = find_range_file(dataset)
+    try:
+        found = find_overviews(dataset, file, grid)
+    except Exception as error:
+        if not is_file_fault(error):
+            raise
+        return Overviews(refusal=describe_fault(error))
+    key = _header_key(file, access)
+    if key is not None:
+        overview_cache(os.getpid()).put(key, found)
+    return found
 
 
 @contextmanager

@@ -83,14 +83,7 @@ class Packing:
         if directory is None:
             return None
         packing = cls(directory.block, directory.dtype, directory.compression, str(directory.predictor))
-        tall, wide = packing.block
-        if (
-            tall % 16
-            or wide % 16
-            or packing._predicted not in _UNPREDICT
-            or dataset.count != 1
-            or "NBITS" in dataset.tags(1, ns="IMAGE_STRUCTURE")
-        ):
+        if not packing.decodable or dataset.count != 1 or "NBITS" in dataset.tags(1, ns="IMAGE_STRUCTURE"):
             return None
         structure = dataset.tags(ns="IMAGE_STRUCTURE")
         _agree("size", directory.shape, dataset.shape)
@@ -99,6 +92,12 @@ class Packing:
         _agree("compression", packing.compression, structure.get("COMPRESSION", ""))
         _agree("predictor", packing.predictor, structure.get("PREDICTOR", "1"))
         return packing
+
+    @property
+    def decodable(self) -> bool:
+        """Whether tiles of this size and predictor are decoded without GDAL."""
+        tall, wide = self.block
+        return not (tall % 16 or wide % 16) and self._predicted in _UNPREDICT
 
     @property
     def unpack(self) -> Unpack | None:

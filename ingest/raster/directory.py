@@ -1,4 +1,4 @@
-"""`Directory`: the first directory of a TIFF, read strictly from its bytes.
+"""`Directory`: the first directory of a TIFF, and those of its overviews, read strictly from its bytes.
 
 These tags decide how blocks are decoded to numbers without GDAL, so every tag that matters is read and checked here.
 The metadata that GDAL gives are not enough: they leave out tags that GDAL refuses only when it decodes. A directory
@@ -17,11 +17,12 @@ import numpy.typing as npt
 
 from ingest.raster.ranges import RangeFile
 
-__all__ = ["COMPRESSIONS", "Directory", "tables_readable"]
+__all__ = ["COMPRESSIONS", "GDAL_METADATA", "NODATA", "Directory", "tables_readable"]
 
 COMPRESSIONS: Mapping[int, str] = {1: "", 5: "LZW", 8: "DEFLATE", 32946: "DEFLATE", 50000: "ZSTD"}
 """TIFF's number of a compression → GDAL's name of the compression, empty for none."""
 
+_SUBFILE = 254
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _FILL_ORDER, _ORIENTATION, _SAMPLES, _PLANAR, _PREDICTOR = 266, 274, 277, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_SIZES, _SAMPLE_FORMAT = 322, 323, 324, 325, 339
@@ -37,7 +38,7 @@ _MUST: Mapping[int, tuple[int, ...] | None] = {
 }
 """Tags of one value that must be present, with the values that are understood; None for any value above 0."""
 _MAY: Mapping[int, tuple[int, ...]] = {
-    254: (0,),  # a full image
+    _SUBFILE: (0,),  # a full image
     _FILL_ORDER: (1,),
     _ORIENTATION: (1,),
     _SAMPLES: (1,),
@@ -67,6 +68,15 @@ _TABLES = frozenset({273, 279, _TILE_OFFSETS, _TILE_SIZES})
 _KINDS = {1: "uint", 2: "int", 3: "float"}
 _MAX_TAGS = 512
 """Largest number of tags of a directory that is read."""
+_MAX_DIRECTORIES = 64
+"""Largest number of directories of a file that are read: overviews, masks and masks of overviews."""
+_REDUCED = 1
+"""Kind of a directory that holds an overview."""
+GDAL_METADATA, NODATA = 42112, 42113
+"""Tags whose values are text: GDAL's metadata as XML, and the nodata value."""
+_TEXT = 2
+_MAX_TEXT = 1 << 16
+"""Longest text of a tag that is read, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,36 @@ class Directory:
         Raises:
             Exception: The error of fetching the bytes.
         """
-        entries = _entries(file)
+        return cls._from(_entries(_table(file)))
+
+    @classmethod
+    def of_overviews(cls, file: RangeFile) -> list[tuple[Self | None, Mapping[int, str]]] | None:
+        """Read the directories of the overviews of a little-endian TIFF, in the order of the file.
+
+        Returns:
+            For each overview its directory, None where GDAL must decode it, and what its GDAL metadata and its nodata
+            value say as text. None where the chain of directories cannot be followed.
+
+        Raises:
+            Exception: The error of fetching the bytes.
+        """
+        table, seen = _table(file), set[int]()
+        found: list[tuple[Self | None, Mapping[int, str]]] = []
+        while table is not None and table.next:
+            if table.next in seen or len(seen) == _MAX_DIRECTORIES:
+                return None
+            seen.add(table.next)
+            table = _table(file, table.next)
+            entries = _entries(table)
+            if table is None or entries is None:
+                return None
+            kind = _number(entries[_SUBFILE]) if _SUBFILE in entries else 0
+            if kind == _REDUCED:
+                found.append((cls._from(entries, kind), _texts(file, table)))
+        return found if table is not None else None
+
+    @classmethod
+    def _from(cls, entries: Mapping[int, _Entry] | None, subfile: int = 0) -> Self | None:
         if entries is None or not entries.keys() >= {*_MUST, _TILE_OFFSETS, _TILE_SIZES}:
             return None
         values: dict[int, int] = {tag: known[0] for tag, known in _MAY.items()}
@@ -116,7 +155,7 @@ class Directory:
             if tag not in _MUST and tag not in _MAY:
                 return None
             value = _number(entry)
-            known = _MUST[tag] if tag in _MUST else _MAY[tag]
+            known = (subfile,) if tag == _SUBFILE else _MUST[tag] if tag in _MUST else _MAY[tag]
             if value is None or value < (known is None) or (known is not None and value not in known):
                 return None
             values[tag] = value
@@ -168,14 +207,18 @@ def tables_readable(file: RangeFile) -> bool:
 
 @dataclass(frozen=True)
 class _Table:
-    """The rows (tag, type, count, value field, byte where the value field begins) of a directory, as they stand."""
+    """The rows (tag, type, count, value field, byte where the value field begins) of a directory, as they stand.
+
+    `next` is the place of the directory after it; 0 for none.
+    """
 
     order: Literal["little", "big"]
     rows: tuple[tuple[int, int, int, bytes, int], ...]
+    next: int
 
 
-def _table(file: RangeFile) -> _Table | None:
-    """The first directory of a TIFF or BigTIFF; None where there is none, or the file ends before it."""
+def _table(file: RangeFile, at: int | None = None) -> _Table | None:
+    """The directory at a byte of a TIFF or BigTIFF, by default the first; None where the file ends before its end."""
     head = file.head
     order: Literal["little", "big"] = "big" if head[:2] == b"MM" else "little"
     mark = ">" if order == "big" else "<"
@@ -185,21 +228,33 @@ def _table(file: RangeFile) -> _Table | None:
         (start,), step, counted, form = struct.unpack_from(f"{mark}Q", head, 8), 20, 8, f"{mark}HHQ8s"
     else:
         return None
+    start = start if at is None else at
     first = _bytes(file, start, counted)
     count = 0 if first is None else int.from_bytes(first, order)
     table = _bytes(file, start + counted, count * step) if 0 < count <= _MAX_TAGS else None
     if table is None:
         return None
+    after = _bytes(file, start + counted + count * step, 8 if step == 20 else 4) or b""
     rows = []
     for number in range(count):
         tag, kind, values, inline = struct.unpack_from(form, table, number * step)
         rows.append((tag, kind, values, inline, start + counted + (number + 1) * step - len(inline)))
-    return _Table(order, tuple(rows))
+    return _Table(order, tuple(rows), int.from_bytes(after, order))
 
 
-def _entries(file: RangeFile) -> dict[int, _Entry] | None:
-    """Tags of the first directory; None unless they are little-endian, in order, each once, and lie inside the file."""
-    table = _table(file)
+def _texts(file: RangeFile, table: _Table) -> dict[int, str]:
+    """The values of the tags of a directory that hold text."""
+    found = {}
+    for tag, kind, count, inline, field in table.rows:
+        if tag in (GDAL_METADATA, NODATA) and kind == _TEXT and count <= _MAX_TEXT:
+            at = int.from_bytes(inline, table.order) if count > len(inline) else field
+            data = _bytes(file, at, count)
+            found[tag] = "" if data is None else data.decode("latin-1").strip("\0 ")
+    return found
+
+
+def _entries(table: _Table | None) -> dict[int, _Entry] | None:
+    """Tags of a directory; None unless they are little-endian, in order, and each once."""
     if table is None or table.order == "big":
         return None
     entries: dict[int, _Entry] = {}

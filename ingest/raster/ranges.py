@@ -276,14 +276,28 @@ def blocks_of(dataset: rasterio.io.DatasetReader, window: tuple[int, int, int, i
     return spans
 
 
-def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | None:
+def block_span(
+    dataset: rasterio.io.DatasetReader,
+    y: int,
+    x: int,
+    *,
+    overview: int | None = None,
+    block: tuple[int, int] | None = None,
+) -> Span | None:
     """The span of one block of a TIFF, by its row and column among the blocks; None where a sparse file leaves it out.
+
+    Args:
+        dataset: The open file.
+        y: Row of the block.
+        x: Column of the block.
+        overview: Number of the overview that has the block, from 0; None for the full image.
+        block: (height, width) of the blocks of that overview.
 
     Raises:
         BlockPlaceError: The file states more bytes than any packing of the block has, or a place that no file has.
     """
-    start = dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1)
-    count = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
+    start = dataset.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=1, ovr=overview)
+    count = dataset.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1, ovr=overview)
     if start is None or count is None:
         return None
     if int(start) < _SIGNATURE_BYTES:
@@ -293,7 +307,7 @@ def block_span(dataset: rasterio.io.DatasetReader, y: int, x: int) -> Span | Non
     if int(start) + int(count) > _FARTHEST:
         raise BlockPlaceError(f"block {y}, {x}: the file states that it begins at byte {start}: it is damaged")
     if int(count) > _FEW_BYTES:
-        tall, wide = dataset.block_shapes[0]
+        tall, wide = block or dataset.block_shapes[0]
         unpacked = tall * wide * np.dtype(dataset.dtypes[0]).itemsize
         if int(count) > _MAX_GROWTH * unpacked:
             raise BlockPlaceError(

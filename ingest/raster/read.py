@@ -21,6 +21,7 @@ from ingest.raster.blocks import BlockReader, check_streams
 from ingest.raster.gdal_read import read_window
 from ingest.raster.kept import kept_bytes
 from ingest.raster.limits import Access
+from ingest.raster.overview import Overview, choose_overview
 from ingest.raster.ranges import blocks_of
 from ingest.raster.resample import pick_resampling, place
 from ingest.raster.values import Stated, Values
@@ -35,6 +36,7 @@ __all__ = [
     "SceneReader",
     "check_type",
     "read_on_grid",
+    "reads_overviews",
     "values_of",
 ]
 
@@ -79,6 +81,8 @@ def read_on_grid(
     access: Access | None = None,
     out: Pixels | None = None,
     exact_edges: bool = True,
+    exact_means: bool = True,
+    overview: int | Literal["any"] | None = None,
     on_version: Callable[[str], None] | None = None,
     on_read: Callable[[int, bool], None] | None = None,
 ) -> Pixels:
@@ -94,6 +98,9 @@ def read_on_grid(
         access: Limits and retries.
         out: Array (height, width) of type `stored` that takes the result; its content is undefined if this raises.
         exact_edges: As for `ingest.raster.resample.place`.
+        exact_means: The same.
+        overview: Factor of the overview that is read in place of the full image, which must be there; "any" chooses the
+            one that suits the target, as a plan does, or the full image. None reads the full image.
         on_version: Function that is called with the version of the file that is read.
         on_read: Function that is called at the end with the number of pixels that were read from the file, and whether
             the file says by a mask or by another value than 0 which pixels have no data.
@@ -121,12 +128,14 @@ def read_on_grid(
         pixels_read = 0
         if on_version is not None and file is not None:
             on_version(file.version)
-        blocks = None
-        if stated.packing is not None and file is not None:
+        blocks, smaller = None, _pick_overview(raster, asset, stored, target, overview, scene)
+        if smaller is not None and file is not None:
+            blocks = BlockReader(smaller.packing, file, spans=smaller.spans)
+        elif stated.packing is not None and file is not None:
             blocks = BlockReader(stated.packing, file, spans=stated.spans, dataset=dataset)
 
         def known(row: int, col: int, height: int, width: int) -> Pixels | None:
-            if file is None or stated.masked:
+            if file is None or stated.masked or smaller is not None:
                 return None
             return kept_bytes(os.getpid()).pixels(asset.href, file.identity, (row, col, height, width))
 
@@ -154,21 +163,62 @@ def read_on_grid(
             return values.store(raw, stored, empty)
 
         kernel = pick_resampling(asset.kind, stated.grid, target, resampling)
+        grid = stated.grid if smaller is None else smaller.grid
         placed = place(
-            window, stated.grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out, exact_edges=exact_edges
-        )
+            window, grid, target, kernel, dtype=stored, nodata=NODATA[stored], out=out, exact_edges=exact_edges,
+            exact_means=exact_means, block_rows=_block_rows(raster, smaller),
+        )  # fmt: skip
         if on_read is not None:
             on_read(pixels_read, told)
         return placed
 
     try:
-        return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access)
+        return with_raster(asset.href, use, scene=scene, asset=asset.key, access=access, overviews=overview is not None)
     except AssetUnreadable as error:
         lost = getattr(asset, "presigned", None) and error.reason.startswith(("HTTP 401", "HTTP 403"))
         if not lost or "signature" in error.reason:
             raise
         reason = f"{error.reason} (the catalogue signed this address, and signatures are never stored: {_AGAIN})"
         raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href)) from error
+
+
+def reads_overviews(asset: ReadableAsset, stored: Stored) -> bool:
+    """Whether overviews of an asset may be read: it has numbers of reflectance, and only 0 stands for no data."""
+    return asset.kind == "data" and stored == "uint16" and asset.nodata in (None, 0)
+
+
+def _block_rows(raster: Raster, smaller: Overview | None) -> int:
+    packing = raster.header.packing if smaller is None else smaller.packing
+    if packing is not None:
+        return packing.block[0]
+    return int(raster.dataset.block_shapes[0][0]) if raster.dataset is not None else 1
+
+
+def _pick_overview(
+    raster: Raster,
+    asset: ReadableAsset,
+    stored: Stored,
+    target: Grid,
+    wanted: int | Literal["any"] | None,
+    scene: str,
+) -> Overview | None:
+    """The overview that is read; None for the full image.
+
+    Raises:
+        AssetUnreadable: The file does not have the overview that was planned.
+    """
+    usable = raster.overviews.usable
+    if wanted is None:
+        return None
+    if wanted == "any":
+        return choose_overview(usable, raster.header.grid, target) if reads_overviews(asset, stored) else None
+    found = next((one for one in usable if one.factor == wanted), None)
+    if found is None:
+        reason = f"the file is not the one that was planned: it had an overview at 1/{wanted}, now "
+        reason += f"1/{', 1/'.join(str(one.factor) for one in usable)}" if usable else "none that can be used"
+        reason += f" ({raster.overviews.refusal})" if raster.overviews.refusal else ""
+        raise AssetUnreadable.of(scene, asset.key, reason, redact_url(asset.href))
+    return found
 
 
 def check_type(dtype: str, stored: Stored, scene: str, asset: ReadableAsset) -> None:
@@ -250,9 +300,13 @@ class SceneReader:
             raw = self._read_asset(plain, None, target, self.resampling, stored=stored, access=self.access)
             return raw.astype(self.dtype, copy=False)
         asset = self.asset
+        # those of a plan that asks for overviews are the pixels of its cube
+        planned = getattr(asset, "overview", None)
+        own = {"overview": planned} if planned is not None and self._read_asset is read_on_grid else {}
         pixels = self._read_asset(
-            asset, asset.header, target, asset.resampling, stored=asset.stored, scene=asset.scene, access=self.access
-        )
+            asset, asset.header, target, asset.resampling,
+            stored=asset.stored, scene=asset.scene, access=self.access, **own,
+        )  # fmt: skip
         if asset.stored == "uint16":
             pixels = harmonise_dn(pixels.astype(np.uint16, copy=False), asset.dn_offset)
         return pixels.astype(self.dtype, copy=False)

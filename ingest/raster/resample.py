@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,22 +20,20 @@ from rasterio.enums import Resampling
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 
+from ingest.raster.average import MOST_FACTOR, average_onto
 from ingest.raster.drivers import limit_raster_drivers
+from ingest.raster.strips import WindowReader, read_once
 from ingest.worker.meters import stage
 from ingest.worker.slots import computing
 from zarr_store.grid import Grid
 from zarr_store.ground import ground_scale, ground_scale_at, turn_of, turn_towards, turned_near
 
-__all__ = ["MARGIN_PX", "WindowReader", "axis_ratios", "nesting_factor", "pick_resampling", "place", "scale_ratio"]
+__all__ = [
+    "MARGIN_PX", "WindowReader", "axis_ratios", "nesting_factor", "pick_resampling", "place", "reach_margin",
+    "reduction_factor", "scale_ratio",
+]  # fmt: skip
 
 Array = npt.NDArray[np.generic]
-
-
-class WindowReader(Protocol):
-    """Function that reads a window inside a raster."""
-
-    def __call__(self, row: int, col: int, height: int, width: int, into: Array | None = None) -> Array:
-        """Read pixels (height, width), straight `into` that view and return it where its type allows this."""
 
 
 _BLOCK_PX = 256
@@ -44,8 +42,8 @@ _MAX_SOURCE_PX = 4096
 """Longest side of the source window of a block, in pixels; blocks are halved to stay below it."""
 MARGIN_PX = 6
 """Margin around a block in the source: cubic at pinned scale ≥ 1/2 reaches 4 pixels; the rest is for curvature."""
-_WHOLE_READ_PX = 1 << 25
-"""Largest window that is read in one go for several blocks, in pixels."""
+_STATISTICS = frozenset({"average", "mode"})
+"""Kernels that look at the pixels under a target pixel and no others."""
 _TOLERANCE_PX = 1e-6
 """Largest error of the approximate transform, in pixels."""
 _ROUNDING_PX = 2e-6
@@ -111,6 +109,8 @@ def place(
     nodata: float,
     out: Array | None = None,
     exact_edges: bool = True,
+    exact_means: bool = True,
+    block_rows: int = 1,
 ) -> Array:
     """Resample a raster to `target`.
 
@@ -124,6 +124,10 @@ def place(
         out: Array of type `dtype` that takes the result.
         exact_edges: Pixel edges that coincide on the ground are equal numbers for GDAL. False only as cubes of an
             earlier release were made: by rounding, a kernel then may look at pixels beside those under a target pixel.
+        exact_means: Where target pixels hold whole source pixels, an average is their exact mean, halves rounded up,
+            and nothing is read beside them. False only as cubes of an earlier release were made: GDAL rounds a half
+            either way, and repeats pixels beside the edge of a raster.
+        block_rows: Rows of a block of the file: windows that are read one after the other end there.
 
     Returns:
         `out`, or a fresh array: (height, width) of `target`.
@@ -136,11 +140,33 @@ def place(
         _copy(read, source.shape, offset, nodata, out)
         return out
     factor = nesting_factor(source, target)
+    under = reduction_factor(source, target) if exact_edges and exact_means else 0
     if factor > 1 and resampling == "nearest":
         _repeat(read, source, target, factor, nodata, out)
+    elif 1 < under <= MOST_FACTOR and resampling == "average" and out.dtype == np.uint16 and nodata == 0:
+        average_onto(read, source, target, under, out, block_rows)
     else:
-        _warp(read, source, target, resampling, nodata, out, exact_edges=exact_edges)
+        # whole pixels that lie under the target's: nothing beside them has a weight
+        alone = under > 1 and resampling in _STATISTICS
+        _warp(read, source, target, resampling, nodata, out, exact_edges=exact_edges, alone=alone,
+              block_rows=block_rows)  # fmt: skip
     return out
+
+
+def reduction_factor(source: Grid, target: Grid) -> int:
+    """The number of source pixels along one side of a target pixel, where the two lattices nest exactly; else 0."""
+    return nesting_factor(target, source)
+
+
+def reach_margin(source: Grid, target: Grid) -> int:
+    """Pixels of the source around those under a target that its resampling may read."""
+    if source.offset_of(target) is not None or reduction_factor(source, target) > 1:
+        return 0
+    return _margin(max(axis_ratios(source, target)))
+
+
+def _margin(ratio: float) -> int:
+    return math.ceil(MARGIN_PX * max(1.0, min(ratio, 2.0)))
 
 
 def _copy(read: WindowReader, size: tuple[int, int], offset: tuple[int, int], nodata: float, out: Array) -> None:
@@ -176,7 +202,16 @@ def _repeat(read: WindowReader, source: Grid, target: Grid, factor: int, nodata:
 
 
 def _warp(
-    read: WindowReader, source: Grid, target: Grid, resampling: str, nodata: float, out: Array, *, exact_edges: bool
+    read: WindowReader,
+    source: Grid,
+    target: Grid,
+    resampling: str,
+    nodata: float,
+    out: Array,
+    *,
+    exact_edges: bool,
+    alone: bool,
+    block_rows: int,
 ) -> None:
     """Warp a raster to the target, canonical block by canonical block."""
     dtype = out.dtype
@@ -188,12 +223,12 @@ def _warp(
         side //= 2
     jobs = []
     for block, inside, cut in _canonical_blocks(target, side):
-        window = _source_window(source, block, ratio)
+        window = _source_window(source, block, 0 if alone else _margin(ratio))
         if window is not None:
             jobs.append((block, inside, cut, window))
     if not jobs:
         return
-    read_part = _read_once(read, [window for *_, window in jobs])
+    read_part = read_once(read, [window for *_, window in jobs], block_rows, dtype)
     for block, inside, cut, window in jobs:
         row, col, height, width = window
         pixels = read_part(row, col, height, width)
@@ -291,7 +326,7 @@ def _canonical_blocks(target: Grid, side: int) -> Iterator[tuple[Grid, tuple[sli
             yield block, (inside[0], inside[1]), (cut[0], cut[1])
 
 
-def _source_window(source: Grid, block: Grid, ratio: float) -> tuple[int, int, int, int] | None:
+def _source_window(source: Grid, block: Grid, margin: int) -> tuple[int, int, int, int] | None:
     """(row, col, height, width) of the source pixels that a block can depend on; None where there are none."""
     left, bottom, right, top = block.bounds
     along = np.linspace(0.0, 1.0, _OUTLINE_POINTS)
@@ -314,24 +349,11 @@ def _source_window(source: Grid, block: Grid, ratio: float) -> tuple[int, int, i
         xs = turned_near(xs, (source.bounds[0] + source.bounds[2]) / 2.0, turn_of(source.crs))
     rx, ry = source.resolution
     cols, rows = (xs - source.transform[2]) / rx, (source.transform[5] - ys) / ry
-    margin = math.ceil(MARGIN_PX * max(1.0, min(ratio, 2.0)))
+    if not margin:  # edges coincide but for rounding
+        cols, rows = np.round(cols, 5), np.round(rows, 5)
     row0, col0 = max(0, math.floor(rows.min()) - margin), max(0, math.floor(cols.min()) - margin)
     row1, col1 = min(source.height, math.ceil(rows.max()) + margin), min(source.width, math.ceil(cols.max()) + margin)
     return (row0, col0, row1 - row0, col1 - col0) if row1 > row0 and col1 > col0 else None
-
-
-def _read_once(read: WindowReader, windows: list[tuple[int, int, int, int]]) -> WindowReader:
-    """Read the union of the windows at once if it is small enough, as neighbours share source blocks."""
-    row0, col0 = min(w[0] for w in windows), min(w[1] for w in windows)
-    row1, col1 = max(w[0] + w[2] for w in windows), max(w[1] + w[3] for w in windows)
-    if (row1 - row0) * (col1 - col0) > _WHOLE_READ_PX:
-        return read
-    whole = read(row0, col0, row1 - row0, col1 - col0)
-
-    def part(row: int, col: int, height: int, width: int, into: Array | None = None) -> Array:
-        return np.ascontiguousarray(whole[row - row0 : row - row0 + height, col - col0 : col - col0 + width])
-
-    return part
 
 
 @functools.lru_cache(maxsize=4096)

@@ -50,7 +50,8 @@ class PlanSettings(SearchSettings, total=False):
     crs: str | None
     resolution: float | None
     resampling: Literal["nearest", "bilinear", "cubic", "average"]
-    profile: Literal["train", "timeseries", "archive"]
+    profile: Literal["train", "timeseries", "archive", "fast"]
+    read_overviews: bool
     native: bool
     mask: Literal["scl", "none"]
     mask_classes: Sequence[int]

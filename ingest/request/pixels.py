@@ -25,10 +25,14 @@ class GridSettings(BaseModel):
         "bilinear",
         description="method for data bands; grids at least twice as coarse are averaged, except with nearest",
     )
-    profile: Literal["train", "timeseries", "archive"] = Field(
-        "train", description="layout of chunks and shards: for training patches, time series, or small storage"
+    profile: Literal["train", "timeseries", "archive", "fast"] = Field(
+        "train", description="layout of chunks and shards: for training patches, time series, small storage, or speed"
     )
 
+    read_overviews: bool = Field(
+        False,
+        description="where the grid is at least twice as coarse as a file, read reflectance from its overviews",
+    )
     native: bool = Field(
         False,
         description="keep each band at its own pixel size, as groups such as NAME_10m and NAME_20m on nested grids",
@@ -45,6 +49,15 @@ class GridSettings(BaseModel):
             raise ValueError(
                 f"--native keeps the pixel size of each band, --resolution {self.resolution:g} asks for one of all; "
                 "leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _average(self) -> GridSettings:
+        if self.read_overviews and self.resampling == "nearest":
+            raise ValueError(
+                "--overviews takes averages that were made before, --resampling nearest asks for single pixels of the "
+                "file; leave one of them out"
             )
         return self
 

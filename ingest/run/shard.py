@@ -15,6 +15,7 @@ from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from ingest.pixels.mosaic import lay_source
 from ingest.plan.target import pixel_box
 from ingest.plan.task import PlannedScene, Recipe, ShardTask, SourceAsset
 from ingest.raster.limits import Access
-from ingest.raster.read import NODATA, Pixels, read_on_grid
+from ingest.raster.read import NODATA, Pixels, read_on_grid, reads_overviews
 from ingest.trust.hrefs import is_url
 from ingest.trust.redact import redact_url
 from ingest.worker.slots import computing
@@ -94,6 +95,7 @@ def fill_shard(
         return read_on_grid(
             asset, asset.header, window, asset.resampling,
             stored=asset.stored, scene=asset.scene, access=access, out=out, exact_edges=recipe.exact_edges,
+            exact_means=recipe.exact_means, overview=_overview(asset, recipe),
             on_version=lambda version: versions.__setitem__((asset.scene, asset.key), version),
             on_read=lambda pixels, told: notes.add(asset, pixels, told),
         )  # fmt: skip
@@ -315,6 +317,13 @@ def _asset(scene: PlannedScene, name: str) -> SourceAsset:
     if asset is None:
         raise KeyError(name)
     return asset
+
+
+def _overview(asset: SourceAsset, recipe: Recipe) -> int | Literal["any"] | None:
+    """The overview that is read; a file that could not be opened when the plan was made decides it when it is read."""
+    if not recipe.overviews or not reads_overviews(asset, asset.stored):
+        return None
+    return asset.overview if asset.header is not None else "any"
 
 
 def _pixel_m(asset: SourceAsset) -> float:

@@ -210,13 +210,12 @@ def _merged_facts(
 ) -> dict[str, Any]:
     """Add up the counts; the resampled share is computed again over all scenes."""
     added = ("lacking", "unopened_assets", "bytes_to_read", "bytes_to_write", "requests")
+    named = ["offset_verdicts", "datastrips", "catalogue_ids"]
+    named += ["overviews"] if "overviews" in old or "overviews" in fresh else []
     return {
         **old,
         **{name: old.get(name, 0) + fresh.get(name, 0) for name in added},
-        **{
-            name: {**old.get(name, {}), **fresh.get(name, {})}
-            for name in ("offset_verdicts", "datastrips", "catalogue_ids")
-        },
+        **{name: {**old.get(name, {}), **fresh.get(name, {})} for name in named},
         "resampled_share": resampled_share(merged.scenes.values(), merged.recipe.spec.grid),
         "scenes": len(merged.scenes),
         "steps": len(merged.recipe.spec.times),

@@ -32,7 +32,7 @@ def refuse_contradictions(old: Plan, config: IngestConfig) -> None:
             region where the cube is not.
     """
     _refuse_collections(old, config)
-    _refuse(old.config, config, ("group", "resampling", "profile", "native"), "the cube")
+    _refuse(old.config, config, ("group", "resampling", "profile", "native", "read_overviews"), "the cube")
     for name in dict.fromkeys(recipe.catalogue for recipe in old.recipes):
         groups = [recipe for recipe in old.recipes if recipe.catalogue == name]
         product = _product_of(groups)

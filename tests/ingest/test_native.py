@@ -268,7 +268,7 @@ def test_options_that_contradict_native_are_refused(tmp_path: Path) -> None:
     assert [[index.name for index in recipe.spec.derived] for recipe in made.recipes] == [["ndvi"], []]
 
 
-@pytest.mark.parametrize("profile", ["train", "timeseries", "archive"])
+@pytest.mark.parametrize("profile", list(LAYOUTS))
 def test_layouts_of_all_sizes_share_their_ground(profile: str) -> None:
     made = nested_layouts(LAYOUTS[profile], (1, 2, 6))
     assert len({layout.shard[1] * factor for factor, layout in made.items()}) == 1

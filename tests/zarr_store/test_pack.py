@@ -39,7 +39,7 @@ def made_up(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return values
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS["train"], LAYOUTS["archive"]], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [LAYOUTS[name] for name in ("train", "archive", "fast")], ids=lambda one: one.name)
 @pytest.mark.parametrize(("dtype", "fill"), [("uint16", 0), ("int16", -1), ("uint8", 0), ("float32", float("nan"))])
 @pytest.mark.parametrize("shape", [(2, 3, 64, 32), (1, 3, 37, 19)], ids=["whole", "cut"])
 def test_others_read_what_was_packed(
