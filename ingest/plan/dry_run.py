@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ingest.plan.candidates import Drop
-from ingest.plan.reduced import count_overviews
+from ingest.plan.overviews import count_overviews
 from ingest.plan.task import Recipe, ShardTask
 from zarr_store.grid import Grid
 from zarr_store.notebook import facts_table

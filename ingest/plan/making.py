@@ -26,9 +26,9 @@ from ingest.plan.candidates import (
 )
 from ingest.plan.grouping import group_scenes, overlap_order
 from ingest.plan.native import groups_of, measure_sizes, nest_target, share_indices
+from ingest.plan.overviews import describe_overviews
 from ingest.plan.plan import Origin, Plan
 from ingest.plan.reach import make_tasks
-from ingest.plan.reduced import describe_overviews
 from ingest.plan.statistics import collect_statistics, list_discrepancies
 from ingest.plan.target import TargetGrid, choose_grid, doubt_resolution
 from ingest.plan.task import Recipe

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ingest.plan.reduced import list_overviews
+from ingest.plan.overviews import list_overviews
 from ingest.plan.target import pixel_box
 from ingest.plan.task import PlannedScene, Recipe, ShardTask
 from ingest.raster.ranges import HEAD_BYTES
