@@ -47,6 +47,9 @@ class ChunkStats:
         if main.dtype.kind == "f":
             clear &= np.isfinite(main).all(axis=1)
         observed = int(np.count_nonzero(clear))
+        if observed == status.size:  # most chunks are clear as a whole, and are looked at once
+            mean, m2 = _moments(main, clear, observed)
+            return cls(observed, 0, 0, mean, m2, {name: _class_counts(layer.ravel()) for name, layer in layers.items()})
         masked = status == STATUS_MASKED
         counted = observed + int(np.count_nonzero(masked))
         mean, m2 = _moments(main, clear, observed)

@@ -89,7 +89,7 @@ class PlanFile:
     """A plan file that is open for reading.
 
     Args:
-        opener: Opens the file from its beginning; it is read twice.
+        opener: Opens the file from its beginning: to read it as a whole, then each long part from its place.
         where: Name of the file in messages.
 
     Attributes:
@@ -102,6 +102,7 @@ class PlanFile:
 
     def __init__(self, opener: Opener, where: str) -> None:
         self._opener, self._where = opener, where
+        self._begins: dict[str, int] = {}
         self._whole: dict[str, Any] | None = None
         rest = bytearray()
         try:
@@ -123,7 +124,9 @@ class PlanFile:
         if self._whole is not None:
             return {name: [make(entry) for entry in entries] for name, entries in self._whole[part].items()}
         found: dict[str, list[Any]] = {}
-        for at, line in self._scan():
+        if part not in self._begins:
+            raise KeyError(part)
+        for at, line in self._scan(part):
             if at is not None and at[0] == part:
                 rows = found.setdefault(at[1], [])
                 if line:
@@ -135,17 +138,25 @@ class PlanFile:
         if self._whole is not None:
             yield from self._whole[_TASKS]
             return
-        for at, line in self._scan():
+        if _TASKS not in self._begins:
+            raise KeyError(_TASKS)
+        for at, line in self._scan(_TASKS):
             if at is not None and at[0] == _TASKS and line:
                 yield self._entry(line)
 
     def _entry(self, line: bytes) -> Any:
         return load_json(line, self._where, most=_MOST_LINE)
 
-    def _scan(self) -> Iterator[tuple[tuple[str, str] | None, bytes]]:
-        """Yield each line with the part and table that it belongs to, or None; the beginning of a table is empty."""
+    def _scan(self, only: str = "") -> Iterator[tuple[tuple[str, str] | None, bytes]]:
+        """Yield each line with the part and table that it belongs to, or None; the beginning of a table is empty.
+
+        Args:
+            only: The long part that is wanted, once the whole file was scanned; empty for all.
+        """
         part, name, size = "", "", 0
         with self._opener() as stream:
+            if only:
+                _skip(stream, self._begins[only])
             while line := stream.readline(_MOST_LINE + 1):
                 size += len(line)
                 if size > _MOST_STREAMED:
@@ -153,8 +164,16 @@ class PlanFile:
                 if len(line) > _MOST_LINE:
                     raise _OtherLayout
                 bare = line.rstrip(b"\n")
+                if only and not part and _begun(bare) != only:
+                    if size > len(line):
+                        return  # the part has ended
+                    raise InvalidInput(f"{self._where} was replaced while it was read; read it again")
                 if not part:
                     part = _begun(bare)
+                    if part and not only:
+                        if part in self._begins:
+                            raise _OtherLayout
+                        self._begins[part] = size - len(line)
                     if part == _TASKS:
                         yield (part, name), b""
                     elif not part:
@@ -175,6 +194,15 @@ class PlanFile:
                     raise _OtherLayout
         if part:
             raise _OtherLayout  # it ends in the middle, which is reported as an error of the whole
+
+
+def _skip(stream: BinaryIO, count: int) -> None:
+    """Move a stream that is at its beginning on by some bytes."""
+    if stream.seekable():
+        stream.seek(count)
+        return
+    while count > 0 and (piece := stream.read(min(count, _PIECE))):
+        count -= len(piece)
 
 
 def _begun(line: bytes) -> str:

@@ -68,6 +68,27 @@ def test_the_digest_is_that_of_the_whole_as_before(plan: Plan) -> None:
     assert plan.digest == digest(parts)
 
 
+@pytest.mark.parametrize("seekable", [True, False])
+def test_each_long_part_is_read_from_its_place(plan: Plan, seekable: bool) -> None:
+    data, lines = plan.to_json().encode(), [0]
+
+    class Stream(io.BytesIO):
+        def readline(self, size: int | None = -1) -> bytes:
+            line = super().readline(size)
+            lines[0] += len(line)
+            return line
+
+        def seekable(self) -> bool:
+            return seekable
+
+    assert Plan.from_file(lambda: Stream(data)) == plan
+    assert len(data) < lines[0] < 2.1 * len(data), "once as a whole, and each part once more"
+
+    files = iter([data, data.replace(b'"scenes"', b'"sceneS"')])
+    with pytest.raises(InvalidInput, match="was replaced while it was read"):
+        Plan.from_file(lambda: Stream(next(files)))
+
+
 @pytest.mark.parametrize("how", [{"indent": 1, "sort_keys": True}, {}, {"indent": 2}])
 def test_a_file_of_another_layout_is_the_same_plan(plan: Plan, how: dict[str, Any]) -> None:
     assert Plan.from_json(json.dumps(json.loads(plan.to_json()), **how)) == plan
