@@ -120,10 +120,9 @@ def test_quicklook_shows_every_date(run: Run, cube: Path, tmp_path: Path) -> Non
     outcome = run("quicklook", cube, tmp_path / "q.png", "--json")
     assert outcome.code == 0
     with Image.open(tmp_path / "q.png") as image:
-        pixels = np.asarray(image)
+        assert len(image.getcolors(1 << 24) or ()) > 100
         assert (image.width, image.height) == (outcome.json["width"], outcome.json["height"])
     assert "3 dates" in outcome.json["what"]
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
 
 
 def test_quicklook_is_true_to_the_pixels(run: Run, cube: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_demo_makes_what_it_promises_and_repeats(run: Run, tmp_path: Path, snaps
     assert agreement == pytest.approx(result["accuracy"], abs=0.15)
 
     with Image.open(result["quicklook"]) as image:
-        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 5000
+        assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 5000
 
     # again: the cube is not touched, training has nothing left to do, the same numbers come out
     before = snapshot(out / "cube.zarr"), snapshot(out / "world")

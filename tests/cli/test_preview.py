@@ -36,7 +36,7 @@ def test_each_date_is_drawn_under_its_share_of_clouds(world: Path, tmp_path: Pat
     assert told.json["steps"][0]["cloud"] == pytest.approx(np.mean(shares[:2]), abs=1e-6)
     with Image.open(out) as picture:
         assert picture.size == (told.json["width"], told.json["height"])
-        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 200, "there must be a landscape in it"
+        assert len(picture.getcolors(1 << 24) or ()) > 200, "there must be a landscape in it"
     assert f"{DATES[0]}" in told.err
 
 
