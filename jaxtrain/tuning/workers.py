@@ -112,10 +112,10 @@ def run_workers(
                     if code and not failure:
                         _forget(folder, one.number)
                         one.deaths += 1
+                        last = one.lines[-1] if one.lines else "it said nothing"
                         if one.deaths >= _MOST_DEATHS:
-                            last = one.lines[-1] if one.lines else "it said nothing"
                             raise AccessError(f"worker {one.number} died {one.deaths} times, last with {code}: {last}")
-                        on_note(f"worker {one.number} ended with {code}; its trial goes on from its checkpoint")
+                        on_note(f"worker {one.number} ended with {code}: {last}; its trial goes on from its checkpoint")
                         one.running, one.ended = start(one.number, one.deaths), False
         finally:
             _end([one for one in crew if not one.ended])
