@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["FreedMemory", "keep_freed_memory", "process_peak_bytes", "return_freed_memory"]
+__all__ = ["FreedMemory", "keep_freed_memory", "process_peak_bytes", "resident_bytes", "return_freed_memory"]
 
 # mallopt(3) and malloc.h of glibc
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8

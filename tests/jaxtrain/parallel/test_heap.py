@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtrain.parallel.heap import keep_freed_memory
+from jaxtrain.parallel import heap
+from jaxtrain.parallel.heap import FreedMemory, keep_freed_memory, resident_bytes
 
 PAGES = 200 << 20 >> 12
 FAULTS_OF_A_SECOND_STEP = f"""
 import resource, sys, threading
 import numpy as np
-from jaxtrain.parallel.heap import keep_freed_memory
+from jaxtrain.parallel import heap
+from jaxtrain.parallel.heap import FreedMemory, keep_freed_memory, resident_bytes
 print(keep_freed_memory({{}}) if sys.argv[1] == "kept" else False)
 def step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -47,6 +49,26 @@ def test_a_second_step_faults_no_page_in() -> None:
         faults[how] = int(count)
     assert faults["kept"] < PAGES // 100
     assert faults["given back"] > faults["kept"]
+
+
+def test_memory_goes_back_when_a_process_of_equal_steps_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [50, 90, 100, 95, 120, 123, 125, 60, 98, 100, 100, 124, 130]
+    held = iter(sizes)
+    returned: list[int] = []
+    monkeypatch.setattr(heap, "resident_bytes", lambda: next(held))
+    monkeypatch.setattr(heap, "return_freed_memory", lambda: returned.append(1))
+    freed = FreedMemory(growth_bytes=24)
+    # the first four steps show what is needed, and so do the four after memory went back
+    assert [step for step in range(len(sizes)) if freed.after_step()] == [6, 12]
+    assert len(returned) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="another system has no /proc")
+def test_the_memory_that_a_process_holds_is_read() -> None:
+    before = resident_bytes()
+    held = np.ones(64 << 20, np.uint8)
+    assert held.sum() == 64 << 20
+    assert 56 << 20 < resident_bytes() - before < 80 << 20
 
 
 def test_settings_of_the_user_stay() -> None:
