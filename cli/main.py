@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc as garbage
 import io
 import os
@@ -235,7 +234,7 @@ def _leave_within(seconds: float, code: int) -> None:
 
 def _explain(error: Exception) -> tuple[int, str]:
     """Return the exit code of an error and its one line."""
-    from zarr_store.errors import TerrashardError
+    from zarr_store.errors import TerrashardError, space_advice
 
     if isinstance(error, TerrashardError):
         return error.exit_code, _one_line(str(error))
@@ -243,8 +242,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return 2, _one_line(error.format_message()) + " (see --help)"
     if isinstance(error, OSError):
         name = f": {error.filename}" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return 7, f"no space left{name}; free some and repeat the command, it continues where it stopped"
+        if advice := space_advice(error.errno):
+            return 7, f"no space left{name}; {advice} and repeat the command, it continues where it stopped"
         if isinstance(
             error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError
         ):

@@ -11,7 +11,7 @@
     ├── IntegrityError                  6   stored bytes are not what was written
     │   ├── MissingShard                6   a shard that was never written, or was deleted
     │   └── CorruptShard                6   a shard whose checksum does not match
-    ├── NoSpace (OSError)               7   the disk, quota or inode table is full
+    ├── NoSpace (OSError)               7   the disk, quota or inode table is full, or a file too large
     ├── AccessError (OSError)           8   network or authorisation
     │   └── AssetUnreadable             8   one asset of one scene could not be read
     └── Preempted                      75   stopped on request; the same command resumes
@@ -22,6 +22,7 @@ Each message names what was expected, what came, which object it is about and wh
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import ClassVar, Self
 
@@ -41,6 +42,7 @@ __all__ = [
     "Preempted",
     "TerrashardError",
     "UnknownName",
+    "space_advice",
 ]
 
 
@@ -123,7 +125,7 @@ class CorruptShard(IntegrityError):
 
 
 class NoSpace(TerrashardError, OSError):
-    """The disk, quota or inode table is full."""
+    """The disk, quota or inode table is full, or a file would become larger than is allowed."""
 
     exit_code = 7
 
@@ -166,3 +168,16 @@ class Preempted(TerrashardError):
     """The run was asked to stop and saved its state; the same command resumes it."""
 
     exit_code = 75
+
+
+def space_advice(number: int | None) -> str | None:
+    """Return what to do about the number of an error by which no more could be written; None for another error.
+
+    >>> space_advice(errno.ENOSPC), space_advice(errno.ENOENT)
+    ('free some', None)
+    """
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "free some"
+    if number == errno.EFBIG:
+        return "raise the limit on the size of a file (`ulimit -f`), or use another file system"
+    return None

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 import tensorstore as ts
 
-from zarr_store.errors import AccessError, NoSpace
+from zarr_store.errors import AccessError, NoSpace, space_advice
 
 __all__ = ["ITEM_KEY", "REPOSITORY_MARKER", "Kind", "Pending", "Store", "translate_os_errors"]
 
@@ -36,15 +36,16 @@ def translate_os_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"no space left for {what}: {error.strerror}; free some and repeat the command") from error
+        if advice := space_advice(error.errno):
+            raise NoSpace(f"no space left for {what}: {error.strerror}; {advice} and repeat the command") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise AccessError(f"cannot write {what}: {error.strerror}; check its permissions") from error
         raise
     except ValueError as error:  # tensorstore reports errors of files and buckets as ValueError, its code in front
         text = str(error)
-        if os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text:
-            raise NoSpace(f"no space left for {what}; free some and repeat the command") from error
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(number) in text:
+                raise NoSpace(f"no space left for {what}; {space_advice(number)} and repeat the command") from error
         if text.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
             raise AccessError(f"cannot write {what}: access denied; check the credentials and their rights") from error
         if text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")):

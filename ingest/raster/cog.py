@@ -9,7 +9,6 @@ Spec: OGC Cloud Optimized GeoTIFF 1.0 (docs.ogc.org/is/21-026), GDAL "COG -- Clo
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -26,7 +25,7 @@ import rasterio.shutil
 from rasterio.windows import Window
 
 from ingest.raster.drivers import limit_raster_drivers
-from zarr_store.errors import AccessError, InvalidInput, NoSpace
+from zarr_store.errors import AccessError, InvalidInput, NoSpace, space_advice
 from zarr_store.grid import Grid
 
 __all__ = ["CogWriter", "Colour", "write_cog"]
@@ -349,8 +348,9 @@ class _disk_errors:
         if not isinstance(error, rasterio.errors.RasterioError | OSError) or isinstance(error, NoSpace):
             return
         free = shutil.disk_usage(self.path.parent).free
-        if getattr(error, "errno", None) == errno.ENOSPC or free < 1 << 20:
+        advice = space_advice(getattr(error, "errno", None)) or ("free some" if free < 1 << 20 else None)
+        if advice:
             raise NoSpace(
-                f"no space left to write {self.path}: {free} bytes are free; free some and run again"
+                f"no space left to write {self.path}: {free} bytes are free; {advice} and run again"
             ) from error
         raise AccessError(f"cannot write {self.path}: {error}; check the folder and its permissions") from error

@@ -36,6 +36,7 @@ COMMANDS = (
         (errors.AccessError("refused"), 8, "refused"),
         (errors.Preempted("stopped"), 75, "stopped"),
         (OSError(errno.ENOSPC, "No space left on device", "cube/x"), 7, "no space left: cube/x"),
+        (OSError(errno.EFBIG, "File too large", "cube/x"), 7, "no space left: cube/x; raise the limit on the size"),
         (PermissionError(errno.EACCES, "Permission denied", "cube/x"), 2, "Permission denied: cube/x"),
         (RuntimeError("odd"), 1, "internal error: RuntimeError: odd (repeat with --debug for the traceback)"),
         (ValueError("first\n  second"), 1, "first; second"),

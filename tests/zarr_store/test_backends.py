@@ -118,6 +118,8 @@ def test_errors_of_the_file_system_are_translated() -> None:
         raise OSError(errno.EROFS, "Read-only file system")
     with pytest.raises(NoSpace), translate_os_errors("here"):
         raise ValueError(f"RESOURCE_EXHAUSTED: {os.strerror(errno.ENOSPC)}")
+    with pytest.raises(NoSpace, match="ulimit -f"), translate_os_errors("here"):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     with pytest.raises(ValueError, match="other"), translate_os_errors("here"):
         raise ValueError("other")
 
