@@ -11,21 +11,27 @@ import errno
 import hashlib
 import io
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 import tensorstore as ts
 
 from zarr_store.errors import AccessError, NoSpace, space_advice
 
-__all__ = ["ITEM_KEY", "REPOSITORY_MARKER", "Kind", "Pending", "Store", "translate_os_errors"]
+__all__ = ["ITEM_KEY", "REPOSITORY_MARKER", "Kind", "Pending", "Store", "check_room",
+           "translate_os_errors"]  # fmt: skip
 
 ITEM_KEY = "item.json"
 """Name of the STAC item of a cube or a map; it is no Zarr key."""
 REPOSITORY_MARKER = "_terrashard/store.json"
 """Name of the file that marks a folder as an Icechunk repository of ours."""
+
+_ROOM_BYTES = 1 << 20
+"""Room that is asked for where a library does not say why it could not write, bytes."""
 
 Kind = Literal["folder", "icechunk"]
 
@@ -51,6 +57,21 @@ def translate_os_errors(what: str) -> Iterator[None]:
         if text.startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")):
             raise AccessError(f"cannot reach {what}; check the endpoint and repeat the command") from error
         raise
+
+
+def check_room(folder: Path, what: str) -> None:
+    """Refuse where no megabyte can be written: many libraries do not say why a write failed, so ask after a failure.
+
+    Raises:
+        NoSpace: The disk is full, or the file would be larger than is allowed.
+    """
+    with (
+        contextlib.suppress(AccessError, FileNotFoundError),
+        translate_os_errors(what),
+        tempfile.TemporaryFile(dir=folder, buffering=0) as probe,
+    ):
+        probe.write(bytes(_ROOM_BYTES))
+        probe.write(b"\0")  # the first one may have been cut short
 
 
 class Pending(Protocol):

@@ -24,8 +24,8 @@ from ingest.products.layer import ClassLayer
 from ingest.products.outlines import Drawn, draw_patches, simplify
 from ingest.products.patches import Patches, find_patches
 from zarr_store.crs import transformer_between
-from zarr_store.errors import InvalidInput, NothingFound
-from zarr_store.store import translate_os_errors
+from zarr_store.errors import AccessError, InvalidInput, NothingFound
+from zarr_store.store import check_room, translate_os_errors
 
 __all__ = ["SUFFIXES", "beside", "check_vector_target", "write_polygons"]
 
@@ -160,6 +160,7 @@ def _plain(value: Any) -> Any:
 
 def _write_geopackage(layer: ClassLayer, patches: Patches, drawn: Iterator[Drawn], path: Path) -> None:
     import pyogrio
+    from pyogrio.errors import DataLayerError, DataSourceError
     from pyogrio.raw import write as write_features
 
     before = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
@@ -172,6 +173,9 @@ def _write_geopackage(layer: ClassLayer, patches: Patches, drawn: Iterator[Drawn
                 str(path), np.asarray(shapely.to_wkb(part.shape), object), list(columns.values()), list(columns),
                 layer=_LAYER, driver="GPKG", crs=layer.grid.crs, geometry_type="Unknown", append=number > 0,
             )  # fmt: skip
+    except (DataSourceError, DataLayerError) as error:  # it does not say that a disk is full
+        check_room(path.parent, path.name)
+        raise AccessError(f"cannot write {path.name}: {error}; check the folder") from error
     finally:
         pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": before})
 

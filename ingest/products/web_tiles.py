@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def _levels(
     """Return the pixels of each zoom, as arrays in files."""
     columns, rows = last[0] - first[0] + 1, last[1] - first[1] + 1
     kind = np.uint8 if len(layer.names) <= 255 else np.uint16
-    array = np.memmap(folder / f"{zoom}.raw", kind, "w+", shape=(rows * _SIDE, columns * _SIDE))
+    array = _array_on_disk(folder / f"{zoom}.raw", kind, (rows * _SIDE, columns * _SIDE))
     for row in range(rows):
         array[row * _SIDE : (row + 1) * _SIDE] = _tile_row(layer, zoom, first[0], first[1] + row, columns, kind)
     levels: dict[int, Level] = {zoom: (array, first, (columns, rows))}
@@ -138,7 +139,7 @@ def _levels(
         below, (x0, y0), (wide, high) = levels[z + 1]
         corner, end = (x0 // 2, y0 // 2), ((x0 + wide - 1) // 2, (y0 + high - 1) // 2)
         columns, rows = end[0] - corner[0] + 1, end[1] - corner[1] + 1
-        array = np.memmap(folder / f"{z}.raw", kind, "w+", shape=(rows * _SIDE, columns * _SIDE))
+        array = _array_on_disk(folder / f"{z}.raw", kind, (rows * _SIDE, columns * _SIDE))
         array[:] = np.iinfo(kind).max
         y, x = (y0 - 2 * corner[1]) * _SIDE // 2, (x0 - 2 * corner[0]) * _SIDE // 2
         for row in range(0, below.shape[0], _SIDE):
@@ -146,6 +147,17 @@ def _levels(
             array[y + row // 2 : y + row // 2 + some.shape[0], x : x + some.shape[1]] = some
         levels[z] = (array, corner, (columns, rows))
     return levels
+
+
+def _array_on_disk(path: Path, kind: type, shape: tuple[int, int]) -> npt.NDArray[Any]:
+    """Return an array in a new file whose room is taken at once: a write to a map of a full disk ends the process."""
+    with path.open("wb") as file:
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+    return np.memmap(path, kind, "r+", shape=shape)
 
 
 def _tile_row(layer: ClassLayer, zoom: int, x0: int, y: int, columns: int, kind: type) -> npt.NDArray[Any]:

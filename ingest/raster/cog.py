@@ -27,6 +27,7 @@ from rasterio.windows import Window
 from ingest.raster.drivers import limit_raster_drivers
 from zarr_store.errors import AccessError, InvalidInput, NoSpace, space_advice
 from zarr_store.grid import Grid
+from zarr_store.store import check_room
 
 __all__ = ["CogWriter", "Colour", "write_cog"]
 
@@ -353,4 +354,5 @@ class _disk_errors:
             raise NoSpace(
                 f"no space left to write {self.path}: {free} bytes are free; {advice} and run again"
             ) from error
+        check_room(self.path.parent, str(self.path))
         raise AccessError(f"cannot write {self.path}: {error}; check the folder and its permissions") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from ingest.products.layer import ClassLayer
 from ingest.products.outlines import draw_patches, simplify
 from ingest.products.patches import find_patches
 from ingest.products.vector_file import write_polygons
-from zarr_store.errors import InvalidInput, NothingFound
+from zarr_store.errors import InvalidInput, NoSpace, NothingFound
 from zarr_store.grid import Grid
 
 GRID = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (70, 50))
@@ -167,6 +168,20 @@ def test_files_hold_the_same_polygons_and_have_equal_bytes(tmp_path: Path, suffi
     assert fields["name"] == [NAMES[value] for value in patches.value[order]]
     assert fields["area_m2"] == patches.area[order].tolist()
     assert fields["confidence"] == pytest.approx(patches.confidence[order], abs=0.006)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".geojson", ".gpkg"])
+def test_a_file_for_which_there_is_no_room(tmp_path: Path, suffix: str) -> None:
+    """The system itself refuses to write on; sqlite and GDAL do not say why."""
+    layer = layer_of(classes_of(0, 0.0))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+    try:
+        with pytest.raises(NoSpace, match="ulimit -f"):
+            write_polygons(layer, tmp_path / f"a{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from rasterio.transform import from_bounds
 from rasterio.warp import Resampling, reproject
 
 from ingest.products.layer import ClassLayer
-from ingest.products.web_tiles import write_pmtiles
-from zarr_store.errors import NothingFound
+from ingest.products.web_tiles import _array_on_disk, write_pmtiles
+from zarr_store.errors import NoSpace, NothingFound
 from zarr_store.grid import Grid
 
 pytest.importorskip("pmtiles")
@@ -66,3 +67,18 @@ def test_a_map_without_a_class_makes_no_file(tmp_path: Path) -> None:
     with pytest.raises(NothingFound, match="no tile"):
         write_pmtiles(layer_of(np.full(GRID.shape, 255, np.uint8)), tmp_path / "map.pmtiles")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_on_the_disk_is_taken_before_pixels_are_written(tmp_path: Path) -> None:
+    """A write to the map of a sparse file on a full disk ends the process by a signal."""
+    array = _array_on_disk(tmp_path / "a", np.uint16, (700, 1000))
+    assert (array.shape, array.dtype) == ((700, 1000), np.uint16)
+    assert (tmp_path / "a").stat().st_blocks * 512 >= array.nbytes
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(NoSpace, match="ulimit -f"):
+            write_pmtiles(layer_of(np.zeros(GRID.shape, np.uint8)), tmp_path / "map.pmtiles")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

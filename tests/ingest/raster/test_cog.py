@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,14 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ingest.raster.cog.rasterio.shutil.copy", full)
     with pytest.raises(AccessError, match="check the folder"):
         write_cog(tmp_path / "x.tif", classes(), GRID)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(NoSpace, match="ulimit -f"):
+            write_cog(tmp_path / "x.tif", classes(), GRID)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     class Usage:
         free = 1000
