@@ -223,15 +223,15 @@ def compare_speed(kept: dict[str, Any], batch: int, patch: int) -> None:
 # ---- Accuracy
 
 
-def learn(program: Any, arrays: Mapping[str, Any], held: Mapping[str, Any], *, epochs: int, seed: int) -> Any:
+def learn(
+    program: Any, steps: tuple[Any, Any], arrays: Mapping[str, Any], held: Mapping[str, Any], *, epochs: int, seed: int
+) -> Any:
     """Train for some epochs; return updates, last loss and accuracy on the windows that were held out."""
     import jax
     import numpy as np
 
-    from jaxtrain.learn.step import make_eval_step, make_train_step
-
     size, count = program.config.run.batch_size, len(arrays["label"])
-    step, evaluate, state = make_train_step(program), make_eval_step(program), program.init(jax.random.key(seed))
+    (step, evaluate), state = steps, program.init(jax.random.key(seed))
     rng, updates, loss = np.random.default_rng(seed), 0, float("nan")
     for _ in range(epochs):
         order = rng.permutation(count)
@@ -249,6 +249,8 @@ def learn(program: Any, arrays: Mapping[str, Any], held: Mapping[str, Any], *, e
 
 def compare_accuracy(kept: dict[str, Any], epochs: int, seeds: int) -> None:
     """Equal batch and steps; equal batch of each replica; statistics of each replica."""
+    from jaxtrain.learn.step import make_eval_step, make_train_step
+
     branches = {"kind": "branches", "groups": [["s2", "fusion"], ["s1"]]}
     runs: tuple[tuple[str, dict[str, Any], dict[str, Any], int, str], ...] = (
         ("one device, batch 8", {}, {}, 8, "group"),
@@ -263,11 +265,9 @@ def compare_accuracy(kept: dict[str, Any], epochs: int, seeds: int) -> None:
     )
     arrays, held = make_data(256, 32, seed=1, noise=1500.0), make_data(128, 32, seed=2, noise=1500.0)
     for name, placement, mesh, batch, norm in runs:
-        found = [
-            learn(make_program(placement, mesh, batch=batch, patch=32, model={"width": 8, "depth": 1, "norm": norm}),
-                  arrays, held, epochs=epochs, seed=seed)
-            for seed in range(seeds)
-        ]  # fmt: skip
+        program = make_program(placement, mesh, batch=batch, patch=32, model={"width": 8, "depth": 1, "norm": norm})
+        steps = make_train_step(program), make_eval_step(program)  # compiled once for all seeds
+        found = [learn(program, steps, arrays, held, epochs=epochs, seed=seed) for seed in range(seeds)]
         scores = [one["accuracy"] for one in found]
         kept.setdefault("accuracy", {})[name] = {"updates": found[0]["updates"], "accuracy": scores,
                                                  "loss": [one["loss"] for one in found]}  # fmt: skip

@@ -76,7 +76,7 @@ def measure_placements(
     """Run placements with a process for each device, those with equally many devices in one start.
 
     Each row is kept once it is measured. So the same call continues after an interruption, and processes that die lose
-    the placement that they were at; the others are started again without it.
+    the placement that they were at: the others are started again without it, and the same call tries it again.
 
     Args:
         session: The command.
@@ -99,6 +99,7 @@ def measure_placements(
     asked = {one.name: _request(one) for one in placed if one.candidate.config is not None}
     by_size: dict[int, list[Placed]] = defaultdict(list)
     found: dict[str, dict[str, Any]] = {}
+    died: list[str] = []
     for one in placed:
         if one.name not in asked:
             continue
@@ -131,8 +132,12 @@ def measure_placements(
                     left = [one for one in waiting if one.name not in found]
                     lost = left if isinstance(error, AccessError) else left[:1]
                     found |= {one.name: {"why_not": str(error)} for one in lost}
+                    died += [] if isinstance(error, AccessError) else [one.name for one in lost]
                 waiting = [one for one in waiting if one.name not in found]
-    kept.forget()
+    if died:
+        session.warn(f"the processes of {' and of '.join(died)} died; the same command measures only what is missing")
+    else:
+        kept.forget()
     return found
 
 

@@ -35,7 +35,13 @@ def line_of(request: Mapping[str, Any], number: int, **more: Any) -> list[str]:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> list[tuple[int, dict[str, Any]]]:
     """Stands for the start of processes: each prints its lines, and a word of a library beside."""
     requests: list[tuple[int, dict[str, Any]]] = []
 
@@ -120,14 +126,10 @@ def test_processes_that_fail_lose_nothing_of_what_was_measured(launched, monkeyp
     assert found["branches × filters"]["accuracy"] == found["one device"]["accuracy"] == 0.9
 
 
-@pytest.fixture
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def test_a_placement_whose_processes_die_is_left_out_of_the_next_start(launched, own_cache, monkeypatch):
-    asked: list[list[str]] = []
+    from jaxtrain import launch
+
+    works, asked = launch.launch_at, []
 
     def dies_at_the_second(made: Any, config: Any, *, on_line: Any) -> Any:
         request = json.loads(made.arguments[-1])
@@ -149,6 +151,13 @@ def test_a_placement_whose_processes_die_is_left_out_of_the_next_start(launched,
     assert "layers in stages" not in two[1]
     assert found["layers in stages"]["why_not"].endswith("could not be measured: killed for its memory")
     assert sum("why_not" in row for row in found.values()) == 1
+    # the same measurement tries it again, and nothing else
+    asked.clear()
+    monkeypatch.setattr("jaxtrain.launch.launch_at", works)
+    again = measure_placements(QUIET, list_placements(config_of()))
+    assert [[one["name"] for one in request["placements"]] for _, request in launched] == [["layers in stages"]]
+    assert again["layers in stages"]["accuracy"] == 0.9
+    assert not list(own_cache.rglob("measured-*"))
 
 
 def test_a_measurement_that_was_interrupted_is_taken_up_once(launched, own_cache, monkeypatch):
