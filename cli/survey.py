@@ -79,6 +79,10 @@ def register(app: typer.Typer) -> None:
 
         if epochs is not None and not 0 <= epochs < float("inf"):
             raise InvalidInput(f"--epochs must be a number from 0, got {epochs}; 0 measures steps and trains nothing")
+        if dask is not None:  # not after the minutes of a survey
+            from cli.dask_workers import check_address
+
+            check_address(dask)
         config = train_config(configuration, session)
         known = None if profile == "this-machine" else read_profile(profile)  # a wrong name costs no search for devices
         numbers = [device_count()] if devices is None else _numbers(devices)

@@ -160,6 +160,7 @@ def test_curves_reach_to_machines_that_are_not_there(
     [
         (("--profile", "h10"), r"no profile 'h10' \(nearest: h100\)"),
         (("--devices", "0"), "--devices must be whole numbers from 1"),
+        (("--dask", "10.0.0.1"), "--dask 10.0.0.1: expected the address of a scheduler with its scheme"),
         (("--epochs", "-1"), "--epochs must be a number from 0, got -1.0"),
         (("--devices", "2,x"), "--devices must be whole numbers from 1"),
         (
