@@ -29,8 +29,9 @@ from jaxtrain.data.batches import BatchStream
 from jaxtrain.data.opening import open_training_data
 from jaxtrain.data.training_data import TrainingSet
 from jaxtrain.evaluation.scores import score_windows
+from jaxtrain.learn.optim import evaluation_params
 from jaxtrain.learn.state import Program, TrainState
-from jaxtrain.learn.step import make_eval_step, make_train_step
+from jaxtrain.learn.step import EvalStep, TrainStep, make_eval_step, make_train_step
 from jaxtrain.parallel.heap import keep_freed_memory
 from jaxtrain.parallel.mesh import batch_sharding
 from jaxtrain.parallel.processes import start_distributed, wait_for_all
@@ -90,9 +91,11 @@ def measure_placement(
         traffic: Whether to count what the interfaces carry.
     """
     program = program_of(card, config)
-    step, state, key = make_train_step(program), program.init(jax.random.key(0)), jax.random.key(1)
-    batch = _first_batch(program, ready)
+    step, evaluate = make_train_step(program), make_eval_step(program)
+    state, key, batch = program.init(jax.random.key(0)), jax.random.key(1), _first_batch(program, ready)
     found: dict[str, Any] = {}
+    if program.layout is None:  # a pipeline does the same by itself
+        _compile(step, evaluate, state, batch, key)
 
     def train(steps: int) -> float:
         nonlocal state
@@ -106,10 +109,21 @@ def measure_placement(
     before = time.process_time()
     seconds = train(LONG)
     found |= {"step_s": seconds / LONG, "busy": (time.process_time() - before) / seconds}
-    found["inference_s"] = _inference(program, state, batch)
+    found["inference_s"] = _inference(evaluate, state, batch)
     if epochs:
-        found |= _accuracy(card, ready, config, program, step, epochs)
+        found |= _accuracy(card, ready, config, program, (step, evaluate), epochs)
     return found
+
+
+def _compile(step: TrainStep, evaluate: EvalStep, state: TrainState, batch: Mapping[str, Any], key: jax.Array) -> None:
+    """Compile both programs, and wait until all processes have done so.
+
+    One process may take longer than another, and the link between them (Gloo: 30 s) gives up.
+    """
+    step.jitted.lower(state, {name: batch[name] for name in step.names or batch}, key).compile()
+    given = {name: batch[name] for name in evaluate.names or batch}
+    evaluate.jitted.lower(evaluation_params(state.params, state.opt_state), state.model_state, given).compile()
+    wait_for_all("the programs of a placement are compiled")
 
 
 def time_steps(
@@ -157,9 +171,8 @@ def _first_batch(program: Program, ready: TrainingSet) -> dict[str, Any]:
     return put_batch({name: array[mine] for name, array in whole.items()}, lies, size)
 
 
-def _inference(program: Program, state: TrainState, batch: Mapping[str, Any]) -> float:
+def _inference(evaluate: EvalStep, state: TrainState, batch: Mapping[str, Any]) -> float:
     """Return the seconds of the evaluation of one batch, the smallest of several."""
-    evaluate = make_eval_step(program)
     _wait(evaluate(state, batch))
     seconds = []
     for _ in range(5):
@@ -171,10 +184,15 @@ def _inference(program: Program, state: TrainState, batch: Mapping[str, Any]) ->
 
 
 def _accuracy(
-    card: ModelCard, ready: TrainingSet, config: TrainConfig, program: Program, step: Any, epochs: float
+    card: ModelCard,
+    ready: TrainingSet,
+    config: TrainConfig,
+    program: Program,
+    programs: tuple[TrainStep, EvalStep],
+    epochs: float,
 ) -> dict[str, Any]:
     """Train a new state for equal epochs, as a run does, and score the validation part, or the test part without."""
-    run, windows = config.run, ready.plan.parts["train"]
+    run, windows, (step, evaluate) = config.run, ready.plan.parts["train"], programs
     steps = max(1, round(epochs * len(windows) / run.batch_size))
     state = program.init(jax.random.key(np.uint32(run.seed % (1 << 32))))
     key = jax.random.key(np.uint32(run.seed % (1 << 32)) ^ np.uint32(0x5EED))
@@ -190,7 +208,7 @@ def _accuracy(
         _wait(metrics)
     seconds = time.perf_counter() - began
     aside = ready.plan.parts["validation"] if len(ready.plan.parts["validation"]) else ready.plan.parts["test"]
-    counts, loss = score_windows(program, make_eval_step(program), state, ready.reader, aside, card.classes.names)
+    counts, loss = score_windows(program, evaluate, state, ready.reader, aside, card.classes.names)
     scores = counts.to_dict()
     return {"steps": steps, "train_s": seconds, "loss": loss, "train_loss": float(metrics["loss"]),
             **{name: scores[name] for name in ("accuracy", "miou", "r2", "rmse") if name in scores}}  # fmt: skip
