@@ -110,9 +110,8 @@ def main() -> int:
     parts = [(paths, row, col) for paths in scenes.values() for row in (0, _SIDE) for col in (0, _SIDE)]
     megabytes = len(parts) * len(BANDS) * _SIDE * _SIDE * 2 / 1e6
     running = config.running.model_copy(update={"workers": WORKERS})
-    longer = config.model_copy(
-        update={"datetime": "2022-05-02/2022-08-25"}
-    )  # 24 dates: what a run adds once weighs less
+    # with more dates, what a run costs once weighs less
+    longer = config.model_copy(update={"datetime": "2022-05-02/2022-08-25"})
     long_plan = make_plan(str(root / "catalog.json"), longer) if asked.full else None
     seconds: dict[str, list[float]] = {"floor": [], "terrashard": [], "fast": []}
     from ingest.run.cluster import open_cluster
