@@ -22,7 +22,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1
 _STEPS = 4
 """Steps after which the heap holds again what steps need."""
-_GROWTH_BYTES = 24 << 20
+_GROWTH_BYTES = 8 << 20
 """Growth from which on free memory goes back."""
 _BY_USER = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
