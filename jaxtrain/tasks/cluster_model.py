@@ -72,7 +72,8 @@ class ClusterModel:
             said = f"with {wrong[1][0]} in {wrong[1][1]!r} where the model has {wrong[0][0]} in {wrong[0][1]!r}"
         names = ", ".join(dict.fromkeys(name for name, _ in mine))
         # vectors have neither bands nor dates to choose, and samples no dates
-        options = {"cube": "choose the same with --bands and --time, or ", "samples": "choose the same with --bands, or "}
+        options = {"cube": "choose the same with --bands and --time, or ",
+                   "samples": "choose the same with --bands, or "}  # fmt: skip
         raise InvalidInput(
             f"{table.url} does not fit the clusters of {where}, which were made from {names}: it comes {said}; "
             f"{options.get(table.kind, '')}fit new clusters"

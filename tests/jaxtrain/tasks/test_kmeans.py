@@ -384,7 +384,9 @@ def test_clusters_of_one_cube_label_another_that_stores_other_numbers(tmp_path: 
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize(("kind", "refused"), [("vectors", ("--bands", "--time")), ("samples", ("--time",)), ("cube", ())])
+@pytest.mark.parametrize(
+    ("kind", "refused"), [("vectors", ("--bands", "--time")), ("samples", ("--time",)), ("cube", ())]
+)  # fmt: skip
 def test_what_does_not_fit_a_model_is_mended_by_options_that_its_kind_has(kind: Any, refused: tuple[str, ...]) -> None:
     features = (Feature("v0"), Feature("v1"))
     model = ClusterModel(kind, features, "mean", Scaling(np.zeros(2), np.eye(2)), np.zeros((3, 2)))
