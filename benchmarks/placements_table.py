@@ -33,11 +33,16 @@ def survey(*words: str, epochs: float, side: int) -> dict[str, Any]:
     return document | {"seconds": time.perf_counter() - began, "epochs": epochs, "side": side, "machine": machine()}
 
 
-def survey_on_dask(epochs: float, side: int, workers: int) -> dict[str, Any]:
-    """Run the command on the workers of a Dask cluster of this machine."""
+def survey_on_dask(epochs: float, side: int, workers: int, port: int) -> dict[str, Any]:
+    """Run the command on the workers of a Dask cluster of this machine; the same port continues an interrupted one."""
     from distributed import LocalCluster
 
-    options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1"}
+    options: dict[str, Any] = {
+        "n_workers": workers,
+        "threads_per_worker": 1,
+        "host": "127.0.0.1",
+        "scheduler_port": port,
+    }
     opened: Any = LocalCluster
     with opened(**options, dashboard_address=None) as cluster:
         return survey("--dask", cluster.scheduler_address, epochs=epochs, side=side) | {"workers": workers}
@@ -47,11 +52,12 @@ def main() -> int:
     """Run the command here or on a Dask cluster, and keep its document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dask", type=int, metavar="WORKERS", help="on a Dask cluster of so many workers")
+    parser.add_argument("--port", type=int, default=0, help="port of its scheduler")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--side", type=int, default=FULL.side, help="side of the simulated world, pixels")
     options = parser.parse_args()
     size = {"epochs": options.epochs, "side": options.side}
-    document = survey_on_dask(workers=options.dask, **size) if options.dask else survey(**size)
+    document = survey_on_dask(workers=options.dask, port=options.port, **size) if options.dask else survey(**size)
     name = "table-dask" if options.dask else "table"
     TABLES.mkdir(exist_ok=True)
     (TABLES / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
