@@ -48,7 +48,8 @@ demo: $(STAMP)  ## the whole journey on simulated scenes: cube, model, map (OUT=
 .PHONY: test
 test: $(STAMP)  ## the whole test suite (TESTS="tests/cli -k walk" for a part)
 	@# hundreds of processes are started: where Python may not write bytecode, each would parse its libraries anew, for 5 s
-	@PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CURDIR)/$(VENV)/pycache" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(TESTS)
+	@# three processes for two cores: while one waits for a server, a worker or a kill, the other two have the cores
+	@PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CURDIR)/$(VENV)/pycache" $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q $(TESTS)
 
 .PHONY: check
 check: $(STAMP)  ## format, lint, types, spelling, layers

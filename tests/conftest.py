@@ -43,7 +43,7 @@ os.environ["MPLBACKEND"] = "Agg"
 for name, value in ("TF_CPP_MIN_LOG_LEVEL", "1"), ("TPU_SKIP_MDS_QUERY", "1"), ("CRC32C_SW_MODE", "auto"):
     os.environ.setdefault(name, value)
 os.environ.pop("GDAL_NUM_THREADS", None)
-# Two test processes share two cores: nested thread pools would only fight.
+# Test processes share the cores: nested thread pools would only fight.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 # Dask must not look for a configuration of this machine.
@@ -82,7 +82,7 @@ MOST_WRITTEN = 3 << 30
 
 
 def keep_compiled() -> None:
-    """What JAX compiles is kept in the virtual environment: for both test processes, their children and later runs.
+    """What JAX compiles is kept in the virtual environment: for all test processes, their children and later runs.
 
     A killed child may leave half a program, which JAX would find broken in every later run: those go at the start.
     Programs are for one compiler and one processor, which is part of the folder's name.
