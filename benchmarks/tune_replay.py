@@ -1,15 +1,15 @@
 """Rules that end trials early, replayed on the validation scores of trials that were trained to their end.
 
 One search shows one order of trials. Full trials in 200 random orders show how often a rule, in a share of the time of
-16 full trials, comes to the best score of those 16, and how much it misses on average. Time is counted in steps, and
-each start of a trial, and each continuation of a paused one, costs a tenth of its steps. Nothing is trained here.
+16 full trials, comes to the best score of those 16, and how much it misses on average. Time is counted in steps; what
+the start of a trial and the continuation of a paused one cost beside them was measured. Nothing is trained here.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from jaxtrain.tuning.rungs import Rungs, Training, rungs_below
 Curve = tuple[list[float], float]
 """Validation scores of a full trial, and its own score."""
 
-ORDERS, FULL, START = 200, 16, 0.1
+ORDERS, FULL = 200, 16
+LOOKS = (1, 4)
+"""Numbers of validations after which the rank of the best trial is shown: the rungs of a trial of 12."""
 BEGINS = 0.75
 """Share of the time in which new trials begin, if trials are paused."""
 
@@ -42,13 +44,27 @@ def curves_of(folder: Path) -> list[Curve]:
     ]
 
 
-def replay_stops(factor: int, curves: Sequence[Curve], budget: float) -> float:
+@dataclass(frozen=True)
+class Costs:
+    """What trials cost beside their steps, as shares of the steps of a full trial.
+
+    Attributes:
+        start: The start of a trial.
+        continuation: The continuation of a paused one.
+    """
+
+    start: float
+    continuation: float
+
+
+def replay_stops(factor: int, curves: Sequence[Curve], budget: float, costs: Costs) -> float:
     """Return the best score if Optuna stops all but one of `factor` trials at a rung, and none goes on later.
 
     Args:
         factor: One of so many goes on; 0 to stop none.
         curves: Trials in the order in which they begin.
-        budget: Time, in full trials, after which none begins.
+        budget: Time, in steps of full trials, after which none begins.
+        costs: Of the start of a trial.
     """
     import optuna
 
@@ -68,11 +84,11 @@ def replay_stops(factor: int, curves: Sequence[Curve], budget: float) -> float:
         else:
             study.tell(trial, value)
             best = max(best, value)
-        spent += START + number / len(scores)
+        spent += costs.start + number / len(scores)
     return best
 
 
-def replay_pauses(curves: Sequence[Curve], budget: float) -> float:
+def replay_pauses(curves: Sequence[Curve], budget: float, costs: Costs) -> float:
     """Return the best score of `--pruner asha`, which pauses trials at rungs and promotes them later."""
     trainings: list[Training] = []
     spent, best = 0.0, float("-inf")
@@ -82,7 +98,7 @@ def replay_pauses(curves: Sequence[Curve], budget: float) -> float:
         nonlocal spent, best
         (scores, value), one = curves[number], trainings[number]
         done = one.rung
-        spent += START
+        spent += costs.continuation if done else costs.start
         for rung in (*(rung for rung in rungs_below(len(scores)) if rung > done), len(scores)):
             spent += (rung - done) / len(scores)
             done = rung
@@ -110,7 +126,7 @@ def replay_pauses(curves: Sequence[Curve], budget: float) -> float:
     return best
 
 
-RULES: dict[str, Callable[[Sequence[Curve], float], float]] = {
+RULES: dict[str, Callable[[Sequence[Curve], float, Costs], float]] = {
     "no trial ends early": partial(replay_stops, 0),
     "two thirds are stopped": partial(replay_stops, 3),
     "one half is stopped": partial(replay_stops, 2),
@@ -118,7 +134,7 @@ RULES: dict[str, Callable[[Sequence[Curve], float], float]] = {
 }
 
 
-def compare_rules(world: str, curves: Sequence[Curve], share: float) -> list[Row]:
+def compare_rules(world: str, curves: Sequence[Curve], share: float, costs: Costs) -> list[Row]:
     """Return how often each rule comes to the best of `FULL` full trials in a share of their time."""
     import optuna
 
@@ -127,9 +143,24 @@ def compare_rules(world: str, curves: Sequence[Curve], share: float) -> list[Row
     orders = [[curves[number] for number in rng.permutation(len(curves))] for _ in range(ORDERS)]
     rows = []
     for name, rule in RULES.items():
-        gaps = [rule(order, share * FULL * (1 + START)) - max(value for _, value in order[:FULL]) for order in orders]
+        gaps = [
+            rule(order, share * FULL * (1 + costs.start), costs) - max(value for _, value in order[:FULL])
+            for order in orders
+        ]
         rows.append(
             Row(f"{world}: {name}: orders that come to the best of {FULL}", sum(gap >= 0 for gap in gaps) / ORDERS,
                 note=f"{len(curves)} trials, {100 * share:.0f} % of the time; mean gap {statistics.fmean(gaps):+.4f}")
         )  # fmt: skip
+    looked = [statistics.median(_rank_of_best(order[:FULL], number) for order in orders) for number in LOOKS]
+    rows += [
+        Row(f"{world}: rank of the best of {FULL} after {number} validations, median of the orders", rank)
+        for number, rank in zip(LOOKS, looked, strict=True)
+    ]
     return rows
+
+
+def _rank_of_best(curves: Sequence[Curve], number: int) -> int:
+    """Return the rank that the trial with the best score, or the first of equal ones, has after some validations."""
+    best = max(value for _, value in curves)
+    ranked = sorted(curves, key=lambda curve: -max(curve[0][:number]))
+    return next(rank for rank, (_, value) in enumerate(ranked, start=1) if value == best)
