@@ -188,7 +188,7 @@ def _train(
         # ---- Resume.
         resumed = resume_run(config, out, program, incidents, tell, replica)
         state, first = resumed.state, resumed.step
-        last = first if resumed.best.ended else min(run.steps, max(first, until or run.steps))
+        last = first if resumed.best.ended else min(run.steps, until or run.steps)
         on_devices = None
         if keeping.place == "device" and first < last:
             on_devices = KeptBatches(ready.reader, ready.plan.parts["train"].rows, program.mesh)
