@@ -123,7 +123,8 @@ def to_lonlat(geometry: BaseGeometry, crs: str | None, where: str) -> BaseGeomet
             geometry = shapely.transform(dense, lambda xy: _unwrapped(transformer, xy))
     except (ProjError, ShapelyError, ValueError) as error:
         raise InvalidInput(
-            f"{where}: cannot be reprojected from CRS {crs!r} to longitude and latitude: {error}"
+            f"{where}: cannot be reprojected from CRS {crs!r} to longitude and latitude: {error}; state the CRS in the "
+            "file, or reproject it to EPSG:4326"
         ) from error
     if geometry.is_empty or not np.isfinite(geometry.bounds).all():
         raise InvalidInput(f"{where}: the geometry is {'empty' if geometry.is_empty else f'outside of CRS {crs}'}")

@@ -76,6 +76,8 @@ def test_every_format_gives_the_same_ground(kind: str, tmp_path: Path) -> None:
 
 def test_what_crosses_the_antimeridian_is_cut() -> None:
     fiji = box(700_000, 8_000_000, 900_000, 8_200_000)  # zone 60 south, beyond its edge
+    with pytest.raises(InvalidInput, match="state the CRS in the file"):  # as a GeoPackage without a CRS has it
+        to_lonlat(fiji, 'LOCAL_CS["Undefined SRS",LOCAL_DATUM["unknown",32767],UNIT["unknown",0]]', "x")
     got = to_lonlat(fiji, "EPSG:32760", "x")
     assert isinstance(got, shapely.MultiPolygon)
     assert got.bounds[0] == -180
