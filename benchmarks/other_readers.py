@@ -1,8 +1,8 @@
 """Readers of COGs that are no peers of a whole ingest, on the job of `small_region.py`: a small region over many dates.
 
 lazycogs and async-geotiff, each by its own documented way and in an environment of its own. LAZYCOGS_PYTHON and
-ASYNC_GEOTIFF_PYTHON name their interpreters (Python 3.12 or later, with obstore and zarr too). One that is not named is left out.
-Same files, same server, the same 50 ms before every answer; both write the pixels to a Zarr array.
+ASYNC_GEOTIFF_PYTHON name their interpreters (Python 3.12 or later, with obstore and zarr too). One that is not named is
+left out. Same files, same server, the same 50 ms before every answer; both write the pixels to a Zarr array.
 """
 
 from __future__ import annotations
