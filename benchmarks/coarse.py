@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ def main() -> int:
             print(f"1/{factor}: {megabytes:.0f} MB of pixels in the files, {spec.grid}")
             took = medians(
                 {
-                    "all pixels": lambda plan=all_pixels: run_terrashard(plan, client),  # type: ignore[misc]
-                    "overviews": lambda plan=smaller: run_terrashard(plan, client),  # type: ignore[misc]
-                    "odc-stac": on(client, lambda plan=all_pixels: run_odc(plan, BANDS)),  # type: ignore[misc]
+                    "all pixels": partial(run_terrashard, all_pixels, client),
+                    "overviews": partial(run_terrashard, smaller, client),
+                    "odc-stac": on(client, partial(run_odc, all_pixels, BANDS)),
                 },
                 asked.repeats,
             )
