@@ -57,7 +57,7 @@ def decoded_twice(plan: Any) -> float:
         counted[0] += 1
         decode(self, *given)
 
-    blocks.BlockReader._decode = count  # type: ignore[method-assign]
+    blocks.BlockReader._decode = count  # type: ignore[method-assign, assignment]
     try:
         for task in plan.tasks:
             fill_shard(task, plan.recipe(task.collection))
