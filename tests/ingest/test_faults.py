@@ -20,15 +20,15 @@ from zarr_store.errors import AccessError
 from .growing import plan_of, scene, tree
 
 ROWS = [
-    *(f"R{n:02}" for n in range(1, 41)),
+    *(f"R{n:02}" for n in range(1, 42)),
     *(f"S{n:02}" for n in range(1, 19)),
-    *(f"P{n:02}" for n in range(1, 61)),
+    *(f"P{n:02}" for n in range(1, 63)),
     *(f"Z{n:02}" for n in range(1, 36)),
     *(f"D{n:02}" for n in range(1, 17)),
     *(f"X{n:02}" for n in range(1, 9)),
     *(f"C{n:02}" for n in range(1, 16)),
-    *(f"Y{n:02}" for n in range(1, 110)),
-    *(f"H{n:02}" for n in range(1, 34)),
+    *(f"Y{n:02}" for n in range(1, 116)),
+    *(f"H{n:02}" for n in range(1, 35)),
     *(f"L{n:02}" for n in range(1, 11)),
 ]
 FIRST = {
