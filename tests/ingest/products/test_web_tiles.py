@@ -72,7 +72,7 @@ def test_a_map_without_a_class_makes_no_file(tmp_path: Path) -> None:
 def test_room_on_the_disk_is_taken_before_pixels_are_written(tmp_path: Path) -> None:
     """A write to the map of a sparse file on a full disk ends the process by a signal."""
     array = _array_on_disk(tmp_path / "a", np.uint16, (700, 1000))
-    assert (array.shape, array.dtype) == ((700, 1000), np.uint16)
+    assert array.shape == (700, 1000)
     assert (tmp_path / "a").stat().st_blocks * 512 >= array.nbytes
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
