@@ -66,7 +66,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(
         (("hetero.enabled=true", "hetero.chunk=3"), "hetero.chunk 3 must divide run.batch_size 16 into whole chunks"),
         (("hetero.enabled=true", "model.norm=batch"), "needs the whole batch at once"),
         (("hetero.enabled=true", "mesh.pipe=2"), "mesh.pipe = 2 with hetero.enabled"),
-        (("model.widht=8",), "model.width"),
+        (("model.widths=8",), "model.width"),
         (("run.steps=none",), "run.steps"),
     ],
 )  # fmt: skip
