@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ import tensorstore as ts
 from zarr_store.errors import AccessError, NoSpace, space_advice
 
 __all__ = ["ITEM_KEY", "REPOSITORY_MARKER", "Kind", "Pending", "Store", "check_room",
-           "translate_os_errors"]  # fmt: skip
+           "space_number", "translate_os_errors"]  # fmt: skip
 
 ITEM_KEY = "item.json"
 """Name of the STAC item of a cube or a map; it is no Zarr key."""
@@ -32,6 +33,8 @@ REPOSITORY_MARKER = "_terrashard/store.json"
 
 _ROOM_BYTES = 1 << 20
 """Room that is asked for where a library does not say why it could not write, bytes."""
+_SQLITE_FULL = "database or disk is full"
+"""What SQLite says of ENOSPC; of EFBIG it says "disk I/O error", as of any other fault."""
 
 Kind = Literal["folder", "icechunk"]
 
@@ -59,19 +62,53 @@ def translate_os_errors(what: str) -> Iterator[None]:
         raise
 
 
-def check_room(folder: Path, what: str) -> None:
-    """Refuse where no megabyte can be written: many libraries do not say why a write failed, so ask after a failure.
+def check_room(folder: Path, what: str, *, size: int = 0, room: int = 0) -> None:
+    """Refuse where there is no room: many libraries do not say why a write failed, so ask after a failure.
+
+    Only a lack of room is raised: whatever else stands in the way here, the error of the caller says more.
+
+    Args:
+        folder: The folder of the file.
+        what: The file, for messages.
+        size: Bytes that the file had, or would have had; the limit on the size of a file must leave a megabyte more.
+        room: Bytes that the file still needed, as the library may have removed what it wrote; at least a megabyte.
 
     Raises:
         NoSpace: The disk is full, or the file would be larger than is allowed.
     """
-    with (
-        contextlib.suppress(AccessError, FileNotFoundError),
-        translate_os_errors(what),
-        tempfile.TemporaryFile(dir=folder, buffering=0) as probe,
-    ):
-        probe.write(bytes(_ROOM_BYTES))
-        probe.write(b"\0")  # the first one may have been cut short
+    try:
+        with translate_os_errors(what), tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
+            probe.write(bytes(_ROOM_BYTES))
+            probe.write(b"\0")  # the first one may have been cut short
+            probe.truncate(size + _ROOM_BYTES + 1)  # takes no room, but meets the limit on the size of a file
+        free = shutil.disk_usage(folder).free
+    except NoSpace:
+        raise
+    except OSError:
+        return
+    if free < room:
+        raise NoSpace(
+            f"no space left for {what}: about {room} bytes are needed and {free} are free; "
+            f"{space_advice(errno.ENOSPC)} and repeat the command"
+        )
+
+
+def space_number(error: BaseException) -> int | None:
+    """Return the number of the error "no room" that an error, or one behind it, names in its text; None for another.
+
+    >>> space_number(RuntimeError("failed to execute insert : database or disk is full")) == errno.ENOSPC
+    True
+    """
+    step: BaseException | None = error
+    while step is not None:
+        text = str(step)
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(number) in text:
+                return number
+        if _SQLITE_FULL in text:
+            return errno.ENOSPC
+        step = step.__cause__ or step.__context__
+    return None
 
 
 class Pending(Protocol):

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,8 @@ from ingest.products.layer import ClassLayer
 from ingest.products.outlines import Drawn, draw_patches, simplify
 from ingest.products.patches import Patches, find_patches
 from zarr_store.crs import transformer_between
-from zarr_store.errors import AccessError, InvalidInput, NothingFound
-from zarr_store.store import check_room, translate_os_errors
+from zarr_store.errors import AccessError, InvalidInput, NoSpace, NothingFound, space_advice
+from zarr_store.store import check_room, space_number, translate_os_errors
 
 __all__ = ["SUFFIXES", "beside", "check_vector_target", "write_polygons"]
 
@@ -33,6 +34,8 @@ SUFFIXES = (".parquet", ".geojson", ".gpkg")
 _DIGITS = 7
 """Decimals of degrees in GeoJSON: 1 cm."""
 _LAYER = "classes"
+_ROW_BYTES = 100
+"""Bytes of a feature in a GeoPackage beside its geometry, with its part of the index, roughly."""
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -160,24 +163,50 @@ def _plain(value: Any) -> Any:
 
 def _write_geopackage(layer: ClassLayer, patches: Patches, drawn: Iterator[Drawn], path: Path) -> None:
     import pyogrio
+    from pyogrio._err import CPLE_BaseError
     from pyogrio.errors import DataLayerError, DataSourceError
     from pyogrio.raw import write as write_features
 
     before = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
     # the time of writing would make other bytes each time
     pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": "2000-01-01T00:00:00.000Z"})
+    size = 0
     try:
         for number, part in enumerate(drawn):
             columns = _columns(layer, patches, part)
+            shapes = np.asarray(shapely.to_wkb(part.shape), object)
+            size = _size_of(path) + sum(map(len, shapes)) + _ROW_BYTES * len(shapes)
             write_features(
-                str(path), np.asarray(shapely.to_wkb(part.shape), object), list(columns.values()), list(columns),
+                str(path), shapes, list(columns.values()), list(columns),
                 layer=_LAYER, driver="GPKG", crs=layer.grid.crs, geometry_type="Unknown", append=number > 0,
             )  # fmt: skip
-    except (DataSourceError, DataLayerError) as error:  # it does not say that a disk is full
-        check_room(path.parent, path.name)
-        raise AccessError(f"cannot write {path.name}: {error}; check the folder") from error
+        if not _has_index(path):  # GDAL makes it at the end, and is silent where it cannot
+            raise DataLayerError("its spatial index could not be made")
+    except (DataSourceError, DataLayerError, CPLE_BaseError) as error:  # it seldom says that a disk is full
+        # SQLite takes its changes back, which frees room; it needed that of the changed pages and of the old ones,
+        # and the index, which comes last, adds up to a half
+        size = max(size, _size_of(path) * 3 // 2)
+        check_room(path.parent, path.name, size=size, room=size)
+        if advice := space_advice(space_number(error)):
+            raise NoSpace(f"no space left for {path.name}; {advice} and repeat the command") from error
+        raise AccessError(
+            f"cannot write {path.name}: {error}; check the folder, and that it has room for {size} bytes"
+        ) from error
     finally:
         pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": before})
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _has_index(path: Path) -> bool:
+    query = "SELECT count(*) FROM gpkg_extensions WHERE extension_name = 'gpkg_rtree_index'"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as base:
+            return bool(base.execute(query).fetchone()[0])
+    except sqlite3.Error:
+        return False
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ Spec: OGC Cloud Optimized GeoTIFF 1.0 (docs.ogc.org/is/21-026), GDAL "COG -- Clo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -22,12 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 import rasterio.shutil
+from rasterio._err import CPLE_BaseError
 from rasterio.windows import Window
 
 from ingest.raster.drivers import limit_raster_drivers
 from zarr_store.errors import AccessError, InvalidInput, NoSpace, space_advice
 from zarr_store.grid import Grid
-from zarr_store.store import check_room
+from zarr_store.store import check_room, space_number
 
 __all__ = ["CogWriter", "Colour", "write_cog"]
 
@@ -113,7 +115,7 @@ class CogWriter:
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent))
         self._part = self._folder / "made.tif"
         self._raw = self._folder / "raw.tif"
-        with _disk_errors(self.path):
+        with _disk_errors(self.path, self._folder):
             self._dataset = rasterio.open(
                 self._raw,
                 "w",
@@ -158,16 +160,17 @@ class CogWriter:
                 f"{self.path.name}: block at row {row}, column {col} of {height}×{width} px leaves the grid "
                 f"of {self.grid.height}×{self.grid.width} px"
             )
-        with _disk_errors(self.path):
+        with _disk_errors(self.path, self._folder):
             self._dataset.write(pixels, window=Window(col, row, width, height))
 
     def close(self) -> None:
         """Make the COG and rename it to the target."""
         try:
-            with _disk_errors(self.path):
+            with _disk_errors(self.path, self._folder):
                 self._dataset.close()
                 if self._statistics:
                     _add_statistics(self._raw, self._block_px)
+            with _disk_errors(self.path, self._folder, copied=self._raw):
                 rasterio.shutil.copy(
                     self._raw,
                     self._part,
@@ -181,6 +184,7 @@ class CogWriter:
                     BIGTIFF="IF_SAFER",
                     STATISTICS="AUTO" if self._statistics else "NO",  # AUTO keeps those of the source
                 )
+            with _disk_errors(self.path, self._folder):
                 sidecar = self.path.with_name(self.path.name + ".aux.xml")
                 if self._class_names:
                     side_part = self._folder / "made.tif.aux.xml"
@@ -334,11 +338,23 @@ def _attribute_table(names: Mapping[int, str], colours: Mapping[int, Colour]) ->
     return f'    <GDALRasterAttributeTable tableType="thematic">\n{fields}{rows}    </GDALRasterAttributeTable>\n'
 
 
-class _disk_errors:
-    """Turns GDAL's write errors into errors of this project; GDAL itself does not say that a disk is full."""
+_WRITE_ERRORS = (rasterio.errors.RasterioError, CPLE_BaseError, OSError, SystemError)
+"""What rasterio raises where GDAL cannot write; a SystemError where GDAL fails without a word."""
 
-    def __init__(self, path: Path) -> None:
+
+class _disk_errors:
+    """Turns GDAL's write errors into errors of this project; GDAL itself does not say that a disk is full.
+
+    Args:
+        path: The target, for messages.
+        folder: The folder of the unfinished files.
+        copied: The file that is being copied into a COG, if one is.
+    """
+
+    def __init__(self, path: Path, folder: Path | None = None, copied: Path | None = None) -> None:
         self.path = path
+        self.folder = folder
+        self.copied = copied
 
     def __enter__(self) -> None:
         return None
@@ -346,13 +362,34 @@ class _disk_errors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, rasterio.errors.RasterioError | OSError) or isinstance(error, NoSpace):
+        if not isinstance(error, _WRITE_ERRORS) or isinstance(error, NoSpace):
             return
-        free = shutil.disk_usage(self.path.parent).free
-        advice = space_advice(getattr(error, "errno", None)) or ("free some" if free < 1 << 20 else None)
+        try:
+            free = shutil.disk_usage(self.path.parent).free
+        except OSError:  # the folder is gone: the error itself says more
+            raise AccessError(f"cannot write {self.path}: {error}; check the folder and its permissions") from error
+        # the `errno` of an error of GDAL is GDAL's own number
+        number = (error.errno if isinstance(error, OSError) else None) or space_number(error)
+        advice = space_advice(number) or ("free some" if free < 1 << 20 else None)
         if advice:
             raise NoSpace(
                 f"no space left to write {self.path}: {free} bytes are free; {advice} and run again"
             ) from error
-        check_room(self.path.parent, str(self.path))
+        if number is None:
+            self._check_room()
         raise AccessError(f"cannot write {self.path}: {error}; check the folder and its permissions") from error
+
+    def _check_room(self) -> None:
+        """Refuse where there is no room for what was being written.
+
+        Raises:
+            NoSpace: There is none.
+        """
+        sizes: dict[str, int] = {}
+        with contextlib.suppress(OSError):  # only a lack of room is worth more than the error itself
+            sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()} if self.folder else {}
+        size, room = max(sizes.values(), default=0), 0
+        if self.copied is not None:  # GDAL removes what it made of the COG; with overviews it is a third larger
+            made = sizes.get(self.copied.name, 0) * 4 // 3
+            size, room = max(size, made), made
+        check_room(self.path.parent, str(self.path), size=size, room=room)

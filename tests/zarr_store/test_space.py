@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 
 from zarr_store import CubeSpec, ShardWriter, create_cube, open_cube
 from zarr_store.errors import NoSpace
+from zarr_store.store import check_room, space_number
 
 from .conftest import ITEMS, NAME, cut
 
@@ -52,3 +56,45 @@ def test_a_full_disk_creates_no_cube(small_disk: Path, spec: CubeSpec) -> None:
     with pytest.raises(NoSpace):
         create_cube(small_disk / "cube.zarr", [spec], items=ITEMS, provenance={})
     assert [p.name for p in small_disk.iterdir()] == ["ballast"]
+
+
+def test_the_limit_on_the_size_of_a_file_is_met_by_a_probe_of_the_size(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, before[1]))
+    try:
+        check_room(tmp_path, "x", size=1 << 20)
+        with pytest.raises(NoSpace, match="ulimit -f"):
+            check_room(tmp_path, "x", size=3 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_room_that_was_freed_again_counts(tmp_path: Path) -> None:
+    check_room(tmp_path, "x", room=1000)
+    with pytest.raises(NoSpace, match=r"no space left for x: about \d+ bytes are needed .*free some"):
+        check_room(tmp_path, "x", room=1 << 60)
+
+
+@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EMFILE, errno.EIO])
+def test_another_fault_of_the_probe_does_not_hide_that_of_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fired = []
+
+    def refused(**_: object) -> None:
+        fired.append(number)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    check_room(tmp_path, "x")
+    assert fired
+
+
+def test_the_text_of_an_error_behind_tells_that_there_is_no_room() -> None:
+    outer = RuntimeError("could not add a feature")
+    outer.__cause__ = RuntimeError("failed to execute insert : database or disk is full")
+    assert space_number(outer) == errno.ENOSPC
+    outer.__cause__ = None
+    outer.__context__ = OSError(f"_tiffWriteProc: {os.strerror(errno.EFBIG)}.")
+    assert space_number(outer) == errno.EFBIG
+    assert space_number(RuntimeError("disk I/O error")) is None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pyogrio
 import pytest
 import shapely
+from pyogrio.errors import DataSourceError, FeatureError
 from rasterio.features import rasterize
 from scipy import ndimage
 
@@ -22,7 +25,7 @@ from ingest.products.layer import ClassLayer
 from ingest.products.outlines import draw_patches, simplify
 from ingest.products.patches import find_patches
 from ingest.products.vector_file import write_polygons
-from zarr_store.errors import InvalidInput, NoSpace, NothingFound
+from zarr_store.errors import AccessError, InvalidInput, NoSpace, NothingFound
 from zarr_store.grid import Grid
 
 GRID = Grid("EPSG:32633", (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), (70, 50))
@@ -179,6 +182,59 @@ def test_a_file_for_which_there_is_no_room(tmp_path: Path, suffix: str) -> None:
     try:
         with pytest.raises(NoSpace, match="ulimit -f"):
             write_polygons(layer, tmp_path / f"a{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "free", "words"),
+    [
+        ("failed to execute insert : database or disk is full", 1 << 40, "free some"),
+        ("Failed to commit transaction", 10_000, r"about \d+ bytes are needed and 10000 are free"),
+    ],
+)
+def test_a_full_disk_that_sqlite_has_freed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, free: int, words: str
+) -> None:
+    """SQLite takes its changes back before anything can be measured."""
+    fired = []
+
+    def full(*_: object, **__: object) -> None:
+        fired.append(1)
+        raise FeatureError("Could not add feature to layer") from RuntimeError(text)
+
+    monkeypatch.setattr("pyogrio.raw.write", full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(NoSpace, match=words):
+        write_polygons(layer_of(classes_of(0, 0.0)), tmp_path / "a.gpkg")
+    assert fired
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_geopackage_that_cannot_be_written_names_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise DataSourceError("Failed to commit transaction")
+
+    monkeypatch.setattr("pyogrio.raw.write", broken)
+    with pytest.raises(AccessError, match=r"check the folder, and that it has room for \d+ bytes"):
+        write_polygons(layer_of(classes_of(0, 0.0)), tmp_path / "a.gpkg")
+
+
+@pytest.mark.parametrize(("limit", "strip"), [(3 << 20, 16), (5_000_000, 512)])
+def test_a_geopackage_over_a_limit_of_some_megabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, strip: int
+) -> None:
+    """A probe of one megabyte would fit; over the second limit is only the spatial index, of which GDAL is silent."""
+    monkeypatch.setattr(layers, "STRIP", strip)
+    grid = Grid(GRID.crs, GRID.transform, (160, 160))
+    y, x = np.mgrid[:160, :160]
+    layer = layer_of(((y + x) % 2).astype(np.uint8), grid)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(NoSpace, match="ulimit -f"):
+            write_polygons(layer, tmp_path / "a.gpkg")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.errors
+from rasterio._err import CPLE_AppDefinedError
 
 from ingest.raster.cog import CogWriter, write_cog
 from zarr_store.errors import AccessError, InvalidInput, NoSpace
@@ -143,6 +144,45 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ingest.raster.cog.shutil.disk_usage", lambda _: Usage)
     with pytest.raises(NoSpace, match="1000 bytes are free"):
         write_cog(tmp_path / "x.tif", classes(), GRID)
+    assert not list(tmp_path.iterdir())
+
+
+NOISE = np.random.default_rng(0).integers(1, 60_000, (1024, 1024)).astype(np.uint16)
+"""Two megabytes that no compression makes smaller."""
+NOISE_GRID = Grid("EPSG:32633", (10.0, 0.0, 600_000.0, 0.0, -10.0, 5_000_000.0), (1024, 1024))
+
+
+@pytest.mark.parametrize("limit", [1_900_000, 2_240_000, 2_300_000])
+def test_a_limit_of_some_megabytes_is_named(tmp_path: Path, limit: int) -> None:
+    """The first limit stops the blocks, the others only the COG with its overviews, in `close`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(NoSpace, match="ulimit -f"):
+            write_cog(tmp_path / "x.tif", NOISE, NOISE_GRID)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_while_the_cog_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GDAL raises an error that is none of rasterio's, and has removed its file when the room is measured."""
+    fired = []
+
+    def full(*_: object, **__: object) -> None:
+        fired.append(1)
+        raise CPLE_AppDefinedError(3, 1, "TIFFAppendToStrip:Seek error at scanline 1024")
+
+    class Usage:
+        free = 2_000_000
+
+    monkeypatch.setattr("ingest.raster.cog.rasterio.shutil.copy", full)
+    with pytest.raises(AccessError, match=r"Seek error .*check the folder"):
+        write_cog(tmp_path / "x.tif", NOISE, NOISE_GRID)
+    monkeypatch.setattr("ingest.raster.cog.shutil.disk_usage", lambda _: Usage)
+    with pytest.raises(NoSpace, match="2000000 are free"):
+        write_cog(tmp_path / "x.tif", NOISE, NOISE_GRID)
+    assert len(fired) == 2
     assert not list(tmp_path.iterdir())
 
 
