@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,10 +61,14 @@ def survey_branches(
         epochs = min(1.0, MOST_STEPS * batch / max(1, network.windows))
     if measure:
         placed = [row.placed for row in rows if row.facts is not None]
-        measured = measure_placements(session, placed, dask=dask, epochs=epochs)
+        digest = json.dumps(dict(network.card), sort_keys=True, default=str)
+        measured = measure_placements(session, placed, dask=dask, epochs=epochs, data=digest)
         session.say_lines(measured_table(rows, measured, network.windows))
-        session.say(f"trained for {epochs:.3g} epoch(s), {max(1, round(epochs * network.windows / batch))} steps of "
-                    f"{batch} windows, with the same order and first weights")  # fmt: skip
+        steps = max(1, round(epochs * network.windows / batch)) if epochs else 0
+        trained = f"{steps} steps of {batch} windows, with the same order and first weights"
+        session.say(
+            f"trained for {epochs:.3g} epoch(s), {trained}" if steps else "not trained (--epochs 0): no accuracy"
+        )
     session.emit({
         "placements": placements_document(rows, network.windows, measured), "windows": network.windows,
         "batch_size": batch, "profile": profile.model_dump(mode="json"), "epochs": epochs if measure else None,
@@ -71,7 +76,7 @@ def survey_branches(
 
 
 def measure_placements(
-    session: Session, placed: Sequence[Placed], *, dask: str | None = None, epochs: float = 1.0
+    session: Session, placed: Sequence[Placed], *, dask: str | None = None, epochs: float = 1.0, data: str = ""
 ) -> dict[str, dict[str, Any]]:
     """Run placements with a process for each device, those with equally many devices in one start.
 
@@ -83,6 +88,7 @@ def measure_placements(
         placed: The placements of a run, which must find its data from where the processes run.
         dask: Address of a Dask scheduler, on whose workers the processes run; None for this machine.
         epochs: Passes over the training part before the held-out part is scored.
+        data: Description of the data: rows that were measured on other data are not taken up.
 
     Returns:
         What was measured, by the name of the placement.
@@ -95,7 +101,10 @@ def measure_placements(
     """
     from jaxtrain.planner.measured_rows import MeasuredRows
 
-    kept = MeasuredRows({"epochs": epochs, "dask": dask, "version": version("terrashard")})
+    kept = MeasuredRows({
+        "epochs": epochs, "dask": dask or socket.gethostname(), "version": version("terrashard"), "data": data,
+        "flags": os.environ.get("XLA_FLAGS", ""),
+    })  # fmt: skip
     asked = {one.name: _request(one) for one in placed if one.candidate.config is not None}
     by_size: dict[int, list[Placed]] = defaultdict(list)
     found: dict[str, dict[str, Any]] = {}

@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
         ] = 8,
         pruner: Annotated[
             Literal["asha", "hyperband", "median", "wilcoxon", "none"] | None,
-            typer.Option("--pruner", help="What stops or pauses trials; default: asha."),
+            typer.Option("--pruner", help="What stops or pauses trials; default: asha, none with --sampler gp or pbt."),
         ] = None,
         folds: Annotated[
             int, typer.Option("--folds", min=0, metavar="N", help="Spatial folds of a cross-validation.")

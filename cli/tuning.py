@@ -126,6 +126,7 @@ def _places(dask: str | None, jobs: int) -> Iterator[Places]:
 def show_search(session: Session, folder: StudyFolder, *, compiled: Any = None) -> None:
     """Print the trials of a search, the best one and how it was judged, as lines or as JSON."""
     from jaxtrain.tuning.page import importances, per_worker, trial_rows
+    from jaxtrain.tuning.rungs import first_of
     from jaxtrain.tuning.verdict import read_verdict
 
     space, trials = folder.plan.read_space(), folder.trials()
@@ -146,6 +147,8 @@ def show_search(session: Session, folder: StudyFolder, *, compiled: Any = None) 
         session.say(f"worker {row['worker']}: {row['trials']} trials, {row['trials_per_hour'] or 0:.1f} an hour")
     if best is not None:
         session.say(f"best          trial {best.number}, {folder.plan.score} {best.value:.4f}")
+        if ((run := folder.run_of(first_of(best))) / "checkpoints").is_dir():
+            session.say(f"              terrashard evaluate {run}")
         if (folder.path / "best.toml").is_file():
             session.say(f"              terrashard train {folder.path / 'best.toml'} --out RUN")
     if verdict is not None:

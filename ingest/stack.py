@@ -18,14 +18,15 @@ import xarray as xr
 from rasterio.enums import Resampling
 
 from ingest.journey import make_plan
+from ingest.plan.overviews import overview_of
 from ingest.plan.plan import Plan
 from ingest.plan.stored import check_hrefs
 from ingest.plan.target import transform_box
-from ingest.plan.task import PlannedScene, SourceAsset
+from ingest.plan.task import PlannedScene, Recipe, SourceAsset
 from ingest.raster.access import forbid_gdal_threads
 from ingest.raster.coarse import read_coarse
 from ingest.raster.limits import Access
-from ingest.raster.read import NODATA, SceneReader, read_on_grid
+from ingest.raster.read import NODATA, Pixels, SceneReader, read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.request.settings import PlanSettings, make_config, spell_out, trust_of
 from ingest.scenes.scene import Scene
@@ -151,12 +152,28 @@ def stack(
         xy_coords="center",
         properties=False,
         band_coords=False,
-        reader=partial(SceneReader, table=table, access=access, read_asset=read_coarse if overviews else read_on_grid),
+        reader=partial(
+            SceneReader,
+            table=table,
+            access=access,
+            read_asset=read_coarse if overviews else partial(_read_as_ingest, recipe=recipe),
+        ),
     )
     if (array.sizes["y"], array.sizes["x"]) != grid.shape:
         raise InvalidInput(f"stackstac made a grid of {dict(array.sizes)} from {grid}; please report this as a defect")
     clouds = [_cloud_share(rows[row]) for row in sorted(scenes)]
     return array.assign_coords(y=grid.y(), x=grid.x(), cloud=("time", clouds))
+
+
+def _read_as_ingest(
+    asset: Any, header: Grid | None, target: Grid, resampling: str, *, recipe: Recipe, **how: Any
+) -> Pixels:
+    """Read one band of one scene by the rules of a plan, which may be those of an earlier release."""
+    planned = isinstance(asset, SourceAsset)
+    return read_on_grid(
+        asset, header, target, resampling, exact_edges=recipe.exact_edges, exact_means=recipe.exact_means,
+        overview=overview_of(asset, recipe) if planned else None, **how,
+    )  # fmt: skip
 
 
 def _cloud_share(row: Mapping[str, Any]) -> float:

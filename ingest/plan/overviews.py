@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ingest.plan.task import PlannedScene, Recipe
+from ingest.plan.task import PlannedScene, Recipe, SourceAsset
 from ingest.raster.overview import AT_LEAST, UNSTATED
 from ingest.raster.read import reads_overviews
 from ingest.raster.resample import axis_ratios
@@ -15,10 +15,20 @@ if TYPE_CHECKING:
     from ingest.plan.candidates import ProbedScene
     from ingest.plan.probe import AssetProbe
 
-__all__ = ["count_overviews", "describe_overviews", "list_overviews"]
+__all__ = ["count_overviews", "describe_overviews", "list_overviews", "overview_of"]
 
 _MEANS = ("average", "average_bit2grayscale")
 """Resamplings that give each pixel of the file the same weight."""
+
+
+def overview_of(asset: SourceAsset, recipe: Recipe) -> int | Literal["any"] | None:
+    """Return the overview from which a shard is made, as `read_on_grid` takes it.
+
+    A file that could not be opened when the plan was made decides it when it is read.
+    """
+    if not recipe.overviews or not reads_overviews(asset, asset.stored):
+        return None
+    return asset.overview if asset.header is not None else "any"
 
 
 def list_overviews(
@@ -50,13 +60,14 @@ def describe_overviews(recipe: Recipe, planned: Sequence[PlannedScene], members:
         return []
     probes = {one.scene.id: one.probe for one in members}
     bands_by_text: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    coarse = 0
+    compared = coarse = 0
     for scene in planned:
         probe = probes.get(scene.item_id)
         for asset in scene.assets:
             about = probe.assets.get(asset.band) if probe else None
             if asset.kind != "data" or asset.header is None or about is None:
                 continue
+            compared += 1
             if min(axis_ratios(asset.header, recipe.spec.grid)) < AT_LEAST:
                 continue
             coarse += 1
@@ -71,7 +82,7 @@ def describe_overviews(recipe: Recipe, planned: Sequence[PlannedScene], members:
             else:
                 text = f"the overviews at 1/{used.factor} are no plain averages: their resampling is {used.resampling}"
             bands_by_text[text][scene.item_id].append(asset.band)
-    if not coarse:
+    if compared and not coarse:
         return ["--overviews changes nothing: the grid is less than twice as coarse as every file of reflectance"]
     return [_sentence(text, bands, len(planned)) for text, bands in bands_by_text.items()]
 

@@ -30,6 +30,7 @@ RULES_VERSION = 3
    target pixel also gets values of pixels beside those under it.
 2. Such edges are equal.
 3. Where pixels of the target hold whole pixels of a raster, their average is the exact mean, with halves rounded up.
+   This holds for digital numbers of 16 bits; backscatter and coarser grids than 1/128 are averaged as by 2.
 """
 
 

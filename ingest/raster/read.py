@@ -300,12 +300,9 @@ class SceneReader:
             raw = self._read_asset(plain, None, target, self.resampling, stored=stored, access=self.access)
             return raw.astype(self.dtype, copy=False)
         asset = self.asset
-        # those of a plan that asks for overviews are the pixels of its cube
-        planned = getattr(asset, "overview", None)
-        own = {"overview": planned} if planned is not None and self._read_asset is read_on_grid else {}
         pixels = self._read_asset(
             asset, asset.header, target, asset.resampling,
-            stored=asset.stored, scene=asset.scene, access=self.access, **own,
+            stored=asset.stored, scene=asset.scene, access=self.access,
         )  # fmt: skip
         if asset.stored == "uint16":
             pixels = harmonise_dn(pixels.astype(np.uint16, copy=False), asset.dn_offset)

@@ -41,7 +41,8 @@ class StripReader:
 
     def __init__(self, read: WindowReader, *, block_rows: int, col: int, width: int, end: int, dtype: Any) -> None:
         self._read = read
-        self._block_rows = max(1, block_rows)
+        # of very tall blocks a part is held, and such a block is decoded for each part
+        self._block_rows = max(1, min(block_rows, _WHOLE_READ_PX // max(1, width)))
         self._col, self._width, self._end = col, width, end
         self._top = self._bottom = 0
         self._pixels: Array = np.empty((0, width), dtype)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +24,11 @@ from ingest.pixels.composite import Tally, make_tally, strips
 from ingest.pixels.indices import add_indices
 from ingest.pixels.mask import halo_pixels, mask_classes
 from ingest.pixels.mosaic import lay_source
+from ingest.plan.overviews import overview_of
 from ingest.plan.target import pixel_box
 from ingest.plan.task import PlannedScene, Recipe, ShardTask, SourceAsset
 from ingest.raster.limits import Access
-from ingest.raster.read import NODATA, Pixels, read_on_grid, reads_overviews
+from ingest.raster.read import NODATA, Pixels, read_on_grid
 from ingest.trust.hrefs import is_url
 from ingest.trust.redact import redact_url
 from ingest.worker.slots import computing
@@ -95,7 +95,7 @@ def fill_shard(
         return read_on_grid(
             asset, asset.header, window, asset.resampling,
             stored=asset.stored, scene=asset.scene, access=access, out=out, exact_edges=recipe.exact_edges,
-            exact_means=recipe.exact_means, overview=_overview(asset, recipe),
+            exact_means=recipe.exact_means, overview=overview_of(asset, recipe),
             on_version=lambda version: versions.__setitem__((asset.scene, asset.key), version),
             on_read=lambda pixels, told: notes.add(asset, pixels, told),
         )  # fmt: skip
@@ -317,13 +317,6 @@ def _asset(scene: PlannedScene, name: str) -> SourceAsset:
     if asset is None:
         raise KeyError(name)
     return asset
-
-
-def _overview(asset: SourceAsset, recipe: Recipe) -> int | Literal["any"] | None:
-    """The overview that is read; a file that could not be opened when the plan was made decides it when it is read."""
-    if not recipe.overviews or not reads_overviews(asset, asset.stored):
-        return None
-    return asset.overview if asset.header is not None else "any"
 
 
 def _pixel_m(asset: SourceAsset) -> float:

@@ -261,15 +261,23 @@ def _part_of(opened: OpenScene, part: tuple[int, int]) -> list[ShardIndex]:
 
     Every process gets the same lists, whatever the others have finished by now. Runs are dealt like cards, so that the
     processes have as much to do where the first shards are there already. They are parts of a row of shards, as long as
-    there are two for each process and as many for one as for another.
+    there are two for each process and as many for one as for another. Each map of dates is dealt by itself, each time
+    from the next process on: often the shards of one date are all that is missing.
     """
     number, count = part
-    shards = list(opened.keys)
-    columns = max((index[2] for index in shards), default=0) + 1
-    lengths = [n for n in range(1, columns + 1) if columns % n == 0]
-    even = [n for n in lengths if len(shards) // n >= 2 * count and len(shards) // n % count == 0]
-    length = max(even, default=1)
-    return [index for place, index in enumerate(shards) if place // length % count == number]
+    maps: dict[int, list[ShardIndex]] = {}
+    for index in opened.keys:
+        maps.setdefault(index[0], []).append(index)
+    mine: list[ShardIndex] = []
+    dealt = 0
+    for shards in maps.values():
+        columns = max(index[2] for index in shards) + 1
+        lengths = [n for n in range(1, columns + 1) if columns % n == 0]
+        even = [n for n in lengths if len(shards) // n >= 2 * count and len(shards) // n % count == 0]
+        length = max(even, default=1)
+        mine += [index for place, index in enumerate(shards) if (dealt + place // length) % count == number]
+        dealt += -(-len(shards) // length)
+    return mine
 
 
 def _await_others(making: Making, opened: OpenScene) -> None:

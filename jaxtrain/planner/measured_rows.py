@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,16 @@ class MeasuredRows:
         if place is None:
             return
         partial = place.with_suffix(f".{os.getpid()}{PARTIAL}")
-        partial.write_text(json.dumps(row), encoding="utf-8")
-        partial.replace(place)
-        self._own.add(place)
+        with suppress(OSError):  # a full disk costs the convenience, not the measurement
+            partial.write_text(json.dumps(row), encoding="utf-8")
+            partial.replace(place)
+            self._own.add(place)
 
     def forget(self) -> None:
         """Remove the rows of this measurement, whose table is complete."""
         for place in self._own:
-            place.unlink(missing_ok=True)
+            with suppress(OSError):
+                place.unlink(missing_ok=True)
         self._own.clear()
 
     def _place(self, placement: Mapping[str, Any]) -> Path | None:

@@ -355,7 +355,7 @@ def _fit(
     sample = sample_rows(usual, _SAMPLE[options.method], options.seed, workers, choose=Fitted(options.seed))
     rows = np.ascontiguousarray(background.whiten(sample.T).T)
     if options.method == "isolation":
-        return Forest(ref, background, *grow_forest(rows, options.seed)), about
+        return Forest(ref, background, grow_forest(rows, options.seed)), about
     return Neighbours(ref, background, rows), about
 
 

@@ -28,10 +28,6 @@ Method = Literal["rx", "local-rx", "autoencoder", "isolation", "embedding"]
 _NEAREST = 5
 _NEAREST_SHARE = 0.01
 """Share of the reference rows that are nearest, at least: more of the same anomaly must not vouch for each other."""
-_DIRECTIONS = 256
-"""Random directions of an isolation forest: about as many as the cuts of one of its trees."""
-_FOREST_PIECE = 1 << 14
-"""Rows whose places along all directions are held at once: 16 MB."""
 _PIECE = 4096
 """Rows whose distances to all reference rows are held at once."""
 
@@ -110,36 +106,26 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Forest:
-    """Extended isolation forest (Liu, Ting & Zhou 2008; Hariri, Kind & Brunner 2021) on whitened rows.
+    """Isolation forest (Liu, Ting & Zhou 2008, doi:10.1109/ICDM.2008.17) on whitened rows.
 
-    A tree of the plain forest cuts along one feature at a time, so its scores depend on the axes. Whitened rows have no
-    axes of their own: each cut is made along one of many random directions. Rows are whitened because bands go
-    together: what is unusual beside the other bands of a pixel lies inside the range of each band.
-
-    Attributes:
-        ref: The table.
-        background: Whitens the rows.
-        forest: Isolation forest of scikit-learn, whose features are the directions.
-        directions: float64 (feature, direction): unit vectors.
+    A tree cuts along one feature at a time, and bands go together: what is unusual beside the other bands of a pixel
+    lies inside the range of each band.
     """
 
     ref: TableRef
     background: Background
     forest: Any
-    directions: npt.NDArray[np.float64]
 
     def __call__(self, number: int) -> F32:
         block = self.ref.block(number)
-        rows = block.values.shape[1]
-        found = np.empty(rows, np.float32)
-        for start in range(0, rows, _FOREST_PIECE):
-            piece = self.background.whiten(block.values[:, start : start + _FOREST_PIECE]).T
-            found[start : start + len(piece)] = -self.forest.score_samples(_along(piece, self.directions))
-        return _spread(block, found)
+        if not block.values.shape[1]:
+            return _spread(block, np.zeros(0, np.float32))
+        rows = self.background.whiten(block.values).T
+        return _spread(block, (-self.forest.score_samples(rows)).astype(np.float32))
 
 
-def grow_forest(rows: npt.NDArray[np.float64], seed: int) -> tuple[Any, npt.NDArray[np.float64]]:
-    """Grow an isolation forest on whitened (row, feature) with scikit-learn; returns it and its directions.
+def grow_forest(rows: npt.NDArray[np.float64], seed: int) -> Any:
+    """Grow an isolation forest on whitened (row, feature) with scikit-learn.
 
     Raises:
         InvalidInput: scikit-learn is not installed.
@@ -151,15 +137,7 @@ def grow_forest(rows: npt.NDArray[np.float64], seed: int) -> tuple[Any, npt.NDAr
             "--method isolation needs scikit-learn, which is not installed: pip install 'terrashard[anomaly]', or "
             "choose another method"
         ) from error
-    directions = np.random.default_rng(seed).normal(size=(rows.shape[1], _DIRECTIONS))
-    directions /= np.linalg.norm(directions, axis=0)
-    forest = ensemble.IsolationForest(n_estimators=200, random_state=seed % (1 << 32))
-    return forest.fit(_along(rows, directions)), directions
-
-
-def _along(rows: npt.NDArray[np.float64], directions: npt.NDArray[np.float64]) -> F32:
-    found: F32 = (rows @ directions).astype(np.float32)
-    return found
+    return ensemble.IsolationForest(n_estimators=200, random_state=seed % (1 << 32)).fit(rows)
 
 
 @jax.jit

@@ -111,7 +111,10 @@ class SearchPlan:
             case "random":
                 return optuna.samplers.RandomSampler(seed=seed)
             case "cmaes":
-                return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+                # a paused trial is a pruned one, and most trials are paused: without them it would learn nothing
+                return optuna.samplers.CmaEsSampler(
+                    seed=seed, warn_independent_sampling=False, consider_pruned_trials=self.pauses
+                )
             case "gp":
                 return optuna.samplers.GPSampler(seed=seed)
             case "pbt":

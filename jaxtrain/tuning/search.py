@@ -30,7 +30,8 @@ def begin_search(
         out: Folder of the search.
         score: Validation score; None for that of `run.monitor`, else accuracy or R².
         sampler: What chooses the values of a trial.
-        pruner: What stops trials early; None for asha, or for none where the sampler is pbt.
+        pruner: What stops trials early; None for asha, or for none where the sampler is pbt or gp, which models
+            complete trials only.
         folds: Folds of a spatial cross-validation; 0 for the validation part.
         seed: Seed of the sampler.
         storage: URL of a database; empty for a journal in the folder.
@@ -44,7 +45,7 @@ def begin_search(
     """
     tables = config.model_dump(mode="json", exclude_unset=True)
     known = parse_space(read_toml(space), config, where=str(space))
-    pruner = pruner or ("none" if sampler == "pbt" else "asha")
+    pruner = pruner or ("none" if sampler in ("pbt", "gp") else "asha")
     check_search(sampler, pruner, folds, known, config, members)
     first = {"data.split.folds": folds, "data.split.fold": 0} if folds else {}
     looked_at = trial_config(tables, first, where="configuration of the search")

@@ -132,7 +132,7 @@ def run_trial(
                     if turn.parent is not None:
                         inherit(folder.run_of(turn.parent), out, config, shared)
                         watch.before = -turn.generation * config.run.evaluate_every  # steps of its parents
-                further = partial(train, config, out, on_event=watch, progress=False, shared=shared, report=False)
+                further = partial(_train, watch, config, out, shared)
                 climbs = plan.pauses and fold is None
                 result = _climb(trial, config, further, passed) if climbs else further(until=until)
             watch.before += result.steps
@@ -150,6 +150,13 @@ def run_trial(
         if plan.folds:
             trial.set_user_attr("folds", folds)
     return TrialResult(sum(folds) / len(folds), tuple(folds))
+
+
+def _train(watch: _Watch, config: TrainConfig, out: Path, shared: Sharing, until: int | None = None) -> TrainingResult:
+    """Train; steps that an earlier process did and did not record count, too."""
+    result = train(config, out, on_event=watch, progress=False, shared=shared, report=False, until=until)
+    watch.steps = max(watch.steps, watch.before + result.steps)
+    return result
 
 
 def _climb(

@@ -23,10 +23,10 @@ from jaxtrain.runs.rundir import load_card
 from jaxtrain.shared import SharedParts, Sharing, group_of
 from jaxtrain.tuning.handout import paces_of, takes_another
 from jaxtrain.tuning.inheritance import free_generations
-from jaxtrain.tuning.rungs import FACTOR, PAUSED, Training, count_begun, first_of, promote
+from jaxtrain.tuning.rungs import FACTOR, PASSED, PAUSED, Training, count_begun, first_of, promote
 from jaxtrain.tuning.study import FINISHED, StudyFolder
 from jaxtrain.tuning.trial import DataChanged, run_trial
-from zarr_store.errors import InvalidInput, Locked, Preempted, TerrashardError
+from zarr_store.errors import AccessError, InvalidInput, Locked, NoSpace, Preempted, TerrashardError
 
 __all__ = ["Budget", "OnTrial", "TrialNews", "work"]
 
@@ -112,6 +112,7 @@ def work(
 
     Raises:
         InvalidInput: The first trials all failed for the same reason, or the data are no longer those of the search.
+        AccessError, NoSpace: What has nothing to do with the values of a trial stopped it; the same call continues it.
         Preempted: The process was told to stop; the same call continues.
     """
     shared = SharedParts() if shared is None else shared
@@ -195,7 +196,10 @@ def _what_now(
     worker = f"{socket.gethostname()} {name}"
     # Optuna keeps local times without a zone
     paces = paces_of(trials, worker, datetime.now())
-    return _NOW if takes_another(worker, left, paces) else None
+    if takes_another(worker, left, paces):
+        return _NOW
+    # a trial that runs may pause, and leave another one to be finished
+    return _LATER if plan.pauses and any(trial.state == TrialState.RUNNING for trial in trials) else None
 
 
 def _take(folder: StudyFolder, known: FrozenTrial, held: contextlib.ExitStack) -> bool:
@@ -228,6 +232,12 @@ def _run_one(
             trial.set_user_attr("group", group_of(card, card.config))
         study.tell(trial, value, state=state)
 
+    def fail(error: Exception) -> None:
+        reason = str(error).splitlines()[0][:1000] if str(error) else type(error).__name__
+        trial.set_user_attr("reason", reason.removeprefix(f"trial {trial.number}: "))
+        end(None, TrialState.FAIL)
+        tell("failed", None, trial.user_attrs["reason"])
+
     try:
         result = run_trial(folder, space, trial, sharing, on_begin=lambda _: tell("begun", None, _values(trial)))
     except optuna.TrialPruned as pruned:
@@ -241,14 +251,17 @@ def _run_one(
     except (Preempted, Locked):
         raise
     except DataChanged as error:
-        trial.set_user_attr("reason", str(error))
-        end(None, TrialState.FAIL)
+        if PASSED not in trial.user_attrs:  # what a promoted trial has trained stays: the data may be restored
+            trial.set_user_attr("reason", str(error))
+            end(None, TrialState.FAIL)
         raise
+    except (AccessError, NoSpace) as error:
+        if _may_lie_in_its_values(error, trial):
+            fail(error)
+        else:
+            raise  # the trial stays a running one, which the same search continues from its checkpoint
     except (TerrashardError, ValueError, ArithmeticError, MemoryError) as error:
-        reason = str(error).splitlines()[0][:1000] if str(error) else type(error).__name__
-        trial.set_user_attr("reason", reason.removeprefix(f"trial {trial.number}: "))
-        end(None, TrialState.FAIL)
-        tell("failed", None, trial.user_attrs["reason"])
+        fail(error)
     else:
         end(result.value)
         spread = f" (folds {', '.join(f'{value:.4f}' for value in result.folds)})" if len(result.folds) > 1 else ""
@@ -258,6 +271,11 @@ def _run_one(
         free_generations(folder, keep=None if best is None else best.number)
         return
     folder.free_space(first_of(trial), keep=best is not None and best.number == trial.number)
+
+
+def _may_lie_in_its_values(error: Exception, trial: optuna.Trial) -> bool:
+    """Return whether other values could have avoided an error; not where the same training has worked before."""
+    return isinstance(error, AccessError) and PASSED not in trial.user_attrs
 
 
 def _values(trial: optuna.Trial) -> str:

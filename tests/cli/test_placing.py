@@ -185,12 +185,28 @@ def test_a_measurement_that_was_interrupted_is_taken_up_once(launched, own_cache
     other = measure_placements(QUIET, placed, epochs=2)
     assert [(devices, len(request["placements"])) for devices, request in launched] == [(1, 1), (2, 5), (3, 1), (4, 2)]
     launched.clear()
+    measure_placements(QUIET, placed, epochs=0.5, data="another cube at the same place")
+    assert [(devices, len(request["placements"])) for devices, request in launched] == [(1, 1), (2, 5), (3, 1), (4, 2)]
+    launched.clear()
     found = measure_placements(QUIET, placed, epochs=0.5)
     assert [(devices, len(request["placements"])) for devices, request in launched] == [(2, 4), (3, 1), (4, 2)]
     assert "data parallel" not in [one["name"] for one in launched[0][1]["placements"]]
     assert found == other
     # a table that is complete leaves nothing: the next measurement measures
     assert not list(own_cache.rglob("measured-*"))
+
+
+def test_a_full_disk_costs_the_kept_rows_and_not_the_measurement(launched, own_cache, monkeypatch):
+    written: list[Path] = []
+
+    def full(path: Path, *_: Any, **__: Any) -> int:
+        written.append(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    found = measure_placements(QUIET, list_placements(config_of()))
+    assert written, "nothing was kept: the test shows nothing"
+    assert all("why_not" not in row for row in found.values())
 
 
 def rows() -> list[PlacementRow]:

@@ -12,6 +12,7 @@ import pytest
 
 from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
+from ingest.plan.task import RULES_VERSION
 from ingest.raster.read import read_on_grid
 from ingest.request.config import IngestConfig
 from ingest.run.shard import fill_shard
@@ -100,6 +101,28 @@ def test_the_lazy_view_equals_shards_over_lattices_zones_and_offsets(mixed_plan:
 
 @pytest.mark.real_data
 @pytest.mark.slow
+@pytest.mark.parametrize("version", range(1, RULES_VERSION + 1))
+def test_the_lazy_view_of_a_plan_of_before_has_the_pixels_of_its_cube(version: int, tmp_path: Path) -> None:
+    """Versions of the rules differ where pixels are made coarser, at edges of the file and beside missing pixels."""
+    grid = Grid("EPSG:32633", (20.0, 0.0, 700_000.0, 0.0, -20.0, 5_000_020.0), (90, 80))
+    dn = np.random.default_rng(7).integers(1, 9000, grid.shape).astype(np.uint16)
+    dn[20:50, 13:37] = 0
+    one = make_scene(tmp_path, "S", grid, {"red": dn, "scl": np.full(grid.shape, 4, np.uint8)})
+    config = IngestConfig(bands=("red",), crs="EPSG:32633", resolution=60, resampling="average")
+    plan = plan_scenes([one], probe_headers([one]), config, layout=Layout("t", (1, 64, 64), (1, 64, 64)))
+    plan = plan.under_rules({plan.recipes[0].spec.collection: version})
+    with dask.config.set(scheduler="synchronous"):
+        view = stack(plan).compute().values[0, 0]
+    compared = 0
+    for task in plan.tasks:
+        filled = fill_shard(task, plan.recipes[0])
+        seen = filled.arrays["source_item"][0] >= 0
+        compared += int(seen.sum())
+        stored = filled.arrays["reflectance"][0, 0]
+        np.testing.assert_array_equal(view[task.region.slices[1:]][seen], stored[seen])
+    assert compared > 500
+
+
 def test_the_lazy_view_equals_the_cube_of_the_real_scenes(zagreb_plan: Plan, zagreb_cube: Any) -> None:
     path, _ = zagreb_cube
     dataset = open_cube(path).dataset("sentinel-2-l2a")

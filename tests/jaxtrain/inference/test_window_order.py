@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from jaxtrain import predict
 from jaxtrain.inference.lattice import Lattice
 from jaxtrain.inference.layers import MapLayers
-from jaxtrain.inference.scene import help_making
+from jaxtrain.inference.scene import _part_of, help_making
 from jaxtrain.inference.window_order import Rows, WindowOrder
 from jaxtrain.learn.step import PredictStep
 from zarr_store.ledger import ShardIndex
@@ -128,3 +129,19 @@ def test_the_bytes_of_a_map_do_not_depend_on_the_neighbours_in_a_batch(
     predict(shared_run(), shared_cube(), tmp_path / "three.zarr", time="2023-08-11", elsewhere=fill)
     assert tree(tmp_path / "three.zarr") == tree(tmp_path / "one.zarr")
     assert len(means) - alone > alone, "some batches are predicted by two processes"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dates", "count"), [((1, 3), 10, 2), ((1, 3), 12, 4), ((2, 4), 8, 4), ((3, 3), 10, 2)]
+)
+def test_the_shards_of_each_date_are_dealt_to_all_processes(shape: tuple[int, int], dates: int, count: int) -> None:
+    """Often the shards of one date are all that is missing."""
+    keys = {(t, y, x): "" for t in range(dates) for y in range(shape[0]) for x in range(shape[1])}
+    opened: Any = SimpleNamespace(keys=keys)
+    parts = [_part_of(opened, (number, count)) for number in range(count)]
+    assert sorted(index for part in parts for index in part) == sorted(keys)
+    for date in range(dates):
+        each = [sum(index[0] == date for index in part) for part in parts]
+        assert max(each) - min(each) <= 1
+    totals = [len(part) for part in parts]
+    assert max(totals) - min(totals) <= 1 + len(keys) // dates // count
