@@ -118,6 +118,8 @@ def _work(
                     queue.add(future)  # type: ignore[no-untyped-call]
                     continue
                 note_state(tally, by_key.pop(future.key), row, job)
+                # before the next one begins: otherwise the scheduler may hold several that have ended
+                future.release()
                 why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
                 tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
                 for fresh in submit(count_in_flight(client, config) - len(by_key)):
