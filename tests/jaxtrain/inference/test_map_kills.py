@@ -157,7 +157,7 @@ def test_many_kills(scene: Path, expected: dict[str, bytes], tmp_path: Path, mor
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster(environment_given_back: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Two workers that are processes, as a cluster has them; the eight devices of the tests are not theirs."""
     from distributed import LocalCluster
 
