@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 FACTOR = 4
-"""Of so many trainings at a rung, one goes on."""
+"""Reduction factor: one of so many trainings at a rung goes on."""
 CONTINUES, PASSED, PAUSED = "continues", "passed", "paused"
 """Attributes of a trial: the first trial of its training, the rung from which it goes on, and that where it paused."""
 
