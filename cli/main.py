@@ -211,7 +211,10 @@ def _run(args: list[str]) -> int:
             return 0
         speak(f"error: {message}")
         if "--json" in args:
-            write_document({"error": message, "exit_code": code}, indent=None)
+            try:
+                write_document({"error": message, "exit_code": code}, indent=None)
+            except BrokenPipeError:  # nobody reads the output; the line on stderr and the exit code remain
+                _reader_left()
         return code
 
 

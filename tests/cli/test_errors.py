@@ -123,6 +123,18 @@ def test_reader_that_leaves_early_is_no_error(cube: Path) -> None:
         assert process.wait(60) == 128 + signal.SIGPIPE
 
 
+def test_an_error_without_a_reader_keeps_its_line_and_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cli.main", "info", str(tmp_path / "absent.zarr"), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        (line,) = process.stderr.read().splitlines()
+        assert line.startswith("error: ")
+        assert "absent.zarr" in line
+        assert process.wait(60) == 2
+
+
 def test_help_is_quick_to_import_and_names_every_exit_code() -> None:
     """Heavy libraries are imported inside commands; without that, help would take seconds."""
     code = (
