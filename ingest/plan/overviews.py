@@ -49,7 +49,7 @@ def list_overviews(
 
 
 def describe_overviews(recipe: Recipe, planned: Sequence[PlannedScene], members: Sequence[ProbedScene]) -> list[str]:
-    """Sentences on files whose overviews are not read although they are asked for, or are no plain averages.
+    """Sentences on files of which overviews that are asked for are not read, or are no plain averages.
 
     Args:
         recipe: Recipe of the collection.
@@ -68,10 +68,14 @@ def describe_overviews(recipe: Recipe, planned: Sequence[PlannedScene], members:
             if asset.kind != "data" or asset.header is None or about is None:
                 continue
             compared += 1
-            if min(axis_ratios(asset.header, recipe.spec.grid)) < AT_LEAST:
+            ratio = min(axis_ratios(asset.header, recipe.spec.grid))
+            if ratio < AT_LEAST:
                 continue
             coarse += 1
             used = about.overview(asset.overview) if asset.overview else None
+            if used is not None and any(used.factor < factor <= ratio for factor in about.overviews):
+                text = f"overviews at 1/{used.factor} are read, and no coarser ones: {about.no_overviews}"
+                bands_by_text[text][scene.item_id].append(asset.band)
             if used is None:
                 may = reads_overviews(asset, asset.stored)
                 text = f"overviews are not read: {_why_not(about, may)}; all pixels of the file are averaged"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,28 @@ def test_what_is_not_read_from_overviews_is_named(tmp_path: Path) -> None:
     assert [text.partition(": ")[2] for text in fine.warnings if "overviews" in text] == [
         "--overviews changes nothing: the grid is less than twice as coarse as every file of reflectance"
     ]
+
+
+def test_a_coarser_overview_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    scene = make_scene(tmp_path, "S", TILE, {"blue": ground()})
+    path = Path(scene.assets["blue"].href)
+    with rasterio.open(path, "r+") as file:
+        file.build_overviews([2, 4], Resampling.average)
+    data, places = bytearray(path.read_bytes()), []
+    (at,) = struct.unpack_from("<I", data, 4)
+    while at:
+        places.append(at)
+        (count,) = struct.unpack_from("<H", data, at)
+        (at,) = struct.unpack_from("<I", data, at + 2 + 12 * count)
+    (count,) = struct.unpack_from("<H", data, places[2])
+    entries = [places[2] + 2 + 12 * number for number in range(count)]
+    (tile_width,) = (entry for entry in entries if struct.unpack_from("<H", data, entry)[0] == 322)
+    struct.pack_into("<H", data, tile_width + 8, 40)  # no multiple of 16
+    path.write_bytes(data)
+    plan = plan_at(scene, mask="none", read_overviews=True)
+    assert plan.tasks[0].sources[0].asset("blue").overview == 2
+    (text,) = [text for text in plan.warnings if "overviews" in text]
+    assert "S: blue: overviews at 1/2 are read, and no coarser ones: 1/4: its blocks cannot be decoded" in text
 
 
 def test_a_file_that_could_not_be_opened_is_read_as_if_it_had_been(tmp_path: Path) -> None:
