@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +19,8 @@ from pydantic import ValidationError
 
 from jaxtrain.planner.profile import Profile
 from jaxtrain.runs.programs import private_folder
+from zarr_store.durable import write_file
 from zarr_store.errors import InvalidInput, TerrashardError
-from zarr_store.temporary import PARTIAL
 
 __all__ = ["device_count", "kept_profiles", "run_here", "this_machine"]
 
@@ -137,9 +138,8 @@ def this_machine(devices: int, *, processes: int = 1, again: bool = False) -> Pr
         last = str(error).splitlines()[0]
         raise TerrashardError(f"this machine could not be measured: {last}; name a profile with --profile") from error
     if place is not None:
-        partial = place.with_suffix(f".{os.getpid()}{PARTIAL}")
-        partial.write_text(json.dumps(profile.model_dump(mode="json")), encoding="utf-8")
-        partial.replace(place)
+        with suppress(OSError):  # a full disk costs the convenience, not the measurement
+            write_file(place, json.dumps(profile.model_dump(mode="json")).encode())
     return profile
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.runs.programs import private_folder
-from zarr_store.temporary import PARTIAL
+from zarr_store.durable import write_file
 
 __all__ = ["MeasuredRows"]
 
@@ -36,6 +36,7 @@ class MeasuredRows:
         self._what = {**what, "jax": version("jax"), "cores": os.cpu_count()}
         self._folder = private_folder("survey")
         self._own: set[Path] = set()
+        self._drop_old()
 
     def take(self, placement: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what an interrupted measurement has found of a placement; None where it has nothing.
@@ -60,10 +61,8 @@ class MeasuredRows:
         place = self._place(placement)
         if place is None:
             return
-        partial = place.with_suffix(f".{os.getpid()}{PARTIAL}")
         with suppress(OSError):  # a full disk costs the convenience, not the measurement
-            partial.write_text(json.dumps(row), encoding="utf-8")
-            partial.replace(place)
+            write_file(place, json.dumps(row).encode())
             self._own.add(place)
 
     def forget(self) -> None:
@@ -72,6 +71,15 @@ class MeasuredRows:
             with suppress(OSError):
                 place.unlink(missing_ok=True)
         self._own.clear()
+
+    def _drop_old(self) -> None:
+        """Remove rows that no measurement takes up any more, and what a killed one left half written."""
+        if self._folder is None:
+            return
+        for path in [*self._folder.glob("measured-*"), *self._folder.glob(".measured-*")]:
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _FRESH_S:
+                    path.unlink()
 
     def _place(self, placement: Mapping[str, Any]) -> Path | None:
         if self._folder is None:
