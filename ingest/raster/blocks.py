@@ -1,8 +1,8 @@
 """`BlockReader`: decodes blocks of a TIFF straight into the result, without GDAL's block cache.
 
 GDAL opens the file once and gives the places of its blocks. How they are packed is read from the tags themselves, and
-must agree with GDAL. The common packings (tiled, one band, deflate, LZW, zstd or none, with or without a predictor) are
-then decoded by imagecodecs from the bytes into the result. On 10 m bands in deflate that takes two thirds of GDAL's
+must agree with GDAL. The common packings (tiled, one band, deflate, zstd or none, with or without a predictor) are then
+decoded by imagecodecs from the bytes into the result. On 10 m bands in deflate that takes two thirds of GDAL's
 processor time. GDAL decodes everything else, and blocks that a sparse file leaves out. Checksums inside the packing are
 verified, and a block that decodes to more or fewer bytes than it should is an error.
 """
@@ -33,7 +33,6 @@ Unpack = Callable[..., Any]
 _UNPACK: dict[str, Unpack | None] = {
     "": None,
     "DEFLATE": imagecodecs.deflate_decode,
-    "LZW": imagecodecs.lzw_decode,
     "ZSTD": imagecodecs.zstd_decode,
 }
 _UNPREDICT: dict[tuple[str, str], Unpack | None] = {

@@ -19,8 +19,9 @@ from ingest.raster.ranges import RangeFile
 
 __all__ = ["COMPRESSIONS", "GDAL_METADATA", "NODATA", "Directory", "tables_readable"]
 
-COMPRESSIONS: Mapping[int, str] = {1: "", 5: "LZW", 8: "DEFLATE", 32946: "DEFLATE", 50000: "ZSTD"}
-"""TIFF's number of a compression → GDAL's name of the compression, empty for none."""
+COMPRESSIONS: Mapping[int, str] = {1: "", 8: "DEFLATE", 32946: "DEFLATE", 50000: "ZSTD"}
+"""TIFF's number of a compression → GDAL's name of the compression, empty for none. LZW (5) is left to GDAL: the decoder
+of imagecodecs follows a code that it has not read yet, so six damaged bytes end the process."""
 
 _SUBFILE = 254
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262

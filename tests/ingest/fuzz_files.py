@@ -251,6 +251,8 @@ def hostile_files() -> dict[str, bytes]:
         "zstd-twice": tiff([block + block for block in zstd], {259: 50000}),
         "deflate-of-zstd": tiff(zstd, {259: 8}),
         "lzw-of-before-1989": tiff([b"\x00\x01" + b"\x12\x34" * 50] * len(plain), {259: 5}),
+        # CLEAR, a code of no entry, the next entry: its length and place are whatever the memory held
+        "lzw-of-an-absent-entry": tiff([bytes.fromhex("804b20501010") + bytes(8)] * len(plain), {259: 5}),
         "lzw-of-nothing": tiff([b"\x80\x40\x40"] * len(plain), {259: 5}),
         "jxl": tiff(tiles(pixels, lambda tile: bytes(imagecodecs.jpegxl_encode(tile))), {259: 50002}),
         "webp": tiff(tiles(scene("uint8"), _webp), {259: 50001, 258: 8}),
