@@ -20,7 +20,7 @@ from zarr_store.errors import AccessError
 from .growing import plan_of, scene, tree
 
 ROWS = [
-    *(f"R{n:02}" for n in range(1, 42)),
+    *(f"R{n:02}" for n in range(1, 43)),
     *(f"S{n:02}" for n in range(1, 19)),
     *(f"P{n:02}" for n in range(1, 63)),
     *(f"Z{n:02}" for n in range(1, 36)),
