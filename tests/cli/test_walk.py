@@ -47,7 +47,7 @@ def test_the_walk_of_the_readme_as_typed(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(repository / "examples", tmp_path / "examples")
     further = {"simulate": SMALL_WORLD, "train": SHORT}
-    typed = [shlex.split(line)[1:] for line in commands_of(repository / "README.md", "A walk")]
+    typed = [shlex.split(line)[1:] for line in commands_of(repository / "README.md", "Walkthrough")]
     said = {}
     for words in typed:
         outcome = run(*words, *further.get(words[0], ()))
@@ -85,7 +85,7 @@ def checkout(tmp_path: Path, repository: Path, shared_data: Path, monkeypatch: p
 def test_the_walk_with_real_scenes_as_typed(
     run: Run, checkout: Path, repository: Path, snapshot: Callable[[Path], Any]
 ) -> None:
-    page = commands_of(repository / "docs" / "real-scenes.md", "A walk with real scenes")
+    page = commands_of(repository / "docs" / "real-scenes.md", "Walkthrough with real scenes")
     seen: list[str] = []
     configuration = tomllib.loads((checkout / "examples" / "zagreb_scl.toml").read_text())
     names = list(dict.fromkeys(configuration["data"]["classes"].values()))
