@@ -28,14 +28,15 @@ USABLE = 0.9
 
 STRATEGIES = (
     ("Data parallel", "data", "two devices with the same parameters and different windows",
-     "Each device computes its windows with all parameters, and an all-reduce sums the gradients. It exchanges as many bytes as the "
-     "network has parameters, whatever the images are, and most of it while the backward pass computes."),
+     "Each device computes its windows with all parameters, and an all-reduce sums the gradients. The bytes depend on the "
+     "number of parameters and not on the images, and most of the exchange overlaps with the backward pass."),
     ("ZeRO-1 and ZeRO-3", "zero", "parts of the parameters and moments on two devices",
-     "Replicas share out the moments of the optimiser (ZeRO-1), and the parameters too (ZeRO-3, FSDP). ZeRO-1 sends as many bytes as data "
-     "parallelism and updates only a part on each device; ZeRO-3 gathers parameters where they are used and sends half as much again."),
+     "The moments of the optimiser (ZeRO-1), and the parameters too (ZeRO-3, FSDP), are divided among the replicas. ZeRO-1 sends as many "
+     "bytes as data parallelism, and each device updates only its part. ZeRO-3 gathers parameters where they are used, and sends one and "
+     "a half times as many bytes."),
     ("Filter (tensor) parallel", "filter", "filters of two convolutions on two devices",
      "Each device holds some of the filters, and all devices compute all windows. The outputs of blocks are summed over devices, so the "
-     "bytes grow with the pixels, and nothing hides them."),
+     "bytes grow with the number of pixels, and this exchange does not overlap with computing."),
     ("Spatial parallel", "spatial", "one image in four parts of rows",
      "Each device holds some rows of each image and borrows halos from its neighbours. The activations of one image are divided by the "
      "number of devices; the halos are a few rows of each layer."),
@@ -43,10 +44,10 @@ STRATEGIES = (
      "Each stage holds some layers, and microbatches pass through the stages. GPipe computes all forward passes first; 1F1B begins backward "
      "passes early and so keeps fewer activations; the interleaved schedule gives each stage several parts and waits less."),
     ("Hybrids", "hybrid", "eight devices as two replicas of two by two",
-     "Axes of a mesh combine. What exchanges most belongs on the fastest links, so the inner axes (space, model) lie within a node and "
+     "Axes of a mesh can be combined. The axes that exchange most need the fastest links, so space and model lie within a node, and "
      "data parallelism goes between nodes."),
-    ("Rematerialisation", "remat", "activations that are kept and such that are computed again",
-     "Not a way of spreading but of fitting: some activations are dropped and computed again in the backward pass."),
+    ("Rematerialisation", "remat", "activations that are kept, and activations that are computed again",
+     "This saves memory and uses no more devices: some activations are dropped and computed again in the backward pass."),
 )  # fmt: skip
 
 
@@ -175,9 +176,9 @@ def context(numbers: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]
     ]  # fmt: skip
     return {
         **frameworks(document),
-        "short": f"Take data parallelism. On 1,024 devices it keeps {percent(min(plain))} to {percent(max(plain))} of the rate of one "
-        "device, for all three networks on all three machines; ZeRO-1 is as fast and holds less. Split images when one "
-        "image does not fit a device, and filters or parameters only when the network does not fit.",
+        "short": f"Use data parallelism. On 1,024 devices, each device works at {percent(min(plain))} to {percent(max(plain))} of the rate "
+        "of a single device, for all three networks on all three machines. ZeRO-1 is as fast and needs less memory. Split "
+        "images only if one image does not fit a device, and filters or parameters only if the network does not fit.",
         "strategies": [{"title": t, "picture": p, "alt": a, "text": x} for t, p, a, x in STRATEGIES],
         "networks": network_sections(numbers), "many": MANY, "published": rows, "growth": growth, "step8": step8,
         "advice": f"**Data parallelism, with ZeRO-1 where the optimiser has moments.** On 1,024 devices, data parallelism reaches an "
@@ -187,12 +188,12 @@ def context(numbers: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]
         f"{number(parameters / 1e6)} MB of parameters, and one of its windows needs {number(one_window / 1e6)} MB of activations, so exchanging "
         "gradients is cheap and exchanging activations is not.",
         "factors": list(numbers["links"][keys[0]]), "links": link_rows(numbers),
-        "links_text": f"Data parallelism stays the quickest, or ZeRO-1 as quick, however slow the links are: what else is split sends more. "
-        f"But with links that are 100 times slower, {titles[worst]} keeps only {percent(slow[worst])}; then take fewer devices, or "
-        "larger batches on each.",
+        "links_text": f"However slow the links are, data parallelism (or ZeRO-1, which is as fast) remains the fastest: all other strategies send "
+        f"more. But with links that are 100 times slower, the efficiency of {titles[worst]} is only {percent(slow[worst])}. Then use "
+        "fewer devices, or larger batches on each.",
         "tile": tile,
         "tile_text": f"One device would need {tile[0]['peak']} GB. Spatial parallelism divides this by the number of devices and sends "
-        f"{tile[-1]['sent']} MB in a step, so it is the way to train on whole tiles. Where windows of a tile serve as well, cut windows.",
+        f"{tile[-1]['sent']} MB in a step, so it is the way to train on whole tiles. If the network can also be trained on windows, cut the tile into windows.",
         "wide_parameters": f"{numbers['wide'][0]['parameters'] / 1e9:.1f} billion",
         "wide": [
             {"strategy": one["strategy"], "state": number(one["state_bytes"] / 1e9), "peak": number(one["peak_bytes"] / 1e9),
@@ -200,12 +201,12 @@ def context(numbers: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]
             for one in numbers["wide"]
         ],
         "wide_text": f"Data parallelism needs {number(data['peak_bytes'] / 1e9)} GB of a device that has {number(memory / 1e9)}, so it does "
-        f"not fit. Of what fits, {quickest['strategy']} is the quickest: with few windows on a device and links of one node, exchanging "
-        "activations costs less than exchanging such parameters. No network of Earth observation that this project ships is near this size.",
+        f"not fit. Of the strategies that fit, {quickest['strategy']} is the fastest: with few windows on a device and links within one "
+        "node, exchanging activations costs less than exchanging so many parameters. No network of this project is nearly as large.",
         "remat_text": f"The planner predicts {percent(again['step_s'][MAIN] / plain_remat['step_s'][MAIN] - 1)} longer steps for the U-Net. "
-        f"It cannot yet show what is saved: a processor's compiler, which it uses, gives the program {number(again['peak_bytes'] / 1e9)} GB "
-        f"instead of {number(plain_remat['peak_bytes'] / 1e9)} GB, because it does not order the work for memory. Try `model.remat` on the "
-        "accelerator itself before you rely on it.",
+        f"It cannot predict how much memory this saves: it uses the compiler for CPUs, whose program needs {number(again['peak_bytes'] / 1e9)} "
+        f"GB instead of {number(plain_remat['peak_bytes'] / 1e9)} GB, because that compiler does not schedule for memory. Try `model.remat` "
+        "on the accelerator before you rely on it.",
     }  # fmt: skip
 
 
