@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
     )
     def anomaly(
         session: Session,
-        data: Annotated[str, typer.Argument(metavar="CUBE|STORE|EMBEDDING", help="Where to look.")],
+        data: Annotated[
+            str, typer.Argument(metavar="CUBE|STORE|EMBEDDING", help="Cube, sample store or vectors to score.")
+        ],
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results.")],
         method: Annotated[
             Literal["rx", "local-rx", "autoencoder", "isolation", "embedding"],
@@ -50,9 +52,7 @@ def register(app: typer.Typer) -> None:
         ] = "mean",
         usual: Annotated[
             str | None,
-            typer.Option(
-                metavar="DATES", help="Dates that show what is usual, to which the method is fitted; default: --time."
-            ),
+            typer.Option(metavar="DATES", help="Normal dates, to which the method is fitted; default: --time."),
         ] = None,
         looks: Annotated[
             float, typer.Option(metavar="L", help="Equivalent number of looks of radar, for --dates change.")
@@ -62,16 +62,19 @@ def register(app: typer.Typer) -> None:
         ] = 1e-3,
         threshold: Annotated[
             Literal["empirical", "chi2"],
-            typer.Option(help="From the scores of held-out ground, or from the χ² distribution (methods of RX)."),
+            typer.Option(help="empirical: from held-out scores; chi2: from the χ² distribution (rx, local-rx)."),
         ] = "empirical",
         shrinkage: Annotated[
-            str, typer.Option(metavar="SHARE|auto", help="Share of the diagonal in the covariance; auto estimates it.")
+            str,
+            typer.Option(
+                metavar="SHARE|auto", help="Share of the covariance that its diagonal replaces; auto estimates it."
+            ),
         ] = "0",
         windows: Annotated[
-            str, typer.Option(metavar="INNER,OUTER", help="Sides of the squares of local-rx, pixels.")
+            str, typer.Option(metavar="INNER,OUTER", help="Sides of the inner and outer square of local-rx, in pixels.")
         ] = "5,21",
-        most: Annotated[int, typer.Option(min=1, max=10_000, help="Most places that are listed.")] = 100,
-        min_pixels: Annotated[int, typer.Option(min=1, help="Smallest place that is listed.")] = 1,
+        most: Annotated[int, typer.Option(min=1, max=10_000, help="List at most this many places.")] = 100,
+        min_pixels: Annotated[int, typer.Option(min=1, help="List only places of at least this many pixels.")] = 1,
         seed: Annotated[int, typer.Option(min=0, help="Seed of all random draws.")] = 0,
         dask: Dask = None,
         memory: Memory = None,

@@ -33,9 +33,9 @@ def register(app: typer.Typer) -> None:
             typer.Option("--files/--no-files", help="Check for each file whether it is still the one that was read."),
         ] = True,
     ) -> int:
-        """Compare a cube with the catalogue of today: scenes that are missing, superseded, removed or replaced.
+        """Compare a cube with today's catalogue: scenes that are missing, superseded, removed or replaced.
 
-        Exit code 3: they differ.
+        Exit code 3 means that they differ.
         """
         from cli.ingesting import cube_config
         from ingest.upkeep.audit import audit as compare_with_catalogue

@@ -28,18 +28,20 @@ def register(app: typer.Typer) -> None:
         collection: Collection = None,
         bands: Bands = None,
         time: Dates = None,
-        harmonics: Annotated[int, typer.Option(min=1, max=3, help="Harmonics of the year in the model.")] = 2,
+        harmonics: Annotated[int, typer.Option(min=1, max=3, help="Number of annual harmonics in the model.")] = 2,
         consecutive: Annotated[
             int, typer.Option(min=2, max=20, help="Clear dates in a row that must deviate for a break.")
         ] = 6,
         probability: Annotated[
-            float, typer.Option(metavar="SHARE", help="Share of usual dates that lie within the limit.")
+            float, typer.Option(metavar="SHARE", help="Share of the dates without change that lie within the limit.")
         ] = 0.99,
-        most: Annotated[int, typer.Option(min=1, max=20, help="Most breaks of a pixel that are kept.")] = 4,
+        most: Annotated[
+            int, typer.Option(min=1, max=20, help="Largest number of breaks that are kept for each pixel.")
+        ] = 4,
         dask: Dask = None,
         memory: Memory = None,
     ) -> None:
-        """Follow each pixel with a harmonic model of its own history: date, magnitude and kind of each break.
+        """Detect breaks in the time series of each pixel, by a harmonic model: date, magnitude and kind of each break.
 
         The cube streams from box to box, so memory does not grow with it. A run that was stopped continues.
         """

@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
 
         A row holds the path of the image in the folder, its place where it is known, its class (or classes, where an
         image may have several), and a probability for each class. The file appears when all images are classified. A
-        command that was stopped leaves no file, and begins again when it is repeated.
+        command that was stopped leaves no file; the same command begins again.
         """
         from cli.classifying import classify_images
 

@@ -66,7 +66,7 @@ def open_workers(session: Session, dask: str | None, memory: str | None) -> Iter
 
 
 def add_map_files(folder: Path, name: str) -> None:
-    """Write a map of a folder of results as GeoTIFF and picture, beside it: NAME.zarr → NAME.tif and quicklook.png."""
+    """Write the map NAME.zarr of a folder of results also as NAME.tif and quicklook.png, in the same folder."""
     from cli.mapping import export_cog
     from cli.picture import draw
     from jaxtrain.inference.maps import is_map, open_map

@@ -94,7 +94,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Score a run on the data that were held out of training.
 
-        Scores of other data (--data) stand beside those of the run, in a file and a table row of their own.
+        With --data, the scores on other data get their own file and their own row in the report.
         """
         from cli.progress import Reporter
         from jaxtrain import evaluate as evaluate_run

@@ -46,11 +46,11 @@ def register(app: typer.Typer) -> None:
         ] = None,
         min_area: Annotated[
             float | None,
-            typer.Option(metavar="M2", help="Smaller patches go into a neighbour, m².", rich_help_panel=_MAP),
+            typer.Option(metavar="M2", help="Merge smaller patches into a neighbour, m².", rich_help_panel=_MAP),
         ] = None,
         simplify: Annotated[
             float | None,
-            typer.Option(metavar="UNITS", help="Simplify borders, neighbours together.", rich_help_panel=_MAP),
+            typer.Option(metavar="UNITS", help="Simplify borders; neighbours stay joined.", rich_help_panel=_MAP),
         ] = None,
         pmtiles: Annotated[
             Path | None, typer.Option(metavar="OUT.pmtiles", help="Tiles of a web map.", rich_help_panel=_MAP)
@@ -58,14 +58,14 @@ def register(app: typer.Typer) -> None:
         run: Annotated[
             Path | None,
             typer.Option(
-                metavar="RUN", help="Run whose scores correct the areas; default: the one that made the map.",
+                metavar="RUN", help="Run whose scores are used to estimate areas; default: the one that made the map.",
                 rich_help_panel=_MAP,
             ),
         ] = None,
     ) -> None:  # fmt: skip
         """Write one date of a cube as a cloud-optimised GeoTIFF: stored values, with nodata, scale and band names.
 
-        Of a map: a GeoTIFF, polygons or tiles of a web map, and the area of each class with its error.
+        For a map, write a GeoTIFF, polygons or web map tiles, and estimate the area of each class with its error.
         """
         from cli.exporting import export_slice
         from cli.products import Products, export_map

@@ -27,9 +27,10 @@ def register(app: typer.Typer) -> None:
         formats: Annotated[
             str, typer.Option(metavar="A,B,…", help="Which files: safetensors, stablehlo, onnx.")
         ] = "safetensors,stablehlo,onnx",
-        batch: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of one call.")] = 1,
+        batch: Annotated[int, typer.Option(min=1, metavar="N", help="Number of windows of one call.")] = 1,
         side: Annotated[
-            int | None, typer.Option(min=1, metavar="PX", help="Side of a window; default: that of training.")
+            int | None,
+            typer.Option(min=1, metavar="PX", help="Side of a window, in pixels; default: that of training."),
         ] = None,
     ) -> None:
         """Write a trained network as safetensors, StableHLO and ONNX, with a description (STAC item, MLM extension).

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
         older_than: Annotated[
             float,
             typer.Option(
-                "--older-than", metavar="HOURS", min=0.0, help="Only files without a change for this many hours."
+                "--older-than", metavar="HOURS", min=0.0, help="Only files that have not changed for this many hours."
             ),
         ] = 24.0,
     ) -> None:

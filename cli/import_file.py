@@ -45,14 +45,18 @@ def register(app: typer.Typer) -> None:
         ] = None,
         time: Annotated[
             str | None,
-            typer.Option(metavar="NAME|DATE", help="Dimension of time; or, of a file without one, its time."),
+            typer.Option(metavar="NAME|DATE", help="Name of the time dimension; or, for a file without one, its date."),
         ] = None,
-        band_dim: Annotated[str | None, typer.Option(metavar="NAME", help="Dimension of bands.")] = None,
-        x: Annotated[str | None, typer.Option("--x", metavar="NAME", help="Coordinate of columns.")] = None,
-        y: Annotated[str | None, typer.Option("--y", metavar="NAME", help="Coordinate of rows.")] = None,
-        crs: Annotated[str | None, typer.Option(metavar="EPSG:N", help="CRS of these coordinates.")] = None,
+        band_dim: Annotated[
+            str | None, typer.Option(metavar="NAME", help="Name of the dimension that holds the bands.")
+        ] = None,
+        x: Annotated[
+            str | None, typer.Option("--x", metavar="NAME", help="Name of the x coordinate (columns).")
+        ] = None,
+        y: Annotated[str | None, typer.Option("--y", metavar="NAME", help="Name of the y coordinate (rows).")] = None,
+        crs: Annotated[str | None, typer.Option(metavar="EPSG:N", help="CRS of the coordinates in the file.")] = None,
         nodata: Annotated[
-            str | None, typer.Option(metavar="N|none", help="Number of pixels without data; none: all have data.")
+            str | None, typer.Option(metavar="N|none", help="Value of pixels without data; none: all have data.")
         ] = None,
         scale: Annotated[
             float | None, typer.Option(metavar="S", help="Scale of the numbers: value = number · S + O.")
@@ -64,7 +68,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         mask: Annotated[
             str | None,
-            typer.Option(metavar="NAME=V,V", help="Variable of classes to keep, and its values that are masked."),
+            typer.Option(metavar="NAME=V,V", help="Class variable to store, and its values that count as masked."),
         ] = None,
         kind: Annotated[
             str,
@@ -84,8 +88,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Make a netCDF file a collection of a cube (--collection), a static layer (--layer) or labels (--labels).
 
-        Time, bands, grid and nodata are taken from the CF metadata of the file. Where these say nothing, or two things,
-        the message names the option that answers. The same command again continues, or finds nothing to do.
+        Time, bands, grid and nodata are taken from the CF metadata of the file. If these state nothing, or contradict
+        each other, the message names the option to add. The same command again continues, or finds nothing to do.
         """
         from cli.labels import read_names
         from cli.stack import one_of, read_nodata

@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
     )
     def kmeans(
         session: Session,
-        data: Annotated[str, typer.Argument(metavar="CUBE|STORE|EMBEDDING", help="What to cluster.")],
+        data: Annotated[
+            str, typer.Argument(metavar="CUBE|STORE|EMBEDDING", help="Cube, sample store or vectors to cluster.")
+        ],
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results.")],
         k: Annotated[
             str,
@@ -53,9 +55,10 @@ def register(app: typer.Typer) -> None:
         mini_batch: Annotated[
             bool, typer.Option("--mini-batch", help="Move the centres after every few blocks.")
         ] = False,
-        iterations: Annotated[int, typer.Option(min=1, help="Most passes over the data.")] = 300,
+        iterations: Annotated[int, typer.Option(min=1, help="Largest number of passes over the data.")] = 300,
         tolerance: Annotated[
-            float, typer.Option(min=0.0, help="End when the centres move by less, in mean variances.")
+            float,
+            typer.Option(min=0.0, help="Stop when the squared shift of the centres is below this many mean variances."),
         ] = 1e-4,
         seed: Annotated[int, typer.Option(min=0, help="Seed of all random draws.")] = 0,
         dask: Dask = None,

@@ -58,27 +58,32 @@ def register(app: typer.Typer) -> None:
             int | None, typer.Option(min=1, help="With hetero.enabled: end when fewer processes are left; default 1.")
         ] = None,
         max_processes: Annotated[
-            int | None, typer.Option(min=1, help="With hetero.enabled: take in no more processes than this.")
+            int | None, typer.Option(min=1, help="With hetero.enabled: accept at most this many processes.")
         ] = None,
         join: Annotated[
             str | None,
-            typer.Option(metavar="HOST:PORT", help="Add processes to the group that another launcher holds."),
+            typer.Option(metavar="HOST:PORT", help="Add processes to the group of another launcher."),
         ] = None,
         listen: Annotated[
             str | None,
-            typer.Option(metavar="HOST[:PORT]", help="With hetero.enabled: where other machines reach the group."),
+            typer.Option(
+                metavar="HOST[:PORT]", help="With hetero.enabled: address at which other machines can join the group."
+            ),
         ] = None,
         replace: Annotated[
             bool, typer.Option("--replace/--no-replace", help="With hetero.enabled: replace a process that dies.")
         ] = True,
         restarts: Annotated[
-            int, typer.Option(min=0, help="How often all processes, or one replica, start again after a death.")
+            int,
+            typer.Option(
+                min=0, help="How often processes are restarted: all of them, or with hetero.enabled each replica."
+            ),
         ] = 3,
         grace_s: Annotated[
             float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds to save and end after SIGTERM.")
         ] = 60.0,
     ) -> int:
-        """Start the processes of one training run and keep them together.
+        """Start the processes of one training run, and restart them when one dies.
 
         When one dies, all of them start again from the newest checkpoint; with hetero.enabled the others go on, and a
         new process takes its place. Each line begins with the number or the host of its process.

@@ -38,7 +38,7 @@ def run_prediction(
         out: The map.
         products: Files that are made of it.
         time: One date.
-        probabilities: Keep the probability of each class.
+        probabilities: Also store the probability of each class.
         aoi: File with polygons that are mapped.
         bbox: Box that is mapped, in degrees.
         helpers: Other processes that fill the map.

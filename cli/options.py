@@ -35,7 +35,7 @@ SELECTION: dict[str, Any] = {
         bool,
         "--wrap",
         panel=_WHAT,
-        text="The region is wider than 180 degrees, as it is written.",
+        text="The region is meant as written, although it is wider than 180 degrees.",
     ),
     "datetime": _option(str, "--datetime", panel=_WHAT, metavar="A/B", text="Date or range; both ends are included."),
     "query": _option(
@@ -159,7 +159,7 @@ RUNNING: dict[str, Any] = {
         bool,
         "--expose",
         panel=_RUN,
-        text="Open scheduler (which runs code) and dashboard to other machines without TLS.",
+        text="Open the scheduler (which runs code) and the dashboard to other machines, without TLS.",
     ),
     "rate_limits": _option(
         list[str],

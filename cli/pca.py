@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
     @command(app, examples=("terrashard pca zagreb.zarr zagreb_pca -n 3 --standardise",))
     def pca(
         session: Session,
-        data: Annotated[str, typer.Argument(metavar="CUBE|STORE|EMBEDDING", help="What to reduce.")],
+        data: Annotated[
+            str, typer.Argument(metavar="CUBE|STORE|EMBEDDING", help="Cube, sample store or vectors to transform.")
+        ],
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results.")],
         components: Annotated[int, typer.Option("-n", "--components", min=1, help="Number of components.")] = 3,
         collection: Collection = None,

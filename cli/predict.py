@@ -44,11 +44,11 @@ def register(app: typer.Typer) -> None:
         ] = None,
         min_area: Annotated[
             float | None,
-            typer.Option(metavar="M2", help="Smaller patches go into a neighbour, m².", rich_help_panel=_MADE),
+            typer.Option(metavar="M2", help="Merge smaller patches into a neighbour, m².", rich_help_panel=_MADE),
         ] = None,
         simplify: Annotated[
             float | None,
-            typer.Option(metavar="UNITS", help="Simplify borders, neighbours together.", rich_help_panel=_MADE),
+            typer.Option(metavar="UNITS", help="Simplify borders; neighbours stay joined.", rich_help_panel=_MADE),
         ] = None,
         pmtiles: Annotated[
             Path | None,
@@ -56,11 +56,11 @@ def register(app: typer.Typer) -> None:
         ] = None,
         time: Annotated[
             str | None,
-            typer.Option(metavar="DATE", help="Date to map; default: the mean over all.", rich_help_panel=_WHAT),
+            typer.Option(metavar="DATE", help="Date to map; default: the mean over all dates.", rich_help_panel=_WHAT),
         ] = None,
         majority: Annotated[
             bool,
-            typer.Option("--majority", help="The class of most dates, not of their mean.", rich_help_panel=_WHAT),
+            typer.Option("--majority", help="The class that most dates vote for.", rich_help_panel=_WHAT),
         ] = False,
         each_date: Annotated[
             bool, typer.Option("--each-date", help="A map of each date, along an axis time.", rich_help_panel=_WHAT)
@@ -83,7 +83,7 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option(
                 "--exact/--blend",
-                help="What one pass over the whole scene gives, or overlapping windows that are blended (default).",
+                help="--exact: as one pass over the whole scene; --blend (default): overlapping windows, blended.",
                 rich_help_panel=_WHAT,
             ),
         ] = False,
@@ -96,10 +96,10 @@ def register(app: typer.Typer) -> None:
         ] = None,
         probabilities: Annotated[
             bool,
-            typer.Option("--probabilities", help="Keep the probability of each class.", rich_help_panel=_WHAT),
+            typer.Option("--probabilities", help="Also store the probability of each class.", rich_help_panel=_WHAT),
         ] = False,
         entropy: Annotated[
-            bool, typer.Option("--entropy", help="Keep the entropy of the probabilities.", rich_help_panel=_WHAT)
+            bool, typer.Option("--entropy", help="Also store the entropy of the probabilities.", rich_help_panel=_WHAT)
         ] = False,
         scaled: Annotated[
             bool,
@@ -138,8 +138,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:  # fmt: skip
         """Map a whole cube with a trained network.
 
-        Windows overlap and are blended, or are padded by all that the network looks at (--exact): there are no seams.
-        A command that was interrupted is continued by the same command.
+        Windows overlap and are blended (--blend), or are padded by the receptive field of the network (--exact), so
+        the map has no seams. If a command was interrupted, the same command continues.
         """
         from cli.mapping import run_prediction
         from cli.products import Products

@@ -14,7 +14,7 @@ Bands = Annotated[
 ]
 Dates = Annotated[
     str | None,
-    typer.Option("--time", metavar="DATES", help="Dates, such as 2023-08 or 2023-04/2023-09; default: all."),
+    typer.Option("--time", metavar="DATES", help="Dates, such as 2023-08 or 2023-04/2023-09; default: all dates."),
 ]
 DateRule = Annotated[
     Literal["mean", "stack"],

@@ -31,7 +31,9 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "verbose": (
         Annotated[
             int,
-            typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.", rich_help_panel=_PANEL),
+            typer.Option(
+                "--verbose", "-v", count=True, help="Show more; -vv shows everything.", rich_help_panel=_PANEL
+            ),
         ],
         0,
     ),

@@ -27,7 +27,10 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the simulated scenes.")],
         anomalies: Annotated[
             Path | None,
-            typer.Option(metavar="FILE", help="TOML file of what to plant, with its truth: tables [[anomaly]]."),
+            typer.Option(
+                metavar="FILE",
+                help="TOML file of the anomalies to plant, as tables [[anomaly]]; their truth is written, too.",
+            ),
         ] = None,
         serve: Annotated[
             bool, typer.Option("--serve", help="Afterwards, serve a STAC API and the files until Ctrl-C.")

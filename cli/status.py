@@ -57,7 +57,7 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--watch", "-w", help="Update every second until no shard is pending.")
         ] = False,
     ) -> None:
-        """Show which shards are done, partial, failed or pending, and why; of a map, how many are done."""
+        """Show which shards are done, partial, failed or pending, and why; for a map, how many are done."""
         from zarr_store import open_cube
         from zarr_store.read import kind_of
 

@@ -33,10 +33,15 @@ def register(app: typer.Typer) -> None:
         ],
         devices: Annotated[
             str | None,
-            typer.Option("--devices", metavar="N,…", help="Numbers of devices; all of this machine if not given."),
+            typer.Option("--devices", metavar="N,…", help="Numbers of devices; default: all devices of this machine."),
         ] = None,
         profile: Annotated[
-            str, typer.Option("--profile", metavar="NAME|FILE.toml", help="Machine; this-machine is measured once.")
+            str,
+            typer.Option(
+                "--profile",
+                metavar="NAME|FILE.toml",
+                help="Machine profile, a name or a file; default: this machine, measured once.",
+            ),
         ] = "this-machine",
         calibrate: Annotated[
             bool, typer.Option("--calibrate", help="Measure this machine again, in less than 30 s.")
@@ -45,7 +50,8 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--measure", help="Run the quickest strategies on this machine, and compare.")
         ] = False,
         scaling: Annotated[
-            bool, typer.Option("--scaling", help="Curves over --devices: each replica keeps its windows.")
+            bool,
+            typer.Option("--scaling", help="Curves over the numbers of --devices; the batch grows with the devices."),
         ] = False,
         html: Annotated[
             Path | None, typer.Option("--html", metavar="FILE.html", help="A page with figures, in one file.")
@@ -56,12 +62,14 @@ def register(app: typer.Typer) -> None:
         ] = None,
         epochs: Annotated[
             float | None,
-            typer.Option("--epochs", metavar="N", help="Epochs of each measured placement; one, of 200 steps at most."),
+            typer.Option(
+                "--epochs", metavar="N", help="Epochs of each measured placement; default: one, of 200 steps at most."
+            ),
         ] = None,
     ) -> int:
         """Compare all parallel strategies for a network: bytes, operations, memory, time; and choose one.
 
-        Programs are compiled for devices that need not be there; nothing is trained. For a network of several
+        Programs are compiled also for machines that you do not have; nothing is trained. For a network of several
         modalities the placements of its branches are compared; with --devices, its meshes.
         """
         from cli.placing import survey_branches

@@ -33,17 +33,19 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path | None, typer.Option("--out", metavar="STUDY", help="Folder of the search.")] = None,
         trials: Annotated[int | None, typer.Option("--trials", min=1, metavar="N", help="Trials in all.")] = None,
         hours: Annotated[
-            float | None, typer.Option("--hours", min=0.0, metavar="H", help="Begin no trial after so many hours.")
+            float | None, typer.Option("--hours", min=0.0, metavar="H", help="Begin no trial after this many hours.")
         ] = None,
         steps: Annotated[
-            int | None, typer.Option("--steps", min=1, metavar="N", help="Begin no trial after so many training steps.")
+            int | None,
+            typer.Option("--steps", min=1, metavar="N", help="Begin no trial after this many training steps in all."),
         ] = None,
         extend: Annotated[
             int | None, typer.Option("--extend", min=1, metavar="N", help="Run N more trials than there are.")
         ] = None,
         show: Annotated[bool, typer.Option("--show", help="Print the trials of STUDY; run nothing.")] = False,
         score: Annotated[
-            str | None, typer.Option("--score", metavar="NAME", help="Validation score; default: of run.monitor.")
+            str | None,
+            typer.Option("--score", metavar="NAME", help="Validation score to compare; default: that of run.monitor."),
         ] = None,
         sampler: Annotated[
             Literal["tpe", "random", "cmaes", "gp", "pbt"],
@@ -77,7 +79,13 @@ def register(app: typer.Typer) -> None:
             ),
         ] = "off",
         seeds: Annotated[
-            int, typer.Option("--seeds", min=0, metavar="N", help="Then train best and defaults with N seeds; 0: not.")
+            int,
+            typer.Option(
+                "--seeds",
+                min=0,
+                metavar="N",
+                help="At the end, train best and default settings with N seeds each; 0: skip this.",
+            ),
         ] = 3,
     ) -> None:
         """Search for the best settings of a training. The same command again continues the search.

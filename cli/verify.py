@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
         checksums: Annotated[
             bool,
             typer.Option(
-                "--checksums", help="Also read whole files and compare them with the checksums of their items."
+                "--checksums", help="Also read whole source files and compare them with the checksums of their items."
             ),
         ] = False,
     ) -> int:

@@ -34,7 +34,7 @@ class Selection(BaseModel):
     geometry: dict[str, Any] | None = Field(
         None, description="GeoJSON geometry in lon/lat, or (command line, TOML, keywords) the path of a file"
     )
-    wrap: bool = Field(False, description="the region is wider than 180 degrees, as it is written")
+    wrap: bool = Field(False, description="the region is meant as written, although it is wider than 180 degrees")
     datetime: str | None = Field(None, description="day, month, year or RFC 3339 instant, or a range A/B, A/.., ../B")
     query: tuple[str, ...] = Field(
         (), description='conditions on item properties, e.g. "eo:cloud_cover<40", or CQL2 text'
