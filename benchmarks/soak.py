@@ -2,8 +2,9 @@
 
 Scenes of 640² lie on a server of this machine, which answers each 20th request with 503. Two worker processes make
 shards of 64²; one of them is killed with SIGKILL again and again. Scheduler, client and workers are processes of their
-own, and the memory of each is noted every second. Then the same plan runs undisturbed, and both cubes are compared,
-byte by byte. `--shards` and `--kill-every` say how long and how hard; `make bench` runs a short form.
+own, and the memory of each is noted every second. Then the same plan runs undisturbed, in threads of one process and
+without Dask, and both cubes are compared, byte by byte. `--shards` and `--kill-every` say how long and how hard;
+`make bench` runs a short form.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ HERE = Path(__file__).resolve()
 COLLECTION = "sentinel-2-l2a"
 SIDE, SHARD, CHUNK = 640, 64, 32
 PER_DATE = (SIDE // SHARD) ** 2
+THREADS = "threads"
+"""In place of a scheduler's address: the run makes its shards in threads of its own."""
 _WARM_S = 10.0
 """Seconds after which a process has imported what it needs."""
 
@@ -76,13 +80,15 @@ def make_plan(scenes: list[Any], server: str) -> Any:
 
 
 def run_client(plan: str, cube: str, scheduler: str) -> int:
-    """The client of a run, in a process of its own; what ended how goes to stdout."""
+    """A run in a process of its own: on a scheduler, or in threads without one; what ended how goes to stdout."""
     from ingest.plan.plan import Plan
     from ingest.request.config import IngestConfig
     from ingest.run.loop import run
 
     # a killed worker takes several small shards with it; one that dies four times of kills alone is no fault of its own
-    config = IngestConfig(scheduler=scheduler, allow_private_hosts=True, retries=6)
+    config = IngestConfig(allow_private_hosts=True, retries=6)
+    if scheduler != THREADS:
+        config = IngestConfig(allow_private_hosts=True, retries=6, scheduler=scheduler)
     ended: Counter[str] = Counter()
 
     def note(event: Any) -> None:
@@ -93,6 +99,40 @@ def run_client(plan: str, cube: str, scheduler: str) -> int:
     print(json.dumps({"code": report.exit_code, "written": len(report.written), "failed": list(report.errors)[:3],
                       "shards": len(ended), "twice": sum(count > 1 for count in ended.values())}))  # fmt: skip
     return report.exit_code
+
+
+def run_scheduler() -> int:
+    """A scheduler with its workers in a process of its own; it ends when its standard input closes."""
+    import dask
+    from distributed import LocalCluster
+
+    from ingest.run.cluster import CLUSTER_SETTINGS
+    from ingest.worker.guard import WORKER_ENVIRONMENT
+
+    os.environ.update(WORKER_ENVIRONMENT)
+    with (
+        dask.config.set({**CLUSTER_SETTINGS, "distributed.scheduler.allowed-failures": 10}),
+        LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=WORKERS, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit=0,
+            silence_logs=50,
+        ) as cluster,
+    ):  # fmt: skip
+        print(cluster.scheduler_address, flush=True)
+        sys.stdin.read()
+    return 0
+
+
+def list_workers(scheduler: int) -> list[int]:
+    """Ids of the worker processes that a scheduler's nannies have started."""
+    import psutil
+
+    found = []
+    with suppress(psutil.Error):
+        for child in psutil.Process(scheduler).children():
+            with suppress(psutil.Error):
+                if any("spawn_main" in word for word in child.cmdline()):
+                    found.append(child.pid)
+    return found
 
 
 class Memory:
@@ -151,56 +191,63 @@ class Memory:
         x, y = np.concatenate(xs), np.concatenate(ys)
         return float((x * y).sum() / max((x * x).sum(), 1.0)), most / 1e6
 
+    def level(self, name: str, shards: int) -> float:
+        """Median MB of a process while it was noted nearest to a number of shards, over all lives of that name."""
+        notes = [note for life, some in self.notes.items() if life.rpartition(" ")[0] == name for note in some]
+        near = sorted(notes, key=lambda note: abs(note[1] - shards))[:9]
+        return float(np.median([note[2] for note in near])) / 1e6 if near else float("nan")
 
-def one_run(
-    plan: Path, cube: Path, *, kill_every_s: float | None, seed: int = 0
-) -> tuple[dict[str, Any], Memory, int, float]:
-    """What the client said, the memory, how many workers were killed, and seconds."""
-    import dask
-    from distributed import LocalCluster
 
-    from ingest.worker.guard import WORKER_ENVIRONMENT, WORKER_SETTINGS
+@contextmanager
+def started_scheduler() -> Iterator[tuple[int, str]]:
+    """Id and address of a scheduler that ends with the context."""
+    command = [sys.executable, str(HERE), "--scheduler"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    to_child, from_child = process.stdin, process.stdout
+    if to_child is None or from_child is None:
+        raise RuntimeError("the scheduler was started without pipes")
+    try:
+        yield process.pid, from_child.readline().strip()
+    finally:
+        to_child.close()
+        process.wait(60)
 
-    shutil.rmtree(cube, ignore_errors=True)
+
+def killed_run(plan: Path, cube: Path, *, kill_every_s: float, seed: int = 0) -> tuple[dict[str, Any], Memory, int]:
+    """A run whose workers are killed: what its client said, the memory, and how many workers were killed."""
     memory, kills, rng = Memory(cube / "_terrashard" / "ledger" / COLLECTION), 0, random.Random(seed)
-    os.environ.update(WORKER_ENVIRONMENT)
-    settings = {**WORKER_SETTINGS, "distributed.scheduler.allowed-failures": 10, "distributed.worker.daemon": True,
-                "distributed.deploy.lost-worker-timeout": "120s"}  # fmt: skip
-    with (
-        dask.config.set(settings),
-        LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=WORKERS, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, memory_limit=0,
-            silence_logs=50,
-        ) as cluster,
-    ):  # fmt: skip
-        began = time.monotonic()
-        command = [sys.executable, str(HERE), "--client", str(plan), str(cube), cluster.scheduler_address]
+    with started_scheduler() as (scheduler, address):
+        command = [sys.executable, str(HERE), "--client", str(plan), str(cube), address]
         client = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         memory.name(client.pid, "client")
-        memory.name(os.getpid(), "scheduler")
+        memory.name(scheduler, "scheduler")
         memory.start()
         born: dict[int, float] = {}
         killed_at = time.monotonic()
         while client.poll() is None:
-            time.sleep(0.25)
+            time.sleep(0.5)
             now = time.monotonic()
-            alive = [one.process.pid for one in cluster.workers.values() if one.process and one.process.pid]
+            alive = list_workers(scheduler)
             for pid in alive:
                 memory.name(pid, "worker")
                 born.setdefault(pid, now)
             # one that works: on a busy machine it takes seconds until a new one does
             working = [pid for pid in alive if now - born[pid] >= _WARM_S]
-            if kill_every_s is not None and now - killed_at >= kill_every_s and working and memory.shards():
+            if now - killed_at >= kill_every_s and working and memory.shards():
                 with suppress(ProcessLookupError):
                     os.kill(rng.choice(working), signal.SIGKILL)
                     kills += 1
                 killed_at = now
-        said = client.stdout.read() if client.stdout else ""
-        seconds = time.monotonic() - began
         memory.stop()
+    return said_by(client), memory, kills
+
+
+def said_by(client: subprocess.Popen[str]) -> dict[str, Any]:
+    said = client.communicate()[0]
     if not said.strip():
         raise SystemExit(f"the client ended with {client.returncode} and said nothing")
-    return json.loads(said.splitlines()[-1]), memory, kills, seconds
+    told: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return told
 
 
 def tree(cube: Path) -> dict[str, str]:
@@ -221,12 +268,17 @@ def soak(shards: int, kill_every_s: float) -> list[Row]:
         plan = make_plan(scenes, server.url)
         plan.save(root / "plan.json")
         print(f"{len(plan.tasks)} shards, a worker is killed every {kill_every_s:g} s", flush=True)
-        told, memory, kills, seconds = one_run(root / "plan.json", root / "killed.zarr", kill_every_s=kill_every_s)
+        began = time.monotonic()
+        told, memory, kills = killed_run(root / "plan.json", root / "killed.zarr", kill_every_s=kill_every_s)
+        seconds = time.monotonic() - began
         faults, requests = sum(server.faults.values()), sum(server.requests.values())
         port = server.port
     print(f"  {told}, {kills} kills, {faults} faults in {requests} requests, {seconds:.0f} s", flush=True)
     with serve(root / "files", port=port):
-        calm, calm_memory, _, calm_s = one_run(root / "plan.json", root / "calm.zarr", kill_every_s=None)
+        began = time.monotonic()
+        command = [sys.executable, str(HERE), "--client", str(root / "plan.json"), str(root / "calm.zarr"), THREADS]
+        calm = said_by(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        calm_s = time.monotonic() - began
     print(f"  undisturbed: {calm}, {calm_s:.0f} s", flush=True)
     killed, undisturbed = tree(root / "killed.zarr"), tree(root / "calm.zarr")
     different = sum(killed.get(name) != digest for name, digest in undisturbed.items()) + len(
@@ -234,7 +286,7 @@ def soak(shards: int, kill_every_s: float) -> list[Row]:
     )
     count = len(plan.tasks)
     rows = [
-        Row("shards", count, note=f"{seconds:.0f} s with kills and faults, {calm_s:.0f} s undisturbed"),
+        Row("shards", count, note=f"{seconds:.0f} s with kills and faults, {calm_s:.0f} s undisturbed, in threads"),
         Row("workers killed", kills, 2),
         Row("share of requests answered with 503", faults / max(1, requests), 0.04),
         Row("files", len(undisturbed)),
@@ -243,15 +295,15 @@ def soak(shards: int, kill_every_s: float) -> list[Row]:
         Row("shards that ended twice", told["twice"], 0, at_most=True),
     ]  # fmt: skip
     for name in ("scheduler", "client", "worker"):
-        (grown, most), (calmly, _) = memory.slope(name), calm_memory.slope(name)
+        grown, most = memory.slope(name)
         limit = 5.0 if name != "worker" else None
+        levels = ", ".join(f"{memory.level(name, count * tenth // 10):.0f}" for tenth in (1, 3, 5, 7, 9))
         rows.append(
             Row(f"growth of the {name}, MB in 1,000 shards", grown / 1000.0, limit, at_most=True,
-                note=f"at most {most:.0f} MB; undisturbed {calmly / 1000.0:.2f}")
+                note=f"at most {most:.0f} MB; {levels} MB after 1, 3, 5, 7 and 9 tenths")
         )  # fmt: skip
-    # the first run of a process meets what is imported and reserved once, the undisturbed one comes second
-    later = memory.slope("scheduler", after=count // 2)[0] / 1000.0
-    rows.append(Row("growth of the scheduler in the second half, MB in 1,000 shards", later))
+        later = memory.slope(name, after=count // 2)[0] / 1000.0
+        rows.append(Row(f"growth of the {name} in the second half, MB in 1,000 shards", later, limit, at_most=True))
     shutil.rmtree(root)
     return rows
 
@@ -259,6 +311,8 @@ def soak(shards: int, kill_every_s: float) -> list[Row]:
 def main() -> int:
     if sys.argv[1:2] == ["--client"]:
         return run_client(*sys.argv[2:5])
+    if sys.argv[1:2] == ["--scheduler"]:
+        return run_scheduler()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="10,000 shards, a kill every minute")
     parser.add_argument("--shards", type=int, help="number of shards; a multiple of 100")

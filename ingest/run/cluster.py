@@ -25,7 +25,7 @@ from ingest.worker.guard import WORKER_ENVIRONMENT, WORKER_SETTINGS, check_worke
 from ingest.worker.spawn import environment_lent, main_module_left_alone, refuse_unguarded_script
 from zarr_store.errors import AccessError, InvalidInput
 
-__all__ = ["choose_client", "count_in_flight", "open_cluster", "prepare", "resolve_dashboard"]
+__all__ = ["CLUSTER_SETTINGS", "choose_client", "count_in_flight", "open_cluster", "prepare", "resolve_dashboard"]
 
 _CONNECT_S = 20
 """Seconds to wait for a scheduler to answer."""
@@ -36,6 +36,14 @@ _LOST_S = 120
 is still restarting the worker, and the cluster has one worker less from then on."""
 _START_S = 120
 """Seconds to wait for the first workers of a cluster."""
+CLUSTER_SETTINGS: dict[str, Any] = {
+    "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
+    "distributed.scheduler.allowed-failures": 3,  # a shard that kills its worker this often is given up
+    "distributed.worker.daemon": True,
+    "distributed.deploy.lost-worker-timeout": f"{_LOST_S}s",
+    **WORKER_SETTINGS,
+}
+"""Dask configuration of a cluster that we start."""
 _PER_THREAD = 3
 """Tasks in flight per thread: one decodes, one writes, one waits, so that workers never idle."""
 _TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
@@ -56,14 +64,7 @@ def open_cluster(config: IngestConfig, *, most: int | None = None) -> Iterator[C
     """
     dashboard = resolve_dashboard(config.running.dashboard)
     refuse_open_ports(config, dashboard)
-    settings: dict[str, Any] = {
-        "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
-        "distributed.scheduler.allowed-failures": 3,  # a shard that kills its worker this often is given up
-        "distributed.worker.daemon": True,
-        "distributed.deploy.lost-worker-timeout": f"{_LOST_S}s",
-        **WORKER_SETTINGS,
-        **(_tls(config.running.tls) if config.running.tls else {}),
-    }
+    settings = {**CLUSTER_SETTINGS, **(_tls(config.running.tls) if config.running.tls else {})}
     with dask.config.set(settings), ExitStack() as stack:
         security = Security() if config.running.tls else None  # type: ignore[no-untyped-call]  # from the settings
         if config.running.scheduler:

@@ -21,7 +21,7 @@ import dask
 
 from ingest.request.config import IngestConfig
 from ingest.trust.hrefs import is_loopback
-from ingest.worker.guard import WORKER_ENVIRONMENT
+from ingest.worker.guard import LOG_ENVIRONMENT, WORKER_ENVIRONMENT
 from zarr_store.errors import InvalidInput
 
 __all__ = ["describe", "list_exposed", "make_manifest", "start_cluster"]
@@ -192,7 +192,10 @@ def _seconds(options: dict[str, Any]) -> float:
 def make_manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, Any]:
     """Make the DaskCluster resource for the Kubernetes operator."""
     name, image = options.get("name", "terrashard"), options["image"]
-    environment = [{"name": key, "value": value} for key, value in WORKER_ENVIRONMENT.items()]
+    environment, logs = (
+        [{"name": key, "value": value} for key, value in pairs.items()]
+        for pairs in (WORKER_ENVIRONMENT, LOG_ENVIRONMENT)
+    )
     limits: dict[str, Any] = {"cpu": str(options.get("cpu", config.running.threads_per_worker))}
     if config.running.memory:
         limits["memory"] = config.running.memory.replace("iB", "i").replace("B", "").replace(" ", "").replace("k", "K")
@@ -216,6 +219,7 @@ def make_manifest(config: IngestConfig, options: dict[str, Any]) -> dict[str, An
         "name": "scheduler",
         "image": image,
         "args": ["dask", "scheduler"],
+        "env": logs,
         "ports": [{"name": label, "containerPort": port, "protocol": "TCP"} for label, port in ports],
         "readinessProbe": {"httpGet": {"port": "http-dashboard", "path": "/health"}, "periodSeconds": 5},
         "securityContext": worker["securityContext"],

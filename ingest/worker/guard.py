@@ -31,6 +31,7 @@ from zarr_store.spec import CubeSpec
 
 __all__ = [
     "CHECKED",
+    "LOG_ENVIRONMENT",
     "WORKER_ENVIRONMENT",
     "WORKER_SETTINGS",
     "WorkerGuard",
@@ -43,6 +44,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+LOG_ENVIRONMENT = {"DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "20"}
+"""Environment of every process of a cluster. Dask keeps the last messages of each connection for its developers, by
+default a thousand, each with the tasks that were sent and up to a megabyte. So a scheduler grew with every shard."""
 WORKER_ENVIRONMENT = {
     # one decoding thread per worker thread; GDAL_NUM_THREADS is not among them on purpose, see ingest.raster.access
     "OMP_NUM_THREADS": "1",
@@ -56,6 +60,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
     "MALLOC_MMAP_MAX_": "0",
+    **LOG_ENVIRONMENT,
 }
 # The C library reads its settings once, when a process starts. So a nanny needs them before it starts its worker.
 # Dask's profiler calls sys._current_frames() a hundred times a second. Before Python 3.12, a garbage collection inside
@@ -63,9 +68,10 @@ WORKER_ENVIRONMENT = {
 # it holds the interpreter's lock (CPython gh-106883). Since 3.12 no garbage is collected inside an allocation.
 WORKER_SETTINGS: dict[str, Any] = {
     "distributed.nanny.pre-spawn-environ": dict(WORKER_ENVIRONMENT),
+    "distributed.admin.low-level-log-length": int(*LOG_ENVIRONMENT.values()),
     **({"distributed.worker.profile.enabled": False} if sys.version_info < (3, 12) else {}),
 }
-"""Dask configuration of the workers that we start; a nanny passes it on to its worker."""
+"""Dask configuration of the processes that we start; a nanny passes it on to its worker."""
 SHARDS_HELD = 4
 """Most memory of one thread, in shards: the arrays of a shard, decoded blocks and compressed chunks.
 

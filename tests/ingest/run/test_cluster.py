@@ -340,6 +340,9 @@ def test_kubernetes_shows_its_manifest() -> None:
     container = worker["spec"]["containers"][0]
     assert (container["image"], container["resources"]["limits"]["memory"]) == ("r/t:1", "4Gi")
     assert {"name": "OMP_NUM_THREADS", "value": "1"} in container["env"]
+    logs = {"name": "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH", "value": "20"}
+    assert logs in container["env"]
+    assert logs in document["spec"]["scheduler"]["spec"]["containers"][0]["env"]
     assert document["spec"]["scheduler"]["service"]["type"] == "ClusterIP"
 
 

@@ -31,6 +31,7 @@ def test_kills_and_faults_lose_nothing_double_nothing_and_leave_nothing_behind(
     ended: Counter[tuple[int, ...]] = Counter()
     held: list[int] = []
     killed: list[int] = []
+    remembered: list[int] = []
     with serve(tmp_path / "files", faults={"*": "503every:20"}) as server:
         plan = soak.make_plan(scenes, server.url)
         calm = run(plan, tmp_path / "calm.zarr", client=local_client, config=config)
@@ -42,12 +43,15 @@ def test_kills_and_faults_lose_nothing_double_nothing_and_leave_nothing_behind(
                     return
                 ended[event.row.index] += 1
                 held.append(len(cluster.scheduler.tasks))
+                connections = [*cluster.scheduler.stream_comms.values(), *cluster.scheduler.client_comms.values()]
+                remembered.extend(len(one.recent_message_log) for one in (*connections, client.scheduler_comm))
                 if event.done in KILLED_AT:
                     (worker,) = cluster.workers.values()
                     os.kill(worker.process.pid, signal.SIGKILL)
                     killed.append(worker.process.pid)
 
             report = run(plan, tmp_path / "killed.zarr", client=client, config=config, on_event=watch)
+            own = client.run(lambda dask_worker: dask_worker.batched_stream.recent_message_log.maxlen)
             most, left = count_in_flight(client, config), len(cluster.scheduler.tasks)
         faults = server.faults["503every"]
     assert len(set(killed)) == len(KILLED_AT)
@@ -58,5 +62,7 @@ def test_kills_and_faults_lose_nothing_double_nothing_and_leave_nothing_behind(
     assert not any(row.stats for row in report.written), "statistics of chunks stay in the ledger"
     assert max(held) <= most + 1, "the scheduler knows the shards in flight, and none of those that ended or wait"
     assert left <= 1
+    assert 1 < max(remembered) <= 20, "Dask keeps the tasks that it has sent, a thousand of them unless it is told"
+    assert set(own.values()) == {20}
     assert soak.tree(tmp_path / "killed.zarr") == soak.tree(tmp_path / "calm.zarr")
     assert open_cube(tmp_path / "killed.zarr").states(soak.COLLECTION).count()["done"] == 100
