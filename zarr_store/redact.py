@@ -31,6 +31,7 @@ _ENCODED_AT = re.compile(r".*(?:@|%(?:25)*40)", re.IGNORECASE)
 _ENCODED_QUERY = re.compile(r"(?:[?#]|%(?:25)*3F|%(?:25)*23).*", re.IGNORECASE)
 _RUN = re.compile(r"\S{0,8192}")
 _ENDS = re.compile(r"['\"<>`\\]")
+_MARK = re.compile(r"[?#]")
 _CLOSING = re.compile(r"[)\]}.,;:!]+$")
 _QUERY = re.compile(r"\?[^\s'\"<>`]+")
 _PEM = re.compile(r"-----BEGIN [A-Z ]{0,40}KEY-----.{0,20000}?(?:-----END [A-Z ]{0,40}KEY-----|\Z)", re.DOTALL)
@@ -233,16 +234,20 @@ def _clean_urls(text: str) -> str:
         run = _RUN.match(text, found.end())
         rest = run[0] if run else ""
         host = _userinfo(rest)
-        end = _ENDS.search(rest, host)
-        stop = end.start() if end else len(rest)
+        # Each search stops where the one before it has found something: a text of addresses alone stays quick.
+        nested = _SCHEME.search(rest, host)  # /vsicurl/https://…, or two addresses without a blank between them
+        stop = nested.start() if nested else len(rest)
+        if end := _ENDS.search(rest, host, stop):
+            stop = end.start()
+        query = _MARK.search(rest, host, stop)
+        if query is not None and end is None and nested is not None:  # the query holds the other address
+            end = _ENDS.search(rest, stop)
+            stop = end.start() if end else len(rest)
         url = rest[host:stop]
-        nested = _SCHEME.search(url)  # /vsicurl/https://…, or two addresses without a blank between them
-        query = re.search(r"[?#]", url)
-        if query is not None and (nested is None or query.start() <= nested.start()):
+        if query is not None:
             closing = _CLOSING.search(url)
-            url = url[: query.start()] + (closing[0] if closing and closing.start() > query.start() else "")
-        elif nested is not None:
-            stop, url = host + nested.start(), url[: nested.start()]
+            kept = query.start() - host
+            url = url[:kept] + (closing[0] if closing and closing.start() > kept else "")
         parts += [text[done : found.end()], url]
         done = found.end() + stop
     return "".join(parts) + text[done:]
