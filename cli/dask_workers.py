@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 __all__ = ["FORWARDED", "DaskProcess", "DaskWorkers", "check_address", "cluster_places", "dask_workers"]
 
 FORWARDED = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "TERRASHARD_HEARTBEAT_S")
-"""Variables of the caller that decide how JAX computes; for all else a worker keeps its own environment."""
+"""Environment variables that a worker takes from the caller, because JAX reads them; all others are its own."""
 
 _POLL_S = 0.2
+"""Seconds between two looks at a process."""
 _GRACE_S = 30.0
+"""Seconds that a process has to save after its task was cancelled."""
 _LAST_LINES_S = 10.0
+"""Seconds to wait for the last lines of a process that has ended."""
 _KILLED_S = 10.0
+"""Seconds to wait until a process that was killed is reported."""
 
 
 @contextmanager
@@ -69,7 +73,7 @@ def check_address(address: str) -> None:
 
 @contextmanager
 def cluster_places(config: IngestConfig, command: Sequence[str], processes: int | None) -> Iterator[DaskWorkers]:
-    """Open the workers of the cluster that a configuration asks for as places of processes; it may be started here.
+    """Open the workers of the cluster that a configuration names, as places of processes; start it if needed.
 
     Raises:
         AccessError: The cluster does not answer, or has too few workers.
@@ -81,9 +85,9 @@ def cluster_places(config: IngestConfig, command: Sequence[str], processes: int 
         workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
         wanted = len(workers) if processes is None else processes
         if not workers or wanted > len(workers):
+            needed = f"{wanted} processes need one worker each" if wanted else "each process needs a worker"
             raise AccessError(
-                f"{wanted or 'some'} processes need as many Dask workers, the cluster has {len(workers)}; start more, "
-                "or give a smaller -n"
+                f"the cluster has {len(workers)} Dask workers, but {needed}: start more workers, or give a smaller -n"
             )
         places = DaskWorkers(client, command, wanted)
         with places.listening():
@@ -91,7 +95,7 @@ def cluster_places(config: IngestConfig, command: Sequence[str], processes: int 
 
 
 class DaskWorkers:
-    """Places on the workers of a cluster.
+    """The workers of a Dask cluster, as places in which the processes of a run start.
 
     Args:
         client: Connected to the cluster.
@@ -218,7 +222,7 @@ class DaskProcess:
             self._places.client.run(_stop_process, self._key, at_once, workers=[self._where], on_error="ignore")
 
     def finish(self) -> int:
-        """Wait for the end of the process and its last lines; one that was killed and does not report is given up."""
+        """Wait for the end of the process and its last lines, but not long for a killed one that does not report."""
         until = time.monotonic() + _KILLED_S
         while self.code() is None and time.monotonic() < until:
             time.sleep(_POLL_S / 4)
@@ -237,7 +241,7 @@ class DaskProcess:
 # ---- On the worker
 
 
-_held: dict[str, Process] = {}
+_processes: dict[str, Process] = {}
 """Processes of this worker, by the key of the task that holds them."""
 
 
@@ -253,7 +257,7 @@ def _rendezvous() -> str:
 
 
 def _stop_process(key: str, at_once: bool) -> None:
-    process = _held.get(key)
+    process = _processes.get(key)
     if process is not None:
         process.stop(at_once=at_once)
 
@@ -269,7 +273,7 @@ def _hold_process(
 
     worker = distributed.get_worker()
     leave_pool: Callable[[], None] = distributed.secede
-    leave_pool()  # a task of hours is no measure of other tasks, and must not keep a thread of the pool from them
+    leave_pool()  # it runs for hours: it must not count in estimates for other tasks, nor block a thread of the pool
 
     counting = threading.Lock()
     lines = 0
@@ -280,7 +284,7 @@ def _hold_process(
             lines += 1
         worker.log_event(topic, {"key": key, "stream": stream, "text": text})
 
-    process = _held[key] = Process([sys.executable, *arguments], number, environment, on_line)
+    process = _processes[key] = Process([sys.executable, *arguments], number, environment, on_line)
     try:
         while process.code() is None:
             task = worker.state.tasks.get(key)
@@ -295,5 +299,5 @@ def _hold_process(
     finally:
         process.stop(at_once=True)
         code = process.finish()
-        del _held[key]
+        del _processes[key]
     return code, lines

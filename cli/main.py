@@ -63,12 +63,12 @@ from cli.session import speak, write_document
 
 __all__ = ["app", "main"]
 
-_STOPPED = (75, 130)
+_STOPPED_CODES = (75, 130)
 _LEAVE_S = 3.0
 
 
 class _Commands(TyperGroup):
-    """The list of commands, as plain text: to draw it, Rich would import more than all commands together."""
+    """Prints the list of commands as plain text, as Rich would take longer to import than all commands together."""
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         """Write the help of the command without a command."""
@@ -167,17 +167,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
     _tolerate_narrow_encodings()
-    _waits("allow_waits")
+    _call_waits("allow_waits")
     if arguments is None:  # the process is this command's
         _collect_less_often()
         code = _run(args)
     else:
-        with _environment_given_back():
+        with _restored_environment():
             code = _run(args)
     # a run that failed may leave threads that wait for a slow server
     busy = any(thread.name.startswith("terrashard-shard") for thread in threading.enumerate())
-    if code in _STOPPED or (code and busy):
-        _waits("end_waits")
+    if code in _STOPPED_CODES or (code and busy):
+        _call_waits("end_waits")
         if arguments is None:
             _leave_within(_LEAVE_S, code)
     return code
@@ -218,8 +218,8 @@ def _run(args: list[str]) -> int:
         return code
 
 
-def _waits(what: str) -> None:
-    """Allow or end the waits of this process's threads; if none has started, there is nothing to end."""
+def _call_waits(what: str) -> None:
+    """Call `allow_waits` or `end_waits` for the threads of this process; do nothing if no thread can wait."""
     module = sys.modules.get("ingest.trust.waits")
     if module is not None:
         getattr(module, what)()
@@ -274,8 +274,8 @@ def _reader_left() -> int:
 
 
 @contextlib.contextmanager
-def _environment_given_back() -> Iterator[None]:
-    """Undo what a command sets in the environment for its libraries and workers; the process is another program's."""
+def _restored_environment() -> Iterator[None]:
+    """Restore the environment after a command that Python called: commands set variables for their libraries."""
     before = dict(os.environ)
     try:
         yield
@@ -286,7 +286,7 @@ def _environment_given_back() -> Iterator[None]:
 
 
 def _collect_less_often() -> None:
-    """Look for circular garbage after 20,000 new objects, not after 700: importing and tracing make many that stay.
+    """Collect circular garbage after 20,000 new objects, not after 700: importing and tracing make many that stay.
 
     Python's own threshold costs a tenth of a short training's time.
     """
@@ -301,9 +301,9 @@ def _tolerate_narrow_encodings() -> None:
 
 
 def _keep_loopback_direct() -> None:
-    """Keep every library from asking a proxy of the environment for servers on this machine.
+    """Keep every library from using a proxy of the environment for servers on this machine.
 
-    A proxy is another machine: its 127.0.0.1 is another one. Workers that are started inherit the setting.
+    A proxy runs on another machine, where 127.0.0.1 is that machine. Workers that are started inherit the setting.
     """
     proxies = ("http_proxy", "https_proxy", "all_proxy")
     if not any(os.environ.get(name) or os.environ.get(name.upper()) for name in proxies):
@@ -323,7 +323,7 @@ def _preemptible() -> Iterator[None]:
     def stop(_number: int, _frame: FrameType | None) -> None:
         from zarr_store.errors import Preempted
 
-        raise Preempted("told to stop (SIGTERM); the same command continues where it stopped")
+        raise Preempted("stopped by SIGTERM; the same command continues where it stopped")
 
     try:
         before = signal.signal(signal.SIGTERM, stop)

@@ -191,7 +191,7 @@ def _measure(
     if outcome.exit_code == INTERRUPTED:
         raise KeyboardInterrupt
     if outcome.exit_code == PREEMPTED:
-        raise Preempted("told to stop (SIGTERM); the same command continues with the placements that are missing")
+        raise Preempted("stopped by SIGTERM; the same command continues with the placements that are missing")
     if outcome.exit_code:
         wrong = next((number for number, code in enumerate(outcome.codes) if code not in (0, None, -15)), 0)
         said = last.get(wrong) or next(iter(last.values()), "they wrote nothing")

@@ -208,7 +208,8 @@ def command(
 
 
 def _help(function: Callable[..., Any], examples: tuple[str, ...]) -> str:
-    text = inspect.cleandoc(function.__doc__ or "")
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)  # the terminal wraps the lines
     return f"{text}\n\n\b\nExample:\n" + "\n".join(f"  {line}" for line in examples)
 
 

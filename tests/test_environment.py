@@ -80,7 +80,7 @@ def test_a_server_in_the_background_ignores_interrupts_and_ends_by_sigterm(world
         process.terminate()
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 75, errors
-        assert "told to stop (SIGTERM)" in errors
+        assert "stopped by SIGTERM" in errors
         assert "Traceback" not in errors
 
 

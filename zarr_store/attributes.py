@@ -20,26 +20,26 @@ __all__ = ["flatten_attributes", "pack_attribute", "pack_long", "unpack_attribut
 
 
 _LONG = 4 << 20
-"""Length of a text from which on it is compressed; the items of 5,000 scenes are shorter."""
+"""Texts of at least this length are compressed; the items of 5,000 scenes are shorter."""
 _PACKED = "zlib,base64:"
 _MOST_UNPACKED = 64 << 20
-"""Bytes of a compressed text: some kilobytes can stand for gigabytes. 100,000 scenes have 40 MB."""
+"""Largest size of an unpacked text, as a few kilobytes can unpack to gigabytes. 100,000 scenes have 40 MB."""
 
 
 def pack_attribute(value: Mapping[str, Any]) -> str:
-    """Turn a description into JSON text, which is compressed where it is long."""
+    """Turn a description into JSON text; compress it if it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) < _LONG else _PACKED + base64.standard_b64encode(zlib.compress(text.encode())).decode()
 
 
 def pack_long(value: Mapping[str, Any]) -> Any:
-    """Turn a description into compressed text where its JSON is long; a short one stays as it is."""
+    """Turn a description into compressed text if its JSON is long; return a short description unchanged."""
     text = pack_attribute(value)
     return text if text.startswith(_PACKED) else json.loads(text)
 
 
 def unpack_attribute(value: Any) -> Any:
-    """Inverse of `pack_attribute`; what an earlier release stored as a nested attribute is returned as it is.
+    """Read what `pack_attribute` wrote; a nested attribute of an earlier release is returned unchanged.
 
     Raises:
         ValueError: The text is no JSON, or is not compressed as `pack_attribute` does it.

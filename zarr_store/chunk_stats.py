@@ -35,19 +35,19 @@ class ChunkStats:
 
     @classmethod
     def of(cls, main: np.ndarray, status: np.ndarray, layers: Mapping[str, np.ndarray]) -> Self:
-        """Count one chunk.
+        """Compute the statistics of one chunk.
 
         Args:
             main: (time, band, y, x).
             status: (time, y, x).
             layers: Class layers, each (time, y, x) uint8.
         """
-        status = np.ascontiguousarray(status)  # rows of a shard lie far apart, and each is looked at several times
+        status = np.ascontiguousarray(status)  # rows of a shard lie far apart, and each is read several times
         clear = status == STATUS_OBSERVED
         if main.dtype.kind == "f":
             clear &= np.isfinite(main).all(axis=1)
         observed = int(np.count_nonzero(clear))
-        if observed == status.size:  # most chunks are clear as a whole, and are looked at once
+        if observed == status.size:  # most chunks are clear as a whole, and need one pass
             mean, m2 = _moments(main, clear, observed)
             return cls(observed, 0, 0, mean, m2, {name: _class_counts(layer.ravel()) for name, layer in layers.items()})
         masked = status == STATUS_MASKED
@@ -67,7 +67,7 @@ class ChunkStats:
 
     @classmethod
     def from_list(cls, data: list[Any]) -> Self:
-        """Inverse of `to_list`."""
+        """Make the statistics from the list that `to_list` returned."""
         observed, masked, missing, mean, m2, classes = data
         return cls(
             int(observed),

@@ -187,7 +187,7 @@ class Grid:
         return (round(row), round(col))
 
     def lonlat_bounds(self) -> Bounds:
-        """(west, south, east, north) in degrees; edges are densified, as projected edges are curved."""
+        """Return (west, south, east, north) in degrees; edges get more points, as they are curved in degrees."""
         to_lonlat = transformer_between(self.crs, "EPSG:4326")
         west, south, east, north = to_lonlat.transform_bounds(*self.bounds, densify_pts=21)
         return (west, south, east, north)
@@ -199,7 +199,7 @@ class Grid:
 
 
 def check_pixel_size(crs: str, size: float) -> None:
-    """Refuse a pixel size that was meant in other units than those of the CRS: 10 in degrees, 0.0001 in metres.
+    """Refuse a pixel size that seems to be in other units than those of the CRS: 10 degrees, 0.0001 m.
 
     Args:
         crs: CRS as `normal_crs` gives it.
@@ -211,21 +211,22 @@ def check_pixel_size(crs: str, size: float) -> None:
     >>> check_pixel_size("EPSG:4326", 0.0001)
     """
     metres = _metres_per_unit(crs)
-    if not math.isfinite(metres) or _ASKED_M[0] <= size * metres <= _ASKED_M[1]:
+    if not math.isfinite(metres) or _CHOSEN_PIXEL_M[0] <= size * metres <= _CHOSEN_PIXEL_M[1]:
         return
     unit = _crs(crs).axis_info[0].unit_name
     ground = f"{size * metres / 1000:g} km" if size * metres >= 1000 else f"{size * metres:g} m"
     near = f"{10 / metres:.2g}"
     raise InvalidInput(
         f"resolution {size:g} is in units of {_short(crs)}, which are {unit}s: a pixel would be {ground} wide; "
-        f"expected {_ASKED_M[0]:g} m to {_ASKED_M[1] / 1000:g} km. 10 m are about {near} there: give --resolution in "
-        f"{unit}s, or another --crs"
+        f"expected {_CHOSEN_PIXEL_M[0]:g} m to {_CHOSEN_PIXEL_M[1] / 1000:g} km. 10 m are about {near} there: "
+        f"give --resolution in {unit}s, or another --crs"
     )
 
 
-_ASKED_M = (1e-3, 1e5)
-"""Smallest and largest pixel that may be asked for, metres."""
-_PIXEL_M = (1e-3, 1e6)
+_CHOSEN_PIXEL_M = (1e-3, 1e5)
+"""Smallest and largest pixel size that a user may choose, metres."""
+_FILE_PIXEL_M = (1e-3, 1e6)
+"""Smallest and largest pixel size of a file, metres."""
 _REACH_M = 1e8
 """Largest distance from the origin of a CRS, metres; the equator is 4e7 m long."""
 
@@ -233,32 +234,33 @@ _REACH_M = 1e8
 def check_on_earth(grid: Grid) -> None:
     """Refuse a grid from a header or an item that cannot lie on Earth.
 
-    What is wild in one file must not decide over the grid of a cube, nor end in numbers that overflow.
+    A wrong header of one file must not determine the grid of a cube, nor cause numbers that overflow.
 
     Raises:
-        InvalidInput: The CRS is of no ground, the pixels are too small or too large, or it lies too far off.
+        InvalidInput: The CRS is neither geographic nor projected, the pixels are too small or too large, or the grid
+            lies too far from the origin of its CRS.
     """
     metres = _metres_per_unit(grid.crs)
     if not (math.isfinite(metres) and metres > 0):
         raise InvalidInput(
-            f"its CRS {_short(grid.crs)} is neither geographic nor projected: its numbers are no places on Earth"
+            f"its CRS {_short(grid.crs)} is neither geographic nor projected: its coordinates are not places on Earth"
         )
     for size in grid.resolution:
-        if not _PIXEL_M[0] <= size * metres <= _PIXEL_M[1]:
+        if not _FILE_PIXEL_M[0] <= size * metres <= _FILE_PIXEL_M[1]:
             raise InvalidInput(
-                f"its pixels would be {size * metres:g} m wide in {_short(grid.crs)}; expected {_PIXEL_M[0]:g} to "
-                f"{_PIXEL_M[1]:g} m"
+                f"its pixels would be {size * metres:g} m wide in {_short(grid.crs)}; expected {_FILE_PIXEL_M[0]:g} to "
+                f"{_FILE_PIXEL_M[1]:g} m"
             )
     if not all(abs(value) * metres <= _REACH_M for value in grid.bounds):
         raise InvalidInput(
             f"it would lie at {tuple(float(f'{value:.6g}') for value in grid.bounds)} in {_short(grid.crs)}, which is "
-            "no place on Earth"
+            "not a place on Earth"
         )
 
 
 @lru_cache(64)
 def _metres_per_unit(text: str) -> float:
-    """Return the metres in one unit of a CRS (degrees as at the equator); nan for a CRS that is not of the ground."""
+    """Return the metres in one unit of a CRS (degrees as at the equator); nan for a CRS without a place on Earth."""
     crs = _crs(text)
     if not (crs.is_geographic or crs.is_projected) or not crs.axis_info:
         return math.nan
@@ -272,7 +274,7 @@ def _short(crs: str) -> str:
 
 @lru_cache(64)
 def _crs(text: str) -> CRS:
-    """Looking one up takes PROJ as long as decoding some blocks, and each shard asks."""
+    """Return the parsed CRS; cached, as PROJ takes long for it and each shard needs it."""
     return parse_crs(text)
 
 
@@ -287,7 +289,7 @@ def normal_crs(crs: object) -> str:
 
 @lru_cache(256)
 def _normal_text(text: str) -> str:
-    """Catalogues spell the same few systems in every item."""
+    """Return the spelling of a CRS that is given as text; cached, as catalogues repeat the same few in every item."""
     return _normal(text)
 
 

@@ -1,4 +1,4 @@
-"""`open_source_file` gives the raster that a user named as a local file: a path, a URL, or an asset of a STAC item.
+"""`open_source_file` provides a local file for a raster that a user names by path, by URL, or in a STAC item.
 
 A file behind a URL is fetched whole into a temporary file, so that it is read and checked like a local one, and so that
 its digest is known. Which hosts and folders an item may name is decided as for the items of an ingest.
@@ -39,8 +39,8 @@ class SourceFile:
         path: The local file; a temporary one for a URL.
         name: Name for messages, without secrets.
         sha256: Digest of its bytes.
-        stated: What the STAC item says of its numbers: nodata, scale, offset and unit.
-        where: Place of the file in the origin of a layer: file, and url or item and asset.
+        stated: What the STAC item states about its numbers: nodata, scale, offset and unit.
+        where: What the origin of a layer records about the file: file, and url, or item and asset.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class SourceFile:
 
 @contextmanager
 def open_source_file(source: str, config: IngestConfig, *, asset: str | None = None) -> Iterator[SourceFile]:
-    """Give a raster as a local file, for as long as the block lasts.
+    """Yield a raster as a local file, which exists until the block ends.
 
     Args:
         source: Path or URL of a GeoTIFF, or of a STAC item.
@@ -66,9 +66,9 @@ def open_source_file(source: str, config: IngestConfig, *, asset: str | None = N
     if not _is_item(source):
         if asset is not None:
             raise InvalidInput(
-                f"--asset {asset} names an asset of a STAC item, but {redact_url(source)} is a raster; leave it out"
+                f"--asset {asset} names an asset of a STAC item, but {redact_url(source)} is a raster; omit --asset"
             )
-        with _local(source, source, config) as path:
+        with _as_local_file(source, source, config) as path:
             shown = redact_url(source) if is_url(source) else source
             where = {"file": _file_name(source), **({"url": shown} if is_url(source) else {})}
             yield SourceFile(path, shown, digest_of(path, shown), {}, where)
@@ -76,7 +76,7 @@ def open_source_file(source: str, config: IngestConfig, *, asset: str | None = N
     with Documents(source, config) as documents:
         item = documents.read(documents.source)
     if not isinstance(item, dict) or item.get("type") != "Feature" or not isinstance(item.get("assets"), dict):
-        raise InvalidInput(f"{redact_url(source)} is no STAC item with assets; give a GeoTIFF, or one item")
+        raise InvalidInput(f"{redact_url(source)} is not a STAC item with assets; expected a GeoTIFF, or one STAC item")
     key = _choose_asset(item["assets"], asset, redact_url(source))
     chosen = item["assets"][key]
     hosts = [host for rule in (*config.trust.providers, *PROVIDERS) for host in rule.hosts]
@@ -86,9 +86,9 @@ def open_source_file(source: str, config: IngestConfig, *, asset: str | None = N
     if is_url(href):
         with suppress(AccessError):
             refuse_private_address(href, policy)
-    with _local(href, source, config) as path:
+    with _as_local_file(href, source, config) as path:
         where = {"file": _file_name(href), "item": str(item.get("id", "")), "asset": key}
-        yield SourceFile(path, redact_url(href), digest_of(path, redact_url(href)), _stated(chosen), where)
+        yield SourceFile(path, redact_url(href), digest_of(path, redact_url(href)), _stated_numbers(chosen), where)
 
 
 def digest_of(path: Path, shown: str | None = None) -> str:
@@ -109,8 +109,8 @@ def _is_item(source: str) -> bool:
 
 
 @contextmanager
-def _local(href: str, source: str, config: IngestConfig) -> Iterator[Path]:
-    """The file itself, or a temporary copy of what is behind a URL."""
+def _as_local_file(href: str, source: str, config: IngestConfig) -> Iterator[Path]:
+    """Yield the file itself, or a temporary copy of what a URL gives."""
     if not is_url(href):
         yield Path(href).expanduser()
         return
@@ -131,7 +131,7 @@ def _local(href: str, source: str, config: IngestConfig) -> Iterator[Path]:
 
 
 def _choose_asset(assets: Mapping[str, Any], asked: str | None, where: str) -> str:
-    """The key of the asset to read: the one asked for, or the only raster of the item."""
+    """Return the key of the asset to read: the one that the user named, or the only raster of the item."""
     rasters = [
         key
         for key, one in assets.items()
@@ -149,8 +149,8 @@ def _choose_asset(assets: Mapping[str, Any], asked: str | None, where: str) -> s
     return rasters[0]
 
 
-def _stated(asset: Mapping[str, Any]) -> dict[str, Any]:
-    """What an item says of the numbers of an asset (extension raster, or bands of STAC 1.1)."""
+def _stated_numbers(asset: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an item states about the numbers of an asset (extension raster, or bands of STAC 1.1)."""
     bands = asset.get("raster:bands") or asset.get("bands")
     band = bands[0] if isinstance(bands, list) and bands and isinstance(bands[0], dict) else {}
     found: dict[str, Any] = {}

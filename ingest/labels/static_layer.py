@@ -40,10 +40,10 @@ class StackReport:
         pixels: Number of pixels of the grid.
         unit: Unit of the values.
         resampling: Method by which the raster was put onto the grid.
-        statistics: Of values: count, mean, std, least and most.
+        statistics: For values: count, mean, std, least and most; None for classes.
         digest: Digest of the layer.
         origin: Where the layer comes from.
-        warnings: What a person should look at.
+        warnings: Warnings about the raster, for the user.
     """
 
     cube: str
@@ -117,7 +117,7 @@ def stack_layer(
         raise InvalidInput("--scale, --offset and --unit apply to values, not to classes; leave them out")
     warnings: list[str] = []
     with open_source_file(str(source), config or IngestConfig(), asset=asset) as file:
-        stated = _complete(file.path, band, file.stated) if kind == "values" else {}
+        stated = _stated_by_item_alone(file.path, band, file.stated) if kind == "values" else {}
         rules = RasterRules(
             kind,
             band,
@@ -158,8 +158,8 @@ def stack_layer(
     )  # fmt: skip
 
 
-def _complete(path: Path, band: int, stated: Any) -> dict[str, Any]:
-    """What the item states where the file itself states nothing; the file's own words win."""
+def _stated_by_item_alone(path: Path, band: int, stated: Any) -> dict[str, Any]:
+    """Return what only the item states: where the file states something itself, the file counts."""
     from ingest.raster.opening import open_geotiff
 
     if not stated:

@@ -1,4 +1,4 @@
-"""`read_table` reads a file of polygons by the one reader on which the file's first bytes and its name agree.
+"""`read_table` reads a file of polygons with the reader of its format, on which its first bytes and name must agree.
 
 OGR tries every driver on a file, whatever its name: a text that begins with `<OGRVRTDataSource` makes it read other
 files and addresses. So the first bytes are checked before OGR opens the file, OGR has no other drivers
@@ -38,7 +38,7 @@ _MOST_BYTES = 4 << 30
 _MOST_TEXT_BYTES = 512 << 20
 """Largest size of GeoJSON in bytes, which is parsed as a whole and takes several times its size in memory."""
 _START_BYTES = 4096
-"""Number of first bytes that are checked."""
+"""Number of bytes at the start of a file that are checked."""
 _PARQUET = (".parquet", ".geoparquet")
 _STARTS: dict[str, tuple[str, Callable[[bytes], bool]]] = {
     ".geojson": ("a JSON object", lambda start: start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"),
@@ -105,7 +105,7 @@ def read_table(path: Path, attribute: str | None, layer: str | None) -> Table:
     limit_vector_drivers()
     try:
         check_stated_crs(path)
-        with _alone(path) as file:
+        with _in_own_folder(path) as file:
             chosen = _choose([str(name) for name in pyogrio.list_layers(file)[:, 0]], layer, path)
             fields = [str(name) for name in pyogrio.read_info(file, layer=chosen)["fields"]]
             _check_attribute(attribute, fields, path)
@@ -124,7 +124,7 @@ def read_table(path: Path, attribute: str | None, layer: str | None) -> Table:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[Path]:
+def _in_own_folder(path: Path) -> Iterator[Path]:
     """Link a file, and those that belong to it, into an empty folder, so that OGR sees nothing else.
 
     Raises:

@@ -42,7 +42,7 @@ def handle_stop_signals() -> Iterator[None]:
         signalled = True
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise Preempted("told to stop (SIGTERM); what was written stays, and the same command continues from there")
+        raise Preempted("stopped by SIGTERM; what was written stays, and the same command continues from there")
 
     interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
     ours = [signal.SIGTERM]

@@ -61,7 +61,7 @@ class Acquisition:
         revolution: Absolute orbit.
         radiometry: How DN relate to reflectance.
         baseline: Processing baseline, e.g. "05.09".
-        cloud_share: Share of the sky that clouds are meant to cover.
+        cloud_share: Share of the sky that clouds should cover.
         sun_elevation: Degrees above the horizon.
         sun_azimuth: Degrees clockwise from north.
     """
@@ -83,25 +83,25 @@ class Acquisition:
 
     @property
     def dn_offset(self) -> int:
-        """Number that the stored DN have above 10 000 · reflectance."""
+        """Number by which the stored DN exceed 10 000 · reflectance."""
         return 1000 if self.radiometry in ("offset", "mislabelled") else 0
 
 
 AnomalyKind = Literal["building", "clear-cut", "flood", "burn", "ship", "cloud"]
-"""What may be planted: cloud is one that the scene classification misses."""
+"""Kinds of anomalies that can be planted; "cloud" is a cloud that the scene classification misses."""
 
 
 class Anomaly(BaseModel):
     """Anomalies of one kind that are planted in a world.
 
     Attributes:
-        kind: What they are.
-        date: First day on which they are there; a cloud is there on this day alone.
+        kind: Kind of the anomalies.
+        date: First day on which they are visible; a cloud is visible on this day alone.
         until: Last day; None for no end.
         count: Number of them.
         size_m: Length or diameter; None for the usual size of the kind.
         x, y: Centre in the CRS of the world; None draws a place on ground of the right kind.
-        seed: Number from which drawn places follow, beside the seed of the world.
+        seed: Seed of the drawn places, together with the seed of the world.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -120,7 +120,7 @@ class Anomaly(BaseModel):
         if (self.x is None) != (self.y is None):
             raise ValueError("x and y belong together: give both or neither")
         if self.x is not None and self.count > 1:
-            raise ValueError(f"count is {self.count} at one place x, y: give it once")
+            raise ValueError(f"count is {self.count}, but x and y name one place: leave count out, or x and y")
         if self.until is not None and self.until < self.date:
             raise ValueError(f"until {self.until} lies before date {self.date}")
         return self
@@ -140,7 +140,7 @@ class SimulateConfig(BaseModel):
         clouds: Mean share of the sky under cloud; each date has its own share around it. 0 for clear skies.
         radar_dates: Days of the Sentinel-1 passes, ascending and descending in turn.
         block_px: Side of the internal tiles of the COGs.
-        anomalies: What is planted in it, with its truth.
+        anomalies: Anomalies to plant; their truth is written next to the scenes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -179,7 +179,7 @@ class SimulateConfig(BaseModel):
         for one in self.anomalies:
             if one.kind == "cloud" and one.date not in self.dates:
                 raise ValueError(
-                    f"anomaly cloud: {one.date} is none of the dates {[d.isoformat() for d in self.dates]}"
+                    f"anomaly cloud: {one.date} is not one of the dates {[d.isoformat() for d in self.dates]}"
                 )
             if one.date > max((*self.dates, *self.radar_dates)):
                 raise ValueError(f"anomaly {one.kind}: {one.date} is after the last date, so no scene would show it")
@@ -238,7 +238,7 @@ class SimulateConfig(BaseModel):
         return tuple(out)
 
     def to_dict(self) -> dict[str, Any]:
-        """Make the JSON form, for the world's manifest; without anomalies it is that of releases before them."""
+        """Make the JSON form, for the world's manifest; without anomalies it has the form of releases that had none."""
         document = self.model_dump(mode="json")
         if not self.anomalies:
             del document["anomalies"]

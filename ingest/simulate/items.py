@@ -56,7 +56,7 @@ class Extent:
 
 
 def to_json(document: Json) -> str:
-    """Write a document; every document is written here, so equal documents are equal bytes."""
+    """Return the JSON text of a document; all use this function, so equal documents have equal bytes."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`parcels` makes field parcels: blocks of farmland with a direction each, cut into strips with a crop each.
+"""`parcels` makes field parcels: blocks of farmland, each with its direction, cut into strips of one crop each.
 
 Blocks are the Voronoi cells of jittered lattice points (Worley 1996, doi:10.1145/237170.237267); lanes run along
 their borders.

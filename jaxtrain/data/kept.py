@@ -29,31 +29,31 @@ _BLOCK_BYTES = 64 << 20
 
 
 class KeptReader:
-    """Reads rows of another reader, and keeps those of `rows` in the memory of the host from then on.
+    """Reads rows with another reader, and keeps those of `rows` in the memory of the host after the first reading.
 
-    A row that cannot be read counts as the other reader decides, and is kept as such.
+    The other reader decides what an unreadable row gives; this result is kept, too.
 
     Args:
-        reader: Reads what is not kept yet, and all other rows.
+        reader: Reads rows of `rows` that are not kept yet, and all other rows.
         rows: int32 (N, columns), the rows that are kept; memory is taken as they are read.
     """
 
     def __init__(self, reader: Reader, rows: Rows) -> None:
         self._reader = reader
-        self._numbers = _RowNumbers(rows)
-        self._there = np.zeros(len(rows), bool)
+        self._positions = _RowPositions(rows)
+        self._is_kept = np.zeros(len(rows), bool)
         self._kept: HostBatch = {}
         self._lock = threading.Lock()
 
     @property
     def shows(self) -> Literal["windows", "images"]:
-        """Kind of a row, as of the other reader."""
+        """Kind of a row: that of the other reader."""
         return self._reader.shows
 
     @property
     def count(self) -> int:
         """Number of rows that are kept so far."""
-        return int(self._there.sum())
+        return int(self._is_kept.sum())
 
     def read(self, rows: Rows) -> HostBatch:
         """Read rows, as the other reader does."""
@@ -61,41 +61,41 @@ class KeptReader:
 
     def begin(self, rows: Rows) -> Callable[[], HostBatch]:
         """Start to read the rows that are not kept yet, and return a function that waits for them."""
-        at = self._numbers.of(rows)
+        at = self._positions.of(rows)
         if at is None:
             return self._reader.begin(rows)
-        new = np.flatnonzero(~self._there[at])
+        new = np.flatnonzero(~self._is_kept[at])
         wait = self._reader.begin(rows[new]) if len(new) else None
 
         def finish() -> HostBatch:
             if wait is not None:
                 self._keep(at[new], wait())
-            return {name: _taken(array, at) for name, array in self._kept.items()}
+            return {name: _take_rows(array, at) for name, array in self._kept.items()}
 
         return finish
 
     def _keep(self, at: npt.NDArray[np.int64], batch: HostBatch) -> None:
-        with self._lock:  # several threads finish batches, and the first of them takes the memory
+        with self._lock:  # several threads finish batches; the first allocates the memory
             if not self._kept:
-                count = len(self._there)
+                count = len(self._is_kept)
                 self._kept = {name: np.empty((count, *array.shape[1:]), array.dtype) for name, array in batch.items()}
         for name, array in batch.items():
             self._kept[name][at] = array
-        self._there[at] = True
+        self._is_kept[at] = True
 
 
 class KeptBatches:
-    """Batches from rows that all devices of a mesh hold: no batch is read or sent, only its numbers are.
+    """Makes batches from rows that are kept on all devices of a mesh; only the row numbers of a batch are sent.
 
     Args:
-        reader: Reads the rows, all of them and at once, as many as fit 64 MB at a time.
-        rows: int32 (N, columns), the rows of the training part, in the order of their numbers.
+        reader: Reads all rows at the beginning, in blocks of 64 MB.
+        rows: int32 (N, columns), the rows of the training split, in the order of their numbers.
         mesh: Each of its devices holds all rows.
     """
 
     def __init__(self, reader: Reader, rows: Rows, mesh: jax.sharding.Mesh) -> None:
         self._rows, self._mesh = rows, mesh
-        self._held = _placed(reader, rows, mesh)
+        self._held = _place_on_devices(reader, rows, mesh)
         shardings = {name: stored_sharding(mesh, array.ndim) for name, array in self._held.items()}
 
         def take(held: dict[str, jax.Array], at: jax.Array) -> dict[str, jax.Array]:
@@ -133,37 +133,37 @@ class KeptBatches:
             yield number, self._rows[chosen], self._take(self._held, at)
 
 
-class _RowNumbers:
-    """Finds the numbers of rows among those that are kept."""
+class _RowPositions:
+    """Finds the positions of rows among those that are kept."""
 
     def __init__(self, rows: Rows) -> None:
-        self._most = rows.max(axis=0).astype(np.int64) + 1
+        self._column_sizes = rows.max(axis=0).astype(np.int64) + 1
         keys = self._keys(rows)
         self._order = np.argsort(keys, kind="stable")
         self._sorted = keys[self._order]
 
     def _keys(self, rows: Rows) -> npt.NDArray[np.int64]:
         keys = np.zeros(len(rows), np.int64)
-        for column, most in enumerate(self._most.tolist()):
+        for column, most in enumerate(self._column_sizes.tolist()):
             keys = keys * most + rows[:, column]
         return keys
 
     def of(self, rows: Rows) -> npt.NDArray[np.int64] | None:
-        """Return the numbers of rows; None if any of them is another one."""
-        if not ((rows >= 0) & (rows < self._most)).all():
+        """Return the positions of rows; None if any of them is not kept."""
+        if not ((rows >= 0) & (rows < self._column_sizes)).all():
             return None
         keys = self._keys(rows)
         at = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
         return self._order[at] if (self._sorted[at] == keys).all() else None
 
 
-def _taken(array: np.ndarray, at: npt.NDArray[np.int64]) -> np.ndarray:
+def _take_rows(array: np.ndarray, at: npt.NDArray[np.int64]) -> np.ndarray:
     made = empty_array((len(at), *array.shape[1:]), array.dtype)
     # all numbers are inside; `raise`, the default, would take the rows to a buffer first
     return np.take(array, at, axis=0, out=made, mode="clip")
 
 
-def _placed(reader: Reader, rows: Rows, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def _place_on_devices(reader: Reader, rows: Rows, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Read all rows, block by block, into arrays on every device of the mesh."""
     sharding = replicated(mesh)
     one = reader.read(rows[:1])

@@ -17,19 +17,19 @@ _TOLERANCE = 0.05
 
 
 def refuse_mismatch(what: str, remedy: str, *, insist: bool) -> str:
-    """Return a warning about data that differ from those of training, where the user insists on them.
+    """Refuse data that differ from those of training; if the user insists on them, return a warning.
 
     Args:
-        what: What differs.
-        remedy: What to do.
+        what: The difference, as a clause.
+        remedy: What the user can do.
         insist: Whether the user insists.
 
     Raises:
-        InvalidInput: The user does not.
+        InvalidInput: The user does not insist.
     """
     if insist:
         return f"{what}; they are used as they are (--allow-mismatch)"
-    raise InvalidInput(f"{what}: {remedy}, or insist with --allow-mismatch")
+    raise InvalidInput(f"{what}: {remedy}, or use them as they are with --allow-mismatch")
 
 
 def check_pixels(there: Grid, trained: Grid, url: str, *, insist: bool) -> list[str]:

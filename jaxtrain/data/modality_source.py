@@ -34,7 +34,7 @@ from zarr_store.steps import nearest_times
 __all__ = ["ModalitySource", "open_sources", "pair_steps", "seen_by_window", "sources_digest"]
 
 _LEAST_POWER = np.float32(1e-10)
-"""Power that stands for less, in decibels: -100 dB."""
+"""Smallest power that is turned into decibels, -100 dB; smaller powers count as this one."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class ModalitySource:
     """One modality that is open for reading.
 
     Attributes:
-        modality: What the network gets of it.
-        steps: int32 (times, dates): time steps of the modality for each one of the windows' collection, -1 for none.
+        modality: Its description for the network: name, bands, ratio of pixel sizes, number of dates.
+        steps: int32 (times, dates): for each time step of the windows, the paired ones of the modality, -1 for none.
         numbers: Meaning of the stored numbers of each band.
         digest: SHA-256 over all bytes of it.
-        reader: Reads its bands, on its own grid; None of a layer, and of a modality that the cube lacks.
-        layer: The static layer.
-        decibel: Whether numbers become decibels.
+        reader: Reads its bands, on its own grid; None for a layer, and for a modality that the cube lacks.
+        layer: The static layer; None for a collection.
+        decibel: Whether power is turned into decibels.
         conversion: Turns numbers of other data into those of training.
     """
 
@@ -73,10 +73,11 @@ class ModalitySource:
         Args:
             rows: Windows.
             patch: Side of a window on the finest grid.
-            images: False reads what was observed, without images.
+            images: False reads only which pixels were observed.
 
         Returns:
-            A function that waits: image (B, [T,] C, h, w), observed (B, [T,] h, w), clear (B, h, w), of series day.
+            A function that waits and returns image (B, [T,] C, h, w), observed (B, [T,] h, w), clear (B, h, w), and for
+            a series the day of the year (B, T).
         """
         if self.layer is not None:
             return lambda: self._read_layer(rows, patch)
@@ -137,7 +138,7 @@ class ModalitySource:
         return np.asarray(np.where(chosen >= 0, since[chosen], 1).astype(np.uint16))
 
     def moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
-        """Return mean and spread of each band as they are stored, without reading a pixel; None where none is known."""
+        """Return mean and standard deviation of the stored numbers of each band, from the ledger; None if unknown."""
         if self.layer is not None:
             known = self.layer.statistics
             return None if known is None else (np.array([known.mean]), np.array([known.std or 1.0]))
@@ -148,11 +149,11 @@ class ModalitySource:
         return mean[chosen], spread[chosen]
 
     def unlike(self, mean: npt.ArrayLike, std: npt.ArrayLike, url: str) -> list[str]:
-        """Return a line where the numbers can hardly have the unit of those that a model was trained on.
+        """Return a warning if the numbers probably have another unit than those that the model was trained on.
 
         Args:
             mean: Mean of each band in training.
-            std: Its spread there.
+            std: Standard deviation of each band in training.
             url: The cube, for the message.
         """
         known = self.moments()
@@ -190,8 +191,8 @@ class ModalitySource:
             band = int(np.argmax(power <= 0))
             raise InvalidInput(
                 f"data.modalities.{name}.decibel turns power into decibels, but band {self.modality.bands[band]} of "
-                f"{where} has the mean {power[band]:.4g}, and power is above 0: leave decibel out if the numbers are "
-                "decibels already, or give power"
+                f"{where} has the mean {power[band]:.4g}, but power is above 0: leave decibel out if the numbers are "
+                "decibels already"
             )
 
     def _read_nothing(self, count: int, side: int) -> HostBatch:
@@ -235,13 +236,13 @@ def open_sources(
         cube: The cube that gives the windows.
         trained: Modalities of a trained model, whose bands are read; none for a new run.
         numbers: Meaning of the numbers of that model, of all bands of all modalities one after the other.
-        usual: Mean and spread of each of these bands in training; data that are unlike them give a line.
+        usual: Mean and standard deviation of each of these bands in training; unlike data give a warning.
         without: Modalities that the network does not get; the cube may lack them.
         insist: Use numbers that cannot be converted as they are, and warn.
-        on_unreadable: As of `WindowReader`.
+        on_unreadable: The argument of `WindowReader`.
 
     Returns:
-        The modalities, and lines about numbers that are converted or unlike those of training.
+        The modalities, and messages about numbers that are converted, or unlike those of training.
 
     Raises:
         UnknownName: A cube lacks a collection, a layer or a band.
@@ -287,7 +288,7 @@ def open_sources(
 
 
 def _absent(one: Modality, times: int) -> ModalitySource:
-    """Return a modality that is nowhere, for a model that does without it."""
+    """Return a modality that is missing everywhere, for a model that works without it."""
     return ModalitySource(one, np.full((times, max(one.dates, 1)), -1, np.int32), (), "")
 
 
@@ -371,8 +372,8 @@ def pair_steps(ours: CubeSpec, theirs: CubeSpec, dates: int | str, most_days: fl
     Args:
         ours: The collection of the windows.
         theirs: The collection of the modality.
-        dates: So many of the nearest in time, in their order; or "all".
-        most_days: A step further away counts as missing, unless all are taken.
+        dates: Number of the nearest time steps to take, in their order; or "all".
+        most_days: Largest distance in days; a time step further away counts as missing, unless all are taken.
     """
     if dates == "all":
         return np.tile(np.arange(len(theirs.times), dtype=np.int32), (len(ours.times), 1))
@@ -387,7 +388,7 @@ def pair_steps(ours: CubeSpec, theirs: CubeSpec, dates: int | str, most_days: fl
 def seen_by_window(
     sources: Sequence[ModalitySource], spec: CubeSpec, patch: int, learn_masked: bool
 ) -> npt.NDArray[np.float64]:
-    """Return the share of each window of the finest grid that any modality saw, (times, rows, columns), as estimate."""
+    """Estimate the share of each window that any modality observed, (times, rows, columns) of the finest grid."""
     rows, columns = (-(-size // patch) for size in spec.shape[1:])
     best = np.zeros((len(spec.times), rows, columns))
     dated = [source for source in sources if source.reader is not None]
@@ -398,7 +399,7 @@ def seen_by_window(
         shape = source.reader.cube.spec(source.reader.collection).shape
         seen = index.observed + index.masked if learn_masked else index.observed
         here = window_shares(index, shape, source.side, seen / np.maximum(index.pixels, 1), edges=True)
-        # the last one stands for -1, a date that is missing
+        # step -1, a missing date, takes the last entry, which is zero
         every = np.concatenate([here, np.zeros_like(here[:1])])
         best = np.maximum(best, every[source.steps].max(axis=1))
     return best if dated else np.ones_like(best)

@@ -1,9 +1,9 @@
-"""Make one mesh of devices with the axes of the configuration; `processes.start_distributed` comes before.
+"""`make_mesh` makes the mesh of devices that a configuration describes; call `processes.start_distributed` first.
 
 Axes, outermost first: `pipe` (stages of a pipeline), `data` (samples), `space` (rows of an image), `space_w` (its
-columns) and `model` (filters). `data` and `model` are always there, the others where they split something. Meshes are
-made of JAX's devices here only. Axes are of type Auto: the compiler places what the rules and the batch sharding leave
-open (GSPMD), so models hold no annotations.
+columns) and `model` (filters). `data` and `model` always exist, the others only if they split something. Axes are of
+type Auto: the compiler decides the shardings that the rules and the batch leave open (GSPMD), so models have no
+annotations.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["SPACE_AXES", "batch_sharding", "constrain", "image_spec", "make_mesh
            "replicated", "share_cores", "spec", "split_processor", "stored_sharding"]  # fmt: skip
 
 SPACE_AXES = ("space", "space_w")
-"""Axes that split rows and columns."""
+"""Mesh axes that split the rows and the columns of images."""
 
 MOST_PARTS = 8
-"""Largest number of parts into which a processor is split by default; with more, each gets few windows of a batch."""
+"""Largest number of devices into which a CPU is split by default; with more, each gets few windows of a batch."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +36,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Make the mesh of the configuration over the first devices, as many as the product of its axes.
 
     Args:
-        config: sizes of the axes.
+        config: Sizes of the axes.
         devices: Devices to use; None for all that JAX sees.
 
     Raises:
-        InvalidInput: there are fewer devices than the mesh needs, or several processes and devices left over, or `zero`
-            has nobody to share with.
+        InvalidInput: There are fewer devices than the mesh needs, devices of several processes are left over, or
+            `zero` is set and the axis data has one device.
     """
     if config.zero and config.data == 1:
         raise InvalidInput(
-            f"mesh.zero = {config.zero} splits over the axis data, of which there is one device: name a larger "
-            "mesh.data, or set mesh.zero = 0"
+            f"mesh.zero = {config.zero} splits over the axis data, which has one device: set a larger "
+            "mesh.data, or mesh.zero = 0"
         )
     found = list(jax.devices() if devices is None else devices)
     shape = " × ".join(f"{name}={size}" for name, size in config.axes.items())
@@ -74,13 +74,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = None) -> TrainConfig:
-    """Return the configuration with `mesh.data` over the cores of a processor, if no mesh is named.
+    """Return the configuration with `mesh.data` over the cores of a CPU, if it names no mesh.
 
-    XLA computes much of a backward pass on one core per device, so a processor is split into devices, each with its
-    part of the batch. The answer is that of one device but for rounding; where it is not (`model.norm = "local"`),
-    and where XLA_FLAGS names a number of devices, all stays as it is, as on any accelerator.
+    XLA computes much of a backward pass on one core per device, so the CPU is split into devices, each with its
+    part of the batch. The result is that of one device up to rounding. Nothing is changed where the result would differ
+    (`model.norm = "local"`), where XLA_FLAGS sets a number of devices, and on accelerators.
 
-    A mesh of `mesh.data` alone, up to eight, gets its devices here: the config.toml of a run that was spread names one.
+    If the configuration has `mesh.data` alone, from 2 to 8, the CPU is split into this number: the config.toml of a run
+    that was spread in this way has it.
 
     Call it before anything touches a device.
     """
@@ -105,7 +106,7 @@ def share_cores(config: TrainConfig, environment: Mapping[str, str] | None = Non
 
 
 def split_processor(parts: int, environment: Mapping[str, str] | None = None) -> bool:
-    """Make the processor so many devices; returns False, and changes nothing, where JAX or XLA_FLAGS has a number."""
+    """Split the CPU into `parts` devices; return False, without a change, if JAX or XLA_FLAGS has a number already."""
     env = os.environ if environment is None else environment
     if "host_platform_device_count" in env.get("XLA_FLAGS", ""):
         return False
@@ -117,13 +118,13 @@ def split_processor(parts: int, environment: Mapping[str, str] | None = None) ->
 
 
 def processor_parts() -> int:
-    """Return the number of devices into which `share_cores` has split the processor; 1 on accelerators."""
+    """Return the number of devices into which `share_cores` has split the CPU; 1 on accelerators."""
     parts = int(getattr(jax.config, "jax_num_cpu_devices", 1))
     return parts if parts > 1 and jax.default_backend() == "cpu" else 1
 
 
 def spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
-    """Return the mesh axis of each dimension; dimensions that are not named are not split."""
+    """Return the spec that splits each dimension over the named mesh axes; None and later dimensions stay whole."""
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]  # of jax
 
 

@@ -1,20 +1,26 @@
 """Pipeline parallelism: each part of the network has its own devices, and microbatches pass through them.
 
-Each part is a program of its own, compiled for its group of devices, so parts may be as unlike as the levels of a U-Net
-are. The host walks through the schedule (`schedule.trace`) and hands work to the devices without waiting for results;
-what one part hands to the next is copied from group to group. Nothing is looped on the device: XLA:CPU runs
+Each part is a separate program, compiled for its group of devices, so parts may differ like the levels of a U-Net. The
+host walks through the schedule (`schedule.trace`) and hands work to the devices without waiting for results; what one
+part hands to the next is copied from group to group. There are no loops on the device, because XLA:CPU runs
 convolutions inside a loop forty times slower.
 
-Where a network has branches, the parts are a tree (`parallel/placement.py`): each branch takes its own image on its own
+If a network has branches, its parts form a tree (`parallel/placement.py`): each branch takes its own image on its own
 group, and the part that joins them takes the results of all, so branches on different groups compute at the same time.
 
-Groups may lie in different processes. All walk through the one schedule, so copies and sums between processes come in
-the same order everywhere; each works for its own groups and passes over the rest, of which it knows the shapes.
+Groups may lie in different processes. All processes walk through the same schedule, so copies and sums between them
+come in the same order everywhere. Each process runs the work of its own groups and skips the rest, whose shapes it
+knows.
 
-A step is: the batch is turned and normalised on the first group, its labels on the last; forward and backward passes in
-the order of the schedule, gradients summed on the devices that hold the parameters; one sum over all groups for loss,
-gradient norm and metrics; each part updates its parameters. The loss is a mean over the global batch, and its weight is
-known from the labels before the first microbatch, so the sum over microbatches is the gradient of one device.
+A step has four parts:
+
+1. The batch is augmented and normalised on the first group, its labels on the last.
+2. Forward and backward passes run in the order of the schedule. Gradients are summed on the devices of the parameters.
+3. One sum over all groups gives loss, gradient norm and metrics.
+4. Each part updates its parameters.
+
+The loss is a mean over the global batch. Its weight is known from the labels before the first microbatch, so the sum
+over microbatches is the gradient of one device.
 
 The state that goes in and comes out is that of every other strategy, a `TrainState` of the whole network; its leaves
 lie on their groups. Batch statistics (norm `local`) are those of each microbatch.
@@ -183,9 +189,9 @@ class Pipeline:
         self, held: Mapping[int, Held], blank: Mapping[int, Any], given: list[Carry], made: list[Carry],
         entry: Callable[..., Entry],
     ) -> None:  # fmt: skip
-        """Compile the passes of the parts of this process on zeros, and wait until all processes have done so.
+        """Compile all passes of this process with zeros as input, and wait until all processes have done so.
 
-        One part may take minutes longer to compile than another, and the link between processes (Gloo: 30 s) gives up.
+        Some parts take minutes longer to compile than others, and connections between processes time out (Gloo: 30 s).
         """
 
         def zeros(carry: Carry, k: int) -> Carry:
@@ -201,7 +207,7 @@ class Pipeline:
         self._rehearsed = True
 
     def _settle(self, gradient: Mapping[int, Tree], counts: list[Counted], step: jax.Array) -> dict[str, Any]:
-        """Exchange what all groups must know of each other once a step: a vector of three numbers and a count."""
+        """Exchange once per step what all groups need from each other: a vector of three numbers and a count."""
         groups, mesh = self.layout.groups, self.program.mesh
         numbers, labelled = [], []
         for g, group in enumerate(groups):

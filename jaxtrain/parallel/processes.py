@@ -1,7 +1,7 @@
-"""Join the processes of one run: their numbers, their meeting point, and the exit of one of them.
+"""Join the processes of one run, synchronise them, and end them when one is lost.
 
-`start_distributed` comes before anything that touches a device. It finds the others by what it is given, then by the
-environment (`rendezvous`). A run in which nothing of this is there has one process, and nothing is started.
+Call `start_distributed` before anything that touches a device. It finds the other processes by its arguments, then by
+the environment (`rendezvous`). If neither names any, the run has one process, and nothing is started.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ PARENT = "TERRASHARD_PARENT"
 HEARTBEAT = "TERRASHARD_HEARTBEAT_S"
 
 _HEARTBEAT_S = 30
-"""Seconds of silence after which a process counts as dead and all others end. Beats come from a thread of C++, which
-neither compilation nor the interpreter's lock holds up."""
+"""Seconds of silence after which a process counts as dead and all others end. Heartbeats come from a C++ thread,
+which goes on during compilation and while Python holds its lock."""
 
 logger = logging.getLogger(__name__)
 
@@ -222,8 +222,8 @@ def wait_for_all(what: str, timeout_s: int = 3600) -> None:
     """
     client = global_state.client
     if client is not None:
-        _WAITS[what] += 1
-        client.wait_at_barrier(f"terrashard: {what}, {_WAITS[what]}", timeout_s * 1000)
+        _WAIT_COUNTS[what] += 1
+        client.wait_at_barrier(f"terrashard: {what}, {_WAIT_COUNTS[what]}", timeout_s * 1000)
 
 
 def from_first(what: str, make: Callable[[], str], timeout_s: int = 3600) -> str:
@@ -255,15 +255,15 @@ def from_first(what: str, make: Callable[[], str], timeout_s: int = 3600) -> str
     return answer[1:]
 
 
-_WAITS: Counter[str] = Counter()
-"""Number of waits of each name, as the name of a barrier can be used only once."""
+_WAIT_COUNTS: Counter[str] = Counter()
+"""Number of waits of each name: the name of a barrier can be used only once."""
 
 
 class Agreement:
-    """A request by any process that all learn of at the same step: one number summed over all devices.
+    """Lets all processes learn at the same step that one of them wants to stop: a maximum over all devices.
 
     A signal reaches processes at different times; acting on it alone would leave the others waiting in a collective.
-    `ask` starts the sum and returns at once, `answer` reads it, so it may be read a step late at no cost.
+    `ask` starts the computation and returns at once, `answer` reads it; reading it one step later costs no time.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -282,12 +282,12 @@ class Agreement:
         return self._any(place(self._split, mine, (self._flat.size,)))
 
     def answer(self, asked: Any) -> bool:
-        """Return whether any process wished it."""
+        """Return whether any process wants to stop."""
         return bool(asked)
 
 
 def peer_lost(error: Exception, out: Path) -> AccessError | None:
-    """Return the error of a run that another process has left, in place of that of the library which noticed it.
+    """Return an error that says that another process was lost, in place of the library error that shows it.
 
     Args:
         error: Error of JAX.
@@ -308,7 +308,7 @@ def peer_lost(error: Exception, out: Path) -> AccessError | None:
 
 _LOST_MARKS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "heartbeat", "coordination",
                "unavailable", "deadline_exceeded", "socket closed")  # fmt: skip
-"""Words by which the libraries under JAX say that a peer is gone."""
+"""Words in errors of the libraries below JAX by which a lost process is recognised."""
 
 
 def abandon(code: int) -> None:

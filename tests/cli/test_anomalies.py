@@ -33,7 +33,7 @@ def test_simulate_plants_what_a_file_lists(run: Callable[..., Outcome], tmp_path
     [
         ('[[anomalies]]\nkind = "cloud"\n', "expected tables [[anomaly]]"),
         ('[[anomaly]]\nkind = "crater"\ndate = 2022-06-16\n', "anomalies.0.kind"),
-        ('[[anomaly]]\nkind = "cloud"\ndate = 2022-06-17\n', "is none of the dates"),
+        ('[[anomaly]]\nkind = "cloud"\ndate = 2022-06-17\n', "is not one of the dates"),
     ],
 )
 def test_simulate_refuses_a_file_in_one_line_and_writes_nothing(

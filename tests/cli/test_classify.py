@@ -76,7 +76,7 @@ def test_images_that_do_not_fit_the_model_are_refused_or_insisted_on(trained: Pa
     out = tmp_path / "out.parquet"
     line = run("classify", trained / "run", small, out).error_line()
     assert "have 8 × 8 pixels, and the model was trained on images of 16" in line
-    assert "insist with --allow-mismatch" in line
+    assert "use them as they are with --allow-mismatch" in line
     insisted = run("classify", trained / "run", small, out, "--allow-mismatch")
     assert (insisted.code, pq.read_table(out)["class"].to_pylist()) == (0, ["lake"])
     assert "used as they are (--allow-mismatch)" in insisted.err

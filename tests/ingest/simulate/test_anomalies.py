@@ -125,8 +125,8 @@ def test_a_world_without_anomalies_has_the_manifest_of_before() -> None:
     [
         ({"kind": "building", "date": AFTER, "x": 1.0}, "x and y belong together"),
         ({"kind": "building", "date": AFTER, "until": BEFORE}, "lies before date"),
-        ({"kind": "building", "date": AFTER, "x": 1.0, "y": 1.0, "count": 2}, "at one place"),
-        ({"kind": "cloud", "date": dt.date(2022, 7, 1)}, "is none of the dates"),
+        ({"kind": "building", "date": AFTER, "x": 1.0, "y": 1.0, "count": 2}, "x and y name one place"),
+        ({"kind": "cloud", "date": dt.date(2022, 7, 1)}, "is not one of the dates"),
         ({"kind": "burn", "date": dt.date(2023, 7, 1)}, "is after the last date"),
         ({"kind": "crater", "date": AFTER}, "building"),
     ],

@@ -275,7 +275,7 @@ def test_a_single_accelerator_leaves_it_to_the_mesh_to_refuse_zero(monkeypatch: 
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = TrainConfig.model_validate({"data": {"cube": "c.zarr"}, "mesh": {"zero": 1}})
     assert spread_mesh(config) is config
-    with pytest.raises(InvalidInput, match="of which there is one device"):
+    with pytest.raises(InvalidInput, match="which has one device"):
         make_mesh(config.mesh)
 
 
