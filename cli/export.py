@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
             return
         if polygons or min_area or simplify or pmtiles or run:
             raise InvalidInput(
-                f"{cube} is no map: --polygons, --pmtiles and --run are for maps of `terrashard predict`"
+                f"{cube} is not a map: --polygons, --pmtiles and --run are for maps of `terrashard predict`"
             )
         if out is None:
             raise InvalidInput("name the GeoTIFF: terrashard export CUBE OUT.tif")

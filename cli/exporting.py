@@ -108,7 +108,7 @@ def _pick_time(spec: CubeSpec, asked: str | None) -> int:
         if len(days) == 1:
             return 0
         raise InvalidInput(
-            f"collection {spec.collection} has {len(days)} dates and a GeoTIFF holds one; say --time with one of "
+            f"collection {spec.collection} has {len(days)} dates and a GeoTIFF holds one; choose it with --time: "
             f"{', '.join(days[:8])}{' …' if len(days) > 8 else ''}"
         )
     return spec.find_time(asked, option="--time")

@@ -98,7 +98,7 @@ def register(app: typer.Typer) -> None:
         from zarr_store.netcdf import digest_file, open_netcdf
 
         if sum(one is not None for one in (collection, layer, labels)) != 1:
-            raise InvalidInput("say what the file becomes: one of --collection NAME, --layer NAME and --labels NAME")
+            raise InvalidInput("state what the file becomes: one of --collection NAME, --layer NAME and --labels NAME")
         options = Options(
             tuple(filter(None, (name.strip() for name in bands.split(",")))), variable, time, band_dim, x, y, crs,
             read_nodata(nodata), scale, offset, unit,

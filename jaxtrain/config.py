@@ -404,7 +404,7 @@ class TrainConfig(Strict):
         if self.data.mix == "mixup":
             raise ValueError("data.mix = 'mixup' blends what was observed on different days: use cutmix or none")
         if self.data.split.test_dates:
-            raise ValueError("data.split.test_dates keeps single dates aside, a series holds several: split by blocks")
+            raise ValueError("data.split.test_dates holds out single dates, but a series has several: split by blocks")
         return self
 
     @model_validator(mode="after")
@@ -426,7 +426,7 @@ class TrainConfig(Strict):
         unknown = [name for name in model.modalities if name not in data.modalities]
         if unknown:
             raise ValueError(
-                f"model.modalities.{unknown[0]} is no modality of the data: choose among {', '.join(data.modalities)}"
+                f"model.modalities.{unknown[0]} is not a modality of the data: choose from {', '.join(data.modalities)}"
             )
         if data.dates not in (1, "all"):
             raise ValueError(f"data.dates = {data.dates} with model.name = 'multimodal': take 1 or 'all'")

@@ -350,7 +350,9 @@ def _crs_of(text: Any, where: str) -> str:
         try:
             return normal_crs(CRS.from_cf(text).to_wkt())
         except (CRSError, KeyError, ValueError) as error:
-            raise InvalidInput(f"{where}: its grid mapping is no CRS ({error}); give it with --crs EPSG:N") from error
+            raise InvalidInput(
+                f"{where}: its grid mapping is not a CRS ({error}); give it with --crs EPSG:N"
+            ) from error
     code = re.fullmatch(r"\s*(?:\+init=)?epsg:(\d+)\s*", str(text), re.IGNORECASE)
     return normal_crs(f"EPSG:{code[1]}" if code else str(text))
 
@@ -381,7 +383,7 @@ def _times(dataset: xr.Dataset, dim: str, where: str) -> tuple[tuple[str, ...], 
     texts = [str(one) for one in seconds[order]]
     if len(set(texts)) != len(texts):
         twice = next(one for one, after in itertools.pairwise(texts) if one == after)
-        raise InvalidInput(f"{where}: the time {twice} is there twice; combine these steps first, or take one of them")
+        raise InvalidInput(f"{where}: the time {twice} occurs twice; combine these steps first, or take one of them")
     return tuple(texts), tuple(int(n) for n in order)
 
 

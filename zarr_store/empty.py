@@ -72,7 +72,7 @@ def read_empty(store: Store, collection: str) -> EmptyShards:
         return EmptyShards(shards, chunk, int(document["bands"]), layers)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise IntegrityError(
-            f"{store.where(key)} is no list of empty shards ({type(error).__name__}: {error}); `terrashard repair` "
+            f"{store.where(key)} is not a list of empty shards ({type(error).__name__}: {error}); `terrashard repair` "
             "makes it again"
         ) from error
 

@@ -34,7 +34,7 @@ def open_netcdf(path: Path) -> Iterator[xr.Dataset]:
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
     if head != _HDF5 and head[:4] not in _CLASSIC:
-        raise InvalidInput(f"{path} is no netCDF file (it begins with {head!r}); expected netCDF-3 or netCDF-4")
+        raise InvalidInput(f"{path} is not a netCDF file (it begins with {head!r}); expected netCDF-3 or netCDF-4")
     engine = "h5netcdf" if head == _HDF5 else "scipy"
     try:
         dataset = xr.open_dataset(path, engine=engine, decode_cf=False, chunks=None, cache=False)

@@ -223,14 +223,14 @@ class ObjectStore(Store):
         digest = hashlib.sha256(b"".join(key.encode() + b"\0" + value for key, value in staged.items())).hexdigest()
         if not self.create_exclusive(_BEGUN, digest.encode()):
             raise CubeMismatch(
-                f"{self.url}: making another cube was begun here and not ended. Nothing was changed: repeat that "
-                "command, choose another URL, or remove what is there"
+                f"{self.url}: the creation of another cube was begun here and not completed. Nothing was changed: "
+                "repeat that command, choose another URL, or remove what is there"
             )
         for key in sorted(staged, key=lambda key: key == _ROOT):
             if not self.create_exclusive(key, staged[key]):
                 raise CubeMismatch(
-                    f"{self.where(key)} holds something else than this cube's. It was not changed: choose another URL, "
-                    "or remove what is there"
+                    f"{self.where(key)} exists and does not belong to this cube. It was not changed: choose another "
+                    "URL, or remove what is there"
                 )
         self.delete(_BEGUN)
 

@@ -94,7 +94,7 @@ def open_cube(url: str | os.PathLike[str], *, cache_bytes: int | None = None) ->
 
 
 def _other_kind(url: str, attributes: dict[str, Any]) -> str:
-    """Say what a Zarr group that is no cube holds, and what to do with it."""
+    """Say what a Zarr group that is not a cube holds, and what to do with it."""
     if "samples" in attributes.get("terrashard", {}):
         return (
             f"a sample store, not a cube: `terrashard info {url}` shows it, and `terrashard train` and `terrashard "

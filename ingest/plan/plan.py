@@ -246,7 +246,7 @@ class Plan:
             data = file.head
             if not isinstance(data, dict) or data.get("type") != "terrashard-plan":
                 raise InvalidInput(
-                    f"{where} is no terrashard plan; make one with `terrashard plan SOURCE -o plan.json`"
+                    f"{where} is not a terrashard plan; make one with `terrashard plan SOURCE -o plan.json`"
                 )
             if data["format"] != _FORMAT:
                 raise InvalidInput(

@@ -354,7 +354,7 @@ def _placed(grid: Grid) -> Grid:
     except ProjError as error:
         raise InvalidInput(f"its place in longitude and latitude is not known ({error})") from error
     if not all(math.isfinite(value) for value in bounds):
-        raise InvalidInput(f"it would lie at {grid.bounds} in {grid.crs[:40]}, which is no place on Earth")
+        raise InvalidInput(f"it would lie at {grid.bounds} in {grid.crs[:40]}, which is not a place on Earth")
     return grid
 
 

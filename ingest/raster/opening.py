@@ -91,7 +91,7 @@ def open_geotiff(path: Path) -> Iterator[rasterio.io.DatasetReader]:
     try:
         with open_regular(path) as file:
             if file.read(4) not in TIFF_MAGIC:
-                raise InvalidInput(f"{path} is no GeoTIFF; convert it with gdal_translate")
+                raise InvalidInput(f"{path} is not a GeoTIFF; convert it with gdal_translate")
         with open_raster(lambda: open_regular(path), "GTiff") as dataset:
             _refuse_sidecars(path, dataset)
             yield dataset

@@ -193,7 +193,7 @@ def _walk(
         for href, child in _read_all(documents, links["child"]):
             if _kind(child) != "Catalog":
                 raise InvalidInput(
-                    f"{redact_url(href)}: linked as a child, but it is no catalogue; repair the catalogue"
+                    f"{redact_url(href)}: linked as a child, but it is not a catalogue; repair the catalogue"
                 )
             queue.append((href, child, depth + 1))
 

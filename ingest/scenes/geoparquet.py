@@ -53,7 +53,7 @@ def read_items(path: str | Path) -> list[dict[str, Any]]:
         lacking = {"id", "assets", "geometry"} - set(file.schema_arrow.names)
         if lacking:
             raise InvalidInput(
-                f"{path}: expected stac-geoparquet, but the columns {', '.join(sorted(lacking))} are not there"
+                f"{path}: expected stac-geoparquet, but the columns {', '.join(sorted(lacking))} are missing"
             )
         if file.metadata.num_rows > _MAX_ROWS:
             raise InvalidInput(f"{path}: {file.metadata.num_rows} rows are more than {_MAX_ROWS}; select fewer items")

@@ -165,7 +165,9 @@ def _refuse_half_characters(scene: Scene, where: str) -> None:
     try:
         "".join((*texts, *scene.notes)).encode()
     except UnicodeEncodeError as error:
-        raise InvalidInput(f"{where}: its texts hold half a character ({error.reason}); leave it out") from error
+        raise InvalidInput(
+            f"{where}: its texts contain half of a surrogate pair ({error.reason}); leave it out"
+        ) from error
 
 
 def _assets(

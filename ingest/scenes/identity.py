@@ -62,7 +62,7 @@ def acquisition_time(properties: Mapping[str, Any], where: str, notes: list[str]
     """Acquisition time in whole UTC seconds: `datetime`, or `start_datetime` if that is null.
 
     Raises:
-        InvalidInput: There is no time, or it is no time of a satellite image.
+        InvalidInput: There is no time, or it is not a time of a satellite image.
     """
     raw = first_of(properties, "datetime", "start_datetime")
     if raw is None:
@@ -70,14 +70,18 @@ def acquisition_time(properties: Mapping[str, Any], where: str, notes: list[str]
     try:
         moment = dt.datetime.fromisoformat(str(raw))
     except ValueError as error:
-        raise InvalidInput(f"{where}: datetime {raw!r} is no RFC 3339 time ({error}); leave the item out") from error
+        raise InvalidInput(
+            f"{where}: datetime {raw!r} is not an RFC 3339 time ({error}); leave the item out"
+        ) from error
     if moment.tzinfo is None:
         notes.append(f"datetime {raw} names no time zone: read as UTC")
         moment = moment.replace(tzinfo=dt.UTC)
     if properties.get("datetime") is None:
         notes.append("datetime is null: start_datetime is used")
     if not _YEARS[0] <= moment.year <= _YEARS[1]:
-        raise InvalidInput(f"{where}: datetime {str(raw)[:60]!r} is no time of a satellite image; leave the item out")
+        raise InvalidInput(
+            f"{where}: datetime {str(raw)[:60]!r} is not a time of a satellite image; leave the item out"
+        )
     return moment.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

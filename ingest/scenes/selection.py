@@ -117,7 +117,7 @@ class Selection:
         try:
             moment = dt.datetime.fromisoformat(str(raw))
         except ValueError as error:
-            raise InvalidInput(f"{where}: datetime {raw!r} is no RFC 3339 time; leave the item out") from error
+            raise InvalidInput(f"{where}: datetime {raw!r} is not an RFC 3339 time; leave the item out") from error
         moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
         self._times.append(moment.isoformat())
         start, end = self.config.selection.interval

@@ -51,7 +51,7 @@ def _crs(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, no
             try:
                 return normal_crs(f"EPSG:{int(value)}" if name == "proj:epsg" else value)
             except (InvalidInput, TypeError, ValueError, OverflowError):
-                notes.append(f"{where}: {name} {str(value)[:60]!r} is no known CRS and is ignored")
+                notes.append(f"{where}: {name} {str(value)[:60]!r} is not a known CRS and is ignored")
     return None
 
 

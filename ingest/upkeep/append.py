@@ -146,7 +146,7 @@ class _Collection:
         if moment < end:
             raise InvalidInput(
                 f"scene {item_id} of {time} lies before the last date of the cube, {last}: a cube grows only at its "
-                "end, because every file counts on the numbers of its dates. Nothing was changed: select later dates "
+                "end, because its files are numbered by date. Nothing was changed: select later dates "
                 "with --datetime, or make a new cube of all dates"
             )
         if moment == end:  # tiles of one pass share their second, but a time axis has no equal values

@@ -147,7 +147,7 @@ class WindowReader:
         """Start to read labels of a label layer, (B, patch, patch), also where nothing was observed."""
         target = self.target
         if target is None or target.place != "label":
-            raise InvalidInput(f"{self.cube.url}: {target} is no label layer")
+            raise InvalidInput(f"{self.cube.url}: {target} is not a label layer")
         stored = np.zeros((len(rows), self.patch, self.patch), target.dtype)
         wait = replace(self, lenient=False)._fetch(rows, {target.name: stored})
 

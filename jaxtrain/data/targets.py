@@ -258,7 +258,7 @@ def window_labels(
     """
     layer = target.layer
     if layer is None:
-        raise InvalidInput(f"{target.name} is no label layer")
+        raise InvalidInput(f"{target.name} is not a label layer")
     height, width = layer.array().shape
     rows, columns = (-(-size // patch) if edges else size // patch for size in (height, width))
     table = None if target.values else classes.table()

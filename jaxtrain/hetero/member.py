@@ -117,7 +117,7 @@ class Member:
         """
         key = check_secret(secret)
         if sys.byteorder != "little":
-            raise InvalidInput("expected a little-endian machine: vectors are exchanged as they lie in memory")
+            raise InvalidInput("expected a little-endian machine: vectors are exchanged in the byte order of memory")
         listeners: list[socket.socket] = []
 
         def make(sock: socket.socket) -> Application:

@@ -179,7 +179,7 @@ def _input_shapes(card: ModelCard, program: Program, batch: int, side: int | Non
         side = card.config.data.patch
         if card.unit == "images":
             if "://" in card.cube or not is_sample_store(card.cube):
-                raise InvalidInput(f"{card.cube} is not there, so the size of its images is not known: give --side")
+                raise InvalidInput(f"{card.cube} does not exist, so the size of its images is not known: give --side")
             side = open_samples(card.cube).spec.size[0]
     return input_shapes(card, program, batch, side or card.config.data.patch)
 

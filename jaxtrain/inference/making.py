@@ -249,7 +249,7 @@ def hold_making(
         dates: Dates of the map.
 
     Raises:
-        InvalidInput: Something that is no map is at `url`.
+        InvalidInput: Something that is not a map is at `url`.
         Locked: Another run makes this map.
         NoSpace: The disk is full.
     """
@@ -364,7 +364,7 @@ def refuse_append(old: Map, identity: str, dates: Sequence[str]) -> None:
     if not old.times:
         raise InvalidInput(
             f"--append adds dates to a map of each date, and {old.url} is one map of all dates: repeat the command "
-            "without --append, which makes it anew from all dates"
+            "without --append, which makes it again from all dates"
         )
     if old.attributes.get("made_with") != identity:
         raise InvalidInput(

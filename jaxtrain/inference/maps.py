@@ -190,7 +190,7 @@ def create_map(
         values: Whether the map holds values; the one name of `classes` is their name.
 
     Raises:
-        InvalidInput: Something that is no map is at `url`.
+        InvalidInput: Something that is not a map is at `url`.
     """
     store = FolderStore.at(url)
     refuse_other(store)
@@ -207,7 +207,7 @@ def refuse_other(store: FolderStore) -> None:
     """Refuse to write a map where something else is.
 
     Raises:
-        InvalidInput: Something that is no map is there.
+        InvalidInput: Something that is not a map is there.
     """
     if store.exists() and not is_map(store.url):
         raise InvalidInput(

@@ -100,7 +100,7 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
         if not found or int(found[4] or 1) not in range(1, 65536):
             bare = part.count(":") > 1 and not part.startswith("[")
             expected = f"an IPv6 address stands in brackets, [{part}]" if bare else "expected gpu-a,user@gpu-b:2222"
-            raise InvalidInput(f"--hosts {text}: {part!r} is no host; {expected}")
+            raise InvalidInput(f"--hosts {text}: {part!r} is not a host; {expected}")
         hosts.append(Host(part, found[2] or found[3], found[1], int(found[4]) if found[4] else None))
     twice = sorted({host.text for host in hosts if hosts.count(host) > 1})
     if twice:

@@ -107,7 +107,7 @@ def write_job_file(path: Path, text: str) -> None:
         except (OSError, UnicodeDecodeError):
             ours = False
         if not ours:
-            raise InvalidInput(f"{path} exists and is no job file of terrashard; name another with --to FILE")
+            raise InvalidInput(f"{path} exists and is not a job file of terrashard; name another with --to FILE")
     elif not path.parent.is_dir():
-        raise InvalidInput(f"{path.parent} is no folder; name a file in an existing one with --to FILE")
+        raise InvalidInput(f"{path.parent} is not a folder; name a file in an existing one with --to FILE")
     path.write_text(text, encoding="utf-8")

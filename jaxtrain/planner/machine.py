@@ -44,7 +44,7 @@ def device_count() -> int:
         found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
         raise TerrashardError(
-            f"JAX has named no devices of this machine after {SECONDS} s: give --devices, or name the mesh of the run"
+            f"JAX reported no devices of this machine within {SECONDS} s: give --devices, or name the mesh of the run"
         ) from error
     count = int(found.stdout.split()[-1]) if found.returncode == 0 and found.stdout.strip() else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -282,6 +282,6 @@ def _parse(text: str, where: str) -> Profile:
         place = ".".join(map(str, first["loc"])) or "the profile"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         plain = {"missing": "is missing; the profiles that come with terrashard show what a machine needs",
-                 "extra_forbidden": "is no number of a machine: leave it out"}  # fmt: skip
+                 "extra_forbidden": "is not a number of a machine: leave it out"}  # fmt: skip
         said = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
         raise InvalidInput(f"profile {where}: {place} {said}{more}") from error

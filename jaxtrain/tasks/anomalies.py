@@ -249,7 +249,7 @@ def _check_run(options: AnomalyOptions, url: str, run: str | PathLike[str] | Non
     if run is not None and is_embedding(url):
         raise InvalidInput(f"{url} holds vectors already, and --run would make them: leave it out")
     if options.usual is not None and (is_embedding(url) or is_sample_store(url)):
-        raise InvalidInput(f"{url} is no cube: --usual, which chooses dates, does not apply to it; leave it out")
+        raise InvalidInput(f"{url} is not a cube: --usual, which chooses dates, does not apply to it; leave it out")
 
 
 def _determining(options: AnomalyOptions) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def load_cluster_model(folder: str | Path) -> ClusterModel:
     """Load the clusters of an earlier `terrashard kmeans`.
 
     Raises:
-        InvalidInput: The folder is no result of it.
+        InvalidInput: The folder is not a result of it.
         IntegrityError: The model is damaged.
     """
     path = Path(folder) / MODEL

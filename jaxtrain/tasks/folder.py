@@ -41,7 +41,7 @@ class TaskFolder:
         state: What an earlier run of the same request has left; empty if there is none.
 
     Raises:
-        InvalidInput: Something that is no result of this task is at `out`.
+        InvalidInput: Something that is not a result of this task is at `out`.
         Locked: Another run makes the same result.
     """
 
@@ -55,8 +55,8 @@ class TaskFolder:
             raise InvalidInput(f"{out}: results go into a folder of this machine; give a path")
         if self.out.exists() and read_result(self.out, task) is None:
             raise InvalidInput(
-                f"{self.out} exists and is no result of `terrashard {task}`; nothing was changed: choose another path "
-                "or remove it"
+                f"{self.out} exists and is not a result of `terrashard {task}`; nothing was changed: choose another "
+                "path, or remove it"
             )
 
     def __enter__(self) -> Self:
@@ -110,7 +110,7 @@ class TaskFolder:
 
 
 def read_result(folder: str | Path, task: str) -> dict[str, Any] | None:
-    """Return what a folder of results says about itself; None if it is no result of this task."""
+    """Return what a folder of results says about itself; None if it is not a result of this task."""
     try:
         found = load_json((Path(folder) / RESULT).read_bytes(), str(Path(folder) / RESULT))
     except (OSError, ValueError):

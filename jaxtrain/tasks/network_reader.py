@@ -60,7 +60,7 @@ class NetworkReader:
         card = load_card(Path(run))
         if not card.task.rebuild or card.grid is None:
             raise InvalidInput(
-                f"{run} is no run of an autoencoder on a cube; train one (model.name = 'autoencoder' and data.cube)"
+                f"{run} is not a run of an autoencoder on a cube; train one (model.name = 'autoencoder' and data.cube)"
             )
         self.plain = CubeReader(cube, collection=card.config.data.collection, bands=tuple(card.bands), time=time)
         self.cube, self.spec, self.dates = cube, self.plain.spec, self.plain.dates

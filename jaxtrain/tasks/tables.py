@@ -220,7 +220,7 @@ def open_table(
     if is_embedding(url) or is_sample_store(url):
         for option, given in (("--collection", collection), ("--time", time)):
             if given is not None:
-                raise InvalidInput(f"{url} is no cube: {option} does not apply to it; leave it out")
+                raise InvalidInput(f"{url} is not a cube: {option} does not apply to it; leave it out")
         if is_sample_store(url):
             return SampleTable(open_samples(url), bands)
         if bands:

@@ -144,7 +144,7 @@ def test_anomaly_replaces_its_own_result_and_nothing_else(
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     done = run("anomaly", cubes / "plain", tmp_path / "mine", "--threshold", "chi2")
     assert done.code == 2
-    assert "is no result of `terrashard anomaly`" in done.error_line()
+    assert "is not a result of `terrashard anomaly`" in done.error_line()
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
 

@@ -47,7 +47,7 @@ def test_other_arrays(run: Run, cube: Path, tmp_path: Path, array: str, nodata: 
 
 def test_what_cannot_be_exported(run: Run, cube: Path, tmp_path: Path, make_cube: Callable[..., CubeSpec]) -> None:
     for arguments, words in (
-        ((cube, "o.tif"), "has 3 dates and a GeoTIFF holds one; say --time"),
+        ((cube, "o.tif"), "has 3 dates and a GeoTIFF holds one; choose it with --time"),
         ((cube, "o.tif", "--time", "2023-08-1"), "means 2023-08-10"),
         ((cube, "o.tif", "--time", "2023-09"), "2023-09"),
         ((cube, "o.tif", "--time", "0", "--bands", "rde"), "did you mean 'red'?"),

@@ -100,7 +100,7 @@ def test_what_is_refused(run: Run, map_: Path, cube: Path, tmp_path: Path) -> No
         ((map_, "--pmtiles", "m.tiles"), ".pmtiles file"),
         ((map_, "m.tif", "--bands", "red"), "is a map"),
         ((map_, "m.tif", "--time", "2023-08-15"), "one map of 1 dates"),
-        ((cube, "m.tif", "--time", "0", "--polygons", "m.gpkg"), "is no map"),
+        ((cube, "m.tif", "--time", "0", "--polygons", "m.gpkg"), "is not a map"),
         ((cube,), "name the GeoTIFF"),
     ):
         outcome = run("export", arguments[0], *arguments[1:])

@@ -99,7 +99,7 @@ def test_kmeans_replaces_its_own_result_and_nothing_else(
     (mine / "thesis.txt").write_text("years of work")
     done = run("kmeans", cubes / "two", mine, "-k", 2)
     assert done.code == 2
-    assert "is no result of `terrashard kmeans`" in done.error_line()
+    assert "is not a result of `terrashard kmeans`" in done.error_line()
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 

@@ -224,14 +224,14 @@ def test_a_host_that_cannot_be_reached_is_named(machines: list[SshHost], tmp_pat
     ("text", "message"),
     [
         ("gpu-a,gpu-a", "names gpu-a twice: one process runs on each host"),
-        ("gpu-a,,gpu-b", "'' is no host"),
-        ("gpu a", "'gpu a' is no host"),
-        ("-oProxyCommand=x", "is no host"),
-        ("ssh://gpu-a", "is no host"),
-        ("gpu-a:99999", "is no host"),
-        ("fe80::1", r"is no host; an IPv6 address stands in brackets, \[fe80::1\]"),
-        ("[gpu-a]", "is no host"),
-        ("[fe80::1%]", "is no host"),
+        ("gpu-a,,gpu-b", "'' is not a host"),
+        ("gpu a", "'gpu a' is not a host"),
+        ("-oProxyCommand=x", "is not a host"),
+        ("ssh://gpu-a", "is not a host"),
+        ("gpu-a:99999", "is not a host"),
+        ("fe80::1", r"is not a host; an IPv6 address stands in brackets, \[fe80::1\]"),
+        ("[gpu-a]", "is not a host"),
+        ("[fe80::1%]", "is not a host"),
     ],
 )
 def test_hosts_that_make_no_sense(text: str, message: str) -> None:

@@ -246,9 +246,9 @@ def test_a_job_file_takes_no_other_file_s_place(tmp_path: Path) -> None:
     write_job_file(path, sbatch_script(job(processes=2)))
     assert "--ntasks=2" in path.read_text()
     path.write_text("precious")
-    with pytest.raises(InvalidInput, match="is no job file of terrashard; name another with --to FILE"):
+    with pytest.raises(InvalidInput, match="is not a job file of terrashard; name another with --to FILE"):
         write_job_file(path, sbatch_script(job()))
     assert path.read_text() == "precious"
-    with pytest.raises(InvalidInput, match="is no folder"):
+    with pytest.raises(InvalidInput, match="is not a folder"):
         write_job_file(tmp_path / "absent" / "x", "")
     assert job_name("x" * 60) == "x" * 40

@@ -145,7 +145,7 @@ def test_a_creation_that_dies_leaves_no_cube_and_can_be_repeated(
         open_cube(url)
     if at != 1:
         other = CubeSpec.from_dict(spec.to_dict() | {"times": list(spec.times[:1])})
-        with pytest.raises(CubeMismatch, match="begun here and not ended"):
+        with pytest.raises(CubeMismatch, match="begun here and not completed"):
             create_cube(url, [other], items=ITEMS, provenance={})
     create_cube(url, [spec], items=ITEMS, provenance={"made": "by a test"})
     assert open_cube(url).spec(NAME) == spec

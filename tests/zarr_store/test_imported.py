@@ -256,7 +256,7 @@ def test_an_imported_collection_stays_when_the_cube_grows(tmp_path: Path) -> Non
         (lambda d: d, {"crs": CRS, "time": "when"}, r"when.*--time"),
         (lambda d: d.assign_coords(x=d.x + 0.2 * (d.x > 664_100)), {"crs": CRS}, r"x are not evenly spaced"),
         (lambda d: d, {"crs": "EPSG:4326"}, r"--crs"),
-        (lambda d: d.isel(t=[0, 0]), {"crs": CRS}, r"the time .* is there twice"),
+        (lambda d: d.isel(t=[0, 0]), {"crs": CRS}, r"the time .* occurs twice"),
         (lambda d: d.assign_coords(u=("u", [0, 1], d.t.attrs)), {"crs": CRS}, r"several dimensions of time"),
         (lambda d: d, {"crs": CRS, "kind": "reflectance", "decibel": (20, -83)}, r"--decibel gives values as float32"),
     ],
@@ -394,7 +394,7 @@ def test_a_file_that_is_no_netcdf_or_is_cut_short_is_refused(tmp_path: Path) -> 
     with pytest.raises(InvalidInput, match="cannot be read as netCDF"), open_netcdf(path):
         pass
     path.write_text("<html>")
-    with pytest.raises(InvalidInput, match="is no netCDF file"), open_netcdf(path):
+    with pytest.raises(InvalidInput, match="is not a netCDF file"), open_netcdf(path):
         pass
     with pytest.raises(InvalidInput, match=r"cannot read .*No such file"), open_netcdf(tmp_path / "none.nc"):
         pass

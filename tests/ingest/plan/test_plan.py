@@ -212,7 +212,7 @@ def test_json_both_ways_and_a_stable_digest(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="was changed after it was made"):
         Plan.from_json(json.dumps(edited))
     for broken in ("{", "[]", '{"type": "terrashard-plan"}', '{"type": "terrashard-plan", "format": 99}'):
-        with pytest.raises(InvalidInput, match=r"plan again|no terrashard plan"):
+        with pytest.raises(InvalidInput, match=r"plan again|not a terrashard plan"):
             Plan.from_json(broken)
     with pytest.raises(InvalidInput, match="cannot read plan"):
         Plan.load(tmp_path / "absent.json")

@@ -115,7 +115,7 @@ def test_a_list_that_cannot_be_read_is_an_error_and_is_made_again(
     lists = copied / "_terrashard/empty" / f"{NAME}.json"
     before = lists.read_bytes()
     lists.write_bytes(before[:200])
-    with pytest.raises(IntegrityError, match="no list of empty shards"):
+    with pytest.raises(IntegrityError, match="not a list of empty shards"):
         open_cube(copied).ledger(NAME).rows()
     repair(copied, IngestConfig(allow_local=(str(far[0]),)), client=local_client)
     assert lists.read_bytes() == before

@@ -159,7 +159,7 @@ def test_grids_are_never_made_up(make_item: Make) -> None:
     assert any("north-up" in note for note in scene.notes)
     unknown = harmonised(make_item(proj__epsg=999999))
     assert unknown.assets["blue"].grid is None
-    assert "no known CRS" in unknown.notes[0]
+    assert "not a known CRS" in unknown.notes[0]
 
 
 def test_stac_1_1_bands_come_before_raster_bands(make_item: Make) -> None:
@@ -252,7 +252,7 @@ def test_planetary_computer_goes_by_the_baseline_alone() -> None:
     ("changes", "message"),
     [
         ({"datetime": None}, "no start_datetime"),
-        ({"datetime": "last week"}, "no RFC 3339 time"),
+        ({"datetime": "last week"}, "not an RFC 3339 time"),
     ],
 )
 def test_unusable_times_are_errors(make_item: Make, changes: dict[str, Any], message: str) -> None:

@@ -85,7 +85,7 @@ def test_a_profile_of_ones_own_is_a_file(tmp_path: Path):
     [
         ('bandwidth = "1 TB/s"', "bandwidth = 1000", r"device\.bandwidth must be a number with its unit"),
         ('memory = "10 GB"', "", r"device\.memory is missing; the profiles that come"),
-        ("devices = 4", "devices = 4\nspeed = 3", r"links\.0\.speed is no number of a machine: leave"),
+        ("devices = 4", "devices = 4\nspeed = 3", r"links\.0\.speed is not a number of a machine: leave"),
         ("devices = 4\n", "", "links go from the inside out"),
         ("name", "name = ", "is not TOML"),
     ],
