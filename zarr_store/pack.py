@@ -38,7 +38,7 @@ def pack_shard(
     fill: float,
     look: Callable[[np.ndarray], None] | None = None,
 ) -> Iterator[bytes]:
-    """Yield the parts of a shard's file: each chunk with its checksum, then the index with their places.
+    """Yield the parts of a shard's file: each chunk and its checksum, then the index with their places.
 
     Args:
         pixels: Pixels of the part of the shard inside the array; as many axes as `chunk`.
@@ -50,7 +50,7 @@ def pack_shard(
     """
     slots = tuple(s // c for s, c in zip(shard, chunk, strict=True))
     index = np.full((*slots, 2), _ABSENT, "<u8")
-    plain: dict[bytes, bytes] = {}
+    plain: dict[bytes, tuple[bytes, bytes]] = {}
     end = 0
     for slot in np.ndindex(slots):
         corner = [i * c for i, c in zip(slot, chunk, strict=True)]
@@ -59,11 +59,13 @@ def pack_shard(
         part = np.ascontiguousarray(pixels[tuple(slice(s, s + c) for s, c in zip(corner, chunk, strict=True))])
         if look is not None:
             look(part)
-        data = _pack(_whole(part, chunk, fill), layout, plain)
-        index[slot] = end, len(data)
-        end += len(data)
+        data, checksum = _pack(_whole(part, chunk, fill), layout, plain)
+        index[slot] = end, len(data) + len(checksum)
+        end += len(data) + len(checksum)
         yield data
-    yield _checked(index.tobytes())
+        yield checksum  # apart, as joining them would copy the chunk
+    places = index.tobytes()
+    yield places + _checksum(places)
 
 
 def pack_chunk(pixels: np.ndarray, chunk: Sequence[int], fill: float) -> bytes:
@@ -81,14 +83,14 @@ def _whole(part: np.ndarray, chunk: Sequence[int], fill: float) -> np.ndarray:
     return whole
 
 
-def _pack(chunk: np.ndarray, layout: Layout, plain: dict[bytes, bytes]) -> bytes:
-    """Encode a chunk; one that holds a single value is encoded once per shard and kept in `plain`."""
+def _pack(chunk: np.ndarray, layout: Layout, plain: dict[bytes, tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+    """Encode a chunk, and return it with its checksum; one of a single value is encoded once per shard."""
     flat = chunk.reshape(-1)
     value = flat[:1].tobytes()
     constant = bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
     if constant and value in plain:
         return plain[value]
-    packed = imagecodecs.blosc_encode(
+    data: bytes = imagecodecs.blosc_encode(
         chunk.data,  # type: ignore[arg-type]  # it takes any buffer, and the size of a number from it
         level=layout.clevel,
         compressor=layout.cname,
@@ -96,11 +98,11 @@ def _pack(chunk: np.ndarray, layout: Layout, plain: dict[bytes, bytes]) -> bytes
         blocksize=BLOSC_BLOCK_BYTES,
         numthreads=1,
     )
-    data = _checked(bytes(packed))
+    packed = data, _checksum(data)
     if constant:
-        plain[value] = data
-    return data
+        plain[value] = packed
+    return packed
 
 
-def _checked(data: bytes) -> bytes:
-    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
+def _checksum(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")

@@ -207,11 +207,15 @@ class ShardWriter:
     def _overview(self, spec: CubeSpec, main: np.ndarray) -> bytes:
         """Return the overview of a shard: every 8th pixel each way, as one chunk."""
         step = OVERVIEW_FACTOR
-        rows, cols = (overview_positions(size) for size in main.shape[2:])
+        if any(size % step for size in main.shape[2:]):
+            rows, cols = (overview_positions(size) for size in main.shape[2:])
+            thinned = main[:, :, rows[:, np.newaxis], cols]
+        else:  # the same pixels by strides, which takes a fifth of the time
+            thinned = main[:, :, step // 2 :: step, step // 2 :: step]
         t, y, x = spec.layout.shard
         array = spec.array(spec.kind)
         chunk = spec.box(array.name, (t, y // step, x // step))
-        return pack_chunk(main[:, :, rows[:, np.newaxis], cols], chunk, array.fill)
+        return pack_chunk(thinned, chunk, array.fill)
 
 
 def _finite(spec: CubeSpec, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

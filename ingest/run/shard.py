@@ -104,7 +104,7 @@ def fill_shard(
     spec = recipe.spec
     by_step = [[s for s in task.sources if s.step == t] for t in range(task.region.t0, task.region.t1)]
     arrays: dict[str, Pixels] = {
-        spec.kind: _empty((times, len(spec.bands), height, width), recipe.dtype),
+        spec.kind: _undefined((times, len(spec.bands), height, width), recipe.dtype),
         **{name: np.zeros((times, height, width), np.uint8) for name in spec.class_layers},
         "status": np.full((times, height, width), STATUS_NODATA, np.uint8),
     }
@@ -178,6 +178,7 @@ class _Shard:
         status, main = views["status"], views[self.recipe.spec.kind]
         self.tally = make_tally(self.recipe.spec.reduce, (main.shape[0], *self.grid.shape), main.dtype)
         outcomes, unread = [], []
+        blank, nodata = True, NODATA[self.recipe.dtype]  # `main` holds anything until then
         for scene in sources:
             window = self._needed(scene, status)
             if window is None:
@@ -185,6 +186,9 @@ class _Shard:
             if scene.item in failed:
                 unread.append(scene)
                 continue
+            if blank:
+                _clear_beside(main, window if self._overwrites(scene) else (0, 0, 0, 0), nodata)
+                blank = False
             try:
                 self._add(scene, window, views)
             except AssetUnreadable as error:
@@ -194,12 +198,19 @@ class _Shard:
                 )
             else:
                 outcomes.append(SourceOutcome(scene.item, scene.item_id, "read"))
+        if blank:
+            main[...] = nodata
         for scene in unread:
             lost = (status == STATUS_NODATA) & _covered(scene.extent, self.grid)
             status[lost if self.inside is None else lost & self.inside] = STATUS_MISSING
         if self.tally is not None:
             self.tally.finish(main, views["observations"])
         return outcomes
+
+    def _overwrites(self, scene: PlannedScene) -> bool:
+        """Whether reading this source first writes every pixel of its window, or clears them all where it fails."""
+        assets = (scene.asset(band) for band in self.recipe.spec.band_names)
+        return self.tally is None and all(asset is None or asset.stored == self.recipe.dtype for asset in assets)
 
     def _needed(self, scene: PlannedScene, status: Pixels) -> tuple[int, int, int, int] | None:
         """Find the window (row0, row1, col0, col1) of the pixels that this source can still improve; None for none."""
@@ -324,10 +335,16 @@ def _pixel_m(asset: SourceAsset) -> float:
     return math.inf if asset.header is None else max(asset.header.resolution) / asset.header.units_per_metre
 
 
-def _empty(shape: tuple[int, ...], dtype: str) -> Pixels:
-    """Make pixels without data; the system gives zeros at no cost."""
-    nodata = NODATA[dtype]
-    return np.zeros(shape, dtype) if nodata == 0 else np.full(shape, nodata, dtype)
+def _undefined(shape: tuple[int, ...], dtype: str) -> Pixels:
+    """Make pixels that hold anything: memory that served an earlier shard, which to clear takes as long as to copy."""
+    return np.empty(shape, dtype)
+
+
+def _clear_beside(main: Pixels, window: tuple[int, int, int, int], nodata: float) -> None:
+    """Put no data into the pixels of (band, y, x) that lie outside the window (row0, row1, col0, col1)."""
+    row0, row1, col0, col1 = window
+    for beside in (main[:, :row0], main[:, row1:], main[:, row0:row1, :col0], main[:, row0:row1, col1:]):
+        beside[...] = nodata
 
 
 def _covered(extent: Grid, target: Grid) -> npt.NDArray[np.bool_]:

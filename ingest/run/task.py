@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from ingest.plan.task import Recipe, ShardTask
@@ -66,7 +66,7 @@ def ingest_shard(
         kept.borrow(known)
         try:
             with _making():
-                return _make_shard(task, recipe, url, access, fence, again, give_way)
+                return _make_shard(task, recipe, url, access, fence, again, remote, give_way)
         finally:
             for file in known:
                 kept.drop(file.href)
@@ -81,6 +81,7 @@ def _make_shard(
     access: Access,
     fence: str | None,
     again: bool,
+    remote: bool,
     give_way: Callable[[], None],
 ) -> tuple[LedgerRow, int]:
     _check_cube(url, fence) if fence else open_cube(url)
@@ -88,6 +89,8 @@ def _make_shard(
     before = writer.ledger().get_stored(task.index)
     if before is not None and before.state == "done" and before.key == task.key and not again:
         return replace(before, stats=()), 0
+    with nullcontext() if remote else computing():
+        pass  # the shard before this one is being packed, and holds its pixels until then
     filled = fill_shard(task, recipe, access=access)
     if before is not None and before.state == "done" and any(s.state == "missing" for s in filled.outcomes):
         return LedgerRow(task.index, task.region, task.key, "failed", filled.outcomes), filled.pixels_read
@@ -96,9 +99,9 @@ def _make_shard(
     try:
         with stage("write", sum(array.nbytes for array in filled.arrays.values())):
             with computing():
+                give_way()  # the next shard is handed over meanwhile, and begins as soon as this one is packed
                 packed = writer.pack(task.region, filled.arrays, key=task.key, sources=filled.outcomes)
-            del filled  # the next shard begins now and needs the memory
-            give_way()
+                del filled  # the next shard needs the memory
             row = packed.finish()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, NoSpace):

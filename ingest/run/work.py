@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
@@ -43,6 +44,8 @@ _ANSWER_S = 10.0
 """Seconds to wait for the scheduler to return the row of a finished task."""
 _SETTLE_S = 5.0
 """Seconds that shards in progress have to finish, before an error that ends the run is raised."""
+_COUNT_S = 1.0
+"""Seconds between two questions to the scheduler how many threads there are."""
 _LENT_BYTES = 8 << 20
 """Bytes of files that are sent along with one task; Dask is not made for larger arguments."""
 
@@ -101,6 +104,8 @@ def _work(
     by_key: dict[str, ShardTask] = {}
     token = uuid.uuid4().hex[:8]  # a scheduler remembers keys, also those that failed in an earlier run
 
+    most, counted = count_in_flight(client, config), time.monotonic()
+
     def submit(count: int) -> list[Any]:
         futures = []
         for task in (task for _, task in zip(range(count), waiting, strict=False)):
@@ -109,7 +114,7 @@ def _work(
             futures.append(_submit(job, client, task, access, key))
         return futures
 
-    queue = as_completed(submit(count_in_flight(client, config)), loop=client.loop)  # type: ignore[no-untyped-call]
+    queue = as_completed(submit(most), loop=client.loop)  # type: ignore[no-untyped-call]
     try:
         with watch_workers(client, queue, is_local=config.running.cluster == "local" and not config.running.scheduler):
             for future in queue:
@@ -122,7 +127,9 @@ def _work(
                 future.release()
                 why = tally.errors[-1] if row.state == "failed" and tally.errors else ""
                 tell(IngestEvent("shard", tally.ended, len(tasks), row=row, message=why))
-                for fresh in submit(count_in_flight(client, config) - len(by_key)):
+                if time.monotonic() - counted >= _COUNT_S:
+                    most, counted = count_in_flight(client, config), time.monotonic()
+                for fresh in submit(most - len(by_key)):
                     queue.add(fresh)  # type: ignore[no-untyped-call]
     except BaseException as error:
         with suppress(OSError):  # a scheduler that is gone has nothing to cancel

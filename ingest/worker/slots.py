@@ -2,8 +2,9 @@
 
 A task that makes a shard does not always need a core: it waits for the network when it reads, and for the disk when it
 writes. Then it gives its thread back (Dask calls this seceding) and the next task starts: over a network right at the
-beginning, from local files once the pixels are compressed and only the writing is left. A worker has one slot more than
-threads, which bounds the shards in its memory. At most as many tasks as there are threads decode and compress at once.
+beginning, from local files while the pixels are compressed: handing over takes some milliseconds, in which a core would
+stand idle. A worker has one slot more than threads, which bounds the shards in its memory. At most as many tasks as
+there are threads decode and compress at once.
 Outside a worker, shards are made one by one.
 
 The slots are threads that stay. Dask starts a new thread for each task that secedes, and in a new thread PROJ opens its
@@ -24,7 +25,7 @@ __all__ = ["computing", "run_in_slot", "take_turns"]
 
 T = TypeVar("T")
 GiveWay = Callable[[], None]
-"""A function that a task calls once it only waits; the next task then starts."""
+"""A function that a task calls once it will soon only wait; the next task then starts."""
 
 
 class _Slots:

@@ -77,7 +77,7 @@ def test_others_read_what_was_packed(
 def test_a_chunk_is_packed_by_its_type_in_blocks_of_the_measured_size(dtype: str) -> None:
     """By the header of Blosc: (version, version, flags, size of a number), bytes, bytes of a block, bytes packed."""
     chunk = (1, 4, 512, 512)
-    first, _ = pack_shard(made_up(chunk, dtype), chunk, chunk, LAYOUTS["train"], 0)
+    first, *_ = pack_shard(made_up(chunk, dtype), chunk, chunk, LAYOUTS["train"], 0)
     (block,) = np.frombuffer(first[8:12], "<u4")
     assert (first[3], int(block)) == (np.dtype(dtype).itemsize, BLOSC_BLOCK_BYTES)
 

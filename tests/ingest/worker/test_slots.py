@@ -128,6 +128,7 @@ def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait
     plan = plan_scenes(scenes, probe_headers(scenes), IngestConfig(bands=("red", "scl")), layout=layout)
     fill, pack, finish = fill_shard, ShardWriter.pack, PackedShard.finish
     busy, changed = threading.Lock(), threading.Condition()
+    make, handed, early = making._make_shard, 0, []
     begun, pixels, told = 0, {}, []
 
     @contextmanager
@@ -135,6 +136,13 @@ def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait
         assert busy.acquire(blocking=False), "two shards are being filled or packed"
         yield
         busy.release()
+
+    def made(*args: Any) -> Any:
+        nonlocal handed
+        with changed:
+            handed += 1
+            changed.notify_all()
+        return make(*args)
 
     def filled(*args: Any, **more: Any) -> Any:
         nonlocal begun
@@ -145,7 +153,8 @@ def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait
             return fill(*args, **more)
 
     def packed(self: Any, region: Any, arrays: Any, **more: Any) -> Any:
-        with alone():
+        with alone(), changed:
+            early.append(changed.wait_for(lambda: handed > begun or begun == len(plan.tasks), timeout=10))
             result = pack(self, region, arrays, **more)
         pixels[result.row.index] = weakref.ref(arrays["reflectance"]), begun
         return result
@@ -157,6 +166,7 @@ def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait
         told.append((held() is None, overlaps))
         return finish(self)
 
+    monkeypatch.setattr(making, "_make_shard", made)
     monkeypatch.setattr(making, "fill_shard", filled)
     monkeypatch.setattr(ShardWriter, "pack", packed)
     monkeypatch.setattr(PackedShard, "finish", finished)
@@ -164,3 +174,4 @@ def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait
     assert len(told) == len(report.written) == len(plan.tasks) > 2
     assert all(gone for gone, _ in told), "pixels are held while the disk is waited for"
     assert all(overlaps for _, overlaps in told), "the next shard waited for the disk"
+    assert all(early), "the next shard was handed over only after this one was packed"
