@@ -19,6 +19,7 @@ from zarr_store.durable import PendingFile
 from zarr_store.errors import CubeMismatch, InvalidInput, Locked, MisalignedWrite
 from zarr_store.ledger import Ledger, LedgerRow
 from zarr_store.lock import LOCK_KEY, CubeLock
+from zarr_store.spec import overview_positions
 
 from .conftest import ITEMS, NAME, cut
 
@@ -39,6 +40,17 @@ def test_what_was_written_is_read_back(cube_path: Path, spec: CubeSpec, pixels: 
     assert plain.time.values.astype("datetime64[s]").tolist() == spec.time_values.tolist()
     np.testing.assert_array_equal(plain.x, spec.grid.x())
     np.testing.assert_array_equal(plain.y, spec.grid.y())
+
+
+def test_the_overview_keeps_the_middle_pixel_of_each_block(
+    cube_path: Path, spec: CubeSpec, pixels: dict[str, np.ndarray]
+) -> None:
+    """Also at the edges, where a block is cut and another pixel is the nearest to its middle."""
+    overview = xr.open_zarr(cube_path, group=f"overview/{NAME}", mask_and_scale=False)["reflectance"].values
+    rows, cols = (overview_positions(size) for size in spec.grid.shape)
+    assert any(size % 8 for size in spec.grid.shape)
+    assert not any(size % 8 for size in spec.layout.shard[1:])
+    np.testing.assert_array_equal(overview, pixels["reflectance"][:, :, rows[:, None], cols])
 
 
 def test_a_lock_that_is_lost_while_pixels_are_put_leaves_no_row(
