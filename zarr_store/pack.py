@@ -90,7 +90,7 @@ def _pack(chunk: np.ndarray, layout: Layout, plain: dict[bytes, tuple[bytes, byt
     constant = bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
     if constant and value in plain:
         return plain[value]
-    data: bytes = imagecodecs.blosc_encode(
+    data = imagecodecs.blosc_encode(
         chunk.data,  # type: ignore[arg-type]  # it takes any buffer, and the size of a number from it
         level=layout.clevel,
         compressor=layout.cname,
@@ -98,11 +98,11 @@ def _pack(chunk: np.ndarray, layout: Layout, plain: dict[bytes, tuple[bytes, byt
         blocksize=BLOSC_BLOCK_BYTES,
         numthreads=1,
     )
-    packed = data, _checksum(data)
+    packed = bytes(data), _checksum(data)  # bytes already, so this is no copy
     if constant:
         plain[value] = packed
     return packed
 
 
-def _checksum(data: bytes) -> bytes:
+def _checksum(data: bytes | bytearray) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(4, "little")
