@@ -188,6 +188,17 @@ def environment_given_back() -> Iterator[None]:
     os.environ.update(before)
 
 
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+
+
+@pytest.fixture
+def figures_unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a dot in place of each figure of a report where no test looks: to paint them takes longer than to train."""
+    for name in ("_curves", "_confusion", "_split_map", "draw_tiles", "draw_shown"):
+        monkeypatch.setattr(f"jaxtrain.evaluation.report.{name}", lambda *_, **__: None)
+    monkeypatch.setattr("jaxtrain.evaluation.report._png", lambda _figure: DOT)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

@@ -71,6 +71,7 @@ def test_a_plan_of_before_asks_for_the_same_shards(before: Path) -> None:
     assert {task.key for task in plan.tasks} == {row["key"] for row in rows if "key" in row}
 
 
+@pytest.mark.usefixtures("figures_unpainted")
 def test_a_run_of_before_has_the_scores_and_the_map_it_had(
     before: Path, run: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_run_of_before_has_the_scores_and_the_map_it_had(
     assert (np.asarray(was[...]) != np.asarray(new[...])).sum() <= 10
 
 
+@pytest.mark.usefixtures("figures_unpainted")
 def test_a_run_of_before_goes_on(before: Path, run: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(before / "run", folder)

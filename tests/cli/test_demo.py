@@ -18,10 +18,12 @@ SMALL = (
     "simulate.tile_px=256",
     "simulate.overlap_px=32",
     "simulate.radar_dates=[]",
+    "train.data.patch=32",
     "train.data.split.block_m=640",
     "train.run.steps=100",
     "train.run.batch_size=8",
     "train.model.width=8",
+    "train.optim.learning_rate=0.01",
     "train.optim.warmup_steps=5",
 )
 

@@ -89,6 +89,7 @@ def write_config(path: Path, cube: Path, label: str, **sections: dict[str, Any])
     return path
 
 
+@pytest.mark.usefixtures("figures_unpainted")
 def test_a_raster_of_classes_is_learned_and_mapped(run: Callable[..., Any], cube: Path, tmp_path: Path) -> None:
     x = np.arange(160)
     classes = np.where(open_cube(cube).dataset(COLLECTION)["ndvi"].values[0] > 5000, 20, 10).astype(np.uint8)
@@ -117,6 +118,7 @@ def test_a_raster_of_classes_is_learned_and_mapped(run: Callable[..., Any], cube
     assert "is not the cube that the run began with" in changed.error_line()
 
 
+@pytest.mark.usefixtures("figures_unpainted")
 def test_an_index_is_learned_as_values(run: Callable[..., Any], cube: Path, tmp_path: Path) -> None:
     refused = run("train", write_config(tmp_path / "c.toml", cube, "ndvi"), "--out", tmp_path / "run")
     assert refused.code == 2

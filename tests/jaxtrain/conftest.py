@@ -34,16 +34,12 @@ def _strict_promotion() -> Iterator[None]:
 
 PAINTED = ("evaluation", "models", "test_api.py", "test_cubes.py", "test_samples.py")
 """Folders and files whose tests look at reports with their figures, of classes, values, images, series and cubes."""
-DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 
 
 @pytest.fixture(autouse=True)
-def _figures_are_not_painted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a dot in place of each figure of a report where no test looks: to paint them takes longer than to train."""
+def _figures_are_not_painted(request: pytest.FixtureRequest) -> None:
     if not set(request.path.parts).intersection(PAINTED):
-        for name in ("_curves", "_confusion", "_split_map", "draw_tiles", "draw_shown"):
-            monkeypatch.setattr(f"jaxtrain.evaluation.report.{name}", lambda *_, **__: None)
-        monkeypatch.setattr("jaxtrain.evaluation.report._png", lambda _figure: DOT)
+        request.getfixturevalue("figures_unpainted")
 
 
 @pytest.fixture
