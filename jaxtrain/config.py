@@ -40,7 +40,7 @@ class ModelConfig(Strict):
         16
     """
 
-    name: str = Field("unet", description="a key of jaxtrain.models.MODELS")
+    name: str = Field("unet", description="the network: unet, cnn, resnet, mlp, temporal, multimodal or autoencoder")
     width: Positive = Field(16, description="channels of the first level; each level doubles them")
     depth: Positive = Field(
         3, description="number of times the image is halved; for cnn, blocks; for resnet, layers: 10, 18, 34 or 50"
@@ -52,7 +52,7 @@ class ModelConfig(Strict):
     )
     blocks: tuple[Positive, ...] = Field((), description="for resnet: blocks of each stage, instead of a depth")
     norm: Literal["group", "batch", "local"] = Field("group", description="group · batch (synchronised) · local batch")
-    dropout: Share = 0.0
+    dropout: Share = Field(0.0, description="probability that an activation is dropped in training")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="number type of convolutions; parameters, norms and losses stay float32"
     )
@@ -69,19 +69,19 @@ class ModelConfig(Strict):
     )
     fusion: Literal["late", "middle", "early"] = Field(
         "late",
-        description="for multimodal: where the modalities meet: late, after an encoder and decoder of each; middle, "
+        description="for multimodal: where modalities are merged: late, after an encoder and decoder of each; middle, "
         "between the encoders and one decoder, at every level; early, after the first block of each",
     )
     alone: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="for multimodal: share of the training loss that is asked of each modality alone, through the same "
-        "fusion and head; 0: none, so that a modality learns alone only where others are missing",
+        description="for multimodal: share of the training loss that comes from the predictions of single modalities, "
+        "through the same fusion and head; 0: none",
     )
     modalities: dict[str, BranchConfig] = Field(
         default_factory=dict, description="for multimodal: name of a modality → size of its branch, where it differs"
     )
     turns: bool = Field(
-        False, description="evaluate and predict by the mean over the eight turns and mirrors of each image"
+        False, description="evaluate and predict by the mean over the eight rotations and mirror images of each image"
     )
 
     @model_validator(mode="after")
@@ -102,20 +102,24 @@ class OptimConfig(Strict):
         'cosine'
     """
 
-    name: Literal["adamw", "adam", "sgd", "lamb", "muon"] = "adamw"
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="for sgd")
-    nesterov: bool = Field(True, description="for sgd")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(20, ge=0)
-    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; none (or inf) for no clipping")
+    name: Literal["adamw", "adam", "sgd", "lamb", "muon"] = Field("adamw", description="the optimiser")
+    learning_rate: float = Field(2e-3, gt=0, description="largest learning rate, after the warm-up")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of kernels; norms and biases have none")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum, for sgd")
+    nesterov: bool = Field(True, description="Nesterov momentum, for sgd")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="after the warm-up: decay to 0, or constant"
+    )
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up, at most half of the run")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="a gradient with a larger norm is scaled down to it; none (or inf) for no clipping"
+    )
     loss: Literal["cross_entropy", "focal", "dice", "huber", "mse"] = Field(
         "cross_entropy", description="dice is added to cross-entropy; huber and mse are for values"
     )
-    focal_gamma: float = Field(2.0, ge=0)
+    focal_gamma: float = Field(2.0, ge=0, description="exponent of the focal loss")
     huber_delta: float = Field(1.0, gt=0, description="error where huber becomes linear, standard deviations")
-    label_smoothing: Share = 0.0
+    label_smoothing: Share = Field(0.0, description="share of the target that is spread over all classes")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged parameters that are evaluated; 0 for none")
     accumulate: Positive = Field(1, description="batches that make one update, as one large batch would")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: inverse square root of frequency")
@@ -138,16 +142,18 @@ class MeshConfig(Strict):
     """
 
     auto: bool = Field(False, description='the planner chooses the mesh, as `mesh = "auto"` says')
-    data: Positive = Field(1, description="batch is split over this axis")
-    model: Positive = Field(1, description="filters are split over this axis")
+    data: Positive = Field(
+        1, description="number of parts into which the batch is split; each is computed by a replica"
+    )
+    model: Positive = Field(1, description="number of parts into which the filters are split")
     space: Positive | tuple[Positive, Positive] = Field(
-        1, description="images are split over this axis: n parts of the rows, or [rows, columns]"
+        1, description="number of parts into which images are split: n parts of the rows, or [rows, columns]"
     )
     zero: Literal[0, 1, 3] = Field(
         0,
         description="also split over the axis data: 1 the optimiser's moments, 3 the parameters too",
     )
-    pipe: Positive = Field(1, description="stages of the network, each on its own devices")
+    pipe: Positive = Field(1, description="number of pipeline stages, each on its own devices")
     schedule: Literal["gpipe", "1f1b", "interleaved"] = Field("1f1b", description="order in which a pipeline computes")
     microbatches: Positive = Field(4, description="parts into which a pipeline divides a batch")
     chunks: Positive = Field(2, description="parts of the network on each stage of the schedule interleaved")
@@ -242,10 +248,12 @@ class RunConfig(Strict):
         16
     """
 
-    steps: Positive = 400
+    steps: Positive = Field(400, description="steps of the whole training")
     batch_size: Positive = Field(16, description="windows per step over all devices")
-    seed: int = Field(0, description="any whole number; order, augmentation and first weights follow from it")
-    log_every: Positive = 10
+    seed: int = Field(
+        0, description="seed of the order of samples, the augmentation and the first weights; any whole number"
+    )
+    log_every: Positive = Field(10, description="steps between lines of progress and entries of TensorBoard")
     evaluate_every: Positive = Field(100, description="steps between validations")
     checkpoint_every: Positive = Field(100, description="steps between checkpoints")
     monitor: Literal["none", "loss", "accuracy", "macro_f1", "miou", "r2", "rmse"] = Field(
@@ -258,7 +266,7 @@ class RunConfig(Strict):
         description="validations without a better run.monitor after which training stops; 0: no early stop",
     )
     keep_checkpoints: int = Field(3, ge=2, description="newest verified checkpoints that are kept")
-    read_threads: Positive = 2
+    read_threads: Positive = Field(2, description="threads that wait for batches and put them on the devices")
     prefetch: Positive = Field(2, description="batches read ahead of the device")
     shuffle: Literal["chunks", "windows"] = Field(
         "chunks", description="chunks: each chunk is decoded once per epoch · windows: any order of windows"

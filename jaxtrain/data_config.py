@@ -49,7 +49,10 @@ class SplitConfig(Strict):
         1000.0, gt=0, description="the leakage figure counts test samples with a training sample nearer than this"
     )
     folds: int = Field(
-        0, ge=0, description="cross-validation: all but the test part is cut into so many folds; 0: by validation"
+        0,
+        ge=0,
+        description="number of folds of a cross-validation over all data but the test split; 0: no folds, "
+        "data.split.validation is used",
     )
     fold: int = Field(0, ge=0, description="number of the fold that is validated on, from 0; the others are trained on")
     test_dates: tuple[str, ...] = Field(
@@ -109,11 +112,13 @@ class ModalityConfig(Strict):
     dates: int | Literal["all"] = Field(
         0,
         ge=0,
-        description="dates of a window: 1: the nearest in time, without a time axis · a number: so many of the "
-        "nearest, as a series · all · 0: as data.dates",
+        description="dates of a window: 1: the nearest in time, without a time axis · another number: that many "
+        "nearest dates, as a series · all · 0: as data.dates",
     )
     most_days: float = Field(
-        6.0, ge=0, description="a date further than this from that of the window counts as missing, days"
+        6.0,
+        ge=0,
+        description="dates that are more than this number of days from the date of the window count as missing",
     )
     decibel: bool = Field(False, description="turn stored power into decibels, 10 log10, before anything else")
     dropout: Annotated[float, Field(ge=0, lt=1)] | Literal["common"] = Field(
@@ -122,8 +127,8 @@ class ModalityConfig(Strict):
     )
     min_observed: Share = Field(
         0.0,
-        description="smallest share of a training window's pixels that the modality observed; windows below are not "
-        "trained on, validation and test keep them",
+        description="smallest share of a training window's pixels that the modality observed; windows with less are "
+        "not used in training; validation and test keep them",
     )
 
     @model_validator(mode="after")
@@ -175,11 +180,11 @@ class DataConfig(Strict):
         ge=0,
         lt=1,
         description="for multimodal: probability in training that a modality of a sample is hidden; one always stays. "
-        "With model.alone, which asks each modality alone in every step, 0 does well",
+        "With model.alone, which trains each modality alone in every step, 0 works well",
     )
     min_labelled: Share = Field(
         0.25,
-        description="smallest share of labelled pixels for a window to be learned; validation and test use every label",
+        description="smallest share of labelled pixels of a training window; validation and test use every label",
     )
     split: SplitConfig = SplitConfig()
     cache: Literal["auto", "device", "host", "none"] = Field(
