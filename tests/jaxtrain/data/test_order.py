@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtrain.data.arrays import local_rows
-from jaxtrain.data.order import SampleOrder
+from jaxtrain.data.order import SampleOrder, _permute_block
 from zarr_store.errors import InvalidInput
 
 
@@ -26,6 +26,18 @@ def test_each_epoch_is_a_permutation(seed: int, count: int, epoch: int) -> None:
 def test_any_part_can_be_asked_for_alone(count: int, first: int, size: int) -> None:
     order = SampleOrder(3, count)
     np.testing.assert_array_equal(order.indices(first, size), order.indices(0, first + size)[first:])
+
+
+def test_a_block_of_positions_is_worked_out_once_for_all_its_batches() -> None:
+    order, size = SampleOrder(11, 5000), 64
+    _permute_block.cache_clear()
+    batches = [order.indices(step * size, size) for step in range(200)]  # two epochs and a half
+    # 12,800 samples: 4096 + 904 of each whole epoch, and 2800 of the third
+    assert _permute_block.cache_info().misses == 5
+    np.testing.assert_array_equal(np.concatenate(batches), order.indices(0, 200 * size))
+    assert sorted(np.concatenate(batches)[:5000].tolist()) == list(range(5000))
+    batches[0][:] = 0
+    assert order.indices(0, size).any(), "what a caller does to its numbers is its own affair"
 
 
 def test_epochs_and_seeds_differ_and_neighbours_are_torn_apart() -> None:
