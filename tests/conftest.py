@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 
 # Eight devices on a processor, so that meshes are real; results on CPU, whatever else the machine has. Programs are
@@ -42,6 +43,9 @@ os.environ["MPLBACKEND"] = "Agg"
 # JAX and tensorboardX set these when they are imported.
 for name, value in ("TF_CPP_MIN_LOG_LEVEL", "1"), ("TPU_SKIP_MDS_QUERY", "1"), ("CRC32C_SW_MODE", "auto"):
     os.environ.setdefault(name, value)
+# rasterio and pyogrio set these, in whichever module of tests is the first to import them.
+for name in "GDAL_CURL_CA_BUNDLE", "PROJ_CURL_CA_BUNDLE":
+    os.environ.setdefault(name, certifi.where())
 os.environ.pop("GDAL_NUM_THREADS", None)
 # Test processes share the cores: nested thread pools would only fight.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
