@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from rasterio.warp import reproject
 from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
 from ingest.request.config import IngestConfig
-from ingest.run import shard
 from ingest.run.shard import fill_shard
 from ingest.scenes.scene import Scene
 from ingest.testing import make_scene, probe_headers
@@ -31,14 +29,6 @@ SMALL = Layout("test", (1, 8, 8), (1, 16, 16))
 SIZE = (26, 22)
 BASE = Grid("EPSG:32633", (20.0, 0.0, 500_000.0, 0.0, -20.0, 5_000_000.0), SIZE)
 MASKED = (0, 3, 9)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _memory_that_served_before() -> Iterator[None]:
-    """The arrays of a shard begin with the pixels of an earlier one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard, "_undefined", lambda shape, dtype: np.full(shape, 4_321, dtype))
-        yield
 
 
 def assemble(plan: Plan, collection: str | None = None) -> dict[str, np.ndarray]:
