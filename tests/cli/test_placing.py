@@ -15,6 +15,7 @@ from cli import placing
 from cli.placement_tables import batch_table, measured_table, placement_table, placements_document
 from cli.placing import measure_placements
 from cli.session import Session
+from jaxtrain.planner import measured_rows
 from jaxtrain.planner.facts import HandOver
 from jaxtrain.planner.placements import Placed, PlacementRow, list_placements
 from tests.jaxtrain.planner.test_cost import exchange, facts, program
@@ -199,11 +200,11 @@ def test_a_measurement_that_was_interrupted_is_taken_up_once(launched, own_cache
 def test_a_full_disk_costs_the_kept_rows_and_not_the_measurement(launched, own_cache, monkeypatch):
     written: list[Path] = []
 
-    def full(path: Path, *_: Any, **__: Any) -> int:
+    def full(path: Path, _: bytes) -> None:
         written.append(path)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(measured_rows, "write_file", full)
     found = measure_placements(QUIET, list_placements(config_of()))
     assert written, "nothing was kept: the test shows nothing"
     assert all("why_not" not in row for row in found.values())
