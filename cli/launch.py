@@ -83,7 +83,7 @@ def register(app: typer.Typer) -> None:
             float, typer.Option(min=0.0, metavar="SECONDS", help="Seconds to save and end after SIGTERM.")
         ] = 60.0,
     ) -> int:
-        """Start the processes of one training run, and restart them when one dies.
+        """Start the processes of one training run or map, and restart them when one dies.
 
         When one dies, all of them start again from the newest checkpoint; with hetero.enabled the others go on, and a
         new process takes its place. Each line begins with the number or the host of its process.

@@ -89,7 +89,6 @@ def write_config(path: Path, cube: Path, label: str, **sections: dict[str, Any])
     return path
 
 
-@pytest.mark.usefixtures("figures_unpainted")
 def test_a_raster_of_classes_is_learned_and_mapped(run: Callable[..., Any], cube: Path, tmp_path: Path) -> None:
     x = np.arange(160)
     classes = np.where(open_cube(cube).dataset(COLLECTION)["ndvi"].values[0] > 5000, 20, 10).astype(np.uint8)
