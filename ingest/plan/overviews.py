@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ingest.plan.task import PlannedScene, Recipe, SourceAsset
-from ingest.raster.overview import AT_LEAST, UNSTATED
+from ingest.raster.overview import AT_LEAST, ROUNDING, UNSTATED
 from ingest.raster.read import reads_overviews
 from ingest.raster.resample import axis_ratios
 
@@ -73,7 +73,9 @@ def describe_overviews(recipe: Recipe, planned: Sequence[PlannedScene], members:
                 continue
             coarse += 1
             used = about.overview(asset.overview) if asset.overview else None
-            if used is not None and any(used.factor < factor <= ratio for factor in about.overviews):
+            coarser = [factor for factor in about.overviews if used and used.factor < factor <= ratio * ROUNDING]
+            refused = [factor for factor in coarser if about.overview(factor) is None]
+            if used is not None and refused and about.no_overviews:
                 text = f"overviews at 1/{used.factor} are read, and no coarser ones: {about.no_overviews}"
                 bands_by_text[text][scene.item_id].append(asset.band)
             if used is None:

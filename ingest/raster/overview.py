@@ -26,7 +26,16 @@ from ingest.raster.ranges import RangeFile, block_span
 from ingest.raster.resample import axis_ratios
 from zarr_store.grid import Grid
 
-__all__ = ["AT_LEAST", "UNSTATED", "Overview", "Overviews", "choose_overview", "find_overviews", "overview_cache"]
+__all__ = [
+    "AT_LEAST",
+    "ROUNDING",
+    "UNSTATED",
+    "Overview",
+    "Overviews",
+    "choose_overview",
+    "find_overviews",
+    "overview_cache",
+]
 
 _MAX_BLOCKS = 2048
 """Largest number of blocks of an overview: one of 10 980² pixels at 1/2 in blocks of 256 has 484."""
@@ -36,7 +45,7 @@ _FILES = 1024
 """Number of files whose overviews one process remembers."""
 AT_LEAST = 1.99
 """Smallest ratio of the pixels of the target to those of the file at which pixels are averaged, as for full images."""
-_ROUNDING = 1.001
+ROUNDING = 1.001
 """How much coarser than the target an overview may be: 1,373 pixels of 10,980 are not exactly an eighth."""
 _STATED = re.compile(r'<Item name="RESAMPLING"[^<>]{0,200}>([A-Za-z0-9_]{1,40})</Item>')
 UNSTATED = "not stated"
@@ -112,7 +121,7 @@ def choose_overview(usable: Iterable[R], grid: Grid, target: Grid) -> R | None:
     """
     if min(axis_ratios(grid, target)) < AT_LEAST:
         return None
-    fitting = [one for one in usable if min(axis_ratios(one.grid, target)) * _ROUNDING >= 1.0]
+    fitting = [one for one in usable if min(axis_ratios(one.grid, target)) * ROUNDING >= 1.0]
     return max(fitting, key=lambda one: one.factor, default=None)
 
 

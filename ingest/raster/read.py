@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ from ingest.raster.resample import pick_resampling, place
 from ingest.raster.values import Stated, Values
 from ingest.trust.redact import redact_url
 from ingest.worker.meters import count_stage
+from ingest.worker.slots import computing
 from zarr_store.errors import AssetUnreadable, InvalidInput
 from zarr_store.grid import Grid
 
@@ -155,8 +157,11 @@ def read_on_grid(
                 if file is not None:
                     file.fetch(blocks_of(dataset, (row, col, height, width)))
                     begun = time.perf_counter()
-                    check_streams(dataset, file, (row, col, height, width))
-                raw = read_window(dataset, window=Window(col, row, width, height))
+                # the blocks of a TIFF are here now; those of JPEG 2000 GDAL fetches while it decodes
+                with computing() if file is not None and dataset.driver == "GTiff" else nullcontext():
+                    if file is not None:
+                        check_streams(dataset, file, (row, col, height, width))
+                    raw = read_window(dataset, window=Window(col, row, width, height))
                 if file is not None:
                     file.forget()
             count_stage("read", time.perf_counter() - begun, raw.nbytes)

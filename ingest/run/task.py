@@ -90,7 +90,7 @@ def _make_shard(
     if before is not None and before.state == "done" and before.key == task.key and not again:
         return replace(before, stats=()), 0
     with nullcontext() if remote else computing():
-        pass  # the shard before this one is being packed, and holds its pixels until then
+        pass  # a shard before this one is being packed; with one thread, its pixels are gone then
     filled = fill_shard(task, recipe, access=access)
     if before is not None and before.state == "done" and any(s.state == "missing" for s in filled.outcomes):
         return LedgerRow(task.index, task.region, task.key, "failed", filled.outcomes), filled.pixels_read

@@ -154,7 +154,7 @@ def test_a_shard_is_packed_and_let_go_before_the_next_begins_which_does_not_wait
 
     def packed(self: Any, region: Any, arrays: Any, **more: Any) -> Any:
         with alone(), changed:
-            early.append(changed.wait_for(lambda: handed > begun or begun == len(plan.tasks), timeout=10))
+            early.append(changed.wait_for(lambda: handed > begun or begun == len(plan.tasks), timeout=60))
             result = pack(self, region, arrays, **more)
         pixels[result.row.index] = weakref.ref(arrays["reflectance"]), begun
         return result
