@@ -251,7 +251,7 @@ def test_a_mesh_that_is_too_large_names_all_its_axes():
 
 
 def test_zero_without_anybody_to_share_with_is_refused():
-    with pytest.raises(InvalidInput, match=r"mesh.zero = 3 splits over the axis data, of which there is one"):
+    with pytest.raises(InvalidInput, match=r"mesh.zero = 3 splits over the axis data, which has one device"):
         make_program({"zero": 3}, UNET)
 
 

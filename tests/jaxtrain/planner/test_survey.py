@@ -204,7 +204,7 @@ def test_a_number_that_nothing_fits_has_each_reason_once_and_what_would_fit(
 
 def test_devices_that_do_not_answer_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "SECONDS", 0.01)
-    with pytest.raises(TerrashardError, match=r"no devices of this machine after 0\.01 s: give --devices"):
+    with pytest.raises(TerrashardError, match=r"no devices of this machine within 0\.01 s: give --devices"):
         machine.device_count()
 
 
