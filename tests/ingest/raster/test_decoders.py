@@ -7,7 +7,6 @@ nonsense first, by the C library (`MALLOC_PERTURB_`), in a process of its own.
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -17,9 +16,10 @@ from ingest.raster.blocks import _UNPACK
 from ingest.raster.directory import COMPRESSIONS
 
 PROGRAM = """
-import sys
+import resource, sys
 import numpy as np
 import imagecodecs
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 name, count = sys.argv[1], int(sys.argv[2])
 decode, encode = getattr(imagecodecs, name + "_decode"), getattr(imagecodecs, name + "_encode")
 rng = np.random.default_rng(0)
@@ -45,14 +45,10 @@ print("done")
 """
 
 
-def _leave_no_core() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
 def run(name: str, count: int = 20_000) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, name, str(count)],
-        env={**os.environ, "MALLOC_PERTURB_": "165"}, preexec_fn=_leave_no_core, timeout=120,
+        env={**os.environ, "MALLOC_PERTURB_": "165"}, timeout=120,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
