@@ -49,7 +49,7 @@ demo: $(STAMP)  ## the whole journey on simulated scenes: cube, model, map (OUT=
 test: $(STAMP)  ## the whole test suite (TESTS="tests/cli -k walk" for a part)
 	@# hundreds of processes are started: where Python may not write bytecode, each would parse its libraries anew, for 5 s
 	@# three processes for two cores: while one waits for a server, a worker or a kill, the other two have the cores
-	@# a process that crashes ends the run at once, with the test's name: pytest-xdist 3.8 starts another and can then wait for ever
+	@# a process that crashes ends the run at once, with the test's name: pytest-xdist 3.8 starts another and can then wait without end
 	@PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CURDIR)/$(VENV)/pycache" $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -q $(TESTS)
 
 .PHONY: check
