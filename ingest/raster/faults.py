@@ -9,6 +9,7 @@ visible as one.
 from __future__ import annotations
 
 import http.client
+import re
 import struct
 import zlib
 
@@ -32,6 +33,8 @@ _LIBRARIES = ("PIL", "affine", "imagecodecs", "odc", "pyogrio", "pyproj", "raste
 """Packages that are only used on files, so whatever they raise means a fault of the file."""
 _PLAIN = (RasterioError, CPLE_BaseError, TerrashardError, HTTPError, http.client.HTTPException, OSError)
 """Types whose text says what happened without the name of the type."""
+_OPENER_NAME = re.compile(r"/vsiriopener_[0-9a-f]+/[0-9a-f]+/raster(?:\.aux\.xml)?(:\s*)?")
+"""The name under which GDAL gets a file (`ingest.raster.opening`), which means nothing to anybody."""
 
 
 class PermanentError(Exception):
@@ -68,7 +71,7 @@ def describe_fault(error: BaseException) -> str:
         error = error.__cause__
     reason = getattr(error, "reason", None)
     cause = reason if isinstance(reason, Exception) else error
-    text = str(cause)
+    text = _OPENER_NAME.sub(lambda name: "" if name[1] else "the file", str(cause))
     if isinstance(cause, _PLAIN) and text:
         return text
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__

@@ -26,8 +26,10 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (caused(ProtocolError("Connection aborted."), TimeoutError()), "TimeoutError"),
         (ValueError("4"), "ValueError: 4"),
         (caused(RasterioIOError("Read failed."), KeyError("crs")), "KeyError: 'crs'"),
+        (RasterioIOError("/vsiriopener_0af1/9b3c/raster:Using code not yet in table"), "Using code not yet in table"),
+        (RasterioIOError("'/vsiriopener_0af1/9b3c/raster' is cut"), "'the file' is cut"),
     ],
-    ids=["GDAL", "socket", "retries", "no text", "value", "key"],
+    ids=["GDAL", "socket", "retries", "no text", "value", "key", "name for GDAL", "name for GDAL, quoted"],
 )
 def test_a_fault_is_described_by_its_deepest_cause(error: Exception, text: str) -> None:
     assert describe_fault(error) == text
