@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from zarr_store.bounded import load_json
+from zarr_store.bounded import load_json, weight_of
 from zarr_store.errors import InvalidInput
 
 __all__ = ["PlanFile", "is_plan_file", "pieces", "stated_digest"]
@@ -24,6 +24,12 @@ _MOST_STREAMED = 2 << 30
 """Largest plan file, in bytes. The plan of a million shards has about 180 MB."""
 _MOST_LINE = 16 << 20
 """Largest line, in bytes: a scene of a hundred assets has about 50 kB."""
+_FREE_WEIGHT = 256 << 20
+"""Bytes of memory that the entries of a table may take, whatever their text has; beyond it they are bounded by it."""
+_MOST_GROWTH = 16
+"""Bytes of memory for each byte of a table; the scenes and items of real plans take up to 11."""
+_TABLE_WEIGHT = 300
+"""Bytes of memory that an empty table takes: its name, its list and their place."""
 _PIECE = 1 << 20
 _DIGEST = re.compile(rb'^ "digest": "([0-9a-f]*)",?$')
 
@@ -120,15 +126,27 @@ class PlanFile:
             self.head = self._whole = load_json(data, where, most=_MOST_BYTES)
 
     def tables(self, part: str, make: Callable[[Any], Any]) -> dict[str, list[Any]]:
-        """Read "items" or "scenes": name → what `make` makes of each entry."""
+        """Read "items" or "scenes": name → what `make` makes of each entry.
+
+        Raises:
+            InvalidInput: The objects of its entries would take far more memory than their text.
+        """
         if self._whole is not None:
             return {name: [make(entry) for entry in entries] for name, entries in self._whole[part].items()}
         found: dict[str, list[Any]] = {}
         if part not in self._begins:
             raise KeyError(part)
+        size = weight = 0
         for at, line in self._scan(part):
             if at is not None and at[0] == part:
                 rows = found.setdefault(at[1], [])
+                size += len(line) + len(at[1]) * (not line)
+                weight += weight_of(line) if line else _TABLE_WEIGHT + len(at[1])
+                if weight > max(_FREE_WEIGHT, _MOST_GROWTH * size):
+                    raise InvalidInput(
+                        f'{self._where}: {size} bytes of "{part}" would take more memory than the tables of a plan '
+                        "may; plan again"
+                    )
                 if line:
                     rows.append(make(self._entry(line)))
         return found

@@ -144,6 +144,27 @@ def test_a_file_that_is_too_large_is_refused(plan: Plan, monkeypatch: pytest.Mon
             Plan.from_json(text, "plan.json")
 
 
+@pytest.mark.parametrize(
+    "filling",
+    [
+        lambda n: '  "a": [\n' + "   {},\n" * n + "   {}\n  ],\n",
+        lambda n: '  "a": [\n  ],\n' * n,
+    ],
+    ids=["entries", "tables"],
+)
+def test_many_small_entries_are_refused_before_they_fill_the_memory(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, filling: Callable[[int], str]
+) -> None:
+    monkeypatch.setattr(plan_file, "_FREE_WEIGHT", 1 << 16)
+    assert Plan.from_json(plan.to_json()) == plan, "what planning writes is far from the bound"
+    head, _, tail = plan.to_json().partition(' "items": {\n')
+    made: list[Any] = []
+    file = plan_file.PlanFile(lambda: io.BytesIO(f'{head} "items": {{\n{filling(5000)}{tail}'.encode()), "plan.json")
+    with pytest.raises(InvalidInput, match='bytes of "items" would take more memory'):
+        file.tables("items", made.append)
+    assert len(made) < 500
+
+
 class Lines(io.BytesIO):
     """A file that is read by lines alone; it notes the longest one."""
 
