@@ -1,8 +1,9 @@
 """Readers of COGs that are no peers of a whole ingest, on the job of `small_region.py`: a small region over many dates.
 
-lazycogs and async-geotiff, each by its own documented way and in an environment of its own. LAZYCOGS_PYTHON and
-ASYNC_GEOTIFF_PYTHON name their interpreters (Python 3.12 or later, with obstore and zarr too). One that is not named is
-left out. Same files, same server, the same 50 ms before every answer; both write the pixels to a Zarr array.
+lazycogs, async-geotiff and rasteret, each by its own documented way and in an environment of its own. LAZYCOGS_PYTHON,
+ASYNC_GEOTIFF_PYTHON and RASTERET_PYTHON name their interpreters (Python 3.12 or later, with obstore and zarr too). One
+that is not named is left out. Same files, same server, the same 50 ms before every answer; all write the pixels to a
+Zarr array.
 """
 
 from __future__ import annotations
@@ -61,6 +62,25 @@ assert pixels.shape[0] == len(items) * 4 and (pixels > 0).all()
 zarr.save_array(out, pixels)
 """
 
+_RASTERET = """
+import sys
+import numpy as np, rasteret, zarr
+from obstore.store import HTTPStore
+from rasteret.cloud import ObstoreBackend
+url, out, left, bottom, right, top, *lonlat = sys.argv[1:]
+box, bands = tuple(map(float, lonlat)), ["blue", "green", "red", "nir"]
+server = url.partition("//")[0] + "//" + url.partition("//")[2].partition("/")[0] + "/"
+backend = ObstoreBackend(HTTPStore.from_url(server, client_options={"allow_http": True}), server)
+found = rasteret.build_from_stac(
+    name="region", stac_api=url, collection="sentinel-2-l2a", data_source="local", bbox=box, backend=backend,
+    date_range=("2022-01-01", "2023-12-31"), band_map={band: band for band in bands}, workspace_dir=out + ".index",
+    force=True)
+data = found.get_xarray(geometries=box, bands=bands, all_touched=True, progress=False, backend=backend)
+pixels = np.stack([data[band].values for band in bands], axis=1)
+assert pixels.shape[-1] >= 256 and (pixels > 0).mean() > 0.9, "pixels are missing"
+zarr.save_array(out, pixels)
+"""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -74,7 +94,11 @@ def main() -> int:
     root = make_world(dates)
     left, bottom, right, top = region()
     inner = _lonlat((left + 15, bottom + 15, right - 15, top - 15))
-    named = {"lazycogs": ("LAZYCOGS_PYTHON", _LAZYCOGS), "async-geotiff": ("ASYNC_GEOTIFF_PYTHON", _ASYNC_GEOTIFF)}
+    named = {
+        "lazycogs": ("LAZYCOGS_PYTHON", _LAZYCOGS),
+        "async-geotiff": ("ASYNC_GEOTIFF_PYTHON", _ASYNC_GEOTIFF),
+        "rasteret": ("RASTERET_PYTHON", _RASTERET),
+    }
     options = ["--collection", "sentinel-2-l2a", "--bands", ",".join(BANDS), "--mask", "none"]
     terrashard = str(Path(sys.executable).parent / "terrashard")
     took: dict[str, list[tuple[float, float]]] = {}
