@@ -39,6 +39,8 @@ FLAGS = ["--xla_force_host_platform_device_count=8", *QUICK_COMPILER, "--xla_gpu
 given = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in FLAGS if flag not in given)])
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Operations are lowered without the lines of Python they come from: a sixth less time, and no test reads them.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["MPLBACKEND"] = "Agg"
 # JAX and tensorboardX set these when they are imported.
 for name, value in ("TF_CPP_MIN_LOG_LEVEL", "1"), ("TPU_SKIP_MDS_QUERY", "1"), ("CRC32C_SW_MODE", "auto"):
