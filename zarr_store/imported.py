@@ -178,6 +178,7 @@ def from_xarray(
         _check_exact(found.bands, decibel)
     _place_collection(there, place, spec, rows, store)
     filler = _Filler(spec, found, classes, tuple(masked), decibel)
+    asked = _asked(options)
     written = before = 0
     with CubeLock(place, f"import of {collection}") as lock:
         sweep_strays(place)
@@ -194,7 +195,7 @@ def from_xarray(
         shards = spec.shards()
         for number, (index, region) in enumerate(shards.items(), 1):
             row = ledger.get(index)
-            key = _key(spec, rows[region.t0 : region.t1], region) if (source or {}).get("sha256") else None
+            key = _key(spec, rows[region.t0 : region.t1], region, asked) if (source or {}).get("sha256") else None
             if key is None or row is None or row.state != "done" or row.key != key:
                 arrays = filler.fill(region)
                 key = key or _content_key(spec, region, arrays)
@@ -388,10 +389,19 @@ def _refuse_other(cube: Cube, spec: CubeSpec, rows: list[dict[str, Any]]) -> Non
         )
 
 
-def _key(spec: CubeSpec, rows: list[dict[str, Any]], region: Region) -> str:
+def _asked(options: Options) -> dict[str, Any]:
+    """Return what was stated in place of what the file says, and decides which numbers are stored."""
+    names = ("variable", "band_dim", "x", "y", "nodata", "scale", "offset")
+    stated = {name: getattr(options, name) for name in names}
+    return {
+        name: value if isinstance(value, str) else repr(value) for name, value in stated.items() if value is not None
+    }
+
+
+def _key(spec: CubeSpec, rows: list[dict[str, Any]], region: Region, asked: Mapping[str, Any]) -> str:
     """Digest of all that determines a shard of a file whose digest the rows have."""
     rules = {key: value for key, value in spec.to_dict().items() if key != "times"}
-    return _digest([rules, region.to_list(), rows])
+    return _digest([rules, region.to_list(), rows, *([asked] if asked else [])])  # without any, as in earlier releases
 
 
 def _content_key(spec: CubeSpec, region: Region, arrays: Mapping[str, npt.NDArray[Any]]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -186,20 +186,21 @@ def write_label(
     describe: Callable[[Mapping[int, int]], LabelSpec] | None = None,
     replace: bool = False,
 ) -> tuple[LabelLayer, bool]:
-    """Write a layer, or check that the existing one is the same.
+    """Write a layer, or check that the existing one is the same; a damaged one of the same origin is written again.
 
     Args:
         url: The cube.
         spec: Description of the layer.
         boxes: Gives the pixels of each of `label_boxes(cube)`, in that order.
         describe: Called with the pixels of each class value once they are known; gives the spec that is kept.
-        replace: Whether a layer of this name and another origin is replaced.
+        replace: Whether a layer of this name that has another origin, or cannot be read, is replaced.
 
     Returns:
         The layer, and whether it was written now.
 
     Raises:
         CubeMismatch: A layer of this name and another origin is there.
+        IntegrityError: A layer that cannot be read is there, and `replace` is not set.
         InvalidInput: An array of the cube has the name.
         Locked: Another run writes to the cube.
     """
@@ -209,20 +210,26 @@ def write_label(
             raise InvalidInput(f"{cube.url}: {collection} has an array {spec.name}; give the label layer another name")
     folder = _folder(cube.url)
     with CubeLock(cube.url, "labels"):
-        there = _open(cube.url, spec.name)
+        store = _place(cube.url, spec.name)
+        try:
+            there = _open(cube.url, spec.name)
+        except IntegrityError:
+            if not replace:
+                raise
+            there = None
         if there is not None:
-            if _same(there.spec.origin, spec.origin):
+            same = _same(there.spec.origin, spec.origin)
+            if same and not any(find_damage(there)):
                 _list(folder, spec.name, there.digest)
                 list_labels(open_store(cube.url), _read_index(folder))
                 write_cube_item(cube.url)
                 return there, False
-            if not replace:
+            if not same and not replace:
                 raise CubeMismatch(
                     f"{there.store.url} exists and has another origin ({_origin(there.spec)}); nothing was "
                     "changed: give another --name, or --replace"
                 )
-        store = _place(cube.url, spec.name)
-        aside = _set_aside(store) if there is not None else None
+        aside = _set_aside(store) if store.exists() else None
         with store.beside() as fresh:
             _fill(fresh, cube, spec, boxes(), describe)
             if aside is not None:
@@ -266,12 +273,24 @@ def verify_labels(cube: Cube) -> tuple[int, list[tuple[str, str, str]]]:
         except IntegrityError:
             damage.append((name, "corrupt", _place(cube.url, name).where("zarr.json")))
             continue
-        for key, expected in layer.shards.items():
-            data = layer.store.read(key)
-            size += len(data or b"")
-            if (None if data is None else hashlib.sha256(data).hexdigest()) != expected:
-                damage.append((name, "missing" if data is None else "corrupt", layer.store.where(key)))
+        for key, read, lost in _checked(layer):
+            size += read
+            if lost is not None:
+                damage.append((name, lost, layer.store.where(key)))
     return size, damage
+
+
+def find_damage(layer: LabelLayer) -> Iterator[str]:
+    """Yield the key of each object of a layer that is missing or corrupt."""
+    return (key for key, _, lost in _checked(layer) if lost is not None)
+
+
+def _checked(layer: LabelLayer) -> Iterator[tuple[str, int, str | None]]:
+    """Yield each object of a layer: its key, its bytes, and "missing" or "corrupt" unless it is as it was written."""
+    for key, expected in layer.shards.items():
+        data = layer.store.read(key)
+        whole = (None if data is None else hashlib.sha256(data).hexdigest()) == expected
+        yield key, len(data or b""), None if whole else "missing" if data is None else "corrupt"
 
 
 def _fill(

@@ -41,7 +41,7 @@ from jaxtrain.tasks.tables import CubeTable, Dates, VectorTable, is_embedding, o
 from jaxtrain.tasks.work import LocalWorkers, TableRef, Workers
 from zarr_store.crash import crashpoint
 from zarr_store.errors import InvalidInput
-from zarr_store.samples import is_sample_store
+from zarr_store.samples import is_sample_store, open_samples
 
 __all__ = ["AnomalyOptions", "AnomalyResult", "find_anomalies"]
 
@@ -192,7 +192,7 @@ def find_anomalies(
     _check_run(options, url, run)
     table: Table | None = None
     if options.method == "embedding" and run is not None and is_sample_store(url):
-        digest = f"{url} {Path(run).absolute()}"
+        digest = f"{url} {open_samples(url).digest} {Path(run).absolute()} {_newest(run)}"
     else:
         table = _open(url, options, run)
         digest = table.digest
@@ -302,6 +302,17 @@ def _pictured(table: Table) -> Table:
     if isinstance(table, CubeTable) and isinstance(table.reader, NetworkReader):
         return CubeTable(table.reader.plain, table.dates)
     return table
+
+
+def _newest(run: str | PathLike[str]) -> str:
+    """Return the digest of the newest checkpoint of a run; empty where it has none, which embedding reports."""
+    from jaxtrain.runs.checkpoint import CheckpointStore
+
+    store = CheckpointStore(Path(run) / "checkpoints")
+    try:
+        return store.digest(store.steps()[-1])
+    except (IndexError, OSError, InvalidInput):
+        return ""
 
 
 def _embed(run: str | PathLike[str], url: str, made: Path, report: Report) -> Table:

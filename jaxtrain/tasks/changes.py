@@ -134,7 +134,7 @@ class _ChangeJob:
         values, _ = reader.read(box)
         days = _days(reader)
         found = detect_breaks(days, values.reshape(*values.shape[:2], -1), self.model, device=number)
-        date = np.nan_to_num(np.rint(found.day)).astype(np.int32)
+        date = _dates(days, found.day)
         kind = _kinds(found, reader)
         count = np.where(found.fitted, np.minimum(found.count, UNFOLLOWED - 1), UNFOLLOWED).astype(np.uint8)
         return {
@@ -217,6 +217,16 @@ def _days(reader: CubeReader) -> npt.NDArray[np.float64]:
     times = reader.spec.time_values[list(reader.dates)]
     days: npt.NDArray[np.float64] = times.astype("datetime64[s]").astype(np.int64) / 86_400.0
     return days
+
+
+def _dates(days: npt.NDArray[np.float64], found: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+    """Return the calendar day, in days since 1970, of the observation at each time that was found; 0 where none was.
+
+    Times of breaks are float32, which may lie minutes beside the observation, and so on another day.
+    """
+    nearest = np.searchsorted((days[1:] + days[:-1]) / 2, np.nan_to_num(found))
+    date: npt.NDArray[np.int32] = np.where(np.isfinite(found), np.floor(days)[nearest], 0).astype(np.int32)
+    return date
 
 
 def _check_dates(reader: CubeReader, model: HarmonicModel) -> None:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from zarr_store.bounded import load_json
+from zarr_store.crash import crashpoint
 from zarr_store.durable import sync_tree, write_file
 from zarr_store.errors import InvalidInput, NoSpace, Preempted
 from zarr_store.lock import CubeLock
@@ -91,12 +92,15 @@ class TaskFolder:
         """Write what the folder is, and put it in its place; an earlier result of this task is replaced."""
         with translate_os_errors(str(self.path)):
             write_file(self.path / RESULT, json.dumps({"terrashard": self.task, **result}, indent=1).encode())
-            (self.path / _STATE).unlink(missing_ok=True)
             sync_tree(self.path)
+            crashpoint("before a result is in its place")
             if self.out.exists():
                 remove_folder(self.out)
-            self._lock.__exit__(None, None, None)
+            crashpoint("before a result has its name")
+            # the state goes last: a run that is killed before is continued, and publishes at once
             self.path.rename(self.out)
+            (self.out / _STATE).unlink(missing_ok=True)
+            (self.out / _LOCK).unlink(missing_ok=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

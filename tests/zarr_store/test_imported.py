@@ -18,7 +18,7 @@ from zarr_store import from_xarray, open_cube, open_layer, verify_cube
 from zarr_store.cf import Options, recognise
 from zarr_store.errors import CubeMismatch, InvalidInput, UnknownName
 from zarr_store.grow import grow_cube
-from zarr_store.imported import layer_from_xarray
+from zarr_store.imported import ImportReport, layer_from_xarray
 from zarr_store.labels import LabelLayer, open_label
 from zarr_store.netcdf import digest_file, open_netcdf
 
@@ -185,6 +185,30 @@ def test_an_import_that_was_killed_continues_and_a_complete_one_writes_nothing(
     with pytest.raises(CubeMismatch, match=r"has a collection s of other data .*sha256"):
         from_xarray(data, killed, collection="s", crs=CRS, source={"file": "a.nc", "sha256": "1" * 64})
     assert tree(killed) == tree(whole)
+
+
+@pytest.mark.parametrize("stated", [{"scale": 0.5}, {"offset": 2.0}, {"nodata": 5.0}])
+def test_another_scale_or_nodata_value_of_the_same_file_is_stored(tmp_path: Path, stated: dict[str, float]) -> None:
+    numbers = np.arange(1, 401, dtype=np.uint16).reshape(1, 20, 20)
+    data, source = world(times=1, red=numbers), {"file": "a.nc", "sha256": "0" * 64}
+
+    def stored(url: Path, **options: float) -> tuple[ImportReport, np.ndarray]:
+        report = from_xarray(
+            data, url, collection="s", crs=CRS, source=source, kind="backscatter",
+            **options,  # type: ignore[arg-type]
+        )  # fmt: skip
+        (region,) = open_cube(url).spec("s").shards().values()
+        return report, open_cube(url).read("s", "backscatter", region)
+
+    first, before = stored(tmp_path / "cube.zarr", scale=0.1)
+    assert (first.written, first.done_before) == (1, 0)
+    again, after = stored(tmp_path / "cube.zarr", **{"scale": 0.1, **stated})
+    assert (again.written, again.done_before) == (1, 0)
+    fresh, expected = stored(tmp_path / "fresh.zarr", **{"scale": 0.1, **stated})
+    np.testing.assert_array_equal(after, expected)
+    assert fresh.written
+    assert not np.array_equal(before, after)
+    assert stored(tmp_path / "cube.zarr", **{"scale": 0.1, **stated})[0].done_before == 1
 
 
 KILLED = """

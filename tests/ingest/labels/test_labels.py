@@ -22,7 +22,7 @@ from rasterio.transform import from_origin
 from ingest.labels.layer import import_labels
 from ingest.request.geometry import load_geometry
 from zarr_store import BandSpec, Cube, CubeSpec, Grid, Layout, ShardWriter, create_cube, open_cube, verify_cube
-from zarr_store.errors import CubeMismatch, InvalidInput, NothingFound, UnknownName
+from zarr_store.errors import CubeMismatch, IntegrityError, InvalidInput, NothingFound, UnknownName
 from zarr_store.labels import NOT_LABELLED, find_labels, open_label
 
 SHAPE = (96, 128)
@@ -283,6 +283,28 @@ def test_another_source_needs_replace_and_damage_is_found(cube: Cube, tmp_path: 
     assert "is corrupt" in verify_cube(cube.url).damaged_labels[0]
     shard.unlink()
     assert "is missing" in verify_cube(cube.url).damaged_labels[0]
+
+
+def test_a_damaged_layer_is_made_again_by_the_same_import(cube: Cube, tmp_path: Path) -> None:
+    source = raster(tmp_path / "a.tif", truth())
+    before = import_labels(cube.url, source, name="t")
+    assert not import_labels(cube.url, source, name="t").written
+    shard, about = Path(cube.url) / "labels/t/label/c/1/1", Path(cube.url) / "labels/t/zarr.json"
+    whole = shard.read_bytes()
+    for spoil in (lambda: shard.write_bytes(whole[:-1] + b"\0"), shard.unlink):
+        spoil()
+        assert verify_cube(cube.url).damaged_labels
+        assert import_labels(cube.url, source, name="t").written
+        assert verify_cube(cube.url).damaged_labels == ()
+        assert shard.read_bytes() == whole
+    about.write_text("{")
+    with pytest.raises(IntegrityError, match="again with --replace"):
+        import_labels(cube.url, source, name="t")
+    made = import_labels(cube.url, source, name="t", replace=True)
+    assert made.written
+    assert made.digest == before.digest
+    assert verify_cube(cube.url).damaged_labels == ()
+    np.testing.assert_array_equal(stored(cube), truth())
 
 
 KILL = """

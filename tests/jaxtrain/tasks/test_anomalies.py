@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import zarr
 from scipy import ndimage
 from scipy.stats import chi2
 
+from jaxtrain.runs.checkpoint import CheckpointStore
 from jaxtrain.tasks import anomalies, cube_reader, places
 from jaxtrain.tasks.anomalies import AnomalyOptions, find_anomalies
 from jaxtrain.tasks.background import make_background, score_rows
@@ -27,6 +30,7 @@ from jaxtrain.tasks.tables import change_from_before, open_table
 from jaxtrain.tasks.work import LocalWorkers, TableRef, keep_blocks
 from zarr_store.errors import InvalidInput, Preempted
 from zarr_store.grid import Grid
+from zarr_store.samples import Sample, SampleSpec, write_samples
 
 from ..cube_factory import make_cube
 
@@ -322,6 +326,34 @@ def test_scores_of_vectors_keep_their_rows(odd: Path, tmp_path: Path) -> None:
     assert found.places[0].lat == pytest.approx(45.14, abs=0.02)
     made = ScoreStore(tmp_path / "out/anomalies.zarr", open_table(str(tmp_path / "vectors.zarr")), {})
     assert int(np.asarray(made.score).argmax()) == 17
+
+
+def test_vectors_of_other_samples_or_of_another_checkpoint_are_not_continued_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request has the contents of store and checkpoint, as their paths stay the same when they are made again."""
+    asked: list[str] = []
+
+    def look(_out: str, _task: str, request: dict[str, Any]) -> Any:
+        asked.append(json.dumps(request, sort_keys=True))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(anomalies, "TaskFolder", look)
+    manifest = CheckpointStore(tmp_path / "run/checkpoints").path(7) / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    spec = SampleSpec(2, ("red",), (4, 4), "uint16", ("a",), "one")
+    for number, checkpoint in ((1, "first"), (1, "first"), (2, "first"), (2, "second")):
+        manifest.write_text(checkpoint)
+        shutil.rmtree(tmp_path / "store.zarr", ignore_errors=True)
+        pixels = np.full((1, 4, 4), number, np.uint16)
+        label = np.asarray(np.uint8(0))
+        write_samples(tmp_path / "store.zarr", spec, [Sample(pixels, label, 1, 2, name) for name in ("a", "b")])
+        with pytest.raises(KeyboardInterrupt):
+            find_anomalies(tmp_path / "store.zarr", tmp_path / "out", AnomalyOptions(method="embedding"),
+                           run=tmp_path / "run")  # fmt: skip
+    first, again, samples, network = asked
+    assert first == again
+    assert len({first, samples, network}) == 3
 
 
 def test_blocks_are_read_once_where_they_fit(odd: Path) -> None:

@@ -159,6 +159,18 @@ def test_a_run_that_was_stopped_continues_and_gives_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_break_after_noon_is_dated_by_the_day_of_its_observation() -> None:
+    times = np.datetime64("2018-01-01T17:00:00") + np.arange(0, 1500, 12).astype("timedelta64[D]")
+    times[80] += np.timedelta64(7 * 3600 - 20, "s")  # 20 s before midnight, less than float32 tells apart
+    days = times.astype("datetime64[s]").astype(np.int64) / 86_400.0
+    values = (0.1 + 0.005 * np.random.default_rng(0).standard_normal((len(days), 2, 2))).astype(np.float32)
+    values[80:, :, 0] += 0.3
+    values[90:, :, 1] += 0.3
+    found = detect_breaks(days, values, HarmonicModel())
+    dates = changes._dates(days, found.day)[0].astype("datetime64[D]")
+    assert dates.tolist() == [times[80].astype("datetime64[D]").item(), times[90].astype("datetime64[D]").item()]
+
+
 def test_too_few_dates_and_clouds_everywhere_are_refused_and_leave_nothing(cube: Path, tmp_path: Path) -> None:
     short = ",".join(str(at) for at in range(10))
     with pytest.raises(InvalidInput, match="has 10 dates; a model of 1 harmonics needs 18 clear ones"):
