@@ -20,7 +20,7 @@ _PARTS = 64
 
 
 def load_area(run: Path, cube: str, *, aoi: Path | None, bbox: str | None) -> Area | None:
-    """Read the part of a cube that is mapped; None for all of it.
+    """Read which part of a cube to map; return None for the whole cube.
 
     Args:
         run: The run directory, which names the collection.

@@ -1,4 +1,4 @@
-"""`terrashard change` finds when each pixel of a cube left its own history."""
+"""`terrashard change` detects breaks in the time series of each pixel of a cube."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`terrashard classify` labels images by a network that was trained on a sample store."""
+"""`terrashard classify` labels images with a network that was trained on a sample store."""
 
 from __future__ import annotations
 

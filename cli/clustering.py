@@ -1,4 +1,4 @@
-"""What the commands of clusters, components, anomalies and change share: workers, and files that GDAL writes."""
+"""Shared parts of the commands for clusters, components, anomalies and change: workers, and files that GDAL writes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _STRIP = 512
 
 @contextlib.contextmanager
 def open_workers(session: Session, dask: str | None, memory: str | None) -> Iterator[tuple[Any, bool]]:
-    """Yield who computes blocks, and whether this process writes the results.
+    """Yield the workers that compute blocks, and whether this process writes the results.
 
     Args:
         session: The running command.
@@ -217,7 +217,7 @@ def add_change_files(folder: Path, result: Any) -> None:
 
 
 class _First:
-    """The first break of an array (break, y, x), read as (y, x)."""
+    """View of an array (break, y, x) that reads the first break as (y, x)."""
 
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -227,7 +227,7 @@ class _First:
 
 
 class _FirstDates(_First):
-    """The same of dates, as numbers YYYYMMDD."""
+    """View of dates (break, y, x) that reads the first break as numbers YYYYMMDD, 0 where there is none."""
 
     def __getitem__(self, at: Any) -> npt.NDArray[Any]:
         days = super().__getitem__(at)

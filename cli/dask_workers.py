@@ -222,7 +222,7 @@ class DaskProcess:
             self._places.client.run(_stop_process, self._key, at_once, workers=[self._where], on_error="ignore")
 
     def finish(self) -> int:
-        """Wait for the end of the process and its last lines, but not long for a killed one that does not report."""
+        """Wait for the end of the process and its last lines; wait only briefly for a killed one without report."""
         until = time.monotonic() + _KILLED_S
         while self.code() is None and time.monotonic() < until:
             time.sleep(_POLL_S / 4)

@@ -116,7 +116,7 @@ def _devices() -> list[dict[str, Any]] | dict[str, str]:
 
 
 def _measured() -> list[dict[str, Any]]:
-    """Return what `terrashard survey` has measured of this machine, the newest first."""
+    """Return the measurements of this machine that `terrashard survey` has kept, the newest first."""
     from jaxtrain.planner.machine import kept_profiles
 
     return [profile.model_dump(mode="json") for profile in kept_profiles()]

@@ -101,7 +101,7 @@ def static_layers(cube: Cube) -> dict[str, dict[str, Any]]:
 
 
 def pairings(cube: Cube) -> list[dict[str, Any]]:
-    """Return, for each two collections, the step of the second nearest to each step of the first, and the gap."""
+    """Return, for each ordered pair of collections, the step of the second nearest to each step of the first."""
     from zarr_store.steps import pair_collections
 
     found = []
@@ -178,7 +178,7 @@ def _show_samples(session: Session, url: str) -> None:
 
 
 def _refuse_others(url: str) -> None:
-    """Refuse a map or a run by name, with the command that shows it."""
+    """Raise an error for a map or a run; the message names the command that shows it."""
     from pathlib import Path
 
     from zarr_store.errors import NotACube

@@ -1,4 +1,4 @@
-"""Running a plan and extending a cube: the shared part of `ingest`, `repair`, `audit` and `demo`."""
+"""Shared part of `ingest`, `repair`, `audit` and `demo`: run a plan, and extend a cube."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HEAD_BYTES = 64 << 20
 
 
 def is_plan(source: str) -> bool:
-    """Return whether SOURCE is a plan.json of `terrashard plan`, which runs as it is."""
+    """Return whether SOURCE is a plan.json of `terrashard plan`, which runs unchanged."""
     from zarr_store.bounded import load_json, read_file
 
     path = Path(source)

@@ -160,7 +160,7 @@ def _is_complete(cube: Path) -> bool:
 
 @contextmanager
 def _served(world: Path) -> Iterator[ServerHandle]:
-    """Serve the world, on the port of the last time if it is free, so that an interrupted ingest continues."""
+    """Serve the world on the port of the previous run if that is free, so that an interrupted ingest continues."""
     from contextlib import ExitStack
 
     from ingest.simulate import serve

@@ -98,7 +98,7 @@ def read_names(text: str) -> dict[int, str]:
     """Return the names of --names by value: "10=tree,30=grass".
 
     Raises:
-        InvalidInput: A part of it is no VALUE=NAME, or a value has two names.
+        InvalidInput: A part of it is not of the form VALUE=NAME, or a value has two names.
     """
     from zarr_store.errors import InvalidInput
 

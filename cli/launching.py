@@ -74,7 +74,7 @@ class LaunchOptions:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The KEY=VALUE options."""
+        """Values of the KEY=VALUE options by name; "-" in a name becomes "_"."""
         pairs = [text.partition("=") for text in self.cluster_options]
         for name, equals, _ in pairs:
             if not equals or not name.strip():
@@ -87,7 +87,7 @@ class TrainWords:
     """The command that each process runs: train CONFIG.toml --out RUN …
 
     Attributes:
-        words: All words as they were typed, beginning with train; or with predict, and then nothing else is known.
+        words: All words as they were typed. The first is train or predict; for predict, other fields are not filled.
         files: Configuration files in the order in which they are read.
         out: The run directory, or None.
         overrides: The texts of --set.
@@ -138,13 +138,13 @@ class TrainWords:
         )
 
     def check(self, *, here: bool = False) -> None:
-        """Refuse settings by which no process could train, once and before anything starts.
+        """Raise an error, before anything starts, for settings with which no process could train.
 
         Args:
-            here: Whether all processes start on this machine. Elsewhere, files may lie that are not here.
+            here: Whether all processes start on this machine. Other machines may have files that this one lacks.
 
         Raises:
-            InvalidInput: A file is absent here or no TOML, or a key or value does not fit.
+            InvalidInput: A file is absent here or is not TOML, or a key or value does not fit.
         """
         from jaxtrain.settings import read_train_config
 
@@ -153,7 +153,7 @@ class TrainWords:
             read_train_config(paths, self.overrides)
 
     def has_replicas(self) -> bool:
-        """Return whether the run may change its machines, by its configuration as far as it can be read here."""
+        """Return whether machines may join or leave the run, as far as its configuration can be read here."""
         from jaxtrain.settings import merge, override, read_toml
 
         settings: dict[str, Any] = {}
@@ -218,7 +218,7 @@ def run_launch(session: Session, words: Sequence[str], options: LaunchOptions) -
 
 @contextmanager
 def _places(train: TrainWords, options: LaunchOptions) -> Iterator[tuple[Places, str]]:
-    """Open the places of a run; yields them and this machine's address towards them."""
+    """Open the places of a run; yield them, and the address under which they reach this machine."""
     from jaxtrain.launching.group import address_towards
 
     arguments = ["-P", "-m", "cli.main", *train.arguments]
@@ -305,7 +305,7 @@ def _launch_replicas(
 
 
 def _bind(listen: str | None, address: str) -> str:
-    """Return host:port for the coordinator: as asked, else this machine's address towards the processes.
+    """Return host:port for the coordinator: as asked, else the address under which the processes reach this machine.
 
     >>> _bind(None, "127.0.0.1"), _bind("10.0.0.5", ""), _bind("10.0.0.5:7000", ""), _bind("[::1]:7000", "")
     ('127.0.0.1:0', '10.0.0.5:0', '10.0.0.5:7000', '[::1]:7000')

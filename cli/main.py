@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: Without the program's name; None for those of the process.
+        arguments: Arguments without the program's name; None takes those of the process.
 
     Returns:
         The exit code.
@@ -236,7 +236,7 @@ def _leave_within(seconds: float, code: int) -> None:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    """Return the exit code of an error and its one line."""
+    """Return the exit code of an error and its message on one line."""
     from zarr_store.errors import TerrashardError, space_advice
 
     if isinstance(error, TerrashardError):

@@ -39,7 +39,7 @@ _OF_CLUSTER = ("hosts", "cluster_options", "tls", "expose", "memory", "dashboard
 def fill_elsewhere(
     session: Session, options: HelperOptions, on_progress: Callable[[int, int, str], None]
 ) -> Callable[[Path], None] | None:
-    """Return what fills a map by other processes, or None where no options ask for them.
+    """Return a function that fills a map with other processes, or None if no option asks for them.
 
     Args:
         session: The running command.
@@ -95,7 +95,7 @@ def _count(workers: str | int | None) -> int | None:
 
 
 def _kind(code: int) -> type[TerrashardError]:
-    """Return the kind of error that ends with an exit code."""
+    """Return the class of error that belongs to an exit code."""
     kinds = (InvalidInput, NothingFound, Locked, IntegrityError, NoSpace, AccessError)
     return next((kind for kind in kinds if kind.exit_code == code), AccessError)
 
@@ -166,7 +166,7 @@ def _command(folder: Path) -> list[str]:
 
 
 class _State:
-    """Adds up the progress that the processes write, and keeps the last error that one of them reports."""
+    """Sum of the progress that the processes write, and the last error that one of them reported."""
 
     def __init__(self, on_progress: Callable[[int, int, str], None]) -> None:
         self.count = 0

@@ -81,7 +81,7 @@ def run_prediction(
 
 
 def _launched_part() -> tuple[int, int] | None:
-    """Return (number, count) of this process among those of `terrashard launch`; None where it is alone."""
+    """Return (number, count) of this process among those of `terrashard launch`; None if it is the only one."""
     from jaxtrain.parallel.rendezvous import PROCESS, PROCESSES, read_number
 
     number, count = read_number(PROCESS, os.environ), read_number(PROCESSES, os.environ)

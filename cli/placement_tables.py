@@ -1,4 +1,4 @@
-"""Tables of placements: what the planner says of each, what was measured, and how the batch moves the bytes."""
+"""Tables of placements: predictions of the planner, measurements, and bytes of an epoch over the batch size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH = 132
 
 
 def placement_table(rows: Sequence[PlacementRow], windows: int) -> str:
-    """Return what the planner says of each placement as a table.
+    """Return the planner's predictions for each placement as a table.
 
     Args:
         rows: The placements.
@@ -43,7 +43,8 @@ def placement_table(rows: Sequence[PlacementRow], windows: int) -> str:
 def batch_table(rows: Sequence[PlacementRow], windows: int) -> str:
     """Return the bytes of an epoch for several batches as a table.
 
-    Those of data parallel fall with the batch, as an epoch has fewer steps; those of a placed network stay.
+    With data parallelism the bytes fall as the batch grows, because an epoch has fewer steps. With a placed network
+    they hardly change.
 
     Args:
         rows: The placements.
@@ -60,7 +61,7 @@ def batch_table(rows: Sequence[PlacementRow], windows: int) -> str:
 
 
 def bytes_of_epoch(values: Mapping[str, Any], windows: int, batch: int) -> float:
-    """Return the bytes of an epoch with a batch: what each window adds, and in each step what does not depend on it.
+    """Return the bytes of an epoch: in each step a fixed part, and a part for each window of the batch.
 
     >>> bytes_of_epoch({"bytes_fixed": 10.0, "bytes_window": 3.0}, windows=64, batch=16)
     232.0
@@ -74,7 +75,7 @@ def _batches(batch: int) -> tuple[int, ...]:
 
 
 def measured_table(rows: Sequence[PlacementRow], measured: Mapping[str, Mapping[str, Any]], windows: int) -> str:
-    """Return what was measured of each placement as a table, with the planner's bytes beside it."""
+    """Return the measurements of each placement as a table, next to the planner's bytes."""
     lines, wrong = [], []
     for row in rows:
         seen = measured.get(row.placed.name)

@@ -80,15 +80,15 @@ def measure_placements(
 ) -> dict[str, dict[str, Any]]:
     """Run placements with a process for each device, those with equally many devices in one start.
 
-    Each row is kept once it is measured. So the same call continues after an interruption, and processes that die lose
-    the placement that they were at: the others are started again without it, and the same call tries it again.
+    Each row is kept once it is measured, so the same call continues after an interruption. If processes die, only the
+    placement that they were measuring is lost: the others start again without it, and the next call tries it again.
 
     Args:
         session: The command.
-        placed: The placements of a run, which must find its data from where the processes run.
+        placed: The placements of a run; its data must be accessible to the processes.
         dask: Address of a Dask scheduler, on whose workers the processes run; None for this machine.
         epochs: Passes over the training part before the held-out part is scored.
-        data: Description of the data: rows that were measured on other data are not taken up.
+        data: Description of the data: kept rows that were measured on other data are not used.
 
     Returns:
         What was measured, by the name of the placement.
@@ -97,7 +97,7 @@ def measure_placements(
         TerrashardError: The first processes failed; the message is the last line that they wrote. Later ones that fail
             have this reason in place of measurements.
         AccessError: The Dask cluster does not answer, or has no worker.
-        Preempted: The command was told to stop.
+        Preempted: The command was stopped by SIGTERM.
     """
     from jaxtrain.planner.measured_rows import MeasuredRows
 
@@ -151,7 +151,7 @@ def measure_placements(
 
 
 def _request(one: Placed) -> dict[str, Any]:
-    """Return what the processes are told of a placement: its name and the run."""
+    """Return the description of a placement that the processes get: its name and the configuration of the run."""
     assert one.candidate.config is not None
     config = _wherever(one.candidate.config)
     return {"name": one.name, "config": config.model_dump(mode="json", exclude_unset=True)}
@@ -164,7 +164,7 @@ def _measure(
     epochs: float,
     tell: Callable[[str, dict[str, Any]], None],
 ) -> dict[str, dict[str, Any]]:
-    """Measure placements of one number of devices; `tell` gets each row once all processes have told theirs."""
+    """Measure placements on one number of devices; call `tell` with each row once all processes have measured it."""
     from jaxtrain.launch import LaunchConfig, launch_at
     from jaxtrain.launching.outcome import INTERRUPTED, PREEMPTED
 
@@ -200,7 +200,7 @@ def _measure(
 
 
 def _wherever(config: TrainConfig) -> TrainConfig:
-    """Return the run with whole paths, as processes may start in another folder."""
+    """Return the configuration with absolute paths, as processes may start in another folder."""
 
     def whole(url: str) -> str:
         return url if not url or "://" in url else str(Path(url).absolute())
@@ -216,7 +216,7 @@ def _wherever(config: TrainConfig) -> TrainConfig:
 
 @contextmanager
 def _places(arguments: Sequence[str], devices: int, dask: str | None) -> Iterator[Places]:
-    """Open places in which every process has one device of the processor."""
+    """Open places in which every process has one CPU device."""
     from jaxtrain.launching.places import ThisMachine
 
     if dask is None:
@@ -229,7 +229,7 @@ def _places(arguments: Sequence[str], devices: int, dask: str | None) -> Iterato
 
 
 class _OneDeviceEach:
-    """Places in which every process sees one device of the processor."""
+    """Places in which every process sees one CPU device."""
 
     def __init__(self, inner: Places) -> None:
         self._inner = inner
@@ -247,7 +247,7 @@ class _OneDeviceEach:
 
 
 def _together(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Join what the processes of one placement measured: bytes once for each machine, the slowest process's times."""
+    """Join the measurements of one placement: bytes once for each machine, times of the slowest process."""
     wrong = next((line["why_not"] for line in lines if "why_not" in line), None)
     if wrong is not None or not lines:
         return {"why_not": wrong or "it wrote nothing"}

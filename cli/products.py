@@ -1,4 +1,4 @@
-"""A finished map becomes files of other programs; `jaxtrain.inference.maps` and `ingest.products` meet here."""
+"""Write a finished map as files for other programs; `jaxtrain.inference.maps` and `ingest.products` meet here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Products", "class_colours", "class_layer", "estimate_map", "export_c
 
 @dataclass(frozen=True)
 class Products:
-    """Files that are made of a map.
+    """Files to write from a map.
 
     Attributes:
         cog: GeoTIFF.
@@ -42,10 +42,10 @@ class Products:
     pmtiles: Path | None = None
 
     def check(self) -> None:
-        """Refuse files that could not be written, before minutes of work.
+        """Raise an error for files that could not be written, before minutes of work.
 
         Raises:
-            InvalidInput: One of them, or an option without the file that it is for.
+            InvalidInput: One of them cannot be written, or an option is given without the file that it is for.
         """
         for option, path, suffixes in (("--cog", self.cog, (".tif", ".tiff")),
                                        ("--pmtiles", self.pmtiles, (".pmtiles",))):  # fmt: skip
@@ -126,7 +126,7 @@ def estimate_map(made: Map, run: Path | None, *, time: int = -1) -> dict[str, An
     Returns:
         The mapped and estimated areas in hectares, with standard errors and 95 % confidence intervals; mapped areas
         alone, and `why_not`, where the run has no scores of its test part; None for a map of values or without pixels.
-        `other_ground` says whether the test samples lie elsewhere than the map, or elsewhere, too.
+        `other_ground` says whether some or all of the test samples lie outside the map.
     """
     from jaxtrain.evaluation.areas import estimate_areas
     from jaxtrain.runs.evaluations import own_evaluation, read_evaluations
@@ -152,7 +152,7 @@ def estimate_map(made: Map, run: Path | None, *, time: int = -1) -> dict[str, An
 
 
 def _is_other_ground(made: Map, run: Path) -> bool | None:
-    """Return whether the samples that tested a run lie elsewhere than a map, or elsewhere, too; None if unknown."""
+    """Return whether some or all of the test samples of a run lie outside a map; None if unknown."""
     from jaxtrain.runs.rundir import load_card
 
     try:
@@ -182,7 +182,7 @@ def say_areas(session: Session, areas: dict[str, Any] | None) -> None:
 
 
 def export_map(session: Session, url: str, products: Products, *, run: Path | None, time: str | None) -> dict[str, Any]:
-    """Write the files of a finished map, and say the areas of its classes.
+    """Write the files of a finished map, and print the areas of its classes.
 
     Args:
         session: The running command.

@@ -103,7 +103,7 @@ class Session:
             speak(text)
 
     def warn(self, text: str) -> None:
-        """Write a warning: something that a person should know and that is no error."""
+        """Write a warning: something that a person should know and that is not an error."""
         speak(f"warning: {text}")
 
     def fail(self, text: str) -> None:

@@ -85,7 +85,7 @@ def read_anomalies(document: dict[str, Any], path: Path) -> Any:
 
 
 def wait_for_interrupt() -> None:
-    """Sleep until Ctrl-C, which is the normal end of serving and no error."""
+    """Sleep until Ctrl-C, which is the normal end of serving and not an error."""
     import threading
 
     try:

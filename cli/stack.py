@@ -109,7 +109,7 @@ def read_nodata(text: str | None) -> float | Literal["none"] | None:
     """Return the value of --nodata: a number, "none", or None where it was not given.
 
     Raises:
-        InvalidInput: It is neither.
+        InvalidInput: It is neither a number nor "none".
     """
     from zarr_store.errors import InvalidInput
 

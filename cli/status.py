@@ -85,7 +85,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _show_map(session: Session, url: str, *, watch: bool) -> bool:
-    """Show how far a map is, and return whether there is one, or one in the making."""
+    """Show how much of a map is done; return whether the map exists or is being made."""
     import time
 
     if "://" in url:

@@ -1,4 +1,4 @@
-"""`terrashard survey` says what every way of spreading a network costs, and which to take."""
+"""`terrashard survey` compares the costs of all parallel strategies for a network, and recommends one."""
 
 from __future__ import annotations
 

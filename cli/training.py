@@ -1,4 +1,4 @@
-"""Training as commands do it: the shared part of `train` and `demo`."""
+"""Shared part of the commands `train` and `demo`: read the configuration, train, and show the result."""
 
 from __future__ import annotations
 

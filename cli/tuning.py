@@ -1,4 +1,4 @@
-"""Searching as `terrashard tune` does it: opening a search, running it here or on a cluster, and showing it."""
+"""The steps of `terrashard tune`: open a search, run it here or on a cluster, and show it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def open_search(session: Session, what: Path, *, space: Path | None, out: Path |
 
 
 def read_population(text: str) -> int | None:
-    """Return the size of a population for the text of `--population`: 1 for off, None for auto.
+    """Return the size of a population from the text of `--population`: 1 for off, None for auto.
 
     Raises:
         InvalidInput: It is something else.
