@@ -42,7 +42,7 @@ class Features:
 
 
 def is_vector(path: Path) -> bool:
-    """Whether the suffix of a file is that of a vector format."""
+    """Return whether the suffix of a file is that of a vector format."""
     return path.suffix.lower() in VECTOR_SUFFIXES
 
 

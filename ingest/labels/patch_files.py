@@ -161,7 +161,7 @@ def _from_table(table: Path) -> tuple[tuple[str, ...], list[Listed], list[str]]:
 
 
 def _place(table: Path, found: Sequence[Listed]) -> tuple[list[Listed], list[str]]:
-    """Give images the places of a table, by path or by a base name that only one image has."""
+    """Give the images their coordinates from a table, by path, or by a base name that only one image has."""
     if not table.is_file():
         return list(found), []
     by_name = {_plain(image.name): number for number, image in enumerate(found)}

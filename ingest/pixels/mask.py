@@ -31,7 +31,7 @@ _STRIP_PIXELS = 1 << 18
 
 
 def observed(bands: Sequence[npt.NDArray[np.generic]], classes: npt.NDArray[np.uint8] | None) -> Bool:
-    """The pixels where every band has a value and, if classes are given, the class is not 0.
+    """Return the pixels in which every band has a value and, if classes are given, the class is not 0.
 
     Args:
         bands: Arrays (y, x); no data is 0 in whole numbers and NaN in floats.
@@ -59,7 +59,7 @@ def clipped_pixels(
     may_be_zero: Sequence[bool],
     finest: Sequence[bool],
 ) -> Bool:
-    """The pixels of which some bands hold 0 as a number: reflectance that a provider clipped, and not "no data".
+    """Return the pixels in which some band holds a 0 that is a clipped reflectance and not "no data".
 
     Such a pixel has a value in another band of the finest pixels, and a class that is not 0: classes are made of all
     bands together. Without classes the other bands decide: at least half of them have a value, and it is dark.
@@ -99,13 +99,13 @@ def _has_value(band: npt.NDArray[np.generic]) -> Bool:
 
 
 def halo_pixels(grid: Grid, dilate_m: float, scale: Scale | None = None) -> tuple[int, int]:
-    """Rows and columns of the halo: pixels this far outside a window reach into it when masked areas grow."""
+    """Return the rows and columns of the halo: masked pixels this far outside a window can grow into it."""
     width, height = _pixel_m(grid, scale)
     return (math.floor(dilate_m / height + 1e-9), math.floor(dilate_m / width + 1e-9))
 
 
 def disc(grid: Grid, dilate_m: float, scale: Scale | None = None) -> Bool:
-    """The pixels whose centre lies within `dilate_m` metres of the middle pixel, as an array with odd sides."""
+    """Return the pixels whose centre lies within `dilate_m` metres of the middle pixel, as an array with odd sides."""
     rows, cols = halo_pixels(grid, dilate_m, scale)
     width, height = _pixel_m(grid, scale)
     y, x = np.mgrid[-rows : rows + 1, -cols : cols + 1]
@@ -114,7 +114,7 @@ def disc(grid: Grid, dilate_m: float, scale: Scale | None = None) -> Bool:
 
 
 def _pixel_m(grid: Grid, scale: Scale | None) -> tuple[float, float]:
-    """Width and height of a pixel on the ground, in metres."""
+    """Return the width and height of a pixel on the ground, in metres."""
     rx, ry = grid.resolution
     if scale is None:
         return rx / grid.units_per_metre, ry / grid.units_per_metre
@@ -122,7 +122,7 @@ def _pixel_m(grid: Grid, scale: Scale | None) -> tuple[float, float]:
 
 
 def _among(classes: npt.NDArray[np.uint8], values: Sequence[int]) -> Bool:
-    """The pixels whose class is among `values`; comparing in strips is six times as fast as a table of 256 entries."""
+    """Return where the class is one of `values`; strips are six times as fast as a table of 256 entries."""
     matches = np.zeros(classes.shape, bool)
     rows = max(1, _STRIP_PIXELS // max(1, classes.shape[1]))
     for top in range(0, len(classes), rows):
@@ -140,7 +140,7 @@ def mask_classes(
     dilate_m: float = 0.0,
     scale: Scale | None = None,
 ) -> Bool:
-    """The pixels that are masked.
+    """Return the pixels that are masked.
 
     Class 0 (no data) is masked but not grown, as the edge of a swath is not a cloud.
 

@@ -78,12 +78,12 @@ class ProbedScene:
         return cls(scene, probes.get(scene.key) or probes.get(scene.id))
 
     def header(self, band: str) -> Grid | None:
-        """The grid that the file of a band states; None where no file was opened."""
+        """Return the grid that the file of a band states; None if no file was opened."""
         asset = self.probe.assets.get(band) if self.probe else None
         return asset.grid if asset else None
 
     def candidates(self) -> list[Candidate]:
-        """The rasters of the scene whose headers are known."""
+        """Return the rasters of the scene whose headers are known."""
         return [
             Candidate(f"{self.scene.id}/{band}", header, asset.kind == "data")
             for band, asset in self.scene.assets.items()
@@ -91,7 +91,7 @@ class ProbedScene:
         ]
 
     def shows_footprint(self) -> bool:
-        """Whether a file of the scene lies where its footprint does; a footprint that is elsewhere says nothing."""
+        """Return whether a file of the scene lies where its footprint does, or where no file or footprint can tell."""
         headers = [c.grid for c in self.candidates()]
         footprint = shape(dict(self.scene.footprint)) if self.scene.footprint else None
         if not headers or footprint is None:
@@ -99,7 +99,7 @@ class ProbedScene:
         return meets(footprint, box_region(headers[0].lonlat_bounds()))
 
     def stated_place(self) -> Grid | Bounds:
-        """Where the catalogue places the scene: the grid of its largest asset, else the lon/lat box."""
+        """Return where the catalogue places the scene: the grid of its largest asset, else the lon/lat box."""
         stated = [a.grid for a in self.scene.assets.values() if a.grid is not None and _is_on_earth(a.grid)]
         if stated:
             return max(stated, key=lambda grid: (grid.height * grid.width, str(grid)))
@@ -127,7 +127,7 @@ class ProbedScene:
         return self.probe.cloud_share if self.probe else None
 
     def extent(self, target: Grid) -> Grid:
-        """The rectangle of the scene's raster: from the header, else the metadata, else the box of its footprint."""
+        """Return the rectangle of the scene's raster: from the headers, the metadata, or the box of its footprint."""
         headers = [c.grid for c in self.candidates()]
         if headers:
             return max(headers, key=lambda grid: (grid.height * grid.width, str(grid)))
@@ -137,7 +137,7 @@ class ProbedScene:
         return Grid.from_bounds(target.crs, project_bounds(place, target.crs), resolution=target.resolution)
 
     def rank(self, target: Grid) -> int:
-        """The scene's `lattice_rank`, from the headers of its files."""
+        """Return the `lattice_rank` of the scene, from the headers of its files."""
         return lattice_rank([c.grid for c in self.candidates()] or [self.extent(target)], target)
 
 
@@ -226,7 +226,7 @@ def select_scenes(
 
 
 def _covered_share(scene: Scene, region: BaseGeometry) -> float:
-    """Area of the footprint within the region, over that of the region or of the scene's box, whichever is smaller.
+    """Return the share of the region, or of the scene's box if that is smaller, that the footprint covers.
 
     The region may lie on either side of the antimeridian.
     """
@@ -244,7 +244,7 @@ def _show(box_: Bounds) -> str:
 
 
 def product_of(scene: Scene) -> ProductRule:
-    """The rules of the scene's product."""
+    """Return the rule of the scene's product."""
     return next(rule for rule in PRODUCTS if rule.name == scene.product)
 
 

@@ -130,7 +130,7 @@ def measure_coverage(
 
 
 def find_window(grid: Grid, config: IngestConfig) -> tuple[int, int, int, int] | None:
-    """(row, col, height, width) of the region in a raster, where it is small enough to be read whole; else None."""
+    """Return (row, col, height, width) of the region in a raster; None if it is too large to be read whole."""
     if region_lonlat(config) is None:
         return None
     place = _window(grid, config)
@@ -138,7 +138,7 @@ def find_window(grid: Grid, config: IngestConfig) -> tuple[int, int, int, int] |
 
 
 def _window(grid: Grid, config: IngestConfig) -> tuple[tuple[int, int, int, int], float] | None:
-    """((row, col, height, width) of the region in the raster, number of pixels of the whole region)."""
+    """Return ((row, col, height, width) of the region in the raster, number of pixels of the whole region)."""
     region = region_lonlat(config)
     if region is None:
         return (0, 0, grid.height, grid.width), float(grid.height * grid.width)
@@ -185,7 +185,7 @@ def _decimated(dataset: DatasetReader, grid: Grid, window: tuple[int, int, int, 
 
 
 def _scattered(window: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
-    """Small windows that are spread evenly over a large one."""
+    """Return small windows that are spread evenly over a large one."""
     row, col, height, width = window
     side = min(_SIDE_PX, height, width)
     along = [(2 * n + 1) / (2 * _PARTS) for n in range(_PARTS)]

@@ -64,7 +64,7 @@ def describe(plan: Described) -> str:
 
 
 def plan_table(plan: Described) -> str:
-    """The plan as an HTML table for notebooks, with the whole dry run below it."""
+    """Return the plan as an HTML table for notebooks, with the whole dry run below it."""
     rows: list[tuple[str, object]] = [("source", plan.source), ("grid", plan.grid)]
     for recipe in plan.recipes:
         spec, statistics = recipe.spec, plan.statistics.get(recipe.spec.collection, {})
@@ -136,7 +136,7 @@ def _listed(title: str, entries: list[str]) -> list[str]:
 
 
 def human_bytes(count: float) -> str:
-    """A size in bytes as text with a unit.
+    """Return a size in bytes as text with a unit.
 
     >>> human_bytes(1536 * 1024)
     '1.5 MiB'

@@ -70,7 +70,7 @@ class NativeSizes:
         return tuple(sorted({factor for bands in self.factors.values() for factor in bands.values()}))
 
     def name(self, factor: int) -> str:
-        """Name of a pixel size: "20m"."""
+        """Return the name of a pixel size, for example "20m"."""
         return f"{float(f'{self.finest_m * factor:.3g}'):g}m"
 
 
@@ -193,7 +193,7 @@ def groups_of(
 
 
 def share_indices(groups: Sequence[Group], names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Give each spectral index to the group that holds its bands.
+    """Assign each spectral index to the group that holds its bands.
 
     Raises:
         InvalidInput: The bands of an index have different pixel sizes.
@@ -220,7 +220,7 @@ def _names(group: Group) -> list[str]:
 
 
 def _usual(corners: Mapping[tuple[float, float], int]) -> tuple[float, float]:
-    """The corner of most pixels; the first in order where several have as many."""
+    """Return the corner that most pixels have, and of equally frequent ones the smallest."""
     return min(corners, key=lambda corner: (-corners[corner], corner))
 
 
@@ -230,7 +230,7 @@ def _has_size(header: Grid, grid: Grid, factor: int) -> bool:
 
 
 def _size_m(grid: Grid) -> float:
-    """The longer side of a pixel on the ground, metres."""
+    """Return the longer side of a pixel on the ground, in metres."""
     (rx, ry), (mx, my) = grid.resolution, ground_scale(grid)
     return max(rx * mx, ry * my)
 

@@ -49,7 +49,7 @@ def list_overviews(
 
 
 def describe_overviews(recipe: Recipe, planned: Sequence[PlannedScene], members: Sequence[ProbedScene]) -> list[str]:
-    """Sentences on files of which overviews that are asked for are not read, or are no plain averages.
+    """Describe the files whose requested overviews are not read, or are not plain averages.
 
     Args:
         recipe: Recipe of the collection.
@@ -94,7 +94,7 @@ def describe_overviews(recipe: Recipe, planned: Sequence[PlannedScene], members:
 
 
 def count_overviews(overviews: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The overviews of a collection in a few words.
+    """Return a summary of the overviews of a collection in a few words.
 
     >>> count_overviews({"a": {"red": {"factor": 4, "resampling": "average"}}})
     '1 file at 1/4 (average)'

@@ -96,7 +96,7 @@ class Plan:
         return self.recipes[0].spec.grid
 
     def catalogue(self, group: str) -> str:
-        """The collection of the catalogue whose scenes a group of the cube holds."""
+        """Return the collection of the catalogue whose scenes a group of the cube holds."""
         return self.recipe(group).catalogue
 
     @property
@@ -108,7 +108,7 @@ class Plan:
         return found
 
     def recipe(self, collection: str) -> Recipe:
-        """The recipe of a collection."""
+        """Return the recipe of a collection."""
         return next(recipe for recipe in self.recipes if recipe.spec.collection == collection)
 
     @cached_property
@@ -166,13 +166,13 @@ class Plan:
         return plan_table(self)
 
     def summary(self) -> str:
-        """The dry run as text."""
+        """Return the dry run as text."""
         from ingest.plan.dry_run import describe
 
         return describe(self)
 
     def provenance(self) -> dict[str, Any]:
-        """The parts of the plan that a cube keeps; a plan that went through a file gives the same bytes."""
+        """Return the parts of the plan that a cube keeps; a plan that went through a file gives the same bytes."""
         kept = {
             "plan": self.digest,
             "source": self.source,
@@ -185,11 +185,11 @@ class Plan:
         return _sorted_json(kept)
 
     def item_tables(self) -> dict[str, list[dict[str, Any]]]:
-        """`items` as `create_cube` takes them; a plan that went through a file gives the same bytes."""
+        """Return `items` as `create_cube` takes them; a plan that went through a file gives the same bytes."""
         return _sorted_json({name: [dict(item) for item in rows] for name, rows in self.items.items()})
 
     def to_json(self) -> str:
-        """The plan as JSON text; scenes are listed once and tasks name them by position."""
+        """Return the plan as JSON text; it lists scenes once, and tasks refer to them by position."""
         return b"".join(self.pieces()).decode()
 
     def pieces(self) -> Iterator[bytes]:
@@ -305,6 +305,6 @@ class Plan:
 
 
 def _sorted_json(value: dict[str, Any]) -> dict[str, Any]:
-    """`value` as it comes back from JSON with sorted keys."""
+    """Return `value` as JSON with sorted keys gives it back."""
     result: dict[str, Any] = json.loads(json.dumps(value, sort_keys=True, allow_nan=False))
     return result

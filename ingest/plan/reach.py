@@ -46,19 +46,19 @@ class Reach:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Reach:
-        """The reach on the grid of a collection."""
+        """Return the reach on the grid of a collection."""
         spec = recipe.spec
         return cls(spec.grid, (spec.layout.shard[1], spec.layout.shard[2]), recipe.clip)
 
     def places(self, raster: Grid) -> tuple[Place, ...]:
-        """The places of the shards that have pixels of a raster, in order."""
+        """Return the places of the shards that have pixels of a raster, in order."""
         found = self._places.get(raster)
         if found is None:
             found = self._places[raster] = tuple(self._find(raster))
         return found
 
     def share_out(self, scenes: Iterable[PlannedScene]) -> Mapping[Place, list[PlannedScene]]:
-        """Give each place the scenes that reach it, in the order of `scenes`."""
+        """Return the scenes that reach each place, in the order of `scenes`."""
         shared: dict[Place, list[PlannedScene]] = defaultdict(list)
         for scene in scenes:
             for place in self.places(scene.extent):
@@ -76,7 +76,7 @@ class Reach:
                 yield place
 
     def _near(self, box: Bounds) -> set[Place]:
-        """The places that a box may touch; one across the antimeridian may touch them after a whole turn."""
+        """Return the places that a box may touch, also after whole turns if it crosses the antimeridian."""
         left, bottom, right, top = box
         (rx, ry), (x0, _, _, y1) = self.grid.resolution, self.grid.bounds
         rows = self._range((y1 - top) / ry, (y1 - bottom) / ry, 0)
@@ -94,13 +94,13 @@ class Reach:
         }
 
     def _range(self, first: float, end: float, axis: int) -> range:
-        """The shards along one axis between two positions in pixels."""
+        """Return the shards along one axis between two positions in pixels."""
         size, side = self.grid.shape[axis], self.shard[axis]
         low, high = max(0, math.floor(first) - _MARGIN_PX), min(size, math.ceil(end) + _MARGIN_PX)
         return range(low // side, -(-high // side)) if high > low else range(0)
 
     def _window(self, place: Place) -> Grid | None:
-        """The pixels of a shard; None where the clip leaves nothing of it."""
+        """Return the grid of the pixels of a shard; None if the clip leaves nothing of it."""
         if place not in self._windows:
             (row, column), (tall, wide) = place, self.shard
             y0, x0 = row * tall, column * wide

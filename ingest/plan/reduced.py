@@ -37,10 +37,10 @@ class ReducedProbe:
         return cls(overview.factor, overview.grid, overview.resampling, overview.packing.block, block_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the fields in a form that JSON can hold."""
         return {**vars(self), "grid": self.grid.to_dict(), "block": list(self.block)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Build an instance from the result of `to_dict`."""
         return cls(**{**data, "grid": Grid.from_dict(data["grid"]), "block": tuple(data["block"])})

@@ -68,7 +68,7 @@ class Sample:
 
 
 def is_read_whole(dataset: DatasetReader) -> bool:
-    """Whether a raster is so small that a sample is all of it."""
+    """Return whether a raster is so small that a sample is all of it."""
     return int(dataset.height) * int(dataset.width) <= (_SMALL_PIXELS if dataset.overviews(1) else _FULL_READ_PIXELS)
 
 
@@ -122,7 +122,7 @@ def trim(near: KeptPixels, window: tuple[int, int, int, int]) -> KeptPixels:
 
 
 def measure_blocks(dataset: DatasetReader, window: tuple[int, int, int, int]) -> float | None:
-    """Mean stored bytes of the blocks that a window touches, of 64 of them where there are more; None for no TIFF.
+    """Return the mean stored bytes of the blocks of a window, or of 64 of them if there are more; None for no TIFF.
 
     Args:
         dataset: The open file.

@@ -132,7 +132,7 @@ def count_blocks(header: Grid, block: tuple[int, int], window: Grid) -> int:
 
 
 def _touched(header: Grid, block: tuple[int, int], window: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The rows and the columns of all blocks of a file that a window of the cube touches."""
+    """Return the rows and the columns of all blocks of a file that a window of the cube touches."""
     reach = pixel_box(window, header)
     if reach is None:
         return (0, 0), (0, 0)
@@ -144,12 +144,12 @@ def _touched(header: Grid, block: tuple[int, int], window: Grid) -> tuple[tuple[
 
 
 def _in_blocks(first: int, end: int, block: int, size: int) -> tuple[int, int]:
-    """The pixels of all blocks along one axis that a range touches, within the file."""
+    """Extend a range of pixels along one axis to whole blocks, within the file."""
     return max(0, first) // block * block, min(size, -(-min(end, size) // block) * block)
 
 
 def resampled_share(scenes: Iterable[PlannedScene], grid: Grid) -> float:
-    """Share of the data pixels that scenes give a grid that is not a plain copy of source pixels."""
+    """Return the share of the data pixels of scenes that a grid does not copy unchanged from source pixels."""
     known: dict[tuple[Grid, Grid], tuple[int, bool]] = {}
     copied = moved = 0
     for scene in scenes:
@@ -167,7 +167,7 @@ def resampled_share(scenes: Iterable[PlannedScene], grid: Grid) -> float:
 
 
 def list_discrepancies(members: Sequence[ProbedScene]) -> list[str]:
-    """List, one line each, where catalogue and files disagree and which assets are lacking or cannot be opened."""
+    """List, one line each, where catalogue and files disagree and which assets are absent or cannot be opened."""
     scenes_by_sentence: dict[str, list[str]] = defaultdict(list)
     for one in members:
         for sentence in one.probe.discrepancies if one.probe else ():

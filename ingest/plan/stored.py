@@ -47,7 +47,7 @@ PLAN_KEY = "_terrashard/plan.json"
 
 
 def kept_plan(url: str | os.PathLike[str]) -> Plan:
-    """The plan that made a cube, with which it is repaired or continued.
+    """Return the plan that made a cube, by which it is repaired or continued.
 
     Raises:
         NotACube: There is no cube at `url`.
@@ -64,7 +64,7 @@ def kept_plan(url: str | os.PathLike[str]) -> Plan:
 
 
 def kept_digest(url: str | os.PathLike[str]) -> str | None:
-    """The digest that the plan of a cube states; None where the cube keeps no plan."""
+    """Return the digest that the plan of a cube states; None if the cube keeps no plan."""
     store = open_store(url)
     return _stated(store) if store.exists(PLAN_KEY) else None
 
@@ -169,7 +169,7 @@ def check_hrefs(plan: Plan, config: IngestConfig, *, typed: str = "", tasks: Ite
 
 
 def check_kept_source(plan: Plan, config: IngestConfig, url: str) -> str:
-    """The source that a cube states for its scenes, if today's options or the list of providers trust it.
+    """Return the source that a cube states for its scenes, if today's options or the list of providers trust it.
 
     Raises:
         InvalidInput: They do not trust it; the message states what to type.
@@ -209,7 +209,7 @@ def _provider_names(plan: Plan) -> set[str]:
 
 
 def needed_options(plan: Plan, typed: str) -> list[str]:
-    """The options of trust that a command needs to run the plan in the file `typed`."""
+    """Return the options of trust that a command needs to run the plan in the file `typed`."""
     named = _provider_names(plan)
     policy = IngestConfig().trust.href_policy(
         typed, [h for rule in PROVIDERS if rule.name in named for h in rule.hosts]
@@ -224,7 +224,7 @@ def needed_options(plan: Plan, typed: str) -> list[str]:
 
 
 def _options(plan: Plan, refused: Collection[str], unknown: Collection[str]) -> list[str]:
-    """The options that would allow some hrefs of a plan."""
+    """Return the options that would allow some hrefs of a plan."""
     options = []
     hosts = {(urlsplit(href).hostname or "").lower() for href in refused if is_url(href)}
     private = {host for host in hosts if is_spelled_address(host)}

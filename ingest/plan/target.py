@@ -113,7 +113,7 @@ _ODD_RATIO = 50.0
 
 
 def _place_in(one: Grid | Bounds, crs: str) -> Bounds | None:
-    """The box of a raster in a CRS; None where it has no place there, so that its scene is dropped later."""
+    """Return the box of a raster in a CRS; None if it has no place there, and its scene is dropped later."""
     try:
         return transform_box(one, crs) if isinstance(one, Grid) else project_bounds(one, crs)
     except (InvalidInput, ProjError):
@@ -121,7 +121,7 @@ def _place_in(one: Grid | Bounds, crs: str) -> Bounds | None:
 
 
 def region_lonlat(config: IngestConfig) -> Bounds | None:
-    """(west, south, east, north) of the region, with east above 180 across the antimeridian; None without a region."""
+    """Return (west, south, east, north) of the region, east above 180 across the antimeridian; None without one."""
     if config.selection.bbox is not None:
         west, south, east, north = config.selection.bbox
         return (west, south, east + 360.0 if west > east else east, north)
@@ -132,14 +132,14 @@ def region_lonlat(config: IngestConfig) -> Bounds | None:
 
 
 def project_bounds(lonlat: Bounds, crs: str) -> Bounds:
-    """The box in `crs` around a lon/lat box; many points along its edges are transformed, as edges are curved there."""
+    """Return the box in `crs` around a lon/lat box; points along its edges are projected too, as they may curve."""
     west, south, east, north = lonlat
     to_crs = transformer_between("EPSG:4326", crs)
     return _transformed_box(to_crs, (west, south, east, north), lonlat, turn_of(crs))
 
 
 def transform_box(grid: Grid, crs: str) -> Bounds:
-    """The box in `crs` around a grid."""
+    """Return the box in `crs` around a grid."""
     if grid.crs == crs:
         return grid.bounds
     to_crs = transformer_between(grid.crs, crs)
@@ -194,7 +194,7 @@ def _choose_resolution(
 
 
 def doubt_resolution(grid: Grid, candidates: Sequence[Candidate], config: IngestConfig) -> list[str]:
-    """A sentence for the plan where the pixels that were asked for are very much larger or smaller than the files'."""
+    """Warn in a sentence of the plan if the requested pixels are much larger or smaller than those of the files."""
     if config.grid.resolution is None or not candidates:
         return []
     asked, finest = _pixel_m(grid), min(_pixel_m(c.grid) for c in candidates)
@@ -231,12 +231,12 @@ def _choose_anchor(inside: Sequence[Candidate]) -> tuple[tuple[float, float], st
 
 
 def _finest(inside: Sequence[Candidate]) -> Size:
-    """The pixel size of the finest rasters, by the area of a pixel; pixels need not be square."""
+    """Return the pixel size of the finest rasters, by the area of a pixel; pixels need not be square."""
     return min((c.grid.resolution for c in inside), key=lambda size: (size[0] * size[1], max(size), size))
 
 
 def _pixel_m(grid: Grid) -> float:
-    """The longer side of a pixel on the ground, in metres."""
+    """Return the longer side of a pixel on the ground, in metres."""
     (rx, ry), (mx, my) = grid.resolution, ground_scale(grid)
     metres = max(rx * mx, ry * my)
     # where units shrink with the latitude the length is no round number, and means one
@@ -248,7 +248,7 @@ def _size(size: Size) -> str:
 
 
 def _coarsest_nest(candidates: Sequence[Candidate], crs: str, resolution: Size, anchor: tuple[float, float]) -> Size:
-    """The largest pixel size that holds whole target pixels, so that coarse bands begin and end at the grid's edge."""
+    """Return the largest pixel size that holds whole target pixels, so that coarse bands end at the grid's edge."""
     target = Grid(crs, (resolution[0], 0.0, anchor[0], 0.0, -resolution[1], anchor[1]), (1, 1))
     snap = resolution
     for candidate in candidates:
@@ -262,7 +262,7 @@ def _coarsest_nest(candidates: Sequence[Candidate], crs: str, resolution: Size, 
 
 
 def _gathered(boxes: Sequence[Bounds], turn: float) -> Sequence[Bounds]:
-    """The boxes, moved by whole turns to one side of the widest gap between them, if that brings them together."""
+    """Move boxes by whole turns to one side of the widest gap between them, if that brings them together."""
     array = np.array(boxes)
     if not turn or array[:, 2].max() - array[:, 0].min() <= turn / 2:
         return boxes
@@ -288,7 +288,7 @@ def _show(box: Bounds) -> str:
 
 
 def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
-    """(row0, row1, col0, col1) of the target pixels that `source` may reach; None where it reaches none."""
+    """Return (row0, row1, col0, col1) of the target pixels that `source` may reach; None if it reaches none."""
     try:
         box = transform_box(source, target.crs)
     except (InvalidInput, ProjError):  # the source has no place in the CRS of the target
@@ -297,7 +297,7 @@ def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
 
 
 def box_of_pixels(box: Bounds, crs: str, target: Grid) -> tuple[int, int, int, int] | None:
-    """(row0, row1, col0, col1) of the target pixels in a box; None where there are none.
+    """Return (row0, row1, col0, col1) of the target pixels in a box; None if there are none.
 
     Args:
         box: (left, bottom, right, top) in the CRS of the target, as `transform_box` gives it.

@@ -207,7 +207,7 @@ def forbid_gdal_threads() -> None:
 
 @functools.lru_cache(maxsize=2)
 def header_cache(pid: int) -> LruCache[RasterHeader]:
-    """Headers of files that can be read without GDAL; one cache per process."""
+    """Return the cache of the headers that can be read without GDAL; each process has its own."""
     return LruCache(_HEADERS)
 
 
@@ -247,7 +247,7 @@ def _opened_raster(href: str, access: Access, *, fresh: bool, overviews: bool = 
 
 
 def _header_key(file: RangeFile | None, access: Access) -> Hashable:
-    """The key of a header in the cache; None for a file whose versions cannot be told apart."""
+    """Return the key of a header in the cache; None for a file whose versions cannot be told apart."""
     if file is None or file.identity is None:
         return None
     return (file.identity, access.max_pixels, access.max_block_bytes)

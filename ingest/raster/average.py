@@ -93,7 +93,7 @@ def average_blocks(pixels: Whole, factor: int, out: Whole) -> None:
 
 
 def _summed(part: npt.NDArray[np.uint16] | npt.NDArray[np.bool_], factor: int) -> npt.NDArray[np.uint32]:
-    """Sum (height, factor, width · factor) over blocks: first whole rows, then the few columns that are left."""
+    """Sum (height, factor, width · factor) over blocks: first rows, then the columns of the shorter result."""
     lines = part[:, 0].astype(np.uint32)
     for row in range(1, factor):
         lines += part[:, row]

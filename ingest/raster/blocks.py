@@ -73,7 +73,7 @@ class Packing:
 
     @classmethod
     def of(cls, dataset: rasterio.io.DatasetReader, file: RangeFile) -> Self | None:
-        """The packing of an open file, or None where GDAL must decode.
+        """Return the packing of an open file, or None if GDAL must decode it.
 
         Raises:
             ContradictionError: GDAL reads something else than the tags of the file state.

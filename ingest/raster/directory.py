@@ -173,7 +173,7 @@ class Directory:
         return cls(shape, block, dtype, COMPRESSIONS[values[_COMPRESSION]], values[_PREDICTOR], offsets, sizes)
 
     def spans(self, file: RangeFile) -> npt.NDArray[np.int64] | None:
-        """Array (rows, columns, 2) of the first byte of each tile and the first after it; None where the file ends.
+        """Return (rows, columns, 2): first byte of each tile and the byte after its last; None if the file is cut off.
 
         Raises:
             Exception: The error of fetching the bytes.
@@ -187,7 +187,7 @@ class Directory:
 
 
 def tables_readable(file: RangeFile) -> bool:
-    """Whether GDAL can read the tables of the places and sizes of blocks: they lie inside the file, as whole numbers.
+    """Return whether GDAL can read the tables of block places and sizes: whole numbers that lie inside the file.
 
     GDAL finds no block in a table that it cannot read, and may then give zeros, as for a block that is left out.
 
@@ -219,7 +219,7 @@ class _Table:
 
 
 def _table(file: RangeFile, at: int | None = None) -> _Table | None:
-    """The directory at a byte of a TIFF or BigTIFF, by default the first; None where the file ends before its end."""
+    """Read the directory at a byte of a TIFF or BigTIFF, by default the first; None if the file ends inside it."""
     head = file.head
     order: Literal["little", "big"] = "big" if head[:2] == b"MM" else "little"
     mark = ">" if order == "big" else "<"
@@ -244,7 +244,7 @@ def _table(file: RangeFile, at: int | None = None) -> _Table | None:
 
 
 def _texts(file: RangeFile, table: _Table) -> dict[int, str]:
-    """The values of the tags of a directory that hold text."""
+    """Return the values of the tags of a directory that hold text."""
     found = {}
     for tag, kind, count, inline, field in table.rows:
         if tag in (GDAL_METADATA, NODATA) and kind == _TEXT and count <= _MAX_TEXT:
@@ -255,7 +255,7 @@ def _texts(file: RangeFile, table: _Table) -> dict[int, str]:
 
 
 def _entries(table: _Table | None) -> dict[int, _Entry] | None:
-    """Tags of a directory; None unless they are little-endian, in order, and each once."""
+    """Return the tags of a directory; None unless they are little-endian, in order, and each once."""
     if table is None or table.order == "big":
         return None
     entries: dict[int, _Entry] = {}
@@ -271,7 +271,7 @@ def _entries(table: _Table | None) -> dict[int, _Entry] | None:
 
 
 def _number(entry: _Entry) -> int | None:
-    """The only value of a tag; None where it has another type or more values."""
+    """Return the only value of a tag; None if it has another type or more values."""
     if entry.type not in (_SHORT, _LONG) or entry.count != 1:
         return None
     return int.from_bytes(entry.inline[: 2 if entry.type == _SHORT else 4], "little")
@@ -284,7 +284,7 @@ def _array(file: RangeFile, entry: _Entry) -> npt.NDArray[np.unsignedinteger] | 
 
 
 def _bytes(file: RangeFile, start: int, count: int) -> bytes | None:
-    """Bytes of a file; None where it has fewer."""
+    """Return bytes of a file; None if it has fewer."""
     if start + count > file.size:
         return None
     data = file.take(start, start + count)

@@ -187,7 +187,7 @@ def _fetch_of_version(
 
 
 def is_same_version(one: str | None, other: str | None) -> bool:
-    """Whether two stated versions may be one; a server that states none, or marks a version as weak, does not differ.
+    """Return whether two stated versions may be the same; an unknown version, and the mark W/, make no difference.
 
     >>> is_same_version('W/"a"', '"a"'), is_same_version(None, '"a"'), is_same_version('"b"', '"a"')
     (True, True, False)
@@ -336,17 +336,17 @@ def read_remote_sidecar(href: str, access: Access, limit: int) -> bytes | None:
 
 @functools.lru_cache(maxsize=2)
 def head_cache(pid: int) -> HeadCache:
-    """Heads of the remote files that this process read last; one cache per process, as `pid` is its key."""
+    """Return the cache of the heads of the remote files read last; `pid` is its key, so each process has its own."""
     return HeadCache()
 
 
 def _version(reply: urllib3.BaseHTTPResponse) -> str | None:
-    """The version of a remote file that its server states, which changes when the file is replaced."""
+    """Return the version of a remote file that its server states, which changes when the file is replaced."""
     return reply.headers.get("ETag") or reply.headers.get("Last-Modified")
 
 
 def _was_busy(reply: urllib3.BaseHTTPResponse) -> bool:
-    """Whether the host asked for fewer requests, now or on an attempt that urllib3 repeated."""
+    """Return whether the host asked for fewer requests, now or on an attempt that urllib3 repeated."""
     history = reply.retries.history if reply.retries is not None else ()
     return any(status in _BUSY for status in (reply.status, *(one.status for one in history)))
 
@@ -377,7 +377,7 @@ def _signed(href: str, access: Access, pool: urllib3.PoolManager, *, renew: bool
 
 @functools.lru_cache(maxsize=4)
 def _pool(pid: int, access: Access) -> urllib3.PoolManager:
-    """Connections of one process; `pid` is a key of the cache, as sockets do not survive a fork."""
+    """Return the connections of one process; `pid` is a key of the cache, as sockets do not survive a fork."""
     redact_logs()
     names = access.private_names
     manager = urllib3.PoolManager(

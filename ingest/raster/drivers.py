@@ -89,7 +89,7 @@ class _Callbacks(ctypes.Structure):
 
 
 def _find_nothing(user: int | None, name: bytes | None, mode: bytes | None) -> None:
-    """Answer that there is no file of this name, whatever the name."""
+    """Answer that no file has this name, whatever the name."""
 
 
 _refuse = _Open(_find_nothing)
@@ -112,7 +112,7 @@ class _Gdal:
     """What answers in place of GDAL's client, kept as long as the process, as GDAL keeps its address."""
 
     def names(self) -> dict[str, int]:
-        """Handles of the registered drivers, by name."""
+        """Return the handles of the registered drivers, by name."""
         count = self.library.GDALGetDriverCount()
         handles = [self.library.GDALGetDriver(number) for number in range(count)]
         return {self.library.GDALGetDriverShortName(one).decode(): one for one in handles}
@@ -136,7 +136,7 @@ class _Gdal:
             self.drivers = self.library.GDALGetDriverCount()
 
     def _close_client(self) -> None:
-        """Answer every request of GDAL's own client with an error: OGR fetches a CRS that is a link by itself."""
+        """Answer every request of GDAL's own client with an error, as OGR by itself fetches a CRS that is a link."""
 
         def refuse(*_: int | None) -> int:
             result: int = self.library.VSICalloc(1, _RESULT_BYTES)  # GDAL frees it
@@ -164,17 +164,17 @@ class _Gdal:
 
 
 def limit_raster_drivers() -> None:
-    """Let rasterio's GDAL open GeoTIFF and JPEG 2000 only, from plain paths, memory and Python objects only."""
+    """Allow rasterio's GDAL only GeoTIFF and JPEG 2000, from plain paths, memory and Python objects."""
     _raster_gdal().limit(_allowed(RASTER_DRIVERS))
 
 
 def limit_vector_drivers() -> None:
-    """Let pyogrio's GDAL open the formats of polygons that are read, and no other."""
+    """Allow pyogrio's GDAL only the formats of polygons that terrashard reads."""
     _vector_gdal().limit(_allowed(VECTOR_DRIVERS))
 
 
 def open_drivers(kind: str) -> frozenset[str]:
-    """Names of the drivers that can open a file now, in the GDAL of "raster" (rasterio) or "vector" (pyogrio)."""
+    """Return the drivers that can open a file now, in the GDAL of "raster" (rasterio) or "vector" (pyogrio)."""
     gdal = _raster_gdal() if kind == "raster" else _vector_gdal()
     library = gdal.library
     return frozenset(
@@ -185,7 +185,7 @@ def open_drivers(kind: str) -> frozenset[str]:
 
 
 def _allowed(drivers: frozenset[str]) -> frozenset[str]:
-    """Drivers that a library keeps: both kinds where the two packages share one library, as in conda's builds."""
+    """Return the drivers that a library keeps: both kinds if the two packages share one library, as in conda."""
     if _address(_raster_gdal().library) == _address(_vector_library()):
         return RASTER_DRIVERS | VECTOR_DRIVERS
     return drivers
@@ -226,7 +226,7 @@ def _address(library: ctypes.CDLL) -> int | None:
 
 
 def _library(extension: str) -> ctypes.CDLL:
-    """The GDAL that an extension module is linked to: its symbols are found in the module's own libraries."""
+    """Return the GDAL to which an extension module is linked: its symbols are found through the module."""
     library = ctypes.CDLL(extension)
     handle, text = ctypes.c_void_p, ctypes.c_char_p
     signatures: dict[str, tuple[object, list[object]]] = {

@@ -91,7 +91,7 @@ class RasterHeader:
 
 
 def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
-    """The grid that the file header states.
+    """Return the grid that the file header states.
 
     Raises:
         InvalidInput: The file has no CRS, a rotated or south-up transform, or a place that is not on Earth.
@@ -111,7 +111,7 @@ def grid_of(dataset: rasterio.io.DatasetReader) -> Grid:
 
 @functools.lru_cache(64)
 def _crs_name(wkt: str) -> str:
-    """The CRS as a grid spells it, cached: PROJ's search for a code takes as long as decoding some blocks."""
+    """Return the CRS as a grid spells it, cached: PROJ's search for a code takes as long as decoding some blocks."""
     code = rasterio.crs.CRS.from_wkt(wkt).to_epsg()
     return f"EPSG:{code}" if code else normal_crs(wkt)
 

@@ -43,7 +43,7 @@ class KeptPixels:
     pixels: npt.NDArray[Any]
 
     def cut(self, identity: Hashable, window: Window) -> npt.NDArray[Any] | None:
-        """The pixels of a window of the raster; None where it is another version, or they are not all here."""
+        """Return the pixels of a window of the raster; None for another version, or if not all of them are kept."""
         (row, col, height, width), (top, left, tall, wide) = window, self.window
         inside = top <= row and left <= col and row + height <= top + tall and col + width <= left + wide
         if identity != self.identity or not inside:
@@ -122,19 +122,19 @@ class KeptBytes:
             self._make_room()
 
     def pixels(self, href: str, identity: Hashable, window: Window) -> npt.NDArray[Any] | None:
-        """Pixels of a window of this version of a file; None where they are not kept."""
+        """Return the pixels of a window of this version of a file; None if they are not kept."""
         with self._lock:
             kept = self._pixels.get(href)
             return None if kept is None or identity is None else kept.cut(identity, window)
 
     def head(self, href: str) -> Head | None:
-        """The head of a file; None if there is none, or the server must be asked again."""
+        """Return the head of a file; None if there is none, or the server must be asked again."""
         with self._lock:
             entry = self._entries.get(href)
             return None if entry is None or entry.head.until < time.monotonic() else entry.head
 
     def parts(self, href: str, head: Head) -> tuple[Part, ...]:
-        """The parts of a file that were read of the version that `head` states."""
+        """Return the parts that were read of a file in the version that `head` states."""
         with self._lock:
             entry = self._entries.get(href)
             if entry is None or head.etag is None:
@@ -158,7 +158,7 @@ class KeptBytes:
             self.nbytes = 0
 
     def lend(self, hrefs: Iterable[str], most_bytes: int) -> tuple[KnownFile, ...]:
-        """Give what is known of remote files to another process, up to a number of bytes."""
+        """Return what is known of remote files, for another process, up to a number of bytes."""
         known = []
         now = time.monotonic()
         with self._lock:
@@ -211,5 +211,5 @@ class KeptBytes:
 
 @functools.lru_cache(maxsize=2)
 def kept_bytes(pid: int) -> KeptBytes:
-    """What this process keeps; `pid` is the key of the cache, as a fork must not share its lock."""
+    """Return what this process keeps; `pid` is the key of the cache, as a fork must not share its lock."""
     return KeptBytes()

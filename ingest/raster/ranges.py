@@ -106,7 +106,7 @@ class HeadCache(LruCache[Head]):
         super().__init__(_HEADS)
 
     def get(self, key: Hashable) -> Head | None:
-        """The head of an href; None if there is none or it is too old."""
+        """Return the head of an href; None if there is none or it is too old."""
         head = super().get(key)
         return None if head is None or head.until < time.monotonic() else head
 
@@ -117,7 +117,7 @@ class HeadCache(LruCache[Head]):
 
     @staticmethod
     def deadline() -> float:
-        """Monotonic time until which a head that arrives now may be used."""
+        """Return the monotonic time until which a head that arrives now may be used."""
         return time.monotonic() + _HEAD_LIFE_S
 
 
@@ -190,7 +190,7 @@ class RangeFile:
         del self._parts[self._lasting :]
 
     def take(self, start: int, stop: int) -> bytes:
-        """Bytes for GDAL, fetched now if they are not here; after an error, kept in `error`, they are empty."""
+        """Return bytes for GDAL, fetched now if they are not here; empty after an error, which is kept in `error`."""
         part = self._find((start, stop))
         if part is None:
             try:
@@ -202,7 +202,7 @@ class RangeFile:
         return part[1][start - part[0] : stop - part[0]]
 
     def view(self, start: int, stop: int) -> memoryview:
-        """Bytes that `fetch` brought, without a copy; fewer where the file ends before `stop`."""
+        """Return bytes that `fetch` brought, without a copy; fewer if the file ends before `stop`."""
         part = self._find((start, min(stop, self.size)))
         if part is None:
             self.fetch([(start, stop)])
@@ -264,7 +264,7 @@ def merge(spans: Iterable[Span], size: int) -> list[Span]:
 
 
 def blocks_of(dataset: rasterio.io.DatasetReader, window: tuple[int, int, int, int]) -> list[Span]:
-    """Spans of the blocks of a TIFF that a window (row, col, height, width) touches, without left-out blocks."""
+    """List the spans of the blocks of a TIFF that a window (row, col, height, width) touches, without absent blocks."""
     row, col, height, width = window
     tall, wide = dataset.block_shapes[0]
     spans = []
@@ -284,7 +284,7 @@ def block_span(
     overview: int | None = None,
     block: tuple[int, int] | None = None,
 ) -> Span | None:
-    """The span of one block of a TIFF, by its row and column among the blocks; None where a sparse file leaves it out.
+    """Return the span of one block of a TIFF, by its row and column among the blocks; None if the file is sparse there.
 
     Args:
         dataset: The open file.
@@ -325,7 +325,7 @@ def link_range_file(dataset: rasterio.io.DatasetReader, file: RangeFile) -> None
 
 
 def find_range_file(dataset: rasterio.io.DatasetReader) -> RangeFile | None:
-    """The file that a dataset reads from; None if `link_range_file` recorded none."""
+    """Return the file from which a dataset reads; None if `link_range_file` recorded none."""
     return _files.get(dataset)
 
 
@@ -334,7 +334,7 @@ _pools_lock = threading.Lock()
 
 
 def _pool(pid: int) -> ThreadPoolExecutor:
-    """The threads that wait for answers; one pool per process, as threads do not survive a fork."""
+    """Return the threads that wait for answers; one pool per process, as threads do not survive a fork."""
     with _pools_lock:
         if pid not in _pools:
             _pools[pid] = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="terrashard-fetch")

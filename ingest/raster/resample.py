@@ -57,12 +57,12 @@ _OUTLINE_POINTS = 33
 
 
 def scale_ratio(source: Grid, target: Grid) -> float:
-    """Target pixel size over source pixel size, both on the ground; above 1 the target is coarser."""
+    """Return target pixel size over source pixel size, both on the ground; above 1 the target is coarser."""
     return math.sqrt(math.prod(axis_ratios(source, target)))
 
 
 def axis_ratios(source: Grid, target: Grid) -> tuple[float, float]:
-    """`scale_ratio` along (x, y).
+    """Return `scale_ratio` along (x, y).
 
     Both are measured in the middle of the source, so they are the same for every window of the target.
     """
@@ -87,7 +87,7 @@ def pick_resampling(kind: Literal["data", "class"], source: Grid, target: Grid, 
 
 
 def nesting_factor(source: Grid, target: Grid) -> int:
-    """The number of target pixels along one side of a source pixel, where the two lattices nest exactly; else 0."""
+    """Return the number of target pixels along a side of a source pixel if the lattices nest exactly, else 0."""
     if source.crs != target.crs:
         return 0
     (sx, sy), (tx, ty) = source.resolution, target.resolution
@@ -154,12 +154,12 @@ def place(
 
 
 def reduction_factor(source: Grid, target: Grid) -> int:
-    """The number of source pixels along one side of a target pixel, where the two lattices nest exactly; else 0."""
+    """Return the number of source pixels along a side of a target pixel if the lattices nest exactly, else 0."""
     return nesting_factor(target, source)
 
 
 def reach_margin(source: Grid, target: Grid) -> int:
-    """Pixels of the source around those under a target that its resampling may read."""
+    """Return how many source pixels around those under a target its resampling may read."""
     if source.offset_of(target) is not None or reduction_factor(source, target) > 1:
         return 0
     return _margin(max(axis_ratios(source, target)))
@@ -327,7 +327,7 @@ def _canonical_blocks(target: Grid, side: int) -> Iterator[tuple[Grid, tuple[sli
 
 
 def _source_window(source: Grid, block: Grid, margin: int) -> tuple[int, int, int, int] | None:
-    """(row, col, height, width) of the source pixels that a block can depend on; None where there are none."""
+    """Return (row, col, height, width) of the source pixels that a block can depend on; None if there are none."""
     left, bottom, right, top = block.bounds
     along = np.linspace(0.0, 1.0, _OUTLINE_POINTS)
     xs = np.concatenate([left + (right - left) * along, np.full(_OUTLINE_POINTS, right)] * 2)
@@ -358,7 +358,7 @@ def _source_window(source: Grid, block: Grid, margin: int) -> tuple[int, int, in
 
 @functools.lru_cache(maxsize=4096)
 def _scales(source: Grid, crs: str) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The ground scale of the source's CRS and of another one, in the middle of the source."""
+    """Return the ground scale of the source's CRS and of another one, in the middle of the source."""
     left, bottom, right, top = source.bounds
     x, y = _transformer(source.crs, crs).transform((left + right) / 2.0, (bottom + top) / 2.0)
     return ground_scale(source), ground_scale_at(crs, float(x), float(y))

@@ -113,7 +113,7 @@ class IngestConfig(BaseModel):
         return made
 
     def to_flat(self) -> dict[str, Any]:
-        """The settings that were given, under their flat names; those left at their defaults are not in it."""
+        """Return the settings that were given, under their flat names, without those left at their defaults."""
         sections = (getattr(self, name) for name in SECTIONS)
         return {
             name: getattr(section, name)
@@ -123,7 +123,7 @@ class IngestConfig(BaseModel):
         }
 
     def plan_settings(self) -> dict[str, Any]:
-        """The settings that a plan keeps, under their flat names and as JSON.
+        """Return the settings that a plan keeps, under their flat names and as JSON.
 
         They are those of selection, grid and pixels that are not at their defaults. Trust is not among them, as a plan
         may come from somebody else.

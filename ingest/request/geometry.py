@@ -166,7 +166,7 @@ def cut_uncut(geometry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _longest_edge(part: BaseGeometry) -> float:
-    """The longest edge of a part along the longitude, in degrees."""
+    """Return the longest edge of a part along the longitude, in degrees."""
     rings = [part.exterior, *part.interiors] if isinstance(part, shapely.Polygon) else [part]
     steps = [np.abs(np.diff(shapely.get_coordinates(ring)[:, 0])) for ring in rings]
     return max((float(step.max()) for step in steps if len(step)), default=0.0)

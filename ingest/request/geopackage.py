@@ -88,7 +88,7 @@ class GeoPackage:
         return tuple(self._rows)
 
     def layer(self, name: str) -> PackageLayer:
-        """Look a layer up.
+        """Return a layer with its columns.
 
         Raises:
             InvalidInput: The layer is not a table but a view or a virtual table.
@@ -141,7 +141,7 @@ def _quoted(name: object) -> str:
 
 
 def _wkb_of(blob: bytes) -> bytes:
-    """The WKB of a geometry, which follows a header whose length depends on its envelope."""
+    """Return the WKB of a geometry, which follows a header whose length depends on its envelope."""
     if blob[:2] != b"GP":
         raise ValueError("a geometry does not start with GP")
     envelope = (blob[3] >> 1) & 0b111

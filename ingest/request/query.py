@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
     value: float | str
 
     def holds(self, properties: Mapping[str, Any]) -> bool:
-        """Whether an item with these properties passes; an item without the property passes only "!=".
+        """Return whether an item with these properties passes; an item without the property passes only "!=".
 
         >>> Comparison("eo:cloud_cover", "<", 40.0).holds({"eo:cloud_cover": 12})
         True
@@ -56,7 +56,7 @@ class Comparison(NamedTuple):
         return _ordered(self.operator, order)
 
     def tree(self) -> dict[str, Any]:
-        """The comparison as CQL2 JSON."""
+        """Return the comparison as CQL2 JSON."""
         return {"op": "<>" if self.operator == "!=" else self.operator, "args": [{"property": self.name}, self.value]}
 
 
@@ -74,11 +74,11 @@ class Cql2:
         _parsed(self.text)
 
     def holds(self, properties: Mapping[str, Any]) -> bool:
-        """Whether an item with these properties passes; where the result is unknown, it does not."""
+        """Return whether an item with these properties passes; it does not if the result is unknown."""
         return _truth(_parsed(self.text), properties) is True
 
     def tree(self) -> dict[str, Any]:
-        """The condition as CQL2 JSON."""
+        """Return the condition as CQL2 JSON."""
         return _parsed(self.text)
 
 

@@ -71,12 +71,12 @@ def make_config(config: IngestConfig | None, settings: Mapping[str, Any], *, whe
 
 
 def trust_of(config: IngestConfig) -> dict[str, Any]:
-    """The settings of trust that a configuration was given, under their flat names."""
+    """Return the settings of trust that a configuration was given, under their flat names."""
     return {name: getattr(config.trust, name) for name in config.trust.model_fields_set}
 
 
 def spell_out(settings: type) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Let a function show each of its `**settings` as a keyword in `help`, editors and the documentation.
+    """Decorate a function so that `help`, editors and documentation show each of its `**settings` as a keyword.
 
     Args:
         settings: TypedDict of the settings.

@@ -122,7 +122,7 @@ class ShardPage(SchedulerPlugin):
         return (t * ny + y) * nx + x if 0 <= t < nt and 0 <= y < ny and 0 <= x < nx else None
 
     def _totals(self) -> dict[str, list[float]]:
-        """Sum the [seconds, bytes] of each stage over all workers, also over those that are gone."""
+        """Return the [seconds, bytes] of each stage, summed over all workers, also over those that are gone."""
         for address, worker in self.scheduler.workers.items():
             counted = worker.metrics.get(PAGE)
             if isinstance(counted, Mapping):

@@ -38,7 +38,7 @@ _SETTLE_S = 5.0
 
 
 def is_small(plan: Plan, tasks: Sequence[ShardTask], config: IngestConfig) -> bool:
-    """Whether some tasks of a plan need no worker processes: they read and write little, and no cluster is asked for.
+    """Return whether tasks need no worker processes: they read and write little, and no cluster is asked for.
 
     Args:
         plan: The plan, whose statistics estimate the bytes.

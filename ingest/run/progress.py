@@ -26,7 +26,7 @@ Tell = Callable[["IngestEvent"], None]
 
 @contextmanager
 def show_progress(title: str, wanted: bool | None, on_event: Tell | None = None) -> Iterator[Tell | None]:
-    """Give the function that takes the events of a run and shows them, while the block lasts.
+    """Yield a function that shows the events of a run during the `with` block.
 
     Args:
         title: One word for what is being done.
@@ -92,7 +92,7 @@ def _lines(title: str) -> Iterator[Tell]:
 
 
 def _words(event: IngestEvent) -> str:
-    """Word an event that is worth a line: the address of the dashboard, or a shard that lacks a scene."""
+    """Describe an event that deserves a line: the address of the dashboard, or a shard that is not complete."""
     if event.kind == "dashboard":
         return f"dashboard: {event.url}"
     if event.kind == "shard" and event.row is not None and event.row.state != "done":

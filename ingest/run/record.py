@@ -106,7 +106,7 @@ def _sync(client: Client, coroutine: Any) -> None:
 
 
 def _totals(client: Client) -> dict[str, list[float]]:
-    """Sum the [seconds, bytes] of each stage over the workers that answer."""
+    """Return the [seconds, bytes] of each stage, summed over the workers that answer."""
     totals: dict[str, list[float]] = {}
     try:
         answers = client.run(stage_totals, on_error="ignore")

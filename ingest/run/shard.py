@@ -208,7 +208,7 @@ class _Shard:
         return outcomes
 
     def _overwrites(self, scene: PlannedScene) -> bool:
-        """Whether reading this source first writes every pixel of its window, or clears them all where it fails."""
+        """Return whether reading this source first writes every pixel of its window, or clears them all if it fails."""
         assets = (scene.asset(band) for band in self.recipe.spec.band_names)
         return self.tally is None and all(asset is None or asset.stored == self.recipe.dtype for asset in assets)
 
@@ -331,7 +331,7 @@ def _asset(scene: PlannedScene, name: str) -> SourceAsset:
 
 
 def _pixel_m(asset: SourceAsset) -> float:
-    """Side of a pixel of the file in metres; infinite where the file could not be opened when the plan was made."""
+    """Return the side of a pixel of the file in metres; infinite if planning could not open the file."""
     return math.inf if asset.header is None else max(asset.header.resolution) / asset.header.units_per_metre
 
 

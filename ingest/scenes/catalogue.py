@@ -136,7 +136,7 @@ def iterate_items(
 
 
 def _kind(document: Any) -> str:
-    """Kind of a document: "Catalog" (also for collections), "FeatureCollection", "Feature", or "" for anything else."""
+    """Return "Catalog" (also for collections), "FeatureCollection", "Feature", or "" for any other document."""
     if not isinstance(document, Mapping):
         return ""
     kind = document.get("type")

@@ -69,7 +69,7 @@ def dedupe(scenes: Iterable[Scene]) -> tuple[list[Scene], list[Duplicate]]:
 
 
 def name_apart(scenes: Sequence[Scene], taken: Collection[tuple[str, str]] = ()) -> list[Scene]:
-    """Give scenes that share an id ids of their own: with the tile, else the time, else a digest of their addresses.
+    """Rename scenes that share an id: append the tile, else the time, else a digest of their addresses.
 
     Args:
         scenes: Different scenes, in any order.
@@ -107,7 +107,7 @@ def are_other_strips(
     same_baseline: bool,
     nodata: tuple[float | None, float | None] = (None, None),
 ) -> bool:
-    """Whether two scenes of one tile are parts that two stations received of a datatake.
+    """Return whether two scenes of one tile are parts of a datatake that two stations received.
 
     Both parts may state the whole square of the tile as footprint, so the ground alone does not tell.
 

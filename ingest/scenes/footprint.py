@@ -27,7 +27,7 @@ _WORLD = box(-180, -90, 180, 90)
 
 
 def footprint_of(item: Mapping[str, Any], where: str) -> tuple[BaseGeometry, LonLatBox]:
-    """The footprint of an item, cut at the antimeridian where it crosses, and its box.
+    """Return the footprint of an item, cut at the antimeridian if it crosses it, and its box.
 
     A ring that spans more than half the globe is taken to cross the antimeridian: no scene is that wide, and catalogues
     write such rings without a cut. The bbox is used for an item without a geometry.
@@ -49,7 +49,7 @@ def footprint_of(item: Mapping[str, Any], where: str) -> tuple[BaseGeometry, Lon
 
 
 def box_region(bounds: LonLatBox) -> BaseGeometry:
-    """The area of a lon/lat box, in two parts if west > east."""
+    """Return the area of a lon/lat box, in two parts if west > east."""
     west, south, east, north = bounds
     if west <= east:
         return box(west, south, east, north)
@@ -57,7 +57,7 @@ def box_region(bounds: LonLatBox) -> BaseGeometry:
 
 
 def meets(footprint: BaseGeometry, region: BaseGeometry | None) -> bool:
-    """Whether a footprint shares area with a region (touching edges do not count for areas)."""
+    """Return whether a footprint shares area with a region (touching edges do not count for areas)."""
     if region is None:
         return True
     for shift in (0.0, 360.0, -360.0):  # a region may be written as 170…190
@@ -68,7 +68,7 @@ def meets(footprint: BaseGeometry, region: BaseGeometry | None) -> bool:
 
 
 def overlap_share(left: BaseGeometry, right: BaseGeometry) -> float:
-    """Shared area over joint area: 1 for equal footprints, 0 for disjoint ones."""
+    """Return shared area over joint area: 1 for equal footprints, 0 for disjoint ones."""
     joint = shapely.union(left, right).area
     return float(shapely.intersection(left, right).area / joint) if joint else float(left.equals(right))
 
@@ -80,7 +80,7 @@ def to_geojson(geometry: BaseGeometry) -> dict[str, Any]:
 
 
 def flat_box(bounds: object) -> LonLatBox:
-    """The bbox of an item as (west, south, east, north); heights are left out.
+    """Return the bbox of an item as (west, south, east, north), without heights.
 
     Raises:
         ValueError: It is no list of four or six numbers.
@@ -119,7 +119,7 @@ def _unwrap(xy: Any) -> Any:
 
 
 def lonlat_box(geometry: BaseGeometry) -> LonLatBox:
-    """The box of a geometry, with west > east if its parts lie on both sides of the antimeridian."""
+    """Return the box of a geometry, with west > east if its parts lie on both sides of the antimeridian."""
     west, south, east, north = geometry.bounds
     parts = _polygons(geometry)
     left = [part.bounds for part in parts if part.bounds[2] <= 0]

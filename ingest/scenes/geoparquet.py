@@ -33,7 +33,7 @@ _MAX_ROWS = 1_000_000
 
 
 def is_parquet(path: str | Path) -> bool:
-    """Whether a local file begins as Parquet does."""
+    """Return whether a local file begins as Parquet does."""
     try:
         with open_regular(path) as stream:
             return stream.read(4) == b"PAR1"
@@ -103,7 +103,7 @@ def _struct_box(bounds: Any) -> dict[str, float] | None:
 
 
 def _item_or_name(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The item of a row; of a row that is none, what the search needs to name it among what it leaves out."""
+    """Return the item of a row, or for an unusable row the id and collection by which the search reports it."""
     try:
         return _item(row, where)
     except InvalidInput as error:

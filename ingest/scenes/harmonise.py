@@ -179,7 +179,7 @@ def _assets(
     policy: HrefPolicy,
     notes: list[str],
 ) -> tuple[dict[str, AssetRef], tuple[str, ...]]:
-    """The requested bands that can be read, and the names of those that cannot."""
+    """Return the requested bands that can be read, and the names of those that cannot."""
     usable: dict[str, AssetRef] = {}
     lacking: list[str] = []
     taken: dict[str, str] = {}
@@ -263,7 +263,7 @@ def _finite(number: float | None) -> float | None:
 
 
 def _raster(asset: Mapping[str, Any], name: str) -> Any:
-    """A raster field of a one-band asset, from `bands` (1.1), `raster:bands` (1.0) or the asset itself (1.1)."""
+    """Return a raster field of a one-band asset: from `bands` (1.1), `raster:bands` (1.0) or the asset (1.1)."""
     for holder in (first_band(asset.get("bands")), first_band(asset.get("raster:bands")), asset):
         for spelling in (f"raster:{name}", name):
             if holder.get(spelling) is not None:
@@ -272,13 +272,13 @@ def _raster(asset: Mapping[str, Any], name: str) -> Any:
 
 
 def _hrefs(assets: Mapping[str, Any]) -> list[str]:
-    """Hrefs of all assets, also of those that are not read, such as the metadata of a datastrip."""
+    """Return the hrefs of all assets, also of those that are not read, such as the metadata of a datastrip."""
     found = (asset.get("href") for asset in assets.values() if isinstance(asset, Mapping))
     return [href for href in found if isinstance(href, str)]
 
 
 def _unit_of_offset(offset: float, scale: float | None, product_scale: float) -> float:
-    """What an offset is divided by to be one in digital numbers of a cube.
+    """Return the number by which an offset is divided to become one in digital numbers of a cube.
 
     It is a reflectance, also where the numbers of the file have another scale than the product; without a scale, or
     beside one of 1, it is a digital number already, unless it is smaller than one.
@@ -287,7 +287,7 @@ def _unit_of_offset(offset: float, scale: float | None, product_scale: float) ->
 
 
 def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef], product: ProductRule) -> dict[str, float]:
-    """Band → offset in digital numbers that `raw` (assets, or item_assets) states for the chosen data assets."""
+    """Return, by band, the offset in digital numbers that `raw` (assets or item_assets) states for data assets."""
     stated = {}
     for band, ref in assets.items():
         asset = raw.get(ref.key)

@@ -44,7 +44,7 @@ _MAX_WHOLE_NUMBER = 2**53
 
 
 def product_names(item: Mapping[str, Any]) -> tuple[str, ...]:
-    """Values that may hold the name of the SAFE product or tile, the most reliable first."""
+    """Return the values that may hold the name of the SAFE product or tile, the most reliable first."""
     properties = item["properties"]
     keys = (
         "s2:product_uri",
@@ -59,7 +59,7 @@ def product_names(item: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def acquisition_time(properties: Mapping[str, Any], where: str, notes: list[str]) -> str:
-    """Acquisition time in whole UTC seconds: `datetime`, or `start_datetime` if that is null.
+    """Return the acquisition time in whole UTC seconds: `datetime`, or `start_datetime` if that is null.
 
     Raises:
         InvalidInput: There is no time, or it is not a time of a satellite image.
@@ -86,7 +86,7 @@ def acquisition_time(properties: Mapping[str, Any], where: str, notes: list[str]
 
 
 def baselines_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Iterable[str] = ()) -> dict[str, str]:
-    """Every baseline that an item names: where it stands → the baseline, the most reliable place first.
+    """Return every baseline that an item names, by the place where it stands, the most reliable place first.
 
     `processing:version` may be the version of a processor (Sen2Cor 2.11). It is believed last, and not at all where it
     would be a baseline that was out of use when the scene was taken.
@@ -119,7 +119,7 @@ def baselines_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Ite
 
 
 def baseline_of(baselines: Mapping[str, str]) -> str | None:
-    """The processing baseline, for example "05.09", from all that an item names.
+    """Return the processing baseline, for example "05.09", from all that an item names.
 
     Where the places disagree on whether there is an offset, the side with more weight is followed, then the order.
     """
@@ -148,7 +148,7 @@ def _named_baseline(names: Iterable[str]) -> str | None:
 
 
 def tile_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The MGRS tile, for example "01WCR"."""
+    """Return the MGRS tile, for example "01WCR"."""
     whole = first_of(properties, "s2:mgrs_tile", "grid:code", "sentinel:mgrs", "tileId")
     parts = [
         first_of(properties, f"mgrs:{part}", f"sentinel:{part}")
@@ -163,13 +163,13 @@ def tile_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
 
 
 def platform_of(names: Iterable[str]) -> str | None:
-    """The platform that a product name begins with, for example "sentinel-2a"."""
+    """Return the platform with which a product name begins, for example "sentinel-2a"."""
     unit = search_in(r"^S([12][A-D])_", names)
     return f"sentinel-{unit.lower()}" if unit else None
 
 
 def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: ProductRule) -> str | None:
-    """The datatake id, or the part of it that the product name holds; the absolute orbit for Sentinel-1."""
+    """Return the datatake id, or the part of it that the product name holds; the absolute orbit for Sentinel-1."""
     if product.kind == "backscatter":
         orbit = whole_of(properties.get("sat:absolute_orbit"))
         return str(orbit) if orbit is not None else None
@@ -184,7 +184,7 @@ def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: Pr
 
 
 def datastrip_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Iterable[str] = ()) -> str | None:
-    """The sensing start of the datastrip, "20230810T100559": that of the part of a datatake which one station received.
+    """Return the sensing start of the datastrip (part of a datatake from one station), "20230810T100559".
 
     A datatake may come down to two stations, and then each has its own part of a tile. The name of a granule ends in
     the same time. Hrefs of assets hold both names, as folders of the product.
@@ -202,28 +202,28 @@ def datastrip_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Ite
 
 
 def relative_orbit_of(properties: Mapping[str, Any], names: Iterable[str]) -> int | None:
-    """The relative orbit: 1 to 143 for Sentinel-2, 1 to 175 for Sentinel-1."""
+    """Return the relative orbit: 1 to 143 for Sentinel-2, 1 to 175 for Sentinel-1."""
     stated = whole_of(first_of(properties, "sat:relative_orbit", "sentinel2:relative_orbit_number"))
     return (stated if stated in range(1, 1000) else None) or whole_of(search_in(r"_R(\d{3})(?:_|$)", names))
 
 
 def first_of(holder: Mapping[str, Any], *names: str) -> Any:
-    """The first value under these names that is neither None nor empty; None if there is none."""
+    """Return the first value under these names that is neither None nor empty; None if there is none."""
     return next((holder[name] for name in names if holder.get(name) not in (None, "")), None)
 
 
 def search_in(pattern: str, texts: Iterable[str]) -> str | None:
-    """The first group of a pattern in the first text that has it; None if no text has it."""
+    """Return the first group of a pattern in the first text that has it; None if no text has it."""
     return next((match[1] for text in texts if (match := re.search(pattern, text))), None)
 
 
 def text_of(value: object, *, lower: bool = False) -> str | None:
-    """A value as text; None for None and for an empty text."""
+    """Return a value as text; None for None and for an empty text."""
     return (str(value).lower() if lower else str(value)) if value not in (None, "") else None
 
 
 def number_of(value: object) -> float | None:
-    """A value as a number, also "nan" and "-inf" as the raster extension spells them; None for anything else."""
+    """Return a value as a number, also "nan" and "-inf" as the raster extension spells them, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -233,6 +233,6 @@ def number_of(value: object) -> float | None:
 
 
 def whole_of(value: object) -> int | None:
-    """A value as an integer; None for anything that is no number, or too large to be exact."""
+    """Return a value as an integer; None for anything that is not a number, or is too large to be exact."""
     number = number_of(value)
     return int(number) if number is not None and abs(number) < _MAX_WHOLE_NUMBER else None

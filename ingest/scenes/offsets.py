@@ -104,7 +104,7 @@ class OffsetReading:
         return {"raised": OFFSET_DN, "subtracted": 0}.get(self.state)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the fields in a form that JSON can hold."""
         return asdict(self)
 
 
@@ -216,7 +216,7 @@ def decide_offset(
 def hears_raster_metadata(
     product: ProductRule, provider: ProviderRule, collection: str, properties: Mapping[str, Any], baseline: str | None
 ) -> bool:
-    """Whether the raster metadata of an item count in `decide_offset`: no rule of its provider comes before them."""
+    """Return whether `decide_offset` uses the raster metadata of an item: no rule of its provider comes first."""
     known = baseline_has_offset(baseline) is not None
     rule = provider.offset_rule(collection)
     flag = _truth(properties.get(provider.flag)) if rule == "flag" and provider.flag else None
@@ -272,7 +272,7 @@ def read_offset(*windows: npt.NDArray[Any], full_resolution: bool = False) -> Of
 
 
 def explain_wrong_scale(dn: npt.NDArray[Any], scale: float) -> str | None:
-    """The reason why digital numbers cannot be reflectance at `scale`; None if they can.
+    """Return the reason why digital numbers cannot be reflectance at `scale`; None if they can.
 
     A file that was scaled before it was stored as integers holds almost only 0 and 1. A file that was stretched over
     all 16 bits is brighter than snow everywhere. A scale that was applied twice looks like one of the two.
@@ -298,7 +298,7 @@ def explain_wrong_scale(dn: npt.NDArray[Any], scale: float) -> str | None:
 
 
 def _inside(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Valid pixels whose eight neighbours are valid too."""
+    """Return the valid pixels whose eight neighbours are valid too; beyond the edge counts as valid."""
     padded = np.pad(valid, 1, constant_values=True)
     rows = padded[:-2] & padded[1:-1] & padded[2:]
     inside: npt.NDArray[np.bool_] = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
@@ -306,7 +306,7 @@ def _inside(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def is_settled_by(scene: Scene, reading: OffsetReading) -> bool:
-    """Whether the pixels of a small region suffice: there are many, and they clearly agree with undisputed metadata.
+    """Return whether the pixels of a small region suffice: many, and clearly in accord with undisputed metadata.
 
     Pixels that contradict the metadata, or do not tell, never suffice: the rest of the scene may tell more.
     """
@@ -323,14 +323,14 @@ def is_settled_by(scene: Scene, reading: OffsetReading) -> bool:
 
 
 def needs_closer_look(scene: Scene, reading: OffsetReading) -> bool:
-    """Whether more pixels must be read: those at hand contradict the metadata, or the metadata are in dispute."""
+    """Return whether more pixels must be read: those at hand contradict the metadata, or these are in dispute."""
     if reading.dn_offset is not None and reading.dn_offset != scene.dn_offset:
         return True
     return _is_disputed(scene) and not reading.windows
 
 
 def combine_bands(bluest: OffsetReading, others: Sequence[OffsetReading]) -> OffsetReading:
-    """The reading of the bluest band, which counts as "raised" only if no other visible band denies it.
+    """Return the reading of the bluest band, "raised" only if no other visible band contradicts it.
 
     Bright ground without the offset is as bright in blue as dark ground with it, and much brighter in red.
     """
@@ -387,12 +387,12 @@ def _support(scene: Scene) -> int:
 
 
 def _is_old(scene: Scene) -> bool:
-    """Whether the scene is of a time when nothing was added: bright ground is no offset then."""
+    """Return whether the scene is older than the offset, so that bright ground is no sign of one."""
     return baseline_has_offset(scene.baseline) is False and scene.dn_offset == 0 and not _is_disputed(scene)
 
 
 def _sides(scene: Scene) -> tuple[list[Witness], list[Witness]]:
-    """The witnesses that are believed, for the offset of the metadata and against it."""
+    """Split the evidence that counts into that for the offset of the metadata and that against it."""
     heard = [one for one in scene.witnesses if one.weight and one.dn_offset is not None]
     return (
         [one for one in heard if one.dn_offset == scene.dn_offset],
@@ -410,7 +410,7 @@ def _dispute(scene: Scene) -> str:
 
 
 def _doubt(scene: Scene, reading: OffsetReading | None) -> str | None:
-    """A sentence for a scene that keeps its -1000 although many pixels are below 1000."""
+    """Return a sentence about a scene that keeps its -1000 although many pixels are below 1000, or None."""
     if reading is None or scene.dn_offset != OFFSET_DN:
         return None
     if (reading.share_below_1000 or 0.0) <= _DOUBTED_SHARE and (reading.share_deep or 0.0) <= _DOUBTED_DEEP:

@@ -42,7 +42,7 @@ class Selection:
         self._times: list[str] = []
 
     def keeps(self, item: Mapping[str, Any]) -> bool:
-        """Whether an item matches the request.
+        """Return whether an item matches the request.
 
         Raises:
             InvalidInput: The item has no usable time or footprint, and the request needs one.
@@ -104,7 +104,7 @@ class Selection:
         return text
 
     def _mirrored(self, item: Mapping[str, Any], where: str) -> bool:
-        """Whether an item would lie in the region if its latitude and longitude are swapped; its files decide later."""
+        """Return whether an item lies in the region if latitude and longitude are swapped; its files decide later."""
         mirrored = mirrored_footprint(item, where)
         return mirrored is not None and meets(mirrored, self.region)
 

@@ -17,7 +17,7 @@ _MAX_SIDE = 1 << 20
 
 
 def stated_grid(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, notes: list[str]) -> Grid | None:
-    """The grid that the projection extension states; None if there is none, or an unusable one, which gives a note."""
+    """Return the grid that the projection extension states; None for none, or for an unusable one, with a note."""
     crs = _crs(asset, properties, where, notes)
     shape, transform, bounds = (
         _numbers(asset.get(name) or properties.get(name)) for name in ("proj:shape", "proj:transform", "proj:bbox")
@@ -56,7 +56,7 @@ def _crs(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, no
 
 
 def _numbers(values: object) -> list[float]:
-    """The values as a list of finite numbers; empty if they are anything else."""
+    """Return the values as a list of finite numbers; empty if they are anything else."""
     if not isinstance(values, list | tuple):
         return []
     numbers = [number_of(v) for v in values if isinstance(v, int | float)]

@@ -36,17 +36,17 @@ class Witness:
         return f"{self.name} {self.says}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the fields in a form that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Build an instance from the result of `to_dict`."""
         return cls(**data)
 
 
 def baseline_has_offset(baseline: str | None) -> bool | None:
-    """Whether products of this baseline carry the offset; None if it is unknown, or the 99.99 of special runs.
+    """Return whether products of this baseline carry the offset; None if unknown, or for the 99.99 of special runs.
 
     >>> [baseline_has_offset(b) for b in ("03.01", "04.00", "05.11", "99.99", None)]
     [False, True, True, None, None]

@@ -65,7 +65,7 @@ def _is_own(name: str, names: Collection[str]) -> bool:
 
 
 def guard_application(application: Any, names: Collection[str] = ()) -> None:
-    """Let a Tornado application answer only requests to its own names, for all its pages and web sockets.
+    """Make a Tornado application refuse requests to other names than its own, on all pages and web sockets.
 
     Args:
         application: The application of a Dask scheduler or worker. A second call changes nothing.

@@ -87,7 +87,7 @@ class HrefPolicy:
         return cls(None, path if path.is_dir() else path.parent, names, folders, allow_private)
 
     def allows_host(self, host: str) -> bool:
-        """Whether `host` is SOURCE's own, is one of `hosts`, or matches a "*.suffix" among them."""
+        """Return whether `host` is SOURCE's own, is one of `hosts`, or matches a "*.suffix" among them."""
         if host == self.source_host or host in self.hosts:
             return True
         return any(name.startswith("*.") and host.endswith(name[1:]) for name in self.hosts)
@@ -219,12 +219,12 @@ def _refused(href: str, why: str) -> InvalidInput:
 
 
 def is_url(text: str) -> bool:
-    """Whether `text` has the form SCHEME://…."""
+    """Return whether `text` has the form SCHEME://…."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", text) is not None
 
 
 def same_origin(left: str, right: str) -> bool:
-    """Whether two URLs share scheme, host and port; credentials are sent only to the same origin."""
+    """Return whether two URLs share scheme, host and port; credentials are sent only to the same origin."""
     a, b = urlsplit(left), urlsplit(right)
     return (a.scheme.lower(), (a.hostname or "").lower(), a.port or _PORTS.get(a.scheme.lower())) == (
         b.scheme.lower(),
@@ -254,7 +254,7 @@ def refuse_private_address(url: str, policy: HrefPolicy) -> None:
 
 
 def is_private_address(address: str) -> bool:
-    """Whether an IP address does not belong to the public internet; IPv4 addresses inside IPv6 count as themselves.
+    """Return whether an address is not on the public internet; an IPv4 address inside IPv6 counts as itself.
 
     >>> [is_private_address(a) for a in ("8.8.8.8", "10.0.0.1", "::ffff:127.0.0.1", "169.254.169.254")]
     [False, True, True, True]
@@ -266,7 +266,7 @@ def is_private_address(address: str) -> bool:
 
 
 def is_spelled_address(host: str) -> bool:
-    """Whether a host is an IP address or localhost, so that no name server is asked for it."""
+    """Return whether a host is an IP address or localhost, so that it needs no name server."""
     return _address(host) is not None or host == "localhost" or host.endswith(".localhost")
 
 
@@ -282,7 +282,7 @@ def _lookup(host: str) -> tuple[str, ...]:
 
 
 def _host_name(name: str) -> str:
-    """The host or bucket that a value of --allow-host names; the value may be a URL."""
+    """Return the host or bucket that a value of --allow-host names; the value may be a URL."""
     text = name.strip().lower()
     return (urlsplit(text).hostname or urlsplit(text).netloc) if is_url(text) else text.split("/")[0].rsplit(":", 1)[0]
 
@@ -296,7 +296,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _inner_address(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The IPv4 address that a packet to an IPv6 address ends at: mapped, of a NAT64, 6to4, or of the first drafts."""
+    """Return the IPv4 address at which a packet to an IPv6 address ends: mapped, NAT64, 6to4, or the first drafts."""
     if address.ipv4_mapped or address.sixtofour:
         return address.ipv4_mapped or address.sixtofour or address
     if any(address in network for network in _IN_LAST_BITS) and int(address) > 1:  # ::1 is IPv6's own
@@ -305,12 +305,12 @@ def _inner_address(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | ip
 
 
 def _looks_numeric(host: str) -> bool:
-    """Whether the C library would take a host for an address that `ipaddress` refuses: 2130706433, 0x7f.1, 127.1 …."""
+    """Return whether only the C library takes a host for an address: 2130706433, 0x7f.1, 127.1 …."""
     return all(re.fullmatch(r"(0x[0-9a-f]*|\d+)", part) for part in host.split("."))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is spelled as this machine itself: localhost, 127.… or ::1.
+    """Return whether a host is spelled as this machine itself: localhost, 127.… or ::1.
 
     >>> is_loopback("127.0.0.1"), is_loopback("[::1]"), is_loopback("0.0.0.0"), is_loopback("node7")
     (True, True, False, False)

@@ -38,10 +38,10 @@ def set_signature_aside(href: str) -> str:
 
 
 def signed_hrefs(hrefs: Iterable[str]) -> dict[str, str]:
-    """Href → signed href, of those that this process knows a signature of."""
+    """Return href → signed href, for those of which this process knows a signature."""
     return {href: _signed[href] for href in hrefs if href in _signed}
 
 
 def find_signed(href: str, given: Mapping[str, str]) -> str:
-    """The signed form of an href: from `given`, else from the memory of this process, else the href itself."""
+    """Return the signed form of an href: from `given`, else from the memory of this process, else the href itself."""
     return given.get(href) or _signed.get(href, href)

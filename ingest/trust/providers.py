@@ -85,7 +85,7 @@ class ProviderRule(BaseModel):
         return value.rstrip("/")
 
     def offset_rule(self, collection: str) -> OffsetRule:
-        """Where the items of a collection state the -1000 offset."""
+        """Return where the items of a collection state the -1000 offset."""
         return self.offset.get(collection, self.offset.get("*", "metadata"))
 
     @property
@@ -248,7 +248,7 @@ def find_provider(item: Mapping[str, Any], source: str = "", own: Iterable[Provi
 
 
 def trusted_hosts(rule: ProviderRule, source: str, own: Iterable[ProviderRule] = ()) -> tuple[str, ...]:
-    """The hosts that items of a provider may name, given where the user searched.
+    """Return the hosts that items of a provider may name, given where the user searched.
 
     An item itself states whose it is, and any server can copy that. So items from a server that is not the provider's
     may not name buckets that are read with the user's keys.

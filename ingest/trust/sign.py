@@ -92,7 +92,7 @@ def signed(
 
 
 def _is_safe(scheme: str, host: str) -> bool:
-    """Whether a token may be sent to a host: encrypted, or within this machine."""
+    """Return whether a token may be sent to a host: encrypted, or within this machine."""
     return scheme == "https" or (scheme == "http" and is_loopback(host))
 
 
@@ -124,7 +124,7 @@ def _ask(container: tuple[str, str, str], pool: urllib3.PoolManager) -> _Token:
 
 
 def _clock_skew(date: str | None, url: str) -> float:
-    """Seconds by which the server's clock is ahead of this machine's; differences up to `_SKEW_S` count as 0."""
+    """Return the seconds by which the server's clock is ahead of this machine's; 0 for up to `_SKEW_S` or no date."""
     try:
         skew = parsedate_to_datetime(date or "").timestamp() - time.time()
     except ValueError:

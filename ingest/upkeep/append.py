@@ -115,7 +115,7 @@ class _Collection:
         )
 
     def add(self, fresh: Plan, replaces: Mapping[str, int]) -> None:
-        """Give each new scene a row of the item table and a date."""
+        """Add each new scene to the item table, and its date to the time axis."""
         name = self.recipe.spec.collection
         planned = {s.item: s for task in fresh.tasks if task.collection == name for s in task.sources}
         times = list(self.recipe.spec.times)

@@ -125,7 +125,7 @@ def verify_files(
 
 
 def _has_digest(href: str, name: str, digest: bytes, access: Access) -> bool:
-    """Whether a file has a digest; servers behind one name may state several versions of the right bytes."""
+    """Return whether a file has a digest; servers behind one name may state several versions of the right bytes."""
     try:
         return _digest(href, name, access) == digest
     except ReplacedError:

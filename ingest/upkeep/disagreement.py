@@ -21,7 +21,7 @@ Pixels = npt.NDArray[Any]
 
 
 def name_disagreement(stored: Pixels, expected: Pixels) -> str:
-    """Name the way in which a main array of a shard differs from its sources.
+    """Describe how a main array of a shard differs from its sources.
 
     Args:
         stored: (time, band, y, x) as the cube has it; 0, or NaN for floats, is no data.
@@ -50,7 +50,7 @@ def _there(pixels: Pixels) -> npt.NDArray[np.bool_]:
 
 
 def _relation(found: npt.NDArray[np.float64], right: npt.NDArray[np.float64], *, floats: bool) -> str:
-    """The relation between the pixels that have another value than they should."""
+    """Describe the relation between stored and right values, in pixels where they differ."""
     other = f"{found.size} values are others: they are of other pixels, or of another file"
     if np.unique(right).size < _LEAST:
         return other

@@ -55,7 +55,7 @@ def recheck_offset(plan: Plan, collection: str, planned: PlannedScene, access: A
 
 
 def _scene_of(plan: Plan, collection: str, planned: PlannedScene) -> Scene | None:
-    """The scene as its metadata described it, as far as the cube keeps that; None for products without an offset."""
+    """Return the scene as its metadata described it, as far as the cube keeps that; None without an offset."""
     row = next((row for row in plan.items.get(collection, ()) if row["id"] == planned.item_id), None)
     entry = plan.statistics.get(collection, {}).get("offset_verdicts", {}).get(planned.item_id)
     named = plan.catalogue(collection)
@@ -93,7 +93,7 @@ def _scene_of(plan: Plan, collection: str, planned: PlannedScene) -> Scene | Non
 
 
 def _kept_witnesses(row: Mapping[str, Any], hrefs: Sequence[str], by_metadata: int) -> tuple[Witness, ...]:
-    """What the item table and the hrefs of a cube of an earlier release say about the offset.
+    """Return what the item table and the hrefs of a cube of an earlier release say about the offset.
 
     Only a baseline before 04.00 needs them: it may have been the version of a processor.
     """

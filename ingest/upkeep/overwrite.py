@@ -124,7 +124,7 @@ def _named(report: IngestReport, path: Path) -> IngestReport:
 
 
 def _swap(new: Path, old: Path) -> None:
-    """Let two folders change places, in one step where the system can."""
+    """Swap two folders, in one step if the system can."""
     exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if exchange is None or exchange(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE):
         aside = _aside(old)

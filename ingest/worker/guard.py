@@ -89,13 +89,13 @@ CHECKED = ("terrashard", "dask", "distributed", "imagecodecs", "numcodecs", "num
 
 
 def process_versions() -> dict[str, str]:
-    """Versions and settings of this process that decide whether it may work on a cube."""
+    """Return the versions and settings of this process that decide whether it may work on a cube."""
     return {**_releases(), "GDAL_NUM_THREADS": os.environ.get("GDAL_NUM_THREADS", "unset")}
 
 
 @functools.cache
 def _releases() -> dict[str, str]:
-    """Releases of Python, GDAL and the checked packages; looking them up takes longer than a small shard."""
+    """Return the releases of Python, GDAL and the checked packages; looking them up is slower than a small shard."""
     import rasterio
 
     releases = {"python": ".".join(platform.python_version_tuple()[:2]), "gdal": rasterio.__gdal_version__}
@@ -155,7 +155,7 @@ class WorkerGuard(WorkerPlugin):
 
 
 def memory_note(client: Client, spec: CubeSpec) -> str | None:
-    """Advice for a worker whose memory limit is below what its threads need to make shards; None where all have enough.
+    """Return advice for a worker whose memory limit is too small for its threads to make shards, or None.
 
     Args:
         client: Client of the scheduler, which knows the memory limits; a worker without a limit has enough.

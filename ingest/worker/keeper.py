@@ -18,7 +18,7 @@ class RateKeeper(SchedulerPlugin):
     idempotent = True
 
     async def start(self, scheduler: Any) -> None:
-        """Let workers ask the scheduler when they may send requests."""
+        """Add a handler to the scheduler that tells workers when they may send requests."""
         limiter = RateLimiter()
 
         async def take(name: str, rate: float, count: int) -> float:

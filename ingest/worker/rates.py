@@ -104,12 +104,12 @@ _local = RateLimiter()
 
 
 def bind_worker(worker: Any) -> None:
-    """Let the scheduler of `worker` count the requests of this process from now on."""
+    """Make the scheduler of `worker` count the requests of this process from now on."""
     _bound[:] = [worker]
 
 
 def limit_of(href: str, own: Sequence[tuple[str, float]] = ()) -> tuple[str, float] | None:
-    """The limit that holds for an href, as (name, requests per second); None where there is none.
+    """Return the limit for an href, as (name, requests per second); None if there is none.
 
     >>> limit_of("https://eodata.dataspace.copernicus.eu/x.jp2")
     ('cdse', 5.0)

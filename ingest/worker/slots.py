@@ -76,12 +76,12 @@ def run_in_slot(work: Callable[[GiveWay], T], *, remote: bool) -> T:
 
 
 def _do_nothing() -> None:
-    """Give no thread back: outside a worker, no other task waits for one."""
+    """Keep the thread: outside a worker, no other task waits for one."""
 
 
 @contextmanager
 def take_turns(threads: int) -> Iterator[None]:
-    """Let at most so many threads of this process compute at once, during the `with` block."""
+    """Limit how many threads of this process compute at once, during the `with` block."""
     mine = threading.Semaphore(threads)
     with _making:
         _here.append(mine)

@@ -57,7 +57,7 @@ def refuse_unguarded_script() -> None:
 
 @contextmanager
 def main_module_left_alone() -> Iterator[None]:
-    """Let Dask workers start without the main module during a `with` block; other processes start as usual."""
+    """Start Dask workers without the main module during a `with` block; other processes start as usual."""
     global _open  # several runs may be open at once
     with _lock:
         _open += 1
