@@ -294,7 +294,7 @@ def _collect_less_often() -> None:
 
 
 def _tolerate_narrow_encodings() -> None:
-    """Give a terminal without × or – a replacement character, not an error."""
+    """Print a replacement character on a terminal without × or –, in place of an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -345,7 +345,7 @@ class TrainingSession:
         return f", shares {shares}{known}"
 
     def settle_before_use(self, done: Dispatched) -> None:
-        """Settle a step whose state is validated or saved next; a wish to stop that is already known stays."""
+        """Settle a step whose state is validated or saved next, and keep a request to stop that is already known."""
         known = self.stopping
         self.settle(done)
         self.stopping = known or self.stopping

@@ -61,7 +61,7 @@ def unpack_attribute(value: Any) -> Any:
 
 
 def flatten_attributes(dataset: xr.Dataset) -> xr.Dataset:
-    """Give a dataset attributes that any format can hold, netCDF 3 too: numbers, texts, and lists of numbers."""
+    """Reduce attributes to what any format can hold, also netCDF 3: numbers, texts, and lists of numbers."""
     dataset.attrs = _all_flat(dataset.attrs)
     for variable in dataset.variables.values():
         variable.attrs = _all_flat(variable.attrs)

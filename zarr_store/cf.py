@@ -163,7 +163,7 @@ def recognise(dataset: xr.Dataset, options: Options, where: str = "the dataset")
 
 
 def _spatial(dataset: xr.Dataset, axis: str, asked: str | None, where: str) -> str:
-    """The name of the coordinate of columns ("x") or rows ("y")."""
+    """Return the name of the coordinate of columns ("x") or rows ("y")."""
     if asked is not None:
         if asked not in dataset.dims:
             raise UnknownName.of("dimension", asked, [str(d) for d in dataset.dims], f"{where} (--{axis})")
@@ -184,7 +184,7 @@ def _spatial(dataset: xr.Dataset, axis: str, asked: str | None, where: str) -> s
 
 
 def _time_dim(dataset: xr.Dataset, asked: str | None, taken: set[str], where: str) -> str | None:
-    """The name of the time dimension, or None."""
+    """Return the name of the time dimension, or None."""
     if asked is not None and asked in dataset.dims:
         return asked
     if asked is not None and not re.match(r"\d{4}", asked):
@@ -276,7 +276,7 @@ def _labels(dataset: xr.Dataset, dim: str, size: int, options: Options, where: s
 def _grid(
     dataset: xr.Dataset, arrays: Sequence[xr.DataArray], x: str, y: str, asked: str | None, where: str
 ) -> tuple[Grid, tuple[bool, bool]]:
-    """The north-up grid, and whether rows and columns must be turned."""
+    """Return the north-up grid, and whether rows and columns must be flipped."""
     west, rx, back_x = _axis(dataset, x, where)
     south, ry, back_y = _axis(dataset, y, where)
     crs = normal_crs(asked) if asked is not None else _stated_crs(dataset, arrays, where)
@@ -291,7 +291,7 @@ def _grid(
 
 
 def _axis(dataset: xr.Dataset, name: str, where: str) -> tuple[float, float, bool]:
-    """The smallest coordinate, the step, and whether the coordinates descend."""
+    """Return the smallest coordinate, the step, and whether the coordinates descend."""
     if name not in dataset.variables:
         raise InvalidInput(f"{where}: dimension {name} has no coordinates, so the place of its pixels is unknown")
     values = np.asarray(dataset.variables[name].values, np.float64)
@@ -312,13 +312,13 @@ def _axis(dataset: xr.Dataset, name: str, where: str) -> tuple[float, float, boo
 
 
 def _plain(value: float, size: float) -> float:
-    """An edge without the noise of a division: a whole number of hundredths of a pixel, where it is one."""
+    """Remove the noise of a division from an edge: round it to hundredths of a pixel if it is that close to one."""
     steps = value / size * 100
     return round(steps) * size / 100 if abs(steps - round(steps)) < 1e-4 else value
 
 
 def _stated_crs(dataset: xr.Dataset, arrays: Sequence[xr.DataArray], where: str) -> str:
-    """The CRS that the metadata state."""
+    """Return the CRS that the metadata state."""
     mappings = {str(one.attrs.get("grid_mapping") or one.encoding.get("grid_mapping") or "") for one in arrays} - {""}
     named = [name.split(":")[0].strip() for name in sorted(mappings)]
     if not named:
@@ -358,7 +358,7 @@ def _crs_of(text: Any, where: str) -> str:
 
 
 def _times(dataset: xr.Dataset, dim: str, where: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The times as ISO 8601 UTC, ascending, and the position of each in the dataset."""
+    """Return the times as ISO 8601 UTC, ascending, and the position of each in the dataset."""
     import xarray as xr
 
     if dim not in dataset.variables:
@@ -395,7 +395,7 @@ def _iso(text: str, where: str) -> str:
 
 
 def _numbers(name: str, array: xr.DataArray, options: Options, where: str) -> Band:
-    """What the numbers of one band mean."""
+    """Return what the numbers of one band mean: type, nodata, valid range, scale, offset and unit."""
     stated: Mapping[str, Any] = array.attrs  # of a decoded dataset they are gone, and so is what they state
     dtype = array.dtype
     if dtype.kind not in "iufb":
@@ -436,7 +436,7 @@ def _numbers(name: str, array: xr.DataArray, options: Options, where: str) -> Ba
 
 
 def _stated_numbers(stated: Any, dtype: np.dtype[Any], unsigned: bool, what: str) -> list[float]:
-    """Numbers of an attribute that has none, one or several, in the range of the band's type."""
+    """Return the numbers of an attribute, which may hold none, one or several, in the range of the band's type."""
     if stated is None:
         return []
     try:
@@ -447,7 +447,7 @@ def _stated_numbers(stated: Any, dtype: np.dtype[Any], unsigned: bool, what: str
 
 
 def _valid_range(array: xr.DataArray, dtype: np.dtype[Any], unsigned: bool, where: str) -> tuple[float, float] | None:
-    """The smallest and largest number that is data, by the attributes of CF; None where nothing is stated.
+    """Return the smallest and largest number that is data, by the CF attributes; None if they state neither.
 
     Whole numbers of the attributes are of the packed data and floats of the unpacked, whatever xarray has decoded.
     """

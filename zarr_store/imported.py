@@ -323,7 +323,7 @@ def _band_spec(band: Band, kind: str, decibel: tuple[float, float] | None) -> Ba
 
 
 def _mask_band(dataset: xr.Dataset, mask: str, options: Options, found: Recognised) -> Band:
-    """The class variable of --mask, on the grid and the times of the bands."""
+    """Return the class variable of --mask, on the grid and the times of the bands."""
     if mask not in dataset.data_vars:
         raise UnknownName.of("variable", mask, [str(name) for name in dataset.data_vars], "the dataset (--mask)")
     theirs = recognise(
@@ -336,7 +336,7 @@ def _mask_band(dataset: xr.Dataset, mask: str, options: Options, found: Recognis
 
 
 def _layout(cube: Cube | None, collection: str, found: Recognised, profile: str) -> Layout:
-    """Chunks and shards of a new collection: over the ground of those of the cube where it has some."""
+    """Choose chunks and shards of a new collection, which cover the same ground as those of an existing cube."""
     if profile not in LAYOUTS:
         raise UnknownName.of("profile", profile, LAYOUTS, "--profile")
     if cube is None:
@@ -350,7 +350,7 @@ def _layout(cube: Cube | None, collection: str, found: Recognised, profile: str)
 def _items(
     spec: CubeSpec, found: Recognised, source: dict[str, str], decibel: Any, mask: str | None, masked: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """One row of the item table for each step; it keeps where the step comes from."""
+    """Return one row of the item table for each step, with the source of the step."""
     west, south, east, north = found.grid.lonlat_bounds()
     rules: dict[str, Any] = {"bands": list(spec.band_names)}
     rules |= {"decibel": list(decibel)} if decibel is not None else {}
@@ -389,17 +389,8 @@ def _refuse_other(cube: Cube, spec: CubeSpec, rows: list[dict[str, Any]]) -> Non
         )
 
 
-def _asked(options: Options) -> dict[str, Any]:
-    """Return what was stated in place of what the file says, and decides which numbers are stored."""
-    names = ("variable", "band_dim", "x", "y", "nodata", "scale", "offset")
-    stated = {name: getattr(options, name) for name in names}
-    return {
-        name: value if isinstance(value, str) else repr(value) for name, value in stated.items() if value is not None
-    }
-
-
-def _key(spec: CubeSpec, rows: list[dict[str, Any]], region: Region, asked: Mapping[str, Any]) -> str:
-    """Digest of all that determines a shard of a file whose digest the rows have."""
+def _key(spec: CubeSpec, rows: list[dict[str, Any]], region: Region) -> str:
+    """Return a digest of all that determines a shard; the rows hold the digest of the file."""
     rules = {key: value for key, value in spec.to_dict().items() if key != "times"}
     return _digest([rules, region.to_list(), rows, *([asked] if asked else [])])  # without any, as in earlier releases
 
@@ -484,7 +475,7 @@ def _check_exact(bands: Iterable[Band], decibel: tuple[float, float] | None = No
 
 
 def _physical(band: Band, numbers: npt.NDArray[Any], decibel: tuple[float, float] | None) -> npt.NDArray[np.float32]:
-    """The physical values of numbers as float32; NaN without data."""
+    """Convert numbers to physical values in float32; NaN without data."""
     values = numbers.astype(np.float64)
     lost = ~np.isfinite(values) | band.lost(numbers)
     if (band.scale, band.offset) != (1.0, 0.0):
@@ -500,7 +491,7 @@ def _physical(band: Band, numbers: npt.NDArray[Any], decibel: tuple[float, float
 def _classes(
     band: Band, numbers: npt.NDArray[Any], names: Mapping[int, str] | None
 ) -> tuple[npt.NDArray[np.uint8], tuple[tuple[int, str], ...]]:
-    """Class values as bytes, 255 without a class; values that do not fit in a byte are renumbered."""
+    """Convert class values to bytes, 255 without a class; values that do not fit in a byte are renumbered."""
     if numbers.dtype.kind not in "iu":
         raise InvalidInput(f"{band.name} holds {numbers.dtype}, and classes are whole numbers; give --values")
     if (band.scale, band.offset) != (1.0, 0.0):

@@ -60,7 +60,7 @@ class SourceOutcome:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `asdict`; also reads rows without versions."""
+        """Build an outcome from the result of `asdict`, also from rows without versions."""
         return cls(**{**data, "versions": tuple((asset, version) for asset, version in data.get("versions", ()))})
 
 
@@ -171,7 +171,7 @@ class Ledger:
         return dict(sorted({**self._empty(), **self.stored_rows()}.items()))
 
     def _empty(self) -> dict[ShardIndex, LedgerRow]:
-        """The rows of the empty shards, which have no objects: done, of no source."""
+        """Return the rows of the empty shards, which have no objects: their state is done, without sources."""
         empty = read_empty(self._store, self._collection)
         return {
             index: LedgerRow(index, region, key, "done", (), {}, empty.stats(region))

@@ -14,12 +14,12 @@ _CELL = "text-align: left; padding: 0.1em 0.8em 0.1em 0; white-space: pre-wrap"
 
 
 def is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
+    """Return whether this process is the kernel of a notebook."""
     return "ipykernel" in sys.modules
 
 
 def shows_bars() -> bool:
-    """Whether a live bar can be drawn: in a terminal, and in a notebook that has widgets."""
+    """Return whether a live bar can be drawn: in a terminal, or in a notebook that has widgets."""
     return sys.stderr.isatty() or (is_notebook() and importlib.util.find_spec("ipywidgets") is not None)
 
 

@@ -44,7 +44,7 @@ async def snapshot_get(
 
 
 async def snapshot_has(store: Any, key: str) -> bool:
-    """Whether a snapshot has a key."""
+    """Return whether a snapshot has a key."""
     chunk = _CHUNK.fullmatch(key)
     if chunk and not await store.exists(f"{chunk['array']}/zarr.json"):
         return False

@@ -40,7 +40,7 @@ _FORMAT = 1
 
 
 def is_cube(store: Store) -> bool:
-    """Whether the store holds a terrashard cube with readable root metadata."""
+    """Return whether the store holds a terrashard cube with readable root metadata."""
     try:
         return "terrashard" in _root_attributes(store)
     except NotACube:
@@ -48,7 +48,7 @@ def is_cube(store: Store) -> bool:
 
 
 def kind_of(url: str | os.PathLike[str]) -> Literal["cube", "sample store", "map", "other"]:
-    """Tell what is at `url` by its root metadata alone, without importing what reads it; "other" also for nothing."""
+    """Return what is at `url`, by its root metadata alone, without importing a reader; "other" also for nothing."""
     try:
         attributes: Any = _root_attributes(open_store(url))  # as it stands in the file
     except NotACube:
@@ -94,7 +94,7 @@ def open_cube(url: str | os.PathLike[str], *, cache_bytes: int | None = None) ->
 
 
 def _other_kind(url: str, attributes: dict[str, Any]) -> str:
-    """Say what a Zarr group that is not a cube holds, and what to do with it."""
+    """Describe a Zarr group that is not a cube, and what to do with it."""
     if "samples" in attributes.get("terrashard", {}):
         return (
             f"a sample store, not a cube: `terrashard info {url}` shows it, and `terrashard train` and `terrashard "

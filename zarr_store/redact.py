@@ -184,7 +184,7 @@ def strip_signature(url: str) -> str:
 
 
 def _signs(key: str, value: str, keys: AbstractSet[str]) -> bool:
-    """Whether a parameter of a query with these keys (in lower case) is part of a signature."""
+    """Return whether a parameter of a query with these keys (in lower case) is part of a signature."""
     if _SECRET_KEYS.fullmatch(key):
         return True
     if key in _AZURE_KEYS and "sig" in keys and not keys.isdisjoint({"se", "si", "sv"}):

@@ -115,7 +115,7 @@ class SampleSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Build an instance from the result of `to_dict`."""
         height, width = data["size"]
         return cls(
             count=int(data["count"]),
@@ -312,7 +312,7 @@ class SampleStore:
         return bool(np.isfinite(self.longitude).all() and np.isfinite(self.latitude).all())
 
     def names(self) -> list[str]:
-        """Origin of each sample."""
+        """Return the origin of each sample."""
         self._store.check_inside("name")
         check = partial(check_array, shape=(self.spec.count,), dtype="string", most=_MOST_WHOLE)
         return [str(name) for name in read_array(self._store, "name", check)]

@@ -53,7 +53,7 @@ def overview_positions(size: int) -> np.ndarray:
 
 
 def _fill_attribute(dtype: str, nodata: float) -> int | str:
-    """The attribute `_FillValue` as xarray has it in Zarr 3: a whole number, or for floats a double in base64."""
+    """Return `_FillValue` as xarray has it in Zarr 3: a whole number, or for floats a double in base64."""
     if np.dtype(dtype).kind == "f":
         return base64.standard_b64encode(struct.pack("<d", math.nan)).decode()
     return int(nodata)
@@ -444,7 +444,7 @@ class CubeSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Build an instance from the result of `to_dict`."""
         layout = dict(data["layout"])
         return cls(
             collection=data["collection"],

@@ -264,7 +264,7 @@ class Store(ABC):
 
     @abstractmethod
     def beside(self) -> contextlib.AbstractContextManager[Store]:
-        """A fresh store that becomes this one at the end, and leaves nothing on an error."""
+        """Return a context with a new store that replaces this one at the end, or leaves nothing after an error."""
 
 
 @dataclass(frozen=True)

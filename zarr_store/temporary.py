@@ -24,7 +24,7 @@ TENSORSTORE_LOCK = ".__lock"
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name inside a cube or a run directory is temporary."""
+    """Return whether a file or folder of this name inside a cube or a run directory is temporary."""
     return name.endswith((PARTIAL, STALE, TENSORSTORE_LOCK))
 
 

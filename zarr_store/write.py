@@ -164,7 +164,7 @@ class ShardWriter:
             )
 
     def ledger(self) -> Ledger:
-        """Ledger of the collection."""
+        """Return the ledger of the collection."""
         if self._given is not None:
             return Ledger(open_store(self.url), self.collection)
         return self._open().ledger(self.collection)

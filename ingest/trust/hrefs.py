@@ -93,7 +93,7 @@ class HrefPolicy:
         return any(name.startswith("*.") and host.endswith(name[1:]) for name in self.hosts)
 
     def allows_private(self, host: str) -> bool:
-        """Whether a private host is allowed: by option, as SOURCE's own, or as loopback beside a loopback SOURCE."""
+        """Return whether a private host is allowed: by option, as SOURCE's own, or if it and SOURCE are loopback."""
         if self.allow_private or host == self.source_host:
             return True
         return bool(self.source_host) and is_loopback(self.source_host or "") and is_loopback(host)

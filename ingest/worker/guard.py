@@ -108,7 +108,7 @@ def _releases() -> dict[str, str]:
 
 
 def differences(expected: Mapping[str, str], came: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Name → (expected, came) where a worker differs; GDAL_NUM_THREADS must be unset, whatever the client has."""
+    """Return name → (expected, came) where a worker differs; GDAL_NUM_THREADS must be unset on every worker."""
     wanted = {**expected, "GDAL_NUM_THREADS": "unset"}
     return {name: (value, came.get(name, "absent")) for name, value in wanted.items() if came.get(name) != value}
 

@@ -127,7 +127,7 @@ class Classes:
         return table
 
     def rgb(self) -> npt.NDArray[np.uint8]:
-        """Colours as uint8 (classes, 3)."""
+        """Return the colours as uint8 (classes, 3)."""
         return np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in self.colours], np.uint8)
 
     def to_list(self) -> list[dict[str, Any]]:
@@ -139,7 +139,7 @@ class Classes:
 
     @classmethod
     def from_list(cls, data: Sequence[Mapping[str, Any]]) -> Self:
-        """Inverse of `to_list`."""
+        """Build classes from the result of `to_list`."""
         return cls(
             tuple(str(entry["name"]) for entry in data),
             tuple(tuple(int(v) for v in entry["values"]) for entry in data),
@@ -148,7 +148,7 @@ class Classes:
 
 
 def _pick_colours(names: Sequence[str], given: Mapping[str, str]) -> tuple[str, ...]:
-    """Give each class a colour of its own: the one that is given, else the one its name is known for, else a free one.
+    """Choose a different colour for each class: the given one, else the usual one of its name, else a free one.
 
     Several names may be known for one colour; the first of them in `names` gets it.
     """

@@ -46,7 +46,7 @@ class Splits:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Build an instance from the result of `to_dict`."""
         return cls(tuple(Split.from_dict(split) for split in data["cubes"]))
 
 

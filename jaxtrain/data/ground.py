@@ -30,7 +30,7 @@ class Ground:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Ground:
-        """Inverse of `to_dict`."""
+        """Build an instance from the result of `to_dict`."""
         return cls(data["cube"], data["digest"], Grid.from_dict(data["grid"]), tuple(data["times"]))
 
 

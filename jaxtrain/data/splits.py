@@ -65,7 +65,7 @@ class Split:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Build an instance from the result of `to_dict`."""
         height, width = data["block"]
         return cls((int(height), int(width)), np.array(data["parts"], np.int8))
 
@@ -115,7 +115,7 @@ def make_split(config: SplitConfig, block: tuple[int, int], usable: npt.NDArray[
 
 
 def add_blocks(split: Split, config: SplitConfig, more: npt.NDArray[np.bool_]) -> Split:
-    """Give each further block a part by its own draw, so that the parts of the other blocks stay as they are.
+    """Draw a part for each further block by itself, so that the parts of the other blocks do not change.
 
     Args:
         split: Result of `make_split`.

@@ -23,7 +23,7 @@ class Complaints:
         self._retries: Counter[frozenset[int]] = Counter()
 
     def add(self, number: int, other: int, now: float) -> None:
-        """Note that a member lost its connection with another one."""
+        """Record that a member lost its connection to another one."""
         self._said.append((frozenset({number, other}), now))
 
     def forget(self, number: int) -> None:

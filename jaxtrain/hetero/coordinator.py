@@ -148,7 +148,7 @@ class Coordinator:
             await asyncio.gather(beats, *self._tasks, return_exceptions=True)
 
     async def _tick(self) -> None:
-        """Let the group see the time, and send signs of life."""
+        """Pass the time to the group, and send signs of life."""
         last = beat = time.monotonic()
         while True:
             await asyncio.sleep(_TICK_S)
@@ -184,7 +184,7 @@ class Coordinator:
             writer.close()
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Application | None:
-        """Let a stranger prove the secret and ask to join; None if it did not."""
+        """Check that a stranger knows the secret, and return its application; None if there is none."""
         peer = writer.get_extra_info("peername")
         host = str(peer[0]) if peer else "?"
         if self._strangers >= _STRANGERS:
@@ -218,7 +218,7 @@ class Coordinator:
         return None
 
     def _report(self, host: str, why: str) -> None:
-        """Say once a minute that an address was refused; a port scanner must not fill the log."""
+        """Log at most once a minute that an address was refused, as a port scanner must not fill the log."""
         now = time.monotonic()
         if now - self._reported.get(host, -_REPORT_EVERY_S) < _REPORT_EVERY_S:
             return
@@ -228,7 +228,7 @@ class Coordinator:
         logger.warning("a connection from %s to the group's coordinator was refused: %s", host, why[:300])
 
     def _seat(self, application: Application, writer: asyncio.StreamWriter) -> int:
-        """Give an applicant its seat, or say why it gets none."""
+        """Give an applicant its seat, or tell it why it gets none."""
         now = time.monotonic()
         number, reason, again = self._group.join(application, now)
         if not number:

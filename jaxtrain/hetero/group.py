@@ -102,7 +102,7 @@ class Group:
     # ── coming and going ──
 
     def join(self, application: Application, now: float) -> tuple[int, str, bool]:
-        """Give a process a seat.
+        """Give a process a seat, or refuse it.
 
         Returns:
             Number of the seat and an empty text; or 0, why it is refused, and whether it may ask again soon.
@@ -130,7 +130,7 @@ class Group:
         return number, "", False
 
     def welcome(self, number: int, now: float) -> None:
-        """Tell a process that has its seat how things are; a group that is complete is formed."""
+        """Tell a newly seated process the state of the group; form the group once all expected ones have joined."""
         if self._phase == "forming":
             if len(self._seats) >= self._expected:
                 self._form(now)
@@ -158,7 +158,7 @@ class Group:
         self._send(seat.number, {"kind": "formed", "state": not seat.active, "step": self._step, **self._roll()})
 
     def _roll(self) -> dict[str, Any]:
-        """The members as a message names them."""
+        """Return the members in the form of a message."""
         leader = self._seats.get(self._leader)
         return {
             "epoch": self._epoch,
@@ -167,7 +167,7 @@ class Group:
         }
 
     def drop(self, number: int, reason: str, now: float, *, left: bool = False) -> None:
-        """Go on without a member: it died, was silent, or has left."""
+        """Remove a member that died, was silent or has left, and go on with the others."""
         seat = self._seats.pop(number, None)
         if seat is None:
             return
@@ -261,7 +261,7 @@ class Group:
         self._move(now)
 
     def tick(self, now: float) -> None:
-        """Let time pass: silent members are dropped, and what waits too long is ended."""
+        """Drop members that were silent for too long, and end what has waited too long."""
         for seat in list(self._seats.values()):
             silent = now - seat.heard
             if silent > seat.application.silence_s and seat.number in self._seats:
@@ -297,7 +297,7 @@ class Group:
             self._first_join += seconds
 
     def _awaited(self) -> list[Seat]:
-        """Members for which others wait; none if all are busy."""
+        """Return the members for which others wait; none if all are busy."""
         active = self._active()
         givers = [seat for seat in self._seats.values() if seat.donor is not None]
         if self._phase == "step":
@@ -311,7 +311,7 @@ class Group:
         return [seat for seat, done in flags if not done] if any(done for _, done in flags) else []
 
     def _hear_complaints(self, now: float) -> None:
-        """Deal with pairs of members whose connection broke, though both are alive."""
+        """Repeat the exchange, or drop a member, for pairs whose connection broke although both are alive."""
         for older, newer, again in self._complaints.due(self._seats, now):
             if newer.active and self._phase == "step" and again:
                 self._event("retry", newer.name, f"the connection with {older.name} broke; the exchange is repeated")
@@ -348,7 +348,7 @@ class Group:
         self._begin(active)
 
     def _give_state(self, active: list[Seat], now: float) -> bool:
-        """Let members send their state to those that want it; return whether any of them is on its way."""
+        """Tell members to send their state to those that need it; return whether any state is on its way."""
         givers = itertools.cycle(active)
         for seat in self._seats.values():
             if seat.wants_state and seat.donor is None and not seat.active:
@@ -433,7 +433,7 @@ class Group:
         return True
 
     def _hand_over(self, dead: Seat, left: Sequence[Seat]) -> None:
-        """Give the chunks of a member that is gone to the others."""
+        """Assign the chunks of a lost member to the others."""
         assert self._shares is not None
         todo = {seat.name: 0 if seat.contributed is not None else len(seat.assigned) for seat in left}
         extra = self._shares.hand_over(len(dead.assigned), todo)

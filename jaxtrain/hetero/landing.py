@@ -44,7 +44,7 @@ class Bulk:
         return self.data.data[offset : offset + length]
 
     def arrived(self, length: int) -> None:
-        """Note that a block is complete."""
+        """Count a complete block of `length` bytes."""
         self._got += length
 
     @property
@@ -85,7 +85,7 @@ class Landing:
         return self._bulk is not None and self._bulk.complete
 
     def expect_round(self, summing: Round | None) -> None:
-        """Let blocks of this round in; those of earlier ones come too late from now on."""
+        """Accept blocks of this round; blocks of earlier rounds are too late from now on."""
         with self._wake:
             self._round = summing
             if summing is not None:
@@ -93,7 +93,7 @@ class Landing:
             self._wake.notify_all()
 
     def expect_bulk(self, bulk: Bulk | None) -> None:
-        """Let blocks of this value in; None if none is waited for any more."""
+        """Accept blocks of this value; None if none is expected."""
         with self._wake:
             if self._bulk is not None:
                 self._passed.append(self._bulk.key)
@@ -101,7 +101,7 @@ class Landing:
             self._wake.notify_all()
 
     def close(self) -> None:
-        """Let nobody wait any more."""
+        """End every wait."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
@@ -136,7 +136,7 @@ class Landing:
         return (int(header["s"]), int(header["a"])) > self._reached
 
     def arrived(self, number: int, header: Mapping[str, Any], length: int) -> None:
-        """Note that a block is complete."""
+        """Count a complete block, and wake those that wait for it."""
         with self._wake:
             if header["kind"] == "bulk":
                 if self._bulk is not None and (self._bulk.source, self._bulk.key) == (number, header["k"]):

@@ -175,7 +175,7 @@ class Member:
                 return bool(message["state"])
 
     def offer_state(self, make: Callable[[], Buffer]) -> None:
-        """Give the function that makes the bytes of the current state; `start` calls it when a newcomer needs them."""
+        """Register the function that makes the bytes of the current state, for `start` if a newcomer needs them."""
         self._make_state = make
 
     def receive_state(self) -> tuple[int, memoryview]:

@@ -90,7 +90,7 @@ class _Sender:
             self._thread.join(timeout=_CONNECT_S + 1)
 
     def _connect(self) -> socket.socket:
-        """Connect; a peer that is too busy to answer gets as long as one that is silent."""
+        """Connect to the peer; try again for as long as a silent peer is kept, as it may be too busy to answer."""
         until = time.monotonic() + self._peers.silence_s
         while True:
             try:

@@ -358,7 +358,7 @@ def _flatten(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _unflatten(flat: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Inverse of `_flatten`."""
+    """Build the arrays from the result of `_flatten`."""
     arrays: dict[str, np.ndarray] = {}
     for key, value in flat.items():
         name, shape, place = key.split("|")

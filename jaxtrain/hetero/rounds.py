@@ -112,7 +112,7 @@ class Round:
         return _bytes(target[offset : offset + count])
 
     def arrived(self, number: int, header: Mapping[str, Any], length: int) -> None:
-        """Note that a block is complete."""
+        """Count a complete block of `length` bytes of a part or of a sum."""
         got = self._got_part if header["kind"] == "part" else self._got_sum
         got[number] += length // 4
 

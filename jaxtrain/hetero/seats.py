@@ -122,7 +122,7 @@ class Seat:
 
 
 def difference(own: Application, group: Application) -> str | None:
-    """Name what differs between a newcomer and the group, and what to do; None if nothing does."""
+    """Return what differs between a newcomer and the group, and what to do; None if nothing differs."""
     advice = {
         "configuration": "start it with the same configuration file and --set options",
         "data": "let it read the same cube or store, and the same split",

@@ -199,7 +199,7 @@ class ShareController:
         self._paces.setdefault(member, _Pace()).observe(seconds)
 
     def seconds(self, member: str) -> float | None:
-        """Seconds per chunk of a member as far as they are known."""
+        """Return the seconds per chunk of a member; None if they are unknown."""
         pace = self._paces.get(member)
         return None if pace is None else pace.rate.seconds
 
@@ -256,7 +256,7 @@ class ShareController:
         return set(recorded) == set(limits) and sum(recorded.values()) == self._chunks and min(recorded.values()) >= 0
 
     def _by_speed(self, step: int, known: Mapping[str, float], limits: Mapping[str, int | None]) -> Decision:
-        """Shares where the speed of some members is known: one chunk for each of the others, to measure it."""
+        """Split by the known speeds of some members; each of the others gets one chunk, to measure it."""
         new = [name for name in limits if name not in known]
         begun = [name for name in limits if self._begins_trial(name, step)]
         trials = [name for name in limits if self._goes_on_trying(name, known)]
@@ -287,7 +287,7 @@ class ShareController:
         probes: Sequence[str],
         known: Mapping[str, float],
     ) -> dict[str, int]:
-        """Give one chunk to each of `probes`, and split the others among `rest`; among all if they cannot hold them."""
+        """Give one chunk to each of `probes` and split the rest among `rest`, or among all if `rest` lacks room."""
         room = sum(self._chunks if limits[name] is None else limits[name] or 0 for name in rest)
         probes = probes[: max(0, self._chunks - 1)] if rest else probes
         left = self._chunks - len(probes)

@@ -320,7 +320,7 @@ def connect(address: str, key: bytes, purpose: str, *, silence_s: float, wait_s:
 
 
 def greet(sock: socket.socket, key: bytes, purpose: str, *, silence_s: float) -> None:
-    """Let a client that has just connected prove the secret.
+    """Check that a client that has just connected knows the secret.
 
     Raises:
         OSError: It did not, in time.

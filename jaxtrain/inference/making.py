@@ -277,7 +277,7 @@ def hold_making(
 
 
 def finish(making: Making, url: str | Path) -> None:
-    """Let a map whose shards are all complete take its place, in one step; an earlier map goes.
+    """Move a map whose shards are all complete to its place in one step, and remove an earlier map.
 
     The caller holds the lock.
     """

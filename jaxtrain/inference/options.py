@@ -73,7 +73,7 @@ class MapOptions:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Build an instance from the result of `to_dict`."""
         area = data.get("area")
         return cls(**{
             **data,

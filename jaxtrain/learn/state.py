@@ -128,7 +128,7 @@ class Program:
         return whole
 
     def of_saved(self, state: TrainState) -> TrainState:
-        """Inverse of `to_save`."""
+        """Return the state of a run from one that `to_save` returned."""
         if self.saved_shardings is self.shardings:
             return state
 
@@ -380,7 +380,7 @@ def _cut(program: Program, abstract: Any) -> Layout:
 
 
 def _place(program: Program, units: Mapping[str, list[Unit]]) -> Layout:
-    """Lay a network with branches on groups of devices."""
+    """Place a network with branches on groups of devices."""
     config, mesh = program.config, program.mesh
     if config.mesh.schedule == "interleaved":
         raise InvalidInput(

@@ -22,7 +22,7 @@ _CONVOLUTION: ContextVar[Convolution | None] = ContextVar("convolution", default
 
 @contextlib.contextmanager
 def convolving_with(convolution: Convolution) -> Iterator[None]:
-    """Let networks that are traced inside use `convolution`, which takes the arguments of `convolve`."""
+    """Make networks that are traced inside use `convolution`, which takes the arguments of `convolve`."""
     token = _CONVOLUTION.set(convolution)
     try:
         yield

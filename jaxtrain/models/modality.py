@@ -41,7 +41,7 @@ class Modality:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Build an instance from the result of `to_dict`."""
         return cls(str(data["name"]), tuple(data["bands"]), int(data["ratio"]), int(data["dates"]))
 
 

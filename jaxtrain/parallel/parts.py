@@ -54,16 +54,16 @@ class Objective(Protocol):
         """Task of the network."""
 
     def blend(self, logits: jax.Array, labels: Sequence[tuple[jax.Array, jax.Array]]) -> Any:
-        """Loss, weight and number of labelled pixels, of several labels with their shares."""
+        """Return loss, weight and number of labelled pixels for several labels with their shares."""
 
     def right(self, logits: jax.Array, label: jax.Array) -> jax.Array:
         """Number of right predictions."""
 
     def sums(self, logits: jax.Array, label: jax.Array) -> dict[str, jax.Array]:
-        """Sums for an evaluation."""
+        """Return the sums for an evaluation."""
 
     def answer(self, logits: jax.Array) -> jax.Array:
-        """Predictions from logits."""
+        """Return predictions from logits."""
 
 
 class PipelinedProgram(Protocol):

@@ -96,7 +96,7 @@ def check_groups(groups: Sequence[Sequence[str]], branches: Sequence[str]) -> di
 
 
 def place_branches(mesh: Mesh, streams: Streams, names: Sequence[str], groups: Sequence[Sequence[str]]) -> Layout:
-    """Lay the streams on groups of devices as `placement.groups` says.
+    """Place the streams on groups of devices as `placement.groups` says.
 
     Args:
         mesh: Mesh whose first axis is `pipe`.
@@ -118,7 +118,7 @@ def place_branches(mesh: Mesh, streams: Streams, names: Sequence[str], groups: S
 
 
 def place_stages(mesh: Mesh, streams: Streams, names: Sequence[str], stages: int) -> Layout:
-    """Lay the layers of all branches in stages: the first layers of every branch on the first group, and so on.
+    """Place the layers of all branches in stages: the first layers of every branch on the first group, and so on.
 
     Args:
         mesh: Mesh whose first axis is `pipe`.

@@ -312,7 +312,7 @@ _LOST_MARKS = ("gloo", "nccl", "connection closed", "connection reset", "broken 
 
 
 def abandon(code: int) -> None:
-    """Let this process end with `code` without waiting for the others, which would wait for it in a collective.
+    """End this process with `code` without waiting for the others, which would wait for it in a collective.
 
     They notice within a heartbeat, and a launcher at once. Leaving in the ordinary way waits for all to leave.
     """

@@ -178,7 +178,7 @@ def _of_mpi(
 
 
 def _ask_mpi(name: str) -> str:
-    """Let process 0 choose a port and send it to the others through MPI."""
+    """Choose a port in process 0 and send it to the others through MPI."""
     try:
         from mpi4py import MPI
     except ImportError as error:

@@ -33,7 +33,7 @@ __all__ = ["halo_widths", "over_space"]
 
 @contextlib.contextmanager
 def over_space(mesh: Mesh, *, apart: bool = False) -> Iterator[None]:
-    """Let convolutions that are traced inside work on images on `mesh`, split if it has space axes.
+    """Make convolutions that are traced inside work on images on `mesh`, split if it has space axes.
 
     Args:
         mesh: all axes and devices.

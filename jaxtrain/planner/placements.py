@@ -159,7 +159,7 @@ def survey_placements(
     processes: int = 2,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> tuple[PlacementRow, ...]:
-    """Say what each placement costs; programs are compiled in other processes, and nothing is trained.
+    """Return what each placement costs; programs are compiled in other processes, and nothing is trained.
 
     A placement whose devices exchange within a group is compiled for its batch and for twice that, so what travels for
     each window is known apart from what travels once a step. Groups of one device send each other windows alone.

@@ -23,7 +23,7 @@ _LINE_EVERY_S = 10.0
 
 @contextmanager
 def show_steps(wanted: bool | None, on_event: OnEvent | None = None) -> Iterator[OnEvent | None]:
-    """Give the function that takes the events of a run and shows them, while the block lasts.
+    """Yield a function that shows the events of a run during the `with` block.
 
     Nothing is shown before the first event, so that of several processes only those show something that report.
 
@@ -101,7 +101,7 @@ class _Lines:
 
 
 def _words(event: TrainEvent) -> str:
-    """Word an event that is worth a line of its own; of steps and checkpoints there are too many."""
+    """Return the line for an event; none for steps and checkpoints, of which there are too many."""
     if event.kind in ("step", "checkpoint"):
         return ""
     mark = "warning: " if event.kind == "warning" else ""

@@ -144,7 +144,7 @@ def _sum(
     label_N: jax.Array, square_N: jax.Array, s_SN: jax.Array, x_FN: jax.Array, mean_F: jax.Array, *, count: int,
     final: bool,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """Sum scaled rows and ones by centre in each run; of the final pass also plain rows, squares, and the farthest."""
+    """Sum scaled rows and ones by centre in each run; in the final pass also plain rows, squares, and the farthest."""
     runs = label_N.shape[0] // _RUN
     one_RKN = (label_N.reshape(runs, _RUN)[:, None] == jnp.arange(count)[None, :, None]).astype(jnp.float32)
     columns = [s_SN, jnp.ones_like(s_SN[:1])]

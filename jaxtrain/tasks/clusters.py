@@ -240,7 +240,7 @@ def _fit(
     table: Table, options: ClusterOptions, workers: Workers, folder: TaskFolder | None, state: dict[str, Any],
     report: Callable[[str, int, int], None],
 ) -> tuple[ClusterModel, int, Choice | None]:  # fmt: skip
-    """Fit, or continue a fit; clusters come out by size, the largest first."""
+    """Fit clusters, or continue a fit; they come out by size, the largest first."""
     moments = table_moments(table, workers, on_block=lambda done, total: report("read", done, total))
     scaling, _ = make_scaling(moments, standardise=options.standardise, components=options.components)
     sample = sample_of(table, scaling, options.sample or _SEED_ROWS, options.seed, workers)

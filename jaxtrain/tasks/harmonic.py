@@ -251,7 +251,7 @@ def _follow(
         state: dict[str, Any], i: jax.Array, broken_N: jax.Array, off_CBN: jax.Array, predicted_BN: jax.Array,
         far_CN: jax.Array,
     ) -> dict[str, Any]:  # fmt: skip
-        """Note the breaks of a step; these pixels begin anew."""
+        """Record the breaks of a step, after which these pixels start again."""
         slot_KN = (jnp.arange(model.most)[:, None] == state["count"]) & broken_N
         return {
             **state,

@@ -101,7 +101,7 @@ class _Group:
         return found
 
     def leave(self, place: int) -> None:
-        """Let the others go on without a trial."""
+        """Remove a trial, so that the others go on without it."""
         with self.ready:
             self.joined.discard(place)
             self._compute_if_all_are_here()

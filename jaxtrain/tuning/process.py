@@ -21,7 +21,7 @@ ORDER = "TERRASHARD_TUNE"
 
 
 def main() -> None:
-    """Work on the search of the order in the environment."""
+    """Work on the search that the environment describes."""
     order = json.loads(os.environ[ORDER])
     folder = StudyFolder.open(Path(order["study"]))
     from jaxtrain.parallel.processes import die_with_parent

@@ -153,7 +153,7 @@ def run_trial(
 
 
 def _train(watch: _Watch, config: TrainConfig, out: Path, shared: Sharing, until: int | None = None) -> TrainingResult:
-    """Train; steps that an earlier process did and did not record count, too."""
+    """Train, and count the steps of an earlier process too, which it may not have recorded."""
     result = train(config, out, on_event=watch, progress=False, shared=shared, report=False, until=until)
     watch.steps = max(watch.steps, watch.before + result.steps)
     return result
