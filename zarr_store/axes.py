@@ -63,7 +63,7 @@ def _values(fresh: dict[str, Any], path: str) -> np.ndarray:
 
 
 def _fault(store: Store, path: str, check: Any, right: np.ndarray, held: dict[str, bytes | None]) -> str | None:
-    """Return what is wrong with an axis whose bytes differ from those written today; None if its values are right."""
+    """Return the fault of an axis whose bytes are not those written today; None where its values are right."""
     if store.read(f"{path}/zarr.json") is None or all(data is None for data in held.values()):
         return "is missing"
     try:

@@ -87,7 +87,7 @@ def decode(dataset: xr.Dataset, spec: CubeSpec, *, scaled: bool, masked: bool) -
 
 
 class _Decoded(BackendArray):
-    """A stored array as float32 numbers, computed when a window is read."""
+    """Lazy view of a stored array as float32 numbers, computed when a window is read."""
 
     def __init__(
         self, stored: xr.Variable, status: xr.Variable | None, rule: tuple[Any, Any, float | None] | None

@@ -100,7 +100,7 @@ def _head(chunk_bytes: Any) -> bytes:
 
 
 def _zstd_size(head: bytes) -> int | None:
-    """Return the size of the content that a frame states (RFC 8878, 3.1.1.1); None if it states none.
+    """Return the size of its content that a frame states (RFC 8878, 3.1.1.1); None where it states none.
 
     >>> _zstd_size(bytes.fromhex("28b52ffd2005"))
     5

@@ -276,7 +276,7 @@ def _labels(dataset: xr.Dataset, dim: str, size: int, options: Options, where: s
 def _grid(
     dataset: xr.Dataset, arrays: Sequence[xr.DataArray], x: str, y: str, asked: str | None, where: str
 ) -> tuple[Grid, tuple[bool, bool]]:
-    """Return the north-up grid, and whether rows and columns must be flipped."""
+    """Return the north-up grid, and whether rows and columns must be turned."""
     west, rx, back_x = _axis(dataset, x, where)
     south, ry, back_y = _axis(dataset, y, where)
     crs = normal_crs(asked) if asked is not None else _stated_crs(dataset, arrays, where)
@@ -312,7 +312,7 @@ def _axis(dataset: xr.Dataset, name: str, where: str) -> tuple[float, float, boo
 
 
 def _plain(value: float, size: float) -> float:
-    """Remove the noise of a division from an edge: round it to hundredths of a pixel if it is that close to one."""
+    """Return an edge without the noise of a division: a whole number of hundredths of a pixel, where it is one."""
     steps = value / size * 100
     return round(steps) * size / 100 if abs(steps - round(steps)) < 1e-4 else value
 
@@ -395,7 +395,7 @@ def _iso(text: str, where: str) -> str:
 
 
 def _numbers(name: str, array: xr.DataArray, options: Options, where: str) -> Band:
-    """Return what the numbers of one band mean: type, nodata, valid range, scale, offset and unit."""
+    """Return what the numbers of one band mean."""
     stated: Mapping[str, Any] = array.attrs  # of a decoded dataset they are gone, and so is what they state
     dtype = array.dtype
     if dtype.kind not in "iufb":
@@ -436,7 +436,7 @@ def _numbers(name: str, array: xr.DataArray, options: Options, where: str) -> Ba
 
 
 def _stated_numbers(stated: Any, dtype: np.dtype[Any], unsigned: bool, what: str) -> list[float]:
-    """Return the numbers of an attribute, which may hold none, one or several, in the range of the band's type."""
+    """Return the numbers of an attribute that has none, one or several, in the range of the band's type."""
     if stated is None:
         return []
     try:
@@ -447,7 +447,7 @@ def _stated_numbers(stated: Any, dtype: np.dtype[Any], unsigned: bool, what: str
 
 
 def _valid_range(array: xr.DataArray, dtype: np.dtype[Any], unsigned: bool, where: str) -> tuple[float, float] | None:
-    """Return the smallest and largest number that is data, by the CF attributes; None if they state neither.
+    """Return the smallest and largest number that is data, by the attributes of CF; None where nothing is stated.
 
     Whole numbers of the attributes are of the packed data and floats of the unpacked, whatever xarray has decoded.
     """

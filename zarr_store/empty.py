@@ -44,7 +44,7 @@ class EmptyShards:
     class_layers: tuple[str, ...] = ()
 
     def stats(self, region: Region) -> tuple[ChunkStats, ...]:
-        """Return the counts of the chunks of one shard in which nothing was observed."""
+        """Return the counts of the chunks of one shard: nothing was observed."""
         count = int(np.prod([-(-size // step) for size, step in zip(region.shape, self.chunk, strict=True)]))
         zeros = (0.0,) * self.bands
         return (ChunkStats(0, 0, 0, zeros, zeros, {name: {} for name in self.class_layers}),) * count
@@ -136,7 +136,7 @@ def fill_empty(handle: ts.TensorStore, fill: float, regions: Iterable[Region]) -
 
 
 def _joined(regions: Iterable[Region]) -> list[Region]:
-    """Join regions that touch along x, then equal rows along y, so that there are few."""
+    """Return the regions, with neighbours along x joined, then equal rows along y, so that there are few."""
     rows: list[Region] = []
     for one in sorted(regions, key=lambda r: (r.t0, r.y0, r.x0)):
         last = rows[-1] if rows else None

@@ -87,7 +87,7 @@ class UnknownName(InvalidInput, KeyError):
 
 
 class NotACube(InvalidInput):
-    """A path holds something else than a terrashard cube, or nothing."""
+    """A path holds nothing, or something other than a terrashard cube."""
 
 
 class CubeMismatch(InvalidInput):

@@ -105,7 +105,7 @@ class Grid:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         height, width = data["shape"]
         a, b, c, d, e, f = (float(v) for v in data["transform"])
         return cls(str(data["crs"]), (a, b, c, d, e, f), (int(height), int(width)))
@@ -157,11 +157,11 @@ class Grid:
         return 1.0 / 111_319.49 if crs.is_geographic else 1.0 / crs.axis_info[0].unit_conversion_factor
 
     def x(self) -> npt.NDArray[np.float64]:
-        """Return the x of the pixel centres, shape (width,)."""
+        """Return the x coordinates of pixel centres, shape (width,)."""
         return np.asarray(self.transform[2] + self.transform[0] * (np.arange(self.width) + 0.5), np.float64)
 
     def y(self) -> npt.NDArray[np.float64]:
-        """Return the y of the pixel centres, shape (height,), descending."""
+        """Return the y coordinates of pixel centres, shape (height,), descending."""
         return np.asarray(self.transform[5] + self.transform[4] * (np.arange(self.height) + 0.5), np.float64)
 
     def window(self, y0: int, x0: int, height: int, width: int) -> Grid:

@@ -38,7 +38,7 @@ def ground_scale(grid: Grid) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=4096)
 def ground_scale_at(crs: str, x: float, y: float) -> tuple[float, float]:
-    """Return the `ground_scale` at a point in coordinates of the CRS.
+    """Return the metres on the ground in one unit of a CRS along (x, y), at a point in coordinates of the CRS.
 
     The nominal length is given where the true one is within 1 % of it, as everywhere in UTM, and where the point has no
     place on the Earth.
@@ -59,7 +59,7 @@ def ground_scale_at(crs: str, x: float, y: float) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=64)
 def turn_of(crs: str) -> float:
-    """Return the distance in CRS units after which x is at the same place again; 0 if there is none, as in UTM.
+    """Return the distance in units of a CRS after which x is at the same place again; 0 where there is none, as in UTM.
 
     >>> turn_of("EPSG:4326"), round(turn_of("EPSG:3857")), turn_of("EPSG:32633")
     (360.0, 40075017, 0.0)
@@ -78,7 +78,7 @@ def turn_of(crs: str) -> float:
 
 
 def turn_towards(grid: Grid, target: Grid) -> Grid:
-    """Return the grid, moved by whole turns to `target`'s side of the antimeridian if both have the same CRS.
+    """Return the grid, moved by whole turns to the side of the antimeridian on which `target` lies; both share a CRS.
 
     >>> east = Grid("EPSG:4326", (0.5, 0, 179, 0, -0.5, 10), (4, 8))  # 179 … 183
     >>> turn_towards(Grid("EPSG:4326", (0.5, 0, -180, 0, -0.5, 10), (4, 4)), east).bounds
@@ -93,7 +93,7 @@ def turn_towards(grid: Grid, target: Grid) -> Grid:
 
 
 def turned_near(x: npt.NDArray[np.float64], middle: float, turn: float) -> npt.NDArray[np.float64]:
-    """Move each coordinate by whole turns to where it is nearest to `middle`; a `turn` of 0 changes nothing."""
+    """Return coordinates, each moved by whole turns to be nearest to `middle`; unchanged where `turn` is 0."""
     return x - np.round((x - middle) / turn) * turn if turn else x
 
 

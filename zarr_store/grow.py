@@ -72,7 +72,7 @@ def grow_cube(url: str | Path, specs: Sequence[CubeSpec], *, items: Items, prove
 
 
 def _with_imported(cube: Cube, specs: Sequence[CubeSpec], items: Items) -> tuple[list[CubeSpec], dict[str, Any]]:
-    """Return all collections in the cube's order, with imported ones that a plan does not name; new ones come last."""
+    """Return all collections in the order of the cube, also imported ones that a plan omits; new ones come last."""
     asked = {spec.collection: spec for spec in specs}
     tables: dict[str, Any] = dict(items)
     for name in cube.collections:
@@ -83,7 +83,7 @@ def _with_imported(cube: Cube, specs: Sequence[CubeSpec], items: Items) -> tuple
 
 
 def _label_layers(store: Store) -> list[str]:
-    """Return the names of the label layers for the root's metadata; none for Icechunk, which keeps them beside it."""
+    """Return the label layers that the root's metadata must list; none for Icechunk, which has them beside it."""
     if store.kind == "icechunk":
         return []
     listed = store.read(f"{LABELS}/index.json")
@@ -91,7 +91,7 @@ def _label_layers(store: Store) -> list[str]:
 
 
 def _order(key: str) -> tuple[int, str]:
-    """Rank keys for writing, last what is read first: coordinates, arrays, overview groups, collections, root."""
+    """Return the rank of a key for writing: coordinates, arrays, overview groups, collections, root at the end."""
     name = key.removesuffix("zarr.json").rstrip("/")
     if not key.endswith("zarr.json"):
         return (0, key)

@@ -336,7 +336,7 @@ def _mask_band(dataset: xr.Dataset, mask: str, options: Options, found: Recognis
 
 
 def _layout(cube: Cube | None, collection: str, found: Recognised, profile: str) -> Layout:
-    """Choose chunks and shards of a new collection, which cover the same ground as those of an existing cube."""
+    """Return the chunks and shards of a new collection: over the ground of those of the cube where it has some."""
     if profile not in LAYOUTS:
         raise UnknownName.of("profile", profile, LAYOUTS, "--profile")
     if cube is None:
@@ -350,7 +350,7 @@ def _layout(cube: Cube | None, collection: str, found: Recognised, profile: str)
 def _items(
     spec: CubeSpec, found: Recognised, source: dict[str, str], decibel: Any, mask: str | None, masked: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """Return one row of the item table for each step, with the source of the step."""
+    """Return one row of the item table for each step, with the origin of the step."""
     west, south, east, north = found.grid.lonlat_bounds()
     rules: dict[str, Any] = {"bands": list(spec.band_names)}
     rules |= {"decibel": list(decibel)} if decibel is not None else {}
@@ -390,7 +390,7 @@ def _refuse_other(cube: Cube, spec: CubeSpec, rows: list[dict[str, Any]]) -> Non
 
 
 def _key(spec: CubeSpec, rows: list[dict[str, Any]], region: Region) -> str:
-    """Return a digest of all that determines a shard; the rows hold the digest of the file."""
+    """Return the digest of all that determines a shard of a file whose digest the rows have."""
     rules = {key: value for key, value in spec.to_dict().items() if key != "times"}
     return _digest([rules, region.to_list(), rows, *([asked] if asked else [])])  # without any, as in earlier releases
 
@@ -406,7 +406,7 @@ def _digest(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Filler:
-    """Makes the arrays of one shard from the dataset."""
+    """Maker of the arrays of a shard from the dataset."""
 
     spec: CubeSpec
     found: Recognised
@@ -415,7 +415,7 @@ class _Filler:
     decibel: tuple[float, float] | None
 
     def fill(self, region: Region) -> dict[str, npt.NDArray[Any]]:
-        """Read the numbers of a shard, and say what is known of each pixel."""
+        """Read the numbers of a shard, and set the status of each pixel."""
         spec = self.spec
         times = range(region.t0, region.t1)
         main = np.stack([self._band(band, times, region) for band in self.found.bands], axis=1)
@@ -475,7 +475,7 @@ def _check_exact(bands: Iterable[Band], decibel: tuple[float, float] | None = No
 
 
 def _physical(band: Band, numbers: npt.NDArray[Any], decibel: tuple[float, float] | None) -> npt.NDArray[np.float32]:
-    """Convert numbers to physical values in float32; NaN without data."""
+    """Return the physical values of numbers as float32; NaN without data."""
     values = numbers.astype(np.float64)
     lost = ~np.isfinite(values) | band.lost(numbers)
     if (band.scale, band.offset) != (1.0, 0.0):
@@ -491,7 +491,7 @@ def _physical(band: Band, numbers: npt.NDArray[Any], decibel: tuple[float, float
 def _classes(
     band: Band, numbers: npt.NDArray[Any], names: Mapping[int, str] | None
 ) -> tuple[npt.NDArray[np.uint8], tuple[tuple[int, str], ...]]:
-    """Convert class values to bytes, 255 without a class; values that do not fit in a byte are renumbered."""
+    """Return the class values as bytes, 255 without a class; values that do not fit in a byte are renumbered."""
     if numbers.dtype.kind not in "iu":
         raise InvalidInput(f"{band.name} holds {numbers.dtype}, and classes are whole numbers; give --values")
     if (band.scale, band.offset) != (1.0, 0.0):

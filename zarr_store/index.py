@@ -1,6 +1,6 @@
 """`TrainingIndex` holds counts and moments of each chunk, from the ledger; no pixel is read.
 
-While a shard is written its chunks are counted; the counts travel in the shard's ledger row. Together they give
+While a shard is written its chunks are counted; the counts are kept in the shard's ledger row. Together they show
 where there is something to learn, and give normalisation statistics of any part of the cube (for example of the
 training blocks only, so that nothing of the test ground leaks into them).
 """

@@ -98,7 +98,7 @@ class LabelSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         classes = tuple((int(value), str(name)) for value, name in data["classes"])
         return cls(str(data["name"]), data["kind"], classes, data["origin"])
 
@@ -127,7 +127,7 @@ class LabelLayer:
     moments: Mapping[str, float] | None = None
 
     def array(self) -> ts.TensorStore:
-        """Open the pixels (y, x), read-only."""
+        """Return the array of pixels (y, x), read-only."""
         # absent shards are those without a label; `verify` distinguishes them from lost ones
         self.store.check_inside(_ARRAY)
         key = f"{_ARRAY}/zarr.json"

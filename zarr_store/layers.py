@@ -111,7 +111,7 @@ class StaticLayer:
         return LayerStatistics(int(known["count"]), known["mean"], known["std"], known["least"], known["most"])
 
     def array(self) -> ts.TensorStore:
-        """Open the pixels (y, x), read-only."""
+        """Return the pixels (y, x), read-only."""
         return self.stored.array()
 
     def read(self, rows: slice = slice(None), columns: slice = slice(None)) -> Box:
@@ -135,7 +135,7 @@ def find_layers(cube: Cube) -> tuple[str, ...]:
 
 
 def is_static(layer: LabelLayer) -> bool:
-    """Return whether a stored layer is a static layer, and not labels."""
+    """Return whether a kept layer is a static layer, and not labels."""
     return layer.spec.origin.get("role") == _ROLE
 
 

@@ -60,7 +60,7 @@ class SourceOutcome:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an outcome from the result of `asdict`, also from rows without versions."""
+        """Make the outcome from its JSON form, which `asdict` returns; also read rows without versions."""
         return cls(**{**data, "versions": tuple((asset, version) for asset, version in data.get("versions", ()))})
 
 
@@ -171,7 +171,7 @@ class Ledger:
         return dict(sorted({**self._empty(), **self.stored_rows()}.items()))
 
     def _empty(self) -> dict[ShardIndex, LedgerRow]:
-        """Return the rows of the empty shards, which have no objects: their state is done, without sources."""
+        """Return the rows of the empty shards, which have no objects: done, of no source."""
         empty = read_empty(self._store, self._collection)
         return {
             index: LedgerRow(index, region, key, "done", (), {}, empty.stats(region))
@@ -192,7 +192,7 @@ class Ledger:
         return dict(sorted((row.index, row) for row in self.iterate_rows()))
 
     def iterate_rows(self) -> Iterator[LedgerRow]:
-        """Yield the rows of `stored_rows` one after the other, in any order; few are in memory at a time.
+        """Yield the rows of `stored_rows` in any order; only a few are in memory at a time.
 
         Raises:
             IntegrityError: A row cannot be read.

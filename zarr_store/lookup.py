@@ -190,6 +190,6 @@ def _steps(text: str, moments: Sequence[str]) -> list[int]:
 
 
 def _plain(time: str) -> str:
-    """Return a time in the form that steps are compared in: "T" before the hour, no zone, no empty fraction."""
+    """Return a time in the form that steps are compared in: "T" between date and hour, no zone, no empty fraction."""
     text = time.replace(" ", "T", 1).removesuffix("Z").removesuffix("+00:00")
     return re.sub(r"\.0+$", "", text)

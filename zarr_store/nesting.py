@@ -126,13 +126,13 @@ def _refusal(fine: Grid, coarse: Grid, why: str) -> InvalidInput:
 
 
 def _nested_side(chunk: int, shard: int, common: int) -> int:
-    """Return a shard side that all factors cut into whole overviews, with the layout's number of chunks."""
+    """Return a shard side that gives whole overviews for all factors, with as many chunks as the layout has."""
     unit = common * OVERVIEW_FACTOR
     return max(1, chunk // unit) * unit * max(1, shard // chunk)
 
 
 def _largest_part(side: int, most: int) -> int:
-    """Return the largest divisor of a shard side that is at most `most` and a multiple of `OVERVIEW_FACTOR`."""
+    """Return the largest divisor of a shard side up to `most` that is a multiple of the overview's step."""
     parts = [side // n for n in range(1, side // OVERVIEW_FACTOR + 1) if side % n == 0 and side // n <= most]
     return next((part for part in parts if part % OVERVIEW_FACTOR == 0), OVERVIEW_FACTOR)
 

@@ -19,7 +19,7 @@ def is_notebook() -> bool:
 
 
 def shows_bars() -> bool:
-    """Return whether a live bar can be drawn: in a terminal, or in a notebook that has widgets."""
+    """Return whether a live bar can be drawn: in a terminal, and in a notebook that has widgets."""
     return sys.stderr.isatty() or (is_notebook() and importlib.util.find_spec("ipywidgets") is not None)
 
 

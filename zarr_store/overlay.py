@@ -52,7 +52,7 @@ async def snapshot_has(store: Any, key: str) -> bool:
 
 
 class OverlayStore(Store):
-    """Reads a key from the staged files, else, unless it was deleted, from the snapshot.
+    """Zarr store that reads a key from the staged files, else, unless it was deleted, from the snapshot.
 
     Args:
         below: Zarr store of the snapshot.

@@ -84,7 +84,7 @@ def check_array(
 
 
 def read_document(data: bytes | None, where: str) -> Any:
-    """Parse the metadata of an array from its zarr.json.
+    """Return the metadata of an array from its zarr.json.
 
     Raises:
         IntegrityError: They are absent or no JSON.

@@ -94,7 +94,7 @@ def open_cube(url: str | os.PathLike[str], *, cache_bytes: int | None = None) ->
 
 
 def _other_kind(url: str, attributes: dict[str, Any]) -> str:
-    """Describe a Zarr group that is not a cube, and what to do with it."""
+    """Describe what a Zarr group that is not a cube holds, and what to do with it."""
     if "samples" in attributes.get("terrashard", {}):
         return (
             f"a sample store, not a cube: `terrashard info {url}` shows it, and `terrashard train` and `terrashard "
@@ -239,7 +239,7 @@ class Cube:
         return read_states(self._store, self.spec(collection))
 
     def watch_states(self, collection: str) -> StatesWatch:
-        """Return what looks at the state of each shard again and again, while a run writes."""
+        """Return a watch that looks at the state of each shard again and again, while a run writes."""
         return StatesWatch(self._store, self.spec(collection))
 
     def index(self, collection: str) -> TrainingIndex:

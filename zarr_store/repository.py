@@ -293,7 +293,7 @@ def _unframed(key: str, data: bytes | None) -> bytes | None:
 
 
 async def _ledger_arrays(store: Any, rows: Sequence[str]) -> dict[str, bytes]:
-    """Return metadata for the ledger's arrays, large enough for `rows` and for the rows that are there."""
+    """Return the metadata of the ledger's arrays, large enough for `rows` and for what is there."""
     documents: dict[str, Any] = {}
     for key in rows:
         folder, _, name = key.removesuffix(".json").rpartition("/")

@@ -115,7 +115,7 @@ class SampleSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         height, width = data["size"]
         return cls(
             count=int(data["count"]),

@@ -444,7 +444,7 @@ class CubeSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         layout = dict(data["layout"])
         return cls(
             collection=data["collection"],

@@ -158,7 +158,7 @@ def read_states(store: Store, spec: CubeSpec) -> ShardStates:
 
 
 class StatesWatch:
-    """Looks at the states of a collection again and again while a run writes; a row that is done is read once.
+    """Watch on the states of a collection while a run writes; a row that is done is read once.
 
     Args:
         store: The cube.

@@ -111,5 +111,5 @@ def step_coordinates(
 
 
 def is_imported(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether an item table belongs to an imported collection (`zarr_store.imported`), unknown to plans."""
+    """Return whether an item table is that of an imported collection (`zarr_store.imported`), which no plan knows."""
     return bool(rows) and all(row.get("provider") == "import" for row in rows)

@@ -41,7 +41,7 @@ Kind = Literal["folder", "icechunk"]
 
 @contextlib.contextmanager
 def translate_os_errors(what: str) -> Iterator[None]:
-    """Turn a full disk into `NoSpace` and a refused write into `AccessError`, naming `what`."""
+    """Turn a full disk into `NoSpace` and a refused write into `AccessError`; the message names `what`."""
     try:
         yield
     except OSError as error:
@@ -264,7 +264,7 @@ class Store(ABC):
 
     @abstractmethod
     def beside(self) -> contextlib.AbstractContextManager[Store]:
-        """Return a context with a new store that replaces this one at the end, or leaves nothing after an error."""
+        """Open a fresh store that becomes this one at the end of the block, and leaves nothing on an error."""
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def _read_raster(path: Path, *, codes: bool) -> Patch:
 
 
 def _is_grey_ramp(source: Any) -> bool:
-    """Return whether a colour table only makes larger numbers brighter, as that of a one-bit image does."""
+    """Return whether the colour table of a file only says that larger numbers are brighter, as that of one bit does."""
     colours = [colour for _, colour in sorted(source.colormap(1).items())]
     greys = [red for red, *_ in colours]
     return greys == sorted(greys) and all(len(set(colour[:3])) == 1 for colour in colours)

@@ -89,7 +89,7 @@ def _check_member(after: bytes, path: Path) -> None:
 
 
 def _named(value: Any) -> tuple[str, Any]:
-    """Return the type of a `crs` member in lower case, and the name or code that it holds; None for no such name."""
+    """Return the type of a `crs` member in lower case, and what it names."""
     properties = value.get("properties") if isinstance(value, dict) else None
     kind = str(value.get("type")).lower() if isinstance(value, dict) else ""
     key = {"name": "name", "epsg": "code", "ogc": "urn"}.get(kind, "")
@@ -119,7 +119,7 @@ def _check_flatgeobuf(path: Path) -> None:
 
 
 def _field(data: bytes, table: int, number: int) -> int:
-    """Return the position of a field of a flatbuffer's table; 0 if the table does not have it."""
+    """Return where a field of a flatbuffer's table is; 0 where it is not."""
     (back,) = struct.unpack_from("<i", data, table)
     size, at = 0, table - back
     if not 0 <= at < len(data):
@@ -130,7 +130,7 @@ def _field(data: bytes, table: int, number: int) -> int:
 
 
 def _table(data: bytes, field: int) -> int:
-    """Return the position of the table or text to which a field points; 0 if there is no field."""
+    """Return where the table or text is that a field points to; 0 where there is no field."""
     return field + int(struct.unpack_from("<I", data, field)[0]) if field else 0
 
 

@@ -38,7 +38,7 @@ _ROWS = 256
 
 
 def clip_text(geometry: Mapping[str, Any] | None) -> str | None:
-    """Return an area as the text that tasks keep; None if the geometry has no area.
+    """Return the text in which tasks keep an area; None where the geometry has no area.
 
     >>> clip_text({"type": "Point", "coordinates": [15.9, 45.8]}) is None
     True
@@ -49,7 +49,7 @@ def clip_text(geometry: Mapping[str, Any] | None) -> str | None:
 
 
 def clip_on(clip: str | None, grid: Grid) -> str | None:
-    """Return an area as the text that the tasks of a cube keep, which is short even for very many vertices.
+    """Return the text in which the tasks of a cube keep an area: short also where it has very many vertices.
 
     Args:
         clip: The area, from `clip_text`.
@@ -61,7 +61,7 @@ def clip_on(clip: str | None, grid: Grid) -> str | None:
 
 
 def reduced(geometry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the geometry that a plan keeps in its settings; one with very many vertices is simplified.
+    """Return the geometry that a plan keeps among its settings: of very many vertices, only what a later search needs.
 
     It covers the whole geometry and a little more, and names its digest, so that it is never taken for the whole.
     """
@@ -79,7 +79,7 @@ def reduced(geometry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inside_of(clip: str | None, grid: Grid) -> npt.NDArray[np.bool_] | None:
-    """Return which pixels of `grid` have their centre in the area; None if all of them do.
+    """Return the pixels of `grid` whose centre lies in the area; None where all of them do.
 
     Args:
         clip: The area, from `clip_text`; None for everywhere.
@@ -110,7 +110,7 @@ def inside_of(clip: str | None, grid: Grid) -> npt.NDArray[np.bool_] | None:
 
 
 def is_outside(clip: str | None, grid: Grid) -> bool:
-    """Return whether `grid` and the area do not touch."""
+    """Return whether `grid` and the area have nothing in common."""
     if is_grid_area(clip):
         return GridArea.from_text(clip or "").is_outside(grid)
     return clip is not None and not _area_on(clip, grid.crs).intersects(box(*grid.bounds))

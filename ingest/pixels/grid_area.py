@@ -41,12 +41,12 @@ _HEAD = '{"area":'
 
 
 def is_grid_area(clip: str | None) -> bool:
-    """Return whether the text of a clip was written by `GridArea.to_text`."""
+    """Return whether the text of a clip is that of a `GridArea`."""
     return clip is not None and clip.startswith(_HEAD)
 
 
 def sha_of(clip: str) -> str:
-    """Return the SHA-256 of the text of the whole area, also for the text of a `GridArea`, which states it."""
+    """Return the digest of the whole area that a text stands for, also where it is that of a `GridArea`."""
     if is_grid_area(clip):
         return str(json.loads(clip)["sha256"])
     return hashlib.sha256(clip.encode()).hexdigest()
@@ -102,7 +102,7 @@ class GridArea:
     @staticmethod
     @functools.lru_cache(maxsize=8)
     def from_text(text: str) -> GridArea:
-        """Build an area from the result of `to_text`.
+        """Read the text that `to_text` returns.
 
         Raises:
             InvalidInput: The text was changed.
@@ -117,7 +117,7 @@ class GridArea:
             raise InvalidInput(f"the area of the plan cannot be read ({error}); plan again") from error
 
     def inside(self, window: Grid) -> npt.NDArray[np.bool_] | None:
-        """Return which pixels of a window of the grid have their centre in the area; None if all of them do."""
+        """Return the pixels of a window of the grid whose centre lies in the area; None where all of them do."""
         row, col = self._place(window)
         height, width = window.shape
         odd = self._odd(row, col, height, width)
@@ -134,7 +134,7 @@ class GridArea:
         return inside
 
     def is_outside(self, window: Grid) -> bool:
-        """Return whether no pixel of a window of the grid can lie in the area."""
+        """Return whether a window of the grid and the area have nothing in common."""
         row, col = self._place(window)
         height, width = window.shape
         frame = box(col, row, col + width, row + height)
@@ -158,7 +158,7 @@ def _grown(grid: Grid) -> tuple[float, float, float, float]:
 
 
 def _beside(*areas: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return rows and columns of the pixels on or next to the border of any area; `areas[-1]` is the grid's shape."""
+    """Return rows and columns of the pixels of a grid of shape `areas[-1]` that lie beside the border of an area."""
     *parts, (height, width) = areas
     lines = [shapely.segmentize(part.boundary, _SAMPLE_PX) for part in parts if not part.is_empty]
     if not lines:

@@ -31,7 +31,7 @@ _STRIP_PIXELS = 1 << 18
 
 
 def observed(bands: Sequence[npt.NDArray[np.generic]], classes: npt.NDArray[np.uint8] | None) -> Bool:
-    """Return the pixels in which every band has a value and, if classes are given, the class is not 0.
+    """Return the pixels where every band has a value and, if classes are given, the class is not 0.
 
     Args:
         bands: Arrays (y, x); no data is 0 in whole numbers and NaN in floats.
@@ -59,7 +59,7 @@ def clipped_pixels(
     may_be_zero: Sequence[bool],
     finest: Sequence[bool],
 ) -> Bool:
-    """Return the pixels in which some band holds a 0 that is a clipped reflectance and not "no data".
+    """Return the pixels of which some bands hold 0 as a number: reflectance that a provider clipped, and not "no data".
 
     Such a pixel has a value in another band of the finest pixels, and a class that is not 0: classes are made of all
     bands together. Without classes the other bands decide: at least half of them have a value, and it is dark.
@@ -99,7 +99,7 @@ def _has_value(band: npt.NDArray[np.generic]) -> Bool:
 
 
 def halo_pixels(grid: Grid, dilate_m: float, scale: Scale | None = None) -> tuple[int, int]:
-    """Return the rows and columns of the halo: masked pixels this far outside a window can grow into it."""
+    """Return rows and columns of the halo: masked pixels this far outside a window reach into it when they grow."""
     width, height = _pixel_m(grid, scale)
     return (math.floor(dilate_m / height + 1e-9), math.floor(dilate_m / width + 1e-9))
 
@@ -122,7 +122,7 @@ def _pixel_m(grid: Grid, scale: Scale | None) -> tuple[float, float]:
 
 
 def _among(classes: npt.NDArray[np.uint8], values: Sequence[int]) -> Bool:
-    """Return where the class is one of `values`; strips are six times as fast as a table of 256 entries."""
+    """Return the pixels whose class is among `values`; strips of comparisons are six times as fast as a table."""
     matches = np.zeros(classes.shape, bool)
     rows = max(1, _STRIP_PIXELS // max(1, classes.shape[1]))
     for top in range(0, len(classes), rows):

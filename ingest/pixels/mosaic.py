@@ -160,7 +160,7 @@ def _paste(view: Pixels, pixels: Pixels | np.generic, wins: Bool, whole: bool) -
 
 
 def _raised(band: Pixels, clipped: Bool, *, in_place: bool) -> Pixels:
-    """Return the band with 1 in place of 0 at clipped pixels, as a stored 0 always means "no data"."""
+    """Return the band with 1, its smallest number, at clipped pixels: a stored 0 always means "no data"."""
     zero = clipped & (band == 0)
     if not zero.any():
         return band

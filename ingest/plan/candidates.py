@@ -1,4 +1,4 @@
-"""From probed scenes to the scenes of a plan: which are used, what is read of them, and which shard needs them.
+"""Choose the scenes of a plan among probed scenes: which are used, what is read of them, and which shard needs them.
 
 All of this is pure: the headers were read before.
 """
@@ -78,7 +78,7 @@ class ProbedScene:
         return cls(scene, probes.get(scene.key) or probes.get(scene.id))
 
     def header(self, band: str) -> Grid | None:
-        """Return the grid that the file of a band states; None if no file was opened."""
+        """Return the grid that the file of a band states; None where no file was opened."""
         asset = self.probe.assets.get(band) if self.probe else None
         return asset.grid if asset else None
 
@@ -91,7 +91,7 @@ class ProbedScene:
         ]
 
     def shows_footprint(self) -> bool:
-        """Return whether a file of the scene lies where its footprint does, or where no file or footprint can tell."""
+        """Return whether a file of the scene lies where its footprint does; a footprint elsewhere has no meaning."""
         headers = [c.grid for c in self.candidates()]
         footprint = shape(dict(self.scene.footprint)) if self.scene.footprint else None
         if not headers or footprint is None:
@@ -127,7 +127,7 @@ class ProbedScene:
         return self.probe.cloud_share if self.probe else None
 
     def extent(self, target: Grid) -> Grid:
-        """Return the rectangle of the scene's raster: from the headers, the metadata, or the box of its footprint."""
+        """Return the rectangle of the scene's raster: by the header, else the metadata, else its footprint's box."""
         headers = [c.grid for c in self.candidates()]
         if headers:
             return max(headers, key=lambda grid: (grid.height * grid.width, str(grid)))
@@ -137,7 +137,7 @@ class ProbedScene:
         return Grid.from_bounds(target.crs, project_bounds(place, target.crs), resolution=target.resolution)
 
     def rank(self, target: Grid) -> int:
-        """Return the `lattice_rank` of the scene, from the headers of its files."""
+        """Return the scene's `lattice_rank`, from the headers of its files."""
         return lattice_rank([c.grid for c in self.candidates()] or [self.extent(target)], target)
 
 
@@ -226,7 +226,7 @@ def select_scenes(
 
 
 def _covered_share(scene: Scene, region: BaseGeometry) -> float:
-    """Return the share of the region, or of the scene's box if that is smaller, that the footprint covers.
+    """Return the share of the region, or of the scene's box where that is smaller, that the footprint covers.
 
     The region may lie on either side of the antimeridian.
     """
@@ -244,7 +244,7 @@ def _show(box_: Bounds) -> str:
 
 
 def product_of(scene: Scene) -> ProductRule:
-    """Return the rule of the scene's product."""
+    """Return the rules of the scene's product."""
     return next(rule for rule in PRODUCTS if rule.name == scene.product)
 
 

@@ -130,7 +130,7 @@ def measure_coverage(
 
 
 def find_window(grid: Grid, config: IngestConfig) -> tuple[int, int, int, int] | None:
-    """Return (row, col, height, width) of the region in a raster; None if it is too large to be read whole."""
+    """Return (row, col, height, width) of the region in a raster; None where it is too large to be read whole."""
     if region_lonlat(config) is None:
         return None
     place = _window(grid, config)
@@ -138,7 +138,7 @@ def find_window(grid: Grid, config: IngestConfig) -> tuple[int, int, int, int] |
 
 
 def _window(grid: Grid, config: IngestConfig) -> tuple[tuple[int, int, int, int], float] | None:
-    """Return ((row, col, height, width) of the region in the raster, number of pixels of the whole region)."""
+    """Return the window (row, col, height, width) of the region in the raster, and the pixels of the whole region."""
     region = region_lonlat(config)
     if region is None:
         return (0, 0, grid.height, grid.width), float(grid.height * grid.width)

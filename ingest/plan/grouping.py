@@ -148,14 +148,14 @@ def overlap_order(
 
 
 def lattice_rank(grids: Sequence[Grid], target: Grid) -> int:
-    """Return the rank of a scene in overlaps: 0 if its files share the target's lattice, 1 if its CRS, else 2."""
+    """Return a scene's rank in overlaps: 0 if its files share the target's lattice, 1 if its CRS, else 2."""
     if all(nesting_factor(grid, target) for grid in grids):
         return 0
     return 1 if all(grid.crs == target.crs for grid in grids) else 2
 
 
 def step_label(scene: Acquisition, group: Grouping, longitude: float) -> tuple[str, ...]:
-    """Return the label of the time step of a scene; scenes with equal labels form one step."""
+    """Return the label of the time step of a scene; scenes with equal labels make one step."""
     if group == "item":
         return (scene.id,)
     day = solar_day(parse_time(scene.datetime), longitude)

@@ -86,7 +86,7 @@ def probe_and_plan(
 
 
 def _copies_of(duplicates: Sequence[Duplicate]) -> tuple[Drop, ...]:
-    """Return a drop for each copy that a search left out."""
+    """Return the drops of a plan for copies that a search left out."""
     return tuple(
         Drop(one.dropped.collection, one.dropped.id, redact_text(one.reason), copy_of=one.kept.id) for one in duplicates
     )
@@ -211,7 +211,7 @@ def plan_scenes(
 
 
 def _clip(config: IngestConfig, grid: Grid, kept: str | None) -> str | None:
-    """Return the text of the area to which a plan is clipped.
+    """Return the text of the area that a plan is clipped to.
 
     Raises:
         InvalidInput: `config` has only the reduced form of an area, and there is no cube that keeps the whole one.

@@ -220,7 +220,7 @@ def _names(group: Group) -> list[str]:
 
 
 def _usual(corners: Mapping[tuple[float, float], int]) -> tuple[float, float]:
-    """Return the corner that most pixels have, and of equally frequent ones the smallest."""
+    """Return the corner of most pixels; the first in order where several have as many."""
     return min(corners, key=lambda corner: (-corners[corner], corner))
 
 
@@ -230,7 +230,7 @@ def _has_size(header: Grid, grid: Grid, factor: int) -> bool:
 
 
 def _size_m(grid: Grid) -> float:
-    """Return the longer side of a pixel on the ground, in metres."""
+    """Return the longer side of a pixel on the ground, metres."""
     (rx, ry), (mx, my) = grid.resolution, ground_scale(grid)
     return max(rx * mx, ry * my)
 

@@ -21,7 +21,7 @@ _POINTS_PER_SIDE = 8
 
 
 def outlines_of(plan: Plan, spec: CubeSpec) -> list[list[list[float]]]:
-    """Return rings around the different rasters of a collection, as shares of the grid's width and height."""
+    """Return rings around the different rasters of a collection, in shares of the grid's width and height."""
     extents: dict[str, Grid] = {}
     for task in plan.tasks:
         if task.collection != spec.collection:

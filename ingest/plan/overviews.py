@@ -1,4 +1,4 @@
-"""What a plan says about the overviews that it reads, and about those that it was asked to read and does not."""
+"""Sentences of a plan on the overviews that it reads, and on those that were asked for and are not read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def list_overviews(
 
 
 def describe_overviews(recipe: Recipe, planned: Sequence[PlannedScene], members: Sequence[ProbedScene]) -> list[str]:
-    """Describe the files whose requested overviews are not read, or are not plain averages.
+    """Return sentences on files whose overviews are not read although asked for, or are not plain averages.
 
     Args:
         recipe: Recipe of the collection.
@@ -94,7 +94,7 @@ def describe_overviews(recipe: Recipe, planned: Sequence[PlannedScene], members:
 
 
 def count_overviews(overviews: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Return a summary of the overviews of a collection in a few words.
+    """Return the overviews of a collection in a few words.
 
     >>> count_overviews({"a": {"red": {"factor": 4, "resampling": "average"}}})
     '1 file at 1/4 (average)'

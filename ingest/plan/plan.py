@@ -189,7 +189,7 @@ class Plan:
         return _sorted_json({name: [dict(item) for item in rows] for name, rows in self.items.items()})
 
     def to_json(self) -> str:
-        """Return the plan as JSON text; it lists scenes once, and tasks refer to them by position."""
+        """Return the plan as JSON text; scenes are listed once and tasks name them by position."""
         return b"".join(self.pieces()).decode()
 
     def pieces(self) -> Iterator[bytes]:
@@ -305,6 +305,6 @@ class Plan:
 
 
 def _sorted_json(value: dict[str, Any]) -> dict[str, Any]:
-    """Return `value` as JSON with sorted keys gives it back."""
+    """Return `value` as it comes back from JSON with sorted keys."""
     result: dict[str, Any] = json.loads(json.dumps(value, sort_keys=True, allow_nan=False))
     return result

@@ -224,7 +224,7 @@ def _skip(stream: BinaryIO, count: int) -> None:
 
 
 def _begun(line: bytes) -> str:
-    """Return the name of the long part that begins with a line; empty if none does."""
+    """Return the long part that a line begins; empty for none."""
     if line == b' "tasks": [':
         return _TASKS
     return next((part for part in _TABLES if line == f' "{part}": {{'.encode()), "")

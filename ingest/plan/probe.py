@@ -98,11 +98,11 @@ class AssetProbe:
     no_overviews: str = ""
 
     def overview(self, factor: int) -> ReducedProbe | None:
-        """Return the overview of a factor; None if there is none."""
+        """Return the overview of a factor; None where there is none."""
         return next((one for one in self.reduced if one.factor == factor), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in a form that JSON can hold."""
+        """Return the JSON form."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {
             **fields,
@@ -114,7 +114,7 @@ class AssetProbe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(
             **{
                 **data,
@@ -155,7 +155,7 @@ class SceneProbe:
     band_offsets: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in a form that JSON can hold."""
+        """Return the JSON form."""
         return {
             "assets": {band: asset.to_dict() for band, asset in self.assets.items()},
             "dn_offset": self.dn_offset,
@@ -170,7 +170,7 @@ class SceneProbe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         assets = {band: AssetProbe.from_dict(asset) for band, asset in data["assets"].items()}
         reading = OffsetReading(**data["reading"]) if data.get("reading") else None
         return cls(**{**data, "assets": assets, "discrepancies": tuple(data["discrepancies"]), "reading": reading})
@@ -218,7 +218,7 @@ def probe_scenes(
 
 
 def _conclude_or_not(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig, access: Access) -> SceneProbe:
-    """Return the result of `_conclude`, or the headers alone if it fails in a way that nobody foresaw."""
+    """Return the result of `_conclude`, or the headers alone where it raises an unexpected error."""
     try:
         return _conclude(scene, headers, config, access)
     except InvalidInput:  # what --strict and --offset-policy fail ask for
@@ -230,14 +230,14 @@ def _conclude_or_not(scene: Scene, headers: Mapping[str, _Header], config: Inges
 
 
 def _offset_band(scene: Scene) -> str | None:
-    """Choose the band whose pixels show the offset; none for L1C, which is bright in blue over any ground."""
+    """Return the band whose pixels show the offset; None for L1C, whose blue is bright over any ground."""
     if scene.product != "sentinel-2-l2a":
         return None
     return next((band for band in _VISIBLE if band in scene.assets and scene.assets[band].kind == "data"), None)
 
 
 def _coverage_band(scene: Scene) -> str | None:
-    """Choose the band whose pixels show how much of the region the scene covers."""
+    """Return the band whose pixels show how much of the region the scene covers."""
     product = next((rule for rule in PRODUCTS if rule.name == scene.product), None)
     return choose_coverage_band(scene.assets, product.mask_layer if product else None)
 
@@ -324,7 +324,7 @@ def _probe_asset(scene: Scene, asset: AssetRef, *, config: IngestConfig, access:
 
 
 def _near(dataset: DatasetReader, window: tuple[int, int, int, int]) -> KeptPixels | None:
-    """Read the pixels of the blocks of the region; None if one is damaged, which the ingest will report."""
+    """Return the pixels of the blocks of the region; None where one is damaged, which the ingest will report."""
     try:
         return read_near(dataset, window)
     except Exception as error:
@@ -484,7 +484,7 @@ def _conclude(scene: Scene, headers: Mapping[str, _Header], config: IngestConfig
 
 
 def _mismatches(scene: Scene, probes: Mapping[str, AssetProbe]) -> list[str]:
-    """List where grid, type, size or nodata differ between item and file; each sentence names all its bands."""
+    """Return sentences on grids, types, sizes and nodata that differ between item and file, with the bands."""
     bands_with: dict[str, list[str]] = defaultdict(list)
     for band, probe in probes.items():
         asset = scene.assets[band]

@@ -76,7 +76,7 @@ class Reach:
                 yield place
 
     def _near(self, box: Bounds) -> set[Place]:
-        """Return the places that a box may touch, also after whole turns if it crosses the antimeridian."""
+        """Return the places that a box may touch; one across the antimeridian may touch them after a whole turn."""
         left, bottom, right, top = box
         (rx, ry), (x0, _, _, y1) = self.grid.resolution, self.grid.bounds
         rows = self._range((y1 - top) / ry, (y1 - bottom) / ry, 0)
@@ -100,7 +100,7 @@ class Reach:
         return range(low // side, -(-high // side)) if high > low else range(0)
 
     def _window(self, place: Place) -> Grid | None:
-        """Return the grid of the pixels of a shard; None if the clip leaves nothing of it."""
+        """Return the pixels of a shard; None where the clip leaves nothing of it."""
         if place not in self._windows:
             (row, column), (tall, wide) = place, self.shard
             y0, x0 = row * tall, column * wide

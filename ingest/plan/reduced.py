@@ -37,10 +37,10 @@ class ReducedProbe:
         return cls(overview.factor, overview.grid, overview.resampling, overview.packing.block, block_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in a form that JSON can hold."""
+        """Return the JSON form."""
         return {**vars(self), "grid": self.grid.to_dict(), "block": list(self.block)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(**{**data, "grid": Grid.from_dict(data["grid"]), "block": tuple(data["block"])})

@@ -122,7 +122,7 @@ def trim(near: KeptPixels, window: tuple[int, int, int, int]) -> KeptPixels:
 
 
 def measure_blocks(dataset: DatasetReader, window: tuple[int, int, int, int]) -> float | None:
-    """Return the mean stored bytes of the blocks of a window, or of 64 of them if there are more; None for no TIFF.
+    """Return the mean stored bytes of the blocks that a window touches, of at most 64; None if it is not a TIFF.
 
     Args:
         dataset: The open file.

@@ -144,7 +144,7 @@ def _touched(header: Grid, block: tuple[int, int], window: Grid) -> tuple[tuple[
 
 
 def _in_blocks(first: int, end: int, block: int, size: int) -> tuple[int, int]:
-    """Extend a range of pixels along one axis to whole blocks, within the file."""
+    """Return the pixels of all blocks along one axis that a range touches, within the file."""
     return max(0, first) // block * block, min(size, -(-min(end, size) // block) * block)
 
 

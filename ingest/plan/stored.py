@@ -47,7 +47,7 @@ PLAN_KEY = "_terrashard/plan.json"
 
 
 def kept_plan(url: str | os.PathLike[str]) -> Plan:
-    """Return the plan that made a cube, by which it is repaired or continued.
+    """Return the plan that made a cube, with which it is repaired or continued.
 
     Raises:
         NotACube: There is no cube at `url`.
@@ -64,7 +64,7 @@ def kept_plan(url: str | os.PathLike[str]) -> Plan:
 
 
 def kept_digest(url: str | os.PathLike[str]) -> str | None:
-    """Return the digest that the plan of a cube states; None if the cube keeps no plan."""
+    """Return the digest that the plan of a cube states; None where the cube keeps no plan."""
     store = open_store(url)
     return _stated(store) if store.exists(PLAN_KEY) else None
 

@@ -27,7 +27,7 @@ _MOST_NEGATIVE = 0.5
 
 
 def stored_type(scene: Scene, asset: AssetRef) -> Stored:
-    """Return the type in which a cube stores the pixels of an asset."""
+    """Return the type of the pixels of an asset in a cube."""
     if asset.kind == "class":
         return "uint8"
     return "float32" if _is_radar(scene) else "uint16"

@@ -113,7 +113,7 @@ _ODD_RATIO = 50.0
 
 
 def _place_in(one: Grid | Bounds, crs: str) -> Bounds | None:
-    """Return the box of a raster in a CRS; None if it has no place there, and its scene is dropped later."""
+    """Return the box of a raster in a CRS; None where it has no place there, so that its scene is dropped later."""
     try:
         return transform_box(one, crs) if isinstance(one, Grid) else project_bounds(one, crs)
     except (InvalidInput, ProjError):
@@ -121,7 +121,7 @@ def _place_in(one: Grid | Bounds, crs: str) -> Bounds | None:
 
 
 def region_lonlat(config: IngestConfig) -> Bounds | None:
-    """Return (west, south, east, north) of the region, east above 180 across the antimeridian; None without one."""
+    """Return (west, south, east, north) of the region, or None; east is above 180 across the antimeridian."""
     if config.selection.bbox is not None:
         west, south, east, north = config.selection.bbox
         return (west, south, east + 360.0 if west > east else east, north)
@@ -132,7 +132,7 @@ def region_lonlat(config: IngestConfig) -> Bounds | None:
 
 
 def project_bounds(lonlat: Bounds, crs: str) -> Bounds:
-    """Return the box in `crs` around a lon/lat box; points along its edges are projected too, as they may curve."""
+    """Return the box in `crs` around a lon/lat box; edges become curves, so many points of them are transformed."""
     west, south, east, north = lonlat
     to_crs = transformer_between("EPSG:4326", crs)
     return _transformed_box(to_crs, (west, south, east, north), lonlat, turn_of(crs))
@@ -194,7 +194,7 @@ def _choose_resolution(
 
 
 def doubt_resolution(grid: Grid, candidates: Sequence[Candidate], config: IngestConfig) -> list[str]:
-    """Warn in a sentence of the plan if the requested pixels are much larger or smaller than those of the files."""
+    """Return a sentence for the plan where the requested pixels are very much larger or smaller than the files'."""
     if config.grid.resolution is None or not candidates:
         return []
     asked, finest = _pixel_m(grid), min(_pixel_m(c.grid) for c in candidates)
@@ -262,7 +262,7 @@ def _coarsest_nest(candidates: Sequence[Candidate], crs: str, resolution: Size, 
 
 
 def _gathered(boxes: Sequence[Bounds], turn: float) -> Sequence[Bounds]:
-    """Move boxes by whole turns to one side of the widest gap between them, if that brings them together."""
+    """Return the boxes, moved by whole turns to one side of their widest gap if that brings them together."""
     array = np.array(boxes)
     if not turn or array[:, 2].max() - array[:, 0].min() <= turn / 2:
         return boxes
@@ -288,7 +288,7 @@ def _show(box: Bounds) -> str:
 
 
 def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
-    """Return (row0, row1, col0, col1) of the target pixels that `source` may reach; None if it reaches none."""
+    """Return (row0, row1, col0, col1) of the target pixels that `source` may reach; None where it reaches none."""
     try:
         box = transform_box(source, target.crs)
     except (InvalidInput, ProjError):  # the source has no place in the CRS of the target
@@ -297,7 +297,7 @@ def pixel_box(source: Grid, target: Grid) -> tuple[int, int, int, int] | None:
 
 
 def box_of_pixels(box: Bounds, crs: str, target: Grid) -> tuple[int, int, int, int] | None:
-    """Return (row0, row1, col0, col1) of the target pixels in a box; None if there are none.
+    """Return (row0, row1, col0, col1) of the target pixels in a box; None where there are none.
 
     Args:
         box: (left, bottom, right, top) in the CRS of the target, as `transform_box` gives it.

@@ -60,7 +60,7 @@ _AT_ONCE = 4096
 
 
 def _pieces(value: Any) -> Iterator[str]:
-    """Yield the canonical JSON of a value in pieces."""
+    """Yield the canonical JSON of a value, in pieces."""
     if isinstance(value, Mapping) and any(isinstance(one, Iterator | Mapping) for one in value.values()):
         for number, name in enumerate(sorted(value)):
             yield f"{',' if number else '{'}{_canonical(name)}:"
@@ -160,7 +160,7 @@ class PlannedScene:
         return _canonical(_identity(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in a form that JSON can hold."""
+        """Return the JSON form."""
         shared = ("resampling", "dn_offset")
         first = self.assets[0] if self.assets else None
         dn_offset = next((a.dn_offset for a in self.assets if a.kind == "data"), 0)
@@ -185,7 +185,7 @@ class PlannedScene:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         assets = tuple(
             SourceAsset(
                 **{
@@ -203,7 +203,7 @@ class PlannedScene:
 
 
 def _shared_grid(data: Mapping[str, Any]) -> Grid:
-    """Return the grid of a JSON form, from a cache, as the files of a tile have the same one on every date."""
+    """Return the grid of a JSON form; the files of a tile share one on every date."""
     return _grid(str(data["crs"]), tuple(map(float, data["transform"])), tuple(map(int, data["shape"])))
 
 
@@ -281,7 +281,7 @@ class Recipe:
         return _canonical(self.rules())
 
     def rules(self) -> dict[str, Any]:
-        """Return all settings that determine pixels, other than region and sources; the time axis determines none."""
+        """Return all settings that determine pixels, besides region and sources; the time axis determines none."""
         spec = {name: value for name, value in self.spec.to_dict().items() if name != "times"}
         rules = {
             "version": self.version,
@@ -296,7 +296,7 @@ class Recipe:
         return rules | {"clip": {"sha256": sha_of(self.clip)} if is_grid_area(self.clip) else self.clip}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in a form that JSON can hold."""
+        """Return the JSON form."""
         return {
             "spec": self.spec.to_dict(),
             "mask_layer": self.mask_layer,
@@ -310,7 +310,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(
             CubeSpec.from_dict(data["spec"]),
             data["mask_layer"],
@@ -352,7 +352,7 @@ class ShardTask:
 
 
 def _identity(scene: PlannedScene) -> dict[str, Any]:
-    """Return the properties of a source that belong to the key of a shard, none of them from the headers of files.
+    """Return the properties of a source that belong to the key of a shard; none comes from the file headers.
 
     A file that could not be opened has no header. When it can be opened later, the shard must keep its key.
     """

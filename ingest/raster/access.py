@@ -207,7 +207,7 @@ def forbid_gdal_threads() -> None:
 
 @functools.lru_cache(maxsize=2)
 def header_cache(pid: int) -> LruCache[RasterHeader]:
-    """Return the cache of the headers that can be read without GDAL; each process has its own."""
+    """Return the cache of headers of files that can be read without GDAL; one cache per process."""
     return LruCache(_HEADERS)
 
 

@@ -90,7 +90,7 @@ def find_asset_file(href: str, access: Access, *, fresh: bool, keep: bool = Fals
 
 
 def file_version(href: str, access: Access) -> str | None:
-    """Return the version of the file at `href` now, as one server states it; None if it is unknown."""
+    """Return the version of the file at `href` now, as one server states it; None where it is unknown."""
     versions = file_versions(href, access)
     return None if versions is None else next(iter(versions))
 
@@ -162,7 +162,7 @@ def read_local_sidecar(path: str, limit: int) -> bytes | None:
 
 
 def find_mask_beside(href: str) -> str | None:
-    """Return the name of a mask file beside a local file, which no reader here opens; None if there is none."""
+    """Return the name of a mask that lies beside a local file, which no reader here opens; None where there is none."""
     path = Path(f"{href}.msk")
     return path.name if "://" not in href and path.is_file() else None
 
@@ -213,7 +213,7 @@ def _local_head(path: str, magic: bytes, identity: tuple[int, int, int, int]) ->
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
-    """Return what changes when a local file is replaced or written: device, inode, size and time of last write."""
+    """Return what changes when a local file is replaced or written: device, inode, size and time of the last write."""
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 

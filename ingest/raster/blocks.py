@@ -73,7 +73,7 @@ class Packing:
 
     @classmethod
     def of(cls, dataset: rasterio.io.DatasetReader, file: RangeFile) -> Self | None:
-        """Return the packing of an open file, or None if GDAL must decode it.
+        """Return the packing of an open file, or None where GDAL must decode.
 
         Raises:
             ContradictionError: GDAL reads something else than the tags of the file state.

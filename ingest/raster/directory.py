@@ -173,7 +173,7 @@ class Directory:
         return cls(shape, block, dtype, COMPRESSIONS[values[_COMPRESSION]], values[_PREDICTOR], offsets, sizes)
 
     def spans(self, file: RangeFile) -> npt.NDArray[np.int64] | None:
-        """Return (rows, columns, 2): first byte of each tile and the byte after its last; None if the file is cut off.
+        """Return (rows, columns, 2): first byte of each tile and the first after it; None where the file ends.
 
         Raises:
             Exception: The error of fetching the bytes.
@@ -187,7 +187,7 @@ class Directory:
 
 
 def tables_readable(file: RangeFile) -> bool:
-    """Return whether GDAL can read the tables of block places and sizes: whole numbers that lie inside the file.
+    """Return whether GDAL can read the tables of the places and sizes of blocks: whole numbers inside the file.
 
     GDAL finds no block in a table that it cannot read, and may then give zeros, as for a block that is left out.
 
@@ -219,7 +219,7 @@ class _Table:
 
 
 def _table(file: RangeFile, at: int | None = None) -> _Table | None:
-    """Read the directory at a byte of a TIFF or BigTIFF, by default the first; None if the file ends inside it."""
+    """Return the directory at a byte of a TIFF or BigTIFF, by default the first; None where it is cut short."""
     head = file.head
     order: Literal["little", "big"] = "big" if head[:2] == b"MM" else "little"
     mark = ">" if order == "big" else "<"
@@ -271,7 +271,7 @@ def _entries(table: _Table | None) -> dict[int, _Entry] | None:
 
 
 def _number(entry: _Entry) -> int | None:
-    """Return the only value of a tag; None if it has another type or more values."""
+    """Return the only value of a tag; None where it has another type or more values."""
     if entry.type not in (_SHORT, _LONG) or entry.count != 1:
         return None
     return int.from_bytes(entry.inline[: 2 if entry.type == _SHORT else 4], "little")
@@ -284,7 +284,7 @@ def _array(file: RangeFile, entry: _Entry) -> npt.NDArray[np.unsignedinteger] | 
 
 
 def _bytes(file: RangeFile, start: int, count: int) -> bytes | None:
-    """Return bytes of a file; None if it has fewer."""
+    """Return the bytes of a file; None where it has fewer."""
     if start + count > file.size:
         return None
     data = file.take(start, start + count)

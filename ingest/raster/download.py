@@ -187,7 +187,7 @@ def _fetch_of_version(
 
 
 def is_same_version(one: str | None, other: str | None) -> bool:
-    """Return whether two stated versions may be the same; an unknown version, and the mark W/, make no difference.
+    """Return whether two stated versions may be one; an absent version or a weak mark is no difference.
 
     >>> is_same_version('W/"a"', '"a"'), is_same_version(None, '"a"'), is_same_version('"b"', '"a"')
     (True, True, False)
@@ -336,7 +336,7 @@ def read_remote_sidecar(href: str, access: Access, limit: int) -> bytes | None:
 
 @functools.lru_cache(maxsize=2)
 def head_cache(pid: int) -> HeadCache:
-    """Return the cache of the heads of the remote files read last; `pid` is its key, so each process has its own."""
+    """Return the cache of heads of the remote files that this process read last; `pid` makes it one per process."""
     return HeadCache()
 
 

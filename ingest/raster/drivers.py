@@ -185,7 +185,7 @@ def open_drivers(kind: str) -> frozenset[str]:
 
 
 def _allowed(drivers: frozenset[str]) -> frozenset[str]:
-    """Return the drivers that a library keeps: both kinds if the two packages share one library, as in conda."""
+    """Return the drivers that a library keeps: both kinds where both packages share it, as in conda's builds."""
     if _address(_raster_gdal().library) == _address(_vector_library()):
         return RASTER_DRIVERS | VECTOR_DRIVERS
     return drivers
@@ -226,7 +226,7 @@ def _address(library: ctypes.CDLL) -> int | None:
 
 
 def _library(extension: str) -> ctypes.CDLL:
-    """Return the GDAL to which an extension module is linked: its symbols are found through the module."""
+    """Return the GDAL that an extension module is linked to: its symbols are found in the module's own libraries."""
     library = ctypes.CDLL(extension)
     handle, text = ctypes.c_void_p, ctypes.c_char_p
     signatures: dict[str, tuple[object, list[object]]] = {

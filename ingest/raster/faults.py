@@ -50,7 +50,7 @@ class TransientError(Exception):
 
 
 def is_file_fault(error: BaseException) -> bool:
-    """Return whether an exception means that a file cannot be used, and not that this package has a defect.
+    """Return whether an exception means that a file cannot be used, rather than that this package has a defect.
 
     Args:
         error: The exception as it was caught, with its traceback.
@@ -78,7 +78,7 @@ def describe_fault(error: BaseException) -> str:
 
 
 def _raised_in(error: BaseException) -> str:
-    """Return the package whose line raised an exception; empty if it is unknown."""
+    """Return the package whose line raised an exception; empty where it is unknown."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -93,6 +93,6 @@ def _package(name: str) -> str:
 
 
 def cause_of(error: BaseException | None, href: str) -> str:
-    """Return the text of an error without secrets and without the folder of the file, at most 300 characters."""
+    """Return the text of an error without secrets and without the folder that the file lies in."""
     text = str(error).replace(href, href.rpartition("/")[2]) if error else "unknown"
     return " ".join(redact_text(text).split())[:300]

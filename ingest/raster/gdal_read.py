@@ -48,7 +48,7 @@ def read_window(dataset: rasterio.io.DatasetReader, band: int = 1, **options: An
 
 
 def has_mask(dataset: rasterio.io.DatasetReader) -> bool:
-    """Return whether a GeoTIFF has a mask of its own, in addition to any nodata value."""
+    """Return whether a file holds a mask of its own, beside any nodata value."""
     return dataset.driver == "GTiff" and MaskFlags.per_dataset in dataset.mask_flag_enums[0]
 
 
@@ -100,7 +100,7 @@ class _Listener(logging.Filter):
 
 @functools.cache
 def _listener() -> _Listener:
-    """Return the listener of this process, which the first call adds to rasterio's logger."""
+    """Return the listener of this process, added to rasterio's logger at the first call."""
     log = logging.getLogger("rasterio._err")
     quiet = not log.isEnabledFor(logging.WARNING)
     if quiet:  # the user has silenced these warnings, but they must be collected

@@ -43,7 +43,7 @@ class KeptPixels:
     pixels: npt.NDArray[Any]
 
     def cut(self, identity: Hashable, window: Window) -> npt.NDArray[Any] | None:
-        """Return the pixels of a window of the raster; None for another version, or if not all of them are kept."""
+        """Return the pixels of a window of the raster; None where it is another version, or they are not all here."""
         (row, col, height, width), (top, left, tall, wide) = window, self.window
         inside = top <= row and left <= col and row + height <= top + tall and col + width <= left + wide
         if identity != self.identity or not inside:
@@ -122,7 +122,7 @@ class KeptBytes:
             self._make_room()
 
     def pixels(self, href: str, identity: Hashable, window: Window) -> npt.NDArray[Any] | None:
-        """Return the pixels of a window of this version of a file; None if they are not kept."""
+        """Return the pixels of a window of this version of a file; None where they are not kept."""
         with self._lock:
             kept = self._pixels.get(href)
             return None if kept is None or identity is None else kept.cut(identity, window)
@@ -134,7 +134,7 @@ class KeptBytes:
             return None if entry is None or entry.head.until < time.monotonic() else entry.head
 
     def parts(self, href: str, head: Head) -> tuple[Part, ...]:
-        """Return the parts that were read of a file in the version that `head` states."""
+        """Return the parts of a file that were read of the version that `head` states."""
         with self._lock:
             entry = self._entries.get(href)
             if entry is None or head.etag is None:

@@ -71,7 +71,7 @@ class Overview:
     spans: npt.NDArray[np.int64] = field(compare=False)
 
     def block_bytes(self, window: tuple[int, int, int, int]) -> float:
-        """Return the mean stored bytes of the blocks under a window (row, col, height, width) of the whole file."""
+        """Return the mean stored bytes of the blocks that a window (row, col, height, width) of the file touches."""
         (tall, wide), (rows, cols) = self.packing.block, self.spans.shape[:2]
         row, col, height, width = (value / self.factor for value in window)
         top, left = min(int(row) // tall, rows - 1), min(int(col) // wide, cols - 1)
@@ -107,7 +107,7 @@ R = TypeVar("R", bound=Reduced)
 
 @functools.lru_cache(maxsize=2)
 def overview_cache(pid: int) -> LruCache[Overviews]:
-    """Return the cache of the overviews of the files read last, by version of the file; each process has its own."""
+    """Return the cache of overviews of the files that were read last, by version; one cache per process."""
     return LruCache(_FILES)
 
 
@@ -168,7 +168,7 @@ def find_overviews(dataset: rasterio.io.DatasetReader, file: RangeFile | None, g
 def _refusal(
     dataset: rasterio.io.DatasetReader, factor: int, directory: Directory | None, texts: Mapping[int, str]
 ) -> str:
-    """Return the reason why an overview is not used; empty if it can be used."""
+    """Return why an overview is not used; empty where it can be."""
     if directory is None:
         return "its blocks cannot be decoded without GDAL"
     packing = Packing(directory.block, directory.dtype, directory.compression, str(directory.predictor))
@@ -211,13 +211,13 @@ def _spans(
 
 
 def _counts(directory: Directory) -> tuple[int, int]:
-    """Number of blocks along (y, x)."""
+    """Return the number of blocks along (y, x)."""
     (height, width), (tall, wide) = directory.shape, directory.block
     return -(-height // tall), -(-width // wide)
 
 
 def _stretched(grid: Grid, shape: tuple[int, int]) -> Grid:
-    """Return a grid of the same extent with fewer pixels, resized where the factor does not divide the sides."""
+    """Return the ground of a grid in fewer pixels; the pixel size changes where the factor does not divide a side."""
     a, b, c, d, e, f = grid.transform
     return Grid(grid.crs, (a * grid.width / shape[1], b, c, d, e * grid.height / shape[0], f), shape)
 

@@ -190,7 +190,7 @@ class RangeFile:
         del self._parts[self._lasting :]
 
     def take(self, start: int, stop: int) -> bytes:
-        """Return bytes for GDAL, fetched now if they are not here; empty after an error, which is kept in `error`."""
+        """Return bytes for GDAL, fetched now if absent; empty bytes after an error, which is kept in `error`."""
         part = self._find((start, stop))
         if part is None:
             try:
@@ -202,7 +202,7 @@ class RangeFile:
         return part[1][start - part[0] : stop - part[0]]
 
     def view(self, start: int, stop: int) -> memoryview:
-        """Return bytes that `fetch` brought, without a copy; fewer if the file ends before `stop`."""
+        """Return the bytes that `fetch` brought, without a copy; fewer where the file ends before `stop`."""
         part = self._find((start, min(stop, self.size)))
         if part is None:
             self.fetch([(start, stop)])
@@ -264,7 +264,7 @@ def merge(spans: Iterable[Span], size: int) -> list[Span]:
 
 
 def blocks_of(dataset: rasterio.io.DatasetReader, window: tuple[int, int, int, int]) -> list[Span]:
-    """List the spans of the blocks of a TIFF that a window (row, col, height, width) touches, without absent blocks."""
+    """Return spans of the blocks of a TIFF that a window (row, col, height, width) touches, except left-out ones."""
     row, col, height, width = window
     tall, wide = dataset.block_shapes[0]
     spans = []
@@ -284,7 +284,7 @@ def block_span(
     overview: int | None = None,
     block: tuple[int, int] | None = None,
 ) -> Span | None:
-    """Return the span of one block of a TIFF, by its row and column among the blocks; None if the file is sparse there.
+    """Return the span of one block of a TIFF, by its row and column; None where a sparse file leaves it out.
 
     Args:
         dataset: The open file.
@@ -325,7 +325,7 @@ def link_range_file(dataset: rasterio.io.DatasetReader, file: RangeFile) -> None
 
 
 def find_range_file(dataset: rasterio.io.DatasetReader) -> RangeFile | None:
-    """Return the file from which a dataset reads; None if `link_range_file` recorded none."""
+    """Return the file that a dataset reads from; None if `link_range_file` recorded none."""
     return _files.get(dataset)
 
 

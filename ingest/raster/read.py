@@ -188,7 +188,7 @@ def read_on_grid(
 
 
 def reads_overviews(asset: ReadableAsset, stored: Stored) -> bool:
-    """Return whether overviews of an asset may be read: it holds reflectance, and only 0 stands for no data."""
+    """Return whether overviews of an asset may be read: it is reflectance, and only 0 stands for no data."""
     return asset.kind == "data" and stored == "uint16" and asset.nodata in (None, 0)
 
 
@@ -207,7 +207,7 @@ def _pick_overview(
     wanted: int | Literal["any"] | None,
     scene: str,
 ) -> Overview | None:
-    """Choose the overview that is read; None for the full image.
+    """Return the overview that is read; None for the full image.
 
     Raises:
         AssetUnreadable: The file does not have the overview that was planned.

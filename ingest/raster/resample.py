@@ -57,7 +57,7 @@ _OUTLINE_POINTS = 33
 
 
 def scale_ratio(source: Grid, target: Grid) -> float:
-    """Return target pixel size over source pixel size, both on the ground; above 1 the target is coarser."""
+    """Return target pixel size divided by source pixel size, both on the ground; above 1 the target is coarser."""
     return math.sqrt(math.prod(axis_ratios(source, target)))
 
 
@@ -87,7 +87,7 @@ def pick_resampling(kind: Literal["data", "class"], source: Grid, target: Grid, 
 
 
 def nesting_factor(source: Grid, target: Grid) -> int:
-    """Return the number of target pixels along a side of a source pixel if the lattices nest exactly, else 0."""
+    """Return the target pixels along one side of a source pixel, where the two lattices nest exactly; else 0."""
     if source.crs != target.crs:
         return 0
     (sx, sy), (tx, ty) = source.resolution, target.resolution
@@ -154,12 +154,12 @@ def place(
 
 
 def reduction_factor(source: Grid, target: Grid) -> int:
-    """Return the number of source pixels along a side of a target pixel if the lattices nest exactly, else 0."""
+    """Return the source pixels along one side of a target pixel, where the two lattices nest exactly; else 0."""
     return nesting_factor(target, source)
 
 
 def reach_margin(source: Grid, target: Grid) -> int:
-    """Return how many source pixels around those under a target its resampling may read."""
+    """Return the pixels of the source around those under a target that its resampling may read."""
     if source.offset_of(target) is not None or reduction_factor(source, target) > 1:
         return 0
     return _margin(max(axis_ratios(source, target)))
@@ -327,7 +327,7 @@ def _canonical_blocks(target: Grid, side: int) -> Iterator[tuple[Grid, tuple[sli
 
 
 def _source_window(source: Grid, block: Grid, margin: int) -> tuple[int, int, int, int] | None:
-    """Return (row, col, height, width) of the source pixels that a block can depend on; None if there are none."""
+    """Return (row, col, height, width) of the source pixels that a block can depend on; None where there are none."""
     left, bottom, right, top = block.bounds
     along = np.linspace(0.0, 1.0, _OUTLINE_POINTS)
     xs = np.concatenate([left + (right - left) * along, np.full(_OUTLINE_POINTS, right)] * 2)

@@ -51,7 +51,7 @@ def _purpose(asset: Mapping[str, Any]) -> tuple[bool, bool, int, int]:
 
 
 def _use(asset: Mapping[str, Any]) -> int:
-    """Rank an asset by its roles: 0 data alone, 1 nothing stated, 2 data that are also a picture, 3 a picture."""
+    """Rank an asset by roles: 0 for data alone, 1 if nothing is stated, 2 for data and picture, 3 for a picture."""
     stated = asset.get("roles")
     listed = [stated] if isinstance(stated, str) else stated if isinstance(stated, list | tuple) else []
     roles = {str(role).lower() for role in listed}
@@ -61,7 +61,7 @@ def _use(asset: Mapping[str, Any]) -> int:
 
 
 def _media(asset: Mapping[str, Any]) -> int:
-    """Rank an asset by its media type: 0 GeoTIFF, 1 JPEG 2000, 2 nothing stated, 3 no raster of measurements."""
+    """Rank a media type: 0 for GeoTIFF, 1 for JPEG 2000, 2 if nothing is stated, 3 for no raster of measurements."""
     stated = str(asset.get("type") or "").lower()
     if not stated:
         return 2
@@ -69,7 +69,7 @@ def _media(asset: Mapping[str, Any]) -> int:
 
 
 def _spelling(band: BandRule, key: str, asset: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rank how an asset names the band: codes first, keys before the names inside; None if it does not name it."""
+    """Return how an asset names the band: codes first, keys before the names inside; None where it does not name it."""
     by_code = [one for one in band.keys if re.match(r"B\d", one)]
     if key in by_code:
         return (0, by_code.index(key))

@@ -113,7 +113,7 @@ class IngestConfig(BaseModel):
         return made
 
     def to_flat(self) -> dict[str, Any]:
-        """Return the settings that were given, under their flat names, without those left at their defaults."""
+        """Return the settings that were given, under their flat names; those left at their defaults are not in it."""
         sections = (getattr(self, name) for name in SECTIONS)
         return {
             name: getattr(section, name)

@@ -74,7 +74,7 @@ class ProductRule:
     mask_layer: str | None = None
 
     def band(self, name: str) -> BandRule | None:
-        """Return the band or class layer that `name` means ("blue", "B02", "b2" …); None if there is none."""
+        """Return the band or class layer that `name` means: "blue", "B02", "b2" …; None if there is none."""
         found = find_band(name, self.names)
         return next((b for b in (*self.bands, *self.classes) if b.name == found), None)
 
@@ -85,7 +85,7 @@ class ProductRule:
 
 
 def _s2(name: str, code: str, resolution: int, wavelength: float) -> BandRule:
-    """Make a Sentinel-2 band with its keys: name (Earth Search), code (Planetary Computer, v0), code_10m (CDSE)."""
+    """Make a Sentinel-2 band; its keys are common name (Earth Search), code (Planetary Computer), code_10m (CDSE)."""
     short = code.replace("B0", "B")
     keys = (name, code, f"{code}_{resolution}m", f"{name}_{resolution}m", short)
     return BandRule(name, BAND_CODES[name], keys, resolution, wavelength)

@@ -74,7 +74,7 @@ class Cql2:
         _parsed(self.text)
 
     def holds(self, properties: Mapping[str, Any]) -> bool:
-        """Return whether an item with these properties passes; it does not if the result is unknown."""
+        """Return whether an item with these properties passes; where the result is unknown, it does not."""
         return _truth(_parsed(self.text), properties) is True
 
     def tree(self) -> dict[str, Any]:

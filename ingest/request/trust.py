@@ -47,7 +47,7 @@ class Trust(BaseModel):
         return value
 
     def href_policy(self, source: str, provider_hosts: Iterable[str] = ()) -> HrefPolicy:
-        """Return the policy for hrefs of `source`: its own place, those of these settings, and its provider's hosts."""
+        """Return the policy for hrefs of `source`: its own place, places of these settings, its provider's hosts."""
         return HrefPolicy.around(
             source,
             hosts=(*self.allow_hosts, *provider_hosts),

@@ -45,7 +45,7 @@ _QUERY_WORDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte", "=": "eq", "!=":
 
 
 def api_root(documents: Documents, location: str, document: Mapping[str, Any]) -> str | None:
-    """Return the URL of the API to which a document belongs; None for a static document.
+    """Return the URL of the API that a document belongs to; None for a static document.
 
     Raises:
         InvalidInput: The document is one page of a search.
@@ -190,7 +190,7 @@ def ask_api(documents: Documents, root: str, config: IngestConfig) -> Iterator[C
 
 
 def _filter(client: Client, conditions: Iterable[Condition]) -> cql2.Expr | None:
-    """Return the part of the conditions that the API supports; the rest is applied to its answers only."""
+    """Return the part of the conditions that the API states to understand; the rest is applied to its answers only."""
     stated = client.get_conforms_to()
     if not client.conforms_to(ConformanceClasses.FILTER) or not any("cql2" in uri for uri in stated):
         return None
@@ -210,7 +210,7 @@ def _from_api(item: Any, root: str, details: Mapping[str, Any]) -> CatalogueItem
 
 
 def _collections(documents: Documents, root: str, config: IngestConfig) -> dict[str, Mapping[str, Any]]:
-    """Return the `item_assets` of the requested collections, by collection id.
+    """Return `item_assets` of the requested collections, by collection id.
 
     Raises:
         UnknownName: The API has no such collection.

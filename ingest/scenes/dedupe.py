@@ -107,7 +107,7 @@ def are_other_strips(
     same_baseline: bool,
     nodata: tuple[float | None, float | None] = (None, None),
 ) -> bool:
-    """Return whether two scenes of one tile are parts of a datatake that two stations received.
+    """Return whether two scenes of one tile are parts that two stations received of a datatake.
 
     Both parts may state the whole square of the tile as footprint, so the ground alone does not tell.
 

@@ -212,7 +212,7 @@ class Documents:
             raise _unreachable(shown, error) from error
 
     def _why(self, reply: requests.Response) -> bytes:
-        """Return the start of the answer to a failed request; empty if it breaks off or has an unknown encoding."""
+        """Return the start of the answer to a failed request; empty if it breaks off or has an unknown packing."""
         try:
             data = read_start(reply.raw, _MAX_ERROR_BYTES)
             return unpack(data, reply.headers.get("Content-Encoding"), _MAX_ERROR_BYTES)
@@ -221,7 +221,7 @@ class Documents:
 
 
 def _proxies(url: str) -> dict[str, str]:
-    """Return the environment's proxies for a URL; none if NO_PROXY excludes its host, or for this machine itself."""
+    """Return the environment's proxies for a URL; none for this machine or a host that NO_PROXY excludes."""
     host = (urlsplit(url).hostname or "").rstrip(".")
     return {} if is_loopback(host) or proxy_bypass(host) else getproxies()
 
@@ -299,7 +299,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def _items_by_line(text: str, where: str) -> dict[str, Any] | None:
-    """Parse a text of one item per line as a FeatureCollection; None if its first line is not a feature."""
+    """Return a FeatureCollection of one item per line; None if the first line is no feature."""
     features: list[Any] = []
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():

@@ -27,7 +27,7 @@ _WORLD = box(-180, -90, 180, 90)
 
 
 def footprint_of(item: Mapping[str, Any], where: str) -> tuple[BaseGeometry, LonLatBox]:
-    """Return the footprint of an item, cut at the antimeridian if it crosses it, and its box.
+    """Return the footprint of an item, cut at the antimeridian where it crosses, and its box.
 
     A ring that spans more than half the globe is taken to cross the antimeridian: no scene is that wide, and catalogues
     write such rings without a cut. The bbox is used for an item without a geometry.
@@ -68,7 +68,7 @@ def meets(footprint: BaseGeometry, region: BaseGeometry | None) -> bool:
 
 
 def overlap_share(left: BaseGeometry, right: BaseGeometry) -> float:
-    """Return shared area over joint area: 1 for equal footprints, 0 for disjoint ones."""
+    """Return the shared area divided by the joint area: 1 for equal footprints, 0 for disjoint ones."""
     joint = shapely.union(left, right).area
     return float(shapely.intersection(left, right).area / joint) if joint else float(left.equals(right))
 
@@ -80,7 +80,7 @@ def to_geojson(geometry: BaseGeometry) -> dict[str, Any]:
 
 
 def flat_box(bounds: object) -> LonLatBox:
-    """Return the bbox of an item as (west, south, east, north), without heights.
+    """Return the bbox of an item as (west, south, east, north); heights are left out.
 
     Raises:
         ValueError: It is no list of four or six numbers.

@@ -103,7 +103,7 @@ def _struct_box(bounds: Any) -> dict[str, float] | None:
 
 
 def _item_or_name(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the item of a row, or for an unusable row the id and collection by which the search reports it."""
+    """Return the item of a row; if the row is not an item, what the search needs to name it as left out."""
     try:
         return _item(row, where)
     except InvalidInput as error:

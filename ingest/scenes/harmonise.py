@@ -263,7 +263,7 @@ def _finite(number: float | None) -> float | None:
 
 
 def _raster(asset: Mapping[str, Any], name: str) -> Any:
-    """Return a raster field of a one-band asset: from `bands` (1.1), `raster:bands` (1.0) or the asset (1.1)."""
+    """Return a raster field of a one-band asset, from `bands` (1.1), `raster:bands` (1.0) or the asset itself (1.1)."""
     for holder in (first_band(asset.get("bands")), first_band(asset.get("raster:bands")), asset):
         for spelling in (f"raster:{name}", name):
             if holder.get(spelling) is not None:
@@ -278,7 +278,7 @@ def _hrefs(assets: Mapping[str, Any]) -> list[str]:
 
 
 def _unit_of_offset(offset: float, scale: float | None, product_scale: float) -> float:
-    """Return the number by which an offset is divided to become one in digital numbers of a cube.
+    """Return the divisor that turns a stated offset into digital numbers of a cube.
 
     It is a reflectance, also where the numbers of the file have another scale than the product; without a scale, or
     beside one of 1, it is a digital number already, unless it is smaller than one.
@@ -287,7 +287,7 @@ def _unit_of_offset(offset: float, scale: float | None, product_scale: float) ->
 
 
 def _stated_offsets(raw: Mapping[str, Any], assets: Mapping[str, AssetRef], product: ProductRule) -> dict[str, float]:
-    """Return, by band, the offset in digital numbers that `raw` (assets or item_assets) states for data assets."""
+    """Return band → offset in digital numbers, as `raw` (assets or item_assets) states it for the data assets."""
     stated = {}
     for band, ref in assets.items():
         asset = raw.get(ref.key)

@@ -86,7 +86,7 @@ def acquisition_time(properties: Mapping[str, Any], where: str, notes: list[str]
 
 
 def baselines_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Iterable[str] = ()) -> dict[str, str]:
-    """Return every baseline that an item names, by the place where it stands, the most reliable place first.
+    """Return every baseline that an item names: where it stands → the baseline, the most reliable place first.
 
     `processing:version` may be the version of a processor (Sen2Cor 2.11). It is believed last, and not at all where it
     would be a baseline that was out of use when the scene was taken.
@@ -163,7 +163,7 @@ def tile_of(properties: Mapping[str, Any], names: Iterable[str]) -> str | None:
 
 
 def platform_of(names: Iterable[str]) -> str | None:
-    """Return the platform with which a product name begins, for example "sentinel-2a"."""
+    """Return the platform that a product name begins with, for example "sentinel-2a"."""
     unit = search_in(r"^S([12][A-D])_", names)
     return f"sentinel-{unit.lower()}" if unit else None
 
@@ -184,7 +184,7 @@ def datatake_of(properties: Mapping[str, Any], names: Iterable[str], product: Pr
 
 
 def datastrip_of(properties: Mapping[str, Any], names: Iterable[str], hrefs: Iterable[str] = ()) -> str | None:
-    """Return the sensing start of the datastrip (part of a datatake from one station), "20230810T100559".
+    """Return the sensing start, "20230810T100559", of the datastrip: a part of a datatake from one station.
 
     A datatake may come down to two stations, and then each has its own part of a tile. The name of a granule ends in
     the same time. Hrefs of assets hold both names, as folders of the product.
@@ -223,7 +223,7 @@ def text_of(value: object, *, lower: bool = False) -> str | None:
 
 
 def number_of(value: object) -> float | None:
-    """Return a value as a number, also "nan" and "-inf" as the raster extension spells them, or None."""
+    """Return a value as a number, also "nan" and "-inf" as the raster extension spells them; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -233,6 +233,6 @@ def number_of(value: object) -> float | None:
 
 
 def whole_of(value: object) -> int | None:
-    """Return a value as an integer; None for anything that is not a number, or is too large to be exact."""
+    """Return a value as an integer; None for anything that is no number, or too large to be exact."""
     number = number_of(value)
     return int(number) if number is not None and abs(number) < _MAX_WHOLE_NUMBER else None

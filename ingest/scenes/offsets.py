@@ -104,7 +104,7 @@ class OffsetReading:
         return {"raised": OFFSET_DN, "subtracted": 0}.get(self.state)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in a form that JSON can hold."""
+        """Return the JSON form."""
         return asdict(self)
 
 
@@ -216,7 +216,7 @@ def decide_offset(
 def hears_raster_metadata(
     product: ProductRule, provider: ProviderRule, collection: str, properties: Mapping[str, Any], baseline: str | None
 ) -> bool:
-    """Return whether `decide_offset` uses the raster metadata of an item: no rule of its provider comes first."""
+    """Return whether the raster metadata of an item count in `decide_offset`: no provider rule precedes them."""
     known = baseline_has_offset(baseline) is not None
     rule = provider.offset_rule(collection)
     flag = _truth(properties.get(provider.flag)) if rule == "flag" and provider.flag else None
@@ -298,7 +298,7 @@ def explain_wrong_scale(dn: npt.NDArray[Any], scale: float) -> str | None:
 
 
 def _inside(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return the valid pixels whose eight neighbours are valid too; beyond the edge counts as valid."""
+    """Return the valid pixels whose eight neighbours are valid too."""
     padded = np.pad(valid, 1, constant_values=True)
     rows = padded[:-2] & padded[1:-1] & padded[2:]
     inside: npt.NDArray[np.bool_] = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
@@ -306,7 +306,7 @@ def _inside(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def is_settled_by(scene: Scene, reading: OffsetReading) -> bool:
-    """Return whether the pixels of a small region suffice: many, and clearly in accord with undisputed metadata.
+    """Return whether the pixels of a small region suffice: many, in clear agreement with undisputed metadata.
 
     Pixels that contradict the metadata, or do not tell, never suffice: the rest of the scene may tell more.
     """
@@ -323,14 +323,14 @@ def is_settled_by(scene: Scene, reading: OffsetReading) -> bool:
 
 
 def needs_closer_look(scene: Scene, reading: OffsetReading) -> bool:
-    """Return whether more pixels must be read: those at hand contradict the metadata, or these are in dispute."""
+    """Return whether more pixels must be read: these contradict the metadata, or the metadata are in dispute."""
     if reading.dn_offset is not None and reading.dn_offset != scene.dn_offset:
         return True
     return _is_disputed(scene) and not reading.windows
 
 
 def combine_bands(bluest: OffsetReading, others: Sequence[OffsetReading]) -> OffsetReading:
-    """Return the reading of the bluest band, "raised" only if no other visible band contradicts it.
+    """Return the reading of the bluest band, which counts as "raised" only if no other visible band denies it.
 
     Bright ground without the offset is as bright in blue as dark ground with it, and much brighter in red.
     """
@@ -378,7 +378,7 @@ def settle_offset(scene: Scene, reading: OffsetReading | None, *, policy: str) -
 
 
 def _support(scene: Scene) -> int:
-    """Weight of the metadata of a scene for its offset; scenes of older plans have no witnesses."""
+    """Return the weight of the metadata of a scene for its offset; scenes of older plans have no witnesses."""
     if scene.offset_evidence.startswith(UNKNOWN_OFFSET):
         return 0
     if scene.witnesses:
@@ -387,12 +387,12 @@ def _support(scene: Scene) -> int:
 
 
 def _is_old(scene: Scene) -> bool:
-    """Return whether the scene is older than the offset, so that bright ground is no sign of one."""
+    """Return whether the scene is of a time when nothing was added: bright ground is no offset then."""
     return baseline_has_offset(scene.baseline) is False and scene.dn_offset == 0 and not _is_disputed(scene)
 
 
 def _sides(scene: Scene) -> tuple[list[Witness], list[Witness]]:
-    """Split the evidence that counts into that for the offset of the metadata and that against it."""
+    """Return the witnesses that are believed, for the offset of the metadata and against it."""
     heard = [one for one in scene.witnesses if one.weight and one.dn_offset is not None]
     return (
         [one for one in heard if one.dn_offset == scene.dn_offset],
@@ -410,7 +410,7 @@ def _dispute(scene: Scene) -> str:
 
 
 def _doubt(scene: Scene, reading: OffsetReading | None) -> str | None:
-    """Return a sentence about a scene that keeps its -1000 although many pixels are below 1000, or None."""
+    """Return a sentence for a scene that keeps its -1000 although many pixels are below 1000."""
     if reading is None or scene.dn_offset != OFFSET_DN:
         return None
     if (reading.share_below_1000 or 0.0) <= _DOUBTED_SHARE and (reading.share_deep or 0.0) <= _DOUBTED_DEEP:

@@ -78,7 +78,7 @@ def place_of(item: Mapping[str, Any], where: str) -> Place:
 
 
 def mirrored_footprint(item: Mapping[str, Any], where: str) -> BaseGeometry | None:
-    """Return the footprint that an item has if its geometry names latitude first, and only its files can tell.
+    """Return the footprint with latitude and longitude swapped, where only the files can tell whether they are.
 
     Returns:
         The footprint; None where the item states a grid or a tile, or where the swapped geometry lies nowhere.
@@ -88,7 +88,7 @@ def mirrored_footprint(item: Mapping[str, Any], where: str) -> BaseGeometry | No
 
 
 def _witness(item: Mapping[str, Any]) -> tuple[BaseGeometry, str] | None:
-    """Return the most reliable area that is not from the geometry, and the name of its source; None for none."""
+    """Return the area that the most reliable statement besides the geometry gives, and its name; None for none."""
     properties = item.get("properties")
     properties = properties if isinstance(properties, Mapping) else {}
     assets = item.get("assets")
@@ -108,7 +108,7 @@ def _witness(item: Mapping[str, Any]) -> tuple[BaseGeometry, str] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _area(grid: Grid) -> BaseGeometry | None:
-    """Return the lon/lat box of a grid, cached, as tiles recur on every date; None if it has no place on Earth."""
+    """Return the lon/lat box of a grid; None where it has no place on Earth. The same tiles come back on every date."""
     try:
         check_on_earth(grid)
         return box_region(grid.lonlat_bounds())
@@ -117,14 +117,14 @@ def _area(grid: Grid) -> BaseGeometry | None:
 
 
 def _tile_cell(tile: str) -> BaseGeometry:
-    """Return the lon/lat area of the zone and band of an MGRS tile with a margin, which may cross the antimeridian."""
+    """Return the lon/lat area of an MGRS tile's zone and latitude band, with a margin, even past ±180°."""
     west, south = (int(tile[:2]) - 1) * 6.0 - 180.0, _BANDS.index(tile[2]) * 8.0 - 80.0
     height = 12.0 if tile[2] == "X" else 8.0
     return box(west - _TILE_MARGIN, south - _TILE_MARGIN, west + 6 + _TILE_MARGIN, south + height + _TILE_MARGIN)
 
 
 def _turned(item: Mapping[str, Any], where: str) -> BaseGeometry | None:
-    """Return the footprint with latitude and longitude swapped; None if that is not a footprint either."""
+    """Return the footprint of an item whose geometry names latitude first; None where that is no footprint either."""
     try:
         with np.errstate(all="ignore"):  # values that are no numbers are refused below
             flipped = shapely.transform(shapely.force_2d(shape(item["geometry"])), lambda xy: xy[:, ::-1])

@@ -64,13 +64,13 @@ class AssetRef:
     unit: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in a form that JSON can hold."""
+        """Return the JSON form."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "grid"}
         return {**fields, "grid": self.grid.to_dict() if self.grid else None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         grid = data.get("grid")
         return cls(**{**data, "grid": Grid.from_dict(grid) if grid else None})
 
@@ -142,7 +142,7 @@ class Scene:
     band_offsets: Mapping[str, int] = field(default_factory=dict)
 
     def offset_of(self, band: str) -> int:
-        """Return the number to add to a digital number of a band, by the metadata: 0 or -1000."""
+        """Return what must be added to a digital number of a band by the metadata: 0 or -1000."""
         return self.band_offsets.get(band, self.dn_offset)
 
     @property
@@ -170,7 +170,7 @@ class Scene:
         return facts_table(f"Scene {self.id}", rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in a form that JSON can hold."""
+        """Return the JSON form."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {
             **fields,
@@ -185,7 +185,7 @@ class Scene:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         west, south, east, north = (float(v) for v in data["bbox"])
         return cls(
             **{

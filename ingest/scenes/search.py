@@ -194,7 +194,7 @@ def _check_names(config: IngestConfig) -> None:
 
 
 def _unsupported(item: Mapping[str, Any]) -> InvalidInput | None:
-    """Return the error for an item of an unsupported product; None for any other item."""
+    """Return the error for an item of a product that is not supported; None for any other item."""
     collection = str(item.get("collection") or "")
     try:
         refuse_unsupported(collection, item)

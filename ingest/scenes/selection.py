@@ -104,7 +104,7 @@ class Selection:
         return text
 
     def _mirrored(self, item: Mapping[str, Any], where: str) -> bool:
-        """Return whether an item lies in the region if latitude and longitude are swapped; its files decide later."""
+        """Return whether an item with swapped coordinates would lie in the region; its files decide later."""
         mirrored = mirrored_footprint(item, where)
         return mirrored is not None and meets(mirrored, self.region)
 

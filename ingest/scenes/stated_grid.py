@@ -17,7 +17,7 @@ _MAX_SIDE = 1 << 20
 
 
 def stated_grid(asset: Mapping[str, Any], properties: Mapping[str, Any], where: str, notes: list[str]) -> Grid | None:
-    """Return the grid that the projection extension states; None for none, or for an unusable one, with a note."""
+    """Return the grid that the projection extension states; None, and a note, if that cannot be used."""
     crs = _crs(asset, properties, where, notes)
     shape, transform, bounds = (
         _numbers(asset.get(name) or properties.get(name)) for name in ("proj:shape", "proj:transform", "proj:bbox")

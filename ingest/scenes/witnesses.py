@@ -36,17 +36,17 @@ class Witness:
         return f"{self.name} {self.says}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in a form that JSON can hold."""
+        """Return the JSON form."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(**data)
 
 
 def baseline_has_offset(baseline: str | None) -> bool | None:
-    """Return whether products of this baseline carry the offset; None if unknown, or for the 99.99 of special runs.
+    """Return whether products of this baseline carry the offset; None if it is unknown, or the 99.99 of special runs.
 
     >>> [baseline_has_offset(b) for b in ("03.01", "04.00", "05.11", "99.99", None)]
     [False, True, True, None, None]
@@ -57,7 +57,7 @@ def baseline_has_offset(baseline: str | None) -> bool | None:
 
 
 def support_of(witnesses: Iterable[Witness], dn_offset: int) -> int:
-    """Weight of the witnesses for an offset, less the weight of those against it.
+    """Return the weight of the witnesses for an offset, less the weight of those against it.
 
     >>> support_of([Witness("flag", "true", 0, 1), Witness("title", "05.09", -1000, 3)], -1000)
     2

@@ -73,7 +73,7 @@ def radar_item_id(overpass: RadarPass) -> str:
 
 
 def uses_stac_1_1(acquisition: Acquisition, tile_index: int) -> bool:
-    """Return whether an item is STAC 1.1; every other one is, so that neighbours and dates mix the versions."""
+    """Return whether an item is STAC 1.1, as every other is, so that neighbours and dates both mix the versions."""
     return (acquisition.index + tile_index) % 2 == 1
 
 

@@ -53,7 +53,7 @@ class _Clock:
         self._until = time.monotonic() + (self.timeout_s or 0.0)
 
     def left_s(self) -> float | None:
-        """Return the seconds that the next bytes may take; None for no limit.
+        """Return the seconds that the next bytes may take.
 
         Raises:
             TimeoutError: The interval is over, and too few bytes came in it.

@@ -48,7 +48,7 @@ class BucketRule:
         return (urlsplit(self.address).hostname or "").lower() if self.address else None
 
     def keys(self, environment: Mapping[str, str]) -> _Keys | None:
-        """Return the keys that an environment holds for these buckets; None if it holds none."""
+        """Return the keys that an environment holds for these buckets; None where it holds none."""
         key, secret, token = (
             environment.get(f"{self.key_prefix}_{name}", "")
             for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")
@@ -71,7 +71,7 @@ def bucket_url(
     *,
     pay: bool = False,
 ) -> str:
-    """Return the https URL of an object, signed for one hour if there are keys.
+    """Return the https URL of an object, signed for one hour where there are keys.
 
     Args:
         href: Address of the object, s3://BUCKET/KEY.
@@ -108,7 +108,7 @@ _regions: dict[str, str] = {}
 
 
 def _region_of(bucket: str, pool: urllib3.PoolManager) -> str:
-    """Return the region of a bucket at Amazon, which answers this even if it refuses access."""
+    """Return the region of a bucket at Amazon, which answers this even where it refuses access."""
     if bucket not in _regions:
         try:
             reply = pool.request("HEAD", f"https://s3.amazonaws.com/{quote(bucket)}", redirect=False)
@@ -129,7 +129,7 @@ def _region_of(bucket: str, pool: urllib3.PoolManager) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _client(bucket: str, endpoint: str, region: str, requester_pays: bool, keys: _Keys) -> Any:
-    """Return a client that only signs; its keys come from a function, or it would mix in those of the environment."""
+    """Return a client that only signs; a function gives it the keys, so that it uses none of the environment."""
     given: Any = {"access_key_id": keys.key, "secret_access_key": keys.secret, "token": keys.token, "expires_at": None}
     return S3Store(
         bucket,

@@ -93,7 +93,7 @@ class HrefPolicy:
         return any(name.startswith("*.") and host.endswith(name[1:]) for name in self.hosts)
 
     def allows_private(self, host: str) -> bool:
-        """Return whether a private host is allowed: by option, as SOURCE's own, or if it and SOURCE are loopback."""
+        """Return whether a private host is allowed: by option, as SOURCE's own, or as loopback if SOURCE is too."""
         if self.allow_private or host == self.source_host:
             return True
         return bool(self.source_host) and is_loopback(self.source_host or "") and is_loopback(host)
@@ -254,7 +254,7 @@ def refuse_private_address(url: str, policy: HrefPolicy) -> None:
 
 
 def is_private_address(address: str) -> bool:
-    """Return whether an address is not on the public internet; an IPv4 address inside IPv6 counts as itself.
+    """Return whether an IP address is outside the public internet; an IPv4 address inside IPv6 counts as itself.
 
     >>> [is_private_address(a) for a in ("8.8.8.8", "10.0.0.1", "::ffff:127.0.0.1", "169.254.169.254")]
     [False, True, True, True]
@@ -266,7 +266,7 @@ def is_private_address(address: str) -> bool:
 
 
 def is_spelled_address(host: str) -> bool:
-    """Return whether a host is an IP address or localhost, so that it needs no name server."""
+    """Return whether a host is an IP address or localhost, so that no name server is asked for it."""
     return _address(host) is not None or host == "localhost" or host.endswith(".localhost")
 
 
@@ -296,7 +296,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _inner_address(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Return the IPv4 address at which a packet to an IPv6 address ends: mapped, NAT64, 6to4, or the first drafts."""
+    """Return the IPv4 address at which a packet to an IPv6 address arrives: mapped, NAT64, 6to4, or early drafts."""
     if address.ipv4_mapped or address.sixtofour:
         return address.ipv4_mapped or address.sixtofour or address
     if any(address in network for network in _IN_LAST_BITS) and int(address) > 1:  # ::1 is IPv6's own
@@ -305,7 +305,7 @@ def _inner_address(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | ip
 
 
 def _looks_numeric(host: str) -> bool:
-    """Return whether only the C library takes a host for an address: 2130706433, 0x7f.1, 127.1 …."""
+    """Return whether the C library takes a host for an address that `ipaddress` refuses: 2130706433, 127.1 …."""
     return all(re.fullmatch(r"(0x[0-9a-f]*|\d+)", part) for part in host.split("."))
 
 

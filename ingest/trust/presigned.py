@@ -38,7 +38,7 @@ def set_signature_aside(href: str) -> str:
 
 
 def signed_hrefs(hrefs: Iterable[str]) -> dict[str, str]:
-    """Return href → signed href, for those of which this process knows a signature."""
+    """Return href → signed href, for the hrefs whose signature this process knows."""
     return {href: _signed[href] for href in hrefs if href in _signed}
 
 

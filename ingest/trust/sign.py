@@ -124,7 +124,7 @@ def _ask(container: tuple[str, str, str], pool: urllib3.PoolManager) -> _Token:
 
 
 def _clock_skew(date: str | None, url: str) -> float:
-    """Return the seconds by which the server's clock is ahead of this machine's; 0 for up to `_SKEW_S` or no date."""
+    """Return the seconds by which the server's clock is ahead of this machine's; up to `_SKEW_S` counts as 0."""
     try:
         skew = parsedate_to_datetime(date or "").timestamp() - time.time()
     except ValueError:

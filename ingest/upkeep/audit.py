@@ -170,7 +170,7 @@ def replaced_files(
 
 
 def _asks_for_another(kept: str, now: str | None) -> bool:
-    """Return whether the catalogue's href has more query fields than the kept one: old cubes kept only part of them."""
+    """Return whether the address in the catalogue has more query than the kept one: older cubes left parts out."""
     if now is None or kept == now or kept.partition("?")[0] != now.partition("?")[0]:
         return False
     before, after = (Counter(parse_qsl(href.partition("?")[2], keep_blank_values=True)) for href in (kept, now))
@@ -252,14 +252,14 @@ def _restated(plan: Plan, found: SearchResult) -> dict[tuple[str, str], tuple[st
 
 
 def _is_namesake(scene: Scene, row: Mapping[str, Any]) -> bool:
-    """Return whether a scene only shares its id with a row: some catalogues reuse an id for each tile or date."""
+    """Return whether a scene shares only its id with a row: some catalogues repeat ids over tiles or dates."""
     if scene.tile and row.get("tile") and scene.tile != row["tile"]:
         return True
     return _seconds_apart(scene, row) > _OTHER_DATE_S or not _box(scene.bbox).intersects(_box(row["bbox"]))
 
 
 def _has_new_name(scene: Scene, row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
-    """Return whether a scene is that of a row under another id, which it got as others share its id in a catalogue."""
+    """Return whether a scene is that of a row under another name, given because its id is not unique."""
     named = facts.get("catalogue_ids", {}).get(str(row["id"]), str(row["id"]))
     if (scene.catalogue_id or scene.id) != named or (scene.id == named and str(row["id"]) == named):
         return False
@@ -272,7 +272,7 @@ def _seconds_apart(scene: Scene, row: Mapping[str, Any]) -> float:
 
 
 def _same_acquisition(scene: Scene, row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
-    """Return whether a scene and a row are copies of one granule, by the rules of `ingest.scenes.dedupe`."""
+    """Return whether a scene and a row of the item table are copies of one granule, as in `ingest.scenes.dedupe`."""
     strip = facts.get("datastrips", {}).get(str(row["id"]))
     if are_other_strips(scene.datastrip, strip, same_baseline=scene.baseline == row.get("baseline")):
         return False

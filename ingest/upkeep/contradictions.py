@@ -131,7 +131,7 @@ def _other_grid(difference: str) -> CubeMismatch:
 
 
 def _product_of(groups: Sequence[Recipe]) -> ProductRule | None:
-    """Return the product of a collection: by name, else the only one whose bands and kind fit; None if unclear."""
+    """Return the product of a collection, by its name, else the only one with these bands and kind; else None."""
     named = next((rule for rule in PRODUCTS if groups[0].catalogue in (rule.name, *rule.collections)), None)
     if named is not None:
         return named

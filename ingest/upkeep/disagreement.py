@@ -50,7 +50,7 @@ def _there(pixels: Pixels) -> npt.NDArray[np.bool_]:
 
 
 def _relation(found: npt.NDArray[np.float64], right: npt.NDArray[np.float64], *, floats: bool) -> str:
-    """Describe the relation between stored and right values, in pixels where they differ."""
+    """Return the relation between the pixels that have another value than they should."""
     other = f"{found.size} values are others: they are of other pixels, or of another file"
     if np.unique(right).size < _LEAST:
         return other

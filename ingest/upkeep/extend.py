@@ -153,7 +153,7 @@ def plan_extension(
 
 
 def _kept_clip(clip: str | None, config: IngestConfig) -> str | None:
-    """Return the area of a cube if the cube keeps it in pixels and the settings ask for the same one; else None."""
+    """Return the area of a cube where it is the one that the settings ask for and the cube keeps it in pixels."""
     geometry = config.selection.geometry
     if not is_grid_area(clip) or clip is None or geometry is None or not config.pixels.clip:
         return None

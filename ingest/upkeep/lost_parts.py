@@ -47,7 +47,7 @@ def find_lost_parts(url: str, plan: Plan, config: IngestConfig) -> list[tuple[Sc
 
 
 def _is_part(scene: Scene, row: Mapping[str, Any]) -> bool:
-    """Return whether a scene has the datatake, tile and platform of a row of the item table."""
+    """Return whether a scene is of the datatake and tile of a row of the item table."""
     if not scene.datatake or not scene.tile:
         return False
     return (scene.datatake, scene.tile, scene.platform) == (row.get("datatake"), row.get("tile"), row.get("platform"))

@@ -55,7 +55,7 @@ def recheck_offset(plan: Plan, collection: str, planned: PlannedScene, access: A
 
 
 def _scene_of(plan: Plan, collection: str, planned: PlannedScene) -> Scene | None:
-    """Return the scene as its metadata described it, as far as the cube keeps that; None without an offset."""
+    """Return the scene as its metadata described it, as far as the cube keeps them; None without an offset."""
     row = next((row for row in plan.items.get(collection, ()) if row["id"] == planned.item_id), None)
     entry = plan.statistics.get(collection, {}).get("offset_verdicts", {}).get(planned.item_id)
     named = plan.catalogue(collection)

@@ -246,7 +246,7 @@ def _doubt(asset: SourceAsset, access: Access) -> str | None:
 
 
 def _parts_absent(cube: Cube, collection: str, row: LedgerRow, lost: Sequence[tuple[Scene, int]]) -> list[Difference]:
-    """Return the pixels without data of a shard that an absent part of a datatake may show."""
+    """Return the pixels without data of a shard which a part of a datatake that the cube does not have may show."""
     spec = cube.spec(collection)
     window = spec.grid.window(row.region.y0, row.region.x0, row.region.shape[1], row.region.shape[2])
     area = box_region(window.lonlat_bounds())
@@ -266,7 +266,7 @@ def _parts_absent(cube: Cube, collection: str, row: LedgerRow, lost: Sequence[tu
 
 
 def _of_scene(cube: Cube, collection: str, row: LedgerRow, item: int, why: str) -> Difference:
-    """Return a difference that covers all values a scene has given to a shard."""
+    """Return the difference of all values that a scene has given to a shard."""
     spec = cube.spec(collection)
     source = "source_item" if spec.reduce == "first" else "observations"
     given = cube.read(collection, source, row.region)

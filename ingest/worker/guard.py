@@ -95,7 +95,7 @@ def process_versions() -> dict[str, str]:
 
 @functools.cache
 def _releases() -> dict[str, str]:
-    """Return the releases of Python, GDAL and the checked packages; looking them up is slower than a small shard."""
+    """Return the releases of Python, GDAL and the checked packages; looking them up takes longer than a small shard."""
     import rasterio
 
     releases = {"python": ".".join(platform.python_version_tuple()[:2]), "gdal": rasterio.__gdal_version__}
@@ -155,7 +155,7 @@ class WorkerGuard(WorkerPlugin):
 
 
 def memory_note(client: Client, spec: CubeSpec) -> str | None:
-    """Return advice for a worker whose memory limit is too small for its threads to make shards, or None.
+    """Return advice if a worker's memory limit is too low for its threads to make shards; None if all suffice.
 
     Args:
         client: Client of the scheduler, which knows the memory limits; a worker without a limit has enough.

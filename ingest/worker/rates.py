@@ -86,7 +86,7 @@ class Crowd:
                 self._changed.notify_all()
 
     def places(self, host: str) -> int:
-        """Number of requests that may be under way at a host now."""
+        """Return the number of requests that may be under way at a host now."""
         return self._places.get(host, self._most)
 
     def _adapt(self, host: str, busy: bool) -> None:
@@ -109,7 +109,7 @@ def bind_worker(worker: Any) -> None:
 
 
 def limit_of(href: str, own: Sequence[tuple[str, float]] = ()) -> tuple[str, float] | None:
-    """Return the limit for an href, as (name, requests per second); None if there is none.
+    """Return the limit that holds for an href, as (name, requests per second); None where there is none.
 
     >>> limit_of("https://eodata.dataspace.copernicus.eu/x.jp2")
     ('cdse', 5.0)

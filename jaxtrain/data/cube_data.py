@@ -133,7 +133,7 @@ class PreparedCube:
         return "" if self.reader.target is None else self.reader.target.unit
 
     def statistics(self) -> Statistics:
-        """Return mean, spread and class counts of the training part."""
+        """Return the mean, spread and class counts of the training part."""
         return training_statistics(self.index, self.plan, self.reader, self.classes)
 
     @property

@@ -46,7 +46,7 @@ class Splits:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(tuple(Split.from_dict(split) for split in data["cubes"]))
 
 

@@ -30,7 +30,7 @@ class Ground:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Ground:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(data["cube"], data["digest"], Grid.from_dict(data["grid"]), tuple(data["times"]))
 
 

@@ -64,7 +64,7 @@ class BandNumbers:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(data["band"], data["kind"], data["dtype"], data["unit"], float(data["scale"]), float(data["offset"]))
 
     def __str__(self) -> str:

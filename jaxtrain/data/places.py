@@ -57,7 +57,7 @@ class SampleSplit:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         parts = np.array(["tvx-".index(letter) for letter in data["parts"]], np.int8)
         train, validation, test = (int(v) for v in data["cells"])
         return cls(data["kind"], np.where(parts == 3, UNUSED, parts).astype(np.int8), (train, validation, test))

@@ -65,7 +65,7 @@ class Split:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         height, width = data["block"]
         return cls((int(height), int(width)), np.array(data["parts"], np.int8))
 

@@ -38,7 +38,7 @@ class Task:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Task:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         value = data["value"]
         return cls(bool(data["per_image"]), bool(data["several"]), None if value is None else (value[0], value[1]),
                    bool(data.get("rebuild", False)), str(data.get("unit", "")))  # fmt: skip

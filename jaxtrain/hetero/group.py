@@ -158,7 +158,7 @@ class Group:
         self._send(seat.number, {"kind": "formed", "state": not seat.active, "step": self._step, **self._roll()})
 
     def _roll(self) -> dict[str, Any]:
-        """Return the members in the form of a message."""
+        """Return the members as a message names them."""
         leader = self._seats.get(self._leader)
         return {
             "epoch": self._epoch,

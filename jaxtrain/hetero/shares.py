@@ -199,7 +199,7 @@ class ShareController:
         self._paces.setdefault(member, _Pace()).observe(seconds)
 
     def seconds(self, member: str) -> float | None:
-        """Return the seconds per chunk of a member; None if they are unknown."""
+        """Return the seconds per chunk of a member as far as they are known."""
         pace = self._paces.get(member)
         return None if pace is None else pace.rate.seconds
 

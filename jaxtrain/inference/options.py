@@ -73,7 +73,7 @@ class MapOptions:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         area = data.get("area")
         return cls(**{
             **data,

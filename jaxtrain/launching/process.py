@@ -19,7 +19,7 @@ class Running(Protocol):
     """One process of a run, wherever it runs."""
 
     def code(self) -> int | None:
-        """Exit code of the process, negative for a signal; None while it runs."""
+        """Return the exit code of the process, negative for a signal; None while it runs."""
 
     def stop(self, *, at_once: bool = False) -> None:
         """Ask the process to end (SIGTERM: it saves first), or kill it."""
@@ -65,7 +65,7 @@ class Process:
                 on_line(self.number, name, line.rstrip("\n"))
 
     def code(self) -> int | None:
-        """Exit code of the process; None while it runs."""
+        """Return the exit code of the process; None while it runs."""
         return self._process.poll()
 
     def stop(self, *, at_once: bool = False) -> None:

@@ -207,7 +207,7 @@ class RemoteProcess:
         self._task = asyncio.run_coroutine_threadsafe(self._run(), hosts.loop)
 
     def code(self) -> int | None:
-        """Exit code of the process; None while it runs."""
+        """Return the exit code of the process; None while it runs."""
         return self._code
 
     def stop(self, *, at_once: bool = False) -> None:

@@ -154,7 +154,7 @@ class ConfusionMatrix:
         return (self.accuracy - chance) / (1 - chance) if chance < 1 - 1e-12 else math.nan
 
     def per_class(self) -> dict[str, dict[str, float | int | None]]:
-        """Return the scores of each class by name; None where a score is 0/0."""
+        """Return the scores of each class by name; none where a score is 0/0."""
         columns = {"precision": self.precision, "recall": self.recall, "f1": self.f1, "iou": self.iou}
         return {
             name: {**{score: _number(values[row]) for score, values in columns.items()}, "support": int(support)}

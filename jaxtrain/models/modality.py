@@ -41,7 +41,7 @@ class Modality:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(str(data["name"]), tuple(data["bands"]), int(data["ratio"]), int(data["dates"]))
 
 

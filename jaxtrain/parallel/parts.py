@@ -54,16 +54,16 @@ class Objective(Protocol):
         """Task of the network."""
 
     def blend(self, logits: jax.Array, labels: Sequence[tuple[jax.Array, jax.Array]]) -> Any:
-        """Return loss, weight and number of labelled pixels for several labels with their shares."""
+        """Return the loss, weight and number of labelled pixels, of several labels with their shares."""
 
     def right(self, logits: jax.Array, label: jax.Array) -> jax.Array:
-        """Number of right predictions."""
+        """Return the number of right predictions."""
 
     def sums(self, logits: jax.Array, label: jax.Array) -> dict[str, jax.Array]:
         """Return the sums for an evaluation."""
 
     def answer(self, logits: jax.Array) -> jax.Array:
-        """Return predictions from logits."""
+        """Return the predictions from logits."""
 
 
 class PipelinedProgram(Protocol):

@@ -77,7 +77,7 @@ def shared_folder(environment: Mapping[str, str] | None = None) -> Path | None:
 
 
 def _processor() -> str:
-    """Return a digest of the compiler's release, of the features of this processor, and of the number of cores used.
+    """Return a digest of the compiler's release, of what this kind of processor can do, and of how many cores are used.
 
     The compiler cuts loops for the cores that this process may use, and sums are rounded by how they are cut. A program
     for another number would give other bits.

@@ -162,7 +162,7 @@ class ModelCard:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelCard:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         weights, split = data["class_weights"], data["split"]
         return cls(
             config=TrainConfig.model_validate(data["config"]),

@@ -68,7 +68,7 @@ class Background:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(np.array(data["mean"], np.float64), np.array(data["whitening"], np.float64),
                    float(data["shrinkage"]), int(data["count"]))  # fmt: skip
 

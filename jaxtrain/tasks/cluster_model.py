@@ -88,7 +88,7 @@ class ClusterModel:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         scaling, centres = Scaling.from_dict(data["scaling"]), np.array(data["centres"], np.float64)
         features = tuple(Feature(**one) for one in data["features"])
         if (

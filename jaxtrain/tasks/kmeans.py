@@ -67,7 +67,7 @@ class Fit:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Fit:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         count = None if data["count"] is None else np.array(data["count"], np.int64)
         inertia = float("nan") if data["inertia"] is None else float(data["inertia"])
         return cls(np.array(data["centres"], np.float64), int(data["iterations"]), inertia, count, bool(data["done"]))

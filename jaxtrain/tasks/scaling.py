@@ -48,7 +48,7 @@ class Scaling:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(np.array(data["mean"], np.float64), np.array(data["matrix"], np.float64))
 
 

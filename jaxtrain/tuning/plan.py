@@ -162,7 +162,7 @@ class SearchPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build an instance from the result of `to_dict`."""
+        """Make the object from its JSON form, which `to_dict` returns."""
         return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name != "members" or name in data})
 
 
