@@ -25,7 +25,7 @@ from ingest.run.shard import fill_shard
 from ingest.scenes.scene import Scene
 from ingest.testing import make_scene
 
-from .test_small_region import COG, TILE, RangeServer, forget, ground, scene_at, server
+from .test_small_region import COG, TILE, RangeServer, forget, ground, scene_at, server, write_cog
 
 __all__ = ["server"]  # the fixture
 BANDS = {"blue": ground(seed=1), "red": ground(seed=2)}
@@ -47,8 +47,7 @@ def with_classes(server: RangeServer) -> Scene:
     """A scene of two bands with averages, and of classes whose overviews hold clouds that are not there."""
     scene = scene_at(server, {**BANDS, "scl": np.full(TILE.shape, 9, np.uint8)})
     for band, pixels in BANDS.items():
-        with rasterio.open(server.root / "S" / f"{band}.tif", "w", **COG, overview_resampling="AVERAGE") as file:
-            file.write(pixels, 1)
+        write_cog(server.root / "S" / f"{band}.tif", pixels, overview_resampling="AVERAGE")
     path = server.root / "S" / "scl.tif"
     with rasterio.open(path, "w", **{**COG, "driver": "GTiff", "dtype": "uint8", "tiled": True,
                                      "blockxsize": 256, "blockysize": 256}) as file:  # fmt: skip
@@ -102,8 +101,7 @@ def test_the_effort_is_what_the_server_sends(server: RangeServer, overviews: boo
 def test_a_file_that_lost_its_overview_is_not_read(server: RangeServer) -> None:
     scene = scene_at(server, BANDS)
     plan = plan_at(scene, mask="none", read_overviews=True)
-    with rasterio.open(server.root / "S" / "red.tif", "w", **{**COG, "overviews": "NONE"}) as file:
-        file.write(BANDS["red"], 1)
+    write_cog(server.root / "S" / "red.tif", BANDS["red"], overviews="NONE")
     forget()
     (task,) = plan.tasks
     access = replace(Access.of(IngestConfig(**CONFIG), "http://127.0.0.1/"), attempts=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import os
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import rasterio
+from rasterio.io import MemoryFile
 
 from ingest.plan.making import plan_scenes
 from ingest.plan.plan import Plan
@@ -105,12 +107,26 @@ def ground(*, raised: int = 0, seed: int = 1) -> npt.NDArray[np.uint16]:
     return (rng.integers(200, 800, TILE.shape) + raised).astype(np.uint16)
 
 
-def scene_at(server: RangeServer, bands: dict[str, npt.NDArray[np.uint16]], **fields: Any) -> Scene:
+@functools.cache
+def _cog(pixels: bytes, **options: str) -> bytes:
+    with MemoryFile() as memory:
+        with memory.open(**{**COG, **options}) as file:
+            file.write(np.frombuffer(pixels, options.get("dtype", COG["dtype"])).reshape(TILE.shape), 1)
+        return bytes(memory.getbuffer())
+
+
+def write_cog(path: Path, pixels: npt.NDArray[Any], **options: str) -> None:
+    """Write a file as `COG` describes it; the same pixels are packed once, which takes as long as a test."""
+    path.write_bytes(_cog(pixels.tobytes(), dtype=str(pixels.dtype), **options))
+
+
+def scene_at(server: RangeServer, bands: dict[str, npt.NDArray[Any]], **fields: Any) -> Scene:
     """A scene whose files the server has, with overviews."""
-    scene = make_scene(server.root, "S", TILE, dict.fromkeys(bands, np.ones((64, 64), np.uint16)), **fields)
+    corner = TILE.window(0, 0, 64, 64)
+    grids, ones = dict.fromkeys(bands, corner), dict.fromkeys(bands, np.ones(corner.shape, np.uint16))
+    scene = make_scene(server.root, "S", TILE, ones, grids=grids, **fields)
     for band, pixels in bands.items():
-        with rasterio.open(scene.assets[band].href, "w", **COG) as file:
-            file.write(pixels, 1)
+        write_cog(Path(scene.assets[band].href), pixels)
     return replace(
         scene,
         assets={
